@@ -1,0 +1,320 @@
+//! `cpi.json`: what the operator decides about this host. Every key has a default that runs.
+//!
+//! A cpi-config entry's properties arrive in the request's context; those named in [`CONTEXT_KEYS`] replace the
+//! file's keys of the same name. The list is closed: a context can not point the CPI at other directories or
+//! programs. The reference in `docs/config.md` is made from these types.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::schema::{Property, Redacted, SchemaError, Whole};
+use crate::{choice, document};
+
+/// Read when neither `--config` nor [`ENVIRONMENT`] names a file, if it is there.
+pub const DEFAULT_FILE: &str = "/etc/bosh-qemu-cpi/cpi.json";
+/// Names the file to read.
+pub const ENVIRONMENT: &str = "BOSH_QEMU_CPI_CONFIG";
+/// The keys a request's context may override.
+pub const CONTEXT_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "vm_defaults"];
+
+document! {
+    /// The whole configuration.
+    pub struct Config {
+        /// Where everything that must survive a reboot is kept: records, images, disks. Mode 0700.
+        state_dir: PathBuf = "/var/lib/bosh-qemu-cpi".into();
+        /// Where sockets and pid files of running VMs are kept. Emptied by a reboot; keep it short, socket paths end at 107 bytes.
+        run_dir: PathBuf = "/run/bosh-qemu-cpi".into();
+        /// How QEMU is run.
+        qemu: Qemu = Qemu::absent().expect("every key of qemu has a default");
+        /// Networks of this host by name. A subnet's cloud property `name` picks one; without it, `default` is taken.
+        /// When this key is absent, there is one network `default` with the profile `nat`.
+        networks: BTreeMap<String, Network> = BTreeMap::from([("default".to_owned(), Network::nat())]);
+        /// What every agent is told unless the Director's env says otherwise.
+        agent: Agent = Agent::absent().expect("every key of agent has a default");
+        /// Seconds a method may take, by method name. `docs/operating.md` lists the defaults.
+        deadlines: BTreeMap<String, Whole<1, 86400>>;
+        /// Whether a VM whose QEMU crashed is started again by its supervisor.
+        restart: Restart = Restart::OnCrash;
+        /// How much confinement of QEMU may be missing.
+        hardening: Hardening = Hardening::Strict;
+        /// What is written to standard error.
+        log: Log = Log::absent().expect("every key of log has a default");
+        /// Cloud properties of VMs that a request does not give.
+        vm_defaults: Map<String, Value>;
+        /// Cloud properties of disks that a request does not give.
+        disk_defaults: Map<String, Value>;
+    }
+}
+
+document! {
+    /// How QEMU is run.
+    pub struct Qemu {
+        /// The emulator.
+        binary: PathBuf = "/usr/bin/qemu-system-x86_64".into();
+        /// The image tool.
+        img_binary: PathBuf = "/usr/bin/qemu-img".into();
+        /// `auto` takes KVM if a probe VM starts under it, and TCG with a warning otherwise.
+        accel: AccelChoice = AccelChoice::Auto;
+        /// CPU model as QEMU names it. Absent: `host` under KVM (or what the probe found to work), `max` under TCG.
+        cpu: Option<String>;
+        /// Machine template for VMs that do not name one.
+        template: String = "q35".into();
+        /// A directory whose `<name>.toml` files come before the built-in templates.
+        templates_dir: Option<PathBuf>;
+        /// Empty hot-plug slots a VM starts with: the most persistent disks it can have at once.
+        hotplug_slots: Whole<0, 128> = Whole::of(16);
+    }
+}
+
+document! {
+    /// A network of this host that VMs can be put on.
+    pub struct Network {
+        /// How the network reaches the world.
+        profile: NetworkProfile = NetworkProfile::Nat;
+        /// The bridge. `nat` makes it (default `bosh-nat0`), `bridge` wants it to exist.
+        bridge: Option<String>;
+        /// `nat`: addresses of the network, as `10.0.0.0/24`. Absent: taken from each request's netmask.
+        subnet: Option<IpNetwork>;
+        /// `nat`: the host's address on the bridge. Absent: the request's gateway.
+        gateway: Option<std::net::IpAddr>;
+        /// Largest packet, bytes. Absent: 1500 for `nat`, the bridge's for `bridge`.
+        mtu: Option<Whole<576, 65535>>;
+    }
+}
+
+document! {
+    /// What every agent is told unless the Director's env says otherwise.
+    pub struct Agent {
+        /// Message bus: `nats://…` for a Director's VMs, `https://user:password@0.0.0.0:6868` for create-env.
+        mbus: Redacted<Option<String>>;
+        /// Time servers.
+        ntp: Vec<String>;
+        /// Blobstore, as the agent's settings want it: `{"provider": …, "options": {…}}`.
+        blobstore: Redacted<Map<String, Value>>;
+    }
+}
+
+document! {
+    /// What is written to standard error.
+    pub struct Log {
+        /// The least severe level that is written.
+        level: LogLevel = LogLevel::Info;
+        /// One line of text or one JSON object for each event.
+        format: LogFormat = LogFormat::Text;
+    }
+}
+
+choice! {
+    /// Which accelerator to use.
+    pub enum AccelChoice ("\"auto\", \"kvm\" or \"tcg\"") {
+        /// KVM where a probe VM starts under it.
+        Auto = "auto",
+        /// KVM or an error.
+        Kvm = "kvm",
+        /// Emulation.
+        Tcg = "tcg",
+    }
+}
+
+choice! {
+    /// Whether a crashed VM is started again.
+    pub enum Restart ("\"on-crash\" or \"never\"") {
+        /// With back-off, at most 3 times in 10 minutes.
+        OnCrash = "on-crash",
+        /// Left to the Director's resurrector.
+        Never = "never",
+    }
+}
+
+choice! {
+    /// How much confinement of QEMU may be missing.
+    pub enum Hardening ("\"strict\", \"best-effort\" or \"off\"") {
+        /// None: a step the host can not do fails the start.
+        Strict = "strict",
+        /// What the host can not do is left out and logged.
+        BestEffort = "best-effort",
+        /// QEMU runs as root, unconfined. For debugging.
+        Off = "off",
+    }
+}
+
+choice! {
+    /// How a network reaches the world.
+    pub enum NetworkProfile ("\"nat\" or \"bridge\"") {
+        /// A bridge of our own with the gateway's address, masqueraded.
+        Nat = "nat",
+        /// A bridge that exists.
+        Bridge = "bridge",
+    }
+}
+
+choice! {
+    /// Severity of log events.
+    pub enum LogLevel ("\"error\", \"warn\", \"info\", \"debug\" or \"trace\"") {
+        /// A call failed.
+        Error = "error",
+        /// Something works, but not as well as asked.
+        Warn = "warn",
+        /// What was done, a few lines a call.
+        Info = "info",
+        /// Every step.
+        Debug = "debug",
+        /// Every message to QEMU and the kernel.
+        Trace = "trace",
+    }
+}
+
+choice! {
+    /// Shape of log events.
+    pub enum LogFormat ("\"text\" or \"json\"") {
+        /// One line.
+        Text = "text",
+        /// One JSON object.
+        Json = "json",
+    }
+}
+
+impl Network {
+    /// The network that serves without any configuration.
+    pub fn nat() -> Self {
+        Self::absent().expect("every key of a network has a default")
+    }
+}
+
+impl Config {
+    /// Reads the configuration: `file`, else what [`ENVIRONMENT`] names, else [`DEFAULT_FILE`] if it is there, else
+    /// the defaults.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadConfig`] naming the file and the key.
+    pub fn load(file: Option<&Path>) -> Result<Self> {
+        let named = file.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from));
+        let path = named.clone().unwrap_or_else(|| DEFAULT_FILE.into());
+        let text = match std::fs::read_to_string(&path) {
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => "{}".to_owned(),
+            read => read.at("read configuration", &path).map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
+        };
+        let shown = path.display().to_string();
+        let value: Value = serde_json::from_str(&text).map_err(|e| {
+            Error::new(ErrorKind::BadConfig, format!("'{shown}' is not JSON: line {}, column {}", e.line(), e.column()))
+        })?;
+        Self::from_json(&value).and_then(Self::validated).map_err(|e| e.in_file(&shown))
+    }
+
+    /// The same configuration with the keys of a request's context in place of the file's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] naming the context key.
+    pub fn with_context(&self, context: &Map<String, Value>) -> Result<Self> {
+        let overrides: Map<_, _> = context
+            .iter()
+            .filter(|(key, _)| CONTEXT_KEYS.contains(&key.as_str()))
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect();
+        if overrides.is_empty() {
+            return Ok(self.clone());
+        }
+        let given = Self::from_json(&Value::Object(overrides.clone()))
+            .and_then(Self::validated)
+            .map_err(|e| e.in_request("context"))?;
+        let mut config = self.clone();
+        for key in overrides.keys() {
+            match key.as_str() {
+                "agent" => config.agent = given.agent.clone(),
+                "deadlines" => config.deadlines.extend(given.deadlines.clone()),
+                "disk_defaults" => config.disk_defaults = given.disk_defaults.clone(),
+                "vm_defaults" => config.vm_defaults = given.vm_defaults.clone(),
+                other => unreachable!("{other} is not in CONTEXT_KEYS"),
+            }
+        }
+        Ok(config)
+    }
+
+    /// What the types alone do not say.
+    fn validated(self) -> Result<Self, SchemaError> {
+        let longest = self.run_dir.as_os_str().len();
+        if longest > 40 {
+            let problem = crate::schema::Problem::Value {
+                expected: "a path of at most 40 bytes",
+                found: format!("{longest} bytes"),
+            };
+            return Err(SchemaError { path: "run_dir".into(), problem });
+        }
+        Ok(self)
+    }
+
+    /// How long `method` may take; `default` unless the operator decided.
+    pub fn deadline(&self, method: &str, default: Duration) -> Duration {
+        self.deadlines.get(method).map_or(default, |seconds| Duration::from_secs(seconds.get()))
+    }
+}
+
+impl Property for IpNetwork {
+    const EXPECTED: &'static str = "a subnet such as \"10.0.0.0/24\"";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let network = value.as_str().and_then(|text| text.parse::<IpNetwork>().ok());
+        network.filter(|n| n.ip() == n.network()).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
+impl Property for std::net::IpAddr {
+    const EXPECTED: &'static str = "an IP address";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        value.as_str().and_then(|text| text.parse().ok()).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn nothing_at_all_is_a_configuration() {
+        let config = Config::from_json(&json!({})).unwrap();
+        assert_eq!(config.networks["default"].profile, NetworkProfile::Nat);
+        assert_eq!(config.qemu.hotplug_slots.get(), 16);
+    }
+
+    #[test]
+    fn the_path_of_a_bad_key_is_named() {
+        let refusal = |value| Config::from_json(&value).unwrap_err().to_string();
+        assert_eq!(refusal(json!({"qemu": {"acel": "kvm"}})), "qemu.acel: unknown key; did you mean 'accel'?");
+        assert_eq!(
+            refusal(json!({"networks": {"a": {"mtu": 1}}})),
+            "networks.a.mtu: expected a whole number from 576 to 65535, got 1"
+        );
+        assert_eq!(
+            refusal(json!({"networks": {"a": {"subnet": "10.0.0.1/24"}}})),
+            "networks.a.subnet: expected a subnet such as \"10.0.0.0/24\", got a string"
+        );
+    }
+
+    #[test]
+    fn a_context_overrides_only_what_it_may() {
+        let config = Config::from_json(&json!({"agent": {"ntp": ["a"]}})).unwrap();
+        let context = json!({"agent": {"ntp": ["b"]}, "state_dir": "/elsewhere", "secret": "x", "director_uuid": "u"});
+        let changed = config.with_context(context.as_object().unwrap()).unwrap();
+        assert_eq!(changed.agent.ntp, ["b"]);
+        assert_eq!(changed.state_dir, config.state_dir);
+        let bad = json!({"agent": {"ntpp": []}});
+        let error = config.with_context(bad.as_object().unwrap()).unwrap_err();
+        assert_eq!(error.report(), "context.agent.ntpp: unknown key; did you mean 'ntp'?");
+    }
+
+    #[test]
+    fn credentials_do_not_show_in_debug() {
+        let config =
+            Config::from_json(&json!({"agent": {"mbus": "nats://u:hunter2@h", "blobstore": {"password": "hunter2"}}}))
+                .unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

@@ -1,0 +1,8 @@
+//! bosh-qemu-cpi
+#![cfg_attr(test, allow(missing_docs))]
+
+pub mod cid;
+pub mod config;
+pub mod error;
+pub mod schema;
+pub mod units;
