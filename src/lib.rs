@@ -5,4 +5,5 @@ pub mod cid;
 pub mod config;
 pub mod error;
 pub mod schema;
+pub mod store;
 pub mod units;

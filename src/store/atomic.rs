@@ -1,0 +1,75 @@
+//! Files that are whole or not there, also after a power cut.
+
+use std::fs::{DirBuilder, File};
+use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use crate::error::{IoContext, Result};
+
+/// Writes `contents` to `path`, mode 0600: a temporary file beside it, fsync, rename, fsync of the directory. When
+/// this returns, the file survives a power cut; before, the old one does.
+pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
+    let directory = path.parent().expect("a file in the state directory has a parent");
+    // tempfile makes it with mode 0600 and removes it unless it is persisted.
+    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory).at("make a file in", directory)?;
+    file.write_all(contents).at("write", file.path())?;
+    file.as_file().sync_all().at("flush", file.path())?;
+    file.persist(path).map_err(|e| e.error).at("replace", path)?;
+    sync_dir(directory)
+}
+
+/// Makes the names in `directory` survive a power cut.
+pub fn sync_dir(directory: &Path) -> Result<()> {
+    File::open(directory).and_then(|dir| dir.sync_all()).at("flush directory", directory)
+}
+
+/// Makes `directory` and its parents, mode 0700, and makes the last name durable.
+pub fn make_dir(directory: &Path) -> Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(directory).at("make directory", directory)?;
+    directory.parent().map_or(Ok(()), sync_dir)
+}
+
+/// Removes `path` if it is there.
+pub fn remove_file(path: &Path) -> Result<()> {
+    absent_is_fine(std::fs::remove_file(path)).at("remove", path)
+}
+
+/// Removes `directory` with all in it if it is there.
+pub fn remove_dir(directory: &Path) -> Result<()> {
+    absent_is_fine(std::fs::remove_dir_all(directory)).at("remove directory", directory)
+}
+
+fn absent_is_fine(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn replaces_whole_and_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record.json");
+        write(&path, b"one").unwrap();
+        write(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing left beside it");
+    }
+
+    #[test]
+    fn a_missing_directory_is_named() {
+        let error = write(Path::new("/nonexistent-state/x.json"), b"").unwrap_err();
+        assert!(error.report().starts_with("make a file in '/nonexistent-state'"), "{}", error.report());
+    }
+}

@@ -1,0 +1,188 @@
+//! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
+//!
+//! Order, so that nobody waits in a circle: network, stemcell, snapshot, disk, vm ([`Rank`]). A lock file lives as
+//! long as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
+
+use std::cell::RefCell;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Instant;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+
+/// What a lock stands for, in the order locks are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rank {
+    /// A bridge of this host and its rules.
+    Network,
+    /// A stemcell.
+    Stemcell,
+    /// A snapshot.
+    Snapshot,
+    /// A persistent disk.
+    Disk,
+    /// A VM.
+    Vm,
+}
+
+impl Rank {
+    /// The word in the lock file's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Network => "network",
+            Self::Stemcell => "stemcell",
+            Self::Snapshot => "snapshot",
+            Self::Disk => "disk",
+            Self::Vm => "vm",
+        }
+    }
+}
+
+thread_local! {
+    /// Ranks this thread holds; checked in debug builds, where the tests run.
+    static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A held lock; dropping it releases it.
+#[derive(Debug)]
+pub struct Guard {
+    file: File,
+    path: PathBuf,
+    rank: Rank,
+}
+
+impl Guard {
+    /// Takes the lock `path`, waiting until `deadline` for its holder.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`] naming the holder's pid.
+    pub fn acquire(path: PathBuf, rank: Rank, deadline: Instant) -> Result<Self> {
+        HELD.with_borrow(|held| debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}"));
+        let file = loop {
+            let file = open(&path)?;
+            let file = match file.try_lock() {
+                Ok(()) => file,
+                Err(TryLockError::WouldBlock) => wait(file, &path, deadline)?,
+                Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path, error)),
+            };
+            // The holder before us may have retired the file: then we hold a lock on nothing anybody can open.
+            if is_still_at(&file, &path) {
+                break file;
+            }
+        };
+        HELD.with_borrow_mut(|held| held.push(rank));
+        let mut guard = Self { file, path, rank };
+        guard.sign()?;
+        Ok(guard)
+    }
+
+    /// Removes the lock file and releases the lock: the object is gone for good.
+    pub fn retire(self) -> Result<()> {
+        crate::store::atomic::remove_file(&self.path)
+    }
+
+    /// Leaves our pid for whoever times out waiting.
+    fn sign(&mut self) -> Result<()> {
+        let sign = || -> std::io::Result<()> {
+            self.file.set_len(0)?;
+            self.file.rewind()?;
+            writeln!(self.file, "{}", std::process::id())
+        };
+        let mut sign = sign;
+        sign().at("write", &self.path)
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        HELD.with_borrow_mut(|held| {
+            if let Some(at) = held.iter().rposition(|rank| *rank == self.rank) {
+                held.remove(at);
+            }
+        });
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path).at("open lock", path)
+}
+
+fn is_still_at(file: &File, path: &Path) -> bool {
+    let (Ok(ours), Ok(named)) = (file.metadata(), path.metadata()) else { return false };
+    (ours.dev(), ours.ino()) == (named.dev(), named.ino())
+}
+
+/// Waits in the kernel, in a thread of its own, because flock(2) knows no timeout. A thread that is still waiting
+/// when we give up drops the lock as soon as it gets it, or dies with this short-lived process.
+fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let locked = file.lock().map(|()| file);
+        let _ = sender.send(locked);
+    });
+    match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        Ok(locked) => locked.at("lock", path),
+        Err(_) => Err(Error::new(
+            ErrorKind::Timeout,
+            format!("lock '{}' is still held by process {}", path.display(), holder(path)),
+        )
+        .hint("wait for that call to end, or see what it is doing with `ps`; a dead process holds no lock")),
+    }
+}
+
+fn holder(path: &Path) -> String {
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(20).read_to_string(&mut text));
+    let pid = text.trim();
+    if read.is_ok() && !pid.is_empty() { pid.to_owned() } else { "unknown".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    #[test]
+    fn the_second_waits_and_names_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.x");
+        let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
+        let error = Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout);
+        assert!(error.report().contains(&format!("process {}", std::process::id())), "{}", error.report());
+        let waiter = std::thread::spawn({
+            let path = path.clone();
+            move || Guard::acquire(path, Rank::Vm, later()).map(drop)
+        });
+        drop(guard);
+        waiter.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn whoever_waited_for_a_retired_lock_gets_a_fresh_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.x");
+        let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
+        let waiter = std::thread::spawn({
+            let path = path.clone();
+            move || Guard::acquire(path, Rank::Vm, later())
+        });
+        guard.retire().unwrap();
+        let fresh = waiter.join().unwrap().unwrap();
+        assert!(is_still_at(&fresh.file, &path));
+        fresh.retire().unwrap();
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+    }
+}

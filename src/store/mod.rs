@@ -1,0 +1,16 @@
+//! What the CPI knows, kept in the state directory. The drawing of it is in [`layout`].
+//!
+//! The record is the journal: it is written (phase `creating`) before the first resource it names, every resource's
+//! name can be derived from it, and it is removed last. So whoever finds a record in phase `creating` or `deleting`
+//! whose lock is free can finish the removal. A record has one writer: whoever holds the object's [`lock`].
+//!
+//! This room knows files, not QEMU or networks.
+
+pub mod atomic;
+pub mod layout;
+pub mod lock;
+pub mod record;
+
+pub use layout::{Store, VmPaths};
+pub use lock::{Guard, Rank};
+pub use record::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
