@@ -4,6 +4,7 @@
 pub mod cid;
 pub mod config;
 pub mod error;
+pub mod qemu;
 pub mod schema;
 pub mod store;
 pub mod units;

@@ -1,0 +1,59 @@
+//! `-blockdev` and disk `-device` options as JSON: a comma or a quote in a value stays a comma or a quote.
+//!
+//! A guest writes raw images and could forge a header, so every driver is named and nothing is probed.
+
+use serde_json::{Value, json};
+
+use super::files::{BASE, Opened, ROOT};
+use crate::store::record::Format;
+
+/// The one I/O thread of a VM, shared by its disks.
+pub const IOTHREAD: &str = "io0";
+
+/// Name of the protocol node below the format node `id`.
+pub fn file_node(id: &str) -> String {
+    format!("{id}-file")
+}
+
+/// The nodes of the image `opened`, which QEMU finds as descriptor set `fdset`: protocol first, format second. The
+/// format node has the image's id.
+pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
+    let need = &opened.need;
+    // Linux AIO wants O_DIRECT; without it a pool of threads does the same work (QEMU docs, `-blockdev aio`).
+    let aio = if opened.direct { "native" } else { "threads" };
+    let mut file = json!({
+        "driver": "file", "node-name": file_node(&need.id), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
+        "cache": {"direct": opened.direct}, "read-only": !need.writable,
+    });
+    let mut format = json!({
+        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.id, "file": file_node(&need.id),
+        "cache": {"direct": opened.direct}, "read-only": !need.writable,
+    });
+    if need.writable {
+        // A guest's fstrim gives the space back to the host.
+        file["discard"] = "unmap".into();
+        format["discard"] = "unmap".into();
+        format["detect-zeroes"] = "unmap".into();
+    }
+    if need.id == ROOT {
+        // Given here, the path in the overlay's header is never followed.
+        format["backing"] = BASE.into();
+    }
+    [file, format]
+}
+
+/// The virtio disk that shows the node `id` to the guest under `serial`; the caller adds `bus` and `addr`.
+pub fn device(id: &str, serial: &str, writable: bool) -> Value {
+    let mut device = json!({
+        "driver": "virtio-blk-pci", "id": id, "drive": id, "serial": serial, "iothread": IOTHREAD,
+    });
+    if writable {
+        device["write-cache"] = "on".into();
+    }
+    device
+}
+
+/// Name of the descriptor set's entry, by which a later call recognizes what it is for.
+pub fn opaque(id: &str, writable: bool) -> String {
+    format!("{}:{id}", if writable { "rdwr" } else { "rdonly" })
+}

@@ -1,0 +1,188 @@
+//! The command line of a VM: every option valid from QEMU 7.2 to 10, no path, no secret.
+
+use std::os::fd::RawFd;
+
+use serde_json::{Value, json};
+
+use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, Opened, ROOT};
+use super::{blockdev, topology};
+use crate::cid::Cid;
+use crate::qemu::Template;
+use crate::store::record::{Accel, Nic, VmRecord};
+
+/// The descriptors QEMU inherits.
+#[derive(Debug)]
+pub struct Handles {
+    /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
+    pub files: Vec<(Opened, RawFd)>,
+    /// One tap for each NIC.
+    pub taps: Vec<RawFd>,
+    /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
+    pub qmp: RawFd,
+    /// See `qmp`.
+    pub supervisor_qmp: RawFd,
+    /// See `qmp`.
+    pub serial: RawFd,
+}
+
+impl Handles {
+    /// The descriptor set of the file `id`.
+    fn fdset(&self, id: &str) -> Option<usize> {
+        self.files.iter().position(|(opened, _)| opened.need.id == id).map(|at| at + 1)
+    }
+
+    /// Every inherited descriptor.
+    pub fn all(&self) -> Vec<RawFd> {
+        let sockets = [self.qmp, self.supervisor_qmp, self.serial];
+        self.files.iter().map(|(_, fd)| *fd).chain(self.taps.iter().copied()).chain(sockets).collect()
+    }
+}
+
+/// QEMU's arguments for `vm`. It starts stopped (`-S`): whatever fails before `cont` is undone by killing it.
+pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Vec<String> {
+    let mut line = Line(Vec::new());
+    identity(&mut line, vm);
+    machine(&mut line, vm, template, handles);
+    monitors(&mut line, handles);
+    disks(&mut line, vm, handles);
+    for (index, (nic, tap)) in vm.nics.iter().zip(&handles.taps).enumerate() {
+        network(&mut line, index, nic, *tap);
+    }
+    if template.rng {
+        line.json("-object", &json!({"qom-type": "rng-builtin", "id": "rng0"}));
+        line.device(&json!({"driver": "virtio-rng-pci", "rng": "rng0"}), "pcie.0", topology::RNG);
+    }
+    if template.panic_device {
+        line.device(&json!({"driver": "pvpanic-pci"}), "pcie.0", topology::PANIC);
+    }
+    for words in &template.extra_arguments {
+        line.0.extend(words.iter().cloned());
+    }
+    // A crash of the guest's kernel is an exit with a status of its own; its reboot keeps the process.
+    line.option("-action", "reboot=reset,shutdown=poweroff,panic=exit-failure,watchdog=reset");
+    line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    line.flag("-S");
+    line.0
+}
+
+struct Line(Vec<String>);
+
+impl Line {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.to_owned());
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<String>) {
+        self.0.extend([name.to_owned(), value.into()]);
+    }
+
+    fn json(&mut self, name: &str, value: &Value) {
+        self.option(name, value.to_string());
+    }
+
+    fn device(&mut self, device: &Value, bus: &str, slot: u32) {
+        let mut device = device.clone();
+        device["bus"] = bus.into();
+        device["addr"] = format!("{slot:#x}").into();
+        self.json("-device", &device);
+    }
+}
+
+/// Options of the `key=value,…` kind end a value at a comma; two commas stand for one.
+fn escaped(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn identity(line: &mut Line, vm: &VmRecord) {
+    let cid = escaped(vm.cid.as_str());
+    line.option("-name", format!("guest={cid},process=qemu-{cid},debug-threads=on"));
+    line.option("-uuid", &vm.machine.uuid);
+    for flag in ["-no-user-config", "-nodefaults"] {
+        line.flag(flag);
+    }
+    line.option("-display", "none");
+    line.option("-msg", "timestamp=on");
+    line.option("-smbios", format!("type=1,manufacturer=bosh-qemu-cpi,product=BOSH VM,serial={cid}"));
+}
+
+fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handles) {
+    let machine = &vm.machine;
+    let options = std::iter::once(&template.machine).chain(&template.machine_options);
+    line.option("-machine", options.cloned().collect::<Vec<_>>().join(","));
+    line.option(
+        "-accel",
+        match (machine.accel, handles.fdset(KVM)) {
+            (Accel::Kvm, Some(fdset)) => format!("kvm,device=/dev/fdset/{fdset}"),
+            (accel, _) => accel.as_str().to_owned(),
+        },
+    );
+    line.option("-cpu", &machine.cpu_model);
+    line.option("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", machine.cpus));
+    line.option("-m", format!("size={}M", machine.ram.get()));
+    line.option("-rtc", "base=utc,driftfix=slew");
+    line.option("-boot", "strict=on");
+    for global in &template.globals {
+        line.option("-global", global);
+    }
+}
+
+fn monitors(line: &mut Line, handles: &Handles) {
+    let sockets = [("qmp0", handles.qmp), ("qmp1", handles.supervisor_qmp), ("serial0", handles.serial)];
+    for (id, fd) in sockets {
+        line.option("-chardev", format!("socket,id={id},fd={fd},server=on,wait=off"));
+    }
+    line.option("-mon", "chardev=qmp0,mode=control");
+    line.option("-mon", "chardev=qmp1,mode=control");
+    line.option("-serial", "chardev:serial0");
+}
+
+fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
+    line.json("-object", &json!({"qom-type": "iothread", "id": blockdev::IOTHREAD}));
+    for (index, (opened, fd)) in handles.files.iter().enumerate() {
+        let (need, fdset) = (&opened.need, index + 1);
+        line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.id, need.writable)));
+        if need.format.is_some() {
+            for node in blockdev::nodes(opened, fdset as i64) {
+                line.json("-blockdev", &node);
+            }
+        }
+    }
+    for index in 0..vm.machine.hotplug_slots {
+        line.json("-device", &port(index));
+    }
+    let mut root = blockdev::device(ROOT, "root", true);
+    root["bootindex"] = 1.into();
+    line.device(&root, "pcie.0", topology::ROOT);
+    if let Some(ephemeral) = &vm.ephemeral {
+        line.device(&blockdev::device(EPHEMERAL, &ephemeral.serial, true), "pcie.0", topology::EPHEMERAL);
+    }
+    line.device(&blockdev::device(CONFIG_DRIVE, "config", false), "pcie.0", topology::CONFIG_DRIVE);
+    // Persistent disks sit behind the ports, where a hot-plugged one would be, so that they can be unplugged.
+    let fixed = [BASE, ROOT, EPHEMERAL, CONFIG_DRIVE, KVM];
+    let persistent = handles.files.iter().filter(|(opened, _)| !fixed.contains(&opened.need.id.as_str()));
+    for (index, (opened, _)) in persistent.enumerate() {
+        let id = &opened.need.id;
+        line.device(&blockdev::device(id, id, true), &topology::port_id(index as u32), 0);
+    }
+}
+
+fn port(index: u32) -> Value {
+    json!({
+        "driver": "pcie-root-port", "id": topology::port_id(index), "bus": "pcie.0",
+        "addr": topology::port_address(index), "multifunction": true, "chassis": index + 1, "slot": index + 1,
+    })
+}
+
+fn network(line: &mut Line, index: usize, nic: &Nic, tap: RawFd) {
+    let id = format!("nic{index}");
+    line.json("-netdev", &json!({"type": "tap", "id": id, "fd": tap.to_string()}));
+    let mut device = json!({
+        "driver": "virtio-net-pci", "id": format!("{id}-device"), "netdev": id, "mac": nic.mac,
+        // No network boot: the empty name keeps QEMU from looking for a ROM file it may not open.
+        "romfile": "",
+    });
+    if let Some(mtu) = nic.segment.mtu {
+        device["host_mtu"] = mtu.into();
+    }
+    line.device(&device, "pcie.0", topology::nic(index));
+}
