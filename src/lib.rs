@@ -1,10 +1,10 @@
 //! bosh-qemu-cpi
-#![cfg_attr(test, allow(missing_docs))]
-
 pub mod cid;
 pub mod config;
 pub mod error;
+pub mod host;
 pub mod qemu;
 pub mod schema;
 pub mod store;
+pub mod sys;
 pub mod units;

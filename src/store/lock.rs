@@ -1,7 +1,8 @@
 //! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
 //!
-//! Order, so that nobody waits in a circle: network, stemcell, snapshot, disk, vm ([`Rank`]). A lock file lives as
-//! long as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
+//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network ([`Rank`]). The network comes last
+//! because it is held for milliseconds, around one change to the kernel's links and rules. A lock file lives as long
+//! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -16,8 +17,6 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 /// What a lock stands for, in the order locks are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rank {
-    /// A bridge of this host and its rules.
-    Network,
     /// A stemcell.
     Stemcell,
     /// A snapshot.
@@ -26,17 +25,19 @@ pub enum Rank {
     Disk,
     /// A VM.
     Vm,
+    /// A bridge of this host and its rules.
+    Network,
 }
 
 impl Rank {
     /// The word in the lock file's name.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Network => "network",
             Self::Stemcell => "stemcell",
             Self::Snapshot => "snapshot",
             Self::Disk => "disk",
             Self::Vm => "vm",
+            Self::Network => "network",
         }
     }
 }

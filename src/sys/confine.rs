@@ -1,0 +1,383 @@
+//! Starting one program with as little as it needs, in this order, in the child between fork and exec:
+//!
+//! 1. take the lock that says it lives ([`super::pidlock`])
+//! 2. keep the inherited descriptors open; all others close by themselves at exec
+//! 3. no core dumps, room for descriptors
+//! 4. empty network and ipc namespaces
+//! 5. a uid and gid of its own, no groups: with that, no capabilities
+//! 6. no_new_privs, then Landlock: which paths it may open at all
+//!
+//! Everything that allocates or can fail in words is prepared before the fork; the child makes system calls only.
+//! QEMU adds its own seccomp filter (`-sandbox`).
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, path_beneath_rules,
+};
+use nix::libc;
+use nix::sys::signal::Signal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::pidfd::Process;
+use super::pidlock;
+use crate::config::Hardening;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+
+/// The newest Landlock whose rights are asked for; an older kernel leaves out what it does not know.
+const LANDLOCK: ABI = ABI::V5;
+/// Sixteen disks take 50 descriptors; a guest can not make QEMU open more than its hot-plug slots.
+const DESCRIPTORS: libc::rlim_t = 4096;
+
+/// A program and what it may do.
+#[derive(Debug)]
+pub struct Confined {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Descriptors it inherits under their numbers; closed here once it runs.
+    pub inherit: Vec<OwnedFd>,
+    /// Its user and group.
+    pub uid: u32,
+    /// Paths it may open.
+    pub paths: Paths,
+    /// Where its standard output and error go.
+    pub log: File,
+    /// The file it locks while it lives, from [`pidlock::open`].
+    pub pid_lock: File,
+    /// Whether a step the host can not do is an error.
+    pub hardening: Hardening,
+}
+
+/// Paths a confined program may open.
+#[derive(Debug, Default)]
+pub struct Paths {
+    /// For reading and executing.
+    pub read: Vec<PathBuf>,
+    /// For reading and writing.
+    pub write: Vec<PathBuf>,
+}
+
+/// The steps in the child, by the number it reports them under.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Step {
+    Lock = 1,
+    Inherit,
+    Limits,
+    Namespaces,
+    Groups,
+    Gid,
+    Uid,
+    NoNewPrivileges,
+    Landlock,
+}
+
+impl Step {
+    const ALL: [Step; 9] = [
+        Self::Lock,
+        Self::Inherit,
+        Self::Limits,
+        Self::Namespaces,
+        Self::Groups,
+        Self::Gid,
+        Self::Uid,
+        Self::NoNewPrivileges,
+        Self::Landlock,
+    ];
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Lock => "lock its pid file (is it running already?)",
+            Self::Inherit => "hand over its descriptors",
+            Self::Limits => "set its resource limits",
+            Self::Namespaces => "give it empty network and ipc namespaces",
+            Self::Groups => "drop supplementary groups",
+            Self::Gid => "drop to its own group",
+            Self::Uid => "drop to its own user",
+            Self::NoNewPrivileges => "forbid it new privileges",
+            Self::Landlock => "restrict it to its paths with Landlock",
+        }
+    }
+
+    /// Whether the program can run without it. A lock or descriptor is no hardening.
+    fn optional(self) -> bool {
+        !matches!(self, Self::Lock | Self::Inherit | Self::Limits)
+    }
+}
+
+/// Starts the program. Returns once it is executing.
+///
+/// # Errors
+/// [`ErrorKind::Host`] naming the step that failed.
+pub fn spawn(confined: Confined) -> Result<Child> {
+    let Confined { program, args, inherit, uid, paths, log, pid_lock, hardening } = confined;
+    let ruleset = landlock_ruleset(&paths, hardening)?;
+    let (mut failed_at, report) = std::io::pipe().map_err(|e| Error::os("make a pipe", e))?;
+    let errors = log.try_clone().map_err(|e| Error::os("copy the log's descriptor", e))?;
+    let mut command = Command::new(&program);
+    command.args(&args).stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
+    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
+    let fds: Vec<RawFd> = inherit.iter().map(AsRawFd::as_raw_fd).chain([pid_lock.as_raw_fd()]).collect();
+    let steps = Steps {
+        fds,
+        lock: pid_lock.as_raw_fd(),
+        uid,
+        ruleset: ruleset.as_ref().map(AsRawFd::as_raw_fd),
+        hardening,
+        report: report.as_raw_fd(),
+    };
+    before_exec(&mut command, steps);
+    let spawned = command.spawn();
+    drop((report, inherit, pid_lock));
+    let mut steps = Vec::new();
+    failed_at.read_to_end(&mut steps).map_err(|e| Error::os("read how the start went", e))?;
+    let steps: Vec<_> = steps.iter().filter_map(|n| Step::ALL.into_iter().find(|s| *s as u8 == *n)).collect();
+    let child = spawned.map_err(|error| match steps.last() {
+        Some(step) => Error::os(format!("start '{}': {}", program.display(), step.describe()), error)
+            .hint("the configuration's `hardening` can be `best-effort` where a host can not do this"),
+        None => Error::io("start", &program, error),
+    })?;
+    for step in steps {
+        tracing::warn!(step = step.describe(), "this host can not confine QEMU fully");
+    }
+    let process = Process::open(child.id() as i32)?;
+    Ok(Child { child, process, watch: None })
+}
+
+/// What the child needs; no heap is touched after the fork.
+struct Steps {
+    fds: Vec<RawFd>,
+    lock: RawFd,
+    uid: u32,
+    ruleset: Option<RawFd>,
+    hardening: Hardening,
+    report: RawFd,
+}
+
+#[allow(unsafe_code)]
+fn before_exec(command: &mut Command, steps: Steps) {
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed. `run` makes raw system calls on numbers
+    // and on memory that was filled before; it neither allocates nor locks.
+    unsafe { command.pre_exec(move || steps.run()) };
+}
+
+impl Steps {
+    fn run(&self) -> std::io::Result<()> {
+        self.step(Step::Lock, || {
+            let lock = pidlock::whole_file(libc::F_WRLCK);
+            call(libc::SYS_fcntl, [self.lock as usize, libc::F_SETLK as usize, &raw const lock as usize])
+        })?;
+        for fd in &self.fds {
+            self.step(Step::Inherit, || call(libc::SYS_fcntl, [*fd as usize, libc::F_SETFD as usize, 0]))?;
+        }
+        self.step(Step::Limits, limits)?;
+        if self.hardening == Hardening::Off {
+            return Ok(());
+        }
+        let id = self.uid as usize;
+        let namespaces = (libc::CLONE_NEWNET | libc::CLONE_NEWIPC) as usize;
+        self.step(Step::Namespaces, || call(libc::SYS_unshare, [namespaces, 0, 0]))?;
+        self.step(Step::Groups, || call(libc::SYS_setgroups, [0, 0, 0]))?;
+        self.step(Step::Gid, || call(libc::SYS_setresgid, [id, id, id]))?;
+        self.step(Step::Uid, || call(libc::SYS_setresuid, [id, id, id]))?;
+        self.step(Step::NoNewPrivileges, || call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0]))?;
+        if let Some(ruleset) = self.ruleset {
+            self.step(Step::Landlock, || call(libc::SYS_landlock_restrict_self, [ruleset as usize, 0, 0]))?;
+        }
+        Ok(())
+    }
+
+    /// Does one step; a failure is reported by number and, if it must not be, returned.
+    fn step(&self, step: Step, act: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
+        let Err(error) = act() else { return Ok(()) };
+        let number = step as u8;
+        let _ = call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]);
+        if step.optional() && self.hardening == Hardening::BestEffort { Ok(()) } else { Err(error) }
+    }
+}
+
+fn limits() -> std::io::Result<()> {
+    for (resource, limit) in [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, DESCRIPTORS)] {
+        let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+        call(libc::SYS_setrlimit, [resource as usize, &raw const limit as usize, 0])?;
+    }
+    Ok(())
+}
+
+/// A system call of up to three arguments, without the C library's bookkeeping for threads, which the child of a fork
+/// must not enter.
+#[allow(unsafe_code)]
+fn call(number: libc::c_long, arguments: [usize; 3]) -> std::io::Result<()> {
+    let [a, b, c] = arguments;
+    // SAFETY: every caller passes numbers, or addresses of values that live across the call and that the kernel only
+    // reads. prctl's two unused arguments are zero as it demands.
+    let result = unsafe { libc::syscall(number, a, b, c, 0usize, 0usize) };
+    if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The rules as a descriptor; `None` where hardening is off or may do without.
+fn landlock_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>> {
+    if hardening == Hardening::Off {
+        return Ok(None);
+    }
+    let made = make_ruleset(paths, hardening);
+    match (made, hardening) {
+        (Ok(fd), _) => Ok(fd),
+        (Err(error), Hardening::BestEffort) => {
+            tracing::warn!(%error, "this host has no Landlock: QEMU is confined by its user alone");
+            Ok(None)
+        }
+        (Err(error), _) => Err(Error::new(ErrorKind::Host, "prepare Landlock rules").because(error).hint(
+            "Landlock needs Linux 5.13 and `landlock` in the kernel's `lsm=` list; or set `hardening` to `best-effort`",
+        )),
+    }
+}
+
+fn make_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>, landlock::RulesetError> {
+    let level = if hardening == Hardening::Strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
+    let created = Ruleset::default()
+        .set_compatibility(level)
+        .handle_access(AccessFs::from_all(ABI::V1))?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK))?
+        .create()?
+        // Rules for paths this host does not have are skipped by `path_beneath_rules`.
+        .add_rules(path_beneath_rules(&paths.read, AccessFs::from_read(LANDLOCK)))?
+        .add_rules(path_beneath_rules(&paths.write, AccessFs::from_read(LANDLOCK) | AccessFs::WriteFile))?;
+    Ok(created.into())
+}
+
+/// A confined program that was started by this process.
+#[derive(Debug)]
+pub struct Child {
+    child: std::process::Child,
+    process: Process,
+    /// Registered with the event loop at the first wait.
+    watch: Option<AsyncFd<OwnedFd>>,
+}
+
+impl Child {
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Waits for its end and reaps it. May be dropped and called again.
+    pub async fn exited(&mut self) -> Result<ExitStatus> {
+        if self.watch.is_none() {
+            let fd = self.process.as_fd().try_clone_to_owned().map_err(|e| Error::os("copy a pidfd", e))?;
+            let watch = AsyncFd::with_interest(fd, Interest::READABLE).map_err(|e| Error::os("watch a pidfd", e))?;
+            self.watch = Some(watch);
+        }
+        if let Some(watch) = &self.watch {
+            watch.readable().await.map_err(|e| Error::os("watch a pidfd", e))?.retain_ready();
+        }
+        self.child.wait().map_err(|e| Error::os(format!("reap process {}", self.process.pid()), e))
+    }
+
+    /// Kills and reaps it.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.process.signal(Signal::SIGKILL)?;
+        self.child.wait().map_err(|e| Error::os(format!("reap process {}", self.process.pid()), e))
+    }
+}
+
+impl Paths {
+    /// What QEMU opens by itself: its libraries, firmware and modules, and what the C library and glib look at. No
+    /// directory it could write to.
+    pub fn of_qemu(binary: &Path) -> Self {
+        // A QEMU outside /usr has its firmware and libraries beside it: /opt/qemu/bin/… means /opt/qemu.
+        let prefix = binary.parent().and_then(Path::parent).filter(|prefix| prefix.parent().is_some());
+        let fixed = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/proc", "/sys/devices/system", "/dev/urandom"];
+        Self {
+            read: fixed.iter().map(PathBuf::from).chain(prefix.map(Path::to_owned)).collect(),
+            // QEMU tries there whether the kernel has open-file-description locks.
+            write: vec!["/dev/null".into()],
+        }
+    }
+}
+
+/// Opens the file a confined program locks while it lives.
+pub fn open_pid_lock(path: &Path) -> Result<File> {
+    pidlock::open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn confined(dir: &Path, script: &str, hardening: Hardening) -> Confined {
+        Confined {
+            program: "/bin/sh".into(),
+            args: vec!["-c".into(), script.into()],
+            inherit: Vec::new(),
+            uid: 1_900_000_001,
+            paths: Paths::of_qemu(Path::new("/usr/bin/qemu-system-x86_64")),
+            log: File::create(dir.join("log")).unwrap(),
+            pid_lock: pidlock::open(&dir.join("x.pid")).unwrap(),
+            hardening,
+        }
+    }
+
+    fn says(script: &str, hardening: Hardening) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let child = spawn(confined(dir.path(), script, hardening)).unwrap();
+        assert!(child.process().wait_exit(Instant::now() + Duration::from_secs(20)).unwrap());
+        let mut child = child;
+        child.kill().unwrap();
+        std::fs::read_to_string(dir.path().join("log")).unwrap()
+    }
+
+    #[test]
+    fn a_confined_program_is_nobody_and_sees_nothing() {
+        let status = says("cat /proc/self/status; cat /proc/net/dev; cat /etc/passwd; : >/tmp/x", Hardening::Strict);
+        for line in ["Uid:\t1900000001\t1900000001", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Groups:\t \n"] {
+            assert!(status.contains(line), "{line} in {status}");
+        }
+        assert!(!status.contains("eth0:"), "{status}");
+        assert!(status.contains("/etc/passwd: Permission denied"), "{status}");
+        assert!(status.contains("/tmp/x: Permission denied"), "{status}");
+    }
+
+    #[test]
+    fn without_hardening_it_is_plain() {
+        assert!(says("cat /proc/self/status", Hardening::Off).contains("NoNewPrivs:\t0"));
+    }
+
+    #[test]
+    fn it_holds_its_lock_until_it_is_killed_and_keeps_what_it_inherits() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let fd = OwnedFd::from(writer);
+        let script = format!("echo here >&{}; exec sleep 60", fd.as_raw_fd());
+        let mut child =
+            spawn(Confined { inherit: vec![fd], ..confined(dir.path(), &script, Hardening::Strict) }).unwrap();
+        let mut said = [0; 5];
+        reader.read_exact(&mut said).unwrap();
+        assert_eq!(&said, b"here\n");
+        let holder = pidlock::holder(&dir.path().join("x.pid")).unwrap().expect("alive");
+        assert_eq!(holder.pid(), child.process().pid());
+        let again = spawn(confined(dir.path(), "true", Hardening::Strict)).unwrap_err();
+        assert!(again.report().contains("is it running already?"), "{}", again.report());
+        child.kill().unwrap();
+        assert!(pidlock::holder(&dir.path().join("x.pid")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = Confined { program: "/nonexistent".into(), ..confined(dir.path(), "", Hardening::Strict) };
+        assert!(spawn(missing).unwrap_err().report().starts_with("start '/nonexistent'"));
+    }
+}

@@ -1,0 +1,6 @@
+//! The operating system: the only rooms with unsafe code, each behind a safe function. They know Linux, not BOSH or QEMU.
+
+pub mod confine;
+pub mod detach;
+pub mod pidfd;
+pub mod pidlock;
