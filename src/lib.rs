@@ -3,6 +3,7 @@ pub mod cid;
 pub mod config;
 pub mod error;
 pub mod host;
+pub mod image;
 pub mod qemu;
 pub mod schema;
 pub mod store;

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 
 /// The parent of all groups, removed with the last of them.
 const PARENT: &str = "bosh-qemu-cpi";

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::choice;
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::units::{Bytes, MiB};
 
@@ -60,23 +61,13 @@ pub enum Desired {
     Stopped,
 }
 
-/// Format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// qcow2, version 3.
-    Qcow2,
-    /// Bytes as the guest sees them.
-    Raw,
-}
-
-impl Format {
-    /// QEMU's name of the driver.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-        }
+choice! {
+    /// How the bytes of an image are laid out, in QEMU's words.
+    pub enum Format ("\"qcow2\" or \"raw\"") {
+        /// QEMU's copy-on-write format, version 2 or 3.
+        Qcow2 = "qcow2",
+        /// The disk's bytes, one after the other; holes are zeros.
+        Raw = "raw",
     }
 }
 

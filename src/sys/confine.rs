@@ -29,7 +29,7 @@ use tokio::io::unix::AsyncFd;
 use super::pidfd::Process;
 use super::pidlock;
 use crate::config::Hardening;
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// The newest Landlock whose rights are asked for; an older kernel leaves out what it does not know.
 const LANDLOCK: ABI = ABI::V5;
@@ -274,9 +274,7 @@ impl Child {
     /// Waits for its end and reaps it. May be dropped and called again.
     pub async fn exited(&mut self) -> Result<ExitStatus> {
         if self.watch.is_none() {
-            let fd = self.process.as_fd().try_clone_to_owned().map_err(|e| Error::os("copy a pidfd", e))?;
-            let watch = AsyncFd::with_interest(fd, Interest::READABLE).map_err(|e| Error::os("watch a pidfd", e))?;
-            self.watch = Some(watch);
+            self.watch = Some(watch(&self.process)?);
         }
         if let Some(watch) = &self.watch {
             watch.readable().await.map_err(|e| Error::os("watch a pidfd", e))?.retain_ready();
@@ -289,6 +287,15 @@ impl Child {
         self.process.signal(Signal::SIGKILL)?;
         self.child.wait().map_err(|e| Error::os(format!("reap process {}", self.process.pid()), e))
     }
+}
+
+/// Registers a process with the event loop of this thread.
+#[allow(unsafe_code)]
+fn watch(process: &Process) -> Result<AsyncFd<OwnedFd>> {
+    let fd = process.as_fd().try_clone_to_owned().map_err(|e| Error::os("copy a pidfd", e))?;
+    // SAFETY: an OwnedFd is open, is one number for its life, and stays inside the AsyncFd until that is dropped.
+    let watch = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+    watch.map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
 }
 
 impl Paths {

@@ -1,0 +1,136 @@
+//! SHA-256 of files.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+
+/// A SHA-256 digest. Its text is 64 lower-case hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Digest([u8; 32]);
+
+/// A text that is no SHA-256 digest. It is not repeated: it came from somebody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected a SHA-256 digest: 64 hexadecimal digits, with or without 'sha256:' before them")]
+pub struct DigestError;
+
+impl Digest {
+    /// The digest of what `file` holds, read to its end. `path` is its name in errors.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).at("open", path)?;
+        let mut buffer = vec![0; 256 * 1024];
+        let mut hasher = Hasher::default();
+        loop {
+            match file.read(&mut buffer).at("read", path)? {
+                0 => return Ok(hasher.finish()),
+                count => hasher.update(&buffer[..count]),
+            }
+        }
+    }
+
+    /// Checks that `path` holds what an operator said it does.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] when it does not. The message is the same whatever the file holds: who may name a
+    /// path here must not learn digests of files that are not theirs.
+    pub fn verify(self, path: &Path) -> Result<()> {
+        if Self::of_file(path)? == self {
+            return Ok(());
+        }
+        let message = format!("the SHA-256 digest of '{}' is not the one given", path.display());
+        Err(Error::new(ErrorKind::BadRequest, message))
+    }
+}
+
+/// Makes a [`Digest`] of bytes as they pass by.
+#[derive(Default)]
+pub(super) struct Hasher(Sha256);
+
+impl Hasher {
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub(super) fn finish(self) -> Digest {
+        Digest(self.0.finalize().into())
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Digest({self})")
+    }
+}
+
+impl FromStr for Digest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        let digits = text.strip_prefix("sha256:").unwrap_or(text).as_bytes();
+        let mut bytes = [0; 32];
+        if digits.len() != 2 * bytes.len() {
+            return Err(DigestError);
+        }
+        let value = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks(2)) {
+            *byte = value(pair[0]).ok_or(DigestError)? << 4 | value(pair[1]).ok_or(DigestError)?;
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for Digest {
+    type Error = DigestError;
+
+    fn try_from(text: String) -> Result<Self, DigestError> {
+        text.parse()
+    }
+}
+
+impl From<Digest> for String {
+    fn from(digest: Digest) -> String {
+        digest.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// FIPS 180-2, appendix B.1.
+    const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+    #[test]
+    fn a_file_is_verified() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "abc").unwrap();
+        for spelling in [ABC.to_owned(), ABC.to_uppercase(), format!("sha256:{ABC}")] {
+            spelling.parse::<Digest>().unwrap().verify(file.path()).unwrap();
+        }
+        std::fs::write(file.path(), "abd").unwrap();
+        let refused = ABC.parse::<Digest>().unwrap().verify(file.path()).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::BadRequest);
+        assert!(!refused.report().contains("a52d159f262b2c6ddb724a61840befc36eb30c88877a4030b65cbe86298449c9"));
+    }
+
+    #[test]
+    fn text_and_back() {
+        assert_eq!(ABC.parse::<Digest>().unwrap().to_string(), ABC);
+        for wrong in ["", "ba78", &ABC[1..], &format!("{}g", &ABC[1..]), &format!("sha1:{ABC}"), &"é".repeat(32)] {
+            assert_eq!(wrong.parse::<Digest>(), Err(DigestError), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! FAT images for config drives: one filesystem, no partition table, found in the guest by its label.
+//!
+//! The image is made in memory and written once: config drives hold a few kilobytes.
+
+use std::collections::BTreeSet;
+use std::io::{Cursor, Write};
+use std::path::Path;
+
+use fatfs::{FileSystem, FormatVolumeOptions, FsOptions, format_volume};
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::image::{create_new, keep, raw};
+
+/// Size of the smallest image.
+const MIB: usize = 1 << 20;
+/// Taken for the unit of allocation when estimating what files need. fatfs chooses a smaller one up to 4 GiB.
+const CLUSTER: usize = 4096;
+
+/// Writes a FAT filesystem labelled `label` that holds `files` to a new file at `path`, mode 0600. A file's name may
+/// have folders before it, separated by `/`. There is at least 1 MiB, and room to spare. The file is durable, its name
+/// is not yet.
+///
+/// # Errors
+/// [`ErrorKind::Internal`] when label or names are none FAT can hold; otherwise when `path` exists or can not be
+/// written. Contents are never quoted: they are secrets.
+pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<()> {
+    let image = image(label, files).map_err(|error| {
+        Error::new(ErrorKind::Internal, format!("make the FAT image '{}'", path.display())).because(error)
+    })?;
+    let new = create_new(path)?;
+    new.as_file().set_len(image.len() as u64).at("set the size of", path)?;
+    raw::write_sparse(new.as_file(), 0, &image).at("write", path)?;
+    keep(new)
+}
+
+fn image(label: &str, files: &[(&str, &[u8])]) -> std::io::Result<Vec<u8>> {
+    let options = FormatVolumeOptions::new().volume_label(padded(label)?);
+    let mut image = Cursor::new(vec![0; size_for(files)]);
+    format_volume(&mut image, options)?;
+    {
+        let filesystem = FileSystem::new(&mut image, FsOptions::new())?;
+        let root = filesystem.root_dir();
+        for (name, content) in files {
+            for (at, _) in name.match_indices('/') {
+                root.create_dir(&name[..at])?;
+            }
+            let mut file = root.create_file(name)?;
+            file.write_all(content)?;
+            file.flush()?;
+        }
+    }
+    Ok(image.into_inner())
+}
+
+/// The label as FAT keeps it: upper case, 11 bytes, padded with spaces.
+fn padded(label: &str) -> std::io::Result<[u8; 11]> {
+    let allowed = |c: u8| c.is_ascii_uppercase() || c.is_ascii_digit() || b"-_".contains(&c);
+    if label.is_empty() || label.len() > 11 || !label.bytes().all(allowed) {
+        return Err(std::io::Error::other("a FAT label has 1 to 11 characters of 'A' to 'Z', '0' to '9', '-' and '_'"));
+    }
+    let mut padded = [b' '; 11];
+    padded[..label.len()].copy_from_slice(label.as_bytes());
+    Ok(padded)
+}
+
+/// Bytes of an image with room for `files`: whole clusters, one more for each folder, the tables (12 to 32 bits a
+/// cluster) and an eighth to spare.
+fn size_for(files: &[(&str, &[u8])]) -> usize {
+    let folders: BTreeSet<&str> =
+        files.iter().flat_map(|(name, _)| name.match_indices('/').map(|(at, _)| &name[..at])).collect();
+    let contents: usize = files.iter().map(|(_, content)| content.len().next_multiple_of(CLUSTER)).sum();
+    let needed = contents + (files.len() + folders.len()) * CLUSTER;
+    (needed + needed / 8 + MIB / 2).next_multiple_of(MIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read_back(path: &Path, name: &str) -> Vec<u8> {
+        let filesystem = FileSystem::new(File::options().read(true).write(true).open(path).unwrap(), FsOptions::new());
+        let mut content = Vec::new();
+        filesystem.unwrap().root_dir().open_file(name).unwrap().read_to_end(&mut content).unwrap();
+        content
+    }
+
+    #[test]
+    fn a_config_drive_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.img");
+        let files: [(&str, &[u8]); 3] = [
+            ("ec2/latest/meta-data.json", b"{}"),
+            ("ec2/latest/user-data", b"{\"agent_id\": \"a\"}"),
+            ("ec2/a name longer than eight and three", b""),
+        ];
+        write_labelled(&path, "CONFIG-2", &files).unwrap();
+        for (name, content) in files {
+            assert_eq!(read_back(&path, name), content);
+        }
+        let meta = path.metadata().unwrap();
+        assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (MIB as u64, 0o600));
+        let filesystem = FileSystem::new(File::options().read(true).write(true).open(&path).unwrap(), FsOptions::new());
+        let filesystem = filesystem.unwrap();
+        assert_eq!(filesystem.volume_label(), "CONFIG-2");
+        assert_eq!(filesystem.read_volume_label_from_root_dir().unwrap().as_deref(), Some("CONFIG-2"));
+        let head = std::fs::read(&path).unwrap();
+        assert_eq!((&head[510..512], &head[446..510]), (&[0x55, 0xaa][..], &[0; 64][..]), "no partition table");
+        assert!(write_labelled(&path, "CONFIG-2", &files).unwrap_err().report().contains("exists"));
+    }
+
+    #[test]
+    fn large_and_many_files_fit() {
+        let dir = tempfile::tempdir().unwrap();
+        let content: Vec<u8> = (0..11_000_000u32).map(|n| (n % 251) as u8).collect();
+        let path = dir.path().join("large.img");
+        write_labelled(&path, "CONFIG-2", &[("a/user-data", &content), ("a/other", &content[..70_000])]).unwrap();
+        assert!(read_back(&path, "a/user-data") == content);
+        let names: Vec<String> = (0..1000).map(|n| format!("folder-{}/file with number {n}", n % 7)).collect();
+        let files: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &content[..5])).collect();
+        let path = dir.path().join("many.img");
+        write_labelled(&path, "CONFIG-2", &files).unwrap();
+        assert_eq!(read_back(&path, &names[999]), &content[..5]);
+    }
+
+    #[test]
+    fn what_fat_can_not_hold_is_refused_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.img");
+        for (label, name) in
+            [("", "a"), ("config-2", "a"), ("TWELVE-CHARS", "a"), ("CONFIG-2", "a*b"), ("CONFIG-2", "")]
+        {
+            let refused = write_labelled(&path, label, &[(name, b"secret")]).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Internal, "{label} {name}");
+            assert!(!refused.report().contains("secret"));
+        }
+        assert!(!path.exists());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn whatever_the_sizes_it_fits(sizes in prop::collection::vec(0..200_000usize, 0..12)) {
+            let content = vec![7; 200_000];
+            let names: Vec<String> = (0..sizes.len()).map(|n| format!("d{n}/file")).collect();
+            let files: Vec<(&str, &[u8])> = names.iter().zip(&sizes).map(|(n, s)| (n.as_str(), &content[..*s])).collect();
+            image("CONFIG-2", &files).unwrap();
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The tar archive around the image: which member is the image, and what must not be in there.
+
+use std::cell::Cell;
+use std::ffi::OsStr;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path};
+
+use tar::{Archive, EntryType, Header, PaxExtensions};
+
+use super::Failure;
+use super::refusal::{Refusal, printable};
+
+/// Names a member must have at the archive's top to be the image: openstack and aws stemcells, google stemcells.
+const IMAGES: [&str; 2] = ["root.img", "disk.raw"];
+/// Bytes that long names, extended headers and the hole map of one member may take. The map of a badly fragmented
+/// 5 GiB image is under 1 MiB.
+const DESCRIPTION_LIMIT: u64 = 4 << 20;
+/// Names of members told in an error.
+const NAMES_TOLD: usize = 5;
+
+/// Whether `block`, the first of a file, is the header of an archive's first member: its checksum says so.
+pub(super) fn is_archive(block: &[u8]) -> bool {
+    let Ok(block) = <&[u8; 512]>::try_from(block) else { return false };
+    // The checksum is made with spaces in its own place, bytes 148 to 155.
+    let byte = |at: usize| if (148..156).contains(&at) { b' ' } else { block[at] };
+    let sum: u32 = (0..block.len()).map(|at| u32::from(byte(at))).sum();
+    Header::from_byte_slice(block).cksum().is_ok_and(|told| told == sum)
+}
+
+/// Reads the archive in `stream` to its end and gives its image to `accept`, once.
+pub(super) fn read<T>(
+    stream: impl Read,
+    mut accept: impl FnMut(&mut dyn Read) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let limit = Limit::default();
+    let mut archive = Archive::new(Bounded { stream, limit: &limit });
+    let mut image = None;
+    let mut others = Vec::new();
+    let mut entries = archive.entries()?;
+    loop {
+        limit.left.set(Some(DESCRIPTION_LIMIT));
+        let Some(entry) = entries.next() else { break };
+        let mut entry = entry.map_err(|error| limit.explain(error))?;
+        limit.left.set(None);
+        let (path, kind) = (entry.path_bytes().into_owned(), entry.header().entry_type());
+        let top = check_member(&path, kind)?;
+        entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
+        let mut member = Member { left: entry.size(), content: entry };
+        if top.is_some_and(|name| is_file(kind) && IMAGES.contains(&name)) {
+            if image.is_some() {
+                return Err(Refusal::TwoImages(printable(&path)).into());
+            }
+            image = Some(accept(&mut member).map_err(|failure| failure.in_member(&path))?);
+        } else if others.len() <= NAMES_TOLD {
+            others.push(printable(&path));
+        }
+        // To the end even of what is not wanted: a cut shows here, and the limit is for the next headers alone.
+        io::copy(&mut member, &mut io::sink()).map_err(|error| Failure::from(error).in_member(&path))?;
+    }
+    if limit.ended.get() {
+        return Err(Refusal::Truncated("the tar archive").into());
+    }
+    expect_padding(archive.into_inner().stream)?;
+    image.ok_or_else(|| Refusal::NoImage(told(others)).into())
+}
+
+fn is_file(kind: EntryType) -> bool {
+    matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse)
+}
+
+/// Checks path and kind of a member and returns its name if it lies at the top.
+fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
+    let mut parts = Path::new(OsStr::from_bytes(path)).components().filter(|part| *part != Component::CurDir);
+    if parts.clone().any(|part| !matches!(part, Component::Normal(_))) {
+        return Err(Refusal::MemberPath(printable(path)));
+    }
+    let kind = match kind {
+        EntryType::Directory | EntryType::XGlobalHeader => None,
+        kind if is_file(kind) => None,
+        EntryType::Symlink => Some("symbolic link"),
+        EntryType::Link => Some("hard link"),
+        EntryType::Char | EntryType::Block => Some("device"),
+        EntryType::Fifo => Some("pipe"),
+        _ => Some("thing of unknown type"),
+    };
+    match (kind, parts.next(), parts.next()) {
+        (Some(kind), ..) => Err(Refusal::MemberKind { name: printable(path), kind }),
+        (None, Some(Component::Normal(name)), None) => Ok(name.to_str()),
+        _ => Ok(None),
+    }
+}
+
+/// The tar crate would hand out the hole map of such a member as the beginning of its data.
+fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), Failure> {
+    if extensions.any(|extension| extension.is_ok_and(|extension| extension.key_bytes().starts_with(b"GNU.sparse"))) {
+        return Err(Refusal::Archive("it has holes in POSIX format; pack it with tar --format=gnu".into()).into());
+    }
+    Ok(())
+}
+
+fn told(mut names: Vec<String>) -> String {
+    if names.is_empty() {
+        return "no file at all".into();
+    }
+    if names.len() > NAMES_TOLD {
+        names[NAMES_TOLD] = "…".into();
+    }
+    names.join(", ")
+}
+
+/// Behind the end of an archive there may be blocks of zeros, as many as a tape record wants.
+fn expect_padding(mut stream: impl Read) -> Result<(), Failure> {
+    let mut buffer = [0; 8192];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            count if buffer[..count].iter().any(|byte| *byte != 0) => return Err(Refusal::Trailing.into()),
+            _ => {}
+        }
+    }
+}
+
+/// What is known of a [`Bounded`] reader while the archive owns it.
+#[derive(Default)]
+struct Limit {
+    /// Bytes that may still be read; `None`: any number.
+    left: Cell<Option<u64>>,
+    ended: Cell<bool>,
+}
+
+impl Limit {
+    /// The tar crate has no kind for an archive that ends early.
+    fn explain(&self, error: io::Error) -> Failure {
+        if self.ended.get() { Refusal::Truncated("the tar archive").into() } else { error.into() }
+    }
+}
+
+/// Keeps the tar crate from collecting names and headers without end: it holds them in memory.
+struct Bounded<'a, R> {
+    stream: R,
+    limit: &'a Limit,
+}
+
+impl<R: Read> Read for Bounded<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = self.limit.left.get().map_or(buffer.len(), |left| buffer.len().min(left as usize));
+        if most == 0 && !buffer.is_empty() {
+            return Err(io::Error::other("the description of a member takes more than 4 MiB"));
+        }
+        let count = self.stream.read(&mut buffer[..most])?;
+        self.limit.left.set(self.limit.left.get().map(|left| left - count as u64));
+        self.limit.ended.set(count == 0 && !buffer.is_empty());
+        Ok(count)
+    }
+}
+
+/// The content of a member. [`io::ErrorKind::UnexpectedEof`] if it is shorter than its header says.
+struct Member<R> {
+    content: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Member<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.content.read(buffer)?;
+        if count == 0 && self.left > 0 && !buffer.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left = self.left.saturating_sub(count as u64);
+        Ok(count)
+    }
+}

@@ -1,0 +1,328 @@
+//! Imports a stemcell's `image` file: from whatever BOSH hands over to a sparse raw file that VMs are based on.
+//!
+//! ```text
+//!              ┌ gzip ┐  ┌ tar: root.img | disk.raw ┐  ┌ qcow2 ─▶ decode ─┐
+//!  source ─────┤      ├──┤                          ├──┤                  ├──▶ .import-… ──▶ target
+//!              └ none ┘  └ none                     ┘  └ raw ─────────────┘    sparse      fsync, rename,
+//!         (a thread reads)       (this thread takes, decodes and writes)       mode 0600   fsync; mode 0444
+//! ```
+//!
+//! One pass, no third copy. A qcow2 file that can not be decoded as it streams by (its tables lie behind its data, it
+//! uses zstd) is read a second time into a file without a name, checked and converted by `qemu-img`.
+//!
+//! The source is hostile: every size in it is bounded by [`MiB::MAX`], by memory limits and by the deadline. Whatever
+//! is refused leaves nothing behind but, after SIGKILL, the `.import-…` file beside the target.
+
+mod archive;
+pub(super) mod probe;
+mod refusal;
+mod source;
+#[cfg(test)]
+mod tests;
+
+use std::cell::Cell;
+use std::fs::{File, Permissions};
+use std::io::{self, Cursor, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Instant;
+
+use tempfile::NamedTempFile;
+
+pub use self::refusal::Refusal;
+use self::refusal::printable;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::image::digest::Digest;
+use crate::image::qcow2::decode::{DecodeError, decode};
+use crate::image::qcow2::{Header, HeaderError};
+use crate::image::qemu_img::{Convert, QemuImg, STDIN};
+use crate::image::{Format, parent_of, raw, sync_parent};
+use crate::units::{Bytes, MiB};
+
+/// What to do about an image of 0 bytes.
+pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this host: set 'image_path' and 'sha256' in its cloud_properties";
+
+/// Told now and then how many bytes of the source file have been read.
+pub type Progress<'a> = &'a mut dyn FnMut(Bytes);
+
+/// An import to be done.
+#[derive(Debug, Clone, Copy)]
+pub struct Import<'a> {
+    /// The stemcell's `image` file. Only read during [`Import::run`].
+    pub source: &'a Path,
+    /// The format the stemcell says the image has, if it says one.
+    pub declared: Option<Format>,
+    /// The raw image to make. Must not exist; its directory must.
+    pub target: &'a Path,
+    /// Converts what can not be decoded in one pass.
+    pub qemu_img: &'a QemuImg,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// What was imported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Imported {
+    /// The format of the target: raw, whatever the source was.
+    pub format: Format,
+    /// Size of the disk: a multiple of 512 bytes.
+    pub virtual_size: Bytes,
+    /// SHA-256 of the source file as it was, not of the target.
+    pub digest: Digest,
+}
+
+impl Import<'_> {
+    /// Does it. The target is there, durable and complete, with mode 0444, or not at all.
+    ///
+    /// # Errors
+    /// - [`ErrorKind::BadRequest`] with a [`Refusal`] as source: the image is not one to take.
+    /// - [`ErrorKind::NoDiskSpace`], with what it may need where that is known.
+    /// - [`ErrorKind::Timeout`] at the deadline.
+    /// - [`ErrorKind::Conflict`]: the target exists. A base is never overwritten, VMs may run on it.
+    /// - [`ErrorKind::Host`] for what else can fail.
+    pub fn run(&self, progress: Progress<'_>) -> Result<Imported> {
+        if self.target.symlink_metadata().is_ok() {
+            return Err(self.exists());
+        }
+        let directory = parent_of(self.target);
+        let new = tempfile::Builder::new().prefix(".import-").tempfile_in(directory).at("write to", directory)?;
+        let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
+        let done = match self.read(&output, progress) {
+            Err(Failure::NotStreamable(why)) => {
+                tracing::info!("qemu-img converts '{}': {why}", self.source.display());
+                self.convert(&new, output, progress)
+            }
+            done => done.map_err(|failure| self.error(failure, &output)),
+        };
+        let (size, digest) = done?;
+        let virtual_size = Bytes(size.get().next_multiple_of(512));
+        self.publish(new, virtual_size)?;
+        Ok(Imported { format: Format::Raw, virtual_size, digest })
+    }
+
+    /// Reads the source once, from file to image.
+    fn read(&self, output: &Output<'_>, progress: Progress<'_>) -> Result<(Bytes, Digest), Failure> {
+        let file = source::open(self.source)?;
+        source::read(file, self.source, self.deadline, progress, |stream| {
+            let block = read_up_to(stream, 512)?;
+            let is_archive = archive::is_archive(&block);
+            let mut content = Cursor::new(block).chain(stream);
+            if is_archive {
+                return archive::read(content, |member| self.take(member, output));
+            }
+            let size = self.take(&mut content, output)?;
+            io::copy(&mut content, &mut io::sink())?;
+            Ok(size)
+        })
+    }
+
+    /// Takes the image that `content` is.
+    fn take(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, Failure> {
+        let head = read_up_to(content, Header::PREFIX as u64)?;
+        if head.is_empty() {
+            return Err(Refusal::NoSize.into());
+        }
+        let format = probe::format(&head, self.declared)?;
+        let mut whole = Cursor::new(&head).chain(content);
+        if format == Format::Raw {
+            return self.copy_raw(&mut whole, output);
+        }
+        let header = probe::qcow2(&head)?;
+        output.size.set(Some(header.virtual_size));
+        match output.spool {
+            None => decode(&header, whole, output.raw, self.deadline).map_err(|error| self.decode_failure(error))?,
+            Some(spool) => self.spool(&mut whole, spool)?,
+        }
+        Ok(header.virtual_size)
+    }
+
+    fn copy_raw(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, Failure> {
+        let mut size = 0;
+        let mut buffer = Vec::with_capacity(COPIED_AT_ONCE);
+        loop {
+            buffer.clear();
+            content.take(COPIED_AT_ONCE as u64).read_to_end(&mut buffer)?;
+            if buffer.is_empty() {
+                return Ok(Bytes(size));
+            }
+            if size + buffer.len() as u64 > MiB::MAX.bytes().get() {
+                return Err(Refusal::TooLarge.into());
+            }
+            raw::write_sparse(output.raw, size, &buffer).at("write", self.target)?;
+            size += buffer.len() as u64;
+        }
+    }
+
+    fn spool(&self, content: &mut dyn Read, mut spool: &File) -> Result<(), Failure> {
+        let mut buffer = vec![0; COPIED_AT_ONCE];
+        loop {
+            let count = content.read(&mut buffer)?;
+            if count == 0 {
+                return Ok(());
+            }
+            io::Write::write_all(&mut spool, &buffer[..count]).at("write a copy beside", self.target)?;
+        }
+    }
+
+    /// The second pass, for what the first could not decode.
+    fn convert(&self, new: &NamedTempFile, output: Output<'_>, progress: Progress<'_>) -> Result<(Bytes, Digest)> {
+        let directory = parent_of(self.target);
+        let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
+        let output = Output { spool: Some(&spool), ..output };
+        let (size, digest) = self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
+        let convert = Convert {
+            source: Path::new(STDIN),
+            source_format: Format::Qcow2,
+            target: new.path(),
+            target_format: Format::Raw,
+        };
+        let handle = || spool.try_clone().at("duplicate a handle of a copy beside", self.target);
+        // `convert` would read zeros where a cluster lies beyond the end of a file that was cut off.
+        let found = self.qemu_img.check_file(handle()?, self.deadline)?;
+        if found.corruptions > 0 {
+            let refusal = Refusal::Damaged(format!("qemu-img check finds {} corruptions", found.corruptions));
+            return Err(self.error(refusal.into(), &output));
+        }
+        let converted = self.qemu_img.convert_file(handle()?, &convert, self.deadline);
+        converted.map_err(|error| self.error(Failure::Failed(error), &output))?;
+        Ok((size, digest))
+    }
+
+    /// Gives the finished file its name, durably.
+    fn publish(&self, new: NamedTempFile, size: Bytes) -> Result<()> {
+        let file = new.as_file();
+        file.set_len(size.get()).at("set the size of", self.target)?;
+        file.set_permissions(Permissions::from_mode(0o444)).at("protect", self.target)?;
+        file.sync_all().at("fsync", self.target)?;
+        new.persist_noclobber(self.target).map_err(|error| match error.error.kind() {
+            io::ErrorKind::AlreadyExists => self.exists(),
+            _ => Error::io("create", self.target, error.error),
+        })?;
+        sync_parent(self.target).inspect_err(|_| {
+            // Reported as failed, so it must not be found later; the first error is the one to tell.
+            let _ = std::fs::remove_file(self.target);
+        })
+    }
+
+    fn exists(&self) -> Error {
+        Error::new(ErrorKind::Conflict, format!("the image '{}' exists already", self.target.display()))
+    }
+
+    fn decode_failure(&self, error: DecodeError) -> Failure {
+        match error {
+            DecodeError::NotStreamable(why) => Failure::NotStreamable(why),
+            DecodeError::Damaged { .. } => Refusal::Damaged(error.to_string()).into(),
+            DecodeError::Deadline => io::Error::from(io::ErrorKind::TimedOut).into(),
+            DecodeError::Read(error) => error.into(),
+            DecodeError::Write(error) => Error::io("write", self.target, error).into(),
+        }
+    }
+
+    /// As the caller sees it.
+    fn error(&self, failure: Failure, output: &Output<'_>) -> Error {
+        let source = self.source.display();
+        match failure {
+            Failure::Refused(refusal) => {
+                let hint = refusal.hint();
+                Error::new(ErrorKind::BadRequest, format!("the image '{source}' is refused"))
+                    .because(refusal)
+                    .hint(hint)
+            }
+            Failure::NotStreamable(why) => Error::new(ErrorKind::Internal, format!("'{source}' is read twice: {why}")),
+            Failure::TimedOut => {
+                let message = format!("import of '{source}' was given up at its deadline");
+                Error::new(ErrorKind::Timeout, message).hint("give create_stemcell more seconds in 'deadlines'")
+            }
+            Failure::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
+                error.during(format!("import '{source}'")).hint(self.space_hint(output.size.get()))
+            }
+            Failure::Failed(error) => error.during(format!("import '{source}'")),
+        }
+    }
+
+    fn space_hint(&self, size: Option<Bytes>) -> String {
+        let directory = parent_of(self.target);
+        let need = size.map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
+        match rustix::fs::statvfs(directory) {
+            Ok(stat) => {
+                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize));
+                format!("the image needs {need}, '{}' has {free} free", directory.display())
+            }
+            Err(_) => format!("the image needs {need} in '{}'", directory.display()),
+        }
+    }
+}
+
+/// Read and written at once where bytes are only copied. A multiple of every block size, so holes stay aligned.
+const COPIED_AT_ONCE: usize = 256 * 1024;
+
+/// Where the image goes.
+#[derive(Clone)]
+struct Output<'a> {
+    /// The raw file.
+    raw: &'a File,
+    /// Where a qcow2 file is copied as it is; `None`: it is decoded to `raw`.
+    spool: Option<&'a File>,
+    /// Size of the disk, once it is known before its data.
+    size: Cell<Option<Bytes>>,
+}
+
+/// How an attempt to import ends when it does not succeed.
+#[derive(Debug)]
+enum Failure {
+    /// The image is not one to take.
+    Refused(Refusal),
+    /// One pass can not do it.
+    NotStreamable(&'static str),
+    /// The deadline passed.
+    TimedOut,
+    /// The host failed.
+    Failed(Error),
+}
+
+impl Failure {
+    fn in_member(self, name: &[u8]) -> Self {
+        match self {
+            Self::Refused(refusal) => {
+                Self::Refused(Refusal::Member { name: printable(name), problem: Box::new(refusal) })
+            }
+            other => other,
+        }
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<HeaderError> for Failure {
+    fn from(error: HeaderError) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Errors of the stream and of the tar crate that reads it; the file's own are told by [`source::read`].
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::TimedOut => Self::TimedOut,
+            io::ErrorKind::UnexpectedEof => Refusal::Truncated("it").into(),
+            _ => Refusal::Archive(error.to_string()).into(),
+        }
+    }
+}
+
+/// The first `length` bytes of `content`, fewer if it ends before.
+fn read_up_to(content: &mut (impl Read + ?Sized), length: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    content.take(length).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,53 @@
+//! What an image is, by its first bytes, and whether it is one to take.
+
+use super::refusal::Refusal;
+use crate::image::Format;
+use crate::image::qcow2::{self, Header};
+
+/// Images and archives that are neither qcow2 nor raw, by what they have where. No disk starts like this: its first
+/// sector is code or empty.
+const FOREIGN: [(usize, &[u8], &str); 12] = [
+    (0, b"KDMV", "a VMDK image (VMware)"),
+    (0, b"COWD", "a VMDK image (VMware)"),
+    (0, b"# Disk DescriptorFile", "a VMDK descriptor (VMware)"),
+    (0, b"conectix", "a VHD image (Hyper-V, Azure)"),
+    (0, b"vhdxfile", "a VHDX image (Hyper-V)"),
+    (0x40, b"\x7f\x10\xda\xbe", "a VDI image (VirtualBox)"),
+    (0, b"QED\0", "a QED image"),
+    (0, b"\x1f\x8b\x08", "gzip data within gzip data"),
+    (0, b"\xfd7zXZ\0", "xz data"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd data"),
+    (0, b"BZh", "bzip2 data"),
+    (0, b"PK\x03\x04", "a zip archive"),
+];
+
+/// The format of an image that starts with `head`, which must be the `declared` one if any is.
+pub(in crate::image) fn format(head: &[u8], declared: Option<Format>) -> Result<Format, Refusal> {
+    let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
+    if let Some((_, _, name)) = FOREIGN.iter().find(|(at, magic, _)| has(*at, magic)) {
+        return Err(Refusal::Foreign(name));
+    }
+    let found = if has(0, &qcow2::MAGIC) { Format::Qcow2 } else { Format::Raw };
+    match declared {
+        Some(declared) if declared != found => Err(Refusal::Declared { declared, found }),
+        // Anything is a raw image to who believes it. BIOS and GPT disks alike have this signature.
+        None if found == Format::Raw && !has(510, &[0x55, 0xaa]) => Err(Refusal::Unknown),
+        _ => Ok(found),
+    }
+}
+
+/// Reads the qcow2 header at the start of `head` and refuses what would make `qemu-img` open other files, what hides
+/// the data, and what is damaged by its own word.
+pub(in crate::image) fn qcow2(head: &[u8]) -> Result<Header, Refusal> {
+    let header = Header::parse(head)?;
+    let refused = [
+        (header.backing_file.is_some(), "has a backing file: flatten it first"),
+        (header.external_data_file, "keeps its data in another file"),
+        (header.encryption.is_some(), "is encrypted"),
+        (header.corrupt, "is marked corrupt"),
+    ];
+    if let Some((_, what)) = refused.into_iter().find(|(is_so, _)| *is_so) {
+        return Err(Refusal::Feature(what));
+    }
+    if header.virtual_size.get() == 0 { Err(Refusal::NoSize) } else { Ok(header) }
+}

@@ -1,0 +1,55 @@
+//! Everything that knows image formats: qcow2 headers, empty images, stemcell import, FAT config drives, digests.
+//!
+//! ```text
+//! import ──▶ qcow2 (header, create, decode)     fat      digest
+//!    └─────▶ qemu_img (the calls that remain)   raw ◀─── import
+//! ```
+//!
+//! It works on paths and bytes. It knows nothing of BOSH's verbs, of records or of a running QEMU, and never looks
+//! for the format of an image that a guest could have written: whoever made the image says what it is.
+
+pub mod digest;
+pub mod fat;
+pub mod import;
+mod open;
+pub mod qcow2;
+pub mod qemu_img;
+pub mod raw;
+#[cfg(test)]
+mod testing;
+
+pub use open::{inspect, open};
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use tempfile::{NamedTempFile, TempPath};
+
+use crate::error::{IoContext, Result};
+pub use crate::store::record::Format;
+
+/// Creates `path`, which must not exist, with mode 0600. Dropped before [`keep`], it is removed again.
+fn create_new(path: &Path) -> Result<NamedTempFile> {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).at("create", path)?;
+    let guard = TempPath::try_from_path(path).at("create", path)?;
+    Ok(NamedTempFile::from_parts(file, guard))
+}
+
+/// Makes the content of a new file durable and leaves the file where it is. Its name is the caller's to make durable.
+fn keep(new: NamedTempFile) -> Result<()> {
+    new.as_file().sync_all().at("fsync", new.path())?;
+    let path = new.path().to_owned();
+    new.keep().map(drop).map_err(|error| error.error).at("keep", &path)
+}
+
+/// Makes the names in the directory of `path` durable.
+fn sync_parent(path: &Path) -> Result<()> {
+    let parent = parent_of(path);
+    File::open(parent).and_then(|directory| directory.sync_all()).at("fsync directory", parent)
+}
+
+/// The directory that holds `path`.
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}

@@ -1,0 +1,60 @@
+//! Opening images that exist.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::libc;
+
+use super::Format;
+use super::import::{Refusal, probe};
+use super::qcow2::Header;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::units::{Bytes, MiB};
+
+/// Opens an image for QEMU. With `direct`, past the page cache if the filesystem can (tmpfs before Linux 6.6 can not);
+/// answers whether it could, because QEMU must be told the same.
+pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)> {
+    let open = |flags| OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path);
+    if direct {
+        match open(libc::O_DIRECT) {
+            Ok(file) => return Ok((file.into(), true)),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(Error::io("open", path, error)),
+        }
+    }
+    Ok((open(0).at("open", path)?.into(), false))
+}
+
+/// Format and size of an operator's image. Its header is trusted as far as the operator is; it must stand alone.
+///
+/// # Errors
+/// [`ErrorKind::BadRequest`] if it is no plain file, or a qcow2 that needs other files or a key.
+pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
+    let refused = |why: &str| Error::new(ErrorKind::BadRequest, format!("image '{}': {why}", path.display()));
+    let file = path.metadata().at("look at", path)?;
+    if !file.is_file() {
+        return Err(refused("not a plain file"));
+    }
+    let mut head = Vec::new();
+    File::open(path).and_then(|open| open.take(Header::PREFIX as u64).read_to_end(&mut head)).at("read", path)?;
+    let (format, size) = look(&head, file.len()).map_err(|refusal| refused(&refusal.to_string()))?;
+    let size = Bytes(size.next_multiple_of(512));
+    if size > MiB::MAX.bytes() || size.get() == 0 {
+        return Err(refused("empty or larger than 64 TiB"));
+    }
+    Ok((format, size))
+}
+
+fn look(head: &[u8], length: u64) -> Result<(Format, u64), Refusal> {
+    match probe::format(head, None)? {
+        Format::Raw => Ok((Format::Raw, length)),
+        Format::Qcow2 => {
+            let header = probe::qcow2(head)?;
+            header.check_places(length)?;
+            Ok((Format::Qcow2, header.virtual_size.get()))
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Raw images: sparse files.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::image::{create_new, keep};
+use crate::units::{Bytes, MiB};
+
+/// The unit of zero detection: the block of every filesystem in use, so a smaller hole would save nothing.
+const BLOCK: usize = 4096;
+
+/// Creates an empty raw image of `size` at `path`, mode 0600: one hole, no space used. The file is durable, its name
+/// is not yet.
+///
+/// # Errors
+/// When `path` exists or can not be written, or `size` is not one an image can have: see [`check_size`].
+pub fn create(path: &Path, size: Bytes) -> Result<()> {
+    check_size(path, size)?;
+    let new = create_new(path)?;
+    new.as_file().set_len(size.get()).at("set the size of", path)?;
+    keep(new)
+}
+
+/// Refuses sizes of new images that are zero, no multiple of a 512-byte sector, or above [`MiB::MAX`].
+pub(super) fn check_size(path: &Path, size: Bytes) -> Result<()> {
+    if size.get() > 0 && size.get().is_multiple_of(512) && size <= MiB::MAX.bytes() {
+        return Ok(());
+    }
+    let rule = format!("a multiple of 512 up to {}", MiB::MAX.bytes());
+    Err(Error::new(ErrorKind::BadRequest, format!("create '{}': {size} is not {rule}", path.display())))
+}
+
+/// Writes `data` at `offset` of a file that is still a hole there, leaving blocks of zeros out.
+pub(super) fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
+    let mut start = 0;
+    while start < data.len() {
+        let zeros = count_blocks(&data[start..], true);
+        let end = start + zeros + count_blocks(&data[start + zeros..], false);
+        file.write_all_at(&data[start + zeros..end], offset + (start + zeros) as u64)?;
+        start = end;
+    }
+    Ok(())
+}
+
+/// How many bytes at the start of `data` are in blocks that are all zero (`zero`) or not.
+fn count_blocks(data: &[u8], zero: bool) -> usize {
+    static ZEROS: [u8; BLOCK] = [0; BLOCK];
+    let blocks = data.chunks(BLOCK).take_while(|block| (*block == &ZEROS[..block.len()]) == zero);
+    blocks.map(<[u8]>::len).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use super::*;
+
+    #[test]
+    fn an_empty_image_takes_no_space() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.raw");
+        create(&path, MiB::new(1024 * 1024).unwrap().bytes()).unwrap();
+        let meta = path.metadata().unwrap();
+        assert_eq!((meta.len(), meta.blocks(), meta.permissions().mode() & 0o777), (1 << 40, 0, 0o600));
+        assert!(create(&path, Bytes(512)).unwrap_err().report().contains("exists"), "never overwrites");
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused_and_leave_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.raw");
+        for size in [0, 513, MiB::MAX.bytes().get() + 512, u64::MAX] {
+            assert_eq!(create(&path, Bytes(size)).unwrap_err().kind(), ErrorKind::BadRequest);
+        }
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn zeros_become_holes_and_data_stays_where_it_was() {
+        let file = tempfile::tempfile().unwrap();
+        let mut data = vec![0u8; 1 << 20];
+        data[0] = 1;
+        data[300_000..300_010].fill(7);
+        *data.last_mut().unwrap() = 9;
+        data.extend([0, 0, 3]);
+        write_sparse(&file, 8192, &data).unwrap();
+        let mut back = vec![0u8; data.len()];
+        file.read_exact_at(&mut back, 8192).unwrap();
+        assert_eq!(back, data);
+        assert!(file.metadata().unwrap().blocks() * 512 <= 5 * BLOCK as u64);
+    }
+}
