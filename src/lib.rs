@@ -4,5 +4,7 @@
 pub mod cid;
 pub mod config;
 pub mod error;
+pub mod net;
 pub mod schema;
+pub mod sys;
 pub mod units;
