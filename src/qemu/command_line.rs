@@ -16,7 +16,7 @@ pub struct Handles {
     /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
     pub files: Vec<(Opened, RawFd)>,
     /// One tap for each NIC.
-    pub taps: Vec<RawFd>,
+    pub taps: Vec<Tap>,
     /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
     pub qmp: RawFd,
     /// See `qmp`.
@@ -25,16 +25,19 @@ pub struct Handles {
     pub serial: RawFd,
 }
 
+/// A tap on its bridge.
+#[derive(Debug, Clone, Copy)]
+pub struct Tap {
+    /// The descriptor that keeps it alive.
+    pub fd: RawFd,
+    /// Largest packet the network carries, bytes.
+    pub mtu: u32,
+}
+
 impl Handles {
     /// The descriptor set of the file `id`.
     fn fdset(&self, id: &str) -> Option<usize> {
         self.files.iter().position(|(opened, _)| opened.need.id == id).map(|at| at + 1)
-    }
-
-    /// Every inherited descriptor.
-    pub fn all(&self) -> Vec<RawFd> {
-        let sockets = [self.qmp, self.supervisor_qmp, self.serial];
-        self.files.iter().map(|(_, fd)| *fd).chain(self.taps.iter().copied()).chain(sockets).collect()
     }
 }
 
@@ -64,6 +67,9 @@ pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Ve
     line.flag("-S");
     line.0
 }
+
+/// Largest packet of plain Ethernet, bytes.
+const ETHERNET_MTU: u32 = 1500;
 
 struct Line(Vec<String>);
 
@@ -173,16 +179,17 @@ fn port(index: u32) -> Value {
     })
 }
 
-fn network(line: &mut Line, index: usize, nic: &Nic, tap: RawFd) {
+fn network(line: &mut Line, index: usize, nic: &Nic, tap: Tap) {
     let id = format!("nic{index}");
-    line.json("-netdev", &json!({"type": "tap", "id": id, "fd": tap.to_string()}));
+    line.json("-netdev", &json!({"type": "tap", "id": id, "fd": tap.fd.to_string()}));
     let mut device = json!({
         "driver": "virtio-net-pci", "id": format!("{id}-device"), "netdev": id, "mac": nic.mac,
         // No network boot: the empty name keeps QEMU from looking for a ROM file it may not open.
         "romfile": "",
     });
-    if let Some(mtu) = nic.segment.mtu {
-        device["host_mtu"] = mtu.into();
+    if tap.mtu != ETHERNET_MTU {
+        // What every guest assumes needs no saying.
+        device["host_mtu"] = tap.mtu.into();
     }
     line.device(&device, "pcie.0", topology::nic(index));
 }

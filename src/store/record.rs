@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 
 use crate::choice;
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::link_name::LinkName;
+use crate::mac::MacAddress;
 use crate::units::{Bytes, MiB};
 
 /// What every record can say of itself.
@@ -180,27 +182,41 @@ impl Accel {
 pub struct Nic {
     /// The manifest's name of the network.
     pub network: String,
-    /// Lower case, with colons.
-    pub mac: String,
+    /// Its address.
+    pub mac: MacAddress,
     /// The tap's name on the host.
-    pub tap: String,
+    pub tap: LinkName,
     /// What the tap is plugged into.
     pub segment: Segment,
 }
 
-/// What a tap is plugged into: complete, so that a VM can be started again without the configuration.
+/// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
-    /// The bridge.
-    pub bridge: String,
-    /// Whether the bridge is made and removed by us.
-    pub ours: bool,
-    /// Addresses the host has on a bridge of ours, with the prefix of the network.
-    pub addresses: Vec<IpNetwork>,
-    /// Whether what leaves a bridge of ours takes the host's address.
-    pub masquerade: bool,
-    /// Largest packet, bytes; `None`: whatever the bridge has.
+    /// The network's name in the configuration, for messages and for people who look at the host.
+    pub network: String,
+    /// The Linux bridge.
+    pub bridge: LinkName,
+    /// Largest packet, bytes; absent: what the bridge has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// Who makes the bridge.
+    pub keeper: Keeper,
+}
+
+/// Who makes a bridge, and unmakes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keeper {
+    /// The operator. It must be there, and nothing of it is ever changed.
+    Operator,
+    /// We do, with the first VM on it, and remove it with the last.
+    Us {
+        /// The host's addresses on the bridge, each with its subnet's prefix.
+        addresses: Vec<IpNetwork>,
+        /// Whether VMs reach the world under the host's own address.
+        masquerade: bool,
+    },
 }
 
 /// The image below a root overlay.

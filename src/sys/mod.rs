@@ -4,3 +4,4 @@ pub mod confine;
 pub mod detach;
 pub mod pidfd;
 pub mod pidlock;
+pub mod tun;

@@ -1,1 +1,4 @@
+//! Everything that acts on a real host: kernel, processes, files.
 
+mod network;
+mod support;

@@ -1,0 +1,27 @@
+//! Host networking: which bridge a VM's NIC is plugged into, and everything on the host that makes the bridge work.
+//!
+//! ```text
+//!   config::Network + request          Segment, kept in the VM's record
+//!            │                            │
+//!        plan (pure) ───────────────▶ apply ── ensure · plug · release
+//!                                     │   │   │
+//!                      link (netlink) ┘  tap  └ firewall (which rules) ── nft (how they are said)
+//! ```
+//! A [`plan::Segment`] says by itself what the host must have, so a supervisor can plug a VM in again years later,
+//! whatever the configuration has become. The kernel's state is the only other memory: nothing here writes a file.
+//!
+//! Everything is synchronous and opens its sockets on the calling thread, in whose network namespace it acts. Do not
+//! call it from within an async runtime, but from `spawn_blocking`: `link` runs a small runtime of its own.
+//!
+//! This module knows links, addresses and rules. It knows nothing of VMs but their cid, nothing of BOSH's networks
+//! but three addresses, and nothing of QEMU.
+
+pub mod apply;
+mod firewall;
+mod link;
+mod nft;
+pub mod plan;
+mod sysctl;
+pub mod tap;
+
+const NEEDS_ROOT: &str = "run as root, or with CAP_NET_ADMIN";

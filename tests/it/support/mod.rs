@@ -1,0 +1,10 @@
+//! What the tests share.
+
+pub mod netns;
+pub mod nftables;
+
+/// Says why a test does nothing here. A runner counts these lines.
+#[allow(clippy::print_stderr)]
+pub fn skip(reason: &str) {
+    eprintln!("SKIP {}: {reason}", std::thread::current().name().unwrap_or("test"));
+}

@@ -1,0 +1,43 @@
+//! A look at the nftables of the calling thread's network namespace, without `nft`.
+
+use netlink_bindings::nftables::{Chained, Nfgenmsg, Request};
+use netlink_socket2::NetlinkSocket;
+use nix::libc;
+
+/// Names of all tables of all families.
+pub fn tables() -> Vec<String> {
+    let mut socket = NetlinkSocket::new();
+    let request = Request::new().op_gettable_dump(&Nfgenmsg::new());
+    let mut reply = socket.request(&request).expect("list tables");
+    let mut names = Vec::new();
+    while let Some((_, table)) = reply.recv().transpose().expect("list tables") {
+        names.push(table.get_name().expect("a name").to_str().expect("UTF-8").to_owned());
+    }
+    names
+}
+
+/// Counts the transactions so far: equal means that nothing was written in between.
+pub fn generation() -> u32 {
+    let mut socket = NetlinkSocket::new();
+    let request = Request::new().op_getgen_do(&Nfgenmsg::new());
+    let mut reply = socket.request(&request).expect("ask for the generation");
+    let (_, generation) = reply.recv_one().expect("a generation");
+    generation.get_id().expect("an id")
+}
+
+/// Adds a table of family `inet`, or removes it: what somebody else may do.
+pub fn write_table(name: &str, present: bool) {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(8));
+    let mut nftables = Nfgenmsg::new();
+    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    let inet = Nfgenmsg { nfgen_family: libc::NFPROTO_INET as u8, ..Nfgenmsg::default() };
+    batch.request().op_batch_begin_do(&nftables);
+    if present {
+        batch.request().set_create().op_newtable_do(&inet).encode().push_name_bytes(name.as_bytes());
+    } else {
+        batch.request().op_deltable_do(&inet).encode().push_name_bytes(name.as_bytes());
+    }
+    batch.request().op_batch_end_do(&nftables);
+    socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write table");
+}
