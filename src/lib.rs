@@ -1,14 +1,20 @@
 //! bosh-qemu-cpi
+pub mod agent;
 pub mod cid;
+pub mod commands;
 pub mod config;
+pub mod cpi;
 pub mod error;
 pub mod host;
 pub mod image;
 pub mod link_name;
 pub mod mac;
 pub mod net;
+pub mod ordered;
 pub mod qemu;
+pub mod qmp;
 pub mod schema;
 pub mod store;
+pub mod supervisor;
 pub mod sys;
 pub mod units;

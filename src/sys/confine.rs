@@ -313,11 +313,6 @@ impl Paths {
     }
 }
 
-/// Opens the file a confined program locks while it lives.
-pub fn open_pid_lock(path: &Path) -> Result<File> {
-    pidlock::open(path)
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};

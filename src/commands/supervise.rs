@@ -1,0 +1,24 @@
+//! `bosh-qemu-cpi supervise CID`: what create_vm and reboot_vm start for each VM. Not for people.
+
+use std::path::Path;
+
+use crate::cid::{Cid, VmCid};
+use crate::config::Config;
+use crate::error::Result;
+use crate::host::cgroup::Cgroup;
+use crate::supervisor::{self, Scope};
+use crate::sys::detach::detach;
+
+/// Leaves the caller, then runs the VM until it stays off. Must be called before anything is opened.
+pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
+    let handshake = detach()?;
+    let config = match Config::load(config) {
+        Ok(config) => config,
+        Err(error) => {
+            supervisor::refuse(handshake, &error);
+            return Err(error);
+        }
+    };
+    Cgroup::open(cid.as_str()).enter();
+    supervisor::supervise(&Scope::new(config, cid), handshake)
+}

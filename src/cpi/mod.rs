@@ -1,0 +1,138 @@
+//! The verbs: find, lock, act, record. One file per family.
+//!
+//! Every verb can be repeated after a crash at any point: it looks at what is there before it acts. A create that fails
+//! removes what it made; a delete begins by writing down that it began.
+
+mod attachments;
+mod calculate;
+pub mod cloud_properties;
+mod disks;
+mod metadata;
+pub mod networks;
+mod placement;
+pub mod stemcells;
+pub mod verbs;
+mod vms;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value};
+
+use self::networks::Networks;
+use self::verbs::{CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
+use crate::cid::{DiskCid, StemcellCid, VmCid};
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{DiskRecord, Phase, Store, VmRecord};
+use crate::supervisor::Scope;
+
+/// The CPI of this host, for one call.
+#[derive(Debug)]
+pub struct Cpi {
+    config: Config,
+    config_file: Option<PathBuf>,
+    store: Store,
+    began: Instant,
+}
+
+impl Cpi {
+    /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
+    pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
+        let store = Store::new(&config.state_dir, &config.run_dir);
+        Self { config, config_file, store, began: Instant::now() }
+    }
+
+    /// When the call of `method` must have ended.
+    fn deadline(&self, method: &str) -> Instant {
+        self.began + self.config.deadline(method, default_deadline(method))
+    }
+
+    fn scope(&self, cid: &VmCid) -> Scope {
+        Scope::new(self.config.clone(), cid.clone())
+    }
+
+    /// The record of a VM that exists, whatever its power state.
+    fn vm(&self, cid: &VmCid) -> Result<VmRecord> {
+        let record = self.store.read::<VmRecord>(cid)?.filter(|vm| vm.phase == Phase::Ready);
+        record.ok_or_else(|| Error::new(ErrorKind::VmNotFound, format!("there is no VM '{cid}'")))
+    }
+
+    /// The record of a disk that exists.
+    fn disk(&self, cid: &DiskCid) -> Result<DiskRecord> {
+        let record = self.store.read::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
+        record.ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
+    }
+}
+
+/// How long a method may take unless the operator decided. `docs/operating.md` lists these.
+pub fn default_deadline(method: &str) -> Duration {
+    Duration::from_secs(match method {
+        "create_stemcell" => 1800,
+        "create_vm" | "reboot_vm" | "detach_disk" => 300,
+        "attach_disk" | "delete_vm" | "create_disk" => 120,
+        _ => 60,
+    })
+}
+
+impl Verbs for Cpi {
+    fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
+        self.import_stemcell(&stemcell.image, &stemcell.cloud_properties.0)
+    }
+
+    fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()> {
+        self.remove_stemcell(stemcell)
+    }
+
+    fn create_vm(&self, vm: CreateVm) -> Result<(VmCid, Networks)> {
+        self.make_vm(vm)
+    }
+
+    fn delete_vm(&self, vm: &VmCid) -> Result<()> {
+        self.remove_vm(vm)
+    }
+
+    fn has_vm(&self, vm: &VmCid) -> Result<bool> {
+        self.vm_exists(vm)
+    }
+
+    fn reboot_vm(&self, vm: &VmCid) -> Result<()> {
+        self.power_cycle(vm)
+    }
+
+    fn set_vm_metadata(&self, vm: &VmCid, metadata: Metadata) -> Result<()> {
+        self.describe_vm(vm, metadata)
+    }
+
+    fn calculate_vm_cloud_properties(&self, resources: VmResources) -> Result<Map<String, Value>> {
+        Ok(calculate::cloud_properties(&resources))
+    }
+
+    fn create_disk(&self, disk: CreateDisk) -> Result<DiskCid> {
+        self.make_disk(disk.size, &disk.cloud_properties.0)
+    }
+
+    fn delete_disk(&self, disk: &DiskCid) -> Result<()> {
+        self.remove_disk(disk)
+    }
+
+    fn has_disk(&self, disk: &DiskCid) -> Result<bool> {
+        self.disk_exists(disk)
+    }
+
+    fn attach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<DiskHint> {
+        self.attach(vm, disk).map(|path| DiskHint { path })
+    }
+
+    fn detach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<()> {
+        self.detach(vm, disk)
+    }
+
+    fn get_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
+        self.attached_disks(vm)
+    }
+
+    fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
+        self.describe_disk(disk, metadata)
+    }
+}

@@ -1,0 +1,79 @@
+//! From create_vm's networks to network cards: which host network each is on, what the agent is told.
+
+use super::Cpi;
+use super::cloud_properties::SubnetCloudProperties;
+use super::networks::{Addressing, NetworkSpec, Networks};
+use crate::cid::VmCid;
+use crate::config;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mac::mac_address;
+use crate::net;
+use crate::qemu::topology::MAX_NICS;
+use crate::schema::Property;
+use crate::store::record::Nic;
+
+impl Cpi {
+    /// The NICs of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
+    pub(super) fn nics(&self, vm: &VmCid, networks: &Networks) -> Result<Vec<Nic>> {
+        let is_vip = |network: &NetworkSpec| matches!(network.addressing, Addressing::Vip { .. });
+        let wired: Vec<_> = networks.iter().filter(|network| !is_vip(network)).collect();
+        for (index, network) in wired.iter().enumerate() {
+            let shared = wired[..index].iter().find(|n| n.nic_group.is_some() && n.nic_group == network.nic_group);
+            if let Some(other) = shared {
+                // The agent writes one file per NIC and network, and the second would replace the first.
+                return Err(Error::new(
+                    ErrorKind::NotSupported,
+                    format!("networks '{}' and '{}' share a nic_group", other.name, network.name),
+                )
+                .hint("give each network a NIC of its own: the agent can not configure two static networks on one"));
+            }
+        }
+        if wired.len() > MAX_NICS {
+            let count = wired.len();
+            return Err(Error::new(ErrorKind::NotSupported, format!("{count} networks; a VM can have {MAX_NICS}")));
+        }
+        wired.into_iter().enumerate().map(|(index, network)| self.nic(vm, index, network)).collect()
+    }
+
+    fn nic(&self, vm: &VmCid, index: usize, network: &NetworkSpec) -> Result<Nic> {
+        let path = format!("networks.{}.cloud_properties", network.name);
+        let properties = serde_json::Value::Object(network.cloud_properties.0.clone());
+        let subnet = SubnetCloudProperties::from_json(&properties).map_err(|e| e.in_request(&path))?;
+        let segment = match (&subnet.bridge, &subnet.name) {
+            (Some(_), Some(_)) => {
+                Err(Error::new(ErrorKind::BadRequest, format!("{path}: give 'name' or 'bridge', not both")))
+            }
+            // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
+            (Some(bridge), None) => net::plan::existing_bridge(bridge),
+            (None, name) => {
+                let name = name.as_deref().unwrap_or("default");
+                self.configured(name, &path).and_then(|host| net::plan::segment(name, host, &requested(network)))
+            }
+        };
+        Ok(Nic {
+            network: network.name.clone(),
+            mac: mac_address(vm, index),
+            tap: net::tap::tap_name(vm, index),
+            segment: segment.map_err(|e| e.during(format!("network '{}'", network.name)))?,
+        })
+    }
+
+    fn configured(&self, name: &str, path: &str) -> Result<&config::Network> {
+        self.config.networks.get(name).ok_or_else(|| {
+            let known: Vec<_> = self.config.networks.keys().map(String::as_str).collect();
+            Error::new(ErrorKind::BadRequest, format!("{path}.name: this host has no network of that name"))
+                .hint(format!("the configuration has: {}", known.join(", ")))
+        })
+    }
+}
+
+/// The addresses a network brings, as the host's side needs them.
+fn requested(network: &NetworkSpec) -> net::plan::Requested {
+    match &network.addressing {
+        Addressing::Manual { address, gateway, .. } => {
+            net::plan::Requested { ip: Some(address.ip()), netmask: Some(address.mask()), gateway: *gateway }
+        }
+        Addressing::Dynamic { previous: ip } => net::plan::Requested { ip: *ip, ..Default::default() },
+        Addressing::Vip { ip } => net::plan::Requested { ip: Some(*ip), ..Default::default() },
+    }
+}

@@ -1,0 +1,157 @@
+//! create_stemcell, delete_stemcell.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Map, Value};
+
+use super::Cpi;
+use crate::cid::{Cid, StemcellCid};
+use crate::document;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::host::clock;
+use crate::image;
+use crate::image::digest::Digest;
+use crate::image::import::Import;
+use crate::image::qemu_img::QemuImg;
+use crate::schema::{Property, SchemaError};
+use crate::store::layout::SCHEMA;
+use crate::store::record::Format;
+use crate::store::{Phase, Rank, StemcellRecord};
+use crate::units::Bytes;
+
+/// File name of an imported image, beside its record.
+pub(super) const IMAGE: &str = "image.raw";
+
+document! {
+    /// What a light stemcell's manifest says instead of carrying an image (format `qemu-light`).
+    pub struct LightStemcell {
+        /// The image, already on the host: qcow2 or raw. It stays the operator's; VMs are overlays of it.
+        image_path: PathBuf;
+        /// Its SHA-256, 64 hexadecimal digits.
+        sha256: Digest;
+    }
+}
+
+impl Property for Digest {
+    const EXPECTED: &'static str = "a SHA-256 digest: 64 hexadecimal digits";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let digest = value.as_str().and_then(|text| text.parse().ok());
+        digest.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
+/// The image a stemcell ends up with.
+struct Image {
+    format: Format,
+    virtual_size: Bytes,
+    /// The operator's file, for a light stemcell.
+    path: Option<PathBuf>,
+}
+
+impl Cpi {
+    pub(super) fn import_stemcell(&self, image: &Path, properties: &Map<String, Value>) -> Result<StemcellCid> {
+        let deadline = self.deadline("create_stemcell");
+        self.store.prepare()?;
+        let cid = StemcellCid::random();
+        let lock = self.store.lock(Rank::Stemcell, &cid, deadline)?;
+        let mut record = StemcellRecord {
+            schema: SCHEMA,
+            cid: cid.clone(),
+            phase: Phase::Creating,
+            created_at: clock::now(),
+            format: Format::Raw,
+            virtual_size: Bytes(0),
+            image_path: None,
+            cloud_properties: properties.clone(),
+            newer: Map::new(),
+        };
+        self.store.write(&record)?;
+        let made = self.make_image(&cid, image, properties, deadline).and_then(|image| {
+            record.phase = Phase::Ready;
+            record.format = image.format;
+            record.virtual_size = image.virtual_size;
+            record.image_path = image.path;
+            self.store.write(&record)
+        });
+        if let Err(error) = made {
+            self.store.remove::<StemcellRecord>(&cid)?;
+            lock.retire()?;
+            return Err(error.during(format!("import '{}'", image.display())));
+        }
+        Ok(cid)
+    }
+
+    fn make_image(
+        &self,
+        cid: &StemcellCid,
+        source: &Path,
+        properties: &Map<String, Value>,
+        deadline: Instant,
+    ) -> Result<Image> {
+        if properties.contains_key("image_path") {
+            return light(properties);
+        }
+        let declared = declared_format(properties)?;
+        let target = self.store.stemcell_dir(cid).join(IMAGE);
+        let mut shown = 0;
+        let mut progress = |read: Bytes| {
+            // One line for 256 MiB: the Director reads standard error byte by byte.
+            if read.get() >> 28 > shown {
+                shown = read.get() >> 28;
+                tracing::info!(mib_read = read.get() >> 20, "importing");
+            }
+        };
+        let qemu_img = QemuImg::new(&self.config.qemu.img_binary);
+        let import = Import { source, declared, target: &target, qemu_img: &qemu_img, deadline };
+        let imported = import.run(&mut progress)?;
+        Ok(Image { format: imported.format, virtual_size: imported.virtual_size, path: None })
+    }
+
+    /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
+    pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
+        if !self.store.stemcell_dir(cid).exists() {
+            return Ok(());
+        }
+        let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
+        if let Some(mut record) = self.store.read::<StemcellRecord>(cid)? {
+            record.phase = Phase::Deleting;
+            self.store.write(&record)?;
+        }
+        self.store.remove::<StemcellRecord>(cid)?;
+        lock.retire()
+    }
+
+    /// The record of a stemcell VMs can be made of.
+    pub(super) fn stemcell(&self, cid: &StemcellCid) -> Result<StemcellRecord> {
+        let record = self.store.read::<StemcellRecord>(cid)?.filter(|s| s.phase == Phase::Ready);
+        record.ok_or_else(|| {
+            Error::new(ErrorKind::StemcellNotFound, format!("there is no stemcell '{cid}'"))
+                .hint("upload it again: `bosh upload-stemcell --fix`")
+        })
+    }
+}
+
+/// Both openstack variants advertise both formats; only `disk_format` says which one this is.
+fn declared_format(properties: &Map<String, Value>) -> Result<Option<Format>> {
+    match properties.get("disk_format").and_then(Value::as_str) {
+        None => Ok(None),
+        Some("qcow2") => Ok(Some(Format::Qcow2)),
+        Some("raw" | "rawdisk") => Ok(Some(Format::Raw)),
+        Some(_) => {
+            Err(Error::new(ErrorKind::BadRequest, "cloud_properties.disk_format: expected \"qcow2\" or \"raw\"")
+                .hint("use an openstack-kvm stemcell"))
+        }
+    }
+}
+
+fn light(properties: &Map<String, Value>) -> Result<Image> {
+    let keys = ["image_path", "sha256"].iter().filter_map(|key| properties.get_key_value(*key));
+    let given = Value::Object(keys.map(|(k, v)| (k.clone(), v.clone())).collect());
+    let light = LightStemcell::from_json(&given).map_err(|e| e.in_request("cloud_properties"))?;
+    light.sha256.verify(&light.image_path)?;
+    let (format, virtual_size) = image::inspect(&light.image_path)?;
+    let path = light.image_path.canonicalize().at("resolve", &light.image_path)?;
+    Ok(Image { format, virtual_size, path: Some(path) })
+}

@@ -1,0 +1,216 @@
+//! create_vm, delete_vm, has_vm, reboot_vm.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Map;
+use serde_json::value::to_raw_value;
+
+use super::Cpi;
+use super::cloud_properties::{self, VmCloudProperties};
+use super::networks::Networks;
+use super::verbs::CreateVm;
+use crate::agent::{config_drive, settings};
+use crate::cid::{Cid, VmCid};
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::host::{cgroup::Cgroup, clock, probe, uids};
+use crate::image;
+use crate::net;
+use crate::qemu::Template;
+use crate::store::layout::SCHEMA;
+use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, StemcellRecord};
+use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
+use crate::supervisor::{self, Button};
+use crate::units::Bytes;
+
+/// How long a guest is given to follow the power button at reboot_vm. systemd waits 90 s for a unit; without jobs, which
+/// the Director stopped before, a stemcell needs 5 to 7 s.
+const POWER_BUTTON: Duration = Duration::from_secs(120);
+
+impl Cpi {
+    pub(super) fn make_vm(&self, mut call: CreateVm) -> Result<(VmCid, Networks)> {
+        let deadline = self.deadline("create_vm");
+        let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
+        let stemcell = self.stemcell(&call.stemcell)?;
+        let cid = VmCid::random();
+        let nics = self.nics(&cid, &call.networks)?;
+        let machine = self.machine(&properties)?;
+        for nic in &nics {
+            let network = call.networks.iter_mut().find(|network| network.name == nic.network);
+            network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
+        }
+        self.store.prepare()?;
+        let lock = self.store.lock(Rank::Vm, &cid, deadline)?;
+        let uid = uids::claim(self.store.state_dir(), &cid)?;
+        let mut vm = VmRecord {
+            schema: SCHEMA,
+            phase: Phase::Creating,
+            desired: Desired::Running,
+            run: 1,
+            created_at: clock::now(),
+            agent_id: call.agent_id.as_str().to_owned(),
+            stemcell: stemcell.cid.clone(),
+            machine,
+            uid,
+            nics,
+            base: base_of(&stemcell),
+            root_size: root_size(&stemcell, &properties),
+            ephemeral: properties.ephemeral_disk.map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
+            disks: Vec::new(),
+            metadata: Map::new(),
+            newer: Map::new(),
+            cid,
+        };
+        let made = self.store.write(&vm).and_then(|()| {
+            self.make_images(&vm, &stemcell, &call)?;
+            supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), deadline)?;
+            vm.phase = Phase::Ready;
+            self.store.write(&vm)
+        });
+        match made {
+            Ok(()) => Ok((vm.cid, call.networks)),
+            Err(error) => {
+                let failed = creation_failed(error, &vm.cid);
+                // The caller has no cid to clean up with.
+                self.destroy(&vm, lock, deadline.max(Instant::now() + Duration::from_secs(30)))
+                    .map_err(|e| e.during(format!("remove what was made before: {}", failed.report())))?;
+                Err(failed)
+            }
+        }
+    }
+
+    fn machine(&self, properties: &VmCloudProperties) -> Result<Machine> {
+        let qemu = &self.config.qemu;
+        let template = properties.machine.clone().unwrap_or_else(|| qemu.template.clone());
+        // Read now, so that a mistake in it is the answer to this call and leaves nothing.
+        Template::load(&template, qemu.templates_dir.as_deref())?;
+        let model = properties.cpu_model.as_ref().map(|model| model.0.as_str()).or(qemu.cpu.as_deref());
+        let choice = properties.accel.unwrap_or(qemu.accel);
+        let (accel, mut cpu_model) = probe::accelerator(self.store.run_dir(), &qemu.binary, choice, model)?;
+        if !properties.nested {
+            cpu_model.push_str(",vmx=off,svm=off");
+        }
+        let slots = qemu.hotplug_slots.get() + properties.extra_disks_slots.get();
+        Ok(Machine {
+            template,
+            uuid: clock::random_uuid()?,
+            cpus: u32::try_from(properties.cpu.get()).expect("at most 512"),
+            ram: properties.ram,
+            accel,
+            cpu_model,
+            hotplug_slots: u32::try_from(slots).expect("at most 256").min(crate::qemu::topology::MAX_PORTS),
+        })
+    }
+
+    fn make_images(&self, vm: &VmRecord, stemcell: &StemcellRecord, call: &CreateVm) -> Result<()> {
+        let paths = self.store.vm(&vm.cid);
+        if stemcell.image_path.is_none() {
+            let image = self.store.stemcell_dir(&stemcell.cid).join(super::stemcells::IMAGE);
+            std::fs::hard_link(&image, paths.base()).at("link the stemcell's image", &image)?;
+        }
+        let backing = image::qcow2::Backing { file_name: &vm.base.path.to_string_lossy(), format: vm.base.format };
+        image::qcow2::create(&paths.root(), vm.root_size, Some(backing))?;
+        if let Some(ephemeral) = &vm.ephemeral {
+            image::qcow2::create(&paths.ephemeral(), ephemeral.size.bytes(), None)?;
+        }
+        let networks = to_raw_value(&call.networks)
+            .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
+        let facts = settings::Facts {
+            agent_id: &vm.agent_id,
+            vm: vm.cid.as_str(),
+            networks: &networks,
+            ephemeral: vm.ephemeral.as_ref().map(|ephemeral| ephemeral.serial.as_str()),
+            env: call.env.get(),
+        };
+        config_drive::write(&paths.config_drive(), &settings::settings(facts, &self.config.agent))
+    }
+
+    pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
+        let paths = self.store.vm(cid);
+        if !paths.dir.exists() && !paths.run.exists() {
+            return Ok(());
+        }
+        let deadline = self.deadline("delete_vm");
+        let lock = self.store.lock(Rank::Vm, cid, deadline)?;
+        match self.store.read::<VmRecord>(cid)? {
+            Some(vm) => self.destroy(&vm, lock, deadline),
+            // The record goes last, so nothing but an empty directory or run files can be left.
+            None => {
+                supervisor::stop(&paths, Button::Quit, deadline)?;
+                self.forget(cid, &paths, lock)
+            }
+        }
+    }
+
+    /// Ends a VM and removes everything that can be named after its record; the record last.
+    fn destroy(&self, vm: &VmRecord, lock: Guard, deadline: Instant) -> Result<()> {
+        let paths = self.store.vm(&vm.cid);
+        // A supervisor that sees this does not start the VM again.
+        self.store.write(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
+        // A persistent disk may have writes that only QEMU's caches know: it ends in order.
+        let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
+        supervisor::stop(&paths, button, deadline)?;
+        for nic in &vm.nics {
+            let network = self.store.lock(Rank::Network, &nic.segment.bridge, deadline)?;
+            net::apply::remove_tap(&nic.tap)?;
+            net::apply::release(&nic.segment)?;
+            network.retire()?;
+        }
+        Cgroup::open(vm.cid.as_str()).remove()?;
+        uids::release(self.store.state_dir(), &vm.cid, vm.uid)?;
+        self.forget(&vm.cid, &paths, lock)
+    }
+
+    fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
+        atomic::remove_dir(&paths.run)?;
+        self.store.remove::<VmRecord>(cid)?;
+        lock.retire()
+    }
+
+    pub(super) fn vm_exists(&self, cid: &VmCid) -> Result<bool> {
+        // A VM that is still being made, or whose making was cut short, was never told to anybody.
+        Ok(self.store.read::<VmRecord>(cid)?.is_some_and(|vm| vm.phase != Phase::Creating))
+    }
+
+    pub(super) fn power_cycle(&self, cid: &VmCid) -> Result<()> {
+        let deadline = self.deadline("reboot_vm");
+        let mut vm = self.vm(cid)?;
+        let _lock = self.store.lock(Rank::Vm, cid, deadline)?;
+        vm.clone_from(&self.vm(cid)?);
+        // The supervisor of the run that ends sees that another one is wanted, and leaves it to us.
+        vm.run += 1;
+        vm.desired = Desired::Running;
+        self.store.write(&vm)?;
+        // Half of the time is for the guest, so that the start has the rest.
+        let patience = POWER_BUTTON.min(deadline.saturating_duration_since(Instant::now()) / 2);
+        let paths = self.store.vm(cid);
+        supervisor::stop(&paths, Button::Press(patience), deadline)?;
+        supervisor::start(&self.scope(cid), self.config_file.as_deref(), deadline)
+            .map_err(|e| e.during(format!("start VM '{cid}' again")))
+    }
+}
+
+fn base_of(stemcell: &StemcellRecord) -> Base {
+    let path = stemcell.image_path.clone().unwrap_or_else(|| "base.raw".into());
+    Base { path, format: if stemcell.image_path.is_some() { stemcell.format } else { Format::Raw } }
+}
+
+fn root_size(stemcell: &StemcellRecord, properties: &VmCloudProperties) -> Bytes {
+    properties.root_disk.map_or(stemcell.virtual_size, |asked| asked.bytes().max(stemcell.virtual_size))
+}
+
+/// At most 20 characters, like every virtio-blk serial; derived, so that it is the same after any restart.
+fn ephemeral_serial(cid: &VmCid) -> String {
+    let tail = cid.as_str().rsplit('-').next().unwrap_or_default();
+    format!("eph-{tail}")
+}
+
+/// A create_vm that failed left nothing. Only what may pass by itself is worth the Director's five tries.
+fn creation_failed(error: Error, cid: &VmCid) -> Error {
+    match error.kind() {
+        ErrorKind::BadRequest | ErrorKind::BadConfig | ErrorKind::NotSupported | ErrorKind::NoDiskSpace => error,
+        kind => {
+            let retry = kind == ErrorKind::Timeout;
+            error.with_kind(ErrorKind::VmCreationFailed { retry }).during(format!("create VM '{cid}'"))
+        }
+    }
+}

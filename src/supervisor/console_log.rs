@@ -1,0 +1,55 @@
+//! Append-only files a guest can fill, kept to a size: `console.log`, `events.jsonl`.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+
+use crate::error::{IoContext, Result};
+
+/// A file of at most `cap` bytes and one predecessor (`<name>.1`) of as many. Mode 0600: an agent's debug log on the
+/// console shows its settings.
+#[derive(Debug)]
+pub(super) struct CappedLog {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    cap: u64,
+}
+
+impl CappedLog {
+    /// Opens `path` for appending.
+    pub(super) fn open(path: PathBuf, cap: u64) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path).at("open log", &path)?;
+        let size = file.metadata().at("read the size of", &path)?.len();
+        Ok(Self { path, file, size, cap })
+    }
+
+    /// Appends `bytes`, beginning a new file when this one is full.
+    pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.size + bytes.len() as u64 > self.cap && self.size > 0 {
+            super::Scope::rotate(&self.path);
+            *self = Self::open(std::mem::take(&mut self.path), self.cap)?;
+        }
+        self.file.write_all(bytes).at("write log", &self.path)?;
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_leaves_two_files_of_the_cap() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = CappedLog::open(dir.path().join("console.log"), 100).unwrap();
+        for _ in 0..1000 {
+            log.append(b"0123456789").unwrap();
+        }
+        let sizes: Vec<_> = dir.path().read_dir().unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();
+        assert_eq!(sizes.len(), 2);
+        assert!(sizes.iter().all(|size| *size <= 100), "{sizes:?}");
+    }
+}

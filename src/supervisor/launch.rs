@@ -1,0 +1,100 @@
+//! From a record to a running guest.
+//!
+//! QEMU gets nothing it could open itself: a uid of its own, no capabilities, empty network and ipc namespaces,
+//! Landlock, its own seccomp filter, and every file as a descriptor ([`crate::sys::confine`]). It starts stopped; what
+//! it is gets checked; only `cont` runs the guest.
+
+use std::path::Path;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use super::Scope;
+use super::resources::Resources;
+use qapi::qmp;
+use serde_json::Value;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::host::tail;
+use crate::qemu::{Template, command_line};
+use crate::qmp::connection::Connection;
+use crate::store::record::{Accel, VmRecord};
+use crate::sys::confine::{self, Child, Confined, Paths};
+use crate::sys::pidlock;
+
+/// QEMU's initialization takes 0.1 s on an idle host; a busy one is given this long.
+const READY: Duration = Duration::from_secs(60);
+
+/// A QEMU whose guest runs.
+pub(super) struct Running {
+    pub(super) child: Child,
+    pub(super) monitor: Connection,
+    pub(super) serial: tokio::net::UnixStream,
+}
+
+/// Starts QEMU, stopped. Synchronous: the child is made while this process has one thread.
+pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
+    let template = Template::load(&vm.machine.template, scope.config.qemu.templates_dir.as_deref())?;
+    let resources = Resources::open(scope, vm)?;
+    let arguments = command_line(vm, &template, &resources.handles());
+    Scope::rotate(&scope.paths.qemu_log());
+    let log = open_log(&scope.paths.qemu_log())?;
+    let confined = Confined {
+        program: scope.config.qemu.binary.clone(),
+        args: arguments.into_iter().map(Into::into).collect(),
+        inherit: resources.into_fds(),
+        uid: vm.uid,
+        paths: Paths::of_qemu(&scope.config.qemu.binary),
+        log,
+        pid_lock: pidlock::open(&scope.paths.qemu_pid())?,
+        hardening: scope.config.hardening,
+    };
+    confine::spawn(confined)
+}
+
+/// Waits until QEMU is up, checks it and lets the guest run. If that fails, QEMU is killed.
+pub(super) async fn boot(scope: &Scope, vm: &VmRecord, mut child: Child) -> Result<Running> {
+    let path = scope.paths.supervisor_qmp();
+    let connected = tokio::select! {
+        connected = Connection::connect(&path, READY) => connected.map_err(Error::from),
+        status = child.exited() => Err(early_exit(scope, status?)),
+    };
+    let booted = match connected {
+        Ok(mut monitor) => check_and_continue(scope, vm, &mut monitor).await.map(|serial| (monitor, serial)),
+        Err(error) => Err(error),
+    };
+    match booted {
+        Ok((monitor, serial)) => Ok(Running { child, monitor, serial }),
+        Err(error) => {
+            child.kill()?;
+            Err(error)
+        }
+    }
+}
+
+async fn check_and_continue(scope: &Scope, vm: &VmRecord, monitor: &mut Connection) -> Result<tokio::net::UnixStream> {
+    let status = monitor.raw("query-status", Value::Null).await?;
+    if status["status"] != "prelaunch" {
+        return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {}", status["status"])));
+    }
+    let kvm = monitor.raw("query-kvm", Value::Null).await?;
+    let wanted = vm.machine.accel == Accel::Kvm;
+    if kvm["enabled"] != wanted {
+        return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
+    }
+    let path = scope.paths.serial();
+    let serial = tokio::net::UnixStream::connect(&path).await.at("connect to serial port", &path)?;
+    monitor.execute(&qmp::cont {}).await?;
+    Ok(serial)
+}
+
+fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
+    let log = scope.paths.qemu_log();
+    let said = tail::last_lines(&log, 5);
+    Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {said}"))
+        .hint(format!("its whole output is in '{}'", log.display()))
+}
+
+fn open_log(path: &Path) -> Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).at("open log", path)
+}

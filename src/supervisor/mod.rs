@@ -1,0 +1,79 @@
+//! One small process per VM: it starts QEMU, writes down what happens, and starts it again after a crash.
+//!
+//! ```text
+//!                    ┌────────────── crash, restart allowed: back-off ──────────────┐
+//!                    ▼                                                              │
+//!  spawned ──► launching ──► running ──► QEMU gone ──► exit.json written ──► decide ┤
+//!                 │ (-S … cont)   ▲ │                                               │
+//!                 │               │ └ guest reboots: same process                   ▼
+//!                 └─ failed: QEMU killed, taps gone, caller told             supervisor ends
+//! ```
+//!
+//! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
+//!   waits on a pipe for one line ([`Launched`]).
+//! - It owns the taps, the console log and the exit record. It only reads `vm.json`: calls write that.
+//! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing.
+//! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
+//!   directory, images are untouched.
+
+mod console_log;
+mod daemon;
+mod exit;
+mod launch;
+mod power;
+mod resources;
+mod restart;
+mod spawn;
+
+pub use daemon::{refuse, supervise};
+pub use exit::{Ending, ExitRecord};
+pub use power::{Button, PowerState, power_state, stop};
+pub use spawn::start;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cid::VmCid;
+use crate::config::Config;
+use crate::store::{Store, VmPaths};
+
+/// The line a supervisor sends up the pipe once, when the guest runs or the launch failed.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Launched {
+    /// `cont` was given.
+    Running,
+    /// Nothing of the launch is left; why it failed.
+    Failed(String),
+}
+
+/// What a supervisor works with.
+#[derive(Debug)]
+pub struct Scope {
+    /// The configuration at the time it was spawned.
+    pub config: Config,
+    /// The store.
+    pub store: Store,
+    /// The VM.
+    pub cid: VmCid,
+    /// The VM's files.
+    pub paths: VmPaths,
+}
+
+impl Scope {
+    /// The scope of the VM `cid` under `config`.
+    pub fn new(config: Config, cid: VmCid) -> Self {
+        let store = Store::new(&config.state_dir, &config.run_dir);
+        let paths = store.vm(&cid);
+        Self { config, store, cid, paths }
+    }
+
+    /// Moves `path` to `path.1`, so that a start begins with a file of its own.
+    fn rotate(path: &PathBuf) {
+        let mut old = path.clone().into_os_string();
+        old.push(".1");
+        // Absent at the first start; a log that can not be moved is appended to.
+        let _ = std::fs::rename(path, old);
+    }
+}

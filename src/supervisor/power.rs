@@ -1,0 +1,101 @@
+//! Whether a VM is on, and how it is turned off. Used by calls; needs no supervisor.
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qmp::monitor::Monitor;
+use crate::qmp::power as buttons;
+use crate::store::VmPaths;
+use crate::sys::pidfd::Process;
+use crate::sys::pidlock;
+
+/// A QEMU that quits writes back what its images cache; more than this is a hung host.
+const QUIT: Duration = Duration::from_secs(10);
+/// A killed process is gone at once unless the kernel is stuck in its behalf.
+const KILL: Duration = Duration::from_secs(10);
+/// What a supervisor has left to do when its QEMU is gone: one record.
+const SUPERVISOR: Duration = Duration::from_secs(2);
+
+/// Whether a VM is on.
+#[derive(Debug)]
+pub enum PowerState {
+    /// Its QEMU lives: the kernel says so, by the lock on `qemu.pid`.
+    On(Process),
+    /// It does not.
+    Off,
+}
+
+/// How much a guest is asked before its QEMU ends.
+#[derive(Debug, Clone, Copy)]
+pub enum Button {
+    /// The power button, for this long; then as [`Button::Quit`].
+    Press(Duration),
+    /// QEMU writes back its caches and ends.
+    Quit,
+    /// QEMU is killed. Only for a VM none of whose disks is kept.
+    Kill,
+}
+
+/// Asks the kernel whether the VM's QEMU lives.
+pub fn power_state(paths: &VmPaths) -> Result<PowerState> {
+    Ok(pidlock::holder(&paths.qemu_pid())?.map_or(PowerState::Off, PowerState::On))
+}
+
+/// Turns the VM off and waits until its QEMU and its supervisor are gone. Gentle means that do not help are followed
+/// by rougher ones; a QEMU that is stopped or hung is killed.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] naming the process if even SIGKILL does not end it.
+pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
+    if let PowerState::On(qemu) = power_state(paths)? {
+        let ended = match button {
+            Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
+            Button::Quit => quit(paths, &qemu, deadline),
+            Button::Kill => false,
+        };
+        if !ended {
+            kill(&qemu, "QEMU", deadline)?;
+        }
+    }
+    let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
+    if supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
+        return Ok(());
+    }
+    kill(&supervisor, "the supervisor", deadline)
+}
+
+/// The power button, again and again until the guest listens. Whether QEMU is gone.
+fn press(paths: &VmPaths, qemu: &Process, patience: Duration, deadline: Instant) -> bool {
+    let until = earlier(deadline, patience);
+    let pressed = Monitor::connect(&paths.qmp(), until).and_then(|mut m| buttons::power_down(&mut m, until));
+    if let Err(error) = pressed {
+        tracing::info!(error = %error, "the guest did not follow the power button");
+        return false;
+    }
+    qemu.wait_exit(earlier(deadline, QUIT)).unwrap_or(false)
+}
+
+/// `quit`. Whether QEMU is gone.
+fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
+    let until = earlier(deadline, QUIT);
+    // A QEMU that was stopped answers nothing; half of the time is left for one that is only slow to write back.
+    let greeting = earlier(until, QUIT / 4);
+    if let Err(error) = Monitor::connect(&paths.qmp(), greeting).and_then(|mut m| buttons::quit(&mut m)) {
+        tracing::info!(error = %error, "QEMU did not take `quit`");
+        return false;
+    }
+    qemu.wait_exit(until).unwrap_or(false)
+}
+
+fn kill(process: &Process, what: &str, deadline: Instant) -> Result<()> {
+    process.signal(nix::sys::signal::Signal::SIGKILL)?;
+    if process.wait_exit(earlier(deadline, KILL).max(Instant::now() + Duration::from_secs(1)))? {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Timeout, format!("{what}, process {}, does not end after SIGKILL", process.pid()))
+        .hint("it hangs in the kernel, often on storage that went away: see /proc/<pid>/stack; then repeat the call"))
+}
+
+fn earlier(deadline: Instant, patience: Duration) -> Instant {
+    deadline.min(Instant::now() + patience)
+}

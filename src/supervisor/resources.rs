@@ -1,0 +1,92 @@
+//! Everything QEMU inherits: opened files, taps, listening sockets. Whatever was opened is closed again when this is
+//! dropped, and a closed tap is gone.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::Scope;
+use crate::cid::DiskCid;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::net::apply::Plug;
+use crate::qemu::command_line::Tap;
+use crate::qemu::{FileNeed, Handles, Opened, files};
+use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
+use crate::store::{Rank, atomic};
+use crate::{image, net};
+
+/// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
+const NETWORK_LOCK: Duration = Duration::from_secs(20);
+
+/// What QEMU inherits.
+pub(super) struct Resources {
+    files: Vec<(Opened, OwnedFd)>,
+    taps: Vec<Plug>,
+    qmp: UnixListener,
+    supervisor_qmp: UnixListener,
+    serial: UnixListener,
+}
+
+impl Resources {
+    /// Opens everything `vm` needs, making bridges and taps.
+    pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
+        let mut disks = Vec::new();
+        for attachment in vm.disks.iter().filter(|a| a.phase == AttachmentPhase::Attached) {
+            let record = scope.store.read::<DiskRecord>(&attachment.disk)?;
+            disks.push(record.ok_or_else(|| missing_disk(&attachment.disk))?);
+        }
+        let needs = files::needs(vm, &scope.paths, &scope.store, &disks);
+        Ok(Self {
+            files: needs.into_iter().map(open_file).collect::<Result<_>>()?,
+            taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
+            qmp: listen(scope.paths.qmp())?,
+            supervisor_qmp: listen(scope.paths.supervisor_qmp())?,
+            serial: listen(scope.paths.serial())?,
+        })
+    }
+
+    /// The descriptors by what they are for.
+    pub(super) fn handles(&self) -> Handles {
+        Handles {
+            files: self.files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
+            taps: self.taps.iter().map(|plug| Tap { fd: plug.tap.as_raw_fd(), mtu: plug.mtu }).collect(),
+            qmp: self.qmp.as_raw_fd(),
+            supervisor_qmp: self.supervisor_qmp.as_raw_fd(),
+            serial: self.serial.as_raw_fd(),
+        }
+    }
+
+    /// The descriptors themselves, to be closed here once QEMU has them: an image's lock lives as long as any copy.
+    pub(super) fn into_fds(self) -> Vec<OwnedFd> {
+        let sockets = [self.qmp, self.supervisor_qmp, self.serial].map(OwnedFd::from);
+        let taps = self.taps.into_iter().map(|plug| plug.tap);
+        self.files.into_iter().map(|(_, fd)| fd).chain(taps).chain(sockets).collect()
+    }
+}
+
+fn missing_disk(disk: &DiskCid) -> Error {
+    Error::new(ErrorKind::DiskNotFound, format!("disk '{disk}' is attached to the VM but has no record"))
+        .hint("restore the disk's directory, or detach the disk with detach_disk")
+}
+
+/// Opens one file as QEMU wants it.
+fn open_file(need: FileNeed) -> Result<(Opened, OwnedFd)> {
+    let (fd, direct) = image::open(&need.path, need.writable, need.direct)?;
+    Ok((Opened { need, direct }, fd))
+}
+
+/// Makes the NIC's bridge as it must be and plugs a new tap into it.
+fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
+    let lock = scope.store.lock(Rank::Network, &nic.segment.bridge, Instant::now() + NETWORK_LOCK)?;
+    let plug = net::apply::plug(&nic.tap, &nic.segment)?;
+    lock.retire()?;
+    Ok(plug)
+}
+
+/// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.
+fn listen(path: PathBuf) -> Result<UnixListener> {
+    atomic::remove_file(&path)?;
+    // The supervisor's umask makes it 0600.
+    UnixListener::bind(&path).at("listen on", &path)
+}
