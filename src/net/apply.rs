@@ -164,7 +164,11 @@ fn our_bridge(links: &Links, segment: &Segment, addresses: &[IpNetwork], masquer
     let (own, foreign): (Vec<_>, Vec<_>) =
         present.into_iter().partition(|(index, _)| found.as_ref().is_some_and(|link| link.index == *index));
     let missing: Vec<_> = addresses.iter().copied().filter(|wanted| !own.iter().any(|(_, a)| a == wanted)).collect();
-    refuse_taken(segment, &missing, &foreign)?;
+    if let Some(other) = taken(&missing, &foreign) {
+        // It may be that of the bridge, made by somebody else between our two looks.
+        let unchanged = links.find(name)?.map(|link| link.index) == found.map(|link| link.index);
+        return if unchanged { Err(refusal(segment, other)) } else { Ok(None) };
+    }
     refuse_unrouted(addresses)?;
 
     let Some(link) = found else {
@@ -216,17 +220,20 @@ fn changes(link: &Link, segment: &Segment) -> Changes {
     }
 }
 
-/// A subnet that another link has already would cut the host off from whatever is there.
-fn refuse_taken(segment: &Segment, missing: &[IpNetwork], foreign: &[(u32, IpNetwork)]) -> Result<()> {
-    let clash = missing.iter().find_map(|wanted| {
-        foreign.iter().find(|(_, other)| overlap(*wanted, *other)).map(|(_, other)| (wanted, other))
-    });
-    let Some((wanted, other)) = clash else { return Ok(()) };
+/// The first of `missing` that shares addresses with another link's, and the other's.
+fn taken(missing: &[IpNetwork], foreign: &[(u32, IpNetwork)]) -> Option<(IpNetwork, IpNetwork)> {
+    let mut pairs = missing.iter().flat_map(|wanted| foreign.iter().map(|(_, other)| (*wanted, *other)));
+    pairs.find(|(wanted, other)| overlap(*wanted, *other))
+}
+
+/// Two links with one subnet would cut the host off from whatever is behind the first.
+fn refusal(segment: &Segment, (wanted, other): (IpNetwork, IpNetwork)) -> Error {
     let problem = format!("address {wanted} for bridge '{}' overlaps with the host's own {other}", segment.bridge);
-    Err(Error::new(ErrorKind::Conflict, problem).hint(format!(
-        "VMs of that subnet belong on a bridge with the host's link: give network '{}' the profile 'bridge'; or choose another subnet",
+    Error::new(ErrorKind::Conflict, problem).hint(format!(
+        "VMs of that subnet belong on a bridge with the host's link: give network '{}' the profile 'bridge'; \
+         or choose another subnet",
         segment.network
-    )))
+    ))
 }
 
 /// IPv6 forwarding is the operator's decision: switching it on makes the host deaf to router advertisements, by which

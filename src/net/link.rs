@@ -74,7 +74,7 @@ impl Links {
     /// Whether any link is a port of the bridge `index`.
     pub fn has_ports(&self, index: u32) -> Result<bool> {
         let mut request = self.handle.link().get();
-        // A hint for the kernel to send only these; old ones send all.
+        // Asks the kernel for these only; old ones send all.
         request.message_mut().attributes.push(LinkAttribute::Controller(index));
         let links: Vec<_> = self
             .runtime

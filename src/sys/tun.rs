@@ -18,8 +18,9 @@ struct InterfaceRequest {
 const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<nix::libc::ifreq>());
 
 mod raw {
+    // Declared as a write by the kernel's headers, of an int at that; in truth it reads and writes an ifreq.
     use super::{InterfaceRequest, c_int};
-    nix::ioctl_write_ptr_bad!(tunsetiff, nix::request_code_write!(b'T', 202, size_of::<c_int>()), InterfaceRequest);
+    nix::ioctl_readwrite_bad!(tunsetiff, nix::request_code_write!(b'T', 202, size_of::<c_int>()), InterfaceRequest);
 }
 
 /// Makes a new tap `name` out of `device`, an open `/dev/net/tun`: Ethernet frames, each behind a virtio-net header.
@@ -34,7 +35,7 @@ pub fn create_tap(device: BorrowedFd<'_>, name: &str) -> nix::Result<()> {
     let mut request = InterfaceRequest { name: [0; 16], flags: flags as u16, unused: [0; 22] };
     let (_nul, room) = request.name.split_last_mut().ok_or(Errno::ENAMETOOLONG)?;
     room.get_mut(..name.len()).ok_or(Errno::ENAMETOOLONG)?.copy_from_slice(name.as_bytes());
-    // SAFETY: the pointer is to a live value of ifreq's size, which the kernel reads and writes back; the descriptor
-    // is open for the length of the call.
-    unsafe { raw::tunsetiff(device.as_raw_fd(), &raw const request) }.map(drop)
+    // SAFETY: the pointer is to a live value of ifreq's size, which the kernel reads and writes back, and nobody
+    // else has; the descriptor is open for the length of the call.
+    unsafe { raw::tunsetiff(device.as_raw_fd(), &raw mut request) }.map(drop)
 }

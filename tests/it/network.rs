@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::time::Duration;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::config::Network;
 use bosh_qemu_cpi::error::{ErrorKind, Result};
@@ -51,6 +52,16 @@ impl Lab {
 
     fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
         self.host.run(|| apply::plug(&name(tap), segment))
+    }
+
+    /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
+    /// every descriptor, until it executes its program.
+    fn unplug(&self, tap: &str, descriptor: OwnedFd) {
+        drop(descriptor);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.host.link(tap).is_some() {
+            assert!(Instant::now() < deadline, "tap {tap} outlives its descriptor");
+        }
     }
 
     fn release(&self, segment: &Segment) -> Result<()> {
@@ -197,10 +208,9 @@ fn a_tap_lives_as_long_as_its_descriptor_and_leaves_the_bridge_as_it_was() {
     let copy = first.tap.try_clone().unwrap();
     drop(first);
     assert!(lab.host.link("bqfirstn0").is_some());
-    drop(copy);
-    assert!(lab.host.link("bqfirstn0").is_none());
+    lab.unplug("bqfirstn0", copy);
     assert_eq!(lab.bridge()["address"], mac);
-    drop(second);
+    lab.unplug("bqsecondn0", second.tap);
     lab.release(&segment).unwrap();
     assert_eq!(lab.links(), ["uplink"]);
 }
@@ -229,6 +239,7 @@ fn ipv6_is_masqueraded_where_the_operator_forwards_it() {
     assert_eq!(lab.links(), ["uplink"]);
     lab.host.run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
     lab.ensure(&segment).unwrap();
+    lab.host.run(|| UdpSocket::bind("[fd00::1]:0")).expect("the gateway's address is there at once");
     let vm = lab.vm("port0", "fd00::5");
     assert_eq!(seen_from(&lab, &vm, "2001:db8::2").to_string(), "2001:db8::1");
     // Dual stack is two segments of one bridge.
@@ -247,7 +258,7 @@ fn nothing_of_ours_is_left_after_the_last_vm() {
     lab.release(&segment).unwrap();
     lab.ensure(&segment).unwrap();
     let port = lab.plug("bqportn0", &segment).unwrap();
-    drop(port);
+    lab.unplug("bqportn0", port.tap);
     lab.release(&segment).unwrap();
     assert_eq!(lab.links(), links);
     assert_eq!(lab.host.run(nftables::tables), ["somebody"]);
@@ -308,7 +319,8 @@ fn an_operators_bridge_is_used_and_never_changed() {
     assert_eq!(refusal(&segment), "Conflict: bridge 'br0' is down\nHint: switch it on: ip link set br0 up");
     lab.host.ip("link set br0 up");
     lab.host.ip("link set uplink master br0");
-    lab.host.ip("link set uplink mtu 1450");
+    // Higher than nearly every address that the kernel would draw for a tap.
+    lab.host.ip("link set uplink mtu 1450 address fa:ff:ff:ff:ff:ff");
     assert_eq!(
         refusal(&Segment { mtu: Some(9000), ..segment.clone() }),
         "BadConfig: bridge 'br0' carries packets of 1450 bytes, network 'br0' wants 9000\n\
@@ -322,7 +334,8 @@ fn an_operators_bridge_is_used_and_never_changed() {
     let (plain, small) = (lab.plug("bqplainn0", &segment).unwrap(), lab.plug("bqsmalln0", &small).unwrap());
     assert_eq!((plain.mtu, small.mtu), (1450, 1300));
     assert_eq!(bridge(), before);
-    drop((plain, small));
+    lab.unplug("bqplainn0", plain.tap);
+    lab.unplug("bqsmalln0", small.tap);
     lab.release(&segment).unwrap();
     assert_eq!(bridge(), before);
     assert_eq!(lab.host.run(nftables::tables), [""; 0]);
@@ -333,6 +346,9 @@ fn a_leftover_tap_can_be_removed_and_nothing_else() {
     let Some(lab) = Lab::new() else { return };
     let remove = |link: &str| lab.host.run(|| apply::remove_tap(&name(link)));
     lab.host.ip("tuntap add dev bqoldn0 mode tap");
+    let taken = lab.plug("bqoldn0", &nat("10.0.0.1")).unwrap_err();
+    assert_eq!(taken.kind(), ErrorKind::Conflict, "{}", text(&taken));
+    lab.release(&nat("10.0.0.1")).unwrap();
     remove("bqoldn0").unwrap();
     remove("bqoldn0").unwrap();
     assert_eq!(text(&remove("uplink").unwrap_err()), "Conflict: link 'uplink' is not a tap");
@@ -358,7 +374,9 @@ fn several_at_once_make_one_bridge() {
         });
         assert_eq!(lab.bridge()["addr_info"].as_array().unwrap().iter().filter(|a| a["family"] == "inet").count(), 1);
         assert_eq!(lab.links().len(), 2 + plugs.len(), "round {round}");
-        drop(plugs);
+        for (i, plug) in plugs.into_iter().enumerate() {
+            lab.unplug(&format!("bqtap{i}n0"), plug.tap);
+        }
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| lab.release(&segment))).collect();
             threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());

@@ -80,10 +80,10 @@ pub(super) fn replace(table: &Table) -> Result<()> {
     .map_err(|error| failed("write", &table.name, &error))
 }
 
-/// Removes the table, if it is there.
+/// Removes the table, if it is there. A kernel without nftables has none.
 pub(super) fn drop_table(name: &str) -> Result<()> {
     match transact(|batch| delete_table(batch, name)) {
-        Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(()),
+        Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => Ok(()),
         result => result.map_err(|error| failed("remove", name, &error)),
     }
 }
