@@ -10,6 +10,7 @@ use tar::{Archive, EntryType, Header, PaxExtensions};
 
 use super::Failure;
 use super::refusal::{Refusal, printable};
+use crate::units::Bytes;
 
 /// Names a member must have at the archive's top to be the image: openstack and aws stemcells, google stemcells.
 const IMAGES: [&str; 2] = ["root.img", "disk.raw"];
@@ -28,10 +29,10 @@ pub(super) fn is_archive(block: &[u8]) -> bool {
     Header::from_byte_slice(block).cksum().is_ok_and(|told| told == sum)
 }
 
-/// Reads the archive in `stream` to its end and gives its image to `accept`, once.
+/// Reads the archive in `stream` to its end and gives its image and that file's size to `accept`, once.
 pub(super) fn read<T>(
     stream: impl Read,
-    mut accept: impl FnMut(&mut dyn Read) -> Result<T, Failure>,
+    mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let limit = Limit::default();
     let mut archive = Archive::new(Bounded { stream, limit: &limit });
@@ -46,12 +47,13 @@ pub(super) fn read<T>(
         let (path, kind) = (entry.path_bytes().into_owned(), entry.header().entry_type());
         let top = check_member(&path, kind)?;
         entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
-        let mut member = Member { left: entry.size(), content: entry };
+        let size = Bytes(entry.size());
+        let mut member = Member { left: size.get(), content: entry };
         if top.is_some_and(|name| is_file(kind) && IMAGES.contains(&name)) {
             if image.is_some() {
                 return Err(Refusal::TwoImages(printable(&path)).into());
             }
-            image = Some(accept(&mut member).map_err(|failure| failure.in_member(&path))?);
+            image = Some(accept(&mut member, size).map_err(|failure| failure.in_member(&path))?);
         } else if others.len() <= NAMES_TOLD {
             others.push(printable(&path));
         }

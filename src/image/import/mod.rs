@@ -108,16 +108,16 @@ impl Import<'_> {
             let is_archive = archive::is_archive(&block);
             let mut content = Cursor::new(block).chain(stream);
             if is_archive {
-                return archive::read(content, |member| self.take(member, output));
+                return archive::read(content, |member, size| self.take(member, Some(size), output));
             }
-            let size = self.take(&mut content, output)?;
+            let size = self.take(&mut content, None, output)?;
             io::copy(&mut content, &mut io::sink())?;
             Ok(size)
         })
     }
 
-    /// Takes the image that `content` is.
-    fn take(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, Failure> {
+    /// Takes the image that `content` is, a file of `size` bytes if that is known.
+    fn take(&self, content: &mut dyn Read, size: Option<Bytes>, output: &Output<'_>) -> Result<Bytes, Failure> {
         let head = read_up_to(content, Header::PREFIX as u64)?;
         if head.is_empty() {
             return Err(Refusal::NoSize.into());
@@ -125,6 +125,10 @@ impl Import<'_> {
         let format = probe::format(&head, self.declared)?;
         let mut whole = Cursor::new(&head).chain(content);
         if format == Format::Raw {
+            if size.is_some_and(|size| size > MiB::MAX.bytes()) {
+                return Err(Refusal::TooLarge.into());
+            }
+            output.size.set(size);
             return self.copy_raw(&mut whole, output);
         }
         let header = probe::qcow2(&head)?;
