@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
+use std::time::Instant;
 
 use tar::{Archive, EntryType, Header, PaxExtensions};
 
@@ -32,6 +33,7 @@ pub(super) fn is_archive(block: &[u8]) -> bool {
 /// Reads the archive in `stream` to its end and gives its image and that file's size to `accept`, once.
 pub(super) fn read<T>(
     stream: impl Read,
+    deadline: Instant,
     mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let limit = Limit::default();
@@ -48,7 +50,7 @@ pub(super) fn read<T>(
         let top = check_member(&path, kind)?;
         entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
         let size = Bytes(entry.size());
-        let mut member = Member { left: size.get(), content: entry };
+        let mut member = Member { left: size.get(), content: entry, deadline };
         if top.is_some_and(|name| is_file(kind) && IMAGES.contains(&name)) {
             if image.is_some() {
                 return Err(Refusal::TwoImages(printable(&path)).into());
@@ -157,14 +159,19 @@ impl<R: Read> Read for Bounded<'_, R> {
     }
 }
 
-/// The content of a member. [`io::ErrorKind::UnexpectedEof`] if it is shorter than its header says.
+/// The content of a member. [`io::ErrorKind::UnexpectedEof`] if it is shorter than its header says,
+/// [`io::ErrorKind::TimedOut`] at the deadline: a hole may have terabytes and takes nothing from the stream.
 struct Member<R> {
     content: R,
     left: u64,
+    deadline: Instant,
 }
 
 impl<R: Read> Read for Member<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if Instant::now() >= self.deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         let count = self.content.read(buffer)?;
         if count == 0 && self.left > 0 && !buffer.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());

@@ -3,7 +3,6 @@
 mod refused;
 
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -243,6 +242,22 @@ fn the_deadline_ends_it_at_every_stage() {
         std::fs::write(world.path("image"), image).unwrap();
         let deadline = Instant::now() + Duration::from_millis(time);
         let error = Import { deadline, ..world.job(&slow, None) }.run(&mut |_| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{}", error.report());
+        world.expect_nothing_left();
+    }
+}
+
+#[test]
+fn a_hole_of_terabytes_ends_at_the_deadline() {
+    let world = World::new();
+    for name in ["notes", "disk.raw"] {
+        run("truncate", ["-s8T".into(), world.path(name).into()]);
+        let (from, to) = (world.dir.path(), world.path("image"));
+        run("tar", ["-czSf".into(), to.into(), "-C".into(), from.into(), name.into()]);
+        let qemu_img = QemuImg::new(NO_QEMU_IMG);
+        let job = world.job(&qemu_img, Some(Format::Raw));
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let error = Import { deadline, ..job }.run(&mut |_| {}).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Timeout, "{}", error.report());
         world.expect_nothing_left();
     }

@@ -22,6 +22,8 @@ fn what_is_cut_off_anywhere_is_refused() {
     let world = World { qemu_img: "qemu-img", ..world };
     let image = world.qcow2("-o extended_l2=on");
     assert!(matches!(world.refusal(&image[..image.len() - (1 << 20)], None), Refusal::Damaged(_)));
+    let Refusal::Member { problem, .. } = world.refusal(&stemcell(&image[..100_000]), None) else { panic!() };
+    assert!(matches!(*problem, Refusal::Header(HeaderError::Outside { .. })), "{problem}");
 }
 
 #[test]

@@ -36,11 +36,9 @@ fn what_qemu_img_writes_is_understood() {
     assert_eq!(overlay.backing_format.as_deref(), Some("vmdk"));
     let data_file = dir.path().join("data");
     assert!(read(&format!("data_file={}", data_file.display()), "1M").external_data_file);
-    let secret =
-        ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"];
-    let luks = ["create", "-fqcow2"].into_iter().chain(secret).chain([path.to_str().unwrap(), "1M"]);
-    qemu_img(luks.map(AsRef::as_ref));
-    assert_eq!(Header::read(&path).unwrap().encryption, Some(Encryption::Luks));
+    let mut encrypted = sound();
+    encrypted[35] = 2;
+    assert_eq!(Header::parse(&encrypted).unwrap().encryption, Some(Encryption::Luks));
 }
 
 #[test]
