@@ -3,13 +3,15 @@
 //! The image is made in memory and written once: config drives hold a few kilobytes.
 
 use std::collections::BTreeSet;
-use std::io::{Cursor, Write};
+use std::io::{self, Cursor, Write};
 use std::path::Path;
 
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions, format_volume};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{create_new, keep, raw};
+
+type Folder<'a, 'b> = fatfs::Dir<'a, Cursor<&'b mut [u8]>>;
 
 /// Size of the smallest image.
 const MIB: usize = 1 << 20;
@@ -33,30 +35,53 @@ pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Resu
     keep(new)
 }
 
-fn image(label: &str, files: &[(&str, &[u8])]) -> std::io::Result<Vec<u8>> {
-    let options = FormatVolumeOptions::new().volume_label(padded(label)?);
-    let mut image = Cursor::new(vec![0; size_for(files)]);
-    format_volume(&mut image, options)?;
-    {
-        let filesystem = FileSystem::new(&mut image, FsOptions::new())?;
-        let root = filesystem.root_dir();
-        for (name, content) in files {
-            for (at, _) in name.match_indices('/') {
-                root.create_dir(&name[..at])?;
-            }
+fn image(label: &str, files: &[(&str, &[u8])]) -> io::Result<Vec<u8>> {
+    let mut image = vec![0; size_for(files)];
+    format_volume(Cursor::new(&mut image[..]), FormatVolumeOptions::new().volume_label(padded(label)?))?;
+    let with_root = |image: &mut [u8], act: &dyn Fn(Folder<'_, '_>) -> io::Result<()>| {
+        let filesystem = FileSystem::new(Cursor::new(image), FsOptions::new())?;
+        act(filesystem.root_dir())?;
+        filesystem.unmount()
+    };
+    with_root(&mut image, &|root| folders(files).into_iter().try_for_each(|name| root.create_dir(name).map(drop)))?;
+    mend_dots(&mut image);
+    with_root(&mut image, &|root| {
+        files.iter().try_for_each(|(name, content)| {
             let mut file = root.create_file(name)?;
             file.write_all(content)?;
-            file.flush()?;
+            file.flush()
+        })
+    })?;
+    Ok(image)
+}
+
+/// Every folder that `files` need, parents first.
+fn folders<'a>(files: &[(&'a str, &[u8])]) -> BTreeSet<&'a str> {
+    files.iter().flat_map(|(name, _)| name.match_indices('/').map(|(at, _)| &name[..at])).collect()
+}
+
+/// fatfs 0.3.6 gives the entries `.` and `..` of a folder long names, which is wrong: they must be the folder's first
+/// two. `image` holds folders only, so what looks like such a folder's first sector is one.
+fn mend_dots(image: &mut [u8]) {
+    const ENTRY: usize = 32;
+    /// In the place of a name's first byte: the entry is free.
+    const FREE: u8 = 0xe5;
+    for sector in image.chunks_mut(512) {
+        let named = |at: usize, name: &[u8; 11]| sector[at * ENTRY..].starts_with(name);
+        if named(1, b".          ") && named(3, b"..         ") {
+            sector.copy_within(ENTRY..2 * ENTRY, 0);
+            sector.copy_within(3 * ENTRY..4 * ENTRY, ENTRY);
+            sector[2 * ENTRY] = FREE;
+            sector[3 * ENTRY] = FREE;
         }
     }
-    Ok(image.into_inner())
 }
 
 /// The label as FAT keeps it: upper case, 11 bytes, padded with spaces.
-fn padded(label: &str) -> std::io::Result<[u8; 11]> {
+fn padded(label: &str) -> io::Result<[u8; 11]> {
     let allowed = |c: u8| c.is_ascii_uppercase() || c.is_ascii_digit() || b"-_".contains(&c);
     if label.is_empty() || label.len() > 11 || !label.bytes().all(allowed) {
-        return Err(std::io::Error::other("a FAT label has 1 to 11 characters of 'A' to 'Z', '0' to '9', '-' and '_'"));
+        return Err(io::Error::other("a FAT label has 1 to 11 characters of 'A' to 'Z', '0' to '9', '-' and '_'"));
     }
     let mut padded = [b' '; 11];
     padded[..label.len()].copy_from_slice(label.as_bytes());
@@ -66,10 +91,8 @@ fn padded(label: &str) -> std::io::Result<[u8; 11]> {
 /// Bytes of an image with room for `files`: whole clusters, one more for each folder, the tables (12 to 32 bits a
 /// cluster) and an eighth to spare.
 fn size_for(files: &[(&str, &[u8])]) -> usize {
-    let folders: BTreeSet<&str> =
-        files.iter().flat_map(|(name, _)| name.match_indices('/').map(|(at, _)| &name[..at])).collect();
     let contents: usize = files.iter().map(|(_, content)| content.len().next_multiple_of(CLUSTER)).sum();
-    let needed = contents + (files.len() + folders.len()) * CLUSTER;
+    let needed = contents + (files.len() + folders(files).len()) * CLUSTER;
     (needed + needed / 8 + MIB / 2).next_multiple_of(MIB)
 }
 
@@ -82,6 +105,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// A second judge, from the package dosfstools, where that is installed.
+    fn fsck(image: &Path) {
+        const FSCK: &str = "/usr/sbin/fsck.fat";
+        if Path::new(FSCK).exists() {
+            crate::image::testing::run(FSCK, ["-n".into(), image.into()]);
+        }
+    }
 
     fn read_back(path: &Path, name: &str) -> Vec<u8> {
         let filesystem = FileSystem::new(File::options().read(true).write(true).open(path).unwrap(), FsOptions::new());
@@ -103,6 +134,7 @@ mod tests {
         for (name, content) in files {
             assert_eq!(read_back(&path, name), content);
         }
+        fsck(&path);
         let meta = path.metadata().unwrap();
         assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (MIB as u64, 0o600));
         let filesystem = FileSystem::new(File::options().read(true).write(true).open(&path).unwrap(), FsOptions::new());
@@ -110,6 +142,8 @@ mod tests {
         assert_eq!(filesystem.volume_label(), "CONFIG-2");
         assert_eq!(filesystem.read_volume_label_from_root_dir().unwrap().as_deref(), Some("CONFIG-2"));
         let head = std::fs::read(&path).unwrap();
+        let dots = head.chunks(512).filter(|sector| sector.starts_with(b".          ")).count();
+        assert_eq!(dots, 2, "each folder starts with '.'");
         assert_eq!((&head[510..512], &head[446..510]), (&[0x55, 0xaa][..], &[0; 64][..]), "no partition table");
         assert!(write_labelled(&path, "CONFIG-2", &files).unwrap_err().report().contains("exists"));
     }
@@ -126,6 +160,8 @@ mod tests {
         let path = dir.path().join("many.img");
         write_labelled(&path, "CONFIG-2", &files).unwrap();
         assert_eq!(read_back(&path, &names[999]), &content[..5]);
+        fsck(&dir.path().join("large.img"));
+        fsck(&path);
     }
 
     #[test]

@@ -16,7 +16,8 @@ const BLOCK: usize = 4096;
 /// is not yet.
 ///
 /// # Errors
-/// When `path` exists or can not be written, or `size` is not one an image can have: see [`check_size`].
+/// When `path` exists or can not be written, or `size` is no multiple of 512 from 512 bytes
+/// to [`MiB::MAX`].
 pub fn create(path: &Path, size: Bytes) -> Result<()> {
     check_size(path, size)?;
     let new = create_new(path)?;

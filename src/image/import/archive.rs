@@ -5,11 +5,13 @@ use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
+use std::time::Instant;
 
 use tar::{Archive, EntryType, Header, PaxExtensions};
 
 use super::Failure;
 use super::refusal::{Refusal, printable};
+use crate::units::Bytes;
 
 /// Names a member must have at the archive's top to be the image: openstack and aws stemcells, google stemcells.
 const IMAGES: [&str; 2] = ["root.img", "disk.raw"];
@@ -28,10 +30,11 @@ pub(super) fn is_archive(block: &[u8]) -> bool {
     Header::from_byte_slice(block).cksum().is_ok_and(|told| told == sum)
 }
 
-/// Reads the archive in `stream` to its end and gives its image to `accept`, once.
+/// Reads the archive in `stream` to its end and gives its image and that file's size to `accept`, once.
 pub(super) fn read<T>(
     stream: impl Read,
-    mut accept: impl FnMut(&mut dyn Read) -> Result<T, Failure>,
+    deadline: Instant,
+    mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let limit = Limit::default();
     let mut archive = Archive::new(Bounded { stream, limit: &limit });
@@ -46,12 +49,13 @@ pub(super) fn read<T>(
         let (path, kind) = (entry.path_bytes().into_owned(), entry.header().entry_type());
         let top = check_member(&path, kind)?;
         entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
-        let mut member = Member { left: entry.size(), content: entry };
+        let size = Bytes(entry.size());
+        let mut member = Member { left: size.get(), content: entry, deadline };
         if top.is_some_and(|name| is_file(kind) && IMAGES.contains(&name)) {
             if image.is_some() {
                 return Err(Refusal::TwoImages(printable(&path)).into());
             }
-            image = Some(accept(&mut member).map_err(|failure| failure.in_member(&path))?);
+            image = Some(accept(&mut member, size).map_err(|failure| failure.in_member(&path))?);
         } else if others.len() <= NAMES_TOLD {
             others.push(printable(&path));
         }
@@ -155,14 +159,19 @@ impl<R: Read> Read for Bounded<'_, R> {
     }
 }
 
-/// The content of a member. [`io::ErrorKind::UnexpectedEof`] if it is shorter than its header says.
+/// The content of a member. [`io::ErrorKind::UnexpectedEof`] if it is shorter than its header says,
+/// [`io::ErrorKind::TimedOut`] at the deadline: a hole may have terabytes and takes nothing from the stream.
 struct Member<R> {
     content: R,
     left: u64,
+    deadline: Instant,
 }
 
 impl<R: Read> Read for Member<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if Instant::now() >= self.deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         let count = self.content.read(buffer)?;
         if count == 0 && self.left > 0 && !buffer.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());

@@ -23,7 +23,7 @@ mod tests;
 use std::cell::Cell;
 use std::fs::{File, Permissions};
 use std::io::{self, Cursor, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Instant;
 
@@ -108,16 +108,16 @@ impl Import<'_> {
             let is_archive = archive::is_archive(&block);
             let mut content = Cursor::new(block).chain(stream);
             if is_archive {
-                return archive::read(content, |member| self.take(member, output));
+                return archive::read(content, self.deadline, |member, size| self.take(member, Some(size), output));
             }
-            let size = self.take(&mut content, output)?;
+            let size = self.take(&mut content, None, output)?;
             io::copy(&mut content, &mut io::sink())?;
             Ok(size)
         })
     }
 
-    /// Takes the image that `content` is.
-    fn take(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, Failure> {
+    /// Takes the image that `content` is, a file of `size` bytes if that is known.
+    fn take(&self, content: &mut dyn Read, size: Option<Bytes>, output: &Output<'_>) -> Result<Bytes, Failure> {
         let head = read_up_to(content, Header::PREFIX as u64)?;
         if head.is_empty() {
             return Err(Refusal::NoSize.into());
@@ -125,9 +125,14 @@ impl Import<'_> {
         let format = probe::format(&head, self.declared)?;
         let mut whole = Cursor::new(&head).chain(content);
         if format == Format::Raw {
+            if size.is_some_and(|size| size > MiB::MAX.bytes()) {
+                return Err(Refusal::TooLarge.into());
+            }
+            output.size.set(size);
             return self.copy_raw(&mut whole, output);
         }
         let header = probe::qcow2(&head)?;
+        size.map_or(Ok(()), |size| header.check_places(size.get()))?;
         output.size.set(Some(header.virtual_size));
         match output.spool {
             None => decode(&header, whole, output.raw, self.deadline).map_err(|error| self.decode_failure(error))?,
@@ -166,6 +171,8 @@ impl Import<'_> {
 
     /// The second pass, for what the first could not decode.
     fn convert(&self, new: &NamedTempFile, output: Output<'_>, progress: Progress<'_>) -> Result<(Bytes, Digest)> {
+        // What the first pass wrote would only take room.
+        new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
         let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
         let output = Output { spool: Some(&spool), ..output };
@@ -234,18 +241,21 @@ impl Import<'_> {
                 Error::new(ErrorKind::Timeout, message).hint("give create_stemcell more seconds in 'deadlines'")
             }
             Failure::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
-                error.during(format!("import '{source}'")).hint(self.space_hint(output.size.get()))
+                error.during(format!("import '{source}'")).hint(self.space_hint(output))
             }
             Failure::Failed(error) => error.during(format!("import '{source}'")),
         }
     }
 
-    fn space_hint(&self, size: Option<Bytes>) -> String {
+    /// What the image may need and what there is, not counting what this import has taken itself.
+    fn space_hint(&self, output: &Output<'_>) -> String {
         let directory = parent_of(self.target);
-        let need = size.map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
+        let need = output.size.get().map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
+        let taken = [Some(output.raw), output.spool].into_iter().flatten().filter_map(|file| file.metadata().ok());
+        let taken: u64 = taken.map(|meta| meta.blocks() * 512).sum();
         match rustix::fs::statvfs(directory) {
             Ok(stat) => {
-                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize));
+                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(taken));
                 format!("the image needs {need}, '{}' has {free} free", directory.display())
             }
             Err(_) => format!("the image needs {need} in '{}'", directory.display()),

@@ -75,7 +75,7 @@ pub(super) fn read<T>(
 fn pump(file: File, path: &Path, sender: &SyncSender<Option<Chunk>>) -> Result<Digest, Failure> {
     let mut file = BufReader::with_capacity(CHUNK, Hashed { file, hasher: Hasher::default(), position: 0 });
     let gzip = file.fill_buf().at("read", path)?.starts_with(&[0x1f, 0x8b]);
-    let mut content = if gzip { Content::Gzip(MultiGzDecoder::new(file)) } else { Content::Plain(file) };
+    let mut content = if gzip { Content::Gzip(Box::new(MultiGzDecoder::new(file))) } else { Content::Plain(file) };
     loop {
         let mut data = Vec::with_capacity(CHUNK);
         content.reader().take(CHUNK as u64).read_to_end(&mut data).map_err(|error| failure(path, error))?;
@@ -99,7 +99,7 @@ fn failure(path: &Path, error: io::Error) -> Failure {
 
 /// A file with or without gzip around its content.
 enum Content {
-    Gzip(MultiGzDecoder<BufReader<Hashed>>),
+    Gzip(Box<MultiGzDecoder<BufReader<Hashed>>>),
     Plain(BufReader<Hashed>),
 }
 

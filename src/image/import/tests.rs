@@ -1,1 +1,285 @@
+//! Import of what stemcells are, of what they must not be, and of damage. `qemu-img` makes the images and judges.
 
+mod refused;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use tar::{Builder, EntryType, Header as TarHeader};
+
+use super::*;
+use crate::image::qcow2::{Backing, create};
+use crate::image::testing::{qemu_img, run};
+
+/// For imports that must do without.
+const NO_QEMU_IMG: &str = "/nonexistent/qemu-img";
+
+/// A directory with a disk in it, and an empty one for what is imported.
+struct World {
+    dir: tempfile::TempDir,
+    qemu_img: &'static str,
+}
+
+impl World {
+    /// The disk has 9 MiB and 512 bytes, text, noise, holes and a boot signature.
+    fn new() -> Self {
+        let world = Self { dir: tempfile::tempdir().unwrap(), qemu_img: NO_QEMU_IMG };
+        std::fs::create_dir(world.path("out")).unwrap();
+        let mut disk = vec![0u8; (9 << 20) + 512];
+        let mut state = 1u32;
+        for byte in &mut disk[1 << 20..3 << 20] {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *byte = (state >> 24) as u8;
+        }
+        let text = b"the quick brown fox jumps over the lazy dog ";
+        disk[5_000_000..5_900_000].iter_mut().zip(text.iter().cycle()).for_each(|(byte, letter)| *byte = *letter);
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        *disk.last_mut().unwrap() = 1;
+        std::fs::write(world.path("disk"), disk).unwrap();
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn disk(&self) -> Vec<u8> {
+        std::fs::read(self.path("disk")).unwrap()
+    }
+
+    /// The disk as qcow2, made by `qemu-img convert` with `options`.
+    fn qcow2(&self, options: &str) -> Vec<u8> {
+        let (disk, image) = (self.path("disk"), self.path("qcow2"));
+        let words = ["convert", "-f", "raw", "-O", "qcow2"].into_iter().chain(options.split_whitespace());
+        qemu_img(words.map(AsRef::as_ref).chain([disk.as_os_str(), image.as_os_str()]));
+        std::fs::read(image).unwrap()
+    }
+
+    /// Imports `content`.
+    fn import_as(&self, content: &[u8], declared: Option<Format>) -> Result<Imported> {
+        std::fs::write(self.path("image"), content).unwrap();
+        let qemu_img = QemuImg::new(self.qemu_img);
+        self.job(&qemu_img, declared).run(&mut |_| {})
+    }
+
+    fn job<'a>(&self, qemu_img: &'a QemuImg, declared: Option<Format>) -> Import<'a> {
+        // The paths live as long as a test: leaking two of them keeps the tests short.
+        let leak = |name| &*Box::leak(self.path(name).into_boxed_path());
+        let deadline = Instant::now() + Duration::from_secs(120);
+        Import { source: leak("image"), declared, target: leak("out/image.raw"), qemu_img, deadline }
+    }
+
+    /// Imports `content`, which must give the disk.
+    fn expect_disk(&self, content: &[u8], declared: Option<Format>) {
+        let imported = self.import_as(content, declared).unwrap_or_else(|error| panic!("{}", error.report()));
+        let target = self.path("out/image.raw");
+        assert!(std::fs::read(&target).unwrap() == self.disk(), "another disk came out");
+        let meta = target.metadata().unwrap();
+        assert_eq!(meta.permissions().mode() & 0o777, 0o444);
+        assert!(meta.blocks() * 512 < 4 << 20, "{} blocks: not sparse", meta.blocks());
+        assert_eq!((imported.format, imported.virtual_size), (Format::Raw, Bytes(meta.len())));
+        assert_eq!(imported.digest, Digest::of_file(&self.path("image")).unwrap());
+        std::fs::remove_file(target).unwrap();
+        self.expect_nothing_left();
+    }
+
+    /// Imports `content`, which must be refused for the reason returned.
+    fn refusal(&self, content: &[u8], declared: Option<Format>) -> Refusal {
+        let error = self.import_as(content, declared).unwrap_err();
+        self.expect_nothing_left();
+        assert_eq!(error.kind(), ErrorKind::BadRequest, "{}", error.report());
+        assert!(error.report().contains("Hint: "), "{}", error.report());
+        let source = std::error::Error::source(&error).unwrap();
+        source.downcast_ref::<Refusal>().unwrap().clone()
+    }
+
+    fn expect_nothing_left(&self) {
+        let left: Vec<_> = std::fs::read_dir(self.path("out")).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+fn gzip(content: &[u8]) -> Vec<u8> {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    gzip.write_all(content).unwrap();
+    gzip.finish().unwrap()
+}
+
+/// A tar archive of regular files.
+fn tar(members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut archive = Builder::new(Vec::new());
+    for (name, content) in members {
+        archive.append_data(&mut header(EntryType::Regular, content.len()), name, *content).unwrap();
+    }
+    archive.into_inner().unwrap()
+}
+
+fn header(kind: EntryType, size: usize) -> TarHeader {
+    let mut header = TarHeader::new_gnu();
+    header.set_entry_type(kind);
+    header.set_size(size as u64);
+    header.set_mode(0o644);
+    header
+}
+
+fn stemcell(image: &[u8]) -> Vec<u8> {
+    gzip(&tar(&[("root.img", image)]))
+}
+
+#[test]
+fn every_shape_a_stemcell_has() {
+    let world = World::new();
+    let (disk, qcow2) = (world.disk(), world.qcow2("-c -o compat=0.10"));
+    for (image, format) in [(&disk, Format::Raw), (&qcow2, Format::Qcow2)] {
+        for declared in [None, Some(format)] {
+            world.expect_disk(&stemcell(image), declared);
+        }
+        world.expect_disk(image, None);
+        world.expect_disk(&gzip(image), None);
+        world.expect_disk(&tar(&[("root.img", image)]), None);
+        world.expect_disk(&gzip(&tar(&[("notes", b"x"), ("./disk.raw", image), ("z/root.img", b"y")])), None);
+    }
+    let halves = disk.split_at(4_000_001);
+    world.expect_disk(&[gzip(halves.0), gzip(halves.1)].concat(), None);
+}
+
+#[test]
+fn archives_that_tar_itself_writes() {
+    let world = World::new();
+    std::fs::rename(world.path("disk"), world.path("disk.raw")).unwrap();
+    run("truncate", ["-s20M".into(), world.path("disk.raw").into()]);
+    std::fs::copy(world.path("disk.raw"), world.path("disk")).unwrap();
+    for options in [&["-S"][..], &["--format=v7"], &["--format=posix"], &["--format=oldgnu", "-S", "-b1"], &["-b2000"]]
+    {
+        let fixed = ["-C".into(), world.dir.path().into(), "-czf".into(), world.path("tgz").into()];
+        run("tar", options.iter().map(Into::into).chain(fixed).chain(["./disk.raw".into()]));
+        world.expect_disk(&std::fs::read(world.path("tgz")).unwrap(), None);
+    }
+    let posix = ["--format=posix", "-S", "-czf"].map(Into::into);
+    let paths = [world.path("tgz").into(), "-C".into(), world.dir.path().into(), "disk.raw".into()];
+    run("tar", posix.into_iter().chain(paths));
+    let refused = world.refusal(&std::fs::read(world.path("tgz")).unwrap(), None);
+    assert!(refused.to_string().contains("--format=gnu"), "{refused}");
+}
+
+#[test]
+fn every_layout_qemu_img_writes() {
+    let mut world = World::new();
+    for options in [
+        "-o compat=1.1",
+        "-c -o compat=1.1",
+        "-W -m 16",
+        "-c -W -m 16",
+        "-o cluster_size=512",
+        "-c -o cluster_size=4096",
+        "-o cluster_size=2M",
+        "-c -o cluster_size=2M",
+        "-o preallocation=metadata",
+        "-o preallocation=falloc,lazy_refcounts=on",
+        "-S 0",
+        "-o refcount_bits=1",
+    ] {
+        world.expect_disk(&stemcell(&world.qcow2(options)), Some(Format::Qcow2));
+    }
+    for options in ["-o extended_l2=on", "-c -o compression_type=zstd"] {
+        world.qemu_img = NO_QEMU_IMG;
+        let image = stemcell(&world.qcow2(options));
+        assert_eq!(world.import_as(&image, None).unwrap_err().kind(), ErrorKind::Host);
+        world.expect_nothing_left();
+        world.qemu_img = "qemu-img";
+        world.expect_disk(&image, Some(Format::Qcow2));
+    }
+}
+
+#[test]
+fn tables_behind_their_data_are_left_to_qemu_img() {
+    let world = World { qemu_img: "qemu-img", ..World::new() };
+    // 20 MiB of data first, then an L1 table that had to grow and so moved to the end of the file.
+    let image = world.path("grown");
+    create(&image, Bytes(100 << 20), None).unwrap();
+    let io = |command: &str| {
+        run("qemu-io", ["-fqcow2", "-c", command].map(Into::into).into_iter().chain([image.clone().into()]))
+    };
+    io("write -P 7 0 20M");
+    qemu_img(["resize", "-fqcow2", image.to_str().unwrap(), "5T"].map(AsRef::as_ref));
+    io("write -P 8 3T 1M");
+    let imported = world.import_as(&gzip(&std::fs::read(&image).unwrap()), None).unwrap();
+    assert_eq!(imported.virtual_size, Bytes(5 << 40));
+    let target = world.path("out/image.raw");
+    assert!(target.metadata().unwrap().blocks() * 512 < 24 << 20);
+    qemu_img(["compare", "-fqcow2", "-Fraw", image.to_str().unwrap(), target.to_str().unwrap()].map(AsRef::as_ref));
+    std::fs::remove_file(target).unwrap();
+    world.expect_nothing_left();
+}
+
+#[test]
+fn a_raw_disk_is_rounded_up_to_sectors() {
+    let world = World::new();
+    let imported = world.import_as(&stemcell(&world.disk()[..1000]), None).unwrap();
+    assert_eq!(imported.virtual_size, Bytes(1024));
+    assert_eq!(world.path("out/image.raw").metadata().unwrap().len(), 1024);
+}
+
+#[test]
+fn a_base_is_never_overwritten() {
+    let world = World::new();
+    std::fs::write(world.path("out/image.raw"), "precious").unwrap();
+    assert_eq!(world.import_as(&world.disk(), None).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(std::fs::read(world.path("out/image.raw")).unwrap(), b"precious");
+}
+
+#[test]
+fn the_deadline_ends_it_at_every_stage() {
+    let world = World::new();
+    let hanging = world.path("hanging");
+    std::fs::write(world.path("draft"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    run("install", ["-m700".into(), world.path("draft").into(), hanging.clone().into()]);
+    let slow = QemuImg::new(hanging);
+    for (image, time) in [(stemcell(&world.disk()), 0), (stemcell(&world.qcow2("-c -o compression_type=zstd")), 1000)] {
+        std::fs::write(world.path("image"), image).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(time);
+        let error = Import { deadline, ..world.job(&slow, None) }.run(&mut |_| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{}", error.report());
+        world.expect_nothing_left();
+    }
+}
+
+#[test]
+fn a_hole_of_terabytes_ends_at_the_deadline() {
+    let world = World::new();
+    for name in ["notes", "disk.raw"] {
+        run("truncate", ["-s8T".into(), world.path(name).into()]);
+        let (from, to) = (world.dir.path(), world.path("image"));
+        run("tar", ["-czSf".into(), to.into(), "-C".into(), from.into(), name.into()]);
+        let qemu_img = QemuImg::new(NO_QEMU_IMG);
+        let job = world.job(&qemu_img, Some(Format::Raw));
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let error = Import { deadline, ..job }.run(&mut |_| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{}", error.report());
+        world.expect_nothing_left();
+    }
+}
+
+#[test]
+fn progress_ends_at_the_size_of_the_file() {
+    let world = World::new();
+    let content = stemcell(&world.disk());
+    std::fs::write(world.path("image"), &content).unwrap();
+    let mut told = Vec::new();
+    world.job(&QemuImg::new("qemu-img"), None).run(&mut |bytes| told.push(bytes)).unwrap();
+    assert!(told.is_sorted() && told.last() == Some(&Bytes(content.len() as u64)), "{told:?}");
+}
+
+#[test]
+fn a_panic_leaves_nothing() {
+    let world = World::new();
+    std::fs::write(world.path("image"), stemcell(&world.disk())).unwrap();
+    let qemu_img = QemuImg::new("qemu-img");
+    let job = world.job(&qemu_img, None);
+    let run = std::panic::AssertUnwindSafe(|| job.run(&mut |_| panic!("of a test")));
+    std::panic::catch_unwind(run).unwrap_err();
+    world.expect_nothing_left();
+}

@@ -14,6 +14,9 @@
 //! A file laid out otherwise (or using what this does not know, such as zstd) is sound but not for us:
 //! [`DecodeError::NotStreamable`]. Memory is bounded by the window and by [`AGENDA_LIMIT`], whatever the file says.
 
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::fs::File;

@@ -1,5 +1,8 @@
 //! The header of a qcow2 file.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -121,12 +124,6 @@ pub enum HeaderError {
     },
 }
 
-impl From<HeaderError> for Error {
-    fn from(error: HeaderError) -> Self {
-        Self::new(ErrorKind::Corrupt, error.to_string())
-    }
-}
-
 impl Header {
     /// As many first bytes of a file as [`Header::parse`] may need. QEMU writes extensions and names right behind the
     /// header; an image that has them further out is refused.
@@ -135,14 +132,16 @@ impl Header {
     /// Reads the header of the file at `path` and checks that its tables lie in it.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] with a [`HeaderError`] as its source's text when this is no sound qcow2 header.
+    /// [`ErrorKind::Corrupt`] with a [`HeaderError`] as source when this is no sound qcow2 header.
     pub fn read(path: &Path) -> Result<Self> {
         let file = File::open(path).at("open", path)?;
         let length = file.metadata().at("stat", path)?.len();
         let mut prefix = Vec::new();
         file.take(Self::PREFIX as u64).read_to_end(&mut prefix).at("read", path)?;
         let sound = Self::parse(&prefix).and_then(|header| header.check_places(length).map(|()| header));
-        sound.map_err(|error| Error::from(error).during(format!("read the image '{}'", path.display())))
+        sound.map_err(|error| {
+            Error::new(ErrorKind::Corrupt, format!("'{}' is no sound qcow2 image", path.display())).because(error)
+        })
     }
 
     /// Reads a header from the first bytes of a file: all of them, or at least [`Header::PREFIX`].

@@ -1,0 +1,132 @@
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::image::testing::sample;
+
+fn decode_bytes(image: &[u8]) -> Result<File, DecodeError> {
+    let target = tempfile::tempfile().unwrap();
+    let header = Header::parse(image).unwrap();
+    decode(&header, image, &target, Instant::now() + Duration::from_secs(60)).map(|()| target)
+}
+
+/// Changes the L2 table of the sample that maps the first cluster with data.
+fn with_l2_entry(change: impl FnOnce(&mut [u8], u64)) -> Result<File, DecodeError> {
+    let mut image = sample().to_vec();
+    let number = |at: u64| u64::from_be_bytes(image[at as usize..][..8].try_into().unwrap());
+    let l2 = number(Header::parse(&image).unwrap().l1_offset) & entry::OFFSET;
+    let (at, value) = (l2 as usize + 2 * 8, number(l2 + 2 * 8));
+    assert_ne!(value & entry::OFFSET, 0);
+    change(&mut image[at..at + 8], value);
+    decode_bytes(&image)
+}
+
+fn damage(result: Result<File, DecodeError>) -> String {
+    match result {
+        Err(error @ DecodeError::Damaged { .. }) => error.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn plain_compressed_and_zero_clusters() {
+    let target = decode_bytes(sample()).unwrap();
+    let mut disk = vec![0; 5 << 20];
+    let length = target.metadata().unwrap().len() as usize;
+    target.read_exact_at(&mut disk[..length], 0).unwrap();
+    for (from, length, byte) in [(0, 8, 0), (8, 12, 1), (20, 44, 0), (64, 16, 2), (80, 4016, 0), (4096, 4, 3)] {
+        assert!(disk[from << 10..(from + length) << 10].iter().all(|b| *b == byte), "{from} KiB");
+    }
+}
+
+#[test]
+fn entries_that_lead_nowhere() {
+    let set = |value: u64| with_l2_entry(|entry, _| entry.copy_from_slice(&value.to_be_bytes()));
+    assert!(damage(set(1 << 40)).starts_with("a cluster ends at byte 0x10000000000"));
+    assert!(damage(set(entry::COMPRESSED | 1 << 40)).starts_with("a compressed cluster"));
+    assert!(damage(set(4096 + 512)).starts_with("an entry that names no cluster"));
+    assert!(damage(with_l2_entry(|entry, _| entry[7] |= 2)).starts_with("an entry with reserved bits"));
+    assert!(damage(with_l2_entry(|entry, _| entry[0] |= 4)).starts_with("an entry with reserved bits"));
+}
+
+#[test]
+fn one_cluster_may_be_named_twice() {
+    // Place 0 is the header, long read by then, and still in the window.
+    let target = with_l2_entry(|entry, value| entry.copy_from_slice(&(value + 4096).to_be_bytes())).unwrap();
+    let mut byte = [0];
+    target.read_exact_at(&mut byte, 8192).unwrap();
+    assert_eq!(byte, [1]);
+}
+
+#[test]
+fn tables_that_all_name_one_table_end_at_the_limit() {
+    // 64 GiB of 512-byte clusters need 2 097 152 L1 entries; all of them name the same L2 table.
+    let mut image = vec![0; 512];
+    image[..104].copy_from_slice(&sample()[..104]);
+    image[8..20].fill(0);
+    image[23] = 9;
+    image[24..32].copy_from_slice(&(64u64 << 30).to_be_bytes());
+    image[36..40].copy_from_slice(&(1u32 << 21).to_be_bytes());
+    image[40..48].copy_from_slice(&512u64.to_be_bytes());
+    image[48..56].copy_from_slice(&512u64.to_be_bytes());
+    image[103] = 104;
+    let l2 = 512 + (8u64 << 21);
+    image.extend((0..1 << 21).flat_map(|_| l2.to_be_bytes()));
+    image.extend([0; 512]);
+    assert!(matches!(decode_bytes(&image), Err(DecodeError::NotStreamable(_))));
+}
+
+#[test]
+fn data_that_has_passed_is_not_streamable() {
+    let mut image = sample().to_vec();
+    let header = Header::parse(&image).unwrap();
+    // The L1 table moves to the end, further than the window reaches back.
+    let table = image[header.l1_offset as usize..][..header.l1_entries as usize * 8].to_vec();
+    image.resize(4 * KEPT, 0);
+    image[40..48].copy_from_slice(&(4 * KEPT as u64).to_be_bytes());
+    image.extend(table);
+    assert!(matches!(decode_bytes(&image), Err(DecodeError::NotStreamable(_))));
+}
+
+#[test]
+fn the_deadline_is_kept() {
+    let header = Header::parse(sample()).unwrap();
+    let late = decode(&header, sample(), &tempfile::tempfile().unwrap(), Instant::now());
+    assert!(matches!(late, Err(DecodeError::Deadline)));
+}
+
+proptest! {
+    #[test]
+    fn changed_images_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+        let mut image = sample().to_vec();
+        changes.into_iter().for_each(|(at, byte)| *at.get_mut(&mut image) = byte);
+        if Header::parse(&image).is_ok() {
+            let _ = decode_bytes(&image);
+        }
+    }
+
+    #[test]
+    fn changed_tables_never_panic(changes in prop::collection::vec((0..4096usize, any::<u64>()), 1..20)) {
+        let mut image = sample().to_vec();
+        let header = Header::parse(&image).unwrap();
+        let start = header.l1_offset as usize / 8;
+        for (at, value) in changes {
+            let at = (start + at) * 8;
+            if let Some(entry) = image.get_mut(at..at + 8) {
+                entry.copy_from_slice(&value.to_be_bytes());
+            }
+        }
+        let _ = decode_bytes(&image);
+    }
+
+    #[test]
+    fn cut_images_never_panic(length in any::<prop::sample::Index>()) {
+        let image = sample();
+        let cut = &image[..length.index(image.len())];
+        if Header::parse(cut).is_ok() {
+            let _ = decode_bytes(cut);
+        }
+    }
+}
