@@ -1,3 +1,4 @@
 //! Subcommands
 pub mod reference;
+pub mod selftest;
 pub mod supervise;

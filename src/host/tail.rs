@@ -1,8 +1,15 @@
-//! The end of a log, for an error message.
+//! Reading logs that somebody else writes: the end of one for an error message, a word as it appears.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// No more than this of a log gets into a message.
 const MOST: u64 = 2048;
@@ -25,6 +32,30 @@ pub fn last_lines(path: &Path, count: usize) -> String {
     tail.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
+/// Waits until the file contains `word` at least `times` times. The file must exist.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] at `deadline`, with the last lines there are.
+pub fn wait_for(path: &Path, word: &str, times: usize, deadline: Instant) -> Result<()> {
+    let os = |errno: nix::Error| Error::io("watch", path, errno.into());
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(os)?;
+    watch.add_watch(path, AddWatchFlags::IN_MODIFY).map_err(os)?;
+    loop {
+        let text = std::fs::read(path).at("read", path)?;
+        if String::from_utf8_lossy(&text).matches(word).count() >= times {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        if left.is_zero() || poll(&mut [PollFd::new(watch.as_fd(), PollFlags::POLLIN)], timeout).map_err(os)? == 0 {
+            let message = format!("'{word}' did not appear in '{}' in time: {}", path.display(), last_lines(path, 3));
+            return Err(Error::new(ErrorKind::Timeout, message));
+        }
+        // Only that something changed matters; the text is read again.
+        watch.read_events().map_err(os)?;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,5 +67,20 @@ mod tests {
         assert_eq!(last_lines(&path, 2), "nothing was written");
         std::fs::write(&path, "one\r\ntwo\n\n\x1b[31mthree\n").unwrap();
         assert_eq!(last_lines(&path, 2), "two; \\u{1b}[31mthree");
+    }
+
+    #[test]
+    fn a_word_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "here\n").unwrap();
+        let long = Instant::now() + std::time::Duration::from_secs(20);
+        let waiter = std::thread::spawn({
+            let path = path.clone();
+            move || wait_for(&path, "here", 2, long)
+        });
+        std::fs::write(&path, "here\nhere\n").unwrap();
+        waiter.join().unwrap().unwrap();
+        assert_eq!(wait_for(&path, "gone", 1, Instant::now()).unwrap_err().kind(), ErrorKind::Timeout);
     }
 }

@@ -1,0 +1,114 @@
+//! `bosh-qemu-cpi selftest`: does this host run VMs as it should? A few seconds, no stemcell, no download.
+//!
+//! A 512-byte guest is taken through the life of a VM by the same verbs a Director calls. It prints `BOOTSECTOR-OK`
+//! when it boots, `U` and `D` when a disk is plugged in and asked out, `OFF` at the power button (its source is beside
+//! this file). Everything happens in temporary directories and a network namespace of its own.
+
+mod checks;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::config::{Config, Log, Qemu};
+use crate::error::{Error, IoContext, Result};
+use crate::schema::{Property, Whole};
+
+/// The guest, as a disk.
+const GUEST: &[u8; 512] = include_bytes!("acpi-bootsector.bin");
+
+/// Prints one line per check, or with `as_json` one object. Whether all passed.
+pub fn run(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
+    let lab = Lab::new(config)?;
+    let mut report = Report { as_json, lines: Vec::new(), output };
+    let passed = checks::all(&lab, &mut report);
+    report.finish(passed)?;
+    Ok(passed)
+}
+
+/// A temporary host.
+pub(super) struct Lab {
+    config: Config,
+    config_file: PathBuf,
+    guest: PathBuf,
+    /// Removed with everything in them when the lab is dropped.
+    _dirs: [tempfile::TempDir; 2],
+}
+
+impl Lab {
+    fn new(file: Option<&Path>) -> Result<Self> {
+        let os = |e| Error::os("enter a network namespace of its own", e);
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
+            .map_err(os)
+            .map_err(|e| e.hint("run it as root: VMs need taps, bridges and users of their own"))?;
+        let given = Config::load(file)?;
+        let state = tempfile::Builder::new()
+            .prefix("bosh-qemu-cpi-")
+            .tempdir()
+            .map_err(|e| Error::os("make a temporary directory", e))?;
+        let run = Path::new("/run");
+        let run = tempfile::Builder::new().prefix("bqc-").tempdir_in(run).at("make a directory in", run)?;
+        let config = Config {
+            state_dir: state.path().join("state"),
+            run_dir: run.path().to_owned(),
+            // A slow host numbers each slot at boot; one is enough.
+            qemu: Qemu { hotplug_slots: Whole::of(1), ..given.qemu },
+            log: Log::absent().expect("every key has a default"),
+            networks: Config::from_json(&json!({})).map_err(|e| e.in_file("defaults"))?.networks,
+            ..given
+        };
+        let lab = Self {
+            config_file: state.path().join("cpi.json"),
+            guest: state.path().join("guest.img"),
+            config,
+            _dirs: [state, run],
+        };
+        let text = serde_json::to_vec(&lab.config).expect("a configuration is plain data");
+        std::fs::write(&lab.config_file, text).at("write", &lab.config_file)?;
+        let mut disk = vec![0; 1 << 20];
+        disk[..GUEST.len()].copy_from_slice(GUEST);
+        std::fs::write(&lab.guest, disk).at("write", &lab.guest)?;
+        Ok(lab)
+    }
+}
+
+/// What was checked, printed as it happens.
+pub(super) struct Report<'a> {
+    as_json: bool,
+    lines: Vec<serde_json::Value>,
+    output: &'a mut dyn Write,
+}
+
+impl Report<'_> {
+    /// Does one check. `Ok` carries a remark.
+    pub(super) fn check<T>(&mut self, name: &str, check: impl FnOnce() -> Result<(T, String)>) -> Option<T> {
+        let began = Instant::now();
+        let outcome = check();
+        let seconds = began.elapsed().as_secs_f64();
+        let (passed, remark, value) = match outcome {
+            Ok((value, remark)) => (true, remark, Some(value)),
+            Err(error) => (false, error.report(), None),
+        };
+        if self.as_json {
+            self.lines.push(json!({"check": name, "passed": passed, "seconds": seconds, "remark": remark}));
+        } else {
+            let mark = if passed { "ok  " } else { "FAIL" };
+            // A closed terminal does not change the verdict.
+            let _ = writeln!(self.output, "{mark} {name:<14} {seconds:6.3} s  {remark}");
+        }
+        value
+    }
+
+    fn finish(self, passed: bool) -> Result<()> {
+        let text = if self.as_json {
+            json!({"passed": passed, "checks": self.lines}).to_string()
+        } else if passed {
+            "this host runs VMs".to_owned()
+        } else {
+            "this host does not run VMs as it should".to_owned()
+        };
+        writeln!(self.output, "{text}").map_err(|e| Error::os("print the verdict", e))
+    }
+}
