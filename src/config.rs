@@ -186,18 +186,21 @@ impl Network {
     }
 }
 
+/// The configuration file that somebody named: `given`, else what [`ENVIRONMENT`] names.
+pub fn file(given: Option<&Path>) -> Option<PathBuf> {
+    given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))
+}
+
 impl Config {
-    /// Reads the configuration: `file`, else what [`ENVIRONMENT`] names, else [`DEFAULT_FILE`] if it is there, else
-    /// the defaults.
+    /// Reads the configuration from `named`, else from [`DEFAULT_FILE`] if it is there, else takes the defaults.
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key.
-    pub fn load(file: Option<&Path>) -> Result<Self> {
-        let named = file.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from));
-        let path = named.clone().unwrap_or_else(|| DEFAULT_FILE.into());
-        let text = match std::fs::read_to_string(&path) {
+    pub fn load(named: Option<&Path>) -> Result<Self> {
+        let path = named.unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match std::fs::read_to_string(path) {
             Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => "{}".to_owned(),
-            read => read.at("read configuration", &path).map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
+            read => read.at("read configuration", path).map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
         };
         let shown = path.display().to_string();
         let value: Value = serde_json::from_str(&text).map_err(|e| {

@@ -1,6 +1,7 @@
 //! bosh-qemu-cpi
 pub mod agent;
 pub mod cid;
+pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod cpi;
@@ -8,11 +9,13 @@ pub mod error;
 pub mod host;
 pub mod image;
 pub mod link_name;
+pub mod log;
 pub mod mac;
 pub mod net;
 pub mod ordered;
 pub mod qemu;
 pub mod qmp;
+pub mod rpc;
 pub mod schema;
 pub mod store;
 pub mod supervisor;

@@ -1,1 +1,28 @@
-fn main() {}
+//! `bosh-qemu-cpi`: see [`bosh_qemu_cpi::cli`].
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use bosh_qemu_cpi::cli::{Cli, Command};
+use bosh_qemu_cpi::commands;
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let config = cli.config.as_deref();
+    let outcome = match cli.command {
+        None => commands::cpi::run(config).map(|()| true),
+        Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
+        Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
+        Some(Command::Supervise { vm }) => commands::supervise::run(config, vm).map(|()| true),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            // Not `eprintln!`, which panics when stderr is closed.
+            let _ = writeln!(std::io::stderr(), "Error: {}", error.report());
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,4 +1,6 @@
-//! Subcommands
+//! One file for each command.
+
+pub mod cpi;
 pub mod reference;
 pub mod selftest;
 pub mod supervise;

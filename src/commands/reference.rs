@@ -1,12 +1,24 @@
 //! The reference pages in `docs/`, made from the declarations of the documents they describe. A test holds them in sync.
 
 use std::fmt::Write;
+use std::io;
 
+use crate::cli::Page;
 use crate::config::{CONTEXT_KEYS, Config};
 use crate::cpi::cloud_properties::{DiskCloudProperties, SubnetCloudProperties, VmCloudProperties};
 use crate::cpi::stemcells::LightStemcell;
+use crate::error::{Error, Result};
 use crate::qemu::Template;
 use crate::schema::{Key, Property};
+
+/// Prints one page.
+pub fn run(page: Page, output: &mut dyn io::Write) -> Result<()> {
+    let text = match page {
+        Page::Config => config(),
+        Page::CloudProperties => cloud_properties(),
+    };
+    output.write_all(text.as_bytes()).map_err(|e| Error::os("print the page", e))
+}
 
 /// `docs/config.md`.
 pub fn config() -> String {

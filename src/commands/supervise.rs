@@ -6,6 +6,7 @@ use crate::cid::{Cid, VmCid};
 use crate::config::Config;
 use crate::error::Result;
 use crate::host::cgroup::Cgroup;
+use crate::log;
 use crate::supervisor::{self, Scope};
 use crate::sys::detach::detach;
 
@@ -19,6 +20,7 @@ pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
             return Err(error);
         }
     };
+    log::init(&config.log);
     Cgroup::open(cid.as_str()).enter();
     supervisor::supervise(&Scope::new(config, cid), handshake)
 }

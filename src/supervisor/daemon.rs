@@ -103,7 +103,7 @@ impl<'a> Supervisor<'a> {
     fn launch(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
         let child = launch::spawn(self.scope, &self.vm)?;
         let running = runtime.block_on(launch::boot(self.scope, &self.vm, child))?;
-        self.note("started", json!({"pid": running.child.process().pid(), "accel": self.vm.machine.accel}));
+        self.note("started", &json!({"pid": running.child.process().pid(), "accel": self.vm.machine.accel}));
         Ok(running)
     }
 
@@ -113,7 +113,7 @@ impl<'a> Supervisor<'a> {
             let ending = match running.take() {
                 Some(qemu) => {
                     let exit = runtime.block_on(self.watch(qemu));
-                    self.note("exited", json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}));
+                    self.note("exited", &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}));
                     exit.write(&self.scope.paths.exit())?;
                     exit.ending()
                 }
@@ -122,7 +122,7 @@ impl<'a> Supervisor<'a> {
             let Some(lock) = self.may_restart(runtime, ending)? else { return Ok(()) };
             match self.launch(runtime) {
                 Ok(qemu) => running = Some(qemu),
-                Err(error) => self.note("restart failed", json!({"error": error.report()})),
+                Err(error) => self.note("restart failed", &json!({"error": error.report()})),
             }
             drop(lock);
         }
@@ -136,10 +136,10 @@ impl<'a> Supervisor<'a> {
             return Ok(None);
         }
         let Some(wait) = self.restarts.next(Instant::now()) else {
-            self.note("gave up", json!({"why": "crashed too often"}));
+            self.note("gave up", &json!({"why": "crashed too often"}));
             return Ok(None);
         };
-        self.note("restarting", json!({"in_seconds": wait.as_secs()}));
+        self.note("restarting", &json!({"in_seconds": wait.as_secs()}));
         let told_to_end = runtime.block_on(async {
             tokio::select! {
                 () = tokio::time::sleep(wait) => false,
@@ -185,7 +185,7 @@ impl<'a> Supervisor<'a> {
                     // The host is going down: the guest may do so in order, and is wanted again afterwards.
                     run.host_stopping = true;
                     let pressed = monitor.execute(&qmp::system_powerdown {}).await;
-                    self.note("power button", json!({"pressed": pressed.is_ok()}));
+                    self.note("power button", &json!({"pressed": pressed.is_ok()}));
                 }
             }
         };
@@ -215,7 +215,7 @@ impl<'a> Supervisor<'a> {
         if event.name == "GUEST_PANICKED" {
             run.reason = Some("guest-panic".into());
         }
-        self.note(&event.name, event.data.clone());
+        self.note(&event.name, &event.data);
     }
 
     /// A log that can not be written must not stop the guest's supervision.
@@ -225,7 +225,7 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn note(&mut self, event: &str, data: Value) {
+    fn note(&mut self, event: &str, data: &Value) {
         tracing::info!(event, %data);
         let line = json!({"at": clock::now(), "run": self.vm.run, "event": event, "data": data});
         if let Err(error) = self.events.append(format!("{line}\n").as_bytes()) {

@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::Scope;
@@ -40,9 +40,9 @@ impl Resources {
         Ok(Self {
             files: needs.into_iter().map(open_file).collect::<Result<_>>()?,
             taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
-            qmp: listen(scope.paths.qmp())?,
-            supervisor_qmp: listen(scope.paths.supervisor_qmp())?,
-            serial: listen(scope.paths.serial())?,
+            qmp: listen(&scope.paths.qmp())?,
+            supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
+            serial: listen(&scope.paths.serial())?,
         })
     }
 
@@ -85,8 +85,8 @@ fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.
-fn listen(path: PathBuf) -> Result<UnixListener> {
-    atomic::remove_file(&path)?;
+fn listen(path: &Path) -> Result<UnixListener> {
+    atomic::remove_file(path)?;
     // The supervisor's umask makes it 0600.
-    UnixListener::bind(&path).at("listen on", &path)
+    UnixListener::bind(path).at("listen on", path)
 }
