@@ -170,7 +170,7 @@ impl<'a> Reader<'a> {
 }
 
 /// A key as it may stand in a message: hostile keys are cut and their control characters escaped.
-fn printable(key: &str) -> String {
+pub fn printable(key: &str) -> String {
     key.chars().take(64).flat_map(char::escape_debug).collect()
 }
 

@@ -1,0 +1,4 @@
+//! The verbs of the CPI.
+
+pub mod networks;
+pub mod verbs;

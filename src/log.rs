@@ -1,0 +1,173 @@
+//! What is written to standard error: our own events, at most 64 kB a process.
+//!
+//! The callers copy stderr into their task logs, which more people read than may see a secret, and the Director
+//! reads it one byte at a time: about 4 s for each MB. So: no value of a request in any event, no event of a
+//! dependency (a trace of the bytes sent to QEMU or the kernel), no colours, and an end.
+
+use std::io::{self, Write};
+use std::sync::Mutex;
+
+use tracing::{Level, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::{self, MakeWriter};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::Registry;
+
+use crate::config::{Log, LogFormat, LogLevel};
+
+/// The most bytes of events a process writes.
+const MAX_BYTES: usize = 64 << 10;
+
+/// Starts writing events to standard error. A second call changes nothing.
+pub fn init(log: &Log) {
+    let stderr = Mutex::new(Bounded::new(io::stderr(), log.format));
+    // It fails only when there is one already.
+    let _ = tracing::subscriber::set_global_default(subscriber(log, stderr));
+}
+
+/// Writes our events to `writer`, each on one line, with the spans around it.
+fn subscriber<W>(log: &Log, writer: W) -> impl Subscriber + use<W>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let lines = fmt::layer().with_writer(writer).with_ansi(false).with_target(false);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = match log.format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
+    };
+    let ours = Targets::new().with_target(env!("CARGO_CRATE_NAME"), level(log.level));
+    Registry::default().with(lines.with_filter(ours))
+}
+
+fn level(level: LogLevel) -> Level {
+    match level {
+        LogLevel::Error => Level::ERROR,
+        LogLevel::Warn => Level::WARN,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Debug => Level::DEBUG,
+        LogLevel::Trace => Level::TRACE,
+    }
+}
+
+/// Passes whole lines on until the next would exceed [`MAX_BYTES`], says so once, and drops the rest. It never
+/// fails: a caller that closed stderr still wants its answer.
+struct Bounded<W> {
+    inner: W,
+    left: usize,
+    notice: &'static str,
+}
+
+impl<W> Bounded<W> {
+    fn new(inner: W, format: LogFormat) -> Self {
+        let notice = match format {
+            LogFormat::Text => "further log lines dropped\n",
+            LogFormat::Json => "{\"level\":\"WARN\",\"message\":\"further log lines dropped\"}\n",
+        };
+        Self { inner, left: MAX_BYTES, notice }
+    }
+}
+
+impl<W: Write> Write for Bounded<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Some(left) = self.left.checked_sub(line.len()) {
+            self.left = left;
+            let _ = self.inner.write_all(line);
+        } else {
+            self.left = 0;
+            let notice = std::mem::take(&mut self.notice);
+            let _ = self.inner.write_all(notice.as_bytes());
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let _ = self.inner.flush();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is written while `act` runs.
+    fn written(level: LogLevel, format: LogFormat, act: impl FnOnce()) -> String {
+        let written = Written::default();
+        let log = Log { level, format };
+        let writer = Mutex::new(Bounded::new(written.clone(), format));
+        tracing::subscriber::with_default(subscriber(&log, writer), act);
+        String::from_utf8(written.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn a_line_says_on_whose_behalf() {
+        let act = || {
+            let _call = tracing::info_span!("call", method = "has_vm", request_id = Some("cpi-1")).entered();
+            tracing::info!(elapsed_ms = 3, "done");
+            tracing::debug!("unseen");
+        };
+        let line = written(LogLevel::Info, LogFormat::Text, act);
+        assert!(line.ends_with("INFO call{method=\"has_vm\" request_id=\"cpi-1\"}: done elapsed_ms=3\n"), "{line}");
+        let line = written(LogLevel::Info, LogFormat::Json, act);
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!((&line["message"], &line["span"]["method"]), (&"done".into(), &"has_vm".into()));
+        assert_eq!(line["span"]["request_id"], "cpi-1");
+    }
+
+    #[test]
+    fn others_events_and_escapes_stay_out() {
+        let text = written(LogLevel::Trace, LogFormat::Text, || {
+            tracing::error!(target: "netlink", "theirs");
+            tracing::error!("ours \u{1b}[31m");
+        });
+        assert!(text.contains("ours") && !text.contains("theirs") && !text.contains('\u{1b}'), "{text:?}");
+    }
+
+    #[test]
+    fn there_is_an_end_and_it_is_said_once() {
+        for (format, last) in [
+            (LogFormat::Text, "\nfurther log lines dropped\n"),
+            (LogFormat::Json, "\n{\"level\":\"WARN\",\"message\":\"further log lines dropped\"}\n"),
+        ] {
+            let text = written(LogLevel::Info, format, || {
+                for _ in 0..1000 {
+                    tracing::info!("{}", "x".repeat(200));
+                }
+            });
+            assert!(text.len() > MAX_BYTES - 1000 && text.len() < MAX_BYTES + 100, "{}", text.len());
+            assert!(text.ends_with(last), "{}", &text[text.len() - 200..]);
+            assert_eq!(text.matches("dropped").count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_closed_stderr_is_no_failure() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+        }
+        let mut bounded = Bounded::new(Closed, LogFormat::Text);
+        assert!(bounded.write_all(b"line\n").and_then(|()| bounded.flush()).is_ok());
+    }
+}

@@ -1,0 +1,246 @@
+//! The request: reading it whole, and its four keys.
+
+use std::io::Read;
+
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::ordered::Object;
+
+/// The most bytes of a request that are looked at. Real ones have about 10 kB, nearly all of it certificates.
+pub const MAX_BYTES: u64 = 16 << 20;
+
+/// API versions of the contract that are spoken here.
+pub const API_VERSIONS: std::ops::RangeInclusive<u64> = 2..=3;
+
+/// The oldest agent API of a stemcell that takes its settings from the VM instead of a registry.
+const MIN_STEMCELL_API_VERSION: u64 = 2;
+
+/// One call of the Director or bosh-cli.
+#[derive(Debug)]
+pub struct Request {
+    /// What to do.
+    pub method: String,
+    /// With what, each as it was written. Checked to be JSON throughout.
+    pub arguments: Vec<Box<RawValue>>,
+    /// On whose behalf.
+    pub context: Context,
+    /// The contract's version the caller speaks. The Director leaves it out of `info`, bosh-cli sends 1 there.
+    pub api_version: Option<u64>,
+}
+
+/// The request's context. Properties of a cpi-config entry lie flat beside the built-in keys and replace those of
+/// the same name, so no key is sure to be there or to have its shape.
+#[derive(Default)]
+pub struct Context(Map<String, Value>);
+
+/// Reads `input` to its end, the part over [`MAX_BYTES`] into nowhere: the Director writes the whole request before
+/// it reads, and fails with EPIPE on a CPI that answers first.
+///
+/// # Errors
+/// [`ErrorKind::BadRequest`] when there is more, or it is not UTF-8.
+pub fn read(mut input: impl Read) -> Result<String> {
+    let mut bytes = Vec::new();
+    let read = input.by_ref().take(MAX_BYTES).read_to_end(&mut bytes);
+    let more = read.and_then(|_| std::io::copy(&mut input, &mut std::io::sink()));
+    match more {
+        Err(error) => Err(Error::os("read the request from standard input", error)),
+        Ok(0) => String::from_utf8(bytes).map_err(|error| {
+            bad(format!("the request is not UTF-8: byte {} is invalid", error.utf8_error().valid_up_to() + 1))
+        }),
+        Ok(more) => Err(bad(format!("the request has {} bytes, more than {MAX_BYTES}", MAX_BYTES + more))),
+    }
+}
+
+impl Request {
+    /// Reads the four keys. Keys beyond them are ignored, of a key given twice the last counts, and a null is as
+    /// good as nothing for `context` and `api_version`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] naming the key; never a value.
+    pub fn parse(text: &str) -> Result<Self> {
+        // Once for the whole text: whatever is kept unparsed from here on (env, networks) is well-formed to the
+        // last value, nested at most 128 deep, its numbers in range.
+        let value: Value = serde_json::from_str(text).map_err(|error| not_json(text, &error))?;
+        if !value.is_object() {
+            return Err(bad("the request is not a JSON object"));
+        }
+        let keys: Object = serde_json::from_str(text).map_err(|error| not_json(text, &error))?;
+        let method = required(&keys, "method", "a string")?;
+        let arguments = required(&keys, "arguments", "an array")?;
+        let context = optional(&keys, "context", "an object")?.unwrap_or_default();
+        let api_version = optional(&keys, "api_version", "a whole number")?;
+        Ok(Self { method, arguments, context: Context(context), api_version })
+    }
+
+    /// Whether both sides mean the same by this call.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotSupported`]: unlike `NotImplemented` no caller takes that for "never mind".
+    pub fn check_versions(&self) -> Result<()> {
+        let refused = |message| Err(Error::new(ErrorKind::NotSupported, message));
+        match self.api_version {
+            Some(version) if !API_VERSIONS.contains(&version) => {
+                let (least, most) = (API_VERSIONS.start(), API_VERSIONS.end());
+                return refused(format!("CPI API version {version} is not spoken here, {least} to {most} are"));
+            }
+            _ => {}
+        }
+        match self.context.stemcell_api_version() {
+            Some(version) if self.method == "create_vm" && version < MIN_STEMCELL_API_VERSION => refused(format!(
+                "the stemcell's API version {version} wants a registry, which there is none: use a stemcell with \
+                 API version {MIN_STEMCELL_API_VERSION} or later"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Context {
+    /// The Director's name for this call, `cpi-123456`. Nothing else is taken for one: it is written to the log.
+    pub fn request_id(&self) -> Option<&str> {
+        let id = self.0.get("request_id")?.as_str()?;
+        let tail = id.strip_prefix("cpi-")?;
+        (tail.len() <= 32 && tail.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')).then_some(id)
+    }
+
+    /// Which API the agent on the stemcell speaks; nothing to do with [`Request::api_version`].
+    pub fn stemcell_api_version(&self) -> Option<u64> {
+        self.0.get("vm")?.get("stemcell")?.get("api_version")?.as_u64()
+    }
+
+    /// All keys: among them a cpi-config entry's properties, which are secret.
+    pub fn properties(&self) -> &Map<String, Value> {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+fn optional<T: serde::de::DeserializeOwned>(keys: &Object, key: &str, expected: &str) -> Result<Option<T>> {
+    let Some(text) = keys.get(key) else { return Ok(None) };
+    serde_json::from_str(text.get()).map_err(|_| bad(format!("'{key}' of the request is not {expected}")))
+}
+
+fn required<T: serde::de::DeserializeOwned>(keys: &Object, key: &str, expected: &str) -> Result<T> {
+    optional(keys, key, expected)?.ok_or_else(|| bad(format!("the request has no '{key}'")))
+}
+
+fn not_json(text: &str, error: &serde_json::Error) -> Error {
+    if text.trim().is_empty() {
+        return bad("the request is empty").hint("a request is one JSON object on standard input");
+    }
+    // Of a syntax error the text names no value.
+    bad(format!("the request is not JSON: {error}"))
+}
+
+fn bad(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::BadRequest, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        Request::parse(text).unwrap_err().report()
+    }
+
+    #[test]
+    fn a_request_needs_method_and_arguments_alone() {
+        let request = Request::parse(r#" {"arguments":[],"method":"info"} "#).unwrap();
+        assert_eq!(request.method, "info");
+        assert_eq!(request.api_version, None);
+        assert_eq!(request.context.request_id(), None);
+        assert!(Request::parse(r#"{"method":"info","arguments":[],"context":null,"api_version":null}"#).is_ok());
+    }
+
+    #[test]
+    fn repeated_and_unknown_keys_are_harmless() {
+        let text = r#"{"method":1,"x":[],"arguments":{},"method":"has_vm","arguments":["vm-1"],"y":2}"#;
+        let request = Request::parse(text).unwrap();
+        assert_eq!((request.method.as_str(), request.arguments.len()), ("has_vm", 1));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_without_its_value() {
+        for (text, expected) in [
+            ("", "the request is empty\nHint: a request is one JSON object on standard input"),
+            ("{", "the request is not JSON: EOF while parsing an object at line 1 column 1"),
+            ("{} {}", "the request is not JSON: trailing characters at line 1 column 4"),
+            (r#"["secret"]"#, "the request is not a JSON object"),
+            ("null", "the request is not a JSON object"),
+            ("{}", "the request has no 'method'"),
+            (r#"{"method":{"a":"secret"}}"#, "'method' of the request is not a string"),
+            (r#"{"method":null}"#, "the request has no 'method'"),
+            (r#"{"method":"info"}"#, "the request has no 'arguments'"),
+            (r#"{"method":"info","arguments":"secret"}"#, "'arguments' of the request is not an array"),
+            (r#"{"method":"info","arguments":[],"context":"secret"}"#, "'context' of the request is not an object"),
+            (
+                r#"{"method":"info","arguments":[],"api_version":"2"}"#,
+                "'api_version' of the request is not a whole number",
+            ),
+            (
+                r#"{"method":"info","arguments":[],"api_version":-1}"#,
+                "'api_version' of the request is not a whole number",
+            ),
+            (r#"{"method":"\ud800"}"#, "the request is not JSON: unexpected end of hex escape at line 1 column 18"),
+        ] {
+            assert_eq!(refusal(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn nesting_is_refused_before_it_is_a_stack_overflow_wherever_it_stands() {
+        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
+        for text in [deep.clone(), format!(r#"{{"method":"info","arguments":[{deep}]}}"#), format!(r#"{{"x":{deep}}}"#)]
+        {
+            assert!(refusal(&text).starts_with("the request is not JSON: recursion limit exceeded"));
+        }
+    }
+
+    #[test]
+    fn input_is_read_to_its_end_and_bounded() {
+        let mut input = std::io::repeat(b' ').take(MAX_BYTES + 1000);
+        let error = read(&mut input).unwrap_err();
+        assert_eq!(error.report(), "the request has 16778216 bytes, more than 16777216");
+        assert_eq!(input.limit(), 0);
+        assert_eq!(read(&b"\"\xff\""[..]).unwrap_err().report(), "the request is not UTF-8: byte 2 is invalid");
+        assert_eq!(read(&b"{}"[..]).unwrap(), "{}");
+    }
+
+    fn versions(method: &str, context: &str, api_version: &str) -> Result<()> {
+        let text = format!(r#"{{"method":"{method}","arguments":[],"context":{context},"api_version":{api_version}}}"#);
+        Request::parse(&text).unwrap().check_versions()
+    }
+
+    #[test]
+    fn the_contracts_version_and_the_stemcells_are_two_things() {
+        let stemcell = |version| format!(r#"{{"vm":{{"stemcell":{{"api_version":{version}}}}}}}"#);
+        assert!(versions("create_vm", &stemcell("3"), "2").is_ok());
+        assert!(versions("create_vm", &stemcell("4"), "3").is_ok());
+        assert!(versions("create_vm", "{}", "null").is_ok());
+        assert!(versions("delete_vm", &stemcell("1"), "2").is_ok());
+        for (context, api_version) in [(stemcell("1"), "2"), (stemcell("3"), "1"), (stemcell("3"), "4")] {
+            let error = versions("create_vm", &context, api_version).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NotSupported, "{context} {api_version}");
+        }
+    }
+
+    #[test]
+    fn a_cpi_config_may_clobber_the_context() {
+        for context in [r#"{"vm":"x","request_id":7}"#, r#"{"vm":{"stemcell":[]},"request_id":"s3cret"}"#] {
+            let request = Request::parse(&format!(r#"{{"method":"m","arguments":[],"context":{context}}}"#)).unwrap();
+            assert_eq!(request.context.stemcell_api_version(), None);
+            assert_eq!(request.context.request_id(), None);
+            assert!(!format!("{request:?}").contains("s3cret"));
+        }
+        let request = Request::parse(r#"{"method":"m","arguments":[],"context":{"request_id":"cpi-123456"}}"#).unwrap();
+        assert_eq!(request.context.request_id(), Some("cpi-123456"));
+    }
+}

@@ -1,0 +1,140 @@
+//! The answer: always one JSON object with `result`, `error` and `log`, each of the shape the Director checks for.
+
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind};
+
+/// The most bytes of an error's message. The Director reads one byte at a time: 4 s for each MB.
+const MAX_MESSAGE: usize = 8 << 10;
+
+/// One answer. All keys are always written: a missing or null `log` makes the Director discard the whole.
+#[derive(Debug)]
+pub struct Response(String, Option<&'static str>);
+
+#[derive(Serialize)]
+struct Body<'a, T: ?Sized> {
+    result: Option<&'a T>,
+    error: Option<Failure>,
+    /// Empty: the log is on stderr, and the Director joins both.
+    log: &'static str,
+}
+
+#[derive(Serialize)]
+struct Failure {
+    r#type: &'static str,
+    message: String,
+    ok_to_retry: bool,
+}
+
+impl Response {
+    /// It worked: `result`.
+    pub fn success<T: Serialize + ?Sized>(result: &T) -> Self {
+        Self(write(&Body { result: Some(result), error: None, log: "" }), None)
+    }
+
+    /// It failed with `error`.
+    pub fn failure(error: &Error) -> Self {
+        let (r#type, ok_to_retry) = director_type(error.kind());
+        let failure = Failure { r#type, message: bounded(error.report()), ok_to_retry };
+        Self(write(&Body::<()> { result: None, error: Some(failure), log: "" }), Some(r#type))
+    }
+
+    /// The `Bosh::Clouds` type of the error in it.
+    pub fn error_type(&self) -> Option<&'static str> {
+        self.1
+    }
+
+    /// The JSON. No newline at its end: without its last byte it must not parse.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+/// The Director's name for a kind of failure, and whether it should try again. Only `VMCreationFailed` is retried;
+/// a name not in the Director's list (cloud errors.rb, Director 283) would become a nameless `UnknownError`, so
+/// `StemcellNotFound`, known to bosh-cli alone, is none.
+fn director_type(kind: ErrorKind) -> (&'static str, bool) {
+    match kind {
+        ErrorKind::BadRequest | ErrorKind::BadConfig => ("Bosh::Clouds::CpiError", false),
+        ErrorKind::NotImplemented => ("Bosh::Clouds::NotImplemented", false),
+        ErrorKind::NotSupported => ("Bosh::Clouds::NotSupported", false),
+        ErrorKind::VmNotFound => ("Bosh::Clouds::VMNotFound", false),
+        ErrorKind::DiskNotFound => ("Bosh::Clouds::DiskNotFound", false),
+        ErrorKind::DiskNotAttached => ("Bosh::Clouds::DiskNotAttached", false),
+        ErrorKind::NetworkNotFound => ("Bosh::Clouds::NetworkNotFound", false),
+        ErrorKind::NoDiskSpace => ("Bosh::Clouds::NoDiskSpace", false),
+        ErrorKind::VmCreationFailed { retry } => ("Bosh::Clouds::VMCreationFailed", retry),
+        ErrorKind::StemcellNotFound
+        | ErrorKind::Conflict
+        | ErrorKind::Timeout
+        | ErrorKind::Corrupt
+        | ErrorKind::Host
+        | ErrorKind::Internal => ("Bosh::Clouds::CloudError", false),
+    }
+}
+
+fn write(body: &impl Serialize) -> String {
+    serde_json::to_string(body).expect("an answer is JSON")
+}
+
+/// `text`, its middle cut out if it is long: the front says what failed, the end has the hint or a console's last lines.
+fn bounded(text: String) -> String {
+    if text.len() <= MAX_MESSAGE {
+        return text;
+    }
+    let boundary = |from: usize, back: bool| {
+        let mut at = from;
+        while !text.is_char_boundary(at) {
+            at = if back { at - 1 } else { at + 1 };
+        }
+        at
+    };
+    let head = boundary(MAX_MESSAGE / 2, true);
+    let tail = boundary(text.len() - MAX_MESSAGE / 2, false);
+    format!("{} [… {} bytes left out …] {}", &text[..head], tail - head, &text[tail..])
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn parsed(response: &Response) -> Value {
+        serde_json::from_slice(response.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn every_key_is_always_there() {
+        assert_eq!(Response::success(&()).as_bytes(), br#"{"result":null,"error":null,"log":""}"#);
+        let failed = Response::failure(&Error::new(ErrorKind::VmNotFound, "no vm 'vm-1'").hint("look"));
+        assert_eq!(
+            parsed(&failed),
+            json!({"result": null, "log": "", "error": {
+                "type": "Bosh::Clouds::VMNotFound", "message": "no vm 'vm-1'\nHint: look", "ok_to_retry": false}})
+        );
+    }
+
+    #[test]
+    fn only_a_failed_creation_may_be_worth_a_retry() {
+        let retry = |retry| {
+            let error = Error::new(ErrorKind::VmCreationFailed { retry }, "x");
+            parsed(&Response::failure(&error))["error"]["ok_to_retry"].clone()
+        };
+        assert_eq!((retry(true), retry(false)), (json!(true), json!(false)));
+    }
+
+    #[test]
+    fn an_unknown_stemcell_has_a_type_the_director_knows() {
+        assert_eq!(director_type(ErrorKind::StemcellNotFound).0, "Bosh::Clouds::CloudError");
+    }
+
+    #[test]
+    fn a_long_message_keeps_both_ends() {
+        let error = Error::new(ErrorKind::Host, format!("front {}", "ä\u{1F600}".repeat(100_000))).hint("end");
+        let response = parsed(&Response::failure(&error));
+        let message = response["error"]["message"].as_str().unwrap();
+        assert!(message.starts_with("front ä") && message.ends_with("Hint: end"), "{message}");
+        assert!(message.len() < MAX_MESSAGE + 100);
+    }
+}
