@@ -12,6 +12,8 @@ use super::Scope;
 use super::resources::Resources;
 use qapi::qmp;
 use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::tail;
@@ -24,11 +26,14 @@ use crate::sys::pidlock;
 /// QEMU's initialization takes 0.1 s on an idle host; a busy one is given this long.
 const READY: Duration = Duration::from_secs(60);
 
+/// A QEMU that closed its monitor is gone within milliseconds.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// A QEMU whose guest runs.
 pub(super) struct Running {
     pub(super) child: Child,
     pub(super) monitor: Connection,
-    pub(super) serial: tokio::net::UnixStream,
+    pub(super) serial: UnixStream,
 }
 
 /// Starts QEMU, stopped. Synchronous: the child is made while this process has one thread.
@@ -54,24 +59,23 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
 /// Waits until QEMU is up, checks it and lets the guest run. If that fails, QEMU is killed.
 pub(super) async fn boot(scope: &Scope, vm: &VmRecord, mut child: Child) -> Result<Running> {
     let path = scope.paths.supervisor_qmp();
-    let connected = tokio::select! {
-        connected = Connection::connect(&path, READY) => connected.map_err(Error::from),
+    let booted = tokio::select! {
+        booted = connect_and_continue(scope, vm, &path) => booted,
         status = child.exited() => Err(early_exit(scope, status?)),
-    };
-    let booted = match connected {
-        Ok(mut monitor) => check_and_continue(scope, vm, &mut monitor).await.map(|serial| (monitor, serial)),
-        Err(error) => Err(error),
     };
     match booted {
         Ok((monitor, serial)) => Ok(Running { child, monitor, serial }),
         Err(error) => {
+            // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
+            let ended = timeout(LAST_WORDS, child.exited()).await;
             child.kill()?;
-            Err(error)
+            Err(ended.map_or(Ok(error), |status| Ok::<_, Error>(early_exit(scope, status?)))?)
         }
     }
 }
 
-async fn check_and_continue(scope: &Scope, vm: &VmRecord, monitor: &mut Connection) -> Result<tokio::net::UnixStream> {
+async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Result<(Connection, UnixStream)> {
+    let mut monitor = Connection::connect(path, READY).await?;
     let status = monitor.raw("query-status", Value::Null).await?;
     if status["status"] != "prelaunch" {
         return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {}", status["status"])));
@@ -82,9 +86,9 @@ async fn check_and_continue(scope: &Scope, vm: &VmRecord, monitor: &mut Connecti
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
     let path = scope.paths.serial();
-    let serial = tokio::net::UnixStream::connect(&path).await.at("connect to serial port", &path)?;
+    let serial = UnixStream::connect(&path).await.at("connect to serial port", &path)?;
     monitor.execute(&qmp::cont {}).await?;
-    Ok(serial)
+    Ok((monitor, serial))
 }
 
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
