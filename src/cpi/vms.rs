@@ -40,7 +40,10 @@ impl Cpi {
         }
         self.store.prepare()?;
         let lock = self.store.lock(Rank::Vm, &cid, deadline)?;
-        let uid = uids::claim(self.store.state_dir(), &cid)?;
+        let uid = match uids::claim(self.store.state_dir(), &cid) {
+            Ok(uid) => uid,
+            Err(error) => return lock.retire().and(Err(error)),
+        };
         let mut vm = VmRecord {
             schema: SCHEMA,
             phase: Phase::Creating,

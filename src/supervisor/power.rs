@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::power as buttons;
@@ -47,17 +49,22 @@ pub fn power_state(paths: &VmPaths) -> Result<PowerState> {
 /// # Errors
 /// [`ErrorKind::Timeout`] naming the process if even SIGKILL does not end it.
 pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
-    if let PowerState::On(qemu) = power_state(paths)? {
+    let state = power_state(paths)?;
+    if let PowerState::On(qemu) = &state {
         let ended = match button {
-            Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
-            Button::Quit => quit(paths, &qemu, deadline),
+            Button::Press(patience) => press(paths, qemu, patience, deadline) || quit(paths, qemu, deadline),
+            Button::Quit => quit(paths, qemu, deadline),
             Button::Kill => false,
         };
         if !ended {
-            kill(&qemu, "QEMU", deadline)?;
+            kill(qemu, "QEMU", deadline)?;
         }
     }
     let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
+    if matches!(state, PowerState::Off) {
+        // It waits to start a crashed VM again, and needs to be told that nobody wants that.
+        supervisor.signal(Signal::SIGTERM)?;
+    }
     if supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
         return Ok(());
     }
@@ -88,7 +95,7 @@ fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
 }
 
 fn kill(process: &Process, what: &str, deadline: Instant) -> Result<()> {
-    process.signal(nix::sys::signal::Signal::SIGKILL)?;
+    process.signal(Signal::SIGKILL)?;
     if process.wait_exit(earlier(deadline, KILL).max(Instant::now() + Duration::from_secs(1)))? {
         return Ok(());
     }
