@@ -4,5 +4,6 @@
 pub mod cid;
 pub mod config;
 pub mod error;
+pub mod qmp;
 pub mod schema;
 pub mod units;

@@ -1,0 +1,81 @@
+//! Removing what is left of a disk that has no device: jobs, nodes, descriptors.
+
+use std::time::{Duration, Instant};
+
+use qapi::qmp;
+
+use super::{HotDisk, HotplugError, Inventory};
+use crate::qmp::error::MonitorError;
+use crate::qmp::monitor::Monitor;
+use crate::qmp::query::{Job, QueryJobs};
+use crate::qmp::wire::printable;
+
+/// Longest pause before a node that is in use is tried again. Most often an event ends it sooner.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Removes what `found` shows of `disk`, and its descriptors. At least one attempt is made, also after `until`.
+pub(super) fn sweep(
+    monitor: &mut Monitor,
+    disk: &HotDisk,
+    found: &Inventory,
+    until: Instant,
+) -> Result<(), HotplugError> {
+    for node in disk.nodes().filter(|node| found.has_node(node)) {
+        delete_node(monitor, disk, node, until)?;
+    }
+    remove_fd_sets(monitor, &disk.opaque())?;
+    Ok(())
+}
+
+fn delete_node(monitor: &mut Monitor, disk: &HotDisk, node: &str, until: Instant) -> Result<(), HotplugError> {
+    let command = qmp::blockdev_del { node_name: node.to_owned() };
+    loop {
+        match monitor.execute(&command) {
+            Ok(_) => return Ok(()),
+            // A node that was made inside its parent's JSON goes with the parent, and only so.
+            Err(error)
+                if error.refused_with("Failed to find node") || error.refused_with("not owned by the monitor") =>
+            {
+                return Ok(());
+            }
+            // By the device, for the moment between its deletion and its end, or by a job.
+            Err(error) if error.refused_with("in use") || error.refused_with("busy") => {}
+            Err(error) => return Err(error.into()),
+        }
+        let others = end_jobs(monitor, disk)?;
+        if Instant::now() >= until {
+            return Err(HotplugError::NodeInUse { node: node.to_owned(), jobs: others });
+        }
+        monitor.wait_event(|_| true, until.min(Instant::now() + RETRY))?;
+    }
+}
+
+/// Takes each job of the disk one step further to its end, and returns the ids of all other jobs. Whoever started
+/// one held the VM's lock, which is ours now: nobody waits for it any more.
+fn end_jobs(monitor: &mut Monitor, disk: &HotDisk) -> Result<Vec<String>, MonitorError> {
+    let (own, others): (Vec<Job>, Vec<Job>) =
+        monitor.execute(&QueryJobs {})?.into_iter().partition(|job| disk.owns_job(&job.id));
+    for Job { id, status } in own {
+        let step = match status.as_str() {
+            "concluded" => monitor.execute(&qmp::job_dismiss { id }),
+            _ => monitor.execute(&qmp::job_cancel { id }),
+        };
+        match step {
+            // It went on by itself since we asked.
+            Ok(_) | Err(MonitorError::Refused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(others.iter().map(|job| printable(&job.id)).collect())
+}
+
+/// Closes QEMU's copies of descriptors called `opaque`: of clients that died before they used them, and of a disk
+/// whose nodes are gone.
+fn remove_fd_sets(monitor: &mut Monitor, opaque: &str) -> Result<(), MonitorError> {
+    for set in monitor.execute(&qmp::query_fdsets {})? {
+        if set.fds.iter().any(|fd| fd.opaque.as_deref() == Some(opaque)) {
+            monitor.execute(&qmp::remove_fd { fd: None, fdset_id: set.fdset_id })?;
+        }
+    }
+    Ok(())
+}
