@@ -86,3 +86,22 @@ impl Monitor {
         self.runtime.block_on(exchange(&mut self.connection))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::qmp::query::QueryStatus;
+    use crate::qmp::testing::{Guest, Image};
+
+    #[test]
+    fn qemu_serves_one_client_at_a_time() {
+        let guest = Guest::new(Image::Answering, 0);
+        let first = guest.monitor();
+        let second = Monitor::connect(&guest.socket(), Instant::now() + Duration::from_millis(200));
+        assert!(matches!(second, Err(MonitorError::Greeting { .. })), "{second:?}");
+        drop(first);
+        assert!(guest.monitor().execute(&QueryStatus {}).unwrap().is_prelaunch());
+    }
+}

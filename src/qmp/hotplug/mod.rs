@@ -159,7 +159,7 @@ pub enum HotplugError {
     NodeInUse {
         /// The node.
         node: String,
-        /// Jobs that are not the disk's own and so were left alone.
+        /// The machine's block jobs, one of which may be why. Those that are not the disk's own were left alone.
         jobs: Vec<String>,
     },
     /// The monitor failed, or QEMU refused a step. A refused attach left nothing behind.

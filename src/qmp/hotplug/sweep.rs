@@ -6,6 +6,7 @@ use qapi::qmp;
 
 use super::{HotDisk, HotplugError, Inventory};
 use crate::qmp::error::MonitorError;
+use crate::qmp::event::Event;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::{Job, QueryJobs};
 use crate::qmp::wire::printable;
@@ -13,21 +14,53 @@ use crate::qmp::wire::printable;
 /// Longest pause before a node that is in use is tried again. Most often an event ends it sooner.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Removes what `found` shows of `disk`, and its descriptors. At least one attempt is made, also after `until`.
+/// Removes the jobs of `disk`, what `found` shows of its nodes, and its descriptors. Each is tried at least once, also
+/// after `until`.
 pub(super) fn sweep(
     monitor: &mut Monitor,
     disk: &HotDisk,
     found: &Inventory,
     until: Instant,
 ) -> Result<(), HotplugError> {
+    end_jobs(monitor, disk, until)?;
     for node in disk.nodes().filter(|node| found.has_node(node)) {
-        delete_node(monitor, disk, node, until)?;
+        delete_node(monitor, node, until)?;
     }
     remove_fd_sets(monitor, &disk.opaque())?;
     Ok(())
 }
 
-fn delete_node(monitor: &mut Monitor, disk: &HotDisk, node: &str, until: Instant) -> Result<(), HotplugError> {
+/// Ends the disk's own jobs. Whoever started one held the VM's lock, which is ours now: nobody waits for it any more.
+fn end_jobs(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
+    loop {
+        let mut own = monitor.execute(&QueryJobs {})?;
+        own.retain(|job| disk.owns_job(&job.id));
+        if own.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            return Err(in_use(&disk.node, &own));
+        }
+        for Job { id, status } in own {
+            let step = match status.as_str() {
+                "concluded" => monitor.execute(&qmp::job_dismiss { id }),
+                _ => monitor.execute(&qmp::job_cancel { id }),
+            };
+            match step {
+                // Refused: it went on by itself since we asked.
+                Ok(_) | Err(MonitorError::Refused { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        monitor.wait_event(is_of_job, until.min(Instant::now() + RETRY))?;
+    }
+}
+
+fn is_of_job(event: &Event) -> bool {
+    event.name == "JOB_STATUS_CHANGE"
+}
+
+fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), HotplugError> {
     let command = qmp::blockdev_del { node_name: node.to_owned() };
     loop {
         match monitor.execute(&command) {
@@ -38,35 +71,19 @@ fn delete_node(monitor: &mut Monitor, disk: &HotDisk, node: &str, until: Instant
             {
                 return Ok(());
             }
-            // By the device, for the moment between its deletion and its end, or by a job.
+            // By the device, for the moment between its deletion and its end, or by a job that is not the disk's.
             Err(error) if error.refused_with("in use") || error.refused_with("busy") => {}
             Err(error) => return Err(error.into()),
         }
-        let others = end_jobs(monitor, disk)?;
         if Instant::now() >= until {
-            return Err(HotplugError::NodeInUse { node: node.to_owned(), jobs: others });
+            return Err(in_use(node, &monitor.execute(&QueryJobs {})?));
         }
         monitor.wait_event(|_| true, until.min(Instant::now() + RETRY))?;
     }
 }
 
-/// Takes each job of the disk one step further to its end, and returns the ids of all other jobs. Whoever started
-/// one held the VM's lock, which is ours now: nobody waits for it any more.
-fn end_jobs(monitor: &mut Monitor, disk: &HotDisk) -> Result<Vec<String>, MonitorError> {
-    let (own, others): (Vec<Job>, Vec<Job>) =
-        monitor.execute(&QueryJobs {})?.into_iter().partition(|job| disk.owns_job(&job.id));
-    for Job { id, status } in own {
-        let step = match status.as_str() {
-            "concluded" => monitor.execute(&qmp::job_dismiss { id }),
-            _ => monitor.execute(&qmp::job_cancel { id }),
-        };
-        match step {
-            // It went on by itself since we asked.
-            Ok(_) | Err(MonitorError::Refused { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(others.iter().map(|job| printable(&job.id)).collect())
+fn in_use(node: &str, jobs: &[Job]) -> HotplugError {
+    HotplugError::NodeInUse { node: node.to_owned(), jobs: jobs.iter().map(|job| printable(&job.id)).collect() }
 }
 
 /// Closes QEMU's copies of descriptors called `opaque`: of clients that died before they used them, and of a disk

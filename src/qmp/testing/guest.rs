@@ -1,5 +1,6 @@
 //! A real QEMU under TCG with the 512-byte guest of `tests/fixtures/guests`.
 
+use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -33,11 +34,14 @@ impl Guest {
     /// Starts QEMU; the guest waits in prelaunch. Fails where QEMU is missing: a skipped test proves nothing.
     pub fn new(image: Image, ports: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let name = match image {
-            Image::Answering => "acpi-bootsector.bin",
-            Image::Mute => "acpi-bootsector-mute.bin",
+        let sector: &[u8; 512] = match image {
+            Image::Answering => include_bytes!("../../../tests/fixtures/guests/acpi-bootsector.bin"),
+            Image::Mute => include_bytes!("../../../tests/fixtures/guests/acpi-bootsector-mute.bin"),
         };
-        let boot = format!("{}/tests/fixtures/guests/{name}", env!("CARGO_MANIFEST_DIR"));
+        let boot = dir.path().join("boot.raw");
+        std::fs::write(&boot, sector).unwrap();
+        // SeaBIOS does not boot from a disk of less than one cylinder, 504 KiB.
+        OpenOptions::new().write(true).open(&boot).unwrap().set_len(1 << 20).unwrap();
         // Made before QEMU starts, so that nobody needs to wait until it has made them.
         let listener = UnixListener::bind(dir.path().join("qmp.sock")).unwrap();
         let (console, theirs) = UnixStream::pair().unwrap();
@@ -47,7 +51,7 @@ impl Guest {
         command.args("-nodefaults -no-user-config -display none -machine q35,usb=off -accel tcg -m 32 -S".split(' '));
         command.args("-chardev socket,id=qmp,fd=0,server=on,wait=off -mon chardev=qmp,mode=control".split(' '));
         command.args("-chardev socket,id=console,fd=1 -serial chardev:console".split(' '));
-        command.args(["-blockdev", &format!("driver=file,node-name=boot,read-only=on,filename={boot}")]);
+        command.args(["-blockdev", &format!("driver=file,node-name=boot,read-only=on,filename={}", boot.display())]);
         command.args(["-device", "virtio-blk-pci,drive=boot,bootindex=1,addr=0x3"]);
         for port in 0..ports {
             let place = format!("addr=0x4.{port:#x},multifunction=on");
