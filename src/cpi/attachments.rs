@@ -13,7 +13,8 @@
 //! So a disk on a VM that is gone is free, and a call that was cut short leaves a phase that the next call on the disk
 //! settles by asking QEMU.
 
-use std::time::Instant;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use super::Cpi;
 use crate::agent::settings::device_path;
@@ -21,11 +22,14 @@ use crate::cid::{Cid, DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image;
 use crate::qemu::{FileNeed, Opened, blockdev, topology};
-use crate::qmp::hotplug::{self, Disk};
+use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::record::AttachmentPhase::{Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, power_state};
+
+/// What is kept of a deadline for removing nodes and descriptors.
+const CLEANING_UP: Duration = Duration::from_secs(3);
 
 impl Cpi {
     /// Attaches the disk and answers the path under which every current agent finds it: a stable one, because the
@@ -57,7 +61,7 @@ impl Cpi {
         }
         self.advance(&mut vm, disk_cid, Attaching)?;
         if let Err(error) = self.plug(&vm, &disk, deadline) {
-            if !self.is_plugged(&vm, disk_cid, deadline).unwrap_or(true) {
+            if !self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(true) {
                 self.clear(&mut vm, &mut disk)?;
             }
             return Err(error.during(format!("attach disk '{disk_cid}' to VM '{vm_cid}'")));
@@ -79,7 +83,8 @@ impl Cpi {
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
         if let Err(error) = self.unplug(&vm, disk_cid, deadline) {
-            if listed {
+            // If the guest still has it, it is attached as before; else the next call goes on from here.
+            if listed && self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(false) {
                 self.advance(&mut vm, disk_cid, Attached)?;
             }
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
@@ -158,31 +163,43 @@ impl Cpi {
         let (file, direct) = image::open(&need.path, need.writable, need.direct)?;
         let opened = Opened { need, direct };
         let id = disk.cid.as_str();
-        let ports = (0..vm.machine.hotplug_slots).map(topology::port_id).collect();
-        hotplug::attach(
-            &mut monitor,
-            &Disk {
-                id,
-                file,
-                opaque: blockdev::opaque(id, true),
-                nodes: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
-                device: blockdev::device(id, id, true),
-                ports,
-            },
-        )
+        let device = blockdev::device(id, id, true);
+        let wanted = Attach {
+            disk: &hot_disk(&disk.cid),
+            files: &[file.as_fd()],
+            blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
+            device: device.as_object().expect("a device is an object"),
+            port_prefix: topology::PORT_PREFIX,
+        };
+        hotplug::attach(&mut monitor, &wanted, deadline)?;
+        if let Some(limits) = blockdev::throttle(id, disk.limits) {
+            monitor.raw("block_set_io_throttle", &limits)?;
+        }
+        Ok(())
     }
 
     fn unplug(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<()> {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
-        let id = disk.as_str();
-        let nodes = [blockdev::file_node(id), id.to_owned()];
-        hotplug::detach(&mut monitor, id, &nodes, &blockdev::opaque(id, true), deadline)
+        // After the guest has let go, there is still something to remove.
+        hotplug::detach(&mut monitor, &hot_disk(disk), deadline - CLEANING_UP)?;
+        Ok(())
     }
 
     fn is_plugged(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<bool> {
         match self.monitor(vm, deadline)? {
-            Some(mut monitor) => hotplug::is_attached(&mut monitor, disk.as_str()),
+            Some(mut monitor) => Ok(Inventory::take(&mut monitor)?.has_device(disk.as_str())),
             None => Ok(false),
         }
     }
+}
+
+/// The names of a disk in QEMU, as `qemu::blockdev` gives them.
+fn hot_disk(disk: &DiskCid) -> HotDisk {
+    let id = disk.as_str().to_owned();
+    HotDisk { below: vec![blockdev::file_node(&id)], node: id.clone(), device: id }
+}
+
+/// A call that has used up its time still has to find out where it stands.
+fn grace(deadline: Instant) -> Instant {
+    deadline.max(Instant::now() + CLEANING_UP)
 }

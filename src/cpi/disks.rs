@@ -8,8 +8,9 @@ use crate::cid::{Cid, DiskCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
 use crate::image;
+use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
-use crate::store::record::Format;
+use crate::store::record::{Format, Limits};
 use crate::store::{DiskRecord, Phase, Rank};
 use crate::units::MiB;
 
@@ -28,6 +29,7 @@ impl Cpi {
             size,
             format: asked.format,
             vm: None,
+            limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
             cloud_properties: properties.clone(),
             metadata: Map::new(),
             newer: Map::new(),

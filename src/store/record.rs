@@ -275,6 +275,9 @@ pub struct DiskRecord {
     pub format: Format,
     /// The VM that may have it: that VM's record decides. Always written before the VM's.
     pub vm: Option<VmCid>,
+    /// The most it may do.
+    #[serde(default)]
+    pub limits: Limits,
     /// The disk type's cloud properties.
     pub cloud_properties: Map<String, Value>,
     /// What set_disk_metadata said last.
@@ -283,6 +286,15 @@ pub struct DiskRecord {
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
+}
+
+/// The most a disk may do, reading and writing together; `None`: as much as the host can.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Operations a second.
+    pub iops: Option<u64>,
+    /// MiB a second.
+    pub mbps: Option<u64>,
 }
 
 impl DiskRecord {

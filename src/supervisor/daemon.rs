@@ -19,7 +19,7 @@ use super::{Launched, Scope};
 use crate::config::Restart;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::qmp::connection::Event;
+use crate::qmp::Event;
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
 use crate::sys::pidlock;

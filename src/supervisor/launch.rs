@@ -6,19 +6,20 @@
 
 use std::path::Path;
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Scope;
-use super::resources::Resources;
-use qapi::qmp;
-use serde_json::Value;
+use super::resources::{self, Resources};
+use crate::cid::Cid;
+use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::tail;
-use crate::qemu::{Template, command_line};
+use crate::qemu::{Template, blockdev, command_line};
 use crate::qmp::connection::Connection;
+use crate::qmp::power;
 use crate::store::record::{Accel, VmRecord};
 use crate::sys::confine::{self, Child, Confined, Paths};
 use crate::sys::pidlock;
@@ -75,19 +76,24 @@ pub(super) async fn boot(scope: &Scope, vm: &VmRecord, mut child: Child) -> Resu
 }
 
 async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Result<(Connection, UnixStream)> {
-    let mut monitor = Connection::connect(path, READY).await?;
-    let status = monitor.raw("query-status", Value::Null).await?;
-    if status["status"] != "prelaunch" {
-        return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {}", status["status"])));
+    let mut monitor = Connection::connect(path, Instant::now() + READY).await?;
+    let status = power::status(&mut monitor).await?;
+    if !status.is_prelaunch() {
+        return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {:?}", status.state)));
     }
-    let kvm = monitor.raw("query-kvm", Value::Null).await?;
+    let kvm = monitor.raw("query-kvm", &json!({})).await?;
     let wanted = vm.machine.accel == Accel::Kvm;
     if kvm["enabled"] != wanted {
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
+    for disk in resources::disks(scope, vm)? {
+        if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
+            monitor.raw("block_set_io_throttle", &limits).await?;
+        }
+    }
     let path = scope.paths.serial();
     let serial = UnixStream::connect(&path).await.at("connect to serial port", &path)?;
-    monitor.execute(&qmp::cont {}).await?;
+    power::cont(&mut monitor).await?;
     Ok((monitor, serial))
 }
 

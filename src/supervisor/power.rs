@@ -74,9 +74,10 @@ pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
 /// The power button, again and again until the guest listens. Whether QEMU is gone.
 fn press(paths: &VmPaths, qemu: &Process, patience: Duration, deadline: Instant) -> bool {
     let until = earlier(deadline, patience);
-    let pressed = Monitor::connect(&paths.qmp(), until).and_then(|mut m| buttons::power_down(&mut m, until));
-    if let Err(error) = pressed {
-        tracing::info!(error = %error, "the guest did not follow the power button");
+    let pressed = Monitor::connect(&paths.qmp(), until)
+        .and_then(|mut monitor| monitor.run(async |connection| buttons::press_button(connection, until).await));
+    if !matches!(pressed, Ok(buttons::Button::Down)) {
+        tracing::info!(?pressed, "the guest did not follow the power button");
         return false;
     }
     qemu.wait_exit(earlier(deadline, QUIT)).unwrap_or(false)
@@ -87,7 +88,9 @@ fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
     let until = earlier(deadline, QUIT);
     // A QEMU that was stopped answers nothing; half of the time is left for one that is only slow to write back.
     let greeting = earlier(until, QUIT / 4);
-    if let Err(error) = Monitor::connect(&paths.qmp(), greeting).and_then(|mut m| buttons::quit(&mut m)) {
+    let told = Monitor::connect(&paths.qmp(), greeting)
+        .and_then(|mut monitor| monitor.run(async |connection| buttons::quit(connection).await));
+    if let Err(error) = told {
         tracing::info!(error = %error, "QEMU did not take `quit`");
         return false;
     }

@@ -31,12 +31,7 @@ pub(super) struct Resources {
 impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let mut disks = Vec::new();
-        for attachment in vm.disks.iter().filter(|a| a.phase == AttachmentPhase::Attached) {
-            let record = scope.store.read::<DiskRecord>(&attachment.disk)?;
-            disks.push(record.ok_or_else(|| missing_disk(&attachment.disk))?);
-        }
-        let needs = files::needs(vm, &scope.paths, &scope.store, &disks);
+        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
         Ok(Self {
             files: needs.into_iter().map(open_file).collect::<Result<_>>()?,
             taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
@@ -63,6 +58,13 @@ impl Resources {
         let taps = self.taps.into_iter().map(|plug| plug.tap);
         self.files.into_iter().map(|(_, fd)| fd).chain(taps).chain(sockets).collect()
     }
+}
+
+/// The records of the disks `vm` starts with.
+pub(super) fn disks(scope: &Scope, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
+    let attached = vm.disks.iter().filter(|a| a.phase == AttachmentPhase::Attached);
+    let record = |disk| scope.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk(disk));
+    attached.map(|attachment| record(&attachment.disk)).collect()
 }
 
 fn missing_disk(disk: &DiskCid) -> Error {

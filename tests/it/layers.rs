@@ -15,7 +15,7 @@ const LAYERS: &[Row] = &[
     Together(&["supervisor"]),
     Apart(&["agent", "image", "qemu", "qmp", "net"]),
     Together(&["store", "host"]),
-    Together(&["config", "schema", "cid", "units", "ordered", "error", "log", "sys"]),
+    Together(&["config", "schema", "cid", "units", "mac", "link_name", "ordered", "error", "log", "sys"]),
 ];
 
 /// Macros live at the crate's root whatever module declares them.

@@ -1,0 +1,293 @@
+//! One connection to one monitor socket.
+//!
+//! ```text
+//!             connect               write            reply with our id
+//!   (socket) ─────────► READY ─────────────► BUSY ─────────────────────► READY
+//!                         │                   │ deadline, end of file, not QMP, or the future was dropped
+//!                         │ next_event        ▼
+//!                         └──────► READY    SPENT: refuses everything
+//! ```
+//!
+//! A monitor answers commands one after the other, with events anywhere in between. So there is no reader task:
+//! whoever waits, for a reply or for an event, reads; events that come before a reply are queued. An exchange that
+//! did not end leaves the connection spent, because nobody can tell what will still come out of it.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use qapi::Command;
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout_at};
+
+use super::error::MonitorError;
+use super::event::Event;
+use super::wire::{self, LONGEST_LINE, Message};
+
+/// How long connecting, the greeting and the negotiation may take together when QEMU is known to run.
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long a question (`query-…`, `qom-…`) may take.
+pub const QUERY_LIMIT: Duration = Duration::from_secs(10);
+/// How long any other command may take: those on devices and block nodes wait for I/O of the guest to drain.
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// How much is read at once, bytes.
+const READ: usize = 16 << 10;
+/// Pause before connecting again to a socket whose backlog is full.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(20);
+
+/// A negotiated connection.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    /// Bytes of lines not decoded yet. Holds no complete line while we wait for more.
+    received: Vec<u8>,
+    events: EventQueue,
+    last_id: u64,
+    deadline: Option<Instant>,
+    /// An exchange began and did not end.
+    spent: bool,
+}
+
+impl Connection {
+    /// Connects to `path`, waits for the greeting and negotiates, all until `deadline`.
+    ///
+    /// # Errors
+    /// [`MonitorError::Connect`] if nobody listens, [`MonitorError::Greeting`] if `deadline` passes: another client
+    /// is being served.
+    pub async fn connect(path: &Path, deadline: Instant) -> Result<Self, MonitorError> {
+        let begin = Instant::now();
+        let greeted = async {
+            let mut connection = Self {
+                stream: connect_to(path).await?,
+                received: Vec::new(),
+                events: EventQueue::default(),
+                last_id: 0,
+                deadline: Some(deadline),
+                spent: false,
+            };
+            // Some devices send events before the greeting.
+            while !matches!(connection.receive().await?, Message::Greeting) {}
+            connection.execute(&qapi::qmp::qmp_capabilities { enable: None }).await?;
+            connection.deadline = None;
+            Ok(connection)
+        };
+        let late = || MonitorError::Greeting { path: path.to_owned(), waited: begin.elapsed() };
+        match timeout_at(deadline.into(), greeted).await {
+            Ok(Err(MonitorError::Timeout { .. })) | Err(_) => Err(late()),
+            Ok(connected) => connected,
+        }
+    }
+
+    /// From now on no command is waited for longer than until `deadline`.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
+    }
+
+    /// Executes a typed command. Dropping the future before it is done makes the connection
+    /// [`MonitorError::Spent`].
+    ///
+    /// # Errors
+    /// [`MonitorError::Refused`] and [`MonitorError::Answer`] leave the connection usable, others do not.
+    pub async fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok, MonitorError> {
+        let answer = self.exchange(C::NAME, command, None).await?;
+        read_answer(C::NAME, &answer)
+    }
+
+    /// Executes any command, `arguments` being an object.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub async fn raw(&mut self, command: &str, arguments: &Value) -> Result<Value, MonitorError> {
+        let answer = self.exchange(command, arguments, None).await?;
+        read_answer(command, &answer)
+    }
+
+    /// Executes a command that takes a descriptor along: `add-fd`, `getfd`. QEMU gets a copy.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub async fn execute_with_fd<C: Command>(
+        &mut self,
+        command: &C,
+        fd: BorrowedFd<'_>,
+    ) -> Result<C::Ok, MonitorError> {
+        let answer = self.exchange(C::NAME, command, Some(fd)).await?;
+        read_answer(C::NAME, &answer)
+    }
+
+    /// The next event, waiting for it if none is queued. May be dropped at any point without losing one.
+    ///
+    /// # Errors
+    /// [`MonitorError::Closed`] once QEMU is gone and all events are read, [`MonitorError::Protocol`].
+    pub async fn next_event(&mut self) -> Result<Event, MonitorError> {
+        if self.spent {
+            return Err(MonitorError::Spent);
+        }
+        loop {
+            if let Some(event) = self.events.pop() {
+                return Ok(event);
+            }
+            if let Message::Event(event) = self.receive().await? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// The first event that `wanted` accepts, or `None` when `until` has passed. Events before it are dropped.
+    ///
+    /// # Errors
+    /// As [`next_event`](Self::next_event).
+    pub async fn wait_event(
+        &mut self,
+        wanted: impl Fn(&Event) -> bool,
+        until: Instant,
+    ) -> Result<Option<Event>, MonitorError> {
+        loop {
+            match timeout_at(until.into(), self.next_event()).await {
+                Err(_) => return Ok(None),
+                Ok(Ok(event)) if !wanted(&event) => {}
+                Ok(event) => return event.map(Some),
+            }
+        }
+    }
+
+    async fn exchange<A: Serialize>(
+        &mut self,
+        command: &str,
+        arguments: &A,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Box<RawValue>, MonitorError> {
+        if self.spent {
+            return Err(MonitorError::Spent);
+        }
+        self.last_id += 1;
+        let line = wire::encode(self.last_id, command, arguments)?;
+        let begin = Instant::now();
+        let limit = begin + limit_of(command);
+        let until = self.deadline.map_or(limit, |deadline| deadline.min(limit));
+        if until <= begin {
+            return Err(MonitorError::Late { command: command.to_owned() });
+        }
+        tracing::trace!(command, id = self.last_id, "qmp");
+
+        self.spent = true;
+        let reply = timeout_at(until.into(), async {
+            self.send(&line, fd).await.map_err(gone_or_host("write to monitor"))?;
+            self.receive_reply(self.last_id).await
+        });
+        let timeout = |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
+        let reply = reply.await.map_err(timeout)??;
+        self.spent = false;
+        reply.map_err(|refusal| refusal.of(command))
+    }
+
+    /// Writes `line`; `fd` goes with its first bytes, where QEMU looks for it.
+    async fn send(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut sent = 0;
+        if let Some(fd) = fd {
+            sent = self.stream.async_io(Interest::WRITABLE, || send_with_fd(&self.stream, line, fd)).await?;
+        }
+        self.stream.write_all(&line[sent..]).await
+    }
+
+    /// The reply to command `id`. Events before it are queued, replies to others dropped.
+    async fn receive_reply(&mut self, id: u64) -> Result<Result<Box<RawValue>, wire::Refusal>, MonitorError> {
+        loop {
+            match self.receive().await? {
+                Message::Reply { id: theirs, result } if theirs == id => return Ok(result),
+                Message::Reply { id: theirs, .. } => tracing::debug!(id = theirs, "qmp reply nobody waits for"),
+                Message::Event(event) => self.events.push(event),
+                Message::Greeting => return Err(MonitorError::Protocol("greeted twice".into())),
+            }
+        }
+    }
+
+    /// The next message. May be dropped at any point: what was read stays in `received`.
+    async fn receive(&mut self) -> Result<Message, MonitorError> {
+        let mut searched = 0;
+        loop {
+            if let Some(length) = self.received[searched..].iter().position(|byte| *byte == b'\n') {
+                let end = searched + length;
+                let message = wire::decode(&self.received[..end]);
+                self.received.drain(..=end);
+                return message;
+            }
+            searched = self.received.len();
+            if searched > LONGEST_LINE {
+                return Err(MonitorError::Protocol(format!("a line is longer than {LONGEST_LINE} bytes")));
+            }
+            self.received.reserve(READ);
+            let mut chunk = (&mut self.stream).take(READ as u64);
+            match chunk.read_buf(&mut self.received).await.map_err(gone_or_host("read from monitor"))? {
+                0 => return Err(MonitorError::Closed),
+                _ => continue,
+            }
+        }
+    }
+}
+
+/// Connects; where QEMU's backlog of one is full, the kernel says so at once and we try again.
+async fn connect_to(path: &Path) -> Result<UnixStream, MonitorError> {
+    loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(BACKLOG_PAUSE).await,
+            Err(source) => return Err(MonitorError::Connect { path: path.to_owned(), source }),
+        }
+    }
+}
+
+fn send_with_fd(stream: &UnixStream, line: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let fds = [fd.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    Ok(sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(line)], &rights, MsgFlags::MSG_NOSIGNAL, None)?)
+}
+
+fn limit_of(command: &str) -> Duration {
+    if command.starts_with("query-") || command.starts_with("qom-") { QUERY_LIMIT } else { COMMAND_LIMIT }
+}
+
+fn read_answer<T: serde::de::DeserializeOwned>(command: &str, answer: &RawValue) -> Result<T, MonitorError> {
+    let shape = |source| MonitorError::Answer { command: command.to_owned(), source };
+    serde_json::from_str(answer.get()).map_err(shape)
+}
+
+fn gone_or_host(action: &'static str) -> impl Fn(io::Error) -> MonitorError {
+    move |source| match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => MonitorError::Closed,
+        _ => MonitorError::Host { action, source },
+    }
+}
+
+/// Events that came while nobody waited for one. A guest can cause events, so the oldest are dropped when there are
+/// too many: an event is a hint to look, what counts is what QEMU answers. One event has a few kB, see `wire`.
+#[derive(Debug, Default)]
+struct EventQueue {
+    events: VecDeque<Event>,
+}
+
+impl EventQueue {
+    const LONGEST: usize = 256;
+
+    fn push(&mut self, event: Event) {
+        if self.events.len() == Self::LONGEST {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    fn pop(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests;
