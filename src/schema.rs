@@ -179,8 +179,9 @@ pub fn suggest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     let short: String = name.chars().take(64).collect();
     known
         .iter()
+        // Two letters swapped in a short word look unlike to the one measure, a suffix too many to the other.
+        .filter(|word| strsim::jaro_winkler(&short, word) > 0.8 || strsim::osa_distance(&short, word) == 1)
         .map(|word| (strsim::jaro_winkler(&short, word), *word))
-        .filter(|(likeness, _)| *likeness > 0.8)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, word)| word)
 }

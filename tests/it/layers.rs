@@ -13,7 +13,8 @@ const LAYERS: &[Row] = &[
     Together(&["rpc"]),
     Together(&["cpi"]),
     Together(&["supervisor"]),
-    Apart(&["agent", "image", "qemu", "qmp", "net"]),
+    Together(&["agent"]),
+    Apart(&["image", "qemu", "qmp", "net"]),
     Together(&["store", "host"]),
     Together(&["config", "schema", "cid", "units", "mac", "link_name", "ordered", "error", "log", "sys"]),
 ];
