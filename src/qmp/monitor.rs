@@ -59,13 +59,13 @@ impl Monitor {
         self.runtime.block_on(self.connection.raw(command, arguments))
     }
 
-    /// Gives QEMU a copy of `fd` in fd set `set`, or in a new one, and returns the set's id: QEMU opens
-    /// `/dev/fdset/<id>` with it. `opaque` is how the descriptor is found again.
+    /// Gives QEMU a copy of `fd` in a new fd set and returns the set's id: QEMU opens `/dev/fdset/<id>` with it.
+    /// `opaque` is how the descriptor is found again.
     ///
     /// # Errors
     /// As [`Connection::execute`].
-    pub fn add_fd(&mut self, fd: BorrowedFd<'_>, opaque: &str, set: Option<i64>) -> Result<i64, MonitorError> {
-        let command = qapi::qmp::add_fd { fdset_id: set, opaque: Some(opaque.to_owned()) };
+    pub fn add_fd(&mut self, fd: BorrowedFd<'_>, opaque: &str) -> Result<i64, MonitorError> {
+        let command = qapi::qmp::add_fd { fdset_id: None, opaque: Some(opaque.to_owned()) };
         self.runtime.block_on(self.connection.execute_with_fd(&command, fd)).map(|added| added.fdset_id)
     }
 

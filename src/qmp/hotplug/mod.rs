@@ -102,9 +102,10 @@ impl HotDisk {
 pub struct Attach<'a> {
     /// Its names; what the JSON below says must agree.
     pub disk: &'a HotDisk,
-    /// The open files, in the access modes that QEMU will want. Copied: the caller closes its own.
-    pub files: &'a [BorrowedFd<'a>],
-    /// Given the id of the fd set that holds the files, the arguments of each `blockdev-add`, from bottom to top.
+    /// The image, opened in the access mode that QEMU will want (`O_DIRECT` too, for `cache.direct`). QEMU gets a
+    /// copy: the caller closes its own, or the image stays locked after QEMU's end.
+    pub file: BorrowedFd<'a>,
+    /// Given the id of the fd set that holds the image, the arguments of each `blockdev-add`, from bottom to top.
     pub blockdevs: &'a dyn Fn(i64) -> Vec<Value>,
     /// The arguments of `device_add` but for `bus`.
     pub device: &'a Map<String, Value>,
@@ -220,12 +221,7 @@ pub fn attach(monitor: &mut Monitor, wanted: &Attach<'_>, until: Instant) -> Res
 
 /// Makes the fd set and the nodes.
 fn open(monitor: &mut Monitor, wanted: &Attach<'_>) -> Result<(), MonitorError> {
-    let opaque = wanted.disk.opaque();
-    let mut set = None;
-    for file in wanted.files {
-        set = Some(monitor.add_fd(*file, &opaque, set)?);
-    }
-    let Some(set) = set else { return Err(MonitorError::Protocol("a disk without a file".into())) };
+    let set = monitor.add_fd(wanted.file, &wanted.disk.opaque())?;
     for blockdev in (wanted.blockdevs)(set) {
         monitor.raw("blockdev-add", &blockdev)?;
     }

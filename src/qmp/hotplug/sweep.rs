@@ -22,8 +22,12 @@ pub(super) fn sweep(
     found: &Inventory,
     until: Instant,
 ) -> Result<(), HotplugError> {
-    end_jobs(monitor, disk, until)?;
-    for node in disk.nodes().filter(|node| found.has_node(node)) {
+    let nodes: Vec<&str> = disk.nodes().filter(|node| found.has_node(node)).collect();
+    if !nodes.is_empty() {
+        // Jobs go before nodes, so where there is no node, a sweep that was cut short has ended the jobs.
+        end_jobs(monitor, disk, until)?;
+    }
+    for node in nodes {
         delete_node(monitor, node, until)?;
     }
     remove_fd_sets(monitor, &disk.opaque())?;

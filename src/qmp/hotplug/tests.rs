@@ -56,8 +56,8 @@ impl Disk {
         else {
             unreachable!()
         };
-        let (files, device) = ([self.file.as_fd()], &device);
-        let wanted = Attach { disk: &self.names, files: &files, blockdevs, device, port_prefix: "hotplug" };
+        let wanted =
+            Attach { disk: &self.names, file: self.file.as_fd(), blockdevs, device: &device, port_prefix: "hotplug" };
         attach(monitor, &wanted, soon())
     }
 
@@ -136,8 +136,13 @@ fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
     let mut plug_late = |id: &str| {
         let Value::Object(device) = json!({"driver": "virtio-rng-pci", "id": id}) else { unreachable!() };
         let blockdevs = |_| Vec::new();
-        let wanted =
-            Attach { disk: &disk.names, files: &[], blockdevs: &blockdevs, device: &device, port_prefix: "hotplug" };
+        let wanted = Attach {
+            disk: &disk.names,
+            file: disk.file.as_fd(),
+            blockdevs: &blockdevs,
+            device: &device,
+            port_prefix: "hotplug",
+        };
         plug(&mut monitor, &wanted, "hotplug0", &mut ["hotplug1"].into_iter()).unwrap()
     };
     assert_eq!(plug_late("first"), Some("hotplug1"));
@@ -190,8 +195,8 @@ fn a_guest_that_never_answers_keeps_its_disk_until_a_reset() {
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
-    let HotplugError::StillAttached { asked: 2, state, .. } = &error else { panic!("{error}") };
+    let error = detach(&mut monitor, &disk.names, Instant::now() + 2 * RESEND).unwrap_err();
+    let HotplugError::StillAttached { asked: 2.., state, .. } = &error else { panic!("{error}") };
     assert_eq!(state, "running");
     assert_eq!(Error::from(error).kind(), ErrorKind::Timeout);
     assert_eq!(disk.parts(&mut monitor), ATTACHED);
@@ -286,9 +291,9 @@ fn a_descriptor_nobody_used_is_closed() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
-    let strange = monitor.add_fd(disk.file.as_fd(), "rdwr:other", None).unwrap();
+    let strange = monitor.add_fd(disk.file.as_fd(), "rdwr:other").unwrap();
     for _ in 0..2 {
-        monitor.add_fd(disk.file.as_fd(), &disk.names.opaque(), None).unwrap();
+        monitor.add_fd(disk.file.as_fd(), &disk.names.opaque()).unwrap();
     }
     assert_eq!(disk.parts(&mut monitor), (0, 0, 2));
     disk.attach(&mut monitor).unwrap();
@@ -333,8 +338,9 @@ fn own_jobs_end_with_the_disk_and_others_are_named() {
 fn a_qemu_that_hangs_or_dies_is_an_error_in_time() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
-    let mut monitor = Monitor::connect(&guest.socket(), soon()).unwrap();
+    let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
+    monitor.run(async |c| c.set_deadline(soon()));
     guest.signal(Signal::SIGSTOP);
     let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
     assert!(matches!(error, HotplugError::Monitor(MonitorError::Timeout { .. })), "{error}");
