@@ -4,4 +4,5 @@ pub mod confine;
 pub mod detach;
 pub mod pidfd;
 pub mod pidlock;
+pub mod signals;
 pub mod tun;
