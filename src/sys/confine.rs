@@ -15,24 +15,20 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 
-use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, path_beneath_rules,
-};
 use nix::libc;
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+pub use super::landlock::Paths;
 use super::pidfd::Process;
-use super::pidlock;
+use super::{landlock, pidlock};
 use crate::config::Hardening;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 
-/// The newest Landlock whose rights are asked for; an older kernel leaves out what it does not know.
-const LANDLOCK: ABI = ABI::V5;
 /// Sixteen disks take 50 descriptors; a guest can not make QEMU open more than its hot-plug slots.
 const DESCRIPTORS: libc::rlim_t = 4096;
 
@@ -55,15 +51,6 @@ pub struct Confined {
     pub pid_lock: File,
     /// Whether a step the host can not do is an error.
     pub hardening: Hardening,
-}
-
-/// Paths a confined program may open.
-#[derive(Debug, Default)]
-pub struct Paths {
-    /// For reading and executing.
-    pub read: Vec<PathBuf>,
-    /// For reading and writing.
-    pub write: Vec<PathBuf>,
 }
 
 /// The steps in the child, by the number it reports them under.
@@ -120,7 +107,7 @@ impl Step {
 /// [`ErrorKind::Host`] naming the step that failed.
 pub fn spawn(confined: Confined) -> Result<Child> {
     let Confined { program, args, inherit, uid, paths, log, pid_lock, hardening } = confined;
-    let ruleset = landlock_ruleset(&paths, hardening)?;
+    let ruleset = landlock::ruleset(&paths, hardening)?;
     let (mut failed_at, report) = std::io::pipe().map_err(|e| Error::os("make a pipe", e))?;
     let errors = log.try_clone().map_err(|e| Error::os("copy the log's descriptor", e))?;
     let mut command = Command::new(&program);
@@ -224,38 +211,6 @@ fn call(number: libc::c_long, arguments: [usize; 3]) -> std::io::Result<()> {
     if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The rules as a descriptor; `None` where hardening is off or may do without.
-fn landlock_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>> {
-    if hardening == Hardening::Off {
-        return Ok(None);
-    }
-    let made = make_ruleset(paths, hardening);
-    match (made, hardening) {
-        (Ok(fd), _) => Ok(fd),
-        (Err(error), Hardening::BestEffort) => {
-            tracing::warn!(%error, "this host has no Landlock: QEMU is confined by its user alone");
-            Ok(None)
-        }
-        (Err(error), _) => Err(Error::new(ErrorKind::Host, "prepare Landlock rules").because(error).hint(
-            "Landlock needs Linux 5.13 and `landlock` in the kernel's `lsm=` list; or set `hardening` to `best-effort`",
-        )),
-    }
-}
-
-fn make_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>, landlock::RulesetError> {
-    let level = if hardening == Hardening::Strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
-    let created = Ruleset::default()
-        .set_compatibility(level)
-        .handle_access(AccessFs::from_all(ABI::V1))?
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LANDLOCK))?
-        .create()?
-        // Rules for paths this host does not have are skipped by `path_beneath_rules`.
-        .add_rules(path_beneath_rules(&paths.read, AccessFs::from_read(LANDLOCK)))?
-        .add_rules(path_beneath_rules(&paths.write, AccessFs::from_read(LANDLOCK) | AccessFs::WriteFile))?;
-    Ok(created.into())
-}
-
 /// A confined program that was started by this process.
 #[derive(Debug)]
 pub struct Child {
@@ -298,23 +253,9 @@ fn watch(process: &Process) -> Result<AsyncFd<OwnedFd>> {
     watch.map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
 }
 
-impl Paths {
-    /// What QEMU opens by itself: its libraries, firmware and modules, and what the C library and glib look at. No
-    /// directory it could write to.
-    pub fn of_qemu(binary: &Path) -> Self {
-        // A QEMU outside /usr has its firmware and libraries beside it: /opt/qemu/bin/… means /opt/qemu.
-        let prefix = binary.parent().and_then(Path::parent).filter(|prefix| prefix.parent().is_some());
-        let fixed = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/proc", "/sys/devices/system", "/dev/urandom"];
-        Self {
-            read: fixed.iter().map(PathBuf::from).chain(prefix.map(Path::to_owned)).collect(),
-            // QEMU tries there whether the kernel has open-file-description locks.
-            write: vec!["/dev/null".into()],
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::time::{Duration, Instant};
 
     use super::*;
