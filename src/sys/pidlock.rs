@@ -83,6 +83,11 @@ fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
     Ok(Some(lock.l_pid))
 }
 
+/// Whether process `pid` holds the lock on the open `file`.
+pub(super) fn is_held_by(file: &File, pid: i32) -> Result<bool> {
+    Ok(holding(file, Path::new("pid file"))? == Some(pid))
+}
+
 pub(super) fn whole_file(kind: i32) -> libc::flock {
     libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 }
 }
