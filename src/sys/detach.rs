@@ -7,13 +7,14 @@ use nix::libc;
 
 use crate::error::{Error, IoContext, Result};
 
-/// Leaves the caller's session, process group and directory and closes every descriptor it may have left open, but for
-/// the standard streams. Answers what standard output was: the pipe on which a starter waits.
+/// Leaves the caller's session, process group, directory and wish to ignore children, and closes every descriptor it may
+/// have left open, but for the standard streams. Answers what standard output was: the pipe on which a starter waits.
 ///
 /// A Director reads its CPI's standard streams to their end: one descriptor kept here would hang its call as long as
 /// the VM lives. Must be called before anything is opened.
 pub fn detach() -> Result<File> {
     close_inherited()?;
+    super::signals::keep_exit_statuses()?;
     // Fails only for a leader of a process group, which has left already.
     let _ = nix::unistd::setsid();
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
