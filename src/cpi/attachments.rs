@@ -166,7 +166,7 @@ impl Cpi {
         let device = blockdev::device(id, id, true);
         let wanted = Attach {
             disk: &hot_disk(&disk.cid),
-            files: &[file.as_fd()],
+            file: file.as_fd(),
             blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
