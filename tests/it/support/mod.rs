@@ -1,5 +1,7 @@
 //! What the tests share.
 
+pub mod answer;
+pub mod host;
 pub mod netns;
 pub mod nftables;
 
