@@ -47,21 +47,23 @@ pub fn power_state(paths: &VmPaths) -> Result<PowerState> {
 /// # Errors
 /// [`ErrorKind::Timeout`] naming the process if even SIGKILL does not end it.
 pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
-    if let PowerState::On(qemu) = power_state(paths)? {
-        let ended = match button {
-            Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
-            Button::Quit => quit(paths, &qemu, deadline),
-            Button::Kill => false,
-        };
-        if !ended {
-            kill(&qemu, "QEMU", deadline)?;
-        }
-    }
+    end_qemu(paths, button, deadline)?;
     let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
-    if supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
-        return Ok(());
+    if !supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
+        kill(&supervisor, "the supervisor", deadline)?;
     }
-    kill(&supervisor, "the supervisor", deadline)
+    // It may have been about to start QEMU when we first looked: its call was killed in the middle of a launch.
+    end_qemu(paths, button, deadline)
+}
+
+fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
+    let PowerState::On(qemu) = power_state(paths)? else { return Ok(()) };
+    let ended = match button {
+        Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
+        Button::Quit => quit(paths, &qemu, deadline),
+        Button::Kill => false,
+    };
+    if ended { Ok(()) } else { kill(&qemu, "QEMU", deadline) }
 }
 
 /// The power button, again and again until the guest listens. Whether QEMU is gone.
