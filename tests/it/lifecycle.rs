@@ -24,7 +24,7 @@ fn create_env_makes_recreates_and_deletes_a_vm() {
     assert_eq!(host.ok("set_vm_metadata", &json!([vm, {"name": "bosh/0"}])), Value::Null);
     let disk = host.disk();
     let hint = host.ok("attach_disk", &json!([vm, disk]));
-    assert_eq!(hint, format!("/dev/disk/by-id/virtio-{disk}"));
+    assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
     assert_eq!(host.ok("set_disk_metadata", &json!([disk, {"owner": "bosh"}])), Value::Null);
     host.sees(&vm, "\nU", 1);
 
@@ -310,12 +310,7 @@ fn a_failed_create_vm_says_why_and_leaves_nothing() {
         let left: Vec<_> = host.left().into_iter().filter(|left| !left.contains(&stemcell)).collect();
         assert!(left.is_empty(), "{says:?} left behind: {left:#?}");
     };
-    fails(
-        "/1",
-        json!("stemcell-aaaaaaaaaaaaaaa"),
-        "VMCreationFailed",
-        "there is no stemcell 'stemcell-aaaaaaaaaaaaaaa'",
-    );
+    fails("/1", json!("stemcell-aaaaaaaaaaaaaaa"), "CloudError", "there is no stemcell 'stemcell-aaaaaaaaaaaaaaa'");
     fails("/2", json!({"rma": 64}), "CpiError", "cloud_properties.rma: unknown key; did you mean 'ram'?");
     fails("/2", json!({"machine": "q53"}), "CpiError", "there is no machine template 'q53'");
     fails("/3/net/cloud_properties", json!({"name": "dmz"}), "CpiError", "no network of that name");

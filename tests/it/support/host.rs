@@ -322,7 +322,7 @@ impl Host {
                 let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
                 let mut links = files.filter_map(|file| fs::read_link(file.path()).ok());
                 let ours = names(&words) || links.any(|link| names(link.as_os_str().as_bytes()));
-                ours.then(|| (pid, String::from_utf8_lossy(&words).replace('\0', " ")))
+                ours.then(|| (pid, String::from_utf8_lossy(&words).replace('\0', " ").chars().take(120).collect()))
             })
             .collect()
     }
