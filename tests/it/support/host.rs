@@ -169,6 +169,7 @@ impl Host {
         let address = format!("10.9.0.{}", self.last_address.fetch_add(1, Ordering::Relaxed) + 1);
         json!(["agent-1", stemcell, {"ram": 64}, {"net": {
             "type": "manual", "ip": address, "netmask": "255.255.255.0", "gateway": "10.9.0.1",
+            "cloud_properties": {},
         }}, [], {}])
     }
 
