@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use crate::cid::{Cid, VmCid};
+use crate::cid::VmCid;
 use crate::config::Config;
 use crate::error::Result;
-use crate::host::cgroup::Cgroup;
 use crate::log;
 use crate::supervisor::{self, Scope};
 use crate::sys::detach::detach;
@@ -21,6 +20,5 @@ pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
         }
     };
     log::init(&config.log);
-    Cgroup::open(cid.as_str()).enter();
     supervisor::supervise(&Scope::new(config, cid), handshake)
 }

@@ -67,7 +67,7 @@ impl Cpi {
                 .hint("detach it first"));
         }
         disk.phase = Phase::Deleting;
-        self.store.write(&disk)?;
+        self.store.write_deleting(&disk)?;
         self.store.remove::<DiskRecord>(cid)?;
         lock.retire()
     }

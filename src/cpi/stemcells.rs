@@ -117,7 +117,7 @@ impl Cpi {
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
         if let Some(mut record) = self.store.read::<StemcellRecord>(cid)? {
             record.phase = Phase::Deleting;
-            self.store.write(&record)?;
+            self.store.write_deleting(&record)?;
         }
         self.store.remove::<StemcellRecord>(cid)?;
         lock.retire()

@@ -148,7 +148,7 @@ impl Cpi {
     fn destroy(&self, vm: &VmRecord, lock: Guard, deadline: Instant) -> Result<()> {
         let paths = self.store.vm(&vm.cid);
         // A supervisor that sees this does not start the VM again.
-        self.store.write(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
+        self.store.write_deleting(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
         // A persistent disk may have writes that only QEMU's caches know: it ends in order.
         let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
         supervisor::stop(&paths, button, deadline)?;

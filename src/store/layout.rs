@@ -141,6 +141,18 @@ impl Store {
         atomic::write(&path, &text)
     }
 
+    /// Writes a record that says that its object is being removed. On a full filesystem the old one stays and the removal
+    /// goes on: it is what makes room.
+    pub fn write_deleting<R: Record>(&self, record: &R) -> Result<()> {
+        match self.write(record) {
+            Err(error) if error.kind() == ErrorKind::NoDiskSpace => {
+                tracing::warn!(cid = %record.cid(), error = error.report(), "removing without a note of it");
+                Ok(())
+            }
+            written => written,
+        }
+    }
+
     /// Removes the object's directory: everything else first, the record last, so that whoever is interrupted leaves a
     /// record that says what to finish.
     pub fn remove<R: Record>(&self, cid: &R::Cid) -> Result<()> {

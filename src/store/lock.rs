@@ -75,8 +75,8 @@ impl Guard {
             }
         };
         HELD.with_borrow_mut(|held| held.push(rank));
-        let mut guard = Self { file, path, rank };
-        guard.sign()?;
+        let guard = Self { file, path, rank };
+        guard.sign();
         Ok(guard)
     }
 
@@ -85,15 +85,14 @@ impl Guard {
         crate::store::atomic::remove_file(&self.path)
     }
 
-    /// Leaves our pid for whoever times out waiting.
-    fn sign(&mut self) -> Result<()> {
-        let sign = || -> std::io::Result<()> {
-            self.file.set_len(0)?;
-            self.file.rewind()?;
-            writeln!(self.file, "{}", std::process::id())
-        };
-        let mut sign = sign;
-        sign().at("write", &self.path)
+    /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.
+    fn sign(&self) {
+        let mut file = &self.file;
+        let signed =
+            file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+        if let Err(error) = signed {
+            tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
+        }
     }
 }
 

@@ -16,8 +16,10 @@ use super::exit::{Ending, ExitRecord};
 use super::launch::{self, Running};
 use super::restart::Restarts;
 use super::{Launched, Scope};
+use crate::cid::Cid;
 use crate::config::Restart;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::cgroup::Cgroup;
 use crate::host::clock;
 use crate::qmp::Event;
 use crate::store::record::{Desired, Phase, VmRecord};
@@ -87,9 +89,13 @@ struct Run {
 impl<'a> Supervisor<'a> {
     fn new(scope: &'a Scope, runtime: &tokio::runtime::Runtime) -> Result<Self> {
         let _entered = runtime.enter();
-        let vm = read(scope)?.ok_or_else(|| {
+        let vm = read(scope)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
+            // The call that started us was killed, and delete_vm is or was here since.
+            let _ = atomic::remove_dir(&scope.paths.run);
             Error::new(ErrorKind::VmNotFound, format!("VM '{}' has no record to start from", scope.cid))
         })?;
+        // Only now: whoever removes the VM sees our lock from here on, and waits for us before it removes the group.
+        Cgroup::open(scope.cid.as_str()).enter();
         Ok(Self {
             scope,
             vm,

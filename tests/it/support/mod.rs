@@ -1,5 +1,7 @@
 //! What every integration test stands on: a world of its own, and a strict reader of answers.
 
+pub mod answer;
+pub mod host;
 pub mod netns;
 pub mod nftables;
 
