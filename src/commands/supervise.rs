@@ -11,7 +11,7 @@ use crate::sys::detach::detach;
 
 /// Leaves the caller, then runs the VM until it stays off. Must be called before anything is opened.
 pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
-    let handshake = detach()?;
+    let (lock, handshake) = detach()?;
     let config = match Config::load(config) {
         Ok(config) => config,
         Err(error) => {
@@ -20,5 +20,5 @@ pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
         }
     };
     log::init(&config.log);
-    supervisor::supervise(&Scope::new(config, cid), handshake)
+    supervisor::supervise(&Scope::new(config, cid), lock, handshake)
 }

@@ -10,6 +10,7 @@
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
 //!   locks/<rank>.<name>
+//!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   probe.json                                    what the installed QEMU can do here
@@ -63,7 +64,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),
         }
-        for name in ["stemcells", "vms", "disks", "locks", "uids"] {
+        for name in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
             atomic::make_dir(&self.state_dir.join(name))?;
         }
         atomic::write(&path, format!("{SCHEMA}\n").as_bytes())
@@ -72,6 +73,11 @@ impl Store {
     /// The state directory.
     pub fn state_dir(&self) -> &Path {
         &self.state_dir
+    }
+
+    /// Where creates note what they are making.
+    pub fn pending_dir(&self) -> PathBuf {
+        self.state_dir.join("pending")
     }
 
     /// The run directory.

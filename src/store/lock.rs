@@ -80,6 +80,12 @@ impl Guard {
         Ok(guard)
     }
 
+    /// The same lock for a process started now: it is held until both have closed it (flock(2)). So a launch keeps the
+    /// VM's lock even if the call that ordered it is killed.
+    pub fn share(&self) -> Result<File> {
+        self.file.try_clone().at("share lock", &self.path)
+    }
+
     /// Removes the lock file and releases the lock: the object is gone for good.
     pub fn retire(self) -> Result<()> {
         crate::store::atomic::remove_file(&self.path)
@@ -118,6 +124,9 @@ fn is_still_at(file: &File, path: &Path) -> bool {
 /// Waits in the kernel, in a thread of its own, because flock(2) knows no timeout. A thread that is still waiting
 /// when we give up drops the lock as soon as it gets it, or dies with this short-lived process.
 fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
+    if deadline <= Instant::now() {
+        return Err(still_held(path));
+    }
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let locked = file.lock().map(|()| file);
@@ -125,12 +134,14 @@ fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
     });
     match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
         Ok(locked) => locked.at("lock", path),
-        Err(_) => Err(Error::new(
-            ErrorKind::Timeout,
-            format!("lock '{}' is still held by process {}", path.display(), holder(path)),
-        )
-        .hint("wait for that call to end, or see what it is doing with `ps`; a dead process holds no lock")),
+        Err(_) => Err(still_held(path)),
     }
+}
+
+fn still_held(path: &Path) -> Error {
+    let message = format!("lock '{}' is still held by process {}", path.display(), holder(path));
+    Error::new(ErrorKind::Timeout, message)
+        .hint("wait for that call to end, or see what it is doing with `ps`; a dead process holds no lock")
 }
 
 fn holder(path: &Path) -> String {

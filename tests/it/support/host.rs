@@ -228,6 +228,11 @@ impl Host {
         tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + PATIENCE).unwrap();
     }
 
+    /// The same for a guest that takes longer.
+    pub fn sees_within(&self, vm: &VmCid, word: &str, times: usize, patience: Duration) {
+        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience).unwrap();
+    }
+
     /// Waits until the supervisor has written down `event` so many times.
     pub fn event(&self, vm: &VmCid, event: &str, times: usize) {
         let word = format!("\"event\":\"{event}\"");
@@ -279,7 +284,7 @@ impl Host {
         left.extend(self.groups().iter().map(|group| format!("control group {}", group.display())));
         for root in [self.path("state"), self.run.path().to_owned()] {
             let entries = walk(&root).into_iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string());
-            let kept = ["schema", "stemcells", "vms", "disks", "locks", "uids", "probe.json"];
+            let kept = ["schema", "stemcells", "vms", "disks", "locks", "pending", "uids", "probe.json"];
             left.extend(entries.filter(|entry| !kept.contains(&entry.as_str())));
         }
         left
