@@ -311,7 +311,7 @@ fn a_failed_create_vm_says_why_and_leaves_nothing() {
         assert!(left.is_empty(), "{says:?} left behind: {left:#?}");
     };
     fails("/1", json!("stemcell-aaaaaaaaaaaaaaa"), "CloudError", "there is no stemcell 'stemcell-aaaaaaaaaaaaaaa'");
-    fails("/2", json!({"rma": 64}), "CpiError", "cloud_properties.rma: unknown key; did you mean 'ram'?");
+    fails("/2", json!({"rams": 64}), "CpiError", "cloud_properties.rams: unknown key; did you mean 'ram'?");
     fails("/2", json!({"machine": "q53"}), "CpiError", "there is no machine template 'q53'");
     fails("/3/net/cloud_properties", json!({"name": "dmz"}), "CpiError", "no network of that name");
     fails("/3/net/cloud_properties", json!({"bridge": "br7"}), "VMCreationFailed", "bridge 'br7' does not exist");
