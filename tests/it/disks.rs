@@ -22,7 +22,7 @@ fn hint(disk: &DiskCid) -> Value {
 /// Whether QEMU has the disk plugged in, under its cid as serial.
 fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
     let property = json!({"path": format!("/machine/peripheral/{disk}"), "property": "serial"});
-    match host.monitor(vm).raw("qom-get", property) {
+    match host.monitor(vm).raw("qom-get", &property) {
         Ok(serial) => {
             assert_eq!(serial, disk.as_str());
             true
@@ -253,7 +253,7 @@ fn survives_kills(host: &Host, method: &str, back: &str) {
         let attached = method == "attach_disk";
         assert_eq!(host.ok("get_disks", &json!([vm])), if attached { json!([disk]) } else { json!([]) });
         assert_eq!(is_plugged(host, &vm, &disk), attached, "killed after {step}/20 of {duration:?}");
-        let sets = host.monitor(&vm).raw("query-fdsets", Value::Null).unwrap().to_string();
+        let sets = host.monitor(&vm).raw("query-fdsets", &json!({})).unwrap().to_string();
         assert_eq!(sets.matches(&format!("rdwr:{disk}")).count(), usize::from(attached), "{sets}");
     }
     host.ok("delete_vm", &json!([vm]));

@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bosh_qemu_cpi::cid::{DiskCid, VmCid};
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use serde_json::{Value, json};
 
 use crate::support::host::{Host, text, vm_cid};

@@ -69,7 +69,7 @@ impl Answer {
     }
 
     /// Reads the one JSON object that is all of `stdout`.
-    fn outcome(stdout: &str) -> Result<Value, Failure> {
+    pub fn outcome(stdout: &str) -> Result<Value, Failure> {
         let mut answer: Value = serde_json::from_str(stdout).unwrap_or_else(|e| panic!("{e} in {stdout:?}"));
         let keys: Vec<_> = answer.as_object().expect("an object").keys().collect();
         assert_eq!(keys, ["error", "log", "result"], "{stdout}");

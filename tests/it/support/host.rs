@@ -242,7 +242,7 @@ impl Host {
     /// Has the guest power itself off; waits until its supervisor has ended, too.
     pub fn power_off(&self, vm: &VmCid) {
         let supervisor = self.supervisor(vm).expect("a supervisor");
-        let asked = self.monitor(vm).raw("system_powerdown", Value::Null);
+        let asked = self.monitor(vm).raw("system_powerdown", &json!({}));
         asked.unwrap();
         gone(&supervisor);
         assert!(self.qemu(vm).is_none());
