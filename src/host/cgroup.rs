@@ -4,6 +4,7 @@
 //! `bosh-qemu-cpi/<cid>` in every hierarchy that can be written: the unified one (v2), or on older and hybrid hosts each
 //! of the v1 hierarchies below. A host where none can be written is no error: what is missing is logged.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -35,10 +36,8 @@ impl Cgroup {
     /// Makes the groups and moves this process, and so its future children, into them.
     pub fn enter(&self) {
         for dir in &self.dirs {
-            let enter = || std::fs::create_dir_all(dir).and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0"));
-            // The last VM's removal may take the parent away in between.
-            let entered = enter().or_else(|_| enter());
-            if let Err(error) = entered {
+            // cgroups(7): 0 is the process that writes it.
+            if let Err(error) = make(dir).and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0")) {
                 tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
             }
         }
@@ -62,31 +61,57 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Removes the groups; absent is fine. Their processes must have ended.
+    /// Removes the groups, all that can be; absent is fine. Their processes must have ended.
+    ///
+    /// # Errors
+    /// The first that can not be removed, with the processes in it as the hint.
     pub fn remove(&self) -> Result<()> {
-        for dir in &self.dirs {
-            let deadline = Instant::now() + EMPTY;
-            loop {
-                match std::fs::remove_dir(dir) {
-                    Ok(()) => break,
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
-                    // The kernel takes a dead process out of its group a moment after its pidfd tells of its end.
-                    Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) && Instant::now() < deadline => {
-                        std::thread::yield_now();
-                    }
-                    Err(error) => {
-                        let inside = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-                        let pids = inside.split_whitespace().collect::<Vec<_>>().join(", ");
-                        return Err(Error::io("remove control group", dir, error)
-                            .hint(format!("processes in it: {}", if pids.is_empty() { "none" } else { &pids })));
-                    }
-                }
-            }
-            // Fails while other VMs are there, which is the point.
-            let _ = dir.parent().map(std::fs::remove_dir);
-        }
-        Ok(())
+        self.remove_until(Instant::now() + EMPTY)
     }
+
+    fn remove_until(&self, deadline: Instant) -> Result<()> {
+        let results: Vec<_> = self.dirs.iter().map(|dir| remove(dir, deadline)).collect();
+        results.into_iter().collect()
+    }
+}
+
+/// Makes a group and its parent. The removal of another VM's group may take the empty parent away at any moment in
+/// between, which `create_dir_all` answers with one error or another.
+fn make(dir: &Path) -> io::Result<()> {
+    let made = |dir: &Path| match std::fs::create_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    };
+    let parent = dir.parent().expect("a group is below a hierarchy");
+    let mut tries = 0..100;
+    loop {
+        match made(parent).and_then(|()| made(dir)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && tries.next().is_some() => {}
+            made => return made,
+        }
+    }
+}
+
+fn remove(dir: &Path, deadline: Instant) -> Result<()> {
+    loop {
+        match std::fs::remove_dir(dir) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            // The kernel takes a dead process out of its group a moment after its pidfd tells of its end.
+            Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::yield_now();
+            }
+            Err(error) => {
+                let inside = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+                let pids = inside.split_whitespace().collect::<Vec<_>>().join(", ");
+                return Err(Error::io("remove control group", dir, error)
+                    .hint(format!("processes in it: {}", if pids.is_empty() { "none" } else { &pids })));
+            }
+        }
+    }
+    // Fails while other VMs are there, which is the point.
+    let _ = dir.parent().map(std::fs::remove_dir);
+    Ok(())
 }
 
 /// Where the hierarchies are mounted, out of the text of mountinfo (proc(5)).
@@ -122,6 +147,47 @@ mod tests {
             34 29 0:31 / /proc rw - proc proc rw\n";
         let names: Vec<_> = hierarchies(mounts).iter().map(|p| p.file_name().unwrap().to_owned()).collect();
         assert_eq!(names, ["unified", "systemd", "memory"]);
+    }
+
+    /// Groups of this host under a name of nobody else's, if it lets us make any.
+    fn live(name: &str) -> Option<Cgroup> {
+        let group = Cgroup::open(&format!("test-{}-{name}", std::process::id()));
+        let mut dirs = group.dirs;
+        dirs.retain(|dir| make(dir).is_ok());
+        (!dirs.is_empty()).then_some(Cgroup { dirs })
+    }
+
+    #[test]
+    fn a_group_with_a_process_stays_and_names_it() {
+        let Some(group) = live("busy") else { return };
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let last = group.dirs.last().unwrap();
+        std::fs::write(last.join("cgroup.procs"), child.id().to_string()).unwrap();
+        let error = group.remove_until(Instant::now()).unwrap_err();
+        assert!(error.report().ends_with(&format!("processes in it: {}", child.id())), "{}", error.report());
+        assert!(group.dirs.iter().all(|dir| dir.exists() == (dir == last)), "the others are gone");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        group.remove().unwrap();
+        assert!(!last.exists());
+    }
+
+    #[test]
+    fn a_group_is_made_while_the_last_other_is_removed() {
+        // Directories will do: the race is between mkdir(2) and rmdir(2).
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        let group = |name: &str| Cgroup { dirs: vec![root.path().join(PARENT).join(name)] };
+        let rounds = |name: &str| {
+            for _ in 0..5_000 {
+                let group = group(name);
+                make(&group.dirs[0]).unwrap();
+                group.remove().unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| rounds("one"));
+            scope.spawn(|| rounds("other"));
+        });
     }
 
     #[test]
