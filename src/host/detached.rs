@@ -2,14 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::mpsc;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::sys::pidfd::readable;
 
 /// The reading end of a detached process's standard output, on which it sends one line before it gives it up.
 #[derive(Debug)]
@@ -35,25 +35,60 @@ impl Handshake {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] at `deadline`.
-    pub fn line(self, deadline: Instant) -> Result<Option<String>> {
-        let Self { mut child, stdout } = self;
-        let pid = child.id();
-        let (sender, receiver) = mpsc::channel();
-        // read(2) on a pipe knows no timeout; the thread ends with the pipe or with this process.
-        std::thread::spawn(move || {
-            let mut line = String::new();
-            let _ = BufReader::new(stdout).read_line(&mut line);
-            let _ = sender.send(line);
-        });
-        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(line) if line.ends_with('\n') => Ok(Some(line)),
-            Ok(_) => Ok(None),
-            Err(_) => {
+    pub fn line(mut self, deadline: Instant) -> Result<Option<String>> {
+        let pid = self.child.id();
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            let ready = readable(&self.stdout, deadline);
+            if !ready.map_err(|e| Error::os(format!("wait for process {pid}"), e))? {
                 // It may hang before it has taken the lock by which others would find it.
-                let ended = child.kill().and_then(|()| child.wait());
+                let ended = self.child.kill().and_then(|()| self.child.wait());
                 ended.map_err(|e| Error::os(format!("end process {pid}"), e))?;
-                Err(Error::new(ErrorKind::Timeout, format!("process {pid} did not say in time how its start went")))
+                let message = format!("process {pid} did not say in time how its start went");
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+            let mut chunk = [0; 4096];
+            match self.stdout.read(&mut chunk) {
+                Ok(0) => return Ok(None),
+                Ok(length) => line.extend_from_slice(&chunk[..length]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::os(format!("read what process {pid} says"), error)),
             }
         }
+        Ok(Some(String::from_utf8_lossy(&line).into_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn handshake(script: &str) -> (Handshake, crate::sys::pidfd::Process) {
+        let mut child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let process = crate::sys::pidfd::Process::open(child.id() as i32).unwrap();
+        (Handshake { child, stdout }, process)
+    }
+
+    fn says(script: &str, patience: Duration) -> Result<Option<String>> {
+        let (handshake, process) = handshake(script);
+        let line = handshake.line(Instant::now() + patience);
+        if line.is_ok() {
+            process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+            nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(process.pid()), None).unwrap();
+        }
+        assert!(process.wait_exit(Instant::now()).unwrap(), "one that is late is killed");
+        line
+    }
+
+    #[test]
+    fn a_line_an_end_and_a_silence_are_three_things() {
+        let patience = Duration::from_secs(20);
+        // The process lives on: the line is taken without waiting for its end.
+        assert_eq!(says("printf '{\"a\":'; echo '1}'; exec sleep 60", patience).unwrap().unwrap(), "{\"a\":1}\n");
+        assert_eq!(says("printf half", patience).unwrap(), None);
+        assert_eq!(says("exec sleep 60", Duration::from_millis(50)).unwrap_err().kind(), ErrorKind::Timeout);
     }
 }

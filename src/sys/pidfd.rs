@@ -49,14 +49,19 @@ impl Process {
 
     /// Waits until the process has ended, at most until `deadline`. A dead child that nobody reaped has ended.
     pub fn wait_exit(&self, deadline: Instant) -> Result<bool> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec::try_from(left).ok();
-            match poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], timeout.as_ref()) {
-                Ok(ready) => return Ok(ready > 0),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(Error::os(format!("wait for process {}", self.pid), errno)),
-            }
+        readable(&self.fd, deadline).map_err(|e| Error::os(format!("wait for process {}", self.pid), e))
+    }
+}
+
+/// Waits until there is something to read, or the end of it, at most until `deadline`.
+pub fn readable(fd: impl AsFd, deadline: Instant) -> std::io::Result<bool> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).ok();
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout.as_ref()) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
