@@ -318,7 +318,7 @@ impl Host {
     fn processes(&self) -> Vec<(i32, String)> {
         let dirs = [self.dir.path(), self.run.path()].map(|dir| dir.as_os_str().as_bytes().to_owned());
         let vms = self.vms.lock().unwrap();
-        let needles: Vec<&[u8]> = dirs.iter().map(Vec::as_slice).chain(vms.iter().map(|vm| vm.as_bytes())).collect();
+        let needles: Vec<&[u8]> = dirs.iter().map(Vec::as_slice).chain(vms.iter().map(String::as_bytes)).collect();
         let names = |bytes: &[u8]| needles.iter().any(|n| bytes.windows(n.len()).any(|window| window == *n));
         let pids =
             fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
