@@ -4,10 +4,12 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use bosh_qemu_cpi::cli::{Cli, Command};
-use bosh_qemu_cpi::commands;
+use bosh_qemu_cpi::{commands, sys};
 use clap::Parser;
 
 fn main() -> ExitCode {
+    // A starter that ignores SIGCHLD would make every wait for a child of ours fail.
+    let _ = sys::signals::keep_exit_statuses();
     let cli = Cli::parse();
     let config = cli.config.as_deref();
     let outcome = match cli.command {

@@ -61,7 +61,7 @@ pub fn throttle(id: &str, limits: Limits) -> Option<Value> {
     let (iops, bytes) = (limits.iops.unwrap_or(0), limits.mbps.unwrap_or(0) << 20);
     // Zero is no limit; all six must be given.
     Some(json!({
-        "id": id, "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
+        "id": format!("/machine/peripheral/{id}/virtio-backend"), "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
     }))
 }
 

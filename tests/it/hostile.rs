@@ -15,6 +15,9 @@ fn refused(answer: &Answer, says: &str) {
     assert_eq!(answer.failure().kind, "CpiError", "{says}: {answer:?}");
 }
 
+/// What a method takes, with a cid in it.
+type Arguments = fn(&str) -> Value;
+
 #[test]
 fn what_is_no_cid_is_refused_by_every_method() {
     let Some(host) = Host::new() else { return };
@@ -36,19 +39,19 @@ fn what_is_no_cid_is_refused_by_every_method() {
         HOSTILE,
         &long,
     ];
-    let methods: [(&str, &dyn Fn(&str) -> Value); 12] = [
-        ("delete_stemcell", &|cid| json!([cid])),
-        ("delete_vm", &|cid| json!([cid])),
-        ("has_vm", &|cid| json!([cid])),
-        ("reboot_vm", &|cid| json!([cid])),
-        ("get_disks", &|cid| json!([cid])),
-        ("set_vm_metadata", &|cid| json!([cid, {}])),
-        ("delete_disk", &|cid| json!([cid])),
-        ("has_disk", &|cid| json!([cid])),
-        ("attach_disk", &|cid| json!(["vm-1", cid])),
-        ("detach_disk", &|cid| json!([cid, "disk-1"])),
-        ("set_disk_metadata", &|cid| json!([cid, {}])),
-        ("create_vm", &|cid| json!(["a", cid, {}, {}, [], {}])),
+    let methods: [(&str, Arguments); 12] = [
+        ("delete_stemcell", |cid| json!([cid])),
+        ("delete_vm", |cid| json!([cid])),
+        ("has_vm", |cid| json!([cid])),
+        ("reboot_vm", |cid| json!([cid])),
+        ("get_disks", |cid| json!([cid])),
+        ("set_vm_metadata", |cid| json!([cid, {}])),
+        ("delete_disk", |cid| json!([cid])),
+        ("has_disk", |cid| json!([cid])),
+        ("attach_disk", |cid| json!(["vm-1", cid])),
+        ("detach_disk", |cid| json!([cid, "disk-1"])),
+        ("set_disk_metadata", |cid| json!([cid, {}])),
+        ("create_vm", |cid| json!(["a", cid, {}, {}, [], {}])),
     ];
     for (index, cid) in cids.iter().enumerate() {
         // Each method with some, each cid with several.

@@ -232,7 +232,7 @@ fn a_hung_vm_reboots_and_goes() {
 fn a_paused_guest_reboots_and_goes() {
     let Some(host) = Host::with(json!({"deadlines": {"reboot_vm": 8}})) else { return };
     reboots_and_goes(&host, |vm| {
-        host.monitor(vm).raw("stop", &json!({})).unwrap();
+        host.qmp(vm, "stop", &json!({})).unwrap();
     });
 }
 

@@ -15,7 +15,7 @@ use crate::support::host::{Host, text, vm_cid};
 use crate::support::skip;
 
 /// Emulated on two cores that other tests use, too.
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(180);
 
 /// The made stemcell, or the reason why there is none.
 fn stemcell_dir() -> Option<PathBuf> {
@@ -36,6 +36,11 @@ fn create(host: &Host, stemcell: &str, networks: &Value) -> VmCid {
     let properties = json!({"ram": 256, "ephemeral_disk": 256, "root_disk": 512});
     let env = json!({"bosh": {"password": "*"}});
     vm_cid(&host.ok("create_vm", &json!(["agent-1", stemcell, properties, networks, [], env])))
+}
+
+/// A message bus, without which no agent starts.
+fn agent() -> Value {
+    json!({"mbus": "https://mbus:password@0.0.0.0:6868"})
 }
 
 fn network(third: u8) -> Value {
@@ -84,7 +89,7 @@ fn disk(host: &Host, disk: &DiskCid, action: &str) -> Value {
 #[test]
 fn data_survives_detaching_rebooting_and_another_vm() {
     let Some(dir) = stemcell_dir() else { return };
-    let Some(host) = Host::new() else { return };
+    let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let stemcell = import(&host, &dir);
     let mut lan = network(0);
     lan["default"] = json!(["dns", "gateway"]);
@@ -135,7 +140,7 @@ fn data_survives_detaching_rebooting_and_another_vm() {
 fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
     let Some(dir) = stemcell_dir() else { return };
     let networks = json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
-    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let Some(host) = Host::with(json!({"networks": networks, "agent": agent()})) else { return };
     let stemcell = import(&host, &dir);
     let (mut zeta, mut alpha) = (network(0), network(1));
     zeta["default"] = json!(["dns", "gateway"]);

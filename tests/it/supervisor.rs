@@ -51,7 +51,7 @@ fn a_quit_is_no_crash() {
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
     // QEMU may be gone before it has answered.
-    let _ = host.monitor(&vm).raw("quit", &json!({}));
+    let _ = host.qmp(&vm, "quit", &json!({}));
     gone(&supervisor);
     let exit = exit(&host, &vm);
     assert_eq!((exit.code, exit.reason.as_deref(), exit.ending()), (Some(0), Some("host-qmp-quit"), Ending::Stopped));

@@ -5,9 +5,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
@@ -16,7 +17,6 @@ use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::host::tail;
-use bosh_qemu_cpi::qmp::monitor::Monitor;
 use bosh_qemu_cpi::store::record::StemcellRecord;
 use bosh_qemu_cpi::store::{DiskRecord, Store, VmPaths, VmRecord};
 use bosh_qemu_cpi::supervisor::{PowerState, power_state};
@@ -218,9 +218,17 @@ impl Host {
         pidlock::holder(&self.paths(vm).supervisor_pid()).unwrap()
     }
 
-    /// The monitor of a VM's QEMU.
-    pub fn monitor(&self, vm: &VmCid) -> Monitor {
-        Monitor::connect(&self.paths(vm).qmp(), Instant::now() + PATIENCE).unwrap()
+    /// What a VM's QEMU returns for a command, or its error. A client of our own, so that the CPI's has a witness.
+    pub fn qmp(&self, vm: &VmCid, command: &str, arguments: &Value) -> Result<Value, Value> {
+        let mut socket = UnixStream::connect(self.paths(vm).qmp()).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let ask = json!({"execute": command, "arguments": arguments, "id": "asked"});
+        write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#).unwrap();
+        let lines = BufReader::new(socket).lines();
+        let mut messages = lines.map_while(Result::ok).map(|line| serde_json::from_str::<Value>(&line).unwrap());
+        let answer = messages.find(|message| message["id"] == "asked");
+        let mut answer = answer.ok_or_else(|| json!("QEMU is gone"))?;
+        if answer["error"].is_null() { Ok(answer["return"].take()) } else { Err(answer["error"].take()) }
     }
 
     /// Waits until the guest has printed `word` so many times.
@@ -242,8 +250,7 @@ impl Host {
     /// Has the guest power itself off; waits until its supervisor has ended, too.
     pub fn power_off(&self, vm: &VmCid) {
         let supervisor = self.supervisor(vm).expect("a supervisor");
-        let asked = self.monitor(vm).raw("system_powerdown", &json!({}));
-        asked.unwrap();
+        self.qmp(vm, "system_powerdown", &json!({})).unwrap();
         gone(&supervisor);
         assert!(self.qemu(vm).is_none());
     }
@@ -316,7 +323,7 @@ impl Host {
     fn processes(&self) -> Vec<(i32, String)> {
         let dirs = [self.dir.path(), self.run.path()].map(|dir| dir.as_os_str().as_bytes().to_owned());
         let vms = self.vms.lock().unwrap();
-        let needles: Vec<&[u8]> = dirs.iter().map(Vec::as_slice).chain(vms.iter().map(|vm| vm.as_bytes())).collect();
+        let needles: Vec<&[u8]> = dirs.iter().map(Vec::as_slice).chain(vms.iter().map(String::as_bytes)).collect();
         let names = |bytes: &[u8]| needles.iter().any(|n| bytes.windows(n.len()).any(|window| window == *n));
         let pids =
             fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
