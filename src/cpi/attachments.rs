@@ -37,18 +37,15 @@ impl Cpi {
     pub(super) fn attach(&self, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<String> {
         let deadline = self.deadline("attach_disk");
         self.vm(vm_cid)?;
-        self.disk(disk_cid)?;
-        let _disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
-        let mut disk = self.disk(disk_cid)?;
+        let (_disk_lock, mut disk) = self.locked_disk(disk_cid, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)?.filter(|holder| holder != vm_cid) {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{disk_cid}' is attached to VM '{holder}'"))
                 .hint("detach it there first"));
         }
-        let _vm_lock = self.store.lock(Rank::Vm, vm_cid, deadline)?;
-        let mut vm = self.vm(vm_cid)?;
-        let listed = vm.attachment(disk_cid).is_some();
+        let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
+        let phase = vm.attachment(disk_cid).map(|attachment| attachment.phase);
         let slots = vm.machine.hotplug_slots as usize;
-        if !listed && vm.disks.len() >= slots {
+        if phase.is_none() && vm.disks.len() >= slots {
             return Err(Error::new(
                 ErrorKind::NotSupported,
                 format!("VM '{vm_cid}' has {slots} disks and no slot left"),
@@ -59,12 +56,22 @@ impl Cpi {
             disk.vm = Some(vm_cid.clone());
             self.store.write(&disk)?;
         }
-        self.advance(&mut vm, disk_cid, Attaching)?;
+        let doing = || format!("attach disk '{disk_cid}' to VM '{vm_cid}'");
+        match phase {
+            // An answer was given on it: it stays attached whatever comes of asking again.
+            Some(Attached) => {}
+            // The guest was asked to let go and may still do so, with the disk mounted again. First that must end.
+            Some(Detaching) => self
+                .unplug(&vm, disk_cid, deadline)
+                .map_err(|e| e.during(format!("finish an earlier detach, to {}", doing())))?,
+            Some(Attaching) | None => self.advance(&mut vm, disk_cid, Attaching)?,
+        }
         if let Err(error) = self.plug(&vm, &disk, deadline) {
-            if !self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(true) {
+            let plugged = self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(true);
+            if phase != Some(Attached) && !plugged {
                 self.clear(&mut vm, &mut disk)?;
             }
-            return Err(error.during(format!("attach disk '{disk_cid}' to VM '{vm_cid}'")));
+            return Err(error.during(doing()));
         }
         self.advance(&mut vm, disk_cid, Attached)?;
         Ok(device_path(disk_cid.as_str()))
@@ -74,8 +81,7 @@ impl Cpi {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
         let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
-        let _vm_lock = self.store.lock(Rank::Vm, vm_cid, deadline)?;
-        let mut vm = self.vm(vm_cid)?;
+        let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
         let disk = self.store.read::<DiskRecord>(disk_cid)?;
         let listed = vm.attachment(disk_cid).is_some();
         if listed {
@@ -83,10 +89,8 @@ impl Cpi {
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
         if let Err(error) = self.unplug(&vm, disk_cid, deadline) {
-            // If the guest still has it, it is attached as before; else the next call goes on from here.
-            if listed && self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(false) {
-                self.advance(&mut vm, disk_cid, Attached)?;
-            }
+            // It stays listed as detaching: the disk is the VM's, also after a restart, but the guest may let go of it at
+            // any time.
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
         }
         match disk {
@@ -100,7 +104,7 @@ impl Cpi {
     }
 
     pub(super) fn attached_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
-        Ok(self.vm(vm)?.disks.into_iter().filter(|a| a.phase == Attached).map(|a| a.disk).collect())
+        Ok(self.vm(vm)?.disks.into_iter().filter(|a| a.phase != Attaching).map(|a| a.disk).collect())
     }
 
     /// The VM that has the disk. The caller holds the disk's lock. An attachment whose call was cut short is settled.
@@ -116,8 +120,10 @@ impl Cpi {
                 if listing(&vm).is_none() {
                     return Ok(None);
                 }
-                if vm.phase == Phase::Ready && self.is_plugged(&vm, &disk.cid, deadline)? {
-                    self.advance(&mut vm, &disk.cid, Attached)?;
+                // An unfinished detach from a VM that is off: its next start plugs the disk in again.
+                let off = matches!(power_state(&self.store.vm(cid))?, PowerState::Off);
+                let keeps = off && listing(&vm) == Some(Detaching);
+                if vm.phase == Phase::Ready && (keeps || self.is_plugged(&vm, &disk.cid, deadline)?) {
                     return Ok(Some(cid.clone()));
                 }
                 vm.forget_attachment(&disk.cid);
@@ -181,7 +187,11 @@ impl Cpi {
     fn unplug(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<()> {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
         // After the guest has let go, there is still something to remove.
-        hotplug::detach(&mut monitor, &hot_disk(disk), deadline - CLEANING_UP)?;
+        hotplug::detach(
+            &mut monitor,
+            &hot_disk(disk),
+            deadline.checked_sub(CLEANING_UP).map_or(deadline, |until| until.max(Instant::now() + CLEANING_UP / 3)),
+        )?;
         Ok(())
     }
 

@@ -21,6 +21,8 @@ pub trait Record: Serialize + DeserializeOwned {
     fn cid(&self) -> &Self::Cid;
     /// The layout version it was written with.
     fn schema(&self) -> u32;
+    /// Where it is in its life.
+    fn phase(&self) -> Phase;
 }
 
 macro_rules! record {
@@ -34,6 +36,10 @@ macro_rules! record {
 
             fn schema(&self) -> u32 {
                 self.schema
+            }
+
+            fn phase(&self) -> Phase {
+                self.phase
             }
         }
     )*};

@@ -49,26 +49,25 @@ pub fn power_state(paths: &VmPaths) -> Result<PowerState> {
 /// # Errors
 /// [`ErrorKind::Timeout`] naming the process if even SIGKILL does not end it.
 pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
-    let state = power_state(paths)?;
-    if let PowerState::On(qemu) = &state {
-        let ended = match button {
-            Button::Press(patience) => press(paths, qemu, patience, deadline) || quit(paths, qemu, deadline),
-            Button::Quit => quit(paths, qemu, deadline),
-            Button::Kill => false,
-        };
-        if !ended {
-            kill(qemu, "QEMU", deadline)?;
-        }
-    }
+    end_qemu(paths, button, deadline)?;
     let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
-    if matches!(state, PowerState::Off) {
-        // It waits to start a crashed VM again, and needs to be told that nobody wants that.
-        supervisor.signal(Signal::SIGTERM)?;
+    // Nobody wants the VM started again.
+    supervisor.signal(Signal::SIGTERM)?;
+    if !supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
+        kill(&supervisor, "the supervisor", deadline)?;
     }
-    if supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
-        return Ok(());
-    }
-    kill(&supervisor, "the supervisor", deadline)
+    // It may have been about to start QEMU when we first looked: its call was killed in the middle of a launch.
+    end_qemu(paths, button, deadline)
+}
+
+fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
+    let PowerState::On(qemu) = power_state(paths)? else { return Ok(()) };
+    let ended = match button {
+        Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
+        Button::Quit => quit(paths, &qemu, deadline),
+        Button::Kill => false,
+    };
+    if ended { Ok(()) } else { kill(&qemu, "QEMU", deadline) }
 }
 
 /// The power button, again and again until the guest listens. Whether QEMU is gone.

@@ -60,9 +60,9 @@ impl Resources {
     }
 }
 
-/// The records of the disks `vm` starts with.
+/// The records of the disks `vm` starts with: a disk the guest was only asked to let go of is still its own.
 pub(super) fn disks(scope: &Scope, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
-    let attached = vm.disks.iter().filter(|a| a.phase == AttachmentPhase::Attached);
+    let attached = vm.disks.iter().filter(|a| a.phase != AttachmentPhase::Attaching);
     let record = |disk| scope.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk(disk));
     attached.map(|attachment| record(&attachment.disk)).collect()
 }
@@ -81,6 +81,8 @@ fn open_file(need: FileNeed) -> Result<(Opened, OwnedFd)> {
 /// Makes the NIC's bridge as it must be and plugs a new tap into it.
 fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
     let lock = scope.store.lock(Rank::Network, &nic.segment.bridge, Instant::now() + NETWORK_LOCK)?;
+    // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
+    net::apply::remove_tap(&nic.tap)?;
     let plug = net::apply::plug(&nic.tap, &nic.segment)?;
     lock.retire()?;
     Ok(plug)

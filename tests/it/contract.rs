@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use bosh_qemu_cpi::rpc::{call::Call, request::Request};
 use serde_json::{Value, json};
 
-use crate::support::{Answer, World, recorded_requests, run};
+use crate::support::answer::{Answer, run};
+use crate::support::world::{World, recorded_requests};
 
 const INFO: &[u8] = br#"{"method":"info","arguments":[]}"#;
 

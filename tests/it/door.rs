@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use bosh_qemu_cpi::error::{Error, ErrorKind};
 use bosh_qemu_cpi::rpc::{outlet::Outlet, serve};
 
-use crate::support::{Answer, Failure};
+use crate::support::answer::{Answer, Failure};
 
 const PLAY: &str = "CPI_TEST_PLAYS_CPI";
 const REQUEST: &str = r#"{"method":"has_vm","arguments":["vm-1"]}"#;
@@ -39,7 +39,7 @@ fn played(test: &str, misbehave: fn()) -> Option<Played> {
     assert!(output.status.success(), "{output:?}");
     // The test harness introduces itself before the CPI takes stdout.
     let start = output.stdout.iter().position(|byte| *byte == b'{').expect("an answer");
-    let outcome = Answer::outcome(&output.stdout[start..]);
+    let outcome = Answer::outcome(std::str::from_utf8(&output.stdout[start..]).unwrap());
     Some(Played { outcome, stderr: String::from_utf8(output.stderr).unwrap(), stdout_pipe })
 }
 

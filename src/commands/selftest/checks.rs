@@ -212,7 +212,7 @@ impl Tour<'_> {
             let links = [&nic.tap, &nic.segment.bridge].into_iter();
             left.extend(links.filter(|l| nix::net::if_::if_nametoindex(l.as_str()).is_ok()).map(ToString::to_string));
         }
-        for dir in ["stemcells", "vms", "disks", "locks", "uids"] {
+        for dir in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
             let entries = self.lab.config.state_dir.join(dir).read_dir().into_iter().flatten().flatten();
             left.extend(entries.map(|entry| entry.path().display().to_string()));
         }
