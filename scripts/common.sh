@@ -19,7 +19,7 @@ seconds() {
   printf '%d.%02d' $(($1 / 1000)) $(($1 % 1000 / 10))
 }
 
-# Runs a command and says what it was and how long it took.
+# Runs a command and says what it was and how long it took. In a function run this way `set -e` does not hold.
 stage() {
   local name=$1 start rc=0
   shift
@@ -27,5 +27,5 @@ stage() {
   start=$(now_ms)
   "$@" || rc=$?
   echo "=== $name: $([ $rc = 0 ] && echo ok || echo "failed ($rc)") after $(seconds $(($(now_ms) - start))) s"
-  return $rc
+  return "$rc"
 }

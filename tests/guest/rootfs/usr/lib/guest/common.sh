@@ -2,6 +2,7 @@
 # What agent, serve and disk share.
 
 settings=/run/settings.json
+plan=/run/plan
 
 say() {
   echo "$*" > /dev/console
@@ -17,13 +18,8 @@ appears() {
   done
 }
 
-# The expression $1 of the settings, with the functions of settings.jq.
-setting() {
-  jq -r -L /usr/lib/guest "include \"settings\"; $1" "$settings"
-}
-
 # Reads the settings from the config drive, which must stay for the VM's life: the real agent comes back to it with
-# every disk action. Says on standard output what is wrong.
+# every disk action. Leaves them in $settings and what they ask for in $plan; says on standard output what is wrong.
 read_settings() {
   for label in CONFIG-2 config-2; do
     drive=/dev/disk/by-label/$label
@@ -32,15 +28,21 @@ read_settings() {
   [ -e "$drive" ] || { echo "there is no disk labelled config-2 or CONFIG-2"; return 1; }
   mkdir -p /run/config
   mount -o ro "$drive" /run/config || { echo "$drive can not be mounted"; return 1; }
-  problem=$(copy_settings /run/config/ec2/latest)
+  copy_settings /run/config/ec2/latest
+  result=$?
   umount /run/config
-  [ -z "$problem" ] || { echo "$problem"; return 1; }
+  return $result
 }
 
 copy_settings() {
-  jq -e 'type == "object"' "$1/meta-data.json" > /dev/null 2>&1 || { echo "ec2/latest/meta-data.json is missing or no object"; return; }
-  jq -e 'type == "object"' "$1/user-data" > /dev/null 2>&1 || { echo "ec2/latest/user-data is missing or no object"; return; }
-  (umask 077 && cp "$1/user-data" "$settings.new")
+  for file in meta-data.json user-data; do
+    [ -e "$1/$file" ] || { echo "there is no ec2/latest/$file"; return 1; }
+  done
+  umask 077
+  jq -r -L /usr/lib/guest --slurpfile meta "$1/meta-data.json" 'include "settings"; plan' "$1/user-data" > "$plan.new" 2> /dev/null ||
+    { echo "ec2/latest/meta-data.json or user-data is not JSON, or not as settings are"; return 1; }
+  ! sed -n 's/^problem|//p' "$plan.new" | grep . || return 1
+  cp "$1/user-data" "$settings.new"
   mv "$settings.new" "$settings"
-  setting problems
+  mv "$plan.new" "$plan"
 }

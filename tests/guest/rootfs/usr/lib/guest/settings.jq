@@ -14,7 +14,7 @@ def network_problems($name):
    else empty end),
   (if .prefix == null or (.prefix | type) == "string" then empty else "networks.\($name).prefix is not a string" end);
 
-def all_problems:
+def problems:
   (if (.agent_id | type) == "string" and .agent_id != "" then empty else "agent_id is missing" end),
   (if (.vm.name | type) == "string" then empty else "vm.name is missing" end),
   (if (.mbus // .env.bosh.mbus.urls[0]) == null then "mbus is missing" else empty end),
@@ -25,12 +25,6 @@ def all_problems:
   (if (.env.bosh.swap_size // 0 | type) == "number" then empty else "env.bosh.swap_size is not a number" end),
   (.networks // {} | to_entries[] | .key as $name | .value | network_problems($name));
 
-# All of them on one line; nothing if there are none.
-def problems: [all_problems] | if . == [] then empty else join("; ") end;
-
-# The ephemeral disk's path; nothing if there is none.
-def ephemeral: .disks.ephemeral | if type == "object" then .path else . end // empty;
-
 # Length of a netmask, which for IPv6 comes in the long form: ffff:ffff:ffff:ffff:0000:0000:0000:0000.
 def prefix_length:
   if contains(":") then [scan("[fec8]") | {"f": 4, "e": 3, "c": 2, "8": 1}[.]]
@@ -39,19 +33,26 @@ def prefix_length:
 
 def has_default($what): .default // [] | index($what) != null;
 
-# For each network "mac|address/length|gateway"; the gateway only where it is the default one, as the real agent does it.
-def addresses:
-  .networks[] | select(.type != "vip")
-  | "\(.mac)|\(.ip)/\(.netmask | prefix_length)|\(if has_default("gateway") then .gateway // "" else "" end)";
-
-# For each extra route "mac|destination/length|gateway".
-def routes:
-  .networks[] | select(.type != "vip") | .mac as $mac | .routes // [] | .[]
-  | "\($mac)|\(.destination)/\(.netmask | prefix_length)|\(.gateway)";
+# The gateway only where it is the default one, as the real agent does it.
+def network_plan:
+  ["address", .mac, "\(.ip)/\(.netmask | prefix_length)", if has_default("gateway") then .gateway // "" else "" end],
+  (.mac as $mac | .routes // [] | .[] | ["route", $mac, "\(.destination)/\(.netmask | prefix_length)", .gateway]);
 
 # Name servers of the network that has them by default, or of the only one.
 def name_servers:
-  [.networks[]] | if length == 1 then .[0] else map(select(has_default("dns")))[0] end | .dns // [] | .[];
+  [.networks[]?] | if length == 1 then .[0] else map(select(has_default("dns")))[0] end | .dns // [] | .[];
+
+# What is to be done, one thing a line, or all that is wrong. In one go: jq takes long to start in an emulated machine.
+def plan:
+  [problems] as $problems
+  | if $problems != [] then $problems[] | ["problem", .]
+    else
+      ["hostname", .agent_id],
+      (.networks[]? | select(.type != "vip") | network_plan),
+      (name_servers | ["nameserver", .]),
+      (.disks.ephemeral | if type == "object" then .path else . end // empty | ["ephemeral", .])
+    end
+  | join("|");
 
 # Where a key is, never what it holds: settings are full of secrets.
 def key_paths: [paths(type != "object" and type != "array") | map(tostring) | join(".")];
