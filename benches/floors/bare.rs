@@ -8,13 +8,13 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bosh_qemu_cpi::image;
 use bosh_qemu_cpi::qemu::command_line::Tap;
 use bosh_qemu_cpi::qemu::{FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology};
 use bosh_qemu_cpi::qmp::monitor::Monitor;
-use bosh_qemu_cpi::store::record::Format;
 use bosh_qemu_cpi::store::VmRecord;
+use bosh_qemu_cpi::store::record::Format;
 use bosh_qemu_cpi::sys::tun;
-use bosh_qemu_cpi::image;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::{Value, json};
 
