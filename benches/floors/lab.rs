@@ -41,8 +41,8 @@ pub struct Ours {
 impl Lab {
     pub fn new() -> Self {
         let state = tempfile::Builder::new().prefix("floors-").tempdir().expect("a temporary directory");
-        // Socket paths have at most 107 bytes.
-        let run = tempfile::Builder::new().prefix("floors-").tempdir_in("/run").expect("a directory in /run");
+        // In memory, as /run is; socket paths have at most 107 bytes.
+        let run = tempfile::Builder::new().prefix("floors-").tempdir_in("/dev/shm").expect("a directory in /dev/shm");
         let (state_dir, config) = (state.path().join("state"), state.path().join("cpi.json"));
         let settings = json!({"state_dir": state_dir, "run_dir": run.path(), "qemu": {"accel": "tcg"}});
         std::fs::write(&config, settings.to_string()).expect("write the configuration");

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Both are measured in turn, in one run, because times move from machine to machine and from minute to minute: what
-//! counts is the ratio. The guest is the selftest's boot sector under emulation; one that is not being measured is
-//! paused, because it polls. Everything is in temporary directories and a network namespace of its own, so it needs
+//! counts is the ratio. The guest is the selftest's boot sector under emulation. It polls, which takes a CPU and QEMU's big lock, so it is paused
+//! unless its answer is waited for. Everything is in temporary directories and a network namespace of its own, so it needs
 //! root, `qemu-system-x86_64`, `qemu-img` and `tar`. It fails only when something does not work, never on a time.
 //!
 //! `cargo bench -- 30` takes 30 rounds instead of 10. `FLOORS_CPI=<binary>` measures another build.
@@ -91,15 +91,15 @@ fn life(lab: &Lab, table: &mut Table) {
     table.add("create_vm", Target::Ratio(1.35), created, floor);
     table.add("create_vm, first of its network", Target::Ratio(1.35), first_created, floor);
 
-    vm.resume();
     let (_, disk) = lab.call("create_disk", json!([64, {}, null]));
     let (attached, _) = lab.call("attach_disk", json!([vm.cid, disk]));
+    vm.resume();
     vm.wait_for("\nU", 1);
     let (detached, _) = lab.call("detach_disk", json!([vm.cid, disk]));
     vm.pause();
     lab.call("delete_disk", json!([disk]));
-    bare.resume();
     let (attach_floor, ()) = timed(|| bare.attach(lab));
+    bare.resume();
     bare.wait_for("U");
     let (detach_floor, ()) = timed(|| bare.detach());
     table.add("attach_disk", Target::AtMost(15.0), attached, attach_floor);
