@@ -188,7 +188,9 @@ impl Network {
 
 /// The configuration file that somebody named: `given`, else what [`ENVIRONMENT`] names.
 pub fn file(given: Option<&Path>) -> Option<PathBuf> {
-    given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))
+    let named = given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))?;
+    // A supervisor reads it again from another working directory.
+    Some(std::path::absolute(&named).unwrap_or(named))
 }
 
 impl Config {

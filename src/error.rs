@@ -10,13 +10,15 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// What went wrong, as far as a caller may act on it. `rpc::response` maps each kind to one `Bosh::Clouds` type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ErrorKind {
     /// The request is malformed: wrong JSON, arity, type or value.
     BadRequest,

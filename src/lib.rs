@@ -1,4 +1,17 @@
-//! bosh-qemu-cpi
+//! A BOSH Cloud Provider Interface that runs VMs on bare KVM hosts by launching and supervising QEMU itself.
+//!
+//! ```text
+//! commands ─► rpc ─► cpi ─► supervisor
+//!                     │         │
+//!             agent image qemu qmp net
+//!                     │         │
+//!                  store ◄── host
+//!                     │
+//!        config schema cid units mac link_name ordered · error log sys
+//! ```
+//!
+//! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
+
 pub mod agent;
 pub mod cid;
 pub mod cli;

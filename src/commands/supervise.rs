@@ -2,17 +2,16 @@
 
 use std::path::Path;
 
-use crate::cid::{Cid, VmCid};
+use crate::cid::VmCid;
 use crate::config::Config;
 use crate::error::Result;
-use crate::host::cgroup::Cgroup;
 use crate::log;
 use crate::supervisor::{self, Scope};
 use crate::sys::detach::detach;
 
 /// Leaves the caller, then runs the VM until it stays off. Must be called before anything is opened.
 pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
-    let handshake = detach()?;
+    let (lock, handshake) = detach()?;
     let config = match Config::load(config) {
         Ok(config) => config,
         Err(error) => {
@@ -21,6 +20,5 @@ pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
         }
     };
     log::init(&config.log);
-    Cgroup::open(cid.as_str()).enter();
-    supervisor::supervise(&Scope::new(config, cid), handshake)
+    supervisor::supervise(&Scope::new(config, cid), lock, handshake)
 }

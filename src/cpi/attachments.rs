@@ -13,7 +13,8 @@
 //! So a disk on a VM that is gone is free, and a call that was cut short leaves a phase that the next call on the disk
 //! settles by asking QEMU.
 
-use std::time::Instant;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use super::Cpi;
 use crate::agent::settings::device_path;
@@ -21,11 +22,14 @@ use crate::cid::{Cid, DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image;
 use crate::qemu::{FileNeed, Opened, blockdev, topology};
-use crate::qmp::hotplug::{self, Disk};
+use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::record::AttachmentPhase::{Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, power_state};
+
+/// What is kept of a deadline for removing nodes and descriptors.
+const CLEANING_UP: Duration = Duration::from_secs(3);
 
 impl Cpi {
     /// Attaches the disk and answers the path under which every current agent finds it: a stable one, because the
@@ -33,18 +37,15 @@ impl Cpi {
     pub(super) fn attach(&self, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<String> {
         let deadline = self.deadline("attach_disk");
         self.vm(vm_cid)?;
-        self.disk(disk_cid)?;
-        let _disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
-        let mut disk = self.disk(disk_cid)?;
+        let (_disk_lock, mut disk) = self.locked_disk(disk_cid, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)?.filter(|holder| holder != vm_cid) {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{disk_cid}' is attached to VM '{holder}'"))
                 .hint("detach it there first"));
         }
-        let _vm_lock = self.store.lock(Rank::Vm, vm_cid, deadline)?;
-        let mut vm = self.vm(vm_cid)?;
-        let listed = vm.attachment(disk_cid).is_some();
+        let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
+        let phase = vm.attachment(disk_cid).map(|attachment| attachment.phase);
         let slots = vm.machine.hotplug_slots as usize;
-        if !listed && vm.disks.len() >= slots {
+        if phase.is_none() && vm.disks.len() >= slots {
             return Err(Error::new(
                 ErrorKind::NotSupported,
                 format!("VM '{vm_cid}' has {slots} disks and no slot left"),
@@ -55,12 +56,22 @@ impl Cpi {
             disk.vm = Some(vm_cid.clone());
             self.store.write(&disk)?;
         }
-        self.advance(&mut vm, disk_cid, Attaching)?;
+        let doing = || format!("attach disk '{disk_cid}' to VM '{vm_cid}'");
+        match phase {
+            // An answer was given on it: it stays attached whatever comes of asking again.
+            Some(Attached) => {}
+            // The guest was asked to let go and may still do so, with the disk mounted again. First that must end.
+            Some(Detaching) => self
+                .unplug(&vm, disk_cid, deadline)
+                .map_err(|e| e.during(format!("finish an earlier detach, to {}", doing())))?,
+            Some(Attaching) | None => self.advance(&mut vm, disk_cid, Attaching)?,
+        }
         if let Err(error) = self.plug(&vm, &disk, deadline) {
-            if !self.is_plugged(&vm, disk_cid, deadline).unwrap_or(true) {
+            let plugged = self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(true);
+            if phase != Some(Attached) && !plugged {
                 self.clear(&mut vm, &mut disk)?;
             }
-            return Err(error.during(format!("attach disk '{disk_cid}' to VM '{vm_cid}'")));
+            return Err(error.during(doing()));
         }
         self.advance(&mut vm, disk_cid, Attached)?;
         Ok(device_path(disk_cid.as_str()))
@@ -70,8 +81,7 @@ impl Cpi {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
         let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
-        let _vm_lock = self.store.lock(Rank::Vm, vm_cid, deadline)?;
-        let mut vm = self.vm(vm_cid)?;
+        let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
         let disk = self.store.read::<DiskRecord>(disk_cid)?;
         let listed = vm.attachment(disk_cid).is_some();
         if listed {
@@ -79,9 +89,8 @@ impl Cpi {
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
         if let Err(error) = self.unplug(&vm, disk_cid, deadline) {
-            if listed {
-                self.advance(&mut vm, disk_cid, Attached)?;
-            }
+            // It stays listed as detaching: the disk is the VM's, also after a restart, but the guest may let go of it at
+            // any time.
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
         }
         match disk {
@@ -95,7 +104,7 @@ impl Cpi {
     }
 
     pub(super) fn attached_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
-        Ok(self.vm(vm)?.disks.into_iter().filter(|a| a.phase == Attached).map(|a| a.disk).collect())
+        Ok(self.vm(vm)?.disks.into_iter().filter(|a| a.phase != Attaching).map(|a| a.disk).collect())
     }
 
     /// The VM that has the disk. The caller holds the disk's lock. An attachment whose call was cut short is settled.
@@ -111,8 +120,10 @@ impl Cpi {
                 if listing(&vm).is_none() {
                     return Ok(None);
                 }
-                if vm.phase == Phase::Ready && self.is_plugged(&vm, &disk.cid, deadline)? {
-                    self.advance(&mut vm, &disk.cid, Attached)?;
+                // An unfinished detach from a VM that is off: its next start plugs the disk in again.
+                let off = matches!(power_state(&self.store.vm(cid))?, PowerState::Off);
+                let keeps = off && listing(&vm) == Some(Detaching);
+                if vm.phase == Phase::Ready && (keeps || self.is_plugged(&vm, &disk.cid, deadline)?) {
                     return Ok(Some(cid.clone()));
                 }
                 vm.forget_attachment(&disk.cid);
@@ -158,31 +169,47 @@ impl Cpi {
         let (file, direct) = image::open(&need.path, need.writable, need.direct)?;
         let opened = Opened { need, direct };
         let id = disk.cid.as_str();
-        let ports = (0..vm.machine.hotplug_slots).map(topology::port_id).collect();
-        hotplug::attach(
-            &mut monitor,
-            &Disk {
-                id,
-                file,
-                opaque: blockdev::opaque(id, true),
-                nodes: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
-                device: blockdev::device(id, id, true),
-                ports,
-            },
-        )
+        let device = blockdev::device(id, id, true);
+        let wanted = Attach {
+            disk: &hot_disk(&disk.cid),
+            file: file.as_fd(),
+            blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
+            device: device.as_object().expect("a device is an object"),
+            port_prefix: topology::PORT_PREFIX,
+        };
+        hotplug::attach(&mut monitor, &wanted, deadline)?;
+        if let Some(limits) = blockdev::throttle(id, disk.limits) {
+            monitor.raw("block_set_io_throttle", &limits)?;
+        }
+        Ok(())
     }
 
     fn unplug(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<()> {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
-        let id = disk.as_str();
-        let nodes = [blockdev::file_node(id), id.to_owned()];
-        hotplug::detach(&mut monitor, id, &nodes, &blockdev::opaque(id, true), deadline)
+        // After the guest has let go, there is still something to remove.
+        hotplug::detach(
+            &mut monitor,
+            &hot_disk(disk),
+            deadline.checked_sub(CLEANING_UP).map_or(deadline, |until| until.max(Instant::now() + CLEANING_UP / 3)),
+        )?;
+        Ok(())
     }
 
     fn is_plugged(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<bool> {
         match self.monitor(vm, deadline)? {
-            Some(mut monitor) => hotplug::is_attached(&mut monitor, disk.as_str()),
+            Some(mut monitor) => Ok(Inventory::take(&mut monitor)?.has_device(disk.as_str())),
             None => Ok(false),
         }
     }
+}
+
+/// The names of a disk in QEMU, as `qemu::blockdev` gives them.
+fn hot_disk(disk: &DiskCid) -> HotDisk {
+    let id = disk.as_str().to_owned();
+    HotDisk { below: vec![blockdev::file_node(&id)], node: id.clone(), device: id }
+}
+
+/// A call that has used up its time still has to find out where it stands.
+fn grace(deadline: Instant) -> Instant {
+    deadline.max(Instant::now() + CLEANING_UP)
 }

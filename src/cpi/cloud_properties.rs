@@ -41,6 +41,10 @@ document! {
     pub struct DiskCloudProperties {
         /// Format of the image: `qcow2` grows as the guest writes, `raw` is for speed and external tools.
         format | "type": Format = Format::Qcow2;
+        /// The most operations a second, reading and writing together.
+        iops: Option<Whole<1, 1000000000>>;
+        /// The most MiB a second, reading and writing together.
+        mbps: Option<Whole<1, 1000000000>>;
     }
 }
 

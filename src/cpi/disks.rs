@@ -8,8 +8,9 @@ use crate::cid::{Cid, DiskCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
 use crate::image;
+use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
-use crate::store::record::Format;
+use crate::store::record::{Format, Limits};
 use crate::store::{DiskRecord, Phase, Rank};
 use crate::units::MiB;
 
@@ -18,8 +19,10 @@ impl Cpi {
         let deadline = self.deadline("create_disk");
         let asked: DiskCloudProperties = cloud_properties::read(&self.config.disk_defaults, properties)?;
         self.store.prepare()?;
+        self.clear_leftovers();
         let cid = DiskCid::random();
         let lock = self.store.lock(Rank::Disk, &cid, deadline)?;
+        self.begin(&cid)?;
         let mut disk = DiskRecord {
             schema: SCHEMA,
             cid,
@@ -28,6 +31,7 @@ impl Cpi {
             size,
             format: asked.format,
             vm: None,
+            limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
             cloud_properties: properties.clone(),
             metadata: Map::new(),
             newer: Map::new(),
@@ -39,10 +43,12 @@ impl Cpi {
                 Format::Raw => image::raw::create(&path, size.bytes())?,
             }
             disk.phase = Phase::Ready;
-            self.store.write(&disk)
+            self.store.write(&disk)?;
+            self.settled(&disk.cid)
         });
         if let Err(error) = made {
             self.store.remove::<DiskRecord>(&disk.cid)?;
+            self.settled(&disk.cid)?;
             lock.retire()?;
             return Err(error.during(format!("create a disk of {size}")));
         }
@@ -56,6 +62,10 @@ impl Cpi {
         let deadline = self.deadline("delete_disk");
         let lock = self.store.lock(Rank::Disk, cid, deadline)?;
         let Some(mut disk) = self.store.read::<DiskRecord>(cid)? else {
+            if std::fs::remove_dir(self.store.disk_dir(cid)).is_ok() {
+                // All but the directory was gone: a removal was cut short at its last step.
+                return lock.retire();
+            }
             // The record is written first and removed last: an image without one was not left by us.
             return Err(Error::new(ErrorKind::Corrupt, format!("disk '{cid}' has files but no record"))
                 .hint(format!("look into '{}' and remove it by hand", self.store.disk_dir(cid).display())));
@@ -65,7 +75,7 @@ impl Cpi {
                 .hint("detach it first"));
         }
         disk.phase = Phase::Deleting;
-        self.store.write(&disk)?;
+        self.store.write_deleting(&disk)?;
         self.store.remove::<DiskRecord>(cid)?;
         lock.retire()
     }

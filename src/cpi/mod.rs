@@ -7,6 +7,7 @@ mod attachments;
 mod calculate;
 pub mod cloud_properties;
 mod disks;
+mod leftovers;
 mod metadata;
 pub mod networks;
 mod placement;
@@ -24,7 +25,7 @@ use self::verbs::{CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verb
 use crate::cid::{DiskCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{DiskRecord, Phase, Store, VmRecord};
+use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
 use crate::supervisor::Scope;
 
 /// The CPI of this host, for one call.
@@ -56,6 +57,26 @@ impl Cpi {
     fn vm(&self, cid: &VmCid) -> Result<VmRecord> {
         let record = self.store.read::<VmRecord>(cid)?.filter(|vm| vm.phase == Phase::Ready);
         record.ok_or_else(|| Error::new(ErrorKind::VmNotFound, format!("there is no VM '{cid}'")))
+    }
+
+    /// Takes the lock of a VM that exists. Whoever waited for one that was deleted meanwhile leaves no lock behind.
+    fn locked_vm(&self, cid: &VmCid, deadline: Instant) -> Result<(Guard, VmRecord)> {
+        self.vm(cid)?;
+        let lock = self.store.lock(Rank::Vm, cid, deadline)?;
+        match self.vm(cid) {
+            Ok(vm) => Ok((lock, vm)),
+            Err(error) => lock.retire().and(Err(error)),
+        }
+    }
+
+    /// As [`Self::locked_vm`], for a disk.
+    fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
+        self.disk(cid)?;
+        let lock = self.store.lock(Rank::Disk, cid, deadline)?;
+        match self.disk(cid) {
+            Ok(disk) => Ok((lock, disk)),
+            Err(error) => lock.retire().and(Err(error)),
+        }
     }
 
     /// The record of a disk that exists.

@@ -10,7 +10,7 @@ use crate::mac::mac_address;
 use crate::net;
 use crate::qemu::topology::MAX_NICS;
 use crate::schema::Property;
-use crate::store::record::Nic;
+use crate::store::record::{Keeper, Nic};
 
 impl Cpi {
     /// The NICs of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
@@ -39,6 +39,7 @@ impl Cpi {
         let path = format!("networks.{}.cloud_properties", network.name);
         let properties = serde_json::Value::Object(network.cloud_properties.0.clone());
         let subnet = SubnetCloudProperties::from_json(&properties).map_err(|e| e.in_request(&path))?;
+        let dynamic = matches!(network.addressing, Addressing::Dynamic { .. });
         let segment = match (&subnet.bridge, &subnet.name) {
             (Some(_), Some(_)) => {
                 Err(Error::new(ErrorKind::BadRequest, format!("{path}: give 'name' or 'bridge', not both")))
@@ -50,11 +51,20 @@ impl Cpi {
                 self.configured(name, &path).and_then(|host| net::plan::segment(name, host, &requested(network)))
             }
         };
+        let segment = segment.map_err(|e| e.during(format!("network '{}'", network.name)))?;
+        if dynamic && matches!(segment.keeper, Keeper::Us { .. }) {
+            let message = format!(
+                "network '{}' is dynamic, and host network '{}' has no DHCP server",
+                network.name, segment.network
+            );
+            return Err(Error::new(ErrorKind::NotSupported, message)
+                .hint("use a manual network, or an operator's bridge on which something serves DHCP"));
+        }
         Ok(Nic {
             network: network.name.clone(),
             mac: mac_address(vm, index),
             tap: net::tap::tap_name(vm, index),
-            segment: segment.map_err(|e| e.during(format!("network '{}'", network.name)))?,
+            segment,
         })
     }
 

@@ -54,8 +54,10 @@ impl Cpi {
     pub(super) fn import_stemcell(&self, image: &Path, properties: &Map<String, Value>) -> Result<StemcellCid> {
         let deadline = self.deadline("create_stemcell");
         self.store.prepare()?;
+        self.clear_leftovers();
         let cid = StemcellCid::random();
         let lock = self.store.lock(Rank::Stemcell, &cid, deadline)?;
+        self.begin(&cid)?;
         let mut record = StemcellRecord {
             schema: SCHEMA,
             cid: cid.clone(),
@@ -73,10 +75,12 @@ impl Cpi {
             record.format = image.format;
             record.virtual_size = image.virtual_size;
             record.image_path = image.path;
-            self.store.write(&record)
+            self.store.write(&record)?;
+            self.settled(&cid)
         });
         if let Err(error) = made {
             self.store.remove::<StemcellRecord>(&cid)?;
+            self.settled(&cid)?;
             lock.retire()?;
             return Err(error.during(format!("import '{}'", image.display())));
         }
@@ -117,7 +121,7 @@ impl Cpi {
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
         if let Some(mut record) = self.store.read::<StemcellRecord>(cid)? {
             record.phase = Phase::Deleting;
-            self.store.write(&record)?;
+            self.store.write_deleting(&record)?;
         }
         self.store.remove::<StemcellRecord>(cid)?;
         lock.retire()
@@ -150,8 +154,9 @@ fn light(properties: &Map<String, Value>) -> Result<Image> {
     let keys = ["image_path", "sha256"].iter().filter_map(|key| properties.get_key_value(*key));
     let given = Value::Object(keys.map(|(k, v)| (k.clone(), v.clone())).collect());
     let light = LightStemcell::from_json(&given).map_err(|e| e.in_request("cloud_properties"))?;
-    light.sha256.verify(&light.image_path)?;
+    // First what it is: reading a pipe or a device would never end.
     let (format, virtual_size) = image::inspect(&light.image_path)?;
+    light.sha256.verify(&light.image_path)?;
     let path = light.image_path.canonicalize().at("resolve", &light.image_path)?;
     Ok(Image { format, virtual_size, path: Some(path) })
 }

@@ -80,10 +80,8 @@ pub trait Verbs {
     /// [`ErrorKind::NoDiskSpace`].
     fn create_disk(&self, disk: CreateDisk) -> Result<DiskCid>;
 
-    /// Destroys the disk and its data. An attached one is refused with [`ErrorKind::Conflict`].
-    ///
-    /// # Errors
-    /// [`ErrorKind::DiskNotFound`], which both callers take as done.
+    /// Destroys the disk and its data. An attached one is refused with [`ErrorKind::Conflict`]; an unknown one is a
+    /// success.
     fn delete_disk(&self, disk: &DiskCid) -> Result<()>;
 
     /// Whether the disk exists.

@@ -39,8 +39,13 @@ impl Cpi {
             network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
         }
         self.store.prepare()?;
+        self.clear_leftovers();
         let lock = self.store.lock(Rank::Vm, &cid, deadline)?;
-        let uid = uids::claim(self.store.state_dir(), &cid)?;
+        self.begin(&cid)?;
+        let uid = match uids::claim(self.store.state_dir(), &cid) {
+            Ok(uid) => uid,
+            Err(error) => return self.settled(&cid).and(lock.retire()).and(Err(error)),
+        };
         let mut vm = VmRecord {
             schema: SCHEMA,
             phase: Phase::Creating,
@@ -62,9 +67,10 @@ impl Cpi {
         };
         let made = self.store.write(&vm).and_then(|()| {
             self.make_images(&vm, &stemcell, &call)?;
-            supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), deadline)?;
+            supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
             vm.phase = Phase::Ready;
-            self.store.write(&vm)
+            self.store.write(&vm)?;
+            self.settled(&vm.cid)
         });
         match made {
             Ok(()) => Ok((vm.cid, call.networks)),
@@ -142,10 +148,10 @@ impl Cpi {
     }
 
     /// Ends a VM and removes everything that can be named after its record; the record last.
-    fn destroy(&self, vm: &VmRecord, lock: Guard, deadline: Instant) -> Result<()> {
+    pub(super) fn destroy(&self, vm: &VmRecord, lock: Guard, deadline: Instant) -> Result<()> {
         let paths = self.store.vm(&vm.cid);
         // A supervisor that sees this does not start the VM again.
-        self.store.write(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
+        self.store.write_deleting(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
         // A persistent disk may have writes that only QEMU's caches know: it ends in order.
         let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
         supervisor::stop(&paths, button, deadline)?;
@@ -155,7 +161,10 @@ impl Cpi {
             net::apply::release(&nic.segment)?;
             network.retire()?;
         }
-        Cgroup::open(vm.cid.as_str()).remove()?;
+        let group = Cgroup::open(vm.cid.as_str());
+        // A QEMU that was broken out of may have closed the lock by which it is known to live; its group it can not leave.
+        group.kill(deadline)?;
+        group.remove()?;
         uids::release(self.store.state_dir(), &vm.cid, vm.uid)?;
         self.forget(&vm.cid, &paths, lock)
     }
@@ -163,6 +172,7 @@ impl Cpi {
     fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
         atomic::remove_dir(&paths.run)?;
         self.store.remove::<VmRecord>(cid)?;
+        self.settled(cid)?;
         lock.retire()
     }
 
@@ -173,18 +183,15 @@ impl Cpi {
 
     pub(super) fn power_cycle(&self, cid: &VmCid) -> Result<()> {
         let deadline = self.deadline("reboot_vm");
-        let mut vm = self.vm(cid)?;
-        let _lock = self.store.lock(Rank::Vm, cid, deadline)?;
-        vm.clone_from(&self.vm(cid)?);
-        // The supervisor of the run that ends sees that another one is wanted, and leaves it to us.
-        vm.run += 1;
-        vm.desired = Desired::Running;
-        self.store.write(&vm)?;
+        let (lock, mut vm) = self.locked_vm(cid, deadline)?;
         // Half of the time is for the guest, so that the start has the rest.
         let patience = POWER_BUTTON.min(deadline.saturating_duration_since(Instant::now()) / 2);
         let paths = self.store.vm(cid);
         supervisor::stop(&paths, Button::Press(patience), deadline)?;
-        supervisor::start(&self.scope(cid), self.config_file.as_deref(), deadline)
+        vm.run += 1;
+        vm.desired = Desired::Running;
+        self.store.write(&vm)?;
+        supervisor::start(&self.scope(cid), self.config_file.as_deref(), &lock, deadline)
             .map_err(|e| e.during(format!("start VM '{cid}' again")))
     }
 }
@@ -207,7 +214,11 @@ fn ephemeral_serial(cid: &VmCid) -> String {
 /// A create_vm that failed left nothing. Only what may pass by itself is worth the Director's five tries.
 fn creation_failed(error: Error, cid: &VmCid) -> Error {
     match error.kind() {
-        ErrorKind::BadRequest | ErrorKind::BadConfig | ErrorKind::NotSupported | ErrorKind::NoDiskSpace => error,
+        ErrorKind::BadRequest
+        | ErrorKind::BadConfig
+        | ErrorKind::NotSupported
+        | ErrorKind::NetworkNotFound
+        | ErrorKind::NoDiskSpace => error,
         kind => {
             let retry = kind == ErrorKind::Timeout;
             error.with_kind(ErrorKind::VmCreationFailed { retry }).during(format!("create VM '{cid}'"))

@@ -7,7 +7,10 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use crate::error::{Error, Result};
+use crate::sys::pidfd::Process;
 
 /// The parent of all groups, removed with the last of them.
 const PARENT: &str = "bosh-qemu-cpi";
@@ -32,11 +35,31 @@ impl Cgroup {
     /// Makes the groups and moves this process, and so its future children, into them.
     pub fn enter(&self) {
         for dir in &self.dirs {
-            let entered = std::fs::create_dir_all(dir).and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0"));
+            let enter = || std::fs::create_dir_all(dir).and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0"));
+            // The last VM's removal may take the parent away in between.
+            let entered = enter().or_else(|_| enter());
             if let Err(error) = entered {
                 tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
             }
         }
+    }
+
+    /// Kills every process in the groups and waits until they have ended, at most until `deadline`.
+    pub fn kill(&self, deadline: Instant) -> Result<()> {
+        for dir in &self.dirs {
+            let members = || std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+            for pid in members().split_whitespace() {
+                let Ok(number) = pid.parse::<i32>() else { continue };
+                let Ok(process) = Process::open(number) else { continue };
+                // Still a member after it was opened: the number means the same process.
+                if members().split_whitespace().any(|member| member == pid) {
+                    tracing::warn!(pid, group = %dir.display(), "killing what is left in the VM's control group");
+                    process.signal(Signal::SIGKILL)?;
+                    process.wait_exit(deadline)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Removes the groups; absent is fine. Their processes must have ended.

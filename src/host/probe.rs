@@ -2,7 +2,7 @@
 //!
 //! That `/dev/kvm` opens says little: under nested KVM `-cpu host` can abort QEMU (QEMU 10.0, MSR 0x10a), and an abort is
 //! nothing QEMU's own `-accel kvm -accel tcg` falls back from. So a throw-away QEMU without a guest is started with
-//! each CPU model in turn, once per installed binary: the verdict is kept in `probe.json` in the run directory. It says that vCPUs
+//! each CPU model in turn. That one works is kept in `probe.json` in the run directory, for this binary. It says that vCPUs
 //! can be made, not that every guest runs.
 
 use std::io::{Read, Write};
@@ -82,8 +82,11 @@ fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
         kvm: found.as_ref().ok().map(|model| (*model).to_owned()),
         why_not: found.err().map(|error| error.report()),
     };
-    atomic::make_dir(run_dir)?;
-    atomic::write(&path, &serde_json::to_vec(&verdict).expect("a verdict is plain data"))?;
+    // That KVM does not work is asked again each time: the module may be loaded in a minute.
+    if verdict.kvm.is_some() {
+        atomic::make_dir(run_dir)?;
+        atomic::write(&path, &serde_json::to_vec(&verdict).expect("a verdict is plain data"))?;
+    }
     Ok(verdict)
 }
 

@@ -31,6 +31,23 @@ pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
     Err(Error::new(ErrorKind::Host, format!("all {COUNT} uids for VMs are taken")))
 }
 
+/// The uid that `vm` claimed, if it did.
+pub fn find(state_dir: &Path, vm: &VmCid) -> Result<Option<u32>> {
+    let start = hash(vm.as_str());
+    for step in 0..COUNT {
+        let uid = FIRST + start.wrapping_add(step) % COUNT;
+        let path = path(state_dir, uid);
+        match std::fs::read_link(&path) {
+            Ok(owner) if owner == Path::new(vm.as_str()) => return Ok(Some(uid)),
+            Ok(_) => {}
+            // Claiming would have stopped here.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).at("read", &path),
+        }
+    }
+    Ok(None)
+}
+
 /// Gives `uid` back if it is `vm`'s. Only once its QEMU is gone: the next VM may get it at once.
 pub fn release(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
     let path = path(state_dir, uid);
@@ -61,6 +78,8 @@ mod tests {
         std::fs::create_dir(dir.path().join("uids")).unwrap();
         let (a, b) = (VmCid::random(), VmCid::random());
         let uid = claim(dir.path(), &a).unwrap();
+        assert_eq!(find(dir.path(), &a).unwrap(), Some(uid));
+        assert_eq!(find(dir.path(), &b).unwrap(), None);
         assert_ne!(claim(dir.path(), &a).unwrap(), uid, "taken is taken");
         release(dir.path(), &b, uid).unwrap();
         assert!(path(dir.path(), uid).is_symlink(), "not b's to give back");

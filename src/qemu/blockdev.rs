@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use super::files::{BASE, Opened, ROOT};
-use crate::store::record::Format;
+use crate::store::record::{Format, Limits};
 
 /// The one I/O thread of a VM, shared by its disks.
 pub const IOTHREAD: &str = "io0";
@@ -51,6 +51,18 @@ pub fn device(id: &str, serial: &str, writable: bool) -> Value {
         device["write-cache"] = "on".into();
     }
     device
+}
+
+/// Arguments of `block_set_io_throttle` for the device `id`; `None` if it has no limits.
+pub fn throttle(id: &str, limits: Limits) -> Option<Value> {
+    if limits == Limits::default() {
+        return None;
+    }
+    let (iops, bytes) = (limits.iops.unwrap_or(0), limits.mbps.unwrap_or(0) << 20);
+    // Zero is no limit; all six must be given.
+    Some(json!({
+        "id": id, "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
+    }))
 }
 
 /// Name of the descriptor set's entry, by which a later call recognizes what it is for.

@@ -33,9 +33,12 @@ pub fn nic(index: usize) -> u32 {
     NIC + u32::try_from(index).expect("at most MAX_NICS")
 }
 
+/// How the ids of hot-plug ports begin.
+pub const PORT_PREFIX: &str = "hotplug";
+
 /// QEMU id of the hot-plug port `index`; a bus of the same name is behind it.
 pub fn port_id(index: u32) -> String {
-    format!("hotplug{index}")
+    format!("{PORT_PREFIX}{index}")
 }
 
 /// Address of the hot-plug port `index` on `pcie.0`: slot and function.

@@ -1,361 +1,293 @@
-//! The wire: newline-separated JSON on a UNIX socket, descriptors beside it.
+//! One connection to one monitor socket.
+//!
+//! ```text
+//!             connect               write            reply with our id
+//!   (socket) ─────────► READY ─────────────► BUSY ─────────────────────► READY
+//!                         │                   │ deadline, end of file, not QMP, or the future was dropped
+//!                         │ next_event        ▼
+//!                         └──────► READY    SPENT: refuses everything
+//! ```
+//!
+//! A monitor answers commands one after the other, with events anywhere in between. So there is no reader task:
+//! whoever waits, for a reply or for an event, reads; events that come before a reply are queued. An exchange that
+//! did not end leaves the connection spent, because nobody can tell what will still come out of it.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use qapi::Command;
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
-use tokio::io::Interest;
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout_at};
 
-use crate::error::{Error, ErrorKind};
+use super::error::MonitorError;
+use super::event::Event;
+use super::wire::{self, LONGEST_LINE, Message};
 
-/// How long QEMU may take to answer a command. Its main loop stands still while an image is opened or closed.
-const ANSWER: Duration = Duration::from_secs(60);
-/// The longest message taken. The largest honest one, the schema, has 236 kB.
-const LONGEST: usize = 8 << 20;
-/// More events than this are kept by nobody; the oldest go.
-const MOST_EVENTS: usize = 1024;
+/// How long connecting, the greeting and the negotiation may take together when QEMU is known to run.
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long a question (`query-…`, `qom-…`) may take.
+pub const QUERY_LIMIT: Duration = Duration::from_secs(10);
+/// How long any other command may take: those on devices and block nodes wait for I/O of the guest to drain.
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// Why a command could not be done.
-#[derive(Debug, thiserror::Error)]
-pub enum MonitorError {
-    /// QEMU said no.
-    #[error("QEMU refused {command}: {description}")]
-    Refused {
-        /// What was asked.
-        command: String,
-        /// `GenericError`, `DeviceNotFound` or `CommandNotFound`; hardly ever anything else.
-        class: String,
-        /// In its own words.
-        description: String,
-    },
-    /// QEMU went away, or another problem of the socket.
-    #[error("the monitor '{}' is gone", path.display())]
-    Gone {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// No answer in time. The connection is of no more use: the answer may still come.
-    #[error("QEMU at '{}' did not answer {command} within {} s", path.display(), patience.as_secs())]
-    Silent {
-        /// The socket.
-        path: PathBuf,
-        /// What was asked.
-        command: String,
-        /// For how long.
-        patience: Duration,
-    },
-    /// What came is no QMP.
-    #[error("the monitor '{}' sent {what}", path.display())]
-    Nonsense {
-        /// The socket.
-        path: PathBuf,
-        /// What came instead.
-        what: String,
-    },
-}
+/// How much is read at once, bytes.
+const READ: usize = 16 << 10;
+/// Pause before connecting again to a socket whose backlog is full.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(20);
 
-impl From<MonitorError> for Error {
-    fn from(error: MonitorError) -> Self {
-        let hint = match &error {
-            MonitorError::Silent { command, .. } if command == GREETING => {
-                Some("another client may hold this monitor, or QEMU is stopped: see `ps` for its state")
-            }
-            MonitorError::Silent { .. } => Some("QEMU hangs, often on its storage; reboot_vm or delete_vm end it"),
-            _ => None,
-        };
-        let kind = if matches!(error, MonitorError::Silent { .. }) { ErrorKind::Timeout } else { ErrorKind::Host };
-        let made = Error::new(kind, error.to_string());
-        let made = match error {
-            MonitorError::Gone { source, .. } => made.because(source),
-            _ => made,
-        };
-        hint.into_iter().fold(made, Error::hint)
-    }
-}
-
-/// What is waited for first.
-const GREETING: &str = "with its greeting";
-
-/// Something QEMU told without being asked.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Event {
-    /// `SHUTDOWN`, `DEVICE_DELETED`, …; newer QEMUs have more than anybody knows.
-    #[serde(rename = "event")]
-    pub name: String,
-    /// Its fields.
-    #[serde(default)]
-    pub data: Value,
-}
-
-/// One client of one monitor.
+/// A negotiated connection.
 #[derive(Debug)]
 pub struct Connection {
-    path: PathBuf,
     stream: UnixStream,
-    /// Bytes of lines that are not complete.
-    partial: Vec<u8>,
-    events: VecDeque<Event>,
+    /// Bytes of lines not decoded yet. Holds no complete line while we wait for more.
+    received: Vec<u8>,
+    events: EventQueue,
     last_id: u64,
+    deadline: Option<Instant>,
+    /// An exchange began and did not end.
+    spent: bool,
 }
 
 impl Connection {
-    /// Connects to the monitor at `path` and waits for its greeting, at most `patience` in all.
-    pub async fn connect(path: &Path, patience: Duration) -> Result<Self, MonitorError> {
-        let greet = async {
-            let stream = UnixStream::connect(path).await.map_err(|e| gone(path, e))?;
-            let mut connection =
-                Self { path: path.to_owned(), stream, partial: Vec::new(), events: VecDeque::new(), last_id: 0 };
+    /// Connects to `path`, waits for the greeting and negotiates, all until `deadline`.
+    ///
+    /// # Errors
+    /// [`MonitorError::Connect`] if nobody listens, [`MonitorError::Greeting`] if `deadline` passes: another client
+    /// is being served.
+    pub async fn connect(path: &Path, deadline: Instant) -> Result<Self, MonitorError> {
+        let begin = Instant::now();
+        let greeted = async {
+            let mut connection = Self {
+                stream: connect_to(path).await?,
+                received: Vec::new(),
+                events: EventQueue::default(),
+                last_id: 0,
+                deadline: Some(deadline),
+                spent: false,
+            };
             // Some devices send events before the greeting.
-            while connection.message().await?.get("QMP").is_none() {}
-            connection.ask("qmp_capabilities", None, None).await?;
+            while !matches!(connection.receive().await?, Message::Greeting) {}
+            connection.execute(&qapi::qmp::qmp_capabilities { enable: None }).await?;
+            connection.deadline = None;
             Ok(connection)
         };
-        let late = |_| MonitorError::Silent { path: path.to_owned(), command: GREETING.into(), patience };
-        timeout(patience, greet).await.map_err(late)?
+        let late = || MonitorError::Greeting { path: path.to_owned(), waited: begin.elapsed() };
+        match timeout_at(deadline.into(), greeted).await {
+            Ok(Err(MonitorError::Timeout { .. })) | Err(_) => Err(late()),
+            Ok(connected) => connected,
+        }
     }
 
-    /// Does a command whose types `qapi` knows.
+    /// From now on no command is waited for longer than until `deadline`.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
+    }
+
+    /// Executes a typed command. Dropping the future before it is done makes the connection
+    /// [`MonitorError::Spent`].
+    ///
+    /// # Errors
+    /// [`MonitorError::Refused`] and [`MonitorError::Answer`] leave the connection usable, others do not.
     pub async fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok, MonitorError> {
-        let arguments = serde_json::to_value(command).expect("a command is plain data");
-        let answer = self.raw(C::NAME, arguments).await?;
-        C::Ok::deserialize(answer)
-            .map_err(|e| self.nonsense(format!("an answer to {} that does not fit: {e}", C::NAME)))
+        let answer = self.exchange(C::NAME, command, None).await?;
+        read_answer(C::NAME, &answer)
     }
 
-    /// Does a command by name.
-    pub async fn raw(&mut self, command: &str, arguments: Value) -> Result<Value, MonitorError> {
-        self.patiently(command, arguments, None).await
+    /// Executes any command, `arguments` being an object.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub async fn raw(&mut self, command: &str, arguments: &Value) -> Result<Value, MonitorError> {
+        let answer = self.exchange(command, arguments, None).await?;
+        read_answer(command, &answer)
     }
 
-    /// Does a command that carries a descriptor.
-    pub async fn raw_with_fd(
+    /// Executes a command that takes a descriptor along: `add-fd`, `getfd`. QEMU gets a copy.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub async fn execute_with_fd<C: Command>(
         &mut self,
-        command: &str,
-        arguments: Value,
+        command: &C,
         fd: BorrowedFd<'_>,
-    ) -> Result<Value, MonitorError> {
-        self.patiently(command, arguments, Some(fd)).await
+    ) -> Result<C::Ok, MonitorError> {
+        let answer = self.exchange(C::NAME, command, Some(fd)).await?;
+        read_answer(C::NAME, &answer)
     }
 
-    /// The next event. May be dropped and called again without losing one.
+    /// The next event, waiting for it if none is queued. May be dropped at any point without losing one.
+    ///
+    /// # Errors
+    /// [`MonitorError::Closed`] once QEMU is gone and all events are read, [`MonitorError::Protocol`].
     pub async fn next_event(&mut self) -> Result<Event, MonitorError> {
+        if self.spent {
+            return Err(MonitorError::Spent);
+        }
         loop {
-            if let Some(event) = self.events.pop_front() {
+            if let Some(event) = self.events.pop() {
                 return Ok(event);
             }
-            self.message().await?;
-        }
-    }
-
-    async fn patiently(
-        &mut self,
-        command: &str,
-        arguments: Value,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Value, MonitorError> {
-        let arguments = match arguments {
-            Value::Object(map) if map.is_empty() => None,
-            Value::Null => None,
-            other => Some(other),
-        };
-        match timeout(ANSWER, self.ask(command, arguments, fd)).await {
-            Ok(answered) => answered,
-            Err(_) => {
-                let command = command.to_owned();
-                Err(MonitorError::Silent { path: self.path.clone(), command, patience: ANSWER })
+            if let Message::Event(event) = self.receive().await? {
+                return Ok(event);
             }
         }
     }
 
-    async fn ask(
+    /// The first event that `wanted` accepts, or `None` when `until` has passed. Events before it are dropped.
+    ///
+    /// # Errors
+    /// As [`next_event`](Self::next_event).
+    pub async fn wait_event(
         &mut self,
-        command: &str,
-        arguments: Option<Value>,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Value, MonitorError> {
-        self.last_id += 1;
-        let mut request = json!({"execute": command, "id": self.last_id});
-        if let Some(arguments) = arguments {
-            request["arguments"] = arguments;
-        }
-        tracing::trace!(command, "qmp");
-        self.send(format!("{request}\n").as_bytes(), fd).await.map_err(|e| gone(&self.path, e))?;
+        wanted: impl Fn(&Event) -> bool,
+        until: Instant,
+    ) -> Result<Option<Event>, MonitorError> {
         loop {
-            let mut message = self.message().await?;
-            // The answer to a command that was given up on may come before ours.
-            if message.get("id") != Some(&Value::from(self.last_id)) {
-                continue;
+            match timeout_at(until.into(), self.next_event()).await {
+                Err(_) => return Ok(None),
+                Ok(Ok(event)) if !wanted(&event) => {}
+                Ok(event) => return event.map(Some),
             }
-            if let Some(answer) = message.remove("return") {
-                return Ok(answer);
-            }
-            let error = message.remove("error").unwrap_or_default();
-            let text = |key: &str| error[key].as_str().unwrap_or("without saying why").to_owned();
-            return Err(MonitorError::Refused {
-                command: command.into(),
-                class: text("class"),
-                description: text("desc"),
-            });
         }
     }
 
-    /// The next message; events are kept as well as returned.
-    async fn message(&mut self) -> Result<Map<String, Value>, MonitorError> {
-        let line = self.line().await?;
-        match serde_json::from_slice::<Value>(&line) {
-            Ok(Value::Object(message)) => {
-                if message.contains_key("event")
-                    && let Ok(event) = Event::deserialize(Value::Object(message.clone()))
-                {
-                    if self.events.len() == MOST_EVENTS {
-                        self.events.pop_front();
-                    }
-                    self.events.push_back(event);
-                }
-                Ok(message)
+    async fn exchange<A: Serialize>(
+        &mut self,
+        command: &str,
+        arguments: &A,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Box<RawValue>, MonitorError> {
+        if self.spent {
+            return Err(MonitorError::Spent);
+        }
+        self.last_id += 1;
+        let line = wire::encode(self.last_id, command, arguments)?;
+        let begin = Instant::now();
+        let limit = begin + limit_of(command);
+        let until = self.deadline.map_or(limit, |deadline| deadline.min(limit));
+        if until <= begin {
+            return Err(MonitorError::Late { command: command.to_owned() });
+        }
+        tracing::trace!(command, id = self.last_id, "qmp");
+
+        self.spent = true;
+        let reply = timeout_at(until.into(), async {
+            self.send(&line, fd).await.map_err(gone_or_host("write to monitor"))?;
+            self.receive_reply(self.last_id).await
+        });
+        let timeout = |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
+        let reply = reply.await.map_err(timeout)??;
+        self.spent = false;
+        reply.map_err(|refusal| refusal.of(command))
+    }
+
+    /// Writes `line`; `fd` goes with its first bytes, where QEMU looks for it.
+    async fn send(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut sent = 0;
+        if let Some(fd) = fd {
+            sent = self.stream.async_io(Interest::WRITABLE, || send_with_fd(&self.stream, line, fd)).await?;
+        }
+        self.stream.write_all(&line[sent..]).await
+    }
+
+    /// The reply to command `id`. Events before it are queued, replies to others dropped.
+    async fn receive_reply(&mut self, id: u64) -> Result<Result<Box<RawValue>, wire::Refusal>, MonitorError> {
+        loop {
+            match self.receive().await? {
+                Message::Reply { id: theirs, result } if theirs == id => return Ok(result),
+                Message::Reply { id: theirs, .. } => tracing::debug!(id = theirs, "qmp reply nobody waits for"),
+                Message::Event(event) => self.events.push(event),
+                Message::Greeting => return Err(MonitorError::Protocol("greeted twice".into())),
             }
-            Ok(_) => Err(self.nonsense("a value that is no object")),
-            Err(error) => Err(self.nonsense(format!("no JSON: {error}"))),
         }
     }
 
-    /// The next line. Bytes of an incomplete one stay in `partial`, so this may be dropped and called again.
-    async fn line(&mut self) -> Result<Vec<u8>, MonitorError> {
+    /// The next message. May be dropped at any point: what was read stays in `received`.
+    async fn receive(&mut self) -> Result<Message, MonitorError> {
         let mut searched = 0;
         loop {
-            if let Some(end) = self.partial[searched..].iter().position(|byte| *byte == b'\n') {
-                let rest = self.partial.split_off(searched + end + 1);
-                return Ok(std::mem::replace(&mut self.partial, rest));
+            if let Some(length) = self.received[searched..].iter().position(|byte| *byte == b'\n') {
+                let end = searched + length;
+                let message = wire::decode(&self.received[..end]);
+                self.received.drain(..=end);
+                return message;
             }
-            searched = self.partial.len();
-            if searched > LONGEST {
-                return Err(self.nonsense("a line without end"));
+            searched = self.received.len();
+            if searched > LONGEST_LINE {
+                return Err(MonitorError::Protocol(format!("a line is longer than {LONGEST_LINE} bytes")));
             }
-            self.stream.readable().await.map_err(|e| gone(&self.path, e))?;
-            match self.stream.try_read_buf(&mut self.partial) {
-                Ok(0) => return Err(gone(&self.path, io::ErrorKind::UnexpectedEof.into())),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(gone(&self.path, error)),
-            }
-        }
-    }
-
-    /// Sends all of `bytes`; the descriptor goes with the first of them.
-    async fn send(&mut self, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.stream.writable().await?;
-            let sent = self.stream.try_io(Interest::WRITABLE, || {
-                let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-                let rights = [ControlMessage::ScmRights(&fds)];
-                let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
-                let socket = self.stream.as_raw_fd();
-                Ok(sendmsg::<()>(socket, &[io::IoSlice::new(bytes)], rights, MsgFlags::MSG_NOSIGNAL, None)?)
-            });
-            match sent {
-                Ok(count) => {
-                    bytes = &bytes[count..];
-                    fd = None;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
+            self.received.reserve(READ);
+            let mut chunk = (&mut self.stream).take(READ as u64);
+            match chunk.read_buf(&mut self.received).await.map_err(gone_or_host("read from monitor"))? {
+                0 => return Err(MonitorError::Closed),
+                _ => continue,
             }
         }
-        Ok(())
-    }
-
-    fn nonsense(&self, what: impl Into<String>) -> MonitorError {
-        MonitorError::Nonsense { path: self.path.clone(), what: what.into() }
     }
 }
 
-fn gone(path: &Path, source: io::Error) -> MonitorError {
-    MonitorError::Gone { path: path.to_owned(), source }
+/// Connects; where QEMU's backlog of one is full, the kernel says so at once and we try again.
+async fn connect_to(path: &Path) -> Result<UnixStream, MonitorError> {
+    loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(BACKLOG_PAUSE).await,
+            Err(source) => return Err(MonitorError::Connect { path: path.to_owned(), source }),
+        }
+    }
+}
+
+fn send_with_fd(stream: &UnixStream, line: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let fds = [fd.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    Ok(sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(line)], &rights, MsgFlags::MSG_NOSIGNAL, None)?)
+}
+
+fn limit_of(command: &str) -> Duration {
+    if command.starts_with("query-") || command.starts_with("qom-") { QUERY_LIMIT } else { COMMAND_LIMIT }
+}
+
+fn read_answer<T: serde::de::DeserializeOwned>(command: &str, answer: &RawValue) -> Result<T, MonitorError> {
+    let shape = |source| MonitorError::Answer { command: command.to_owned(), source };
+    serde_json::from_str(answer.get()).map_err(shape)
+}
+
+fn gone_or_host(action: &'static str) -> impl Fn(io::Error) -> MonitorError {
+    move |source| match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => MonitorError::Closed,
+        _ => MonitorError::Host { action, source },
+    }
+}
+
+/// Events that came while nobody waited for one. A guest can cause events, so the oldest are dropped when there are
+/// too many: an event is a hint to look, what counts is what QEMU answers. One event has a few kB, see `wire`.
+#[derive(Debug, Default)]
+struct EventQueue {
+    events: VecDeque<Event>,
+}
+
+impl EventQueue {
+    const LONGEST: usize = 256;
+
+    fn push(&mut self, event: Event) {
+        if self.events.len() == Self::LONGEST {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    fn pop(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{BufRead, BufReader, Write};
-    use std::os::unix::net::UnixListener;
-
-    use super::*;
-
-    /// Serves one client: greets, then answers each line with what `answer` makes of it.
-    fn server(answer: impl Fn(&Value) -> String + Send + 'static) -> (tempfile::TempDir, PathBuf) {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("qmp.sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            stream.write_all(b"{\"event\":\"EARLY\"}\n{\"QMP\":{}}\n").unwrap();
-            for line in BufReader::new(stream.try_clone().unwrap()).lines() {
-                let request: Value = serde_json::from_str(&line.unwrap()).unwrap();
-                let text = match request["execute"].as_str() {
-                    Some("qmp_capabilities") => json!({"return": {}, "id": request["id"]}).to_string() + "\n",
-                    _ => answer(&request),
-                };
-                if stream.write_all(text.as_bytes()).is_err() {
-                    return;
-                }
-            }
-        });
-        (dir, path)
-    }
-
-    fn block_on<T>(work: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
-    }
-
-    #[test]
-    fn unknown_events_and_late_answers_are_passed_over() {
-        let (_dir, path) = server(|request| {
-            format!(
-                "{{\"event\":\"FROM_THE_FUTURE\",\"data\":{{\"x\":1}}}}\n{{\"return\":\"late\",\"id\":0}}\n{}\n",
-                json!({"return": 7, "id": request["id"]})
-            )
-        });
-        block_on(async {
-            let mut connection = Connection::connect(&path, Duration::from_secs(5)).await.unwrap();
-            assert_eq!(connection.raw("x", Value::Null).await.unwrap(), 7);
-            assert_eq!(connection.next_event().await.unwrap().name, "EARLY");
-            assert_eq!(connection.next_event().await.unwrap().data["x"], 1);
-        });
-    }
-
-    #[test]
-    fn a_refusal_keeps_its_class() {
-        let (_dir, path) = server(|request| {
-            json!({"error": {"class": "DeviceNotFound", "desc": "no"}, "id": request["id"]}).to_string() + "\n"
-        });
-        block_on(async {
-            let mut connection = Connection::connect(&path, Duration::from_secs(5)).await.unwrap();
-            let error = connection.raw("device_del", json!({"id": "x"})).await.unwrap_err();
-            assert!(matches!(error, MonitorError::Refused { class, .. } if class == "DeviceNotFound"));
-        });
-    }
-
-    #[test]
-    fn garbage_and_silence_end_in_errors() {
-        let (_dir, path) = server(|_| "not json\n".into());
-        block_on(async {
-            let mut connection = Connection::connect(&path, Duration::from_secs(5)).await.unwrap();
-            assert!(matches!(connection.raw("x", Value::Null).await, Err(MonitorError::Nonsense { .. })));
-        });
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("silent.sock");
-        let _listener = UnixListener::bind(&path).unwrap();
-        let error = block_on(Connection::connect(&path, Duration::from_millis(20))).unwrap_err();
-        assert!(Error::from(error).report().contains("another client may hold this monitor"));
-    }
-}
+mod tests;

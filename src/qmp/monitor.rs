@@ -1,69 +1,107 @@
-//! A connection for calls: synchronous, with one deadline for the whole job.
+//! The monitor as a CPI call sees it: blocking, and with one deadline for the whole call.
+//!
+//! A call is one sequence of steps that wait for each other, so it needs no async of its own. The runtime inside is
+//! a reactor and a timer on the calling thread; making one costs some 50 µs.
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use qapi::Command;
 use serde_json::Value;
-use tokio::runtime::Runtime;
-use tokio::time::timeout_at;
+use tokio::runtime::{Builder, Runtime};
 
-use super::connection::{Connection, Event, MonitorError};
-use crate::error::{Error, Result};
+use super::connection::{CONNECT_LIMIT, Connection};
+use super::error::MonitorError;
+use super::event::Event;
 
-/// QEMU greets within milliseconds unless it hangs or serves another client.
-const GREETING: Duration = Duration::from_secs(5);
-
-/// QEMU's monitor for calls.
+/// A connected monitor. Others can not be served while it lives: drop it as soon as the call's work is done.
+///
+/// Not for use inside an async runtime; the supervisor uses [`Connection`].
 #[derive(Debug)]
 pub struct Monitor {
-    runtime: Runtime,
+    // Before the runtime, which must outlive it.
     connection: Connection,
+    runtime: Runtime,
 }
 
 impl Monitor {
-    /// Connects to the monitor at `path`, by `deadline` at the latest.
-    pub fn connect(path: &Path, deadline: Instant) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|e| Error::os("start an event loop", e))?;
-        let patience = GREETING.min(deadline.saturating_duration_since(Instant::now()));
-        let connection = runtime.block_on(Connection::connect(path, patience))?;
-        Ok(Self { runtime, connection })
+    /// Connects to the socket at `path`, at most [`CONNECT_LIMIT`] long. No command will be waited for after
+    /// `deadline`.
+    ///
+    /// # Errors
+    /// As [`Connection::connect`].
+    pub fn connect(path: &Path, deadline: Instant) -> Result<Self, MonitorError> {
+        let runtime = Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .map_err(|source| MonitorError::Host { action: "start a runtime for the monitor", source })?;
+        let greeted_by = deadline.min(Instant::now() + CONNECT_LIMIT);
+        let mut connection = runtime.block_on(Connection::connect(path, greeted_by))?;
+        connection.set_deadline(deadline);
+        Ok(Self { connection, runtime })
     }
 
-    /// Does a command whose types `qapi` knows.
+    /// See [`Connection::execute`].
+    ///
+    /// # Errors
+    /// As there.
     pub fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok, MonitorError> {
         self.runtime.block_on(self.connection.execute(command))
     }
 
-    /// Does a command by name.
-    pub fn raw(&mut self, command: &str, arguments: Value) -> Result<Value, MonitorError> {
+    /// See [`Connection::raw`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn raw(&mut self, command: &str, arguments: &Value) -> Result<Value, MonitorError> {
         self.runtime.block_on(self.connection.raw(command, arguments))
     }
 
-    /// Does a command that carries a descriptor.
-    pub fn raw_with_fd(&mut self, command: &str, arguments: Value, fd: BorrowedFd<'_>) -> Result<Value, MonitorError> {
-        self.runtime.block_on(self.connection.raw_with_fd(command, arguments, fd))
+    /// Gives QEMU a copy of `fd` in a new fd set and returns the set's id: QEMU opens `/dev/fdset/<id>` with it.
+    /// `opaque` is how the descriptor is found again.
+    ///
+    /// # Errors
+    /// As [`Connection::execute`].
+    pub fn add_fd(&mut self, fd: BorrowedFd<'_>, opaque: &str) -> Result<i64, MonitorError> {
+        let command = qapi::qmp::add_fd { fdset_id: None, opaque: Some(opaque.to_owned()) };
+        self.runtime.block_on(self.connection.execute_with_fd(&command, fd)).map(|added| added.fdset_id)
     }
 
-    /// Waits until `deadline` for an event that `wanted` takes; others are passed over.
-    pub fn wait_for<T>(
+    /// See [`Connection::wait_event`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_event(
         &mut self,
-        deadline: Instant,
-        mut wanted: impl FnMut(&Event) -> Option<T>,
-    ) -> Result<Option<T>, MonitorError> {
-        let connection = &mut self.connection;
-        let search = async {
-            loop {
-                if let Some(found) = wanted(&connection.next_event().await?) {
-                    return Ok(found);
-                }
-            }
-        };
-        match self.runtime.block_on(async { timeout_at(deadline.into(), search).await }) {
-            Ok(found) => found.map(Some),
-            Err(_) => Ok(None),
-        }
+        wanted: impl Fn(&Event) -> bool,
+        until: Instant,
+    ) -> Result<Option<Event>, MonitorError> {
+        self.runtime.block_on(self.connection.wait_event(wanted, until))
+    }
+
+    /// Runs an async exchange, such as those in [`power`](super::power), to its end.
+    pub fn run<T>(&mut self, exchange: impl AsyncFnOnce(&mut Connection) -> T) -> T {
+        self.runtime.block_on(exchange(&mut self.connection))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::qmp::query::QueryStatus;
+    use crate::qmp::testing::{Guest, Image};
+
+    #[test]
+    fn qemu_serves_one_client_at_a_time() {
+        let guest = Guest::new(Image::Answering, 0);
+        let first = guest.monitor();
+        let second = Monitor::connect(&guest.socket(), Instant::now() + Duration::from_millis(200));
+        assert!(matches!(second, Err(MonitorError::Greeting { .. })), "{second:?}");
+        drop(first);
+        assert!(guest.monitor().execute(&QueryStatus {}).unwrap().is_prelaunch());
     }
 }

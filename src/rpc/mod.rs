@@ -76,6 +76,7 @@ fn admit(input: impl Read, verbs: impl FnOnce(&Request) -> Result<Box<dyn Verbs>
 }
 
 /// Runs `call`, answers, and undoes a create whose answer reached nobody: without its cid nobody can delete it.
+/// An answer that the pipe took and nobody read looks like any other.
 fn carry_out(request: &Request, call: Call, verbs: &dyn Verbs, outlet: &Outlet) {
     let _call = info_span!("call", method = request.method, request_id = request.context.request_id()).entered();
     let begin = Instant::now();

@@ -9,7 +9,10 @@ const MAX_MESSAGE: usize = 8 << 10;
 
 /// One answer. All keys are always written: a missing or null `log` makes the Director discard the whole.
 #[derive(Debug)]
-pub struct Response(String, Option<&'static str>);
+pub struct Response {
+    json: String,
+    error_type: Option<&'static str>,
+}
 
 #[derive(Serialize)]
 struct Body<'a, T: ?Sized> {
@@ -29,24 +32,24 @@ struct Failure {
 impl Response {
     /// It worked: `result`.
     pub fn success<T: Serialize + ?Sized>(result: &T) -> Self {
-        Self(write(&Body { result: Some(result), error: None, log: "" }), None)
+        Self { json: write(&Body { result: Some(result), error: None, log: "" }), error_type: None }
     }
 
     /// It failed with `error`.
     pub fn failure(error: &Error) -> Self {
         let (r#type, ok_to_retry) = director_type(error.kind());
         let failure = Failure { r#type, message: bounded(error.report()), ok_to_retry };
-        Self(write(&Body::<()> { result: None, error: Some(failure), log: "" }), Some(r#type))
+        Self { json: write(&Body::<()> { result: None, error: Some(failure), log: "" }), error_type: Some(r#type) }
     }
 
     /// The `Bosh::Clouds` type of the error in it.
     pub fn error_type(&self) -> Option<&'static str> {
-        self.1
+        self.error_type
     }
 
     /// The JSON. No newline at its end: without its last byte it must not parse.
     pub fn as_bytes(&self) -> &[u8] {
-        self.0.as_bytes()
+        self.json.as_bytes()
     }
 }
 

@@ -10,6 +10,7 @@
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
 //!   locks/<rank>.<name>
+//!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   probe.json                                    what the installed QEMU can do here
@@ -63,7 +64,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),
         }
-        for name in ["stemcells", "vms", "disks", "locks", "uids"] {
+        for name in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
             atomic::make_dir(&self.state_dir.join(name))?;
         }
         atomic::write(&path, format!("{SCHEMA}\n").as_bytes())
@@ -72,6 +73,11 @@ impl Store {
     /// The state directory.
     pub fn state_dir(&self) -> &Path {
         &self.state_dir
+    }
+
+    /// Where creates note what they are making.
+    pub fn pending_dir(&self) -> PathBuf {
+        self.state_dir.join("pending")
     }
 
     /// The run directory.
@@ -139,6 +145,18 @@ impl Store {
         let mut text = serde_json::to_vec_pretty(record).expect("a record is plain data");
         text.push(b'\n');
         atomic::write(&path, &text)
+    }
+
+    /// Writes a record that says that its object is being removed. On a full filesystem the old one stays and the removal
+    /// goes on: it is what makes room.
+    pub fn write_deleting<R: Record>(&self, record: &R) -> Result<()> {
+        match self.write(record) {
+            Err(error) if error.kind() == ErrorKind::NoDiskSpace => {
+                tracing::warn!(cid = %record.cid(), error = error.report(), "removing without a note of it");
+                Ok(())
+            }
+            written => written,
+        }
     }
 
     /// Removes the object's directory: everything else first, the record last, so that whoever is interrupted leaves a

@@ -75,9 +75,15 @@ impl Guard {
             }
         };
         HELD.with_borrow_mut(|held| held.push(rank));
-        let mut guard = Self { file, path, rank };
-        guard.sign()?;
+        let guard = Self { file, path, rank };
+        guard.sign();
         Ok(guard)
+    }
+
+    /// The same lock for a process started now: it is held until both have closed it (flock(2)). So a launch keeps the
+    /// VM's lock even if the call that ordered it is killed.
+    pub fn share(&self) -> Result<File> {
+        self.file.try_clone().at("share lock", &self.path)
     }
 
     /// Removes the lock file and releases the lock: the object is gone for good.
@@ -85,15 +91,14 @@ impl Guard {
         crate::store::atomic::remove_file(&self.path)
     }
 
-    /// Leaves our pid for whoever times out waiting.
-    fn sign(&mut self) -> Result<()> {
-        let sign = || -> std::io::Result<()> {
-            self.file.set_len(0)?;
-            self.file.rewind()?;
-            writeln!(self.file, "{}", std::process::id())
-        };
-        let mut sign = sign;
-        sign().at("write", &self.path)
+    /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.
+    fn sign(&self) {
+        let mut file = &self.file;
+        let signed =
+            file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+        if let Err(error) = signed {
+            tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
+        }
     }
 }
 
@@ -119,6 +124,9 @@ fn is_still_at(file: &File, path: &Path) -> bool {
 /// Waits in the kernel, in a thread of its own, because flock(2) knows no timeout. A thread that is still waiting
 /// when we give up drops the lock as soon as it gets it, or dies with this short-lived process.
 fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
+    if deadline <= Instant::now() {
+        return Err(still_held(path));
+    }
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let locked = file.lock().map(|()| file);
@@ -126,12 +134,14 @@ fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
     });
     match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
         Ok(locked) => locked.at("lock", path),
-        Err(_) => Err(Error::new(
-            ErrorKind::Timeout,
-            format!("lock '{}' is still held by process {}", path.display(), holder(path)),
-        )
-        .hint("wait for that call to end, or see what it is doing with `ps`; a dead process holds no lock")),
+        Err(_) => Err(still_held(path)),
     }
+}
+
+fn still_held(path: &Path) -> Error {
+    let message = format!("lock '{}' is still held by process {}", path.display(), holder(path));
+    Error::new(ErrorKind::Timeout, message)
+        .hint("wait for that call to end, or see what it is doing with `ps`; a dead process holds no lock")
 }
 
 fn holder(path: &Path) -> String {

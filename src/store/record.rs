@@ -21,6 +21,8 @@ pub trait Record: Serialize + DeserializeOwned {
     fn cid(&self) -> &Self::Cid;
     /// The layout version it was written with.
     fn schema(&self) -> u32;
+    /// Where it is in its life.
+    fn phase(&self) -> Phase;
 }
 
 macro_rules! record {
@@ -34,6 +36,10 @@ macro_rules! record {
 
             fn schema(&self) -> u32 {
                 self.schema
+            }
+
+            fn phase(&self) -> Phase {
+                self.phase
             }
         }
     )*};
@@ -275,6 +281,9 @@ pub struct DiskRecord {
     pub format: Format,
     /// The VM that may have it: that VM's record decides. Always written before the VM's.
     pub vm: Option<VmCid>,
+    /// The most it may do.
+    #[serde(default)]
+    pub limits: Limits,
     /// The disk type's cloud properties.
     pub cloud_properties: Map<String, Value>,
     /// What set_disk_metadata said last.
@@ -283,6 +292,15 @@ pub struct DiskRecord {
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
+}
+
+/// The most a disk may do, reading and writing together; `None`: as much as the host can.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Operations a second.
+    pub iops: Option<u64>,
+    /// MiB a second.
+    pub mbps: Option<u64>,
 }
 
 impl DiskRecord {

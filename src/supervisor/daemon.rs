@@ -16,10 +16,12 @@ use super::exit::{Ending, ExitRecord};
 use super::launch::{self, Running};
 use super::restart::Restarts;
 use super::{Launched, Scope};
+use crate::cid::Cid;
 use crate::config::Restart;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::cgroup::Cgroup;
 use crate::host::clock;
-use crate::qmp::connection::Event;
+use crate::qmp::Event;
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
 use crate::sys::pidlock;
@@ -32,9 +34,9 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
-/// Runs the VM until it stays off. The caller, who holds the VM's lock, is told through `handshake` how the launch
-/// went; then the caller's lock is no longer needed.
-pub fn supervise(scope: &Scope, handshake: File) -> Result<()> {
+/// Runs the VM until it stays off. The caller is told through `handshake` how the launch went. Until then the VM's lock
+/// is held here too, as `vm_lock`: nobody works on a VM that is being launched, whatever becomes of the caller.
+pub fn supervise(scope: &Scope, vm_lock: File, handshake: File) -> Result<()> {
     let lock = atomic::make_dir(&scope.paths.run).and_then(|()| pidlock::lock_self(&scope.paths.supervisor_pid()));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -47,25 +49,33 @@ pub fn supervise(scope: &Scope, handshake: File) -> Result<()> {
     });
     let message = match &launched {
         Ok(_) => Launched::Running,
-        Err(error) => Launched::Failed(error.report()),
+        Err(error) => Launched::failed(error),
     };
-    tell(handshake, &message);
-    let (_lock, mut supervisor, running) = launched?;
+    let told = tell(handshake, &message);
+    let (_lock, mut supervisor, mut running) = launched?;
+    if !told && supervisor.vm.phase == Phase::Creating {
+        // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.
+        running.child.kill()?;
+        return Ok(());
+    }
+    drop(vm_lock);
     supervisor.live(&runtime, running)
 }
 
 /// Tells the caller that there will be no launch.
 pub fn refuse(handshake: File, error: &Error) {
-    tell(handshake, &Launched::Failed(error.report()));
+    let _ = tell(handshake, &Launched::failed(error));
 }
 
-/// A caller that is gone does not change what was launched.
-fn tell(mut handshake: File, message: &Launched) {
+/// Whether the caller could be told.
+fn tell(mut handshake: File, message: &Launched) -> bool {
     let mut line = serde_json::to_vec(message).expect("a message is plain data");
     line.push(b'\n');
-    if let Err(error) = handshake.write_all(&line) {
+    let told = handshake.write_all(&line);
+    if let Err(error) = &told {
         tracing::warn!(%error, "the call that started this supervisor is gone");
     }
+    told.is_ok()
 }
 
 struct Supervisor<'a> {
@@ -87,9 +97,13 @@ struct Run {
 impl<'a> Supervisor<'a> {
     fn new(scope: &'a Scope, runtime: &tokio::runtime::Runtime) -> Result<Self> {
         let _entered = runtime.enter();
-        let vm = read(scope)?.ok_or_else(|| {
+        let vm = read(scope)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
+            // The call that started us was killed, and delete_vm is or was here since.
+            let _ = atomic::remove_dir(&scope.paths.run);
             Error::new(ErrorKind::VmNotFound, format!("VM '{}' has no record to start from", scope.cid))
         })?;
+        // Only now: whoever removes the VM sees our lock from here on, and waits for us before it removes the group.
+        Cgroup::open(scope.cid.as_str()).enter();
         Ok(Self {
             scope,
             vm,
@@ -114,8 +128,11 @@ impl<'a> Supervisor<'a> {
                 Some(qemu) => {
                     let exit = runtime.block_on(self.watch(qemu));
                     self.note("exited", &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}));
-                    exit.write(&self.scope.paths.exit())?;
-                    exit.ending()
+                    if let Err(error) = exit.write(&self.scope.paths.exit()) {
+                        // A full disk is no reason to leave a crashed VM off.
+                        tracing::error!(error = error.report(), "the exit record is lost");
+                    }
+                    if exit.host_stopping { Ending::Stopped } else { exit.ending() }
                 }
                 None => Ending::Crashed,
             };
@@ -226,7 +243,8 @@ impl<'a> Supervisor<'a> {
     }
 
     fn note(&mut self, event: &str, data: &Value) {
-        tracing::info!(event, %data);
+        // A guest can cause events without end; they are in the capped file.
+        tracing::debug!(event, %data);
         let line = json!({"at": clock::now(), "run": self.vm.run, "event": event, "data": data});
         if let Err(error) = self.events.append(format!("{line}\n").as_bytes()) {
             tracing::warn!(error = error.report(), "an event is lost");

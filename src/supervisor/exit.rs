@@ -42,6 +42,8 @@ impl ExitRecord {
         match self.reason.as_deref() {
             _ if self.signal.is_some() || self.code != Some(0) => Ending::Crashed,
             Some("guest-panic") => Ending::Crashed,
+            // Somebody's SIGTERM, not ours: ours are SIGKILL and `quit`.
+            Some("host-signal") if !self.host_stopping => Ending::Crashed,
             Some("guest-shutdown") if !self.host_stopping => Ending::PoweredOff,
             _ => Ending::Stopped,
         }
@@ -89,6 +91,7 @@ mod tests {
     fn the_reason_decides_where_the_status_can_not() {
         assert_eq!(exit(Some(0), None, Some("guest-shutdown")).ending(), Ending::PoweredOff);
         assert_eq!(exit(Some(0), None, Some("host-qmp-quit")).ending(), Ending::Stopped);
+        assert_eq!(exit(Some(0), None, Some("host-signal")).ending(), Ending::Crashed);
         assert_eq!(exit(Some(0), None, None).ending(), Ending::Stopped);
         assert_eq!(exit(Some(1), None, Some("guest-panic")).ending(), Ending::Crashed);
         assert_eq!(exit(None, Some(9), None).ending(), Ending::Crashed);

@@ -6,17 +6,20 @@
 
 use std::path::Path;
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Scope;
-use super::resources::Resources;
-use qapi::qmp;
-use serde_json::Value;
+use super::resources::{self, Resources};
+use crate::cid::Cid;
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::tail;
-use crate::qemu::{Template, command_line};
+use crate::qemu::{Template, blockdev, command_line};
 use crate::qmp::connection::Connection;
+use crate::qmp::power;
 use crate::store::record::{Accel, VmRecord};
 use crate::sys::confine::{self, Child, Confined, Paths};
 use crate::sys::pidlock;
@@ -24,11 +27,14 @@ use crate::sys::pidlock;
 /// QEMU's initialization takes 0.1 s on an idle host; a busy one is given this long.
 const READY: Duration = Duration::from_secs(60);
 
+/// A QEMU that closed its monitor is gone within milliseconds.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// A QEMU whose guest runs.
 pub(super) struct Running {
     pub(super) child: Child,
     pub(super) monitor: Connection,
-    pub(super) serial: tokio::net::UnixStream,
+    pub(super) serial: UnixStream,
 }
 
 /// Starts QEMU, stopped. Synchronous: the child is made while this process has one thread.
@@ -54,37 +60,41 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
 /// Waits until QEMU is up, checks it and lets the guest run. If that fails, QEMU is killed.
 pub(super) async fn boot(scope: &Scope, vm: &VmRecord, mut child: Child) -> Result<Running> {
     let path = scope.paths.supervisor_qmp();
-    let connected = tokio::select! {
-        connected = Connection::connect(&path, READY) => connected.map_err(Error::from),
+    let booted = tokio::select! {
+        booted = connect_and_continue(scope, vm, &path) => booted,
         status = child.exited() => Err(early_exit(scope, status?)),
-    };
-    let booted = match connected {
-        Ok(mut monitor) => check_and_continue(scope, vm, &mut monitor).await.map(|serial| (monitor, serial)),
-        Err(error) => Err(error),
     };
     match booted {
         Ok((monitor, serial)) => Ok(Running { child, monitor, serial }),
         Err(error) => {
+            // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
+            let ended = timeout(LAST_WORDS, child.exited()).await;
             child.kill()?;
-            Err(error)
+            Err(ended.map_or(Ok(error), |status| Ok::<_, Error>(early_exit(scope, status?)))?)
         }
     }
 }
 
-async fn check_and_continue(scope: &Scope, vm: &VmRecord, monitor: &mut Connection) -> Result<tokio::net::UnixStream> {
-    let status = monitor.raw("query-status", Value::Null).await?;
-    if status["status"] != "prelaunch" {
-        return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {}", status["status"])));
+async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Result<(Connection, UnixStream)> {
+    let mut monitor = Connection::connect(path, Instant::now() + READY).await?;
+    let status = power::status(&mut monitor).await?;
+    if !status.is_prelaunch() {
+        return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {:?}", status.state)));
     }
-    let kvm = monitor.raw("query-kvm", Value::Null).await?;
+    let kvm = monitor.raw("query-kvm", &json!({})).await?;
     let wanted = vm.machine.accel == Accel::Kvm;
     if kvm["enabled"] != wanted {
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
+    for disk in resources::disks(scope, vm)? {
+        if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
+            monitor.raw("block_set_io_throttle", &limits).await?;
+        }
+    }
     let path = scope.paths.serial();
-    let serial = tokio::net::UnixStream::connect(&path).await.at("connect to serial port", &path)?;
-    monitor.execute(&qmp::cont {}).await?;
-    Ok(serial)
+    let serial = UnixStream::connect(&path).await.at("connect to serial port", &path)?;
+    power::cont(&mut monitor).await?;
+    Ok((monitor, serial))
 }
 
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {

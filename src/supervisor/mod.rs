@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cid::VmCid;
 use crate::config::Config;
+use crate::error::{Error, ErrorKind};
 use crate::store::{Store, VmPaths};
 
 /// The line a supervisor sends up the pipe once, when the guest runs or the launch failed.
@@ -44,8 +45,19 @@ use crate::store::{Store, VmPaths};
 pub enum Launched {
     /// `cont` was given.
     Running,
-    /// Nothing of the launch is left; why it failed.
-    Failed(String),
+    /// Nothing of the launch is left.
+    Failed {
+        /// What a caller may act on.
+        kind: ErrorKind,
+        /// Why it failed, for a person.
+        report: String,
+    },
+}
+
+impl Launched {
+    fn failed(error: &Error) -> Self {
+        Self::Failed { kind: error.kind(), report: error.report() }
+    }
 }
 
 /// What a supervisor works with.

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::power as buttons;
@@ -47,29 +49,34 @@ pub fn power_state(paths: &VmPaths) -> Result<PowerState> {
 /// # Errors
 /// [`ErrorKind::Timeout`] naming the process if even SIGKILL does not end it.
 pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
-    if let PowerState::On(qemu) = power_state(paths)? {
-        let ended = match button {
-            Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
-            Button::Quit => quit(paths, &qemu, deadline),
-            Button::Kill => false,
-        };
-        if !ended {
-            kill(&qemu, "QEMU", deadline)?;
-        }
-    }
+    end_qemu(paths, button, deadline)?;
     let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
-    if supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
-        return Ok(());
+    // Nobody wants the VM started again.
+    supervisor.signal(Signal::SIGTERM)?;
+    if !supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
+        kill(&supervisor, "the supervisor", deadline)?;
     }
-    kill(&supervisor, "the supervisor", deadline)
+    // It may have been about to start QEMU when we first looked: its call was killed in the middle of a launch.
+    end_qemu(paths, button, deadline)
+}
+
+fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
+    let PowerState::On(qemu) = power_state(paths)? else { return Ok(()) };
+    let ended = match button {
+        Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
+        Button::Quit => quit(paths, &qemu, deadline),
+        Button::Kill => false,
+    };
+    if ended { Ok(()) } else { kill(&qemu, "QEMU", deadline) }
 }
 
 /// The power button, again and again until the guest listens. Whether QEMU is gone.
 fn press(paths: &VmPaths, qemu: &Process, patience: Duration, deadline: Instant) -> bool {
     let until = earlier(deadline, patience);
-    let pressed = Monitor::connect(&paths.qmp(), until).and_then(|mut m| buttons::power_down(&mut m, until));
-    if let Err(error) = pressed {
-        tracing::info!(error = %error, "the guest did not follow the power button");
+    let pressed = Monitor::connect(&paths.qmp(), until)
+        .and_then(|mut monitor| monitor.run(async |connection| buttons::press_button(connection, until).await));
+    if !matches!(pressed, Ok(buttons::Button::Down)) {
+        tracing::info!(?pressed, "the guest did not follow the power button");
         return false;
     }
     qemu.wait_exit(earlier(deadline, QUIT)).unwrap_or(false)
@@ -80,7 +87,9 @@ fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
     let until = earlier(deadline, QUIT);
     // A QEMU that was stopped answers nothing; half of the time is left for one that is only slow to write back.
     let greeting = earlier(until, QUIT / 4);
-    if let Err(error) = Monitor::connect(&paths.qmp(), greeting).and_then(|mut m| buttons::quit(&mut m)) {
+    let told = Monitor::connect(&paths.qmp(), greeting)
+        .and_then(|mut monitor| monitor.run(async |connection| buttons::quit(connection).await));
+    if let Err(error) = told {
         tracing::info!(error = %error, "QEMU did not take `quit`");
         return false;
     }
@@ -88,7 +97,7 @@ fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
 }
 
 fn kill(process: &Process, what: &str, deadline: Instant) -> Result<()> {
-    process.signal(nix::sys::signal::Signal::SIGKILL)?;
+    process.signal(Signal::SIGKILL)?;
     if process.wait_exit(earlier(deadline, KILL).max(Instant::now() + Duration::from_secs(1)))? {
         return Ok(());
     }

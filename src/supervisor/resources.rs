@@ -31,12 +31,7 @@ pub(super) struct Resources {
 impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let mut disks = Vec::new();
-        for attachment in vm.disks.iter().filter(|a| a.phase == AttachmentPhase::Attached) {
-            let record = scope.store.read::<DiskRecord>(&attachment.disk)?;
-            disks.push(record.ok_or_else(|| missing_disk(&attachment.disk))?);
-        }
-        let needs = files::needs(vm, &scope.paths, &scope.store, &disks);
+        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
         Ok(Self {
             files: needs.into_iter().map(open_file).collect::<Result<_>>()?,
             taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
@@ -65,6 +60,13 @@ impl Resources {
     }
 }
 
+/// The records of the disks `vm` starts with: a disk the guest was only asked to let go of is still its own.
+pub(super) fn disks(scope: &Scope, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
+    let attached = vm.disks.iter().filter(|a| a.phase != AttachmentPhase::Attaching);
+    let record = |disk| scope.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk(disk));
+    attached.map(|attachment| record(&attachment.disk)).collect()
+}
+
 fn missing_disk(disk: &DiskCid) -> Error {
     Error::new(ErrorKind::DiskNotFound, format!("disk '{disk}' is attached to the VM but has no record"))
         .hint("restore the disk's directory, or detach the disk with detach_disk")
@@ -79,6 +81,8 @@ fn open_file(need: FileNeed) -> Result<(Opened, OwnedFd)> {
 /// Makes the NIC's bridge as it must be and plugs a new tap into it.
 fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
     let lock = scope.store.lock(Rank::Network, &nic.segment.bridge, Instant::now() + NETWORK_LOCK)?;
+    // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
+    net::apply::remove_tap(&nic.tap)?;
     let plug = net::apply::plug(&nic.tap, &nic.segment)?;
     lock.retire()?;
     Ok(plug)

@@ -8,17 +8,21 @@ use super::{Launched, Scope};
 use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::detached;
+use crate::store::Guard;
 
-/// Starts the supervisor of the VM and waits until its guest runs. The caller holds the VM's lock.
+/// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
 ///
 /// # Errors
 /// Why the launch failed; nothing of it is left, taps, sockets and processes included.
-pub fn start(scope: &Scope, config_file: Option<&Path>, deadline: Instant) -> Result<()> {
+pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
     let mut arguments = vec!["supervise".into(), scope.cid.as_str().into()];
     if let Some(file) = config_file {
         arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
     }
-    let launched = detached::spawn(&arguments, &scope.paths.supervisor_log())
+    Scope::rotate(&scope.paths.supervisor_log());
+    let launched = lock
+        .share()
+        .and_then(|lock| detached::spawn(&arguments, lock, &scope.paths.supervisor_log()))
         .and_then(|handshake| handshake.line(deadline))
         .and_then(|line| understand(scope, line.as_deref()));
     if launched.is_err() {
@@ -32,7 +36,7 @@ fn understand(scope: &Scope, line: Option<&str>) -> Result<()> {
     let log = scope.paths.supervisor_log();
     match line.map(serde_json::from_str::<Launched>) {
         Some(Ok(Launched::Running)) => Ok(()),
-        Some(Ok(Launched::Failed(why))) => Err(Error::new(ErrorKind::Host, why)),
+        Some(Ok(Launched::Failed { kind, report })) => Err(Error::new(kind, report)),
         Some(Err(_)) | None => Err(Error::new(
             ErrorKind::Host,
             format!("the supervisor ended before the VM ran: {}", crate::host::tail::last_lines(&log, 3)),

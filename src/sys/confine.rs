@@ -1,11 +1,11 @@
 //! Starting one program with as little as it needs, in this order, in the child between fork and exec:
 //!
 //! 1. take the lock that says it lives ([`super::pidlock`])
-//! 2. keep the inherited descriptors open; all others close by themselves at exec
+//! 2. have every descriptor close at exec but those it is given
 //! 3. no core dumps, room for descriptors
 //! 4. empty network and ipc namespaces
-//! 5. a uid and gid of its own, no groups: with that, no capabilities
-//! 6. no_new_privs, then Landlock: which paths it may open at all
+//! 5. a uid and gid of its own, no groups
+//! 6. no_new_privs, no capabilities, then Landlock: which paths it may open at all
 //!
 //! Everything that allocates or can fail in words is prepared before the fork; the child makes system calls only.
 //! QEMU adds its own seccomp filter (`-sandbox`).
@@ -15,26 +15,29 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
-use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, path_beneath_rules,
-};
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+pub use super::landlock::Paths;
 use super::pidfd::Process;
-use super::pidlock;
+use super::{landlock, pidlock};
 use crate::config::Hardening;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The newest Landlock whose rights are asked for; an older kernel leaves out what it does not know.
-const LANDLOCK: ABI = ABI::V5;
 /// Sixteen disks take 50 descriptors; a guest can not make QEMU open more than its hot-plug slots.
 const DESCRIPTORS: libc::rlim_t = 4096;
+/// 0 would still feed a core to a program in kernel.core_pattern, and a guest's secrets with it; 1 means none at all
+/// (fs/coredump.c).
+const NO_CORE: libc::rlim_t = 1;
+/// A program that ended at once has let go of its lock a little before its end is seen.
+const DYING: Duration = Duration::from_secs(1);
 
 /// A program and what it may do.
 #[derive(Debug)]
@@ -51,19 +54,11 @@ pub struct Confined {
     pub paths: Paths,
     /// Where its standard output and error go.
     pub log: File,
-    /// The file it locks while it lives, from [`pidlock::open`].
+    /// The file it locks while it lives, from [`pidlock::open`]. No other descriptor of it may be open in this process:
+    /// the child's copy would be closed at exec, and the lock go with it.
     pub pid_lock: File,
     /// Whether a step the host can not do is an error.
     pub hardening: Hardening,
-}
-
-/// Paths a confined program may open.
-#[derive(Debug, Default)]
-pub struct Paths {
-    /// For reading and executing.
-    pub read: Vec<PathBuf>,
-    /// For reading and writing.
-    pub write: Vec<PathBuf>,
 }
 
 /// The steps in the child, by the number it reports them under.
@@ -71,6 +66,7 @@ pub struct Paths {
 #[repr(u8)]
 enum Step {
     Lock = 1,
+    Others,
     Inherit,
     Limits,
     Namespaces,
@@ -78,12 +74,14 @@ enum Step {
     Gid,
     Uid,
     NoNewPrivileges,
+    Capabilities,
     Landlock,
 }
 
 impl Step {
-    const ALL: [Step; 9] = [
+    const ALL: [Step; 11] = [
         Self::Lock,
+        Self::Others,
         Self::Inherit,
         Self::Limits,
         Self::Namespaces,
@@ -91,12 +89,14 @@ impl Step {
         Self::Gid,
         Self::Uid,
         Self::NoNewPrivileges,
+        Self::Capabilities,
         Self::Landlock,
     ];
 
     fn describe(self) -> &'static str {
         match self {
             Self::Lock => "lock its pid file (is it running already?)",
+            Self::Others => "keep our other descriptors from it (needs Linux 5.11)",
             Self::Inherit => "hand over its descriptors",
             Self::Limits => "set its resource limits",
             Self::Namespaces => "give it empty network and ipc namespaces",
@@ -104,6 +104,7 @@ impl Step {
             Self::Gid => "drop to its own group",
             Self::Uid => "drop to its own user",
             Self::NoNewPrivileges => "forbid it new privileges",
+            Self::Capabilities => "drop its capabilities",
             Self::Landlock => "restrict it to its paths with Landlock",
         }
     }
@@ -120,15 +121,18 @@ impl Step {
 /// [`ErrorKind::Host`] naming the step that failed.
 pub fn spawn(confined: Confined) -> Result<Child> {
     let Confined { program, args, inherit, uid, paths, log, pid_lock, hardening } = confined;
-    let ruleset = landlock_ruleset(&paths, hardening)?;
+    let ruleset = landlock::ruleset(&paths, hardening)?;
     let (mut failed_at, report) = std::io::pipe().map_err(|e| Error::os("make a pipe", e))?;
     let errors = log.try_clone().map_err(|e| Error::os("copy the log's descriptor", e))?;
     let mut command = Command::new(&program);
     command.args(&args).stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
     let fds: Vec<RawFd> = inherit.iter().map(AsRawFd::as_raw_fd).chain([pid_lock.as_raw_fd()]).collect();
+    // Only root with CAP_SYS_RESOURCE may raise a hard limit; a container's root has not.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| Error::os("ask for the limit of descriptors", e))?;
     let steps = Steps {
         fds,
+        descriptors: DESCRIPTORS.min(most),
         lock: pid_lock.as_raw_fd(),
         uid,
         ruleset: ruleset.as_ref().map(AsRawFd::as_raw_fd),
@@ -137,7 +141,7 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     };
     before_exec(&mut command, steps);
     let spawned = command.spawn();
-    drop((report, inherit, pid_lock));
+    drop((report, inherit));
     let mut steps = Vec::new();
     failed_at.read_to_end(&mut steps).map_err(|e| Error::os("read how the start went", e))?;
     let steps: Vec<_> = steps.iter().filter_map(|n| Step::ALL.into_iter().find(|s| *s as u8 == *n)).collect();
@@ -149,8 +153,26 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     for step in steps {
         tracing::warn!(step = step.describe(), "this host can not confine QEMU fully");
     }
-    let process = Process::open(child.id() as i32)?;
-    Ok(Child { child, process, watch: None })
+    watched(child, &pid_lock)
+}
+
+/// The started program as a [`Child`] that holds its lock. If it can not be one it is killed: an error means that nothing runs.
+fn watched(mut child: std::process::Child, pid_lock: &File) -> Result<Child> {
+    let process = Process::open(child.id() as i32).and_then(|process| {
+        let locked = pidlock::is_held_by(pid_lock, process.pid())? || process.wait_exit(Instant::now() + DYING)?;
+        if locked {
+            Ok(process)
+        } else {
+            Err(Error::new(ErrorKind::Internal, "a started program lost the lock on its pid file"))
+        }
+    });
+    match process {
+        Ok(process) => Ok(Child { child, process, watch: None }),
+        Err(error) => {
+            let _ = child.kill().and_then(|()| child.wait());
+            Err(error)
+        }
+    }
 }
 
 /// What the child needs; no heap is touched after the fork.
@@ -158,6 +180,7 @@ struct Steps {
     fds: Vec<RawFd>,
     lock: RawFd,
     uid: u32,
+    descriptors: libc::rlim_t,
     ruleset: Option<RawFd>,
     hardening: Hardening,
     report: RawFd,
@@ -176,10 +199,12 @@ impl Steps {
             let lock = pidlock::whole_file(libc::F_WRLCK);
             call(libc::SYS_fcntl, [self.lock as usize, libc::F_SETLK as usize, &raw const lock as usize])
         })?;
+        let close_at_exec = libc::CLOSE_RANGE_CLOEXEC as usize;
+        self.step(Step::Others, || call(libc::SYS_close_range, [3, u32::MAX as usize, close_at_exec]))?;
         for fd in &self.fds {
             self.step(Step::Inherit, || call(libc::SYS_fcntl, [*fd as usize, libc::F_SETFD as usize, 0]))?;
         }
-        self.step(Step::Limits, limits)?;
+        self.step(Step::Limits, || limits(self.descriptors))?;
         if self.hardening == Hardening::Off {
             return Ok(());
         }
@@ -190,6 +215,7 @@ impl Steps {
         self.step(Step::Gid, || call(libc::SYS_setresgid, [id, id, id]))?;
         self.step(Step::Uid, || call(libc::SYS_setresuid, [id, id, id]))?;
         self.step(Step::NoNewPrivileges, || call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0]))?;
+        self.step(Step::Capabilities, drop_capabilities)?;
         if let Some(ruleset) = self.ruleset {
             self.step(Step::Landlock, || call(libc::SYS_landlock_restrict_self, [ruleset as usize, 0, 0]))?;
         }
@@ -201,16 +227,29 @@ impl Steps {
         let Err(error) = act() else { return Ok(()) };
         let number = step as u8;
         let _ = call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]);
-        if step.optional() && self.hardening == Hardening::BestEffort { Ok(()) } else { Err(error) }
+        if step.optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
     }
 }
 
-fn limits() -> std::io::Result<()> {
-    for (resource, limit) in [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, DESCRIPTORS)] {
+fn limits(descriptors: libc::rlim_t) -> std::io::Result<()> {
+    for (resource, limit) in [(libc::RLIMIT_CORE, NO_CORE), (libc::RLIMIT_NOFILE, descriptors)] {
         let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
         call(libc::SYS_setrlimit, [resource as usize, &raw const limit as usize, 0])?;
     }
     Ok(())
+}
+
+/// Root keeps its capabilities if the host can not give it another user, and a starter's ambient ones outlive any change
+/// of user. After this, and with no_new_privs, exec gives nothing back (capabilities(7)).
+fn drop_capabilities() -> std::io::Result<()> {
+    set_capabilities(&[0; 6])
+}
+
+/// The effective, permitted and inheritable sets of this thread: their low 32 bits, then their high ones.
+fn set_capabilities(sets: &[u32; 6]) -> std::io::Result<()> {
+    const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+    let header = [LINUX_CAPABILITY_VERSION_3, 0];
+    call(libc::SYS_capset, [&raw const header as usize, sets.as_ptr() as usize, 0])
 }
 
 /// A system call of up to three arguments, without the C library's bookkeeping for threads, which the child of a fork
@@ -222,38 +261,6 @@ fn call(number: libc::c_long, arguments: [usize; 3]) -> std::io::Result<()> {
     // reads. prctl's two unused arguments are zero as it demands.
     let result = unsafe { libc::syscall(number, a, b, c, 0usize, 0usize) };
     if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// The rules as a descriptor; `None` where hardening is off or may do without.
-fn landlock_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>> {
-    if hardening == Hardening::Off {
-        return Ok(None);
-    }
-    let made = make_ruleset(paths, hardening);
-    match (made, hardening) {
-        (Ok(fd), _) => Ok(fd),
-        (Err(error), Hardening::BestEffort) => {
-            tracing::warn!(%error, "this host has no Landlock: QEMU is confined by its user alone");
-            Ok(None)
-        }
-        (Err(error), _) => Err(Error::new(ErrorKind::Host, "prepare Landlock rules").because(error).hint(
-            "Landlock needs Linux 5.13 and `landlock` in the kernel's `lsm=` list; or set `hardening` to `best-effort`",
-        )),
-    }
-}
-
-fn make_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>, landlock::RulesetError> {
-    let level = if hardening == Hardening::Strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
-    let created = Ruleset::default()
-        .set_compatibility(level)
-        .handle_access(AccessFs::from_all(ABI::V1))?
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LANDLOCK))?
-        .create()?
-        // Rules for paths this host does not have are skipped by `path_beneath_rules`.
-        .add_rules(path_beneath_rules(&paths.read, AccessFs::from_read(LANDLOCK)))?
-        .add_rules(path_beneath_rules(&paths.write, AccessFs::from_read(LANDLOCK) | AccessFs::WriteFile))?;
-    Ok(created.into())
 }
 
 /// A confined program that was started by this process.
@@ -298,24 +305,9 @@ fn watch(process: &Process) -> Result<AsyncFd<OwnedFd>> {
     watch.map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
 }
 
-impl Paths {
-    /// What QEMU opens by itself: its libraries, firmware and modules, and what the C library and glib look at. No
-    /// directory it could write to.
-    pub fn of_qemu(binary: &Path) -> Self {
-        // A QEMU outside /usr has its firmware and libraries beside it: /opt/qemu/bin/… means /opt/qemu.
-        let prefix = binary.parent().and_then(Path::parent).filter(|prefix| prefix.parent().is_some());
-        let fixed = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/proc", "/sys/devices/system", "/dev/urandom"];
-        Self {
-            read: fixed.iter().map(PathBuf::from).chain(prefix.map(Path::to_owned)).collect(),
-            // QEMU tries there whether the kernel has open-file-description locks.
-            write: vec!["/dev/null".into()],
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::path::Path;
 
     use super::*;
 
@@ -353,6 +345,48 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_can_not_drop_the_user_still_drops_every_capability() {
+        // Capabilities belong to a thread and are inherited by what it starts: a root that may not change its user.
+        let status = std::thread::spawn(|| {
+            let own = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let permitted = own.lines().find_map(|line| line.strip_prefix("CapPrm:\t")).unwrap();
+            let (cap_setgid, cap_setuid) = (1 << 6, 1 << 7);
+            let all = u64::from_str_radix(permitted, 16).unwrap() & !(cap_setgid | cap_setuid);
+            let (low, high) = (all as u32, (all >> 32) as u32);
+            set_capabilities(&[low, low, 0, high, high, 0]).unwrap();
+            says("cat /proc/self/status", Hardening::BestEffort)
+        });
+        let status = status.join().unwrap();
+        for line in ["Uid:\t0\t0", "CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"] {
+            assert!(status.contains(line), "{line} in {status}");
+        }
+    }
+
+    #[test]
+    fn what_it_is_not_given_it_does_not_get() {
+        let stray = File::open("/dev/null").unwrap();
+        nix::fcntl::fcntl(&stray, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+        let script = format!("test -e /proc/self/fd/{} && echo stray", stray.as_raw_fd());
+        assert_eq!(says(&script, Hardening::Strict), "");
+        assert_eq!(says(&script, Hardening::Off), "");
+    }
+
+    #[test]
+    fn a_lock_that_is_lost_at_exec_is_an_error_and_ends_the_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let confined = confined(dir.path(), "exec sleep 60", Hardening::Strict);
+        // The child closes its copy of this at exec, and POSIX locks go with any descriptor of the file.
+        let _second = pidlock::open(&dir.path().join("x.pid")).unwrap();
+        let error = spawn(confined).unwrap_err();
+        assert!(error.report().contains("lost the lock"), "{}", error.report());
+    }
+
+    #[test]
+    fn no_core_is_dumped_into_a_file_or_a_program() {
+        assert!(says("grep core /proc/self/limits", Hardening::Strict).contains(" 1                    1 "));
+    }
+
+    #[test]
     fn without_hardening_it_is_plain() {
         assert!(says("cat /proc/self/status", Hardening::Off).contains("NoNewPrivs:\t0"));
     }
@@ -360,14 +394,15 @@ mod tests {
     #[test]
     fn it_holds_its_lock_until_it_is_killed_and_keeps_what_it_inherits() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut reader, writer) = std::io::pipe().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
         let fd = OwnedFd::from(writer);
-        let script = format!("echo here >&{}; exec sleep 60", fd.as_raw_fd());
-        let mut child =
-            spawn(Confined { inherit: vec![fd], ..confined(dir.path(), &script, Hardening::Strict) }).unwrap();
-        let mut said = [0; 5];
-        reader.read_exact(&mut said).unwrap();
-        assert_eq!(&said, b"here\n");
+        let number = fd.as_raw_fd();
+        let confined_sleep = confined(dir.path(), "exec sleep 60", Hardening::Strict);
+        let mut child = spawn(Confined { inherit: vec![fd], ..confined_sleep }).unwrap();
+        // Both ends of a pipe read as the same "pipe:[inode]".
+        let target = |pid: i32, fd: RawFd| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+        let own_end = target(std::process::id() as i32, reader.as_raw_fd());
+        assert_eq!(target(child.process().pid(), number), own_end, "under its own number");
         let holder = pidlock::holder(&dir.path().join("x.pid")).unwrap().expect("alive");
         assert_eq!(holder.pid(), child.process().pid());
         let again = spawn(confined(dir.path(), "true", Hardening::Strict)).unwrap_err();

@@ -2,6 +2,8 @@
 
 pub mod confine;
 pub mod detach;
+mod landlock;
 pub mod pidfd;
 pub mod pidlock;
+pub mod signals;
 pub mod tun;

@@ -4,12 +4,15 @@
 //! its child before exec, and needs no directory of its own to write a pid file in. `F_GETLK` tells anybody who the
 //! holder is; a killed process, reaped or not, holds nothing. The file's contents mean nothing.
 //!
-//! The lock goes when its holder closes *any* descriptor of the file. So a holder opens it once and keeps it.
+//! The lock goes when its holder closes *any* descriptor of the file. So a holder opens it once and keeps it, and never
+//! asks [`holder`] about it: the answer would be nobody, and then true. A QEMU that a guest broke out of can let go of
+//! its lock too; what it can not leave is its control group.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -40,6 +43,12 @@ pub fn lock_self(path: &Path) -> Result<File> {
 }
 
 /// The process that holds the lock, or `None` if none does or the file is not there.
+///
+/// A dying process lets go of its lock an instant before its last descriptors are closed: who needs those, as the next
+/// start needs QEMU's image locks, waits for a [`Process`] it knows.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if something holds it that has no process number here.
 pub fn holder(path: &Path) -> Result<Option<Process>> {
     let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -47,11 +56,13 @@ pub fn holder(path: &Path) -> Result<Option<Process>> {
     };
     loop {
         let Some(pid) = holding(&file, path)? else { return Ok(None) };
-        // The holder may end, and its number be given to another, between asking and opening; not if it holds the
-        // lock on both sides of it.
+        // The holder may end, and its number be given to another, between asking and opening; not if the number
+        // holds the lock on both sides of it and what was opened lives still.
         let process = Process::find(pid)?;
         match process {
-            Some(process) if holding(&file, path)? == Some(pid) => return Ok(Some(process)),
+            Some(process) if holding(&file, path)? == Some(pid) && !process.wait_exit(Instant::now())? => {
+                return Ok(Some(process));
+            }
             _ => {}
         }
     }
@@ -60,7 +71,21 @@ pub fn holder(path: &Path) -> Result<Option<Process>> {
 fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
     let mut lock = whole_file(libc::F_WRLCK);
     fcntl(file, FcntlArg::F_GETLK(&mut lock)).at("ask for the lock on", path)?;
-    Ok((i32::from(lock.l_type) != libc::F_UNLCK).then_some(lock.l_pid))
+    if i32::from(lock.l_type) == libc::F_UNLCK {
+        return Ok(None);
+    }
+    // fcntl(2): 0 is a process of another pid namespace, -1 a lock that no process but an open file holds.
+    if lock.l_pid <= 0 {
+        let message = format!("'{}' is held by a process that can not be seen from here", path.display());
+        return Err(Error::new(ErrorKind::Conflict, message)
+            .hint("run the CPI in the host's pid namespace; /proc/locks on the host lists the holder"));
+    }
+    Ok(Some(lock.l_pid))
+}
+
+/// Whether process `pid` holds the lock on the open `file`.
+pub(super) fn is_held_by(file: &File, pid: i32) -> Result<bool> {
+    Ok(holding(file, Path::new("pid file"))? == Some(pid))
 }
 
 pub(super) fn whole_file(kind: i32) -> libc::flock {
@@ -70,13 +95,22 @@ pub(super) fn whole_file(kind: i32) -> libc::flock {
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::*;
 
     #[test]
     fn nobody_holds_a_file_that_is_not_there() {
         assert!(holder(Path::new("/nonexistent/qemu.pid")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_holder_without_a_number_is_an_error_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.pid");
+        let file = open(&path).unwrap();
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))).unwrap();
+        assert_eq!(holder(&path).unwrap_err().kind(), ErrorKind::Conflict);
     }
 
     #[test]

@@ -1,4 +1,15 @@
-//! Everything that acts on a real host: kernel, processes, files.
+//! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
+mod contract;
+mod disks;
+mod docs;
+mod door;
+mod hostile;
+mod layers;
+mod lifecycle;
+mod linux;
 mod network;
+mod release;
+mod supervisor;
 mod support;
+mod traces;

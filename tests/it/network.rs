@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::config::Network;
 use bosh_qemu_cpi::error::{ErrorKind, Result};
+use bosh_qemu_cpi::link_name::LinkName;
 use bosh_qemu_cpi::net::plan::{Keeper, Requested, Segment};
-use bosh_qemu_cpi::net::{LinkName, apply, plan};
+use bosh_qemu_cpi::net::{apply, plan};
 use serde_json::{Value, json};
 
 use crate::support::netns::Namespace;

@@ -8,6 +8,8 @@
  *   - the power button, or 'q' on COM1:                       prints "OFF" and powers off
  *   - 'e' on COM1:                                            ejects every device nobody asked for
  *
+ * SeaBIOS does not boot from a disk of less than 504 KiB: pad it with zeros.
+ *
  * With MUTE defined it looks at neither unplug requests nor the power button: a guest that never answers.
  *
  *   as --32 [--defsym MUTE=1] acpi-bootsector.S -o b.o

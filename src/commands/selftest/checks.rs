@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::{Lab, Report};
 use crate::cid::{DiskCid, StemcellCid, VmCid};
@@ -15,6 +15,7 @@ use crate::cpi::verbs::{AgentId, CreateDisk, CreateStemcell, CreateVm, Env, Verb
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{probe, tail};
 use crate::qmp::monitor::Monitor;
+use crate::qmp::power;
 use crate::schema::Redacted;
 use crate::store::{Store, VmRecord};
 use crate::supervisor::{PowerState, power_state};
@@ -184,7 +185,7 @@ impl Tour<'_> {
     fn reset(&self) -> Checked {
         let deadline = Instant::now() + PATIENCE;
         let mut monitor = Monitor::connect(&self.store().vm(self.vm()).qmp(), deadline)?;
-        monitor.raw("system_reset", Value::Null).map_err(Error::from)?;
+        monitor.run(async |connection| power::reset(connection).await)?;
         self.sees("BOOTSECTOR-OK", 2)
     }
 
@@ -211,7 +212,7 @@ impl Tour<'_> {
             let links = [&nic.tap, &nic.segment.bridge].into_iter();
             left.extend(links.filter(|l| nix::net::if_::if_nametoindex(l.as_str()).is_ok()).map(ToString::to_string));
         }
-        for dir in ["stemcells", "vms", "disks", "locks", "uids"] {
+        for dir in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
             let entries = self.lab.config.state_dir.join(dir).read_dir().into_iter().flatten().flatten();
             left.extend(entries.map(|entry| entry.path().display().to_string()));
         }

@@ -1,7 +1,10 @@
 //! What the tests share.
 
+pub mod answer;
+pub mod host;
 pub mod netns;
 pub mod nftables;
+pub mod world;
 
 /// Says why a test does nothing here. A runner counts these lines.
 #[allow(clippy::print_stderr)]

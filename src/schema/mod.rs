@@ -6,15 +6,16 @@
 //!
 //! A value is never quoted in an error: it may be a secret. Its JSON type is.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::path::PathBuf;
+mod reader;
+mod values;
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
+
+pub use reader::{Reader, printable, suggest};
+pub use values::{Redacted, Whole};
 
 use crate::error::{Error, ErrorKind};
-use crate::units::MiB;
 
 /// What is wrong with a document, and where.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -124,67 +125,6 @@ pub trait Property: Sized + Serialize {
     }
 }
 
-/// Takes the keys of one object one by one; what is left at the end is unknown.
-pub struct Reader<'a> {
-    left: Map<String, Value>,
-    known: &'a [&'static str],
-}
-
-impl<'a> Reader<'a> {
-    /// Reads `value`, which must be an object whose keys are all in `known`.
-    pub fn new(value: &Value, known: &'a [&'static str]) -> Result<Self, SchemaError> {
-        match value {
-            Value::Object(map) => Ok(Self { left: map.clone(), known }),
-            other => Err(SchemaError::value("an object", other)),
-        }
-    }
-
-    /// Takes `name` or one of its `aliases`, but not two of them.
-    pub fn take<T: Property>(
-        &mut self,
-        name: &'static str,
-        aliases: &[&'static str],
-        default: impl FnOnce() -> Option<T>,
-    ) -> Result<T, SchemaError> {
-        let mut found: Option<(&str, Value)> = None;
-        for spelling in std::iter::once(&name).chain(aliases) {
-            let Some(value) = self.left.remove(*spelling) else { continue };
-            if found.is_some() {
-                return Err(SchemaError { path: (*spelling).into(), problem: Problem::Twice(name) });
-            }
-            found = Some((spelling, value));
-        }
-        match found {
-            Some((spelling, value)) => T::from_json(&value).map_err(|e| e.under(spelling)),
-            None => default()
-                .or_else(T::absent)
-                .ok_or_else(|| SchemaError { path: name.into(), problem: Problem::Missing(T::EXPECTED) }),
-        }
-    }
-
-    /// Fails if a key is left that nobody took.
-    pub fn finish(self) -> Result<(), SchemaError> {
-        let Some(name) = self.left.keys().next() else { return Ok(()) };
-        Err(SchemaError { path: printable(name), problem: Problem::Unknown { suggestion: suggest(name, self.known) } })
-    }
-}
-
-/// A key as it may stand in a message: hostile keys are cut and their control characters escaped.
-pub fn printable(key: &str) -> String {
-    key.chars().take(64).flat_map(char::escape_debug).collect()
-}
-
-/// The word of `known` a person who typed `name` may have meant.
-pub fn suggest(name: &str, known: &[&'static str]) -> Option<&'static str> {
-    let short: String = name.chars().take(64).collect();
-    known
-        .iter()
-        .map(|word| (strsim::jaro_winkler(&short, word), *word))
-        .filter(|(likeness, _)| *likeness > 0.8)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, word)| word)
-}
-
 /// Declares a document: see the [module](crate::schema).
 ///
 /// A field is `name: Type;` (must be given, or `Option`), `name: Type = default;`, or `name | "alias": Type …`.
@@ -279,176 +219,15 @@ macro_rules! choice {
     };
 }
 
-impl<T: Property> Property for Option<T> {
-    const EXPECTED: &'static str = T::EXPECTED;
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        if value.is_null() { Ok(None) } else { T::from_json(value).map(Some) }
-    }
-
-    fn absent() -> Option<Self> {
-        Some(None)
-    }
-
-    fn keys() -> Vec<Key> {
-        T::keys()
-    }
-}
-
-impl<T: Property> Property for BTreeMap<String, T> {
-    const EXPECTED: &'static str = "an object of named entries";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let Value::Object(map) = value else { return Err(SchemaError::value(Self::EXPECTED, value)) };
-        let entry = |(key, value): (&String, &Value)| {
-            T::from_json(value).map(|value| (key.clone(), value)).map_err(|e| e.under(&printable(key)))
-        };
-        map.iter().map(entry).collect()
-    }
-
-    fn absent() -> Option<Self> {
-        Some(BTreeMap::new())
-    }
-
-    fn keys() -> Vec<Key> {
-        T::keys()
-    }
-}
-
-impl<T: Property> Property for Vec<T> {
-    const EXPECTED: &'static str = "an array";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let Value::Array(items) = value else { return Err(SchemaError::value(Self::EXPECTED, value)) };
-        let item = |(i, value): (usize, &Value)| T::from_json(value).map_err(|e| e.under(&i.to_string()));
-        items.iter().enumerate().map(item).collect()
-    }
-
-    fn absent() -> Option<Self> {
-        Some(Vec::new())
-    }
-}
-
-impl Property for bool {
-    const EXPECTED: &'static str = "true or false";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        value.as_bool().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
-    }
-}
-
-impl Property for String {
-    const EXPECTED: &'static str = "a non-empty string";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        match value.as_str() {
-            Some(text) if !text.is_empty() && !text.contains('\0') => Ok(text.to_owned()),
-            _ => Err(SchemaError::value(Self::EXPECTED, value)),
-        }
-    }
-}
-
-impl Property for PathBuf {
-    const EXPECTED: &'static str = "an absolute path";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        match value.as_str() {
-            Some(text) if text.starts_with('/') && !text.contains('\0') => Ok(text.into()),
-            _ => Err(SchemaError::value(Self::EXPECTED, value)),
-        }
-    }
-}
-
-impl Property for MiB {
-    const EXPECTED: &'static str = "a whole number of MiB from 1 to 67108864";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let size = value.as_u64().filter(|mib| *mib > 0).and_then(MiB::new);
-        size.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
-    }
-}
-
-impl Property for Map<String, Value> {
-    const EXPECTED: &'static str = "an object";
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        value.as_object().cloned().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
-    }
-
-    fn absent() -> Option<Self> {
-        Some(Map::new())
-    }
-}
-
-/// A whole number from `MIN` to `MAX`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(transparent)]
-pub struct Whole<const MIN: u64, const MAX: u64>(u64);
-
-impl<const MIN: u64, const MAX: u64> Whole<MIN, MAX> {
-    /// `number`, which the compiler checks to be in range.
-    pub const fn of(number: u64) -> Self {
-        assert!(number >= MIN && number <= MAX);
-        Self(number)
-    }
-
-    /// The number.
-    pub const fn get(self) -> u64 {
-        self.0
-    }
-}
-
-/// Names the range of a [`Whole`] in words, once for each range in use.
-macro_rules! whole {
-    ($($min:literal ..= $max:literal),* $(,)?) => {$(
-        impl Property for Whole<$min, $max> {
-            const EXPECTED: &'static str = concat!("a whole number from ", $min, " to ", $max);
-
-            fn from_json(value: &Value) -> Result<Self, SchemaError> {
-                let number = value.as_u64().filter(|n| ($min..=$max).contains(n));
-                number.map(Self).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
-            }
-        }
-    )*};
-}
-
-whole! {
-    0..=128,
-    1..=16,
-    1..=512,
-    1..=86400,
-    1..=1000000000,
-    576..=65535,
-}
-
-/// A value whose `Debug` says nothing: settings and credentials must not reach a log by accident.
-#[derive(Clone, PartialEq, Eq, Default, Serialize)]
-#[serde(transparent)]
-pub struct Redacted<T>(pub T);
-
-impl<T> fmt::Debug for Redacted<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl<T: Property> Property for Redacted<T> {
-    const EXPECTED: &'static str = T::EXPECTED;
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        T::from_json(value).map(Self)
-    }
-
-    fn absent() -> Option<Self> {
-        T::absent().map(Self)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
     use serde_json::json;
 
     use super::*;
+    use crate::units::MiB;
 
     crate::document! {
         /// A document for these tests.

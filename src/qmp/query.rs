@@ -1,0 +1,75 @@
+//! Questions whose answers we read in part.
+//!
+//! `qapi`'s types for these name every field and every enum value of one QEMU version, and fail on the next one's.
+
+use qapi::Command;
+use serde::{Deserialize, Serialize};
+
+macro_rules! question {
+    ($($(#[$doc:meta])* $question:ident = $name:literal -> $answer:ty;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, Serialize)]
+        pub struct $question {}
+
+        impl Command for $question {
+            type Ok = $answer;
+            const NAME: &'static str = $name;
+            const ALLOW_OOB: bool = false;
+        }
+    )*};
+}
+
+question! {
+    /// Does the machine run?
+    QueryStatus = "query-status" -> Status;
+    /// Which jobs are there?
+    QueryJobs = "query-jobs" -> Vec<Job>;
+}
+
+/// Which block nodes are there? All of them, also those below others.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryNamedBlockNodes {
+    /// Leaves out the chain of backing images below each node, which has its own entries anyway.
+    pub flat: bool,
+}
+
+impl Command for QueryNamedBlockNodes {
+    type Ok = Vec<BlockNode>;
+    const NAME: &'static str = "query-named-block-nodes";
+    const ALLOW_OOB: bool = false;
+}
+
+/// Whether the machine runs, and if not, why.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Status {
+    /// vCPUs run.
+    pub running: bool,
+    /// QEMU's RunState: `running`, `prelaunch`, `paused`, `io-error`, `guest-panicked`, `shutdown`, … New versions
+    /// add words.
+    #[serde(rename = "status")]
+    pub state: String,
+}
+
+impl Status {
+    /// Started with `-S` and not continued yet: the guest has not run.
+    pub fn is_prelaunch(&self) -> bool {
+        self.state == "prelaunch"
+    }
+}
+
+/// A block node.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BlockNode {
+    /// Its name.
+    #[serde(rename = "node-name")]
+    pub name: String,
+}
+
+/// A block job.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Job {
+    /// The name it was started with.
+    pub id: String,
+    /// `running`, `ready`, `concluded`, …
+    pub status: String,
+}

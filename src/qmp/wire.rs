@@ -1,0 +1,148 @@
+//! Lines of QMP to messages and back. Pure.
+
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::error::MonitorError;
+use super::event::{Event, Timestamp};
+
+/// Longest line accepted, bytes. The longest answer known, `query-qmp-schema`, has 236 kB in QEMU 10.0.
+pub(super) const LONGEST_LINE: usize = 2 << 20;
+/// Longest line of an event, bytes. Those of QEMU have a few hundred; they are kept in a queue, so the sum counts.
+const LONGEST_EVENT: usize = 16 << 10;
+/// Longest text of QEMU's that gets into a message of ours, characters.
+const LONGEST_TEXT: usize = 400;
+
+/// One message from QEMU.
+#[derive(Debug)]
+pub(super) enum Message {
+    Greeting,
+    Event(Event),
+    Reply { id: u64, result: Result<Box<RawValue>, Refusal> },
+}
+
+/// QEMU's error reply.
+#[derive(Debug, Deserialize)]
+pub(super) struct Refusal {
+    class: String,
+    desc: String,
+}
+
+impl Refusal {
+    pub(super) fn of(self, command: &str) -> MonitorError {
+        MonitorError::Refused {
+            command: command.to_owned(),
+            class: printable(&self.class),
+            desc: printable(&self.desc),
+        }
+    }
+}
+
+/// All fields that any message has; which are there says what it is.
+#[derive(Deserialize)]
+struct Line {
+    #[serde(rename = "QMP")]
+    greeting: Option<serde::de::IgnoredAny>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+    timestamp: Option<Timestamp>,
+    // `Option` would read the answer `null` as no answer.
+    #[serde(default, rename = "return", deserialize_with = "present")]
+    answer: Option<Box<RawValue>>,
+    error: Option<Refusal>,
+    id: Option<u64>,
+}
+
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
+}
+
+/// Reads one line, without its line feed.
+pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
+    let length = line.len();
+    let line: Line = serde_json::from_slice(line)
+        .map_err(|e| MonitorError::Protocol(format!("a line of {length} bytes is not a message: {e}")))?;
+    match line {
+        Line { greeting: Some(_), .. } => Ok(Message::Greeting),
+        Line { event: Some(_), .. } if length > LONGEST_EVENT => {
+            Err(MonitorError::Protocol(format!("an event of {length} bytes")))
+        }
+        Line { event: Some(name), data, timestamp, .. } => {
+            Ok(Message::Event(Event { name, data, time: timestamp.and_then(Timestamp::time) }))
+        }
+        Line { answer: Some(answer), id: Some(id), .. } => Ok(Message::Reply { id, result: Ok(answer) }),
+        Line { error: Some(refusal), id: Some(id), .. } => Ok(Message::Reply { id, result: Err(refusal) }),
+        // QEMU could not read what we sent well enough to find the id in it.
+        Line { error: Some(refusal), .. } => Err(MonitorError::Protocol(printable(&refusal.desc))),
+        _ => Err(MonitorError::Protocol("a message is neither event nor reply".into())),
+    }
+}
+
+/// One command as a line.
+pub(super) fn encode<A: Serialize>(id: u64, command: &str, arguments: &A) -> Result<Vec<u8>, MonitorError> {
+    #[derive(Serialize)]
+    struct Command<'a, A> {
+        execute: &'a str,
+        arguments: &'a A,
+        id: u64,
+    }
+    let mut line = serde_json::to_vec(&Command { execute: command, arguments, id })
+        .map_err(|e| MonitorError::Protocol(format!("arguments of '{command}': {e}")))?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// `text` as it may stand in a message or a log: cut, and without control characters.
+pub(super) fn printable(text: &str) -> String {
+    let mut shown = String::new();
+    for c in text.chars().take(LONGEST_TEXT) {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    if text.chars().nth(LONGEST_TEXT).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_event_of_the_future_is_an_event() {
+        let line = br#"{"event": "NEW", "data": {"x": 1}, "timestamp": {"seconds": 1, "microseconds": 2}, "more": []}"#;
+        let Ok(Message::Event(event)) = decode(line) else { panic!() };
+        assert_eq!((event.name.as_str(), event.data), ("NEW", json!({"x": 1})));
+    }
+
+    #[test]
+    fn null_is_an_answer() {
+        assert!(matches!(decode(br#"{"return": null, "id": 3}"#), Ok(Message::Reply { id: 3, result: Ok(_) })));
+    }
+
+    #[test]
+    fn what_is_not_qmp_is_an_error_that_does_not_quote_it() {
+        for line in [&b"HTTP/1.1 200 OK"[..], b"{}", b"[]", b"", b"\xff", br#"{"id": 1}"#, br#"{"return": {}}"#] {
+            let error = decode(line).unwrap_err().to_string();
+            assert!(error.starts_with("monitor protocol: "), "{error}");
+            assert!(!error.contains("HTTP"), "{error}");
+        }
+    }
+
+    #[test]
+    fn qemus_text_is_cut_and_escaped() {
+        assert_eq!(printable("a\nb\x1b[2J"), "a\\nb\\u{1b}[2J");
+        assert_eq!(printable(&"ä".repeat(1000)).chars().count(), LONGEST_TEXT + 1);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_line_panics(line in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = decode(&line);
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The types that stand in documents.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::reader::printable;
+use super::{Key, Property, SchemaError};
+use crate::units::MiB;
+
+impl<T: Property> Property for Option<T> {
+    const EXPECTED: &'static str = T::EXPECTED;
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        if value.is_null() { Ok(None) } else { T::from_json(value).map(Some) }
+    }
+
+    fn absent() -> Option<Self> {
+        Some(None)
+    }
+
+    fn keys() -> Vec<Key> {
+        T::keys()
+    }
+}
+
+impl<T: Property> Property for BTreeMap<String, T> {
+    const EXPECTED: &'static str = "an object of named entries";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let Value::Object(map) = value else { return Err(SchemaError::value(Self::EXPECTED, value)) };
+        let entry = |(key, value): (&String, &Value)| {
+            T::from_json(value).map(|value| (key.clone(), value)).map_err(|e| e.under(&printable(key)))
+        };
+        map.iter().map(entry).collect()
+    }
+
+    fn absent() -> Option<Self> {
+        Some(BTreeMap::new())
+    }
+
+    fn keys() -> Vec<Key> {
+        T::keys()
+    }
+}
+
+impl<T: Property> Property for Vec<T> {
+    const EXPECTED: &'static str = "an array";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let Value::Array(items) = value else { return Err(SchemaError::value(Self::EXPECTED, value)) };
+        let item = |(i, value): (usize, &Value)| T::from_json(value).map_err(|e| e.under(&i.to_string()));
+        items.iter().enumerate().map(item).collect()
+    }
+
+    fn absent() -> Option<Self> {
+        Some(Vec::new())
+    }
+}
+
+impl Property for bool {
+    const EXPECTED: &'static str = "true or false";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        value.as_bool().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
+impl Property for String {
+    const EXPECTED: &'static str = "a non-empty string";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        match value.as_str() {
+            Some(text) if !text.is_empty() && !text.contains('\0') => Ok(text.to_owned()),
+            _ => Err(SchemaError::value(Self::EXPECTED, value)),
+        }
+    }
+}
+
+impl Property for PathBuf {
+    const EXPECTED: &'static str = "an absolute path";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        match value.as_str() {
+            Some(text) if text.starts_with('/') && !text.contains('\0') => Ok(text.into()),
+            _ => Err(SchemaError::value(Self::EXPECTED, value)),
+        }
+    }
+}
+
+impl Property for MiB {
+    const EXPECTED: &'static str = "a whole number of MiB from 1 to 67108864";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let size = value.as_u64().filter(|mib| *mib > 0).and_then(MiB::new);
+        size.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
+impl Property for Map<String, Value> {
+    const EXPECTED: &'static str = "an object";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        value.as_object().cloned().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+
+    fn absent() -> Option<Self> {
+        Some(Map::new())
+    }
+}
+
+/// A whole number from `MIN` to `MAX`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct Whole<const MIN: u64, const MAX: u64>(u64);
+
+impl<const MIN: u64, const MAX: u64> Whole<MIN, MAX> {
+    /// `number`, which the compiler checks to be in range.
+    pub const fn of(number: u64) -> Self {
+        assert!(number >= MIN && number <= MAX);
+        Self(number)
+    }
+
+    /// The number.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// Names the range of a [`Whole`] in words, once for each range in use.
+macro_rules! whole {
+    ($($min:literal ..= $max:literal),* $(,)?) => {$(
+        impl Property for Whole<$min, $max> {
+            const EXPECTED: &'static str = concat!("a whole number from ", $min, " to ", $max);
+
+            fn from_json(value: &Value) -> Result<Self, SchemaError> {
+                let number = value.as_u64().filter(|n| ($min..=$max).contains(n));
+                number.map(Self).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+            }
+        }
+    )*};
+}
+
+whole! {
+    0..=128,
+    1..=16,
+    1..=512,
+    1..=86400,
+    1..=1000000000,
+    576..=65535,
+}
+
+/// A value whose `Debug` says nothing: settings and credentials must not reach a log by accident.
+#[derive(Clone, PartialEq, Eq, Default, Serialize)]
+#[serde(transparent)]
+pub struct Redacted<T>(pub T);
+
+impl<T> fmt::Debug for Redacted<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl<T: Property> Property for Redacted<T> {
+    const EXPECTED: &'static str = T::EXPECTED;
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        T::from_json(value).map(Self)
+    }
+
+    fn absent() -> Option<Self> {
+        T::absent().map(Self)
+    }
+}

@@ -1,0 +1,295 @@
+//! Persistent disks: attached and detached whatever the VM does meanwhile, and never lost.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use serde_json::{Value, json};
+
+use crate::support::answer::Answer;
+use crate::support::host::{Host, MUTE_GUEST, command_line, json_options};
+
+fn attach(host: &Host, vm: &VmCid, disk: &DiskCid) -> Answer {
+    host.call("attach_disk", &json!([vm, disk]))
+}
+
+fn hint(disk: &DiskCid) -> Value {
+    json!({"path": format!("/dev/disk/by-id/virtio-{disk}")})
+}
+
+/// Whether QEMU has the disk plugged in, under its cid as serial.
+fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
+    let property = json!({"path": format!("/machine/peripheral/{disk}"), "property": "serial"});
+    match host.monitor(vm).raw("qom-get", &property) {
+        Ok(serial) => {
+            assert_eq!(serial, disk.as_str());
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+/// Where a disk's image is.
+fn image(host: &Host, disk: &DiskCid) -> std::path::PathBuf {
+    host.store().disk_dir(disk).join("disk.qcow2")
+}
+
+/// Runs commands of qemu-io, which takes QEMU's own lock, on an image.
+fn qemu_io(image: &Path, commands: &[&str]) -> String {
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.args(["-f", "qcow2"]);
+    for command in commands {
+        qemu_io.args(["-c", command]);
+    }
+    let output = qemu_io.arg(image).output().expect("qemu-io");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
+    said
+}
+
+/// Writes data that [`assert_data`] finds again.
+fn write_data(host: &Host, disk: &DiskCid) {
+    qemu_io(&image(host, disk), &["write -P 0xb0 0 64k", "write -P 0x54 5M 64k"]);
+}
+
+fn assert_data(host: &Host, disk: &DiskCid) {
+    qemu_io(&image(host, disk), &["read -P 0xb0 0 64k", "read -P 0x54 5M 64k", "read -P 0 1M 64k"]);
+    let check = Command::new("qemu-img").args(["check", "-q"]).arg(image(host, disk)).status().expect("qemu-img");
+    assert!(check.success());
+}
+
+#[test]
+fn a_disk_comes_and_goes_while_the_vm_runs() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    for round in 1..=3 {
+        assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk));
+        assert!(is_plugged(&host, &vm, &disk));
+        host.sees(&vm, "\nU", round);
+        assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk), "twice is once");
+        assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
+        host.ok("detach_disk", &json!([vm, disk]));
+        assert!(!is_plugged(&host, &vm, &disk));
+        host.sees(&vm, "\nD", round);
+        host.ok("detach_disk", &json!([vm, disk]));
+        assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
+    }
+    assert_eq!(attach(&host, &vm, &DiskCid::random()).failure().kind, "DiskNotFound");
+    assert_eq!(attach(&host, &VmCid::random(), &disk).failure().kind, "VMNotFound");
+    assert_eq!(host.call("detach_disk", &json!([VmCid::random(), disk])).failure().kind, "VMNotFound");
+    host.ok("detach_disk", &json!([vm, DiskCid::random()]));
+}
+
+#[test]
+fn a_disk_comes_and_goes_while_the_vm_boots() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let disk = host.disk();
+    for _ in 0..3 {
+        let vm = host.vm(&stemcell);
+        assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk));
+        host.ok("detach_disk", &json!([vm, disk]));
+        assert!(!is_plugged(&host, &vm, &disk));
+        host.ok("delete_vm", &json!([vm]));
+    }
+}
+
+#[test]
+fn a_disk_attached_to_a_stopped_vm_is_there_when_it_boots() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    host.power_off(&vm);
+    let (kept, released) = (host.disk(), host.disk());
+    for disk in [&kept, &released] {
+        assert_eq!(*attach(&host, &vm, disk).result(), hint(disk));
+    }
+    host.ok("detach_disk", &json!([vm, released]));
+    assert!(host.qemu(&vm).is_none());
+    host.ok("reboot_vm", &json!([vm]));
+    assert!(is_plugged(&host, &vm, &kept) && !is_plugged(&host, &vm, &released));
+    let words = command_line(&host.qemu(&vm).unwrap());
+    let serials =
+        json_options(&words, "-device").into_iter().filter(|device| device["serial"] == kept.as_str()).count();
+    assert_eq!(serials, 1);
+    // What was there at boot can be unplugged like what came later.
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.ok("detach_disk", &json!([vm, kept]));
+    assert!(!is_plugged(&host, &vm, &kept));
+}
+
+#[test]
+fn sixteen_disks_at_once_and_no_seventeenth() {
+    let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 16}})) else { return };
+    let vm = host.booted_vm();
+    let disks: Vec<_> = (0..17).map(|_| host.disk()).collect();
+    for disk in &disks[..16] {
+        assert_eq!(*attach(&host, &vm, disk).result(), hint(disk));
+    }
+    let refused = attach(&host, &vm, &disks[16]);
+    assert_eq!(refused.failure().kind, "NotSupported");
+    assert!(refused.failure().message.contains("has 16 disks and no slot left"), "{refused:?}");
+    assert!(refused.failure().message.contains("extra_disks_slots"), "{refused:?}");
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!(disks[..16]));
+    let record = fs::read_to_string(host.store().disk_dir(&disks[16]).join("disk.json")).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&record).unwrap()["vm"], Value::Null);
+    host.ok("detach_disk", &json!([vm, disks[5]]));
+    assert_eq!(*attach(&host, &vm, &disks[16]).result(), hint(&disks[16]));
+    host.ok("reboot_vm", &json!([vm]));
+    let attached: Vec<_> = disks.iter().filter(|disk| **disk != disks[5]).collect();
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!(attached));
+    assert!(attached.iter().all(|disk| is_plugged(&host, &vm, disk)));
+}
+
+#[test]
+fn an_attached_disk_is_nobody_elses() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (one, other, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());
+    attach(&host, &one, &disk).result();
+    for refused in [attach(&host, &other, &disk), host.call("delete_disk", &json!([disk]))] {
+        assert_eq!(refused.failure().kind, "CloudError");
+        assert!(refused.failure().message.contains(&format!("is attached to VM '{one}'")), "{refused:?}");
+    }
+    host.ok("detach_disk", &json!([other, disk]));
+    assert!(is_plugged(&host, &one, &disk), "it was not the other's to detach");
+    assert_eq!(host.ok("get_disks", &json!([one])), json!([disk]));
+}
+
+#[test]
+fn data_outlives_vms() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (vm, disk) = (host.vm(&stemcell), host.disk());
+    write_data(&host, &disk);
+    attach(&host, &vm, &disk).result();
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.ok("delete_vm", &json!([vm]));
+    assert_data(&host, &disk);
+    let second = host.vm(&stemcell);
+    assert_eq!(*attach(&host, &second, &disk).result(), hint(&disk));
+    host.sees(&second, "BOOTSECTOR-OK", 1);
+    host.crash(&second);
+    host.ok("delete_vm", &json!([second]));
+    assert_data(&host, &disk);
+    assert_eq!(host.ok("has_disk", &json!([disk])), true);
+}
+
+#[test]
+fn of_two_clients_that_attach_one_disk_to_two_vms_one_wins() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let vms = [host.vm(&stemcell), host.vm(&stemcell)];
+    let disk = host.disk();
+    for vm in &vms {
+        host.sees(vm, "BOOTSECTOR-OK", 1);
+    }
+    for _ in 0..5 {
+        let answers = std::thread::scope(|scope| {
+            let calls = vms.each_ref().map(|vm| scope.spawn(|| attach(&host, vm, &disk)));
+            calls.map(|call| call.join().unwrap())
+        });
+        let winner = usize::from(answers[0].outcome.is_err());
+        assert_eq!(*answers[winner].result(), hint(&disk));
+        let lost = answers[1 - winner].failure();
+        assert!(lost.message.contains(&format!("is attached to VM '{}'", vms[winner])), "{lost:?}");
+        assert!(is_plugged(&host, &vms[winner], &disk) && !is_plugged(&host, &vms[1 - winner], &disk));
+        assert_eq!(host.ok("get_disks", &json!([vms[1 - winner]])), json!([]));
+        host.ok("detach_disk", &json!([vms[winner], disk]));
+    }
+}
+
+#[test]
+fn a_guest_that_never_answers_keeps_its_disk() {
+    let Some(host) = Host::with(json!({"deadlines": {"detach_disk": 2}})) else { return };
+    let vm = host.vm(&host.import(MUTE_GUEST));
+    let disk = host.disk();
+    write_data(&host, &disk);
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    attach(&host, &vm, &disk).result();
+    host.sees(&vm, "\nU", 1);
+    let began = Instant::now();
+    let refused = host.call("detach_disk", &json!([vm, disk]));
+    assert!((2..20).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    assert_eq!(refused.failure().kind, "CloudError");
+    assert!(refused.failure().message.contains("did not let go of disk"), "{refused:?}");
+    assert!(refused.failure().message.contains("stays attached"), "{refused:?}");
+    assert!(is_plugged(&host, &vm, &disk));
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
+    assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk));
+    let refused = host.call("delete_disk", &json!([disk]));
+    assert!(refused.failure().message.contains("is attached"), "{refused:?}");
+
+    host.ok("delete_vm", &json!([vm]));
+    assert_data(&host, &disk);
+    let other = host.booted_vm();
+    attach(&host, &other, &disk).result();
+    host.ok("detach_disk", &json!([other, disk]));
+}
+
+/// Kills `method` at 20 moments of its duration, has it repeated and turned back each time.
+fn survives_kills(host: &Host, method: &str, back: &str) {
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    write_data(host, &disk);
+    let both = json!([vm, disk]);
+    if back == "attach_disk" {
+        host.ok(back, &both);
+    }
+    let began = Instant::now();
+    host.ok(method, &both);
+    let duration = began.elapsed();
+    for step in 0..20 {
+        host.ok(back, &both);
+        let mut call = host.start(method, &both);
+        std::thread::sleep(duration * step / 20);
+        call.kill().unwrap();
+        call.wait().unwrap();
+        // Whoever looks in between gets an answer, too.
+        host.ok("get_disks", &json!([vm]));
+        host.ok(method, &both);
+        let attached = method == "attach_disk";
+        assert_eq!(host.ok("get_disks", &json!([vm])), if attached { json!([disk]) } else { json!([]) });
+        assert_eq!(is_plugged(host, &vm, &disk), attached, "killed after {step}/20 of {duration:?}");
+        let sets = host.monitor(&vm).raw("query-fdsets", &json!({})).unwrap().to_string();
+        assert_eq!(sets.matches(&format!("rdwr:{disk}")).count(), usize::from(attached), "{sets}");
+    }
+    host.ok("delete_vm", &json!([vm]));
+    assert_data(host, &disk);
+}
+
+#[test]
+fn attach_disk_killed_at_any_moment_can_be_repeated() {
+    let Some(host) = Host::new() else { return };
+    survives_kills(&host, "attach_disk", "detach_disk");
+}
+
+#[test]
+fn detach_disk_killed_at_any_moment_can_be_repeated() {
+    let Some(host) = Host::new() else { return };
+    survives_kills(&host, "detach_disk", "attach_disk");
+}
+
+#[test]
+fn what_a_killed_attach_left_is_settled_by_another_vms_attach() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (one, other, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());
+    let both = [&one, &other];
+    for vm in both {
+        host.sees(vm, "BOOTSECTOR-OK", 1);
+    }
+    for step in 0..10 {
+        let mut call = host.start("attach_disk", &json!([one, disk]));
+        std::thread::sleep(Duration::from_millis(step * 8));
+        call.kill().unwrap();
+        call.wait().unwrap();
+        let answer = attach(&host, &other, &disk);
+        let holders: Vec<_> = both.into_iter().filter(|vm| is_plugged(&host, vm, &disk)).collect();
+        let wanted = if answer.outcome.is_ok() { &other } else { &one };
+        assert_eq!(holders, [wanted], "{answer:?}");
+        host.ok("detach_disk", &json!([wanted, disk]));
+    }
+}

@@ -1,0 +1,253 @@
+//! Requests of somebody who means harm: nothing reaches QEMU's command line or the host's paths, and no secret shows.
+
+use std::fs;
+
+use bosh_qemu_cpi::cid::VmCid;
+use serde_json::{Value, json};
+
+use crate::support::answer::Answer;
+use crate::support::host::{Host, command_line, vm_cid};
+
+/// Ends an option, a string, a path or a line early, wherever one of these has a meaning.
+const HOSTILE: &str = "x,id=y,readonly=off\",\"a\":{} -device z\n$(id)'\\ \u{202e}é/../%s";
+
+fn refused(answer: &Answer, says: &str) {
+    assert_eq!(answer.failure().kind, "CpiError", "{says}: {answer:?}");
+}
+
+#[test]
+fn what_is_no_cid_is_refused_by_every_method() {
+    let Some(host) = Host::new() else { return };
+    let long = "a".repeat(300);
+    let cids = [
+        "",
+        ".",
+        "..",
+        "../vms",
+        "/etc/passwd",
+        "-drive",
+        "a/b",
+        "a,b",
+        "a\"b",
+        "a b",
+        "a\nb",
+        "a\0b",
+        "é",
+        HOSTILE,
+        &long,
+    ];
+    let methods: [(&str, &dyn Fn(&str) -> Value); 12] = [
+        ("delete_stemcell", &|cid| json!([cid])),
+        ("delete_vm", &|cid| json!([cid])),
+        ("has_vm", &|cid| json!([cid])),
+        ("reboot_vm", &|cid| json!([cid])),
+        ("get_disks", &|cid| json!([cid])),
+        ("set_vm_metadata", &|cid| json!([cid, {}])),
+        ("delete_disk", &|cid| json!([cid])),
+        ("has_disk", &|cid| json!([cid])),
+        ("attach_disk", &|cid| json!(["vm-1", cid])),
+        ("detach_disk", &|cid| json!([cid, "disk-1"])),
+        ("set_disk_metadata", &|cid| json!([cid, {}])),
+        ("create_vm", &|cid| json!(["a", cid, {}, {}, [], {}])),
+    ];
+    for (index, cid) in cids.iter().enumerate() {
+        // Each method with some, each cid with several.
+        for (method, arguments) in methods.iter().skip(index % 3).step_by(3) {
+            refused(&host.call(method, &arguments(cid)), &format!("{method} {cid:?}"));
+        }
+    }
+    for cid in [json!(null), json!(1), json!(["vm-1"]), json!({"cid": "vm-1"})] {
+        refused(&host.call("delete_vm", &json!([cid])), "no string");
+    }
+    assert!(!host.path("state").exists(), "nothing was begun");
+}
+
+#[test]
+fn what_is_no_size_is_refused() {
+    let Some(host) = Host::new() else { return };
+    for size in ["0", "-1", "1.5", "\"1024\"", "null", "1e30", "9223372036854775808", "67108865", "[1]", "true"] {
+        let size: Value = serde_json::from_str(size).unwrap();
+        refused(&host.call("create_disk", &json!([size, {}, null])), &format!("{size} MiB"));
+        for key in ["ram", "cpu", "ephemeral_disk", "root_disk", "extra_disks_slots"] {
+            // Nothing said is the default, and no further slot is what there is.
+            if size.is_null() || (key == "extra_disks_slots" && size == 0) {
+                continue;
+            }
+            let mut arguments = host.vm_arguments("stemcell-1");
+            arguments[2] = json!({key: size});
+            refused(&host.call("create_vm", &arguments), &format!("{key}: {size}"));
+        }
+    }
+    assert!(!host.path("state/vms").exists() || host.left().is_empty());
+}
+
+/// QEMU's options without what must differ between two VMs.
+fn options(host: &Host, vm: &VmCid) -> Vec<String> {
+    let record = host.record(vm);
+    let mut words = command_line(&host.qemu(vm).unwrap());
+    let own =
+        [vm.to_string(), record.machine.uuid].into_iter().chain(record.nics.iter().map(|nic| nic.mac.to_string()));
+    for own in own {
+        words.iter_mut().for_each(|word| *word = word.replace(&own, "…"));
+    }
+    words
+}
+
+#[test]
+fn nothing_of_a_request_becomes_an_option_of_qemu() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let honest = host.vm(&stemcell);
+    let mut arguments = host.vm_arguments(&stemcell);
+    let mut network = arguments[3]["net"].take();
+    network[HOSTILE] = HOSTILE.into();
+    network["dns"] = json!([]);
+    network["default"] = json!([HOSTILE]);
+    arguments[2]["zone"] = HOSTILE.into();
+    arguments[3] = json!({HOSTILE: network});
+    arguments[5] = json!({HOSTILE: HOSTILE, "bosh": {"password": HOSTILE, "group": HOSTILE}});
+    let result = host.ok("create_vm", &arguments);
+    assert_eq!(result[1][HOSTILE][HOSTILE], HOSTILE, "the answer has what came");
+    let vm = vm_cid(&result);
+    host.ok("set_vm_metadata", &json!([vm, {HOSTILE: HOSTILE, "name": HOSTILE}]));
+    let disk = host.disk();
+    host.ok("set_disk_metadata", &json!([disk, {HOSTILE: HOSTILE}]));
+    assert_eq!(options(&host, &vm), options(&host, &honest));
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.ok("reboot_vm", &json!([vm]));
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.ok("delete_vm", &json!([vm]));
+
+    // What would become a name, a path or an option is refused.
+    let fails = |pointer: &str, value: Value| {
+        let mut arguments = host.vm_arguments(&stemcell);
+        *arguments.pointer_mut(pointer).unwrap() = value;
+        refused(&host.call("create_vm", &arguments), pointer);
+    };
+    fails("/0", HOSTILE.into());
+    fails("/2", json!({"machine": HOSTILE}));
+    fails("/2", json!({"machine": "../../../etc/passwd"}));
+    fails("/2", json!({"machine": "q35,accel=kvm"}));
+    fails("/2", json!({"cpu_model": "max -device x"}));
+    fails("/2", json!({"cpu_model": "max\",x"}));
+    fails("/2", json!({"accel": "tcg,thread=multi"}));
+    fails("/2", json!({HOSTILE: 1}));
+    fails("/3/net/cloud_properties", json!({"bridge": HOSTILE}));
+    fails("/3/net/cloud_properties", json!({"bridge": "../br0"}));
+    fails("/3/net/cloud_properties", json!({"name": HOSTILE}));
+    fails("/3/net/type", HOSTILE.into());
+    fails("/3/net/ip", HOSTILE.into());
+    fails("/3/net/netmask", "255.0.255.0".into());
+    fails("/4", json!([HOSTILE]));
+    refused(&host.call("create_disk", &json!([8, {"format": HOSTILE}, null])), "format");
+    refused(&host.call("create_disk", &json!([8, {HOSTILE: 1}, null])), "disk's key");
+}
+
+#[test]
+fn a_stemcells_path_is_a_path() {
+    let Some(host) = Host::new() else { return };
+    host.stemcell();
+    // As hostile as a file name can be.
+    let image = host.path(&HOSTILE.replace('/', "⁄"));
+    fs::copy(host.path("image"), &image).unwrap();
+    let digest = std::process::Command::new("sha256sum").arg(host.path("image")).output().unwrap();
+    let digest = String::from_utf8(digest.stdout).unwrap()[..64].to_owned();
+    let light = json!(["/nonexistent", {"image_path": image, "sha256": digest}]);
+    let stemcell = host.ok("create_stemcell", &light);
+    let vm = host.vm(stemcell.as_str().unwrap());
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    assert!(!command_line(&host.qemu(&vm).unwrap()).concat().contains("readonly=off\""));
+    host.ok("delete_vm", &json!([vm]));
+    host.ok("delete_stemcell", &json!([stemcell]));
+    assert!(image.exists(), "it is the operator's");
+}
+
+#[test]
+fn a_context_can_not_point_elsewhere() {
+    let Some(host) = Host::new() else { return };
+    let elsewhere = host.path("elsewhere");
+    let context = json!({"director_uuid": "x", "state_dir": elsewhere, "run_dir": elsewhere, "hardening": "off",
+        "qemu": {"binary": "/bin/false"}, "networks": {}});
+    let request = json!({"method": "create_disk", "arguments": [8, {}, null], "context": context, "api_version": 2});
+    let disk = host.ask(&request.to_string());
+    assert!(host.path("state/disks").join(disk.result().as_str().unwrap()).exists());
+    assert!(!elsewhere.exists());
+}
+
+/// In every place where a secret can come in.
+const SECRET: &str = "hunter2-canary";
+
+/// The memory of processes aside, everything that others could read.
+fn shown(host: &Host, vm: &VmCid) -> Vec<(String, Vec<u8>)> {
+    let mut shown = Vec::new();
+    for process in [host.qemu(vm), host.supervisor(vm)].into_iter().flatten() {
+        for file in ["cmdline", "environ", "comm"] {
+            let path = format!("/proc/{}/{file}", process.pid());
+            shown.push((path.clone(), fs::read(path).unwrap()));
+        }
+    }
+    for entry in fs::read_dir(&host.paths(vm).dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if !["config.img", "base.raw", "root.qcow2"].contains(&name.as_str()) {
+            shown.push((name, fs::read(path).unwrap()));
+        }
+    }
+    shown
+}
+
+#[test]
+fn secrets_stay_on_the_config_drive() {
+    let config = json!({
+        "log": {"level": "trace"},
+        "agent": {"mbus": format!("nats://u:{SECRET}@10.9.0.1"), "blobstore": {"options": {"password": SECRET}}},
+    });
+    let Some(host) = Host::with(config) else { return };
+    let stemcell = host.stemcell();
+    let env = json!({"bosh": {"password": SECRET, "mbus": {"cert": {"private_key": SECRET}}}, SECRET: SECRET});
+    let mut arguments = host.vm_arguments(&stemcell);
+    arguments[5] = env;
+    let context =
+        json!({"director_uuid": "x", "secret": SECRET, "agent": {"mbus": format!("https://u:{SECRET}@0.0.0.0")}});
+    let ask = |method: &str, arguments: &Value| {
+        let request = json!({"method": method, "arguments": arguments, "context": context, "api_version": 2});
+        let answer = host.ask(&request.to_string());
+        assert!(!answer.stderr.is_empty() || answer.outcome.is_err(), "{method}: the log is on");
+        assert!(!answer.stderr.contains(SECRET) && !answer.stdout.contains(SECRET), "{method}: {answer:?}");
+        answer
+    };
+    let vm = vm_cid(ask("create_vm", &arguments).result());
+    let disk = host.disk();
+    ask("attach_disk", &json!([vm, disk])).result();
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    ask("detach_disk", &json!([vm, disk])).result();
+    ask("reboot_vm", &json!([vm])).result();
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    let drive = fs::read(host.paths(&vm).config_drive()).unwrap();
+    let has = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
+    assert!(has(&drive), "the canary is where it belongs, or this test shows nothing");
+    let shown = shown(&host, &vm);
+    for file in ["supervisor.log", "events.jsonl", "qemu.log", "console.log", "vm.json"] {
+        assert!(shown.iter().any(|(name, _)| name == file), "{file} is not looked at");
+    }
+    for (name, bytes) in shown {
+        assert!(!has(&bytes), "{name}: {}", String::from_utf8_lossy(&bytes));
+    }
+
+    // Failures quote nothing, either.
+    for (pointer, value) in [
+        ("/2", json!({"ram": SECRET})),
+        ("/2", json!({"cpu_model": format!("{SECRET};")})),
+        ("/2", json!({"ram": 64, "cpu_model": "nonsense"})),
+        ("/3", json!(SECRET)),
+        ("/3/net/ip", json!(SECRET)),
+        ("/5", json!(SECRET)),
+    ] {
+        let mut arguments = arguments.clone();
+        *arguments.pointer_mut(pointer).unwrap() = value;
+        ask("create_vm", &arguments).failure();
+    }
+    let torn = host.ask(&format!(r#"{{"method":"create_vm","arguments":["{SECRET}""#));
+    assert!(!torn.stdout.contains(SECRET) && !torn.stderr.contains(SECRET), "{torn:?}");
+}

@@ -1,0 +1,163 @@
+//! A real Linux guest: its udev finds disks by serial, its filesystem keeps data, its network is what was asked for.
+//!
+//! The guest is the test stemcell of `scripts/make-stemcell`, which `./test` makes. Emulated, it takes some ten seconds
+//! to boot.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, text, vm_cid};
+use crate::support::skip;
+
+/// Emulated on two cores that other tests use, too.
+const BOOT: Duration = Duration::from_secs(240);
+
+/// The made stemcell, or the reason why there is none.
+fn stemcell_dir() -> Option<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/stemcell");
+    if dir.join("image").exists() {
+        return Some(dir);
+    }
+    skip("no Linux stemcell in target/stemcell: scripts/make-stemcell makes it");
+    None
+}
+
+fn import(host: &Host, dir: &Path) -> String {
+    let properties: Value = serde_json::from_slice(&std::fs::read(dir.join("stemcell.json")).unwrap()).unwrap();
+    text(&host.ok("create_stemcell", &json!([dir.join("image"), properties])))
+}
+
+fn create(host: &Host, stemcell: &str, networks: &Value) -> VmCid {
+    let properties = json!({"ram": 256, "ephemeral_disk": 256, "root_disk": 512});
+    let env = json!({"bosh": {"password": "*"}});
+    vm_cid(&host.ok("create_vm", &json!(["agent-1", stemcell, properties, networks, [], env])))
+}
+
+fn network(third: u8) -> Value {
+    json!({
+        "type": "manual", "ip": format!("10.99.{third}.5"), "netmask": "255.255.255.0",
+        "gateway": format!("10.99.{third}.1"), "dns": [format!("10.99.{third}.1")],
+    })
+}
+
+/// What the guest answers to a GET, if it answers.
+fn ask(host: &Host, path: &str) -> std::io::Result<Value> {
+    host.namespace().run(|| {
+        let address: SocketAddr = "10.99.0.5:8080".parse().unwrap();
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or(("", &answer));
+        if !head.contains(" 200 ") {
+            return Err(std::io::Error::other(answer));
+        }
+        serde_json::from_str(body).map_err(std::io::Error::other)
+    })
+}
+
+/// The answer of a guest that is up.
+fn get(host: &Host, path: &str) -> Value {
+    ask(host, path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// Waits until the guest answers over its network. Each try ends by itself: a refused connection at once, a guest that
+/// is not there after two seconds.
+fn booted(host: &Host, vm: &VmCid) {
+    host.sees_within(vm, "GUEST-READY", 1, BOOT);
+    let deadline = Instant::now() + BOOT;
+    while let Err(error) = ask(host, "/ping") {
+        assert!(Instant::now() < deadline, "the guest does not answer: {error}");
+    }
+}
+
+fn disk(host: &Host, disk: &DiskCid, action: &str) -> Value {
+    get(host, &format!("/disk/{disk}/{action}"))["value"].clone()
+}
+
+#[test]
+fn data_survives_detaching_rebooting_and_another_vm() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(host) = Host::new() else { return };
+    let stemcell = import(&host, &dir);
+    let mut lan = network(0);
+    lan["default"] = json!(["dns", "gateway"]);
+    let networks = json!({"lan": lan});
+    let vm = create(&host, &stemcell, &networks);
+    booted(&host, &vm);
+    assert_eq!(get(&host, "/ping")["agent_id"], "agent-1");
+
+    let first: DiskCid = text(&host.ok("create_disk", &json!([64, {}, vm]))).parse().unwrap();
+    let second: DiskCid = text(&host.ok("create_disk", &json!([32, {"format": "raw"}, vm]))).parse().unwrap();
+    // The second before the first: letters follow the order of plugging, serials do not.
+    for cid in [&second, &first] {
+        let hint = host.ok("attach_disk", &json!([vm, cid]));
+        assert_eq!(hint["path"], format!("/dev/disk/by-id/virtio-{cid}"));
+        disk(&host, cid, "format");
+        disk(&host, cid, &format!("write?text={cid}"));
+        disk(&host, cid, "unmount");
+    }
+    let by_id = |name: &str| {
+        let disks = get(&host, "/disks");
+        let found = disks.as_array().unwrap().iter().find(|disk| disk["serial"] == name).cloned();
+        found.unwrap_or_else(|| panic!("no disk with serial {name}: {disks}"))
+    };
+    assert_eq!(by_id(first.as_str())["bytes"], 64 << 20);
+    assert_eq!(by_id(second.as_str())["bytes"], 32 << 20);
+    assert_eq!(by_id("root")["bytes"], 512 << 20);
+
+    host.ok("detach_disk", &json!([vm, second]));
+    host.ok("reboot_vm", &json!([vm]));
+    booted(&host, &vm);
+    assert_eq!(disk(&host, &first, "read"), first.as_str(), "after a reboot");
+    disk(&host, &first, "unmount");
+    host.ok("delete_vm", &json!([vm]));
+
+    let other = create(&host, &stemcell, &networks);
+    for cid in [&first, &second] {
+        host.ok("attach_disk", &json!([other, cid]));
+    }
+    booted(&host, &other);
+    for cid in [&first, &second] {
+        assert_eq!(disk(&host, cid, "read"), cid.as_str(), "on another VM");
+        disk(&host, cid, "unmount");
+        host.ok("detach_disk", &json!([other, cid]));
+    }
+}
+
+#[test]
+fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
+    let Some(dir) = stemcell_dir() else { return };
+    let networks = json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let stemcell = import(&host, &dir);
+    let (mut zeta, mut alpha) = (network(0), network(1));
+    zeta["default"] = json!(["dns", "gateway"]);
+    alpha["cloud_properties"] = json!({"name": "back"});
+    // Written out, because the order of keys counts: zeta first.
+    let vip = r#"{"type":"vip","ip":"198.51.100.7"}"#;
+    let text = format!(r#"{{"zeta":{zeta},"pub":{vip},"alpha":{alpha}}}"#);
+    let properties = json!({"ram": 256, "ephemeral_disk": 256, "root_disk": 512});
+    let arguments = format!(r#"["agent-1","{stemcell}",{properties},{text},[],{{}}]"#);
+    let context = r#"{"director_uuid":"deadbeef"}"#;
+    let request = format!(r#"{{"method":"create_vm","arguments":{arguments},"context":{context},"api_version":2}}"#);
+    let vm = vm_cid(host.ask(&request).result());
+    booted(&host, &vm);
+
+    let seen = get(&host, "/net");
+    let nics = seen["interfaces"].as_array().unwrap();
+    let nic = |name: &str| nics.iter().find(|nic| nic["name"] == name).unwrap_or_else(|| panic!("no {name}: {seen}"));
+    let record = host.record(&vm);
+    for (index, address) in [(0, "10.99.0.5/24"), (1, "10.99.1.5/24")] {
+        let nic = nic(&format!("eth{index}"));
+        assert_eq!(nic["mac"], record.nics[index].mac.to_string());
+        assert!(nic["addresses"].as_array().unwrap().contains(&json!(address)), "{seen}");
+    }
+    assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
+}

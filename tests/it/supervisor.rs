@@ -1,0 +1,166 @@
+//! What a supervisor writes down, when it starts its VM again, and that a VM lives on without it.
+
+use std::fs;
+
+use bosh_qemu_cpi::cid::VmCid;
+use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, command_line, eventually, gone, json_options};
+use crate::support::skip;
+
+/// Names of all events, in order; each line must be a whole JSON object.
+fn events(host: &Host, vm: &VmCid) -> Vec<String> {
+    let text = fs::read_to_string(host.paths(vm).events()).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines
+        .map(|line| {
+            assert!(line["at"].is_string() && line["run"].is_u64(), "{line}");
+            line["event"].as_str().unwrap().to_owned()
+        })
+        .collect()
+}
+
+fn exit(host: &Host, vm: &VmCid) -> ExitRecord {
+    ExitRecord::read(&host.paths(vm).exit()).unwrap().expect("an exit record")
+}
+
+#[test]
+fn a_poweroff_is_written_down_and_final() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    assert_eq!(ExitRecord::read(&host.paths(&vm).exit()).unwrap(), None);
+    host.power_off(&vm);
+    let exit = exit(&host, &vm);
+    assert_eq!((exit.run, exit.code, exit.signal), (1, Some(0), None));
+    assert_eq!((exit.reason.as_deref(), exit.ending()), (Some("guest-shutdown"), Ending::PoweredOff));
+    let events = events(&host, &vm);
+    assert_eq!(events.first().map(String::as_str), Some("started"));
+    assert_eq!(events.last().map(String::as_str), Some("exited"));
+    for event in ["POWERDOWN", "SHUTDOWN"] {
+        assert!(events.iter().any(|e| e == event), "{event} in {events:?}");
+    }
+    let console = fs::read_to_string(host.paths(&vm).console_log()).unwrap();
+    assert!(console.contains("BOOTSECTOR-OK\n") && console.ends_with("OFF\n"), "{console:?}");
+}
+
+#[test]
+fn a_quit_is_no_crash() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let supervisor = host.supervisor(&vm).unwrap();
+    // QEMU may be gone before it has answered.
+    let _ = host.monitor(&vm).raw("quit", &json!({}));
+    gone(&supervisor);
+    let exit = exit(&host, &vm);
+    assert_eq!((exit.code, exit.reason.as_deref(), exit.ending()), (Some(0), Some("host-qmp-quit"), Ending::Stopped));
+    assert!(host.qemu(&vm).is_none());
+}
+
+#[test]
+fn a_crash_is_final_where_the_operator_says_so() {
+    let Some(host) = Host::with(json!({"restart": "never"})) else { return };
+    let vm = host.booted_vm();
+    let supervisor = host.supervisor(&vm).unwrap();
+    host.crash(&vm);
+    gone(&supervisor);
+    let exit = exit(&host, &vm);
+    assert_eq!((exit.code, exit.signal, exit.ending()), (None, Some(9), Ending::Crashed));
+    assert!(!events(&host, &vm).contains(&"restarting".to_owned()));
+}
+
+/// Everything of a command line that the guest can tell apart, without the numbers of descriptors.
+fn hardware(words: &[String]) -> (Vec<Value>, Vec<String>) {
+    let devices = json_options(words, "-device");
+    let plain = ["-name", "-uuid", "-smbios", "-machine", "-cpu", "-smp", "-m"];
+    let options = words.windows(2).filter(|pair| plain.contains(&pair[0].as_str())).map(|pair| pair[1].clone());
+    (devices, options.collect())
+}
+
+#[test]
+fn a_crashed_vm_is_started_again_as_it_was() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let (kept, released) = (host.disk(), host.disk());
+    for disk in [&released, &kept] {
+        host.ok("attach_disk", &json!([vm, disk]));
+    }
+    host.ok("detach_disk", &json!([vm, released]));
+    host.ok("reboot_vm", &json!([vm]));
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    let before = host.qemu(&vm).unwrap();
+    let hardware_before = hardware(&command_line(&before));
+    assert!(hardware_before.0.iter().any(|device| device["serial"] == json!(kept)));
+    let supervisor = host.supervisor(&vm).unwrap();
+    host.crash(&vm);
+    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    let after = host.qemu(&vm).expect("a new QEMU");
+    assert_ne!(after.pid(), before.pid());
+    assert_eq!(host.supervisor(&vm).unwrap().pid(), supervisor.pid());
+    assert_eq!(hardware(&command_line(&after)), hardware_before);
+    let events = events(&host, &vm);
+    for (event, times) in [("started", 3), ("exited", 2), ("restarting", 1)] {
+        assert_eq!(events.iter().filter(|e| *e == event).count(), times, "{event} in {events:?}");
+    }
+    assert_eq!(exit(&host, &vm).signal, Some(9));
+    // It is a VM like any other.
+    host.ok("detach_disk", &json!([vm, kept]));
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
+}
+
+#[test]
+fn a_vm_lives_on_without_its_supervisor() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let (disk, qemu) = (host.disk(), host.qemu(&vm).unwrap());
+    let supervisor = host.supervisor(&vm).unwrap();
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    host.ok("attach_disk", &json!([vm, disk]));
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
+    host.ok("detach_disk", &json!([vm, disk]));
+    assert_eq!(host.ok("has_vm", &json!([vm])), true);
+    assert_eq!(host.qemu(&vm).expect("still running").pid(), qemu.pid());
+    assert!(host.supervisor(&vm).is_none());
+
+    // A reboot brings a supervisor, too.
+    host.ok("reboot_vm", &json!([vm]));
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    let supervisor = host.supervisor(&vm).expect("a new one");
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    host.ok("delete_vm", &json!([vm]));
+    host.clear();
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_supervisor_told_to_end_presses_the_power_button() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let supervisor = host.supervisor(&vm).unwrap();
+    supervisor.signal(Signal::SIGTERM).unwrap();
+    gone(&supervisor);
+    let exit = exit(&host, &vm);
+    assert!(exit.host_stopping);
+    assert_eq!(exit.ending(), Ending::Stopped, "wanted again after the host's reboot");
+}
+
+#[test]
+fn a_supervisor_is_small() {
+    if cfg!(debug_assertions) {
+        return skip("memory is measured in an optimized build: cargo test --release");
+    }
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    host.ok("attach_disk", &json!([vm, disk]));
+    let path = format!("/proc/{}/status", host.supervisor(&vm).unwrap().pid());
+    let kib = eventually("RSS", || {
+        let status = fs::read_to_string(&path).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    assert!(kib <= 5 << 10, "{kib} KiB");
+}

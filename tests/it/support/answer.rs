@@ -1,0 +1,101 @@
+//! A strict reader of answers.
+
+use std::io::{self, Write};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// The most the CPI may write to stderr in a call: the log's bound and one notice.
+const MAX_STDERR: usize = (64 << 10) + 100;
+
+/// Of the Director's `errors.rb`; it makes any other a nameless `UnknownError`.
+const DIRECTOR_TYPES: [&str; 10] = [
+    "CpiError",
+    "NotSupported",
+    "NotImplemented",
+    "CloudError",
+    "VMNotFound",
+    "NetworkNotFound",
+    "NoDiskSpace",
+    "DiskNotAttached",
+    "DiskNotFound",
+    "VMCreationFailed",
+];
+
+/// Runs `command` with `input` on stdin, all of which it must read, as the Director fails on one that does not.
+/// Returns at the end of stdout and stderr, as the Director does: whoever inherits them would hold it up.
+pub fn run(mut command: Command, input: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("spawn");
+    let mut stdin = child.stdin.take().unwrap();
+    let (written, output) = std::thread::scope(|scope| {
+        let writer = scope.spawn(move || stdin.write_all(input));
+        (writer.join().unwrap(), child.wait_with_output().unwrap())
+    });
+    let written: io::Result<()> = written;
+    written.expect("the request is read to its end");
+    output
+}
+
+/// An answer in the only shape the Director takes.
+#[derive(Debug)]
+pub struct Answer {
+    /// What the method returned, or what went wrong.
+    pub outcome: Result<Value, Failure>,
+    /// The answer as it was written.
+    pub stdout: String,
+    /// What was logged.
+    pub stderr: String,
+}
+
+/// The answer's error.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Without `Bosh::Clouds::`.
+    pub kind: String,
+    /// For a person.
+    pub message: String,
+    /// Whether the Director should try again.
+    pub ok_to_retry: bool,
+}
+
+impl Answer {
+    /// Checks all that the Director (`external_cpi.rb`, RESPONSE_SCHEMA) and bosh-cli check, and more.
+    pub fn of(output: &Output) -> Self {
+        assert!(output.status.success(), "{output:?}");
+        assert!(output.stderr.len() <= MAX_STDERR, "{} bytes on stderr", output.stderr.len());
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        Self { outcome: Self::outcome(&stdout), stdout, stderr }
+    }
+
+    /// Reads the one JSON object that is all of `stdout`.
+    pub fn outcome(stdout: &str) -> Result<Value, Failure> {
+        let mut answer: Value = serde_json::from_str(stdout).unwrap_or_else(|e| panic!("{e} in {stdout:?}"));
+        let keys: Vec<_> = answer.as_object().expect("an object").keys().collect();
+        assert_eq!(keys, ["error", "log", "result"], "{stdout}");
+        let log = answer["log"].as_str().expect("a string");
+        assert!(log.is_empty() || log.ends_with('\n'), "{stdout}");
+        let error = answer["error"].take();
+        if error.is_null() {
+            return Ok(answer["result"].take());
+        }
+        assert!(answer["result"].is_null(), "{stdout}");
+        let kind = error["type"].as_str().and_then(|name| name.strip_prefix("Bosh::Clouds::")).expect("a type");
+        assert!(DIRECTOR_TYPES.contains(&kind), "the Director does not know {kind}");
+        let ok_to_retry = error["ok_to_retry"].as_bool().expect("a boolean");
+        assert!(!ok_to_retry || kind == "VMCreationFailed", "{stdout}");
+        let message = error["message"].as_str().expect("a message").to_owned();
+        assert!(!message.is_empty() && message.len() < 10_000, "{} bytes", message.len());
+        Err(Failure { kind: kind.to_owned(), message, ok_to_retry })
+    }
+
+    /// The error it must be.
+    pub fn failure(&self) -> &Failure {
+        self.outcome.as_ref().expect_err("a failure")
+    }
+
+    /// The result it must be.
+    pub fn result(&self) -> &Value {
+        self.outcome.as_ref().unwrap_or_else(|failure| panic!("{failure:?}; log: {}", self.stderr))
+    }
+}

@@ -1,0 +1,112 @@
+//! A world for calls that start nothing: directories and a configuration of one test's own.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::answer::{Answer, run};
+
+/// A state directory, a run directory and a configuration of one test, gone with it. Sees to it that nothing the
+/// test started is left.
+pub struct World {
+    dir: TempDir,
+}
+
+impl World {
+    /// With the default configuration.
+    pub fn new() -> Self {
+        Self::with(&json!({}))
+    }
+
+    /// With `config`; `state_dir` and `run_dir` are added.
+    pub fn with(config: &Value) -> Self {
+        // Not $TMPDIR: the run directory must be short, socket paths end at 107 bytes.
+        let dir = tempfile::Builder::new().prefix("cpi-").tempdir_in("/tmp").unwrap();
+        let world = Self { dir };
+        let mut config = config.clone();
+        config["state_dir"] = json!(world.path("state"));
+        config["run_dir"] = json!(world.path("run"));
+        fs::write(world.config(), config.to_string()).unwrap();
+        world
+    }
+
+    /// Something in this world.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.path("cpi.json")
+    }
+
+    /// The CPI, started as the Director does: a path and nothing else in its environment.
+    pub fn cpi(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
+        command.arg("--config").arg(self.config());
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    }
+
+    /// What the CPI answers to `method` with `arguments`, asked as the Director does.
+    pub fn call(&self, method: &str, arguments: &Value) -> Answer {
+        let context = json!({"director_uuid": "deadbeef", "request_id": "cpi-123456"});
+        self.ask(&json!({"method": method, "arguments": arguments, "context": context, "api_version": 2}))
+    }
+
+    /// What the CPI answers to a whole request.
+    pub fn ask(&self, request: &Value) -> Answer {
+        self.ask_raw(request.to_string().as_bytes())
+    }
+
+    /// What the CPI answers to bytes.
+    pub fn ask_raw(&self, request: &[u8]) -> Answer {
+        Answer::of(&run(self.cpi(), request))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let left = processes_in(self.dir.path());
+            assert!(left.is_empty(), "processes are left: {left:#?}");
+        }
+    }
+}
+
+/// Command lines of processes that name `dir` or have a file in it open.
+fn processes_in(dir: &Path) -> Vec<String> {
+    let needle = dir.as_os_str().as_bytes();
+    let names = |bytes: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
+    let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let own = std::process::id().to_string();
+    let others = processes.filter(|process| process.file_name().is_some_and(|name| name != own.as_str()));
+    others
+        .filter_map(|process| {
+            let command_line = fs::read(process.join("cmdline")).ok()?;
+            let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+            let mut links = files.filter_map(|file| fs::read_link(file.path()).ok());
+            let here = names(&command_line) || links.any(|link| names(link.as_os_str().as_bytes()));
+            here.then(|| format!("{} {}", process.display(), String::from_utf8_lossy(&command_line)))
+        })
+        .collect()
+}
+
+/// Every recorded request of the real clients, with the name of its flow.
+pub fn recorded_requests() -> Vec<(String, Value)> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/requests");
+    let files = fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
+    let lines = files.flat_map(|file| {
+        let flow = file.file_stem().unwrap().to_string_lossy().into_owned();
+        let text = fs::read_to_string(&file).unwrap();
+        let requests: Vec<_> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect();
+        requests.into_iter().map(move |mut line| (flow.clone(), line["request"].take()))
+    });
+    let requests: Vec<_> = lines.collect();
+    assert!(requests.len() > 150, "only {} recorded requests found", requests.len());
+    requests
+}
