@@ -1,0 +1,161 @@
+//! A host of the benchmark's own: its directories, a stemcell, the calls.
+
+use std::cell::RefCell;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::cid::{Cid, VmCid};
+use bosh_qemu_cpi::host::tail;
+use bosh_qemu_cpi::qmp::monitor::Monitor;
+use bosh_qemu_cpi::store::{Store, VmPaths, VmRecord};
+use bosh_qemu_cpi::supervisor::{self, Button};
+use bosh_qemu_cpi::sys::pidlock;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{cid, timed};
+
+const GUEST: &[u8; 512] = include_bytes!("../../src/commands/selftest/acpi-bootsector.bin");
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The host. Dropped, it leaves nothing.
+pub struct Lab {
+    program: PathBuf,
+    config: PathBuf,
+    pub store: Store,
+    stemcell: String,
+    /// RSS and PSS of supervisors, kB.
+    memory: RefCell<Vec<(u64, u64)>>,
+    pub state: TempDir,
+    _run: TempDir,
+}
+
+/// A VM of ours.
+pub struct Ours {
+    pub cid: VmCid,
+    pub paths: VmPaths,
+}
+
+impl Lab {
+    pub fn new() -> Self {
+        let state = tempfile::Builder::new().prefix("floors-").tempdir().expect("a temporary directory");
+        // In memory, as /run is; socket paths have at most 107 bytes.
+        let run = tempfile::Builder::new().prefix("floors-").tempdir_in("/dev/shm").expect("a directory in /dev/shm");
+        let (state_dir, config) = (state.path().join("state"), state.path().join("cpi.json"));
+        let settings = json!({"state_dir": state_dir, "run_dir": run.path(), "qemu": {"accel": "tcg"}});
+        std::fs::write(&config, settings.to_string()).expect("write the configuration");
+        let program = std::env::var_os("FLOORS_CPI").map_or(env!("CARGO_BIN_EXE_bosh-qemu-cpi").into(), PathBuf::from);
+        let store = Store::new(&state_dir, run.path());
+        let memory = RefCell::default();
+        let mut lab = Self { program, config, store, stemcell: String::new(), memory, state, _run: run };
+        let image = lab.scratch("guest.img");
+        let mut disk = vec![0; 1 << 20];
+        disk[..GUEST.len()].copy_from_slice(GUEST);
+        std::fs::write(&image, disk).expect("write the guest");
+        lab.stemcell = text(&lab.call("create_stemcell", json!([image, {}])).1);
+        lab
+    }
+
+    /// A path for a file of the benchmark's.
+    pub fn scratch(&self, name: &str) -> String {
+        self.state.path().join(name).to_str().expect("UTF-8").to_owned()
+    }
+
+    /// One call, from before its process is made until it has ended; the time and the result.
+    pub fn call(&self, method: &str, arguments: Value) -> (Duration, Value) {
+        let request = json!({"method": method, "arguments": arguments, "context": {}, "api_version": 2}).to_string();
+        let (time, output) = timed(|| {
+            let mut command = Command::new(&self.program);
+            command.arg("--config").arg(&self.config).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = command.stderr(Stdio::piped()).spawn().expect("start the CPI");
+            child.stdin.take().expect("piped").write_all(request.as_bytes()).expect("send the request");
+            child.wait_with_output().expect("read the answer")
+        });
+        let answer: Value = serde_json::from_slice(&output.stdout).expect("an answer");
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(answer["error"], Value::Null, "{method}: {log}");
+        (time, answer["result"].clone())
+    }
+
+    /// A VM with everything: a NIC on a bridge of ours, an ephemeral disk.
+    pub fn create_vm(&self) -> (Duration, Ours) {
+        let networks = json!({"net": {
+            "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.0", "gateway": "10.255.255.1",
+            "default": ["dns", "gateway"], "dns": ["10.255.255.1"],
+        }});
+        let properties = json!({"cpu": 1, "ram": 256, "ephemeral_disk": 1024});
+        let arguments = json!(["agent", self.stemcell, properties, networks, [], {"bosh": {"mbus": "nats://x"}}]);
+        let (time, answer) = self.call("create_vm", arguments);
+        let cid = cid(&answer[0]);
+        (time, Ours { paths: self.store.vm(&cid), cid })
+    }
+
+    /// Makes `count` records like the one of `vm`, as if as many VMs were here.
+    pub fn crowd(&self, vm: &Ours, count: u32) {
+        let record = self.store.read::<VmRecord>(&vm.cid).expect("readable").expect("there");
+        for _ in 0..count {
+            let cid = VmCid::random();
+            self.store.write(&VmRecord { cid, ..record.clone() }).expect("write a record");
+        }
+    }
+
+    /// Keeps what the supervisor of `vm` takes.
+    pub fn remember_memory(&self, vm: &Ours) {
+        let process = pidlock::holder(&vm.paths.supervisor_pid()).expect("readable").expect("a supervisor");
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid())).expect("/proc");
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+            line.trim().trim_end_matches(" kB").parse().unwrap_or(0)
+        };
+        self.memory.borrow_mut().push((field("Rss:"), field("Pss:")));
+    }
+
+    /// What supervisors took at most.
+    pub fn supervisor_memory(&self) -> String {
+        let memory = self.memory.borrow();
+        let (rss, pss) = (memory.iter().map(|m| m.0).max(), memory.iter().map(|m| m.1).max());
+        format!("a supervisor: RSS {} kB (target 5120), PSS {} kB (target 1024)", rss.unwrap_or(0), pss.unwrap_or(0))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // There are some only if the benchmark failed.
+        for cid in self.store.list::<VmRecord>().unwrap_or_default() {
+            let _ = supervisor::stop(&self.store.vm(&cid), Button::Kill, Instant::now() + PATIENCE);
+        }
+    }
+}
+
+impl Ours {
+    fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.paths.qmp(), Instant::now() + PATIENCE).expect("the VM's monitor")
+    }
+
+    /// Stops the guest's CPU.
+    pub fn pause(&self) {
+        self.monitor().raw("stop", Value::Null).expect("stop");
+    }
+
+    /// Goes on.
+    pub fn resume(&self) {
+        self.monitor().raw("cont", Value::Null).expect("cont");
+    }
+
+    /// Waits until the guest has said `word` so many times.
+    pub fn wait_for(&self, word: &str, times: usize) {
+        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + PATIENCE).expect("the guest's word");
+    }
+}
+
+/// Runs a program that must succeed.
+pub fn run(program: impl AsRef<Path>, arguments: &[&str]) {
+    let status = Command::new(program.as_ref()).args(arguments).status().expect("start a program");
+    assert!(status.success(), "{} {arguments:?}: {status}", program.as_ref().display());
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().expect("a string").to_owned()
+}

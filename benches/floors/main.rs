@@ -1,0 +1,149 @@
+//! What every operation costs, beside the least it could cost: `cargo bench`.
+//!
+//! ```text
+//!   ours    one process of this program per call, JSON in, JSON out, as a Director calls it
+//!   floor   the same QEMU command line without anything around it: no confinement, no bridge, no record, no fsync
+//! ```
+//!
+//! Both are measured in turn, in one run, because times move from machine to machine and from minute to minute: what
+//! counts is the ratio. The guest is the selftest's boot sector under emulation. It polls, which takes a CPU and QEMU's big lock, so it is paused
+//! unless its answer is waited for. Everything is in temporary directories and a network namespace of its own, so it needs
+//! root, `qemu-system-x86_64`, `qemu-img` and `tar`. It fails only when something does not work, never on a time.
+//!
+//! `cargo bench -- 30` takes 30 rounds instead of 10. `FLOORS_CPI=<binary>` measures another build.
+#![allow(clippy::print_stdout)]
+
+mod bare;
+mod lab;
+mod stemcell;
+mod table;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::cid::VmCid;
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+
+use bare::Bare;
+use lab::{Lab, Ours};
+use table::{Table, Target};
+
+fn main() {
+    let rounds = std::env::args().find_map(|word| word.parse().ok()).unwrap_or(10);
+    // Before any thread is made: everything this process starts is in there, too.
+    unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own: run it as root");
+    let lab = Lab::new();
+    let mut table = Table::default();
+    for round in 0..=rounds {
+        // The first round fills caches, the accelerator's verdict and the layout of the state directory.
+        let mut warm_up = Table::default();
+        let table = if round == 0 { &mut warm_up } else { &mut table };
+        processes(&lab, table);
+        disks(&lab, table);
+        life(&lab, table);
+    }
+    crowd(&lab, &mut table, rounds);
+    stemcell::import(&lab, &mut table, rounds.min(3));
+    println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
+    println!("{}", lab.supervisor_memory());
+}
+
+/// How long `job` took, and its result.
+fn timed<T>(job: impl FnOnce() -> T) -> (Duration, T) {
+    let began = Instant::now();
+    let result = job();
+    (began.elapsed(), result)
+}
+
+/// Calls that do next to nothing, beside a process that does nothing.
+fn processes(lab: &Lab, table: &mut Table) {
+    let (floor, status) = timed(|| Command::new("/bin/true").status());
+    assert!(status.expect("/bin/true").success());
+    let (info, _) = lab.call("info", json!([]));
+    table.add("info", Target::Above(3.0), info, floor);
+    let (has_vm, answer) = lab.call("has_vm", json!(["vm-that-never-was"]));
+    assert_eq!(answer, false);
+    table.add("has_vm", Target::AtMost(3.0), has_vm, floor);
+}
+
+fn disks(lab: &Lab, table: &mut Table) {
+    let (create, disk) = lab.call("create_disk", json!([1024, {}, null]));
+    let image = lab.scratch("disk.qcow2");
+    let (floor, ()) = timed(|| lab::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1G"]));
+    table.add("create_disk", Target::Ratio(1.0), create, floor);
+    let (delete, _) = lab.call("delete_disk", json!([disk]));
+    let (floor, removed) = timed(|| std::fs::remove_file(&image));
+    removed.expect("remove the image");
+    table.add("delete_disk", Target::AtMost(10.0), delete, floor);
+}
+
+/// A VM's life, beside a bare QEMU's.
+fn life(lab: &Lab, table: &mut Table) {
+    let (first_created, first) = lab.create_vm();
+    first.pause();
+    let (created, vm) = lab.create_vm();
+    vm.wait_for("BOOTSECTOR-OK", 1);
+    vm.pause();
+    let (floor, mut bare) = timed(|| Bare::create(lab, &vm));
+    bare.wait_for("BOOTSECTOR-OK");
+    bare.pause();
+    table.add("create_vm", Target::Ratio(1.35), created, floor);
+    table.add("create_vm, first of its network", Target::Ratio(1.35), first_created, floor);
+
+    let (_, disk) = lab.call("create_disk", json!([64, {}, null]));
+    let (attached, _) = lab.call("attach_disk", json!([vm.cid, disk]));
+    vm.resume();
+    vm.wait_for("\nU", 1);
+    let (detached, _) = lab.call("detach_disk", json!([vm.cid, disk]));
+    vm.pause();
+    lab.call("delete_disk", json!([disk]));
+    let (attach_floor, ()) = timed(|| bare.attach(lab));
+    bare.resume();
+    bare.wait_for("U");
+    let (detach_floor, ()) = timed(|| bare.detach());
+    table.add("attach_disk", Target::AtMost(15.0), attached, attach_floor);
+    table.add("detach_disk", Target::Above(10.0), detached, detach_floor);
+
+    let (reboot_floor, ()) = timed(|| bare.reboot(lab, &vm));
+    bare.wait_for("BOOTSECTOR-OK");
+    bare.pause();
+    vm.resume();
+    let (rebooted, _) = lab.call("reboot_vm", json!([vm.cid]));
+    vm.wait_for("BOOTSECTOR-OK", 2);
+    table.add("reboot_vm", Target::Ratio(1.35), rebooted, reboot_floor);
+
+    lab.remember_memory(&vm);
+    let (deleted, _) = lab.call("delete_vm", json!([vm.cid]));
+    let (last_deleted, _) = lab.call("delete_vm", json!([first.cid]));
+    let (floor, ()) = timed(|| bare.kill());
+    table.add("delete_vm", Target::AtMost(40.0), deleted, floor);
+    table.add("delete_vm, last of its network", Target::AtMost(40.0), last_deleted, floor);
+}
+
+/// The same among the records of 1,000 other VMs; the floor is what was measured without them.
+fn crowd(lab: &Lab, table: &mut Table, rounds: u32) {
+    let (_, first) = lab.create_vm();
+    first.pause();
+    let alone: Vec<_> = (0..rounds).map(|_| one(lab, &first)).collect();
+    lab.crowd(&first, 1000);
+    let crowded = (0..rounds).map(|_| one(lab, &first));
+    for ((has_vm, create), (has_vm_alone, create_alone)) in crowded.zip(alone) {
+        table.add("has_vm among 1,000 VMs", Target::Ratio(1.05), has_vm, has_vm_alone);
+        table.add("create_vm among 1,000 VMs", Target::Ratio(1.05), create, create_alone);
+    }
+    lab.call("delete_vm", json!([first.cid]));
+}
+
+fn one(lab: &Lab, known: &Ours) -> (Duration, Duration) {
+    let (has_vm, answer) = lab.call("has_vm", json!([known.cid]));
+    assert_eq!(answer, true);
+    let (create, vm) = lab.create_vm();
+    lab.call("delete_vm", json!([vm.cid]));
+    (has_vm, create)
+}
+
+/// The cid in an answer.
+fn cid(answer: &Value) -> VmCid {
+    serde_json::from_value(answer.clone()).expect("a VM's cid")
+}
