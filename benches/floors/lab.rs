@@ -136,12 +136,12 @@ impl Ours {
 
     /// Stops the guest's CPU.
     pub fn pause(&self) {
-        self.monitor().raw("stop", Value::Null).expect("stop");
+        self.monitor().raw("stop", &serde_json::json!({})).expect("stop");
     }
 
     /// Goes on.
     pub fn resume(&self) {
-        self.monitor().raw("cont", Value::Null).expect("cont");
+        self.monitor().raw("cont", &serde_json::json!({})).expect("cont");
     }
 
     /// Waits until the guest has said `word` so many times.
