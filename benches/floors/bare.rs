@@ -94,7 +94,7 @@ impl Bare {
         let path = PathBuf::from(lab.scratch("bare-disk.qcow2"));
         if !path.exists() {
             let size = bosh_qemu_cpi::units::Bytes(64 << 20);
-            image::qcow2::create(&path, size, None).expect("an image");
+            image::qcow2::create(&path, size, None).and_then(image::Fresh::sync).expect("an image");
         }
         let need = FileNeed { id: DISK.into(), path, format: Some(Format::Qcow2), writable: true, direct: true };
         let (opened, file) = open(need);
