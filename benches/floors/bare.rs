@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::image;
 use bosh_qemu_cpi::qemu::command_line::Tap;
 use bosh_qemu_cpi::qemu::{FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology};
+use bosh_qemu_cpi::qmp::Event;
 use bosh_qemu_cpi::qmp::monitor::Monitor;
 use bosh_qemu_cpi::store::VmRecord;
 use bosh_qemu_cpi::store::record::Format;
 use bosh_qemu_cpi::sys::tun;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::lab::{self, Lab, Ours};
 
@@ -64,18 +65,18 @@ impl Bare {
         let mut monitor = Monitor::connect(&vm_socket(lab, "qmp"), Instant::now() + PATIENCE).expect("a monitor");
         let serial = UnixStream::connect(vm_socket(lab, "serial")).expect("the serial port");
         serial.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        monitor.raw("cont", Value::Null).expect("cont");
+        monitor.raw("cont", &json!({})).expect("cont");
         Self { child, monitor, serial }
     }
 
     /// Stops the guest's CPU.
     pub fn pause(&mut self) {
-        self.monitor.raw("stop", Value::Null).expect("stop");
+        self.monitor.raw("stop", &json!({})).expect("stop");
     }
 
     /// Goes on.
     pub fn resume(&mut self) {
-        self.monitor.raw("cont", Value::Null).expect("cont");
+        self.monitor.raw("cont", &json!({})).expect("cont");
     }
 
     /// Waits until the guest has said `word`.
@@ -93,34 +94,33 @@ impl Bare {
         let path = PathBuf::from(lab.scratch("bare-disk.qcow2"));
         if !path.exists() {
             let size = bosh_qemu_cpi::units::Bytes(64 << 20);
-            image::qcow2::create(&path, size, None).expect("an image");
+            image::qcow2::create(&path, size, None).and_then(image::Fresh::sync).expect("an image");
         }
         let need = FileNeed { id: DISK.into(), path, format: Some(Format::Qcow2), writable: true, direct: true };
         let (opened, file) = open(need);
-        let added = self.monitor.raw_with_fd("add-fd", json!({}), file.as_fd()).expect("add-fd");
-        for node in blockdev::nodes(&opened, added["fdset-id"].as_i64().expect("a number")) {
-            self.monitor.raw("blockdev-add", node).expect("blockdev-add");
+        let fdset = self.monitor.add_fd(file.as_fd(), DISK).expect("add-fd");
+        for node in blockdev::nodes(&opened, fdset) {
+            self.monitor.raw("blockdev-add", &node).expect("blockdev-add");
         }
         let mut device = blockdev::device(DISK, DISK, true);
         device["bus"] = topology::port_id(0).into();
-        self.monitor.raw("device_add", device).expect("device_add");
+        self.monitor.raw("device_add", &device).expect("device_add");
     }
 
     /// Asks the guest to let go of it, until QEMU has closed it.
     pub fn detach(&mut self) {
-        self.monitor.raw("device_del", json!({"id": DISK})).expect("device_del");
-        let gone = self.monitor.wait_for(Instant::now() + PATIENCE, |event| {
-            (event.name == "DEVICE_DELETED" && event.data["device"] == DISK).then_some(())
-        });
+        self.monitor.raw("device_del", &json!({"id": DISK})).expect("device_del");
+        let deleted = |event: &Event| event.name == "DEVICE_DELETED" && event.data["device"] == DISK;
+        let gone = self.monitor.wait_event(deleted, Instant::now() + PATIENCE);
         gone.expect("events").expect("the guest's answer");
         for node in [DISK.to_owned(), blockdev::file_node(DISK)] {
-            self.monitor.raw("blockdev-del", json!({"node-name": node})).expect("blockdev-del");
+            self.monitor.raw("blockdev-del", &json!({"node-name": node})).expect("blockdev-del");
         }
     }
 
     /// The power button, and a new QEMU.
     pub fn reboot(&mut self, lab: &Lab, vm: &Ours) {
-        self.monitor.raw("system_powerdown", Value::Null).expect("system_powerdown");
+        self.monitor.raw("system_powerdown", &json!({})).expect("system_powerdown");
         self.child.wait().expect("QEMU ends");
         *self = Self::start(lab, vm);
     }

@@ -54,7 +54,7 @@ impl Lab {
         let mut disk = vec![0; 1 << 20];
         disk[..GUEST.len()].copy_from_slice(GUEST);
         std::fs::write(&image, disk).expect("write the guest");
-        lab.stemcell = text(&lab.call("create_stemcell", json!([image, {}])).1);
+        lab.stemcell = text(&lab.call("create_stemcell", &json!([image, {}])).1);
         lab
     }
 
@@ -64,7 +64,7 @@ impl Lab {
     }
 
     /// One call, from before its process is made until it has ended; the time and the result.
-    pub fn call(&self, method: &str, arguments: Value) -> (Duration, Value) {
+    pub fn call(&self, method: &str, arguments: &Value) -> (Duration, Value) {
         let request = json!({"method": method, "arguments": arguments, "context": {}, "api_version": 2}).to_string();
         let (time, output) = timed(|| {
             let mut command = Command::new(&self.program);
@@ -87,7 +87,7 @@ impl Lab {
         }});
         let properties = json!({"cpu": 1, "ram": 256, "ephemeral_disk": 1024});
         let arguments = json!(["agent", self.stemcell, properties, networks, [], {"bosh": {"mbus": "nats://x"}}]);
-        let (time, answer) = self.call("create_vm", arguments);
+        let (time, answer) = self.call("create_vm", &arguments);
         let cid = cid(&answer[0]);
         (time, Ours { paths: self.store.vm(&cid), cid })
     }
@@ -136,12 +136,12 @@ impl Ours {
 
     /// Stops the guest's CPU.
     pub fn pause(&self) {
-        self.monitor().raw("stop", Value::Null).expect("stop");
+        self.monitor().raw("stop", &serde_json::json!({})).expect("stop");
     }
 
     /// Goes on.
     pub fn resume(&self) {
-        self.monitor().raw("cont", Value::Null).expect("cont");
+        self.monitor().raw("cont", &serde_json::json!({})).expect("cont");
     }
 
     /// Waits until the guest has said `word` so many times.

@@ -60,19 +60,19 @@ fn timed<T>(job: impl FnOnce() -> T) -> (Duration, T) {
 fn processes(lab: &Lab, table: &mut Table) {
     let (floor, status) = timed(|| Command::new("/bin/true").status());
     assert!(status.expect("/bin/true").success());
-    let (info, _) = lab.call("info", json!([]));
+    let (info, _) = lab.call("info", &json!([]));
     table.add("info", Target::Above(3.0), info, floor);
-    let (has_vm, answer) = lab.call("has_vm", json!(["vm-that-never-was"]));
+    let (has_vm, answer) = lab.call("has_vm", &json!(["vm-that-never-was"]));
     assert_eq!(answer, false);
     table.add("has_vm", Target::AtMost(3.0), has_vm, floor);
 }
 
 fn disks(lab: &Lab, table: &mut Table) {
-    let (create, disk) = lab.call("create_disk", json!([1024, {}, null]));
+    let (create, disk) = lab.call("create_disk", &json!([1024, {}, null]));
     let image = lab.scratch("disk.qcow2");
     let (floor, ()) = timed(|| lab::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1G"]));
     table.add("create_disk", Target::Ratio(1.0), create, floor);
-    let (delete, _) = lab.call("delete_disk", json!([disk]));
+    let (delete, _) = lab.call("delete_disk", &json!([disk]));
     let (floor, removed) = timed(|| std::fs::remove_file(&image));
     removed.expect("remove the image");
     table.add("delete_disk", Target::AtMost(10.0), delete, floor);
@@ -91,13 +91,13 @@ fn life(lab: &Lab, table: &mut Table) {
     table.add("create_vm", Target::Ratio(1.35), created, floor);
     table.add("create_vm, first of its network", Target::Ratio(1.35), first_created, floor);
 
-    let (_, disk) = lab.call("create_disk", json!([64, {}, null]));
-    let (attached, _) = lab.call("attach_disk", json!([vm.cid, disk]));
+    let (_, disk) = lab.call("create_disk", &json!([64, {}, null]));
+    let (attached, _) = lab.call("attach_disk", &json!([vm.cid, disk]));
     vm.resume();
     vm.wait_for("\nU", 1);
-    let (detached, _) = lab.call("detach_disk", json!([vm.cid, disk]));
+    let (detached, _) = lab.call("detach_disk", &json!([vm.cid, disk]));
     vm.pause();
-    lab.call("delete_disk", json!([disk]));
+    lab.call("delete_disk", &json!([disk]));
     let (attach_floor, ()) = timed(|| bare.attach(lab));
     bare.resume();
     bare.wait_for("U");
@@ -109,13 +109,13 @@ fn life(lab: &Lab, table: &mut Table) {
     bare.wait_for("BOOTSECTOR-OK");
     bare.pause();
     vm.resume();
-    let (rebooted, _) = lab.call("reboot_vm", json!([vm.cid]));
+    let (rebooted, _) = lab.call("reboot_vm", &json!([vm.cid]));
     vm.wait_for("BOOTSECTOR-OK", 2);
     table.add("reboot_vm", Target::Ratio(1.35), rebooted, reboot_floor);
 
     lab.remember_memory(&vm);
-    let (deleted, _) = lab.call("delete_vm", json!([vm.cid]));
-    let (last_deleted, _) = lab.call("delete_vm", json!([first.cid]));
+    let (deleted, _) = lab.call("delete_vm", &json!([vm.cid]));
+    let (last_deleted, _) = lab.call("delete_vm", &json!([first.cid]));
     let (floor, ()) = timed(|| bare.kill());
     table.add("delete_vm", Target::AtMost(40.0), deleted, floor);
     table.add("delete_vm, last of its network", Target::AtMost(40.0), last_deleted, floor);
@@ -132,14 +132,14 @@ fn crowd(lab: &Lab, table: &mut Table, rounds: u32) {
         table.add("has_vm among 1,000 VMs", Target::Ratio(1.05), has_vm, has_vm_alone);
         table.add("create_vm among 1,000 VMs", Target::Ratio(1.05), create, create_alone);
     }
-    lab.call("delete_vm", json!([first.cid]));
+    lab.call("delete_vm", &json!([first.cid]));
 }
 
 fn one(lab: &Lab, known: &Ours) -> (Duration, Duration) {
-    let (has_vm, answer) = lab.call("has_vm", json!([known.cid]));
+    let (has_vm, answer) = lab.call("has_vm", &json!([known.cid]));
     assert_eq!(answer, true);
     let (create, vm) = lab.create_vm();
-    lab.call("delete_vm", json!([vm.cid]));
+    lab.call("delete_vm", &json!([vm.cid]));
     (has_vm, create)
 }
 

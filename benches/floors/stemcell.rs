@@ -24,8 +24,8 @@ pub fn import(lab: &Lab, table: &mut Table, rounds: u32) {
         // The import takes the archive away.
         let given = lab.scratch("given.tgz");
         std::fs::copy(&archive, &given).expect("copy the archive");
-        let (ours, stemcell) = lab.call("create_stemcell", json!([given, {"disk_format": "qcow2"}]));
-        lab.call("delete_stemcell", json!([stemcell]));
+        let (ours, stemcell) = lab.call("create_stemcell", &json!([given, {"disk_format": "qcow2"}]));
+        lab.call("delete_stemcell", &json!([stemcell]));
         let (floor, ()) = timed(|| {
             lab::run("tar", &["-C", dir, "-xzf", &archive]);
             lab::run("qemu-img", &["convert", "-O", "qcow2", &qcow2, &lab.scratch("converted.qcow2")]);

@@ -31,6 +31,9 @@ use crate::supervisor::{PowerState, power_state};
 /// What is kept of a deadline for removing nodes and descriptors.
 const CLEANING_UP: Duration = Duration::from_secs(3);
 
+/// A guest that is going to finish an earlier detach does so now, or not before somebody looks after it.
+const FINISH: Duration = Duration::from_secs(10);
+
 impl Cpi {
     /// Attaches the disk and answers the path under which every current agent finds it: a stable one, because the
     /// agent uses it again after each reboot.
@@ -62,7 +65,7 @@ impl Cpi {
             Some(Attached) => {}
             // The guest was asked to let go and may still do so, with the disk mounted again. First that must end.
             Some(Detaching) => self
-                .unplug(&vm, disk_cid, deadline)
+                .unplug(&vm, disk_cid, deadline.min(Instant::now() + FINISH))
                 .map_err(|e| e.during(format!("finish an earlier detach, to {}", doing())))?,
             Some(Attaching) | None => self.advance(&mut vm, disk_cid, Attaching)?,
         }

@@ -38,10 +38,11 @@ impl Cpi {
         };
         let made = self.store.write(&disk).and_then(|()| {
             let path = self.store.disk_dir(&disk.cid).join(disk.image());
-            match disk.format {
+            let image = match disk.format {
                 Format::Qcow2 => image::qcow2::create(&path, size.bytes(), None)?,
                 Format::Raw => image::raw::create(&path, size.bytes())?,
-            }
+            };
+            image.sync()?;
             disk.phase = Phase::Ready;
             self.store.write(&disk)?;
             self.settled(&disk.cid)

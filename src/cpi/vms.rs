@@ -13,7 +13,7 @@ use crate::agent::{config_drive, settings};
 use crate::cid::{Cid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::{cgroup::Cgroup, clock, probe, uids};
-use crate::image;
+use crate::image::{self, Fresh};
 use crate::net;
 use crate::qemu::Template;
 use crate::store::layout::SCHEMA;
@@ -66,8 +66,13 @@ impl Cpi {
             cid,
         };
         let made = self.store.write(&vm).and_then(|()| {
-            self.make_images(&vm, &stemcell, &call)?;
-            supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
+            let images = self.make_images(&vm, &stemcell, &call)?;
+            std::thread::scope(|threads| {
+                // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
+                let durable = threads.spawn(|| images.into_iter().try_for_each(Fresh::sync));
+                supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
+                durable.join().expect("no panic")
+            })?;
             vm.phase = Phase::Ready;
             self.store.write(&vm)?;
             self.settled(&vm.cid)
@@ -107,16 +112,16 @@ impl Cpi {
         })
     }
 
-    fn make_images(&self, vm: &VmRecord, stemcell: &StemcellRecord, call: &CreateVm) -> Result<()> {
+    fn make_images(&self, vm: &VmRecord, stemcell: &StemcellRecord, call: &CreateVm) -> Result<Vec<Fresh>> {
         let paths = self.store.vm(&vm.cid);
         if stemcell.image_path.is_none() {
             let image = self.store.stemcell_dir(&stemcell.cid).join(super::stemcells::IMAGE);
             std::fs::hard_link(&image, paths.base()).at("link the stemcell's image", &image)?;
         }
         let backing = image::qcow2::Backing { file_name: &vm.base.path.to_string_lossy(), format: vm.base.format };
-        image::qcow2::create(&paths.root(), vm.root_size, Some(backing))?;
+        let mut made = vec![image::qcow2::create(&paths.root(), vm.root_size, Some(backing))?];
         if let Some(ephemeral) = &vm.ephemeral {
-            image::qcow2::create(&paths.ephemeral(), ephemeral.size.bytes(), None)?;
+            made.push(image::qcow2::create(&paths.ephemeral(), ephemeral.size.bytes(), None)?);
         }
         let networks = to_raw_value(&call.networks)
             .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
@@ -127,7 +132,8 @@ impl Cpi {
             ephemeral: vm.ephemeral.as_ref().map(|ephemeral| ephemeral.serial.as_str()),
             env: call.env.get(),
         };
-        config_drive::write(&paths.config_drive(), &settings::settings(facts, &self.config.agent))
+        made.push(config_drive::write(&paths.config_drive(), &settings::settings(facts, &self.config.agent))?);
+        Ok(made)
     }
 
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {

@@ -9,7 +9,7 @@ use std::path::Path;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions, format_volume};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{create_new, keep, raw};
+use crate::image::{Fresh, create_new, keep, raw};
 
 type Folder<'a, 'b> = fatfs::Dir<'a, Cursor<&'b mut [u8]>>;
 
@@ -19,13 +19,12 @@ const MIB: usize = 1 << 20;
 const CLUSTER: usize = 4096;
 
 /// Writes a FAT filesystem labelled `label` that holds `files` to a new file at `path`, mode 0600. A file's name may
-/// have folders before it, separated by `/`. There is at least 1 MiB, and room to spare. The file is durable, its name
-/// is not yet.
+/// have folders before it, separated by `/`. There is at least 1 MiB, and room to spare.
 ///
 /// # Errors
 /// [`ErrorKind::Internal`] when label or names are none FAT can hold; otherwise when `path` exists or can not be
 /// written. Contents are never quoted: they are secrets.
-pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<()> {
+pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<Fresh> {
     let image = image(label, files).map_err(|error| {
         Error::new(ErrorKind::Internal, format!("make the FAT image '{}'", path.display())).because(error)
     })?;
@@ -130,7 +129,7 @@ mod tests {
             ("ec2/latest/user-data", b"{\"agent_id\": \"a\"}"),
             ("ec2/a name longer than eight and three", b""),
         ];
-        write_labelled(&path, "CONFIG-2", &files).unwrap();
+        write_labelled(&path, "CONFIG-2", &files).unwrap().sync().unwrap();
         for (name, content) in files {
             assert_eq!(read_back(&path, name), content);
         }
@@ -153,12 +152,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let content: Vec<u8> = (0..11_000_000u32).map(|n| (n % 251) as u8).collect();
         let path = dir.path().join("large.img");
-        write_labelled(&path, "CONFIG-2", &[("a/user-data", &content), ("a/other", &content[..70_000])]).unwrap();
+        write_labelled(&path, "CONFIG-2", &[("a/user-data", &content), ("a/other", &content[..70_000])])
+            .unwrap()
+            .sync()
+            .unwrap();
         assert!(read_back(&path, "a/user-data") == content);
         let names: Vec<String> = (0..1000).map(|n| format!("folder-{}/file with number {n}", n % 7)).collect();
         let files: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &content[..5])).collect();
         let path = dir.path().join("many.img");
-        write_labelled(&path, "CONFIG-2", &files).unwrap();
+        write_labelled(&path, "CONFIG-2", &files).unwrap().sync().unwrap();
         assert_eq!(read_back(&path, &names[999]), &content[..5]);
         fsck(&dir.path().join("large.img"));
         fsck(&path);

@@ -22,7 +22,7 @@ pub use open::{inspect, open};
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
@@ -36,11 +36,26 @@ fn create_new(path: &Path) -> Result<NamedTempFile> {
     Ok(NamedTempFile::from_parts(file, guard))
 }
 
-/// Makes the content of a new file durable and leaves the file where it is. Its name is the caller's to make durable.
-fn keep(new: NamedTempFile) -> Result<()> {
-    new.as_file().sync_all().at("fsync", new.path())?;
+/// A file that is complete, but not yet on the disk.
+#[derive(Debug)]
+#[must_use = "a power cut loses what is not synced"]
+pub struct Fresh {
+    file: File,
+    path: PathBuf,
+}
+
+impl Fresh {
+    /// Makes the content durable. The name is the caller's to make durable.
+    pub fn sync(self) -> Result<()> {
+        self.file.sync_all().at("fsync", &self.path)
+    }
+}
+
+/// Leaves a new file where it is.
+fn keep(new: NamedTempFile) -> Result<Fresh> {
     let path = new.path().to_owned();
-    new.keep().map(drop).map_err(|error| error.error).at("keep", &path)
+    let (file, path) = new.keep().map_err(|error| error.error).at("keep", &path)?;
+    Ok(Fresh { file, path })
 }
 
 /// Makes the names in the directory of `path` durable.

@@ -251,7 +251,7 @@ mod tests {
     fn convert_check_and_resize_with_the_real_program() {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a:b.raw"), dir.path().join("b.qcow2"));
-        raw::create(&source, Bytes(1 << 20)).unwrap();
+        raw::create(&source, Bytes(1 << 20)).unwrap().sync().unwrap();
         let img = QemuImg::new("qemu-img");
         let convert =
             Convert { source: &source, source_format: Format::Raw, target: &target, target_format: Format::Qcow2 };

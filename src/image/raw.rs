@@ -6,19 +6,18 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{create_new, keep};
+use crate::image::{Fresh, create_new, keep};
 use crate::units::{Bytes, MiB};
 
 /// The unit of zero detection: the block of every filesystem in use, so a smaller hole would save nothing.
 const BLOCK: usize = 4096;
 
-/// Creates an empty raw image of `size` at `path`, mode 0600: one hole, no space used. The file is durable, its name
-/// is not yet.
+/// Creates an empty raw image of `size` at `path`, mode 0600: one hole, no space used.
 ///
 /// # Errors
 /// When `path` exists or can not be written, or `size` is no multiple of 512 from 512 bytes
 /// to [`MiB::MAX`].
-pub fn create(path: &Path, size: Bytes) -> Result<()> {
+pub fn create(path: &Path, size: Bytes) -> Result<Fresh> {
     check_size(path, size)?;
     let new = create_new(path)?;
     new.as_file().set_len(size.get()).at("set the size of", path)?;
@@ -63,7 +62,7 @@ mod tests {
     fn an_empty_image_takes_no_space() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.raw");
-        create(&path, MiB::new(1024 * 1024).unwrap().bytes()).unwrap();
+        create(&path, MiB::new(1024 * 1024).unwrap().bytes()).unwrap().sync().unwrap();
         let meta = path.metadata().unwrap();
         assert_eq!((meta.len(), meta.blocks(), meta.permissions().mode() & 0o777), (1 << 40, 0, 0o600));
         assert!(create(&path, Bytes(512)).unwrap_err().report().contains("exists"), "never overwrites");

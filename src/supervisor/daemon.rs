@@ -16,10 +16,8 @@ use super::exit::{Ending, ExitRecord};
 use super::launch::{self, Running};
 use super::restart::Restarts;
 use super::{Launched, Scope};
-use crate::cid::Cid;
 use crate::config::Restart;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::cgroup::Cgroup;
 use crate::host::clock;
 use crate::qmp::Event;
 use crate::store::record::{Desired, Phase, VmRecord};
@@ -102,8 +100,6 @@ impl<'a> Supervisor<'a> {
             let _ = atomic::remove_dir(&scope.paths.run);
             Error::new(ErrorKind::VmNotFound, format!("VM '{}' has no record to start from", scope.cid))
         })?;
-        // Only now: whoever removes the VM sees our lock from here on, and waits for us before it removes the group.
-        Cgroup::open(scope.cid.as_str()).enter();
         Ok(Self {
             scope,
             vm,
@@ -127,6 +123,10 @@ impl<'a> Supervisor<'a> {
             let ending = match running.take() {
                 Some(qemu) => {
                     let exit = runtime.block_on(self.watch(qemu));
+                    if read(self.scope).is_ok_and(|vm| vm.is_none_or(|vm| vm.phase == Phase::Deleting)) {
+                        // Nobody will ask how it ended, and delete_vm waits for us.
+                        return Ok(());
+                    }
                     self.note("exited", &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}));
                     if let Err(error) = exit.write(&self.scope.paths.exit()) {
                         // A full disk is no reason to leave a crashed VM off.

@@ -314,7 +314,7 @@ fn a_failed_create_vm_says_why_and_leaves_nothing() {
     fails("/2", json!({"rams": 64}), "CpiError", "cloud_properties.rams: unknown key; did you mean 'ram'?");
     fails("/2", json!({"machine": "q53"}), "CpiError", "there is no machine template 'q53'");
     fails("/3/net/cloud_properties", json!({"name": "dmz"}), "CpiError", "no network of that name");
-    fails("/3/net/cloud_properties", json!({"bridge": "br7"}), "VMCreationFailed", "bridge 'br7' does not exist");
+    fails("/3/net/cloud_properties", json!({"bridge": "br7"}), "NetworkNotFound", "bridge 'br7' does not exist");
     fails("/3/net/gateway", json!("10.8.0.1"), "CpiError", "10.8.0.0");
     // Under this model the emulator ends at once, which only it can say.
     fails("/2", json!({"ram": 64, "cpu_model": "nonsense"}), "VMCreationFailed", "unable to find CPU model 'nonsense'");

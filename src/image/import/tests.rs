@@ -199,7 +199,7 @@ fn tables_behind_their_data_are_left_to_qemu_img() {
     let world = World { qemu_img: "qemu-img", ..World::new() };
     // 20 MiB of data first, then an L1 table that had to grow and so moved to the end of the file.
     let image = world.path("grown");
-    create(&image, Bytes(100 << 20), None).unwrap();
+    create(&image, Bytes(100 << 20), None).unwrap().sync().unwrap();
     let io = |command: &str| {
         run("qemu-io", ["-fqcow2", "-c", command].map(Into::into).into_iter().chain([image.clone().into()]))
     };

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{EXTENSION_BACKING_FORMAT, EXTENSION_END, MAGIC};
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Format, create_new, keep, raw};
+use crate::image::{Format, Fresh, create_new, keep, raw};
 use crate::units::Bytes;
 
 const CLUSTER_BITS: u32 = 16;
@@ -33,12 +33,11 @@ pub struct Backing<'a> {
 }
 
 /// Creates an empty qcow2 image of `size` at `path`, mode 0600: version 3, 64 KiB clusters, 16-bit reference counts,
-/// nothing allocated. With `backing` it is an overlay; the backing file is not looked at. The file is durable, its
-/// name is not yet.
+/// nothing allocated. With `backing` it is an overlay; the backing file is not looked at.
 ///
 /// # Errors
 /// When `path` exists or can not be written, or `size` or the backing file's name is not one an image can have.
-pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<()> {
+pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<Fresh> {
     raw::check_size(path, size)?;
     if backing.is_some_and(|backing| backing.file_name.is_empty() || backing.file_name.len() > MAX_BACKING_NAME) {
         let message = format!("create '{}': the backing file's name must have 1 to 1023 bytes", path.display());
@@ -124,12 +123,12 @@ mod tests {
     #[test]
     fn qemu_finds_nothing_wrong_with_any_size() {
         let dir = tempfile::tempdir().unwrap();
-        crate::image::raw::create(&dir.path().join("base.raw"), Bytes(1 << 20)).unwrap();
+        crate::image::raw::create(&dir.path().join("base.raw"), Bytes(1 << 20)).unwrap().sync().unwrap();
         let raw = Backing { file_name: "base.raw", format: Format::Raw };
         for (number, size) in SIZES.into_iter().enumerate() {
             for backing in [None, Some(raw)] {
                 let path = dir.path().join(format!("{number}-{}.qcow2", backing.is_some()));
-                create(&path, size, backing).unwrap();
+                create(&path, size, backing).unwrap().sync().unwrap();
                 qemu_img(["check".as_ref(), "-f".as_ref(), "qcow2".as_ref(), path.as_os_str()]);
                 let info = qemu_img(["info".as_ref(), "--output=json".as_ref(), path.as_os_str()]);
                 let info: serde_json::Value = serde_json::from_str(&info).unwrap();
@@ -158,7 +157,7 @@ mod tests {
         std::fs::write(path("base.raw"), [7; 4096]).unwrap();
         let size = Bytes(1 << 30);
         let backing = Backing { file_name: "base.raw", format: Format::Raw };
-        create(&path("overlay.qcow2"), size, Some(backing)).unwrap();
+        create(&path("overlay.qcow2"), size, Some(backing)).unwrap().sync().unwrap();
         let write = ["-f", "qcow2", "-c", "write -P 9 600M 64k", "-c", "write -P 3 512 512"];
         crate::image::testing::run("qemu-io", write.map(Into::into).into_iter().chain([path("overlay.qcow2").into()]));
         qemu_img(["check".as_ref(), path("overlay.qcow2").as_os_str()]);
@@ -189,7 +188,10 @@ mod tests {
         assert_eq!(create(&path, Bytes(0), None).unwrap_err().kind(), ErrorKind::BadRequest);
         assert!(!path.exists());
         let longest = "a".repeat(1023);
-        create(&path, Bytes(512), Some(Backing { file_name: &longest, format: Format::Qcow2 })).unwrap();
+        create(&path, Bytes(512), Some(Backing { file_name: &longest, format: Format::Qcow2 }))
+            .unwrap()
+            .sync()
+            .unwrap();
         assert_eq!(Header::read(&path).unwrap().backing_file, Some(longest));
         assert!(create(&path, Bytes(512), None).unwrap_err().report().contains("exists"), "never overwrites");
     }

@@ -117,7 +117,10 @@ fn formats_that_are_not_what_was_said() {
 fn qcow2_features_that_reach_out_of_the_file() {
     let world = World::new();
     let path = world.path("overlay");
-    create(&path, Bytes(1 << 20), Some(Backing { file_name: "/etc/shadow", format: Format::Raw })).unwrap();
+    create(&path, Bytes(1 << 20), Some(Backing { file_name: "/etc/shadow", format: Format::Raw }))
+        .unwrap()
+        .sync()
+        .unwrap();
     let refused = world.refusal(&std::fs::read(&path).unwrap(), None);
     assert_eq!(refused, Refusal::Feature("has a backing file: flatten it first"));
     std::fs::remove_file(&path).unwrap();

@@ -7,7 +7,7 @@ use crate::image::testing::{qemu_img, sample};
 fn sound() -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
-    crate::image::qcow2::create(&path, Bytes(1 << 30), None).unwrap();
+    crate::image::qcow2::create(&path, Bytes(1 << 30), None).unwrap().sync().unwrap();
     std::fs::read(path).unwrap()
 }
 
