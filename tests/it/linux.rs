@@ -19,11 +19,11 @@ const BOOT: Duration = Duration::from_secs(180);
 
 /// The made stemcell, or the reason why there is none.
 fn stemcell_dir() -> Option<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".quickstart/stemcell");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/stemcell");
     if dir.join("image").exists() {
         return Some(dir);
     }
-    skip("no Linux stemcell in .quickstart/stemcell: ./test makes it");
+    skip("no Linux stemcell in target/stemcell: ./test makes it");
     None
 }
 
