@@ -2,7 +2,7 @@
 //!
 //! The range is one that systemd's list of uid ranges leaves to nobody (UIDS-GIDS.md: above the container range, below
 //! 2^31). A claim is a symlink `uids/<uid>` whose text is the VM's cid: made in one step, held by no lock, found
-//! without reading a record. A VM's claim is always one of the [`WINDOW`] uids that follow from its cid, so it is found
+//! without reading a record. A VM's claim is always one of the `WINDOW` uids that follow from its cid, so it is found
 //! again, and a call that is repeated claims no second one.
 
 use std::os::unix::fs::symlink;

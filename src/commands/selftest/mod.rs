@@ -1,8 +1,8 @@
 //! `bosh-qemu-cpi selftest`: does this host run VMs as it should? A few seconds, no stemcell, no download.
 //!
 //! A 512-byte guest is taken through the life of a VM by the same verbs a Director calls. It prints `BOOTSECTOR-OK`
-//! when it boots, `U` and `D` when a disk is plugged in and asked out, `OFF` at the power button (its source is beside
-//! this file). Everything happens in temporary directories and a network namespace of its own.
+//! when it boots, `U` and `D` when a disk is plugged in and asked out, `OFF` at the power button (its source is in
+//! `guests/`). Everything happens in temporary directories and a network namespace of its own.
 
 mod checks;
 
@@ -17,7 +17,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::schema::{Property, Whole};
 
 /// The guest, as a disk.
-const GUEST: &[u8; 512] = include_bytes!("acpi-bootsector.bin");
+const GUEST: &[u8; 512] = include_bytes!("../../../guests/acpi-bootsector.bin");
 
 /// Prints one line per check, or with `as_json` one object. Whether all passed.
 pub fn run(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {

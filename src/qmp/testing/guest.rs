@@ -35,8 +35,8 @@ impl Guest {
     pub fn new(image: Image, ports: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let sector: &[u8; 512] = match image {
-            Image::Answering => include_bytes!("../../../tests/fixtures/guests/acpi-bootsector.bin"),
-            Image::Mute => include_bytes!("../../../tests/fixtures/guests/acpi-bootsector-mute.bin"),
+            Image::Answering => include_bytes!("../../../guests/acpi-bootsector.bin"),
+            Image::Mute => include_bytes!("../../../guests/acpi-bootsector-mute.bin"),
         };
         let boot = dir.path().join("boot.raw");
         std::fs::write(&boot, sector).unwrap();

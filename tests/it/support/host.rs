@@ -33,9 +33,9 @@ use super::{nftables, skip};
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Takes part in hot-plug and follows its power button.
-pub const GUEST: &[u8] = include_bytes!("../../../src/commands/selftest/acpi-bootsector.bin");
+pub const GUEST: &[u8] = include_bytes!("../../../guests/acpi-bootsector.bin");
 /// Boots, and then never answers anything.
-pub const MUTE_GUEST: &[u8] = include_bytes!("../../fixtures/guests/acpi-bootsector-mute.bin");
+pub const MUTE_GUEST: &[u8] = include_bytes!("../../../guests/acpi-bootsector-mute.bin");
 
 /// A host of a test's own.
 pub struct Host {
