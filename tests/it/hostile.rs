@@ -93,7 +93,19 @@ fn options(host: &Host, vm: &VmCid) -> Vec<String> {
     for own in own {
         words.iter_mut().for_each(|word| *word = word.replace(&own, "…"));
     }
-    words
+    words.iter().map(|word| without_descriptors(word)).collect()
+}
+
+/// Descriptors have other numbers at each launch: some are opened at the same time.
+fn without_descriptors(word: &str) -> String {
+    let mut left = word.to_owned();
+    for before in [",fd=", "\"fd\":\"", "fd="] {
+        if let Some(at) = left.find(before).map(|at| at + before.len()) {
+            let digits = left[at..].chars().take_while(char::is_ascii_digit).count();
+            left.replace_range(at..at + digits, "");
+        }
+    }
+    left
 }
 
 #[test]

@@ -413,3 +413,25 @@ fn a_caller_is_not_held_up_by_the_vm_it_made() {
     let uid = fs::metadata(format!("/proc/{}", qemu.pid())).unwrap().uid();
     assert_eq!(uid, host.record(&vm).uid);
 }
+
+#[test]
+fn a_create_that_was_killed_is_undone_by_the_next() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    host.replace_qemu("exec sleep 1000");
+    let mut call = host.start("create_vm", &host.vm_arguments(&stemcell));
+    let killed = eventually("a record", || host.store().list::<VmRecord>().unwrap().pop());
+    let qemu = eventually("a launch", || host.qemu(&killed));
+    let supervisor = host.supervisor(&killed).expect("a supervisor");
+    call.kill().unwrap();
+    call.wait().unwrap();
+    qemu.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    assert_eq!(host.ok("has_vm", &json!([killed])), false, "nobody was told of it");
+    assert!(host.paths(&killed).dir.exists());
+
+    host.reconfigure(|config| config["qemu"]["binary"] = json!("/usr/bin/qemu-system-x86_64"));
+    let vm = host.vm(&stemcell);
+    assert_eq!(host.store().list::<VmRecord>().unwrap(), [vm]);
+    assert!(!host.paths(&killed).dir.exists() && !host.paths(&killed).run.exists());
+}
