@@ -166,7 +166,7 @@ fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
 }
 
 fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
-    let io_uring = io_uring::works(lab.store.run_dir(), QEMU.as_ref()).expect("a verdict");
+    let io_uring = io_uring::works(lab.store.run_dir(), QEMU.as_ref());
     let (fd, direct) = image::open(&need.path, need.writable, need.direct).expect("open an image");
     (Opened { need, direct, io_uring }, fd)
 }

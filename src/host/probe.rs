@@ -119,7 +119,7 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    let status = quit(&mut child, binary, "{\"execute\":\"query-kvm\"}")?;
+    let status = quit(&mut child, binary, "{\"execute\":\"query-kvm\"}", Instant::now() + PATIENCE)?;
     let mut said = String::new();
     let _ = child.stdout.take().map(|stdout| stdout.take(64 * 1024).read_to_string(&mut said));
     if status.success() && said.contains("\"enabled\": true") {
@@ -128,13 +128,13 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
     Err(Error::new(ErrorKind::Host, format!("QEMU with -accel kvm -cpu {model} ended with {status}")))
 }
 
-/// Has a QEMU with its monitor on standard input do `commands` and end; how it ended.
-pub(super) fn quit(child: &mut Child, binary: &Path, commands: &str) -> Result<ExitStatus> {
+/// Has a QEMU with its monitor on standard input do `commands` and end; how it ended. At `deadline` it is killed.
+pub(super) fn quit(child: &mut Child, binary: &Path, commands: &str, deadline: Instant) -> Result<ExitStatus> {
     let script = format!("{{\"execute\":\"qmp_capabilities\"}}{commands}{{\"execute\":\"quit\"}}\n");
     // A QEMU that aborted closed the pipe; how it ended says more than EPIPE.
     let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
     let process = crate::sys::pidfd::Process::open(child.id() as i32)?;
-    let ended = process.wait_exit(Instant::now() + PATIENCE)?;
+    let ended = process.wait_exit(deadline)?;
     if !ended {
         child.kill().at("end", binary)?;
     }
