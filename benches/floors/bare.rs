@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bosh_qemu_cpi::host::io_uring;
 use bosh_qemu_cpi::image;
 use bosh_qemu_cpi::qemu::command_line::Tap;
 use bosh_qemu_cpi::qemu::{FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology};
@@ -22,6 +23,8 @@ use serde_json::json;
 use crate::lab::{self, Lab, Ours};
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Where the configuration has it by default.
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const DISK: &str = "disk-floor";
 
 /// A bare QEMU whose guest runs.
@@ -44,7 +47,7 @@ impl Bare {
     fn start(lab: &Lab, vm: &Ours) -> Self {
         let record = lab.store.read::<VmRecord>(&vm.cid).expect("readable").expect("a record");
         let template = Template::load(&record.machine.template, None).expect("a template");
-        let files: Vec<_> = needs(lab, vm, &record).into_iter().map(open).collect();
+        let files: Vec<_> = needs(lab, vm, &record).into_iter().map(|need| open(lab, need)).collect();
         let taps: Vec<_> = record.nics.iter().map(|_| tap()).collect();
         let sockets = [vm_socket(lab, "qmp"), vm_socket(lab, "other"), vm_socket(lab, "serial")].map(|path| {
             let _ = std::fs::remove_file(&path);
@@ -59,7 +62,7 @@ impl Bare {
         };
         files.iter().map(|(_, fd)| fd).chain(&taps).for_each(inherit);
         sockets.iter().for_each(inherit);
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(QEMU);
         command.args(command_line(&record, &template, &handles)).stdin(Stdio::null()).stdout(Stdio::null());
         let child = command.spawn().expect("start QEMU");
         let mut monitor = Monitor::connect(&vm_socket(lab, "qmp"), Instant::now() + PATIENCE).expect("a monitor");
@@ -97,7 +100,7 @@ impl Bare {
             image::qcow2::create(&path, size, None).and_then(image::Fresh::sync).expect("an image");
         }
         let need = FileNeed { id: DISK.into(), path, format: Some(Format::Qcow2), writable: true, direct: true };
-        let (opened, file) = open(need);
+        let (opened, file) = open(lab, need);
         let fdset = self.monitor.add_fd(file.as_fd(), DISK).expect("add-fd");
         for node in blockdev::nodes(&opened, fdset) {
             self.monitor.raw("blockdev-add", &node).expect("blockdev-add");
@@ -162,9 +165,10 @@ fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
     needs
 }
 
-fn open(need: FileNeed) -> (Opened, OwnedFd) {
+fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
+    let io_uring = io_uring::works(lab.store.run_dir(), QEMU.as_ref());
     let (fd, direct) = image::open(&need.path, need.writable, need.direct).expect("open an image");
-    (Opened { need, direct }, fd)
+    (Opened { need, direct, io_uring }, fd)
 }
 
 fn tap() -> OwnedFd {

@@ -26,8 +26,8 @@ pub struct Lab {
     config: PathBuf,
     pub store: Store,
     stemcell: String,
-    /// RSS and PSS of supervisors, kB.
-    memory: RefCell<Vec<(u64, u64)>>,
+    /// RSS, PSS and what is not the program's file of supervisors, kB.
+    memory: RefCell<Vec<[u64; 3]>>,
     pub state: TempDir,
     _run: TempDir,
 }
@@ -109,14 +109,15 @@ impl Lab {
             let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
             line.trim().trim_end_matches(" kB").parse().unwrap_or(0)
         };
-        self.memory.borrow_mut().push((field("Rss:"), field("Pss:")));
+        self.memory.borrow_mut().push(["Rss:", "Pss:", "Anonymous:"].map(field));
     }
 
     /// What supervisors took at most.
     pub fn supervisor_memory(&self) -> String {
         let memory = self.memory.borrow();
-        let (rss, pss) = (memory.iter().map(|m| m.0).max(), memory.iter().map(|m| m.1).max());
-        format!("a supervisor: RSS {} kB (target 5120), PSS {} kB (target 1024)", rss.unwrap_or(0), pss.unwrap_or(0))
+        let most = |at: usize| memory.iter().map(|sample| sample[at]).max().unwrap_or(0);
+        let (rss, pss, own) = (most(0), most(1), most(2));
+        format!("a supervisor of two: RSS {rss} kB (target 5120), PSS {pss} kB (target 1024), its own {own} kB")
     }
 }
 

@@ -20,6 +20,7 @@ use super::Cpi;
 use crate::agent::settings::device_path;
 use crate::cid::{Cid, DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::io_uring;
 use crate::image;
 use crate::qemu::{FileNeed, Opened, blockdev, topology};
 use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
@@ -170,7 +171,8 @@ impl Cpi {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
         let need = FileNeed::disk(&self.store, disk);
         let (file, direct) = image::open(&need.path, need.writable, need.direct)?;
-        let opened = Opened { need, direct };
+        let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu.binary);
+        let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
         let device = blockdev::device(id, id, true);
         let wanted = Attach {

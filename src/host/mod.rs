@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod clock;
 pub mod detached;
+pub mod io_uring;
 pub mod probe;
 pub mod tail;
 pub mod uids;

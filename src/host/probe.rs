@@ -8,7 +8,7 @@
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Verdict {
     binary: PathBuf,
-    /// Device, inode, size and modification time: another binary is another verdict.
+    /// Another binary is another verdict.
     identity: [u64; 4],
     /// The best model under KVM, if any.
     kvm: Option<String>,
@@ -65,11 +65,7 @@ pub fn accelerator(run_dir: &Path, binary: &Path, choice: AccelChoice, model: Op
 }
 
 fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
-    let file = binary
-        .metadata()
-        .at("find QEMU at", binary)
-        .map_err(|e| e.hint("install qemu-system-x86 and qemu-utils, or set qemu.binary in the configuration"))?;
-    let identity = [file.dev(), file.ino(), file.len(), file.mtime().unsigned_abs()];
+    let identity = identity(binary)?;
     let path = run_dir.join("probe.json");
     let known = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Verdict>(&text).ok());
     if let Some(known) = known.filter(|v| v.binary == binary && v.identity == identity) {
@@ -88,6 +84,15 @@ fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
         atomic::write(&path, &serde_json::to_vec(&verdict).expect("a verdict is plain data"))?;
     }
     Ok(verdict)
+}
+
+/// What tells one QEMU from another: device, inode, size and modification time.
+pub(super) fn identity(binary: &Path) -> Result<[u64; 4]> {
+    let file = binary
+        .metadata()
+        .at("find QEMU at", binary)
+        .map_err(|e| e.hint("install qemu-system-x86 and qemu-utils, or set qemu.binary in the configuration"))?;
+    Ok([file.dev(), file.ino(), file.len(), file.mtime().unsigned_abs()])
 }
 
 /// The first CPU model under which QEMU comes up with KVM.
@@ -114,10 +119,7 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    let script = b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-kvm\"}{\"execute\":\"quit\"}";
-    // A QEMU that aborted closed the pipe; how it ended says more than EPIPE.
-    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script));
-    let status = wait(&mut child, binary)?;
+    let status = quit(&mut child, binary, "{\"execute\":\"query-kvm\"}", Instant::now() + PATIENCE)?;
     let mut said = String::new();
     let _ = child.stdout.take().map(|stdout| stdout.take(64 * 1024).read_to_string(&mut said));
     if status.success() && said.contains("\"enabled\": true") {
@@ -126,9 +128,13 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
     Err(Error::new(ErrorKind::Host, format!("QEMU with -accel kvm -cpu {model} ended with {status}")))
 }
 
-fn wait(child: &mut std::process::Child, binary: &Path) -> Result<std::process::ExitStatus> {
+/// Has a QEMU with its monitor on standard input do `commands` and end; how it ended. At `deadline` it is killed.
+pub(super) fn quit(child: &mut Child, binary: &Path, commands: &str, deadline: Instant) -> Result<ExitStatus> {
+    let script = format!("{{\"execute\":\"qmp_capabilities\"}}{commands}{{\"execute\":\"quit\"}}\n");
+    // A QEMU that aborted closed the pipe; how it ended says more than EPIPE.
+    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
     let process = crate::sys::pidfd::Process::open(child.id() as i32)?;
-    let ended = process.wait_exit(Instant::now() + PATIENCE)?;
+    let ended = process.wait_exit(deadline)?;
     if !ended {
         child.kill().at("end", binary)?;
     }

@@ -20,7 +20,11 @@ pub fn file_node(id: &str) -> String {
 pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
     let need = &opened.need;
     // Linux AIO wants O_DIRECT; without it a pool of threads does the same work (QEMU docs, `-blockdev aio`).
-    let aio = if opened.direct { "native" } else { "threads" };
+    let aio = match (opened.io_uring, opened.direct) {
+        (true, _) => "io_uring",
+        (false, true) => "native",
+        (false, false) => "threads",
+    };
     let mut file = json!({
         "driver": "file", "node-name": file_node(&need.id), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
         "cache": {"direct": opened.direct}, "read-only": !need.writable,

@@ -51,6 +51,8 @@ pub struct Opened {
     pub need: FileNeed,
     /// Whether the page cache is really bypassed.
     pub direct: bool,
+    /// Whether QEMU can use io_uring on this host.
+    pub io_uring: bool,
 }
 
 /// Every file `vm` starts with; `disks` are the records of its attachments.

@@ -13,7 +13,7 @@
 //!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
-//!   probe.json                                    what the installed QEMU can do here
+//!   probe.json  io-uring.json                     what the installed QEMU can do here
 //!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
 //! ```
 //!

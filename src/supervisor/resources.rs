@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::Scope;
 use crate::cid::DiskCid;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::host::io_uring;
 use crate::net::apply::Plug;
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
@@ -32,8 +33,9 @@ impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
         let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
+        let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu.binary);
         Ok(Self {
-            files: needs.into_iter().map(open_file).collect::<Result<_>>()?,
+            files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
             taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
             qmp: listen(&scope.paths.qmp())?,
             supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
@@ -73,9 +75,9 @@ fn missing_disk(disk: &DiskCid) -> Error {
 }
 
 /// Opens one file as QEMU wants it.
-fn open_file(need: FileNeed) -> Result<(Opened, OwnedFd)> {
+fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
     let (fd, direct) = image::open(&need.path, need.writable, need.direct)?;
-    Ok((Opened { need, direct }, fd))
+    Ok((Opened { need, direct, io_uring }, fd))
 }
 
 /// Makes the NIC's bridge as it must be and plugs a new tap into it.

@@ -7,7 +7,7 @@ use super::power::{Button, stop};
 use super::{Launched, Scope};
 use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::detached;
+use crate::host::{detached, io_uring};
 use crate::store::Guard;
 
 /// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
@@ -19,6 +19,7 @@ pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
     if let Some(file) = config_file {
         arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
     }
+    io_uring::probe(scope.store.run_dir(), &scope.config.qemu.binary, deadline);
     Scope::rotate(&scope.paths.supervisor_log());
     let launched = lock
         .share()

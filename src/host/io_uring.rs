@@ -1,0 +1,126 @@
+//! Whether QEMU can use io_uring here.
+//!
+//! It is the fastest of QEMU's three ways to an image, and the one that is there at once: since QEMU 9.2 an image with
+//! `aio=native` is first probed for `IO_CMD_FDSYNC`, which ends in io_destroy(2) and so in two RCU grace periods, 30 ms
+//! for each disk. But kernels can be built without it, operators switch it off (`kernel.io_uring_disabled`, Linux 6.6),
+//! containers filter it, and QEMUs lack it. Where the kernel refuses it, QEMU 7.2 does not start, and QEMU 10 goes on
+//! with threads and a warning; so the kernel is asked before QEMU is.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::probe::{identity, quit};
+use super::uids;
+use crate::error::{IoContext, Result};
+use crate::store::atomic;
+use crate::sys::io_uring;
+
+/// Since Linux 6.6: 0 for everybody, 1 for the privileged, which QEMU is not, 2 for nobody.
+const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
+/// A user that no VM's QEMU has.
+const NOBODY: u32 = uids::FIRST + uids::COUNT;
+
+/// A QEMU that does not answer soon is not asked again in this call: its disks work without.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Whether a QEMU takes it, and which.
+#[derive(Debug, Serialize, Deserialize)]
+struct Verdict {
+    binary: PathBuf,
+    identity: [u64; 4],
+    works: bool,
+}
+
+/// Whether the QEMU `binary`, run by a user without privileges, can use io_uring. False until it was [`probe`]d.
+pub fn works(run_dir: &Path, binary: &Path) -> bool {
+    is_allowed() && known(run_dir, binary).unwrap_or(false)
+}
+
+/// Finds out, unless the answer is there: a throw-away QEMU's is kept in `io-uring.json` in the run directory. That
+/// this could not be done is no reason for a VM not to start.
+pub fn probe(run_dir: &Path, binary: &Path, deadline: Instant) {
+    if is_allowed()
+        && known(run_dir, binary).is_none()
+        && let Err(error) = find_out(run_dir, binary, deadline.min(Instant::now() + PATIENCE))
+    {
+        tracing::warn!(error = error.report(), "it is not known whether QEMU can use io_uring");
+    }
+}
+
+fn is_allowed() -> bool {
+    // Without the file, the kernel is older than the switch.
+    std::fs::read_to_string(SWITCH).map_or(true, |text| text.trim() == "0") && io_uring::is_allowed()
+}
+
+fn known(run_dir: &Path, binary: &Path) -> Option<bool> {
+    let text = std::fs::read(file(run_dir)).ok()?;
+    let verdict: Verdict = serde_json::from_slice(&text).ok()?;
+    let current = verdict.binary == binary && verdict.identity == identity(binary).ok()?;
+    current.then_some(verdict.works)
+}
+
+fn find_out(run_dir: &Path, binary: &Path, deadline: Instant) -> Result<()> {
+    let identity = identity(binary)?;
+    let verdict = Verdict { binary: binary.to_owned(), identity, works: is_taken(binary, deadline)? };
+    atomic::make_dir(run_dir)?;
+    atomic::write(&file(run_dir), &serde_json::to_vec(&verdict).expect("a verdict is plain data"))
+}
+
+fn file(run_dir: &Path) -> PathBuf {
+    run_dir.join("io-uring.json")
+}
+
+/// Starts QEMU without a machine, with itself as the image: a file that every user can read.
+fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
+    let image =
+        json!({"driver": "file", "node-name": "probe", "filename": binary, "read-only": true, "aio": "io_uring"});
+    let mut child = Command::new(binary)
+        .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio"])
+        .args(["-blockdev", &image.to_string()])
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .at("run", binary)?;
+    Ok(quit(&mut child, binary, "", deadline)?.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verdict_is_kept_for_one_binary() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join("io-uring.json");
+        let soon = || Instant::now() + Duration::from_secs(20);
+        // One that takes every argument, and one that takes none.
+        let (takes, refuses) = (Path::new("/bin/true"), Path::new("/bin/false"));
+        probe(run.path(), takes, soon());
+        if !is_allowed() {
+            assert!(!path.exists(), "the kernel refuses, so no QEMU was asked");
+            return;
+        }
+        assert!(works(run.path(), takes));
+        assert!(!works(run.path(), refuses), "another binary was not asked");
+        let kept = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, kept.replace("true}", "false}")).unwrap();
+        probe(run.path(), takes, soon());
+        assert!(!works(run.path(), takes), "the same is not asked again");
+        probe(run.path(), refuses, soon());
+        assert_eq!(known(run.path(), refuses), Some(false));
+        std::fs::write(&path, "half a verd").unwrap();
+        probe(run.path(), takes, soon());
+        assert!(works(run.path(), takes));
+        probe(run.path(), Path::new("/nonexistent"), soon());
+        assert!(!works(run.path(), Path::new("/nonexistent")));
+    }
+}
