@@ -62,6 +62,8 @@ document! {
         accel: AccelChoice = AccelChoice::Auto;
         /// CPU model as QEMU names it. Absent: `host` under KVM (or what the probe found to work), `max` under TCG.
         cpu: Option<String>;
+        /// `auto` has QEMU use io_uring where the kernel and QEMU can; `off` for hosts that do not want it used.
+        io_uring: IoUring = IoUring::Auto;
         /// Machine template for VMs that do not name one.
         template: String = "q35".into();
         /// A directory whose `<name>.toml` files come before the built-in templates.
@@ -118,6 +120,16 @@ choice! {
         Kvm = "kvm",
         /// Emulation.
         Tcg = "tcg",
+    }
+}
+
+choice! {
+    /// Whether QEMU may use io_uring for its images.
+    pub enum IoUring ("\"auto\" or \"off\"") {
+        /// Where the kernel allows it and QEMU takes it.
+        Auto = "auto",
+        /// Linux AIO, or threads for images that are in the page cache.
+        Off = "off",
     }
 }
 

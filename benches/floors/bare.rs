@@ -8,12 +8,14 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bosh_qemu_cpi::config::Qemu;
 use bosh_qemu_cpi::host::io_uring;
 use bosh_qemu_cpi::image;
 use bosh_qemu_cpi::qemu::command_line::Tap;
 use bosh_qemu_cpi::qemu::{FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology};
 use bosh_qemu_cpi::qmp::Event;
 use bosh_qemu_cpi::qmp::monitor::Monitor;
+use bosh_qemu_cpi::schema::Property;
 use bosh_qemu_cpi::store::VmRecord;
 use bosh_qemu_cpi::store::record::Format;
 use bosh_qemu_cpi::sys::tun;
@@ -166,7 +168,8 @@ fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
 }
 
 fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
-    let io_uring = io_uring::works(lab.store.run_dir(), QEMU.as_ref());
+    let qemu = Qemu::absent().expect("every key has a default");
+    let io_uring = io_uring::works(lab.store.run_dir(), &qemu);
     let (fd, direct) = image::open(&need.path, need.writable, need.direct).expect("open an image");
     (Opened { need, direct, io_uring }, fd)
 }

@@ -171,7 +171,7 @@ impl Cpi {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
         let need = FileNeed::disk(&self.store, disk);
         let (file, direct) = image::open(&need.path, need.writable, need.direct)?;
-        let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu.binary);
+        let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
         let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
         let device = blockdev::device(id, id, true);

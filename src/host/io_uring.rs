@@ -16,6 +16,7 @@ use serde_json::json;
 
 use super::probe::{identity, quit};
 use super::uids;
+use crate::config::{IoUring, Qemu};
 use crate::error::{IoContext, Result};
 use crate::store::atomic;
 use crate::sys::io_uring;
@@ -36,25 +37,26 @@ struct Verdict {
     works: bool,
 }
 
-/// Whether the QEMU `binary`, run by a user without privileges, can use io_uring. False until it was [`probe`]d.
-pub fn works(run_dir: &Path, binary: &Path) -> bool {
-    is_allowed() && known(run_dir, binary).unwrap_or(false)
+/// Whether QEMU, run by a user without privileges, can and may use io_uring. False until it was [`probe`]d.
+pub fn works(run_dir: &Path, qemu: &Qemu) -> bool {
+    is_allowed(qemu) && known(run_dir, &qemu.binary).unwrap_or(false)
 }
 
 /// Finds out, unless the answer is there: a throw-away QEMU's is kept in `io-uring.json` in the run directory. That
 /// this could not be done is no reason for a VM not to start.
-pub fn probe(run_dir: &Path, binary: &Path, deadline: Instant) {
-    if is_allowed()
-        && known(run_dir, binary).is_none()
-        && let Err(error) = find_out(run_dir, binary, deadline.min(Instant::now() + PATIENCE))
+pub fn probe(run_dir: &Path, qemu: &Qemu, deadline: Instant) {
+    if is_allowed(qemu)
+        && known(run_dir, &qemu.binary).is_none()
+        && let Err(error) = find_out(run_dir, &qemu.binary, deadline.min(Instant::now() + PATIENCE))
     {
         tracing::warn!(error = error.report(), "it is not known whether QEMU can use io_uring");
     }
 }
 
-fn is_allowed() -> bool {
+fn is_allowed(qemu: &Qemu) -> bool {
     // Without the file, the kernel is older than the switch.
-    std::fs::read_to_string(SWITCH).map_or(true, |text| text.trim() == "0") && io_uring::is_allowed()
+    let switched_on = || std::fs::read_to_string(SWITCH).map_or(true, |text| text.trim() == "0");
+    qemu.io_uring == IoUring::Auto && switched_on() && io_uring::is_allowed()
 }
 
 fn known(run_dir: &Path, binary: &Path) -> Option<bool> {
@@ -96,6 +98,11 @@ fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema::Property;
+
+    fn qemu(binary: &str) -> Qemu {
+        Qemu { binary: binary.into(), ..Qemu::absent().unwrap() }
+    }
 
     #[test]
     fn the_verdict_is_kept_for_one_binary() {
@@ -103,24 +110,29 @@ mod tests {
         let path = run.path().join("io-uring.json");
         let soon = || Instant::now() + Duration::from_secs(20);
         // One that takes every argument, and one that takes none.
-        let (takes, refuses) = (Path::new("/bin/true"), Path::new("/bin/false"));
-        probe(run.path(), takes, soon());
-        if !is_allowed() {
+        let (takes, refuses) = (qemu("/bin/true"), qemu("/bin/false"));
+        let off = Qemu { io_uring: IoUring::Off, ..takes.clone() };
+        probe(run.path(), &off, soon());
+        assert!(!path.exists(), "it is not wanted, so no QEMU was asked");
+        probe(run.path(), &takes, soon());
+        if !is_allowed(&takes) {
             assert!(!path.exists(), "the kernel refuses, so no QEMU was asked");
             return;
         }
-        assert!(works(run.path(), takes));
-        assert!(!works(run.path(), refuses), "another binary was not asked");
+        assert!(works(run.path(), &takes));
+        assert!(!works(run.path(), &off), "whatever works");
+        assert!(!works(run.path(), &refuses), "another binary was not asked");
         let kept = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, kept.replace("true}", "false}")).unwrap();
-        probe(run.path(), takes, soon());
-        assert!(!works(run.path(), takes), "the same is not asked again");
-        probe(run.path(), refuses, soon());
-        assert_eq!(known(run.path(), refuses), Some(false));
+        probe(run.path(), &takes, soon());
+        assert!(!works(run.path(), &takes), "the same is not asked again");
+        probe(run.path(), &refuses, soon());
+        assert_eq!(known(run.path(), &refuses.binary), Some(false));
         std::fs::write(&path, "half a verd").unwrap();
-        probe(run.path(), takes, soon());
-        assert!(works(run.path(), takes));
-        probe(run.path(), Path::new("/nonexistent"), soon());
-        assert!(!works(run.path(), Path::new("/nonexistent")));
+        probe(run.path(), &takes, soon());
+        assert!(works(run.path(), &takes));
+        let none = qemu("/nonexistent");
+        probe(run.path(), &none, soon());
+        assert!(!works(run.path(), &none));
     }
 }

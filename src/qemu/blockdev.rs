@@ -19,7 +19,7 @@ pub fn file_node(id: &str) -> String {
 /// format node has the image's id.
 pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
     let need = &opened.need;
-    // Linux AIO wants O_DIRECT; without it a pool of threads does the same work (QEMU docs, `-blockdev aio`).
+    // Without io_uring: Linux AIO wants O_DIRECT, and a pool of threads does the same work without (QEMU docs, `-blockdev`).
     let aio = match (opened.io_uring, opened.direct) {
         (true, _) => "io_uring",
         (false, true) => "native",

@@ -22,7 +22,7 @@ use crate::host::clock;
 use crate::qmp::Event;
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
-use crate::sys::pidlock;
+use crate::sys::{code, pidlock};
 
 /// A guest can write without end to its console, and cause events without end.
 const CONSOLE_CAP: u64 = 1 << 20;
@@ -112,7 +112,10 @@ impl<'a> Supervisor<'a> {
 
     fn launch(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
         let child = launch::spawn(self.scope, &self.vm)?;
-        let running = runtime.block_on(launch::boot(self.scope, &self.vm, child))?;
+        let told_to_end = async {
+            self.terminate.recv().await;
+        };
+        let running = runtime.block_on(launch::boot(self.scope, &self.vm, child, told_to_end))?;
         self.note("started", &json!({"pid": running.child.process().pid(), "accel": self.vm.machine.accel}));
         Ok(running)
     }
@@ -185,6 +188,8 @@ impl<'a> Supervisor<'a> {
 
     /// Writes down what happens until QEMU is gone.
     async fn watch(&mut self, qemu: Running) -> ExitRecord {
+        // The launch took most of the program's code; the long wait takes little.
+        code::let_go();
         let Running { mut child, mut monitor, mut serial } = qemu;
         let (mut run, mut open, mut buffer) = (Run::default(), (true, true), vec![0; 4096]);
         let status = loop {

@@ -65,12 +65,18 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
     confine::spawn(confined)
 }
 
-/// Waits until QEMU is up, checks it and lets the guest run. If that fails, QEMU is killed.
-pub(super) async fn boot(scope: &Scope, vm: &VmRecord, mut child: Child) -> Result<Running> {
+/// Waits until QEMU is up, checks it and lets the guest run. If that fails or is no longer wanted, QEMU is killed.
+pub(super) async fn boot(
+    scope: &Scope,
+    vm: &VmRecord,
+    mut child: Child,
+    told_to_end: impl Future<Output = ()>,
+) -> Result<Running> {
     let path = scope.paths.supervisor_qmp();
     let booted = tokio::select! {
         booted = connect_and_continue(scope, vm, &path) => booted,
         status = child.exited() => Err(early_exit(scope, status?)),
+        () = told_to_end => Err(Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))),
     };
     match booted {
         Ok((monitor, serial)) => Ok(Running { child, monitor, serial }),

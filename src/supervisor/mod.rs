@@ -27,7 +27,7 @@ mod spawn;
 
 pub use daemon::{refuse, supervise};
 pub use exit::{Ending, ExitRecord};
-pub use power::{Button, PowerState, power_state, stop};
+pub use power::{Button, PowerState, call_off, power_state, stop};
 pub use spawn::start;
 
 use std::path::PathBuf;

@@ -60,6 +60,12 @@ pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
     end_qemu(paths, button, deadline)
 }
 
+/// Has a launch that is under way end now instead of when it is done or at its deadline. For whoever is about to remove
+/// the VM but finds its lock taken; a supervisor whose guest runs already presses the power button.
+pub fn call_off(paths: &VmPaths) -> Result<()> {
+    pidlock::holder(&paths.supervisor_pid())?.map_or(Ok(()), |supervisor| supervisor.signal(Signal::SIGTERM))
+}
+
 fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
     let PowerState::On(qemu) = power_state(paths)? else { return Ok(()) };
     let ended = match button {

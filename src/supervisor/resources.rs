@@ -33,7 +33,7 @@ impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
         let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
-        let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu.binary);
+        let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu);
         Ok(Self {
             files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
             taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,

@@ -19,7 +19,7 @@ pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
     if let Some(file) = config_file {
         arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
     }
-    io_uring::probe(scope.store.run_dir(), &scope.config.qemu.binary, deadline);
+    io_uring::probe(scope.store.run_dir(), &scope.config.qemu, deadline);
     Scope::rotate(&scope.paths.supervisor_log());
     let launched = lock
         .share()

@@ -1,5 +1,6 @@
 //! The operating system: the only rooms with unsafe code, each behind a safe function. They know Linux, not BOSH or QEMU.
 
+pub mod code;
 pub mod confine;
 pub mod detach;
 pub mod io_uring;

@@ -8,7 +8,6 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::host::{Host, command_line, eventually, gone, json_options};
-use crate::support::skip;
 
 /// Names of all events, in order; each line must be a whole JSON object.
 fn events(host: &Host, vm: &VmCid) -> Vec<String> {
@@ -149,9 +148,6 @@ fn a_supervisor_told_to_end_presses_the_power_button() {
 
 #[test]
 fn a_supervisor_is_small() {
-    if cfg!(debug_assertions) {
-        return skip("memory is measured in an optimized build: cargo test --release");
-    }
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -162,5 +158,7 @@ fn a_supervisor_is_small() {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
         line.split_whitespace().next()?.parse::<u64>().ok()
     });
-    assert!(kib <= 5 << 10, "{kib} KiB");
+    // What is not optimized has three times the code.
+    let most = if cfg!(debug_assertions) { 10 << 10 } else { 5 << 10 };
+    assert!(kib <= most, "{kib} KiB");
 }
