@@ -34,11 +34,37 @@ pub enum Command {
         /// Which page.
         page: Page,
     },
+    /// Start or stop all VMs with the host.
+    #[command(subcommand)]
+    Host(Host),
     /// Run one VM. Started by create_vm and reboot_vm.
     #[command(hide = true)]
     Supervise {
         /// The VM.
         vm: VmCid,
+        /// Take over its QEMU, which runs, instead of starting one.
+        #[arg(long)]
+        adopt: bool,
+    },
+}
+
+/// What happens to all VMs when the host boots or goes down.
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum Host {
+    /// Bring back every VM that should run, the Director first. For the boot of the host; harmless at any time.
+    Start {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Power all VMs off in order. They are wanted again at the next `host start`.
+    Stop {
+        /// How long guests may take before their QEMU is told to end, seconds.
+        #[arg(long, default_value_t = 120)]
+        timeout: u64,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
     },
 }
 

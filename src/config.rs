@@ -40,6 +40,8 @@ document! {
         deadlines: BTreeMap<String, Whole<1, 86400>>;
         /// Whether a VM whose QEMU crashed is started again by its supervisor.
         restart: Restart = Restart::OnCrash;
+        /// How much is done at once.
+        limits: Limits = Limits::absent().expect("every key of limits has a default");
         /// How much confinement of QEMU may be missing.
         hardening: Hardening = Hardening::Strict;
         /// What is written to standard error.
@@ -98,6 +100,14 @@ document! {
         ntp: Vec<String>;
         /// Blobstore, as the agent's settings want it: `{"provider": …, "options": {…}}`.
         blobstore: Redacted<Map<String, Value>>;
+    }
+}
+
+document! {
+    /// How much this host does at once.
+    pub struct Limits {
+        /// VMs that `host start` starts at the same time. Absent: one for each CPU.
+        parallel_boots: Option<Whole<1, 512>>;
     }
 }
 

@@ -16,7 +16,8 @@ fn main() -> ExitCode {
         None => commands::cpi::run(config).map(|()| true),
         Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
         Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
-        Some(Command::Supervise { vm }) => commands::supervise::run(config, vm).map(|()| true),
+        Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),
+        Some(Command::Supervise { vm, adopt }) => commands::supervise::run(config, vm, adopt).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -6,11 +6,11 @@ use crate::cid::VmCid;
 use crate::config::Config;
 use crate::error::Result;
 use crate::log;
-use crate::supervisor::{self, Scope};
+use crate::supervisor::{self, Begin, Scope};
 use crate::sys::detach::detach;
 
 /// Leaves the caller, then runs the VM until it stays off. Must be called before anything is opened.
-pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
+pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool) -> Result<()> {
     let (lock, handshake) = detach()?;
     let config = match Config::load(config) {
         Ok(config) => config,
@@ -20,5 +20,6 @@ pub fn run(config: Option<&Path>, cid: VmCid) -> Result<()> {
         }
     };
     log::init(&config.log);
-    supervisor::supervise(&Scope::new(config, cid), lock, handshake)
+    let begin = if adopt { Begin::Adopt } else { Begin::Launch };
+    supervisor::supervise(&Scope::new(config, cid), begin, lock, handshake)
 }

@@ -7,6 +7,7 @@ mod attachments;
 mod calculate;
 pub mod cloud_properties;
 mod disks;
+pub mod every_vm;
 mod leftovers;
 mod metadata;
 pub mod networks;
@@ -26,7 +27,7 @@ use crate::cid::{DiskCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
-use crate::supervisor::Scope;
+use crate::supervisor::{self, Scope};
 
 /// The CPI of this host, for one call.
 #[derive(Debug)]
@@ -59,14 +60,20 @@ impl Cpi {
         record.ok_or_else(|| Error::new(ErrorKind::VmNotFound, format!("there is no VM '{cid}'")))
     }
 
-    /// Takes the lock of a VM that exists. Whoever waited for one that was deleted meanwhile leaves no lock behind.
+    /// Takes the lock of a VM that exists. Whoever waited for one that was deleted meanwhile leaves no lock behind. A VM
+    /// that lost its supervisor gets one.
     fn locked_vm(&self, cid: &VmCid, deadline: Instant) -> Result<(Guard, VmRecord)> {
         self.vm(cid)?;
         let lock = self.store.lock(Rank::Vm, cid, deadline)?;
-        match self.vm(cid) {
-            Ok(vm) => Ok((lock, vm)),
-            Err(error) => lock.retire().and(Err(error)),
+        let vm = match self.vm(cid) {
+            Ok(vm) => vm,
+            Err(error) => return lock.retire().and(Err(error)),
+        };
+        let adopted = supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
+        if let Err(error) = adopted {
+            tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");
         }
+        Ok((lock, vm))
     }
 
     /// As [`Self::locked_vm`], for a disk.

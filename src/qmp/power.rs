@@ -14,7 +14,7 @@ use super::query::{QueryStatus, Status};
 
 /// Time between two presses. Those before the guest listens (firmware, early boot, before systemd-logind) are lost;
 /// those after it began to shut down do nothing.
-const PRESS_INTERVAL: Duration = Duration::from_secs(3);
+pub const PRESS_INTERVAL: Duration = Duration::from_secs(3);
 
 /// What came of the power button.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

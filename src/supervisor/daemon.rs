@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use qapi::qmp;
@@ -14,12 +13,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::console_log::CappedLog;
 use super::exit::{Ending, ExitRecord};
 use super::launch::{self, Running};
+use super::power::{PowerState, power_state};
 use super::restart::Restarts;
 use super::{Launched, Scope};
 use crate::config::Restart;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::qmp::Event;
+use crate::qmp::{Event, power};
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
 use crate::sys::{code, pidlock};
@@ -32,9 +32,18 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
-/// Runs the VM until it stays off. The caller is told through `handshake` how the launch went. Until then the VM's lock
-/// is held here too, as `vm_lock`: nobody works on a VM that is being launched, whatever becomes of the caller.
-pub fn supervise(scope: &Scope, vm_lock: File, handshake: File) -> Result<()> {
+/// How a supervisor gets its QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// It starts one.
+    Launch,
+    /// It takes over the one that runs, whose supervisor died.
+    Adopt,
+}
+
+/// Runs the VM until it stays off. The caller is told through `handshake` how the beginning went. Until then the VM's
+/// lock is held here too, as `vm_lock`: nobody works on a VM that is being launched, whatever becomes of the caller.
+pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) -> Result<()> {
     let lock = atomic::make_dir(&scope.paths.run).and_then(|()| pidlock::lock_self(&scope.paths.supervisor_pid()));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -42,7 +51,10 @@ pub fn supervise(scope: &Scope, vm_lock: File, handshake: File) -> Result<()> {
         .map_err(|error| Error::os("start the event loop", error))?;
     let first = lock.and_then(|lock| Supervisor::new(scope, &runtime).map(|supervisor| (lock, supervisor)));
     let launched = first.and_then(|(lock, mut supervisor)| {
-        let running = supervisor.launch(&runtime)?;
+        let running = match begin {
+            Begin::Launch => supervisor.launch(&runtime)?,
+            Begin::Adopt => supervisor.adopt(&runtime)?,
+        };
         Ok((lock, supervisor, running))
     });
     let message = match &launched {
@@ -50,11 +62,10 @@ pub fn supervise(scope: &Scope, vm_lock: File, handshake: File) -> Result<()> {
         Err(error) => Launched::failed(error),
     };
     let told = tell(handshake, &message);
-    let (_lock, mut supervisor, mut running) = launched?;
+    let (_lock, mut supervisor, running) = launched?;
     if !told && supervisor.vm.phase == Phase::Creating {
         // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.
-        running.child.kill()?;
-        return Ok(());
+        return running.qemu.process().signal(nix::sys::signal::Signal::SIGKILL);
     }
     drop(vm_lock);
     supervisor.live(&runtime, running)
@@ -116,7 +127,16 @@ impl<'a> Supervisor<'a> {
             self.terminate.recv().await;
         };
         let running = runtime.block_on(launch::boot(self.scope, &self.vm, child, told_to_end))?;
-        self.note("started", &json!({"pid": running.child.process().pid(), "accel": self.vm.machine.accel}));
+        self.note("started", &json!({"pid": running.qemu.process().pid(), "accel": self.vm.machine.accel}));
+        Ok(running)
+    }
+
+    fn adopt(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
+        let PowerState::On(process) = power_state(&self.scope.paths)? else {
+            return Err(Error::new(ErrorKind::Host, format!("VM '{}' has ended meanwhile", self.scope.cid)));
+        };
+        let running = runtime.block_on(launch::adopt(self.scope, process))?;
+        self.note("adopted", &json!({"pid": running.qemu.process().pid()}));
         Ok(running)
     }
 
@@ -187,14 +207,15 @@ impl<'a> Supervisor<'a> {
     }
 
     /// Writes down what happens until QEMU is gone.
-    async fn watch(&mut self, qemu: Running) -> ExitRecord {
+    async fn watch(&mut self, running: Running) -> ExitRecord {
         // The launch took most of the program's code; the long wait takes little.
         code::let_go();
-        let Running { mut child, mut monitor, mut serial } = qemu;
+        let Running { mut qemu, mut monitor, mut serial } = running;
         let (mut run, mut open, mut buffer) = (Run::default(), (true, true), vec![0; 4096]);
+        let mut presses = tokio::time::interval(power::PRESS_INTERVAL);
         let status = loop {
             tokio::select! {
-                status = child.exited() => break status,
+                status = qemu.exited() => break status.unwrap_or(None),
                 event = monitor.next_event(), if open.0 => match event {
                     Ok(event) => self.take_event(&event, &mut run),
                     Err(_) => open.0 = false,
@@ -206,6 +227,10 @@ impl<'a> Supervisor<'a> {
                 _ = self.terminate.recv() => {
                     // The host is going down: the guest may do so in order, and is wanted again afterwards.
                     run.host_stopping = true;
+                    presses.reset_immediately();
+                }
+                // Again and again: a guest that still boots does not listen.
+                _ = presses.tick(), if run.host_stopping => {
                     let pressed = monitor.execute(&qmp::system_powerdown {}).await;
                     self.note("power button", &json!({"pressed": pressed.is_ok()}));
                 }
@@ -222,8 +247,8 @@ impl<'a> Supervisor<'a> {
         .await;
         ExitRecord {
             run: self.vm.run,
-            code: status.as_ref().ok().and_then(ExitStatus::code),
-            signal: status.as_ref().ok().and_then(ExitStatus::signal),
+            code: status.and_then(|status| status.code()),
+            signal: status.and_then(|status| status.signal()),
             reason: run.reason,
             host_stopping: run.host_stopping,
             at: clock::now(),

@@ -13,7 +13,7 @@ use crate::store::atomic;
 pub struct ExitRecord {
     /// The run it is about: `vm.json`'s counter at the start.
     pub run: u64,
-    /// Exit status, if QEMU exited by itself.
+    /// Exit status, if QEMU exited by itself. Neither this nor a signal: it was adopted, so only the reason is known.
     pub code: Option<i32>,
     /// Signal that ended QEMU.
     pub signal: Option<i32>,
@@ -40,7 +40,9 @@ impl ExitRecord {
     /// What this exit means.
     pub fn ending(&self) -> Ending {
         match self.reason.as_deref() {
-            _ if self.signal.is_some() || self.code != Some(0) => Ending::Crashed,
+            _ if self.signal.is_some() || self.code.is_some_and(|code| code != 0) => Ending::Crashed,
+            // An adopted QEMU that gave no reason did not shut down.
+            None if self.code.is_none() => Ending::Crashed,
             Some("guest-panic") => Ending::Crashed,
             // Somebody's SIGTERM, not ours: ours are SIGKILL and `quit`.
             Some("host-signal") if !self.host_stopping => Ending::Crashed,
@@ -95,6 +97,8 @@ mod tests {
         assert_eq!(exit(Some(0), None, None).ending(), Ending::Stopped);
         assert_eq!(exit(Some(1), None, Some("guest-panic")).ending(), Ending::Crashed);
         assert_eq!(exit(None, Some(9), None).ending(), Ending::Crashed);
+        assert_eq!(exit(None, None, None).ending(), Ending::Crashed);
+        assert_eq!(exit(None, None, Some("guest-shutdown")).ending(), Ending::PoweredOff);
         let host = ExitRecord { host_stopping: true, ..exit(Some(0), None, Some("guest-shutdown")) };
         assert_eq!(host.ending(), Ending::Stopped);
     }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::Scope;
 use super::resources::{self, Resources};
+use super::watched::Watched;
 use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -23,17 +24,21 @@ use crate::qmp::connection::Connection;
 use crate::qmp::power;
 use crate::store::record::{Accel, VmRecord};
 use crate::sys::confine::{self, Child, Confined, Paths};
+use crate::sys::pidfd::Process;
 use crate::sys::pidlock;
 
 /// QEMU's initialization takes 0.1 s on an idle host; a busy one is given this long.
 const READY: Duration = Duration::from_secs(60);
+
+/// A QEMU that runs answers at once. One that does not is hung, and left to the call that needs it.
+const ADOPTED: Duration = Duration::from_secs(5);
 
 /// A QEMU that closed its monitor is gone within milliseconds.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A QEMU whose guest runs.
 pub(super) struct Running {
-    pub(super) child: Child,
+    pub(super) qemu: Watched,
     pub(super) monitor: Connection,
     pub(super) serial: UnixStream,
 }
@@ -79,7 +84,7 @@ pub(super) async fn boot(
         () = told_to_end => Err(Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))),
     };
     match booted {
-        Ok((monitor, serial)) => Ok(Running { child, monitor, serial }),
+        Ok((monitor, serial)) => Ok(Running { qemu: Watched::Child(child), monitor, serial }),
         Err(error) => {
             // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
             let ended = timeout(LAST_WORDS, child.exited()).await;
@@ -105,10 +110,21 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
             monitor.raw("block_set_io_throttle", &limits).await?;
         }
     }
-    let path = scope.paths.serial();
-    let serial = UnixStream::connect(&path).await.at("connect to serial port", &path)?;
+    let serial = serial(scope).await?;
     power::cont(&mut monitor).await?;
     Ok((monitor, serial))
+}
+
+/// Takes over the QEMU `process`, whose supervisor died. The guest does not notice; if it fails, QEMU stays as it is.
+pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
+    let qemu = Watched::orphan(process)?;
+    let monitor = Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
+    Ok(Running { qemu, monitor, serial: serial(scope).await? })
+}
+
+async fn serial(scope: &Scope) -> Result<UnixStream> {
+    let path = scope.paths.serial();
+    UnixStream::connect(&path).await.at("connect to serial port", &path)
 }
 
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {

@@ -12,7 +12,9 @@
 //! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
 //!   waits on a pipe for one line ([`Launched`]).
 //! - It owns the taps, the console log and the exit record. It only reads `vm.json`: calls write that.
-//! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing.
+//! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing, until the
+//!   next call that changes the VM, or `host start`, gives it a supervisor that adopts it. What it printed meanwhile
+//!   is lost, and so is the exit status, which only a parent learns.
 //! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
 //!   directory, images are untouched.
 
@@ -24,11 +26,12 @@ mod power;
 mod resources;
 mod restart;
 mod spawn;
+mod watched;
 
-pub use daemon::{refuse, supervise};
+pub use daemon::{Begin, refuse, supervise};
 pub use exit::{Ending, ExitRecord};
 pub use power::{Button, PowerState, call_off, power_state, stop};
-pub use spawn::start;
+pub use spawn::{adopt, start};
 
 use std::path::PathBuf;
 

@@ -1,36 +1,58 @@
 //! Starting a VM's supervisor from a call.
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::time::Instant;
 
-use super::power::{Button, stop};
-use super::{Launched, Scope};
+use super::power::{Button, PowerState, power_state, stop};
+use super::{Begin, Launched, Scope};
 use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{detached, io_uring};
 use crate::store::Guard;
+use crate::sys::pidlock;
 
 /// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
 ///
 /// # Errors
 /// Why the launch failed; nothing of it is left, taps, sockets and processes included.
 pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
-    let mut arguments = vec!["supervise".into(), scope.cid.as_str().into()];
-    if let Some(file) = config_file {
-        arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
-    }
     io_uring::probe(scope.store.run_dir(), &scope.config.qemu, deadline);
     Scope::rotate(&scope.paths.supervisor_log());
-    let launched = lock
-        .share()
-        .and_then(|lock| detached::spawn(&arguments, lock, &scope.paths.supervisor_log()))
-        .and_then(|handshake| handshake.line(deadline))
-        .and_then(|line| understand(scope, line.as_deref()));
+    let launched = spawn(scope, Begin::Launch, config_file, lock, deadline);
     if launched.is_err() {
         // A launch that failed cleaned up; one that hangs or was killed did not.
         stop(&scope.paths, Button::Kill, deadline)?;
     }
     launched
+}
+
+/// Gives a running VM that has no supervisor one that takes its QEMU over. `lock` is the VM's. Whether there was one
+/// to adopt.
+///
+/// # Errors
+/// Why that failed; the VM runs on as it did.
+pub fn adopt(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<bool> {
+    let runs = matches!(power_state(&scope.paths)?, PowerState::On(_));
+    let alone = runs && pidlock::holder(&scope.paths.supervisor_pid())?.is_none();
+    if alone {
+        spawn(scope, Begin::Adopt, config_file, lock, deadline)?;
+    }
+    Ok(alone)
+}
+
+fn spawn(scope: &Scope, begin: Begin, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
+    let mut arguments: Vec<OsString> = vec!["supervise".into(), scope.cid.as_str().into()];
+    if begin == Begin::Adopt {
+        arguments.push("--adopt".into());
+    }
+    if let Some(file) = config_file {
+        arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
+    }
+    lock.share()
+        .and_then(|lock| detached::spawn(&arguments, lock, &scope.paths.supervisor_log()))
+        .and_then(|handshake| handshake.line(deadline))
+        .and_then(|line| understand(scope, line.as_deref()))
 }
 
 fn understand(scope: &Scope, line: Option<&str>) -> Result<()> {

@@ -13,7 +13,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -22,11 +22,9 @@ use std::time::{Duration, Instant};
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 pub use super::landlock::Paths;
-use super::pidfd::Process;
+use super::pidfd::{Process, Watch};
 use super::{landlock, pidlock};
 use crate::config::Hardening;
 use crate::error::{Error, ErrorKind, Result};
@@ -269,7 +267,7 @@ pub struct Child {
     child: std::process::Child,
     process: Process,
     /// Registered with the event loop at the first wait.
-    watch: Option<AsyncFd<OwnedFd>>,
+    watch: Option<Watch>,
 }
 
 impl Child {
@@ -281,10 +279,10 @@ impl Child {
     /// Waits for its end and reaps it. May be dropped and called again.
     pub async fn exited(&mut self) -> Result<ExitStatus> {
         if self.watch.is_none() {
-            self.watch = Some(watch(&self.process)?);
+            self.watch = Some(Watch::new(&self.process)?);
         }
         if let Some(watch) = &self.watch {
-            watch.readable().await.map_err(|e| Error::os("watch a pidfd", e))?.retain_ready();
+            watch.ended().await?;
         }
         self.child.wait().map_err(|e| Error::os(format!("reap process {}", self.process.pid()), e))
     }
@@ -294,15 +292,6 @@ impl Child {
         self.process.signal(Signal::SIGKILL)?;
         self.child.wait().map_err(|e| Error::os(format!("reap process {}", self.process.pid()), e))
     }
-}
-
-/// Registers a process with the event loop of this thread.
-#[allow(unsafe_code)]
-fn watch(process: &Process) -> Result<AsyncFd<OwnedFd>> {
-    let fd = process.as_fd().try_clone_to_owned().map_err(|e| Error::os("copy a pidfd", e))?;
-    // SAFETY: an OwnedFd is open, is one number for its life, and stays inside the AsyncFd until that is dropped.
-    let watch = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
-    watch.map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
 }
 
 #[cfg(test)]

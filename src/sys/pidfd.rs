@@ -6,6 +6,8 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::error::{Error, Result};
 
@@ -70,6 +72,27 @@ impl AsFd for Process {
     /// Readable once the process has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// A process watched by the event loop of this thread.
+#[derive(Debug)]
+pub struct Watch(AsyncFd<OwnedFd>);
+
+impl Watch {
+    /// Begins to watch `process`, which need not be a child.
+    #[allow(unsafe_code)]
+    pub fn new(process: &Process) -> Result<Self> {
+        let fd = process.fd.try_clone().map_err(|e| Error::os("copy a pidfd", e))?;
+        // SAFETY: an OwnedFd is open, is one number for its life, and stays inside the AsyncFd until that is dropped.
+        let watch = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+        watch.map(Self).map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
+    }
+
+    /// Waits until the process has ended. May be dropped and called again.
+    pub async fn ended(&self) -> Result<()> {
+        self.0.readable().await.map_err(|e| Error::os("watch a pidfd", e))?.retain_ready();
+        Ok(())
     }
 }
 

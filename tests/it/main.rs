@@ -4,6 +4,7 @@ mod contract;
 mod disks;
 mod docs;
 mod door;
+mod host_boot;
 mod hostile;
 mod layers;
 mod lifecycle;

@@ -132,6 +132,36 @@ impl Host {
         Answer::of(&output)
     }
 
+    /// What an operator's command with `--json` prints, and whether it ended well.
+    pub fn command(&self, words: &[&str]) -> (bool, Value) {
+        let output = self.namespace.run(|| self.cpi().args(words).output().unwrap());
+        let printed = serde_json::from_slice(&output.stdout);
+        (output.status.success(), printed.unwrap_or_else(|error| panic!("{words:?}: {error}: {output:?}")))
+    }
+
+    /// Power is cut and comes back: what lived in memory is gone.
+    pub fn lose_power(&self) {
+        for vm in self.store().list::<VmRecord>().unwrap() {
+            // The supervisor first, so that it can do nothing about the loss of its QEMU.
+            for process in [self.supervisor(&vm), self.qemu(&vm)].into_iter().flatten() {
+                process.signal(Signal::SIGKILL).unwrap();
+                gone(&process);
+            }
+        }
+        self.tear_down();
+        for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+        }
+        let links = self.namespace.ip_json("link show");
+        for link in links.as_array().unwrap().iter().filter(|link| link["ifname"] != "lo") {
+            self.namespace.ip(&format!("link delete {}", link["ifname"].as_str().unwrap()));
+        }
+        for table in self.namespace.run(nftables::tables) {
+            self.namespace.run(|| nftables::write_table(&table, false));
+        }
+    }
+
     /// The result of a call that must succeed.
     pub fn ok(&self, method: &str, arguments: &Value) -> Value {
         let answer = self.call(method, arguments);

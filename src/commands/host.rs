@@ -1,0 +1,50 @@
+//! `bosh-qemu-cpi host start` and `host stop`: all VMs, with the host. `contrib/systemd` has a unit that calls them.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::cli::Host;
+use crate::config::{self, Config};
+use crate::cpi::Cpi;
+use crate::cpi::every_vm::{Outcome, State};
+use crate::error::{Error, Result};
+use crate::log;
+
+/// Does it and prints one line for each VM, or with `--json` one object. Whether every VM is as it should be.
+pub fn run(file: Option<&Path>, command: Host, output: &mut dyn Write) -> Result<bool> {
+    let file = config::file(file);
+    let config = Config::load(file.as_deref())?;
+    log::init(&config.log);
+    let cpi = Cpi::new(config, file);
+    let (outcomes, json) = match command {
+        Host::Start { json } => (cpi.start_all()?, json),
+        Host::Stop { timeout, json } => (cpi.stop_all(Duration::from_secs(timeout))?, json),
+    };
+    let passed = !outcomes.iter().any(|outcome| matches!(outcome.state, State::Failed(_)));
+    let text = if json { format!("{}\n", json!({"passed": passed, "vms": outcomes})) } else { lines(&outcomes) };
+    output.write_all(text.as_bytes()).map_err(|e| Error::os("print what was done", e))?;
+    Ok(passed)
+}
+
+fn lines(outcomes: &[Outcome]) -> String {
+    if outcomes.is_empty() {
+        return "there are no VMs on this host\n".to_owned();
+    }
+    outcomes.iter().map(line).collect()
+}
+
+fn line(outcome: &Outcome) -> String {
+    let state = match &outcome.state {
+        State::Started => "started".to_owned(),
+        State::Adopted => "running, has a supervisor again".to_owned(),
+        State::Running => "running".to_owned(),
+        State::Stopped => "stopped".to_owned(),
+        State::Off(why) => format!("off: {why}"),
+        State::Failed(report) => format!("FAILED: {report}"),
+    };
+    let name = outcome.name.as_deref().unwrap_or("-");
+    format!("{:<24} {name:<24} {:7.3} s  {state}\n", outcome.vm, outcome.seconds)
+}

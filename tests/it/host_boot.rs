@@ -1,0 +1,184 @@
+//! The host boots, goes down, loses power; a supervisor dies: every VM is again what it was.
+
+use bosh_qemu_cpi::cid::{Cid, VmCid};
+use bosh_qemu_cpi::store::record::Desired;
+use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, MUTE_GUEST, command_line, gone, json_options};
+
+fn start(host: &Host) -> Vec<(String, Value)> {
+    outcomes(host, &["host", "start", "--json"])
+}
+
+/// Each VM and what was done about it, in order.
+fn outcomes(host: &Host, words: &[&str]) -> Vec<(String, Value)> {
+    let (passed, printed) = host.command(words);
+    assert!(passed, "{printed}");
+    assert_eq!(printed["passed"], true);
+    let vms = printed["vms"].as_array().unwrap();
+    vms.iter().map(|vm| (vm["vm"].as_str().unwrap().to_owned(), vm["state"].clone())).collect()
+}
+
+fn hardware(host: &Host, vm: &VmCid) -> Vec<Value> {
+    let words = command_line(&host.qemu(vm).expect("QEMU"));
+    let mut devices = json_options(&words, "-device");
+    // Which descriptor is free is no hardware.
+    devices.iter_mut().for_each(|device| drop(device.as_object_mut().unwrap().remove("fd")));
+    devices
+}
+
+fn exit(host: &Host, vm: &VmCid) -> Option<ExitRecord> {
+    ExitRecord::read(&host.paths(vm).exit()).unwrap()
+}
+
+#[test]
+fn after_a_power_cut_every_vm_that_ran_is_back_as_it_was() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (first, second, off) = (host.vm(&stemcell), host.vm(&stemcell), host.vm(&stemcell));
+    host.sees(&off, "BOOTSECTOR-OK", 1);
+    host.power_off(&off);
+    host.sees(&first, "BOOTSECTOR-OK", 1);
+    let disk = host.disk();
+    host.ok("attach_disk", &json!([first, disk]));
+    // The cold start has the disk on its command line.
+    host.ok("reboot_vm", &json!([first]));
+    host.sees(&first, "BOOTSECTOR-OK", 2);
+    let before = [&first, &second].map(|vm| (hardware(&host, vm), host.record(vm).nics));
+
+    host.lose_power();
+    let back = start(&host);
+    assert_eq!(back.len(), 3);
+    let state = |vm: &VmCid| &back.iter().find(|(cid, _)| cid == vm.as_str()).unwrap().1;
+    assert_eq!([state(&first), state(&second)], [&json!("started"); 2]);
+    assert_eq!(state(&off), &json!({"off": "its guest powered itself off"}));
+    host.sees(&first, "BOOTSECTOR-OK", 3);
+    host.sees(&second, "BOOTSECTOR-OK", 2);
+    assert_eq!([&first, &second].map(|vm| (hardware(&host, vm), host.record(vm).nics)), before);
+    assert_eq!(host.ok("get_disks", &json!([first])), json!([disk]));
+    host.ok("detach_disk", &json!([first, disk]));
+    // Twice is once.
+    let again = start(&host);
+    assert!(again.iter().filter(|(cid, _)| cid != off.as_str()).all(|(_, state)| state == "running"), "{again:?}");
+    assert_eq!(host.ok("has_vm", &json!([off])), true);
+}
+
+#[test]
+fn a_host_that_goes_down_powers_its_guests_off_and_wants_them_again() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let alone = host.vm(&host.stemcell());
+    host.sees(&alone, "BOOTSECTOR-OK", 1);
+    let supervisor = host.supervisor(&alone).unwrap();
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+
+    let down = outcomes(&host, &["host", "stop", "--json"]);
+    assert!(down.iter().all(|(_, state)| state == "stopped"), "{down:?}");
+    assert!(host.qemu(&vm).is_none() && host.supervisor(&vm).is_none() && host.qemu(&alone).is_none());
+    let exit = exit(&host, &vm).unwrap();
+    assert_eq!((exit.ending(), exit.reason.as_deref()), (Ending::Stopped, Some("guest-shutdown")));
+    assert_eq!(host.record(&vm).desired, Desired::Running);
+    let down_again = outcomes(&host, &["host", "stop", "--json"]);
+    assert!(down_again.iter().all(|(_, state)| state["off"] == "it was"), "{down_again:?}");
+
+    assert!(start(&host).iter().all(|(_, state)| state == "started"));
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+}
+
+#[test]
+fn a_guest_that_does_not_listen_is_ended_in_time() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.vm(&host.import(MUTE_GUEST));
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    let down = outcomes(&host, &["host", "stop", "--timeout", "1", "--json"]);
+    assert_eq!(down, [(vm.to_string(), json!("stopped"))]);
+    assert_eq!(exit(&host, &vm).unwrap().ending(), Ending::Stopped);
+    assert_eq!(start(&host), [(vm.to_string(), json!("started"))]);
+}
+
+#[test]
+fn the_director_and_what_the_operator_tagged_come_first() {
+    let Some(host) = Host::with(json!({"limits": {"parallel_boots": 1}})) else { return };
+    let stemcell = host.stemcell();
+    let [plain, director, database] = std::array::from_fn(|_| host.vm(&stemcell));
+    host.ok("set_vm_metadata", &json!([plain, {"name": "web/0", "director": "lab"}]));
+    host.ok("set_vm_metadata", &json!([director, {"name": "bosh/0", "director": "bosh-init"}]));
+    host.ok("set_vm_metadata", &json!([database, {"name": "db/0", "director": "lab", "start_priority": "7"}]));
+    host.lose_power();
+    let order: Vec<_> = start(&host).into_iter().map(|(cid, _)| cid).collect();
+    assert_eq!(order, [database, director, plain].map(|vm| vm.to_string()));
+}
+
+#[test]
+fn one_vm_that_can_not_start_does_not_keep_the_others_off() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (sound, broken) = (host.vm(&stemcell), host.vm(&stemcell));
+    host.lose_power();
+    let (root, aside) = (host.paths(&broken).root(), host.path("aside"));
+    std::fs::rename(&root, &aside).unwrap();
+    let (passed, printed) = host.command(&["host", "start", "--json"]);
+    assert!(!passed);
+    assert_eq!(printed["passed"], false);
+    let state = |vm: &VmCid| {
+        let vms = printed["vms"].as_array().unwrap();
+        vms.iter().find(|outcome| outcome["vm"] == vm.as_str()).unwrap()["state"].clone()
+    };
+    assert_eq!(state(&sound), "started");
+    assert!(state(&broken)["failed"].as_str().unwrap().contains(root.to_str().unwrap()), "{printed}");
+    std::fs::rename(&aside, &root).unwrap();
+    let again = start(&host);
+    assert!(again.contains(&(broken.to_string(), json!("started"))), "{again:?}");
+}
+
+#[test]
+fn a_vm_without_a_supervisor_gets_one_from_the_next_call() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let lose_supervisor = || {
+        let supervisor = host.supervisor(&vm).expect("a supervisor");
+        supervisor.signal(Signal::SIGKILL).unwrap();
+        gone(&supervisor);
+    };
+    let (disk, qemu) = (host.disk(), host.qemu(&vm).unwrap().pid());
+    lose_supervisor();
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.event(&vm, "adopted", 1);
+    host.sees(&vm, "\nU", 1);
+    lose_supervisor();
+    host.ok("set_vm_metadata", &json!([vm, {"name": "web/0"}]));
+    host.event(&vm, "adopted", 2);
+    lose_supervisor();
+    assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
+    assert_eq!(host.qemu(&vm).expect("the same QEMU").pid(), qemu);
+
+    // It does what the first one would: a crash is seen and the VM started again.
+    host.crash(&vm);
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
+    lose_supervisor();
+    assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
+    host.power_off(&vm);
+    assert_eq!(exit(&host, &vm).unwrap().ending(), Ending::PoweredOff);
+    assert_eq!(start(&host), [(vm.to_string(), json!({"off": "its guest powered itself off"}))]);
+}
+
+#[test]
+fn a_hung_qemu_can_not_be_adopted_and_is_not_harmed() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let supervisor = host.supervisor(&vm).unwrap();
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    let qemu = host.qemu(&vm).unwrap();
+    qemu.signal(Signal::SIGSTOP).unwrap();
+    let answer = host.call("set_vm_metadata", &json!([vm, {"name": "web/0"}]));
+    assert!(answer.outcome.is_ok(), "a record can be written whatever QEMU does: {answer:?}");
+    assert!(answer.stderr.contains("can not be given one"), "{}", answer.stderr);
+    qemu.signal(Signal::SIGCONT).unwrap();
+    assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
+    assert_eq!(host.qemu(&vm).unwrap().pid(), qemu.pid());
+}
