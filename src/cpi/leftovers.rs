@@ -77,7 +77,7 @@ impl Cpi {
                 if let Some(uid) = uids::find(self.store.state_dir(), cid)? {
                     uids::release(self.store.state_dir(), cid, uid)?;
                 }
-                lock.retire()?;
+                return self.forget(cid, &self.store.vm(cid), lock);
             }
         }
         self.settled(cid)

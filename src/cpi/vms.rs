@@ -176,7 +176,7 @@ impl Cpi {
         self.forget(&vm.cid, &paths, lock)
     }
 
-    fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
+    pub(super) fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
         atomic::remove_dir(&paths.run)?;
         crash::point!("run directory removed");
         self.store.remove::<VmRecord>(cid)?;

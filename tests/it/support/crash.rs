@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -34,13 +35,15 @@ pub fn for_each_crash_point(
     check: impl Fn(&Crash<'_>) -> String,
 ) -> Outcomes {
     let mut outcomes = Vec::new();
-    for point in points(host, method, &prepare()) {
+    let (arguments, log) = (prepare(), host.path("crash-points"));
+    let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap())]);
+    let points = take_passed(&log);
+    assert!(points.len() > 1, "{method} has crash points: {points:?}");
+    outcomes.push(("nowhere".to_owned(), check(&Crash { point: "nowhere", arguments: &arguments, answer })));
+    for point in points {
         let arguments = prepare();
-        let log = host.path("crash-points");
         let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap()), ("AT", &point)]);
-        let passed = numbered(&fs::read_to_string(&log).unwrap_or_default());
-        fs::remove_file(&log).unwrap();
-        let killed = passed.contains(&point);
+        let killed = take_passed(&log).contains(&point);
         assert!(killed || answer.is_some(), "{method} died before {point}");
         let outcome = check(&Crash { point: &point, arguments: &arguments, answer });
         outcomes.push((point, if killed { outcome } else { format!("not passed; {outcome}") }));
@@ -48,15 +51,11 @@ pub fn for_each_crash_point(
     outcomes
 }
 
-/// The crash points `method` passes, each with the number of the passing.
-fn points(host: &Host, method: &str, arguments: &Value) -> Vec<String> {
-    let log = host.path("crash-points");
-    let answer = armed(host, method, arguments, [("LOG", log.to_str().unwrap())]).expect("nothing kills it");
-    answer.result();
-    let points = numbered(&fs::read_to_string(&log).unwrap());
-    fs::remove_file(&log).unwrap();
-    assert!(points.len() > 1, "{method} has crash points: {points:?}");
-    points
+/// The crash points that were passed, each with the number of the passing.
+fn take_passed(log: &Path) -> Vec<String> {
+    let passed = numbered(&fs::read_to_string(log).unwrap());
+    fs::remove_file(log).unwrap();
+    passed
 }
 
 /// `a b a` as `a#1 b#1 a#2`.
