@@ -28,6 +28,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look at VMs.
+    #[command(subcommand)]
+    Vm(Vm),
     /// Print a reference page of the documentation.
     #[command(hide = true)]
     Reference {
@@ -39,6 +42,17 @@ pub enum Command {
     Supervise {
         /// The VM.
         vm: VmCid,
+    },
+}
+
+/// What can be done with VMs by hand.
+#[derive(Debug, Subcommand)]
+pub enum Vm {
+    /// List the VMs of this host: what each is doing, its memory, disks and networks.
+    List {
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
     },
 }
 

@@ -4,3 +4,4 @@ pub mod cpi;
 pub mod reference;
 pub mod selftest;
 pub mod supervise;
+pub mod vm;

@@ -68,8 +68,8 @@ impl Cpi {
             cloud_properties: properties.clone(),
             newer: Map::new(),
         };
-        self.store.write(&record)?;
-        let made = self.make_image(&cid, image, properties, deadline).and_then(|image| {
+        let written = self.store.write(&record);
+        let made = written.and_then(|()| self.make_image(&cid, image, properties, deadline)).and_then(|image| {
             record.phase = Phase::Ready;
             record.format = image.format;
             record.virtual_size = image.virtual_size;

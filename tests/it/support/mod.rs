@@ -5,6 +5,7 @@ pub mod crash;
 pub mod host;
 pub mod netns;
 pub mod nftables;
+pub mod small;
 pub mod world;
 
 /// Says why a test does nothing here. A runner counts these lines.
