@@ -28,6 +28,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look at VMs.
+    #[command(subcommand)]
+    Vm(Vm),
     /// Print a reference page of the documentation.
     #[command(hide = true)]
     Reference {
@@ -63,6 +66,17 @@ pub enum Host {
         #[arg(long, default_value_t = 120)]
         timeout: u64,
         /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What can be done with VMs by hand.
+#[derive(Debug, Subcommand)]
+pub enum Vm {
+    /// List the VMs of this host: what each is doing, its memory, disks and networks.
+    List {
+        /// Print one JSON array.
         #[arg(long)]
         json: bool,
     },

@@ -56,8 +56,7 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers();
         let cid = StemcellCid::random();
-        let lock = self.store.lock(Rank::Stemcell, &cid, deadline)?;
-        self.begin(&cid)?;
+        let lock = self.begin(Rank::Stemcell, &cid, deadline)?;
         let mut record = StemcellRecord {
             schema: SCHEMA,
             cid: cid.clone(),
@@ -69,8 +68,8 @@ impl Cpi {
             cloud_properties: properties.clone(),
             newer: Map::new(),
         };
-        self.store.write(&record)?;
-        let made = self.make_image(&cid, image, properties, deadline).and_then(|image| {
+        let written = self.store.write(&record);
+        let made = written.and_then(|()| self.make_image(&cid, image, properties, deadline)).and_then(|image| {
             record.phase = Phase::Ready;
             record.format = image.format;
             record.virtual_size = image.virtual_size;
@@ -80,8 +79,8 @@ impl Cpi {
         });
         if let Err(error) = made {
             self.store.remove::<StemcellRecord>(&cid)?;
-            self.settled(&cid)?;
             lock.retire()?;
+            self.settled(&cid)?;
             return Err(error.during(format!("import '{}'", image.display())));
         }
         Ok(cid)
@@ -115,7 +114,7 @@ impl Cpi {
 
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
     pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
-        if !self.store.stemcell_dir(cid).exists() {
+        if !self.store.stemcell_dir(cid).exists() && !self.store.has_lock(Rank::Stemcell, cid) {
             return Ok(());
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;

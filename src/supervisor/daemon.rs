@@ -12,11 +12,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::console_log::CappedLog;
 use super::exit::{Ending, ExitRecord};
+use super::full::Full;
 use super::launch::{self, Running};
 use super::power::{PowerState, power_state};
 use super::restart::Restarts;
 use super::{Launched, Scope};
 use crate::config::Restart;
+use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
 use crate::qmp::{Event, power};
@@ -27,6 +29,8 @@ use crate::sys::{code, pidlock};
 /// A guest can write without end to its console, and cause events without end.
 const CONSOLE_CAP: u64 = 1 << 20;
 const EVENTS_CAP: u64 = 256 << 10;
+/// Room for some events of a full filesystem.
+const EVENTS_RESERVE: u64 = 16 << 10;
 /// A restart gives way to the calls that work on the VM, but not for ever.
 const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
@@ -61,7 +65,9 @@ pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) ->
         Ok(_) => Launched::Running,
         Err(error) => Launched::failed(error),
     };
+    crash::point!("launch done");
     let told = tell(handshake, &message);
+    crash::point!("caller told");
     let (_lock, mut supervisor, running) = launched?;
     if !told && supervisor.vm.phase == Phase::Creating {
         // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.
@@ -101,6 +107,7 @@ struct Supervisor<'a> {
 struct Run {
     reason: Option<String>,
     host_stopping: bool,
+    full: Full,
 }
 
 impl<'a> Supervisor<'a> {
@@ -114,8 +121,8 @@ impl<'a> Supervisor<'a> {
         Ok(Self {
             scope,
             vm,
-            console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP)?,
-            events: CappedLog::open(scope.paths.events(), EVENTS_CAP)?,
+            console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP, 0)?,
+            events: CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?,
             restarts: Restarts::default(),
             terminate: signal(SignalKind::terminate()).map_err(|e| Error::os("watch for SIGTERM", e))?,
         })
@@ -212,7 +219,7 @@ impl<'a> Supervisor<'a> {
         code::let_go();
         let Running { mut qemu, mut monitor, mut serial } = running;
         let (mut run, mut open, mut buffer) = (Run::default(), (true, true), vec![0; 4096]);
-        let mut presses = tokio::time::interval(power::PRESS_INTERVAL);
+        let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {
                 status = qemu.exited() => break status.unwrap_or(None),
@@ -223,6 +230,11 @@ impl<'a> Supervisor<'a> {
                 read = serial.read(&mut buffer), if open.1 => match read {
                     Ok(0) | Err(_) => open.1 = false,
                     Ok(length) => self.take_console(&buffer[..length]),
+                },
+                () = run.full.time_to_look(), if open.0 => match run.full.look(&mut monitor, qemu.process().pid()).await {
+                    Ok(true) => self.note("resumed", &json!({"why": "there is room again"})),
+                    Ok(false) => {}
+                    Err(error) => tracing::warn!(%error, "can not look after a guest that waits for room"),
                 },
                 _ = self.terminate.recv() => {
                     // The host is going down: the guest may do so in order, and is wanted again afterwards.
@@ -262,6 +274,7 @@ impl<'a> Supervisor<'a> {
         if event.name == "GUEST_PANICKED" {
             run.reason = Some("guest-panic".into());
         }
+        run.full.take(event.kind());
         self.note(&event.name, &event.data);
     }
 

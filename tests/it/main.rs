@@ -1,9 +1,11 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
 mod contract;
+mod crashes;
 mod disks;
 mod docs;
 mod door;
+mod full;
 mod host_boot;
 mod hostile;
 mod layers;
@@ -14,3 +16,4 @@ mod release;
 mod supervisor;
 mod support;
 mod traces;
+mod vm_list;

@@ -1,9 +1,11 @@
 //! What the tests share.
 
 pub mod answer;
+pub mod crash;
 pub mod host;
 pub mod netns;
 pub mod nftables;
+pub mod small;
 pub mod world;
 
 /// Says why a test does nothing here. A runner counts these lines.
