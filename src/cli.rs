@@ -37,6 +37,21 @@ pub enum Command {
         /// Which page.
         page: Page,
     },
+    /// Compare this host with the records: report what is not as it should be.
+    Audit {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put right what `audit` finds and nobody has to decide about.
+    Gc {
+        /// Only report, as `audit` does.
+        #[arg(long)]
+        dry_run: bool,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Start or stop all VMs with the host.
     #[command(subcommand)]
     Host(Host),

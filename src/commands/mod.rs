@@ -1,5 +1,6 @@
 //! One file for each command.
 
+pub mod audit;
 pub mod cpi;
 pub mod host;
 pub mod reference;

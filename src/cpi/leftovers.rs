@@ -44,8 +44,7 @@ impl Cpi {
     /// Removes what creates left that were cut short. What can not be removed now is left for the next create: it must not
     /// fail this one.
     pub(super) fn clear_leftovers(&self) {
-        let names = self.store.pending_dir().read_dir().into_iter().flatten().flatten();
-        for name in names.filter_map(|entry| entry.file_name().into_string().ok()) {
+        for name in self.notes() {
             match self.clear_leftover(&name) {
                 Ok(()) => {}
                 // Its create still works.
@@ -55,7 +54,22 @@ impl Cpi {
         }
     }
 
-    fn clear_leftover(&self, name: &str) -> Result<()> {
+    /// What creates noted that have not ended, or were cut short.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let names = self.store.pending_dir().read_dir().into_iter().flatten().flatten();
+        names.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
+    /// Whether a create of `cid` noted that it began, and not that it ended.
+    pub(super) fn has_note(&self, cid: &impl Cid) -> bool {
+        self.pending(cid).exists()
+    }
+
+    /// Removes one of them, or whatever is left of an object whose create or removal was cut short.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`] if a call works on it.
+    pub(super) fn clear_leftover(&self, name: &str) -> Result<()> {
         match name.split('-').next() {
             Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
             Some(DiskCid::PREFIX) => self.clear_files::<DiskRecord>(&cid(name)?, Rank::Disk),
@@ -68,7 +82,8 @@ impl Cpi {
         let lock = self.store.lock(Rank::Vm, cid, Instant::now())?;
         let deadline = Instant::now() + PATIENCE;
         match self.store.read::<VmRecord>(cid)? {
-            Some(vm) if vm.phase == Phase::Creating => {
+            // Deleting: its create failed, and was cut short while it cleaned up.
+            Some(vm) if vm.phase != Phase::Ready => {
                 tracing::warn!(%cid, "removing a VM whose create_vm was cut short");
                 return self.destroy(&vm, lock, deadline);
             }
@@ -86,7 +101,7 @@ impl Cpi {
     /// For what is nothing but files.
     fn clear_files<R: Record>(&self, cid: &R::Cid, rank: Rank) -> Result<()> {
         let lock = self.store.lock(rank, cid, Instant::now())?;
-        if self.store.read::<R>(cid)?.is_none_or(|record| record.phase() == Phase::Creating) {
+        if self.store.read::<R>(cid)?.is_none_or(|record| record.phase() != Phase::Ready) {
             tracing::warn!(%cid, "removing what a create that was cut short left");
             self.store.remove::<R>(cid)?;
             lock.retire()?;

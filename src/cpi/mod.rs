@@ -4,6 +4,7 @@
 //! removes what it made; a delete begins by writing down that it began.
 
 mod attachments;
+pub mod audit;
 mod calculate;
 pub mod cloud_properties;
 mod disks;

@@ -66,6 +66,18 @@ pub fn release(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
     Ok(())
 }
 
+/// All claims: a uid and the text of its link, which is a VM's cid.
+pub fn claims(state_dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
+    let dir = state_dir.join("uids");
+    let mut claims = Vec::new();
+    for entry in dir.read_dir().at("list", &dir)? {
+        let name = entry.at("list", &dir)?.file_name();
+        let Some(uid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        claims.extend(owner(&path(state_dir, uid))?.map(|owner| (uid, owner)));
+    }
+    Ok(claims)
+}
+
 /// Which VM has the uid of this link.
 fn owner(path: &Path) -> Result<Option<PathBuf>> {
     match std::fs::read_link(path) {

@@ -8,12 +8,15 @@ use std::path::Path;
 use crate::crash;
 use crate::error::{IoContext, Result};
 
+/// How the names of files begin that are not whole yet.
+pub const NEW: &str = ".new-";
+
 /// Writes `contents` to `path`, mode 0600: a temporary file beside it, fsync, rename, fsync of the directory. When
 /// this returns, the file survives a power cut; before, the old one does.
 pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
     let directory = path.parent().expect("a file in the state directory has a parent");
     // tempfile makes it with mode 0600 and removes it unless it is persisted.
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory).at("make a file in", directory)?;
+    let mut file = tempfile::Builder::new().prefix(NEW).tempfile_in(directory).at("make a file in", directory)?;
     file.write_all(contents).at("write", file.path())?;
     file.as_file().sync_all().at("flush", file.path())?;
     crash::point!("{}: new one written", path.file_name().unwrap_or_default().display());

@@ -13,6 +13,7 @@
 //!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
+//!   state                                         symlink to the state directory it goes with
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
 //!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
 //! ```
@@ -53,7 +54,7 @@ impl Store {
     pub fn prepare(&self) -> Result<()> {
         let path = self.state_dir.join("schema");
         match std::fs::read_to_string(&path) {
-            Ok(text) if text.trim() == SCHEMA.to_string() => return Ok(()),
+            Ok(text) if text.trim() == SCHEMA.to_string() => return self.own_run_dir(),
             Ok(text) => {
                 let found: String = text.trim().chars().take(20).collect();
                 return Err(Error::new(
@@ -68,7 +69,33 @@ impl Store {
         for name in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
             atomic::make_dir(&self.state_dir.join(name))?;
         }
-        atomic::write(&path, format!("{SCHEMA}\n").as_bytes())
+        atomic::write(&path, format!("{SCHEMA}\n").as_bytes())?;
+        self.own_run_dir()
+    }
+
+    /// Makes sure that the run directory goes with this state directory and no other: what runs there is looked for in
+    /// the records here.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadConfig`] naming both.
+    pub fn own_run_dir(&self) -> Result<()> {
+        let link = self.run_dir.join("state");
+        atomic::make_dir(&self.run_dir)?;
+        match std::os::unix::fs::symlink(&self.state_dir, &link) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => return made.at("make", &link),
+        }
+        let owner = std::fs::read_link(&link).at("read", &link)?;
+        let same = |a: &Path, b: &Path| a == b || (a.exists() && a.canonicalize().ok() == b.canonicalize().ok());
+        if same(&owner, &self.state_dir) {
+            return Ok(());
+        }
+        let (run_dir, owner, ours) = (self.run_dir.display(), owner.display(), self.state_dir.display());
+        Err(Error::new(
+            ErrorKind::BadConfig,
+            format!("run_dir '{run_dir}' goes with state_dir '{owner}', not '{ours}'"),
+        )
+        .hint(format!("give each state_dir a run_dir of its own; if it was moved and no VM runs, remove '{run_dir}'")))
     }
 
     /// The state directory.
@@ -105,6 +132,11 @@ impl Store {
         self.state_dir.join(format!("{prefix}s")).join(cid)
     }
 
+    /// The directory of an object's record.
+    pub fn record_dir<R: Record>(&self, cid: &R::Cid) -> PathBuf {
+        self.dir_of(R::Cid::PREFIX, cid)
+    }
+
     fn record_path<R: Record>(&self, cid: &R::Cid) -> PathBuf {
         self.dir_of(R::Cid::PREFIX, cid).join(format!("{}.json", R::Cid::PREFIX))
     }
@@ -117,6 +149,48 @@ impl Store {
     /// Whether an object has a lock, taken or not: the last thing of it that a removal takes away.
     pub fn has_lock(&self, rank: Rank, name: impl std::fmt::Display) -> bool {
         self.lock_path(rank, name).exists()
+    }
+
+    /// What every lock file says it is for. Names that are no locks are somebody else's and left out.
+    pub fn locks(&self) -> Result<Vec<(Rank, String)>> {
+        let lock = |name: String| {
+            let (rank, name) = name.split_once('.')?;
+            Some((Rank::ALL.into_iter().find(|known| known.as_str() == rank)?, name.to_owned()))
+        };
+        Ok(names(&self.state_dir.join("locks"))?.into_iter().filter_map(lock).collect())
+    }
+
+    /// Whether there is something that the lock `name` is for. A network's lock is for the moment only.
+    pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
+        let prefix = match rank {
+            Rank::Stemcell => StemcellCid::PREFIX,
+            Rank::Disk => DiskCid::PREFIX,
+            Rank::Vm => VmCid::PREFIX,
+            Rank::Snapshot | Rank::Network => return false,
+        };
+        self.state_dir.join(format!("{prefix}s")).join(name).exists()
+    }
+
+    /// The VMs that have a run directory, running or not.
+    pub fn list_running(&self) -> Result<Vec<VmCid>> {
+        let names = names(&self.run_dir.join("vms"))?;
+        Ok(names.iter().filter_map(|name| VmCid::parse(name).ok()).collect())
+    }
+
+    /// Files that [`atomic::write`] began. A power cut leaves them; one that is being written now is among them, too.
+    pub fn temporary_files(&self) -> Result<Vec<PathBuf>> {
+        let mut dirs = vec![self.state_dir.clone(), self.run_dir.clone()];
+        for kind in ["stemcells", "vms", "disks"] {
+            let kind = self.state_dir.join(kind);
+            dirs.extend(names(&kind)?.into_iter().map(|name| kind.join(name)));
+        }
+        let mut files = Vec::new();
+        for dir in dirs.iter().filter(|dir| dir.is_dir()) {
+            files.extend(
+                names(dir)?.into_iter().filter(|name| name.starts_with(atomic::NEW)).map(|name| dir.join(name)),
+            );
+        }
+        Ok(files)
     }
 
     fn lock_path(&self, rank: Rank, name: impl std::fmt::Display) -> PathBuf {
@@ -194,18 +268,19 @@ impl Store {
 
     /// The cids of all objects of one kind, in no order. Names that are no cids are somebody else's and left out.
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
-        let dir = self.state_dir.join(format!("{}s", R::Cid::PREFIX));
-        let entries = match dir.read_dir() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.at("list", &dir)?,
-        };
-        let mut cids = Vec::new();
-        for entry in entries {
-            let name = entry.at("list", &dir)?.file_name();
-            cids.extend(name.to_str().and_then(|name| R::Cid::parse(name).ok()));
-        }
-        Ok(cids)
+        let names = names(&self.state_dir.join(format!("{}s", R::Cid::PREFIX)))?;
+        Ok(names.iter().filter_map(|name| R::Cid::parse(name).ok()).collect())
     }
+}
+
+/// The names in `dir` that are UTF-8, as all of ours are; none if it is not there.
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = match dir.read_dir() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.at("list", dir)?,
+    };
+    let names = entries.map(|entry| entry.map(|entry| entry.file_name().into_string().ok()));
+    names.filter_map(Result::transpose).collect::<std::io::Result<_>>().at("list", dir)
 }
 
 /// Everything of a VM that has a path.

@@ -31,6 +31,9 @@ pub enum Rank {
 }
 
 impl Rank {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Stemcell, Self::Snapshot, Self::Disk, Self::Vm, Self::Network];
+
     /// The word in the lock file's name.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -1,0 +1,115 @@
+//! Stemcells, disks and VMs as far as they are files and records.
+
+use std::path::Path;
+
+use super::{Audit, Kind, message};
+use crate::cid::{Cid, DiskCid, StemcellCid};
+use crate::error::Result;
+use crate::store::record::AttachmentPhase;
+use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord};
+
+impl Audit<'_> {
+    pub(super) fn objects(&mut self) -> Result<()> {
+        self.each::<StemcellRecord>(Rank::Stemcell)?;
+        self.each::<DiskRecord>(Rank::Disk)?;
+        self.each::<VmRecord>(Rank::Vm)?;
+        self.notes()?;
+        self.attachments()
+    }
+
+    fn each<R: Record>(&mut self, rank: Rank) -> Result<()> {
+        for cid in self.cpi.store.list::<R>()? {
+            let Some(lock) = self.idle(rank, &cid)? else { continue };
+            match self.cpi.store.read::<R>(&cid) {
+                Ok(Some(record)) if record.phase() == Phase::Ready => {}
+                Ok(Some(record)) => {
+                    drop(lock);
+                    let why = if record.phase() == Phase::Creating { "its creation" } else { "its removal" };
+                    let cpi = self.cpi;
+                    self.found(Kind::Unfinished, &cid, &format!("{why} was cut short"), || {
+                        cpi.clear_leftover(cid.as_str())
+                    });
+                }
+                Ok(None) => {
+                    drop(lock);
+                    self.without_record(&cid, &self.cpi.store.record_dir::<R>(&cid));
+                }
+                Err(error) => {
+                    let next = "restore it from a backup; or move its directory away, and all it stands for is gone";
+                    self.told(Kind::Corrupt, &cid, &message(&error), next);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
+        let (cpi, empty) = (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
+        if cpi.has_note(cid) {
+            self.found(Kind::Unfinished, cid, "its creation was cut short", || cpi.clear_leftover(cid.as_str()));
+        } else if empty {
+            // The last step but one of a removal.
+            self.found(Kind::Unfinished, cid, "its removal was cut short", || cpi.clear_leftover(cid.as_str()));
+        } else {
+            let next = format!("restore the record in '{}' from a backup, or remove the directory", dir.display());
+            self.told(Kind::NoRecord, cid, "it has files but no record", &next);
+        }
+    }
+
+    /// Creates that were cut short before there was a record, or after it was whole.
+    fn notes(&mut self) -> Result<()> {
+        for name in self.cpi.notes() {
+            let rank = match name.split('-').next() {
+                Some(StemcellCid::PREFIX) => Rank::Stemcell,
+                Some(DiskCid::PREFIX) => Rank::Disk,
+                _ => Rank::Vm,
+            };
+            let Some(lock) = self.idle(rank, &name)? else { continue };
+            if self.cpi.store.is_locked_for_something(rank, &name) {
+                drop(lock);
+            } else {
+                lock.retire()?;
+            }
+            if !self.findings.iter().any(|finding| finding.what == name) {
+                let cpi = self.cpi;
+                self.found(Kind::Unfinished, &name, "its creation was cut short", || cpi.clear_leftover(&name));
+            }
+        }
+        Ok(())
+    }
+
+    fn attachments(&mut self) -> Result<()> {
+        for cid in self.cpi.store.list::<VmRecord>()? {
+            let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
+            let open = vm.disks.iter().filter(|a| a.phase != AttachmentPhase::Attached);
+            for disk in open.map(|a| a.disk.clone()).collect::<Vec<_>>() {
+                self.attachment(&vm, &disk)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attachment(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
+        let Some(_lock) = self.idle(Rank::Disk, disk)? else { return Ok(()) };
+        let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
+        drop(lock);
+        let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
+        let Some(record) = cpi.store.read::<DiskRecord>(disk)? else {
+            let next = format!("restore the disk's record from a backup, or call detach_disk for VM '{}'", vm.cid);
+            self.told(Kind::Unsettled, &what, "the disk has no record", &next);
+            return Ok(());
+        };
+        let mut kept = false;
+        self.found(Kind::Unsettled, &what, "an attach or a detach was cut short", || {
+            kept = cpi.holder(&record, Self::deadline())?.is_some();
+            Ok(())
+        });
+        if kept {
+            // Asking QEMU settles it only if the guest has let go.
+            self.findings.pop();
+            let next = "repeat attach_disk or detach_disk, whichever was meant; until then the VM has the disk";
+            self.told(Kind::Unsettled, &what, "the guest has the disk, and a call about it was cut short", next);
+        }
+        Ok(())
+    }
+}
