@@ -169,12 +169,12 @@ impl Cpi {
 
     fn plug(&self, vm: &VmRecord, disk: &DiskRecord, deadline: Instant) -> Result<()> {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
-        let need = FileNeed::disk(&self.store, disk);
-        let (file, direct) = image::open(&need.path, need.writable, need.direct)?;
+        let need = FileNeed::disk(&self.store, disk)?;
+        let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
         let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu.binary);
         let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
-        let device = blockdev::device(id, id, true);
+        let device = blockdev::device(&opened.need, id);
         let wanted = Attach {
             disk: &hot_disk(&disk.cid),
             file: file.as_fd(),

@@ -2,11 +2,12 @@
 
 use serde_json::{Map, Value};
 
+use super::Cpi;
 use crate::config::AccelChoice;
 use crate::document;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::schema::{Property, SchemaError, Whole};
-use crate::store::record::Format;
+use crate::store::record::{Cache, Discard, Format, Preallocation};
 use crate::units::MiB;
 
 document! {
@@ -21,6 +22,8 @@ document! {
         ephemeral_disk: Option<MiB>;
         /// Size of the root disk, MiB, if the stemcell's is smaller.
         root_disk | "disk": Option<MiB>;
+        /// Pool of the root and ephemeral disks. Absent: the state directory.
+        pool: Option<String>;
         /// Machine template. Absent: the configuration's `qemu.template`.
         machine: Option<String>;
         /// CPU model as QEMU names it, with flags: `Skylake-Server,pcid=on`. Absent: the configuration's `qemu.cpu`.
@@ -41,6 +44,19 @@ document! {
     pub struct DiskCloudProperties {
         /// Format of the image: `qcow2` grows as the guest writes, `raw` is for speed and external tools.
         format | "type": Format = Format::Qcow2;
+        /// Pool of the image. Absent: the state directory.
+        pool: Option<String>;
+        /// Who caches writes, in QEMU's words: `none` (not the host), `writeback` (the host), `directsync` and `writethrough`
+        /// (nobody: each write waits for the disk). None loses what the guest has flushed.
+        cache: Cache = Cache::None;
+        /// What becomes of blocks the guest discards: `unmap` gives their space back to the host. Absent: `unmap`, and
+        /// `ignore` for a disk whose space is preallocated.
+        discard: Option<Discard>;
+        /// What is there before the guest writes: `off` nothing, `metadata` the tables (qcow2), `falloc` all space reserved,
+        /// `full` all space written.
+        preallocation: Preallocation = Preallocation::Off;
+        /// Whether the image is encrypted (LUKS, by QEMU) with the key of this host.
+        encrypted: bool = false;
         /// The most operations a second, reading and writing together.
         iops: Option<Whole<1, 1000000000>>;
         /// The most MiB a second, reading and writing together.
@@ -93,6 +109,20 @@ pub fn read<T: Property>(defaults: &Map<String, Value>, given: &Map<String, Valu
         }
     }
     T::from_json(&Value::Object(merged)).map_err(|e| e.in_request("cloud_properties"))
+}
+
+impl Cpi {
+    /// Refuses the cloud property `pool` if this host has no such pool.
+    pub(super) fn known_pool(&self, asked: Option<&str>) -> Result<()> {
+        let Some(asked) = asked else { return Ok(()) };
+        if self.config.pools.contains_key(asked) {
+            return Ok(());
+        }
+        let known: Vec<_> = self.config.pools.keys().map(String::as_str).collect();
+        let known = if known.is_empty() { "no pools".to_owned() } else { known.join(", ") };
+        Err(Error::new(ErrorKind::BadRequest, "cloud_properties.pool: this host has no pool of that name")
+            .hint(format!("the configuration has: {known}")))
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::host::clock;
 use crate::image;
 use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
-use crate::store::record::{Format, Limits};
+use crate::store::record::{Format, Limits, Preallocation};
 use crate::store::{DiskRecord, Phase, Rank};
 use crate::units::MiB;
 
@@ -18,6 +18,11 @@ impl Cpi {
     pub(super) fn make_disk(&self, size: MiB, properties: &Map<String, Value>) -> Result<DiskCid> {
         let deadline = self.deadline("create_disk");
         let asked: DiskCloudProperties = cloud_properties::read(&self.config.disk_defaults, properties)?;
+        self.known_pool(asked.pool.as_deref())?;
+        if asked.encrypted || asked.preallocation != Preallocation::Off {
+            let message = "cloud_properties: 'encrypted' and 'preallocation' are not implemented";
+            return Err(Error::new(ErrorKind::NotSupported, message));
+        }
         self.store.prepare()?;
         self.clear_leftovers();
         let cid = DiskCid::random();
@@ -30,6 +35,11 @@ impl Cpi {
             created_at: clock::now(),
             size,
             format: asked.format,
+            pool: asked.pool,
+            cache: asked.cache,
+            discard: asked.discard.unwrap_or_default(),
+            preallocation: asked.preallocation,
+            encrypted: asked.encrypted,
             vm: None,
             limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
             cloud_properties: properties.clone(),
@@ -37,7 +47,7 @@ impl Cpi {
             newer: Map::new(),
         };
         let made = self.store.write(&disk).and_then(|()| {
-            let path = self.store.disk_dir(&disk.cid).join(disk.image());
+            let path = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?.join(disk.image());
             let image = match disk.format {
                 Format::Qcow2 => image::qcow2::create(&path, size.bytes(), None)?,
                 Format::Raw => image::raw::create(&path, size.bytes())?,

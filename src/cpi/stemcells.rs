@@ -15,13 +15,10 @@ use crate::image::digest::Digest;
 use crate::image::import::Import;
 use crate::image::qemu_img::QemuImg;
 use crate::schema::{Property, SchemaError};
-use crate::store::layout::SCHEMA;
+use crate::store::layout::{SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::Format;
 use crate::store::{Phase, Rank, StemcellRecord};
 use crate::units::Bytes;
-
-/// File name of an imported image, beside its record.
-pub(super) const IMAGE: &str = "image.raw";
 
 document! {
     /// What a light stemcell's manifest says instead of carrying an image (format `qemu-light`).
@@ -66,11 +63,13 @@ impl Cpi {
             format: Format::Raw,
             virtual_size: Bytes(0),
             image_path: None,
+            pool: self.config.stemcell_pool.clone(),
+            source: None,
             cloud_properties: properties.clone(),
             newer: Map::new(),
         };
         self.store.write(&record)?;
-        let made = self.make_image(&cid, image, properties, deadline).and_then(|image| {
+        let made = self.make_image(&record, image, properties, deadline).and_then(|image| {
             record.phase = Phase::Ready;
             record.format = image.format;
             record.virtual_size = image.virtual_size;
@@ -89,7 +88,7 @@ impl Cpi {
 
     fn make_image(
         &self,
-        cid: &StemcellCid,
+        stemcell: &StemcellRecord,
         source: &Path,
         properties: &Map<String, Value>,
         deadline: Instant,
@@ -98,7 +97,7 @@ impl Cpi {
             return light(properties);
         }
         let declared = declared_format(properties)?;
-        let target = self.store.stemcell_dir(cid).join(IMAGE);
+        let target = self.store.make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
         let mut shown = 0;
         let mut progress = |read: Bytes| {
             // One line for 256 MiB: the Director reads standard error byte by byte.

@@ -16,7 +16,7 @@ use crate::host::{cgroup::Cgroup, clock, probe, uids};
 use crate::image::{self, Fresh};
 use crate::net;
 use crate::qemu::Template;
-use crate::store::layout::SCHEMA;
+use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, StemcellRecord};
 use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
@@ -30,6 +30,7 @@ impl Cpi {
     pub(super) fn make_vm(&self, mut call: CreateVm) -> Result<(VmCid, Networks)> {
         let deadline = self.deadline("create_vm");
         let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
+        self.known_pool(properties.pool.as_deref())?;
         let stemcell = self.stemcell(&call.stemcell)?;
         let cid = VmCid::random();
         let nics = self.nics(&cid, &call.networks)?;
@@ -59,6 +60,7 @@ impl Cpi {
             nics,
             base: base_of(&stemcell),
             root_size: root_size(&stemcell, &properties),
+            pool: properties.pool,
             ephemeral: properties.ephemeral_disk.map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
             disks: Vec::new(),
             metadata: Map::new(),
@@ -113,15 +115,18 @@ impl Cpi {
     }
 
     fn make_images(&self, vm: &VmRecord, stemcell: &StemcellRecord, call: &CreateVm) -> Result<Vec<Fresh>> {
-        let paths = self.store.vm(&vm.cid);
         if stemcell.image_path.is_none() {
-            let image = self.store.stemcell_dir(&stemcell.cid).join(super::stemcells::IMAGE);
-            std::fs::hard_link(&image, paths.base()).at("link the stemcell's image", &image)?;
+            let image = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+            self.store.make_images_dir(&vm.cid, vm.base.pool.as_deref())?;
+            std::fs::hard_link(&image, self.store.base_image(vm)?).at("link the stemcell's image", &image)?;
         }
-        let backing = image::qcow2::Backing { file_name: &vm.base.path.to_string_lossy(), format: vm.base.format };
-        let mut made = vec![image::qcow2::create(&paths.root(), vm.root_size, Some(backing))?];
+        let images = self.store.make_images_dir(&vm.cid, vm.pool.as_deref())?;
+        // For people and tools: QEMU is told which image is below, and never looks into the header.
+        let below = if vm.base.pool == vm.pool { vm.base.path.clone() } else { self.store.base_image(vm)? };
+        let backing = image::qcow2::Backing { file_name: &below.to_string_lossy(), format: vm.base.format };
+        let mut made = vec![image::qcow2::create(&images.join(ROOT_IMAGE), vm.root_size, Some(backing))?];
         if let Some(ephemeral) = &vm.ephemeral {
-            made.push(image::qcow2::create(&paths.ephemeral(), ephemeral.size.bytes(), None)?);
+            made.push(image::qcow2::create(&images.join(EPHEMERAL_IMAGE), ephemeral.size.bytes(), None)?);
         }
         let networks = to_raw_value(&call.networks)
             .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
@@ -132,7 +137,10 @@ impl Cpi {
             ephemeral: vm.ephemeral.as_ref().map(|ephemeral| ephemeral.serial.as_str()),
             env: call.env.get(),
         };
-        made.push(config_drive::write(&paths.config_drive(), &settings::settings(facts, &self.config.agent))?);
+        made.push(config_drive::write(
+            &self.store.vm(&vm.cid).config_drive(),
+            &settings::settings(facts, &self.config.agent),
+        )?);
         Ok(made)
     }
 
@@ -203,8 +211,10 @@ impl Cpi {
 }
 
 fn base_of(stemcell: &StemcellRecord) -> Base {
-    let path = stemcell.image_path.clone().unwrap_or_else(|| "base.raw".into());
-    Base { path, format: if stemcell.image_path.is_some() { stemcell.format } else { Format::Raw } }
+    match &stemcell.image_path {
+        Some(path) => Base { path: path.clone(), pool: None, format: stemcell.format },
+        None => Base { path: BASE_IMAGE.into(), pool: stemcell.pool.clone(), format: Format::Raw },
+    }
 }
 
 fn root_size(stemcell: &StemcellRecord, properties: &VmCloudProperties) -> Bytes {

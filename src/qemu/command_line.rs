@@ -156,19 +156,28 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     for index in 0..vm.machine.hotplug_slots {
         line.json("-device", &port(index));
     }
-    let mut root = blockdev::device(ROOT, "root", true);
-    root["bootindex"] = 1.into();
-    line.device(&root, "pcie.0", topology::ROOT);
-    if let Some(ephemeral) = &vm.ephemeral {
-        line.device(&blockdev::device(EPHEMERAL, &ephemeral.serial, true), "pcie.0", topology::EPHEMERAL);
-    }
-    line.device(&blockdev::device(CONFIG_DRIVE, "config", false), "pcie.0", topology::CONFIG_DRIVE);
     // Persistent disks sit behind the ports, where a hot-plugged one would be, so that they can be unplugged.
-    let fixed = [BASE, ROOT, EPHEMERAL, CONFIG_DRIVE, KVM];
-    let persistent = handles.files.iter().filter(|(opened, _)| !fixed.contains(&opened.need.id.as_str()));
-    for (index, (opened, _)) in persistent.enumerate() {
-        let id = &opened.need.id;
-        line.device(&blockdev::device(id, id, true), &topology::port_id(index as u32), 0);
+    let mut ports = 0..;
+    for (opened, _) in &handles.files {
+        let need = &opened.need;
+        match (need.id.as_str(), &vm.ephemeral) {
+            (BASE | KVM, _) => {}
+            (ROOT, _) => {
+                let mut root = blockdev::device(need, "root");
+                root["bootindex"] = 1.into();
+                line.device(&root, "pcie.0", topology::ROOT);
+            }
+            (EPHEMERAL, Some(ephemeral)) => {
+                line.device(&blockdev::device(need, &ephemeral.serial), "pcie.0", topology::EPHEMERAL);
+            }
+            (CONFIG_DRIVE, _) => {
+                line.device(&blockdev::device(need, "config"), "pcie.0", topology::CONFIG_DRIVE);
+            }
+            (id, _) => {
+                let port = ports.next().expect("endless");
+                line.device(&blockdev::device(need, id), &topology::port_id(port), 0);
+            }
+        }
     }
 }
 

@@ -9,6 +9,8 @@
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
+//!   disk.key                                      what encrypted disks are encrypted with
+//!   pools/<name>                                  there once the pool was used: see [`super::pool`]
 //!   locks/<rank>.<name>
 //!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
@@ -19,30 +21,49 @@
 //!
 //! A VM links its stemcell's image instead of naming it. So a stemcell can be deleted at any time, and the image
 //! goes when the last VM on it does: the kernel counts the references, and they can not be wrong after a crash.
+//! Stemcells of one file are links to one image for the same reason. Images may be in a [pool](super::pool) instead.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::atomic;
 use super::lock::{Guard, Rank};
-use super::record::Record;
+use super::pool::Pools;
+use super::record::{DiskRecord, Record, VmRecord};
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::config::Config;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// Version of the layout and of every record in it.
 pub const SCHEMA: u32 = 1;
+
+/// Overlay a VM boots from.
+pub const ROOT_IMAGE: &str = "root.qcow2";
+/// A VM's ephemeral disk.
+pub const EPHEMERAL_IMAGE: &str = "ephemeral.qcow2";
+/// A VM's hard link to its stemcell's image, which the overlay is based on.
+pub const BASE_IMAGE: &str = "base.raw";
+/// An imported stemcell's image.
+pub const STEMCELL_IMAGE: &str = "image.raw";
 
 /// The state directory and the run directory that goes with it.
 #[derive(Debug, Clone)]
 pub struct Store {
     state_dir: PathBuf,
     run_dir: PathBuf,
+    pools: Pools,
 }
 
 impl Store {
-    /// The store at these places; nothing is read or made yet.
+    /// The store at these places, without pools; nothing is read or made yet.
     pub fn new(state_dir: &Path, run_dir: &Path) -> Self {
-        Self { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned() }
+        Self { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), pools: Pools::default() }
+    }
+
+    /// The store where `config` says, with its pools.
+    pub fn of(config: &Config) -> Self {
+        let pools = Pools::new(&config.state_dir, config.pools.clone());
+        Self { pools, ..Self::new(&config.state_dir, &config.run_dir) }
     }
 
     /// Makes what a mutating call needs.
@@ -98,6 +119,44 @@ impl Store {
     /// Everything of a VM that has a path.
     pub fn vm(&self, cid: &VmCid) -> VmPaths {
         VmPaths { dir: self.dir_of(VmCid::PREFIX, cid), run: self.run_dir.join("vms").join(cid) }
+    }
+
+    /// The pools.
+    pub fn pools(&self) -> &Pools {
+        &self.pools
+    }
+
+    /// Where the images of `cid` are: in `pool`, or beside its record.
+    ///
+    /// # Errors
+    /// As [`Pools::dir`].
+    pub fn images_dir<C: Cid>(&self, cid: &C, pool: Option<&str>) -> Result<PathBuf> {
+        match pool {
+            Some(pool) => Ok(self.pools.dir(pool)?.join(cid)),
+            None => Ok(self.dir_of(C::PREFIX, cid)),
+        }
+    }
+
+    /// The same, made if need be. The record that names the pool must be written before.
+    pub fn make_images_dir<C: Cid>(&self, cid: &C, pool: Option<&str>) -> Result<PathBuf> {
+        let Some(pool) = pool else { return self.images_dir(cid, None) };
+        let top = self.pools.claim(pool)?;
+        let dir = top.join(cid);
+        atomic::make_dir(&dir).map_err(|e| e.during(format!("use pool '{pool}'")))?;
+        Ok(dir)
+    }
+
+    /// A persistent disk's image.
+    pub fn disk_image(&self, disk: &DiskRecord) -> Result<PathBuf> {
+        Ok(self.images_dir(&disk.cid, disk.pool.as_deref())?.join(disk.image()))
+    }
+
+    /// The image below a VM's root disk.
+    pub fn base_image(&self, vm: &VmRecord) -> Result<PathBuf> {
+        if vm.base.path.is_absolute() {
+            return Ok(vm.base.path.clone());
+        }
+        Ok(self.images_dir(&vm.cid, vm.base.pool.as_deref())?.join(&vm.base.path))
     }
 
     fn dir_of(&self, prefix: &str, cid: &impl Cid) -> PathBuf {
@@ -159,9 +218,14 @@ impl Store {
         }
     }
 
-    /// Removes the object's directory: everything else first, the record last, so that whoever is interrupted leaves a
+    /// Removes the object's images from pools and its directory: everything else first, the record last, so that whoever is interrupted leaves a
     /// record that says what to finish.
     pub fn remove<R: Record>(&self, cid: &R::Cid) -> Result<()> {
+        for pool in self.read::<R>(cid)?.iter().flat_map(Record::pools) {
+            let pool = self.pools.dir(pool)?;
+            atomic::remove_dir(&pool.join(cid))?;
+            atomic::sync_dir(pool)?;
+        }
         let record = self.record_path::<R>(cid);
         let dir = record.parent().expect("a record is in a directory");
         let entries = match dir.read_dir() {
@@ -195,7 +259,7 @@ impl Store {
     }
 }
 
-/// Everything of a VM that has a path.
+/// Everything of a VM that has a path but for its images, which may be in a pool.
 #[derive(Debug, Clone)]
 pub struct VmPaths {
     /// What survives a reboot.
@@ -216,12 +280,6 @@ macro_rules! paths {
 }
 
 paths! {
-    /// Overlay the guest boots from.
-    root = dir / "root.qcow2";
-    /// Hard link to the stemcell's image, which the overlay is based on.
-    base = dir / "base.raw";
-    /// Ephemeral disk.
-    ephemeral = dir / "ephemeral.qcow2";
     /// FAT image labelled `CONFIG-2` with the agent's settings. Holds secrets.
     config_drive = dir / "config.img";
     /// What the guest wrote to its serial port.

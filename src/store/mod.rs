@@ -7,10 +7,13 @@
 //! This room knows files, not QEMU or networks.
 
 pub mod atomic;
+pub mod disk_options;
 pub mod layout;
 pub mod lock;
+pub mod pool;
 pub mod record;
 
 pub use layout::{Store, VmPaths};
 pub use lock::{Guard, Rank};
+pub use pool::Pools;
 pub use record::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};

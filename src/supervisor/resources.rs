@@ -32,7 +32,7 @@ pub(super) struct Resources {
 impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
+        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
         let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu.binary);
         Ok(Self {
             files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
@@ -76,7 +76,7 @@ fn missing_disk(disk: &DiskCid) -> Error {
 
 /// Opens one file as QEMU wants it.
 fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
-    let (fd, direct) = image::open(&need.path, need.writable, need.direct)?;
+    let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
     Ok((Opened { need, direct, io_uring }, fd))
 }
 

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
+use bosh_qemu_cpi::config::Config;
 use bosh_qemu_cpi::host::tail;
 use bosh_qemu_cpi::store::record::StemcellRecord;
 use bosh_qemu_cpi::store::{DiskRecord, Store, VmPaths, VmRecord};
@@ -192,7 +193,7 @@ impl Host {
 
     /// Its records and paths.
     pub fn store(&self) -> Store {
-        Store::new(&self.path("state"), self.run.path())
+        Store::of(&Config::load(Some(&self.path("cpi.json"))).unwrap())
     }
 
     /// A VM's files.
@@ -291,9 +292,21 @@ impl Host {
         left.extend(self.groups().iter().map(|group| format!("control group {}", group.display())));
         for root in [self.path("state"), self.run.path().to_owned()] {
             let entries = walk(&root).into_iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string());
-            let kept =
-                ["schema", "stemcells", "vms", "disks", "locks", "pending", "uids", "probe.json", "io-uring.json"];
-            left.extend(entries.filter(|entry| !kept.contains(&entry.as_str())));
+            let kept = [
+                "schema",
+                "stemcells",
+                "vms",
+                "disks",
+                "locks",
+                "pending",
+                "uids",
+                "pools",
+                "disk.key",
+                "probe.json",
+                "io-uring.json",
+            ];
+            // `pools/<name>` says that a pool was used.
+            left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !entry.starts_with("pools/")));
         }
         left
     }
