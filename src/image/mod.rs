@@ -3,11 +3,13 @@
 //! ```text
 //! import ──▶ qcow2 (header, create, decode)     fat      digest
 //!    └─────▶ qemu_img (the calls that remain)   raw ◀─── import
+//! create ──▶ qcow2, raw, qemu_img
 //! ```
 //!
 //! It works on paths and bytes. It knows nothing of BOSH's verbs, of records or of a running QEMU, and never looks
 //! for the format of an image that a guest could have written: whoever made the image says what it is.
 
+mod create;
 pub mod digest;
 pub mod fat;
 pub mod import;
@@ -18,6 +20,7 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
+pub use create::NewImage;
 pub use open::{inspect, open};
 
 use std::fs::{File, OpenOptions};

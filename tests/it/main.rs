@@ -1,6 +1,7 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
 mod contract;
+mod disk_properties;
 mod disks;
 mod docs;
 mod door;
@@ -9,6 +10,7 @@ mod layers;
 mod lifecycle;
 mod linux;
 mod network;
+mod pools;
 mod release;
 mod supervisor;
 mod support;
