@@ -183,11 +183,12 @@ impl Cpi {
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
         };
-        if disk.encrypted && !Inventory::take(&mut monitor)?.has_device(id) {
-            self.with_key(&mut monitor, &disk.cid, |monitor| hotplug::attach(monitor, &wanted, deadline))?;
+        let attach = |monitor: &mut Monitor| hotplug::attach(monitor, &wanted, deadline);
+        if disk.encrypted {
+            self.with_key(&mut monitor, &disk.cid, attach)?
         } else {
-            hotplug::attach(&mut monitor, &wanted, deadline)?;
-        }
+            attach(&mut monitor)?
+        };
         if let Some(limits) = blockdev::throttle(id, disk.limits) {
             monitor.raw("block_set_io_throttle", &limits)?;
         }

@@ -29,7 +29,7 @@ impl Cpi {
         let lock = self.store.lock(Rank::Disk, &cid, deadline)?;
         self.begin(&cid)?;
         let mut disk = new_record(cid, size, &asked, properties);
-        let need = self.need_of_disk(size, disk.preallocation);
+        let need = self.need_of_disk(&disk);
         let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {
             self.make_disk_image(&disk, deadline)?;
             disk.phase = Phase::Ready;

@@ -3,18 +3,18 @@
 use serde_json::json;
 
 use super::Cpi;
-use crate::cid::DiskCid;
+use crate::cid::{Cid, DiskCid};
 use crate::error::Result;
 use crate::qemu::blockdev::SECRET;
 use crate::qmp::error::MonitorError;
-use crate::qmp::hotplug::HotplugError;
+use crate::qmp::hotplug::{HotplugError, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::DiskKey;
 use crate::store::disk_key::WRONG_KEY;
 
 impl Cpi {
-    /// Runs `opening`, which makes QEMU open the image of `disk`, while QEMU has the key. The key opens every disk of this
-    /// host, so QEMU forgets it again whatever comes of it; the image stays open.
+    /// Runs `opening`, which attaches `disk`, while QEMU has the key. The key opens every disk of this host, so QEMU forgets it
+    /// again whatever comes of it; the image stays open. For a disk that is attached no key is needed.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::BadConfig`] when the key is missing, or is not the disk's.
@@ -24,10 +24,13 @@ impl Cpi {
         disk: &DiskCid,
         opening: impl FnOnce(&mut Monitor) -> Result<T, HotplugError>,
     ) -> Result<T> {
-        let key = DiskKey::of(&self.config);
-        let text = key.read()?;
         // A call that was killed in here left it.
         forget(monitor)?;
+        if Inventory::take(monitor)?.has_device(disk.as_str()) {
+            return Ok(opening(monitor)?);
+        }
+        let key = DiskKey::of(&self.config);
+        let text = key.read()?;
         monitor.raw("object-add", &json!({"qom-type": "secret", "id": SECRET, "data": text.0}))?;
         let opened = opening(monitor);
         let forgotten = forget(monitor);

@@ -67,7 +67,8 @@ impl Cpi {
         let lock = self.store.lock(Rank::Vm, cid, Instant::now())?;
         let deadline = Instant::now() + PATIENCE;
         match self.store.read::<VmRecord>(cid)? {
-            Some(vm) if vm.phase == Phase::Creating => {
+            // Deleting: its create failed, and was cut short while it cleaned up.
+            Some(vm) if vm.phase != Phase::Ready => {
                 tracing::warn!(%cid, "removing a VM whose create_vm was cut short");
                 self.destroy(&vm, lock, deadline)?;
             }
@@ -85,7 +86,7 @@ impl Cpi {
     /// For what is nothing but files.
     fn clear_files<R: Record>(&self, cid: &R::Cid, rank: Rank) -> Result<()> {
         let lock = self.store.lock(rank, cid, Instant::now())?;
-        if self.store.read::<R>(cid)?.is_none_or(|record| record.phase() == Phase::Creating) {
+        if self.store.read::<R>(cid)?.is_none_or(|record| record.phase() != Phase::Ready) {
             tracing::warn!(%cid, "removing what a create that was cut short left");
             self.store.remove::<R>(cid)?;
             lock.retire()?;

@@ -19,10 +19,12 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::Preallocation;
 use crate::store::{DiskRecord, Rank, Record, StemcellRecord, VmRecord};
-use crate::units::{Bytes, MiB};
+use crate::units::Bytes;
 
-/// What a new image takes without any data: headers, first tables, a LUKS header; of a VM, all its images and logs.
-const BIRTH: u64 = 8 << 20;
+/// What a new image takes without any data: headers and first tables. Also of a VM, whose config drive is the most of it.
+const BIRTH: u64 = 1 << 20;
+/// A LUKS header with its eight key slots, and what an image takes at birth.
+const ENCRYPTED_BIRTH: u64 = 4 << 20;
 
 /// How full a pool is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,18 +80,26 @@ impl Cpi {
     }
 
     /// What a new persistent disk needs at once.
-    pub(super) fn need_of_disk(&self, size: MiB, preallocation: Preallocation) -> Bytes {
-        match preallocation {
-            Preallocation::Falloc | Preallocation::Full => Bytes(size.bytes().get() + BIRTH),
+    pub(super) fn need_of_disk(&self, disk: &DiskRecord) -> Bytes {
+        let size = disk.size.bytes().get();
+        let birth = if disk.encrypted { ENCRYPTED_BIRTH } else { BIRTH };
+        Bytes(match disk.preallocation {
+            Preallocation::Falloc | Preallocation::Full => size + birth,
+            _ if !self.config.overcommit => size + birth,
             // 8 bytes of tables and 2 of a reference count for 64 KiB of data.
-            Preallocation::Metadata if self.config.overcommit => Bytes((size.bytes().get() >> 12) + BIRTH),
-            _ => self.need_of_thin(size.bytes()),
-        }
+            Preallocation::Metadata => (size >> 12) + birth,
+            Preallocation::Off => birth,
+        })
     }
 
     /// What new thin images of `size` together need at once.
     pub(super) fn need_of_thin(&self, size: Bytes) -> Bytes {
         Bytes(BIRTH + if self.config.overcommit { 0 } else { size.get() })
+    }
+
+    /// What the image of a stemcell needs at least, from a file that takes `source`.
+    pub(super) fn need_of_import(source: Bytes) -> Bytes {
+        Bytes(BIRTH + source.get())
     }
 
     /// How full the state directory (no name) and each pool is. A pool that is not mounted is an error of its own.

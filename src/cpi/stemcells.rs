@@ -71,8 +71,9 @@ impl Cpi {
             cloud_properties: properties.clone(),
             newer: Map::new(),
         };
-        // Data is at least as large as it is compressed; whether all of it fits, the import will see.
-        let need = self.need_of_thin(image.metadata().map_or(Bytes(0), |meta| Bytes(meta.len())));
+        // What the file takes where it is; compressed data will take more, and the import tells if that does not fit.
+        let takes = image.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512));
+        let need = Self::need_of_import(Bytes(takes));
         let made = self.admit(record.pool.as_deref(), need, deadline, || self.store.write(&record)).and_then(|()| {
             let image = self.make_image(&record, image, properties, deadline)?;
             record.phase = Phase::Ready;

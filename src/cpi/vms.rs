@@ -32,6 +32,9 @@ impl Cpi {
         let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
         self.known_pool(properties.pool.as_deref())?;
         let stemcell = self.stemcell(&call.stemcell)?;
+        for pool in [&properties.pool, &stemcell.pool].into_iter().flatten() {
+            self.store.pools().dir(pool)?;
+        }
         let cid = VmCid::random();
         let nics = self.nics(&cid, &call.networks)?;
         let machine = self.machine(&properties)?;

@@ -92,7 +92,10 @@ fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
     host.power_off(&vm);
     host.sees(&plain, "BOOTSECTOR-OK", 1);
     fast.hide();
+    let mut in_pool = host.vm_arguments(&stemcell);
+    in_pool[2] = json!({"ram": 64, "pool": "fast"});
     let refused = [
+        host.call("create_vm", &in_pool),
         disk(&host, 8, &json!({"pool": "fast"})),
         host.call("attach_disk", &json!([plain, kept])),
         host.call("delete_disk", &json!([kept])),
@@ -131,20 +134,20 @@ fn what_does_not_fit_is_refused_before_anything_is_made() {
     let Some((fast, stemcells, host)) = host(64, json!({})) else { return };
     // Thin images may promise what is not there; preallocated ones not.
     let thin = disk_cid(&disk(&host, 1024, &json!({"pool": "fast"})));
-    let refused = disk(&host, 60, &json!({"pool": "fast", "preallocation": "falloc"}));
+    let refused = disk(&host, 64, &json!({"pool": "fast", "preallocation": "falloc"}));
     assert_eq!(refused.failure().kind, "NoDiskSpace");
     let says = format!("pool 'fast' at '{}' has ", fast.path().display());
     assert!(refused.failure().message.contains(&says), "{refused:?}");
-    assert!(refused.failure().message.contains("MiB left, 68 MiB are needed"), "{refused:?}");
+    assert!(refused.failure().message.contains("MiB left, 65 MiB are needed"), "{refused:?}");
     let full = disk_cid(&disk(&host, 50, &json!({"pool": "fast", "preallocation": "falloc"})));
     let stemcell = host.stemcell();
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[2] = json!({"ram": 64, "pool": "fast", "ephemeral_disk": 64});
-    fs::write(fast.path().join("ballast"), vec![1; 7 << 20]).unwrap();
+    fs::write(fast.path().join("ballast"), vec![1; 13 << 20]).unwrap();
     for refused in [host.call("create_vm", &arguments), disk(&host, 8, &json!({"pool": "fast"}))] {
         assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
     }
-    fs::write(stemcells.path().join("ballast"), vec![1; 60 << 20]).unwrap();
+    fs::write(stemcells.path().join("ballast"), vec![1; 62 << 20]).unwrap();
     let refused = host.call("create_stemcell", &json!([host.path("image"), {"x": 1}]));
     assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
     assert!(refused.failure().message.contains("pool 'stemcells' at"), "{refused:?}");
@@ -154,7 +157,7 @@ fn what_does_not_fit_is_refused_before_anything_is_made() {
     host.ok("delete_disk", &json!([full]));
     host.reconfigure(|config| config["overcommit"] = json!(false));
     let refused = disk(&host, 8, &json!({"pool": "fast"}));
-    assert!(refused.failure().message.contains("has 0 MiB left, 16 MiB are needed"), "{refused:?}");
+    assert!(refused.failure().message.contains("has 0 MiB left, 9 MiB are needed"), "{refused:?}");
     host.ok("delete_disk", &json!([thin]));
     let small = disk_cid(&disk(&host, 30, &json!({"pool": "fast"})));
     assert_eq!(disk(&host, 30, &json!({"pool": "fast"})).failure().kind, "NoDiskSpace");
