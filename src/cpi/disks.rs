@@ -26,8 +26,7 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers();
         let cid = DiskCid::random();
-        let lock = self.store.lock(Rank::Disk, &cid, deadline)?;
-        self.begin(&cid)?;
+        let lock = self.begin(Rank::Disk, &cid, deadline)?;
         let mut disk = DiskRecord {
             schema: SCHEMA,
             cid,
@@ -59,27 +58,28 @@ impl Cpi {
         });
         if let Err(error) = made {
             self.store.remove::<DiskRecord>(&disk.cid)?;
-            self.settled(&disk.cid)?;
             lock.retire()?;
+            self.settled(&disk.cid)?;
             return Err(error.during(format!("create a disk of {size}")));
         }
         Ok(disk.cid)
     }
 
     pub(super) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
-        if !self.store.disk_dir(cid).exists() {
+        let dir = self.store.disk_dir(cid);
+        if !dir.exists() && !self.store.has_lock(Rank::Disk, cid) {
             return Ok(());
         }
         let deadline = self.deadline("delete_disk");
         let lock = self.store.lock(Rank::Disk, cid, deadline)?;
         let Some(mut disk) = self.store.read::<DiskRecord>(cid)? else {
-            if std::fs::remove_dir(self.store.disk_dir(cid)).is_ok() {
-                // All but the directory was gone: a removal was cut short at its last step.
+            if std::fs::remove_dir(&dir).is_ok() || !dir.exists() {
+                // All but the directory or the lock was gone: a removal was cut short at its last steps.
                 return lock.retire();
             }
             // The record is written first and removed last: an image without one was not left by us.
             return Err(Error::new(ErrorKind::Corrupt, format!("disk '{cid}' has files but no record"))
-                .hint(format!("look into '{}' and remove it by hand", self.store.disk_dir(cid).display())));
+                .hint(format!("look into '{}' and remove it by hand", dir.display())));
         };
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))

@@ -26,12 +26,14 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
+use crate::crash;
 use crate::error::{IoContext, Result};
 pub use crate::store::record::Format;
 
 /// Creates `path`, which must not exist, with mode 0600. Dropped before [`keep`], it is removed again.
 fn create_new(path: &Path) -> Result<NamedTempFile> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).at("create", path)?;
+    crash::point!("{}: created", path.file_name().unwrap_or_default().display());
     let guard = TempPath::try_from_path(path).at("create", path)?;
     Ok(NamedTempFile::from_parts(file, guard))
 }
@@ -47,7 +49,9 @@ pub struct Fresh {
 impl Fresh {
     /// Makes the content durable. The name is the caller's to make durable.
     pub fn sync(self) -> Result<()> {
-        self.file.sync_all().at("fsync", &self.path)
+        self.file.sync_all().at("fsync", &self.path)?;
+        crash::point!("{}: durable", self.path.file_name().unwrap_or_default().display());
+        Ok(())
     }
 }
 
@@ -55,6 +59,7 @@ impl Fresh {
 fn keep(new: NamedTempFile) -> Result<Fresh> {
     let path = new.path().to_owned();
     let (file, path) = new.keep().map_err(|error| error.error).at("keep", &path)?;
+    crash::point!("{}: complete", path.file_name().unwrap_or_default().display());
     Ok(Fresh { file, path })
 }
 

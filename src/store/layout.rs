@@ -32,6 +32,7 @@ use super::pool::Pools;
 use super::record::{DiskRecord, Record, VmRecord};
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::config::Config;
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// Version of the layout and of every record in it.
@@ -169,7 +170,16 @@ impl Store {
 
     /// Takes the lock of one object, waiting until `deadline`.
     pub fn lock(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Guard> {
-        Guard::acquire(self.state_dir.join("locks").join(format!("{}.{name}", rank.as_str())), rank, deadline)
+        Guard::acquire(self.lock_path(rank, name), rank, deadline)
+    }
+
+    /// Whether an object has a lock, taken or not: the last thing of it that a removal takes away.
+    pub fn has_lock(&self, rank: Rank, name: impl std::fmt::Display) -> bool {
+        self.lock_path(rank, name).exists()
+    }
+
+    fn lock_path(&self, rank: Rank, name: impl std::fmt::Display) -> PathBuf {
+        self.state_dir.join("locks").join(format!("{}.{name}", rank.as_str()))
     }
 
     /// The record of `cid`, or `None` if there is none.
@@ -236,10 +246,13 @@ impl Store {
             let path = entry.at("list", dir)?.path();
             if path != record {
                 atomic::remove_file(&path)?;
+                crash::point!("a {}'s file removed", R::Cid::PREFIX);
             }
         }
         atomic::remove_file(&record)?;
+        crash::point!("a {}'s record removed", R::Cid::PREFIX);
         atomic::remove_dir(dir)?;
+        crash::point!("a {}'s directory removed", R::Cid::PREFIX);
         atomic::sync_dir(dir.parent().expect("an object's directory has a parent"))
     }
 
