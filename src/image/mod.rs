@@ -8,8 +8,10 @@
 //! It works on paths and bytes. It knows nothing of BOSH's verbs, of records or of a running QEMU, and never looks
 //! for the format of an image that a guest could have written: whoever made the image says what it is.
 
+mod copy;
 pub mod digest;
 pub mod fat;
+mod grow;
 pub mod import;
 mod open;
 pub mod qcow2;
@@ -18,6 +20,8 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
+pub use copy::copy;
+pub use grow::{grow, virtual_size};
 pub use open::{inspect, open};
 
 use std::fs::{File, OpenOptions};

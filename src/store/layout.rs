@@ -29,7 +29,7 @@ use std::time::Instant;
 use super::atomic;
 use super::lock::{Guard, Rank};
 use super::pool::Pools;
-use super::record::{DiskRecord, Record, VmRecord};
+use super::record::{DiskImage, DiskRecord, Record, VmRecord};
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::crash;
@@ -86,7 +86,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),
         }
-        for name in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
+        for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
             atomic::make_dir(&self.state_dir.join(name))?;
         }
         atomic::write(&path, format!("{SCHEMA}\n").as_bytes())
@@ -149,7 +149,12 @@ impl Store {
 
     /// A persistent disk's image.
     pub fn disk_image(&self, disk: &DiskRecord) -> Result<PathBuf> {
-        Ok(self.images_dir(&disk.cid, disk.pool.as_deref())?.join(disk.image()))
+        self.disk_image_at(&disk.cid, &disk.current())
+    }
+
+    /// An image of a persistent disk, in force or not.
+    pub fn disk_image_at(&self, disk: &DiskCid, image: &DiskImage) -> Result<PathBuf> {
+        Ok(self.images_dir(disk, image.pool.as_deref())?.join(image.file_name()))
     }
 
     /// The image below a VM's root disk.

@@ -16,4 +16,4 @@ pub mod record;
 pub use layout::{Store, VmPaths};
 pub use lock::{Guard, Rank};
 pub use pool::Pools;
-pub use record::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
+pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};
