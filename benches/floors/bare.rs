@@ -58,6 +58,7 @@ impl Bare {
             files: files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
             taps: taps.iter().map(|fd| Tap { fd: fd.as_raw_fd(), mtu: 1500 }).collect(),
             qmp: sockets[0].as_raw_fd(),
+            key: None,
             supervisor_qmp: sockets[1].as_raw_fd(),
             serial: sockets[2].as_raw_fd(),
         };

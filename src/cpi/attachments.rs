@@ -177,14 +177,19 @@ impl Cpi {
         let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
         let device = blockdev::device(&opened.need, id);
+        let hot = hot_disk(&disk.cid);
         let wanted = Attach {
-            disk: &hot_disk(&disk.cid),
+            disk: &hot,
             file: file.as_fd(),
             blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
         };
-        hotplug::attach(&mut monitor, &wanted, deadline)?;
+        if disk.encrypted && !Inventory::take(&mut monitor)?.has_device(id) {
+            self.with_key(&mut monitor, &disk.cid, |monitor| hotplug::attach(monitor, &wanted, deadline))?;
+        } else {
+            hotplug::attach(&mut monitor, &wanted, deadline)?;
+        }
         if let Some(limits) = blockdev::throttle(id, disk.limits) {
             monitor.raw("block_set_io_throttle", &limits)?;
         }

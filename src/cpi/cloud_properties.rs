@@ -64,6 +64,37 @@ document! {
     }
 }
 
+impl DiskCloudProperties {
+    /// Refuses combinations no image can have, or that take back what another property promises.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] naming the property.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |message: &str, hint: &str| {
+            Err(Error::new(ErrorKind::BadRequest, format!("cloud_properties.{message}")).hint(hint))
+        };
+        if self.preallocation == Preallocation::Metadata && self.format == Format::Raw {
+            return refuse("preallocation: a raw image has no metadata", "use 'falloc' or 'full', or format 'qcow2'");
+        }
+        if self.discard == Some(Discard::Unmap) {
+            if self.preallocation.reserves_space() {
+                let hint = "leave 'discard' out, or preallocate nothing";
+                return refuse("discard: 'unmap' would give preallocated space back", hint);
+            }
+            if self.encrypted && self.format == Format::Raw {
+                return refuse("discard: an encrypted raw image can not give space back", "use format 'qcow2'");
+            }
+        }
+        Ok(())
+    }
+
+    /// What `discard` is when it is not given: what the other properties allow.
+    pub fn effective_discard(&self) -> Discard {
+        let keeps = self.preallocation.reserves_space() || (self.encrypted && self.format == Format::Raw);
+        self.discard.unwrap_or(if keeps { Discard::Ignore } else { Discard::Unmap })
+    }
+}
+
 document! {
     /// What a subnet may ask for.
     pub struct SubnetCloudProperties {
@@ -139,6 +170,36 @@ mod tests {
     fn a_request_wins_over_defaults_in_any_spelling() {
         let properties = vm(&json!({"memory": 512, "cpu": 3}), &json!({"ram": 2048})).unwrap();
         assert_eq!((properties.ram.get(), properties.cpu.get()), (2048, 3));
+    }
+
+    #[test]
+    fn combinations_that_can_not_be_are_refused_by_name() {
+        let refusal = |given: Value| {
+            let disk: DiskCloudProperties = read(&Map::new(), given.as_object().unwrap()).unwrap();
+            disk.validate().map_err(|e| e.report())
+        };
+        for (given, property) in [
+            (json!({"format": "raw", "preallocation": "metadata"}), "preallocation"),
+            (json!({"preallocation": "full", "discard": "unmap"}), "discard"),
+            (json!({"preallocation": "falloc", "discard": "unmap"}), "discard"),
+            (json!({"format": "raw", "encrypted": true, "discard": "unmap"}), "discard"),
+        ] {
+            let refused = refusal(given).unwrap_err();
+            assert!(refused.starts_with(&format!("cloud_properties.{property}: ")), "{refused}");
+        }
+        assert_eq!(refusal(json!({"preallocation": "full", "discard": "ignore", "encrypted": true})), Ok(()));
+    }
+
+    #[test]
+    fn discard_is_what_the_other_properties_allow() {
+        let discard = |given: Value| {
+            let disk: DiskCloudProperties = read(&Map::new(), given.as_object().unwrap()).unwrap();
+            disk.effective_discard()
+        };
+        assert_eq!(discard(json!({})), Discard::Unmap);
+        assert_eq!(discard(json!({"preallocation": "metadata", "encrypted": true})), Discard::Unmap);
+        assert_eq!(discard(json!({"preallocation": "falloc"})), Discard::Ignore);
+        assert_eq!(discard(json!({"format": "raw", "encrypted": true})), Discard::Ignore);
     }
 
     #[test]

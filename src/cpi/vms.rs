@@ -67,7 +67,9 @@ impl Cpi {
             newer: Map::new(),
             cid,
         };
-        let made = self.store.write(&vm).and_then(|()| {
+        let size = vm.root_size.get() + vm.ephemeral.as_ref().map_or(0, |ephemeral| ephemeral.size.bytes().get());
+        let need = self.need_of_thin(Bytes(size));
+        let made = self.admit(vm.pool.as_deref(), need, deadline, || self.store.write(&vm)).and_then(|()| {
             let images = self.make_images(&vm, &stemcell, &call)?;
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.

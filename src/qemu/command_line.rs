@@ -15,6 +15,8 @@ use crate::store::record::{Accel, Nic, VmRecord};
 pub struct Handles {
     /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
     pub files: Vec<(Opened, RawFd)>,
+    /// A pipe with the key of encrypted images in it, if one of the files is encrypted.
+    pub key: Option<RawFd>,
     /// One tap for each NIC.
     pub taps: Vec<Tap>,
     /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
@@ -144,6 +146,10 @@ fn monitors(line: &mut Line, handles: &Handles) {
 
 fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     line.json("-object", &json!({"qom-type": "iothread", "id": blockdev::IOTHREAD}));
+    if let Some(key) = handles.key {
+        let file = format!("/proc/self/fd/{key}");
+        line.json("-object", &json!({"qom-type": "secret", "id": blockdev::SECRET, "file": file}));
+    }
     for (index, (opened, fd)) in handles.files.iter().enumerate() {
         let (need, fdset) = (&opened.need, index + 1);
         line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)));

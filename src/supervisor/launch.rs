@@ -21,6 +21,8 @@ use crate::host::tail;
 use crate::qemu::{Template, blockdev, command_line};
 use crate::qmp::connection::Connection;
 use crate::qmp::power;
+use crate::store::DiskKey;
+use crate::store::disk_key::WRONG_KEY;
 use crate::store::record::{Accel, VmRecord};
 use crate::sys::confine::{self, Child, Confined, Paths};
 use crate::sys::pidlock;
@@ -94,7 +96,12 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     if kvm["enabled"] != wanted {
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
-    for disk in resources::disks(scope, vm)? {
+    let disks = resources::disks(scope, vm)?;
+    if disks.iter().any(|disk| disk.encrypted) {
+        // The images are open: before the guest runs, nothing in QEMU knows the key of every disk.
+        monitor.raw("object-del", &json!({"id": blockdev::SECRET})).await?;
+    }
+    for disk in disks {
         if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
             monitor.raw("block_set_io_throttle", &limits).await?;
         }
@@ -108,6 +115,9 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
     let log = scope.paths.qemu_log();
     let said = tail::last_lines(&log, 5);
+    if said.contains(WRONG_KEY) {
+        return DiskKey::of(&scope.config).does_not_open(None);
+    }
     Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {said}"))
         .hint(format!("its whole output is in '{}'", log.display()))
 }

@@ -2,6 +2,7 @@
 
 pub mod confine;
 pub mod detach;
+pub mod helper;
 pub mod io_uring;
 mod landlock;
 pub mod pidfd;

@@ -2,6 +2,7 @@
 
 mod contract;
 mod crashes;
+mod disk_properties;
 mod disks;
 mod docs;
 mod door;
@@ -10,6 +11,7 @@ mod layers;
 mod lifecycle;
 mod linux;
 mod network;
+mod pools;
 mod release;
 mod supervisor;
 mod support;
