@@ -7,7 +7,7 @@
 //!                     │         │
 //!                  store ◄── host
 //!                     │
-//!        config schema cid units mac link_name ordered · error log sys
+//!        config schema cid units mac link_name ordered · error log crash sys
 //! ```
 //!
 //! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
@@ -18,6 +18,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod cpi;
+pub mod crash;
 pub mod error;
 pub mod host;
 pub mod image;

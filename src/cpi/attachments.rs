@@ -130,6 +130,8 @@ impl Cpi {
                 if vm.phase == Phase::Ready && (keeps || self.is_plugged(&vm, &disk.cid, deadline)?) {
                     return Ok(Some(cid.clone()));
                 }
+                // Without a device QEMU may still have the image open, and locked.
+                self.unplug(&vm, &disk.cid, deadline)?;
                 vm.forget_attachment(&disk.cid);
                 self.store.write(&vm)?;
                 Ok(None)

@@ -1,5 +1,6 @@
 //! create_disk, delete_disk, has_disk.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Map, Value};
@@ -13,9 +14,9 @@ use crate::image::NewImage;
 use crate::image::qemu_img::QemuImg;
 use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
-use crate::store::record::Limits;
+use crate::store::record::{DiskImage, Limits};
 use crate::store::{DiskKey, DiskRecord, Phase, Rank, atomic};
-use crate::units::MiB;
+use crate::units::{Bytes, MiB};
 
 impl Cpi {
     pub(super) fn make_disk(&self, size: MiB, properties: &Map<String, Value>) -> Result<DiskCid> {
@@ -26,57 +27,57 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers();
         let cid = DiskCid::random();
-        let lock = self.store.lock(Rank::Disk, &cid, deadline)?;
-        self.begin(&cid)?;
+        let lock = self.begin(Rank::Disk, &cid, deadline)?;
         let mut disk = new_record(cid, size, &asked, properties);
         let need = self.need_of_disk(&disk);
         let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {
-            self.make_disk_image(&disk, deadline)?;
+            let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
+            self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
             disk.phase = Phase::Ready;
             self.store.write(&disk)?;
             self.settled(&disk.cid)
         });
         if let Err(error) = made {
             self.store.remove::<DiskRecord>(&disk.cid)?;
-            self.settled(&disk.cid)?;
             lock.retire()?;
+            self.settled(&disk.cid)?;
             return Err(error.during(format!("create a disk of {size}")));
         }
         Ok(disk.cid)
     }
 
-    /// Makes the image `disk` names, durably.
-    fn make_disk_image(&self, disk: &DiskRecord, deadline: Instant) -> Result<()> {
-        let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
+    /// Makes `image`, empty, in `dir`; it is durable then.
+    pub(super) fn make_disk_image(&self, dir: &Path, image: &DiskImage, size: Bytes, deadline: Instant) -> Result<()> {
         let key = DiskKey::of(&self.config);
-        if disk.encrypted {
+        if image.encrypted {
             key.ready(&self.store)?;
         }
         let new = NewImage {
-            path: &dir.join(disk.image()),
-            format: disk.format,
-            size: disk.size.bytes(),
-            preallocation: disk.preallocation,
-            key: disk.encrypted.then(|| key.path()),
+            path: &dir.join(image.file_name()),
+            format: image.format,
+            size,
+            preallocation: image.preallocation,
+            key: image.encrypted.then(|| key.path()),
         };
         new.create(&QemuImg::new(&self.config.qemu.img_binary), deadline)?.sync()?;
-        atomic::sync_dir(&dir)
+        atomic::sync_dir(dir)
     }
 
     pub(super) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
-        if !self.store.disk_dir(cid).exists() {
+        let dir = self.store.disk_dir(cid);
+        if !dir.exists() && !self.store.has_lock(Rank::Disk, cid) {
             return Ok(());
         }
         let deadline = self.deadline("delete_disk");
         let lock = self.store.lock(Rank::Disk, cid, deadline)?;
         let Some(mut disk) = self.store.read::<DiskRecord>(cid)? else {
-            if std::fs::remove_dir(self.store.disk_dir(cid)).is_ok() {
-                // All but the directory was gone: a removal was cut short at its last step.
+            if std::fs::remove_dir(&dir).is_ok() || !dir.exists() {
+                // All but the directory or the lock was gone: a removal was cut short at its last steps.
                 return lock.retire();
             }
             // The record is written first and removed last: an image without one was not left by us.
             return Err(Error::new(ErrorKind::Corrupt, format!("disk '{cid}' has files but no record"))
-                .hint(format!("look into '{}' and remove it by hand", self.store.disk_dir(cid).display())));
+                .hint(format!("look into '{}' and remove it by hand", dir.display())));
         };
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
@@ -100,12 +101,14 @@ fn new_record(cid: DiskCid, size: MiB, asked: &DiskCloudProperties, properties: 
         phase: Phase::Creating,
         created_at: clock::now(),
         size,
+        generation: 0,
         format: asked.format,
         pool: asked.pool.clone(),
         cache: asked.cache,
         discard: asked.effective_discard(),
         preallocation: asked.preallocation,
         encrypted: asked.encrypted,
+        leftover: None,
         vm: None,
         limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
         cloud_properties: properties.clone(),

@@ -1,7 +1,7 @@
 //! Creates that were cut short by SIGKILL or a power cut: nobody was told their cid, so nobody can ask for their removal.
 //!
-//! While a create works there is a file `pending/<cid>`, made after the object's lock was taken and removed when its
-//! record is ready. The next create finds those whose lock is free, and finishes the removal. In the usual case that
+//! While a create works there is a file `pending/<cid>`, made before the object's lock and removed when its record is
+//! ready, or when all of it is gone, the lock included. The next create finds those whose lock is free, and finishes the removal. In the usual case that
 //! costs one look at an empty directory, however many objects there are.
 
 use std::path::PathBuf;
@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::Cpi;
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::uids;
-use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
+use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 
 /// How long removing one leftover may hold up the create that found it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -21,15 +22,23 @@ impl Cpi {
         self.store.pending_dir().join(cid)
     }
 
-    /// Notes that `cid` is being made. The caller holds its lock.
-    pub(super) fn begin(&self, cid: &impl Cid) -> Result<()> {
+    /// Notes that `cid` is being made, and takes its lock.
+    pub(super) fn begin(&self, rank: Rank, cid: &impl Cid, deadline: Instant) -> Result<Guard> {
         let path = self.pending(cid);
-        std::fs::write(&path, "").at("make", &path)
+        let note = || std::fs::write(&path, "").at("make", &path);
+        note()?;
+        crash::point!("pending noted");
+        let lock = self.store.lock(rank, cid, deadline)?;
+        // Until there was a lock, another create could take the note for a leftover, and remove it.
+        note()?;
+        Ok(lock)
     }
 
-    /// Notes that `cid` is made, or that nothing of it is left.
+    /// Notes that `cid` is made, or that nothing of it is left, not even its lock.
     pub(super) fn settled(&self, cid: &impl Cid) -> Result<()> {
-        atomic::remove_file(&self.pending(cid))
+        atomic::remove_file(&self.pending(cid))?;
+        crash::point!("pending note removed");
+        Ok(())
     }
 
     /// What is being made of one kind, this call's own included.
@@ -70,14 +79,14 @@ impl Cpi {
             // Deleting: its create failed, and was cut short while it cleaned up.
             Some(vm) if vm.phase != Phase::Ready => {
                 tracing::warn!(%cid, "removing a VM whose create_vm was cut short");
-                self.destroy(&vm, lock, deadline)?;
+                return self.destroy(&vm, lock, deadline);
             }
             Some(_) => {}
             None => {
                 if let Some(uid) = uids::find(self.store.state_dir(), cid)? {
                     uids::release(self.store.state_dir(), cid, uid)?;
                 }
-                lock.retire()?;
+                return self.forget(cid, &self.store.vm(cid), lock);
             }
         }
         self.settled(cid)

@@ -56,8 +56,7 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers();
         let cid = StemcellCid::random();
-        let lock = self.store.lock(Rank::Stemcell, &cid, deadline)?;
-        self.begin(&cid)?;
+        let lock = self.begin(Rank::Stemcell, &cid, deadline)?;
         let mut record = StemcellRecord {
             schema: SCHEMA,
             cid: cid.clone(),
@@ -86,8 +85,8 @@ impl Cpi {
         });
         if let Err(error) = made {
             self.store.remove::<StemcellRecord>(&cid)?;
-            self.settled(&cid)?;
             lock.retire()?;
+            self.settled(&cid)?;
             return Err(error.during(format!("import '{}'", image.display())));
         }
         Ok(cid)
@@ -173,7 +172,7 @@ impl Cpi {
 
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
     pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
-        if !self.store.stemcell_dir(cid).exists() {
+        if !self.store.stemcell_dir(cid).exists() && !self.store.has_lock(Rank::Stemcell, cid) {
             return Ok(());
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;

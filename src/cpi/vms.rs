@@ -11,6 +11,7 @@ use super::networks::Networks;
 use super::verbs::CreateVm;
 use crate::agent::{config_drive, settings};
 use crate::cid::{Cid, VmCid};
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::{cgroup::Cgroup, clock, probe, uids};
 use crate::image::{self, Fresh};
@@ -44,11 +45,10 @@ impl Cpi {
         }
         self.store.prepare()?;
         self.clear_leftovers();
-        let lock = self.store.lock(Rank::Vm, &cid, deadline)?;
-        self.begin(&cid)?;
+        let lock = self.begin(Rank::Vm, &cid, deadline)?;
         let uid = match uids::claim(self.store.state_dir(), &cid) {
             Ok(uid) => uid,
-            Err(error) => return self.settled(&cid).and(lock.retire()).and(Err(error)),
+            Err(error) => return lock.retire().and(self.settled(&cid)).and(Err(error)),
         };
         let mut vm = VmRecord {
             schema: SCHEMA,
@@ -124,6 +124,7 @@ impl Cpi {
             let image = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
             self.store.make_images_dir(&vm.cid, vm.base.pool.as_deref())?;
             std::fs::hard_link(&image, self.store.base_image(vm)?).at("link the stemcell's image", &image)?;
+            crash::point!("stemcell's image linked");
         }
         let images = self.store.make_images_dir(&vm.cid, vm.pool.as_deref())?;
         // For people and tools: QEMU is told which image is below, and never looks into the header.
@@ -151,7 +152,7 @@ impl Cpi {
 
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
         let paths = self.store.vm(cid);
-        if !paths.dir.exists() && !paths.run.exists() {
+        if !paths.dir.exists() && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
             return Ok(());
         }
         let deadline = self.deadline("delete_vm");
@@ -188,11 +189,12 @@ impl Cpi {
         self.forget(&vm.cid, &paths, lock)
     }
 
-    fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
+    pub(super) fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
         atomic::remove_dir(&paths.run)?;
+        crash::point!("run directory removed");
         self.store.remove::<VmRecord>(cid)?;
-        self.settled(cid)?;
-        lock.retire()
+        lock.retire()?;
+        self.settled(cid)
     }
 
     pub(super) fn vm_exists(&self, cid: &VmCid) -> Result<bool> {

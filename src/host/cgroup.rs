@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use crate::crash;
 use crate::error::{Error, Result};
 use crate::sys::pidfd::Process;
 
@@ -40,6 +41,7 @@ impl Cgroup {
             if let Err(error) = make(dir).and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0")) {
                 tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
             }
+            crash::point!("control group entered");
         }
     }
 
@@ -111,6 +113,7 @@ fn remove(dir: &Path, deadline: Instant) -> Result<()> {
     }
     // Fails while other VMs are there, which is the point.
     let _ = dir.parent().map(std::fs::remove_dir);
+    crash::point!("control group removed");
     Ok(())
 }
 

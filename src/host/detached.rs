@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::sys::pidfd::readable;
 
@@ -25,7 +26,9 @@ pub fn spawn(arguments: &[OsString], lock: File, log: &Path) -> Result<Handshake
     let log = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(log).at("open", log)?;
     let mut command = Command::new(program);
     command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command.envs(crash::environment());
     let mut child = command.stdin(lock).stdout(Stdio::piped()).stderr(log).spawn().at("run", program)?;
+    crash::point!("supervisor spawned");
     let stdout = child.stdout.take().expect("standard output is piped");
     Ok(Handshake { child, stdout })
 }

@@ -85,6 +85,7 @@ fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
         .uid(NOBODY)
         .gid(NOBODY)
         .current_dir("/")
+        .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

@@ -114,6 +114,7 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
     let mut child = Command::new(binary)
         .args(["-machine", "q35", "-accel", "kvm", "-cpu", model, "-m", "16M", "-nodefaults", "-no-user-config"])
         .args(["-display", "none", "-S", "-qmp", "stdio"])
+        .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

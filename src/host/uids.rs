@@ -9,6 +9,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use crate::cid::{Cid, VmCid};
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
 
@@ -27,7 +28,10 @@ pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
     for uid in window(vm) {
         let path = path(state_dir, uid);
         match symlink(vm.as_str(), &path) {
-            Ok(()) => return Ok(uid),
+            Ok(()) => {
+                crash::point!("uid claimed");
+                return Ok(uid);
+            }
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::io("claim a uid with", &path, error)),
         }
@@ -53,9 +57,13 @@ pub fn find(state_dir: &Path, vm: &VmCid) -> Result<Option<u32>> {
 pub fn release(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
     let path = path(state_dir, uid);
     match owner(&path)? {
-        Some(owner) if owner == Path::new(vm.as_str()) => atomic::remove_file(&path),
-        _ => Ok(()),
+        Some(owner) if owner == Path::new(vm.as_str()) => {
+            atomic::remove_file(&path)?;
+            crash::point!("uid released");
+        }
+        _ => {}
     }
+    Ok(())
 }
 
 /// Which VM has the uid of this link.

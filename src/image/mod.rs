@@ -9,9 +9,11 @@
 //! It works on paths and bytes. It knows nothing of BOSH's verbs, of records or of a running QEMU, and never looks
 //! for the format of an image that a guest could have written: whoever made the image says what it is.
 
+mod copy;
 mod create;
 pub mod digest;
 pub mod fat;
+mod grow;
 pub mod import;
 mod open;
 pub mod qcow2;
@@ -20,7 +22,9 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
+pub use copy::copy;
 pub use create::NewImage;
+pub use grow::{grow, virtual_size};
 pub use open::{inspect, open};
 
 use std::fs::{File, OpenOptions};
@@ -29,12 +33,14 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempPath};
 
+use crate::crash;
 use crate::error::{IoContext, Result};
 pub use crate::store::record::Format;
 
 /// Creates `path`, which must not exist, with mode 0600. Dropped before [`keep`], it is removed again.
 fn create_new(path: &Path) -> Result<NamedTempFile> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).at("create", path)?;
+    crash::point!("{}: created", path.file_name().unwrap_or_default().display());
     let guard = TempPath::try_from_path(path).at("create", path)?;
     Ok(NamedTempFile::from_parts(file, guard))
 }
@@ -50,7 +56,9 @@ pub struct Fresh {
 impl Fresh {
     /// Makes the content durable. The name is the caller's to make durable.
     pub fn sync(self) -> Result<()> {
-        self.file.sync_all().at("fsync", &self.path)
+        self.file.sync_all().at("fsync", &self.path)?;
+        crash::point!("{}: durable", self.path.file_name().unwrap_or_default().display());
+        Ok(())
     }
 }
 
@@ -58,6 +66,7 @@ impl Fresh {
 fn keep(new: NamedTempFile) -> Result<Fresh> {
     let path = new.path().to_owned();
     let (file, path) = new.keep().map_err(|error| error.error).at("keep", &path)?;
+    crash::point!("{}: complete", path.file_name().unwrap_or_default().display());
     Ok(Fresh { file, path })
 }
 

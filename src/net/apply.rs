@@ -20,6 +20,7 @@ use ipnetwork::IpNetwork;
 use super::link::{Changes, Link, Links};
 use super::plan::{Keeper, Segment, overlap};
 use super::{firewall, sysctl, tap};
+use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
@@ -59,6 +60,7 @@ pub fn plug(name: &LinkName, segment: &Segment) -> Result<Plug> {
         let Some(bridge) = bridge(links, segment)? else { return Ok(None) };
         let mtu = segment.mtu.unwrap_or(bridge.mtu);
         let tap = tap::create(name)?;
+        crash::point!("tap made");
         let port = Changes {
             mac: Some(tap::host_mac(name)),
             // Never smaller than the bridge's: a bridge shrinks to its smallest port.
@@ -71,7 +73,10 @@ pub fn plug(name: &LinkName, segment: &Segment) -> Result<Plug> {
         sysctl::ensure(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
         let Some(link) = links.find(name)? else { return Ok(None) };
         match links.change(name, link.index, port) {
-            Ok(true) => Ok(Some(Plug { tap, mtu })),
+            Ok(true) => {
+                crash::point!("tap on its bridge");
+                Ok(Some(Plug { tap, mtu }))
+            }
             Ok(false) => Ok(None),
             // The kernel says EINVAL of a bridge that has gone.
             Err(_) if links.find(&segment.bridge)?.is_none_or(|now| now.index != bridge.index) => Ok(None),
@@ -95,8 +100,11 @@ pub fn release(segment: &Segment) -> Result<()> {
         }
         tracing::info!(bridge = %segment.bridge, "removing a bridge without ports");
         links.delete(&segment.bridge, link.index)?;
+        crash::point!("bridge removed");
     }
-    firewall::drop_all(&segment.bridge)
+    firewall::drop_all(&segment.bridge)?;
+    crash::point!("rules removed");
+    Ok(())
 }
 
 /// Removes a tap that something keeps alive after its VM, if it is there.
@@ -174,6 +182,7 @@ fn our_bridge(links: &Links, segment: &Segment, addresses: &[IpNetwork], masquer
     let Some(link) = found else {
         tracing::info!(bridge = %name, network = segment.network, "making a bridge");
         links.add_bridge(name, pinned_mac(name), segment.mtu)?;
+        crash::point!("bridge made");
         return Ok(None);
     };
     ensure_ipv6_settings(name, addresses)?;
@@ -185,6 +194,7 @@ fn our_bridge(links: &Links, segment: &Segment, addresses: &[IpNetwork], masquer
         if !links.add_address(name, link.index, *address)? {
             return Ok(None);
         }
+        crash::point!("bridge addressed");
     }
     if addresses.iter().any(IpNetwork::is_ipv4) {
         sysctl::ensure("ipv4/ip_forward", "1")?;
@@ -192,6 +202,7 @@ fn our_bridge(links: &Links, segment: &Segment, addresses: &[IpNetwork], masquer
     if masquerade {
         // Of all its addresses, not only this segment's: manifests with several subnets share the bridge.
         firewall::ensure_masquerade(name, own.iter().map(|(_, a)| *a).chain(missing))?;
+        crash::point!("masquerade set");
     }
     Ok(Some(Link { mtu: segment.mtu.unwrap_or(link.mtu), ..link }))
 }

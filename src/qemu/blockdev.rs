@@ -19,7 +19,7 @@ pub fn file_node(id: &str) -> String {
 }
 
 /// The nodes of the image `opened`, which QEMU finds as descriptor set `fdset`: protocol first, format second. The
-/// format node has the image's id.
+/// format node has the image's name.
 pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
     let need = &opened.need;
     // Linux AIO wants O_DIRECT; without it a pool of threads does the same work (QEMU docs, `-blockdev aio`).
@@ -29,11 +29,11 @@ pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
         (false, false) => "threads",
     };
     let mut file = json!({
-        "driver": "file", "node-name": file_node(&need.id), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
+        "driver": "file", "node-name": file_node(&need.node), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
         "cache": {"direct": opened.direct}, "read-only": !need.writable,
     });
     let mut format = json!({
-        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.id, "file": file_node(&need.id),
+        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.node, "file": file_node(&need.node),
         "cache": {"direct": opened.direct}, "read-only": !need.writable,
     });
     if need.writable && need.discard == Discard::Unmap {
@@ -67,7 +67,7 @@ fn encrypt(node: &mut Value, format: Option<Format>) {
 pub fn device(need: &FileNeed, serial: &str) -> Value {
     let id = &need.id;
     let mut device = json!({
-        "driver": "virtio-blk-pci", "id": id, "drive": id, "serial": serial, "iothread": IOTHREAD,
+        "driver": "virtio-blk-pci", "id": id, "drive": need.node, "serial": serial, "iothread": IOTHREAD,
     });
     if need.writable {
         device["write-cache"] = if need.cache.write_cache() { "on" } else { "off" }.into();

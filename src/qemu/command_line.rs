@@ -152,7 +152,7 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     }
     for (index, (opened, fd)) in handles.files.iter().enumerate() {
         let (need, fdset) = (&opened.need, index + 1);
-        line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.id, need.writable)));
+        line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)));
         if need.format.is_some() {
             for node in blockdev::nodes(opened, fdset as i64) {
                 line.json("-blockdev", &node);

@@ -22,8 +22,11 @@ pub const KVM: &str = "kvm";
 /// One file to open for QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileNeed {
-    /// QEMU's id of what it is for: a node name, so at most 26 characters and a letter first.
+    /// QEMU's id of what it is for: the device's, too.
     pub id: String,
+    /// QEMU's name of the image's node: at most 26 characters and a letter first. The same as `id`, but for a disk whose
+    /// image was replaced by a copy.
+    pub node: String,
     /// Where it is.
     pub path: PathBuf,
     /// Format of the image; `None` for a device.
@@ -41,7 +44,8 @@ pub struct FileNeed {
 impl FileNeed {
     fn file(id: &str, path: PathBuf, writable: bool) -> Self {
         let (cache, discard) = (if writable { Cache::None } else { Cache::Writeback }, Discard::Unmap);
-        Self { id: id.to_owned(), path, format: None, writable, cache, discard, encrypted: false }
+        let (id, node) = (id.to_owned(), id.to_owned());
+        Self { id, node, path, format: None, writable, cache, discard, encrypted: false }
     }
 
     /// An image of a VM's own, opened as those that nobody said anything about.
@@ -52,7 +56,8 @@ impl FileNeed {
     /// A persistent disk's image.
     pub fn disk(store: &Store, disk: &DiskRecord) -> Result<Self> {
         let image = Self::image(disk.cid.as_str(), store.disk_image(disk)?, disk.format, true);
-        Ok(Self { cache: disk.cache, discard: disk.discard, encrypted: disk.encrypted, ..image })
+        let node = disk.current().node(&disk.cid);
+        Ok(Self { node, cache: disk.cache, discard: disk.discard, encrypted: disk.encrypted, ..image })
     }
 }
 

@@ -30,6 +30,7 @@ use tokio::time::{sleep, timeout_at};
 use super::error::MonitorError;
 use super::event::Event;
 use super::wire::{self, LONGEST_LINE, Message};
+use crate::crash;
 
 /// How long connecting, the greeting and the negotiation may take together when QEMU is known to run.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -181,11 +182,13 @@ impl Connection {
         self.spent = true;
         let reply = timeout_at(until.into(), async {
             self.send(&line, fd).await.map_err(gone_or_host("write to monitor"))?;
+            crash::point!("qmp {command}: sent");
             self.receive_reply(self.last_id).await
         });
         let timeout = |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
         let reply = reply.await.map_err(timeout)??;
         self.spent = false;
+        crash::point!("qmp {command}: answered");
         reply.map_err(|refusal| refusal.of(command))
     }
 

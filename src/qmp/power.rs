@@ -12,9 +12,10 @@ use super::error::MonitorError;
 use super::event::EventKind;
 use super::query::{QueryStatus, Status};
 
-/// Time between two presses. Those before the guest listens (firmware, early boot, before systemd-logind) are lost;
-/// those after it began to shut down do nothing.
-const PRESS_INTERVAL: Duration = Duration::from_secs(3);
+/// Time between two presses, doubled after each up to the longest. Those before the guest listens (firmware, early boot,
+/// before systemd-logind) are lost; those after it began to shut down do nothing.
+const PRESS_INTERVAL: Duration = Duration::from_millis(250);
+const LONGEST_PRESS_INTERVAL: Duration = Duration::from_secs(3);
 
 /// What came of the power button.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,9 +63,11 @@ pub async fn press_button(connection: &mut Connection, until: Instant) -> Result
 }
 
 async fn press_until_down(connection: &mut Connection, until: Instant) -> Result<Button, MonitorError> {
+    let mut interval = PRESS_INTERVAL;
     loop {
         connection.execute(&qmp::system_powerdown {}).await?;
-        let next = until.min(Instant::now() + PRESS_INTERVAL);
+        let next = until.min(Instant::now() + interval);
+        interval = LONGEST_PRESS_INTERVAL.min(interval * 2);
         let shutdown = |event: &super::Event| matches!(event.kind(), EventKind::Shutdown { .. });
         if connection.wait_event(shutdown, next).await?.is_some() {
             return Ok(Button::Down);

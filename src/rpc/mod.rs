@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 use tracing::{error, info, info_span, warn};
 
 use crate::cpi::verbs::Verbs;
+use crate::crash;
 use crate::error::{Error, Result};
 use crate::schema::printable;
 use call::{Call, Success};
@@ -93,6 +94,7 @@ fn carry_out(request: &Request, call: Call, verbs: &dyn Verbs, outlet: &Outlet) 
             (response, None)
         }
     };
+    crash::point!("done, not answered");
     let Err(unanswered) = outlet.send(&response) else { return };
     warn!("nobody took the answer: {unanswered}");
     let Some(undo) = undo else { return };

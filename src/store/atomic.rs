@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
+use crate::crash;
 use crate::error::{IoContext, Result};
 
 /// Writes `contents` to `path`, mode 0600: a temporary file beside it, fsync, rename, fsync of the directory. When
@@ -15,7 +16,9 @@ pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
     let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory).at("make a file in", directory)?;
     file.write_all(contents).at("write", file.path())?;
     file.as_file().sync_all().at("flush", file.path())?;
+    crash::point!("{}: new one written", path.file_name().unwrap_or_default().display());
     file.persist(path).map_err(|e| e.error).at("replace", path)?;
+    crash::point!("{}: replaced", path.file_name().unwrap_or_default().display());
     sync_dir(directory)
 }
 
@@ -30,6 +33,7 @@ pub fn make_dir(directory: &Path) -> Result<()> {
         return Ok(());
     }
     DirBuilder::new().recursive(true).mode(0o700).create(directory).at("make directory", directory)?;
+    crash::point!("directory made");
     directory.parent().map_or(Ok(()), sync_dir)
 }
 

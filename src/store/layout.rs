@@ -29,9 +29,10 @@ use std::time::Instant;
 use super::atomic;
 use super::lock::{Guard, Rank};
 use super::pool::Pools;
-use super::record::{DiskRecord, Record, VmRecord};
+use super::record::{DiskImage, DiskRecord, Record, VmRecord};
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::config::Config;
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// Version of the layout and of every record in it.
@@ -85,7 +86,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),
         }
-        for name in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
+        for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
             atomic::make_dir(&self.state_dir.join(name))?;
         }
         atomic::write(&path, format!("{SCHEMA}\n").as_bytes())
@@ -148,7 +149,12 @@ impl Store {
 
     /// A persistent disk's image.
     pub fn disk_image(&self, disk: &DiskRecord) -> Result<PathBuf> {
-        Ok(self.images_dir(&disk.cid, disk.pool.as_deref())?.join(disk.image()))
+        self.disk_image_at(&disk.cid, &disk.current())
+    }
+
+    /// An image of a persistent disk, in force or not.
+    pub fn disk_image_at(&self, disk: &DiskCid, image: &DiskImage) -> Result<PathBuf> {
+        Ok(self.images_dir(disk, image.pool.as_deref())?.join(image.file_name()))
     }
 
     /// The image below a VM's root disk.
@@ -169,7 +175,16 @@ impl Store {
 
     /// Takes the lock of one object, waiting until `deadline`.
     pub fn lock(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Guard> {
-        Guard::acquire(self.state_dir.join("locks").join(format!("{}.{name}", rank.as_str())), rank, deadline)
+        Guard::acquire(self.lock_path(rank, name), rank, deadline)
+    }
+
+    /// Whether an object has a lock, taken or not: the last thing of it that a removal takes away.
+    pub fn has_lock(&self, rank: Rank, name: impl std::fmt::Display) -> bool {
+        self.lock_path(rank, name).exists()
+    }
+
+    fn lock_path(&self, rank: Rank, name: impl std::fmt::Display) -> PathBuf {
+        self.state_dir.join("locks").join(format!("{}.{name}", rank.as_str()))
     }
 
     /// The record of `cid`, or `None` if there is none.
@@ -236,10 +251,13 @@ impl Store {
             let path = entry.at("list", dir)?.path();
             if path != record {
                 atomic::remove_file(&path)?;
+                crash::point!("a {}'s file removed", R::Cid::PREFIX);
             }
         }
         atomic::remove_file(&record)?;
+        crash::point!("a {}'s record removed", R::Cid::PREFIX);
         atomic::remove_dir(dir)?;
+        crash::point!("a {}'s directory removed", R::Cid::PREFIX);
         atomic::sync_dir(dir.parent().expect("an object's directory has a parent"))
     }
 

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Instant;
 
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// What a lock stands for, in the order locks are taken.
@@ -80,6 +81,7 @@ impl Guard {
         HELD.with_borrow_mut(|held| held.push(rank));
         let guard = Self { file, path, rank };
         guard.sign();
+        crash::point!("lock of a {} taken", rank.as_str());
         Ok(guard)
     }
 
@@ -91,7 +93,9 @@ impl Guard {
 
     /// Removes the lock file and releases the lock: the object is gone for good.
     pub fn retire(self) -> Result<()> {
-        crate::store::atomic::remove_file(&self.path)
+        crate::store::atomic::remove_file(&self.path)?;
+        crash::point!("lock of a {} retired", self.rank.as_str());
+        Ok(())
     }
 
     /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.

@@ -18,4 +18,4 @@ pub use disk_key::DiskKey;
 pub use layout::{Store, VmPaths};
 pub use lock::{Guard, Rank};
 pub use pool::Pools;
-pub use record::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
+pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};

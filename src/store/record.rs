@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::choice;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 pub use crate::store::disk_options::{Cache, Discard, Preallocation};
@@ -55,7 +55,28 @@ macro_rules! record {
 record! {
     StemcellRecord: StemcellCid, in pool;
     VmRecord: VmCid, in pool and base.pool;
-    DiskRecord: DiskCid, in pool;
+    SnapshotRecord: SnapshotCid, in disk.pool;
+}
+
+impl Record for DiskRecord {
+    type Cid = DiskCid;
+
+    fn cid(&self) -> &DiskCid {
+        &self.cid
+    }
+
+    fn schema(&self) -> u32 {
+        self.schema
+    }
+
+    fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    fn pools(&self) -> Vec<&str> {
+        let leftover = self.leftover.as_ref().and_then(|leftover| leftover.pool.as_deref());
+        self.pool.as_deref().into_iter().chain(leftover).collect()
+    }
 }
 
 /// Where an object is in its life. `Creating` and `Deleting` with a free lock mean: remove what is left.
@@ -309,7 +330,10 @@ pub struct DiskRecord {
     pub created_at: String,
     /// Its size.
     pub size: MiB,
-    /// Format of its image, `disk.<format>`.
+    /// Which of its images is in force: 0, or one more with each copy `update_disk` made.
+    #[serde(default)]
+    pub generation: u16,
+    /// Format of its image.
     pub format: Format,
     /// The pool its image is in; absent: beside this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -326,6 +350,9 @@ pub struct DiskRecord {
     /// Whether the image is encrypted with LUKS, by the key of this host.
     #[serde(default)]
     pub encrypted: bool,
+    /// An image that is not in force, to be removed: a copy that is being made, or what was in force before it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leftover: Option<DiskImage>,
     /// The VM that may have it: that VM's record decides. Always written before the VM's.
     pub vm: Option<VmCid>,
     /// The most it may do.
@@ -350,11 +377,91 @@ pub struct Limits {
     pub mbps: Option<u64>,
 }
 
+/// One image of a disk: all that takes a copy to change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskImage {
+    /// See [`DiskRecord::generation`].
+    pub generation: u16,
+    /// Its format.
+    pub format: Format,
+    /// The pool it is in; absent: beside the disk's record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// How much of it was there at its creation.
+    #[serde(default)]
+    pub preallocation: Preallocation,
+    /// Whether it is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
+}
+
+impl DiskImage {
+    /// Its file's name: `disk.<format>` for the first.
+    pub fn file_name(&self) -> String {
+        match self.generation {
+            0 => format!("disk.{}", self.format.as_str()),
+            n => format!("disk-{n}.{}", self.format.as_str()),
+        }
+    }
+
+    /// QEMU's name of its node: the cid for the first. So a running QEMU tells which image it works on.
+    pub fn node(&self, disk: &DiskCid) -> String {
+        match self.generation {
+            0 => disk.as_str().to_owned(),
+            n => format!("{disk}.{n}"),
+        }
+    }
+}
+
 impl DiskRecord {
+    /// The image in force.
+    pub fn current(&self) -> DiskImage {
+        DiskImage {
+            generation: self.generation,
+            format: self.format,
+            pool: self.pool.clone(),
+            preallocation: self.preallocation,
+            encrypted: self.encrypted,
+        }
+    }
+
+    /// Puts the leftover in force; what was in force is the leftover now.
+    pub fn switch(&mut self) {
+        let Some(image) = self.leftover.take() else { return };
+        self.leftover = Some(self.current());
+        DiskImage {
+            generation: self.generation,
+            format: self.format,
+            pool: self.pool,
+            preallocation: self.preallocation,
+            encrypted: self.encrypted,
+        } = image;
+    }
+
     /// Name of its image.
     pub fn image(&self) -> String {
-        format!("disk.{}", self.format.as_str())
+        self.current().file_name()
     }
+}
+
+/// A snapshot of a persistent disk: a copy of its whole image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Layout version.
+    pub schema: u32,
+    /// Its cid.
+    pub cid: SnapshotCid,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// When it was begun, UTC. The copy is of that moment, or of one soon after it.
+    pub created_at: String,
+    /// The disk as it was. Its format, pool and encryption are the copy's, too; the copy is called `disk.<format>`.
+    pub disk: DiskRecord,
+    /// What snapshot_disk said.
+    pub metadata: Map<String, Value>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub newer: Map<String, Value>,
 }
 
 impl VmRecord {

@@ -17,6 +17,7 @@ use super::launch::{self, Running};
 use super::restart::Restarts;
 use super::{Launched, Scope};
 use crate::config::Restart;
+use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
 use crate::qmp::Event;
@@ -49,7 +50,9 @@ pub fn supervise(scope: &Scope, vm_lock: File, handshake: File) -> Result<()> {
         Ok(_) => Launched::Running,
         Err(error) => Launched::failed(error),
     };
+    crash::point!("launch done");
     let told = tell(handshake, &message);
+    crash::point!("caller told");
     let (_lock, mut supervisor, mut running) = launched?;
     if !told && supervisor.vm.phase == Phase::Creating {
         // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::power as buttons;
@@ -53,6 +54,7 @@ pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
     let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
     // Nobody wants the VM started again.
     supervisor.signal(Signal::SIGTERM)?;
+    crash::point!("supervisor told to end");
     if !supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
         kill(&supervisor, "the supervisor", deadline)?;
     }
@@ -98,6 +100,7 @@ fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
 
 fn kill(process: &Process, what: &str, deadline: Instant) -> Result<()> {
     process.signal(Signal::SIGKILL)?;
+    crash::point!("{what} told to die");
     if process.wait_exit(earlier(deadline, KILL).max(Instant::now() + Duration::from_secs(1)))? {
         return Ok(());
     }

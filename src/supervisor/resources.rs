@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Scope;
 use crate::cid::DiskCid;
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
 use crate::net::apply::Plug;
@@ -111,5 +112,7 @@ fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
 fn listen(path: &Path) -> Result<UnixListener> {
     atomic::remove_file(path)?;
     // The supervisor's umask makes it 0600.
-    UnixListener::bind(path).at("listen on", path)
+    let listener = UnixListener::bind(path).at("listen on", path)?;
+    crash::point!("{}: bound", path.file_name().unwrap_or_default().display());
+    Ok(listener)
 }

@@ -29,6 +29,7 @@ pub use super::landlock::Paths;
 use super::pidfd::Process;
 use super::{landlock, pidlock};
 use crate::config::Hardening;
+use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Sixteen disks take 50 descriptors; a guest can not make QEMU open more than its hot-plug slots.
@@ -153,7 +154,9 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     for step in steps {
         tracing::warn!(step = step.describe(), "this host can not confine QEMU fully");
     }
-    watched(child, &pid_lock)
+    let child = watched(child, &pid_lock)?;
+    crash::point!("qemu spawned");
+    Ok(child)
 }
 
 /// The started program as a [`Child`] that holds its lock. If it can not be one it is killed: an error means that nothing runs.

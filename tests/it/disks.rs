@@ -20,7 +20,7 @@ fn hint(disk: &DiskCid) -> Value {
 }
 
 /// Whether QEMU has the disk plugged in, under its cid as serial.
-fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
+pub fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
     let property = json!({"path": format!("/machine/peripheral/{disk}"), "property": "serial"});
     match host.qmp(vm, "qom-get", &property) {
         Ok(serial) => {

@@ -1,6 +1,7 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
 mod contract;
+mod crashes;
 mod disk_properties;
 mod disks;
 mod docs;

@@ -31,6 +31,7 @@ use tempfile::NamedTempFile;
 
 pub use self::refusal::Refusal;
 use self::refusal::printable;
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::digest::Digest;
 use crate::image::qcow2::decode::{DecodeError, decode};
@@ -201,10 +202,12 @@ impl Import<'_> {
         file.set_len(size.get()).at("set the size of", self.target)?;
         file.set_permissions(Permissions::from_mode(0o444)).at("protect", self.target)?;
         file.sync_all().at("fsync", self.target)?;
+        crash::point!("image imported");
         new.persist_noclobber(self.target).map_err(|error| match error.error.kind() {
             io::ErrorKind::AlreadyExists => self.exists(),
             _ => Error::io("create", self.target, error.error),
         })?;
+        crash::point!("image published");
         sync_parent(self.target).inspect_err(|_| {
             // Reported as failed, so it must not be found later; the first error is the one to tell.
             let _ = std::fs::remove_file(self.target);

@@ -317,7 +317,8 @@ impl Host {
         assert!(left.is_empty(), "left behind: {left:#?}");
     }
 
-    fn note(&self, answer: &str) {
+    /// Learns the VMs an answer names.
+    pub fn note(&self, answer: &str) {
         let mut vms = self.vms.lock().unwrap();
         for (at, _) in answer.match_indices("vm-") {
             let cid: String = answer[at..].chars().take("vm-".len() + 15).collect();

@@ -1,6 +1,7 @@
 //! What the tests share.
 
 pub mod answer;
+pub mod crash;
 pub mod filesystem;
 pub mod host;
 pub mod netns;

@@ -1,0 +1,323 @@
+//! SIGKILL at every step of every mutating call: the same call again succeeds, what is left over is reaped, and calls on
+//! other things go on.
+
+use std::fs;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::record::StemcellRecord;
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
+use serde_json::{Value, json};
+
+use crate::disks::is_plugged;
+use crate::support::crash::{Crash, Outcomes, for_each_crash_point};
+use crate::support::host::{Host, eventually, text, vm_cid};
+use crate::support::skip;
+
+/// A host, where the program under test has crash points.
+fn host() -> Option<Host> {
+    if !cfg!(debug_assertions) {
+        skip("crash points are for builds with debug assertions");
+        return None;
+    }
+    Host::new()
+}
+
+#[allow(clippy::print_stdout)]
+fn print(method: &str, outcomes: &Outcomes) {
+    let width = outcomes.iter().map(|(point, _)| point.len()).max().unwrap_or_default();
+    println!("{method}: killed at each of {} points", outcomes.len());
+    for (point, outcome) in outcomes {
+        println!("  {point:width$}  {outcome}");
+    }
+}
+
+#[test]
+fn a_release_build_knows_no_crash_point() {
+    if cfg!(debug_assertions) {
+        return skip("a release build is looked at: cargo test --release");
+    }
+    let binary = fs::read(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).unwrap();
+    for word in ["BOSH_QEMU_CPI_CRASH", "pending noted", "new one written"] {
+        assert!(!binary.windows(word.len()).any(|window| window == word.as_bytes()), "{word}");
+    }
+}
+
+/// What a call acts on, and a VM with a disk that it must not disturb.
+struct Lab {
+    host: Host,
+    stemcell: String,
+    bystander: VmCid,
+    disk: DiskCid,
+    /// What is on the host as long as nothing but the bystander is.
+    quiet: Vec<String>,
+}
+
+impl Lab {
+    fn new() -> Option<Self> {
+        let host = host()?;
+        let stemcell = host.stemcell();
+        let (bystander, disk) = (host.vm(&stemcell), host.disk());
+        host.sees(&bystander, "BOOTSECTOR-OK", 1);
+        let quiet = host.left();
+        Some(Self { host, stemcell, bystander, disk, quiet })
+    }
+
+    fn booted_vm(&self) -> VmCid {
+        let vm = self.host.vm(&self.stemcell);
+        self.host.sees(&vm, "BOOTSECTOR-OK", 1);
+        vm
+    }
+
+    /// Kills `method` at each of its points. Each time another call is done at once, then the same call is repeated and
+    /// `settled` looks at it.
+    fn walk(&self, method: &str, prepare: impl Fn() -> Value, settled: impl Fn(&Crash<'_>, Value) -> String) {
+        let outcomes = for_each_crash_point(&self.host, method, prepare, |crash| {
+            for undisturbed in ["attach_disk", "detach_disk"] {
+                self.host.ok(undisturbed, &json!([self.bystander, self.disk]));
+            }
+            if let Some(answer) = &crash.answer {
+                let failed_itself = crash.point.starts_with("supervisor: ");
+                assert!(answer.outcome.is_ok() || failed_itself, "{}: {answer:?}", crash.point);
+            }
+            let answer = self.host.call(method, crash.arguments);
+            let again = answer.outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
+            settled(crash, again)
+        });
+        print(method, &outcomes);
+    }
+
+    /// Waits until no create is unfinished. A supervisor whose call was killed keeps the VM's lock until its launch is
+    /// undone; any create after that removes the rest.
+    fn settle(&self) {
+        let pending = self.host.store().pending_dir();
+        eventually("leftovers are removed", || {
+            let disk = self.host.disk();
+            self.host.ok("delete_disk", &json!([disk]));
+            let whole = pending.read_dir().unwrap().next().is_none();
+            whole.then_some(())
+        });
+    }
+
+    /// Removes what a create made, and what it made when it was killed if that is whole: nobody can tell whether the
+    /// answer was read, so nothing else may be left.
+    fn only_whole<R: Record>(&self, new: &R::Cid, delete: &str, known: &[R::Cid]) -> String {
+        let store = self.host.store();
+        self.host.ok(delete, &json!([new.as_str()]));
+        self.settle();
+        let mut left = store.list::<R>().unwrap();
+        left.retain(|cid| !known.contains(cid));
+        for cid in &left {
+            assert_eq!(store.read::<R>(cid).unwrap().unwrap().phase(), Phase::Ready);
+            self.host.ok(delete, &json!([cid.as_str()]));
+        }
+        self.assert_quiet();
+        if left.is_empty() { "nothing is left".into() } else { "whole".into() }
+    }
+
+    fn assert_quiet(&self) {
+        assert_eq!(self.host.left(), self.quiet);
+    }
+}
+
+#[test]
+fn create_stemcell() {
+    let Some(lab) = Lab::new() else { return };
+    let image = lab.host.path("image");
+    let known = [lab.stemcell.parse().unwrap()];
+    lab.walk(
+        "create_stemcell",
+        || json!([image, {}]),
+        |_, made| lab.only_whole::<StemcellRecord>(&text(&made).parse().unwrap(), "delete_stemcell", &known),
+    );
+}
+
+#[test]
+fn delete_stemcell() {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "delete_stemcell",
+        || json!([lab.host.stemcell()]),
+        |_, _| {
+            lab.assert_quiet();
+            "gone".into()
+        },
+    );
+}
+
+#[test]
+fn create_vm() {
+    let Some(lab) = Lab::new() else { return };
+    let known = [lab.bystander.clone()];
+    lab.walk(
+        "create_vm",
+        || lab.host.vm_arguments(&lab.stemcell),
+        |_, made| {
+            let vm = vm_cid(&made);
+            assert!(lab.host.qemu(&vm).is_some());
+            lab.only_whole::<VmRecord>(&vm, "delete_vm", &known)
+        },
+    );
+}
+
+#[test]
+fn delete_vm() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = lab.host.disk();
+    let with_a_disk = || {
+        let vm = lab.host.vm(&lab.stemcell);
+        lab.host.ok("attach_disk", &json!([vm, disk]));
+        json!([vm])
+    };
+    lab.walk("delete_vm", with_a_disk, |crash, _| {
+        assert_eq!(lab.host.ok("has_vm", crash.arguments), false);
+        // Whoever wants the disk now gets it.
+        lab.host.ok("attach_disk", &json!([lab.bystander, disk]));
+        lab.host.ok("detach_disk", &json!([lab.bystander, disk]));
+        let mut left = lab.host.left();
+        left.retain(|what| !what.contains(disk.as_str()));
+        assert_eq!(left, lab.quiet);
+        "gone, its disk is free".into()
+    });
+}
+
+#[test]
+fn reboot_vm() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = lab.host.disk();
+    let with_a_disk = || {
+        let vm = lab.booted_vm();
+        lab.host.ok("attach_disk", &json!([vm, disk]));
+        json!([vm])
+    };
+    lab.walk("reboot_vm", with_a_disk, |crash, _| {
+        let vm: VmCid = text(&crash.arguments[0]).parse().unwrap();
+        assert!(is_plugged(&lab.host, &vm, &disk) && lab.host.supervisor(&vm).is_some());
+        lab.host.ok("delete_vm", crash.arguments);
+        "runs with its disk".into()
+    });
+}
+
+#[test]
+fn create_disk() {
+    let Some(lab) = Lab::new() else { return };
+    let known = [lab.disk.clone()];
+    lab.walk(
+        "create_disk",
+        || json!([8, {}, null]),
+        |_, made| lab.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known),
+    );
+}
+
+#[test]
+fn delete_disk() {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "delete_disk",
+        || json!([lab.host.disk()]),
+        |_, _| {
+            lab.assert_quiet();
+            "gone".into()
+        },
+    );
+}
+
+/// What QEMU has of a disk: its device, its nodes, its descriptors.
+fn in_qemu(host: &Host, vm: &VmCid, disk: &DiskCid) -> (bool, usize, usize) {
+    let count = |command: &str, arguments: Value, word: &str| {
+        host.qmp(vm, command, &arguments).unwrap().to_string().matches(word).count()
+    };
+    let nodes = count("query-named-block-nodes", json!({"flat": true}), &format!("\"node-name\":\"{disk}"));
+    (is_plugged(host, vm, disk), nodes, count("query-fdsets", json!({}), &format!("rdwr:{disk}")))
+}
+
+#[test]
+fn attach_disk() {
+    let Some(lab) = Lab::new() else { return };
+    let (vm, disk) = (lab.booted_vm(), lab.host.disk());
+    let both = json!([vm, disk]);
+    let detached = || {
+        lab.host.ok("detach_disk", &both);
+        both.clone()
+    };
+    lab.walk("attach_disk", detached, |_, hint| {
+        assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
+        assert_eq!(in_qemu(&lab.host, &vm, &disk), (true, 2, 1));
+        assert_eq!(lab.host.ok("get_disks", &json!([vm])), json!([disk]));
+        "attached".into()
+    });
+}
+
+#[test]
+fn attach_disk_to_another_vm_after_one_that_was_killed() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, disk) = (&lab.host, lab.host.disk());
+    let (one, other) = (lab.booted_vm(), &lab.bystander);
+    let outcomes = for_each_crash_point(
+        host,
+        "attach_disk",
+        || {
+            host.ok("detach_disk", &json!([one, disk]));
+            json!([one, disk])
+        },
+        |_| {
+            let answer = host.call("attach_disk", &json!([other, disk]));
+            match &answer.outcome {
+                Ok(_) => {
+                    assert_eq!((in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk).0), (false, true));
+                    host.ok("detach_disk", &json!([other, disk]));
+                    "goes to the other VM".into()
+                }
+                Err(refused) => {
+                    assert!(refused.message.contains(&format!("is attached to VM '{one}'")), "{refused:?}");
+                    assert_eq!((in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk)), (true, (false, 0, 0)));
+                    "stays with the first VM".into()
+                }
+            }
+        },
+    );
+    print("attach_disk", &outcomes);
+}
+
+#[test]
+fn detach_disk() {
+    let Some(lab) = Lab::new() else { return };
+    let (vm, disk) = (lab.booted_vm(), lab.host.disk());
+    let both = json!([vm, disk]);
+    let attached = || {
+        lab.host.ok("attach_disk", &both);
+        both.clone()
+    };
+    lab.walk("detach_disk", attached, |_, _| {
+        assert_eq!(in_qemu(&lab.host, &vm, &disk), (false, 0, 0));
+        assert_eq!(lab.host.ok("get_disks", &json!([vm])), json!([]));
+        assert_eq!(lab.host.store().read::<DiskRecord>(&disk).unwrap().unwrap().vm, None);
+        "detached".into()
+    });
+}
+
+#[test]
+fn set_vm_metadata() {
+    let Some(lab) = Lab::new() else { return };
+    let vm = &lab.bystander;
+    lab.walk(
+        "set_vm_metadata",
+        || json!([vm, {"name": "bosh/0"}]),
+        |_, _| {
+            assert_eq!(lab.host.record(vm).metadata["name"], "bosh/0");
+            "written".into()
+        },
+    );
+}
+
+#[test]
+fn set_disk_metadata() {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "set_disk_metadata",
+        || json!([lab.disk, {"owner": "bosh"}]),
+        |_, _| {
+            assert_eq!(lab.host.store().read::<DiskRecord>(&lab.disk).unwrap().unwrap().metadata["owner"], "bosh");
+            "written".into()
+        },
+    );
+}

@@ -1,0 +1,84 @@
+//! Killing a call at each of its crash points, found by asking the call itself.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::answer::{Answer, run};
+use super::host::{Host, request};
+
+/// A call that was killed, or one whose supervisor was.
+pub struct Crash<'a> {
+    /// The crash point and the passing that was meant: `qmp device_add: sent#1`.
+    pub point: &'a str,
+    /// The call's arguments.
+    pub arguments: &'a Value,
+    /// What the call still answered: `None` if it was killed.
+    pub answer: Option<Answer>,
+}
+
+/// What became of a call at each of its crash points, in the order they are passed.
+pub type Outcomes = Vec<(String, String)>;
+
+/// Runs `method` once to learn its crash points, then once for each of them, killed there. `prepare` makes what the call
+/// acts on and gives its arguments; `check` looks at what is left, fails the test if that is wrong, and says in a few
+/// words what it found.
+///
+/// How often a call waits for its guest is not the same each time: a point that is not passed again is left out.
+pub fn for_each_crash_point(
+    host: &Host,
+    method: &str,
+    prepare: impl Fn() -> Value,
+    check: impl Fn(&Crash<'_>) -> String,
+) -> Outcomes {
+    let mut outcomes = Vec::new();
+    let (arguments, log) = (prepare(), host.path("crash-points"));
+    let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap())]);
+    let points = take_passed(&log);
+    assert!(points.len() > 1, "{method} has crash points: {points:?}");
+    outcomes.push(("nowhere".to_owned(), check(&Crash { point: "nowhere", arguments: &arguments, answer })));
+    for point in points {
+        let arguments = prepare();
+        let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap()), ("AT", &point)]);
+        let killed = take_passed(&log).contains(&point);
+        assert!(killed || answer.is_some(), "{method} died before {point}");
+        let outcome = check(&Crash { point: &point, arguments: &arguments, answer });
+        outcomes.push((point, if killed { outcome } else { format!("not passed; {outcome}") }));
+    }
+    outcomes
+}
+
+/// The crash points that were passed, each with the number of the passing.
+fn take_passed(log: &Path) -> Vec<String> {
+    let passed = numbered(&fs::read_to_string(log).unwrap());
+    fs::remove_file(log).unwrap();
+    passed
+}
+
+/// `a b a` as `a#1 b#1 a#2`.
+fn numbered(log: &str) -> Vec<String> {
+    let mut times = BTreeMap::<&str, u32>::new();
+    let number = |name| {
+        let times = times.entry(name).or_default();
+        *times += 1;
+        format!("{name}#{times}")
+    };
+    log.lines().map(number).collect()
+}
+
+/// What the call answers with these variables set; `None` if it was killed.
+fn armed<'a>(
+    host: &Host,
+    method: &str,
+    arguments: &Value,
+    variables: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Option<Answer> {
+    let mut command = host.cpi();
+    command.envs(variables.into_iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)));
+    let output = host.namespace().run(|| run(command, request(method, arguments).as_bytes()));
+    host.note(&String::from_utf8_lossy(&output.stdout));
+    (output.status.signal() != Some(nix::libc::SIGKILL)).then(|| Answer::of(&output))
+}
