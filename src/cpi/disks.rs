@@ -50,7 +50,7 @@ impl Cpi {
     pub(super) fn make_disk_image(&self, dir: &Path, image: &DiskImage, size: Bytes, deadline: Instant) -> Result<()> {
         let key = DiskKey::of(&self.config);
         if image.encrypted {
-            key.ready(&self.store)?;
+            key.ready(&self.store, deadline)?;
         }
         let new = NewImage {
             path: &dir.join(image.file_name()),

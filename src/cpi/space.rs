@@ -3,7 +3,7 @@
 //! An image is admitted if its filesystem has room for what it *needs* now. That is
 //!
 //! - a preallocated image: all of its size
-//! - a thin one: a few MiB with `overcommit`, all of its size without
+//! - a thin one: its headers with `overcommit`, all of its size without
 //!
 //! and the room is what the filesystem has free, less what creates at work in other processes will still take and,
 //! without `overcommit`, less what all thin images on it may still grow to. One lock is held from the look until the

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::Cpi;
 use crate::cid::{Cid, StemcellCid};
+use crate::crash;
 use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::clock;
@@ -160,6 +161,7 @@ impl Cpi {
             let image = self.store.images_dir(&other.cid, other.pool.as_deref())?.join(STEMCELL_IMAGE);
             match std::fs::hard_link(&image, target) {
                 Ok(()) => {
+                    crash::point!("another stemcell's image linked");
                     atomic::sync_dir(target.parent().expect("an image is in a directory"))?;
                     tracing::info!(cid = %stemcell.cid, with = %other.cid, "the image is here already and is shared");
                     return Ok(Some(other));

@@ -3,12 +3,14 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use super::{Store, atomic};
+use super::{Rank, Store, atomic};
 use crate::cid::DiskCid;
 use crate::config::Config;
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::schema::Redacted;
 use crate::store::DiskRecord;
@@ -69,28 +71,29 @@ impl DiskKey {
     ///
     /// # Errors
     /// As [`Self::read`]: also when it is gone but disks need it, because a second key would not open them.
-    pub fn ready(&self, store: &Store) -> Result<()> {
-        if self.ours && !self.path.exists() && !has_encrypted(store)? {
-            self.make()?;
+    pub fn ready(&self, store: &Store, deadline: Instant) -> Result<()> {
+        if self.ours && !self.path.exists() {
+            let lock = store.lock(Rank::Space, "key", deadline)?;
+            let made = if self.path.exists() || has_encrypted(store)? { Ok(()) } else { self.make() };
+            lock.retire().and(made)?;
         }
         self.read().map(drop)
     }
 
-    /// Durable, whole, and never over one that is there.
+    /// Writes a new key, durable and whole. The caller holds the lock, so that what a killed call left is nobody's.
     fn make(&self) -> Result<()> {
-        let dir = self.path.parent().expect("a file in the state directory");
         let mut random = [0; RANDOM];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| Error::os("get random bytes for a key", std::io::Error::from(e)))?;
         let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).at("make a file in", dir)?;
-        file.write_all(digits.as_bytes()).and_then(|()| file.as_file().sync_all()).at("write", file.path())?;
-        match file.persist_noclobber(&self.path) {
-            // Another call was faster.
-            Err(error) if error.error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            made => drop(made.map_err(|e| e.error).at("make", &self.path)?),
-        }
-        atomic::sync_dir(dir)
+        let new = self.path.with_extension("key.new");
+        atomic::remove_file(&new)?;
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&new).at("make", &new)?;
+        file.write_all(digits.as_bytes()).and_then(|()| file.sync_all()).at("write", &new)?;
+        crash::point!("disk key written");
+        std::fs::rename(&new, &self.path).at("make", &self.path)?;
+        crash::point!("disk key made");
+        atomic::sync_dir(self.path.parent().expect("a file in the state directory"))
     }
 
     /// What an image says that this key does not open: QEMU's own words are "Invalid password, cannot unlock any keyslot".
@@ -125,14 +128,15 @@ mod tests {
     fn a_key_is_made_once_and_is_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
         let (key, store) = key(dir.path());
-        key.ready(&store).unwrap();
+        std::fs::create_dir(dir.path().join("locks")).unwrap();
+        std::fs::write(dir.path().join("disk.key.new"), "of a call that was killed").unwrap();
+        key.ready(&store, Instant::now()).unwrap();
         let first = key.read().unwrap();
-        key.ready(&store).unwrap();
-        key.make().unwrap();
+        key.ready(&store, Instant::now()).unwrap();
         assert_eq!(first, key.read().unwrap());
         assert_eq!((first.0.len(), format!("{first:?}")), (64, "***".to_owned()));
         assert_eq!(key.path().metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing left beside it");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 2, "nothing left beside it but 'locks'");
     }
 
     #[test]

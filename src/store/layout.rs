@@ -239,6 +239,7 @@ impl Store {
         for pool in self.read::<R>(cid)?.iter().flat_map(Record::pools) {
             let pool = self.pools.dir(pool)?;
             atomic::remove_dir(&pool.join(cid))?;
+            crash::point!("a {}'s images removed from a pool", R::Cid::PREFIX);
             atomic::sync_dir(pool)?;
         }
         let record = self.record_path::<R>(cid);

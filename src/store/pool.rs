@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use super::atomic;
 use crate::config::Pool;
+use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// What a used pool is known by.
@@ -71,8 +72,12 @@ impl Pools {
             let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&mark);
             open.map_err(|e| absent(name, dir, "can not be written").because(e))?;
             atomic::sync_dir(dir)?;
-            atomic::make_dir(&self.state_dir.join("pools"))?;
-            atomic::write(&note, b"")?;
+            crash::point!("pool marked");
+            let notes = self.state_dir.join("pools");
+            atomic::make_dir(&notes)?;
+            std::fs::write(&note, "").at("make", &note)?;
+            crash::point!("use of pool noted");
+            atomic::sync_dir(&notes)?;
         }
         Ok(dir)
     }

@@ -3,17 +3,18 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::config::Config;
 use bosh_qemu_cpi::cpi::Cpi;
-use bosh_qemu_cpi::store::{DiskRecord, Phase, StemcellRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
+use crate::support::crash::for_each_crash_point;
 use crate::support::filesystem::Filesystem;
-use crate::support::host::{GUEST, Host, text, vm_cid};
+use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
+use crate::support::skip;
 
 /// What is in a used pool that holds nothing.
 const MARK: [&str; 1] = [".bosh-qemu-cpi"];
@@ -159,8 +160,8 @@ fn what_does_not_fit_is_refused_before_anything_is_made() {
     let refused = disk(&host, 8, &json!({"pool": "fast"}));
     assert!(refused.failure().message.contains("has 0 MiB left, 9 MiB are needed"), "{refused:?}");
     host.ok("delete_disk", &json!([thin]));
-    let small = disk_cid(&disk(&host, 30, &json!({"pool": "fast"})));
-    assert_eq!(disk(&host, 30, &json!({"pool": "fast"})).failure().kind, "NoDiskSpace");
+    let small = disk_cid(&disk(&host, 33, &json!({"pool": "fast"})));
+    assert_eq!(disk(&host, 33, &json!({"pool": "fast"})).failure().kind, "NoDiskSpace");
     host.ok("delete_disk", &json!([small]));
     assert_eq!(fast.names(), MARK);
 }
@@ -192,33 +193,76 @@ fn usage_is_what_records_and_filesystems_say() {
     fast.show();
 }
 
-#[test]
-fn a_create_that_is_killed_leaves_nothing_in_a_pool() {
-    let Some((fast, _stemcells, host)) = host(256, json!({})) else { return };
-    let arguments = json!([64, {"pool": "fast", "preallocation": "full"}, null]);
-    let began = Instant::now();
-    let first = disk_cid(&host.call("create_disk", &arguments));
-    let duration = began.elapsed();
-    host.ok("delete_disk", &json!([first]));
-    for step in 0..10 {
-        let mut call = host.start("create_disk", &arguments);
-        std::thread::sleep(duration * step / 10);
-        call.kill().unwrap();
-        call.wait().unwrap();
-        // Some calls are done before.
-        let store = host.store();
-        for disk in store.list::<DiskRecord>().unwrap() {
-            if store.read::<DiskRecord>(&disk).unwrap().is_some_and(|disk| disk.phase == Phase::Ready) {
-                host.ok("delete_disk", &json!([disk]));
-            }
+/// Removes every object a call made that nobody can tell to have been told, and has the next create reap the rest.
+fn clear<R: Record>(host: &Host, method: &str) {
+    let store = host.store();
+    host.ok("delete_disk", &json!([host.disk()]));
+    for cid in store.list::<R>().unwrap() {
+        if store.read::<R>(&cid).unwrap().is_some_and(|record| record.phase() == Phase::Ready) {
+            host.ok(method, &json!([cid.to_string()]));
         }
     }
-    // A qemu-img that outlived its call would still take the space of a file that is removed.
-    let last = disk_cid(&host.call("create_disk", &arguments));
-    let mut wanted = vec![MARK[0].to_owned(), last.to_string()];
-    wanted.sort();
-    assert_eq!(fast.names(), wanted);
-    host.ok("delete_disk", &json!([last]));
+}
+
+#[test]
+fn calls_killed_at_any_step_leave_nothing_in_a_pool() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some((fast, stemcells, host)) = host(256, json!({})) else { return };
+    let disk_arguments = || json!([8, {"pool": "fast", "preallocation": "falloc", "format": "raw"}, null]);
+    let disk_made = || json!([host.ok("create_disk", &disk_arguments())]);
+    let image = host.path("one");
+    fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
+    let stemcell_made = || json!([host.ok("create_stemcell", &json!([image, {}]))]);
+    let calls: [(&str, &dyn Fn() -> Value); 4] = [
+        ("create_disk", &disk_arguments),
+        ("delete_disk", &disk_made),
+        ("create_stemcell", &|| json!([image, {}])),
+        ("delete_stemcell", &stemcell_made),
+    ];
+    for (method, arguments) in calls {
+        for_each_crash_point(&host, method, arguments, |crash| {
+            host.ok(method, crash.arguments);
+            clear::<DiskRecord>(&host, "delete_disk");
+            clear::<StemcellRecord>(&host, "delete_stemcell");
+            for pool in [&fast, &stemcells] {
+                assert!(
+                    pool.names().iter().all(|name| name == MARK[0]),
+                    "{method} at {}: {:?}",
+                    crash.point,
+                    pool.names()
+                );
+            }
+            String::new()
+        });
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_create_vm_killed_at_any_step_leaves_nothing_in_a_pool() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some((fast, stemcells, host)) = host(256, json!({})) else { return };
+    let stemcell = host.stemcell();
+    let arguments = || {
+        let mut arguments = host.vm_arguments(&stemcell);
+        arguments[2] = json!({"ram": 64, "pool": "fast", "ephemeral_disk": 64});
+        arguments
+    };
+    for_each_crash_point(&host, "create_vm", arguments, |crash| {
+        // A supervisor whose call was killed keeps the VM's lock until its launch is undone.
+        eventually("the VM is whole or gone", || {
+            clear::<VmRecord>(&host, "delete_vm");
+            host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
+        });
+        let mut left = [fast.names(), stemcells.names()].concat();
+        left.retain(|name| name != MARK[0]);
+        assert_eq!(left, [stemcell.as_str()], "at {}", crash.point);
+        String::new()
+    });
 }
 
 #[test]

@@ -295,6 +295,7 @@ impl Host {
             let kept = [
                 "schema",
                 "stemcells",
+                "snaps",
                 "vms",
                 "disks",
                 "locks",
