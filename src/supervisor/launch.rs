@@ -98,8 +98,7 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     }
     let disks = resources::disks(scope, vm)?;
     if disks.iter().any(|disk| disk.encrypted) {
-        // The images are open: before the guest runs, nothing in QEMU knows the key of every disk.
-        monitor.raw("object-del", &json!({"id": blockdev::SECRET})).await?;
+        forget_key(&mut monitor).await?;
     }
     for disk in disks {
         if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
@@ -110,6 +109,15 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     let serial = UnixStream::connect(&path).await.at("connect to serial port", &path)?;
     power::cont(&mut monitor).await?;
     Ok((monitor, serial))
+}
+
+/// The images are open: before the guest runs, nothing in QEMU may know the key of every disk.
+async fn forget_key(monitor: &mut Connection) -> Result<()> {
+    match monitor.raw("object-del", &json!({"id": blockdev::SECRET})).await {
+        // A disk that was attached since its files were opened: QEMU never had the key.
+        Err(error) if error.refused_with("not found") => Ok(()),
+        forgotten => forgotten.map(drop).map_err(Error::from),
+    }
 }
 
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
