@@ -34,6 +34,17 @@ document! {
         /// Networks of this host by name. A subnet's cloud property `name` picks one; without it, `default` is taken.
         /// When this key is absent, there is one network `default` with the profile `nat`.
         networks: BTreeMap<String, Network> = BTreeMap::from([("default".to_owned(), Network::nat())]);
+        /// Directories for images by name, on whatever filesystem. The cloud property `pool` of a disk or a VM picks one;
+        /// without it, images are in the state directory.
+        pools: BTreeMap<String, Pool>;
+        /// The pool stemcells' images are in. Absent: the state directory.
+        stemcell_pool: Option<String>;
+        /// Whether thin images together may promise more than their filesystem has. If not, a new one counts in full, and
+        /// space that others may still grow into is not free.
+        overcommit: bool = true;
+        /// The key of encrypted disks: a file, root's alone, with 32 bytes of text or more. Absent: `disk.key` in the state
+        /// directory, made with the first encrypted disk.
+        key_file: Option<PathBuf>;
         /// What every agent is told unless the Director's env says otherwise.
         agent: Agent = Agent::absent().expect("every key of agent has a default");
         /// Seconds a method may take, by method name. `docs/operating.md` lists the defaults.
@@ -88,6 +99,16 @@ document! {
         gateway: Option<std::net::IpAddr>;
         /// Largest packet, bytes. Absent: 1500 for `nat`, the bridge's for `bridge`.
         mtu: Option<Whole<576, 65535>>;
+    }
+}
+
+document! {
+    /// A directory for images.
+    pub struct Pool {
+        /// The directory. It must exist: what is not mounted must not fill the filesystem below.
+        path: PathBuf;
+        /// Whether other hosts use the filesystem, too (NFS). It must then be another than the state directory's and `/`.
+        shared: bool = false;
     }
 }
 
@@ -271,6 +292,16 @@ impl Config {
                 found: format!("{longest} bytes"),
             };
             return Err(SchemaError { path: "run_dir".into(), problem });
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        if let Some(name) = self.pools.keys().find(|name| name.is_empty() || !name.chars().all(plain)) {
+            let expected = "a name of letters, digits, '-' and '_'";
+            return Err(SchemaError::value(expected, &Value::String(name.clone())).under("pools"));
+        }
+        let unknown = self.stemcell_pool.as_ref().filter(|name| !self.pools.contains_key(*name));
+        if let Some(name) = unknown {
+            let expected = "the name of one of 'pools'";
+            return Err(SchemaError::value(expected, &Value::String(name.clone())).under("stemcell_pool"));
         }
         Ok(self)
     }

@@ -40,7 +40,8 @@ impl Bare {
     /// An overlay by `qemu-img`, QEMU until `cont`. Its other images are those of `vm`, which is paused.
     pub fn create(lab: &Lab, vm: &Ours) -> Self {
         let root = lab.scratch("bare-root.qcow2");
-        let base = vm.paths.base();
+        let record = lab.store.read::<VmRecord>(&vm.cid).expect("readable").expect("a record");
+        let base = lab.store.base_image(&record).expect("a base");
         let base = base.to_str().expect("UTF-8");
         lab::run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, &root]);
         Self::start(lab, vm)
@@ -59,6 +60,7 @@ impl Bare {
             files: files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
             taps: taps.iter().map(|fd| Tap { fd: fd.as_raw_fd(), mtu: 1500 }).collect(),
             qmp: sockets[0].as_raw_fd(),
+            key: None,
             supervisor_qmp: sockets[1].as_raw_fd(),
             serial: sockets[2].as_raw_fd(),
         };
@@ -101,13 +103,13 @@ impl Bare {
             let size = bosh_qemu_cpi::units::Bytes(64 << 20);
             image::qcow2::create(&path, size, None).and_then(image::Fresh::sync).expect("an image");
         }
-        let need = FileNeed { id: DISK.into(), path, format: Some(Format::Qcow2), writable: true, direct: true };
+        let need = FileNeed::image(DISK, path, Format::Qcow2, true);
         let (opened, file) = open(lab, need);
         let fdset = self.monitor.add_fd(file.as_fd(), DISK).expect("add-fd");
         for node in blockdev::nodes(&opened, fdset) {
             self.monitor.raw("blockdev-add", &node).expect("blockdev-add");
         }
-        let mut device = blockdev::device(DISK, DISK, true);
+        let mut device = blockdev::device(&opened.need, DISK);
         device["bus"] = topology::port_id(0).into();
         self.monitor.raw("device_add", &device).expect("device_add");
     }
@@ -150,7 +152,7 @@ fn vm_socket(lab: &Lab, name: &str) -> PathBuf {
 
 /// The files of `vm`, with a root disk of its own. QEMU locks images that it writes, so the ephemeral disk is copied.
 fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
-    let mut needs = files::needs(record, &vm.paths, &lab.store, &[]);
+    let mut needs = files::needs(record, &vm.paths, &lab.store, &[]).expect("no pool");
     for need in &mut needs {
         match need.id.as_str() {
             files::ROOT => need.path = lab.scratch("bare-root.qcow2").into(),
@@ -170,7 +172,7 @@ fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
 fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
     let io_uring = io_uring::works(lab.store.run_dir(), &qemu);
-    let (fd, direct) = image::open(&need.path, need.writable, need.direct).expect("open an image");
+    let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct()).expect("open an image");
     (Opened { need, direct, io_uring }, fd)
 }
 

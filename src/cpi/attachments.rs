@@ -171,20 +171,26 @@ impl Cpi {
 
     fn plug(&self, vm: &VmRecord, disk: &DiskRecord, deadline: Instant) -> Result<()> {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
-        let need = FileNeed::disk(&self.store, disk);
-        let (file, direct) = image::open(&need.path, need.writable, need.direct)?;
+        let need = FileNeed::disk(&self.store, disk)?;
+        let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
         let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
         let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
-        let device = blockdev::device(id, id, true);
+        let device = blockdev::device(&opened.need, id);
+        let hot = hot_disk(&disk.cid);
         let wanted = Attach {
-            disk: &hot_disk(&disk.cid),
+            disk: &hot,
             file: file.as_fd(),
             blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
         };
-        hotplug::attach(&mut monitor, &wanted, deadline)?;
+        let attach = |monitor: &mut Monitor| hotplug::attach(monitor, &wanted, deadline);
+        if disk.encrypted {
+            self.with_key(&mut monitor, &disk.cid, attach)?
+        } else {
+            attach(&mut monitor)?
+        };
         if let Some(limits) = blockdev::throttle(id, disk.limits) {
             monitor.raw("block_set_io_throttle", &limits)?;
         }

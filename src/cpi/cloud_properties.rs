@@ -2,11 +2,12 @@
 
 use serde_json::{Map, Value};
 
+use super::Cpi;
 use crate::config::AccelChoice;
 use crate::document;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::schema::{Property, SchemaError, Whole};
-use crate::store::record::Format;
+use crate::store::record::{Cache, Discard, Format, Preallocation};
 use crate::units::MiB;
 
 document! {
@@ -21,6 +22,8 @@ document! {
         ephemeral_disk: Option<MiB>;
         /// Size of the root disk, MiB, if the stemcell's is smaller.
         root_disk | "disk": Option<MiB>;
+        /// Pool of the root and ephemeral disks. Absent: the state directory.
+        pool: Option<String>;
         /// Machine template. Absent: the configuration's `qemu.template`.
         machine: Option<String>;
         /// CPU model as QEMU names it, with flags: `Skylake-Server,pcid=on`. Absent: the configuration's `qemu.cpu`.
@@ -41,10 +44,54 @@ document! {
     pub struct DiskCloudProperties {
         /// Format of the image: `qcow2` grows as the guest writes, `raw` is for speed and external tools.
         format | "type": Format = Format::Qcow2;
+        /// Pool of the image. Absent: the state directory.
+        pool: Option<String>;
+        /// Who caches writes, in QEMU's words: `none` (not the host), `writeback` (the host), `directsync` and `writethrough`
+        /// (nobody: each write waits for the disk). None loses what the guest has flushed.
+        cache: Cache = Cache::None;
+        /// What becomes of blocks the guest discards: `unmap` gives their space back to the host. Absent: `unmap`, and
+        /// `ignore` for a disk whose space is preallocated.
+        discard: Option<Discard>;
+        /// What is there before the guest writes: `off` nothing, `metadata` the tables (qcow2), `falloc` all space reserved,
+        /// `full` all space written.
+        preallocation: Preallocation = Preallocation::Off;
+        /// Whether the image is encrypted (LUKS, by QEMU) with the key of this host.
+        encrypted: bool = false;
         /// The most operations a second, reading and writing together.
         iops: Option<Whole<1, 1000000000>>;
         /// The most MiB a second, reading and writing together.
         mbps: Option<Whole<1, 1000000000>>;
+    }
+}
+
+impl DiskCloudProperties {
+    /// Refuses combinations no image can have, or that take back what another property promises.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] naming the property.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |message: &str, hint: &str| {
+            Err(Error::new(ErrorKind::BadRequest, format!("cloud_properties.{message}")).hint(hint))
+        };
+        if self.preallocation == Preallocation::Metadata && self.format == Format::Raw {
+            return refuse("preallocation: a raw image has no metadata", "use 'falloc' or 'full', or format 'qcow2'");
+        }
+        if self.discard == Some(Discard::Unmap) {
+            if self.preallocation.reserves_space() {
+                let hint = "leave 'discard' out, or preallocate nothing";
+                return refuse("discard: 'unmap' would give preallocated space back", hint);
+            }
+            if self.encrypted && self.format == Format::Raw {
+                return refuse("discard: an encrypted raw image can not give space back", "use format 'qcow2'");
+            }
+        }
+        Ok(())
+    }
+
+    /// What `discard` is when it is not given: what the other properties allow.
+    pub fn effective_discard(&self) -> Discard {
+        let keeps = self.preallocation.reserves_space() || (self.encrypted && self.format == Format::Raw);
+        self.discard.unwrap_or(if keeps { Discard::Ignore } else { Discard::Unmap })
     }
 }
 
@@ -95,6 +142,20 @@ pub fn read<T: Property>(defaults: &Map<String, Value>, given: &Map<String, Valu
     T::from_json(&Value::Object(merged)).map_err(|e| e.in_request("cloud_properties"))
 }
 
+impl Cpi {
+    /// Refuses the cloud property `pool` if this host has no such pool.
+    pub(super) fn known_pool(&self, asked: Option<&str>) -> Result<()> {
+        let Some(asked) = asked else { return Ok(()) };
+        if self.config.pools.contains_key(asked) {
+            return Ok(());
+        }
+        let known: Vec<_> = self.config.pools.keys().map(String::as_str).collect();
+        let known = if known.is_empty() { "no pools".to_owned() } else { known.join(", ") };
+        Err(Error::new(ErrorKind::BadRequest, "cloud_properties.pool: this host has no pool of that name")
+            .hint(format!("the configuration has: {known}")))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -109,6 +170,36 @@ mod tests {
     fn a_request_wins_over_defaults_in_any_spelling() {
         let properties = vm(&json!({"memory": 512, "cpu": 3}), &json!({"ram": 2048})).unwrap();
         assert_eq!((properties.ram.get(), properties.cpu.get()), (2048, 3));
+    }
+
+    #[test]
+    fn combinations_that_can_not_be_are_refused_by_name() {
+        let refusal = |given: Value| {
+            let disk: DiskCloudProperties = read(&Map::new(), given.as_object().unwrap()).unwrap();
+            disk.validate().map_err(|e| e.report())
+        };
+        for (given, property) in [
+            (json!({"format": "raw", "preallocation": "metadata"}), "preallocation"),
+            (json!({"preallocation": "full", "discard": "unmap"}), "discard"),
+            (json!({"preallocation": "falloc", "discard": "unmap"}), "discard"),
+            (json!({"format": "raw", "encrypted": true, "discard": "unmap"}), "discard"),
+        ] {
+            let refused = refusal(given).unwrap_err();
+            assert!(refused.starts_with(&format!("cloud_properties.{property}: ")), "{refused}");
+        }
+        assert_eq!(refusal(json!({"preallocation": "full", "discard": "ignore", "encrypted": true})), Ok(()));
+    }
+
+    #[test]
+    fn discard_is_what_the_other_properties_allow() {
+        let discard = |given: Value| {
+            let disk: DiskCloudProperties = read(&Map::new(), given.as_object().unwrap()).unwrap();
+            disk.effective_discard()
+        };
+        assert_eq!(discard(json!({})), Discard::Unmap);
+        assert_eq!(discard(json!({"preallocation": "metadata", "encrypted": true})), Discard::Unmap);
+        assert_eq!(discard(json!({"preallocation": "falloc"})), Discard::Ignore);
+        assert_eq!(discard(json!({"format": "raw", "encrypted": true})), Discard::Ignore);
     }
 
     #[test]

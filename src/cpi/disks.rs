@@ -1,5 +1,8 @@
 //! create_disk, delete_disk, has_disk.
 
+use std::path::Path;
+use std::time::Instant;
+
 use serde_json::{Map, Value};
 
 use super::Cpi;
@@ -7,41 +10,29 @@ use super::cloud_properties::{self, DiskCloudProperties};
 use crate::cid::{Cid, DiskCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::image;
+use crate::image::NewImage;
+use crate::image::qemu_img::QemuImg;
 use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
-use crate::store::record::{Format, Limits};
-use crate::store::{DiskRecord, Phase, Rank};
-use crate::units::MiB;
+use crate::store::record::{DiskImage, Limits};
+use crate::store::{DiskKey, DiskRecord, Phase, Rank, atomic};
+use crate::units::{Bytes, MiB};
 
 impl Cpi {
     pub(super) fn make_disk(&self, size: MiB, properties: &Map<String, Value>) -> Result<DiskCid> {
         let deadline = self.deadline("create_disk");
         let asked: DiskCloudProperties = cloud_properties::read(&self.config.disk_defaults, properties)?;
+        self.known_pool(asked.pool.as_deref())?;
+        asked.validate()?;
         self.store.prepare()?;
         self.clear_leftovers();
         let cid = DiskCid::random();
         let lock = self.begin(Rank::Disk, &cid, deadline)?;
-        let mut disk = DiskRecord {
-            schema: SCHEMA,
-            cid,
-            phase: Phase::Creating,
-            created_at: clock::now(),
-            size,
-            format: asked.format,
-            vm: None,
-            limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
-            cloud_properties: properties.clone(),
-            metadata: Map::new(),
-            newer: Map::new(),
-        };
-        let made = self.store.write(&disk).and_then(|()| {
-            let path = self.store.disk_dir(&disk.cid).join(disk.image());
-            let image = match disk.format {
-                Format::Qcow2 => image::qcow2::create(&path, size.bytes(), None)?,
-                Format::Raw => image::raw::create(&path, size.bytes())?,
-            };
-            image.sync()?;
+        let mut disk = new_record(cid, size, &asked, properties);
+        let need = self.need_of_disk(&disk);
+        let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {
+            let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
+            self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
             disk.phase = Phase::Ready;
             self.store.write(&disk)?;
             self.settled(&disk.cid)
@@ -53,6 +44,23 @@ impl Cpi {
             return Err(error.during(format!("create a disk of {size}")));
         }
         Ok(disk.cid)
+    }
+
+    /// Makes `image`, empty, in `dir`; it is durable then.
+    pub(super) fn make_disk_image(&self, dir: &Path, image: &DiskImage, size: Bytes, deadline: Instant) -> Result<()> {
+        let key = DiskKey::of(&self.config);
+        if image.encrypted {
+            key.ready(&self.store, deadline)?;
+        }
+        let new = NewImage {
+            path: &dir.join(image.file_name()),
+            format: image.format,
+            size,
+            preallocation: image.preallocation,
+            key: image.encrypted.then(|| key.path()),
+        };
+        new.create(&QemuImg::new(&self.config.qemu.img_binary), deadline)?.sync()?;
+        atomic::sync_dir(dir)
     }
 
     pub(super) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
@@ -83,5 +91,28 @@ impl Cpi {
 
     pub(super) fn disk_exists(&self, cid: &DiskCid) -> Result<bool> {
         Ok(self.store.read::<DiskRecord>(cid)?.is_some_and(|disk| disk.phase != Phase::Creating))
+    }
+}
+
+fn new_record(cid: DiskCid, size: MiB, asked: &DiskCloudProperties, properties: &Map<String, Value>) -> DiskRecord {
+    DiskRecord {
+        schema: SCHEMA,
+        cid,
+        phase: Phase::Creating,
+        created_at: clock::now(),
+        size,
+        generation: 0,
+        format: asked.format,
+        pool: asked.pool.clone(),
+        cache: asked.cache,
+        discard: asked.effective_discard(),
+        preallocation: asked.preallocation,
+        encrypted: asked.encrypted,
+        leftover: None,
+        vm: None,
+        limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
+        cloud_properties: properties.clone(),
+        metadata: Map::new(),
+        newer: Map::new(),
     }
 }

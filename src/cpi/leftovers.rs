@@ -41,6 +41,14 @@ impl Cpi {
         Ok(())
     }
 
+    /// What is being made of one kind, this call's own included.
+    pub(super) fn in_the_making<R: Record>(&self) -> Result<Vec<R::Cid>> {
+        let dir = self.store.pending_dir();
+        let names = dir.read_dir().at("list", &dir)?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let ours = names.filter(|name| name.split('-').next() == Some(R::Cid::PREFIX));
+        Ok(ours.filter_map(|name| R::Cid::parse(&name).ok()).collect())
+    }
+
     /// Removes what creates left that were cut short. What can not be removed now is left for the next create: it must not
     /// fail this one.
     pub(super) fn clear_leftovers(&self) {

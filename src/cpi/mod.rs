@@ -8,11 +8,13 @@ pub mod audit;
 mod calculate;
 pub mod cloud_properties;
 mod disks;
+mod encryption;
 pub mod every_vm;
 mod leftovers;
 mod metadata;
 pub mod networks;
 mod placement;
+pub mod space;
 pub mod stemcells;
 pub mod verbs;
 mod vms;
@@ -42,7 +44,7 @@ pub struct Cpi {
 impl Cpi {
     /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
-        let store = Store::new(&config.state_dir, &config.run_dir);
+        let store = Store::of(&config);
         Self { config, config_file, store, began: Instant::now() }
     }
 

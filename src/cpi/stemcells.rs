@@ -1,5 +1,6 @@
 //! create_stemcell, delete_stemcell.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -7,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::Cpi;
 use crate::cid::{Cid, StemcellCid};
+use crate::crash;
 use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::clock;
@@ -15,13 +17,10 @@ use crate::image::digest::Digest;
 use crate::image::import::Import;
 use crate::image::qemu_img::QemuImg;
 use crate::schema::{Property, SchemaError};
-use crate::store::layout::SCHEMA;
-use crate::store::record::Format;
-use crate::store::{Phase, Rank, StemcellRecord};
+use crate::store::layout::{SCHEMA, STEMCELL_IMAGE};
+use crate::store::record::{Format, Source};
+use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic};
 use crate::units::Bytes;
-
-/// File name of an imported image, beside its record.
-pub(super) const IMAGE: &str = "image.raw";
 
 document! {
     /// What a light stemcell's manifest says instead of carrying an image (format `qemu-light`).
@@ -48,6 +47,8 @@ struct Image {
     virtual_size: Bytes,
     /// The operator's file, for a light stemcell.
     path: Option<PathBuf>,
+    /// What it was imported from, for a heavy one.
+    source: Option<Source>,
 }
 
 impl Cpi {
@@ -65,15 +66,21 @@ impl Cpi {
             format: Format::Raw,
             virtual_size: Bytes(0),
             image_path: None,
+            pool: self.config.stemcell_pool.clone(),
+            source: None,
             cloud_properties: properties.clone(),
             newer: Map::new(),
         };
-        let written = self.store.write(&record);
-        let made = written.and_then(|()| self.make_image(&cid, image, properties, deadline)).and_then(|image| {
+        // What the file takes where it is; compressed data will take more, and the import tells if that does not fit.
+        let takes = image.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512));
+        let need = Self::need_of_import(Bytes(takes));
+        let made = self.admit(record.pool.as_deref(), need, deadline, || self.store.write(&record)).and_then(|()| {
+            let image = self.make_image(&record, image, properties, deadline)?;
             record.phase = Phase::Ready;
             record.format = image.format;
             record.virtual_size = image.virtual_size;
             record.image_path = image.path;
+            record.source = image.source;
             self.store.write(&record)?;
             self.settled(&cid)
         });
@@ -88,7 +95,7 @@ impl Cpi {
 
     fn make_image(
         &self,
-        cid: &StemcellCid,
+        stemcell: &StemcellRecord,
         source: &Path,
         properties: &Map<String, Value>,
         deadline: Instant,
@@ -97,7 +104,14 @@ impl Cpi {
             return light(properties);
         }
         let declared = declared_format(properties)?;
-        let target = self.store.stemcell_dir(cid).join(IMAGE);
+        let target = self.store.make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+        let size = source.metadata().ok().filter(std::fs::Metadata::is_file).map(|meta| Bytes(meta.len()));
+        if let Some(size) = size
+            && let Some(other) = self.share_image(stemcell, source, size, &target, deadline)?
+        {
+            let StemcellRecord { format, virtual_size, source, .. } = other;
+            return Ok(Image { format, virtual_size, path: None, source });
+        }
         let mut shown = 0;
         let mut progress = |read: Bytes| {
             // One line for 256 MiB: the Director reads standard error byte by byte.
@@ -109,7 +123,53 @@ impl Cpi {
         let qemu_img = QemuImg::new(&self.config.qemu.img_binary);
         let import = Import { source, declared, target: &target, qemu_img: &qemu_img, deadline };
         let imported = import.run(&mut progress)?;
-        Ok(Image { format: imported.format, virtual_size: imported.virtual_size, path: None })
+        let source = size.map(|size| Source { sha256: imported.digest.to_string(), size });
+        Ok(Image { format: imported.format, virtual_size: imported.virtual_size, path: None, source })
+    }
+
+    /// Links `target` to the image of a stemcell that was made of the same file, so that both share one copy and each can
+    /// be deleted without the other. Returns the other's record; `None` if there is no such stemcell.
+    fn share_image(
+        &self,
+        stemcell: &StemcellRecord,
+        source: &Path,
+        size: Bytes,
+        target: &Path,
+        deadline: Instant,
+    ) -> Result<Option<StemcellRecord>> {
+        let declared = declared_format(&stemcell.cloud_properties)?;
+        let alike = |other: &StemcellRecord| {
+            let same_file = other.source.as_ref().is_some_and(|source| source.size == size);
+            let same_reading = declared_format(&other.cloud_properties).is_ok_and(|other| other == declared);
+            other.phase == Phase::Ready && other.pool == stemcell.pool && same_file && same_reading
+        };
+        let others = self.store.list::<StemcellRecord>()?;
+        let mut others: Vec<_> = others.iter().filter_map(|cid| self.store.read(cid).ok().flatten()).collect();
+        others.retain(alike);
+        if others.is_empty() {
+            // Most often. A digest takes as long as an import.
+            return Ok(None);
+        }
+        let sha256 = Digest::of_file(source)?.to_string();
+        for other in others.into_iter().filter(|other| other.source.as_ref().is_some_and(|s| s.sha256 == sha256)) {
+            // Its image is whole as long as it is ready. Nobody who holds a ready stemcell waits for another.
+            let lock = self.store.lock(Rank::Stemcell, &other.cid, deadline)?;
+            if !self.store.read::<StemcellRecord>(&other.cid)?.is_some_and(|other| alike(&other)) {
+                lock.retire()?;
+                continue;
+            }
+            let image = self.store.images_dir(&other.cid, other.pool.as_deref())?.join(STEMCELL_IMAGE);
+            match std::fs::hard_link(&image, target) {
+                Ok(()) => {
+                    crash::point!("another stemcell's image linked");
+                    atomic::sync_dir(target.parent().expect("an image is in a directory"))?;
+                    tracing::info!(cid = %stemcell.cid, with = %other.cid, "the image is here already and is shared");
+                    return Ok(Some(other));
+                }
+                Err(error) => tracing::warn!(%error, image = %image.display(), "can not share the image: importing"),
+            }
+        }
+        Ok(None)
     }
 
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
@@ -119,11 +179,29 @@ impl Cpi {
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
         if let Some(mut record) = self.store.read::<StemcellRecord>(cid)? {
+            self.tell_users(&record)?;
             record.phase = Phase::Deleting;
             self.store.write_deleting(&record)?;
         }
         self.store.remove::<StemcellRecord>(cid)?;
         lock.retire()
+    }
+
+    /// Says who keeps the image: it goes when the last of them does.
+    fn tell_users(&self, stemcell: &StemcellRecord) -> Result<()> {
+        let vms = self.store.list::<VmRecord>()?.into_iter().filter(|vm| {
+            let record = self.store.read::<VmRecord>(vm);
+            record.is_ok_and(|vm| vm.is_some_and(|vm| vm.stemcell == stemcell.cid))
+        });
+        let vms: Vec<_> = vms.map(|vm| vm.to_string()).collect();
+        let image = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+        // A light stemcell's image is the operator's, in any case.
+        let links = image.metadata().map_or(0, |meta| meta.nlink().saturating_sub(1));
+        if links > 0 || !vms.is_empty() {
+            let vms = vms.join(", ");
+            tracing::info!(cid = %stemcell.cid, vms, links, "the image stays until nobody uses it");
+        }
+        Ok(())
     }
 
     /// The record of a stemcell VMs can be made of.
@@ -157,5 +235,5 @@ fn light(properties: &Map<String, Value>) -> Result<Image> {
     let (format, virtual_size) = image::inspect(&light.image_path)?;
     light.sha256.verify(&light.image_path)?;
     let path = light.image_path.canonicalize().at("resolve", &light.image_path)?;
-    Ok(Image { format, virtual_size, path: Some(path) })
+    Ok(Image { format, virtual_size, path: Some(path), source: None })
 }

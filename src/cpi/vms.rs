@@ -17,7 +17,7 @@ use crate::host::{cgroup::Cgroup, clock, probe, uids};
 use crate::image::{self, Fresh};
 use crate::net;
 use crate::qemu::Template;
-use crate::store::layout::SCHEMA;
+use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, StemcellRecord};
 use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
@@ -31,7 +31,11 @@ impl Cpi {
     pub(super) fn make_vm(&self, mut call: CreateVm) -> Result<(VmCid, Networks)> {
         let deadline = self.deadline("create_vm");
         let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
+        self.known_pool(properties.pool.as_deref())?;
         let stemcell = self.stemcell(&call.stemcell)?;
+        for pool in [&properties.pool, &stemcell.pool].into_iter().flatten() {
+            self.store.pools().dir(pool)?;
+        }
         let cid = VmCid::random();
         let nics = self.nics(&cid, &call.networks)?;
         let machine = self.machine(&properties)?;
@@ -59,13 +63,16 @@ impl Cpi {
             nics,
             base: base_of(&stemcell),
             root_size: root_size(&stemcell, &properties),
+            pool: properties.pool,
             ephemeral: properties.ephemeral_disk.map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
             disks: Vec::new(),
             metadata: Map::new(),
             newer: Map::new(),
             cid,
         };
-        let made = self.store.write(&vm).and_then(|()| {
+        let size = vm.root_size.get() + vm.ephemeral.as_ref().map_or(0, |ephemeral| ephemeral.size.bytes().get());
+        let need = self.need_of_thin(Bytes(size));
+        let made = self.admit(vm.pool.as_deref(), need, deadline, || self.store.write(&vm)).and_then(|()| {
             let images = self.make_images(&vm, &stemcell, &call)?;
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
@@ -113,16 +120,19 @@ impl Cpi {
     }
 
     fn make_images(&self, vm: &VmRecord, stemcell: &StemcellRecord, call: &CreateVm) -> Result<Vec<Fresh>> {
-        let paths = self.store.vm(&vm.cid);
         if stemcell.image_path.is_none() {
-            let image = self.store.stemcell_dir(&stemcell.cid).join(super::stemcells::IMAGE);
-            std::fs::hard_link(&image, paths.base()).at("link the stemcell's image", &image)?;
+            let image = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+            self.store.make_images_dir(&vm.cid, vm.base.pool.as_deref())?;
+            std::fs::hard_link(&image, self.store.base_image(vm)?).at("link the stemcell's image", &image)?;
             crash::point!("stemcell's image linked");
         }
-        let backing = image::qcow2::Backing { file_name: &vm.base.path.to_string_lossy(), format: vm.base.format };
-        let mut made = vec![image::qcow2::create(&paths.root(), vm.root_size, Some(backing))?];
+        let images = self.store.make_images_dir(&vm.cid, vm.pool.as_deref())?;
+        // For people and tools: QEMU is told which image is below, and never looks into the header.
+        let below = if vm.base.pool == vm.pool { vm.base.path.clone() } else { self.store.base_image(vm)? };
+        let backing = image::qcow2::Backing { file_name: &below.to_string_lossy(), format: vm.base.format };
+        let mut made = vec![image::qcow2::create(&images.join(ROOT_IMAGE), vm.root_size, Some(backing))?];
         if let Some(ephemeral) = &vm.ephemeral {
-            made.push(image::qcow2::create(&paths.ephemeral(), ephemeral.size.bytes(), None)?);
+            made.push(image::qcow2::create(&images.join(EPHEMERAL_IMAGE), ephemeral.size.bytes(), None)?);
         }
         let networks = to_raw_value(&call.networks)
             .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
@@ -133,7 +143,10 @@ impl Cpi {
             ephemeral: vm.ephemeral.as_ref().map(|ephemeral| ephemeral.serial.as_str()),
             env: call.env.get(),
         };
-        made.push(config_drive::write(&paths.config_drive(), &settings::settings(facts, &self.config.agent))?);
+        made.push(config_drive::write(
+            &self.store.vm(&vm.cid).config_drive(),
+            &settings::settings(facts, &self.config.agent),
+        )?);
         Ok(made)
     }
 
@@ -212,8 +225,10 @@ impl Cpi {
 }
 
 fn base_of(stemcell: &StemcellRecord) -> Base {
-    let path = stemcell.image_path.clone().unwrap_or_else(|| "base.raw".into());
-    Base { path, format: if stemcell.image_path.is_some() { stemcell.format } else { Format::Raw } }
+    match &stemcell.image_path {
+        Some(path) => Base { path: path.clone(), pool: None, format: stemcell.format },
+        None => Base { path: BASE_IMAGE.into(), pool: stemcell.pool.clone(), format: Format::Raw },
+    }
 }
 
 fn root_size(stemcell: &StemcellRecord, properties: &VmCloudProperties) -> Bytes {

@@ -3,13 +3,17 @@
 //! ```text
 //! import ──▶ qcow2 (header, create, decode)     fat      digest
 //!    └─────▶ qemu_img (the calls that remain)   raw ◀─── import
+//! create ──▶ qcow2, raw, qemu_img
 //! ```
 //!
 //! It works on paths and bytes. It knows nothing of BOSH's verbs, of records or of a running QEMU, and never looks
 //! for the format of an image that a guest could have written: whoever made the image says what it is.
 
+mod copy;
+mod create;
 pub mod digest;
 pub mod fat;
+mod grow;
 pub mod import;
 mod open;
 pub mod qcow2;
@@ -18,6 +22,9 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
+pub use copy::copy;
+pub use create::NewImage;
+pub use grow::{grow, virtual_size};
 pub use open::{inspect, open};
 
 use std::fs::{File, OpenOptions};

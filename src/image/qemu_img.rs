@@ -17,7 +17,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Format;
+use crate::image::{Format, NewImage};
+use crate::sys::helper::end_with_us;
 use crate::units::Bytes;
 
 /// The most that is kept of what the program says.
@@ -59,6 +60,35 @@ impl QemuImg {
     /// The program at `program`.
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self { program: program.into() }
+    }
+
+    /// Makes `new`, replacing what is there in the same file.
+    ///
+    /// # Errors
+    /// As [`Self::convert`].
+    pub fn create(&self, new: &NewImage<'_>, deadline: Instant) -> Result<()> {
+        let (driver, encrypt) = match (new.key, new.format) {
+            (None, format) => (format.as_str(), None),
+            (Some(_), Format::Qcow2) => ("qcow2", Some("encrypt.")),
+            (Some(_), Format::Raw) => ("luks", Some("")),
+        };
+        let mut options = format!("preallocation={}", new.preallocation);
+        if driver == "qcow2" && encrypt.is_some() {
+            options.push_str(",encrypt.format=luks");
+        }
+        if let Some(prefix) = encrypt {
+            // A key is random: a slow derivation would add nothing but time to each start of a VM.
+            options.push_str(&format!(",{prefix}key-secret={SECRET},{prefix}iter-time=10"));
+        }
+        let secret = new.key.map(secret);
+        let size = new.size.get().to_string();
+        let mut args = ["create", "-q"].map(OsStr::new).to_vec();
+        if let Some(secret) = &secret {
+            args.extend(["--object", secret].map(OsStr::new));
+        }
+        args.extend(["-f", driver, "-o", &options].map(OsStr::new));
+        args.extend([absolute(new.path)?, OsStr::new(&size)]);
+        self.run(&args, None, deadline)?.expect_success("create", new.path)
     }
 
     /// Copies one image, leaving zeros out. Durable is nothing of it: `qemu-img` does not fsync its target.
@@ -113,7 +143,9 @@ impl QemuImg {
     }
 
     fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Done> {
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        end_with_us(&mut command);
+        let mut child = command
             .args(args)
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
@@ -138,6 +170,14 @@ impl QemuImg {
             _ => Error::io("wait for", &self.program, error),
         })
     }
+}
+
+/// Name of the object that holds a key.
+const SECRET: &str = "key";
+
+/// The object that has `qemu-img` read the key in the file `key` by itself. JSON: a path may have commas in it.
+fn secret(key: &Path) -> String {
+    serde_json::json!({"qom-type": "secret", "id": SECRET, "file": key.to_string_lossy()}).to_string()
 }
 
 /// The name by which a child can open its standard input again.

@@ -4,11 +4,14 @@
 
 use serde_json::{Value, json};
 
-use super::files::{BASE, Opened, ROOT};
-use crate::store::record::{Format, Limits};
+use super::files::{BASE, FileNeed, Opened, ROOT};
+use crate::store::record::{Discard, Format, Limits};
 
 /// The one I/O thread of a VM, shared by its disks.
 pub const IOTHREAD: &str = "io0";
+
+/// The secret object that opens encrypted images. QEMU has it only while it opens one.
+pub const SECRET: &str = "disk-key";
 
 /// Name of the protocol node below the format node `id`.
 pub fn file_node(id: &str) -> String {
@@ -16,7 +19,7 @@ pub fn file_node(id: &str) -> String {
 }
 
 /// The nodes of the image `opened`, which QEMU finds as descriptor set `fdset`: protocol first, format second. The
-/// format node has the image's id.
+/// format node has the image's name.
 pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
     let need = &opened.need;
     // Without io_uring: Linux AIO wants O_DIRECT, and a pool of threads does the same work without (QEMU docs, `-blockdev`).
@@ -26,18 +29,21 @@ pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
         (false, false) => "threads",
     };
     let mut file = json!({
-        "driver": "file", "node-name": file_node(&need.id), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
+        "driver": "file", "node-name": file_node(&need.node), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
         "cache": {"direct": opened.direct}, "read-only": !need.writable,
     });
     let mut format = json!({
-        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.id, "file": file_node(&need.id),
+        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.node, "file": file_node(&need.node),
         "cache": {"direct": opened.direct}, "read-only": !need.writable,
     });
-    if need.writable {
+    if need.writable && need.discard == Discard::Unmap {
         // A guest's fstrim gives the space back to the host.
         file["discard"] = "unmap".into();
         format["discard"] = "unmap".into();
         format["detect-zeroes"] = "unmap".into();
+    }
+    if need.encrypted {
+        encrypt(&mut format, need.format);
     }
     if need.id == ROOT {
         // Given here, the path in the overlay's header is never followed.
@@ -46,13 +52,25 @@ pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
     [file, format]
 }
 
-/// The virtio disk that shows the node `id` to the guest under `serial`; the caller adds `bus` and `addr`.
-pub fn device(id: &str, serial: &str, writable: bool) -> Value {
+/// Makes the format node decrypt: qcow2 knows LUKS itself, a raw image is LUKS's own.
+fn encrypt(node: &mut Value, format: Option<Format>) {
+    match format {
+        Some(Format::Qcow2) => node["encrypt"] = json!({"format": "luks", "key-secret": SECRET}),
+        Some(Format::Raw) | None => {
+            node["driver"] = "luks".into();
+            node["key-secret"] = SECRET.into();
+        }
+    }
+}
+
+/// The virtio disk that shows the image `need` to the guest under `serial`; the caller adds `bus` and `addr`.
+pub fn device(need: &FileNeed, serial: &str) -> Value {
+    let id = &need.id;
     let mut device = json!({
-        "driver": "virtio-blk-pci", "id": id, "drive": id, "serial": serial, "iothread": IOTHREAD,
+        "driver": "virtio-blk-pci", "id": id, "drive": need.node, "serial": serial, "iothread": IOTHREAD,
     });
-    if writable {
-        device["write-cache"] = "on".into();
+    if need.writable {
+        device["write-cache"] = if need.cache.write_cache() { "on" } else { "off" }.into();
     }
     device
 }

@@ -15,6 +15,8 @@ use crate::store::record::{Accel, Nic, VmRecord};
 pub struct Handles {
     /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
     pub files: Vec<(Opened, RawFd)>,
+    /// A pipe with the key of encrypted images in it, if one of the files is encrypted.
+    pub key: Option<RawFd>,
     /// One tap for each NIC.
     pub taps: Vec<Tap>,
     /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
@@ -144,9 +146,13 @@ fn monitors(line: &mut Line, handles: &Handles) {
 
 fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     line.json("-object", &json!({"qom-type": "iothread", "id": blockdev::IOTHREAD}));
+    if let Some(key) = handles.key {
+        let file = format!("/proc/self/fd/{key}");
+        line.json("-object", &json!({"qom-type": "secret", "id": blockdev::SECRET, "file": file}));
+    }
     for (index, (opened, fd)) in handles.files.iter().enumerate() {
         let (need, fdset) = (&opened.need, index + 1);
-        line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.id, need.writable)));
+        line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)));
         if need.format.is_some() {
             for node in blockdev::nodes(opened, fdset as i64) {
                 line.json("-blockdev", &node);
@@ -156,19 +162,28 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     for index in 0..vm.machine.hotplug_slots {
         line.json("-device", &port(index));
     }
-    let mut root = blockdev::device(ROOT, "root", true);
-    root["bootindex"] = 1.into();
-    line.device(&root, "pcie.0", topology::ROOT);
-    if let Some(ephemeral) = &vm.ephemeral {
-        line.device(&blockdev::device(EPHEMERAL, &ephemeral.serial, true), "pcie.0", topology::EPHEMERAL);
-    }
-    line.device(&blockdev::device(CONFIG_DRIVE, "config", false), "pcie.0", topology::CONFIG_DRIVE);
     // Persistent disks sit behind the ports, where a hot-plugged one would be, so that they can be unplugged.
-    let fixed = [BASE, ROOT, EPHEMERAL, CONFIG_DRIVE, KVM];
-    let persistent = handles.files.iter().filter(|(opened, _)| !fixed.contains(&opened.need.id.as_str()));
-    for (index, (opened, _)) in persistent.enumerate() {
-        let id = &opened.need.id;
-        line.device(&blockdev::device(id, id, true), &topology::port_id(index as u32), 0);
+    let mut ports = 0..;
+    for (opened, _) in &handles.files {
+        let need = &opened.need;
+        match (need.id.as_str(), &vm.ephemeral) {
+            (BASE | KVM, _) => {}
+            (ROOT, _) => {
+                let mut root = blockdev::device(need, "root");
+                root["bootindex"] = 1.into();
+                line.device(&root, "pcie.0", topology::ROOT);
+            }
+            (EPHEMERAL, Some(ephemeral)) => {
+                line.device(&blockdev::device(need, &ephemeral.serial), "pcie.0", topology::EPHEMERAL);
+            }
+            (CONFIG_DRIVE, _) => {
+                line.device(&blockdev::device(need, "config"), "pcie.0", topology::CONFIG_DRIVE);
+            }
+            (id, _) => {
+                let port = ports.next().expect("endless");
+                line.device(&blockdev::device(need, id), &topology::port_id(port), 0);
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
-//! Speaking QMP to a running QEMU: the connection, hot-plug of disks, power.
+//! Speaking QMP to a running QEMU: the connection, hot-plug of disks, block jobs, power.
 //!
 //! ```text
-//!   hotplug   power            what the CPI and the supervisor want from a running machine
+//!   hotplug, job   power       what the CPI and the supervisor want from a running machine
 //!      │     ╱   │
 //!   monitor      │             sync facade for a CPI call, one deadline for all of it
 //!        ╲       │
@@ -25,6 +25,7 @@ pub mod connection;
 pub mod error;
 pub mod event;
 pub mod hotplug;
+pub mod job;
 pub mod monitor;
 pub mod power;
 pub mod query;

@@ -24,6 +24,8 @@ question! {
     QueryStatus = "query-status" -> Status;
     /// Which jobs are there?
     QueryJobs = "query-jobs" -> Vec<Job>;
+    /// Which disks do the guest's devices have?
+    QueryBlock = "query-block" -> Vec<BlockDevice>;
 }
 
 /// Which block nodes are there? All of them, also those below others.
@@ -63,13 +65,50 @@ pub struct BlockNode {
     /// Its name.
     #[serde(rename = "node-name")]
     pub name: String,
+    /// What it shows.
+    pub image: NodeImage,
+}
+
+/// What a block node shows to those above it.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct NodeImage {
+    /// Its size, bytes.
+    pub virtual_size: u64,
+}
+
+/// A device of the guest with a place for a disk.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BlockDevice {
+    /// Its path in QEMU's object tree, or its id.
+    pub qdev: Option<String>,
+    /// The disk in it.
+    pub inserted: Option<Inserted>,
+}
+
+/// The disk in a device.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Inserted {
+    /// The node it is. A filter that a job put above it is left out.
+    pub node_name: Option<String>,
 }
 
 /// A block job.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Job {
     /// The name it was started with.
     pub id: String,
     /// `running`, `ready`, `concluded`, …
     pub status: String,
+    /// Why it failed, once it is concluded. QEMU's text.
+    #[serde(default)]
+    pub error: Option<String>,
+    /// How much is done, in no unit.
+    #[serde(default)]
+    pub current_progress: u64,
+    /// How much there is; it may still grow.
+    #[serde(default)]
+    pub total_progress: u64,
 }

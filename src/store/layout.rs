@@ -9,6 +9,8 @@
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
+//!   disk.key                                      what encrypted disks are encrypted with
+//!   pools/<name>                                  there once the pool was used: see [`super::pool`]
 //!   locks/<rank>.<name>
 //!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
@@ -20,31 +22,50 @@
 //!
 //! A VM links its stemcell's image instead of naming it. So a stemcell can be deleted at any time, and the image
 //! goes when the last VM on it does: the kernel counts the references, and they can not be wrong after a crash.
+//! Stemcells of one file are links to one image for the same reason. Images may be in a [pool](super::pool) instead.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::atomic;
 use super::lock::{Guard, Rank};
-use super::record::Record;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use super::pool::Pools;
+use super::record::{DiskImage, DiskRecord, Record, VmRecord};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use crate::config::Config;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// Version of the layout and of every record in it.
 pub const SCHEMA: u32 = 1;
 
+/// Overlay a VM boots from.
+pub const ROOT_IMAGE: &str = "root.qcow2";
+/// A VM's ephemeral disk.
+pub const EPHEMERAL_IMAGE: &str = "ephemeral.qcow2";
+/// A VM's hard link to its stemcell's image, which the overlay is based on.
+pub const BASE_IMAGE: &str = "base.raw";
+/// An imported stemcell's image.
+pub const STEMCELL_IMAGE: &str = "image.raw";
+
 /// The state directory and the run directory that goes with it.
 #[derive(Debug, Clone)]
 pub struct Store {
     state_dir: PathBuf,
     run_dir: PathBuf,
+    pools: Pools,
 }
 
 impl Store {
-    /// The store at these places; nothing is read or made yet.
+    /// The store at these places, without pools; nothing is read or made yet.
     pub fn new(state_dir: &Path, run_dir: &Path) -> Self {
-        Self { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned() }
+        Self { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), pools: Pools::default() }
+    }
+
+    /// The store where `config` says, with its pools.
+    pub fn of(config: &Config) -> Self {
+        let pools = Pools::new(&config.state_dir, config.pools.clone());
+        Self { pools, ..Self::new(&config.state_dir, &config.run_dir) }
     }
 
     /// Makes what a mutating call needs.
@@ -66,7 +87,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),
         }
-        for name in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
+        for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
             atomic::make_dir(&self.state_dir.join(name))?;
         }
         atomic::write(&path, format!("{SCHEMA}\n").as_bytes())?;
@@ -128,6 +149,49 @@ impl Store {
         VmPaths { dir: self.dir_of(VmCid::PREFIX, cid), run: self.run_dir.join("vms").join(cid) }
     }
 
+    /// The pools.
+    pub fn pools(&self) -> &Pools {
+        &self.pools
+    }
+
+    /// Where the images of `cid` are: in `pool`, or beside its record.
+    ///
+    /// # Errors
+    /// As [`Pools::dir`].
+    pub fn images_dir<C: Cid>(&self, cid: &C, pool: Option<&str>) -> Result<PathBuf> {
+        match pool {
+            Some(pool) => Ok(self.pools.dir(pool)?.join(cid)),
+            None => Ok(self.dir_of(C::PREFIX, cid)),
+        }
+    }
+
+    /// The same, made if need be. The record that names the pool must be written before.
+    pub fn make_images_dir<C: Cid>(&self, cid: &C, pool: Option<&str>) -> Result<PathBuf> {
+        let Some(pool) = pool else { return self.images_dir(cid, None) };
+        let top = self.pools.claim(pool)?;
+        let dir = top.join(cid);
+        atomic::make_dir(&dir).map_err(|e| e.during(format!("use pool '{pool}'")))?;
+        Ok(dir)
+    }
+
+    /// A persistent disk's image.
+    pub fn disk_image(&self, disk: &DiskRecord) -> Result<PathBuf> {
+        self.disk_image_at(&disk.cid, &disk.current())
+    }
+
+    /// An image of a persistent disk, in force or not.
+    pub fn disk_image_at(&self, disk: &DiskCid, image: &DiskImage) -> Result<PathBuf> {
+        Ok(self.images_dir(disk, image.pool.as_deref())?.join(image.file_name()))
+    }
+
+    /// The image below a VM's root disk.
+    pub fn base_image(&self, vm: &VmRecord) -> Result<PathBuf> {
+        if vm.base.path.is_absolute() {
+            return Ok(vm.base.path.clone());
+        }
+        Ok(self.images_dir(&vm.cid, vm.base.pool.as_deref())?.join(&vm.base.path))
+    }
+
     fn dir_of(&self, prefix: &str, cid: &impl Cid) -> PathBuf {
         self.state_dir.join(format!("{prefix}s")).join(cid)
     }
@@ -160,13 +224,14 @@ impl Store {
         Ok(names(&self.state_dir.join("locks"))?.into_iter().filter_map(lock).collect())
     }
 
-    /// Whether there is something that the lock `name` is for. A network's lock is for the moment only.
+    /// Whether there is something that the lock `name` is for. A network's lock and a pool's are for the moment only.
     pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
         let prefix = match rank {
             Rank::Stemcell => StemcellCid::PREFIX,
             Rank::Disk => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
-            Rank::Snapshot | Rank::Network => return false,
+            Rank::Snapshot => SnapshotCid::PREFIX,
+            Rank::Network | Rank::Space => return false,
         };
         self.state_dir.join(format!("{prefix}s")).join(name).exists()
     }
@@ -180,7 +245,7 @@ impl Store {
     /// Files that [`atomic::write`] began. A power cut leaves them; one that is being written now is among them, too.
     pub fn temporary_files(&self) -> Result<Vec<PathBuf>> {
         let mut dirs = vec![self.state_dir.clone(), self.run_dir.clone()];
-        for kind in ["stemcells", "vms", "disks"] {
+        for kind in ["stemcells", "vms", "disks", "snaps"] {
             let kind = self.state_dir.join(kind);
             dirs.extend(names(&kind)?.into_iter().map(|name| kind.join(name)));
         }
@@ -243,9 +308,15 @@ impl Store {
         }
     }
 
-    /// Removes the object's directory: everything else first, the record last, so that whoever is interrupted leaves a
+    /// Removes the object's images from pools and its directory: everything else first, the record last, so that whoever is interrupted leaves a
     /// record that says what to finish.
     pub fn remove<R: Record>(&self, cid: &R::Cid) -> Result<()> {
+        for pool in self.read::<R>(cid)?.iter().flat_map(Record::pools) {
+            let pool = self.pools.dir(pool)?;
+            atomic::remove_dir(&pool.join(cid))?;
+            crash::point!("a {}'s images removed from a pool", R::Cid::PREFIX);
+            atomic::sync_dir(pool)?;
+        }
         let record = self.record_path::<R>(cid);
         let dir = record.parent().expect("a record is in a directory");
         let entries = match dir.read_dir() {
@@ -283,7 +354,7 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     names.filter_map(Result::transpose).collect::<std::io::Result<_>>().at("list", dir)
 }
 
-/// Everything of a VM that has a path.
+/// Everything of a VM that has a path but for its images, which may be in a pool.
 #[derive(Debug, Clone)]
 pub struct VmPaths {
     /// What survives a reboot.
@@ -304,12 +375,6 @@ macro_rules! paths {
 }
 
 paths! {
-    /// Overlay the guest boots from.
-    root = dir / "root.qcow2";
-    /// Hard link to the stemcell's image, which the overlay is based on.
-    base = dir / "base.raw";
-    /// Ephemeral disk.
-    ephemeral = dir / "ephemeral.qcow2";
     /// FAT image labelled `CONFIG-2` with the agent's settings. Holds secrets.
     config_drive = dir / "config.img";
     /// What the guest wrote to its serial port.

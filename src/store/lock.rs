@@ -1,7 +1,7 @@
 //! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
 //!
-//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network ([`Rank`]). The network comes last
-//! because it is held for milliseconds, around one change to the kernel's links and rules. A lock file lives as long
+//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network, space ([`Rank`]). The last two are held
+//! for milliseconds, around one change to the kernel's links and rules or one look at the free space. A lock file lives as long
 //! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
 
 use std::cell::RefCell;
@@ -28,11 +28,13 @@ pub enum Rank {
     Vm,
     /// A bridge of this host and its rules.
     Network,
+    /// The space on this host's filesystems, from a look at it until a record takes some.
+    Space,
 }
 
 impl Rank {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Stemcell, Self::Snapshot, Self::Disk, Self::Vm, Self::Network];
+    pub const ALL: [Self; 6] = [Self::Stemcell, Self::Snapshot, Self::Disk, Self::Vm, Self::Network, Self::Space];
 
     /// The word in the lock file's name.
     pub fn as_str(self) -> &'static str {
@@ -42,6 +44,7 @@ impl Rank {
             Self::Disk => "disk",
             Self::Vm => "vm",
             Self::Network => "network",
+            Self::Space => "space",
         }
     }
 }

@@ -7,10 +7,15 @@
 //! This room knows files, not QEMU or networks.
 
 pub mod atomic;
+pub mod disk_key;
+pub mod disk_options;
 pub mod layout;
 pub mod lock;
+pub mod pool;
 pub mod record;
 
+pub use disk_key::DiskKey;
 pub use layout::{Store, VmPaths};
 pub use lock::{Guard, Rank};
-pub use record::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
+pub use pool::Pools;
+pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};

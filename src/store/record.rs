@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::choice;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
+pub use crate::store::disk_options::{Cache, Discard, Preallocation};
 use crate::units::{Bytes, MiB};
 
 /// What every record can say of itself.
@@ -23,10 +24,12 @@ pub trait Record: Serialize + DeserializeOwned {
     fn schema(&self) -> u32;
     /// Where it is in its life.
     fn phase(&self) -> Phase;
+    /// The pools that have files of it, in a directory named after it.
+    fn pools(&self) -> Vec<&str>;
 }
 
 macro_rules! record {
-    ($($name:ident: $cid:ident),*) => {$(
+    ($($name:ident: $cid:ident, in $($pool:ident).+ $(and $($other:ident).+)?;)*) => {$(
         impl Record for $name {
             type Cid = $cid;
 
@@ -41,11 +44,40 @@ macro_rules! record {
             fn phase(&self) -> Phase {
                 self.phase
             }
+
+            fn pools(&self) -> Vec<&str> {
+                [&self.$($pool).+ $(, &self.$($other).+)?].into_iter().flatten().map(String::as_str).collect()
+            }
         }
     )*};
 }
 
-record!(StemcellRecord: StemcellCid, VmRecord: VmCid, DiskRecord: DiskCid);
+record! {
+    StemcellRecord: StemcellCid, in pool;
+    VmRecord: VmCid, in pool and base.pool;
+    SnapshotRecord: SnapshotCid, in disk.pool;
+}
+
+impl Record for DiskRecord {
+    type Cid = DiskCid;
+
+    fn cid(&self) -> &DiskCid {
+        &self.cid
+    }
+
+    fn schema(&self) -> u32 {
+        self.schema
+    }
+
+    fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    fn pools(&self) -> Vec<&str> {
+        let leftover = self.leftover.as_ref().and_then(|leftover| leftover.pool.as_deref());
+        self.pool.as_deref().into_iter().chain(leftover).collect()
+    }
+}
 
 /// Where an object is in its life. `Creating` and `Deleting` with a free lock mean: remove what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,13 +126,28 @@ pub struct StemcellRecord {
     pub format: Format,
     /// What the guest sees as the disk's size.
     pub virtual_size: Bytes,
-    /// A light stemcell's image, which is the operator's; a heavy one's is `image.raw` beside this record.
+    /// A light stemcell's image, which is the operator's; a heavy one's is `image.raw` beside this record or in its pool.
     pub image_path: Option<PathBuf>,
+    /// The pool its image is in; absent: beside this record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// The file it was imported from. Another stemcell of the same file shares the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
     /// The manifest's cloud properties.
     pub cloud_properties: Map<String, Value>,
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
+}
+
+/// A file by its content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Its SHA-256, hexadecimal.
+    pub sha256: String,
+    /// Its length.
+    pub size: Bytes,
 }
 
 /// A VM: all that is needed to start it again.
@@ -128,7 +175,10 @@ pub struct VmRecord {
     pub uid: u32,
     /// Its network cards, in manifest order.
     pub nics: Vec<Nic>,
-    /// The image its root disk is an overlay of: `base.raw` beside this record, or a light stemcell's path.
+    /// The pool its root and ephemeral disks are in; absent: beside this record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// The image its root disk is an overlay of: a link to the stemcell's, or a light stemcell's path.
     pub base: Base,
     /// Root disk's size.
     pub root_size: Bytes,
@@ -230,6 +280,9 @@ pub enum Keeper {
 pub struct Base {
     /// Relative to the VM's directory, or absolute.
     pub path: PathBuf,
+    /// The pool it is in, the stemcell's: a link can not leave its filesystem. Absent: beside the VM's record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// Its format.
     pub format: Format,
 }
@@ -277,8 +330,29 @@ pub struct DiskRecord {
     pub created_at: String,
     /// Its size.
     pub size: MiB,
-    /// Format of its image, `disk.<format>` beside this record.
+    /// Which of its images is in force: 0, or one more with each copy `update_disk` made.
+    #[serde(default)]
+    pub generation: u16,
+    /// Format of its image.
     pub format: Format,
+    /// The pool its image is in; absent: beside this record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// Who caches its writes.
+    #[serde(default)]
+    pub cache: Cache,
+    /// What becomes of blocks the guest discards.
+    #[serde(default)]
+    pub discard: Discard,
+    /// How much of the image was there at its creation.
+    #[serde(default)]
+    pub preallocation: Preallocation,
+    /// Whether the image is encrypted with LUKS, by the key of this host.
+    #[serde(default)]
+    pub encrypted: bool,
+    /// An image that is not in force, to be removed: a copy that is being made, or what was in force before it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leftover: Option<DiskImage>,
     /// The VM that may have it: that VM's record decides. Always written before the VM's.
     pub vm: Option<VmCid>,
     /// The most it may do.
@@ -303,11 +377,91 @@ pub struct Limits {
     pub mbps: Option<u64>,
 }
 
-impl DiskRecord {
-    /// Name of its image, beside its record.
-    pub fn image(&self) -> String {
-        format!("disk.{}", self.format.as_str())
+/// One image of a disk: all that takes a copy to change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskImage {
+    /// See [`DiskRecord::generation`].
+    pub generation: u16,
+    /// Its format.
+    pub format: Format,
+    /// The pool it is in; absent: beside the disk's record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// How much of it was there at its creation.
+    #[serde(default)]
+    pub preallocation: Preallocation,
+    /// Whether it is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
+}
+
+impl DiskImage {
+    /// Its file's name: `disk.<format>` for the first.
+    pub fn file_name(&self) -> String {
+        match self.generation {
+            0 => format!("disk.{}", self.format.as_str()),
+            n => format!("disk-{n}.{}", self.format.as_str()),
+        }
     }
+
+    /// QEMU's name of its node: the cid for the first. So a running QEMU tells which image it works on.
+    pub fn node(&self, disk: &DiskCid) -> String {
+        match self.generation {
+            0 => disk.as_str().to_owned(),
+            n => format!("{disk}.{n}"),
+        }
+    }
+}
+
+impl DiskRecord {
+    /// The image in force.
+    pub fn current(&self) -> DiskImage {
+        DiskImage {
+            generation: self.generation,
+            format: self.format,
+            pool: self.pool.clone(),
+            preallocation: self.preallocation,
+            encrypted: self.encrypted,
+        }
+    }
+
+    /// Puts the leftover in force; what was in force is the leftover now.
+    pub fn switch(&mut self) {
+        let Some(image) = self.leftover.take() else { return };
+        self.leftover = Some(self.current());
+        DiskImage {
+            generation: self.generation,
+            format: self.format,
+            pool: self.pool,
+            preallocation: self.preallocation,
+            encrypted: self.encrypted,
+        } = image;
+    }
+
+    /// Name of its image.
+    pub fn image(&self) -> String {
+        self.current().file_name()
+    }
+}
+
+/// A snapshot of a persistent disk: a copy of its whole image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Layout version.
+    pub schema: u32,
+    /// Its cid.
+    pub cid: SnapshotCid,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// When it was begun, UTC. The copy is of that moment, or of one soon after it.
+    pub created_at: String,
+    /// The disk as it was. Its format, pool and encryption are the copy's, too; the copy is called `disk.<format>`.
+    pub disk: DiskRecord,
+    /// What snapshot_disk said.
+    pub metadata: Map<String, Value>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub newer: Map<String, Value>,
 }
 
 impl VmRecord {

@@ -22,6 +22,8 @@ use crate::host::tail;
 use crate::qemu::{Template, blockdev, command_line};
 use crate::qmp::connection::Connection;
 use crate::qmp::power;
+use crate::store::DiskKey;
+use crate::store::disk_key::WRONG_KEY;
 use crate::store::record::{Accel, VmRecord};
 use crate::sys::confine::{self, Child, Confined, Paths};
 use crate::sys::pidfd::Process;
@@ -105,7 +107,11 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     if kvm["enabled"] != wanted {
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
-    for disk in resources::disks(scope, vm)? {
+    let disks = resources::disks(scope, vm)?;
+    if disks.iter().any(|disk| disk.encrypted) {
+        forget_key(&mut monitor).await?;
+    }
+    for disk in disks {
         if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
             monitor.raw("block_set_io_throttle", &limits).await?;
         }
@@ -127,9 +133,21 @@ async fn serial(scope: &Scope) -> Result<UnixStream> {
     UnixStream::connect(&path).await.at("connect to serial port", &path)
 }
 
+/// The images are open: before the guest runs, nothing in QEMU may know the key of every disk.
+async fn forget_key(monitor: &mut Connection) -> Result<()> {
+    match monitor.raw("object-del", &json!({"id": blockdev::SECRET})).await {
+        // A disk that was attached since its files were opened: QEMU never had the key.
+        Err(error) if error.refused_with("not found") => Ok(()),
+        forgotten => forgotten.map(drop).map_err(Error::from),
+    }
+}
+
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
     let log = scope.paths.qemu_log();
     let said = tail::last_lines(&log, 5);
+    if said.contains(WRONG_KEY) {
+        return DiskKey::of(&scope.config).does_not_open(None);
+    }
     Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {said}"))
         .hint(format!("its whole output is in '{}'", log.display()))
 }

@@ -83,7 +83,7 @@ pub struct Scope {
 impl Scope {
     /// The scope of the VM `cid` under `config`.
     pub fn new(config: Config, cid: VmCid) -> Self {
-        let store = Store::new(&config.state_dir, &config.run_dir);
+        let store = Store::of(&config);
         let paths = store.vm(&cid);
         Self { config, store, cid, paths }
     }

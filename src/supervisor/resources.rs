@@ -1,6 +1,7 @@
 //! Everything QEMU inherits: opened files, taps, listening sockets. Whatever was opened is closed again when this is
 //! dropped, and a closed tap is gone.
 
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -15,7 +16,7 @@ use crate::net::apply::Plug;
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
-use crate::store::{Rank, atomic};
+use crate::store::{DiskKey, Rank, atomic};
 use crate::{image, net};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
@@ -24,6 +25,7 @@ const NETWORK_LOCK: Duration = Duration::from_secs(20);
 /// What QEMU inherits.
 pub(super) struct Resources {
     files: Vec<(Opened, OwnedFd)>,
+    key: Option<OwnedFd>,
     taps: Vec<Plug>,
     qmp: UnixListener,
     supervisor_qmp: UnixListener,
@@ -33,10 +35,12 @@ pub(super) struct Resources {
 impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
+        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
+        let encrypted = needs.iter().any(|need| need.encrypted);
         let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu);
         Ok(Self {
             files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
+            key: if encrypted { Some(key_pipe(scope)?) } else { None },
             taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
             qmp: listen(&scope.paths.qmp())?,
             supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
@@ -48,6 +52,7 @@ impl Resources {
     pub(super) fn handles(&self) -> Handles {
         Handles {
             files: self.files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
+            key: self.key.as_ref().map(AsRawFd::as_raw_fd),
             taps: self.taps.iter().map(|plug| Tap { fd: plug.tap.as_raw_fd(), mtu: plug.mtu }).collect(),
             qmp: self.qmp.as_raw_fd(),
             supervisor_qmp: self.supervisor_qmp.as_raw_fd(),
@@ -59,7 +64,7 @@ impl Resources {
     pub(super) fn into_fds(self) -> Vec<OwnedFd> {
         let sockets = [self.qmp, self.supervisor_qmp, self.serial].map(OwnedFd::from);
         let taps = self.taps.into_iter().map(|plug| plug.tap);
-        self.files.into_iter().map(|(_, fd)| fd).chain(taps).chain(sockets).collect()
+        self.files.into_iter().map(|(_, fd)| fd).chain(self.key).chain(taps).chain(sockets).collect()
     }
 }
 
@@ -77,8 +82,20 @@ fn missing_disk(disk: &DiskCid) -> Error {
 
 /// Opens one file as QEMU wants it.
 fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
-    let (fd, direct) = image::open(&need.path, need.writable, need.direct)?;
+    let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
     Ok((Opened { need, direct, io_uring }, fd))
+}
+
+/// The key of encrypted disks in a pipe: QEMU opens it by name, and once it has read it, it is empty.
+fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
+    let key = DiskKey::of(&scope.config).read()?;
+    let pipe = |error| Error::os("pass the key of encrypted disks through a pipe", error);
+    let (reader, mut writer) = std::io::pipe().map_err(pipe)?;
+    // A key has at most 4096 bytes, which any pipe takes at once.
+    writer.write_all(key.0.as_bytes()).map_err(pipe)?;
+    // A name like /proc/self/fd/3 is opened anew, by QEMU's own user. Nobody else has the name.
+    rustix::fs::fchmod(&reader, rustix::fs::Mode::from_raw_mode(0o444)).map_err(|e| pipe(e.into()))?;
+    Ok(reader.into())
 }
 
 /// Makes the NIC's bridge as it must be and plugs a new tap into it.

@@ -3,6 +3,7 @@
 pub mod code;
 pub mod confine;
 pub mod detach;
+pub mod helper;
 pub mod io_uring;
 mod landlock;
 pub mod pidfd;

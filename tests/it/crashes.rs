@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::disks::is_plugged;
 use crate::support::crash::{Crash, Outcomes, for_each_crash_point};
-use crate::support::host::{Host, eventually, text, vm_cid};
+use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
 
 /// A host, where the program under test has crash points.
@@ -122,13 +122,27 @@ impl Lab {
 #[test]
 fn create_stemcell() {
     let Some(lab) = Lab::new() else { return };
-    let image = lab.host.path("image");
+    // Not the bystander's: that one would be shared.
+    let image = lab.host.path("another-image");
+    fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
     let known = [lab.stemcell.parse().unwrap()];
     lab.walk(
         "create_stemcell",
         || json!([image, {}]),
         |_, made| lab.only_whole::<StemcellRecord>(&text(&made).parse().unwrap(), "delete_stemcell", &known),
     );
+}
+
+#[test]
+fn create_stemcell_of_a_file_that_is_here() {
+    let Some(lab) = Lab::new() else { return };
+    let known = [lab.stemcell.parse().unwrap()];
+    lab.walk(
+        "create_stemcell",
+        || json!([lab.host.path("image"), {}]),
+        |_, made| lab.only_whole::<StemcellRecord>(&text(&made).parse().unwrap(), "delete_stemcell", &known),
+    );
+    assert!(lab.host.store().stemcell_dir(&known[0]).join("image.raw").exists());
 }
 
 #[test]

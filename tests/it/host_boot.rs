@@ -118,7 +118,7 @@ fn one_vm_that_can_not_start_does_not_keep_the_others_off() {
     let stemcell = host.stemcell();
     let (sound, broken) = (host.vm(&stemcell), host.vm(&stemcell));
     host.lose_power();
-    let (root, aside) = (host.paths(&broken).root(), host.path("aside"));
+    let (root, aside) = (host.paths(&broken).dir.join("root.qcow2"), host.path("aside"));
     std::fs::rename(&root, &aside).unwrap();
     let (passed, printed) = host.command(&["host", "start", "--json"]);
     assert!(!passed);

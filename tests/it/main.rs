@@ -3,6 +3,7 @@
 mod audit;
 mod contract;
 mod crashes;
+mod disk_properties;
 mod disks;
 mod docs;
 mod door;
@@ -13,6 +14,7 @@ mod layers;
 mod lifecycle;
 mod linux;
 mod network;
+mod pools;
 mod release;
 mod supervisor;
 mod support;

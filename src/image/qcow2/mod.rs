@@ -9,9 +9,11 @@
 
 mod create;
 pub(super) mod decode;
+mod grow;
 mod header;
 
 pub use create::{Backing, create};
+pub use grow::grow;
 pub use header::{Compression, Encryption, Header, HeaderError};
 
 /// The first four bytes of every qcow2 file.

@@ -6,7 +6,7 @@ use qapi::qmp;
 
 use super::{HotDisk, HotplugError, Inventory};
 use crate::qmp::error::MonitorError;
-use crate::qmp::event::Event;
+use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::{Job, QueryJobs};
 use crate::qmp::wire::printable;
@@ -34,34 +34,10 @@ pub(super) fn sweep(
     Ok(())
 }
 
-/// Ends the disk's own jobs. Whoever started one held the VM's lock, which is ours now: nobody waits for it any more.
+/// Ends the disk's own jobs. Whoever started one held the disk's lock, which is ours now: nobody waits for it any more.
 fn end_jobs(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    loop {
-        let mut own = monitor.execute(&QueryJobs {})?;
-        own.retain(|job| disk.owns_job(&job.id));
-        if own.is_empty() {
-            return Ok(());
-        }
-        if Instant::now() >= until {
-            return Err(in_use(&disk.node, &own));
-        }
-        for Job { id, status } in own {
-            let step = match status.as_str() {
-                "concluded" => monitor.execute(&qmp::job_dismiss { id }),
-                _ => monitor.execute(&qmp::job_cancel { id }),
-            };
-            match step {
-                // Refused: it went on by itself since we asked.
-                Ok(_) | Err(MonitorError::Refused { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        monitor.wait_event(is_of_job, until.min(Instant::now() + RETRY))?;
-    }
-}
-
-fn is_of_job(event: &Event) -> bool {
-    event.name == "JOB_STATUS_CHANGE"
+    let left = job::end_all(monitor, |id| disk.owns_job(id), until)?;
+    if left.is_empty() { Ok(()) } else { Err(in_use(&disk.node, &left)) }
 }
 
 fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), HotplugError> {

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
+use bosh_qemu_cpi::config::Config;
 use bosh_qemu_cpi::host::tail;
 use bosh_qemu_cpi::store::record::StemcellRecord;
 use bosh_qemu_cpi::store::{DiskRecord, Store, VmPaths, VmRecord};
@@ -242,7 +243,7 @@ impl Host {
 
     /// Its records and paths.
     pub fn store(&self) -> Store {
-        Store::new(&self.path("state"), self.run.path())
+        Store::of(&Config::load(Some(&self.path("cpi.json"))).unwrap())
     }
 
     /// A VM's files.
@@ -345,15 +346,19 @@ impl Host {
                 "schema",
                 "state",
                 "stemcells",
+                "snaps",
                 "vms",
                 "disks",
                 "locks",
                 "pending",
                 "uids",
+                "pools",
+                "disk.key",
                 "probe.json",
                 "io-uring.json",
             ];
-            left.extend(entries.filter(|entry| !kept.contains(&entry.as_str())));
+            // `pools/<name>` says that a pool was used.
+            left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !entry.starts_with("pools/")));
         }
         left
     }

@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod crash;
+pub mod filesystem;
 pub mod host;
 pub mod netns;
 pub mod nftables;

@@ -1,0 +1,235 @@
+//! Block jobs: copying a disk while the guest uses it.
+//!
+//! ```text
+//!   blockdev-backup   created ─► running ──────────────────────────────► concluded ─► dismissed
+//!                                   │                                        ▲
+//!   blockdev-mirror   created ─► running ─► ready ─► (job-complete) ─► pending ─► (job-finalize)
+//!                                             │ keeps up with the guest    │ the disk's I/O waits: both images are the
+//!                                             ▼                            ▼ same, and flushed, until one is chosen
+//!                            job-cancel, at any time: concluded, as if it had never been
+//! ```
+//!
+//! A job outlives the client that started it, and QEMU serves one client at a time. So a client that waits for a job
+//! takes [turns](TURN): it looks, waits for events, and closes the connection to let others in. What happened between
+//! two turns is seen by the look. A job is known by its id; whoever knows that can [end](end_all) it.
+
+use std::time::{Duration, Instant};
+
+use qapi::qmp;
+
+use super::error::MonitorError;
+use super::event::Event;
+use super::monitor::Monitor;
+use super::query::{Job, QueryJobs};
+use super::wire::printable;
+use crate::error::{Error, ErrorKind};
+
+/// How long one turn of waiting keeps others from the monitor. They wait five seconds before they give up.
+const TURN: Duration = Duration::from_secs(1);
+/// Longest pause before a job that is being ended is looked at again. Most often an event ends it sooner.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Why a job did not get where it was to get.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// It is not there: somebody ended it, or QEMU was started anew.
+    #[error("qemu has no job '{id}' any more")]
+    Vanished {
+        /// The job.
+        id: String,
+    },
+    /// It gave up. What it wrote is worth nothing.
+    #[error("job '{id}' failed: {why}")]
+    Failed {
+        /// The job.
+        id: String,
+        /// QEMU's text, cut and escaped.
+        why: String,
+    },
+    /// It still works.
+    #[error("job '{id}' is {status} after all the time there was")]
+    Late {
+        /// The job.
+        id: String,
+        /// QEMU's word for what it does.
+        status: String,
+    },
+    /// The monitor failed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+}
+
+impl From<JobError> for Error {
+    fn from(error: JobError) -> Self {
+        let kind = match error {
+            JobError::Monitor(error) => return error.into(),
+            // QEMU's strerror: there is no code.
+            JobError::Failed { ref why, .. } if why.contains("No space left") => ErrorKind::NoDiskSpace,
+            JobError::Failed { .. } | JobError::Vanished { .. } => ErrorKind::Host,
+            JobError::Late { .. } => ErrorKind::Timeout,
+        };
+        Error::new(kind, error.to_string())
+    }
+}
+
+/// Waits, in turns, until the job `id` is in the state `wanted`; `progress` is told how much of how much is done, once a
+/// turn. Answers the connection of the last turn.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn follow(
+    connect: &dyn Fn() -> Result<Monitor, MonitorError>,
+    id: &str,
+    wanted: &str,
+    deadline: Instant,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Monitor, JobError> {
+    loop {
+        let mut monitor = match connect() {
+            // Another client has a long turn.
+            Err(MonitorError::Greeting { .. }) if Instant::now() < deadline => continue,
+            connected => connected?,
+        };
+        match wait(&mut monitor, id, wanted, deadline.min(Instant::now() + TURN)) {
+            Ok(()) => return Ok(monitor),
+            Err(JobError::Late { .. }) if Instant::now() < deadline => {}
+            Err(error) => return Err(error),
+        }
+        if let Some(job) = find(&mut monitor, id)? {
+            progress(job.current_progress, job.total_progress);
+        }
+    }
+}
+
+/// Waits until the job `id` is in the state `wanted`. One that concluded before has failed.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Result<(), JobError> {
+    loop {
+        let job = find(monitor, id)?.ok_or_else(|| JobError::Vanished { id: id.to_owned() })?;
+        match (job.status.as_str(), job.error) {
+            (_, Some(error)) => return Err(JobError::Failed { id: id.to_owned(), why: printable(&error) }),
+            (status, None) if status == wanted => return Ok(()),
+            ("concluded" | "aborting", None) => {
+                return Err(JobError::Failed { id: id.to_owned(), why: "it was ended".into() });
+            }
+            (status, None) if Instant::now() >= until => {
+                return Err(JobError::Late { id: id.to_owned(), status: printable(status) });
+            }
+            _ => {}
+        }
+        monitor.wait_event(|event| is_of_job(event, id), until)?;
+    }
+}
+
+/// The job `id`, if QEMU has it.
+///
+/// # Errors
+/// As [`Monitor::execute`].
+pub fn find(monitor: &mut Monitor, id: &str) -> Result<Option<Job>, MonitorError> {
+    Ok(monitor.execute(&QueryJobs {})?.into_iter().find(|job| job.id == id))
+}
+
+/// Has the concluded job `id` forgotten.
+///
+/// # Errors
+/// As [`Monitor::execute`].
+pub fn dismiss(monitor: &mut Monitor, id: &str) -> Result<(), MonitorError> {
+    monitor.execute(&qmp::job_dismiss { id: id.to_owned() }).map(drop)
+}
+
+/// Ends every job whose id is `ours`, whatever it does, and answers those that are still there at `until`.
+///
+/// # Errors
+/// As [`Monitor::execute`].
+pub fn end_all(monitor: &mut Monitor, ours: impl Fn(&str) -> bool, until: Instant) -> Result<Vec<Job>, MonitorError> {
+    loop {
+        let mut own = monitor.execute(&QueryJobs {})?;
+        own.retain(|job| ours(&job.id));
+        if own.is_empty() || Instant::now() >= until {
+            return Ok(own);
+        }
+        for Job { id, status, .. } in own {
+            let step = match status.as_str() {
+                "concluded" => monitor.execute(&qmp::job_dismiss { id }),
+                _ => monitor.execute(&qmp::job_cancel { id }),
+            };
+            match step {
+                // Refused: it went on by itself since we asked.
+                Ok(_) | Err(MonitorError::Refused { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        monitor.wait_event(|event| event.name == CHANGE, until.min(Instant::now() + RETRY))?;
+    }
+}
+
+const CHANGE: &str = "JOB_STATUS_CHANGE";
+
+fn is_of_job(event: &Event, id: &str) -> bool {
+    event.name == CHANGE && event.data["id"] == id
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::qmp::testing::{Guest, Image, patience};
+
+    /// A job that is `ready` soon and goes on until it is ended.
+    fn mirror(monitor: &mut Monitor, id: &str) {
+        for name in ["source", "target"] {
+            let node = json!({"driver": "null-co", "node-name": format!("{name}-{id}"), "size": 1 << 20});
+            monitor.raw("blockdev-add", &node).unwrap();
+        }
+        let copy = json!({"job-id": id, "device": format!("source-{id}"), "target": format!("target-{id}"),
+            "sync": "full", "auto-dismiss": false, "auto-finalize": false});
+        monitor.raw("blockdev-mirror", &copy).unwrap();
+    }
+
+    #[test]
+    fn a_job_is_followed_while_others_use_the_monitor() {
+        let guest = Guest::booted(Image::Answering, 0);
+        mirror(&mut guest.monitor(), "copy");
+        let connect = || Monitor::connect(&guest.socket(), patience());
+        drop(follow(&connect, "copy", "ready", patience(), &mut |_, _| ()).unwrap());
+        // It does not conclude by itself, and each turn lets the other in.
+        let mut turns = 0;
+        let mut monitor = std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                std::thread::yield_now();
+                let mut monitor = connect().unwrap();
+                monitor.raw("job-complete", &json!({"id": "copy"})).unwrap();
+            });
+            let monitor = follow(&connect, "copy", "pending", patience(), &mut |_, _| turns += 1).unwrap();
+            other.join().unwrap();
+            monitor
+        });
+        assert!(turns < 20, "{turns}");
+        monitor.raw("job-finalize", &json!({"id": "copy"})).unwrap();
+        wait(&mut monitor, "copy", "concluded", patience()).unwrap();
+        dismiss(&mut monitor, "copy").unwrap();
+        let gone = wait(&mut monitor, "copy", "concluded", patience()).unwrap_err();
+        assert!(matches!(gone, JobError::Vanished { .. }), "{gone}");
+    }
+
+    #[test]
+    fn a_job_is_late_failed_or_ended() {
+        let guest = Guest::booted(Image::Answering, 0);
+        let mut monitor = guest.monitor();
+        mirror(&mut monitor, "disk.one");
+        mirror(&mut monitor, "other");
+        let late = wait(&mut monitor, "disk.one", "concluded", Instant::now() + Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(late, JobError::Late { .. }), "{late}");
+        monitor.execute(&qmp::job_cancel { id: "disk.one".into() }).unwrap();
+        let ended = wait(&mut monitor, "disk.one", "pending", patience()).unwrap_err();
+        assert!(matches!(ended, JobError::Failed { .. }), "{ended}");
+        let left = end_all(&mut monitor, |id| id.starts_with("disk."), patience()).unwrap();
+        assert!(left.is_empty());
+        assert!(find(&mut monitor, "other").unwrap().is_some(), "not ours");
+        let full = JobError::Failed { id: "x".into(), why: "No space left on device".into() };
+        assert_eq!(Error::from(full).kind(), ErrorKind::NoDiskSpace);
+    }
+}
