@@ -8,7 +8,7 @@ use bosh_qemu_cpi::store::record::StemcellRecord;
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
 use serde_json::{Value, json};
 
-use crate::disks::is_plugged;
+use crate::disks::{in_qemu, is_plugged};
 use crate::support::crash::{Crash, Outcomes, for_each_crash_point};
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::skip;
@@ -219,15 +219,6 @@ fn delete_disk() {
             "gone".into()
         },
     );
-}
-
-/// What QEMU has of a disk: its device, its nodes, its descriptors.
-fn in_qemu(host: &Host, vm: &VmCid, disk: &DiskCid) -> (bool, usize, usize) {
-    let count = |command: &str, arguments: Value, word: &str| {
-        host.qmp(vm, command, &arguments).unwrap().to_string().matches(word).count()
-    };
-    let nodes = count("query-named-block-nodes", json!({"flat": true}), &format!("\"node-name\":\"{disk}"));
-    (is_plugged(host, vm, disk), nodes, count("query-fdsets", json!({}), &format!("rdwr:{disk}")))
 }
 
 #[test]

@@ -7,6 +7,8 @@ mod docs;
 mod door;
 mod full;
 mod hostile;
+mod hotplug;
+mod identity;
 mod layers;
 mod lifecycle;
 mod linux;
