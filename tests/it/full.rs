@@ -39,6 +39,17 @@ fn a_guest_waits_for_room_and_goes_on() {
 }
 
 #[test]
+fn a_guest_that_waits_for_room_is_not_waited_for_at_a_reboot() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = waiting_vm(&host);
+    host.small().grow(26);
+    let began = std::time::Instant::now();
+    host.ok("reboot_vm", &json!([vm]));
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+}
+
+#[test]
 fn a_guest_that_waits_for_room_can_be_deleted() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
