@@ -1,6 +1,5 @@
 //! Attach and detach while something is wrong with the QEMU, the guest or the other clients.
 
-use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::disks::{assert_data, in_qemu, is_plugged, write_data};
 use crate::support::answer::Answer;
-use crate::support::host::{Host, eventually, gone, vm_cid};
+use crate::support::host::{Host, eventually, vm_cid};
 
 /// Whether the record of `vm` says `phase` of `disk`.
 fn is_in_phase(host: &Host, vm: &VmCid, disk: &DiskCid, phase: AttachmentPhase) -> bool {
@@ -108,13 +107,15 @@ fn a_disk_the_guest_ejected_by_itself_can_be_attached_again_or_detached() {
     let vm = host.booted_vm();
     let disk = host.disk();
     write_data(&host, &disk);
-    // Its place at the serial port is ours now.
-    let supervisor = host.supervisor(&vm).unwrap();
-    supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
-    let mut keyboard = UnixStream::connect(host.paths(&vm).serial()).unwrap();
-    let mut eject = || {
-        keyboard.write_all(b"e").unwrap();
+    // What a guest would write to its own hot-plug registers (guests/acpi-bootsector.S): each bus, then its first slot.
+    let eject = || {
+        host.qmp(&vm, "stop", &json!({})).unwrap();
+        for bus in 0..32 {
+            for write in [format!("o /w 0xcd0 {bus}"), "o /w 0xcc8 1".to_owned()] {
+                host.qmp(&vm, "human-monitor-command", &json!({"command-line": write})).unwrap();
+            }
+        }
+        host.qmp(&vm, "cont", &json!({})).unwrap();
         eventually("the guest ejects", || (!is_plugged(&host, &vm, &disk)).then_some(()));
     };
     host.ok("attach_disk", &json!([vm, disk]));
