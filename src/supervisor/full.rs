@@ -15,7 +15,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
 
 use crate::error::Result;
 use crate::qmp::connection::Connection;
@@ -38,11 +39,13 @@ pub(super) struct Full {
     interval: Duration,
     /// When to look next, or was last.
     next: Option<Instant>,
+    /// An answer that is still to come, from a thread that may hang.
+    asked: Option<oneshot::Receiver<bool>>,
 }
 
 impl Default for Full {
     fn default() -> Self {
-        Self { nodes: BTreeSet::new(), interval: FIRST, next: None }
+        Self { nodes: BTreeSet::new(), interval: FIRST, next: None, asked: None }
     }
 }
 
@@ -94,7 +97,7 @@ impl Full {
     }
 
     /// Whether the filesystems of all images that could not be written have room.
-    async fn has_room(&self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
+    async fn has_room(&mut self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
         let sets = monitor.execute(&qapi::qmp::query_fdsets {}).await?;
         let opened = sets.iter().flat_map(|set| &set.fds);
         let writable = opened.filter_map(|fd| Some((fd.opaque.as_deref()?.strip_prefix("rdwr:")?, fd.fd)));
@@ -104,13 +107,23 @@ impl Full {
         let concerned = writable.clone().filter(|(node, _)| all || self.nodes.contains(*node));
         // By way of the process: the file is the one QEMU writes, whatever has become of its name.
         let paths: Vec<_> = concerned.map(|(_, fd)| format!("/proc/{pid}/fd/{fd}")).collect();
-        let look = tokio::task::spawn_blocking(move || {
-            paths.iter().all(|path| {
-                rustix::fs::statvfs(path.as_str()).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
-            })
-        });
-        Ok(matches!(tokio::time::timeout(PATIENCE, look).await, Ok(Ok(true))))
+        let answer = self.asked.get_or_insert_with(|| ask(paths));
+        let Ok(room) = timeout(PATIENCE, answer).await else { return Ok(false) };
+        self.asked = None;
+        Ok(room == Ok(true))
     }
+}
+
+/// Asks the kernel whether there is room on the filesystems of all `paths`, in a thread that nobody has to wait for.
+fn ask(paths: Vec<String>) -> oneshot::Receiver<bool> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::spawn(move || {
+        let has_room = |path: &String| {
+            rustix::fs::statvfs(path.as_str()).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
+        };
+        let _ = sender.send(paths.iter().all(has_room));
+    });
+    receiver
 }
 
 #[cfg(test)]

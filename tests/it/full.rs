@@ -3,7 +3,8 @@
 use bosh_qemu_cpi::cid::VmCid;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, WRITING_GUEST, vm_cid};
+use crate::disks::in_qemu;
+use crate::support::host::{Host, WRITING_GUEST, text, vm_cid};
 use crate::vm_list::vm_list;
 
 /// A VM whose guest has filled the filesystem of `host` and waits.
@@ -38,6 +39,17 @@ fn a_guest_waits_for_room_and_goes_on() {
 }
 
 #[test]
+fn a_guest_that_waits_for_room_is_not_waited_for_at_a_reboot() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = waiting_vm(&host);
+    host.small().grow(26);
+    let began = std::time::Instant::now();
+    host.ok("reboot_vm", &json!([vm]));
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+}
+
+#[test]
 fn a_guest_that_waits_for_room_can_be_deleted() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
@@ -64,6 +76,17 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
             Err(failure) => {
                 assert_eq!(failure.kind, "NoDiskSpace", "with {free} pages: {failure:?}");
                 assert_eq!(quiet(), before, "with {free} pages free");
+                if method == "attach_disk" {
+                    let nodes = host.qmp(
+                        &serde_json::from_value(arguments[0].clone()).unwrap(),
+                        "query-named-block-nodes",
+                        &json!({"flat": true}),
+                    );
+                    assert!(
+                        !nodes.unwrap().to_string().contains(arguments[1].as_str().unwrap()),
+                        "the guest was not given it"
+                    );
+                }
             }
         }
     }
@@ -86,7 +109,10 @@ fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
     walk("create_stemcell", json!([image, {}]));
     let disk = walk("create_disk", json!([8, {}, null]));
     walk("set_disk_metadata", json!([disk, {"owner": "x".repeat(5000)}]));
+    let cid = text(&disk).parse().unwrap();
+    assert_eq!(in_qemu(&host, &bystander, &cid), (false, 0, 0));
     walk("attach_disk", json!([bystander, disk]));
+    assert_eq!(in_qemu(&host, &bystander, &cid), (true, 2, 1));
     assert_eq!(host.ok("get_disks", &json!([bystander])), json!([disk]));
     walk("create_vm", host.vm_arguments(&stemcell));
     assert!(table.iter().all(|(_, failures)| *failures > 0), "{table:?}");

@@ -10,6 +10,8 @@ mod door;
 mod full;
 mod host_boot;
 mod hostile;
+mod hotplug;
+mod identity;
 mod layers;
 mod lifecycle;
 mod linux;
