@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::cid::VmCid;
+use crate::cid::{SnapshotCid, VmCid};
 
 /// Runs VMs on this host for BOSH. Without a command it is a CPI: it reads one request from standard input and
 /// answers on standard output.
@@ -28,6 +28,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Persistent disks.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Print a reference page of the documentation.
     #[command(hide = true)]
     Reference {
@@ -39,6 +42,16 @@ pub enum Command {
     Supervise {
         /// The VM.
         vm: VmCid,
+    },
+}
+
+/// What is done with disks and BOSH has no call for.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Make a new disk with the data of a snapshot, and print its cid. The snapshot stays.
+    Restore {
+        /// The snapshot.
+        snapshot: SnapshotCid,
     },
 }
 

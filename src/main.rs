@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         None => commands::cpi::run(config).map(|()| true),
         Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
         Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
+        Some(Command::Disk(command)) => commands::disk::run(config, command, &mut std::io::stdout()).map(|()| true),
         Some(Command::Supervise { vm }) => commands::supervise::run(config, vm).map(|()| true),
     };
     match outcome {

@@ -66,7 +66,7 @@ impl Cpi {
             Some(Attached) => {}
             // The guest was asked to let go and may still do so, with the disk mounted again. First that must end.
             Some(Detaching) => self
-                .unplug(&vm, disk_cid, deadline.min(Instant::now() + FINISH))
+                .unplug(&vm, &hot_disk(&disk), deadline.min(Instant::now() + FINISH))
                 .map_err(|e| e.during(format!("finish an earlier detach, to {}", doing())))?,
             Some(Attaching) | None => self.advance(&mut vm, disk_cid, Attaching)?,
         }
@@ -85,14 +85,18 @@ impl Cpi {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
         let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
+        let mut disk = self.store.read::<DiskRecord>(disk_cid)?;
+        if let Some(disk) = &mut disk {
+            self.settle_copy(disk, deadline)?;
+        }
+        let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
-        let disk = self.store.read::<DiskRecord>(disk_cid)?;
         let listed = vm.attachment(disk_cid).is_some();
         if listed {
             self.advance(&mut vm, disk_cid, Detaching)?;
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
-        if let Err(error) = self.unplug(&vm, disk_cid, deadline) {
+        if let Err(error) = self.unplug(&vm, &hot, deadline) {
             // It stays listed as detaching: the disk is the VM's, also after a restart, but the guest may let go of it at
             // any time.
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
@@ -131,7 +135,7 @@ impl Cpi {
                     return Ok(Some(cid.clone()));
                 }
                 // Without a device QEMU may still have the image open, and locked.
-                self.unplug(&vm, &disk.cid, deadline)?;
+                self.unplug(&vm, &hot_disk(disk), deadline)?;
                 vm.forget_attachment(&disk.cid);
                 self.store.write(&vm)?;
                 Ok(None)
@@ -161,7 +165,7 @@ impl Cpi {
     }
 
     /// The VM's monitor, or `None` if the VM is off: then its next start plugs what the record lists.
-    fn monitor(&self, vm: &VmRecord, deadline: Instant) -> Result<Option<Monitor>> {
+    pub(super) fn monitor(&self, vm: &VmRecord, deadline: Instant) -> Result<Option<Monitor>> {
         let paths = self.store.vm(&vm.cid);
         match power_state(&paths)? {
             PowerState::Off => Ok(None),
@@ -177,7 +181,7 @@ impl Cpi {
         let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
         let device = blockdev::device(&opened.need, id);
-        let hot = hot_disk(&disk.cid);
+        let hot = hot_disk(disk);
         let wanted = Attach {
             disk: &hot,
             file: file.as_fd(),
@@ -196,12 +200,12 @@ impl Cpi {
         Ok(())
     }
 
-    fn unplug(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<()> {
+    fn unplug(&self, vm: &VmRecord, disk: &HotDisk, deadline: Instant) -> Result<()> {
         let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
         // After the guest has let go, there is still something to remove.
         hotplug::detach(
             &mut monitor,
-            &hot_disk(disk),
+            disk,
             deadline.checked_sub(CLEANING_UP).map_or(deadline, |until| until.max(Instant::now() + CLEANING_UP / 3)),
         )?;
         Ok(())
@@ -216,12 +220,16 @@ impl Cpi {
 }
 
 /// The names of a disk in QEMU, as `qemu::blockdev` gives them.
-fn hot_disk(disk: &DiskCid) -> HotDisk {
-    let id = disk.as_str().to_owned();
-    HotDisk { below: vec![blockdev::file_node(&id)], node: id.clone(), device: id }
+pub(super) fn hot_disk(disk: &DiskRecord) -> HotDisk {
+    hot_image(&disk.cid, &disk.current().node(&disk.cid))
+}
+
+/// The same of one of its images.
+pub(super) fn hot_image(disk: &DiskCid, node: &str) -> HotDisk {
+    HotDisk { device: disk.as_str().to_owned(), node: node.to_owned(), below: vec![blockdev::file_node(node)] }
 }
 
 /// A call that has used up its time still has to find out where it stands.
-fn grace(deadline: Instant) -> Instant {
+pub(super) fn grace(deadline: Instant) -> Instant {
     deadline.max(Instant::now() + CLEANING_UP)
 }

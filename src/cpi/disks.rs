@@ -79,6 +79,7 @@ impl Cpi {
             return Err(Error::new(ErrorKind::Corrupt, format!("disk '{cid}' has files but no record"))
                 .hint(format!("look into '{}' and remove it by hand", dir.display())));
         };
+        self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
                 .hint("detach it first"));

@@ -425,17 +425,17 @@ impl DiskRecord {
         }
     }
 
+    /// The same disk with another image in force.
+    pub fn with_image(&self, image: &DiskImage) -> Self {
+        let DiskImage { generation, format, pool, preallocation, encrypted } = image.clone();
+        Self { generation, format, pool, preallocation, encrypted, ..self.clone() }
+    }
+
     /// Puts the leftover in force; what was in force is the leftover now.
     pub fn switch(&mut self) {
-        let Some(image) = self.leftover.take() else { return };
-        self.leftover = Some(self.current());
-        DiskImage {
-            generation: self.generation,
-            format: self.format,
-            pool: self.pool,
-            preallocation: self.preallocation,
-            encrypted: self.encrypted,
-        } = image;
+        if let Some(image) = &self.leftover {
+            *self = Self { leftover: Some(self.current()), ..self.with_image(image) };
+        }
     }
 
     /// Name of its image.

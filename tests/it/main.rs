@@ -3,6 +3,8 @@
 mod contract;
 mod crashes;
 mod disk_properties;
+mod disk_resize;
+mod disk_update;
 mod disks;
 mod docs;
 mod door;
@@ -13,6 +15,7 @@ mod linux;
 mod network;
 mod pools;
 mod release;
+mod snapshots;
 mod supervisor;
 mod support;
 mod traces;
