@@ -37,9 +37,9 @@ use crate::image::qemu_img::{Existing, QemuImg};
 use crate::qemu::{FileNeed, Opened, blockdev};
 use crate::qmp::error::MonitorError;
 use crate::qmp::hotplug::{self, HotDisk, HotplugError};
+use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
-use crate::qmp::job;
 use crate::store::record::{DiskImage, DiskRecord, Preallocation};
 use crate::store::{DiskKey, Phase, Rank, VmRecord, atomic};
 use crate::supervisor::{PowerState, power_state};
@@ -50,9 +50,10 @@ use crate::{crash, image};
 const COPY: &str = "copy";
 
 impl Cpi {
-    /// Makes `image`, with the data of the disk, the disk's. The caller holds the disk's lock. Of a copy that fails
-    /// nothing is left, and the disk is what it was.
-    pub(super) fn copy_into(&self, disk: &mut DiskRecord, image: DiskImage, deadline: Instant) -> Result<()> {
+    /// Makes the disk what `next` is: the same with another image, and whatever else is to change with it. The caller
+    /// holds the disk's lock. Of a copy that fails nothing is left, and the disk is what it was.
+    pub(super) fn copy_into(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+        let image = next.current();
         if let Some(left) = &disk.leftover {
             let path = self.store.disk_image_at(&disk.cid, left)?;
             return Err(Error::new(ErrorKind::Host, format!("'{}' can not be removed", path.display()))
@@ -69,13 +70,13 @@ impl Cpi {
         let copied = dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
             match (place.vm.take(), place.monitor.take()) {
                 (Some(vm), Some(monitor)) => {
-                    self.start_mirror(monitor, disk, &image)?;
+                    self.start_mirror(monitor, disk, next)?;
                     // Others may use the VM meanwhile; the disk they can not.
                     drop(place);
-                    self.switch_live(disk, &vm, deadline)
+                    self.switch_live(disk, next, &vm, deadline)
                 }
                 // A VM that is off stays so until its lock is free.
-                _ => self.copy_offline(disk, &image, deadline),
+                _ => self.copy_offline(disk, next, deadline),
             }
         });
         // Settles a copy that failed as it does one that was killed, and after one that worked it removes the old image.
@@ -83,21 +84,40 @@ impl Cpi {
         copied.and(settled)
     }
 
-    fn copy_offline(&self, disk: &mut DiskRecord, target: &DiskImage, deadline: Instant) -> Result<()> {
-        let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image_at(&disk.cid, target)?);
-        let key = DiskKey::of(&self.config);
-        let source =
-            Existing { path: &from, format: disk.format, key: disk.encrypted.then(|| key.path()) };
-        let target = Existing { path: &to, format: target.format, key: target.encrypted.then(|| key.path()) };
-        QemuImg::new(&self.config.qemu.img_binary).fill(&source, &target, deadline)?;
-        crash::point!("image converted");
+    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+        let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
+        self.fill(&from, &disk.current(), &to, &next.current(), deadline)?;
         image::sync(&to)?;
-        disk.switch();
-        self.store.write(disk)
+        self.switch(disk, next)
     }
 
-    fn start_mirror(&self, mut monitor: Monitor, disk: &DiskRecord, target: &DiskImage) -> Result<()> {
-        let need = FileNeed::disk(&self.store, &disk.with_image(target))?;
+    /// The one step between the old image and the new.
+    fn switch(&self, disk: &mut DiskRecord, next: &DiskRecord) -> Result<()> {
+        let switched = DiskRecord { leftover: Some(disk.current()), ..next.clone() };
+        self.store.write(&switched)?;
+        *disk = switched;
+        Ok(())
+    }
+
+    /// Copies the data of the image `source` into the empty one `target`. Nobody may have either open.
+    pub(super) fn fill(
+        &self,
+        from: &Path,
+        source: &DiskImage,
+        to: &Path,
+        target: &DiskImage,
+        deadline: Instant,
+    ) -> Result<()> {
+        let key = DiskKey::of(&self.config);
+        let source = Existing { path: from, format: source.format, key: source.encrypted.then(|| key.path()) };
+        let target = Existing { path: to, format: target.format, key: target.encrypted.then(|| key.path()) };
+        QemuImg::new(&self.config.qemu.img_binary).fill(&source, &target, deadline)?;
+        crash::point!("image converted");
+        Ok(())
+    }
+
+    fn start_mirror(&self, mut monitor: Monitor, disk: &DiskRecord, next: &DiskRecord) -> Result<()> {
+        let need = FileNeed::disk(&self.store, next)?;
         self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
         let hot = hot_disk(disk);
         let mirror = json!({
@@ -109,7 +129,7 @@ impl Cpi {
     }
 
     /// Waits until both images are the same, and switches.
-    fn switch_live(&self, disk: &mut DiskRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
+    fn switch_live(&self, disk: &mut DiskRecord, next: &DiskRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
         let job = hot_disk(disk).job(COPY);
         let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), deadline);
         drop(job::follow(&connect, &job, "ready", deadline, &mut progress(format!("copy of disk {}", disk.cid)))?);
@@ -118,11 +138,8 @@ impl Cpi {
         monitor.execute(&qmp::job_complete { id: job.clone() })?;
         job::wait(&mut monitor, &job, "pending", deadline)?;
         // QEMU has flushed what it wrote; the file's length and blocks are the filesystem's.
-        image::sync(&self.store.disk_image_at(&disk.cid, disk.leftover.as_ref().expect("the copy"))?)?;
-        let mut switched = disk.clone();
-        switched.switch();
-        self.store.write(&switched)?;
-        *disk = switched;
+        image::sync(&self.store.disk_image(next)?)?;
+        self.switch(disk, next)?;
         monitor.execute(&qmp::job_finalize { id: job.clone() })?;
         job::wait(&mut monitor, &job, "concluded", grace(deadline))?;
         Ok(job::dismiss(&mut monitor, &job)?)

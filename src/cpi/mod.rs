@@ -29,11 +29,11 @@ use serde_json::{Map, Value};
 use self::networks::Networks;
 use self::verbs::{CloudProperties, CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
 use crate::cid::{DiskCid, SnapshotCid, StemcellCid, VmCid};
-use crate::units::MiB;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
 use crate::supervisor::Scope;
+use crate::units::MiB;
 
 /// The CPI of this host, for one call.
 #[derive(Debug)]

@@ -1,7 +1,8 @@
 //! snapshot_disk, delete_snapshot, and a new disk made of a snapshot.
 //!
-//! A snapshot is a copy of the disk's whole image, of the same format, in the same pool, and as encrypted. It shares
-//! nothing with the disk but, where the filesystem can, blocks.
+//! A snapshot is a copy of the disk's whole image, in the same pool, and as encrypted. It shares nothing with the disk
+//! but, where the filesystem can, blocks. One that QEMU makes is qcow2 also of a raw disk: into a raw file its job
+//! writes the source's holes with zeros that take space (QEMU 10.0, `FALLOC_FL_ZERO_RANGE`).
 //!
 //! ```text
 //!   pending/<snap>, record `creating` ─┬─ nobody has the image open ──► copied as a file ───────────┐
@@ -34,8 +35,8 @@ use crate::qmp::hotplug;
 use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::store::layout::SCHEMA;
-use crate::store::record::{DiskRecord, Preallocation, SnapshotRecord};
-use crate::store::{Guard, Phase, Rank, VmRecord, atomic};
+use crate::store::record::{DiskRecord, Format, Preallocation, SnapshotRecord};
+use crate::store::{Guard, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, power_state};
 use crate::units::MiB;
 
@@ -67,12 +68,15 @@ impl Cpi {
         // A resize that was killed left the image larger than its record says.
         let size = self.virtual_size(&disk, &mut place)?;
         let need = self.need_of_image(&self.store.disk_image(&disk)?, disk.size)?;
-        let of = DiskRecord { size: MiB::holding(size).unwrap_or(disk.size), preallocation: Preallocation::Off, ..disk };
+        let of =
+            DiskRecord { size: MiB::holding(size).unwrap_or(disk.size), preallocation: Preallocation::Off, ..disk };
+        let is_live = place.monitor.is_some();
         let mut snapshot = SnapshotRecord {
             schema: SCHEMA,
             cid: cid.clone(),
             phase: Phase::Creating,
             created_at: clock::now(),
+            format: if is_live { Format::Qcow2 } else { of.format },
             disk: of,
             metadata,
             newer: Map::new(),
@@ -82,27 +86,26 @@ impl Cpi {
         let path = self.store.snapshot_image(&snapshot)?;
         match place {
             Place { vm: Some(vm), monitor: Some(monitor), lock } => {
-                self.make_disk_image(&dir, &snapshot.disk.current(), size, deadline)?;
+                self.make_disk_image(&dir, &snapshot.image(), size, deadline)?;
                 self.start_backup(monitor, &snapshot)?;
                 // Others may use the VM meanwhile; the disk they can not.
                 drop(lock);
                 self.finish_backup(&snapshot, &vm, deadline)?;
-                image::sync(&path)?;
             }
             _ => {
                 let source = self.store.disk_image(&snapshot.disk)?;
                 let mut progress = progress(format!("snapshot of disk {}", snapshot.disk.cid));
                 image::copy(&source, &path, deadline, &mut progress)?.sync()?;
-                atomic::sync_dir(&dir)?;
             }
         }
+        image::sync(&path)?;
         snapshot.phase = Phase::Ready;
         self.store.write(&snapshot)
     }
 
     fn start_backup(&self, mut monitor: Monitor, snapshot: &SnapshotRecord) -> Result<()> {
         let disk = &snapshot.disk;
-        let image = FileNeed::image(snapshot.cid.as_str(), self.store.snapshot_image(snapshot)?, disk.format, true);
+        let image = FileNeed::image(snapshot.cid.as_str(), self.store.snapshot_image(snapshot)?, snapshot.format, true);
         let need = FileNeed { encrypted: disk.encrypted, ..image };
         self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
         let backup = json!({
@@ -212,9 +215,15 @@ impl Cpi {
         let need = self.need_of_image(&source, disk.size)?;
         self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(disk))?;
         let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
-        let mut progress = progress(format!("disk of snapshot {}", snapshot.cid));
-        image::copy(&source, &dir.join(disk.image()), deadline, &mut progress)?.sync()?;
-        atomic::sync_dir(&dir)?;
+        let target = dir.join(disk.image());
+        if disk.format == snapshot.format {
+            let mut progress = progress(format!("disk of snapshot {}", snapshot.cid));
+            image::copy(&source, &target, deadline, &mut progress)?.sync()?;
+        } else {
+            self.make_disk_image(&dir, &disk.current(), disk.size.bytes(), deadline)?;
+            self.fill(&source, &snapshot.image(), &target, &disk.current(), deadline)?;
+        }
+        image::sync(&target)?;
         disk.phase = Phase::Ready;
         self.store.write(disk)?;
         self.settled(&disk.cid)

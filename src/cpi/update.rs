@@ -1,6 +1,11 @@
 //! update_disk: a disk's size and properties, changed where it is as far as that can be, by a copy as far as it can not.
-
-use std::time::Instant;
+//!
+//! | what | how | holds |
+//! |---|---|---|
+//! | size | in place, as resize_disk | at once |
+//! | `iops`, `mbps` | in place | at once |
+//! | `cache`, `discard` | in place | from the next attach or start of the VM on; with a copy, at once |
+//! | `format`, `pool`, `preallocation`, `encrypted` | by a copy | at once |
 
 use serde_json::{Map, Value};
 
@@ -11,7 +16,7 @@ use crate::error::Result;
 use crate::qemu::blockdev;
 use crate::schema::Whole;
 use crate::store::DiskRecord;
-use crate::store::record::{DiskImage, Limits};
+use crate::store::record::Limits;
 use crate::units::MiB;
 
 impl Cpi {
@@ -26,42 +31,32 @@ impl Cpi {
         asked.validate()?;
         let (_lock, mut disk) = self.locked_idle_disk(cid, deadline)?;
         self.grow_to(&mut disk, size, deadline)?;
-        let wanted = DiskImage {
-            generation: disk.generation,
+        let mut next = DiskRecord {
             format: asked.format,
             pool: asked.pool.clone(),
             preallocation: asked.preallocation,
             encrypted: asked.encrypted,
+            cache: asked.cache,
+            discard: asked.effective_discard(),
+            limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
+            cloud_properties: properties.clone(),
+            ..disk.clone()
         };
-        if wanted != disk.current() {
-            let next = DiskImage { generation: disk.generation.wrapping_add(1), ..wanted };
-            self.copy_into(&mut disk, next, deadline)
+        if next.current() == disk.current() {
+            if (next.cache, next.discard) != (disk.cache, disk.discard) {
+                // QEMU decides both when it opens an image.
+                tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
+            }
+            disk = next;
+            self.store.write(&disk)?;
+        } else {
+            next.generation = disk.generation.wrapping_add(1);
+            self.copy_into(&mut disk, &next, deadline)
                 .map_err(|e| e.during(format!("copy disk '{cid}' into another image")))?;
         }
-        self.change_in_place(&mut disk, &asked, properties, deadline)
-    }
-
-    /// What takes no copy. Limits hold at once; `cache` and `discard` from the next attach_disk or start of the VM on,
-    /// because they are decided when QEMU opens an image.
-    fn change_in_place(
-        &self,
-        disk: &mut DiskRecord,
-        asked: &DiskCloudProperties,
-        properties: &Map<String, Value>,
-        deadline: Instant,
-    ) -> Result<()> {
-        let limits = Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) };
-        let (cache, discard) = (asked.cache, asked.effective_discard());
-        let reopen = (disk.cache, disk.discard) != (cache, discard);
-        *disk = DiskRecord { limits, cache, discard, cloud_properties: properties.clone(), ..disk.clone() };
-        let place = self.place(disk, deadline)?;
-        // Written first: a call that is killed after it is repeated, and the limits below are set again.
-        self.store.write(disk)?;
-        if let Some(mut monitor) = place.monitor {
-            if reopen {
-                tracing::info!(disk = %disk.cid, "cache and discard change when the disk is attached again");
-            }
-            monitor.raw("block_set_io_throttle", &blockdev::throttle_to(disk.cid.as_str(), limits))?;
+        // Last: a call that was killed is repeated, and sets them again.
+        if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {
+            monitor.raw("block_set_io_throttle", &blockdev::throttle_to(cid.as_str(), disk.limits))?;
         }
         Ok(())
     }

@@ -160,7 +160,7 @@ impl Store {
 
     /// A snapshot's image.
     pub fn snapshot_image(&self, snapshot: &SnapshotRecord) -> Result<PathBuf> {
-        Ok(self.images_dir(&snapshot.cid, snapshot.disk.pool.as_deref())?.join(snapshot.disk.image()))
+        Ok(self.images_dir(&snapshot.cid, snapshot.disk.pool.as_deref())?.join(snapshot.image().file_name()))
     }
 
     /// The image below a VM's root disk.

@@ -1,6 +1,7 @@
 //! update_disk: a disk gets another size, other properties, another image; its data and its cid stay.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use serde_json::{Value, json};
@@ -81,6 +82,9 @@ fn an_attached_disk_is_copied_while_its_guest_writes() {
         let is = record(&host, &disk);
         assert_eq!((is.size.get(), is.leftover.clone(), is.generation), (size, None, step as u16 + 1));
         assert_eq!(images(&host, &disk).len(), 1, "{change}");
+        let blocks = fs::metadata(image(&host, &disk)).unwrap().blocks();
+        let is_thin = !(is.preallocation.reserves_space() || is.encrypted);
+        assert!(!is_thin || blocks * 512 < 8 << 20, "{change}: {blocks} blocks");
         let node = node(&host, &vm, &disk).expect("plugged in");
         assert_eq!(node["node-name"], is.current().node(&disk), "{change}");
         assert_eq!(node["image"]["virtual-size"], size << 20);
@@ -122,8 +126,8 @@ fn what_can_not_be_is_refused_before_anything_changes() {
     let before = fs::read(host.store().disk_dir(&disk).join("disk.json")).unwrap();
     let refused = |arguments: Value| host.call("update_disk", &arguments).failure().kind.clone();
     assert_eq!(refused(json!([disk, 7, {"format": "raw"}])), "NotSupported");
-    assert_eq!(refused(json!([disk, 9, {"pool": "nowhere"}])), "CloudError");
-    assert_eq!(refused(json!([disk, 9, {"formt": "raw"}])), "CloudError");
+    assert_eq!(refused(json!([disk, 9, {"pool": "nowhere"}])), "CpiError");
+    assert_eq!(refused(json!([disk, 9, {"formt": "raw"}])), "CpiError");
     assert_eq!(refused(json!([DiskCid::random(), 9, {}])), "DiskNotFound");
     assert_eq!(fs::read(host.store().disk_dir(&disk).join("disk.json")).unwrap(), before);
 }

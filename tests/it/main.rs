@@ -2,6 +2,7 @@
 
 mod contract;
 mod crashes;
+mod disk_crashes;
 mod disk_properties;
 mod disk_resize;
 mod disk_update;

@@ -300,6 +300,7 @@ impl Host {
                 "stemcells",
                 "vms",
                 "disks",
+                "snaps",
                 "locks",
                 "pending",
                 "uids",
