@@ -14,6 +14,7 @@
 #![allow(clippy::print_stdout)]
 
 mod bare;
+mod copies;
 mod lab;
 mod stemcell;
 mod table;
@@ -45,6 +46,7 @@ fn main() {
     }
     crowd(&lab, &mut table, rounds);
     stemcell::import(&lab, &mut table, rounds.min(3));
+    copies::copies(&lab, &mut table, rounds.min(5));
     println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
     println!("{}", lab.supervisor_memory());
 }

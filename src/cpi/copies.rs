@@ -41,8 +41,7 @@ use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
 use crate::store::record::{DiskImage, DiskRecord, Preallocation};
-use crate::store::{DiskKey, Phase, Rank, VmRecord, atomic};
-use crate::supervisor::{PowerState, power_state};
+use crate::store::{DiskKey, Guard, VmRecord, atomic};
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
 
@@ -131,7 +130,8 @@ impl Cpi {
     /// Waits until both images are the same, and switches.
     fn switch_live(&self, disk: &mut DiskRecord, next: &DiskRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
         let job = hot_disk(disk).job(COPY);
-        let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), deadline);
+        // At the deadline the job is looked at once more.
+        let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
         drop(job::follow(&connect, &job, "ready", deadline, &mut progress(format!("copy of disk {}", disk.cid)))?);
         let (_lock, _) = self.locked_vm(&vm.cid, deadline)?;
         let mut monitor = connect()?;
@@ -174,12 +174,7 @@ impl Cpi {
     }
 
     fn settle_in_qemu(&self, disk: &mut DiskRecord, vm: &VmCid, deadline: Instant) -> Result<()> {
-        let Some(record) = self.store.read::<VmRecord>(vm)? else { return Ok(()) };
-        let _lock = self.store.lock(Rank::Vm, vm, deadline)?;
-        if record.phase != Phase::Ready || matches!(power_state(&self.store.vm(vm))?, PowerState::Off) {
-            return Ok(());
-        }
-        let mut monitor = Monitor::connect(&self.store.vm(vm).qmp(), deadline)?;
+        let Some((_lock, mut monitor)) = self.running_vm(vm, deadline)? else { return Ok(()) };
         let left = disk.leftover.clone().expect("the caller looked");
         let hot = hot_image(&disk.cid, &left.node(&disk.cid));
         let job = hot.job(COPY);
@@ -195,6 +190,15 @@ impl Cpi {
         }
         let left = disk.leftover.as_ref().expect("switched or not");
         Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
+    }
+
+    /// The lock and the monitor of a VM that may be gone or off.
+    pub(super) fn running_vm(&self, vm: &VmCid, deadline: Instant) -> Result<Option<(Guard, Monitor)>> {
+        match self.locked_vm(vm, deadline) {
+            Ok((lock, vm)) => Ok(self.monitor(&vm, deadline)?.map(|monitor| (lock, monitor))),
+            Err(error) if error.kind() == ErrorKind::VmNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Has QEMU open the image `need`, for a job to write it.

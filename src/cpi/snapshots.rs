@@ -37,7 +37,6 @@ use crate::qmp::monitor::Monitor;
 use crate::store::layout::SCHEMA;
 use crate::store::record::{DiskRecord, Format, Preallocation, SnapshotRecord};
 use crate::store::{Guard, Phase, Rank, VmRecord};
-use crate::supervisor::{PowerState, power_state};
 use crate::units::MiB;
 
 impl Cpi {
@@ -117,7 +116,8 @@ impl Cpi {
     }
 
     fn finish_backup(&self, snapshot: &SnapshotRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
-        let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), deadline);
+        // At the deadline the job is looked at once more.
+        let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
         let mut progress = progress(format!("snapshot of disk {}", snapshot.disk.cid));
         let mut monitor = job::follow(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
         job::dismiss(&mut monitor, &job_id(snapshot))?;
@@ -136,15 +136,7 @@ impl Cpi {
 
     fn abandon_backup(&self, snapshot: &SnapshotRecord, deadline: Instant) -> Result<()> {
         let Some(vm) = &snapshot.disk.vm else { return Ok(()) };
-        if self.store.read::<VmRecord>(vm)?.is_none_or(|vm| vm.phase != Phase::Ready) {
-            return Ok(());
-        }
-        let _lock = self.store.lock(Rank::Vm, vm, deadline)?;
-        let paths = self.store.vm(vm);
-        if matches!(power_state(&paths)?, PowerState::Off) {
-            return Ok(());
-        }
-        let mut monitor = Monitor::connect(&paths.qmp(), deadline)?;
+        let Some((_lock, mut monitor)) = self.running_vm(vm, deadline)? else { return Ok(()) };
         job::end_all(&mut monitor, |id| id == job_id(snapshot), deadline)?;
         Ok(hotplug::close(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
     }
