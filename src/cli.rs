@@ -31,6 +31,9 @@ pub enum Command {
     /// Persistent disks.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Look at VMs.
+    #[command(subcommand)]
+    Vm(Vm),
     /// Print a reference page of the documentation.
     #[command(hide = true)]
     Reference {
@@ -52,6 +55,17 @@ pub enum DiskCommand {
     Restore {
         /// The snapshot.
         snapshot: SnapshotCid,
+    },
+}
+
+/// What can be done with VMs by hand.
+#[derive(Debug, Subcommand)]
+pub enum Vm {
+    /// List the VMs of this host: what each is doing, its memory, disks and networks.
+    List {
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
     },
 }
 

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use bosh_qemu_cpi::cli::{Cli, Command};
+use bosh_qemu_cpi::cli::{Cli, Command, Vm};
 use bosh_qemu_cpi::{commands, sys};
 use clap::Parser;
 
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         None => commands::cpi::run(config).map(|()| true),
         Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
+        Some(Command::Vm(Vm::List { json })) => commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true),
         Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
         Some(Command::Disk(command)) => commands::disk::run(config, command, &mut std::io::stdout()).map(|()| true),
         Some(Command::Supervise { vm }) => commands::supervise::run(config, vm).map(|()| true),

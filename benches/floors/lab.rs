@@ -17,7 +17,8 @@ use tempfile::TempDir;
 
 use crate::{cid, timed};
 
-const GUEST: &[u8; 512] = include_bytes!("../../guests/acpi-bootsector.bin");
+/// The guest: its boot sector.
+pub const GUEST: &[u8; 512] = include_bytes!("../../guests/acpi-bootsector.bin");
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The host. Dropped, it leaves nothing.

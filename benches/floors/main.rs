@@ -15,7 +15,9 @@
 
 mod bare;
 mod copies;
+mod disks;
 mod lab;
+mod libvirt;
 mod stemcell;
 mod table;
 
@@ -41,14 +43,19 @@ fn main() {
         let mut warm_up = Table::default();
         let table = if round == 0 { &mut warm_up } else { &mut table };
         processes(&lab, table);
-        disks(&lab, table);
+        images(&lab, table);
         life(&lab, table);
     }
     crowd(&lab, &mut table, rounds);
+    disks::sequence(&lab, &mut table, rounds.min(5));
+    let skipped = disks::beside_libvirt(&lab, &mut table, rounds.min(5)).err();
     stemcell::import(&lab, &mut table, rounds.min(3));
     copies::copies(&lab, &mut table, rounds.min(5));
     println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
     println!("{}", lab.supervisor_memory());
+    if let Some(reason) = skipped {
+        println!("not measured beside libvirt: {reason}");
+    }
 }
 
 /// How long `job` took, and its result.
@@ -69,7 +76,7 @@ fn processes(lab: &Lab, table: &mut Table) {
     table.add("has_vm", Target::AtMost(3.0), has_vm, floor);
 }
 
-fn disks(lab: &Lab, table: &mut Table) {
+fn images(lab: &Lab, table: &mut Table) {
     let (create, disk) = lab.call("create_disk", &json!([1024, {}, null]));
     let image = lab.scratch("disk.qcow2");
     let (floor, ()) = timed(|| lab::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1G"]));
@@ -106,6 +113,8 @@ fn life(lab: &Lab, table: &mut Table) {
     let (detach_floor, ()) = timed(|| bare.detach());
     table.add("attach_disk", Target::AtMost(15.0), attached, attach_floor);
     table.add("detach_disk", Target::Above(10.0), detached, detach_floor);
+
+    disks::seen(lab, &vm, &mut bare, table);
 
     let (reboot_floor, ()) = timed(|| bare.reboot(lab, &vm));
     bare.wait_for("BOOTSECTOR-OK");

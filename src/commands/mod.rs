@@ -5,3 +5,4 @@ pub mod disk;
 pub mod reference;
 pub mod selftest;
 pub mod supervise;
+pub mod vm;

@@ -25,12 +25,15 @@ use crate::image;
 use crate::qemu::{FileNeed, Opened, blockdev, topology};
 use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
-use crate::store::record::AttachmentPhase::{Attached, Attaching, Detaching};
+use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, power_state};
 
 /// What is kept of a deadline for removing nodes and descriptors.
 const CLEANING_UP: Duration = Duration::from_secs(3);
+
+/// How long a QEMU that closed its monitor takes to be gone.
+const DYING: Duration = Duration::from_millis(500);
 
 /// A guest that is going to finish an earlier detach does so now, or not before somebody looks after it.
 const FINISH: Duration = Duration::from_secs(10);
@@ -49,7 +52,8 @@ impl Cpi {
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
         let phase = vm.attachment(disk_cid).map(|attachment| attachment.phase);
         let slots = vm.machine.hotplug_slots as usize;
-        if phase.is_none() && vm.disks.len() >= slots {
+        let taken = vm.disks.iter().filter(|other| other.phase != Attaching).count();
+        if phase.is_none() && taken >= slots {
             return Err(Error::new(
                 ErrorKind::NotSupported,
                 format!("VM '{vm_cid}' has {slots} disks and no slot left"),
@@ -70,15 +74,34 @@ impl Cpi {
                 .map_err(|e| e.during(format!("finish an earlier detach, to {}", doing())))?,
             Some(Attaching) | None => self.advance(&mut vm, disk_cid, Attaching)?,
         }
-        if let Err(error) = self.plug(&vm, &disk, deadline) {
-            let plugged = self.is_plugged(&vm, disk_cid, grace(deadline)).unwrap_or(true);
-            if phase != Some(Attached) && !plugged {
-                self.clear(&mut vm, &mut disk)?;
-            }
-            return Err(error.during(doing()));
+        let hint = device_path(disk_cid.as_str());
+        if phase == Some(Attached) {
+            return self.plug(&vm, &disk, deadline).map(|()| hint).map_err(|e| e.during(doing()));
         }
-        self.advance(&mut vm, disk_cid, Attached)?;
-        Ok(device_path(disk_cid.as_str()))
+        vm.set_attachment(disk_cid, Attached);
+        // Once the guest has the disk, no full filesystem may keep us from writing that down.
+        let attached = self.store.stage(&vm).and_then(|record| {
+            self.plug(&vm, &disk, deadline)?;
+            record.commit()
+        });
+        attached.map(|()| hint).map_err(|error| {
+            if let Err(left) = self.take_back(&mut vm, &mut disk) {
+                // Whoever asks for the disk next settles it.
+                tracing::warn!(disk = %disk_cid, error = left.report(), "a failed attach is not undone yet");
+            }
+            error.during(doing())
+        })
+    }
+
+    /// Undoes an attach that failed. It may have used up its time and still has to find out where it stands.
+    fn take_back(&self, vm: &mut VmRecord, disk: &mut DiskRecord) -> Result<()> {
+        let deadline = Instant::now() + CLEANING_UP * 2;
+        if self.is_plugged(vm, &disk.cid, deadline)? {
+            // Written down first, because the guest may let go of it after we have stopped waiting.
+            self.advance(vm, &disk.cid, Detaching)?;
+        }
+        self.unplug(vm, &hot_disk(disk), deadline)?;
+        self.clear(vm, disk)
     }
 
     pub(super) fn detach(&self, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<()> {
@@ -143,7 +166,7 @@ impl Cpi {
         }
     }
 
-    fn advance(&self, vm: &mut VmRecord, disk: &DiskCid, phase: crate::store::record::AttachmentPhase) -> Result<()> {
+    fn advance(&self, vm: &mut VmRecord, disk: &DiskCid, phase: AttachmentPhase) -> Result<()> {
         if vm.attachment(disk).is_some_and(|a| a.phase == phase) {
             return Ok(());
         }
@@ -173,8 +196,12 @@ impl Cpi {
         }
     }
 
+    /// Plugs the disk into a VM that is on.
     fn plug(&self, vm: &VmRecord, disk: &DiskRecord, deadline: Instant) -> Result<()> {
-        let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
+        self.unless_off(vm, deadline, |monitor| self.plug_into(monitor, disk, deadline))
+    }
+
+    fn plug_into(&self, monitor: &mut Monitor, disk: &DiskRecord, deadline: Instant) -> Result<()> {
         let need = FileNeed::disk(&self.store, disk)?;
         let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
         let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu.binary);
@@ -189,10 +216,10 @@ impl Cpi {
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
         };
-        if disk.encrypted && !Inventory::take(&mut monitor)?.has_device(id) {
-            self.with_key(&mut monitor, &disk.cid, |monitor| hotplug::attach(monitor, &wanted, deadline))?;
+        if disk.encrypted && !Inventory::take(monitor)?.has_device(id) {
+            self.with_key(monitor, &disk.cid, |monitor| hotplug::attach(monitor, &wanted, deadline))?;
         } else {
-            hotplug::attach(&mut monitor, &wanted, deadline)?;
+            hotplug::attach(monitor, &wanted, deadline)?;
         }
         if let Some(limits) = blockdev::throttle(id, disk.limits) {
             monitor.raw("block_set_io_throttle", &limits)?;
@@ -200,17 +227,30 @@ impl Cpi {
         Ok(())
     }
 
+    /// Unplugs the disk from a VM that is on, and removes whatever its QEMU has of it.
     fn unplug(&self, vm: &VmRecord, disk: &HotDisk, deadline: Instant) -> Result<()> {
-        let Some(mut monitor) = self.monitor(vm, deadline)? else { return Ok(()) };
         // After the guest has let go, there is still something to remove.
-        hotplug::detach(
-            &mut monitor,
-            disk,
-            deadline.checked_sub(CLEANING_UP).map_or(deadline, |until| until.max(Instant::now() + CLEANING_UP / 3)),
-        )?;
-        Ok(())
+        let until = deadline.checked_sub(CLEANING_UP).unwrap_or(deadline).max(Instant::now() + CLEANING_UP / 3);
+        self.unless_off(vm, deadline, |monitor| Ok(hotplug::detach(monitor, disk, until)?))
     }
 
+    /// Does something with the QEMU of a VM that is on. One that is off, or that ended meanwhile, has nothing plugged in and
+    /// nothing open: its next start goes by the record, and can not begin before we give up the VM's lock.
+    fn unless_off(&self, vm: &VmRecord, deadline: Instant, act: impl FnOnce(&mut Monitor) -> Result<()>) -> Result<()> {
+        let paths = self.store.vm(&vm.cid);
+        let PowerState::On(qemu) = power_state(&paths)? else { return Ok(()) };
+        let acted = Monitor::connect(&paths.qmp(), deadline).map_err(Error::from).and_then(|mut m| act(&mut m));
+        match acted {
+            // A QEMU that dies closes its monitor a moment before it is gone.
+            Err(error) if error.kind() == ErrorKind::Host && qemu.wait_exit(Instant::now() + DYING)? => {
+                tracing::info!(error = error.report(), "QEMU ended meanwhile");
+                Ok(())
+            }
+            acted => acted,
+        }
+    }
+
+    /// Whether the VM's QEMU has a device of the disk's name, whatever the record says.
     fn is_plugged(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<bool> {
         match self.monitor(vm, deadline)? {
             Some(mut monitor) => Ok(Inventory::take(&mut monitor)?.has_device(disk.as_str())),

@@ -51,7 +51,7 @@ pub async fn reset(connection: &mut Connection) -> Result<(), MonitorError> {
 }
 
 /// Presses the power button, again and again, until the machine is down or `until` has passed. A machine whose
-/// vCPUs do not run can not answer.
+/// vCPUs do not run can not answer and is not waited for.
 ///
 /// # Errors
 /// As [`Connection::execute`]; that QEMU goes away is no error here.
@@ -63,6 +63,9 @@ pub async fn press_button(connection: &mut Connection, until: Instant) -> Result
 }
 
 async fn press_until_down(connection: &mut Connection, until: Instant) -> Result<Button, MonitorError> {
+    if !status(connection).await?.running {
+        return Ok(Button::NoAnswer);
+    }
     let mut interval = PRESS_INTERVAL;
     loop {
         connection.execute(&qmp::system_powerdown {}).await?;

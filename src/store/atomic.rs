@@ -3,7 +3,7 @@
 use std::fs::{DirBuilder, File};
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::crash;
 use crate::error::{IoContext, Result};
@@ -11,15 +11,39 @@ use crate::error::{IoContext, Result};
 /// Writes `contents` to `path`, mode 0600: a temporary file beside it, fsync, rename, fsync of the directory. When
 /// this returns, the file survives a power cut; before, the old one does.
 pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
-    let directory = path.parent().expect("a file in the state directory has a parent");
+    stage(path, contents)?.commit()
+}
+
+/// Contents that are on the disk and not yet at their path. Dropped, they are gone.
+#[must_use = "nothing is written before it is committed"]
+pub struct Staged {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+/// The first half of [`write`], after which no full filesystem can get in the way of the second.
+pub fn stage(path: &Path, contents: &[u8]) -> Result<Staged> {
+    let directory = parent(path);
     // tempfile makes it with mode 0600 and removes it unless it is persisted.
     let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory).at("make a file in", directory)?;
     file.write_all(contents).at("write", file.path())?;
     file.as_file().sync_all().at("flush", file.path())?;
     crash::point!("{}: new one written", path.file_name().unwrap_or_default().display());
-    file.persist(path).map_err(|e| e.error).at("replace", path)?;
-    crash::point!("{}: replaced", path.file_name().unwrap_or_default().display());
-    sync_dir(directory)
+    Ok(Staged { file, path: path.to_owned() })
+}
+
+impl Staged {
+    /// The second half.
+    pub fn commit(self) -> Result<()> {
+        let Self { file, path } = self;
+        file.persist(&path).map_err(|e| e.error).at("replace", &path)?;
+        crash::point!("{}: replaced", path.file_name().unwrap_or_default().display());
+        sync_dir(parent(&path))
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().expect("a file in the state directory has a parent")
 }
 
 /// Makes the names in `directory` survive a power cut.

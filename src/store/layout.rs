@@ -27,7 +27,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::atomic;
+use super::atomic::{self, Staged};
 use super::lock::{Guard, Rank};
 use super::pool::Pools;
 use super::record::{DiskImage, DiskRecord, Record, SnapshotRecord, VmRecord};
@@ -220,11 +220,16 @@ impl Store {
 
     /// Writes a record; its directory is made if need be. Durable when it returns.
     pub fn write<R: Record>(&self, record: &R) -> Result<()> {
+        self.stage(record)?.commit()
+    }
+
+    /// Writes a record but for its taking effect, so that a step which can not be undone is not taken in vain.
+    pub fn stage<R: Record>(&self, record: &R) -> Result<Staged> {
         let path = self.record_path::<R>(record.cid());
         atomic::make_dir(path.parent().expect("a record is in a directory"))?;
         let mut text = serde_json::to_vec_pretty(record).expect("a record is plain data");
         text.push(b'\n');
-        atomic::write(&path, &text)
+        atomic::stage(&path, &text)
     }
 
     /// Writes a record that says that its object is being removed. On a full filesystem the old one stays and the removal

@@ -5,6 +5,8 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use crate::error::{IoContext, Result};
 
 /// A file of at most `cap` bytes and one predecessor (`<name>.1`) of as many. Mode 0600: an agent's debug log on the
@@ -15,25 +17,42 @@ pub(super) struct CappedLog {
     file: File,
     size: u64,
     cap: u64,
+    /// Bytes that the filesystem keeps for what comes next: what happens when it is full is worth writing down.
+    reserve: u64,
+    /// Up to where bytes are kept.
+    reserved: u64,
 }
 
 impl CappedLog {
-    /// Opens `path` for appending.
-    pub(super) fn open(path: PathBuf, cap: u64) -> Result<Self> {
+    /// Opens `path` for appending, with `reserve` bytes of the filesystem kept for it.
+    pub(super) fn open(path: PathBuf, cap: u64, reserve: u64) -> Result<Self> {
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path).at("open log", &path)?;
         let size = file.metadata().at("read the size of", &path)?.len();
-        Ok(Self { path, file, size, cap })
+        let mut log = Self { path, file, size, cap, reserve, reserved: 0 };
+        log.keep_space();
+        Ok(log)
     }
 
     /// Appends `bytes`, beginning a new file when this one is full.
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         if self.size + bytes.len() as u64 > self.cap && self.size > 0 {
             super::Scope::rotate(&self.path);
-            *self = Self::open(std::mem::take(&mut self.path), self.cap)?;
+            *self = Self::open(std::mem::take(&mut self.path), self.cap, self.reserve)?;
         }
         self.file.write_all(bytes).at("write log", &self.path)?;
         self.size += bytes.len() as u64;
+        if self.size + self.reserve / 2 > self.reserved {
+            self.keep_space();
+        }
         Ok(())
+    }
+
+    fn keep_space(&mut self) {
+        let (from, length) = (self.size as i64, self.reserve as i64);
+        // Not every filesystem can, and a full one has none left: then what comes may be lost.
+        if length > 0 && fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length).is_ok() {
+            self.reserved = self.size + self.reserve;
+        }
     }
 }
 
@@ -44,7 +63,7 @@ mod tests {
     #[test]
     fn a_flood_leaves_two_files_of_the_cap() {
         let dir = tempfile::tempdir().unwrap();
-        let mut log = CappedLog::open(dir.path().join("console.log"), 100).unwrap();
+        let mut log = CappedLog::open(dir.path().join("console.log"), 100, 50).unwrap();
         for _ in 0..1000 {
             log.append(b"0123456789").unwrap();
         }

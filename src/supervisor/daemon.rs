@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::console_log::CappedLog;
 use super::exit::{Ending, ExitRecord};
+use super::full::Full;
 use super::launch::{self, Running};
 use super::restart::Restarts;
 use super::{Launched, Scope};
@@ -28,6 +29,8 @@ use crate::sys::pidlock;
 /// A guest can write without end to its console, and cause events without end.
 const CONSOLE_CAP: u64 = 1 << 20;
 const EVENTS_CAP: u64 = 256 << 10;
+/// Room for some events of a full filesystem.
+const EVENTS_RESERVE: u64 = 16 << 10;
 /// A restart gives way to the calls that work on the VM, but not for ever.
 const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
@@ -93,6 +96,7 @@ struct Supervisor<'a> {
 struct Run {
     reason: Option<String>,
     host_stopping: bool,
+    full: Full,
 }
 
 impl<'a> Supervisor<'a> {
@@ -106,8 +110,8 @@ impl<'a> Supervisor<'a> {
         Ok(Self {
             scope,
             vm,
-            console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP)?,
-            events: CappedLog::open(scope.paths.events(), EVENTS_CAP)?,
+            console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP, 0)?,
+            events: CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?,
             restarts: Restarts::default(),
             terminate: signal(SignalKind::terminate()).map_err(|e| Error::os("watch for SIGTERM", e))?,
         })
@@ -201,6 +205,11 @@ impl<'a> Supervisor<'a> {
                     Ok(0) | Err(_) => open.1 = false,
                     Ok(length) => self.take_console(&buffer[..length]),
                 },
+                () = run.full.time_to_look(), if open.0 => match run.full.look(&mut monitor, child.process().pid()).await {
+                    Ok(true) => self.note("resumed", &json!({"why": "there is room again"})),
+                    Ok(false) => {}
+                    Err(error) => tracing::warn!(%error, "can not look after a guest that waits for room"),
+                },
                 _ = self.terminate.recv() => {
                     // The host is going down: the guest may do so in order, and is wanted again afterwards.
                     run.host_stopping = true;
@@ -235,6 +244,7 @@ impl<'a> Supervisor<'a> {
         if event.name == "GUEST_PANICKED" {
             run.reason = Some("guest-panic".into());
         }
+        run.full.take(event.kind());
         self.note(&event.name, &event.data);
     }
 

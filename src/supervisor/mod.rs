@@ -11,6 +11,7 @@
 //!
 //! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
 //!   waits on a pipe for one line ([`Launched`]).
+//! - While the guest waits for room on a full filesystem, it looks whether there is some ([`full`]).
 //! - It owns the taps, the console log and the exit record. It only reads `vm.json`: calls write that.
 //! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing.
 //! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
@@ -19,16 +20,19 @@
 mod console_log;
 mod daemon;
 mod exit;
+mod full;
 mod launch;
 mod power;
 mod resources;
 mod restart;
 mod spawn;
+mod status;
 
 pub use daemon::{refuse, supervise};
 pub use exit::{Ending, ExitRecord};
 pub use power::{Button, PowerState, power_state, stop};
 pub use spawn::start;
+pub use status::{State, Status, status};
 
 use std::path::PathBuf;
 

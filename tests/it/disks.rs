@@ -31,6 +31,15 @@ pub fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
     }
 }
 
+/// What QEMU has of a disk: its device, its nodes, its descriptors.
+pub fn in_qemu(host: &Host, vm: &VmCid, disk: &DiskCid) -> (bool, usize, usize) {
+    let count = |command: &str, arguments: Value, word: &str| {
+        host.qmp(vm, command, &arguments).unwrap().to_string().matches(word).count()
+    };
+    let nodes = count("query-named-block-nodes", json!({"flat": true}), &format!("\"node-name\":\"{disk}"));
+    (is_plugged(host, vm, disk), nodes, count("query-fdsets", json!({}), &format!("rdwr:{disk}")))
+}
+
 /// Where a disk's image is.
 fn image(host: &Host, disk: &DiskCid) -> std::path::PathBuf {
     host.store().disk_dir(disk).join("disk.qcow2")
@@ -50,11 +59,11 @@ fn qemu_io(image: &Path, commands: &[&str]) -> String {
 }
 
 /// Writes data that [`assert_data`] finds again.
-fn write_data(host: &Host, disk: &DiskCid) {
+pub fn write_data(host: &Host, disk: &DiskCid) {
     qemu_io(&image(host, disk), &["write -P 0xb0 0 64k", "write -P 0x54 5M 64k"]);
 }
 
-fn assert_data(host: &Host, disk: &DiskCid) {
+pub fn assert_data(host: &Host, disk: &DiskCid) {
     qemu_io(&image(host, disk), &["read -P 0xb0 0 64k", "read -P 0x54 5M 64k", "read -P 0 1M 64k"]);
     let check = Command::new("qemu-img").args(["check", "-q"]).arg(image(host, disk)).status().expect("qemu-img");
     assert!(check.success());

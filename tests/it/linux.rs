@@ -208,3 +208,59 @@ fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
     }
     assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
 }
+
+#[test]
+fn a_disk_is_the_same_whatever_becomes_of_the_guest_and_in_whatever_order_it_comes_back() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(host) = Host::with(json!({"agent": agent()})) else { return };
+    let mut lan = network(0);
+    lan["default"] = json!(["dns", "gateway"]);
+    let vm = create(&host, &import(&host, &dir), &json!({"lan": lan}));
+    booted(&host, &vm);
+    let disks: Vec<DiskCid> =
+        [64, 32].map(|size| text(&host.ok("create_disk", &json!([size, {}, vm]))).parse().unwrap()).into();
+    let attach = |cid: &DiskCid| {
+        let hint = host.ok("attach_disk", &json!([vm, cid]));
+        assert_eq!(hint["path"], format!("/dev/disk/by-id/virtio-{cid}"));
+    };
+    for cid in &disks {
+        attach(cid);
+        disk(&host, cid, "format");
+        disk(&host, cid, &format!("write?text={cid}"));
+        disk(&host, cid, "unmount");
+    }
+    // The guest looks each up in /dev/disk/by-id; the config drive is a disk beside them.
+    let same = |when: &str| {
+        for cid in &disks {
+            // Waits for the disk, as the agent does: its hot-plug takes the guest a moment.
+            assert_eq!(disk(&host, cid, "read"), cid.as_str(), "{when}");
+            disk(&host, cid, "unmount");
+        }
+        let seen = get(&host, "/disks");
+        let bytes = |serial: &str| {
+            let disk = seen.as_array().unwrap().iter().find(|disk| disk["serial"] == serial);
+            disk.unwrap_or_else(|| panic!("{when}: no {serial} in {seen}"))["bytes"].as_u64().unwrap()
+        };
+        assert_eq!(
+            [bytes(disks[0].as_str()), bytes(disks[1].as_str()), bytes("root")],
+            [64, 32, 512].map(|mib| mib << 20)
+        );
+        assert!(bytes("config") > 0, "{when}");
+    };
+    same("at first");
+    for cid in &disks {
+        host.ok("detach_disk", &json!([vm, cid]));
+    }
+    disks.iter().rev().for_each(attach);
+    same("attached in another order");
+
+    host.qmp(&vm, "system_reset", &json!({})).unwrap();
+    host.sees_within(&vm, "GUEST-READY", 2, BOOT);
+    booted(&host, &vm);
+    same("after a reboot of the guest");
+
+    host.crash(&vm);
+    host.sees_within(&vm, "GUEST-READY", 3, BOOT);
+    booted(&host, &vm);
+    same("after a crash of QEMU");
+}

@@ -28,6 +28,7 @@ use tempfile::TempDir;
 
 use super::answer::{Answer, run};
 use super::netns::Namespace;
+use super::small::Small;
 use super::{nftables, skip};
 
 /// How long anything may take before a test calls it stuck. Emulated guests share two cores with other tests.
@@ -35,12 +36,16 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Takes part in hot-plug and follows its power button.
 pub const GUEST: &[u8] = include_bytes!("../../../guests/acpi-bootsector.bin");
+/// Fills its root disk.
+pub const WRITING_GUEST: &[u8] = include_bytes!("../../../guests/writer-bootsector.bin");
 /// Boots, and then never answers anything.
 pub const MUTE_GUEST: &[u8] = include_bytes!("../../../guests/acpi-bootsector-mute.bin");
 
 /// A host of a test's own.
 pub struct Host {
     namespace: Namespace,
+    /// Unmounted before the directory it is in is removed.
+    small: Option<Small>,
     dir: TempDir,
     run: TempDir,
     /// Every VM that was ever heard of: control groups are named after them.
@@ -63,6 +68,7 @@ impl Host {
         let named = |prefix| tempfile::Builder::new().prefix(prefix).rand_bytes(6).to_owned();
         let host = Self {
             namespace: Namespace::new()?,
+            small: None,
             dir: named("bosh-qemu-cpi-test-").tempdir().unwrap(),
             run: named("bqt-").tempdir_in("/run").unwrap(),
             vms: Mutex::default(),
@@ -78,6 +84,20 @@ impl Host {
         }
         fs::write(host.path("cpi.json"), config.to_string()).unwrap();
         Some(host)
+    }
+
+    /// One whose state directory is a filesystem of so many MiB.
+    pub fn on_small_filesystem(mib: u32) -> Option<Self> {
+        let mut host = Self::new()?;
+        let state = host.path("state");
+        fs::create_dir(&state).unwrap();
+        host.small = Some(Small::mount(state, mib));
+        Some(host)
+    }
+
+    /// The filesystem of [`Self::on_small_filesystem`].
+    pub fn small(&self) -> &Small {
+        self.small.as_ref().expect("a small filesystem")
     }
 
     /// Changes the configuration for later calls.

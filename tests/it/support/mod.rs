@@ -7,6 +7,7 @@ pub mod host;
 pub mod images;
 pub mod netns;
 pub mod nftables;
+pub mod small;
 pub mod world;
 
 /// Says why a test does nothing here. A runner counts these lines.

@@ -1,0 +1,119 @@
+//! The same guest and the same disk through libvirt, where that is installed: `virsh` is what others would call.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::host::tail;
+use bosh_qemu_cpi::image;
+use bosh_qemu_cpi::units::Bytes;
+
+use crate::lab::{GUEST, Lab};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const DOMAIN: &str = "bosh-qemu-cpi-floor";
+
+/// A domain of libvirt's whose guest runs. Dropped, it is gone.
+pub struct Libvirt {
+    console: PathBuf,
+    disk: String,
+    seen: usize,
+}
+
+impl Libvirt {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// Why there is no libvirt to compare with.
+    pub fn start(lab: &Lab) -> Result<Self, String> {
+        let version = Command::new("virsh").args(["--connect", "qemu:///system", "version"]).output();
+        match version {
+            Err(error) => return Err(format!("no virsh: {error}")),
+            Ok(said) if !said.status.success() => return Err(format!("virsh reaches no libvirt: {}", stderr(&said))),
+            Ok(_) => {}
+        }
+        let (root, disk, xml) =
+            (lab.scratch("libvirt-root.img"), lab.scratch("libvirt.qcow2"), lab.scratch("domain.xml"));
+        let console = PathBuf::from(lab.scratch("libvirt-console.log"));
+        let mut guest = vec![0; 1 << 20];
+        guest[..GUEST.len()].copy_from_slice(GUEST);
+        std::fs::write(&root, guest).expect("write the guest");
+        image::qcow2::create(disk.as_ref(), Bytes(64 << 20), None).and_then(image::Fresh::sync).expect("an image");
+        std::fs::write(&xml, domain(&root, &console.to_string_lossy())).expect("write the domain");
+        let made = virsh(&["create", &xml]);
+        if !made.status.success() {
+            return Err(format!("libvirt starts no such domain: {}", stderr(&made)));
+        }
+        let domain = Self { console, disk, seen: 0 };
+        domain.wait_for("BOOTSECTOR-OK", 1);
+        domain.pause();
+        Ok(domain)
+    }
+
+    /// Plugs the disk in and waits for the guest's word.
+    pub fn attach(&mut self) {
+        let words = ["--targetbus", "virtio", "--driver", "qemu", "--subdriver", "qcow2", "--cache", "none", "--live"];
+        self.change(&[&["attach-disk", DOMAIN, &self.disk, "vdb"], &words[..]].concat());
+        self.seen += 1;
+        self.wait_for("\nU", self.seen);
+    }
+
+    /// Unplugs it. libvirt returns before or after the guest has let go, so its word is waited for, too.
+    pub fn detach(&self) {
+        self.change(&["detach-disk", DOMAIN, "vdb", "--live"]);
+        self.wait_for("\nD", self.seen);
+    }
+
+    /// Stops the guest's CPU.
+    pub fn pause(&self) {
+        self.change(&["suspend", DOMAIN]);
+    }
+
+    /// Goes on.
+    pub fn resume(&self) {
+        self.change(&["resume", DOMAIN]);
+    }
+
+    fn change(&self, words: &[&str]) {
+        let said = virsh(words);
+        assert!(said.status.success(), "virsh {words:?}: {}", stderr(&said));
+    }
+
+    fn wait_for(&self, word: &str, times: usize) {
+        tail::wait_for(&self.console, word, times, Instant::now() + PATIENCE).expect("the guest's word");
+    }
+}
+
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        virsh(&["destroy", DOMAIN]);
+    }
+}
+
+fn virsh(words: &[&str]) -> Output {
+    let mut command = Command::new("virsh");
+    command.args(["--connect", "qemu:///system", "--quiet"]).args(words).output().expect("run virsh")
+}
+
+fn stderr(said: &Output) -> String {
+    String::from_utf8_lossy(&said.stderr).trim().to_owned()
+}
+
+/// Emulated, as ours is here, with one port to plug a disk into.
+fn domain(root: &str, console: &str) -> String {
+    format!(
+        "<domain type='qemu'><name>{DOMAIN}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
+         <seclabel type='none' model='none'/>
+         <devices>
+           <emulator>/usr/bin/qemu-system-x86_64</emulator>
+           <controller type='pci' model='pcie-root'/>
+           <controller type='pci' model='pcie-root-port'/><controller type='pci' model='pcie-root-port'/>
+           <controller type='pci' model='pcie-root-port'/><controller type='pci' model='pcie-root-port'/>
+           <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{root}'/>
+             <target dev='vda' bus='virtio'/></disk>
+           <serial type='file'><source path='{console}'/></serial>
+           <memballoon model='none'/>
+         </devices></domain>"
+    )
+}

@@ -1,0 +1,132 @@
+//! `bosh-qemu-cpi vm list`: every VM of this host and what it is doing.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::cid::VmCid;
+use crate::config::{self, Config};
+use crate::error::{Error, Result};
+use crate::store::record::{Attachment, AttachmentPhase};
+use crate::store::{Phase, Store, VmRecord};
+use crate::supervisor::{Status, status};
+
+/// How long each QEMU is asked. One that is well answers in a millisecond.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How many are asked at once, so that some that hang do not add up.
+const AT_ONCE: usize = 32;
+
+/// What there is to tell of a VM.
+struct Line {
+    cid: VmCid,
+    /// The record and what the VM is doing, or why that can not be said.
+    known: Result<(VmRecord, Status)>,
+}
+
+/// Prints a table, or with `as_json` an array.
+pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<()> {
+    let config = Config::load(config::file(config).as_deref())?;
+    let store = Store::new(&config.state_dir, &config.run_dir);
+    let mut cids = store.list::<VmRecord>()?;
+    cids.sort();
+    let lines: Vec<_> = cids.chunks(AT_ONCE).flat_map(|cids| look(&store, cids)).collect();
+    let text = if as_json {
+        let array: Vec<_> = lines.iter().map(Line::json).collect();
+        serde_json::to_string_pretty(&array).expect("plain data") + "\n"
+    } else {
+        table(&lines)
+    };
+    output.write_all(text.as_bytes()).map_err(|e| Error::os("write the list", e))
+}
+
+fn look(store: &Store, cids: &[VmCid]) -> Vec<Line> {
+    std::thread::scope(|threads| {
+        let looks: Vec<_> = cids.iter().map(|cid| threads.spawn(|| look_at(store, cid))).collect();
+        looks.into_iter().filter_map(|look| look.join().expect("no panic")).collect()
+    })
+}
+
+/// `None` if the VM is gone since it was listed.
+fn look_at(store: &Store, cid: &VmCid) -> Option<Line> {
+    let known = store.read::<VmRecord>(cid).transpose()?.and_then(|vm| {
+        let status = status(&store.vm(cid), vm.run, Instant::now() + PATIENCE)?;
+        Ok((vm, status))
+    });
+    Some(Line { cid: cid.clone(), known })
+}
+
+impl Line {
+    fn json(&self) -> Value {
+        let (vm, status) = match &self.known {
+            Ok(known) => known,
+            Err(error) => return json!({"cid": self.cid, "state": "unknown", "reason": error.report()}),
+        };
+        let mut line = json!({
+            "cid": self.cid,
+            "phase": vm.phase,
+            "accelerator": vm.machine.accel,
+            "memory_mib": vm.machine.ram.get(),
+            "cpus": vm.machine.cpus,
+            "disks": vm.disks,
+            "networks": vm.nics.iter().map(|nic| json!({"name": nic.network, "mac": nic.mac, "tap": nic.tap})).collect::<Vec<_>>(),
+            "metadata": vm.metadata,
+        });
+        let Value::Object(status) = serde_json::to_value(status).expect("plain data") else { return line };
+        line.as_object_mut().expect("an object").extend(status);
+        line
+    }
+
+    /// The cells of the table.
+    fn cells(&self) -> [String; 7] {
+        let cid = self.cid.to_string();
+        let (vm, status) = match &self.known {
+            Ok(known) => known,
+            Err(error) => return [cid, format!("unknown: {error}"), dash(), dash(), dash(), dash(), dash()],
+        };
+        let mut state = status.state.as_str().to_owned();
+        if let Some(reason) = &status.reason {
+            state = format!("{state}: {reason}");
+        }
+        match vm.phase {
+            Phase::Ready => {}
+            Phase::Creating => state = format!("being created, {state}"),
+            Phase::Deleting => state = format!("being deleted, {state}"),
+        }
+        let or_dash = |words: Vec<String>| if words.is_empty() { dash() } else { words.join(",") };
+        [
+            cid,
+            state,
+            vm.machine.accel.as_str().to_owned(),
+            status.pid.map_or_else(dash, |pid| pid.to_string()),
+            vm.machine.ram.to_string(),
+            or_dash(vm.disks.iter().map(attachment).collect()),
+            or_dash(vm.nics.iter().map(|nic| nic.network.escape_debug().to_string()).collect()),
+        ]
+    }
+}
+
+fn dash() -> String {
+    "-".to_owned()
+}
+
+fn attachment(attachment: &Attachment) -> String {
+    match attachment.phase {
+        AttachmentPhase::Attached => attachment.disk.to_string(),
+        AttachmentPhase::Attaching => format!("{} (attaching)", attachment.disk),
+        AttachmentPhase::Detaching => format!("{} (detaching)", attachment.disk),
+    }
+}
+
+fn table(lines: &[Line]) -> String {
+    let head = ["CID", "STATE", "ACCEL", "PID", "MEMORY", "DISKS", "NETWORKS"].map(str::to_owned);
+    let rows: Vec<_> = std::iter::once(head).chain(lines.iter().map(Line::cells)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; 7] = std::array::from_fn(width);
+    let line = |row: &[String; 7]| {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}

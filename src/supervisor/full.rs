@@ -1,0 +1,165 @@
+//! A guest that waits because the filesystem of one of its images is full.
+//!
+//! ```text
+//!              BLOCK_IO_ERROR, nospace, stop                   look: room, still `io-error`
+//!   running ─────────────────────────────────► waiting ────────────────────────────────────► cont, running
+//!                                               │   ▲
+//!                                               └───┘ look: no room; the next look after twice the time
+//! ```
+//!
+//! QEMU pauses the guest and keeps the request (`werror=enospc`, its default for virtio-blk): nothing is lost, and the
+//! guest sees no error. No event tells of room: inotify and fanotify know files, and room comes from files on that
+//! filesystem that are nobody's we know, from a quota, from a volume that was grown. So the supervisor looks, and only
+//! while a guest waits.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+
+use crate::error::Result;
+use crate::qmp::connection::Connection;
+use crate::qmp::error::MonitorError;
+use crate::qmp::{EventKind, power};
+
+/// How long after the pause the first look is.
+const FIRST: Duration = Duration::from_secs(1);
+/// The longest time between two looks.
+const LONGEST: Duration = Duration::from_secs(30);
+/// Bytes that are room. Less would be used up before an operator has noticed.
+const ROOM: u64 = 16 << 20;
+/// A statvfs(2) that takes longer is of a filesystem that does not answer, such as a server's that is gone.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether the guest waits for room, and when to look again.
+pub(super) struct Full {
+    /// The block nodes that could not be written.
+    nodes: BTreeSet<String>,
+    interval: Duration,
+    /// When to look next, or was last.
+    next: Option<Instant>,
+    /// An answer that is still to come, from a thread that may hang.
+    asked: Option<oneshot::Receiver<bool>>,
+}
+
+impl Default for Full {
+    fn default() -> Self {
+        Self { nodes: BTreeSet::new(), interval: FIRST, next: None, asked: None }
+    }
+}
+
+impl Full {
+    /// Takes notice of an event.
+    pub(super) fn take(&mut self, event: EventKind<'_>) {
+        match event {
+            EventKind::BlockIoError { node, action: "stop", no_space: true, .. } => {
+                if self.nodes.is_empty() {
+                    // A guest that goes on and fills the disk again at once waits longer each time.
+                    let again = self.next.is_some_and(|last| last.elapsed() < LONGEST);
+                    self.interval = if again { self.longer() } else { FIRST };
+                    self.next = Some(Instant::now() + self.interval);
+                }
+                self.nodes.insert(node.unwrap_or_default().to_owned());
+            }
+            // By us, or by an operator.
+            EventKind::Resume => self.nodes.clear(),
+            _ => {}
+        }
+    }
+
+    fn longer(&self) -> Duration {
+        LONGEST.min(self.interval * 2)
+    }
+
+    /// Waits for the time of the next look; for ever if no guest waits.
+    pub(super) async fn time_to_look(&self) {
+        match self.next {
+            Some(next) if !self.nodes.is_empty() => tokio::time::sleep_until(next).await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Has the guest go on if there is room. Whether it was told to.
+    pub(super) async fn look(&mut self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
+        self.interval = self.longer();
+        self.next = Some(Instant::now() + self.interval);
+        if power::status(monitor).await?.state != "io-error" {
+            // Somebody let it go on and stopped it again, for reasons of their own.
+            self.nodes.clear();
+            return Ok(false);
+        }
+        if !self.has_room(monitor, pid).await? {
+            return Ok(false);
+        }
+        power::cont(monitor).await?;
+        Ok(true)
+    }
+
+    /// Whether the filesystems of all images that could not be written have room.
+    async fn has_room(&mut self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
+        let sets = monitor.execute(&qapi::qmp::query_fdsets {}).await?;
+        let opened = sets.iter().flat_map(|set| &set.fds);
+        let writable = opened.filter_map(|fd| Some((fd.opaque.as_deref()?.strip_prefix("rdwr:")?, fd.fd)));
+        let known = |node: &str| writable.clone().any(|(its, _)| its == node);
+        // A node that has no descriptor of its own, such as a job's, may be on any of them.
+        let all = !self.nodes.iter().all(|node| known(node));
+        let concerned = writable.clone().filter(|(node, _)| all || self.nodes.contains(*node));
+        // By way of the process: the file is the one QEMU writes, whatever has become of its name.
+        let paths: Vec<_> = concerned.map(|(_, fd)| format!("/proc/{pid}/fd/{fd}")).collect();
+        let answer = self.asked.get_or_insert_with(|| ask(paths));
+        let Ok(room) = timeout(PATIENCE, answer).await else { return Ok(false) };
+        self.asked = None;
+        Ok(room == Ok(true))
+    }
+}
+
+/// Asks the kernel whether there is room on the filesystems of all `paths`, in a thread that nobody has to wait for.
+fn ask(paths: Vec<String>) -> oneshot::Receiver<bool> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::spawn(move || {
+        let has_room = |path: &String| {
+            rustix::fs::statvfs(path.as_str()).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
+        };
+        let _ = sender.send(paths.iter().all(has_room));
+    });
+    receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NO_SPACE: EventKind<'_> =
+        EventKind::BlockIoError { node: Some("root"), operation: "write", action: "stop", no_space: true, reason: "" };
+
+    #[tokio::test]
+    async fn a_guest_that_fills_the_disk_again_at_once_waits_longer() {
+        let mut full = Full::default();
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            full.take(NO_SPACE);
+            waits.push(full.interval.as_secs());
+            full.take(NO_SPACE);
+            full.next = Some(Instant::now());
+            full.take(EventKind::Resume);
+        }
+        assert_eq!(waits, [1, 2, 4, 8, 16, 30, 30, 30]);
+        full.next = Instant::now().checked_sub(LONGEST);
+        full.take(NO_SPACE);
+        assert_eq!(full.interval, FIRST);
+    }
+
+    #[tokio::test]
+    async fn only_a_full_filesystem_is_waited_for() {
+        let mut full = Full::default();
+        for (action, no_space) in [("report", true), ("stop", false)] {
+            full.take(EventKind::BlockIoError { node: None, operation: "write", action, no_space, reason: "" });
+            assert!(full.nodes.is_empty());
+        }
+        full.take(NO_SPACE);
+        assert_eq!(full.nodes.len(), 1);
+        full.take(EventKind::Resume);
+        assert!(full.nodes.is_empty());
+    }
+}

@@ -1,0 +1,134 @@
+//! A full filesystem: guests wait and go on, calls say so and leave nothing.
+
+use bosh_qemu_cpi::cid::VmCid;
+use serde_json::{Value, json};
+
+use crate::disks::in_qemu;
+use crate::support::host::{Host, WRITING_GUEST, text, vm_cid};
+use crate::vm_list::vm_list;
+
+/// A VM whose guest has filled the filesystem of `host` and waits.
+fn waiting_vm(host: &Host) -> VmCid {
+    let mut arguments = host.vm_arguments(&host.import(WRITING_GUEST));
+    arguments[2]["root_disk"] = json!(64);
+    let vm = vm_cid(&host.ok("create_vm", &arguments));
+    host.event(&vm, "BLOCK_IO_ERROR", 1);
+    host.event(&vm, "STOP", 1);
+    vm
+}
+
+#[test]
+fn a_guest_waits_for_room_and_goes_on() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = waiting_vm(&host);
+    let listed = vm_list(&host);
+    assert_eq!(listed[0]["state"], "paused");
+    assert_eq!(listed[0]["reason"], "io-error on root (no space)");
+    assert_eq!(host.ok("has_vm", &json!([vm])), true);
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
+    let written = |host: &Host| std::fs::read_to_string(host.paths(&vm).console_log()).unwrap().matches("W").count();
+    let before = written(&host);
+    assert!(before > 10);
+
+    host.small().grow(128);
+    host.event(&vm, "resumed", 1);
+    host.sees(&vm, "END", 1);
+    // One for each 64 KiB of the disk but for the first.
+    assert_eq!(written(&host), 1023);
+    assert_eq!(vm_list(&host)[0]["state"], "running");
+}
+
+#[test]
+fn a_guest_that_waits_for_room_is_not_waited_for_at_a_reboot() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = waiting_vm(&host);
+    host.small().grow(26);
+    let began = std::time::Instant::now();
+    host.ok("reboot_vm", &json!([vm]));
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+}
+
+#[test]
+fn a_guest_that_waits_for_room_can_be_deleted() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = waiting_vm(&host);
+    host.ok("delete_vm", &json!([vm]));
+    assert_eq!(host.ok("has_vm", &json!([vm])), false);
+}
+
+/// Calls `method` with no page of the filesystem free, then one, and so on until it succeeds. Each failure says that there
+/// is no space and leaves what there was. The result, and how often it failed.
+fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, u64) {
+    let quiet = || {
+        let mut left = host.left();
+        left.retain(|what| what != "ballast");
+        left
+    };
+    let before = quiet();
+    for free in 0..500 {
+        host.small().fill(free);
+        match host.call(method, arguments).outcome {
+            Ok(result) => {
+                host.small().empty();
+                return (result, free);
+            }
+            Err(failure) => {
+                assert_eq!(failure.kind, "NoDiskSpace", "with {free} pages: {failure:?}");
+                assert_eq!(quiet(), before, "with {free} pages free");
+                if method == "attach_disk" {
+                    let nodes = host.qmp(
+                        &serde_json::from_value(arguments[0].clone()).unwrap(),
+                        "query-named-block-nodes",
+                        &json!({"flat": true}),
+                    );
+                    assert!(
+                        !nodes.unwrap().to_string().contains(arguments[1].as_str().unwrap()),
+                        "the guest was not given it"
+                    );
+                }
+            }
+        }
+    }
+    panic!("{method} does not succeed with 2 MB");
+}
+
+#[test]
+fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let stemcell = host.stemcell();
+    let image = host.path("image");
+    let bystander = host.vm(&stemcell);
+    host.sees(&bystander, "BOOTSECTOR-OK", 1);
+    let mut table = Vec::new();
+    let mut walk = |method: &'static str, arguments: Value| {
+        let (result, failures) = with_ever_more_room(&host, method, &arguments);
+        table.push((method, failures));
+        result
+    };
+    walk("create_stemcell", json!([image, {}]));
+    let disk = walk("create_disk", json!([8, {}, null]));
+    walk("set_disk_metadata", json!([disk, {"owner": "x".repeat(5000)}]));
+    let cid = text(&disk).parse().unwrap();
+    assert_eq!(in_qemu(&host, &bystander, &cid), (false, 0, 0));
+    walk("attach_disk", json!([bystander, disk]));
+    assert_eq!(in_qemu(&host, &bystander, &cid), (true, 2, 1));
+    assert_eq!(host.ok("get_disks", &json!([bystander])), json!([disk]));
+    walk("create_vm", host.vm_arguments(&stemcell));
+    assert!(table.iter().all(|(_, failures)| *failures > 0), "{table:?}");
+}
+
+#[test]
+fn what_makes_room_needs_none() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    let stemcells = host.store().list::<bosh_qemu_cpi::store::record::StemcellRecord>().unwrap();
+    host.small().fill(0);
+    host.ok("delete_vm", &json!([vm]));
+    host.small().fill(0);
+    host.ok("delete_disk", &json!([disk]));
+    host.small().fill(0);
+    host.ok("delete_stemcell", &json!([stemcells[0]]));
+    host.small().empty();
+}

@@ -1,0 +1,49 @@
+//! A filesystem that is full at will.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A tmpfs. It counts pages of 4 KiB, and a file of one byte takes one.
+pub struct Small(PathBuf);
+
+impl Small {
+    /// Mounts one of so many MiB.
+    pub fn mount(at: PathBuf, mib: u32) -> Self {
+        let options = format!("size={mib}m,mode=0700");
+        mount(Some("tmpfs"), &at, Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).unwrap();
+        Self(at)
+    }
+
+    /// Makes it larger.
+    pub fn grow(&self, mib: u32) {
+        let options = format!("size={mib}m");
+        mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::MS_REMOUNT, Some(options.as_str())).unwrap();
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.0.join("ballast")
+    }
+
+    /// Fills it but for so many pages.
+    pub fn fill(&self, free_pages: u64) {
+        let mut ballast = File::options().create(true).append(true).open(self.ballast()).unwrap();
+        while ballast.write_all(&[1; 4096]).is_ok() {}
+        let size = ballast.metadata().unwrap().len();
+        ballast.set_len((size / 4096).checked_sub(free_pages).expect("that much ballast") * 4096).unwrap();
+    }
+
+    /// Takes out what [`Self::fill`] put in.
+    pub fn empty(&self) {
+        fs::remove_file(self.ballast()).unwrap();
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        // Detached: a process that a failed test left may still be in it.
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
