@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::cid::VmCid;
+use crate::cid::{SnapshotCid, VmCid};
 
 /// Runs VMs on this host for BOSH. Without a command it is a CPI: it reads one request from standard input and
 /// answers on standard output.
@@ -28,6 +28,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Persistent disks.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Look at VMs.
     #[command(subcommand)]
     Vm(Vm),
@@ -83,6 +86,16 @@ pub enum Host {
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
+    },
+}
+
+/// What is done with disks and BOSH has no call for.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Make a new disk with the data of a snapshot, and print its cid. The snapshot stays.
+    Restore {
+        /// The snapshot.
+        snapshot: SnapshotCid,
     },
 }
 

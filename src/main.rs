@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
         Some(Command::Vm(Vm::List { json })) => commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true),
         Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
+        Some(Command::Disk(command)) => commands::disk::run(config, command, &mut std::io::stdout()).map(|()| true),
         Some(Command::Audit { json }) => commands::audit::run(config, false, json, &mut std::io::stdout()),
         Some(Command::Gc { dry_run, json }) => commands::audit::run(config, !dry_run, json, &mut std::io::stdout()),
         Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),

@@ -14,6 +14,7 @@
 #![allow(clippy::print_stdout)]
 
 mod bare;
+mod copies;
 mod disks;
 mod lab;
 mod libvirt;
@@ -49,6 +50,7 @@ fn main() {
     disks::sequence(&lab, &mut table, rounds.min(5));
     let skipped = disks::beside_libvirt(&lab, &mut table, rounds.min(5)).err();
     stemcell::import(&lab, &mut table, rounds.min(3));
+    copies::copies(&lab, &mut table, rounds.min(5));
     println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
     println!("{}", lab.supervisor_memory());
     if let Some(reason) = skipped {

@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod cpi;
+pub mod disk;
 pub mod host;
 pub mod reference;
 pub mod selftest;

@@ -70,7 +70,7 @@ impl Cpi {
             Some(Attached) => {}
             // The guest was asked to let go and may still do so, with the disk mounted again. First that must end.
             Some(Detaching) => self
-                .unplug(&vm, disk_cid, deadline.min(Instant::now() + FINISH))
+                .unplug(&vm, &hot_disk(&disk), deadline.min(Instant::now() + FINISH))
                 .map_err(|e| e.during(format!("finish an earlier detach, to {}", doing())))?,
             Some(Attaching) | None => self.advance(&mut vm, disk_cid, Attaching)?,
         }
@@ -100,7 +100,7 @@ impl Cpi {
             // Written down first, because the guest may let go of it after we have stopped waiting.
             self.advance(vm, &disk.cid, Detaching)?;
         }
-        self.unplug(vm, &disk.cid, deadline)?;
+        self.unplug(vm, &hot_disk(disk), deadline)?;
         self.clear(vm, disk)
     }
 
@@ -108,14 +108,18 @@ impl Cpi {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
         let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
+        let mut disk = self.store.read::<DiskRecord>(disk_cid)?;
+        if let Some(disk) = &mut disk {
+            self.settle_copy(disk, deadline)?;
+        }
+        let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
-        let disk = self.store.read::<DiskRecord>(disk_cid)?;
         let listed = vm.attachment(disk_cid).is_some();
         if listed {
             self.advance(&mut vm, disk_cid, Detaching)?;
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
-        if let Err(error) = self.unplug(&vm, disk_cid, deadline) {
+        if let Err(error) = self.unplug(&vm, &hot, deadline) {
             // It stays listed as detaching: the disk is the VM's, also after a restart, but the guest may let go of it at
             // any time.
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
@@ -154,7 +158,7 @@ impl Cpi {
                     return Ok(Some(cid.clone()));
                 }
                 // Without a device QEMU may still have the image open, and locked.
-                self.unplug(&vm, &disk.cid, deadline)?;
+                self.unplug(&vm, &hot_disk(disk), deadline)?;
                 vm.forget_attachment(&disk.cid);
                 self.store.write(&vm)?;
                 Ok(None)
@@ -184,7 +188,7 @@ impl Cpi {
     }
 
     /// The VM's monitor, or `None` if the VM is off: then its next start plugs what the record lists.
-    fn monitor(&self, vm: &VmRecord, deadline: Instant) -> Result<Option<Monitor>> {
+    pub(super) fn monitor(&self, vm: &VmRecord, deadline: Instant) -> Result<Option<Monitor>> {
         let paths = self.store.vm(&vm.cid);
         match power_state(&paths)? {
             PowerState::Off => Ok(None),
@@ -204,7 +208,7 @@ impl Cpi {
         let opened = Opened { need, direct, io_uring };
         let id = disk.cid.as_str();
         let device = blockdev::device(&opened.need, id);
-        let hot = hot_disk(&disk.cid);
+        let hot = hot_disk(disk);
         let wanted = Attach {
             disk: &hot,
             file: file.as_fd(),
@@ -212,12 +216,11 @@ impl Cpi {
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
         };
-        let attach = |monitor: &mut Monitor| hotplug::attach(monitor, &wanted, deadline);
-        if disk.encrypted {
-            self.with_key(monitor, &disk.cid, attach)?
+        if disk.encrypted && !Inventory::take(monitor)?.has_device(id) {
+            self.with_key(monitor, &disk.cid, |monitor| hotplug::attach(monitor, &wanted, deadline))?;
         } else {
-            attach(monitor)?
-        };
+            hotplug::attach(monitor, &wanted, deadline)?;
+        }
         if let Some(limits) = blockdev::throttle(id, disk.limits) {
             monitor.raw("block_set_io_throttle", &limits)?;
         }
@@ -225,10 +228,10 @@ impl Cpi {
     }
 
     /// Unplugs the disk from a VM that is on, and removes whatever its QEMU has of it.
-    fn unplug(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<()> {
+    fn unplug(&self, vm: &VmRecord, disk: &HotDisk, deadline: Instant) -> Result<()> {
         // After the guest has let go, there is still something to remove.
         let until = deadline.checked_sub(CLEANING_UP).unwrap_or(deadline).max(Instant::now() + CLEANING_UP / 3);
-        self.unless_off(vm, deadline, |monitor| Ok(hotplug::detach(monitor, &hot_disk(disk), until)?))
+        self.unless_off(vm, deadline, |monitor| Ok(hotplug::detach(monitor, disk, until)?))
     }
 
     /// Does something with the QEMU of a VM that is on. One that is off, or that ended meanwhile, has nothing plugged in and
@@ -257,7 +260,16 @@ impl Cpi {
 }
 
 /// The names of a disk in QEMU, as `qemu::blockdev` gives them.
-fn hot_disk(disk: &DiskCid) -> HotDisk {
-    let id = disk.as_str().to_owned();
-    HotDisk { below: vec![blockdev::file_node(&id)], node: id.clone(), device: id }
+pub(super) fn hot_disk(disk: &DiskRecord) -> HotDisk {
+    hot_image(&disk.cid, &disk.current().node(&disk.cid))
+}
+
+/// The same of one of its images.
+pub(super) fn hot_image(disk: &DiskCid, node: &str) -> HotDisk {
+    HotDisk { device: disk.as_str().to_owned(), node: node.to_owned(), below: vec![blockdev::file_node(node)] }
+}
+
+/// A call that has used up its time still has to find out where it stands.
+pub(super) fn grace(deadline: Instant) -> Instant {
+    deadline.max(Instant::now() + CLEANING_UP)
 }

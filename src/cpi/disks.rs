@@ -29,7 +29,7 @@ impl Cpi {
         let cid = DiskCid::random();
         let lock = self.begin(Rank::Disk, &cid, deadline)?;
         let mut disk = new_record(cid, size, &asked, properties);
-        let need = self.need_of_disk(&disk);
+        let need = self.need_of_disk(disk.size, &disk.current());
         let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {
             let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
             self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
@@ -79,6 +79,7 @@ impl Cpi {
             return Err(Error::new(ErrorKind::Corrupt, format!("disk '{cid}' has files but no record"))
                 .hint(format!("look into '{}' and remove it by hand", dir.display())));
         };
+        self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
                 .hint("detach it first"));

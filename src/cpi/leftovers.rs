@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Cpi;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::uids;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 
 /// How long removing one leftover may hold up the create that found it.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Cpi {
     fn pending(&self, cid: &impl Cid) -> PathBuf {
@@ -80,6 +80,7 @@ impl Cpi {
     pub(super) fn clear_leftover(&self, name: &str) -> Result<()> {
         match name.split('-').next() {
             Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
+            Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?),
             Some(DiskCid::PREFIX) => self.clear_files::<DiskRecord>(&cid(name)?, Rank::Disk),
             Some(StemcellCid::PREFIX) => self.clear_files::<StemcellRecord>(&cid(name)?, Rank::Stemcell),
             _ => Err(Error::new(ErrorKind::Corrupt, "it is none of ours")),

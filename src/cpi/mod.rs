@@ -7,6 +7,7 @@ mod attachments;
 pub mod audit;
 mod calculate;
 pub mod cloud_properties;
+mod copies;
 mod disks;
 mod encryption;
 pub mod every_vm;
@@ -14,8 +15,11 @@ mod leftovers;
 mod metadata;
 pub mod networks;
 mod placement;
+mod resize;
+mod snapshots;
 pub mod space;
 pub mod stemcells;
+mod update;
 pub mod verbs;
 mod vms;
 
@@ -25,12 +29,13 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 use self::networks::Networks;
-use self::verbs::{CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
-use crate::cid::{DiskCid, StemcellCid, VmCid};
+use self::verbs::{CloudProperties, CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
+use crate::cid::{DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
 use crate::supervisor::{self, Scope};
+use crate::units::MiB;
 
 /// The CPI of this host, for one call.
 #[derive(Debug)]
@@ -79,12 +84,15 @@ impl Cpi {
         Ok((lock, vm))
     }
 
-    /// As [`Self::locked_vm`], for a disk.
+    /// As [`Self::locked_vm`], for a disk. A copy of it that was cut short is undone or finished.
     fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
         self.disk(cid)?;
         let lock = self.store.lock(Rank::Disk, cid, deadline)?;
         match self.disk(cid) {
-            Ok(disk) => Ok((lock, disk)),
+            Ok(mut disk) => {
+                self.settle_copy(&mut disk, deadline)?;
+                Ok((lock, disk))
+            }
             Err(error) => lock.retire().and(Err(error)),
         }
     }
@@ -99,9 +107,10 @@ impl Cpi {
 /// How long a method may take unless the operator decided. `docs/operating.md` lists these.
 pub fn default_deadline(method: &str) -> Duration {
     Duration::from_secs(match method {
+        "snapshot_disk" | "update_disk" => 3600,
         "create_stemcell" => 1800,
         "create_vm" | "reboot_vm" | "detach_disk" => 300,
-        "attach_disk" | "delete_vm" | "create_disk" => 120,
+        "attach_disk" | "delete_vm" | "create_disk" | "resize_disk" => 120,
         _ => 60,
     })
 }
@@ -165,5 +174,21 @@ impl Verbs for Cpi {
 
     fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
         self.describe_disk(disk, metadata)
+    }
+
+    fn snapshot_disk(&self, disk: &DiskCid, metadata: Metadata) -> Result<SnapshotCid> {
+        self.make_snapshot(disk, metadata)
+    }
+
+    fn delete_snapshot(&self, snapshot: &SnapshotCid) -> Result<()> {
+        self.remove_snapshot(snapshot)
+    }
+
+    fn resize_disk(&self, disk: &DiskCid, size: MiB) -> Result<()> {
+        self.grow_disk(disk, size)
+    }
+
+    fn update_disk(&self, disk: &DiskCid, size: MiB, cloud_properties: CloudProperties) -> Result<Option<DiskCid>> {
+        self.change_disk(disk, size, &cloud_properties.0).map(|()| None)
     }
 }

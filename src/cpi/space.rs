@@ -17,9 +17,9 @@ use std::time::Instant;
 use super::Cpi;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
-use crate::store::record::Preallocation;
+use crate::store::record::{DiskImage, Preallocation};
 use crate::store::{DiskRecord, Rank, Record, StemcellRecord, VmRecord};
-use crate::units::Bytes;
+use crate::units::{Bytes, MiB};
 
 /// What a new image takes without any data: headers and first tables. Also of a VM, whose config drive is the most of it.
 const BIRTH: u64 = 1 << 20;
@@ -80,10 +80,10 @@ impl Cpi {
     }
 
     /// What a new persistent disk needs at once.
-    pub(super) fn need_of_disk(&self, disk: &DiskRecord) -> Bytes {
-        let size = disk.size.bytes().get();
-        let birth = if disk.encrypted { ENCRYPTED_BIRTH } else { BIRTH };
-        Bytes(match disk.preallocation {
+    pub(super) fn need_of_disk(&self, size: MiB, image: &DiskImage) -> Bytes {
+        let size = size.bytes().get();
+        let birth = if image.encrypted { ENCRYPTED_BIRTH } else { BIRTH };
+        Bytes(match image.preallocation {
             Preallocation::Falloc | Preallocation::Full => size + birth,
             _ if !self.config.overcommit => size + birth,
             // 8 bytes of tables and 2 of a reference count for 64 KiB of data.

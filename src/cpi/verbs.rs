@@ -116,7 +116,8 @@ pub trait Verbs {
     /// Copies a disk that is attached, mounted and in use. The copy outlives the disk's detachment.
     ///
     /// # Errors
-    /// [`ErrorKind::NotImplemented`], which the Director skips silently; [`ErrorKind::DiskNotFound`].
+    /// [`ErrorKind::NotImplemented`], which the Director skips silently; [`ErrorKind::DiskNotFound`],
+    /// [`ErrorKind::NoDiskSpace`].
     fn snapshot_disk(&self, _disk: &DiskCid, _metadata: Metadata) -> Result<SnapshotCid> {
         Err(not_implemented("snapshots"))
     }
@@ -126,16 +127,16 @@ pub trait Verbs {
         Err(not_implemented("snapshots"))
     }
 
-    /// Grows a detached disk.
+    /// Grows a disk, attached or not; its own size is a success.
     ///
     /// # Errors
     /// [`ErrorKind::NotSupported`] before anything is changed: the Director then copies to a new disk. Any other
-    /// error leaves its task failed with the disk detached.
+    /// error leaves its task failed with the disk detached. [`ErrorKind::DiskNotFound`], [`ErrorKind::NoDiskSpace`].
     fn resize_disk(&self, _disk: &DiskCid, _size: MiB) -> Result<()> {
         Err(Error::new(ErrorKind::NotSupported, "disks are not resized in place"))
     }
 
-    /// Changes size and properties of a detached disk; its new cid, if it got one.
+    /// Changes size and properties of a disk, attached or not; its new cid, if it got one.
     ///
     /// # Errors
     /// As for [`Verbs::resize_disk`].

@@ -62,6 +62,12 @@ impl Fresh {
     }
 }
 
+/// Makes the content of `path` durable, and its name.
+pub fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).at("fsync", path)?;
+    sync_parent(path)
+}
+
 /// Leaves a new file where it is.
 fn keep(new: NamedTempFile) -> Result<Fresh> {
     let path = new.path().to_owned();

@@ -45,6 +45,31 @@ pub struct Convert<'a> {
     pub target_format: Format,
 }
 
+/// An image that is there.
+#[derive(Debug, Clone, Copy)]
+pub struct Existing<'a> {
+    /// Where.
+    pub path: &'a Path,
+    /// Its format.
+    pub format: Format,
+    /// The file with the key that opens it, if it is encrypted.
+    pub key: Option<&'a Path>,
+}
+
+impl Existing<'_> {
+    /// What `--image-opts` takes.
+    fn options(&self) -> Result<String> {
+        let driver = match (self.format, self.key) {
+            (format, None) => format.as_str().to_owned(),
+            (Format::Qcow2, Some(_)) => format!("qcow2,encrypt.format=luks,encrypt.key-secret={SECRET}"),
+            (Format::Raw, Some(_)) => format!("luks,key-secret={SECRET}"),
+        };
+        // A comma would end the value.
+        let path = absolute(self.path)?.to_string_lossy().replace(',', ",,");
+        Ok(format!("driver={driver},file.driver=file,file.filename={path}"))
+    }
+}
+
 /// What `qemu-img check` found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct Check {
@@ -103,6 +128,25 @@ impl QemuImg {
     /// The same from an open file without a name.
     pub(super) fn convert_file(&self, file: File, convert: &Convert<'_>, deadline: Instant) -> Result<()> {
         self.convert_from(convert, Some(file), deadline)
+    }
+
+    /// Copies `source` into `target`, an empty image of the same size that is there. Durable is nothing of it.
+    ///
+    /// # Errors
+    /// As [`Self::convert`].
+    pub fn fill(&self, source: &Existing<'_>, target: &Existing<'_>, deadline: Instant) -> Result<()> {
+        let secret = source.key.or(target.key).map(secret);
+        let (from, to) = (source.options()?, target.options()?);
+        // The progress nobody reads ends a program whose caller was killed, at its next step (SIGPIPE).
+        let mut args = ["convert", "-p", "-n", "--image-opts", "--target-image-opts"].map(OsStr::new).to_vec();
+        if target.key.is_none() {
+            args.push(OsStr::new("--target-is-zero"));
+        }
+        if let Some(secret) = &secret {
+            args.extend(["--object", secret].map(OsStr::new));
+        }
+        args.extend([&from, &to].map(OsStr::new));
+        self.run(&args, None, deadline)?.expect_success("convert", source.path)
     }
 
     fn convert_from(&self, convert: &Convert<'_>, stdin: Option<File>, deadline: Instant) -> Result<()> {

@@ -77,14 +77,16 @@ pub fn device(need: &FileNeed, serial: &str) -> Value {
 
 /// Arguments of `block_set_io_throttle` for the device `id`; `None` if it has no limits.
 pub fn throttle(id: &str, limits: Limits) -> Option<Value> {
-    if limits == Limits::default() {
-        return None;
-    }
+    (limits != Limits::default()).then(|| throttle_to(id, limits))
+}
+
+/// The same for a device that may have other limits.
+pub fn throttle_to(id: &str, limits: Limits) -> Value {
     let (iops, bytes) = (limits.iops.unwrap_or(0), limits.mbps.unwrap_or(0) << 20);
     // Zero is no limit; all six must be given.
-    Some(json!({
+    json!({
         "id": format!("/machine/peripheral/{id}/virtio-backend"), "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
-    }))
+    })
 }
 
 /// Name of the descriptor set's entry, by which a later call recognizes what it is for.

@@ -9,6 +9,7 @@
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
+//!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
 //!   disk.key                                      what encrypted disks are encrypted with
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
 //!   locks/<rank>.<name>
@@ -30,7 +31,7 @@ use std::time::Instant;
 use super::atomic::{self, Staged};
 use super::lock::{Guard, Rank};
 use super::pool::Pools;
-use super::record::{DiskImage, DiskRecord, Record, VmRecord};
+use super::record::{DiskImage, DiskRecord, Record, SnapshotRecord, VmRecord};
 use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::crash;
@@ -182,6 +183,11 @@ impl Store {
     /// An image of a persistent disk, in force or not.
     pub fn disk_image_at(&self, disk: &DiskCid, image: &DiskImage) -> Result<PathBuf> {
         Ok(self.images_dir(disk, image.pool.as_deref())?.join(image.file_name()))
+    }
+
+    /// A snapshot's image.
+    pub fn snapshot_image(&self, snapshot: &SnapshotRecord) -> Result<PathBuf> {
+        Ok(self.images_dir(&snapshot.cid, snapshot.disk.pool.as_deref())?.join(snapshot.image().file_name()))
     }
 
     /// The image below a VM's root disk.

@@ -425,17 +425,17 @@ impl DiskRecord {
         }
     }
 
+    /// The same disk with another image in force.
+    pub fn with_image(&self, image: &DiskImage) -> Self {
+        let DiskImage { generation, format, pool, preallocation, encrypted } = image.clone();
+        Self { generation, format, pool, preallocation, encrypted, ..self.clone() }
+    }
+
     /// Puts the leftover in force; what was in force is the leftover now.
     pub fn switch(&mut self) {
-        let Some(image) = self.leftover.take() else { return };
-        self.leftover = Some(self.current());
-        DiskImage {
-            generation: self.generation,
-            format: self.format,
-            pool: self.pool,
-            preallocation: self.preallocation,
-            encrypted: self.encrypted,
-        } = image;
+        if let Some(image) = &self.leftover {
+            *self = Self { leftover: Some(self.current()), ..self.with_image(image) };
+        }
     }
 
     /// Name of its image.
@@ -455,13 +455,22 @@ pub struct SnapshotRecord {
     pub phase: Phase,
     /// When it was begun, UTC. The copy is of that moment, or of one soon after it.
     pub created_at: String,
-    /// The disk as it was. Its format, pool and encryption are the copy's, too; the copy is called `disk.<format>`.
+    /// The disk as it was. The copy is in the same pool, and as encrypted.
     pub disk: DiskRecord,
+    /// Format of the copy.
+    pub format: Format,
     /// What snapshot_disk said.
     pub metadata: Map<String, Value>,
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
+}
+
+impl SnapshotRecord {
+    /// The copy.
+    pub fn image(&self) -> DiskImage {
+        DiskImage { generation: 0, format: self.format, preallocation: Preallocation::Off, ..self.disk.current() }
+    }
 }
 
 impl VmRecord {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, text, vm_cid};
+use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::skip;
 
 /// Emulated on two cores that other tests use, too.
@@ -134,6 +134,48 @@ fn data_survives_detaching_rebooting_and_another_vm() {
         disk(&host, cid, "unmount");
         host.ok("detach_disk", &json!([other, cid]));
     }
+}
+
+#[test]
+fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(host) = Host::with(json!({"agent": agent()})) else { return };
+    let mut lan = network(0);
+    lan["default"] = json!(["dns", "gateway"]);
+    let vm = create(&host, &import(&host, &dir), &json!({"lan": lan}));
+    booted(&host, &vm);
+    let cid: DiskCid = text(&host.ok("create_disk", &json!([64, {}, vm]))).parse().unwrap();
+    host.ok("attach_disk", &json!([vm, cid]));
+    disk(&host, &cid, "format");
+    disk(&host, &cid, "write?text=before");
+    // From here on mounted all the time.
+    let bytes = |cid: &DiskCid| {
+        let disks = get(&host, "/disks");
+        let mut all = disks.as_array().unwrap().iter();
+        all.find(|disk| disk["serial"] == cid.as_str()).map(|disk| disk["bytes"].as_u64().unwrap() >> 20)
+    };
+    host.ok("resize_disk", &json!([cid, 96]));
+    eventually("the guest sees the new size", || (bytes(&cid) == Some(96)).then_some(()));
+    let snapshot = text(&host.ok("snapshot_disk", &json!([cid, {}])));
+    disk(&host, &cid, "write?text=after");
+    host.ok("update_disk", &json!([cid, 128, {"format": "raw"}]));
+    eventually("the guest sees the size after the copy", || (bytes(&cid) == Some(128)).then_some(()));
+    assert_eq!(disk(&host, &cid, "read"), "after");
+    disk(&host, &cid, "write?text=on-the-copy");
+
+    let output = host.cpi().args(["disk", "restore", &snapshot]).output().unwrap();
+    let restored: DiskCid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+    host.ok("attach_disk", &json!([vm, restored]));
+    assert_eq!(disk(&host, &restored, "read"), "before");
+    assert_eq!(bytes(&restored), Some(96));
+    assert_eq!(disk(&host, &cid, "read"), "on-the-copy");
+    for cid in [&cid, &restored] {
+        disk(&host, cid, "unmount");
+        host.ok("detach_disk", &json!([vm, cid]));
+        host.ok("attach_disk", &json!([vm, cid]));
+    }
+    assert_eq!(disk(&host, &cid, "read"), "on-the-copy");
+    disk(&host, &cid, "unmount");
 }
 
 #[test]

@@ -3,7 +3,10 @@
 mod audit;
 mod contract;
 mod crashes;
+mod disk_crashes;
 mod disk_properties;
+mod disk_resize;
+mod disk_update;
 mod disks;
 mod docs;
 mod door;
@@ -18,6 +21,7 @@ mod linux;
 mod network;
 mod pools;
 mod release;
+mod snapshots;
 mod supervisor;
 mod support;
 mod traces;

@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use super::{Audit, Kind, message};
-use crate::cid::{Cid, DiskCid, StemcellCid};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid};
 use crate::error::Result;
-use crate::store::record::AttachmentPhase;
+use crate::store::record::{AttachmentPhase, SnapshotRecord};
 use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord};
 
 impl Audit<'_> {
     pub(super) fn objects(&mut self) -> Result<()> {
         self.each::<StemcellRecord>(Rank::Stemcell)?;
+        self.each::<SnapshotRecord>(Rank::Snapshot)?;
         self.each::<DiskRecord>(Rank::Disk)?;
         self.each::<VmRecord>(Rank::Vm)?;
         self.notes()?;
@@ -61,6 +62,7 @@ impl Audit<'_> {
         for name in self.cpi.notes() {
             let rank = match name.split('-').next() {
                 Some(StemcellCid::PREFIX) => Rank::Stemcell,
+                Some(SnapshotCid::PREFIX) => Rank::Snapshot,
                 Some(DiskCid::PREFIX) => Rank::Disk,
                 _ => Rank::Vm,
             };

@@ -280,6 +280,15 @@ pub fn detach(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(
     sweep::sweep(monitor, disk, &found, until)
 }
 
+/// Removes what QEMU has of an image that is no device's: its jobs, its nodes, its descriptors.
+///
+/// # Errors
+/// See [`HotplugError`].
+pub fn close(monitor: &mut Monitor, image: &HotDisk, until: Instant) -> Result<(), HotplugError> {
+    let found = Inventory::take(monitor)?;
+    sweep::sweep(monitor, image, &found, until)
+}
+
 /// Asks the guest to release `device` until it did.
 fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), HotplugError> {
     let request = qmp::device_del { id: device.to_owned() };

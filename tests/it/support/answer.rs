@@ -48,7 +48,7 @@ pub struct Answer {
 }
 
 /// The answer's error.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     /// Without `Bosh::Clouds::`.
     pub kind: String,

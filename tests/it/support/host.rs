@@ -19,7 +19,7 @@ use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::config::Config;
 use bosh_qemu_cpi::host::tail;
 use bosh_qemu_cpi::store::record::StemcellRecord;
-use bosh_qemu_cpi::store::{DiskRecord, Store, VmPaths, VmRecord};
+use bosh_qemu_cpi::store::{DiskRecord, SnapshotRecord, Store, VmPaths, VmRecord};
 use bosh_qemu_cpi::supervisor::{PowerState, power_state};
 use bosh_qemu_cpi::sys::{pidfd::Process, pidlock};
 use nix::sys::signal::Signal;
@@ -323,6 +323,9 @@ impl Host {
         for disk in store.list::<DiskRecord>().unwrap() {
             self.ok("delete_disk", &json!([disk]));
         }
+        for snapshot in store.list::<SnapshotRecord>().unwrap() {
+            self.ok("delete_snapshot", &json!([snapshot]));
+        }
         for stemcell in store.list::<StemcellRecord>().unwrap() {
             self.ok("delete_stemcell", &json!([stemcell]));
         }
@@ -349,6 +352,7 @@ impl Host {
                 "snaps",
                 "vms",
                 "disks",
+                "snaps",
                 "locks",
                 "pending",
                 "uids",

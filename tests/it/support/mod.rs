@@ -4,6 +4,7 @@ pub mod answer;
 pub mod crash;
 pub mod filesystem;
 pub mod host;
+pub mod images;
 pub mod netns;
 pub mod nftables;
 pub mod small;

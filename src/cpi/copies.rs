@@ -1,0 +1,250 @@
+//! Copying a disk into another image of another format, in another pool, … : by QEMU while a VM uses the disk, by us
+//! while nobody does.
+//!
+//! A disk's record names the image in force and at most one other, the leftover. Exactly one write of the record makes
+//! the copy the disk ([`DiskRecord::switch`]); before it the copy is the leftover, after it what the disk was:
+//!
+//! ```text
+//!   in force   leftover     what                                   killed here, the next call on the disk …
+//!   old        –
+//!   old        new          the record names the copy              removes the copy
+//!   old        new          the image is made, data is copied      ends the job, removes the copy
+//!   old        new          ready; pending: I/O waits, the same    ends the job (I/O goes on), removes the copy
+//!                           data is in both, durably
+//!   new        old          the switch                             has the job finalized, removes the old
+//!   new        old          finalized: QEMU works on the new       removes the old
+//!   new        –
+//! ```
+//!
+//! While a QEMU runs, it is asked which image its device is on: nodes are named after images, and that one is put in
+//! force, whatever the record says. The VM's lock is kept from `pending` to the end, so that no QEMU starts on one image
+//! while the record comes to name the other.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Instant;
+
+use qapi::qmp;
+use serde_json::json;
+
+use super::Cpi;
+use super::attachments::{grace, hot_disk, hot_image};
+use crate::cid::{DiskCid, VmCid};
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::host::io_uring;
+use crate::image::qemu_img::{Existing, QemuImg};
+use crate::qemu::{FileNeed, Opened, blockdev};
+use crate::qmp::error::MonitorError;
+use crate::qmp::hotplug::{self, HotDisk, HotplugError};
+use crate::qmp::job;
+use crate::qmp::monitor::Monitor;
+use crate::qmp::query::QueryBlock;
+use crate::store::record::{DiskImage, DiskRecord};
+use crate::store::{DiskKey, Guard, VmRecord, atomic};
+use crate::units::{Bytes, MiB};
+use crate::{crash, image};
+
+/// What the job that copies a disk is for.
+const COPY: &str = "copy";
+
+impl Cpi {
+    /// Makes the disk what `next` is: the same with another image, and whatever else is to change with it. The caller
+    /// holds the disk's lock. Of a copy that fails nothing is left, and the disk is what it was.
+    pub(super) fn copy_into(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+        let image = next.current();
+        if let Some(left) = &disk.leftover {
+            let path = self.store.disk_image_at(&disk.cid, left)?;
+            return Err(Error::new(ErrorKind::Host, format!("'{}' can not be removed", path.display()))
+                .hint("an earlier copy left it: see the log of this call"));
+        }
+        let mut place = self.place(disk, deadline)?;
+        let size = self.virtual_size(disk, &mut place)?;
+        let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
+        let taken = self.need_of_image(&self.store.disk_image(disk)?, disk.size)?;
+        let need = taken.max(self.need_of_disk(disk.size, &image));
+        self.admit(image.pool.as_deref(), need, deadline, || self.store.write(&named))?;
+        *disk = named;
+        let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
+        let copied = dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
+            match (place.vm.take(), place.monitor.take()) {
+                (Some(vm), Some(monitor)) => {
+                    self.start_mirror(monitor, disk, next)?;
+                    // Others may use the VM meanwhile; the disk they can not.
+                    drop(place);
+                    self.switch_live(disk, next, &vm, deadline)
+                }
+                // A VM that is off stays so until its lock is free.
+                _ => self.copy_offline(disk, next, deadline),
+            }
+        });
+        // Settles a copy that failed as it does one that was killed, and after one that worked it removes the old image.
+        let settled = self.settle_copy(disk, grace(deadline));
+        copied.and(settled)
+    }
+
+    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+        let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
+        self.fill(&from, &disk.current(), &to, &next.current(), deadline)?;
+        image::sync(&to)?;
+        self.switch(disk, next)
+    }
+
+    /// The one step between the old image and the new.
+    fn switch(&self, disk: &mut DiskRecord, next: &DiskRecord) -> Result<()> {
+        let switched = DiskRecord { leftover: Some(disk.current()), ..next.clone() };
+        self.store.write(&switched)?;
+        *disk = switched;
+        Ok(())
+    }
+
+    /// Copies the data of the image `source` into the empty one `target`. Nobody may have either open.
+    pub(super) fn fill(
+        &self,
+        from: &Path,
+        source: &DiskImage,
+        to: &Path,
+        target: &DiskImage,
+        deadline: Instant,
+    ) -> Result<()> {
+        let key = DiskKey::of(&self.config);
+        let source = Existing { path: from, format: source.format, key: source.encrypted.then(|| key.path()) };
+        let target = Existing { path: to, format: target.format, key: target.encrypted.then(|| key.path()) };
+        QemuImg::new(&self.config.qemu.img_binary).fill(&source, &target, deadline)?;
+        crash::point!("image converted");
+        Ok(())
+    }
+
+    fn start_mirror(&self, mut monitor: Monitor, disk: &DiskRecord, next: &DiskRecord) -> Result<()> {
+        let need = FileNeed::disk(&self.store, next)?;
+        self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
+        let hot = hot_disk(disk);
+        let mirror = json!({
+            "job-id": hot.job(COPY), "device": hot.node, "target": need.node, "sync": "full",
+            "auto-finalize": false, "auto-dismiss": false,
+        });
+        monitor.raw("blockdev-mirror", &mirror)?;
+        Ok(())
+    }
+
+    /// Waits until both images are the same, and switches.
+    fn switch_live(&self, disk: &mut DiskRecord, next: &DiskRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
+        let job = hot_disk(disk).job(COPY);
+        // At the deadline the job is looked at once more.
+        let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
+        drop(job::follow(&connect, &job, "ready", deadline, &mut progress(format!("copy of disk {}", disk.cid)))?);
+        let (_lock, _) = self.locked_vm(&vm.cid, deadline)?;
+        let mut monitor = connect()?;
+        monitor.execute(&qmp::job_complete { id: job.clone() })?;
+        job::wait(&mut monitor, &job, "pending", deadline)?;
+        // QEMU has flushed what it wrote; the file's length and blocks are the filesystem's.
+        image::sync(&self.store.disk_image(next)?)?;
+        self.switch(disk, next)?;
+        monitor.execute(&qmp::job_finalize { id: job.clone() })?;
+        job::wait(&mut monitor, &job, "concluded", grace(deadline))?;
+        Ok(job::dismiss(&mut monitor, &job)?)
+    }
+
+    /// Brings a copy of the disk, whose lock the caller holds, to one of its two ends. An image that can not be removed,
+    /// in a pool that is not mounted, stays named by the record for the next call.
+    pub(super) fn settle_copy(&self, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
+        if disk.leftover.is_none() {
+            return Ok(());
+        }
+        if let Some(vm) = disk.vm.clone() {
+            self.settle_in_qemu(disk, &vm, deadline)
+                .map_err(|e| e.during(format!("settle an earlier copy of disk '{}'", disk.cid)))?;
+        }
+        let left = disk.leftover.as_ref().expect("looked at above");
+        let removed = self.store.disk_image_at(&disk.cid, left).and_then(|path| {
+            atomic::remove_file(&path)?;
+            crash::point!("old image removed");
+            if left.pool.is_some() && left.pool != disk.pool {
+                let dir = self.store.images_dir(&disk.cid, left.pool.as_deref())?;
+                atomic::remove_dir(&dir)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = removed {
+            tracing::warn!(disk = %disk.cid, error = error.report(), "an image that is not used can not be removed yet");
+            return Ok(());
+        }
+        disk.leftover = None;
+        self.store.write(disk)
+    }
+
+    fn settle_in_qemu(&self, disk: &mut DiskRecord, vm: &VmCid, deadline: Instant) -> Result<()> {
+        let Some((_lock, mut monitor)) = self.running_vm(vm, deadline)? else { return Ok(()) };
+        let left = disk.leftover.clone().expect("the caller looked");
+        let hot = hot_image(&disk.cid, &left.node(&disk.cid));
+        let job = hot.job(COPY);
+        let is_switched = disk.generation == left.generation.wrapping_add(1);
+        if is_switched && job::find(&mut monitor, &job)?.is_some_and(|job| job.status == "pending") {
+            monitor.execute(&qmp::job_finalize { id: job.clone() })?;
+            job::wait(&mut monitor, &job, "concluded", deadline)?;
+        }
+        job::end_all(&mut monitor, |id| id == job, deadline)?;
+        if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
+            disk.switch();
+            self.store.write(disk)?;
+        }
+        let left = disk.leftover.as_ref().expect("switched or not");
+        Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
+    }
+
+    /// The lock and the monitor of a VM that may be gone or off.
+    pub(super) fn running_vm(&self, vm: &VmCid, deadline: Instant) -> Result<Option<(Guard, Monitor)>> {
+        match self.locked_vm(vm, deadline) {
+            Ok((lock, vm)) => Ok(self.monitor(&vm, deadline)?.map(|monitor| (lock, monitor))),
+            Err(error) if error.kind() == ErrorKind::VmNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Has QEMU open the image `need`, for a job to write it.
+    pub(super) fn open_in_qemu(&self, monitor: &mut Monitor, need: &FileNeed, disk: &DiskCid) -> Result<()> {
+        let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
+        let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
+        let opened = Opened { need: need.clone(), direct, io_uring };
+        let open = |monitor: &mut Monitor| -> Result<(), HotplugError> {
+            let set = monitor.add_fd(file.as_fd(), &blockdev::opaque(&need.node, need.writable))?;
+            for node in blockdev::nodes(&opened, set) {
+                monitor.raw("blockdev-add", &node)?;
+            }
+            Ok(())
+        };
+        if need.encrypted { self.with_key(monitor, disk, open) } else { Ok(open(monitor)?) }
+    }
+
+    /// What a thin copy of the image `path` of `size` needs at once: what that takes.
+    pub(super) fn need_of_image(&self, path: &Path, size: MiB) -> Result<Bytes> {
+        let taken = path.metadata().at("look at", path)?.blocks() * 512;
+        Ok(Bytes(self.need_of_thin(size.bytes()).get().max(self.need_of_thin(Bytes(0)).get() + taken)))
+    }
+}
+
+/// The node on which the disk's device is now, if it has one.
+fn device_node(monitor: &mut Monitor, disk: &DiskCid) -> Result<Option<String>, MonitorError> {
+    let path = format!("/machine/peripheral/{disk}/virtio-backend");
+    let devices = monitor.execute(&QueryBlock {})?;
+    let device = devices.into_iter().find(|device| device.qdev.as_deref() == Some(&path));
+    Ok(device.and_then(|device| device.inserted?.node_name))
+}
+
+/// Says on the log how far a copy is, once it takes longer.
+pub(super) fn progress(what: String) -> impl FnMut(u64, u64) {
+    const INTERVAL: std::time::Duration = std::time::Duration::from_secs(10);
+    let mut said = Instant::now();
+    move |done, of| {
+        if said.elapsed() >= INTERVAL {
+            said = Instant::now();
+            let percent = done.saturating_mul(100).checked_div(of).unwrap_or(0);
+            tracing::info!(percent, "{what}");
+        }
+    }
+}
+
+/// The names of a copy's target in QEMU: no device has them.
+pub(super) fn target(node: &str) -> HotDisk {
+    HotDisk { device: blockdev::file_node(node), node: node.to_owned(), below: vec![blockdev::file_node(node)] }
+}

@@ -1,0 +1,139 @@
+//! resize_disk: a disk grows where it is, attached or not.
+//!
+//! ```text
+//!   record n, image n ── the image grows, durably ──► record n, image m ── record ──► record m, image m
+//!                                                        │ killed here: the next call sees the image's size
+//! ```
+
+use std::fs::File;
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::Cpi;
+use crate::cid::DiskCid;
+use crate::crash;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::image;
+use crate::qmp::monitor::Monitor;
+use crate::qmp::query::QueryNamedBlockNodes;
+use crate::store::record::{DiskRecord, SnapshotRecord};
+use crate::store::{Guard, Rank, VmRecord};
+use crate::units::{Bytes, MiB};
+
+/// Where a disk's image can be worked on. It stays so, because the VM's lock is kept.
+pub(super) struct Place {
+    /// The VM that has the disk, on or off.
+    pub vm: Option<VmRecord>,
+    /// The monitor of the QEMU that has the image open. `None`: nobody has.
+    pub monitor: Option<Monitor>,
+    /// The VM's lock.
+    pub lock: Option<Guard>,
+}
+
+impl Cpi {
+    pub(super) fn grow_disk(&self, cid: &DiskCid, size: MiB) -> Result<()> {
+        let deadline = self.deadline("resize_disk");
+        let (_lock, mut disk) = self.locked_idle_disk(cid, deadline)?;
+        self.grow_to(&mut disk, size, deadline)
+    }
+
+    /// Makes the disk, whose lock the caller holds, `size` large. One that has it is left as it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotSupported`] before anything is changed if it is larger.
+    pub(super) fn grow_to(&self, disk: &mut DiskRecord, size: MiB, deadline: Instant) -> Result<()> {
+        let doing = format!("resize disk '{}' to {size}", disk.cid);
+        let mut place = self.place(disk, deadline)?;
+        let has = self.virtual_size(disk, &mut place)?;
+        if has > size.bytes() {
+            let message = format!("{doing}: it has {has}, and disks only grow");
+            return Err(Error::new(ErrorKind::NotSupported, message));
+        }
+        if has < size.bytes() {
+            self.admit_growth(disk, has, size, deadline)?;
+            self.grow_image(disk, &mut place, size.bytes()).map_err(|e| e.during(doing))?;
+            crash::point!("image grown");
+        }
+        if disk.size != size {
+            disk.size = size;
+            self.store.write(disk)?;
+        }
+        Ok(())
+    }
+
+    fn grow_image(&self, disk: &DiskRecord, place: &mut Place, size: Bytes) -> Result<()> {
+        let path = self.store.disk_image(disk)?;
+        let Some(monitor) = &mut place.monitor else {
+            return image::grow(&path, disk.format, disk.encrypted, size);
+        };
+        let node = disk.current().node(&disk.cid);
+        monitor.raw("block_resize", &json!({"node-name": node, "size": size.get()}))?;
+        // The file's new length, whoever set it.
+        File::open(&path).and_then(|file| file.sync_all()).at("flush", &path)
+    }
+
+    /// What the guest sees of the image, or would see.
+    pub(super) fn virtual_size(&self, disk: &DiskRecord, place: &mut Place) -> Result<Bytes> {
+        let node = disk.current().node(&disk.cid);
+        if let Some(monitor) = &mut place.monitor
+            && let Some(size) = node_size(monitor, &node)?
+        {
+            return Ok(size);
+        }
+        image::virtual_size(&self.store.disk_image(disk)?, disk.format, disk.encrypted)
+    }
+
+    fn admit_growth(&self, disk: &DiskRecord, has: Bytes, size: MiB, deadline: Instant) -> Result<()> {
+        let more = MiB::holding(Bytes(size.bytes().get() - has.get())).expect("less than a size");
+        // Only what is reserved for a file as a whole can be reserved later; the new part is thin.
+        self.admit(disk.pool.as_deref(), self.need_of_thin(more.bytes()), deadline, || Ok(()))
+    }
+
+    /// Finds out who has the image of `disk`, whose lock the caller holds, open.
+    pub(super) fn place(&self, disk: &DiskRecord, deadline: Instant) -> Result<Place> {
+        let Some(holder) = self.holder(disk, deadline)? else {
+            return Ok(Place { vm: None, monitor: None, lock: None });
+        };
+        let (lock, vm) = self.locked_vm(&holder, deadline)?;
+        let mut monitor = self.monitor(&vm, deadline)?;
+        if let Some(connected) = &mut monitor
+            && node_size(connected, &disk.current().node(&disk.cid))?.is_none()
+        {
+            // The guest ejected the device by itself, and what was left of it is swept.
+            monitor = None;
+        }
+        Ok(Place { vm: Some(vm), monitor, lock: Some(lock) })
+    }
+
+    /// Takes the lock of a disk, unless a copy of it is being made: that may take hours.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] naming the snapshot or the update.
+    pub(super) fn locked_idle_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
+        let busy = |why: String| {
+            Error::new(ErrorKind::Conflict, format!("disk '{cid}' is being copied, {why}"))
+                .hint("repeat the call when that is done")
+        };
+        // Of snapshots whose call was killed nothing is left after this.
+        self.clear_leftovers();
+        for snapshot in self.in_the_making::<SnapshotRecord>()? {
+            if self.store.read::<SnapshotRecord>(&snapshot)?.is_some_and(|made| made.disk.cid == *cid) {
+                return Err(busy(format!("into snapshot '{snapshot}'")));
+            }
+        }
+        if self.disk(cid)?.leftover.is_some()
+            && let Err(error) = self.store.lock(Rank::Disk, cid, Instant::now())
+            && error.kind() == ErrorKind::Timeout
+        {
+            return Err(busy("by update_disk".to_owned()).because(error));
+        }
+        self.locked_disk(cid, deadline)
+    }
+}
+
+/// The size of a block node, if QEMU has it.
+fn node_size(monitor: &mut Monitor, name: &str) -> Result<Option<Bytes>> {
+    let nodes = monitor.execute(&QueryNamedBlockNodes { flat: true })?;
+    Ok(nodes.into_iter().find(|node| node.name == name).map(|node| Bytes(node.image.virtual_size)))
+}

@@ -1,0 +1,158 @@
+//! SIGKILL at every step of resize_disk, update_disk, snapshot_disk and delete_snapshot, attached and detached: the same
+//! call again succeeds, the data is there, and nothing else is.
+
+use std::fs;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::SnapshotRecord;
+use serde_json::{Value, json};
+
+use crate::support::crash::{Crash, for_each_crash_point};
+use crate::support::host::{Host, eventually, text};
+use crate::support::images::{assert_pattern, in_qemu, record, write_pattern};
+use crate::support::skip;
+
+/// A VM and, for each kill, a fresh disk with data in it.
+struct Lab {
+    host: Host,
+    vm: VmCid,
+}
+
+impl Lab {
+    fn new() -> Option<Self> {
+        if !cfg!(debug_assertions) {
+            skip("crash points are for builds with debug assertions");
+            return None;
+        }
+        let host = Host::new()?;
+        let vm = host.booted_vm();
+        Some(Self { host, vm })
+    }
+
+    fn disk(&self, is_attached: bool) -> DiskCid {
+        let disk = self.host.disk();
+        write_pattern(&self.host, &disk);
+        if is_attached {
+            self.host.ok("attach_disk", &json!([self.vm, disk]));
+        }
+        disk
+    }
+
+    /// Kills `method` at each of its points, repeats it, and looks at the disk.
+    fn walk(
+        &self,
+        method: &str,
+        is_attached: bool,
+        arguments: impl Fn(&DiskCid) -> Value,
+        settled: impl Fn(&DiskCid, &Value),
+    ) {
+        let prepare = || arguments(&self.disk(is_attached));
+        for_each_crash_point(&self.host, method, prepare, |crash: &Crash<'_>| {
+            let disk: DiskCid = text(&crash.arguments[0]).parse().unwrap();
+            let answer = self.host.call(method, crash.arguments);
+            let again = answer.outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
+            assert_eq!(record(&self.host, &disk).leftover, None, "{}", crash.point);
+            let nodes = if is_attached { [0, 2, 1] } else { [0; 3] };
+            assert_eq!(in_qemu(&self.host, &self.vm, disk.as_str()), nodes, "after '{}'", crash.point);
+            settled(&disk, &again);
+            self.host.ok("detach_disk", &json!([self.vm, disk]));
+            assert_pattern(&self.host, &disk);
+            self.host.ok("delete_disk", &json!([disk]));
+            assert_eq!(in_qemu(&self.host, &self.vm, disk.as_str()), [0; 3], "after '{}'", crash.point);
+            "whole".into()
+        });
+    }
+}
+
+fn resize_disk(is_attached: bool) {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "resize_disk",
+        is_attached,
+        |disk| json!([disk, 700]),
+        |disk, _| assert_eq!(record(&lab.host, disk).size.get(), 700),
+    );
+}
+
+fn update_disk(is_attached: bool) {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "update_disk",
+        is_attached,
+        |disk| json!([disk, 9, {"format": "raw", "iops": 1000}]),
+        |disk, _| {
+            let is = record(&lab.host, disk);
+            assert_eq!((is.size.get(), is.image().as_str()), (9, "disk-1.raw"));
+            let names = fs::read_dir(lab.host.store().disk_dir(disk)).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+            // Of a record that was being written; gone with the disk.
+            names.retain(|name| !name.starts_with(".new-"));
+            names.sort();
+            assert_eq!(names, ["disk-1.raw", "disk.json"]);
+        },
+    );
+}
+
+fn snapshot_disk(is_attached: bool) {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "snapshot_disk",
+        is_attached,
+        |disk| json!([disk, {}]),
+        |_, made| {
+            assert_eq!(in_qemu(&lab.host, &lab.vm, "snap-"), [0; 3]);
+            lab.host.ok("delete_snapshot", &json!([made]));
+            eventually("leftovers are removed", || {
+                lab.host.ok("delete_disk", &json!([lab.host.disk()]));
+                lab.host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
+            });
+            // A killed call may have been done but for its answer.
+            for whole in lab.host.store().list::<SnapshotRecord>().unwrap() {
+                lab.host.ok("delete_snapshot", &json!([whole]));
+            }
+        },
+    );
+}
+
+#[test]
+fn resize_of_a_detached_disk() {
+    resize_disk(false);
+}
+
+#[test]
+fn resize_of_an_attached_disk() {
+    resize_disk(true);
+}
+
+#[test]
+fn update_of_a_detached_disk() {
+    update_disk(false);
+}
+
+#[test]
+fn update_of_an_attached_disk() {
+    update_disk(true);
+}
+
+#[test]
+fn snapshot_of_a_detached_disk() {
+    snapshot_disk(false);
+}
+
+#[test]
+fn snapshot_of_an_attached_disk() {
+    snapshot_disk(true);
+}
+
+#[test]
+fn delete_snapshot() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = lab.disk(false);
+    let prepare = || json!([lab.host.ok("snapshot_disk", &json!([disk, {}]))]);
+    for_each_crash_point(&lab.host, "delete_snapshot", prepare, |crash| {
+        lab.host.ok("delete_snapshot", crash.arguments);
+        assert!(lab.host.store().list::<SnapshotRecord>().unwrap().is_empty(), "after '{}'", crash.point);
+        "gone".into()
+    });
+    assert_pattern(&lab.host, &disk);
+}
