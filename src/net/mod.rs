@@ -21,6 +21,7 @@ mod firewall;
 mod link;
 mod nft;
 pub mod plan;
+pub mod profile;
 mod sysctl;
 pub mod tap;
 

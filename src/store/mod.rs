@@ -9,6 +9,7 @@
 pub mod atomic;
 pub mod layout;
 pub mod lock;
+mod pins;
 pub mod record;
 
 pub use layout::{Store, VmPaths};

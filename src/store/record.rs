@@ -1,5 +1,6 @@
 //! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnetwork::IpNetwork;
@@ -190,10 +191,75 @@ pub struct Nic {
     pub network: String,
     /// Its address.
     pub mac: MacAddress,
-    /// The tap's name on the host.
-    pub tap: LinkName,
-    /// What the tap is plugged into.
-    pub segment: Segment,
+    /// Its other end.
+    #[serde(flatten)]
+    pub wire: Wire,
+}
+
+impl Nic {
+    /// The tap and what it is plugged into, if it has one.
+    pub fn tap(&self) -> Option<(&LinkName, &Segment)> {
+        match &self.wire {
+            Wire::Tap { tap, segment } => Some((tap, segment)),
+            Wire::User { .. } => None,
+        }
+    }
+}
+
+/// What a network card is wired to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Wire {
+    /// A bridge of the host.
+    Tap {
+        /// The tap's name on the host.
+        tap: LinkName,
+        /// What the tap is plugged into.
+        segment: Segment,
+    },
+    /// QEMU's own network stack.
+    User {
+        /// How it is set up.
+        user: UserNetwork,
+    },
+}
+
+/// QEMU's user networking: a router inside the QEMU process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNetwork {
+    /// The network's name in the configuration.
+    pub network: String,
+    /// The router's address, with the subnet's prefix.
+    pub gateway: IpNetwork,
+    /// The guest's address.
+    pub guest: IpAddr,
+    /// Ports of the host that lead to the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forwards: Vec<Forward>,
+}
+
+/// A port of the host that leads to a port of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forward {
+    /// What is forwarded.
+    pub protocol: Protocol,
+    /// The host's address; absent: any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// The host's port.
+    pub host: u16,
+    /// The guest's port.
+    pub guest: u16,
+}
+
+choice! {
+    /// A transport protocol.
+    pub enum Protocol ("\"tcp\" or \"udp\"") {
+        /// TCP.
+        Tcp = "tcp",
+        /// UDP.
+        Udp = "udp",
+    }
 }
 
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
@@ -206,6 +272,12 @@ pub struct Segment {
     /// Largest packet, bytes; absent: what the bridge has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// The VLAN that VMs are on, untagged, where the bridge tells VLANs apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    /// Whether VMs on it are kept from each other.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub isolated: bool,
     /// Who makes the bridge.
     pub keeper: Keeper,
 }
@@ -222,7 +294,27 @@ pub enum Keeper {
         addresses: Vec<IpNetwork>,
         /// Whether VMs reach the world under the host's own address.
         masquerade: bool,
+        /// Whether the host passes nothing on between the bridge and its other links.
+        #[serde(default, skip_serializing_if = "is_false")]
+        closed: bool,
+        /// The VLAN of another link that the bridge is part of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        uplink: Option<VlanLink>,
     },
+}
+
+/// A VLAN of a link, which has a sub-interface of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VlanLink {
+    /// The link that carries tagged packets.
+    pub link: LinkName,
+    /// The VLAN, 1 to 4094.
+    pub vlan: u16,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// The image below a root overlay.
