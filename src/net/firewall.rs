@@ -12,13 +12,17 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::nft::{self, Chain, Hook, Match, Rule, Table, Verdict};
+use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
 use crate::link_name::LinkName;
 
-/// Hides the subnets of `addresses`, all those of the bridge, behind the host. Twice is once.
-pub(super) fn ensure_masquerade(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Result<()> {
-    let wanted = masquerade(bridge, addresses);
-    if nft::holds(&wanted)? { Ok(()) } else { nft::replace(&wanted) }
+/// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
+/// with several subnets share the bridge.
+pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
+    let Keeper::Us { addresses, masquerade: true, .. } = &segment.keeper else { return None };
+    let table = masquerade(&segment.bridge, present.iter().chain(addresses).copied());
+    // Without an address there is nothing to hide.
+    Some(table).filter(|table| table.chains.iter().any(|chain| !chain.rules.is_empty()))
 }
 
 /// Removes all rules for the bridge, if there are any.
@@ -41,10 +45,6 @@ fn masquerade(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> 
     let postrouting =
         Chain { name: "postrouting", hook: Hook::SourceNat, rules: subnets.into_iter().map(rule).collect() };
     Table { name: table_name(bridge), chains: vec![postrouting] }
-}
-
-fn subnet(address: IpNetwork) -> IpNetwork {
-    IpNetwork::new(address.network(), address.prefix()).expect("the prefix of an address fits its subnet")
 }
 
 /// The kernel gives every IPv6 link such an address; it is never routed.

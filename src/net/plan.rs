@@ -125,6 +125,8 @@ fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
         ("uplink", network.uplink.is_some() && profile.wire != Wiring::Vlan),
         ("vlan", network.vlan.is_some() && profile.wire != Wiring::Vlan),
         ("bridge", network.bridge.is_some() && profile.wire == Wiring::User),
+        // Each VLAN that a request asks for has a bridge of its own.
+        ("bridge", network.bridge.is_some() && network.uplink.is_some() && network.vlan.is_none()),
         ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
     ];
     match useless.iter().find(|(_, useless)| *useless) {
@@ -233,6 +235,11 @@ fn check_guest(name: &str, host: IpNetwork, requested: &Requested<'_>) -> Result
 /// Whether two subnets share an address.
 pub(super) fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
     one.contains(other.network()) || other.contains(one.network())
+}
+
+/// The subnet that an address with a prefix is in.
+pub(super) fn subnet(address: IpNetwork) -> IpNetwork {
+    with_prefix(address.network(), address.prefix())
 }
 
 fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {
