@@ -11,7 +11,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::nft::{self, Chain, Hook, Match, Rule, Table, Verdict};
+use super::nft::{self, Chain, Family, Hook, Match, Rule, Table, Verdict};
 use crate::error::Result;
 use crate::link_name::LinkName;
 
@@ -23,7 +23,7 @@ pub(super) fn ensure_masquerade(bridge: &LinkName, addresses: impl Iterator<Item
 
 /// Removes all rules for the bridge, if there are any.
 pub(super) fn drop_all(bridge: &LinkName) -> Result<()> {
-    nft::drop_table(&table_name(bridge))
+    nft::drop_table(Family::Inet, &table_name(bridge))
 }
 
 fn table_name(bridge: &LinkName) -> String {
@@ -39,8 +39,8 @@ fn masquerade(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> 
         verdict: Verdict::Masquerade,
     };
     let postrouting =
-        Chain { name: "postrouting", hook: Hook::SourceNat, rules: subnets.into_iter().map(rule).collect() };
-    Table { name: table_name(bridge), chains: vec![postrouting] }
+        Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules: subnets.into_iter().map(rule).collect() };
+    Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains: vec![postrouting] }
 }
 
 fn subnet(address: IpNetwork) -> IpNetwork {
@@ -67,7 +67,7 @@ mod tests {
         insta::assert_snapshot!(table, @r#"
         table inet bosh-qemu-bosh-nat0 {
             chain postrouting {
-                type nat hook postrouting priority srcnat; policy accept;
+                type nat hook postrouting priority 100; policy accept;
                 ip saddr 10.0.1.0/24 oifname != "bosh-nat0" masquerade
                 ip saddr 10.0.2.0/24 oifname != "bosh-nat0" masquerade
                 ip6 saddr fd00::/64 oifname != "bosh-nat0" masquerade
