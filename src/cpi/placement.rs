@@ -54,7 +54,7 @@ impl Cpi {
             }
             Place::Bridge(segment) => Wire::Tap { tap: net::tap::tap_name(vm, index), segment },
         };
-        Ok(Nic { network: network.name.clone(), mac: mac_address(vm, index), wire })
+        Ok(Nic { network: network.name.clone(), mac: mac_address(vm, index), wire, rules: None })
     }
 
     /// Where the NIC of a network is, whose cloud properties `subnet` are at `path`.
@@ -88,7 +88,7 @@ impl Cpi {
 }
 
 /// The addresses a network brings, as the host's side needs them.
-fn requested(network: &NetworkSpec) -> Requested<'_> {
+fn requested(network: &NetworkSpec) -> Requested {
     match &network.addressing {
         Addressing::Manual { address, gateway, .. } => {
             let (ip, netmask) = (Some(address.ip()), Some(address.mask()));

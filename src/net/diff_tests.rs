@@ -64,7 +64,7 @@ fn nat_on_a_bare_host() {
     sysctl -w net.ipv4.ip_forward=1
     nft table inet bosh-qemu-bosh-nat0 {
         chain postrouting {
-            type nat hook postrouting priority srcnat; policy accept;
+            type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
         }
     }
@@ -86,15 +86,22 @@ fn routed_on_a_bare_host() {
 
 #[test]
 fn isolated_on_a_bare_host() {
-    insta::assert_snapshot!(all(&json!({"profile": "isolated"}), &bare_host()), @r"
+    insta::assert_snapshot!(all(&json!({"profile": "isolated"}), &bare_host()), @r#"
     ip link add bosh-isolated0 address 02:b9:90:75:69:87 mtu 1450 type bridge stp_state 0 forward_delay 0
     sysctl -w net.ipv6.conf.bosh-isolated0.accept_ra=0
     ip link set bosh-isolated0 alias 'bosh-qemu-cpi:lab' up
     ip address add 10.0.0.1/24 dev bosh-isolated0
+    nft table inet bosh-qemu-bosh-isolated0 {
+        chain forward {
+            type filter hook forward priority 0; policy accept;
+            iifname "bosh-isolated0" counter drop
+            oifname "bosh-isolated0" counter drop
+        }
+    }
     ip link set bqtapn0 mtu 1500 master bosh-isolated0
     bridge link set dev bqtapn0 isolated on
     ip link set bqtapn0 up
-    ");
+    "#);
 }
 
 #[test]
@@ -203,7 +210,7 @@ fn only_what_somebody_broke_is_repaired() {
     --
     nft table inet bosh-qemu-bosh-nat0 {
         chain postrouting {
-            type nat hook postrouting priority srcnat; policy accept;
+            type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
         }
     }

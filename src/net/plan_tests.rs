@@ -4,7 +4,6 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::schema::Property;
-use crate::store::record::Protocol;
 
 fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segment, String> {
     let network = Network::from_json(network).map_err(|error| error.to_string())?;
@@ -193,13 +192,11 @@ fn a_request_chooses_its_vlan_where_the_operator_did_not() {
 fn user_networking_needs_an_address_and_no_bridge() {
     let network = Network::from_json(&json!({"profile": "user", "subnet": "10.0.2.0/24"})).unwrap();
     let profile = Profile::load("user", None).unwrap();
-    let forward = Forward { protocol: Protocol::Tcp, address: None, host: 6868, guest: 6868 };
-    let forwards = [forward];
-    let requested = Requested { ip: "10.0.2.15".parse().ok(), forwards: &forwards, ..Requested::default() };
+    let requested = Requested { ip: "10.0.2.15".parse().ok(), ..Requested::default() };
     let Place::User(user) = place("lab", &network, &profile, &requested).unwrap() else { panic!("no bridge") };
     let text = serde_json::to_string(&user).unwrap();
     insta::assert_snapshot!(text, @r#"
-    {"network":"lab","gateway":"10.0.2.1/24","guest":"10.0.2.15","forwards":[{"protocol":"tcp","host":6868,"guest":6868}]}
+    {"network":"lab","gateway":"10.0.2.1/24","guest":"10.0.2.15"}
     "#);
     assert_eq!(serde_json::from_str::<UserNetwork>(&text).unwrap(), user);
     let error = place("lab", &network, &profile, &Requested::default()).unwrap_err();

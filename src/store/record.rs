@@ -194,6 +194,9 @@ pub struct Nic {
     /// Its other end.
     #[serde(flatten)]
     pub wire: Wire,
+    /// What it may send, and what reaches it. Absent in records of versions that had no such rules.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rules: Option<NicRules>,
 }
 
 impl Nic {
@@ -233,33 +236,56 @@ pub struct UserNetwork {
     pub gateway: IpNetwork,
     /// The guest's address.
     pub guest: IpAddr,
-    /// Ports of the host that lead to the guest.
+}
+
+/// What a network card may send, and what reaches it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicRules {
+    /// Whether it may send only as itself: from its MAC and its addresses.
+    pub anti_spoof: bool,
+    /// Its addresses, each with the length of the block that is its own. None: a DHCP server of others decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpNetwork>,
+    /// Further addresses it may send from, which others may have, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allowed: Vec<IpNetwork>,
+    /// Who may begin to speak to it; absent: everybody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admits: Option<Vec<Admission>>,
+    /// Ports of the host that are its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub forwards: Vec<Forward>,
 }
 
-/// A port of the host that leads to a port of a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forward {
-    /// What is forwarded.
-    pub protocol: Protocol,
-    /// The host's address; absent: any.
+/// Who may begin to speak to a VM, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admission {
+    /// From where.
+    pub source: IpNetwork,
+    /// By which protocol of IP; absent: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<IpAddr>,
-    /// The host's port.
-    pub host: u16,
-    /// The guest's port.
-    pub guest: u16,
+    pub protocol: Option<u8>,
+    /// To which ports, first and last; absent: any, or the protocol has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ports: Option<(u16, u16)>,
 }
 
-choice! {
-    /// A transport protocol.
-    pub enum Protocol ("\"tcp\" or \"udp\"") {
-        /// TCP.
-        Tcp = "tcp",
-        /// UDP.
-        Udp = "udp",
-    }
+/// Ports of the host that lead to a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forward {
+    /// The host's address; absent: every one of the family of `guest`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// TCP or UDP, by its number.
+    pub protocol: u8,
+    /// First port of the host.
+    pub host: u16,
+    /// The VM's address.
+    pub to: IpAddr,
+    /// First port of the VM.
+    pub guest: u16,
+    /// How many ports, one after the other.
+    pub count: u16,
 }
 
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
