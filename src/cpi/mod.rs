@@ -7,6 +7,7 @@ mod attachments;
 mod calculate;
 pub mod cloud_properties;
 mod disks;
+pub mod host_networks;
 mod leftovers;
 mod metadata;
 pub mod networks;

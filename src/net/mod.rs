@@ -18,6 +18,7 @@
 
 pub mod apply;
 pub mod change;
+pub mod coexist;
 mod diff;
 mod firewall;
 mod link;

@@ -71,6 +71,35 @@ pub fn standing(name: &str, network: &Network, profile: &Profile) -> Result<Opti
     segment(name, network, profile, vlan, addresses).map(Some)
 }
 
+/// Adds to `one` what `other` wants of the same bridge, if both can be had: manifests with several subnets, and networks
+/// of both IP versions, share bridges.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] naming both networks.
+pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
+    let disagree = || {
+        let (a, b, bridge) = (&one.network, &other.network, &one.bridge);
+        let problem = format!("bridge '{bridge}' can not be what both network '{a}' and network '{b}' want of it");
+        Error::new(ErrorKind::BadConfig, problem)
+            .hint("name another bridge for one of them; a VM keeps the network it was made with")
+    };
+    match (&mut one.keeper, &other.keeper) {
+        (Keeper::Operator, Keeper::Operator) => Ok(()),
+        (
+            Keeper::Us { addresses, masquerade, closed, uplink },
+            Keeper::Us { addresses: more, masquerade: m, closed: c, uplink: u },
+        ) if (&*masquerade, &*closed, &*uplink) == (m, c, u)
+            && one.mtu.zip(other.mtu).is_none_or(|(mine, its)| mine == its) =>
+        {
+            let new: Vec<_> = more.iter().filter(|address| !addresses.contains(address)).copied().collect();
+            addresses.extend(new);
+            one.mtu = one.mtu.or(other.mtu);
+            Ok(())
+        }
+        _ => Err(disagree()),
+    }
+}
+
 /// The segment of a bridge that a subnet's cloud properties name themselves: `{"bridge": "br0"}`.
 pub fn existing_bridge(bridge: &LinkName, vlan: Option<u16>, mtu: Option<u32>) -> Segment {
     let (network, bridge) = (bridge.to_string(), bridge.clone());

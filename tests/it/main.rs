@@ -9,6 +9,8 @@ mod layers;
 mod lifecycle;
 mod linux;
 mod network;
+mod network_command;
+mod network_profiles;
 mod release;
 mod supervisor;
 mod support;

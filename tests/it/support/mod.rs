@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod host;
+pub mod lab;
 pub mod netns;
 pub mod nftables;
 pub mod world;
