@@ -46,12 +46,25 @@ pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Reque
     check_keys(name, network, profile)?;
     let vlan = vlan(name, network, profile, requested.vlan)?;
     if profile.wire == Wiring::User {
-        let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
-        let gateway = host_address(name, network, requested)?;
-        return Ok(Place::User(UserNetwork { network: name.to_owned(), gateway, guest }));
+        return user(name, network, requested).map(Place::User);
     }
     let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
     segment(name, network, profile, vlan, addresses).map(Place::Bridge)
+}
+
+/// QEMU forwards ports to IPv4 addresses only (10.0: "Bad host address"), and has three addresses of the subnet besides the
+/// guest's: its own, that of a name server, and the subnet's broadcast.
+fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
+    let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
+    match (guest, host_address(name, network, requested)?) {
+        (IpAddr::V4(guest), IpNetwork::V4(gateway)) if gateway.prefix() <= 29 => {
+            Ok(UserNetwork { network: name.to_owned(), gateway, guest })
+        }
+        (IpAddr::V4(_), gateway) => {
+            Err(bad_request(name, &format!("can not be as narrow as {gateway}: /29 is the narrowest")))
+        }
+        (IpAddr::V6(_), _) => Err(bad_request(name, "has the profile 'user', which is IPv4 only")),
+    }
 }
 
 /// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
