@@ -75,7 +75,7 @@ impl Cpi {
 
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
-        let findings = coexist::findings(&network.segment, &coexist::observe()?);
+        let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
         Ok(Lack { changes: apply::missing(&network.segment, &network.taps), findings })
     }
 
@@ -105,11 +105,12 @@ impl Cpi {
 
     /// Logs what keeps a new VM from the network it was promised. That must not keep the VM from being made.
     pub(super) fn warn_of_findings(nics: &[Nic]) {
-        let facts = match coexist::observe() {
+        let segments: Vec<_> = nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
+        let facts = match coexist::observe(&segments) {
             Ok(facts) => facts,
             Err(error) => return tracing::debug!(error = error.report(), "can not look for other firewalls"),
         };
-        for (_, segment) in nics.iter().filter_map(Nic::tap) {
+        for segment in segments {
             for Finding { cause, cure } in coexist::findings(segment, &facts) {
                 tracing::warn!(network = segment.network, cure, "{cause}");
             }

@@ -13,6 +13,10 @@ use super::nft::foreign::{self, Foreign};
 use super::plan::{Keeper, Segment, overlap, subnet};
 use super::{MARK, sysctl};
 use crate::error::Result;
+use crate::link_name::LinkName;
+
+/// The bridge of Docker's default network.
+const DOCKER: &str = "docker0";
 
 /// What stands in the way of a network, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -36,9 +40,11 @@ pub struct Facts {
     forwards_v6: bool,
     /// The link to the world.
     world: Option<World>,
-    /// Links with their largest packets.
-    links: Vec<(String, u32)>,
-    /// Routes with their links, without those of bridges of ours.
+    /// Whether Docker's own bridge is there.
+    has_docker: bool,
+    /// Bridges that are there, with their largest packets.
+    bridges: Vec<(String, u32)>,
+    /// Routes to the segments' addresses with their links, without those of bridges of ours.
     routes: Vec<(String, IpNetwork)>,
 }
 
@@ -51,13 +57,12 @@ struct World {
     forwards_v4: bool,
 }
 
-/// Looks at the host of the calling thread.
+/// Looks at the host of the calling thread, as far as it matters to these segments.
 ///
 /// # Errors
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel does not tell.
-pub fn observe() -> Result<Facts> {
+pub fn observe(segments: &[&Segment]) -> Result<Facts> {
     let links = Links::open()?;
-    let all = links.list()?;
     let is = |key: &str, wanted: &str| sysctl::read(key).map(|value| value.as_deref() == Some(wanted));
     let world = match links.to_the_world()? {
         Some(link) => {
@@ -66,22 +71,46 @@ pub fn observe() -> Result<Facts> {
         }
         None => None,
     };
-    let of_others = |index: u32| {
-        let link = all.iter().find(|link| link.index == index)?;
-        let ours = link.alias.as_ref().is_some_and(|alias| alias.starts_with(MARK));
-        (!ours).then(|| link.name.clone())
-    };
-    let routes = links.routes()?.into_iter().filter(|(_, to)| to.prefix() > 0 && !to.ip().is_multicast());
+    let mut bridges = Vec::new();
+    for segment in segments {
+        bridges.extend(links.find(&segment.bridge)?.map(|link| (link.name, link.mtu)));
+    }
+    let docker = LinkName::parse(DOCKER).expect("a link's name");
     Ok(Facts {
         foreign: foreign::tables()?,
         legacy_filter: std::fs::read_to_string("/proc/thread-self/net/ip_tables_names")
             .is_ok_and(|names| names.lines().any(|name| name == "filter")),
+        has_docker: links.find(&docker)?.is_some(),
         bridges_call_iptables: is("bridge/bridge-nf-call-iptables", "1")?,
         forwards_v6: is("ipv6/conf/all/forwarding", "1")?,
         world,
-        routes: routes.filter_map(|(index, to)| Some((of_others(index)?, to))).collect(),
-        links: all.iter().map(|link| (link.name.clone(), link.mtu)).collect(),
+        bridges,
+        routes: others_routes(&links, segments)?,
     })
+}
+
+/// Routes to addresses of the segments over links that are not ours.
+fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
+    let ours: Vec<_> = segments.iter().flat_map(|segment| addresses(segment)).map(|address| subnet(*address)).collect();
+    let mut found = Vec::new();
+    for (index, to) in links.routes()? {
+        // The default route is for what nobody else has.
+        if to.prefix() > 0
+            && ours.iter().any(|subnet| overlap(*subnet, to))
+            && let Some(link) = links.numbered(index)?
+            && !link.alias.is_some_and(|alias| alias.starts_with(MARK))
+        {
+            found.push((link.name, to));
+        }
+    }
+    Ok(found)
+}
+
+fn addresses(segment: &Segment) -> &[IpNetwork] {
+    match &segment.keeper {
+        Keeper::Us { addresses, .. } => addresses,
+        Keeper::Operator => &[],
+    }
 }
 
 /// What keeps a segment's VMs from what its profile promises.
@@ -137,7 +166,7 @@ fn firewalls(segment: &Segment, passes: bool, facts: &Facts, findings: &mut Vec<
         };
         findings.push(Finding { cause: format!("{who} {what} bridge '{bridge}'"), cure });
     }
-    if facts.legacy_filter && facts.links.iter().any(|(name, _)| name == "docker0") {
+    if facts.legacy_filter && facts.has_docker {
         let cause = format!("Docker uses iptables-legacy here, which may drop the packets of VMs on bridge '{bridge}'");
         findings.push(Finding { cause, cure: docker("iptables-legacy", segment) });
     }
@@ -167,7 +196,7 @@ fn switches(segment: &Segment, addresses: &[IpNetwork], facts: &Facts, findings:
             cure: format!("sysctl -w {}=1", sysctl::name(&format!("ipv4/conf/{}/forwarding", world.link))),
         });
     }
-    let mtu = facts.links.iter().find(|(name, _)| name == bridge.as_str()).map(|(_, mtu)| *mtu).or(segment.mtu);
+    let mtu = facts.bridges.iter().find(|(name, _)| name == bridge.as_str()).map(|(_, mtu)| *mtu).or(segment.mtu);
     if let Some(mtu) = mtu.filter(|mtu| *mtu > world.mtu) {
         let cause = format!(
             "bridge '{bridge}' carries packets of {mtu} bytes, the way to the world by '{}' {}: large packets may hang",
@@ -186,7 +215,7 @@ fn routes(segment: &Segment, address: IpNetwork, facts: &Facts, findings: &mut V
     for (link, to) in elsewhere {
         let whose = match link.as_str() {
             libvirt if libvirt.starts_with("virbr") => " of libvirt",
-            docker if docker == "docker0" || docker.starts_with("br-") => " of Docker",
+            docker if docker == DOCKER || docker.starts_with("br-") => " of Docker",
             _ => "",
         };
         let cause = format!(

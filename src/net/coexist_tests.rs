@@ -1,7 +1,6 @@
 //! What is found on which host.
 
 use super::*;
-use crate::link_name::LinkName;
 
 fn segment(keeper: Keeper) -> Segment {
     let bridge = LinkName::parse("bosh-nat0").unwrap();
@@ -17,7 +16,7 @@ fn nat(address: &str) -> Segment {
 fn facts() -> Facts {
     let world = World { link: "eth0".into(), mtu: 1500, forwards_v4: true };
     let routes = vec![("eth0".into(), "192.0.2.0/24".parse().unwrap())];
-    Facts { world: Some(world), links: vec![("eth0".into(), 1500)], routes, ..Facts::default() }
+    Facts { world: Some(world), routes, ..Facts::default() }
 }
 
 fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
@@ -77,8 +76,7 @@ fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
     ");
     let legacy = Facts { foreign: Vec::new(), legacy_filter: true, ..facts };
     assert_eq!(said(&segment(Keeper::Operator), &legacy), "");
-    let links = vec![("docker0".to_owned(), 1500)];
-    insta::assert_snapshot!(said(&segment(Keeper::Operator), &Facts { links, ..legacy }), @r"
+    insta::assert_snapshot!(said(&segment(Keeper::Operator), &Facts { has_docker: true, ..legacy }), @r"
     Docker uses iptables-legacy here, which may drop the packets of VMs on bridge 'bosh-nat0'
         iptables-legacy -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables-legacy -I DOCKER-USER -o bosh-nat0 -j ACCEPT
     frames between VMs on bridge 'bosh-nat0' go through these rules, too (br_netfilter)
@@ -90,7 +88,7 @@ fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
 fn routes_and_switches() {
     let routed = |link: &str, to: &str| Facts { routes: vec![(link.into(), to.parse().unwrap())], ..facts() };
     let deaf = World { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
-    let small = Facts { world: Some(deaf), links: vec![("bosh-nat0".into(), 1500)], ..facts() };
+    let small = Facts { world: Some(deaf), bridges: vec![("bosh-nat0".into(), 1500)], ..facts() };
     let found = [
         said(&nat("10.0.0.1/24"), &routed("tun0", "10.0.0.0/8")),
         said(&nat("192.168.122.1/24"), &routed("virbr0", "192.168.122.0/24")),

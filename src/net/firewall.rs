@@ -1,11 +1,11 @@
 //! Which firewall rules a bridge of ours needs.
 //!
 //! One table of our own for each bridge, `inet bosh-qemu-<bridge>`, replaced as a whole; no other table is ever
-//! touched. Security groups, anti-spoofing and port forwards are further chains and sets of the same table.
+//! touched.
 //!
 //! There is deliberately no chain that accepts forwarded traffic: in nftables every table's chains are asked in turn,
 //! so an `accept` of ours can not take back a `drop` of Docker's, ufw's or firewalld's, and without such a `drop` it
-//! changes nothing. Looking for those and telling the operator what they want belongs here as well.
+//! changes nothing. [`super::coexist`] tells the operator what those want.
 
 use std::net::IpAddr;
 

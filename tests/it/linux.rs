@@ -15,7 +15,7 @@ use crate::support::host::{Host, text, vm_cid};
 use crate::support::skip;
 
 /// Emulated on two cores that other tests use, too.
-const BOOT: Duration = Duration::from_secs(180);
+const BOOT: Duration = Duration::from_secs(300);
 
 /// The made stemcell, or the reason why there is none.
 fn stemcell_dir() -> Option<PathBuf> {
