@@ -37,9 +37,13 @@ fn main() {
     let crowd: Vec<_> = (0..CROWD).map(|n| plug(&format!("bqcrowd{n}"), &segment)).collect();
     for few in alone {
         let many = one_more(&segment);
-        let names = ["tap among 500", "nothing to do among 500", "other firewalls looked for among 500"];
-        for ((name, many), few) in names.into_iter().zip(many).zip(few) {
-            table.add(name, Target::Above(2.0), many, few);
+        let rows = [
+            ("tap among 500", Target::Ratio(1.5)),
+            ("nothing to do among 500", Target::Ratio(1.5)),
+            ("other firewalls looked for among 500", Target::Above(1.0)),
+        ];
+        for (((name, target), many), few) in rows.into_iter().zip(many).zip(few) {
+            table.add(name, target, many, few);
         }
     }
     drop(crowd);
@@ -54,6 +58,8 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> [Duration; 3] {
         device
     });
     drop(device);
+    // What the kernel still does after a tap went is not the next one's time.
+    assert!(apply::release(segment).expect("nothing there"));
     let (first, plugged) = timed(|| plug("bqfirstn0", segment));
     table.add("bridge, rules and tap", Target::AtMost(10.0), first, tap);
     let more = one_more(segment);

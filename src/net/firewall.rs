@@ -54,10 +54,16 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
     Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules: subnets.into_iter().map(rule).collect() }
 }
 
-/// Lets nothing pass between the bridge and other links: that the host routes for one network is not for all.
+/// Lets nothing pass between the bridge and other links: that the host routes for one network is not for all. What goes
+/// from port to port comes here only through br_netfilter, and is no business of this chain.
 fn closing(bridge: &LinkName) -> Chain {
-    let drop = |field| Rule { matches: vec![Match::By(field, bridge.clone())], verdict: Verdict::Drop };
-    Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules: vec![drop(IIFNAME), drop(OIFNAME)] }
+    let by = |field| Match::By(field, bridge.clone());
+    let rules = vec![
+        Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: Verdict::Return },
+        Rule { matches: vec![by(IIFNAME)], verdict: Verdict::Drop },
+        Rule { matches: vec![by(OIFNAME)], verdict: Verdict::Drop },
+    ];
+    Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
 }
 
 /// The kernel gives every IPv6 link such an address; it is never routed.
@@ -97,6 +103,7 @@ mod tests {
         table inet bosh-qemu-bosh-nat0 {
             chain forward {
                 type filter hook forward priority 0; policy accept;
+                iifname "bosh-nat0" oifname "bosh-nat0" return
                 iifname "bosh-nat0" counter drop
                 oifname "bosh-nat0" counter drop
             }

@@ -258,7 +258,7 @@ mod tests {
         Tap { queues: queues.to_vec(), vhost: vhost.to_vec(), mtu }
     }
 
-    fn options(wire: Value, rules: Option<NicRules>, tap: Option<&Tap>) -> String {
+    fn options(wire: &Value, rules: Option<NicRules>, tap: Option<&Tap>) -> String {
         let mut nic = json!({"network": "lan", "mac": "02:00:00:00:00:01"});
         nic.as_object_mut().unwrap().extend(wire.as_object().unwrap().clone());
         let nic = Nic { rules, ..serde_json::from_value(nic).unwrap() };
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn queues_and_vhost_are_descriptors() {
         let wire = json!({"tap": "bqtapn0", "segment": {"network": "lan", "bridge": "br0", "keeper": "operator"}});
-        let on = |tap: Tap| options(wire.clone(), None, Some(&tap));
+        let on = |tap: Tap| options(&wire, None, Some(&tap));
         let lines = [
             on(tap(&[7], &[], 1500)),
             on(tap(&[7], &[8], 9000)),
@@ -309,7 +309,7 @@ mod tests {
             json!({"protocol": 6, "address": "127.0.0.1", "host": 6868, "to": "10.0.2.15", "guest": 22, "count": 2}),
         );
         let udp = forward(json!({"protocol": 17, "host": 53, "to": "10.0.2.15", "guest": 53, "count": 1}));
-        insta::assert_snapshot!(options(v4, rules(vec![tcp, udp]), None), @r#"
+        insta::assert_snapshot!(options(&v4, rules(vec![tcp, udp]), None), @r#"
         -netdev
         {"dhcpstart":"10.0.2.15","dns":"10.0.2.254","host":"10.0.2.1","hostfwd":[{"str":"tcp:127.0.0.1:6868-10.0.2.15:22"},{"str":"tcp:127.0.0.1:6869-10.0.2.15:23"},{"str":"udp::53-10.0.2.15:53"}],"id":"nic0","ipv4":true,"ipv6":false,"net":"10.0.2.0/24","type":"user"}
         -device

@@ -61,6 +61,18 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
 }
 
 #[test]
+fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
+    let Some(lab) = Lab::new() else { return };
+    let closed = Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
+    let one = lab.unplugged_vm("port0", "10.0.0.5");
+    let two = lab.unplugged_vm("port1", "10.0.0.6");
+    lab.host.run(|| apply::ensure(&closed, &[name("port0"), name("port1")])).unwrap();
+    lab.ensure(&nat("10.1.0.1")).unwrap();
+    assert!(reaches(&one, &two, "10.0.0.6"), "a neighbour");
+    assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
+}
+
+#[test]
 fn what_somebody_removed_comes_back_with_its_vms() {
     let Some(lab) = Lab::new() else { return };
     let (segment, ports) = (nat("10.0.0.1"), [name("port0"), name("not-there")]);
