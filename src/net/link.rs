@@ -165,15 +165,7 @@ impl Links {
             }
             Change::Tag { port, vlan, instead_of } => {
                 let Some(index) = found(port)? else { return Ok(false) };
-                let untagged = BridgeVlanInfoFlags::Pvid | BridgeVlanInfoFlags::Untagged;
-                let message = LinkBridgeVlan::new(index).vlan(*vlan, untagged).build();
-                self.runtime.block_on(self.handle.link().set(message).execute()).map_err(failed)?;
-                if let Some(other) = instead_of {
-                    let message = LinkBridgeVlan::new(index).vlan(*other, BridgeVlanInfoFlags::empty()).build();
-                    let removed = self.runtime.block_on(self.handle.link().del_with_message(message).execute());
-                    removed.map_err(failed)?;
-                }
-                Ok(true)
+                self.tag(index, *vlan, *instead_of).map_err(failed)
             }
             Change::AddAddress { link, address } => {
                 let Some(index) = found(link)? else { return Ok(false) };
@@ -189,6 +181,18 @@ impl Links {
             }
             Change::Write { .. } | Change::Rules(_) => unreachable!("neither is about links"),
         }
+    }
+
+    /// Puts a port on one VLAN, untagged, and on no other.
+    fn tag(&self, port: u32, vlan: u16, instead_of: Option<u16>) -> Result<bool, rtnetlink::Error> {
+        let untagged = BridgeVlanInfoFlags::Pvid | BridgeVlanInfoFlags::Untagged;
+        let message = LinkBridgeVlan::new(port).vlan(vlan, untagged).build();
+        self.runtime.block_on(self.handle.link().set(message).execute())?;
+        if let Some(other) = instead_of {
+            let message = LinkBridgeVlan::new(port).vlan(other, BridgeVlanInfoFlags::empty()).build();
+            self.runtime.block_on(self.handle.link().del_with_message(message).execute())?;
+        }
+        Ok(true)
     }
 
     /// Subnets that the main table routes to the link `index`, of the family of `like`.
