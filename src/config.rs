@@ -12,6 +12,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::link_name::LinkName;
 use crate::schema::{Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
@@ -34,6 +35,8 @@ document! {
         /// Networks of this host by name. A subnet's cloud property `name` picks one; without it, `default` is taken.
         /// When this key is absent, there is one network `default` with the profile `nat`.
         networks: BTreeMap<String, Network> = BTreeMap::from([("default".to_owned(), Network::nat())]);
+        /// A directory whose `<name>.toml` files come before the built-in network profiles.
+        network_profiles_dir: Option<PathBuf>;
         /// What every agent is told unless the Director's env says otherwise.
         agent: Agent = Agent::absent().expect("every key of agent has a default");
         /// Seconds a method may take, by method name. `docs/operating.md` lists the defaults.
@@ -74,18 +77,28 @@ document! {
 document! {
     /// A network of this host that VMs can be put on.
     pub struct Network {
-        /// How the network reaches the world.
-        profile: NetworkProfile = NetworkProfile::Nat;
-        /// The bridge. `nat` makes it (default `bosh-nat0`), `bridge` wants it to exist.
-        bridge: Option<String>;
-        /// `nat`: addresses of the network, as `10.0.0.0/24`. Absent: taken from each request's netmask.
+        /// How the network reaches the world: a network profile. Built in are `nat`, `routed`, `isolated`, `bridge`, `vlan`
+        /// and `user`; `docs/networking.md` draws each.
+        profile: String = "nat".into();
+        /// The bridge. Absent: the profile's; `bridge` has none and wants one that exists.
+        bridge: Option<LinkName>;
+        /// `vlan`: the link whose VLAN it is, instead of a bridge that tells VLANs apart.
+        uplink: Option<LinkName>;
+        /// `vlan`: which one. Absent: the request's.
+        vlan: Option<VlanId>;
+        /// Addresses of a network with a gateway of ours, as `10.0.0.0/24`. Absent: taken from each request's netmask.
         subnet: Option<IpNetwork>;
-        /// `nat`: the host's address on the bridge. Absent: the request's gateway.
+        /// The host's address in the subnet. Absent: the request's gateway.
         gateway: Option<std::net::IpAddr>;
-        /// Largest packet, bytes. Absent: 1500 for `nat`, the bridge's for `bridge`.
-        mtu: Option<Whole<576, 65535>>;
+        /// Largest packet, bytes. Absent: that of the link to the world for bridges of ours, the bridge's for others.
+        mtu: Option<Mtu>;
     }
 }
+
+/// A VLAN's number.
+pub type VlanId = Whole<1, 4094>;
+/// The size of the largest packet, bytes.
+pub type Mtu = Whole<576, 65535>;
 
 document! {
     /// What every agent is told unless the Director's env says otherwise.
@@ -140,16 +153,6 @@ choice! {
         BestEffort = "best-effort",
         /// QEMU runs as root, unconfined. For debugging.
         Off = "off",
-    }
-}
-
-choice! {
-    /// How a network reaches the world.
-    pub enum NetworkProfile ("\"nat\" or \"bridge\"") {
-        /// A bridge of our own with the gateway's address, masqueraded.
-        Nat = "nat",
-        /// A bridge that exists.
-        Bridge = "bridge",
     }
 }
 
@@ -285,7 +288,7 @@ mod tests {
     #[test]
     fn nothing_at_all_is_a_configuration() {
         let config = Config::from_json(&json!({})).unwrap();
-        assert_eq!(config.networks["default"].profile, NetworkProfile::Nat);
+        assert_eq!(config.networks["default"].profile, "nat");
         assert_eq!(config.qemu.hotplug_slots.get(), 16);
     }
 

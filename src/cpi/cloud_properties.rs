@@ -2,9 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use crate::config::AccelChoice;
+use crate::config::{AccelChoice, Mtu, VlanId};
 use crate::document;
 use crate::error::Result;
+use crate::link_name::LinkName;
 use crate::schema::{Property, SchemaError, Whole};
 use crate::store::record::Format;
 use crate::units::MiB;
@@ -54,7 +55,12 @@ document! {
         /// Network of the configuration. Absent: `default`.
         name: Option<String>;
         /// An existing bridge of the host, instead of a network of the configuration.
-        bridge: Option<String>;
+        bridge: Option<LinkName>;
+        /// VLAN of the VM's port on a bridge that tells VLANs apart, or of a network with the profile `vlan` that has none
+        /// of its own.
+        vlan: Option<VlanId>;
+        /// With `bridge`: the largest packet the VM is to send, bytes, if that is less than the bridge's.
+        mtu: Option<Mtu>;
     }
 }
 

@@ -7,10 +7,11 @@ use crate::cid::VmCid;
 use crate::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
-use crate::net;
+use crate::net::plan::{Place, Requested};
+use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::schema::Property;
-use crate::store::record::{Keeper, Nic};
+use crate::store::record::{Keeper, Nic, Wire};
 
 impl Cpi {
     /// The NICs of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
@@ -40,32 +41,41 @@ impl Cpi {
         let properties = serde_json::Value::Object(network.cloud_properties.0.clone());
         let subnet = SubnetCloudProperties::from_json(&properties).map_err(|e| e.in_request(&path))?;
         let dynamic = matches!(network.addressing, Addressing::Dynamic { .. });
-        let segment = match (&subnet.bridge, &subnet.name) {
-            (Some(_), Some(_)) => {
-                Err(Error::new(ErrorKind::BadRequest, format!("{path}: give 'name' or 'bridge', not both")))
+        let place = self.place(&subnet, network, &path).map_err(|e| e.during(format!("network '{}'", network.name)))?;
+        let wire = match place {
+            Place::User(user) => Wire::User { user },
+            Place::Bridge(segment) if dynamic && matches!(segment.keeper, Keeper::Us { .. }) => {
+                let message = format!(
+                    "network '{}' is dynamic, and host network '{}' has no DHCP server",
+                    network.name, segment.network
+                );
+                return Err(Error::new(ErrorKind::NotSupported, message)
+                    .hint("use a manual network, or an operator's bridge on which something serves DHCP"));
             }
+            Place::Bridge(segment) => Wire::Tap { tap: net::tap::tap_name(vm, index), segment },
+        };
+        Ok(Nic { network: network.name.clone(), mac: mac_address(vm, index), wire, rules: None })
+    }
+
+    /// Where the NIC of a network is, whose cloud properties `subnet` are at `path`.
+    fn place(&self, subnet: &SubnetCloudProperties, network: &NetworkSpec, path: &str) -> Result<Place> {
+        let bad = |problem: &str| Err(Error::new(ErrorKind::BadRequest, format!("{path}{problem}")));
+        let vlan = subnet.vlan.map(|vlan| u16::try_from(vlan.get()).expect("at most 4094"));
+        match (&subnet.bridge, &subnet.name) {
+            (Some(_), Some(_)) => bad(": give 'name' or 'bridge', not both"),
             // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
-            (Some(bridge), None) => net::plan::existing_bridge(bridge),
+            (Some(bridge), None) => {
+                Ok(Place::Bridge(net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes))))
+            }
+            (None, _) if subnet.mtu.is_some() => bad(".mtu: only with 'bridge'; networks of this host have their own"),
             (None, name) => {
                 let name = name.as_deref().unwrap_or("default");
-                self.configured(name, &path).and_then(|host| net::plan::segment(name, host, &requested(network)))
+                let host = self.configured(name, path)?;
+                let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
+                    .map_err(|e| e.during(format!("host network '{name}'")))?;
+                net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })
             }
-        };
-        let segment = segment.map_err(|e| e.during(format!("network '{}'", network.name)))?;
-        if dynamic && matches!(segment.keeper, Keeper::Us { .. }) {
-            let message = format!(
-                "network '{}' is dynamic, and host network '{}' has no DHCP server",
-                network.name, segment.network
-            );
-            return Err(Error::new(ErrorKind::NotSupported, message)
-                .hint("use a manual network, or an operator's bridge on which something serves DHCP"));
         }
-        Ok(Nic {
-            network: network.name.clone(),
-            mac: mac_address(vm, index),
-            tap: net::tap::tap_name(vm, index),
-            segment,
-        })
     }
 
     fn configured(&self, name: &str, path: &str) -> Result<&config::Network> {
@@ -78,12 +88,13 @@ impl Cpi {
 }
 
 /// The addresses a network brings, as the host's side needs them.
-fn requested(network: &NetworkSpec) -> net::plan::Requested {
+fn requested(network: &NetworkSpec) -> Requested<'_> {
     match &network.addressing {
         Addressing::Manual { address, gateway, .. } => {
-            net::plan::Requested { ip: Some(address.ip()), netmask: Some(address.mask()), gateway: *gateway }
+            let (ip, netmask) = (Some(address.ip()), Some(address.mask()));
+            Requested { ip, netmask, gateway: *gateway, ..Default::default() }
         }
-        Addressing::Dynamic { previous: ip } => net::plan::Requested { ip: *ip, ..Default::default() },
-        Addressing::Vip { ip } => net::plan::Requested { ip: Some(*ip), ..Default::default() },
+        Addressing::Dynamic { previous: ip } => Requested { ip: *ip, ..Default::default() },
+        Addressing::Vip { ip } => Requested { ip: Some(*ip), ..Default::default() },
     }
 }

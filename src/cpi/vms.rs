@@ -17,7 +17,7 @@ use crate::image::{self, Fresh};
 use crate::net;
 use crate::qemu::Template;
 use crate::store::layout::SCHEMA;
-use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, StemcellRecord};
+use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, Nic, StemcellRecord};
 use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
@@ -161,10 +161,12 @@ impl Cpi {
         // A persistent disk may have writes that only QEMU's caches know: it ends in order.
         let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
         supervisor::stop(&paths, button, deadline)?;
-        for nic in &vm.nics {
-            let network = self.store.lock(Rank::Network, &nic.segment.bridge, deadline)?;
-            net::apply::remove_tap(&nic.tap)?;
-            net::apply::release(&nic.segment)?;
+        for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
+            let network = self.store.lock(Rank::Network, &segment.bridge, deadline)?;
+            net::apply::remove_tap(tap)?;
+            if !self.store.is_pinned(&segment.bridge) {
+                net::apply::release(segment)?;
+            }
             network.retire()?;
         }
         let group = Cgroup::open(vm.cid.as_str());

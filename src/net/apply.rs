@@ -32,8 +32,10 @@ const ATTEMPTS: u32 = 8;
 /// A tap on its bridge.
 #[derive(Debug)]
 pub struct Plug {
-    /// The tap: it is gone from the host when this and every copy of it are closed.
-    pub tap: OwnedFd,
+    /// The tap, once for each queue: it is gone from the host when these and every copy of them are closed.
+    pub queues: Vec<OwnedFd>,
+    /// `/dev/vhost-net`, once for each queue; none where the host has no such device.
+    pub vhost: Vec<OwnedFd>,
     /// Largest packet that the network carries, bytes; the guest must be told if it is not 1500.
     pub mtu: u32,
 }
@@ -50,15 +52,15 @@ pub fn ensure(segment: &Segment) -> Result<()> {
     settle(segment, |links| bridge(links, segment)).map(drop)
 }
 
-/// Makes the tap `name` and plugs it into the segment's bridge, which is [`ensure`]d first.
+/// Makes the tap `name` with so many queues and plugs it into the segment's bridge, which is [`ensure`]d first.
 ///
 /// # Errors
 /// As [`ensure`]; [`ErrorKind::Conflict`] if a link of that name exists.
-pub fn plug(name: &LinkName, segment: &Segment) -> Result<Plug> {
+pub fn plug(name: &LinkName, segment: &Segment, queues: usize) -> Result<Plug> {
     settle(segment, |links| {
         let Some(bridge) = bridge(links, segment)? else { return Ok(None) };
         let mtu = segment.mtu.unwrap_or(bridge.mtu);
-        let tap = tap::create(name)?;
+        let taps = tap::create(name, queues)?;
         let port = Changes {
             mac: Some(tap::host_mac(name)),
             // Never smaller than the bridge's: a bridge shrinks to its smallest port.
@@ -71,7 +73,7 @@ pub fn plug(name: &LinkName, segment: &Segment) -> Result<Plug> {
         sysctl::ensure(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
         let Some(link) = links.find(name)? else { return Ok(None) };
         match links.change(name, link.index, port) {
-            Ok(true) => Ok(Some(Plug { tap, mtu })),
+            Ok(true) => Ok(Some(Plug { vhost: tap::vhost(taps.len())?, queues: taps, mtu })),
             Ok(false) => Ok(None),
             // The kernel says EINVAL of a bridge that has gone.
             Err(_) if links.find(&segment.bridge)?.is_none_or(|now| now.index != bridge.index) => Ok(None),
@@ -127,7 +129,7 @@ fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option
 fn bridge(links: &Links, segment: &Segment) -> Result<Option<Link>> {
     match &segment.keeper {
         Keeper::Operator => operators_bridge(links, segment).map(Some),
-        Keeper::Us { addresses, masquerade } => our_bridge(links, segment, addresses, *masquerade),
+        Keeper::Us { addresses, masquerade, .. } => our_bridge(links, segment, addresses, *masquerade),
     }
 }
 

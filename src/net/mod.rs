@@ -18,9 +18,12 @@
 
 pub mod apply;
 mod firewall;
+pub mod guard;
+
 mod link;
 mod nft;
 pub mod plan;
+pub mod profile;
 mod sysctl;
 pub mod tap;
 

@@ -1,79 +1,167 @@
-//! What a NIC needs from the host, worked out from the operator's [`config::Network`](crate::config::Network) and the
-//! addresses a request brings. Pure: nothing here looks at the host.
-//!
-//! A further profile is a further way to fill a [`Segment`]: `routed` is `nat` that does not masquerade, `isolated`
-//! is `nat` without addresses, `vlan` adds a tag to the port. User networking needs no segment at all.
+//! What a NIC needs from the host, worked out from the operator's [`config::Network`](crate::config::Network), its
+//! [`Profile`] and the addresses a request brings. Pure: nothing here looks at the host.
 
 use std::net::IpAddr;
 
 use ipnetwork::{IpNetwork, ip_mask_to_prefix};
 
-use crate::config::{Network, NetworkProfile};
+use super::profile::{Profile, Wiring};
+use crate::config::{Mtu, Network};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
+use crate::store::record::{Forward, UserNetwork, VlanLink};
 pub use crate::store::record::{Keeper, Segment};
 
-/// The bridge of `nat` networks whose operator named none.
-const DEFAULT_NAT_BRIDGE: &str = "bosh-nat0";
-/// Largest packet of `nat` networks whose operator said nothing, bytes: Ethernet's.
-const DEFAULT_NAT_MTU: u32 = 1500;
 /// The widest subnets taken, IPv4 and IPv6. Anything wider is a slip that would draw the host's own traffic.
 const WIDEST: (u8, u8) = (8, 32);
 
-/// What a request says about one address of a NIC: the keys of the same names of a BOSH network.
+/// What a request says about one NIC: the keys of the same names of a BOSH network and its cloud properties.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Requested {
+pub struct Requested<'a> {
     /// The VM's address.
     pub ip: Option<IpAddr>,
     /// The subnet's mask.
     pub netmask: Option<IpAddr>,
     /// The subnet's gateway.
     pub gateway: Option<IpAddr>,
+    /// The VLAN.
+    pub vlan: Option<u16>,
+    /// Ports of the host that are to lead to the VM.
+    pub forwards: &'a [Forward],
 }
 
-/// The segment of the host network `name`, for a NIC that a request wants there.
+/// What a NIC is to be wired to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A bridge, with a tap.
+    Bridge(Segment),
+    /// QEMU's own network stack.
+    User(UserNetwork),
+}
+
+/// Where a NIC is that a request wants on the host network `name`.
 ///
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the network can not be as the operator wrote it, [`ErrorKind::BadRequest`] if the
 /// request does not fit it; both name what differs.
-pub fn segment(name: &str, network: &Network, requested: &Requested) -> Result<Segment> {
-    let bridge = network.bridge.as_deref();
-    let mtu = network.mtu.map(|mtu| u32::try_from(mtu.get()).expect("at most 65535"));
-    match network.profile {
-        NetworkProfile::Nat => Ok(Segment {
-            network: name.to_owned(),
-            bridge: bridge_name(name, bridge.unwrap_or(DEFAULT_NAT_BRIDGE))?,
-            mtu: Some(mtu.unwrap_or(DEFAULT_NAT_MTU)),
-            keeper: Keeper::Us { addresses: vec![host_address(name, network, requested)?], masquerade: true },
-        }),
-        NetworkProfile::Bridge => {
-            let bridge = bridge.ok_or_else(|| {
-                bad_config(name, "has the profile 'bridge' and no bridge")
-                    .hint(format!("set networks.{name}.bridge to a bridge of this host"))
-            })?;
-            if network.subnet.is_some() || network.gateway.is_some() {
-                return Err(bad_config(name, "has the profile 'bridge', where subnet and gateway say nothing"));
-            }
-            Ok(Segment { mtu, ..operators(name, bridge_name(name, bridge)?) })
-        }
+pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Requested<'_>) -> Result<Place> {
+    check_keys(name, network, profile)?;
+    let vlan = vlan(name, network, profile, requested.vlan)?;
+    if profile.wire == Wiring::User {
+        let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
+        let gateway = host_address(name, network, requested)?;
+        let forwards = requested.forwards.to_vec();
+        return Ok(Place::User(UserNetwork { network: name.to_owned(), gateway, guest, forwards }));
     }
+    let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
+    segment(name, network, profile, vlan, addresses).map(Place::Bridge)
+}
+
+/// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] as [`place`].
+pub fn standing(name: &str, network: &Network, profile: &Profile) -> Result<Option<Segment>> {
+    check_keys(name, network, profile)?;
+    let vlan = network.vlan.map(number);
+    if profile.wire == Wiring::User || profile.wire == Wiring::Vlan && vlan.is_none() {
+        return Ok(None);
+    }
+    let addresses = match network.subnet {
+        Some(_) if profile.gateway => vec![host_address(name, network, &Requested::default())?],
+        _ => Vec::new(),
+    };
+    segment(name, network, profile, vlan, addresses).map(Some)
 }
 
 /// The segment of a bridge that a subnet's cloud properties name themselves: `{"bridge": "br0"}`.
-///
-/// # Errors
-/// [`ErrorKind::BadRequest`] if that can be no bridge's name.
-pub fn existing_bridge(bridge: &str) -> Result<Segment> {
-    let name = LinkName::parse(bridge).map_err(|e| Error::new(ErrorKind::BadRequest, "bad bridge name").because(e))?;
-    Ok(operators(bridge, name))
+pub fn existing_bridge(bridge: &LinkName, vlan: Option<u16>, mtu: Option<u32>) -> Segment {
+    let (network, bridge) = (bridge.to_string(), bridge.clone());
+    Segment { network, bridge, mtu, vlan, isolated: false, keeper: Keeper::Operator }
 }
 
-fn operators(network: &str, bridge: LinkName) -> Segment {
-    Segment { network: network.to_owned(), bridge, mtu: None, keeper: Keeper::Operator }
+fn segment(
+    name: &str,
+    network: &Network,
+    profile: &Profile,
+    vlan: Option<u16>,
+    addresses: Vec<IpNetwork>,
+) -> Result<Segment> {
+    let uplink = network.uplink.clone().zip(vlan).map(|(link, vlan)| VlanLink { link, vlan });
+    let named = network.bridge.as_ref().or(profile.bridge.as_ref());
+    let bridge = match (named, &uplink) {
+        (Some(bridge), _) => bridge.clone(),
+        // One bridge for each VLAN; that two uplinks with one VLAN need two names is found in the kernel's state.
+        (None, Some(uplink)) => LinkName::parse(&format!("bosh-vlan{}", uplink.vlan)).expect("13 characters"),
+        (None, None) => {
+            let problem = format!("has the profile '{}' and no bridge", network.profile);
+            let hint = format!("set networks.{name}.bridge to a bridge of this host");
+            return Err(bad_config(name, &problem).hint(hint));
+        }
+    };
+    let ours = profile.wire == Wiring::OwnBridge || uplink.is_some();
+    Ok(Segment {
+        network: name.to_owned(),
+        bridge,
+        mtu: network.mtu.map(bytes),
+        // A sub-interface takes the tags off.
+        vlan: if uplink.is_some() { None } else { vlan },
+        isolated: !profile.neighbours,
+        keeper: if ours {
+            let closed = profile.wire == Wiring::OwnBridge && !profile.forward;
+            Keeper::Us { addresses, masquerade: profile.masquerade, closed, uplink }
+        } else {
+            Keeper::Operator
+        },
+    })
 }
 
-/// The host's address on the bridge of a `nat` network, with the subnet's prefix.
-fn host_address(name: &str, network: &Network, requested: &Requested) -> Result<IpNetwork> {
+/// A key that says nothing in this profile is a misunderstanding.
+fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
+    let addressed = profile.gateway || profile.wire == Wiring::User;
+    let useless = [
+        ("subnet", network.subnet.is_some() && !addressed),
+        ("gateway", network.gateway.is_some() && !addressed),
+        ("uplink", network.uplink.is_some() && profile.wire != Wiring::Vlan),
+        ("vlan", network.vlan.is_some() && profile.wire != Wiring::Vlan),
+        ("bridge", network.bridge.is_some() && profile.wire == Wiring::User),
+        ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
+    ];
+    match useless.iter().find(|(_, useless)| *useless) {
+        Some((key, _)) => {
+            Err(bad_config(name, &format!("has the profile '{}', where '{key}' says nothing", network.profile)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The operator's choice, or else the request's.
+fn vlan(name: &str, network: &Network, profile: &Profile, requested: Option<u16>) -> Result<Option<u16>> {
+    match (profile.wire == Wiring::Vlan, network.vlan.map(number), requested) {
+        (false, _, None) => Ok(None),
+        (false, _, Some(_)) => {
+            Err(bad_request(name, &format!("has the profile '{}', where a vlan says nothing", network.profile)))
+        }
+        (true, Some(configured), Some(asked)) if configured != asked => {
+            Err(bad_request(name, &format!("is VLAN {configured}, the request wants {asked}")))
+        }
+        (true, None, None) => Err(bad_request(name, "has no VLAN of its own, and the request brings none")
+            .hint(format!("give the subnet in the manifest the cloud property vlan, or set networks.{name}.vlan"))),
+        (true, configured, asked) => Ok(configured.or(asked)),
+    }
+}
+
+fn number(vlan: crate::config::VlanId) -> u16 {
+    u16::try_from(vlan.get()).expect("at most 4094")
+}
+
+/// The bytes of an MTU.
+pub fn bytes(mtu: Mtu) -> u32 {
+    u32::try_from(mtu.get()).expect("at most 65535")
+}
+
+/// The host's address in the subnet, with the subnet's prefix.
+fn host_address(name: &str, network: &Network, requested: &Requested<'_>) -> Result<IpNetwork> {
     let gateway = match (network.gateway, requested.gateway) {
         (Some(host), Some(asked)) if host != asked => {
             return Err(bad_request(name, &format!("has the gateway {host}, the request wants {asked}")));
@@ -125,7 +213,7 @@ fn in_requested(name: &str, requested: &Requested, gateway: Option<IpAddr>) -> R
 }
 
 /// The guest's address and mask must lie in the subnet, or it would look for its neighbours elsewhere.
-fn check_guest(name: &str, host: IpNetwork, requested: &Requested) -> Result<()> {
+fn check_guest(name: &str, host: IpNetwork, requested: &Requested<'_>) -> Result<()> {
     let subnet = with_prefix(host.network(), host.prefix());
     let Some(ip) = requested.ip else { return Ok(()) };
     if !subnet.contains(ip) {
@@ -149,10 +237,6 @@ pub(super) fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
 
 fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {
     IpNetwork::new(ip, prefix).expect("a prefix taken from an address or mask of the same family")
-}
-
-fn bridge_name(network: &str, bridge: &str) -> Result<LinkName> {
-    LinkName::parse(bridge).map_err(|e| bad_config(network, "has a bad bridge name").because(e))
 }
 
 fn bad_config(network: &str, problem: &str) -> Error {

@@ -1,5 +1,6 @@
 //! The command line of a VM: every option valid from QEMU 7.2 to 10, no path, no secret.
 
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
@@ -8,15 +9,15 @@ use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, Opened, ROOT};
 use super::{blockdev, topology};
 use crate::cid::Cid;
 use crate::qemu::Template;
-use crate::store::record::{Accel, Nic, VmRecord};
+use crate::store::record::{Accel, Forward, Nic, UserNetwork, VmRecord, Wire};
 
 /// The descriptors QEMU inherits.
 #[derive(Debug)]
 pub struct Handles {
     /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
     pub files: Vec<(Opened, RawFd)>,
-    /// One tap for each NIC.
-    pub taps: Vec<Tap>,
+    /// One for each NIC; `None`: it has no tap.
+    pub taps: Vec<Option<Tap>>,
     /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
     pub qmp: RawFd,
     /// See `qmp`.
@@ -26,10 +27,12 @@ pub struct Handles {
 }
 
 /// A tap on its bridge.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Tap {
-    /// The descriptor that keeps it alive.
-    pub fd: RawFd,
+    /// The descriptors that keep it alive, one for each queue.
+    pub queues: Vec<RawFd>,
+    /// `/dev/vhost-net`, once for each queue, or not at all.
+    pub vhost: Vec<RawFd>,
     /// Largest packet the network carries, bytes.
     pub mtu: u32,
 }
@@ -49,7 +52,7 @@ pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Ve
     monitors(&mut line, handles);
     disks(&mut line, vm, handles);
     for (index, (nic, tap)) in vm.nics.iter().zip(&handles.taps).enumerate() {
-        network(&mut line, index, nic, *tap);
+        network(&mut line, index, nic, tap.as_ref());
     }
     if template.rng {
         line.json("-object", &json!({"qom-type": "rng-builtin", "id": "rng0"}));
@@ -179,17 +182,69 @@ fn port(index: u32) -> Value {
     })
 }
 
-fn network(line: &mut Line, index: usize, nic: &Nic, tap: Tap) {
+fn network(line: &mut Line, index: usize, nic: &Nic, tap: Option<&Tap>) {
     let id = format!("nic{index}");
-    line.json("-netdev", &json!({"type": "tap", "id": id, "fd": tap.fd.to_string()}));
+    let mut netdev = match (&nic.wire, tap) {
+        (Wire::User { user }, _) => user_netdev(user),
+        (Wire::Tap { .. }, Some(tap)) => tap_netdev(tap),
+        (Wire::Tap { .. }, None) => unreachable!("a NIC on a bridge has a tap"),
+    };
+    netdev["id"] = id.as_str().into();
+    line.json("-netdev", &netdev);
     let mut device = json!({
         "driver": "virtio-net-pci", "id": format!("{id}-device"), "netdev": id, "mac": nic.mac,
         // No network boot: the empty name keeps QEMU from looking for a ROM file it may not open.
         "romfile": "",
     });
-    if tap.mtu != ETHERNET_MTU {
-        // What every guest assumes needs no saying.
-        device["host_mtu"] = tap.mtu.into();
+    if let Some(tap) = tap {
+        if tap.mtu != ETHERNET_MTU {
+            // What every guest assumes needs no saying.
+            device["host_mtu"] = tap.mtu.into();
+        }
+        if tap.queues.len() > 1 {
+            device["mq"] = true.into();
+            // An interrupt for each direction of each queue, one for the configuration, one for control (QEMU,
+            // hw/virtio/virtio-net-pci.c).
+            device["vectors"] = (2 * tap.queues.len() + 2).into();
+        }
     }
     line.device(&device, "pcie.0", topology::nic(index));
+}
+
+fn tap_netdev(tap: &Tap) -> Value {
+    let list = |fds: &[RawFd]| fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(":");
+    let several = if tap.queues.len() > 1 { "s" } else { "" };
+    let mut netdev = json!({"type": "tap"});
+    netdev[format!("fd{several}")] = list(&tap.queues).into();
+    if !tap.vhost.is_empty() {
+        netdev["vhost"] = true.into();
+        netdev[format!("vhostfd{several}")] = list(&tap.vhost).into();
+    }
+    netdev
+}
+
+fn user_netdev(user: &UserNetwork) -> Value {
+    let subnet = format!("{}/{}", user.gateway.network(), user.gateway.prefix());
+    let forward = |forward: &Forward| {
+        let address = forward.address.map_or_else(String::new, bracketed);
+        let guest = bracketed(user.guest);
+        json!({"str": format!("{}:{address}:{}-{guest}:{}", forward.protocol, forward.host, forward.guest)})
+    };
+    let forwards: Vec<_> = user.forwards.iter().map(forward).collect();
+    let (host, family) = (user.gateway.ip().to_string(), user.gateway.is_ipv4());
+    let mut netdev = json!({"type": "user", "ipv4": family, "ipv6": !family, "hostfwd": forwards});
+    if family {
+        netdev["net"] = subnet.into();
+        netdev["host"] = host.into();
+    } else {
+        netdev["ipv6-prefix"] = user.gateway.network().to_string().into();
+        netdev["ipv6-prefixlen"] = user.gateway.prefix().into();
+        netdev["ipv6-host"] = host.into();
+    }
+    netdev
+}
+
+/// As QEMU's `hostfwd` wants it: colons end an IPv4 address.
+fn bracketed(ip: IpAddr) -> String {
+    if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() }
 }

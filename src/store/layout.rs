@@ -9,6 +9,7 @@
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
+//!   networks/<bridge>.json                       a network that stays without VMs
 //!   locks/<rank>.<name>
 //!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid

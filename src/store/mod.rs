@@ -9,6 +9,8 @@
 pub mod atomic;
 pub mod layout;
 pub mod lock;
+pub mod nic_rules;
+mod pins;
 pub mod record;
 
 pub use layout::{Store, VmPaths};

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::nic_rules::NicRules;
 use crate::choice;
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::link_name::LinkName;
@@ -191,63 +192,78 @@ pub struct Nic {
     pub network: String,
     /// Its address.
     pub mac: MacAddress,
-    /// The tap's name on the host.
-    pub tap: LinkName,
-    /// What the tap is plugged into.
-    pub segment: Segment,
-    /// What it may send, and what reaches it. Absent in records of versions that had no such rules.
+    /// Its other end.
+    #[serde(flatten)]
+    pub wire: Wire,
+    /// What it may send, and what reaches it. Absent in records of versions that knew no such rules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<NicRules>,
 }
 
-/// What a network card may send, and what reaches it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NicRules {
-    /// Whether it may send only as itself: from its MAC and its addresses.
-    pub anti_spoof: bool,
-    /// Its addresses, each with the length of the block that is its own. None: a DHCP server of others decides.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub addresses: Vec<IpNetwork>,
-    /// Further addresses it may send from, which others may have, too.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub allowed: Vec<IpNetwork>,
-    /// Who may begin to speak to it; absent: everybody.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub admits: Option<Vec<Admission>>,
-    /// Ports of the host that are its own.
+impl Nic {
+    /// The tap and what it is plugged into, if it has one.
+    pub fn tap(&self) -> Option<(&LinkName, &Segment)> {
+        match &self.wire {
+            Wire::Tap { tap, segment } => Some((tap, segment)),
+            Wire::User { .. } => None,
+        }
+    }
+}
+
+/// What a network card is wired to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Wire {
+    /// A bridge of the host.
+    Tap {
+        /// The tap's name on the host.
+        tap: LinkName,
+        /// What the tap is plugged into.
+        segment: Segment,
+    },
+    /// QEMU's own network stack.
+    User {
+        /// How it is set up.
+        user: UserNetwork,
+    },
+}
+
+/// QEMU's user networking: a router inside the QEMU process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNetwork {
+    /// The network's name in the configuration.
+    pub network: String,
+    /// The router's address, with the subnet's prefix.
+    pub gateway: IpNetwork,
+    /// The guest's address.
+    pub guest: IpAddr,
+    /// Ports of the host that lead to the guest.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub forwards: Vec<Forward>,
 }
 
-/// Who may begin to speak to a VM, and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Admission {
-    /// From where.
-    pub source: IpNetwork,
-    /// By which protocol of IP; absent: any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub protocol: Option<u8>,
-    /// To which ports, first and last; absent: any, or the protocol has none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ports: Option<(u16, u16)>,
-}
-
-/// Ports of the host that lead to a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A port of the host that leads to a port of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forward {
-    /// The host's address; absent: every one of the family of `guest`.
+    /// What is forwarded.
+    pub protocol: Protocol,
+    /// The host's address; absent: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpAddr>,
-    /// TCP or UDP, by its number.
-    pub protocol: u8,
-    /// First port of the host.
+    /// The host's port.
     pub host: u16,
-    /// The VM's address.
-    pub to: IpAddr,
-    /// First port of the VM.
+    /// The guest's port.
     pub guest: u16,
-    /// How many ports, one after the other.
-    pub count: u16,
+}
+
+choice! {
+    /// A transport protocol.
+    pub enum Protocol ("\"tcp\" or \"udp\"") {
+        /// TCP.
+        Tcp = "tcp",
+        /// UDP.
+        Udp = "udp",
+    }
 }
 
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
@@ -260,6 +276,12 @@ pub struct Segment {
     /// Largest packet, bytes; absent: what the bridge has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// The VLAN that VMs are on, untagged, where the bridge tells VLANs apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    /// Whether VMs on it are kept from each other.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub isolated: bool,
     /// Who makes the bridge.
     pub keeper: Keeper,
 }
@@ -276,7 +298,27 @@ pub enum Keeper {
         addresses: Vec<IpNetwork>,
         /// Whether VMs reach the world under the host's own address.
         masquerade: bool,
+        /// Whether the host passes nothing on between the bridge and its other links.
+        #[serde(default, skip_serializing_if = "is_false")]
+        closed: bool,
+        /// The VLAN of another link that the bridge is part of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        uplink: Option<VlanLink>,
     },
+}
+
+/// A VLAN of a link, which has a sub-interface of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VlanLink {
+    /// The link that carries tagged packets.
+    pub link: LinkName,
+    /// The VLAN, 1 to 4094.
+    pub vlan: u16,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// The image below a root overlay.

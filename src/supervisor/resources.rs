@@ -23,7 +23,7 @@ const NETWORK_LOCK: Duration = Duration::from_secs(20);
 /// What QEMU inherits.
 pub(super) struct Resources {
     files: Vec<(Opened, OwnedFd)>,
-    taps: Vec<Plug>,
+    taps: Vec<Option<Plug>>,
     qmp: UnixListener,
     supervisor_qmp: UnixListener,
     serial: UnixListener,
@@ -36,7 +36,7 @@ impl Resources {
         let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu.binary);
         Ok(Self {
             files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
-            taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
+            taps: vm.nics.iter().map(|nic| plug(scope, vm, nic)).collect::<Result<_>>()?,
             qmp: listen(&scope.paths.qmp())?,
             supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
             serial: listen(&scope.paths.serial())?,
@@ -47,7 +47,7 @@ impl Resources {
     pub(super) fn handles(&self) -> Handles {
         Handles {
             files: self.files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
-            taps: self.taps.iter().map(|plug| Tap { fd: plug.tap.as_raw_fd(), mtu: plug.mtu }).collect(),
+            taps: self.taps.iter().map(|plug| plug.as_ref().map(tap)).collect(),
             qmp: self.qmp.as_raw_fd(),
             supervisor_qmp: self.supervisor_qmp.as_raw_fd(),
             serial: self.serial.as_raw_fd(),
@@ -57,7 +57,7 @@ impl Resources {
     /// The descriptors themselves, to be closed here once QEMU has them: an image's lock lives as long as any copy.
     pub(super) fn into_fds(self) -> Vec<OwnedFd> {
         let sockets = [self.qmp, self.supervisor_qmp, self.serial].map(OwnedFd::from);
-        let taps = self.taps.into_iter().map(|plug| plug.tap);
+        let taps = self.taps.into_iter().flatten().flat_map(|plug| plug.queues.into_iter().chain(plug.vhost));
         self.files.into_iter().map(|(_, fd)| fd).chain(taps).chain(sockets).collect()
     }
 }
@@ -80,14 +80,20 @@ fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
     Ok((Opened { need, direct, io_uring }, fd))
 }
 
-/// Makes the NIC's bridge as it must be and plugs a new tap into it.
-fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
-    let lock = scope.store.lock(Rank::Network, &nic.segment.bridge, Instant::now() + NETWORK_LOCK)?;
+fn tap(plug: &Plug) -> Tap {
+    let numbers = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
+    Tap { queues: numbers(&plug.queues), vhost: numbers(&plug.vhost), mtu: plug.mtu }
+}
+
+/// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
+fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
+    let Some((tap, segment)) = nic.tap() else { return Ok(None) };
+    let lock = scope.store.lock(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
-    net::apply::remove_tap(&nic.tap)?;
-    let plug = net::apply::plug(&nic.tap, &nic.segment)?;
+    net::apply::remove_tap(tap)?;
+    let plug = net::apply::plug(tap, segment, net::tap::queues(vm.machine.cpus))?;
     lock.retire()?;
-    Ok(plug)
+    Ok(Some(plug))
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.

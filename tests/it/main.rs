@@ -4,6 +4,7 @@ mod contract;
 mod disks;
 mod docs;
 mod door;
+mod guard;
 mod hostile;
 mod layers;
 mod lifecycle;

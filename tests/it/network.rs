@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::config::Network;
 use bosh_qemu_cpi::error::{ErrorKind, Result};
 use bosh_qemu_cpi::link_name::LinkName;
-use bosh_qemu_cpi::net::plan::{Keeper, Requested, Segment};
-use bosh_qemu_cpi::net::{apply, plan};
+use bosh_qemu_cpi::net::plan::{Keeper, Place, Requested, Segment};
+use bosh_qemu_cpi::net::{apply, plan, profile::Profile};
 use serde_json::{Value, json};
 
 use crate::support::netns::Namespace;
@@ -52,13 +52,13 @@ impl Lab {
     }
 
     fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
-        self.host.run(|| apply::plug(&name(tap), segment))
+        self.host.run(|| apply::plug(&name(tap), segment, 1))
     }
 
     /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
     /// every descriptor, until it executes its program.
-    fn unplug(&self, tap: &str, descriptor: OwnedFd) {
-        drop(descriptor);
+    fn unplug(&self, tap: &str, descriptors: impl Into<Vec<OwnedFd>>) {
+        drop(descriptors.into());
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.host.link(tap).is_some() {
             assert!(Instant::now() < deadline, "tap {tap} outlives its descriptor");
@@ -101,8 +101,17 @@ fn name(text: &str) -> LinkName {
 
 fn nat(gateway: &str) -> Segment {
     let netmask = if gateway.contains(':') { "ffff:ffff:ffff:ffff::" } else { "255.255.255.0" };
-    let requested = Requested { ip: None, netmask: netmask.parse().ok(), gateway: gateway.parse().ok() };
-    plan::segment("lab", &Network::nat(), &requested).unwrap()
+    let requested =
+        Requested { ip: None, netmask: netmask.parse().ok(), gateway: gateway.parse().ok(), ..Default::default() };
+    let profile = Profile::load("nat", None).unwrap();
+    match plan::place("lab", &Network::nat(), &profile, &requested).unwrap() {
+        Place::Bridge(segment) => segment,
+        Place::User(user) => panic!("{user:?}"),
+    }
+}
+
+fn existing(bridge: &str) -> Segment {
+    plan::existing_bridge(&name(bridge), None, None)
 }
 
 fn text(error: &bosh_qemu_cpi::error::Error) -> String {
@@ -169,7 +178,7 @@ fn a_bridge_is_made_once_and_marked() {
 #[test]
 fn what_somebody_broke_is_made_again() {
     let Some(lab) = Lab::new() else { return };
-    let segment = nat("10.0.0.1");
+    let segment = Segment { mtu: Some(1500), ..nat("10.0.0.1") };
     lab.ensure(&segment).unwrap();
     let (index, mac) = (lab.bridge()["ifindex"].clone(), lab.bridge()["address"].clone());
     // Without its mark it is as after a crash between making and marking it.
@@ -206,12 +215,12 @@ fn a_tap_lives_as_long_as_its_descriptor_and_leaves_the_bridge_as_it_was() {
     lab.release(&segment).unwrap();
     assert!(lab.host.link(BRIDGE).is_some(), "a bridge with ports stays");
 
-    let copy = first.tap.try_clone().unwrap();
+    let copy = [first.queues[0].try_clone().unwrap()];
     drop(first);
     assert!(lab.host.link("bqfirstn0").is_some());
     lab.unplug("bqfirstn0", copy);
     assert_eq!(lab.bridge()["address"], mac);
-    lab.unplug("bqsecondn0", second.tap);
+    lab.unplug("bqsecondn0", second.queues);
     lab.release(&segment).unwrap();
     assert_eq!(lab.links(), ["uplink"]);
 }
@@ -259,7 +268,7 @@ fn nothing_of_ours_is_left_after_the_last_vm() {
     lab.release(&segment).unwrap();
     lab.ensure(&segment).unwrap();
     let port = lab.plug("bqportn0", &segment).unwrap();
-    lab.unplug("bqportn0", port.tap);
+    lab.unplug("bqportn0", port.queues);
     lab.release(&segment).unwrap();
     assert_eq!(lab.links(), links);
     assert_eq!(lab.host.run(nftables::tables), ["somebody"]);
@@ -289,7 +298,12 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
 
     let before = lab.state();
     let wide = Segment {
-        keeper: Keeper::Us { addresses: vec!["192.0.0.1/16".parse().unwrap()], masquerade: true },
+        keeper: Keeper::Us {
+            addresses: vec!["192.0.0.1/16".parse().unwrap()],
+            masquerade: true,
+            closed: false,
+            uplink: None,
+        },
         ..segment
     };
     assert_eq!(
@@ -304,7 +318,7 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
 #[test]
 fn an_operators_bridge_is_used_and_never_changed() {
     let Some(lab) = Lab::new() else { return };
-    let segment = plan::existing_bridge("br0").unwrap();
+    let segment = existing("br0");
     let refusal = |segment: &Segment| text(&lab.ensure(segment).unwrap_err());
     assert_eq!(
         refusal(&segment),
@@ -312,7 +326,7 @@ fn an_operators_bridge_is_used_and_never_changed() {
          Hint: make it: ip link add br0 type bridge && ip link set br0 up"
     );
     assert_eq!(
-        refusal(&plan::existing_bridge("uplink").unwrap()),
+        refusal(&existing("uplink")),
         "BadConfig: bridge 'uplink' is a link, but no bridge: its kind is veth\n\
          Hint: make a bridge and put it in: ip link add br0 type bridge && ip link set uplink master br0"
     );
@@ -335,8 +349,8 @@ fn an_operators_bridge_is_used_and_never_changed() {
     let (plain, small) = (lab.plug("bqplainn0", &segment).unwrap(), lab.plug("bqsmalln0", &small).unwrap());
     assert_eq!((plain.mtu, small.mtu), (1450, 1300));
     assert_eq!(bridge(), before);
-    lab.unplug("bqplainn0", plain.tap);
-    lab.unplug("bqsmalln0", small.tap);
+    lab.unplug("bqplainn0", plain.queues);
+    lab.unplug("bqsmalln0", small.queues);
     lab.release(&segment).unwrap();
     assert_eq!(bridge(), before);
     assert_eq!(lab.host.run(nftables::tables), [""; 0]);
@@ -376,7 +390,7 @@ fn several_at_once_make_one_bridge() {
         assert_eq!(lab.bridge()["addr_info"].as_array().unwrap().iter().filter(|a| a["family"] == "inet").count(), 1);
         assert_eq!(lab.links().len(), 2 + plugs.len(), "round {round}");
         for (i, plug) in plugs.into_iter().enumerate() {
-            lab.unplug(&format!("bqtap{i}n0"), plug.tap);
+            lab.unplug(&format!("bqtap{i}n0"), plug.queues);
         }
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| lab.release(&segment))).collect();

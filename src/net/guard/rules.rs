@@ -248,7 +248,10 @@ fn admitted_ip4() -> Vec<Rule> {
     let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
     vec![
         goes_on(),
-        return_if([Match::Is(PROTOCOL, UDP), known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4)]),
+        return_if([
+            Match::Is(PROTOCOL, UDP),
+            known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
+        ]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
         // What comes after the first fragment is worth nothing without it.
@@ -265,7 +268,10 @@ fn admitted_ip6() -> Vec<Rule> {
     let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)]);
     vec![
         goes_on(),
-        return_if([Match::Is(PROTOCOL, UDP), known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6)]),
+        return_if([
+            Match::Is(PROTOCOL, UDP),
+            known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
+        ]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
         return_if([Match::Is(IP6_NEXT, &[44]), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
@@ -317,4 +323,12 @@ fn own_forwards() -> Vec<Rule> {
 
     let loopback6 = return_if([Match::Is(FAMILY, FAMILY6), Match::Is(IP6_DADDR, LOOPBACK6)]);
     [loopback4, loopback6].into_iter().chain(forwards()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_two_tables() {
+        insta::assert_snapshot!(format!("{}\n{}", super::bridge_table(), super::inet_table()));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use netlink_bindings::nftables::{CtKeys, FibFlags, FibResult, MetaKeys, PayloadBase, PushExprListAttrs};
+use netlink_bindings::nftables::{CtKeys, FibFlags, MetaKeys, PayloadBase, PushExprListAttrs};
 
 pub(super) type Expressions = PushExprListAttrs<Vec<u8>>;
 
@@ -27,6 +27,9 @@ enum Source {
 
 /// Registers are counted in words of four bytes; the first that is no verdict (`NFT_REG32_00`).
 pub(super) const FIRST_REGISTER: u32 = 8;
+
+/// `NFT_FIB_RESULT_ADDRTYPE`; the crate counts from one less.
+const ADDRESS_TYPE: u32 = 3;
 
 macro_rules! fields {
     ($($name:ident = $text:literal, $size:literal, $source:expr;)*) => {
@@ -100,7 +103,7 @@ impl Field {
             Source::DestinationType => element
                 .nested_data_fib()
                 .push_dreg(register)
-                .push_result(FibResult::Addrtype as u32)
+                .push_result(ADDRESS_TYPE)
                 .push_flags(FibFlags::Daddr as u32)
                 .end_nested(),
         };

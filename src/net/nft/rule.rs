@@ -3,13 +3,12 @@
 //! The kernel runs a rule as a tiny program over registers (`linux/netfilter/nf_tables.h`): load something into
 //! registers, compare it, and leave the rule if it differs. Each [`Match`] is a few such steps.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_bindings::nftables::{
-    CmpOps, LookupFlags, PayloadBase, PushExprListAttrs, Registers, VerdictCode,
-};
+use netlink_bindings::nftables::{CmpOps, LookupFlags, PayloadBase, PushExprListAttrs, Registers, VerdictCode};
 use netlink_bindings::traits::Pusher;
 use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_header};
 use nix::libc;
@@ -97,9 +96,7 @@ impl Match {
         let load = |list, field: &Field| field.load(list, FIRST_REGISTER);
         match self {
             Self::SourceIn(subnet) => source_in(list, *subnet),
-            Self::NotLeavingBy(link) => {
-                compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link))
-            }
+            Self::NotLeavingBy(link) => compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link)),
             Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
             Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
             Self::IsNot(field, value) => compare(load(list, field), CmpOps::Neq, value),
@@ -183,14 +180,9 @@ fn compare(list: Expressions, how: CmpOps, value: &[u8]) -> Expressions {
         .end_nested()
 }
 
+/// `NFTA_LOOKUP_SET` 1, `NFTA_LOOKUP_SREG` 2, `NFTA_LOOKUP_FLAGS` 5. The crate's builder has other numbers for them.
 fn look_up(list: Expressions, set: &str, flags: u32) -> Expressions {
-    list.nested_elem()
-        .nested_data_lookup()
-        .push_set_bytes(set.as_bytes())
-        .push_sreg(FIRST_REGISTER)
-        .push_flags(flags)
-        .end_nested()
-        .end_nested()
+    expression(list, c"lookup", &[(1, text(set)), (2, number(FIRST_REGISTER)), (5, number(flags))])
 }
 
 fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressions {
@@ -204,13 +196,9 @@ fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressi
 /// What the map gives: an address, and a port in the word behind it.
 fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
     let (family, port) = if v6 { (libc::NFPROTO_IPV6, 4) } else { (libc::NFPROTO_IPV4, 1) };
-    list.nested_elem()
-        .nested_data_lookup()
-        .push_set_bytes(map.as_bytes())
-        .push_sreg(FIRST_REGISTER)
-        .push_dreg(FIRST_REGISTER)
-        .end_nested()
-        .end_nested()
+    // `NFTA_LOOKUP_DREG` 3.
+    let attributes = [(1, text(map)), (2, number(FIRST_REGISTER)), (3, number(FIRST_REGISTER))];
+    expression(list, c"lookup", &attributes)
         .nested_elem()
         .nested_data_nat()
         .push_type(1) // NFT_NAT_DNAT
@@ -222,21 +210,33 @@ fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
         .end_nested()
 }
 
-/// The one expression that the crate has no builder for: `dynset` (`linux/netfilter/nf_tables.h`,
-/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4).
+/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4.
 fn trace(list: Expressions, set: &str) -> Expressions {
-    let mut element = list.nested_elem().push_name(c"dynset");
+    expression(list, c"dynset", &[(1, text(set)), (3, number(1)), (4, number(FIRST_REGISTER))])
+}
+
+/// `NFTA_EXPR_DATA`.
+const EXPRESSION_DATA: u16 = 2;
+
+/// An expression for which the crate has no builder, or a wrong one.
+fn expression(list: Expressions, name: &CStr, attributes: &[(u16, Vec<u8>)]) -> Expressions {
+    let mut element = list.nested_elem().push_name(name);
     let bytes = element.as_vec_mut();
-    let data = push_nested_header(bytes, 2);
-    push_header(bytes, 1, set.len() as u16 + 1);
-    bytes.extend_from_slice(set.as_bytes());
-    bytes.push(0);
-    for (attribute, value) in [(3, 1), (4, FIRST_REGISTER)] {
-        push_header(bytes, attribute, 4);
-        bytes.extend_from_slice(&value.to_be_bytes());
+    let data = push_nested_header(bytes, EXPRESSION_DATA);
+    for (attribute, value) in attributes {
+        push_header(bytes, *attribute, value.len() as u16);
+        bytes.extend_from_slice(value);
     }
     finalize_nested_header(bytes, data);
     element.end_nested()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [text.as_bytes(), b"\0"].concat()
+}
+
+fn number(number: u32) -> Vec<u8> {
+    number.to_be_bytes().to_vec()
 }
 
 impl fmt::Display for Rule {

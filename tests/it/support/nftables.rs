@@ -1,6 +1,6 @@
 //! A look at the nftables of the calling thread's network namespace, without `nft`.
 
-use netlink_bindings::nftables::{Chained, Nfgenmsg, Request};
+use netlink_bindings::nftables::{Chained, ExprOps, Nfgenmsg, Request};
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
@@ -40,4 +40,25 @@ pub fn write_table(name: &str, present: bool) {
     }
     batch.request().op_batch_end_do(&nftables);
     socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write table");
+}
+
+/// How many packets the dropping rules of the tables `name` of both families have counted.
+pub fn drops(name: &str) -> u64 {
+    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| drops_of(family as u8, name)).iter().sum()
+}
+
+fn drops_of(family: u8, table: &str) -> u64 {
+    let mut socket = NetlinkSocket::new();
+    let mut request = Request::new().op_getrule_dump(&Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() });
+    request.encode().push_table_bytes(table.as_bytes());
+    let mut reply = socket.request(&request).expect("list rules");
+    let mut drops = 0;
+    while let Some((_, rule)) = reply.recv().transpose().expect("list rules") {
+        for expression in rule.get_expressions().expect("expressions").get_elem() {
+            if let Ok(ExprOps::Counter(counter)) = expression.get_data() {
+                drops += counter.get_packets().expect("a count");
+            }
+        }
+    }
+    drops
 }
