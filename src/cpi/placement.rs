@@ -88,7 +88,7 @@ impl Cpi {
 }
 
 /// The addresses a network brings, as the host's side needs them.
-fn requested(network: &NetworkSpec) -> Requested<'_> {
+fn requested(network: &NetworkSpec) -> Requested {
     match &network.addressing {
         Addressing::Manual { address, gateway, .. } => {
             let (ip, netmask) = (Some(address.ip()), Some(address.mask()));

@@ -17,6 +17,8 @@
 //! but three addresses, and nothing of QEMU.
 
 pub mod apply;
+pub mod change;
+mod diff;
 mod firewall;
 pub mod guard;
 
@@ -27,4 +29,8 @@ pub mod profile;
 mod sysctl;
 pub mod tap;
 
+/// How the alias of every link that we made begins.
+const MARK: &str = "bosh-qemu-cpi:";
+/// Largest packet of plain Ethernet, bytes.
+const ETHERNET_MTU: u32 = 1500;
 const NEEDS_ROOT: &str = "run as root, or with CAP_NET_ADMIN";

@@ -9,15 +9,15 @@ use super::profile::{Profile, Wiring};
 use crate::config::{Mtu, Network};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
-use crate::store::record::{Forward, UserNetwork, VlanLink};
 pub use crate::store::record::{Keeper, Segment};
+use crate::store::record::{UserNetwork, VlanLink};
 
 /// The widest subnets taken, IPv4 and IPv6. Anything wider is a slip that would draw the host's own traffic.
 const WIDEST: (u8, u8) = (8, 32);
 
 /// What a request says about one NIC: the keys of the same names of a BOSH network and its cloud properties.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Requested<'a> {
+pub struct Requested {
     /// The VM's address.
     pub ip: Option<IpAddr>,
     /// The subnet's mask.
@@ -26,8 +26,6 @@ pub struct Requested<'a> {
     pub gateway: Option<IpAddr>,
     /// The VLAN.
     pub vlan: Option<u16>,
-    /// Ports of the host that are to lead to the VM.
-    pub forwards: &'a [Forward],
 }
 
 /// What a NIC is to be wired to.
@@ -44,14 +42,13 @@ pub enum Place {
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the network can not be as the operator wrote it, [`ErrorKind::BadRequest`] if the
 /// request does not fit it; both name what differs.
-pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Requested<'_>) -> Result<Place> {
+pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Requested) -> Result<Place> {
     check_keys(name, network, profile)?;
     let vlan = vlan(name, network, profile, requested.vlan)?;
     if profile.wire == Wiring::User {
         let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
         let gateway = host_address(name, network, requested)?;
-        let forwards = requested.forwards.to_vec();
-        return Ok(Place::User(UserNetwork { network: name.to_owned(), gateway, guest, forwards }));
+        return Ok(Place::User(UserNetwork { network: name.to_owned(), gateway, guest }));
     }
     let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
     segment(name, network, profile, vlan, addresses).map(Place::Bridge)
@@ -125,6 +122,8 @@ fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
         ("uplink", network.uplink.is_some() && profile.wire != Wiring::Vlan),
         ("vlan", network.vlan.is_some() && profile.wire != Wiring::Vlan),
         ("bridge", network.bridge.is_some() && profile.wire == Wiring::User),
+        // Each VLAN that a request asks for has a bridge of its own.
+        ("bridge", network.bridge.is_some() && network.uplink.is_some() && network.vlan.is_none()),
         ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
     ];
     match useless.iter().find(|(_, useless)| *useless) {
@@ -161,7 +160,7 @@ pub fn bytes(mtu: Mtu) -> u32 {
 }
 
 /// The host's address in the subnet, with the subnet's prefix.
-fn host_address(name: &str, network: &Network, requested: &Requested<'_>) -> Result<IpNetwork> {
+fn host_address(name: &str, network: &Network, requested: &Requested) -> Result<IpNetwork> {
     let gateway = match (network.gateway, requested.gateway) {
         (Some(host), Some(asked)) if host != asked => {
             return Err(bad_request(name, &format!("has the gateway {host}, the request wants {asked}")));
@@ -213,7 +212,7 @@ fn in_requested(name: &str, requested: &Requested, gateway: Option<IpAddr>) -> R
 }
 
 /// The guest's address and mask must lie in the subnet, or it would look for its neighbours elsewhere.
-fn check_guest(name: &str, host: IpNetwork, requested: &Requested<'_>) -> Result<()> {
+fn check_guest(name: &str, host: IpNetwork, requested: &Requested) -> Result<()> {
     let subnet = with_prefix(host.network(), host.prefix());
     let Some(ip) = requested.ip else { return Ok(()) };
     if !subnet.contains(ip) {
@@ -233,6 +232,11 @@ fn check_guest(name: &str, host: IpNetwork, requested: &Requested<'_>) -> Result
 /// Whether two subnets share an address.
 pub(super) fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
     one.contains(other.network()) || other.contains(one.network())
+}
+
+/// The subnet that an address with a prefix is in.
+pub(super) fn subnet(address: IpNetwork) -> IpNetwork {
+    with_prefix(address.network(), address.prefix())
 }
 
 fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {

@@ -131,3 +131,93 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn what_a_profile_does_not_know_is_refused() {
+    let refusal = |network: Value| plan(&network, "10.0.0.5", "255.255.255.0", "10.0.0.1").unwrap_err();
+    let refusals = [
+        refusal(json!({"profile": "nta"})),
+        refusal(json!({"vlan": 5})),
+        refusal(json!({"uplink": "eth0"})),
+        refusal(json!({"profile": "vlan", "bridge": "br0"})),
+        refusal(json!({"profile": "vlan", "vlan": 5})),
+        refusal(json!({"profile": "user", "bridge": "br0"})),
+        refusal(json!({"vlan": 4095})),
+    ];
+    insta::assert_snapshot!(refusals.join("\n"), @r"
+    there is no network profile 'nta'
+    Hint: built in: nat, routed, isolated, bridge, vlan, user; others come from network_profiles_dir
+    BadConfig: host network 'lab' has the profile 'nat', where 'vlan' says nothing
+    BadConfig: host network 'lab' has the profile 'nat', where 'uplink' says nothing
+    BadRequest: host network 'lab' has no VLAN of its own, and the request brings none
+    Hint: give the subnet in the manifest the cloud property vlan, or set networks.lab.vlan
+    BadConfig: host network 'lab' has the profile 'vlan' and no bridge
+    Hint: set networks.lab.bridge to a bridge of this host
+    BadConfig: host network 'lab' has the profile 'user', where 'bridge' says nothing
+    vlan: expected a whole number from 1 to 4094, got 4095
+    ");
+}
+
+#[test]
+fn a_request_chooses_its_vlan_where_the_operator_did_not() {
+    let place = |configured: Value, vlan| {
+        let network = Network::from_json(&configured).unwrap();
+        let profile = Profile::load(&network.profile, None).unwrap();
+        match place("lab", &network, &profile, &Requested { vlan, ..Requested::default() }) {
+            Ok(Place::Bridge(segment)) => serde_json::to_string(&segment).unwrap(),
+            Ok(Place::User(user)) => panic!("{user:?}"),
+            Err(error) => error.report(),
+        }
+    };
+    let trunk = json!({"profile": "vlan", "uplink": "eth0"});
+    let fixed = json!({"profile": "vlan", "bridge": "br0", "vlan": 7});
+    let places = [
+        place(trunk.clone(), Some(20)),
+        place(trunk, None),
+        place(fixed.clone(), None),
+        place(fixed, Some(8)),
+        place(json!({"profile": "bridge", "bridge": "br0"}), Some(8)),
+    ];
+    insta::assert_snapshot!(places.join("\n"), @r#"
+    {"network":"lab","bridge":"bosh-vlan20","keeper":{"us":{"addresses":[],"masquerade":false,"uplink":{"link":"eth0","vlan":20}}}}
+    host network 'lab' has no VLAN of its own, and the request brings none
+    Hint: give the subnet in the manifest the cloud property vlan, or set networks.lab.vlan
+    {"network":"lab","bridge":"br0","vlan":7,"keeper":"operator"}
+    host network 'lab' is VLAN 7, the request wants 8
+    host network 'lab' has the profile 'bridge', where a vlan says nothing
+    "#);
+}
+
+#[test]
+fn user_networking_needs_an_address_and_no_bridge() {
+    let network = Network::from_json(&json!({"profile": "user", "subnet": "10.0.2.0/24"})).unwrap();
+    let profile = Profile::load("user", None).unwrap();
+    let requested = Requested { ip: "10.0.2.15".parse().ok(), ..Requested::default() };
+    let Place::User(user) = place("lab", &network, &profile, &requested).unwrap() else { panic!("no bridge") };
+    let text = serde_json::to_string(&user).unwrap();
+    insta::assert_snapshot!(text, @r#"
+    {"network":"lab","gateway":"10.0.2.1/24","guest":"10.0.2.15"}
+    "#);
+    assert_eq!(serde_json::from_str::<UserNetwork>(&text).unwrap(), user);
+    let error = place("lab", &network, &profile, &Requested::default()).unwrap_err();
+    assert_eq!(error.report(), "host network 'lab' needs the VM's ip: QEMU's forwards name it");
+}
+
+#[test]
+fn what_stands_without_vms() {
+    let standing = |network: Value| {
+        let network = Network::from_json(&network).unwrap();
+        let profile = Profile::load(&network.profile, None).unwrap();
+        standing("lab", &network, &profile).unwrap().map(|segment| serde_json::to_string(&segment).unwrap())
+    };
+    let segments = [
+        standing(json!({})),
+        standing(json!({"profile": "routed", "subnet": "10.7.0.0/16"})),
+        standing(json!({"profile": "vlan", "uplink": "eth0"})),
+        standing(json!({"profile": "user"})),
+    ];
+    insta::assert_snapshot!(segments.map(Option::unwrap_or_default).join("\n"), @r#"
+    {"network":"lab","bridge":"bosh-nat0","keeper":{"us":{"addresses":[],"masquerade":true}}}
+    {"network":"lab","bridge":"bosh-routed0","keeper":{"us":{"addresses":["10.7.0.1/16"],"masquerade":false}}}
+    "#);
+}

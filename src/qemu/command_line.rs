@@ -185,7 +185,7 @@ fn port(index: u32) -> Value {
 fn network(line: &mut Line, index: usize, nic: &Nic, tap: Option<&Tap>) {
     let id = format!("nic{index}");
     let mut netdev = match (&nic.wire, tap) {
-        (Wire::User { user }, _) => user_netdev(user),
+        (Wire::User { user }, _) => user_netdev(nic, user),
         (Wire::Tap { .. }, Some(tap)) => tap_netdev(tap),
         (Wire::Tap { .. }, None) => unreachable!("a NIC on a bridge has a tap"),
     };
@@ -223,14 +223,10 @@ fn tap_netdev(tap: &Tap) -> Value {
     netdev
 }
 
-fn user_netdev(user: &UserNetwork) -> Value {
+fn user_netdev(nic: &Nic, user: &UserNetwork) -> Value {
     let subnet = format!("{}/{}", user.gateway.network(), user.gateway.prefix());
-    let forward = |forward: &Forward| {
-        let address = forward.address.map_or_else(String::new, bracketed);
-        let guest = bracketed(user.guest);
-        json!({"str": format!("{}:{address}:{}-{guest}:{}", forward.protocol, forward.host, forward.guest)})
-    };
-    let forwards: Vec<_> = user.forwards.iter().map(forward).collect();
+    let forwards = nic.rules.iter().flat_map(|rules| &rules.forwards).flat_map(host_forwards);
+    let forwards: Vec<_> = forwards.map(|text| json!({"str": text})).collect();
     let (host, family) = (user.gateway.ip().to_string(), user.gateway.is_ipv4());
     let mut netdev = json!({"type": "user", "ipv4": family, "ipv6": !family, "hostfwd": forwards});
     if family {
@@ -243,6 +239,17 @@ fn user_netdev(user: &UserNetwork) -> Value {
     }
     netdev
 }
+
+/// A forward in QEMU's words, port by port.
+fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
+    let protocol = if forward.protocol == UDP { "udp" } else { "tcp" };
+    let (from, to) = (forward.address.map_or_else(String::new, bracketed), bracketed(forward.to));
+    let ports = (0..forward.count).map(|n| (forward.host.saturating_add(n), forward.guest.saturating_add(n)));
+    ports.map(move |(host, guest)| format!("{protocol}:{from}:{host}-{to}:{guest}"))
+}
+
+/// UDP's number (IANA).
+const UDP: u8 = 17;
 
 /// As QEMU's `hostfwd` wants it: colons end an IPv4 address.
 fn bracketed(ip: IpAddr) -> String {

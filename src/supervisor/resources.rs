@@ -10,11 +10,12 @@ use super::Scope;
 use crate::cid::DiskCid;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
+use crate::link_name::LinkName;
 use crate::net::apply::Plug;
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
-use crate::store::{Rank, atomic};
+use crate::store::{Rank, Store, atomic};
 use crate::{image, net};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
@@ -91,9 +92,21 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let lock = scope.store.lock(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
     net::apply::remove_tap(tap)?;
-    let plug = net::apply::plug(tap, segment, net::tap::queues(vm.machine.cpus))?;
+    let queues = net::tap::queues(vm.machine.cpus);
+    let plug = net::apply::plug(tap, segment, queues, || taps_on(&scope.store, &segment.bridge))?;
     lock.retire()?;
     Ok(Some(plug))
+}
+
+/// The taps of all VMs on a bridge, whether they run or not.
+fn taps_on(store: &Store, bridge: &LinkName) -> Result<Vec<LinkName>> {
+    let mut taps = Vec::new();
+    for cid in store.list::<VmRecord>()? {
+        let Some(vm) = store.read::<VmRecord>(&cid)? else { continue };
+        let here = vm.nics.iter().filter_map(Nic::tap).filter(|(_, segment)| segment.bridge == *bridge);
+        taps.extend(here.map(|(tap, _)| tap.clone()));
+    }
+    Ok(taps)
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.

@@ -48,11 +48,11 @@ impl Lab {
     }
 
     fn ensure(&self, segment: &Segment) -> Result<()> {
-        self.host.run(|| apply::ensure(segment))
+        self.host.run(|| apply::ensure(segment, &[]))
     }
 
     fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
-        self.host.run(|| apply::plug(&name(tap), segment, 1))
+        self.host.run(|| apply::plug(&name(tap), segment, 1, || Ok(Vec::new())))
     }
 
     /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
@@ -65,7 +65,7 @@ impl Lab {
         }
     }
 
-    fn release(&self, segment: &Segment) -> Result<()> {
+    fn release(&self, segment: &Segment) -> Result<bool> {
         self.host.run(|| apply::release(segment))
     }
 
@@ -394,7 +394,7 @@ fn several_at_once_make_one_bridge() {
         }
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| lab.release(&segment))).collect();
-            threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+            assert!(threads.into_iter().all(|thread| thread.join().unwrap().unwrap()));
         });
         assert_eq!(lab.links(), ["uplink"]);
     }
