@@ -25,6 +25,7 @@ pub mod guard;
 mod link;
 mod nft;
 pub mod plan;
+pub mod probe;
 pub mod profile;
 mod sysctl;
 pub mod tap;

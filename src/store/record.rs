@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::nic_rules::NicRules;
 use crate::choice;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, StemcellCid, VmCid};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 use crate::units::{Bytes, MiB};
@@ -47,7 +47,7 @@ macro_rules! record {
     )*};
 }
 
-record!(StemcellRecord: StemcellCid, VmRecord: VmCid, DiskRecord: DiskCid);
+record!(StemcellRecord: StemcellCid, VmRecord: VmCid, DiskRecord: DiskCid, NetworkRecord: NetworkCid);
 
 /// Where an object is in its life. `Creating` and `Deleting` with a free lock mean: remove what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +100,24 @@ pub struct StemcellRecord {
     pub image_path: Option<PathBuf>,
     /// The manifest's cloud properties.
     pub cloud_properties: Map<String, Value>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub newer: Map<String, Value>,
+}
+
+/// A managed network: one that the Director had made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// Layout version.
+    pub schema: u32,
+    /// Its cid.
+    pub cid: NetworkCid,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// When it was created, UTC.
+    pub created_at: String,
+    /// The network as the configuration would have it.
+    pub settings: Map<String, Value>,
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
@@ -237,33 +255,6 @@ pub struct UserNetwork {
     pub gateway: IpNetwork,
     /// The guest's address.
     pub guest: IpAddr,
-    /// Ports of the host that lead to the guest.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub forwards: Vec<Forward>,
-}
-
-/// A port of the host that leads to a port of a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forward {
-    /// What is forwarded.
-    pub protocol: Protocol,
-    /// The host's address; absent: any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<IpAddr>,
-    /// The host's port.
-    pub host: u16,
-    /// The guest's port.
-    pub guest: u16,
-}
-
-choice! {
-    /// A transport protocol.
-    pub enum Protocol ("\"tcp\" or \"udp\"") {
-        /// TCP.
-        Tcp = "tcp",
-        /// UDP.
-        Udp = "udp",
-    }
 }
 
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
@@ -298,6 +289,9 @@ pub enum Keeper {
         addresses: Vec<IpNetwork>,
         /// Whether VMs reach the world under the host's own address.
         masquerade: bool,
+        /// Ports of the host itself that VMs may use, by protocol and port. Absent: all, as records of older versions.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        services: Option<Vec<(u8, u16)>>,
         /// Whether the host passes nothing on between the bridge and its other links.
         #[serde(default, skip_serializing_if = "is_false")]
         closed: bool,

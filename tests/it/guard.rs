@@ -1,13 +1,14 @@
 //! What a guest may send and what reaches it, on a real kernel: ends of cables stand for taps and guests, and send
 //! whatever frames a hostile guest could.
 
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::error::Result;
 use bosh_qemu_cpi::link_name::LinkName;
 use bosh_qemu_cpi::net::guard;
-use bosh_qemu_cpi::store::nic_rules::{Admission, NicRules};
+use bosh_qemu_cpi::store::nic_rules::{Admission, Forward, NicRules};
 use bosh_qemu_cpi::store::record::{Keeper, Nic, Segment, Wire};
 use bosh_qemu_cpi::sys::packet::PacketSocket;
 
@@ -80,11 +81,8 @@ impl Lab {
 
     /// A guest whose rules are in force.
     fn guest(&self, last: u8, rules: NicRules) -> Guest {
-        self.guest_on(last, nic(&format!("bqport{last}"), last, rules))
-    }
-
-    fn guest_on(&self, last: u8, nic: Nic) -> Guest {
         let (namespace, port) = (silent().expect("as the first"), format!("bqport{last}"));
+        let nic = nic(&port, last, rules);
         self.host.cable(&port, &namespace, "eth0");
         namespace.ip(&format!("link set eth0 address 02:00:00:00:00:{last:02x}"));
         self.host.run(|| guard::add(std::slice::from_ref(&nic), no_others)).unwrap();
@@ -234,24 +232,16 @@ fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
 }
 
 #[test]
-fn isolated_guests_hear_the_host_and_not_each_other() {
+fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
     let Some(lab) = Lab::new() else { return };
-    let isolated = |last| {
-        let mut nic = nic(&format!("bqport{last}"), last, guarded(&[&format!("10.0.0.{last}")]));
-        let Wire::Tap { segment, .. } = &mut nic.wire else { unreachable!() };
-        segment.isolated = true;
-        lab.guest_on(last, nic)
-    };
-    let (one, two, open) = (isolated(1), isolated(2), lab.guest(3, NicRules::default()));
-    let frame = ethernet(mac(2), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)));
-    lab.drops_it(&one, &two, "frame to a neighbour", &frame);
-    let everybody = ethernet(EVERYBODY, mac(1), IP4, &ip4("10.0.0.1", "10.0.0.255", UDP, &udp(1, 53)));
-    lab.drops_it(&one, &two, "frame to all", &everybody);
-    lab.passes(&one, &open, &everybody);
-    let host = lab.host.run(|| PacketSocket::open(BRIDGE)).unwrap();
-    one.wire.send(&everybody).unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    while host.receive(deadline).unwrap().expect("the host hears it") != everybody {}
+    lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
+    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    // 01:80:c2:00:00:0e is for the nearest bridge alone (IEEE 802.1Q, table 8-1).
+    let nearest = [1, 0x80, 0xc2, 0, 0, 0x0e];
+    let frame = ethernet(nearest, mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
+    let before = lab.drops();
+    guest.wire.send(&frame).unwrap();
+    eventually("a counted drop", || (lab.drops() > before).then_some(()));
 }
 
 fn admits(list: &[(&str, u8, Option<(u16, u16)>)]) -> NicRules {
@@ -333,4 +323,86 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
         .unwrap();
     lab.drops_it(&guest, &other, "MAC", &spoofed);
     lab.drops_it(&other, &guest, "MAC", &back);
+}
+
+/// Rules, times and packets do not grow with the number of VMs; this shows that so many fit and go.
+#[test]
+fn two_hundred_vms_come_and_go() {
+    let Some(lab) = Lab::new() else { return };
+    let rules = |n: u8| NicRules {
+        allowed: vec!["10.244.0.0/16".parse().unwrap()],
+        forwards: vec![Forward {
+            address: None,
+            protocol: TCP,
+            host: 2000 + u16::from(n) * 10,
+            to: std::net::IpAddr::from([10, 0, 0, n]),
+            guest: 80,
+            count: 3,
+        }],
+        ..admits(&[("0.0.0.0/0", TCP, Some((80, 90))), ("fd00::/64", UDP, Some((53, 53)))])
+    };
+    let vms: Vec<_> = (1..=200).map(|n| nic(&format!("bqvm{n}"), n, rules(n))).collect();
+    let elements = || lab.host.run(|| nftables::elements(GUARD));
+    let mut least = 0;
+    for vm in &vms {
+        lab.host.run(|| guard::add(std::slice::from_ref(vm), no_others)).unwrap();
+        let now = elements();
+        assert!(now > least, "{now}");
+        least = now;
+    }
+    // Taps twice, the MAC, three addresses, a block, two admissions, three ports, and that it is guarded and grouped.
+    assert_eq!(least, 200 * 14);
+    for vm in &vms {
+        lab.host.run(|| guard::remove(std::slice::from_ref(vm))).unwrap();
+    }
+    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+}
+
+#[test]
+fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
+    for (gateway, inside, at_host, outer) in [
+        ("10.0.0.254/24", "10.0.0.1/24", "192.0.2.1/24", "192.0.2.2/24"),
+        ("fd00::fe/64", "fd00::1/64", "2001:db8::1/64", "2001:db8::2/64"),
+    ] {
+        let (Some(host), Some(guest), Some(outside)) = (Namespace::new(), Namespace::new(), Namespace::new()) else {
+            return;
+        };
+        let v6 = gateway.contains(':');
+        let nodad = if v6 { "nodad" } else { "" };
+        host.ip(&format!("link add {BRIDGE} type bridge"));
+        host.ip(&format!("link set {BRIDGE} up"));
+        host.ip(&format!("address add {gateway} dev {BRIDGE} {nodad}"));
+        let forwarding = if v6 { "ipv6/conf/all/forwarding" } else { "ipv4/ip_forward" };
+        host.run(|| std::fs::write(format!("/proc/sys/net/{forwarding}"), "1").unwrap());
+        host.cable("bqport1", &guest, "eth0");
+        guest.ip("link set eth0 address 02:00:00:00:00:01");
+        host.cable("uplink", &outside, "eth0");
+        let address = |text: &str| text.split_once('/').unwrap().0.to_owned();
+        let to: std::net::IpAddr = address(inside).parse().unwrap();
+        let forward = |host, address| Forward { address, protocol: TCP, host, to, guest: 80, count: 1 };
+        let named = address(at_host).parse().unwrap();
+        let rules = NicRules {
+            forwards: vec![forward(8080, None), forward(8081, Some(named))],
+            ..guarded(&[&address(inside)])
+        };
+        let vm = nic("bqport1", 1, rules);
+        host.run(|| guard::add(std::slice::from_ref(&vm), no_others)).unwrap();
+        host.ip(&format!("link set bqport1 master {BRIDGE}"));
+        guest.ip(&format!("address add {inside} dev eth0 {nodad}"));
+        guest.ip(&format!("route add default via {}", address(gateway)));
+        host.ip(&format!("address add {at_host} dev uplink {nodad}"));
+        outside.ip(&format!("address add {outer} dev eth0 {nodad}"));
+
+        let listener = guest.run(|| TcpListener::bind((to, 80)).unwrap());
+        let connects =
+            |from: &Namespace, port| from.run(|| TcpStream::connect_timeout(&(named, port).into(), PATIENCE));
+        for (from, port) in [(&outside, 8080), (&outside, 8081), (&host, 8080), (&host, 8081)] {
+            let stream = connects(from, port).unwrap_or_else(|error| panic!("{named}:{port}: {error}"));
+            let (served, peer) = listener.accept().unwrap();
+            assert_eq!(peer.port(), stream.local_addr().unwrap().port());
+            drop(served);
+        }
+        host.run(|| guard::remove(std::slice::from_ref(&vm))).unwrap();
+        assert!(connects(&outside, 8080).is_err(), "the forward is gone with its VM");
+    }
 }

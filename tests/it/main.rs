@@ -1,5 +1,6 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
+mod addresses;
 mod contract;
 mod disks;
 mod docs;
@@ -9,6 +10,7 @@ mod hostile;
 mod layers;
 mod lifecycle;
 mod linux;
+mod managed_networks;
 mod network;
 mod release;
 mod supervisor;

@@ -8,8 +8,8 @@ use ipnetwork::IpNetwork;
 use super::super::nft::{Element, Part, Set};
 use super::rules::*;
 use crate::mac::MacAddress;
-use crate::store::nic_rules::{Admission, NicRules};
-use crate::store::record::{Forward, Nic, Protocol};
+use crate::store::nic_rules::{Admission, Forward, NicRules};
+use crate::store::record::Nic;
 
 /// Elements of one set.
 #[derive(Debug)]
@@ -21,10 +21,10 @@ pub(super) struct Members {
 /// The elements of a card, by set: those of the bridges' table, and those of the host's IP. None for a card without
 /// a tap or without rules.
 pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
-    let (Some((tap, segment)), Some(rules)) = (nic.tap(), &nic.rules) else { return Default::default() };
+    let (Some((tap, _)), Some(rules)) = (nic.tap(), &nic.rules) else { return Default::default() };
     let tap = Part::Link(tap.clone());
     let only = |set: Set, holds: bool| members(set, holds.then(|| vec![tap.clone()]));
-    let mut bridge = vec![only(TAPS, true), only(ISOLATED, segment.isolated)];
+    let mut bridge = vec![only(TAPS, true)];
     if rules.anti_spoof {
         bridge.extend([only(GUARDED, true), only(ROAMING, rules.addresses.is_empty())]);
         bridge.extend(itself(&tap, nic.mac, rules));
@@ -168,18 +168,9 @@ fn without(range: Range, holes: &[Range]) -> Vec<Range> {
 }
 
 fn forwards(rules: &NicRules) -> [Members; 4] {
-    let Some(guest) = rules.addresses.first().map(IpNetwork::ip) else {
-        return [FORWARDS4, FORWARDS_AT4, FORWARDS6, FORWARDS_AT6].map(|set| members(set, []));
-    };
-    let element = |forward: &Forward| {
-        let protocol = protocol_number(forward.protocol);
-        let port = [Part::Protocols(protocol, protocol), Part::Ports(forward.host, forward.host)];
-        let key = forward.address.map(Part::Ip).into_iter().chain(port).collect();
-        Element { key, data: vec![Part::Ip(guest), Part::Ports(forward.guest, forward.guest)] }
-    };
     let of = |set, v4: bool, addressed: bool| {
-        let fits = |forward: &&Forward| guest.is_ipv4() == v4 && forward.address.is_some() == addressed;
-        Members { set, elements: rules.forwards.iter().filter(fits).map(element).collect() }
+        let fits = |forward: &&Forward| forward.to.is_ipv4() == v4 && forward.address.is_some() == addressed;
+        Members { set, elements: rules.forwards.iter().filter(fits).flat_map(port_by_port).collect() }
     };
     [
         of(FORWARDS4, true, false),
@@ -189,12 +180,13 @@ fn forwards(rules: &NicRules) -> [Members; 4] {
     ]
 }
 
-/// As IANA counts them.
-fn protocol_number(protocol: Protocol) -> u8 {
-    match protocol {
-        Protocol::Tcp => 6,
-        Protocol::Udp => 17,
-    }
+fn port_by_port(forward: &Forward) -> impl Iterator<Item = Element> {
+    let Forward { address, protocol, host, to, guest, count } = *forward;
+    (0..count).map(move |n| {
+        let port = |first: u16| Part::Ports(first.saturating_add(n), first.saturating_add(n));
+        let key = address.map(Part::Ip).into_iter().chain([Part::Protocols(protocol, protocol), port(host)]).collect();
+        Element { key, data: vec![Part::Ip(to), port(guest)] }
+    })
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! The guard's two tables: every rule there is for any VM. VMs are elements of their sets.
 //!
 //! ```text
-//!   tap ──▶ bridge: sender ──┬─▶ another port:  neighbours ──▶ receiver ──▶ tap
-//!                            └─▶ the host:  inet … routed, forwarded … ──▶ receiver ──▶ tap
+//!   tap ──▶ bridge: sender ──┬─▶ another port ────────────────────────────▶ receiver ──▶ tap
+//!                            └─▶ the host:  inet … routed, forwarded … ───▶ receiver ──▶ tap
 //! ```
 //! Frames that one guest sends to another never come to the host's IP rules, unless br_netfilter takes them there.
 //! So everything but forwards is said to the bridges, and holds with and without br_netfilter. Bridges follow no
@@ -52,8 +52,6 @@ sets! {
     BLOCKS6 = Set::ranges("blocks6", &[Link, Mac, Ip6]);
     /// Taps whose addresses somebody else's DHCP server gives.
     ROAMING = Set::of("roaming", &[Link]);
-    /// Taps that reach no other of them.
-    ISOLATED = Set::of("isolated", &[Link]);
     /// Taps that only some may begin to speak to.
     GROUPED = Set::of("grouped", &[Link]);
     /// By whom, to which ports, …
@@ -104,7 +102,7 @@ pub(super) fn bridge_table() -> Table {
         family: Family::Bridge,
         name: BRIDGE.to_owned(),
         sets: vec![
-            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, ISOLATED, GROUPED, PORTS4, PORTS6,
+            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, GROUPED, PORTS4, PORTS6,
             PROTOCOLS4, PROTOCOLS6, ASKED4, ASKED6,
         ],
         chains: vec![
@@ -115,7 +113,6 @@ pub(super) fn bridge_table() -> Table {
             chain("itself_ip6", None, itself_ip6()),
             chain("itself_nd", None, itself_nd()),
             chain("asks", None, asks()),
-            chain("neighbours", hook(Place::Forward), neighbours()),
             chain("receiver", hook(Place::Postrouting), receiver()),
             chain("admitted", None, admitted()),
             chain("admitted_ip4", None, admitted_ip4()),
@@ -220,10 +217,6 @@ fn asks() -> Vec<Rule> {
         rule([Match::Is(ETHER_TYPE, ethernet)], Verdict::Trace { key, set: set.name })
     };
     vec![trace(IP4, IP_SADDR, IP_DADDR, ASKED4), trace(IP6, IP6_SADDR, IP6_DADDR, ASKED6)]
-}
-
-fn neighbours() -> Vec<Rule> {
-    vec![drop_if([known(&[IIFNAME], ISOLATED), known(&[OIFNAME], ISOLATED)])]
 }
 
 fn receiver() -> Vec<Rule> {

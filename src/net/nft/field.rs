@@ -87,6 +87,11 @@ impl Field {
         self.size.div_ceil(4)
     }
 
+    /// Whether its bytes are in the machine's order, not the network's.
+    pub(super) fn is_native(self) -> bool {
+        matches!(self.source, Source::Ct(_) | Source::DestinationType)
+    }
+
     /// Loads the field into the registers from `register`.
     pub(super) fn load(self, list: Expressions, register: u32) -> Expressions {
         let element = list.nested_elem();

@@ -14,7 +14,7 @@ use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_h
 use nix::libc;
 use sha2::{Digest, Sha256};
 
-use super::field::{Expressions, FAMILY, FIRST_REGISTER, Field, Key, OIFNAME, load_key};
+use super::field::{DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, OIFNAME, PROTOCOL, load_key};
 use super::set;
 use crate::link_name::LinkName;
 
@@ -36,6 +36,8 @@ pub(in crate::net) enum Match {
     By(Field, LinkName),
     /// The field has this value.
     Is(Field, &'static [u8]),
+    /// It goes to this port by this protocol, a number.
+    To(u8, u16),
     /// The field has another value.
     IsNot(Field, &'static [u8]),
     /// The field is there.
@@ -99,6 +101,10 @@ impl Match {
             Self::NotLeavingBy(link) => compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link)),
             Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
             Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
+            Self::To(protocol, port) => {
+                let list = compare(load(list, &PROTOCOL), CmpOps::Eq, &[*protocol]);
+                compare(load(list, &DESTINATION_PORT), CmpOps::Eq, &port.to_be_bytes())
+            }
             Self::IsNot(field, value) => compare(load(list, field), CmpOps::Neq, value),
             Self::Has(field) => load(list, field),
             Self::Within(field, first, last) => {
@@ -255,12 +261,13 @@ impl fmt::Display for Match {
             Self::SourceIn(subnet @ IpNetwork::V6(_)) => write!(f, "ip6 saddr {subnet}"),
             Self::NotLeavingBy(link) => write!(f, "oifname != \"{link}\""),
             Self::By(field, link) => write!(f, "{field} \"{link}\""),
-            Self::Is(field, value) => write!(f, "{field} {}", Hex(value)),
-            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(value)),
+            Self::Is(field, value) => write!(f, "{field} {}", Hex(*field, value)),
+            Self::To(protocol, port) => write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}"),
+            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
             Self::Has(field) => write!(f, "{field} >= 0"),
-            Self::Within(field, first, last) => write!(f, "{field} {}-{}", Hex(first), Hex(last)),
-            Self::Bits(field, mask, bits) => write!(f, "{field} & {} == {}", Hex(mask), Hex(bits)),
-            Self::OtherBits(field, mask, bits) => write!(f, "{field} & {} != {}", Hex(mask), Hex(bits)),
+            Self::Within(field, first, last) => write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last)),
+            Self::Bits(field, mask, bits) => write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits)),
+            Self::OtherBits(field, mask, bits) => write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits)),
             Self::In(key, set) => write!(f, "{} @{set}", Key(key)),
             Self::NotIn(key, set) => write!(f, "{} != @{set}", Key(key)),
         }
@@ -283,12 +290,16 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// A value, as a number.
-struct Hex(&'static [u8]);
+/// A value of a field, as a number.
+struct Hex(Field, &'static [u8]);
 
 impl fmt::Display for Hex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = self.1.to_vec();
+        if self.0.is_native() && cfg!(target_endian = "little") {
+            bytes.reverse();
+        }
         f.write_str("0x")?;
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }

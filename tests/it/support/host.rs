@@ -291,8 +291,19 @@ impl Host {
         left.extend(self.groups().iter().map(|group| format!("control group {}", group.display())));
         for root in [self.path("state"), self.run.path().to_owned()] {
             let entries = walk(&root).into_iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string());
-            let kept =
-                ["schema", "stemcells", "vms", "disks", "locks", "pending", "uids", "probe.json", "io-uring.json"];
+            let kept = [
+                "schema",
+                "stemcells",
+                "vms",
+                "disks",
+                "networks",
+                "locks",
+                "pending",
+                "claims",
+                "uids",
+                "probe.json",
+                "io-uring.json",
+            ];
             left.extend(entries.filter(|entry| !kept.contains(&entry.as_str())));
         }
         left

@@ -62,3 +62,31 @@ fn drops_of(family: u8, table: &str) -> u64 {
     }
     drops
 }
+
+/// How many elements the sets of the tables `name` of both families have.
+pub fn elements(name: &str) -> usize {
+    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| elements_of(family as u8, name)).iter().sum()
+}
+
+fn elements_of(family: u8, table: &str) -> usize {
+    let header = Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() };
+    let mut sets = Vec::new();
+    let mut socket = NetlinkSocket::new();
+    let mut request = Request::new().op_getset_dump(&header);
+    request.encode().push_table_bytes(table.as_bytes());
+    let mut reply = socket.request(&request).expect("list sets");
+    while let Some((_, set)) = reply.recv().transpose().expect("list sets") {
+        sets.push(set.get_name().expect("a name").to_owned());
+    }
+    let mut count = 0;
+    for set in sets {
+        let mut socket = NetlinkSocket::new();
+        let mut request = Request::new().op_getsetelem_dump(&header);
+        request.encode().push_table_bytes(table.as_bytes()).push_set(&set);
+        let mut reply = socket.request(&request).expect("list elements");
+        while let Some((_, list)) = reply.recv().transpose().expect("list elements") {
+            count += list.get_elements().map_or(0, |elements| elements.get_elem().count());
+        }
+    }
+    count
+}
