@@ -1,6 +1,7 @@
 //! One file for each command.
 
 pub mod cpi;
+pub mod network;
 pub mod reference;
 pub mod selftest;
 pub mod supervise;

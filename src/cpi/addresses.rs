@@ -160,7 +160,7 @@ fn forward_to(placed: &[Placed], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
     let address = |placed: &Placed| {
         let rules = placed.nic.rules.as_ref()?;
         let ip = match &placed.nic.wire {
-            Wire::User { user } => Some(user.guest),
+            Wire::User { user } => Some(IpAddr::V4(user.guest)),
             Wire::Tap { segment, .. } => {
                 let routed = matches!(&segment.keeper,
                     Keeper::Us { addresses, closed: false, .. } if !addresses.is_empty());

@@ -42,7 +42,7 @@ crate::document! {
 }
 
 impl Cpi {
-    pub(super) fn make_network(&self, given: &Map<String, Value>) -> Result<CreatedNetwork> {
+    pub(super) fn make_managed(&self, given: &Map<String, Value>) -> Result<CreatedNetwork> {
         let known = ["range", "gateway", "netmask_bits", "cloud_properties"];
         // The Director may say more of a subnet than what is the CPI's.
         let ours = given.iter().filter(|(key, _)| known.contains(&key.as_str()));
@@ -164,7 +164,7 @@ impl Cpi {
         placed.iter().filter_map(|placed| placed.managed.as_ref()).try_for_each(|cid| self.managed(cid).map(drop))
     }
 
-    pub(super) fn remove_network(&self, cid: &NetworkCid) -> Result<()> {
+    pub(super) fn remove_managed(&self, cid: &NetworkCid) -> Result<()> {
         if self.store.read::<NetworkRecord>(cid)?.is_none() {
             return Err(not_found(cid));
         }

@@ -8,6 +8,7 @@ mod attachments;
 mod calculate;
 pub mod cloud_properties;
 mod disks;
+pub mod host_networks;
 mod leftovers;
 mod managed_networks;
 mod metadata;
@@ -160,10 +161,10 @@ impl Verbs for Cpi {
     }
 
     fn create_network(&self, subnet: Map<String, Value>) -> Result<CreatedNetwork> {
-        self.make_network(&subnet)
+        self.make_managed(&subnet)
     }
 
     fn delete_network(&self, network: &NetworkCid) -> Result<()> {
-        self.remove_network(network)
+        self.remove_managed(network)
     }
 }

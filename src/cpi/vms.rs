@@ -77,6 +77,7 @@ impl Cpi {
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
                 let durable = threads.spawn(|| images.into_iter().try_for_each(Fresh::sync));
+                threads.spawn(|| Self::warn_of_findings(&vm.nics));
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
             })?;

@@ -132,6 +132,7 @@ fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option
         if let Some(done) = attempt(&links)? {
             return Ok(done);
         }
+        links.forget();
     }
     Err(Error::new(ErrorKind::Conflict, format!("bridge '{}' keeps being removed by somebody else", segment.bridge)))
 }

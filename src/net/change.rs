@@ -5,6 +5,7 @@ use std::fmt;
 use ipnetwork::IpNetwork;
 
 use super::nft::Table;
+use super::sysctl;
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 
@@ -111,7 +112,7 @@ impl fmt::Display for Change {
                 let (network, prefix, source) = (address.network(), address.prefix(), address.ip());
                 write!(f, "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link")
             }
-            Self::Write { key, value } => write!(f, "sysctl -w net.{}={value}", key.replace('/', ".")),
+            Self::Write { key, value } => write!(f, "sysctl -w {}={value}", sysctl::name(key)),
             Self::Rules(Rules(table)) => write!(f, "nft {table}"),
         }
     }

@@ -1,11 +1,11 @@
 //! Which firewall rules a bridge of ours needs.
 //!
 //! One table of our own for each bridge, `inet bosh-qemu-<bridge>`, replaced as a whole; no other table is ever
-//! touched. Security groups, anti-spoofing and port forwards are further chains and sets of the same table.
+//! touched.
 //!
 //! There is deliberately no chain that accepts forwarded traffic: in nftables every table's chains are asked in turn,
 //! so an `accept` of ours can not take back a `drop` of Docker's, ufw's or firewalld's, and without such a `drop` it
-//! changes nothing. Looking for those and telling the operator what they want belongs here as well.
+//! changes nothing. [`super::coexist`] tells the operator what those want.
 
 use std::net::IpAddr;
 
@@ -111,8 +111,13 @@ mod tests {
     fn rules(masquerade: bool, closed: bool) -> String {
         let addresses = ["fd00::1/64", "10.0.2.1/24", "10.0.1.1/24", "fe80::1/64", "10.0.1.254/24"];
         let addresses = addresses.map(|text| text.parse().unwrap()).to_vec();
-        let keeper =
-            Keeper::Us { addresses: Vec::new(), masquerade, services: Some(vec![(6, 22)]), closed, uplink: None };
+        let keeper = Keeper::Us {
+            addresses: Vec::new(),
+            masquerade,
+            services: (masquerade || closed).then(|| vec![(6, 22)]),
+            closed,
+            uplink: None,
+        };
         let bridge = LinkName::parse("bosh-nat0").unwrap();
         let segment = Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper };
         table(&segment, &addresses).map(|table| table.to_string()).unwrap_or_default()

@@ -2,6 +2,8 @@
 //!
 //! A race is an answer here, not an error: to make what exists or to change what has gone returns `false`.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -30,6 +32,8 @@ use crate::mac::MacAddress;
 pub(super) struct Links {
     runtime: Runtime,
     handle: Handle,
+    /// Numbers of links that were looked up: each look waits for the kernel's one lock of all links.
+    known: RefCell<BTreeMap<LinkName, u32>>,
 }
 
 /// A link as the kernel has it.
@@ -65,7 +69,7 @@ impl Links {
         let (connection, handle, _messages) = rtnetlink::new_connection_with_strict_check().map_err(fail)?;
         runtime.spawn(connection);
         drop(inside);
-        Ok(Self { runtime, handle })
+        Ok(Self { runtime, handle, known: RefCell::default() })
     }
 
     /// The link called `name`.
@@ -73,7 +77,22 @@ impl Links {
         let found = self.runtime.block_on(self.handle.link().get().match_name(name.as_str()).execute().try_next());
         let message =
             unless(found.map(Some), Errno::ENODEV, None).map_err(|e| failed(format!("look up link '{name}'"), e))?;
-        Ok(message.flatten().as_ref().map(link_from))
+        let link = message.flatten().as_ref().map(link_from);
+        if let Some(link) = &link {
+            self.known.borrow_mut().insert(name.clone(), link.index);
+        }
+        Ok(link)
+    }
+
+    /// Forgets what was looked up, because somebody else is at work.
+    pub fn forget(&self) {
+        self.known.borrow_mut().clear();
+    }
+
+    /// The number that a link had at the last look. A link that has gone meanwhile is none of the kernel's.
+    fn index(&self, name: &LinkName) -> Result<Option<u32>> {
+        let known = self.known.borrow().get(name).copied();
+        known.map_or_else(|| Ok(self.find(name)?.map(|link| link.index)), |index| Ok(Some(index)))
     }
 
     /// The ports of the bridge `index`.
@@ -101,7 +120,7 @@ impl Links {
                 _ => error,
             }
         };
-        let found = |name: &LinkName| Ok::<_, Error>(self.find(name)?.map(|link| link.index));
+        let found = |name: &LinkName| self.index(name);
         match change {
             Change::AddBridge { name, mac, mtu } => {
                 let bridge = LinkMessageBuilder::<LinkBridge>::new(name.as_str()).address(mac.octets().to_vec());
@@ -129,7 +148,11 @@ impl Links {
                     // So the kernel says of a bridge that has gone.
                     Err(error) if controller.is_some() && errno(&error) == Some(Errno::EINVAL) => {
                         let bridge = to.controller.as_ref().expect("as was just seen");
-                        if found(bridge)? == controller { Err(failed(error)) } else { Ok(false) }
+                        if self.find(bridge)?.map(|link| link.index) == controller {
+                            Err(failed(error))
+                        } else {
+                            Ok(false)
+                        }
                     }
                     changed => settled(changed, Errno::ENODEV).map_err(failed),
                 }
@@ -210,20 +233,17 @@ impl Links {
             let index =
                 links.into_iter().find_map(|a| if let RouteAttribute::Oif(index) = a { Some(index) } else { None });
             if let Some(index) = index {
-                let found = self.runtime.block_on(self.handle.link().get().match_index(index).execute().try_next());
-                return Ok(found.ok().flatten().as_ref().map(link_from));
+                return self.numbered(index);
             }
         }
         Ok(None)
     }
 
-    /// Every link.
-    pub fn list(&self) -> Result<Vec<Link>> {
-        let links: Vec<_> = self
-            .runtime
-            .block_on(self.handle.link().get().execute().try_collect())
-            .map_err(|e| failed("list the host's links".to_owned(), e))?;
-        Ok(links.iter().map(link_from).collect())
+    /// The link number `index`.
+    pub fn numbered(&self, index: u32) -> Result<Option<Link>> {
+        let found = self.runtime.block_on(self.handle.link().get().match_index(index).execute().try_next());
+        let found = unless(found, Errno::ENODEV, None);
+        Ok(found.map_err(|e| failed(format!("look up link {index}"), e))?.as_ref().map(link_from))
     }
 
     /// Removes a link; `false` if it has gone already.

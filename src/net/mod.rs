@@ -1,14 +1,17 @@
 //! Host networking: which bridge a VM's NIC is plugged into, and everything on the host that makes the bridge work.
 //!
 //! ```text
-//!   config::Network + request          Segment, kept in the VM's record
-//!            │                            │
-//!        plan (pure) ───────────────▶ apply ── ensure · plug · release
-//!                                     │   │   │
-//!                      link (netlink) ┘  tap  └ firewall (which rules) ── nft (how they are said)
+//!   config::Network + profile + request        Segment, kept in the VM's record
+//!            │                                    │
+//!        plan (pure) ─────────────────────────▶ apply ── missing · ensure · plug · release
+//!                                               │   │
+//!             what is seen ▶ diff (pure) ▶ change   └ link (netlink) · tap · sysctl · nft
+//!                              │
+//!                              └ firewall (which rules)
 //! ```
 //! A [`plan::Segment`] says by itself what the host must have, so a supervisor can plug a VM in again years later,
-//! whatever the configuration has become. The kernel's state is the only other memory: nothing here writes a file.
+//! whatever the configuration has become. The kernel's state is the only other memory: nothing here writes a file. `coexist` looks for
+//! what other programs do to our VMs' packets.
 //!
 //! Everything is synchronous and opens its sockets on the calling thread, in whose network namespace it acts. Do not
 //! call it from within an async runtime, but from `spawn_blocking`: `link` runs a small runtime of its own.
@@ -18,6 +21,7 @@
 
 pub mod apply;
 pub mod change;
+pub mod coexist;
 mod diff;
 mod firewall;
 pub mod guard;

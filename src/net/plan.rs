@@ -46,12 +46,25 @@ pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Reque
     check_keys(name, network, profile)?;
     let vlan = vlan(name, network, profile, requested.vlan)?;
     if profile.wire == Wiring::User {
-        let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
-        let gateway = host_address(name, network, requested)?;
-        return Ok(Place::User(UserNetwork { network: name.to_owned(), gateway, guest }));
+        return user(name, network, requested).map(Place::User);
     }
     let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
     segment(name, network, profile, vlan, addresses).map(Place::Bridge)
+}
+
+/// QEMU forwards ports to IPv4 addresses only (10.0: "Bad host address"), and has three addresses of the subnet besides the
+/// guest's: its own, that of a name server, and the subnet's broadcast.
+fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
+    let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
+    match (guest, host_address(name, network, requested)?) {
+        (IpAddr::V4(guest), IpNetwork::V4(gateway)) if gateway.prefix() <= 29 => {
+            Ok(UserNetwork { network: name.to_owned(), gateway, guest })
+        }
+        (IpAddr::V4(_), gateway) => {
+            Err(bad_request(name, &format!("can not be as narrow as {gateway}: /29 is the narrowest")))
+        }
+        (IpAddr::V6(_), _) => Err(bad_request(name, "has the profile 'user', which is IPv4 only")),
+    }
 }
 
 /// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
@@ -69,6 +82,42 @@ pub fn standing(name: &str, network: &Network, profile: &Profile) -> Result<Opti
         _ => Vec::new(),
     };
     segment(name, network, profile, vlan, addresses).map(Some)
+}
+
+/// Adds to `one` what `other` wants of the same bridge, if both can be had: manifests with several subnets, and networks
+/// of both IP versions, share bridges.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] naming both networks.
+pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
+    let disagree = || {
+        let (a, b, bridge) = (&one.network, &other.network, &one.bridge);
+        let problem = format!("bridge '{bridge}' can not be what both network '{a}' and network '{b}' want of it");
+        Error::new(ErrorKind::BadConfig, problem)
+            .hint("name another bridge for one of them; a VM keeps the network it was made with")
+    };
+    match (&mut one.keeper, &other.keeper) {
+        (Keeper::Operator, Keeper::Operator) => Ok(()),
+        (
+            Keeper::Us { addresses, masquerade, services, closed, uplink },
+            Keeper::Us { addresses: more, masquerade: m, services: s, closed: c, uplink: u },
+        ) if (&*masquerade, &*closed, &*uplink) == (m, c, u)
+            && one.mtu.zip(other.mtu).is_none_or(|(mine, its)| mine == its) =>
+        {
+            let new: Vec<_> = more.iter().filter(|address| !addresses.contains(address)).copied().collect();
+            addresses.extend(new);
+            // Records that know nothing of services have no say; of others, each VM keeps what it was made with.
+            if let Some(more) = s {
+                let known = services.get_or_insert_default();
+                known.extend(more);
+                known.sort_unstable();
+                known.dedup();
+            }
+            one.mtu = one.mtu.or(other.mtu);
+            Ok(())
+        }
+        _ => Err(disagree()),
+    }
 }
 
 /// The segment of a bridge that a subnet's cloud properties name themselves: `{"bridge": "br0"}`.

@@ -200,8 +200,20 @@ fn user_networking_needs_an_address_and_no_bridge() {
     {"network":"lab","gateway":"10.0.2.1/24","guest":"10.0.2.15"}
     "#);
     assert_eq!(serde_json::from_str::<UserNetwork>(&text).unwrap(), user);
-    let error = place("lab", &network, &profile, &Requested::default()).unwrap_err();
-    assert_eq!(error.report(), "host network 'lab' needs the VM's ip: QEMU's forwards name it");
+    let refusal = |network: Value, ip: &str| {
+        let requested = Requested { ip: ip.parse().ok(), ..Requested::default() };
+        place("lab", &Network::from_json(&network).unwrap(), &profile, &requested).unwrap_err().report()
+    };
+    let refusals = [
+        refusal(json!({"profile": "user", "subnet": "10.0.2.0/24"}), ""),
+        refusal(json!({"profile": "user", "subnet": "10.0.2.0/30"}), "10.0.2.2"),
+        refusal(json!({"profile": "user", "subnet": "fd00::/64"}), "fd00::5"),
+    ];
+    insta::assert_snapshot!(refusals.join("\n"), @r"
+    host network 'lab' needs the VM's ip: QEMU's forwards name it
+    host network 'lab' can not be as narrow as 10.0.2.1/30: /29 is the narrowest
+    host network 'lab' has the profile 'user', which is IPv4 only
+    ");
 }
 
 #[test]

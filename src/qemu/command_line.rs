@@ -1,6 +1,6 @@
 //! The command line of a VM: every option valid from QEMU 7.2 to 10, no path, no secret.
 
-use std::net::IpAddr;
+use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
@@ -225,26 +225,24 @@ fn tap_netdev(tap: &Tap) -> Value {
 }
 
 fn user_netdev(nic: &Nic, user: &UserNetwork) -> Value {
-    let subnet = format!("{}/{}", user.gateway.network(), user.gateway.prefix());
     let forwards = nic.rules.iter().flat_map(|rules| &rules.forwards).flat_map(host_forwards);
     let forwards: Vec<_> = forwards.map(|text| json!({"str": text})).collect();
-    let (host, family) = (user.gateway.ip().to_string(), user.gateway.is_ipv4());
-    let mut netdev = json!({"type": "user", "ipv4": family, "ipv6": !family, "hostfwd": forwards});
-    if family {
-        netdev["net"] = subnet.into();
-        netdev["host"] = host.into();
-    } else {
-        netdev["ipv6-prefix"] = user.gateway.network().to_string().into();
-        netdev["ipv6-prefixlen"] = user.gateway.prefix().into();
-        netdev["ipv6-host"] = host.into();
-    }
-    netdev
+    let subnet = user.gateway;
+    // Left out, it is the subnet's third address, which may be the guest's or the gateway's.
+    let free = |ip: &Ipv4Addr| *ip != subnet.ip() && *ip != user.guest;
+    let dns =
+        (1..=3).map(|n| Ipv4Addr::from(u32::from(subnet.broadcast()) - n)).find(free).expect("two of three are taken");
+    json!({
+        "type": "user", "ipv4": true, "ipv6": false, "net": format!("{}/{}", subnet.network(), subnet.prefix()),
+        "host": subnet.ip(), "dns": dns, "dhcpstart": user.guest, "hostfwd": forwards,
+    })
 }
 
 /// A forward in QEMU's words, port by port.
 fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
     let protocol = if forward.protocol == UDP { "udp" } else { "tcp" };
-    let (from, to) = (forward.address.map_or_else(String::new, bracketed), bracketed(forward.to));
+    let from = forward.address.map_or_else(String::new, |ip| ip.to_string());
+    let to = forward.to;
     let ports = (0..forward.count).map(|n| (forward.host.saturating_add(n), forward.guest.saturating_add(n)));
     ports.map(move |(host, guest)| format!("{protocol}:{from}:{host}-{to}:{guest}"))
 }
@@ -252,7 +250,71 @@ fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
 /// UDP's number (IANA).
 const UDP: u8 = 17;
 
-/// As QEMU's `hostfwd` wants it: colons end an IPv4 address.
-fn bracketed(ip: IpAddr) -> String {
-    if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::nic_rules::NicRules;
+
+    fn tap(queues: &[RawFd], vhost: &[RawFd], mtu: u32) -> Tap {
+        Tap { queues: queues.to_vec(), vhost: vhost.to_vec(), mtu }
+    }
+
+    fn options(wire: Value, rules: Option<NicRules>, tap: Option<&Tap>) -> String {
+        let mut nic = json!({"network": "lan", "mac": "02:00:00:00:00:01"});
+        nic.as_object_mut().unwrap().extend(wire.as_object().unwrap().clone());
+        let nic = Nic { rules, ..serde_json::from_value(nic).unwrap() };
+        let mut line = Line(Vec::new());
+        network(&mut line, 0, &nic, tap);
+        line.0.join("\n")
+    }
+
+    #[test]
+    fn queues_and_vhost_are_descriptors() {
+        let wire = json!({"tap": "bqtapn0", "segment": {"network": "lan", "bridge": "br0", "keeper": "operator"}});
+        let on = |tap: Tap| options(wire.clone(), None, Some(&tap));
+        let lines = [
+            on(tap(&[7], &[], 1500)),
+            on(tap(&[7], &[8], 9000)),
+            on(tap(&[7, 8], &[], 1500)),
+            on(tap(&[7, 8], &[9, 10], 1500)),
+        ];
+        insta::assert_snapshot!(lines.join("\n--\n"), @r#"
+        -netdev
+        {"fd":"7","id":"nic0","type":"tap"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","netdev":"nic0","romfile":""}
+        --
+        -netdev
+        {"fd":"7","id":"nic0","type":"tap","vhost":true,"vhostfd":"8"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","host_mtu":9000,"id":"nic0-device","mac":"02:00:00:00:00:01","netdev":"nic0","romfile":""}
+        --
+        -netdev
+        {"fds":"7:8","id":"nic0","type":"tap"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","mq":true,"netdev":"nic0","romfile":"","vectors":6}
+        --
+        -netdev
+        {"fds":"7:8","id":"nic0","type":"tap","vhost":true,"vhostfds":"9:10"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","mq":true,"netdev":"nic0","romfile":"","vectors":6}
+        "#);
+    }
+
+    #[test]
+    fn user_networking_forwards_ports() {
+        let forward = |forward: Value| serde_json::from_value::<Forward>(forward).unwrap();
+        let rules = |forwards| Some(NicRules { forwards, ..NicRules::default() });
+        let v4 = json!({"user": {"network": "lab", "gateway": "10.0.2.1/24", "guest": "10.0.2.15"}});
+        let tcp = forward(
+            json!({"protocol": 6, "address": "127.0.0.1", "host": 6868, "to": "10.0.2.15", "guest": 22, "count": 2}),
+        );
+        let udp = forward(json!({"protocol": 17, "host": 53, "to": "10.0.2.15", "guest": 53, "count": 1}));
+        insta::assert_snapshot!(options(v4, rules(vec![tcp, udp]), None), @r#"
+        -netdev
+        {"dhcpstart":"10.0.2.15","dns":"10.0.2.254","host":"10.0.2.1","hostfwd":[{"str":"tcp:127.0.0.1:6868-10.0.2.15:22"},{"str":"tcp:127.0.0.1:6869-10.0.2.15:23"},{"str":"udp::53-10.0.2.15:53"}],"id":"nic0","ipv4":true,"ipv6":false,"net":"10.0.2.0/24","type":"user"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","netdev":"nic0","romfile":""}
+        "#);
+    }
 }

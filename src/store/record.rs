@@ -1,9 +1,9 @@
 //! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use ipnetwork::IpNetwork;
+use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -251,10 +251,10 @@ pub enum Wire {
 pub struct UserNetwork {
     /// The network's name in the configuration.
     pub network: String,
-    /// The router's address, with the subnet's prefix.
-    pub gateway: IpNetwork,
+    /// The router's address, with the subnet's prefix, at most 29.
+    pub gateway: Ipv4Network,
     /// The guest's address.
-    pub guest: IpAddr,
+    pub guest: Ipv4Addr,
 }
 
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.

@@ -57,6 +57,7 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
         args: arguments.into_iter().map(Into::into).collect(),
         inherit: resources.into_fds(),
         uid: vm.uid,
+        keeps_network: vm.nics.iter().any(|nic| nic.tap().is_none()),
         paths: Paths::of_qemu(&scope.config.qemu.binary),
         log,
         pid_lock: pidlock::open(&scope.paths.qemu_pid())?,

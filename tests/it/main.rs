@@ -12,6 +12,8 @@ mod lifecycle;
 mod linux;
 mod managed_networks;
 mod network;
+mod network_command;
+mod network_profiles;
 mod release;
 mod supervisor;
 mod support;

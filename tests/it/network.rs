@@ -1,153 +1,16 @@
 //! Bridges, taps and rules on a real kernel, each test in network namespaces of its own.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::net::UdpSocket;
 
-use bosh_qemu_cpi::config::Network;
-use bosh_qemu_cpi::error::{ErrorKind, Result};
-use bosh_qemu_cpi::link_name::LinkName;
-use bosh_qemu_cpi::net::plan::{Keeper, Place, Requested, Segment};
-use bosh_qemu_cpi::net::{apply, plan, profile::Profile};
-use serde_json::{Value, json};
+use bosh_qemu_cpi::error::ErrorKind;
+use bosh_qemu_cpi::net::apply;
+use bosh_qemu_cpi::net::plan::{Keeper, Segment};
+use serde_json::json;
 
-use crate::support::netns::Namespace;
+use crate::support::lab::{BRIDGE, Lab, existing, name, nat, seen_from, text};
 use crate::support::nftables;
 
-const BRIDGE: &str = "bosh-nat0";
 const TABLE: &str = "bosh-qemu-bosh-nat0";
-
-/// A host with a link `uplink` to the world outside, which knows no way back to the VMs.
-struct Lab {
-    host: Namespace,
-    outside: Namespace,
-}
-
-impl Lab {
-    fn new() -> Option<Self> {
-        let lab = Self { host: Namespace::new()?, outside: Namespace::new()? };
-        lab.host.cable("uplink", &lab.outside, "world");
-        for (namespace, link, end) in [(&lab.host, "uplink", 1), (&lab.outside, "world", 2)] {
-            namespace.ip(&format!("address add 192.0.2.{end}/24 dev {link}"));
-            namespace.ip(&format!("address add 2001:db8::{end}/64 dev {link} nodad"));
-        }
-        Some(lab)
-    }
-
-    /// A machine on the bridge, with this address and the gateway that ends in 1.
-    fn vm(&self, port: &str, ip: &str) -> Namespace {
-        let vm = Namespace::new().expect("as the first two");
-        self.host.cable(port, &vm, "eth0");
-        self.host.ip(&format!("link set {port} master {BRIDGE}"));
-        let (version, length, nodad) = if ip.contains(':') { ("-6", 64, "nodad") } else { ("-4", 24, "") };
-        vm.ip(&format!("address add {ip}/{length} dev eth0 {nodad}"));
-        let gateway = format!("{}1", &ip[..ip.rfind(['.', ':']).expect("an address") + 1]);
-        vm.ip(&format!("{version} route add default via {gateway}"));
-        vm
-    }
-
-    fn ensure(&self, segment: &Segment) -> Result<()> {
-        self.host.run(|| apply::ensure(segment, &[]))
-    }
-
-    fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
-        self.host.run(|| apply::plug(&name(tap), segment, 1, || Ok(Vec::new())))
-    }
-
-    /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
-    /// every descriptor, until it executes its program.
-    fn unplug(&self, tap: &str, descriptors: impl Into<Vec<OwnedFd>>) {
-        drop(descriptors.into());
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while self.host.link(tap).is_some() {
-            assert!(Instant::now() < deadline, "tap {tap} outlives its descriptor");
-        }
-    }
-
-    fn release(&self, segment: &Segment) -> Result<bool> {
-        self.host.run(|| apply::release(segment))
-    }
-
-    /// What a call may have changed: links with their settings and addresses, and the count of writes to nftables.
-    /// Left out is what the kernel goes on changing by itself: timers, carrier, its link-local addresses.
-    fn state(&self) -> (Vec<String>, u32) {
-        let links = self.host.ip_json("address show");
-        let settings = |link: &Value| {
-            let up = link["flags"].as_array().unwrap().contains(&"UP".into());
-            let addresses = link["addr_info"].as_array().unwrap().iter().filter(|a| a["scope"] != "link");
-            let addresses: Vec<_> = addresses.map(|a| format!("{}/{}", a["local"], a["prefixlen"])).collect();
-            let keys = ["ifindex", "ifname", "address", "mtu", "master", "ifalias"].map(|key| link[key].to_string());
-            format!("{keys:?} up: {up} {addresses:?}")
-        };
-        (links.as_array().unwrap().iter().map(settings).collect(), self.host.run(nftables::generation))
-    }
-
-    /// Links of the host, without `lo`.
-    fn links(&self) -> Vec<String> {
-        let links = self.host.ip_json("link show");
-        let names = links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned());
-        names.filter(|name| name != "lo").collect()
-    }
-
-    fn bridge(&self) -> Value {
-        self.host.link(BRIDGE).expect("a bridge")
-    }
-}
-
-fn name(text: &str) -> LinkName {
-    LinkName::parse(text).unwrap()
-}
-
-fn nat(gateway: &str) -> Segment {
-    let netmask = if gateway.contains(':') { "ffff:ffff:ffff:ffff::" } else { "255.255.255.0" };
-    let requested =
-        Requested { ip: None, netmask: netmask.parse().ok(), gateway: gateway.parse().ok(), ..Default::default() };
-    let profile = Profile::load("nat", None).unwrap();
-    match plan::place("lab", &Network::nat(), &profile, &requested).unwrap() {
-        Place::Bridge(segment) => segment,
-        Place::User(user) => panic!("{user:?}"),
-    }
-}
-
-fn existing(bridge: &str) -> Segment {
-    plan::existing_bridge(&name(bridge), None, None)
-}
-
-fn text(error: &bosh_qemu_cpi::error::Error) -> String {
-    format!("{:?}: {}", error.kind(), error.report())
-}
-
-/// Who `listener` sees when `vm` speaks to `to` by TCP and UDP; the answers must come back.
-fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
-    let address = SocketAddr::new(to.parse().unwrap(), 0);
-    let patience = Some(Duration::from_secs(5));
-    let (listener, datagrams) =
-        lab.outside.run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
-    let (tcp, udp) = (listener.local_addr().unwrap(), datagrams.local_addr().unwrap());
-    datagrams.set_read_timeout(patience).unwrap();
-
-    let stream = vm.run(|| TcpStream::connect_timeout(&tcp, Duration::from_secs(5)));
-    let mut stream = stream.unwrap_or_else(|error| panic!("connect to {tcp}: {error}"));
-    stream.set_read_timeout(patience).unwrap();
-    let (mut served, by_tcp) = listener.accept().unwrap();
-    stream.write_all(b"ping").unwrap();
-    let mut bytes = [0; 4];
-    served.set_read_timeout(patience).unwrap();
-    served.read_exact(&mut bytes).unwrap();
-    served.write_all(b"pong").unwrap();
-    stream.read_exact(&mut bytes).unwrap();
-    assert_eq!(&bytes, b"pong");
-
-    let socket = vm.run(|| UdpSocket::bind(if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" }).unwrap());
-    socket.set_read_timeout(patience).unwrap();
-    socket.send_to(b"ping", udp).unwrap();
-    let (_, by_udp) = datagrams.recv_from(&mut bytes).unwrap();
-    datagrams.send_to(b"pong", by_udp).unwrap();
-    assert_eq!(socket.recv_from(&mut bytes).unwrap(), (4, udp));
-    assert_eq!(by_tcp.ip(), by_udp.ip());
-    by_tcp.ip()
-}
 
 #[test]
 fn a_bridge_is_made_once_and_marked() {

@@ -7,6 +7,7 @@
 //! version of ours makes the table differ.
 
 mod field;
+pub(in crate::net) mod foreign;
 mod rule;
 mod set;
 

@@ -3,6 +3,7 @@
 pub mod answer;
 pub mod frames;
 pub mod host;
+pub mod lab;
 pub mod netns;
 pub mod nftables;
 pub mod world;

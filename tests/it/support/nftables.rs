@@ -90,3 +90,38 @@ fn elements_of(family: u8, table: &str) -> usize {
     }
     count
 }
+
+/// Adds a chain at the forward hook to table `ip <table>`, which is made: what it does not accept is dropped. That is what
+/// Docker does. Its rules are none.
+pub fn drop_forwarded(table: &str, chain: &str, others: &[&str]) {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(16));
+    let mut nftables = Nfgenmsg::new();
+    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    let ip = Nfgenmsg { nfgen_family: libc::NFPROTO_IPV4 as u8, ..Nfgenmsg::default() };
+    batch.request().op_batch_begin_do(&nftables);
+    batch.request().set_create().op_newtable_do(&ip).encode().push_name_bytes(table.as_bytes());
+    for other in others {
+        let mut request = batch.request().set_create().op_newchain_do(&ip);
+        request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(other.as_bytes());
+    }
+    let mut request = batch.request().set_create().op_newchain_do(&ip);
+    let attributes = request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(chain.as_bytes());
+    let hook = attributes.nested_hook().push_num(libc::NF_INET_FORWARD as u32).push_priority(0).end_nested();
+    hook.push_policy(libc::NF_DROP as u32).push_type_bytes(b"filter");
+    drop(request);
+    batch.request().op_batch_end_do(&nftables);
+    socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write chain");
+}
+
+/// Removes every table of every family: `nft flush ruleset`.
+pub fn flush() {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(8));
+    let mut nftables = Nfgenmsg::new();
+    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    batch.request().op_batch_begin_do(&nftables);
+    batch.request().op_deltable_do(&Nfgenmsg::new());
+    batch.request().op_batch_end_do(&nftables);
+    socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("flush");
+}
