@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::link_name::LinkName;
+use crate::ranges::{AddressRange, HostPort, PortRange};
 use crate::schema::{Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
@@ -37,6 +38,10 @@ document! {
         networks: BTreeMap<String, Network> = BTreeMap::from([("default".to_owned(), Network::nat())]);
         /// A directory whose `<name>.toml` files come before the built-in network profiles.
         network_profiles_dir: Option<PathBuf>;
+        /// Where subnets of managed networks come from whose range the Director leaves to us.
+        managed_range: IpNetwork = "10.208.0.0/12".parse().expect("a subnet");
+        /// What may begin to speak to VMs that name the group in their cloud property `security_groups`, by group.
+        security_groups: BTreeMap<String, Vec<GroupRule>>;
         /// What every agent is told unless the Director's env says otherwise.
         agent: Agent = Agent::absent().expect("every key of agent has a default");
         /// Seconds a method may take, by method name. `docs/operating.md` lists the defaults.
@@ -90,6 +95,15 @@ document! {
         subnet: Option<IpNetwork>;
         /// The host's address in the subnet. Absent: the request's gateway.
         gateway: Option<std::net::IpAddr>;
+        /// Addresses for networks of type `dynamic`, first and last: `10.0.0.100-10.0.0.199`. Absent: those of `subnet`.
+        pool: Option<AddressRange>;
+        /// Whether VMs may send only as themselves: from their own MAC and addresses.
+        anti_spoof: bool = true;
+        /// Whether a new VM's addresses are first looked for on the wire, by ARP and neighbour discovery. Absent: where
+        /// other machines than VMs of this host can have them: on an operator's bridge and on VLANs.
+        conflict_probe: Option<bool>;
+        /// Ports of the host itself that VMs on a bridge of ours may use, as `tcp/22`. They may always ping it.
+        host_services: Vec<HostPort>;
         /// Largest packet, bytes. Absent: that of the link to the world for bridges of ours, the bridge's for others.
         mtu: Option<Mtu>;
     }
@@ -99,6 +113,32 @@ document! {
 pub type VlanId = Whole<1, 4094>;
 /// The size of the largest packet, bytes.
 pub type Mtu = Whole<576, 65535>;
+
+document! {
+    /// What a security group admits.
+    pub struct GroupRule {
+        /// `all` is every protocol of IP.
+        protocol: GroupProtocol;
+        /// One port or a range, as `"8000-8010"`. Absent: all. Only with `tcp` and `udp`.
+        ports: Option<PortRange>;
+        /// From where. Absent: from anywhere.
+        source: Option<IpNetwork>;
+    }
+}
+
+choice! {
+    /// Protocols of security groups.
+    pub enum GroupProtocol ("\"tcp\", \"udp\", \"icmp\" or \"all\"") {
+        /// TCP.
+        Tcp = "tcp",
+        /// UDP.
+        Udp = "udp",
+        /// ICMP, and ICMPv6 with IPv6.
+        Icmp = "icmp",
+        /// Every protocol.
+        All = "all",
+    }
+}
 
 document! {
     /// What every agent is told unless the Director's env says otherwise.
@@ -252,6 +292,16 @@ impl Config {
                 found: format!("{longest} bytes"),
             };
             return Err(SchemaError { path: "run_dir".into(), problem });
+        }
+        for (name, rules) in &self.security_groups {
+            let ported = |rule: &GroupRule| matches!(rule.protocol, GroupProtocol::Tcp | GroupProtocol::Udp);
+            if let Some(at) = rules.iter().position(|rule| rule.ports.is_some() && !ported(rule)) {
+                let problem = crate::schema::Problem::Value {
+                    expected: "ports only with \"tcp\" or \"udp\"",
+                    found: "ports of another protocol".into(),
+                };
+                return Err(SchemaError { path: format!("security_groups.{name}.{at}.ports"), problem });
+            }
         }
         Ok(self)
     }

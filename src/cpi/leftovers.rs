@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Cpi;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, StemcellCid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::uids;
+use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 
 /// How long removing one leftover may hold up the create that found it.
@@ -51,6 +52,7 @@ impl Cpi {
             Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
             Some(DiskCid::PREFIX) => self.clear_files::<DiskRecord>(&cid(name)?, Rank::Disk),
             Some(StemcellCid::PREFIX) => self.clear_files::<StemcellRecord>(&cid(name)?, Rank::Stemcell),
+            Some(NetworkCid::PREFIX) => self.clear_network(&cid(name)?),
             _ => Err(Error::new(ErrorKind::Corrupt, "it is none of ours")),
         }
     }
@@ -65,12 +67,23 @@ impl Cpi {
             }
             Some(_) => {}
             None => {
+                self.store.release_claims(cid)?;
                 if let Some(uid) = uids::find(self.store.state_dir(), cid)? {
                     uids::release(self.store.state_dir(), cid, uid)?;
                 }
                 lock.retire()?;
             }
         }
+        self.settled(cid)
+    }
+
+    fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
+        let lock = self.store.lock(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
+        if self.store.read::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
+            tracing::warn!(%cid, "removing a network whose create_network was cut short");
+            self.unmake_network(cid)?;
+        }
+        lock.retire()?;
         self.settled(cid)
     }
 

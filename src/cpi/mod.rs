@@ -3,12 +3,14 @@
 //! Every verb can be repeated after a crash at any point: it looks at what is there before it acts. A create that fails
 //! removes what it made; a delete begins by writing down that it began.
 
+mod addresses;
 mod attachments;
 mod calculate;
 pub mod cloud_properties;
 mod disks;
 pub mod host_networks;
 mod leftovers;
+mod managed_networks;
 mod metadata;
 pub mod networks;
 mod placement;
@@ -22,8 +24,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 use self::networks::Networks;
-use self::verbs::{CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
-use crate::cid::{DiskCid, StemcellCid, VmCid};
+use self::verbs::{CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata, Verbs, VmResources};
+use crate::cid::{DiskCid, NetworkCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
@@ -156,5 +158,13 @@ impl Verbs for Cpi {
 
     fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
         self.describe_disk(disk, metadata)
+    }
+
+    fn create_network(&self, subnet: Map<String, Value>) -> Result<CreatedNetwork> {
+        self.make_managed(&subnet)
+    }
+
+    fn delete_network(&self, network: &NetworkCid) -> Result<()> {
+        self.remove_managed(network)
     }
 }

@@ -8,6 +8,7 @@ use serde_json::value::to_raw_value;
 use super::Cpi;
 use super::cloud_properties::{self, VmCloudProperties};
 use super::networks::Networks;
+use super::placement::Placed;
 use super::verbs::CreateVm;
 use crate::agent::{config_drive, settings};
 use crate::cid::{Cid, VmCid};
@@ -32,9 +33,9 @@ impl Cpi {
         let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
         let stemcell = self.stemcell(&call.stemcell)?;
         let cid = VmCid::random();
-        let nics = self.nics(&cid, &call.networks)?;
+        let mut placed = self.nics(&cid, &call.networks, &properties)?;
         let machine = self.machine(&properties)?;
-        for nic in &nics {
+        for Placed { nic, .. } in &placed {
             let network = call.networks.iter_mut().find(|network| network.name == nic.network);
             network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
         }
@@ -46,6 +47,12 @@ impl Cpi {
             Ok(uid) => uid,
             Err(error) => return self.settled(&cid).and(lock.retire()).and(Err(error)),
         };
+        let claimed = self.claim(&cid, &mut placed, &mut call.networks, &properties, deadline);
+        if let Err(error) = claimed.and_then(|()| self.still_managed(&placed)) {
+            self.store.release_claims(&cid)?;
+            uids::release(self.store.state_dir(), &cid, uid)?;
+            return self.settled(&cid).and(lock.retire()).and(Err(creation_failed(error, &cid)));
+        }
         let mut vm = VmRecord {
             schema: SCHEMA,
             phase: Phase::Creating,
@@ -56,7 +63,7 @@ impl Cpi {
             stemcell: stemcell.cid.clone(),
             machine,
             uid,
-            nics,
+            nics: placed.into_iter().map(|placed| placed.nic).collect(),
             base: base_of(&stemcell),
             root_size: root_size(&stemcell, &properties),
             ephemeral: properties.ephemeral_disk.map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
@@ -124,7 +131,7 @@ impl Cpi {
         if let Some(ephemeral) = &vm.ephemeral {
             made.push(image::qcow2::create(&paths.ephemeral(), ephemeral.size.bytes(), None)?);
         }
-        let networks = to_raw_value(&call.networks)
+        let networks = to_raw_value(&call.networks.for_agent())
             .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
         let facts = settings::Facts {
             agent_id: &vm.agent_id,
@@ -170,6 +177,8 @@ impl Cpi {
             }
             network.retire()?;
         }
+        net::guard::remove(&vm.nics)?;
+        self.store.release_claims(&vm.cid)?;
         let group = Cgroup::open(vm.cid.as_str());
         // A QEMU that was broken out of may have closed the lock by which it is known to live; its group it can not leave.
         group.kill(deadline)?;

@@ -9,7 +9,7 @@ fn segment(keeper: Keeper) -> Segment {
 
 fn nat(address: &str) -> Segment {
     let addresses = vec![address.parse().unwrap()];
-    segment(Keeper::Us { addresses, masquerade: true, closed: false, uplink: None })
+    segment(Keeper::Us { addresses, masquerade: true, services: None, closed: false, uplink: None })
 }
 
 /// A host with a way to the world and nothing in it.

@@ -66,6 +66,13 @@ fn nat_on_a_bare_host() {
         chain postrouting {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-nat0 up
@@ -74,14 +81,22 @@ fn nat_on_a_bare_host() {
 
 #[test]
 fn routed_on_a_bare_host() {
-    insta::assert_snapshot!(all(&json!({"profile": "routed", "mtu": 9000}), &bare_host()), @r"
+    insta::assert_snapshot!(all(&json!({"profile": "routed", "mtu": 9000}), &bare_host()), @r#"
     ip link add bosh-routed0 address 02:c9:9a:7f:1c:07 mtu 9000 type bridge stp_state 0 forward_delay 0
     sysctl -w net.ipv6.conf.bosh-routed0.accept_ra=0
     ip link set bosh-routed0 alias 'bosh-qemu-cpi:lab' up
     ip address add 10.0.0.1/24 dev bosh-routed0
     sysctl -w net.ipv4.ip_forward=1
+    nft table inet bosh-qemu-bosh-routed0 {
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+    }
     ip link set bqtapn0 mtu 1500 master bosh-routed0 up
-    ");
+    "#);
 }
 
 #[test]
@@ -97,6 +112,12 @@ fn isolated_on_a_bare_host() {
             iifname "bosh-isolated0" oifname "bosh-isolated0" return
             iifname "bosh-isolated0" counter drop
             oifname "bosh-isolated0" counter drop
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 counter drop
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-isolated0
@@ -213,6 +234,13 @@ fn only_what_somebody_broke_is_repaired() {
         chain postrouting {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
         }
     }
     --

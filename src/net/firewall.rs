@@ -11,7 +11,10 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::nft::{self, Chain, Family, Hook, IIFNAME, Match, OIFNAME, Place, Rule, Table, Verdict};
+use super::nft::{
+    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME, Match, OIFNAME, PROTOCOL,
+    Place, Rule, Table, Verdict,
+};
 use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
 use crate::link_name::LinkName;
@@ -19,7 +22,7 @@ use crate::link_name::LinkName;
 /// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
 /// with several subnets share the bridge.
 pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
-    let Keeper::Us { addresses, masquerade, closed, .. } = &segment.keeper else { return None };
+    let Keeper::Us { addresses, masquerade, closed, services, .. } = &segment.keeper else { return None };
     let bridge = &segment.bridge;
     let mut chains = Vec::new();
     if *masquerade {
@@ -27,6 +30,9 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     }
     if *closed {
         chains.push(closing(bridge));
+    }
+    if let Some(services) = services {
+        chains.push(host(bridge, services));
     }
     chains.retain(|chain| !chain.rules.is_empty());
     let table = Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains };
@@ -51,7 +57,17 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
         matches: vec![Match::SourceIn(subnet), Match::NotLeavingBy(bridge.clone())],
         verdict: Verdict::Masquerade,
     };
-    Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules: subnets.into_iter().map(rule).collect() }
+    // A VM that uses a forward to its neighbour must get the answer from the host it asked.
+    let back = |subnet| Rule {
+        matches: vec![
+            Match::SourceIn(subnet),
+            Match::By(OIFNAME, bridge.clone()),
+            Match::Bits(CT_STATUS, &FORWARDED, &FORWARDED),
+        ],
+        verdict: Verdict::Masquerade,
+    };
+    let rules = subnets.iter().copied().map(rule).chain(subnets.iter().copied().map(back)).collect();
+    Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules }
 }
 
 /// Lets nothing pass between the bridge and other links: that the host routes for one network is not for all. What goes
@@ -65,6 +81,26 @@ fn closing(bridge: &LinkName) -> Chain {
     ];
     Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
 }
+
+/// What VMs may begin to say to the host itself, by whichever of its addresses. Neighbours are never new to `ct state`.
+fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
+    let rule = |what: Vec<Match>, verdict| {
+        let matches = [Match::By(IIFNAME, bridge.clone()), Match::Bits(CT_STATE, &NEW, &NEW)].into_iter().chain(what);
+        Rule { matches: matches.collect(), verdict }
+    };
+    let ping = |family, protocol, kind, echo| {
+        rule(vec![Match::Is(FAMILY, family), Match::Is(PROTOCOL, protocol), Match::Is(kind, echo)], Verdict::Return)
+    };
+    let pings = [ping(&[2], &[1], ICMP_TYPE, &[8]), ping(&[10], &[58], ICMP6_TYPE, &[128])];
+    let served = services.iter().map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
+    let rules = pings.into_iter().chain(served).chain([rule(Vec::new(), Verdict::Drop)]).collect();
+    Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
+}
+
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`, in the machine's byte order.
+const NEW: [u8; 4] = 8u32.to_ne_bytes();
+/// `IPS_DST_NAT`, likewise.
+const FORWARDED: [u8; 4] = 32u32.to_ne_bytes();
 
 /// The kernel gives every IPv6 link such an address; it is never routed.
 fn is_link_local(ip: IpAddr) -> bool {
@@ -81,7 +117,13 @@ mod tests {
     fn rules(masquerade: bool, closed: bool) -> String {
         let addresses = ["fd00::1/64", "10.0.2.1/24", "10.0.1.1/24", "fe80::1/64", "10.0.1.254/24"];
         let addresses = addresses.map(|text| text.parse().unwrap()).to_vec();
-        let keeper = Keeper::Us { addresses: Vec::new(), masquerade, closed, uplink: None };
+        let keeper = Keeper::Us {
+            addresses: Vec::new(),
+            masquerade,
+            services: (masquerade || closed).then(|| vec![(6, 22)]),
+            closed,
+            uplink: None,
+        };
         let bridge = LinkName::parse("bosh-nat0").unwrap();
         let segment = Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper };
         table(&segment, &addresses).map(|table| table.to_string()).unwrap_or_default()
@@ -96,6 +138,16 @@ mod tests {
                 ip saddr 10.0.1.0/24 oifname != "bosh-nat0" masquerade
                 ip saddr 10.0.2.0/24 oifname != "bosh-nat0" masquerade
                 ip6 saddr fd00::/64 oifname != "bosh-nat0" masquerade
+                ip saddr 10.0.1.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+                ip saddr 10.0.2.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+                ip6 saddr fd00::/64 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+            }
+            chain host {
+                type filter hook input priority 0; policy accept;
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
             }
         }
         "#);
@@ -106,6 +158,13 @@ mod tests {
                 iifname "bosh-nat0" oifname "bosh-nat0" return
                 iifname "bosh-nat0" counter drop
                 oifname "bosh-nat0" counter drop
+            }
+            chain host {
+                type filter hook input priority 0; policy accept;
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
             }
         }
         "#);

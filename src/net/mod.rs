@@ -24,9 +24,12 @@ pub mod change;
 pub mod coexist;
 mod diff;
 mod firewall;
+pub mod guard;
+
 mod link;
 mod nft;
 pub mod plan;
+pub mod probe;
 pub mod profile;
 mod sysctl;
 pub mod tap;

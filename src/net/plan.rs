@@ -99,13 +99,20 @@ pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
     match (&mut one.keeper, &other.keeper) {
         (Keeper::Operator, Keeper::Operator) => Ok(()),
         (
-            Keeper::Us { addresses, masquerade, closed, uplink },
-            Keeper::Us { addresses: more, masquerade: m, closed: c, uplink: u },
+            Keeper::Us { addresses, masquerade, services, closed, uplink },
+            Keeper::Us { addresses: more, masquerade: m, services: s, closed: c, uplink: u },
         ) if (&*masquerade, &*closed, &*uplink) == (m, c, u)
             && one.mtu.zip(other.mtu).is_none_or(|(mine, its)| mine == its) =>
         {
             let new: Vec<_> = more.iter().filter(|address| !addresses.contains(address)).copied().collect();
             addresses.extend(new);
+            // Records that know nothing of services have no say; of others, each VM keeps what it was made with.
+            if let Some(more) = s {
+                let known = services.get_or_insert_default();
+                known.extend(more);
+                known.sort_unstable();
+                known.dedup();
+            }
             one.mtu = one.mtu.or(other.mtu);
             Ok(())
         }
@@ -148,7 +155,10 @@ fn segment(
         isolated: !profile.neighbours,
         keeper: if ours {
             let closed = profile.wire == Wiring::OwnBridge && !profile.forward;
-            Keeper::Us { addresses, masquerade: profile.masquerade, closed, uplink }
+            let services = network.host_services.iter().map(|port| (port.protocol.number(), port.port)).collect();
+            // On a VLAN the host is a machine like others.
+            let services = (profile.wire == Wiring::OwnBridge).then_some(services);
+            Keeper::Us { addresses, masquerade: profile.masquerade, services, closed, uplink }
         } else {
             Keeper::Operator
         },
@@ -157,14 +167,16 @@ fn segment(
 
 /// A key that says nothing in this profile is a misunderstanding.
 fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
-    let addressed = profile.gateway || profile.wire == Wiring::User;
+    let addressed = profile.gateway || profile.wire == Wiring::User || network.pool.is_some();
     let useless = [
         ("subnet", network.subnet.is_some() && !addressed),
         ("gateway", network.gateway.is_some() && !addressed),
         ("uplink", network.uplink.is_some() && profile.wire != Wiring::Vlan),
         ("vlan", network.vlan.is_some() && profile.wire != Wiring::Vlan),
+        ("host_services", !network.host_services.is_empty() && profile.wire != Wiring::OwnBridge),
         ("bridge", network.bridge.is_some() && profile.wire == Wiring::User),
         // Each VLAN that a request asks for has a bridge of its own.
+        ("host_services", !network.host_services.is_empty() && profile.wire != Wiring::OwnBridge),
         ("bridge", network.bridge.is_some() && network.uplink.is_some() && network.vlan.is_none()),
         ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
     ];

@@ -39,7 +39,8 @@ fn the_record_of_a_segment() {
           "addresses": [
             "10.0.0.1/24"
           ],
-          "masquerade": true
+          "masquerade": true,
+          "services": []
         }
       }
     }
@@ -229,7 +230,7 @@ fn what_stands_without_vms() {
         standing(json!({"profile": "user"})),
     ];
     insta::assert_snapshot!(segments.map(Option::unwrap_or_default).join("\n"), @r#"
-    {"network":"lab","bridge":"bosh-nat0","keeper":{"us":{"addresses":[],"masquerade":true}}}
-    {"network":"lab","bridge":"bosh-routed0","keeper":{"us":{"addresses":["10.7.0.1/16"],"masquerade":false}}}
+    {"network":"lab","bridge":"bosh-nat0","keeper":{"us":{"addresses":[],"masquerade":true,"services":[]}}}
+    {"network":"lab","bridge":"bosh-routed0","keeper":{"us":{"addresses":["10.7.0.1/16"],"masquerade":false,"services":[]}}}
     "#);
 }

@@ -9,7 +9,8 @@ use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, Opened, ROOT};
 use super::{blockdev, topology};
 use crate::cid::Cid;
 use crate::qemu::Template;
-use crate::store::record::{Accel, Forward, Nic, UserNetwork, VmRecord, Wire};
+use crate::store::nic_rules::Forward;
+use crate::store::record::{Accel, Nic, UserNetwork, VmRecord, Wire};
 
 /// The descriptors QEMU inherits.
 #[derive(Debug)]
@@ -252,7 +253,7 @@ const UDP: u8 = 17;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::record::NicRules;
+    use crate::store::nic_rules::NicRules;
 
     fn tap(queues: &[RawFd], vhost: &[RawFd], mtu: u32) -> Tap {
         Tap { queues: queues.to_vec(), vhost: vhost.to_vec(), mtu }

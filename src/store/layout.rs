@@ -10,8 +10,10 @@
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
 //!   networks/<bridge>.json                       a network that stays without VMs
+//!   networks/<cid>/   network.json                a managed network
 //!   locks/<rank>.<name>
 //!   pending/<cid>                                 there while the object is being made
+//!   claims/<address or port>                      symlink whose text is the VM's cid
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
@@ -106,7 +108,7 @@ impl Store {
     }
 
     fn record_path<R: Record>(&self, cid: &R::Cid) -> PathBuf {
-        self.dir_of(R::Cid::PREFIX, cid).join(format!("{}.json", R::Cid::PREFIX))
+        self.dir_of(R::Cid::KIND, cid).join(format!("{}.json", R::Cid::KIND))
     }
 
     /// Takes the lock of one object, waiting until `deadline`.
@@ -182,14 +184,19 @@ impl Store {
 
     /// The cids of all objects of one kind, in no order. Names that are no cids are somebody else's and left out.
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
-        let dir = self.state_dir.join(format!("{}s", R::Cid::PREFIX));
+        let dir = self.state_dir.join(format!("{}s", R::Cid::KIND));
         let entries = match dir.read_dir() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.at("list", &dir)?,
         };
         let mut cids = Vec::new();
         for entry in entries {
-            let name = entry.at("list", &dir)?.file_name();
+            let entry = entry.at("list", &dir)?;
+            // Beside managed networks are files of pinned ones.
+            if !entry.file_type().at("look at", &entry.path())?.is_dir() {
+                continue;
+            }
+            let name = entry.file_name();
             cids.extend(name.to_str().and_then(|name| R::Cid::parse(name).ok()));
         }
         Ok(cids)

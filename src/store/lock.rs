@@ -1,7 +1,7 @@
 //! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
 //!
-//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network ([`Rank`]). The network comes last
-//! because it is held for milliseconds, around one change to the kernel's links and rules. A lock file lives as long
+//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network, claims ([`Rank`]). The last two come last
+//! because they are held for milliseconds, around one change. A lock file lives as long
 //! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
 
 use std::cell::RefCell;
@@ -27,6 +27,8 @@ pub enum Rank {
     Vm,
     /// A bridge of this host and its rules.
     Network,
+    /// What VMs have claimed: addresses and ports.
+    Claims,
 }
 
 impl Rank {
@@ -38,6 +40,7 @@ impl Rank {
             Self::Disk => "disk",
             Self::Vm => "vm",
             Self::Network => "network",
+            Self::Claims => "claims",
         }
     }
 }

@@ -7,8 +7,10 @@
 //! This room knows files, not QEMU or networks.
 
 pub mod atomic;
+pub mod claims;
 pub mod layout;
 pub mod lock;
+pub mod nic_rules;
 mod pins;
 pub mod record;
 

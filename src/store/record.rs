@@ -8,8 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::nic_rules::NicRules;
 use crate::choice;
-use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, StemcellCid, VmCid};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 use crate::units::{Bytes, MiB};
@@ -46,7 +47,7 @@ macro_rules! record {
     )*};
 }
 
-record!(StemcellRecord: StemcellCid, VmRecord: VmCid, DiskRecord: DiskCid);
+record!(StemcellRecord: StemcellCid, VmRecord: VmCid, DiskRecord: DiskCid, NetworkRecord: NetworkCid);
 
 /// Where an object is in its life. `Creating` and `Deleting` with a free lock mean: remove what is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +100,24 @@ pub struct StemcellRecord {
     pub image_path: Option<PathBuf>,
     /// The manifest's cloud properties.
     pub cloud_properties: Map<String, Value>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub newer: Map<String, Value>,
+}
+
+/// A managed network: one that the Director had made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// Layout version.
+    pub schema: u32,
+    /// Its cid.
+    pub cid: NetworkCid,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// When it was created, UTC.
+    pub created_at: String,
+    /// The network as the configuration would have it.
+    pub settings: Map<String, Value>,
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
@@ -194,7 +213,7 @@ pub struct Nic {
     /// Its other end.
     #[serde(flatten)]
     pub wire: Wire,
-    /// What it may send, and what reaches it. Absent in records of versions that had no such rules.
+    /// What it may send, and what reaches it. Absent in records of versions that knew no such rules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<NicRules>,
 }
@@ -238,56 +257,6 @@ pub struct UserNetwork {
     pub guest: Ipv4Addr,
 }
 
-/// What a network card may send, and what reaches it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NicRules {
-    /// Whether it may send only as itself: from its MAC and its addresses.
-    pub anti_spoof: bool,
-    /// Its addresses, each with the length of the block that is its own. None: a DHCP server of others decides.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub addresses: Vec<IpNetwork>,
-    /// Further addresses it may send from, which others may have, too.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub allowed: Vec<IpNetwork>,
-    /// Who may begin to speak to it; absent: everybody.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub admits: Option<Vec<Admission>>,
-    /// Ports of the host that are its own.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub forwards: Vec<Forward>,
-}
-
-/// Who may begin to speak to a VM, and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Admission {
-    /// From where.
-    pub source: IpNetwork,
-    /// By which protocol of IP; absent: any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub protocol: Option<u8>,
-    /// To which ports, first and last; absent: any, or the protocol has none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ports: Option<(u16, u16)>,
-}
-
-/// Ports of the host that lead to a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forward {
-    /// The host's address; absent: every one of the family of `guest`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<IpAddr>,
-    /// TCP or UDP, by its number.
-    pub protocol: u8,
-    /// First port of the host.
-    pub host: u16,
-    /// The VM's address.
-    pub to: IpAddr,
-    /// First port of the VM.
-    pub guest: u16,
-    /// How many ports, one after the other.
-    pub count: u16,
-}
-
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
@@ -320,6 +289,9 @@ pub enum Keeper {
         addresses: Vec<IpNetwork>,
         /// Whether VMs reach the world under the host's own address.
         masquerade: bool,
+        /// Ports of the host itself that VMs may use, by protocol and port. Absent: all, as records of older versions.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        services: Option<Vec<(u8, u16)>>,
         /// Whether the host passes nothing on between the bridge and its other links.
         #[serde(default, skip_serializing_if = "is_false")]
         closed: bool,

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use super::Scope;
 use super::resources::{self, Resources};
+use super::{Scope, conflict};
 use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -85,6 +85,8 @@ pub(super) async fn boot(scope: &Scope, vm: &VmRecord, mut child: Child) -> Resu
 }
 
 async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Result<(Connection, UnixStream)> {
+    // While QEMU starts: it takes longer than the answers.
+    let questions = conflict::ask(vm);
     let mut monitor = Connection::connect(path, Instant::now() + READY).await?;
     let status = power::status(&mut monitor).await?;
     if !status.is_prelaunch() {
@@ -102,6 +104,7 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     }
     let path = scope.paths.serial();
     let serial = UnixStream::connect(&path).await.at("connect to serial port", &path)?;
+    questions.settle(scope).await?;
     power::cont(&mut monitor).await?;
     Ok((monitor, serial))
 }

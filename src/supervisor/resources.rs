@@ -15,7 +15,7 @@ use crate::net::apply::Plug;
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
-use crate::store::{Rank, Store, atomic};
+use crate::store::{Phase, Rank, Store, atomic};
 use crate::{image, net};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
@@ -34,6 +34,8 @@ impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
         let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?);
+        // In force before there is a tap: a VM is never on a wire without them.
+        net::guard::add(&vm.nics, || all_nics(scope))?;
         let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu.binary);
         Ok(Self {
             files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
@@ -79,6 +81,21 @@ fn missing_disk(disk: &DiskCid) -> Error {
 fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
     let (fd, direct) = image::open(&need.path, need.writable, need.direct)?;
     Ok((Opened { need, direct, io_uring }, fd))
+}
+
+/// The cards of all VMs there are, should the host have lost everybody's rules.
+fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
+    let mut nics = Vec::new();
+    for vm in scope.store.list::<VmRecord>()? {
+        // One that can not be read must not keep others from starting.
+        match scope.store.read::<VmRecord>(&vm) {
+            Ok(record) => {
+                nics.extend(record.filter(|vm| vm.phase != Phase::Deleting).into_iter().flat_map(|vm| vm.nics))
+            }
+            Err(error) => tracing::warn!(%vm, error = error.report(), "a VM's rules are left out"),
+        }
+    }
+    Ok(nics)
 }
 
 fn tap(plug: &Plug) -> Tap {

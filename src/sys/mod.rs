@@ -4,6 +4,7 @@ pub mod confine;
 pub mod detach;
 pub mod io_uring;
 mod landlock;
+pub mod packet;
 pub mod pidfd;
 pub mod pidlock;
 pub mod signals;

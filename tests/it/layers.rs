@@ -16,7 +16,7 @@ const LAYERS: &[Row] = &[
     Together(&["agent"]),
     Apart(&["image", "qemu", "qmp", "net"]),
     Together(&["store", "host"]),
-    Together(&["config", "schema", "cid", "units", "mac", "link_name", "ordered", "error", "log", "sys"]),
+    Together(&["config", "schema", "cid", "units", "mac", "link_name", "ordered", "ranges", "error", "log", "sys"]),
 ];
 
 /// Macros live at the crate's root whatever module declares them.

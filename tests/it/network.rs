@@ -164,6 +164,7 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
         keeper: Keeper::Us {
             addresses: vec!["192.0.0.1/16".parse().unwrap()],
             masquerade: true,
+            services: None,
             closed: false,
             uplink: None,
         },

@@ -1,8 +1,8 @@
 //! The guard's two tables: every rule there is for any VM. VMs are elements of their sets.
 //!
 //! ```text
-//!   tap ──▶ bridge: sender ──┬─▶ another port:  neighbours ──▶ receiver ──▶ tap
-//!                            └─▶ the host:  inet … routed, forwarded … ──▶ receiver ──▶ tap
+//!   tap ──▶ bridge: sender ──┬─▶ another port ────────────────────────────▶ receiver ──▶ tap
+//!                            └─▶ the host:  inet … routed, forwarded … ───▶ receiver ──▶ tap
 //! ```
 //! Frames that one guest sends to another never come to the host's IP rules, unless br_netfilter takes them there.
 //! So everything but forwards is said to the bridges, and holds with and without br_netfilter. Bridges follow no
@@ -52,8 +52,6 @@ sets! {
     BLOCKS6 = Set::ranges("blocks6", &[Link, Mac, Ip6]);
     /// Taps whose addresses somebody else's DHCP server gives.
     ROAMING = Set::of("roaming", &[Link]);
-    /// Taps that reach no other of them.
-    ISOLATED = Set::of("isolated", &[Link]);
     /// Taps that only some may begin to speak to.
     GROUPED = Set::of("grouped", &[Link]);
     /// By whom, to which ports, …
@@ -104,7 +102,7 @@ pub(super) fn bridge_table() -> Table {
         family: Family::Bridge,
         name: BRIDGE.to_owned(),
         sets: vec![
-            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, ISOLATED, GROUPED, PORTS4, PORTS6,
+            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, GROUPED, PORTS4, PORTS6,
             PROTOCOLS4, PROTOCOLS6, ASKED4, ASKED6,
         ],
         chains: vec![
@@ -115,7 +113,6 @@ pub(super) fn bridge_table() -> Table {
             chain("itself_ip6", None, itself_ip6()),
             chain("itself_nd", None, itself_nd()),
             chain("asks", None, asks()),
-            chain("neighbours", hook(Place::Forward), neighbours()),
             chain("receiver", hook(Place::Postrouting), receiver()),
             chain("admitted", None, admitted()),
             chain("admitted_ip4", None, admitted_ip4()),
@@ -222,10 +219,6 @@ fn asks() -> Vec<Rule> {
     vec![trace(IP4, IP_SADDR, IP_DADDR, ASKED4), trace(IP6, IP6_SADDR, IP6_DADDR, ASKED6)]
 }
 
-fn neighbours() -> Vec<Rule> {
-    vec![drop_if([known(&[IIFNAME], ISOLATED), known(&[OIFNAME], ISOLATED)])]
-}
-
 fn receiver() -> Vec<Rule> {
     vec![rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted"))]
 }
@@ -248,7 +241,10 @@ fn admitted_ip4() -> Vec<Rule> {
     let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
     vec![
         goes_on(),
-        return_if([Match::Is(PROTOCOL, UDP), known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4)]),
+        return_if([
+            Match::Is(PROTOCOL, UDP),
+            known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
+        ]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
         // What comes after the first fragment is worth nothing without it.
@@ -265,7 +261,10 @@ fn admitted_ip6() -> Vec<Rule> {
     let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)]);
     vec![
         goes_on(),
-        return_if([Match::Is(PROTOCOL, UDP), known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6)]),
+        return_if([
+            Match::Is(PROTOCOL, UDP),
+            known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
+        ]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
         return_if([Match::Is(IP6_NEXT, &[44]), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
@@ -317,4 +316,12 @@ fn own_forwards() -> Vec<Rule> {
 
     let loopback6 = return_if([Match::Is(FAMILY, FAMILY6), Match::Is(IP6_DADDR, LOOPBACK6)]);
     [loopback4, loopback6].into_iter().chain(forwards()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_two_tables() {
+        insta::assert_snapshot!(format!("{}\n{}", super::bridge_table(), super::inet_table()));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use netlink_bindings::nftables::{CtKeys, FibFlags, FibResult, MetaKeys, PayloadBase, PushExprListAttrs};
+use netlink_bindings::nftables::{CtKeys, FibFlags, MetaKeys, PayloadBase, PushExprListAttrs};
 
 pub(super) type Expressions = PushExprListAttrs<Vec<u8>>;
 
@@ -27,6 +27,9 @@ enum Source {
 
 /// Registers are counted in words of four bytes; the first that is no verdict (`NFT_REG32_00`).
 pub(super) const FIRST_REGISTER: u32 = 8;
+
+/// `NFT_FIB_RESULT_ADDRTYPE`; the crate counts from one less.
+const ADDRESS_TYPE: u32 = 3;
 
 macro_rules! fields {
     ($($name:ident = $text:literal, $size:literal, $source:expr;)*) => {
@@ -84,6 +87,11 @@ impl Field {
         self.size.div_ceil(4)
     }
 
+    /// Whether its bytes are in the machine's order, not the network's.
+    pub(super) fn is_native(self) -> bool {
+        matches!(self.source, Source::Ct(_) | Source::DestinationType)
+    }
+
     /// Loads the field into the registers from `register`.
     pub(super) fn load(self, list: Expressions, register: u32) -> Expressions {
         let element = list.nested_elem();
@@ -100,7 +108,7 @@ impl Field {
             Source::DestinationType => element
                 .nested_data_fib()
                 .push_dreg(register)
-                .push_result(FibResult::Addrtype as u32)
+                .push_result(ADDRESS_TYPE)
                 .push_flags(FibFlags::Daddr as u32)
                 .end_nested(),
         };

@@ -13,8 +13,9 @@ mod set;
 
 use std::fmt;
 
-use netlink_bindings::nftables::{Chained, Nfgenmsg, PushSetelemListAttrs, Request};
-use netlink_bindings::traits::Pusher;
+use netlink_bindings::nftables::{Chained, ChainedFinal, Nfgenmsg, PushSetelemListAttrs, Request};
+use netlink_bindings::traits::{NetlinkChained, Pusher};
+use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_header};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use nix::errno::Errno;
 use nix::libc;
@@ -148,11 +149,7 @@ pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
 /// Does all steps in one transaction, or none. With a `generation`, only if nothing of the host's nftables has changed
 /// since [`generation`] said it.
 pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
-    let table = match steps.first() {
-        None => return Ok(Outcome::Done),
-        Some(Step::Replace(table) | Step::Add(table, ..) | Step::Remove(table, ..)) => &table.name,
-        Some(Step::Drop(_, name)) => *name,
-    };
+    let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
     match transact(steps, generation) {
         Ok(()) => Ok(Outcome::Done),
         Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::ERESTART)) => Ok(Outcome::Stale),
@@ -206,7 +203,19 @@ fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
 fn transact(steps: &[Step<'_>], generation: Option<u32>) -> Result<(), ReplyError> {
     let mut socket = NetlinkSocket::new();
     // More than any batch of ours has messages; replies are told apart by them.
-    let mut batch = Chained::new(socket.reserve_seq(1 << 16));
+    let first = socket.reserve_seq(1 << 16);
+    let mut batch = batch(first, steps, generation, false);
+    if batch.chain_len().is_multiple_of(64) {
+        // Of so many messages, netlink-socket2 0.3.5 (`Bits::with_len`) takes the last 64 for answered: a failure of one
+        // of them would be a success.
+        batch = self::batch(first, steps, generation, true);
+    }
+    socket.request_chained(&batch)?.recv_all()
+}
+
+/// The steps as messages; with one more that does nothing, if it is `padded`.
+fn batch(first: u32, steps: &[Step<'_>], generation: Option<u32>, padded: bool) -> ChainedFinal<'static> {
+    let mut batch = Chained::new(first);
     let mut nftables = Nfgenmsg::new();
     nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
     let mut begin = batch.request().op_batch_begin_do(&nftables);
@@ -214,17 +223,26 @@ fn transact(steps: &[Step<'_>], generation: Option<u32>) -> Result<(), ReplyErro
         begin.encode().push_genid(generation);
     }
     drop(begin);
-    for step in steps {
-        step.push(&mut batch);
+    if let (true, Some(step)) = (padded, steps.first()) {
+        let (family, name) = step.table();
+        new_table(&mut batch, family, name);
     }
+    steps.iter().for_each(|step| step.push(&mut batch));
     batch.request().op_batch_end_do(&nftables);
-    socket.request_chained(&batch.finalize())?.recv_all()
+    batch.finalize()
 }
 
 /// How many elements go into one message: an attribute has at most 64 KiB.
 const ELEMENTS: usize = 256;
 
 impl Step<'_> {
+    fn table(&self) -> (Family, &str) {
+        match self {
+            Self::Replace(table) | Self::Add(table, ..) | Self::Remove(table, ..) => (table.family, &table.name),
+            Self::Drop(family, name) => (*family, name),
+        }
+    }
+
     fn push(&self, batch: &mut Chained<'_>) {
         match self {
             Self::Replace(table) => {
@@ -280,7 +298,8 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
         attributes = attributes.push_data_type(set::type_number(set.data)).push_data_len(set::length(set.data));
     }
     if let Holds::Traces { seconds, .. } = set.holds {
-        attributes = attributes.push_timeout(u64::from(seconds) * 1000);
+        // The kernel reads it in network order, whatever the crate writes.
+        attributes = attributes.push_timeout((u64::from(seconds) * 1000).to_be());
     }
     let mut description = attributes.nested_desc();
     if let Holds::Traces { most, .. } = set.holds {
@@ -296,21 +315,38 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
     description.end_nested();
 }
 
+/// The attributes of an element are written here: the crate's builder has another number for the end of a range.
 fn push_elements<P: Pusher>(request: PushSetelemListAttrs<P>, table: &Table, set: &Set, elements: &[Element]) {
     let request = request.push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
     let mut list = request.nested_elements();
+    let bytes = list.as_vec_mut();
     for element in elements {
+        let one = push_nested_header(bytes, LIST_ELEMENT);
         let (first, last) = set::bytes(&element.key);
-        let mut one = list.nested_elem().nested_key().push_value(&first).end_nested();
+        push_value(bytes, KEY, &first);
         if set.holds == Holds::Ranges {
-            one = one.nested_key_end().push_value(&last).end_nested();
+            push_value(bytes, KEY_END, &last);
         }
         if !element.data.is_empty() {
-            one = one.nested_data().push_value(&set::bytes(&element.data).0).end_nested();
+            push_value(bytes, DATA, &set::bytes(&element.data).0);
         }
-        list = one.end_nested();
+        finalize_nested_header(bytes, one);
     }
     list.end_nested();
+}
+
+/// `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `NFTA_SET_ELEM_DATA`, `NFTA_SET_ELEM_KEY_END`, `NFTA_DATA_VALUE`.
+const LIST_ELEMENT: u16 = 1;
+const KEY: u16 = 1;
+const DATA: u16 = 2;
+const KEY_END: u16 = 10;
+const VALUE: u16 = 1;
+
+fn push_value(bytes: &mut Vec<u8>, attribute: u16, value: &[u8]) {
+    let data = push_nested_header(bytes, attribute);
+    push_header(bytes, VALUE, value.len() as u16);
+    bytes.extend_from_slice(value);
+    finalize_nested_header(bytes, data);
 }
 
 fn new_chain(batch: &mut Chained<'_>, table: &Table, chain: &Chain) {

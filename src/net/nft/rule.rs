@@ -3,6 +3,7 @@
 //! The kernel runs a rule as a tiny program over registers (`linux/netfilter/nf_tables.h`): load something into
 //! registers, compare it, and leave the rule if it differs. Each [`Match`] is a few such steps.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -13,7 +14,7 @@ use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_h
 use nix::libc;
 use sha2::{Digest, Sha256};
 
-use super::field::{Expressions, FAMILY, FIRST_REGISTER, Field, Key, OIFNAME, load_key};
+use super::field::{DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, OIFNAME, PROTOCOL, load_key};
 use super::set;
 use crate::link_name::LinkName;
 
@@ -35,6 +36,8 @@ pub(in crate::net) enum Match {
     By(Field, LinkName),
     /// The field has this value.
     Is(Field, &'static [u8]),
+    /// It goes to this port by this protocol, a number.
+    To(u8, u16),
     /// The field has another value.
     IsNot(Field, &'static [u8]),
     /// The field is there.
@@ -98,6 +101,10 @@ impl Match {
             Self::NotLeavingBy(link) => compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link)),
             Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
             Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
+            Self::To(protocol, port) => {
+                let list = compare(load(list, &PROTOCOL), CmpOps::Eq, &[*protocol]);
+                compare(load(list, &DESTINATION_PORT), CmpOps::Eq, &port.to_be_bytes())
+            }
             Self::IsNot(field, value) => compare(load(list, field), CmpOps::Neq, value),
             Self::Has(field) => load(list, field),
             Self::Within(field, first, last) => {
@@ -179,14 +186,9 @@ fn compare(list: Expressions, how: CmpOps, value: &[u8]) -> Expressions {
         .end_nested()
 }
 
+/// `NFTA_LOOKUP_SET` 1, `NFTA_LOOKUP_SREG` 2, `NFTA_LOOKUP_FLAGS` 5. The crate's builder has other numbers for them.
 fn look_up(list: Expressions, set: &str, flags: u32) -> Expressions {
-    list.nested_elem()
-        .nested_data_lookup()
-        .push_set_bytes(set.as_bytes())
-        .push_sreg(FIRST_REGISTER)
-        .push_flags(flags)
-        .end_nested()
-        .end_nested()
+    expression(list, c"lookup", &[(1, text(set)), (2, number(FIRST_REGISTER)), (5, number(flags))])
 }
 
 fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressions {
@@ -200,13 +202,9 @@ fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressi
 /// What the map gives: an address, and a port in the word behind it.
 fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
     let (family, port) = if v6 { (libc::NFPROTO_IPV6, 4) } else { (libc::NFPROTO_IPV4, 1) };
-    list.nested_elem()
-        .nested_data_lookup()
-        .push_set_bytes(map.as_bytes())
-        .push_sreg(FIRST_REGISTER)
-        .push_dreg(FIRST_REGISTER)
-        .end_nested()
-        .end_nested()
+    // `NFTA_LOOKUP_DREG` 3.
+    let attributes = [(1, text(map)), (2, number(FIRST_REGISTER)), (3, number(FIRST_REGISTER))];
+    expression(list, c"lookup", &attributes)
         .nested_elem()
         .nested_data_nat()
         .push_type(1) // NFT_NAT_DNAT
@@ -218,21 +216,33 @@ fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
         .end_nested()
 }
 
-/// The one expression that the crate has no builder for: `dynset` (`linux/netfilter/nf_tables.h`,
-/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4).
+/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4.
 fn trace(list: Expressions, set: &str) -> Expressions {
-    let mut element = list.nested_elem().push_name(c"dynset");
+    expression(list, c"dynset", &[(1, text(set)), (3, number(1)), (4, number(FIRST_REGISTER))])
+}
+
+/// `NFTA_EXPR_DATA`.
+const EXPRESSION_DATA: u16 = 2;
+
+/// An expression for which the crate has no builder, or a wrong one.
+fn expression(list: Expressions, name: &CStr, attributes: &[(u16, Vec<u8>)]) -> Expressions {
+    let mut element = list.nested_elem().push_name(name);
     let bytes = element.as_vec_mut();
-    let data = push_nested_header(bytes, 2);
-    push_header(bytes, 1, set.len() as u16 + 1);
-    bytes.extend_from_slice(set.as_bytes());
-    bytes.push(0);
-    for (attribute, value) in [(3, 1), (4, FIRST_REGISTER)] {
-        push_header(bytes, attribute, 4);
-        bytes.extend_from_slice(&value.to_be_bytes());
+    let data = push_nested_header(bytes, EXPRESSION_DATA);
+    for (attribute, value) in attributes {
+        push_header(bytes, *attribute, value.len() as u16);
+        bytes.extend_from_slice(value);
     }
     finalize_nested_header(bytes, data);
     element.end_nested()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [text.as_bytes(), b"\0"].concat()
+}
+
+fn number(number: u32) -> Vec<u8> {
+    number.to_be_bytes().to_vec()
 }
 
 impl fmt::Display for Rule {
@@ -251,12 +261,13 @@ impl fmt::Display for Match {
             Self::SourceIn(subnet @ IpNetwork::V6(_)) => write!(f, "ip6 saddr {subnet}"),
             Self::NotLeavingBy(link) => write!(f, "oifname != \"{link}\""),
             Self::By(field, link) => write!(f, "{field} \"{link}\""),
-            Self::Is(field, value) => write!(f, "{field} {}", Hex(value)),
-            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(value)),
+            Self::Is(field, value) => write!(f, "{field} {}", Hex(*field, value)),
+            Self::To(protocol, port) => write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}"),
+            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
             Self::Has(field) => write!(f, "{field} >= 0"),
-            Self::Within(field, first, last) => write!(f, "{field} {}-{}", Hex(first), Hex(last)),
-            Self::Bits(field, mask, bits) => write!(f, "{field} & {} == {}", Hex(mask), Hex(bits)),
-            Self::OtherBits(field, mask, bits) => write!(f, "{field} & {} != {}", Hex(mask), Hex(bits)),
+            Self::Within(field, first, last) => write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last)),
+            Self::Bits(field, mask, bits) => write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits)),
+            Self::OtherBits(field, mask, bits) => write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits)),
             Self::In(key, set) => write!(f, "{} @{set}", Key(key)),
             Self::NotIn(key, set) => write!(f, "{} != @{set}", Key(key)),
         }
@@ -279,12 +290,16 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// A value, as a number.
-struct Hex(&'static [u8]);
+/// A value of a field, as a number.
+struct Hex(Field, &'static [u8]);
 
 impl fmt::Display for Hex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = self.1.to_vec();
+        if self.0.is_native() && cfg!(target_endian = "little") {
+            bytes.reverse();
+        }
         f.write_str("0x")?;
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }

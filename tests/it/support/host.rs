@@ -296,10 +296,11 @@ impl Host {
                 "stemcells",
                 "vms",
                 "disks",
+                "networks",
                 "locks",
                 "pending",
+                "claims",
                 "uids",
-                "networks",
                 "probe.json",
                 "io-uring.json",
             ];

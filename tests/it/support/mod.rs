@@ -1,6 +1,7 @@
 //! What the tests share.
 
 pub mod answer;
+pub mod frames;
 pub mod host;
 pub mod lab;
 pub mod netns;
