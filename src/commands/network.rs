@@ -74,8 +74,11 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
     }
     let lack = cpi.lack(network)?;
     report.findings = lack.findings;
+    if lack.guard {
+        report.changes.push("nft tables 'bosh-qemu-guard', with all VMs".to_owned());
+    }
     match lack.changes {
-        Ok(changes) => report.changes = changes.iter().map(ToString::to_string).collect(),
+        Ok(changes) => report.changes.extend(changes.iter().map(ToString::to_string)),
         Err(error) => report.error = Some(error.report()),
     }
     if deed == Deed::Apply && report.error.is_none() {

@@ -11,9 +11,9 @@ use crate::link_name::LinkName;
 use crate::net::change::Change;
 use crate::net::coexist::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
-use crate::net::{apply, profile::Profile};
+use crate::net::{apply, guard, profile::Profile};
 use crate::store::record::Nic;
-use crate::store::{Rank, VmRecord};
+use crate::store::{Phase, Rank, VmRecord};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -27,8 +27,8 @@ pub struct HostNetwork {
     pub kept: bool,
     /// Whether the configuration has it.
     pub configured: bool,
-    /// Taps of VMs that belong on it, running or not.
-    pub taps: Vec<LinkName>,
+    /// Network cards of VMs that belong on it, running or not.
+    pub nics: Vec<Nic>,
 }
 
 /// What a network lacks, and what is in its way.
@@ -36,8 +36,16 @@ pub struct HostNetwork {
 pub struct Lack {
     /// What is to be done, in order; or why nothing can be.
     pub changes: Result<Vec<Change>>,
+    /// Whether the rules of its VMs' network cards are lost.
+    pub guard: bool,
     /// What else on this host keeps its VMs from what its profile promises.
     pub findings: Vec<Finding>,
+}
+
+impl HostNetwork {
+    fn taps(&self) -> Vec<LinkName> {
+        self.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect()
+    }
 }
 
 impl Cpi {
@@ -47,10 +55,9 @@ impl Cpi {
     /// [`ErrorKind::BadConfig`] if two want one bridge in two ways, [`ErrorKind::BadRequest`] if one of `only` is not there.
     pub fn host_networks(&self, only: &[String]) -> Result<Vec<HostNetwork>> {
         let mut networks = Vec::new();
-        for cid in self.store.list::<VmRecord>()? {
-            let Some(vm) = self.store.read::<VmRecord>(&cid)? else { continue };
-            for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
-                add(&mut networks, segment)?.taps.push(tap.clone());
+        for nic in self.all_nics()? {
+            if let Some((_, segment)) = nic.tap() {
+                add(&mut networks, segment)?.nics.push(nic.clone());
             }
         }
         for segment in self.store.pins()? {
@@ -76,7 +83,18 @@ impl Cpi {
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
         let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
-        Ok(Lack { changes: apply::missing(&network.segment, &network.taps), findings })
+        let changes = apply::missing(&network.segment, &network.taps());
+        Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
+    }
+
+    /// The network cards of all VMs but those that are being removed.
+    fn all_nics(&self) -> Result<Vec<Nic>> {
+        let mut nics = Vec::new();
+        for cid in self.store.list::<VmRecord>()? {
+            let vm = self.store.read::<VmRecord>(&cid)?.filter(|vm| vm.phase != Phase::Deleting);
+            nics.extend(vm.into_iter().flat_map(|vm| vm.nics));
+        }
+        Ok(nics)
     }
 
     /// Makes `network` work, with the taps of its VMs plugged in; from now on it stays without VMs, if it is ours and the
@@ -89,7 +107,9 @@ impl Cpi {
         if network.configured && matches!(network.segment.keeper, Keeper::Us { .. }) {
             self.store.pin(&network.segment)?;
         }
-        apply::ensure(&network.segment, &network.taps)?;
+        // In force before a tap is on the wire again.
+        guard::add(&network.nics, || self.all_nics())?;
+        apply::ensure(&network.segment, &network.taps())?;
         lock.retire()
     }
 
@@ -124,7 +144,7 @@ fn add<'a>(networks: &'a mut Vec<HostNetwork>, segment: &Segment) -> Result<&'a 
     let at = match networks.iter().position(|network| key(&network.segment) == key(segment)) {
         Some(at) => at,
         None => {
-            networks.push(HostNetwork { segment: segment.clone(), kept: false, configured: false, taps: Vec::new() });
+            networks.push(HostNetwork { segment: segment.clone(), kept: false, configured: false, nics: Vec::new() });
             networks.len() - 1
         }
     };

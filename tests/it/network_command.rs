@@ -106,6 +106,26 @@ fn the_next_vm_brings_back_a_deleted_bridge_with_all_on_it() {
 }
 
 #[test]
+fn apply_brings_back_the_rules_of_running_vms() {
+    let Some(host) = Host::new() else { return };
+    host.vm(&host.stemcell());
+    let tables = || {
+        let mut tables = host.namespace().run(nftables::tables);
+        tables.sort();
+        tables
+    };
+    let before = tables();
+    assert!(before.iter().any(|table| table == "bosh-qemu-guard"), "{before:?}");
+    host.namespace().run(nftables::flush);
+    let lost = network(&host, "plan").0;
+    assert_eq!(changes(&lost)[0], "nft tables 'bosh-qemu-guard', with all VMs");
+    assert!(network(&host, "apply").1);
+    assert_eq!(tables(), before);
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
+    network(&host, "remove");
+}
+
+#[test]
 fn calls_at_once_make_one_network() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();

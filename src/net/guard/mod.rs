@@ -47,6 +47,15 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
     })
 }
 
+/// Whether `nics` have rules and the tables for them are lost, or another version's.
+///
+/// # Errors
+/// [`ErrorKind::Host`] for what the kernel refused.
+pub fn is_lost(nics: &[Nic]) -> Result<bool> {
+    let ruled = nics.iter().any(|nic| nic.tap().is_some() && nic.rules.is_some());
+    Ok(ruled && !(nft::holds(&rules::bridge_table())? && nft::holds(&rules::inet_table())?))
+}
+
 /// Removes everything of `nics`, and the tables with the last of all.
 ///
 /// # Errors
