@@ -51,6 +51,8 @@ fn random_tail() -> String {
 pub trait Cid: fmt::Display + AsRef<Path> + Sized {
     /// The word before the dash of those we make.
     const PREFIX: &'static str;
+    /// The word for it in names of directories and records.
+    const KIND: &'static str = Self::PREFIX;
     /// A new one, never seen before.
     fn random() -> Self;
     /// The text, if it is a cid.
@@ -60,7 +62,7 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
 }
 
 macro_rules! cid {
-    ($($(#[$doc:meta])* $name:ident = $prefix:literal;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident = $prefix:literal $(: $kind:literal)?;)*) => {$(
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -68,6 +70,7 @@ macro_rules! cid {
 
         impl Cid for $name {
             const PREFIX: &'static str = $prefix;
+            $(const KIND: &'static str = $kind;)?
 
             fn random() -> Self {
                 Self(format!("{}-{}", $prefix, random_tail()))
@@ -126,7 +129,7 @@ cid! {
     /// A snapshot of a persistent disk.
     SnapshotCid = "snap";
     /// A managed network.
-    NetworkCid = "net";
+    NetworkCid = "net": "network";
 }
 
 #[cfg(test)]

@@ -34,6 +34,15 @@ pub enum Command {
     /// Look at VMs.
     #[command(subcommand)]
     Vm(Vm),
+    /// Look at, make or remove the host's side of the networks.
+    Network {
+        /// What to do.
+        #[command(subcommand)]
+        deed: NetworkDeed,
+        /// Print one JSON object.
+        #[arg(long, global = true)]
+        json: bool,
+    },
     /// Print a reference page of the documentation.
     #[command(hide = true)]
     Reference {
@@ -107,6 +116,26 @@ pub enum Vm {
         /// Print one JSON array.
         #[arg(long)]
         json: bool,
+    },
+}
+
+/// What to do with networks. Without a name: with all of them.
+#[derive(Debug, Subcommand)]
+pub enum NetworkDeed {
+    /// Print what is missing and what other programs have put in the way. Changes nothing.
+    Plan {
+        /// Networks of the configuration.
+        networks: Vec<String>,
+    },
+    /// Make what is missing. Networks of the configuration then stay without VMs.
+    Apply {
+        /// Networks of the configuration.
+        networks: Vec<String>,
+    },
+    /// Remove networks of ours, each at once or with its last VM.
+    Remove {
+        /// Networks of the configuration.
+        networks: Vec<String>,
     },
 }
 

@@ -12,6 +12,8 @@ use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::link_name::LinkName;
+use crate::ranges::{AddressRange, HostPort, PortRange};
 use crate::schema::{Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
@@ -45,6 +47,12 @@ document! {
         /// The key of encrypted disks: a file, root's alone, with 32 bytes of text or more. Absent: `disk.key` in the state
         /// directory, made with the first encrypted disk.
         key_file: Option<PathBuf>;
+        /// A directory whose `<name>.toml` files come before the built-in network profiles.
+        network_profiles_dir: Option<PathBuf>;
+        /// Where subnets of managed networks come from whose range the Director leaves to us.
+        managed_range: IpNetwork = "10.208.0.0/12".parse().expect("a subnet");
+        /// What may begin to speak to VMs that name the group in their cloud property `security_groups`, by group.
+        security_groups: BTreeMap<String, Vec<GroupRule>>;
         /// What every agent is told unless the Director's env says otherwise.
         agent: Agent = Agent::absent().expect("every key of agent has a default");
         /// Seconds a method may take, by method name. `docs/operating.md` lists the defaults.
@@ -89,16 +97,61 @@ document! {
 document! {
     /// A network of this host that VMs can be put on.
     pub struct Network {
-        /// How the network reaches the world.
-        profile: NetworkProfile = NetworkProfile::Nat;
-        /// The bridge. `nat` makes it (default `bosh-nat0`), `bridge` wants it to exist.
-        bridge: Option<String>;
-        /// `nat`: addresses of the network, as `10.0.0.0/24`. Absent: taken from each request's netmask.
+        /// How the network reaches the world: a network profile. Built in are `nat`, `routed`, `isolated`, `bridge`, `vlan`
+        /// and `user`; `docs/networking.md` draws each.
+        profile: String = "nat".into();
+        /// The bridge. Absent: the profile's; `bridge` has none and wants one that exists.
+        bridge: Option<LinkName>;
+        /// `vlan`: the link whose VLAN it is, instead of a bridge that tells VLANs apart.
+        uplink: Option<LinkName>;
+        /// `vlan`: which one. Absent: the request's.
+        vlan: Option<VlanId>;
+        /// Addresses of a network with a gateway of ours, as `10.0.0.0/24`. Absent: taken from each request's netmask.
         subnet: Option<IpNetwork>;
-        /// `nat`: the host's address on the bridge. Absent: the request's gateway.
+        /// The host's address in the subnet. Absent: the request's gateway.
         gateway: Option<std::net::IpAddr>;
-        /// Largest packet, bytes. Absent: 1500 for `nat`, the bridge's for `bridge`.
-        mtu: Option<Whole<576, 65535>>;
+        /// Addresses for networks of type `dynamic`, first and last: `10.0.0.100-10.0.0.199`. Absent: those of `subnet`.
+        pool: Option<AddressRange>;
+        /// Whether VMs may send only as themselves: from their own MAC and addresses.
+        anti_spoof: bool = true;
+        /// Whether a new VM's addresses are first looked for on the wire, by ARP and neighbour discovery. Absent: where
+        /// other machines than VMs of this host can have them: on an operator's bridge and on VLANs.
+        conflict_probe: Option<bool>;
+        /// Ports of the host itself that VMs on a bridge of ours may use, as `tcp/22`. They may always ping it.
+        host_services: Vec<HostPort>;
+        /// Largest packet, bytes. Absent: that of the link to the world for bridges of ours, the bridge's for others.
+        mtu: Option<Mtu>;
+    }
+}
+
+/// A VLAN's number.
+pub type VlanId = Whole<1, 4094>;
+/// The size of the largest packet, bytes.
+pub type Mtu = Whole<576, 65535>;
+
+document! {
+    /// What a security group admits.
+    pub struct GroupRule {
+        /// `all` is every protocol of IP.
+        protocol: GroupProtocol;
+        /// One port or a range, as `"8000-8010"`. Absent: all. Only with `tcp` and `udp`.
+        ports: Option<PortRange>;
+        /// From where. Absent: from anywhere.
+        source: Option<IpNetwork>;
+    }
+}
+
+choice! {
+    /// Protocols of security groups.
+    pub enum GroupProtocol ("\"tcp\", \"udp\", \"icmp\" or \"all\"") {
+        /// TCP.
+        Tcp = "tcp",
+        /// UDP.
+        Udp = "udp",
+        /// ICMP, and ICMPv6 with IPv6.
+        Icmp = "icmp",
+        /// Every protocol.
+        All = "all",
     }
 }
 
@@ -183,16 +236,6 @@ choice! {
         BestEffort = "best-effort",
         /// QEMU runs as root, unconfined. For debugging.
         Off = "off",
-    }
-}
-
-choice! {
-    /// How a network reaches the world.
-    pub enum NetworkProfile ("\"nat\" or \"bridge\"") {
-        /// A bridge of our own with the gateway's address, masqueraded.
-        Nat = "nat",
-        /// A bridge that exists.
-        Bridge = "bridge",
     }
 }
 
@@ -303,6 +346,16 @@ impl Config {
             let expected = "the name of one of 'pools'";
             return Err(SchemaError::value(expected, &Value::String(name.clone())).under("stemcell_pool"));
         }
+        for (name, rules) in &self.security_groups {
+            let ported = |rule: &GroupRule| matches!(rule.protocol, GroupProtocol::Tcp | GroupProtocol::Udp);
+            if let Some(at) = rules.iter().position(|rule| rule.ports.is_some() && !ported(rule)) {
+                let problem = crate::schema::Problem::Value {
+                    expected: "ports only with \"tcp\" or \"udp\"",
+                    found: "ports of another protocol".into(),
+                };
+                return Err(SchemaError { path: format!("security_groups.{name}.{at}.ports"), problem });
+            }
+        }
         Ok(self)
     }
 
@@ -338,7 +391,7 @@ mod tests {
     #[test]
     fn nothing_at_all_is_a_configuration() {
         let config = Config::from_json(&json!({})).unwrap();
-        assert_eq!(config.networks["default"].profile, NetworkProfile::Nat);
+        assert_eq!(config.networks["default"].profile, "nat");
         assert_eq!(config.qemu.hotplug_slots.get(), 16);
     }
 

@@ -7,7 +7,7 @@
 //!                     │         │
 //!                  store ◄── host
 //!                     │
-//!        config schema cid units mac link_name ordered · error log crash sys
+//!        config schema cid ranges units mac link_name ordered · error log crash sys
 //! ```
 //!
 //! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
@@ -29,6 +29,7 @@ pub mod net;
 pub mod ordered;
 pub mod qemu;
 pub mod qmp;
+pub mod ranges;
 pub mod rpc;
 pub mod schema;
 pub mod store;

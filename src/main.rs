@@ -3,7 +3,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use bosh_qemu_cpi::cli::{Cli, Command, Vm};
+use bosh_qemu_cpi::cli::{Cli, Command, NetworkDeed, Vm};
+use bosh_qemu_cpi::commands::network::Deed;
 use bosh_qemu_cpi::{commands, sys};
 use clap::Parser;
 
@@ -16,6 +17,14 @@ fn main() -> ExitCode {
         None => commands::cpi::run(config).map(|()| true),
         Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
         Some(Command::Vm(Vm::List { json })) => commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true),
+        Some(Command::Network { deed, json }) => {
+            let (deed, networks) = match deed {
+                NetworkDeed::Plan { networks } => (Deed::Plan, networks),
+                NetworkDeed::Apply { networks } => (Deed::Apply, networks),
+                NetworkDeed::Remove { networks } => (Deed::Remove, networks),
+            };
+            commands::network::run(config, deed, &networks, json, &mut std::io::stdout())
+        }
         Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
         Some(Command::Disk(command)) => commands::disk::run(config, command, &mut std::io::stdout()).map(|()| true),
         Some(Command::Audit { json }) => commands::audit::run(config, false, json, &mut std::io::stdout()),

@@ -58,7 +58,10 @@ impl Bare {
         });
         let handles = Handles {
             files: files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
-            taps: taps.iter().map(|fd| Tap { fd: fd.as_raw_fd(), mtu: 1500 }).collect(),
+            taps: taps
+                .iter()
+                .map(|fd| Some(Tap { queues: vec![fd.as_raw_fd()], vhost: Vec::new(), mtu: 1500 }))
+                .collect(),
             qmp: sockets[0].as_raw_fd(),
             key: None,
             supervisor_qmp: sockets[1].as_raw_fd(),
@@ -178,7 +181,7 @@ fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
 
 fn tap() -> OwnedFd {
     let device = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
-    tun::create_tap(device.as_fd(), "floor0").expect("a tap");
+    tun::create_tap(device.as_fd(), "floor0", false).expect("a tap");
     device.into()
 }
 

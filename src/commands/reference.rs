@@ -8,6 +8,7 @@ use crate::config::{CONTEXT_KEYS, Config};
 use crate::cpi::cloud_properties::{DiskCloudProperties, SubnetCloudProperties, VmCloudProperties};
 use crate::cpi::stemcells::LightStemcell;
 use crate::error::{Error, Result};
+use crate::net::profile::Profile;
 use crate::qemu::Template;
 use crate::schema::{Key, Property};
 
@@ -41,6 +42,13 @@ pub fn config() -> String {
          (`qemu-templates/q35.toml`); `<name>.toml` in `qemu.templates_dir` adds one or replaces it.\n\n",
     );
     table(&mut page, &Template::keys(), "");
+    page.push_str(
+        "\n# Network profiles\n\n\
+         A network profile is a TOML file that says how a network reaches the world. `nat`, `routed`, `isolated`, `bridge`,\n\
+         `vlan` and `user` are built in (`netconfig/`; `docs/networking.md` draws each); `<name>.toml` in\n\
+         `network_profiles_dir` adds one or replaces it.\n\n",
+    );
+    table(&mut page, &Profile::keys(), "");
     page
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::cid::VmCid;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
-use crate::store::record::{Attachment, AttachmentPhase};
+use crate::store::record::{Attachment, AttachmentPhase, Nic};
 use crate::store::{Phase, Store, VmRecord};
 use crate::supervisor::{Status, status};
 
@@ -57,6 +57,11 @@ fn look_at(store: &Store, cid: &VmCid) -> Option<Line> {
     Some(Line { cid: cid.clone(), known })
 }
 
+fn network(nic: &Nic) -> Value {
+    let tap = nic.tap().map(|(tap, _)| tap);
+    json!({"name": nic.network, "mac": nic.mac, "tap": tap})
+}
+
 impl Line {
     fn json(&self) -> Value {
         let (vm, status) = match &self.known {
@@ -70,7 +75,7 @@ impl Line {
             "memory_mib": vm.machine.ram.get(),
             "cpus": vm.machine.cpus,
             "disks": vm.disks,
-            "networks": vm.nics.iter().map(|nic| json!({"name": nic.network, "mac": nic.mac, "tap": nic.tap})).collect::<Vec<_>>(),
+            "networks": vm.nics.iter().map(network).collect::<Vec<_>>(),
             "metadata": vm.metadata,
         });
         let Value::Object(status) = serde_json::to_value(status).expect("plain data") else { return line };

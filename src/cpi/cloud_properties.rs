@@ -1,11 +1,17 @@
 //! Cloud properties: what a manifest may ask of us. `docs/cloud-properties.md` is made from these types.
 
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use super::Cpi;
-use crate::config::AccelChoice;
+use crate::cid::{Cid, NetworkCid};
+use crate::config::{AccelChoice, Mtu, VlanId};
 use crate::document;
 use crate::error::{Error, ErrorKind, Result};
+use crate::link_name::LinkName;
+use crate::ranges::{AddressRange, HostPort, PortRange, Protocol};
 use crate::schema::{Property, SchemaError, Whole};
 use crate::store::record::{Cache, Discard, Format, Preallocation};
 use crate::units::MiB;
@@ -34,8 +40,48 @@ document! {
         nested: bool = false;
         /// Hot-plug slots beyond the configuration's `qemu.hotplug_slots`.
         extra_disks_slots: Whole<0, 128> = Whole::of(0);
+        /// Security groups of the configuration: only what one of them admits may begin to speak to the VM. Absent:
+        /// everybody may.
+        security_groups: Vec<String>;
+        /// Ports of the host that lead to the VM.
+        ports: Vec<PortForward>;
+        /// Addresses and subnets it may send from beside its own, `10.0.0.9` or `10.244.0.0/16`: those that wander between
+        /// VMs (VRRP), those of its containers.
+        allowed_addresses: Vec<IpNetwork>;
+        /// Whether it may send only as itself.
+        anti_spoof: bool = true;
         /// The availability zone's name for people; kept, without effect on one host.
         zone: Option<String>;
+    }
+}
+
+document! {
+    /// Ports of the host that lead to a VM.
+    pub struct PortForward {
+        /// The host's port, or a range as `"8000-8010"`.
+        host: PortRange;
+        /// The VM's, as many. Absent: the same.
+        guest: Option<PortRange>;
+        /// What is forwarded.
+        protocol: Protocol = Protocol::Tcp;
+        /// One address of the host. Absent: all.
+        address: Option<IpAddr>;
+    }
+}
+
+document! {
+    /// What a managed network may ask for, when the Director has it made.
+    pub struct ManagedNetworkCloudProperties {
+        /// A network profile with a bridge of our own: `nat`, `routed`, `isolated`.
+        profile: String = "nat".into();
+        /// Whether VMs may send only as themselves.
+        anti_spoof: bool = true;
+        /// Ports of the host itself that VMs may use, as `tcp/22`.
+        host_services: Vec<HostPort>;
+        /// Addresses for networks of type `dynamic`, first and last.
+        pool: Option<AddressRange>;
+        /// Largest packet, bytes.
+        mtu: Option<Mtu>;
     }
 }
 
@@ -101,7 +147,25 @@ document! {
         /// Network of the configuration. Absent: `default`.
         name: Option<String>;
         /// An existing bridge of the host, instead of a network of the configuration.
-        bridge: Option<String>;
+        bridge: Option<LinkName>;
+        /// A managed network, as create_network answered it.
+        network: Option<NetworkCid>;
+        /// Whether VMs may send only as themselves.
+        anti_spoof: bool = true;
+        /// VLAN of the VM's port on a bridge that tells VLANs apart, or of a network with the profile `vlan` that has none
+        /// of its own.
+        vlan: Option<VlanId>;
+        /// With `bridge`: the largest packet the VM is to send, bytes, if that is less than the bridge's.
+        mtu: Option<Mtu>;
+    }
+}
+
+impl Property for NetworkCid {
+    const EXPECTED: &'static str = "the cid of a network";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let cid = value.as_str().and_then(|text| Self::parse(text).ok());
+        cid.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
 

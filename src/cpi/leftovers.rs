@@ -4,14 +4,16 @@
 //! ready, or when all of it is gone, the lock included. The next create finds those whose lock is free, and finishes the removal. In the usual case that
 //! costs one look at an empty directory, however many objects there are.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Cpi;
-use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::uids;
+use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 
 /// How long removing one leftover may hold up the create that found it.
@@ -24,11 +26,22 @@ impl Cpi {
 
     /// Notes that `cid` is being made, and takes its lock.
     pub(super) fn begin(&self, rank: Rank, cid: &impl Cid, deadline: Instant) -> Result<Guard> {
+        self.begin_under(rank, cid, cid, deadline)
+    }
+
+    /// The same for an object whose lock has another name.
+    pub(super) fn begin_under(
+        &self,
+        rank: Rank,
+        lock: impl Display,
+        cid: &impl Cid,
+        deadline: Instant,
+    ) -> Result<Guard> {
         let path = self.pending(cid);
         let note = || std::fs::write(&path, "").at("make", &path);
         note()?;
         crash::point!("pending noted");
-        let lock = self.store.lock(rank, cid, deadline)?;
+        let lock = self.store.lock(rank, lock, deadline)?;
         // Until there was a lock, another create could take the note for a leftover, and remove it.
         note()?;
         Ok(lock)
@@ -83,6 +96,7 @@ impl Cpi {
             Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?),
             Some(DiskCid::PREFIX) => self.clear_files::<DiskRecord>(&cid(name)?, Rank::Disk),
             Some(StemcellCid::PREFIX) => self.clear_files::<StemcellRecord>(&cid(name)?, Rank::Stemcell),
+            Some(NetworkCid::PREFIX) => self.clear_network(&cid(name)?),
             _ => Err(Error::new(ErrorKind::Corrupt, "it is none of ours")),
         }
     }
@@ -98,12 +112,23 @@ impl Cpi {
             }
             Some(_) => {}
             None => {
+                self.store.release_claims(cid)?;
                 if let Some(uid) = uids::find(self.store.state_dir(), cid)? {
                     uids::release(self.store.state_dir(), cid, uid)?;
                 }
                 return self.forget(cid, &self.store.vm(cid), lock);
             }
         }
+        self.settled(cid)
+    }
+
+    fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
+        let lock = self.store.lock(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
+        if self.store.read::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
+            tracing::warn!(%cid, "removing a network whose create_network was cut short");
+            self.unmake_network(cid)?;
+        }
+        lock.retire()?;
         self.settled(cid)
     }
 
@@ -117,6 +142,19 @@ impl Cpi {
         }
         self.settled(cid)
     }
+}
+
+/// The lock of the object that a note is about; `None` if it is about none of ours.
+pub(super) fn lock_of(note: &str) -> Option<(Rank, String)> {
+    let rank = match note.split('-').next()? {
+        VmCid::PREFIX => Rank::Vm,
+        SnapshotCid::PREFIX => Rank::Snapshot,
+        DiskCid::PREFIX => Rank::Disk,
+        StemcellCid::PREFIX => Rank::Stemcell,
+        NetworkCid::PREFIX => return Some((Rank::Network, super::managed_networks::bridge(&cid(note).ok()?))),
+        _ => return None,
+    };
+    Some((rank, note.to_owned()))
 }
 
 fn cid<C: Cid>(name: &str) -> Result<C> {

@@ -3,6 +3,7 @@
 //! Every verb can be repeated after a crash at any point: it looks at what is there before it acts. A create that fails
 //! removes what it made; a delete begins by writing down that it began.
 
+mod addresses;
 mod attachments;
 pub mod audit;
 mod calculate;
@@ -11,7 +12,9 @@ mod copies;
 mod disks;
 mod encryption;
 pub mod every_vm;
+pub mod host_networks;
 mod leftovers;
+mod managed_networks;
 mod metadata;
 pub mod networks;
 mod placement;
@@ -29,8 +32,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 use self::networks::Networks;
-use self::verbs::{CloudProperties, CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
-use crate::cid::{DiskCid, SnapshotCid, StemcellCid, VmCid};
+use self::verbs::{
+    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata, Verbs, VmResources,
+};
+use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
@@ -190,5 +195,13 @@ impl Verbs for Cpi {
 
     fn update_disk(&self, disk: &DiskCid, size: MiB, cloud_properties: CloudProperties) -> Result<Option<DiskCid>> {
         self.change_disk(disk, size, &cloud_properties.0).map(|()| None)
+    }
+
+    fn create_network(&self, subnet: Map<String, Value>) -> Result<CreatedNetwork> {
+        self.make_managed(&subnet)
+    }
+
+    fn delete_network(&self, network: &NetworkCid) -> Result<()> {
+        self.remove_managed(network)
     }
 }

@@ -35,6 +35,8 @@ pub struct NetworkSpec {
     pub nic_group: Option<String>,
     /// The subnet's.
     pub cloud_properties: Redacted<Map<String, Value>>,
+    /// Whether a dynamic network has got its address.
+    resolved: bool,
     received: Object,
 }
 
@@ -97,6 +99,18 @@ impl Networks {
     }
 }
 
+impl Networks {
+    /// What the agent is told: addresses from our pools are static to it, or it would ask for DHCP.
+    #[must_use]
+    pub fn for_agent(&self) -> Self {
+        let mut networks = self.clone();
+        for network in networks.0.iter_mut().filter(|network| network.resolved) {
+            network.received.set("type", Kind::Manual.as_str());
+        }
+        networks
+    }
+}
+
 /// Everything received, and what was [`set`](NetworkSpec::set), in the order it came.
 impl Serialize for Networks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -123,8 +137,19 @@ impl NetworkSpec {
             default: optional(&received, "default")?.unwrap_or_default(),
             nic_group: optional(&received, "nic_group")?,
             cloud_properties: optional(&received, "cloud_properties")?.unwrap_or_default(),
+            resolved: false,
             received,
         })
+    }
+
+    /// Gives a dynamic network the address of the VM, with its subnet's prefix, and the subnet's router.
+    pub fn resolve(&mut self, address: IpNetwork, gateway: Option<IpAddr>) {
+        self.set("ip", &address.ip().to_string());
+        self.set("netmask", &address.mask().to_string());
+        if let Some(gateway) = gateway {
+            self.set("gateway", &gateway.to_string());
+        }
+        self.resolved = true;
     }
 
     /// Puts what was decided here into the answer and the agent's settings: `mac`, the `ip` of a dynamic network.

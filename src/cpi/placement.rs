@@ -1,20 +1,45 @@
-//! From create_vm's networks to network cards: which host network each is on, what the agent is told.
+//! From create_vm's networks to network cards: which host network each is on, what it may send, what the agent is told.
+
+use ipnetwork::IpNetwork;
 
 use super::Cpi;
-use super::cloud_properties::SubnetCloudProperties;
+use super::addresses::Pool;
+use super::cloud_properties::{SubnetCloudProperties, VmCloudProperties};
 use super::networks::{Addressing, NetworkSpec, Networks};
-use crate::cid::VmCid;
-use crate::config;
+use crate::cid::{NetworkCid, VmCid};
+use crate::config::{self, GroupProtocol, GroupRule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
-use crate::net;
+use crate::net::plan::{Place, Requested};
+use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
+use crate::ranges::AddressRange;
 use crate::schema::Property;
-use crate::store::record::{Keeper, Nic};
+use crate::store::nic_rules::{Admission, NicRules};
+use crate::store::record::{Keeper, Nic, Segment, Wire};
+
+/// A card, and where its address comes from if that is not known yet.
+#[derive(Debug)]
+pub(super) struct Placed {
+    /// Its place in the manifest.
+    pub index: usize,
+    pub nic: Nic,
+    pub pool: Option<Pool>,
+    /// The managed network it is on.
+    pub managed: Option<NetworkCid>,
+}
+
+/// A host network as it is to be used by one card.
+struct Chosen {
+    place: Place,
+    pool: Option<Pool>,
+    anti_spoof: bool,
+    probe: Option<bool>,
+}
 
 impl Cpi {
-    /// The NICs of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
-    pub(super) fn nics(&self, vm: &VmCid, networks: &Networks) -> Result<Vec<Nic>> {
+    /// The cards of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
+    pub(super) fn nics(&self, vm: &VmCid, networks: &Networks, properties: &VmCloudProperties) -> Result<Vec<Placed>> {
         let is_vip = |network: &NetworkSpec| matches!(network.addressing, Addressing::Vip { .. });
         let wired: Vec<_> = networks.iter().filter(|network| !is_vip(network)).collect();
         for (index, network) in wired.iter().enumerate() {
@@ -32,40 +57,73 @@ impl Cpi {
             let count = wired.len();
             return Err(Error::new(ErrorKind::NotSupported, format!("{count} networks; a VM can have {MAX_NICS}")));
         }
-        wired.into_iter().enumerate().map(|(index, network)| self.nic(vm, index, network)).collect()
+        let admits = self.admissions(&properties.security_groups)?;
+        let nic = |(index, network)| self.nic(vm, index, network, properties, admits.as_deref());
+        wired.into_iter().enumerate().map(nic).collect()
     }
 
-    fn nic(&self, vm: &VmCid, index: usize, network: &NetworkSpec) -> Result<Nic> {
+    fn nic(
+        &self,
+        vm: &VmCid,
+        index: usize,
+        network: &NetworkSpec,
+        properties: &VmCloudProperties,
+        admits: Option<&[Admission]>,
+    ) -> Result<Placed> {
         let path = format!("networks.{}.cloud_properties", network.name);
-        let properties = serde_json::Value::Object(network.cloud_properties.0.clone());
-        let subnet = SubnetCloudProperties::from_json(&properties).map_err(|e| e.in_request(&path))?;
-        let dynamic = matches!(network.addressing, Addressing::Dynamic { .. });
-        let segment = match (&subnet.bridge, &subnet.name) {
-            (Some(_), Some(_)) => {
-                Err(Error::new(ErrorKind::BadRequest, format!("{path}: give 'name' or 'bridge', not both")))
-            }
-            // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
-            (Some(bridge), None) => net::plan::existing_bridge(bridge),
-            (None, name) => {
-                let name = name.as_deref().unwrap_or("default");
-                self.configured(name, &path).and_then(|host| net::plan::segment(name, host, &requested(network)))
+        let given = serde_json::Value::Object(network.cloud_properties.0.clone());
+        let subnet = SubnetCloudProperties::from_json(&given).map_err(|e| e.in_request(&path))?;
+        let chosen =
+            self.choose(&subnet, network, &path).map_err(|e| e.during(format!("network '{}'", network.name)))?;
+        let mut rules = NicRules {
+            anti_spoof: chosen.anti_spoof && subnet.anti_spoof && properties.anti_spoof,
+            addresses: own_block(network).into_iter().collect(),
+            allowed: properties.allowed_addresses.clone(),
+            ..NicRules::default()
+        };
+        let wire = match chosen.place {
+            Place::User(user) => Wire::User { user },
+            Place::Bridge(segment) => {
+                rules.admits = admits.map(|admits| admits.iter().cloned().chain(the_host(&segment)).collect());
+                rules.probe = chosen.probe.unwrap_or_else(|| has_strangers(&segment));
+                Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
             }
         };
-        let segment = segment.map_err(|e| e.during(format!("network '{}'", network.name)))?;
-        if dynamic && matches!(segment.keeper, Keeper::Us { .. }) {
-            let message = format!(
-                "network '{}' is dynamic, and host network '{}' has no DHCP server",
-                network.name, segment.network
-            );
-            return Err(Error::new(ErrorKind::NotSupported, message)
-                .hint("use a manual network, or an operator's bridge on which something serves DHCP"));
+        let nic = Nic { network: network.name.clone(), mac: mac_address(vm, index), wire, rules: Some(rules) };
+        Ok(Placed { index, nic, pool: chosen.pool, managed: subnet.network })
+    }
+
+    /// Where the NIC of a network is, whose cloud properties `subnet` are at `path`.
+    fn choose(&self, subnet: &SubnetCloudProperties, network: &NetworkSpec, path: &str) -> Result<Chosen> {
+        let bad = |problem: &str| Err(Error::new(ErrorKind::BadRequest, format!("{path}{problem}")));
+        let vlan = subnet.vlan.map(|vlan| u16::try_from(vlan.get()).expect("at most 4094"));
+        match (&subnet.bridge, &subnet.name, &subnet.network) {
+            (Some(_), Some(_), _) => bad(": give 'name' or 'bridge', not both"),
+            (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => bad(": 'network' stands alone"),
+            // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
+            (Some(bridge), ..) => {
+                let segment = net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
+                Ok(Chosen { place: Place::Bridge(segment), pool: None, anti_spoof: true, probe: None })
+            }
+            _ if subnet.mtu.is_some() => bad(".mtu: only with 'bridge'; networks of this host have their own"),
+            (.., Some(cid)) => self.on(cid.to_string().as_str(), &self.managed(cid)?, network, vlan),
+            (_, name, None) => {
+                let name = name.as_deref().unwrap_or("default");
+                self.on(name, self.configured(name, path)?, network, vlan)
+            }
         }
-        Ok(Nic {
-            network: network.name.clone(),
-            mac: mac_address(vm, index),
-            tap: net::tap::tap_name(vm, index),
-            segment,
-        })
+    }
+
+    /// The NIC of a network is on the host network `name`.
+    fn on(&self, name: &str, host: &config::Network, network: &NetworkSpec, vlan: Option<u16>) -> Result<Chosen> {
+        let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
+            .map_err(|e| e.during(format!("host network '{name}'")))?;
+        let place = net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+        let pool = match network.addressing {
+            Addressing::Dynamic { previous } => pool(name, host, &place)?.map(|pool| Pool { previous, ..pool }),
+            _ => None,
+        };
+        Ok(Chosen { place, pool, anti_spoof: host.anti_spoof, probe: host.conflict_probe })
     }
 
     fn configured(&self, name: &str, path: &str) -> Result<&config::Network> {
@@ -75,15 +133,90 @@ impl Cpi {
                 .hint(format!("the configuration has: {}", known.join(", ")))
         })
     }
+
+    /// What the groups admit together; `None` without groups.
+    fn admissions(&self, groups: &[String]) -> Result<Option<Vec<Admission>>> {
+        let rules = |(index, name): (usize, &String)| {
+            self.config.security_groups.get(name).ok_or_else(|| {
+                let known: Vec<_> = self.config.security_groups.keys().map(String::as_str).collect();
+                let problem = format!("cloud_properties.security_groups.{index}: this host has no such group");
+                Error::new(ErrorKind::BadRequest, problem).hint(format!("the configuration has: {}", known.join(", ")))
+            })
+        };
+        let rules: Vec<_> = groups.iter().enumerate().map(rules).collect::<Result<_>>()?;
+        Ok((!groups.is_empty()).then(|| rules.into_iter().flatten().flat_map(admissions).collect()))
+    }
+}
+
+/// What a rule admits: from everywhere means from all of IPv4 and of IPv6.
+fn admissions(rule: &GroupRule) -> Vec<Admission> {
+    let everywhere = || ["0.0.0.0/0", "::/0"].map(|text| text.parse().expect("a subnet")).to_vec();
+    let ports = rule.ports.map_or((0, u16::MAX), |ports| (ports.first, ports.last));
+    let admission = |source: IpNetwork| {
+        let (protocols, ports) = match rule.protocol {
+            GroupProtocol::Tcp => ((6, 6), Some(ports)),
+            GroupProtocol::Udp => ((17, 17), Some(ports)),
+            GroupProtocol::Icmp if source.is_ipv4() => ((1, 1), None),
+            GroupProtocol::Icmp => ((58, 58), None),
+            GroupProtocol::All => ((0, u8::MAX), None),
+        };
+        Admission { source, protocols, ports }
+    };
+    rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
+}
+
+/// The host itself speaks to its VMs: create-env does.
+fn the_host(segment: &Segment) -> Vec<Admission> {
+    let Keeper::Us { addresses, .. } = &segment.keeper else { return Vec::new() };
+    let admission = |address: &IpNetwork| Admission { source: address.ip().into(), protocols: (0, 255), ports: None };
+    addresses.iter().map(admission).collect()
+}
+
+/// Whether other machines than VMs of this host can be on the wire.
+fn has_strangers(segment: &Segment) -> bool {
+    match &segment.keeper {
+        Keeper::Operator => true,
+        Keeper::Us { uplink, .. } => uplink.is_some(),
+    }
+}
+
+/// The block of addresses that is the VM's own, as the Director says.
+fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
+    let Addressing::Manual { address, prefix, .. } = network.addressing else { return None };
+    let one = IpNetwork::from(address.ip());
+    let block = prefix.and_then(|prefix| IpNetwork::new(address.ip(), prefix.min(one.prefix())).ok()).unwrap_or(one);
+    IpNetwork::new(block.network(), block.prefix()).ok()
+}
+
+/// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them.
+fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
+    let own = match place {
+        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => addresses.first().copied(),
+        _ => None,
+    };
+    let Some(subnet) = host.subnet.or(own) else {
+        return match host.pool {
+            None => Ok(None),
+            Some(_) => {
+                let problem = format!("host network '{name}' has a pool and no subnet");
+                Err(Error::new(ErrorKind::BadConfig, problem).hint(format!("set networks.{name}.subnet")))
+            }
+        };
+    };
+    let whole = AddressRange { first: subnet.network(), last: subnet.broadcast() };
+    let gateway = own.map(|address| address.ip()).or(host.gateway);
+    Ok(Some(Pool { range: host.pool.unwrap_or(whole), subnet, gateway, previous: None }))
 }
 
 /// The addresses a network brings, as the host's side needs them.
-fn requested(network: &NetworkSpec) -> net::plan::Requested {
+fn requested(network: &NetworkSpec) -> Requested {
     match &network.addressing {
         Addressing::Manual { address, gateway, .. } => {
-            net::plan::Requested { ip: Some(address.ip()), netmask: Some(address.mask()), gateway: *gateway }
+            let (ip, netmask) = (Some(address.ip()), Some(address.mask()));
+            Requested { ip, netmask, gateway: *gateway, ..Default::default() }
         }
-        Addressing::Dynamic { previous: ip } => net::plan::Requested { ip: *ip, ..Default::default() },
-        Addressing::Vip { ip } => net::plan::Requested { ip: Some(*ip), ..Default::default() },
+        // What it had before is a wish, which may be of another subnet.
+        Addressing::Dynamic { .. } => Requested::default(),
+        Addressing::Vip { ip } => Requested { ip: Some(*ip), ..Default::default() },
     }
 }

@@ -8,6 +8,7 @@ use serde_json::value::to_raw_value;
 use super::Cpi;
 use super::cloud_properties::{self, VmCloudProperties};
 use super::networks::Networks;
+use super::placement::Placed;
 use super::verbs::CreateVm;
 use crate::agent::{config_drive, settings};
 use crate::cid::{Cid, VmCid};
@@ -18,7 +19,7 @@ use crate::image::{self, Fresh};
 use crate::net;
 use crate::qemu::Template;
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
-use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, StemcellRecord};
+use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, Nic, StemcellRecord};
 use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
@@ -37,9 +38,9 @@ impl Cpi {
             self.store.pools().dir(pool)?;
         }
         let cid = VmCid::random();
-        let nics = self.nics(&cid, &call.networks)?;
+        let mut placed = self.nics(&cid, &call.networks, &properties)?;
         let machine = self.machine(&properties)?;
-        for nic in &nics {
+        for Placed { nic, .. } in &placed {
             let network = call.networks.iter_mut().find(|network| network.name == nic.network);
             network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
         }
@@ -50,6 +51,12 @@ impl Cpi {
             Ok(uid) => uid,
             Err(error) => return lock.retire().and(self.settled(&cid)).and(Err(error)),
         };
+        let claimed = self.claim(&cid, &mut placed, &mut call.networks, &properties, deadline);
+        if let Err(error) = claimed.and_then(|()| self.still_managed(&placed)) {
+            self.store.release_claims(&cid)?;
+            uids::release(self.store.state_dir(), &cid, uid)?;
+            return lock.retire().and(self.settled(&cid)).and(Err(creation_failed(error, &cid)));
+        }
         let mut vm = VmRecord {
             schema: SCHEMA,
             phase: Phase::Creating,
@@ -60,7 +67,7 @@ impl Cpi {
             stemcell: stemcell.cid.clone(),
             machine,
             uid,
-            nics,
+            nics: placed.into_iter().map(|placed| placed.nic).collect(),
             base: base_of(&stemcell),
             root_size: root_size(&stemcell, &properties),
             pool: properties.pool,
@@ -77,6 +84,7 @@ impl Cpi {
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
                 let durable = threads.spawn(|| images.into_iter().try_for_each(Fresh::sync));
+                threads.spawn(|| Self::warn_of_findings(&vm.nics));
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
             })?;
@@ -134,7 +142,7 @@ impl Cpi {
         if let Some(ephemeral) = &vm.ephemeral {
             made.push(image::qcow2::create(&images.join(EPHEMERAL_IMAGE), ephemeral.size.bytes(), None)?);
         }
-        let networks = to_raw_value(&call.networks)
+        let networks = to_raw_value(&call.networks.for_agent())
             .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
         let facts = settings::Facts {
             agent_id: &vm.agent_id,
@@ -182,12 +190,16 @@ impl Cpi {
         // A persistent disk may have writes that only QEMU's caches know: it ends in order.
         let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
         supervisor::stop(&paths, button, deadline)?;
-        for nic in &vm.nics {
-            let network = self.store.lock(Rank::Network, &nic.segment.bridge, deadline)?;
-            net::apply::remove_tap(&nic.tap)?;
-            net::apply::release(&nic.segment)?;
+        for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
+            let network = self.store.lock(Rank::Network, &segment.bridge, deadline)?;
+            net::apply::remove_tap(tap)?;
+            if !self.store.is_pinned(&segment.bridge) {
+                net::apply::release(segment)?;
+            }
             network.retire()?;
         }
+        net::guard::remove(&vm.nics)?;
+        self.store.release_claims(&vm.cid)?;
         let group = Cgroup::open(vm.cid.as_str());
         // A QEMU that was broken out of may have closed the lock by which it is known to live; its group it can not leave.
         group.kill(deadline)?;

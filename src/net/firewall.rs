@@ -1,36 +1,55 @@
 //! Which firewall rules a bridge of ours needs.
 //!
 //! One table of our own for each bridge, `inet bosh-qemu-<bridge>`, replaced as a whole; no other table is ever
-//! touched. Security groups, anti-spoofing and port forwards are further chains and sets of the same table.
+//! touched.
 //!
 //! There is deliberately no chain that accepts forwarded traffic: in nftables every table's chains are asked in turn,
 //! so an `accept` of ours can not take back a `drop` of Docker's, ufw's or firewalld's, and without such a `drop` it
-//! changes nothing. Looking for those and telling the operator what they want belongs here as well.
+//! changes nothing. [`super::coexist`] tells the operator what those want.
 
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::nft::{self, Chain, Hook, Match, Rule, Table, Verdict};
+use super::nft::{
+    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME, Match, OIFNAME, PROTOCOL,
+    Place, Rule, Table, Verdict,
+};
+use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
 use crate::link_name::LinkName;
 
-/// Hides the subnets of `addresses`, all those of the bridge, behind the host. Twice is once.
-pub(super) fn ensure_masquerade(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Result<()> {
-    let wanted = masquerade(bridge, addresses);
-    if nft::holds(&wanted)? { Ok(()) } else { nft::replace(&wanted) }
+/// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
+/// with several subnets share the bridge.
+pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
+    let Keeper::Us { addresses, masquerade, closed, services, .. } = &segment.keeper else { return None };
+    let bridge = &segment.bridge;
+    let mut chains = Vec::new();
+    if *masquerade {
+        chains.push(hiding(bridge, present.iter().chain(addresses).copied()));
+    }
+    if *closed {
+        chains.push(closing(bridge));
+    }
+    if let Some(services) = services {
+        chains.push(host(bridge, services));
+    }
+    chains.retain(|chain| !chain.rules.is_empty());
+    let table = Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains };
+    Some(table).filter(|table| !table.chains.is_empty())
 }
 
 /// Removes all rules for the bridge, if there are any.
 pub(super) fn drop_all(bridge: &LinkName) -> Result<()> {
-    nft::drop_table(&table_name(bridge))
+    nft::drop_table(Family::Inet, &table_name(bridge))
 }
 
 fn table_name(bridge: &LinkName) -> String {
     format!("bosh-qemu-{bridge}")
 }
 
-fn masquerade(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Table {
+/// Hides the subnets of `addresses` behind the host.
+fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chain {
     let mut subnets: Vec<_> = addresses.filter(|address| !is_link_local(address.ip())).map(subnet).collect();
     subnets.sort_unstable();
     subnets.dedup();
@@ -38,14 +57,50 @@ fn masquerade(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> 
         matches: vec![Match::SourceIn(subnet), Match::NotLeavingBy(bridge.clone())],
         verdict: Verdict::Masquerade,
     };
-    let postrouting =
-        Chain { name: "postrouting", hook: Hook::SourceNat, rules: subnets.into_iter().map(rule).collect() };
-    Table { name: table_name(bridge), chains: vec![postrouting] }
+    // A VM that uses a forward to its neighbour must get the answer from the host it asked.
+    let back = |subnet| Rule {
+        matches: vec![
+            Match::SourceIn(subnet),
+            Match::By(OIFNAME, bridge.clone()),
+            Match::Bits(CT_STATUS, &FORWARDED, &FORWARDED),
+        ],
+        verdict: Verdict::Masquerade,
+    };
+    let rules = subnets.iter().copied().map(rule).chain(subnets.iter().copied().map(back)).collect();
+    Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules }
 }
 
-fn subnet(address: IpNetwork) -> IpNetwork {
-    IpNetwork::new(address.network(), address.prefix()).expect("the prefix of an address fits its subnet")
+/// Lets nothing pass between the bridge and other links: that the host routes for one network is not for all. What goes
+/// from port to port comes here only through br_netfilter, and is no business of this chain.
+fn closing(bridge: &LinkName) -> Chain {
+    let by = |field| Match::By(field, bridge.clone());
+    let rules = vec![
+        Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: Verdict::Return },
+        Rule { matches: vec![by(IIFNAME)], verdict: Verdict::Drop },
+        Rule { matches: vec![by(OIFNAME)], verdict: Verdict::Drop },
+    ];
+    Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
 }
+
+/// What VMs may begin to say to the host itself, by whichever of its addresses. Neighbours are never new to `ct state`.
+fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
+    let rule = |what: Vec<Match>, verdict| {
+        let matches = [Match::By(IIFNAME, bridge.clone()), Match::Bits(CT_STATE, &NEW, &NEW)].into_iter().chain(what);
+        Rule { matches: matches.collect(), verdict }
+    };
+    let ping = |family, protocol, kind, echo| {
+        rule(vec![Match::Is(FAMILY, family), Match::Is(PROTOCOL, protocol), Match::Is(kind, echo)], Verdict::Return)
+    };
+    let pings = [ping(&[2], &[1], ICMP_TYPE, &[8]), ping(&[10], &[58], ICMP6_TYPE, &[128])];
+    let served = services.iter().map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
+    let rules = pings.into_iter().chain(served).chain([rule(Vec::new(), Verdict::Drop)]).collect();
+    Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
+}
+
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`, in the machine's byte order.
+const NEW: [u8; 4] = 8u32.to_ne_bytes();
+/// `IPS_DST_NAT`, likewise.
+const FORWARDED: [u8; 4] = 32u32.to_ne_bytes();
 
 /// The kernel gives every IPv6 link such an address; it is never routed.
 fn is_link_local(ip: IpAddr) -> bool {
@@ -59,20 +114,60 @@ fn is_link_local(ip: IpAddr) -> bool {
 mod tests {
     use super::*;
 
+    fn rules(masquerade: bool, closed: bool) -> String {
+        let addresses = ["fd00::1/64", "10.0.2.1/24", "10.0.1.1/24", "fe80::1/64", "10.0.1.254/24"];
+        let addresses = addresses.map(|text| text.parse().unwrap()).to_vec();
+        let keeper = Keeper::Us {
+            addresses: Vec::new(),
+            masquerade,
+            services: (masquerade || closed).then(|| vec![(6, 22)]),
+            closed,
+            uplink: None,
+        };
+        let bridge = LinkName::parse("bosh-nat0").unwrap();
+        let segment = Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper };
+        table(&segment, &addresses).map(|table| table.to_string()).unwrap_or_default()
+    }
+
     #[test]
     fn the_table_of_a_bridge() {
-        let bridge = LinkName::parse("bosh-nat0").unwrap();
-        let addresses = ["fd00::1/64", "10.0.2.1/24", "10.0.1.1/24", "fe80::1/64", "10.0.1.254/24"];
-        let table = masquerade(&bridge, addresses.iter().map(|text| text.parse().unwrap()));
-        insta::assert_snapshot!(table, @r#"
+        insta::assert_snapshot!(rules(true, false), @r#"
         table inet bosh-qemu-bosh-nat0 {
             chain postrouting {
-                type nat hook postrouting priority srcnat; policy accept;
+                type nat hook postrouting priority 100; policy accept;
                 ip saddr 10.0.1.0/24 oifname != "bosh-nat0" masquerade
                 ip saddr 10.0.2.0/24 oifname != "bosh-nat0" masquerade
                 ip6 saddr fd00::/64 oifname != "bosh-nat0" masquerade
+                ip saddr 10.0.1.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+                ip saddr 10.0.2.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+                ip6 saddr fd00::/64 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+            }
+            chain host {
+                type filter hook input priority 0; policy accept;
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
             }
         }
         "#);
+        insta::assert_snapshot!(rules(false, true), @r#"
+        table inet bosh-qemu-bosh-nat0 {
+            chain forward {
+                type filter hook forward priority 0; policy accept;
+                iifname "bosh-nat0" oifname "bosh-nat0" return
+                iifname "bosh-nat0" counter drop
+                oifname "bosh-nat0" counter drop
+            }
+            chain host {
+                type filter hook input priority 0; policy accept;
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+            }
+        }
+        "#);
+        assert_eq!(rules(false, false), "");
     }
 }

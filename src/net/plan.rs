@@ -1,26 +1,21 @@
-//! What a NIC needs from the host, worked out from the operator's [`config::Network`](crate::config::Network) and the
-//! addresses a request brings. Pure: nothing here looks at the host.
-//!
-//! A further profile is a further way to fill a [`Segment`]: `routed` is `nat` that does not masquerade, `isolated`
-//! is `nat` without addresses, `vlan` adds a tag to the port. User networking needs no segment at all.
+//! What a NIC needs from the host, worked out from the operator's [`config::Network`](crate::config::Network), its
+//! [`Profile`] and the addresses a request brings. Pure: nothing here looks at the host.
 
 use std::net::IpAddr;
 
 use ipnetwork::{IpNetwork, ip_mask_to_prefix};
 
-use crate::config::{Network, NetworkProfile};
+use super::profile::{Profile, Wiring};
+use crate::config::{Mtu, Network};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 pub use crate::store::record::{Keeper, Segment};
+use crate::store::record::{UserNetwork, VlanLink};
 
-/// The bridge of `nat` networks whose operator named none.
-const DEFAULT_NAT_BRIDGE: &str = "bosh-nat0";
-/// Largest packet of `nat` networks whose operator said nothing, bytes: Ethernet's.
-const DEFAULT_NAT_MTU: u32 = 1500;
 /// The widest subnets taken, IPv4 and IPv6. Anything wider is a slip that would draw the host's own traffic.
 const WIDEST: (u8, u8) = (8, 32);
 
-/// What a request says about one address of a NIC: the keys of the same names of a BOSH network.
+/// What a request says about one NIC: the keys of the same names of a BOSH network and its cloud properties.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Requested {
     /// The VM's address.
@@ -29,50 +24,196 @@ pub struct Requested {
     pub netmask: Option<IpAddr>,
     /// The subnet's gateway.
     pub gateway: Option<IpAddr>,
+    /// The VLAN.
+    pub vlan: Option<u16>,
 }
 
-/// The segment of the host network `name`, for a NIC that a request wants there.
+/// What a NIC is to be wired to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A bridge, with a tap.
+    Bridge(Segment),
+    /// QEMU's own network stack.
+    User(UserNetwork),
+}
+
+/// Where a NIC is that a request wants on the host network `name`.
 ///
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the network can not be as the operator wrote it, [`ErrorKind::BadRequest`] if the
 /// request does not fit it; both name what differs.
-pub fn segment(name: &str, network: &Network, requested: &Requested) -> Result<Segment> {
-    let bridge = network.bridge.as_deref();
-    let mtu = network.mtu.map(|mtu| u32::try_from(mtu.get()).expect("at most 65535"));
-    match network.profile {
-        NetworkProfile::Nat => Ok(Segment {
-            network: name.to_owned(),
-            bridge: bridge_name(name, bridge.unwrap_or(DEFAULT_NAT_BRIDGE))?,
-            mtu: Some(mtu.unwrap_or(DEFAULT_NAT_MTU)),
-            keeper: Keeper::Us { addresses: vec![host_address(name, network, requested)?], masquerade: true },
-        }),
-        NetworkProfile::Bridge => {
-            let bridge = bridge.ok_or_else(|| {
-                bad_config(name, "has the profile 'bridge' and no bridge")
-                    .hint(format!("set networks.{name}.bridge to a bridge of this host"))
-            })?;
-            if network.subnet.is_some() || network.gateway.is_some() {
-                return Err(bad_config(name, "has the profile 'bridge', where subnet and gateway say nothing"));
-            }
-            Ok(Segment { mtu, ..operators(name, bridge_name(name, bridge)?) })
+pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Requested) -> Result<Place> {
+    check_keys(name, network, profile)?;
+    let vlan = vlan(name, network, profile, requested.vlan)?;
+    if profile.wire == Wiring::User {
+        return user(name, network, requested).map(Place::User);
+    }
+    let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
+    segment(name, network, profile, vlan, addresses).map(Place::Bridge)
+}
+
+/// QEMU forwards ports to IPv4 addresses only (10.0: "Bad host address"), and has three addresses of the subnet besides the
+/// guest's: its own, that of a name server, and the subnet's broadcast.
+fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
+    let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
+    match (guest, host_address(name, network, requested)?) {
+        (IpAddr::V4(guest), IpNetwork::V4(gateway)) if gateway.prefix() <= 29 => {
+            Ok(UserNetwork { network: name.to_owned(), gateway, guest })
         }
+        (IpAddr::V4(_), gateway) => {
+            Err(bad_request(name, &format!("can not be as narrow as {gateway}: /29 is the narrowest")))
+        }
+        (IpAddr::V6(_), _) => Err(bad_request(name, "has the profile 'user', which is IPv4 only")),
+    }
+}
+
+/// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] as [`place`].
+pub fn standing(name: &str, network: &Network, profile: &Profile) -> Result<Option<Segment>> {
+    check_keys(name, network, profile)?;
+    let vlan = network.vlan.map(number);
+    if profile.wire == Wiring::User || profile.wire == Wiring::Vlan && vlan.is_none() {
+        return Ok(None);
+    }
+    let addresses = match network.subnet {
+        Some(_) if profile.gateway => vec![host_address(name, network, &Requested::default())?],
+        _ => Vec::new(),
+    };
+    segment(name, network, profile, vlan, addresses).map(Some)
+}
+
+/// Adds to `one` what `other` wants of the same bridge, if both can be had: manifests with several subnets, and networks
+/// of both IP versions, share bridges.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] naming both networks.
+pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
+    let disagree = || {
+        let (a, b, bridge) = (&one.network, &other.network, &one.bridge);
+        let problem = format!("bridge '{bridge}' can not be what both network '{a}' and network '{b}' want of it");
+        Error::new(ErrorKind::BadConfig, problem)
+            .hint("name another bridge for one of them; a VM keeps the network it was made with")
+    };
+    match (&mut one.keeper, &other.keeper) {
+        (Keeper::Operator, Keeper::Operator) => Ok(()),
+        (
+            Keeper::Us { addresses, masquerade, services, closed, uplink },
+            Keeper::Us { addresses: more, masquerade: m, services: s, closed: c, uplink: u },
+        ) if (&*masquerade, &*closed, &*uplink) == (m, c, u)
+            && one.mtu.zip(other.mtu).is_none_or(|(mine, its)| mine == its) =>
+        {
+            let new: Vec<_> = more.iter().filter(|address| !addresses.contains(address)).copied().collect();
+            addresses.extend(new);
+            // Records that know nothing of services have no say; of others, each VM keeps what it was made with.
+            if let Some(more) = s {
+                let known = services.get_or_insert_default();
+                known.extend(more);
+                known.sort_unstable();
+                known.dedup();
+            }
+            one.mtu = one.mtu.or(other.mtu);
+            Ok(())
+        }
+        _ => Err(disagree()),
     }
 }
 
 /// The segment of a bridge that a subnet's cloud properties name themselves: `{"bridge": "br0"}`.
-///
-/// # Errors
-/// [`ErrorKind::BadRequest`] if that can be no bridge's name.
-pub fn existing_bridge(bridge: &str) -> Result<Segment> {
-    let name = LinkName::parse(bridge).map_err(|e| Error::new(ErrorKind::BadRequest, "bad bridge name").because(e))?;
-    Ok(operators(bridge, name))
+pub fn existing_bridge(bridge: &LinkName, vlan: Option<u16>, mtu: Option<u32>) -> Segment {
+    let (network, bridge) = (bridge.to_string(), bridge.clone());
+    Segment { network, bridge, mtu, vlan, isolated: false, keeper: Keeper::Operator }
 }
 
-fn operators(network: &str, bridge: LinkName) -> Segment {
-    Segment { network: network.to_owned(), bridge, mtu: None, keeper: Keeper::Operator }
+fn segment(
+    name: &str,
+    network: &Network,
+    profile: &Profile,
+    vlan: Option<u16>,
+    addresses: Vec<IpNetwork>,
+) -> Result<Segment> {
+    let uplink = network.uplink.clone().zip(vlan).map(|(link, vlan)| VlanLink { link, vlan });
+    let named = network.bridge.as_ref().or(profile.bridge.as_ref());
+    let bridge = match (named, &uplink) {
+        (Some(bridge), _) => bridge.clone(),
+        // One bridge for each VLAN; that two uplinks with one VLAN need two names is found in the kernel's state.
+        (None, Some(uplink)) => LinkName::parse(&format!("bosh-vlan{}", uplink.vlan)).expect("13 characters"),
+        (None, None) => {
+            let problem = format!("has the profile '{}' and no bridge", network.profile);
+            let hint = format!("set networks.{name}.bridge to a bridge of this host");
+            return Err(bad_config(name, &problem).hint(hint));
+        }
+    };
+    let ours = profile.wire == Wiring::OwnBridge || uplink.is_some();
+    Ok(Segment {
+        network: name.to_owned(),
+        bridge,
+        mtu: network.mtu.map(bytes),
+        // A sub-interface takes the tags off.
+        vlan: if uplink.is_some() { None } else { vlan },
+        isolated: !profile.neighbours,
+        keeper: if ours {
+            let closed = profile.wire == Wiring::OwnBridge && !profile.forward;
+            let services = network.host_services.iter().map(|port| (port.protocol.number(), port.port)).collect();
+            // On a VLAN the host is a machine like others.
+            let services = (profile.wire == Wiring::OwnBridge).then_some(services);
+            Keeper::Us { addresses, masquerade: profile.masquerade, services, closed, uplink }
+        } else {
+            Keeper::Operator
+        },
+    })
 }
 
-/// The host's address on the bridge of a `nat` network, with the subnet's prefix.
+/// A key that says nothing in this profile is a misunderstanding.
+fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
+    let addressed = profile.gateway || profile.wire == Wiring::User || network.pool.is_some();
+    let useless = [
+        ("subnet", network.subnet.is_some() && !addressed),
+        ("gateway", network.gateway.is_some() && !addressed),
+        ("uplink", network.uplink.is_some() && profile.wire != Wiring::Vlan),
+        ("vlan", network.vlan.is_some() && profile.wire != Wiring::Vlan),
+        ("host_services", !network.host_services.is_empty() && profile.wire != Wiring::OwnBridge),
+        ("bridge", network.bridge.is_some() && profile.wire == Wiring::User),
+        // Each VLAN that a request asks for has a bridge of its own.
+        ("host_services", !network.host_services.is_empty() && profile.wire != Wiring::OwnBridge),
+        ("bridge", network.bridge.is_some() && network.uplink.is_some() && network.vlan.is_none()),
+        ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
+    ];
+    match useless.iter().find(|(_, useless)| *useless) {
+        Some((key, _)) => {
+            Err(bad_config(name, &format!("has the profile '{}', where '{key}' says nothing", network.profile)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The operator's choice, or else the request's.
+fn vlan(name: &str, network: &Network, profile: &Profile, requested: Option<u16>) -> Result<Option<u16>> {
+    match (profile.wire == Wiring::Vlan, network.vlan.map(number), requested) {
+        (false, _, None) => Ok(None),
+        (false, _, Some(_)) => {
+            Err(bad_request(name, &format!("has the profile '{}', where a vlan says nothing", network.profile)))
+        }
+        (true, Some(configured), Some(asked)) if configured != asked => {
+            Err(bad_request(name, &format!("is VLAN {configured}, the request wants {asked}")))
+        }
+        (true, None, None) => Err(bad_request(name, "has no VLAN of its own, and the request brings none")
+            .hint(format!("give the subnet in the manifest the cloud property vlan, or set networks.{name}.vlan"))),
+        (true, configured, asked) => Ok(configured.or(asked)),
+    }
+}
+
+fn number(vlan: crate::config::VlanId) -> u16 {
+    u16::try_from(vlan.get()).expect("at most 4094")
+}
+
+/// The bytes of an MTU.
+pub fn bytes(mtu: Mtu) -> u32 {
+    u32::try_from(mtu.get()).expect("at most 65535")
+}
+
+/// The host's address in the subnet, with the subnet's prefix.
 fn host_address(name: &str, network: &Network, requested: &Requested) -> Result<IpNetwork> {
     let gateway = match (network.gateway, requested.gateway) {
         (Some(host), Some(asked)) if host != asked => {
@@ -147,12 +288,13 @@ pub(super) fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
     one.contains(other.network()) || other.contains(one.network())
 }
 
-fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {
-    IpNetwork::new(ip, prefix).expect("a prefix taken from an address or mask of the same family")
+/// The subnet that an address with a prefix is in.
+pub(super) fn subnet(address: IpNetwork) -> IpNetwork {
+    with_prefix(address.network(), address.prefix())
 }
 
-fn bridge_name(network: &str, bridge: &str) -> Result<LinkName> {
-    LinkName::parse(bridge).map_err(|e| bad_config(network, "has a bad bridge name").because(e))
+fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {
+    IpNetwork::new(ip, prefix).expect("a prefix taken from an address or mask of the same family")
 }
 
 fn bad_config(network: &str, problem: &str) -> Error {

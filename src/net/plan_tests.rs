@@ -6,10 +6,16 @@ use super::*;
 use crate::schema::Property;
 
 fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segment, String> {
-    let network = Network::from_json(network).unwrap();
+    let network = Network::from_json(network).map_err(|error| error.to_string())?;
+    let profile = Profile::load(&network.profile, None).map_err(|error| error.report())?;
     let address = |text: &str| (!text.is_empty()).then(|| text.parse().unwrap());
-    let requested = Requested { ip: address(ip), netmask: address(netmask), gateway: address(gateway) };
-    segment("lab", &network, &requested).map_err(|error| format!("{:?}: {}", error.kind(), error.report()))
+    let requested =
+        Requested { ip: address(ip), netmask: address(netmask), gateway: address(gateway), ..Default::default() };
+    match place("lab", &network, &profile, &requested) {
+        Ok(Place::Bridge(segment)) => Ok(segment),
+        Ok(Place::User(user)) => panic!("{user:?}"),
+        Err(error) => Err(format!("{:?}: {}", error.kind(), error.report())),
+    }
 }
 
 fn host_address_of(segment: Segment) -> String {
@@ -28,19 +34,19 @@ fn the_record_of_a_segment() {
     {
       "network": "lab",
       "bridge": "bosh-nat0",
-      "mtu": 1500,
       "keeper": {
         "us": {
           "addresses": [
             "10.0.0.1/24"
           ],
-          "masquerade": true
+          "masquerade": true,
+          "services": []
         }
       }
     }
     "#);
     assert_eq!(serde_json::from_str::<Segment>(&text).unwrap(), nat);
-    let bridge = existing_bridge("br0").unwrap();
+    let bridge = existing_bridge(&LinkName::parse("br0").unwrap(), None, None);
     let text = serde_json::to_string(&bridge).unwrap();
     insta::assert_snapshot!(text, @r#"{"network":"br0","bridge":"br0","keeper":"operator"}"#);
     assert_eq!(serde_json::from_str::<Segment>(&text).unwrap(), bridge);
@@ -83,7 +89,7 @@ fn what_does_not_fit_names_both_sides() {
         refusal(json!({"profile": "bridge"}), "10.0.0.5", mask, "10.0.0.1"),
         refusal(json!({"profile": "bridge", "bridge": "br0", "subnet": "10.0.0.0/24"}), "", "", ""),
     ];
-    insta::assert_snapshot!(refusals.join("\n"), @r"
+    insta::assert_snapshot!(refusals.join("\n"), @r#"
     BadRequest: host network 'lab' has the subnet 10.0.0.0/24, which the ip 10.0.1.5 is not in
     BadRequest: host network 'lab' has the gateway 10.0.0.1, the request wants 10.0.0.254
     BadRequest: host network 'lab' has the gateway 10.0.0.1, which the request wants as the VM's ip
@@ -97,20 +103,17 @@ fn what_does_not_fit_names_both_sides() {
     Hint: give the subnet in the manifest a gateway and a range, or set networks.lab.subnet
     BadRequest: host network 'lab' can not have netmask 255.0.255.0 and gateway 10.0.0.1
     BadRequest: host network 'lab' can not be as wide as 10.0.0.1/0: /8 is the widest
-    BadConfig: host network 'lab' has a bad bridge name: a link name has 1 to 15 letters, digits, '.', '_' and '-', the first a letter or digit
+    bridge: expected a link name of 1 to 15 letters, digits, ".", "_" and "-", got a string
     BadConfig: host network 'lab' has the profile 'bridge' and no bridge
     Hint: set networks.lab.bridge to a bridge of this host
-    BadConfig: host network 'lab' has the profile 'bridge', where subnet and gateway say nothing
-    ");
+    BadConfig: host network 'lab' has the profile 'bridge', where 'subnet' says nothing
+    "#);
 }
 
 #[test]
 fn a_bridge_of_the_operators_is_taken_as_it_is() {
     let segment = plan(&json!({"profile": "bridge", "bridge": "br0", "mtu": 9000}), "10.9.9.9", "", "").unwrap();
     assert_eq!((segment.bridge.as_str(), segment.mtu, &segment.keeper), ("br0", Some(9000), &Keeper::Operator));
-    let error = existing_bridge("../../etc").unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::BadRequest);
-    assert!(!error.report().contains("etc"), "{}", error.report());
 }
 
 proptest::proptest! {
@@ -118,13 +121,116 @@ proptest::proptest! {
     fn nothing_a_request_says_panics_or_leaves_its_subnet(
         ip: Option<IpAddr>, netmask: Option<IpAddr>, gateway: Option<IpAddr>, prefix in 0u8..=32,
     ) {
-        let requested = Requested { ip, netmask, gateway };
+        let requested = Requested { ip, netmask, gateway, ..Default::default() };
+        let nat = Profile::load("nat", None).unwrap();
         for subnet in [None, Some(IpNetwork::new([10, 0, 0, 0].into(), prefix).unwrap())] {
             let network = Network { subnet, ..Network::nat() };
-            let Ok(segment) = segment("lab", &network, &requested) else { continue };
+            let Ok(Place::Bridge(segment)) = place("lab", &network, &nat, &requested) else { continue };
             let Keeper::Us { addresses, .. } = segment.keeper else { panic!("nat is ours") };
             proptest::prop_assert!(ip.is_none_or(|ip| addresses[0].contains(ip) && addresses[0].ip() != ip));
             proptest::prop_assert!(gateway.is_none_or(|gateway| addresses[0].ip() == gateway));
         }
     }
+}
+
+#[test]
+fn what_a_profile_does_not_know_is_refused() {
+    let refusal = |network: Value| plan(&network, "10.0.0.5", "255.255.255.0", "10.0.0.1").unwrap_err();
+    let refusals = [
+        refusal(json!({"profile": "nta"})),
+        refusal(json!({"vlan": 5})),
+        refusal(json!({"uplink": "eth0"})),
+        refusal(json!({"profile": "vlan", "bridge": "br0"})),
+        refusal(json!({"profile": "vlan", "vlan": 5})),
+        refusal(json!({"profile": "user", "bridge": "br0"})),
+        refusal(json!({"vlan": 4095})),
+    ];
+    insta::assert_snapshot!(refusals.join("\n"), @r"
+    there is no network profile 'nta'
+    Hint: built in: nat, routed, isolated, bridge, vlan, user; others come from network_profiles_dir
+    BadConfig: host network 'lab' has the profile 'nat', where 'vlan' says nothing
+    BadConfig: host network 'lab' has the profile 'nat', where 'uplink' says nothing
+    BadRequest: host network 'lab' has no VLAN of its own, and the request brings none
+    Hint: give the subnet in the manifest the cloud property vlan, or set networks.lab.vlan
+    BadConfig: host network 'lab' has the profile 'vlan' and no bridge
+    Hint: set networks.lab.bridge to a bridge of this host
+    BadConfig: host network 'lab' has the profile 'user', where 'bridge' says nothing
+    vlan: expected a whole number from 1 to 4094, got 4095
+    ");
+}
+
+#[test]
+fn a_request_chooses_its_vlan_where_the_operator_did_not() {
+    let place = |configured: Value, vlan| {
+        let network = Network::from_json(&configured).unwrap();
+        let profile = Profile::load(&network.profile, None).unwrap();
+        match place("lab", &network, &profile, &Requested { vlan, ..Requested::default() }) {
+            Ok(Place::Bridge(segment)) => serde_json::to_string(&segment).unwrap(),
+            Ok(Place::User(user)) => panic!("{user:?}"),
+            Err(error) => error.report(),
+        }
+    };
+    let trunk = json!({"profile": "vlan", "uplink": "eth0"});
+    let fixed = json!({"profile": "vlan", "bridge": "br0", "vlan": 7});
+    let places = [
+        place(trunk.clone(), Some(20)),
+        place(trunk, None),
+        place(fixed.clone(), None),
+        place(fixed, Some(8)),
+        place(json!({"profile": "bridge", "bridge": "br0"}), Some(8)),
+    ];
+    insta::assert_snapshot!(places.join("\n"), @r#"
+    {"network":"lab","bridge":"bosh-vlan20","keeper":{"us":{"addresses":[],"masquerade":false,"uplink":{"link":"eth0","vlan":20}}}}
+    host network 'lab' has no VLAN of its own, and the request brings none
+    Hint: give the subnet in the manifest the cloud property vlan, or set networks.lab.vlan
+    {"network":"lab","bridge":"br0","vlan":7,"keeper":"operator"}
+    host network 'lab' is VLAN 7, the request wants 8
+    host network 'lab' has the profile 'bridge', where a vlan says nothing
+    "#);
+}
+
+#[test]
+fn user_networking_needs_an_address_and_no_bridge() {
+    let network = Network::from_json(&json!({"profile": "user", "subnet": "10.0.2.0/24"})).unwrap();
+    let profile = Profile::load("user", None).unwrap();
+    let requested = Requested { ip: "10.0.2.15".parse().ok(), ..Requested::default() };
+    let Place::User(user) = place("lab", &network, &profile, &requested).unwrap() else { panic!("no bridge") };
+    let text = serde_json::to_string(&user).unwrap();
+    insta::assert_snapshot!(text, @r#"
+    {"network":"lab","gateway":"10.0.2.1/24","guest":"10.0.2.15"}
+    "#);
+    assert_eq!(serde_json::from_str::<UserNetwork>(&text).unwrap(), user);
+    let refusal = |network: Value, ip: &str| {
+        let requested = Requested { ip: ip.parse().ok(), ..Requested::default() };
+        place("lab", &Network::from_json(&network).unwrap(), &profile, &requested).unwrap_err().report()
+    };
+    let refusals = [
+        refusal(json!({"profile": "user", "subnet": "10.0.2.0/24"}), ""),
+        refusal(json!({"profile": "user", "subnet": "10.0.2.0/30"}), "10.0.2.2"),
+        refusal(json!({"profile": "user", "subnet": "fd00::/64"}), "fd00::5"),
+    ];
+    insta::assert_snapshot!(refusals.join("\n"), @r"
+    host network 'lab' needs the VM's ip: QEMU's forwards name it
+    host network 'lab' can not be as narrow as 10.0.2.1/30: /29 is the narrowest
+    host network 'lab' has the profile 'user', which is IPv4 only
+    ");
+}
+
+#[test]
+fn what_stands_without_vms() {
+    let standing = |network: Value| {
+        let network = Network::from_json(&network).unwrap();
+        let profile = Profile::load(&network.profile, None).unwrap();
+        standing("lab", &network, &profile).unwrap().map(|segment| serde_json::to_string(&segment).unwrap())
+    };
+    let segments = [
+        standing(json!({})),
+        standing(json!({"profile": "routed", "subnet": "10.7.0.0/16"})),
+        standing(json!({"profile": "vlan", "uplink": "eth0"})),
+        standing(json!({"profile": "user"})),
+    ];
+    insta::assert_snapshot!(segments.map(Option::unwrap_or_default).join("\n"), @r#"
+    {"network":"lab","bridge":"bosh-nat0","keeper":{"us":{"addresses":[],"masquerade":true,"services":[]}}}
+    {"network":"lab","bridge":"bosh-routed0","keeper":{"us":{"addresses":["10.7.0.1/16"],"masquerade":false,"services":[]}}}
+    "#);
 }

@@ -11,7 +11,7 @@ pub(super) fn ensure(key: &str, value: &str) -> Result<()> {
     if read(key)?.is_none_or(|is| is == value) {
         return Ok(());
     }
-    let hint = || format!("make it so on the host: sysctl -w net.{}={value}", key.replace('/', "."));
+    let hint = || format!("make it so on the host: sysctl -w {}={value}", name(key));
     tracing::info!(key, value, "changing a kernel setting");
     let path = path(key);
     fs::write(&path, value).at(format!("write '{value}' to"), &path).map_err(|error| error.hint(hint()))
@@ -25,6 +25,16 @@ pub(super) fn read(key: &str) -> Result<Option<String>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).at("read", &path),
     }
+}
+
+/// The setting as sysctl(8) takes it: dots and slashes change places, so a dot in a link's name becomes a slash.
+pub(super) fn name(key: &str) -> String {
+    let swap = |c| match c {
+        '/' => '.',
+        '.' => '/',
+        other => other,
+    };
+    format!("net.{}", key.chars().map(swap).collect::<String>())
 }
 
 fn path(key: &str) -> PathBuf {

@@ -14,6 +14,7 @@ use crate::mac::{MacAddress, digest};
 use crate::sys::tun;
 
 const DEVICE: &str = "/dev/net/tun";
+const VHOST: &str = "/dev/vhost-net";
 
 /// The tap of NIC `index` of `vm`: `bq`, ten characters of a hash of both, `n` and the index (its last two digits:
 /// they are there for the reader, the hash tells taps apart).
@@ -30,13 +31,27 @@ pub(super) fn host_mac(tap: &LinkName) -> MacAddress {
     MacAddress::derived(0xfe, "tap", tap.as_str())
 }
 
-/// Makes the tap, down and on no bridge. The descriptor, which is closed on exec, is the tap.
-pub(super) fn create(name: &LinkName) -> Result<OwnedFd> {
-    let device =
-        File::options().read(true).write(true).open(DEVICE).at("open", Path::new(DEVICE)).map_err(|error| {
-            error.hint("taps need the kernel module: modprobe tun; in a container, pass /dev/net/tun into it")
-        })?;
-    tun::create_tap(device.as_fd(), name.as_str()).map_err(|errno| {
+/// How many queues the tap of a VM with so many CPUs has: with one for each, none waits for another's packets. More than
+/// eight cost interrupts and descriptors and carry no more (the kernel's `netif_get_num_default_rss_queues`).
+pub fn queues(cpus: u32) -> usize {
+    cpus.clamp(1, 8) as usize
+}
+
+/// Makes the tap, down and on no bridge. The descriptors, which are closed on exec, are the tap, one for each queue.
+pub(super) fn create(name: &LinkName, queues: usize) -> Result<Vec<OwnedFd>> {
+    (0..queues).map(|index| queue(name, index, queues > 1)).collect()
+}
+
+fn queue(name: &LinkName, index: usize, several: bool) -> Result<OwnedFd> {
+    let device = open(DEVICE).map_err(|error| {
+        error.hint("taps need the kernel module: modprobe tun; in a container, pass /dev/net/tun into it")
+    })?;
+    let made = if index == 0 {
+        tun::create_tap(device.as_fd(), name.as_str(), several)
+    } else {
+        tun::add_queue(device.as_fd(), name.as_str())
+    };
+    made.map_err(|errno| {
         let error = Error::os(format!("create tap '{name}'"), errno);
         match errno {
             Errno::EBUSY => error
@@ -47,6 +62,23 @@ pub(super) fn create(name: &LinkName) -> Result<OwnedFd> {
         }
     })?;
     Ok(device.into())
+}
+
+/// Opens `/dev/vhost-net` so many times: with it, the kernel moves packets between tap and guest without a detour through
+/// QEMU. None where the host has it not; that costs speed, nothing else.
+pub(super) fn vhost(queues: usize) -> Result<Vec<OwnedFd>> {
+    if !Path::new(VHOST).exists() {
+        return Ok(Vec::new());
+    }
+    let opened: Result<_> = (0..queues).map(|_| open(VHOST).map(OwnedFd::from)).collect();
+    opened.or_else(|error| {
+        tracing::warn!(error = error.report(), "the VM's network does without vhost-net");
+        Ok(Vec::new())
+    })
+}
+
+fn open(device: &str) -> Result<File> {
+    File::options().read(true).write(true).open(device).at("open", Path::new(device))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The command line of a VM: every option valid from QEMU 7.2 to 10, no path, no secret.
 
+use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
@@ -8,7 +9,8 @@ use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, Opened, ROOT};
 use super::{blockdev, topology};
 use crate::cid::Cid;
 use crate::qemu::Template;
-use crate::store::record::{Accel, Nic, VmRecord};
+use crate::store::nic_rules::Forward;
+use crate::store::record::{Accel, Nic, UserNetwork, VmRecord, Wire};
 
 /// The descriptors QEMU inherits.
 #[derive(Debug)]
@@ -17,8 +19,8 @@ pub struct Handles {
     pub files: Vec<(Opened, RawFd)>,
     /// A pipe with the key of encrypted images in it, if one of the files is encrypted.
     pub key: Option<RawFd>,
-    /// One tap for each NIC.
-    pub taps: Vec<Tap>,
+    /// One for each NIC; `None`: it has no tap.
+    pub taps: Vec<Option<Tap>>,
     /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
     pub qmp: RawFd,
     /// See `qmp`.
@@ -28,10 +30,12 @@ pub struct Handles {
 }
 
 /// A tap on its bridge.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Tap {
-    /// The descriptor that keeps it alive.
-    pub fd: RawFd,
+    /// The descriptors that keep it alive, one for each queue.
+    pub queues: Vec<RawFd>,
+    /// `/dev/vhost-net`, once for each queue, or not at all.
+    pub vhost: Vec<RawFd>,
     /// Largest packet the network carries, bytes.
     pub mtu: u32,
 }
@@ -51,7 +55,7 @@ pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Ve
     monitors(&mut line, handles);
     disks(&mut line, vm, handles);
     for (index, (nic, tap)) in vm.nics.iter().zip(&handles.taps).enumerate() {
-        network(&mut line, index, nic, *tap);
+        network(&mut line, index, nic, tap.as_ref());
     }
     if template.rng {
         line.json("-object", &json!({"qom-type": "rng-builtin", "id": "rng0"}));
@@ -194,17 +198,138 @@ fn port(index: u32) -> Value {
     })
 }
 
-fn network(line: &mut Line, index: usize, nic: &Nic, tap: Tap) {
+fn network(line: &mut Line, index: usize, nic: &Nic, tap: Option<&Tap>) {
     let id = format!("nic{index}");
-    line.json("-netdev", &json!({"type": "tap", "id": id, "fd": tap.fd.to_string()}));
+    let mut netdev = match (&nic.wire, tap) {
+        (Wire::User { user }, _) => user_netdev(nic, user),
+        (Wire::Tap { .. }, Some(tap)) => tap_netdev(tap),
+        (Wire::Tap { .. }, None) => unreachable!("a NIC on a bridge has a tap"),
+    };
+    netdev["id"] = id.as_str().into();
+    line.json("-netdev", &netdev);
     let mut device = json!({
         "driver": "virtio-net-pci", "id": format!("{id}-device"), "netdev": id, "mac": nic.mac,
         // No network boot: the empty name keeps QEMU from looking for a ROM file it may not open.
         "romfile": "",
     });
-    if tap.mtu != ETHERNET_MTU {
-        // What every guest assumes needs no saying.
-        device["host_mtu"] = tap.mtu.into();
+    if let Some(tap) = tap {
+        if tap.mtu != ETHERNET_MTU {
+            // What every guest assumes needs no saying.
+            device["host_mtu"] = tap.mtu.into();
+        }
+        if tap.queues.len() > 1 {
+            device["mq"] = true.into();
+            // An interrupt for each direction of each queue, one for the configuration, one for control (QEMU,
+            // hw/virtio/virtio-net-pci.c).
+            device["vectors"] = (2 * tap.queues.len() + 2).into();
+        }
     }
     line.device(&device, "pcie.0", topology::nic(index));
+}
+
+fn tap_netdev(tap: &Tap) -> Value {
+    let list = |fds: &[RawFd]| fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(":");
+    let several = if tap.queues.len() > 1 { "s" } else { "" };
+    let mut netdev = json!({"type": "tap"});
+    netdev[format!("fd{several}")] = list(&tap.queues).into();
+    if !tap.vhost.is_empty() {
+        netdev["vhost"] = true.into();
+        netdev[format!("vhostfd{several}")] = list(&tap.vhost).into();
+    }
+    netdev
+}
+
+fn user_netdev(nic: &Nic, user: &UserNetwork) -> Value {
+    let forwards = nic.rules.iter().flat_map(|rules| &rules.forwards).flat_map(host_forwards);
+    let forwards: Vec<_> = forwards.map(|text| json!({"str": text})).collect();
+    let subnet = user.gateway;
+    // Left out, it is the subnet's third address, which may be the guest's or the gateway's.
+    let free = |ip: &Ipv4Addr| *ip != subnet.ip() && *ip != user.guest;
+    let dns =
+        (1..=3).map(|n| Ipv4Addr::from(u32::from(subnet.broadcast()) - n)).find(free).expect("two of three are taken");
+    json!({
+        "type": "user", "ipv4": true, "ipv6": false, "net": format!("{}/{}", subnet.network(), subnet.prefix()),
+        "host": subnet.ip(), "dns": dns, "dhcpstart": user.guest, "hostfwd": forwards,
+    })
+}
+
+/// A forward in QEMU's words, port by port.
+fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
+    let protocol = if forward.protocol == UDP { "udp" } else { "tcp" };
+    let from = forward.address.map_or_else(String::new, |ip| ip.to_string());
+    let to = forward.to;
+    let ports = (0..forward.count).map(|n| (forward.host.saturating_add(n), forward.guest.saturating_add(n)));
+    ports.map(move |(host, guest)| format!("{protocol}:{from}:{host}-{to}:{guest}"))
+}
+
+/// UDP's number (IANA).
+const UDP: u8 = 17;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::nic_rules::NicRules;
+
+    fn tap(queues: &[RawFd], vhost: &[RawFd], mtu: u32) -> Tap {
+        Tap { queues: queues.to_vec(), vhost: vhost.to_vec(), mtu }
+    }
+
+    fn options(wire: &Value, rules: Option<NicRules>, tap: Option<&Tap>) -> String {
+        let mut nic = json!({"network": "lan", "mac": "02:00:00:00:00:01"});
+        nic.as_object_mut().unwrap().extend(wire.as_object().unwrap().clone());
+        let nic = Nic { rules, ..serde_json::from_value(nic).unwrap() };
+        let mut line = Line(Vec::new());
+        network(&mut line, 0, &nic, tap);
+        line.0.join("\n")
+    }
+
+    #[test]
+    fn queues_and_vhost_are_descriptors() {
+        let wire = json!({"tap": "bqtapn0", "segment": {"network": "lan", "bridge": "br0", "keeper": "operator"}});
+        let on = |tap: Tap| options(&wire, None, Some(&tap));
+        let lines = [
+            on(tap(&[7], &[], 1500)),
+            on(tap(&[7], &[8], 9000)),
+            on(tap(&[7, 8], &[], 1500)),
+            on(tap(&[7, 8], &[9, 10], 1500)),
+        ];
+        insta::assert_snapshot!(lines.join("\n--\n"), @r#"
+        -netdev
+        {"fd":"7","id":"nic0","type":"tap"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","netdev":"nic0","romfile":""}
+        --
+        -netdev
+        {"fd":"7","id":"nic0","type":"tap","vhost":true,"vhostfd":"8"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","host_mtu":9000,"id":"nic0-device","mac":"02:00:00:00:00:01","netdev":"nic0","romfile":""}
+        --
+        -netdev
+        {"fds":"7:8","id":"nic0","type":"tap"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","mq":true,"netdev":"nic0","romfile":"","vectors":6}
+        --
+        -netdev
+        {"fds":"7:8","id":"nic0","type":"tap","vhost":true,"vhostfds":"9:10"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","mq":true,"netdev":"nic0","romfile":"","vectors":6}
+        "#);
+    }
+
+    #[test]
+    fn user_networking_forwards_ports() {
+        let forward = |forward: Value| serde_json::from_value::<Forward>(forward).unwrap();
+        let rules = |forwards| Some(NicRules { forwards, ..NicRules::default() });
+        let v4 = json!({"user": {"network": "lab", "gateway": "10.0.2.1/24", "guest": "10.0.2.15"}});
+        let tcp = forward(
+            json!({"protocol": 6, "address": "127.0.0.1", "host": 6868, "to": "10.0.2.15", "guest": 22, "count": 2}),
+        );
+        let udp = forward(json!({"protocol": 17, "host": 53, "to": "10.0.2.15", "guest": 53, "count": 1}));
+        insta::assert_snapshot!(options(&v4, rules(vec![tcp, udp]), None), @r#"
+        -netdev
+        {"dhcpstart":"10.0.2.15","dns":"10.0.2.254","host":"10.0.2.1","hostfwd":[{"str":"tcp:127.0.0.1:6868-10.0.2.15:22"},{"str":"tcp:127.0.0.1:6869-10.0.2.15:23"},{"str":"udp::53-10.0.2.15:53"}],"id":"nic0","ipv4":true,"ipv6":false,"net":"10.0.2.0/24","type":"user"}
+        -device
+        {"addr":"0x6","bus":"pcie.0","driver":"virtio-net-pci","id":"nic0-device","mac":"02:00:00:00:00:01","netdev":"nic0","romfile":""}
+        "#);
+    }
 }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::reader::printable;
 use super::{Key, Property, SchemaError};
+use crate::link_name::LinkName;
 use crate::units::MiB;
 
 impl<T: Property> Property for Option<T> {
@@ -100,6 +101,15 @@ impl Property for MiB {
     }
 }
 
+impl Property for LinkName {
+    const EXPECTED: &'static str = "a link name of 1 to 15 letters, digits, \".\", \"_\" and \"-\"";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let name = value.as_str().and_then(|text| LinkName::parse(text).ok());
+        name.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
 impl Property for Map<String, Value> {
     const EXPECTED: &'static str = "an object";
 
@@ -147,7 +157,9 @@ macro_rules! whole {
 whole! {
     0..=128,
     1..=16,
+    1..=128,
     1..=512,
+    1..=4094,
     1..=86400,
     1..=1000000000,
     576..=65535,

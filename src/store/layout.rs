@@ -12,8 +12,11 @@
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
 //!   disk.key                                      what encrypted disks are encrypted with
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
+//!   networks/<bridge>.json                       a network that stays without VMs
+//!   networks/<cid>/   network.json                a managed network
 //!   locks/<rank>.<name>
 //!   pending/<cid>                                 there while the object is being made
+//!   claims/<address or port>                      symlink whose text is the VM's cid
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   state                                         symlink to the state directory it goes with
@@ -208,7 +211,7 @@ impl Store {
     }
 
     fn record_path<R: Record>(&self, cid: &R::Cid) -> PathBuf {
-        self.dir_of(R::Cid::PREFIX, cid).join(format!("{}.json", R::Cid::PREFIX))
+        self.dir_of(R::Cid::KIND, cid).join(format!("{}.json", R::Cid::KIND))
     }
 
     /// Takes the lock of one object, waiting until `deadline`.
@@ -230,14 +233,14 @@ impl Store {
         Ok(names(&self.state_dir.join("locks"))?.into_iter().filter_map(lock).collect())
     }
 
-    /// Whether there is something that the lock `name` is for. A network's lock and a pool's are for the moment only.
+    /// Whether there is something that the lock `name` is for. The others are for the moment only.
     pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
         let prefix = match rank {
             Rank::Stemcell => StemcellCid::PREFIX,
             Rank::Disk => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
             Rank::Snapshot => SnapshotCid::PREFIX,
-            Rank::Network | Rank::Space => return false,
+            Rank::Network | Rank::Space | Rank::Claims => return false,
         };
         self.state_dir.join(format!("{prefix}s")).join(name).exists()
     }
@@ -350,8 +353,10 @@ impl Store {
 
     /// The cids of all objects of one kind, in no order. Names that are no cids are somebody else's and left out.
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
-        let names = names(&self.state_dir.join(format!("{}s", R::Cid::PREFIX)))?;
-        Ok(names.iter().filter_map(|name| R::Cid::parse(name).ok()).collect())
+        let dir = self.state_dir.join(format!("{}s", R::Cid::KIND));
+        // Beside managed networks are files of pinned ones.
+        let names = names(&dir)?.into_iter().filter(|name| dir.join(name).is_dir());
+        Ok(names.filter_map(|name| R::Cid::parse(&name).ok()).collect())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
 //!
-//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network, space ([`Rank`]). The last two are held
-//! for milliseconds, around one change to the kernel's links and rules or one look at the free space. A lock file lives as long
+//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network, space, claims ([`Rank`]). The last three
+//! are held for milliseconds, around one change or one look. A lock file lives as long
 //! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
 
 use std::cell::RefCell;
@@ -30,11 +30,14 @@ pub enum Rank {
     Network,
     /// The space on this host's filesystems, from a look at it until a record takes some.
     Space,
+    /// What VMs have claimed: addresses and ports.
+    Claims,
 }
 
 impl Rank {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Stemcell, Self::Snapshot, Self::Disk, Self::Vm, Self::Network, Self::Space];
+    pub const ALL: [Self; 7] =
+        [Self::Stemcell, Self::Snapshot, Self::Disk, Self::Vm, Self::Network, Self::Space, Self::Claims];
 
     /// The word in the lock file's name.
     pub fn as_str(self) -> &'static str {
@@ -45,6 +48,7 @@ impl Rank {
             Self::Vm => "vm",
             Self::Network => "network",
             Self::Space => "space",
+            Self::Claims => "claims",
         }
     }
 }

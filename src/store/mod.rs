@@ -7,10 +7,13 @@
 //! This room knows files, not QEMU or networks.
 
 pub mod atomic;
+pub mod claims;
 pub mod disk_key;
 pub mod disk_options;
 pub mod layout;
 pub mod lock;
+pub mod nic_rules;
+mod pins;
 pub mod pool;
 pub mod record;
 

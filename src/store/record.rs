@@ -1,14 +1,16 @@
 //! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use ipnetwork::IpNetwork;
+use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::nic_rules::NicRules;
 use crate::choice;
-use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 pub use crate::store::disk_options::{Cache, Discard, Preallocation};
@@ -25,11 +27,13 @@ pub trait Record: Serialize + DeserializeOwned {
     /// Where it is in its life.
     fn phase(&self) -> Phase;
     /// The pools that have files of it, in a directory named after it.
-    fn pools(&self) -> Vec<&str>;
+    fn pools(&self) -> Vec<&str> {
+        Vec::new()
+    }
 }
 
 macro_rules! record {
-    ($($name:ident: $cid:ident, in $($pool:ident).+ $(and $($other:ident).+)?;)*) => {$(
+    ($($name:ident: $cid:ident $(, in $($pool:ident).+ $(and $($other:ident).+)?)?;)*) => {$(
         impl Record for $name {
             type Cid = $cid;
 
@@ -45,9 +49,9 @@ macro_rules! record {
                 self.phase
             }
 
-            fn pools(&self) -> Vec<&str> {
+            $(fn pools(&self) -> Vec<&str> {
                 [&self.$($pool).+ $(, &self.$($other).+)?].into_iter().flatten().map(String::as_str).collect()
-            }
+            })?
         }
     )*};
 }
@@ -56,6 +60,7 @@ record! {
     StemcellRecord: StemcellCid, in pool;
     VmRecord: VmCid, in pool and base.pool;
     SnapshotRecord: SnapshotCid, in disk.pool;
+    NetworkRecord: NetworkCid;
 }
 
 impl Record for DiskRecord {
@@ -150,6 +155,24 @@ pub struct Source {
     pub size: Bytes,
 }
 
+/// A managed network: one that the Director had made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// Layout version.
+    pub schema: u32,
+    /// Its cid.
+    pub cid: NetworkCid,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// When it was created, UTC.
+    pub created_at: String,
+    /// The network as the configuration would have it.
+    pub settings: Map<String, Value>,
+    /// Fields of a newer version.
+    #[serde(flatten)]
+    pub newer: Map<String, Value>,
+}
+
 /// A VM: all that is needed to start it again.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -240,10 +263,51 @@ pub struct Nic {
     pub network: String,
     /// Its address.
     pub mac: MacAddress,
-    /// The tap's name on the host.
-    pub tap: LinkName,
-    /// What the tap is plugged into.
-    pub segment: Segment,
+    /// Its other end.
+    #[serde(flatten)]
+    pub wire: Wire,
+    /// What it may send, and what reaches it. Absent in records of versions that knew no such rules.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rules: Option<NicRules>,
+}
+
+impl Nic {
+    /// The tap and what it is plugged into, if it has one.
+    pub fn tap(&self) -> Option<(&LinkName, &Segment)> {
+        match &self.wire {
+            Wire::Tap { tap, segment } => Some((tap, segment)),
+            Wire::User { .. } => None,
+        }
+    }
+}
+
+/// What a network card is wired to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Wire {
+    /// A bridge of the host.
+    Tap {
+        /// The tap's name on the host.
+        tap: LinkName,
+        /// What the tap is plugged into.
+        segment: Segment,
+    },
+    /// QEMU's own network stack.
+    User {
+        /// How it is set up.
+        user: UserNetwork,
+    },
+}
+
+/// QEMU's user networking: a router inside the QEMU process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNetwork {
+    /// The network's name in the configuration.
+    pub network: String,
+    /// The router's address, with the subnet's prefix, at most 29.
+    pub gateway: Ipv4Network,
+    /// The guest's address.
+    pub guest: Ipv4Addr,
 }
 
 /// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
@@ -256,6 +320,12 @@ pub struct Segment {
     /// Largest packet, bytes; absent: what the bridge has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
+    /// The VLAN that VMs are on, untagged, where the bridge tells VLANs apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    /// Whether VMs on it are kept from each other.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub isolated: bool,
     /// Who makes the bridge.
     pub keeper: Keeper,
 }
@@ -272,7 +342,30 @@ pub enum Keeper {
         addresses: Vec<IpNetwork>,
         /// Whether VMs reach the world under the host's own address.
         masquerade: bool,
+        /// Ports of the host itself that VMs may use, by protocol and port. Absent: all, as records of older versions.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        services: Option<Vec<(u8, u16)>>,
+        /// Whether the host passes nothing on between the bridge and its other links.
+        #[serde(default, skip_serializing_if = "is_false")]
+        closed: bool,
+        /// The VLAN of another link that the bridge is part of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        uplink: Option<VlanLink>,
     },
+}
+
+/// A VLAN of a link, which has a sub-interface of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VlanLink {
+    /// The link that carries tagged packets.
+    pub link: LinkName,
+    /// The VLAN, 1 to 4094.
+    pub vlan: u16,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// The image below a root overlay.

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use super::Scope;
 use super::resources::{self, Resources};
 use super::watched::Watched;
+use super::{Scope, conflict};
 use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -64,6 +64,7 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
         args: arguments.into_iter().map(Into::into).collect(),
         inherit: resources.into_fds(),
         uid: vm.uid,
+        keeps_network: vm.nics.iter().any(|nic| nic.tap().is_none()),
         paths: Paths::of_qemu(&scope.config.qemu.binary),
         log,
         pid_lock: pidlock::open(&scope.paths.qemu_pid())?,
@@ -97,6 +98,8 @@ pub(super) async fn boot(
 }
 
 async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Result<(Connection, UnixStream)> {
+    // While QEMU starts: it takes longer than the answers.
+    let questions = conflict::ask(vm);
     let mut monitor = Connection::connect(path, Instant::now() + READY).await?;
     let status = power::status(&mut monitor).await?;
     if !status.is_prelaunch() {
@@ -117,6 +120,7 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
         }
     }
     let serial = serial(scope).await?;
+    questions.settle(scope).await?;
     power::cont(&mut monitor).await?;
     Ok((monitor, serial))
 }

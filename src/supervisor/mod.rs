@@ -19,6 +19,7 @@
 //! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
 //!   directory, images are untouched.
 
+mod conflict;
 mod console_log;
 mod daemon;
 mod exit;

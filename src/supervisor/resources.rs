@@ -12,11 +12,12 @@ use crate::cid::DiskCid;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
+use crate::link_name::LinkName;
 use crate::net::apply::Plug;
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
-use crate::store::{DiskKey, Rank, atomic};
+use crate::store::{DiskKey, Phase, Rank, Store, atomic};
 use crate::{image, net};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
@@ -26,7 +27,7 @@ const NETWORK_LOCK: Duration = Duration::from_secs(20);
 pub(super) struct Resources {
     files: Vec<(Opened, OwnedFd)>,
     key: Option<OwnedFd>,
-    taps: Vec<Plug>,
+    taps: Vec<Option<Plug>>,
     qmp: UnixListener,
     supervisor_qmp: UnixListener,
     serial: UnixListener,
@@ -37,11 +38,13 @@ impl Resources {
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
         let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
         let encrypted = needs.iter().any(|need| need.encrypted);
+        // In force before there is a tap: a VM is never on a wire without them.
+        net::guard::add(&vm.nics, || all_nics(scope))?;
         let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu);
         Ok(Self {
             files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
             key: if encrypted { Some(key_pipe(scope)?) } else { None },
-            taps: vm.nics.iter().map(|nic| plug(scope, nic)).collect::<Result<_>>()?,
+            taps: vm.nics.iter().map(|nic| plug(scope, vm, nic)).collect::<Result<_>>()?,
             qmp: listen(&scope.paths.qmp())?,
             supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
             serial: listen(&scope.paths.serial())?,
@@ -53,7 +56,7 @@ impl Resources {
         Handles {
             files: self.files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
             key: self.key.as_ref().map(AsRawFd::as_raw_fd),
-            taps: self.taps.iter().map(|plug| Tap { fd: plug.tap.as_raw_fd(), mtu: plug.mtu }).collect(),
+            taps: self.taps.iter().map(|plug| plug.as_ref().map(tap)).collect(),
             qmp: self.qmp.as_raw_fd(),
             supervisor_qmp: self.supervisor_qmp.as_raw_fd(),
             serial: self.serial.as_raw_fd(),
@@ -63,7 +66,7 @@ impl Resources {
     /// The descriptors themselves, to be closed here once QEMU has them: an image's lock lives as long as any copy.
     pub(super) fn into_fds(self) -> Vec<OwnedFd> {
         let sockets = [self.qmp, self.supervisor_qmp, self.serial].map(OwnedFd::from);
-        let taps = self.taps.into_iter().map(|plug| plug.tap);
+        let taps = self.taps.into_iter().flatten().flat_map(|plug| plug.queues.into_iter().chain(plug.vhost));
         self.files.into_iter().map(|(_, fd)| fd).chain(self.key).chain(taps).chain(sockets).collect()
     }
 }
@@ -98,14 +101,47 @@ fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
     Ok(reader.into())
 }
 
-/// Makes the NIC's bridge as it must be and plugs a new tap into it.
-fn plug(scope: &Scope, nic: &Nic) -> Result<Plug> {
-    let lock = scope.store.lock(Rank::Network, &nic.segment.bridge, Instant::now() + NETWORK_LOCK)?;
+/// The cards of all VMs there are, should the host have lost everybody's rules.
+fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
+    let mut nics = Vec::new();
+    for vm in scope.store.list::<VmRecord>()? {
+        // One that can not be read must not keep others from starting.
+        match scope.store.read::<VmRecord>(&vm) {
+            Ok(record) => {
+                nics.extend(record.filter(|vm| vm.phase != Phase::Deleting).into_iter().flat_map(|vm| vm.nics))
+            }
+            Err(error) => tracing::warn!(%vm, error = error.report(), "a VM's rules are left out"),
+        }
+    }
+    Ok(nics)
+}
+
+fn tap(plug: &Plug) -> Tap {
+    let numbers = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
+    Tap { queues: numbers(&plug.queues), vhost: numbers(&plug.vhost), mtu: plug.mtu }
+}
+
+/// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
+fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
+    let Some((tap, segment)) = nic.tap() else { return Ok(None) };
+    let lock = scope.store.lock(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
-    net::apply::remove_tap(&nic.tap)?;
-    let plug = net::apply::plug(&nic.tap, &nic.segment)?;
+    net::apply::remove_tap(tap)?;
+    let queues = net::tap::queues(vm.machine.cpus);
+    let plug = net::apply::plug(tap, segment, queues, || taps_on(&scope.store, &segment.bridge))?;
     lock.retire()?;
-    Ok(plug)
+    Ok(Some(plug))
+}
+
+/// The taps of all VMs on a bridge, whether they run or not.
+fn taps_on(store: &Store, bridge: &LinkName) -> Result<Vec<LinkName>> {
+    let mut taps = Vec::new();
+    for cid in store.list::<VmRecord>()? {
+        let Some(vm) = store.read::<VmRecord>(&cid)? else { continue };
+        let here = vm.nics.iter().filter_map(Nic::tap).filter(|(_, segment)| segment.bridge == *bridge);
+        taps.extend(here.map(|(tap, _)| tap.clone()));
+    }
+    Ok(taps)
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.

@@ -3,7 +3,7 @@
 //! 1. take the lock that says it lives ([`super::pidlock`])
 //! 2. have every descriptor close at exec but those it is given
 //! 3. no core dumps, room for descriptors
-//! 4. empty network and ipc namespaces
+//! 4. empty network and ipc namespaces; a QEMU that is to speak to the network itself keeps the host's
 //! 5. a uid and gid of its own, no groups
 //! 6. no_new_privs, no capabilities, then Landlock: which paths it may open at all
 //!
@@ -49,6 +49,8 @@ pub struct Confined {
     pub inherit: Vec<OwnedFd>,
     /// Its user and group.
     pub uid: u32,
+    /// Whether it keeps the network namespace it is started in: it speaks to the network itself.
+    pub keeps_network: bool,
     /// Paths it may open.
     pub paths: Paths,
     /// Where its standard output and error go.
@@ -119,7 +121,7 @@ impl Step {
 /// # Errors
 /// [`ErrorKind::Host`] naming the step that failed.
 pub fn spawn(confined: Confined) -> Result<Child> {
-    let Confined { program, args, inherit, uid, paths, log, pid_lock, hardening } = confined;
+    let Confined { program, args, inherit, uid, keeps_network, paths, log, pid_lock, hardening } = confined;
     let ruleset = landlock::ruleset(&paths, hardening)?;
     let (mut failed_at, report) = std::io::pipe().map_err(|e| Error::os("make a pipe", e))?;
     let errors = log.try_clone().map_err(|e| Error::os("copy the log's descriptor", e))?;
@@ -134,6 +136,7 @@ pub fn spawn(confined: Confined) -> Result<Child> {
         descriptors: DESCRIPTORS.min(most),
         lock: pid_lock.as_raw_fd(),
         uid,
+        namespaces: if keeps_network { libc::CLONE_NEWIPC } else { libc::CLONE_NEWNET | libc::CLONE_NEWIPC },
         ruleset: ruleset.as_ref().map(AsRawFd::as_raw_fd),
         hardening,
         report: report.as_raw_fd(),
@@ -181,6 +184,7 @@ struct Steps {
     fds: Vec<RawFd>,
     lock: RawFd,
     uid: u32,
+    namespaces: libc::c_int,
     descriptors: libc::rlim_t,
     ruleset: Option<RawFd>,
     hardening: Hardening,
@@ -210,8 +214,7 @@ impl Steps {
             return Ok(());
         }
         let id = self.uid as usize;
-        let namespaces = (libc::CLONE_NEWNET | libc::CLONE_NEWIPC) as usize;
-        self.step(Step::Namespaces, || call(libc::SYS_unshare, [namespaces, 0, 0]))?;
+        self.step(Step::Namespaces, || call(libc::SYS_unshare, [self.namespaces as usize, 0, 0]))?;
         self.step(Step::Groups, || call(libc::SYS_setgroups, [0, 0, 0]))?;
         self.step(Step::Gid, || call(libc::SYS_setresgid, [id, id, id]))?;
         self.step(Step::Uid, || call(libc::SYS_setresuid, [id, id, id]))?;
@@ -309,6 +312,7 @@ mod tests {
             args: vec!["-c".into(), script.into()],
             inherit: Vec::new(),
             uid: 1_900_000_001,
+            keeps_network: false,
             paths: Paths::of_qemu(Path::new("/usr/bin/qemu-system-x86_64")),
             log: File::create(dir.join("log")).unwrap(),
             pid_lock: pidlock::open(&dir.join("x.pid")).unwrap(),

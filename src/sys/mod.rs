@@ -6,6 +6,7 @@ pub mod detach;
 pub mod helper;
 pub mod io_uring;
 mod landlock;
+pub mod packet;
 pub mod pidfd;
 pub mod pidlock;
 pub mod signals;

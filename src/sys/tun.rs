@@ -4,7 +4,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::libc::{IFF_NO_PI, IFF_TAP, IFF_TUN_EXCL, IFF_VNET_HDR, c_int};
+use nix::libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN_EXCL, IFF_VNET_HDR, c_int};
 
 /// `struct ifreq` as far as this call reads it: the name, the flags, zeros.
 #[repr(C)]
@@ -24,13 +24,26 @@ mod raw {
 }
 
 /// Makes a new tap `name` out of `device`, an open `/dev/net/tun`: Ethernet frames, each behind a virtio-net header.
+/// With `several`, queues can be added.
 ///
-/// The tap lives as long as a descriptor of `device` does.
+/// The tap lives as long as a descriptor of `device` or of a further queue does.
 ///
 /// # Errors
 /// EBUSY if a link of that name exists, EPERM without CAP_NET_ADMIN, EINVAL for a name the kernel refuses.
-pub fn create_tap(device: BorrowedFd<'_>, name: &str) -> nix::Result<()> {
-    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL;
+pub fn create_tap(device: BorrowedFd<'_>, name: &str, several: bool) -> nix::Result<()> {
+    set(device, name, IFF_TUN_EXCL | if several { IFF_MULTI_QUEUE } else { 0 })
+}
+
+/// Makes `device` a further queue of the tap `name`, which was made for several.
+///
+/// # Errors
+/// EINVAL if it was not.
+pub fn add_queue(device: BorrowedFd<'_>, name: &str) -> nix::Result<()> {
+    set(device, name, IFF_MULTI_QUEUE)
+}
+
+fn set(device: BorrowedFd<'_>, name: &str, more: c_int) -> nix::Result<()> {
+    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | more;
     // All of them lie in the lower 16 bits; IFF_TUN_EXCL is the 16th.
     let mut request = InterfaceRequest { name: [0; 16], flags: flags as u16, unused: [0; 22] };
     let (_nul, room) = request.name.split_last_mut().ok_or(Errno::ENAMETOOLONG)?;

@@ -16,7 +16,20 @@ const LAYERS: &[Row] = &[
     Together(&["agent"]),
     Apart(&["image", "qemu", "qmp", "net"]),
     Together(&["store", "host"]),
-    Together(&["config", "schema", "cid", "units", "mac", "link_name", "ordered", "error", "log", "crash", "sys"]),
+    Together(&[
+        "config",
+        "schema",
+        "cid",
+        "units",
+        "mac",
+        "link_name",
+        "ordered",
+        "ranges",
+        "error",
+        "log",
+        "crash",
+        "sys",
+    ]),
 ];
 
 /// Macros live at the crate's root whatever module declares them.

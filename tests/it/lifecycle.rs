@@ -164,7 +164,8 @@ fn cards_are_in_the_manifests_order_and_a_vip_has_none() {
     assert_eq!(macs, ["zeta", "nat", "alpha"].map(|name| &networks[name]["mac"]));
     assert_eq!(networks["vip"].get("mac"), None);
     let record = host.record(&vm);
-    let controllers = record.nics.iter().map(|nic| text(&host.namespace().link(nic.tap.as_str()).unwrap()["master"]));
+    let controllers =
+        record.nics.iter().map(|nic| text(&host.namespace().link(nic.tap().unwrap().0.as_str()).unwrap()["master"]));
     assert_eq!(controllers.collect::<Vec<_>>(), ["br1", "bosh-nat0", "br0"]);
     host.ok("delete_vm", &json!([vm]));
     assert!(host.namespace().link("br0").is_some() && host.namespace().link("br1").is_some(), "not ours to remove");

@@ -1,5 +1,6 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
+mod addresses;
 mod audit;
 mod contract;
 mod crashes;
@@ -11,6 +12,7 @@ mod disks;
 mod docs;
 mod door;
 mod full;
+mod guard;
 mod host_boot;
 mod hostile;
 mod hotplug;
@@ -18,7 +20,10 @@ mod identity;
 mod layers;
 mod lifecycle;
 mod linux;
+mod managed_networks;
 mod network;
+mod network_command;
+mod network_profiles;
 mod pools;
 mod release;
 mod snapshots;

@@ -1,144 +1,16 @@
 //! Bridges, taps and rules on a real kernel, each test in network namespaces of its own.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::net::UdpSocket;
 
-use bosh_qemu_cpi::config::Network;
-use bosh_qemu_cpi::error::{ErrorKind, Result};
-use bosh_qemu_cpi::link_name::LinkName;
-use bosh_qemu_cpi::net::plan::{Keeper, Requested, Segment};
-use bosh_qemu_cpi::net::{apply, plan};
-use serde_json::{Value, json};
+use bosh_qemu_cpi::error::ErrorKind;
+use bosh_qemu_cpi::net::apply;
+use bosh_qemu_cpi::net::plan::{Keeper, Segment};
+use serde_json::json;
 
-use crate::support::netns::Namespace;
+use crate::support::lab::{BRIDGE, Lab, existing, name, nat, seen_from, text};
 use crate::support::nftables;
 
-const BRIDGE: &str = "bosh-nat0";
 const TABLE: &str = "bosh-qemu-bosh-nat0";
-
-/// A host with a link `uplink` to the world outside, which knows no way back to the VMs.
-struct Lab {
-    host: Namespace,
-    outside: Namespace,
-}
-
-impl Lab {
-    fn new() -> Option<Self> {
-        let lab = Self { host: Namespace::new()?, outside: Namespace::new()? };
-        lab.host.cable("uplink", &lab.outside, "world");
-        for (namespace, link, end) in [(&lab.host, "uplink", 1), (&lab.outside, "world", 2)] {
-            namespace.ip(&format!("address add 192.0.2.{end}/24 dev {link}"));
-            namespace.ip(&format!("address add 2001:db8::{end}/64 dev {link} nodad"));
-        }
-        Some(lab)
-    }
-
-    /// A machine on the bridge, with this address and the gateway that ends in 1.
-    fn vm(&self, port: &str, ip: &str) -> Namespace {
-        let vm = Namespace::new().expect("as the first two");
-        self.host.cable(port, &vm, "eth0");
-        self.host.ip(&format!("link set {port} master {BRIDGE}"));
-        let (version, length, nodad) = if ip.contains(':') { ("-6", 64, "nodad") } else { ("-4", 24, "") };
-        vm.ip(&format!("address add {ip}/{length} dev eth0 {nodad}"));
-        let gateway = format!("{}1", &ip[..ip.rfind(['.', ':']).expect("an address") + 1]);
-        vm.ip(&format!("{version} route add default via {gateway}"));
-        vm
-    }
-
-    fn ensure(&self, segment: &Segment) -> Result<()> {
-        self.host.run(|| apply::ensure(segment))
-    }
-
-    fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
-        self.host.run(|| apply::plug(&name(tap), segment))
-    }
-
-    /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
-    /// every descriptor, until it executes its program.
-    fn unplug(&self, tap: &str, descriptor: OwnedFd) {
-        drop(descriptor);
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while self.host.link(tap).is_some() {
-            assert!(Instant::now() < deadline, "tap {tap} outlives its descriptor");
-        }
-    }
-
-    fn release(&self, segment: &Segment) -> Result<()> {
-        self.host.run(|| apply::release(segment))
-    }
-
-    /// What a call may have changed: links with their settings and addresses, and the count of writes to nftables.
-    /// Left out is what the kernel goes on changing by itself: timers, carrier, its link-local addresses.
-    fn state(&self) -> (Vec<String>, u32) {
-        let links = self.host.ip_json("address show");
-        let settings = |link: &Value| {
-            let up = link["flags"].as_array().unwrap().contains(&"UP".into());
-            let addresses = link["addr_info"].as_array().unwrap().iter().filter(|a| a["scope"] != "link");
-            let addresses: Vec<_> = addresses.map(|a| format!("{}/{}", a["local"], a["prefixlen"])).collect();
-            let keys = ["ifindex", "ifname", "address", "mtu", "master", "ifalias"].map(|key| link[key].to_string());
-            format!("{keys:?} up: {up} {addresses:?}")
-        };
-        (links.as_array().unwrap().iter().map(settings).collect(), self.host.run(nftables::generation))
-    }
-
-    /// Links of the host, without `lo`.
-    fn links(&self) -> Vec<String> {
-        let links = self.host.ip_json("link show");
-        let names = links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned());
-        names.filter(|name| name != "lo").collect()
-    }
-
-    fn bridge(&self) -> Value {
-        self.host.link(BRIDGE).expect("a bridge")
-    }
-}
-
-fn name(text: &str) -> LinkName {
-    LinkName::parse(text).unwrap()
-}
-
-fn nat(gateway: &str) -> Segment {
-    let netmask = if gateway.contains(':') { "ffff:ffff:ffff:ffff::" } else { "255.255.255.0" };
-    let requested = Requested { ip: None, netmask: netmask.parse().ok(), gateway: gateway.parse().ok() };
-    plan::segment("lab", &Network::nat(), &requested).unwrap()
-}
-
-fn text(error: &bosh_qemu_cpi::error::Error) -> String {
-    format!("{:?}: {}", error.kind(), error.report())
-}
-
-/// Who `listener` sees when `vm` speaks to `to` by TCP and UDP; the answers must come back.
-fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
-    let address = SocketAddr::new(to.parse().unwrap(), 0);
-    let patience = Some(Duration::from_secs(5));
-    let (listener, datagrams) =
-        lab.outside.run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
-    let (tcp, udp) = (listener.local_addr().unwrap(), datagrams.local_addr().unwrap());
-    datagrams.set_read_timeout(patience).unwrap();
-
-    let stream = vm.run(|| TcpStream::connect_timeout(&tcp, Duration::from_secs(5)));
-    let mut stream = stream.unwrap_or_else(|error| panic!("connect to {tcp}: {error}"));
-    stream.set_read_timeout(patience).unwrap();
-    let (mut served, by_tcp) = listener.accept().unwrap();
-    stream.write_all(b"ping").unwrap();
-    let mut bytes = [0; 4];
-    served.set_read_timeout(patience).unwrap();
-    served.read_exact(&mut bytes).unwrap();
-    served.write_all(b"pong").unwrap();
-    stream.read_exact(&mut bytes).unwrap();
-    assert_eq!(&bytes, b"pong");
-
-    let socket = vm.run(|| UdpSocket::bind(if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" }).unwrap());
-    socket.set_read_timeout(patience).unwrap();
-    socket.send_to(b"ping", udp).unwrap();
-    let (_, by_udp) = datagrams.recv_from(&mut bytes).unwrap();
-    datagrams.send_to(b"pong", by_udp).unwrap();
-    assert_eq!(socket.recv_from(&mut bytes).unwrap(), (4, udp));
-    assert_eq!(by_tcp.ip(), by_udp.ip());
-    by_tcp.ip()
-}
 
 #[test]
 fn a_bridge_is_made_once_and_marked() {
@@ -169,7 +41,7 @@ fn a_bridge_is_made_once_and_marked() {
 #[test]
 fn what_somebody_broke_is_made_again() {
     let Some(lab) = Lab::new() else { return };
-    let segment = nat("10.0.0.1");
+    let segment = Segment { mtu: Some(1500), ..nat("10.0.0.1") };
     lab.ensure(&segment).unwrap();
     let (index, mac) = (lab.bridge()["ifindex"].clone(), lab.bridge()["address"].clone());
     // Without its mark it is as after a crash between making and marking it.
@@ -206,12 +78,12 @@ fn a_tap_lives_as_long_as_its_descriptor_and_leaves_the_bridge_as_it_was() {
     lab.release(&segment).unwrap();
     assert!(lab.host.link(BRIDGE).is_some(), "a bridge with ports stays");
 
-    let copy = first.tap.try_clone().unwrap();
+    let copy = [first.queues[0].try_clone().unwrap()];
     drop(first);
     assert!(lab.host.link("bqfirstn0").is_some());
     lab.unplug("bqfirstn0", copy);
     assert_eq!(lab.bridge()["address"], mac);
-    lab.unplug("bqsecondn0", second.tap);
+    lab.unplug("bqsecondn0", second.queues);
     lab.release(&segment).unwrap();
     assert_eq!(lab.links(), ["uplink"]);
 }
@@ -259,7 +131,7 @@ fn nothing_of_ours_is_left_after_the_last_vm() {
     lab.release(&segment).unwrap();
     lab.ensure(&segment).unwrap();
     let port = lab.plug("bqportn0", &segment).unwrap();
-    lab.unplug("bqportn0", port.tap);
+    lab.unplug("bqportn0", port.queues);
     lab.release(&segment).unwrap();
     assert_eq!(lab.links(), links);
     assert_eq!(lab.host.run(nftables::tables), ["somebody"]);
@@ -289,7 +161,13 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
 
     let before = lab.state();
     let wide = Segment {
-        keeper: Keeper::Us { addresses: vec!["192.0.0.1/16".parse().unwrap()], masquerade: true },
+        keeper: Keeper::Us {
+            addresses: vec!["192.0.0.1/16".parse().unwrap()],
+            masquerade: true,
+            services: None,
+            closed: false,
+            uplink: None,
+        },
         ..segment
     };
     assert_eq!(
@@ -304,7 +182,7 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
 #[test]
 fn an_operators_bridge_is_used_and_never_changed() {
     let Some(lab) = Lab::new() else { return };
-    let segment = plan::existing_bridge("br0").unwrap();
+    let segment = existing("br0");
     let refusal = |segment: &Segment| text(&lab.ensure(segment).unwrap_err());
     assert_eq!(
         refusal(&segment),
@@ -312,7 +190,7 @@ fn an_operators_bridge_is_used_and_never_changed() {
          Hint: make it: ip link add br0 type bridge && ip link set br0 up"
     );
     assert_eq!(
-        refusal(&plan::existing_bridge("uplink").unwrap()),
+        refusal(&existing("uplink")),
         "BadConfig: bridge 'uplink' is a link, but no bridge: its kind is veth\n\
          Hint: make a bridge and put it in: ip link add br0 type bridge && ip link set uplink master br0"
     );
@@ -335,8 +213,8 @@ fn an_operators_bridge_is_used_and_never_changed() {
     let (plain, small) = (lab.plug("bqplainn0", &segment).unwrap(), lab.plug("bqsmalln0", &small).unwrap());
     assert_eq!((plain.mtu, small.mtu), (1450, 1300));
     assert_eq!(bridge(), before);
-    lab.unplug("bqplainn0", plain.tap);
-    lab.unplug("bqsmalln0", small.tap);
+    lab.unplug("bqplainn0", plain.queues);
+    lab.unplug("bqsmalln0", small.queues);
     lab.release(&segment).unwrap();
     assert_eq!(bridge(), before);
     assert_eq!(lab.host.run(nftables::tables), [""; 0]);
@@ -376,11 +254,11 @@ fn several_at_once_make_one_bridge() {
         assert_eq!(lab.bridge()["addr_info"].as_array().unwrap().iter().filter(|a| a["family"] == "inet").count(), 1);
         assert_eq!(lab.links().len(), 2 + plugs.len(), "round {round}");
         for (i, plug) in plugs.into_iter().enumerate() {
-            lab.unplug(&format!("bqtap{i}n0"), plug.tap);
+            lab.unplug(&format!("bqtap{i}n0"), plug.queues);
         }
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| lab.release(&segment))).collect();
-            threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+            assert!(threads.into_iter().all(|thread| thread.join().unwrap().unwrap()));
         });
         assert_eq!(lab.links(), ["uplink"]);
     }

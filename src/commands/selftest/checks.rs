@@ -17,6 +17,7 @@ use crate::host::{probe, tail};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::power;
 use crate::schema::Redacted;
+use crate::store::record::Nic;
 use crate::store::{Store, VmRecord};
 use crate::supervisor::{PowerState, power_state};
 use crate::units::MiB;
@@ -146,13 +147,14 @@ impl Tour<'_> {
 
     fn tap(&self) -> Checked {
         let record = self.record()?;
-        for nic in &record.nics {
-            for link in [&nic.tap, &nic.segment.bridge] {
+        for (tap, segment) in record.nics.iter().filter_map(Nic::tap) {
+            for link in [tap, &segment.bridge] {
                 nix::net::if_::if_nametoindex(link.as_str())
                     .map_err(|e| Error::os(format!("find link '{link}'"), e))?;
             }
         }
-        fine(format!("{} on bridge {}", record.nics[0].tap, record.nics[0].segment.bridge))
+        let (tap, segment) = record.nics[0].tap().expect("the default network has a bridge");
+        fine(format!("{tap} on bridge {}", segment.bridge))
     }
 
     fn record(&self) -> Result<VmRecord> {
@@ -208,8 +210,8 @@ impl Tour<'_> {
             self.cpi().delete_stemcell(&stemcell)?;
         }
         let mut left = Vec::new();
-        for nic in record.iter().flat_map(|record| &record.nics) {
-            let links = [&nic.tap, &nic.segment.bridge].into_iter();
+        for (tap, segment) in record.iter().flat_map(|record| &record.nics).filter_map(Nic::tap) {
+            let links = [tap, &segment.bridge].into_iter();
             left.extend(links.filter(|l| nix::net::if_::if_nametoindex(l.as_str()).is_ok()).map(ToString::to_string));
         }
         for dir in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::{Audit, Kind, message};
-use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid};
+use crate::cid::{Cid, DiskCid};
+use crate::cpi::leftovers;
 use crate::error::Result;
 use crate::store::record::{AttachmentPhase, SnapshotRecord};
 use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord};
@@ -60,17 +61,12 @@ impl Audit<'_> {
     /// Creates that were cut short before there was a record, or after it was whole.
     fn notes(&mut self) -> Result<()> {
         for name in self.cpi.notes() {
-            let rank = match name.split('-').next() {
-                Some(StemcellCid::PREFIX) => Rank::Stemcell,
-                Some(SnapshotCid::PREFIX) => Rank::Snapshot,
-                Some(DiskCid::PREFIX) => Rank::Disk,
-                _ => Rank::Vm,
-            };
-            let Some(lock) = self.idle(rank, &name)? else { continue };
-            if self.cpi.store.is_locked_for_something(rank, &name) {
-                drop(lock);
+            let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };
+            let Some(guard) = self.idle(rank, &lock)? else { continue };
+            if self.cpi.store.is_locked_for_something(rank, &lock) {
+                drop(guard);
             } else {
-                lock.retire()?;
+                guard.retire()?;
             }
             if !self.findings.iter().any(|finding| finding.what == name) {
                 let cpi = self.cpi;

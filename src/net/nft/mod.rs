@@ -6,50 +6,120 @@
 //! rule's bytes, so fingerprints are what is compared: a rule that was added, lost, moved or written by another
 //! version of ours makes the table differ.
 
+mod field;
+pub(in crate::net) mod foreign;
 mod rule;
+mod set;
 
 use std::fmt;
 
-use netlink_bindings::nftables::{Chained, Nfgenmsg, Request};
-use netlink_bindings::traits::Pusher;
+use netlink_bindings::nftables::{Chained, ChainedFinal, Nfgenmsg, PushSetelemListAttrs, Request};
+use netlink_bindings::traits::{NetlinkChained, Pusher};
+use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_header};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use nix::errno::Errno;
 use nix::libc;
 
+pub(super) use field::*;
 pub(super) use rule::{Match, Rule, Verdict};
+pub(super) use set::{Element, Holds, Kind, Part, Set};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A table of the family `inet`: IPv4 and IPv6. Its `Display` is nftables' language.
+/// A table. Its `Display` is nftables' language.
 #[derive(Debug)]
 pub(super) struct Table {
+    pub family: Family,
     /// At most 255 bytes (`NFT_NAME_MAXLEN`).
     pub name: String,
+    pub sets: Vec<Set>,
     pub chains: Vec<Chain>,
 }
 
-/// Rules that are asked in order, at one place of a packet's way. What none of them decides is accepted.
+/// Which packets a table sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    /// IPv4 and IPv6 that this host sends, receives or routes.
+    Inet,
+    /// Frames between the ports of its bridges.
+    Bridge,
+}
+
+/// Rules that are asked in order. What none of them decides is accepted.
 #[derive(Debug)]
 pub(super) struct Chain {
     pub name: &'static str,
-    pub hook: Hook,
+    /// Where packets enter it; `None`: from other chains only.
+    pub hook: Option<Hook>,
     pub rules: Vec<Rule>,
 }
 
 /// A place of a packet's way through the kernel.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Hook {
-    /// `type nat hook postrouting priority srcnat`: the source address may be rewritten.
-    SourceNat,
+pub(super) struct Hook {
+    /// The chain's type.
+    kind: &'static str,
+    place: Place,
+    priority: i32,
+}
+
+/// `linux/netfilter.h`, `enum nf_inet_hooks`; bridges have the same.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    Prerouting = 0,
+    Input = 1,
+    Forward = 2,
+    Output = 3,
+    Postrouting = 4,
 }
 
 impl Hook {
-    /// Chain type, hook and priority (`linux/netfilter.h`, `NF_INET_POST_ROUTING`, `NF_IP_PRI_NAT_SRC`).
-    fn raw(self) -> (&'static str, u32, i32) {
-        match self {
-            Self::SourceNat => ("nat", 4, 100),
-        }
+    /// The source address may be rewritten (`NF_IP_PRI_NAT_SRC`).
+    pub const SOURCE_NAT: Self = Self { kind: "nat", place: Place::Postrouting, priority: 100 };
+
+    /// The destination address of what comes from others may be rewritten (`NF_IP_PRI_NAT_DST`).
+    pub const DESTINATION_NAT: Self = Self { kind: "nat", place: Place::Prerouting, priority: -100 };
+
+    /// The destination address of what this host sends may be rewritten.
+    pub const OWN_DESTINATION_NAT: Self = Self { kind: "nat", place: Place::Output, priority: -100 };
+
+    /// Packets may be dropped.
+    pub const fn filter(place: Place, priority: i32) -> Self {
+        Self { kind: "filter", place, priority }
     }
+}
+
+impl Family {
+    /// `NFPROTO_INET`, `NFPROTO_BRIDGE`.
+    fn header(self) -> Nfgenmsg {
+        let family = match self {
+            Self::Inet => libc::NFPROTO_INET,
+            Self::Bridge => libc::NFPROTO_BRIDGE,
+        };
+        Nfgenmsg { nfgen_family: family as u8, ..Nfgenmsg::default() }
+    }
+}
+
+/// One step of a transaction.
+#[derive(Debug)]
+pub(super) enum Step<'a> {
+    /// The table takes the place of any of that name, without elements.
+    Replace(&'a Table),
+    /// The table is removed. It must be there.
+    Drop(Family, &'a str),
+    /// The set has these elements, too.
+    Add(&'a Table, &'a Set, &'a [Element]),
+    /// The set has none of these elements. One of a map is only removed with the data it has.
+    Remove(&'a Table, &'a Set, &'a [Element]),
+}
+
+/// Whether a transaction was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub(super) enum Outcome {
+    Done,
+    /// Nothing was changed: something was not as it had been looked at.
+    Stale,
 }
 
 /// Whether the kernel has the table with exactly these rules.
@@ -57,41 +127,69 @@ pub(super) fn holds(table: &Table) -> Result<bool> {
     let wanted: Vec<_> = table
         .chains
         .iter()
-        .flat_map(|chain| chain.rules.iter().map(|rule| (chain.name.to_owned(), rule.comment(chain.hook.raw()))))
+        .flat_map(|chain| chain.rules.iter().map(|rule| (chain.name.to_owned(), rule.comment(&table.declared(chain)))))
         .collect();
-    let found = fingerprints(&table.name).map_err(|error| failed("list the rules of", &table.name, &error))?;
+    let found = fingerprints(table).map_err(|error| failed("list the rules of", &table.name, &error))?;
     Ok(!wanted.is_empty() && found == wanted)
 }
 
 /// Puts the table in place of any of that name, in one transaction: no packet sees half of it.
 pub(super) fn replace(table: &Table) -> Result<()> {
-    transact(|batch| {
-        // Without the first, the second would fail where there is no such table.
-        new_table(batch, &table.name);
-        delete_table(batch, &table.name);
-        new_table(batch, &table.name);
-        for chain in &table.chains {
-            new_chain(batch, &table.name, chain);
-            for rule in &chain.rules {
-                new_rule(batch, &table.name, chain, rule);
-            }
-        }
-    })
-    .map_err(|error| failed("write", &table.name, &error))
+    transact(&[Step::Replace(table)], None).map_err(|error| failed("write", &table.name, &error))
 }
 
 /// Removes the table, if it is there. A kernel without nftables has none.
-pub(super) fn drop_table(name: &str) -> Result<()> {
-    match transact(|batch| delete_table(batch, name)) {
+pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
+    match transact(&[Step::Drop(family, name)], None) {
         Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => Ok(()),
         result => result.map_err(|error| failed("remove", name, &error)),
     }
 }
 
+/// Does all steps in one transaction, or none. With a `generation`, only if nothing of the host's nftables has changed
+/// since [`generation`] said it.
+pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
+    let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
+    match transact(steps, generation) {
+        Ok(()) => Ok(Outcome::Done),
+        Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::ERESTART)) => Ok(Outcome::Stale),
+        Err(error) => Err(failed("write", table, &error)),
+    }
+}
+
+/// Counts the transactions of the host.
+pub(super) fn generation() -> Result<u32> {
+    let fail = |error: ReplyError| failed("ask for the generation of", "", &error);
+    let request = Request::new().op_getgen_do(&Nfgenmsg::new());
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).map_err(|error| fail(error.into()))?;
+    let (_, generation) = reply.recv_one().map_err(fail)?;
+    generation.get_id().map_err(|error| fail(error.into()))
+}
+
+/// Whether the set is there and has no element.
+pub(super) fn is_empty(table: &Table, set: &Set) -> Result<bool> {
+    let mut request = Request::new().op_getsetelem_dump(&table.family.header());
+    request.encode().push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
+    let mut socket = NetlinkSocket::new();
+    let mut empty = true;
+    let mut look = || -> Result<(), ReplyError> {
+        let mut reply = socket.request(&request)?;
+        while let Some((_, elements)) = reply.recv().transpose()? {
+            empty &= elements.get_elements().is_ok_and(|mut list| list.next().is_none());
+        }
+        Ok(())
+    };
+    match look() {
+        Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(false),
+        looked => looked.map(|()| empty).map_err(|error| failed("list the elements of", &table.name, &error)),
+    }
+}
+
 /// Chain and comment of every rule of the table, in order; none if there is no table.
-fn fingerprints(table: &str) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
-    let mut request = Request::new().op_getrule_dump(&inet());
-    request.encode().push_table_bytes(table.as_bytes());
+fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
+    let mut request = Request::new().op_getrule_dump(&table.family.header());
+    request.encode().push_table_bytes(table.name.as_bytes());
     let mut socket = NetlinkSocket::new();
     let mut reply = socket.request(&request)?;
     let mut rules = Vec::new();
@@ -102,44 +200,178 @@ fn fingerprints(table: &str) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
     Ok(rules)
 }
 
-fn transact(fill: impl FnOnce(&mut Chained<'_>)) -> Result<(), ReplyError> {
+fn transact(steps: &[Step<'_>], generation: Option<u32>) -> Result<(), ReplyError> {
     let mut socket = NetlinkSocket::new();
     // More than any batch of ours has messages; replies are told apart by them.
-    let mut batch = Chained::new(socket.reserve_seq(1 << 16));
+    let first = socket.reserve_seq(1 << 16);
+    let mut batch = batch(first, steps, generation, false);
+    if batch.chain_len().is_multiple_of(64) {
+        // Of so many messages, netlink-socket2 0.3.5 (`Bits::with_len`) takes the last 64 for answered: a failure of one
+        // of them would be a success.
+        batch = self::batch(first, steps, generation, true);
+    }
+    socket.request_chained(&batch)?.recv_all()
+}
+
+/// The steps as messages; with one more that does nothing, if it is `padded`.
+fn batch(first: u32, steps: &[Step<'_>], generation: Option<u32>, padded: bool) -> ChainedFinal<'static> {
+    let mut batch = Chained::new(first);
     let mut nftables = Nfgenmsg::new();
     nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
-    batch.request().op_batch_begin_do(&nftables);
-    fill(&mut batch);
+    let mut begin = batch.request().op_batch_begin_do(&nftables);
+    if let Some(generation) = generation {
+        begin.encode().push_genid(generation);
+    }
+    drop(begin);
+    if let (true, Some(step)) = (padded, steps.first()) {
+        let (family, name) = step.table();
+        new_table(&mut batch, family, name);
+    }
+    steps.iter().for_each(|step| step.push(&mut batch));
     batch.request().op_batch_end_do(&nftables);
-    socket.request_chained(&batch.finalize())?.recv_all()
+    batch.finalize()
 }
 
-fn new_table(batch: &mut Chained<'_>, name: &str) {
-    batch.request().set_create().op_newtable_do(&inet()).encode().push_name_bytes(name.as_bytes());
+/// How many elements go into one message: an attribute has at most 64 KiB.
+const ELEMENTS: usize = 256;
+
+impl Step<'_> {
+    fn table(&self) -> (Family, &str) {
+        match self {
+            Self::Replace(table) | Self::Add(table, ..) | Self::Remove(table, ..) => (table.family, &table.name),
+            Self::Drop(family, name) => (*family, name),
+        }
+    }
+
+    fn push(&self, batch: &mut Chained<'_>) {
+        match self {
+            Self::Replace(table) => {
+                // Without the first, the second would fail where there is no such table.
+                new_table(batch, table.family, &table.name);
+                delete_table(batch, table.family, &table.name);
+                new_table(batch, table.family, &table.name);
+                table.sets.iter().for_each(|set| new_set(batch, table, set));
+                // A rule names chains and sets, which must be there before it.
+                table.chains.iter().for_each(|chain| new_chain(batch, table, chain));
+                for chain in &table.chains {
+                    chain.rules.iter().for_each(|rule| new_rule(batch, table, chain, rule));
+                }
+            }
+            Self::Drop(family, name) => delete_table(batch, *family, name),
+            Self::Add(table, set, elements) => elements.chunks(ELEMENTS).for_each(|elements| {
+                let mut request = batch.request().set_create().op_newsetelem_do(&table.family.header());
+                push_elements(request.encode(), table, set, elements);
+            }),
+            Self::Remove(table, set, elements) => {
+                // Without the first, the second would fail where there is no such element.
+                Self::Add(table, set, elements).push(batch);
+                elements.chunks(ELEMENTS).for_each(|elements| {
+                    let mut request = batch.request().op_delsetelem_do(&table.family.header());
+                    push_elements(request.encode(), table, set, elements);
+                });
+            }
+        }
+    }
 }
 
-fn delete_table(batch: &mut Chained<'_>, name: &str) {
-    batch.request().op_deltable_do(&inet()).encode().push_name_bytes(name.as_bytes());
+fn delete_table(batch: &mut Chained<'_>, family: Family, name: &str) {
+    batch.request().op_deltable_do(&family.header()).encode().push_name_bytes(name.as_bytes());
 }
 
-fn new_chain(batch: &mut Chained<'_>, table: &str, chain: &Chain) {
-    let (kind, hook, priority) = chain.hook.raw();
-    let mut request = batch.request().set_create().op_newchain_do(&inet());
-    let attributes = request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(chain.name.as_bytes());
-    let attributes = attributes.nested_hook().push_num(hook).push_priority(priority).end_nested();
-    attributes.push_policy(libc::NF_ACCEPT as u32).push_type_bytes(kind.as_bytes());
+fn new_table(batch: &mut Chained<'_>, family: Family, name: &str) {
+    batch.request().set_create().op_newtable_do(&family.header()).encode().push_name_bytes(name.as_bytes());
 }
 
-fn new_rule(batch: &mut Chained<'_>, table: &str, chain: &Chain, rule: &Rule) {
-    let mut request = batch.request().set_create().set_append().op_newrule_do(&inet());
-    let attributes = request.encode().push_table_bytes(table.as_bytes()).push_chain_bytes(chain.name.as_bytes());
+fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
+    let mut request = batch.request().set_create().op_newset_do(&table.family.header());
+    let place = table.sets.iter().position(|each| each.name == set.name).expect("a set of this table");
+    let mut attributes = request
+        .encode()
+        .push_table_bytes(table.name.as_bytes())
+        .push_name_bytes(set.name.as_bytes())
+        .push_flags(set.flags())
+        .push_key_type(set::type_number(set.key))
+        .push_key_len(set::length(set.key))
+        // Unique in its transaction.
+        .push_id(place as u32 + 1);
+    if !set.data.is_empty() {
+        attributes = attributes.push_data_type(set::type_number(set.data)).push_data_len(set::length(set.data));
+    }
+    if let Holds::Traces { seconds, .. } = set.holds {
+        // The kernel reads it in network order, whatever the crate writes.
+        attributes = attributes.push_timeout((u64::from(seconds) * 1000).to_be());
+    }
+    let mut description = attributes.nested_desc();
+    if let Holds::Traces { most, .. } = set.holds {
+        description = description.push_size(most);
+    }
+    if set.key.len() > 1 {
+        let mut parts = description.nested_concat();
+        for size in set::sizes(set.key) {
+            parts = parts.nested_elem().push_len(size).end_nested();
+        }
+        description = parts.end_nested();
+    }
+    description.end_nested();
+}
+
+/// The attributes of an element are written here: the crate's builder has another number for the end of a range.
+fn push_elements<P: Pusher>(request: PushSetelemListAttrs<P>, table: &Table, set: &Set, elements: &[Element]) {
+    let request = request.push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
+    let mut list = request.nested_elements();
+    let bytes = list.as_vec_mut();
+    for element in elements {
+        let one = push_nested_header(bytes, LIST_ELEMENT);
+        let (first, last) = set::bytes(&element.key);
+        push_value(bytes, KEY, &first);
+        if set.holds == Holds::Ranges {
+            push_value(bytes, KEY_END, &last);
+        }
+        if !element.data.is_empty() {
+            push_value(bytes, DATA, &set::bytes(&element.data).0);
+        }
+        finalize_nested_header(bytes, one);
+    }
+    list.end_nested();
+}
+
+/// `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `NFTA_SET_ELEM_DATA`, `NFTA_SET_ELEM_KEY_END`, `NFTA_DATA_VALUE`.
+const LIST_ELEMENT: u16 = 1;
+const KEY: u16 = 1;
+const DATA: u16 = 2;
+const KEY_END: u16 = 10;
+const VALUE: u16 = 1;
+
+fn push_value(bytes: &mut Vec<u8>, attribute: u16, value: &[u8]) {
+    let data = push_nested_header(bytes, attribute);
+    push_header(bytes, VALUE, value.len() as u16);
+    bytes.extend_from_slice(value);
+    finalize_nested_header(bytes, data);
+}
+
+fn new_chain(batch: &mut Chained<'_>, table: &Table, chain: &Chain) {
+    let mut request = batch.request().set_create().op_newchain_do(&table.family.header());
+    let attributes = request.encode().push_table_bytes(table.name.as_bytes()).push_name_bytes(chain.name.as_bytes());
+    if let Some(Hook { kind, place, priority }) = chain.hook {
+        let attributes = attributes.nested_hook().push_num(place as u32).push_priority(priority).end_nested();
+        attributes.push_policy(libc::NF_ACCEPT as u32).push_type_bytes(kind.as_bytes());
+    }
+}
+
+fn new_rule(batch: &mut Chained<'_>, table: &Table, chain: &Chain, rule: &Rule) {
+    let mut request = batch.request().set_create().set_append().op_newrule_do(&table.family.header());
+    let attributes = request.encode().push_table_bytes(table.name.as_bytes()).push_chain_bytes(chain.name.as_bytes());
     let mut expressions = attributes.nested_expressions();
     expressions.as_vec_mut().extend(rule.expressions());
-    expressions.end_nested().push_userdata(&rule.comment(chain.hook.raw()));
+    expressions.end_nested().push_userdata(&rule.comment(&table.declared(chain)));
 }
 
-fn inet() -> Nfgenmsg {
-    Nfgenmsg { nfgen_family: libc::NFPROTO_INET as u8, ..Nfgenmsg::default() }
+impl Table {
+    /// What a rule of `chain` stands on.
+    fn declared(&self, chain: &Chain) -> String {
+        let sets: Vec<_> = self.sets.iter().map(ToString::to_string).collect();
+        format!("{} {}", chain.hook.map(|hook| hook.to_string()).unwrap_or_default(), sets.join(" "))
+    }
 }
 
 fn errno(error: &ReplyError) -> Option<Errno> {
@@ -147,33 +379,52 @@ fn errno(error: &ReplyError) -> Option<Errno> {
 }
 
 fn failed(doing: &str, table: &str, error: &ReplyError) -> Error {
-    let failure = Error::new(ErrorKind::Host, format!("{doing} nftables table 'inet {table}'"));
+    let failure = Error::new(ErrorKind::Host, format!("{doing} nftables table '{table}'"));
     let failure = failure.because(error.to_string());
     match errno(error) {
         Some(Errno::EPERM) => failure.hint(super::NEEDS_ROOT),
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
             failure.hint("the kernel may lack nftables: modprobe nf_tables")
         }
-        Some(Errno::ENOENT) => {
-            failure.hint("the kernel may lack a part of nftables: modprobe -a nft_chain_nat nft_masq")
-        }
+        Some(Errno::ENOENT) => failure
+            .hint("the kernel may lack a part of nftables: modprobe -a nft_chain_nat nft_masq nft_fib_inet nft_ct"),
         _ => failure,
     }
 }
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "table inet {} {{", self.name)?;
+        let family = match self.family {
+            Family::Inet => "inet",
+            Family::Bridge => "bridge",
+        };
+        writeln!(f, "table {family} {} {{", self.name)?;
+        for set in &self.sets {
+            writeln!(f, "    {set}")?;
+        }
         for chain in &self.chains {
-            let hook = match chain.hook {
-                Hook::SourceNat => "type nat hook postrouting priority srcnat",
-            };
-            writeln!(f, "    chain {} {{\n        {hook}; policy accept;", chain.name)?;
+            writeln!(f, "    chain {} {{", chain.name)?;
+            if let Some(hook) = chain.hook {
+                writeln!(f, "        {hook}; policy accept;")?;
+            }
             for rule in &chain.rules {
                 writeln!(f, "        {rule}")?;
             }
             writeln!(f, "    }}")?;
         }
         write!(f, "}}")
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match self.place {
+            Place::Prerouting => "prerouting",
+            Place::Input => "input",
+            Place::Forward => "forward",
+            Place::Output => "output",
+            Place::Postrouting => "postrouting",
+        };
+        write!(f, "type {} hook {place} priority {}", self.kind, self.priority)
     }
 }

@@ -1,16 +1,21 @@
 //! Rules: what they match and decide, said in the kernel's expressions.
 //!
 //! The kernel runs a rule as a tiny program over registers (`linux/netfilter/nf_tables.h`): load something into
-//! register 1, compare it, and leave the rule if it differs. Each [`Match`] is a few such steps.
+//! registers, compare it, and leave the rule if it differs. Each [`Match`] is a few such steps.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_bindings::nftables::{CmpOps, MetaKeys, PayloadBase, PushExprListAttrs, Registers};
+use netlink_bindings::nftables::{CmpOps, LookupFlags, PayloadBase, PushExprListAttrs, Registers, VerdictCode};
+use netlink_bindings::traits::Pusher;
+use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_header};
 use nix::libc;
 use sha2::{Digest, Sha256};
 
+use super::field::{DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, OIFNAME, PROTOCOL, load_key};
+use super::set;
 use crate::link_name::LinkName;
 
 /// Matches that must all hold, and what happens then. Its `Display` is nftables' language.
@@ -20,39 +25,67 @@ pub(in crate::net) struct Rule {
     pub verdict: Verdict,
 }
 
-/// A property of a packet.
+/// A property of a packet. What a packet is too short to have does not match.
 #[derive(Debug)]
 pub(in crate::net) enum Match {
     /// It comes from an address of this subnet.
     SourceIn(IpNetwork),
     /// It leaves by another link.
     NotLeavingBy(LinkName),
+    /// The link is this one.
+    By(Field, LinkName),
+    /// The field has this value.
+    Is(Field, &'static [u8]),
+    /// It goes to this port by this protocol, a number.
+    To(u8, u16),
+    /// The field has another value.
+    IsNot(Field, &'static [u8]),
+    /// The field is there.
+    Has(Field),
+    /// The field's value lies from the first to the second.
+    Within(Field, &'static [u8], &'static [u8]),
+    /// Of the field's bits in the first, exactly those of the second are set.
+    Bits(Field, &'static [u8], &'static [u8]),
+    /// Of the field's bits in the first, others than exactly those of the second are set.
+    OtherBits(Field, &'static [u8], &'static [u8]),
+    /// The set has a key of these fields.
+    In(Vec<Field>, &'static str),
+    /// It has none.
+    NotIn(Vec<Field>, &'static str),
 }
 
 /// What happens to a packet.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(in crate::net) enum Verdict {
     /// It gets the address of the link it leaves by; answers find their way back.
     Masquerade,
+    /// It is dropped and counted.
+    Drop,
+    /// This chain is asked no more.
+    Return,
+    /// Another chain is asked, then this one further.
+    Jump(&'static str),
+    /// Another chain is asked, and this one no more.
+    Goto(&'static str),
+    /// It goes to the address and port that the map has for these fields, IPv4 or IPv6.
+    Forward { v6: bool, key: Vec<Field>, map: &'static str },
+    /// A set of traces gets these fields, and the packet goes on.
+    Trace { key: Vec<Field>, set: &'static str },
 }
-
-type Expressions = PushExprListAttrs<Vec<u8>>;
 
 impl Rule {
     /// The rule as the list of expressions in a netlink message.
     pub(super) fn expressions(&self) -> Vec<u8> {
         let start = PushExprListAttrs::new(Vec::new());
         let matched = self.matches.iter().fold(start, |list, each| each.push(list));
-        match self.verdict {
-            Verdict::Masquerade => matched.nested_elem().push_name(c"masq").end_nested().end_nested(),
-        }
+        self.verdict.push(matched)
     }
 
-    /// What marks this rule, in a chain that is hooked so: a comment as the `nft` program reads and writes it (one
-    /// attribute of type 0, its length, its text with a NUL).
-    pub(super) fn comment(&self, (kind, hook, priority): (&str, u32, i32)) -> Vec<u8> {
+    /// What marks this rule among others of a chain that is declared so: a comment as the `nft` program reads and
+    /// writes it (one attribute of type 0, its length, its text with a NUL).
+    pub(super) fn comment(&self, declared: &str) -> Vec<u8> {
         let mut hash = Sha256::new();
-        hash.update(format!("{kind} {hook} {priority}\n"));
+        hash.update(format!("{declared}\n"));
         hash.update(self.expressions());
         let hex: String = hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
         let text = format!("bosh-qemu-cpi {hex}\0");
@@ -62,15 +95,45 @@ impl Rule {
 
 impl Match {
     fn push(&self, list: Expressions) -> Expressions {
+        let load = |list, field: &Field| field.load(list, FIRST_REGISTER);
         match self {
             Self::SourceIn(subnet) => source_in(list, *subnet),
-            Self::NotLeavingBy(link) => {
-                // A name is compared with all its 16 bytes, or it would be a prefix.
-                let mut name = [0; libc::IFNAMSIZ];
-                name[..link.as_str().len()].copy_from_slice(link.as_str().as_bytes());
-                compare(load(list, MetaKeys::Oifname), CmpOps::Neq, &name)
+            Self::NotLeavingBy(link) => compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link)),
+            Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
+            Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
+            Self::To(protocol, port) => {
+                let list = compare(load(list, &PROTOCOL), CmpOps::Eq, &[*protocol]);
+                compare(load(list, &DESTINATION_PORT), CmpOps::Eq, &port.to_be_bytes())
             }
+            Self::IsNot(field, value) => compare(load(list, field), CmpOps::Neq, value),
+            Self::Has(field) => load(list, field),
+            Self::Within(field, first, last) => {
+                compare(compare(load(list, field), CmpOps::Gte, first), CmpOps::Lte, last)
+            }
+            Self::Bits(field, mask, bits) => compare(masked(load(list, field), mask), CmpOps::Eq, bits),
+            Self::OtherBits(field, mask, bits) => compare(masked(load(list, field), mask), CmpOps::Neq, bits),
+            Self::In(key, set) => look_up(load_key(list, key), set, 0),
+            Self::NotIn(key, set) => look_up(load_key(list, key), set, LookupFlags::Invert as u32),
         }
+    }
+}
+
+impl Verdict {
+    fn push(&self, list: Expressions) -> Vec<u8> {
+        let done = match self {
+            Self::Masquerade => list.nested_elem().push_name(c"masq").end_nested(),
+            Self::Drop => {
+                let counted =
+                    list.nested_elem().nested_data_counter().push_bytes(0).push_packets(0).end_nested().end_nested();
+                decide(counted, VerdictCode::Drop, None)
+            }
+            Self::Return => decide(list, VerdictCode::Return, None),
+            Self::Jump(chain) => decide(list, VerdictCode::Jump, Some(chain)),
+            Self::Goto(chain) => decide(list, VerdictCode::Goto, Some(chain)),
+            Self::Forward { v6, key, map } => forward(load_key(list, key), *v6, map),
+            Self::Trace { key, set } => trace(load_key(list, key), set),
+        };
+        done.end_nested()
     }
 }
 
@@ -81,40 +144,32 @@ fn source_in(list: Expressions, subnet: IpNetwork) -> Expressions {
         (IpAddr::V6(ip), IpAddr::V6(mask)) => (libc::NFPROTO_IPV6, 8, ip.octets().to_vec(), mask.octets().to_vec()),
         _ => unreachable!("a subnet and its mask are of one family"),
     };
-    let list = compare(load(list, MetaKeys::Nfproto), CmpOps::Eq, &[family as u8]);
+    let list = compare(FAMILY.load(list, FIRST_REGISTER), CmpOps::Eq, &[family as u8]);
     let length = address.len() as u32;
     let source = list
         .nested_elem()
         .nested_data_payload()
-        .push_dreg(Registers::Reg1 as u32)
+        .push_dreg(FIRST_REGISTER)
         .push_base(PayloadBase::NetworkHeader as u32)
         .push_offset(offset)
         .push_len(length)
         .end_nested()
         .end_nested();
-    let masked = source
-        .nested_elem()
+    compare(masked(source, &mask), CmpOps::Eq, &address)
+}
+
+fn masked(list: Expressions, mask: &[u8]) -> Expressions {
+    list.nested_elem()
         .nested_data_bitwise()
-        .push_sreg(Registers::Reg1 as u32)
-        .push_dreg(Registers::Reg1 as u32)
-        .push_len(length)
+        .push_sreg(FIRST_REGISTER)
+        .push_dreg(FIRST_REGISTER)
+        .push_len(mask.len() as u32)
         .nested_mask()
-        .push_value(&mask)
+        .push_value(mask)
         .end_nested()
         .nested_xor()
         .push_value(&vec![0; mask.len()])
         .end_nested()
-        .end_nested()
-        .end_nested();
-    compare(masked, CmpOps::Eq, &address)
-}
-
-/// Loads what the kernel knows of the packet besides its bytes.
-fn load(list: Expressions, key: MetaKeys) -> Expressions {
-    list.nested_elem()
-        .nested_data_meta()
-        .push_key(key as u32)
-        .push_dreg(Registers::Reg1 as u32)
         .end_nested()
         .end_nested()
 }
@@ -122,7 +177,7 @@ fn load(list: Expressions, key: MetaKeys) -> Expressions {
 fn compare(list: Expressions, how: CmpOps, value: &[u8]) -> Expressions {
     list.nested_elem()
         .nested_data_cmp()
-        .push_sreg(Registers::Reg1 as u32)
+        .push_sreg(FIRST_REGISTER)
         .push_op(how as u32)
         .nested_data()
         .push_value(value)
@@ -131,14 +186,71 @@ fn compare(list: Expressions, how: CmpOps, value: &[u8]) -> Expressions {
         .end_nested()
 }
 
+/// `NFTA_LOOKUP_SET` 1, `NFTA_LOOKUP_SREG` 2, `NFTA_LOOKUP_FLAGS` 5. The crate's builder has other numbers for them.
+fn look_up(list: Expressions, set: &str, flags: u32) -> Expressions {
+    expression(list, c"lookup", &[(1, text(set)), (2, number(FIRST_REGISTER)), (5, number(flags))])
+}
+
+fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressions {
+    let data = list.nested_elem().nested_data_immediate().push_dreg(Registers::RegVerdict as u32).nested_data();
+    // Codes of verdicts are signed; the crate has them as the same bits in a wider type.
+    let verdict = data.nested_verdict().push_code(code as u32);
+    let verdict = if let Some(chain) = chain { verdict.push_chain_bytes(chain.as_bytes()) } else { verdict };
+    verdict.end_nested().end_nested().end_nested().end_nested()
+}
+
+/// What the map gives: an address, and a port in the word behind it.
+fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
+    let (family, port) = if v6 { (libc::NFPROTO_IPV6, 4) } else { (libc::NFPROTO_IPV4, 1) };
+    // `NFTA_LOOKUP_DREG` 3.
+    let attributes = [(1, text(map)), (2, number(FIRST_REGISTER)), (3, number(FIRST_REGISTER))];
+    expression(list, c"lookup", &attributes)
+        .nested_elem()
+        .nested_data_nat()
+        .push_type(1) // NFT_NAT_DNAT
+        .push_family(family as u32)
+        .push_reg_addr_min(FIRST_REGISTER)
+        .push_reg_proto_min(FIRST_REGISTER + port)
+        .push_flags(2) // NF_NAT_RANGE_PROTO_SPECIFIED, the address's flag follows from its register
+        .end_nested()
+        .end_nested()
+}
+
+/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4.
+fn trace(list: Expressions, set: &str) -> Expressions {
+    expression(list, c"dynset", &[(1, text(set)), (3, number(1)), (4, number(FIRST_REGISTER))])
+}
+
+/// `NFTA_EXPR_DATA`.
+const EXPRESSION_DATA: u16 = 2;
+
+/// An expression for which the crate has no builder, or a wrong one.
+fn expression(list: Expressions, name: &CStr, attributes: &[(u16, Vec<u8>)]) -> Expressions {
+    let mut element = list.nested_elem().push_name(name);
+    let bytes = element.as_vec_mut();
+    let data = push_nested_header(bytes, EXPRESSION_DATA);
+    for (attribute, value) in attributes {
+        push_header(bytes, *attribute, value.len() as u16);
+        bytes.extend_from_slice(value);
+    }
+    finalize_nested_header(bytes, data);
+    element.end_nested()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [text.as_bytes(), b"\0"].concat()
+}
+
+fn number(number: u32) -> Vec<u8> {
+    number.to_be_bytes().to_vec()
+}
+
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for each in &self.matches {
             write!(f, "{each} ")?;
         }
-        match self.verdict {
-            Verdict::Masquerade => f.write_str("masquerade"),
-        }
+        write!(f, "{}", self.verdict)
     }
 }
 
@@ -148,6 +260,46 @@ impl fmt::Display for Match {
             Self::SourceIn(subnet @ IpNetwork::V4(_)) => write!(f, "ip saddr {subnet}"),
             Self::SourceIn(subnet @ IpNetwork::V6(_)) => write!(f, "ip6 saddr {subnet}"),
             Self::NotLeavingBy(link) => write!(f, "oifname != \"{link}\""),
+            Self::By(field, link) => write!(f, "{field} \"{link}\""),
+            Self::Is(field, value) => write!(f, "{field} {}", Hex(*field, value)),
+            Self::To(protocol, port) => write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}"),
+            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
+            Self::Has(field) => write!(f, "{field} >= 0"),
+            Self::Within(field, first, last) => write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last)),
+            Self::Bits(field, mask, bits) => write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits)),
+            Self::OtherBits(field, mask, bits) => write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits)),
+            Self::In(key, set) => write!(f, "{} @{set}", Key(key)),
+            Self::NotIn(key, set) => write!(f, "{} != @{set}", Key(key)),
         }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Masquerade => f.write_str("masquerade"),
+            Self::Drop => f.write_str("counter drop"),
+            Self::Return => f.write_str("return"),
+            Self::Jump(chain) => write!(f, "jump {chain}"),
+            Self::Goto(chain) => write!(f, "goto {chain}"),
+            Self::Forward { v6, key, map } => {
+                write!(f, "dnat {} to {} map @{map}", if *v6 { "ip6" } else { "ip" }, Key(key))
+            }
+            Self::Trace { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
+        }
+    }
+}
+
+/// A value of a field, as a number.
+struct Hex(Field, &'static [u8]);
+
+impl fmt::Display for Hex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = self.1.to_vec();
+        if self.0.is_native() && cfg!(target_endian = "little") {
+            bytes.reverse();
+        }
+        f.write_str("0x")?;
+        bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }

@@ -3,8 +3,10 @@
 pub mod answer;
 pub mod crash;
 pub mod filesystem;
+pub mod frames;
 pub mod host;
 pub mod images;
+pub mod lab;
 pub mod netns;
 pub mod nftables;
 pub mod small;

@@ -1,6 +1,6 @@
 //! A look at the nftables of the calling thread's network namespace, without `nft`.
 
-use netlink_bindings::nftables::{Chained, Nfgenmsg, Request};
+use netlink_bindings::nftables::{Chained, ExprOps, Nfgenmsg, Request};
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
@@ -40,4 +40,88 @@ pub fn write_table(name: &str, present: bool) {
     }
     batch.request().op_batch_end_do(&nftables);
     socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write table");
+}
+
+/// How many packets the dropping rules of the tables `name` of both families have counted.
+pub fn drops(name: &str) -> u64 {
+    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| drops_of(family as u8, name)).iter().sum()
+}
+
+fn drops_of(family: u8, table: &str) -> u64 {
+    let mut socket = NetlinkSocket::new();
+    let mut request = Request::new().op_getrule_dump(&Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() });
+    request.encode().push_table_bytes(table.as_bytes());
+    let mut reply = socket.request(&request).expect("list rules");
+    let mut drops = 0;
+    while let Some((_, rule)) = reply.recv().transpose().expect("list rules") {
+        for expression in rule.get_expressions().expect("expressions").get_elem() {
+            if let Ok(ExprOps::Counter(counter)) = expression.get_data() {
+                drops += counter.get_packets().expect("a count");
+            }
+        }
+    }
+    drops
+}
+
+/// How many elements the sets of the tables `name` of both families have.
+pub fn elements(name: &str) -> usize {
+    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| elements_of(family as u8, name)).iter().sum()
+}
+
+fn elements_of(family: u8, table: &str) -> usize {
+    let header = Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() };
+    let mut sets = Vec::new();
+    let mut socket = NetlinkSocket::new();
+    let mut request = Request::new().op_getset_dump(&header);
+    request.encode().push_table_bytes(table.as_bytes());
+    let mut reply = socket.request(&request).expect("list sets");
+    while let Some((_, set)) = reply.recv().transpose().expect("list sets") {
+        sets.push(set.get_name().expect("a name").to_owned());
+    }
+    let mut count = 0;
+    for set in sets {
+        let mut socket = NetlinkSocket::new();
+        let mut request = Request::new().op_getsetelem_dump(&header);
+        request.encode().push_table_bytes(table.as_bytes()).push_set(&set);
+        let mut reply = socket.request(&request).expect("list elements");
+        while let Some((_, list)) = reply.recv().transpose().expect("list elements") {
+            count += list.get_elements().map_or(0, |elements| elements.get_elem().count());
+        }
+    }
+    count
+}
+
+/// Adds a chain at the forward hook to table `ip <table>`, which is made: what it does not accept is dropped. That is what
+/// Docker does. Its rules are none.
+pub fn drop_forwarded(table: &str, chain: &str, others: &[&str]) {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(16));
+    let mut nftables = Nfgenmsg::new();
+    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    let ip = Nfgenmsg { nfgen_family: libc::NFPROTO_IPV4 as u8, ..Nfgenmsg::default() };
+    batch.request().op_batch_begin_do(&nftables);
+    batch.request().set_create().op_newtable_do(&ip).encode().push_name_bytes(table.as_bytes());
+    for other in others {
+        let mut request = batch.request().set_create().op_newchain_do(&ip);
+        request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(other.as_bytes());
+    }
+    let mut request = batch.request().set_create().op_newchain_do(&ip);
+    let attributes = request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(chain.as_bytes());
+    let hook = attributes.nested_hook().push_num(libc::NF_INET_FORWARD as u32).push_priority(0).end_nested();
+    hook.push_policy(libc::NF_DROP as u32).push_type_bytes(b"filter");
+    drop(request);
+    batch.request().op_batch_end_do(&nftables);
+    socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write chain");
+}
+
+/// Removes every table of every family: `nft flush ruleset`.
+pub fn flush() {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(8));
+    let mut nftables = Nfgenmsg::new();
+    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    batch.request().op_batch_begin_do(&nftables);
+    batch.request().op_deltable_do(&Nfgenmsg::new());
+    batch.request().op_batch_end_do(&nftables);
+    socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("flush");
 }

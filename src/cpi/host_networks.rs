@@ -1,0 +1,153 @@
+//! The networks of this host, with and without VMs: what each lacks, making it so, keeping it, letting it go.
+//!
+//! A network that is ours goes with its last VM, unless it is kept: then a pin (`store::pins`) is in the state directory.
+//! What a bridge must be follows from the configuration, the pins and the records of all VMs together.
+
+use std::time::{Duration, Instant};
+
+use super::Cpi;
+use crate::error::{Error, ErrorKind, Result};
+use crate::link_name::LinkName;
+use crate::net::change::Change;
+use crate::net::coexist::{self, Finding};
+use crate::net::plan::{self, Keeper, Segment};
+use crate::net::{apply, guard, profile::Profile};
+use crate::store::record::Nic;
+use crate::store::{Phase, Rank, VmRecord};
+
+/// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A bridge, or one VLAN of it, and who wants it.
+#[derive(Debug)]
+pub struct HostNetwork {
+    /// What it must be.
+    pub segment: Segment,
+    /// Whether it stays without VMs.
+    pub kept: bool,
+    /// Whether the configuration has it.
+    pub configured: bool,
+    /// Network cards of VMs that belong on it, running or not.
+    pub nics: Vec<Nic>,
+}
+
+/// What a network lacks, and what is in its way.
+#[derive(Debug)]
+pub struct Lack {
+    /// What is to be done, in order; or why nothing can be.
+    pub changes: Result<Vec<Change>>,
+    /// Whether the rules of its VMs' network cards are lost.
+    pub guard: bool,
+    /// What else on this host keeps its VMs from what its profile promises.
+    pub findings: Vec<Finding>,
+}
+
+impl HostNetwork {
+    fn taps(&self) -> Vec<LinkName> {
+        self.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect()
+    }
+}
+
+impl Cpi {
+    /// All networks of this host but those of QEMU's own stack, by name; those called `only`, if any are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadConfig`] if two want one bridge in two ways, [`ErrorKind::BadRequest`] if one of `only` is not there.
+    pub fn host_networks(&self, only: &[String]) -> Result<Vec<HostNetwork>> {
+        let mut networks = Vec::new();
+        for nic in self.all_nics()? {
+            if let Some((_, segment)) = nic.tap() {
+                add(&mut networks, segment)?.nics.push(nic.clone());
+            }
+        }
+        for segment in self.store.pins()? {
+            add(&mut networks, &segment)?.kept = true;
+        }
+        for (name, network) in &self.config.networks {
+            let profile = Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
+                .map_err(|e| e.during(format!("host network '{name}'")))?;
+            if let Some(segment) = plan::standing(name, network, &profile)? {
+                add(&mut networks, &segment)?.configured = true;
+            }
+        }
+        let unknown = only.iter().find(|name| networks.iter().all(|network| network.segment.network != **name));
+        if let Some(name) = unknown {
+            let message = format!("no network '{}' of this host has a bridge", name.escape_debug());
+            return Err(Error::new(ErrorKind::BadRequest, message));
+        }
+        networks.retain(|network| only.is_empty() || only.contains(&network.segment.network));
+        networks.sort_by(|one, other| one.segment.network.cmp(&other.segment.network));
+        Ok(networks)
+    }
+
+    /// What `network` lacks. Changes nothing.
+    pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
+        let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
+        let changes = apply::missing(&network.segment, &network.taps());
+        Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
+    }
+
+    /// The network cards of all VMs but those that are being removed.
+    fn all_nics(&self) -> Result<Vec<Nic>> {
+        let mut nics = Vec::new();
+        for cid in self.store.list::<VmRecord>()? {
+            let vm = self.store.read::<VmRecord>(&cid)?.filter(|vm| vm.phase != Phase::Deleting);
+            nics.extend(vm.into_iter().flat_map(|vm| vm.nics));
+        }
+        Ok(nics)
+    }
+
+    /// Makes `network` work, with the taps of its VMs plugged in; from now on it stays without VMs, if it is ours and the
+    /// configuration has it.
+    pub fn apply_network(&self, network: &HostNetwork) -> Result<()> {
+        self.store.prepare()?;
+        let bridge = &network.segment.bridge;
+        let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        // Before it is made, so that whoever is interrupted leaves a word of it.
+        if network.configured && matches!(network.segment.keeper, Keeper::Us { .. }) {
+            self.store.pin(&network.segment)?;
+        }
+        // In force before a tap is on the wire again.
+        guard::add(&network.nics, || self.all_nics())?;
+        apply::ensure(&network.segment, &network.taps())?;
+        lock.retire()
+    }
+
+    /// Removes `network` if it is ours and no VM runs on it; else it goes with the last. Whether it is gone.
+    pub fn remove_network(&self, network: &HostNetwork) -> Result<bool> {
+        self.store.prepare()?;
+        let lock = self.store.lock(Rank::Network, &network.segment.bridge, Instant::now() + PATIENCE)?;
+        let gone = apply::release(&network.segment)?;
+        self.store.unpin(&network.segment.bridge)?;
+        lock.retire()?;
+        Ok(gone)
+    }
+
+    /// Logs what keeps a new VM from the network it was promised. That must not keep the VM from being made.
+    pub(super) fn warn_of_findings(nics: &[Nic]) {
+        let segments: Vec<_> = nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
+        let facts = match coexist::observe(&segments) {
+            Ok(facts) => facts,
+            Err(error) => return tracing::debug!(error = error.report(), "can not look for other firewalls"),
+        };
+        for segment in segments {
+            for Finding { cause, cure } in coexist::findings(segment, &facts) {
+                tracing::warn!(network = segment.network, cure, "{cause}");
+            }
+        }
+    }
+}
+
+/// The entry that `segment` belongs to. Ports of one bridge may differ in their VLAN.
+fn add<'a>(networks: &'a mut Vec<HostNetwork>, segment: &Segment) -> Result<&'a mut HostNetwork> {
+    let key = |segment: &Segment| (segment.bridge.clone(), segment.vlan, segment.isolated);
+    let at = match networks.iter().position(|network| key(&network.segment) == key(segment)) {
+        Some(at) => at,
+        None => {
+            networks.push(HostNetwork { segment: segment.clone(), kept: false, configured: false, nics: Vec::new() });
+            networks.len() - 1
+        }
+    };
+    plan::merge(&mut networks[at].segment, segment)?;
+    Ok(&mut networks[at])
+}

@@ -1,0 +1,130 @@
+//! One step towards what a segment needs. Its `Display` is what an operator would type.
+
+use std::fmt;
+
+use ipnetwork::IpNetwork;
+
+use super::nft::Table;
+use super::sysctl;
+use crate::link_name::LinkName;
+use crate::mac::MacAddress;
+
+/// A change of the host's kernel state.
+#[derive(Debug)]
+pub enum Change {
+    /// Makes a bridge, down, that neither delays nor filters and keeps its address whatever joins it.
+    AddBridge {
+        /// Its name.
+        name: LinkName,
+        /// Its own address.
+        mac: MacAddress,
+        /// Largest packet, bytes.
+        mtu: u32,
+    },
+    /// Makes the sub-interface of a link for one of its VLANs.
+    AddVlan {
+        /// Its name.
+        name: LinkName,
+        /// The link that carries tagged packets.
+        carrier: LinkName,
+        /// The VLAN.
+        vlan: u16,
+    },
+    /// Changes a link.
+    Set {
+        /// The link.
+        link: LinkName,
+        /// What of it.
+        to: Settings,
+    },
+    /// Keeps a port of a bridge from other such ports.
+    Isolate(LinkName),
+    /// Puts a port of a bridge on one VLAN, untagged, and on no other.
+    Tag {
+        /// The port.
+        port: LinkName,
+        /// The VLAN.
+        vlan: u16,
+        /// The VLAN that the bridge gives every port.
+        instead_of: Option<u16>,
+    },
+    /// Adds an address, with its subnet's prefix.
+    AddAddress {
+        /// To this link.
+        link: LinkName,
+        /// The address.
+        address: IpNetwork,
+    },
+    /// Adds the route to a link's own subnet, which the kernel made with the address and somebody removed.
+    AddRoute {
+        /// The link.
+        link: LinkName,
+        /// The link's address.
+        address: IpNetwork,
+    },
+    /// Writes a setting below `/proc/sys/net`.
+    Write {
+        /// Its path there.
+        key: String,
+        /// The value.
+        value: &'static str,
+    },
+    /// Puts a table of ours in place.
+    Rules(Rules),
+}
+
+/// An nftables table of ours.
+#[derive(Debug)]
+pub struct Rules(pub(super) Table);
+
+/// What to change of a link. The kernel takes all of it in one message.
+#[derive(Debug, Default, PartialEq)]
+pub struct Settings {
+    /// Text for people.
+    pub alias: Option<String>,
+    /// Its Ethernet address.
+    pub mac: Option<MacAddress>,
+    /// Largest packet, bytes.
+    pub mtu: Option<u32>,
+    /// The bridge it is to be a port of.
+    pub controller: Option<LinkName>,
+    /// Switches it on; `false` leaves it.
+    pub up: bool,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AddBridge { name, mac, mtu } => {
+                write!(f, "ip link add {name} address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0")
+            }
+            Self::AddVlan { name, carrier, vlan } => {
+                write!(f, "ip link add {name} link {carrier} type vlan id {vlan}")
+            }
+            Self::Set { link, to } => write!(f, "ip link set {link}{to}"),
+            Self::Isolate(port) => write!(f, "bridge link set dev {port} isolated on"),
+            Self::Tag { port, vlan, instead_of } => {
+                write!(f, "bridge vlan add dev {port} vid {vlan} pvid untagged")?;
+                instead_of.map_or(Ok(()), |other| write!(f, " && bridge vlan del dev {port} vid {other}"))
+            }
+            Self::AddAddress { link, address } => write!(f, "ip address add {address} dev {link}"),
+            Self::AddRoute { link, address } => {
+                let (network, prefix, source) = (address.network(), address.prefix(), address.ip());
+                write!(f, "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link")
+            }
+            Self::Write { key, value } => write!(f, "sysctl -w {}={value}", sysctl::name(key)),
+            Self::Rules(Rules(table)) => write!(f, "nft {table}"),
+        }
+    }
+}
+
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { alias, mac, mtu, controller, up } = self;
+        mac.map_or(Ok(()), |mac| write!(f, " address {mac}"))?;
+        mtu.map_or(Ok(()), |mtu| write!(f, " mtu {mtu}"))?;
+        controller.as_ref().map_or(Ok(()), |bridge| write!(f, " master {bridge}"))?;
+        alias.as_ref().map_or(Ok(()), |alias| write!(f, " alias '{}'", alias.escape_debug()))?;
+        f.write_str(if *up { " up" } else { "" })
+    }
+}

@@ -1,0 +1,114 @@
+//! What is found on which host.
+
+use super::*;
+
+fn segment(keeper: Keeper) -> Segment {
+    let bridge = LinkName::parse("bosh-nat0").unwrap();
+    Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper }
+}
+
+fn nat(address: &str) -> Segment {
+    let addresses = vec![address.parse().unwrap()];
+    segment(Keeper::Us { addresses, masquerade: true, services: None, closed: false, uplink: None })
+}
+
+/// A host with a way to the world and nothing in it.
+fn facts() -> Facts {
+    let world = World { link: "eth0".into(), mtu: 1500, forwards_v4: true };
+    let routes = vec![("eth0".into(), "192.0.2.0/24".parse().unwrap())];
+    Facts { world: Some(world), routes, ..Facts::default() }
+}
+
+fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
+    let chains = chains.iter().map(ToString::to_string).collect();
+    Foreign { family: "ip", table: table.into(), dropping: dropping.map(str::to_owned), chains, rules: Vec::new() }
+}
+
+fn said(segment: &Segment, facts: &Facts) -> String {
+    let lines = findings(segment, facts).into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn nothing_is_found_where_nothing_is() {
+    assert_eq!(said(&nat("10.0.0.1/24"), &facts()), "");
+    assert_eq!(said(&segment(Keeper::Operator), &facts()), "");
+}
+
+#[test]
+fn firewalls_that_drop() {
+    let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
+    let on = |foreign: Foreign| said(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() });
+    let found = [
+        on(docker.clone()),
+        on(table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"])),
+        on(Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) }),
+        on(Foreign { family: "inet", ..table("mine", Some("fwd"), &["fwd"]) }),
+    ];
+    insta::assert_snapshot!(found.join("\n"), @r"
+    Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
+    ufw drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        ufw route allow in on bosh-nat0 && ufw route allow out on bosh-nat0
+    firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        firewall-cmd --permanent --zone=trusted --add-interface=bosh-nat0 && firewall-cmd --reload
+    chain 'fwd' of table 'inet mine' drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        nft insert rule inet mine fwd iifname bosh-nat0 accept && nft insert rule inet mine fwd oifname bosh-nat0 accept
+    ");
+    assert_eq!(on(table("filter", None, &["FORWARD", "DOCKER-USER"])), "", "a policy of accept drops nothing");
+    let cured = Foreign { rules: b"..bosh-nat0\0..".to_vec(), ..docker.clone() };
+    assert_eq!(on(cured), "", "the bridge is in its rules");
+    let for_another = Foreign { rules: b"..bosh-nat01\0..".to_vec(), ..docker };
+    assert_ne!(on(for_another), "");
+}
+
+#[test]
+fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
+    let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
+    let facts = Facts { foreign: vec![docker], ..facts() };
+    assert_eq!(said(&segment(Keeper::Operator), &facts), "");
+    let facts = Facts { bridges_call_iptables: true, ..facts };
+    insta::assert_snapshot!(said(&segment(Keeper::Operator), &facts), @r"
+    Docker drops, as bridge-nf-call-iptables is 1, what VMs send each other on bridge 'bosh-nat0'
+        iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
+    frames between VMs on bridge 'bosh-nat0' go through these rules, too (br_netfilter)
+        sysctl -w net.bridge.bridge-nf-call-iptables=0
+    ");
+    let legacy = Facts { foreign: Vec::new(), legacy_filter: true, ..facts };
+    assert_eq!(said(&segment(Keeper::Operator), &legacy), "");
+    insta::assert_snapshot!(said(&segment(Keeper::Operator), &Facts { has_docker: true, ..legacy }), @r"
+    Docker uses iptables-legacy here, which may drop the packets of VMs on bridge 'bosh-nat0'
+        iptables-legacy -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables-legacy -I DOCKER-USER -o bosh-nat0 -j ACCEPT
+    frames between VMs on bridge 'bosh-nat0' go through these rules, too (br_netfilter)
+        sysctl -w net.bridge.bridge-nf-call-iptables=0
+    ");
+}
+
+#[test]
+fn routes_and_switches() {
+    let routed = |link: &str, to: &str| Facts { routes: vec![(link.into(), to.parse().unwrap())], ..facts() };
+    let deaf = World { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
+    let small = Facts { world: Some(deaf), bridges: vec![("bosh-nat0".into(), 1500)], ..facts() };
+    let found = [
+        said(&nat("10.0.0.1/24"), &routed("tun0", "10.0.0.0/8")),
+        said(&nat("192.168.122.1/24"), &routed("virbr0", "192.168.122.0/24")),
+        said(&nat("172.17.0.1/16"), &routed("docker0", "172.17.0.0/16")),
+        said(&nat("fd00::1/64"), &facts()),
+        said(&nat("10.0.0.1/24"), &small),
+    ];
+    insta::assert_snapshot!(found.join("\n"), @r"
+    subnet 10.0.0.0/24 of bridge 'bosh-nat0' overlaps with 10.0.0.0/8, which is routed to 'tun0'
+        give network 'lab' another subnet: 'ip route' shows those in use
+    subnet 192.168.122.0/24 of bridge 'bosh-nat0' overlaps with 192.168.122.0/24, which is routed to 'virbr0' of libvirt
+        virsh net-destroy default && virsh net-autostart --disable default; or give network 'lab' another subnet: 'ip route' shows those in use
+    subnet 172.17.0.0/16 of bridge 'bosh-nat0' overlaps with 172.17.0.0/16, which is routed to 'docker0' of Docker
+        give network 'lab' another subnet: 'ip route' shows those in use
+    this host does not forward IPv6, which VMs on bridge 'bosh-nat0' have
+        sysctl -w net.ipv6.conf.all.forwarding=1
+    this host forwards, but not what comes in by 'eth0.5': no answer reaches a VM
+        sysctl -w net.ipv4.conf.eth0/5.forwarding=1
+    bridge 'bosh-nat0' carries packets of 1500 bytes, the way to the world by 'eth0.5' 1450: large packets may hang
+        ip link set bosh-nat0 mtu 1450; then reboot_vm its VMs, which are told when they start
+    ");
+    assert_eq!(said(&nat("10.0.0.1/24"), &routed("bosh-nat0", "10.0.0.0/24")), "", "its own route");
+}

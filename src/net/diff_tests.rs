@@ -1,0 +1,254 @@
+//! What is missing where, for every profile; and that nothing is, when all is there.
+
+use serde_json::json;
+
+use super::*;
+use crate::config::Network;
+use crate::net::plan::{Place, Requested, place};
+use crate::net::profile::Profile;
+use crate::schema::Property;
+
+fn name(text: &str) -> LinkName {
+    LinkName::parse(text).unwrap()
+}
+
+fn segment(network: &serde_json::Value) -> Segment {
+    let network = Network::from_json(network).unwrap();
+    let profile = Profile::load(&network.profile, None).unwrap();
+    let requested = Requested {
+        ip: "10.0.0.5".parse().ok(),
+        netmask: "255.255.255.0".parse().ok(),
+        gateway: "10.0.0.1".parse().ok(),
+        ..Default::default()
+    };
+    match place("lab", &network, &profile, &requested).unwrap() {
+        Place::Bridge(segment) => segment,
+        Place::User(user) => panic!("{user:?}"),
+    }
+}
+
+/// A host with a link of 1450 bytes to the world, and nothing else.
+fn bare_host() -> Seen {
+    let world = Link { name: "eth0".into(), index: 2, mtu: 1450, up: true, ..Link::default() };
+    let settings = [("ipv4/ip_forward", "0"), ("ipv6/conf/all/forwarding", "0")];
+    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+    Seen { world: Some(world), foreign: vec!["192.0.2.1/24".parse().unwrap()], settings, ..Seen::default() }
+}
+
+/// An operator's bridge.
+fn with_bridge(bridge: &str) -> Seen {
+    let kind = Some("bridge".to_owned());
+    let bridge = Link { name: bridge.into(), index: 3, mtu: 1500, up: true, kind, ..Link::default() };
+    Seen { bridge: Some(bridge), ..bare_host() }
+}
+
+fn lines(changes: &[Change]) -> String {
+    changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// All that a new VM needs on a host.
+fn all(network: &serde_json::Value, seen: &Seen) -> String {
+    let segment = segment(network);
+    let mut changes = diff(&segment, seen).unwrap();
+    changes.extend(plug(&segment, seen, &name("bqtapn0"), None, 1500));
+    lines(&changes)
+}
+
+#[test]
+fn nat_on_a_bare_host() {
+    insta::assert_snapshot!(all(&json!({}), &bare_host()), @r#"
+    ip link add bosh-nat0 address 02:40:18:9a:5b:37 mtu 1450 type bridge stp_state 0 forward_delay 0
+    sysctl -w net.ipv6.conf.bosh-nat0.accept_ra=0
+    ip link set bosh-nat0 alias 'bosh-qemu-cpi:lab' up
+    ip address add 10.0.0.1/24 dev bosh-nat0
+    sysctl -w net.ipv4.ip_forward=1
+    nft table inet bosh-qemu-bosh-nat0 {
+        chain postrouting {
+            type nat hook postrouting priority 100; policy accept;
+            ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+    }
+    ip link set bqtapn0 mtu 1500 master bosh-nat0 up
+    "#);
+}
+
+#[test]
+fn routed_on_a_bare_host() {
+    insta::assert_snapshot!(all(&json!({"profile": "routed", "mtu": 9000}), &bare_host()), @r#"
+    ip link add bosh-routed0 address 02:c9:9a:7f:1c:07 mtu 9000 type bridge stp_state 0 forward_delay 0
+    sysctl -w net.ipv6.conf.bosh-routed0.accept_ra=0
+    ip link set bosh-routed0 alias 'bosh-qemu-cpi:lab' up
+    ip address add 10.0.0.1/24 dev bosh-routed0
+    sysctl -w net.ipv4.ip_forward=1
+    nft table inet bosh-qemu-bosh-routed0 {
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+    }
+    ip link set bqtapn0 mtu 1500 master bosh-routed0 up
+    "#);
+}
+
+#[test]
+fn isolated_on_a_bare_host() {
+    insta::assert_snapshot!(all(&json!({"profile": "isolated"}), &bare_host()), @r#"
+    ip link add bosh-isolated0 address 02:b9:90:75:69:87 mtu 1450 type bridge stp_state 0 forward_delay 0
+    sysctl -w net.ipv6.conf.bosh-isolated0.accept_ra=0
+    ip link set bosh-isolated0 alias 'bosh-qemu-cpi:lab' up
+    ip address add 10.0.0.1/24 dev bosh-isolated0
+    nft table inet bosh-qemu-bosh-isolated0 {
+        chain forward {
+            type filter hook forward priority 0; policy accept;
+            iifname "bosh-isolated0" oifname "bosh-isolated0" return
+            iifname "bosh-isolated0" counter drop
+            oifname "bosh-isolated0" counter drop
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+    }
+    ip link set bqtapn0 mtu 1500 master bosh-isolated0
+    bridge link set dev bqtapn0 isolated on
+    ip link set bqtapn0 up
+    "#);
+}
+
+#[test]
+fn an_operators_bridge_gets_a_tap() {
+    insta::assert_snapshot!(all(&json!({"profile": "bridge", "bridge": "br0"}), &with_bridge("br0")), @r"
+    ip link set bqtapn0 mtu 1500 master br0 up
+    ");
+}
+
+#[test]
+fn a_vlan_of_a_bridge() {
+    let network = json!({"profile": "vlan", "bridge": "br0", "vlan": 20});
+    let mut seen = with_bridge("br0");
+    let error = diff(&segment(&network), &seen).unwrap_err();
+    insta::assert_snapshot!(error.report(), @r"
+    bridge 'br0' does not tell VLANs apart
+    Hint: ip link set br0 type bridge vlan_filtering 1; where the kernel was built without it (BRIDGE_VLAN_FILTERING), give the network an uplink in place of the bridge
+    ");
+    let bridge = seen.bridge.as_mut().unwrap();
+    (bridge.tells_vlans_apart, bridge.default_vlan) = (true, Some(1));
+    insta::assert_snapshot!(all(&network, &seen), @r"
+    ip link set bqtapn0 mtu 1500 master br0
+    bridge vlan add dev bqtapn0 vid 20 pvid untagged && bridge vlan del dev bqtapn0 vid 1
+    ip link set bqtapn0 up
+    ");
+    seen.bridge.as_mut().unwrap().default_vlan = Some(20);
+    insta::assert_snapshot!(all(&network, &seen), @r"
+    ip link set bqtapn0 mtu 1500 master br0
+    bridge vlan add dev bqtapn0 vid 20 pvid untagged
+    ip link set bqtapn0 up
+    ");
+}
+
+#[test]
+fn a_vlan_of_an_uplink() {
+    let network = json!({"profile": "vlan", "uplink": "eth0", "vlan": 20});
+    insta::assert_snapshot!(all(&network, &bare_host()), @r"
+    ip link add bosh-vlan20 address 02:35:f9:1e:47:00 mtu 1450 type bridge stp_state 0 forward_delay 0
+    sysctl -w net.ipv6.conf.bosh-vlan20.accept_ra=0
+    ip link set bosh-vlan20 alias 'bosh-qemu-cpi:lab' up
+    ip link add bqv20-kroebn link eth0 type vlan id 20
+    ip link set bqv20-kroebn master bosh-vlan20 up
+    ip link set bqtapn0 mtu 1500 master bosh-vlan20 up
+    ");
+    let error = diff(&segment(&network), &Seen { world: None, ..bare_host() }).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NetworkNotFound);
+}
+
+/// A host on which [`nat_on_a_bare_host`] was done.
+fn done(segment: &Segment) -> Seen {
+    let bridge = Link {
+        name: segment.bridge.to_string(),
+        index: 3,
+        kind: Some("bridge".into()),
+        alias: Some("bosh-qemu-cpi:lab".into()),
+        mac: Some(pinned_mac(&segment.bridge)),
+        mtu: 1450,
+        up: true,
+        ..Link::default()
+    };
+    let address: IpNetwork = "10.0.0.1/24".parse().unwrap();
+    let mut seen = Seen { bridge: Some(bridge), own: vec![address], routes: vec![subnet(address)], ..bare_host() };
+    seen.rules_hold = true;
+    let settings = [("ipv4/ip_forward", "1"), ("ipv6/conf/bosh-nat0/accept_ra", "0")];
+    seen.settings.extend(settings.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    seen
+}
+
+#[test]
+fn twice_is_once() {
+    let segment = segment(&json!({}));
+    assert_eq!(lines(&diff(&segment, &done(&segment)).unwrap()), "");
+    let uplink_changed = Link { mtu: 9000, ..Link::default() };
+    let seen = Seen { world: Some(uplink_changed), ..done(&segment) };
+    assert_eq!(lines(&diff(&segment, &seen).unwrap()), "", "its guests were told of the bridge's size");
+}
+
+#[test]
+fn only_what_somebody_broke_is_repaired() {
+    let segment = segment(&json!({}));
+    let repair = |break_it: &dyn Fn(&mut Seen)| {
+        let mut seen = done(&segment);
+        break_it(&mut seen);
+        lines(&diff(&segment, &seen).unwrap())
+    };
+    let tap = |controller| Link { name: "bqtapn0".into(), index: 9, controller, ..Link::default() };
+    let repairs = [
+        repair(&|seen| seen.bridge.as_mut().unwrap().up = false),
+        repair(&|seen| seen.bridge.as_mut().unwrap().mac = None),
+        repair(&|seen| seen.own.clear()),
+        repair(&|seen| seen.routes.clear()),
+        repair(&|seen| seen.rules_hold = false),
+        repair(&|seen| drop(seen.settings.insert(FORWARD_V4.into(), "0".into()))),
+        repair(&|seen| seen.ports = vec![(name("bqtapn0"), tap(None))]),
+        repair(&|seen| seen.ports = vec![(name("bqtapn0"), tap(Some(7)))]),
+        repair(&|seen| seen.ports = vec![(name("bqtapn0"), tap(Some(3)))]),
+    ];
+    insta::assert_snapshot!(repairs.join("\n--\n"), @r#"
+    ip link set bosh-nat0 up
+    --
+    ip link set bosh-nat0 address 02:40:18:9a:5b:37
+    --
+    ip address add 10.0.0.1/24 dev bosh-nat0
+    --
+    ip route add 10.0.0.0/24 dev bosh-nat0 src 10.0.0.1 proto kernel scope link
+    --
+    nft table inet bosh-qemu-bosh-nat0 {
+        chain postrouting {
+            type nat hook postrouting priority 100; policy accept;
+            ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
+            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+    }
+    --
+    sysctl -w net.ipv4.ip_forward=1
+    --
+    ip link set bqtapn0 mtu 1450 master bosh-nat0 up
+    --
+    ip link set bqtapn0 mtu 1450 master bosh-nat0 up
+    --
+    "#);
+}

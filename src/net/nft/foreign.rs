@@ -1,0 +1,97 @@
+//! Other programs' chains through which forwarded packets go: looked at, never touched.
+
+use netlink_bindings::nftables::{Nfgenmsg, Request};
+use netlink_socket2::{NetlinkSocket, ReplyError};
+use nix::libc;
+
+use super::failed;
+use crate::error::Result;
+use crate::link_name::LinkName;
+
+/// How the names of our tables begin.
+const OURS: &str = "bosh-qemu-";
+
+/// A table that is not ours and has a say in what is forwarded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(in crate::net) struct Foreign {
+    /// `ip`, `ip6` or `inet`.
+    pub family: &'static str,
+    pub table: String,
+    /// The chain that drops forwarded packets which none of its rules accepts.
+    pub dropping: Option<String>,
+    /// Names of all its chains.
+    pub chains: Vec<String>,
+    /// Its rules, as the kernel has them.
+    pub rules: Vec<u8>,
+}
+
+impl Foreign {
+    /// Whether any rule names the link. In rules, a whole name ends with a NUL.
+    pub fn names(&self, link: &LinkName) -> bool {
+        let name = [link.as_str().as_bytes(), b"\0"].concat();
+        self.rules.windows(name.len()).any(|bytes| bytes == name)
+    }
+}
+
+/// All tables of others that have a chain at the forward hook of IP. A kernel without nftables has none.
+pub(in crate::net) fn tables() -> Result<Vec<Foreign>> {
+    let mut tables = chains().map_err(|error| failed("list the chains of", "", &error))?;
+    tables.retain(|(_, forwards)| *forwards);
+    let mut found = Vec::new();
+    for (mut table, _) in tables {
+        table.rules = rules(&table).map_err(|error| failed("list the rules of", &table.table, &error))?;
+        found.push(table);
+    }
+    Ok(found)
+}
+
+/// Every table, and whether it has a chain at the forward hook.
+fn chains() -> std::result::Result<Vec<(Foreign, bool)>, ReplyError> {
+    let mut tables: Vec<(Foreign, bool)> = Vec::new();
+    let mut socket = NetlinkSocket::new();
+    let request = Request::new().op_getchain_dump(&Nfgenmsg::new());
+    let mut reply = socket.request(&request)?;
+    while let Some((header, chain)) = reply.recv().transpose()? {
+        let text = |text: &std::ffi::CStr| text.to_string_lossy().into_owned();
+        let (table, name) = (text(chain.get_table()?), text(chain.get_name()?));
+        let Some(family) = family(header.nfgen_family) else { continue };
+        if table.starts_with(OURS) {
+            continue;
+        }
+        let known = tables.iter().position(|(t, _)| t.table == table && t.family == family);
+        let at = known.unwrap_or_else(|| {
+            tables.push((Foreign { family, table, ..Foreign::default() }, false));
+            tables.len() - 1
+        });
+        let (entry, forwards) = &mut tables[at];
+        let hook = chain.get_hook().ok().and_then(|hook| hook.get_num().ok());
+        if hook == Some(libc::NF_INET_FORWARD as u32) {
+            *forwards = true;
+            if chain.get_policy().is_ok_and(|policy| policy == libc::NF_DROP as u32) {
+                entry.dropping = Some(name.clone());
+            }
+        }
+        entry.chains.push(name);
+    }
+    Ok(tables)
+}
+
+fn rules(table: &Foreign) -> std::result::Result<Vec<u8>, ReplyError> {
+    let family = FAMILIES.iter().find(|(_, name)| *name == table.family).map_or(0, |(number, _)| *number);
+    let mut request = Request::new().op_getrule_dump(&Nfgenmsg { nfgen_family: family as u8, ..Nfgenmsg::default() });
+    request.encode().push_table_bytes(table.table.as_bytes());
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request)?;
+    let mut bytes = Vec::new();
+    while let Some((_, rule)) = reply.recv().transpose()? {
+        bytes.extend_from_slice(rule.get_buf());
+    }
+    Ok(bytes)
+}
+
+const FAMILIES: [(libc::c_int, &str); 3] =
+    [(libc::NFPROTO_IPV4, "ip"), (libc::NFPROTO_IPV6, "ip6"), (libc::NFPROTO_INET, "inet")];
+
+fn family(number: u8) -> Option<&'static str> {
+    FAMILIES.iter().find(|(family, _)| *family == libc::c_int::from(number)).map(|(_, name)| *name)
+}

@@ -1,0 +1,242 @@
+//! Sets and maps: what they hold, and their elements in the kernel's encoding.
+//!
+//! A key is its parts one behind the other, each filled up to four bytes (`nft_set_desc_concat`). Sets of single keys
+//! are hash tables; where keys are ranges, every part has a first and a last value (`nft_set_pipapo`).
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use netlink_bindings::nftables::SetFlags;
+
+use crate::link_name::LinkName;
+use crate::mac::MacAddress;
+
+/// A set, or a map where it has data.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::net) struct Set {
+    pub name: &'static str,
+    /// Parts of the key.
+    pub key: &'static [Kind],
+    /// What a map gives for a key; empty for a set.
+    pub data: &'static [Kind],
+    pub holds: Holds,
+}
+
+/// How a set is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::net) enum Holds {
+    /// Single keys.
+    Keys,
+    /// Keys with a first and a last value of each part, which may not overlap.
+    Ranges,
+    /// Keys that packets add, and that are forgotten after a while.
+    Traces {
+        /// Seconds after the last packet.
+        seconds: u32,
+        /// The most of them.
+        most: u32,
+    },
+}
+
+/// The type of a part of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::net) enum Kind {
+    Link,
+    Mac,
+    Ip4,
+    Ip6,
+    Protocol,
+    Port,
+}
+
+impl Kind {
+    /// nftables' name and number for it (`nft describe`, libnftables `datatype.h`), and its bytes.
+    fn raw(self) -> (&'static str, u32, u32) {
+        match self {
+            Self::Link => ("ifname", 41, 16),
+            Self::Mac => ("ether_addr", 9, 6),
+            Self::Ip4 => ("ipv4_addr", 7, 4),
+            Self::Ip6 => ("ipv6_addr", 8, 16),
+            Self::Protocol => ("inet_proto", 12, 1),
+            Self::Port => ("inet_service", 13, 2),
+        }
+    }
+}
+
+/// The number of a type made of parts: six bits for each (libnftables `concat_subtype_add`).
+pub(super) fn type_number(parts: &[Kind]) -> u32 {
+    parts.iter().fold(0, |number, part| number << 6 | part.raw().1)
+}
+
+/// Bytes of each part.
+pub(super) fn sizes(parts: &[Kind]) -> impl Iterator<Item = u32> {
+    parts.iter().map(|part| part.raw().2)
+}
+
+/// Bytes of all parts, each filled up.
+pub(super) fn length(parts: &[Kind]) -> u32 {
+    sizes(parts).map(|size| size.next_multiple_of(4)).sum()
+}
+
+impl Set {
+    /// A set of single keys.
+    pub const fn of(name: &'static str, key: &'static [Kind]) -> Self {
+        Self { name, key, data: &[], holds: Holds::Keys }
+    }
+
+    /// A set of ranges.
+    pub const fn ranges(name: &'static str, key: &'static [Kind]) -> Self {
+        Self { name, key, data: &[], holds: Holds::Ranges }
+    }
+
+    pub(super) fn flags(&self) -> u32 {
+        let kept = match self.holds {
+            Holds::Keys => 0,
+            Holds::Ranges => SetFlags::Interval as u32,
+            Holds::Traces { .. } => SetFlags::Timeout as u32 | SetFlags::Eval as u32,
+        };
+        let concatenated = if self.key.len() > 1 { SetFlags::Concat as u32 } else { 0 };
+        let map = if self.data.is_empty() { 0 } else { SetFlags::Map as u32 };
+        kept | concatenated | map
+    }
+}
+
+/// One part of an element.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::net) enum Part {
+    Link(LinkName),
+    Mac(MacAddress),
+    Ip(IpAddr),
+    Subnet(IpNetwork),
+    Protocols(u8, u8),
+    Ports(u16, u16),
+}
+
+/// A key, with what a map gives for it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::net) struct Element {
+    pub key: Vec<Part>,
+    pub data: Vec<Part>,
+}
+
+impl Element {
+    pub fn of(key: Vec<Part>) -> Self {
+        Self { key, data: Vec::new() }
+    }
+}
+
+/// First and last value of a key, as the kernel has them.
+pub(super) fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
+    let (mut first, mut last) = (Vec::new(), Vec::new());
+    for part in parts {
+        let (from, to) = part.bytes();
+        for (key, value) in [(&mut first, from), (&mut last, to)] {
+            key.extend_from_slice(&value);
+            key.resize(key.len().next_multiple_of(4), 0);
+        }
+    }
+    (first, last)
+}
+
+impl Part {
+    fn bytes(&self) -> (Vec<u8>, Vec<u8>) {
+        match self {
+            Self::Link(name) => same(link(name)),
+            Self::Mac(mac) => same(mac.octets().to_vec()),
+            Self::Ip(ip) => same(octets(*ip)),
+            Self::Subnet(subnet) => (octets(subnet.network()), octets(subnet.broadcast())),
+            Self::Protocols(first, last) => (vec![*first], vec![*last]),
+            Self::Ports(first, last) => (first.to_be_bytes().to_vec(), last.to_be_bytes().to_vec()),
+        }
+    }
+}
+
+fn same(value: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
+    (value.clone(), value)
+}
+
+/// A name is compared with all its 16 bytes, or it would be a prefix.
+pub(super) fn link(name: &LinkName) -> Vec<u8> {
+    let mut bytes = name.as_str().as_bytes().to_vec();
+    bytes.resize(nix::libc::IFNAMSIZ, 0);
+    bytes
+}
+
+pub(super) fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+struct Type(&'static [Kind]);
+
+impl fmt::Display for Type {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, kind) in self.0.iter().enumerate() {
+            write!(f, "{}{}", if index == 0 { "" } else { " . " }, kind.raw().0)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (word, name, key) = (if self.data.is_empty() { "set" } else { "map" }, self.name, Type(self.key));
+        write!(f, "{word} {name} {{ type {key}")?;
+        if !self.data.is_empty() {
+            write!(f, " : {}", Type(self.data))?;
+        }
+        match self.holds {
+            Holds::Keys => {}
+            Holds::Ranges => f.write_str("; flags interval")?,
+            Holds::Traces { seconds, most } => write!(f, "; size {most}; flags dynamic,timeout; timeout {seconds}s")?,
+        }
+        f.write_str("; }")
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Link(name) => write!(f, "{name}"),
+            Self::Mac(mac) => write!(f, "{mac}"),
+            Self::Ip(ip) => write!(f, "{ip}"),
+            Self::Subnet(subnet) => write!(f, "{subnet}"),
+            Self::Protocols(first, last) if first == last => write!(f, "{first}"),
+            Self::Protocols(first, last) => write!(f, "{first}-{last}"),
+            Self::Ports(first, last) if first == last => write!(f, "{first}"),
+            Self::Ports(first, last) => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let joined = |parts: &[Part]| parts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
+        f.write_str(&joined(&self.key))?;
+        if self.data.is_empty() { Ok(()) } else { write!(f, " : {}", joined(&self.data)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_its_parts_filled_up_to_words() {
+        let key = [
+            Part::Link(LinkName::parse("bqtap").unwrap()),
+            Part::Mac("02:00:00:00:00:01".parse().unwrap()),
+            Part::Subnet("10.0.0.16/28".parse().unwrap()),
+            Part::Ports(80, 90),
+        ];
+        let (first, last) = bytes(&key);
+        assert_eq!(first.len(), 16 + 8 + 4 + 4);
+        assert_eq!(&first[..6], b"bqtap\0");
+        assert_eq!(first[16..], [2, 0, 0, 0, 0, 1, 0, 0, 10, 0, 0, 16, 0, 80, 0, 0]);
+        assert_eq!(last[16..], [2, 0, 0, 0, 0, 1, 0, 0, 10, 0, 0, 31, 0, 90, 0, 0]);
+        assert_eq!(length(&[Kind::Link, Kind::Mac, Kind::Ip4, Kind::Port]), 32);
+    }
+}

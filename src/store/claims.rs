@@ -1,0 +1,239 @@
+//! Claims: what only one VM can have, an address on a wire or a port of the host.
+//!
+//! A claim is a symlink `claims/<what>` whose text is the VM's cid, like a uid's. They are looked at and taken under one
+//! lock, so of calls that want the same at once exactly one gets it. A VM's claims are made before its record is and
+//! go with it; a link whose VM is gone means nothing.
+
+use std::net::IpAddr;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use ipnetwork::IpNetwork;
+
+use super::Store;
+use super::atomic;
+use super::lock::{Guard, Rank};
+use super::record::Segment;
+use crate::cid::{Cid, VmCid};
+use crate::error::{IoContext, Result};
+use crate::ranges::Protocol;
+
+/// What only one VM can have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    /// Addresses on a wire: a block, mostly of one.
+    Addresses {
+        /// The bridge, with its VLAN where it tells them apart.
+        wire: String,
+        /// The block.
+        block: IpNetwork,
+    },
+    /// A port of the host.
+    Port {
+        /// TCP or UDP.
+        protocol: Protocol,
+        /// The host's port.
+        port: u16,
+        /// Of one address of the host; absent: of all.
+        address: Option<IpAddr>,
+    },
+}
+
+/// The wire that VMs on the segment share.
+pub fn wire(segment: &Segment) -> String {
+    segment.vlan.map_or_else(|| segment.bridge.to_string(), |vlan| format!("{}@{vlan}", segment.bridge))
+}
+
+/// All claims of the host; nobody else changes them as long as this lives.
+#[derive(Debug)]
+pub struct Claims<'a> {
+    store: &'a Store,
+    held: Vec<Claim>,
+    lock: Guard,
+}
+
+impl Store {
+    fn claims_dir(&self) -> PathBuf {
+        self.state_dir().join("claims")
+    }
+
+    /// Waits until nobody else looks at the claims.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) at `deadline`.
+    pub fn claims(&self, deadline: Instant) -> Result<Claims<'_>> {
+        let dir = self.claims_dir();
+        // State directories made before there were claims have no place for them.
+        atomic::make_dir(&dir)?;
+        let lock = self.lock(Rank::Claims, "all", deadline)?;
+        let names = dir.read_dir().at("list", &dir)?.flatten();
+        let held = names.filter_map(|entry| Claim::parse(entry.file_name().to_str()?)).collect();
+        Ok(Claims { store: self, held, lock })
+    }
+
+    /// Gives back everything `vm` has claimed.
+    pub fn release_claims(&self, vm: &VmCid) -> Result<()> {
+        let dir = self.claims_dir();
+        for entry in dir.read_dir().into_iter().flatten().flatten() {
+            if std::fs::read_link(entry.path()).is_ok_and(|holder| holder.as_os_str() == vm.as_str()) {
+                atomic::remove_file(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Claims<'_> {
+    /// The VM that has what `wanted` would take a part of.
+    pub fn holder(&mut self, wanted: &Claim) -> Result<Option<VmCid>> {
+        while let Some(at) = self.held.iter().position(|held| held.meets(wanted)) {
+            let path = self.path(&self.held[at]);
+            let holder = std::fs::read_link(&path).at("read", &path)?;
+            let holder = holder.to_str().and_then(|text| VmCid::parse(text).ok());
+            if let Some(vm) = holder.filter(|vm| self.exists(vm)) {
+                return Ok(Some(vm));
+            }
+            atomic::remove_file(&path)?;
+            self.held.remove(at);
+        }
+        Ok(None)
+    }
+
+    /// Whether the VM is there or is being made.
+    fn exists(&self, vm: &VmCid) -> bool {
+        self.store.vm(vm).dir.exists() || self.store.pending_dir().join(vm).exists()
+    }
+
+    /// Takes what nobody [holds](Self::holder).
+    pub fn take(&mut self, vm: &VmCid, wanted: Claim) -> Result<()> {
+        let path = self.path(&wanted);
+        symlink(vm.as_str(), &path).at("claim with", &path)?;
+        self.held.push(wanted);
+        Ok(())
+    }
+
+    /// The VMs that have addresses on the wire.
+    pub fn on_wire(&mut self, wanted: &str) -> Result<Vec<VmCid>> {
+        let is_there = |held: &&Claim| matches!(held, Claim::Addresses { wire, .. } if wire == wanted);
+        let mut vms = Vec::new();
+        for held in self.held.iter().filter(is_there).cloned().collect::<Vec<_>>() {
+            vms.extend(self.holder(&held)?);
+        }
+        vms.sort();
+        vms.dedup();
+        Ok(vms)
+    }
+
+    /// Lets others look.
+    pub fn close(self) -> Result<()> {
+        self.lock.retire()
+    }
+
+    fn path(&self, claim: &Claim) -> PathBuf {
+        self.store.claims_dir().join(claim.name())
+    }
+}
+
+impl Claim {
+    /// The claim of a block on the segment's wire.
+    pub fn block(segment: &Segment, block: IpNetwork) -> Self {
+        Self::Addresses { wire: wire(segment), block }
+    }
+
+    fn meets(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Addresses { wire, block }, Self::Addresses { wire: other_wire, block: other }) => {
+                wire == other_wire && (block.contains(other.network()) || other.contains(block.network()))
+            }
+            (
+                Self::Port { protocol, port, address },
+                Self::Port { protocol: other_protocol, port: other_port, address: other_address },
+            ) => {
+                let apart = address.is_some() && other_address.is_some() && address != other_address;
+                protocol == other_protocol && port == other_port && !apart
+            }
+            _ => false,
+        }
+    }
+
+    /// The name of its file. No part can hold a comma.
+    fn name(&self) -> String {
+        match self {
+            Self::Addresses { wire, block } => format!("ip,{wire},{},{}", block.network(), block.prefix()),
+            Self::Port { protocol, port, address } => {
+                format!("port,{protocol},{port},{}", address.map_or_else(|| "any".to_owned(), |ip| ip.to_string()))
+            }
+        }
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        let parts: Vec<_> = name.split(',').collect();
+        match parts[..] {
+            ["ip", wire, address, prefix] => {
+                let block = IpNetwork::new(address.parse().ok()?, prefix.parse().ok()?).ok()?;
+                Some(Self::Addresses { wire: wire.to_owned(), block })
+            }
+            ["port", protocol, port, address] => {
+                let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| known.as_str() == protocol)?;
+                let address = if address == "any" { None } else { Some(address.parse().ok()?) };
+                Some(Self::Port { protocol, port: port.parse().ok()?, address })
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn block(text: &str) -> Claim {
+        Claim::Addresses { wire: "br0@7".into(), block: text.parse().unwrap() }
+    }
+
+    fn port(address: Option<&str>) -> Claim {
+        Claim::Port { protocol: Protocol::Udp, port: 53, address: address.map(|text| text.parse().unwrap()) }
+    }
+
+    #[test]
+    fn a_name_says_all_of_a_claim() {
+        for claim in [block("10.0.0.16/28"), block("fd00::5/128"), port(None), port(Some("fd00::1"))] {
+            assert_eq!(Claim::parse(&claim.name()), Some(claim));
+        }
+        assert_eq!(Claim::parse("ip,br0,10.0.0.1"), None);
+    }
+
+    #[test]
+    fn what_overlaps_meets() {
+        assert!(block("10.0.0.16/28").meets(&block("10.0.0.20/32")));
+        assert!(block("10.0.0.20/32").meets(&block("10.0.0.16/28")));
+        assert!(!block("10.0.0.32/32").meets(&block("10.0.0.16/28")));
+        assert!(port(None).meets(&port(Some("192.0.2.1"))));
+        assert!(!port(Some("192.0.2.2")).meets(&port(Some("192.0.2.1"))));
+    }
+
+    #[test]
+    fn a_claim_is_one_vms_as_long_as_that_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path(), dir.path());
+        store.prepare().unwrap();
+        let (vm, claim) = (VmCid::random(), block("10.0.0.5/32"));
+        std::fs::create_dir(store.vm(&vm).dir).unwrap();
+        let open = || store.claims(Instant::now() + Duration::from_secs(5)).unwrap();
+        let mut claims = open();
+        assert_eq!(claims.holder(&claim).unwrap(), None);
+        claims.take(&vm, claim.clone()).unwrap();
+        claims.close().unwrap();
+        let mut claims = open();
+        assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
+        assert_eq!(claims.on_wire("br0@7").unwrap(), [vm.clone()]);
+        std::fs::remove_dir(store.vm(&vm).dir).unwrap();
+        assert_eq!(claims.holder(&claim).unwrap(), None);
+        claims.take(&vm, claim.clone()).unwrap();
+        store.release_claims(&vm).unwrap();
+        assert_eq!(store.claims_dir().read_dir().unwrap().count(), 0);
+    }
+}

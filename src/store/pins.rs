@@ -1,0 +1,106 @@
+//! Pins: networks that stay without VMs. `networks/<bridge>.json` holds one bridge's segment as a VM's record would, so
+//! it can be made again after a reboot and removed whatever the configuration has become. Written under the network's
+//! lock.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::layout::SCHEMA;
+use super::record::Segment;
+use super::{Store, atomic};
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::link_name::LinkName;
+
+/// What `networks/<bridge>.json` says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Pin {
+    schema: u32,
+    segment: Segment,
+}
+
+impl Store {
+    fn pin_path(&self, bridge: &LinkName) -> PathBuf {
+        self.state_dir().join("networks").join(format!("{bridge}.json"))
+    }
+
+    /// Keeps the segment's bridge when its last VM goes. Durable when it returns.
+    pub fn pin(&self, segment: &Segment) -> Result<()> {
+        let path = self.pin_path(&segment.bridge);
+        // State directories made before there were pins have no place for them.
+        atomic::make_dir(path.parent().expect("a pin is in a directory"))?;
+        let pin = Pin { schema: SCHEMA, segment: segment.clone() };
+        let mut text = serde_json::to_vec_pretty(&pin).expect("a pin is plain data");
+        text.push(b'\n');
+        atomic::write(&path, &text)
+    }
+
+    /// Lets the bridge go with its last VM.
+    pub fn unpin(&self, bridge: &LinkName) -> Result<()> {
+        atomic::remove_file(&self.pin_path(bridge))
+    }
+
+    /// Whether the bridge stays without VMs.
+    pub fn is_pinned(&self, bridge: &LinkName) -> bool {
+        self.pin_path(bridge).exists()
+    }
+
+    /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] naming the file that can not be understood.
+    pub fn pins(&self) -> Result<Vec<Segment>> {
+        let dir = self.state_dir().join("networks");
+        let entries = match dir.read_dir() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.at("list", &dir)?,
+        };
+        let mut segments = Vec::new();
+        for entry in entries {
+            let path = entry.at("list", &dir)?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
+            if name.is_some_and(|name| LinkName::parse(name).is_ok()) {
+                let corrupt = |why: &str| {
+                    Error::new(ErrorKind::Corrupt, format!("pin '{}' can not be used: {why}", path.display()))
+                        .hint("remove the file, then say 'network apply' again")
+                };
+                let pin: Pin = serde_json::from_slice(&std::fs::read(&path).at("read", &path)?)
+                    .map_err(|error| corrupt(&error.to_string()))?;
+                if pin.schema > SCHEMA || Some(pin.segment.bridge.as_str()) != name {
+                    return Err(corrupt("it is of a newer version or about another bridge"));
+                }
+                segments.push(pin.segment);
+            }
+        }
+        segments.sort_by(|one, other| one.bridge.cmp(&other.bridge));
+        Ok(segments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::record::Keeper;
+
+    fn segment(bridge: &str) -> Segment {
+        let bridge = LinkName::parse(bridge).unwrap();
+        Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper: Keeper::Operator }
+    }
+
+    #[test]
+    fn pins_come_back_sorted_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path(), dir.path());
+        let (one, two) = (segment("br0"), segment("br1"));
+        assert_eq!(store.pins().unwrap(), []);
+        store.unpin(&one.bridge).unwrap();
+        store.pin(&two).unwrap();
+        store.pin(&one).unwrap();
+        std::fs::write(dir.path().join("networks/a longer name than a link's.json"), "").unwrap();
+        assert_eq!(store.pins().unwrap(), [one.clone(), two]);
+        store.unpin(&one.bridge).unwrap();
+        assert!(!store.is_pinned(&one.bridge));
+        std::fs::write(dir.path().join("networks/br1.json"), "{}").unwrap();
+        assert_eq!(store.pins().unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}

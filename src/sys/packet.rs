@@ -1,0 +1,82 @@
+//! Raw Ethernet frames on a link (packet(7)).
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::net::if_::if_nametoindex;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, bind, recv, send, socket};
+
+/// The longest frame that is looked at whole.
+const LONGEST: usize = 2048;
+
+/// A socket that sends and hears whole frames on one link. It belongs to the network namespace of the thread that
+/// opened it.
+#[derive(Debug)]
+pub struct PacketSocket(OwnedFd);
+
+impl PacketSocket {
+    /// Hears frames of all types on the link `name`, also those that the host itself sends there.
+    ///
+    /// # Errors
+    /// ENODEV if there is no such link, EPERM without CAP_NET_RAW.
+    pub fn open(name: &str) -> nix::Result<Self> {
+        let index = if_nametoindex(name)?;
+        // Of no protocol until it is bound: so it never hears another link's frames.
+        let socket =
+            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+        let address = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as u16,
+            sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+            sll_ifindex: index as i32,
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 0,
+            sll_addr: [0; 8],
+        };
+        // SAFETY: the pointer is to a live sockaddr_ll, whose family and length it is given with; it is copied.
+        let address =
+            unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(size_of::<libc::sockaddr_ll>() as u32)) };
+        bind(socket.as_raw_fd(), &address.ok_or(Errno::EINVAL)?)?;
+        Ok(Self(socket))
+    }
+
+    /// Sends a frame: both addresses, the type, what it carries.
+    ///
+    /// # Errors
+    /// ENETDOWN if the link is off, ENOBUFS if it is busy.
+    pub fn send(&self, frame: &[u8]) -> nix::Result<()> {
+        send(self.0.as_raw_fd(), frame, MsgFlags::empty()).map(drop)
+    }
+
+    /// The next frame, or `None` if none comes until `deadline`.
+    ///
+    /// # Errors
+    /// ENETDOWN if the link goes off.
+    pub fn receive(&self, deadline: Instant) -> nix::Result<Option<Vec<u8>>> {
+        let mut frame = vec![0; LONGEST];
+        loop {
+            match recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()) {
+                Ok(length) => {
+                    frame.truncate(length);
+                    return Ok(Some(frame));
+                }
+                Err(Errno::EAGAIN) => {}
+                Err(error) => return Err(error),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            // Rounded up: a wait of zero milliseconds would be a busy one.
+            let left = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], left) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

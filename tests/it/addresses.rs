@@ -1,0 +1,114 @@
+//! Which addresses and ports VMs get, who may not have them, and how they are given back.
+
+use serde_json::{Value, json};
+
+use crate::support::answer::Answer;
+use crate::support::host::{Host, text, vm_cid};
+use crate::support::netns::Namespace;
+
+const POOL: &str = "10.7.0.10-10.7.0.11";
+
+fn host() -> Option<Host> {
+    let group = json!([{"protocol": "tcp", "ports": "80"}]);
+    let network = json!({"subnet": "10.7.0.0/24", "pool": POOL});
+    Host::with(json!({"networks": {"default": network}, "security_groups": {"web": group}}))
+}
+
+fn create(host: &Host, stemcell: &str, networks: &Value, properties: &Value) -> Answer {
+    let mut properties = properties.clone();
+    properties["ram"] = json!(64);
+    host.call("create_vm", &json!(["agent-1", stemcell, properties, networks, [], {}]))
+}
+
+fn manual(ip: &str) -> Value {
+    json!({"a": {"type": "manual", "ip": ip, "netmask": "255.255.255.0", "gateway": "10.7.0.1", "default": ["gateway"]}})
+}
+
+fn dynamic() -> Value {
+    json!({"a": {"type": "dynamic"}})
+}
+
+#[test]
+fn dynamic_addresses_come_from_the_pool_and_go_back() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let made = |networks: &Value| create(&host, &stemcell, networks, &json!({})).result().clone();
+    let (one, two) = (made(&dynamic()), made(&dynamic()));
+    assert_eq!((&one[1]["a"]["ip"], &two[1]["a"]["ip"]), (&json!("10.7.0.10"), &json!("10.7.0.11")));
+    assert_eq!(one[1]["a"]["type"], "dynamic");
+    assert_eq!((&one[1]["a"]["netmask"], &one[1]["a"]["gateway"]), (&json!("255.255.255.0"), &json!("10.7.0.1")));
+    let settings = std::fs::read(host.paths(&vm_cid(&one)).config_drive()).unwrap();
+    let settings = String::from_utf8_lossy(&settings);
+    assert!(settings.contains(r#""type":"manual""#) && settings.contains(r#""ip":"10.7.0.10""#));
+
+    let full = create(&host, &stemcell, &dynamic(), &json!({}));
+    assert_eq!(full.failure().kind, "VMCreationFailed", "{full:?}");
+    assert!(full.failure().message.contains("no free address"), "{full:?}");
+    host.ok("delete_vm", &json!([vm_cid(&one)]));
+    // What the instance had before is given again where it is free.
+    let again = json!({"a": {"type": "dynamic", "ip": "10.7.0.10"}});
+    assert_eq!(made(&again)[1]["a"]["ip"], "10.7.0.10");
+}
+
+#[test]
+fn an_address_is_one_vms_whoever_asks_at_once() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let answers: Vec<Answer> = std::thread::scope(|threads| {
+        let calls: Vec<_> =
+            (0..3).map(|_| threads.spawn(|| create(&host, &stemcell, &manual("10.7.0.5"), &json!({})))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    let (made, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.outcome.is_ok());
+    assert_eq!((made.len(), refused.len()), (1, 2), "{answers:?}");
+    let holder = text(&made[0].result()[0]);
+    for answer in refused {
+        assert_eq!(answer.failure().kind, "VMCreationFailed");
+        let expected = format!("network 'a': 10.7.0.5 is held by VM '{holder}'");
+        assert!(answer.failure().message.contains(&expected), "{answer:?}");
+    }
+    host.ok("delete_vm", &json!([holder]));
+    assert!(create(&host, &stemcell, &manual("10.7.0.5"), &json!({})).outcome.is_ok());
+}
+
+#[test]
+fn a_port_of_the_host_is_one_vms() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let ports = json!({"ports": [{"host": "8080-8082", "guest": "80-82"}], "security_groups": ["web"]});
+    let one = create(&host, &stemcell, &manual("10.7.0.5"), &ports);
+    let holder = text(&one.result()[0]);
+    let clash = json!({"ports": [{"host": 8081, "guest": 80, "address": "192.0.2.1"}]});
+    let refused = create(&host, &stemcell, &manual("10.7.0.6"), &clash);
+    let expected = format!("port tcp/8081 of this host is held by VM '{holder}'");
+    assert!(refused.failure().message.contains(&expected), "{refused:?}");
+    // By another protocol it is another port.
+    let udp = json!({"ports": [{"host": 8081, "guest": 80, "protocol": "udp"}]});
+    assert!(create(&host, &stemcell, &manual("10.7.0.6"), &udp).outcome.is_ok());
+    let unknown = create(&host, &stemcell, &manual("10.7.0.7"), &json!({"security_groups": ["wbe"]}));
+    assert!(unknown.failure().message.contains("the configuration has: web"), "{unknown:?}");
+}
+
+#[test]
+fn an_address_that_a_machine_outside_has_is_refused() {
+    let Some(host) = Host::with(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}})) else { return };
+    let (stemcell, outside) = (host.stemcell(), Namespace::new().unwrap());
+    host.bridge("br0");
+    host.namespace().cable("uplink", &outside, "eth0");
+    host.namespace().ip("link set uplink master br0");
+    outside.ip("address add 10.7.0.5/24 dev eth0");
+    outside.ip("address add fd00:7::5/64 dev eth0 nodad");
+    let ask = |ip: &str, netmask: &str| {
+        let network = json!({"type": "manual", "ip": ip, "netmask": netmask, "cloud_properties": {"name": "lan"}});
+        create(&host, &stemcell, &json!({"a": network}), &json!({}))
+    };
+    for (ip, netmask) in [("10.7.0.5", "255.255.255.0"), ("fd00:7::5", "ffff:ffff:ffff:ffff::")] {
+        let refused = ask(ip, netmask);
+        let message = &refused.failure().message;
+        assert!(message.contains(&format!("network 'a': {ip} is held by a machine outside")), "{message}");
+        assert!(message.contains("conflict_probe"), "{message}");
+    }
+    assert!(ask("10.7.0.6", "255.255.255.0").outcome.is_ok());
+    host.reconfigure(|config| config["networks"]["lan"]["conflict_probe"] = json!(false));
+    assert!(ask("10.7.0.5", "255.255.255.0").outcome.is_ok());
+}

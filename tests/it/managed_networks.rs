@@ -1,0 +1,54 @@
+//! create_network, delete_network and VMs between them, as a Director with `managed: true` asks.
+
+use serde_json::json;
+
+use crate::support::host::{Host, text};
+
+#[test]
+fn a_managed_network_is_made_used_and_removed() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "gateway": "10.9.0.1", "cloud_properties": {}}]);
+    let made = host.ok("create_network", &subnet);
+    let network = text(&made[0]);
+    assert_eq!(made[1], json!({"range": "10.9.0.0/24", "gateway": "10.9.0.1", "reserved": []}));
+    let links = || host.namespace().ip("-4 -brief address show");
+    assert!(links().contains("10.9.0.1/24"), "{}", links());
+
+    let overlapping = host.call("create_network", &subnet);
+    assert!(overlapping.failure().message.contains(&format!("managed network '{network}'")), "{overlapping:?}");
+
+    let networks = json!({"a": {"type": "manual", "ip": "10.9.0.5", "netmask": "255.255.255.0", "gateway": "10.9.0.1",
+                                "cloud_properties": made[2], "default": ["gateway"]}});
+    let vm = host.ok("create_vm", &json!(["agent-1", stemcell, {"ram": 64}, networks, [], {}]));
+    let vm = text(&vm[0]);
+    let used = host.call("delete_network", &json!([network]));
+    assert_eq!(used.failure().message.contains(&format!("is used by VM '{vm}'")), true, "{used:?}");
+    host.ok("delete_vm", &json!([vm]));
+    assert!(links().contains("10.9.0.1/24"), "it stays without VMs");
+
+    host.ok("delete_network", &json!([network]));
+    assert!(!links().contains("10.9.0.1/24"));
+    let gone = host.call("delete_network", &json!([network]));
+    assert_eq!(gone.failure().kind, "NetworkNotFound", "{gone:?}");
+    let lost = host.call("create_vm", &json!(["agent-1", stemcell, {"ram": 64}, networks, [], {}]));
+    assert_eq!(lost.failure().kind, "NetworkNotFound", "{lost:?}");
+}
+
+#[test]
+fn the_cpi_chooses_a_subnet_nobody_has() {
+    let Some(host) = Host::with(json!({"managed_range": "10.8.0.0/23"})) else { return };
+    // Somebody's link has the first.
+    host.bridge("theirs");
+    host.namespace().ip("address add 10.8.0.9/24 dev theirs");
+    let ask = || host.call("create_network", &json!([{"type": "manual", "netmask_bits": 24, "cloud_properties": {}}]));
+    let made = ask().result().clone();
+    assert_eq!(made[1], json!({"range": "10.8.1.0/24", "gateway": "10.8.1.1", "reserved": []}));
+    assert!(ask().failure().message.contains("find a free subnet in 10.8.0.0/23"));
+    host.ok("delete_network", &json!([made[0]]));
+    let refused = host.call(
+        "create_network",
+        &json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "user"}}]),
+    );
+    assert!(refused.failure().message.contains("can not have the profile 'user'"), "{refused:?}");
+}

@@ -1,0 +1,208 @@
+//! `network plan`, `apply` and `remove`, and what calls make of networks, by the built binary.
+
+use bosh_qemu_cpi::store::record::Wire;
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, command_line, eventually, json_options, vm_cid};
+use crate::support::nftables;
+
+/// What `network <words>` prints, and whether it went well.
+fn network(host: &Host, words: &str) -> (Value, bool) {
+    let output = host.namespace().run(|| {
+        let mut command = host.cpi();
+        command.arg("network").args(words.split_whitespace()).arg("--json");
+        command.output().unwrap()
+    });
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{stderr}"));
+    (report["networks"].clone(), output.status.success())
+}
+
+/// The changes of all networks of a report.
+fn changes(report: &Value) -> Vec<&str> {
+    let networks = report.as_array().unwrap().iter();
+    networks.flat_map(|network| network["changes"].as_array().unwrap()).map(|change| change.as_str().unwrap()).collect()
+}
+
+fn links(host: &Host) -> Vec<String> {
+    let links = host.namespace().ip_json("link show");
+    links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn plan_says_what_apply_does_and_remove_undoes() {
+    let networks = json!({
+        "default": {"subnet": "10.9.0.0/24"},
+        "lan": {"profile": "bridge", "bridge": "br0"},
+        "lab": {"profile": "routed", "subnet": "10.8.0.0/24"},
+        "closed": {"profile": "isolated", "subnet": "10.7.0.0/24"},
+        "tags": {"profile": "vlan", "uplink": "eth0"},
+        "own": {"profile": "user", "subnet": "10.6.0.0/24"},
+    });
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    host.bridge("br0");
+    let before = links(&host);
+    let (planned, well) = network(&host, "plan");
+    assert!(well);
+    assert_eq!(links(&host), before, "a plan changes nothing");
+    let names: Vec<_> =
+        planned.as_array().unwrap().iter().map(|network| network["network"].as_str().unwrap()).collect();
+    assert_eq!(names, ["closed", "default", "lab", "lan"]);
+    assert!(changes(&planned).contains(&"ip address add 10.9.0.1/24 dev bosh-nat0"), "{planned:#}");
+
+    let (applied, well) = network(&host, "apply");
+    assert!(well, "{applied:#}");
+    assert_eq!(changes(&applied), changes(&planned));
+    assert_eq!(applied[1]["state"], "stays without VMs");
+    assert_eq!(applied[3]["state"], "the operator's");
+    let generation = host.namespace().run(nftables::generation);
+    for words in ["plan", "apply"] {
+        assert_eq!(changes(&network(&host, words).0), [""; 0], "{words} after apply");
+    }
+    assert_eq!(host.namespace().run(nftables::generation), generation);
+
+    // It stays without VMs, and what somebody removes comes back.
+    let vm = host.vm(&host.stemcell());
+    host.ok("delete_vm", &json!([vm]));
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0], "after the last VM");
+    host.namespace().ip("link delete bosh-nat0");
+    host.namespace().run(nftables::flush);
+    assert_ne!(changes(&network(&host, "plan").0), [""; 0]);
+    assert!(network(&host, "apply").1);
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
+
+    assert_eq!(network(&host, "remove lab").0[0]["state"], "removed");
+    assert!(host.namespace().link("bosh-routed0").is_none());
+    let (removed, well) = network(&host, "remove");
+    assert!(well);
+    assert_eq!(removed[3]["state"], "the operator's");
+    assert_eq!(links(&host), before);
+    assert_eq!(host.namespace().run(nftables::tables), [""; 0]);
+}
+
+#[test]
+fn a_network_with_vms_goes_with_the_last() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    assert!(network(&host, "apply default").1);
+    let vm = host.vm(&stemcell);
+    assert_eq!(network(&host, "remove").0[0]["state"], "has VMs and goes with the last");
+    assert!(host.namespace().link("bosh-nat0").is_some());
+    host.ok("delete_vm", &json!([vm]));
+    assert!(host.namespace().link("bosh-nat0").is_none());
+}
+
+#[test]
+fn the_next_vm_brings_back_a_deleted_bridge_with_all_on_it() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let first = host.vm(&stemcell);
+    host.namespace().ip("link delete bosh-nat0");
+    host.namespace().run(nftables::flush);
+    host.vm(&stemcell);
+    let tap = host.record(&first).nics[0].tap().unwrap().0.to_string();
+    assert_eq!(host.namespace().link(&tap).unwrap()["master"], "bosh-nat0");
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
+}
+
+#[test]
+fn apply_brings_back_the_rules_of_running_vms() {
+    let Some(host) = Host::new() else { return };
+    host.vm(&host.stemcell());
+    let tables = || {
+        let mut tables = host.namespace().run(nftables::tables);
+        tables.sort();
+        tables
+    };
+    let before = tables();
+    assert!(before.iter().any(|table| table == "bosh-qemu-guard"), "{before:?}");
+    host.namespace().run(nftables::flush);
+    let lost = network(&host, "plan").0;
+    assert_eq!(changes(&lost)[0], "nft tables 'bosh-qemu-guard', with all VMs");
+    assert!(network(&host, "apply").1);
+    assert_eq!(tables(), before);
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
+    network(&host, "remove");
+}
+
+#[test]
+fn calls_at_once_make_one_network() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let arguments: Vec<_> = (0..3).map(|_| host.vm_arguments(&stemcell)).collect();
+    let calls: Vec<_> = arguments.iter().map(|arguments| host.start("create_vm", arguments)).collect();
+    for call in calls {
+        let output = call.wait_with_output().unwrap();
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(answer["error"].is_null(), "{answer}");
+    }
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
+}
+
+#[test]
+fn what_drops_a_vms_packets_is_named_with_its_cure() {
+    let Some(host) = Host::new() else { return };
+    host.namespace().run(|| nftables::drop_forwarded("filter", "FORWARD", &["DOCKER-USER"]));
+    let answer = host.call("create_vm", &host.vm_arguments(&host.stemcell()));
+    vm_cid(answer.result());
+    let warned = "Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'";
+    assert!(answer.stderr.contains(warned), "{}", answer.stderr);
+    assert!(answer.stderr.contains("iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT"), "{}", answer.stderr);
+    let (planned, _) = network(&host, "plan");
+    assert_eq!(planned[0]["findings"][0]["cause"], warned);
+    host.clear();
+    host.namespace().run(nftables::flush);
+}
+
+#[test]
+fn networks_that_do_not_fit_together_are_refused() {
+    let networks = json!({"one": {}, "two": {"profile": "routed", "bridge": "bosh-nat0"}});
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let refused = |words: &[&str]| {
+        let output = host.namespace().run(|| host.cpi().arg("network").args(words).output().unwrap());
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let both = "Error: bridge 'bosh-nat0' can not be what both network 'one' and network 'two' want of it";
+    assert!(refused(&["plan"]).starts_with(both), "{}", refused(&["plan"]));
+    host.reconfigure(|config| config["networks"]["two"] = json!({}));
+    assert!(refused(&["plan", "three"]).starts_with("Error: no network 'three' of this host"));
+}
+
+#[test]
+fn the_guest_is_told_of_queues_and_packet_size() {
+    let Some(host) = Host::with(json!({"networks": {"default": {"mtu": 1400}}})) else { return };
+    let mut arguments = host.vm_arguments(&host.stemcell());
+    arguments[2]["cpu"] = json!(3);
+    let vm = vm_cid(&host.ok("create_vm", &arguments));
+    let words = command_line(&host.qemu(&vm).unwrap());
+    let devices = json_options(&words, "-device");
+    let nic = devices.iter().find(|device| device["driver"] == "virtio-net-pci").unwrap();
+    assert_eq!((&nic["mq"], &nic["vectors"], &nic["host_mtu"]), (&json!(true), &json!(8), &json!(1400)));
+    let netdev = &json_options(&words, "-netdev")[0];
+    assert_eq!(netdev["fds"].as_str().unwrap().split(':').count(), 3);
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    assert!(network(&host, "plan").1);
+}
+
+#[test]
+fn user_networking_needs_no_link() {
+    let networks = json!({"default": {"profile": "user", "subnet": "10.9.0.0/24"}});
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let before = links(&host);
+    let vm = host.booted_vm();
+    assert_eq!(links(&host), before);
+    let nic = &host.record(&vm).nics[0];
+    assert!(matches!(&nic.wire, Wire::User { user } if user.gateway.to_string() == "10.9.0.1/24"), "{nic:?}");
+    let qemu = host.qemu(&vm).unwrap();
+    let netdev = &json_options(&command_line(&qemu), "-netdev")[0];
+    assert_eq!(
+        (&netdev["type"], &netdev["net"], &netdev["host"]),
+        (&json!("user"), &json!("10.9.0.0/24"), &json!("10.9.0.1"))
+    );
+    let supervisor = host.supervisor(&vm).unwrap();
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    assert_eq!(namespace(qemu.pid()), namespace(supervisor.pid()), "its packets are sent by this process");
+    host.ok("reboot_vm", &json!([vm]));
+    eventually("a second boot", || host.qemu(&vm));
+}

@@ -1,0 +1,181 @@
+//! Where packets go under each profile, and what is repaired: machines are namespaces, the kernel is real.
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use bosh_qemu_cpi::net::apply;
+use bosh_qemu_cpi::net::plan::Segment;
+use serde_json::json;
+
+use crate::support::lab::{BRIDGE, Lab, existing, name, nat, seen_from, segment, text};
+use crate::support::netns::Namespace;
+use crate::support::{nftables, skip};
+
+/// Whether `from` can begin to speak to somebody who listens at `to` in `there`.
+fn reaches(from: &Namespace, there: &Namespace, to: &str) -> bool {
+    let listener = there.run(|| TcpListener::bind((to, 0)).unwrap());
+    let address: SocketAddr = listener.local_addr().unwrap();
+    match from.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))) {
+        Ok(_) => true,
+        Err(error) => {
+            let silent = [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
+            assert!(silent.contains(&error.kind()), "{error}");
+            false
+        }
+    }
+}
+
+#[test]
+fn routed_vms_keep_their_addresses() {
+    let Some(lab) = Lab::new() else { return };
+    let segment = segment(&json!({"profile": "routed", "bridge": BRIDGE}), "10.0.0.1");
+    lab.ensure(&segment).unwrap();
+    let vm = lab.vm("port0", "10.0.0.5");
+    // The one command that a LAN's router needs.
+    lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
+    assert_eq!(seen_from(&lab, &vm, "192.0.2.2").to_string(), "10.0.0.5");
+    assert!(reaches(&lab.outside, &vm, "10.0.0.5"), "the way in is open as well");
+    assert_eq!(lab.host.run(nftables::tables), ["bosh-qemu-bosh-nat0"], "what VMs may say to the host");
+}
+
+#[test]
+fn isolated_vms_reach_the_host_and_nobody_else() {
+    let Some(lab) = Lab::new() else { return };
+    let isolated = segment(&json!({"profile": "isolated", "host_services": ["tcp/2222"]}), "10.0.0.1");
+    let one = lab.unplugged_vm("port0", "10.0.0.5");
+    let two = lab.unplugged_vm("port1", "10.0.0.6");
+    lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
+    let ports = [name("port0"), name("port1")];
+    lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
+    // Another network makes the host a router.
+    lab.ensure(&nat("10.1.0.1")).unwrap();
+    assert!(reaches(&lab.host, &one, "10.0.0.5"), "from the host, and the answer back");
+    for (port, open) in [(2222, true), (2223, false)] {
+        let at = SocketAddr::from(([10, 0, 0, 1], port));
+        let _listener = lab.host.run(|| TcpListener::bind(at).unwrap());
+        let connected = one.run(|| TcpStream::connect_timeout(&at, Duration::from_millis(500)));
+        assert_eq!(connected.is_ok(), open, "port {port} of the host");
+    }
+    assert!(!reaches(&one, &two, "10.0.0.6"), "a neighbour");
+    assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
+    assert!(!reaches(&lab.outside, &one, "10.0.0.5"), "from the world");
+
+    let before = lab.state();
+    lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
+    assert_eq!(lab.state(), before);
+}
+
+#[test]
+fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
+    let Some(lab) = Lab::new() else { return };
+    let closed = Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
+    let one = lab.unplugged_vm("port0", "10.0.0.5");
+    let two = lab.unplugged_vm("port1", "10.0.0.6");
+    lab.host.run(|| apply::ensure(&closed, &[name("port0"), name("port1")])).unwrap();
+    lab.ensure(&nat("10.1.0.1")).unwrap();
+    assert!(reaches(&one, &two, "10.0.0.6"), "a neighbour");
+    assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
+}
+
+#[test]
+fn what_somebody_removed_comes_back_with_its_vms() {
+    let Some(lab) = Lab::new() else { return };
+    let (segment, ports) = (nat("10.0.0.1"), [name("port0"), name("not-there")]);
+    let vm = lab.unplugged_vm("port0", "10.0.0.5");
+    let heal = || {
+        lab.host.run(|| apply::ensure(&segment, &ports)).unwrap();
+        assert_eq!(seen_from(&lab, &vm, "192.0.2.2").to_string(), "192.0.2.1");
+        let left: Vec<_> = lab.host.run(|| apply::missing(&segment, &ports)).unwrap();
+        assert!(left.is_empty(), "{left:?}");
+    };
+    heal();
+    for harm in
+        ["link delete bosh-nat0", "link set port0 nomaster", "route flush dev bosh-nat0", "address flush dev bosh-nat0"]
+    {
+        lab.host.ip(harm);
+        heal();
+    }
+    lab.host.run(nftables::flush);
+    heal();
+}
+
+#[test]
+fn a_bridge_is_as_wide_as_the_way_to_the_world() {
+    let Some(lab) = Lab::new() else { return };
+    lab.host.ip("link set uplink mtu 1400");
+    lab.ensure(&nat("10.0.0.1")).unwrap();
+    assert_eq!(lab.bridge()["mtu"], 1500, "without a default route there is no way to the world");
+    lab.release(&nat("10.0.0.1")).unwrap();
+    lab.host.ip("route add default via 192.0.2.2");
+    let plug = lab.plug("bqwiden0", &nat("10.0.0.1")).unwrap();
+    assert_eq!((plug.mtu, &lab.bridge()["mtu"]), (1400, &1400.into()));
+    let configured = Segment { mtu: Some(1300), ..nat("10.1.0.1") };
+    assert_eq!(lab.plug("bqnarrown0", &configured).unwrap().mtu, 1300);
+}
+
+#[test]
+fn a_tap_has_a_queue_for_each_cpu() {
+    let Some(lab) = Lab::new() else { return };
+    let segment = nat("10.0.0.1");
+    let plug = |queues| lab.host.run(|| apply::plug(&name("bqmanyn0"), &segment, queues, || Ok(Vec::new()))).unwrap();
+    let many = plug(4);
+    assert_eq!(many.queues.len(), 4);
+    assert_eq!(lab.host.link("bqmanyn0").unwrap()["linkinfo"]["info_data"]["multi_queue"], true);
+    if std::path::Path::new("/dev/vhost-net").exists() {
+        assert_eq!(many.vhost.len(), 4);
+    } else {
+        skip("no /dev/vhost-net: only that a tap does without");
+        assert_eq!(many.vhost.len(), 0);
+    }
+    let mut queues = many.queues;
+    let last = queues.split_off(3);
+    drop(queues);
+    assert!(lab.host.link("bqmanyn0").is_some(), "each queue keeps the tap");
+    lab.unplug("bqmanyn0", last);
+    lab.unplug("bqmanyn0", plug(1).queues);
+}
+
+#[test]
+fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
+    let Some(lab) = Lab::new() else { return };
+    let network = json!({"profile": "vlan", "uplink": "uplink", "vlan": 20});
+    let segment = segment(&network, "10.0.0.1");
+    if let Err(error) = lab.ensure(&segment) {
+        assert!(text(&error).contains("modprobe 8021q"), "{}", text(&error));
+        lab.release(&segment).unwrap();
+        assert_eq!(lab.links(), ["uplink"]);
+        return skip("this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked");
+    }
+    let vm = lab.unplugged_vm("port0", "10.0.0.5");
+    lab.host.run(|| apply::ensure(&segment, &[name("port0")])).unwrap();
+    lab.outside.ip("link add world.20 link world type vlan id 20");
+    lab.outside.ip("address add 10.0.0.2/24 dev world.20");
+    lab.outside.ip("link set world.20 up");
+    assert!(reaches(&vm, &lab.outside, "10.0.0.2"));
+    lab.host.ip("link delete port0");
+    assert!(lab.release(&segment).unwrap());
+    assert_eq!(lab.links(), ["uplink"]);
+}
+
+#[test]
+fn a_vlan_of_a_bridge_is_the_ports() {
+    let Some(lab) = Lab::new() else { return };
+    lab.host.ip("link add br0 type bridge");
+    lab.host.ip("link set br0 up");
+    let segment = Segment { vlan: Some(20), ..existing("br0") };
+    let refused = lab.plug("bqvlann0", &segment).unwrap_err();
+    assert!(text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"), "{}", text(&refused));
+    let filtering = lab.host.run(|| {
+        let words = ["link", "set", "br0", "type", "bridge", "vlan_filtering", "1"];
+        std::process::Command::new("ip").args(words).output().unwrap().status.success()
+    });
+    if !filtering {
+        return skip("this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked");
+    }
+    let plug = lab.plug("bqvlann0", &segment).unwrap();
+    let show = || std::process::Command::new("bridge").args(["-json", "vlan", "show", "dev", "bqvlann0"]).output();
+    let shown: serde_json::Value = serde_json::from_slice(&lab.host.run(show).unwrap().stdout).unwrap();
+    assert_eq!(shown[0]["vlans"], json!([{"vlan": 20, "flags": ["PVID", "Egress Untagged"]}]));
+    lab.unplug("bqvlann0", plug.queues);
+}

@@ -1,0 +1,173 @@
+//! A host that is a network namespace, with a world outside: links, rules and packets, without any VM.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::config::Network;
+use bosh_qemu_cpi::error::Result;
+use bosh_qemu_cpi::link_name::LinkName;
+use bosh_qemu_cpi::net::plan::{Place, Requested, Segment};
+use bosh_qemu_cpi::net::{apply, plan, profile::Profile};
+use bosh_qemu_cpi::schema::Property;
+use serde_json::{Value, json};
+
+use super::netns::Namespace;
+use super::nftables;
+
+/// The bridge of `nat` networks.
+pub const BRIDGE: &str = "bosh-nat0";
+
+/// A host with a link `uplink` to the world outside, which knows no way back to the VMs.
+pub struct Lab {
+    /// The host.
+    pub host: Namespace,
+    /// The world outside.
+    pub outside: Namespace,
+}
+
+impl Lab {
+    /// One; `None`, with the reason told, where that can not be had.
+    pub fn new() -> Option<Self> {
+        let lab = Self { host: Namespace::new()?, outside: Namespace::new()? };
+        lab.host.cable("uplink", &lab.outside, "world");
+        for (namespace, link, end) in [(&lab.host, "uplink", 1), (&lab.outside, "world", 2)] {
+            namespace.ip(&format!("address add 192.0.2.{end}/24 dev {link}"));
+            namespace.ip(&format!("address add 2001:db8::{end}/64 dev {link} nodad"));
+        }
+        Some(lab)
+    }
+
+    /// A machine on the bridge, with this address and the gateway that ends in 1.
+    pub fn vm(&self, port: &str, ip: &str) -> Namespace {
+        let vm = self.unplugged_vm(port, ip);
+        self.host.ip(&format!("link set {port} master {BRIDGE}"));
+        vm
+    }
+
+    /// The same before its cable is in the bridge.
+    pub fn unplugged_vm(&self, port: &str, ip: &str) -> Namespace {
+        let vm = Namespace::new().expect("as the first two");
+        self.host.cable(port, &vm, "eth0");
+        let (version, length, nodad) = if ip.contains(':') { ("-6", 64, "nodad") } else { ("-4", 24, "") };
+        vm.ip(&format!("address add {ip}/{length} dev eth0 {nodad}"));
+        let gateway = format!("{}1", &ip[..ip.rfind(['.', ':']).expect("an address") + 1]);
+        vm.ip(&format!("{version} route add default via {gateway}"));
+        vm
+    }
+
+    /// Makes the segment's bridge on the host.
+    pub fn ensure(&self, segment: &Segment) -> Result<()> {
+        self.host.run(|| apply::ensure(segment, &[]))
+    }
+
+    /// Makes a tap with one queue on the host.
+    pub fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
+        self.host.run(|| apply::plug(&name(tap), segment, 1, || Ok(Vec::new())))
+    }
+
+    /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
+    /// every descriptor, until it executes its program.
+    pub fn unplug(&self, tap: &str, descriptors: impl Into<Vec<OwnedFd>>) {
+        drop(descriptors.into());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.host.link(tap).is_some() {
+            assert!(Instant::now() < deadline, "tap {tap} outlives its descriptor");
+        }
+    }
+
+    /// Removes the segment's bridge from the host, if nobody is on it.
+    pub fn release(&self, segment: &Segment) -> Result<bool> {
+        self.host.run(|| apply::release(segment))
+    }
+
+    /// What a call may have changed: links with their settings and addresses, and the count of writes to nftables.
+    /// Left out is what the kernel goes on changing by itself: timers, carrier, its link-local addresses.
+    pub fn state(&self) -> (Vec<String>, u32) {
+        let links = self.host.ip_json("address show");
+        let settings = |link: &Value| {
+            let up = link["flags"].as_array().unwrap().contains(&"UP".into());
+            let addresses = link["addr_info"].as_array().unwrap().iter().filter(|a| a["scope"] != "link");
+            let addresses: Vec<_> = addresses.map(|a| format!("{}/{}", a["local"], a["prefixlen"])).collect();
+            let keys = ["ifindex", "ifname", "address", "mtu", "master", "ifalias"].map(|key| link[key].to_string());
+            format!("{keys:?} up: {up} {addresses:?}")
+        };
+        (links.as_array().unwrap().iter().map(settings).collect(), self.host.run(nftables::generation))
+    }
+
+    /// Links of the host, without `lo`.
+    pub fn links(&self) -> Vec<String> {
+        let links = self.host.ip_json("link show");
+        let names = links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned());
+        names.filter(|name| name != "lo").collect()
+    }
+
+    /// The bridge of `nat` networks.
+    pub fn bridge(&self) -> Value {
+        self.host.link(BRIDGE).expect("a bridge")
+    }
+}
+
+/// A link's name.
+pub fn name(text: &str) -> LinkName {
+    LinkName::parse(text).unwrap()
+}
+
+/// The segment of a `nat` network with this gateway.
+pub fn nat(gateway: &str) -> Segment {
+    segment(&json!({}), gateway)
+}
+
+/// The segment of a configured network for a VM with this gateway.
+pub fn segment(network: &Value, gateway: &str) -> Segment {
+    let netmask = if gateway.contains(':') { "ffff:ffff:ffff:ffff::" } else { "255.255.255.0" };
+    let requested = Requested { netmask: netmask.parse().ok(), gateway: gateway.parse().ok(), ..Default::default() };
+    let network = Network::from_json(network).unwrap();
+    let profile = Profile::load(&network.profile, None).unwrap();
+    match plan::place("lab", &network, &profile, &requested).unwrap() {
+        Place::Bridge(segment) => segment,
+        Place::User(user) => panic!("{user:?}"),
+    }
+}
+
+/// The segment of an operator's bridge.
+pub fn existing(bridge: &str) -> Segment {
+    plan::existing_bridge(&name(bridge), None, None)
+}
+
+/// An error's kind and words.
+pub fn text(error: &bosh_qemu_cpi::error::Error) -> String {
+    format!("{:?}: {}", error.kind(), error.report())
+}
+
+/// Who `listener` sees when `vm` speaks to `to` by TCP and UDP; the answers must come back.
+pub fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
+    let address = SocketAddr::new(to.parse().unwrap(), 0);
+    let patience = Some(Duration::from_secs(5));
+    let (listener, datagrams) =
+        lab.outside.run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
+    let (tcp, udp) = (listener.local_addr().unwrap(), datagrams.local_addr().unwrap());
+    datagrams.set_read_timeout(patience).unwrap();
+
+    let stream = vm.run(|| TcpStream::connect_timeout(&tcp, Duration::from_secs(5)));
+    let mut stream = stream.unwrap_or_else(|error| panic!("connect to {tcp}: {error}"));
+    stream.set_read_timeout(patience).unwrap();
+    let (mut served, by_tcp) = listener.accept().unwrap();
+    stream.write_all(b"ping").unwrap();
+    let mut bytes = [0; 4];
+    served.set_read_timeout(patience).unwrap();
+    served.read_exact(&mut bytes).unwrap();
+    served.write_all(b"pong").unwrap();
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"pong");
+
+    let socket = vm.run(|| UdpSocket::bind(if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" }).unwrap());
+    socket.set_read_timeout(patience).unwrap();
+    socket.send_to(b"ping", udp).unwrap();
+    let (_, by_udp) = datagrams.recv_from(&mut bytes).unwrap();
+    datagrams.send_to(b"pong", by_udp).unwrap();
+    assert_eq!(socket.recv_from(&mut bytes).unwrap(), (4, udp));
+    assert_eq!(by_tcp.ip(), by_udp.ip());
+    by_tcp.ip()
+}
