@@ -1,6 +1,6 @@
 //! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use ipnetwork::{IpNetwork, Ipv4Network};

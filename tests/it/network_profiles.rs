@@ -36,13 +36,13 @@ fn routed_vms_keep_their_addresses() {
     lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
     assert_eq!(seen_from(&lab, &vm, "192.0.2.2").to_string(), "10.0.0.5");
     assert!(reaches(&lab.outside, &vm, "10.0.0.5"), "the way in is open as well");
-    assert_eq!(lab.host.run(nftables::tables), [""; 0]);
+    assert_eq!(lab.host.run(nftables::tables), ["bosh-qemu-bosh-nat0"], "what VMs may say to the host");
 }
 
 #[test]
 fn isolated_vms_reach_the_host_and_nobody_else() {
     let Some(lab) = Lab::new() else { return };
-    let isolated = segment(&json!({"profile": "isolated"}), "10.0.0.1");
+    let isolated = segment(&json!({"profile": "isolated", "host_services": ["tcp/2222"]}), "10.0.0.1");
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
     lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
@@ -50,7 +50,13 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
     // Another network makes the host a router.
     lab.ensure(&nat("10.1.0.1")).unwrap();
-    assert!(reaches(&one, &lab.host, "10.0.0.1"));
+    assert!(reaches(&lab.host, &one, "10.0.0.5"), "from the host, and the answer back");
+    for (port, open) in [(2222, true), (2223, false)] {
+        let at = SocketAddr::from(([10, 0, 0, 1], port));
+        let _listener = lab.host.run(|| TcpListener::bind(at).unwrap());
+        let connected = one.run(|| TcpStream::connect_timeout(&at, Duration::from_millis(500)));
+        assert_eq!(connected.is_ok(), open, "port {port} of the host");
+    }
     assert!(!reaches(&one, &two, "10.0.0.6"), "a neighbour");
     assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
     assert!(!reaches(&lab.outside, &one, "10.0.0.5"), "from the world");
