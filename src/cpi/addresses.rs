@@ -90,7 +90,7 @@ fn is_one(block: IpNetwork) -> bool {
 /// The address the instance had before, if it is free, else the first that is.
 fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpAddr> {
     let own = match &segment.keeper {
-        Keeper::Us { addresses, .. } => addresses.iter().map(|address| address.ip()).collect(),
+        Keeper::Us { addresses, .. } => addresses.iter().map(IpNetwork::ip).collect(),
         Keeper::Operator => Vec::new(),
     };
     let last = pool.subnet.is_ipv4() && pool.subnet.prefix() < 31;

@@ -229,7 +229,7 @@ mod tests {
         claims.close().unwrap();
         let mut claims = open();
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
-        assert_eq!(claims.on_wire("br0@7").unwrap(), [vm.clone()]);
+        assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
         std::fs::remove_dir(store.vm(&vm).dir).unwrap();
         assert_eq!(claims.holder(&claim).unwrap(), None);
         claims.take(&vm, claim.clone()).unwrap();

@@ -14,7 +14,10 @@ use crate::store::Phase;
 use crate::store::record::{Nic, VmRecord};
 
 /// The questions that are being asked, one for each card.
-pub(super) struct Questions(Vec<(String, JoinHandle<Result<Option<(IpAddr, MacAddress)>>>)>);
+pub(super) struct Questions(Vec<(String, JoinHandle<Answer>)>);
+
+/// Who has which address, if anybody has one.
+type Answer = Result<Option<(IpAddr, MacAddress)>>;
 
 /// Asks for the addresses of cards that want it, on bridges that are there, if the VM is new: one that has them already
 /// starts again whoever else took one.

@@ -108,7 +108,7 @@ fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
         // One that can not be read must not keep others from starting.
         match scope.store.read::<VmRecord>(&vm) {
             Ok(record) => {
-                nics.extend(record.filter(|vm| vm.phase != Phase::Deleting).into_iter().flat_map(|vm| vm.nics))
+                nics.extend(record.filter(|vm| vm.phase != Phase::Deleting).into_iter().flat_map(|vm| vm.nics));
             }
             Err(error) => tracing::warn!(%vm, error = error.report(), "a VM's rules are left out"),
         }

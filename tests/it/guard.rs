@@ -132,7 +132,7 @@ fn a_guest_speaks_ipv4_only_as_itself() {
         let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
         lab.host.run(|| {
             if setting.exists() {
-                std::fs::write(setting, called).unwrap()
+                std::fs::write(setting, called).unwrap();
             }
         });
         speaks_ipv4_only_as_itself(&lab);
@@ -244,8 +244,11 @@ fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
     eventually("a counted drop", || (lab.drops() > before).then_some(()));
 }
 
-fn admits(list: &[(&str, u8, Option<(u16, u16)>)]) -> NicRules {
-    let admission = |(source, protocol, ports): &(&str, u8, Option<(u16, u16)>)| Admission {
+/// A source, a protocol, ports.
+type Admitted<'a> = (&'a str, u8, Option<(u16, u16)>);
+
+fn admits(list: &[Admitted<'_>]) -> NicRules {
+    let admission = |(source, protocol, ports): &Admitted<'_>| Admission {
         source: source.parse().unwrap(),
         protocols: (*protocol, *protocol),
         ports: *ports,

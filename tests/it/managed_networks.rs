@@ -23,7 +23,7 @@ fn a_managed_network_is_made_used_and_removed() {
     let vm = host.ok("create_vm", &json!(["agent-1", stemcell, {"ram": 64}, networks, [], {}]));
     let vm = text(&vm[0]);
     let used = host.call("delete_network", &json!([network]));
-    assert_eq!(used.failure().message.contains(&format!("is used by VM '{vm}'")), true, "{used:?}");
+    assert!(used.failure().message.contains(&format!("is used by VM '{vm}'")), "{used:?}");
     host.ok("delete_vm", &json!([vm]));
     assert!(links().contains("10.9.0.1/24"), "it stays without VMs");
 

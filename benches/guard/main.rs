@@ -1,0 +1,102 @@
+//! What the guard costs a packet: throughput from a guest to the host over a bridge, with its rules against without.
+//! A cable stands for the tap. Run with `cargo bench --bench guard`; needs root and `ip`.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+// What tests of links need beyond this is not used here.
+#[allow(dead_code)]
+#[path = "../../tests/it/support/netns.rs"]
+mod netns;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::store::record::Nic;
+use netns::Namespace;
+use serde_json::json;
+
+const ROUND: Duration = Duration::from_secs(1);
+const ROUNDS: usize = 5;
+
+fn skip(reason: &str) {
+    eprintln!("SKIP guard: {reason}");
+}
+
+fn nic(tap: &str, last: u8) -> Nic {
+    let segment = json!({"network": "bench", "bridge": "br-bench", "keeper": "operator"});
+    let rules = json!({"anti_spoof": true, "addresses": [format!("10.0.0.{last}/32")],
+                       "admits": [{"source": "10.0.0.0/24", "protocols": [6, 6], "ports": [1, 65535]}]});
+    let mac = format!("02:00:00:00:00:{last:02x}");
+    let nic = json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
+    serde_json::from_value(nic).expect("a card")
+}
+
+/// Bytes a second from the guest to the host.
+fn throughput(host: &Namespace, guest: &Namespace) -> f64 {
+    let listener = host.run(|| TcpListener::bind("10.0.0.254:0").expect("listen"));
+    let address = listener.local_addr().expect("an address");
+    let mut stream = guest.run(|| TcpStream::connect(address).expect("connect"));
+    let (mut served, _) = listener.accept().expect("accept");
+    let reader = std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 20];
+        let mut total = 0;
+        while let Ok(length @ 1..) = served.read(&mut buffer) {
+            total += length;
+        }
+        total
+    });
+    let (start, chunk) = (Instant::now(), vec![0; 1 << 18]);
+    while start.elapsed() < ROUND {
+        stream.write_all(&chunk).expect("write");
+    }
+    drop(stream);
+    reader.join().expect("no panic") as f64 / start.elapsed().as_secs_f64()
+}
+
+fn main() {
+    let (Some(host), Some(guest)) = (Namespace::new(), Namespace::new()) else { return };
+    host.ip("link add br-bench type bridge");
+    host.ip("address add 10.0.0.254/24 dev br-bench");
+    host.ip("link set br-bench up");
+    host.cable("bqbench", &guest, "eth0");
+    host.ip("link set bqbench master br-bench");
+    guest.ip("link set eth0 address 02:00:00:00:00:01");
+    guest.ip("address add 10.0.0.1/24 dev eth0");
+    let own = [nic("bqbench", 1)];
+    let others: Vec<_> = (2..=250).map(|n| nic(&format!("bqother{n}"), n)).collect();
+    let median = |mut rates: Vec<f64>| {
+        rates.sort_by(f64::total_cmp);
+        rates[rates.len() / 2]
+    };
+    let (mut without, mut with, mut among) = (Vec::new(), Vec::new(), Vec::new());
+    let add = |nics: &[Nic]| host.run(|| guard::add(nics, || Ok(Vec::new()))).expect("rules");
+    for _ in 0..ROUNDS {
+        without.push(throughput(&host, &guest));
+        add(&own);
+        with.push(throughput(&host, &guest));
+        add(&others);
+        among.push(throughput(&host, &guest));
+        host.run(|| guard::remove(&others).and_then(|()| guard::remove(&own))).expect("removed");
+    }
+    let (without, with, among) = (median(without), median(with), median(among));
+    println!("guest to host without rules        {:8.0} MB/s", without / 1e6);
+    println!("guest to host with rules           {:8.0} MB/s   {:.2} of that", with / 1e6, with / without);
+    println!("the same among 249 other VMs       {:8.0} MB/s   {:.2} of that", among / 1e6, among / without);
+    add(&own);
+    for (present, nics) in [(1, &others[..0]), (250, &others[..])] {
+        if !nics.is_empty() {
+            add(nics);
+        }
+        let one = [nic("bqone", 251)];
+        let start = Instant::now();
+        for _ in 0..20 {
+            add(&one);
+            host.run(|| guard::remove(&one)).expect("removed");
+        }
+        println!(
+            "one VM's rules in and out with {present:3} VMs {:8.2} ms",
+            start.elapsed().as_secs_f64() * 1000.0 / 20.0
+        );
+    }
+}
