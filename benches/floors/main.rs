@@ -10,7 +10,7 @@
 //! unless its answer is waited for. Everything is in temporary directories and a network namespace of its own, so it needs
 //! root, `qemu-system-x86_64`, `qemu-img` and `tar`. It fails only when something does not work, never on a time.
 //!
-//! `cargo bench -- 30` takes 30 rounds instead of 10. `FLOORS_CPI=<binary>` measures another build.
+//! `cargo bench -- 30` takes 30 rounds instead of 10, `cargo bench -- copies` only copies disks. `FLOORS_CPI=<binary>` measures another build.
 #![allow(clippy::print_stdout)]
 
 mod bare;
@@ -38,6 +38,10 @@ fn main() {
     unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own: run it as root");
     let lab = Lab::new();
     let mut table = Table::default();
+    if std::env::args().any(|word| word == "copies") {
+        copies::copies(&lab, &mut table, rounds.min(5));
+        return println!("{table}");
+    }
     for round in 0..=rounds {
         // The first round fills caches, the accelerator's verdict and the layout of the state directory.
         let mut warm_up = Table::default();
