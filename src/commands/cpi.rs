@@ -20,7 +20,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
         let config = Config::load(file.as_deref())?;
         log::init(&config.log);
         let config = config.with_context(request.context.properties())?;
-        Ok(Box::new(Cpi::new(config, file)))
+        Ok(Box::new(Cpi::new(config, file).called_by(request.context.director())))
     });
     Ok(())
 }

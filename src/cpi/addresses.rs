@@ -43,14 +43,10 @@ impl Cpi {
         properties: &VmCloudProperties,
         deadline: Instant,
     ) -> Result<()> {
-        let mut claims = self.store.claims(deadline)?;
-        for placed in placed.iter_mut() {
-            claim_addresses(vm, placed, networks, &mut claims)?;
-        }
-        for forward in &properties.ports {
-            claim_ports(vm, placed, networks, forward, &mut claims)?;
-        }
-        claims.close()
+        self.store.with_claims(deadline, |claims| {
+            placed.iter_mut().try_for_each(|placed| claim_addresses(vm, placed, networks, claims))?;
+            properties.ports.iter().try_for_each(|forward| claim_ports(vm, placed, networks, forward, claims))
+        })
     }
 }
 

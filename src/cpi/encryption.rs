@@ -3,18 +3,18 @@
 use serde_json::json;
 
 use super::Cpi;
-use crate::cid::{Cid, DiskCid};
+use crate::cid::DiskCid;
 use crate::error::Result;
 use crate::qemu::blockdev::SECRET;
 use crate::qmp::error::MonitorError;
-use crate::qmp::hotplug::{HotplugError, Inventory};
+use crate::qmp::hotplug::HotplugError;
 use crate::qmp::monitor::Monitor;
 use crate::store::DiskKey;
 use crate::store::disk_key::WRONG_KEY;
 
 impl Cpi {
-    /// Runs `opening`, which attaches `disk`, while QEMU has the key. The key opens every disk of this host, so QEMU forgets it
-    /// again whatever comes of it; the image stays open. For a disk that is attached no key is needed.
+    /// Runs `opening`, which opens an image of `disk`, while QEMU has the key. The key opens every disk of this host, so QEMU
+    /// forgets it again whatever comes of it; the image stays open.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::BadConfig`] when the key is missing, or is not the disk's.
@@ -26,9 +26,6 @@ impl Cpi {
     ) -> Result<T> {
         // A call that was killed in here left it.
         forget(monitor)?;
-        if Inventory::take(monitor)?.has_device(disk.as_str()) {
-            return Ok(opening(monitor)?);
-        }
         let key = DiskKey::of(&self.config);
         let text = key.read()?;
         monitor.raw("object-add", &json!({"qom-type": "secret", "id": SECRET, "data": text.0}))?;

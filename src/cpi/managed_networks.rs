@@ -184,9 +184,7 @@ impl Cpi {
     }
 
     fn users(&self, cid: &NetworkCid, deadline: Instant) -> Result<Vec<String>> {
-        let mut claims = self.store.claims(deadline)?;
-        let users = claims.on_wire(&bridge(cid))?;
-        claims.close()?;
+        let users = self.store.with_claims(deadline, |claims| claims.on_wire(&bridge(cid)))?;
         Ok(users.iter().map(|vm| format!("'{vm}'")).collect())
     }
 

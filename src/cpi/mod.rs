@@ -12,6 +12,7 @@ mod copies;
 mod disks;
 mod encryption;
 pub mod every_vm;
+mod forgotten;
 pub mod host_networks;
 mod leftovers;
 mod managed_networks;
@@ -26,7 +27,9 @@ mod update;
 pub mod verbs;
 mod vms;
 
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
@@ -48,6 +51,10 @@ pub struct Cpi {
     config: Config,
     config_file: Option<PathBuf>,
     store: Store,
+    /// The uuid of whose call this is.
+    director: Option<String>,
+    /// Open as long as this process lives: that its caller was not told yet of a VM it made.
+    note: OnceLock<File>,
     began: Instant,
 }
 
@@ -55,7 +62,12 @@ impl Cpi {
     /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
         let store = Store::of(&config);
-        Self { config, config_file, store, began: Instant::now() }
+        Self { config, config_file, store, director: None, note: OnceLock::new(), began: Instant::now() }
+    }
+
+    /// The same for a call of the Director with this uuid.
+    pub fn called_by(self, director: Option<&str>) -> Self {
+        Self { director: director.map(str::to_owned), ..self }
     }
 
     /// When the call of `method` must have ended.
@@ -135,6 +147,10 @@ impl Verbs for Cpi {
 
     fn delete_vm(&self, vm: &VmCid) -> Result<()> {
         self.remove_vm(vm)
+    }
+
+    fn told(&self, vm: &VmCid) {
+        self.is_told(vm);
     }
 
     fn has_vm(&self, vm: &VmCid) -> Result<bool> {

@@ -55,6 +55,9 @@ pub trait Verbs {
     /// An unknown VM is a success, after its leftovers are cleaned.
     fn delete_vm(&self, vm: &VmCid) -> Result<()>;
 
+    /// Hears that the answer that told of a new VM was taken.
+    fn told(&self, _vm: &VmCid) {}
+
     /// Whether the VM exists, running or not.
     fn has_vm(&self, vm: &VmCid) -> Result<bool>;
 

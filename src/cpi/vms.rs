@@ -51,7 +51,12 @@ impl Cpi {
             Ok(uid) => uid,
             Err(error) => return lock.retire().and(self.settled(&cid)).and(Err(error)),
         };
-        let claimed = self.claim(&cid, &mut placed, &mut call.networks, &properties, deadline);
+        let claimed = match self.claim(&cid, &mut placed, &mut call.networks, &properties, deadline) {
+            Err(held) if held.kind() == ErrorKind::Conflict => {
+                self.claim_of_forgotten(held, &cid, &mut placed, &mut call.networks, &properties, deadline)
+            }
+            claimed => claimed,
+        };
         if let Err(error) = claimed.and_then(|()| self.still_managed(&placed)) {
             self.store.release_claims(&cid)?;
             uids::release(self.store.state_dir(), &cid, uid)?;
@@ -64,6 +69,7 @@ impl Cpi {
             run: 1,
             created_at: clock::now(),
             agent_id: call.agent_id.as_str().to_owned(),
+            director: self.director.clone(),
             stemcell: stemcell.cid.clone(),
             machine,
             uid,
@@ -88,6 +94,7 @@ impl Cpi {
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
             })?;
+            self.untold(&vm.cid)?;
             vm.phase = Phase::Ready;
             self.store.write(&vm)?;
             self.settled(&vm.cid)

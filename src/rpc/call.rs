@@ -172,6 +172,13 @@ impl Undo {
             other => other,
         }
     }
+
+    /// The answer was taken: there will be nothing to undo.
+    pub fn is_void(&self, verbs: &dyn Verbs) {
+        if let Self::DeleteVm(vm) = self {
+            verbs.told(vm);
+        }
+    }
 }
 
 impl fmt::Display for Undo {

@@ -95,7 +95,9 @@ fn carry_out(request: &Request, call: Call, verbs: &dyn Verbs, outlet: &Outlet) 
         }
     };
     crash::point!("done, not answered");
-    let Err(unanswered) = outlet.send(&response) else { return };
+    let Err(unanswered) = outlet.send(&response) else {
+        return undo.iter().for_each(|undo| undo.is_void(verbs));
+    };
     warn!("nobody took the answer: {unanswered}");
     let Some(undo) = undo else { return };
     match undo.run(verbs) {

@@ -105,6 +105,11 @@ impl Context {
         (tail.len() <= 32 && tail.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')).then_some(id)
     }
 
+    /// The uuid of the Director or create-env state whose call this is.
+    pub fn director(&self) -> Option<&str> {
+        self.0.get("director_uuid")?.as_str().filter(|uuid| uuid.len() <= 255)
+    }
+
     /// Which API the agent on the stemcell speaks; nothing to do with [`Request::api_version`].
     pub fn stemcell_api_version(&self) -> Option<u64> {
         self.0.get("vm")?.get("stemcell")?.get("api_version")?.as_u64()

@@ -58,11 +58,18 @@ impl Store {
         self.state_dir().join("claims")
     }
 
-    /// Waits until nobody else looks at the claims.
+    /// Works on the claims while nobody else does.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) at `deadline`.
-    pub fn claims(&self, deadline: Instant) -> Result<Claims<'_>> {
+    /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) if that can not be had until `deadline`; those of `work`.
+    pub fn with_claims<T>(&self, deadline: Instant, work: impl FnOnce(&mut Claims<'_>) -> Result<T>) -> Result<T> {
+        let mut claims = self.claims(deadline)?;
+        let done = work(&mut claims);
+        claims.lock.retire()?;
+        done
+    }
+
+    fn claims(&self, deadline: Instant) -> Result<Claims<'_>> {
         let dir = self.claims_dir();
         // State directories made before there were claims have no place for them.
         atomic::make_dir(&dir)?;
@@ -123,11 +130,6 @@ impl Claims<'_> {
         vms.sort();
         vms.dedup();
         Ok(vms)
-    }
-
-    /// Lets others look.
-    pub fn close(self) -> Result<()> {
-        self.lock.retire()
     }
 
     fn path(&self, claim: &Claim) -> PathBuf {
@@ -226,7 +228,7 @@ mod tests {
         let mut claims = open();
         assert_eq!(claims.holder(&claim).unwrap(), None);
         claims.take(&vm, claim.clone()).unwrap();
-        claims.close().unwrap();
+        claims.lock.retire().unwrap();
         let mut claims = open();
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
         assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));

@@ -21,7 +21,7 @@
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   state                                         symlink to the state directory it goes with
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
-//!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
+//!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid  untold
 //! ```
 //!
 //! A VM links its stemcell's image instead of naming it. So a stemcell can be deleted at any time, and the image
@@ -409,6 +409,8 @@ paths! {
     supervisor_qmp = run / "supervisor-qmp.sock";
     /// The guest's serial port, served by QEMU to the supervisor.
     serial = run / "serial.sock";
+    /// There as long as nobody may have been told of the VM.
+    untold = run / "untold";
     /// Locked by QEMU as long as it lives.
     qemu_pid = run / "qemu.pid";
     /// Locked by the supervisor as long as it lives.

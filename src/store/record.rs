@@ -190,6 +190,9 @@ pub struct VmRecord {
     pub created_at: String,
     /// The Director's name of the agent in it.
     pub agent_id: String,
+    /// The uuid of the Director that had it made, if it said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub director: Option<String>,
     /// What it was made of. The stemcell may be gone.
     pub stemcell: StemcellCid,
     /// Its hardware.

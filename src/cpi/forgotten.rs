@@ -1,0 +1,113 @@
+//! VMs that nobody was told of: their create_vm was killed, the latest when they were whole, before its answer was taken.
+//!
+//! The file `untold` in a VM's run directory is there from before the VM is ready until after the answer was taken. A VM
+//! that has it, and whose create_vm is dead, may have been told of all the same, so it is not removed for that alone. But a Director that has the same
+//! address given to another VM does not know it, and has never named it in a call. Without this, one killed call would
+//! keep a static address until an operator looked into it.
+
+use std::time::{Duration, Instant};
+
+use super::Cpi;
+use super::cloud_properties::VmCloudProperties;
+use super::networks::Networks;
+use super::placement::Placed;
+use crate::cid::{Cid, VmCid};
+use crate::crash;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::claims::Claim;
+use crate::store::{Phase, Rank, VmRecord, atomic};
+use crate::sys::pidlock;
+
+/// How long a launch whose call was killed may take to be undone. Also what breaks the circle of two creates that want what
+/// the other has.
+const UNDONE: Duration = Duration::from_secs(10);
+
+impl Cpi {
+    /// Claims again after a claim was refused with `refusal`, if what it wants is held by VMs that nobody knows.
+    pub(super) fn claim_of_forgotten(
+        &self,
+        refusal: Error,
+        vm: &VmCid,
+        placed: &mut [Placed],
+        networks: &mut Networks,
+        properties: &VmCloudProperties,
+        deadline: Instant,
+    ) -> Result<()> {
+        if !self.clear_forgotten(placed, properties, deadline)? {
+            return Err(refusal);
+        }
+        self.store.release_claims(vm)?;
+        self.claim(vm, placed, networks, properties, deadline)
+    }
+
+    /// Removes the forgotten VMs that hold an address or a port that is wanted now. Whether there were any.
+    fn clear_forgotten(&self, wanted: &[Placed], properties: &VmCloudProperties, deadline: Instant) -> Result<bool> {
+        let mut cleared = false;
+        for holder in self.holders(wanted, properties, deadline)? {
+            cleared |= self.clear_if_forgotten(&holder, deadline)?;
+        }
+        Ok(cleared)
+    }
+
+    fn holders(&self, wanted: &[Placed], properties: &VmCloudProperties, deadline: Instant) -> Result<Vec<VmCid>> {
+        let addresses = wanted.iter().filter_map(|Placed { nic, .. }| Some((nic.tap()?.1, nic.rules.as_ref()?)));
+        let addresses =
+            addresses.flat_map(|(segment, rules)| rules.addresses.iter().map(|a| Claim::block(segment, *a)));
+        let ports = properties.ports.iter().flat_map(|forward| {
+            let range = forward.host.first..=forward.host.last;
+            range.map(|port| Claim::Port { protocol: forward.protocol, port, address: forward.address })
+        });
+        let mut holders = self.store.with_claims(deadline, |claims| {
+            let holders = addresses.chain(ports).map(|claim| claims.holder(&claim));
+            holders.filter_map(Result::transpose).collect::<Result<Vec<_>>>()
+        })?;
+        holders.dedup();
+        Ok(holders)
+    }
+
+    fn clear_if_forgotten(&self, cid: &VmCid, deadline: Instant) -> Result<bool> {
+        let phase = self.store.read::<VmRecord>(cid)?.map(|vm| vm.phase);
+        // A launch whose call was killed is undone by itself, in a moment. Who works on a VM that is ready knows it.
+        let patience = if phase == Some(Phase::Ready) { Duration::ZERO } else { UNDONE };
+        let lock = match self.store.lock(Rank::Vm, cid, deadline.min(Instant::now() + patience)) {
+            Err(error) if error.kind() == ErrorKind::Timeout => return Ok(false),
+            lock => lock?,
+        };
+        match self.store.read::<VmRecord>(cid)? {
+            Some(vm) if self.is_forgotten(&vm)? => {
+                tracing::warn!(%cid, "removing a VM that its Director was never told of, and whose address it gives away again");
+                self.destroy(&vm, lock, deadline).map(|()| true)
+            }
+            Some(vm) if vm.phase == Phase::Ready => Ok(false),
+            _ => {
+                drop(lock);
+                self.clear_leftover(cid.as_str()).map(|()| true)
+            }
+        }
+    }
+
+    fn is_forgotten(&self, vm: &VmRecord) -> Result<bool> {
+        let ours = vm.director.is_some() && vm.director == self.director;
+        let named = !vm.metadata.is_empty() || !vm.disks.is_empty() || vm.run > 1;
+        let untold = self.store.vm(&vm.cid).untold();
+        let candidate = vm.phase == Phase::Ready && ours && !named && untold.exists();
+        // The process that made it may be about to answer.
+        Ok(candidate && pidlock::holder(&untold)?.is_none() && untold.exists())
+    }
+
+    /// Notes, before the VM is ready, that nobody was told of it yet. The note is locked as long as this process lives.
+    pub(super) fn untold(&self, vm: &VmCid) -> Result<()> {
+        let note = pidlock::lock_self(&self.store.vm(vm).untold())?;
+        crash::point!("untold noted");
+        // A call makes at most one VM.
+        let _ = self.note.set(note);
+        Ok(())
+    }
+
+    /// The answer was taken.
+    pub(super) fn is_told(&self, vm: &VmCid) {
+        if let Err(error) = atomic::remove_file(&self.store.vm(vm).untold()) {
+            tracing::warn!(error = error.report(), "the VM looks as if nobody was told of it");
+        }
+    }
+}
