@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use bosh_qemu_cpi::cli::{Cli, Command, Vm};
 use bosh_qemu_cpi::{commands, sys};
@@ -18,7 +19,9 @@ fn main() -> ExitCode {
         Some(Command::Vm(Vm::List { json })) => commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true),
         Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
         Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),
-        Some(Command::Supervise { vm, adopt }) => commands::supervise::run(config, vm, adopt).map(|()| true),
+        Some(Command::Supervise { vm, adopt, patience }) => {
+            commands::supervise::run(config, vm, adopt, Duration::from_millis(patience)).map(|()| true)
+        }
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -12,5 +12,5 @@ pub mod lock;
 pub mod record;
 
 pub use layout::{Store, VmPaths};
-pub use lock::{Guard, Rank};
+pub use lock::{Brief, Guard, Rank};
 pub use record::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use super::Scope;
 use super::resources::{self, Resources};
 use super::watched::Watched;
+use super::{Scope, limits};
 use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -18,8 +18,8 @@ use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::cgroup::Cgroup;
-use crate::host::tail;
-use crate::qemu::{Template, blockdev, command_line};
+use crate::host::{memory, tail};
+use crate::qemu::{Template, blockdev, command_line, files};
 use crate::qmp::connection::Connection;
 use crate::qmp::power;
 use crate::store::record::{Accel, VmRecord};
@@ -49,7 +49,7 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
     let template = Template::load(&vm.machine.template, scope.config.qemu.templates_dir.as_deref())?;
     let resources = std::thread::scope(|threads| {
         // Moving a process waits for a pause of every CPU (RCU), 15 ms. Files and taps are opened meanwhile.
-        let moved = threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter());
+        let moved = threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter(&limits::of(scope, vm)));
         let resources = Resources::open(scope, vm);
         moved.join().expect("no panic");
         resources
@@ -67,7 +67,10 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
         pid_lock: pidlock::open(&scope.paths.qemu_pid())?,
         hardening: scope.config.hardening,
     };
-    confine::spawn(confined)
+    let child = confine::spawn(confined)?;
+    // Not as spared as its supervisor, from which it inherited that.
+    memory::prefer_ending(child.process().pid(), 0);
+    Ok(child)
 }
 
 /// Waits until QEMU is up, checks it and lets the guest run. If that fails or is no longer wanted, QEMU is killed.
@@ -81,7 +84,7 @@ pub(super) async fn boot(
     let booted = tokio::select! {
         booted = connect_and_continue(scope, vm, &path) => booted,
         status = child.exited() => Err(early_exit(scope, status?)),
-        () = told_to_end => Err(Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))),
+        () = told_to_end => Err(called_off(scope)),
     };
     match booted {
         Ok((monitor, serial)) => Ok(Running { qemu: Watched::Child(child), monitor, serial }),
@@ -105,10 +108,12 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     if kvm["enabled"] != wanted {
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
-    for disk in resources::disks(scope, vm)? {
-        if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
-            monitor.raw("block_set_io_throttle", &limits).await?;
-        }
+    let own = [Some(files::ROOT), vm.ephemeral.as_ref().map(|_| files::EPHEMERAL)];
+    let own = own.into_iter().flatten().filter_map(|id| blockdev::throttle_together(id, vm.disk_limits));
+    let disks = resources::disks(scope, vm)?;
+    let persistent = disks.iter().filter_map(|disk| blockdev::throttle(disk.cid.as_str(), disk.limits));
+    for limits in own.chain(persistent) {
+        monitor.raw("block_set_io_throttle", &limits).await?;
     }
     let serial = serial(scope).await?;
     power::cont(&mut monitor).await?;
@@ -117,6 +122,8 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
 
 /// Takes over the QEMU `process`, whose supervisor died. The guest does not notice; if it fails, QEMU stays as it is.
 pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
+    // The call that started us may end, and its control group with it.
+    Cgroup::open(scope.cid.as_str()).rejoin();
     let qemu = Watched::orphan(process)?;
     let monitor = Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
     Ok(Running { qemu, monitor, serial: serial(scope).await? })
@@ -125,6 +132,11 @@ pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
 async fn serial(scope: &Scope) -> Result<UnixStream> {
     let path = scope.paths.serial();
     UnixStream::connect(&path).await.at("connect to serial port", &path)
+}
+
+/// Somebody wants the VM off or gone.
+pub(super) fn called_off(scope: &Scope) -> Error {
+    Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))
 }
 
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
