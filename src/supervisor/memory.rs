@@ -23,7 +23,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::memory::{available, resident};
 use crate::store::{Brief, Guard, Phase, Rank, VmRecord};
 use crate::sys::pidlock;
-use crate::units::{Bytes, MiB};
 
 /// Each holds the lock for milliseconds.
 const LOCK: Duration = Duration::from_secs(30);
@@ -154,5 +153,5 @@ impl Figures {
 }
 
 fn mib(bytes: u64) -> String {
-    MiB::holding(Bytes(bytes)).unwrap_or(MiB::MAX).to_string()
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
