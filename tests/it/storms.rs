@@ -18,7 +18,7 @@ use crate::support::host::{Host, eventually, gone, text, vm_cid};
 /// A Director's threads.
 const CALLERS: usize = 32;
 /// Emulated guests that boot on two cores.
-const VMS: usize = 10;
+const VMS: usize = 16;
 
 /// Runs `job` in as many threads as a Director has, each with its number.
 fn storm<T: Send>(job: impl Fn(usize) -> T + Sync) -> Vec<T> {

@@ -47,7 +47,7 @@ pub struct Lab {
     pub disks: BTreeSet<DiskCid>,
     /// What was deleted, and must stay so.
     pub gone: BTreeSet<String>,
-    /// The VM whose call was killed: nothing is known of it until it is called again.
+    /// The VM whose start, stop or removal was killed: whether it runs is not known until it is called again.
     pub unsettled: Option<VmCid>,
     pub killed: u32,
     pub power_cuts: u32,

@@ -29,7 +29,7 @@ const STEPS: &[(u64, Step)] = &[
     (2, |lab, random| supervisor_dies(lab, random, None)),
     (2, guest_powers_off),
     (1, host_restarts),
-    (1, |lab, random| power_cut(lab, random)),
+    (1, power_cut),
 ];
 
 /// The most there are at a time: guests are emulated.
@@ -49,7 +49,9 @@ fn settled(lab: &mut Lab, random: &mut Random, method: &str, arguments: &Value) 
     match lab.attempt(random, method, arguments) {
         Some(outcome) => outcome,
         None => {
+            lab.unsettled = vm.clone().filter(|_| ["reboot_vm", "delete_vm"].contains(&method));
             meanwhile(lab, random, vm);
+            lab.unsettled = None;
             lab.say(&format!("{method} again"));
             lab.host.call(method, arguments).outcome
         }
@@ -58,15 +60,18 @@ fn settled(lab: &mut Lab, random: &mut Random, method: &str, arguments: &Value) 
 
 /// What may happen between a call that was killed and the next one.
 fn meanwhile(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
-    let event = random.next() % 6;
-    lab.unsettled.clone_from(&vm);
-    match event {
+    match random.next() % 6 {
         0 => qemu_dies(lab, random, vm),
         1 => supervisor_dies(lab, random, vm),
-        2 => power_cut(lab, random),
+        2 => {
+            lose_power(lab);
+            // Calls may come before the host has started its VMs.
+            if random.one_in(2) {
+                host_start(lab);
+            }
+        }
         _ => {}
     }
-    lab.unsettled = None;
 }
 
 fn must_refuse(outcome: Result<Value, Failure>, why: &str) {
@@ -281,18 +286,20 @@ fn host_restarts(lab: &mut Lab, random: &mut Random) {
 }
 
 fn power_cut(lab: &mut Lab, random: &mut Random) {
+    lose_power(lab);
+    if random.one_in(2) {
+        lab.check();
+    }
+    host_start(lab);
+}
+
+fn lose_power(lab: &mut Lab) {
     lab.say("power cut");
     lab.power_cuts += 1;
     lab.host.lose_power();
     for vm in lab.vms.values_mut().filter(|vm| vm.power == Power::On) {
         vm.power = Power::Off { wanted: true };
     }
-    // Calls may come before the host has started its VMs.
-    if random.one_in(2) && lab.unsettled.is_none() {
-        lab.check();
-        return;
-    }
-    host_start(lab);
 }
 
 fn host_start(lab: &mut Lab) {
