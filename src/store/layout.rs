@@ -9,7 +9,7 @@
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
 //!   disks/<cid>/      disk.json  disk.qcow2
-//!   locks/<rank>.<name>
+//!   locks/<rank>.<name>                           the host's own, boot.<n> and memory.host, while they are held
 //!   pending/<cid>                                 there while the object is being made
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700

@@ -6,6 +6,7 @@ mod disks;
 mod docs;
 mod door;
 mod full;
+mod groups;
 mod host_boot;
 mod hostile;
 mod layers;

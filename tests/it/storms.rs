@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::fs;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, VmCid};
 use bosh_qemu_cpi::store::VmRecord;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::disks::is_plugged;
 use crate::support::answer::{Answer, Failure};
 use crate::support::host::{Host, eventually, gone, text, vm_cid};
+use crate::vm_list::vm_list;
 
 /// A Director's threads.
 const CALLERS: usize = 32;
@@ -162,32 +162,39 @@ fn one_vm_and_one_disk_under_everybodys_hands() {
     host.ok("delete_disk", &json!([disk]));
 }
 
-/// How many QEMUs are between their start and `cont` at this moment.
-fn booting(host: &Host) -> usize {
-    let locks = fs::read_dir(host.path("state/locks")).into_iter().flatten().flatten();
-    locks.filter(|lock| lock.file_name().to_string_lossy().starts_with("boot.")).count()
-}
-
 #[test]
 fn no_more_boot_at_a_time_than_the_operator_lets() {
     let Some(host) = Host::with(json!({"limits": {"parallel_boots": 2}})) else { return };
     let stemcell = host.stemcell();
-    let (most, done) = (AtomicUsize::new(0), Mutex::new(false));
-    std::thread::scope(|threads| {
-        threads.spawn(|| {
-            while !*done.lock().unwrap() {
-                most.fetch_max(booting(&host), Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(1));
-            }
+    // None is ever ready, so each keeps its slot.
+    host.replace_qemu("exec sleep 600");
+    let callers: Vec<_> = (0..5).map(|_| host.start("create_vm", &host.vm_arguments(&stemcell))).collect();
+    let all = |what: &dyn Fn(&VmCid) -> bool| {
+        let vms = host.store().list::<VmRecord>().unwrap();
+        vms.into_iter().filter(|vm| what(vm)).collect::<Vec<_>>()
+    };
+    let mut seen = BTreeSet::new();
+    for turn in 0..3 {
+        let vms = eventually("five want to start, and two may", || {
+            let wants = all(&|vm| host.supervisor(vm).is_some());
+            let may = all(&|vm| host.qemu(vm).is_some());
+            assert!(may.len() <= 2, "{may:?} at a time");
+            (wants.len() == 5 - turn && may.len() == 2).then_some(may)
         });
-        std::thread::scope(|callers| {
-            for _ in 0..8 {
-                callers.spawn(|| host.vm(&stemcell));
-            }
-        });
-        *done.lock().unwrap() = true;
-    });
-    assert_eq!(most.into_inner(), 2);
+        seen.extend(vms.iter().cloned());
+        // Its launch fails, and the next has its turn.
+        let (qemu, supervisor) = (host.qemu(&vms[0]).unwrap(), host.supervisor(&vms[0]).unwrap());
+        qemu.signal(Signal::SIGKILL).unwrap();
+        gone(&supervisor);
+    }
+    assert!(seen.len() >= 3, "whoever waited had a turn: {seen:?}");
+    for vm in all(&|_| true) {
+        host.note(vm.as_str());
+        host.call("delete_vm", &json!([vm])).result();
+    }
+    for mut caller in callers {
+        caller.wait().unwrap();
+    }
 }
 
 /// A host with one boot slot, and a VM in it whose QEMU is never ready.
@@ -224,7 +231,10 @@ fn who_has_no_turn_says_so_and_nobody_else_waits() {
 
     host.reconfigure(|config| config["deadlines"] = json!({}));
     let waiting = host.start("reboot_vm", &json!([vm]));
-    eventually("it waits for its turn", || host.supervisor(&vm));
+    eventually("it waits for its turn", || {
+        let line = vm_list(&host).as_array().unwrap().iter().find(|line| line["cid"] == json!(vm)).cloned();
+        line.filter(|line| line["state"] == "starting")
+    });
     let began = Instant::now();
     host.ok("delete_vm", &json!([vm]));
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());

@@ -36,14 +36,15 @@ impl Hierarchy {
 
     /// Has groups in `parent`, which holds none but groups, take limits. Only the unified hierarchy must be told.
     pub(super) fn hand_down(&self, parent: &Path) {
-        let offered = |group: &Path| std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
         if !self.unified {
             return;
         }
         for group in [&self.root, parent] {
-            let offered = offered(group);
+            let words = |file: &str| std::fs::read_to_string(group.join(file)).unwrap_or_default();
+            let (offered, given) = (words("cgroup.controllers"), words("cgroup.subtree_control"));
+            let has = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
             // One by one: a controller that can not be had must not keep the others away.
-            for controller in CONTROLLERS.iter().filter(|name| offered.split_whitespace().any(|o| o == **name)) {
+            for controller in CONTROLLERS.iter().filter(|name| has(&offered, name) && !has(&given, name)) {
                 if let Err(error) = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}")) {
                     tracing::warn!(%error, controller, group = %group.display(), "VMs can not have this limit");
                 }
@@ -136,11 +137,14 @@ mod tests {
 
     #[test]
     fn controllers_are_handed_down_to_groups_below() {
-        let root = group(&[("cgroup.controllers", "cpuset cpu io pids\n"), ("cgroup.subtree_control", "")]);
-        let hierarchy = Hierarchy { root: root.path().to_owned(), unified: true };
+        let given = |offered, given| {
+            let root = group(&[("cgroup.controllers", offered), ("cgroup.subtree_control", given)]);
+            Hierarchy { root: root.path().to_owned(), unified: true }.hand_down(&root.path().join("parent"));
+            std::fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap()
+        };
         // In cgroupfs each write adds one; in a file the last one stays.
-        hierarchy.hand_down(&root.path().join("parent"));
-        assert_eq!(std::fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap(), "+cpu");
+        assert_eq!(given("cpuset cpu io pids\n", "pids\n"), "+cpu");
+        assert_eq!(given("cpuset cpu io pids\n", "cpu pids\n"), "cpu pids\n");
     }
 
     #[test]

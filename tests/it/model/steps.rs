@@ -1,6 +1,7 @@
 //! What can happen, one function each.
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -225,14 +226,14 @@ fn delete_stemcell(lab: &mut Lab, random: &mut Random) {
 fn qemu_dies(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
     let Some(vm) = vm.or_else(|| a_vm(lab, random)) else { return };
     let (Some(qemu), supervisor) = (lab.host.qemu(&vm), lab.host.supervisor(&vm)) else { return };
-    lab.say(&format!("QEMU of {vm} dies, supervisor {:?}", supervisor.as_ref().map(|process| process.pid())));
+    lab.say(&format!("QEMU of {vm} dies, supervisor {:?}", supervisor.as_ref().map(Process::pid)));
     qemu.signal(Signal::SIGKILL).unwrap();
     gone(&qemu);
     if lab.unsettled.as_ref() == Some(&vm) {
         return;
     }
     let Some(model) = lab.vms.get_mut(&vm) else { return };
-    match supervisor.map(|process| process.pid()) {
+    match supervisor.as_ref().map(Process::pid) {
         // Restarted after a second; a second time takes longer, and is a call's.
         Some(pid) if model.restarted_by != Some(pid) => {
             model.restarted_by = Some(pid);
