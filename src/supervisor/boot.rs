@@ -26,22 +26,20 @@ pub fn slots(limits: &Limits) -> usize {
 pub(super) async fn slot(scope: &Scope, until: Instant) -> Result<Brief> {
     let slots = slots(&scope.config.limits);
     loop {
-        let mut holders = Vec::with_capacity(slots);
+        let mut held = None;
         for number in 0..slots {
             match scope.store.lock(Rank::Boot, number, Instant::now()) {
                 Ok(guard) => return Ok(guard.brief()),
-                Err(error) if error.kind() == ErrorKind::Timeout => holders.push(error),
+                Err(error) if error.kind() == ErrorKind::Timeout => held = Some(error),
                 Err(error) => return Err(error),
             }
         }
         if Instant::now() >= until {
-            let last = holders.pop().expect("at least one slot");
-            return Err(Error::new(
-                ErrorKind::Timeout,
-                format!("VM '{}' waited for one of {slots} boot slots until its call's time was nearly up", scope.cid),
-            )
-            .because(last)
-            .hint("`limits.parallel_boots` VMs start at the same time; `bosh-qemu-cpi vm list` shows which"));
+            let message =
+                format!("VM '{}' waited for one of {slots} boot slots until its call's time was nearly up", scope.cid);
+            return Err(Error::new(ErrorKind::Timeout, message)
+                .because(held.expect("at least one slot"))
+                .hint("`limits.parallel_boots` VMs start at the same time; `bosh-qemu-cpi vm list` shows which"));
         }
         tokio::time::sleep(LOOK).await;
     }

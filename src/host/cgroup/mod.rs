@@ -98,7 +98,7 @@ impl Cgroup {
 
     /// Moves this process into the groups that are there: the VM runs in them already.
     pub fn rejoin(&self) {
-        for (dir, _) in self.all_dirs() {
+        for (dir, _) in self.all_dirs().into_iter().filter(|(dir, _)| dir.exists()) {
             if let Err(error) = join(&dir) {
                 tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
             }

@@ -46,13 +46,17 @@ pub(super) fn of(root: &Path, name: &str) -> Vec<PathBuf> {
     ours.map(|entry| entry.path()).collect()
 }
 
-/// Has systemd move this process into a new scope of the VM `name`.
+/// Has systemd move this process into a new scope of the VM `name`, if it is not in one already: a restart stays where it is.
 ///
 /// # Errors
 /// What systemd said; the process is where it was.
 pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     let pid = std::process::id();
     let unit = format!("bosh-{name}-{pid}.scope");
+    let is_inside = || std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit));
+    if is_inside() {
+        return Ok(());
+    }
     let mut busctl = Command::new("busctl");
     busctl.args(["--system", "--timeout=10"]).args(call(&unit, name, pid, limits));
     let asked = busctl.stdin(Stdio::null()).output().map_err(|e| Error::os("run 'busctl'", e))?;
@@ -62,7 +66,7 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     }
     // The answer names a job; that it is done is seen by where we are.
     let deadline = Instant::now() + PATIENCE;
-    while !std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit)) {
+    while !is_inside() {
         if Instant::now() > deadline {
             return Err(Error::new(ErrorKind::Timeout, format!("systemd did not start its scope '{unit}' in time")));
         }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
+use std::os::unix::process::ExitStatusExt;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use bosh_qemu_cpi::store::record::StemcellRecord;
@@ -15,6 +16,7 @@ use crate::support::crash::{armed, take_passed};
 use crate::support::host::{Host, eventually, gone};
 use crate::vm_list::vm_list;
 
+const HOST_START: &str = "host start";
 /// Hot-plug slots of each VM.
 pub const SLOTS: usize = 2;
 
@@ -102,6 +104,32 @@ impl Lab {
         self.killed += u32::from(unknown);
         self.say(&format!("  {}", if unknown { "killed".to_owned() } else { format!("{outcome:?}") }));
         outcome.filter(|_| !unknown)
+    }
+
+    /// Runs `host start` to be killed at one of its crash points, two times in three; the first time to learn them. Whether it
+    /// ran at all.
+    pub fn kill_host_start(&mut self, random: &mut Random) -> bool {
+        let point = random.pick(self.points.get(HOST_START).cloned().unwrap_or_default());
+        if random.one_in(3) {
+            return false;
+        }
+        self.say(&format!("{HOST_START}, to be killed at {}", point.as_deref().unwrap_or("no point")));
+        let log = self.host.path("crash-points-host-start");
+        let mut command = self.host.cpi();
+        command.args(HOST_START.split(' ')).env("BOSH_QEMU_CPI_CRASH_LOG", &log);
+        if let Some(point) = &point {
+            command.env("BOSH_QEMU_CPI_CRASH_AT", point);
+        }
+        let output = self.host.namespace().run(|| command.output().unwrap());
+        self.killed += u32::from(output.status.signal().is_some());
+        if log.exists() {
+            let passed = take_passed(&log);
+            if point.is_none() && passed.len() > 10 {
+                self.points.insert(HOST_START.to_owned(), passed);
+            }
+        }
+        self.disarm();
+        true
     }
 
     /// A supervisor that was told to die at some point would do so later, at an end of QEMU or a restart: it dies now.

@@ -68,7 +68,7 @@ fn meanwhile(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
             lose_power(lab);
             // Calls may come before the host has started its VMs.
             if random.one_in(2) {
-                host_start(lab);
+                host_start(lab, random);
             }
         }
         _ => {}
@@ -283,7 +283,7 @@ fn host_restarts(lab: &mut Lab, random: &mut Random) {
     if random.one_in(2) {
         lab.check();
     }
-    host_start(lab);
+    host_start(lab, random);
 }
 
 fn power_cut(lab: &mut Lab, random: &mut Random) {
@@ -291,7 +291,7 @@ fn power_cut(lab: &mut Lab, random: &mut Random) {
     if random.one_in(2) {
         lab.check();
     }
-    host_start(lab);
+    host_start(lab, random);
 }
 
 fn lose_power(lab: &mut Lab) {
@@ -303,7 +303,8 @@ fn lose_power(lab: &mut Lab) {
     }
 }
 
-fn host_start(lab: &mut Lab) {
+fn host_start(lab: &mut Lab, random: &mut Random) {
+    let killed = lab.kill_host_start(random);
     lab.say("host start");
     let (passed, printed) = lab.host.command(&["host", "start", "--json"]);
     assert!(passed, "{printed}");
@@ -315,6 +316,9 @@ fn host_start(lab: &mut Lab) {
         let state = &line.unwrap_or_else(|| panic!("{cid} is not in {printed}"))["state"];
         match vm.power {
             Power::On => assert!(state == "running" || state == "adopted", "{cid} {state}"),
+            Power::Off { wanted: true } if killed => {
+                assert!(["started", "running", "adopted"].iter().any(|word| state == word), "{cid} {state}");
+            }
             Power::Off { wanted: true } => assert_eq!(state, "started", "{cid}"),
             Power::Off { wanted: false } => assert!(state["off"].is_string(), "{cid} {state}"),
         }
