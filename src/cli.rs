@@ -75,6 +75,9 @@ pub enum Command {
         /// Take over its QEMU, which runs, instead of starting one.
         #[arg(long)]
         adopt: bool,
+        /// How long to wait for its turn to boot, milliseconds.
+        #[arg(long, default_value_t = 60_000)]
+        patience: u64,
     },
 }
 

@@ -180,8 +180,12 @@ document! {
 document! {
     /// How much this host does at once.
     pub struct Limits {
-        /// VMs that `host start` starts at the same time. Absent: one for each CPU.
+        /// VMs that start at the same time, whoever starts them; others wait their turn. Absent: one for each CPU.
         parallel_boots: Option<Whole<1, 512>>;
+        /// Whether memory that running VMs were promised and have not touched yet is kept for them.
+        memory: Memory = Memory::Guaranteed;
+        /// Memory that VMs do not get, MiB: for the host's own programs and its page cache.
+        memory_reserve_mib: Whole<0, 1048576> = Whole::of(512);
     }
 }
 
@@ -214,6 +218,16 @@ choice! {
         Auto = "auto",
         /// Linux AIO, or threads for images that are in the page cache.
         Off = "off",
+    }
+}
+
+choice! {
+    /// Whose memory is counted when a VM wants to start.
+    pub enum Memory ("\"guaranteed\" or \"overcommit\"") {
+        /// What is available, less what running VMs may still come to need.
+        Guaranteed = "guaranteed",
+        /// What is available now. For labs whose VMs are promised more than the host has.
+        Overcommit = "overcommit",
     }
 }
 

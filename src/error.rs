@@ -40,6 +40,11 @@ pub enum ErrorKind {
     NetworkNotFound,
     /// A filesystem is full.
     NoDiskSpace,
+    /// The host has not the memory for a VM. `passing`: it will have, when VMs that are being deleted are gone.
+    NotEnoughMemory {
+        /// Whether it may be there in a moment.
+        passing: bool,
+    },
     /// The VM could not be made and nothing of it is left. `retry`: the same arguments may succeed.
     VmCreationFailed {
         /// Whether the Director should try again at once.

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use bosh_qemu_cpi::cli::{Cli, Command, NetworkDeed, Vm};
 use bosh_qemu_cpi::commands::network::Deed;
@@ -30,7 +31,9 @@ fn main() -> ExitCode {
         Some(Command::Audit { json }) => commands::audit::run(config, false, json, &mut std::io::stdout()),
         Some(Command::Gc { dry_run, json }) => commands::audit::run(config, !dry_run, json, &mut std::io::stdout()),
         Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),
-        Some(Command::Supervise { vm, adopt }) => commands::supervise::run(config, vm, adopt).map(|()| true),
+        Some(Command::Supervise { vm, adopt, patience }) => {
+            commands::supervise::run(config, vm, adopt, Duration::from_millis(patience)).map(|()| true)
+        }
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

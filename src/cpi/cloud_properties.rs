@@ -50,6 +50,12 @@ document! {
         allowed_addresses: Vec<IpNetwork>;
         /// Whether it may send only as itself.
         anti_spoof: bool = true;
+        /// Share of the host's CPUs when all are busy, compared with other VMs' weights. Absent: 100.
+        cpu_weight: Option<Whole<1, 10000>>;
+        /// The most operations a second of root and ephemeral disk together, reading and writing.
+        iops: Option<Whole<1, 1000000000>>;
+        /// The most MiB a second of root and ephemeral disk together, reading and writing.
+        mbps: Option<Whole<1, 1000000000>>;
         /// The availability zone's name for people; kept, without effect on one host.
         zone: Option<String>;
     }

@@ -71,8 +71,7 @@ impl Cpi {
     /// Only if the records can not be listed; what happens to one VM is its outcome.
     pub fn start_all(&self) -> Result<Vec<Outcome>> {
         self.store.prepare()?;
-        let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let at_once = self.config.limits.parallel_boots.map_or_else(cpus, |most| most.get() as usize);
+        let at_once = supervisor::boot_slots(&self.config.limits);
         Ok(self.each(&self.all_vms()?, at_once, |vm| self.bring_back(vm)))
     }
 

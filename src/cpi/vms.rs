@@ -18,8 +18,9 @@ use crate::host::{cgroup::Cgroup, clock, probe, uids};
 use crate::image::{self, Fresh};
 use crate::net;
 use crate::qemu::Template;
+use crate::schema::Whole;
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
-use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, Nic, StemcellRecord};
+use crate::store::record::{Base, Desired, Ephemeral, Format, Limits, Machine, Nic, StemcellRecord};
 use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
@@ -79,6 +80,8 @@ impl Cpi {
             pool: properties.pool,
             ephemeral: properties.ephemeral_disk.map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
             disks: Vec::new(),
+            cpu_weight: properties.cpu_weight.map(Whole::get),
+            disk_limits: Limits { iops: properties.iops.map(Whole::get), mbps: properties.mbps.map(Whole::get) },
             metadata: Map::new(),
             newer: Map::new(),
             cid,
@@ -233,12 +236,14 @@ impl Cpi {
         let (lock, mut vm) = self.locked_vm(cid, deadline)?;
         // Half of the time is for the guest, so that the start has the rest.
         let patience = POWER_BUTTON.min(deadline.saturating_duration_since(Instant::now()) / 2);
-        let paths = self.store.vm(cid);
+        let (paths, scope) = (self.store.vm(cid), self.scope(cid));
+        // Refused now it runs on; later it would be off.
+        supervisor::admit(&scope, &vm)?;
         supervisor::stop(&paths, Button::Press(patience), deadline)?;
         vm.run += 1;
         vm.desired = Desired::Running;
         self.store.write(&vm)?;
-        supervisor::start(&self.scope(cid), self.config_file.as_deref(), &lock, deadline)
+        supervisor::start(&scope, self.config_file.as_deref(), &lock, deadline)
             .map_err(|e| e.during(format!("start VM '{cid}' again")))
     }
 }
@@ -269,7 +274,7 @@ fn creation_failed(error: Error, cid: &VmCid) -> Error {
         | ErrorKind::NetworkNotFound
         | ErrorKind::NoDiskSpace => error,
         kind => {
-            let retry = kind == ErrorKind::Timeout;
+            let retry = matches!(kind, ErrorKind::Timeout | ErrorKind::NotEnoughMemory { passing: true });
             error.with_kind(ErrorKind::VmCreationFailed { retry }).during(format!("create VM '{cid}'"))
         }
     }

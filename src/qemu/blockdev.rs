@@ -75,6 +75,16 @@ pub fn device(need: &FileNeed, serial: &str) -> Value {
     device
 }
 
+/// The throttle group of the disks that are a VM's own.
+const OWN_DISKS: &str = "own-disks";
+
+/// As [`throttle`], for a disk that shares its limits with the VM's other own ones.
+pub fn throttle_together(id: &str, limits: Limits) -> Option<Value> {
+    let mut arguments = throttle(id, limits)?;
+    arguments["group"] = OWN_DISKS.into();
+    Some(arguments)
+}
+
 /// Arguments of `block_set_io_throttle` for the device `id`; `None` if it has no limits.
 pub fn throttle(id: &str, limits: Limits) -> Option<Value> {
     (limits != Limits::default()).then(|| throttle_to(id, limits))

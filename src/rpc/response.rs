@@ -70,6 +70,7 @@ fn director_type(kind: ErrorKind) -> (&'static str, bool) {
         ErrorKind::StemcellNotFound
         | ErrorKind::Conflict
         | ErrorKind::Timeout
+        | ErrorKind::NotEnoughMemory { .. }
         | ErrorKind::Corrupt
         | ErrorKind::Host
         | ErrorKind::Internal => ("Bosh::Clouds::CloudError", false),

@@ -14,7 +14,7 @@
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
 //!   networks/<bridge>.json                       a network that stays without VMs
 //!   networks/<cid>/   network.json                a managed network
-//!   locks/<rank>.<name>
+//!   locks/<rank>.<name>                           the host's own, boot.<n> and memory.host, while they are held
 //!   pending/<cid>                                 there while the object is being made
 //!   claims/<address or port>                      symlink whose text is the VM's cid
 //!   uids/<uid>                                    symlink whose text is the VM's cid
@@ -240,7 +240,7 @@ impl Store {
             Rank::Disk => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
             Rank::Snapshot => SnapshotCid::PREFIX,
-            Rank::Network | Rank::Space | Rank::Claims => return false,
+            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,
         };
         self.state_dir.join(format!("{prefix}s")).join(name).exists()
     }

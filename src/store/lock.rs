@@ -1,7 +1,7 @@
 //! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
 //!
-//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, network, space, claims ([`Rank`]). The last three
-//! are held for milliseconds, around one change or one look. A lock file lives as long
+//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, memory, boot, network, space, claims ([`Rank`]).
+//! The last three are held for milliseconds, around one change or one look. A lock file lives as long
 //! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
 
 use std::cell::RefCell;
@@ -26,6 +26,10 @@ pub enum Rank {
     Disk,
     /// A VM.
     Vm,
+    /// The host's memory, while it is decided who gets it.
+    Memory,
+    /// One of the host's boot slots.
+    Boot,
     /// A bridge of this host and its rules.
     Network,
     /// The space on this host's filesystems, from a look at it until a record takes some.
@@ -36,8 +40,17 @@ pub enum Rank {
 
 impl Rank {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Stemcell, Self::Snapshot, Self::Disk, Self::Vm, Self::Network, Self::Space, Self::Claims];
+    pub const ALL: [Self; 9] = [
+        Self::Stemcell,
+        Self::Snapshot,
+        Self::Disk,
+        Self::Vm,
+        Self::Memory,
+        Self::Boot,
+        Self::Network,
+        Self::Space,
+        Self::Claims,
+    ];
 
     /// The word in the lock file's name.
     pub fn as_str(self) -> &'static str {
@@ -46,6 +59,8 @@ impl Rank {
             Self::Snapshot => "snapshot",
             Self::Disk => "disk",
             Self::Vm => "vm",
+            Self::Memory => "memory",
+            Self::Boot => "boot",
             Self::Network => "network",
             Self::Space => "space",
             Self::Claims => "claims",
@@ -105,6 +120,11 @@ impl Guard {
         Ok(())
     }
 
+    /// The same lock, for what has no life beyond its being held.
+    pub fn brief(self) -> Brief {
+        Brief(Some(self))
+    }
+
     /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.
     fn sign(&self) {
         let mut file = &self.file;
@@ -112,6 +132,18 @@ impl Guard {
             file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
         if let Err(error) = signed {
             tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
+        }
+    }
+}
+
+/// A lock whose file goes when it is released.
+#[derive(Debug)]
+pub struct Brief(Option<Guard>);
+
+impl Drop for Brief {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.0.take().map(Guard::retire) {
+            tracing::debug!(error = error.report(), "a lock file stays, for the next to lock");
         }
     }
 }

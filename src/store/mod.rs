@@ -19,6 +19,6 @@ pub mod record;
 
 pub use disk_key::DiskKey;
 pub use layout::{Store, VmPaths};
-pub use lock::{Guard, Rank};
+pub use lock::{Brief, Guard, Rank};
 pub use pool::Pools;
 pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};

@@ -212,6 +212,12 @@ pub struct VmRecord {
     pub ephemeral: Option<Ephemeral>,
     /// Persistent disks attached to it, in the order of attaching.
     pub disks: Vec<Attachment>,
+    /// Its share of the CPUs when all are busy, 1 to 10000; absent: 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u64>,
+    /// The most its root and ephemeral disks may do together.
+    #[serde(default)]
+    pub disk_limits: Limits,
     /// What set_vm_metadata said last.
     #[serde(default)]
     pub metadata: Map<String, Value>,

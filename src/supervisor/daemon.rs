@@ -16,11 +16,13 @@ use super::full::Full;
 use super::launch::{self, Running};
 use super::power::{PowerState, power_state};
 use super::restart::Restarts;
-use super::{Launched, Scope};
+use super::{Launched, Scope, boot, memory};
+use crate::cid::Cid;
 use crate::config::Restart;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::clock;
+use crate::host::cgroup::Cgroup;
+use crate::host::{clock, memory as memory_of_host};
 use crate::qmp::{Event, power};
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
@@ -36,11 +38,19 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
+/// A supervisor is small, and of use when memory is short: the kernel is to end it as one of the last.
+const SPARED: i32 = -900;
+/// The reason of an end by the kernel, for want of memory: the VM's own by its limit, or the host's.
+const OOM_KILL: &str = "oom-kill";
+
 /// How a supervisor gets its QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Begin {
-    /// It starts one.
-    Launch,
+    /// It starts one, when it is its turn.
+    Launch {
+        /// How long it waits for that.
+        queue_until: Instant,
+    },
     /// It takes over the one that runs, whose supervisor died.
     Adopt,
 }
@@ -48,15 +58,14 @@ pub enum Begin {
 /// Runs the VM until it stays off. The caller is told through `handshake` how the beginning went. Until then the VM's
 /// lock is held here too, as `vm_lock`: nobody works on a VM that is being launched, whatever becomes of the caller.
 pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) -> Result<()> {
-    let lock = atomic::make_dir(&scope.paths.run).and_then(|()| pidlock::lock_self(&scope.paths.supervisor_pid()));
+    memory_of_host::prefer_ending(std::process::id() as i32, SPARED);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::os("start the event loop", error))?;
-    let first = lock.and_then(|lock| Supervisor::new(scope, &runtime).map(|supervisor| (lock, supervisor)));
-    let launched = first.and_then(|(lock, mut supervisor)| {
+    let launched = admitted(scope, begin, &runtime).and_then(|(lock, mut supervisor)| {
         let running = match begin {
-            Begin::Launch => supervisor.launch(&runtime)?,
+            Begin::Launch { queue_until } => supervisor.launch(&runtime, queue_until)?,
             Begin::Adopt => supervisor.adopt(&runtime)?,
         };
         Ok((lock, supervisor, running))
@@ -75,6 +84,19 @@ pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) ->
     }
     drop(vm_lock);
     supervisor.live(&runtime, running)
+}
+
+/// Takes the supervisor's lock, by which others know that the VM starts or runs. One that starts must have the memory.
+fn admitted<'a>(scope: &'a Scope, begin: Begin, runtime: &tokio::runtime::Runtime) -> Result<(File, Supervisor<'a>)> {
+    let starts = matches!(begin, Begin::Launch { .. });
+    let _deciding = if starts { Some(memory::lock(scope)?) } else { None };
+    atomic::make_dir(&scope.paths.run)?;
+    let lock = pidlock::lock_self(&scope.paths.supervisor_pid())?;
+    let supervisor = Supervisor::new(scope, runtime)?;
+    if starts {
+        memory::admit(scope, &supervisor.vm)?;
+    }
+    Ok((lock, supervisor))
 }
 
 /// Tells the caller that there will be no launch.
@@ -128,7 +150,13 @@ impl<'a> Supervisor<'a> {
         })
     }
 
-    fn launch(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
+    fn launch(&mut self, runtime: &tokio::runtime::Runtime, queue_until: Instant) -> Result<Running> {
+        let _slot = runtime.block_on(async {
+            tokio::select! {
+                slot = boot::slot(self.scope, queue_until) => slot,
+                _ = self.terminate.recv() => Err(launch::called_off(self.scope)),
+            }
+        })?;
         let child = launch::spawn(self.scope, &self.vm)?;
         let told_to_end = async {
             self.terminate.recv().await;
@@ -167,7 +195,7 @@ impl<'a> Supervisor<'a> {
                 None => Ending::Crashed,
             };
             let Some(lock) = self.may_restart(runtime, ending)? else { return Ok(()) };
-            match self.launch(runtime) {
+            match self.launch(runtime, Instant::now() + LOCK_PATIENCE) {
                 Ok(qemu) => running = Some(qemu),
                 Err(error) => self.note("restart failed", &json!({"error": error.report()})),
             }
@@ -217,6 +245,8 @@ impl<'a> Supervisor<'a> {
     async fn watch(&mut self, running: Running) -> ExitRecord {
         // The launch took most of the program's code; the long wait takes little.
         code::let_go();
+        let group = Cgroup::open(self.scope.cid.as_str());
+        let oom_kills = group.oom_kills();
         let Running { mut qemu, mut monitor, mut serial } = running;
         let (mut run, mut open, mut buffer) = (Run::default(), (true, true), vec![0; 4096]);
         let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
@@ -257,6 +287,10 @@ impl<'a> Supervisor<'a> {
             }
         })
         .await;
+        if run.reason.is_none() && group.oom_kills() > oom_kills {
+            run.reason = Some(OOM_KILL.to_owned());
+            self.note("out of memory", &json!({"memory_mib": self.vm.machine.ram}));
+        }
         ExitRecord {
             run: self.vm.run,
             code: status.and_then(|status| status.code()),

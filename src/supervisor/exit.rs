@@ -17,7 +17,8 @@ pub struct ExitRecord {
     pub code: Option<i32>,
     /// Signal that ended QEMU.
     pub signal: Option<i32>,
-    /// Reason of QMP's SHUTDOWN event: `guest-shutdown`, `host-qmp-quit`, `host-signal`, `guest-panic`, ….
+    /// Reason of QMP's SHUTDOWN event: `guest-shutdown`, `host-qmp-quit`, `host-signal`, …; or ours:
+    /// `guest-panic`, `oom-kill`.
     pub reason: Option<String>,
     /// Whether the host was shutting down and had pressed the power button.
     pub host_stopping: bool,

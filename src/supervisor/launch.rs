@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::resources::{self, Resources};
 use super::watched::Watched;
-use super::{Scope, conflict};
+use super::{Scope, conflict, limits};
 use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -18,8 +18,8 @@ use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::cgroup::Cgroup;
-use crate::host::tail;
-use crate::qemu::{Template, blockdev, command_line};
+use crate::host::{memory, tail};
+use crate::qemu::{Template, blockdev, command_line, files};
 use crate::qmp::connection::Connection;
 use crate::qmp::power;
 use crate::store::DiskKey;
@@ -51,7 +51,7 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
     let template = Template::load(&vm.machine.template, scope.config.qemu.templates_dir.as_deref())?;
     let resources = std::thread::scope(|threads| {
         // Moving a process waits for a pause of every CPU (RCU), 15 ms. Files and taps are opened meanwhile.
-        let moved = threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter());
+        let moved = threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter(&limits::of(scope, vm)));
         let resources = Resources::open(scope, vm);
         moved.join().expect("no panic");
         resources
@@ -70,7 +70,10 @@ pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
         pid_lock: pidlock::open(&scope.paths.qemu_pid())?,
         hardening: scope.config.hardening,
     };
-    confine::spawn(confined)
+    let child = confine::spawn(confined)?;
+    // Not as spared as its supervisor, from which it inherited that.
+    memory::prefer_ending(child.process().pid(), 0);
+    Ok(child)
 }
 
 /// Waits until QEMU is up, checks it and lets the guest run. If that fails or is no longer wanted, QEMU is killed.
@@ -84,7 +87,7 @@ pub(super) async fn boot(
     let booted = tokio::select! {
         booted = connect_and_continue(scope, vm, &path) => booted,
         status = child.exited() => Err(early_exit(scope, status?)),
-        () = told_to_end => Err(Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))),
+        () = told_to_end => Err(called_off(scope)),
     };
     match booted {
         Ok((monitor, serial)) => Ok(Running { qemu: Watched::Child(child), monitor, serial }),
@@ -110,14 +113,15 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
     if kvm["enabled"] != wanted {
         return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
     }
+    let own = [Some(files::ROOT), vm.ephemeral.as_ref().map(|_| files::EPHEMERAL)];
+    let own = own.into_iter().flatten().filter_map(|id| blockdev::throttle_together(id, vm.disk_limits));
     let disks = resources::disks(scope, vm)?;
     if disks.iter().any(|disk| disk.encrypted) {
         forget_key(&mut monitor).await?;
     }
-    for disk in disks {
-        if let Some(limits) = blockdev::throttle(disk.cid.as_str(), disk.limits) {
-            monitor.raw("block_set_io_throttle", &limits).await?;
-        }
+    let persistent = disks.iter().filter_map(|disk| blockdev::throttle(disk.cid.as_str(), disk.limits));
+    for limits in own.chain(persistent) {
+        monitor.raw("block_set_io_throttle", &limits).await?;
     }
     let serial = serial(scope).await?;
     questions.settle(scope).await?;
@@ -127,6 +131,8 @@ async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Resu
 
 /// Takes over the QEMU `process`, whose supervisor died. The guest does not notice; if it fails, QEMU stays as it is.
 pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
+    // The call that started us may end, and its control group with it.
+    Cgroup::open(scope.cid.as_str()).rejoin();
     let qemu = Watched::orphan(process)?;
     let monitor = Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
     Ok(Running { qemu, monitor, serial: serial(scope).await? })
@@ -144,6 +150,11 @@ async fn forget_key(monitor: &mut Connection) -> Result<()> {
         Err(error) if error.refused_with("not found") => Ok(()),
         forgotten => forgotten.map(drop).map_err(Error::from),
     }
+}
+
+/// Somebody wants the VM off or gone.
+pub(super) fn called_off(scope: &Scope) -> Error {
+    Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))
 }
 
 fn early_exit(scope: &Scope, status: ExitStatus) -> Error {

@@ -9,6 +9,8 @@
 //!                 └─ failed: QEMU killed, taps gone, caller told             supervisor ends
 //! ```
 //!
+//! - Before it launches, it asks whether the host has the memory ([`memory`]) and waits for its turn ([`boot`]). The
+//!   VM's processes are in control groups with [`limits`].
 //! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
 //!   waits on a pipe for one line ([`Launched`]).
 //! - While the guest waits for room on a full filesystem, it looks whether there is some ([`full`]).
@@ -19,12 +21,15 @@
 //! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
 //!   directory, images are untouched.
 
+mod boot;
 mod conflict;
 mod console_log;
 mod daemon;
 mod exit;
 mod full;
 mod launch;
+mod limits;
+mod memory;
 mod power;
 mod resources;
 mod restart;
@@ -32,8 +37,10 @@ mod spawn;
 mod status;
 mod watched;
 
+pub use boot::slots as boot_slots;
 pub use daemon::{Begin, refuse, supervise};
 pub use exit::{Ending, ExitRecord};
+pub use memory::admit;
 pub use power::{Button, PowerState, call_off, power_state, stop};
 pub use spawn::{adopt, start};
 pub use status::{State, Status, status};

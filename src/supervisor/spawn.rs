@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::power::{Button, PowerState, power_state, stop};
 use super::{Begin, Launched, Scope};
@@ -12,6 +12,9 @@ use crate::host::{detached, io_uring};
 use crate::store::Guard;
 use crate::sys::pidlock;
 
+/// What a launch takes on a busy host.
+const LAUNCH: Duration = Duration::from_secs(30);
+
 /// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
 ///
 /// # Errors
@@ -19,7 +22,8 @@ use crate::sys::pidlock;
 pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
     io_uring::probe(scope.store.run_dir(), &scope.config.qemu, deadline);
     Scope::rotate(&scope.paths.supervisor_log());
-    let launched = spawn(scope, Begin::Launch, config_file, lock, deadline);
+    let begin = Begin::Launch { queue_until: queue_until(deadline) };
+    let launched = spawn(scope, begin, config_file, lock, deadline);
     if launched.is_err() {
         // A launch that failed cleaned up; one that hangs or was killed did not.
         stop(&scope.paths, Button::Kill, deadline)?;
@@ -43,8 +47,12 @@ pub fn adopt(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
 
 fn spawn(scope: &Scope, begin: Begin, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
     let mut arguments: Vec<OsString> = vec!["supervise".into(), scope.cid.as_str().into()];
-    if begin == Begin::Adopt {
-        arguments.push("--adopt".into());
+    match begin {
+        Begin::Adopt => arguments.push("--adopt".into()),
+        Begin::Launch { queue_until } => {
+            let patience = queue_until.saturating_duration_since(Instant::now()).as_millis();
+            arguments.extend(["--patience".into(), patience.to_string().into()]);
+        }
     }
     if let Some(file) = config_file {
         arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
@@ -53,6 +61,12 @@ fn spawn(scope: &Scope, begin: Begin, config_file: Option<&Path>, lock: &Guard, 
         .and_then(|lock| detached::spawn(&arguments, lock, &scope.paths.supervisor_log()))
         .and_then(|handshake| handshake.line(deadline))
         .and_then(|line| understand(scope, line.as_deref()))
+}
+
+/// How long a launch may wait for its turn: there must be time left to launch, or to say that it did not come to that.
+fn queue_until(deadline: Instant) -> Instant {
+    let left = deadline.saturating_duration_since(Instant::now());
+    Instant::now() + left.saturating_sub(LAUNCH).max(left / 2)
 }
 
 fn understand(scope: &Scope, line: Option<&str>) -> Result<()> {

@@ -13,6 +13,7 @@ use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryStatus;
 use crate::schema::printable;
 use crate::store::VmPaths;
+use crate::sys::pidlock;
 
 /// What a VM is doing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -37,6 +38,8 @@ pub enum State {
     Paused,
     /// Its QEMU is up and does not say what it does: it hangs, or another client has the monitor.
     Silent,
+    /// It is about to start: it waits for its turn, for the time of a restart, or for its QEMU.
+    Starting,
     /// The guest powered itself off, or the host ended it on purpose.
     Stopped,
     /// It ended otherwise.
@@ -50,6 +53,7 @@ impl State {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Silent => "silent",
+            Self::Starting => "starting",
             Self::Stopped => "stopped",
             Self::Crashed => "crashed",
         }
@@ -71,10 +75,15 @@ pub fn status(paths: &VmPaths, run: u64, deadline: Instant) -> Result<Status> {
             let exit = ExitRecord::read(&paths.exit())?.filter(|exit| exit.run == run);
             let state = match exit.as_ref().map(ExitRecord::ending) {
                 Some(Ending::PoweredOff | Ending::Stopped) => State::Stopped,
+                Some(Ending::Crashed) | None if pidlock::holder(&paths.supervisor_pid())?.is_some() => State::Starting,
                 Some(Ending::Crashed) | None => State::Crashed,
             };
-            let reason = exit.map_or_else(|| "nobody saw how it ended".to_owned(), |exit| exit.describe());
-            Ok(Status { state, reason: Some(reason), pid: None })
+            let reason = match exit {
+                Some(exit) => Some(exit.describe()),
+                None if state == State::Starting => None,
+                None => Some("nobody saw how it ended".to_owned()),
+            };
+            Ok(Status { state, reason, pid: None })
         }
     }
 }

@@ -52,7 +52,7 @@ pub fn for_each_crash_point(
 }
 
 /// The crash points that were passed, each with the number of the passing.
-fn take_passed(log: &Path) -> Vec<String> {
+pub fn take_passed(log: &Path) -> Vec<String> {
     let passed = numbered(&fs::read_to_string(log).unwrap());
     fs::remove_file(log).unwrap();
     passed
@@ -70,7 +70,7 @@ fn numbered(log: &str) -> Vec<String> {
 }
 
 /// What the call answers with these variables set; `None` if it was killed.
-fn armed<'a>(
+pub fn armed<'a>(
     host: &Host,
     method: &str,
     arguments: &Value,

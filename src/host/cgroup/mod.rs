@@ -2,7 +2,14 @@
 //!
 //! A Director's worker is stopped by ending its control group; a VM in it would end with it. The groups are
 //! `bosh-qemu-cpi/<cid>` in every hierarchy that can be written: the unified one (v2), or on older and hybrid hosts each
-//! of the v1 hierarchies below. A host where none can be written is no error: what is missing is logged.
+//! of the v1 hierarchies that matter. Where systemd runs the host, the tree is systemd's, and it is asked for a
+//! [`scope`]. A host where nothing can be had is no error: what is missing is logged.
+//!
+//! The groups also keep a VM to its limits, so that one whose QEMU runs wild is ended alone. What those limits are is for
+//! whoever knows what runs in them.
+
+mod hierarchy;
+mod scope;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,44 +17,104 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use self::hierarchy::Hierarchy;
 use crate::crash;
 use crate::error::{Error, Result};
 use crate::sys::pidfd::Process;
+use crate::units::Bytes;
 
 /// The parent of all groups, removed with the last of them.
 const PARENT: &str = "bosh-qemu-cpi";
-/// v1 hierarchies worth leaving the caller's group in: limits act there, and a service manager kills by the last.
-const V1: [&str; 4] = ["memory", "cpu", "pids", "name=systemd"];
 /// A process that was killed leaves its group within microseconds of its end.
 const EMPTY: Duration = Duration::from_secs(2);
+
+/// What the processes of one VM may have together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory: anonymous, the page cache their files are read into, and the kernel's in their behalf. `None`: no limit.
+    pub memory: Option<Bytes>,
+    /// Processes and threads.
+    pub pids: u64,
+    /// Share of the CPUs among VMs when all are busy, from 1 to 10000; `None`: 100, as every group.
+    pub cpu_weight: Option<u64>,
+}
 
 /// The control groups of one VM.
 #[derive(Debug)]
 pub struct Cgroup {
-    dirs: Vec<PathBuf>,
+    name: String,
+    hierarchies: Vec<Hierarchy>,
 }
 
 impl Cgroup {
     /// The groups of the VM `name`, whether they exist or not.
     pub fn open(name: &str) -> Self {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        Self { dirs: hierarchies(&mounts).into_iter().map(|root| root.join(PARENT).join(name)).collect() }
+        Self { name: name.to_owned(), hierarchies: Hierarchy::all(&mounts) }
     }
 
-    /// Makes the groups and moves this process, and so its future children, into them.
-    pub fn enter(&self) {
-        for dir in &self.dirs {
-            // cgroups(7): 0 is the process that writes it.
-            if let Err(error) = make(dir).and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0")) {
+    /// The group in each hierarchy that we make ourselves, and whether the hierarchy is unified.
+    fn dirs(&self) -> impl Iterator<Item = (PathBuf, bool)> {
+        self.hierarchies.iter().map(|hierarchy| (hierarchy.root.join(PARENT).join(&self.name), hierarchy.unified))
+    }
+
+    /// Every group there may be, systemd's scopes included.
+    fn all_dirs(&self) -> Vec<(PathBuf, bool)> {
+        let scopes = self.hierarchies.iter().flat_map(|hierarchy| {
+            scope::of(&hierarchy.root, &self.name).into_iter().map(|dir| (dir, hierarchy.unified))
+        });
+        scopes.chain(self.dirs()).collect()
+    }
+
+    /// Makes the groups with their limits and moves this process, and so its future children, into them.
+    pub fn enter(&self, limits: &Limits) {
+        if scope::is_wanted() {
+            match scope::enter(&self.name, limits) {
+                Ok(()) => return,
+                Err(error) => tracing::warn!(error = error.report(), "making control groups without systemd"),
+            }
+        }
+        let mut set = 0;
+        for hierarchy in &self.hierarchies {
+            let parent = hierarchy.root.join(PARENT);
+            let dir = parent.join(&self.name);
+            let entered = make(&dir).and_then(|()| {
+                hierarchy.hand_down(&parent);
+                set += hierarchy::set_limits(&dir, hierarchy.unified, limits).unwrap_or_else(|error| {
+                    tracing::warn!(%error, group = %dir.display(), "can not limit the VM");
+                    0
+                });
+                join(&dir)
+            });
+            if let Err(error) = entered {
                 tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
             }
             crash::point!("control group entered");
         }
+        if set == 0 {
+            tracing::warn!("no control group of this host takes limits: the VM has none");
+        }
+    }
+
+    /// Moves this process into the groups that are there: the VM runs in them already.
+    pub fn rejoin(&self) {
+        for (dir, _) in self.all_dirs().into_iter().filter(|(dir, _)| dir.exists()) {
+            if let Err(error) = join(&dir) {
+                tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
+            }
+        }
+    }
+
+    /// How often a process in the groups was killed for want of memory, as far as the kernel counts it here. Never goes
+    /// down while the groups exist.
+    pub fn oom_kills(&self) -> u64 {
+        let counts = self.all_dirs().into_iter().filter_map(|(dir, unified)| hierarchy::oom_kills(&dir, unified));
+        counts.max().unwrap_or(0)
     }
 
     /// Kills every process in the groups and waits until they have ended, at most until `deadline`.
     pub fn kill(&self, deadline: Instant) -> Result<()> {
-        for dir in &self.dirs {
+        for (dir, _) in self.all_dirs() {
             let members = || std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
             for pid in members().split_whitespace() {
                 let Ok(number) = pid.parse::<i32>() else { continue };
@@ -72,7 +139,7 @@ impl Cgroup {
     }
 
     fn remove_until(&self, deadline: Instant) -> Result<()> {
-        let results: Vec<_> = self.dirs.iter().map(|dir| remove(dir, deadline)).collect();
+        let results: Vec<_> = self.dirs().map(|(dir, _)| remove(&dir, deadline)).collect();
         results.into_iter().collect()
     }
 }
@@ -117,63 +184,36 @@ fn remove(dir: &Path, deadline: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Where the hierarchies are mounted, out of the text of mountinfo (proc(5)).
-fn hierarchies(mountinfo: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for line in mountinfo.lines() {
-        let Some((before, after)) = line.split_once(" - ") else { continue };
-        let (Some(point), mut kind) = (before.split(' ').nth(4), after.split(' ')) else { continue };
-        let (filesystem, options) = (kind.next().unwrap_or_default(), kind.nth(1).unwrap_or_default());
-        let wanted = match filesystem {
-            "cgroup2" => true,
-            "cgroup" => options.split(',').any(|option| V1.contains(&option)),
-            _ => false,
-        };
-        if wanted {
-            found.push(Path::new(point).to_owned());
-        }
-    }
-    found
+/// cgroups(7): 0 is the process that writes it.
+fn join(dir: &Path) -> io::Result<()> {
+    std::fs::write(dir.join("cgroup.procs"), "0")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn hierarchies_of_a_hybrid_host() {
-        let mounts = "\
-            30 29 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n\
-            31 29 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
-            32 29 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
-            33 29 0:30 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer\n\
-            34 29 0:31 / /proc rw - proc proc rw\n";
-        let names: Vec<_> = hierarchies(mounts).iter().map(|p| p.file_name().unwrap().to_owned()).collect();
-        assert_eq!(names, ["unified", "systemd", "memory"]);
-    }
-
     /// Groups of this host under a name of nobody else's, if it lets us make any.
     #[allow(clippy::print_stderr)]
     fn live(name: &str) -> Option<Cgroup> {
-        let group = Cgroup::open(&format!("test-{}-{name}", std::process::id()));
-        let mut dirs = group.dirs;
-        dirs.retain(|dir| make(dir).is_ok());
-        if dirs.is_empty() {
+        let mut group = Cgroup::open(&format!("test-{}-{name}", std::process::id()));
+        group.hierarchies.retain(|hierarchy| make(&hierarchy.root.join(PARENT).join(&group.name)).is_ok());
+        if group.hierarchies.is_empty() {
             eprintln!("SKIP: no control group can be made on this host");
             return None;
         }
-        Some(Cgroup { dirs })
+        Some(group)
     }
 
     #[test]
     fn a_group_with_a_process_stays_and_names_it() {
         let Some(group) = live("busy") else { return };
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let last = group.dirs.last().unwrap();
+        let (last, _) = group.dirs().last().unwrap();
         std::fs::write(last.join("cgroup.procs"), child.id().to_string()).unwrap();
         let error = group.remove_until(Instant::now()).unwrap_err();
         assert!(error.report().ends_with(&format!("processes in it: {}", child.id())), "{}", error.report());
-        assert!(group.dirs.iter().all(|dir| dir.exists() == (dir == last)), "the others are gone");
+        assert!(group.dirs().all(|(dir, _)| dir.exists() == (dir == last)), "the others are gone");
         child.kill().unwrap();
         child.wait().unwrap();
         group.remove().unwrap();
@@ -184,11 +224,12 @@ mod tests {
     fn a_group_is_made_while_the_last_other_is_removed() {
         // Directories will do: the race is between mkdir(2) and rmdir(2).
         let root = tempfile::tempdir_in("/dev/shm").unwrap();
-        let group = |name: &str| Cgroup { dirs: vec![root.path().join(PARENT).join(name)] };
+        let hierarchies = vec![Hierarchy { root: root.path().to_owned(), unified: true }];
+        let group = |name: &str| Cgroup { name: name.to_owned(), hierarchies: hierarchies.clone() };
         let rounds = |name: &str| {
             for _ in 0..5_000 {
                 let group = group(name);
-                make(&group.dirs[0]).unwrap();
+                make(&root.path().join(PARENT).join(name)).unwrap();
                 group.remove().unwrap();
             }
         };

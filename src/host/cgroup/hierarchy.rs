@@ -1,0 +1,158 @@
+//! Where the kernel's hierarchies of control groups are, and what a limit is called in each.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Limits;
+
+/// v1 hierarchies worth leaving the caller's group in: limits act there, and a service manager kills by the last.
+const V1: [&str; 4] = ["memory", "cpu", "pids", "name=systemd"];
+/// v2 controllers a group's limits need; whoever makes a group hands them down to it.
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+
+/// One mounted hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Hierarchy {
+    pub(super) root: PathBuf,
+    /// The unified one; else one of v1.
+    pub(super) unified: bool,
+}
+
+impl Hierarchy {
+    /// Those that are mounted, out of the text of mountinfo (proc(5)).
+    pub(super) fn all(mountinfo: &str) -> Vec<Self> {
+        let mut found = Vec::new();
+        for line in mountinfo.lines() {
+            let Some((before, after)) = line.split_once(" - ") else { continue };
+            let (Some(point), mut kind) = (before.split(' ').nth(4), after.split(' ')) else { continue };
+            let (filesystem, options) = (kind.next().unwrap_or_default(), kind.nth(1).unwrap_or_default());
+            let unified = filesystem == "cgroup2";
+            if unified || filesystem == "cgroup" && options.split(',').any(|option| V1.contains(&option)) {
+                found.push(Self { root: Path::new(point).to_owned(), unified });
+            }
+        }
+        found
+    }
+
+    /// Has groups in `parent`, which holds none but groups, take limits. Only the unified hierarchy must be told.
+    pub(super) fn hand_down(&self, parent: &Path) {
+        if !self.unified {
+            return;
+        }
+        for group in [&self.root, parent] {
+            let words = |file: &str| std::fs::read_to_string(group.join(file)).unwrap_or_default();
+            let (offered, given) = (words("cgroup.controllers"), words("cgroup.subtree_control"));
+            let has = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
+            // One by one: a controller that can not be had must not keep the others away.
+            for controller in CONTROLLERS.iter().filter(|name| has(&offered, name) && !has(&given, name)) {
+                if let Err(error) = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}")) {
+                    tracing::warn!(%error, controller, group = %group.display(), "VMs can not have this limit");
+                }
+            }
+        }
+    }
+}
+
+/// Sets what of `limits` the group `dir` can have, and answers how many that were.
+pub(super) fn set_limits(dir: &Path, unified: bool, limits: &Limits) -> io::Result<usize> {
+    let mut set = 0;
+    for (file, value) in settings(unified, limits) {
+        let path = dir.join(file);
+        // A hierarchy of v1 has the files of its own controllers only, and the unified one of those handed down.
+        if path.exists() {
+            std::fs::write(path, value.to_string())?;
+            set += 1;
+        }
+    }
+    Ok(set)
+}
+
+/// The files and values that stand for `limits`.
+fn settings(unified: bool, limits: &Limits) -> Vec<(&'static str, u64)> {
+    let weight = limits.cpu_weight;
+    let (memory, cpu) = if unified {
+        ("memory.max", weight.map(|weight| ("cpu.weight", weight)))
+    } else {
+        // Both give a group its share among its siblings; an untold weight is 100 in v2 and 1024 in v1.
+        ("memory.limit_in_bytes", weight.map(|weight| ("cpu.shares", (weight * 1024 / 100).max(2))))
+    };
+    [limits.memory.map(|most| (memory, most.get())), Some(("pids.max", limits.pids)), cpu]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// How often a process of the group `dir` was killed for want of memory, its own limit's or the host's. `None`: this
+/// hierarchy does not know.
+pub(super) fn oom_kills(dir: &Path, unified: bool) -> Option<u64> {
+    let file = if unified { "memory.events" } else { "memory.oom_control" };
+    let text = std::fs::read_to_string(dir.join(file)).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Bytes;
+
+    const LIMITS: Limits = Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
+
+    #[test]
+    fn hierarchies_of_a_hybrid_host() {
+        let mounts = "\
+            30 29 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n\
+            31 29 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
+            32 29 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+            33 29 0:30 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer\n\
+            34 29 0:31 / /proc rw - proc proc rw\n";
+        let found = Hierarchy::all(mounts);
+        let names: Vec<_> = found.iter().map(|h| h.root.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["unified", "systemd", "memory"]);
+        assert_eq!(found.iter().map(|h| h.unified).collect::<Vec<_>>(), [true, false, false]);
+    }
+
+    /// A directory with these files, as cgroupfs shows a group.
+    fn group(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn a_group_gets_the_limits_it_has_files_for() {
+        let read = |dir: &tempfile::TempDir, file| std::fs::read_to_string(dir.path().join(file)).unwrap();
+        let unified = group(&[("memory.max", "max"), ("pids.max", "max"), ("cpu.weight", "100")]);
+        assert_eq!(set_limits(unified.path(), true, &LIMITS).unwrap(), 3);
+        assert_eq!(["memory.max", "pids.max", "cpu.weight"].map(|f| read(&unified, f)), ["1073741824", "500", "200"]);
+        let memory = group(&[("memory.limit_in_bytes", "")]);
+        assert_eq!(set_limits(memory.path(), false, &LIMITS).unwrap(), 1);
+        assert_eq!(read(&memory, "memory.limit_in_bytes"), "1073741824");
+        let cpu = group(&[("cpu.shares", "1024")]);
+        assert_eq!(set_limits(cpu.path(), false, &LIMITS).unwrap(), 1);
+        assert_eq!(read(&cpu, "cpu.shares"), "2048");
+        assert_eq!(set_limits(cpu.path(), false, &Limits { cpu_weight: None, ..LIMITS }).unwrap(), 0);
+    }
+
+    #[test]
+    fn controllers_are_handed_down_to_groups_below() {
+        let given = |offered, given| {
+            let root = group(&[("cgroup.controllers", offered), ("cgroup.subtree_control", given)]);
+            Hierarchy { root: root.path().to_owned(), unified: true }.hand_down(&root.path().join("parent"));
+            std::fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap()
+        };
+        // In cgroupfs each write adds one; in a file the last one stays.
+        assert_eq!(given("cpuset cpu io pids\n", "pids\n"), "+cpu");
+        assert_eq!(given("cpuset cpu io pids\n", "cpu pids\n"), "cpu pids\n");
+    }
+
+    #[test]
+    fn kills_are_counted_in_both_versions_words() {
+        let unified = group(&[("memory.events", "low 0\nhigh 0\nmax 12\noom 2\noom_kill 2\noom_group_kill 0\n")]);
+        assert_eq!(oom_kills(unified.path(), true), Some(2));
+        let legacy = group(&[("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")]);
+        assert_eq!(oom_kills(legacy.path(), false), Some(1));
+        assert_eq!(oom_kills(legacy.path(), true), None);
+    }
+}

@@ -1,0 +1,113 @@
+//! Control groups of VMs: who is in them, what they allow, and what becomes of a VM that wants more.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, eventually, gone, vm_cid};
+use crate::support::skip;
+
+const MIB: u64 = 1 << 20;
+
+/// A file of the group that process `pid` is in, by its names in v1 and v2; `None` where the host has no such controller.
+fn file(pid: i32, controller: &str, v1: &str, v2: &str) -> Option<PathBuf> {
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let path = |line: &str| line.rsplit(':').next().unwrap().trim_start_matches('/').to_owned();
+    let mine = groups.lines().find(|line| line.split(':').nth(1).unwrap().split(',').any(|name| name == controller));
+    let legacy = mine.map(|line| PathBuf::from("/sys/fs/cgroup").join(controller).join(path(line)).join(v1));
+    let unified = groups.lines().find(|line| line.starts_with("0::"));
+    let unified = unified.map(|line| PathBuf::from("/sys/fs/cgroup").join(path(line)).join(v2));
+    [legacy, unified].into_iter().flatten().find(|file| file.exists())
+}
+
+fn number(file: &PathBuf) -> u64 {
+    fs::read_to_string(file).unwrap().trim().parse().unwrap()
+}
+
+fn memory_limit(pid: i32) -> Option<PathBuf> {
+    file(pid, "memory", "memory.limit_in_bytes", "memory.max")
+}
+
+/// Whether a process may lower its own chance to be ended when memory is short: it wants CAP_SYS_RESOURCE.
+fn may_spare() -> bool {
+    let spare = "echo -1 > /proc/self/oom_score_adj";
+    Command::new("sh").args(["-c", spare]).stderr(Stdio::null()).status().unwrap().success()
+}
+
+#[test]
+fn a_vm_is_kept_to_its_limits_and_apart_from_its_caller() {
+    let Some(host) = Host::new() else { return };
+    let mut arguments = host.vm_arguments(&host.stemcell());
+    arguments[2] = json!({"ram": 64, "ephemeral_disk": 64, "cpu_weight": 200, "iops": 150, "mbps": 5});
+    let vm = vm_cid(&host.ok("create_vm", &arguments));
+    let (qemu, supervisor) = (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid());
+
+    let disks = host.qmp(&vm, "query-block", &json!({})).unwrap();
+    let limited = |disk: &&Value| disk["inserted"]["group"] == "own-disks";
+    let limited: Vec<_> = disks.as_array().unwrap().iter().filter(limited).map(|disk| &disk["inserted"]).collect();
+    assert_eq!(limited.len(), 2, "root and ephemeral disk: {disks}");
+    assert!(limited.iter().all(|disk| disk["iops"] == 150 && disk["bps"] == 5 * MIB), "{limited:?}");
+
+    let adjustment = |pid| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    // Here, too, root may not be allowed to spare anybody.
+    let spared = if may_spare() { "-900" } else { "0" };
+    assert_eq!([adjustment(qemu), adjustment(supervisor)], ["0", spared]);
+
+    let groups = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert_eq!(groups(qemu), groups(supervisor));
+    let Some(memory) = memory_limit(qemu).filter(|file| file.to_str().unwrap().contains(vm.to_string().as_str()))
+    else {
+        return skip("no control group with a memory limit can be made on this host");
+    };
+    // Emulation's translated code, 6 images, QEMU, the guest and its page tables.
+    assert_eq!(number(&memory), (1024 + 6 * 48 + 256 + 64 + 2) * MIB);
+    assert_eq!(number(&file(qemu, "pids", "pids.max", "pids.max").unwrap()), 1025);
+    let weight = file(qemu, "cpu", "cpu.shares", "cpu.weight").unwrap();
+    assert_eq!(number(&weight), if weight.ends_with("cpu.weight") { 200 } else { 2048 });
+
+    // Whoever takes over is where the first one was: a worker's group may end at any time.
+    let process = host.supervisor(&vm).unwrap();
+    process.signal(Signal::SIGKILL).unwrap();
+    gone(&process);
+    host.ok("set_vm_metadata", &json!([vm, {}]));
+    assert_eq!(groups(host.supervisor(&vm).expect("a new one").pid()), groups(qemu));
+}
+
+#[test]
+fn a_qemu_that_runs_wild_is_ended_alone_and_started_again() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (wild, other) = (host.vm(&stemcell), host.vm(&stemcell));
+    for vm in [&wild, &other] {
+        host.sees(vm, "BOOTSECTOR-OK", 1);
+    }
+    let (qemu, supervisor) = (host.qemu(&wild).unwrap(), host.supervisor(&wild).unwrap().pid());
+    let bystander = host.qemu(&other).unwrap().pid();
+    let Some(limit) = memory_limit(qemu.pid()).filter(|file| file.to_str().unwrap().contains(&wild.to_string())) else {
+        return skip("no control group with a memory limit can be made on this host");
+    };
+    let used = number(&file(qemu.pid(), "memory", "memory.usage_in_bytes", "memory.current").unwrap());
+    let meant = number(&limit);
+    fs::write(&limit, (used + 16 * MIB).to_string()).unwrap();
+    // As much as a QEMU with a leak would take, written all over.
+    let leak = json!({"qom-type": "memory-backend-ram", "id": "leak", "size": 256 * MIB, "prealloc": true});
+    let _ = host.qmp(&wild, "object-add", &leak);
+    gone(&qemu);
+    host.event(&wild, "out of memory", 1);
+    let exit = eventually("the end is written down", || ExitRecord::read(&host.paths(&wild).exit()).unwrap());
+    assert_eq!((exit.signal, exit.reason.as_deref(), exit.ending()), (Some(9), Some("oom-kill"), Ending::Crashed));
+
+    host.sees(&wild, "BOOTSECTOR-OK", 2);
+    assert_eq!(host.supervisor(&wild).unwrap().pid(), supervisor, "the supervisor is spared");
+    assert_eq!(host.qemu(&other).unwrap().pid(), bystander, "and so is everybody else");
+    assert_eq!(number(&limit), meant, "the limit of the next start");
+    // An end of another kind is not taken for one of this.
+    host.crash(&other);
+    host.sees(&other, "BOOTSECTOR-OK", 2);
+    let exit = ExitRecord::read(&host.paths(&other).exit()).unwrap().unwrap();
+    assert_eq!((exit.signal, exit.reason), (Some(9), None));
+}
