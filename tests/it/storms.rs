@@ -280,21 +280,24 @@ fn what_the_host_has_not_is_refused_with_figures() {
 fn of_two_that_start_at_once_one_gets_the_memory_that_is_there_for_one() {
     let Some(host) = Host::with(json!({"limits": {"memory_reserve_mib": 0}})) else { return };
     let stemcell = host.stemcell();
-    let mut arguments = host.vm_arguments(&stemcell);
     let text = fs::read_to_string("/proc/meminfo").unwrap();
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
     let mib = available.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10;
     // More than half of what there is, whatever other tests take meanwhile. None of it is touched.
-    arguments[2]["ram"] = json!(mib * 6 / 10);
-    let answers = storm(|number| (number < 4).then(|| host.call("create_vm", &arguments)));
+    let arguments = || {
+        let mut arguments = host.vm_arguments(&stemcell);
+        arguments[2]["ram"] = json!(mib * 6 / 10);
+        arguments
+    };
+    let answers = storm(|number| (number < 4).then(|| host.call("create_vm", &arguments())));
     let answers: Vec<_> = answers.into_iter().flatten().collect();
     let made: Vec<_> = answers.iter().filter_map(|answer| answer.outcome.as_ref().ok()).collect();
     assert_eq!(made.len(), 1, "{answers:?}");
     let vm = vm_cid(made[0]);
-    let refused = host.call("create_vm", &arguments);
+    let refused = host.call("create_vm", &arguments());
     assert!(refused.failure().message.contains("promised to 1 other VMs"), "{refused:?}");
     // Whoever lets VMs share gets a second one.
     host.reconfigure(|config| config["limits"]["memory"] = json!("overcommit"));
-    host.ok("create_vm", &arguments);
+    host.ok("create_vm", &arguments());
     host.ok("delete_vm", &json!([vm]));
 }
