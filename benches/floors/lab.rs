@@ -1,6 +1,6 @@
 //! A host of the benchmark's own: its directories, a stemcell, the calls.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -29,6 +29,8 @@ pub struct Lab {
     stemcell: String,
     /// RSS, PSS and what is not the program's file of supervisors, kB.
     memory: RefCell<Vec<[u64; 3]>>,
+    /// How many VMs were made: each has an address of its own.
+    vms: Cell<u32>,
     pub state: TempDir,
     _run: TempDir,
 }
@@ -50,7 +52,8 @@ impl Lab {
         let program = std::env::var_os("FLOORS_CPI").map_or(env!("CARGO_BIN_EXE_bosh-qemu-cpi").into(), PathBuf::from);
         let store = Store::new(&state_dir, run.path());
         let memory = RefCell::default();
-        let mut lab = Self { program, config, store, stemcell: String::new(), memory, state, _run: run };
+        let (stemcell, vms) = (String::new(), Cell::default());
+        let mut lab = Self { program, config, store, stemcell, memory, vms, state, _run: run };
         let image = lab.scratch("guest.img");
         let mut disk = vec![0; 1 << 20];
         disk[..GUEST.len()].copy_from_slice(GUEST);
@@ -82,9 +85,11 @@ impl Lab {
 
     /// A VM with everything: a NIC on a bridge of ours, an ephemeral disk.
     pub fn create_vm(&self) -> (Duration, Ours) {
+        let number = self.vms.replace(self.vms.get() + 1);
+        let address = format!("10.255.{}.{}", 1 + number / 250, 1 + number % 250);
         let networks = json!({"net": {
-            "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.0", "gateway": "10.255.255.1",
-            "default": ["dns", "gateway"], "dns": ["10.255.255.1"],
+            "type": "manual", "ip": address, "netmask": "255.255.0.0", "gateway": "10.255.0.1",
+            "default": ["dns", "gateway"], "dns": ["10.255.0.1"],
         }});
         let properties = json!({"cpu": 1, "ram": 256, "ephemeral_disk": 1024});
         let arguments = json!(["agent", self.stemcell, properties, networks, [], {"bosh": {"mbus": "nats://x"}}]);

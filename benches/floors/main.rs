@@ -32,33 +32,48 @@ use bare::Bare;
 use lab::{Lab, Ours};
 use table::{Table, Target};
 
+/// A part of the benchmark by its name.
+type Section = (&'static str, fn(&Lab, &mut Table, u32));
+
+const SECTIONS: [Section; 6] = [
+    ("calls", calls),
+    ("crowd", crowd),
+    ("disks", |lab, table, rounds| disks::sequence(lab, table, rounds.min(5))),
+    ("libvirt", beside_libvirt),
+    ("import", |lab, table, rounds| stemcell::import(lab, table, rounds.min(3))),
+    ("copies", |lab, table, rounds| copies::copies(lab, table, rounds.min(5))),
+];
+
 fn main() {
-    let rounds = std::env::args().find_map(|word| word.parse().ok()).unwrap_or(10);
+    let words: Vec<_> = std::env::args().collect();
+    let rounds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(10);
+    let is_named = |(name, _): &&Section| words.iter().any(|word| word == name);
+    let all = !SECTIONS.iter().any(|section| is_named(&section));
     // Before any thread is made: everything this process starts is in there, too.
     unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own: run it as root");
     let lab = Lab::new();
-    let mut table = Table::default();
-    if std::env::args().any(|word| word == "copies") {
-        copies::copies(&lab, &mut table, rounds.min(5));
-        return println!("{table}");
+    for (name, section) in SECTIONS.iter().filter(|section| all || is_named(section)) {
+        let mut table = Table::default();
+        section(&lab, &mut table, rounds);
+        println!("{name}: medians of at most {rounds} rounds, milliseconds\n\n{table}");
     }
+}
+
+fn calls(lab: &Lab, table: &mut Table, rounds: u32) {
     for round in 0..=rounds {
         // The first round fills caches, the accelerator's verdict and the layout of the state directory.
         let mut warm_up = Table::default();
-        let table = if round == 0 { &mut warm_up } else { &mut table };
-        processes(&lab, table);
-        images(&lab, table);
-        life(&lab, table);
+        let table = if round == 0 { &mut warm_up } else { &mut *table };
+        processes(lab, table);
+        images(lab, table);
+        life(lab, table);
     }
-    crowd(&lab, &mut table, rounds);
-    disks::sequence(&lab, &mut table, rounds.min(5));
-    let skipped = disks::beside_libvirt(&lab, &mut table, rounds.min(5)).err();
-    stemcell::import(&lab, &mut table, rounds.min(3));
-    copies::copies(&lab, &mut table, rounds.min(5));
-    println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
-    println!("{}", lab.supervisor_memory());
-    if let Some(reason) = skipped {
-        println!("not measured beside libvirt: {reason}");
+    println!("{}\n", lab.supervisor_memory());
+}
+
+fn beside_libvirt(lab: &Lab, table: &mut Table, rounds: u32) {
+    if let Err(reason) = disks::beside_libvirt(lab, table, rounds.min(5)) {
+        println!("not measured beside libvirt: {reason}\n");
     }
 }
 
