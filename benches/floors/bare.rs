@@ -18,6 +18,7 @@ use bosh_qemu_cpi::qmp::monitor::Monitor;
 use bosh_qemu_cpi::schema::Property;
 use bosh_qemu_cpi::store::VmRecord;
 use bosh_qemu_cpi::store::record::Format;
+use bosh_qemu_cpi::sys::pidfd::Process;
 use bosh_qemu_cpi::sys::tun;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::json;
@@ -27,6 +28,8 @@ use crate::lab::{self, Lab, Ours};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Where the configuration has it by default.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+/// A press that the guest was too busy for is lost.
+const AGAIN: Duration = Duration::from_millis(250);
 const DISK: &str = "disk-floor";
 
 /// A bare QEMU whose guest runs.
@@ -128,9 +131,14 @@ impl Bare {
         }
     }
 
-    /// The power button, and a new QEMU.
+    /// The power button, pressed until the guest listens, and a new QEMU.
     pub fn reboot(&mut self, lab: &Lab, vm: &Ours) {
-        self.monitor.raw("system_powerdown", &json!({})).expect("system_powerdown");
+        let process = Process::open(self.child.id() as i32).expect("QEMU");
+        while self.monitor.raw("system_powerdown", &json!({})).is_ok() {
+            if process.wait_exit(Instant::now() + AGAIN).expect("a pidfd") {
+                break;
+            }
+        }
         self.child.wait().expect("QEMU ends");
         *self = Self::start(lab, vm);
     }

@@ -134,6 +134,7 @@ fn life(lab: &Lab, table: &mut Table) {
     table.add("detach_disk", Target::Above(10.0), detached, detach_floor);
 
     disks::seen(lab, &vm, &mut bare, table);
+    bare.resume();
 
     let (reboot_floor, ()) = timed(|| bare.reboot(lab, &vm));
     bare.wait_for("BOOTSECTOR-OK");
