@@ -200,6 +200,23 @@ impl Cpi {
         // A persistent disk may have writes that only QEMU's caches know: it ends in order.
         let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
         supervisor::stop(&paths, button, deadline)?;
+        let group = Cgroup::open(vm.cid.as_str());
+        // A QEMU that was broken out of may have closed the lock by which it is known to live; its group it can not leave.
+        group.kill(deadline)?;
+        std::thread::scope(|threads| {
+            // Nobody sends any more, and each of the two waits for a pause of every CPU (RCU).
+            let rules = threads.spawn(|| net::guard::remove(&vm.nics));
+            let unplugged = self.unplug_nics(vm, deadline);
+            rules.join().expect("no panic").and(unplugged)
+        })?;
+        self.store.release_claims(&vm.cid)?;
+        group.remove()?;
+        uids::release(self.store.state_dir(), &vm.cid, vm.uid)?;
+        self.forget(&vm.cid, &paths, lock)
+    }
+
+    /// Removes what may be left of the taps, and the networks that nobody needs any more.
+    fn unplug_nics(&self, vm: &VmRecord, deadline: Instant) -> Result<()> {
         for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
             let network = self.store.lock(Rank::Network, &segment.bridge, deadline)?;
             net::apply::remove_tap(tap)?;
@@ -208,14 +225,7 @@ impl Cpi {
             }
             network.retire()?;
         }
-        net::guard::remove(&vm.nics)?;
-        self.store.release_claims(&vm.cid)?;
-        let group = Cgroup::open(vm.cid.as_str());
-        // A QEMU that was broken out of may have closed the lock by which it is known to live; its group it can not leave.
-        group.kill(deadline)?;
-        group.remove()?;
-        uids::release(self.store.state_dir(), &vm.cid, vm.uid)?;
-        self.forget(&vm.cid, &paths, lock)
+        Ok(())
     }
 
     pub(super) fn forget(&self, cid: &VmCid, paths: &VmPaths, lock: Guard) -> Result<()> {
