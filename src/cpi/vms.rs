@@ -20,7 +20,7 @@ use crate::net;
 use crate::qemu::Template;
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Base, Desired, Ephemeral, Format, Machine, Nic, StemcellRecord};
-use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
+use crate::store::{Guard, Phase, Rank, Record, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
 
@@ -83,7 +83,7 @@ impl Cpi {
             let images = self.make_images(&vm, &stemcell, &call)?;
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
-                let durable = threads.spawn(|| images.into_iter().try_for_each(Fresh::sync));
+                let durable = threads.spawn(|| self.make_durable(&vm, images));
                 threads.spawn(|| Self::warn_of_findings(&vm.nics));
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
@@ -156,6 +156,19 @@ impl Cpi {
             &settings::settings(facts, &self.config.agent),
         )?);
         Ok(made)
+    }
+
+    /// Makes durable what the record in phase `ready` will name.
+    fn make_durable(&self, vm: &VmRecord, images: Vec<Fresh>) -> Result<()> {
+        images.into_iter().try_for_each(Fresh::sync)?;
+        // The names beside the record are made durable with it.
+        for pool in vm.pools() {
+            atomic::sync_dir(&self.store.images_dir(&vm.cid, Some(pool))?)?;
+        }
+        // The note first: a claim without it would keep others from the address until somebody calls `gc`.
+        atomic::sync_dir(&self.store.pending_dir())?;
+        uids::sync(self.store.state_dir())?;
+        self.store.sync_claims()
     }
 
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {

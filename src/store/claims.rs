@@ -72,6 +72,11 @@ impl Store {
         Ok(Claims { store: self, held, lock })
     }
 
+    /// Makes the claims durable: a VM that is there after a power cut must have its own.
+    pub fn sync_claims(&self) -> Result<()> {
+        atomic::sync_dir(&self.claims_dir())
+    }
+
     /// Gives back everything `vm` has claimed.
     pub fn release_claims(&self, vm: &VmCid) -> Result<()> {
         let dir = self.claims_dir();

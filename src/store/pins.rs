@@ -35,9 +35,14 @@ impl Store {
         atomic::write(&path, &text)
     }
 
-    /// Lets the bridge go with its last VM.
+    /// Lets the bridge go with its last VM. Durable when it returns.
     pub fn unpin(&self, bridge: &LinkName) -> Result<()> {
-        atomic::remove_file(&self.pin_path(bridge))
+        let path = self.pin_path(bridge);
+        if !path.exists() {
+            return Ok(());
+        }
+        atomic::remove_file(&path)?;
+        atomic::sync_dir(path.parent().expect("a pin is in a directory"))
     }
 
     /// Whether the bridge stays without VMs.

@@ -25,6 +25,7 @@ mod network;
 mod network_command;
 mod network_profiles;
 mod pools;
+mod power_cuts;
 mod release;
 mod snapshots;
 mod supervisor;

@@ -170,16 +170,19 @@ impl Host {
             }
         }
         self.tear_down();
-        for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
-            let path = entry.path();
-            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
-        }
+        self.clear_run_dir();
         let links = self.namespace.ip_json("link show");
         for link in links.as_array().unwrap().iter().filter(|link| link["ifname"] != "lo") {
             self.namespace.ip(&format!("link delete {}", link["ifname"].as_str().unwrap()));
         }
-        for table in self.namespace.run(nftables::tables) {
-            self.namespace.run(|| nftables::write_table(&table, false));
+        self.namespace.run(nftables::clear);
+    }
+
+    /// Empties the run directory, as a reboot does.
+    pub fn clear_run_dir(&self) {
+        for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
         }
     }
 

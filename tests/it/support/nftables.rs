@@ -42,6 +42,18 @@ pub fn write_table(name: &str, present: bool) {
     socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write table");
 }
 
+/// Removes all tables of all families.
+pub fn clear() {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(8));
+    let mut nftables = Nfgenmsg::new();
+    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    batch.request().op_batch_begin_do(&nftables);
+    batch.request().op_deltable_do(&Nfgenmsg::default());
+    batch.request().op_batch_end_do(&nftables);
+    socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("remove all tables");
+}
+
 /// How many packets the dropping rules of the tables `name` of both families have counted.
 pub fn drops(name: &str) -> u64 {
     [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| drops_of(family as u8, name)).iter().sum()
