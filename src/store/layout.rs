@@ -82,11 +82,17 @@ impl Store {
             Ok(text) if text.trim() == SCHEMA.to_string() => return self.own_run_dir(),
             Ok(text) => {
                 let found: String = text.trim().chars().take(20).collect();
+                let hint = match found.parse::<u32>() {
+                    Ok(_) => "a newer bosh-qemu-cpi wrote this directory: use that one".to_owned(),
+                    Err(_) => {
+                        format!("somebody damaged the file: if no newer version was here, write {SCHEMA} into it")
+                    }
+                };
                 return Err(Error::new(
                     ErrorKind::Corrupt,
                     format!("'{}' says {found:?}; this version understands {SCHEMA}", path.display()),
                 )
-                .hint("a newer bosh-qemu-cpi wrote this directory: use that one"));
+                .hint(hint));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),

@@ -31,4 +31,5 @@ mod snapshots;
 mod supervisor;
 mod support;
 mod traces;
+mod upgrade;
 mod vm_list;

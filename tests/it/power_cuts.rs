@@ -2,7 +2,7 @@
 //! was answered for is lost, nothing half made is taken for whole, and the rest is cleaned up.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
@@ -94,7 +94,7 @@ impl Lab {
         let touched = |path: &Path| arguments.to_string().contains(path.iter().nth(2).unwrap().to_str().unwrap());
         let objects =
             |path: &&Path| path.starts_with("state") && path.iter().count() == 4 && !path.starts_with("state/locks");
-        for path in before.keys().map(|path| path.as_path()).filter(objects).filter(|path| !touched(path)) {
+        for path in before.keys().map(PathBuf::as_path).filter(objects).filter(|path| !touched(path)) {
             assert_eq!(cut.tree.get(path), before.get(path), "{} is as it was", path.display());
         }
         let mut ready = Vec::new();
@@ -177,7 +177,7 @@ impl Lab {
     }
 }
 
-fn ready_ones<R: Record>(host: &Host, dirs: &mut Vec<std::path::PathBuf>) {
+fn ready_ones<R: Record>(host: &Host, dirs: &mut Vec<PathBuf>) {
     let store = host.store();
     for cid in store.list::<R>().unwrap() {
         if store.read::<R>(&cid).unwrap().is_some_and(|record| record.phase() == Phase::Ready) {

@@ -25,6 +25,7 @@ use super::Step;
 const NOT_YET: u64 = -(libc::ENOSYS as i64) as u64;
 
 /// Runs `command` with `input` on stdin, and records what it does to what is in `root`, a path without links.
+#[expect(clippy::zombie_processes, reason = "whoever follows a process also waits for it")]
 pub fn record(mut command: Command, input: &[u8], root: &Path) -> (Output, Vec<Step>) {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("spawn");
