@@ -173,7 +173,7 @@ impl Cpi {
 
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
         let paths = self.store.vm(cid);
-        if !paths.dir.exists() && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
+        if !atomic::is_there(&paths.dir) && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
             return Ok(());
         }
         let deadline = self.deadline("delete_vm");
@@ -185,7 +185,7 @@ impl Cpi {
             }
             free => free?,
         };
-        match self.store.read::<VmRecord>(cid)? {
+        match self.store.find::<VmRecord>(cid)? {
             Some(vm) => self.destroy(&vm, lock, deadline),
             // The record goes last, so nothing but an empty directory or run files can be left.
             None => {
@@ -231,7 +231,7 @@ impl Cpi {
 
     pub(super) fn vm_exists(&self, cid: &VmCid) -> Result<bool> {
         // A VM that is still being made, or whose making was cut short, was never told to anybody.
-        Ok(self.store.read::<VmRecord>(cid)?.is_some_and(|vm| vm.phase != Phase::Creating))
+        Ok(self.store.find::<VmRecord>(cid)?.is_some_and(|vm| vm.phase != Phase::Creating))
     }
 
     pub(super) fn power_cycle(&self, cid: &VmCid) -> Result<()> {

@@ -70,6 +70,11 @@ pub fn make_dir(directory: &Path) -> Result<()> {
     sync_dir(parent)
 }
 
+/// Whether there is anything at `path`, a link to nothing included.
+pub fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
 /// Removes `path` if it is there.
 pub fn remove_file(path: &Path) -> Result<()> {
     absent_is_fine(std::fs::remove_file(path)).at("remove", path)

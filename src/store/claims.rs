@@ -107,7 +107,7 @@ impl Claims<'_> {
 
     /// Whether the VM is there or is being made.
     fn exists(&self, vm: &VmCid) -> bool {
-        self.store.vm(vm).dir.exists() || self.store.pending_dir().join(vm).exists()
+        atomic::is_there(&self.store.vm(vm).dir) || self.store.pending_dir().join(vm).exists()
     }
 
     /// Takes what nobody [holds](Self::holder).

@@ -1,5 +1,6 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
+mod abuse;
 mod addresses;
 mod audit;
 mod contract;

@@ -173,7 +173,10 @@ fn a_record_of_a_newer_schema_is_refused_and_left_alone() {
     ];
     for (path, calls) in calls {
         let understood = fs::read(&path).unwrap();
-        edit(&path, |record| record["schema"] = json!(2));
+        edit(&path, |record| {
+            record["schema"] = json!(2);
+            record["phase"] = json!("hibernating");
+        });
         let look = || (fs::read(&path).unwrap(), path.parent().unwrap().read_dir().unwrap().count());
         let written = look();
         for (method, arguments) in calls {
