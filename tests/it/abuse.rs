@@ -211,7 +211,42 @@ fn a_damaged_network() {
     assert!(refused.failure().message.contains("overlaps"), "{refused:?}");
     lab.host.ok("delete_network", &json!([other[0]]));
     repair(&dir.join("network.json"), &whole);
-    lab.host.ok("delete_network", &json!([network]));
+    // Without its record it is gone for BOSH, but for what an operator sees of it.
+    fs::remove_file(dir.join("network.json")).unwrap();
+    assert_eq!(lab.host.call("delete_network", &json!([network])).failure().kind, "NetworkNotFound");
+    let (well, removed) = lab.host.command(&["network", "remove", &network, "--json"]);
+    assert!(well && removed["networks"][0]["state"] == "removed", "{removed}");
+    fs::remove_dir(dir).unwrap();
+}
+
+#[test]
+fn damaged_vms_when_the_host_boots() {
+    let Some(lab) = Lab::new() else { return };
+    let host = &lab.host;
+    let vms = [host.vm(&lab.stemcell), host.vm(&lab.stemcell)];
+    vms.iter().for_each(|vm| host.sees(vm, "BOOTSECTOR-OK", 1));
+    let (record, exit) = (host.paths(&vms[0]).dir.join("vm.json"), host.paths(&vms[1]).exit());
+    let whole = fs::read(&record).unwrap();
+    host.lose_power();
+    damage(&record, "truncated");
+    fs::write(&exit, "half an ex").unwrap();
+    let (well, started) = host.command(&["host", "start", "--json"]);
+    assert!(!well);
+    let state = |vm: &VmCid| {
+        let vms = started["vms"].as_array().unwrap().iter();
+        vms.clone().find(|line| line["vm"] == json!(vm)).expect("a line")["state"].clone()
+    };
+    assert_eq!(state(&lab.vm), "started");
+    for (vm, path) in [(&vms[0], &record), (&vms[1], &exit)] {
+        assert!(state(vm)["failed"].as_str().unwrap().contains(path.to_str().unwrap()), "{started}");
+        assert!(host.qemu(vm).is_none());
+    }
+    // The host's rules were made anew without the damaged one.
+    lab.others_work();
+    repair(&record, &whole);
+    fs::remove_file(&exit).unwrap();
+    assert!(host.command(&["host", "start", "--json"]).0);
+    vms.iter().for_each(|vm| host.sees(vm, "BOOTSECTOR-OK", 2));
 }
 
 #[test]
