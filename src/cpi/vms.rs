@@ -1,5 +1,6 @@
 //! create_vm, delete_vm, has_vm, reboot_vm.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::Map;
@@ -162,7 +163,7 @@ impl Cpi {
     fn make_durable(&self, vm: &VmRecord, images: Vec<Fresh>) -> Result<()> {
         images.into_iter().try_for_each(Fresh::sync)?;
         // The names beside the record are made durable with it.
-        for pool in vm.pools() {
+        for pool in BTreeSet::from_iter(vm.pools()) {
             atomic::sync_dir(&self.store.images_dir(&vm.cid, Some(pool))?)?;
         }
         // The note first: a claim without it would keep others from the address until somebody calls `gc`.
