@@ -50,7 +50,7 @@ fn look(store: &Store, cids: &[VmCid]) -> Vec<Line> {
 
 /// `None` if the VM is gone since it was listed.
 fn look_at(store: &Store, cid: &VmCid) -> Option<Line> {
-    let known = store.read::<VmRecord>(cid).transpose()?.and_then(|vm| {
+    let known = store.find::<VmRecord>(cid).transpose()?.and_then(|vm| {
         let status = status(&store.vm(cid), vm.run, Instant::now() + PATIENCE)?;
         Ok((vm, status))
     });

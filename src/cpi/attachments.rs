@@ -108,7 +108,7 @@ impl Cpi {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
         let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
-        let mut disk = self.store.read::<DiskRecord>(disk_cid)?;
+        let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
         if let Some(disk) = &mut disk {
             self.settle_copy(disk, deadline)?;
         }
@@ -142,12 +142,12 @@ impl Cpi {
     pub(super) fn holder(&self, disk: &DiskRecord, deadline: Instant) -> Result<Option<VmCid>> {
         let Some(cid) = &disk.vm else { return Ok(None) };
         let listing = |vm: &VmRecord| vm.attachment(&disk.cid).map(|a| a.phase);
-        match self.store.read::<VmRecord>(cid)?.as_ref().and_then(listing) {
+        match self.store.find::<VmRecord>(cid)?.as_ref().and_then(listing) {
             None => Ok(None),
             Some(Attached) => Ok(Some(cid.clone())),
             Some(Attaching | Detaching) => {
                 let _lock = self.store.lock(Rank::Vm, cid, deadline)?;
-                let Some(mut vm) = self.store.read::<VmRecord>(cid)? else { return Ok(None) };
+                let Some(mut vm) = self.store.find::<VmRecord>(cid)? else { return Ok(None) };
                 if listing(&vm).is_none() {
                     return Ok(None);
                 }

@@ -64,20 +64,15 @@ impl Cpi {
     }
 
     pub(super) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
-        let dir = self.store.disk_dir(cid);
-        if !dir.exists() && !self.store.has_lock(Rank::Disk, cid) {
+        if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid) {
             return Ok(());
         }
         let deadline = self.deadline("delete_disk");
         let lock = self.store.lock(Rank::Disk, cid, deadline)?;
-        let Some(mut disk) = self.store.read::<DiskRecord>(cid)? else {
-            if std::fs::remove_dir(&dir).is_ok() || !dir.exists() {
-                // All but the directory or the lock was gone: a removal was cut short at its last steps.
-                return lock.retire();
-            }
-            // The record is written first and removed last: an image without one was not left by us.
-            return Err(Error::new(ErrorKind::Corrupt, format!("disk '{cid}' has files but no record"))
-                .hint(format!("look into '{}' and remove it by hand", dir.display())));
+        let Some(mut disk) = self.store.find::<DiskRecord>(cid)? else {
+            // All but the directory or the lock is gone: a removal was cut short at its last steps.
+            self.store.remove::<DiskRecord>(cid)?;
+            return lock.retire();
         };
         self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
@@ -91,7 +86,7 @@ impl Cpi {
     }
 
     pub(super) fn disk_exists(&self, cid: &DiskCid) -> Result<bool> {
-        Ok(self.store.read::<DiskRecord>(cid)?.is_some_and(|disk| disk.phase != Phase::Creating))
+        Ok(self.store.find::<DiskRecord>(cid)?.is_some_and(|disk| disk.phase != Phase::Creating))
     }
 }
 

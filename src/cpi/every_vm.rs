@@ -88,7 +88,7 @@ impl Cpi {
     /// The records of all VMs, the most important first. One that can not be read is not lost on the others.
     fn all_vms(&self) -> Result<Vec<(VmCid, Result<VmRecord>)>> {
         let read = |cid: VmCid| {
-            let vm = self.store.read::<VmRecord>(&cid).transpose();
+            let vm = self.store.find::<VmRecord>(&cid).transpose();
             vm.map(|vm| (cid, vm))
         };
         let mut vms: Vec<_> = self.store.list::<VmRecord>()?.into_iter().filter_map(read).collect();
@@ -123,7 +123,7 @@ impl Cpi {
 
     fn bring_back(&self, vm: &VmRecord) -> Result<State> {
         let lock = self.store.lock(Rank::Vm, &vm.cid, Instant::now() + LOCK)?;
-        let Some(mut vm) = self.store.read::<VmRecord>(&vm.cid)?.filter(|vm| vm.phase == Phase::Ready) else {
+        let Some(mut vm) = self.store.find::<VmRecord>(&vm.cid)?.filter(|vm| vm.phase == Phase::Ready) else {
             return Ok(State::Off("it is being deleted".into()));
         };
         let (scope, config_file) = (self.scope(&vm.cid), self.config_file.as_deref());

@@ -89,12 +89,8 @@ impl Cpi {
 
     /// The network cards of all VMs but those that are being removed.
     fn all_nics(&self) -> Result<Vec<Nic>> {
-        let mut nics = Vec::new();
-        for cid in self.store.list::<VmRecord>()? {
-            let vm = self.store.read::<VmRecord>(&cid)?.filter(|vm| vm.phase != Phase::Deleting);
-            nics.extend(vm.into_iter().flat_map(|vm| vm.nics));
-        }
-        Ok(nics)
+        let vms = self.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+        Ok(vms.flat_map(|vm| vm.nics).collect())
     }
 
     /// Makes `network` work, with the taps of its VMs plugged in; from now on it stays without VMs, if it is ours and the

@@ -104,7 +104,7 @@ impl Cpi {
     fn clear_vm(&self, cid: &VmCid) -> Result<()> {
         let lock = self.store.lock(Rank::Vm, cid, Instant::now())?;
         let deadline = Instant::now() + PATIENCE;
-        match self.store.read::<VmRecord>(cid)? {
+        match self.store.find::<VmRecord>(cid)? {
             // Deleting: its create failed, and was cut short while it cleaned up.
             Some(vm) if vm.phase != Phase::Ready => {
                 tracing::warn!(%cid, "removing a VM whose create_vm was cut short");
@@ -124,7 +124,7 @@ impl Cpi {
 
     fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
         let lock = self.store.lock(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
-        if self.store.read::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
+        if self.store.find::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
             tracing::warn!(%cid, "removing a network whose create_network was cut short");
             self.unmake_network(cid)?;
         }
@@ -135,7 +135,7 @@ impl Cpi {
     /// For what is nothing but files.
     fn clear_files<R: Record>(&self, cid: &R::Cid, rank: Rank) -> Result<()> {
         let lock = self.store.lock(rank, cid, Instant::now())?;
-        if self.store.read::<R>(cid)?.is_none_or(|record| record.phase() != Phase::Ready) {
+        if self.store.find::<R>(cid)?.is_none_or(|record| record.phase() != Phase::Ready) {
             tracing::warn!(%cid, "removing what a create that was cut short left");
             self.store.remove::<R>(cid)?;
             lock.retire()?;

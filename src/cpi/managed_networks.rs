@@ -20,7 +20,7 @@ use crate::host::clock;
 use crate::net::{self, profile::Profile};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
-use crate::store::record::{NetworkRecord, Segment};
+use crate::store::record::{Keeper, NetworkRecord, Segment};
 use crate::store::{Phase, Rank};
 
 /// How many subnets are tried when the choice is ours.
@@ -124,17 +124,25 @@ impl Cpi {
         Ok(CreatedNetwork { cid: cid.clone(), addresses: object(addresses), cloud_properties })
     }
 
-    /// The subnets of managed networks may have no bridge now, if somebody took it away.
+    /// The subnets of managed networks may have no bridge now, if somebody took it away. They are asked for by their pins,
+    /// too: a network's record may be damaged.
     fn refuse_overlap(&self, segment: &Segment, range: IpNetwork) -> Result<()> {
-        for other in self.store.list::<NetworkRecord>()? {
-            let Some(record) = self.store.read::<NetworkRecord>(&other)? else { continue };
-            let network = config(&record)?;
-            if network.subnet.is_some_and(|taken| overlap(taken, range)) && segment.network != other.as_str() {
+        let mut taken = Vec::new();
+        for record in self.store.readable::<NetworkRecord>()? {
+            taken.extend(config(&record)?.subnet.map(|subnet| (record.cid.to_string(), subnet)));
+        }
+        for pin in self.store.pins()?.into_iter().filter(|pin| NetworkCid::parse(&pin.network).is_ok()) {
+            let Keeper::Us { addresses, .. } = pin.keeper else { continue };
+            taken.extend(addresses.into_iter().map(|subnet| (pin.network.clone(), subnet)));
+        }
+        let mut others = taken.into_iter().filter(|(network, _)| *network != segment.network);
+        match others.find(|(_, taken)| overlap(*taken, range)) {
+            None => Ok(()),
+            Some((other, _)) => {
                 let problem = format!("the subnet {range} overlaps with that of the managed network '{other}'");
-                return Err(Error::new(ErrorKind::Conflict, problem));
+                Err(Error::new(ErrorKind::Conflict, problem))
             }
         }
-        Ok(())
     }
 
     fn managed_segment(&self, record: &NetworkRecord) -> Result<Segment> {
@@ -153,7 +161,7 @@ impl Cpi {
 
     /// The managed network, as the configuration would have it.
     pub(super) fn managed(&self, cid: &NetworkCid) -> Result<config::Network> {
-        let record = self.store.read::<NetworkRecord>(cid)?.filter(|record| record.phase == Phase::Ready);
+        let record = self.store.find::<NetworkRecord>(cid)?.filter(|record| record.phase == Phase::Ready);
         record.as_ref().map_or_else(|| Err(not_found(cid)), config)
     }
 
@@ -164,12 +172,12 @@ impl Cpi {
     }
 
     pub(super) fn remove_managed(&self, cid: &NetworkCid) -> Result<()> {
-        if self.store.read::<NetworkRecord>(cid)?.is_none() {
+        if self.store.find::<NetworkRecord>(cid)?.is_none() {
             return Err(not_found(cid));
         }
         let deadline = self.deadline("delete_network");
         let lock = self.store.lock(Rank::Network, bridge(cid), deadline)?;
-        let Some(record) = self.store.read::<NetworkRecord>(cid)? else {
+        let Some(record) = self.store.find::<NetworkRecord>(cid)? else {
             return lock.retire().and(Err(not_found(cid)));
         };
         self.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
@@ -190,7 +198,7 @@ impl Cpi {
 
     /// Removes everything of a managed network, made or half made. The caller holds its lock.
     pub(super) fn unmake_network(&self, cid: &NetworkCid) -> Result<()> {
-        if let Some(record) = self.store.read::<NetworkRecord>(cid)? {
+        if let Some(record) = self.store.find::<NetworkRecord>(cid)? {
             let segment = self.managed_segment(&record)?;
             self.store.unpin(&segment.bridge)?;
             net::apply::release(&segment)?;

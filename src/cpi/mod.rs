@@ -81,7 +81,7 @@ impl Cpi {
 
     /// The record of a VM that exists, whatever its power state.
     fn vm(&self, cid: &VmCid) -> Result<VmRecord> {
-        let record = self.store.read::<VmRecord>(cid)?.filter(|vm| vm.phase == Phase::Ready);
+        let record = self.store.find::<VmRecord>(cid)?.filter(|vm| vm.phase == Phase::Ready);
         record.ok_or_else(|| Error::new(ErrorKind::VmNotFound, format!("there is no VM '{cid}'")))
     }
 
@@ -116,7 +116,7 @@ impl Cpi {
 
     /// The record of a disk that exists.
     fn disk(&self, cid: &DiskCid) -> Result<DiskRecord> {
-        let record = self.store.read::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
+        let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
         record.ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
     }
 }

@@ -126,7 +126,7 @@ impl Cpi {
 
     /// Removes all there is of a snapshot nobody was told of.
     fn discard_snapshot(&self, cid: &SnapshotCid, lock: Guard, deadline: Instant) -> Result<()> {
-        if let Some(snapshot) = self.store.read::<SnapshotRecord>(cid)? {
+        if let Some(snapshot) = self.store.find::<SnapshotRecord>(cid)? {
             self.abandon_backup(&snapshot, deadline)?;
         }
         self.store.remove::<SnapshotRecord>(cid)?;
@@ -144,7 +144,7 @@ impl Cpi {
     /// Removes what a snapshot_disk left that was killed.
     pub(super) fn clear_snapshot(&self, cid: &SnapshotCid) -> Result<()> {
         let lock = self.store.lock(Rank::Snapshot, cid, Instant::now())?;
-        match self.store.read::<SnapshotRecord>(cid)? {
+        match self.store.find::<SnapshotRecord>(cid)? {
             Some(snapshot) if snapshot.phase != Phase::Creating => self.settled(cid),
             _ => {
                 tracing::warn!(%cid, "removing what a snapshot_disk that was cut short left");
@@ -154,12 +154,12 @@ impl Cpi {
     }
 
     pub(super) fn remove_snapshot(&self, cid: &SnapshotCid) -> Result<()> {
-        let record = self.store.read::<SnapshotRecord>(cid)?;
+        let record = self.store.find::<SnapshotRecord>(cid)?;
         if record.is_none() && !self.store.has_lock(Rank::Snapshot, cid) {
             return Ok(());
         }
         let lock = self.store.lock(Rank::Snapshot, cid, self.deadline("delete_snapshot"))?;
-        if let Some(snapshot) = self.store.read::<SnapshotRecord>(cid)? {
+        if let Some(snapshot) = self.store.find::<SnapshotRecord>(cid)? {
             self.store.write_deleting(&SnapshotRecord { phase: Phase::Deleting, ..snapshot })?;
         }
         self.store.remove::<SnapshotRecord>(cid)?;
@@ -176,7 +176,7 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers();
         let _lock = self.store.lock(Rank::Snapshot, snapshot, deadline)?;
-        let record = self.store.read::<SnapshotRecord>(snapshot)?.filter(|record| record.phase == Phase::Ready);
+        let record = self.store.find::<SnapshotRecord>(snapshot)?.filter(|record| record.phase == Phase::Ready);
         let Some(record) = record else {
             _lock.retire()?;
             return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}'")));

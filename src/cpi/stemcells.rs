@@ -154,7 +154,7 @@ impl Cpi {
         for other in others.into_iter().filter(|other| other.source.as_ref().is_some_and(|s| s.sha256 == sha256)) {
             // Its image is whole as long as it is ready. Nobody who holds a ready stemcell waits for another.
             let lock = self.store.lock(Rank::Stemcell, &other.cid, deadline)?;
-            if !self.store.read::<StemcellRecord>(&other.cid)?.is_some_and(|other| alike(&other)) {
+            if !self.store.find::<StemcellRecord>(&other.cid)?.is_some_and(|other| alike(&other)) {
                 lock.retire()?;
                 continue;
             }
@@ -174,11 +174,11 @@ impl Cpi {
 
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
     pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
-        if !self.store.stemcell_dir(cid).exists() && !self.store.has_lock(Rank::Stemcell, cid) {
+        if !atomic::is_there(&self.store.stemcell_dir(cid)) && !self.store.has_lock(Rank::Stemcell, cid) {
             return Ok(());
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
-        if let Some(mut record) = self.store.read::<StemcellRecord>(cid)? {
+        if let Some(mut record) = self.store.find::<StemcellRecord>(cid)? {
             self.tell_users(&record)?;
             record.phase = Phase::Deleting;
             self.store.write_deleting(&record)?;
@@ -190,7 +190,7 @@ impl Cpi {
     /// Says who keeps the image: it goes when the last of them does.
     fn tell_users(&self, stemcell: &StemcellRecord) -> Result<()> {
         let vms = self.store.list::<VmRecord>()?.into_iter().filter(|vm| {
-            let record = self.store.read::<VmRecord>(vm);
+            let record = self.store.find::<VmRecord>(vm);
             record.is_ok_and(|vm| vm.is_some_and(|vm| vm.stemcell == stemcell.cid))
         });
         let vms: Vec<_> = vms.map(|vm| vm.to_string()).collect();
@@ -206,7 +206,7 @@ impl Cpi {
 
     /// The record of a stemcell VMs can be made of.
     pub(super) fn stemcell(&self, cid: &StemcellCid) -> Result<StemcellRecord> {
-        let record = self.store.read::<StemcellRecord>(cid)?.filter(|s| s.phase == Phase::Ready);
+        let record = self.store.find::<StemcellRecord>(cid)?.filter(|s| s.phase == Phase::Ready);
         record.ok_or_else(|| {
             Error::new(ErrorKind::StemcellNotFound, format!("there is no stemcell '{cid}'"))
                 .hint("upload it again: `bosh upload-stemcell --fix`")

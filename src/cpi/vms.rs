@@ -1,5 +1,6 @@
 //! create_vm, delete_vm, has_vm, reboot_vm.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::Map;
@@ -21,7 +22,7 @@ use crate::qemu::Template;
 use crate::schema::Whole;
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Base, Desired, Ephemeral, Format, Limits, Machine, Nic, StemcellRecord};
-use crate::store::{Guard, Phase, Rank, VmPaths, VmRecord, atomic};
+use crate::store::{Guard, Phase, Rank, Record, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
 
@@ -92,7 +93,7 @@ impl Cpi {
             let images = self.make_images(&vm, &stemcell, &call)?;
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
-                let durable = threads.spawn(|| images.into_iter().try_for_each(Fresh::sync));
+                let durable = threads.spawn(|| self.make_durable(&vm, images));
                 threads.spawn(|| Self::warn_of_findings(&vm.nics));
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
@@ -168,9 +169,22 @@ impl Cpi {
         Ok(made)
     }
 
+    /// Makes durable what the record in phase `ready` will name.
+    fn make_durable(&self, vm: &VmRecord, images: Vec<Fresh>) -> Result<()> {
+        images.into_iter().try_for_each(Fresh::sync)?;
+        // The names beside the record are made durable with it.
+        for pool in BTreeSet::from_iter(vm.pools()) {
+            atomic::sync_dir(&self.store.images_dir(&vm.cid, Some(pool))?)?;
+        }
+        // The note first: a claim without it would keep others from the address until somebody calls `gc`.
+        atomic::sync_dir(&self.store.pending_dir())?;
+        uids::sync(self.store.state_dir())?;
+        self.store.sync_claims()
+    }
+
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
         let paths = self.store.vm(cid);
-        if !paths.dir.exists() && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
+        if !atomic::is_there(&paths.dir) && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
             return Ok(());
         }
         let deadline = self.deadline("delete_vm");
@@ -182,7 +196,7 @@ impl Cpi {
             }
             free => free?,
         };
-        match self.store.read::<VmRecord>(cid)? {
+        match self.store.find::<VmRecord>(cid)? {
             Some(vm) => self.destroy(&vm, lock, deadline),
             // The record goes last, so nothing but an empty directory or run files can be left.
             None => {
@@ -238,7 +252,7 @@ impl Cpi {
 
     pub(super) fn vm_exists(&self, cid: &VmCid) -> Result<bool> {
         // A VM that is still being made, or whose making was cut short, was never told to anybody.
-        Ok(self.store.read::<VmRecord>(cid)?.is_some_and(|vm| vm.phase != Phase::Creating))
+        Ok(self.store.find::<VmRecord>(cid)?.is_some_and(|vm| vm.phase != Phase::Creating))
     }
 
     pub(super) fn power_cycle(&self, cid: &VmCid) -> Result<()> {

@@ -42,6 +42,11 @@ pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
     )))
 }
 
+/// Makes the claims durable: a VM that is there after a power cut must have its uid for itself.
+pub fn sync(state_dir: &Path) -> Result<()> {
+    atomic::sync_dir(&state_dir.join("uids"))
+}
+
 /// The uid that `vm` claimed, if it did.
 pub fn find(state_dir: &Path, vm: &VmCid) -> Result<Option<u32>> {
     // A free uid on the way means nothing: its VM may have gone after this one claimed.

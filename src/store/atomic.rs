@@ -54,14 +54,25 @@ pub fn sync_dir(directory: &Path) -> Result<()> {
     File::open(directory).and_then(|dir| dir.sync_all()).at("flush directory", directory)
 }
 
-/// Makes `directory` and its parents, mode 0700, and makes the last name durable.
+/// Makes `directory` and those of its parents that are missing, mode 0700, each with a durable name.
 pub fn make_dir(directory: &Path) -> Result<()> {
     if directory.is_dir() {
         return Ok(());
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(directory).at("make directory", directory)?;
+    let parent = parent(directory);
+    make_dir(parent)?;
+    match DirBuilder::new().mode(0o700).create(directory) {
+        // Another call was faster.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && directory.is_dir() => {}
+        made => made.at("make directory", directory)?,
+    }
     crash::point!("directory made");
-    directory.parent().map_or(Ok(()), sync_dir)
+    sync_dir(parent)
+}
+
+/// Whether there is anything at `path`, a link to nothing included.
+pub fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
 }
 
 /// Removes `path` if it is there.

@@ -79,6 +79,11 @@ impl Store {
         Ok(Claims { store: self, held, lock })
     }
 
+    /// Makes the claims durable: a VM that is there after a power cut must have its own.
+    pub fn sync_claims(&self) -> Result<()> {
+        atomic::sync_dir(&self.claims_dir())
+    }
+
     /// Gives back everything `vm` has claimed.
     pub fn release_claims(&self, vm: &VmCid) -> Result<()> {
         let dir = self.claims_dir();
@@ -109,7 +114,7 @@ impl Claims<'_> {
 
     /// Whether the VM is there or is being made.
     fn exists(&self, vm: &VmCid) -> bool {
-        self.store.vm(vm).dir.exists() || self.store.pending_dir().join(vm).exists()
+        atomic::is_there(&self.store.vm(vm).dir) || self.store.pending_dir().join(vm).exists()
     }
 
     /// Takes what nobody [holds](Self::holder).

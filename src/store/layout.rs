@@ -31,6 +31,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::Deserialize;
+
 use super::atomic::{self, Staged};
 use super::lock::{Guard, Rank};
 use super::pool::Pools;
@@ -82,11 +84,17 @@ impl Store {
             Ok(text) if text.trim() == SCHEMA.to_string() => return self.own_run_dir(),
             Ok(text) => {
                 let found: String = text.trim().chars().take(20).collect();
+                let hint = match found.parse::<u32>() {
+                    Ok(_) => "a newer bosh-qemu-cpi wrote this directory: use that one".to_owned(),
+                    Err(_) => {
+                        format!("somebody damaged the file: if no newer version was here, write {SCHEMA} into it")
+                    }
+                };
                 return Err(Error::new(
                     ErrorKind::Corrupt,
                     format!("'{}' says {found:?}; this version understands {SCHEMA}", path.display()),
                 )
-                .hint("a newer bosh-qemu-cpi wrote this directory: use that one"));
+                .hint(hint));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io("read", &path, error)),
@@ -207,7 +215,7 @@ impl Store {
 
     /// The directory of an object's record.
     pub fn record_dir<R: Record>(&self, cid: &R::Cid) -> PathBuf {
-        self.dir_of(R::Cid::PREFIX, cid)
+        self.dir_of(R::Cid::KIND, cid)
     }
 
     fn record_path<R: Record>(&self, cid: &R::Cid) -> PathBuf {
@@ -242,7 +250,7 @@ impl Store {
             Rank::Snapshot => SnapshotCid::PREFIX,
             Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,
         };
-        self.state_dir.join(format!("{prefix}s")).join(name).exists()
+        atomic::is_there(&self.state_dir.join(format!("{prefix}s")).join(name))
     }
 
     /// The VMs that have a run directory, running or not.
@@ -271,7 +279,50 @@ impl Store {
         self.state_dir.join("locks").join(format!("{}.{name}", rank.as_str()))
     }
 
-    /// The record of `cid`, or `None` if there is none.
+    /// The record of `cid`, or `None` if there is nothing of it.
+    ///
+    /// # Errors
+    /// As [`Self::read`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that was lost, because a
+    /// record is written before anything else is made and removed after it.
+    pub fn find<R: Record>(&self, cid: &R::Cid) -> Result<Option<R>> {
+        let record = self.read::<R>(cid)?;
+        if record.is_none() && self.has_something::<R>(cid)? {
+            let dir = self.record_dir::<R>(cid);
+            return Err(Error::new(ErrorKind::Corrupt, format!("'{}' has no record", dir.display()))
+                .hint("restore its record from a backup; or move it away, and all it stands for is gone"));
+        }
+        Ok(record)
+    }
+
+    /// Whether there is anything of an object but a record that was being written. A link to nothing is something.
+    fn has_something<R: Record>(&self, cid: &R::Cid) -> Result<bool> {
+        let dir = self.record_dir::<R>(cid);
+        if !atomic::is_there(&dir) {
+            return Ok(false);
+        }
+        if !dir.is_dir() || names(&dir)?.iter().any(|name| !name.starts_with(atomic::NEW)) {
+            return Ok(true);
+        }
+        for pool in self.pools.names() {
+            if atomic::is_there(&self.pools.dir(pool)?.join(cid)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The records of one kind that can be read: one that can not must not keep others from working.
+    pub fn readable<R: Record>(&self) -> Result<Vec<R>> {
+        let read = |cid: R::Cid| {
+            self.read::<R>(&cid).unwrap_or_else(|error| {
+                tracing::warn!(%cid, error = error.report(), "left out");
+                None
+            })
+        };
+        Ok(self.list::<R>()?.into_iter().filter_map(read).collect())
+    }
+
+    /// What the file says that is the record of `cid`; `None` if there is no such file.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] naming the file if it can not be understood; nothing is guessed.
@@ -286,10 +337,12 @@ impl Store {
             Error::new(ErrorKind::Corrupt, format!("record '{}' can not be used: {why}", path.display()))
                 .hint("restore the file from a backup; nothing beside it was touched")
         };
-        let record: R = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
-        if record.schema() > SCHEMA {
-            return Err(corrupt(format!("schema {} is newer than {SCHEMA}", record.schema())));
+        // First: the rest of a newer one may look like anything.
+        let Schema { schema } = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
+        if schema > SCHEMA {
+            return Err(corrupt(format!("schema {schema} is newer than {SCHEMA}")));
         }
+        let record: R = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
         if record.cid() != cid {
             return Err(corrupt(format!("it is about '{}'", record.cid())));
         }
@@ -353,11 +406,15 @@ impl Store {
 
     /// The cids of all objects of one kind, in no order. Names that are no cids are somebody else's and left out.
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
-        let dir = self.state_dir.join(format!("{}s", R::Cid::KIND));
-        // Beside managed networks are files of pinned ones.
-        let names = names(&dir)?.into_iter().filter(|name| dir.join(name).is_dir());
-        Ok(names.filter_map(|name| R::Cid::parse(&name).ok()).collect())
+        let names = names(&self.state_dir.join(format!("{}s", R::Cid::KIND)))?;
+        Ok(names.iter().filter_map(|name| R::Cid::parse(name).ok()).collect())
     }
+}
+
+/// All that is read of a record that may be of a newer version.
+#[derive(Deserialize)]
+struct Schema {
+    schema: u32,
 }
 
 /// The names in `dir` that are UTF-8, as all of ours are; none if it is not there.

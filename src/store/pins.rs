@@ -2,7 +2,7 @@
 //! it can be made again after a reboot and removed whatever the configuration has become. Written under the network's
 //! lock.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,9 +35,14 @@ impl Store {
         atomic::write(&path, &text)
     }
 
-    /// Lets the bridge go with its last VM.
+    /// Lets the bridge go with its last VM. Durable when it returns.
     pub fn unpin(&self, bridge: &LinkName) -> Result<()> {
-        atomic::remove_file(&self.pin_path(bridge))
+        let path = self.pin_path(bridge);
+        if !path.exists() {
+            return Ok(());
+        }
+        atomic::remove_file(&path)?;
+        atomic::sync_dir(path.parent().expect("a pin is in a directory"))
     }
 
     /// Whether the bridge stays without VMs.
@@ -45,10 +50,8 @@ impl Store {
         self.pin_path(bridge).exists()
     }
 
-    /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Corrupt`] naming the file that can not be understood.
+    /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out; a pin that can not be
+    /// read is told in the log, and must not keep other networks from working.
     pub fn pins(&self) -> Result<Vec<Segment>> {
         let dir = self.state_dir().join("networks");
         let entries = match dir.read_dir() {
@@ -59,22 +62,29 @@ impl Store {
         for entry in entries {
             let path = entry.at("list", &dir)?.path();
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
-            if name.is_some_and(|name| LinkName::parse(name).is_ok()) {
-                let corrupt = |why: &str| {
-                    Error::new(ErrorKind::Corrupt, format!("pin '{}' can not be used: {why}", path.display()))
-                        .hint("remove the file, then say 'network apply' again")
-                };
-                let pin: Pin = serde_json::from_slice(&std::fs::read(&path).at("read", &path)?)
-                    .map_err(|error| corrupt(&error.to_string()))?;
-                if pin.schema > SCHEMA || Some(pin.segment.bridge.as_str()) != name {
-                    return Err(corrupt("it is of a newer version or about another bridge"));
+            if let Some(bridge) = name.and_then(|name| LinkName::parse(name).ok()) {
+                match read(&path, &bridge) {
+                    Ok(segment) => segments.push(segment),
+                    Err(error) => tracing::warn!(error = error.report(), "left out"),
                 }
-                segments.push(pin.segment);
             }
         }
         segments.sort_by(|one, other| one.bridge.cmp(&other.bridge));
         Ok(segments)
     }
+}
+
+fn read(path: &Path, bridge: &LinkName) -> Result<Segment> {
+    let corrupt = |why: &str| {
+        Error::new(ErrorKind::Corrupt, format!("pin '{}' can not be used: {why}", path.display()))
+            .hint("remove the file, then say 'network apply' again")
+    };
+    let text = std::fs::read(path).at("read", path)?;
+    let pin: Pin = serde_json::from_slice(&text).map_err(|error| corrupt(&error.to_string()))?;
+    if pin.schema > SCHEMA || pin.segment.bridge != *bridge {
+        return Err(corrupt("it is of a newer version or about another bridge"));
+    }
+    Ok(pin.segment)
 }
 
 #[cfg(test)]
@@ -97,10 +107,10 @@ mod tests {
         store.pin(&two).unwrap();
         store.pin(&one).unwrap();
         std::fs::write(dir.path().join("networks/a longer name than a link's.json"), "").unwrap();
+        std::fs::write(dir.path().join("networks/br2.json"), "{}").unwrap();
         assert_eq!(store.pins().unwrap(), [one.clone(), two]);
         store.unpin(&one.bridge).unwrap();
         assert!(!store.is_pinned(&one.bridge));
-        std::fs::write(dir.path().join("networks/br1.json"), "{}").unwrap();
-        assert_eq!(store.pins().unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(read(&dir.path().join("networks/br2.json"), &one.bridge).unwrap_err().kind(), ErrorKind::Corrupt);
     }
 }

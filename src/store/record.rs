@@ -1,4 +1,5 @@
-//! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one.
+//! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one, if they
+//! are at the top level: what is added below that must be harmless to lose, or raise [`SCHEMA`](super::layout::SCHEMA).
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -22,8 +23,6 @@ pub trait Record: Serialize + DeserializeOwned {
     type Cid: Cid + PartialEq;
     /// Its name.
     fn cid(&self) -> &Self::Cid;
-    /// The layout version it was written with.
-    fn schema(&self) -> u32;
     /// Where it is in its life.
     fn phase(&self) -> Phase;
     /// The pools that have files of it, in a directory named after it.
@@ -39,10 +38,6 @@ macro_rules! record {
 
             fn cid(&self) -> &$cid {
                 &self.cid
-            }
-
-            fn schema(&self) -> u32 {
-                self.schema
             }
 
             fn phase(&self) -> Phase {
@@ -68,10 +63,6 @@ impl Record for DiskRecord {
 
     fn cid(&self) -> &DiskCid {
         &self.cid
-    }
-
-    fn schema(&self) -> u32 {
-        self.schema
     }
 
     fn phase(&self) -> Phase {

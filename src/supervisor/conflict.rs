@@ -61,12 +61,7 @@ impl Questions {
 
 /// Whether one of our VMs may hold the address for a while. Only asked if somebody does.
 fn wanders(scope: &Scope, ip: IpAddr) -> Result<bool> {
-    for vm in scope.store.list::<VmRecord>()?.into_iter().filter(|vm| *vm != scope.cid) {
-        let Some(record) = scope.store.read::<VmRecord>(&vm)? else { continue };
-        let mut allowed = record.nics.iter().filter_map(|nic| nic.rules.as_ref()).flat_map(|rules| &rules.allowed);
-        if allowed.any(|subnet| subnet.contains(ip)) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    let others = scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != scope.cid);
+    let rules = others.flat_map(|vm| vm.nics).filter_map(|nic| nic.rules);
+    Ok(rules.flat_map(|rules| rules.allowed).any(|subnet| subnet.contains(ip)))
 }

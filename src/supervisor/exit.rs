@@ -76,9 +76,10 @@ impl ExitRecord {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.at("read", path)?,
         };
-        serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|e| Error::new(ErrorKind::Corrupt, format!("'{}': {e}", path.display())))
+        serde_json::from_slice(&text).map(Some).map_err(|e| {
+            Error::new(ErrorKind::Corrupt, format!("'{}' can not be used: {e}", path.display()))
+                .hint("remove the file: the VM counts as crashed then, and is started again")
+        })
     }
 }
 

@@ -103,17 +103,8 @@ fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
 
 /// The cards of all VMs there are, should the host have lost everybody's rules.
 fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
-    let mut nics = Vec::new();
-    for vm in scope.store.list::<VmRecord>()? {
-        // One that can not be read must not keep others from starting.
-        match scope.store.read::<VmRecord>(&vm) {
-            Ok(record) => {
-                nics.extend(record.filter(|vm| vm.phase != Phase::Deleting).into_iter().flat_map(|vm| vm.nics));
-            }
-            Err(error) => tracing::warn!(%vm, error = error.report(), "a VM's rules are left out"),
-        }
-    }
-    Ok(nics)
+    let vms = scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+    Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
 fn tap(plug: &Plug) -> Tap {
@@ -135,13 +126,9 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
 
 /// The taps of all VMs on a bridge, whether they run or not.
 fn taps_on(store: &Store, bridge: &LinkName) -> Result<Vec<LinkName>> {
-    let mut taps = Vec::new();
-    for cid in store.list::<VmRecord>()? {
-        let Some(vm) = store.read::<VmRecord>(&cid)? else { continue };
-        let here = vm.nics.iter().filter_map(Nic::tap).filter(|(_, segment)| segment.bridge == *bridge);
-        taps.extend(here.map(|(tap, _)| tap.clone()));
-    }
-    Ok(taps)
+    let vms = store.readable::<VmRecord>()?;
+    let taps = vms.iter().flat_map(|vm| &vm.nics).filter_map(Nic::tap);
+    Ok(taps.filter(|(_, segment)| segment.bridge == *bridge).map(|(tap, _)| tap.clone()).collect())
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.

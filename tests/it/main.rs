@@ -1,5 +1,6 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
+mod abuse;
 mod addresses;
 mod audit;
 mod contract;
@@ -27,10 +28,12 @@ mod network;
 mod network_command;
 mod network_profiles;
 mod pools;
+mod power_cuts;
 mod release;
 mod snapshots;
 mod storms;
 mod supervisor;
 mod support;
 mod traces;
+mod upgrade;
 mod vm_list;

@@ -170,15 +170,20 @@ impl Host {
             }
         }
         self.tear_down();
-        for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
-            let path = entry.path();
-            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
-        }
+        self.clear_run_dir();
         let links = self.namespace.ip_json("link show");
         for link in links.as_array().unwrap().iter().filter(|link| link["ifname"] != "lo") {
             self.namespace.ip(&format!("link delete {}", link["ifname"].as_str().unwrap()));
         }
         self.namespace.run(nftables::flush);
+    }
+
+    /// Empties the run directory, as a reboot does.
+    pub fn clear_run_dir(&self) {
+        for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+        }
     }
 
     /// The result of a call that must succeed.

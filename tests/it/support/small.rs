@@ -23,6 +23,12 @@ impl Small {
         mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::MS_REMOUNT, Some(options.as_str())).unwrap();
     }
 
+    /// Lets nobody write to it, or everybody again. Nobody may have a file of it open for writing.
+    pub fn read_only(&self, is: bool) {
+        let flags = if is { MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY } else { MsFlags::MS_REMOUNT };
+        mount(Some("tmpfs"), &self.0, Some("tmpfs"), flags, None::<&str>).unwrap();
+    }
+
     fn ballast(&self) -> PathBuf {
         self.0.join("ballast")
     }
