@@ -2,6 +2,7 @@
 
 mod addresses;
 mod audit;
+mod audit_networks;
 mod contract;
 mod crashes;
 mod disk_crashes;

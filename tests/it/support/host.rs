@@ -178,9 +178,7 @@ impl Host {
         for link in links.as_array().unwrap().iter().filter(|link| link["ifname"] != "lo") {
             self.namespace.ip(&format!("link delete {}", link["ifname"].as_str().unwrap()));
         }
-        for table in self.namespace.run(nftables::tables) {
-            self.namespace.run(|| nftables::write_table(&table, false));
-        }
+        self.namespace.run(nftables::flush);
     }
 
     /// The result of a call that must succeed.
