@@ -9,6 +9,7 @@ pub mod images;
 pub mod lab;
 pub mod netns;
 pub mod nftables;
+pub mod silent;
 pub mod small;
 pub mod world;
 
