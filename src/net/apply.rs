@@ -96,7 +96,7 @@ pub fn release(segment: &Segment) -> Result<bool> {
     let links = Links::open()?;
     let tagged = uplink.as_ref().map(diff::vlan_name);
     let tagged = tagged.map(|name| Ok::<_, Error>(links.find(&name)?.map(|link| (name, link)))).transpose()?.flatten();
-    remove(&links, &segment.bridge, tagged)
+    remove(&links, &segment.bridge, tagged.as_ref())
 }
 
 /// Whether [`release_stray`] would find anything to remove.
@@ -118,13 +118,13 @@ pub fn release_stray(bridge: &LinkName) -> Result<bool> {
     let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else { return Ok(true) };
     let tagged = links.ports(link.index)?.into_iter().find(diff::is_our_vlan);
     let tagged = tagged.and_then(|link| Some((LinkName::parse(&link.name).ok()?, link)));
-    remove(&links, bridge, tagged)
+    remove(&links, bridge, tagged.as_ref())
 }
 
-fn remove(links: &Links, bridge: &LinkName, tagged: Option<(LinkName, Link)>) -> Result<bool> {
+fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -> Result<bool> {
     let found = links.find(bridge)?.filter(|link| is_ours(link, bridge));
     if let Some(link) = &found {
-        let is_tagged = |port: &Link| tagged.as_ref().is_some_and(|(_, tagged)| tagged == port);
+        let is_tagged = |port: &Link| tagged.is_some_and(|(_, tagged)| tagged == port);
         if kept::is_kept(link) || !links.ports(link.index)?.iter().all(is_tagged) {
             return Ok(false);
         }

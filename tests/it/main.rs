@@ -2,6 +2,7 @@
 
 mod addresses;
 mod audit;
+mod audit_disks;
 mod audit_networks;
 mod contract;
 mod crashes;
