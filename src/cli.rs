@@ -34,6 +34,9 @@ pub enum Command {
     /// Look at VMs.
     #[command(subcommand)]
     Vm(Vm),
+    /// Where images are.
+    #[command(subcommand)]
+    Pool(Pool),
     /// Look at, make or remove the host's side of the networks.
     Network {
         /// What to do.
@@ -117,6 +120,17 @@ pub enum Vm {
     /// List the VMs of this host: what each is doing, its memory, disks and networks.
     List {
         /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What can be done with pools by hand.
+#[derive(Debug, Subcommand)]
+pub enum Pool {
+    /// Show how full the state directory and each pool is, and what thin images may still grow by.
+    List {
+        /// Print one JSON array, sizes in bytes.
         #[arg(long)]
         json: bool,
     },

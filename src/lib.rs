@@ -7,7 +7,7 @@
 //!                     │         │
 //!                  store ◄── host
 //!                     │
-//!        config schema cid ranges units mac link_name ordered · error log crash sys
+//!        config schema cid ranges units mac link_name ordered patience · error log crash sys
 //! ```
 //!
 //! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
@@ -27,6 +27,7 @@ pub mod log;
 pub mod mac;
 pub mod net;
 pub mod ordered;
+pub mod patience;
 pub mod qemu;
 pub mod qmp;
 pub mod ranges;

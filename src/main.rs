@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bosh_qemu_cpi::cli::{Cli, Command, NetworkDeed, Vm};
+use bosh_qemu_cpi::cli::{Cli, Command, NetworkDeed, Pool, Vm};
 use bosh_qemu_cpi::commands::network::Deed;
 use bosh_qemu_cpi::{commands, sys};
 use clap::Parser;
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         None => commands::cpi::run(config).map(|()| true),
         Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
         Some(Command::Vm(Vm::List { json })) => commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true),
+        Some(Command::Pool(Pool::List { json })) => commands::pool::list(config, json, &mut std::io::stdout()),
         Some(Command::Network { deed, json }) => {
             let (deed, networks) = match deed {
                 NetworkDeed::Plan { networks } => (Deed::Plan, networks),

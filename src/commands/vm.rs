@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::table::table;
 use crate::cid::VmCid;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -36,7 +37,7 @@ pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Res
         let array: Vec<_> = lines.iter().map(Line::json).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"
     } else {
-        table(&lines)
+        table(&rows(&lines))
     };
     output.write_all(text.as_bytes()).map_err(|e| Error::os("write the list", e))
 }
@@ -124,14 +125,7 @@ fn attachment(attachment: &Attachment) -> String {
     }
 }
 
-fn table(lines: &[Line]) -> String {
+fn rows(lines: &[Line]) -> Vec<[String; 7]> {
     let head = ["CID", "STATE", "ACCEL", "PID", "MEMORY", "DISKS", "NETWORKS"].map(str::to_owned);
-    let rows: Vec<_> = std::iter::once(head).chain(lines.iter().map(Line::cells)).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; 7] = std::array::from_fn(width);
-    let line = |row: &[String; 7]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
-    };
-    rows.iter().map(line).collect()
+    std::iter::once(head).chain(lines.iter().map(Line::cells)).collect()
 }

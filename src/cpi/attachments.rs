@@ -95,7 +95,7 @@ impl Cpi {
 
     /// Undoes an attach that failed. It may have used up its time and still has to find out where it stands.
     fn take_back(&self, vm: &mut VmRecord, disk: &mut DiskRecord) -> Result<()> {
-        let deadline = Instant::now() + CLEANING_UP * 2;
+        let deadline = Instant::now() + CLEANING_UP;
         if self.is_plugged(vm, &disk.cid, deadline)? {
             // Written down first, because the guest may let go of it after we have stopped waiting.
             self.advance(vm, &disk.cid, Detaching)?;

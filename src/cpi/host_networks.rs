@@ -11,7 +11,7 @@ use crate::link_name::LinkName;
 use crate::net::change::Change;
 use crate::net::coexist::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
-use crate::net::{apply, guard, profile::Profile};
+use crate::net::{apply, guard, kept, profile::Profile};
 use crate::store::record::Nic;
 use crate::store::{Phase, Rank, VmRecord};
 
@@ -96,25 +96,46 @@ impl Cpi {
     /// Makes `network` work, with the taps of its VMs plugged in; from now on it stays without VMs, if it is ours and the
     /// configuration has it.
     pub fn apply_network(&self, network: &HostNetwork) -> Result<()> {
+        self.make_network(network, network.configured && matches!(network.segment.keeper, Keeper::Us { .. }))
+    }
+
+    /// Makes `network` work as it did, kept or not.
+    pub(super) fn restore_network(&self, network: &HostNetwork) -> Result<()> {
+        self.make_network(network, false)?;
+        let bridge = &network.segment.bridge;
+        let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        if !self.store.is_pinned(bridge) && apply::present(&network.taps())?.is_empty() {
+            // The last VM went while we were at it.
+            apply::release(&network.segment)?;
+        }
+        lock.retire()
+    }
+
+    fn make_network(&self, network: &HostNetwork, pin: bool) -> Result<()> {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
         let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
         // Before it is made, so that whoever is interrupted leaves a word of it.
-        if network.configured && matches!(network.segment.keeper, Keeper::Us { .. }) {
+        if pin {
             self.store.pin(&network.segment)?;
         }
         // In force before a tap is on the wire again.
         guard::add(&network.nics, || self.all_nics())?;
         apply::ensure(&network.segment, &network.taps())?;
+        if self.store.is_pinned(bridge) {
+            kept::keep(bridge, &self.store.owner()?)?;
+        }
         lock.retire()
     }
 
     /// Removes `network` if it is ours and no VM runs on it; else it goes with the last. Whether it is gone.
     pub fn remove_network(&self, network: &HostNetwork) -> Result<bool> {
         self.store.prepare()?;
-        let lock = self.store.lock(Rank::Network, &network.segment.bridge, Instant::now() + PATIENCE)?;
+        let bridge = &network.segment.bridge;
+        let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        kept::let_go(bridge, &self.store.owner()?)?;
         let gone = apply::release(&network.segment)?;
-        self.store.unpin(&network.segment.bridge)?;
+        self.store.unpin(bridge)?;
         lock.retire()?;
         Ok(gone)
     }

@@ -114,6 +114,7 @@ impl Cpi {
         self.store.write(&record)?;
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
+        net::kept::keep(&segment.bridge, &self.store.owner()?)?;
         record.phase = Phase::Ready;
         self.store.write(&record)?;
         let addresses = json!({"range": range.to_string(), "gateway": gateway.to_string(), "reserved": []});
@@ -201,6 +202,7 @@ impl Cpi {
         if let Some(record) = self.store.find::<NetworkRecord>(cid)? {
             let segment = self.managed_segment(&record)?;
             self.store.unpin(&segment.bridge)?;
+            net::kept::let_go(&segment.bridge, &self.store.owner()?)?;
             net::apply::release(&segment)?;
         }
         self.store.remove::<NetworkRecord>(cid)

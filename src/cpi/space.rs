@@ -14,11 +14,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::Serialize;
+
 use super::Cpi;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::{DiskImage, Preallocation};
-use crate::store::{DiskRecord, Rank, Record, StemcellRecord, VmRecord};
+use crate::store::{DiskRecord, Phase, Rank, Record, SnapshotRecord, StemcellRecord, VmRecord};
 use crate::units::{Bytes, MiB};
 
 /// What a new image takes without any data: headers and first tables. Also of a VM, whose config drive is the most of it.
@@ -41,6 +43,40 @@ pub struct PoolUsage {
     pub virtual_size: Bytes,
     /// What they may still grow by.
     pub growth: Bytes,
+}
+
+/// How much is left, in one word. The thresholds are those at which Ceph warns and stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Watermark {
+    /// 15 % of the filesystem and more are free.
+    Ok,
+    /// Less: make room.
+    Low,
+    /// Less than 5 %: guests may stop soon, and creates be refused.
+    Full,
+}
+
+impl PoolUsage {
+    /// How much is left.
+    pub fn watermark(&self) -> Watermark {
+        match u128::from(self.free.get()) * 100 {
+            free if free < u128::from(self.capacity.get()) * 5 => Watermark::Full,
+            free if free < u128::from(self.capacity.get()) * 15 => Watermark::Low,
+            _ => Watermark::Ok,
+        }
+    }
+}
+
+impl Watermark {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Low => "low",
+            Self::Full => "full",
+        }
+    }
 }
 
 /// An image that is there, or about to be.
@@ -164,6 +200,22 @@ impl Cpi {
         if scope == Scope::InTheMaking {
             return Ok(images);
         }
+        for disk in self.records::<DiskRecord>(scope)? {
+            // A copy that is being made, or what was in force before one.
+            if let Some(image) = disk.leftover.as_ref().filter(|image| wanted(image.pool.as_deref())) {
+                let path = self.store.disk_image_at(&disk.cid, image)?;
+                images.push(Image { path, virtual_size: disk.size.bytes(), writable: true });
+            }
+        }
+        for snapshot in self.records::<SnapshotRecord>(scope)? {
+            if wanted(snapshot.disk.pool.as_deref()) {
+                images.push(Image {
+                    path: self.store.snapshot_image(&snapshot)?,
+                    virtual_size: snapshot.disk.size.bytes(),
+                    writable: snapshot.phase == Phase::Creating,
+                });
+            }
+        }
         for stemcell in self.records::<StemcellRecord>(scope)? {
             if stemcell.image_path.is_none() && wanted(stemcell.pool.as_deref()) {
                 let dir = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
@@ -215,4 +267,20 @@ fn no_space(pool: Option<&str>, dir: &Path, need: Bytes, have: Bytes) -> Error {
     let (need, have) = (need.get().div_ceil(1 << 20), have.get() >> 20);
     let message = format!("{what} at '{}' has {have} MiB left, {need} MiB are needed", dir.display());
     Error::new(ErrorKind::NoDiskSpace, message).hint("free or add space there, or use another pool")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watermark_is_a_share_of_the_filesystem() {
+        let none = Bytes(0);
+        let left = |free| {
+            let (capacity, free) = (Bytes(1000), Bytes(free));
+            PoolUsage { path: PathBuf::new(), capacity, free, allocated: none, virtual_size: none, growth: none }
+        };
+        let words = [1000, 150, 149, 50, 49, 0].map(|free| left(free).watermark().as_str());
+        assert_eq!(words, ["ok", "ok", "low", "low", "full", "full"]);
+    }
 }

@@ -16,6 +16,7 @@ use crate::image;
 use crate::image::digest::Digest;
 use crate::image::import::Import;
 use crate::image::qemu_img::QemuImg;
+use crate::patience::within;
 use crate::schema::{Property, SchemaError};
 use crate::store::layout::{SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Format, Source};
@@ -72,9 +73,17 @@ impl Cpi {
             newer: Map::new(),
         };
         // What the file takes where it is; compressed data will take more, and the import tells if that does not fit.
-        let takes = image.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512));
-        let need = Self::need_of_import(Bytes(takes));
-        let made = self.admit(record.pool.as_deref(), need, deadline, || self.store.write(&record)).and_then(|()| {
+        let path = image.to_owned();
+        let takes = answered(image, deadline, move || {
+            // Attributes may be cached; this asks the server the file is on.
+            let _ = rustix::fs::statvfs(&path);
+            path.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512))
+        });
+        let admitted = takes.and_then(|takes| {
+            let need = Self::need_of_import(Bytes(takes));
+            self.admit(record.pool.as_deref(), need, deadline, || self.store.write(&record))
+        });
+        let made = admitted.and_then(|()| {
             let image = self.make_image(&record, image, properties, deadline)?;
             record.phase = Phase::Ready;
             record.format = image.format;
@@ -101,7 +110,8 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<Image> {
         if properties.contains_key("image_path") {
-            return light(properties);
+            let light = light_stemcell(properties)?;
+            return answered(&light.image_path.clone(), deadline, move || light_image(&light))?;
         }
         let declared = declared_format(properties)?;
         let target = self.store.make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
@@ -150,7 +160,8 @@ impl Cpi {
             // Most often. A digest takes as long as an import.
             return Ok(None);
         }
-        let sha256 = Digest::of_file(source)?.to_string();
+        let path = source.to_owned();
+        let sha256 = answered(source, deadline, move || Digest::of_file(&path))??.to_string();
         for other in others.into_iter().filter(|other| other.source.as_ref().is_some_and(|s| s.sha256 == sha256)) {
             // Its image is whole as long as it is ready. Nobody who holds a ready stemcell waits for another.
             let lock = self.store.lock(Rank::Stemcell, &other.cid, deadline)?;
@@ -227,10 +238,21 @@ fn declared_format(properties: &Map<String, Value>) -> Result<Option<Format>> {
     }
 }
 
-fn light(properties: &Map<String, Value>) -> Result<Image> {
+/// What `look` finds out about an operator's file, which may be large, or on a filesystem that does not answer.
+fn answered<T: Send + 'static>(path: &Path, deadline: Instant, look: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    within(deadline, look).ok_or_else(|| {
+        Error::new(ErrorKind::Timeout, format!("'{}' was not read by the deadline", path.display()))
+            .hint("give create_stemcell more seconds in 'deadlines', or see whether the file's filesystem answers")
+    })
+}
+
+fn light_stemcell(properties: &Map<String, Value>) -> Result<LightStemcell> {
     let keys = ["image_path", "sha256"].iter().filter_map(|key| properties.get_key_value(*key));
     let given = Value::Object(keys.map(|(k, v)| (k.clone(), v.clone())).collect());
-    let light = LightStemcell::from_json(&given).map_err(|e| e.in_request("cloud_properties"))?;
+    LightStemcell::from_json(&given).map_err(|e| e.in_request("cloud_properties"))
+}
+
+fn light_image(light: &LightStemcell) -> Result<Image> {
     // First what it is: reading a pipe or a device would never end.
     let (format, virtual_size) = image::inspect(&light.image_path)?;
     light.sha256.verify(&light.image_path)?;

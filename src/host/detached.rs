@@ -6,11 +6,15 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::patience::within;
 use crate::sys::pidfd::readable;
+
+/// A process that was killed is gone at once, unless the kernel is stuck on its behalf.
+const DYING: Duration = Duration::from_secs(2);
 
 /// The reading end of a detached process's standard output, on which it sends one line before it gives it up.
 #[derive(Debug)]
@@ -45,10 +49,13 @@ impl Handshake {
             let ready = readable(&self.stdout, deadline);
             if !ready.map_err(|e| Error::os(format!("wait for process {pid}"), e))? {
                 // It may hang before it has taken the lock by which others would find it.
-                let ended = self.child.kill().and_then(|()| self.child.wait());
-                ended.map_err(|e| Error::os(format!("end process {pid}"), e))?;
+                self.child.kill().map_err(|e| Error::os(format!("end process {pid}"), e))?;
+                // One that hangs in the kernel ends when what it waits for answers.
+                within(Instant::now() + DYING, move || self.child.wait());
                 let message = format!("process {pid} did not say in time how its start went");
-                return Err(Error::new(ErrorKind::Timeout, message));
+                return Err(Error::new(ErrorKind::Timeout, message).hint(
+                    "the VM's qemu.log and supervisor.log may say more; a busy host may need more in 'deadlines'",
+                ));
             }
             let mut chunk = [0; 4096];
             match self.stdout.read(&mut chunk) {
@@ -64,8 +71,6 @@ impl Handshake {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn handshake(script: &str) -> (Handshake, crate::sys::pidfd::Process) {

@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, NewImage};
+use crate::patience::within;
 use crate::sys::helper::end_with_us;
 use crate::units::Bytes;
 
@@ -25,6 +26,8 @@ use crate::units::Bytes;
 const OUTPUT_LIMIT: usize = 256 * 1024;
 /// The most characters of its last line that an error repeats.
 const LINE_LIMIT: usize = 500;
+/// A program that was killed is gone at once, unless the kernel is stuck on its behalf.
+const DYING: Duration = Duration::from_secs(2);
 
 /// A `qemu-img` program.
 #[derive(Debug, Clone)]
@@ -202,14 +205,15 @@ impl QemuImg {
             })?;
         let done = supervise(&mut child, deadline);
         if done.is_err() {
-            // It may have just ended; either way it is gone and reaped after this.
+            // It may have just ended. One that hangs in the kernel ends when its storage answers, and is not waited for.
             let _ = child.kill();
-            let _ = child.wait();
+            within(Instant::now() + DYING, move || child.wait());
         }
         done.map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => {
                 let message = format!("'{} {}' was killed at its deadline", self.program.display(), args[0].display());
-                Error::new(ErrorKind::Timeout, message)
+                let hint = "give the method more seconds in 'deadlines', or see whether the image's filesystem answers";
+                Error::new(ErrorKind::Timeout, message).hint(hint)
             }
             _ => Error::io("wait for", &self.program, error),
         })

@@ -20,7 +20,7 @@ use super::change::{Change, Rules};
 use super::diff::{self, Seen, diff, is_ours};
 use super::link::{Link, Links};
 use super::plan::{Keeper, Segment};
-use super::{firewall, nft, sysctl, tap};
+use super::{firewall, kept, nft, sysctl, tap};
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
@@ -87,7 +87,7 @@ pub fn plug(
     })
 }
 
-/// Removes the segment's bridge and rules if they are ours and no VM's port is left. Whether they are gone.
+/// Removes the segment's bridge and rules if they are ours, no VM's port is left and nobody keeps it. Whether they are gone.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
@@ -96,16 +96,43 @@ pub fn release(segment: &Segment) -> Result<bool> {
     let links = Links::open()?;
     let tagged = uplink.as_ref().map(diff::vlan_name);
     let tagged = tagged.map(|name| Ok::<_, Error>(links.find(&name)?.map(|link| (name, link)))).transpose()?.flatten();
-    let bridge = links.find(&segment.bridge)?.filter(|link| is_ours(link, &segment.bridge));
-    if let Some(bridge) = &bridge
-        && links.ports(bridge.index)?.iter().any(|port| tagged.as_ref().is_none_or(|(_, tagged)| tagged != port))
-    {
-        return Ok(false);
+    remove(&links, &segment.bridge, tagged.as_ref())
+}
+
+/// Whether [`release_stray`] would find anything to remove.
+///
+/// # Errors
+/// As [`release`].
+pub fn is_stray(bridge: &LinkName) -> Result<bool> {
+    let links = Links::open()?;
+    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else { return Ok(false) };
+    Ok(!kept::is_kept(&link) && links.ports(link.index)?.iter().all(diff::is_our_vlan))
+}
+
+/// As [`release`], for a bridge whose segment is in no record any more.
+///
+/// # Errors
+/// As there.
+pub fn release_stray(bridge: &LinkName) -> Result<bool> {
+    let links = Links::open()?;
+    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else { return Ok(true) };
+    let tagged = links.ports(link.index)?.into_iter().find(diff::is_our_vlan);
+    let tagged = tagged.and_then(|link| Some((LinkName::parse(&link.name).ok()?, link)));
+    remove(&links, bridge, tagged.as_ref())
+}
+
+fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -> Result<bool> {
+    let found = links.find(bridge)?.filter(|link| is_ours(link, bridge));
+    if let Some(link) = &found {
+        let is_tagged = |port: &Link| tagged.is_some_and(|(_, tagged)| tagged == port);
+        if kept::is_kept(link) || !links.ports(link.index)?.iter().all(is_tagged) {
+            return Ok(false);
+        }
     }
     // The kernel waits for pauses of every CPU (RCU), 40 ms for the bridge and 12 for the table; so both at once.
     std::thread::scope(|threads| {
-        let rules = threads.spawn(|| firewall::drop_all(&segment.bridge));
-        let removed = bridge.iter().map(|link| (&segment.bridge, link)).chain(tagged.iter().map(|(n, l)| (n, l)));
+        let rules = threads.spawn(|| firewall::drop_all(bridge));
+        let removed = found.iter().map(|link| (bridge, link)).chain(tagged.iter().map(|(n, l)| (n, l)));
         for (name, link) in removed {
             tracing::info!(link = %name, "removing a link that no VM needs");
             links.delete(name, link.index)?;
@@ -115,6 +142,14 @@ pub fn release(segment: &Segment) -> Result<bool> {
     })?;
     crash::point!("rules removed");
     Ok(true)
+}
+
+/// Which of these links are there.
+///
+/// # Errors
+/// As [`release`].
+pub fn present(names: &[LinkName]) -> Result<Vec<LinkName>> {
+    Ok(existing(&Links::open()?, names)?.into_iter().map(|(name, _)| name).collect())
 }
 
 /// Removes a tap that something keeps alive after its VM, if it is there.

@@ -257,6 +257,11 @@ pub(super) fn vlan_name(uplink: &VlanLink) -> LinkName {
     LinkName::parse(&format!("bqv{}-{tail}", uplink.vlan)).expect("at most 14 characters")
 }
 
+/// Whether a port is such a sub-interface. Nothing else tells: a bridge's ports do not say which segment they are for.
+pub(super) fn is_our_vlan(port: &Link) -> bool {
+    port.kind.as_deref() == Some("vlan") && port.name.starts_with("bqv")
+}
+
 #[cfg(test)]
 #[path = "diff_tests.rs"]
 mod tests;

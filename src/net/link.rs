@@ -84,6 +84,15 @@ impl Links {
         Ok(link)
     }
 
+    /// Every link there is.
+    pub fn all(&self) -> Result<Vec<Link>> {
+        let links: Vec<_> = self
+            .runtime
+            .block_on(self.handle.link().get().execute().try_collect())
+            .map_err(|e| failed("list the host's links".to_owned(), e))?;
+        Ok(links.iter().map(link_from).collect())
+    }
+
     /// Forgets what was looked up, because somebody else is at work.
     pub fn forget(&self) {
         self.known.borrow_mut().clear();

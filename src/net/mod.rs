@@ -7,7 +7,7 @@
 //!                                               │   │
 //!             what is seen ▶ diff (pure) ▶ change   └ link (netlink) · tap · sysctl · nft
 //!                              │
-//!                              └ firewall (which rules)
+//!                              └ firewall (which rules)      kept: who keeps a bridge without VMs
 //! ```
 //! A [`plan::Segment`] says by itself what the host must have, so a supervisor can plug a VM in again years later,
 //! whatever the configuration has become. The kernel's state is the only other memory: nothing here writes a file. `coexist` looks for
@@ -25,7 +25,7 @@ pub mod coexist;
 mod diff;
 mod firewall;
 pub mod guard;
-
+pub mod kept;
 mod link;
 mod nft;
 pub mod plan;

@@ -17,6 +17,7 @@ use super::lock::{Guard, Rank};
 use super::record::Segment;
 use crate::cid::{Cid, VmCid};
 use crate::error::{IoContext, Result};
+use crate::link_name::LinkName;
 use crate::ranges::Protocol;
 
 /// What only one VM can have.
@@ -38,6 +39,11 @@ pub enum Claim {
         /// Of one address of the host; absent: of all.
         address: Option<IpAddr>,
     },
+}
+
+/// The bridge of a wire.
+pub fn bridge(wire: &str) -> Option<LinkName> {
+    LinkName::parse(wire.split('@').next()?).ok()
 }
 
 /// The wire that VMs on the segment share.
@@ -82,6 +88,21 @@ impl Store {
     /// Makes the claims durable: a VM that is there after a power cut must have its own.
     pub fn sync_claims(&self) -> Result<()> {
         atomic::sync_dir(&self.claims_dir())
+    }
+
+    /// Everything that is claimed, and by whom. Names that are no claims are somebody else's and left out.
+    pub fn claimed(&self) -> Result<Vec<(Claim, VmCid)>> {
+        let dir = self.claims_dir();
+        let entries = match dir.read_dir() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.at("list", &dir)?,
+        };
+        let claim = |entry: std::fs::DirEntry| {
+            let claim = Claim::parse(entry.file_name().to_str()?)?;
+            let holder = std::fs::read_link(entry.path()).ok()?;
+            Some((claim, VmCid::parse(holder.to_str()?).ok()?))
+        };
+        Ok(entries.flatten().filter_map(claim).collect())
     }
 
     /// Gives back everything `vm` has claimed.
@@ -165,7 +186,7 @@ impl Claim {
     }
 
     /// The name of its file. No part can hold a comma.
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         match self {
             Self::Addresses { wire, block } => format!("ip,{wire},{},{}", block.network(), block.prefix()),
             Self::Port { protocol, port, address } => {

@@ -9,11 +9,11 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::Instant;
 
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::patience::within;
 
 /// What a lock stands for, in the order locks are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -173,14 +173,9 @@ fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
     if deadline <= Instant::now() {
         return Err(still_held(path));
     }
-    let (sender, receiver) = mpsc::channel();
-    std::thread::spawn(move || {
-        let locked = file.lock().map(|()| file);
-        let _ = sender.send(locked);
-    });
-    match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        Ok(locked) => locked.at("lock", path),
-        Err(_) => Err(still_held(path)),
+    match within(deadline, move || file.lock().map(|()| file)) {
+        Some(locked) => locked.at("lock", path),
+        None => Err(still_held(path)),
     }
 }
 

@@ -10,30 +10,38 @@
 //!
 //! `base.raw` is in the stemcell's pool, under the VM's cid: a hard link, which can not leave its filesystem.
 
-use std::collections::BTreeMap;
-use std::fs::OpenOptions;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{Metadata, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::atomic;
 use crate::config::Pool;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::patience::within;
 
 /// What a used pool is known by.
 const MARK: &str = ".bosh-qemu-cpi";
+/// A server that is busy answers later than a disk; one that has not answered by now is taken for gone.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The pools of this host.
 #[derive(Debug, Clone, Default)]
 pub struct Pools {
     state_dir: PathBuf,
     pools: BTreeMap<String, Pool>,
+    /// Directories that did not answer. They are not asked again: a call that looks at the space of all would wait for each
+    /// image in them.
+    silent: Arc<Mutex<BTreeSet<PathBuf>>>,
 }
 
 impl Pools {
     /// The `pools` of the configuration, used by the store in `state_dir`.
     pub fn new(state_dir: &Path, pools: BTreeMap<String, Pool>) -> Self {
-        Self { state_dir: state_dir.to_owned(), pools }
+        Self { state_dir: state_dir.to_owned(), pools, silent: Arc::default() }
     }
 
     /// Their names.
@@ -44,24 +52,48 @@ impl Pools {
     /// The directory of the pool `name`, which is there and is the one that was used before.
     ///
     /// # Errors
-    /// [`ErrorKind::BadConfig`] for an unknown pool, [`ErrorKind::Host`] for one that is not mounted.
+    /// [`ErrorKind::BadConfig`] for an unknown pool, [`ErrorKind::Host`] for one that is not mounted,
+    /// [`ErrorKind::Timeout`] for one whose filesystem does not answer.
     pub fn dir(&self, name: &str) -> Result<&Path> {
         let pool = self.pools.get(name).ok_or_else(|| {
             Error::new(ErrorKind::BadConfig, format!("there is no pool '{name}' in the configuration"))
                 .hint("images are in it: name its directory in 'pools' again")
         })?;
-        let meta = pool.path.metadata().map_err(|e| absent(name, &pool.path, "can not be used").because(e))?;
+        let (meta, is_marked) = self.look(name, &pool.path)?;
         if !meta.is_dir() {
             return Err(absent(name, &pool.path, "is no directory"));
         }
         if pool.shared && (self.is_on(&meta, Path::new("/"))? || self.is_on(&meta, &self.state_dir)?) {
             return Err(absent(name, &pool.path, "is shared, but on the filesystem of '/' or of the state directory"));
         }
-        if self.note(name).exists() && !pool.path.join(MARK).exists() {
+        if self.note(name).exists() && !is_marked {
             return Err(absent(name, &pool.path, "is not the directory that was used before")
                 .hint(format!("mount it; if it is really a new one, remove '{}' first", self.note(name).display())));
         }
         Ok(&pool.path)
+    }
+
+    /// The first touch of a pool in a call: the directory and whether it has our mark.
+    fn look(&self, name: &str, path: &Path) -> Result<(Metadata, bool)> {
+        let silent = || self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        let looked = path.to_owned();
+        let look = move || {
+            // Attributes may be cached; this asks the server.
+            rustix::fs::statvfs(&looked)?;
+            looked.metadata().map(|meta| (meta, looked.join(MARK).exists()))
+        };
+        let known = silent().contains(path);
+        match if known { None } else { within(Instant::now() + PATIENCE, look) } {
+            Some(seen) => seen.map_err(|e| absent(name, path, "can not be used").because(e)),
+            None => {
+                silent().insert(path.to_owned());
+                let message = format!("pool '{name}': '{}' did not answer within {PATIENCE:?}", path.display());
+                Err(Error::new(ErrorKind::Timeout, message).hint(format!(
+                    "its server or disk may be gone: try `stat {}`, then repeat the call",
+                    path.display()
+                )))
+            }
+        }
     }
 
     /// As [`Self::dir`], marking the pool if this is its first use.

@@ -120,6 +120,10 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     net::apply::remove_tap(tap)?;
     let queues = net::tap::queues(vm.machine.cpus);
     let plug = net::apply::plug(tap, segment, queues, || taps_on(&scope.store, &segment.bridge))?;
+    // Made again, it lost the word that it stays.
+    if scope.store.is_pinned(&segment.bridge) {
+        net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
+    }
     lock.retire()?;
     Ok(Some(plug))
 }

@@ -202,8 +202,9 @@ fn a_qemu_whose_vm_is_gone_is_ended() {
     // Somebody removed the directory by hand.
     fs::rename(&paths.dir, &aside).unwrap();
     let found = audit(&host);
-    assert!(found.contains(&("orphan".into(), paths.run.display().to_string(), json!("gc"))), "{found:?}");
-    assert!(findings(&host, &["gc", "--json"]).0);
+    assert_eq!(found, one("orphan", &vm, "gc"));
+    assert!(host.qemu(&vm).is_some(), "audit only looks");
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("orphan", &vm, "mended")));
     gone(&qemu);
     assert!(!paths.run.exists());
     fs::rename(&aside, &paths.dir).unwrap();

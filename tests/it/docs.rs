@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use bosh_qemu_cpi::cpi::default_deadline;
 use serde_json::Value;
 
 use crate::support::host::Host;
@@ -23,6 +24,64 @@ fn the_reference_pages_are_those_of_this_program() {
             String::from_utf8(printed.stdout).unwrap(),
             "make it again: bosh-qemu-cpi reference {page} > docs/{page}.md"
         );
+    }
+}
+
+/// Every method that acts, as the contract names them.
+const METHODS: [&str; 21] = [
+    "create_stemcell",
+    "delete_stemcell",
+    "create_vm",
+    "delete_vm",
+    "has_vm",
+    "reboot_vm",
+    "set_vm_metadata",
+    "calculate_vm_cloud_properties",
+    "create_disk",
+    "delete_disk",
+    "has_disk",
+    "attach_disk",
+    "detach_disk",
+    "get_disks",
+    "set_disk_metadata",
+    "snapshot_disk",
+    "delete_snapshot",
+    "resize_disk",
+    "update_disk",
+    "create_network",
+    "delete_network",
+];
+
+#[test]
+fn the_table_of_deadlines_is_that_of_this_program() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md")).unwrap();
+    let section = text.split("\n## ").find(|section| section.starts_with("Deadlines")).expect("a section");
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
+    let rows: Vec<(&str, u64)> = rows.filter_map(|(names, seconds)| Some((names, seconds.parse().ok()?))).collect();
+    let documented = |method: &str| {
+        let row = rows.iter().find(|(names, _)| names.contains(&format!("`{method}`")));
+        row.or_else(|| rows.iter().find(|(names, _)| *names == "every other")).expect("a row").1
+    };
+    for method in METHODS {
+        assert_eq!(default_deadline(method).as_secs(), documented(method), "{method}");
+    }
+    // And it names no method that is not there.
+    let named = rows.iter().flat_map(|(names, _)| names.split('`').skip(1).step_by(2));
+    let unknown: Vec<_> = named.filter(|name| !METHODS.contains(name) && *name != "disk restore").collect();
+    assert!(rows.len() > 3 && unknown.is_empty(), "{unknown:?}");
+}
+
+/// Every test that a promise of docs/reliability.md names is there.
+#[test]
+fn promises_name_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/reliability.md")).unwrap();
+    let named: Vec<_> = text.split('`').skip(1).step_by(2).filter_map(|word| word.split_once("::")).collect();
+    assert!(!named.is_empty(), "no promise names a test");
+    for (module, test) in named {
+        let source = fs::read_to_string(root.join(format!("tests/it/{module}.rs")));
+        let source = source.unwrap_or_else(|error| panic!("{module}::{test}: {error}"));
+        assert!(source.contains(&format!("fn {test}()")), "{module}::{test}");
     }
 }
 

@@ -24,6 +24,7 @@ const LAYERS: &[Row] = &[
         "mac",
         "link_name",
         "ordered",
+        "patience",
         "ranges",
         "error",
         "log",

@@ -296,3 +296,55 @@ fn stemcells_of_one_file_share_its_image_and_nothing_else() {
     store.write(&record).unwrap();
     assert_ne!(image(&host.stemcell()), image(&old));
 }
+
+#[test]
+fn the_list_of_pools_counts_all_that_is_in_them() {
+    let Some((fast, stemcells, host)) = host(256, json!({})) else { return };
+    let list = || {
+        let (passed, list) = host.command(&["pool", "list", "--json"]);
+        (passed, list.as_array().unwrap().clone())
+    };
+    let stemcell = host.stemcell();
+    vm_in_pool(&host, &stemcell);
+    let kept = disk_cid(&disk(&host, 8, &json!({"pool": "fast", "preallocation": "full"})));
+    let before = list().1;
+    let named = |pool: &Value| pool["pool"].as_str().map(str::to_owned);
+    assert_eq!(before.iter().map(named).collect::<Vec<_>>(), [None, Some("fast".into()), Some("stemcells".into())]);
+    let of = |list: &[Value], key: &str| list[1][key].as_u64().unwrap();
+    assert_eq!(of(&before, "capacity"), 256 << 20);
+    assert_eq!(before[1]["path"], json!(fast.path()));
+    // A full disk of 8, an empty one of 64, and a root disk of 1 MiB.
+    assert_eq!(of(&before, "virtual_size"), 73 << 20);
+    let grown = of(&before, "growth");
+    assert!((60 << 20..65 << 20).contains(&grown), "{grown}");
+    assert!(before.iter().all(|pool| pool["watermark"] == "ok" || pool["pool"].is_null()), "{before:?}");
+
+    host.ok("snapshot_disk", &json!([kept, {}]));
+    let with_snapshot = list().1;
+    assert_eq!(of(&with_snapshot, "virtual_size"), 81 << 20);
+    assert_eq!(of(&with_snapshot, "growth"), grown, "a snapshot does not grow");
+    assert!(of(&with_snapshot, "allocated") >= of(&before, "allocated") + (8 << 20));
+
+    // A copy that is being made.
+    let mut record = host.store().read::<DiskRecord>(&kept).unwrap().unwrap();
+    let copy = bosh_qemu_cpi::store::record::DiskImage { generation: 1, ..record.current() };
+    fs::write(fast.path().join(kept.to_string()).join(copy.file_name()), vec![1; 1 << 20]).unwrap();
+    record.leftover = Some(copy);
+    host.store().write(&record).unwrap();
+    let with_copy = list().1;
+    assert_eq!(of(&with_copy, "virtual_size"), 89 << 20);
+    assert_eq!(of(&with_copy, "growth"), grown + (7 << 20));
+
+    fs::write(fast.path().join("filler"), vec![1; 210 << 20]).unwrap();
+    assert_eq!(list().1[1]["watermark"], "low");
+    fs::write(fast.path().join("more"), vec![1; 20 << 20]).unwrap();
+    assert_eq!(list().1[1]["watermark"], "full");
+    let output = host.namespace().run(|| host.cpi().args(["pool", "list"]).output().unwrap());
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.starts_with("POOL ") && table.contains("(state_dir)") && table.contains("full\n"), "{table}");
+
+    stemcells.hide();
+    let (passed, hidden) = list();
+    assert!(!passed && hidden[2]["error"].as_str().unwrap().contains("pool 'stemcells'"), "{hidden:?}");
+    stemcells.show();
+}

@@ -7,7 +7,7 @@ use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, command_line, eventually, gone, json_options};
+use crate::support::host::{Host, PANICKING_GUEST, command_line, eventually, gone, json_options};
 
 /// Names of all events, in order; each line must be a whole JSON object.
 fn events(host: &Host, vm: &VmCid) -> Vec<String> {
@@ -159,4 +159,48 @@ fn a_supervisor_is_small() {
     // What is not optimized has three times the code and data.
     let most = if cfg!(debug_assertions) { 15 << 10 } else { 5 << 10 };
     assert!(kib <= most, "{kib} KiB");
+}
+
+#[test]
+fn a_panic_is_seen_and_the_vm_started_again() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.vm(&host.import(PANICKING_GUEST));
+    host.event(&vm, "GUEST_PANICKED", 2);
+    let events = events(&host, &vm);
+    let times = |event: &str| events.iter().filter(|e| *e == event).count();
+    assert!(times("restarting") >= 1 && times("started") >= 2, "{events:?}");
+    let exit = exit(&host, &vm);
+    assert_eq!((exit.reason.as_deref(), exit.ending()), (Some("guest-panic"), Ending::Crashed));
+}
+
+#[test]
+fn a_panic_is_final_where_the_operator_says_so() {
+    let Some(host) = Host::with(json!({"restart": "never"})) else { return };
+    let vm = host.vm(&host.import(PANICKING_GUEST));
+    host.event(&vm, "exited", 1);
+    let written = || ExitRecord::read(&host.paths(&vm).exit()).unwrap();
+    let exit = eventually("an exit record", written);
+    assert_eq!((exit.code, exit.reason.as_deref(), exit.ending()), (Some(1), Some("guest-panic"), Ending::Crashed));
+    let listed = host.command(&["vm", "list", "--json"]).1;
+    assert_eq!((&listed[0]["state"], &listed[0]["reason"]), (&json!("crashed"), &json!("exit status 1 (guest-panic)")));
+    assert!(!events(&host, &vm).contains(&"restarting".to_owned()));
+}
+
+#[test]
+fn a_reboot_inside_the_guest_keeps_the_process_and_its_disks() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    host.ok("attach_disk", &json!([vm, disk]));
+    let (qemu, supervisor) = (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid());
+    // What a guest writes to reset itself (ICH9's reset control register).
+    host.qmp(&vm, "human-monitor-command", &json!({"command-line": "o /b 0xcf9 6"})).unwrap();
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    assert_eq!((host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()), (qemu, supervisor));
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
+    let events = events(&host, &vm);
+    assert!(events.contains(&"RESET".to_owned()) && !events.contains(&"exited".to_owned()), "{events:?}");
+    host.ok("detach_disk", &json!([vm, disk]));
+    host.power_off(&vm);
+    assert_eq!(exit(&host, &vm).ending(), Ending::PoweredOff, "and its own poweroff stays one");
 }

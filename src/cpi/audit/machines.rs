@@ -1,12 +1,10 @@
 //! VMs as far as they are processes.
 
 use super::{Audit, Kind};
-use crate::cid::{Cid, VmCid};
 use crate::error::Result;
-use crate::host::cgroup::Cgroup;
 use crate::store::record::Desired;
-use crate::store::{Phase, Rank, VmRecord, atomic};
-use crate::supervisor::{self, Button, Ending, ExitRecord, PowerState, power_state};
+use crate::store::{Phase, Rank, VmRecord};
+use crate::supervisor::{self, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
 
 impl Audit<'_> {
@@ -17,11 +15,6 @@ impl Audit<'_> {
                 && record.phase == Phase::Ready
             {
                 self.machine(&record)?;
-            }
-        }
-        for vm in self.cpi.store.list_running()? {
-            if !self.cpi.store.vm(&vm).dir.exists() {
-                self.run_directory(&vm)?;
             }
         }
         Ok(())
@@ -50,23 +43,5 @@ impl Audit<'_> {
             _ => {}
         }
         Ok(())
-    }
-
-    /// A VM's run directory that outlived the VM.
-    fn run_directory(&mut self, vm: &VmCid) -> Result<()> {
-        let Some(lock) = self.idle(Rank::Vm, vm)? else { return Ok(()) };
-        let paths = self.cpi.store.vm(vm);
-        let why = match power_state(&paths)? {
-            PowerState::On(qemu) => format!("the VM is gone, but its QEMU, process {}, runs", qemu.pid()),
-            PowerState::Off => "the VM is gone, but not its sockets".to_owned(),
-        };
-        self.found(Kind::Orphan, &paths.run.display(), &why, || {
-            supervisor::stop(&paths, Button::Quit, Self::deadline())?;
-            let group = Cgroup::open(vm.as_str());
-            group.kill(Self::deadline())?;
-            group.remove()?;
-            atomic::remove_dir(&paths.run)
-        });
-        lock.retire()
     }
 }

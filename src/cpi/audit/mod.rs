@@ -2,8 +2,12 @@
 //!
 //! ```text
 //!   objects     records that can not be read, creates and removals cut short, files without a record
-//!   machines    VMs that are off and should run, VMs without a supervisor, QEMUs of VMs that are gone
-//!   debris      locks, uids and half-written files that belong to nothing
+//!   attachments who has which disk: calls cut short, records that do not agree
+//!   images      images that are not there, files in pools that no record knows of
+//!   machines    VMs that are off and should run, VMs without a supervisor
+//!   networks    what networks of running VMs lack, bridges that are kept for nobody
+//!   gone        all that is left of VMs that are gone: QEMU, taps, rules, claims, uid, control groups, sockets
+//!   debris      locks and half-written files that belong to nothing
 //! ```
 //!
 //! Every verb settles what it meets on its own cid, so nothing needs this to be run. It is for the operator who wants
@@ -13,8 +17,12 @@
 //! - Only what is certainly ours and certainly of no use is removed. A file that has no record was not left by us (records
 //!   are written first and removed last), so somebody has to decide about it who knows more.
 
+mod attachments;
 mod debris;
+mod gone;
+mod images;
 mod machines;
+mod networks;
 mod objects;
 
 use std::time::{Duration, Instant};
@@ -59,6 +67,10 @@ pub enum Kind {
     Unsettled,
     /// Something of an object that is gone.
     Orphan,
+    /// A network that lacks something its VMs need.
+    Network,
+    /// An image that is not there.
+    NoImage,
 }
 
 /// What is done about a finding.
@@ -87,7 +99,11 @@ impl Cpi {
         }
         self.store.own_run_dir()?;
         audit.objects()?;
+        audit.attachments()?;
+        audit.images()?;
         audit.machines()?;
+        audit.networks()?;
+        audit.gone_vms()?;
         audit.debris()?;
         Ok(audit.findings)
     }

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::{Audit, Kind, message};
-use crate::cid::{Cid, DiskCid};
+use crate::cid::Cid;
 use crate::cpi::leftovers;
-use crate::error::Result;
-use crate::store::record::{AttachmentPhase, SnapshotRecord};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::record::SnapshotRecord;
 use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord};
 
 impl Audit<'_> {
@@ -16,7 +16,30 @@ impl Audit<'_> {
         self.each::<DiskRecord>(Rank::Disk)?;
         self.each::<VmRecord>(Rank::Vm)?;
         self.notes()?;
-        self.attachments()
+        self.copies()
+    }
+
+    /// Copies of disks that were cut short: the next call on the disk would settle them.
+    fn copies(&mut self) -> Result<()> {
+        for cid in self.cpi.store.list::<DiskRecord>()? {
+            let Some(lock) = self.idle(Rank::Disk, &cid)? else { continue };
+            let disk = self.cpi.store.read::<DiskRecord>(&cid).ok().flatten();
+            drop(lock);
+            if disk.is_none_or(|disk| disk.phase != Phase::Ready || disk.leftover.is_none()) {
+                continue;
+            }
+            let cpi = self.cpi;
+            self.found(Kind::Unfinished, &cid, "a copy of it was cut short", || {
+                match cpi.locked_disk(&cid, Self::deadline())?.1.leftover {
+                    None => Ok(()),
+                    Some(left) => {
+                        let path = cpi.store.disk_image_at(&cid, &left)?;
+                        Err(Error::new(ErrorKind::Host, format!("'{}' can not be removed yet", path.display())))
+                    }
+                }
+            });
+        }
+        Ok(())
     }
 
     fn each<R: Record>(&mut self, rank: Rank) -> Result<()> {
@@ -72,41 +95,6 @@ impl Audit<'_> {
                 let cpi = self.cpi;
                 self.found(Kind::Unfinished, &name, "its creation was cut short", || cpi.clear_leftover(&name));
             }
-        }
-        Ok(())
-    }
-
-    fn attachments(&mut self) -> Result<()> {
-        for cid in self.cpi.store.list::<VmRecord>()? {
-            let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
-            let open = vm.disks.iter().filter(|a| a.phase != AttachmentPhase::Attached);
-            for disk in open.map(|a| a.disk.clone()).collect::<Vec<_>>() {
-                self.attachment(&vm, &disk)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn attachment(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
-        let Some(_lock) = self.idle(Rank::Disk, disk)? else { return Ok(()) };
-        let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
-        drop(lock);
-        let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
-        let Some(record) = cpi.store.read::<DiskRecord>(disk)? else {
-            let next = format!("restore the disk's record from a backup, or call detach_disk for VM '{}'", vm.cid);
-            self.told(Kind::Unsettled, &what, "the disk has no record", &next);
-            return Ok(());
-        };
-        let mut kept = false;
-        self.found(Kind::Unsettled, &what, "an attach or a detach was cut short", || {
-            kept = cpi.holder(&record, Self::deadline())?.is_some();
-            Ok(())
-        });
-        if kept {
-            // Asking QEMU settles it only if the guest has let go.
-            self.findings.pop();
-            let next = "repeat attach_disk or detach_disk, whichever was meant; until then the VM has the disk";
-            self.told(Kind::Unsettled, &what, "the guest has the disk, and a call about it was cut short", next);
         }
         Ok(())
     }

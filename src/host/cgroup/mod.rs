@@ -112,6 +112,21 @@ impl Cgroup {
         counts.max().unwrap_or(0)
     }
 
+    /// Whether any of the groups is there.
+    pub fn exists(&self) -> bool {
+        self.all_dirs().iter().any(|(dir, _)| dir.exists())
+    }
+
+    /// The numbers of the processes in the groups.
+    pub fn processes(&self) -> Vec<String> {
+        let dirs = self.all_dirs();
+        let listed = dirs.iter().filter_map(|(dir, _)| std::fs::read_to_string(dir.join("cgroup.procs")).ok());
+        let mut pids: Vec<_> = listed.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+        pids.sort();
+        pids.dedup();
+        pids
+    }
+
     /// Kills every process in the groups and waits until they have ended, at most until `deadline`.
     pub fn kill(&self, deadline: Instant) -> Result<()> {
         for (dir, _) in self.all_dirs() {

@@ -9,8 +9,8 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
+use std::time::{Duration, Instant};
 
 use flate2::bufread::MultiGzDecoder;
 
@@ -24,6 +24,8 @@ use crate::units::Bytes;
 const CHUNK: usize = 256 * 1024;
 /// Chunks that may wait: 4 MiB, enough to ride out a burst on either side.
 const WAITING: usize = 16;
+/// How long a reader that nobody listens to any more may take for what it was reading.
+const LAST_READ: Duration = Duration::from_secs(1);
 
 /// Some of the source's content.
 struct Chunk {
@@ -55,20 +57,26 @@ pub(super) fn read<T>(
     consume: impl FnOnce(&mut Stream<'_>) -> Result<T, Failure>,
 ) -> Result<(T, Digest), Failure> {
     let (sender, receiver) = sync_channel(WAITING);
-    std::thread::scope(|scope| {
-        let reader = scope.spawn(move || pump(file, path, &sender));
-        let mut stream = Stream { receiver, chunk: Vec::new(), taken: 0, ended: false, deadline, progress };
-        let consumed = consume(&mut stream);
-        // A reader that is still sending must notice that nobody listens before it is joined.
-        drop(stream);
-        let read = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        match (read, consumed) {
-            // Whatever the consumer made of a stream that broke off, this is why.
-            (Err(why), _) => Err(why),
-            (_, Err(why)) => Err(why),
-            (Ok(digest), Ok(result)) => Ok((result, digest)),
-        }
-    })
+    let (done, outcome) = channel();
+    let name = path.to_owned();
+    std::thread::spawn(move || {
+        // Nobody listens to a reader that was given up.
+        let _ = done.send(pump(file, &name, &sender));
+    });
+    let mut stream = Stream { receiver, chunk: Vec::new(), taken: 0, ended: false, deadline, progress };
+    let consumed = consume(&mut stream);
+    // A reader that is still sending must notice that nobody listens before it is waited for.
+    drop(stream);
+    // One that hangs in a read is left behind.
+    let patience = deadline.saturating_duration_since(Instant::now()).max(LAST_READ);
+    match (outcome.recv_timeout(patience), consumed) {
+        // Whatever the consumer made of a stream that broke off, this is why.
+        (Ok(Err(why)), _) => Err(why),
+        (_, Err(why)) => Err(why),
+        (Ok(Ok(digest)), Ok(result)) => Ok((result, digest)),
+        (Err(RecvTimeoutError::Timeout), Ok(_)) => Err(Failure::TimedOut),
+        (Err(RecvTimeoutError::Disconnected), Ok(_)) => panic!("the reader of an image panicked"),
+    }
 }
 
 /// Sends the content of `file` until it ends or nobody listens.

@@ -189,6 +189,13 @@ fn port_by_port(forward: &Forward) -> impl Iterator<Item = Element> {
     })
 }
 
+/// Where a forward leads, out of its data: an address and a port, filled up to four bytes.
+pub(super) fn target(data: &[u8]) -> Option<IpAddr> {
+    let (address, _port) = data.split_at_checked(data.len().checked_sub(4)?)?;
+    let v4 = <[u8; 4]>::try_from(address).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(address).map(IpAddr::from)).ok()
+}
+
 #[cfg(test)]
 #[path = "elements_tests.rs"]
 mod tests;

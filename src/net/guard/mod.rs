@@ -15,9 +15,14 @@
 mod elements;
 mod rules;
 
+use std::collections::BTreeSet;
+
+use ipnetwork::IpNetwork;
+
 use self::elements::Members;
-use super::nft::{self, Outcome, Step, Table};
+use super::nft::{self, Element, Kind, Outcome, Part, Raw, Set, Step, Table};
 use crate::error::{Error, ErrorKind, Result};
+use crate::link_name::LinkName;
 use crate::store::record::Nic;
 
 /// How often the host's tables may change under our hands before we give up. Each time somebody got something done.
@@ -36,24 +41,39 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
     until_done(|| {
         let generation = nft::generation()?;
         if nft::holds(&bridge)? && nft::holds(&inet)? {
-            let members = collect(nics);
+            let members = raw(&collect(nics));
             return nft::commit(&steps(&bridge, &inet, &members, Step::Add), None);
         }
         tracing::info!("writing the guard's tables");
-        let members = collect(nics.iter().chain(&others()?));
+        let members = raw(&collect(nics.iter().chain(&others()?)));
         let mut steps = steps(&bridge, &inet, &members, Step::Add);
         steps.splice(..0, [Step::Replace(&bridge), Step::Replace(&inet)]);
         nft::commit(&steps, Some(generation))
     })
 }
 
-/// Whether `nics` have rules and the tables for them are lost, or another version's.
+/// Whether `nics` have rules of which any is not in force: the tables are lost, or another version's, or lack elements.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
 pub fn is_lost(nics: &[Nic]) -> Result<bool> {
-    let ruled = nics.iter().any(|nic| nic.tap().is_some() && nic.rules.is_some());
-    Ok(ruled && !(nft::holds(&rules::bridge_table())? && nft::holds(&rules::inet_table())?))
+    let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
+    let members = collect(nics);
+    if members.0.is_empty() {
+        return Ok(false);
+    }
+    if !(nft::holds(&bridge)? && nft::holds(&inet)?) {
+        return Ok(true);
+    }
+    for (table, wanted) in [(&bridge, &members.0), (&inet, &members.1)] {
+        for Members { set, elements } in wanted {
+            let present: BTreeSet<_> = nft::elements(table, set)?.into_iter().flatten().map(|raw| raw.first).collect();
+            if !elements.iter().all(|element| present.contains(&element.raw().first)) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Removes everything of `nics`, and the tables with the last of all.
@@ -65,12 +85,65 @@ pub fn remove(nics: &[Nic]) -> Result<()> {
     if members.0.is_empty() {
         return Ok(());
     }
+    take_out(&raw(&members))
+}
+
+/// The elements of a VM whose record is gone.
+#[derive(Debug)]
+pub struct Remains(RawBoth);
+
+/// What the tables have of these taps, and of ports that are forwarded to these addresses.
+///
+/// # Errors
+/// [`ErrorKind::Host`] for what the kernel refused.
+pub fn remains(taps: &[LinkName], addresses: &[IpNetwork], ports: &[(u8, u16)]) -> Result<Remains> {
+    let taps: Vec<_> = taps.iter().map(|tap| Element::of(vec![Part::Link(tap.clone())]).raw().first).collect();
+    let is_theirs = |set: &Set, raw: &Raw| {
+        if set.key.first() == Some(&Kind::Link) {
+            return taps.iter().any(|tap| raw.first.starts_with(tap));
+        }
+        let of_port = |(protocol, port): &(u8, u16)| {
+            let tail = vec![Part::Protocols(*protocol, *protocol), Part::Ports(*port, *port)];
+            raw.first.ends_with(&Element::of(tail).raw().first)
+        };
+        elements::target(&raw.data).is_some_and(|ip| addresses.iter().any(|block| block.contains(ip)))
+            && ports.iter().any(of_port)
+    };
+    let of = |table: &Table| -> Result<RawMembers> {
+        let mut found = Vec::new();
+        for set in &table.sets {
+            let mut theirs = nft::elements(table, set)?.unwrap_or_default();
+            theirs.retain(|raw| is_theirs(set, raw));
+            found.push((*set, theirs));
+        }
+        found.retain(|(_, elements)| !elements.is_empty());
+        Ok(found)
+    };
+    Ok(Remains((of(&rules::bridge_table())?, of(&rules::inet_table())?)))
+}
+
+impl Remains {
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.0.0.is_empty() && self.0.1.is_empty()
+    }
+
+    /// Removes them, and the tables with the last of all.
+    ///
+    /// # Errors
+    /// As [`add`].
+    pub fn remove(&self) -> Result<()> {
+        if self.is_empty() { Ok(()) } else { take_out(&self.0) }
+    }
+}
+
+fn take_out(members: &RawBoth) -> Result<()> {
     let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
     // Gone already, with the tables.
-    let _: Outcome = nft::commit(&steps(&bridge, &inet, &members, Step::Remove), None)?;
+    let _: Outcome = nft::commit(&steps(&bridge, &inet, members, Step::Remove), None)?;
     until_done(|| {
         let generation = nft::generation()?;
-        if !nft::is_empty(&inet, &rules::TAPS)? {
+        if nft::elements(&inet, &rules::TAPS)?.is_none_or(|taps| !taps.is_empty()) {
             return Ok(Outcome::Done);
         }
         let both = [Step::Drop(bridge.family, &bridge.name), Step::Drop(inet.family, &inet.name)];
@@ -109,12 +182,21 @@ fn merge(all: &mut Vec<Members>, more: Vec<Members>) {
     }
 }
 
+type RawMembers = Vec<(Set, Vec<Raw>)>;
+type RawBoth = (RawMembers, RawMembers);
+
+/// The same in the kernel's encoding.
+fn raw(members: &Both) -> RawBoth {
+    let of = |all: &[Members]| all.iter().map(|m| (m.set, m.elements.iter().map(Element::raw).collect())).collect();
+    (of(&members.0), of(&members.1))
+}
+
 fn steps<'a>(
     bridge: &'a Table,
     inet: &'a Table,
-    members: &'a Both,
-    step: fn(&'a Table, &'a nft::Set, &'a [nft::Element]) -> Step<'a>,
+    members: &'a RawBoth,
+    step: fn(&'a Table, &'a Set, &'a [Raw]) -> Step<'a>,
 ) -> Vec<Step<'a>> {
-    let of = |table, members: &'a [Members]| members.iter().map(move |m| step(table, &m.set, &m.elements));
+    let of = |table, members: &'a RawMembers| members.iter().map(move |(set, elements)| step(table, set, elements));
     of(bridge, &members.0).chain(of(inet, &members.1)).collect()
 }

@@ -15,14 +15,14 @@ use std::fmt;
 
 use netlink_bindings::nftables::{Chained, ChainedFinal, Nfgenmsg, PushSetelemListAttrs, Request};
 use netlink_bindings::traits::{NetlinkChained, Pusher};
-use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_header};
+use netlink_bindings::utils::{chop_header, finalize_nested_header, find_attr, push_header, push_nested_header};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use nix::errno::Errno;
 use nix::libc;
 
 pub(super) use field::*;
 pub(super) use rule::{Match, Rule, Verdict};
-pub(super) use set::{Element, Holds, Kind, Part, Set};
+pub(super) use set::{Element, Holds, Kind, Part, Raw, Set};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -108,9 +108,9 @@ pub(super) enum Step<'a> {
     /// The table is removed. It must be there.
     Drop(Family, &'a str),
     /// The set has these elements, too.
-    Add(&'a Table, &'a Set, &'a [Element]),
+    Add(&'a Table, &'a Set, &'a [Raw]),
     /// The set has none of these elements. One of a map is only removed with the data it has.
-    Remove(&'a Table, &'a Set, &'a [Element]),
+    Remove(&'a Table, &'a Set, &'a [Raw]),
 }
 
 /// Whether a transaction was done.
@@ -167,22 +167,31 @@ pub(super) fn generation() -> Result<u32> {
     generation.get_id().map_err(|error| fail(error.into()))
 }
 
-/// Whether the set is there and has no element.
-pub(super) fn is_empty(table: &Table, set: &Set) -> Result<bool> {
+/// The set's elements; `None` if there is no such set.
+pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
     let mut request = Request::new().op_getsetelem_dump(&table.family.header());
     request.encode().push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
     let mut socket = NetlinkSocket::new();
-    let mut empty = true;
+    let mut found = Vec::new();
     let mut look = || -> Result<(), ReplyError> {
         let mut reply = socket.request(&request)?;
-        while let Some((_, elements)) = reply.recv().transpose()? {
-            empty &= elements.get_elements().is_ok_and(|mut list| list.next().is_none());
+        while let Some((_, list)) = reply.recv().transpose()? {
+            let (bytes, mut at) = (list.get_elements().map_or(&[][..], |list| list.get_buf()), 0);
+            while let Some((_, element)) = chop_header(bytes, &mut at) {
+                let value = |attribute| {
+                    let value = find_attr(element, attribute).and_then(|data| find_attr(data, VALUE));
+                    value.map(<[u8]>::to_vec)
+                };
+                let first = value(KEY).unwrap_or_default();
+                let last = value(KEY_END).unwrap_or_else(|| first.clone());
+                found.push(Raw { first, last, data: value(DATA).unwrap_or_default() });
+            }
         }
         Ok(())
     };
     match look() {
-        Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(false),
-        looked => looked.map(|()| empty).map_err(|error| failed("list the elements of", &table.name, &error)),
+        Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(None),
+        looked => looked.map(|()| Some(found)).map_err(|error| failed("list the elements of", &table.name, &error)),
     }
 }
 
@@ -316,19 +325,18 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
 }
 
 /// The attributes of an element are written here: the crate's builder has another number for the end of a range.
-fn push_elements<P: Pusher>(request: PushSetelemListAttrs<P>, table: &Table, set: &Set, elements: &[Element]) {
+fn push_elements<P: Pusher>(request: PushSetelemListAttrs<P>, table: &Table, set: &Set, elements: &[Raw]) {
     let request = request.push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
     let mut list = request.nested_elements();
     let bytes = list.as_vec_mut();
     for element in elements {
         let one = push_nested_header(bytes, LIST_ELEMENT);
-        let (first, last) = set::bytes(&element.key);
-        push_value(bytes, KEY, &first);
+        push_value(bytes, KEY, &element.first);
         if set.holds == Holds::Ranges {
-            push_value(bytes, KEY_END, &last);
+            push_value(bytes, KEY_END, &element.last);
         }
         if !element.data.is_empty() {
-            push_value(bytes, DATA, &set::bytes(&element.data).0);
+            push_value(bytes, DATA, &element.data);
         }
         finalize_nested_header(bytes, one);
     }

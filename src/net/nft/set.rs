@@ -126,8 +126,27 @@ impl Element {
     }
 }
 
-/// First and last value of a key, as the kernel has them.
-pub(super) fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
+/// An element as the kernel has it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::net) struct Raw {
+    /// First value of its key.
+    pub first: Vec<u8>,
+    /// Last value of its key, in a set of ranges.
+    pub last: Vec<u8>,
+    /// What a map gives for it.
+    pub data: Vec<u8>,
+}
+
+impl Element {
+    /// In the kernel's encoding.
+    pub fn raw(&self) -> Raw {
+        let (first, last) = bytes(&self.key);
+        Raw { first, last, data: bytes(&self.data).0 }
+    }
+}
+
+/// First and last value of a key.
+fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
     let (mut first, mut last) = (Vec::new(), Vec::new());
     for part in parts {
         let (from, to) = part.bytes();

@@ -41,6 +41,9 @@ pub const WRITING_GUEST: &[u8] = include_bytes!("../../../guests/writer-bootsect
 /// Boots, and then never answers anything.
 pub const MUTE_GUEST: &[u8] = include_bytes!("../../../guests/acpi-bootsector-mute.bin");
 
+/// Its kernel panics as soon as it boots.
+pub const PANICKING_GUEST: &[u8] = include_bytes!("../../../guests/panic-bootsector.bin");
+
 /// A host of a test's own.
 pub struct Host {
     namespace: Namespace,

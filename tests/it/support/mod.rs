@@ -10,6 +10,7 @@ pub mod lab;
 pub mod netns;
 pub mod nftables;
 pub mod power;
+pub mod silent;
 pub mod small;
 pub mod world;
 

@@ -91,6 +91,27 @@ fn elements_of(family: u8, table: &str) -> usize {
     count
 }
 
+/// Removes a link's name from a set of names, as an operator may.
+pub fn remove_element(table: &str, set: &str, link: &str) {
+    for family in [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE] {
+        let header = Nfgenmsg { nfgen_family: family as u8, ..Nfgenmsg::default() };
+        let mut socket = NetlinkSocket::new();
+        let mut batch = Chained::new(socket.reserve_seq(8));
+        let mut nftables = Nfgenmsg::new();
+        nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+        let mut name = link.as_bytes().to_vec();
+        name.resize(libc::IFNAMSIZ, 0);
+        batch.request().op_batch_begin_do(&nftables);
+        let mut request = batch.request().op_delsetelem_do(&header);
+        let list = request.encode().push_table_bytes(table.as_bytes()).push_set_bytes(set.as_bytes());
+        let element = list.nested_elements().nested_elem().nested_key().push_value(&name);
+        element.end_nested().end_nested().end_nested();
+        drop(request);
+        batch.request().op_batch_end_do(&nftables);
+        socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("remove an element");
+    }
+}
+
 /// Adds a chain at the forward hook to table `ip <table>`, which is made: what it does not accept is dropped. That is what
 /// Docker does. Its rules are none.
 pub fn drop_forwarded(table: &str, chain: &str, others: &[&str]) {

@@ -1,0 +1,90 @@
+//! Images: records whose image is not there, and files in pools that a record of ours does not know of. Nothing is removed:
+//! pools can be shared with other hosts, and what looks like a leftover may be all there is of a disk.
+
+use std::path::Path;
+
+use super::{Audit, Kind};
+use crate::cid::Cid;
+use crate::cpi::leftovers;
+use crate::error::{IoContext, Result};
+use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
+use crate::store::record::SnapshotRecord;
+use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
+
+/// Where the images of a record are.
+type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
+
+impl Audit<'_> {
+    pub(super) fn images(&mut self) -> Result<()> {
+        self.there::<DiskRecord>(Rank::Disk, |store, disk| Ok(vec![store.disk_image(disk)?]))?;
+        self.there::<SnapshotRecord>(Rank::Snapshot, |store, snapshot| Ok(vec![store.snapshot_image(snapshot)?]))?;
+        self.there::<StemcellRecord>(Rank::Stemcell, |store, stemcell| {
+            Ok(vec![match &stemcell.image_path {
+                Some(path) => path.clone(),
+                None => store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE),
+            }])
+        })?;
+        self.there::<VmRecord>(Rank::Vm, |store, vm| {
+            let dir = store.images_dir(&vm.cid, vm.pool.as_deref())?;
+            let ephemeral = vm.ephemeral.as_ref().map(|_| dir.join(EPHEMERAL_IMAGE));
+            Ok([store.base_image(vm)?, dir.join(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
+        })?;
+        let pools: Vec<_> = self.cpi.store.pools().names().map(str::to_owned).collect();
+        for pool in pools {
+            // One that can not be used is told of with the records that need it.
+            if let Ok(dir) = self.cpi.store.pools().dir(&pool).map(Path::to_owned) {
+                self.strays(&pool, &dir)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn there<R: Record>(&mut self, rank: Rank, images: Images<R>) -> Result<()> {
+        for cid in self.cpi.store.list::<R>()? {
+            let Some(_lock) = self.idle(rank, &cid)? else { continue };
+            let Ok(Some(record)) = self.cpi.store.read::<R>(&cid) else { continue };
+            if record.phase() != Phase::Ready {
+                continue;
+            }
+            let next = "restore it from a backup before anything else";
+            match images(&self.cpi.store, &record) {
+                Ok(paths) => {
+                    for path in paths.iter().filter(|path| !path.exists()) {
+                        self.told(Kind::NoImage, &cid, &format!("its image '{}' is not there", path.display()), next);
+                    }
+                }
+                Err(error) => {
+                    let why = format!("its images can not be looked at: {error}");
+                    self.told(Kind::NoImage, &cid, &why, "mount the pool, or correct 'pools' in the configuration");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Directories in a pool that are named after something of ours which does not say that it has files there.
+    fn strays(&mut self, pool: &str, dir: &Path) -> Result<()> {
+        for entry in dir.read_dir().at("list", dir)? {
+            let Ok(name) = entry.at("list", dir)?.file_name().into_string() else { continue };
+            let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };
+            let is_stray = match rank {
+                Rank::Disk => self.is_stray::<DiskRecord>(&name, pool),
+                Rank::Snapshot => self.is_stray::<SnapshotRecord>(&name, pool),
+                Rank::Stemcell => self.is_stray::<StemcellRecord>(&name, pool),
+                Rank::Vm => self.is_stray::<VmRecord>(&name, pool),
+                _ => false,
+            };
+            if is_stray && self.idle(rank, &lock)?.is_some() {
+                let why = format!("there is '{}', which its record does not know of", dir.join(&name).display());
+                self.told(Kind::NoRecord, &name, &why, "look into it; remove it if nothing in it is missed");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is a record of that name, and it has no files in the pool.
+    fn is_stray<R: Record>(&self, name: &str, pool: &str) -> bool {
+        let record = R::Cid::parse(name).ok().and_then(|cid| self.cpi.store.read::<R>(&cid).ok()?);
+        record.is_some_and(|record| record.phase() == Phase::Ready && !record.pools().contains(&pool))
+    }
+}

@@ -1,0 +1,138 @@
+//! Networks: what those lack that are kept or that running VMs are on, and bridges we keep for nobody.
+
+use std::collections::BTreeSet;
+
+use super::{Audit, Kind, message};
+use crate::cid::NetworkCid;
+use crate::cpi::host_networks::HostNetwork;
+use crate::cpi::managed_networks;
+use crate::error::{Error, ErrorKind, Result};
+use crate::link_name::LinkName;
+use crate::net::{apply, kept};
+use crate::store::record::{NetworkRecord, Nic};
+use crate::store::{Phase, Rank, Record, VmRecord};
+use crate::supervisor::{PowerState, power_state};
+
+const NEXT: &str = "correct what it names; `bosh-qemu-cpi network plan` shows more";
+
+impl Audit<'_> {
+    pub(super) fn networks(&mut self) -> Result<()> {
+        self.managed()?;
+        let plugged = self.plugged()?;
+        match self.cpi.host_networks(&[]) {
+            Ok(networks) => networks.into_iter().try_for_each(|network| self.network(network, &plugged)),
+            Err(error) => {
+                self.told(Kind::Network, &"networks", &error.report(), NEXT);
+                Ok(())
+            }
+        }?;
+        self.kept_for_nobody()
+    }
+
+    /// Removals of managed networks that were cut short. Creates have notes.
+    fn managed(&mut self) -> Result<()> {
+        for cid in self.cpi.store.list::<NetworkRecord>()? {
+            let Some(lock) = self.idle(Rank::Network, managed_networks::bridge(&cid))? else { continue };
+            let record = self.cpi.store.read::<NetworkRecord>(&cid);
+            lock.retire()?;
+            match record {
+                Ok(record) if record.as_ref().is_some_and(|record| record.phase() == Phase::Deleting) => {
+                    self.unfinished_removal(&cid);
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    self.told(
+                        Kind::Corrupt,
+                        &cid,
+                        &message(&error),
+                        "restore it from a backup, or call delete_network",
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unfinished_removal(&mut self, cid: &NetworkCid) {
+        let cpi = self.cpi;
+        self.found(Kind::Unfinished, cid, "its removal was cut short", || match cpi.remove_managed(cid) {
+            // A VM uses it: so it was refused, and is whole again.
+            Err(error) if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NetworkNotFound) => Ok(()),
+            removed => removed,
+        });
+    }
+
+    /// The taps of VMs that run. One that is not there any more takes its VM off the network until that is rebooted.
+    fn plugged(&mut self) -> Result<BTreeSet<LinkName>> {
+        let mut plugged = BTreeSet::new();
+        for cid in self.cpi.store.list::<VmRecord>()? {
+            let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
+            let paths = self.cpi.store.vm(&cid);
+            let is_on = || Ok::<_, Error>(matches!(power_state(&paths)?, PowerState::On(_)));
+            if vm.phase != Phase::Ready || !is_on()? {
+                continue;
+            }
+            let Some(_lock) = self.idle(Rank::Vm, &cid)? else { continue };
+            let taps: Vec<_> = vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect();
+            let present = apply::present(&taps)?;
+            // It may have ended meanwhile.
+            if !is_on()? {
+                continue;
+            }
+            for tap in taps.iter().filter(|tap| !present.contains(tap)) {
+                let why = format!("somebody removed its tap '{tap}'");
+                self.told(Kind::Network, &cid, &why, "reboot_vm plugs it in again");
+            }
+            plugged.extend(present);
+        }
+        Ok(plugged)
+    }
+
+    fn network(&mut self, mut network: HostNetwork, plugged: &BTreeSet<LinkName>) -> Result<()> {
+        network.nics.retain(|nic| nic.tap().is_some_and(|(tap, _)| plugged.contains(tap)));
+        if network.nics.is_empty() && !network.kept {
+            return Ok(());
+        }
+        let bridge = network.segment.bridge.clone();
+        let lack = self.cpi.lack(&network)?;
+        let changes = match lack.changes {
+            Ok(changes) => changes,
+            Err(error) => {
+                self.told(Kind::Network, &bridge, &error.report().replace('\n', " "), NEXT);
+                return Ok(());
+            }
+        };
+        let mut lacks: Vec<_> = changes.iter().map(ToString::to_string).collect();
+        lacks.extend(lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()));
+        if network.kept && !kept::by(&self.cpi.store.owner()?)?.contains(&bridge) {
+            lacks.push("the word that it stays without VMs".to_owned());
+        }
+        if !lacks.is_empty() {
+            let cpi = self.cpi;
+            let why = format!("network '{}' lacks: {}", network.segment.network, lacks.join("; "));
+            self.found(Kind::Network, &bridge, &why, || cpi.restore_network(&network));
+        }
+        Ok(())
+    }
+
+    /// Bridges with our word on them, but without a pin: somebody removed that by hand.
+    fn kept_for_nobody(&mut self) -> Result<()> {
+        let (cpi, owner) = (self.cpi, self.cpi.store.owner()?);
+        for bridge in kept::by(&owner)? {
+            let Some(lock) = self.idle(Rank::Network, &bridge)? else { continue };
+            if !cpi.store.is_pinned(&bridge) {
+                self.found(
+                    Kind::Orphan,
+                    &bridge,
+                    "the bridge is kept, and the network it was kept for is gone",
+                    || {
+                        kept::let_go(&bridge, &owner)?;
+                        apply::release_stray(&bridge).map(drop)
+                    },
+                );
+            }
+            lock.retire()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! What `audit` and `gc` make of disks: who has them, copies that were cut short, images that are not where they should be.
+
+use std::fs;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid};
+use bosh_qemu_cpi::store::DiskRecord;
+use bosh_qemu_cpi::store::record::{AttachmentPhase, DiskImage};
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, text};
+use crate::support::images::{assert_pattern, record, write_pattern};
+
+/// Kind, thing and cure of each finding, and whether all is well.
+fn findings(host: &Host, command: &str) -> (bool, Vec<(String, String, Value)>) {
+    let (passed, printed) = host.command(&[command, "--json"]);
+    let finding = |f: &Value| (text(&f["kind"]), text(&f["what"]), f["cure"].clone());
+    (passed, printed["findings"].as_array().unwrap().iter().map(finding).collect())
+}
+
+fn mended(host: &Host, kind: &str, what: &str) {
+    let one = |cure: &str| vec![(kind.to_owned(), what.to_owned(), json!(cure))];
+    assert_eq!(findings(host, "audit"), (false, one("gc")));
+    assert_eq!(findings(host, "gc"), (true, one("mended")));
+    assert_eq!(findings(host, "audit"), (true, vec![]));
+}
+
+/// Kind and thing of the one finding that a person has to decide about.
+fn told(host: &Host) -> (String, String) {
+    let (clean, mut found) = findings(host, "gc");
+    assert!(!clean && found.len() == 1 && found[0].2["operator"].is_string(), "{found:?}");
+    let (kind, what, _) = found.remove(0);
+    (kind, what)
+}
+
+fn change(host: &Host, disk: &DiskCid, change: impl FnOnce(&mut DiskRecord)) {
+    let mut disk = record(host, disk);
+    change(&mut disk);
+    host.store().write(&disk).unwrap();
+}
+
+#[test]
+fn the_vms_record_decides_who_has_a_disk() {
+    let Some(host) = Host::new() else { return };
+    let (vm, other, disk) = (host.booted_vm(), host.booted_vm(), host.disk());
+    host.ok("attach_disk", &json!([vm, disk]));
+    for wrong in [None, Some(other.clone())] {
+        change(&host, &disk, |disk| disk.vm = wrong);
+        mended(&host, "unsettled", &format!("{disk} on {vm}"));
+        assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm));
+        let refused = host.call("attach_disk", &json!([other, disk]));
+        assert!(refused.failure().message.contains(vm.as_str()), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_disk_of_two_vms_is_told() {
+    let Some(host) = Host::new() else { return };
+    let (vm, other, disk) = (host.booted_vm(), host.booted_vm(), host.disk());
+    host.ok("attach_disk", &json!([vm, disk]));
+    let mut wrong = host.record(&other);
+    wrong.set_attachment(&disk, AttachmentPhase::Attached);
+    host.store().write(&wrong).unwrap();
+    assert_eq!(told(&host), ("unsettled".to_owned(), format!("{disk} on {other}")));
+    assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm), "nothing was changed");
+    wrong.forget_attachment(&disk);
+    host.store().write(&wrong).unwrap();
+}
+
+#[test]
+fn a_copy_that_was_cut_short_leaves_one_image() {
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    write_pattern(&host, &disk);
+    let copy = DiskImage { generation: 1, ..record(&host, &disk).current() };
+    let path = host.store().disk_image_at(&disk, &copy).unwrap();
+    fs::write(&path, "half").unwrap();
+    change(&host, &disk, |disk| disk.leftover = Some(copy));
+    mended(&host, "unfinished", disk.as_str());
+    assert!(!path.exists());
+    assert_eq!(record(&host, &disk).leftover, None);
+    assert_pattern(&host, &disk);
+}
+
+#[test]
+fn images_that_are_not_there_and_those_nobody_knows_are_told() {
+    let Some(host) = Host::new() else { return };
+    for pool in ["fast", "slow"] {
+        fs::create_dir(host.path(pool)).unwrap();
+    }
+    host.reconfigure(|config| {
+        config["pools"] = json!({"fast": {"path": host.path("fast")}, "slow": {"path": host.path("slow")}});
+    });
+    let disk: DiskCid = text(&host.ok("create_disk", &json!([8, {"pool": "fast"}, null]))).parse().unwrap();
+    let vm = host.vm(&host.stemcell());
+    assert_eq!(findings(&host, "audit"), (true, vec![]));
+
+    let (image, aside) = (host.store().disk_image(&record(&host, &disk)).unwrap(), host.path("aside"));
+    fs::rename(&image, &aside).unwrap();
+    assert_eq!(told(&host), ("no-image".to_owned(), disk.to_string()));
+    fs::rename(&aside, &image).unwrap();
+    let root = host.paths(&vm).dir.join("root.qcow2");
+    fs::rename(&root, &aside).unwrap();
+    assert_eq!(told(&host), ("no-image".to_owned(), vm.to_string()));
+    fs::rename(&aside, &root).unwrap();
+
+    // Ours, but its record does not know; and another host's, in a pool that is shared.
+    let (ours, theirs) = (host.path("slow").join(disk.as_str()), host.path("slow").join(DiskCid::random().as_str()));
+    for dir in [&ours, &theirs] {
+        fs::create_dir(dir).unwrap();
+        fs::write(dir.join("disk.qcow2"), "precious").unwrap();
+    }
+    assert_eq!(told(&host), ("no-record".to_owned(), disk.to_string()));
+    assert!(ours.join("disk.qcow2").exists() && theirs.join("disk.qcow2").exists());
+    fs::remove_dir_all(ours).unwrap();
+    assert_eq!(findings(&host, "gc"), (true, vec![]));
+    assert!(theirs.join("disk.qcow2").exists());
+}

@@ -1,0 +1,260 @@
+//! What `audit` and `gc` make of networks, of what is left of VMs in the kernel, and of each other's things.
+
+use std::fs;
+use std::path::Path;
+
+use bosh_qemu_cpi::cid::{Cid, VmCid};
+use bosh_qemu_cpi::host::cgroup::Cgroup;
+use bosh_qemu_cpi::store::Phase;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, gone, vm_cid};
+use crate::support::{nftables, skip};
+
+const GUARD: &str = "bosh-qemu-guard";
+
+/// Kind, thing, why and cure of each finding, and whether all is well.
+fn findings(host: &Host, command: &str) -> (bool, Vec<[String; 4]>) {
+    let (passed, printed) = host.command(&[command, "--json"]);
+    let finding = |f: &Value| ["kind", "what", "why", "cure"].map(|key| f[key].to_string().replace('"', ""));
+    (passed, printed["findings"].as_array().unwrap().iter().map(finding).collect())
+}
+
+/// The one finding there must be, and that `gc` mends it.
+fn mended(host: &Host, kind: &str, what: &impl ToString) -> String {
+    let (clean, found) = findings(host, "audit");
+    assert!(!clean && found.len() == 1, "{found:#?}");
+    let [its_kind, its_what, why, cure] = &found[0];
+    assert_eq!([its_kind.as_str(), its_what, cure], [kind, &what.to_string(), "gc"], "{why}");
+    assert_eq!(findings(host, "audit").1, found, "audit changes nothing");
+    let (clean, mended) = findings(host, "gc");
+    assert!(clean && mended.len() == 1, "{mended:#?}");
+    assert_eq!(findings(host, "audit"), (true, vec![]));
+    why.clone()
+}
+
+/// A VM with an address, and a port of the host that leads to it.
+fn forwarded_vm(host: &Host, stemcell: &str, port: u16) -> VmCid {
+    let mut arguments = host.vm_arguments(stemcell);
+    arguments[2]["ports"] = json!([{"host": port, "guest": 22}]);
+    vm_cid(&host.ok("create_vm", &arguments))
+}
+
+fn tap(host: &Host, vm: &VmCid) -> String {
+    host.record(vm).nics[0].tap().unwrap().0.to_string()
+}
+
+/// Removes a VM's directory by hand; what was in it is in `aside`.
+fn lose(host: &Host, vm: &VmCid) {
+    fs::rename(host.paths(vm).dir, host.path("aside")).unwrap();
+}
+
+#[test]
+fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (stays, goes) = (forwarded_vm(&host, &stemcell, 2201), forwarded_vm(&host, &stemcell, 2202));
+    host.sees(&goes, "BOOTSECTOR-OK", 1);
+    host.ok("delete_vm", &json!([stays]));
+    let before = host.namespace().run(|| nftables::elements(GUARD));
+    let stays = forwarded_vm(&host, &stemcell, 2201);
+    let of_one = host.namespace().run(|| nftables::elements(GUARD)) - before;
+    let qemu = host.qemu(&goes).unwrap();
+    let link = tap(&host, &goes);
+    lose(&host, &goes);
+    let why = mended(&host, "orphan", &goes);
+    for word in ["QEMU, process", "elements in table", "claim ip,", "claim port,tcp,2202,any", "uid 19", "lock", &link]
+    {
+        assert!(why.contains(word), "{word} in {why}");
+    }
+    gone(&qemu);
+    assert!(host.namespace().link(&link).is_none());
+    assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), of_one, "the other's are there");
+    assert!(host.qemu(&stays).is_some() && host.namespace().link(&tap(&host, &stays)).is_some());
+    // The last one's bridge goes, too.
+    host.ok("delete_vm", &json!([stays]));
+    let last = host.vm(&stemcell);
+    fs::remove_dir_all(host.path("aside")).unwrap();
+    lose(&host, &last);
+    assert!(host.namespace().link("bosh-nat0").is_some());
+    mended(&host, "orphan", &last);
+    host.ok("delete_stemcell", &json!([stemcell]));
+    host.assert_nothing_left();
+}
+
+#[test]
+fn what_only_a_lock_or_a_claim_names_is_found() {
+    let Some(host) = Host::new() else { return };
+    host.disk();
+    let state = host.path("state");
+    fs::create_dir_all(state.join("claims")).unwrap();
+    for claim in ["ip,bosh-nat0,10.9.0.7,32", "port,udp,53,any"] {
+        std::os::unix::fs::symlink("vm-aaaaaaaaaaaaaaa", state.join("claims").join(claim)).unwrap();
+        let why = mended(&host, "orphan", &"vm-aaaaaaaaaaaaaaa");
+        assert_eq!(why, format!("the VM is gone, but not its claim {claim}"));
+    }
+    fs::write(state.join("locks/vm.vm-bbbbbbbbbbbbbbb"), "").unwrap();
+    mended(&host, "orphan", &"vm-bbbbbbbbbbbbbbb");
+    assert_eq!(state.join("claims").read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn what_a_running_vm_lacks_on_its_network_is_restored() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.vm(&host.stemcell());
+    let before = host.namespace().run(|| nftables::elements(GUARD));
+    host.namespace().run(nftables::flush);
+    let why = mended(&host, "network", &"bosh-nat0");
+    assert!(why.contains(GUARD) && why.contains("table inet bosh-qemu-bosh-nat0"), "{why}");
+    assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), before);
+
+    host.namespace().ip("link delete bosh-nat0");
+    mended(&host, "network", &"bosh-nat0");
+    assert_eq!(host.namespace().link(&tap(&host, &vm)).unwrap()["master"], "bosh-nat0");
+    // One element of many.
+    host.namespace().run(|| nftables::remove_element(GUARD, "taps", &tap(&host, &vm)));
+    mended(&host, "network", &"bosh-nat0");
+    assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), before);
+
+    let link = tap(&host, &vm);
+    host.namespace().ip(&format!("link delete {link}"));
+    let (clean, found) = findings(&host, "gc");
+    assert!(!clean && found[0][2].contains(&link) && found[0][3].contains("reboot_vm"), "{found:#?}");
+    host.ok("reboot_vm", &json!([vm]));
+    assert_eq!(findings(&host, "audit"), (true, vec![]));
+}
+
+#[test]
+fn a_vm_that_is_off_lacks_nothing() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    host.power_off(&vm);
+    host.namespace().run(nftables::flush);
+    host.namespace().ip("link delete bosh-nat0");
+    assert_eq!(findings(&host, "gc"), (true, vec![]));
+    assert!(host.namespace().link("bosh-nat0").is_none());
+}
+
+#[test]
+fn a_network_that_is_kept_comes_back_and_one_nobody_keeps_goes() {
+    let Some(host) = Host::with(json!({"networks": {"lab": {"subnet": "10.8.0.0/24", "bridge": "lab0"}}})) else {
+        return;
+    };
+    assert!(host.command(&["network", "apply", "--json"]).0);
+    assert_eq!(findings(&host, "audit"), (true, vec![]));
+    host.namespace().ip("link delete lab0");
+    mended(&host, "network", &"lab0");
+    assert!(host.namespace().link("lab0").is_some());
+    host.namespace().ip("link set lab0 alias bosh-qemu-cpi:lab");
+    mended(&host, "network", &"lab0");
+
+    fs::remove_file(host.path("state/networks/lab0.json")).unwrap();
+    mended(&host, "orphan", &"lab0");
+    assert!(host.namespace().link("lab0").is_none());
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_managed_network_whose_removal_was_cut_short_goes_or_is_whole_again() {
+    let Some(host) = Host::new() else { return };
+    let made = host.ok("create_network", &json!([{"netmask_bits": 24}]));
+    let network = made[0].as_str().unwrap();
+    let record = host.path("state/networks").join(network).join("network.json");
+    let cut_short = || {
+        let text = fs::read_to_string(&record).unwrap();
+        fs::write(&record, text.replace("\"ready\"", "\"deleting\"")).unwrap();
+    };
+    let mut arguments = host.vm_arguments(&host.stemcell());
+    let range: ipnetwork::IpNetwork = made[1]["range"].as_str().unwrap().parse().unwrap();
+    arguments[3]["net"] = json!({"type": "manual", "ip": range.iter().nth(9).unwrap(), "netmask": "255.255.255.0",
+        "gateway": made[1]["gateway"], "cloud_properties": made[2]});
+    let vm = vm_cid(&host.ok("create_vm", &arguments));
+    cut_short();
+    mended(&host, "unfinished", &network);
+    assert!(record.exists() && host.qemu(&vm).is_some(), "a VM uses it");
+    host.ok("delete_vm", &json!([vm]));
+    cut_short();
+    mended(&host, "unfinished", &network);
+    assert!(!record.exists());
+}
+
+/// Does `act` with another state directory and another run directory configured.
+fn elsewhere<T>(host: &Host, run: &Path, act: impl FnOnce() -> T) -> T {
+    let set = |state: &Path, run: &Path| {
+        host.reconfigure(|config| {
+            config["state_dir"] = json!(state);
+            config["run_dir"] = json!(run);
+        });
+    };
+    let before = host.store();
+    set(&host.path("other"), run);
+    let done = act();
+    set(before.state_dir(), before.run_dir());
+    done
+}
+
+#[test]
+fn two_state_directories_in_one_network_leave_each_other_alone() {
+    let networks = json!({"default": {"subnet": "10.9.0.0/24"}});
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let run = tempfile::Builder::new().prefix("bqt-").tempdir_in("/run").unwrap();
+    let clean = || assert_eq!(findings(&host, "gc"), (true, vec![]));
+    let mine = host.vm(&host.stemcell());
+    let before = host.namespace().run(|| nftables::elements(GUARD));
+    let theirs = elsewhere(&host, run.path(), || {
+        let theirs = host.vm(&host.stemcell());
+        clean();
+        theirs
+    });
+    clean();
+    // One of mine is lost; what is theirs stays.
+    lose(&host, &mine);
+    mended(&host, "orphan", &mine);
+    elsewhere(&host, run.path(), || {
+        assert!(host.namespace().link(&tap(&host, &theirs)).is_some_and(|tap| tap["master"] == "bosh-nat0"));
+        assert!(host.qemu(&theirs).is_some());
+        clean();
+    });
+    assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), before);
+    // They keep the bridge, and the last of my VMs goes.
+    elsewhere(&host, run.path(), || {
+        assert!(host.command(&["network", "apply", "--json"]).0);
+        host.ok("delete_vm", &json!([theirs]));
+    });
+    let mine = host.vm(&host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap()[0].to_string());
+    host.ok("delete_vm", &json!([mine]));
+    clean();
+    assert!(host.namespace().link("bosh-nat0").is_some(), "they keep it");
+    elsewhere(&host, run.path(), || {
+        clean();
+        assert!(host.command(&["network", "remove", "--json"]).0);
+        assert!(host.namespace().link("bosh-nat0").is_none());
+        host.clear();
+    });
+}
+
+#[test]
+fn a_group_with_strangers_is_not_ours_to_end() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    let link = tap(&host, &vm);
+    // As in a copy of the state directory, which has a run directory of its own.
+    let run = host.paths(&vm).run;
+    fs::rename(&run, host.path("run-aside")).unwrap();
+    lose(&host, &vm);
+    if Cgroup::open(vm.as_str()).processes().is_empty() {
+        skip("no control group can be made here");
+    } else {
+        let (clean, found) = findings(&host, "gc");
+        assert!(!clean && found.len() == 1 && found[0][2].contains(&qemu.pid().to_string()), "{found:#?}");
+        assert!(host.namespace().link(&link).is_some());
+    }
+    fs::rename(host.path("run-aside"), &run).unwrap();
+    fs::rename(host.path("aside"), host.paths(&vm).dir).unwrap();
+    assert!(host.qemu(&vm).is_some());
+    assert_eq!(host.record(&vm).phase, Phase::Ready);
+}
