@@ -203,6 +203,7 @@ impl Cpi {
 
     fn plug_into(&self, monitor: &mut Monitor, disk: &DiskRecord, deadline: Instant) -> Result<()> {
         let need = FileNeed::disk(&self.store, disk)?;
+        image::refuse_other_files(&need.path, disk.format, false)?;
         let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
         let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
         let opened = Opened { need, direct, io_uring };
