@@ -121,6 +121,16 @@ fn limits_change_at_once_and_the_cache_at_the_next_attach() {
 }
 
 #[test]
+fn a_dynamic_disk_has_a_name_of_the_directors() {
+    let Some((host, _)) = host() else { return };
+    let disk = disk(&host, &json!({"name": "dyn1", "format": "raw"}));
+    assert_eq!(json!(record(&host, &disk).cloud_properties), json!({"name": "dyn1", "format": "raw"}));
+    host.ok("update_disk", &json!([disk, 9, {"name": "dyn1", "format": "qcow2"}]));
+    let is = record(&host, &disk);
+    assert_eq!((is.image().as_str(), &is.cloud_properties["name"]), ("disk-1.qcow2", &json!("dyn1")));
+}
+
+#[test]
 fn what_can_not_be_is_refused_before_anything_changes() {
     let Some((host, _)) = host() else { return };
     let disk = disk(&host, &json!({}));
