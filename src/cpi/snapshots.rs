@@ -141,13 +141,13 @@ impl Cpi {
         Ok(hotplug::close(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
     }
 
-    /// Removes what a snapshot_disk left that was killed.
+    /// Removes what a snapshot_disk or a delete_snapshot left that was killed.
     pub(super) fn clear_snapshot(&self, cid: &SnapshotCid) -> Result<()> {
         let lock = self.store.lock(Rank::Snapshot, cid, Instant::now())?;
         match self.store.read::<SnapshotRecord>(cid)? {
-            Some(snapshot) if snapshot.phase != Phase::Creating => self.settled(cid),
+            Some(snapshot) if snapshot.phase == Phase::Ready => self.settled(cid),
             _ => {
-                tracing::warn!(%cid, "removing what a snapshot_disk that was cut short left");
+                tracing::warn!(%cid, "removing a snapshot whose creation or removal was cut short");
                 self.discard_snapshot(cid, lock, Instant::now() + PATIENCE)
             }
         }
