@@ -28,6 +28,7 @@ use crate::qmp::monitor::Monitor;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, power_state};
+use crate::sys::pidlock;
 
 /// What is kept of a deadline for removing nodes and descriptors.
 const CLEANING_UP: Duration = Duration::from_secs(3);
@@ -142,8 +143,10 @@ impl Cpi {
     pub(super) fn holder(&self, disk: &DiskRecord, deadline: Instant) -> Result<Option<VmCid>> {
         let Some(cid) = &disk.vm else { return Ok(None) };
         let listing = |vm: &VmRecord| vm.attachment(&disk.cid).map(|a| a.phase);
-        match self.store.find::<VmRecord>(cid)?.as_ref().and_then(listing) {
+        let vm = self.store.find::<VmRecord>(cid)?;
+        match vm.as_ref().and_then(listing) {
             None => Ok(None),
+            Some(_) if vm.is_some_and(|vm| vm.phase == Phase::Deleting) => self.let_go(cid).map(|()| None),
             Some(Attached) => Ok(Some(cid.clone())),
             Some(Attaching | Detaching) => {
                 let _lock = self.store.lock(Rank::Vm, cid, deadline)?;
@@ -164,6 +167,19 @@ impl Cpi {
                 Ok(None)
             }
         }
+    }
+
+    /// Whether nothing can open the disks of a VM whose removal was cut short any more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if its QEMU or its supervisor lives.
+    fn let_go(&self, vm: &VmCid) -> Result<()> {
+        let paths = self.store.vm(vm);
+        if matches!(power_state(&paths)?, PowerState::Off) && pidlock::holder(&paths.supervisor_pid())?.is_none() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Conflict, format!("VM '{vm}' has the disk, and its removal was cut short"))
+            .hint("repeat delete_vm"))
     }
 
     fn advance(&self, vm: &mut VmRecord, disk: &DiskCid, phase: AttachmentPhase) -> Result<()> {
@@ -203,6 +219,7 @@ impl Cpi {
 
     fn plug_into(&self, monitor: &mut Monitor, disk: &DiskRecord, deadline: Instant) -> Result<()> {
         let need = FileNeed::disk(&self.store, disk)?;
+        image::refuse_other_files(&need.path, disk.format, false)?;
         let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
         let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
         let opened = Opened { need, direct, io_uring };

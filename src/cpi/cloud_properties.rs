@@ -94,6 +94,8 @@ document! {
 document! {
     /// What a disk type (or `disk_pools[].cloud_properties`) may ask for.
     pub struct DiskCloudProperties {
+        /// A name that the Director gives a disk it has made dynamically. Kept with the disk, without effect.
+        name: Option<String>;
         /// Format of the image: `qcow2` grows as the guest writes, `raw` is for speed and external tools.
         format | "type": Format = Format::Qcow2;
         /// Pool of the image. Absent: the state directory.

@@ -30,6 +30,7 @@ use serde_json::json;
 
 use super::Cpi;
 use super::attachments::{grace, hot_disk, hot_image};
+use super::space::need_of_full;
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
@@ -40,7 +41,7 @@ use crate::qmp::hotplug::{self, HotDisk, HotplugError};
 use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
-use crate::store::record::{DiskImage, DiskRecord};
+use crate::store::record::{Discard, DiskImage, DiskRecord, Format};
 use crate::store::{DiskKey, Guard, VmRecord, atomic};
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
@@ -49,20 +50,28 @@ use crate::{crash, image};
 const COPY: &str = "copy";
 
 impl Cpi {
-    /// Makes the disk what `next` is: the same with another image, and whatever else is to change with it. The caller
-    /// holds the disk's lock. Of a copy that fails nothing is left, and the disk is what it was.
-    pub(super) fn copy_into(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
-        let image = next.current();
+    /// Whether the disk can become `next`, being `size` large then, as far as that can be known.
+    pub(super) fn can_copy(&self, disk: &DiskRecord, next: &DiskRecord, size: MiB, deadline: Instant) -> Result<()> {
         if let Some(left) = &disk.leftover {
             let path = self.store.disk_image_at(&disk.cid, left)?;
             return Err(Error::new(ErrorKind::Host, format!("'{}' can not be removed", path.display()))
                 .hint("an earlier copy left it: see the log of this call"));
         }
+        if next.encrypted {
+            DiskKey::of(&self.config).ready(&self.store, deadline)?;
+        }
+        let need = self.need_of_update(disk, next, size)?;
+        self.admit(next.pool.as_deref(), need, deadline, || Ok(()))
+    }
+
+    /// Makes the disk what `next` is: the same with another image, and whatever else is to change with it. The caller
+    /// holds the disk's lock, and [`Self::can_copy`] was asked. Of a copy that fails nothing is left, and the disk is what it was.
+    pub(super) fn copy_into(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+        let image = next.current();
         let mut place = self.place(disk, deadline)?;
         let size = self.virtual_size(disk, &mut place)?;
         let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
-        let taken = self.need_of_image(&self.store.disk_image(disk)?, disk.size)?;
-        let need = taken.max(self.need_of_disk(disk.size, &image));
+        let need = self.need_of_update(disk, next, disk.size)?;
         self.admit(image.pool.as_deref(), need, deadline, || self.store.write(&named))?;
         *disk = named;
         let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
@@ -214,6 +223,22 @@ impl Cpi {
             Ok(())
         };
         if need.encrypted { self.with_key(monitor, disk, open) } else { Ok(open(monitor)?) }
+    }
+
+    fn need_of_update(&self, disk: &DiskRecord, next: &DiskRecord, size: MiB) -> Result<Bytes> {
+        // A mirror writes the holes of its source with zeros, which take space in a raw file that discards nothing.
+        let writes_zeros = disk.vm.is_some() && next.format == Format::Raw && next.discard == Discard::Ignore;
+        let full = if writes_zeros { need_of_full(size) } else { Bytes(0) };
+        Ok(full.max(self.need_of_copy(&self.store.disk_image(disk)?, &disk.current(), &next.current(), size)?))
+    }
+
+    /// What a copy of the image `source`, which is at `path`, needs at once when QEMU or `qemu-img` makes it.
+    pub(super) fn need_of_copy(&self, path: &Path, source: &DiskImage, target: &DiskImage, size: MiB) -> Result<Bytes> {
+        // Holes of a LUKS image are noise to who reads it, and nobody can make some in it: all of it is copied.
+        let has_no_holes = |image: &DiskImage| image.encrypted && image.format == Format::Raw;
+        let full = has_no_holes(source) || has_no_holes(target);
+        let data = if full { need_of_full(size) } else { self.need_of_image(path, size)? };
+        Ok(data.max(self.need_of_disk(size, target)))
     }
 
     /// What a thin copy of the image `path` of `size` needs at once: what that takes.

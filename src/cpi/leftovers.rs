@@ -57,7 +57,12 @@ impl Cpi {
     /// What is being made of one kind, this call's own included.
     pub(super) fn in_the_making<R: Record>(&self) -> Result<Vec<R::Cid>> {
         let dir = self.store.pending_dir();
-        let names = dir.read_dir().at("list", &dir)?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let entries = match dir.read_dir() {
+            // Nothing was ever made.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.at("list", &dir)?,
+        };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let ours = names.filter(|name| name.split('-').next() == Some(R::Cid::PREFIX));
         Ok(ours.filter_map(|name| R::Cid::parse(&name).ok()).collect())
     }

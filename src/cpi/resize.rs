@@ -11,10 +11,12 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::Cpi;
-use crate::cid::DiskCid;
+use super::attachments::hot_disk;
+use crate::cid::{Cid, DiskCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image;
+use crate::qmp::hotplug::{self, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryNamedBlockNodes;
 use crate::store::record::{DiskRecord, SnapshotRecord};
@@ -25,7 +27,7 @@ use crate::units::{Bytes, MiB};
 pub(super) struct Place {
     /// The VM that has the disk, on or off.
     pub vm: Option<VmRecord>,
-    /// The monitor of the QEMU that has the image open. `None`: nobody has.
+    /// The monitor of the QEMU whose device is on the image. `None`: nobody has the image open.
     pub monitor: Option<Monitor>,
     /// The VM's lock.
     pub lock: Option<Guard>,
@@ -98,9 +100,10 @@ impl Cpi {
         let (lock, vm) = self.locked_vm(&holder, deadline)?;
         let mut monitor = self.monitor(&vm, deadline)?;
         if let Some(connected) = &mut monitor
-            && node_size(connected, &disk.current().node(&disk.cid))?.is_none()
+            && !Inventory::take(connected)?.has_device(disk.cid.as_str())
         {
-            // The guest ejected the device by itself, and what was left of it is swept.
+            // The guest ejected the device by itself; the image may still be open.
+            hotplug::close(connected, &hot_disk(disk), deadline)?;
             monitor = None;
         }
         Ok(Place { vm: Some(vm), monitor, lock: Some(lock) })
@@ -115,6 +118,7 @@ impl Cpi {
             Error::new(ErrorKind::Conflict, format!("disk '{cid}' is being copied, {why}"))
                 .hint("repeat the call when that is done")
         };
+        self.disk(cid)?;
         // Of snapshots whose call was killed nothing is left after this.
         self.clear_leftovers();
         for snapshot in self.in_the_making::<SnapshotRecord>()? {

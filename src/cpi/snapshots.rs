@@ -66,7 +66,7 @@ impl Cpi {
         let mut place = self.place(&disk, deadline)?;
         // A resize that was killed left the image larger than its record says.
         let size = self.virtual_size(&disk, &mut place)?;
-        let need = self.need_of_image(&self.store.disk_image(&disk)?, disk.size)?;
+        let path = self.store.disk_image(&disk)?;
         let of =
             DiskRecord { size: MiB::holding(size).unwrap_or(disk.size), preallocation: Preallocation::Off, ..disk };
         let is_live = place.monitor.is_some();
@@ -80,7 +80,12 @@ impl Cpi {
             metadata,
             newer: Map::new(),
         };
-        self.admit(snapshot.disk.pool.as_deref(), need, deadline, || self.store.write(&snapshot))?;
+        let of = &snapshot.disk;
+        let need = match is_live {
+            true => self.need_of_copy(&path, &of.current(), &snapshot.image(), of.size)?,
+            false => self.need_of_image(&path, of.size)?,
+        };
+        self.admit(of.pool.as_deref(), need, deadline, || self.store.write(&snapshot))?;
         let dir = self.store.make_images_dir(cid, snapshot.disk.pool.as_deref())?;
         let path = self.store.snapshot_image(&snapshot)?;
         match place {
@@ -141,13 +146,13 @@ impl Cpi {
         Ok(hotplug::close(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
     }
 
-    /// Removes what a snapshot_disk left that was killed.
+    /// Removes what a snapshot_disk or a delete_snapshot left that was killed.
     pub(super) fn clear_snapshot(&self, cid: &SnapshotCid) -> Result<()> {
         let lock = self.store.lock(Rank::Snapshot, cid, Instant::now())?;
         match self.store.find::<SnapshotRecord>(cid)? {
-            Some(snapshot) if snapshot.phase != Phase::Creating => self.settled(cid),
+            Some(snapshot) if snapshot.phase == Phase::Ready => self.settled(cid),
             _ => {
-                tracing::warn!(%cid, "removing what a snapshot_disk that was cut short left");
+                tracing::warn!(%cid, "removing a snapshot whose creation or removal was cut short");
                 self.discard_snapshot(cid, lock, Instant::now() + PATIENCE)
             }
         }
@@ -204,7 +209,10 @@ impl Cpi {
 
     fn copy_from_snapshot(&self, snapshot: &SnapshotRecord, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
         let source = self.store.snapshot_image(snapshot)?;
-        let need = self.need_of_image(&source, disk.size)?;
+        let need = match disk.format == snapshot.format {
+            true => self.need_of_image(&source, disk.size)?,
+            false => self.need_of_copy(&source, &snapshot.image(), &disk.current(), disk.size)?,
+        };
         self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(disk))?;
         let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
         let target = dir.join(disk.image());

@@ -4,6 +4,7 @@
 //!
 //! - a preallocated image: all of its size
 //! - a thin one: its headers with `overcommit`, all of its size without
+//! - a copy: what its source takes; all of its size where holes do not stay holes
 //!
 //! and the room is what the filesystem has free, less what creates at work in other processes will still take and,
 //! without `overcommit`, less what all thin images on it may still grow to. One lock is held from the look until the
@@ -256,6 +257,11 @@ impl Image {
     fn growth(&self, allocated: u64) -> u64 {
         if self.writable { self.virtual_size.get().saturating_sub(allocated) } else { 0 }
     }
+}
+
+/// What an image needs at once that has all of its data from the beginning.
+pub(super) fn need_of_full(size: MiB) -> Bytes {
+    Bytes(size.bytes().get() + ENCRYPTED_BIRTH)
 }
 
 fn free(stat: &rustix::fs::StatVfs) -> Bytes {

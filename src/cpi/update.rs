@@ -30,8 +30,7 @@ impl Cpi {
         self.known_pool(asked.pool.as_deref())?;
         asked.validate()?;
         let (_lock, mut disk) = self.locked_idle_disk(cid, deadline)?;
-        self.grow_to(&mut disk, size, deadline)?;
-        let mut next = DiskRecord {
+        let next = |disk: &DiskRecord| DiskRecord {
             format: asked.format,
             pool: asked.pool.clone(),
             preallocation: asked.preallocation,
@@ -42,7 +41,15 @@ impl Cpi {
             cloud_properties: properties.clone(),
             ..disk.clone()
         };
-        if next.current() == disk.current() {
+        let copies = next(&disk).current() != disk.current();
+        let doing = || format!("copy disk '{cid}' into another image");
+        if copies {
+            // What a copy would fail for is known before the disk has another size.
+            self.can_copy(&disk, &next(&disk), size, deadline).map_err(|e| e.during(doing()))?;
+        }
+        self.grow_to(&mut disk, size, deadline)?;
+        let mut next = next(&disk);
+        if !copies {
             if (next.cache, next.discard) != (disk.cache, disk.discard) {
                 // QEMU decides both when it opens an image.
                 tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
@@ -51,8 +58,7 @@ impl Cpi {
             self.store.write(&disk)?;
         } else {
             next.generation = disk.generation.wrapping_add(1);
-            self.copy_into(&mut disk, &next, deadline)
-                .map_err(|e| e.during(format!("copy disk '{cid}' into another image")))?;
+            self.copy_into(&mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
         }
         // Last: a call that was killed is repeated, and sets them again.
         if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {

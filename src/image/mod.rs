@@ -25,7 +25,7 @@ mod testing;
 pub use copy::copy;
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
-pub use open::{inspect, open};
+pub use open::{inspect, open, refuse_other_files};
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;

@@ -28,6 +28,28 @@ pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)
     Ok((open(0).at("open", path)?.into(), false))
 }
 
+/// Refuses an image whose header names other files. Ours never do, but for an overlay's backing file; a guest that broke
+/// out of its QEMU could have written any header into an image of its own.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`].
+pub fn refuse_other_files(path: &Path, format: Format, is_overlay: bool) -> Result<()> {
+    if format == Format::Raw {
+        return Ok(());
+    }
+    let header = Header::read(path)?;
+    let named = match header {
+        Header { external_data_file: true, .. } => "a data file",
+        Header { backing_file: Some(_), .. } if !is_overlay => "a backing file",
+        _ => return Ok(()),
+    };
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        format!("the header of image '{}' names {named}, which we never do", path.display()),
+    )
+    .hint("a guest may have forged it: look into the image with care, `qemu-img` opens the files it names"))
+}
+
 /// Format and size of an operator's image. Its header is trusted as far as the operator is; it must stand alone.
 ///
 /// # Errors

@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Format, NewImage};
+use crate::image::{Format, NewImage, refuse_other_files};
 use crate::patience::within;
 use crate::sys::helper::end_with_us;
 use crate::units::Bytes;
@@ -60,7 +61,27 @@ pub struct Existing<'a> {
 }
 
 impl Existing<'_> {
-    /// What `--image-opts` takes.
+    /// As a source. JSON can say that there is no backing file, whatever the header says.
+    fn json(&self) -> Result<String> {
+        let path = absolute(self.path)?.to_string_lossy();
+        let mut node = json!({"driver": self.format.as_str(), "file": {"driver": "file", "filename": path}});
+        match (self.format, self.key) {
+            (Format::Raw, None) => {}
+            (Format::Raw, Some(_)) => {
+                node["driver"] = "luks".into();
+                node["key-secret"] = SECRET.into();
+            }
+            (Format::Qcow2, key) => {
+                node["backing"] = Value::Null;
+                if key.is_some() {
+                    node["encrypt"] = json!({"format": "luks", "key-secret": SECRET});
+                }
+            }
+        }
+        Ok(format!("json:{node}"))
+    }
+
+    /// What `--target-image-opts` takes.
     fn options(&self) -> Result<String> {
         let driver = match (self.format, self.key) {
             (format, None) => format.as_str().to_owned(),
@@ -136,12 +157,14 @@ impl QemuImg {
     /// Copies `source` into `target`, an empty image of the same size that is there. Durable is nothing of it.
     ///
     /// # Errors
-    /// As [`Self::convert`].
+    /// As [`Self::convert`]; [`ErrorKind::Corrupt`] if the source's header, which a guest may have written, names other
+    /// files: root would read them.
     pub fn fill(&self, source: &Existing<'_>, target: &Existing<'_>, deadline: Instant) -> Result<()> {
         let secret = source.key.or(target.key).map(secret);
-        let (from, to) = (source.options()?, target.options()?);
+        refuse_other_files(source.path, source.format, false)?;
+        let (from, to) = (source.json()?, target.options()?);
         // The progress nobody reads ends a program whose caller was killed, at its next step (SIGPIPE).
-        let mut args = ["convert", "-p", "-n", "--image-opts", "--target-image-opts"].map(OsStr::new).to_vec();
+        let mut args = ["convert", "-p", "-n", "--target-image-opts"].map(OsStr::new).to_vec();
         if target.key.is_none() {
             args.push(OsStr::new("--target-is-zero"));
         }
@@ -225,7 +248,7 @@ const SECRET: &str = "key";
 
 /// The object that has `qemu-img` read the key in the file `key` by itself. JSON: a path may have commas in it.
 fn secret(key: &Path) -> String {
-    serde_json::json!({"qom-type": "secret", "id": SECRET, "file": key.to_string_lossy()}).to_string()
+    json!({"qom-type": "secret", "id": SECRET, "file": key.to_string_lossy()}).to_string()
 }
 
 /// The name by which a child can open its standard input again.

@@ -45,9 +45,9 @@ pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
     if need.encrypted {
         encrypt(&mut format, need.format);
     }
-    if need.id == ROOT {
-        // Given here, the path in the overlay's header is never followed.
-        format["backing"] = BASE.into();
+    if need.format == Some(Format::Qcow2) {
+        // Given here, a path in the header is never followed.
+        format["backing"] = if need.id == ROOT { BASE.into() } else { Value::Null };
     }
     [file, format]
 }
@@ -102,4 +102,21 @@ pub fn throttle_to(id: &str, limits: Limits) -> Value {
 /// Name of the descriptor set's entry, by which a later call recognizes what it is for.
 pub fn opaque(id: &str, writable: bool) -> String {
     format!("{}:{id}", if writable { "rdwr" } else { "rdonly" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_image_has_a_backing_file_but_the_root_disk() {
+        let backing = |id: &str, format| {
+            let need = FileNeed::image(id, "/x".into(), format, true);
+            let [_, node] = nodes(&Opened { need, direct: true, io_uring: false }, 1);
+            node.get("backing").cloned()
+        };
+        assert_eq!(backing(ROOT, Format::Qcow2), Some(BASE.into()));
+        assert_eq!(backing("disk-1", Format::Qcow2), Some(Value::Null), "not what a header says");
+        assert_eq!(backing("disk-1", Format::Raw), None);
+    }
 }

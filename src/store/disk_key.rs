@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::schema::Redacted;
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, SnapshotRecord};
 
 /// Its name in the state directory.
 const FILE: &str = "disk.key";
@@ -107,9 +107,15 @@ impl DiskKey {
 /// QEMU's words for a wrong key (crypto/block-luks.c, 7.2 to 10.0).
 pub const WRONG_KEY: &str = "Invalid password, cannot unlock any keyslot";
 
+/// Whether there is a disk or a snapshot that the key opens.
 fn has_encrypted(store: &Store) -> Result<bool> {
     for cid in store.list::<DiskRecord>()? {
         if store.read::<DiskRecord>(&cid)?.is_some_and(|disk| disk.encrypted && disk.phase != super::Phase::Creating) {
+            return Ok(true);
+        }
+    }
+    for cid in store.list::<SnapshotRecord>()? {
+        if store.read::<SnapshotRecord>(&cid)?.is_some_and(|snapshot| snapshot.disk.encrypted) {
             return Ok(true);
         }
     }

@@ -85,6 +85,9 @@ fn missing_disk(disk: &DiskCid) -> Error {
 
 /// Opens one file as QEMU wants it.
 fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
+    if let Some(format) = need.format {
+        image::refuse_other_files(&need.path, format, need.id == files::ROOT)?;
+    }
     let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
     Ok((Opened { need, direct, io_uring }, fd))
 }

@@ -5,12 +5,12 @@ use std::time::{Duration, SystemTime};
 
 use bosh_qemu_cpi::cid::Cid;
 use bosh_qemu_cpi::store::record::{AttachmentPhase, StemcellRecord};
-use bosh_qemu_cpi::store::{DiskRecord, Phase, VmRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, SnapshotRecord, VmRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::crash::for_each_crash_point;
-use crate::support::host::{Host, eventually, gone};
+use crate::support::host::{Host, eventually, gone, text};
 use crate::support::skip;
 
 /// Kind, thing and cure of each finding, and whether the command said that all is well.
@@ -121,6 +121,18 @@ fn an_attach_that_was_cut_short_is_settled() {
     interrupted();
     assert_eq!(gc(&host), one("unsettled", &what, "mended"), "the guest has it not");
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
+}
+
+#[test]
+fn a_snapshot_whose_removal_was_cut_short_is_removed() {
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}]))).parse().unwrap();
+    let record = host.store().read::<SnapshotRecord>(&snapshot).unwrap().unwrap();
+    host.store().write(&SnapshotRecord { phase: Phase::Deleting, ..record }).unwrap();
+    assert_eq!(gc(&host), one("unfinished", &snapshot, "mended"));
+    assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
+    assert_eq!(gc(&host), []);
 }
 
 #[test]

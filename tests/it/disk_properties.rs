@@ -220,6 +220,18 @@ fn a_wrong_or_missing_key_is_told_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_key_that_only_a_snapshot_needs_is_not_replaced() {
+    let Some(host) = Host::new() else { return };
+    let disk = disk(&host, &json!({"encrypted": true}));
+    host.ok("snapshot_disk", &json!([disk, {}]));
+    host.ok("delete_disk", &json!([disk]));
+    fs::remove_file(host.path("state/disk.key")).unwrap();
+    let refused = host.call("create_disk", &json!([8, {"encrypted": true}, null]));
+    assert!(refused.failure().message.contains("disk.key' can not be read"), "{refused:?}");
+    assert!(!host.path("state/disk.key").exists(), "a second key would not open the snapshot");
+}
+
+#[test]
 fn what_a_disk_is_known_by_is_as_the_contract_says() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.stemcell());

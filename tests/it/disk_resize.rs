@@ -70,3 +70,16 @@ fn an_image_larger_than_its_record_is_what_a_killed_resize_left() {
     host.ok("resize_disk", &json!([disk, 20]));
     assert_eq!(size(&host, &disk), 20);
 }
+
+#[test]
+fn nobody_has_to_have_made_anything_for_a_disk_to_be_unknown() {
+    let Some(host) = Host::new() else { return };
+    for (method, arguments) in [
+        ("resize_disk", json!(["disk-unknown", 9])),
+        ("update_disk", json!(["disk-unknown", 9, {}])),
+        ("snapshot_disk", json!(["disk-unknown", {}])),
+    ] {
+        let refused = host.call(method, &arguments);
+        assert_eq!(refused.failure().kind, "DiskNotFound", "{method}: {refused:?}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use serde_json::{Value, json};
@@ -120,6 +121,16 @@ fn limits_change_at_once_and_the_cache_at_the_next_attach() {
 }
 
 #[test]
+fn a_dynamic_disk_has_a_name_of_the_directors() {
+    let Some((host, _)) = host() else { return };
+    let disk = disk(&host, &json!({"name": "dyn1", "format": "raw"}));
+    assert_eq!(json!(record(&host, &disk).cloud_properties), json!({"name": "dyn1", "format": "raw"}));
+    host.ok("update_disk", &json!([disk, 9, {"name": "dyn1", "format": "qcow2"}]));
+    let is = record(&host, &disk);
+    assert_eq!((is.image().as_str(), &is.cloud_properties["name"]), ("disk-1.qcow2", &json!("dyn1")));
+}
+
+#[test]
 fn what_can_not_be_is_refused_before_anything_changes() {
     let Some((host, _)) = host() else { return };
     let disk = disk(&host, &json!({}));
@@ -130,4 +141,33 @@ fn what_can_not_be_is_refused_before_anything_changes() {
     assert_eq!(refused(json!([disk, 9, {"formt": "raw"}])), "CpiError");
     assert_eq!(refused(json!([DiskCid::random(), 9, {}])), "DiskNotFound");
     assert_eq!(fs::read(host.store().disk_dir(&disk).join("disk.json")).unwrap(), before);
+}
+
+#[test]
+fn a_header_that_names_another_file_is_never_followed() {
+    let Some((host, _)) = host() else { return };
+    let (vm, secret) = (host.booted_vm(), host.path("secret"));
+    fs::write(&secret, vec![0x5e; 8 << 20]).unwrap();
+    // What a guest that broke out of its QEMU could write into its own image.
+    let backing = |path: &str| {
+        ["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.to_str().unwrap(), path].map(String::from).to_vec()
+    };
+    let data_file = |path: &str| {
+        let options = format!("data_file={},data_file_raw=on", secret.display());
+        ["create", "-q", "-f", "qcow2", "-o", &options, path, "8M"].map(String::from).to_vec()
+    };
+    for forge in [&backing as &dyn Fn(&str) -> Vec<String>, &data_file] {
+        let disk = disk(&host, &json!({}));
+        let forged = Command::new("qemu-img").args(forge(image(&host, &disk).to_str().unwrap())).status().unwrap();
+        assert!(forged.success());
+        for (method, arguments) in [
+            ("update_disk", json!([disk, 8, {"format": "raw"}])),
+            ("update_disk", json!([disk, 8, {"pool": "fast"}])),
+            ("attach_disk", json!([vm, disk])),
+        ] {
+            let refused = host.call(method, &arguments);
+            assert!(refused.failure().message.contains("which we never do"), "{refused:?}");
+            assert_eq!(images(&host, &disk), ["disk.qcow2"], "{arguments}");
+        }
+    }
 }

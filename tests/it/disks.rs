@@ -6,10 +6,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::{Phase, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::host::{Host, MUTE_GUEST, command_line, json_options, text};
+use crate::support::host::{Host, MUTE_GUEST, command_line, gone, json_options, text};
 
 fn attach(host: &Host, vm: &VmCid, disk: &DiskCid) -> Answer {
     host.call("attach_disk", &json!([vm, disk]))
@@ -183,6 +184,33 @@ fn an_attached_disk_is_nobody_elses() {
     host.ok("detach_disk", &json!([other, disk]));
     assert!(is_plugged(&host, &one, &disk), "it was not the other's to detach");
     assert_eq!(host.ok("get_disks", &json!([one])), json!([disk]));
+}
+
+#[test]
+fn a_vm_whose_removal_was_cut_short_keeps_its_disk_only_while_it_runs() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    write_data(&host, &disk);
+    host.ok("attach_disk", &json!([vm, disk]));
+    let (supervisor, qemu) = (host.supervisor(&vm).unwrap(), host.qemu(&vm).unwrap());
+    host.store().write(&VmRecord { phase: Phase::Deleting, ..host.record(&vm) }).unwrap();
+    for (method, arguments) in [("resize_disk", json!([disk, 9])), ("delete_disk", json!([disk]))] {
+        let refused = host.call(method, &arguments);
+        let message = &refused.failure().message;
+        assert!(message.contains(vm.as_str()) && message.contains("Hint: repeat delete_vm"), "{refused:?}");
+    }
+    for process in [supervisor, qemu] {
+        process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+        gone(&process);
+    }
+    host.ok("resize_disk", &json!([disk, 9]));
+    let other = host.vm(&host.stemcell());
+    attach(&host, &other, &disk).result();
+    host.ok("delete_vm", &json!([vm]));
+    assert_eq!(in_qemu(&host, &other, &disk), (true, 2, 1));
+    host.ok("detach_disk", &json!([other, disk]));
+    assert_data(&host, &disk);
 }
 
 #[test]

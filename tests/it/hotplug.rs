@@ -5,6 +5,7 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::DiskRecord;
 use bosh_qemu_cpi::store::record::AttachmentPhase;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -101,23 +102,50 @@ fn a_qemu_that_is_killed_in_mid_detach_comes_back_without_the_disk() {
     assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0));
 }
 
+/// Has the guest let go of its disk, unasked.
+fn eject(host: &Host, vm: &VmCid, disk: &DiskCid) {
+    // What a guest would write to its own hot-plug registers (guests/acpi-bootsector.S): each bus, then its first slot.
+    host.qmp(vm, "stop", &json!({})).unwrap();
+    for bus in 0..32 {
+        for write in [format!("o /w 0xcd0 {bus}"), "o /w 0xcc8 1".to_owned()] {
+            host.qmp(vm, "human-monitor-command", &json!({"command-line": write})).unwrap();
+        }
+    }
+    host.qmp(vm, "cont", &json!({})).unwrap();
+    eventually("the guest ejects", || (!is_plugged(host, vm, disk)).then_some(()));
+}
+
+#[test]
+fn a_disk_the_guest_ejected_by_itself_can_be_changed() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let disk = host.disk();
+    write_data(&host, &disk);
+    for (method, arguments) in [
+        ("update_disk", json!([disk, 8, {"iops": 100}])),
+        ("update_disk", json!([disk, 8, {"iops": 100, "format": "raw"}])),
+        ("resize_disk", json!([disk, 9])),
+        ("snapshot_disk", json!([disk, {}])),
+    ] {
+        host.ok("attach_disk", &json!([vm, disk]));
+        eject(&host, &vm, &disk);
+        host.ok(method, &arguments);
+        assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0), "{method}");
+        assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]), "it is still the VM's");
+    }
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.ok("detach_disk", &json!([vm, disk]));
+    let path = host.store().disk_image(&host.store().read::<DiskRecord>(&disk).unwrap().unwrap()).unwrap();
+    assert_eq!(path.file_name().unwrap(), "disk-1.raw");
+}
+
 #[test]
 fn a_disk_the_guest_ejected_by_itself_can_be_attached_again_or_detached() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
     write_data(&host, &disk);
-    // What a guest would write to its own hot-plug registers (guests/acpi-bootsector.S): each bus, then its first slot.
-    let eject = || {
-        host.qmp(&vm, "stop", &json!({})).unwrap();
-        for bus in 0..32 {
-            for write in [format!("o /w 0xcd0 {bus}"), "o /w 0xcc8 1".to_owned()] {
-                host.qmp(&vm, "human-monitor-command", &json!({"command-line": write})).unwrap();
-            }
-        }
-        host.qmp(&vm, "cont", &json!({})).unwrap();
-        eventually("the guest ejects", || (!is_plugged(&host, &vm, &disk)).then_some(()));
-    };
+    let eject = || eject(&host, &vm, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
     eject();
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]), "it is still the VM's");

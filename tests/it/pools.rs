@@ -167,6 +167,44 @@ fn what_does_not_fit_is_refused_before_anything_is_made() {
 }
 
 #[test]
+fn a_copy_that_is_larger_than_its_source_is_refused_before_the_disk_changes() {
+    let Some((fast, _stemcells, host)) = host(64, json!({})) else { return };
+    host.reconfigure(|config| config["pools"]["gone"] = json!({"path": host.path("gone")}));
+    let vm = host.booted_vm();
+    let small = disk_cid(&disk(&host, 40, &json!({})));
+    let noise = disk_cid(&disk(&host, 96, &json!({"pool": "fast", "format": "raw", "encrypted": true})));
+    let record = |disk: &DiskCid| fs::read(host.store().disk_dir(disk).join("disk.json")).unwrap();
+    let refused = |disk: &DiskCid, properties: Value| {
+        let before = record(disk);
+        let refused = host.call("update_disk", &json!([disk, 96, properties]));
+        assert_eq!(record(disk), before, "{refused:?}");
+        refused.failure().clone()
+    };
+    assert!(refused(&small, json!({"pool": "gone"})).message.contains("'gone'"));
+    for properties in [json!({"format": "raw", "encrypted": true}), json!({"preallocation": "full"})] {
+        let mut properties = properties;
+        properties["pool"] = json!("fast");
+        let full = refused(&small, properties);
+        assert_eq!(full.kind, "NoDiskSpace", "{full:?}");
+    }
+    assert_eq!(refused(&noise, json!({"pool": "fast"})).kind, "NoDiskSpace", "its holes are read as noise");
+    let raw = json!({"pool": "fast", "format": "raw", "discard": "ignore"});
+    for disk in [&small, &noise] {
+        host.ok("attach_disk", &json!([vm, disk]));
+    }
+    assert_eq!(refused(&small, raw.clone()).kind, "NoDiskSpace", "a mirror writes zeros");
+    let full = host.call("snapshot_disk", &json!([noise, {}]));
+    assert!(full.failure().message.contains("MiB left, 100 MiB are needed"), "{full:?}");
+    for disk in [&small, &noise] {
+        host.ok("detach_disk", &json!([vm, disk]));
+    }
+    // A file's holes stay holes.
+    host.ok("snapshot_disk", &json!([noise, {}]));
+    host.ok("update_disk", &json!([small, 96, raw]));
+    assert!(fast.names().contains(&small.to_string()));
+}
+
+#[test]
 fn usage_is_what_records_and_filesystems_say() {
     let Some((fast, _stemcells, host)) = host(256, json!({})) else { return };
     let stemcell = host.stemcell();
