@@ -29,6 +29,7 @@ mod pools;
 mod power_cuts;
 mod release;
 mod snapshots;
+mod state_directories;
 mod supervisor;
 mod support;
 mod traces;
