@@ -122,7 +122,7 @@ impl Cpi {
         // Of snapshots whose call was killed nothing is left after this.
         self.clear_leftovers();
         for snapshot in self.in_the_making::<SnapshotRecord>()? {
-            if self.store.find::<SnapshotRecord>(&snapshot)?.is_some_and(|made| made.disk.cid == *cid) {
+            if self.store.read::<SnapshotRecord>(&snapshot)?.is_some_and(|made| made.disk.cid == *cid) {
                 return Err(busy(format!("into snapshot '{snapshot}'")));
             }
         }

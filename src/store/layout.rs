@@ -286,12 +286,15 @@ impl Store {
     /// record is written before anything else is made and removed after it.
     pub fn find<R: Record>(&self, cid: &R::Cid) -> Result<Option<R>> {
         let record = self.read::<R>(cid)?;
-        if record.is_none() && self.has_something::<R>(cid)? {
-            let dir = self.record_dir::<R>(cid);
-            return Err(Error::new(ErrorKind::Corrupt, format!("'{}' has no record", dir.display()))
-                .hint("restore its record from a backup; or move it away, and all it stands for is gone"));
+        if record.is_some() || !self.has_something::<R>(cid)? {
+            return Ok(record);
         }
-        Ok(record)
+        // It may have been written between the two looks.
+        self.read::<R>(cid)?.map(Some).ok_or_else(|| {
+            let dir = self.record_dir::<R>(cid);
+            Error::new(ErrorKind::Corrupt, format!("'{}' has no record", dir.display()))
+                .hint("restore its record from a backup; or move it away, and all it stands for is gone")
+        })
     }
 
     /// Whether there is anything of an object but a record that was being written. A link to nothing is something.

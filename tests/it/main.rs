@@ -35,6 +35,7 @@ mod pools;
 mod power_cuts;
 mod release;
 mod snapshots;
+mod state_directories;
 mod storms;
 mod supervisor;
 mod support;

@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use bosh_qemu_cpi::host::uids;
+use bosh_qemu_cpi::image::virtual_size;
 use bosh_qemu_cpi::store::record::{AttachmentPhase, StemcellRecord};
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
 use crate::support::host::{GUEST, Host, request, text, vm_cid};
+use crate::support::images::{assert_pattern, image, write_pattern};
 use crate::support::power::Step;
 use crate::support::power::disk::{Cut, Disk, Entry, Loss, Tree, cuts, restore};
 use crate::support::power::recorder::record;
@@ -97,23 +99,16 @@ impl Lab {
         for path in before.keys().map(PathBuf::as_path).filter(objects).filter(|path| !touched(path)) {
             assert_eq!(cut.tree.get(path), before.get(path), "{} is as it was", path.display());
         }
-        let mut ready = Vec::new();
-        ready_ones::<StemcellRecord>(&self.host, &mut ready);
-        ready_ones::<DiskRecord>(&self.host, &mut ready);
-        ready_ones::<VmRecord>(&self.host, &mut ready);
-        for dir in ready {
+        let stemcells = ready::<StemcellRecord>(&self.host);
+        let disks =
+            ready::<DiskRecord>(&self.host).into_iter().filter(|disk| arguments[1] != 700 || arguments[0] != **disk);
+        for cid in stemcells.into_iter().chain(disks).chain(ready::<VmRecord>(&self.host)) {
             let images = |tree: &Tree| -> Vec<_> {
-                let inside = tree.iter().filter(|(path, _)| path.starts_with(&dir) && is_image(path));
-                inside.map(|(path, entry)| (path.clone(), content(entry))).collect()
+                let its = tree.iter().filter(|(path, _)| path.iter().any(|part| part == &*cid) && is_image(path));
+                its.map(|(path, entry)| (path.clone(), content(entry))).collect()
             };
             let here = images(&cut.tree);
-            let whole = [before, after].iter().any(|tree| images(tree) == here);
-            assert!(
-                whole || arguments[1] == 700,
-                "{}: {:?}",
-                dir.display(),
-                here.iter().map(|(p, _)| p).collect::<Vec<_>>()
-            );
+            assert!([before, after].iter().any(|tree| images(tree) == here), "{cid} is ready and not whole");
         }
     }
 
@@ -137,6 +132,9 @@ impl Lab {
             host.disk();
         } else {
             host.ok(method, arguments);
+        }
+        if method == "resize_disk" {
+            assert_pattern(host, &self.free);
         }
         let (_, found) = host.command(&["gc", "--json"]);
         let found = found["findings"].as_array().unwrap();
@@ -177,13 +175,10 @@ impl Lab {
     }
 }
 
-fn ready_ones<R: Record>(host: &Host, dirs: &mut Vec<PathBuf>) {
-    let store = host.store();
-    for cid in store.list::<R>().unwrap() {
-        if store.read::<R>(&cid).unwrap().is_some_and(|record| record.phase() == Phase::Ready) {
-            dirs.push(store.record_dir::<R>(&cid).strip_prefix(host.path("")).unwrap().to_owned());
-        }
-    }
+/// The cids of all that is ready.
+fn ready<R: Record>(host: &Host) -> Vec<String> {
+    let records = host.store().readable::<R>().unwrap().into_iter();
+    records.filter(|record| record.phase() == Phase::Ready).map(|record| record.cid().to_string()).collect()
 }
 
 fn is_image(path: &Path) -> bool {
@@ -260,8 +255,12 @@ fn detach_disk() {
 #[test]
 fn resize_disk() {
     let Some(lab) = Lab::new() else { return };
+    write_pattern(&lab.host, &lab.free);
     lab.walk("resize_disk", &json!([lab.free, 700]), |_| {
-        assert_eq!(lab.record::<DiskRecord>(&lab.free).size.get(), 700);
+        let disk = lab.record::<DiskRecord>(&lab.free);
+        assert_eq!(disk.size.get(), 700);
+        let image = image(&lab.host, &lab.free);
+        assert_eq!(virtual_size(&image, disk.format, false).unwrap(), disk.size.bytes());
     });
 }
 
