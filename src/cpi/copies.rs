@@ -16,6 +16,9 @@
 //!   new        –
 //! ```
 //!
+//! The copy has a note in `pending/`, so that any create is such a call, too: a guest whose I/O waits must not wait for
+//! somebody to ask for this very disk.
+//!
 //! While a QEMU runs, it is asked which image its device is on: nodes are named after images, and that one is put in
 //! force, whatever the record says. The VM's lock is kept from `pending` to the end, so that no QEMU starts on one image
 //! while the record comes to name the other.
@@ -72,7 +75,9 @@ impl Cpi {
         let size = self.virtual_size(disk, &mut place)?;
         let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
         let need = self.need_of_update(disk, next, disk.size)?;
-        self.admit(image.pool.as_deref(), need, deadline, || self.store.write(&named))?;
+        self.note(&disk.cid)?;
+        self.admit(image.pool.as_deref(), need, deadline, || self.store.write(&named))
+            .or_else(|error| self.settled(&disk.cid).and(Err(error)))?;
         *disk = named;
         let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
         let copied = dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
@@ -176,10 +181,11 @@ impl Cpi {
         });
         if let Err(error) = removed {
             tracing::warn!(disk = %disk.cid, error = error.report(), "an image that is not used can not be removed yet");
-            return Ok(());
+            return self.settled(&disk.cid);
         }
         disk.leftover = None;
-        self.store.write(disk)
+        self.store.write(disk)?;
+        self.settled(&disk.cid)
     }
 
     fn settle_in_qemu(&self, disk: &mut DiskRecord, vm: &VmCid, deadline: Instant) -> Result<()> {

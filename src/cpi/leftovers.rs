@@ -1,5 +1,8 @@
 //! Creates that were cut short by SIGKILL or a power cut: nobody was told their cid, so nobody can ask for their removal.
 //!
+//! A copy of a disk that is being made for an update_disk is noted in the same way: if the call is killed, QEMU goes on
+//! copying, or holds the guest's I/O back.
+//!
 //! While a create works there is a file `pending/<cid>`, made before the object's lock and removed when its record is
 //! ready, or when all of it is gone, the lock included. The next create finds those whose lock is free, and finishes the removal. In the usual case that
 //! costs one look at an empty directory, however many objects there are.
@@ -37,14 +40,18 @@ impl Cpi {
         cid: &impl Cid,
         deadline: Instant,
     ) -> Result<Guard> {
-        let path = self.pending(cid);
-        let note = || std::fs::write(&path, "").at("make", &path);
-        note()?;
+        self.note(cid)?;
         crash::point!("pending noted");
         let lock = self.store.lock(rank, lock, deadline)?;
         // Until there was a lock, another create could take the note for a leftover, and remove it.
-        note()?;
+        self.note(cid)?;
         Ok(lock)
+    }
+
+    /// Notes that there is something to finish about `cid`.
+    pub(super) fn note(&self, cid: &impl Cid) -> Result<()> {
+        let path = self.pending(cid);
+        std::fs::write(&path, "").at("make", &path)
     }
 
     /// Notes that `cid` is made, or that nothing of it is left, not even its lock.
@@ -99,8 +106,12 @@ impl Cpi {
         match name.split('-').next() {
             Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
             Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?),
-            Some(DiskCid::PREFIX) => self.clear_files::<DiskRecord>(&cid(name)?, Rank::Disk),
-            Some(StemcellCid::PREFIX) => self.clear_files::<StemcellRecord>(&cid(name)?, Rank::Stemcell),
+            Some(DiskCid::PREFIX) => self.clear_disk(&cid(name)?),
+            Some(StemcellCid::PREFIX) => {
+                let stemcell = cid(name)?;
+                let lock = self.store.lock(Rank::Stemcell, &stemcell, Instant::now())?;
+                self.clear_files::<StemcellRecord>(&stemcell, lock)
+            }
             Some(NetworkCid::PREFIX) => self.clear_network(&cid(name)?),
             _ => Err(Error::new(ErrorKind::Corrupt, "it is none of ours")),
         }
@@ -137,9 +148,19 @@ impl Cpi {
         self.settled(cid)
     }
 
+    fn clear_disk(&self, cid: &DiskCid) -> Result<()> {
+        let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
+        if let Some(mut disk) = self.store.read::<DiskRecord>(cid)?
+            && disk.leftover.is_some()
+        {
+            tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");
+            self.settle_copy(&mut disk, Instant::now() + PATIENCE)?;
+        }
+        self.clear_files::<DiskRecord>(cid, lock)
+    }
+
     /// For what is nothing but files.
-    fn clear_files<R: Record>(&self, cid: &R::Cid, rank: Rank) -> Result<()> {
-        let lock = self.store.lock(rank, cid, Instant::now())?;
+    fn clear_files<R: Record>(&self, cid: &R::Cid, lock: Guard) -> Result<()> {
         if self.store.find::<R>(cid)?.is_none_or(|record| record.phase() != Phase::Ready) {
             tracing::warn!(%cid, "removing what a create that was cut short left");
             self.store.remove::<R>(cid)?;

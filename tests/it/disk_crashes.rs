@@ -7,9 +7,9 @@ use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use bosh_qemu_cpi::store::SnapshotRecord;
 use serde_json::{Value, json};
 
-use crate::support::crash::{Crash, for_each_crash_point};
+use crate::support::crash::{Crash, armed, for_each_crash_point};
 use crate::support::host::{Host, eventually, text};
-use crate::support::images::{assert_pattern, in_qemu, record, write_pattern};
+use crate::support::images::{assert_pattern, guest_writes, in_qemu, record, write_pattern};
 use crate::support::skip;
 
 /// A VM and, for each kill, a fresh disk with data in it.
@@ -155,4 +155,29 @@ fn delete_snapshot() {
         "gone".into()
     });
     assert_pattern(&lab.host, &disk);
+}
+
+#[test]
+fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
+    let Some(lab) = Lab::new() else { return };
+    let host = &lab.host;
+    for (point, image) in [
+        ("qmp blockdev-mirror: answered#1", "disk.qcow2"),
+        // Here the guest's I/O waits.
+        ("qmp job-complete: answered#1", "disk.qcow2"),
+        ("qmp job-finalize: sent#1", "disk-1.raw"),
+    ] {
+        let disk = lab.disk(true);
+        let update = json!([disk, 8, {"format": "raw"}]);
+        assert!(armed(host, "update_disk", &update, [("AT", point)]).is_none(), "killed at {point}");
+        assert!(record(host, &disk).leftover.is_some(), "{point}");
+        host.ok("delete_disk", &json!([host.disk()]));
+        let is = record(host, &disk);
+        assert_eq!((is.image().as_str(), is.leftover), (image, None), "{point}");
+        assert_eq!(in_qemu(host, &lab.vm, disk.as_str()), [0, 2, 1], "{point}");
+        assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
+        guest_writes(host, &lab.vm, &disk, "write -P 7 7M 64k");
+        host.ok("detach_disk", &json!([lab.vm, disk]));
+        assert_pattern(host, &disk);
+    }
 }
