@@ -109,7 +109,7 @@ fn isolated_on_a_bare_host() {
     nft table inet bosh-qemu-bosh-isolated0 {
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-isolated0" oifname "bosh-isolated0" return
+            iifname "bosh-isolated0" oifname "bosh-isolated0" counter drop
             iifname "bosh-isolated0" counter drop
             oifname "bosh-isolated0" counter drop
         }

@@ -28,8 +28,8 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     if *masquerade {
         chains.push(hiding(bridge, present.iter().chain(addresses).copied()));
     }
-    if *closed {
-        chains.push(closing(bridge));
+    if *closed || segment.isolated {
+        chains.push(closing(bridge, *closed, segment.isolated));
     }
     if let Some(services) = services {
         chains.push(host(bridge, services));
@@ -70,15 +70,16 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
     Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules }
 }
 
-/// Lets nothing pass between the bridge and other links: that the host routes for one network is not for all. What goes
-/// from port to port comes here only through br_netfilter, and is no business of this chain.
-fn closing(bridge: &LinkName) -> Chain {
+/// Lets nothing pass between the bridge and other links if it is `closed`: that the host routes for one network is not
+/// for all. Neighbours that are `isolated` as ports are so by way of the gateway too; else what goes from port to port
+/// comes here only through br_netfilter, and is no business of this chain.
+fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Chain {
     let by = |field| Match::By(field, bridge.clone());
-    let rules = vec![
-        Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: Verdict::Return },
-        Rule { matches: vec![by(IIFNAME)], verdict: Verdict::Drop },
-        Rule { matches: vec![by(OIFNAME)], verdict: Verdict::Drop },
-    ];
+    let neighbours = if isolated { Verdict::Drop } else { Verdict::Return };
+    let mut rules = vec![Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: neighbours }];
+    if closed {
+        rules.extend([IIFNAME, OIFNAME].map(|field| Rule { matches: vec![by(field)], verdict: Verdict::Drop }));
+    }
     Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
 }
 

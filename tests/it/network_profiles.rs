@@ -60,6 +60,10 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     assert!(!reaches(&one, &two, "10.0.0.6"), "a neighbour");
     assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
     assert!(!reaches(&lab.outside, &one, "10.0.0.5"), "from the world");
+    for (vm, neighbour) in [(&one, "10.0.0.6"), (&two, "10.0.0.5")] {
+        vm.ip(&format!("route add {neighbour}/32 via 10.0.0.1"));
+    }
+    assert!(!reaches(&one, &two, "10.0.0.6"), "a neighbour by way of the gateway");
 
     let before = lab.state();
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
