@@ -12,7 +12,7 @@ use bosh_qemu_cpi::store::nic_rules::{Admission, Forward, NicRules};
 use bosh_qemu_cpi::store::record::{Keeper, Nic, Segment, Wire};
 use bosh_qemu_cpi::sys::packet::PacketSocket;
 
-use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, ip4, ip6, nd, tcp, udp};
+use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, tcp, udp};
 use crate::support::host::eventually;
 use crate::support::netns::Namespace;
 use crate::support::nftables;
@@ -144,12 +144,15 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP4, payload);
     let asks = |sender: (Mac, &str)| ethernet(EVERYBODY, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
+    let probes = |target| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
 
     lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
     lab.passes(&guest, &other, &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))));
     lab.passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
     lab.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
-    lab.passes(&guest, &other, &asks((mac(1), "0.0.0.0")));
+    lab.passes(&guest, &other, &probes("10.0.0.1"));
+    lab.passes(&guest, &other, &probes("10.0.0.47"));
+    lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])));
 
     let spoofs = [
         ("MAC", ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)))),
@@ -157,6 +160,10 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
         ("IP beside its block", frame(&ip4("10.0.0.48", "10.0.0.2", UDP, &udp(1, 53)))),
         ("IP of nobody", frame(&ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67)))),
         ("DHCP server", frame(&ip4("10.0.0.1", "255.255.255.255", UDP, &udp(67, 68)))),
+        ("question whether another's address is free", probes("10.0.0.2")),
+        ("IGMP query", frame(&ip4("10.0.0.1", "224.0.0.1", 2, &[0x11, 0, 0, 0, 0, 0, 0, 0]))),
+        ("multicast router", frame(&ip4("10.0.0.1", "224.0.0.106", 2, &[0x30, 0, 0, 0, 0, 0, 0, 0]))),
+        ("PIM", frame(&ip4("10.0.0.1", "224.0.0.13", 103, &[0x20, 0, 0, 0]))),
         ("ARP sender's IP", asks((mac(1), "10.0.0.2"))),
         ("ARP sender's MAC", asks((mac(9), "10.0.0.1"))),
         ("ARP of another kind", ethernet(EVERYBODY, mac(1), ARP, &[0, 1, 8, 0, 6, 16, 0, 1])),
@@ -179,6 +186,13 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
 #[test]
 fn a_guest_speaks_ipv6_only_as_itself() {
     let Some(lab) = Lab::new() else { return };
+    // It would put fragments together.
+    let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-ip6tables");
+    lab.host.run(|| {
+        if setting.exists() {
+            std::fs::write(setting, "0").unwrap();
+        }
+    });
     let guest = lab.guest(1, guarded(&["fd00::1", "fd00:1::/80"]));
     let other = lab.guest(2, guarded(&["fd00::2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP6, payload);
@@ -192,7 +206,13 @@ fn a_guest_speaks_ipv6_only_as_itself() {
     lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
     lab.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
     lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
-    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(133, "::", None)));
+    lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
+    lab.passes(&guest, &other, &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
+    // A large ping in two fragments.
+    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])));
+    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
 
     let spoofs = [
         ("IP", frame(&ip6("fd00::2", "fd00::2", UDP, &udp(1, 53)))),
@@ -208,6 +228,32 @@ fn a_guest_speaks_ipv6_only_as_itself() {
         ("solicitor's MAC", icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(9)))))),
         ("solicitor", icmp("fd00::2", &nd(135, "fd00::1", None))),
         ("question whether another's address is free", icmp("::", &nd(135, "fd00::2", None))),
+        ("solicitor's MAC after another option", {
+            let nonce = [14, 1, 0, 0, 0, 0, 0, 0];
+            icmp("fd00::1", &[nd(135, "fd00::2", None), nonce.to_vec(), vec![1, 1], mac(9).to_vec()].concat())
+        }),
+        ("solicitor's second option", {
+            icmp("fd00::1", &[nd(135, "fd00::2", Some((1, mac(1)))), vec![1, 1], mac(9).to_vec()].concat())
+        }),
+        ("MAC of who asks for routers", icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(9)].concat()))),
+        ("listener query", icmp(LINK_LOCAL, &nd(130, "::", None))),
+        ("inverse advertisement", icmp(LINK_LOCAL, &nd(142, "::", None))),
+        ("certificate", icmp(LINK_LOCAL, &nd(149, "::", None))),
+        ("multicast router", icmp(LINK_LOCAL, &nd(151, "::", None))),
+        ("PIM", frame(&ip6("fd00::1", "ff02::d", 103, &[0x20, 0, 0, 0]))),
+        ("advertisement cut off", icmp("fd00::1", &nd(136, "fd00::2", own)[..8])),
+        ("advertisement in a tiny fragment", {
+            frame(&fragment("fd00::1", ICMP6, 0, true, &nd(136, "fd00::2", foreign)[..8]))
+        }),
+        ("advertisement whose options go on", {
+            frame(&fragment("fd00::1", ICMP6, 0, true, &nd(136, "fd00::1", own)))
+        }),
+        ("fragment that ends in an option header", {
+            frame(&fragment("fd00::1", 60, 0, true, &[ICMP6, 1, 1, 4, 0, 0, 0, 0]))
+        }),
+        ("fragment that ends before its own header", {
+            frame(&fragment("fd00::1", 60, 0, true, &[ICMP6, 0, 1, 4, 0, 0, 0, 0]))
+        }),
         ("hop-by-hop header before an advertisement", {
             let behind = [&[ICMP6, 0, 1, 4, 0, 0, 0, 0][..], &nd(134, "::", None)].concat();
             frame(&ip6(LINK_LOCAL, "ff02::1", 0, &behind))

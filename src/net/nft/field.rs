@@ -49,7 +49,7 @@ const fn transport(offset: u32) -> Source {
     Source::Payload(PayloadBase::TransportHeader, offset)
 }
 
-// IEEE 802.3; RFC 826; RFC 791 §3.1; RFC 8200 §3, §4.5; RFC 9293 §3.1; RFC 792; RFC 4861 §4.3, §4.4, §4.6.1.
+// IEEE 802.3; RFC 826; RFC 791 §3.1; RFC 8200 §3, §4.5; RFC 9293 §3.1; RFC 792; RFC 4861 §4.1, §4.3, §4.4, §4.6.1.
 fields! {
     IIFNAME = "iifname", 16, Source::Meta(MetaKeys::Iifname);
     OIFNAME = "oifname", 16, Source::Meta(MetaKeys::Oifname);
@@ -63,6 +63,7 @@ fields! {
     ARP_KIND = "@nh,0,48", 6, network(0);
     ARP_SENDER_MAC = "arp saddr ether", 6, network(8);
     ARP_SENDER_IP = "arp saddr ip", 4, network(14);
+    ARP_TARGET_IP = "arp daddr ip", 4, network(24);
     IP_FRAGMENT = "ip frag-off", 2, network(6);
     IP_SADDR = "ip saddr", 4, network(12);
     IP_DADDR = "ip daddr", 4, network(16);
@@ -73,12 +74,16 @@ fields! {
     SOURCE_PORT = "th sport", 2, transport(0);
     DESTINATION_PORT = "th dport", 2, transport(2);
     TCP_FLAGS = "tcp flags", 1, transport(13);
+    IGMP_TYPE = "igmp type", 1, transport(0);
     ICMP_TYPE = "icmp type", 1, transport(0);
     ICMP6_TYPE = "icmpv6 type", 1, transport(0);
     ND_TARGET = "@th,64,128", 16, transport(8);
-    ND_OPTION = "@th,192,8", 1, transport(24);
+    ND_OPTION = "@th,192,16", 2, transport(24);
     ND_OPTION_MAC = "@th,208,48", 6, transport(26);
     ND_SECOND_OPTION = "@th,256,8", 1, transport(32);
+    RS_OPTION = "@th,64,16", 2, transport(8);
+    RS_OPTION_MAC = "@th,80,48", 6, transport(10);
+    RS_SECOND_OPTION = "@th,128,8", 1, transport(16);
 }
 
 impl Field {
