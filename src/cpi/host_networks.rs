@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Cpi;
 use crate::error::{Error, ErrorKind, Result};
-use crate::link_name::LinkName;
-use crate::net::change::Change;
+use crate::net::change::{Change, Port};
 use crate::net::coexist::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
 use crate::net::{apply, guard, profile::Profile};
@@ -43,8 +42,8 @@ pub struct Lack {
 }
 
 impl HostNetwork {
-    fn taps(&self) -> Vec<LinkName> {
-        self.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect()
+    fn ports(&self) -> Vec<Port> {
+        self.nics.iter().filter_map(Port::of).map(|(port, _)| port).collect()
     }
 }
 
@@ -83,7 +82,7 @@ impl Cpi {
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
         let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
-        let changes = apply::missing(&network.segment, &network.taps());
+        let changes = apply::missing(&network.segment, &network.ports());
         Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
     }
 
@@ -109,7 +108,7 @@ impl Cpi {
         }
         // In force before a tap is on the wire again.
         guard::add(&network.nics, || self.all_nics())?;
-        apply::ensure(&network.segment, &network.taps())?;
+        apply::ensure(&network.segment, &network.ports())?;
         lock.retire()
     }
 

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::error::Result;
 use bosh_qemu_cpi::link_name::LinkName;
-use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::net::change::Port;
+use bosh_qemu_cpi::net::{apply, guard};
 use bosh_qemu_cpi::store::nic_rules::{Admission, Forward, NicRules};
 use bosh_qemu_cpi::store::record::{Keeper, Nic, Segment, Wire};
 use bosh_qemu_cpi::sys::packet::PacketSocket;
@@ -86,7 +87,8 @@ impl Lab {
         self.host.cable(&port, &namespace, "eth0");
         namespace.ip(&format!("link set eth0 address 02:00:00:00:00:{last:02x}"));
         self.host.run(|| guard::add(std::slice::from_ref(&nic), no_others)).unwrap();
-        self.host.ip(&format!("link set {port} master {BRIDGE}"));
+        let (port, segment) = Port::of(&nic).unwrap();
+        self.host.run(|| apply::ensure(segment, &[port])).unwrap();
         let wire = namespace.run(|| PacketSocket::open("eth0")).unwrap();
         Guest { _namespace: namespace, nic, wire }
     }
@@ -282,12 +284,43 @@ fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
-    // 01:80:c2:00:00:0e is for the nearest bridge alone (IEEE 802.1Q, table 8-1).
-    let nearest = [1, 0x80, 0xc2, 0, 0, 0x0e];
-    let frame = ethernet(nearest, mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
+    let frame = ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
     let before = lab.drops();
     guest.wire.send(&frame).unwrap();
     eventually("a counted drop", || (lab.drops() > before).then_some(()));
+}
+
+/// For the nearest bridge alone (IEEE 802.1Q, table 8-1).
+fn nearest(last: u8) -> Mac {
+    [1, 0x80, 0xc2, 0, 0, last]
+}
+
+#[test]
+fn a_bridge_learns_nothing_from_a_guest() {
+    let Some(lab) = Lab::new() else { return };
+    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let free = lab.guest(3, NicRules::default());
+    let port_of = |mac: &str| {
+        let list = || std::process::Command::new("bridge").args(["-json", "fdb", "show"]).output().unwrap();
+        let list: serde_json::Value = serde_json::from_slice(&lab.host.run(list).stdout).unwrap();
+        let entry = list.as_array().unwrap().iter().find(|entry| entry["mac"] == mac && entry["master"] == BRIDGE);
+        entry.map(|entry| entry["ifname"].as_str().unwrap().to_owned())
+    };
+    let payload = ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53));
+    for last in [0x0e, 0x02, 0x03, 0x0d, 0x0f, 0x00] {
+        for from in [mac(2), mac(9)] {
+            guest.wire.send(&ethernet(nearest(last), from, IP4, &payload)).unwrap();
+        }
+    }
+    // Behind the others; and who may say anything can not take what belongs to somebody.
+    lab.passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
+    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
+    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
+    assert_eq!(port_of("02:00:00:00:00:01").as_deref(), Some("bqport1"));
+    assert_eq!(port_of("02:00:00:00:00:02").as_deref(), Some("bqport2"));
+    assert_eq!(port_of("02:00:00:00:00:08").as_deref(), Some("bqport3"), "others are learnt");
+    assert_eq!(port_of("02:00:00:00:00:09"), None);
 }
 
 /// A source, a protocol, ports.

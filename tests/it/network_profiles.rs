@@ -46,7 +46,7 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
     lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
-    let ports = [name("port0"), name("port1")];
+    let ports = [name("port0").into(), name("port1").into()];
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
     // Another network makes the host a router.
     lab.ensure(&nat("10.1.0.1")).unwrap();
@@ -76,7 +76,7 @@ fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
     let closed = Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
-    lab.host.run(|| apply::ensure(&closed, &[name("port0"), name("port1")])).unwrap();
+    lab.host.run(|| apply::ensure(&closed, &[name("port0").into(), name("port1").into()])).unwrap();
     lab.ensure(&nat("10.1.0.1")).unwrap();
     assert!(reaches(&one, &two, "10.0.0.6"), "a neighbour");
     assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
@@ -85,7 +85,7 @@ fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
 #[test]
 fn what_somebody_removed_comes_back_with_its_vms() {
     let Some(lab) = Lab::new() else { return };
-    let (segment, ports) = (nat("10.0.0.1"), [name("port0"), name("not-there")]);
+    let (segment, ports) = (nat("10.0.0.1"), [name("port0").into(), name("not-there").into()]);
     let vm = lab.unplugged_vm("port0", "10.0.0.5");
     let heal = || {
         lab.host.run(|| apply::ensure(&segment, &ports)).unwrap();
@@ -122,7 +122,8 @@ fn a_bridge_is_as_wide_as_the_way_to_the_world() {
 fn a_tap_has_a_queue_for_each_cpu() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
-    let plug = |queues| lab.host.run(|| apply::plug(&name("bqmanyn0"), &segment, queues, || Ok(Vec::new()))).unwrap();
+    let plug =
+        |queues| lab.host.run(|| apply::plug(&name("bqmanyn0").into(), &segment, queues, || Ok(Vec::new()))).unwrap();
     let many = plug(4);
     assert_eq!(many.queues.len(), 4);
     assert_eq!(lab.host.link("bqmanyn0").unwrap()["linkinfo"]["info_data"]["multi_queue"], true);
@@ -152,7 +153,7 @@ fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
         return skip("this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked");
     }
     let vm = lab.unplugged_vm("port0", "10.0.0.5");
-    lab.host.run(|| apply::ensure(&segment, &[name("port0")])).unwrap();
+    lab.host.run(|| apply::ensure(&segment, &[name("port0").into()])).unwrap();
     lab.outside.ip("link add world.20 link world type vlan id 20");
     lab.outside.ip("address add 10.0.0.2/24 dev world.20");
     lab.outside.ip("link set world.20 up");
