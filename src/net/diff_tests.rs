@@ -79,6 +79,10 @@ fn nat_on_a_bare_host() {
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
         }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-nat0" meta mark set meta mark | 0x1000
+        }
     }
     ip link set bqtapn0 mtu 1500 master bosh-nat0
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
@@ -100,6 +104,10 @@ fn routed_on_a_bare_host() {
             iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
             iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-routed0" meta mark set meta mark | 0x1000
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-routed0
@@ -127,6 +135,10 @@ fn isolated_on_a_bare_host() {
             iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
             iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-isolated0" meta mark set meta mark | 0x1000
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-isolated0
@@ -258,6 +270,10 @@ fn only_what_somebody_broke_is_repaired() {
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+        }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-nat0" meta mark set meta mark | 0x1000
         }
     }
     --

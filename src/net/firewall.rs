@@ -34,6 +34,9 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     if let Some(services) = services {
         chains.push(host(bridge, services));
     }
+    if !addresses.is_empty() {
+        chains.push(speaks(bridge));
+    }
     chains.retain(|chain| !chain.rules.is_empty());
     let table = Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains };
     Some(table).filter(|table| !table.chains.is_empty())
@@ -97,6 +100,16 @@ fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
     let rules = pings.into_iter().chain(served).chain([rule(Vec::new(), Verdict::Drop)]).collect();
     Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
 }
+
+/// Marks what the host itself says to VMs, which security groups admit: create-env speaks to its VM. The address would
+/// not tell it, for what is masqueraded has it too.
+fn speaks(bridge: &LinkName) -> Chain {
+    let rules = vec![Rule { matches: vec![Match::By(OIFNAME, bridge.clone())], verdict: Verdict::Mark(OF_THE_HOST) }];
+    Chain { name: "speaks", hook: Some(Hook::filter(Place::Output, 0)), rules }
+}
+
+/// The bit of a packet's mark for what the host itself says, in the machine's byte order.
+pub(super) const OF_THE_HOST: [u8; 4] = 0x1000u32.to_ne_bytes();
 
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`, in the machine's byte order.
 const NEW: [u8; 4] = 8u32.to_ne_bytes();

@@ -280,6 +280,20 @@ fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
 }
 
 #[test]
+fn a_security_group_admits_the_lease_of_who_asks_for_one() {
+    let Some(lab) = Lab::new() else { return };
+    let roaming = lab.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
+    let settled = lab.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
+    let server = lab.guest(3, NicRules::default());
+    let offer4 = |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
+    let offer6 = |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
+    lab.passes(&server, &roaming, &offer4(mac(1), 68));
+    lab.passes(&server, &roaming, &offer6(mac(1)));
+    lab.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));
+    lab.drops_it(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
+}
+
+#[test]
 fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
@@ -463,8 +477,9 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
         let to: std::net::IpAddr = address(inside).parse().unwrap();
         let forward = |host, address| Forward { address, protocol: TCP, host, to, guest: 80, count: 1 };
         let named = address(at_host).parse().unwrap();
+        let elsewhere: std::net::IpAddr = address(outer).parse().unwrap();
         let rules = NicRules {
-            forwards: vec![forward(8080, None), forward(8081, Some(named))],
+            forwards: vec![forward(8080, None), forward(8081, Some(named)), forward(8082, Some(elsewhere))],
             ..guarded(&[&address(inside)])
         };
         let vm = nic("bqport1", 1, rules);
@@ -484,6 +499,10 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
             assert_eq!(peer.port(), stream.local_addr().unwrap().port());
             drop(served);
         }
+        let others = outside.run(|| TcpListener::bind((elsewhere, 8082)).unwrap());
+        host.run(|| TcpStream::connect_timeout(&(elsewhere, 8082).into(), PATIENCE)).unwrap();
+        others.set_nonblocking(true).unwrap();
+        others.accept().expect("another's address is not the host's to forward");
         host.run(|| guard::remove(std::slice::from_ref(&vm))).unwrap();
         assert!(connects(&outside, 8080).is_err(), "the forward is gone with its VM");
     }

@@ -9,6 +9,7 @@
 //! connections (`nf_conntrack_bridge` is not in every kernel): that a packet answers another is told by TCP's flags,
 //! ICMP's types, and for UDP by what the guest sent itself before.
 
+use super::super::firewall::OF_THE_HOST;
 use super::super::nft::*;
 
 const BRIDGE: &str = "bosh-qemu-guard";
@@ -305,7 +306,10 @@ fn asks() -> Vec<Rule> {
 }
 
 fn receiver() -> Vec<Rule> {
-    vec![rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted"))]
+    vec![
+        return_if([Match::Bits(MARK, &OF_THE_HOST, &OF_THE_HOST)]),
+        rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted")),
+    ]
 }
 
 fn admitted() -> Vec<Rule> {
@@ -322,6 +326,12 @@ fn goes_on() -> Rule {
     return_if([Match::Is(PROTOCOL, TCP), Match::OtherBits(TCP_FLAGS, &[0x12], &[0x02])])
 }
 
+/// The answer of a DHCP server comes from an address that the guest did not ask (RFC 2131 §4.1, RFC 8415 §7.2).
+fn dhcp(server: &'static [u8], client: &'static [u8]) -> Rule {
+    let (from, to) = (Match::Is(SOURCE_PORT, server), Match::Is(DESTINATION_PORT, client));
+    return_if([known(&[OIFNAME], ROAMING), Match::Is(PROTOCOL, UDP), from, to])
+}
+
 fn admitted_ip4() -> Vec<Rule> {
     let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
     vec![
@@ -330,6 +340,7 @@ fn admitted_ip4() -> Vec<Rule> {
             Match::Is(PROTOCOL, UDP),
             known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
         ]),
+        dhcp(&[0, 67], &[0, 68]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
         // What comes after the first fragment is worth nothing without it.
@@ -350,6 +361,7 @@ fn admitted_ip6() -> Vec<Rule> {
             Match::Is(PROTOCOL, UDP),
             known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
         ]),
+        dhcp(&[0x02, 0x23], &[0x02, 0x22]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
         return_if([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
@@ -385,9 +397,10 @@ fn forwards() -> Vec<Rule> {
     let to = |v6, key: &[Field], map: Set| Verdict::Forward { v6, key: key.to_vec(), map: map.name };
     let local = || Match::Is(DESTINATION_TYPE, &LOCAL);
     vec![
-        rule([Match::Is(FAMILY, FAMILY4)], to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4)),
+        // Only addresses of the host: another's packets are not ours to take.
+        rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4)),
         rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[PROTOCOL, DESTINATION_PORT], FORWARDS4)),
-        rule([Match::Is(FAMILY, FAMILY6)], to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6)),
+        rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6)),
         rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[PROTOCOL, DESTINATION_PORT], FORWARDS6)),
     ]
 }

@@ -55,6 +55,7 @@ fields! {
     OIFNAME = "oifname", 16, Source::Meta(MetaKeys::Oifname);
     FAMILY = "meta nfproto", 1, Source::Meta(MetaKeys::Nfproto);
     PROTOCOL = "meta l4proto", 1, Source::Meta(MetaKeys::L4Proto);
+    MARK = "meta mark", 4, Source::Meta(MetaKeys::Mark);
     CT_STATE = "ct state", 4, Source::Ct(CtKeys::State);
     CT_STATUS = "ct status", 4, Source::Ct(CtKeys::Status);
     DESTINATION_TYPE = "fib daddr type", 4, Source::DestinationType;
@@ -94,7 +95,7 @@ impl Field {
 
     /// Whether its bytes are in the machine's order, not the network's.
     pub(super) fn is_native(self) -> bool {
-        matches!(self.source, Source::Ct(_) | Source::DestinationType)
+        matches!(self.source, Source::Ct(_) | Source::DestinationType | Source::Meta(MetaKeys::Mark))
     }
 
     /// Loads the field into the registers from `register`.
