@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Cpi;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
-use crate::net::change::Change;
+use crate::net::change::{Change, Port};
 use crate::net::coexist::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
 use crate::net::{apply, guard, kept, profile::Profile};
@@ -43,8 +43,12 @@ pub struct Lack {
 }
 
 impl HostNetwork {
-    fn taps(&self) -> Vec<LinkName> {
-        self.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect()
+    fn links(&self) -> Vec<LinkName> {
+        self.ports().into_iter().map(|port| port.link).collect()
+    }
+
+    fn ports(&self) -> Vec<Port> {
+        self.nics.iter().filter_map(Port::of).map(|(port, _)| port).collect()
     }
 }
 
@@ -83,7 +87,7 @@ impl Cpi {
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
         let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
-        let changes = apply::missing(&network.segment, &network.taps());
+        let changes = apply::missing(&network.segment, &network.ports());
         Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
     }
 
@@ -104,7 +108,7 @@ impl Cpi {
         self.make_network(network, false)?;
         let bridge = &network.segment.bridge;
         let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        if !self.store.is_pinned(bridge) && apply::present(&network.taps())?.is_empty() {
+        if !self.store.is_pinned(bridge) && apply::present(&network.links())?.is_empty() {
             // The last VM went while we were at it.
             apply::release(&network.segment)?;
         }
@@ -121,7 +125,7 @@ impl Cpi {
         }
         // In force before a tap is on the wire again.
         guard::add(&network.nics, || self.all_nics())?;
-        apply::ensure(&network.segment, &network.taps())?;
+        apply::ensure(&network.segment, &network.ports())?;
         if self.store.is_pinned(bridge) {
             kept::keep(bridge, &self.store.owner()?)?;
         }

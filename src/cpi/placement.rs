@@ -84,7 +84,7 @@ impl Cpi {
         let wire = match chosen.place {
             Place::User(user) => Wire::User { user },
             Place::Bridge(segment) => {
-                rules.admits = admits.map(|admits| admits.iter().cloned().chain(the_host(&segment)).collect());
+                rules.admits = admits.map(<[_]>::to_vec);
                 rules.probe = chosen.probe.unwrap_or_else(|| has_strangers(&segment));
                 Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
             }
@@ -163,13 +163,6 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
         Admission { source, protocols, ports }
     };
     rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
-}
-
-/// The host itself speaks to its VMs: create-env does.
-fn the_host(segment: &Segment) -> Vec<Admission> {
-    let Keeper::Us { addresses, .. } = &segment.keeper else { return Vec::new() };
-    let admission = |address: &IpNetwork| Admission { source: address.ip().into(), protocols: (0, 255), ports: None };
-    addresses.iter().map(admission).collect()
 }
 
 /// Whether other machines than VMs of this host can be on the wire.

@@ -16,7 +16,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
-use super::change::{Change, Rules};
+use super::change::{Change, Port, Rules};
 use super::diff::{self, Seen, diff, is_ours};
 use super::link::{Link, Links};
 use super::plan::{Keeper, Segment};
@@ -43,7 +43,7 @@ pub struct Plug {
 ///
 /// # Errors
 /// As [`ensure`].
-pub fn missing(segment: &Segment, ports: &[LinkName]) -> Result<Vec<Change>> {
+pub fn missing(segment: &Segment, ports: &[Port]) -> Result<Vec<Change>> {
     diff(segment, &look(&Links::open()?, segment, ports)?)
 }
 
@@ -55,29 +55,25 @@ pub fn missing(segment: &Segment, ports: &[LinkName]) -> Result<Vec<Change>> {
 /// [`ErrorKind::Conflict`] if the bridge or its subnet is somebody else's, with nothing changed;
 /// [`ErrorKind::NetworkNotFound`] if the operator's bridge or the uplink is not there; [`ErrorKind::Host`] for what the
 /// kernel refused.
-pub fn ensure(segment: &Segment, ports: &[LinkName]) -> Result<()> {
+pub fn ensure(segment: &Segment, ports: &[Port]) -> Result<()> {
     settle(segment, |links| settled(links, segment, |_| Ok(ports.to_vec()))).map(drop)
 }
 
-/// Makes the tap `name` with so many queues and plugs it into the segment's bridge, which is [`ensure`]d first. If the
+/// Makes the tap `port` with so many queues and plugs it into the segment's bridge, which is [`ensure`]d first. If the
 /// bridge is made, `others` says who was on it before it went: a bridge that somebody removed leaves its taps behind.
 ///
 /// # Errors
 /// As [`ensure`]; [`ErrorKind::Conflict`] if a link of that name exists.
-pub fn plug(
-    name: &LinkName,
-    segment: &Segment,
-    queues: usize,
-    others: impl Fn() -> Result<Vec<LinkName>>,
-) -> Result<Plug> {
+pub fn plug(port: &Port, segment: &Segment, queues: usize, others: impl Fn() -> Result<Vec<Port>>) -> Result<Plug> {
     settle(segment, |links| {
         let others = |seen: &Seen| if seen.bridge.is_none() { others() } else { Ok(Vec::new()) };
         let Some((seen, bridge)) = settled(links, segment, others)? else { return Ok(None) };
+        let name = &port.link;
         let taps = tap::create(name, queues)?;
         crash::point!("tap made");
         // The host has no business on this wire: no address of its own, no router discovery towards the guest.
         sysctl::ensure(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
-        for change in diff::plug(segment, &seen, name, Some(tap::host_mac(name)), bridge.mtu) {
+        for change in diff::plug(segment, &seen, port, Some(tap::host_mac(name)), bridge.mtu) {
             if !links.make(&change)? {
                 return Ok(None);
             }
@@ -149,7 +145,9 @@ fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -
 /// # Errors
 /// As [`release`].
 pub fn present(names: &[LinkName]) -> Result<Vec<LinkName>> {
-    Ok(existing(&Links::open()?, names)?.into_iter().map(|(name, _)| name).collect())
+    let links = Links::open()?;
+    let found = names.iter().map(|name| Ok(links.find(name)?.map(|_| name.clone())));
+    found.filter_map(Result::transpose).collect()
 }
 
 /// Removes a tap that something keeps alive after its VM, if it is there.
@@ -181,7 +179,7 @@ fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option
 fn settled(
     links: &Links,
     segment: &Segment,
-    ports: impl Fn(&Seen) -> Result<Vec<LinkName>>,
+    ports: impl Fn(&Seen) -> Result<Vec<Port>>,
 ) -> Result<Option<(Seen, Link)>> {
     let mut seen = look(links, segment, &[])?;
     let ports = ports(&seen)?;
@@ -216,7 +214,7 @@ fn settled(
 }
 
 /// All that [`diff`] wants to know.
-fn look(links: &Links, segment: &Segment, ports: &[LinkName]) -> Result<Seen> {
+fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
     let mut seen = Seen { bridge: links.find(&segment.bridge)?, ports: existing(links, ports)?, ..Seen::default() };
     let Keeper::Us { addresses, uplink, .. } = &segment.keeper else { return Ok(seen) };
     let index = seen.bridge.as_ref().map(|link| link.index);
@@ -244,8 +242,8 @@ fn look(links: &Links, segment: &Segment, ports: &[LinkName]) -> Result<Seen> {
     Ok(seen)
 }
 
-fn existing(links: &Links, ports: &[LinkName]) -> Result<Vec<(LinkName, Link)>> {
-    let found = ports.iter().map(|name| Ok(links.find(name)?.map(|link| (name.clone(), link))));
+fn existing(links: &Links, ports: &[Port]) -> Result<Vec<(Port, Link)>> {
+    let found = ports.iter().map(|port| Ok(links.find(&port.link)?.map(|link| (port.clone(), link))));
     found.filter_map(Result::transpose).collect()
 }
 

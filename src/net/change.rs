@@ -8,6 +8,7 @@ use super::nft::Table;
 use super::sysctl;
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
+use crate::store::record::{Nic, Segment};
 
 /// A change of the host's kernel state.
 #[derive(Debug)]
@@ -39,6 +40,14 @@ pub enum Change {
     },
     /// Keeps a port of a bridge from other such ports.
     Isolate(LinkName),
+    /// Has a bridge know by itself who is behind a port, and learn nothing from what comes out of it: frames to some
+    /// addresses teach it before any rule is asked (`net/bridge/br_input.c`).
+    Bind {
+        /// The port.
+        port: LinkName,
+        /// Who is behind it.
+        mac: MacAddress,
+    },
     /// Puts a port of a bridge on one VLAN, untagged, and on no other.
     Tag {
         /// The port.
@@ -73,6 +82,30 @@ pub enum Change {
     Rules(Rules),
 }
 
+/// What is to be a port of a bridge.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Port {
+    /// The link.
+    pub link: LinkName,
+    /// The only address behind it, if the machine there may have no other.
+    pub bound: Option<MacAddress>,
+}
+
+impl From<LinkName> for Port {
+    fn from(link: LinkName) -> Self {
+        Self { link, bound: None }
+    }
+}
+
+impl Port {
+    /// The port of a VM's network card, if it has one, with the segment that it is on.
+    pub fn of(nic: &Nic) -> Option<(Self, &Segment)> {
+        let (tap, segment) = nic.tap()?;
+        let guarded = nic.rules.as_ref().is_some_and(|rules| rules.anti_spoof);
+        Some((Self { link: tap.clone(), bound: guarded.then_some(nic.mac) }, segment))
+    }
+}
+
 /// An nftables table of ours.
 #[derive(Debug)]
 pub struct Rules(pub(super) Table);
@@ -103,6 +136,10 @@ impl fmt::Display for Change {
             }
             Self::Set { link, to } => write!(f, "ip link set {link}{to}"),
             Self::Isolate(port) => write!(f, "bridge link set dev {port} isolated on"),
+            Self::Bind { port, mac } => {
+                write!(f, "bridge link set dev {port} learning off && ")?;
+                write!(f, "bridge fdb replace {mac} dev {port} master static sticky")
+            }
             Self::Tag { port, vlan, instead_of } => {
                 write!(f, "bridge vlan add dev {port} vid {vlan} pvid untagged")?;
                 instead_of.map_or(Ok(()), |other| write!(f, " && bridge vlan del dev {port} vid {other}"))

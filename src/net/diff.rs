@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use ipnetwork::IpNetwork;
 
 use super::MARK;
-use super::change::{Change, Rules, Settings};
+use super::change::{Change, Port, Rules, Settings};
 use super::firewall;
 use super::link::Link;
 use super::plan::{Keeper, Segment, overlap, subnet};
@@ -35,7 +35,7 @@ pub(super) struct Seen {
     /// The uplink's sub-interface.
     pub tagged: Option<Link>,
     /// Links that are to be its ports and exist.
-    pub ports: Vec<(LinkName, Link)>,
+    pub ports: Vec<(Port, Link)>,
     /// Settings below `/proc/sys/net` that exist.
     pub settings: BTreeMap<String, String>,
     /// Whether our table has the rules it is to have.
@@ -63,33 +63,42 @@ pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
             mtu
         }
     };
-    for (name, port) in &seen.ports {
-        let lost = port.controller.is_none() || port.controller != seen.bridge.as_ref().map(|bridge| bridge.index);
+    for (port, link) in &seen.ports {
+        let lost = link.controller.is_none() || link.controller != seen.bridge.as_ref().map(|bridge| bridge.index);
         if lost {
-            changes.extend(plug(segment, seen, name, None, mtu));
+            changes.extend(plug(segment, seen, port, None, mtu));
+        } else if link.learns {
+            changes.extend(bind(port));
         }
     }
     Ok(changes)
 }
 
 /// How a tap becomes a port of the bridge, whose largest packet is `mtu`. It is up last, when nothing is amiss any more.
-pub(super) fn plug(segment: &Segment, seen: &Seen, port: &LinkName, mac: Option<MacAddress>, mtu: u32) -> Vec<Change> {
+pub(super) fn plug(segment: &Segment, seen: &Seen, port: &Port, mac: Option<MacAddress>, mtu: u32) -> Vec<Change> {
+    let link = &port.link;
     // Never smaller than the bridge's: a bridge shrinks to its smallest port.
     let joined = Settings { mac, mtu: Some(mtu), controller: Some(segment.bridge.clone()), ..Settings::default() };
-    if !segment.isolated && segment.vlan.is_none() {
-        return vec![Change::Set { link: port.clone(), to: Settings { up: true, ..joined } }];
+    if !segment.isolated && segment.vlan.is_none() && port.bound.is_none() {
+        return vec![Change::Set { link: link.clone(), to: Settings { up: true, ..joined } }];
     }
-    let mut changes = vec![Change::Set { link: port.clone(), to: joined }];
+    let mut changes = vec![Change::Set { link: link.clone(), to: joined }];
     if segment.isolated {
-        changes.push(Change::Isolate(port.clone()));
+        changes.push(Change::Isolate(link.clone()));
     }
     if let Some(vlan) = segment.vlan {
         let default = seen.bridge.as_ref().and_then(|bridge| bridge.default_vlan);
         let instead_of = default.filter(|default| *default != vlan);
-        changes.push(Change::Tag { port: port.clone(), vlan, instead_of });
+        changes.push(Change::Tag { port: link.clone(), vlan, instead_of });
     }
-    changes.push(Change::Set { link: port.clone(), to: Settings { up: true, ..Settings::default() } });
+    // Behind the VLAN: the kernel enters the address for those that the port is on.
+    changes.extend(bind(port));
+    changes.push(Change::Set { link: link.clone(), to: Settings { up: true, ..Settings::default() } });
     changes
+}
+
+fn bind(port: &Port) -> Option<Change> {
+    port.bound.map(|mac| Change::Bind { port: port.link.clone(), mac })
 }
 
 fn operators_bridge<'a>(segment: &Segment, seen: &'a Seen) -> Result<&'a Link> {

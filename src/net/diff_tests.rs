@@ -50,8 +50,13 @@ fn lines(changes: &[Change]) -> String {
 fn all(network: &serde_json::Value, seen: &Seen) -> String {
     let segment = segment(network);
     let mut changes = diff(&segment, seen).unwrap();
-    changes.extend(plug(&segment, seen, &name("bqtapn0"), None, 1500));
+    changes.extend(plug(&segment, seen, &bound(), None, 1500));
     lines(&changes)
+}
+
+/// The port of a VM that may speak only as itself.
+fn bound() -> Port {
+    Port { link: name("bqtapn0"), bound: Some([2, 0, 0, 0, 0, 1].into()) }
 }
 
 #[test]
@@ -74,8 +79,14 @@ fn nat_on_a_bare_host() {
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
         }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-nat0" meta mark set meta mark | 0x1000
+        }
     }
-    ip link set bqtapn0 mtu 1500 master bosh-nat0 up
+    ip link set bqtapn0 mtu 1500 master bosh-nat0
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 up
     "#);
 }
 
@@ -94,8 +105,14 @@ fn routed_on_a_bare_host() {
             iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 counter drop
         }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-routed0" meta mark set meta mark | 0x1000
+        }
     }
-    ip link set bqtapn0 mtu 1500 master bosh-routed0 up
+    ip link set bqtapn0 mtu 1500 master bosh-routed0
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 up
     "#);
 }
 
@@ -109,7 +126,7 @@ fn isolated_on_a_bare_host() {
     nft table inet bosh-qemu-bosh-isolated0 {
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-isolated0" oifname "bosh-isolated0" return
+            iifname "bosh-isolated0" oifname "bosh-isolated0" counter drop
             iifname "bosh-isolated0" counter drop
             oifname "bosh-isolated0" counter drop
         }
@@ -119,9 +136,14 @@ fn isolated_on_a_bare_host() {
             iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 counter drop
         }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-isolated0" meta mark set meta mark | 0x1000
+        }
     }
     ip link set bqtapn0 mtu 1500 master bosh-isolated0
     bridge link set dev bqtapn0 isolated on
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
 }
@@ -129,7 +151,9 @@ fn isolated_on_a_bare_host() {
 #[test]
 fn an_operators_bridge_gets_a_tap() {
     insta::assert_snapshot!(all(&json!({"profile": "bridge", "bridge": "br0"}), &with_bridge("br0")), @r"
-    ip link set bqtapn0 mtu 1500 master br0 up
+    ip link set bqtapn0 mtu 1500 master br0
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 up
     ");
 }
 
@@ -147,12 +171,14 @@ fn a_vlan_of_a_bridge() {
     insta::assert_snapshot!(all(&network, &seen), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged && bridge vlan del dev bqtapn0 vid 1
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     ");
     seen.bridge.as_mut().unwrap().default_vlan = Some(20);
     insta::assert_snapshot!(all(&network, &seen), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     ");
 }
@@ -166,7 +192,9 @@ fn a_vlan_of_an_uplink() {
     ip link set bosh-vlan20 alias 'bosh-qemu-cpi:lab' up
     ip link add bqv20-kroebn link eth0 type vlan id 20
     ip link set bqv20-kroebn master bosh-vlan20 up
-    ip link set bqtapn0 mtu 1500 master bosh-vlan20 up
+    ip link set bqtapn0 mtu 1500 master bosh-vlan20
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 up
     ");
     let error = diff(&segment(&network), &Seen { world: None, ..bare_host() }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkNotFound);
@@ -217,9 +245,10 @@ fn only_what_somebody_broke_is_repaired() {
         repair(&|seen| seen.routes.clear()),
         repair(&|seen| seen.rules_hold = false),
         repair(&|seen| drop(seen.settings.insert(FORWARD_V4.into(), "0".into()))),
-        repair(&|seen| seen.ports = vec![(name("bqtapn0"), tap(None))]),
-        repair(&|seen| seen.ports = vec![(name("bqtapn0"), tap(Some(7)))]),
-        repair(&|seen| seen.ports = vec![(name("bqtapn0"), tap(Some(3)))]),
+        repair(&|seen| seen.ports = vec![(bound(), tap(None))]),
+        repair(&|seen| seen.ports = vec![(bound(), tap(Some(7)))]),
+        repair(&|seen| seen.ports = vec![(bound(), tap(Some(3)))]),
+        repair(&|seen| seen.ports = vec![(bound(), Link { learns: true, ..tap(Some(3)) })]),
     ];
     insta::assert_snapshot!(repairs.join("\n--\n"), @r#"
     ip link set bosh-nat0 up
@@ -242,13 +271,24 @@ fn only_what_somebody_broke_is_repaired() {
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
             iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
         }
+        chain speaks {
+            type filter hook output priority 0; policy accept;
+            oifname "bosh-nat0" meta mark set meta mark | 0x1000
+        }
     }
     --
     sysctl -w net.ipv4.ip_forward=1
     --
-    ip link set bqtapn0 mtu 1450 master bosh-nat0 up
+    ip link set bqtapn0 mtu 1450 master bosh-nat0
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 up
     --
-    ip link set bqtapn0 mtu 1450 master bosh-nat0 up
+    ip link set bqtapn0 mtu 1450 master bosh-nat0
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 up
     --
+
+    --
+    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     "#);
 }

@@ -28,11 +28,14 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     if *masquerade {
         chains.push(hiding(bridge, present.iter().chain(addresses).copied()));
     }
-    if *closed {
-        chains.push(closing(bridge));
+    if *closed || segment.isolated {
+        chains.push(closing(bridge, *closed, segment.isolated));
     }
     if let Some(services) = services {
         chains.push(host(bridge, services));
+    }
+    if !addresses.is_empty() {
+        chains.push(speaks(bridge));
     }
     chains.retain(|chain| !chain.rules.is_empty());
     let table = Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains };
@@ -70,15 +73,16 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
     Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules }
 }
 
-/// Lets nothing pass between the bridge and other links: that the host routes for one network is not for all. What goes
-/// from port to port comes here only through br_netfilter, and is no business of this chain.
-fn closing(bridge: &LinkName) -> Chain {
+/// Lets nothing pass between the bridge and other links if it is `closed`: that the host routes for one network is not
+/// for all. Neighbours that are `isolated` as ports are so by way of the gateway too; else what goes from port to port
+/// comes here only through br_netfilter, and is no business of this chain.
+fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Chain {
     let by = |field| Match::By(field, bridge.clone());
-    let rules = vec![
-        Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: Verdict::Return },
-        Rule { matches: vec![by(IIFNAME)], verdict: Verdict::Drop },
-        Rule { matches: vec![by(OIFNAME)], verdict: Verdict::Drop },
-    ];
+    let neighbours = if isolated { Verdict::Drop } else { Verdict::Return };
+    let mut rules = vec![Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: neighbours }];
+    if closed {
+        rules.extend([IIFNAME, OIFNAME].map(|field| Rule { matches: vec![by(field)], verdict: Verdict::Drop }));
+    }
     Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
 }
 
@@ -96,6 +100,16 @@ fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
     let rules = pings.into_iter().chain(served).chain([rule(Vec::new(), Verdict::Drop)]).collect();
     Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
 }
+
+/// Marks what the host itself says to VMs, which security groups admit: create-env speaks to its VM. The address would
+/// not tell it, for what is masqueraded has it too.
+fn speaks(bridge: &LinkName) -> Chain {
+    let rules = vec![Rule { matches: vec![Match::By(OIFNAME, bridge.clone())], verdict: Verdict::Mark(OF_THE_HOST) }];
+    Chain { name: "speaks", hook: Some(Hook::filter(Place::Output, 0)), rules }
+}
+
+/// The bit of a packet's mark for what the host itself says, in the machine's byte order.
+pub(super) const OF_THE_HOST: [u8; 4] = 0x1000u32.to_ne_bytes();
 
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`, in the machine's byte order.
 const NEW: [u8; 4] = 8u32.to_ne_bytes();

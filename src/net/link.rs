@@ -13,8 +13,10 @@ use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{
-    BridgeStpState, BridgeVlanInfoFlags, InfoBridge, InfoData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    BridgeStpState, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoData, InfoPortData, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
 };
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
 };
@@ -55,6 +57,8 @@ pub(super) struct Link {
     pub up: bool,
     /// The bridge it is a port of.
     pub controller: Option<u32>,
+    /// For ports: whether the bridge learns from what comes out of it who is behind it.
+    pub learns: bool,
     /// For bridges: whether ports are on VLANs (`vlan_filtering`).
     pub tells_vlans_apart: bool,
     /// For bridges: the VLAN that a new port is on.
@@ -172,6 +176,10 @@ impl Links {
                 let changed = self.runtime.block_on(self.handle.link().change(port).execute());
                 settled(changed, Errno::ENODEV).map_err(failed)
             }
+            Change::Bind { port, mac } => {
+                let Some(index) = found(port)? else { return Ok(false) };
+                settled(self.bind(index, *mac), Errno::ENODEV).map_err(failed)
+            }
             Change::Tag { port, vlan, instead_of } => {
                 let Some(index) = found(port)? else { return Ok(false) };
                 self.tag(index, *vlan, *instead_of).map_err(failed)
@@ -190,6 +198,14 @@ impl Links {
             }
             Change::Write { .. } | Change::Rules(_) => unreachable!("neither is about links"),
         }
+    }
+
+    fn bind(&self, port: u32, mac: MacAddress) -> Result<(), rtnetlink::Error> {
+        let silent = LinkBridgePort::new(port).learning(false).build();
+        self.runtime.block_on(self.handle.link().change(silent).execute())?;
+        let known = self.handle.neighbours().add_bridge(port, &mac.octets()).state(NeighbourState::Noarp);
+        let known = known.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
+        self.runtime.block_on(known.execute())
     }
 
     /// Puts a port on one VLAN, untagged, and on no other.
@@ -345,6 +361,9 @@ fn link_from(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::LinkInfo(infos) => infos.iter().for_each(|info| match info {
+                LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
+                    link.learns = settings.contains(&InfoBridgePort::Learning(true));
+                }
                 LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
                 LinkInfo::Data(InfoData::Bridge(settings)) => settings.iter().for_each(|setting| match setting {
                     InfoBridge::VlanFiltering(on) => link.tells_vlans_apart = *on,

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
 use crate::link_name::LinkName;
 use crate::net::apply::Plug;
+use crate::net::change::Port;
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
@@ -117,12 +118,12 @@ fn tap(plug: &Plug) -> Tap {
 
 /// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
 fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
-    let Some((tap, segment)) = nic.tap() else { return Ok(None) };
+    let Some((port, segment)) = Port::of(nic) else { return Ok(None) };
     let lock = scope.store.lock(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
-    net::apply::remove_tap(tap)?;
+    net::apply::remove_tap(&port.link)?;
     let queues = net::tap::queues(vm.machine.cpus);
-    let plug = net::apply::plug(tap, segment, queues, || taps_on(&scope.store, &segment.bridge))?;
+    let plug = net::apply::plug(&port, segment, queues, || ports_on(&scope.store, &segment.bridge))?;
     // Made again, it lost the word that it stays.
     if scope.store.is_pinned(&segment.bridge) {
         net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
@@ -131,11 +132,11 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     Ok(Some(plug))
 }
 
-/// The taps of all VMs on a bridge, whether they run or not.
-fn taps_on(store: &Store, bridge: &LinkName) -> Result<Vec<LinkName>> {
+/// The ports of all VMs on a bridge, whether they run or not.
+fn ports_on(store: &Store, bridge: &LinkName) -> Result<Vec<Port>> {
     let vms = store.readable::<VmRecord>()?;
-    let taps = vms.iter().flat_map(|vm| &vm.nics).filter_map(Nic::tap);
-    Ok(taps.filter(|(_, segment)| segment.bridge == *bridge).map(|(tap, _)| tap.clone()).collect())
+    let ports = vms.iter().flat_map(|vm| &vm.nics).filter_map(Port::of);
+    Ok(ports.filter(|(_, segment)| segment.bridge == *bridge).map(|(port, _)| port).collect())
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.

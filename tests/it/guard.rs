@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::error::Result;
 use bosh_qemu_cpi::link_name::LinkName;
-use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::net::change::Port;
+use bosh_qemu_cpi::net::{apply, guard};
 use bosh_qemu_cpi::store::nic_rules::{Admission, Forward, NicRules};
 use bosh_qemu_cpi::store::record::{Keeper, Nic, Segment, Wire};
 use bosh_qemu_cpi::sys::packet::PacketSocket;
 
-use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, ip4, ip6, nd, tcp, udp};
+use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, tcp, udp};
 use crate::support::host::eventually;
 use crate::support::netns::Namespace;
 use crate::support::nftables;
@@ -86,7 +87,8 @@ impl Lab {
         self.host.cable(&port, &namespace, "eth0");
         namespace.ip(&format!("link set eth0 address 02:00:00:00:00:{last:02x}"));
         self.host.run(|| guard::add(std::slice::from_ref(&nic), no_others)).unwrap();
-        self.host.ip(&format!("link set {port} master {BRIDGE}"));
+        let (port, segment) = Port::of(&nic).unwrap();
+        self.host.run(|| apply::ensure(segment, &[port])).unwrap();
         let wire = namespace.run(|| PacketSocket::open("eth0")).unwrap();
         Guest { _namespace: namespace, nic, wire }
     }
@@ -144,12 +146,15 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP4, payload);
     let asks = |sender: (Mac, &str)| ethernet(EVERYBODY, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
+    let probes = |target| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
 
     lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
     lab.passes(&guest, &other, &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))));
     lab.passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
     lab.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
-    lab.passes(&guest, &other, &asks((mac(1), "0.0.0.0")));
+    lab.passes(&guest, &other, &probes("10.0.0.1"));
+    lab.passes(&guest, &other, &probes("10.0.0.47"));
+    lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])));
 
     let spoofs = [
         ("MAC", ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)))),
@@ -157,6 +162,10 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
         ("IP beside its block", frame(&ip4("10.0.0.48", "10.0.0.2", UDP, &udp(1, 53)))),
         ("IP of nobody", frame(&ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67)))),
         ("DHCP server", frame(&ip4("10.0.0.1", "255.255.255.255", UDP, &udp(67, 68)))),
+        ("question whether another's address is free", probes("10.0.0.2")),
+        ("IGMP query", frame(&ip4("10.0.0.1", "224.0.0.1", 2, &[0x11, 0, 0, 0, 0, 0, 0, 0]))),
+        ("multicast router", frame(&ip4("10.0.0.1", "224.0.0.106", 2, &[0x30, 0, 0, 0, 0, 0, 0, 0]))),
+        ("PIM", frame(&ip4("10.0.0.1", "224.0.0.13", 103, &[0x20, 0, 0, 0]))),
         ("ARP sender's IP", asks((mac(1), "10.0.0.2"))),
         ("ARP sender's MAC", asks((mac(9), "10.0.0.1"))),
         ("ARP of another kind", ethernet(EVERYBODY, mac(1), ARP, &[0, 1, 8, 0, 6, 16, 0, 1])),
@@ -179,6 +188,13 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
 #[test]
 fn a_guest_speaks_ipv6_only_as_itself() {
     let Some(lab) = Lab::new() else { return };
+    // It would put fragments together.
+    let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-ip6tables");
+    lab.host.run(|| {
+        if setting.exists() {
+            std::fs::write(setting, "0").unwrap();
+        }
+    });
     let guest = lab.guest(1, guarded(&["fd00::1", "fd00:1::/80"]));
     let other = lab.guest(2, guarded(&["fd00::2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP6, payload);
@@ -192,7 +208,13 @@ fn a_guest_speaks_ipv6_only_as_itself() {
     lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
     lab.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
     lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
-    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(133, "::", None)));
+    lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
+    lab.passes(&guest, &other, &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
+    // A large ping in two fragments.
+    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])));
+    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
 
     let spoofs = [
         ("IP", frame(&ip6("fd00::2", "fd00::2", UDP, &udp(1, 53)))),
@@ -208,6 +230,32 @@ fn a_guest_speaks_ipv6_only_as_itself() {
         ("solicitor's MAC", icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(9)))))),
         ("solicitor", icmp("fd00::2", &nd(135, "fd00::1", None))),
         ("question whether another's address is free", icmp("::", &nd(135, "fd00::2", None))),
+        ("solicitor's MAC after another option", {
+            let nonce = [14, 1, 0, 0, 0, 0, 0, 0];
+            icmp("fd00::1", &[nd(135, "fd00::2", None), nonce.to_vec(), vec![1, 1], mac(9).to_vec()].concat())
+        }),
+        ("solicitor's second option", {
+            icmp("fd00::1", &[nd(135, "fd00::2", Some((1, mac(1)))), vec![1, 1], mac(9).to_vec()].concat())
+        }),
+        ("MAC of who asks for routers", icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(9)].concat()))),
+        ("listener query", icmp(LINK_LOCAL, &nd(130, "::", None))),
+        ("inverse advertisement", icmp(LINK_LOCAL, &nd(142, "::", None))),
+        ("certificate", icmp(LINK_LOCAL, &nd(149, "::", None))),
+        ("multicast router", icmp(LINK_LOCAL, &nd(151, "::", None))),
+        ("PIM", frame(&ip6("fd00::1", "ff02::d", 103, &[0x20, 0, 0, 0]))),
+        ("advertisement cut off", icmp("fd00::1", &nd(136, "fd00::2", own)[..8])),
+        ("advertisement in a tiny fragment", {
+            frame(&fragment("fd00::1", ICMP6, 0, true, &nd(136, "fd00::2", foreign)[..8]))
+        }),
+        ("advertisement whose options go on", {
+            frame(&fragment("fd00::1", ICMP6, 0, true, &nd(136, "fd00::1", own)))
+        }),
+        ("fragment that ends in an option header", {
+            frame(&fragment("fd00::1", 60, 0, true, &[ICMP6, 1, 1, 4, 0, 0, 0, 0]))
+        }),
+        ("fragment that ends before its own header", {
+            frame(&fragment("fd00::1", 60, 0, true, &[ICMP6, 0, 1, 4, 0, 0, 0, 0]))
+        }),
         ("hop-by-hop header before an advertisement", {
             let behind = [&[ICMP6, 0, 1, 4, 0, 0, 0, 0][..], &nd(134, "::", None)].concat();
             frame(&ip6(LINK_LOCAL, "ff02::1", 0, &behind))
@@ -232,16 +280,61 @@ fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
 }
 
 #[test]
+fn a_security_group_admits_the_lease_of_who_asks_for_one() {
+    let Some(lab) = Lab::new() else { return };
+    let roaming = lab.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
+    let settled = lab.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
+    let server = lab.guest(3, NicRules::default());
+    let offer4 = |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
+    let offer6 = |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
+    lab.passes(&server, &roaming, &offer4(mac(1), 68));
+    lab.passes(&server, &roaming, &offer6(mac(1)));
+    lab.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));
+    lab.drops_it(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
+}
+
+#[test]
 fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
-    // 01:80:c2:00:00:0e is for the nearest bridge alone (IEEE 802.1Q, table 8-1).
-    let nearest = [1, 0x80, 0xc2, 0, 0, 0x0e];
-    let frame = ethernet(nearest, mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
+    let frame = ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
     let before = lab.drops();
     guest.wire.send(&frame).unwrap();
     eventually("a counted drop", || (lab.drops() > before).then_some(()));
+}
+
+/// For the nearest bridge alone (IEEE 802.1Q, table 8-1).
+fn nearest(last: u8) -> Mac {
+    [1, 0x80, 0xc2, 0, 0, last]
+}
+
+#[test]
+fn a_bridge_learns_nothing_from_a_guest() {
+    let Some(lab) = Lab::new() else { return };
+    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let free = lab.guest(3, NicRules::default());
+    let port_of = |mac: &str| {
+        let list = || std::process::Command::new("bridge").args(["-json", "fdb", "show"]).output().unwrap();
+        let list: serde_json::Value = serde_json::from_slice(&lab.host.run(list).stdout).unwrap();
+        let entry = list.as_array().unwrap().iter().find(|entry| entry["mac"] == mac && entry["master"] == BRIDGE);
+        entry.map(|entry| entry["ifname"].as_str().unwrap().to_owned())
+    };
+    let payload = ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53));
+    for last in [0x0e, 0x02, 0x03, 0x0d, 0x0f, 0x00] {
+        for from in [mac(2), mac(9)] {
+            guest.wire.send(&ethernet(nearest(last), from, IP4, &payload)).unwrap();
+        }
+    }
+    // Behind the others; and who may say anything can not take what belongs to somebody.
+    lab.passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
+    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
+    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
+    assert_eq!(port_of("02:00:00:00:00:01").as_deref(), Some("bqport1"));
+    assert_eq!(port_of("02:00:00:00:00:02").as_deref(), Some("bqport2"));
+    assert_eq!(port_of("02:00:00:00:00:08").as_deref(), Some("bqport3"), "others are learnt");
+    assert_eq!(port_of("02:00:00:00:00:09"), None);
 }
 
 /// A source, a protocol, ports.
@@ -384,8 +477,9 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
         let to: std::net::IpAddr = address(inside).parse().unwrap();
         let forward = |host, address| Forward { address, protocol: TCP, host, to, guest: 80, count: 1 };
         let named = address(at_host).parse().unwrap();
+        let elsewhere: std::net::IpAddr = address(outer).parse().unwrap();
         let rules = NicRules {
-            forwards: vec![forward(8080, None), forward(8081, Some(named))],
+            forwards: vec![forward(8080, None), forward(8081, Some(named)), forward(8082, Some(elsewhere))],
             ..guarded(&[&address(inside)])
         };
         let vm = nic("bqport1", 1, rules);
@@ -405,6 +499,10 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
             assert_eq!(peer.port(), stream.local_addr().unwrap().port());
             drop(served);
         }
+        let others = outside.run(|| TcpListener::bind((elsewhere, 8082)).unwrap());
+        host.run(|| TcpStream::connect_timeout(&(elsewhere, 8082).into(), PATIENCE)).unwrap();
+        others.set_nonblocking(true).unwrap();
+        others.accept().expect("another's address is not the host's to forward");
         host.run(|| guard::remove(std::slice::from_ref(&vm))).unwrap();
         assert!(connects(&outside, 8080).is_err(), "the forward is gone with its VM");
     }

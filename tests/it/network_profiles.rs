@@ -4,8 +4,10 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use bosh_qemu_cpi::net::apply;
 use bosh_qemu_cpi::net::plan::Segment;
+use bosh_qemu_cpi::net::{apply, guard};
+use bosh_qemu_cpi::store::nic_rules::NicRules;
+use bosh_qemu_cpi::store::record::{Nic, Wire};
 use serde_json::json;
 
 use crate::support::lab::{BRIDGE, Lab, existing, name, nat, seen_from, segment, text};
@@ -46,7 +48,7 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
     lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
-    let ports = [name("port0"), name("port1")];
+    let ports = [name("port0").into(), name("port1").into()];
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
     // Another network makes the host a router.
     lab.ensure(&nat("10.1.0.1")).unwrap();
@@ -60,10 +62,30 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     assert!(!reaches(&one, &two, "10.0.0.6"), "a neighbour");
     assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
     assert!(!reaches(&lab.outside, &one, "10.0.0.5"), "from the world");
+    for (vm, neighbour) in [(&one, "10.0.0.6"), (&two, "10.0.0.5")] {
+        vm.ip(&format!("route add {neighbour}/32 via 10.0.0.1"));
+    }
+    assert!(!reaches(&one, &two, "10.0.0.6"), "a neighbour by way of the gateway");
 
     let before = lab.state();
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
     assert_eq!(lab.state(), before);
+}
+
+#[test]
+fn a_security_group_takes_no_masquerade_for_the_host() {
+    let Some(lab) = Lab::new() else { return };
+    lab.ensure(&nat("10.0.0.1")).unwrap();
+    let stranger = lab.vm("port0", "10.0.0.5");
+    let routed = segment(&json!({"profile": "routed"}), "10.1.0.1");
+    let grouped = lab.unplugged_vm("port1", "10.1.0.5");
+    let rules = NicRules { admits: Some(Vec::new()), ..NicRules::default() };
+    let wire = Wire::Tap { tap: name("port1"), segment: routed.clone() };
+    let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 5].into(), wire, rules: Some(rules) };
+    lab.host.run(|| guard::add(std::slice::from_ref(&nic), || Ok(Vec::new()))).unwrap();
+    lab.host.run(|| apply::ensure(&routed, &[name("port1").into()])).unwrap();
+    assert!(reaches(&lab.host, &grouped, "10.1.0.5"), "the host itself");
+    assert!(!reaches(&stranger, &grouped, "10.1.0.5"), "a VM behind the host's address");
 }
 
 #[test]
@@ -72,7 +94,7 @@ fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
     let closed = Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
-    lab.host.run(|| apply::ensure(&closed, &[name("port0"), name("port1")])).unwrap();
+    lab.host.run(|| apply::ensure(&closed, &[name("port0").into(), name("port1").into()])).unwrap();
     lab.ensure(&nat("10.1.0.1")).unwrap();
     assert!(reaches(&one, &two, "10.0.0.6"), "a neighbour");
     assert!(!reaches(&one, &lab.outside, "192.0.2.2"), "the world");
@@ -81,7 +103,7 @@ fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
 #[test]
 fn what_somebody_removed_comes_back_with_its_vms() {
     let Some(lab) = Lab::new() else { return };
-    let (segment, ports) = (nat("10.0.0.1"), [name("port0"), name("not-there")]);
+    let (segment, ports) = (nat("10.0.0.1"), [name("port0").into(), name("not-there").into()]);
     let vm = lab.unplugged_vm("port0", "10.0.0.5");
     let heal = || {
         lab.host.run(|| apply::ensure(&segment, &ports)).unwrap();
@@ -118,7 +140,8 @@ fn a_bridge_is_as_wide_as_the_way_to_the_world() {
 fn a_tap_has_a_queue_for_each_cpu() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
-    let plug = |queues| lab.host.run(|| apply::plug(&name("bqmanyn0"), &segment, queues, || Ok(Vec::new()))).unwrap();
+    let plug =
+        |queues| lab.host.run(|| apply::plug(&name("bqmanyn0").into(), &segment, queues, || Ok(Vec::new()))).unwrap();
     let many = plug(4);
     assert_eq!(many.queues.len(), 4);
     assert_eq!(lab.host.link("bqmanyn0").unwrap()["linkinfo"]["info_data"]["multi_queue"], true);
@@ -148,7 +171,7 @@ fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
         return skip("this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked");
     }
     let vm = lab.unplugged_vm("port0", "10.0.0.5");
-    lab.host.run(|| apply::ensure(&segment, &[name("port0")])).unwrap();
+    lab.host.run(|| apply::ensure(&segment, &[name("port0").into()])).unwrap();
     lab.outside.ip("link add world.20 link world type vlan id 20");
     lab.outside.ip("address add 10.0.0.2/24 dev world.20");
     lab.outside.ip("link set world.20 up");

@@ -24,9 +24,9 @@ pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
     let (Some((tap, _)), Some(rules)) = (nic.tap(), &nic.rules) else { return Default::default() };
     let tap = Part::Link(tap.clone());
     let only = |set: Set, holds: bool| members(set, holds.then(|| vec![tap.clone()]));
-    let mut bridge = vec![only(TAPS, true)];
+    let mut bridge = vec![only(TAPS, true), only(ROAMING, rules.addresses.is_empty())];
     if rules.anti_spoof {
-        bridge.extend([only(GUARDED, true), only(ROAMING, rules.addresses.is_empty())]);
+        bridge.push(only(GUARDED, true));
         bridge.extend(itself(&tap, nic.mac, rules));
     }
     if let Some(admits) = &rules.admits {

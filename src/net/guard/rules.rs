@@ -9,6 +9,7 @@
 //! connections (`nf_conntrack_bridge` is not in every kernel): that a packet answers another is told by TCP's flags,
 //! ICMP's types, and for UDP by what the guest sent itself before.
 
+use super::super::firewall::OF_THE_HOST;
 use super::super::nft::*;
 
 const BRIDGE: &str = "bosh-qemu-guard";
@@ -21,9 +22,12 @@ const ARP: &[u8] = &[0x08, 0x06];
 const IP4: &[u8] = &[0x08, 0x00];
 const IP6: &[u8] = &[0x86, 0xdd];
 const ICMP: &[u8] = &[1];
+const IGMP: &[u8] = &[2];
 const TCP: &[u8] = &[6];
 const UDP: &[u8] = &[17];
+const FRAGMENT: &[u8] = &[44];
 const ICMP6: &[u8] = &[58];
+const PIM: &[u8] = &[103];
 /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
 const FAMILY4: &[u8] = &[2];
 const FAMILY6: &[u8] = &[10];
@@ -111,7 +115,14 @@ pub(super) fn bridge_table() -> Table {
             chain("itself_arp", None, itself_arp()),
             chain("itself_ip4", None, itself_ip4()),
             chain("itself_ip6", None, itself_ip6()),
+            chain("itself_whole6", None, itself_whole6()),
             chain("itself_nd", None, itself_nd()),
+            chain("itself_asks_router", None, itself_asks_router()),
+            chain("itself_asks", None, itself_asks()),
+            chain("itself_duplicate", None, itself_duplicate()),
+            chain("itself_answers", None, itself_answers()),
+            chain("itself_advertised", None, itself_advertised()),
+            chain("itself_source6", None, itself_source6()),
             chain("asks", None, asks()),
             chain("receiver", hook(Place::Postrouting), receiver()),
             chain("admitted", None, admitted()),
@@ -142,13 +153,17 @@ fn itself() -> Vec<Rule> {
 /// Whoever hears ARP believes its sender fields, not the frame's.
 fn itself_arp() -> Vec<Rule> {
     let sender = [IIFNAME, ARP_SENDER_MAC, ARP_SENDER_IP];
+    let target = [IIFNAME, ARP_SENDER_MAC, ARP_TARGET_IP];
+    let probes = || Match::Is(ARP_SENDER_IP, UNSPECIFIED4);
     vec![
         // Ethernet, IPv4, addresses of 6 and 4 bytes: or the fields would be elsewhere.
         drop_if([Match::IsNot(ARP_KIND, &[0, 1, 8, 0, 6, 4])]),
         drop_if([unknown(&[IIFNAME, ARP_SENDER_MAC], MACS)]),
-        // A guest that asks whether its address is free has none yet (RFC 5227 §2.1.1).
-        return_if([Match::Is(ARP_SENDER_IP, UNSPECIFIED4)]),
         return_if([known(&[IIFNAME], ROAMING)]),
+        // A guest that asks whether its address is free has none yet (RFC 5227 §2.1.1). Of another's address that
+        // would be a claim, on which its holder may give it up (§2.4).
+        return_if([probes(), known(&target, ADDRESSES4)]),
+        return_if([probes(), known(&target, BLOCKS4)]),
         return_if([known(&sender, ADDRESSES4)]),
         return_if([known(&sender, BLOCKS4)]),
         drop_if([]),
@@ -160,6 +175,11 @@ fn itself_ip4() -> Vec<Rule> {
     vec![
         // To a DHCP client (RFC 2131 §4.1).
         drop_if([Match::Is(PROTOCOL, UDP), Match::Is(DESTINATION_PORT, &[0, 68])]),
+        // Who queries listeners and speaks PIM is a multicast router: a bridge sends it all groups and forgets those
+        // that others do not report again. Queries (RFC 9776 §4.1); multicast router discovery (RFC 4286).
+        drop_if([Match::Is(PROTOCOL, IGMP), Match::Within(IGMP_TYPE, &[0x11], &[0x11])]),
+        drop_if([Match::Is(PROTOCOL, IGMP), Match::Within(IGMP_TYPE, &[0x30], &[0x32])]),
+        drop_if([Match::Is(PROTOCOL, PIM)]),
         return_if([known(&source, ADDRESSES4)]),
         return_if([known(&source, BLOCKS4)]),
         return_if([known(&[IIFNAME], ROAMING)]),
@@ -167,15 +187,42 @@ fn itself_ip4() -> Vec<Rule> {
     ]
 }
 
+/// What can not be looked at is dropped: a first fragment may end before the header that says what it is.
 fn itself_ip6() -> Vec<Rule> {
-    let source = [IIFNAME, ETHER_SADDR, IP6_SADDR];
+    vec![
+        // What comes after the first fragment is worth nothing without it.
+        rule([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])], SOURCE6),
+        rule([Match::Has(PROTOCOL), Match::Has(DESTINATION_PORT)], Verdict::Goto("itself_whole6")),
+        drop_if([]),
+    ]
+}
+
+const SOURCE6: Verdict = Verdict::Goto("itself_source6");
+
+fn itself_whole6() -> Vec<Rule> {
     let icmp = |first, last| [Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)];
     vec![
-        // To a DHCPv6 client (RFC 8415 §7.2); router advertisements and redirects (RFC 4861).
+        // To a DHCPv6 client (RFC 8415 §7.2).
         drop_if([Match::Is(PROTOCOL, UDP), Match::Is(DESTINATION_PORT, &[0x02, 0x22])]),
+        // Router advertisements and redirects (RFC 4861).
         drop_if(icmp(&[134], &[134])),
         drop_if(icmp(&[137], &[137])),
+        // Listener queries (RFC 9777 §5.1), inverse discovery (RFC 3122), routers' certificates (RFC 3971), multicast
+        // router discovery (RFC 4286).
+        drop_if(icmp(&[130], &[130])),
+        drop_if(icmp(&[141], &[142])),
+        drop_if(icmp(&[148], &[149])),
+        drop_if(icmp(&[151], &[153])),
+        drop_if([Match::Is(PROTOCOL, PIM)]),
+        rule(icmp(&[133], &[133]), Verdict::Goto("itself_nd")),
         rule(icmp(&[135], &[136]), Verdict::Goto("itself_nd")),
+        rule([], SOURCE6),
+    ]
+}
+
+fn itself_source6() -> Vec<Rule> {
+    let source = [IIFNAME, ETHER_SADDR, IP6_SADDR];
+    vec![
         return_if([known(&source, ADDRESSES6)]),
         return_if([known(&source, BLOCKS6)]),
         return_if([known(&[IIFNAME], ROAMING)]),
@@ -185,28 +232,67 @@ fn itself_ip6() -> Vec<Rule> {
     ]
 }
 
-/// Neighbour solicitations and advertisements. Whoever hears one believes the address in its first option, and of an
-/// advertisement the target.
+/// Neighbour discovery. Whoever hears it believes the address in its option, and of an advertisement the target. One
+/// option is looked at, so there may be no other; nor headers before, behind which a fragment could hide one (RFC 6980).
 fn itself_nd() -> Vec<Rule> {
-    let source = [IIFNAME, ETHER_SADDR, IP6_SADDR];
-    let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
-    let solicited = || Match::Is(ICMP6_TYPE, &[135]);
-    let advertised = || Match::Is(ICMP6_TYPE, &[136]);
+    let to = |kind, chain| rule([Match::Is(ICMP6_TYPE, kind)], Verdict::Goto(chain));
     vec![
-        drop_if([solicited(), Match::Is(ND_OPTION, &[1]), unknown(&[IIFNAME, ND_OPTION_MAC], MACS)]),
-        drop_if([advertised(), Match::IsNot(ND_OPTION, &[2])]),
-        drop_if([advertised(), unknown(&[IIFNAME, ND_OPTION_MAC], MACS)]),
-        drop_if([advertised(), Match::Has(ND_SECOND_OPTION)]),
+        drop_if([Match::IsNot(IP6_NEXT, ICMP6)]),
+        to(&[133], "itself_asks_router"),
+        to(&[135], "itself_asks"),
+        to(&[136], "itself_answers"),
+        drop_if([]),
+    ]
+}
+
+fn itself_asks_router() -> Vec<Rule> {
+    asks_as_itself(RS_OPTION, RS_OPTION_MAC, RS_SECOND_OPTION)
+}
+
+fn itself_asks() -> Vec<Rule> {
+    let duplicate = rule([Match::Is(IP6_SADDR, UNSPECIFIED6)], Verdict::Goto("itself_duplicate"));
+    [duplicate].into_iter().chain(asks_as_itself(ND_OPTION, ND_OPTION_MAC, ND_SECOND_OPTION)).collect()
+}
+
+/// With no option, or with its own address as the asker's (type 1, of 8 bytes).
+fn asks_as_itself(option: Field, mac: Field, second: Field) -> Vec<Rule> {
+    vec![
+        drop_if([Match::Has(second)]),
+        rule([Match::Is(option, &[1, 1]), known(&[IIFNAME, mac], MACS)], SOURCE6),
+        drop_if([Match::Has(option)]),
+        rule([], SOURCE6),
+    ]
+}
+
+/// A guest that asks whether its address is free has none yet (RFC 4862 §5.4.2), and nobody takes an option for its
+/// address (RFC 4861 §7.1.1).
+fn itself_duplicate() -> Vec<Rule> {
+    let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
+    vec![
         return_if([known(&[IIFNAME], ROAMING)]),
-        // A guest that asks whether its address is free has none yet (RFC 4862 §5.4.2).
-        return_if([solicited(), Match::Is(IP6_SADDR, UNSPECIFIED6), known(&target, ADDRESSES6)]),
-        return_if([solicited(), Match::Is(IP6_SADDR, UNSPECIFIED6), known(&target, BLOCKS6)]),
-        return_if([solicited(), known(&source, ADDRESSES6)]),
-        return_if([solicited(), known(&source, BLOCKS6)]),
-        rule([solicited()], Verdict::Drop),
-        drop_if([unknown(&target, ADDRESSES6), unknown(&target, BLOCKS6)]),
-        return_if([known(&source, ADDRESSES6)]),
-        return_if([known(&source, BLOCKS6)]),
+        return_if([known(&target, ADDRESSES6)]),
+        return_if([known(&target, BLOCKS6)]),
+        drop_if([]),
+    ]
+}
+
+fn itself_answers() -> Vec<Rule> {
+    vec![
+        drop_if([Match::Has(ND_SECOND_OPTION)]),
+        rule(
+            [Match::Is(ND_OPTION, &[2, 1]), known(&[IIFNAME, ND_OPTION_MAC], MACS)],
+            Verdict::Goto("itself_advertised"),
+        ),
+        drop_if([]),
+    ]
+}
+
+fn itself_advertised() -> Vec<Rule> {
+    let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
+    vec![
+        return_if([known(&[IIFNAME], ROAMING)]),
+        rule([known(&target, ADDRESSES6)], SOURCE6),
+        rule([known(&target, BLOCKS6)], SOURCE6),
         drop_if([]),
     ]
 }
@@ -220,7 +306,10 @@ fn asks() -> Vec<Rule> {
 }
 
 fn receiver() -> Vec<Rule> {
-    vec![rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted"))]
+    vec![
+        return_if([Match::Bits(MARK, &OF_THE_HOST, &OF_THE_HOST)]),
+        rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted")),
+    ]
 }
 
 fn admitted() -> Vec<Rule> {
@@ -237,6 +326,12 @@ fn goes_on() -> Rule {
     return_if([Match::Is(PROTOCOL, TCP), Match::OtherBits(TCP_FLAGS, &[0x12], &[0x02])])
 }
 
+/// The answer of a DHCP server comes from an address that the guest did not ask (RFC 2131 §4.1, RFC 8415 §7.2).
+fn dhcp(server: &'static [u8], client: &'static [u8]) -> Rule {
+    let (from, to) = (Match::Is(SOURCE_PORT, server), Match::Is(DESTINATION_PORT, client));
+    return_if([known(&[OIFNAME], ROAMING), Match::Is(PROTOCOL, UDP), from, to])
+}
+
 fn admitted_ip4() -> Vec<Rule> {
     let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
     vec![
@@ -245,6 +340,7 @@ fn admitted_ip4() -> Vec<Rule> {
             Match::Is(PROTOCOL, UDP),
             known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
         ]),
+        dhcp(&[0, 67], &[0, 68]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
         return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
         // What comes after the first fragment is worth nothing without it.
@@ -265,9 +361,10 @@ fn admitted_ip6() -> Vec<Rule> {
             Match::Is(PROTOCOL, UDP),
             known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
         ]),
+        dhcp(&[0x02, 0x23], &[0x02, 0x22]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
-        return_if([Match::Is(IP6_NEXT, &[44]), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
+        return_if([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
         // Errors; echo reply; multicast listeners, routers and neighbours.
         answer(&[1], &[4]),
         answer(&[129], &[136]),
@@ -300,9 +397,10 @@ fn forwards() -> Vec<Rule> {
     let to = |v6, key: &[Field], map: Set| Verdict::Forward { v6, key: key.to_vec(), map: map.name };
     let local = || Match::Is(DESTINATION_TYPE, &LOCAL);
     vec![
-        rule([Match::Is(FAMILY, FAMILY4)], to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4)),
+        // Only addresses of the host: another's packets are not ours to take.
+        rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4)),
         rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[PROTOCOL, DESTINATION_PORT], FORWARDS4)),
-        rule([Match::Is(FAMILY, FAMILY6)], to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6)),
+        rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6)),
         rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[PROTOCOL, DESTINATION_PORT], FORWARDS6)),
     ]
 }

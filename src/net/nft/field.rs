@@ -49,12 +49,13 @@ const fn transport(offset: u32) -> Source {
     Source::Payload(PayloadBase::TransportHeader, offset)
 }
 
-// IEEE 802.3; RFC 826; RFC 791 §3.1; RFC 8200 §3, §4.5; RFC 9293 §3.1; RFC 792; RFC 4861 §4.3, §4.4, §4.6.1.
+// IEEE 802.3; RFC 826; RFC 791 §3.1; RFC 8200 §3, §4.5; RFC 9293 §3.1; RFC 792; RFC 4861 §4.1, §4.3, §4.4, §4.6.1.
 fields! {
     IIFNAME = "iifname", 16, Source::Meta(MetaKeys::Iifname);
     OIFNAME = "oifname", 16, Source::Meta(MetaKeys::Oifname);
     FAMILY = "meta nfproto", 1, Source::Meta(MetaKeys::Nfproto);
     PROTOCOL = "meta l4proto", 1, Source::Meta(MetaKeys::L4Proto);
+    MARK = "meta mark", 4, Source::Meta(MetaKeys::Mark);
     CT_STATE = "ct state", 4, Source::Ct(CtKeys::State);
     CT_STATUS = "ct status", 4, Source::Ct(CtKeys::Status);
     DESTINATION_TYPE = "fib daddr type", 4, Source::DestinationType;
@@ -63,6 +64,7 @@ fields! {
     ARP_KIND = "@nh,0,48", 6, network(0);
     ARP_SENDER_MAC = "arp saddr ether", 6, network(8);
     ARP_SENDER_IP = "arp saddr ip", 4, network(14);
+    ARP_TARGET_IP = "arp daddr ip", 4, network(24);
     IP_FRAGMENT = "ip frag-off", 2, network(6);
     IP_SADDR = "ip saddr", 4, network(12);
     IP_DADDR = "ip daddr", 4, network(16);
@@ -73,12 +75,16 @@ fields! {
     SOURCE_PORT = "th sport", 2, transport(0);
     DESTINATION_PORT = "th dport", 2, transport(2);
     TCP_FLAGS = "tcp flags", 1, transport(13);
+    IGMP_TYPE = "igmp type", 1, transport(0);
     ICMP_TYPE = "icmp type", 1, transport(0);
     ICMP6_TYPE = "icmpv6 type", 1, transport(0);
     ND_TARGET = "@th,64,128", 16, transport(8);
-    ND_OPTION = "@th,192,8", 1, transport(24);
+    ND_OPTION = "@th,192,16", 2, transport(24);
     ND_OPTION_MAC = "@th,208,48", 6, transport(26);
     ND_SECOND_OPTION = "@th,256,8", 1, transport(32);
+    RS_OPTION = "@th,64,16", 2, transport(8);
+    RS_OPTION_MAC = "@th,80,48", 6, transport(10);
+    RS_SECOND_OPTION = "@th,128,8", 1, transport(16);
 }
 
 impl Field {
@@ -89,7 +95,7 @@ impl Field {
 
     /// Whether its bytes are in the machine's order, not the network's.
     pub(super) fn is_native(self) -> bool {
-        matches!(self.source, Source::Ct(_) | Source::DestinationType)
+        matches!(self.source, Source::Ct(_) | Source::DestinationType | Source::Meta(MetaKeys::Mark))
     }
 
     /// Loads the field into the registers from `register`.

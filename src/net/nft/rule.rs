@@ -8,13 +8,17 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_bindings::nftables::{CmpOps, LookupFlags, PayloadBase, PushExprListAttrs, Registers, VerdictCode};
+use netlink_bindings::nftables::{
+    CmpOps, LookupFlags, MetaKeys, PayloadBase, PushExprListAttrs, Registers, VerdictCode,
+};
 use netlink_bindings::traits::Pusher;
 use netlink_bindings::utils::{finalize_nested_header, push_header, push_nested_header};
 use nix::libc;
 use sha2::{Digest, Sha256};
 
-use super::field::{DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, OIFNAME, PROTOCOL, load_key};
+use super::field::{
+    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, MARK, OIFNAME, PROTOCOL, load_key,
+};
 use super::set;
 use crate::link_name::LinkName;
 
@@ -69,6 +73,8 @@ pub(in crate::net) enum Verdict {
     Goto(&'static str),
     /// It goes to the address and port that the map has for these fields, IPv4 or IPv6.
     Forward { v6: bool, key: Vec<Field>, map: &'static str },
+    /// The packet's mark gets these bits, in the machine's byte order, and the packet goes on.
+    Mark([u8; 4]),
     /// A set of traces gets these fields, and the packet goes on.
     Trace { key: Vec<Field>, set: &'static str },
 }
@@ -131,6 +137,7 @@ impl Verdict {
             Self::Jump(chain) => decide(list, VerdictCode::Jump, Some(chain)),
             Self::Goto(chain) => decide(list, VerdictCode::Goto, Some(chain)),
             Self::Forward { v6, key, map } => forward(load_key(list, key), *v6, map),
+            Self::Mark(bits) => mark(MARK.load(list, FIRST_REGISTER), *bits),
             Self::Trace { key, set } => trace(load_key(list, key), set),
         };
         done.end_nested()
@@ -159,6 +166,11 @@ fn source_in(list: Expressions, subnet: IpNetwork) -> Expressions {
 }
 
 fn masked(list: Expressions, mask: &[u8]) -> Expressions {
+    bitwise(list, mask, &vec![0; mask.len()])
+}
+
+/// `(value & mask) ^ xor`.
+fn bitwise(list: Expressions, mask: &[u8], xor: &[u8]) -> Expressions {
     list.nested_elem()
         .nested_data_bitwise()
         .push_sreg(FIRST_REGISTER)
@@ -168,7 +180,7 @@ fn masked(list: Expressions, mask: &[u8]) -> Expressions {
         .push_value(mask)
         .end_nested()
         .nested_xor()
-        .push_value(&vec![0; mask.len()])
+        .push_value(xor)
         .end_nested()
         .end_nested()
         .end_nested()
@@ -214,6 +226,12 @@ fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
         .push_flags(2) // NF_NAT_RANGE_PROTO_SPECIFIED, the address's flag follows from its register
         .end_nested()
         .end_nested()
+}
+
+/// `NFTA_META_KEY` 2, `NFTA_META_SREG` 3.
+fn mark(list: Expressions, bits: [u8; 4]) -> Expressions {
+    let marked = bitwise(list, &bits.map(|byte| !byte), &bits);
+    expression(marked, c"meta", &[(2, number(MetaKeys::Mark as u32)), (3, number(FIRST_REGISTER))])
 }
 
 /// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4.
@@ -285,6 +303,7 @@ impl fmt::Display for Verdict {
             Self::Forward { v6, key, map } => {
                 write!(f, "dnat {} to {} map @{map}", if *v6 { "ip6" } else { "ip" }, Key(key))
             }
+            Self::Mark(bits) => write!(f, "meta mark set meta mark | {:#x}", u32::from_ne_bytes(*bits)),
             Self::Trace { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
         }
     }

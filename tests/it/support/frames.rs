@@ -41,6 +41,12 @@ pub fn ip6(from: &str, to: &str, next: u8, payload: &[u8]) -> Vec<u8> {
     [&head[..], &from.octets(), &to.octets(), payload].concat()
 }
 
+/// A fragment of an IPv6 packet to all nodes: the header it begins with, if it is the first, and its place in bytes.
+pub fn fragment(from: &str, next: u8, offset: u16, more: bool, payload: &[u8]) -> Vec<u8> {
+    let place = (offset | u16::from(more)).to_be_bytes();
+    ip6(from, "ff02::1", 44, &[&[next, 0, place[0], place[1], 0, 0, 0, 7], payload].concat())
+}
+
 /// A UDP datagram.
 pub fn udp(from: u16, to: u16) -> Vec<u8> {
     [&from.to_be_bytes()[..], &to.to_be_bytes(), &[0, 12, 0, 0], b"ping"].concat()
@@ -56,4 +62,9 @@ pub fn nd(kind: u8, target: &str, option: Option<(u8, Mac)>) -> Vec<u8> {
     let target: Ipv6Addr = target.parse().unwrap();
     let option = option.map_or(Vec::new(), |(kind, mac)| [&[kind, 1][..], &mac].concat());
     [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &target.octets(), &option].concat()
+}
+
+/// An ICMPv6 question for routers.
+pub fn rs(options: &[u8]) -> Vec<u8> {
+    [&[133, 0, 0, 0, 0, 0, 0, 0], options].concat()
 }
