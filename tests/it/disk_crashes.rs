@@ -181,3 +181,17 @@ fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
         assert_pattern(host, &disk);
     }
 }
+
+#[test]
+fn a_snapshot_that_was_cut_short_can_be_deleted_while_qemu_writes_it() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, disk) = (&lab.host, lab.disk(true));
+    let killed = armed(host, "snapshot_disk", &json!([disk, {}]), [("AT", "qmp blockdev-backup: answered#1")]);
+    assert!(killed.is_none());
+    for half in host.store().list::<SnapshotRecord>().unwrap() {
+        host.ok("delete_snapshot", &json!([half]));
+    }
+    assert_eq!(in_qemu(host, &lab.vm, "snap-"), [0; 3]);
+    assert_eq!(in_qemu(host, &lab.vm, disk.as_str()), [0, 2, 1]);
+    assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0);
+}
