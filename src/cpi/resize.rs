@@ -128,12 +128,19 @@ impl Cpi {
                 .hint("repeat the call when that is done")
         };
         self.disk(cid)?;
-        // Of snapshots whose call was killed nothing is left after this.
-        self.clear_leftovers();
         for snapshot in self.in_the_making::<SnapshotRecord>()? {
-            if self.store.read::<SnapshotRecord>(&snapshot)?.is_some_and(|made| made.disk.cid == *cid) {
-                return Err(busy(format!("into snapshot '{snapshot}'")));
+            if self.store.read::<SnapshotRecord>(&snapshot)?.is_none_or(|made| made.disk.cid != *cid) {
+                continue;
             }
+            match self.store.lock(Rank::Snapshot, &snapshot, Instant::now()) {
+                Err(error) if error.kind() == ErrorKind::Timeout => {
+                    return Err(busy(format!("into snapshot '{snapshot}'")));
+                }
+                lock => drop(lock?),
+            }
+            // Its call was killed.
+            self.clear_snapshot(&snapshot)
+                .map_err(|e| e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'")))?;
         }
         if self.disk(cid)?.leftover.is_some()
             && let Err(error) = self.store.lock(Rank::Disk, cid, Instant::now())
