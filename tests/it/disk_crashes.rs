@@ -4,7 +4,7 @@
 use std::fs;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
-use bosh_qemu_cpi::store::SnapshotRecord;
+use bosh_qemu_cpi::store::{Phase, SnapshotRecord};
 use serde_json::{Value, json};
 
 use crate::support::crash::{Crash, armed, for_each_crash_point};
@@ -107,7 +107,10 @@ fn snapshot_disk(is_attached: bool) {
                 lab.host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
             });
             // A killed call may have been done but for its answer.
-            for whole in lab.host.store().list::<SnapshotRecord>().unwrap() {
+            let unanswered = lab.host.store().list::<SnapshotRecord>().unwrap();
+            assert!(unanswered.len() <= 1, "{unanswered:?}");
+            for whole in unanswered {
+                assert_eq!(lab.host.store().read::<SnapshotRecord>(&whole).unwrap().unwrap().phase, Phase::Ready);
                 lab.host.ok("delete_snapshot", &json!([whole]));
             }
         },
