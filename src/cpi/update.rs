@@ -49,16 +49,16 @@ impl Cpi {
         }
         self.grow_to(&mut disk, size, deadline)?;
         let mut next = next(&disk);
-        if !copies {
+        if copies {
+            next.generation = disk.generation.wrapping_add(1);
+            self.copy_into(&mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
+        } else {
             if (next.cache, next.discard) != (disk.cache, disk.discard) {
                 // QEMU decides both when it opens an image.
                 tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
             }
             disk = next;
             self.store.write(&disk)?;
-        } else {
-            next.generation = disk.generation.wrapping_add(1);
-            self.copy_into(&mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
         }
         // Last: a call that was killed is repeated, and sets them again.
         if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {
