@@ -146,6 +146,8 @@ fn io_kind(error: &std::io::Error) -> ErrorKind {
     match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::NoDiskSpace,
         std::io::ErrorKind::TimedOut => ErrorKind::Timeout,
+        // An image larger than its filesystem can have files: 16 TiB on ext4. Another pool may do.
+        std::io::ErrorKind::FileTooLarge => ErrorKind::NotSupported,
         _ => ErrorKind::Host,
     }
 }
@@ -185,5 +187,7 @@ mod tests {
     fn a_full_filesystem_is_its_own_kind() {
         let full = std::io::Error::from_raw_os_error(nix::libc::ENOSPC);
         assert_eq!(Error::io("write", Path::new("/x"), full).kind(), ErrorKind::NoDiskSpace);
+        let large = std::io::Error::from_raw_os_error(nix::libc::EFBIG);
+        assert_eq!(Error::io("grow", Path::new("/x"), large).kind(), ErrorKind::NotSupported);
     }
 }

@@ -147,6 +147,8 @@ impl Cpi {
         // At the deadline the job is looked at once more.
         let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
         drop(job::follow(&connect, &job, "ready", deadline, &mut progress(format!("copy of disk {}", disk.cid)))?);
+        // Most of it now: while the job is pending, the guest's I/O waits for the rest.
+        image::sync(&self.store.disk_image(next)?)?;
         let (_lock, _) = self.locked_vm(&vm.cid, deadline)?;
         let mut monitor = connect()?;
         monitor.execute(&qmp::job_complete { id: job.clone() })?;

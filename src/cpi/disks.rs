@@ -97,6 +97,7 @@ fn new_record(cid: DiskCid, size: MiB, asked: &DiskCloudProperties, properties: 
         phase: Phase::Creating,
         created_at: clock::now(),
         size,
+        grows_to: None,
         generation: 0,
         format: asked.format,
         pool: asked.pool.clone(),

@@ -1,8 +1,8 @@
 //! resize_disk: a disk grows where it is, attached or not.
 //!
 //! ```text
-//!   record n, image n ── the image grows, durably ──► record n, image m ── record ──► record m, image m
-//!                                                        │ killed here: the next call sees the image's size
+//!   record n, image n ── admitted ──► record n, grows to m ── the image grows, durably ──► image m ── record ──► record m
+//!                                     │ killed here: others count m                       │ here: the next call looks
 //! ```
 
 use std::fs::File;
@@ -54,11 +54,15 @@ impl Cpi {
         }
         if has < size.bytes() {
             self.admit_growth(disk, has, size, deadline)?;
-            self.grow_image(disk, &mut place, size.bytes()).map_err(|e| e.during(doing))?;
+            crash::point!("growth noted");
+            if let Err(error) = self.grow_image(disk, &mut place, size.bytes()) {
+                disk.grows_to = None;
+                return self.store.write(disk).and(Err(error.during(doing)));
+            }
             crash::point!("image grown");
         }
-        if disk.size != size {
-            disk.size = size;
+        if (disk.size, disk.grows_to) != (size, None) {
+            (disk.size, disk.grows_to) = (size, None);
             self.store.write(disk)?;
         }
         Ok(())
@@ -86,10 +90,15 @@ impl Cpi {
         image::virtual_size(&self.store.disk_image(disk)?, disk.format, disk.encrypted)
     }
 
-    fn admit_growth(&self, disk: &DiskRecord, has: Bytes, size: MiB, deadline: Instant) -> Result<()> {
-        let more = MiB::holding(Bytes(size.bytes().get() - has.get())).expect("less than a size");
+    fn admit_growth(&self, disk: &mut DiskRecord, has: Bytes, size: MiB, deadline: Instant) -> Result<()> {
+        // What a call that was killed noted is counted already.
+        let counted = has.max(disk.promised().bytes());
+        let more = Bytes(size.bytes().get().saturating_sub(counted.get()));
         // Only what is reserved for a file as a whole can be reserved later; the new part is thin.
-        self.admit(disk.pool.as_deref(), self.need_of_thin(more.bytes()), deadline, || Ok(()))
+        let noted = DiskRecord { grows_to: Some(size), ..disk.clone() };
+        self.admit(disk.pool.as_deref(), self.need_of_thin(more), deadline, || self.store.write(&noted))?;
+        *disk = noted;
+        Ok(())
     }
 
     /// Finds out who has the image of `disk`, whose lock the caller holds, open.
@@ -119,12 +128,19 @@ impl Cpi {
                 .hint("repeat the call when that is done")
         };
         self.disk(cid)?;
-        // Of snapshots whose call was killed nothing is left after this.
-        self.clear_leftovers();
         for snapshot in self.in_the_making::<SnapshotRecord>()? {
-            if self.store.read::<SnapshotRecord>(&snapshot)?.is_some_and(|made| made.disk.cid == *cid) {
-                return Err(busy(format!("into snapshot '{snapshot}'")));
+            if self.store.read::<SnapshotRecord>(&snapshot)?.is_none_or(|made| made.disk.cid != *cid) {
+                continue;
             }
+            match self.store.lock(Rank::Snapshot, &snapshot, Instant::now()) {
+                Err(error) if error.kind() == ErrorKind::Timeout => {
+                    return Err(busy(format!("into snapshot '{snapshot}'")));
+                }
+                lock => drop(lock?),
+            }
+            // Its call was killed.
+            self.clear_snapshot(&snapshot)
+                .map_err(|e| e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'")))?;
         }
         if self.disk(cid)?.leftover.is_some()
             && let Err(error) = self.store.lock(Rank::Disk, cid, Instant::now())

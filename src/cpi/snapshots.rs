@@ -67,8 +67,12 @@ impl Cpi {
         // A resize that was killed left the image larger than its record says.
         let size = self.virtual_size(&disk, &mut place)?;
         let path = self.store.disk_image(&disk)?;
-        let of =
-            DiskRecord { size: MiB::holding(size).unwrap_or(disk.size), preallocation: Preallocation::Off, ..disk };
+        let of = DiskRecord {
+            size: MiB::holding(size).unwrap_or(disk.size),
+            grows_to: None,
+            preallocation: Preallocation::Off,
+            ..disk
+        };
         let is_live = place.monitor.is_some();
         let mut snapshot = SnapshotRecord {
             schema: SCHEMA,
@@ -163,8 +167,13 @@ impl Cpi {
         if record.is_none() && !self.store.has_lock(Rank::Snapshot, cid) {
             return Ok(());
         }
-        let lock = self.store.lock(Rank::Snapshot, cid, self.deadline("delete_snapshot"))?;
+        let deadline = self.deadline("delete_snapshot");
+        let lock = self.store.lock(Rank::Snapshot, cid, deadline)?;
         if let Some(snapshot) = self.store.find::<SnapshotRecord>(cid)? {
+            if snapshot.phase == Phase::Creating {
+                // Its call was killed, and a QEMU may still write it.
+                return self.discard_snapshot(cid, lock, deadline);
+            }
             self.store.write_deleting(&SnapshotRecord { phase: Phase::Deleting, ..snapshot })?;
         }
         self.store.remove::<SnapshotRecord>(cid)?;

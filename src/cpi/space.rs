@@ -193,7 +193,7 @@ impl Cpi {
             if counts && wanted(disk.pool.as_deref()) {
                 images.push(Image {
                     path: self.store.disk_image(&disk)?,
-                    virtual_size: disk.size.bytes(),
+                    virtual_size: disk.promised().bytes(),
                     writable: true,
                 });
             }

@@ -410,7 +410,9 @@ impl Store {
     /// The cids of all objects of one kind, in no order. Names that are no cids are somebody else's and left out.
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
         let names = names(&self.state_dir.join(format!("{}s", R::Cid::KIND)))?;
-        Ok(names.iter().filter_map(|name| R::Cid::parse(name).ok()).collect())
+        // Beside managed networks are the files of pinned ones; no cid of ours has a dot.
+        let names = names.iter().filter(|name| !name.ends_with(".json"));
+        Ok(names.filter_map(|name| R::Cid::parse(name).ok()).collect())
     }
 }
 

@@ -423,6 +423,9 @@ pub struct DiskRecord {
     pub created_at: String,
     /// Its size.
     pub size: MiB,
+    /// What a resize_disk makes of it, so that others count it before the image grows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grows_to: Option<MiB>,
     /// Which of its images is in force: 0, or one more with each copy `update_disk` made.
     #[serde(default)]
     pub generation: u16,
@@ -516,6 +519,11 @@ impl DiskRecord {
             preallocation: self.preallocation,
             encrypted: self.encrypted,
         }
+    }
+
+    /// The most its image may come to show.
+    pub fn promised(&self) -> MiB {
+        self.grows_to.map_or(self.size, |more| more.max(self.size))
     }
 
     /// The same disk with another image in force.

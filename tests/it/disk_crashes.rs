@@ -4,10 +4,10 @@
 use std::fs;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
-use bosh_qemu_cpi::store::SnapshotRecord;
+use bosh_qemu_cpi::store::{DiskRecord, Phase, SnapshotRecord};
 use serde_json::{Value, json};
 
-use crate::support::crash::{Crash, armed, for_each_crash_point};
+use crate::support::crash::{Crash, armed, for_each_crash_point, take_passed};
 use crate::support::host::{Host, eventually, text};
 use crate::support::images::{assert_pattern, guest_writes, in_qemu, record, write_pattern};
 use crate::support::skip;
@@ -107,7 +107,10 @@ fn snapshot_disk(is_attached: bool) {
                 lab.host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
             });
             // A killed call may have been done but for its answer.
-            for whole in lab.host.store().list::<SnapshotRecord>().unwrap() {
+            let unanswered = lab.host.store().list::<SnapshotRecord>().unwrap();
+            assert!(unanswered.len() <= 1, "{unanswered:?}");
+            for whole in unanswered {
+                assert_eq!(lab.host.store().read::<SnapshotRecord>(&whole).unwrap().unwrap().phase, Phase::Ready);
                 lab.host.ok("delete_snapshot", &json!([whole]));
             }
         },
@@ -158,6 +161,37 @@ fn delete_snapshot() {
 }
 
 #[test]
+fn restore_of_a_snapshot() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, disk, log) = (&lab.host, lab.disk(false), lab.host.path("crash-points"));
+    let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}])));
+    let restore = |point: &str| {
+        let mut command = host.cpi();
+        command.env("BOSH_QEMU_CPI_CRASH_LOG", &log).env("BOSH_QEMU_CPI_CRASH_AT", point);
+        let done = command.args(["disk", "restore", &snapshot]).output().unwrap().status.success();
+        (done, take_passed(&log))
+    };
+    let (done, points) = restore("nowhere");
+    assert!(done && points.len() > 3, "{points:?}");
+    for point in std::iter::once("nowhere".to_owned()).chain(points) {
+        if point != "nowhere" {
+            assert!(!restore(&point).0, "killed at {point}");
+        }
+        host.ok("delete_disk", &json!([host.disk()]));
+        assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
+        let mut made = host.store().list::<DiskRecord>().unwrap();
+        made.retain(|made| *made != disk);
+        // A killed restore may have been done but for its answer.
+        assert!(made.len() <= 1, "{point}: {made:?}");
+        for made in made {
+            assert_eq!(record(host, &made).phase, Phase::Ready, "{point}");
+            assert_pattern(host, &made);
+            host.ok("delete_disk", &json!([made]));
+        }
+    }
+}
+
+#[test]
 fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
     let Some(lab) = Lab::new() else { return };
     let host = &lab.host;
@@ -180,4 +214,18 @@ fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
         host.ok("detach_disk", &json!([lab.vm, disk]));
         assert_pattern(host, &disk);
     }
+}
+
+#[test]
+fn a_snapshot_that_was_cut_short_can_be_deleted_while_qemu_writes_it() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, disk) = (&lab.host, lab.disk(true));
+    let killed = armed(host, "snapshot_disk", &json!([disk, {}]), [("AT", "qmp blockdev-backup: answered#1")]);
+    assert!(killed.is_none());
+    for half in host.store().list::<SnapshotRecord>().unwrap() {
+        host.ok("delete_snapshot", &json!([half]));
+    }
+    assert_eq!(in_qemu(host, &lab.vm, "snap-"), [0; 3]);
+    assert_eq!(in_qemu(host, &lab.vm, disk.as_str()), [0, 2, 1]);
+    assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0);
 }

@@ -108,12 +108,19 @@ fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
     };
     walk("create_stemcell", json!([image, {}]));
     let disk = walk("create_disk", json!([8, {}, null]));
+    walk("resize_disk", json!([disk, 9]));
+    walk("snapshot_disk", json!([disk, {}]));
+    walk("update_disk", json!([disk, 9, {"format": "raw"}]));
     walk("set_disk_metadata", json!([disk, {"owner": "x".repeat(5000)}]));
     let cid = text(&disk).parse().unwrap();
     assert_eq!(in_qemu(&host, &bystander, &cid), (false, 0, 0));
     walk("attach_disk", json!([bystander, disk]));
     assert_eq!(in_qemu(&host, &bystander, &cid), (true, 2, 1));
     assert_eq!(host.ok("get_disks", &json!([bystander])), json!([disk]));
+    walk("resize_disk", json!([disk, 10]));
+    walk("snapshot_disk", json!([disk, {}]));
+    walk("update_disk", json!([disk, 10, {"format": "qcow2"}]));
+    assert!(in_qemu(&host, &bystander, &cid).0, "its nodes have another name now");
     walk("create_vm", host.vm_arguments(&stemcell));
     assert!(table.iter().all(|(_, failures)| *failures > 0), "{table:?}");
 }

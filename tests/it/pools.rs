@@ -11,7 +11,7 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::crash::for_each_crash_point;
+use crate::support::crash::{armed, for_each_crash_point};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
@@ -202,6 +202,22 @@ fn a_copy_that_is_larger_than_its_source_is_refused_before_the_disk_changes() {
     host.ok("snapshot_disk", &json!([noise, {}]));
     host.ok("update_disk", &json!([small, 96, raw]));
     assert!(fast.names().contains(&small.to_string()));
+}
+
+#[test]
+fn a_growth_is_counted_before_the_image_grows() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some((_fast, _stemcells, host)) = host(64, json!({"overcommit": false})) else { return };
+    let [one, other] = [(), ()].map(|()| disk_cid(&disk(&host, 10, &json!({"pool": "fast"}))));
+    // The larger part of what is left, promised to a call that is at work.
+    assert!(armed(&host, "resize_disk", &json!([one, 35]), [("AT", "growth noted#1")]).is_none());
+    let refused = host.call("resize_disk", &json!([other, 35]));
+    assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
+    host.ok("resize_disk", &json!([one, 35]));
+    let record = host.store().read::<DiskRecord>(&one).unwrap().unwrap();
+    assert_eq!((record.size.get(), record.grows_to), (35, None));
 }
 
 #[test]

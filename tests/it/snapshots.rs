@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Child;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, SnapshotCid, VmCid};
-use bosh_qemu_cpi::store::SnapshotRecord;
+use bosh_qemu_cpi::store::{Phase, SnapshotRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::{Answer, Failure};
@@ -178,4 +178,24 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
     failure(call);
     assert_eq!((record(&host, &disk).leftover, record(&host, &disk).image()), (None, "disk.raw".to_owned()));
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
+}
+
+#[test]
+fn a_leftover_that_can_not_be_removed_is_named_for_what_it_is() {
+    let Some(host) = Host::new() else { return };
+    let disk = disk(&host, &json!({}));
+    let snapshot = snapshot(&host, &disk);
+    let whole = snapshot_record(&host, &snapshot);
+    let mut half = SnapshotRecord { phase: Phase::Creating, ..whole.clone() };
+    half.disk.pool = Some("gone".into());
+    host.store().write(&half).unwrap();
+    let note = host.store().pending_dir().join(snapshot.as_str());
+    fs::write(&note, "").unwrap();
+    let refused = host.call("resize_disk", &json!([disk, 9]));
+    let message = &refused.failure().message;
+    assert!(message.contains(snapshot.as_str()) && message.contains("'gone'"), "{message}");
+    assert!(!message.contains("is being copied"), "{message}");
+    host.store().write(&SnapshotRecord { phase: Phase::Creating, ..whole }).unwrap();
+    host.ok("resize_disk", &json!([disk, 9]));
+    assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty() && !note.exists());
 }
