@@ -38,7 +38,7 @@ pub(super) struct Seen {
     pub ports: Vec<(Port, Link)>,
     /// Settings below `/proc/sys/net` that exist.
     pub settings: BTreeMap<String, String>,
-    /// Whether our table has the rules it is to have.
+    /// Whether our table has the rules it is to have, if any.
     pub rules_hold: bool,
 }
 
