@@ -182,6 +182,9 @@ fn bridge(segment: &Segment, addresses: &[IpNetwork], seen: &Seen, changes: &mut
         // Nobody else has the gateway's address, and it is wanted at once.
         settings.extend([("disable_ipv6", "0"), ("accept_dad", "0")]);
     }
+    if matches!(segment.keeper, Keeper::Us { uplink: Some(_), .. }) && addresses.is_empty() {
+        settings.push(("disable_ipv6", "1"));
+    }
     let has_ipv6 = seen.settings.contains_key(FORWARD_V6);
     for (key, value) in settings.into_iter().filter(|_| has_ipv6) {
         write(format!("ipv6/conf/{name}/{key}"), value, seen, changes);
