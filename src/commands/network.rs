@@ -63,6 +63,10 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
         (true, false) => "goes with its last VM",
     };
     let mut report = Report { network, state: kept, changes: Vec::new(), findings: Vec::new(), error: None };
+    if deed == Deed::Remove && cpi.is_managed(&network.segment.network)? {
+        report.state = "goes with delete_network";
+        return Ok(report);
+    }
     if deed == Deed::Remove {
         match cpi.remove_network(network) {
             Ok(_) if !ours => {}

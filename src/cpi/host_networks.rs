@@ -27,6 +27,8 @@ pub struct HostNetwork {
     pub kept: bool,
     /// Whether the configuration has it.
     pub configured: bool,
+    /// Why it can not be what all who want it want of it.
+    pub disagreement: Option<String>,
     /// Network cards of VMs that belong on it, running or not.
     pub nics: Vec<Nic>,
 }
@@ -56,22 +58,22 @@ impl Cpi {
     /// All networks of this host but those of QEMU's own stack, by name; those called `only`, if any are.
     ///
     /// # Errors
-    /// [`ErrorKind::BadConfig`] if two want one bridge in two ways, [`ErrorKind::BadRequest`] if one of `only` is not there.
+    /// [`ErrorKind::BadConfig`] for a network that can not be, [`ErrorKind::BadRequest`] if one of `only` is not there.
     pub fn host_networks(&self, only: &[String]) -> Result<Vec<HostNetwork>> {
         let mut networks = Vec::new();
         for nic in self.all_nics()? {
             if let Some((_, segment)) = nic.tap() {
-                add(&mut networks, segment)?.nics.push(nic.clone());
+                add(&mut networks, segment).nics.push(nic.clone());
             }
         }
         for segment in self.store.pins()? {
-            add(&mut networks, &segment)?.kept = true;
+            add(&mut networks, &segment).kept = true;
         }
         for (name, network) in &self.config.networks {
             let profile = Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
                 .map_err(|e| e.during(format!("host network '{name}'")))?;
             if let Some(segment) = plan::standing(name, network, &profile)? {
-                add(&mut networks, &segment)?.configured = true;
+                add(&mut networks, &segment).configured = true;
             }
         }
         let unknown = only.iter().find(|name| networks.iter().all(|network| network.segment.network != **name));
@@ -87,7 +89,10 @@ impl Cpi {
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
         let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
-        let changes = apply::missing(&network.segment, &network.ports());
+        let changes = match &network.disagreement {
+            Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
+            None => apply::missing(&network.segment, &network.ports()),
+        };
         Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
     }
 
@@ -160,15 +165,25 @@ impl Cpi {
 }
 
 /// The entry that `segment` belongs to. Ports of one bridge may differ in their VLAN.
-fn add<'a>(networks: &'a mut Vec<HostNetwork>, segment: &Segment) -> Result<&'a mut HostNetwork> {
+fn add<'a>(networks: &'a mut Vec<HostNetwork>, segment: &Segment) -> &'a mut HostNetwork {
     let key = |segment: &Segment| (segment.bridge.clone(), segment.vlan, segment.isolated);
     let at = match networks.iter().position(|network| key(&network.segment) == key(segment)) {
         Some(at) => at,
         None => {
-            networks.push(HostNetwork { segment: segment.clone(), kept: false, configured: false, nics: Vec::new() });
+            let segment = segment.clone();
+            networks.push(HostNetwork {
+                segment,
+                kept: false,
+                configured: false,
+                disagreement: None,
+                nics: Vec::new(),
+            });
             networks.len() - 1
         }
     };
-    plan::merge(&mut networks[at].segment, segment)?;
-    Ok(&mut networks[at])
+    let network = &mut networks[at];
+    if let Err(error) = plan::merge(&mut network.segment, segment) {
+        network.disagreement = Some(error.report());
+    }
+    network
 }

@@ -197,10 +197,17 @@ impl Cpi {
         Ok(users.iter().map(|vm| format!("'{vm}'")).collect())
     }
 
+    /// Whether the host network `name` is a managed one, which goes with delete_network.
+    pub fn is_managed(&self, name: &str) -> Result<bool> {
+        NetworkCid::parse(name).map_or(Ok(false), |cid| Ok(self.store.read::<NetworkRecord>(&cid)?.is_some()))
+    }
+
     /// Removes everything of a managed network, made or half made. The caller holds its lock.
     pub(super) fn unmake_network(&self, cid: &NetworkCid) -> Result<()> {
         if let Some(record) = self.store.find::<NetworkRecord>(cid)? {
-            let segment = self.managed_segment(&record)?;
+            // As it was made, whatever has become of its profile.
+            let pin = self.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
+            let segment = pin.map_or_else(|| self.managed_segment(&record), Ok)?;
             self.store.unpin(&segment.bridge)?;
             net::kept::let_go(&segment.bridge, &self.store.owner()?)?;
             net::apply::release(&segment)?;

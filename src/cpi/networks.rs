@@ -176,7 +176,26 @@ fn manual(received: &Object) -> Result<Addressing, SchemaError> {
     if prefix.is_some_and(|prefix| ip.is_ipv4() && prefix > 32) {
         return Err(problem("prefix", "a string \"0\" to \"32\" for IPv4", "a larger one"));
     }
+    check_block(address, gateway, prefix)?;
     Ok(Addressing::Manual { address, gateway, prefix })
+}
+
+/// What is the VM's own lies in its subnet and leaves the subnet's own addresses alone: a guest may send from all of it.
+fn check_block(address: IpNetwork, gateway: Option<IpAddr>, prefix: Option<u8>) -> Result<(), SchemaError> {
+    let (ip, width) = (address.ip(), if address.is_ipv4() { 32 } else { 128 });
+    let block = IpNetwork::new(ip, prefix.unwrap_or(width).min(width)).expect("not longer than its family's addresses");
+    if block.prefix() < address.prefix() {
+        return Err(problem("prefix", "a block of the subnet that 'netmask' says", "a wider one"));
+    }
+    if gateway.is_some_and(|gateway| block.contains(gateway)) {
+        return Err(problem("gateway", "an address that is not the VM's own", "one of 'ip' and 'prefix'"));
+    }
+    // Subnets of one or two addresses have no others (RFC 3021, RFC 6164).
+    let is_last = ip.is_ipv4() && ip == address.broadcast();
+    if address.prefix() + 1 < width && block.prefix() > address.prefix() && (ip == address.network() || is_last) {
+        return Err(problem("ip", "an address of a host", "the subnet's first or last"));
+    }
+    Ok(())
 }
 
 /// An address that one machine can have.
@@ -328,6 +347,22 @@ mod tests {
             (
                 manual(r#""netmask":"255.0.0.0","prefix":"64""#),
                 r#"networks.a.prefix: expected a string "0" to "32" for IPv4, got a larger one"#,
+            ),
+            (
+                manual(r#""netmask":"255.255.0.0","prefix":"8""#),
+                "networks.a.prefix: expected a block of the subnet that 'netmask' says, got a wider one",
+            ),
+            (
+                manual(r#""netmask":"255.0.0.0","prefix":"30","gateway":"10.0.0.1""#),
+                "networks.a.gateway: expected an address that is not the VM's own, got one of 'ip' and 'prefix'",
+            ),
+            (
+                refusal(r#"{"type":"manual","ip":"10.0.0.255","netmask":"255.255.255.0"}"#),
+                "networks.a.ip: expected an address of a host, got the subnet's first or last",
+            ),
+            (
+                refusal(r#"{"type":"manual","ip":"10.0.0.0","netmask":"255.255.255.0"}"#),
+                "networks.a.ip: expected an address of a host, got the subnet's first or last",
             ),
             (
                 manual(r#""netmask":"255.0.0.0","dns":["8.8.8.8","x"]"#),

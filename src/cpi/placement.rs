@@ -15,6 +15,7 @@ use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::ranges::AddressRange;
 use crate::schema::Property;
+use crate::store::claims::Claim;
 use crate::store::nic_rules::{Admission, NicRules};
 use crate::store::record::{Keeper, Nic, Segment, Wire};
 
@@ -59,7 +60,9 @@ impl Cpi {
         }
         let admits = self.admissions(&properties.security_groups)?;
         let nic = |(index, network)| self.nic(vm, index, network, properties, admits.as_deref());
-        wired.into_iter().enumerate().map(nic).collect()
+        let placed: Vec<_> = wired.into_iter().enumerate().map(nic).collect::<Result<_>>()?;
+        check_apart(&placed)?;
+        Ok(placed)
     }
 
     fn nic(
@@ -81,6 +84,9 @@ impl Cpi {
             allowed: properties.allowed_addresses.clone(),
             ..NicRules::default()
         };
+        if rules.anti_spoof {
+            check_allowed(network, &chosen.place, &rules.allowed)?;
+        }
         let wire = match chosen.place {
             Place::User(user) => Wire::User { user },
             Place::Bridge(segment) => {
@@ -163,6 +169,40 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
         Admission { source, protocols, ports }
     };
     rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
+}
+
+/// A VM that may send as its gateway could have all that its neighbours send.
+fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) -> Result<()> {
+    let mut gateways: Vec<_> = match place {
+        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+            addresses.iter().map(IpNetwork::ip).collect()
+        }
+        _ => Vec::new(),
+    };
+    if let Addressing::Manual { gateway, .. } = network.addressing {
+        gateways.extend(gateway);
+    }
+    let too_wide = |block: &&IpNetwork| block.prefix() == 0 || gateways.iter().any(|gateway| block.contains(*gateway));
+    let Some(block) = allowed.iter().find(too_wide) else { return Ok(()) };
+    let problem = format!("cloud_properties.allowed_addresses: {block} has the gateway of network '{}'", network.name);
+    Err(Error::new(ErrorKind::BadRequest, problem)
+        .hint("allow what is the VM's alone; anti_spoof: false lets it send as anybody"))
+}
+
+/// Two cards on one wire can not have one address.
+fn check_apart(placed: &[Placed]) -> Result<()> {
+    let claims = |placed: &Placed| -> Vec<Claim> {
+        let (Some((_, segment)), Some(rules)) = (placed.nic.tap(), &placed.nic.rules) else { return Vec::new() };
+        rules.addresses.iter().map(|block| Claim::block(segment, *block)).collect()
+    };
+    for (at, one) in placed.iter().enumerate() {
+        let meets = |other: &&Placed| claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)));
+        if let Some(other) = placed[..at].iter().find(meets) {
+            let problem = format!("networks '{}' and '{}' have the same ip", other.nic.network, one.nic.network);
+            return Err(Error::new(ErrorKind::BadRequest, problem));
+        }
+    }
+    Ok(())
 }
 
 /// Whether other machines than VMs of this host can be on the wire.

@@ -56,18 +56,30 @@ pub fn missing(segment: &Segment, ports: &[Port]) -> Result<Vec<Change>> {
 /// [`ErrorKind::NetworkNotFound`] if the operator's bridge or the uplink is not there; [`ErrorKind::Host`] for what the
 /// kernel refused.
 pub fn ensure(segment: &Segment, ports: &[Port]) -> Result<()> {
-    settle(segment, |links| settled(links, segment, |_| Ok(ports.to_vec()))).map(drop)
+    settle(segment, |links| settled(links, segment, look(links, segment, ports)?)).map(drop)
 }
 
 /// Makes the tap `port` with so many queues and plugs it into the segment's bridge, which is [`ensure`]d first. If the
-/// bridge is made, `others` says who was on it before it went: a bridge that somebody removed leaves its taps behind.
+/// bridge or its rules are to be made, `everybody` says what all VMs on it want of it together, and who they are: a
+/// bridge that somebody removed leaves its taps behind, and one VM's rules are not all.
 ///
 /// # Errors
 /// As [`ensure`]; [`ErrorKind::Conflict`] if a link of that name exists.
-pub fn plug(port: &Port, segment: &Segment, queues: usize, others: impl Fn() -> Result<Vec<Port>>) -> Result<Plug> {
+pub fn plug(
+    port: &Port,
+    segment: &Segment,
+    queues: usize,
+    everybody: impl Fn() -> Result<(Segment, Vec<Port>)>,
+) -> Result<Plug> {
     settle(segment, |links| {
-        let others = |seen: &Seen| if seen.bridge.is_none() { others() } else { Ok(Vec::new()) };
-        let Some((seen, bridge)) = settled(links, segment, others)? else { return Ok(None) };
+        let seen = look(links, segment, &[])?;
+        let settled = if seen.bridge.is_some() && seen.rules_hold {
+            settled(links, segment, seen)?
+        } else {
+            let (all, ports) = everybody()?;
+            settled(links, &all, look(links, &all, &ports)?)?
+        };
+        let Some((seen, bridge)) = settled else { return Ok(None) };
         let name = &port.link;
         let taps = tap::create(name, queues)?;
         crash::point!("tap made");
@@ -175,15 +187,8 @@ fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option
     Err(Error::new(ErrorKind::Conflict, format!("bridge '{}' keeps being removed by somebody else", segment.bridge)))
 }
 
-/// What was seen before, and the bridge as it works now; or `None` if it must be looked at again.
-fn settled(
-    links: &Links,
-    segment: &Segment,
-    ports: impl Fn(&Seen) -> Result<Vec<Port>>,
-) -> Result<Option<(Seen, Link)>> {
-    let mut seen = look(links, segment, &[])?;
-    let ports = ports(&seen)?;
-    seen.ports = existing(links, &ports)?;
+/// Does what is missing of what was seen. What was seen before, and the bridge as it works now; or `None` if it must be looked at again.
+fn settled(links: &Links, segment: &Segment, seen: Seen) -> Result<Option<(Seen, Link)>> {
     let changes = match diff(segment, &seen) {
         Ok(changes) => changes,
         // It may be about the bridge itself, made by somebody else between two looks at it.
@@ -216,7 +221,9 @@ fn settled(
 /// All that [`diff`] wants to know.
 fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
     let mut seen = Seen { bridge: links.find(&segment.bridge)?, ports: existing(links, ports)?, ..Seen::default() };
-    let Keeper::Us { addresses, uplink, .. } = &segment.keeper else { return Ok(seen) };
+    let Keeper::Us { addresses, uplink, .. } = &segment.keeper else {
+        return Ok(Seen { rules_hold: true, ..seen });
+    };
     let index = seen.bridge.as_ref().map(|link| link.index);
     for (at, address) in links.addresses()? {
         if Some(at) == index { seen.own.push(address) } else { seen.foreign.push(address) }
@@ -236,9 +243,7 @@ fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
         None => {}
     }
     seen.settings = settings(&segment.bridge)?;
-    if let Some(table) = firewall::table(segment, &seen.own) {
-        seen.rules_hold = nft::holds(&table)?;
-    }
+    seen.rules_hold = firewall::table(segment, &seen.own).map_or(Ok(true), |table| nft::holds(&table))?;
     Ok(seen)
 }
 

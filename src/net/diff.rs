@@ -38,7 +38,7 @@ pub(super) struct Seen {
     pub ports: Vec<(Port, Link)>,
     /// Settings below `/proc/sys/net` that exist.
     pub settings: BTreeMap<String, String>,
-    /// Whether our table has the rules it is to have.
+    /// Whether our table has the rules it is to have, if any.
     pub rules_hold: bool,
 }
 
@@ -181,6 +181,9 @@ fn bridge(segment: &Segment, addresses: &[IpNetwork], seen: &Seen, changes: &mut
     if addresses.iter().any(IpNetwork::is_ipv6) {
         // Nobody else has the gateway's address, and it is wanted at once.
         settings.extend([("disable_ipv6", "0"), ("accept_dad", "0")]);
+    }
+    if matches!(segment.keeper, Keeper::Us { uplink: Some(_), .. }) && addresses.is_empty() {
+        settings.push(("disable_ipv6", "1"));
     }
     let has_ipv6 = seen.settings.contains_key(FORWARD_V6);
     for (key, value) in settings.into_iter().filter(|_| has_ipv6) {

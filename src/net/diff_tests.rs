@@ -186,16 +186,29 @@ fn a_vlan_of_a_bridge() {
 #[test]
 fn a_vlan_of_an_uplink() {
     let network = json!({"profile": "vlan", "uplink": "eth0", "vlan": 20});
-    insta::assert_snapshot!(all(&network, &bare_host()), @r"
+    insta::assert_snapshot!(all(&network, &bare_host()), @r#"
     ip link add bosh-vlan20 address 02:35:f9:1e:47:00 mtu 1450 type bridge stp_state 0 forward_delay 0
     sysctl -w net.ipv6.conf.bosh-vlan20.accept_ra=0
+    sysctl -w net.ipv6.conf.bosh-vlan20.disable_ipv6=1
     ip link set bosh-vlan20 alias 'bosh-qemu-cpi:lab' up
     ip link add bqv20-kroebn link eth0 type vlan id 20
     ip link set bqv20-kroebn master bosh-vlan20 up
+    nft table inet bosh-qemu-bosh-vlan20 {
+        chain forward {
+            type filter hook forward priority 0; policy accept;
+            iifname "bosh-vlan20" oifname "bosh-vlan20" return
+            iifname "bosh-vlan20" counter drop
+            oifname "bosh-vlan20" counter drop
+        }
+        chain host {
+            type filter hook input priority 0; policy accept;
+            iifname "bosh-vlan20" counter drop
+        }
+    }
     ip link set bqtapn0 mtu 1500 master bosh-vlan20
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
-    ");
+    "#);
     let error = diff(&segment(&network), &Seen { world: None, ..bare_host() }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkNotFound);
 }

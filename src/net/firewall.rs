@@ -22,14 +22,20 @@ use crate::link_name::LinkName;
 /// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
 /// with several subnets share the bridge.
 pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
-    let Keeper::Us { addresses, masquerade, closed, services, .. } = &segment.keeper else { return None };
+    let Keeper::Us { addresses, masquerade, closed, services, uplink } = &segment.keeper else { return None };
     let bridge = &segment.bridge;
     let mut chains = Vec::new();
     if *masquerade {
         chains.push(hiding(bridge, present.iter().chain(addresses).copied()));
     }
-    if *closed || segment.isolated {
-        chains.push(closing(bridge, *closed, segment.isolated));
+    // The host only carries such a VLAN.
+    let apart = uplink.is_some() && addresses.is_empty();
+    if *closed || apart || segment.isolated {
+        chains.push(closing(bridge, *closed || apart, segment.isolated));
+    }
+    if apart {
+        let rules = vec![Rule { matches: vec![Match::By(IIFNAME, bridge.clone())], verdict: Verdict::Drop }];
+        chains.push(Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules });
     }
     if let Some(services) = services {
         chains.push(host(bridge, services));

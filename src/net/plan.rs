@@ -176,7 +176,6 @@ fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
         ("host_services", !network.host_services.is_empty() && profile.wire != Wiring::OwnBridge),
         ("bridge", network.bridge.is_some() && profile.wire == Wiring::User),
         // Each VLAN that a request asks for has a bridge of its own.
-        ("host_services", !network.host_services.is_empty() && profile.wire != Wiring::OwnBridge),
         ("bridge", network.bridge.is_some() && network.uplink.is_some() && network.vlan.is_none()),
         ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
     ];

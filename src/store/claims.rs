@@ -169,7 +169,8 @@ impl Claim {
         Self::Addresses { wire: wire(segment), block }
     }
 
-    fn meets(&self, other: &Self) -> bool {
+    /// Whether not both can be had.
+    pub fn meets(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Addresses { wire, block }, Self::Addresses { wire: other_wire, block: other }) => {
                 wire == other_wire && (block.contains(other.network()) || other.contains(block.network()))

@@ -12,13 +12,13 @@ use crate::cid::DiskCid;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
-use crate::link_name::LinkName;
 use crate::net::apply::Plug;
 use crate::net::change::Port;
+use crate::net::plan::{self, Segment};
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileNeed, Handles, Opened, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
-use crate::store::{DiskKey, Phase, Rank, Store, atomic};
+use crate::store::{DiskKey, Phase, Rank, atomic};
 use crate::{image, net};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
@@ -123,7 +123,7 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
     net::apply::remove_tap(&port.link)?;
     let queues = net::tap::queues(vm.machine.cpus);
-    let plug = net::apply::plug(&port, segment, queues, || ports_on(&scope.store, &segment.bridge))?;
+    let plug = net::apply::plug(&port, segment, queues, || everybody(scope, vm, segment))?;
     // Made again, it lost the word that it stays.
     if scope.store.is_pinned(&segment.bridge) {
         net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
@@ -132,11 +132,29 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     Ok(Some(plug))
 }
 
-/// The ports of all VMs on a bridge, whether they run or not.
-fn ports_on(store: &Store, bridge: &LinkName) -> Result<Vec<Port>> {
-    let vms = store.readable::<VmRecord>()?;
-    let ports = vms.iter().flat_map(|vm| &vm.nics).filter_map(Port::of);
-    Ok(ports.filter(|(_, segment)| segment.bridge == *bridge).map(|(port, _)| port).collect())
+/// What all VMs on the bridge of `segment` want of it, whether they run or not, and its pin; and their ports. Who
+/// disagrees keeps a new VM from being made; one that was there before starts, whatever the others have become.
+fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment, Vec<Port>)> {
+    let (mut all, mut ports) = (segment.clone(), Vec::new());
+    for other in scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting) {
+        let cid = &other.cid;
+        for (port, its) in other.nics.iter().filter_map(Port::of).filter(|(_, its)| its.bridge == segment.bridge) {
+            match plan::merge(&mut all, its) {
+                Err(error) if vm.phase == Phase::Creating => {
+                    return Err(error.with_kind(ErrorKind::Conflict).during(format!("VM '{cid}' is on the bridge")));
+                }
+                Err(error) => tracing::warn!(other = %cid, error = error.report(), "the bridge is as this VM wants it"),
+                Ok(()) => all.isolated |= its.isolated,
+            }
+            ports.push(port);
+        }
+    }
+    for pin in scope.store.pins()?.iter().filter(|pin| pin.bridge == segment.bridge) {
+        if let Err(error) = plan::merge(&mut all, pin) {
+            tracing::warn!(error = error.report(), "the bridge is no more as 'network apply' made it");
+        }
+    }
+    Ok((all, ports))
 }
 
 /// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.

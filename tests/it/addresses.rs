@@ -90,6 +90,22 @@ fn a_port_of_the_host_is_one_vms() {
 }
 
 #[test]
+fn a_vm_has_no_address_twice_and_never_its_gateways() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    for allowed in ["0.0.0.0/0", "10.7.0.0/29", "10.7.0.1"] {
+        let refused = create(&host, &stemcell, &manual("10.7.0.5"), &json!({"allowed_addresses": [allowed]}));
+        assert!(refused.failure().message.contains("has the gateway of network"), "{refused:?}");
+    }
+    let mut twice = manual("10.7.0.5");
+    let (name, network) = twice.as_object().unwrap().iter().next().map(|(n, v)| (n.clone(), v.clone())).unwrap();
+    twice["other"] = network;
+    let refused = create(&host, &stemcell, &twice, &json!({}));
+    let message = &refused.failure().message;
+    assert!(message.contains(&format!("networks '{name}' and 'other' have the same ip")), "{message}");
+}
+
+#[test]
 fn an_address_that_a_machine_outside_has_is_refused() {
     let Some(host) = Host::with(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}})) else { return };
     let (stemcell, outside) = (host.stemcell(), Namespace::new().unwrap());

@@ -52,3 +52,25 @@ fn the_cpi_chooses_a_subnet_nobody_has() {
     );
     assert!(refused.failure().message.contains("can not have the profile 'user'"), "{refused:?}");
 }
+
+#[test]
+fn a_managed_network_goes_with_delete_network_and_nothing_else() {
+    let Some(host) = Host::new() else { return };
+    let profiles = host.path("profiles");
+    std::fs::create_dir(&profiles).unwrap();
+    let routed = concat!(env!("CARGO_MANIFEST_DIR"), "/netconfig/routed.toml");
+    std::fs::copy(routed, profiles.join("mine.toml")).unwrap();
+    host.reconfigure(|config| config["network_profiles_dir"] = json!(profiles));
+    let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "mine"}}]);
+    let network = text(&host.ok("create_network", &subnet)[0]);
+    let links = || host.namespace().ip("-4 -brief address show");
+    host.namespace().run(|| {
+        let output = host.cpi().args(["network", "remove"]).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && said.contains("goes with delete_network"), "{said}");
+    });
+    assert!(links().contains("10.9.0.1/24"), "{}", links());
+    std::fs::remove_file(profiles.join("mine.toml")).unwrap();
+    host.ok("delete_network", &json!([network]));
+    assert!(!links().contains("10.9.0.1/24"));
+}

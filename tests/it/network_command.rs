@@ -93,6 +93,44 @@ fn a_network_with_vms_goes_with_the_last() {
 }
 
 #[test]
+fn a_vm_that_starts_again_keeps_what_others_may() {
+    let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}})) else { return };
+    let stemcell = host.stemcell();
+    let first = host.vm(&stemcell);
+    host.reconfigure(|config| config["networks"]["default"]["host_services"] = json!(["tcp/80"]));
+    let second = host.vm(&stemcell);
+    for vm in [&first, &second, &first] {
+        let rules = host.namespace().run(nftables::generation);
+        host.ok("reboot_vm", &json!([vm]));
+        assert_eq!(host.namespace().run(nftables::generation), rules, "both ports are open before and after");
+    }
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
+}
+
+#[test]
+fn a_bridge_is_not_changed_under_its_vms() {
+    let Some(host) = Host::with(json!({"networks": {"default": {"bridge": "lab0"}}})) else { return };
+    let stemcell = host.stemcell();
+    let vm = host.vm(&stemcell);
+    host.reconfigure(|config| {
+        config["networks"] = json!({
+            "default": {"profile": "routed", "bridge": "lab0"},
+            "other": {"subnet": "10.8.0.0/24"},
+        });
+    });
+    let refused = host.call("create_vm", &host.vm_arguments(&stemcell));
+    let message = &refused.failure().message;
+    assert!(message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' can not be"), "{message}");
+    let (planned, well) = network(&host, "plan");
+    assert!(!well);
+    assert!(planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' can not be"), "{planned:#}");
+    assert!(planned[1]["error"].is_null() && !planned[1]["changes"].as_array().unwrap().is_empty(), "{planned:#}");
+    host.ok("reboot_vm", &json!([vm]));
+    host.reconfigure(|config| config["networks"] = json!({"default": {"bridge": "lab0"}}));
+    assert_eq!(changes(&network(&host, "plan").0), [""; 0], "the first VM's rules stay");
+}
+
+#[test]
 fn the_next_vm_brings_back_a_deleted_bridge_with_all_on_it() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
@@ -158,15 +196,14 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
 fn networks_that_do_not_fit_together_are_refused() {
     let networks = json!({"one": {}, "two": {"profile": "routed", "bridge": "bosh-nat0"}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
-    let refused = |words: &[&str]| {
-        let output = host.namespace().run(|| host.cpi().arg("network").args(words).output().unwrap());
-        assert!(!output.status.success());
-        String::from_utf8(output.stderr).unwrap()
-    };
-    let both = "Error: bridge 'bosh-nat0' can not be what both network 'one' and network 'two' want of it";
-    assert!(refused(&["plan"]).starts_with(both), "{}", refused(&["plan"]));
+    let both = "bridge 'bosh-nat0' can not be what both network 'one' and network 'two' want of it";
+    let (planned, well) = network(&host, "plan");
+    assert!(!well && planned[0]["error"].as_str().unwrap().starts_with(both), "{planned:#}");
     host.reconfigure(|config| config["networks"]["two"] = json!({}));
-    assert!(refused(&["plan", "three"]).starts_with("Error: no network 'three' of this host"));
+    let output = host.namespace().run(|| host.cpi().args(["network", "plan", "three"]).output().unwrap());
+    assert!(!output.status.success());
+    let refused = String::from_utf8(output.stderr).unwrap();
+    assert!(refused.starts_with("Error: no network 'three' of this host"), "{refused}");
 }
 
 #[test]

@@ -140,8 +140,11 @@ fn a_bridge_is_as_wide_as_the_way_to_the_world() {
 fn a_tap_has_a_queue_for_each_cpu() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
-    let plug =
-        |queues| lab.host.run(|| apply::plug(&name("bqmanyn0").into(), &segment, queues, || Ok(Vec::new()))).unwrap();
+    let plug = |queues| {
+        lab.host
+            .run(|| apply::plug(&name("bqmanyn0").into(), &segment, queues, || Ok((segment.clone(), Vec::new()))))
+            .unwrap()
+    };
     let many = plug(4);
     assert_eq!(many.queues.len(), 4);
     assert_eq!(lab.host.link("bqmanyn0").unwrap()["linkinfo"]["info_data"]["multi_queue"], true);

@@ -64,7 +64,7 @@ impl Lab {
 
     /// Makes a tap with one queue on the host.
     pub fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
-        self.host.run(|| apply::plug(&name(tap).into(), segment, 1, || Ok(Vec::new())))
+        self.host.run(|| apply::plug(&name(tap).into(), segment, 1, || Ok((segment.clone(), Vec::new()))))
     }
 
     /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
