@@ -83,8 +83,8 @@ fn one_more(segment: &Segment) -> [Duration; 3] {
 }
 
 fn plug(tap: &str, segment: &Segment) -> Plug {
-    apply::plug(&LinkName::parse(tap).expect("a name").into(), segment, 1, || Ok((segment.clone(), Vec::new())))
-        .expect("plug")
+    let port = LinkName::parse(tap).expect("a name").into();
+    apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug")
 }
 
 fn segment() -> Segment {

@@ -75,9 +75,11 @@ fn nat_on_a_bare_host() {
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
-            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
-            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+            iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
+            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
+            iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
+            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-nat0" counter drop
         }
         chain speaks {
             type filter hook output priority 0; policy accept;
@@ -101,9 +103,11 @@ fn routed_on_a_bare_host() {
     nft table inet bosh-qemu-bosh-routed0 {
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
-            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
-            iifname "bosh-routed0" ct state & 0x00000008 == 0x00000008 counter drop
+            iifname "bosh-routed0" ct state & 0x00000006 != 0x00000000 return
+            iifname "bosh-routed0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
+            iifname "bosh-routed0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
+            iifname "bosh-routed0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-routed0" counter drop
         }
         chain speaks {
             type filter hook output priority 0; policy accept;
@@ -132,9 +136,11 @@ fn isolated_on_a_bare_host() {
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
-            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
-            iifname "bosh-isolated0" ct state & 0x00000008 == 0x00000008 counter drop
+            iifname "bosh-isolated0" ct state & 0x00000006 != 0x00000000 return
+            iifname "bosh-isolated0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
+            iifname "bosh-isolated0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
+            iifname "bosh-isolated0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-isolated0" counter drop
         }
         chain speaks {
             type filter hook output priority 0; policy accept;
@@ -280,9 +286,11 @@ fn only_what_somebody_broke_is_repaired() {
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
-            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
-            iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+            iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
+            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
+            iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
+            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-nat0" counter drop
         }
         chain speaks {
             type filter hook output priority 0; policy accept;

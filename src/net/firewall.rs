@@ -92,18 +92,23 @@ fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Chain {
     Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
 }
 
-/// What VMs may begin to say to the host itself, by whichever of its addresses. Neighbours are never new to `ct state`.
+/// What VMs may say to the host itself, by whichever of its addresses: answers, ping and what is served.
 fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
     let rule = |what: Vec<Match>, verdict| {
-        let matches = [Match::By(IIFNAME, bridge.clone()), Match::Bits(CT_STATE, &NEW, &NEW)].into_iter().chain(what);
+        let matches = [Match::By(IIFNAME, bridge.clone())].into_iter().chain(what);
         Rule { matches: matches.collect(), verdict }
     };
-    let ping = |family, protocol, kind, echo| {
-        rule(vec![Match::Is(FAMILY, family), Match::Is(PROTOCOL, protocol), Match::Is(kind, echo)], Verdict::Return)
+    let icmp = |family, protocol, kind, first, last| {
+        let what = vec![Match::Is(FAMILY, family), Match::Is(PROTOCOL, protocol), Match::Within(kind, first, last)];
+        rule(what, Verdict::Return)
     };
-    let pings = [ping(&[2], &[1], ICMP_TYPE, &[8]), ping(&[10], &[58], ICMP6_TYPE, &[128])];
+    let known = rule(vec![Match::OtherBits(CT_STATE, &FOLLOWED, &[0; 4])], Verdict::Return);
+    let pings = [icmp(&[2], &[1], ICMP_TYPE, &[8], &[8]), icmp(&[10], &[58], ICMP6_TYPE, &[128], &[128])];
+    // No connection has them: neighbours ask and answer.
+    let neighbours = icmp(&[10], &[58], ICMP6_TYPE, &[135], &[136]);
     let served = services.iter().map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
-    let rules = pings.into_iter().chain(served).chain([rule(Vec::new(), Verdict::Drop)]).collect();
+    let passed = [known, neighbours].into_iter().chain(pings).chain(served);
+    let rules = passed.chain([rule(Vec::new(), Verdict::Drop)]).collect();
     Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
 }
 
@@ -117,8 +122,8 @@ fn speaks(bridge: &LinkName) -> Chain {
 /// The bit of a packet's mark for what the host itself says, in the machine's byte order.
 pub(super) const OF_THE_HOST: [u8; 4] = 0x1000u32.to_ne_bytes();
 
-/// `NF_CT_STATE_BIT(IP_CT_NEW)`, in the machine's byte order.
-const NEW: [u8; 4] = 8u32.to_ne_bytes();
+/// `NF_CT_STATE_BIT` of `IP_CT_ESTABLISHED` and `IP_CT_RELATED`, in the machine's byte order.
+const FOLLOWED: [u8; 4] = 6u32.to_ne_bytes();
 /// `IPS_DST_NAT`, likewise.
 const FORWARDED: [u8; 4] = 32u32.to_ne_bytes();
 
@@ -164,10 +169,12 @@ mod tests {
             }
             chain host {
                 type filter hook input priority 0; policy accept;
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta l4proto 6 th dport 22 return
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+                iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
+                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
+                iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
+                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+                iifname "bosh-nat0" meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" counter drop
             }
         }
         "#);
@@ -181,10 +188,12 @@ mod tests {
             }
             chain host {
                 type filter hook input priority 0; policy accept;
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08 return
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80 return
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 meta l4proto 6 th dport 22 return
-                iifname "bosh-nat0" ct state & 0x00000008 == 0x00000008 counter drop
+                iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
+                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
+                iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
+                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+                iifname "bosh-nat0" meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" counter drop
             }
         }
         "#);
