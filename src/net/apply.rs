@@ -5,7 +5,7 @@
 //!                ▲                  │      ▲                   │
 //!                └─────release──────┘      └─ the tap's fd is closed
 //! ```
-//! `ensure` looks at the kernel, has [`diff`](super::diff) say what is missing, and does that; where nothing is, it costs a
+//! `ensure` looks at the kernel, has `diff` say what is missing, and does that; where nothing is, it costs a
 //! few messages. Nothing else of the host changes, but `net.ipv4.ip_forward`, which is switched on and stays on: others may have
 //! come to need it.
 //!

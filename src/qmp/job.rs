@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A job outlives the client that started it, and QEMU serves one client at a time. So a client that waits for a job
-//! takes [turns](TURN): it looks, waits for events, and closes the connection to let others in. What happened between
+//! takes turns: it looks, waits for events, and closes the connection to let others in. What happened between
 //! two turns is seen by the look. A job is known by its id; whoever knows that can [end](end_all) it.
 
 use std::time::{Duration, Instant};

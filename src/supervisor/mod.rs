@@ -9,11 +9,11 @@
 //!                 └─ failed: QEMU killed, taps gone, caller told             supervisor ends
 //! ```
 //!
-//! - Before it launches, it asks whether the host has the memory ([`memory`]) and waits for its turn ([`boot`]). The
-//!   VM's processes are in control groups with [`limits`].
+//! - Before it launches, it asks whether the host has the memory (`memory`) and waits for its turn (`boot`). The
+//!   VM's processes are in control groups with `limits`.
 //! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
 //!   waits on a pipe for one line ([`Launched`]).
-//! - While the guest waits for room on a full filesystem, it looks whether there is some ([`full`]).
+//! - While the guest waits for room on a full filesystem, it looks whether there is some (`full`).
 //! - It owns the taps, the console log and the exit record. It only reads `vm.json`: calls write that.
 //! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing, until the
 //!   next call that changes the VM, or `host start`, gives it a supervisor that adopts it. What it printed meanwhile

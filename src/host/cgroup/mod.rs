@@ -3,7 +3,7 @@
 //! A Director's worker is stopped by ending its control group; a VM in it would end with it. The groups are
 //! `bosh-qemu-cpi/<cid>` in every hierarchy that can be written: the unified one (v2), or on older and hybrid hosts each
 //! of the v1 hierarchies that matter. Where systemd runs the host, the tree is systemd's, and it is asked for a
-//! [`scope`]. A host where nothing can be had is no error: what is missing is logged.
+//! `scope`. A host where nothing can be had is no error: what is missing is logged.
 //!
 //! The groups also keep a VM to its limits, so that one whose QEMU runs wild is ended alone. What those limits are is for
 //! whoever knows what runs in them.
