@@ -218,7 +218,7 @@ fn settled(links: &Links, segment: &Segment, seen: Seen) -> Result<Option<(Seen,
     Ok(bridge.map(|bridge| (seen, bridge)))
 }
 
-/// All that [`diff`] wants to know.
+/// All that `diff` wants to know.
 fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
     let mut seen = Seen { bridge: links.find(&segment.bridge)?, ports: existing(links, ports)?, ..Seen::default() };
     let Keeper::Us { addresses, uplink, .. } = &segment.keeper else {

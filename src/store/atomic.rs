@@ -24,7 +24,7 @@ pub struct Staged {
     path: PathBuf,
 }
 
-/// The first half of [`write`], after which no full filesystem can get in the way of the second.
+/// The first half of [`write()`], after which no full filesystem can get in the way of the second.
 pub fn stage(path: &Path, contents: &[u8]) -> Result<Staged> {
     let directory = parent(path);
     // tempfile makes it with mode 0600 and removes it unless it is persisted.

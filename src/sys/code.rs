@@ -18,7 +18,7 @@ pub fn let_go() {
     }
 }
 
-/// The address and length of a line of /proc/<pid>/maps if it is code of a file.
+/// The address and length of a line of `/proc/<pid>/maps` if it is code of a file.
 fn code_of_a_file(line: &str) -> Option<(NonNull<c_void>, usize)> {
     let mut words = line.split_ascii_whitespace();
     let (range, permissions) = (words.next()?, words.next()?);
