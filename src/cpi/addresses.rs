@@ -8,29 +8,16 @@ use ipnetwork::IpNetwork;
 use super::Cpi;
 use super::cloud_properties::{PortForward, VmCloudProperties};
 use super::networks::Networks;
-use super::placement::Placed;
+use super::placement::{Placed, Pool};
 use crate::cid::VmCid;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ranges::{AddressRange, Protocol};
+use crate::ranges::Protocol;
 use crate::store::claims::{Claim, Claims};
 use crate::store::nic_rules::Forward;
 use crate::store::record::{Keeper, Nic, Segment, Wire};
 
 /// The most ports of the host one VM can have: each is an element of its own.
 const MOST_PORTS: u32 = 1024;
-
-/// Where a dynamic network's addresses come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Pool {
-    /// First and last.
-    pub range: AddressRange,
-    /// The subnet they lie in.
-    pub subnet: IpNetwork,
-    /// The subnet's router.
-    pub gateway: Option<IpAddr>,
-    /// What the instance had before: a wish.
-    pub previous: Option<IpAddr>,
-}
 
 impl Cpi {
     /// Claims the addresses and ports of the VM, choosing those of dynamic networks, and writes them into its cards and

@@ -20,14 +20,12 @@ use super::Cpi;
 use crate::agent::settings::device_path;
 use crate::cid::{Cid, DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::io_uring;
-use crate::image;
-use crate::qemu::{FileNeed, Opened, blockdev, topology};
+use crate::qemu::{FileNeed, blockdev, topology};
 use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
-use crate::supervisor::{PowerState, power_state};
+use crate::supervisor::{PowerState, open_file, power_state};
 use crate::sys::pidlock;
 
 /// What is kept of a deadline for removing nodes and descriptors.
@@ -219,10 +217,7 @@ impl Cpi {
 
     fn plug_into(&self, monitor: &mut Monitor, disk: &DiskRecord, deadline: Instant) -> Result<()> {
         let need = FileNeed::disk(&self.store, disk)?;
-        image::refuse_other_files(&need.path, disk.format, false)?;
-        let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
-        let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
-        let opened = Opened { need, direct, io_uring };
+        let (opened, file) = open_file(&self.config, need)?;
         let id = disk.cid.as_str();
         let device = blockdev::device(&opened.need, id);
         let hot = hot_disk(disk);

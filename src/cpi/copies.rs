@@ -36,9 +36,8 @@ use super::attachments::{grace, hot_disk, hot_image};
 use super::space::need_of_full;
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::host::io_uring;
 use crate::image::qemu_img::{Existing, QemuImg};
-use crate::qemu::{FileNeed, Opened, blockdev};
+use crate::qemu::{FileNeed, blockdev};
 use crate::qmp::error::MonitorError;
 use crate::qmp::hotplug::{self, HotDisk, HotplugError};
 use crate::qmp::job;
@@ -46,6 +45,7 @@ use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
 use crate::store::record::{Discard, DiskImage, DiskRecord, Format};
 use crate::store::{DiskKey, Guard, VmRecord, atomic};
+use crate::supervisor::open_file;
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
 
@@ -220,9 +220,7 @@ impl Cpi {
 
     /// Has QEMU open the image `need`, for a job to write it.
     pub(super) fn open_in_qemu(&self, monitor: &mut Monitor, need: &FileNeed, disk: &DiskCid) -> Result<()> {
-        let (file, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
-        let io_uring = io_uring::works(self.store.run_dir(), &self.config.qemu);
-        let opened = Opened { need: need.clone(), direct, io_uring };
+        let (opened, file) = open_file(&self.config, need.clone())?;
         let open = |monitor: &mut Monitor| -> Result<(), HotplugError> {
             let set = monitor.add_fd(file.as_fd(), &blockdev::opaque(&need.node, need.writable))?;
             for node in blockdev::nodes(&opened, set) {

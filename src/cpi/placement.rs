@@ -1,9 +1,10 @@
 //! From create_vm's networks to network cards: which host network each is on, what it may send, what the agent is told.
 
+use std::net::IpAddr;
+
 use ipnetwork::IpNetwork;
 
 use super::Cpi;
-use super::addresses::Pool;
 use super::cloud_properties::{SubnetCloudProperties, VmCloudProperties};
 use super::networks::{Addressing, NetworkSpec, Networks};
 use crate::cid::{NetworkCid, VmCid};
@@ -18,6 +19,19 @@ use crate::schema::Property;
 use crate::store::claims::Claim;
 use crate::store::nic_rules::{Admission, NicRules};
 use crate::store::record::{Keeper, Nic, Segment, Wire};
+
+/// Where a dynamic network's addresses come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Pool {
+    /// First and last.
+    pub range: AddressRange,
+    /// The subnet they lie in.
+    pub subnet: IpNetwork,
+    /// The subnet's router.
+    pub gateway: Option<IpAddr>,
+    /// What the instance had before: a wish.
+    pub previous: Option<IpAddr>,
+}
 
 /// A card, and where its address comes from if that is not known yet.
 #[derive(Debug)]

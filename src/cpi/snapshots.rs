@@ -189,10 +189,10 @@ impl Cpi {
         let deadline = self.began + self.config.deadline("snapshot_disk", RESTORE);
         self.store.prepare()?;
         self.clear_leftovers();
-        let _lock = self.store.lock(Rank::Snapshot, snapshot, deadline)?;
+        let snapshot_lock = self.store.lock(Rank::Snapshot, snapshot, deadline)?;
         let record = self.store.find::<SnapshotRecord>(snapshot)?.filter(|record| record.phase == Phase::Ready);
         let Some(record) = record else {
-            _lock.retire()?;
+            snapshot_lock.retire()?;
             return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}'")));
         };
         let cid = DiskCid::random();

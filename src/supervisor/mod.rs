@@ -42,6 +42,7 @@ pub use daemon::{Begin, refuse, supervise};
 pub use exit::{Ending, ExitRecord};
 pub use memory::admit;
 pub use power::{Button, PowerState, call_off, power_state, stop};
+pub use resources::open_file;
 pub use spawn::{adopt, start};
 pub use status::{State, Status, status};
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Scope;
 use crate::cid::DiskCid;
+use crate::config::Config;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::io_uring;
@@ -41,9 +42,8 @@ impl Resources {
         let encrypted = needs.iter().any(|need| need.encrypted);
         // In force before there is a tap: a VM is never on a wire without them.
         net::guard::add(&vm.nics, || all_nics(scope))?;
-        let io_uring = io_uring::works(scope.store.run_dir(), &scope.config.qemu);
         Ok(Self {
-            files: needs.into_iter().map(|need| open_file(need, io_uring)).collect::<Result<_>>()?,
+            files: needs.into_iter().map(|need| open_file(&scope.config, need)).collect::<Result<_>>()?,
             key: if encrypted { Some(key_pipe(scope)?) } else { None },
             taps: vm.nics.iter().map(|nic| plug(scope, vm, nic)).collect::<Result<_>>()?,
             qmp: listen(&scope.paths.qmp())?,
@@ -84,12 +84,16 @@ fn missing_disk(disk: &DiskCid) -> Error {
         .hint("restore the disk's directory, or detach the disk with detach_disk")
 }
 
-/// Opens one file as QEMU wants it.
-fn open_file(need: FileNeed, io_uring: bool) -> Result<(Opened, OwnedFd)> {
+/// Opens one file as QEMU wants it, on its command line or over its monitor.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] for an image that names other files; what the filesystem says.
+pub fn open_file(config: &Config, need: FileNeed) -> Result<(Opened, OwnedFd)> {
     if let Some(format) = need.format {
         image::refuse_other_files(&need.path, format, need.id == files::ROOT)?;
     }
     let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
+    let io_uring = io_uring::works(&config.run_dir, &config.qemu);
     Ok((Opened { need, direct, io_uring }, fd))
 }
 

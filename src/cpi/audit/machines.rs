@@ -1,11 +1,13 @@
 //! VMs as far as they are processes.
 
-use super::{Audit, Kind};
+use super::{Audit, Kind, message};
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
 use crate::supervisor::{self, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
+
+const EXIT_LOST: &str = "move the file away: then the VM counts as crashed, and `bosh-qemu-cpi host start` starts it";
 
 impl Audit<'_> {
     pub(super) fn machines(&mut self) -> Result<()> {
@@ -34,7 +36,13 @@ impl Audit<'_> {
             }
             // A supervisor without a QEMU is about to start one.
             PowerState::Off if !supervised && vm.desired == Desired::Running => {
-                let exit = ExitRecord::read(&paths.exit())?.filter(|exit| exit.run == vm.run);
+                let exit = match ExitRecord::read(&paths.exit()) {
+                    Ok(exit) => exit.filter(|exit| exit.run == vm.run),
+                    Err(error) => {
+                        self.told(Kind::Corrupt, &vm.cid, &message(&error), EXIT_LOST);
+                        return Ok(());
+                    }
+                };
                 if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
                     let why = exit.map_or_else(|| "nothing says how it ended".to_owned(), |exit| exit.describe());
                     self.told(Kind::Down, &vm.cid, &why, "`bosh-qemu-cpi host start`, or reboot_vm, starts it");
