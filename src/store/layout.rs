@@ -37,6 +37,7 @@ use super::atomic::{self, Staged};
 use super::lock::{Guard, Rank};
 use super::pool::Pools;
 use super::record::{DiskImage, DiskRecord, Record, SnapshotRecord, VmRecord};
+use super::vm_paths::VmPaths;
 use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::crash;
@@ -430,51 +431,4 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     };
     let names = entries.map(|entry| entry.map(|entry| entry.file_name().into_string().ok()));
     names.filter_map(Result::transpose).collect::<std::io::Result<_>>().at("list", dir)
-}
-
-/// Everything of a VM that has a path but for its images, which may be in a pool.
-#[derive(Debug, Clone)]
-pub struct VmPaths {
-    /// What survives a reboot.
-    pub dir: PathBuf,
-    /// What does not.
-    pub run: PathBuf,
-}
-
-macro_rules! paths {
-    ($($(#[$doc:meta])* $name:ident = $root:ident / $file:literal;)*) => {
-        impl VmPaths {$(
-            $(#[$doc])*
-            pub fn $name(&self) -> PathBuf {
-                self.$root.join($file)
-            }
-        )*}
-    };
-}
-
-paths! {
-    /// FAT image labelled `CONFIG-2` with the agent's settings. Holds secrets.
-    config_drive = dir / "config.img";
-    /// What the guest wrote to its serial port.
-    console_log = dir / "console.log";
-    /// What QEMU wrote to its standard error.
-    qemu_log = dir / "qemu.log";
-    /// What the supervisor did.
-    supervisor_log = dir / "supervisor.log";
-    /// QEMU's events and the supervisor's own, one JSON object a line.
-    events = dir / "events.jsonl";
-    /// How the last run ended.
-    exit = dir / "exit.json";
-    /// QEMU's monitor for calls.
-    qmp = run / "qmp.sock";
-    /// QEMU's monitor for the supervisor.
-    supervisor_qmp = run / "supervisor-qmp.sock";
-    /// The guest's serial port, served by QEMU to the supervisor.
-    serial = run / "serial.sock";
-    /// There as long as nobody may have been told of the VM.
-    untold = run / "untold";
-    /// Locked by QEMU as long as it lives.
-    qemu_pid = run / "qemu.pid";
-    /// Locked by the supervisor as long as it lives.
-    supervisor_pid = run / "supervisor.pid";
 }

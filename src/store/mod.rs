@@ -17,10 +17,12 @@ mod owner;
 mod pins;
 pub mod pool;
 pub mod record;
+mod vm_paths;
 
 pub use disk_key::DiskKey;
-pub use layout::{Store, VmPaths};
+pub use layout::Store;
 pub use lock::{Brief, Guard, Rank};
 pub use owner::Owner;
 pub use pool::Pools;
 pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};
+pub use vm_paths::VmPaths;

@@ -7,6 +7,7 @@ pub mod frames;
 pub mod host;
 pub mod images;
 pub mod lab;
+mod leaks;
 pub mod netns;
 pub mod nftables;
 pub mod power;
