@@ -1,5 +1,6 @@
 //! `bosh-qemu-cpi network plan|apply|remove`: the host's side of the networks, looked at and made without a VM.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 
@@ -34,7 +35,8 @@ pub fn run(config: Option<&Path>, deed: Deed, only: &[String], as_json: bool, ou
     log::init(&config.log);
     let cpi = Cpi::new(config, file);
     let networks = cpi.host_networks(only)?;
-    let reports: Vec<_> = networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
+    let mut reports: Vec<_> = networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
+    say_once(&mut reports);
     let text = if as_json {
         let networks: Vec<_> = reports.iter().map(Report::json).collect();
         format!("{}\n", json!({ "networks": networks }))
@@ -90,6 +92,14 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
         report.state = if ours && network.configured { "stays without VMs" } else { kept };
     }
     Ok(report)
+}
+
+/// What several networks lack, such as forwarding, comes with the first of them.
+fn say_once(reports: &mut [Report<'_>]) {
+    let mut said = BTreeSet::new();
+    for report in reports {
+        report.changes.retain(|change| said.insert(change.clone()));
+    }
 }
 
 impl Report<'_> {
