@@ -141,30 +141,33 @@ impl Cpi {
     pub(super) fn holder(&self, disk: &DiskRecord, deadline: Instant) -> Result<Option<VmCid>> {
         let Some(cid) = &disk.vm else { return Ok(None) };
         let listing = |vm: &VmRecord| vm.attachment(&disk.cid).map(|a| a.phase);
-        let vm = self.store.find::<VmRecord>(cid)?;
-        match vm.as_ref().and_then(listing) {
-            None => Ok(None),
-            Some(_) if vm.is_some_and(|vm| vm.phase == Phase::Deleting) => self.let_go(cid).map(|()| None),
-            Some(Attached) => Ok(Some(cid.clone())),
-            Some(Attaching | Detaching) => {
-                let _lock = self.store.lock(Rank::Vm, cid, deadline)?;
-                let Some(mut vm) = self.store.find::<VmRecord>(cid)? else { return Ok(None) };
-                if listing(&vm).is_none() {
-                    return Ok(None);
-                }
-                // An unfinished detach from a VM that is off: its next start plugs the disk in again.
-                let off = matches!(power_state(&self.store.vm(cid))?, PowerState::Off);
-                let keeps = off && listing(&vm) == Some(Detaching);
-                if vm.phase == Phase::Ready && (keeps || self.is_plugged(&vm, &disk.cid, deadline)?) {
-                    return Ok(Some(cid.clone()));
-                }
-                // Without a device QEMU may still have the image open, and locked.
-                self.unplug(&vm, &hot_disk(disk), deadline)?;
-                vm.forget_attachment(&disk.cid);
-                self.store.write(&vm)?;
-                Ok(None)
-            }
+        let Some(vm) = self.store.find::<VmRecord>(cid)? else { return Ok(None) };
+        match (vm.phase, listing(&vm)) {
+            (_, None) => return Ok(None),
+            (Phase::Creating | Phase::Ready, Some(Attached)) => return Ok(Some(cid.clone())),
+            // A call is at work, or was cut short. The VM's lock tells.
+            _ => {}
         }
+        let lock = self.store.lock(Rank::Vm, cid, deadline)?;
+        let Some(mut vm) = self.store.find::<VmRecord>(cid)? else {
+            lock.retire()?;
+            return Ok(None);
+        };
+        let Some(phase) = listing(&vm) else { return Ok(None) };
+        if vm.phase == Phase::Deleting {
+            return self.let_go(cid).map(|()| None);
+        }
+        // An unfinished detach from a VM that is off: its next start plugs the disk in again.
+        let off = matches!(power_state(&self.store.vm(cid))?, PowerState::Off);
+        let keeps = phase == Attached || (off && phase == Detaching);
+        if vm.phase == Phase::Ready && (keeps || self.is_plugged(&vm, &disk.cid, deadline)?) {
+            return Ok(Some(cid.clone()));
+        }
+        // Without a device QEMU may still have the image open, and locked.
+        self.unplug(&vm, &hot_disk(disk), deadline)?;
+        vm.forget_attachment(&disk.cid);
+        self.store.write(&vm)?;
+        Ok(None)
     }
 
     /// Whether nothing can open the disks of a VM whose removal was cut short any more.

@@ -5,8 +5,8 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
-use bosh_qemu_cpi::store::DiskRecord;
 use bosh_qemu_cpi::store::record::AttachmentPhase;
+use bosh_qemu_cpi::store::{DiskRecord, Phase};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -214,4 +214,21 @@ fn clients_that_race_on_one_vm_and_its_disks_leave_what_the_record_says() {
         let attached = listed.as_array().unwrap().contains(&json!(disk));
         assert_eq!(in_qemu(&host, &vm, disk), if attached { (true, 2, 1) } else { (false, 0, 0) });
     }
+}
+
+#[test]
+fn a_disk_is_waited_for_while_the_vm_that_has_it_is_being_deleted() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (old, new, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());
+    host.ok("attach_disk", &json!([old, disk]));
+    // It ends by force, after a while.
+    host.qemu(&old).unwrap().signal(Signal::SIGSTOP).unwrap();
+    let removal = host.start("delete_vm", &json!([old]));
+    eventually("a removal at work", || (host.record(&old).phase == Phase::Deleting).then_some(()));
+    let again = host.call("attach_disk", &json!([old, disk]));
+    assert_eq!(again.failure().kind, "VMNotFound", "{again:?}");
+    host.ok("attach_disk", &json!([new, disk]));
+    answer(removal).result();
+    assert!(is_plugged(&host, &new, &disk));
 }
