@@ -454,6 +454,19 @@ fn two_hundred_vms_come_and_go() {
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }
 
+/// All of them in one transaction, far larger than a socket takes by default.
+#[test]
+fn two_thousand_vms_get_their_rules_back_with_the_next() {
+    let Some(lab) = Lab::new() else { return };
+    let vms: Vec<_> = (0..2000u16)
+        .map(|n| nic(&format!("bqvm{n}"), n as u8, guarded(&[&format!("10.0.{}.{}", n / 250, n % 250 + 1)])))
+        .collect();
+    lab.host.run(|| guard::add(&vms[..1], || Ok(vms.clone()))).unwrap();
+    assert!(!lab.host.run(|| guard::is_lost(&vms)).unwrap());
+    lab.host.run(|| guard::remove(&vms)).unwrap();
+    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+}
+
 #[test]
 fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
     for (gateway, inside, at_host, outer) in [

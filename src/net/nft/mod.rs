@@ -10,16 +10,18 @@ mod field;
 pub(in crate::net) mod foreign;
 mod rule;
 mod set;
+mod transaction;
 
 use std::fmt;
 
 use netlink_bindings::nftables::{Chained, ChainedFinal, Nfgenmsg, PushSetelemListAttrs, Request};
-use netlink_bindings::traits::{NetlinkChained, Pusher};
+use netlink_bindings::traits::Pusher;
 use netlink_bindings::utils::{chop_header, finalize_nested_header, find_attr, push_header, push_nested_header};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use nix::errno::Errno;
 use nix::libc;
 
+use self::transaction::Refusal;
 pub(super) use field::*;
 pub(super) use rule::{Match, Rule, Verdict};
 pub(super) use set::{Element, Holds, Kind, Part, Raw, Set};
@@ -135,14 +137,14 @@ pub(super) fn holds(table: &Table) -> Result<bool> {
 
 /// Puts the table in place of any of that name, in one transaction: no packet sees half of it.
 pub(super) fn replace(table: &Table) -> Result<()> {
-    transact(&[Step::Replace(table)], None).map_err(|error| failed("write", &table.name, &error))
+    transaction::send(&batch(&[Step::Replace(table)], None)).map_err(|refusal| refused("write", &table.name, refusal))
 }
 
 /// Removes the table, if it is there. A kernel without nftables has none.
 pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
-    match transact(&[Step::Drop(family, name)], None) {
-        Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::EOPNOTSUPP)) => Ok(()),
-        result => result.map_err(|error| failed("remove", name, &error)),
+    match transaction::send(&batch(&[Step::Drop(family, name)], None)) {
+        Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::EOPNOTSUPP) => Ok(()),
+        result => result.map_err(|refusal| refused("remove", name, refusal)),
     }
 }
 
@@ -150,10 +152,10 @@ pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
 /// since [`generation`] said it.
 pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
     let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
-    match transact(steps, generation) {
+    match transaction::send(&batch(steps, generation)) {
         Ok(()) => Ok(Outcome::Done),
-        Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::ERESTART)) => Ok(Outcome::Stale),
-        Err(error) => Err(failed("write", table, &error)),
+        Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::ERESTART) => Ok(Outcome::Stale),
+        Err(refusal) => Err(refused("write", table, refusal)),
     }
 }
 
@@ -209,22 +211,9 @@ fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
     Ok(rules)
 }
 
-fn transact(steps: &[Step<'_>], generation: Option<u32>) -> Result<(), ReplyError> {
-    let mut socket = NetlinkSocket::new();
-    // More than any batch of ours has messages; replies are told apart by them.
-    let first = socket.reserve_seq(1 << 16);
-    let mut batch = batch(first, steps, generation, false);
-    if batch.chain_len().is_multiple_of(64) {
-        // Of so many messages, netlink-socket2 0.3.5 (`Bits::with_len`) takes the last 64 for answered: a failure of one
-        // of them would be a success.
-        batch = self::batch(first, steps, generation, true);
-    }
-    socket.request_chained(&batch)?.recv_all()
-}
-
-/// The steps as messages; with one more that does nothing, if it is `padded`.
-fn batch(first: u32, steps: &[Step<'_>], generation: Option<u32>, padded: bool) -> ChainedFinal<'static> {
-    let mut batch = Chained::new(first);
+/// The steps as one batch.
+fn batch(steps: &[Step<'_>], generation: Option<u32>) -> ChainedFinal<'static> {
+    let mut batch = Chained::new(1);
     let mut nftables = Nfgenmsg::new();
     nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
     let mut begin = batch.request().op_batch_begin_do(&nftables);
@@ -232,10 +221,6 @@ fn batch(first: u32, steps: &[Step<'_>], generation: Option<u32>, padded: bool) 
         begin.encode().push_genid(generation);
     }
     drop(begin);
-    if let (true, Some(step)) = (padded, steps.first()) {
-        let (family, name) = step.table();
-        new_table(&mut batch, family, name);
-    }
     steps.iter().for_each(|step| step.push(&mut batch));
     batch.request().op_batch_end_do(&nftables);
     batch.finalize()
@@ -387,9 +372,16 @@ fn errno(error: &ReplyError) -> Option<Errno> {
 }
 
 fn failed(doing: &str, table: &str, error: &ReplyError) -> Error {
+    hinted(doing, table, errno(error)).because(error.to_string())
+}
+
+fn refused(doing: &str, table: &str, refusal: Refusal) -> Error {
+    hinted(doing, table, Some(refusal.errno)).because(refusal)
+}
+
+fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
     let failure = Error::new(ErrorKind::Host, format!("{doing} nftables table '{table}'"));
-    let failure = failure.because(error.to_string());
-    match errno(error) {
+    match errno {
         Some(Errno::EPERM) => failure.hint(super::NEEDS_ROOT),
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
             failure.hint("the kernel may lack nftables: modprobe nf_tables")

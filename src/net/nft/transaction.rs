@@ -1,0 +1,152 @@
+//! A batch on its way to the kernel, which does all of it or nothing.
+//!
+//! It is one message however long it is, so the socket's buffers are made to fit: with a thousand VMs it has several
+//! hundred kilobytes, more than a socket takes by default (`net.core.wmem_default`). nfnetlink carries a batch out before
+//! the send returns, and all its answers are in the socket then.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use netlink_bindings::builtin::NlmsgerrAttrs;
+use netlink_bindings::nftables::ChainedFinal;
+use netlink_bindings::traits::NetlinkChained;
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
+
+/// What the kernel refused, and why if it says so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{errno}{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
+pub(super) struct Refusal {
+    pub errno: Errno,
+    pub why: Option<String>,
+}
+
+/// Memory that one answer takes in a socket: the kernel counts whole buffers.
+const ANSWER: usize = 2048;
+
+/// `struct nlmsghdr`.
+const HEADER: usize = 16;
+
+/// Carries out `batch`; the first refusal, if there is one.
+pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    // Answers with a text, and without the whole of what they answer.
+    socket.set_ext_ack(true).and_then(|()| socket.set_cap_ack(true))?;
+    socket.bind_auto()?;
+    let bytes = batch.payload();
+    make_room(&socket, bytes.len(), batch.chain_len() * ANSWER)?;
+    let sent = socket.send(bytes, 0)?;
+    debug_assert_eq!(sent, bytes.len(), "a datagram is sent whole");
+    let (mut first, mut answers) = (None, 0);
+    let mut buffer = Vec::with_capacity(8192);
+    loop {
+        buffer.clear();
+        match socket.recv(&mut buffer, libc::MSG_DONTWAIT) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error.into()),
+        }
+        for answer in answers_in(&buffer) {
+            answers += 1;
+            first = first.or(answer.err());
+        }
+    }
+    match first {
+        Some(refusal) => Err(refusal),
+        None if answers == 0 => Err(Refusal { errno: Errno::EPROTO, why: Some("nothing was answered".into()) }),
+        None => Ok(()),
+    }
+}
+
+fn make_room(socket: &Socket, sent: usize, received: usize) -> nix::Result<()> {
+    // The kernel keeps a little of it for itself, and doubles both.
+    setsockopt(&socket.as_fd(), sockopt::SndBufForce, &(sent + 4096))?;
+    setsockopt(&socket.as_fd(), sockopt::RcvBufForce, &(received + 4096))
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self { errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), why: None }
+    }
+}
+
+impl From<Errno> for Refusal {
+    fn from(errno: Errno) -> Self {
+        Self { errno, why: None }
+    }
+}
+
+/// What the messages in `bytes` say of what was asked. Others than answers are left out.
+fn answers_in(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
+    let mut answers = Vec::new();
+    while let Some((message, rest)) = first_of(bytes) {
+        bytes = rest;
+        let (kind, flags) = (number::<2>(message, 4), number::<2>(message, 6));
+        let Some(code) = message.get(HEADER..HEADER + 4).filter(|_| kind == libc::NLMSG_ERROR as u32) else { continue };
+        let code = i32::from_ne_bytes(code.try_into().expect("four bytes"));
+        let attributes = message.get(2 * HEADER + 4..).filter(|_| flags & libc::NLM_F_ACK_TLVS as u32 != 0);
+        let why = attributes.and_then(|bytes| NlmsgerrAttrs::new(bytes).get_msg().ok());
+        let why = why.map(|text| text.to_string_lossy().into_owned());
+        answers.push(if code == 0 { Ok(()) } else { Err(Refusal { errno: Errno::from_raw(-code), why }) });
+    }
+    answers
+}
+
+/// The first message and what follows it.
+fn first_of(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let length = bytes.get(..4).map(|_| number::<4>(bytes, 0) as usize)?;
+    let message = bytes.get(..length).filter(|message| message.len() >= HEADER)?;
+    Some((message, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
+}
+
+/// A number of a header of at least [`HEADER`] bytes, of `N` bytes at `at`, in the host's order.
+fn number<const N: usize>(bytes: &[u8], at: usize) -> u32 {
+    let mut whole = [0; 4];
+    let place = if cfg!(target_endian = "big") { 4 - N } else { 0 };
+    whole[place..place + N].copy_from_slice(&bytes[at..at + N]);
+    u32::from_ne_bytes(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An answer of the kernel with `code`, and a text if there is one.
+    fn answer(code: i32, text: Option<&str>) -> Vec<u8> {
+        let mut body = code.to_ne_bytes().to_vec();
+        body.extend([0; HEADER]);
+        if let Some(text) = text {
+            body.extend((text.len() as u16 + 5).to_ne_bytes());
+            body.extend(1u16.to_ne_bytes());
+            body.extend(text.bytes().chain([0]));
+        }
+        let mut message = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
+        message.extend((libc::NLMSG_ERROR as u16).to_ne_bytes());
+        message.extend(if text.is_some() { libc::NLM_F_ACK_TLVS as u16 } else { 0 }.to_ne_bytes());
+        message.extend([0; 8]);
+        message.extend(body);
+        message.resize(message.len().next_multiple_of(4), 0);
+        message
+    }
+
+    #[test]
+    fn answers_are_told_from_refusals_and_those_say_why() {
+        let bytes =
+            [answer(0, None), answer(-libc::ENOENT, None), answer(-libc::EINVAL, Some("no such hook"))].concat();
+        let [done, plain, told] = answers_in(&bytes).try_into().unwrap();
+        assert_eq!(done, Ok(()));
+        assert_eq!(plain, Err(Refusal { errno: Errno::ENOENT, why: None }));
+        assert_eq!(told.unwrap_err().to_string(), "EINVAL: Invalid argument: no such hook");
+    }
+
+    #[test]
+    fn what_is_cut_off_is_no_answer() {
+        let whole = answer(0, None);
+        for length in 0..whole.len() {
+            assert_eq!(answers_in(&whole[..length]), [], "{length}");
+        }
+    }
+}
