@@ -6,7 +6,7 @@ use crate::config::{self, Config};
 use crate::cpi::Cpi;
 use crate::error::Result;
 use crate::log;
-use crate::rpc::{self, outlet::Outlet};
+use crate::rpc::{self, Here, outlet::Outlet};
 
 /// Answers the request on standard input. Configuration and log come up only when something is to be done, so
 /// `info` works, and works fast, on a host whose configuration does not.
@@ -20,7 +20,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
         let config = Config::load(file.as_deref())?;
         log::init(&config.log);
         let config = config.with_context(request.context.properties())?;
-        Ok(Box::new(Cpi::new(config, file).called_by(request.context.director())))
+        Ok(Box::new(Here::new(Cpi::new(config, file).called_by(request.context.director()))))
     });
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! The Director's side of the door: one JSON request on stdin, one JSON answer on stdout.
 //!
 //! ```text
-//!  stdin ──▶ request ──▶ call (typed arguments) ──▶ cpi::Verbs ──▶ response ──▶ outlet ──▶ stdout
-//!            read to      refused here, before        acts          one JSON     written once;
-//!            EOF first    anything is touched                       object       gone? undo a create
+//!  stdin ──▶ request ──▶ call (typed arguments) ──▶ Carrier ──▶ response ──▶ outlet ──▶ stdout
+//!            read to      refused here, before        acts        one JSON     written once;
+//!            EOF first    anything is touched                     object       gone? undo a create
 //! ```
 //!
 //! `rpc` owns the form of requests and answers and the names of errors; it knows no state, no host and no
@@ -13,45 +13,70 @@ pub mod arguments;
 pub mod call;
 #[cfg(test)]
 mod fake;
+mod here;
 pub mod outlet;
 pub mod request;
 pub mod response;
 
 use std::io::Read;
-use std::time::Instant;
 
 use serde_json::{Value, json};
-use tracing::{error, info, info_span, warn};
 
-use crate::cpi::verbs::Verbs;
 use crate::crash;
 use crate::error::{Error, Result};
 use crate::schema::printable;
-use call::{Call, Success};
-use outlet::Outlet;
+use call::Call;
+use outlet::{Delivery, Outlet};
 use request::Request;
 use response::Response;
+
+pub use here::Here;
 
 /// Image formats that `create_stemcell` takes, as stemcells and bosh-cli name them. `qemu-light` is ours: its
 /// cloud properties point to an image on the host.
 pub const STEMCELL_FORMATS: [&str; 3] = ["openstack-qcow2", "openstack-raw", "qemu-light"];
 
-/// Answers the one request in `input` on `outlet`. `verbs` is asked for only when something is to be done: neither
+/// Who carries calls out: the CPI of this host, or somebody who has one elsewhere do it.
+pub trait Carrier {
+    /// Carries out `call`, which `request` is.
+    fn carry(&self, request: &Request, call: Call) -> Carried<'_>;
+}
+
+/// What came of a call, before its caller hears of it.
+pub struct Carried<'a> {
+    /// The answer.
+    pub response: Response,
+    /// Whether something was made that nobody can delete who was not told of it.
+    pub made: bool,
+    /// Hears what became of the answer.
+    pub delivered: Box<dyn FnOnce(Delivery) + 'a>,
+}
+
+/// Answers the one request in `input` on `outlet`. `carrier` is asked for only when something is to be done: neither
 /// `info` nor a malformed request needs a configuration.
 ///
 /// Panics are answered, too, which makes this the last a process does.
-pub fn serve(input: impl Read, outlet: Outlet, verbs: impl FnOnce(&Request) -> Result<Box<dyn Verbs>>) {
-    answer(input, &outlet.answer_panics(), verbs);
+pub fn serve(input: impl Read, outlet: Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
+    answer(request::read(input), &outlet.answer_panics(), carrier);
 }
 
-fn answer(input: impl Read, outlet: &Outlet, verbs: impl FnOnce(&Request) -> Result<Box<dyn Verbs>>) {
-    let response = match admit(input, verbs) {
+/// Answers the request `text`, as [`serve`].
+pub fn serve_text(text: String, outlet: Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
+    answer(Ok(text), &outlet.answer_panics(), carrier);
+}
+
+fn answer(text: Result<String>, outlet: &Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
+    let response = match text.and_then(|text| admit(&text, carrier)) {
         Ok(Admitted::Info) => Response::success(&info()),
-        Ok(Admitted::Call { request, call, verbs }) => return carry_out(&request, *call, verbs.as_ref(), outlet),
+        Ok(Admitted::Call { request, call, carrier }) => {
+            let Carried { response, made, delivered } = carrier.carry(&request, *call);
+            crash::point!("done, not answered");
+            return delivered(outlet.send(&response, made));
+        }
         Err(error) => Response::failure(&error),
     };
     // Nothing was done, so nothing is lost with the answer, and no log is up to say so.
-    let _ = outlet.send(&response);
+    let _ = outlet.send(&response, false);
 }
 
 /// The result of `info`: what this program can do, whatever the state of its host. It is asked with any API version
@@ -62,52 +87,18 @@ fn info() -> Value {
 
 enum Admitted {
     Info,
-    Call { request: Request, call: Box<Call>, verbs: Box<dyn Verbs> },
+    Call { request: Request, call: Box<Call>, carrier: Box<dyn Carrier> },
 }
 
-fn admit(input: impl Read, verbs: impl FnOnce(&Request) -> Result<Box<dyn Verbs>>) -> Result<Admitted> {
-    let request = Request::parse(&request::read(input)?)?;
+fn admit(text: &str, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) -> Result<Admitted> {
+    let request = Request::parse(text)?;
     if request.method == "info" {
         return Ok(Admitted::Info);
     }
     let named = |error: Error| error.during(printable(&request.method));
     let call = Box::new(Call::parse(&request).map_err(named)?);
-    let verbs = verbs(&request).map_err(named)?;
-    Ok(Admitted::Call { request, call, verbs })
-}
-
-/// Runs `call`, answers, and undoes a create whose answer reached nobody: without its cid nobody can delete it.
-/// An answer that the pipe took and nobody read looks like any other.
-fn carry_out(request: &Request, call: Call, verbs: &dyn Verbs, outlet: &Outlet) {
-    let _call = info_span!("call", method = request.method, request_id = request.context.request_id()).entered();
-    let begin = Instant::now();
-    let outcome = call.run(verbs).map_err(|error| error.during(printable(&request.method)));
-    let elapsed_ms = begin.elapsed().as_millis();
-    let (response, undo) = match outcome {
-        Ok(Success { result, undo }) => {
-            info!(elapsed_ms, "done");
-            (Response::success(&*result), undo)
-        }
-        Err(failure) => {
-            let response = Response::failure(&failure);
-            warn!(elapsed_ms, error = response.error_type(), "{}", one_line(&failure));
-            (response, None)
-        }
-    };
-    crash::point!("done, not answered");
-    let Err(unanswered) = outlet.send(&response) else {
-        return undo.iter().for_each(|undo| undo.is_void(verbs));
-    };
-    warn!("nobody took the answer: {unanswered}");
-    let Some(undo) = undo else { return };
-    match undo.run(verbs) {
-        Ok(()) => warn!("undone: {undo}"),
-        Err(failure) => error!("not undone: {undo}: {}", one_line(&failure)),
-    }
-}
-
-fn one_line(error: &Error) -> String {
-    error.report().replace('\n', " ")
+    let carrier = carrier(&request).map_err(named)?;
+    Ok(Admitted::Call { request, call, carrier })
 }
 
 #[cfg(test)]
@@ -128,7 +119,9 @@ mod tests {
         let (mut caller, cpi) = UnixStream::pair().unwrap();
         let calls = Calls::default();
         let verbs = Fake::new(calls.clone());
-        answer(request.as_bytes(), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| Ok(Box::new(verbs)));
+        answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
+            Ok(Box::new(Here::new(verbs)))
+        });
         let mut text = String::new();
         caller.read_to_string(&mut text).unwrap();
         (serde_json::from_str(&text).unwrap(), calls)
@@ -151,7 +144,7 @@ mod tests {
         ] {
             let asked = Rc::new(Cell::new(false));
             let (mut caller, cpi) = UnixStream::pair().unwrap();
-            answer(request.as_bytes(), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
+            answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
                 asked.set(true);
                 Err(Error::new(ErrorKind::BadConfig, "no configuration"))
             });
@@ -196,7 +189,9 @@ mod tests {
             drop(caller);
             let calls = Calls::default();
             let verbs = Fake::new(calls.clone());
-            answer(request.as_bytes(), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| Ok(Box::new(verbs)));
+            answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
+                Ok(Box::new(Here::new(verbs)))
+            });
             assert_eq!(calls.take(), expected);
         }
     }
@@ -208,7 +203,9 @@ mod tests {
         let calls = Calls::default();
         let verbs = Fake::new(calls.clone());
         let request = r#"{"method":"attach_disk","arguments":["vm-1","disk-1"]}"#;
-        answer(request.as_bytes(), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| Ok(Box::new(verbs)));
+        answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
+            Ok(Box::new(Here::new(verbs)))
+        });
         assert_eq!(calls.take(), ["attach_disk vm-1 disk-1"]);
     }
 }

@@ -10,42 +10,61 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::rpc::response::Response;
 
-/// The way to the caller.
+/// What became of an answer.
 #[derive(Debug)]
+pub enum Delivery {
+    /// The caller has it.
+    Taken,
+    /// The caller is gone and can not have it.
+    Lost(io::Error),
+    /// It was on its way when the caller fell silent. Whether it arrived, nobody can tell.
+    Unknown(io::Error),
+}
+
+/// How answers reach the caller.
+pub trait Way: Send + Sync {
+    /// Brings it `answer`. If it `matters` whether that arrives, says so after finding out, not only after sending.
+    fn deliver(&self, answer: &[u8], matters: bool) -> Delivery;
+}
+
+/// A pipe whose reader is the caller: what it took has arrived.
+impl Way for File {
+    fn deliver(&self, answer: &[u8], _: bool) -> Delivery {
+        match (&*self).write_all(answer) {
+            Ok(()) => Delivery::Taken,
+            // What was taken is no JSON.
+            Err(error) => Delivery::Lost(error),
+        }
+    }
+}
+
+/// The way to the caller, for one answer.
 pub struct Outlet {
-    file: File,
+    way: Box<dyn Way>,
     used: AtomicBool,
 }
 
 impl Outlet {
-    /// Takes standard output for the answer alone. File descriptor 1 becomes `/dev/null` and ours is not inherited:
-    /// what a child prints can not spoil the answer, and one that stays can not keep the caller waiting on it.
+    /// Takes standard output for the answer alone.
     ///
     /// # Errors
     /// [`ErrorKind::Host`].
     pub fn stdout() -> Result<Self> {
-        let own = io::stdout().as_fd().try_clone_to_owned().map_err(|e| Error::os("duplicate standard output", e))?;
-        let null = std::path::Path::new("/dev/null");
-        let nowhere = File::options().write(true).open(null).at("open", null)?;
-        nix::unistd::dup2_stdout(&nowhere).map_err(|e| Error::os("replace standard output", e))?;
-        Ok(Self::new(File::from(own)))
+        take_stdout().map(Self::new)
     }
 
-    /// Answers into `file`.
-    pub fn new(file: File) -> Self {
-        Self { file, used: AtomicBool::new(false) }
+    /// Answers by `way`.
+    pub fn new(way: impl Way + 'static) -> Self {
+        Self { way: Box::new(way), used: AtomicBool::new(false) }
     }
 
-    /// Writes the one answer.
-    ///
-    /// # Errors
-    /// When not all of it was taken; EPIPE if the caller is gone. What was taken is then no JSON.
+    /// Gives the one answer, as [`Way::deliver`].
     ///
     /// # Panics
     /// If there was an answer before.
-    pub fn send(&self, response: &Response) -> io::Result<()> {
+    pub fn send(&self, response: &Response, matters: bool) -> Delivery {
         assert!(!self.used.swap(true, Ordering::SeqCst), "a second answer");
-        (&self.file).write_all(response.as_bytes())
+        self.way.deliver(response.as_bytes(), matters)
     }
 
     /// From now on a panic, of any thread, is answered and ends the process with status 0. In a release build a
@@ -56,12 +75,25 @@ impl Outlet {
         std::panic::set_hook(Box::new(move |panic| {
             if !hooked.used.swap(true, Ordering::SeqCst) {
                 // Nobody is left to be told that this failed, too.
-                let _ = (&hooked.file).write_all(Response::failure(&bug(panic)).as_bytes());
+                let _ = hooked.way.deliver(Response::failure(&bug(panic)).as_bytes(), false);
             }
             std::process::exit(0);
         }));
         outlet
     }
+}
+
+/// Standard output, for us alone. File descriptor 1 becomes `/dev/null` and ours is not inherited: what a child prints can
+/// not spoil an answer, and one that stays can not keep the caller waiting on it.
+///
+/// # Errors
+/// [`ErrorKind::Host`].
+pub fn take_stdout() -> Result<File> {
+    let own = io::stdout().as_fd().try_clone_to_owned().map_err(|e| Error::os("duplicate standard output", e))?;
+    let null = std::path::Path::new("/dev/null");
+    let nowhere = File::options().write(true).open(null).at("open", null)?;
+    nix::unistd::dup2_stdout(&nowhere).map_err(|e| Error::os("replace standard output", e))?;
+    Ok(File::from(own))
 }
 
 fn bug(panic: &PanicHookInfo<'_>) -> Error {
@@ -86,12 +118,12 @@ mod tests {
     fn the_answer_is_written_once() {
         let mut file = tempfile::tempfile().unwrap();
         let outlet = Outlet::new(file.try_clone().unwrap());
-        outlet.send(&Response::success(&true)).unwrap();
+        assert!(matches!(outlet.send(&Response::success(&true), false), Delivery::Taken));
         let mut written = String::new();
         file.rewind().unwrap();
         file.read_to_string(&mut written).unwrap();
         assert_eq!(written, r#"{"result":true,"error":null,"log":""}"#);
-        let again = std::panic::AssertUnwindSafe(|| outlet.send(&Response::success(&true)));
+        let again = std::panic::AssertUnwindSafe(|| outlet.send(&Response::success(&true), false));
         assert!(std::panic::catch_unwind(again).is_err());
     }
 

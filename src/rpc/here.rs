@@ -1,0 +1,69 @@
+//! Calls carried out on this host.
+
+use std::time::Instant;
+
+use tracing::{error, info, info_span, warn};
+
+use super::call::{Call, Success};
+use super::outlet::Delivery;
+use super::request::Request;
+use super::response::Response;
+use super::{Carried, Carrier};
+use crate::cpi::verbs::Verbs;
+use crate::error::Error;
+use crate::schema::printable;
+
+/// Carries calls out by its verbs, and undoes a create whose answer reached nobody: without its cid nobody can delete it.
+/// An answer that the pipe took and nobody read looks like any other.
+#[derive(Debug)]
+pub struct Here<V>(V);
+
+impl<V: Verbs> Here<V> {
+    /// Carries out by `verbs`.
+    pub fn new(verbs: V) -> Self {
+        Self(verbs)
+    }
+}
+
+impl<V: Verbs> Carrier for Here<V> {
+    fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
+        let span = info_span!("call", method = request.method, request_id = request.context.request_id());
+        let entered = span.enter();
+        let begin = Instant::now();
+        let outcome = call.run(&self.0).map_err(|error| error.during(printable(&request.method)));
+        let elapsed_ms = begin.elapsed().as_millis();
+        let (response, undo) = match outcome {
+            Ok(Success { result, undo }) => {
+                info!(elapsed_ms, "done");
+                (Response::success(&*result), undo)
+            }
+            Err(failure) => {
+                let response = Response::failure(&failure);
+                warn!(elapsed_ms, error = response.error_type(), "{}", one_line(&failure));
+                (response, None)
+            }
+        };
+        drop(entered);
+        let made = undo.is_some();
+        let delivered = move |delivery| {
+            let _call = span.entered();
+            match (delivery, undo) {
+                (Delivery::Taken, undo) => undo.iter().for_each(|undo| undo.is_void(&self.0)),
+                (Delivery::Unknown(silence), _) => warn!("nobody said that they took the answer: {silence}"),
+                (Delivery::Lost(unanswered), undo) => {
+                    warn!("nobody took the answer: {unanswered}");
+                    let Some(undo) = undo else { return };
+                    match undo.run(&self.0) {
+                        Ok(()) => warn!("undone: {undo}"),
+                        Err(failure) => error!("not undone: {undo}: {}", one_line(&failure)),
+                    }
+                }
+            }
+        };
+        Carried { response, made, delivered: Box::new(delivered) }
+    }
+}
+
+fn one_line(error: &Error) -> String {
+    error.report().replace('\n', " ")
+}
