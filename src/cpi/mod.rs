@@ -41,6 +41,7 @@ use self::verbs::{
 use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::import::ImageFile;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
 use crate::supervisor::{self, Scope};
 use crate::units::MiB;
@@ -134,7 +135,7 @@ pub fn default_deadline(method: &str) -> Duration {
 
 impl Verbs for Cpi {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
-        self.import_stemcell(&stemcell.image, &stemcell.cloud_properties.0)
+        self.import_stemcell(&ImageFile::new(&stemcell.image), &stemcell.cloud_properties.0)
     }
 
     fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()> {

@@ -14,9 +14,8 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::clock;
 use crate::image;
 use crate::image::digest::Digest;
-use crate::image::import::Import;
+use crate::image::import::{ImageSource, Import, answered};
 use crate::image::qemu_img::QemuImg;
-use crate::patience::within;
 use crate::schema::{Property, SchemaError};
 use crate::store::layout::{SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Format, Source};
@@ -53,7 +52,11 @@ struct Image {
 }
 
 impl Cpi {
-    pub(super) fn import_stemcell(&self, image: &Path, properties: &Map<String, Value>) -> Result<StemcellCid> {
+    pub(super) fn import_stemcell(
+        &self,
+        image: &dyn ImageSource,
+        properties: &Map<String, Value>,
+    ) -> Result<StemcellCid> {
         let deadline = self.deadline("create_stemcell");
         self.store.prepare()?;
         self.clear_leftovers();
@@ -72,15 +75,10 @@ impl Cpi {
             cloud_properties: properties.clone(),
             newer: Map::new(),
         };
-        // What the file takes where it is; compressed data will take more, and the import tells if that does not fit.
-        let path = image.to_owned();
-        let takes = answered(image, deadline, move || {
-            // Attributes may be cached; this asks the server the file is on.
-            let _ = rustix::fs::statvfs(&path);
-            path.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512))
-        });
+        // Compressed data will take more, and the import tells if that does not fit.
+        let takes = image.takes(deadline);
         let admitted = takes.and_then(|takes| {
-            let need = Self::need_of_import(Bytes(takes));
+            let need = Self::need_of_import(takes);
             self.admit(record.pool.as_deref(), need, deadline, || self.store.write(&record))
         });
         let made = admitted.and_then(|()| {
@@ -97,7 +95,7 @@ impl Cpi {
             self.store.remove::<StemcellRecord>(&cid)?;
             lock.retire()?;
             self.settled(&cid)?;
-            return Err(error.during(format!("import '{}'", image.display())));
+            return Err(error.during(format!("import '{}'", image.name())));
         }
         Ok(cid)
     }
@@ -105,7 +103,7 @@ impl Cpi {
     fn make_image(
         &self,
         stemcell: &StemcellRecord,
-        source: &Path,
+        source: &dyn ImageSource,
         properties: &Map<String, Value>,
         deadline: Instant,
     ) -> Result<Image> {
@@ -115,7 +113,7 @@ impl Cpi {
         }
         let declared = declared_format(properties)?;
         let target = self.store.make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
-        let size = source.metadata().ok().filter(std::fs::Metadata::is_file).map(|meta| Bytes(meta.len()));
+        let size = source.size();
         if let Some(size) = size
             && let Some(other) = self.share_image(stemcell, source, size, &target, deadline)?
         {
@@ -142,7 +140,7 @@ impl Cpi {
     fn share_image(
         &self,
         stemcell: &StemcellRecord,
-        source: &Path,
+        source: &dyn ImageSource,
         size: Bytes,
         target: &Path,
         deadline: Instant,
@@ -160,8 +158,7 @@ impl Cpi {
             // Most often. A digest takes as long as an import.
             return Ok(None);
         }
-        let path = source.to_owned();
-        let sha256 = answered(source, deadline, move || Digest::of_file(&path))??.to_string();
+        let sha256 = source.digest(deadline)?.to_string();
         for other in others.into_iter().filter(|other| other.source.as_ref().is_some_and(|s| s.sha256 == sha256)) {
             // Its image is whole as long as it is ready. Nobody who holds a ready stemcell waits for another.
             let lock = self.store.lock(Rank::Stemcell, &other.cid, deadline)?;
@@ -236,14 +233,6 @@ fn declared_format(properties: &Map<String, Value>) -> Result<Option<Format>> {
                 .hint("use an openstack-kvm stemcell"))
         }
     }
-}
-
-/// What `look` finds out about an operator's file, which may be large, or on a filesystem that does not answer.
-fn answered<T: Send + 'static>(path: &Path, deadline: Instant, look: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    within(deadline, look).ok_or_else(|| {
-        Error::new(ErrorKind::Timeout, format!("'{}' was not read by the deadline", path.display()))
-            .hint("give create_stemcell more seconds in 'deadlines', or see whether the file's filesystem answers")
-    })
 }
 
 fn light_stemcell(properties: &Map<String, Value>) -> Result<LightStemcell> {

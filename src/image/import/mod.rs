@@ -17,6 +17,7 @@ mod archive;
 pub(super) mod probe;
 mod refusal;
 mod source;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +32,7 @@ use tempfile::NamedTempFile;
 
 pub use self::refusal::Refusal;
 use self::refusal::printable;
+pub use self::source::{ImageFile, ImageSource, answered};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::digest::Digest;
@@ -47,10 +49,10 @@ pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is a
 pub type Progress<'a> = &'a mut dyn FnMut(Bytes);
 
 /// An import to be done.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Import<'a> {
-    /// The stemcell's `image` file. Only read during [`Import::run`].
-    pub source: &'a Path,
+    /// The stemcell's `image`. Only read during [`Import::run`].
+    pub source: &'a dyn ImageSource,
     /// The format the stemcell says the image has, if it says one.
     pub declared: Option<Format>,
     /// The raw image to make. Must not exist; its directory must.
@@ -68,7 +70,7 @@ pub struct Imported {
     pub format: Format,
     /// Size of the disk: a multiple of 512 bytes.
     pub virtual_size: Bytes,
-    /// SHA-256 of the source file as it was, not of the target.
+    /// SHA-256 of the source as it was, not of the target.
     pub digest: Digest,
 }
 
@@ -90,12 +92,13 @@ impl Import<'_> {
         let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
         let done = match self.read(&output, progress) {
             Err(Failure::NotStreamable(why)) => {
-                tracing::info!("qemu-img converts '{}': {why}", self.source.display());
+                tracing::info!("qemu-img converts '{}': {why}", self.source.name());
                 self.convert(&new, output, progress)
             }
             done => done.map_err(|failure| self.error(failure, &output)),
         };
         let (size, digest) = done?;
+        self.source.vouch(&digest)?;
         let virtual_size = Bytes(size.get().next_multiple_of(512));
         self.publish(new, virtual_size)?;
         Ok(Imported { format: Format::Raw, virtual_size, digest })
@@ -103,8 +106,7 @@ impl Import<'_> {
 
     /// Reads the source once, from file to image.
     fn read(&self, output: &Output<'_>, progress: Progress<'_>) -> Result<(Bytes, Digest), Failure> {
-        let file = source::open(self.source)?;
-        source::read(file, self.source, self.deadline, progress, |stream| {
+        stream::read(self.source, self.deadline, progress, |stream| {
             let block = read_up_to(stream, 512)?;
             let is_archive = archive::is_archive(&block);
             let mut content = Cursor::new(block).chain(stream);
@@ -230,7 +232,7 @@ impl Import<'_> {
 
     /// As the caller sees it.
     fn error(&self, failure: Failure, output: &Output<'_>) -> Error {
-        let source = self.source.display();
+        let source = self.source.name();
         match failure {
             Failure::Refused(refusal) => {
                 let hint = refusal.hint();
@@ -282,7 +284,7 @@ struct Output<'a> {
 
 /// How an attempt to import ends when it does not succeed.
 #[derive(Debug)]
-enum Failure {
+pub enum Failure {
     /// The image is not one to take.
     Refused(Refusal),
     /// One pass can not do it.
@@ -322,7 +324,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// Errors of the stream and of the tar crate that reads it; the file's own are told by [`source::read`].
+/// Errors of the stream and of the tar crate that reads it; the source's own are told by [`stream::read`].
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {

@@ -69,7 +69,8 @@ impl World {
         // The paths live as long as a test: leaking two of them keeps the tests short.
         let leak = |name| &*Box::leak(self.path(name).into_boxed_path());
         let deadline = Instant::now() + Duration::from_secs(120);
-        Import { source: leak("image"), declared, target: leak("out/image.raw"), qemu_img, deadline }
+        let source = Box::leak(Box::new(ImageFile::new(leak("image"))));
+        Import { source, declared, target: leak("out/image.raw"), qemu_img, deadline }
     }
 
     /// Imports `content`, which must give the disk.
