@@ -24,6 +24,9 @@ pub enum CidError {
         "character {0:?} at position {1} is not allowed: letters, digits, '.', '_', ':' and '-', the first a letter or digit"
     )]
     Character(char, usize),
+    /// A cid, but none that we would make.
+    #[error("must be '{0}-' and {TAIL} characters of 'a' to 'z' and '2' to '7'")]
+    NotOurs(&'static str),
 }
 
 fn validate(text: &str) -> Result<(), CidError> {
@@ -37,10 +40,14 @@ fn validate(text: &str) -> Result<(), CidError> {
     }
 }
 
+/// What tails of cids are made of.
+const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+/// How much of it.
+const TAIL: usize = 15;
+
 /// 15 characters of `a-z2-7` from the kernel's random source.
 fn random_tail() -> String {
-    const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-    let mut bytes = [0u8; 15];
+    let mut bytes = [0u8; TAIL];
     let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     // Up to 256 bytes the call neither fails nor stops short once the pool is up: getrandom(2).
     assert_eq!(filled, Ok(bytes.len()), "getrandom");
@@ -57,6 +64,15 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
     fn random() -> Self;
     /// The text, if it is a cid.
     fn parse(text: &str) -> Result<Self, CidError>;
+    /// The text, if it is a cid such as we make.
+    ///
+    /// # Errors
+    /// [`CidError::NotOurs`] for any other.
+    fn parse_new(text: &str) -> Result<Self, CidError> {
+        let tail = text.strip_prefix(Self::PREFIX).and_then(|tail| tail.strip_prefix('-'));
+        let is_ours = tail.is_some_and(|tail| tail.len() == TAIL && tail.bytes().all(|b| ALPHABET.contains(&b)));
+        if is_ours { Self::parse(text) } else { Err(CidError::NotOurs(Self::PREFIX)) }
+    }
     /// The text.
     fn as_str(&self) -> &str;
 }

@@ -67,7 +67,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Start or stop all VMs with the host.
+    /// This machine as a host: all its VMs, and calls from elsewhere.
     #[command(subcommand)]
     Host(Host),
     /// Run one VM. Started by create_vm and reboot_vm.
@@ -84,8 +84,8 @@ pub enum Command {
     },
 }
 
-/// What happens to all VMs when the host boots or goes down.
-#[derive(Debug, Clone, Copy, Subcommand)]
+/// What is done on a host as a whole.
+#[derive(Debug, Subcommand)]
 pub enum Host {
     /// Bring back every VM that should run, the Director first. For the boot of the host; harmless at any time.
     Start {
@@ -102,6 +102,8 @@ pub enum Host {
         #[arg(long)]
         json: bool,
     },
+    /// Answer one call from another machine, on standard input and output. Started by sshd or by a socket unit.
+    Serve,
 }
 
 /// What is done with disks and BOSH has no call for.

@@ -17,12 +17,18 @@ use crate::ranges::{AddressRange, HostPort, PortRange};
 use crate::schema::{Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
+pub mod transport;
+
+pub use transport::{HostEntry, RemoteCallers, Transport, TransportKind};
+
 /// Read when neither `--config` nor [`ENVIRONMENT`] names a file, if it is there.
 pub const DEFAULT_FILE: &str = "/etc/bosh-qemu-cpi/cpi.json";
 /// Names the file to read.
 pub const ENVIRONMENT: &str = "BOSH_QEMU_CPI_CONFIG";
 /// The keys a request's context may override.
-pub const CONTEXT_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "vm_defaults"];
+pub const CONTEXT_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "hosts", "transport", "vm_defaults"];
+/// Those of them that are about the VMs: they go with the request to the host. The others only say which host that is.
+pub const HOST_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "vm_defaults"];
 
 document! {
     /// The whole configuration.
@@ -63,6 +69,12 @@ document! {
         limits: Limits = Limits::absent().expect("every key of limits has a default");
         /// How much confinement of QEMU may be missing.
         hardening: Hardening = Hardening::Strict;
+        /// How calls reach the host that runs the VMs. Absent: this is the host.
+        transport: Transport = Transport::absent().expect("every key of transport has a default");
+        /// Several hosts that share the calls: each VM is put where there is room. Instead of `transport`.
+        hosts: Vec<HostEntry>;
+        /// What this host leaves to callers that come through `host serve`.
+        remote_callers: RemoteCallers = RemoteCallers::absent().expect("every key of remote_callers has a default");
         /// What is written to standard error.
         log: Log = Log::absent().expect("every key of log has a default");
         /// Cloud properties of VMs that a request does not give.
@@ -311,14 +323,14 @@ impl Config {
         Self::from_json(&value).and_then(Self::validated).map_err(|e| e.in_file(&shown))
     }
 
-    /// The same configuration with the keys of a request's context in place of the file's.
+    /// The same configuration with those `keys` of a request's context that it has in place of the file's.
     ///
     /// # Errors
     /// [`ErrorKind::BadRequest`] naming the context key.
-    pub fn with_context(&self, context: &Map<String, Value>) -> Result<Self> {
+    pub fn with_context(&self, context: &Map<String, Value>, keys: &[&str]) -> Result<Self> {
         let overrides: Map<_, _> = context
             .iter()
-            .filter(|(key, _)| CONTEXT_KEYS.contains(&key.as_str()))
+            .filter(|(key, _)| keys.contains(&key.as_str()))
             .map(|(k, v)| (k.clone(), v.clone()))
             .collect();
         if overrides.is_empty() {
@@ -328,11 +340,17 @@ impl Config {
             .and_then(Self::validated)
             .map_err(|e| e.in_request("context"))?;
         let mut config = self.clone();
+        if overrides.contains_key("transport") {
+            // The one or the other says where calls go.
+            config.hosts.clear();
+        }
         for key in overrides.keys() {
             match key.as_str() {
                 "agent" => config.agent = given.agent.clone(),
                 "deadlines" => config.deadlines.extend(given.deadlines.clone()),
                 "disk_defaults" => config.disk_defaults = given.disk_defaults.clone(),
+                "hosts" => config.hosts = given.hosts.clone(),
+                "transport" => config.transport = given.transport.clone(),
                 "vm_defaults" => config.vm_defaults = given.vm_defaults.clone(),
                 other => unreachable!("{other} is not in CONTEXT_KEYS"),
             }
@@ -359,6 +377,16 @@ impl Config {
         if let Some(name) = unknown {
             let expected = "the name of one of 'pools'";
             return Err(SchemaError::value(expected, &Value::String(name.clone())).under("stemcell_pool"));
+        }
+        self.transport.validated().map_err(|e| e.under("transport"))?;
+        for (at, host) in self.hosts.iter().enumerate() {
+            let path = |e: SchemaError| e.under(&at.to_string()).under("hosts");
+            host.transport.validated().map_err(|e| path(e.under("transport")))?;
+            if self.hosts[..at].iter().any(|other| other.name == host.name) {
+                let found = "one that another host has".to_owned();
+                let problem = crate::schema::Problem::Value { expected: "a name of its own", found };
+                return Err(path(SchemaError { path: "name".into(), problem }));
+            }
         }
         for (name, rules) in &self.security_groups {
             let ported = |rule: &GroupRule| matches!(rule.protocol, GroupProtocol::Tcp | GroupProtocol::Udp);
@@ -427,11 +455,11 @@ mod tests {
     fn a_context_overrides_only_what_it_may() {
         let config = Config::from_json(&json!({"agent": {"ntp": ["a"]}})).unwrap();
         let context = json!({"agent": {"ntp": ["b"]}, "state_dir": "/elsewhere", "secret": "x", "director_uuid": "u"});
-        let changed = config.with_context(context.as_object().unwrap()).unwrap();
+        let changed = config.with_context(context.as_object().unwrap(), CONTEXT_KEYS).unwrap();
         assert_eq!(changed.agent.ntp, ["b"]);
         assert_eq!(changed.state_dir, config.state_dir);
         let bad = json!({"agent": {"ntpp": []}});
-        let error = config.with_context(bad.as_object().unwrap()).unwrap_err();
+        let error = config.with_context(bad.as_object().unwrap(), CONTEXT_KEYS).unwrap_err();
         assert_eq!(error.report(), "context.agent.ntpp: unknown key; did you mean 'ntp'?");
     }
 

@@ -31,6 +31,7 @@ pub mod patience;
 pub mod qemu;
 pub mod qmp;
 pub mod ranges;
+pub mod remote;
 pub mod rpc;
 pub mod schema;
 pub mod store;

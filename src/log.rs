@@ -21,9 +21,14 @@ const MAX_BYTES: usize = 64 << 10;
 
 /// Starts writing events to standard error. A second call changes nothing.
 pub fn init(log: &Log) {
-    let stderr = Mutex::new(Bounded::new(io::stderr(), log.format));
+    init_to(log, io::stderr());
+}
+
+/// Starts writing events to `writer`, which gets one line at a time.
+pub fn init_to(log: &Log, writer: impl Write + Send + 'static) {
+    let writer = Mutex::new(Bounded::new(writer, log.format));
     // It fails only when there is one already.
-    let _ = tracing::subscriber::set_global_default(subscriber(log, stderr));
+    let _ = tracing::subscriber::set_global_default(subscriber(log, writer));
 }
 
 /// Writes our events to `writer`, each on one line, with the spans around it.

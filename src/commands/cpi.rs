@@ -19,7 +19,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
         let file = config::file(config);
         let config = Config::load(file.as_deref())?;
         log::init(&config.log);
-        let config = config.with_context(request.context.properties())?;
+        let config = config.with_context(request.context.properties(), config::CONTEXT_KEYS)?;
         Ok(Box::new(Here::new(Cpi::new(config, file).called_by(request.context.director()))))
     });
     Ok(())

@@ -83,7 +83,11 @@ fn table(page: &mut String, keys: &[Key], above: &str) {
         let default = default.map_or_else(String::new, |value| format!("`{value}`"));
         let doc = key.doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ");
         let _ = writeln!(page, "| `{path}`{aliases} | {} | {default} | {doc} |", key.expected);
-        let named = if key.expected == "an object of named entries" { ".<name>." } else { "." };
+        let named = match key.expected {
+            "an object of named entries" => ".<name>.",
+            "an array" => "[].",
+            _ => ".",
+        };
         table(page, &(key.keys)(), &format!("{path}{named}"));
     }
 }

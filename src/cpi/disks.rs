@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::Cpi;
 use super::cloud_properties::{self, DiskCloudProperties};
-use crate::cid::{Cid, DiskCid};
+use crate::cid::DiskCid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
 use crate::image::NewImage;
@@ -26,8 +26,8 @@ impl Cpi {
         asked.validate()?;
         self.store.prepare()?;
         self.clear_leftovers();
-        let cid = DiskCid::random();
-        let lock = self.begin(Rank::Disk, &cid, deadline)?;
+        let cid = self.new_cid::<DiskRecord>()?;
+        let lock = self.begin::<DiskRecord>(Rank::Disk, &cid, deadline)?;
         let mut disk = new_record(cid, size, &asked, properties);
         let need = self.need_of_disk(disk.size, &disk.current());
         let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {

@@ -8,6 +8,7 @@
 //! costs one look at an empty directory, however many objects there are.
 
 use std::fmt::Display;
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -28,21 +29,32 @@ impl Cpi {
     }
 
     /// Notes that `cid` is being made, and takes its lock.
-    pub(super) fn begin(&self, rank: Rank, cid: &impl Cid, deadline: Instant) -> Result<Guard> {
-        self.begin_under(rank, cid, cid, deadline)
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if somebody else makes it, or has: callers on other machines choose cids.
+    pub(super) fn begin<R: Record>(&self, rank: Rank, cid: &R::Cid, deadline: Instant) -> Result<Guard> {
+        self.begin_under::<R>(rank, cid, cid, deadline)
     }
 
     /// The same for an object whose lock has another name.
-    pub(super) fn begin_under(
+    pub(super) fn begin_under<R: Record>(
         &self,
         rank: Rank,
         lock: impl Display,
-        cid: &impl Cid,
+        cid: &R::Cid,
         deadline: Instant,
     ) -> Result<Guard> {
-        self.note(cid)?;
+        let taken = || Error::new(ErrorKind::Conflict, format!("there is a '{cid}' already"));
+        let path = self.pending(cid);
+        match File::create_new(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Err(taken()),
+            noted => drop(noted.at("make", &path)?),
+        }
         crash::point!("pending noted");
         let lock = self.store.lock(rank, lock, deadline)?;
+        if atomic::is_there(&self.store.record_dir::<R>(cid)) {
+            return self.settled(cid).and(Err(taken()));
+        }
         // Until there was a lock, another create could take the note for a leftover, and remove it.
         self.note(cid)?;
         Ok(lock)

@@ -51,8 +51,8 @@ impl Cpi {
         let deadline = self.deadline("create_network");
         self.store.prepare()?;
         self.clear_leftovers();
-        let cid = NetworkCid::random();
-        let lock = self.begin_under(Rank::Network, bridge(&cid), &cid, deadline)?;
+        let cid = self.new_cid::<NetworkRecord>()?;
+        let lock = self.begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?;
         let made = self.make_first_free(&cid, &subnet);
         match made {
             Ok(made) => {

@@ -38,37 +38,61 @@ use self::networks::Networks;
 use self::verbs::{
     CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata, Verbs, VmResources,
 };
-use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::import::ImageFile;
-use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
+use crate::image::import::{ImageFile, ImageSource};
+use crate::store::{DiskRecord, Guard, Phase, Rank, Record, Store, VmRecord};
 use crate::supervisor::{self, Scope};
 use crate::units::MiB;
 
 /// The CPI of this host, for one call.
-#[derive(Debug)]
 pub struct Cpi {
     config: Config,
     config_file: Option<PathBuf>,
     store: Store,
     /// The uuid of whose call this is.
     director: Option<String>,
+    /// What comes with a call from another machine.
+    afar: Option<Afar>,
     /// Open as long as this process lives: that its caller was not told yet of a VM it made.
     note: OnceLock<File>,
     began: Instant,
+}
+
+/// What a caller on another machine hands over beside its request.
+#[derive(Default)]
+pub struct Afar {
+    /// The cid that what is created shall have.
+    pub cid: Option<String>,
+    /// The image that create_stemcell shall import: the path in its request is on the caller's machine.
+    pub image: Option<Box<dyn ImageSource>>,
 }
 
 impl Cpi {
     /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
         let store = Store::of(&config);
-        Self { config, config_file, store, director: None, note: OnceLock::new(), began: Instant::now() }
+        Self { config, config_file, store, director: None, afar: None, note: OnceLock::new(), began: Instant::now() }
     }
 
     /// The same for a call of the Director with this uuid.
     pub fn called_by(self, director: Option<&str>) -> Self {
         Self { director: director.map(str::to_owned), ..self }
+    }
+
+    /// The same for a caller on another machine, who can not name files of this one.
+    pub fn from_afar(self, afar: Afar) -> Self {
+        Self { afar: Some(afar), ..self }
+    }
+
+    /// The cid of what this call creates.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] for one that a caller chose and we would not.
+    fn new_cid<R: Record>(&self) -> Result<R::Cid> {
+        let Some(chosen) = self.afar.as_ref().and_then(|afar| afar.cid.as_deref()) else { return Ok(R::Cid::random()) };
+        R::Cid::parse_new(chosen).map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
     }
 
     /// When the call of `method` must have ended.
@@ -135,7 +159,13 @@ pub fn default_deadline(method: &str) -> Duration {
 
 impl Verbs for Cpi {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
-        self.import_stemcell(&ImageFile::new(&stemcell.image), &stemcell.cloud_properties.0)
+        match &self.afar {
+            None => self.import_stemcell(&ImageFile::new(&stemcell.image), &stemcell.cloud_properties.0),
+            Some(Afar { image: Some(image), .. }) => self.import_stemcell(&**image, &stemcell.cloud_properties.0),
+            Some(Afar { image: None, .. }) => {
+                Err(Error::new(ErrorKind::BadRequest, "the caller, on another machine, sends no image"))
+            }
+        }
     }
 
     fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()> {

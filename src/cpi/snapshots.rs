@@ -45,8 +45,8 @@ impl Cpi {
         self.disk(disk_cid)?;
         self.store.prepare()?;
         self.clear_leftovers();
-        let cid = SnapshotCid::random();
-        let lock = self.begin(Rank::Snapshot, &cid, deadline)?;
+        let cid = self.new_cid::<SnapshotRecord>()?;
+        let lock = self.begin::<SnapshotRecord>(Rank::Snapshot, &cid, deadline)?;
         let made = self.copy_to_snapshot(&cid, disk_cid, metadata, deadline).and_then(|()| self.settled(&cid));
         if let Err(error) = made {
             let error = error.during(format!("make a snapshot of disk '{disk_cid}'"));
@@ -195,8 +195,8 @@ impl Cpi {
             snapshot_lock.retire()?;
             return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}'")));
         };
-        let cid = DiskCid::random();
-        let lock = self.begin(Rank::Disk, &cid, deadline)?;
+        let cid = self.new_cid::<DiskRecord>()?;
+        let lock = self.begin::<DiskRecord>(Rank::Disk, &cid, deadline)?;
         let mut disk = DiskRecord {
             cid,
             phase: Phase::Creating,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 
 use super::Cpi;
-use crate::cid::{Cid, StemcellCid};
+use crate::cid::StemcellCid;
 use crate::crash;
 use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -60,8 +60,8 @@ impl Cpi {
         let deadline = self.deadline("create_stemcell");
         self.store.prepare()?;
         self.clear_leftovers();
-        let cid = StemcellCid::random();
-        let lock = self.begin(Rank::Stemcell, &cid, deadline)?;
+        let cid = self.new_cid::<StemcellRecord>()?;
+        let lock = self.begin::<StemcellRecord>(Rank::Stemcell, &cid, deadline)?;
         let mut record = StemcellRecord {
             schema: SCHEMA,
             cid: cid.clone(),

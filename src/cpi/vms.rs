@@ -39,7 +39,7 @@ impl Cpi {
         for pool in [&properties.pool, &stemcell.pool].into_iter().flatten() {
             self.store.pools().dir(pool)?;
         }
-        let cid = VmCid::random();
+        let cid = self.new_cid::<VmRecord>()?;
         let mut placed = self.nics(&cid, &call.networks, &properties)?;
         let machine = self.machine(&properties)?;
         for Placed { nic, .. } in &placed {
@@ -48,7 +48,7 @@ impl Cpi {
         }
         self.store.prepare()?;
         self.clear_leftovers();
-        let lock = self.begin(Rank::Vm, &cid, deadline)?;
+        let lock = self.begin::<VmRecord>(Rank::Vm, &cid, deadline)?;
         let uid = match uids::claim(self.store.state_dir(), &cid) {
             Ok(uid) => uid,
             Err(error) => return lock.retire().and(self.settled(&cid)).and(Err(error)),

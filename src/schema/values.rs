@@ -60,6 +60,10 @@ impl<T: Property> Property for Vec<T> {
     fn absent() -> Option<Self> {
         Some(Vec::new())
     }
+
+    fn keys() -> Vec<Key> {
+        T::keys()
+    }
 }
 
 impl Property for bool {
@@ -161,6 +165,7 @@ whole! {
     1..=128,
     1..=512,
     1..=4094,
+    1..=65535,
     1..=10000,
     1..=86400,
     1..=1000000000,

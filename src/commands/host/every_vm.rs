@@ -6,25 +6,32 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::cli::Host;
 use crate::config::{self, Config};
 use crate::cpi::Cpi;
 use crate::cpi::every_vm::{Outcome, State};
 use crate::error::{Error, Result};
 use crate::log;
 
-/// Does it and prints one line for each VM, or with `--json` one object. Whether every VM is as it should be.
-pub fn run(file: Option<&Path>, command: Host, output: &mut dyn Write) -> Result<bool> {
+/// Starts them and prints one line for each, or with `json` one object. Whether every VM is as it should be.
+pub fn start(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
+    print(&cpi(file)?.start_all()?, json, output)
+}
+
+/// Stops them, those that do not listen within `timeout` by force; otherwise as [`start`].
+pub fn stop(file: Option<&Path>, timeout: Duration, json: bool, output: &mut dyn Write) -> Result<bool> {
+    print(&cpi(file)?.stop_all(timeout)?, json, output)
+}
+
+fn cpi(file: Option<&Path>) -> Result<Cpi> {
     let file = config::file(file);
     let config = Config::load(file.as_deref())?;
     log::init(&config.log);
-    let cpi = Cpi::new(config, file);
-    let (outcomes, json) = match command {
-        Host::Start { json } => (cpi.start_all()?, json),
-        Host::Stop { timeout, json } => (cpi.stop_all(Duration::from_secs(timeout))?, json),
-    };
+    Ok(Cpi::new(config, file))
+}
+
+fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<bool> {
     let passed = !outcomes.iter().any(|outcome| matches!(outcome.state, State::Failed(_)));
-    let text = if json { format!("{}\n", json!({"passed": passed, "vms": outcomes})) } else { lines(&outcomes) };
+    let text = if json { format!("{}\n", json!({"passed": passed, "vms": outcomes})) } else { lines(outcomes) };
     output.write_all(text.as_bytes()).map_err(|e| Error::os("print what was done", e))?;
     Ok(passed)
 }

@@ -1,0 +1,23 @@
+//! `bosh-qemu-cpi host …`: this machine as a host of VMs, for itself and for callers elsewhere.
+
+mod every_vm;
+mod serve;
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::cli::Host;
+use crate::error::Result;
+
+/// Does it. Whether all is as it should be.
+///
+/// # Errors
+/// Those of each command.
+pub fn run(config: Option<&Path>, command: Host, output: &mut dyn Write) -> Result<bool> {
+    match command {
+        Host::Start { json } => every_vm::start(config, json, output),
+        Host::Stop { timeout, json } => every_vm::stop(config, Duration::from_secs(timeout), json, output),
+        Host::Serve => serve::run(config).map(|()| true),
+    }
+}

@@ -1,0 +1,162 @@
+//! What a caller and a host say to each other: lines of JSON, and an image's bytes between two of them.
+//!
+//! ```text
+//!   caller                                             host: one process for one question
+//!     │                      {"greeting":{…}}            │  nothing was asked yet
+//!     │  {"call":{"request":"…",…}}                      │
+//!     │                      {"log":"…"}                 │  any number of times: a line of its log
+//!     │                      {"want":"digest"}           │  create_stemcell only, and only if it may have the image
+//!     │  "<SHA-256>"                                     │
+//!     │                      {"want":"image"}            │  once or twice, if it has not
+//!     │  <the image>"<SHA-256 of what was sent>"         │
+//!     │                      {"answer":{"text":"…",…}}   │
+//!     │  true                                            │  if it asks: the answer was taken; false: nobody took it
+//! ```
+//!
+//! A request and an answer are text in text, so that they pass to the letter. Both ends are programs of this project, though
+//! not always of one version: keys that a side does not know are left out of account.
+
+use std::io::{self, BufRead, Read, Write};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::units::Bytes;
+
+/// What the host says first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    /// Always [`PROGRAM`]: whoever else answers does not know what is said here.
+    pub program: String,
+    /// The host's version of it.
+    pub version: String,
+}
+
+/// The program on the other end.
+pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
+
+impl Greeting {
+    /// Of this program.
+    pub fn ours() -> Self {
+        Self { program: PROGRAM.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() }
+    }
+}
+
+/// What a caller asks, one question for each connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Question {
+    /// To carry out a call of the CPI contract.
+    Call(CallQuestion),
+}
+
+/// A call to be carried out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallQuestion {
+    /// The request, as the Director or bosh-cli wrote it but for its context.
+    pub request: String,
+    /// The cid of what is created. The caller chooses it, so that it can ask for its removal when no answer comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cid: Option<String>,
+    /// The size of the image that create_stemcell is to import.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Bytes>,
+}
+
+/// What a host says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Word {
+    /// First of all.
+    Greeting(Greeting),
+    /// A line of its log, for the caller's.
+    Log(String),
+    /// It can not go on without something.
+    Want(Want),
+    /// Last of all.
+    Answer(Answer),
+}
+
+/// What a host can want.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Want {
+    /// The SHA-256 of the image, because it has one of the same size.
+    Digest,
+    /// The image.
+    Image,
+}
+
+/// The answer to a question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// JSON.
+    pub text: String,
+    /// Whether it waits to hear that the answer was taken.
+    #[serde(default)]
+    pub waits: bool,
+}
+
+/// The longest line either side takes: a request's [`MAX_BYTES`](crate::rpc::request::MAX_BYTES), escaped.
+const LONGEST: u64 = 64 << 20;
+
+/// Says `what`, on one line.
+///
+/// # Errors
+/// Those of `to`.
+pub fn say(to: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(what).map_err(io::Error::other)?;
+    line.push(b'\n');
+    to.write_all(&line)?;
+    to.flush()
+}
+
+/// Hears one line.
+///
+/// # Errors
+/// [`io::ErrorKind::UnexpectedEof`] when the other side is gone, [`io::ErrorKind::InvalidData`] for what is no such line.
+pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<T> {
+    let mut line = Vec::new();
+    from.by_ref().take(LONGEST).read_until(b'\n', &mut line)?;
+    if line.pop() != Some(b'\n') {
+        let ended = line.len() as u64 + 1 < LONGEST;
+        return Err(if ended { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData }.into());
+    }
+    // The error would quote what it is about.
+    serde_json::from_slice(&line).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(word: &impl Serialize) -> String {
+        let mut bytes = Vec::new();
+        say(&mut bytes, word).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn the_words_are_as_drawn() {
+        let call = CallQuestion { request: "{\n}".into(), ..CallQuestion::default() };
+        assert_eq!(line(&Question::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
+        assert_eq!(line(&Word::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
+        let answer = Answer { text: "{}".into(), waits: true };
+        assert_eq!(line(&Word::Answer(answer)), "{\"answer\":{\"text\":\"{}\",\"waits\":true}}\n");
+    }
+
+    #[test]
+    fn a_line_that_is_cut_off_or_nonsense_is_none() {
+        let mut lines = &b"{\"log\":\"x\",\"new\":1}\n{\"log\":\"y\"}\nnonsense\n{\"log\":"[..];
+        assert_eq!(hear::<Word>(&mut lines).unwrap_err().kind(), io::ErrorKind::InvalidData, "two words in one");
+        assert_eq!(hear::<Word>(&mut lines).unwrap(), Word::Log("y".into()));
+        assert_eq!(hear::<Word>(&mut lines).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(hear::<Word>(&mut lines).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn keys_of_a_newer_version_are_no_obstacle() {
+        let mut lines = &b"{\"greeting\":{\"program\":\"p\",\"version\":\"9\",\"moon\":\"full\"}}\n"[..];
+        assert!(matches!(hear(&mut lines).unwrap(), Word::Greeting(Greeting { .. })));
+    }
+}
