@@ -104,6 +104,11 @@ pub enum Host {
     },
     /// Answer one call from another machine, on standard input and output. Started by sshd or by a socket unit.
     Serve,
+    /// Print the line of root's authorized_keys that lets a key call this host, and do nothing else here.
+    Authorize {
+        /// The public key, or the file it is in.
+        key: String,
+    },
 }
 
 /// What is done with disks and BOSH has no call for.

@@ -305,22 +305,64 @@ pub fn file(given: Option<&Path>) -> Option<PathBuf> {
     Some(std::path::absolute(&named).unwrap_or(named))
 }
 
+/// A configuration file's content, checked to be JSON and nothing more.
+#[derive(Debug)]
+pub struct Document {
+    name: String,
+    keys: Value,
+}
+
+impl Document {
+    /// Reads `named`, else [`DEFAULT_FILE`] if it is there, else nothing, which is a configuration, too.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadConfig`] naming the file.
+    pub fn read(named: Option<&Path>) -> Result<Self> {
+        let path = named.unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => "{}".to_owned(),
+            read => read.at("read configuration", path).map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
+        };
+        let name = path.display().to_string();
+        let keys = serde_json::from_str(&text).map_err(|e| {
+            Error::new(ErrorKind::BadConfig, format!("'{name}' is not JSON: line {}, column {}", e.line(), e.column()))
+        })?;
+        Ok(Self { name, keys })
+    }
+
+    /// What it says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadConfig`] naming the file and the key.
+    pub fn config(&self) -> Result<Config> {
+        Config::from_json(&self.keys).and_then(Config::validated).map_err(|e| e.in_file(&self.name))
+    }
+
+    /// The [`HOST_KEYS`] that it has, or a request's `context` in its place: what a host elsewhere is told.
+    pub fn for_host(&self, context: &Map<String, Value>) -> Map<String, Value> {
+        let given = |key: &str| (self.keys.get(key), context.get(key));
+        let told = HOST_KEYS.iter().filter_map(|key| {
+            let value = match given(key) {
+                // As in `with_context`: a deadline is overridden alone.
+                (Some(Value::Object(file)), Some(Value::Object(context))) if *key == "deadlines" => {
+                    let both = file.iter().chain(context);
+                    Value::Object(both.map(|(method, seconds)| (method.clone(), seconds.clone())).collect())
+                }
+                (file, context) => context.or(file)?.clone(),
+            };
+            Some(((*key).to_owned(), value))
+        });
+        told.collect()
+    }
+}
+
 impl Config {
     /// Reads the configuration from `named`, else from [`DEFAULT_FILE`] if it is there, else takes the defaults.
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key.
     pub fn load(named: Option<&Path>) -> Result<Self> {
-        let path = named.unwrap_or(Path::new(DEFAULT_FILE));
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => "{}".to_owned(),
-            read => read.at("read configuration", path).map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
-        };
-        let shown = path.display().to_string();
-        let value: Value = serde_json::from_str(&text).map_err(|e| {
-            Error::new(ErrorKind::BadConfig, format!("'{shown}' is not JSON: line {}, column {}", e.line(), e.column()))
-        })?;
-        Self::from_json(&value).and_then(Self::validated).map_err(|e| e.in_file(&shown))
+        Document::read(named)?.config()
     }
 
     /// The same configuration with those `keys` of a request's context that it has in place of the file's.
@@ -461,6 +503,27 @@ mod tests {
         let bad = json!({"agent": {"ntpp": []}});
         let error = config.with_context(bad.as_object().unwrap(), CONTEXT_KEYS).unwrap_err();
         assert_eq!(error.report(), "context.agent.ntpp: unknown key; did you mean 'ntp'?");
+    }
+
+    #[test]
+    fn a_host_is_told_what_is_about_its_vms_and_nothing_else() {
+        let keys = json!({"agent": {"ntp": ["a"]}, "deadlines": {"create_vm": 1, "has_vm": 2}, "state_dir": "/s"});
+        let document = Document { name: "cpi.json".into(), keys };
+        let context = json!({"agent": {"mbus": "m"}, "deadlines": {"has_vm": 3}, "transport": {}, "other": 1});
+        let told = document.for_host(context.as_object().unwrap());
+        let deadlines = json!({"create_vm": 1, "has_vm": 3});
+        assert_eq!(Value::Object(told), json!({"agent": {"mbus": "m"}, "deadlines": deadlines}));
+    }
+
+    #[test]
+    fn a_transport_of_the_context_takes_the_place_of_the_files_hosts() {
+        let hosts = json!({"hosts": [{"name": "a", "transport": {"kind": "unix"}}]});
+        let config = Config::from_json(&hosts).unwrap();
+        let context = json!({"transport": {"kind": "unix"}});
+        assert!(config.with_context(context.as_object().unwrap(), CONTEXT_KEYS).unwrap().hosts.is_empty());
+        let twice = json!({"hosts": [{"name": "a", "transport": {}}, {"name": "a", "transport": {}}]});
+        let error = Config::from_json(&twice).and_then(Config::validated).unwrap_err();
+        assert_eq!(error.to_string(), "hosts.1.name: expected a name of its own, got one that another host has");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! dependency (a trace of the bytes sent to QEMU or the kernel), no colours, and an end.
 
 use std::io::{self, Write};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use tracing::{Level, Subscriber};
 use tracing_subscriber::Layer;
@@ -29,6 +29,16 @@ pub fn init_to(log: &Log, writer: impl Write + Send + 'static) {
     let writer = Mutex::new(Bounded::new(writer, log.format));
     // It fails only when there is one already.
     let _ = tracing::subscriber::set_global_default(subscriber(log, writer));
+}
+
+/// Writes a line of another host's log to standard error.
+pub fn relay(line: &str) {
+    static RELAYED: Mutex<Option<Bounded<io::Stderr>>> = Mutex::new(None);
+    let mut relayed = RELAYED.lock().unwrap_or_else(PoisonError::into_inner);
+    let stderr = relayed.get_or_insert_with(|| Bounded::new(io::stderr(), LogFormat::Text));
+    // Never a control character of a machine that may be hostile, and one line.
+    let line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).chain(['\n']).collect();
+    let _ = stderr.write_all(line.as_bytes());
 }
 
 /// Writes our events to `writer`, each on one line, with the spans around it.

@@ -109,7 +109,8 @@ impl Cpi {
     ) -> Result<Image> {
         if properties.contains_key("image_path") {
             let light = light_stemcell(properties)?;
-            return answered(&light.image_path.clone(), deadline, move || light_image(&light))?;
+            let allowed = self.afar.as_ref().map(|_| self.config.remote_callers.image_dirs.clone());
+            return answered(&light.image_path.clone(), deadline, move || light_image(&light, allowed.as_deref()))?;
         }
         let declared = declared_format(properties)?;
         let target = self.store.make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
@@ -241,10 +242,21 @@ fn light_stemcell(properties: &Map<String, Value>) -> Result<LightStemcell> {
     LightStemcell::from_json(&given).map_err(|e| e.in_request("cloud_properties"))
 }
 
-fn light_image(light: &LightStemcell) -> Result<Image> {
+/// The image of a light stemcell. It must be in one of the directories `allowed`, if there is such a list.
+fn light_image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Result<Image> {
+    let path = light.image_path.canonicalize().at("resolve", &light.image_path);
+    let is_in = |dir: &PathBuf| {
+        let dir = dir.canonicalize().ok();
+        dir.is_some_and(|dir| path.as_ref().is_ok_and(|path| path.starts_with(dir)))
+    };
+    if !allowed.is_none_or(|dirs| dirs.iter().any(is_in)) {
+        // The same whatever is there: it is nothing that the caller may know.
+        let message = "cloud_properties.image_path: in none of this host's 'remote_callers.image_dirs'";
+        return Err(Error::new(ErrorKind::BadRequest, message).hint("the host's operator decides what may be named"));
+    }
+    let path = path?;
     // First what it is: reading a pipe or a device would never end.
-    let (format, virtual_size) = image::inspect(&light.image_path)?;
-    light.sha256.verify(&light.image_path)?;
-    let path = light.image_path.canonicalize().at("resolve", &light.image_path)?;
+    let (format, virtual_size) = image::inspect(&path)?;
+    light.sha256.verify(&path)?;
     Ok(Image { format, virtual_size, path: Some(path), source: None })
 }

@@ -22,6 +22,13 @@ pub struct Digest([u8; 32]);
 pub struct DigestError;
 
 impl Digest {
+    /// The digest of `bytes`.
+    pub fn of(bytes: &[u8]) -> Self {
+        let mut hasher = Hasher::default();
+        hasher.update(bytes);
+        hasher.finish()
+    }
+
     /// The digest of what `file` holds, read to its end. `path` is its name in errors.
     pub fn of_file(path: &Path) -> Result<Self> {
         let mut file = File::open(path).at("open", path)?;
@@ -51,14 +58,16 @@ impl Digest {
 
 /// Makes a [`Digest`] of bytes as they pass by.
 #[derive(Default)]
-pub(super) struct Hasher(Sha256);
+pub struct Hasher(Sha256);
 
 impl Hasher {
-    pub(super) fn update(&mut self, bytes: &[u8]) {
+    /// Takes the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    pub(super) fn finish(self) -> Digest {
+    /// The digest of all of them.
+    pub fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
     }
 }

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use super::wire::{self, Answer, Greeting, Question, Want, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::digest::Digest;
-use crate::image::import::{Failure, ImageSource};
+use crate::image::import::{Failure, ImageSource, Refusal};
 use crate::patience::within;
 use crate::rpc::outlet::{Delivery, Way};
 use crate::units::Bytes;
@@ -155,6 +155,9 @@ impl ImageSource for CallersImage {
     }
 
     fn open(&self) -> Result<Box<dyn Read + Send>, Failure> {
+        if self.size == Bytes(0) {
+            return Err(Refusal::Empty.into());
+        }
         let mut input = lock(&self.caller.input);
         let begun = input
             .skip_image()

@@ -10,5 +10,8 @@
 //! The same program is on both ends, so there is one contract and one set of verbs: the caller's end passes a request on and
 //! an answer back, to the letter. The room knows how requests look, and nothing of what they do.
 
+pub mod caller;
 pub mod host;
+mod link;
+pub mod one;
 pub mod wire;

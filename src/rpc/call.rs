@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value};
 
-use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::cpi::verbs::{
     CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, Metadata, Verbs, VmResources,
 };
@@ -111,6 +111,18 @@ impl Call {
         })
     }
 
+    /// What it creates under a cid chosen now, as the way to undo that; `None` if it creates nothing.
+    pub fn creates(&self) -> Option<Undo> {
+        Some(match self {
+            Self::CreateStemcell(_) => Undo::DeleteStemcell(StemcellCid::random()),
+            Self::CreateVm(_) => Undo::DeleteVm(VmCid::random()),
+            Self::CreateDisk(_) => Undo::DeleteDisk(DiskCid::random()),
+            Self::SnapshotDisk(..) => Undo::DeleteSnapshot(SnapshotCid::random()),
+            Self::CreateNetwork(_) => Undo::DeleteNetwork(NetworkCid::random()),
+            _ => return None,
+        })
+    }
+
     /// Has `verbs` do it.
     ///
     /// # Errors
@@ -173,6 +185,17 @@ impl Undo {
         }
     }
 
+    /// The call that does it: a method and its one argument.
+    pub fn call(&self) -> (&'static str, &str) {
+        match self {
+            Self::DeleteStemcell(cid) => ("delete_stemcell", cid.as_str()),
+            Self::DeleteVm(cid) => ("delete_vm", cid.as_str()),
+            Self::DeleteDisk(cid) => ("delete_disk", cid.as_str()),
+            Self::DeleteSnapshot(cid) => ("delete_snapshot", cid.as_str()),
+            Self::DeleteNetwork(cid) => ("delete_network", cid.as_str()),
+        }
+    }
+
     /// The answer was taken: there will be nothing to undo.
     pub fn is_void(&self, verbs: &dyn Verbs) {
         if let Self::DeleteVm(vm) = self {
@@ -183,13 +206,8 @@ impl Undo {
 
 impl fmt::Display for Undo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::DeleteStemcell(cid) => write!(f, "delete stemcell '{cid}'"),
-            Self::DeleteVm(cid) => write!(f, "delete vm '{cid}'"),
-            Self::DeleteDisk(cid) => write!(f, "delete disk '{cid}'"),
-            Self::DeleteSnapshot(cid) => write!(f, "delete snapshot '{cid}'"),
-            Self::DeleteNetwork(cid) => write!(f, "delete network '{cid}'"),
-        }
+        let (method, cid) = self.call();
+        write!(f, "{method} '{cid}'")
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 
+use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -34,6 +35,18 @@ pub struct Request {
 /// the same name, so no key is sure to be there or to have its shape.
 #[derive(Default)]
 pub struct Context(Map<String, Value>);
+
+/// The keys of a context that are not a cpi-config entry's.
+const BUILT_IN: [&str; 3] = ["director_uuid", "request_id", "vm"];
+
+#[derive(Serialize)]
+struct Forwarded<'a> {
+    method: &'a str,
+    arguments: &'a [Box<RawValue>],
+    context: Map<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    api_version: Option<u64>,
+}
 
 /// Reads `input` to its end, the part over [`MAX_BYTES`] into nowhere: the Director writes the whole request before
 /// it reads, and fails with EPIPE on a CPI that answers first.
@@ -72,6 +85,16 @@ impl Request {
         let context = optional(&keys, "context", "an object")?.unwrap_or_default();
         let api_version = optional(&keys, "api_version", "a whole number")?;
         Ok(Self { method, arguments, context: Context(context), api_version })
+    }
+
+    /// The same request for another host, its arguments to the letter, its context with `keys` in place of what a cpi-config
+    /// entry says.
+    pub fn forwarded(&self, keys: &Map<String, Value>) -> String {
+        let own = BUILT_IN.iter().filter_map(|key| self.context.0.get_key_value(*key));
+        let context: Map<_, _> = keys.iter().chain(own).map(|(key, value)| (key.clone(), value.clone())).collect();
+        let request =
+            Forwarded { method: &self.method, arguments: &self.arguments, context, api_version: self.api_version };
+        serde_json::to_string(&request).expect("a request is JSON")
     }
 
     /// Whether both sides mean the same by this call.

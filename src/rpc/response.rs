@@ -1,6 +1,7 @@
 //! The answer: always one JSON object with `result`, `error` and `log`, each of the shape the Director checks for.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::error::{Error, ErrorKind};
 
@@ -29,6 +30,29 @@ struct Failure {
     ok_to_retry: bool,
 }
 
+/// What the Director's schema asks of an answer (`external_cpi.rb`, Director 283).
+#[derive(Deserialize)]
+struct Forwarded<'a> {
+    #[serde(borrow, default, deserialize_with = "present")]
+    result: Option<&'a RawValue>,
+    #[serde(default, deserialize_with = "present")]
+    error: Option<Option<ForwardedFailure>>,
+    log: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[expect(dead_code, reason = "only whether they are there matters")]
+struct ForwardedFailure {
+    r#type: String,
+    message: String,
+    ok_to_retry: bool,
+}
+
+/// A key that is there, null or not.
+fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(value: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(value).map(Some)
+}
+
 impl Response {
     /// It worked: `result`.
     pub fn success<T: Serialize + ?Sized>(result: &T) -> Self {
@@ -40,6 +64,13 @@ impl Response {
         let (r#type, ok_to_retry) = director_type(error.kind());
         let failure = Failure { r#type, message: bounded(error.report()), ok_to_retry };
         Self { json: write(&Body::<()> { result: None, error: Some(failure), log: "" }), error_type: Some(r#type) }
+    }
+
+    /// What another host answered, to the letter; `None` if that is no answer the Director would take.
+    pub fn forwarded(text: String) -> Option<Self> {
+        let body: Forwarded = serde_json::from_str(&text).ok()?;
+        let whole = body.result.is_some() && body.error.is_some() && body.log.is_some();
+        whole.then_some(Self { json: text, error_type: None })
     }
 
     /// The `Bosh::Clouds` type of the error in it.

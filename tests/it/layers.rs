@@ -10,6 +10,7 @@ use Row::{Apart, Together};
 const LAYERS: &[Row] = &[
     Together(&["main"]),
     Together(&["commands", "cli"]),
+    Together(&["remote"]),
     Together(&["rpc"]),
     Together(&["cpi"]),
     Together(&["supervisor"]),

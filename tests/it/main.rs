@@ -34,6 +34,7 @@ mod network_profiles;
 mod pools;
 mod power_cuts;
 mod release;
+mod remote;
 mod snapshots;
 mod state_directories;
 mod storms;

@@ -23,11 +23,12 @@ fn properties() -> BTreeMap<String, String> {
     properties
 }
 
-/// The keys that hold values, with their path. Entries of `networks` and `deadlines` have names of the operator's.
+/// The keys that hold values, with their path. Entries of `networks`, `hosts` and `deadlines` are the operator's.
 fn leaves(keys: Vec<Key>, above: &str) -> Vec<(String, Option<Value>)> {
     let leaf = |key: Key| {
         let path = format!("{above}{}", key.name);
-        let below = if key.expected == "an object of named entries" { Vec::new() } else { (key.keys)() };
+        let is_list = ["an object of named entries", "an array"].contains(&key.expected);
+        let below = if is_list { Vec::new() } else { (key.keys)() };
         if below.is_empty() { vec![(path, (key.default)())] } else { leaves(below, &format!("{path}.")) }
     };
     keys.into_iter().flat_map(leaf).collect()

@@ -9,7 +9,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::remote::Pair;
 use crate::support::answer::Answer;
+use crate::support::doors::{Office, Socket};
 use crate::support::host::Host;
 
 /// Where each method has cids: the argument's position and the kind. `create_vm` has a list of disks besides.
@@ -27,6 +29,8 @@ fn cids(method: &str) -> &'static [(usize, &'static str)] {
 
 struct Flow<'a> {
     host: &'a Host,
+    /// Who asks the host.
+    ask: &'a dyn Fn(&str) -> Answer,
     /// Ours by recorded cid.
     ours: BTreeMap<String, Value>,
 }
@@ -74,7 +78,8 @@ impl Flow<'_> {
             }
             _ => {}
         }
-        let answer = self.host.ask(&request.to_string());
+        let answer = (self.ask)(&request.to_string());
+        self.host.note(&answer.stdout);
         if method.starts_with("create_")
             && let (Ok(result), Some(was)) = (&answer.outcome, created(&response["result"]))
         {
@@ -110,12 +115,11 @@ fn check(method: &str, request: &Value, answer: &Answer) {
     }
 }
 
-fn replay(name: &str) {
-    let Some(host) = Host::new() else { return };
+fn replay(name: &str, host: &Host, ask: &dyn Fn(&str) -> Answer) {
     host.bridge("br0");
     host.bridge("br1");
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/requests/{name}.jsonl"));
-    let mut flow = Flow { host: &host, ours: BTreeMap::new() };
+    let mut flow = Flow { host, ask, ours: BTreeMap::new() };
     for line in fs::read_to_string(path).unwrap().lines() {
         let recorded: Value = serde_json::from_str(line).unwrap();
         let (method, answer) = flow.ask(line);
@@ -131,9 +135,36 @@ macro_rules! flows {
         $(
             #[test]
             fn $test() {
-                replay($name);
+                let Some(host) = Host::new() else { return };
+                replay($name, &host, &|request| host.ask(request));
             }
         )*
+
+        mod through_ssh {
+            use super::*;
+
+            $(
+                #[test]
+                fn $test() {
+                    let Some(Pair { host, office, sshd: _sshd }) = Pair::new() else { return };
+                    replay($name, &host, &|request| office.ask(request));
+                }
+            )*
+        }
+
+        mod through_a_socket {
+            use super::*;
+
+            $(
+                #[test]
+                fn $test() {
+                    let (Some(host), Some(office)) = (Host::new(), Office::new()) else { return };
+                    let socket = Socket::start(&office, &host);
+                    office.configure(&json!({"transport": socket.transport()}));
+                    replay($name, &host, &|request| office.ask(request));
+                }
+            )*
+        }
 
         #[test]
         fn every_recorded_flow_is_replayed() {

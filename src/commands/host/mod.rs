@@ -1,5 +1,6 @@
 //! `bosh-qemu-cpi host …`: this machine as a host of VMs, for itself and for callers elsewhere.
 
+mod authorize;
 mod every_vm;
 mod serve;
 
@@ -19,5 +20,6 @@ pub fn run(config: Option<&Path>, command: Host, output: &mut dyn Write) -> Resu
         Host::Start { json } => every_vm::start(config, json, output),
         Host::Stop { timeout, json } => every_vm::stop(config, Duration::from_secs(timeout), json, output),
         Host::Serve => serve::run(config).map(|()| true),
+        Host::Authorize { key } => authorize::run(config, &key, output),
     }
 }

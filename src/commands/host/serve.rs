@@ -1,14 +1,18 @@
 //! `bosh-qemu-cpi host serve`: answer one question of a caller elsewhere. Started for each by sshd, as a forced command, or
 //! by a socket unit with `Accept=yes`.
 
+use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
+use nix::unistd::geteuid;
 
-use crate::config::{self, Config, TransportKind};
+use crate::config::{self, Config, Transport, TransportKind};
 use crate::cpi::{Afar, Cpi};
 use crate::error::{Error, ErrorKind, Result};
 use crate::log;
@@ -17,13 +21,17 @@ use crate::remote::wire::{CallQuestion, Question};
 use crate::rpc::outlet::{self, Outlet};
 use crate::rpc::request::Request;
 use crate::rpc::{self, Carrier, Here};
+use crate::schema::{Property, printable};
 
-/// Greets, hears one question and answers it.
+/// Greets, hears one question and answers it. A user who is not root has that done behind the socket that is there for such.
 ///
 /// # Errors
 /// Only when standard output can not be had or nobody listens; every other failure is an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
     let output = outlet::take_stdout()?;
+    if !geteuid().is_root() {
+        return pass_on(output);
+    }
     let input = io::stdin().as_fd().try_clone_to_owned().map_err(|e| Error::os("duplicate standard input", e))?;
     let caller = Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
     let outlet = Outlet::new(caller.clone());
@@ -36,12 +44,33 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
+/// Has another process of this host, which is root's, answer in place of this one.
+fn pass_on(mut output: File) -> Result<()> {
+    let socket = Transport::absent().expect("every key has a default").socket;
+    let fail = |error| {
+        let hint = "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
+        Error::io("connect to", &socket, error).hint(hint)
+    };
+    let mut host = UnixStream::connect(&socket).map_err(fail)?;
+    let mut caller = host.try_clone().map_err(fail)?;
+    std::thread::spawn(move || {
+        // Whoever of the two is gone, the other notices.
+        let _ = io::copy(&mut io::stdin(), &mut caller);
+        let _ = caller.shutdown(Shutdown::Write);
+    });
+    io::copy(&mut host, &mut output).map(drop).map_err(|e| Error::os("pass on the answer", e))
+}
+
 fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
     let CallQuestion { request, cid, image } = call;
     rpc::serve_text(request, outlet, |request| {
         let (config, file) = load(config)?;
-        log::init_to(&config.log, caller.log());
-        tracing::info!("called by {}", who(io::stdin().as_fd()));
+        match peer(io::stdin().as_fd()) {
+            Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
+            // Standard error would be told to the caller, too.
+            Peer::Elsewhere(_) => log::init_to(&config.log, caller.log()),
+        }
+        tracing::info!("called by {}", peer(io::stdin().as_fd()));
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let afar = Afar { cid, image: image.map(|image| Box::new(image) as _) };
@@ -66,16 +95,43 @@ fn image_name(request: &Request) -> String {
     name.unwrap_or_default()
 }
 
-/// Who calls: a process of this machine, behind a socket, or what sshd says of its client.
-fn who(input: BorrowedFd<'_>) -> String {
+/// Who calls.
+enum Peer {
+    /// A process of this machine, behind a socket: the kernel says whose it is.
+    Process(UnixCredentials),
+    /// Whoever is at the other end of sshd's connection, as it says.
+    Elsewhere(Option<String>),
+}
+
+fn peer(input: BorrowedFd<'_>) -> Peer {
     if let Ok(peer) = getsockopt(&input, PeerCredentials) {
-        return format!("uid {}, gid {}, pid {}", peer.uid(), peer.gid(), peer.pid());
+        return Peer::Process(peer);
     }
-    match std::env::var("SSH_CONNECTION") {
-        Ok(connection) => {
-            let address = connection.split(' ').next().unwrap_or_default();
-            format!("{} through ssh", crate::schema::printable(address))
+    let connection = std::env::var("SSH_CONNECTION").ok();
+    Peer::Elsewhere(connection.map(|words| printable(words.split(' ').next().unwrap_or_default())))
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(peer) => write!(f, "uid {}, gid {}, pid {}", peer.uid(), peer.gid(), peer.pid()),
+            Self::Elsewhere(Some(address)) => write!(f, "{address} through ssh"),
+            Self::Elsewhere(None) => f.write_str("somebody on standard input"),
         }
-        Err(_) => "somebody on standard input".to_owned(),
+    }
+}
+
+/// Writes everything twice.
+struct Both<A, B>(A, B);
+
+impl<A: Write, B: Write> Write for Both<A, B> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        // Neither keeps the other from it.
+        let (one, other) = (self.0.write_all(line), self.1.write_all(line));
+        one.and(other).map(|()| line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().and(self.1.flush())
     }
 }

@@ -143,6 +143,11 @@ impl Host {
         command
     }
 
+    /// The command that answers callers elsewhere.
+    pub fn door(&self) -> String {
+        format!("{} --config {} host serve", env!("CARGO_BIN_EXE_bosh-qemu-cpi"), self.path("cpi.json").display())
+    }
+
     /// What the CPI answers to `method`, asked as the Director does.
     pub fn call(&self, method: &str, arguments: &Value) -> Answer {
         self.ask(&request(method, arguments))

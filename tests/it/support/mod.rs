@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod crash;
+pub mod doors;
 pub mod filesystem;
 pub mod frames;
 pub mod host;

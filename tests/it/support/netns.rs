@@ -28,6 +28,11 @@ impl Namespace {
         }
     }
 
+    /// The same one, for another owner.
+    pub fn share(&self) -> Self {
+        Self(self.0.try_clone().expect("a descriptor"))
+    }
+
     /// Runs `job` on a thread inside. A panic of the job is one of the caller.
     pub fn run<T: Send>(&self, job: impl FnOnce() -> T + Send) -> T {
         let inside = || {

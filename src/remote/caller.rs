@@ -1,0 +1,158 @@
+//! The caller's end of the wire: asks a host one question, and tells it what became of the answer.
+//!
+//! ```text
+//!   open a link ──► ask ──► serve its wishes ──► answer ──► taken or not
+//!     │ broken       │ broken, or no answer by the deadline
+//!     ▼              ▼
+//!   nothing was     the host finishes what it was asked, or undoes it
+//!   asked
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::link::Link;
+use super::wire::{Answer, Question, Want, Word};
+use crate::config::{Transport, TransportKind};
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::image::digest::Digest;
+use crate::log;
+use crate::rpc::outlet::Delivery;
+use crate::units::Bytes;
+
+/// How long a host may take to hear that an answer was taken.
+const HEARS: Duration = Duration::from_secs(5);
+
+/// A host that is asked.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// What messages call it.
+    pub name: String,
+    /// How it is reached.
+    pub transport: Transport,
+}
+
+/// What a host answered.
+pub struct Told {
+    /// JSON.
+    pub text: String,
+    /// The link, if the host waits to hear that the answer was taken.
+    waiting: Option<Link>,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub struct Untold {
+    /// What is wrong.
+    pub error: Error,
+    /// Whether the host may have been asked.
+    pub asked: bool,
+}
+
+impl Host {
+    /// The only host, which has no name in the configuration.
+    pub fn only(transport: Transport) -> Self {
+        let name = match transport.kind {
+            TransportKind::Ssh => transport.host.as_ref().map(ToString::to_string).unwrap_or_default(),
+            TransportKind::Unix => transport.socket.display().to_string(),
+            TransportKind::Local => "localhost".to_owned(),
+        };
+        Self { name, transport }
+    }
+
+    /// Asks `question`, whose image is the file `image` if it has one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host.
+    pub fn ask(&self, question: &Question, image: Option<&Image>, deadline: Instant) -> Result<Told, Untold> {
+        let untold = |asked| move |error: Error| Untold { error: error.during(format!("host '{}'", self.name)), asked };
+        let mut link = Link::open(&self.transport, deadline).map_err(untold(false))?;
+        let answer = converse(&mut link, question, image);
+        let Answer { text, waits } = answer.map_err(|error| match error {
+            Lost::Link(error) => untold(true)(link.broken(error, "be answered")),
+            Lost::Image(error) => untold(true)(error),
+        })?;
+        Ok(Told { text, waiting: waits.then_some(link) })
+    }
+}
+
+/// Why a conversation ended without an answer.
+enum Lost {
+    Link(io::Error),
+    Image(Error),
+}
+
+fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Result<Answer, Lost> {
+    // A host that has answered listens no more: what can not be said may be too late.
+    let mut unsaid = link.say(question).err();
+    loop {
+        match (link.hear(), image) {
+            (Ok(Word::Log(line)), _) => log::relay(&line),
+            (Ok(Word::Answer(answer)), _) => return Ok(answer),
+            (Ok(Word::Want(Want::Digest)), Some(image)) => {
+                let digest = image.digest().map_err(Lost::Image)?;
+                unsaid = link.say(&digest).err().or(unsaid);
+            }
+            (Ok(Word::Want(Want::Image)), Some(image)) => {
+                let file = image.open().map_err(Lost::Image)?;
+                unsaid = link.send(file, image.size.get()).err().or(unsaid);
+            }
+            (Ok(Word::Want(_) | Word::Greeting(_)), _) => return Err(Lost::Link(io::ErrorKind::InvalidData.into())),
+            (Err(silence), _) => return Err(Lost::Link(unsaid.unwrap_or(silence))),
+        }
+    }
+}
+
+impl Told {
+    /// Whether the host waits to hear that the answer was taken.
+    pub fn is_waited_on(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Tells the host what became of the answer.
+    pub fn tell(self, delivery: &Delivery) {
+        let Some(mut link) = self.waiting else { return };
+        // If that does not arrive either, the host takes the answer for one of which nobody can tell.
+        let said = match delivery {
+            Delivery::Taken => link.say(&true),
+            Delivery::Lost(_) => link.say(&false),
+            Delivery::Unknown(_) => return,
+        };
+        match said {
+            Ok(()) => link.close(HEARS),
+            Err(error) => tracing::warn!(%error, "the host did not hear what became of its answer"),
+        }
+    }
+}
+
+/// The image that create_stemcell is called with.
+#[derive(Debug, Clone)]
+pub struct Image<'a> {
+    path: &'a Path,
+    /// Its size.
+    pub size: Bytes,
+}
+
+impl<'a> Image<'a> {
+    /// The file at `path`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] if it is none.
+    pub fn at(path: &'a Path) -> Result<Self> {
+        let meta = path.metadata().at("read", path)?;
+        if !meta.is_file() {
+            return Err(Error::new(ErrorKind::BadRequest, format!("'{}' is no file", path.display())));
+        }
+        Ok(Self { path, size: Bytes(meta.len()) })
+    }
+
+    fn open(&self) -> Result<File> {
+        File::open(self.path).at("read", self.path)
+    }
+
+    fn digest(&self) -> Result<Digest> {
+        Digest::of_file(self.path)
+    }
+}

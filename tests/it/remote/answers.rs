@@ -1,0 +1,110 @@
+//! Whatever the transport, the answers are the same.
+
+use serde_json::{Value, json};
+
+use super::Pair;
+use crate::support::doors::{Office, Socket};
+use crate::support::host::{Host, request};
+
+/// Requests whose answers depend on nothing but the program.
+fn requests() -> Vec<String> {
+    let mut requests: Vec<_> = [
+        ("has_vm", json!(["vm-1"])),
+        ("has_disk", json!(["disk-1"])),
+        ("delete_vm", json!(["vm-1"])),
+        ("delete_stemcell", json!(["stemcell-1"])),
+        ("get_disks", json!(["vm-1"])),
+        ("attach_disk", json!(["vm-1", "disk-1"])),
+        ("resize_disk", json!(["disk-1", 10])),
+        ("delete_disk", json!(["disk-1"])),
+        ("create_disk", json!([1, {"secret": "x"}])),
+        ("create_disk", json!([-1, {}])),
+        ("create_vm", json!(["a", "stemcell-1", {"ram": "x"}, {}, [], {}])),
+        ("create_vm", json!(["a", "stemcell-1", {}, {}, [], {}])),
+        ("calculate_vm_cloud_properties", json!([{"ram": 512, "cpu": 1, "ephemeral_disk_size": 1024}])),
+        ("delete_network", json!(["net-1"])),
+        ("ping", json!([])),
+        ("no_such_method", json!([])),
+    ]
+    .iter()
+    .map(|(method, arguments)| request(method, arguments))
+    .collect();
+    requests.extend(["", "nonsense", "{\"method\":\"has_vm\"}"].map(str::to_owned));
+    let context = json!({"agent": {"mbuss": "x"}});
+    requests.push(json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}).to_string());
+    requests
+}
+
+/// Lines of a log without what every run has of its own.
+fn told(stderr: &str) -> Vec<String> {
+    let lines = stderr.lines().filter(|line| !line.contains("called by"));
+    lines.map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest)).map(without_times).collect()
+}
+
+fn without_times(line: &str) -> String {
+    let words = line.split(' ').filter(|word| !word.starts_with("elapsed_ms="));
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn compare(host: &Host, office: &Office) {
+    for request in requests() {
+        let (here, there) = (host.ask(&request), office.ask(&request));
+        assert_eq!(there.stdout, here.stdout, "{request}");
+        assert_eq!(told(&there.stderr), told(&here.stderr), "{request}");
+    }
+}
+
+#[test]
+fn through_ssh_they_are_those_of_the_host() {
+    let Some(Pair { host, office, sshd: _sshd }) = Pair::new() else { return };
+    compare(&host, &office);
+}
+
+#[test]
+fn through_a_socket_they_are_those_of_the_host() {
+    let (Some(host), Some(office)) = (Host::new(), Office::new()) else { return };
+    let socket = Socket::start(&office, &host);
+    office.configure(&json!({"transport": socket.transport()}));
+    compare(&host, &office);
+}
+
+#[test]
+fn the_transport_may_come_with_the_request() {
+    let Some(Pair { host, office, sshd }) = Pair::new() else { return };
+    office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
+    let disk = host.disk();
+    let with = |context: Value| {
+        office.ask(&json!({"method": "has_disk", "arguments": [disk], "context": context}).to_string())
+    };
+    let there = with(json!({"director_uuid": "d", "transport": sshd.transport()}));
+    assert_eq!(*there.result(), true);
+    assert!(with(json!({"director_uuid": "d"})).failure().message.contains("connect to '/nowhere'"));
+}
+
+#[test]
+fn info_asks_nobody() {
+    let Some(office) = Office::new() else { return };
+    office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
+    assert_eq!(office.ok("info", &json!([]))["api_version"], 3);
+}
+
+#[test]
+fn the_host_hears_what_the_office_is_told_of_agents_and_defaults() {
+    let Some(Pair { host, office, sshd }) = Pair::new() else { return };
+    let canary = "nats://user:hunter2@10.0.0.6:4222";
+    office.configure(&json!({
+        "transport": sshd.transport(), "agent": {"mbus": canary}, "vm_defaults": {"ram": 65}, "state_dir": "/nowhere",
+    }));
+    let stemcell = host.stemcell();
+    let mut arguments = host.vm_arguments(&stemcell);
+    arguments[2] = json!({});
+    let created = office.call("create_vm", &arguments);
+    let vm = crate::support::host::vm_cid(created.result());
+    host.note(&vm.to_string());
+    assert_eq!(host.record(&vm).machine.ram.get(), 65);
+    let drive = std::fs::read(host.paths(&vm).config_drive()).unwrap();
+    assert!(drive.windows(canary.len()).any(|window| window == canary.as_bytes()), "the agent's settings");
+    assert!(!created.stderr.contains("hunter2") && !created.stdout.contains("hunter2"));
+    office.ok("delete_vm", &json!([vm]));
+    assert_eq!(office.ok("has_vm", &json!([vm])), false);
+}

@@ -1,0 +1,140 @@
+//! What callers elsewhere can not do: the key starts one command, and the command takes no more than a call.
+
+use std::fs;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use super::Pair;
+use crate::support::host::request;
+
+impl Pair {
+    /// `ssh` as somebody runs it who has the key and wants more of it.
+    fn ssh(&self, words: &[&str]) -> Output {
+        let known = self.office.path("known");
+        fs::write(&known, format!("{} {}", self.sshd.address(), self.sshd.read("host.pub"))).unwrap();
+        let mut command = Command::new("ssh");
+        command.args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i"]).arg(self.sshd.key());
+        command.args(["-o", &format!("UserKnownHostsFile={}", known.display())]).args(words);
+        self.office.namespace().run(|| command.stdin(Stdio::null()).output().unwrap())
+    }
+
+    /// What `host serve` says to `lines`, without the transport.
+    fn serve(&self, lines: &[Value]) -> Vec<Value> {
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        let mut command = self.host.cpi();
+        command.args(["host", "serve"]);
+        let output = self.host.namespace().run(|| crate::support::answer::run(command, text.as_bytes()));
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The answer to a call that is asked as `call` says.
+    fn answer(&self, call: &Value) -> Value {
+        let words = self.serve(&[json!({"call": call}), json!(true)]);
+        let answer = words.last().unwrap()["answer"]["text"].as_str().unwrap_or_else(|| panic!("{words:?}"));
+        serde_json::from_str(answer).unwrap()
+    }
+}
+
+#[test]
+fn the_key_starts_nothing_else() {
+    let Some(pair) = Pair::new() else { return };
+    let host = format!("root@{}", pair.sshd.address());
+    for words in [&[&*host, "id"][..], &["-t", &host, "bash"], &["-s", &host, "sftp"]] {
+        let output = pair.ssh(words);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.starts_with("{\"greeting\":"), "{words:?}: {output:?}");
+        assert!(!said.contains("uid="), "{words:?}: {said}");
+    }
+    let forward = pair.ssh(&["-o", "ExitOnForwardFailure=yes", "-N", "-R", "2000:127.0.0.1:22", &host]);
+    assert!(!forward.status.success(), "a port of the host was given away");
+}
+
+#[test]
+fn a_caller_changes_no_directory_program_or_hardening() {
+    let Some(pair) = Pair::new() else { return };
+    let context = json!({
+        "director_uuid": "d", "state_dir": "/tmp/elsewhere", "qemu": {"binary": "/bin/false"}, "hardening": "off",
+        "transport": {"kind": "unix", "socket": "/nowhere"}, "hosts": [{"name": "h", "transport": {}}],
+        "remote_callers": {"image_dirs": ["/"]}, "pools": {"p": {"path": "/"}}, "key_file": "/etc/shadow",
+    });
+    let request = json!({"method": "create_disk", "arguments": [1, {}], "context": context}).to_string();
+    let answer = pair.answer(&json!({"request": request}));
+    let disk = answer["result"].as_str().unwrap();
+    assert!(pair.host.path("state").join("disks").join(disk).join("disk.json").exists(), "{answer}");
+    pair.host.ok("delete_disk", &json!([disk]));
+}
+
+#[test]
+fn a_caller_names_no_file_of_the_host() {
+    let Some(pair) = Pair::new() else { return };
+    let secret = pair.host.path("secret");
+    let mut disk = vec![7; 4096];
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(&secret, disk).unwrap();
+    // As the image to import, its path is one of the caller's machine.
+    let create = |properties: &Value| request("create_stemcell", &json!([secret, properties]));
+    let refused = pair.answer(&json!({"request": create(&json!({}))}));
+    assert!(refused["error"]["message"].as_str().unwrap().contains("sends no image"), "{refused}");
+    // As a light stemcell's, it must be where the operator lets callers look.
+    let digest = bosh_qemu_cpi::image::digest::Digest::of_file(&secret).unwrap().to_string();
+    let light = json!({"image_path": secret, "sha256": digest});
+    let ask = |properties: &Value| pair.answer(&json!({"request": create(properties), "image": 0}));
+    let refused = ask(&light);
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("cloud_properties.image_path") && message.contains("remote_callers.image_dirs"),
+        "{message}"
+    );
+    let shared = pair.host.path("shared");
+    fs::create_dir(&shared).unwrap();
+    pair.host.reconfigure(|config| config["remote_callers"] = json!({"image_dirs": [shared]}));
+    let outside = shared.join("link");
+    std::os::unix::fs::symlink(&secret, &outside).unwrap();
+    let refused = ask(&json!({"image_path": outside, "sha256": digest}));
+    assert_eq!(refused["error"]["type"], "Bosh::Clouds::CpiError", "{refused}");
+    let refused = ask(&json!({"image_path": shared.join("../secret"), "sha256": digest}));
+    assert_eq!(refused["error"]["type"], "Bosh::Clouds::CpiError", "{refused}");
+    let inside = shared.join("image");
+    fs::copy(&secret, &inside).unwrap();
+    let taken = ask(&json!({"image_path": inside, "sha256": digest}));
+    assert!(taken["result"].is_string(), "{taken}");
+    pair.host.ok("delete_stemcell", &json!([taken["result"]]));
+}
+
+#[test]
+fn a_cid_that_a_caller_chooses_is_one_of_ours_and_free() {
+    let Some(pair) = Pair::new() else { return };
+    let create = |cid: &str| pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": cid}));
+    let disk = "disk-aaaaaaaaaaaaaaa";
+    assert_eq!(create(disk)["result"], disk);
+    let taken = create(disk);
+    assert!(taken["error"]["message"].as_str().unwrap().contains("already"), "{taken}");
+    for bad in ["", "disk-a", "vm-aaaaaaaaaaaaaaa", "disk-aaaaaaaaaaaaaa.", "disk-aaaaaaaaaaaaaaa/..", "../x"] {
+        assert_eq!(create(bad)["error"]["type"], "Bosh::Clouds::CpiError", "{bad}");
+    }
+    pair.host.ok("delete_disk", &json!([disk]));
+}
+
+#[test]
+fn a_question_that_is_none_is_answered() {
+    let Some(pair) = Pair::new() else { return };
+    for question in [json!(1), json!({"moon": {}}), json!({"call": {}}), json!({"call": {"request": 7}})] {
+        let words = pair.serve(std::slice::from_ref(&question));
+        assert!(
+            words.last().unwrap()["answer"]["text"].as_str().unwrap().contains("CpiError"),
+            "{question}: {words:?}"
+        );
+    }
+    let words = pair.serve(&[]);
+    assert_eq!(words[0]["greeting"]["program"], "bosh-qemu-cpi");
+}
+
+#[test]
+fn a_machine_that_sends_its_calls_elsewhere_is_no_host() {
+    let Some(pair) = Pair::new() else { return };
+    pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
+    let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+    assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
+    pair.host.reconfigure(|config| drop(config.as_object_mut().unwrap().remove("transport")));
+}
