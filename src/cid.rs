@@ -9,6 +9,7 @@ use std::fmt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 /// Longest cid accepted. The Director's column holds 255; ours have at most 24.
 const MAX_LENGTH: usize = 128;
@@ -75,6 +76,29 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
     }
     /// The text.
     fn as_str(&self) -> &str;
+    /// A new one that bears a trace of `place`, where there are several that things can be.
+    fn random_at(place: &str) -> Self {
+        let random = Self::random();
+        let (head, tail) = random.as_str().split_at(Self::PREFIX.len() + 1);
+        Self::parse(&format!("{head}{}{}", trace_of(place), &tail[TRACE..])).expect("of the same characters")
+    }
+    /// Whether it bears the trace of `place`. One that was made elsewhere may do so by chance, 1 in 32768.
+    fn is_from(&self, place: &str) -> bool {
+        is_from(self.as_str(), place)
+    }
+}
+
+/// As [`Cid::is_from`], for a cid of any kind.
+pub fn is_from(cid: &str, place: &str) -> bool {
+    cid.split_once('-').is_some_and(|(_, tail)| tail.len() == TAIL && tail.starts_with(&trace_of(place)))
+}
+
+/// How much of a tail says where its object is.
+const TRACE: usize = 3;
+
+fn trace_of(place: &str) -> String {
+    let digest = Sha256::digest(place.as_bytes());
+    digest.iter().take(TRACE).map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect()
 }
 
 macro_rules! cid {
@@ -151,6 +175,15 @@ cid! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cid_bears_a_trace_of_where_it_was_made_and_is_one_like_any_other() {
+        let disk = DiskCid::random_at("kvm-1");
+        assert!(disk.as_str().len() == 20 && DiskCid::parse_new(disk.as_str()).is_ok(), "{disk}");
+        assert!(disk.is_from("kvm-1") && !disk.is_from("kvm-2"));
+        assert_ne!(disk, DiskCid::random_at("kvm-1"));
+        assert!(!is_from("vm-1", "kvm-1") && !is_from("", "kvm-1"));
+    }
 
     #[test]
     fn a_disk_cid_fits_a_virtio_serial_exactly() {

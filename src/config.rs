@@ -424,6 +424,11 @@ impl Config {
         for (at, host) in self.hosts.iter().enumerate() {
             let path = |e: SchemaError| e.under(&at.to_string()).under("hosts");
             host.transport.validated().map_err(|e| path(e.under("transport")))?;
+            if host.transport.kind == TransportKind::Local {
+                let (expected, found) = ("\"ssh\", or \"unix\" for this machine", "\"local\"".to_owned());
+                let problem = crate::schema::Problem::Value { expected, found };
+                return Err(path(SchemaError { path: "transport.kind".into(), problem }));
+            }
             if self.hosts[..at].iter().any(|other| other.name == host.name) {
                 let found = "one that another host has".to_owned();
                 let problem = crate::schema::Problem::Value { expected: "a name of its own", found };
@@ -521,7 +526,8 @@ mod tests {
         let config = Config::from_json(&hosts).unwrap();
         let context = json!({"transport": {"kind": "unix"}});
         assert!(config.with_context(context.as_object().unwrap(), CONTEXT_KEYS).unwrap().hosts.is_empty());
-        let twice = json!({"hosts": [{"name": "a", "transport": {}}, {"name": "a", "transport": {}}]});
+        let unix = json!({"kind": "unix"});
+        let twice = json!({"hosts": [{"name": "a", "transport": unix}, {"name": "a", "transport": unix}]});
         let error = Config::from_json(&twice).and_then(Config::validated).unwrap_err();
         assert_eq!(error.to_string(), "hosts.1.name: expected a name of its own, got one that another host has");
     }

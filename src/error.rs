@@ -125,6 +125,13 @@ impl Error {
         self.kind
     }
 
+    /// Whether this host has not the memory or the space, so that another may do better.
+    pub fn lacks_room(&self) -> bool {
+        let lacks = |error: &Self| matches!(error.kind, ErrorKind::NoDiskSpace | ErrorKind::NotEnoughMemory { .. });
+        let behind = std::iter::successors(std::error::Error::source(self), |error| error.source());
+        lacks(self) || behind.filter_map(|error| error.downcast_ref::<Self>()).any(lacks)
+    }
+
     /// The whole chain on one line, then the hint on its own: what a person reads.
     pub fn report(&self) -> String {
         let mut text = self.message.clone();
@@ -181,6 +188,15 @@ mod tests {
             .during("attach disk 'disk-a'");
         assert_eq!(error.report(), "attach disk 'disk-a': open '/x': entity not found\nHint: create it");
         assert_eq!(error.kind(), ErrorKind::Host);
+    }
+
+    #[test]
+    fn that_there_is_no_room_is_known_whatever_comes_of_it() {
+        let full = Error::new(ErrorKind::NotEnoughMemory { passing: false }, "no memory");
+        let failed =
+            full.during("start it").during("create VM").with_kind(ErrorKind::VmCreationFailed { retry: false });
+        assert!(failed.lacks_room());
+        assert!(!Error::new(ErrorKind::VmCreationFailed { retry: true }, "x").lacks_room());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::cpi::Cpi;
 use crate::error::Result;
 use crate::log;
 use crate::remote::caller::Host;
+use crate::remote::group::Group;
 use crate::remote::one::OneHost;
 use crate::rpc::request::Request;
 use crate::rpc::{self, Carrier, Here, outlet::Outlet};
@@ -30,6 +31,9 @@ fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>>
     log::init(&config.log);
     let context = request.context.properties();
     let config = config.with_context(context, config::CONTEXT_KEYS)?;
+    if !config.hosts.is_empty() {
+        return Ok(Box::new(Group::new(config, document.for_host(context))));
+    }
     if config.transport.kind == TransportKind::Local {
         return Ok(Box::new(Here::new(Cpi::new(config, file).called_by(request.context.director()))));
     }

@@ -18,6 +18,7 @@ mod leftovers;
 mod managed_networks;
 mod metadata;
 pub mod networks;
+pub mod offer;
 mod placement;
 mod resize;
 mod snapshots;

@@ -10,7 +10,7 @@
 //! without `overcommit`, less what all thin images on it may still grow to. One lock is held from the look until the
 //! record, which others count, is written. Other hosts that use a shared pool are not seen.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -143,6 +143,14 @@ impl Cpi {
     pub fn usage(&self) -> Vec<(Option<&str>, Result<PoolUsage>)> {
         let pools = std::iter::once(None).chain(self.store.pools().names().map(Some));
         pools.map(|pool| (pool, self.pool_usage(pool))).collect()
+    }
+
+    /// What is free in the state directory (named with an empty word) and in each pool that can be used.
+    pub(super) fn free_space(&self) -> BTreeMap<String, Bytes> {
+        let pools = std::iter::once(None).chain(self.store.pools().names().map(Some));
+        let scope = if self.config.overcommit { Scope::InTheMaking } else { Scope::All };
+        let room = |pool: Option<&str>| self.pool_dir(pool).and_then(|dir| self.room(&dir, scope));
+        pools.filter_map(|pool| Some((pool.unwrap_or_default().to_owned(), room(pool).ok()?))).collect()
     }
 
     fn pool_usage(&self, pool: Option<&str>) -> Result<PoolUsage> {

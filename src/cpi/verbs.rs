@@ -279,6 +279,15 @@ impl Env {
     pub fn get(&self) -> &RawValue {
         &self.0
     }
+
+    /// The word that VMs share which had better not be on one host: the tag `anti_affinity`, else the instance group.
+    pub fn spread(&self) -> Option<String> {
+        let env: Value = serde_json::from_str(self.0.get()).ok()?;
+        let word =
+            |value: &Value| value.as_str().filter(|word| !word.is_empty() && word.len() <= 255).map(str::to_owned);
+        let bosh = env.get("bosh")?;
+        bosh.get("tags").and_then(|tags| word(tags.get("anti_affinity")?)).or_else(|| word(bosh.get("group")?))
+    }
 }
 
 impl fmt::Debug for Env {
@@ -290,6 +299,15 @@ impl fmt::Debug for Env {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn vms_are_spread_by_their_tag_or_else_by_their_group() {
+        let spread = |text: &str| Env::new(&RawValue::from_string(text.to_owned()).unwrap()).unwrap().spread();
+        assert_eq!(spread(r#"{"bosh":{"group":"d-dep-db","tags":{"anti_affinity":"x"}}}"#).unwrap(), "x");
+        assert_eq!(spread(r#"{"bosh":{"group":"d-dep-db","tags":{"anti_affinity":7}}}"#).unwrap(), "d-dep-db");
+        assert_eq!(spread(r#"{"bosh":{"tags":{}}}"#), None);
+        assert_eq!(spread("{}"), None);
+    }
 
     #[test]
     fn an_agent_id_is_safe_in_a_subject_and_a_host_name() {

@@ -72,6 +72,7 @@ impl Cpi {
             created_at: clock::now(),
             agent_id: call.agent_id.as_str().to_owned(),
             director: self.director.clone(),
+            spread: call.env.spread(),
             stemcell: stemcell.cid.clone(),
             machine,
             uid,
@@ -299,7 +300,8 @@ fn creation_failed(error: Error, cid: &VmCid) -> Error {
         | ErrorKind::NoDiskSpace => error,
         kind => {
             let retry = matches!(kind, ErrorKind::Timeout | ErrorKind::NotEnoughMemory { passing: true });
-            error.with_kind(ErrorKind::VmCreationFailed { retry }).during(format!("create VM '{cid}'"))
+            // Of the whole: what is behind it says whether another host may do better.
+            error.during(format!("create VM '{cid}'")).with_kind(ErrorKind::VmCreationFailed { retry })
         }
     }
 }

@@ -13,9 +13,12 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::link::Link;
-use super::wire::{Answer, Question, Want, Word};
+use super::wire::{Answer, CallQuestion, Question, Want, Word};
 use crate::config::{Transport, TransportKind};
+use crate::cpi::offer::{Offer, Wish};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::digest::Digest;
 use crate::log;
@@ -34,10 +37,12 @@ pub struct Host {
     pub transport: Transport,
 }
 
-/// What a host answered.
+/// What a host answered to a call.
 pub struct Told {
     /// JSON.
     pub text: String,
+    /// Whether the call failed because the host has not the memory or the space.
+    pub lacks_room: bool,
     /// The link, if the host waits to hear that the answer was taken.
     waiting: Option<Link>,
 }
@@ -62,20 +67,70 @@ impl Host {
         Self { name, transport }
     }
 
-    /// Asks `question`, whose image is the file `image` if it has one.
+    /// Has the host carry out `call`, whose image is the file `image` if it has one. `None` if that was asked only of a host
+    /// with something that this one has not.
     ///
     /// # Errors
     /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host.
-    pub fn ask(&self, question: &Question, image: Option<&Image>, deadline: Instant) -> Result<Told, Untold> {
-        let untold = |asked| move |error: Error| Untold { error: error.during(format!("host '{}'", self.name)), asked };
-        let mut link = Link::open(&self.transport, deadline).map_err(untold(false))?;
-        let answer = converse(&mut link, question, image);
-        let Answer { text, waits } = answer.map_err(|error| match error {
-            Lost::Link(error) => untold(true)(link.broken(error, "be answered")),
-            Lost::Image(error) => untold(true)(error),
-        })?;
-        Ok(Told { text, waiting: waits.then_some(link) })
+    pub fn call(&self, call: CallQuestion, image: Option<&Image>, deadline: Instant) -> Result<Option<Told>, Untold> {
+        let (link, word) = self.ask(&Question::Call(call), image, deadline)?;
+        match word {
+            Word::Answer(Answer { text, waits, lacks_room }) => {
+                Ok(Some(Told { text, lacks_room, waiting: waits.then_some(link) }))
+            }
+            Word::Absent => Ok(None),
+            _ => Err(self.senseless(&link)),
+        }
     }
+
+    /// What the host has to offer.
+    ///
+    /// # Errors
+    /// As [`Host::call`].
+    pub fn offer(&self, wish: &Wish, deadline: Instant) -> Result<Offer, Untold> {
+        match self.ask(&Question::Offer(wish.clone()), None, deadline)? {
+            (_, Word::Offer(offer)) => Ok(*offer),
+            // It could not look.
+            (_, Word::Answer(Answer { text, .. })) => Err(self.untold(true, message_of(&text))),
+            (link, _) => Err(self.senseless(&link)),
+        }
+    }
+
+    /// Which of `cids` are on the host.
+    ///
+    /// # Errors
+    /// As [`Host::call`].
+    pub fn find(&self, cids: &[String], deadline: Instant) -> Result<Vec<String>, Untold> {
+        match self.ask(&Question::Find(cids.to_vec()), None, deadline)? {
+            (_, Word::Found(found)) => Ok(found),
+            (_, Word::Answer(Answer { text, .. })) => Err(self.untold(true, message_of(&text))),
+            (link, _) => Err(self.senseless(&link)),
+        }
+    }
+
+    fn ask(&self, question: &Question, image: Option<&Image>, deadline: Instant) -> Result<(Link, Word), Untold> {
+        let mut link = Link::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
+        match converse(&mut link, question, image) {
+            Ok(word) => Ok((link, word)),
+            Err(Lost::Link(error)) => Err(self.untold(true, link.broken(error, "be answered"))),
+            Err(Lost::Image(error)) => Err(self.untold(true, error)),
+        }
+    }
+
+    fn untold(&self, asked: bool, error: Error) -> Untold {
+        Untold { error: error.during(format!("host '{}'", self.name)), asked }
+    }
+
+    fn senseless(&self, link: &Link) -> Untold {
+        self.untold(true, link.broken(io::ErrorKind::InvalidData.into(), "be answered"))
+    }
+}
+
+/// The failure that an answer tells of.
+fn message_of(answer: &str) -> Error {
+    let answer: Value = serde_json::from_str(answer).unwrap_or_default();
+    let message = answer["error"]["message"].as_str().unwrap_or("it gave no answer that makes sense");
+    Error::new(ErrorKind::Host, message)
 }
 
 /// Why a conversation ended without an answer.
@@ -84,13 +139,14 @@ enum Lost {
     Image(Error),
 }
 
-fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Result<Answer, Lost> {
+/// Serves what the host wants until it says its last word.
+fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Result<Word, Lost> {
     // A host that has answered listens no more: what can not be said may be too late.
     let mut unsaid = link.say(question).err();
     loop {
         match (link.hear(), image) {
             (Ok(Word::Log(line)), _) => log::relay(&line),
-            (Ok(Word::Answer(answer)), _) => return Ok(answer),
+            (Ok(last @ (Word::Answer(_) | Word::Absent | Word::Offer(_) | Word::Found(_))), _) => return Ok(last),
             (Ok(Word::Want(Want::Digest)), Some(image)) => {
                 let digest = image.digest().map_err(Lost::Image)?;
                 unsaid = link.say(&digest).err().or(unsaid);

@@ -14,6 +14,7 @@ use crate::image::digest::Digest;
 use crate::image::import::{Failure, ImageSource, Refusal};
 use crate::patience::within;
 use crate::rpc::outlet::{Delivery, Way};
+use crate::rpc::response::Response;
 use crate::units::Bytes;
 
 /// How long a caller may take to say that it took an answer. It has nothing to do but to pass it on.
@@ -74,7 +75,11 @@ impl Caller {
         CallersImage { caller: self.clone(), name, size }
     }
 
-    fn say(&self, word: &impl Serialize) -> io::Result<()> {
+    /// Says what it is asked for when no call is to be carried out.
+    ///
+    /// # Errors
+    /// If the caller is gone.
+    pub fn say(&self, word: &impl Serialize) -> io::Result<()> {
         wire::say(&mut *lock(&self.output), word)
     }
 
@@ -89,9 +94,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Way for Caller {
-    fn deliver(&self, answer: &[u8], matters: bool) -> Delivery {
-        let text = String::from_utf8_lossy(answer).into_owned();
-        if let Err(error) = self.say(&Word::Answer(Answer { text, waits: matters })) {
+    fn deliver(&self, answer: &Response, matters: bool) -> Delivery {
+        let text = String::from_utf8_lossy(answer.as_bytes()).into_owned();
+        let answer = Answer { text, waits: matters, lacks_room: answer.lacks_room() };
+        if let Err(error) = self.say(&Word::Answer(answer)) {
             return Delivery::Lost(error);
         }
         if !matters {

@@ -11,6 +11,8 @@
 //! an answer back, to the letter. The room knows how requests look, and nothing of what they do.
 
 pub mod caller;
+mod errand;
+pub mod group;
 pub mod host;
 mod link;
 pub mod one;

@@ -21,6 +21,7 @@ use std::io::{self, BufRead, Read, Write};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::cpi::offer::{Offer, Wish};
 use crate::units::Bytes;
 
 /// What the host says first.
@@ -48,6 +49,10 @@ impl Greeting {
 pub enum Question {
     /// To carry out a call of the CPI contract.
     Call(CallQuestion),
+    /// What the host has to offer.
+    Offer(Wish),
+    /// Which of these cids are on the host.
+    Find(Vec<String>),
 }
 
 /// A call to be carried out.
@@ -58,6 +63,9 @@ pub struct CallQuestion {
     /// The cid of what is created. The caller chooses it, so that it can ask for its removal when no answer comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cid: Option<String>,
+    /// Cids that must be on this host; if one is not, nothing is done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub only_with: Vec<String>,
     /// The size of the image that create_stemcell is to import.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<Bytes>,
@@ -75,6 +83,12 @@ pub enum Word {
     Want(Want),
     /// Last of all.
     Answer(Answer),
+    /// In its place: what the question is about is not here.
+    Absent,
+    /// In its place, if that was asked.
+    Offer(Box<Offer>),
+    /// In its place: those that are here.
+    Found(Vec<String>),
 }
 
 /// What a host can want.
@@ -95,6 +109,9 @@ pub struct Answer {
     /// Whether it waits to hear that the answer was taken.
     #[serde(default)]
     pub waits: bool,
+    /// Whether the call failed because the host has not the memory or the space.
+    #[serde(default)]
+    pub lacks_room: bool,
 }
 
 /// The longest line either side takes: a request's [`MAX_BYTES`](crate::rpc::request::MAX_BYTES), escaped.
@@ -141,8 +158,8 @@ mod tests {
         let call = CallQuestion { request: "{\n}".into(), ..CallQuestion::default() };
         assert_eq!(line(&Question::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
         assert_eq!(line(&Word::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
-        let answer = Answer { text: "{}".into(), waits: true };
-        assert_eq!(line(&Word::Answer(answer)), "{\"answer\":{\"text\":\"{}\",\"waits\":true}}\n");
+        let answer = Answer { text: "{}".into(), waits: true, lacks_room: false };
+        assert_eq!(line(&Word::Answer(answer)), "{\"answer\":{\"text\":\"{}\",\"waits\":true,\"lacks_room\":false}}\n");
     }
 
     #[test]

@@ -111,14 +111,18 @@ impl Call {
         })
     }
 
-    /// What it creates under a cid chosen now, as the way to undo that; `None` if it creates nothing.
-    pub fn creates(&self) -> Option<Undo> {
+    /// What it creates under a cid chosen now, as the way to undo that; `None` if it creates nothing. The cid bears a trace of
+    /// the place where that will be, if there are several.
+    pub fn creates(&self, place: Option<&str>) -> Option<Undo> {
+        fn new<C: Cid>(place: Option<&str>) -> C {
+            place.map_or_else(C::random, C::random_at)
+        }
         Some(match self {
-            Self::CreateStemcell(_) => Undo::DeleteStemcell(StemcellCid::random()),
-            Self::CreateVm(_) => Undo::DeleteVm(VmCid::random()),
-            Self::CreateDisk(_) => Undo::DeleteDisk(DiskCid::random()),
-            Self::SnapshotDisk(..) => Undo::DeleteSnapshot(SnapshotCid::random()),
-            Self::CreateNetwork(_) => Undo::DeleteNetwork(NetworkCid::random()),
+            Self::CreateStemcell(_) => Undo::DeleteStemcell(new(place)),
+            Self::CreateVm(_) => Undo::DeleteVm(new(place)),
+            Self::CreateDisk(_) => Undo::DeleteDisk(new(place)),
+            Self::SnapshotDisk(..) => Undo::DeleteSnapshot(new(place)),
+            Self::CreateNetwork(_) => Undo::DeleteNetwork(new(place)),
             _ => return None,
         })
     }

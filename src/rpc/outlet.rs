@@ -24,13 +24,13 @@ pub enum Delivery {
 /// How answers reach the caller.
 pub trait Way: Send + Sync {
     /// Brings it `answer`. If it `matters` whether that arrives, says so after finding out, not only after sending.
-    fn deliver(&self, answer: &[u8], matters: bool) -> Delivery;
+    fn deliver(&self, answer: &Response, matters: bool) -> Delivery;
 }
 
 /// A pipe whose reader is the caller: what it took has arrived.
 impl Way for File {
-    fn deliver(&self, answer: &[u8], _: bool) -> Delivery {
-        match (&*self).write_all(answer) {
+    fn deliver(&self, answer: &Response, _: bool) -> Delivery {
+        match (&*self).write_all(answer.as_bytes()) {
             Ok(()) => Delivery::Taken,
             // What was taken is no JSON.
             Err(error) => Delivery::Lost(error),
@@ -64,7 +64,7 @@ impl Outlet {
     /// If there was an answer before.
     pub fn send(&self, response: &Response, matters: bool) -> Delivery {
         assert!(!self.used.swap(true, Ordering::SeqCst), "a second answer");
-        self.way.deliver(response.as_bytes(), matters)
+        self.way.deliver(response, matters)
     }
 
     /// From now on a panic, of any thread, is answered and ends the process with status 0. In a release build a
@@ -75,7 +75,7 @@ impl Outlet {
         std::panic::set_hook(Box::new(move |panic| {
             if !hooked.used.swap(true, Ordering::SeqCst) {
                 // Nobody is left to be told that this failed, too.
-                let _ = hooked.way.deliver(Response::failure(&bug(panic)).as_bytes(), false);
+                let _ = hooked.way.deliver(&Response::failure(&bug(panic)), false);
             }
             std::process::exit(0);
         }));

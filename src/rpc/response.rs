@@ -13,6 +13,7 @@ const MAX_MESSAGE: usize = 8 << 10;
 pub struct Response {
     json: String,
     error_type: Option<&'static str>,
+    lacks_room: bool,
 }
 
 #[derive(Serialize)]
@@ -56,26 +57,35 @@ fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(value: D) -> R
 impl Response {
     /// It worked: `result`.
     pub fn success<T: Serialize + ?Sized>(result: &T) -> Self {
-        Self { json: write(&Body { result: Some(result), error: None, log: "" }), error_type: None }
+        Self { json: write(&Body { result: Some(result), error: None, log: "" }), error_type: None, lacks_room: false }
     }
 
     /// It failed with `error`.
     pub fn failure(error: &Error) -> Self {
         let (r#type, ok_to_retry) = director_type(error.kind());
         let failure = Failure { r#type, message: bounded(error.report()), ok_to_retry };
-        Self { json: write(&Body::<()> { result: None, error: Some(failure), log: "" }), error_type: Some(r#type) }
+        Self {
+            json: write(&Body::<()> { result: None, error: Some(failure), log: "" }),
+            error_type: Some(r#type),
+            lacks_room: error.lacks_room(),
+        }
     }
 
     /// What another host answered, to the letter; `None` if that is no answer the Director would take.
     pub fn forwarded(text: String) -> Option<Self> {
         let body: Forwarded = serde_json::from_str(&text).ok()?;
         let whole = body.result.is_some() && body.error.is_some() && body.log.is_some();
-        whole.then_some(Self { json: text, error_type: None })
+        whole.then_some(Self { json: text, error_type: None, lacks_room: false })
     }
 
     /// The `Bosh::Clouds` type of the error in it.
     pub fn error_type(&self) -> Option<&'static str> {
         self.error_type
+    }
+
+    /// Whether it failed because this host has not the memory or the space.
+    pub fn lacks_room(&self) -> bool {
+        self.lacks_room
     }
 
     /// The JSON. No newline at its end: without its last byte it must not parse.

@@ -18,11 +18,12 @@ use super::Scope;
 use super::limits::USUAL;
 use super::power::{PowerState, power_state};
 use crate::cid::VmCid;
-use crate::config::Memory;
+use crate::config::{Config, Memory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::memory::{available, resident};
-use crate::store::{Brief, Guard, Phase, Rank, VmRecord};
+use crate::store::{Brief, Guard, Phase, Rank, Store, VmRecord};
 use crate::sys::pidlock;
+use crate::units::Bytes;
 
 /// Each holds the lock for milliseconds.
 const LOCK: Duration = Duration::from_secs(30);
@@ -39,25 +40,20 @@ pub(super) fn lock(scope: &Scope) -> Result<Brief> {
 /// # Errors
 /// [`ErrorKind::NotEnoughMemory`] with the figures.
 pub fn admit(scope: &Scope, vm: &VmRecord) -> Result<()> {
-    let limits = &scope.config.limits;
-    let mut claims = Vec::new();
-    for cid in scope.store.list::<VmRecord>()? {
-        if cid != scope.cid {
-            claims.extend(Claim::of(scope, cid)?);
-        }
-    }
     let own = match power_state(&scope.paths)? {
         PowerState::On(qemu) => resident(qemu.pid()).get(),
         PowerState::Off => 0,
     };
-    let promised_counts = limits.memory == Memory::Guaranteed;
-    Figures {
-        need: promise(vm).saturating_sub(own),
-        available: available()?.get(),
-        reserve: limits.memory_reserve_mib.get() << 20,
-        claims: if promised_counts { claims } else { Vec::new() },
-    }
-    .verdict(vm)
+    Figures { need: promise(vm).saturating_sub(own), ..Figures::of(&scope.config, &scope.store, Some(&scope.cid))? }
+        .verdict(vm)
+}
+
+/// The largest `ram` that a new VM could have now.
+///
+/// # Errors
+/// [`ErrorKind::Host`] if the kernel does not say.
+pub fn largest_vm(config: &Config, store: &Store) -> Result<Bytes> {
+    Figures::of(config, store, None).map(|figures| Bytes(figures.left().saturating_sub(USUAL)))
 }
 
 /// Bytes the VM may come to have.
@@ -77,15 +73,15 @@ struct Claim {
 
 impl Claim {
     /// That of another VM; `None` if it is off.
-    fn of(scope: &Scope, vm: VmCid) -> Result<Option<Self>> {
-        let paths = scope.store.vm(&vm);
+    fn of(store: &Store, vm: VmCid) -> Result<Option<Self>> {
+        let paths = store.vm(&vm);
         let qemu = pidlock::holder(&paths.qemu_pid())?;
         if qemu.is_none() && pidlock::holder(&paths.supervisor_pid())?.is_none() {
             return Ok(None);
         }
         let touched = qemu.map_or(0, |qemu| resident(qemu.pid()).get());
         // A record that can not be read must not keep all others from starting: at least what is there counts.
-        let record = scope.store.read::<VmRecord>(&vm).ok().flatten();
+        let record = store.read::<VmRecord>(&vm).ok().flatten();
         let ending = record.as_ref().is_some_and(|record| record.phase == Phase::Deleting);
         let promised = record.as_ref().map_or(touched, promise);
         Ok(Some(Self { vm, promised, touched, ending }))
@@ -106,8 +102,29 @@ struct Figures {
 }
 
 impl Figures {
+    /// Those of the host without the VM `except`, and with nothing that needs any.
+    fn of(config: &Config, store: &Store, except: Option<&VmCid>) -> Result<Self> {
+        let mut claims = Vec::new();
+        if config.limits.memory == Memory::Guaranteed {
+            for cid in store.list::<VmRecord>()?.into_iter().filter(|cid| Some(cid) != except) {
+                claims.extend(Claim::of(store, cid)?);
+            }
+        }
+        let reserve = config.limits.memory_reserve_mib.get() << 20;
+        Ok(Self { need: 0, available: available()?.get(), reserve, claims })
+    }
+
+    fn untouched(&self) -> u64 {
+        self.claims.iter().map(Claim::untouched).sum()
+    }
+
+    /// What nobody was promised.
+    fn left(&self) -> u64 {
+        self.available.saturating_sub(self.reserve + self.untouched())
+    }
+
     fn verdict(&self, vm: &VmRecord) -> Result<()> {
-        let untouched: u64 = self.claims.iter().map(Claim::untouched).sum();
+        let untouched = self.untouched();
         let taken = self.reserve + untouched;
         if taken + self.need <= self.available {
             return Ok(());
@@ -120,7 +137,7 @@ impl Figures {
             vm.cid,
             mib(self.need),
             vm.machine.ram,
-            mib(self.available.saturating_sub(taken)),
+            mib(self.left()),
             mib(self.available),
             mib(self.reserve),
             mib(untouched),

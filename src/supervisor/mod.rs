@@ -40,7 +40,7 @@ mod watched;
 pub use boot::slots as boot_slots;
 pub use daemon::{Begin, refuse, supervise};
 pub use exit::{Ending, ExitRecord};
-pub use memory::admit;
+pub use memory::{admit, largest_vm};
 pub use power::{Button, PowerState, call_off, power_state, stop};
 pub use resources::open_file;
 pub use spawn::{adopt, start};

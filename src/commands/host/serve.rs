@@ -13,13 +13,15 @@ use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
 use crate::config::{self, Config, Transport, TransportKind};
+use crate::cpi::offer::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
 use crate::error::{Error, ErrorKind, Result};
 use crate::log;
 use crate::remote::host::Caller;
-use crate::remote::wire::{CallQuestion, Question};
+use crate::remote::wire::{CallQuestion, Question, Word};
 use crate::rpc::outlet::{self, Outlet};
 use crate::rpc::request::Request;
+use crate::rpc::response::Response;
 use crate::rpc::{self, Carrier, Here};
 use crate::schema::{Property, printable};
 
@@ -36,12 +38,53 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     let caller = Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
     let outlet = Outlet::new(caller.clone());
     match caller.question() {
-        Ok(Question::Call(call)) => answer_call(config, call, &caller, outlet),
-        Err(error) => {
-            let _ = outlet.send(&rpc::response::Response::failure(&error), false);
+        Ok(Question::Call(call)) if is_absent(config, &call) => caller.say(&Word::Absent).map_err(gone),
+        Ok(Question::Call(call)) => {
+            answer_call(config, call, &caller, outlet);
+            Ok(())
         }
+        Ok(Question::Offer(wish)) => match offer(config, &wish) {
+            Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
+            Err(error) => refuse(&error, &outlet),
+        },
+        Ok(Question::Find(cids)) => match find(config, cids) {
+            Ok(found) => caller.say(&Word::Found(found)).map_err(gone),
+            Err(error) => refuse(&error, &outlet),
+        },
+        Err(error) => refuse(&error, &outlet),
     }
+}
+
+fn gone(error: io::Error) -> Error {
+    Error::os("answer the caller", error)
+}
+
+fn refuse(error: &Error, outlet: &Outlet) -> Result<()> {
+    let _ = outlet.send(&Response::failure(error), false);
     Ok(())
+}
+
+/// Whether the call is for a host with things that are not here. If that can not be said, the call says why.
+fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
+    if call.only_with.is_empty() {
+        return false;
+    }
+    load(config).is_ok_and(|(config, file)| {
+        let cpi = Cpi::new(config, file);
+        !call.only_with.iter().all(|cid| cpi.has_of(cid))
+    })
+}
+
+fn find(config: Option<&Path>, mut cids: Vec<String>) -> Result<Vec<String>> {
+    let (config, file) = load(config)?;
+    let cpi = Cpi::new(config, file);
+    cids.retain(|cid| cpi.has_of(cid));
+    Ok(cids)
+}
+
+fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
+    let (config, file) = load(config)?;
+    Cpi::new(config, file).offer(wish)
 }
 
 /// Has another process of this host, which is root's, answer in place of this one.
@@ -62,7 +105,7 @@ fn pass_on(mut output: File) -> Result<()> {
 }
 
 fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
-    let CallQuestion { request, cid, image } = call;
+    let CallQuestion { request, cid, image, .. } = call;
     rpc::serve_text(request, outlet, |request| {
         let (config, file) = load(config)?;
         match peer(io::stdin().as_fd()) {

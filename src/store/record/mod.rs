@@ -149,6 +149,9 @@ pub struct VmRecord {
     /// The uuid of the Director that had it made, if it said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub director: Option<String>,
+    /// VMs with the same word had better be on different hosts, where a Director has several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<String>,
     /// What it was made of. The stemcell may be gone.
     pub stemcell: StemcellCid,
     /// Its hardware.

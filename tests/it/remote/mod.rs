@@ -2,6 +2,7 @@
 
 mod answers;
 mod door;
+mod groups;
 mod links;
 mod stemcells;
 

@@ -1,0 +1,99 @@
+//! What this host has to offer: for callers who have several hosts, and a VM or a disk to put on one of them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::Cpi;
+use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
+use crate::error::Result;
+use crate::host::probe;
+use crate::store::record::NetworkRecord;
+use crate::store::{DiskRecord, Phase, Rank, Record, SnapshotRecord, StemcellRecord, VmRecord, atomic};
+use crate::supervisor;
+use crate::units::Bytes;
+
+/// What a caller wants to know.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wish {
+    /// Things that may be here.
+    #[serde(default)]
+    pub cids: Vec<String>,
+    /// The word that VMs share which had better not be on one host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<String>,
+}
+
+/// What a host has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Its version of this program.
+    pub version: String,
+    /// What its VMs run under, `kvm` or `tcg`; else why none can.
+    pub accelerator: String,
+    /// Its CPUs.
+    pub cpus: usize,
+    /// The largest `ram` that a new VM could have.
+    pub memory: Bytes,
+    /// What is free in the state directory (named with an empty word) and in each pool that can be used.
+    pub space: BTreeMap<String, Bytes>,
+    /// Its VMs.
+    pub vms: usize,
+    /// Those of them that share the word.
+    pub alike: usize,
+    /// Which of the things are here.
+    pub has: Vec<String>,
+    /// Those of them whose images other hosts reach, too.
+    pub shared: Vec<String>,
+}
+
+impl Cpi {
+    /// What this host has to offer.
+    ///
+    /// # Errors
+    /// If the state directory can not be read.
+    pub fn offer(&self, wish: &Wish) -> Result<Offer> {
+        let accelerator =
+            probe::accelerator(self.store.run_dir(), &self.config.qemu.binary, self.config.qemu.accel, None);
+        let vms = self.store.readable::<VmRecord>()?;
+        let alike = |vm: &&VmRecord| vm.phase != Phase::Deleting && wish.spread.is_some() && vm.spread == wish.spread;
+        let has: Vec<_> = wish.cids.iter().filter(|cid| self.has_of(cid)).cloned().collect();
+        Ok(Offer {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            accelerator: accelerator.map_or_else(|error| error.report(), |(accel, _)| accel.as_str().to_owned()),
+            cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            memory: supervisor::largest_vm(&self.config, &self.store)?,
+            space: self.free_space(),
+            alike: vms.iter().filter(alike).count(),
+            vms: vms.len(),
+            shared: has.iter().filter(|cid| self.is_on_shared_pool(cid)).cloned().collect(),
+            has,
+        })
+    }
+
+    /// Whether there is anything of `cid` here, be it only a lock that its removal left.
+    pub fn has_of(&self, cid: &str) -> bool {
+        match cid.split('-').next() {
+            Some(VmCid::PREFIX) => {
+                self.has_record::<VmRecord>(Rank::Vm, cid)
+                    || VmCid::parse(cid).is_ok_and(|vm| self.store.vm(&vm).run.exists())
+            }
+            Some(DiskCid::PREFIX) => self.has_record::<DiskRecord>(Rank::Disk, cid),
+            Some(SnapshotCid::PREFIX) => self.has_record::<SnapshotRecord>(Rank::Snapshot, cid),
+            Some(StemcellCid::PREFIX) => self.has_record::<StemcellRecord>(Rank::Stemcell, cid),
+            Some(NetworkCid::PREFIX) => self.has_record::<NetworkRecord>(Rank::Network, cid),
+            _ => false,
+        }
+    }
+
+    fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {
+        let there =
+            |cid: R::Cid| atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid);
+        R::Cid::parse(cid).is_ok_and(there)
+    }
+
+    fn is_on_shared_pool(&self, disk: &str) -> bool {
+        let record = DiskCid::parse(disk).ok().and_then(|disk| self.store.read::<DiskRecord>(&disk).ok().flatten());
+        record.is_some_and(|disk| disk.pool.is_some_and(|pool| self.config.pools.get(&pool).is_some_and(|p| p.shared)))
+    }
+}

@@ -1,0 +1,156 @@
+//! A call on its way to a host: what is asked, until when, and what is done if no answer comes.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use super::caller::{Host, Image, Told, Untold};
+use super::wire::CallQuestion;
+use crate::config::Config;
+use crate::cpi::default_deadline;
+use crate::error::{Error, ErrorKind, Result};
+use crate::rpc::Carried;
+use crate::rpc::call::{Call, Undo};
+use crate::rpc::outlet::Delivery;
+use crate::rpc::request::Request;
+use crate::rpc::response::Response;
+use crate::schema::printable;
+
+/// What a host has beyond its own deadline to say that it was exceeded.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How long it may take to undo a create whose answer did not come.
+const UNDOES: Duration = Duration::from_secs(60);
+
+/// A call, as any host may be asked to carry it out.
+pub struct Errand<'a> {
+    /// What it was read from.
+    pub request: &'a Request,
+    /// The call.
+    pub call: &'a Call,
+    /// What the request's context says to the host beside its own keys.
+    told: &'a Map<String, Value>,
+    /// When an answer must be there.
+    pub deadline: Instant,
+    image: Option<Image<'a>>,
+}
+
+/// An answer, and the host that gave it and may wait to hear what became of it.
+pub struct Answered {
+    /// The answer.
+    pub response: Response,
+    /// From whom.
+    pub told: Told,
+}
+
+impl<'a> Errand<'a> {
+    /// `call`, which `request` is, to be carried out in the time that `config` gives it, counted from now.
+    ///
+    /// # Errors
+    /// If it comes with an image that can not be read.
+    pub fn new(request: &'a Request, call: &'a Call, config: &Config, told: &'a Map<String, Value>) -> Result<Self> {
+        let patience = config.deadline(&request.method, default_deadline(&request.method));
+        let image = match call {
+            Call::CreateStemcell(stemcell) => Some(Image::at(&stemcell.image)?),
+            _ => None,
+        };
+        Ok(Self { request, call, told, deadline: Instant::now() + patience + GRACE, image })
+    }
+
+    /// Has `host` carry it out. What is created has the cid that `undo` would remove.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host; what was created then is gone, or the error says how
+    /// to remove it.
+    pub fn send(&self, host: &Host, undo: Option<&Undo>) -> Result<Answered> {
+        let answered = self.ask(host, self.question(), undo)?;
+        answered.ok_or_else(|| Error::new(ErrorKind::Internal, "a condition that was not set is not met"))
+    }
+
+    /// Has `host` carry it out if it has `cids`; `None` if it has not.
+    ///
+    /// # Errors
+    /// As [`Errand::send`].
+    pub fn send_if_there(&self, host: &Host, cids: &[&str], undo: Option<&Undo>) -> Result<Option<Answered>> {
+        let only_with = cids.iter().map(|cid| (*cid).to_owned()).collect();
+        self.ask(host, CallQuestion { only_with, ..self.question() }, undo)
+    }
+
+    fn ask(&self, host: &Host, call: CallQuestion, undo: Option<&Undo>) -> Result<Option<Answered>> {
+        let call = CallQuestion { cid: undo.map(|undo| undo.call().1.to_owned()), ..call };
+        match host.call(call, self.image.as_ref(), self.deadline) {
+            Ok(told) => told.map(|told| answered(host, told)).transpose(),
+            Err(Untold { error, asked }) => Err(match undo.filter(|_| asked) {
+                Some(undo) => self.undo(host, undo, error),
+                None => error,
+            }),
+        }
+    }
+
+    fn question(&self) -> CallQuestion {
+        let image = self.image.as_ref().map(|image| image.size);
+        CallQuestion { request: self.request.forwarded(self.told), image, ..CallQuestion::default() }
+    }
+
+    /// Has `host` remove what it may have created, because of `error`, which then says what came of it.
+    pub fn undo(&self, host: &Host, undo: &Undo, error: Error) -> Error {
+        let (method, cid) = undo.call();
+        let removal = json!({"method": method, "arguments": [cid]}).to_string();
+        let removal = Request::parse(&removal).expect("a request").forwarded(self.told);
+        let call = CallQuestion { request: removal, ..CallQuestion::default() };
+        match host.call(call, None, Instant::now() + UNDOES) {
+            Ok(Some(told)) if is_done(&told.text) => {
+                let again = matches!(undo, Undo::DeleteVm(_));
+                let kind = if again { ErrorKind::VmCreationFailed { retry: true } } else { error.kind() };
+                error.with_kind(kind).during("nothing of it is left")
+            }
+            _ => {
+                let host = &host.name;
+                error.hint(format!("'{cid}' may be on host '{host}': `{method}` removes it, and does no harm if not"))
+            }
+        }
+    }
+}
+
+fn answered(host: &Host, told: Told) -> Result<Answered> {
+    let strange = || Error::new(ErrorKind::Host, format!("host '{}' gave no answer of a CPI", host.name));
+    let response = Response::forwarded(told.text.clone()).ok_or_else(strange)?;
+    Ok(Answered { response, told })
+}
+
+/// Whether an answer says that it was done, or that there was nothing to do.
+fn is_done(answer: &str) -> bool {
+    let answer: Value = serde_json::from_str(answer).unwrap_or_default();
+    let error = &answer["error"];
+    let gone = ["Bosh::Clouds::DiskNotFound", "Bosh::Clouds::NetworkNotFound"];
+    answer.is_object() && (error.is_null() || gone.iter().any(|kind| error["type"] == *kind))
+}
+
+impl Answered {
+    /// Whether it says that the call was carried out.
+    pub fn is_success(&self) -> bool {
+        self.result().is_some()
+    }
+
+    /// The result; `None` if it is an error.
+    pub fn result(&self) -> Option<Value> {
+        let mut answer: Value = serde_json::from_str(&self.told.text).ok()?;
+        answer["error"].is_null().then(|| answer["result"].take())
+    }
+}
+
+/// What came of `request`, for who asked. Every host that answered hears what became of the answer.
+pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Told>)>) -> Carried<'a> {
+    match outcome {
+        Ok((response, told)) => {
+            let made = told.iter().any(Told::is_waited_on);
+            let delivered = move |delivery: Delivery| told.into_iter().for_each(|told| told.tell(&delivery));
+            Carried { response, made, delivered: Box::new(delivered) }
+        }
+        Err(error) => {
+            let error = error.during(printable(&request.method));
+            tracing::warn!("{}", error.report().replace('\n', " "));
+            Carried { response: Response::failure(&error), made: false, delivered: Box::new(|_| {}) }
+        }
+    }
+}

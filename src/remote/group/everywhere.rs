@@ -1,0 +1,59 @@
+//! Stemcells: on every host, under one cid.
+
+use super::{Member, Outcome};
+use crate::error::Result;
+use crate::remote::errand::{Answered, Errand};
+use crate::rpc::outlet::Delivery;
+
+/// Has all hosts import the image. It is sent to all at the same time, and to none that has it. A draining host that can
+/// not be asked does without: it gets no VMs.
+pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
+    let undo = errand.call.creates(None);
+    let answers = at_once(members, |member| errand.send(&member.host, undo.as_ref()));
+    let mut made = Vec::new();
+    let mut failed = None;
+    for (member, answer) in members.iter().zip(answers) {
+        match answer {
+            Ok(answered) if answered.is_success() => made.push(answered),
+            Err(error) if member.draining => {
+                tracing::warn!(host = member.host.name, "a draining host has not got the stemcell: {}", error.report());
+            }
+            other => failed = failed.or(Some(other)),
+        }
+    }
+    match failed {
+        None => together(made),
+        Some(failed) => {
+            // What the others have imported nobody will ever hear of.
+            let unheard = || std::io::Error::from(std::io::ErrorKind::NotConnected);
+            made.into_iter().for_each(|made| made.told.tell(&Delivery::Lost(unheard())));
+            failed.map(Answered::into_outcome)
+        }
+    }
+}
+
+/// Has all hosts delete it, whether they have it or not.
+pub(super) fn delete(members: &[Member], errand: &Errand<'_>) -> Outcome {
+    let answers = at_once(members, |member| errand.send(&member.host, None));
+    let answers: Vec<_> = answers.into_iter().collect::<Result<_>>()?;
+    match answers.iter().position(|answer| !answer.is_success()) {
+        Some(failed) => Ok(answers.into_iter().nth(failed).expect("it was found").into_outcome()),
+        None => together(answers),
+    }
+}
+
+/// One answer for all.
+fn together(answers: Vec<Answered>) -> Outcome {
+    let (mut responses, told): (Vec<_>, Vec<_>) =
+        answers.into_iter().map(|answered| (answered.response, answered.told)).unzip();
+    let first = responses.drain(..).next();
+    let nobody = || crate::error::Error::new(crate::error::ErrorKind::Host, "no host could be asked: all are draining");
+    Ok((first.ok_or_else(nobody)?, told))
+}
+
+fn at_once<T: Send>(members: &[Member], act: impl Fn(&Member) -> T + Sync) -> Vec<T> {
+    std::thread::scope(|threads| {
+        let acts: Vec<_> = members.iter().map(|member| threads.spawn(|| act(member))).collect();
+        acts.into_iter().map(|act| act.join().expect("no panic")).collect()
+    })
+}
