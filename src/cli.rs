@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::cid::{SnapshotCid, VmCid};
 
@@ -104,11 +104,71 @@ pub enum Host {
     },
     /// Answer one call from another machine, on standard input and output. Started by sshd or by a socket unit.
     Serve,
+    /// Make another machine a host: this program, its units, and a key that may call it.
+    Install(Install),
+    /// Undo that. The VMs must be gone.
+    Uninstall(Install),
+    /// Make this machine a host.
+    Setup(Setup),
+    /// Show what each host of the configuration has: version, accelerator, VMs, memory and space.
+    Status {
+        /// Print one JSON array, sizes in bytes.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the line of root's authorized_keys that lets a key call this host, and do nothing else here.
     Authorize {
         /// The public key, or the file it is in.
         key: String,
     },
+}
+
+/// A machine that is made a host, or is one no longer.
+#[derive(Debug, Args)]
+pub struct Install {
+    /// The machine, as ssh takes it: `user@host`. Who is not root there must be let by sudo without a password.
+    pub target: String,
+    /// The public key that may call, or the file it is in.
+    #[arg(long)]
+    pub key: Option<String>,
+    /// Configuration for the machine, to be its /etc/bosh-qemu-cpi/cpi.json.
+    #[arg(long, value_name = "FILE")]
+    pub host_config: Option<PathBuf>,
+    /// The program to install [default: this one]
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+    /// How to call ssh.
+    #[arg(long, value_name = "COMMAND", default_value = "ssh")]
+    pub ssh: String,
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
+    /// Where on the machine, for a look at what is installed.
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<String>,
+}
+
+/// What is set up on this machine.
+#[derive(Debug, Args)]
+pub struct Setup {
+    /// Only print what would be done.
+    #[arg(long)]
+    pub plan: bool,
+    /// Undo it. The VMs must be gone.
+    #[arg(long)]
+    pub remove: bool,
+    /// The public key that may call, or the file it is in.
+    #[arg(long)]
+    pub key: Option<String>,
+    /// Whose authorized_keys the key is put into [default: root]
+    #[arg(long)]
+    pub user: Option<String>,
+    /// A file to be /etc/bosh-qemu-cpi/cpi.json.
+    #[arg(long, value_name = "FILE")]
+    pub host_config: Option<PathBuf>,
+    /// Set it up below this directory, for a look at it.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub root: PathBuf,
 }
 
 /// What is done with disks and BOSH has no call for.

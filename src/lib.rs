@@ -19,6 +19,7 @@ pub mod commands;
 pub mod config;
 pub mod cpi;
 pub mod crash;
+pub mod digest;
 pub mod error;
 pub mod host;
 pub mod image;

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod clock;
 pub mod detached;
+pub mod installation;
 pub mod io_uring;
 pub mod memory;
 pub mod probe;

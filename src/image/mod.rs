@@ -1,7 +1,7 @@
-//! Everything that knows image formats: qcow2 headers, empty images, stemcell import, FAT config drives, digests.
+//! Everything that knows image formats: qcow2 headers, empty images, stemcell import, FAT config drives.
 //!
 //! ```text
-//! import ──▶ qcow2 (header, create, decode)     fat      digest
+//! import ──▶ qcow2 (header, create, decode)     fat
 //!    └─────▶ qemu_img (the calls that remain)   raw ◀─── import
 //! create ──▶ qcow2, raw, qemu_img
 //! ```
@@ -11,7 +11,6 @@
 
 mod copy;
 mod create;
-pub mod digest;
 pub mod fat;
 mod grow;
 pub mod import;

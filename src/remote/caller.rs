@@ -17,10 +17,10 @@ use serde_json::Value;
 
 use super::link::Link;
 use super::wire::{Answer, CallQuestion, Question, Want, Word};
-use crate::config::{Transport, TransportKind};
+use crate::config::{HostEntry, Transport, TransportKind};
 use crate::cpi::offer::{Offer, Wish};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::digest::Digest;
 use crate::log;
 use crate::rpc::outlet::Delivery;
 use crate::units::Bytes;
@@ -57,6 +57,11 @@ pub struct Untold {
 }
 
 impl Host {
+    /// One of several.
+    pub fn of(entry: &HostEntry) -> Self {
+        Self { name: entry.name.to_string(), transport: entry.transport.clone() }
+    }
+
     /// The only host, which has no name in the configuration.
     pub fn only(transport: Transport) -> Self {
         let name = match transport.kind {

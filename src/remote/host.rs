@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::wire::{self, Answer, Greeting, Question, Want, Word};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::digest::Digest;
 use crate::image::import::{Failure, ImageSource, Refusal};
 use crate::patience::within;
 use crate::rpc::outlet::{Delivery, Way};

@@ -1,8 +1,8 @@
 //! Files that are whole or not there, also after a power cut.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io::Write;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::crash;
@@ -15,6 +15,13 @@ pub const NEW: &str = ".new-";
 /// this returns, the file survives a power cut; before, the old one does.
 pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
     stage(path, contents)?.commit()
+}
+
+/// The same with another mode.
+pub fn write_with_mode(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
+    let staged = stage(path, contents)?;
+    staged.file.as_file().set_permissions(Permissions::from_mode(mode)).at("set the mode of", path)?;
+    staged.commit()
 }
 
 /// Contents that are on the disk and not yet at their path. Dropped, they are gone.
@@ -94,8 +101,6 @@ fn absent_is_fine(result: std::io::Result<()>) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]

@@ -21,6 +21,7 @@ const LAYERS: &[Row] = &[
         "config",
         "schema",
         "cid",
+        "digest",
         "units",
         "mac",
         "link_name",

@@ -11,14 +11,19 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 /// # Errors
 /// [`ErrorKind::BadRequest`] for what is no public key.
 pub fn run(config: Option<&Path>, key: &str, output: &mut dyn Write) -> Result<bool> {
-    let key = match PublicKey::parse(key) {
-        Some(key) => key,
-        None => read(Path::new(key))?,
-    };
+    let key = self::key(key)?;
     let program = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
     let line = line(&program, config, &key)?;
     writeln!(output, "{line}").map_err(|e| Error::os("print the line", e))?;
     Ok(true)
+}
+
+/// A public key, or the one in the file `key`.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn key(key: &str) -> Result<PublicKey> {
+    PublicKey::parse(key).map_or_else(|| read(Path::new(key)), Ok)
 }
 
 fn read(path: &Path) -> Result<PublicKey> {
@@ -29,7 +34,7 @@ fn read(path: &Path) -> Result<PublicKey> {
 }
 
 /// `restrict`: no terminal, no forwarding of anything, no file of the user's run (sshd(8)).
-fn line(program: &Path, config: Option<&Path>, key: &PublicKey) -> Result<String> {
+pub(super) fn line(program: &Path, config: Option<&Path>, key: &PublicKey) -> Result<String> {
     let mut words = vec![quoted(program)?];
     if let Some(config) = config {
         words.extend(["--config".to_owned(), quoted(config)?]);

@@ -2,7 +2,10 @@
 
 mod authorize;
 mod every_vm;
+mod install;
 mod serve;
+mod setup;
+mod status;
 
 use std::io::Write;
 use std::path::Path;
@@ -20,6 +23,10 @@ pub fn run(config: Option<&Path>, command: Host, output: &mut dyn Write) -> Resu
         Host::Start { json } => every_vm::start(config, json, output),
         Host::Stop { timeout, json } => every_vm::stop(config, Duration::from_secs(timeout), json, output),
         Host::Serve => serve::run(config).map(|()| true),
+        Host::Install(install) => install::run(&install, false, output),
+        Host::Uninstall(install) => install::run(&install, true, output),
+        Host::Setup(setup) => setup::run(&setup, output),
+        Host::Status { json } => status::run(config, json, output),
         Host::Authorize { key } => authorize::run(config, &key, output),
     }
 }

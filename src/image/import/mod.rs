@@ -34,8 +34,8 @@ pub use self::refusal::Refusal;
 use self::refusal::printable;
 pub use self::source::{ImageFile, ImageSource, answered};
 use crate::crash;
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::digest::Digest;
 use crate::image::qcow2::decode::{DecodeError, decode};
 use crate::image::qcow2::{Header, HeaderError};
 use crate::image::qemu_img::{Convert, QemuImg, STDIN};
@@ -324,7 +324,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// Errors of the stream and of the tar crate that reads it; the source's own are told by [`stream::read`].
+/// Errors of the stream and of the tar crate that reads it; the source's own are told by `stream::read`.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use super::Failure;
 use super::refusal::Refusal;
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::digest::Digest;
 use crate::patience::within;
 use crate::units::Bytes;
 

@@ -14,8 +14,8 @@ use flate2::bufread::MultiGzDecoder;
 
 use super::refusal::Refusal;
 use super::{Failure, ImageSource, Progress};
+use crate::digest::{Digest, Hasher};
 use crate::error::Error;
-use crate::image::digest::{Digest, Hasher};
 use crate::units::Bytes;
 
 /// Bytes handed over at once.

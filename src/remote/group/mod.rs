@@ -13,7 +13,7 @@
 //!   any host says what is to be said of a thing that is not there
 //! ```
 //!
-//! Nothing is remembered between calls. New VMs are put by what hosts offer ([`place`]), new disks where their VM is,
+//! Nothing is remembered between calls. New VMs are put by what hosts offer (`place`), new disks where their VM is,
 //! stemcells everywhere under one cid.
 
 mod everywhere;
@@ -57,10 +57,7 @@ type Outcome = Result<(Response, Vec<Told>)>;
 impl Group {
     /// Has them carried out on the hosts of `config`, which are `told` so much of it.
     pub fn new(config: Config, told: Map<String, Value>) -> Self {
-        let member = |entry: &HostEntry| Member {
-            host: Host { name: entry.name.to_string(), transport: entry.transport.clone() },
-            draining: entry.draining,
-        };
+        let member = |entry: &HostEntry| Member { host: Host::of(entry), draining: entry.draining };
         Self { members: config.hosts.iter().map(member).collect(), config, told }
     }
 

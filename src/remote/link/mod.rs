@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use super::wire::{self, Greeting, PROGRAM, Word};
 use crate::config::{Transport, TransportKind};
+use crate::digest::Hasher;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::digest::Hasher;
 
 /// How long a host may take to greet. Nothing has been asked of it then.
 const GREETS: Duration = Duration::from_secs(20);

@@ -100,7 +100,7 @@ impl Target {
         let port = transport.port.get();
         let facts = [host.as_str(), &port.to_string(), &user, host_key, &key].join("\0");
         Ok(Self {
-            identity: crate::image::digest::Digest::of(facts.as_bytes()).to_string()[..16].to_owned(),
+            identity: crate::digest::Digest::of(facts.as_bytes()).to_string()[..16].to_owned(),
             key: Memory::of("key", key.as_bytes())?,
             known_hosts: Memory::of("host-key", format!("{ALIAS} {host_key}\n").as_bytes())?,
             log: Memory::of("log", b"")?,

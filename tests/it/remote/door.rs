@@ -77,7 +77,7 @@ fn a_caller_names_no_file_of_the_host() {
     let refused = pair.answer(&json!({"request": create(&json!({}))}));
     assert!(refused["error"]["message"].as_str().unwrap().contains("sends no image"), "{refused}");
     // As a light stemcell's, it must be where the operator lets callers look.
-    let digest = bosh_qemu_cpi::image::digest::Digest::of_file(&secret).unwrap().to_string();
+    let digest = bosh_qemu_cpi::digest::Digest::of_file(&secret).unwrap().to_string();
     let light = json!({"image_path": secret, "sha256": digest});
     let ask = |properties: &Value| pair.answer(&json!({"request": create(properties), "image": 0}));
     let refused = ask(&light);

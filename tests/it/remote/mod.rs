@@ -3,6 +3,7 @@
 mod answers;
 mod door;
 mod groups;
+mod install;
 mod links;
 mod stemcells;
 

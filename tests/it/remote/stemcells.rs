@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bosh_qemu_cpi::cid::{Cid, StemcellCid};
-use bosh_qemu_cpi::image::digest::Digest;
+use bosh_qemu_cpi::digest::Digest;
 use serde_json::json;
 
 use super::Pair;
