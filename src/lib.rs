@@ -1,13 +1,13 @@
 //! A BOSH Cloud Provider Interface that runs VMs on bare KVM hosts by launching and supervising QEMU itself.
 //!
 //! ```text
-//! commands ─► rpc ─► cpi ─► supervisor
-//!                     │         │
-//!             agent image qemu qmp net
-//!                     │         │
-//!                  store ◄── host
-//!                     │
-//!        config schema cid ranges units mac link_name ordered patience · error log crash sys
+//! commands ─► remote ─► rpc ─► cpi ─► supervisor
+//!                               │         │
+//!                       agent image qemu qmp net
+//!                               │         │
+//!                            store ◄── host
+//!                               │
+//!     config schema cid digest ranges units mac link_name ordered patience · error log crash sys
 //! ```
 //!
 //! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
