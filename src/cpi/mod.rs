@@ -194,7 +194,7 @@ impl Verbs for Cpi {
     }
 
     fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
-        self.describe_disk(disk, metadata)
+        self.describe_disk(disk, &metadata)
     }
 
     fn snapshot_disk(&self, disk: &DiskCid, metadata: Metadata) -> Result<SnapshotCid> {

@@ -71,6 +71,7 @@ impl Cpi {
             size: MiB::holding(size).unwrap_or(disk.size),
             grows_to: None,
             preallocation: Preallocation::Off,
+            metadata: self.metadata_of(&disk),
             ..disk
         };
         let is_live = place.monitor.is_some();

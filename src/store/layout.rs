@@ -8,7 +8,7 @@
 //!                     base.raw                    hard link to the stemcell's image: see below
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
-//!   disks/<cid>/      disk.json  disk.qcow2
+//!   disks/<cid>/      disk.json  disk.qcow2  metadata.json
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
 //!   disk.key                                      what encrypted disks are encrypted with
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
@@ -249,7 +249,7 @@ impl Store {
             Rank::Disk => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
             Rank::Snapshot => SnapshotCid::PREFIX,
-            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,
+            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims | Rank::Metadata => return false,
         };
         atomic::is_there(&self.state_dir.join(format!("{prefix}s")).join(name))
     }
