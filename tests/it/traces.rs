@@ -25,13 +25,56 @@ fn cids(method: &str) -> &'static [(usize, &'static str)] {
     }
 }
 
-struct Flow<'a> {
+/// A flow that is replayed.
+pub struct Flow<'a> {
     host: &'a Host,
     /// Ours by recorded cid.
     ours: BTreeMap<String, Value>,
+    /// Memory of its VMs, MiB: half a gigabyte for each of several guests at once would be this host's all.
+    ram: u64,
 }
 
-impl Flow<'_> {
+/// What the agents of its VMs do between the calls.
+pub trait Agents {
+    /// Before the call, of which ours are the arguments.
+    fn before(&mut self, method: &str, arguments: &Value);
+    /// After it.
+    fn after(&mut self, method: &str, arguments: &Value, result: &Value);
+}
+
+/// Those of guests that have none.
+struct NoAgents;
+
+impl Agents for NoAgents {
+    fn before(&mut self, _: &str, _: &Value) {}
+    fn after(&mut self, _: &str, _: &Value, _: &Value) {}
+}
+
+impl<'a> Flow<'a> {
+    /// One on a host with the bridges of the recordings.
+    pub fn new(host: &'a Host, ram: u64) -> Self {
+        Self { host, ours: BTreeMap::new(), ram }
+    }
+
+    /// The same, in which a recorded cid means something that is there.
+    pub fn knows(mut self, recorded: &str, ours: &impl ToString) -> Self {
+        self.ours.insert(recorded.to_owned(), json!(ours.to_string()));
+        self
+    }
+
+    /// Replays the recording `name`.
+    pub fn replay(mut self, name: &str, agents: &mut dyn Agents) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/requests/{name}.jsonl"));
+        for line in fs::read_to_string(path).unwrap().lines() {
+            let recorded: Value = serde_json::from_str(line).unwrap();
+            let (method, answer) = self.ask(&recorded, agents);
+            check(&method, &recorded["request"], &answer);
+            if matches!(method.as_str(), "has_vm" | "has_disk") {
+                assert_eq!(*answer.result(), recorded["response"]["result"], "{line}");
+            }
+        }
+    }
+
     /// Replaces a recorded cid by ours, making the thing if this flow did not.
     fn replace(&mut self, recorded: &mut Value, kind: &str, exists: bool) {
         let Some(name) = recorded.as_str().map(str::to_owned) else { return };
@@ -48,8 +91,7 @@ impl Flow<'_> {
     }
 
     /// Asks the CPI what was recorded, word for word but for cids and the stemcell's path.
-    fn ask(&mut self, line: &str) -> (String, Answer) {
-        let recorded: Value = serde_json::from_str(line).unwrap();
+    fn ask(&mut self, recorded: &Value, agents: &mut dyn Agents) -> (String, Answer) {
         let (mut request, response) = (recorded["request"].clone(), &recorded["response"]);
         let method = request["method"].as_str().unwrap().to_owned();
         let arguments = &mut request["arguments"];
@@ -65,8 +107,7 @@ impl Flow<'_> {
             "create_vm" => {
                 let disks = arguments[4].as_array_mut().unwrap();
                 disks.iter_mut().for_each(|disk| self.replace(disk, "disk", true));
-                // Half a gigabyte for each of several guests at once would be this host's all.
-                arguments[2]["ram"] = json!(64);
+                arguments[2]["ram"] = json!(self.ram);
             }
             "detach_disk" => {
                 // Attached by this flow or by one before it.
@@ -74,7 +115,11 @@ impl Flow<'_> {
             }
             _ => {}
         }
+        agents.before(&method, arguments);
         let answer = self.host.ask(&request.to_string());
+        if let Ok(result) = &answer.outcome {
+            agents.after(&method, &request["arguments"], result);
+        }
         if method.starts_with("create_")
             && let (Ok(result), Some(was)) = (&answer.outcome, created(&response["result"]))
         {
@@ -114,16 +159,7 @@ fn replay(name: &str) {
     let Some(host) = Host::new() else { return };
     host.bridge("br0");
     host.bridge("br1");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/requests/{name}.jsonl"));
-    let mut flow = Flow { host: &host, ours: BTreeMap::new() };
-    for line in fs::read_to_string(path).unwrap().lines() {
-        let recorded: Value = serde_json::from_str(line).unwrap();
-        let (method, answer) = flow.ask(line);
-        check(&method, &recorded["request"], &answer);
-        if matches!(method.as_str(), "has_vm" | "has_disk") {
-            assert_eq!(*answer.result(), recorded["response"]["result"], "{line}");
-        }
-    }
+    Flow::new(&host, 64).replay(name, &mut NoAgents);
 }
 
 macro_rules! flows {
