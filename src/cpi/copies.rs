@@ -19,6 +19,9 @@
 //! The copy has a note in `pending/`, so that any create is such a call, too: a guest whose I/O waits must not wait for
 //! somebody to ask for this very disk.
 //!
+//! A VM that is off can be started while its disk is copied, and is on the old image then. The copy sees that in the end, when
+//! it has the VM's lock again, and is given up.
+//!
 //! While a QEMU runs, it is asked which image its device is on: nodes are named after images, and that one is put in
 //! force, whatever the record says. The VM's lock is kept from `pending` to the end, so that no QEMU starts on one image
 //! while the record comes to name the other.
@@ -33,6 +36,7 @@ use serde_json::json;
 
 use super::Cpi;
 use super::attachments::{grace, hot_disk, hot_image};
+use super::resize::Place;
 use super::space::need_of_full;
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -81,15 +85,14 @@ impl Cpi {
         *disk = named;
         let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
         let copied = dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
-            match (place.vm.take(), place.monitor.take()) {
-                (Some(vm), Some(monitor)) => {
+            match place {
+                Place { vm: Some(vm), monitor: Some(monitor), lock } => {
                     self.start_mirror(monitor, disk, next)?;
                     // Others may use the VM meanwhile; the disk they can not.
-                    drop(place);
+                    drop(lock);
                     self.switch_live(disk, next, &vm, deadline)
                 }
-                // A VM that is off stays so until its lock is free.
-                _ => self.copy_offline(disk, next, deadline),
+                place => self.copy_offline(disk, next, place, deadline),
             }
         });
         // Settles a copy that failed as it does one that was killed, and after one that worked it removes the old image.
@@ -97,10 +100,22 @@ impl Cpi {
         copied.and(settled)
     }
 
-    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, place: Place, deadline: Instant) -> Result<()> {
         let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
-        self.fill(&from, &disk.current(), &to, &next.current(), deadline)?;
-        image::sync(&to)?;
+        let source = image::Source::open(&from)?;
+        // A VM that is off may be started meanwhile, on the old image.
+        drop(place);
+        let filled = self.fill(&from, &disk.current(), &to, &next.current(), deadline);
+        // What is read of an image that changes is worth nothing, nor is what is said of it.
+        source.unchanged().map_err(started)?;
+        filled.and_then(|()| image::sync(&to))?;
+        // Until the switch is done, no QEMU starts.
+        let place = self.place(disk, deadline)?;
+        if let Place { vm: Some(vm), monitor: Some(_), .. } = &place {
+            let message = format!("VM '{}' was started while the disk was copied", vm.cid);
+            return Err(started(Error::new(ErrorKind::Conflict, message)));
+        }
+        source.unchanged().map_err(started)?;
         self.switch(disk, next)
     }
 
@@ -260,6 +275,14 @@ fn device_node(monitor: &mut Monitor, disk: &DiskCid) -> Result<Option<String>, 
     let devices = monitor.execute(&QueryBlock {})?;
     let device = devices.into_iter().find(|device| device.qdev.as_deref() == Some(&path));
     Ok(device.and_then(|device| device.inserted?.node_name))
+}
+
+/// What to do about a copy that a VM got in the way of.
+pub(super) fn started(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Conflict => error.hint("its VM was started: repeat the call, and QEMU makes the copy"),
+        _ => error,
+    }
 }
 
 /// Says on the log how far a copy is, once it takes longer.

@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 
 use super::Cpi;
 use super::attachments::{grace, hot_disk};
-use super::copies::{progress, target};
+use super::copies::{progress, started, target};
 use super::leftovers::PATIENCE;
 use super::resize::Place;
 use crate::cid::{Cid, DiskCid, SnapshotCid};
@@ -245,10 +245,7 @@ impl Cpi {
 
 fn copy_file(source: &image::Source, target: &Path, disk: &DiskCid, deadline: Instant) -> Result<()> {
     let copied = image::copy(source, target, deadline, &mut progress(format!("snapshot of disk {disk}")));
-    copied.and_then(Fresh::sync).map_err(|error| match error.kind() {
-        ErrorKind::Conflict => error.hint("its VM was started: repeat the call, and QEMU makes the copy"),
-        _ => error,
-    })
+    copied.and_then(Fresh::sync).map_err(started)
 }
 
 /// How long a restore may take.

@@ -35,9 +35,11 @@ impl Source {
         Ok(Self { file, path: path.to_owned(), length: meta.len(), changed: (meta.ctime(), meta.ctime_nsec()) })
     }
 
+    /// Nobody wrote to it since it was opened.
+    ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] if somebody wrote to it since.
-    fn unchanged(&self) -> Result<()> {
+    /// [`ErrorKind::Conflict`] if somebody did.
+    pub fn unchanged(&self) -> Result<()> {
         let meta = self.file.metadata().at("look at", &self.path)?;
         if (meta.ctime(), meta.ctime_nsec()) == self.changed {
             return Ok(());

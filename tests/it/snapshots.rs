@@ -183,26 +183,31 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
 }
 
-/// Starts a snapshot of a disk whose VM is off and stops it half way; the process is to be told to continue.
-fn halted(host: &Host, disk: &DiskCid) -> (Child, Process) {
-    let call = host.start("snapshot_disk", &json!([disk, {}]));
+/// Starts a call that copies a disk whose VM is off, and stops it half way; the process is to be told to continue. The copy is
+/// where `copy` says.
+fn halted(host: &Host, method: &str, arguments: &Value, copy: impl Fn() -> Option<PathBuf>) -> (Child, Process) {
+    let call = host.start(method, arguments);
     let process = Process::open(call.id() as i32).unwrap();
-    eventually("data is copied", || {
-        let half = host.store().list::<SnapshotRecord>().unwrap().pop()?;
-        let copied = fs::metadata(host.store().snapshot_image(&host.store().read(&half).ok()??).ok()?).ok()?.blocks();
-        (copied > 0).then_some(())
-    });
+    eventually("data is copied", || (fs::metadata(copy()?).ok()?.blocks() > 1 << 11).then_some(()));
     process.signal(Signal::SIGSTOP).unwrap();
-    assert_eq!(snapshot_record(host, &host.store().list::<SnapshotRecord>().unwrap()[0]).phase, Phase::Creating);
+    assert!(copy().is_some(), "half way");
     (call, process)
 }
 
+/// Where the copy is that a snapshot_disk makes, while it does.
+fn half_snapshot(host: &Host) -> Option<PathBuf> {
+    let half = host.store().list::<SnapshotRecord>().unwrap().pop()?;
+    let half = host.store().read::<SnapshotRecord>(&half).ok()??;
+    (half.phase == Phase::Creating).then(|| host.store().snapshot_image(&half).unwrap())
+}
+
 #[test]
-fn a_vm_that_is_off_waits_for_no_snapshot() {
+fn a_vm_that_is_off_waits_for_no_copy() {
     let Some(host) = Host::with(json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30}})) else { return };
     let (vm, disk) = full_disk(&host, &host.stemcell(), 256);
     host.power_off(&vm);
-    let (call, process) = halted(&host, &disk);
+    let snapshot = || halted(&host, "snapshot_disk", &json!([disk, {}]), || half_snapshot(&host));
+    let (call, process) = snapshot();
     host.ok("reboot_vm", &json!([vm]));
     host.sees(&vm, "BOOTSECTOR-OK", 2);
     guest_writes(&host, &vm, &disk, "write -P 9 0 64k");
@@ -215,7 +220,21 @@ fn a_vm_that_is_off_waits_for_no_snapshot() {
     assert_nothing_of_it(&host, &vm, &disk);
 
     host.power_off(&vm);
-    let (call, process) = halted(&host, &disk);
+    let half_copy = || {
+        let copy = record(&host, &disk).leftover?;
+        Some(host.store().disk_image_at(&disk, &copy).unwrap())
+    };
+    let (call, process) = halted(&host, "update_disk", &json!([disk, 256, {}]), half_copy);
+    host.ok("reboot_vm", &json!([vm]));
+    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    process.signal(Signal::SIGCONT).unwrap();
+    let message = failure(call).message;
+    assert!(message.contains(&format!("VM '{vm}' was started while the disk was copied")), "{message}");
+    assert_nothing_of_it(&host, &vm, &disk);
+    assert_eq!(record(&host, &disk).image(), "disk.raw");
+
+    host.power_off(&vm);
+    let (call, process) = snapshot();
     host.ok("delete_vm", &json!([vm]));
     process.signal(Signal::SIGCONT).unwrap();
     let made: SnapshotCid = text(Answer::of(&call.wait_with_output().unwrap()).result()).parse().unwrap();
