@@ -33,7 +33,7 @@ use crate::sys::pidlock;
 const CLEANING_UP: Duration = Duration::from_secs(3);
 
 /// How long a QEMU that closed its monitor takes to be gone.
-const DYING: Duration = Duration::from_millis(500);
+pub(super) const DYING: Duration = Duration::from_millis(500);
 
 /// A guest that is going to finish an earlier detach does so now, or not before somebody looks after it.
 const FINISH: Duration = Duration::from_secs(10);
@@ -107,7 +107,7 @@ impl Cpi {
     pub(super) fn detach(&self, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
-        let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
+        let disk_lock = self.disk_lock(disk_cid, deadline)?;
         let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
         if let Some(disk) = &mut disk {
             self.settle_copy(disk, deadline)?;

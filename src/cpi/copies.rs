@@ -35,7 +35,7 @@ use qapi::qmp;
 use serde_json::json;
 
 use super::Cpi;
-use super::attachments::{grace, hot_disk, hot_image};
+use super::attachments::{DYING, grace, hot_disk, hot_image};
 use super::resize::Place;
 use super::space::need_of_full;
 use crate::cid::{DiskCid, VmCid};
@@ -49,7 +49,7 @@ use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
 use crate::store::record::{Discard, DiskImage, DiskRecord, Format};
 use crate::store::{DiskKey, Guard, VmRecord, atomic};
-use crate::supervisor::open_file;
+use crate::supervisor::{PowerState, open_file, power_state};
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
 
@@ -90,7 +90,7 @@ impl Cpi {
                     self.start_mirror(monitor, disk, next)?;
                     // Others may use the VM meanwhile; the disk they can not.
                     drop(lock);
-                    self.switch_live(disk, next, &vm, deadline)
+                    self.switch_live(disk, next, &vm, deadline).map_err(|error| self.ended(&vm.cid, error))
                 }
                 place => self.copy_offline(disk, next, place, deadline),
             }
@@ -230,6 +230,18 @@ impl Cpi {
             Ok((lock, vm)) => Ok(self.monitor(&vm, deadline)?.map(|monitor| (lock, monitor))),
             Err(error) if error.kind() == ErrorKind::VmNotFound => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Why a copy by QEMU was not made: the end of its VM says more than that of its monitor.
+    pub(super) fn ended(&self, vm: &VmCid, error: Error) -> Error {
+        let is_gone = match power_state(&self.store.vm(vm)) {
+            Ok(PowerState::On(qemu)) if error.kind() == ErrorKind::Host => qemu.wait_exit(Instant::now() + DYING),
+            state => Ok(matches!(state, Ok(PowerState::Off))),
+        };
+        match is_gone {
+            Ok(true) => error.during(format!("VM '{vm}' ended while its disk was copied")),
+            _ => error,
         }
     }
 

@@ -68,7 +68,7 @@ impl Cpi {
             return Ok(());
         }
         let deadline = self.deadline("delete_disk");
-        let lock = self.store.lock(Rank::Disk, cid, deadline)?;
+        let lock = self.disk_lock(cid, deadline)?;
         let Some(mut disk) = self.store.find::<DiskRecord>(cid)? else {
             // All but the directory or the lock is gone: a removal was cut short at its last steps.
             return self.forget_disk(cid, lock, self.store.lock(Rank::Metadata, cid, deadline)?);

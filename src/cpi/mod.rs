@@ -9,6 +9,7 @@ pub mod audit;
 mod calculate;
 pub mod cloud_properties;
 mod copies;
+mod disk_locks;
 mod disks;
 mod encryption;
 pub mod every_vm;
@@ -99,19 +100,6 @@ impl Cpi {
             tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");
         }
         Ok((lock, vm))
-    }
-
-    /// As [`Self::locked_vm`], for a disk. A copy of it that was cut short is undone or finished.
-    fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
-        self.disk(cid)?;
-        let lock = self.store.lock(Rank::Disk, cid, deadline)?;
-        match self.disk(cid) {
-            Ok(mut disk) => {
-                self.settle_copy(&mut disk, deadline)?;
-                Ok((lock, disk))
-            }
-            Err(error) => lock.retire().and(Err(error)),
-        }
     }
 
     /// The record of a disk that exists.

@@ -101,7 +101,7 @@ impl Cpi {
                 self.start_backup(monitor, &snapshot)?;
                 // Others may use the VM meanwhile; the disk they can not.
                 drop(lock);
-                self.finish_backup(&snapshot, &vm, deadline)?;
+                self.finish_backup(&snapshot, &vm, deadline).map_err(|error| self.ended(&vm.cid, error))?;
             }
             place => {
                 let source = image::Source::open(&self.store.disk_image(&snapshot.disk)?)?;

@@ -1,7 +1,8 @@
 //! Copies of image files that nobody writes: shared blocks where the filesystem can, else data without its holes.
 //!
 //! Nobody is kept from writing them, because a copy may take hours. Instead it is seen whether somebody did: every write
-//! moves a file's ctime, before the data, and nothing can set it back.
+//! moves a file's ctime, before the data, and nothing can set it back. Being copied, shared blocks included, does not move
+//! it (ext4, XFS and Btrfs in Linux 6.18, writing past the page cache).
 
 use std::fs::File;
 use std::io::{self, Read};

@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// It is not there: somebody ended it, or QEMU was started anew.
-    #[error("qemu has no job '{id}' any more")]
+    #[error("qemu has no job '{id}' any more: it was ended, or QEMU was started anew")]
     Vanished {
         /// The job.
         id: String,

@@ -171,14 +171,17 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
         assert_nothing_of_it(&host, &vm, &disk);
         host.reconfigure(|config| config["deadlines"] = json!({}));
     }
+    let ended = format!("VM '{vm}' ended while its disk was copied");
     let call = crawling(&host, &vm, "snapshot_disk", &json!([disk, {}]));
     host.crash(&vm);
-    failure(call);
+    let message = failure(call).message;
+    assert!(message.contains(&ended), "{message}");
     host.ok("reboot_vm", &json!([vm]));
     assert_nothing_of_it(&host, &vm, &disk);
     let call = crawling(&host, &vm, "update_disk", &json!([disk, 1536, {}]));
     host.ok("delete_vm", &json!([vm]));
-    failure(call);
+    let message = failure(call).message;
+    assert!(message.contains(&ended), "{message}");
     assert_eq!((record(&host, &disk).leftover, record(&host, &disk).image()), (None, "disk.raw".to_owned()));
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
 }
@@ -203,11 +206,23 @@ fn half_snapshot(host: &Host) -> Option<PathBuf> {
 
 #[test]
 fn a_vm_that_is_off_waits_for_no_copy() {
-    let Some(host) = Host::with(json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30}})) else { return };
+    let Some(host) =
+        Host::with(json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2}}))
+    else {
+        return;
+    };
     let (vm, disk) = full_disk(&host, &host.stemcell(), 256);
+    // The disk waits, and says for what.
+    let waits = |copy: &str| {
+        for (method, arguments) in [("detach_disk", json!([vm, disk])), ("delete_disk", json!([disk]))] {
+            let refused = host.call(method, &arguments);
+            assert!(refused.failure().message.contains(&format!("is being copied, {copy}")), "{refused:?}");
+        }
+    };
     host.power_off(&vm);
     let snapshot = || halted(&host, "snapshot_disk", &json!([disk, {}]), || half_snapshot(&host));
     let (call, process) = snapshot();
+    waits("into snapshot 'snap-");
     host.ok("reboot_vm", &json!([vm]));
     host.sees(&vm, "BOOTSECTOR-OK", 2);
     guest_writes(&host, &vm, &disk, "write -P 9 0 64k");
@@ -225,6 +240,7 @@ fn a_vm_that_is_off_waits_for_no_copy() {
         Some(host.store().disk_image_at(&disk, &copy).unwrap())
     };
     let (call, process) = halted(&host, "update_disk", &json!([disk, 256, {}]), half_copy);
+    waits("by update_disk");
     host.ok("reboot_vm", &json!([vm]));
     host.sees(&vm, "BOOTSECTOR-OK", 3);
     process.signal(Signal::SIGCONT).unwrap();
