@@ -1,11 +1,15 @@
 //! A full filesystem: guests wait and go on, calls say so and leave nothing.
 
-use bosh_qemu_cpi::cid::VmCid;
+use std::time::Instant;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::record::DiskImage;
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, SnapshotRecord};
 use serde_json::{Value, json};
 
 use crate::disks::in_qemu;
 use crate::support::host::{Host, WRITING_GUEST, text, vm_cid};
-use crate::support::images::record;
+use crate::support::images::{image, qemu_io, record};
 use crate::vm_list::vm_list;
 
 /// A VM whose guest has filled the filesystem of `host` and waits.
@@ -135,6 +139,47 @@ fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
     walk("detach_disk", json!([bystander, disk]));
     assert_eq!(record(&host, &cid).vm, None);
     assert!(table.iter().all(|(_, failures)| *failures > 0), "{table:?}");
+}
+
+#[test]
+fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
+    let Some(host) = Host::on_small_filesystem(64) else { return };
+    let [first, second] = [0, 1].map(|_| -> DiskCid {
+        let disk = text(&host.ok("create_disk", &json!([8, {"format": "raw"}, null]))).parse().unwrap();
+        qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["write -P 7 0 8M"]);
+        disk
+    });
+    let noted = |cid: &str| std::fs::write(host.store().pending_dir().join(cid), "").unwrap();
+    // For one copy, but not for two.
+    let has_room = |wanted: bool| {
+        host.small().fill((12 << 20) / 4096);
+        let outcome = host.call("snapshot_disk", &json!([second, {}])).outcome;
+        host.small().empty();
+        match outcome {
+            Ok(snapshot) => assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null()),
+            Err(failure) => assert!(!wanted && failure.kind == "NoDiskSpace", "{failure:?}"),
+        }
+    };
+    // As a snapshot_disk of the first has it before it has copied anything.
+    let whole = host.ok("snapshot_disk", &json!([first, {}]));
+    let whole = host.store().read::<SnapshotRecord>(&text(&whole).parse().unwrap()).unwrap().unwrap();
+    host.ok("delete_snapshot", &json!([whole.cid]));
+    let half = SnapshotRecord { phase: Phase::Creating, ..whole };
+    let work = host.store().lock(Rank::Snapshot, &half.cid, Instant::now()).unwrap();
+    noted(half.cid.as_str());
+    host.store().write(&half).unwrap();
+    has_room(false);
+    drop(work);
+    has_room(true);
+    // As an update_disk has it.
+    let disk = record(&host, &first);
+    let copy = DiskImage { generation: 1, ..disk.current() };
+    let work = host.store().lock(Rank::Disk, &first, Instant::now()).unwrap();
+    noted(first.as_str());
+    host.store().write(&DiskRecord { leftover: Some(copy), ..disk }).unwrap();
+    has_room(false);
+    drop(work);
+    has_room(true);
 }
 
 #[test]
