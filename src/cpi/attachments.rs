@@ -109,9 +109,14 @@ impl Cpi {
         self.vm(vm_cid)?;
         let disk_lock = self.disk_lock(disk_cid, deadline)?;
         let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
-        if let Some(disk) = &mut disk {
-            self.settle_copy(disk, deadline)?;
-        }
+        let (_lock, _brief) = match &mut disk {
+            Some(disk) => {
+                self.settle_copy(disk, deadline)?;
+                (Some(disk_lock), None)
+            }
+            // Of a disk that is not there nothing stays, whatever comes of this.
+            None => (None, Some(disk_lock.brief())),
+        };
         let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
         // Once the guest has let go, no full filesystem may keep us from writing that down.
@@ -125,8 +130,7 @@ impl Cpi {
             // any time.
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
         }
-        released.into_iter().try_for_each(Staged::commit)?;
-        if disk.is_some() { Ok(()) } else { disk_lock.retire() }
+        released.into_iter().try_for_each(Staged::commit)
     }
 
     pub(super) fn attached_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
