@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use serde_json::{Value, json};
 
 use crate::support::host::{Host, gone, text, vm_cid};
+use crate::support::netns::Namespace;
 use crate::support::skip;
 
 /// Emulated on two cores that other tests use, too.
@@ -44,11 +45,29 @@ pub fn network(third: u8) -> Value {
     })
 }
 
+/// What a guest answers to a GET, if it answers.
+pub fn ask_from(namespace: &Namespace, address: &str, path: &str) -> std::io::Result<Value> {
+    namespace.run(|| {
+        let address: SocketAddr = address.parse().unwrap();
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or(("", &answer));
+        if !head.contains(" 200 ") {
+            return Err(std::io::Error::other(answer));
+        }
+        serde_json::from_str(body).map_err(std::io::Error::other)
+    })
+}
+
 /// A VM with this guest.
 pub struct Guest<'a> {
     host: &'a Host,
     pub vm: VmCid,
-    address: SocketAddr,
+    /// Where its agent listens.
+    address: String,
     /// How often it said that it is ready.
     boots: usize,
 }
@@ -56,8 +75,7 @@ pub struct Guest<'a> {
 impl<'a> Guest<'a> {
     /// The guest of a VM that was made with this address.
     pub fn new(host: &'a Host, vm: VmCid, address: &str) -> Self {
-        let address: Ipv4Addr = address.parse().unwrap();
-        Self { host, vm, address: (address, 8080).into(), boots: 0 }
+        Self { host, vm, address: format!("{address}:8080"), boots: 0 }
     }
 
     /// One on a network of its own, booted.
@@ -82,20 +100,8 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// What it answers to a GET, if it answers.
     fn ask(&self, path: &str) -> std::io::Result<Value> {
-        self.host.namespace().run(|| {
-            let mut stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(2))?;
-            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-            write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            let (head, body) = answer.split_once("\r\n\r\n").unwrap_or(("", &answer));
-            if !head.contains(" 200 ") {
-                return Err(std::io::Error::other(answer));
-            }
-            serde_json::from_str(body).map_err(std::io::Error::other)
-        })
+        ask_from(self.host.namespace(), &self.address, path)
     }
 
     /// The answer of one that is up.
