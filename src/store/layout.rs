@@ -246,10 +246,10 @@ impl Store {
     pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
         let prefix = match rank {
             Rank::Stemcell => StemcellCid::PREFIX,
-            Rank::Disk => DiskCid::PREFIX,
+            Rank::Disk | Rank::Metadata => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
             Rank::Snapshot => SnapshotCid::PREFIX,
-            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims | Rank::Metadata => return false,
+            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,
         };
         atomic::is_there(&self.state_dir.join(format!("{prefix}s")).join(name))
     }

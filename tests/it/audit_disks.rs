@@ -7,8 +7,10 @@ use bosh_qemu_cpi::store::DiskRecord;
 use bosh_qemu_cpi::store::record::{AttachmentPhase, DiskImage};
 use serde_json::{Value, json};
 
+use crate::support::crash::armed;
 use crate::support::host::{Host, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
+use crate::support::skip;
 
 /// Kind, thing and cure of each finding, and whether all is well.
 fn findings(host: &Host, command: &str) -> (bool, Vec<(String, String, Value)>) {
@@ -81,6 +83,21 @@ fn a_copy_that_was_cut_short_leaves_one_image() {
     assert!(!path.exists());
     assert_eq!(record(&host, &disk).leftover, None);
     assert_pattern(&host, &disk);
+}
+
+#[test]
+fn a_removal_that_was_cut_short_is_one_finding() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    let killed = |point| assert!(armed(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(), "{point}");
+    killed("lock of a metadata taken#1");
+    assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");
+    killed("a disk's file removed#1");
+    mended(&host, "unfinished", disk.as_str());
+    host.assert_nothing_left();
 }
 
 #[test]
