@@ -67,12 +67,12 @@ impl Cpi {
 
     /// The snapshots of the disk that are not whole, whether or not a call works on them.
     fn half_snapshots(&self, disk: &DiskCid) -> Result<Vec<SnapshotCid>> {
-        let mut half = Vec::new();
-        for snapshot in self.in_the_making::<SnapshotRecord>()? {
-            if self.store.read::<SnapshotRecord>(&snapshot)?.is_some_and(|made| made.disk.cid == *disk) {
-                half.push(snapshot);
-            }
-        }
+        let mut half = self.in_the_making::<SnapshotRecord>()?;
+        // One that can not be read must not keep other disks from anything; QEMU does not resize what it copies.
+        half.retain(|snapshot| {
+            let made = self.store.read::<SnapshotRecord>(snapshot).ok().flatten();
+            made.is_some_and(|made| made.disk.cid == *disk)
+        });
         Ok(half)
     }
 
