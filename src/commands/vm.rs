@@ -10,12 +10,14 @@ use super::table::table;
 use crate::cid::VmCid;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
+use crate::qmp::job;
 use crate::store::record::{Attachment, AttachmentPhase, Nic};
 use crate::store::{Phase, Store, VmRecord};
 use crate::supervisor::{Status, status};
 
-/// How long each QEMU is asked. One that is well answers in a millisecond.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long each QEMU is asked. One that is well answers in a millisecond, or after the turn of a call that copies a disk.
+const PATIENCE: Duration = Duration::from_secs(2);
+const _: () = assert!(PATIENCE.as_millis() > job::TURN.as_millis());
 /// How many are asked at once, so that some that hang do not add up.
 const AT_ONCE: usize = 32;
 

@@ -23,6 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qemu::{FileNeed, blockdev, topology};
 use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
+use crate::store::atomic::Staged;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, open_file, power_state};
@@ -32,7 +33,7 @@ use crate::sys::pidlock;
 const CLEANING_UP: Duration = Duration::from_secs(3);
 
 /// How long a QEMU that closed its monitor takes to be gone.
-const DYING: Duration = Duration::from_millis(500);
+pub(super) const DYING: Duration = Duration::from_millis(500);
 
 /// A guest that is going to finish an earlier detach does so now, or not before somebody looks after it.
 const FINISH: Duration = Duration::from_secs(10);
@@ -84,7 +85,7 @@ impl Cpi {
             record.commit()
         });
         attached.map(|()| hint).map_err(|error| {
-            if let Err(left) = self.take_back(&mut vm, &mut disk) {
+            if let Err(left) = self.take_back(&mut vm, &disk) {
                 // Whoever asks for the disk next settles it.
                 tracing::warn!(disk = %disk_cid, error = left.report(), "a failed attach is not undone yet");
             }
@@ -93,28 +94,34 @@ impl Cpi {
     }
 
     /// Undoes an attach that failed. It may have used up its time and still has to find out where it stands.
-    fn take_back(&self, vm: &mut VmRecord, disk: &mut DiskRecord) -> Result<()> {
+    fn take_back(&self, vm: &mut VmRecord, disk: &DiskRecord) -> Result<()> {
         let deadline = Instant::now() + CLEANING_UP;
         if self.is_plugged(vm, &disk.cid, deadline)? {
             // Written down first, because the guest may let go of it after we have stopped waiting.
             self.advance(vm, &disk.cid, Detaching)?;
         }
         self.unplug(vm, &hot_disk(disk), deadline)?;
-        self.clear(vm, disk)
+        self.stage_release(vm, &disk.cid, Some(disk))?.into_iter().try_for_each(Staged::commit)
     }
 
     pub(super) fn detach(&self, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("detach_disk");
         self.vm(vm_cid)?;
-        let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
+        let disk_lock = self.disk_lock(disk_cid, deadline)?;
         let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
-        if let Some(disk) = &mut disk {
-            self.settle_copy(disk, deadline)?;
-        }
+        let (_lock, _brief) = match &mut disk {
+            Some(disk) => {
+                self.settle_copy(disk, deadline)?;
+                (Some(disk_lock), None)
+            }
+            // Of a disk that is not there nothing stays, whatever comes of this.
+            None => (None, Some(disk_lock.brief())),
+        };
         let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
-        let listed = vm.attachment(disk_cid).is_some();
-        if listed {
+        // Once the guest has let go, no full filesystem may keep us from writing that down.
+        let released = self.stage_release(&vm, disk_cid, disk.as_ref())?;
+        if vm.attachment(disk_cid).is_some() {
             self.advance(&mut vm, disk_cid, Detaching)?;
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
@@ -123,14 +130,7 @@ impl Cpi {
             // any time.
             return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
         }
-        match disk {
-            Some(mut disk) => self.clear(&mut vm, &mut disk),
-            None => {
-                vm.forget_attachment(disk_cid);
-                self.store.write(&vm)?;
-                disk_lock.retire()
-            }
-        }
+        released.into_iter().try_for_each(Staged::commit)
     }
 
     pub(super) fn attached_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
@@ -191,17 +191,19 @@ impl Cpi {
         self.store.write(vm)
     }
 
-    /// Both records forget each other, the VM's first.
-    fn clear(&self, vm: &mut VmRecord, disk: &mut DiskRecord) -> Result<()> {
-        if vm.attachment(&disk.cid).is_some() {
-            vm.forget_attachment(&disk.cid);
-            self.store.write(vm)?;
+    /// The records as they are when VM and disk have forgotten each other, the VM's first. One that says so already, or is
+    /// not there, is left out.
+    fn stage_release(&self, vm: &VmRecord, cid: &DiskCid, disk: Option<&DiskRecord>) -> Result<Vec<Staged>> {
+        let mut staged = Vec::new();
+        if vm.attachment(cid).is_some() {
+            let mut vm = vm.clone();
+            vm.forget_attachment(cid);
+            staged.push(self.store.stage(&vm)?);
         }
-        if disk.vm.as_ref() == Some(&vm.cid) {
-            disk.vm = None;
-            self.store.write(disk)?;
+        if let Some(disk) = disk.filter(|disk| disk.vm.as_ref() == Some(&vm.cid)) {
+            staged.push(self.store.stage(&DiskRecord { vm: None, ..disk.clone() })?);
         }
-        Ok(())
+        Ok(staged)
     }
 
     /// The VM's monitor, or `None` if the VM is off: then its next start plugs what the record lists.

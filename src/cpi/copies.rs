@@ -19,6 +19,9 @@
 //! The copy has a note in `pending/`, so that any create is such a call, too: a guest whose I/O waits must not wait for
 //! somebody to ask for this very disk.
 //!
+//! A VM that is off can be started while its disk is copied, and is on the old image then. The copy sees that in the end, when
+//! it has the VM's lock again, and is given up.
+//!
 //! While a QEMU runs, it is asked which image its device is on: nodes are named after images, and that one is put in
 //! force, whatever the record says. The VM's lock is kept from `pending` to the end, so that no QEMU starts on one image
 //! while the record comes to name the other.
@@ -32,7 +35,8 @@ use qapi::qmp;
 use serde_json::json;
 
 use super::Cpi;
-use super::attachments::{grace, hot_disk, hot_image};
+use super::attachments::{DYING, grace, hot_disk, hot_image};
+use super::resize::Place;
 use super::space::need_of_full;
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -45,7 +49,7 @@ use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
 use crate::store::record::{Discard, DiskImage, DiskRecord, Format};
 use crate::store::{DiskKey, Guard, VmRecord, atomic};
-use crate::supervisor::open_file;
+use crate::supervisor::{PowerState, open_file, power_state};
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
 
@@ -81,15 +85,14 @@ impl Cpi {
         *disk = named;
         let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
         let copied = dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
-            match (place.vm.take(), place.monitor.take()) {
-                (Some(vm), Some(monitor)) => {
+            match place {
+                Place { vm: Some(vm), monitor: Some(monitor), lock } => {
                     self.start_mirror(monitor, disk, next)?;
                     // Others may use the VM meanwhile; the disk they can not.
-                    drop(place);
-                    self.switch_live(disk, next, &vm, deadline)
+                    drop(lock);
+                    self.switch_live(disk, next, &vm, deadline).map_err(|error| self.ended(&vm.cid, error))
                 }
-                // A VM that is off stays so until its lock is free.
-                _ => self.copy_offline(disk, next, deadline),
+                place => self.copy_offline(disk, next, place, deadline),
             }
         });
         // Settles a copy that failed as it does one that was killed, and after one that worked it removes the old image.
@@ -97,10 +100,22 @@ impl Cpi {
         copied.and(settled)
     }
 
-    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, place: Place, deadline: Instant) -> Result<()> {
         let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
-        self.fill(&from, &disk.current(), &to, &next.current(), deadline)?;
-        image::sync(&to)?;
+        let source = image::Source::open(&from)?;
+        // A VM that is off may be started meanwhile, on the old image.
+        drop(place);
+        let filled = self.fill(&from, &disk.current(), &to, &next.current(), deadline);
+        // What is read of an image that changes is worth nothing, nor is what is said of it.
+        source.unchanged().map_err(started)?;
+        filled.and_then(|()| image::sync(&to))?;
+        // Until the switch is done, no QEMU starts.
+        let place = self.place(disk, deadline)?;
+        if let Place { vm: Some(vm), monitor: Some(_), .. } = &place {
+            let message = format!("VM '{}' was started while the disk was copied", vm.cid);
+            return Err(started(Error::new(ErrorKind::Conflict, message)));
+        }
+        source.unchanged().map_err(started)?;
         self.switch(disk, next)
     }
 
@@ -218,6 +233,18 @@ impl Cpi {
         }
     }
 
+    /// Why a copy by QEMU was not made: the end of its VM says more than that of its monitor.
+    pub(super) fn ended(&self, vm: &VmCid, error: Error) -> Error {
+        let is_gone = match power_state(&self.store.vm(vm)) {
+            Ok(PowerState::On(qemu)) if error.kind() == ErrorKind::Host => qemu.wait_exit(Instant::now() + DYING),
+            state => Ok(matches!(state, Ok(PowerState::Off))),
+        };
+        match is_gone {
+            Ok(true) => error.during(format!("VM '{vm}' ended while its disk was copied")),
+            _ => error,
+        }
+    }
+
     /// Has QEMU open the image `need`, for a job to write it.
     pub(super) fn open_in_qemu(&self, monitor: &mut Monitor, need: &FileNeed, disk: &DiskCid) -> Result<()> {
         let (opened, file) = open_file(&self.config, need.clone())?;
@@ -260,6 +287,14 @@ fn device_node(monitor: &mut Monitor, disk: &DiskCid) -> Result<Option<String>, 
     let devices = monitor.execute(&QueryBlock {})?;
     let device = devices.into_iter().find(|device| device.qdev.as_deref() == Some(&path));
     Ok(device.and_then(|device| device.inserted?.node_name))
+}
+
+/// What to do about a copy that a VM got in the way of.
+pub(super) fn started(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Conflict => error.hint("its VM was started: repeat the call, and QEMU makes the copy"),
+        _ => error,
+    }
 }
 
 /// Says on the log how far a copy is, once it takes longer.

@@ -15,7 +15,7 @@ use crate::image::qemu_img::QemuImg;
 use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
 use crate::store::record::{DiskImage, Limits};
-use crate::store::{DiskKey, DiskRecord, Phase, Rank, atomic};
+use crate::store::{DiskKey, DiskRecord, Guard, Phase, Rank, atomic};
 use crate::units::{Bytes, MiB};
 
 impl Cpi {
@@ -68,20 +68,26 @@ impl Cpi {
             return Ok(());
         }
         let deadline = self.deadline("delete_disk");
-        let lock = self.store.lock(Rank::Disk, cid, deadline)?;
+        let lock = self.disk_lock(cid, deadline)?;
         let Some(mut disk) = self.store.find::<DiskRecord>(cid)? else {
             // All but the directory or the lock is gone: a removal was cut short at its last steps.
-            self.store.remove::<DiskRecord>(cid)?;
-            return lock.retire();
+            return self.forget_disk(cid, lock, self.store.lock(Rank::Metadata, cid, deadline)?);
         };
         self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
                 .hint("detach it first"));
         }
+        let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
         disk.phase = Phase::Deleting;
         self.store.write_deleting(&disk)?;
+        self.forget_disk(cid, lock, metadata)
+    }
+
+    /// Removes what there is of a disk. The lock of its metadata keeps others from writing that where there is no disk.
+    pub(super) fn forget_disk(&self, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
         self.store.remove::<DiskRecord>(cid)?;
+        metadata.retire()?;
         lock.retire()
     }
 

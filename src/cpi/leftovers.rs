@@ -119,11 +119,7 @@ impl Cpi {
             Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
             Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?),
             Some(DiskCid::PREFIX) => self.clear_disk(&cid(name)?),
-            Some(StemcellCid::PREFIX) => {
-                let stemcell = cid(name)?;
-                let lock = self.store.lock(Rank::Stemcell, &stemcell, Instant::now())?;
-                self.clear_files::<StemcellRecord>(&stemcell, lock)
-            }
+            Some(StemcellCid::PREFIX) => self.clear_stemcell(&cid(name)?),
             Some(NetworkCid::PREFIX) => self.clear_network(&cid(name)?),
             _ => Err(Error::new(ErrorKind::Corrupt, "it is none of ours")),
         }
@@ -162,20 +158,25 @@ impl Cpi {
 
     fn clear_disk(&self, cid: &DiskCid) -> Result<()> {
         let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
-        if let Some(mut disk) = self.store.read::<DiskRecord>(cid)?
-            && disk.leftover.is_some()
-        {
+        let deadline = Instant::now() + PATIENCE;
+        let mut disk = self.store.find::<DiskRecord>(cid)?;
+        if let Some(disk) = disk.as_mut().filter(|disk| disk.leftover.is_some()) {
             tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");
-            self.settle_copy(&mut disk, Instant::now() + PATIENCE)?;
+            self.settle_copy(disk, deadline)?;
         }
-        self.clear_files::<DiskRecord>(cid, lock)
+        if disk.is_none_or(|disk| disk.phase != Phase::Ready) {
+            tracing::warn!(%cid, "removing a disk whose creation or removal was cut short");
+            let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
+            self.forget_disk(cid, lock, metadata)?;
+        }
+        self.settled(cid)
     }
 
-    /// For what is nothing but files.
-    fn clear_files<R: Record>(&self, cid: &R::Cid, lock: Guard) -> Result<()> {
-        if self.store.find::<R>(cid)?.is_none_or(|record| record.phase() != Phase::Ready) {
-            tracing::warn!(%cid, "removing what a create that was cut short left");
-            self.store.remove::<R>(cid)?;
+    fn clear_stemcell(&self, cid: &StemcellCid) -> Result<()> {
+        let lock = self.store.lock(Rank::Stemcell, cid, Instant::now())?;
+        if self.store.find::<StemcellRecord>(cid)?.is_none_or(|stemcell| stemcell.phase != Phase::Ready) {
+            tracing::warn!(%cid, "removing a stemcell whose creation or removal was cut short");
+            self.store.remove::<StemcellRecord>(cid)?;
             lock.retire()?;
         }
         self.settled(cid)

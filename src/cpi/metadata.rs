@@ -1,10 +1,11 @@
-//! set_vm_metadata, set_disk_metadata: kept in the records, shown by `vm list`; the guest is never touched.
+//! set_vm_metadata, set_disk_metadata: kept in the state directory, a VM's shown by `vm list`; the guest is never touched.
 
 use serde_json::{Map, Value};
 
 use super::Cpi;
 use crate::cid::{DiskCid, VmCid};
 use crate::error::Result;
+use crate::store::{DiskRecord, Rank};
 
 impl Cpi {
     pub(super) fn describe_vm(&self, cid: &VmCid, metadata: Map<String, Value>) -> Result<()> {
@@ -13,9 +14,20 @@ impl Cpi {
         self.store.write(&vm)
     }
 
-    pub(super) fn describe_disk(&self, cid: &DiskCid, metadata: Map<String, Value>) -> Result<()> {
-        let (_lock, mut disk) = self.locked_disk(cid, self.deadline("set_disk_metadata"))?;
-        disk.metadata = metadata;
-        self.store.write(&disk)
+    /// Without the disk's lock, which a snapshot or a copy of it has for hours.
+    pub(super) fn describe_disk(&self, cid: &DiskCid, metadata: &Map<String, Value>) -> Result<()> {
+        self.disk(cid)?;
+        let _lock = self.store.lock(Rank::Metadata, cid, self.deadline("set_disk_metadata"))?.brief();
+        // It may have been deleted meanwhile; from here on it can not.
+        self.disk(cid)?;
+        self.store.write_disk_metadata(cid, metadata)
+    }
+
+    /// The disk's metadata for a snapshot, which is not refused for want of it.
+    pub(super) fn metadata_of(&self, disk: &DiskRecord) -> Map<String, Value> {
+        self.store.disk_metadata(disk).unwrap_or_else(|error| {
+            tracing::warn!(disk = %disk.cid, error = error.report(), "the disk's metadata is left out");
+            Map::new()
+        })
     }
 }

@@ -9,6 +9,7 @@ pub mod audit;
 mod calculate;
 pub mod cloud_properties;
 mod copies;
+mod disk_locks;
 mod disks;
 mod encryption;
 pub mod every_vm;
@@ -127,19 +128,6 @@ impl Cpi {
         Ok((lock, vm))
     }
 
-    /// As [`Self::locked_vm`], for a disk. A copy of it that was cut short is undone or finished.
-    fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
-        self.disk(cid)?;
-        let lock = self.store.lock(Rank::Disk, cid, deadline)?;
-        match self.disk(cid) {
-            Ok(mut disk) => {
-                self.settle_copy(&mut disk, deadline)?;
-                Ok((lock, disk))
-            }
-            Err(error) => lock.retire().and(Err(error)),
-        }
-    }
-
     /// The record of a disk that exists.
     fn disk(&self, cid: &DiskCid) -> Result<DiskRecord> {
         let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
@@ -226,7 +214,7 @@ impl Verbs for Cpi {
     }
 
     fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
-        self.describe_disk(disk, metadata)
+        self.describe_disk(disk, &metadata)
     }
 
     fn snapshot_disk(&self, disk: &DiskCid, metadata: Metadata) -> Result<SnapshotCid> {

@@ -19,8 +19,8 @@ use crate::image;
 use crate::qmp::hotplug::{self, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryNamedBlockNodes;
-use crate::store::record::{DiskRecord, SnapshotRecord};
-use crate::store::{Guard, Rank, VmRecord};
+use crate::store::record::DiskRecord;
+use crate::store::{Guard, VmRecord};
 use crate::units::{Bytes, MiB};
 
 /// Where a disk's image can be worked on. It stays so, because the VM's lock is kept.
@@ -116,39 +116,6 @@ impl Cpi {
             monitor = None;
         }
         Ok(Place { vm: Some(vm), monitor, lock: Some(lock) })
-    }
-
-    /// Takes the lock of a disk, unless a copy of it is being made: that may take hours.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] naming the snapshot or the update.
-    pub(super) fn locked_idle_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
-        let busy = |why: String| {
-            Error::new(ErrorKind::Conflict, format!("disk '{cid}' is being copied, {why}"))
-                .hint("repeat the call when that is done")
-        };
-        self.disk(cid)?;
-        for snapshot in self.in_the_making::<SnapshotRecord>()? {
-            if self.store.read::<SnapshotRecord>(&snapshot)?.is_none_or(|made| made.disk.cid != *cid) {
-                continue;
-            }
-            match self.store.lock(Rank::Snapshot, &snapshot, Instant::now()) {
-                Err(error) if error.kind() == ErrorKind::Timeout => {
-                    return Err(busy(format!("into snapshot '{snapshot}'")));
-                }
-                lock => drop(lock?),
-            }
-            // Its call was killed.
-            self.clear_snapshot(&snapshot)
-                .map_err(|e| e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'")))?;
-        }
-        if self.disk(cid)?.leftover.is_some()
-            && let Err(error) = self.store.lock(Rank::Disk, cid, Instant::now())
-            && error.kind() == ErrorKind::Timeout
-        {
-            return Err(busy("by update_disk".to_owned()).because(error));
-        }
-        self.locked_disk(cid, deadline)
     }
 }
 

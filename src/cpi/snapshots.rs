@@ -15,21 +15,23 @@
 //!
 //! A call that is killed leaves a record `creating` whose lock is free: whoever creates something, or works on the disk,
 //! ends the job, has QEMU close the image, and removes it. The disk's lock is held all the time, the VM's only while QEMU
-//! is told something: a VM can be deleted meanwhile, and then there is no snapshot.
+//! is told something: a VM can be deleted meanwhile, and then there is no snapshot. Nor is there one if a VM that was off
+//! is started and its guest writes to the image that is copied as a file.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
 use super::Cpi;
 use super::attachments::{grace, hot_disk};
-use super::copies::{progress, target};
+use super::copies::{progress, started, target};
 use super::leftovers::PATIENCE;
 use super::resize::Place;
 use crate::cid::{Cid, DiskCid, SnapshotCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::image;
+use crate::image::{self, Fresh};
 use crate::qemu::FileNeed;
 use crate::qmp::hotplug;
 use crate::qmp::job;
@@ -71,6 +73,7 @@ impl Cpi {
             size: MiB::holding(size).unwrap_or(disk.size),
             grows_to: None,
             preallocation: Preallocation::Off,
+            metadata: self.metadata_of(&disk),
             ..disk
         };
         let is_live = place.monitor.is_some();
@@ -98,12 +101,13 @@ impl Cpi {
                 self.start_backup(monitor, &snapshot)?;
                 // Others may use the VM meanwhile; the disk they can not.
                 drop(lock);
-                self.finish_backup(&snapshot, &vm, deadline)?;
+                self.finish_backup(&snapshot, &vm, deadline).map_err(|error| self.ended(&vm.cid, error))?;
             }
-            _ => {
-                let source = self.store.disk_image(&snapshot.disk)?;
-                let mut progress = progress(format!("snapshot of disk {}", snapshot.disk.cid));
-                image::copy(&source, &path, deadline, &mut progress)?.sync()?;
+            place => {
+                let source = image::Source::open(&self.store.disk_image(&snapshot.disk)?)?;
+                // A VM that is off may be started meanwhile: the copy sees what its guest does.
+                drop(place);
+                copy_file(&source, &path, &snapshot.disk.cid, deadline)?;
             }
         }
         image::sync(&path)?;
@@ -227,7 +231,7 @@ impl Cpi {
         let target = dir.join(disk.image());
         if disk.format == snapshot.format {
             let mut progress = progress(format!("disk of snapshot {}", snapshot.cid));
-            image::copy(&source, &target, deadline, &mut progress)?.sync()?;
+            image::copy(&image::Source::open(&source)?, &target, deadline, &mut progress)?.sync()?;
         } else {
             self.make_disk_image(&dir, &disk.current(), disk.size.bytes(), deadline)?;
             self.fill(&source, &snapshot.image(), &target, &disk.current(), deadline)?;
@@ -237,6 +241,11 @@ impl Cpi {
         self.store.write(disk)?;
         self.settled(&disk.cid)
     }
+}
+
+fn copy_file(source: &image::Source, target: &Path, disk: &DiskCid, deadline: Instant) -> Result<()> {
+    let copied = image::copy(source, target, deadline, &mut progress(format!("snapshot of disk {disk}")));
+    copied.and_then(Fresh::sync).map_err(started)
 }
 
 /// How long a restore may take.

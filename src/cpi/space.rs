@@ -6,7 +6,7 @@
 //! - a thin one: its headers with `overcommit`, all of its size without
 //! - a copy: what its source takes; all of its size where holes do not stay holes
 //!
-//! and the room is what the filesystem has free, less what creates at work in other processes will still take and,
+//! and the room is what the filesystem has free, less what creates and copies at work in other processes will still take and,
 //! without `overcommit`, less what all thin images on it may still grow to. One lock is held from the look until the
 //! record, which others count, is written. Other hosts that use a shared pool are not seen.
 
@@ -207,6 +207,7 @@ impl Cpi {
             }
         }
         if scope == Scope::InTheMaking {
+            images.extend(self.copies_in_the_making(wanted)?);
             return Ok(images);
         }
         for disk in self.records::<DiskRecord>(scope)? {
@@ -248,6 +249,28 @@ impl Cpi {
             }
         }
         Ok(images)
+    }
+
+    /// The copies of disks that are being made, each as large as it will come to be. One whose source can not be looked at
+    /// is left out.
+    fn copies_in_the_making(&self, wanted: impl Fn(Option<&str>) -> bool) -> Result<Vec<Image>> {
+        let mut copies = Vec::new();
+        for disk in self.records::<DiskRecord>(Scope::InTheMaking)? {
+            if let Some(copy) = disk.leftover.as_ref().filter(|copy| wanted(copy.pool.as_deref())) {
+                copies.push((self.store.disk_image_at(&disk.cid, copy)?, copy.clone(), disk));
+            }
+        }
+        for snapshot in self.records::<SnapshotRecord>(Scope::InTheMaking)? {
+            if snapshot.phase == Phase::Creating && wanted(snapshot.disk.pool.as_deref()) {
+                copies.push((self.store.snapshot_image(&snapshot)?, snapshot.image(), snapshot.disk));
+            }
+        }
+        let image = |(path, copy, of): (PathBuf, DiskImage, DiskRecord)| {
+            let source = self.store.disk_image(&of).ok()?;
+            let virtual_size = self.need_of_copy(&source, &of.current(), &copy, of.size).ok()?;
+            Some(Image { path, virtual_size, writable: true })
+        };
+        Ok(copies.into_iter().filter_map(image).collect())
     }
 
     /// Records that can not be read are left out: one broken object must not keep others from being made.

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | size | in place, as resize_disk | at once |
 //! | `iops`, `mbps` | in place | at once |
-//! | `cache`, `discard` | in place | from the next attach or start of the VM on; with a copy, at once |
+//! | `cache`, `discard` | in place | from the next attach or start of the VM on; with a copy, at once, but for whether the guest sees a cache |
 //! | `format`, `pool`, `preallocation`, `encrypted` | by a copy | at once |
 
 use serde_json::{Map, Value};
@@ -49,14 +49,19 @@ impl Cpi {
         }
         self.grow_to(&mut disk, size, deadline)?;
         let mut next = next(&disk);
+        let is_seen_later = match copies {
+            // The device stays, and with it what it said of a cache.
+            true => next.cache.write_cache() != disk.cache.write_cache(),
+            // QEMU decides both when it opens an image.
+            false => (next.cache, next.discard) != (disk.cache, disk.discard),
+        };
+        if is_seen_later {
+            tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
+        }
         if copies {
             next.generation = disk.generation.wrapping_add(1);
             self.copy_into(&mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
         } else {
-            if (next.cache, next.discard) != (disk.cache, disk.discard) {
-                // QEMU decides both when it opens an image.
-                tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
-            }
             disk = next;
             self.store.write(&disk)?;
         }

@@ -1,8 +1,13 @@
 //! Copies of image files that nobody writes: shared blocks where the filesystem can, else data without its holes.
+//!
+//! Nobody is kept from writing them, because a copy may take hours. Instead it is seen whether somebody did: every write
+//! moves a file's ctime, before the data, and nothing can set it back. Being copied, shared blocks included, does not move
+//! it (ext4, XFS and Btrfs in Linux 6.18, writing past the page cache).
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
@@ -14,65 +19,99 @@ use crate::image::{Fresh, create_new, keep};
 /// Copied between two looks at the clock, bytes.
 const CHUNK: u64 = 64 << 20;
 
+/// An image file as it was when it was opened.
+#[derive(Debug)]
+pub struct Source {
+    file: File,
+    path: PathBuf,
+    length: u64,
+    changed: (i64, i64),
+}
+
+impl Source {
+    /// Opens the file at `path`, which nobody may be writing now.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).at("open", path)?;
+        let meta = file.metadata().at("look at", path)?;
+        Ok(Self { file, path: path.to_owned(), length: meta.len(), changed: (meta.ctime(), meta.ctime_nsec()) })
+    }
+
+    /// Nobody wrote to it since it was opened.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if somebody did.
+    pub fn unchanged(&self) -> Result<()> {
+        let meta = self.file.metadata().at("look at", &self.path)?;
+        if (meta.ctime(), meta.ctime_nsec()) == self.changed {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Conflict, format!("'{}' was written to while it was copied", self.path.display())))
+    }
+}
+
 /// Copies the file `source` to `target`, which must not exist, with mode 0600; `progress` is told how many of how many
 /// bytes are done. Holes stay holes. Where the filesystem can share blocks (XFS, Btrfs), nothing is copied at all.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`]; nothing is left then.
-pub fn copy(source: &Path, target: &Path, deadline: Instant, progress: &mut dyn FnMut(u64, u64)) -> Result<Fresh> {
-    let from = File::open(source).at("open", source)?;
+/// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], [`ErrorKind::Conflict`] if somebody wrote to the source
+/// since it was opened; nothing is left then.
+pub fn copy(source: &Source, target: &Path, deadline: Instant, progress: &mut dyn FnMut(u64, u64)) -> Result<Fresh> {
     let new = create_new(target)?;
     // A filesystem that can not, and one that could but not between these two, say so in their own ways.
-    if ioctl_ficlone(new.as_file(), &from).is_err() {
-        let length = from.metadata().at("look at", source)?.len();
-        new.as_file().set_len(length).at("set the size of", target)?;
-        copy_data(&from, new.as_file(), length, deadline, progress).map_err(|error| match error.kind() {
-            io::ErrorKind::TimedOut => {
-                Error::new(ErrorKind::Timeout, format!("copying '{}' took too long", source.display()))
-            }
-            _ => Error::io(format!("copy '{}' to", source.display()), target, error),
-        })?;
+    if ioctl_ficlone(new.as_file(), &source.file).is_err() {
+        new.as_file().set_len(source.length).at("set the size of", target)?;
+        copy_data(source, new.as_file(), target, deadline, progress)?;
     }
+    source.unchanged()?;
     keep(new)
 }
 
 fn copy_data(
-    from: &File,
-    mut to: &File,
-    length: u64,
+    source: &Source,
+    to: &File,
+    target: &Path,
     deadline: Instant,
     progress: &mut dyn FnMut(u64, u64),
-) -> io::Result<()> {
+) -> Result<()> {
+    let (from, length) = (&source.file, source.length);
+    let failed = |error| Error::io(format!("copy '{}' to", source.path.display()), target, error);
     let mut at = 0;
     while at < length {
         let start = match seek(from, SeekFrom::Data(at)) {
             Ok(start) => start,
             // Nothing but a hole up to the end.
             Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(failed(error.into())),
         };
-        let end = seek(from, SeekFrom::Hole(start))?;
+        let end = seek(from, SeekFrom::Hole(start)).map_err(|e| failed(e.into()))?;
         at = start;
         while at < end {
+            source.unchanged()?;
             if Instant::now() >= deadline {
-                return Err(io::ErrorKind::TimedOut.into());
+                let message = format!("copying '{}' took too long", source.path.display());
+                return Err(Error::new(ErrorKind::Timeout, message));
             }
-            seek(from, SeekFrom::Start(at))?;
-            seek(to, SeekFrom::Start(at))?;
-            // In the kernel: copy_file_range(2) where it works.
-            match io::copy(&mut from.take(CHUNK.min(end - at)), &mut to)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                copied => at += copied,
-            }
+            at += copy_range(from, to, at, CHUNK.min(end - at)).map_err(failed)?;
             progress(at, length);
         }
     }
     Ok(())
 }
 
+/// Copies `length` bytes from `at` on, or some of them, and answers how many.
+fn copy_range(from: &File, mut to: &File, at: u64, length: u64) -> io::Result<u64> {
+    seek(from, SeekFrom::Start(at))?;
+    seek(to, SeekFrom::Start(at))?;
+    // In the kernel: copy_file_range(2) where it works.
+    match io::copy(&mut from.take(length), &mut to)? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        copied => Ok(copied),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::os::unix::fs::FileExt;
     use std::time::Duration;
 
     use super::*;
@@ -91,6 +130,7 @@ mod tests {
             file.write_all_at(b"here", at).unwrap();
         }
         let mut seen = Vec::new();
+        let source = Source::open(&source).unwrap();
         copy(&source, &target, soon(), &mut |done, of| seen.push((done, of))).unwrap().sync().unwrap();
         let meta = target.metadata().unwrap();
         assert_eq!(meta.len(), 300 << 20);
@@ -110,11 +150,33 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a"), dir.path().join("b"));
         std::fs::write(&source, vec![1; 1 << 20]).unwrap();
+        let source = Source::open(&source).unwrap();
         let shares_blocks = copy(&source, &dir.path().join("c"), Instant::now(), &mut |_, _| ()).is_ok();
         let late = copy(&source, &target, Instant::now(), &mut |_, _| ());
         if !shares_blocks {
             assert_eq!(late.unwrap_err().kind(), ErrorKind::Timeout);
             assert!(!target.exists());
         }
+    }
+
+    #[test]
+    fn a_source_that_is_written_to_meanwhile_is_not_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, target) = (dir.path().join("a"), dir.path().join("b"));
+        let file = File::create(&path).unwrap();
+        file.set_len(4 * CHUNK).unwrap();
+        file.write_all_at(b"here", 0).unwrap();
+        file.write_all_at(b"there", 3 * CHUNK).unwrap();
+        let source = Source::open(&path).unwrap();
+        // The clock of the filesystem goes in steps of some milliseconds; a QEMU takes longer to start.
+        while source.unchanged().is_ok() {
+            file.write_all_at(b"new", 2 * CHUNK).unwrap();
+        }
+        let changed = copy(&source, &target, soon(), &mut |_, _| ()).unwrap_err();
+        assert_eq!(changed.kind(), ErrorKind::Conflict, "{}", changed.report());
+        assert!(!target.exists());
+        let source = Source::open(&path).unwrap();
+        copy(&source, &target, soon(), &mut |_, _| ()).unwrap().sync().unwrap();
+        assert_eq!(std::fs::read(&target).unwrap()[..4], *b"here");
     }
 }

@@ -21,7 +21,7 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
-pub use copy::copy;
+pub use copy::{Source, copy};
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
 pub use open::{inspect, open, refuse_other_files};

@@ -154,7 +154,8 @@ impl QemuImg {
         self.convert_from(convert, Some(file), deadline)
     }
 
-    /// Copies `source` into `target`, an empty image of the same size that is there. Durable is nothing of it.
+    /// Copies `source` into `target`, an empty image of the same size that is there. Durable is nothing of it. Nobody is kept
+    /// from opening the source meanwhile: see [`Source`](super::Source).
     ///
     /// # Errors
     /// As [`Self::convert`]; [`ErrorKind::Corrupt`] if the source's header, which a guest may have written, names other
@@ -164,7 +165,7 @@ impl QemuImg {
         refuse_other_files(source.path, source.format, false)?;
         let (from, to) = (source.json()?, target.options()?);
         // The progress nobody reads ends a program whose caller was killed, at its next step (SIGPIPE).
-        let mut args = ["convert", "-p", "-n", "--target-image-opts"].map(OsStr::new).to_vec();
+        let mut args = ["convert", "-p", "-U", "-n", "--target-image-opts"].map(OsStr::new).to_vec();
         if target.key.is_none() {
             args.push(OsStr::new("--target-is-zero"));
         }

@@ -25,7 +25,7 @@ use super::wire::printable;
 use crate::error::{Error, ErrorKind};
 
 /// How long one turn of waiting keeps others from the monitor. They wait five seconds before they give up.
-const TURN: Duration = Duration::from_secs(1);
+pub const TURN: Duration = Duration::from_secs(1);
 /// Longest pause before a job that is being ended is looked at again. Most often an event ends it sooner.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// It is not there: somebody ended it, or QEMU was started anew.
-    #[error("qemu has no job '{id}' any more")]
+    #[error("qemu has no job '{id}' any more: it was ended, or QEMU was started anew")]
     Vanished {
         /// The job.
         id: String,

@@ -8,7 +8,7 @@
 //!                     base.raw                    hard link to the stemcell's image: see below
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
-//!   disks/<cid>/      disk.json  disk.qcow2
+//!   disks/<cid>/      disk.json  disk.qcow2  metadata.json
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
 //!   disk.key                                      what encrypted disks are encrypted with
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
@@ -246,7 +246,7 @@ impl Store {
     pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
         let prefix = match rank {
             Rank::Stemcell => StemcellCid::PREFIX,
-            Rank::Disk => DiskCid::PREFIX,
+            Rank::Disk | Rank::Metadata => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
             Rank::Snapshot => SnapshotCid::PREFIX,
             Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,

@@ -1,7 +1,7 @@
 //! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
 //!
-//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, memory, boot, network, space, claims ([`Rank`]).
-//! The last three are held for milliseconds, around one change or one look. A lock file lives as long
+//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, memory, boot, network, space, claims, metadata
+//! ([`Rank`]). The last four are held for milliseconds, around one change or one look. A lock file lives as long
 //! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
 
 use std::cell::RefCell;
@@ -36,11 +36,13 @@ pub enum Rank {
     Space,
     /// What VMs have claimed: addresses and ports.
     Claims,
+    /// A persistent disk's metadata, which is written while others work on the disk.
+    Metadata,
 }
 
 impl Rank {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Stemcell,
         Self::Snapshot,
         Self::Disk,
@@ -50,6 +52,7 @@ impl Rank {
         Self::Network,
         Self::Space,
         Self::Claims,
+        Self::Metadata,
     ];
 
     /// The word in the lock file's name.
@@ -64,6 +67,7 @@ impl Rank {
             Self::Network => "network",
             Self::Space => "space",
             Self::Claims => "claims",
+            Self::Metadata => "metadata",
         }
     }
 }

@@ -9,6 +9,7 @@
 pub mod atomic;
 pub mod claims;
 pub mod disk_key;
+mod disk_metadata;
 pub mod disk_options;
 pub mod layout;
 pub mod lock;

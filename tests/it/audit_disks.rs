@@ -1,14 +1,18 @@
 //! What `audit` and `gc` make of disks: who has them, copies that were cut short, images that are not where they should be.
 
 use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use bosh_qemu_cpi::store::DiskRecord;
 use bosh_qemu_cpi::store::record::{AttachmentPhase, DiskImage};
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, text};
+use crate::support::crash::armed;
+use crate::support::host::{Host, MUTE_GUEST, eventually, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
+use crate::support::skip;
 
 /// Kind, thing and cure of each finding, and whether all is well.
 fn findings(host: &Host, command: &str) -> (bool, Vec<(String, String, Value)>) {
@@ -75,10 +79,51 @@ fn a_copy_that_was_cut_short_leaves_one_image() {
     let path = host.store().disk_image_at(&disk, &copy).unwrap();
     fs::write(&path, "half").unwrap();
     change(&host, &disk, |disk| disk.leftover = Some(copy));
+    // As update_disk does, so that the next create looks after it. It is the same thing.
+    fs::write(host.store().pending_dir().join(disk.as_str()), "").unwrap();
     mended(&host, "unfinished", disk.as_str());
     assert!(!path.exists());
     assert_eq!(record(&host, &disk).leftover, None);
     assert_pattern(&host, &disk);
+}
+
+#[test]
+fn what_a_detach_has_ready_while_its_guest_is_waited_for_is_no_debris() {
+    let Some(host) = Host::new() else { return };
+    let (vm, disk) = (host.vm(&host.import(MUTE_GUEST)), host.disk());
+    host.ok("attach_disk", &json!([vm, disk]));
+    let mut detach = host.start("detach_disk", &json!([vm, disk]));
+    let ready = |dir: &Path| {
+        let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        let mut names = names.filter(|name| name.file_name().unwrap().to_string_lossy().starts_with(".new-"));
+        names.next()
+    };
+    for dir in [host.paths(&vm).dir, host.store().disk_dir(&disk)] {
+        let file = eventually("the record is ready", || ready(&dir));
+        let hours_ago = SystemTime::now() - Duration::from_secs(7200);
+        fs::File::options().write(true).open(&file).unwrap().set_modified(hours_ago).unwrap();
+    }
+    assert_eq!(findings(&host, "gc"), (true, vec![]));
+    detach.kill().unwrap();
+    detach.wait().unwrap();
+    let (_, found) = findings(&host, "gc");
+    let orphans = found.iter().filter(|(kind, _, cure)| kind == "orphan" && cure == "mended");
+    assert_eq!(orphans.count(), 2, "{found:?}");
+}
+
+#[test]
+fn a_removal_that_was_cut_short_is_one_finding() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    let killed = |point| assert!(armed(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(), "{point}");
+    killed("lock of a metadata taken#1");
+    assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");
+    killed("a disk's file removed#1");
+    mended(&host, "unfinished", disk.as_str());
+    host.assert_nothing_left();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use bosh_qemu_cpi::store::record::StemcellRecord;
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
 use serde_json::{Value, json};
 
+use crate::disk_metadata::metadata;
 use crate::disks::{in_qemu, is_plugged};
 use crate::support::crash::{Crash, Outcomes, for_each_crash_point};
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
@@ -324,7 +325,7 @@ fn set_disk_metadata() {
         "set_disk_metadata",
         || json!([lab.disk, {"owner": "bosh"}]),
         |_, _| {
-            assert_eq!(lab.host.store().read::<DiskRecord>(&lab.disk).unwrap().unwrap().metadata["owner"], "bosh");
+            assert_eq!(metadata(&lab.host, &lab.disk), json!({"owner": "bosh"}));
             "written".into()
         },
     );

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
-use bosh_qemu_cpi::store::{Phase, VmRecord};
+use bosh_qemu_cpi::store::{Phase, Rank, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
@@ -91,6 +91,18 @@ fn a_disk_comes_and_goes_while_the_vm_runs() {
     assert_eq!(attach(&host, &VmCid::random(), &disk).failure().kind, "VMNotFound");
     assert_eq!(host.call("detach_disk", &json!([VmCid::random(), disk])).failure().kind, "VMNotFound");
     host.ok("detach_disk", &json!([vm, DiskCid::random()]));
+}
+
+#[test]
+fn of_a_disk_that_is_not_there_nothing_stays() {
+    let Some(host) = Host::with(json!({"deadlines": {"detach_disk": 1}})) else { return };
+    let (vm, disk) = (host.vm(&host.stemcell()), DiskCid::random());
+    let work = host.store().lock(Rank::Vm, &vm, Instant::now()).unwrap();
+    let late = host.call("detach_disk", &json!([vm, disk]));
+    assert!(late.failure().message.contains(vm.as_str()), "{late:?}");
+    drop(work);
+    let left = host.left();
+    assert!(left.iter().all(|left| !left.contains(disk.as_str())), "{left:?}");
 }
 
 #[test]

@@ -1,10 +1,15 @@
 //! A full filesystem: guests wait and go on, calls say so and leave nothing.
 
-use bosh_qemu_cpi::cid::VmCid;
+use std::time::Instant;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::record::DiskImage;
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, SnapshotRecord};
 use serde_json::{Value, json};
 
 use crate::disks::in_qemu;
 use crate::support::host::{Host, WRITING_GUEST, text, vm_cid};
+use crate::support::images::{image, qemu_io, record};
 use crate::vm_list::vm_list;
 
 /// A VM whose guest has filled the filesystem of `host` and waits.
@@ -65,7 +70,15 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
         left.retain(|what| what != "ballast");
         left
     };
-    let before = quiet();
+    // Who has the disk, by the VM's record and by its QEMU.
+    let holds = || {
+        let vm: VmCid = text(&arguments[0]).parse().unwrap();
+        let nodes = host.qemu(&vm).map(|_| host.qmp(&vm, "query-named-block-nodes", &json!({"flat": true})).unwrap());
+        let in_qemu = nodes.is_some_and(|nodes| nodes.to_string().contains(&text(&arguments[1])));
+        (host.ok("get_disks", &json!([vm])), in_qemu)
+    };
+    let holds = || matches!(method, "attach_disk" | "detach_disk").then(holds);
+    let before = (quiet(), holds());
     for free in (0..1000).step_by(5) {
         host.small().fill(free);
         match host.call(method, arguments).outcome {
@@ -75,18 +88,7 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
             }
             Err(failure) => {
                 assert_eq!(failure.kind, "NoDiskSpace", "with {free} pages: {failure:?}");
-                assert_eq!(quiet(), before, "with {free} pages free");
-                if method == "attach_disk" {
-                    let nodes = host.qmp(
-                        &serde_json::from_value(arguments[0].clone()).unwrap(),
-                        "query-named-block-nodes",
-                        &json!({"flat": true}),
-                    );
-                    assert!(
-                        !nodes.unwrap().to_string().contains(arguments[1].as_str().unwrap()),
-                        "the guest was not given it"
-                    );
-                }
+                assert_eq!((quiet(), holds()), before, "with {free} pages free");
             }
         }
     }
@@ -121,8 +123,63 @@ fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
     walk("snapshot_disk", json!([disk, {}]));
     walk("update_disk", json!([disk, 10, {"format": "qcow2"}]));
     assert!(in_qemu(&host, &bystander, &cid).0, "its nodes have another name now");
+    let second = walk("create_disk", json!([8, {}, null]));
+    walk("attach_disk", json!([bystander, second]));
+    assert_eq!(host.ok("get_disks", &json!([bystander])), json!([disk, second]));
+    for (gone, left) in [(&disk, json!([second])), (&second, json!([]))] {
+        walk("detach_disk", json!([bystander, gone]));
+        let cid = text(gone).parse().unwrap();
+        assert_eq!(in_qemu(&host, &bystander, &cid), (false, 0, 0));
+        assert_eq!(host.ok("get_disks", &json!([bystander])), left);
+        assert_eq!(record(&host, &cid).vm, None);
+    }
     walk("create_vm", host.vm_arguments(&stemcell));
+    host.ok("attach_disk", &json!([bystander, disk]));
+    host.power_off(&bystander);
+    walk("detach_disk", json!([bystander, disk]));
+    assert_eq!(record(&host, &cid).vm, None);
     assert!(table.iter().all(|(_, failures)| *failures > 0), "{table:?}");
+}
+
+#[test]
+fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
+    let Some(host) = Host::on_small_filesystem(64) else { return };
+    let [first, second] = [0, 1].map(|_| -> DiskCid {
+        let disk = text(&host.ok("create_disk", &json!([8, {"format": "raw"}, null]))).parse().unwrap();
+        qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["write -P 7 0 8M"]);
+        disk
+    });
+    let noted = |cid: &str| std::fs::write(host.store().pending_dir().join(cid), "").unwrap();
+    // For one copy, but not for two.
+    let has_room = |wanted: bool| {
+        host.small().fill((12 << 20) / 4096);
+        let outcome = host.call("snapshot_disk", &json!([second, {}])).outcome;
+        host.small().empty();
+        match outcome {
+            Ok(snapshot) => assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null()),
+            Err(failure) => assert!(!wanted && failure.kind == "NoDiskSpace", "{failure:?}"),
+        }
+    };
+    // As a snapshot_disk of the first has it before it has copied anything.
+    let whole = host.ok("snapshot_disk", &json!([first, {}]));
+    let whole = host.store().read::<SnapshotRecord>(&text(&whole).parse().unwrap()).unwrap().unwrap();
+    host.ok("delete_snapshot", &json!([whole.cid]));
+    let half = SnapshotRecord { phase: Phase::Creating, ..whole };
+    let work = host.store().lock(Rank::Snapshot, &half.cid, Instant::now()).unwrap();
+    noted(half.cid.as_str());
+    host.store().write(&half).unwrap();
+    has_room(false);
+    drop(work);
+    has_room(true);
+    // As an update_disk has it.
+    let disk = record(&host, &first);
+    let copy = DiskImage { generation: 1, ..disk.current() };
+    let work = host.store().lock(Rank::Disk, &first, Instant::now()).unwrap();
+    noted(first.as_str());
+    host.store().write(&DiskRecord { leftover: Some(copy), ..disk }).unwrap();
+    has_room(false);
+    drop(work);
+    has_room(true);
 }
 
 #[test]

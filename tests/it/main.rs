@@ -9,6 +9,7 @@ mod contract;
 mod crashes;
 mod deadlines;
 mod disk_crashes;
+mod disk_metadata;
 mod disk_properties;
 mod disk_resize;
 mod disk_update;

@@ -9,12 +9,13 @@ use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use bosh_qemu_cpi::host::uids;
 use bosh_qemu_cpi::image::virtual_size;
 use bosh_qemu_cpi::store::record::{AttachmentPhase, StemcellRecord};
-use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, SnapshotRecord, VmRecord};
 use serde_json::{Value, json};
 
+use crate::disk_metadata::metadata;
 use crate::support::answer::Answer;
 use crate::support::host::{GUEST, Host, request, text, vm_cid};
-use crate::support::images::{assert_pattern, image, write_pattern};
+use crate::support::images::{assert_pattern, assert_pattern_in, image, write_pattern};
 use crate::support::power::Step;
 use crate::support::power::disk::{Cut, Disk, Entry, Loss, Tree, cuts, restore};
 use crate::support::power::recorder::record;
@@ -79,7 +80,7 @@ impl Lab {
             let at = format!("{method}: {:?} lost after {} of {} steps", cut.loss, cut.done, steps.len());
             let at = cut.done.checked_sub(1).map_or(at.clone(), |last| format!("{at}, the last {:.200?}", steps[last]));
             let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                self.assert_whole(cut, &before.now(), &after, arguments);
+                self.assert_whole(cut, &before.now(), &after, method, arguments);
                 if cut.answered {
                     acknowledged(&result);
                 }
@@ -92,17 +93,20 @@ impl Lab {
     }
 
     /// Nothing else is touched, and whatever is ready has all of its files.
-    fn assert_whole(&self, cut: &Cut, before: &Tree, after: &Tree, arguments: &Value) {
+    fn assert_whole(&self, cut: &Cut, before: &Tree, after: &Tree, method: &str, arguments: &Value) {
         let touched = |path: &Path| arguments.to_string().contains(path.iter().nth(2).unwrap().to_str().unwrap());
         let objects =
             |path: &&Path| path.starts_with("state") && path.iter().count() == 4 && !path.starts_with("state/locks");
         for path in before.keys().map(PathBuf::as_path).filter(objects).filter(|path| !touched(path)) {
             assert_eq!(cut.tree.get(path), before.get(path), "{} is as it was", path.display());
         }
-        let stemcells = ready::<StemcellRecord>(&self.host);
-        let disks =
-            ready::<DiskRecord>(&self.host).into_iter().filter(|disk| arguments[1] != 700 || arguments[0] != **disk);
-        for cid in stemcells.into_iter().chain(disks).chain(ready::<VmRecord>(&self.host)) {
+        if changes_an_image(method) {
+            assert_pattern(&self.host, &self.free);
+        }
+        let disks = ready::<DiskRecord>(&self.host).into_iter();
+        let disks = disks.filter(|disk| !changes_an_image(method) || arguments[0] != **disk);
+        let stemcells = ready::<StemcellRecord>(&self.host).into_iter().chain(ready::<SnapshotRecord>(&self.host));
+        for cid in stemcells.chain(disks).chain(ready::<VmRecord>(&self.host)) {
             let images = |tree: &Tree| -> Vec<_> {
                 let its = tree.iter().filter(|(path, _)| path.iter().any(|part| part == &*cid) && is_image(path));
                 its.map(|(path, entry)| (path.clone(), content(entry))).collect()
@@ -133,7 +137,7 @@ impl Lab {
         } else {
             host.ok(method, arguments);
         }
-        if method == "resize_disk" {
+        if changes_an_image(method) {
             assert_pattern(host, &self.free);
         }
         let (_, found) = host.command(&["gc", "--json"]);
@@ -149,6 +153,9 @@ impl Lab {
         {
             host.ok("delete_disk", &json!([disk]));
         }
+        for snapshot in store.list::<SnapshotRecord>().unwrap() {
+            host.ok("delete_snapshot", &json!([snapshot]));
+        }
         for stemcell in store.list::<StemcellRecord>().unwrap().iter().filter(|cid| cid.as_str() != self.stemcell) {
             host.ok("delete_stemcell", &json!([stemcell]));
         }
@@ -156,9 +163,11 @@ impl Lab {
         let mut left = host.left();
         // A claim means nothing without its VM.
         left.retain(|what| method != "delete_vm" || !what.starts_with("claims/"));
+        let replaced = |what: &str| method == "update_disk" && what.starts_with(&format!("disks/{}/disk", self.free));
+        left.retain(|what| !replaced(what));
         let vms_own = |what: &str| method == "delete_vm" && (what.starts_with("uids/") || what.starts_with("claims/"));
         let deleted = |what: &str| method.starts_with("delete") && what.contains(arguments[0].as_str().unwrap());
-        let quiet = quiet.iter().filter(|what| !vms_own(what) && !deleted(what));
+        let quiet = quiet.iter().filter(|what| !vms_own(what) && !deleted(what) && !replaced(what));
         assert_eq!(left, quiet.cloned().collect::<Vec<_>>());
     }
 
@@ -179,6 +188,11 @@ impl Lab {
 fn ready<R: Record>(host: &Host) -> Vec<String> {
     let records = host.store().readable::<R>().unwrap().into_iter();
     records.filter(|record| record.phase() == Phase::Ready).map(|record| record.cid().to_string()).collect()
+}
+
+/// Whether the method gives the free disk, which has a pattern, another image or another size.
+fn changes_an_image(method: &str) -> bool {
+    ["resize_disk", "update_disk"].contains(&method)
 }
 
 fn is_image(path: &Path) -> bool {
@@ -265,10 +279,50 @@ fn resize_disk() {
 }
 
 #[test]
+fn update_disk() {
+    let Some(lab) = Lab::new() else { return };
+    write_pattern(&lab.host, &lab.free);
+    lab.walk("update_disk", &json!([lab.free, 9, {"format": "raw"}]), |_| {
+        let disk = lab.record::<DiskRecord>(&lab.free);
+        assert_eq!((disk.size.get(), disk.image().as_str(), disk.leftover), (9, "disk-1.raw", None));
+    });
+}
+
+#[test]
+fn snapshot_disk() {
+    let Some(lab) = Lab::new() else { return };
+    write_pattern(&lab.host, &lab.free);
+    lab.walk("snapshot_disk", &json!([lab.free, {"job": "db"}]), |made| {
+        let snapshot = lab.record::<SnapshotRecord>(&text(made).parse().unwrap());
+        assert_eq!((snapshot.phase, &snapshot.metadata["job"]), (Phase::Ready, &json!("db")));
+        let image = lab.host.store().snapshot_image(&snapshot).unwrap();
+        assert_pattern_in(&lab.host, &image, &snapshot.disk);
+    });
+}
+
+#[test]
+fn delete_snapshot() {
+    let Some(lab) = Lab::new() else { return };
+    let snapshot = lab.host.ok("snapshot_disk", &json!([lab.free, {}]));
+    lab.walk("delete_snapshot", &json!([snapshot]), |_| {
+        assert!(lab.host.store().list::<SnapshotRecord>().unwrap().is_empty());
+    });
+}
+
+#[test]
 fn set_vm_metadata() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("set_vm_metadata", &json!([lab.vm, {"name": "bosh/0"}]), |_| {
         assert_eq!(lab.record::<VmRecord>(&lab.vm).metadata["name"], "bosh/0");
+    });
+}
+
+#[test]
+fn set_disk_metadata() {
+    let Some(lab) = Lab::new() else { return };
+    lab.host.ok("set_disk_metadata", &json!([lab.free, {"owner": "before"}]));
+    lab.walk("set_disk_metadata", &json!([lab.free, {"job": "db"}]), |_| {
+        assert_eq!(metadata(&lab.host, &lab.free), json!({"job": "db"}));
     });
 }
 

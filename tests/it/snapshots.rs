@@ -7,6 +7,8 @@ use std::process::Child;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, SnapshotCid, VmCid};
 use bosh_qemu_cpi::store::{Phase, SnapshotRecord};
+use bosh_qemu_cpi::sys::pidfd::Process;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::answer::{Answer, Failure};
@@ -106,12 +108,12 @@ fn a_snapshot_of_a_large_disk_takes_what_its_data_takes() {
     }
 }
 
-/// A VM with a disk that takes seconds to copy.
-fn slow(host: &Host, stemcell: &str) -> (VmCid, DiskCid) {
+/// A VM with a disk of so many MiB, all of them written.
+fn full_disk(host: &Host, stemcell: &str, mib: u64) -> (VmCid, DiskCid) {
     let vm = host.vm(stemcell);
     host.sees(&vm, "BOOTSECTOR-OK", 1);
-    let disk: DiskCid = text(&host.ok("create_disk", &json!([1536, {"format": "raw"}, null]))).parse().unwrap();
-    qemu_io(host, &image(host, &disk), &record(host, &disk), &["write -P 7 0 1536M"]);
+    let disk: DiskCid = text(&host.ok("create_disk", &json!([mib, {"format": "raw"}, null]))).parse().unwrap();
+    qemu_io(host, &image(host, &disk), &record(host, &disk), &[&format!("write -P 7 0 {mib}M")]);
     host.ok("attach_disk", &json!([vm, disk]));
     (vm, disk)
 }
@@ -145,7 +147,8 @@ fn assert_nothing_of_it(host: &Host, vm: &VmCid, disk: &DiskCid) {
 fn whoever_ends_a_copy_half_way_nothing_is_left() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let stemcell = host.stemcell();
-    let (vm, disk) = slow(&host, &stemcell);
+    // It takes seconds to copy.
+    let (vm, disk) = full_disk(&host, &stemcell, 1536);
     for (method, arguments) in [("snapshot_disk", json!([disk, {}])), ("update_disk", json!([disk, 1536, {}]))] {
         let mut call = crawling(&host, &vm, method, &arguments);
         for (other, arguments) in [("resize_disk", json!([disk, 2048])), ("update_disk", json!([disk, 2048, {}]))] {
@@ -168,16 +171,91 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
         assert_nothing_of_it(&host, &vm, &disk);
         host.reconfigure(|config| config["deadlines"] = json!({}));
     }
+    let ended = format!("VM '{vm}' ended while its disk was copied");
     let call = crawling(&host, &vm, "snapshot_disk", &json!([disk, {}]));
     host.crash(&vm);
-    failure(call);
+    let message = failure(call).message;
+    assert!(message.contains(&ended), "{message}");
     host.ok("reboot_vm", &json!([vm]));
     assert_nothing_of_it(&host, &vm, &disk);
     let call = crawling(&host, &vm, "update_disk", &json!([disk, 1536, {}]));
     host.ok("delete_vm", &json!([vm]));
-    failure(call);
+    let message = failure(call).message;
+    assert!(message.contains(&ended), "{message}");
     assert_eq!((record(&host, &disk).leftover, record(&host, &disk).image()), (None, "disk.raw".to_owned()));
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
+}
+
+/// Starts a call that copies a disk whose VM is off, and stops it half way; the process is to be told to continue. The copy is
+/// where `copy` says.
+fn halted(host: &Host, method: &str, arguments: &Value, copy: impl Fn() -> Option<PathBuf>) -> (Child, Process) {
+    let call = host.start(method, arguments);
+    let process = Process::open(call.id() as i32).unwrap();
+    eventually("data is copied", || (fs::metadata(copy()?).ok()?.blocks() > 1 << 11).then_some(()));
+    process.signal(Signal::SIGSTOP).unwrap();
+    assert!(copy().is_some(), "half way");
+    (call, process)
+}
+
+/// Where the copy is that a snapshot_disk makes, while it does.
+fn half_snapshot(host: &Host) -> Option<PathBuf> {
+    let half = host.store().list::<SnapshotRecord>().unwrap().pop()?;
+    let half = host.store().read::<SnapshotRecord>(&half).ok()??;
+    (half.phase == Phase::Creating).then(|| host.store().snapshot_image(&half).unwrap())
+}
+
+#[test]
+fn a_vm_that_is_off_waits_for_no_copy() {
+    let Some(host) =
+        Host::with(json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2}}))
+    else {
+        return;
+    };
+    let (vm, disk) = full_disk(&host, &host.stemcell(), 256);
+    // The disk waits, and says for what.
+    let waits = |copy: &str| {
+        for (method, arguments) in [("detach_disk", json!([vm, disk])), ("delete_disk", json!([disk]))] {
+            let refused = host.call(method, &arguments);
+            assert!(refused.failure().message.contains(&format!("is being copied, {copy}")), "{refused:?}");
+        }
+    };
+    host.power_off(&vm);
+    let snapshot = || halted(&host, "snapshot_disk", &json!([disk, {}]), || half_snapshot(&host));
+    let (call, process) = snapshot();
+    waits("into snapshot 'snap-");
+    host.ok("reboot_vm", &json!([vm]));
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    guest_writes(&host, &vm, &disk, "write -P 9 0 64k");
+    process.signal(Signal::SIGCONT).unwrap();
+    let message = failure(call).message;
+    assert!(
+        message.contains("was written to while it was copied") && message.contains("its VM was started"),
+        "{message}"
+    );
+    assert_nothing_of_it(&host, &vm, &disk);
+
+    host.power_off(&vm);
+    let half_copy = || {
+        let copy = record(&host, &disk).leftover?;
+        Some(host.store().disk_image_at(&disk, &copy).unwrap())
+    };
+    let (call, process) = halted(&host, "update_disk", &json!([disk, 256, {}]), half_copy);
+    waits("by update_disk");
+    host.ok("reboot_vm", &json!([vm]));
+    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    process.signal(Signal::SIGCONT).unwrap();
+    let message = failure(call).message;
+    assert!(message.contains(&format!("VM '{vm}' was started while the disk was copied")), "{message}");
+    assert_nothing_of_it(&host, &vm, &disk);
+    assert_eq!(record(&host, &disk).image(), "disk.raw");
+
+    host.power_off(&vm);
+    let (call, process) = snapshot();
+    host.ok("delete_vm", &json!([vm]));
+    process.signal(Signal::SIGCONT).unwrap();
+    let made: SnapshotCid = text(Answer::of(&call.wait_with_output().unwrap()).result()).parse().unwrap();
+    let of = snapshot_record(&host, &made);
+    qemu_io(&host, &snapshot_image(&host, &made), &of.disk, &["read -P 9 0 64k", "read -P 7 64k 255M"]);
 }
 
 #[test]

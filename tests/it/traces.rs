@@ -27,15 +27,58 @@ fn cids(method: &str) -> &'static [(usize, &'static str)] {
     }
 }
 
-struct Flow<'a> {
+/// A flow that is replayed.
+pub struct Flow<'a> {
     host: &'a Host,
     /// Who asks the host.
     ask: &'a dyn Fn(&str) -> Answer,
     /// Ours by recorded cid.
     ours: BTreeMap<String, Value>,
+    /// Memory of its VMs, MiB: half a gigabyte for each of several guests at once would be this host's all.
+    ram: u64,
 }
 
-impl Flow<'_> {
+/// What the agents of its VMs do between the calls.
+pub trait Agents {
+    /// Before the call, of which ours are the arguments.
+    fn before(&mut self, method: &str, arguments: &Value);
+    /// After it.
+    fn after(&mut self, method: &str, arguments: &Value, result: &Value);
+}
+
+/// Those of guests that have none.
+struct NoAgents;
+
+impl Agents for NoAgents {
+    fn before(&mut self, _: &str, _: &Value) {}
+    fn after(&mut self, _: &str, _: &Value, _: &Value) {}
+}
+
+impl<'a> Flow<'a> {
+    /// One on a host with the bridges of the recordings.
+    pub fn new(host: &'a Host, ask: &'a dyn Fn(&str) -> Answer, ram: u64) -> Self {
+        Self { host, ask, ours: BTreeMap::new(), ram }
+    }
+
+    /// The same, in which a recorded cid means something that is there.
+    pub fn knows(mut self, recorded: &str, ours: &impl ToString) -> Self {
+        self.ours.insert(recorded.to_owned(), json!(ours.to_string()));
+        self
+    }
+
+    /// Replays the recording `name`.
+    pub fn replay(mut self, name: &str, agents: &mut dyn Agents) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/requests/{name}.jsonl"));
+        for line in fs::read_to_string(path).unwrap().lines() {
+            let recorded: Value = serde_json::from_str(line).unwrap();
+            let (method, answer) = self.ask(&recorded, agents);
+            check(&method, &recorded["request"], &answer);
+            if matches!(method.as_str(), "has_vm" | "has_disk") {
+                assert_eq!(*answer.result(), recorded["response"]["result"], "{line}");
+            }
+        }
+    }
+
     /// Replaces a recorded cid by ours, making the thing if this flow did not.
     fn replace(&mut self, recorded: &mut Value, kind: &str, exists: bool) {
         let Some(name) = recorded.as_str().map(str::to_owned) else { return };
@@ -52,8 +95,7 @@ impl Flow<'_> {
     }
 
     /// Asks the CPI what was recorded, word for word but for cids and the stemcell's path.
-    fn ask(&mut self, line: &str) -> (String, Answer) {
-        let recorded: Value = serde_json::from_str(line).unwrap();
+    fn ask(&mut self, recorded: &Value, agents: &mut dyn Agents) -> (String, Answer) {
         let (mut request, response) = (recorded["request"].clone(), &recorded["response"]);
         let method = request["method"].as_str().unwrap().to_owned();
         let arguments = &mut request["arguments"];
@@ -69,8 +111,7 @@ impl Flow<'_> {
             "create_vm" => {
                 let disks = arguments[4].as_array_mut().unwrap();
                 disks.iter_mut().for_each(|disk| self.replace(disk, "disk", true));
-                // Half a gigabyte for each of several guests at once would be this host's all.
-                arguments[2]["ram"] = json!(64);
+                arguments[2]["ram"] = json!(self.ram);
             }
             "detach_disk" => {
                 // Attached by this flow or by one before it.
@@ -78,8 +119,12 @@ impl Flow<'_> {
             }
             _ => {}
         }
+        agents.before(&method, arguments);
         let answer = (self.ask)(&request.to_string());
         self.host.note(&answer.stdout);
+        if let Ok(result) = &answer.outcome {
+            agents.after(&method, &request["arguments"], result);
+        }
         if method.starts_with("create_")
             && let (Ok(result), Some(was)) = (&answer.outcome, created(&response["result"]))
         {
@@ -118,16 +163,7 @@ fn check(method: &str, request: &Value, answer: &Answer) {
 fn replay(name: &str, host: &Host, ask: &dyn Fn(&str) -> Answer) {
     host.bridge("br0");
     host.bridge("br1");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/requests/{name}.jsonl"));
-    let mut flow = Flow { host, ask, ours: BTreeMap::new() };
-    for line in fs::read_to_string(path).unwrap().lines() {
-        let recorded: Value = serde_json::from_str(line).unwrap();
-        let (method, answer) = flow.ask(line);
-        check(&method, &recorded["request"], &answer);
-        if matches!(method.as_str(), "has_vm" | "has_disk") {
-            assert_eq!(*answer.result(), recorded["response"]["result"], "{line}");
-        }
-    }
+    Flow::new(host, ask, 64).replay(name, &mut NoAgents);
 }
 
 macro_rules! flows {

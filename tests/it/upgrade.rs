@@ -13,6 +13,7 @@ use bosh_qemu_cpi::host::uids;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::disk_metadata::metadata;
 use crate::disks::{in_qemu, is_plugged};
 use crate::support::answer::{Answer, run};
 use crate::support::host::{GUEST, Host, gone, request, vm_cid};
@@ -107,7 +108,9 @@ fn what_the_first_version_left_is_used_as_if_it_was_ours() {
     host.ok("attach_disk", &json!([vm, free]));
     host.ok("detach_disk", &json!([vm, attached]));
     host.ok("resize_disk", &json!([attached, 9]));
+    assert_eq!(metadata(host, attached), json!({"owner": "db/0"}));
     host.ok("set_disk_metadata", &json!([attached, {"owner": "db/1"}]));
+    assert_eq!(metadata(host, attached), json!({"owner": "db/1"}));
     let snapshot = host.ok("snapshot_disk", &json!([attached, {}]));
     host.ok("update_disk", &json!([attached, 9, {"format": "raw"}]));
     assert_eq!(record(host, attached).image(), "disk-1.raw");

@@ -1,24 +1,36 @@
 //! Small things that belong to nothing.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::{Audit, Kind};
+use crate::cpi::leftovers;
 use crate::error::Result;
 use crate::store::{Rank, atomic};
 
-/// A file that is being written is replaced within milliseconds.
+/// A file that is being written is replaced within milliseconds, or when a guest has let go of a disk.
 const ABANDONED: Duration = Duration::from_secs(60);
 
 impl Audit<'_> {
     pub(super) fn debris(&mut self) -> Result<()> {
         self.locks()?;
         for path in self.cpi.store.temporary_files()? {
-            if is_abandoned(&path) {
+            if is_abandoned(&path) && !self.is_worked_on(&path)? {
                 self.found(Kind::Orphan, &path.display(), "it was never finished", || atomic::remove_file(&path));
             }
         }
         Ok(())
+    }
+
+    /// Whether a call works on the object in whose directory the file is. A detach_disk has what it will write in the end
+    /// on the filesystem while it waits for the guest.
+    fn is_worked_on(&self, file: &Path) -> Result<bool> {
+        let object = file.parent().and_then(Path::file_name).and_then(OsStr::to_str);
+        match object.and_then(leftovers::lock_of) {
+            Some((rank, lock)) => Ok(self.idle(rank, lock)?.is_none()),
+            None => Ok(false),
+        }
     }
 
     /// Locks of objects that are gone. A VM's is the last of what names it.

@@ -15,8 +15,8 @@ impl Audit<'_> {
         self.each::<SnapshotRecord>(Rank::Snapshot)?;
         self.each::<DiskRecord>(Rank::Disk)?;
         self.each::<VmRecord>(Rank::Vm)?;
-        self.notes()?;
-        self.copies()
+        self.copies()?;
+        self.notes()
     }
 
     /// Copies of disks that were cut short: the next call on the disk would settle them.
@@ -81,7 +81,8 @@ impl Audit<'_> {
         }
     }
 
-    /// Creates that were cut short before there was a record, or after it was whole.
+    /// Creates that were cut short before there was a record, or after it was whole. What else is noted, a copy of a disk,
+    /// was found before.
     fn notes(&mut self) -> Result<()> {
         for name in self.cpi.notes() {
             let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };

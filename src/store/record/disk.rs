@@ -54,8 +54,8 @@ pub struct DiskRecord {
     pub limits: Limits,
     /// The disk type's cloud properties.
     pub cloud_properties: Map<String, Value>,
-    /// What set_disk_metadata said last.
-    #[serde(default)]
+    /// What set_disk_metadata said, as the first versions kept it: see [`crate::store::Store::disk_metadata`].
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub metadata: Map<String, Value>,
     /// Fields of a newer version.
     #[serde(flatten)]

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::os::unix::process::ExitStatusExt;
 
-use bosh_qemu_cpi::cid::{Cid, DiskCid, StemcellCid, VmCid};
+use bosh_qemu_cpi::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use bosh_qemu_cpi::store::record::StemcellRecord;
-use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, SnapshotRecord, VmRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -31,6 +31,17 @@ pub struct Vm {
     pub restarted_by: Option<i32>,
 }
 
+/// What must be true of a disk, and of a snapshot.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// MiB.
+    pub size: u64,
+    pub format: &'static str,
+    /// What its first MiB is full of; there is nothing behind it.
+    pub data: u8,
+    pub metadata: Value,
+}
+
 /// Whether a VM runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Power {
@@ -46,7 +57,8 @@ pub struct Lab {
     pub host: Host,
     pub stemcells: BTreeSet<StemcellCid>,
     pub vms: BTreeMap<VmCid, Vm>,
-    pub disks: BTreeSet<DiskCid>,
+    pub disks: BTreeMap<DiskCid, Disk>,
+    pub snapshots: BTreeMap<SnapshotCid, Disk>,
     /// What was deleted, and must stay so.
     pub gone: BTreeSet<String>,
     /// The VM whose start, stop or removal was killed: whether it runs is not known until it is called again.
@@ -66,7 +78,8 @@ impl Lab {
             host,
             stemcells: [stemcell].into(),
             vms: BTreeMap::new(),
-            disks: BTreeSet::new(),
+            disks: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             gone: BTreeSet::new(),
             unsettled: None,
             killed: 0,
@@ -183,8 +196,14 @@ impl Lab {
         );
         self.remove_unknown::<DiskRecord>(
             "delete_disk",
-            |lab, cid| lab.disks.contains(cid),
+            |lab, cid| lab.disks.contains_key(cid),
             &store.list::<DiskRecord>().unwrap(),
+        );
+        let snapshots = store.list::<SnapshotRecord>().unwrap();
+        self.remove_unknown::<SnapshotRecord>(
+            "delete_snapshot",
+            |lab, cid| lab.snapshots.contains_key(cid),
+            &snapshots,
         );
         let stemcells = store.list::<StemcellRecord>().unwrap();
         self.remove_unknown::<StemcellRecord>("delete_stemcell", |lab, cid| lab.stemcells.contains(cid), &stemcells);
@@ -206,14 +225,19 @@ impl Lab {
         assert_eq!(self.unsettled, None, "every step settles what it began");
         let store = self.host.store();
         same("stemcells", store.list::<StemcellRecord>().unwrap(), self.stemcells.iter().cloned());
-        same("disks", store.list::<DiskRecord>().unwrap(), self.disks.iter().cloned());
-        let listed = vm_list(&self.host);
+        same("disks", store.list::<DiskRecord>().unwrap(), self.disks.keys().cloned());
+        same("snapshots", store.list::<SnapshotRecord>().unwrap(), self.snapshots.keys().cloned());
+        // On a host that is busy, one that is well may take longer than it is given.
+        let listed = eventually("every QEMU answers", || {
+            let listed = vm_list(&self.host);
+            listed.as_array().unwrap().iter().all(|line| line["state"] != "silent").then_some(listed)
+        });
         let cid = |line: &Value| line["cid"].as_str().unwrap().parse::<VmCid>().unwrap();
         same("VMs", listed.as_array().unwrap().iter().map(cid), self.vms.keys().cloned());
         for line in listed.as_array().unwrap() {
             self.check_vm(&cid(line), line);
         }
-        for disk in &self.disks {
+        for disk in self.disks.keys() {
             assert_eq!(self.host.ok("has_disk", &json!([disk])), true, "{disk}");
             let record = store.read::<DiskRecord>(disk).unwrap().unwrap();
             assert_eq!(record.phase, Phase::Ready);
@@ -223,7 +247,7 @@ impl Lab {
         }
         for cid in &self.gone {
             let method = if cid.starts_with("vm-") { "has_vm" } else { "has_disk" };
-            if !cid.starts_with("stemcell-") {
+            if !cid.starts_with("stemcell-") && !cid.starts_with("snap-") {
                 assert_eq!(self.host.ok(method, &json!([cid])), false, "{cid} came back");
             }
         }

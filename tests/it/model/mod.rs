@@ -2,7 +2,8 @@
 //!
 //! Each step is one thing a Director, an operator or bad luck does. A third of the calls are killed at one of their crash
 //! points; then, often, something else happens before the call is repeated or taken back, as a Director would. After every step
-//! the host must be what the model says: asked through has_vm, has_disk, get_disks, `vm list`, the records and QEMU itself.
+//! the host must be what the model says: asked through has_vm, has_disk, get_disks, `vm list`, the records and QEMU itself;
+//! disks and snapshots have the data that was written.
 //!
 //! A step draws its chances from the seed and its own number, so a run can be repeated:
 //!
@@ -10,8 +11,9 @@
 //! BOSH_QEMU_CPI_MODEL_SEED=7 BOSH_QEMU_CPI_MODEL_STEPS=500 cargo nextest run --no-capture model::
 //! ```
 //!
-//! A new verb is a function in [`steps`] and a line in its table; what it changes goes into [`lab::Lab`].
+//! A new verb is a function in [`steps`] or [`disks`] and a line in the table of the former; what it changes goes into [`lab::Lab`].
 
+mod disks;
 mod lab;
 mod random;
 mod steps;

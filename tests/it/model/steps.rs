@@ -5,7 +5,8 @@ use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use super::lab::{Lab, Power, SLOTS};
+use super::disks;
+use super::lab::{Disk, Lab, Power, SLOTS};
 use super::random::Random;
 use crate::support::answer::Failure;
 use crate::support::host::{eventually, gone, vm_cid};
@@ -23,7 +24,13 @@ const STEPS: &[(u64, Step)] = &[
     (8, attach_disk),
     (6, detach_disk),
     (2, set_vm_metadata),
-    (1, set_disk_metadata),
+    (1, disks::set_disk_metadata),
+    (3, disks::data_is_written),
+    (2, disks::resize_disk),
+    (2, disks::update_disk),
+    (2, disks::snapshot_disk),
+    (1, disks::delete_snapshot),
+    (1, disks::restore),
     (1, create_stemcell),
     (1, delete_stemcell),
     (2, |lab, random| qemu_dies(lab, random, None)),
@@ -35,7 +42,7 @@ const STEPS: &[(u64, Step)] = &[
 
 /// The most there are at a time: guests are emulated.
 const MOST_VMS: usize = 4;
-const MOST_DISKS: usize = 6;
+pub const MOST_DISKS: usize = 6;
 const MOST_STEMCELLS: usize = 3;
 
 /// One of the steps.
@@ -60,7 +67,7 @@ fn settled(lab: &mut Lab, random: &mut Random, method: &str, arguments: &Value) 
 }
 
 /// What may happen between a call that was killed and the next one.
-fn meanwhile(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
+pub fn meanwhile(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
     match random.next() % 6 {
         0 => qemu_dies(lab, random, vm),
         1 => supervisor_dies(lab, random, vm),
@@ -75,7 +82,7 @@ fn meanwhile(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
     }
 }
 
-fn must_refuse(outcome: Result<Value, Failure>, why: &str) {
+pub fn must_refuse(outcome: Result<Value, Failure>, why: &str) {
     let failure = outcome.expect_err(why);
     assert!(failure.message.contains(why), "{why:?} in {failure:?}");
 }
@@ -85,7 +92,7 @@ fn a_vm(lab: &Lab, random: &mut Random) -> Option<VmCid> {
 }
 
 fn a_disk(lab: &Lab, random: &mut Random) -> Option<DiskCid> {
-    random.pick(lab.disks.iter().cloned())
+    random.pick(lab.disks.keys().cloned())
 }
 
 fn create_vm(lab: &mut Lab, random: &mut Random) {
@@ -125,7 +132,10 @@ fn create_disk(lab: &mut Lab, random: &mut Random) {
     }
     let disk = |made: &Value| made.as_str().unwrap().parse().unwrap();
     match lab.attempt(random, "create_disk", &json!([8, {}, null])) {
-        Some(made) => drop(lab.disks.insert(disk(&made.expect("create_disk")))),
+        Some(made) => {
+            let new = Disk { size: 8, format: "qcow2", data: 0, metadata: json!({}) };
+            lab.disks.insert(disk(&made.expect("create_disk")), new);
+        }
         None => {
             meanwhile(lab, random, None);
             lab.remove_strays();
@@ -173,7 +183,8 @@ fn attach_disk(lab: &mut Lab, random: &mut Random) {
         Some(why) => must_refuse(outcome, why),
         None => {
             assert_eq!(outcome.expect("attach_disk")["path"], format!("/dev/disk/by-id/virtio-{disk}"));
-            lab.vms.get_mut(&vm).unwrap().disks.insert(disk);
+            lab.vms.get_mut(&vm).unwrap().disks.insert(disk.clone());
+            disks::check_data(lab, &disk);
         }
     }
 }
@@ -185,6 +196,7 @@ fn detach_disk(lab: &mut Lab, random: &mut Random) {
     let disk = if random.one_in(6) { a_disk(lab, random).unwrap_or(disk) } else { disk };
     settled(lab, random, "detach_disk", &json!([vm, disk])).expect("detach_disk");
     lab.vms.get_mut(&vm).unwrap().disks.remove(&disk);
+    disks::check_data(lab, &disk);
 }
 
 fn set_vm_metadata(lab: &mut Lab, random: &mut Random) {
@@ -192,11 +204,6 @@ fn set_vm_metadata(lab: &mut Lab, random: &mut Random) {
     let name = format!("job/{}", random.next() % 100);
     settled(lab, random, "set_vm_metadata", &json!([vm, {"name": name}])).expect("set_vm_metadata");
     lab.vms.get_mut(&vm).unwrap().name = Some(name);
-}
-
-fn set_disk_metadata(lab: &mut Lab, random: &mut Random) {
-    let Some(disk) = a_disk(lab, random) else { return };
-    settled(lab, random, "set_disk_metadata", &json!([disk, {"owner": "model"}])).expect("set_disk_metadata");
 }
 
 fn create_stemcell(lab: &mut Lab, random: &mut Random) {

@@ -65,11 +65,11 @@ pub fn assert_pattern_in(host: &Host, path: &Path, disk: &DiskRecord) {
     }
 }
 
-/// Writes to the disk as its guest would, through its device.
+/// Writes to the disk as its guest would, through its device; or reads.
 pub fn guest_writes(host: &Host, vm: &VmCid, disk: &DiskCid, command: &str) {
     let line = format!("qemu-io -d /machine/peripheral/{disk}/virtio-backend \"{command}\"");
     let said = host.qmp(vm, "human-monitor-command", &json!({"command-line": line})).unwrap();
-    assert!(!said.to_string().contains("rror"), "{said}");
+    assert!(!["rror", "failed"].iter().any(|word| said.to_string().contains(word)), "{command}: {said}");
 }
 
 /// What QEMU says of the node the disk's device is on; `None` if it is not plugged in.

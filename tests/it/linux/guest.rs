@@ -1,0 +1,136 @@
+//! The guest of the test stemcell and its stand-in for the agent, which answers over its network.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::cid::{DiskCid, VmCid};
+use serde_json::{Value, json};
+
+use crate::support::host::{Host, gone, text, vm_cid};
+use crate::support::netns::Namespace;
+use crate::support::skip;
+
+/// Emulated on two cores that other tests use, too.
+const BOOT: Duration = Duration::from_secs(300);
+
+/// The made stemcell, or the reason why there is none.
+pub fn stemcell_dir() -> Option<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/stemcell");
+    if dir.join("image").exists() {
+        return Some(dir);
+    }
+    skip("no Linux stemcell in target/stemcell: ./test makes it");
+    None
+}
+
+/// Imports it.
+pub fn import(host: &Host, dir: &Path) -> String {
+    let properties: Value = serde_json::from_slice(&std::fs::read(dir.join("stemcell.json")).unwrap()).unwrap();
+    text(&host.ok("create_stemcell", &json!([dir.join("image"), properties])))
+}
+
+/// What an agent must be told, without which none starts: a message bus.
+pub fn agent() -> Value {
+    json!({"mbus": "https://mbus:password@0.0.0.0:6868"})
+}
+
+/// A network of which the guest is number 5.
+pub fn network(third: u8) -> Value {
+    json!({
+        "type": "manual", "ip": format!("10.99.{third}.5"), "netmask": "255.255.255.0",
+        "gateway": format!("10.99.{third}.1"), "dns": [format!("10.99.{third}.1")],
+    })
+}
+
+/// What a guest answers to a GET, if it answers.
+pub fn ask_from(namespace: &Namespace, address: &str, path: &str) -> std::io::Result<Value> {
+    namespace.run(|| {
+        let address: SocketAddr = address.parse().unwrap();
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or(("", &answer));
+        if !head.contains(" 200 ") {
+            return Err(std::io::Error::other(answer));
+        }
+        serde_json::from_str(body).map_err(std::io::Error::other)
+    })
+}
+
+/// A VM with this guest.
+pub struct Guest<'a> {
+    host: &'a Host,
+    pub vm: VmCid,
+    /// Where its agent listens.
+    address: String,
+    /// How often it said that it is ready.
+    boots: usize,
+}
+
+impl<'a> Guest<'a> {
+    /// The guest of a VM that was made with this address.
+    pub fn new(host: &'a Host, vm: VmCid, address: &str) -> Self {
+        Self { host, vm, address: format!("{address}:8080"), boots: 0 }
+    }
+
+    /// One on a network of its own, booted.
+    pub fn boot(host: &'a Host, stemcell: &str) -> Self {
+        let mut lan = network(0);
+        lan["default"] = json!(["dns", "gateway"]);
+        let properties = json!({"ram": 256, "ephemeral_disk": 256, "root_disk": 512});
+        let arguments = json!(["agent-1", stemcell, properties, {"lan": lan}, [], {"bosh": {"password": "*"}}]);
+        let mut guest = Self::new(host, vm_cid(&host.ok("create_vm", &arguments)), "10.99.0.5");
+        guest.booted();
+        guest
+    }
+
+    /// Waits until it has booted once more and answers over its network. Each try ends by itself: a refused connection at
+    /// once, a guest that is not there after two seconds.
+    pub fn booted(&mut self) {
+        self.boots += 1;
+        self.host.sees_within(&self.vm, "GUEST-READY", self.boots, BOOT);
+        let deadline = Instant::now() + BOOT;
+        while let Err(error) = self.ask("/ping") {
+            assert!(Instant::now() < deadline, "the guest does not answer: {error}");
+        }
+    }
+
+    fn ask(&self, path: &str) -> std::io::Result<Value> {
+        ask_from(self.host.namespace(), &self.address, path)
+    }
+
+    /// The answer of one that is up.
+    pub fn get(&self, path: &str) -> Value {
+        self.ask(path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// Has it do something with a disk, which it waits for as the agent does: a hot-plug takes it a moment.
+    pub fn disk(&self, disk: &DiskCid, action: &str) -> Value {
+        self.get(&format!("/disk/{disk}/{action}"))["value"].clone()
+    }
+
+    /// The disks it sees by their serials, and their sizes in bytes. It takes seconds to tell.
+    pub fn disks(&self) -> BTreeMap<String, u64> {
+        let disks = self.get("/disks");
+        let disk = |disk: &Value| (text(&disk["serial"]), disk["bytes"].as_u64().unwrap());
+        disks.as_array().unwrap().iter().map(disk).collect()
+    }
+
+    /// Has it mount a disk and grow its filesystem; how many MiB that has then.
+    pub fn grow(&self, disk: &DiskCid) -> u64 {
+        text(&self.disk(disk, "grow")).parse().unwrap()
+    }
+
+    /// Has it power itself off, and waits until it is.
+    pub fn power_off(&self) {
+        let supervisor = self.host.supervisor(&self.vm).expect("a supervisor");
+        self.get("/poweroff");
+        gone(&supervisor);
+        assert!(self.host.qemu(&self.vm).is_none());
+    }
+}

@@ -1,0 +1,161 @@
+//! A real Linux guest: its udev finds disks by serial, its filesystem keeps data, its network is what was asked for.
+//!
+//! The guest is the test stemcell of `scripts/make-stemcell`, which `./test` makes. Emulated, it takes some ten seconds
+//! to boot.
+
+mod flows;
+mod guest;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid};
+use serde_json::{Value, json};
+
+use self::guest::{Guest, agent, import, network, stemcell_dir};
+use crate::support::host::{Host, eventually, text, vm_cid};
+
+fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
+    text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()
+}
+
+#[test]
+fn data_survives_detaching_rebooting_and_what_the_director_does() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(host) = Host::with(json!({"agent": agent()})) else { return };
+    let stemcell = import(&host, &dir);
+    let mut guest = Guest::boot(&host, &stemcell);
+    assert_eq!(guest.get("/ping")["agent_id"], "agent-1");
+
+    let first = disk(&host, 64, &json!({}));
+    let second = disk(&host, 32, &json!({"format": "raw"}));
+    // The second before the first: letters follow the order of plugging, serials do not.
+    for cid in [&second, &first] {
+        let hint = host.ok("attach_disk", &json!([guest.vm, cid]));
+        assert_eq!(hint["path"], format!("/dev/disk/by-id/virtio-{cid}"));
+        guest.disk(cid, "format");
+        guest.disk(cid, &format!("write?text={cid}"));
+        guest.disk(cid, "unmount");
+    }
+    let seen = guest.disks();
+    assert_eq!([first.as_str(), second.as_str(), "root"].map(|serial| seen[serial] >> 20), [64, 32, 512]);
+
+    host.ok("detach_disk", &json!([guest.vm, second]));
+    host.ok("reboot_vm", &json!([guest.vm]));
+    guest.booted();
+    assert_eq!(guest.disk(&first, "read"), first.as_str(), "after a reboot");
+
+    let (guest, larger) = flows::bigger_disk(&host, &stemcell, guest, &first);
+    assert_eq!(guest.disk(&larger, "read"), first.as_str());
+    let guest = flows::resize(&host, guest, &second);
+    flows::hot_swap(&host, &stemcell, guest, &larger);
+}
+
+#[test]
+fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(host) = Host::with(json!({"agent": agent()})) else { return };
+    let guest = Guest::boot(&host, &import(&host, &dir));
+    let cid = disk(&host, 64, &json!({}));
+    host.ok("attach_disk", &json!([guest.vm, cid]));
+    guest.disk(&cid, "format");
+    guest.disk(&cid, "write?text=before");
+    // From here on mounted all the time.
+    let mib = |cid: &DiskCid| guest.disks().get(cid.as_str()).map(|bytes| bytes >> 20);
+    host.ok("resize_disk", &json!([cid, 96]));
+    eventually("the guest sees the new size", || (mib(&cid) == Some(96)).then_some(()));
+    let snapshot = text(&host.ok("snapshot_disk", &json!([cid, {}])));
+    guest.disk(&cid, "write?text=after");
+    host.ok("update_disk", &json!([cid, 128, {"format": "raw"}]));
+    eventually("the guest sees the size after the copy", || (mib(&cid) == Some(128)).then_some(()));
+    assert_eq!(guest.disk(&cid, "read"), "after");
+    guest.disk(&cid, "write?text=on-the-copy");
+
+    let output = host.cpi().args(["disk", "restore", &snapshot]).output().unwrap();
+    let restored: DiskCid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+    host.ok("attach_disk", &json!([guest.vm, restored]));
+    assert_eq!(guest.disk(&restored, "read"), "before");
+    assert_eq!(mib(&restored), Some(96));
+    assert_eq!(guest.disk(&cid, "read"), "on-the-copy");
+    for cid in [&cid, &restored] {
+        guest.disk(cid, "unmount");
+        host.ok("detach_disk", &json!([guest.vm, cid]));
+        host.ok("attach_disk", &json!([guest.vm, cid]));
+    }
+    assert_eq!(guest.disk(&cid, "read"), "on-the-copy");
+    guest.disk(&cid, "unmount");
+}
+
+#[test]
+fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
+    let Some(dir) = stemcell_dir() else { return };
+    let networks = json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
+    let Some(host) = Host::with(json!({"networks": networks, "agent": agent()})) else { return };
+    let stemcell = import(&host, &dir);
+    let (mut zeta, mut alpha) = (network(0), network(1));
+    zeta["default"] = json!(["dns", "gateway"]);
+    alpha["cloud_properties"] = json!({"name": "back"});
+    // Written out, because the order of keys counts: zeta first.
+    let vip = r#"{"type":"vip","ip":"198.51.100.7"}"#;
+    let text = format!(r#"{{"zeta":{zeta},"pub":{vip},"alpha":{alpha}}}"#);
+    // With two CPUs, each card has two queues.
+    let properties = json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512});
+    let arguments = format!(r#"["agent-1","{stemcell}",{properties},{text},[],{{}}]"#);
+    let context = r#"{"director_uuid":"deadbeef"}"#;
+    let request = format!(r#"{{"method":"create_vm","arguments":{arguments},"context":{context},"api_version":2}}"#);
+    let vm = vm_cid(host.ask(&request).result());
+    let mut guest = Guest::new(&host, vm, "10.99.0.5");
+    guest.booted();
+
+    let seen = guest.get("/net");
+    let nics = seen["interfaces"].as_array().unwrap();
+    let nic = |name: &str| nics.iter().find(|nic| nic["name"] == name).unwrap_or_else(|| panic!("no {name}: {seen}"));
+    let record = host.record(&guest.vm);
+    for (index, address) in [(0, "10.99.0.5/24"), (1, "10.99.1.5/24")] {
+        let nic = nic(&format!("eth{index}"));
+        assert_eq!(nic["mac"], record.nics[index].mac.to_string());
+        assert!(nic["addresses"].as_array().unwrap().contains(&json!(address)), "{seen}");
+    }
+    assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
+}
+
+#[test]
+fn a_disk_is_the_same_whatever_becomes_of_the_guest_and_in_whatever_order_it_comes_back() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(host) = Host::with(json!({"agent": agent()})) else { return };
+    let mut guest = Guest::boot(&host, &import(&host, &dir));
+    let vm = guest.vm.clone();
+    let disks = [64, 32].map(|mib| disk(&host, mib, &json!({})));
+    let attach = |cid: &DiskCid| {
+        let hint = host.ok("attach_disk", &json!([vm, cid]));
+        assert_eq!(hint["path"], format!("/dev/disk/by-id/virtio-{cid}"));
+    };
+    for cid in &disks {
+        attach(cid);
+        guest.disk(cid, "format");
+        guest.disk(cid, &format!("write?text={cid}"));
+        guest.disk(cid, "unmount");
+    }
+    // The guest looks each up in /dev/disk/by-id; the config drive is a disk beside them.
+    let same = |guest: &Guest<'_>, when: &str| {
+        for cid in &disks {
+            assert_eq!(guest.disk(cid, "read"), cid.as_str(), "{when}");
+            guest.disk(cid, "unmount");
+        }
+        let seen = guest.disks();
+        let serials = [disks[0].as_str(), disks[1].as_str(), "root"];
+        assert_eq!(serials.map(|serial| seen[serial] >> 20), [64, 32, 512], "{when}");
+        assert!(seen["config"] > 0, "{when}");
+    };
+    same(&guest, "at first");
+    for cid in &disks {
+        host.ok("detach_disk", &json!([vm, cid]));
+    }
+    disks.iter().rev().for_each(attach);
+    same(&guest, "attached in another order");
+
+    host.qmp(&vm, "system_reset", &json!({})).unwrap();
+    guest.booted();
+    same(&guest, "after a reboot of the guest");
+
+    host.crash(&vm);
+    guest.booted();
+    same(&guest, "after a crash of QEMU");
+}
