@@ -23,7 +23,7 @@ use crate::cid::VmCid;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
-use crate::supervisor::{self, Button, Ending, ExitRecord, PowerState, power_state};
+use crate::supervisor::{self, Adoption, Button, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
 
 /// A metadata tag by which operators order starts: larger comes first.
@@ -129,8 +129,11 @@ impl Cpi {
         let (scope, config_file) = (self.scope(&vm.cid), self.config_file.as_deref());
         let deadline = Instant::now() + self.config.deadline("reboot_vm", super::default_deadline("reboot_vm"));
         if let PowerState::On(_) = power_state(&scope.paths)? {
-            let adopted = supervisor::adopt(&scope, config_file, &lock, deadline)?;
-            return Ok(if adopted { State::Adopted } else { State::Running });
+            return Ok(match supervisor::adopt(&scope, config_file, &lock, deadline)? {
+                Adoption::Needless => State::Running,
+                Adoption::Adopted => State::Adopted,
+                Adoption::Launched => State::Started,
+            });
         }
         if vm.desired == Desired::Stopped {
             return Ok(State::Off("it is wanted off".into()));

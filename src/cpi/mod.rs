@@ -94,6 +94,7 @@ impl Cpi {
             Ok(vm) => vm,
             Err(error) => return lock.retire().and(Err(error)),
         };
+        self.is_told(cid);
         let adopted = supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
         if let Err(error) = adopted {
             tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");

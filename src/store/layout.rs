@@ -8,6 +8,7 @@
 //!                     base.raw                    hard link to the stemcell's image: see below
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
+//!                     untold                      as long as nobody may have been told of the VM
 //!   disks/<cid>/      disk.json  disk.qcow2
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
 //!   disk.key                                      what encrypted disks are encrypted with
@@ -21,7 +22,7 @@
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   state                                         symlink to the state directory it goes with
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
-//!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid  untold
+//!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
 //! ```
 //!
 //! A VM links its stemcell's image instead of naming it. So a stemcell can be deleted at any time, and the image

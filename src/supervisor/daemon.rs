@@ -247,8 +247,8 @@ impl<'a> Supervisor<'a> {
         code::let_go();
         let group = Cgroup::open(self.scope.cid.as_str());
         let oom_kills = group.oom_kills();
-        let Running { mut qemu, mut monitor, mut serial } = running;
-        let (mut run, mut open, mut buffer) = (Run::default(), (true, true), vec![0; 4096]);
+        let Running { mut qemu, mut monitor, mut serial, full } = running;
+        let (mut run, mut open, mut buffer) = (Run { full, ..Run::default() }, (true, true), vec![0; 4096]);
         let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {

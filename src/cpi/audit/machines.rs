@@ -7,6 +7,7 @@ use crate::store::{Phase, Rank, VmRecord};
 use crate::supervisor::{self, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
 
+const TO_TELL: &str = "`bosh delete-vm` it, unless a Director knows it; that goes by itself if its address is wanted";
 const EXIT_LOST: &str = "move the file away: then the VM counts as crashed, and `bosh-qemu-cpi host start` starts it";
 
 impl Audit<'_> {
@@ -24,6 +25,9 @@ impl Audit<'_> {
 
     fn machine(&mut self, vm: &VmRecord) -> Result<()> {
         let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
+        if self.cpi.is_untold(vm)? {
+            self.told(Kind::Untold, &vm.cid, "its create_vm was killed before anybody was told of it", TO_TELL);
+        }
         let paths = self.cpi.store.vm(&vm.cid);
         let supervised = pidlock::holder(&paths.supervisor_pid())?.is_some();
         match power_state(&paths)? {

@@ -63,6 +63,8 @@ pub enum Kind {
     Down,
     /// A VM that runs without a supervisor.
     Unsupervised,
+    /// A VM that its Director may not know of.
+    Untold,
     /// An attach or a detach that was cut short.
     Unsettled,
     /// Something of an object that is gone.
