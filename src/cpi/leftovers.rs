@@ -129,7 +129,7 @@ impl Cpi {
             Some(_) => {}
             None => {
                 self.store.release_claims(cid)?;
-                if let Some(uid) = uids::find(self.store.state_dir(), cid)? {
+                if let Some(uid) = uids::find(self.store.state_dir(), cid) {
                     uids::release(self.store.state_dir(), cid, uid)?;
                 }
                 return self.forget(cid, &self.store.vm(cid), lock);

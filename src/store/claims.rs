@@ -14,9 +14,9 @@ use ipnetwork::IpNetwork;
 use super::Store;
 use super::atomic;
 use super::lock::{Guard, Rank};
-use super::record::Segment;
+use super::record::{Segment, VmRecord};
 use crate::cid::{Cid, VmCid};
-use crate::error::{IoContext, Result};
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::link_name::LinkName;
 use crate::ranges::Protocol;
 
@@ -67,7 +67,7 @@ impl Store {
     /// Works on the claims while nobody else does.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) if that can not be had until `deadline`; those of `work`.
+    /// [`ErrorKind::Timeout`] if that can not be had until `deadline`; those of `work`.
     pub fn with_claims<T>(&self, deadline: Instant, work: impl FnOnce(&mut Claims<'_>) -> Result<T>) -> Result<T> {
         let mut claims = self.claims(deadline)?;
         let done = work(&mut claims);
@@ -92,17 +92,41 @@ impl Store {
 
     /// Everything that is claimed, and by whom. Names that are no claims are somebody else's and left out.
     pub fn claimed(&self) -> Result<Vec<(Claim, VmCid)>> {
-        let dir = self.claims_dir();
-        let entries = match dir.read_dir() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.at("list", &dir)?,
+        let claims = self.read_claims()?.into_iter();
+        Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.ok()?))).collect())
+    }
+
+    /// The claims that do not say whose they are.
+    pub fn damaged_claims(&self) -> Result<Vec<(Claim, Error)>> {
+        let claims = self.read_claims()?.into_iter();
+        Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.err()?))).collect())
+    }
+
+    fn read_claims(&self) -> Result<Vec<(Claim, Result<VmCid>)>> {
+        let names = atomic::names(&self.claims_dir())?;
+        let claim = |name: &String| {
+            let claim = Claim::parse(name)?;
+            let holder = self.claimant(&claim).transpose()?;
+            Some((claim, holder))
         };
-        let claim = |entry: std::fs::DirEntry| {
-            let claim = Claim::parse(entry.file_name().to_str()?)?;
-            let holder = std::fs::read_link(entry.path()).ok()?;
-            Some((claim, VmCid::parse(holder.to_str()?).ok()?))
+        Ok(names.iter().filter_map(claim).collect())
+    }
+
+    /// Whose the claim is; `None` if there is none.
+    fn claimant(&self, claim: &Claim) -> Result<Option<VmCid>> {
+        let path = self.claims_dir().join(claim.name());
+        let damaged = |why: &str| {
+            Error::new(ErrorKind::Corrupt, format!("claim '{}' does not say whose it is: {why}", path.display()))
+                .hint("it is a link whose text is the VM's cid: correct it, or remove it if no VM has what it is for")
         };
-        Ok(entries.flatten().filter_map(claim).collect())
+        match std::fs::read_link(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(damaged(&error.to_string())),
+            Ok(text) => {
+                let vm = text.to_str().and_then(|text| VmCid::parse(text).ok());
+                vm.map(Some).ok_or_else(|| damaged("its text is no cid"))
+            }
+        }
     }
 
     /// Gives back everything `vm` has claimed.
@@ -119,15 +143,16 @@ impl Store {
 
 impl Claims<'_> {
     /// The VM that has what `wanted` would take a part of.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if a claim does not say whose it is: it may be a VM's that runs.
     pub fn holder(&mut self, wanted: &Claim) -> Result<Option<VmCid>> {
         while let Some(at) = self.held.iter().position(|held| held.meets(wanted)) {
-            let path = self.path(&self.held[at]);
-            let holder = std::fs::read_link(&path).at("read", &path)?;
-            let holder = holder.to_str().and_then(|text| VmCid::parse(text).ok());
+            let holder = self.store.claimant(&self.held[at])?;
             if let Some(vm) = holder.filter(|vm| self.exists(vm)) {
                 return Ok(Some(vm));
             }
-            atomic::remove_file(&path)?;
+            atomic::remove_file(&self.path(&self.held[at]))?;
             self.held.remove(at);
         }
         Ok(None)
@@ -144,6 +169,20 @@ impl Claims<'_> {
         symlink(vm.as_str(), &path).at("claim with", &path)?;
         self.held.push(wanted);
         Ok(())
+    }
+
+    /// Has what is `vm`'s by its record be so by name again, whatever is in the place of the name now. The VM that has
+    /// claimed it instead, if there is one.
+    pub fn restore(&mut self, vm: &VmCid, claim: &Claim) -> Result<Option<VmCid>> {
+        if self.store.claimant(claim).is_err() {
+            atomic::remove_file(&self.path(claim))?;
+            self.held.retain(|held| held != claim);
+        }
+        match self.holder(claim)? {
+            Some(holder) if holder == *vm => Ok(None),
+            Some(other) => Ok(Some(other)),
+            None => self.take(vm, claim.clone()).map(|()| None),
+        }
     }
 
     /// The VMs that have addresses on the wire.
@@ -167,6 +206,25 @@ impl Claim {
     /// The claim of a block on the segment's wire.
     pub fn block(segment: &Segment, block: IpNetwork) -> Self {
         Self::Addresses { wire: wire(segment), block }
+    }
+
+    /// Everything that the record of a VM says it has.
+    pub fn all_of(vm: &VmRecord) -> Vec<Self> {
+        let mut all = Vec::new();
+        for (nic, rules) in vm.nics.iter().filter_map(|nic| Some((nic, nic.rules.as_ref()?))) {
+            if let Some((_, segment)) = nic.tap() {
+                all.extend(rules.addresses.iter().map(|block| Self::block(segment, *block)));
+            }
+            for forward in &rules.forwards {
+                let protocol = Protocol::ALL.into_iter().find(|known| known.number() == forward.protocol);
+                let ports = (forward.host..=u16::MAX).take(forward.count.into());
+                let claim = |port| Some(Self::Port { protocol: protocol?, port, address: forward.address });
+                // One port may lead to an address of each family.
+                let new: Vec<_> = ports.filter_map(claim).filter(|claim| !all.contains(claim)).collect();
+                all.extend(new);
+            }
+        }
+        all
     }
 
     /// Whether not both can be had.
@@ -204,7 +262,7 @@ impl Claim {
                 Some(Self::Addresses { wire: wire.to_owned(), block })
             }
             ["port", protocol, port, address] => {
-                let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| known.as_str() == protocol)?;
+                let protocol = Protocol::ALL.into_iter().find(|known| known.as_str() == protocol)?;
                 let address = if address == "any" { None } else { Some(address.parse().ok()?) };
                 Some(Self::Port { protocol, port: port.parse().ok()?, address })
             }

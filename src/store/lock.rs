@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::ErrorKind::{IsADirectory, NotFound};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use std::time::Instant;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::patience::within;
+use crate::store::atomic::{self, is_there};
 
 /// What a lock stands for, in the order locks are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -115,7 +117,7 @@ impl Guard {
 
     /// Removes the lock file and releases the lock: the object is gone for good.
     pub fn retire(self) -> Result<()> {
-        crate::store::atomic::remove_file(&self.path)?;
+        atomic::remove_file(&self.path)?;
         crash::point!("lock of a {} retired", self.rank.as_str());
         Ok(())
     }
@@ -132,6 +134,35 @@ impl Guard {
             file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
         if let Err(error) = signed {
             tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
+        }
+    }
+}
+
+/// A lock that nobody had when it was looked at, and nobody gets as long as this lives, unless it had no file yet. For
+/// who only looks: nothing is written.
+#[derive(Debug)]
+pub struct Glance(#[expect(dead_code, reason = "held, not read")] Option<File>);
+
+impl Glance {
+    /// Looks at the lock `path`; `None` if somebody has it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if what is there is no lock; what the filesystem says.
+    pub fn at(path: &Path) -> Result<Option<Self>> {
+        loop {
+            let file = match File::open(path) {
+                Err(error) if error.kind() == NotFound && !is_there(path) => return Ok(Some(Self(None))),
+                file => file.map_err(|error| unusable(path, error))?,
+            };
+            if file.metadata().is_ok_and(|meta| meta.is_dir()) {
+                return Err(unusable(path, IsADirectory.into()));
+            }
+            match file.try_lock_shared() {
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => return Err(Error::io("look at lock", path, error)),
+                Ok(()) if is_still_at(&file, path) => return Ok(Some(Self(Some(file)))),
+                Ok(()) => {}
+            }
         }
     }
 }
@@ -159,7 +190,19 @@ impl Drop for Guard {
 }
 
 fn open(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path).at("open lock", path)
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).map_err(|error| unusable(path, error))
+}
+
+/// Why the lock can not be opened. One that is no file was not made by us.
+fn unusable(path: &Path, error: std::io::Error) -> Error {
+    let is_none = path.symlink_metadata().is_ok_and(|meta| !meta.is_file());
+    let error = Error::io("open lock", path, error);
+    if !is_none {
+        return error;
+    }
+    error.with_kind(ErrorKind::Corrupt).hint("it is no file, as a lock is: remove it and repeat the call")
 }
 
 fn is_still_at(file: &File, path: &Path) -> bool {
@@ -220,6 +263,42 @@ mod tests {
         });
         drop(guard);
         waiter.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_look_sees_who_has_a_lock_and_makes_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.x");
+        assert!(Glance::at(&path).unwrap().is_some());
+        assert!(!path.exists(), "nothing was written");
+        let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
+        assert!(Glance::at(&path).unwrap().is_none(), "somebody has it");
+        drop(guard);
+        let glances = [Glance::at(&path).unwrap().unwrap(), Glance::at(&path).unwrap().unwrap()];
+        assert_eq!(Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(), ErrorKind::Timeout);
+        drop(glances);
+        Guard::acquire(path, Rank::Vm, soon()).unwrap().retire().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_file_is_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.x");
+        let refused = || {
+            let errors = [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), Glance::at(&path).err()];
+            errors
+                .map(|error| error.expect("refused"))
+                .iter()
+                .all(|error| error.kind() == ErrorKind::Corrupt && error.report().contains("remove it"))
+        };
+        std::fs::create_dir(&path).unwrap();
+        assert!(refused());
+        std::fs::remove_dir(&path).unwrap();
+        for target in ["vm.x", "/nonexistent/lock"] {
+            std::os::unix::fs::symlink(target, &path).unwrap();
+            assert!(refused(), "a link to {target}");
+            std::fs::remove_file(&path).unwrap();
+        }
     }
 
     #[test]

@@ -12,7 +12,9 @@ pub mod disk_key;
 pub mod disk_options;
 pub mod layout;
 pub mod lock;
+mod locks;
 pub mod nic_rules;
+mod objects;
 mod owner;
 mod pins;
 pub mod pool;
@@ -21,7 +23,7 @@ mod vm_paths;
 
 pub use disk_key::DiskKey;
 pub use layout::Store;
-pub use lock::{Brief, Guard, Rank};
+pub use lock::{Brief, Glance, Guard, Rank};
 pub use owner::Owner;
 pub use pool::Pools;
 pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};

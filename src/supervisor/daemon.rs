@@ -140,11 +140,15 @@ impl<'a> Supervisor<'a> {
             let _ = atomic::remove_dir(&scope.paths.run);
             Error::new(ErrorKind::VmNotFound, format!("VM '{}' has no record to start from", scope.cid))
         })?;
+        let mut events = CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?;
+        if let Err(error) = events.begin_line() {
+            tracing::warn!(error = error.report(), "an event may be lost");
+        }
         Ok(Self {
             scope,
             vm,
+            events,
             console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP, 0)?,
-            events: CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?,
             restarts: Restarts::default(),
             terminate: signal(SignalKind::terminate()).map_err(|e| Error::os("watch for SIGTERM", e))?,
         })

@@ -295,7 +295,7 @@ fn create_vm() {
         let vm = lab.record::<VmRecord>(&vm_cid(made));
         assert_eq!(vm.phase, Phase::Ready);
         // Else another VM would get the same.
-        assert_eq!(uids::find(lab.host.store().state_dir(), &vm.cid).unwrap(), Some(vm.uid));
+        assert_eq!(uids::find(lab.host.store().state_dir(), &vm.cid), Some(vm.uid));
         let claims = lab.host.path("state/claims").read_dir().unwrap().flatten();
         let claims = claims.filter(|claim| fs::read_link(claim.path()).unwrap() == Path::new(vm.cid.as_str()));
         assert_eq!(claims.count(), 1, "its address");

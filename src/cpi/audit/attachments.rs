@@ -23,7 +23,7 @@ impl Audit<'_> {
 
     /// Whether the disk knows who has it. The VM's record decides, but whoever wants the disk asks the disk's first.
     fn agreed(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
-        let Some(lock) = self.idle(Rank::Disk, disk)? else { return Ok(()) };
+        let Some(lock) = self.idle(Rank::Disk, disk) else { return Ok(()) };
         let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
         let record = match cpi.store.read::<DiskRecord>(disk) {
             Ok(Some(record)) => record,
@@ -72,13 +72,18 @@ impl Audit<'_> {
 
     /// An attach or a detach that was cut short.
     fn open(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
-        let Some(_lock) = self.idle(Rank::Disk, disk)? else { return Ok(()) };
-        let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
+        let Some(_lock) = self.idle(Rank::Disk, disk) else { return Ok(()) };
+        let Some(lock) = self.idle(Rank::Vm, &vm.cid) else { return Ok(()) };
         drop(lock);
         let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
-        let Some(record) = cpi.store.read::<DiskRecord>(disk)? else {
-            self.without_disk(vm, &what);
-            return Ok(());
+        let record = match cpi.store.read::<DiskRecord>(disk) {
+            Ok(Some(record)) => record,
+            Ok(None) => {
+                self.without_disk(vm, &what);
+                return Ok(());
+            }
+            // It is a finding of its own.
+            Err(_) => return Ok(()),
         };
         let mut kept = false;
         self.found(Kind::Unsettled, &what, "an attach or a detach was cut short", || {

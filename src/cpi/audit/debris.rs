@@ -27,7 +27,7 @@ impl Audit<'_> {
             if rank == Rank::Vm || self.cpi.store.is_locked_for_something(rank, &name) {
                 continue;
             }
-            let Some(lock) = self.idle(rank, &name)? else { continue };
+            let Some(lock) = self.idle(rank, &name) else { continue };
             if !self.cpi.store.is_locked_for_something(rank, &name) {
                 let what = format!("lock {}.{name}", rank.as_str());
                 self.found(Kind::Orphan, &what, "what it is for is gone", || lock.retire());

@@ -1,6 +1,6 @@
 //! VMs as far as they are processes.
 
-use super::{Audit, Kind, message};
+use super::{Audit, Kind};
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
@@ -16,15 +16,16 @@ impl Audit<'_> {
         for vm in &vms {
             if let Ok(Some(record)) = self.cpi.store.read::<VmRecord>(vm)
                 && record.phase == Phase::Ready
+                && let Err(error) = self.machine(&record)
             {
-                self.machine(&record)?;
+                self.unknown(vm, &error);
             }
         }
         Ok(())
     }
 
     fn machine(&mut self, vm: &VmRecord) -> Result<()> {
-        let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
+        let Some(hold) = self.idle(Rank::Vm, &vm.cid) else { return Ok(()) };
         if self.cpi.is_untold(vm)? {
             self.told(Kind::Untold, &vm.cid, "its create_vm was killed before anybody was told of it", TO_TELL);
         }
@@ -35,7 +36,7 @@ impl Audit<'_> {
                 let cpi = self.cpi;
                 self.found(Kind::Unsupervised, &vm.cid, "nothing watches it: it would not be restarted", || {
                     let config_file = cpi.config_file.as_deref();
-                    supervisor::adopt(&cpi.scope(&vm.cid), config_file, &lock, Self::deadline()).map(drop)
+                    supervisor::adopt(&cpi.scope(&vm.cid), config_file, hold.lock(), Self::deadline()).map(drop)
                 });
             }
             // A supervisor without a QEMU is about to start one.
@@ -43,7 +44,7 @@ impl Audit<'_> {
                 let exit = match ExitRecord::read(&paths.exit()) {
                     Ok(exit) => exit.filter(|exit| exit.run == vm.run),
                     Err(error) => {
-                        self.told(Kind::Corrupt, &vm.cid, &message(&error), EXIT_LOST);
+                        self.told(Kind::Corrupt, &vm.cid, &error.chain(), EXIT_LOST);
                         return Ok(());
                     }
                 };

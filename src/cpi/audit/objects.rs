@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Audit, Kind, message};
+use super::{Audit, Kind};
 use crate::cid::Cid;
 use crate::cpi::leftovers;
 use crate::error::{Error, ErrorKind, Result};
@@ -22,7 +22,7 @@ impl Audit<'_> {
     /// Copies of disks that were cut short: the next call on the disk would settle them.
     fn copies(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<DiskRecord>()? {
-            let Some(lock) = self.idle(Rank::Disk, &cid)? else { continue };
+            let Some(lock) = self.idle(Rank::Disk, &cid) else { continue };
             let disk = self.cpi.store.read::<DiskRecord>(&cid).ok().flatten();
             drop(lock);
             if disk.is_none_or(|disk| disk.phase != Phase::Ready || disk.leftover.is_none()) {
@@ -44,7 +44,7 @@ impl Audit<'_> {
 
     fn each<R: Record>(&mut self, rank: Rank) -> Result<()> {
         for cid in self.cpi.store.list::<R>()? {
-            let Some(lock) = self.idle(rank, &cid)? else { continue };
+            let Some(lock) = self.idle(rank, &cid) else { continue };
             match self.cpi.store.read::<R>(&cid) {
                 Ok(Some(record)) if record.phase() == Phase::Ready => {}
                 Ok(Some(record)) => {
@@ -61,7 +61,7 @@ impl Audit<'_> {
                 }
                 Err(error) => {
                     let next = "restore it from a backup; or move its directory away, and all it stands for is gone";
-                    self.told(Kind::Corrupt, &cid, &message(&error), next);
+                    self.told(Kind::Corrupt, &cid, &error.chain(), next);
                 }
             }
         }
@@ -85,7 +85,7 @@ impl Audit<'_> {
     fn notes(&mut self) -> Result<()> {
         for name in self.cpi.notes() {
             let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };
-            let Some(guard) = self.idle(rank, &lock)? else { continue };
+            let Some(guard) = self.idle(rank, &lock) else { continue };
             if self.cpi.store.is_locked_for_something(rank, &lock) {
                 drop(guard);
             } else {

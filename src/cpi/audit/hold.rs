@@ -1,0 +1,58 @@
+//! Something that nobody works on, and nobody begins to while it is looked at.
+
+use std::fmt::Display;
+use std::time::Instant;
+
+use super::Audit;
+use crate::error::{ErrorKind, Result};
+use crate::store::{Glance, Guard, Rank};
+
+/// Kept as long as the thing is looked at.
+pub(super) enum Hold {
+    /// Its lock, as who changes something must have it.
+    Lock(Guard),
+    /// For who only looks, on whatever filesystem.
+    Look(#[expect(dead_code, reason = "held, not read")] Glance),
+}
+
+impl Audit<'_> {
+    /// Holds the thing; `None` if a call works on it, or if its lock can not be used, which is a finding.
+    pub(super) fn idle(&mut self, rank: Rank, name: impl Display) -> Option<Hold> {
+        let store = &self.cpi.store;
+        let held = if self.mend {
+            store.lock(rank, &name, Instant::now()).map(|lock| Some(Hold::Lock(lock)))
+        } else {
+            store.glance(rank, &name).map(|glance| glance.map(Hold::Look))
+        };
+        match held {
+            Err(error) if error.kind() == ErrorKind::Timeout => None,
+            Err(error) => {
+                let what = format!("lock {}.{name}", rank.as_str());
+                // It is asked for more than once.
+                if !self.findings.iter().any(|finding| finding.what == what) {
+                    self.unusable(&what, &error);
+                }
+                None
+            }
+            Ok(hold) => hold,
+        }
+    }
+}
+
+impl Hold {
+    /// The lock of a thing that is mended.
+    pub(super) fn lock(&self) -> &Guard {
+        match self {
+            Self::Lock(lock) => lock,
+            Self::Look(_) => unreachable!("nothing is mended by who only looks"),
+        }
+    }
+
+    /// Releases it; a lock file that is there only for this goes, too.
+    pub(super) fn retire(self) -> Result<()> {
+        match self {
+            Self::Lock(lock) => lock.retire(),
+            Self::Look(_) => Ok(()),
+        }
+    }
+}
