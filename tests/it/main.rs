@@ -40,6 +40,7 @@ mod state_directories;
 mod storms;
 mod supervisor;
 mod support;
+mod systemd;
 mod traces;
 mod upgrade;
 mod vm_list;
