@@ -24,7 +24,7 @@ use crate::qemu::{FileNeed, blockdev, topology};
 use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
-use crate::store::{DiskRecord, Phase, Rank, VmRecord};
+use crate::store::{DiskRecord, Guard, Phase, Rank, VmRecord};
 use crate::supervisor::{PowerState, open_file, power_state};
 use crate::sys::pidlock;
 
@@ -103,33 +103,34 @@ impl Cpi {
         self.clear(vm, disk)
     }
 
-    pub(super) fn detach(&self, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<()> {
+    pub(super) fn detach(&self, vm: &VmCid, disk_cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("detach_disk");
-        self.vm(vm_cid)?;
-        let disk_lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
-        let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
-        if let Some(disk) = &mut disk {
-            self.settle_copy(disk, deadline)?;
+        self.vm(vm)?;
+        let lock = self.store.lock(Rank::Disk, disk_cid, deadline)?;
+        if let Some(mut disk) = self.store.find::<DiskRecord>(disk_cid)? {
+            self.settle_copy(&mut disk, deadline)?;
+            let (_vm_lock, mut vm) = self.part(vm, &hot_disk(&disk), disk_cid, deadline)?;
+            return self.clear(&mut vm, &mut disk);
         }
-        let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
-        let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
-        let listed = vm.attachment(disk_cid).is_some();
-        if listed {
-            self.advance(&mut vm, disk_cid, Detaching)?;
+        // There is no disk for the lock to stand for.
+        let _lock = lock.brief();
+        let (_vm_lock, mut vm) = self.part(vm, &hot_image(disk_cid, disk_cid.as_str()), disk_cid, deadline)?;
+        vm.forget_attachment(disk_cid);
+        self.store.write(&vm)
+    }
+
+    /// Has the VM let go of a disk, whose lock the caller holds: only the records still say that it has it.
+    fn part(&self, vm: &VmCid, hot: &HotDisk, disk: &DiskCid, deadline: Instant) -> Result<(Guard, VmRecord)> {
+        let (lock, mut vm) = self.locked_vm(vm, deadline)?;
+        if vm.attachment(disk).is_some() {
+            self.advance(&mut vm, disk, Detaching)?;
         }
         // Asked even when the record lists nothing: a call may have been cut short before it wrote that down.
-        if let Err(error) = self.unplug(&vm, &hot, deadline) {
-            // It stays listed as detaching: the disk is the VM's, also after a restart, but the guest may let go of it at
-            // any time.
-            return Err(error.during(format!("detach disk '{disk_cid}' from VM '{vm_cid}'")));
-        }
-        match disk {
-            Some(mut disk) => self.clear(&mut vm, &mut disk),
-            None => {
-                vm.forget_attachment(disk_cid);
-                self.store.write(&vm)?;
-                disk_lock.retire()
-            }
+        match self.unplug(&vm, hot, deadline) {
+            Ok(()) => Ok((lock, vm)),
+            // It stays listed as detaching: the disk is the VM's, also after a restart, but the guest may let go of it at any
+            // time.
+            Err(error) => Err(error.during(format!("detach disk '{disk}' from VM '{}'", vm.cid))),
         }
     }
 

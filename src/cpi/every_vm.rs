@@ -123,8 +123,10 @@ impl Cpi {
 
     fn bring_back(&self, vm: &VmRecord) -> Result<State> {
         let lock = self.store.lock(Rank::Vm, &vm.cid, Instant::now() + LOCK)?;
-        let Some(mut vm) = self.store.find::<VmRecord>(&vm.cid)?.filter(|vm| vm.phase == Phase::Ready) else {
-            return Ok(State::Off("it is being deleted".into()));
+        let mut vm = match self.store.find::<VmRecord>(&vm.cid)? {
+            Some(vm) if vm.phase == Phase::Ready => vm,
+            Some(_) => return Ok(State::Off("it is being deleted".into())),
+            None => return lock.retire().map(|()| State::Off("it was deleted".into())),
         };
         let (scope, config_file) = (self.scope(&vm.cid), self.config_file.as_deref());
         let deadline = Instant::now() + self.config.deadline("reboot_vm", super::default_deadline("reboot_vm"));

@@ -3,11 +3,13 @@
 //! A copy of a disk that is being made for an update_disk is noted in the same way: if the call is killed, QEMU goes on
 //! copying, or holds the guest's I/O back.
 //!
-//! While a create works there is a file `pending/<cid>`, made before the object's lock and removed when its record is
-//! ready, or when all of it is gone, the lock included. The next create finds those whose lock is free, and finishes the removal. In the usual case that
-//! costs one look at an empty directory, however many objects there are.
+//! While a create works there is a link `pending/<cid>`, made before the object's lock and removed when its record is
+//! ready, or when all of it is gone, the lock included. Its text is the number of the process, for who only looks. The next
+//! create finds those whose lock is free, and finishes the removal. In the usual case that costs one look at an empty
+//! directory, however many objects there are.
 
 use std::fmt::Display;
+use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -51,7 +53,10 @@ impl Cpi {
     /// Notes that there is something to finish about `cid`.
     pub(super) fn note(&self, cid: &impl Cid) -> Result<()> {
         let path = self.pending(cid);
-        std::fs::write(&path, "").at("make", &path)
+        match symlink(std::process::id().to_string(), &path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.at("make", &path),
+        }
     }
 
     /// Notes that `cid` is made, or that nothing of it is left, not even its lock.
@@ -95,7 +100,17 @@ impl Cpi {
 
     /// Whether a create of `cid` noted that it began, and not that it ended.
     pub(super) fn has_note(&self, cid: &impl Cid) -> bool {
-        self.pending(cid).exists()
+        self.is_noted(cid.as_str())
+    }
+
+    /// The same by name.
+    pub(super) fn is_noted(&self, name: &str) -> bool {
+        atomic::is_there(&self.store.pending_dir().join(name))
+    }
+
+    /// The process that made the note.
+    pub(super) fn noted_by(&self, note: &str) -> Option<i32> {
+        std::fs::read_link(self.store.pending_dir().join(note)).ok()?.to_str()?.parse().ok()
     }
 
     /// Removes one of them, or whatever is left of an object whose create or removal was cut short.
@@ -139,12 +154,12 @@ impl Cpi {
     }
 
     fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
-        let lock = self.store.lock(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
+        let lock = self.store.brief(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
         if self.store.find::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
             tracing::warn!(%cid, "removing a network whose create_network was cut short");
             self.unmake_network(cid)?;
         }
-        lock.retire()?;
+        drop(lock);
         self.settled(cid)
     }
 

@@ -232,12 +232,11 @@ impl Cpi {
     /// Removes what may be left of the taps, and the networks that nobody needs any more.
     fn unplug_nics(&self, vm: &VmRecord, deadline: Instant) -> Result<()> {
         for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
-            let network = self.store.lock(Rank::Network, &segment.bridge, deadline)?;
+            let _network = self.store.brief(Rank::Network, &segment.bridge, deadline)?;
             net::apply::remove_tap(tap)?;
             if !self.store.is_pinned(&segment.bridge) {
                 net::apply::release(segment)?;
             }
-            network.retire()?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 
 use super::Store;
 use super::atomic;
-use super::lock::{Guard, Rank};
+use super::lock::{Brief, Rank};
 use super::record::{Segment, VmRecord};
 use crate::cid::{Cid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -56,7 +56,7 @@ pub fn wire(segment: &Segment) -> String {
 pub struct Claims<'a> {
     store: &'a Store,
     held: Vec<Claim>,
-    lock: Guard,
+    _lock: Brief,
 }
 
 impl Store {
@@ -69,20 +69,17 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Timeout`] if that can not be had until `deadline`; those of `work`.
     pub fn with_claims<T>(&self, deadline: Instant, work: impl FnOnce(&mut Claims<'_>) -> Result<T>) -> Result<T> {
-        let mut claims = self.claims(deadline)?;
-        let done = work(&mut claims);
-        claims.lock.retire()?;
-        done
+        work(&mut self.claims(deadline)?)
     }
 
     fn claims(&self, deadline: Instant) -> Result<Claims<'_>> {
         let dir = self.claims_dir();
         // State directories made before there were claims have no place for them.
         atomic::make_dir(&dir)?;
-        let lock = self.lock(Rank::Claims, "all", deadline)?;
+        let lock = self.brief(Rank::Claims, "all", deadline)?;
         let names = dir.read_dir().at("list", &dir)?.flatten();
         let held = names.filter_map(|entry| Claim::parse(entry.file_name().to_str()?)).collect();
-        Ok(Claims { store: self, held, lock })
+        Ok(Claims { store: self, held, _lock: lock })
     }
 
     /// Makes the claims durable: a VM that is there after a power cut must have its own.
@@ -160,7 +157,7 @@ impl Claims<'_> {
 
     /// Whether the VM is there or is being made.
     fn exists(&self, vm: &VmCid) -> bool {
-        atomic::is_there(&self.store.vm(vm).dir) || self.store.pending_dir().join(vm).exists()
+        atomic::is_there(&self.store.vm(vm).dir) || atomic::is_there(&self.store.pending_dir().join(vm))
     }
 
     /// Takes what nobody [holds](Self::holder).
@@ -313,7 +310,7 @@ mod tests {
         let mut claims = open();
         assert_eq!(claims.holder(&claim).unwrap(), None);
         claims.take(&vm, claim.clone()).unwrap();
-        claims.lock.retire().unwrap();
+        drop(claims);
         let mut claims = open();
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
         assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));

@@ -75,9 +75,10 @@ impl DiskKey {
         // A link to nothing is a key of an operator whose filesystem is not mounted.
         let is_there = || atomic::is_there(&self.path);
         if self.ours && !is_there() {
-            let lock = store.lock(Rank::Space, "key", deadline)?;
-            let made = has_encrypted(store).and_then(|needed| if needed || is_there() { Ok(()) } else { self.make() });
-            lock.retire().and(made)?;
+            let _lock = store.brief(Rank::Space, "key", deadline)?;
+            if !is_there() && !has_encrypted(store)? {
+                self.make()?;
+            }
         }
         self.read().map(drop)
     }

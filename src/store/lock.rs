@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::ErrorKind::{IsADirectory, NotFound};
+use std::io::ErrorKind::{AlreadyExists, IsADirectory, NotFound};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -81,6 +81,7 @@ pub struct Guard {
     file: File,
     path: PathBuf,
     rank: Rank,
+    is_new: bool,
 }
 
 impl Guard {
@@ -90,8 +91,8 @@ impl Guard {
     /// [`ErrorKind::Timeout`] naming the holder's pid.
     pub fn acquire(path: PathBuf, rank: Rank, deadline: Instant) -> Result<Self> {
         HELD.with_borrow(|held| debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}"));
-        let file = loop {
-            let file = open(&path)?;
+        let (file, is_new) = loop {
+            let (file, is_new) = open(&path)?;
             let file = match file.try_lock() {
                 Ok(()) => file,
                 Err(TryLockError::WouldBlock) => wait(file, &path, deadline)?,
@@ -99,14 +100,19 @@ impl Guard {
             };
             // The holder before us may have retired the file: then we hold a lock on nothing anybody can open.
             if is_still_at(&file, &path) {
-                break file;
+                break (file, is_new);
             }
         };
         HELD.with_borrow_mut(|held| held.push(rank));
-        let guard = Self { file, path, rank };
+        let guard = Self { file, path, rank, is_new };
         guard.sign();
         crash::point!("lock of a {} taken", rank.as_str());
         Ok(guard)
+    }
+
+    /// Whether there was no file of the lock before.
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// The same lock for a process started now: it is held until both have closed it (flock(2)). So a launch keeps the
@@ -141,9 +147,14 @@ impl Guard {
 /// A lock that nobody had when it was looked at, and nobody gets as long as this lives, unless it had no file yet. For
 /// who only looks: nothing is written.
 #[derive(Debug)]
-pub struct Glance(#[expect(dead_code, reason = "held, not read")] Option<File>);
+pub struct Glance(Option<File>);
 
 impl Glance {
+    /// Whether the lock has a file.
+    pub fn has_file(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Looks at the lock `path`; `None` if somebody has it.
     ///
     /// # Errors
@@ -189,10 +200,25 @@ impl Drop for Guard {
     }
 }
 
-fn open(path: &Path) -> Result<File> {
+/// The lock's file, and whether it was made for that.
+fn open(path: &Path) -> Result<(File, bool)> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    options.open(path).map_err(|error| unusable(path, error))
+    options.read(true).write(true).mode(0o600);
+    loop {
+        match options.open(path) {
+            Err(error) if error.kind() == NotFound && !is_there(path) => {}
+            file => return file.map(|file| (file, false)).map_err(|error| unusable(path, error)),
+        }
+        match options.clone().create_new(true).open(path) {
+            // Somebody was faster.
+            Err(error) if error.kind() == AlreadyExists => {}
+            // A backup may leave out what is empty.
+            Err(error) if error.kind() == NotFound => {
+                atomic::make_dir(path.parent().expect("a lock is in a directory"))?;
+            }
+            file => return file.map(|file| (file, true)).map_err(|error| unusable(path, error)),
+        }
+    }
 }
 
 /// Why the lock can not be opened. One that is no file was not made by us.
@@ -229,10 +255,14 @@ fn still_held(path: &Path) -> Error {
 }
 
 fn holder(path: &Path) -> String {
+    last_holder(path).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
+}
+
+/// The process that signed the lock last.
+pub(super) fn last_holder(path: &Path) -> Option<i32> {
     let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(20).read_to_string(&mut text));
-    let pid = text.trim();
-    if read.is_ok() && !pid.is_empty() { pid.to_owned() } else { "unknown".to_owned() }
+    File::open(path).and_then(|file| file.take(20).read_to_string(&mut text)).ok()?;
+    text.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -278,6 +308,18 @@ mod tests {
         assert_eq!(Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(), ErrorKind::Timeout);
         drop(glances);
         Guard::acquire(path, Rank::Vm, soon()).unwrap().retire().unwrap();
+    }
+
+    #[test]
+    fn a_lock_knows_whether_it_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        // Its directory need not be.
+        let path = dir.path().join("locks/vm.x");
+        let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
+        assert!(guard.is_new());
+        drop(guard);
+        assert!(!Guard::acquire(path.clone(), Rank::Vm, later()).unwrap().is_new());
+        assert_eq!(last_holder(&path), Some(std::process::id() as i32));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::lock::{Glance, Guard, Rank};
+use super::lock::{Brief, Glance, Guard, Rank, last_holder};
 use super::{Store, atomic};
 use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::error::Result;
@@ -12,6 +12,11 @@ impl Store {
     /// Takes the lock of one object, waiting until `deadline`.
     pub fn lock(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Guard> {
         Guard::acquire(self.lock_path(rank, name), rank, deadline)
+    }
+
+    /// As [`Self::lock`], for what is locked for the moment only.
+    pub fn brief(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Brief> {
+        self.lock(rank, name, deadline).map(Guard::brief)
     }
 
     /// Looks whether nobody has the lock; `None` if somebody does. Needs no write.
@@ -48,7 +53,13 @@ impl Store {
         atomic::is_there(&self.state_dir().join(format!("{prefix}s")).join(name))
     }
 
-    fn lock_path(&self, rank: Rank, name: impl std::fmt::Display) -> PathBuf {
+    /// The process that had the lock last, or has it.
+    pub fn last_holder(&self, rank: Rank, name: impl std::fmt::Display) -> Option<i32> {
+        last_holder(&self.lock_path(rank, name))
+    }
+
+    /// The file of a lock, which need not be there.
+    pub fn lock_path(&self, rank: Rank, name: impl std::fmt::Display) -> PathBuf {
         self.state_dir().join("locks").join(format!("{}.{name}", rank.as_str()))
     }
 }

@@ -229,10 +229,13 @@ impl<'a> Supervisor<'a> {
             return Ok(None);
         }
         let lock = self.scope.store.lock(Rank::Vm, &self.scope.cid, Instant::now() + LOCK_PATIENCE)?;
-        if !self.still_ours()? {
-            return Ok(None);
+        if self.still_ours()? {
+            return Ok(Some(lock));
         }
-        Ok(Some(lock))
+        if read(self.scope)?.is_none() {
+            lock.retire()?;
+        }
+        Ok(None)
     }
 
     /// Whether the record still wants the run this supervisor is for; takes over what changed in it.

@@ -323,7 +323,7 @@ fn a_read_only_filesystem() {
         store.write(&DiskRecord { phase: Phase::Deleting, ..record }).unwrap();
     }
     let without_a_lock = "disk-aaaaaaaaaaaaaaa";
-    fs::write(store.pending_dir().join(without_a_lock), "").unwrap();
+    symlink("999999999", store.pending_dir().join(without_a_lock)).unwrap();
     let lock = fs::File::open(host.path(&format!("state/locks/disk.{busy}"))).unwrap();
     lock.lock().unwrap();
     let found = host.command(&["audit", "--json"]);

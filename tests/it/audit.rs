@@ -75,7 +75,8 @@ fn looking_writes_nothing() {
     for lock in fs::read_dir(host.path("state/locks")).unwrap() {
         fs::remove_file(lock.unwrap().path()).unwrap();
     }
-    fs::write(store.pending_dir().join("vm-aaaaaaaaaaaaaaa"), "").unwrap();
+    // Of a process that is none.
+    std::os::unix::fs::symlink("999999999", store.pending_dir().join("vm-aaaaaaaaaaaaaaa")).unwrap();
     std::os::unix::fs::symlink("vm-bbbbbbbbbbbbbbb", host.path("state/uids/1900000007")).unwrap();
     assert_eq!(audit(&host).len(), 3);
     look(&host);
@@ -320,7 +321,8 @@ fn what_belongs_to_nothing_is_removed() {
     let state = host.path("state");
     let gone = "vm-aaaaaaaaaaaaaaa";
     fs::write(state.join("locks").join(format!("vm.{gone}")), "").unwrap();
-    fs::write(state.join("locks/network.br7"), "").unwrap();
+    // Signed by a process that is none.
+    fs::write(state.join("locks/network.br7"), "999999999\n").unwrap();
     std::os::unix::fs::symlink(gone, state.join("uids/1900000007")).unwrap();
     fs::create_dir_all(state.join("vms/vm-bbbbbbbbbbbbbbb")).unwrap();
     let (old, new) = (state.join(".new-old"), state.join(".new-new"));

@@ -1,20 +1,16 @@
 //! Small things that belong to nothing.
 
-use std::path::Path;
-use std::time::{Duration, SystemTime};
-
+use super::hold::is_left;
 use super::{Audit, Kind};
 use crate::error::Result;
 use crate::store::{Rank, atomic};
-
-/// A file that is being written is replaced within milliseconds.
-const ABANDONED: Duration = Duration::from_secs(60);
 
 impl Audit<'_> {
     pub(super) fn debris(&mut self) -> Result<()> {
         self.locks()?;
         for path in self.cpi.store.temporary_files()? {
-            if is_abandoned(&path) {
+            // One that is being written is replaced within milliseconds.
+            if is_left(&path, None) {
                 self.found(Kind::Orphan, &path.display(), "it was never finished", || atomic::remove_file(&path));
             }
         }
@@ -23,21 +19,19 @@ impl Audit<'_> {
 
     /// Locks of objects that are gone. A VM's is the last of what names it.
     fn locks(&mut self) -> Result<()> {
-        for (rank, name) in self.cpi.store.locks()? {
-            if rank == Rank::Vm || self.cpi.store.is_locked_for_something(rank, &name) {
+        let store = &self.cpi.store;
+        for (rank, name) in store.locks()? {
+            let is_somethings = || store.is_locked_for_something(rank, &name) || self.cpi.is_noted(&name);
+            let is_left = || is_left(&store.lock_path(rank, &name), store.last_holder(rank, &name));
+            if rank == Rank::Vm || is_somethings() || !is_left() {
                 continue;
             }
-            let Some(lock) = self.idle(rank, &name) else { continue };
-            if !self.cpi.store.is_locked_for_something(rank, &name) {
+            let Some(hold) = self.hold(rank, &name) else { continue };
+            if hold.had_file() && !is_somethings() {
                 let what = format!("lock {}.{name}", rank.as_str());
-                self.found(Kind::Orphan, &what, "what it is for is gone", || lock.retire());
+                self.found(Kind::Orphan, &what, "what it is for is gone", || hold.retire());
             }
         }
         Ok(())
     }
-}
-
-fn is_abandoned(path: &Path) -> bool {
-    let age = |meta: std::fs::Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
-    path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED)
 }

@@ -44,8 +44,8 @@ impl Audit<'_> {
             if atomic::is_there(&self.cpi.store.vm(&vm).dir) {
                 continue;
             }
-            let locked = self.cpi.store.has_lock(Rank::Vm, &vm);
-            let Some(lock) = self.idle(Rank::Vm, &vm) else { continue };
+            let Some(lock) = self.hold(Rank::Vm, &vm) else { continue };
+            let locked = lock.had_file();
             if atomic::is_there(&self.cpi.store.vm(&vm).dir) || self.cpi.has_note(&vm) {
                 continue;
             }
@@ -168,9 +168,8 @@ impl Remains {
             apply::remove_tap(tap)?;
         }
         for bridge in &self.bridges {
-            let lock = cpi.store.lock(Rank::Network, bridge, deadline)?;
+            let _lock = cpi.store.brief(Rank::Network, bridge, deadline)?;
             apply::release_stray(bridge)?;
-            lock.retire()?;
         }
         self.rules.remove()?;
         self.group.remove()?;

@@ -1,23 +1,45 @@
 //! Something that nobody works on, and nobody begins to while it is looked at.
 
 use std::fmt::Display;
-use std::time::Instant;
+use std::fs::Metadata;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::Audit;
 use crate::error::{ErrorKind, Result};
 use crate::store::{Glance, Guard, Rank};
+use crate::sys::pidfd::Process;
+
+/// What is being written, or about to be locked, is so for milliseconds.
+pub(super) const ABANDONED: Duration = Duration::from_secs(60);
 
 /// Kept as long as the thing is looked at.
 pub(super) enum Hold {
     /// Its lock, as who changes something must have it.
     Lock(Guard),
     /// For who only looks, on whatever filesystem.
-    Look(#[expect(dead_code, reason = "held, not read")] Glance),
+    Look(Glance),
 }
 
 impl Audit<'_> {
-    /// Holds the thing; `None` if a call works on it, or if its lock can not be used, which is a finding.
+    /// Holds an object; `None` as for [`Self::hold`], and if it is gone since it was listed.
     pub(super) fn idle(&mut self, rank: Rank, name: impl Display) -> Option<Hold> {
+        let name = name.to_string();
+        let hold = self.hold(rank, &name)?;
+        if self.cpi.store.is_locked_for_something(rank, &name) {
+            return Some(hold);
+        }
+        // One that was there before is a name of what may be left.
+        if !hold.had_file()
+            && let Err(error) = hold.retire()
+        {
+            tracing::warn!(error = error.report(), "a lock of nothing stays");
+        }
+        None
+    }
+
+    /// Holds whatever may be there; `None` if a call works on it, or if its lock can not be used, which is a finding.
+    pub(super) fn hold(&mut self, rank: Rank, name: impl Display) -> Option<Hold> {
         let store = &self.cpi.store;
         let held = if self.mend {
             store.lock(rank, &name, Instant::now()).map(|lock| Some(Hold::Lock(lock)))
@@ -39,12 +61,29 @@ impl Audit<'_> {
     }
 }
 
+/// Whether nobody is between making a note or a lock file, at `path`, and having the lock: who made it, `maker`, is dead, or
+/// made it long ago.
+pub(super) fn is_left(path: &Path, maker: Option<i32>) -> bool {
+    let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
+    let is_old = path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED);
+    let lives = |pid| Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
+    is_old || maker.is_some_and(|pid| !lives(pid))
+}
+
 impl Hold {
     /// The lock of a thing that is mended.
     pub(super) fn lock(&self) -> &Guard {
         match self {
             Self::Lock(lock) => lock,
             Self::Look(_) => unreachable!("nothing is mended by who only looks"),
+        }
+    }
+
+    /// Whether the lock was there before.
+    pub(super) fn had_file(&self) -> bool {
+        match self {
+            Self::Lock(lock) => !lock.is_new(),
+            Self::Look(glance) => glance.has_file(),
         }
     }
 

@@ -35,7 +35,7 @@ impl Audit<'_> {
     /// Removals of managed networks that were cut short. Creates have notes.
     fn managed(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<NetworkRecord>()? {
-            let Some(lock) = self.idle(Rank::Network, managed_networks::bridge(&cid)) else { continue };
+            let Some(lock) = self.hold(Rank::Network, managed_networks::bridge(&cid)) else { continue };
             let record = self.cpi.store.read::<NetworkRecord>(&cid);
             lock.retire()?;
             match record {
@@ -118,7 +118,7 @@ impl Audit<'_> {
     fn kept_for_nobody(&mut self) -> Result<()> {
         let (cpi, owner) = (self.cpi, self.cpi.store.owner()?);
         for bridge in kept::by(&owner)? {
-            let Some(lock) = self.idle(Rank::Network, &bridge) else { continue };
+            let Some(lock) = self.hold(Rank::Network, &bridge) else { continue };
             if !cpi.store.is_pinned(&bridge) {
                 self.found(
                     Kind::Orphan,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::hold::is_left;
 use super::{Audit, Kind};
 use crate::cid::Cid;
 use crate::cpi::leftovers;
@@ -85,13 +86,16 @@ impl Audit<'_> {
     fn notes(&mut self) -> Result<()> {
         for name in self.cpi.notes() {
             let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };
-            let Some(guard) = self.idle(rank, &lock) else { continue };
+            let Some(hold) = self.hold(rank, &lock) else { continue };
+            // Its create may have ended since it was listed, or be about to take the lock.
+            let is_over = self.cpi.is_noted(&name)
+                && (hold.had_file() || is_left(&self.cpi.store.pending_dir().join(&name), self.cpi.noted_by(&name)));
             if self.cpi.store.is_locked_for_something(rank, &lock) {
-                drop(guard);
+                drop(hold);
             } else {
-                guard.retire()?;
+                hold.retire()?;
             }
-            if !self.findings.iter().any(|finding| finding.what == name) {
+            if is_over && !self.findings.iter().any(|finding| finding.what == name) {
                 let cpi = self.cpi;
                 self.found(Kind::Unfinished, &name, "its creation was cut short", || cpi.clear_leftover(&name));
             }
