@@ -82,7 +82,7 @@ impl Cpi {
             Some(vm) if vm.phase == Phase::Ready => Ok(false),
             _ => {
                 drop(lock);
-                self.clear_leftover(cid.as_str()).map(|()| true)
+                self.clear_leftover(cid.as_str(), deadline).map(|()| true)
             }
         }
     }

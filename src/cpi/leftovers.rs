@@ -22,7 +22,7 @@ use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 
 /// How long removing one leftover may hold up the create that found it.
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Cpi {
     fn pending(&self, cid: &impl Cid) -> PathBuf {
@@ -79,11 +79,15 @@ impl Cpi {
         Ok(ours.filter_map(|name| R::Cid::parse(&name).ok()).collect())
     }
 
-    /// Removes what creates left that were cut short. What can not be removed now is left for the next create: it must not
-    /// fail this one.
-    pub(super) fn clear_leftovers(&self) {
+    /// Removes what creates left that were cut short. What can not be removed now, in half of the time until this one's
+    /// `deadline`, is left for the next create: it must not fail this one.
+    pub(super) fn clear_leftovers(&self, deadline: Instant) {
+        let until = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
         for name in self.notes() {
-            match self.clear_leftover(&name) {
+            if Instant::now() >= until {
+                return tracing::warn!("there are leftovers of calls that were cut short, and no time to remove them");
+            }
+            match self.clear_leftover(&name, until.min(Instant::now() + PATIENCE)) {
                 Ok(()) => {}
                 // Its create still works.
                 Err(error) if error.kind() == ErrorKind::Timeout => {}
@@ -117,11 +121,11 @@ impl Cpi {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] if a call works on it.
-    pub(super) fn clear_leftover(&self, name: &str) -> Result<()> {
+    pub(super) fn clear_leftover(&self, name: &str, deadline: Instant) -> Result<()> {
         match name.split('-').next() {
-            Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
-            Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?),
-            Some(DiskCid::PREFIX) => self.clear_disk(&cid(name)?),
+            Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?, deadline),
+            Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?, deadline),
+            Some(DiskCid::PREFIX) => self.clear_disk(&cid(name)?, deadline),
             Some(StemcellCid::PREFIX) => {
                 let stemcell = cid(name)?;
                 let lock = self.store.lock(Rank::Stemcell, &stemcell, Instant::now())?;
@@ -132,9 +136,8 @@ impl Cpi {
         }
     }
 
-    fn clear_vm(&self, cid: &VmCid) -> Result<()> {
+    fn clear_vm(&self, cid: &VmCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Vm, cid, Instant::now())?;
-        let deadline = Instant::now() + PATIENCE;
         match self.store.find::<VmRecord>(cid)? {
             // Deleting: its create failed, and was cut short while it cleaned up.
             Some(vm) if vm.phase != Phase::Ready => {
@@ -163,13 +166,13 @@ impl Cpi {
         self.settled(cid)
     }
 
-    fn clear_disk(&self, cid: &DiskCid) -> Result<()> {
+    fn clear_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
         if let Some(mut disk) = self.store.read::<DiskRecord>(cid)?
             && disk.leftover.is_some()
         {
             tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");
-            self.settle_copy(&mut disk, Instant::now() + PATIENCE)?;
+            self.settle_copy(&mut disk, deadline)?;
         }
         self.clear_files::<DiskRecord>(cid, lock)
     }

@@ -50,7 +50,7 @@ impl Cpi {
         let subnet = Subnet::from_json(&ours).map_err(|e| e.in_request("subnet"))?;
         let deadline = self.deadline("create_network");
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let cid = NetworkCid::random();
         let lock = self.begin_under(Rank::Network, bridge(&cid), &cid, deadline)?.brief();
         let made = self.make_first_free(&cid, &subnet);

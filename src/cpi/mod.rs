@@ -38,9 +38,10 @@ use self::networks::Networks;
 use self::verbs::{
     CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata, Verbs, VmResources,
 };
-use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::cgroup::Cgroup;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Store, VmRecord};
 use crate::supervisor::{self, Scope};
 use crate::units::MiB;
@@ -120,6 +121,20 @@ impl Cpi {
         let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
         record.ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
     }
+}
+
+/// Whether nothing of a VM that is off runs, as far as its control groups tell.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if somebody emptied the run directory under it: no pid file says any more that it is on.
+fn is_all_off(vm: &VmCid) -> Result<()> {
+    let processes = Cgroup::open(vm.as_str()).processes();
+    if processes.is_empty() {
+        return Ok(());
+    }
+    let processes = processes.join(", ");
+    let message = format!("VM '{vm}' has no pid file, but the processes {processes} in its control group");
+    Err(Error::new(ErrorKind::Conflict, message).hint("its guest may run on; reboot_vm ends them and starts it anew"))
 }
 
 /// How long a method may take unless the operator decided. `docs/operating.md` lists these.

@@ -138,7 +138,7 @@ impl Cpi {
                 return Err(busy(format!("into snapshot '{snapshot}'")));
             }
             // Its call was killed.
-            self.clear_snapshot(&snapshot)
+            self.clear_snapshot(&snapshot, deadline)
                 .map_err(|e| e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'")))?;
         }
         if self.disk(cid)?.leftover.is_some() && self.store.glance(Rank::Disk, cid)?.is_none() {

@@ -56,7 +56,7 @@ impl Cpi {
     pub(super) fn import_stemcell(&self, image: &Path, properties: &Map<String, Value>) -> Result<StemcellCid> {
         let deadline = self.deadline("create_stemcell");
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let cid = StemcellCid::random();
         let lock = self.begin(Rank::Stemcell, &cid, deadline)?;
         let mut record = StemcellRecord {

@@ -47,7 +47,7 @@ impl Cpi {
             network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
         }
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let lock = self.begin(Rank::Vm, &cid, deadline)?;
         let uid = match uids::claim(self.store.state_dir(), &cid) {
             Ok(uid) => uid,
@@ -263,6 +263,8 @@ impl Cpi {
         // Refused now it runs on; later it would be off.
         supervisor::admit(&scope, &vm)?;
         supervisor::stop(&paths, Button::Press(patience), deadline)?;
+        // What lost its pid file, somebody having emptied the run directory.
+        Cgroup::open(cid.as_str()).kill(deadline)?;
         vm.run += 1;
         vm.desired = Desired::Running;
         self.store.write(&vm)?;

@@ -76,10 +76,12 @@ impl Store {
     /// # Errors
     /// As [`Self::is_understood`] and [`Self::own_run_dir`].
     pub fn prepare(&self) -> Result<()> {
-        if !self.is_understood()? {
-            for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
-                atomic::make_dir(&self.state_dir.join(name))?;
-            }
+        let is_new = !self.is_understood()?;
+        // Also of an old one: backups may leave out what is empty.
+        for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
+            atomic::make_dir(&self.state_dir.join(name))?;
+        }
+        if is_new {
             atomic::write(&self.schema_file(), format!("{SCHEMA}\n").as_bytes())?;
         }
         self.own_run_dir()

@@ -1,6 +1,7 @@
 //! VMs as far as they are processes.
 
 use super::{Audit, Kind};
+use crate::cpi;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
@@ -48,7 +49,9 @@ impl Audit<'_> {
                         return Ok(());
                     }
                 };
-                if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
+                if let Err(error) = cpi::is_all_off(&vm.cid) {
+                    self.unknown(&vm.cid, &error);
+                } else if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
                     let why = exit.map_or_else(|| "nothing says how it ended".to_owned(), |exit| exit.describe());
                     self.told(Kind::Down, &vm.cid, &why, "`bosh-qemu-cpi host start`, or reboot_vm, starts it");
                 }

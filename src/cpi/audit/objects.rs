@@ -53,7 +53,7 @@ impl Audit<'_> {
                     let why = if record.phase() == Phase::Creating { "its creation" } else { "its removal" };
                     let cpi = self.cpi;
                     self.found(Kind::Unfinished, &cid, &format!("{why} was cut short"), || {
-                        cpi.clear_leftover(cid.as_str())
+                        cpi.clear_leftover(cid.as_str(), Self::deadline())
                     });
                 }
                 Ok(None) => {
@@ -72,10 +72,14 @@ impl Audit<'_> {
     fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
         let (cpi, empty) = (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
         if cpi.has_note(cid) {
-            self.found(Kind::Unfinished, cid, "its creation was cut short", || cpi.clear_leftover(cid.as_str()));
+            self.found(Kind::Unfinished, cid, "its creation was cut short", || {
+                cpi.clear_leftover(cid.as_str(), Self::deadline())
+            });
         } else if empty {
             // The last step but one of a removal.
-            self.found(Kind::Unfinished, cid, "its removal was cut short", || cpi.clear_leftover(cid.as_str()));
+            self.found(Kind::Unfinished, cid, "its removal was cut short", || {
+                cpi.clear_leftover(cid.as_str(), Self::deadline())
+            });
         } else {
             let next = format!("restore the record in '{}' from a backup, or remove the directory", dir.display());
             self.told(Kind::NoRecord, cid, "it has files but no record", &next);
@@ -97,7 +101,9 @@ impl Audit<'_> {
             }
             if is_over && !self.findings.iter().any(|finding| finding.what == name) {
                 let cpi = self.cpi;
-                self.found(Kind::Unfinished, &name, "its creation was cut short", || cpi.clear_leftover(&name));
+                self.found(Kind::Unfinished, &name, "its creation was cut short", || {
+                    cpi.clear_leftover(&name, Self::deadline())
+                });
             }
         }
         Ok(())
