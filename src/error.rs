@@ -132,8 +132,13 @@ impl Error {
         lacks(self) || behind.filter_map(|error| error.downcast_ref::<Self>()).any(lacks)
     }
 
-    /// The whole chain on one line, then the hint on its own: what a person reads.
-    pub fn report(&self) -> String {
+    /// What the operator can do about it, if that is known.
+    pub fn advice(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// The whole chain on one line.
+    pub fn chain(&self) -> String {
         let mut text = self.message.clone();
         let mut source = std::error::Error::source(self);
         while let Some(error) = source {
@@ -141,6 +146,12 @@ impl Error {
             text.push_str(&error.to_string());
             source = error.source();
         }
+        text
+    }
+
+    /// The whole chain on one line, then the hint on its own: what a person reads.
+    pub fn report(&self) -> String {
+        let mut text = self.chain();
         if let Some(hint) = &self.hint {
             text.push_str("\nHint: ");
             text.push_str(hint);

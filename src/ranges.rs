@@ -19,6 +19,9 @@ choice! {
 }
 
 impl Protocol {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
+
     /// Its number in IP's header (IANA).
     pub fn number(self) -> u8 {
         match self {

@@ -1,6 +1,5 @@
 //! The lock of a disk, which whoever copies it has for hours: in what way a call waits for it, and what it says then.
 
-use std::fmt::Display;
 use std::time::Instant;
 
 use super::Cpi;
@@ -48,7 +47,7 @@ impl Cpi {
         }
         for snapshot in self.half_snapshots(cid)? {
             // Its call was killed.
-            self.clear_snapshot(&snapshot)
+            self.clear_snapshot(&snapshot, deadline)
                 .map_err(|e| e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'")))?;
         }
         self.locked_disk(cid, deadline)
@@ -57,11 +56,11 @@ impl Cpi {
     /// What copies the disk at the moment, in words.
     fn copy_at_work(&self, cid: &DiskCid) -> Result<Option<String>> {
         for snapshot in self.half_snapshots(cid)? {
-            if self.is_locked(Rank::Snapshot, &snapshot)? {
+            if self.store.glance(Rank::Snapshot, &snapshot)?.is_none() {
                 return Ok(Some(format!("into snapshot '{snapshot}'")));
             }
         }
-        let is_updated = self.disk(cid)?.leftover.is_some() && self.is_locked(Rank::Disk, cid)?;
+        let is_updated = self.disk(cid)?.leftover.is_some() && self.store.glance(Rank::Disk, cid)?.is_none();
         Ok(is_updated.then(|| "by update_disk".to_owned()))
     }
 
@@ -74,13 +73,6 @@ impl Cpi {
             made.is_some_and(|made| made.disk.cid == *disk)
         });
         Ok(half)
-    }
-
-    fn is_locked(&self, rank: Rank, name: impl Display) -> Result<bool> {
-        match self.store.lock(rank, name, Instant::now()) {
-            Err(error) if error.kind() == ErrorKind::Timeout => Ok(true),
-            lock => lock.map(|_| false),
-        }
     }
 }
 

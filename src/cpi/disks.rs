@@ -25,7 +25,7 @@ impl Cpi {
         self.known_pool(asked.pool.as_deref())?;
         asked.validate()?;
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let cid = self.new_cid::<DiskRecord>()?;
         let lock = self.begin::<DiskRecord>(Rank::Disk, &cid, deadline)?;
         let mut disk = new_record(cid, size, &asked, properties);

@@ -23,7 +23,7 @@ use crate::cid::VmCid;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
-use crate::supervisor::{self, Button, Ending, ExitRecord, PowerState, power_state};
+use crate::supervisor::{self, Adoption, Button, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
 
 /// A metadata tag by which operators order starts: larger comes first.
@@ -123,14 +123,19 @@ impl Cpi {
 
     fn bring_back(&self, vm: &VmRecord) -> Result<State> {
         let lock = self.store.lock(Rank::Vm, &vm.cid, Instant::now() + LOCK)?;
-        let Some(mut vm) = self.store.find::<VmRecord>(&vm.cid)?.filter(|vm| vm.phase == Phase::Ready) else {
-            return Ok(State::Off("it is being deleted".into()));
+        let mut vm = match self.store.find::<VmRecord>(&vm.cid)? {
+            Some(vm) if vm.phase == Phase::Ready => vm,
+            Some(_) => return Ok(State::Off("it is being deleted".into())),
+            None => return lock.retire().map(|()| State::Off("it was deleted".into())),
         };
         let (scope, config_file) = (self.scope(&vm.cid), self.config_file.as_deref());
         let deadline = Instant::now() + self.config.deadline("reboot_vm", super::default_deadline("reboot_vm"));
         if let PowerState::On(_) = power_state(&scope.paths)? {
-            let adopted = supervisor::adopt(&scope, config_file, &lock, deadline)?;
-            return Ok(if adopted { State::Adopted } else { State::Running });
+            return Ok(match supervisor::adopt(&scope, config_file, &lock, deadline)? {
+                Adoption::Needless => State::Running,
+                Adoption::Adopted => State::Adopted,
+                Adoption::Launched => State::Started,
+            });
         }
         if vm.desired == Desired::Stopped {
             return Ok(State::Off("it is wanted off".into()));
@@ -141,6 +146,7 @@ impl Cpi {
         }
         // A supervisor may be in its back-off: this start is the one it waits for.
         supervisor::stop(&scope.paths, Button::Quit, deadline)?;
+        super::is_all_off(&vm.cid)?;
         vm.run += 1;
         self.store.write(&vm)?;
         supervisor::start(&scope, config_file, &lock, deadline)?;

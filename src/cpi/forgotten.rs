@@ -1,9 +1,10 @@
 //! VMs that nobody was told of: their create_vm was killed, the latest when they were whole, before its answer was taken.
 //!
-//! The file `untold` in a VM's run directory is there from before the VM is ready until after the answer was taken. A VM
-//! that has it, and whose create_vm is dead, may have been told of all the same, so it is not removed for that alone. But a Director that has the same
-//! address given to another VM does not know it, and has never named it in a call. Without this, one killed call would
-//! keep a static address until an operator looked into it.
+//! The file `untold` in a VM's directory is there from before the VM is ready until after the answer was taken, or until a
+//! call names the VM. It is as durable as the record that says `ready`. A VM that has it, and whose create_vm is dead, may
+//! have been told of all the same, so it is not removed for that alone; `audit` tells of it. But a Director that has the
+//! same address given to another VM does not know it. Without this, one killed call would keep a static address until an
+//! operator looked into it, and a power cut in the middle of a deployment would keep many.
 
 use std::time::{Duration, Instant};
 
@@ -81,16 +82,21 @@ impl Cpi {
             Some(vm) if vm.phase == Phase::Ready => Ok(false),
             _ => {
                 drop(lock);
-                self.clear_leftover(cid.as_str()).map(|()| true)
+                self.clear_leftover(cid.as_str(), deadline).map(|()| true)
             }
         }
     }
 
     fn is_forgotten(&self, vm: &VmRecord) -> Result<bool> {
         let ours = vm.director.is_some() && vm.director == self.director;
-        let named = !vm.metadata.is_empty() || !vm.disks.is_empty() || vm.run > 1;
+        Ok(ours && self.is_untold(vm)?)
+    }
+
+    /// Whether nobody was told of the VM, as far as that can be known, and nobody will be.
+    pub(super) fn is_untold(&self, vm: &VmRecord) -> Result<bool> {
+        let named = !vm.metadata.is_empty() || !vm.disks.is_empty();
         let untold = self.store.vm(&vm.cid).untold();
-        let candidate = vm.phase == Phase::Ready && ours && !named && untold.exists();
+        let candidate = vm.phase == Phase::Ready && !named && untold.exists();
         // The process that made it may be about to answer.
         Ok(candidate && pidlock::holder(&untold)?.is_none() && untold.exists())
     }
@@ -104,7 +110,7 @@ impl Cpi {
         Ok(())
     }
 
-    /// The answer was taken.
+    /// The answer was taken, or the VM is named by somebody who so knows it.
     pub(super) fn is_told(&self, vm: &VmCid) {
         if let Err(error) = atomic::remove_file(&self.store.vm(vm).untold()) {
             tracing::warn!(error = error.report(), "the VM looks as if nobody was told of it");

@@ -112,18 +112,18 @@ impl Cpi {
     pub(super) fn restore_network(&self, network: &HostNetwork) -> Result<()> {
         self.make_network(network, false)?;
         let bridge = &network.segment.bridge;
-        let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
         if !self.store.is_pinned(bridge) && apply::present(&network.links())?.is_empty() {
             // The last VM went while we were at it.
             apply::release(&network.segment)?;
         }
-        lock.retire()
+        Ok(())
     }
 
     fn make_network(&self, network: &HostNetwork, pin: bool) -> Result<()> {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
-        let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
         // Before it is made, so that whoever is interrupted leaves a word of it.
         if pin {
             self.store.pin(&network.segment)?;
@@ -134,18 +134,17 @@ impl Cpi {
         if self.store.is_pinned(bridge) {
             kept::keep(bridge, &self.store.owner()?)?;
         }
-        lock.retire()
+        Ok(())
     }
 
     /// Removes `network` if it is ours and no VM runs on it; else it goes with the last. Whether it is gone.
     pub fn remove_network(&self, network: &HostNetwork) -> Result<bool> {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
-        let lock = self.store.lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
         kept::let_go(bridge, &self.store.owner()?)?;
         let gone = apply::release(&network.segment)?;
         self.store.unpin(bridge)?;
-        lock.retire()?;
         Ok(gone)
     }
 

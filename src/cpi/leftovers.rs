@@ -3,12 +3,13 @@
 //! A copy of a disk that is being made for an update_disk is noted in the same way: if the call is killed, QEMU goes on
 //! copying, or holds the guest's I/O back.
 //!
-//! While a create works there is a file `pending/<cid>`, made before the object's lock and removed when its record is
-//! ready, or when all of it is gone, the lock included. The next create finds those whose lock is free, and finishes the removal. In the usual case that
-//! costs one look at an empty directory, however many objects there are.
+//! While a create works there is a link `pending/<cid>`, made before the object's lock and removed when its record is
+//! ready, or when all of it is gone, the lock included. Its text is the number of the process, for who only looks. The next
+//! create finds those whose lock is free, and finishes the removal. In the usual case that costs one look at an empty
+//! directory, however many objects there are.
 
 use std::fmt::Display;
-use std::fs::File;
+use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 
 /// How long removing one leftover may hold up the create that found it.
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Cpi {
     fn pending(&self, cid: &impl Cid) -> PathBuf {
@@ -45,10 +46,8 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<Guard> {
         let taken = || Error::new(ErrorKind::Conflict, format!("there is a '{cid}' already"));
-        let path = self.pending(cid);
-        match File::create_new(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Err(taken()),
-            noted => drop(noted.at("make", &path)?),
+        if !self.note(cid)? {
+            return Err(taken());
         }
         crash::point!("pending noted");
         let lock = self.store.lock(rank, lock, deadline)?;
@@ -60,10 +59,13 @@ impl Cpi {
         Ok(lock)
     }
 
-    /// Notes that there is something to finish about `cid`.
-    pub(super) fn note(&self, cid: &impl Cid) -> Result<()> {
+    /// Notes that there is something to finish about `cid`. Whether there was no such note.
+    pub(super) fn note(&self, cid: &impl Cid) -> Result<bool> {
         let path = self.pending(cid);
-        std::fs::write(&path, "").at("make", &path)
+        match symlink(std::process::id().to_string(), &path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+            made => made.at("make", &path).map(|()| true),
+        }
     }
 
     /// Notes that `cid` is made, or that nothing of it is left, not even its lock.
@@ -86,11 +88,15 @@ impl Cpi {
         Ok(ours.filter_map(|name| R::Cid::parse(&name).ok()).collect())
     }
 
-    /// Removes what creates left that were cut short. What can not be removed now is left for the next create: it must not
-    /// fail this one.
-    pub(super) fn clear_leftovers(&self) {
+    /// Removes what creates left that were cut short. What can not be removed now, in half of the time until this one's
+    /// `deadline`, is left for the next create: it must not fail this one.
+    pub(super) fn clear_leftovers(&self, deadline: Instant) {
+        let until = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
         for name in self.notes() {
-            match self.clear_leftover(&name) {
+            if Instant::now() >= until {
+                return tracing::warn!("there are leftovers of calls that were cut short, and no time to remove them");
+            }
+            match self.clear_leftover(&name, until.min(Instant::now() + PATIENCE)) {
                 Ok(()) => {}
                 // Its create still works.
                 Err(error) if error.kind() == ErrorKind::Timeout => {}
@@ -107,27 +113,36 @@ impl Cpi {
 
     /// Whether a create of `cid` noted that it began, and not that it ended.
     pub(super) fn has_note(&self, cid: &impl Cid) -> bool {
-        self.pending(cid).exists()
+        self.is_noted(cid.as_str())
+    }
+
+    /// The same by name.
+    pub(super) fn is_noted(&self, name: &str) -> bool {
+        atomic::is_there(&self.store.pending_dir().join(name))
+    }
+
+    /// The process that made the note.
+    pub(super) fn noted_by(&self, note: &str) -> Option<i32> {
+        std::fs::read_link(self.store.pending_dir().join(note)).ok()?.to_str()?.parse().ok()
     }
 
     /// Removes one of them, or whatever is left of an object whose create or removal was cut short.
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] if a call works on it.
-    pub(super) fn clear_leftover(&self, name: &str) -> Result<()> {
+    pub(super) fn clear_leftover(&self, name: &str, deadline: Instant) -> Result<()> {
         match name.split('-').next() {
-            Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?),
-            Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?),
-            Some(DiskCid::PREFIX) => self.clear_disk(&cid(name)?),
+            Some(VmCid::PREFIX) => self.clear_vm(&cid(name)?, deadline),
+            Some(SnapshotCid::PREFIX) => self.clear_snapshot(&cid(name)?, deadline),
+            Some(DiskCid::PREFIX) => self.clear_disk(&cid(name)?, deadline),
             Some(StemcellCid::PREFIX) => self.clear_stemcell(&cid(name)?),
             Some(NetworkCid::PREFIX) => self.clear_network(&cid(name)?),
             _ => Err(Error::new(ErrorKind::Corrupt, "it is none of ours")),
         }
     }
 
-    fn clear_vm(&self, cid: &VmCid) -> Result<()> {
+    fn clear_vm(&self, cid: &VmCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Vm, cid, Instant::now())?;
-        let deadline = Instant::now() + PATIENCE;
         match self.store.find::<VmRecord>(cid)? {
             // Deleting: its create failed, and was cut short while it cleaned up.
             Some(vm) if vm.phase != Phase::Ready => {
@@ -137,7 +152,7 @@ impl Cpi {
             Some(_) => {}
             None => {
                 self.store.release_claims(cid)?;
-                if let Some(uid) = uids::find(self.store.state_dir(), cid)? {
+                if let Some(uid) = uids::find(self.store.state_dir(), cid) {
                     uids::release(self.store.state_dir(), cid, uid)?;
                 }
                 return self.forget(cid, &self.store.vm(cid), lock);
@@ -147,18 +162,17 @@ impl Cpi {
     }
 
     fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
-        let lock = self.store.lock(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
+        let lock = self.store.brief(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
         if self.store.find::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
             tracing::warn!(%cid, "removing a network whose create_network was cut short");
             self.unmake_network(cid)?;
         }
-        lock.retire()?;
+        drop(lock);
         self.settled(cid)
     }
 
-    fn clear_disk(&self, cid: &DiskCid) -> Result<()> {
+    fn clear_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
-        let deadline = Instant::now() + PATIENCE;
         let mut disk = self.store.find::<DiskRecord>(cid)?;
         if let Some(disk) = disk.as_mut().filter(|disk| disk.leftover.is_some()) {
             tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");

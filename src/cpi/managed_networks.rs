@@ -50,23 +50,16 @@ impl Cpi {
         let subnet = Subnet::from_json(&ours).map_err(|e| e.in_request("subnet"))?;
         let deadline = self.deadline("create_network");
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let cid = self.new_cid::<NetworkRecord>()?;
-        let lock = self.begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?;
+        let lock = self.begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?.brief();
         let made = self.make_first_free(&cid, &subnet);
-        match made {
-            Ok(made) => {
-                lock.retire()?;
-                self.settled(&cid)?;
-                Ok(made)
-            }
-            Err(error) => {
-                self.unmake_network(&cid).map_err(|e| e.during(format!("undo: {}", error.report())))?;
-                lock.retire()?;
-                self.settled(&cid)?;
-                Err(error)
-            }
+        if let Err(error) = &made {
+            self.unmake_network(&cid).map_err(|e| e.during(format!("undo: {}", error.report())))?;
         }
+        drop(lock);
+        self.settled(&cid)?;
+        made
     }
 
     /// Makes the network in its own range, or in the first of ours in which it can be.
@@ -177,24 +170,27 @@ impl Cpi {
             return Err(not_found(cid));
         }
         let deadline = self.deadline("delete_network");
-        let lock = self.store.lock(Rank::Network, bridge(cid), deadline)?;
-        let Some(record) = self.store.find::<NetworkRecord>(cid)? else {
-            return lock.retire().and(Err(not_found(cid)));
-        };
+        let _lock = self.store.brief(Rank::Network, bridge(cid), deadline)?;
+        let Some(record) = self.store.find::<NetworkRecord>(cid)? else { return Err(not_found(cid)) };
         self.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
-        let users = self.users(cid, deadline)?;
-        if !users.is_empty() {
+        if let Err(used) = self.is_unused(cid, deadline) {
             self.store.write(&NetworkRecord { phase: Phase::Ready, ..record })?;
-            lock.retire()?;
-            return Err(Error::new(ErrorKind::Conflict, format!("network '{cid}' is used by VM {}", users.join(", "))));
+            return Err(used);
         }
-        self.unmake_network(cid)?;
-        lock.retire()
+        self.unmake_network(cid)
     }
 
-    fn users(&self, cid: &NetworkCid, deadline: Instant) -> Result<Vec<String>> {
+    /// Whether no VM has addresses on the network.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] naming those that have, and why it can not be told.
+    fn is_unused(&self, cid: &NetworkCid, deadline: Instant) -> Result<()> {
         let users = self.store.with_claims(deadline, |claims| claims.on_wire(&bridge(cid)))?;
-        Ok(users.iter().map(|vm| format!("'{vm}'")).collect())
+        if users.is_empty() {
+            return Ok(());
+        }
+        let users: Vec<_> = users.iter().map(|vm| format!("'{vm}'")).collect();
+        Err(Error::new(ErrorKind::Conflict, format!("network '{cid}' is used by VM {}", users.join(", "))))
     }
 
     /// Whether the host network `name` is a managed one, which goes with delete_network.

@@ -43,6 +43,7 @@ use self::verbs::{
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::cgroup::Cgroup;
 use crate::image::import::{ImageFile, ImageSource};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, Store, VmRecord};
 use crate::supervisor::{self, Scope};
@@ -121,6 +122,7 @@ impl Cpi {
             Ok(vm) => vm,
             Err(error) => return lock.retire().and(Err(error)),
         };
+        self.is_told(cid);
         let adopted = supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
         if let Err(error) = adopted {
             tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");
@@ -133,6 +135,20 @@ impl Cpi {
         let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
         record.ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
     }
+}
+
+/// Whether nothing of a VM that is off runs, as far as its control groups tell.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if somebody emptied the run directory under it: no pid file says any more that it is on.
+fn is_all_off(vm: &VmCid) -> Result<()> {
+    let processes = Cgroup::open(vm.as_str()).processes();
+    if processes.is_empty() {
+        return Ok(());
+    }
+    let processes = processes.join(", ");
+    let message = format!("VM '{vm}' has no pid file, but the processes {processes} in its control group");
+    Err(Error::new(ErrorKind::Conflict, message).hint("its guest may run on; reboot_vm ends them and starts it anew"))
 }
 
 /// How long a method may take unless the operator decided. `docs/operating.md` lists these.

@@ -26,7 +26,6 @@ use serde_json::{Map, Value, json};
 use super::Cpi;
 use super::attachments::{grace, hot_disk};
 use super::copies::{progress, started, target};
-use super::leftovers::PATIENCE;
 use super::resize::Place;
 use crate::cid::{Cid, DiskCid, SnapshotCid};
 use crate::error::{Error, ErrorKind, Result};
@@ -46,7 +45,7 @@ impl Cpi {
         let deadline = self.deadline("snapshot_disk");
         self.disk(disk_cid)?;
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let cid = self.new_cid::<SnapshotRecord>()?;
         let lock = self.begin::<SnapshotRecord>(Rank::Snapshot, &cid, deadline)?;
         let made = self.copy_to_snapshot(&cid, disk_cid, metadata, deadline).and_then(|()| self.settled(&cid));
@@ -155,13 +154,13 @@ impl Cpi {
     }
 
     /// Removes what a snapshot_disk or a delete_snapshot left that was killed.
-    pub(super) fn clear_snapshot(&self, cid: &SnapshotCid) -> Result<()> {
+    pub(super) fn clear_snapshot(&self, cid: &SnapshotCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Snapshot, cid, Instant::now())?;
         match self.store.find::<SnapshotRecord>(cid)? {
             Some(snapshot) if snapshot.phase == Phase::Ready => self.settled(cid),
             _ => {
                 tracing::warn!(%cid, "removing a snapshot whose creation or removal was cut short");
-                self.discard_snapshot(cid, lock, Instant::now() + PATIENCE)
+                self.discard_snapshot(cid, lock, deadline)
             }
         }
     }
@@ -192,7 +191,7 @@ impl Cpi {
     pub fn restore(&self, snapshot: &SnapshotCid) -> Result<DiskCid> {
         let deadline = self.began + self.config.deadline("snapshot_disk", RESTORE);
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let snapshot_lock = self.store.lock(Rank::Snapshot, snapshot, deadline)?;
         let record = self.store.find::<SnapshotRecord>(snapshot)?.filter(|record| record.phase == Phase::Ready);
         let Some(record) = record else {

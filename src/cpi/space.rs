@@ -108,12 +108,10 @@ impl Cpi {
         record: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let dir = self.pool_dir(pool)?;
-        let lock = self.store.lock(Rank::Space, "all", deadline)?;
+        let _lock = self.store.brief(Rank::Space, "all", deadline)?;
         let scope = if self.config.overcommit { Scope::InTheMaking } else { Scope::All };
-        let fits = self
-            .room(&dir, scope)
-            .and_then(|room| if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) });
-        lock.retire().and(fits)
+        let room = self.room(&dir, scope)?;
+        if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) }
     }
 
     /// What a new persistent disk needs at once.

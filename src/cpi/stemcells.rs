@@ -59,7 +59,7 @@ impl Cpi {
     ) -> Result<StemcellCid> {
         let deadline = self.deadline("create_stemcell");
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let cid = self.new_cid::<StemcellRecord>()?;
         let lock = self.begin::<StemcellRecord>(Rank::Stemcell, &cid, deadline)?;
         let mut record = StemcellRecord {

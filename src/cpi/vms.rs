@@ -47,7 +47,7 @@ impl Cpi {
             network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
         }
         self.store.prepare()?;
-        self.clear_leftovers();
+        self.clear_leftovers(deadline);
         let lock = self.begin::<VmRecord>(Rank::Vm, &cid, deadline)?;
         let uid = match uids::claim(self.store.state_dir(), &cid) {
             Ok(uid) => uid,
@@ -233,12 +233,11 @@ impl Cpi {
     /// Removes what may be left of the taps, and the networks that nobody needs any more.
     fn unplug_nics(&self, vm: &VmRecord, deadline: Instant) -> Result<()> {
         for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
-            let network = self.store.lock(Rank::Network, &segment.bridge, deadline)?;
+            let _network = self.store.brief(Rank::Network, &segment.bridge, deadline)?;
             net::apply::remove_tap(tap)?;
             if !self.store.is_pinned(&segment.bridge) {
                 net::apply::release(segment)?;
             }
-            network.retire()?;
         }
         Ok(())
     }
@@ -265,6 +264,8 @@ impl Cpi {
         // Refused now it runs on; later it would be off.
         supervisor::admit(&scope, &vm)?;
         supervisor::stop(&paths, Button::Press(patience), deadline)?;
+        // What lost its pid file, somebody having emptied the run directory.
+        Cgroup::open(cid.as_str()).kill(deadline)?;
         vm.run += 1;
         vm.desired = Desired::Running;
         self.store.write(&vm)?;

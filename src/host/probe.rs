@@ -79,11 +79,17 @@ fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
         why_not: found.err().map(|error| error.report()),
     };
     // That KVM does not work is asked again each time: the module may be loaded in a minute.
-    if verdict.kvm.is_some() {
-        atomic::make_dir(run_dir)?;
-        atomic::write(&path, &serde_json::to_vec(&verdict).expect("a verdict is plain data"))?;
+    if verdict.kvm.is_some()
+        && let Err(error) = keep(&verdict, &path)
+    {
+        tracing::warn!(error = error.report(), "what QEMU can do here is asked again next time");
     }
     Ok(verdict)
+}
+
+fn keep(verdict: &Verdict, path: &Path) -> Result<()> {
+    atomic::make_dir(path.parent().expect("a file in the run directory"))?;
+    atomic::write(path, &serde_json::to_vec(verdict).expect("a verdict is plain data"))
 }
 
 /// What tells one QEMU from another: device, inode, size and modification time.

@@ -22,7 +22,7 @@ const WINDOW: u32 = 64;
 
 /// The uid of `vm`: the one it has, else a free one, claimed. Calls for one VM must not run at the same time.
 pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
-    if let Some(uid) = find(state_dir, vm)? {
+    if let Some(uid) = find(state_dir, vm) {
         return Ok(uid);
     }
     for uid in window(vm) {
@@ -48,48 +48,47 @@ pub fn sync(state_dir: &Path) -> Result<()> {
 }
 
 /// The uid that `vm` claimed, if it did.
-pub fn find(state_dir: &Path, vm: &VmCid) -> Result<Option<u32>> {
+pub fn find(state_dir: &Path, vm: &VmCid) -> Option<u32> {
     // A free uid on the way means nothing: its VM may have gone after this one claimed.
-    for uid in window(vm) {
-        if owner(&path(state_dir, uid))?.is_some_and(|owner| owner == Path::new(vm.as_str())) {
-            return Ok(Some(uid));
-        }
-    }
-    Ok(None)
+    window(vm).find(|uid| owner(state_dir, *uid).as_ref() == Some(vm))
 }
 
 /// Gives `uid` back if it is `vm`'s. Only once its QEMU is gone: the next VM may get it at once.
 pub fn release(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
-    let path = path(state_dir, uid);
-    match owner(&path)? {
-        Some(owner) if owner == Path::new(vm.as_str()) => {
-            atomic::remove_file(&path)?;
-            crash::point!("uid released");
-        }
-        _ => {}
+    if owner(state_dir, uid).as_ref() == Some(vm) {
+        atomic::remove_file(&path(state_dir, uid))?;
+        crash::point!("uid released");
     }
     Ok(())
 }
 
-/// All claims: a uid and the text of its link, which is a VM's cid.
-pub fn claims(state_dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
+/// All claims: a uid and whose it is; `None` for one that does not say so, and which nobody can get.
+pub fn claims(state_dir: &Path) -> Result<Vec<(u32, Option<VmCid>)>> {
     let dir = state_dir.join("uids");
     let mut claims = Vec::new();
-    for entry in dir.read_dir().at("list", &dir)? {
+    let entries = match dir.read_dir() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(claims),
+        entries => entries.at("list", &dir)?,
+    };
+    for entry in entries {
         let name = entry.at("list", &dir)?.file_name();
-        let Some(uid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-        claims.extend(owner(&path(state_dir, uid))?.map(|owner| (uid, owner)));
+        if let Some(uid) = name.to_str().and_then(|name| name.parse().ok()) {
+            claims.push((uid, owner(state_dir, uid)));
+        }
     }
     Ok(claims)
 }
 
-/// Which VM has the uid of this link.
-fn owner(path: &Path) -> Result<Option<PathBuf>> {
-    match std::fs::read_link(path) {
-        Ok(owner) => Ok(Some(owner)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).at("read", path),
-    }
+/// Which VM has `uid`. What does not say so is nobody's to take.
+pub fn owner(state_dir: &Path, uid: u32) -> Option<VmCid> {
+    VmCid::parse(std::fs::read_link(path(state_dir, uid)).ok()?.to_str()?).ok()
+}
+
+/// Has `uid`, which is `vm`'s by its record, be so by name again. Only if no other VM has it.
+pub fn restore(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
+    let path = path(state_dir, uid);
+    atomic::remove_file(&path)?;
+    symlink(vm.as_str(), &path).at("claim a uid with", &path)
 }
 
 /// The uids `vm` can have.
@@ -98,7 +97,8 @@ fn window(vm: &VmCid) -> impl Iterator<Item = u32> {
     (0..WINDOW).map(move |step| FIRST + start.wrapping_add(step) % COUNT)
 }
 
-fn path(state_dir: &Path, uid: u32) -> PathBuf {
+/// The link that says whose `uid` is.
+pub fn path(state_dir: &Path, uid: u32) -> PathBuf {
     state_dir.join("uids").join(uid.to_string())
 }
 
@@ -122,8 +122,8 @@ mod tests {
         let dir = state_dir();
         let (a, b) = (VmCid::random(), VmCid::random());
         let uid = claim(dir.path(), &a).unwrap();
-        assert_eq!(find(dir.path(), &a).unwrap(), Some(uid));
-        assert_eq!(find(dir.path(), &b).unwrap(), None);
+        assert_eq!(find(dir.path(), &a), Some(uid));
+        assert_eq!(find(dir.path(), &b), None);
         release(dir.path(), &b, uid).unwrap();
         assert!(path(dir.path(), uid).is_symlink(), "not b's to give back");
         release(dir.path(), &a, uid).unwrap();
@@ -140,7 +140,7 @@ mod tests {
         let uid = claim(dir.path(), &vm).unwrap();
         assert_eq!(Some(uid), window(&vm).nth(1));
         release(dir.path(), &first, wanted).unwrap();
-        assert_eq!(find(dir.path(), &vm).unwrap(), Some(uid));
+        assert_eq!(find(dir.path(), &vm), Some(uid));
         assert_eq!(claim(dir.path(), &vm).unwrap(), uid);
     }
 

@@ -82,6 +82,16 @@ pub fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
+/// The names in `dir` that are UTF-8, as all of ours are; none if it is not there.
+pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = match dir.read_dir() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.at("list", dir)?,
+    };
+    let names = entries.map(|entry| entry.map(|entry| entry.file_name().into_string().ok()));
+    names.filter_map(Result::transpose).collect::<std::io::Result<_>>().at("list", dir)
+}
+
 /// Removes `path` if it is there.
 pub fn remove_file(path: &Path) -> Result<()> {
     absent_is_fine(std::fs::remove_file(path)).at("remove", path)

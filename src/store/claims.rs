@@ -13,10 +13,10 @@ use ipnetwork::IpNetwork;
 
 use super::Store;
 use super::atomic;
-use super::lock::{Guard, Rank};
-use super::record::Segment;
+use super::lock::{Brief, Rank};
+use super::record::{Segment, VmRecord};
 use crate::cid::{Cid, VmCid};
-use crate::error::{IoContext, Result};
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::link_name::LinkName;
 use crate::ranges::Protocol;
 
@@ -56,7 +56,7 @@ pub fn wire(segment: &Segment) -> String {
 pub struct Claims<'a> {
     store: &'a Store,
     held: Vec<Claim>,
-    lock: Guard,
+    _lock: Brief,
 }
 
 impl Store {
@@ -67,22 +67,19 @@ impl Store {
     /// Works on the claims while nobody else does.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) if that can not be had until `deadline`; those of `work`.
+    /// [`ErrorKind::Timeout`] if that can not be had until `deadline`; those of `work`.
     pub fn with_claims<T>(&self, deadline: Instant, work: impl FnOnce(&mut Claims<'_>) -> Result<T>) -> Result<T> {
-        let mut claims = self.claims(deadline)?;
-        let done = work(&mut claims);
-        claims.lock.retire()?;
-        done
+        work(&mut self.claims(deadline)?)
     }
 
     fn claims(&self, deadline: Instant) -> Result<Claims<'_>> {
         let dir = self.claims_dir();
         // State directories made before there were claims have no place for them.
         atomic::make_dir(&dir)?;
-        let lock = self.lock(Rank::Claims, "all", deadline)?;
+        let lock = self.brief(Rank::Claims, "all", deadline)?;
         let names = dir.read_dir().at("list", &dir)?.flatten();
         let held = names.filter_map(|entry| Claim::parse(entry.file_name().to_str()?)).collect();
-        Ok(Claims { store: self, held, lock })
+        Ok(Claims { store: self, held, _lock: lock })
     }
 
     /// Makes the claims durable: a VM that is there after a power cut must have its own.
@@ -92,17 +89,41 @@ impl Store {
 
     /// Everything that is claimed, and by whom. Names that are no claims are somebody else's and left out.
     pub fn claimed(&self) -> Result<Vec<(Claim, VmCid)>> {
-        let dir = self.claims_dir();
-        let entries = match dir.read_dir() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.at("list", &dir)?,
+        let claims = self.read_claims()?.into_iter();
+        Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.ok()?))).collect())
+    }
+
+    /// The claims that do not say whose they are.
+    pub fn damaged_claims(&self) -> Result<Vec<(Claim, Error)>> {
+        let claims = self.read_claims()?.into_iter();
+        Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.err()?))).collect())
+    }
+
+    fn read_claims(&self) -> Result<Vec<(Claim, Result<VmCid>)>> {
+        let names = atomic::names(&self.claims_dir())?;
+        let claim = |name: &String| {
+            let claim = Claim::parse(name)?;
+            let holder = self.claimant(&claim).transpose()?;
+            Some((claim, holder))
         };
-        let claim = |entry: std::fs::DirEntry| {
-            let claim = Claim::parse(entry.file_name().to_str()?)?;
-            let holder = std::fs::read_link(entry.path()).ok()?;
-            Some((claim, VmCid::parse(holder.to_str()?).ok()?))
+        Ok(names.iter().filter_map(claim).collect())
+    }
+
+    /// Whose the claim is; `None` if there is none.
+    fn claimant(&self, claim: &Claim) -> Result<Option<VmCid>> {
+        let path = self.claims_dir().join(claim.name());
+        let damaged = |why: &str| {
+            Error::new(ErrorKind::Corrupt, format!("claim '{}' does not say whose it is: {why}", path.display()))
+                .hint("it is a link whose text is the VM's cid: correct it, or remove it if no VM has what it is for")
         };
-        Ok(entries.flatten().filter_map(claim).collect())
+        match std::fs::read_link(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(damaged(&error.to_string())),
+            Ok(text) => {
+                let vm = text.to_str().and_then(|text| VmCid::parse(text).ok());
+                vm.map(Some).ok_or_else(|| damaged("its text is no cid"))
+            }
+        }
     }
 
     /// Gives back everything `vm` has claimed.
@@ -119,15 +140,16 @@ impl Store {
 
 impl Claims<'_> {
     /// The VM that has what `wanted` would take a part of.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if a claim does not say whose it is: it may be a VM's that runs.
     pub fn holder(&mut self, wanted: &Claim) -> Result<Option<VmCid>> {
         while let Some(at) = self.held.iter().position(|held| held.meets(wanted)) {
-            let path = self.path(&self.held[at]);
-            let holder = std::fs::read_link(&path).at("read", &path)?;
-            let holder = holder.to_str().and_then(|text| VmCid::parse(text).ok());
+            let holder = self.store.claimant(&self.held[at])?;
             if let Some(vm) = holder.filter(|vm| self.exists(vm)) {
                 return Ok(Some(vm));
             }
-            atomic::remove_file(&path)?;
+            atomic::remove_file(&self.path(&self.held[at]))?;
             self.held.remove(at);
         }
         Ok(None)
@@ -135,7 +157,7 @@ impl Claims<'_> {
 
     /// Whether the VM is there or is being made.
     fn exists(&self, vm: &VmCid) -> bool {
-        atomic::is_there(&self.store.vm(vm).dir) || self.store.pending_dir().join(vm).exists()
+        atomic::is_there(&self.store.vm(vm).dir) || atomic::is_there(&self.store.pending_dir().join(vm))
     }
 
     /// Takes what nobody [holds](Self::holder).
@@ -144,6 +166,20 @@ impl Claims<'_> {
         symlink(vm.as_str(), &path).at("claim with", &path)?;
         self.held.push(wanted);
         Ok(())
+    }
+
+    /// Has what is `vm`'s by its record be so by name again, whatever is in the place of the name now. The VM that has
+    /// claimed it instead, if there is one.
+    pub fn restore(&mut self, vm: &VmCid, claim: &Claim) -> Result<Option<VmCid>> {
+        if self.store.claimant(claim).is_err() {
+            atomic::remove_file(&self.path(claim))?;
+            self.held.retain(|held| held != claim);
+        }
+        match self.holder(claim)? {
+            Some(holder) if holder == *vm => Ok(None),
+            Some(other) => Ok(Some(other)),
+            None => self.take(vm, claim.clone()).map(|()| None),
+        }
     }
 
     /// The VMs that have addresses on the wire.
@@ -167,6 +203,25 @@ impl Claim {
     /// The claim of a block on the segment's wire.
     pub fn block(segment: &Segment, block: IpNetwork) -> Self {
         Self::Addresses { wire: wire(segment), block }
+    }
+
+    /// Everything that the record of a VM says it has.
+    pub fn all_of(vm: &VmRecord) -> Vec<Self> {
+        let mut all = Vec::new();
+        for (nic, rules) in vm.nics.iter().filter_map(|nic| Some((nic, nic.rules.as_ref()?))) {
+            if let Some((_, segment)) = nic.tap() {
+                all.extend(rules.addresses.iter().map(|block| Self::block(segment, *block)));
+            }
+            for forward in &rules.forwards {
+                let protocol = Protocol::ALL.into_iter().find(|known| known.number() == forward.protocol);
+                let ports = (forward.host..=u16::MAX).take(forward.count.into());
+                let claim = |port| Some(Self::Port { protocol: protocol?, port, address: forward.address });
+                // One port may lead to an address of each family.
+                let new: Vec<_> = ports.filter_map(claim).filter(|claim| !all.contains(claim)).collect();
+                all.extend(new);
+            }
+        }
+        all
     }
 
     /// Whether not both can be had.
@@ -204,7 +259,7 @@ impl Claim {
                 Some(Self::Addresses { wire: wire.to_owned(), block })
             }
             ["port", protocol, port, address] => {
-                let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| known.as_str() == protocol)?;
+                let protocol = Protocol::ALL.into_iter().find(|known| known.as_str() == protocol)?;
                 let address = if address == "any" { None } else { Some(address.parse().ok()?) };
                 Some(Self::Port { protocol, port: port.parse().ok()?, address })
             }
@@ -255,7 +310,7 @@ mod tests {
         let mut claims = open();
         assert_eq!(claims.holder(&claim).unwrap(), None);
         claims.take(&vm, claim.clone()).unwrap();
-        claims.lock.retire().unwrap();
+        drop(claims);
         let mut claims = open();
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
         assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));

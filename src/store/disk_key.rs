@@ -72,10 +72,13 @@ impl DiskKey {
     /// # Errors
     /// As [`Self::read`]: also when it is gone but disks need it, because a second key would not open them.
     pub fn ready(&self, store: &Store, deadline: Instant) -> Result<()> {
-        if self.ours && !self.path.exists() {
-            let lock = store.lock(Rank::Space, "key", deadline)?;
-            let made = if self.path.exists() || has_encrypted(store)? { Ok(()) } else { self.make() };
-            lock.retire().and(made)?;
+        // A link to nothing is a key of an operator whose filesystem is not mounted.
+        let is_there = || atomic::is_there(&self.path);
+        if self.ours && !is_there() {
+            let _lock = store.brief(Rank::Space, "key", deadline)?;
+            if !is_there() && !has_encrypted(store)? {
+                self.make()?;
+            }
         }
         self.read().map(drop)
     }
@@ -143,6 +146,15 @@ mod tests {
         assert_eq!((first.0.len(), format!("{first:?}")), (64, "***".to_owned()));
         assert_eq!(key.path().metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(dir.path().read_dir().unwrap().count(), 2, "nothing left beside it but 'locks'");
+    }
+
+    #[test]
+    fn a_link_to_nothing_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let (key, store) = key(dir.path());
+        std::os::unix::fs::symlink("/nowhere/key", key.path()).unwrap();
+        assert!(key.ready(&store, Instant::now()).unwrap_err().report().contains("can not be read"));
+        assert!(key.path().is_symlink());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::ErrorKind::{AlreadyExists, IsADirectory, NotFound};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use std::time::Instant;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::patience::within;
+use crate::store::atomic::{self, is_there};
 
 /// What a lock stands for, in the order locks are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,6 +85,7 @@ pub struct Guard {
     file: File,
     path: PathBuf,
     rank: Rank,
+    is_new: bool,
 }
 
 impl Guard {
@@ -92,8 +95,8 @@ impl Guard {
     /// [`ErrorKind::Timeout`] naming the holder's pid.
     pub fn acquire(path: PathBuf, rank: Rank, deadline: Instant) -> Result<Self> {
         HELD.with_borrow(|held| debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}"));
-        let file = loop {
-            let file = open(&path)?;
+        let (file, is_new) = loop {
+            let (file, is_new) = open(&path)?;
             let file = match file.try_lock() {
                 Ok(()) => file,
                 Err(TryLockError::WouldBlock) => wait(file, &path, deadline)?,
@@ -101,14 +104,19 @@ impl Guard {
             };
             // The holder before us may have retired the file: then we hold a lock on nothing anybody can open.
             if is_still_at(&file, &path) {
-                break file;
+                break (file, is_new);
             }
         };
         HELD.with_borrow_mut(|held| held.push(rank));
-        let guard = Self { file, path, rank };
+        let guard = Self { file, path, rank, is_new };
         guard.sign();
         crash::point!("lock of a {} taken", rank.as_str());
         Ok(guard)
+    }
+
+    /// Whether there was no file of the lock before.
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// The same lock for a process started now: it is held until both have closed it (flock(2)). So a launch keeps the
@@ -119,7 +127,7 @@ impl Guard {
 
     /// Removes the lock file and releases the lock: the object is gone for good.
     pub fn retire(self) -> Result<()> {
-        crate::store::atomic::remove_file(&self.path)?;
+        atomic::remove_file(&self.path)?;
         crash::point!("lock of a {} retired", self.rank.as_str());
         Ok(())
     }
@@ -136,6 +144,40 @@ impl Guard {
             file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
         if let Err(error) = signed {
             tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
+        }
+    }
+}
+
+/// A lock that nobody had when it was looked at, and nobody gets as long as this lives, unless it had no file yet. For
+/// who only looks: nothing is written.
+#[derive(Debug)]
+pub struct Glance(Option<File>);
+
+impl Glance {
+    /// Whether the lock has a file.
+    pub fn has_file(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Looks at the lock `path`; `None` if somebody has it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if what is there is no lock; what the filesystem says.
+    pub fn at(path: &Path) -> Result<Option<Self>> {
+        loop {
+            let file = match File::open(path) {
+                Err(error) if error.kind() == NotFound && !is_there(path) => return Ok(Some(Self(None))),
+                file => file.map_err(|error| unusable(path, error))?,
+            };
+            if file.metadata().is_ok_and(|meta| meta.is_dir()) {
+                return Err(unusable(path, IsADirectory.into()));
+            }
+            match file.try_lock_shared() {
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => return Err(Error::io("look at lock", path, error)),
+                Ok(()) if is_still_at(&file, path) => return Ok(Some(Self(Some(file)))),
+                Ok(()) => {}
+            }
         }
     }
 }
@@ -162,8 +204,35 @@ impl Drop for Guard {
     }
 }
 
-fn open(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path).at("open lock", path)
+/// The lock's file, and whether it was made for that.
+fn open(path: &Path) -> Result<(File, bool)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    loop {
+        match options.open(path) {
+            Err(error) if error.kind() == NotFound && !is_there(path) => {}
+            file => return file.map(|file| (file, false)).map_err(|error| unusable(path, error)),
+        }
+        match options.clone().create_new(true).open(path) {
+            // Somebody was faster.
+            Err(error) if error.kind() == AlreadyExists => {}
+            // A backup may leave out what is empty.
+            Err(error) if error.kind() == NotFound => {
+                atomic::make_dir(path.parent().expect("a lock is in a directory"))?;
+            }
+            file => return file.map(|file| (file, true)).map_err(|error| unusable(path, error)),
+        }
+    }
+}
+
+/// Why the lock can not be opened. One that is no file was not made by us.
+fn unusable(path: &Path, error: std::io::Error) -> Error {
+    let is_none = path.symlink_metadata().is_ok_and(|meta| !meta.is_file());
+    let error = Error::io("open lock", path, error);
+    if !is_none {
+        return error;
+    }
+    error.with_kind(ErrorKind::Corrupt).hint("it is no file, as a lock is: remove it and repeat the call")
 }
 
 fn is_still_at(file: &File, path: &Path) -> bool {
@@ -190,10 +259,14 @@ fn still_held(path: &Path) -> Error {
 }
 
 fn holder(path: &Path) -> String {
+    last_holder(path).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
+}
+
+/// The process that signed the lock last.
+pub(super) fn last_holder(path: &Path) -> Option<i32> {
     let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(20).read_to_string(&mut text));
-    let pid = text.trim();
-    if read.is_ok() && !pid.is_empty() { pid.to_owned() } else { "unknown".to_owned() }
+    File::open(path).and_then(|file| file.take(20).read_to_string(&mut text)).ok()?;
+    text.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -224,6 +297,54 @@ mod tests {
         });
         drop(guard);
         waiter.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_look_sees_who_has_a_lock_and_makes_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.x");
+        assert!(Glance::at(&path).unwrap().is_some());
+        assert!(!path.exists(), "nothing was written");
+        let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
+        assert!(Glance::at(&path).unwrap().is_none(), "somebody has it");
+        drop(guard);
+        let glances = [Glance::at(&path).unwrap().unwrap(), Glance::at(&path).unwrap().unwrap()];
+        assert_eq!(Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(), ErrorKind::Timeout);
+        drop(glances);
+        Guard::acquire(path, Rank::Vm, soon()).unwrap().retire().unwrap();
+    }
+
+    #[test]
+    fn a_lock_knows_whether_it_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        // Its directory need not be.
+        let path = dir.path().join("locks/vm.x");
+        let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
+        assert!(guard.is_new());
+        drop(guard);
+        assert!(!Guard::acquire(path.clone(), Rank::Vm, later()).unwrap().is_new());
+        assert_eq!(last_holder(&path), Some(std::process::id() as i32));
+    }
+
+    #[test]
+    fn what_is_no_file_is_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.x");
+        let refused = || {
+            let errors = [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), Glance::at(&path).err()];
+            errors
+                .map(|error| error.expect("refused"))
+                .iter()
+                .all(|error| error.kind() == ErrorKind::Corrupt && error.report().contains("remove it"))
+        };
+        std::fs::create_dir(&path).unwrap();
+        assert!(refused());
+        std::fs::remove_dir(&path).unwrap();
+        for target in ["vm.x", "/nonexistent/lock"] {
+            std::os::unix::fs::symlink(target, &path).unwrap();
+            assert!(refused(), "a link to {target}");
+            std::fs::remove_file(&path).unwrap();
+        }
     }
 
     #[test]

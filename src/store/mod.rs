@@ -13,7 +13,9 @@ mod disk_metadata;
 pub mod disk_options;
 pub mod layout;
 pub mod lock;
+mod locks;
 pub mod nic_rules;
+mod objects;
 mod owner;
 mod pins;
 pub mod pool;
@@ -22,7 +24,7 @@ mod vm_paths;
 
 pub use disk_key::DiskKey;
 pub use layout::Store;
-pub use lock::{Brief, Guard, Rank};
+pub use lock::{Brief, Glance, Guard, Rank};
 pub use owner::Owner;
 pub use pool::Pools;
 pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};

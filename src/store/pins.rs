@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::SCHEMA;
 use super::record::Segment;
 use super::{Store, atomic};
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 
 /// What `networks/<bridge>.json` says.
@@ -38,7 +38,7 @@ impl Store {
     /// Lets the bridge go with its last VM. Durable when it returns.
     pub fn unpin(&self, bridge: &LinkName) -> Result<()> {
         let path = self.pin_path(bridge);
-        if !path.exists() {
+        if !atomic::is_there(&path) {
             return Ok(());
         }
         atomic::remove_file(&path)?;
@@ -47,30 +47,36 @@ impl Store {
 
     /// Whether the bridge stays without VMs.
     pub fn is_pinned(&self, bridge: &LinkName) -> bool {
-        self.pin_path(bridge).exists()
+        atomic::is_there(&self.pin_path(bridge))
     }
 
     /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out; a pin that can not be
     /// read is told in the log, and must not keep other networks from working.
     pub fn pins(&self) -> Result<Vec<Segment>> {
+        let readable = self
+            .read_pins()?
+            .into_iter()
+            .filter_map(|(_, pin)| pin.inspect_err(|error| tracing::warn!(error = error.report(), "left out")).ok());
+        Ok(readable.collect())
+    }
+
+    /// The pins that can not be read, and why.
+    pub fn damaged_pins(&self) -> Result<Vec<(PathBuf, Error)>> {
+        Ok(self.read_pins()?.into_iter().filter_map(|(path, pin)| Some((path, pin.err()?))).collect())
+    }
+
+    /// What each pin says, by bridge.
+    fn read_pins(&self) -> Result<Vec<(PathBuf, Result<Segment>)>> {
         let dir = self.state_dir().join("networks");
-        let entries = match dir.read_dir() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.at("list", &dir)?,
+        let names = atomic::names(&dir)?.into_iter();
+        let mut bridges: Vec<_> = names.filter_map(|name| LinkName::parse(name.strip_suffix(".json")?).ok()).collect();
+        bridges.sort();
+        let pin = |bridge: LinkName| {
+            let path = self.pin_path(&bridge);
+            let pin = read(&path, &bridge);
+            (path, pin)
         };
-        let mut segments = Vec::new();
-        for entry in entries {
-            let path = entry.at("list", &dir)?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
-            if let Some(bridge) = name.and_then(|name| LinkName::parse(name).ok()) {
-                match read(&path, &bridge) {
-                    Ok(segment) => segments.push(segment),
-                    Err(error) => tracing::warn!(error = error.report(), "left out"),
-                }
-            }
-        }
-        segments.sort_by(|one, other| one.bridge.cmp(&other.bridge));
-        Ok(segments)
+        Ok(bridges.into_iter().map(pin).collect())
     }
 }
 
@@ -79,7 +85,7 @@ fn read(path: &Path, bridge: &LinkName) -> Result<Segment> {
         Error::new(ErrorKind::Corrupt, format!("pin '{}' can not be used: {why}", path.display()))
             .hint("remove the file, then say 'network apply' again")
     };
-    let text = std::fs::read(path).at("read", path)?;
+    let text = std::fs::read(path).map_err(|error| corrupt(&error.to_string()))?;
     let pin: Pin = serde_json::from_slice(&text).map_err(|error| corrupt(&error.to_string()))?;
     if pin.schema > SCHEMA || pin.segment.bridge != *bridge {
         return Err(corrupt("it is of a newer version or about another bridge"));
@@ -108,7 +114,15 @@ mod tests {
         store.pin(&one).unwrap();
         std::fs::write(dir.path().join("networks/a longer name than a link's.json"), "").unwrap();
         std::fs::write(dir.path().join("networks/br2.json"), "{}").unwrap();
+        std::os::unix::fs::symlink("/nowhere", dir.path().join("networks/br3.json")).unwrap();
         assert_eq!(store.pins().unwrap(), [one.clone(), two]);
+        let damaged = store.damaged_pins().unwrap();
+        assert_eq!(damaged.iter().map(|(path, _)| path.file_stem().unwrap()).collect::<Vec<_>>(), ["br2", "br3"]);
+        assert!(damaged.iter().all(|(_, error)| error.kind() == ErrorKind::Corrupt));
+        let dangling = LinkName::parse("br3").unwrap();
+        assert!(store.is_pinned(&dangling), "as of a filesystem that is not mounted");
+        store.unpin(&dangling).unwrap();
+        assert!(!store.is_pinned(&dangling));
         store.unpin(&one.bridge).unwrap();
         assert!(!store.is_pinned(&one.bridge));
         assert_eq!(read(&dir.path().join("networks/br2.json"), &one.bridge).unwrap_err().kind(), ErrorKind::Corrupt);

@@ -35,14 +35,14 @@ paths! {
     events = dir / "events.jsonl";
     /// How the last run ended.
     exit = dir / "exit.json";
+    /// There as long as nobody may have been told of the VM.
+    untold = dir / "untold";
     /// QEMU's monitor for calls.
     qmp = run / "qmp.sock";
     /// QEMU's monitor for the supervisor.
     supervisor_qmp = run / "supervisor-qmp.sock";
     /// The guest's serial port, served by QEMU to the supervisor.
     serial = run / "serial.sock";
-    /// There as long as nobody may have been told of the VM.
-    untold = run / "untold";
     /// Locked by QEMU as long as it lives.
     qemu_pid = run / "qemu.pid";
     /// Locked by the supervisor as long as it lives.

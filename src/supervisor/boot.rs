@@ -28,8 +28,8 @@ pub(super) async fn slot(scope: &Scope, until: Instant) -> Result<Brief> {
     loop {
         let mut held = None;
         for number in 0..slots {
-            match scope.store.lock(Rank::Boot, number, Instant::now()) {
-                Ok(guard) => return Ok(guard.brief()),
+            match scope.store.brief(Rank::Boot, number, Instant::now()) {
+                Ok(slot) => return Ok(slot),
                 Err(error) if error.kind() == ErrorKind::Timeout => held = Some(error),
                 Err(error) => return Err(error),
             }

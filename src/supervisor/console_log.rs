@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -26,11 +26,21 @@ pub(super) struct CappedLog {
 impl CappedLog {
     /// Opens `path` for appending, with `reserve` bytes of the filesystem kept for it.
     pub(super) fn open(path: PathBuf, cap: u64, reserve: u64) -> Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path).at("open log", &path)?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).create(true).append(true).mode(0o600).open(&path).at("open log", &path)?;
         let size = file.metadata().at("read the size of", &path)?.len();
         let mut log = Self { path, file, size, cap, reserve, reserved: 0 };
         log.keep_space();
         Ok(log)
+    }
+
+    /// Begins a new line, where a power cut left half of one.
+    pub(super) fn begin_line(&mut self) -> Result<()> {
+        let mut last = [b'\n'];
+        if self.size > 0 {
+            self.file.read_exact_at(&mut last, self.size - 1).at("read log", &self.path)?;
+        }
+        if last == [b'\n'] { Ok(()) } else { self.append(b"\n") }
     }
 
     /// Appends `bytes`, beginning a new file when this one is full.
@@ -59,6 +69,19 @@ impl CappedLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_a_line_does_not_spoil_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        for (before, after) in [("", "new\n"), ("one\n", "one\nnew\n"), ("one\nhal", "one\nhal\nnew\n")] {
+            std::fs::write(&path, before).unwrap();
+            let mut log = CappedLog::open(path.clone(), 100, 0).unwrap();
+            log.begin_line().unwrap();
+            log.append(b"new\n").unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
+        }
+    }
 
     #[test]
     fn a_flood_leaves_two_files_of_the_cap() {

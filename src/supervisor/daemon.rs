@@ -140,11 +140,15 @@ impl<'a> Supervisor<'a> {
             let _ = atomic::remove_dir(&scope.paths.run);
             Error::new(ErrorKind::VmNotFound, format!("VM '{}' has no record to start from", scope.cid))
         })?;
+        let mut events = CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?;
+        if let Err(error) = events.begin_line() {
+            tracing::warn!(error = error.report(), "an event may be lost");
+        }
         Ok(Self {
             scope,
             vm,
+            events,
             console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP, 0)?,
-            events: CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?,
             restarts: Restarts::default(),
             terminate: signal(SignalKind::terminate()).map_err(|e| Error::os("watch for SIGTERM", e))?,
         })
@@ -225,10 +229,13 @@ impl<'a> Supervisor<'a> {
             return Ok(None);
         }
         let lock = self.scope.store.lock(Rank::Vm, &self.scope.cid, Instant::now() + LOCK_PATIENCE)?;
-        if !self.still_ours()? {
-            return Ok(None);
+        if self.still_ours()? {
+            return Ok(Some(lock));
         }
-        Ok(Some(lock))
+        if read(self.scope)?.is_none() {
+            lock.retire()?;
+        }
+        Ok(None)
     }
 
     /// Whether the record still wants the run this supervisor is for; takes over what changed in it.
@@ -247,8 +254,8 @@ impl<'a> Supervisor<'a> {
         code::let_go();
         let group = Cgroup::open(self.scope.cid.as_str());
         let oom_kills = group.oom_kills();
-        let Running { mut qemu, mut monitor, mut serial } = running;
-        let (mut run, mut open, mut buffer) = (Run::default(), (true, true), vec![0; 4096]);
+        let Running { mut qemu, mut monitor, mut serial, full } = running;
+        let (mut run, mut open, mut buffer) = (Run { full, ..Run::default() }, (true, true), vec![0; 4096]);
         let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {

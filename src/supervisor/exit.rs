@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::atomic;
 
 /// How one run of a VM ended. QEMU exits with 0 for a guest's poweroff, `quit` and SIGTERM alike, so the reason of
@@ -72,14 +72,15 @@ impl ExitRecord {
 
     /// Reads the record, if there is one.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        let text = match std::fs::read(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            text => text.at("read", path)?,
-        };
-        serde_json::from_slice(&text).map(Some).map_err(|e| {
-            Error::new(ErrorKind::Corrupt, format!("'{}' can not be used: {e}", path.display()))
+        let damaged = |why: &str| {
+            Error::new(ErrorKind::Corrupt, format!("'{}' can not be used: {why}", path.display()))
                 .hint("remove the file: the VM counts as crashed then, and is started again")
-        })
+        };
+        match std::fs::read(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_there(path) => Ok(None),
+            Err(error) => Err(damaged(&error.to_string())),
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| damaged(&error.to_string())),
+        }
     }
 }
 

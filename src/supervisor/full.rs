@@ -21,8 +21,11 @@ use tokio::time::{Instant, timeout};
 use crate::error::Result;
 use crate::qmp::connection::Connection;
 use crate::qmp::error::MonitorError;
+use crate::qmp::query::Status;
 use crate::qmp::{EventKind, power};
 
+/// QEMU's RunState of such a guest.
+const WAITS: &str = "io-error";
 /// How long after the pause the first look is.
 const FIRST: Duration = Duration::from_secs(1);
 /// The longest time between two looks.
@@ -50,6 +53,12 @@ impl Default for Full {
 }
 
 impl Full {
+    /// That of a guest whose `status` was asked by who did not see the events: any of its images may be meant.
+    pub(super) fn found(status: &Status) -> Self {
+        let waits = status.state == WAITS;
+        Self { nodes: waits.then(String::new).into_iter().collect(), next: waits.then(Instant::now), ..Self::default() }
+    }
+
     /// Takes notice of an event.
     pub(super) fn take(&mut self, event: EventKind<'_>) {
         match event {
@@ -84,7 +93,7 @@ impl Full {
     pub(super) async fn look(&mut self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
         self.interval = self.longer();
         self.next = Some(Instant::now() + self.interval);
-        if power::status(monitor).await?.state != "io-error" {
+        if power::status(monitor).await?.state != WAITS {
             // Somebody let it go on and stopped it again, for reasons of their own.
             self.nodes.clear();
             return Ok(false);

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use super::full::Full;
 use super::resources::{self, Resources};
 use super::watched::Watched;
 use super::{Scope, conflict, limits};
@@ -43,6 +44,7 @@ pub(super) struct Running {
     pub(super) qemu: Watched,
     pub(super) monitor: Connection,
     pub(super) serial: UnixStream,
+    pub(super) full: Full,
 }
 
 /// Starts QEMU, stopped, in the VM's control groups. Synchronous: the child is made while this process has one thread.
@@ -90,7 +92,7 @@ pub(super) async fn boot(
         () = told_to_end => Err(called_off(scope)),
     };
     match booted {
-        Ok((monitor, serial)) => Ok(Running { qemu: Watched::Child(child), monitor, serial }),
+        Ok((monitor, serial)) => Ok(Running { qemu: Watched::Child(child), monitor, serial, full: Full::default() }),
         Err(error) => {
             // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
             let ended = timeout(LAST_WORDS, child.exited()).await;
@@ -134,8 +136,9 @@ pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
     // The call that started us may end, and its control group with it.
     Cgroup::open(scope.cid.as_str()).rejoin();
     let qemu = Watched::orphan(process)?;
-    let monitor = Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
-    Ok(Running { qemu, monitor, serial: serial(scope).await? })
+    let mut monitor = Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
+    let full = Full::found(&power::status(&mut monitor).await?);
+    Ok(Running { qemu, monitor, serial: serial(scope).await?, full })
 }
 
 async fn serial(scope: &Scope) -> Result<UnixStream> {

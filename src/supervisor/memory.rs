@@ -21,7 +21,7 @@ use crate::cid::VmCid;
 use crate::config::{Config, Memory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::memory::{available, resident};
-use crate::store::{Brief, Guard, Phase, Rank, Store, VmRecord};
+use crate::store::{Brief, Phase, Rank, Store, VmRecord};
 use crate::sys::pidlock;
 use crate::units::Bytes;
 
@@ -32,7 +32,7 @@ const NAMED: usize = 10;
 
 /// Taken before a VM shows that it starts, and given back when it may.
 pub(super) fn lock(scope: &Scope) -> Result<Brief> {
-    scope.store.lock(Rank::Memory, "host", Instant::now() + LOCK).map(Guard::brief)
+    scope.store.brief(Rank::Memory, "host", Instant::now() + LOCK)
 }
 
 /// Whether the host has the memory for `vm` to start, or, if it runs, to start again.

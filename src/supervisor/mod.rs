@@ -43,7 +43,7 @@ pub use exit::{Ending, ExitRecord};
 pub use memory::{admit, largest_vm};
 pub use power::{Button, PowerState, call_off, power_state, stop};
 pub use resources::open_file;
-pub use spawn::{adopt, start};
+pub use spawn::{Adoption, adopt, start};
 pub use status::{State, Status, status};
 
 use std::path::PathBuf;

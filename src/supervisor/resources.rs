@@ -123,7 +123,7 @@ fn tap(plug: &Plug) -> Tap {
 /// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
 fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let Some((port, segment)) = Port::of(nic) else { return Ok(None) };
-    let lock = scope.store.lock(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
+    let _lock = scope.store.brief(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
     net::apply::remove_tap(&port.link)?;
     let queues = net::tap::queues(vm.machine.cpus);
@@ -132,7 +132,6 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     if scope.store.is_pinned(&segment.bridge) {
         net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
     }
-    lock.retire()?;
     Ok(Some(plug))
 }
 

@@ -9,11 +9,15 @@ use super::{Begin, Launched, Scope};
 use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{detached, io_uring};
-use crate::store::Guard;
+use crate::qmp::monitor::Monitor;
+use crate::qmp::query::QueryStatus;
+use crate::store::{Guard, VmPaths};
 use crate::sys::pidlock;
 
 /// What a launch takes on a busy host.
 const LAUNCH: Duration = Duration::from_secs(30);
+/// A QEMU that is well answers at once.
+const ASKED: Duration = Duration::from_secs(2);
 
 /// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
 ///
@@ -31,18 +35,40 @@ pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
     launched
 }
 
-/// Gives a running VM that has no supervisor one that takes its QEMU over. `lock` is the VM's. Whether there was one
-/// to adopt.
+/// What was done for a VM that may have lost its supervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Adoption {
+    /// Nothing: it has one, or is off.
+    Needless,
+    /// Its QEMU has a new one.
+    Adopted,
+    /// Its guest had never run, and was started.
+    Launched,
+}
+
+/// Gives a VM that is on and has no supervisor one that takes its QEMU over. `lock` is the VM's.
 ///
 /// # Errors
 /// Why that failed; the VM runs on as it did.
-pub fn adopt(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<bool> {
-    let runs = matches!(power_state(&scope.paths)?, PowerState::On(_));
-    let alone = runs && pidlock::holder(&scope.paths.supervisor_pid())?.is_none();
-    if alone {
-        spawn(scope, Begin::Adopt, config_file, lock, deadline)?;
+pub fn adopt(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<Adoption> {
+    let is_on = matches!(power_state(&scope.paths)?, PowerState::On(_));
+    if !is_on || pidlock::holder(&scope.paths.supervisor_pid())?.is_some() {
+        return Ok(Adoption::Needless);
     }
-    Ok(alone)
+    if never_ran(&scope.paths, deadline) {
+        tracing::warn!(vm = %scope.cid, "its launch was cut short and begins again");
+        stop(&scope.paths, Button::Kill, deadline)?;
+        return start(scope, config_file, lock, deadline).map(|()| Adoption::Launched);
+    }
+    spawn(scope, Begin::Adopt, config_file, lock, deadline).map(|()| Adoption::Adopted)
+}
+
+/// Whether the VM's QEMU waits for a `cont` that nobody will give it, because its supervisor died in the middle of the
+/// launch. What else the launch had still to do is not known. One that does not answer did run.
+fn never_ran(paths: &VmPaths, deadline: Instant) -> bool {
+    let until = deadline.min(Instant::now() + ASKED);
+    let status = Monitor::connect(&paths.qmp(), until).and_then(|mut monitor| monitor.execute(&QueryStatus {}));
+    status.is_ok_and(|status| status.is_prelaunch())
 }
 
 fn spawn(scope: &Scope, begin: Begin, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {

@@ -7,6 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use bosh_qemu_cpi::cid::{Cid, VmCid};
+use bosh_qemu_cpi::store::{DiskRecord, Phase};
 use serde_json::{Value, json};
 
 use crate::disks::is_plugged;
@@ -70,7 +71,12 @@ pub struct Lab {
 
 impl Lab {
     pub fn new() -> Option<Self> {
-        let host = Host::new()?;
+        Self::with(json!({}))
+    }
+
+    /// One with more configuration.
+    pub fn with(config: Value) -> Option<Self> {
+        let host = Host::with(config)?;
         let stemcell = host.stemcell();
         let vm = host.vm(&stemcell);
         host.sees(&vm, "BOOTSECTOR-OK", 1);
@@ -309,7 +315,29 @@ fn a_read_only_filesystem() {
     host.power_off(&vm);
     let stemcell = host.record(&vm).stemcell.to_string();
     let snapshot = host.ok("snapshot_disk", &json!([free, {}]));
+    // What was cut short, and what a call works on: each with a lock, one also without.
+    let (cut_short, busy) = (host.disk(), host.disk());
+    let store = host.store();
+    for disk in [&cut_short, &busy] {
+        let record = store.read::<DiskRecord>(disk).unwrap().unwrap();
+        store.write(&DiskRecord { phase: Phase::Deleting, ..record }).unwrap();
+    }
+    let without_a_lock = "disk-aaaaaaaaaaaaaaa";
+    symlink("999999999", store.pending_dir().join(without_a_lock)).unwrap();
+    let lock = fs::File::open(host.path(&format!("state/locks/disk.{busy}"))).unwrap();
+    lock.lock().unwrap();
+    let found = host.command(&["audit", "--json"]);
+    assert!(!found.0 && found.1["findings"].as_array().unwrap().len() == 2, "{found:?}");
+    assert!([cut_short.as_str(), without_a_lock].iter().all(|cid| found.1.to_string().contains(cid)), "{found:?}");
+
     host.small().read_only(true);
+    for words in [["audit", "--json"].as_slice(), &["gc", "--dry-run", "--json"]] {
+        assert_eq!(host.command(words), found, "{words:?}");
+    }
+    let (well, pools) = host.command(&["pool", "list", "--json"]);
+    assert!(well && pools[0]["free"].is_u64(), "{pools}");
+    let gc = host.namespace().run(|| host.cpi().arg("gc").output().unwrap());
+    assert!(!gc.status.success() && String::from_utf8_lossy(&gc.stderr).contains("Read-only file system"), "{gc:?}");
     for (method, arguments, result) in [
         ("has_vm", json!([vm]), json!(true)),
         ("has_disk", json!([free]), json!(true)),
@@ -339,7 +367,9 @@ fn a_read_only_filesystem() {
         assert!(failure.message.contains("Read-only file system"), "{method}: {failure:?}");
         assert!(!failure.ok_to_retry, "{method}: {failure:?}");
     }
+    drop(lock);
     host.small().read_only(false);
+    assert!(host.command(&["gc", "--json"]).0);
     host.ok("reboot_vm", &json!([vm]));
     assert!(is_plugged(&host, &vm, &attached));
 }

@@ -1,12 +1,14 @@
 //! Every call ends: whatever it waits for, it says so by its deadline, and what to try next.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::VmCid;
+use bosh_qemu_cpi::store::DiskRecord;
+use bosh_qemu_cpi::store::record::DiskImage;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -37,6 +39,31 @@ fn hasty_host(more: Value) -> Option<Host> {
     let mut config = more;
     config["deadlines"] = METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE))).collect();
     Host::with(config)
+}
+
+/// Copies of disks that were cut short, in a QEMU that does not answer, are left to a later create.
+#[test]
+fn a_create_does_not_wait_for_leftovers_that_do_not_go() {
+    let Some(host) = hasty_host(json!({"qemu": {"hotplug_slots": 4}})) else { return };
+    let vm = host.booted_vm();
+    let store = host.store();
+    for _ in 0..3 {
+        let disk = host.disk();
+        host.ok("attach_disk", &json!([vm, disk]));
+        let record = store.read::<DiskRecord>(&disk).unwrap().unwrap();
+        let copy = DiskImage { generation: 1, ..record.current() };
+        store.write(&DiskRecord { leftover: Some(copy), ..record }).unwrap();
+        symlink("999999999", store.pending_dir().join(&disk)).unwrap();
+    }
+    let qemu = host.qemu(&vm).unwrap();
+    qemu.signal(Signal::SIGSTOP).unwrap();
+    let began = Instant::now();
+    host.disk();
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(DEADLINE) + LATE, "{took:?}");
+    qemu.signal(Signal::SIGCONT).unwrap();
+    host.disk();
+    assert_eq!(store.pending_dir().read_dir().unwrap().count(), 0, "the next create settles them");
 }
 
 /// The failure of a call, which must come in time, name all of `words`, and say what to do.

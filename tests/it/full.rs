@@ -5,10 +5,11 @@ use std::time::Instant;
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use bosh_qemu_cpi::store::record::DiskImage;
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, SnapshotRecord};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::disks::in_qemu;
-use crate::support::host::{Host, WRITING_GUEST, text, vm_cid};
+use crate::support::host::{Host, WRITING_GUEST, gone, text, vm_cid};
 use crate::support::images::{image, qemu_io, record};
 use crate::vm_list::vm_list;
 
@@ -41,6 +42,24 @@ fn a_guest_waits_for_room_and_goes_on() {
     // One for each 64 KiB of the disk but for the first.
     assert_eq!(written(&host), 1023);
     assert_eq!(vm_list(&host)[0]["state"], "running");
+}
+
+/// Its supervisor died while it waited: the next one did not see why.
+#[test]
+fn a_guest_that_waits_for_room_goes_on_under_another_supervisor() {
+    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let vm = waiting_vm(&host);
+    let supervisor = host.supervisor(&vm).expect("a supervisor");
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    // Some room, but not what is taken for it: a record can be written, the guest waits on.
+    host.small().grow(26);
+    host.ok("set_vm_metadata", &json!([vm, {}]));
+    host.event(&vm, "adopted", 1);
+    assert_eq!(vm_list(&host)[0]["reason"], "io-error on root (no space)");
+    host.small().grow(128);
+    host.event(&vm, "resumed", 1);
+    host.sees(&vm, "END", 1);
 }
 
 #[test]

@@ -6,7 +6,8 @@ use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, MUTE_GUEST, command_line, gone, json_options};
+use crate::support::host::{Host, MUTE_GUEST, command_line, eventually, gone, json_options};
+use crate::support::skip;
 
 fn start(host: &Host) -> Vec<(String, Value)> {
     outcomes(host, &["host", "start", "--json"])
@@ -164,6 +165,35 @@ fn a_vm_without_a_supervisor_gets_one_from_the_next_call() {
     host.power_off(&vm);
     assert_eq!(exit(&host, &vm).unwrap().ending(), Ending::PoweredOff);
     assert_eq!(start(&host), [(vm.to_string(), json!({"off": "its guest powered itself off"}))]);
+}
+
+/// The call and the supervisor died while QEMU was up and its guest did not run yet.
+#[test]
+fn a_launch_that_was_cut_short_begins_again() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let begin_again: [fn(&Host, &VmCid); 2] = [
+        |host, vm| assert_eq!(start(host), [(vm.to_string(), json!("started"))]),
+        |host, vm| drop(host.ok("set_vm_metadata", &json!([vm, {}]))),
+    ];
+    for (boots, begin) in (2..).zip(begin_again) {
+        host.lose_power();
+        let mut command = host.cpi();
+        command.args(["host", "start"]);
+        command.env("BOSH_QEMU_CPI_CRASH_AT", "supervisor spawned;supervisor: qmp query-kvm: answered");
+        let output = host.namespace().run(|| command.output().unwrap());
+        assert!(!output.status.success(), "it was killed: {output:?}");
+        eventually("the launch is cut short", || {
+            let half = host.qemu(&vm).is_some() && host.supervisor(&vm).is_none();
+            half.then(|| host.qmp(&vm, "query-status", &json!({})).ok()).flatten()
+        });
+        begin(&host, &vm);
+        host.sees(&vm, "BOOTSECTOR-OK", boots);
+        assert!(host.supervisor(&vm).is_some());
+    }
 }
 
 #[test]

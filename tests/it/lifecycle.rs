@@ -11,7 +11,7 @@ use bosh_qemu_cpi::store::{Phase, VmRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, PATIENCE, command_line, eventually, gone, json_options, request, text, vm_cid};
+use crate::support::host::{Host, command_line, eventually, gone, json_options, patience, request, text, vm_cid};
 
 #[test]
 fn create_env_makes_recreates_and_deletes_a_vm() {
@@ -400,7 +400,7 @@ fn a_caller_is_not_held_up_by_the_vm_it_made() {
     let log = sender.clone();
     std::thread::spawn(move || sender.send(std::io::read_to_string(&mut stdout)));
     std::thread::spawn(move || log.send(std::io::read_to_string(&mut stderr)));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let mut heard = Vec::new();
     for _ in 0..2 {
         heard.push(ends.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect("an end").unwrap());

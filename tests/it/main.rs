@@ -1,6 +1,7 @@
 //! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
 
 mod abuse;
+mod abuse_files;
 mod addresses;
 mod audit;
 mod audit_disks;
@@ -41,6 +42,7 @@ mod state_directories;
 mod storms;
 mod supervisor;
 mod support;
+mod systemd;
 mod traces;
 mod upgrade;
 mod vm_list;

@@ -123,13 +123,9 @@ impl Lab {
         let (_, found) = host.command(&["audit", "--json"]);
         for finding in found["findings"].as_array().unwrap() {
             assert!(
-                ["unfinished", "orphan", "unsettled", "down"].contains(&finding["kind"].as_str().unwrap()),
+                ["unfinished", "orphan", "unsettled", "down", "untold"].contains(&finding["kind"].as_str().unwrap()),
                 "{finding}"
             );
-        }
-        if method == "create_vm" {
-            // A VM that is whole has the address, whether or not its create was answered.
-            self.delete_other_vms();
         }
         if method == "create_vm" && cut.loss != Loss::Everything {
             // Booting takes long, and any create removes what another left.
@@ -143,7 +139,7 @@ impl Lab {
         let (_, found) = host.command(&["gc", "--json"]);
         let found = found["findings"].as_array().unwrap();
         let open: Vec<_> =
-            found.iter().filter(|finding| finding["cure"] != "mended" && finding["kind"] != "down").collect();
+            found.iter().filter(|f| f["cure"] != "mended" && f["kind"] != "down" && f["kind"] != "untold").collect();
         assert!(open.is_empty(), "{open:#?}");
         // What nobody was told of, or only this test.
         let store = host.store();
@@ -353,7 +349,7 @@ fn create_vm() {
         let vm = lab.record::<VmRecord>(&vm_cid(made));
         assert_eq!(vm.phase, Phase::Ready);
         // Else another VM would get the same.
-        assert_eq!(uids::find(lab.host.store().state_dir(), &vm.cid).unwrap(), Some(vm.uid));
+        assert_eq!(uids::find(lab.host.store().state_dir(), &vm.cid), Some(vm.uid));
         let claims = lab.host.path("state/claims").read_dir().unwrap().flatten();
         let claims = claims.filter(|claim| fs::read_link(claim.path()).unwrap() == Path::new(vm.cid.as_str()));
         assert_eq!(claims.count(), 1, "its address");

@@ -1,6 +1,7 @@
 //! Wrong clocks, two state directories on one host, and one that was copied to another.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -96,6 +97,29 @@ fn two_state_directories_on_one_host() {
     fs::remove_dir_all(other.0).unwrap();
 }
 
+/// Onto another path, with a link in its old place, under VMs that run.
+#[test]
+fn a_state_directory_that_was_moved_and_linked() {
+    let Some(lab) = Lab::new() else { return };
+    let host = &lab.host;
+    let qemu = host.qemu(&lab.vm).unwrap().pid();
+    fs::rename(host.path("state"), host.path("moved")).unwrap();
+    symlink(host.path("moved"), host.path("state")).unwrap();
+    let (clean, found) = host.command(&["audit", "--json"]);
+    assert!(clean, "{found}");
+    lab.others_work();
+    assert_eq!(host.qemu(&lab.vm).unwrap().pid(), qemu);
+    host.crash(&lab.vm);
+    host.sees(&lab.vm, "BOOTSECTOR-OK", 2);
+    // By its own name it is the same.
+    use_directories(host, &host.path("moved"), host.store().run_dir());
+    lab.others_work();
+    host.clear();
+    fs::remove_file(host.path("state")).unwrap();
+    fs::rename(host.path("moved"), host.path("state")).unwrap();
+    use_directories(host, &host.path("state"), host.store().run_dir());
+}
+
 #[test]
 fn a_state_directory_copied_to_another_machine() {
     let Some(lab) = Lab::new() else { return };
@@ -111,6 +135,10 @@ fn a_state_directory_copied_to_another_machine() {
     fs::create_dir(host.path("elsewhere")).unwrap();
     assert!(Command::new("cp").arg("-a").args([&own.0, &copy.0]).status().unwrap().success());
 
+    // What is empty, or of no use elsewhere, is not in every copy.
+    for dir in ["locks", "pending", "snaps"] {
+        fs::remove_dir_all(copy.0.join(dir)).unwrap();
+    }
     use_directories(host, &copy.0, &copy.1);
     let (well, started) = host.command(&["host", "start", "--json"]);
     assert!(well, "{started}");

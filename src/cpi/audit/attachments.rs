@@ -3,7 +3,7 @@
 use super::{Audit, Kind};
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::record::AttachmentPhase;
+use crate::store::record::AttachmentPhase::{self, Attached};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 
 impl Audit<'_> {
@@ -11,7 +11,7 @@ impl Audit<'_> {
         for cid in self.cpi.store.list::<VmRecord>()? {
             let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
             for attachment in vm.disks.iter().filter(|_| vm.phase == Phase::Ready) {
-                if attachment.phase == AttachmentPhase::Attached {
+                if attachment.phase == Attached {
                     self.agreed(&vm, &attachment.disk)?;
                 } else {
                     self.open(&vm, &attachment.disk)?;
@@ -23,7 +23,7 @@ impl Audit<'_> {
 
     /// Whether the disk knows who has it. The VM's record decides, but whoever wants the disk asks the disk's first.
     fn agreed(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
-        let Some(lock) = self.idle(Rank::Disk, disk)? else { return Ok(()) };
+        let Some(lock) = self.hold(Rank::Disk, disk) else { return Ok(()) };
         let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
         let record = match cpi.store.read::<DiskRecord>(disk) {
             Ok(Some(record)) => record,
@@ -61,8 +61,12 @@ impl Audit<'_> {
 
     /// Whether the record of the VM, now, lists the disk as attached.
     fn still_has(&self, vm: &VmCid, disk: &DiskCid) -> bool {
-        let record = self.cpi.store.read::<VmRecord>(vm).ok().flatten();
-        record.is_some_and(|vm| vm.attachment(disk).is_some_and(|a| a.phase == AttachmentPhase::Attached))
+        self.phase(vm, disk) == Some(Attached)
+    }
+
+    /// As what the record of the VM, now, lists the disk.
+    fn phase(&self, vm: &VmCid, disk: &DiskCid) -> Option<AttachmentPhase> {
+        self.cpi.store.read::<VmRecord>(vm).ok().flatten()?.attachment(disk).map(|a| a.phase)
     }
 
     fn without_disk(&mut self, vm: &VmRecord, what: &str) {
@@ -72,13 +76,21 @@ impl Audit<'_> {
 
     /// An attach or a detach that was cut short.
     fn open(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
-        let Some(_lock) = self.idle(Rank::Disk, disk)? else { return Ok(()) };
-        let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
-        drop(lock);
-        let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
-        let Some(record) = cpi.store.read::<DiskRecord>(disk)? else {
-            self.without_disk(vm, &what);
+        let Some(lock) = self.hold(Rank::Disk, disk) else { return Ok(()) };
+        // The call may have ended since the record was read.
+        if self.idle(Rank::Vm, &vm.cid).is_none() || self.phase(&vm.cid, disk).is_none_or(|phase| phase == Attached) {
             return Ok(());
+        }
+        let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
+        let record = match cpi.store.read::<DiskRecord>(disk) {
+            Ok(Some(record)) => record,
+            Ok(None) => {
+                lock.retire()?;
+                self.without_disk(vm, &what);
+                return Ok(());
+            }
+            // It is a finding of its own.
+            Err(_) => return Ok(()),
         };
         let mut kept = false;
         self.found(Kind::Unsettled, &what, "an attach or a detach was cut short", || {

@@ -2,21 +2,19 @@
 
 use std::ffi::OsStr;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
 
+use super::hold::is_left;
 use super::{Audit, Kind};
 use crate::cpi::leftovers;
 use crate::error::Result;
 use crate::store::{Rank, atomic};
 
-/// A file that is being written is replaced within milliseconds, or when a guest has let go of a disk.
-const ABANDONED: Duration = Duration::from_secs(60);
-
 impl Audit<'_> {
     pub(super) fn debris(&mut self) -> Result<()> {
         self.locks()?;
         for path in self.cpi.store.temporary_files()? {
-            if is_abandoned(&path) && !self.is_worked_on(&path)? {
+            // One that is being written is replaced within milliseconds, or when a guest has let go of a disk.
+            if is_left(&path, None) && !self.is_worked_on(&path) {
                 self.found(Kind::Orphan, &path.display(), "it was never finished", || atomic::remove_file(&path));
             }
         }
@@ -25,31 +23,26 @@ impl Audit<'_> {
 
     /// Whether a call works on the object in whose directory the file is. A detach_disk has what it will write in the end
     /// on the filesystem while it waits for the guest.
-    fn is_worked_on(&self, file: &Path) -> Result<bool> {
+    fn is_worked_on(&mut self, file: &Path) -> bool {
         let object = file.parent().and_then(Path::file_name).and_then(OsStr::to_str);
-        match object.and_then(leftovers::lock_of) {
-            Some((rank, lock)) => Ok(self.idle(rank, lock)?.is_none()),
-            None => Ok(false),
-        }
+        object.and_then(leftovers::lock_of).is_some_and(|(rank, lock)| self.idle(rank, lock).is_none())
     }
 
     /// Locks of objects that are gone. A VM's is the last of what names it.
     fn locks(&mut self) -> Result<()> {
-        for (rank, name) in self.cpi.store.locks()? {
-            if rank == Rank::Vm || self.cpi.store.is_locked_for_something(rank, &name) {
+        let store = &self.cpi.store;
+        for (rank, name) in store.locks()? {
+            let is_somethings = || store.is_locked_for_something(rank, &name) || self.cpi.is_noted(&name);
+            let is_left = || is_left(&store.lock_path(rank, &name), store.last_holder(rank, &name));
+            if rank == Rank::Vm || is_somethings() || !is_left() {
                 continue;
             }
-            let Some(lock) = self.idle(rank, &name)? else { continue };
-            if !self.cpi.store.is_locked_for_something(rank, &name) {
+            let Some(hold) = self.hold(rank, &name) else { continue };
+            if hold.had_file() && !is_somethings() {
                 let what = format!("lock {}.{name}", rank.as_str());
-                self.found(Kind::Orphan, &what, "what it is for is gone", || lock.retire());
+                self.found(Kind::Orphan, &what, "what it is for is gone", || hold.retire());
             }
         }
         Ok(())
     }
-}
-
-fn is_abandoned(path: &Path) -> bool {
-    let age = |meta: std::fs::Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
-    path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED)
 }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 
+use super::names::Recorded;
 use super::{Audit, Kind};
 use crate::cid::{Cid, VmCid};
 use crate::error::Result;
@@ -37,16 +38,24 @@ struct Remains {
 
 impl Audit<'_> {
     pub(super) fn gone_vms(&mut self) -> Result<()> {
+        let recorded = self.recorded()?;
         for vm in self.named_vms()? {
-            if self.cpi.store.vm(&vm).dir.exists() {
+            // A link to nothing is a VM whose filesystem is not mounted.
+            if atomic::is_there(&self.cpi.store.vm(&vm).dir) {
                 continue;
             }
-            let locked = self.cpi.store.has_lock(Rank::Vm, &vm);
-            let Some(lock) = self.idle(Rank::Vm, &vm)? else { continue };
-            if self.cpi.store.vm(&vm).dir.exists() || self.cpi.has_note(&vm) {
+            let Some(lock) = self.hold(Rank::Vm, &vm) else { continue };
+            let locked = lock.had_file();
+            if atomic::is_there(&self.cpi.store.vm(&vm).dir) || self.cpi.has_note(&vm) {
                 continue;
             }
-            let remains = self.remains(&vm, locked)?;
+            let remains = match self.remains(&vm, locked, &recorded) {
+                Ok(remains) => remains,
+                Err(error) => {
+                    self.unknown(&vm, &error);
+                    continue;
+                }
+            };
             let strangers = remains.group.processes();
             if remains.qemu.is_none() && !strangers.is_empty() {
                 let why = format!("the VM is gone, but its control group has the processes {}", strangers.join(", "));
@@ -78,18 +87,18 @@ impl Audit<'_> {
         let store = &self.cpi.store;
         let mut named: BTreeSet<_> = store.list_running()?.into_iter().collect();
         named.extend(store.claimed()?.into_iter().map(|(_, vm)| vm));
-        let owners = uids::claims(store.state_dir())?.into_iter();
-        named.extend(owners.filter_map(|(_, owner)| VmCid::parse(owner.to_str()?).ok()));
+        named.extend(uids::claims(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
         let locks = store.locks()?.into_iter().filter(|(rank, _)| *rank == Rank::Vm);
         named.extend(locks.filter_map(|(_, name)| VmCid::parse(&name).ok()));
         Ok(named)
     }
 
-    fn remains(&self, vm: &VmCid, locked: bool) -> Result<Remains> {
+    /// What is another VM's by its record is none of its remains, whatever the name says.
+    fn remains(&self, vm: &VmCid, locked: bool, recorded: &Recorded) -> Result<Remains> {
         let store = &self.cpi.store;
         let paths = store.vm(vm);
         let mut claims = store.claimed()?;
-        claims.retain(|(_, holder)| holder == vm);
+        claims.retain(|(claim, holder)| holder == vm && !recorded.claims.contains(&claim.name()));
         let claims: Vec<_> = claims.into_iter().map(|(claim, _)| claim).collect();
         let (mut wires, mut addresses, mut ports) = (BTreeSet::new(), Vec::new(), Vec::new());
         for claim in &claims {
@@ -102,7 +111,8 @@ impl Audit<'_> {
             }
         }
         let taps: Vec<_> = (0..MAX_NICS).map(|index| tap::tap_name(vm, index)).collect();
-        let uids = uids::claims(store.state_dir())?.into_iter();
+        let mut uids = uids::claims(store.state_dir())?;
+        uids.retain(|(uid, owner)| owner.as_ref() == Some(vm) && !recorded.uids.contains(uid));
         let qemu = match power_state(&paths)? {
             PowerState::On(qemu) => Some(qemu.pid()),
             PowerState::Off => None,
@@ -116,7 +126,7 @@ impl Audit<'_> {
             claims,
             bridges: wires.into_iter().filter(|bridge| self.is_unused(bridge)).collect(),
             group: Cgroup::open(vm.as_str()),
-            uids: uids.filter(|(_, owner)| owner.as_os_str() == vm.as_str()).map(|(uid, _)| uid).collect(),
+            uids: uids.into_iter().map(|(uid, _)| uid).collect(),
             locked,
         })
     }
@@ -158,9 +168,8 @@ impl Remains {
             apply::remove_tap(tap)?;
         }
         for bridge in &self.bridges {
-            let lock = cpi.store.lock(Rank::Network, bridge, deadline)?;
+            let _lock = cpi.store.brief(Rank::Network, bridge, deadline)?;
             apply::release_stray(bridge)?;
-            lock.retire()?;
         }
         self.rules.remove()?;
         self.group.remove()?;

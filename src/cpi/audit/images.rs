@@ -9,7 +9,7 @@ use crate::cpi::leftovers;
 use crate::error::{IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::SnapshotRecord;
-use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
+use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
 
 /// Where the images of a record are.
 type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
@@ -29,19 +29,35 @@ impl Audit<'_> {
             let ephemeral = vm.ephemeral.as_ref().map(|_| dir.join(EPHEMERAL_IMAGE));
             Ok([store.base_image(vm)?, dir.join(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
         })?;
+        self.disk_key()?;
         let pools: Vec<_> = self.cpi.store.pools().names().map(str::to_owned).collect();
         for pool in pools {
             // One that can not be used is told of with the records that need it.
-            if let Ok(dir) = self.cpi.store.pools().dir(&pool).map(Path::to_owned) {
-                self.strays(&pool, &dir)?;
+            if let Ok(dir) = self.cpi.store.pools().dir(&pool).map(Path::to_owned)
+                && let Err(error) = self.strays(&pool, &dir)
+            {
+                self.unknown(&format!("pool {pool}"), &error);
             }
+        }
+        Ok(())
+    }
+
+    /// The key of encrypted disks, without which none of them can be opened.
+    fn disk_key(&mut self) -> Result<()> {
+        let (store, key) = (&self.cpi.store, DiskKey::of(&self.cpi.config));
+        let disks = store.readable::<DiskRecord>()?.into_iter();
+        let mut disks = disks.chain(store.readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk));
+        if disks.any(|disk| disk.encrypted)
+            && let Err(error) = key.read()
+        {
+            self.unusable(&key.path().display(), &error);
         }
         Ok(())
     }
 
     fn there<R: Record>(&mut self, rank: Rank, images: Images<R>) -> Result<()> {
         for cid in self.cpi.store.list::<R>()? {
-            let Some(_lock) = self.idle(rank, &cid)? else { continue };
+            let Some(_lock) = self.idle(rank, &cid) else { continue };
             let Ok(Some(record)) = self.cpi.store.read::<R>(&cid) else { continue };
             if record.phase() != Phase::Ready {
                 continue;
@@ -74,7 +90,7 @@ impl Audit<'_> {
                 Rank::Vm => self.is_stray::<VmRecord>(&name, pool),
                 _ => false,
             };
-            if is_stray && self.idle(rank, &lock)?.is_some() {
+            if is_stray && self.idle(rank, &lock).is_some() {
                 let why = format!("there is '{}', which its record does not know of", dir.join(&name).display());
                 self.told(Kind::NoRecord, &name, &why, "look into it; remove it if nothing in it is missed");
             }

@@ -1,12 +1,14 @@
 //! VMs as far as they are processes.
 
-use super::{Audit, Kind, message};
+use super::{Audit, Kind};
+use crate::cpi;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
 use crate::supervisor::{self, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
 
+const TO_TELL: &str = "`bosh delete-vm` it, unless a Director knows it; that goes by itself if its address is wanted";
 const EXIT_LOST: &str = "move the file away: then the VM counts as crashed, and `bosh-qemu-cpi host start` starts it";
 
 impl Audit<'_> {
@@ -15,15 +17,19 @@ impl Audit<'_> {
         for vm in &vms {
             if let Ok(Some(record)) = self.cpi.store.read::<VmRecord>(vm)
                 && record.phase == Phase::Ready
+                && let Err(error) = self.machine(&record)
             {
-                self.machine(&record)?;
+                self.unknown(vm, &error);
             }
         }
         Ok(())
     }
 
     fn machine(&mut self, vm: &VmRecord) -> Result<()> {
-        let Some(lock) = self.idle(Rank::Vm, &vm.cid)? else { return Ok(()) };
+        let Some(hold) = self.idle(Rank::Vm, &vm.cid) else { return Ok(()) };
+        if self.cpi.is_untold(vm)? {
+            self.told(Kind::Untold, &vm.cid, "its create_vm was killed before anybody was told of it", TO_TELL);
+        }
         let paths = self.cpi.store.vm(&vm.cid);
         let supervised = pidlock::holder(&paths.supervisor_pid())?.is_some();
         match power_state(&paths)? {
@@ -31,7 +37,7 @@ impl Audit<'_> {
                 let cpi = self.cpi;
                 self.found(Kind::Unsupervised, &vm.cid, "nothing watches it: it would not be restarted", || {
                     let config_file = cpi.config_file.as_deref();
-                    supervisor::adopt(&cpi.scope(&vm.cid), config_file, &lock, Self::deadline()).map(drop)
+                    supervisor::adopt(&cpi.scope(&vm.cid), config_file, hold.lock(), Self::deadline()).map(drop)
                 });
             }
             // A supervisor without a QEMU is about to start one.
@@ -39,11 +45,13 @@ impl Audit<'_> {
                 let exit = match ExitRecord::read(&paths.exit()) {
                     Ok(exit) => exit.filter(|exit| exit.run == vm.run),
                     Err(error) => {
-                        self.told(Kind::Corrupt, &vm.cid, &message(&error), EXIT_LOST);
+                        self.told(Kind::Corrupt, &vm.cid, &error.chain(), EXIT_LOST);
                         return Ok(());
                     }
                 };
-                if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
+                if let Err(error) = cpi::is_all_off(&vm.cid) {
+                    self.unknown(&vm.cid, &error);
+                } else if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
                     let why = exit.map_or_else(|| "nothing says how it ended".to_owned(), |exit| exit.describe());
                     self.told(Kind::Down, &vm.cid, &why, "`bosh-qemu-cpi host start`, or reboot_vm, starts it");
                 }

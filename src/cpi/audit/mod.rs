@@ -3,9 +3,10 @@
 //! ```text
 //!   objects     records that can not be read, creates and removals cut short, files without a record
 //!   attachments who has which disk: calls cut short, records that do not agree
-//!   images      images that are not there, files in pools that no record knows of
+//!   images      images that are not there, files in pools that no record knows of, the key of encrypted disks
 //!   machines    VMs that are off and should run, VMs without a supervisor
-//!   networks    what networks of running VMs lack, bridges that are kept for nobody
+//!   names       uids, addresses and ports that records give to VMs, and no link keeps for them
+//!   networks    what networks of running VMs lack, pins that can not be read, bridges that are kept for nobody
 //!   gone        all that is left of VMs that are gone: QEMU, taps, rules, claims, uid, control groups, sockets
 //!   debris      locks and half-written files that belong to nothing
 //! ```
@@ -14,14 +15,17 @@
 //! to know, and for what nobody will ask about again. The rules:
 //!
 //! - What a call is working on, and so has a lock on, is no finding.
+//! - Looking needs no write (`hold`). What can not be looked at is a finding, and the rest is looked at.
 //! - Only what is certainly ours and certainly of no use is removed. A file that has no record was not left by us (records
 //!   are written first and removed last), so somebody has to decide about it who knows more.
 
 mod attachments;
 mod debris;
 mod gone;
+mod hold;
 mod images;
 mod machines;
+mod names;
 mod networks;
 mod objects;
 
@@ -30,11 +34,11 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::Cpi;
-use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Guard, Rank};
+use crate::error::{Error, Result};
 
 /// How long mending one thing may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: &str = "put that right, and look again";
 
 /// Something that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -55,16 +59,22 @@ pub struct Finding {
 pub enum Kind {
     /// A create or a removal that was cut short.
     Unfinished,
-    /// A record that can not be used.
+    /// A record, or another file of ours, that can not be used.
     Corrupt,
+    /// Something that can not be looked at.
+    Unknown,
     /// Files without a record.
     NoRecord,
     /// A VM that is off and should run.
     Down,
     /// A VM that runs without a supervisor.
     Unsupervised,
+    /// A VM that its Director may not know of.
+    Untold,
     /// An attach or a detach that was cut short.
     Unsettled,
+    /// Something that is a VM's own, and that nothing keeps others from.
+    Unclaimed,
     /// Something of an object that is gone.
     Orphan,
     /// A network that lacks something its VMs need.
@@ -88,26 +98,47 @@ pub enum Cure {
 }
 
 impl Cpi {
-    /// Everything that is not as it should be; mended as it is found if `mend`.
+    /// Everything that is not as it should be. Changes nothing, and needs nothing but to read.
+    pub fn audit(&self) -> Vec<Finding> {
+        let mut audit = Audit { cpi: self, mend: false, findings: Vec::new() };
+        match self.store.is_understood() {
+            Ok(_) if self.store.state_dir().exists() => audit.everything(),
+            Ok(_) => {}
+            // Whatever else is there may mean anything.
+            Err(error) => audit.unusable(&self.store.schema_file().display(), &error),
+        }
+        audit.findings
+    }
+
+    /// The same, put right as it is found.
     ///
     /// # Errors
-    /// Only if the state directory can not be listed.
-    pub fn audit(&self, mend: bool) -> Result<Vec<Finding>> {
-        let mut audit = Audit { cpi: self, mend, findings: Vec::new() };
-        if !self.store.state_dir().exists() {
-            return Ok(audit.findings);
+    /// As [`Store::prepare`](crate::store::Store::prepare), and if nothing can be written.
+    pub fn gc(&self) -> Result<Vec<Finding>> {
+        let mut audit = Audit { cpi: self, mend: true, findings: Vec::new() };
+        if self.store.state_dir().exists() {
+            self.store.prepare()?;
+            self.store.can_be_changed()?;
+            audit.everything();
         }
-        self.store.own_run_dir()?;
-        audit.objects()?;
-        audit.attachments()?;
-        audit.images()?;
-        audit.machines()?;
-        audit.networks()?;
-        audit.gone_vms()?;
-        audit.debris()?;
         Ok(audit.findings)
     }
 }
+
+/// A part of the audit.
+type Part = fn(&mut Audit<'_>) -> Result<()>;
+
+/// All of them, and which ask the run directory what runs.
+const PARTS: [(&str, bool, Part); 8] = [
+    ("objects", false, |audit| audit.objects()),
+    ("attachments", false, |audit| audit.attachments()),
+    ("images", false, |audit| audit.images()),
+    ("machines", true, |audit| audit.machines()),
+    ("names", false, |audit| audit.names()),
+    ("networks", true, |audit| audit.networks()),
+    ("what is left of VMs", true, |audit| audit.gone_vms()),
+    ("debris", false, |audit| audit.debris()),
+];
 
 struct Audit<'a> {
     cpi: &'a Cpi,
@@ -116,6 +147,21 @@ struct Audit<'a> {
 }
 
 impl Audit<'_> {
+    fn everything(&mut self) {
+        let ours = self.cpi.store.goes_with_run_dir();
+        if let Err(error) = &ours {
+            self.unusable(&"run_dir", error);
+        }
+        for (what, asks_run_dir, part) in PARTS {
+            if asks_run_dir && ours.is_err() {
+                continue;
+            }
+            if let Err(error) = part(self) {
+                self.unknown(&what, &error);
+            }
+        }
+    }
+
     /// Notes something that `mend` would put right, and has it do so if that is wanted.
     fn found(&mut self, kind: Kind, what: &impl ToString, why: &str, mend: impl FnOnce() -> Result<()>) {
         let cure = match self.mend.then(mend) {
@@ -132,20 +178,17 @@ impl Audit<'_> {
         self.findings.push(Finding { kind, what, why, cure: Cure::Operator(next_step.to_owned()) });
     }
 
-    /// The lock of something nobody works on; `None` if a call does.
-    fn idle(&self, rank: Rank, name: impl std::fmt::Display) -> Result<Option<Guard>> {
-        match self.cpi.store.lock(rank, name, Instant::now()) {
-            Err(error) if error.kind() == ErrorKind::Timeout => Ok(None),
-            lock => lock.map(Some),
-        }
+    /// Notes a file of ours that can not be used.
+    fn unusable(&mut self, what: &impl ToString, error: &Error) {
+        self.told(Kind::Corrupt, what, &error.chain(), error.advice().unwrap_or(LOOK_AGAIN));
+    }
+
+    /// Notes something that can not be looked at.
+    fn unknown(&mut self, what: &impl ToString, error: &Error) {
+        self.told(Kind::Unknown, what, &error.chain(), error.advice().unwrap_or(LOOK_AGAIN));
     }
 
     fn deadline() -> Instant {
         Instant::now() + PATIENCE
     }
-}
-
-/// What is wrong, without the hint.
-fn message(error: &Error) -> String {
-    error.to_string()
 }

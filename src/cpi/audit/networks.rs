@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::{Audit, Kind, message};
+use super::{Audit, Kind};
 use crate::cid::NetworkCid;
 use crate::cpi::host_networks::HostNetwork;
 use crate::cpi::managed_networks;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::{apply, kept};
 use crate::store::record::{NetworkRecord, Nic};
@@ -18,6 +18,9 @@ const NEXT: &str = "correct what it names; `bosh-qemu-cpi network plan` shows mo
 impl Audit<'_> {
     pub(super) fn networks(&mut self) -> Result<()> {
         self.managed()?;
+        for (path, error) in self.cpi.store.damaged_pins()? {
+            self.unusable(&path.display(), &error);
+        }
         let plugged = self.plugged()?;
         match self.cpi.host_networks(&[]) {
             Ok(networks) => networks.into_iter().try_for_each(|network| self.network(network, &plugged)),
@@ -32,7 +35,7 @@ impl Audit<'_> {
     /// Removals of managed networks that were cut short. Creates have notes.
     fn managed(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<NetworkRecord>()? {
-            let Some(lock) = self.idle(Rank::Network, managed_networks::bridge(&cid))? else { continue };
+            let Some(lock) = self.hold(Rank::Network, managed_networks::bridge(&cid)) else { continue };
             let record = self.cpi.store.read::<NetworkRecord>(&cid);
             lock.retire()?;
             match record {
@@ -41,12 +44,7 @@ impl Audit<'_> {
                 }
                 Ok(_) => {}
                 Err(error) => {
-                    self.told(
-                        Kind::Corrupt,
-                        &cid,
-                        &message(&error),
-                        "restore it from a backup, or call delete_network",
-                    );
+                    self.told(Kind::Corrupt, &cid, &error.chain(), "restore it from a backup, or call delete_network");
                 }
             }
         }
@@ -68,15 +66,16 @@ impl Audit<'_> {
         for cid in self.cpi.store.list::<VmRecord>()? {
             let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
             let paths = self.cpi.store.vm(&cid);
-            let is_on = || Ok::<_, Error>(matches!(power_state(&paths)?, PowerState::On(_)));
-            if vm.phase != Phase::Ready || !is_on()? {
+            // Of one that can not be asked, the machines' part tells.
+            let is_on = || matches!(power_state(&paths), Ok(PowerState::On(_)));
+            if vm.phase != Phase::Ready || !is_on() {
                 continue;
             }
-            let Some(_lock) = self.idle(Rank::Vm, &cid)? else { continue };
+            let Some(_lock) = self.idle(Rank::Vm, &cid) else { continue };
             let taps: Vec<_> = vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect();
             let present = apply::present(&taps)?;
             // It may have ended meanwhile.
-            if !is_on()? {
+            if !is_on() {
                 continue;
             }
             for tap in taps.iter().filter(|tap| !present.contains(tap)) {
@@ -119,7 +118,7 @@ impl Audit<'_> {
     fn kept_for_nobody(&mut self) -> Result<()> {
         let (cpi, owner) = (self.cpi, self.cpi.store.owner()?);
         for bridge in kept::by(&owner)? {
-            let Some(lock) = self.idle(Rank::Network, &bridge)? else { continue };
+            let Some(lock) = self.hold(Rank::Network, &bridge) else { continue };
             if !cpi.store.is_pinned(&bridge) {
                 self.found(
                     Kind::Orphan,

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{Audit, Kind, message};
+use super::hold::is_left;
+use super::{Audit, Kind};
 use crate::cid::Cid;
 use crate::cpi::leftovers;
 use crate::error::{Error, ErrorKind, Result};
@@ -22,7 +23,7 @@ impl Audit<'_> {
     /// Copies of disks that were cut short: the next call on the disk would settle them.
     fn copies(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<DiskRecord>()? {
-            let Some(lock) = self.idle(Rank::Disk, &cid)? else { continue };
+            let Some(lock) = self.idle(Rank::Disk, &cid) else { continue };
             let disk = self.cpi.store.read::<DiskRecord>(&cid).ok().flatten();
             drop(lock);
             if disk.is_none_or(|disk| disk.phase != Phase::Ready || disk.leftover.is_none()) {
@@ -44,7 +45,7 @@ impl Audit<'_> {
 
     fn each<R: Record>(&mut self, rank: Rank) -> Result<()> {
         for cid in self.cpi.store.list::<R>()? {
-            let Some(lock) = self.idle(rank, &cid)? else { continue };
+            let Some(lock) = self.idle(rank, &cid) else { continue };
             match self.cpi.store.read::<R>(&cid) {
                 Ok(Some(record)) if record.phase() == Phase::Ready => {}
                 Ok(Some(record)) => {
@@ -52,7 +53,7 @@ impl Audit<'_> {
                     let why = if record.phase() == Phase::Creating { "its creation" } else { "its removal" };
                     let cpi = self.cpi;
                     self.found(Kind::Unfinished, &cid, &format!("{why} was cut short"), || {
-                        cpi.clear_leftover(cid.as_str())
+                        cpi.clear_leftover(cid.as_str(), Self::deadline())
                     });
                 }
                 Ok(None) => {
@@ -61,7 +62,7 @@ impl Audit<'_> {
                 }
                 Err(error) => {
                     let next = "restore it from a backup; or move its directory away, and all it stands for is gone";
-                    self.told(Kind::Corrupt, &cid, &message(&error), next);
+                    self.told(Kind::Corrupt, &cid, &error.chain(), next);
                 }
             }
         }
@@ -71,10 +72,14 @@ impl Audit<'_> {
     fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
         let (cpi, empty) = (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
         if cpi.has_note(cid) {
-            self.found(Kind::Unfinished, cid, "its creation was cut short", || cpi.clear_leftover(cid.as_str()));
+            self.found(Kind::Unfinished, cid, "its creation was cut short", || {
+                cpi.clear_leftover(cid.as_str(), Self::deadline())
+            });
         } else if empty {
             // The last step but one of a removal.
-            self.found(Kind::Unfinished, cid, "its removal was cut short", || cpi.clear_leftover(cid.as_str()));
+            self.found(Kind::Unfinished, cid, "its removal was cut short", || {
+                cpi.clear_leftover(cid.as_str(), Self::deadline())
+            });
         } else {
             let next = format!("restore the record in '{}' from a backup, or remove the directory", dir.display());
             self.told(Kind::NoRecord, cid, "it has files but no record", &next);
@@ -86,15 +91,20 @@ impl Audit<'_> {
     fn notes(&mut self) -> Result<()> {
         for name in self.cpi.notes() {
             let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };
-            let Some(guard) = self.idle(rank, &lock)? else { continue };
+            let Some(hold) = self.hold(rank, &lock) else { continue };
+            // Its create may have ended since it was listed, or be about to take the lock.
+            let is_over = self.cpi.is_noted(&name)
+                && (hold.had_file() || is_left(&self.cpi.store.pending_dir().join(&name), self.cpi.noted_by(&name)));
             if self.cpi.store.is_locked_for_something(rank, &lock) {
-                drop(guard);
+                drop(hold);
             } else {
-                guard.retire()?;
+                hold.retire()?;
             }
-            if !self.findings.iter().any(|finding| finding.what == name) {
+            if is_over && !self.findings.iter().any(|finding| finding.what == name) {
                 let cpi = self.cpi;
-                self.found(Kind::Unfinished, &name, "its creation was cut short", || cpi.clear_leftover(&name));
+                self.found(Kind::Unfinished, &name, "its creation was cut short", || {
+                    cpi.clear_leftover(&name, Self::deadline())
+                });
             }
         }
         Ok(())

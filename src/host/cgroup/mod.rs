@@ -117,13 +117,15 @@ impl Cgroup {
         self.all_dirs().iter().any(|(dir, _)| dir.exists())
     }
 
-    /// The numbers of the processes in the groups.
+    /// The numbers of the processes in the groups that have not ended.
     pub fn processes(&self) -> Vec<String> {
         let dirs = self.all_dirs();
         let listed = dirs.iter().filter_map(|(dir, _)| std::fs::read_to_string(dir.join("cgroup.procs")).ok());
         let mut pids: Vec<_> = listed.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
         pids.sort();
         pids.dedup();
+        let lives = |process: Process| !process.wait_exit(Instant::now()).unwrap_or(true);
+        pids.retain(|pid| pid.parse().is_ok_and(|pid| Process::open(pid).is_ok_and(lives)));
         pids
     }
 

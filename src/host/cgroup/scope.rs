@@ -46,7 +46,8 @@ pub(super) fn of(root: &Path, name: &str) -> Vec<PathBuf> {
     ours.map(|entry| entry.path()).collect()
 }
 
-/// Has systemd move this process into a new scope of the VM `name`, if it is not in one already: a restart stays where it is.
+/// Has systemd move this process into a new scope of the VM `name`. At a restart it is in one already, and stays; the limits
+/// are as they were meant again, as in groups that we make ourselves.
 ///
 /// # Errors
 /// What systemd said; the process is where it was.
@@ -55,15 +56,12 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     let unit = format!("bosh-{name}-{pid}.scope");
     let is_inside = || std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit));
     if is_inside() {
+        if let Err(error) = ask(&limit(&unit, limits)) {
+            tracing::warn!(error = error.report(), "the VM's limits are as somebody left them");
+        }
         return Ok(());
     }
-    let mut busctl = Command::new("busctl");
-    busctl.args(["--system", "--timeout=10"]).args(call(&unit, name, pid, limits));
-    let asked = busctl.stdin(Stdio::null()).output().map_err(|e| Error::os("run 'busctl'", e))?;
-    if !asked.status.success() {
-        let said: String = String::from_utf8_lossy(&asked.stderr).trim().chars().take(300).collect();
-        return Err(Error::new(ErrorKind::Host, format!("systemd made no scope '{unit}': {said}")));
-    }
+    ask(&start(&unit, name, pid, limits)).map_err(|error| error.during(format!("have systemd make scope '{unit}'")))?;
     // The answer names a job; that it is done is seen by where we are.
     let deadline = Instant::now() + PATIENCE;
     while !is_inside() {
@@ -75,32 +73,57 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
-/// The words of the D-Bus call, org.freedesktop.systemd1(5): name, mode, properties with their types, no other units.
-fn call(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
+/// Makes a call to systemd's manager over D-Bus, org.freedesktop.systemd1(5).
+fn ask(call: &[String]) -> Result<()> {
+    let mut busctl = Command::new("busctl");
+    busctl.args(["--system", "--timeout=10", "call"]);
+    busctl.args(["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]);
+    let asked = busctl.args(call).stdin(Stdio::null()).output().map_err(|e| Error::os("run 'busctl'", e))?;
+    if asked.status.success() {
+        return Ok(());
+    }
+    let said: String = String::from_utf8_lossy(&asked.stderr).trim().chars().take(300).collect();
+    Err(Error::new(ErrorKind::Host, format!("busctl: {said}")))
+}
+
+/// The words of the call that starts the scope: name, mode, properties with their types, no other units.
+fn start(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
     let mut properties = vec![
-        vec!["Description".to_owned(), "s".into(), format!("BOSH VM {name}")],
-        vec!["PIDs".into(), "au".into(), "1".into(), pid.to_string()],
-        vec!["Slice".into(), "s".into(), SLICE.into()],
-        vec!["Delegate".into(), "b".into(), "true".into()],
-        vec!["CollectMode".into(), "s".into(), "inactive-or-failed".into()],
+        property("Description", "s", &[&format!("BOSH VM {name}")]),
+        property("PIDs", "au", &["1", &pid.to_string()]),
+        property("Slice", "s", &[SLICE]),
+        property("Delegate", "b", &["true"]),
+        property("CollectMode", "s", &["inactive-or-failed"]),
         // Units stop in the reverse order of their start.
-        vec!["Before".into(), "as".into(), "1".into(), UNIT.into()],
-        vec!["TasksMax".into(), "t".into(), limits.pids.to_string()],
+        property("Before", "as", &["1", UNIT]),
     ];
-    if let Some(memory) = limits.memory {
-        properties.push(vec!["MemoryMax".into(), "t".into(), memory.get().to_string()]);
-    }
-    if let Some(weight) = limits.cpu_weight {
-        properties.push(vec!["CPUWeight".into(), "t".into(), weight.to_string()]);
-    }
-    let target = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"];
-    let mut words = vec!["call".to_owned()];
-    words.extend(target.map(str::to_owned));
-    words.extend(["StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail"].map(str::to_owned));
+    properties.extend(properties_of(limits));
+    let mut words = ["StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail"].map(str::to_owned).to_vec();
     words.push(properties.len().to_string());
     words.extend(properties.into_iter().flatten());
     words.push("0".to_owned());
     words
+}
+
+/// The words of the call that limits a scope that is there: name, for this boot only, properties with their types.
+fn limit(unit: &str, limits: &Limits) -> Vec<String> {
+    let properties = properties_of(limits);
+    let mut words = ["SetUnitProperties", "sba(sv)", unit, "true"].map(str::to_owned).to_vec();
+    words.push(properties.len().to_string());
+    words.extend(properties.into_iter().flatten());
+    words
+}
+
+fn properties_of(limits: &Limits) -> Vec<Vec<String>> {
+    let memory = limits.memory.map(|memory| property("MemoryMax", "t", &[&memory.get().to_string()]));
+    let weight = limits.cpu_weight.map(|weight| property("CPUWeight", "t", &[&weight.to_string()]));
+    let pids = property("TasksMax", "t", &[&limits.pids.to_string()]);
+    std::iter::once(pids).chain(memory).chain(weight).collect()
+}
+
+/// A property in the words of busctl(1).
+fn property(name: &str, kind: &str, value: &[&str]) -> Vec<String> {
+    [name, kind].iter().chain(value).map(|word| (*word).to_owned()).collect()
 }
 
 #[cfg(test)]
@@ -109,17 +132,19 @@ mod tests {
     use crate::units::Bytes;
 
     #[test]
-    fn the_call_in_busctls_words() {
+    fn the_calls_in_busctls_words() {
         let limits = Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
-        let words = call("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
+        let words = start("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
         assert_eq!(
             words,
-            "call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager \
-             StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 Description s BOSH VM vm-a PIDs au 1 7 \
+            "StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 Description s BOSH VM vm-a PIDs au 1 7 \
              Slice s machine.slice Delegate b true CollectMode s inactive-or-failed Before as 1 bosh-qemu-cpi.service \
              TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200 0"
         );
-        let plain = call("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits }).join(" ");
+        let again = limit("bosh-vm-a-7.scope", &limits).join(" ");
+        let properties = "TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200";
+        assert_eq!(again, format!("SetUnitProperties sba(sv) bosh-vm-a-7.scope true 3 {properties}"));
+        let plain = start("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits }).join(" ");
         assert!(plain.contains(" fail 7 ") && plain.ends_with("TasksMax t 500 0"), "{plain}");
     }
 

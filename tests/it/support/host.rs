@@ -30,8 +30,12 @@ use super::netns::Namespace;
 use super::small::Small;
 use super::{nftables, skip};
 
-/// How long anything may take before a test calls it stuck. Emulated guests share two cores with other tests.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long anything may take before a test calls it stuck. Emulated guests share two cores with other tests. A host that is
+/// emulated itself says in the environment how many seconds it wants.
+pub fn patience() -> Duration {
+    let seconds = std::env::var("BOSH_QEMU_CPI_TEST_PATIENCE").map(|text| text.parse().expect("a number of seconds"));
+    Duration::from_secs(seconds.unwrap_or(60))
+}
 
 /// Takes part in hot-plug and follows its power button.
 pub const GUEST: &[u8] = include_bytes!("../../../guests/acpi-bootsector.bin");
@@ -282,7 +286,7 @@ impl Host {
     /// What a VM's QEMU returns for a command, or its error. A client of our own, so that the CPI's has a witness.
     pub fn qmp(&self, vm: &VmCid, command: &str, arguments: &Value) -> Result<Value, Value> {
         let mut socket = UnixStream::connect(self.paths(vm).qmp()).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(patience())).unwrap();
         let ask = json!({"execute": command, "arguments": arguments, "id": "asked"});
         write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#).unwrap();
         let lines = BufReader::new(socket).lines();
@@ -294,7 +298,7 @@ impl Host {
 
     /// Waits until the guest has printed `word` so many times.
     pub fn sees(&self, vm: &VmCid, word: &str, times: usize) {
-        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + PATIENCE).unwrap();
+        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience()).unwrap();
     }
 
     /// The same for a guest that takes longer.
@@ -305,7 +309,7 @@ impl Host {
     /// Waits until the supervisor has written down `event` so many times.
     pub fn event(&self, vm: &VmCid, event: &str, times: usize) {
         let word = format!("\"event\":\"{event}\"");
-        tail::wait_for(&self.paths(vm).events(), &word, times, Instant::now() + PATIENCE).unwrap();
+        tail::wait_for(&self.paths(vm).events(), &word, times, Instant::now() + patience()).unwrap();
     }
 
     /// Has the guest power itself off; waits until its supervisor has ended, too.
@@ -392,17 +396,17 @@ pub fn vm_cid(result: &Value) -> VmCid {
 
 /// Waits for the end of a process.
 pub fn gone(process: &Process) {
-    assert!(process.wait_exit(Instant::now() + PATIENCE).unwrap(), "process {} does not end", process.pid());
+    assert!(process.wait_exit(Instant::now() + patience()).unwrap(), "process {} does not end", process.pid());
 }
 
 /// Looks again and again until there is something to see.
 pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(seen) = look() {
             return seen;
         }
-        assert!(Instant::now() < deadline, "{what}: not in {PATIENCE:?}");
+        assert!(Instant::now() < deadline, "{what}: not in {:?}", patience());
         std::thread::sleep(Duration::from_millis(2));
     }
 }

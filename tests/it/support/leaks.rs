@@ -9,7 +9,7 @@ use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::host::{Host, PATIENCE};
+use super::host::{Host, patience};
 use super::nftables;
 
 impl Host {
@@ -83,7 +83,7 @@ impl Host {
     pub(super) fn tear_down(&self) {
         for (pid, _) in self.processes() {
             if let Ok(process) = Process::open(pid) {
-                let _ = process.signal(Signal::SIGKILL).and_then(|()| process.wait_exit(Instant::now() + PATIENCE));
+                let _ = process.signal(Signal::SIGKILL).and_then(|()| process.wait_exit(Instant::now() + patience()));
             }
         }
         for group in self.groups() {

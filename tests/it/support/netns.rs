@@ -43,6 +43,11 @@ impl Namespace {
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
+    /// Where others can open it, as long as it lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
     /// Runs `ip` with these words inside; its output. Panics if it fails.
     pub fn ip(&self, words: &str) -> String {
         let output = self.run(|| Command::new("ip").args(words.split_whitespace()).output().expect("ip"));
@@ -63,8 +68,7 @@ impl Namespace {
 
     /// Plugs a cable into the link `here` of this one and the link `there` of `other`, both new and up.
     pub fn cable(&self, here: &str, other: &Namespace, there: &str) {
-        let target = format!("/proc/{}/fd/{}", std::process::id(), other.0.as_raw_fd());
-        self.ip(&format!("link add {here} type veth peer name {there} netns {target}"));
+        self.ip(&format!("link add {here} type veth peer name {there} netns {}", other.path()));
         self.ip(&format!("link set {here} up"));
         other.ip(&format!("link set {there} up"));
     }

@@ -1,0 +1,97 @@
+//! Something that nobody works on, and nobody begins to while it is looked at.
+
+use std::fmt::Display;
+use std::fs::Metadata;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::Audit;
+use crate::error::{ErrorKind, Result};
+use crate::store::{Glance, Guard, Rank};
+use crate::sys::pidfd::Process;
+
+/// What is being written, or about to be locked, is so for milliseconds.
+pub(super) const ABANDONED: Duration = Duration::from_secs(60);
+
+/// Kept as long as the thing is looked at.
+pub(super) enum Hold {
+    /// Its lock, as who changes something must have it.
+    Lock(Guard),
+    /// For who only looks, on whatever filesystem.
+    Look(Glance),
+}
+
+impl Audit<'_> {
+    /// Holds an object; `None` as for [`Self::hold`], and if it is gone since it was listed.
+    pub(super) fn idle(&mut self, rank: Rank, name: impl Display) -> Option<Hold> {
+        let name = name.to_string();
+        let hold = self.hold(rank, &name)?;
+        if self.cpi.store.is_locked_for_something(rank, &name) {
+            return Some(hold);
+        }
+        // One that was there before is a name of what may be left.
+        if !hold.had_file()
+            && let Err(error) = hold.retire()
+        {
+            tracing::warn!(error = error.report(), "a lock of nothing stays");
+        }
+        None
+    }
+
+    /// Holds whatever may be there; `None` if a call works on it, or if its lock can not be used, which is a finding.
+    pub(super) fn hold(&mut self, rank: Rank, name: impl Display) -> Option<Hold> {
+        let store = &self.cpi.store;
+        let held = if self.mend {
+            store.lock(rank, &name, Instant::now()).map(|lock| Some(Hold::Lock(lock)))
+        } else {
+            store.glance(rank, &name).map(|glance| glance.map(Hold::Look))
+        };
+        match held {
+            Err(error) if error.kind() == ErrorKind::Timeout => None,
+            Err(error) => {
+                let what = format!("lock {}.{name}", rank.as_str());
+                // It is asked for more than once.
+                if !self.findings.iter().any(|finding| finding.what == what) {
+                    self.unusable(&what, &error);
+                }
+                None
+            }
+            Ok(hold) => hold,
+        }
+    }
+}
+
+/// Whether nobody is between making a note or a lock file, at `path`, and having the lock: who made it, `maker`, is dead, or
+/// made it long ago.
+pub(super) fn is_left(path: &Path, maker: Option<i32>) -> bool {
+    let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
+    let is_old = path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED);
+    let lives = |pid| Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
+    is_old || maker.is_some_and(|pid| !lives(pid))
+}
+
+impl Hold {
+    /// The lock of a thing that is mended.
+    pub(super) fn lock(&self) -> &Guard {
+        match self {
+            Self::Lock(lock) => lock,
+            Self::Look(_) => unreachable!("nothing is mended by who only looks"),
+        }
+    }
+
+    /// Whether the lock was there before.
+    pub(super) fn had_file(&self) -> bool {
+        match self {
+            Self::Lock(lock) => !lock.is_new(),
+            Self::Look(glance) => glance.has_file(),
+        }
+    }
+
+    /// Releases it; a lock file that is there only for this goes, too.
+    pub(super) fn retire(self) -> Result<()> {
+        match self {
+            Self::Lock(lock) => lock.retire(),
+            Self::Look(_) => Ok(()),
+        }
+    }
+}

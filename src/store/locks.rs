@@ -1,0 +1,65 @@
+//! Which lock stands for what.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use super::lock::{Brief, Glance, Guard, Rank, last_holder};
+use super::{Store, atomic};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use crate::error::Result;
+
+impl Store {
+    /// Takes the lock of one object, waiting until `deadline`.
+    pub fn lock(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Guard> {
+        Guard::acquire(self.lock_path(rank, name), rank, deadline)
+    }
+
+    /// As [`Self::lock`], for what is locked for the moment only.
+    pub fn brief(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Brief> {
+        self.lock(rank, name, deadline).map(Guard::brief)
+    }
+
+    /// Looks whether nobody has the lock; `None` if somebody does. Needs no write.
+    ///
+    /// # Errors
+    /// As [`Glance::at`].
+    pub fn glance(&self, rank: Rank, name: impl std::fmt::Display) -> Result<Option<Glance>> {
+        Glance::at(&self.lock_path(rank, name))
+    }
+
+    /// Whether an object has a lock, taken or not: the last thing of it that a removal takes away.
+    pub fn has_lock(&self, rank: Rank, name: impl std::fmt::Display) -> bool {
+        self.lock_path(rank, name).exists()
+    }
+
+    /// What every lock file says it is for. Names that are no locks are somebody else's and left out.
+    pub fn locks(&self) -> Result<Vec<(Rank, String)>> {
+        let lock = |name: String| {
+            let (rank, name) = name.split_once('.')?;
+            Some((Rank::ALL.into_iter().find(|known| known.as_str() == rank)?, name.to_owned()))
+        };
+        Ok(atomic::names(&self.state_dir().join("locks"))?.into_iter().filter_map(lock).collect())
+    }
+
+    /// Whether there is something that the lock `name` is for. The others are for the moment only.
+    pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
+        let prefix = match rank {
+            Rank::Stemcell => StemcellCid::PREFIX,
+            Rank::Disk | Rank::Metadata => DiskCid::PREFIX,
+            Rank::Vm => VmCid::PREFIX,
+            Rank::Snapshot => SnapshotCid::PREFIX,
+            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,
+        };
+        atomic::is_there(&self.state_dir().join(format!("{prefix}s")).join(name))
+    }
+
+    /// The process that had the lock last, or has it.
+    pub fn last_holder(&self, rank: Rank, name: impl std::fmt::Display) -> Option<i32> {
+        last_holder(&self.lock_path(rank, name))
+    }
+
+    /// The file of a lock, which need not be there.
+    pub fn lock_path(&self, rank: Rank, name: impl std::fmt::Display) -> PathBuf {
+        self.state_dir().join("locks").join(format!("{}.{name}", rank.as_str()))
+    }
+}
