@@ -8,7 +8,7 @@
 use ipnetwork::IpNetwork;
 use serde::Serialize;
 
-use super::link::Links;
+use super::link::{Links, Route};
 use super::nft::foreign::{self, Foreign};
 use super::plan::{Keeper, Segment, overlap, subnet};
 use super::{MARK, sysctl};
@@ -93,10 +93,11 @@ pub fn observe(segments: &[&Segment]) -> Result<Facts> {
 fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
     let ours: Vec<_> = segments.iter().flat_map(|segment| addresses(segment)).map(|address| subnet(*address)).collect();
     let mut found = Vec::new();
-    for (index, to) in links.routes()? {
+    for Route { link, to } in links.routes()? {
         // The default route is for what nobody else has.
         if to.prefix() > 0
             && ours.iter().any(|subnet| overlap(*subnet, to))
+            && let Some(index) = link
             && let Some(link) = links.numbered(index)?
             && !link.alias.is_some_and(|alias| alias.starts_with(MARK))
         {
