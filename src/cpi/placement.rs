@@ -8,7 +8,7 @@ use super::Cpi;
 use super::cloud_properties::{SubnetCloudProperties, VmCloudProperties};
 use super::networks::{Addressing, NetworkSpec, Networks};
 use crate::cid::{NetworkCid, VmCid};
-use crate::config::{self, GroupProtocol, GroupRule};
+use crate::config::{self, GroupRule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
 use crate::net::plan::{Place, Requested};
@@ -172,15 +172,10 @@ impl Cpi {
 fn admissions(rule: &GroupRule) -> Vec<Admission> {
     let everywhere = || ["0.0.0.0/0", "::/0"].map(|text| text.parse().expect("a subnet")).to_vec();
     let ports = rule.ports.map_or((0, u16::MAX), |ports| (ports.first, ports.last));
-    let admission = |source: IpNetwork| {
-        let (protocols, ports) = match rule.protocol {
-            GroupProtocol::Tcp => ((6, 6), Some(ports)),
-            GroupProtocol::Udp => ((17, 17), Some(ports)),
-            GroupProtocol::Icmp if source.is_ipv4() => ((1, 1), None),
-            GroupProtocol::Icmp => ((58, 58), None),
-            GroupProtocol::All => ((0, u8::MAX), None),
-        };
-        Admission { source, protocols, ports }
+    let admission = |source: IpNetwork| Admission {
+        source,
+        protocols: rule.protocol.numbers(source.is_ipv6()),
+        ports: rule.protocol.has_ports().then_some(ports),
     };
     rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
 }
