@@ -158,6 +158,11 @@ pub struct AddressRange {
 }
 
 impl AddressRange {
+    /// Whether it has the address.
+    pub fn contains(self, ip: IpAddr) -> bool {
+        self.first.is_ipv4() == ip.is_ipv4() && self.first <= ip && ip <= self.last
+    }
+
     /// From the first to the last.
     pub fn addresses(self) -> impl Iterator<Item = IpAddr> {
         let number = |ip| match ip {

@@ -198,11 +198,17 @@ fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) ->
         .hint("allow what is the VM's alone; anti_spoof: false lets it send as anybody"))
 }
 
-/// Two cards on one wire can not have one address.
+/// Two cards of one VM can not have one address: on one wire they would answer for each other, and on two of QEMU's own the
+/// guest would not know by which to leave.
 fn check_apart(placed: &[Placed]) -> Result<()> {
     let claims = |placed: &Placed| -> Vec<Claim> {
-        let (Some((_, segment)), Some(rules)) = (placed.nic.tap(), &placed.nic.rules) else { return Vec::new() };
-        rules.addresses.iter().map(|block| Claim::block(segment, *block)).collect()
+        let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
+        match &placed.nic.wire {
+            Wire::Tap { segment, .. } => rules.map(|block| Claim::block(segment, *block)).collect(),
+            Wire::User { user } => {
+                vec![Claim::Addresses { wire: "user".to_owned(), block: IpAddr::from(user.guest).into() }]
+            }
+        }
     };
     for (at, one) in placed.iter().enumerate() {
         let meets = |other: &&Placed| claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)));
@@ -230,11 +236,13 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
     IpNetwork::new(block.network(), block.prefix()).ok()
 }
 
-/// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them.
+/// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them, or the place has one
+/// already.
 fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
     let own = match place {
+        Place::User(_) => return Ok(None),
         Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => addresses.first().copied(),
-        _ => None,
+        Place::Bridge(_) => None,
     };
     let Some(subnet) = host.subnet.or(own) else {
         return match host.pool {
@@ -245,9 +253,9 @@ fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool
             }
         };
     };
-    let whole = AddressRange { first: subnet.network(), last: subnet.broadcast() };
+    let range = net::plan::pool(name, host, subnet)?;
     let gateway = own.map(|address| address.ip()).or(host.gateway);
-    Ok(Some(Pool { range: host.pool.unwrap_or(whole), subnet, gateway, previous: None }))
+    Ok(Some(Pool { range, subnet, gateway, previous: None }))
 }
 
 /// The addresses a network brings, as the host's side needs them.

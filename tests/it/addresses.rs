@@ -1,9 +1,10 @@
 //! Which addresses and ports VMs get, who may not have them, and how they are given back.
 
+use bosh_qemu_cpi::store::record::Wire;
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::host::{Host, text, vm_cid};
+use crate::support::host::{Host, command_line, json_options, text, vm_cid};
 use crate::support::netns::Namespace;
 
 const POOL: &str = "10.7.0.10-10.7.0.11";
@@ -127,4 +128,50 @@ fn an_address_that_a_machine_outside_has_is_refused() {
     assert!(ask("10.7.0.6", "255.255.255.0").outcome.is_ok());
     host.reconfigure(|config| config["networks"]["lan"]["conflict_probe"] = json!(false));
     assert!(ask("10.7.0.5", "255.255.255.0").outcome.is_ok());
+}
+
+#[test]
+fn qemus_own_network_has_an_address_for_who_asks_for_any() {
+    let networks = json!({
+        "default": {"profile": "user"},
+        "own": {"profile": "user", "subnet": "10.6.0.0/24", "pool": "10.6.0.1-10.6.0.9"},
+    });
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let stemcell = host.stemcell();
+    let own = json!({"type": "dynamic", "cloud_properties": {"name": "own"}});
+    let both = json!({"a": {"type": "dynamic", "default": ["gateway"]}, "b": own});
+    let ports = json!({"ports": [{"host": 8080, "guest": 80, "address": "127.0.0.1"}]});
+    let made = create(&host, &stemcell, &both, &ports).result().clone();
+    let network = |name: &str| {
+        let network = &made[1][name];
+        json!([network["type"], network["ip"], network["netmask"], network["gateway"]])
+    };
+    assert_eq!(network("a"), json!(["dynamic", "10.0.2.15", "255.255.255.0", "10.0.2.2"]));
+    assert_eq!(network("b"), json!(["dynamic", "10.6.0.2", "255.255.255.0", "10.6.0.1"]));
+    let vm = vm_cid(&made);
+    let settings = std::fs::read(host.paths(&vm).config_drive()).unwrap();
+    let settings = String::from_utf8_lossy(&settings);
+    assert!(settings.contains(r#""type":"manual""#) && settings.contains(r#""ip":"10.0.2.15""#));
+    assert!(!settings.contains(r#""type":"dynamic""#), "nobody answers DHCP");
+    let guests = host.record(&vm).nics.into_iter().map(|nic| match nic.wire {
+        Wire::User { user } => user.guest.to_string(),
+        Wire::Tap { .. } => panic!("a tap"),
+    });
+    assert_eq!(guests.collect::<Vec<_>>(), ["10.0.2.15", "10.6.0.2"], "it is recorded");
+    let netdev = &json_options(&command_line(&host.qemu(&vm).unwrap()), "-netdev")[0];
+    assert_eq!(netdev["hostfwd"], json!([{"str": "tcp:127.0.0.1:8080-10.0.2.15:80"}]));
+
+    // Every VM is alone on its own.
+    let again = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}}), &json!({}));
+    assert_eq!(again.result()[1]["a"]["ip"], "10.0.2.15");
+    let twice = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}, "b": {"type": "dynamic"}}), &json!({}));
+    assert!(twice.failure().message.contains("networks 'a' and 'b' have the same ip"), "{twice:?}");
+    for (pool, problem) in [
+        ("10.5.0.1-10.5.0.9", "a pool that is not in its subnet"),
+        ("10.6.0.1-10.6.0.1", "without an address for a VM"),
+    ] {
+        host.reconfigure(|config| config["networks"]["own"]["pool"] = json!(pool));
+        let refused = create(&host, &stemcell, &json!({"a": own}), &json!({}));
+        assert!(refused.failure().message.contains(problem), "{refused:?}");
+    }
 }
