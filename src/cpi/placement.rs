@@ -139,6 +139,13 @@ impl Cpi {
         let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
             .map_err(|e| e.during(format!("host network '{name}'")))?;
         let place = net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+        if let (Place::Bridge(segment), None) = (&place, host.subnet) {
+            net::taken::refuse(segment).map_err(|e| {
+                e.hint(format!(
+                    "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
+                ))
+            })?;
+        }
         let pool = match network.addressing {
             Addressing::Dynamic { previous } => pool(name, host, &place)?.map(|pool| Pool { previous, ..pool }),
             _ => None,

@@ -20,6 +20,7 @@ mod full;
 mod groups;
 mod guard;
 mod host_boot;
+mod host_routes;
 mod hostile;
 mod hotplug;
 mod identity;
