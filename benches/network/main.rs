@@ -76,7 +76,8 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> [Duration; 3] {
 fn one_more(segment: &Segment) -> [Duration; 3] {
     let (plugged, tap) = timed(|| plug("bqmoren0", segment));
     let (nothing, ()) = timed(|| apply::ensure(segment, &[]).expect("ensure"));
-    let (looked, findings) = timed(|| coexist::findings(segment, &coexist::observe(&[segment]).expect("observe")));
+    let (looked, findings) =
+        timed(|| coexist::findings(segment, &[], &coexist::observe(&[segment], &[]).expect("observe")));
     assert_eq!(findings, []);
     drop(tap);
     [plugged, nothing, looked]

@@ -120,6 +120,12 @@ fn claim_ports(
         let problem = format!("cloud_properties.ports: host and guest must be as many ports, at most {MOST_PORTS}");
         return Err(Error::new(ErrorKind::BadRequest, problem));
     }
+    if let Some(ip) = wanted.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
+        let problem = format!("cloud_properties.ports: {ip} is no address of a host");
+        return Err(
+            Error::new(ErrorKind::BadRequest, problem).hint("leave 'address' out for every address of the host")
+        );
+    }
     let is_default = |nic: &Nic| {
         networks.iter().any(|network| network.name == nic.network && network.default.iter().any(|d| d == "gateway"))
     };
@@ -129,7 +135,8 @@ fn claim_ports(
     if found.is_empty() {
         let message = "cloud_properties.ports: the VM has no network whose packets go through this host";
         return Err(Error::new(ErrorKind::NotSupported, message).hint(
-            "ports are forwarded to networks with a bridge of our own: profiles 'nat' and 'routed', and 'user'",
+            "ports are forwarded to networks with a bridge of our own: profiles 'nat' and 'routed', and 'user'; from a \
+             loopback address to 'user' alone",
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
@@ -159,7 +166,9 @@ fn forward_to(placed: &[Placed], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
             Wire::Tap { segment, .. } => {
                 let routed = matches!(&segment.keeper,
                     Keeper::Us { addresses, closed: false, .. } if !addresses.is_empty());
-                rules.addresses.first().filter(|_| routed).map(IpNetwork::ip)
+                // Packets to a loopback address reach no bridge.
+                let loopback = wanted.address.is_some_and(|ip| ip.is_loopback());
+                rules.addresses.first().filter(|_| routed && !loopback).map(IpNetwork::ip)
             }
         };
         Some((placed.index, ip?))

@@ -1,9 +1,11 @@
 //! Whether what else runs on this host lets our VMs' packets through: Docker, ufw, firewalld, libvirt, br_netfilter,
-//! switches of the kernel, routes. Nothing of it is ever changed: a [`Finding`] names the cause and the command that cures
-//! it.
+//! switches of the kernel, routes, addresses that are not here. Nothing of it is ever changed: a [`Finding`] names the cause
+//! and the command that cures it.
 //!
 //! In nftables every table's chains are asked in turn, so an `accept` of ours can not take back a `drop` of another's.
 //! [`observe`] looks, [`findings`] is pure.
+
+use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use serde::Serialize;
@@ -14,6 +16,9 @@ use super::plan::{Keeper, Segment, overlap, subnet};
 use super::{MARK, sysctl};
 use crate::error::Result;
 use crate::link_name::LinkName;
+use crate::ranges::Protocol;
+use crate::store::nic_rules::Forward;
+use crate::store::record::Nic;
 
 /// The bridge of Docker's default network.
 const DOCKER: &str = "docker0";
@@ -46,6 +51,8 @@ pub struct Facts {
     bridges: Vec<(String, u32)>,
     /// Routes to the segments' addresses with their links, without those of bridges of ours.
     routes: Vec<(String, IpNetwork)>,
+    /// Addresses from which ports are forwarded and that no link has.
+    absent: Vec<IpAddr>,
 }
 
 /// The link to the world.
@@ -57,11 +64,11 @@ struct World {
     forwards_v4: bool,
 }
 
-/// Looks at the host of the calling thread, as far as it matters to these segments.
+/// Looks at the host of the calling thread, as far as it matters to these segments and to what is forwarded to these cards.
 ///
 /// # Errors
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel does not tell.
-pub fn observe(segments: &[&Segment]) -> Result<Facts> {
+pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     let links = Links::open()?;
     let is = |key: &str, wanted: &str| sysctl::read(key).map(|value| value.as_deref() == Some(wanted));
     let world = match links.to_the_world()? {
@@ -86,6 +93,7 @@ pub fn observe(segments: &[&Segment]) -> Result<Facts> {
         world,
         bridges,
         routes: others_routes(&links, segments)?,
+        absent: forwarded(nics).filter_map(|forward| forward.address).filter(|ip| !links.is_local(*ip)).collect(),
     })
 }
 
@@ -114,8 +122,13 @@ fn addresses(segment: &Segment) -> &[IpNetwork] {
     }
 }
 
-/// What keeps a segment's VMs from what its profile promises.
-pub fn findings(segment: &Segment, facts: &Facts) -> Vec<Finding> {
+/// What is forwarded to these cards.
+fn forwarded(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
+    nics.iter().filter(|nic| nic.tap().is_some()).filter_map(|nic| nic.rules.as_ref()).flat_map(|rules| &rules.forwards)
+}
+
+/// What keeps a segment's VMs, which have these cards, from what its profile and their ports promise.
+pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     let passes = match &segment.keeper {
         Keeper::Us { addresses, closed, .. } => {
@@ -131,7 +144,29 @@ pub fn findings(segment: &Segment, facts: &Facts) -> Vec<Finding> {
     if passes || facts.bridges_call_iptables && !segment.isolated {
         firewalls(segment, passes, facts, &mut findings);
     }
+    for forward in forwarded(nics) {
+        findings.extend(forward.address.filter(|ip| facts.absent.contains(ip)).map(|ip| absent(forward, ip)));
+    }
     findings
+}
+
+/// Not refused: an address that wanders between hosts (VRRP, a floating address) is elsewhere now and may come later, and
+/// the forward works as soon as it does.
+fn absent(forward: &Forward, address: IpAddr) -> Finding {
+    let Forward { protocol, host, to, count, .. } = forward;
+    let protocol = Protocol::numbered(*protocol).map_or("", Protocol::as_str);
+    let last = host.saturating_add(count.saturating_sub(1));
+    let one = last == *host;
+    let (ports, lead) = if one {
+        (format!("port {protocol}/{host}"), "leads")
+    } else {
+        (format!("ports {protocol}/{host}-{last}"), "lead")
+    };
+    let link = if address.is_ipv4() { "LINK" } else { "LINK nodad" };
+    Finding {
+        cause: format!("{ports} of {address} {lead} to {to}, but no link of this host has {address}"),
+        cure: format!("ip address add {address} dev {link}; nothing, if it comes by itself (VRRP)"),
+    }
 }
 
 /// Other programs that drop what is forwarded.

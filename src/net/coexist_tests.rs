@@ -25,7 +25,7 @@ fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
 }
 
 fn said(segment: &Segment, facts: &Facts) -> String {
-    let lines = findings(segment, facts).into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure));
+    let lines = findings(segment, &[], facts).into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure));
     lines.collect::<Vec<_>>().join("\n")
 }
 
@@ -111,4 +111,29 @@ fn routes_and_switches() {
         ip link set bosh-nat0 mtu 1450; then reboot_vm its VMs, which are told when they start
     ");
     assert_eq!(said(&nat("10.0.0.1/24"), &routed("bosh-nat0", "10.0.0.0/24")), "", "its own route");
+}
+
+#[test]
+fn ports_of_addresses_that_are_not_here() {
+    let forward = |address: &str, count| Forward {
+        address: address.parse().ok(),
+        protocol: 6,
+        host: 8080,
+        to: "10.0.0.5".parse().unwrap(),
+        guest: 80,
+        count,
+    };
+    let forwards = vec![forward("192.0.2.9", 1), forward("2001:db8::9", 3), forward("192.0.2.1", 1), forward("", 1)];
+    let rules = Some(crate::store::nic_rules::NicRules { forwards, ..Default::default() });
+    let wire = crate::store::record::Wire::Tap { tap: LinkName::parse("bqn0").unwrap(), segment: nat("10.0.0.1/24") };
+    let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 1].into(), wire, rules };
+    let absent = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap()).to_vec();
+    let found = findings(&nat("10.0.0.1/24"), &[nic], &Facts { absent, ..facts() });
+    let lines: Vec<_> = found.into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure)).collect();
+    insta::assert_snapshot!(lines.join("\n"), @r"
+    port tcp/8080 of 192.0.2.9 leads to 10.0.0.5, but no link of this host has 192.0.2.9
+        ip address add 192.0.2.9 dev LINK; nothing, if it comes by itself (VRRP)
+    ports tcp/8080-8082 of 2001:db8::9 lead to 10.0.0.5, but no link of this host has 2001:db8::9
+        ip address add 2001:db8::9 dev LINK nodad; nothing, if it comes by itself (VRRP)
+    ");
 }

@@ -91,6 +91,64 @@ fn a_port_of_the_host_is_one_vms() {
 }
 
 #[test]
+fn a_port_of_an_address_that_is_not_here_is_told_and_waits_for_it() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let ports = |address: &str| json!({"ports": [{"host": 8080, "guest": 80, "address": address}]});
+    let made = create(&host, &stemcell, &manual("10.7.0.5"), &ports("192.0.2.9"));
+    vm_cid(made.result());
+    let cause = "port tcp/8080 of 192.0.2.9 leads to 10.7.0.5, but no link of this host has 192.0.2.9";
+    assert!(
+        made.stderr.contains(cause) && made.stderr.contains("ip address add 192.0.2.9 dev LINK"),
+        "{}",
+        made.stderr
+    );
+    let causes = || -> Vec<Value> {
+        let (_, planned) = host.command(&["network", "plan", "--json"]);
+        let findings = planned["networks"][0]["findings"].as_array().unwrap();
+        findings.iter().map(|finding| finding["cause"].clone()).collect()
+    };
+    assert_eq!(causes(), [json!(cause)]);
+    host.namespace().ip("address add 192.0.2.9/32 dev lo");
+    assert_eq!(causes(), [""; 0]);
+    let told = create(&host, &stemcell, &manual("10.7.0.6"), &json!({"ports": [{"host": 81, "address": "192.0.2.9"}]}));
+    assert!(told.outcome.is_ok() && !told.stderr.contains("no link of this host"), "{}", told.stderr);
+    // Nothing ever comes by these.
+    for (address, problem) in [
+        ("127.0.0.1", "no network whose packets"),
+        ("::1", "no network whose packets"),
+        ("0.0.0.0", "no address of a host"),
+    ] {
+        let refused = create(&host, &stemcell, &manual("10.7.0.7"), &ports(address));
+        assert!(refused.failure().message.contains(problem), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_security_group_names_protocols_by_name_and_by_number() {
+    let Some(host) = host() else { return };
+    host.reconfigure(|config| {
+        config["security_groups"] = json!({"router": [
+            {"protocol": "vrrp", "source": "10.7.0.0/24"}, {"protocol": 89, "source": "fd00::/64"},
+            {"protocol": "sctp", "ports": "3868", "source": "10.0.0.0/8"}, {"protocol": "icmp"},
+        ]});
+    });
+    let made = create(&host, &host.stemcell(), &manual("10.7.0.5"), &json!({"security_groups": ["router"]}));
+    let record = host.record(&vm_cid(made.result()));
+    let admits = record.nics[0].rules.as_ref().unwrap().admits.as_ref().unwrap();
+    assert_eq!(
+        json!(admits),
+        json!([
+            {"source": "10.7.0.0/24", "protocols": [112, 112]},
+            {"source": "fd00::/64", "protocols": [89, 89]},
+            {"source": "10.0.0.0/8", "protocols": [132, 132], "ports": [3868, 3868]},
+            {"source": "0.0.0.0/0", "protocols": [1, 1]},
+            {"source": "::/0", "protocols": [58, 58]},
+        ])
+    );
+}
+
+#[test]
 fn a_vm_has_no_address_twice_and_never_its_gateways() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 
 use super::{Link, Links, failed, unless};
@@ -58,6 +58,11 @@ impl Links {
             }
         }
         Ok(None)
+    }
+
+    /// Whether packets to `ip` are the host's own.
+    pub fn is_local(&self, ip: IpAddr) -> bool {
+        self.way_to(ip).is_some_and(|route| route.header.kind == RouteType::Local)
     }
 
     /// The route that packets to `ip` take. A refusal says that there is no way.
