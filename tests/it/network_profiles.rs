@@ -1,32 +1,14 @@
 //! Where packets go under each profile, and what is repaired: machines are namespaces, the kernel is real.
 
-use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
+use bosh_qemu_cpi::net::apply;
 use bosh_qemu_cpi::net::plan::Segment;
-use bosh_qemu_cpi::net::{apply, guard};
-use bosh_qemu_cpi::store::nic_rules::NicRules;
-use bosh_qemu_cpi::store::record::{Nic, Wire};
 use serde_json::json;
 
-use crate::support::lab::{BRIDGE, Lab, existing, name, nat, seen_from, segment, text};
-use crate::support::netns::Namespace;
+use crate::support::lab::{BRIDGE, Lab, existing, name, nat, reaches, seen_from, segment, text};
 use crate::support::{nftables, skip};
-
-/// Whether `from` can begin to speak to somebody who listens at `to` in `there`.
-fn reaches(from: &Namespace, there: &Namespace, to: &str) -> bool {
-    let listener = there.run(|| TcpListener::bind((to, 0)).unwrap());
-    let address: SocketAddr = listener.local_addr().unwrap();
-    match from.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))) {
-        Ok(_) => true,
-        Err(error) => {
-            let silent = [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
-            assert!(silent.contains(&error.kind()), "{error}");
-            false
-        }
-    }
-}
 
 #[test]
 fn routed_vms_keep_their_addresses() {
@@ -70,22 +52,6 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     let before = lab.state();
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
     assert_eq!(lab.state(), before);
-}
-
-#[test]
-fn a_security_group_takes_no_masquerade_for_the_host() {
-    let Some(lab) = Lab::new() else { return };
-    lab.ensure(&nat("10.0.0.1")).unwrap();
-    let stranger = lab.vm("port0", "10.0.0.5");
-    let routed = segment(&json!({"profile": "routed"}), "10.1.0.1");
-    let grouped = lab.unplugged_vm("port1", "10.1.0.5");
-    let rules = NicRules { admits: Some(Vec::new()), ..NicRules::default() };
-    let wire = Wire::Tap { tap: name("port1"), segment: routed.clone() };
-    let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 5].into(), wire, rules: Some(rules) };
-    lab.host.run(|| guard::add(std::slice::from_ref(&nic), || Ok(Vec::new()))).unwrap();
-    lab.host.run(|| apply::ensure(&routed, &[name("port1").into()])).unwrap();
-    assert!(reaches(&lab.host, &grouped, "10.1.0.5"), "the host itself");
-    assert!(!reaches(&stranger, &grouped, "10.1.0.5"), "a VM behind the host's address");
 }
 
 #[test]

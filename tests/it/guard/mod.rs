@@ -4,6 +4,7 @@
 mod elements;
 mod forwards;
 mod groups;
+mod masked;
 mod sends;
 
 use std::time::{Duration, Instant};
