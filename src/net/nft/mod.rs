@@ -141,9 +141,12 @@ pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
 /// since [`generation`] said it.
 pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
     let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
+    // What is made from nothing names nothing that somebody else may have removed.
+    let from_nothing = steps.iter().any(|step| matches!(step, Step::Replace(_)));
     match transaction::send(&batch(steps, generation)) {
         Ok(()) => Ok(Outcome::Done),
-        Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::ERESTART) => Ok(Outcome::Stale),
+        Err(refusal) if refusal.errno == Errno::ERESTART => Ok(Outcome::Stale),
+        Err(refusal) if refusal.errno == Errno::ENOENT && !from_nothing => Ok(Outcome::Stale),
         Err(refusal) => Err(refused("write", table, refusal)),
     }
 }
@@ -214,6 +217,9 @@ impl Table {
     }
 }
 
+/// What our tables stand on besides `nf_tables`; the kernel loads it by itself where it finds modprobe.
+const MODULES: &str = "nft_meta_bridge nft_chain_nat nft_nat nft_masq nft_fib_inet nft_ct";
+
 fn errno(error: &ReplyError) -> Option<Errno> {
     error.as_io_error().raw_os_error().map(Errno::from_raw)
 }
@@ -233,8 +239,7 @@ fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
             failure.hint("the kernel may lack nftables: modprobe nf_tables")
         }
-        Some(Errno::ENOENT) => failure
-            .hint("the kernel may lack a part of nftables: modprobe -a nft_chain_nat nft_masq nft_fib_inet nft_ct"),
+        Some(Errno::ENOENT) => failure.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}")),
         _ => failure,
     }
 }
@@ -273,5 +278,34 @@ impl fmt::Display for Hook {
             Place::Postrouting => "postrouting",
         };
         write!(f, "type {} hook {place} priority {}", self.kind, self.priority)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    /// Both are ENOENT. Taken for a race, what a kernel was built without would be tried again and again.
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn what_the_kernel_lacks_is_told_from_what_somebody_removed() {
+        let tried = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).ok()?;
+            let set = Set::of("not-there", &[Kind::Link]);
+            let rules = vec![Rule { matches: vec![Match::In(vec![IIFNAME], set.name)], verdict: Verdict::Drop }];
+            let chains = vec![Chain { name: "alone", hook: None, rules }];
+            let table = Table { family: Family::Inet, name: "bosh-qemu-test".to_owned(), sets: Vec::new(), chains };
+            let element = Element::of(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())]).raw();
+            Some((commit(&[Step::Replace(&table)], None), commit(&[Step::Add(&table, &set, &[element])], None)))
+        });
+        let Some((lacking, removed)) = tried.join().unwrap() else {
+            return eprintln!("SKIP nft::what_the_kernel_lacks: no network namespace of its own");
+        };
+        let lacking = lacking.unwrap_err();
+        assert_eq!(lacking.kind(), ErrorKind::Host);
+        assert!(lacking.report().contains("modprobe -a nft_meta_bridge"), "{}", lacking.report());
+        assert_eq!(removed.unwrap(), Outcome::Stale);
     }
 }
