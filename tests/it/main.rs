@@ -32,6 +32,7 @@ mod model;
 mod network;
 mod network_command;
 mod network_profiles;
+mod network_vlans;
 mod pools;
 mod power_cuts;
 mod release;

@@ -7,7 +7,7 @@ use bosh_qemu_cpi::net::apply;
 use bosh_qemu_cpi::net::plan::Segment;
 use serde_json::json;
 
-use crate::support::lab::{BRIDGE, Lab, existing, name, nat, reaches, seen_from, segment, text};
+use crate::support::lab::{BRIDGE, Lab, name, nat, reaches, seen_from, segment};
 use crate::support::{nftables, skip};
 
 #[test]
@@ -126,48 +126,4 @@ fn a_tap_has_a_queue_for_each_cpu() {
     assert!(lab.host.link("bqmanyn0").is_some(), "each queue keeps the tap");
     lab.unplug("bqmanyn0", last);
     lab.unplug("bqmanyn0", plug(1).queues);
-}
-
-#[test]
-fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
-    let Some(lab) = Lab::new() else { return };
-    let network = json!({"profile": "vlan", "uplink": "uplink", "vlan": 20});
-    let segment = segment(&network, "10.0.0.1");
-    if let Err(error) = lab.ensure(&segment) {
-        assert!(text(&error).contains("modprobe 8021q"), "{}", text(&error));
-        lab.release(&segment).unwrap();
-        assert_eq!(lab.links(), ["uplink"]);
-        return skip("this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked");
-    }
-    let vm = lab.unplugged_vm("port0", "10.0.0.5");
-    lab.host.run(|| apply::ensure(&segment, &[name("port0").into()])).unwrap();
-    lab.outside.ip("link add world.20 link world type vlan id 20");
-    lab.outside.ip("address add 10.0.0.2/24 dev world.20");
-    lab.outside.ip("link set world.20 up");
-    assert!(reaches(&vm, &lab.outside, "10.0.0.2"));
-    lab.host.ip("link delete port0");
-    assert!(lab.release(&segment).unwrap());
-    assert_eq!(lab.links(), ["uplink"]);
-}
-
-#[test]
-fn a_vlan_of_a_bridge_is_the_ports() {
-    let Some(lab) = Lab::new() else { return };
-    lab.host.ip("link add br0 type bridge");
-    lab.host.ip("link set br0 up");
-    let segment = Segment { vlan: Some(20), ..existing("br0") };
-    let refused = lab.plug("bqvlann0", &segment).unwrap_err();
-    assert!(text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"), "{}", text(&refused));
-    let filtering = lab.host.run(|| {
-        let words = ["link", "set", "br0", "type", "bridge", "vlan_filtering", "1"];
-        std::process::Command::new("ip").args(words).output().unwrap().status.success()
-    });
-    if !filtering {
-        return skip("this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked");
-    }
-    let plug = lab.plug("bqvlann0", &segment).unwrap();
-    let show = || std::process::Command::new("bridge").args(["-json", "vlan", "show", "dev", "bqvlann0"]).output();
-    let shown: serde_json::Value = serde_json::from_slice(&lab.host.run(show).unwrap().stdout).unwrap();
-    assert_eq!(shown[0]["vlans"], json!([{"vlan": 20, "flags": ["PVID", "Egress Untagged"]}]));
-    lab.unplug("bqvlann0", plug.queues);
 }
