@@ -24,6 +24,18 @@ fn routed_vms_keep_their_addresses() {
 }
 
 #[test]
+fn no_vm_reaches_the_metadata_service_of_its_host() {
+    let Some(lab) = Lab::new() else { return };
+    lab.outside.ip("address add 169.254.169.254/32 dev world");
+    lab.host.ip("route add 169.254.169.254/32 dev uplink");
+    lab.ensure(&nat("10.0.0.1")).unwrap();
+    let vm = lab.vm("port0", "10.0.0.5");
+    assert!(reaches(&lab.host, &lab.outside, "169.254.169.254"), "the host itself");
+    assert!(!reaches(&vm, &lab.outside, "169.254.169.254"), "under the host's address");
+    assert!(reaches(&vm, &lab.outside, "192.0.2.2"), "the world");
+}
+
+#[test]
 fn isolated_vms_reach_the_host_and_nobody_else() {
     let Some(lab) = Lab::new() else { return };
     let isolated = segment(&json!({"profile": "isolated", "host_services": ["tcp/2222"]}), "10.0.0.1");

@@ -5,6 +5,8 @@
 //! In nftables every table's chains are asked in turn, so an `accept` of ours can not take back a `drop` of another's.
 //! [`observe`] looks, [`findings`] is pure.
 
+mod firewalls;
+
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -142,7 +144,7 @@ pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> 
         Keeper::Operator => false,
     };
     if passes || facts.bridges_call_iptables && !segment.isolated {
-        firewalls(segment, passes, facts, &mut findings);
+        firewalls::findings(segment, passes, facts, &mut findings);
     }
     for forward in forwarded(nics) {
         findings.extend(forward.address.filter(|ip| facts.absent.contains(ip)).map(|ip| absent(forward, ip)));
@@ -167,54 +169,6 @@ fn absent(forward: &Forward, address: IpAddr) -> Finding {
         cause: format!("{ports} of {address} {lead} to {to}, but no link of this host has {address}"),
         cure: format!("ip address add {address} dev {link}; nothing, if it comes by itself (VRRP)"),
     }
-}
-
-/// Other programs that drop what is forwarded.
-fn firewalls(segment: &Segment, passes: bool, facts: &Facts, findings: &mut Vec<Finding>) {
-    let bridge = &segment.bridge;
-    let unaware = facts.foreign.iter().filter(|table| !table.names(bridge));
-    let what = if passes {
-        "drops what is forwarded, and so the packets of VMs on"
-    } else {
-        "drops, as bridge-nf-call-iptables is 1, what VMs send each other on"
-    };
-    let before = findings.len();
-    for table in unaware {
-        let (who, cure) = match (table, &table.dropping) {
-            (table, _) if table.table == "firewalld" => {
-                let zone = format!("firewall-cmd --permanent --zone=trusted --add-interface={bridge}");
-                ("firewalld".to_owned(), format!("{zone} && firewall-cmd --reload"))
-            }
-            (_, None) => continue,
-            (table, Some(_)) if table.chains.iter().any(|chain| chain == "DOCKER-USER") => {
-                ("Docker".to_owned(), docker("iptables", segment))
-            }
-            (table, Some(_)) if table.chains.iter().any(|chain| chain.starts_with("ufw")) => {
-                ("ufw".to_owned(), format!("ufw route allow in on {bridge} && ufw route allow out on {bridge}"))
-            }
-            (Foreign { family, table, .. }, Some(chain)) => {
-                let insert = |way| format!("nft insert rule {family} {table} {chain} {way} {bridge} accept");
-                (
-                    format!("chain '{chain}' of table '{family} {table}'"),
-                    format!("{} && {}", insert("iifname"), insert("oifname")),
-                )
-            }
-        };
-        findings.push(Finding { cause: format!("{who} {what} bridge '{bridge}'"), cure });
-    }
-    if facts.legacy_filter && facts.has_docker {
-        let cause = format!("Docker uses iptables-legacy here, which may drop the packets of VMs on bridge '{bridge}'");
-        findings.push(Finding { cause, cure: docker("iptables-legacy", segment) });
-    }
-    if facts.bridges_call_iptables && findings.len() > before {
-        let cause = format!("frames between VMs on bridge '{bridge}' go through these rules, too (br_netfilter)");
-        findings.push(Finding { cause, cure: "sysctl -w net.bridge.bridge-nf-call-iptables=0".to_owned() });
-    }
-}
-
-fn docker(iptables: &str, segment: &Segment) -> String {
-    let accept = |way: &str| format!("{iptables} -I DOCKER-USER {way} {} -j ACCEPT", segment.bridge);
-    format!("{} && {}", accept("-i"), accept("-o"))
 }
 
 /// The kernel's own switches and sizes.
@@ -269,5 +223,4 @@ fn routes(segment: &Segment, address: IpNetwork, facts: &Facts, findings: &mut V
 }
 
 #[cfg(test)]
-#[path = "coexist_tests.rs"]
 mod tests;

@@ -63,6 +63,43 @@ fn firewalls_that_drop() {
 }
 
 #[test]
+fn a_table_concerns_who_speaks_its_ip_version() {
+    let v6 = |foreign: Foreign| Foreign { family: "ip6", ..foreign };
+    let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
+    let ufw = table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"]);
+    let host = |foreign: Vec<Foreign>| Facts { forwards_v6: true, foreign, ..facts() };
+    let both = host(vec![docker.clone(), v6(docker.clone())]);
+    insta::assert_snapshot!(said(&nat("fd00::1/64"), &both), @r"
+    Docker (IPv6) drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        ip6tables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && ip6tables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
+    ");
+    assert_eq!(said(&nat("10.0.0.1/24"), &both).lines().count(), 2);
+    assert_eq!(said(&nat("10.0.0.1/24"), &host(vec![v6(docker.clone())])), "");
+    let two = segment(Keeper::Us {
+        addresses: vec!["10.0.0.1/24".parse().unwrap(), "fd00::1/64".parse().unwrap()],
+        masquerade: true,
+        services: None,
+        closed: false,
+        uplink: None,
+    });
+    assert_eq!(said(&two, &both).lines().count(), 4, "both of Docker's");
+    assert_eq!(said(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(), 2, "ufw's command is for both");
+    let bridged = Facts { bridges_call_iptables: true, ..host(vec![v6(docker)]) };
+    assert_eq!(said(&segment(Keeper::Operator), &bridged), "", "bridge-nf-call-ip6tables is another switch");
+}
+
+#[test]
+fn firewalld_lets_nobody_in_to_vms_that_keep_their_addresses() {
+    let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else { panic!() };
+    let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
+    let firewalld = Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
+    insta::assert_snapshot!(said(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
+    firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        firewall-cmd --permanent --zone=trusted --add-interface=bosh-nat0 && firewall-cmd --permanent --new-policy=bosh-nat0 && firewall-cmd --permanent --policy=bosh-nat0 --add-ingress-zone=ANY && firewall-cmd --permanent --policy=bosh-nat0 --add-egress-zone=trusted && firewall-cmd --permanent --policy=bosh-nat0 --set-target=ACCEPT && firewall-cmd --reload
+    ");
+}
+
+#[test]
 fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
     let facts = Facts { foreign: vec![docker], ..facts() };
