@@ -356,6 +356,12 @@ pub fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
     one.contains(other.network()) || other.contains(one.network())
 }
 
+/// Whether a route is to the whole world, or its half: VPNs have two in place of one (OpenVPN's `redirect-gateway def1`).
+/// All of IPv6's world is in 2000::/3.
+pub(super) fn is_default(to: IpNetwork) -> bool {
+    to.prefix() <= if to.is_ipv4() { 1 } else { 3 }
+}
+
 /// The subnet that an address with a prefix is in.
 pub(super) fn subnet(address: IpNetwork) -> IpNetwork {
     with_prefix(address.network(), address.prefix())

@@ -5,7 +5,7 @@ use ipnetwork::IpNetwork;
 
 use super::diff::is_ours;
 use super::link::{Links, Route};
-use super::plan::{Keeper, Segment, overlap, subnet};
+use super::plan::{Keeper, Segment, is_default, overlap, subnet};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Refuses a segment of which a subnet is elsewhere on this host: as an address of another link, or at the end of a route.
@@ -64,12 +64,6 @@ fn holder(wanted: IpNetwork, bridge: Option<u32>, addresses: &[(u32, IpNetwork)]
     };
     let address = address.map(|(link, address)| Holder::Address(*link, *address));
     address.or_else(|| route().cloned().map(Holder::Route))
-}
-
-/// Whether a route is to the whole world, or its half: VPNs have two in place of one (OpenVPN's `redirect-gateway def1`).
-/// All of IPv6's world is in 2000::/3.
-fn is_default(to: IpNetwork) -> bool {
-    to.prefix() <= if to.is_ipv4() { 1 } else { 3 }
 }
 
 #[cfg(test)]

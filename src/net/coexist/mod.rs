@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::link::{Links, Route};
 use super::nft::foreign::{self, Foreign};
-use super::plan::{Keeper, Segment, overlap, subnet};
+use super::plan::{Keeper, Segment, is_default, overlap, subnet};
 use super::{MARK, sysctl};
 use crate::error::Result;
 use crate::link_name::LinkName;
@@ -105,7 +105,7 @@ fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, Ip
     let mut found = Vec::new();
     for Route { link, to } in links.routes()? {
         // The default route is for what nobody else has.
-        if to.prefix() > 0
+        if !is_default(to)
             && ours.iter().any(|subnet| overlap(*subnet, to))
             && let Some(index) = link
             && let Some(link) = links.numbered(index)?
