@@ -33,6 +33,25 @@ pub(super) fn findings(segment: &Segment, passes: bool, facts: &Facts, findings:
     }
 }
 
+/// What drops packets to the services of the host that a segment's VMs may use.
+pub(super) fn services(segment: &Segment, facts: &Facts, findings: &mut Vec<Finding>) {
+    let bridge = &segment.bridge;
+    for table in facts.foreign.iter().filter(|table| concerns(table, segment, true) && !table.names(bridge)) {
+        let Foreign { family, table: name, closing: Some(chain), .. } = table else { continue };
+        let (who, cure) = if table.chains.iter().any(|chain| chain.starts_with("ufw")) {
+            ("ufw".to_owned(), format!("ufw allow in on {bridge}"))
+        } else {
+            let cure = format!("nft insert rule {family} {name} {chain} iifname {bridge} accept");
+            (format!("chain '{chain}' of table '{family} {name}'"), cure)
+        };
+        let cause = format!("{who} drops what is sent to this host, and so host_services for VMs on bridge '{bridge}'");
+        let finding = Finding { cause, cure };
+        if !findings.contains(&finding) {
+            findings.push(finding);
+        }
+    }
+}
+
 /// Whether the table sees packets of the segment's IP versions. Of an operator's bridge nobody knows those; what
 /// br_netfilter shows of IPv6 has a switch of its own.
 fn concerns(table: &Foreign, segment: &Segment, passes: bool) -> bool {

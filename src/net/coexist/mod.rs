@@ -37,7 +37,7 @@ pub struct Finding {
 /// What this host is like, as far as it matters to others' packets.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
-    /// Tables that have a say in what is forwarded.
+    /// Tables that have a say in what reaches the host or is forwarded.
     foreign: Vec<Foreign>,
     /// Whether `iptables-legacy` has a filter table, which can not be read over netlink.
     legacy_filter: bool,
@@ -133,7 +133,10 @@ fn forwarded(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
 pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     let passes = match &segment.keeper {
-        Keeper::Us { addresses, closed, .. } => {
+        Keeper::Us { addresses, closed, services, .. } => {
+            if services.as_ref().is_some_and(|services| !services.is_empty()) {
+                firewalls::services(segment, facts, &mut findings);
+            }
             addresses.iter().for_each(|address| routes(segment, *address, facts, &mut findings));
             let passes = !closed && !addresses.is_empty();
             if passes {

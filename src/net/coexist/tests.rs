@@ -21,7 +21,8 @@ fn facts() -> Facts {
 
 fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
     let chains = chains.iter().map(ToString::to_string).collect();
-    Foreign { family: "ip", table: table.into(), dropping: dropping.map(str::to_owned), chains, rules: Vec::new() }
+    let dropping = dropping.map(str::to_owned);
+    Foreign { family: "ip", table: table.into(), dropping, closing: None, chains, rules: Vec::new() }
 }
 
 fn said(segment: &Segment, facts: &Facts) -> String {
@@ -86,6 +87,27 @@ fn a_table_concerns_who_speaks_its_ip_version() {
     assert_eq!(said(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(), 2, "ufw's command is for both");
     let bridged = Facts { bridges_call_iptables: true, ..host(vec![v6(docker)]) };
     assert_eq!(said(&segment(Keeper::Operator), &bridged), "", "bridge-nf-call-ip6tables is another switch");
+}
+
+#[test]
+fn firewalls_that_close_the_host() {
+    let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else { panic!() };
+    let serving = |services| {
+        let (addresses, uplink) = (addresses.clone(), uplink.clone());
+        segment(Keeper::Us { addresses, masquerade, services: Some(services), closed, uplink })
+    };
+    let closed = |foreign: Foreign| Foreign { closing: Some("INPUT".into()), ..foreign };
+    let ufw = closed(table("filter", None, &["INPUT", "ufw-before-input"]));
+    let own = closed(Foreign { family: "inet", ..table("mine", None, &["INPUT"]) });
+    let other = closed(Foreign { family: "ip6", ..table("filter", None, &["INPUT"]) });
+    let facts = Facts { foreign: vec![ufw, own, other], ..facts() };
+    assert_eq!(said(&serving(Vec::new()), &facts), "", "nothing is served");
+    insta::assert_snapshot!(said(&serving(vec![(6, 22)]), &facts), @r"
+    ufw drops what is sent to this host, and so host_services for VMs on bridge 'bosh-nat0'
+        ufw allow in on bosh-nat0
+    chain 'INPUT' of table 'inet mine' drops what is sent to this host, and so host_services for VMs on bridge 'bosh-nat0'
+        nft insert rule inet mine INPUT iifname bosh-nat0 accept
+    ");
 }
 
 #[test]
