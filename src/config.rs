@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::link_name::LinkName;
-use crate::ranges::{AddressRange, HostPort, PortRange};
+use crate::ranges::{AddressRange, HostPort, IpProtocol, PortRange};
 use crate::schema::{Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
@@ -144,26 +144,12 @@ pub type Mtu = Whole<576, 65535>;
 document! {
     /// What a security group admits.
     pub struct GroupRule {
-        /// `all` is every protocol of IP.
-        protocol: GroupProtocol;
-        /// One port or a range, as `"8000-8010"`. Absent: all. Only with `tcp` and `udp`.
+        /// `all` is every protocol of IP, `icmp` is ICMP and ICMPv6.
+        protocol: IpProtocol;
+        /// One port or a range, as `"8000-8010"`. Absent: all. Only with `tcp`, `udp` and `sctp`.
         ports: Option<PortRange>;
         /// From where. Absent: from anywhere.
         source: Option<IpNetwork>;
-    }
-}
-
-choice! {
-    /// Protocols of security groups.
-    pub enum GroupProtocol ("\"tcp\", \"udp\", \"icmp\" or \"all\"") {
-        /// TCP.
-        Tcp = "tcp",
-        /// UDP.
-        Udp = "udp",
-        /// ICMP, and ICMPv6 with IPv6.
-        Icmp = "icmp",
-        /// Every protocol.
-        All = "all",
     }
 }
 
@@ -436,10 +422,9 @@ impl Config {
             }
         }
         for (name, rules) in &self.security_groups {
-            let ported = |rule: &GroupRule| matches!(rule.protocol, GroupProtocol::Tcp | GroupProtocol::Udp);
-            if let Some(at) = rules.iter().position(|rule| rule.ports.is_some() && !ported(rule)) {
+            if let Some(at) = rules.iter().position(|rule| rule.ports.is_some() && !rule.protocol.has_ports()) {
                 let problem = crate::schema::Problem::Value {
-                    expected: "ports only with \"tcp\" or \"udp\"",
+                    expected: "ports only with \"tcp\", \"udp\" or \"sctp\"",
                     found: "ports of another protocol".into(),
                 };
                 return Err(SchemaError { path: format!("security_groups.{name}.{at}.ports"), problem });
@@ -496,6 +481,24 @@ mod tests {
             refusal(json!({"networks": {"a": {"subnet": "10.0.0.1/24"}}})),
             "networks.a.subnet: expected a subnet such as \"10.0.0.0/24\", got a string"
         );
+    }
+
+    #[test]
+    fn ports_are_of_protocols_that_have_some() {
+        let group = |rule: Value| {
+            let config = Config::from_json(&json!({"security_groups": {"web": [rule]}})).and_then(Config::validated);
+            config.map(drop).map_err(|error| error.to_string())
+        };
+        for protocol in [json!("tcp"), json!(17), json!("sctp")] {
+            assert_eq!(group(json!({"protocol": protocol, "ports": 80})), Ok(()));
+        }
+        let refused = Err("security_groups.web.0.ports: expected ports only with \"tcp\", \"udp\" or \"sctp\", got \
+                           ports of another protocol"
+            .to_owned());
+        for protocol in [json!("icmp"), json!("vrrp"), json!("all")] {
+            assert_eq!(group(json!({"protocol": protocol})), Ok(()));
+            assert_eq!(group(json!({"protocol": protocol, "ports": 80})), refused);
+        }
     }
 
     #[test]

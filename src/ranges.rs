@@ -1,4 +1,4 @@
-//! Ranges as people write them: ports, addresses, a port with its protocol.
+//! Protocols, ports and addresses as people write them, and ranges of them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -27,6 +27,88 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+        }
+    }
+
+    /// The one with this number.
+    pub fn numbered(number: u8) -> Option<Self> {
+        [Self::Tcp, Self::Udp].into_iter().find(|protocol| protocol.number() == number)
+    }
+}
+
+/// A protocol of IP, or several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IpProtocol {
+    /// Every one.
+    All,
+    /// ICMP with IPv4, and ICMPv6 with IPv6.
+    Icmp,
+    /// The one with this number in IP's header (IANA).
+    Number(u8),
+}
+
+/// What people call protocols (IANA's protocol numbers). All others have numbers.
+const PROTOCOLS: [(&str, u8); 11] = [
+    ("tcp", 6),
+    ("udp", 17),
+    ("ah", 51),
+    ("esp", 50),
+    ("gre", 47),
+    ("icmpv6", 58),
+    ("igmp", 2),
+    ("ipip", 4),
+    ("ospf", 89),
+    ("sctp", 132),
+    ("vrrp", 112),
+];
+
+impl IpProtocol {
+    /// Whether its header begins with two ports, as those of TCP, UDP and SCTP do (RFC 9293, RFC 768, RFC 9260).
+    pub fn has_ports(self) -> bool {
+        matches!(self, Self::Number(6 | 17 | 132))
+    }
+
+    /// First and last number of those that it stands for, with IPv4 or IPv6.
+    pub fn numbers(self, v6: bool) -> (u8, u8) {
+        match self {
+            Self::All => (0, u8::MAX),
+            Self::Icmp if v6 => (58, 58),
+            Self::Icmp => (1, 1),
+            Self::Number(number) => (number, number),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "all" => Some(Self::All),
+            "icmp" => Some(Self::Icmp),
+            text => {
+                let named = PROTOCOLS.iter().find(|(name, _)| *name == text).map(|(_, number)| *number);
+                named.or_else(|| text.parse().ok()).map(Self::Number)
+            }
+        }
+    }
+}
+
+impl Property for IpProtocol {
+    const EXPECTED: &'static str = "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \"esp\", \"gre\", \"igmp\", \"ipip\", \
+                                    \"ospf\", \"sctp\", \"vrrp\" or a protocol's number from 0 to 255";
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let parsed = match value {
+            Value::String(text) => Self::parse(text),
+            number => number.as_u64().and_then(|number| u8::try_from(number).ok()).map(Self::Number),
+        };
+        parsed.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
+
+impl Serialize for IpProtocol {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::All => serializer.serialize_str("all"),
+            Self::Icmp => serializer.serialize_str("icmp"),
+            Self::Number(number) => serializer.serialize_u8(*number),
         }
     }
 }
@@ -79,6 +161,11 @@ pub struct AddressRange {
 }
 
 impl AddressRange {
+    /// Whether it has the address.
+    pub fn contains(self, ip: IpAddr) -> bool {
+        self.first.is_ipv4() == ip.is_ipv4() && self.first <= ip && ip <= self.last
+    }
+
     /// From the first to the last.
     pub fn addresses(self) -> impl Iterator<Item = IpAddr> {
         let number = |ip| match ip {
@@ -156,6 +243,23 @@ mod tests {
         }
         for bad in [json!("10.0.0.9-10.0.0.1"), json!("10.0.0.1-fd00::1"), json!("10.0.0.1")] {
             assert!(AddressRange::from_json(&bad).is_err(), "{bad}");
+        }
+        for (protocol, v4, v6) in [
+            (json!("all"), (0, 255), (0, 255)),
+            (json!("icmp"), (1, 1), (58, 58)),
+            (json!("vrrp"), (112, 112), (112, 112)),
+            (json!(89), (89, 89), (89, 89)),
+            (json!("47"), (47, 47), (47, 47)),
+        ] {
+            let protocol = IpProtocol::from_json(&protocol).unwrap();
+            assert_eq!((protocol.numbers(false), protocol.numbers(true)), (v4, v6));
+            assert_eq!(IpProtocol::from_json(&json!(protocol)).unwrap(), protocol, "written and read again");
+        }
+        for bad in [json!("vrp"), json!(256), json!(-1), json!("TCP"), json!(6.5)] {
+            assert!(IpProtocol::from_json(&bad).is_err(), "{bad}");
+        }
+        for (name, _) in PROTOCOLS {
+            assert!(IpProtocol::EXPECTED.contains(&format!("\"{name}\"")), "{name}");
         }
         for bad in [json!("sctp/22"), json!("tcp/0"), json!("22")] {
             assert!(HostPort::from_json(&bad).is_err(), "{bad}");

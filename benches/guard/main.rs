@@ -1,5 +1,5 @@
-//! What the guard costs a packet: throughput from a guest to the host over a bridge, with its rules against without.
-//! A cable stands for the tap. Run with `cargo bench --bench guard`; needs root and `ip`.
+//! What the guard costs a packet: throughput between a guest and the host over a bridge, both ways, with its rules against
+//! without. A cable stands for the tap. Run with `cargo bench --bench guard`; needs root and `ip`.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 // What tests of links need beyond this is not used here.
@@ -32,11 +32,11 @@ fn nic(tap: &str, last: u8) -> Nic {
     serde_json::from_value(nic).expect("a card")
 }
 
-/// Bytes a second from the guest to the host.
-fn throughput(host: &Namespace, guest: &Namespace) -> f64 {
-    let listener = host.run(|| TcpListener::bind("10.0.0.254:0").expect("listen"));
+/// Bytes a second from one to the other, who has the address `at`.
+fn throughput(from: &Namespace, to: &Namespace, at: &str) -> f64 {
+    let listener = to.run(|| TcpListener::bind((at, 0)).expect("listen"));
     let address = listener.local_addr().expect("an address");
-    let mut stream = guest.run(|| TcpStream::connect(address).expect("connect"));
+    let mut stream = from.run(|| TcpStream::connect(address).expect("connect"));
     let (mut served, _) = listener.accept().expect("accept");
     let reader = std::thread::spawn(move || {
         let mut buffer = vec![0; 1 << 20];
@@ -54,6 +54,12 @@ fn throughput(host: &Namespace, guest: &Namespace) -> f64 {
     reader.join().expect("no panic") as f64 / start.elapsed().as_secs_f64()
 }
 
+fn median(rates: impl Iterator<Item = f64>) -> f64 {
+    let mut rates: Vec<_> = rates.collect();
+    rates.sort_by(f64::total_cmp);
+    rates[rates.len() / 2]
+}
+
 fn main() {
     let (Some(host), Some(guest)) = (Namespace::new(), Namespace::new()) else { return };
     host.ip("link add br-bench type bridge");
@@ -65,24 +71,23 @@ fn main() {
     guest.ip("address add 10.0.0.1/24 dev eth0");
     let own = [nic("bqbench", 1)];
     let others: Vec<_> = (2..=250).map(|n| nic(&format!("bqother{n}"), n)).collect();
-    let median = |mut rates: Vec<f64>| {
-        rates.sort_by(f64::total_cmp);
-        rates[rates.len() / 2]
-    };
-    let (mut without, mut with, mut among) = (Vec::new(), Vec::new(), Vec::new());
     let add = |nics: &[Nic]| host.run(|| guard::add(nics, || Ok(Vec::new()))).expect("rules");
+    let both_ways = || [throughput(&guest, &host, "10.0.0.254"), throughput(&host, &guest, "10.0.0.1")];
+    let mut rates = [const { Vec::new() }; 3];
     for _ in 0..ROUNDS {
-        without.push(throughput(&host, &guest));
+        rates[0].push(both_ways());
         add(&own);
-        with.push(throughput(&host, &guest));
+        rates[1].push(both_ways());
         add(&others);
-        among.push(throughput(&host, &guest));
+        rates[2].push(both_ways());
         host.run(|| guard::remove(&others).and_then(|()| guard::remove(&own))).expect("removed");
     }
-    let (without, with, among) = (median(without), median(with), median(among));
-    println!("guest to host without rules        {:8.0} MB/s", without / 1e6);
-    println!("guest to host with rules           {:8.0} MB/s   {:.2} of that", with / 1e6, with / without);
-    println!("the same among 249 other VMs       {:8.0} MB/s   {:.2} of that", among / 1e6, among / without);
+    for (way, name) in ["guest to host", "host to guest"].into_iter().enumerate() {
+        let [without, with, among] = rates.each_ref().map(|rates| median(rates.iter().map(|both| both[way])));
+        println!("{name} without rules        {:8.0} MB/s", without / 1e6);
+        println!("{name} with rules           {:8.0} MB/s   {:.2} of that", with / 1e6, with / without);
+        println!("the same among 249 other VMs       {:8.0} MB/s   {:.2} of that", among / 1e6, among / without);
+    }
     add(&own);
     for (present, nics) in [(1, &others[..0]), (250, &others[..])] {
         if !nics.is_empty() {

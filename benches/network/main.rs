@@ -1,4 +1,4 @@
-//! What a VM's network costs: bridge, tap and rules made and removed, alone and among many.
+//! What a VM's network costs one create_vm: its subnet looked at, bridge, tap and rules made and removed, alone and among many.
 //!
 //! The floor of a tap is a tap: `TUNSETIFF` and nothing else. That of the rest is the same thing on a host without other
 //! VMs: it must not grow with them. Everything is in a network namespace of its own, so it needs root, and the kernel
@@ -15,13 +15,15 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::config::Network;
-use bosh_qemu_cpi::link_name::LinkName;
 use bosh_qemu_cpi::net::apply::{self, Plug};
-use bosh_qemu_cpi::net::coexist;
+use bosh_qemu_cpi::net::change::Port;
 use bosh_qemu_cpi::net::plan::{Place, Requested, Segment, place};
 use bosh_qemu_cpi::net::profile::Profile;
+use bosh_qemu_cpi::net::{coexist, guard, taken};
+use bosh_qemu_cpi::store::record::Nic;
 use bosh_qemu_cpi::sys::tun;
 use nix::sched::{CloneFlags, unshare};
+use serde_json::json;
 
 use table::{Table, Target};
 
@@ -34,24 +36,22 @@ fn main() {
     let segment = segment();
     let mut table = Table::default();
     let alone: Vec<_> = (0..rounds).map(|_| from_nothing(&segment, &mut table)).collect();
-    let crowd: Vec<_> = (0..CROWD).map(|n| plug(&format!("bqcrowd{n}"), &segment)).collect();
+    let crowd: Vec<_> = (0..CROWD).map(|n| nic(&format!("bqcrowd{n}"), n, &segment)).collect();
+    let wires: Vec<_> = crowd.iter().map(|nic| connect(nic, &segment).0).collect();
     for few in alone {
-        let many = one_more(&segment);
-        let rows = [
-            ("tap among 500", Target::Ratio(1.5)),
-            ("nothing to do among 500", Target::Ratio(1.5)),
-            ("other firewalls looked for among 500", Target::Above(1.0)),
-        ];
-        for (((name, target), many), few) in rows.into_iter().zip(many).zip(few) {
+        for ((name, target, many), (_, _, few)) in one_more(&segment).into_iter().zip(few) {
             table.add(name, target, many, few);
         }
     }
-    drop(crowd);
+    drop(wires);
     println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
 }
 
+/// One measured thing, as it is to be among many VMs.
+type Measured = (&'static str, Target, Duration);
+
 /// The first VM of a network, and its end.
-fn from_nothing(segment: &Segment, table: &mut Table) -> [Duration; 3] {
+fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     let (tap, device) = timed(|| {
         let device = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
         tun::create_tap(device.as_fd(), "floor0", false).expect("a tap");
@@ -60,37 +60,77 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> [Duration; 3] {
     drop(device);
     // What the kernel still does after a tap went is not the next one's time.
     assert!(apply::release(segment).expect("nothing there"));
-    let (first, plugged) = timed(|| plug("bqfirstn0", segment));
-    table.add("bridge, rules and tap", Target::AtMost(10.0), first, tap);
+    let first = nic("bqfirstn0", FIRST, segment);
+    let (wire, [looked, ruled, plugged]) = connect(&first, segment);
+    table.add("first: subnet looked at", Target::AtMost(2.0), looked, tap);
+    table.add("first: rules, with their tables", Target::AtMost(10.0), ruled, tap);
+    table.add("first: bridge and tap", Target::AtMost(10.0), plugged, tap);
     let more = one_more(segment);
-    table.add("tap", Target::AtMost(10.0), more[0], tap);
-    let (unplugged, ()) = timed(|| drop(plugged));
+    let whole = more[..3].iter().map(|(_, _, time)| *time).sum();
+    table.add("one more: all of it", Target::AtMost(10.0), whole, tap);
+    let (unplugged, ()) = timed(|| drop(wire));
     table.add("tap removed by the kernel", Target::AtMost(40.0), unplugged, tap);
-    let (released, gone) = timed(|| apply::release(segment).expect("release"));
-    assert!(gone);
+    let (released, ()) = timed(|| {
+        std::thread::scope(|threads| {
+            let rules = threads.spawn(|| guard::remove(std::slice::from_ref(&first)).expect("remove"));
+            assert!(apply::release(segment).expect("release"));
+            rules.join().expect("no panic");
+        });
+    });
     table.add("bridge and rules removed", Target::AtMost(60.0), released, tap);
     more
 }
 
-/// A VM more; a call that finds all as it must be; a look for what else is in the way.
-fn one_more(segment: &Segment) -> [Duration; 3] {
-    let (plugged, tap) = timed(|| plug("bqmoren0", segment));
+/// A VM more, and its end; a call that finds all as it must be; a look for what else is in the way.
+fn one_more(segment: &Segment) -> Vec<Measured> {
+    let one = nic("bqmoren0", MORE, segment);
+    let (wire, [looked, ruled, plugged]) = connect(&one, segment);
     let (nothing, ()) = timed(|| apply::ensure(segment, &[]).expect("ensure"));
-    let (looked, findings) = timed(|| coexist::findings(segment, &coexist::observe(&[segment]).expect("observe")));
+    let own = std::slice::from_ref(&one);
+    let (sought, findings) =
+        timed(|| coexist::findings(segment, own, &coexist::observe(&[segment], own).expect("observe")));
     assert_eq!(findings, []);
-    drop(tap);
-    [plugged, nothing, looked]
+    drop(wire);
+    let (removed, ()) = timed(|| guard::remove(own).expect("remove"));
+    vec![
+        ("among 500: subnet looked at", Target::Above(1.0), looked),
+        ("among 500: rules", Target::Ratio(1.5), ruled),
+        ("among 500: tap", Target::Ratio(1.5), plugged),
+        ("among 500: rules removed", Target::Ratio(1.5), removed),
+        ("among 500: nothing to do", Target::Above(1.0), nothing),
+        ("among 500: other firewalls", Target::Above(1.0), sought),
+    ]
 }
 
-fn plug(tap: &str, segment: &Segment) -> Plug {
-    let port = LinkName::parse(tap).expect("a name").into();
-    apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug")
+/// All that create_vm and the VM's supervisor do of its network: its subnet looked at, its rules, its bridge and tap.
+fn connect(nic: &Nic, segment: &Segment) -> (Plug, [Duration; 3]) {
+    let (port, _) = Port::of(nic).expect("a tap");
+    let (looked, ()) = timed(|| taken::refuse(segment).expect("free"));
+    let (ruled, ()) = timed(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
+    let (plugged, wire) = timed(|| apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug"));
+    (wire, [looked, ruled, plugged])
+}
+
+/// VMs beside the crowd.
+const FIRST: usize = CROWD;
+const MORE: usize = CROWD + 1;
+
+/// A guarded card with an address, a security group and a port of the host.
+fn nic(tap: &str, n: usize, segment: &Segment) -> Nic {
+    let ip = format!("10.0.{}.{}", n / 250, n % 250 + 2);
+    let rules = json!({
+        "anti_spoof": true, "addresses": [format!("{ip}/32")],
+        "admits": [{"source": "10.0.0.0/16", "protocols": [6, 6], "ports": [80, 90]}],
+        "forwards": [{"protocol": 6, "host": 2000 + n, "to": ip, "guest": 22, "count": 1}],
+    });
+    let mac = format!("02:00:00:00:{:02x}:{:02x}", n / 256, n % 256);
+    let nic = json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
+    serde_json::from_value(nic).expect("a card")
 }
 
 fn segment() -> Segment {
     let address = |text: &str| text.parse().ok();
-    let requested =
-        Requested { netmask: address("255.255.255.0"), gateway: address("10.0.0.1"), ..Requested::default() };
+    let requested = Requested { netmask: address("255.255.0.0"), gateway: address("10.0.0.1"), ..Requested::default() };
     let profile = Profile::load("nat", None).expect("built in");
     match place("bench", &Network::nat(), &profile, &requested).expect("a place") {
         Place::Bridge(segment) => segment,

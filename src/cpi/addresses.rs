@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 
 use super::Cpi;
 use super::cloud_properties::{PortForward, VmCloudProperties};
-use super::networks::Networks;
+use super::networks::{Addressing, Networks};
 use super::placement::{Placed, Pool};
 use crate::cid::VmCid;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,14 +39,23 @@ impl Cpi {
 
 fn claim_addresses(vm: &VmCid, placed: &mut Placed, networks: &mut Networks, claims: &mut Claims<'_>) -> Result<()> {
     let Placed { nic, pool, .. } = placed;
-    let (Some((_, segment)), Some(rules)) = (nic.tap(), &nic.rules) else { return Ok(()) };
+    let network = networks.iter_mut().find(|network| network.name == nic.network).expect("a NIC is for one");
+    let segment = match &nic.wire {
+        Wire::Tap { segment, .. } => segment,
+        Wire::User { user } => {
+            // Nobody else is on that wire.
+            if matches!(network.addressing, Addressing::Dynamic { .. }) {
+                network.resolve(with_prefix(user.guest.into(), user.gateway.prefix()), Some(user.gateway.ip().into()));
+            }
+            return Ok(());
+        }
+    };
+    let Some(rules) = &mut nic.rules else { return Ok(()) };
     let blocks = match pool {
         None => rules.addresses.clone(),
         Some(pool) => {
             let address = choose(pool, segment, claims)?;
-            let network = networks.iter_mut().find(|network| network.name == nic.network).expect("a NIC is for one");
-            let with_prefix = IpNetwork::new(address, pool.subnet.prefix()).expect("an address of the subnet");
-            network.resolve(with_prefix, pool.gateway);
+            network.resolve(with_prefix(address, pool.subnet.prefix()), pool.gateway);
             vec![address.into()]
         }
     };
@@ -60,10 +69,12 @@ fn claim_addresses(vm: &VmCid, placed: &mut Placed, networks: &mut Networks, cla
         }
         claims.take(vm, claim)?;
     }
-    if let Some(rules) = &mut nic.rules {
-        rules.addresses = blocks;
-    }
+    rules.addresses = blocks;
     Ok(())
+}
+
+fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {
+    IpNetwork::new(ip, prefix).expect("an address of the subnet")
 }
 
 fn is_one(block: IpNetwork) -> bool {
@@ -84,8 +95,9 @@ fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpA
             && pool.gateway != Some(*ip)
             && !own.contains(ip)
     };
-    let in_range = |ip: &IpAddr| pool.range.first <= *ip && *ip <= pool.range.last;
-    for ip in pool.previous.filter(in_range).into_iter().chain(pool.range.addresses()).filter(usable) {
+    for ip in
+        pool.previous.filter(|ip| pool.range.contains(*ip)).into_iter().chain(pool.range.addresses()).filter(usable)
+    {
         if claims.holder(&Claim::block(segment, ip.into()))?.is_none() {
             return Ok(ip);
         }
@@ -108,6 +120,12 @@ fn claim_ports(
         let problem = format!("cloud_properties.ports: host and guest must be as many ports, at most {MOST_PORTS}");
         return Err(Error::new(ErrorKind::BadRequest, problem));
     }
+    if let Some(ip) = wanted.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
+        let problem = format!("cloud_properties.ports: {ip} is no address of a host");
+        return Err(
+            Error::new(ErrorKind::BadRequest, problem).hint("leave 'address' out for every address of the host")
+        );
+    }
     let is_default = |nic: &Nic| {
         networks.iter().any(|network| network.name == nic.network && network.default.iter().any(|d| d == "gateway"))
     };
@@ -117,7 +135,8 @@ fn claim_ports(
     if found.is_empty() {
         let message = "cloud_properties.ports: the VM has no network whose packets go through this host";
         return Err(Error::new(ErrorKind::NotSupported, message).hint(
-            "ports are forwarded to networks with a bridge of our own: profiles 'nat' and 'routed', and 'user'",
+            "ports are forwarded to networks with a bridge of our own: profiles 'nat' and 'routed', and 'user'; from a \
+             loopback address to 'user' alone",
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
@@ -147,7 +166,9 @@ fn forward_to(placed: &[Placed], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
             Wire::Tap { segment, .. } => {
                 let routed = matches!(&segment.keeper,
                     Keeper::Us { addresses, closed: false, .. } if !addresses.is_empty());
-                rules.addresses.first().filter(|_| routed).map(IpNetwork::ip)
+                // Packets to a loopback address reach no bridge.
+                let loopback = wanted.address.is_some_and(|ip| ip.is_loopback());
+                rules.addresses.first().filter(|_| routed && !loopback).map(IpNetwork::ip)
             }
         };
         Some((placed.index, ip?))

@@ -88,7 +88,8 @@ impl Cpi {
 
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
-        let findings = coexist::findings(&network.segment, &coexist::observe(&[&network.segment])?);
+        let facts = coexist::observe(&[&network.segment], &network.nics)?;
+        let findings = coexist::findings(&network.segment, &network.nics, &facts);
         let changes = match &network.disagreement {
             Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
             None => apply::missing(&network.segment, &network.ports()),
@@ -151,12 +152,13 @@ impl Cpi {
     /// Logs what keeps a new VM from the network it was promised. That must not keep the VM from being made.
     pub(super) fn warn_of_findings(nics: &[Nic]) {
         let segments: Vec<_> = nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
-        let facts = match coexist::observe(&segments) {
+        let facts = match coexist::observe(&segments, nics) {
             Ok(facts) => facts,
             Err(error) => return tracing::debug!(error = error.report(), "can not look for other firewalls"),
         };
-        for segment in segments {
-            for Finding { cause, cure } in coexist::findings(segment, &facts) {
+        for nic in nics {
+            let Some((_, segment)) = nic.tap() else { continue };
+            for Finding { cause, cure } in coexist::findings(segment, std::slice::from_ref(nic), &facts) {
                 tracing::warn!(network = segment.network, cure, "{cause}");
             }
         }

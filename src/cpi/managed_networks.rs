@@ -17,6 +17,7 @@ use crate::cid::{Cid, NetworkCid};
 use crate::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
+use crate::net::plan::{lies_in, overlap};
 use crate::net::{self, profile::Profile};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
@@ -65,6 +66,11 @@ impl Cpi {
     /// Makes the network in its own range, or in the first of ours in which it can be.
     fn make_first_free(&self, cid: &NetworkCid, subnet: &Subnet) -> Result<CreatedNetwork> {
         if let Some(range) = subnet.range {
+            if !net::plan::is_private(range) && !lies_in(range, self.config.managed_range) {
+                let problem = format!("subnet.range: {range} is neither private nor in this host's managed_range");
+                return Err(Error::new(ErrorKind::BadRequest, problem)
+                    .hint("if its addresses are yours to give, set managed_range in the configuration"));
+            }
             return self.make_in(cid, subnet, range);
         }
         let Some(bits) = subnet.netmask_bits else {
@@ -104,6 +110,7 @@ impl Cpi {
         let mut record = NetworkRecord { schema: SCHEMA, cid: cid.clone(), phase, created_at, settings, newer };
         let segment = self.managed_segment(&record)?;
         self.refuse_overlap(&segment, range)?;
+        net::taken::refuse(&segment).map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
         self.store.write(&record)?;
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
@@ -237,8 +244,4 @@ fn subnets(all: IpNetwork, bits: u8) -> impl Iterator<Item = IpNetwork> {
     let count = if (prefix.max(8)..=30).contains(&bits) { 1u32 << (bits - prefix) } else { 0 };
     let subnet = move |n: u32| IpAddr::V4((first + (n << (32 - u32::from(bits)))).into());
     (0..count).filter_map(move |n| IpNetwork::new(subnet(n), bits).ok())
-}
-
-fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
-    one.contains(other.network()) || other.contains(one.network())
 }

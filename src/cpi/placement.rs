@@ -8,7 +8,7 @@ use super::Cpi;
 use super::cloud_properties::{SubnetCloudProperties, VmCloudProperties};
 use super::networks::{Addressing, NetworkSpec, Networks};
 use crate::cid::{NetworkCid, VmCid};
-use crate::config::{self, GroupProtocol, GroupRule};
+use crate::config::{self, GroupRule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
 use crate::net::plan::{Place, Requested};
@@ -139,6 +139,13 @@ impl Cpi {
         let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
             .map_err(|e| e.during(format!("host network '{name}'")))?;
         let place = net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+        if let (Place::Bridge(segment), None) = (&place, host.subnet) {
+            net::taken::refuse(segment).map_err(|e| {
+                e.hint(format!(
+                    "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
+                ))
+            })?;
+        }
         let pool = match network.addressing {
             Addressing::Dynamic { previous } => pool(name, host, &place)?.map(|pool| Pool { previous, ..pool }),
             _ => None,
@@ -172,15 +179,10 @@ impl Cpi {
 fn admissions(rule: &GroupRule) -> Vec<Admission> {
     let everywhere = || ["0.0.0.0/0", "::/0"].map(|text| text.parse().expect("a subnet")).to_vec();
     let ports = rule.ports.map_or((0, u16::MAX), |ports| (ports.first, ports.last));
-    let admission = |source: IpNetwork| {
-        let (protocols, ports) = match rule.protocol {
-            GroupProtocol::Tcp => ((6, 6), Some(ports)),
-            GroupProtocol::Udp => ((17, 17), Some(ports)),
-            GroupProtocol::Icmp if source.is_ipv4() => ((1, 1), None),
-            GroupProtocol::Icmp => ((58, 58), None),
-            GroupProtocol::All => ((0, u8::MAX), None),
-        };
-        Admission { source, protocols, ports }
+    let admission = |source: IpNetwork| Admission {
+        source,
+        protocols: rule.protocol.numbers(source.is_ipv6()),
+        ports: rule.protocol.has_ports().then_some(ports),
     };
     rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
 }
@@ -203,11 +205,17 @@ fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) ->
         .hint("allow what is the VM's alone; anti_spoof: false lets it send as anybody"))
 }
 
-/// Two cards on one wire can not have one address.
+/// Two cards of one VM can not have one address: on one wire they would answer for each other, and on two of QEMU's own the
+/// guest would not know by which to leave.
 fn check_apart(placed: &[Placed]) -> Result<()> {
     let claims = |placed: &Placed| -> Vec<Claim> {
-        let (Some((_, segment)), Some(rules)) = (placed.nic.tap(), &placed.nic.rules) else { return Vec::new() };
-        rules.addresses.iter().map(|block| Claim::block(segment, *block)).collect()
+        let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
+        match &placed.nic.wire {
+            Wire::Tap { segment, .. } => rules.map(|block| Claim::block(segment, *block)).collect(),
+            Wire::User { user } => {
+                vec![Claim::Addresses { wire: "user".to_owned(), block: IpAddr::from(user.guest).into() }]
+            }
+        }
     };
     for (at, one) in placed.iter().enumerate() {
         let meets = |other: &&Placed| claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)));
@@ -235,11 +243,13 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
     IpNetwork::new(block.network(), block.prefix()).ok()
 }
 
-/// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them.
+/// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them, or the place has one
+/// already.
 fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
     let own = match place {
+        Place::User(_) => return Ok(None),
         Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => addresses.first().copied(),
-        _ => None,
+        Place::Bridge(_) => None,
     };
     let Some(subnet) = host.subnet.or(own) else {
         return match host.pool {
@@ -250,9 +260,9 @@ fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool
             }
         };
     };
-    let whole = AddressRange { first: subnet.network(), last: subnet.broadcast() };
+    let range = net::plan::pool(name, host, subnet)?;
     let gateway = own.map(|address| address.ip()).or(host.gateway);
-    Ok(Some(Pool { range: host.pool.unwrap_or(whole), subnet, gateway, previous: None }))
+    Ok(Some(Pool { range, subnet, gateway, previous: None }))
 }
 
 /// The addresses a network brings, as the host's side needs them.

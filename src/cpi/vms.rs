@@ -40,7 +40,7 @@ impl Cpi {
             self.store.pools().dir(pool)?;
         }
         let cid = self.new_cid::<VmRecord>()?;
-        let mut placed = self.nics(&cid, &call.networks, &properties)?;
+        let mut placed = self.nics(&cid, &call.networks, &properties).map_err(|error| creation_failed(error, &cid))?;
         let machine = self.machine(&properties)?;
         for Placed { nic, .. } in &placed {
             let network = call.networks.iter_mut().find(|network| network.name == nic.network);

@@ -73,6 +73,10 @@ fn nat_on_a_bare_host() {
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
             ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
         }
+        chain forward {
+            type filter hook forward priority 0; policy accept;
+            iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+        }
         chain host {
             type filter hook input priority 0; policy accept;
             iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
@@ -101,6 +105,10 @@ fn routed_on_a_bare_host() {
     ip address add 10.0.0.1/24 dev bosh-routed0
     sysctl -w net.ipv4.ip_forward=1
     nft table inet bosh-qemu-bosh-routed0 {
+        chain forward {
+            type filter hook forward priority 0; policy accept;
+            iifname "bosh-routed0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+        }
         chain host {
             type filter hook input priority 0; policy accept;
             iifname "bosh-routed0" ct state & 0x00000006 != 0x00000000 return
@@ -283,6 +291,10 @@ fn only_what_somebody_broke_is_repaired() {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
             ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+        }
+        chain forward {
+            type filter hook forward priority 0; policy accept;
+            iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;

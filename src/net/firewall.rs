@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::nft::{
-    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME, Match, OIFNAME, PROTOCOL,
-    Place, Rule, Table, Verdict,
+    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME, IP_DADDR, Match, OIFNAME,
+    PROTOCOL, Place, Rule, Table, Verdict,
 };
 use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
@@ -30,9 +30,12 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     }
     // The host only carries such a VLAN.
     let apart = uplink.is_some() && addresses.is_empty();
+    let own = present.iter().chain(addresses);
+    let mut passing = if !*closed && own.clone().any(IpNetwork::is_ipv4) { metadata(bridge, own) } else { Vec::new() };
     if *closed || apart || segment.isolated {
-        chains.push(closing(bridge, *closed || apart, segment.isolated));
+        passing.extend(closing(bridge, *closed || apart, segment.isolated));
     }
+    chains.push(Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules: passing });
     if apart {
         let rules = vec![Rule { matches: vec![Match::By(IIFNAME, bridge.clone())], verdict: Verdict::Drop }];
         chains.push(Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules });
@@ -82,14 +85,28 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
 /// Lets nothing pass between the bridge and other links if it is `closed`: that the host routes for one network is not
 /// for all. Neighbours that are `isolated` as ports are so by way of the gateway too; else what goes from port to port
 /// comes here only through br_netfilter, and is no business of this chain.
-fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Chain {
+fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
     let by = |field| Match::By(field, bridge.clone());
     let neighbours = if isolated { Verdict::Drop } else { Verdict::Return };
     let mut rules = vec![Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: neighbours }];
     if closed {
         rules.extend([IIFNAME, OIFNAME].map(|field| Rule { matches: vec![by(field)], verdict: Verdict::Drop }));
     }
-    Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules }
+    rules
+}
+
+/// Where this host is a cloud's VM, the cloud tells its credentials to whoever asks 169.254.169.254 as this host, and so to
+/// every VM behind it. A router passes on nothing to link-local addresses (RFC 3927 §2.7); Linux would.
+fn metadata<'a>(bridge: &LinkName, mut own: impl Iterator<Item = &'a IpNetwork>) -> Vec<Rule> {
+    if own.any(|address| address.is_ipv4() && is_link_local(address.ip())) {
+        return Vec::new();
+    }
+    let to_link_local = [
+        Match::By(IIFNAME, bridge.clone()),
+        Match::Is(FAMILY, &[2]),
+        Match::Bits(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0]),
+    ];
+    vec![Rule { matches: to_link_local.into(), verdict: Verdict::Drop }]
 }
 
 /// What VMs may say to the host itself, by whichever of its addresses: answers, ping and what is served.
@@ -167,6 +184,10 @@ mod tests {
                 ip saddr 10.0.2.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
                 ip6 saddr fd00::/64 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
             }
+            chain forward {
+                type filter hook forward priority 0; policy accept;
+                iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            }
             chain host {
                 type filter hook input priority 0; policy accept;
                 iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
@@ -197,6 +218,13 @@ mod tests {
             }
         }
         "#);
-        assert_eq!(rules(false, false), "");
+        insta::assert_snapshot!(rules(false, false), @r#"
+        table inet bosh-qemu-bosh-nat0 {
+            chain forward {
+                type filter hook forward priority 0; policy accept;
+                iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            }
+        }
+        "#);
     }
 }

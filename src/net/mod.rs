@@ -32,6 +32,7 @@ pub mod plan;
 pub mod probe;
 pub mod profile;
 mod sysctl;
+pub mod taken;
 pub mod tap;
 
 /// How the alias of every link that we made begins.

@@ -1,19 +1,35 @@
 //! What a NIC needs from the host, worked out from the operator's [`config::Network`](crate::config::Network), its
 //! [`Profile`] and the addresses a request brings. Pure: nothing here looks at the host.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnetwork::{IpNetwork, ip_mask_to_prefix};
+use ipnetwork::{IpNetwork, Ipv4Network, ip_mask_to_prefix};
 
 use super::profile::{Profile, Wiring};
 use crate::config::{Mtu, Network};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
+use crate::ranges::AddressRange;
 pub use crate::store::record::{Keeper, Segment};
 use crate::store::record::{UserNetwork, VlanLink};
 
 /// The widest subnets taken, IPv4 and IPv6. Anything wider is a slip that would draw the host's own traffic.
 const WIDEST: (u8, u8) = (8, 32);
+
+/// Addresses that mean something else on every site (RFC 1918, 6598, 4193), or nothing (RFC 2544, 5737, 3849). Whoever has
+/// any other one has it from the world.
+const PRIVATE: [&str; 10] = [
+    "10.0.0.0/8",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "100.64.0.0/10",
+    "198.18.0.0/15",
+    "192.0.2.0/24",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "fc00::/7",
+    "2001:db8::/32",
+];
 
 /// What a request says about one NIC: the keys of the same names of a BOSH network and its cloud properties.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -49,22 +65,70 @@ pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Reque
         return user(name, network, requested).map(Place::User);
     }
     let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
+    if let Some(address) = addresses.first().filter(|address| network.subnet.is_none() && !is_private(**address)) {
+        let problem = format!("can not have {}, which the request chose: it is no private subnet", subnet(*address));
+        let hint = format!("if its addresses are yours to give, set networks.{name}.subnet");
+        return Err(bad_request(name, &problem).hint(hint));
+    }
     segment(name, network, profile, vlan, addresses).map(Place::Bridge)
+}
+
+/// Whether all addresses of the subnet are private ones.
+pub fn is_private(subnet: IpNetwork) -> bool {
+    PRIVATE.iter().any(|text| lies_in(subnet, text.parse().expect("a subnet")))
 }
 
 /// QEMU forwards ports to IPv4 addresses only (10.0: "Bad host address"), and has three addresses of the subnet besides the
 /// guest's: its own, that of a name server, and the subnet's broadcast.
 fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
-    let guest = requested.ip.ok_or_else(|| bad_request(name, "needs the VM's ip: QEMU's forwards name it"))?;
-    match (guest, host_address(name, network, requested)?) {
-        (IpAddr::V4(guest), IpNetwork::V4(gateway)) if gateway.prefix() <= 29 => {
-            Ok(UserNetwork { network: name.to_owned(), gateway, guest })
-        }
-        (IpAddr::V4(_), gateway) => {
-            Err(bad_request(name, &format!("can not be as narrow as {gateway}: /29 is the narrowest")))
-        }
-        (IpAddr::V6(_), _) => Err(bad_request(name, "has the profile 'user', which is IPv4 only")),
+    let given = [requested.ip, requested.gateway, network.gateway, network.subnet.map(|subnet| subnet.ip())];
+    let gateway = if given.iter().all(Option::is_none) {
+        // QEMU's own (`net/slirp.c`).
+        Ipv4Network::new(Ipv4Addr::new(10, 0, 2, 2), 24).expect("a prefix of IPv4").into()
+    } else {
+        host_address(name, network, requested)?
+    };
+    let IpNetwork::V4(gateway) = gateway else {
+        return Err(bad_request(name, "has the profile 'user', which is IPv4 only"));
+    };
+    if gateway.prefix() > 29 {
+        return Err(bad_request(name, &format!("can not be as narrow as {gateway}: /29 is the narrowest")));
     }
+    let guest = match requested.ip {
+        Some(IpAddr::V4(guest)) => guest,
+        Some(IpAddr::V6(_)) => unreachable!("it lies in the gateway's subnet"),
+        None => chosen_guest(name, network, gateway)?,
+    };
+    Ok(UserNetwork { network: name.to_owned(), gateway, guest })
+}
+
+/// The address of a guest that nobody chose one for. Each is alone with its router, so all may have the same: the first that
+/// QEMU would lease (`slirp_init`), or else the first of the pool.
+fn chosen_guest(name: &str, network: &Network, gateway: Ipv4Network) -> Result<Ipv4Addr> {
+    let pool = pool(name, network, gateway.into())?;
+    let usable = |ip: &Ipv4Addr| {
+        let taken = [gateway.network(), gateway.ip(), gateway.broadcast()].contains(ip);
+        pool.contains(IpAddr::V4(*ip)) && !taken
+    };
+    let lease = Ipv4Addr::from(u32::from(gateway.network()).saturating_add(15));
+    let v4 = |ip| if let IpAddr::V4(ip) = ip { Some(ip) } else { None };
+    let found = [lease].into_iter().chain(pool.addresses().filter_map(v4)).find(usable);
+    found.ok_or_else(|| bad_config(name, "has a pool without an address for a VM"))
+}
+
+/// Where addresses of networks of type `dynamic` come from, in `subnet`.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] if the configured pool lies elsewhere.
+pub fn pool(name: &str, network: &Network, subnet: IpNetwork) -> Result<AddressRange> {
+    let Some(pool) = network.pool else {
+        return Ok(AddressRange { first: subnet.network(), last: subnet.broadcast() });
+    };
+    if subnet.contains(pool.first) && subnet.contains(pool.last) {
+        return Ok(pool);
+    }
+    let problem = format!("has a pool that is not in its subnet {}", self::subnet(subnet));
+    Err(bad_config(name, &problem).hint(format!("set networks.{name}.pool to addresses of the subnet")))
 }
 
 /// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
@@ -282,9 +346,20 @@ fn check_guest(name: &str, host: IpNetwork, requested: &Requested) -> Result<()>
     Err(bad_request(name, &format!("has the subnet {subnet}, which the netmask {netmask} of ip {ip} leaves")))
 }
 
+/// Whether all of `part` is in `all`.
+pub fn lies_in(part: IpNetwork, all: IpNetwork) -> bool {
+    all.contains(part.network()) && all.prefix() <= part.prefix()
+}
+
 /// Whether two subnets share an address.
-pub(super) fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
+pub fn overlap(one: IpNetwork, other: IpNetwork) -> bool {
     one.contains(other.network()) || other.contains(one.network())
+}
+
+/// Whether a route is to the whole world, or its half: VPNs have two in place of one (OpenVPN's `redirect-gateway def1`).
+/// All of IPv6's world is in 2000::/3.
+pub(super) fn is_default(to: IpNetwork) -> bool {
+    to.prefix() <= if to.is_ipv4() { 1 } else { 3 }
 }
 
 /// The subnet that an address with a prefix is in.

@@ -205,15 +205,61 @@ fn user_networking_needs_an_address_and_no_bridge() {
         place("lab", &Network::from_json(&network).unwrap(), &profile, &requested).unwrap_err().report()
     };
     let refusals = [
-        refusal(json!({"profile": "user", "subnet": "10.0.2.0/24"}), ""),
+        refusal(json!({"profile": "user"}), "10.0.2.15"),
+        refusal(json!({"profile": "user", "gateway": "10.0.2.1"}), ""),
         refusal(json!({"profile": "user", "subnet": "10.0.2.0/30"}), "10.0.2.2"),
+        refusal(json!({"profile": "user", "subnet": "10.0.2.0/24", "pool": "fd00::1-fd00::ffff:ffff:ffff:ffff"}), ""),
+        refusal(json!({"profile": "user", "subnet": "fd00::/64"}), ""),
         refusal(json!({"profile": "user", "subnet": "fd00::/64"}), "fd00::5"),
     ];
     insta::assert_snapshot!(refusals.join("\n"), @r"
-    host network 'lab' needs the VM's ip: QEMU's forwards name it
+    host network 'lab' has no subnet of its own, and the request brings no gateway
+    Hint: give the subnet in the manifest a gateway and a range, or set networks.lab.subnet
+    host network 'lab' has no subnet of its own, and the request brings no netmask
+    Hint: give the subnet in the manifest a gateway and a range, or set networks.lab.subnet
     host network 'lab' can not be as narrow as 10.0.2.1/30: /29 is the narrowest
+    host network 'lab' has a pool that is not in its subnet 10.0.2.0/24
+    Hint: set networks.lab.pool to addresses of the subnet
+    host network 'lab' has the profile 'user', which is IPv4 only
     host network 'lab' has the profile 'user', which is IPv4 only
     ");
+}
+
+#[test]
+fn an_address_that_nobody_chose_is_one_of_the_pool() {
+    let profile = Profile::load("user", None).unwrap();
+    let guest = |network: Value| {
+        let network = Network::from_json(&network).unwrap();
+        let Place::User(user) = place("lab", &network, &profile, &Requested::default()).unwrap() else { panic!() };
+        format!("{} {}", user.gateway, user.guest)
+    };
+    assert_eq!(guest(json!({"profile": "user"})), "10.0.2.2/24 10.0.2.15");
+    assert_eq!(guest(json!({"profile": "user", "subnet": "10.6.0.0/16"})), "10.6.0.1/16 10.6.0.15");
+    assert_eq!(guest(json!({"profile": "user", "subnet": "10.6.0.8/29"})), "10.6.0.9/29 10.6.0.10");
+    let pool =
+        json!({"profile": "user", "subnet": "10.6.0.0/24", "gateway": "10.6.0.15", "pool": "10.6.0.15-10.6.0.20"});
+    assert_eq!(guest(pool), "10.6.0.15/24 10.6.0.16");
+}
+
+#[test]
+fn a_request_chooses_among_private_subnets() {
+    for (subnet, private) in [
+        ("10.0.0.0/8", true),
+        ("172.31.0.0/16", true),
+        ("172.32.0.0/16", false),
+        ("172.0.0.0/8", false),
+        ("169.254.169.0/24", false),
+        ("fd12::/64", true),
+        ("2a00::/64", false),
+    ] {
+        assert_eq!(is_private(subnet.parse().unwrap()), private, "{subnet}");
+    }
+    let refused = plan(&json!({}), "8.8.8.8", "255.255.255.0", "8.8.8.1").unwrap_err();
+    insta::assert_snapshot!(refused, @r"
+    BadRequest: host network 'lab' can not have 8.8.8.0/24, which the request chose: it is no private subnet
+    Hint: if its addresses are yours to give, set networks.lab.subnet
+    ");
+    assert!(plan(&json!({"subnet": "8.8.8.0/24"}), "8.8.8.8", "255.255.255.0", "8.8.8.1").is_ok());
 }
 
 #[test]

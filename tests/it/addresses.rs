@@ -1,9 +1,10 @@
 //! Which addresses and ports VMs get, who may not have them, and how they are given back.
 
+use bosh_qemu_cpi::store::record::Wire;
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::host::{Host, text, vm_cid};
+use crate::support::host::{Host, command_line, json_options, text, vm_cid};
 use crate::support::netns::Namespace;
 
 const POOL: &str = "10.7.0.10-10.7.0.11";
@@ -90,6 +91,64 @@ fn a_port_of_the_host_is_one_vms() {
 }
 
 #[test]
+fn a_port_of_an_address_that_is_not_here_is_told_and_waits_for_it() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let ports = |address: &str| json!({"ports": [{"host": 8080, "guest": 80, "address": address}]});
+    let made = create(&host, &stemcell, &manual("10.7.0.5"), &ports("192.0.2.9"));
+    vm_cid(made.result());
+    let cause = "port tcp/8080 of 192.0.2.9 leads to 10.7.0.5, but no link of this host has 192.0.2.9";
+    assert!(
+        made.stderr.contains(cause) && made.stderr.contains("ip address add 192.0.2.9 dev LINK"),
+        "{}",
+        made.stderr
+    );
+    let causes = || -> Vec<Value> {
+        let (_, planned) = host.command(&["network", "plan", "--json"]);
+        let findings = planned["networks"][0]["findings"].as_array().unwrap();
+        findings.iter().map(|finding| finding["cause"].clone()).collect()
+    };
+    assert_eq!(causes(), [json!(cause)]);
+    host.namespace().ip("address add 192.0.2.9/32 dev lo");
+    assert_eq!(causes(), [""; 0]);
+    let told = create(&host, &stemcell, &manual("10.7.0.6"), &json!({"ports": [{"host": 81, "address": "192.0.2.9"}]}));
+    assert!(told.outcome.is_ok() && !told.stderr.contains("no link of this host"), "{}", told.stderr);
+    // Nothing ever comes by these.
+    for (address, problem) in [
+        ("127.0.0.1", "no network whose packets"),
+        ("::1", "no network whose packets"),
+        ("0.0.0.0", "no address of a host"),
+    ] {
+        let refused = create(&host, &stemcell, &manual("10.7.0.7"), &ports(address));
+        assert!(refused.failure().message.contains(problem), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_security_group_names_protocols_by_name_and_by_number() {
+    let Some(host) = host() else { return };
+    host.reconfigure(|config| {
+        config["security_groups"] = json!({"router": [
+            {"protocol": "vrrp", "source": "10.7.0.0/24"}, {"protocol": 89, "source": "fd00::/64"},
+            {"protocol": "sctp", "ports": "3868", "source": "10.0.0.0/8"}, {"protocol": "icmp"},
+        ]});
+    });
+    let made = create(&host, &host.stemcell(), &manual("10.7.0.5"), &json!({"security_groups": ["router"]}));
+    let record = host.record(&vm_cid(made.result()));
+    let admits = record.nics[0].rules.as_ref().unwrap().admits.as_ref().unwrap();
+    assert_eq!(
+        json!(admits),
+        json!([
+            {"source": "10.7.0.0/24", "protocols": [112, 112]},
+            {"source": "fd00::/64", "protocols": [89, 89]},
+            {"source": "10.0.0.0/8", "protocols": [132, 132], "ports": [3868, 3868]},
+            {"source": "0.0.0.0/0", "protocols": [1, 1]},
+            {"source": "::/0", "protocols": [58, 58]},
+        ])
+    );
+}
+
+#[test]
 fn a_vm_has_no_address_twice_and_never_its_gateways() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
@@ -127,4 +186,50 @@ fn an_address_that_a_machine_outside_has_is_refused() {
     assert!(ask("10.7.0.6", "255.255.255.0").outcome.is_ok());
     host.reconfigure(|config| config["networks"]["lan"]["conflict_probe"] = json!(false));
     assert!(ask("10.7.0.5", "255.255.255.0").outcome.is_ok());
+}
+
+#[test]
+fn qemus_own_network_has_an_address_for_who_asks_for_any() {
+    let networks = json!({
+        "default": {"profile": "user"},
+        "own": {"profile": "user", "subnet": "10.6.0.0/24", "pool": "10.6.0.1-10.6.0.9"},
+    });
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let stemcell = host.stemcell();
+    let own = json!({"type": "dynamic", "cloud_properties": {"name": "own"}});
+    let both = json!({"a": {"type": "dynamic", "default": ["gateway"]}, "b": own});
+    let ports = json!({"ports": [{"host": 8080, "guest": 80, "address": "127.0.0.1"}]});
+    let made = create(&host, &stemcell, &both, &ports).result().clone();
+    let network = |name: &str| {
+        let network = &made[1][name];
+        json!([network["type"], network["ip"], network["netmask"], network["gateway"]])
+    };
+    assert_eq!(network("a"), json!(["dynamic", "10.0.2.15", "255.255.255.0", "10.0.2.2"]));
+    assert_eq!(network("b"), json!(["dynamic", "10.6.0.2", "255.255.255.0", "10.6.0.1"]));
+    let vm = vm_cid(&made);
+    let settings = std::fs::read(host.paths(&vm).config_drive()).unwrap();
+    let settings = String::from_utf8_lossy(&settings);
+    assert!(settings.contains(r#""type":"manual""#) && settings.contains(r#""ip":"10.0.2.15""#));
+    assert!(!settings.contains(r#""type":"dynamic""#), "nobody answers DHCP");
+    let guests = host.record(&vm).nics.into_iter().map(|nic| match nic.wire {
+        Wire::User { user } => user.guest.to_string(),
+        Wire::Tap { .. } => panic!("a tap"),
+    });
+    assert_eq!(guests.collect::<Vec<_>>(), ["10.0.2.15", "10.6.0.2"], "it is recorded");
+    let netdev = &json_options(&command_line(&host.qemu(&vm).unwrap()), "-netdev")[0];
+    assert_eq!(netdev["hostfwd"], json!([{"str": "tcp:127.0.0.1:8080-10.0.2.15:80"}]));
+
+    // Every VM is alone on its own.
+    let again = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}}), &json!({}));
+    assert_eq!(again.result()[1]["a"]["ip"], "10.0.2.15");
+    let twice = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}, "b": {"type": "dynamic"}}), &json!({}));
+    assert!(twice.failure().message.contains("networks 'a' and 'b' have the same ip"), "{twice:?}");
+    for (pool, problem) in [
+        ("10.5.0.1-10.5.0.9", "a pool that is not in its subnet"),
+        ("10.6.0.1-10.6.0.1", "without an address for a VM"),
+    ] {
+        host.reconfigure(|config| config["networks"]["own"]["pool"] = json!(pool));
+        let refused = create(&host, &stemcell, &json!({"a": own}), &json!({}));
+        assert!(refused.failure().message.contains(problem), "{refused:?}");
+    }
 }

@@ -34,10 +34,16 @@ fn mended(host: &Host, kind: &str, what: &impl ToString) -> String {
     why.clone()
 }
 
+/// A host with a security group.
+fn host_with_a_group() -> Option<Host> {
+    Host::with(json!({"security_groups": {"admin": [{"protocol": "tcp", "ports": 22, "source": "192.0.2.0/24"}]}}))
+}
+
 /// A VM with an address, and a port of the host that leads to it.
 fn forwarded_vm(host: &Host, stemcell: &str, port: u16) -> VmCid {
     let mut arguments = host.vm_arguments(stemcell);
     arguments[2]["ports"] = json!([{"host": port, "guest": 22}]);
+    arguments[2]["security_groups"] = json!(["admin"]);
     vm_cid(&host.ok("create_vm", &arguments))
 }
 
@@ -52,7 +58,7 @@ fn lose(host: &Host, vm: &VmCid) {
 
 #[test]
 fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
-    let Some(host) = Host::new() else { return };
+    let Some(host) = host_with_a_group() else { return };
     let stemcell = host.stemcell();
     let (stays, goes) = (forwarded_vm(&host, &stemcell, 2201), forwarded_vm(&host, &stemcell, 2202));
     host.sees(&goes, "BOOTSECTOR-OK", 1);

@@ -1,32 +1,14 @@
 //! Where packets go under each profile, and what is repaired: machines are namespaces, the kernel is real.
 
-use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
+use bosh_qemu_cpi::net::apply;
 use bosh_qemu_cpi::net::plan::Segment;
-use bosh_qemu_cpi::net::{apply, guard};
-use bosh_qemu_cpi::store::nic_rules::NicRules;
-use bosh_qemu_cpi::store::record::{Nic, Wire};
 use serde_json::json;
 
-use crate::support::lab::{BRIDGE, Lab, existing, name, nat, seen_from, segment, text};
-use crate::support::netns::Namespace;
+use crate::support::lab::{BRIDGE, Lab, name, nat, reaches, seen_from, segment};
 use crate::support::{nftables, skip};
-
-/// Whether `from` can begin to speak to somebody who listens at `to` in `there`.
-fn reaches(from: &Namespace, there: &Namespace, to: &str) -> bool {
-    let listener = there.run(|| TcpListener::bind((to, 0)).unwrap());
-    let address: SocketAddr = listener.local_addr().unwrap();
-    match from.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))) {
-        Ok(_) => true,
-        Err(error) => {
-            let silent = [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
-            assert!(silent.contains(&error.kind()), "{error}");
-            false
-        }
-    }
-}
 
 #[test]
 fn routed_vms_keep_their_addresses() {
@@ -39,6 +21,18 @@ fn routed_vms_keep_their_addresses() {
     assert_eq!(seen_from(&lab, &vm, "192.0.2.2").to_string(), "10.0.0.5");
     assert!(reaches(&lab.outside, &vm, "10.0.0.5"), "the way in is open as well");
     assert_eq!(lab.host.run(nftables::tables), ["bosh-qemu-bosh-nat0"], "what VMs may say to the host");
+}
+
+#[test]
+fn no_vm_reaches_the_metadata_service_of_its_host() {
+    let Some(lab) = Lab::new() else { return };
+    lab.outside.ip("address add 169.254.169.254/32 dev world");
+    lab.host.ip("route add 169.254.169.254/32 dev uplink");
+    lab.ensure(&nat("10.0.0.1")).unwrap();
+    let vm = lab.vm("port0", "10.0.0.5");
+    assert!(reaches(&lab.host, &lab.outside, "169.254.169.254"), "the host itself");
+    assert!(!reaches(&vm, &lab.outside, "169.254.169.254"), "under the host's address");
+    assert!(reaches(&vm, &lab.outside, "192.0.2.2"), "the world");
 }
 
 #[test]
@@ -70,22 +64,6 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
     let before = lab.state();
     lab.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
     assert_eq!(lab.state(), before);
-}
-
-#[test]
-fn a_security_group_takes_no_masquerade_for_the_host() {
-    let Some(lab) = Lab::new() else { return };
-    lab.ensure(&nat("10.0.0.1")).unwrap();
-    let stranger = lab.vm("port0", "10.0.0.5");
-    let routed = segment(&json!({"profile": "routed"}), "10.1.0.1");
-    let grouped = lab.unplugged_vm("port1", "10.1.0.5");
-    let rules = NicRules { admits: Some(Vec::new()), ..NicRules::default() };
-    let wire = Wire::Tap { tap: name("port1"), segment: routed.clone() };
-    let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 5].into(), wire, rules: Some(rules) };
-    lab.host.run(|| guard::add(std::slice::from_ref(&nic), || Ok(Vec::new()))).unwrap();
-    lab.host.run(|| apply::ensure(&routed, &[name("port1").into()])).unwrap();
-    assert!(reaches(&lab.host, &grouped, "10.1.0.5"), "the host itself");
-    assert!(!reaches(&stranger, &grouped, "10.1.0.5"), "a VM behind the host's address");
 }
 
 #[test]
@@ -160,48 +138,4 @@ fn a_tap_has_a_queue_for_each_cpu() {
     assert!(lab.host.link("bqmanyn0").is_some(), "each queue keeps the tap");
     lab.unplug("bqmanyn0", last);
     lab.unplug("bqmanyn0", plug(1).queues);
-}
-
-#[test]
-fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
-    let Some(lab) = Lab::new() else { return };
-    let network = json!({"profile": "vlan", "uplink": "uplink", "vlan": 20});
-    let segment = segment(&network, "10.0.0.1");
-    if let Err(error) = lab.ensure(&segment) {
-        assert!(text(&error).contains("modprobe 8021q"), "{}", text(&error));
-        lab.release(&segment).unwrap();
-        assert_eq!(lab.links(), ["uplink"]);
-        return skip("this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked");
-    }
-    let vm = lab.unplugged_vm("port0", "10.0.0.5");
-    lab.host.run(|| apply::ensure(&segment, &[name("port0").into()])).unwrap();
-    lab.outside.ip("link add world.20 link world type vlan id 20");
-    lab.outside.ip("address add 10.0.0.2/24 dev world.20");
-    lab.outside.ip("link set world.20 up");
-    assert!(reaches(&vm, &lab.outside, "10.0.0.2"));
-    lab.host.ip("link delete port0");
-    assert!(lab.release(&segment).unwrap());
-    assert_eq!(lab.links(), ["uplink"]);
-}
-
-#[test]
-fn a_vlan_of_a_bridge_is_the_ports() {
-    let Some(lab) = Lab::new() else { return };
-    lab.host.ip("link add br0 type bridge");
-    lab.host.ip("link set br0 up");
-    let segment = Segment { vlan: Some(20), ..existing("br0") };
-    let refused = lab.plug("bqvlann0", &segment).unwrap_err();
-    assert!(text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"), "{}", text(&refused));
-    let filtering = lab.host.run(|| {
-        let words = ["link", "set", "br0", "type", "bridge", "vlan_filtering", "1"];
-        std::process::Command::new("ip").args(words).output().unwrap().status.success()
-    });
-    if !filtering {
-        return skip("this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked");
-    }
-    let plug = lab.plug("bqvlann0", &segment).unwrap();
-    let show = || std::process::Command::new("bridge").args(["-json", "vlan", "show", "dev", "bqvlann0"]).output();
-    let shown: serde_json::Value = serde_json::from_slice(&lab.host.run(show).unwrap().stdout).unwrap();
-    assert_eq!(shown[0]["vlans"], json!([{"vlan": 20, "flags": ["PVID", "Egress Untagged"]}]));
-    lab.unplug("bqvlann0", plug.queues);
 }

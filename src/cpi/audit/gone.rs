@@ -100,16 +100,14 @@ impl Audit<'_> {
         let mut claims = store.claimed()?;
         claims.retain(|(claim, holder)| holder == vm && !recorded.claims.contains(&claim.name()));
         let claims: Vec<_> = claims.into_iter().map(|(claim, _)| claim).collect();
-        let (mut wires, mut addresses, mut ports) = (BTreeSet::new(), Vec::new(), Vec::new());
+        let (mut places, mut ports) = (Vec::new(), Vec::new());
         for claim in &claims {
             match claim {
-                Claim::Addresses { wire, block } => {
-                    wires.extend(claims::bridge(wire));
-                    addresses.push(*block);
-                }
+                Claim::Addresses { wire, block } => places.extend(claims::bridge(wire).map(|bridge| (bridge, *block))),
                 Claim::Port { protocol, port, .. } => ports.push((protocol.number(), *port)),
             }
         }
+        let wires: BTreeSet<_> = places.iter().map(|(bridge, _)| bridge.clone()).collect();
         let taps: Vec<_> = (0..MAX_NICS).map(|index| tap::tap_name(vm, index)).collect();
         let mut uids = uids::claims(store.state_dir())?;
         uids.retain(|(uid, owner)| owner.as_ref() == Some(vm) && !recorded.uids.contains(uid));
@@ -121,7 +119,7 @@ impl Audit<'_> {
             vm: vm.clone(),
             paths,
             qemu,
-            rules: guard::remains(&taps, &addresses, &ports)?,
+            rules: guard::remains(&taps, &places, &ports)?,
             taps: apply::present(&taps)?,
             claims,
             bridges: wires.into_iter().filter(|bridge| self.is_unused(bridge)).collect(),

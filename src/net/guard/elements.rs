@@ -7,9 +7,10 @@ use ipnetwork::IpNetwork;
 
 use super::super::nft::{Element, Part, Set};
 use super::rules::*;
+use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 use crate::store::nic_rules::{Admission, Forward, NicRules};
-use crate::store::record::Nic;
+use crate::store::record::{Keeper, Nic, Segment};
 
 /// Elements of one set.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ pub(super) struct Members {
 /// The elements of a card, by set: those of the bridges' table, and those of the host's IP. None for a card without
 /// a tap or without rules.
 pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
-    let (Some((tap, _)), Some(rules)) = (nic.tap(), &nic.rules) else { return Default::default() };
+    let (Some((tap, segment)), Some(rules)) = (nic.tap(), &nic.rules) else { return Default::default() };
     let tap = Part::Link(tap.clone());
     let only = |set: Set, holds: bool| members(set, holds.then(|| vec![tap.clone()]));
     let mut bridge = vec![only(TAPS, true), only(ROAMING, rules.addresses.is_empty())];
@@ -29,12 +30,14 @@ pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
         bridge.push(only(GUARDED, true));
         bridge.extend(itself(&tap, nic.mac, rules));
     }
+    let mut inet = vec![only(TAPS, true)];
+    inet.extend(forwards(rules));
     if let Some(admits) = &rules.admits {
         bridge.push(only(GROUPED, true));
         bridge.extend(admitted(&tap, admits));
+        inet.extend(masked(segment, &rules.addresses, admits));
     }
-    let inet = [only(TAPS, true)].into_iter().chain(forwards(rules));
-    (bridge.into_iter().filter(some).collect(), inet.filter(some).collect())
+    (bridge.into_iter().filter(some).collect(), inet.into_iter().filter(some).collect())
 }
 
 fn some(members: &Members) -> bool {
@@ -88,16 +91,45 @@ fn whole(address: IpNetwork) -> IpNetwork {
     IpNetwork::new(address.network(), address.prefix()).expect("the prefix of an address fits its subnet")
 }
 
+/// Who may begin to speak to the tap.
 fn admitted(tap: &Part, admits: &[Admission]) -> [Members; 4] {
-    let of = |set, v4: bool, ported: bool| {
-        let fits = |admission: &&Admission| admission.source.is_ipv4() == v4 && admission.ports.is_some() == ported;
-        let chosen: Vec<_> = admits.iter().filter(fits).collect();
-        members(set, if ported { by_port(tap, &chosen) } else { by_protocol(tap, &chosen) })
-    };
+    let head = std::slice::from_ref(tap);
+    let of = |set, v4: bool, ported: bool| members(set, keys(head, admits, v4, ported));
     [of(PORTS4, true, true), of(PROTOCOLS4, true, false), of(PORTS6, false, true), of(PROTOCOLS6, false, false)]
 }
 
-fn by_port(tap: &Part, admits: &[&Admission]) -> Vec<Vec<Part>> {
+/// The same for each of its addresses, where the host is its gateway and can have masqueraded who speaks.
+fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> Vec<Members> {
+    let gateway = matches!(&segment.keeper, Keeper::Us { addresses, .. } if !addresses.is_empty());
+    let place = |block: &IpNetwork| place(&segment.bridge, *block);
+    let places = |v4: bool| addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(place);
+    let of = |set, v4: bool, ported: bool| {
+        members(set, places(v4).flat_map(|place| keys(&place, admits, v4, ported)).collect::<Vec<_>>())
+    };
+    vec![
+        members(MASKED4, places(true)),
+        members(MASKED6, places(false)),
+        of(MASKED_PORTS4, true, true),
+        of(MASKED_PORTS6, false, true),
+        of(MASKED_PROTOCOLS4, true, false),
+        of(MASKED_PROTOCOLS6, false, false),
+    ]
+}
+
+/// How the keys of [`masked`] begin.
+pub(super) fn place(bridge: &LinkName, block: IpNetwork) -> Vec<Part> {
+    vec![Part::Link(bridge.clone()), Part::Subnet(whole(block))]
+}
+
+/// The keys of a set that begin with `head` and then name who may speak: by whole protocols, or by `ported` ones.
+fn keys(head: &[Part], admits: &[Admission], v4: bool, ported: bool) -> Vec<Vec<Part>> {
+    let fits = |admission: &&Admission| admission.source.is_ipv4() == v4 && admission.ports.is_some() == ported;
+    let chosen: Vec<_> = admits.iter().filter(fits).collect();
+    let tails = if ported { by_port(&chosen) } else { by_protocol(&chosen) };
+    tails.into_iter().map(|tail| [head, &tail].concat()).collect()
+}
+
+fn by_port(admits: &[&Admission]) -> Vec<Vec<Part>> {
     let mut protocols: BTreeMap<u8, Vec<(IpNetwork, Range)>> = BTreeMap::new();
     for admission in admits {
         let (first, last) = admission.ports.expect("chosen by that");
@@ -106,16 +138,16 @@ fn by_port(tap: &Part, admits: &[&Admission]) -> Vec<Vec<Part>> {
     }
     let key = |protocol, (source, (first, last)): (IpNetwork, Range)| {
         let ports = Part::Ports(first as u16, last as u16);
-        vec![tap.clone(), Part::Subnet(source), Part::Protocols(protocol, protocol), ports]
+        vec![Part::Subnet(source), Part::Protocols(protocol, protocol), ports]
     };
     protocols.iter().flat_map(|(protocol, wanted)| disjoint(wanted).into_iter().map(|e| key(*protocol, e))).collect()
 }
 
-fn by_protocol(tap: &Part, admits: &[&Admission]) -> Vec<Vec<Part>> {
+fn by_protocol(admits: &[&Admission]) -> Vec<Vec<Part>> {
     let range = |(first, last): (u8, u8)| (u32::from(first), u32::from(last));
     let wanted: Vec<_> = admits.iter().map(|admission| (whole(admission.source), range(admission.protocols))).collect();
     let key = |(source, (first, last)): (IpNetwork, Range)| {
-        vec![tap.clone(), Part::Subnet(source), Part::Protocols(first as u8, last as u8)]
+        vec![Part::Subnet(source), Part::Protocols(first as u8, last as u8)]
     };
     disjoint(&wanted).into_iter().map(key).collect()
 }

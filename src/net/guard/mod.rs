@@ -92,22 +92,26 @@ pub fn remove(nics: &[Nic]) -> Result<()> {
 #[derive(Debug)]
 pub struct Remains(RawBoth);
 
-/// What the tables have of these taps, and of ports that are forwarded to these addresses.
+/// What the tables have of these taps, of these addresses on their bridges, and of ports that are forwarded to them.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn remains(taps: &[LinkName], addresses: &[IpNetwork], ports: &[(u8, u16)]) -> Result<Remains> {
-    let taps: Vec<_> = taps.iter().map(|tap| Element::of(vec![Part::Link(tap.clone())]).raw().first).collect();
+pub fn remains(taps: &[LinkName], places: &[(LinkName, IpNetwork)], ports: &[(u8, u16)]) -> Result<Remains> {
+    let first = |parts| Element::of(parts).raw().first;
+    let mut heads: Vec<_> = taps.iter().map(|tap| first(vec![Part::Link(tap.clone())])).collect();
+    heads.extend(places.iter().map(|(bridge, block)| first(elements::place(bridge, *block))));
+    let of_port = |raw: &Raw| {
+        let tail = |(protocol, port): &(u8, u16)| {
+            first(vec![Part::Protocols(*protocol, *protocol), Part::Ports(*port, *port)])
+        };
+        ports.iter().any(|port| raw.first.ends_with(&tail(port)))
+    };
     let is_theirs = |set: &Set, raw: &Raw| {
         if set.key.first() == Some(&Kind::Link) {
-            return taps.iter().any(|tap| raw.first.starts_with(tap));
+            return heads.iter().any(|head| raw.first.starts_with(head));
         }
-        let of_port = |(protocol, port): &(u8, u16)| {
-            let tail = vec![Part::Protocols(*protocol, *protocol), Part::Ports(*port, *port)];
-            raw.first.ends_with(&Element::of(tail).raw().first)
-        };
-        elements::target(&raw.data).is_some_and(|ip| addresses.iter().any(|block| block.contains(ip)))
-            && ports.iter().any(of_port)
+        let target = elements::target(&raw.data);
+        target.is_some_and(|ip| places.iter().any(|(_, block)| block.contains(ip))) && of_port(raw)
     };
     let of = |table: &Table| -> Result<RawMembers> {
         let mut found = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use netlink_bindings::nftables::{CtKeys, FibFlags, MetaKeys, PayloadBase, PushExprListAttrs};
+use netlink_bindings::nftables::{CtDirection, CtKeys, FibFlags, MetaKeys, PayloadBase, PushExprListAttrs};
 
 pub(super) type Expressions = PushExprListAttrs<Vec<u8>>;
 
@@ -21,6 +21,8 @@ enum Source {
     Meta(MetaKeys),
     Payload(PayloadBase, u32),
     Ct(CtKeys),
+    /// Of the packet that opened the connection.
+    CtOriginal(CtKeys),
     /// Whose the destination address is (`RTN_LOCAL` is 2).
     DestinationType,
 }
@@ -58,6 +60,9 @@ fields! {
     MARK = "meta mark", 4, Source::Meta(MetaKeys::Mark);
     CT_STATE = "ct state", 4, Source::Ct(CtKeys::State);
     CT_STATUS = "ct status", 4, Source::Ct(CtKeys::Status);
+    CT_DIRECTION = "ct direction", 1, Source::Ct(CtKeys::Direction);
+    CT_SADDR4 = "ct original ip saddr", 4, Source::CtOriginal(CtKeys::SrcIp);
+    CT_SADDR6 = "ct original ip6 saddr", 16, Source::CtOriginal(CtKeys::SrcIp6);
     DESTINATION_TYPE = "fib daddr type", 4, Source::DestinationType;
     ETHER_SADDR = "ether saddr", 6, ethernet(6);
     ETHER_TYPE = "ether type", 2, ethernet(12);
@@ -104,6 +109,10 @@ impl Field {
         let loaded = match self.source {
             Source::Meta(key) => element.nested_data_meta().push_key(key as u32).push_dreg(register).end_nested(),
             Source::Ct(key) => element.nested_data_ct().push_key(key as u32).push_dreg(register).end_nested(),
+            Source::CtOriginal(key) => {
+                let loaded = element.nested_data_ct().push_key(key as u32).push_dreg(register);
+                loaded.push_direction(CtDirection::Original as u8).end_nested()
+            }
             Source::Payload(base, offset) => element
                 .nested_data_payload()
                 .push_dreg(register)

@@ -1,4 +1,4 @@
-//! Other programs' chains through which forwarded packets go: looked at, never touched.
+//! Other programs' chains through which packets go to the host and past it: looked at, never touched.
 
 use netlink_bindings::nftables::{Nfgenmsg, Request};
 use netlink_socket2::{NetlinkSocket, ReplyError};
@@ -11,7 +11,7 @@ use crate::link_name::LinkName;
 /// How the names of our tables begin.
 const OURS: &str = "bosh-qemu-";
 
-/// A table that is not ours and has a say in what is forwarded.
+/// A table that is not ours and has a say in what reaches the host or is forwarded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::net) struct Foreign {
     /// `ip`, `ip6` or `inet`.
@@ -19,6 +19,8 @@ pub(in crate::net) struct Foreign {
     pub table: String,
     /// The chain that drops forwarded packets which none of its rules accepts.
     pub dropping: Option<String>,
+    /// The one that drops so what is sent to the host itself.
+    pub closing: Option<String>,
     /// Names of all its chains.
     pub chains: Vec<String>,
     /// Its rules, as the kernel has them.
@@ -33,10 +35,10 @@ impl Foreign {
     }
 }
 
-/// All tables of others that have a chain at the forward hook of IP. A kernel without nftables has none.
+/// All tables of others that have a chain at the input or forward hook of IP. A kernel without nftables has none.
 pub(in crate::net) fn tables() -> Result<Vec<Foreign>> {
     let mut tables = chains().map_err(|error| failed("list the chains of", "", &error))?;
-    tables.retain(|(_, forwards)| *forwards);
+    tables.retain(|(_, filters)| *filters);
     let mut found = Vec::new();
     for (mut table, _) in tables {
         table.rules = rules(&table).map_err(|error| failed("list the rules of", &table.table, &error))?;
@@ -45,7 +47,7 @@ pub(in crate::net) fn tables() -> Result<Vec<Foreign>> {
     Ok(found)
 }
 
-/// Every table, and whether it has a chain at the forward hook.
+/// Every table, and whether it has a chain at one of the two hooks.
 fn chains() -> std::result::Result<Vec<(Foreign, bool)>, ReplyError> {
     let mut tables: Vec<(Foreign, bool)> = Vec::new();
     let mut socket = NetlinkSocket::new();
@@ -63,13 +65,17 @@ fn chains() -> std::result::Result<Vec<(Foreign, bool)>, ReplyError> {
             tables.push((Foreign { family, table, ..Foreign::default() }, false));
             tables.len() - 1
         });
-        let (entry, forwards) = &mut tables[at];
+        let (entry, filters) = &mut tables[at];
         let hook = chain.get_hook().ok().and_then(|hook| hook.get_num().ok());
-        if hook == Some(libc::NF_INET_FORWARD as u32) {
-            *forwards = true;
-            if chain.get_policy().is_ok_and(|policy| policy == libc::NF_DROP as u32) {
-                entry.dropping = Some(name.clone());
-            }
+        let drops = chain.get_policy().is_ok_and(|policy| policy == libc::NF_DROP as u32);
+        let place = match hook.map(|hook| hook as libc::c_int) {
+            Some(libc::NF_INET_FORWARD) => Some(&mut entry.dropping),
+            Some(libc::NF_INET_LOCAL_IN) => Some(&mut entry.closing),
+            _ => None,
+        };
+        *filters |= place.is_some();
+        if let Some(place) = place.filter(|_| drops) {
+            *place = Some(name.clone());
         }
         entry.chains.push(name);
     }

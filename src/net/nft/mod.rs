@@ -6,6 +6,7 @@
 //! rule's bytes, so fingerprints are what is compared: a rule that was added, lost, moved or written by another
 //! version of ours makes the table differ.
 
+mod batch;
 mod field;
 pub(in crate::net) mod foreign;
 mod rule;
@@ -14,13 +15,14 @@ mod transaction;
 
 use std::fmt;
 
-use netlink_bindings::nftables::{Chained, ChainedFinal, Nfgenmsg, PushSetelemListAttrs, Request};
-use netlink_bindings::traits::Pusher;
-use netlink_bindings::utils::{chop_header, finalize_nested_header, find_attr, push_header, push_nested_header};
+use netlink_bindings::nftables::{Nfgenmsg, Request};
+use netlink_bindings::utils::{chop_header, find_attr};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use nix::errno::Errno;
 use nix::libc;
 
+pub(super) use self::batch::Step;
+use self::batch::batch;
 use self::transaction::Refusal;
 pub(super) use field::*;
 pub(super) use rule::{Match, Rule, Verdict};
@@ -102,19 +104,6 @@ impl Family {
     }
 }
 
-/// One step of a transaction.
-#[derive(Debug)]
-pub(super) enum Step<'a> {
-    /// The table takes the place of any of that name, without elements.
-    Replace(&'a Table),
-    /// The table is removed. It must be there.
-    Drop(Family, &'a str),
-    /// The set has these elements, too.
-    Add(&'a Table, &'a Set, &'a [Raw]),
-    /// The set has none of these elements. One of a map is only removed with the data it has.
-    Remove(&'a Table, &'a Set, &'a [Raw]),
-}
-
 /// Whether a transaction was done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
@@ -152,9 +141,12 @@ pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
 /// since [`generation`] said it.
 pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
     let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
+    // What is made from nothing names nothing that somebody else may have removed.
+    let from_nothing = steps.iter().any(|step| matches!(step, Step::Replace(_)));
     match transaction::send(&batch(steps, generation)) {
         Ok(()) => Ok(Outcome::Done),
-        Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::ERESTART) => Ok(Outcome::Stale),
+        Err(refusal) if refusal.errno == Errno::ERESTART => Ok(Outcome::Stale),
+        Err(refusal) if refusal.errno == Errno::ENOENT && !from_nothing => Ok(Outcome::Stale),
         Err(refusal) => Err(refused("write", table, refusal)),
     }
 }
@@ -197,6 +189,12 @@ pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
     }
 }
 
+/// `NFTA_SET_ELEM_KEY`, `NFTA_SET_ELEM_DATA`, `NFTA_SET_ELEM_KEY_END`, `NFTA_DATA_VALUE`.
+const KEY: u16 = 1;
+const DATA: u16 = 2;
+const KEY_END: u16 = 10;
+const VALUE: u16 = 1;
+
 /// Chain and comment of every rule of the table, in order; none if there is no table.
 fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
     let mut request = Request::new().op_getrule_dump(&table.family.header());
@@ -211,154 +209,6 @@ fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
     Ok(rules)
 }
 
-/// The steps as one batch.
-fn batch(steps: &[Step<'_>], generation: Option<u32>) -> ChainedFinal<'static> {
-    let mut batch = Chained::new(1);
-    let mut nftables = Nfgenmsg::new();
-    nftables.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
-    let mut begin = batch.request().op_batch_begin_do(&nftables);
-    if let Some(generation) = generation {
-        begin.encode().push_genid(generation);
-    }
-    drop(begin);
-    steps.iter().for_each(|step| step.push(&mut batch));
-    batch.request().op_batch_end_do(&nftables);
-    batch.finalize()
-}
-
-/// How many elements go into one message: an attribute has at most 64 KiB.
-const ELEMENTS: usize = 256;
-
-impl Step<'_> {
-    fn table(&self) -> (Family, &str) {
-        match self {
-            Self::Replace(table) | Self::Add(table, ..) | Self::Remove(table, ..) => (table.family, &table.name),
-            Self::Drop(family, name) => (*family, name),
-        }
-    }
-
-    fn push(&self, batch: &mut Chained<'_>) {
-        match self {
-            Self::Replace(table) => {
-                // Without the first, the second would fail where there is no such table.
-                new_table(batch, table.family, &table.name);
-                delete_table(batch, table.family, &table.name);
-                new_table(batch, table.family, &table.name);
-                table.sets.iter().for_each(|set| new_set(batch, table, set));
-                // A rule names chains and sets, which must be there before it.
-                table.chains.iter().for_each(|chain| new_chain(batch, table, chain));
-                for chain in &table.chains {
-                    chain.rules.iter().for_each(|rule| new_rule(batch, table, chain, rule));
-                }
-            }
-            Self::Drop(family, name) => delete_table(batch, *family, name),
-            Self::Add(table, set, elements) => elements.chunks(ELEMENTS).for_each(|elements| {
-                let mut request = batch.request().set_create().op_newsetelem_do(&table.family.header());
-                push_elements(request.encode(), table, set, elements);
-            }),
-            Self::Remove(table, set, elements) => {
-                // Without the first, the second would fail where there is no such element.
-                Self::Add(table, set, elements).push(batch);
-                elements.chunks(ELEMENTS).for_each(|elements| {
-                    let mut request = batch.request().op_delsetelem_do(&table.family.header());
-                    push_elements(request.encode(), table, set, elements);
-                });
-            }
-        }
-    }
-}
-
-fn delete_table(batch: &mut Chained<'_>, family: Family, name: &str) {
-    batch.request().op_deltable_do(&family.header()).encode().push_name_bytes(name.as_bytes());
-}
-
-fn new_table(batch: &mut Chained<'_>, family: Family, name: &str) {
-    batch.request().set_create().op_newtable_do(&family.header()).encode().push_name_bytes(name.as_bytes());
-}
-
-fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
-    let mut request = batch.request().set_create().op_newset_do(&table.family.header());
-    let place = table.sets.iter().position(|each| each.name == set.name).expect("a set of this table");
-    let mut attributes = request
-        .encode()
-        .push_table_bytes(table.name.as_bytes())
-        .push_name_bytes(set.name.as_bytes())
-        .push_flags(set.flags())
-        .push_key_type(set::type_number(set.key))
-        .push_key_len(set::length(set.key))
-        // Unique in its transaction.
-        .push_id(place as u32 + 1);
-    if !set.data.is_empty() {
-        attributes = attributes.push_data_type(set::type_number(set.data)).push_data_len(set::length(set.data));
-    }
-    if let Holds::Traces { seconds, .. } = set.holds {
-        // The kernel reads it in network order, whatever the crate writes.
-        attributes = attributes.push_timeout((u64::from(seconds) * 1000).to_be());
-    }
-    let mut description = attributes.nested_desc();
-    if let Holds::Traces { most, .. } = set.holds {
-        description = description.push_size(most);
-    }
-    if set.key.len() > 1 {
-        let mut parts = description.nested_concat();
-        for size in set::sizes(set.key) {
-            parts = parts.nested_elem().push_len(size).end_nested();
-        }
-        description = parts.end_nested();
-    }
-    description.end_nested();
-}
-
-/// The attributes of an element are written here: the crate's builder has another number for the end of a range.
-fn push_elements<P: Pusher>(request: PushSetelemListAttrs<P>, table: &Table, set: &Set, elements: &[Raw]) {
-    let request = request.push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
-    let mut list = request.nested_elements();
-    let bytes = list.as_vec_mut();
-    for element in elements {
-        let one = push_nested_header(bytes, LIST_ELEMENT);
-        push_value(bytes, KEY, &element.first);
-        if set.holds == Holds::Ranges {
-            push_value(bytes, KEY_END, &element.last);
-        }
-        if !element.data.is_empty() {
-            push_value(bytes, DATA, &element.data);
-        }
-        finalize_nested_header(bytes, one);
-    }
-    list.end_nested();
-}
-
-/// `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `NFTA_SET_ELEM_DATA`, `NFTA_SET_ELEM_KEY_END`, `NFTA_DATA_VALUE`.
-const LIST_ELEMENT: u16 = 1;
-const KEY: u16 = 1;
-const DATA: u16 = 2;
-const KEY_END: u16 = 10;
-const VALUE: u16 = 1;
-
-fn push_value(bytes: &mut Vec<u8>, attribute: u16, value: &[u8]) {
-    let data = push_nested_header(bytes, attribute);
-    push_header(bytes, VALUE, value.len() as u16);
-    bytes.extend_from_slice(value);
-    finalize_nested_header(bytes, data);
-}
-
-fn new_chain(batch: &mut Chained<'_>, table: &Table, chain: &Chain) {
-    let mut request = batch.request().set_create().op_newchain_do(&table.family.header());
-    let attributes = request.encode().push_table_bytes(table.name.as_bytes()).push_name_bytes(chain.name.as_bytes());
-    if let Some(Hook { kind, place, priority }) = chain.hook {
-        let attributes = attributes.nested_hook().push_num(place as u32).push_priority(priority).end_nested();
-        attributes.push_policy(libc::NF_ACCEPT as u32).push_type_bytes(kind.as_bytes());
-    }
-}
-
-fn new_rule(batch: &mut Chained<'_>, table: &Table, chain: &Chain, rule: &Rule) {
-    let mut request = batch.request().set_create().set_append().op_newrule_do(&table.family.header());
-    let attributes = request.encode().push_table_bytes(table.name.as_bytes()).push_chain_bytes(chain.name.as_bytes());
-    let mut expressions = attributes.nested_expressions();
-    expressions.as_vec_mut().extend(rule.expressions());
-    expressions.end_nested().push_userdata(&rule.comment(&table.declared(chain)));
-}
-
 impl Table {
     /// What a rule of `chain` stands on.
     fn declared(&self, chain: &Chain) -> String {
@@ -366,6 +216,9 @@ impl Table {
         format!("{} {}", chain.hook.map(|hook| hook.to_string()).unwrap_or_default(), sets.join(" "))
     }
 }
+
+/// What our tables stand on besides `nf_tables`; the kernel loads it by itself where it finds modprobe.
+const MODULES: &str = "nft_meta_bridge nft_chain_nat nft_nat nft_masq nft_fib_inet nft_ct";
 
 fn errno(error: &ReplyError) -> Option<Errno> {
     error.as_io_error().raw_os_error().map(Errno::from_raw)
@@ -386,8 +239,7 @@ fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
             failure.hint("the kernel may lack nftables: modprobe nf_tables")
         }
-        Some(Errno::ENOENT) => failure
-            .hint("the kernel may lack a part of nftables: modprobe -a nft_chain_nat nft_masq nft_fib_inet nft_ct"),
+        Some(Errno::ENOENT) => failure.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}")),
         _ => failure,
     }
 }
@@ -426,5 +278,34 @@ impl fmt::Display for Hook {
             Place::Postrouting => "postrouting",
         };
         write!(f, "type {} hook {place} priority {}", self.kind, self.priority)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    /// Both are ENOENT. Taken for a race, what a kernel was built without would be tried again and again.
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn what_the_kernel_lacks_is_told_from_what_somebody_removed() {
+        let tried = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).ok()?;
+            let set = Set::of("not-there", &[Kind::Link]);
+            let rules = vec![Rule { matches: vec![Match::In(vec![IIFNAME], set.name)], verdict: Verdict::Drop }];
+            let chains = vec![Chain { name: "alone", hook: None, rules }];
+            let table = Table { family: Family::Inet, name: "bosh-qemu-test".to_owned(), sets: Vec::new(), chains };
+            let element = Element::of(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())]).raw();
+            Some((commit(&[Step::Replace(&table)], None), commit(&[Step::Add(&table, &set, &[element])], None)))
+        });
+        let Some((lacking, removed)) = tried.join().unwrap() else {
+            return eprintln!("SKIP nft::what_the_kernel_lacks: no network namespace of its own");
+        };
+        let lacking = lacking.unwrap_err();
+        assert_eq!(lacking.kind(), ErrorKind::Host);
+        assert!(lacking.report().contains("modprobe -a nft_meta_bridge"), "{}", lacking.report());
+        assert_eq!(removed.unwrap(), Outcome::Stale);
     }
 }

@@ -6,11 +6,15 @@
 mod flows;
 mod guest;
 
+use std::io::Write;
+use std::net::TcpListener;
+
 use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use serde_json::{Value, json};
 
-use self::guest::{Guest, agent, import, network, stemcell_dir};
+use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
 use crate::support::host::{Host, eventually, text, vm_cid};
+use crate::support::netns::Namespace;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()
@@ -84,10 +88,14 @@ fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
 }
 
 #[test]
-fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
+fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() {
     let Some(dir) = stemcell_dir() else { return };
     let networks = json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
     let Some(host) = Host::with(json!({"networks": networks, "agent": agent()})) else { return };
+    let outside = Namespace::new().expect("as the host's");
+    host.namespace().cable("uplink", &outside, "world");
+    host.namespace().ip("address add 192.0.2.1/24 dev uplink");
+    outside.ip("address add 192.0.2.2/24 dev world");
     let stemcell = import(&host, &dir);
     let (mut zeta, mut alpha) = (network(0), network(1));
     zeta["default"] = json!(["dns", "gateway"]);
@@ -96,7 +104,8 @@ fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
     let vip = r#"{"type":"vip","ip":"198.51.100.7"}"#;
     let text = format!(r#"{{"zeta":{zeta},"pub":{vip},"alpha":{alpha}}}"#);
     // With two CPUs, each card has two queues.
-    let properties = json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512});
+    let ports = json!([{"host": 80, "guest": 8080, "address": "192.0.2.1"}]);
+    let properties = json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512, "ports": ports});
     let arguments = format!(r#"["agent-1","{stemcell}",{properties},{text},[],{{}}]"#);
     let context = r#"{"director_uuid":"deadbeef"}"#;
     let request = format!(r#"{{"method":"create_vm","arguments":{arguments},"context":{context},"api_version":2}}"#);
@@ -114,6 +123,20 @@ fn nics_are_in_manifest_order_and_only_the_default_has_a_route() {
         assert!(nic["addresses"].as_array().unwrap().contains(&json!(address)), "{seen}");
     }
     assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
+
+    // The world knows no way to the VM, but the host's address.
+    assert_eq!(ask_from(&outside, "192.0.2.1:80", "/ping").expect("by a forward")["agent_id"], "agent-1");
+    let listener = outside.run(|| TcpListener::bind("192.0.2.2:0").unwrap());
+    let port = listener.local_addr().unwrap().port();
+    listener.set_nonblocking(true).unwrap();
+    let (told, seen) = std::thread::scope(|threads| {
+        let asks = threads.spawn(|| guest.get(&format!("/reach/192.0.2.2/{port}")));
+        let (mut stream, peer) = eventually("the guest reaches the world", || listener.accept().ok());
+        stream.write_all(b"the world").unwrap();
+        drop(stream);
+        (asks.join().unwrap(), peer.ip())
+    });
+    assert_eq!((told["value"].as_str(), seen.to_string().as_str()), (Some("the world"), "192.0.2.1"));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A host that is a network namespace, with a world outside: links, rules and packets, without any VM.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -170,4 +170,22 @@ pub fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
     assert_eq!(socket.recv_from(&mut bytes).unwrap(), (4, udp));
     assert_eq!(by_tcp.ip(), by_udp.ip());
     by_tcp.ip()
+}
+
+/// Whether `from` can begin to speak to somebody who listens at `to` in `there`.
+pub fn reaches(from: &Namespace, there: &Namespace, to: &str) -> bool {
+    let listener = there.run(|| TcpListener::bind((to, 0)).unwrap());
+    connects(from, listener.local_addr().unwrap())
+}
+
+/// Whether `from` can begin to speak to `address`, where somebody listens.
+pub fn connects(from: &Namespace, address: SocketAddr) -> bool {
+    match from.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))) {
+        Ok(_) => true,
+        Err(error) => {
+            let silent = [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
+            assert!(silent.contains(&error.kind()), "{error}");
+            false
+        }
+    }
 }

@@ -112,9 +112,9 @@ pub fn remove_element(table: &str, set: &str, link: &str) {
     }
 }
 
-/// Adds a chain at the forward hook to table `ip <table>`, which is made: what it does not accept is dropped. That is what
-/// Docker does. Its rules are none.
-pub fn drop_forwarded(table: &str, chain: &str, others: &[&str]) {
+/// Adds a chain at a hook, `NF_INET_FORWARD` or `NF_INET_LOCAL_IN`, to table `ip <table>`, which is made: what it does not
+/// accept is dropped. That is what Docker and ufw do. Its rules are none.
+pub fn drop_at(hook: libc::c_int, table: &str, chain: &str, others: &[&str]) {
     let mut socket = NetlinkSocket::new();
     let mut batch = Chained::new(socket.reserve_seq(16));
     let mut nftables = Nfgenmsg::new();
@@ -128,7 +128,7 @@ pub fn drop_forwarded(table: &str, chain: &str, others: &[&str]) {
     }
     let mut request = batch.request().set_create().op_newchain_do(&ip);
     let attributes = request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(chain.as_bytes());
-    let hook = attributes.nested_hook().push_num(libc::NF_INET_FORWARD as u32).push_priority(0).end_nested();
+    let hook = attributes.nested_hook().push_num(hook as u32).push_priority(0).end_nested();
     hook.push_policy(libc::NF_DROP as u32).push_type_bytes(b"filter");
     drop(request);
     batch.request().op_batch_end_do(&nftables);

@@ -21,11 +21,12 @@ fn facts() -> Facts {
 
 fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
     let chains = chains.iter().map(ToString::to_string).collect();
-    Foreign { family: "ip", table: table.into(), dropping: dropping.map(str::to_owned), chains, rules: Vec::new() }
+    let dropping = dropping.map(str::to_owned);
+    Foreign { family: "ip", table: table.into(), dropping, closing: None, chains, rules: Vec::new() }
 }
 
 fn said(segment: &Segment, facts: &Facts) -> String {
-    let lines = findings(segment, facts).into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure));
+    let lines = findings(segment, &[], facts).into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure));
     lines.collect::<Vec<_>>().join("\n")
 }
 
@@ -60,6 +61,64 @@ fn firewalls_that_drop() {
     assert_eq!(on(cured), "", "the bridge is in its rules");
     let for_another = Foreign { rules: b"..bosh-nat01\0..".to_vec(), ..docker };
     assert_ne!(on(for_another), "");
+}
+
+#[test]
+fn a_table_concerns_who_speaks_its_ip_version() {
+    let v6 = |foreign: Foreign| Foreign { family: "ip6", ..foreign };
+    let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
+    let ufw = table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"]);
+    let host = |foreign: Vec<Foreign>| Facts { forwards_v6: true, foreign, ..facts() };
+    let both = host(vec![docker.clone(), v6(docker.clone())]);
+    insta::assert_snapshot!(said(&nat("fd00::1/64"), &both), @r"
+    Docker (IPv6) drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        ip6tables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && ip6tables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
+    ");
+    assert_eq!(said(&nat("10.0.0.1/24"), &both).lines().count(), 2);
+    assert_eq!(said(&nat("10.0.0.1/24"), &host(vec![v6(docker.clone())])), "");
+    let two = segment(Keeper::Us {
+        addresses: vec!["10.0.0.1/24".parse().unwrap(), "fd00::1/64".parse().unwrap()],
+        masquerade: true,
+        services: None,
+        closed: false,
+        uplink: None,
+    });
+    assert_eq!(said(&two, &both).lines().count(), 4, "both of Docker's");
+    assert_eq!(said(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(), 2, "ufw's command is for both");
+    let bridged = Facts { bridges_call_iptables: true, ..host(vec![v6(docker)]) };
+    assert_eq!(said(&segment(Keeper::Operator), &bridged), "", "bridge-nf-call-ip6tables is another switch");
+}
+
+#[test]
+fn firewalls_that_close_the_host() {
+    let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else { panic!() };
+    let serving = |services| {
+        let (addresses, uplink) = (addresses.clone(), uplink.clone());
+        segment(Keeper::Us { addresses, masquerade, services: Some(services), closed, uplink })
+    };
+    let closed = |foreign: Foreign| Foreign { closing: Some("INPUT".into()), ..foreign };
+    let ufw = closed(table("filter", None, &["INPUT", "ufw-before-input"]));
+    let own = closed(Foreign { family: "inet", ..table("mine", None, &["INPUT"]) });
+    let other = closed(Foreign { family: "ip6", ..table("filter", None, &["INPUT"]) });
+    let facts = Facts { foreign: vec![ufw, own, other], ..facts() };
+    assert_eq!(said(&serving(Vec::new()), &facts), "", "nothing is served");
+    insta::assert_snapshot!(said(&serving(vec![(6, 22)]), &facts), @r"
+    ufw drops what is sent to this host, and so host_services for VMs on bridge 'bosh-nat0'
+        ufw allow in on bosh-nat0
+    chain 'INPUT' of table 'inet mine' drops what is sent to this host, and so host_services for VMs on bridge 'bosh-nat0'
+        nft insert rule inet mine INPUT iifname bosh-nat0 accept
+    ");
+}
+
+#[test]
+fn firewalld_lets_nobody_in_to_vms_that_keep_their_addresses() {
+    let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else { panic!() };
+    let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
+    let firewalld = Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
+    insta::assert_snapshot!(said(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
+    firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+        firewall-cmd --permanent --zone=trusted --add-interface=bosh-nat0 && firewall-cmd --permanent --new-policy=bosh-nat0 && firewall-cmd --permanent --policy=bosh-nat0 --add-ingress-zone=ANY && firewall-cmd --permanent --policy=bosh-nat0 --add-egress-zone=trusted && firewall-cmd --permanent --policy=bosh-nat0 --set-target=ACCEPT && firewall-cmd --reload
+    ");
 }
 
 #[test]
@@ -111,4 +170,29 @@ fn routes_and_switches() {
         ip link set bosh-nat0 mtu 1450; then reboot_vm its VMs, which are told when they start
     ");
     assert_eq!(said(&nat("10.0.0.1/24"), &routed("bosh-nat0", "10.0.0.0/24")), "", "its own route");
+}
+
+#[test]
+fn ports_of_addresses_that_are_not_here() {
+    let forward = |address: &str, count| Forward {
+        address: address.parse().ok(),
+        protocol: 6,
+        host: 8080,
+        to: "10.0.0.5".parse().unwrap(),
+        guest: 80,
+        count,
+    };
+    let forwards = vec![forward("192.0.2.9", 1), forward("2001:db8::9", 3), forward("192.0.2.1", 1), forward("", 1)];
+    let rules = Some(crate::store::nic_rules::NicRules { forwards, ..Default::default() });
+    let wire = crate::store::record::Wire::Tap { tap: LinkName::parse("bqn0").unwrap(), segment: nat("10.0.0.1/24") };
+    let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 1].into(), wire, rules };
+    let absent = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap()).to_vec();
+    let found = findings(&nat("10.0.0.1/24"), &[nic], &Facts { absent, ..facts() });
+    let lines: Vec<_> = found.into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure)).collect();
+    insta::assert_snapshot!(lines.join("\n"), @r"
+    port tcp/8080 of 192.0.2.9 leads to 10.0.0.5, but no link of this host has 192.0.2.9
+        ip address add 192.0.2.9 dev LINK; nothing, if it comes by itself (VRRP)
+    ports tcp/8080-8082 of 2001:db8::9 lead to 10.0.0.5, but no link of this host has 2001:db8::9
+        ip address add 2001:db8::9 dev LINK nodad; nothing, if it comes by itself (VRRP)
+    ");
 }

@@ -1,19 +1,26 @@
 //! Whether what else runs on this host lets our VMs' packets through: Docker, ufw, firewalld, libvirt, br_netfilter,
-//! switches of the kernel, routes. Nothing of it is ever changed: a [`Finding`] names the cause and the command that cures
-//! it.
+//! switches of the kernel, routes, addresses that are not here. Nothing of it is ever changed: a [`Finding`] names the cause
+//! and the command that cures it.
 //!
 //! In nftables every table's chains are asked in turn, so an `accept` of ours can not take back a `drop` of another's.
 //! [`observe`] looks, [`findings`] is pure.
 
+mod firewalls;
+
+use std::net::IpAddr;
+
 use ipnetwork::IpNetwork;
 use serde::Serialize;
 
-use super::link::Links;
+use super::link::{Links, Route};
 use super::nft::foreign::{self, Foreign};
-use super::plan::{Keeper, Segment, overlap, subnet};
+use super::plan::{Keeper, Segment, is_default, overlap, subnet};
 use super::{MARK, sysctl};
 use crate::error::Result;
 use crate::link_name::LinkName;
+use crate::ranges::Protocol;
+use crate::store::nic_rules::Forward;
+use crate::store::record::Nic;
 
 /// The bridge of Docker's default network.
 const DOCKER: &str = "docker0";
@@ -30,7 +37,7 @@ pub struct Finding {
 /// What this host is like, as far as it matters to others' packets.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
-    /// Tables that have a say in what is forwarded.
+    /// Tables that have a say in what reaches the host or is forwarded.
     foreign: Vec<Foreign>,
     /// Whether `iptables-legacy` has a filter table, which can not be read over netlink.
     legacy_filter: bool,
@@ -46,6 +53,8 @@ pub struct Facts {
     bridges: Vec<(String, u32)>,
     /// Routes to the segments' addresses with their links, without those of bridges of ours.
     routes: Vec<(String, IpNetwork)>,
+    /// Addresses from which ports are forwarded and that no link has.
+    absent: Vec<IpAddr>,
 }
 
 /// The link to the world.
@@ -57,11 +66,11 @@ struct World {
     forwards_v4: bool,
 }
 
-/// Looks at the host of the calling thread, as far as it matters to these segments.
+/// Looks at the host of the calling thread, as far as it matters to these segments and to what is forwarded to these cards.
 ///
 /// # Errors
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel does not tell.
-pub fn observe(segments: &[&Segment]) -> Result<Facts> {
+pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     let links = Links::open()?;
     let is = |key: &str, wanted: &str| sysctl::read(key).map(|value| value.as_deref() == Some(wanted));
     let world = match links.to_the_world()? {
@@ -86,6 +95,7 @@ pub fn observe(segments: &[&Segment]) -> Result<Facts> {
         world,
         bridges,
         routes: others_routes(&links, segments)?,
+        absent: forwarded(nics).filter_map(|forward| forward.address).filter(|ip| !links.is_local(*ip)).collect(),
     })
 }
 
@@ -93,10 +103,11 @@ pub fn observe(segments: &[&Segment]) -> Result<Facts> {
 fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
     let ours: Vec<_> = segments.iter().flat_map(|segment| addresses(segment)).map(|address| subnet(*address)).collect();
     let mut found = Vec::new();
-    for (index, to) in links.routes()? {
+    for Route { link, to } in links.routes()? {
         // The default route is for what nobody else has.
-        if to.prefix() > 0
+        if !is_default(to)
             && ours.iter().any(|subnet| overlap(*subnet, to))
+            && let Some(index) = link
             && let Some(link) = links.numbered(index)?
             && !link.alias.is_some_and(|alias| alias.starts_with(MARK))
         {
@@ -113,11 +124,19 @@ fn addresses(segment: &Segment) -> &[IpNetwork] {
     }
 }
 
-/// What keeps a segment's VMs from what its profile promises.
-pub fn findings(segment: &Segment, facts: &Facts) -> Vec<Finding> {
+/// What is forwarded to these cards.
+fn forwarded(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
+    nics.iter().filter(|nic| nic.tap().is_some()).filter_map(|nic| nic.rules.as_ref()).flat_map(|rules| &rules.forwards)
+}
+
+/// What keeps a segment's VMs, which have these cards, from what its profile and their ports promise.
+pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     let passes = match &segment.keeper {
-        Keeper::Us { addresses, closed, .. } => {
+        Keeper::Us { addresses, closed, services, .. } => {
+            if services.as_ref().is_some_and(|services| !services.is_empty()) {
+                firewalls::services(segment, facts, &mut findings);
+            }
             addresses.iter().for_each(|address| routes(segment, *address, facts, &mut findings));
             let passes = !closed && !addresses.is_empty();
             if passes {
@@ -128,57 +147,31 @@ pub fn findings(segment: &Segment, facts: &Facts) -> Vec<Finding> {
         Keeper::Operator => false,
     };
     if passes || facts.bridges_call_iptables && !segment.isolated {
-        firewalls(segment, passes, facts, &mut findings);
+        firewalls::findings(segment, passes, facts, &mut findings);
+    }
+    for forward in forwarded(nics) {
+        findings.extend(forward.address.filter(|ip| facts.absent.contains(ip)).map(|ip| absent(forward, ip)));
     }
     findings
 }
 
-/// Other programs that drop what is forwarded.
-fn firewalls(segment: &Segment, passes: bool, facts: &Facts, findings: &mut Vec<Finding>) {
-    let bridge = &segment.bridge;
-    let unaware = facts.foreign.iter().filter(|table| !table.names(bridge));
-    let what = if passes {
-        "drops what is forwarded, and so the packets of VMs on"
+/// Not refused: an address that wanders between hosts (VRRP, a floating address) is elsewhere now and may come later, and
+/// the forward works as soon as it does.
+fn absent(forward: &Forward, address: IpAddr) -> Finding {
+    let Forward { protocol, host, to, count, .. } = forward;
+    let protocol = Protocol::numbered(*protocol).map_or("", Protocol::as_str);
+    let last = host.saturating_add(count.saturating_sub(1));
+    let one = last == *host;
+    let (ports, lead) = if one {
+        (format!("port {protocol}/{host}"), "leads")
     } else {
-        "drops, as bridge-nf-call-iptables is 1, what VMs send each other on"
+        (format!("ports {protocol}/{host}-{last}"), "lead")
     };
-    let before = findings.len();
-    for table in unaware {
-        let (who, cure) = match (table, &table.dropping) {
-            (table, _) if table.table == "firewalld" => {
-                let zone = format!("firewall-cmd --permanent --zone=trusted --add-interface={bridge}");
-                ("firewalld".to_owned(), format!("{zone} && firewall-cmd --reload"))
-            }
-            (_, None) => continue,
-            (table, Some(_)) if table.chains.iter().any(|chain| chain == "DOCKER-USER") => {
-                ("Docker".to_owned(), docker("iptables", segment))
-            }
-            (table, Some(_)) if table.chains.iter().any(|chain| chain.starts_with("ufw")) => {
-                ("ufw".to_owned(), format!("ufw route allow in on {bridge} && ufw route allow out on {bridge}"))
-            }
-            (Foreign { family, table, .. }, Some(chain)) => {
-                let insert = |way| format!("nft insert rule {family} {table} {chain} {way} {bridge} accept");
-                (
-                    format!("chain '{chain}' of table '{family} {table}'"),
-                    format!("{} && {}", insert("iifname"), insert("oifname")),
-                )
-            }
-        };
-        findings.push(Finding { cause: format!("{who} {what} bridge '{bridge}'"), cure });
+    let link = if address.is_ipv4() { "LINK" } else { "LINK nodad" };
+    Finding {
+        cause: format!("{ports} of {address} {lead} to {to}, but no link of this host has {address}"),
+        cure: format!("ip address add {address} dev {link}; nothing, if it comes by itself (VRRP)"),
     }
-    if facts.legacy_filter && facts.has_docker {
-        let cause = format!("Docker uses iptables-legacy here, which may drop the packets of VMs on bridge '{bridge}'");
-        findings.push(Finding { cause, cure: docker("iptables-legacy", segment) });
-    }
-    if facts.bridges_call_iptables && findings.len() > before {
-        let cause = format!("frames between VMs on bridge '{bridge}' go through these rules, too (br_netfilter)");
-        findings.push(Finding { cause, cure: "sysctl -w net.bridge.bridge-nf-call-iptables=0".to_owned() });
-    }
-}
-
-fn docker(iptables: &str, segment: &Segment) -> String {
-    let accept = |way: &str| format!("{iptables} -I DOCKER-USER {way} {} -j ACCEPT", segment.bridge);
-    format!("{} && {}", accept("-i"), accept("-o"))
 }
 
 /// The kernel's own switches and sizes.
@@ -233,5 +226,4 @@ fn routes(segment: &Segment, address: IpNetwork, facts: &Facts, findings: &mut V
 }
 
 #[cfg(test)]
-#[path = "coexist_tests.rs"]
 mod tests;

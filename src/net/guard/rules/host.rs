@@ -1,0 +1,86 @@
+//! What the host's own IP is told: where its ports lead, and who is behind an address that it lends.
+
+use super::*;
+
+/// The chains of the table for IP.
+pub(super) fn chains() -> Vec<Chain> {
+    let hooked = |name, hook, rules| Chain { name, hook: Some(hook), rules };
+    let chain = |name, rules| Chain { name, hook: None, rules };
+    vec![
+        hooked("strays", Hook::filter(Place::Prerouting, RAW), strays()),
+        hooked("forwards", Hook::DESTINATION_NAT, forwards()),
+        hooked("own_forwards", Hook::OWN_DESTINATION_NAT, own_forwards()),
+        hooked("masked", Hook::filter(Place::Postrouting, BEHIND_SOURCE_NAT), masked()),
+        chain("masked_ip", masked_ip()),
+        chain("masked_ip4", masked_by(IP_DADDR, CT_SADDR4, [MASKED_PORTS4, MASKED_PROTOCOLS4, MASKED4])),
+        chain("masked_ip6", masked_by(IP6_DADDR, CT_SADDR6, [MASKED_PORTS6, MASKED_PROTOCOLS6, MASKED6])),
+        chain("vouched", vec![rule([], Verdict::Mark(OF_THE_HOST))]),
+    ]
+}
+
+/// A bridge hands frames to 01:80:c2:00:00:0e up past its own rules, as if the tap were no port
+/// (`net/bridge/br_input.c`).
+fn strays() -> Vec<Rule> {
+    vec![drop_if([known(&[IIFNAME], TAPS)])]
+}
+
+fn forwards() -> Vec<Rule> {
+    let to = |v6, key: &[Field], map: Set| Verdict::Forward { v6, key: key.to_vec(), map: map.name };
+    let local = || Match::Is(DESTINATION_TYPE, &LOCAL);
+    vec![
+        // Only addresses of the host: another's packets are not ours to take.
+        rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4)),
+        rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[PROTOCOL, DESTINATION_PORT], FORWARDS4)),
+        rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6)),
+        rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[PROTOCOL, DESTINATION_PORT], FORWARDS6)),
+    ]
+}
+
+/// `RTN_LOCAL`, in the machine's byte order.
+const LOCAL: [u8; 4] = 2u32.to_ne_bytes();
+
+/// Programs of the host use forwards like anybody, but for its loopback addresses, which lead nowhere else.
+fn own_forwards() -> Vec<Rule> {
+    let loopback4 = return_if([Match::Is(FAMILY, FAMILY4), Match::Bits(IP_DADDR, &[255, 0, 0, 0], &[127, 0, 0, 0])]);
+    let loopback6 = return_if([Match::Is(FAMILY, FAMILY6), Match::Is(IP6_DADDR, LOOPBACK6)]);
+    [loopback4, loopback6].into_iter().chain(forwards()).collect()
+}
+
+/// A masqueraded packet has the address of the VM's own gateway, on which no group can judge it: a rule for the subnet
+/// would admit strangers, and one for a neighbour not the neighbour that comes by a port of the host. Here the address it
+/// came from is known. What the groups admit is marked as the host's own word is, and the bridge lets it in.
+fn masked() -> Vec<Rule> {
+    let masqueraded = [
+        Match::Bits(CT_STATUS, &SOURCE_NAT, &SOURCE_NAT),
+        Match::Is(CT_DIRECTION, &[ORIGINAL]),
+        // ICMP errors, which the bridge knows by themselves.
+        Match::Bits(CT_STATE, &RELATED, &[0; 4]),
+        Match::Bits(MARK, &OF_THE_HOST, &[0; 4]),
+    ];
+    vec![rule(masqueraded, Verdict::Jump("masked_ip"))]
+}
+
+fn masked_ip() -> Vec<Rule> {
+    vec![
+        rule([Match::Is(FAMILY, FAMILY4)], Verdict::Goto("masked_ip4")),
+        rule([Match::Is(FAMILY, FAMILY6)], Verdict::Goto("masked_ip6")),
+    ]
+}
+
+/// The sets are those of ports, of whole protocols, and of all addresses that have either.
+fn masked_by(to: Field, from: Field, [ports, protocols, all]: [Set; 3]) -> Vec<Rule> {
+    vec![
+        rule([known(&[OIFNAME, to, from, PROTOCOL, DESTINATION_PORT], ports)], Verdict::Goto("vouched")),
+        rule([known(&[OIFNAME, to, from, PROTOCOL], protocols)], Verdict::Goto("vouched")),
+        drop_if([known(&[OIFNAME, to], all)]),
+    ]
+}
+
+/// After `NF_IP_PRI_NAT_SRC`, 100.
+const BEHIND_SOURCE_NAT: i32 = 110;
+/// `IPS_SRC_NAT`, in the machine's byte order.
+const SOURCE_NAT: [u8; 4] = 16u32.to_ne_bytes();
+/// `NF_CT_STATE_BIT` of `IP_CT_RELATED`, likewise.
+const RELATED: [u8; 4] = 4u32.to_ne_bytes();
+/// `IP_CT_DIR_ORIGINAL`.
+const ORIGINAL: u8 = 0;

@@ -1,0 +1,154 @@
+//! The guard's two tables: every rule there is for any VM. VMs are elements of their sets.
+//!
+//! ```text
+//!   tap ──▶ bridge: sender ──┬─▶ another port ────────────────────────────▶ receiver ──▶ tap
+//!                            └─▶ the host:  inet … routed, forwarded … ───▶ receiver ──▶ tap
+//! ```
+//! Frames that one guest sends to another never come to the host's IP rules, unless br_netfilter takes them there.
+//! So everything but forwards is said to the bridges, and holds with and without br_netfilter. Bridges follow no
+//! connections (`nf_conntrack_bridge` is not in every kernel): that a packet answers another is told by TCP's flags,
+//! ICMP's types, and for UDP by what the guest sent itself before. What they can not see is who is masqueraded: IP tells.
+
+mod host;
+mod receiver;
+mod sender;
+
+use super::super::firewall::OF_THE_HOST;
+use super::super::nft::*;
+
+const BRIDGE: &str = "bosh-qemu-guard";
+/// Before other tables' filters, and before br_netfilter (`NF_BR_PRI_FILTER_BRIDGED`).
+const PRIORITY: i32 = -200;
+/// Before connections are followed (`NF_IP_PRI_RAW`).
+const RAW: i32 = -300;
+
+const ARP: &[u8] = &[0x08, 0x06];
+const IP4: &[u8] = &[0x08, 0x00];
+const IP6: &[u8] = &[0x86, 0xdd];
+const ICMP: &[u8] = &[1];
+const IGMP: &[u8] = &[2];
+const TCP: &[u8] = &[6];
+const UDP: &[u8] = &[17];
+const FRAGMENT: &[u8] = &[44];
+const ICMP6: &[u8] = &[58];
+const PIM: &[u8] = &[103];
+/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+const FAMILY4: &[u8] = &[2];
+const FAMILY6: &[u8] = &[10];
+const UNSPECIFIED4: &[u8] = &[0; 4];
+const UNSPECIFIED6: &[u8] = &[0; 16];
+const LOOPBACK6: &[u8] = &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+macro_rules! sets {
+    ($($(#[$doc:meta])* $name:ident = $set:expr;)*) => {
+        $($(#[$doc])* pub(super) const $name: Set = $set;)*
+    };
+}
+
+use Kind::{Ip4, Ip6, Link, Mac, Port, Protocol};
+
+sets! {
+    /// Every tap that has rules at all. In both tables.
+    TAPS = Set::of("taps", &[Link]);
+    /// Taps that may send only as themselves.
+    GUARDED = Set::of("guarded", &[Link]);
+    MACS = Set::of("macs", &[Link, Mac]);
+    ADDRESSES4 = Set::of("addresses4", &[Link, Mac, Ip4]);
+    ADDRESSES6 = Set::of("addresses6", &[Link, Mac, Ip6]);
+    /// Apart from single addresses, which a hash table finds faster and takes in at one cost however many there are.
+    BLOCKS4 = Set::ranges("blocks4", &[Link, Mac, Ip4]);
+    BLOCKS6 = Set::ranges("blocks6", &[Link, Mac, Ip6]);
+    /// Taps whose addresses somebody else's DHCP server gives.
+    ROAMING = Set::of("roaming", &[Link]);
+    /// Taps that only some may begin to speak to.
+    GROUPED = Set::of("grouped", &[Link]);
+    /// By whom, to which ports, …
+    PORTS4 = Set::ranges("ports4", &[Link, Ip4, Protocol, Port]);
+    PORTS6 = Set::ranges("ports6", &[Link, Ip6, Protocol, Port]);
+    /// … or by whole protocols.
+    PROTOCOLS4 = Set::ranges("protocols4", &[Link, Ip4, Protocol]);
+    PROTOCOLS6 = Set::ranges("protocols6", &[Link, Ip6, Protocol]);
+    /// What grouped taps sent by UDP, so that answers come in.
+    ASKED4 = Set { holds: ASKED, ..Set::of("asked4", &[Link, Ip4, Ip4, Port, Port]) };
+    ASKED6 = Set { holds: ASKED, ..Set::of("asked6", &[Link, Ip6, Ip6, Port, Port]) };
+    /// Ports of the host …
+    FORWARDS4 = Set { data: &[Ip4, Port], ..Set::of("forwards4", &[Protocol, Port]) };
+    FORWARDS6 = Set { data: &[Ip6, Port], ..Set::of("forwards6", &[Protocol, Port]) };
+    /// … and of one of its addresses.
+    FORWARDS_AT4 = Set { data: &[Ip4, Port], ..Set::of("forwards_at4", &[Ip4, Protocol, Port]) };
+    FORWARDS_AT6 = Set { data: &[Ip6, Port], ..Set::of("forwards_at6", &[Ip6, Protocol, Port]) };
+    /// Addresses, each on its bridge, that only some may begin to speak to: as `GROUPED`, …
+    MASKED4 = Set::ranges("masked4", &[Link, Ip4]);
+    MASKED6 = Set::ranges("masked6", &[Link, Ip6]);
+    /// … and by whom, as above.
+    MASKED_PORTS4 = Set::ranges("masked_ports4", &[Link, Ip4, Ip4, Protocol, Port]);
+    MASKED_PORTS6 = Set::ranges("masked_ports6", &[Link, Ip6, Ip6, Protocol, Port]);
+    MASKED_PROTOCOLS4 = Set::ranges("masked_protocols4", &[Link, Ip4, Ip4, Protocol]);
+    MASKED_PROTOCOLS6 = Set::ranges("masked_protocols6", &[Link, Ip6, Ip6, Protocol]);
+}
+
+/// As long as the kernel follows a UDP stream (`nf_conntrack_udp_timeout_stream`, 120 s), and a little more.
+const ASKED: Holds = Holds::Traces { seconds: 180, most: 65_536 };
+
+fn rule<const N: usize>(matches: [Match; N], verdict: Verdict) -> Rule {
+    Rule { matches: matches.into(), verdict }
+}
+
+fn drop_if<const N: usize>(matches: [Match; N]) -> Rule {
+    rule(matches, Verdict::Drop)
+}
+
+fn return_if<const N: usize>(matches: [Match; N]) -> Rule {
+    rule(matches, Verdict::Return)
+}
+
+fn known(fields: &[Field], set: Set) -> Match {
+    Match::In(fields.to_vec(), set.name)
+}
+
+fn unknown(fields: &[Field], set: Set) -> Match {
+    Match::NotIn(fields.to_vec(), set.name)
+}
+
+/// What is said to the bridges.
+pub(super) fn bridge_table() -> Table {
+    Table {
+        family: Family::Bridge,
+        name: BRIDGE.to_owned(),
+        sets: vec![
+            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, GROUPED, PORTS4, PORTS6,
+            PROTOCOLS4, PROTOCOLS6, ASKED4, ASKED6,
+        ],
+        chains: sender::chains().into_iter().chain(receiver::chains()).collect(),
+    }
+}
+
+/// What is said to the host's own IP.
+pub(super) fn inet_table() -> Table {
+    Table {
+        family: Family::Inet,
+        name: BRIDGE.to_owned(),
+        sets: vec![
+            TAPS,
+            FORWARDS4,
+            FORWARDS6,
+            FORWARDS_AT4,
+            FORWARDS_AT6,
+            MASKED4,
+            MASKED6,
+            MASKED_PORTS4,
+            MASKED_PORTS6,
+            MASKED_PROTOCOLS4,
+            MASKED_PROTOCOLS6,
+        ],
+        chains: host::chains(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_two_tables() {
+        insta::assert_snapshot!(format!("{}\n{}", super::bridge_table(), super::inet_table()));
+    }
+}

@@ -1,0 +1,81 @@
+//! What reaches a guest that has security groups: what they admit, and answers.
+
+use super::*;
+
+/// Its chains, in the bridges' table.
+pub(super) fn chains() -> Vec<Chain> {
+    let chain = |name, rules| Chain { name, hook: None, rules };
+    vec![
+        Chain { name: "receiver", hook: Some(Hook::filter(Place::Postrouting, PRIORITY)), rules: receiver() },
+        chain("admitted", admitted()),
+        chain("admitted_ip4", admitted_ip4()),
+        chain("admitted_ip6", admitted_ip6()),
+    ]
+}
+
+fn receiver() -> Vec<Rule> {
+    vec![
+        return_if([Match::Bits(MARK, &OF_THE_HOST, &OF_THE_HOST)]),
+        rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted")),
+    ]
+}
+
+fn admitted() -> Vec<Rule> {
+    vec![
+        return_if([Match::Is(ETHER_TYPE, ARP)]),
+        rule([Match::Is(ETHER_TYPE, IP4)], Verdict::Goto("admitted_ip4")),
+        rule([Match::Is(ETHER_TYPE, IP6)], Verdict::Goto("admitted_ip6")),
+        drop_if([]),
+    ]
+}
+
+/// Everything of TCP but the packet that opens a connection: SYN without ACK.
+fn goes_on() -> Rule {
+    return_if([Match::Is(PROTOCOL, TCP), Match::OtherBits(TCP_FLAGS, &[0x12], &[0x02])])
+}
+
+/// The answer of a DHCP server comes from an address that the guest did not ask (RFC 2131 §4.1, RFC 8415 §7.2).
+fn dhcp(server: &'static [u8], client: &'static [u8]) -> Rule {
+    let (from, to) = (Match::Is(SOURCE_PORT, server), Match::Is(DESTINATION_PORT, client));
+    return_if([known(&[OIFNAME], ROAMING), Match::Is(PROTOCOL, UDP), from, to])
+}
+
+fn admitted_ip4() -> Vec<Rule> {
+    let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
+    vec![
+        goes_on(),
+        return_if([
+            Match::Is(PROTOCOL, UDP),
+            known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
+        ]),
+        dhcp(&[0, 67], &[0, 68]),
+        return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
+        return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
+        // What comes after the first fragment is worth nothing without it.
+        return_if([Match::OtherBits(IP_FRAGMENT, &[0x1f, 0xff], &[0, 0])]),
+        // Echo reply, destination unreachable, time exceeded, parameter problem.
+        answer(&[0], &[0]),
+        answer(&[3], &[3]),
+        answer(&[11], &[12]),
+        drop_if([]),
+    ]
+}
+
+fn admitted_ip6() -> Vec<Rule> {
+    let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)]);
+    vec![
+        goes_on(),
+        return_if([
+            Match::Is(PROTOCOL, UDP),
+            known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
+        ]),
+        dhcp(&[0x02, 0x23], &[0x02, 0x22]),
+        return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
+        return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
+        return_if([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
+        // Errors; echo reply; multicast listeners, routers and neighbours.
+        answer(&[1], &[4]),
+        answer(&[129], &[136]),
+        drop_if([]),
+    ]
+}

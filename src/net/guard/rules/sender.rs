@@ -1,0 +1,197 @@
+//! What a guest may send: only as itself. And what it asks, so that answers come in.
+
+use super::*;
+
+/// Its chains, in the bridges' table.
+pub(super) fn chains() -> Vec<Chain> {
+    let chain = |name, rules| Chain { name, hook: None, rules };
+    vec![
+        Chain { name: "sender", hook: Some(Hook::filter(Place::Prerouting, PRIORITY)), rules: sender() },
+        chain("itself", itself()),
+        chain("itself_arp", itself_arp()),
+        chain("itself_ip4", itself_ip4()),
+        chain("itself_ip6", itself_ip6()),
+        chain("itself_whole6", itself_whole6()),
+        chain("itself_nd", itself_nd()),
+        chain("itself_asks_router", itself_asks_router()),
+        chain("itself_asks", itself_asks()),
+        chain("itself_duplicate", itself_duplicate()),
+        chain("itself_answers", itself_answers()),
+        chain("itself_advertised", itself_advertised()),
+        chain("itself_source6", itself_source6()),
+        chain("asks", asks()),
+    ]
+}
+
+fn sender() -> Vec<Rule> {
+    vec![
+        rule([known(&[IIFNAME], GUARDED)], Verdict::Jump("itself")),
+        rule([known(&[IIFNAME], GROUPED), Match::Is(PROTOCOL, UDP)], Verdict::Jump("asks")),
+    ]
+}
+
+/// Any other type of frame, tagged ones among them, is dropped: behind a tag, nothing could be looked at.
+fn itself() -> Vec<Rule> {
+    vec![
+        drop_if([unknown(&[IIFNAME, ETHER_SADDR], MACS)]),
+        rule([Match::Is(ETHER_TYPE, IP4)], Verdict::Goto("itself_ip4")),
+        rule([Match::Is(ETHER_TYPE, IP6)], Verdict::Goto("itself_ip6")),
+        rule([Match::Is(ETHER_TYPE, ARP)], Verdict::Goto("itself_arp")),
+        drop_if([]),
+    ]
+}
+
+/// Whoever hears ARP believes its sender fields, not the frame's.
+fn itself_arp() -> Vec<Rule> {
+    let sender = [IIFNAME, ARP_SENDER_MAC, ARP_SENDER_IP];
+    let target = [IIFNAME, ARP_SENDER_MAC, ARP_TARGET_IP];
+    let probes = || Match::Is(ARP_SENDER_IP, UNSPECIFIED4);
+    vec![
+        // Ethernet, IPv4, addresses of 6 and 4 bytes: or the fields would be elsewhere.
+        drop_if([Match::IsNot(ARP_KIND, &[0, 1, 8, 0, 6, 4])]),
+        drop_if([unknown(&[IIFNAME, ARP_SENDER_MAC], MACS)]),
+        return_if([known(&[IIFNAME], ROAMING)]),
+        // A guest that asks whether its address is free has none yet (RFC 5227 §2.1.1). Of another's address that
+        // would be a claim, on which its holder may give it up (§2.4).
+        return_if([probes(), known(&target, ADDRESSES4)]),
+        return_if([probes(), known(&target, BLOCKS4)]),
+        return_if([known(&sender, ADDRESSES4)]),
+        return_if([known(&sender, BLOCKS4)]),
+        drop_if([]),
+    ]
+}
+
+fn itself_ip4() -> Vec<Rule> {
+    let source = [IIFNAME, ETHER_SADDR, IP_SADDR];
+    vec![
+        // To a DHCP client (RFC 2131 §4.1).
+        drop_if([Match::Is(PROTOCOL, UDP), Match::Is(DESTINATION_PORT, &[0, 68])]),
+        // Who queries listeners and speaks PIM is a multicast router: a bridge sends it all groups and forgets those
+        // that others do not report again. Queries (RFC 9776 §4.1); multicast router discovery (RFC 4286).
+        drop_if([Match::Is(PROTOCOL, IGMP), Match::Within(IGMP_TYPE, &[0x11], &[0x11])]),
+        drop_if([Match::Is(PROTOCOL, IGMP), Match::Within(IGMP_TYPE, &[0x30], &[0x32])]),
+        drop_if([Match::Is(PROTOCOL, PIM)]),
+        return_if([known(&source, ADDRESSES4)]),
+        return_if([known(&source, BLOCKS4)]),
+        return_if([known(&[IIFNAME], ROAMING)]),
+        drop_if([]),
+    ]
+}
+
+/// What can not be looked at is dropped: a first fragment may end before the header that says what it is.
+fn itself_ip6() -> Vec<Rule> {
+    vec![
+        // What comes after the first fragment is worth nothing without it.
+        rule([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])], SOURCE6),
+        rule([Match::Has(PROTOCOL), Match::Has(DESTINATION_PORT)], Verdict::Goto("itself_whole6")),
+        drop_if([]),
+    ]
+}
+
+const SOURCE6: Verdict = Verdict::Goto("itself_source6");
+
+fn itself_whole6() -> Vec<Rule> {
+    let icmp = |first, last| [Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)];
+    vec![
+        // To a DHCPv6 client (RFC 8415 §7.2).
+        drop_if([Match::Is(PROTOCOL, UDP), Match::Is(DESTINATION_PORT, &[0x02, 0x22])]),
+        // Router advertisements and redirects (RFC 4861).
+        drop_if(icmp(&[134], &[134])),
+        drop_if(icmp(&[137], &[137])),
+        // Listener queries (RFC 9777 §5.1), inverse discovery (RFC 3122), routers' certificates (RFC 3971), multicast
+        // router discovery (RFC 4286).
+        drop_if(icmp(&[130], &[130])),
+        drop_if(icmp(&[141], &[142])),
+        drop_if(icmp(&[148], &[149])),
+        drop_if(icmp(&[151], &[153])),
+        drop_if([Match::Is(PROTOCOL, PIM)]),
+        rule(icmp(&[133], &[133]), Verdict::Goto("itself_nd")),
+        rule(icmp(&[135], &[136]), Verdict::Goto("itself_nd")),
+        rule([], SOURCE6),
+    ]
+}
+
+fn itself_source6() -> Vec<Rule> {
+    let source = [IIFNAME, ETHER_SADDR, IP6_SADDR];
+    vec![
+        return_if([known(&source, ADDRESSES6)]),
+        return_if([known(&source, BLOCKS6)]),
+        return_if([known(&[IIFNAME], ROAMING)]),
+        // A listener report of a guest that has no address yet (RFC 3810 §5.2.13).
+        return_if([Match::Is(IP6_SADDR, UNSPECIFIED6), Match::Is(PROTOCOL, ICMP6), Match::Is(ICMP6_TYPE, &[143])]),
+        drop_if([]),
+    ]
+}
+
+/// Neighbour discovery. Whoever hears it believes the address in its option, and of an advertisement the target. One
+/// option is looked at, so there may be no other; nor headers before, behind which a fragment could hide one (RFC 6980).
+fn itself_nd() -> Vec<Rule> {
+    let to = |kind, chain| rule([Match::Is(ICMP6_TYPE, kind)], Verdict::Goto(chain));
+    vec![
+        drop_if([Match::IsNot(IP6_NEXT, ICMP6)]),
+        to(&[133], "itself_asks_router"),
+        to(&[135], "itself_asks"),
+        to(&[136], "itself_answers"),
+        drop_if([]),
+    ]
+}
+
+fn itself_asks_router() -> Vec<Rule> {
+    asks_as_itself(RS_OPTION, RS_OPTION_MAC, RS_SECOND_OPTION)
+}
+
+fn itself_asks() -> Vec<Rule> {
+    let duplicate = rule([Match::Is(IP6_SADDR, UNSPECIFIED6)], Verdict::Goto("itself_duplicate"));
+    [duplicate].into_iter().chain(asks_as_itself(ND_OPTION, ND_OPTION_MAC, ND_SECOND_OPTION)).collect()
+}
+
+/// With no option, or with its own address as the asker's (type 1, of 8 bytes).
+fn asks_as_itself(option: Field, mac: Field, second: Field) -> Vec<Rule> {
+    vec![
+        drop_if([Match::Has(second)]),
+        rule([Match::Is(option, &[1, 1]), known(&[IIFNAME, mac], MACS)], SOURCE6),
+        drop_if([Match::Has(option)]),
+        rule([], SOURCE6),
+    ]
+}
+
+/// A guest that asks whether its address is free has none yet (RFC 4862 §5.4.2), and nobody takes an option for its
+/// address (RFC 4861 §7.1.1).
+fn itself_duplicate() -> Vec<Rule> {
+    let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
+    vec![
+        return_if([known(&[IIFNAME], ROAMING)]),
+        return_if([known(&target, ADDRESSES6)]),
+        return_if([known(&target, BLOCKS6)]),
+        drop_if([]),
+    ]
+}
+
+fn itself_answers() -> Vec<Rule> {
+    vec![
+        drop_if([Match::Has(ND_SECOND_OPTION)]),
+        rule(
+            [Match::Is(ND_OPTION, &[2, 1]), known(&[IIFNAME, ND_OPTION_MAC], MACS)],
+            Verdict::Goto("itself_advertised"),
+        ),
+        drop_if([]),
+    ]
+}
+
+fn itself_advertised() -> Vec<Rule> {
+    let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
+    vec![
+        return_if([known(&[IIFNAME], ROAMING)]),
+        rule([known(&target, ADDRESSES6)], SOURCE6),
+        rule([known(&target, BLOCKS6)], SOURCE6),
+        drop_if([]),
+    ]
+}
+
+fn asks() -> Vec<Rule> {
+    let trace = |ethernet, source, destination, set: Set| {
+        let key = vec![IIFNAME, source, destination, SOURCE_PORT, DESTINATION_PORT];
+        rule([Match::Is(ETHER_TYPE, ethernet)], Verdict::Trace { key, set: set.name })
+    };
+    vec![trace(IP4, IP_SADDR, IP_DADDR, ASKED4), trace(IP6, IP6_SADDR, IP6_DADDR, ASKED6)]
+}

@@ -1,0 +1,148 @@
+//! Changes of links, of their addresses and of the routes that come with these.
+
+use nix::errno::Errno;
+use rtnetlink::packet_route::link::{BridgeStpState, BridgeVlanInfoFlags, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use rtnetlink::{LinkBridge, LinkBridgePort, LinkBridgeVlan, LinkMessageBuilder, LinkUnspec, LinkVlan};
+
+use super::routes::own_route;
+use super::{Links, errno, failed, settled, unless};
+use crate::error::{Error, Result};
+use crate::link_name::LinkName;
+use crate::mac::MacAddress;
+use crate::net::change::{Change, Settings};
+
+type Done<T = ()> = Result<T, rtnetlink::Error>;
+
+impl Links {
+    /// Does one change of a link, address or route; `false` if what it is about has come or gone meanwhile.
+    pub fn make(&self, change: &Change) -> Result<bool> {
+        let index = match about(change) {
+            None => 0,
+            Some(name) => match self.index(name)? {
+                Some(index) => index,
+                None => return Ok(false),
+            },
+        };
+        let made = match change {
+            Change::AddBridge { name, mac, mtu } => settled(self.add_bridge(name, *mac, *mtu), Errno::EEXIST),
+            Change::AddVlan { name, vlan, .. } => settled(self.add_vlan(name, index, *vlan), Errno::EEXIST),
+            Change::Set { to, .. } => return self.set(index, to, change),
+            Change::Isolate(_) => settled(self.isolate(index), Errno::ENODEV),
+            Change::Bind { mac, .. } => settled(self.bind(index, *mac), Errno::ENODEV),
+            Change::Tag { vlan, instead_of, .. } => settled(self.tag(index, *vlan, *instead_of), Errno::ENODEV),
+            Change::AddAddress { address, .. } => {
+                let request = self.handle.address().add(index, address.ip(), address.prefix());
+                settled(unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()), Errno::ENODEV)
+            }
+            Change::AddRoute { address, .. } => {
+                let request = self.handle.route().add(own_route(index, *address));
+                settled(unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()), Errno::ENODEV)
+            }
+            Change::Write { .. } | Change::Rules(_) => unreachable!("neither is about links"),
+        };
+        made.map_err(|error| refused(change, error))
+    }
+
+    fn add_bridge(&self, name: &LinkName, mac: MacAddress, mtu: u32) -> Done {
+        let bridge = LinkMessageBuilder::<LinkBridge>::new(name.as_str()).address(mac.octets().to_vec());
+        let bridge = bridge.stp_state(BridgeStpState::Disabled).forward_delay(0).mtu(mtu);
+        self.runtime.block_on(self.handle.link().add(bridge.build()).execute())
+    }
+
+    fn add_vlan(&self, name: &LinkName, carrier: u32, vlan: u16) -> Done {
+        let link = LinkVlan::new(name.as_str(), carrier, vlan).build();
+        self.runtime.block_on(self.handle.link().add(link).execute())
+    }
+
+    fn set(&self, index: u32, to: &Settings, change: &Change) -> Result<bool> {
+        let controller = match &to.controller {
+            Some(bridge) => match self.index(bridge)? {
+                Some(index) => Some((bridge, index)),
+                None => return Ok(false),
+            },
+            None => None,
+        };
+        let message = settings(index, to, controller.map(|(_, index)| index));
+        let changed = self.runtime.block_on(self.handle.link().set(message).execute());
+        if let (Err(error), Some((bridge, known))) = (&changed, controller)
+            // So the kernel says of a bridge that has gone.
+            && errno(error) == Some(Errno::EINVAL)
+            && self.find(bridge)?.map(|link| link.index) != Some(known)
+        {
+            return Ok(false);
+        }
+        settled(changed, Errno::ENODEV).map_err(|error| refused(change, error))
+    }
+
+    fn isolate(&self, port: u32) -> Done {
+        let port = LinkBridgePort::new(port).isolated(true).build();
+        self.runtime.block_on(self.handle.link().change(port).execute())
+    }
+
+    fn bind(&self, port: u32, mac: MacAddress) -> Done {
+        let silent = LinkBridgePort::new(port).learning(false).build();
+        self.runtime.block_on(self.handle.link().change(silent).execute())?;
+        let known = self.handle.neighbours().add_bridge(port, &mac.octets()).state(NeighbourState::Noarp);
+        let known = known.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
+        self.runtime.block_on(known.execute())
+    }
+
+    /// Puts a port on one VLAN, untagged, and on no other.
+    fn tag(&self, port: u32, vlan: u16, instead_of: Option<u16>) -> Done {
+        let untagged = BridgeVlanInfoFlags::Pvid | BridgeVlanInfoFlags::Untagged;
+        let message = LinkBridgeVlan::new(port).vlan(vlan, untagged).build();
+        self.runtime.block_on(self.handle.link().set(message).execute())?;
+        if let Some(other) = instead_of {
+            let message = LinkBridgeVlan::new(port).vlan(other, BridgeVlanInfoFlags::empty()).build();
+            self.runtime.block_on(self.handle.link().del_with_message(message).execute())?;
+        }
+        Ok(())
+    }
+}
+
+/// The link that must be there for the change.
+fn about(change: &Change) -> Option<&LinkName> {
+    match change {
+        Change::AddBridge { .. } | Change::Write { .. } | Change::Rules(_) => None,
+        Change::AddVlan { carrier: link, .. }
+        | Change::Set { link, .. }
+        | Change::Isolate(link)
+        | Change::Bind { port: link, .. }
+        | Change::Tag { port: link, .. }
+        | Change::AddAddress { link, .. }
+        | Change::AddRoute { link, .. } => Some(link),
+    }
+}
+
+fn refused(change: &Change, error: rtnetlink::Error) -> Error {
+    let errno = errno(&error);
+    let error = failed(format!("'{change}'"), error);
+    match (errno, change) {
+        (Some(Errno::EOPNOTSUPP), Change::AddBridge { .. }) => error.hint("modprobe bridge"),
+        (Some(Errno::EOPNOTSUPP), Change::AddVlan { .. }) => {
+            error.hint("VLAN sub-interfaces need the kernel module: modprobe 8021q")
+        }
+        _ => error,
+    }
+}
+
+fn settings(index: u32, to: &Settings, controller: Option<u32>) -> LinkMessage {
+    let mut link = LinkUnspec::new_with_index(index);
+    if let Some(alias) = &to.alias {
+        link = link.alias(alias.clone());
+    }
+    if let Some(mac) = to.mac {
+        link = link.address(mac.octets().to_vec());
+    }
+    if let Some(mtu) = to.mtu {
+        link = link.mtu(mtu);
+    }
+    if let Some(controller) = controller {
+        link = link.controller(controller);
+    }
+    if to.up {
+        link = link.up();
+    }
+    link.build()
+}

@@ -1,0 +1,84 @@
+//! How the tables and their elements come and go.
+
+use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
+
+use super::{GUARD, Guest, IP4, Lab, TCP, UDP, admits, guarded, mac, nic, no_others};
+use crate::support::frames::{EVERYBODY, ethernet, ip4, udp};
+use crate::support::nftables;
+
+#[test]
+fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
+    let Some(lab) = Lab::new() else { return };
+    let tables = || lab.host.run(nftables::tables);
+    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let add = |guest: &Guest| lab.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap();
+    let remove = |guest: &Guest| lab.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap();
+    assert_eq!(tables(), [GUARD, GUARD]);
+    add(&guest);
+    remove(&guest);
+    remove(&guest);
+    let spoofed = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.2", UDP, &udp(1, 53)));
+    lab.passes(&guest, &other, &spoofed);
+    let back = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.1", UDP, &udp(1, 53)));
+    lab.drops_it(&other, &guest, "MAC", &back);
+    remove(&other);
+    assert_eq!(tables(), Vec::<String>::new());
+    remove(&other);
+
+    // Whoever flushed everything gets everything back with the next VM.
+    add(&guest);
+    lab.host.run(|| nftables::write_table(GUARD, false));
+    lab.host
+        .run(|| guard::add(std::slice::from_ref(&guest.nic), || Ok(vec![guest.nic.clone(), other.nic.clone()])))
+        .unwrap();
+    lab.drops_it(&guest, &other, "MAC", &spoofed);
+    lab.drops_it(&other, &guest, "MAC", &back);
+}
+
+/// Rules, times and packets do not grow with the number of VMs; this shows that so many fit and go.
+#[test]
+fn two_hundred_vms_come_and_go() {
+    let Some(lab) = Lab::new() else { return };
+    let rules = |n: u8| NicRules {
+        allowed: vec!["10.244.0.0/16".parse().unwrap()],
+        forwards: vec![Forward {
+            address: None,
+            protocol: TCP,
+            host: 2000 + u16::from(n) * 10,
+            to: std::net::IpAddr::from([10, 0, 0, n]),
+            guest: 80,
+            count: 3,
+        }],
+        ..admits(&[("0.0.0.0/0", TCP, Some((80, 90))), ("fd00::/64", UDP, Some((53, 53)))])
+    };
+    let vms: Vec<_> = (1..=200).map(|n| nic(&format!("bqvm{n}"), n, rules(n))).collect();
+    let elements = || lab.host.run(|| nftables::elements(GUARD));
+    let mut least = 0;
+    for vm in &vms {
+        lab.host.run(|| guard::add(std::slice::from_ref(vm), no_others)).unwrap();
+        let now = elements();
+        assert!(now > least, "{now}");
+        least = now;
+    }
+    // Taps twice, the MAC, three addresses, a block, two admissions, three ports, and that it is guarded and grouped.
+    assert_eq!(least, 200 * 14);
+    for vm in &vms {
+        lab.host.run(|| guard::remove(std::slice::from_ref(vm))).unwrap();
+    }
+    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+}
+
+/// All of them in one transaction, far larger than a socket takes by default.
+#[test]
+fn two_thousand_vms_get_their_rules_back_with_the_next() {
+    let Some(lab) = Lab::new() else { return };
+    let vms: Vec<_> = (0..2000u16)
+        .map(|n| nic(&format!("bqvm{n}"), n as u8, guarded(&[&format!("10.0.{}.{}", n / 250, n % 250 + 1)])))
+        .collect();
+    lab.host.run(|| guard::add(&vms[..1], || Ok(vms.clone()))).unwrap();
+    assert!(!lab.host.run(|| guard::is_lost(&vms)).unwrap());
+    lab.host.run(|| guard::remove(&vms)).unwrap();
+    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+}

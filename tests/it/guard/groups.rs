@@ -1,0 +1,75 @@
+//! What reaches a guest that has security groups.
+
+use bosh_qemu_cpi::store::nic_rules::NicRules;
+
+use super::{ARP, ICMP6, IP4, IP6, Lab, TCP, UDP, admits, guarded, mac};
+use crate::support::frames::{EVERYBODY, arp, ethernet, ip4, ip6, nd, tcp, udp};
+
+/// IANA's numbers.
+const OSPF: u8 = 89;
+const VRRP: u8 = 112;
+
+#[test]
+fn a_security_group_admits_what_it_names_and_answers() {
+    let Some(lab) = Lab::new() else { return };
+    let tcp_ports = [("0.0.0.0/0", TCP, Some((80, 90))), ("10.0.0.0/24", TCP, Some((85, 95)))];
+    let others = [
+        ("10.0.0.0/24", 1, None),
+        ("10.0.0.0/24", VRRP, None),
+        ("fd00::/64", OSPF, None),
+        ("fd00::/64", UDP, Some((53, 53))),
+    ];
+    let guest = lab.guest(1, admits(&[&tcp_ports[..], &others].concat()));
+    let other = lab.guest(2, NicRules::default());
+    let to4 =
+        |from: &str, protocol, payload: &[u8]| ethernet(mac(1), mac(2), IP4, &ip4(from, "10.0.0.1", protocol, payload));
+    let to6 =
+        |from: &str, protocol, payload: &[u8]| ethernet(mac(1), mac(2), IP6, &ip6(from, "fd00::1", protocol, payload));
+    let ask4 = |payload: &[u8]| ethernet(mac(2), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, payload));
+
+    for frame in [
+        to4("192.0.2.1", TCP, &tcp(1000, 80, 2)),
+        to4("10.0.0.2", TCP, &tcp(1000, 95, 2)),
+        to4("10.0.0.2", TCP, &tcp(1000, 22, 18)),
+        to4("10.0.0.2", 1, &[8, 0, 0, 0, 0, 0, 0, 0]),
+        to4("192.0.2.1", 1, &[3, 1, 0, 0, 0, 0, 0, 0]),
+        ethernet(EVERYBODY, mac(2), IP4, &ip4("10.0.0.2", "224.0.0.18", VRRP, &[0x31, 7, 100, 1])),
+        to6("fd00::2", UDP, &udp(1000, 53)),
+        to6("fd00::2", OSPF, &[3, 1, 0, 4]),
+        to6("fd00::2", ICMP6, &nd(135, "fd00::1", None)),
+        ethernet(EVERYBODY, mac(2), ARP, &arp(1, (mac(2), "10.0.0.2"), "10.0.0.1")),
+    ] {
+        lab.passes(&other, &guest, &frame);
+    }
+    for (what, frame) in [
+        ("port", to4("10.0.0.2", TCP, &tcp(1000, 96, 2))),
+        ("port from there", to4("192.0.2.1", TCP, &tcp(1000, 91, 2))),
+        ("datagram", to4("10.0.0.2", UDP, &udp(53, 1000))),
+        ("ping", to4("192.0.2.1", 1, &[8, 0, 0, 0, 0, 0, 0, 0])),
+        ("IPv6 source", to6("fd01::2", UDP, &udp(1000, 53))),
+        ("protocol", to4("10.0.0.2", 132, &tcp(1, 80, 0))),
+        ("protocol with IPv4", to4("10.0.0.2", OSPF, &[3, 1, 0, 4])),
+        ("protocol from elsewhere", to4("192.0.2.1", VRRP, &[0x31, 7, 100, 1])),
+    ] {
+        lab.drops_it(&other, &guest, what, &frame);
+    }
+    // The guest asks, and only the answer comes in.
+    lab.passes(&guest, &other, &ask4(&udp(1000, 53)));
+    lab.passes(&other, &guest, &to4("10.0.0.2", UDP, &udp(53, 1000)));
+    lab.drops_it(&other, &guest, "answer from elsewhere", &to4("10.0.0.3", UDP, &udp(53, 1000)));
+    lab.drops_it(&other, &guest, "connection in an answer's place", &to4("10.0.0.2", TCP, &tcp(53, 1000, 2)));
+}
+
+#[test]
+fn a_security_group_admits_the_lease_of_who_asks_for_one() {
+    let Some(lab) = Lab::new() else { return };
+    let roaming = lab.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
+    let settled = lab.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
+    let server = lab.guest(3, NicRules::default());
+    let offer4 = |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
+    let offer6 = |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
+    lab.passes(&server, &roaming, &offer4(mac(1), 68));
+    lab.passes(&server, &roaming, &offer6(mac(1)));
+    lab.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));
+    lab.drops_it(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
+}

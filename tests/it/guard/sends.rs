@@ -1,0 +1,206 @@
+//! What a guest may send: only what it is.
+
+use std::path::Path;
+
+use bosh_qemu_cpi::store::nic_rules::NicRules;
+
+use super::{ARP, BRIDGE, ICMP6, IP4, IP6, Lab, UDP, guarded, mac};
+use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, udp};
+use crate::support::host::eventually;
+
+#[test]
+fn a_guest_speaks_ipv4_only_as_itself() {
+    // Whether bridged packets come to the host's IP rules changes nothing.
+    for called in ["1", "0"] {
+        let Some(lab) = Lab::new() else { return };
+        let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
+        lab.host.run(|| {
+            if setting.exists() {
+                std::fs::write(setting, called).unwrap();
+            }
+        });
+        speaks_ipv4_only_as_itself(&lab);
+    }
+}
+
+fn speaks_ipv4_only_as_itself(lab: &Lab) {
+    let guest = lab.guest(1, guarded(&["10.0.0.1", "10.0.0.32/28"]));
+    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP4, payload);
+    let asks = |sender: (Mac, &str)| ethernet(EVERYBODY, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
+    let probes = |target| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
+
+    lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
+    lab.passes(&guest, &other, &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))));
+    lab.passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
+    lab.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
+    lab.passes(&guest, &other, &probes("10.0.0.1"));
+    lab.passes(&guest, &other, &probes("10.0.0.47"));
+    lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])));
+
+    let spoofs = [
+        ("MAC", ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)))),
+        ("IP", frame(&ip4("10.0.0.2", "10.0.0.2", UDP, &udp(1, 53)))),
+        ("IP beside its block", frame(&ip4("10.0.0.48", "10.0.0.2", UDP, &udp(1, 53)))),
+        ("IP of nobody", frame(&ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67)))),
+        ("DHCP server", frame(&ip4("10.0.0.1", "255.255.255.255", UDP, &udp(67, 68)))),
+        ("question whether another's address is free", probes("10.0.0.2")),
+        ("IGMP query", frame(&ip4("10.0.0.1", "224.0.0.1", 2, &[0x11, 0, 0, 0, 0, 0, 0, 0]))),
+        ("multicast router", frame(&ip4("10.0.0.1", "224.0.0.106", 2, &[0x30, 0, 0, 0, 0, 0, 0, 0]))),
+        ("PIM", frame(&ip4("10.0.0.1", "224.0.0.13", 103, &[0x20, 0, 0, 0]))),
+        ("ARP sender's IP", asks((mac(1), "10.0.0.2"))),
+        ("ARP sender's MAC", asks((mac(9), "10.0.0.1"))),
+        ("ARP of another kind", ethernet(EVERYBODY, mac(1), ARP, &[0, 1, 8, 0, 6, 16, 0, 1])),
+        (
+            "tagged frame",
+            ethernet(
+                EVERYBODY,
+                mac(1),
+                0x8100,
+                &[&[0, 5, 8, 0][..], &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53))].concat(),
+            ),
+        ),
+        ("frame of another type", ethernet(EVERYBODY, mac(1), 0x88cc, b"lldp")),
+    ];
+    for (what, spoofed) in &spoofs {
+        lab.drops_it(&guest, &other, what, spoofed);
+    }
+}
+
+#[test]
+fn a_guest_speaks_ipv6_only_as_itself() {
+    let Some(lab) = Lab::new() else { return };
+    // It would put fragments together.
+    let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-ip6tables");
+    lab.host.run(|| {
+        if setting.exists() {
+            std::fs::write(setting, "0").unwrap();
+        }
+    });
+    let guest = lab.guest(1, guarded(&["fd00::1", "fd00:1::/80"]));
+    let other = lab.guest(2, guarded(&["fd00::2"]));
+    let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP6, payload);
+    let icmp = |from: &str, message: &[u8]| frame(&ip6(from, "ff02::1", ICMP6, message));
+    let (own, foreign) = (Some((2, mac(1))), Some((2, mac(9))));
+    const LINK_LOCAL: &str = "fe80::ff:fe00:1";
+
+    lab.passes(&guest, &other, &frame(&ip6("fd00::1", "fd00::2", UDP, &udp(1000, 53))));
+    lab.passes(&guest, &other, &frame(&ip6("fd00:1::7", "fd00::2", UDP, &udp(1000, 53))));
+    lab.passes(&guest, &other, &icmp("::", &nd(135, "fd00::1", None)));
+    lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
+    lab.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
+    lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
+    lab.passes(&guest, &other, &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
+    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
+    // A large ping in two fragments.
+    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])));
+    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
+
+    let spoofs = [
+        ("IP", frame(&ip6("fd00::2", "fd00::2", UDP, &udp(1, 53)))),
+        ("IP beside its block", frame(&ip6("fd00:1::1:0:0:7", "fd00::2", UDP, &udp(1, 53)))),
+        ("DHCPv6 server", frame(&ip6("fd00::1", "fd00::2", UDP, &udp(547, 546)))),
+        ("router advertisement", icmp(LINK_LOCAL, &nd(134, "::", None))),
+        ("redirect", icmp(LINK_LOCAL, &nd(137, "::", None))),
+        ("advertised target", icmp("fd00::1", &nd(136, "fd00::2", own))),
+        ("advertised MAC", icmp("fd00::1", &nd(136, "fd00::1", foreign))),
+        ("advertiser", icmp("fd00::2", &nd(136, "fd00::1", own))),
+        ("second option", icmp("fd00::1", &[nd(136, "fd00::1", own), vec![2, 1], mac(9).to_vec()].concat())),
+        ("option that hides another", icmp("fd00::1", &[nd(136, "fd00::1", Some((14, mac(1)))), vec![2, 1]].concat())),
+        ("solicitor's MAC", icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(9)))))),
+        ("solicitor", icmp("fd00::2", &nd(135, "fd00::1", None))),
+        ("question whether another's address is free", icmp("::", &nd(135, "fd00::2", None))),
+        ("solicitor's MAC after another option", {
+            let nonce = [14, 1, 0, 0, 0, 0, 0, 0];
+            icmp("fd00::1", &[nd(135, "fd00::2", None), nonce.to_vec(), vec![1, 1], mac(9).to_vec()].concat())
+        }),
+        ("solicitor's second option", {
+            icmp("fd00::1", &[nd(135, "fd00::2", Some((1, mac(1)))), vec![1, 1], mac(9).to_vec()].concat())
+        }),
+        ("MAC of who asks for routers", icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(9)].concat()))),
+        ("listener query", icmp(LINK_LOCAL, &nd(130, "::", None))),
+        ("inverse advertisement", icmp(LINK_LOCAL, &nd(142, "::", None))),
+        ("certificate", icmp(LINK_LOCAL, &nd(149, "::", None))),
+        ("multicast router", icmp(LINK_LOCAL, &nd(151, "::", None))),
+        ("PIM", frame(&ip6("fd00::1", "ff02::d", 103, &[0x20, 0, 0, 0]))),
+        ("advertisement cut off", icmp("fd00::1", &nd(136, "fd00::2", own)[..8])),
+        ("advertisement in a tiny fragment", {
+            frame(&fragment("fd00::1", ICMP6, 0, true, &nd(136, "fd00::2", foreign)[..8]))
+        }),
+        ("advertisement whose options go on", {
+            frame(&fragment("fd00::1", ICMP6, 0, true, &nd(136, "fd00::1", own)))
+        }),
+        ("fragment that ends in an option header", {
+            frame(&fragment("fd00::1", 60, 0, true, &[ICMP6, 1, 1, 4, 0, 0, 0, 0]))
+        }),
+        ("fragment that ends before its own header", {
+            frame(&fragment("fd00::1", 60, 0, true, &[ICMP6, 0, 1, 4, 0, 0, 0, 0]))
+        }),
+        ("hop-by-hop header before an advertisement", {
+            let behind = [&[ICMP6, 0, 1, 4, 0, 0, 0, 0][..], &nd(134, "::", None)].concat();
+            frame(&ip6(LINK_LOCAL, "ff02::1", 0, &behind))
+        }),
+    ];
+    for (what, spoofed) in &spoofs {
+        lab.drops_it(&guest, &other, what, spoofed);
+    }
+}
+
+#[test]
+fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
+    let Some(lab) = Lab::new() else { return };
+    let guest = lab.guest(1, guarded(&[]));
+    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let frame = |from: Mac, payload: &[u8]| ethernet(EVERYBODY, from, IP4, payload);
+    let asks = ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67));
+    lab.passes(&guest, &other, &frame(mac(1), &asks));
+    lab.passes(&guest, &other, &ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")));
+    lab.drops_it(&guest, &other, "MAC", &frame(mac(9), &asks));
+    lab.drops_it(&guest, &other, "DHCP server", &frame(mac(1), &ip4("10.0.0.77", "10.0.0.2", UDP, &udp(67, 68))));
+}
+
+#[test]
+fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
+    let Some(lab) = Lab::new() else { return };
+    lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
+    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    let frame = ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
+    let before = lab.drops();
+    guest.wire.send(&frame).unwrap();
+    eventually("a counted drop", || (lab.drops() > before).then_some(()));
+}
+
+/// For the nearest bridge alone (IEEE 802.1Q, table 8-1).
+fn nearest(last: u8) -> Mac {
+    [1, 0x80, 0xc2, 0, 0, last]
+}
+
+#[test]
+fn a_bridge_learns_nothing_from_a_guest() {
+    let Some(lab) = Lab::new() else { return };
+    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let free = lab.guest(3, NicRules::default());
+    let port_of = |mac: &str| {
+        let list = || std::process::Command::new("bridge").args(["-json", "fdb", "show"]).output().unwrap();
+        let list: serde_json::Value = serde_json::from_slice(&lab.host.run(list).stdout).unwrap();
+        let entry = list.as_array().unwrap().iter().find(|entry| entry["mac"] == mac && entry["master"] == BRIDGE);
+        entry.map(|entry| entry["ifname"].as_str().unwrap().to_owned())
+    };
+    let payload = ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53));
+    for last in [0x0e, 0x02, 0x03, 0x0d, 0x0f, 0x00] {
+        for from in [mac(2), mac(9)] {
+            guest.wire.send(&ethernet(nearest(last), from, IP4, &payload)).unwrap();
+        }
+    }
+    // Behind the others; and who may say anything can not take what belongs to somebody.
+    lab.passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
+    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
+    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
+    assert_eq!(port_of("02:00:00:00:00:01").as_deref(), Some("bqport1"));
+    assert_eq!(port_of("02:00:00:00:00:02").as_deref(), Some("bqport2"));
+    assert_eq!(port_of("02:00:00:00:00:08").as_deref(), Some("bqport3"), "others are learnt");
+    assert_eq!(port_of("02:00:00:00:00:09"), None);
+}
