@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::cid::{SnapshotCid, VmCid};
+use crate::cid::{DiskCid, SnapshotCid, VmCid};
 
 /// Runs VMs on this host for BOSH. Without a command it is a CPI: it reads one request from standard input and
 /// answers on standard output.
@@ -178,6 +178,11 @@ pub enum DiskCommand {
     Restore {
         /// The snapshot.
         snapshot: SnapshotCid,
+    },
+    /// Have a disk of a shared pool on this host, although another has it, which is gone for good.
+    Take {
+        /// The disk.
+        disk: DiskCid,
     },
 }
 

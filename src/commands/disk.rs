@@ -1,4 +1,4 @@
-//! `disk restore`: what BOSH has no call for.
+//! `disk restore`, `disk take`: what BOSH has no call for.
 
 use std::io;
 use std::path::Path;
@@ -9,13 +9,15 @@ use crate::cpi::Cpi;
 use crate::error::{Error, Result};
 use crate::log;
 
-/// Carries out the command and prints its result on one line.
+/// Carries out the command and prints the cid of the disk.
 pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Write) -> Result<()> {
     let file = config::file(config);
     let config = Config::load(file.as_deref())?;
     log::init(&config.log);
     let cpi = Cpi::new(config, file);
-    let DiskCommand::Restore { snapshot } = command;
-    let disk = cpi.restore(&snapshot)?;
-    writeln!(output, "{disk}").map_err(|e| Error::os(format!("print the new disk's cid, '{disk}'"), e))
+    let disk = match command {
+        DiskCommand::Restore { snapshot } => cpi.restore(&snapshot)?,
+        DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,
+    };
+    writeln!(output, "{disk}").map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))
 }

@@ -201,6 +201,7 @@ impl Cpi {
             return self.settled(&disk.cid);
         }
         disk.leftover = None;
+        self.store.mark(disk)?;
         self.store.write(disk)?;
         self.settled(&disk.cid)
     }

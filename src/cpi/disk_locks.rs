@@ -24,7 +24,7 @@ impl Cpi {
 
     /// Takes the lock of a disk that exists. A copy of it that was cut short is undone or finished.
     pub(super) fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
-        self.disk(cid)?;
+        self.own_disk(cid, deadline)?;
         let lock = self.disk_lock(cid, deadline)?;
         match self.disk(cid) {
             Ok(mut disk) => {
@@ -40,7 +40,7 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`] naming the snapshot or the update.
     pub(super) fn locked_idle_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
-        self.disk(cid)?;
+        self.own_disk(cid, deadline)?;
         if let Some(copy) = self.copy_at_work(cid)? {
             let error = Error::new(ErrorKind::Conflict, being_copied(cid, &copy));
             return Err(error.hint("repeat the call when that is done"));

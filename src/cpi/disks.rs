@@ -34,6 +34,7 @@ impl Cpi {
             let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
             self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
             disk.phase = Phase::Ready;
+            self.store.mark(&disk)?;
             self.store.write(&disk)?;
             self.settled(&disk.cid)
         });
@@ -64,15 +65,17 @@ impl Cpi {
     }
 
     pub(super) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
+        let deadline = self.deadline("delete_disk");
+        self.adopt(cid, deadline)?;
         if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid) {
             return Ok(());
         }
-        let deadline = self.deadline("delete_disk");
         let lock = self.disk_lock(cid, deadline)?;
         let Some(mut disk) = self.store.find::<DiskRecord>(cid)? else {
             // All but the directory or the lock is gone: a removal was cut short at its last steps.
             return self.forget_disk(cid, lock, self.store.lock(Rank::Metadata, cid, deadline)?);
         };
+        self.store.is_ours(&disk)?;
         self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
@@ -84,15 +87,21 @@ impl Cpi {
         self.forget_disk(cid, lock, metadata)
     }
 
-    /// Removes what there is of a disk. The lock of its metadata keeps others from writing that where there is no disk.
+    /// Removes what there is of a disk here, with its images unless another host has it. The lock of its metadata keeps others from writing that where there is no disk.
     pub(super) fn forget_disk(&self, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
-        self.store.remove::<DiskRecord>(cid)?;
+        match self.store.read::<DiskRecord>(cid)?.map_or(Ok(()), |disk| self.store.is_ours(&disk)) {
+            Err(error) if error.kind() == ErrorKind::Conflict => self.store.remove_record::<DiskRecord>(cid)?,
+            ours => ours.and_then(|()| self.store.remove::<DiskRecord>(cid))?,
+        }
         metadata.retire()?;
         lock.retire()
     }
 
     pub(super) fn disk_exists(&self, cid: &DiskCid) -> Result<bool> {
-        Ok(self.store.find::<DiskRecord>(cid)?.is_some_and(|disk| disk.phase != Phase::Creating))
+        match self.store.find::<DiskRecord>(cid)? {
+            Some(disk) => Ok(disk.phase != Phase::Creating),
+            None => self.store.is_free(cid),
+        }
     }
 }
 

@@ -16,8 +16,9 @@ impl Cpi {
 
     /// Without the disk's lock, which a snapshot or a copy of it has for hours.
     pub(super) fn describe_disk(&self, cid: &DiskCid, metadata: &Map<String, Value>) -> Result<()> {
-        self.disk(cid)?;
-        let _lock = self.store.lock(Rank::Metadata, cid, self.deadline("set_disk_metadata"))?.brief();
+        let deadline = self.deadline("set_disk_metadata");
+        self.own_disk(cid, deadline)?;
+        let _lock = self.store.lock(Rank::Metadata, cid, deadline)?.brief();
         // It may have been deleted meanwhile; from here on it can not.
         self.disk(cid)?;
         self.store.write_disk_metadata(cid, metadata)

@@ -14,6 +14,7 @@ mod disks;
 mod encryption;
 pub mod every_vm;
 mod forgotten;
+mod handover;
 pub mod host_networks;
 mod leftovers;
 mod managed_networks;

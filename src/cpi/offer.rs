@@ -43,7 +43,8 @@ pub struct Offer {
     pub alike: usize,
     /// Which of the things are here.
     pub has: Vec<String>,
-    /// Those of them whose images other hosts reach, too.
+    /// The disks among the things whose images this host reaches in a shared pool, whoever has them.
+    #[serde(default)]
     pub shared: Vec<String>,
 }
 
@@ -57,7 +58,12 @@ impl Cpi {
             probe::accelerator(self.store.run_dir(), &self.config.qemu.binary, self.config.qemu.accel, None);
         let vms = self.store.readable::<VmRecord>()?;
         let alike = |vm: &&VmRecord| vm.phase != Phase::Deleting && wish.spread.is_some() && vm.spread == wish.spread;
-        let has: Vec<_> = wish.cids.iter().filter(|cid| self.has_of(cid)).cloned().collect();
+        let has = self.found(&wish.cids)?;
+        let within_reach = |cid: &&String| {
+            let disk = DiskCid::parse(cid).ok().filter(|_| cid.starts_with(DiskCid::PREFIX));
+            // Through a pool that can not be looked at it is not reached.
+            disk.is_some_and(|disk| self.store.is_within_reach(&disk).unwrap_or(false))
+        };
         Ok(Offer {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             accelerator: accelerator.map_or_else(|error| error.report(), |(accel, _)| accel.as_str().to_owned()),
@@ -66,34 +72,44 @@ impl Cpi {
             space: self.free_space(),
             alike: vms.iter().filter(alike).count(),
             vms: vms.len(),
-            shared: has.iter().filter(|cid| self.is_on_shared_pool(cid)).cloned().collect(),
+            shared: wish.cids.iter().filter(within_reach).cloned().collect(),
             has,
         })
     }
 
-    /// Whether there is anything of `cid` here, be it only a lock that its removal left.
-    pub fn has_of(&self, cid: &str) -> bool {
-        match cid.split('-').next() {
+    /// Which of `cids` are here.
+    ///
+    /// # Errors
+    /// As [`Self::has_of`].
+    pub fn found(&self, cids: &[String]) -> Result<Vec<String>> {
+        let has = |cid: &String| Ok(self.has_of(cid)?.then(|| cid.clone()));
+        cids.iter().filter_map(|cid| has(cid).transpose()).collect()
+    }
+
+    /// Whether there is anything of `cid` here, be it only a lock that its removal left; or a disk that is nobody's.
+    ///
+    /// # Errors
+    /// If there is no record, and a shared pool that may have the disk can not be looked at.
+    pub fn has_of(&self, cid: &str) -> Result<bool> {
+        if cid.starts_with(DiskCid::PREFIX) && !self.has_record::<DiskRecord>(Rank::Disk, cid) {
+            return DiskCid::parse(cid).map_or(Ok(false), |disk| self.store.is_free(&disk));
+        }
+        Ok(match cid.split('-').next() {
             Some(VmCid::PREFIX) => {
                 self.has_record::<VmRecord>(Rank::Vm, cid)
                     || VmCid::parse(cid).is_ok_and(|vm| self.store.vm(&vm).run.exists())
             }
-            Some(DiskCid::PREFIX) => self.has_record::<DiskRecord>(Rank::Disk, cid),
+            Some(DiskCid::PREFIX) => true,
             Some(SnapshotCid::PREFIX) => self.has_record::<SnapshotRecord>(Rank::Snapshot, cid),
             Some(StemcellCid::PREFIX) => self.has_record::<StemcellRecord>(Rank::Stemcell, cid),
             Some(NetworkCid::PREFIX) => self.has_record::<NetworkRecord>(Rank::Network, cid),
             _ => false,
-        }
+        })
     }
 
     fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {
         let there =
             |cid: R::Cid| atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid);
         R::Cid::parse(cid).is_ok_and(there)
-    }
-
-    fn is_on_shared_pool(&self, disk: &str) -> bool {
-        let record = DiskCid::parse(disk).ok().and_then(|disk| self.store.read::<DiskRecord>(&disk).ok().flatten());
-        record.is_some_and(|disk| disk.pool.is_some_and(|pool| self.config.pools.get(&pool).is_some_and(|p| p.shared)))
     }
 }

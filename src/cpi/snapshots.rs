@@ -43,7 +43,7 @@ use crate::units::MiB;
 impl Cpi {
     pub(super) fn make_snapshot(&self, disk_cid: &DiskCid, metadata: Map<String, Value>) -> Result<SnapshotCid> {
         let deadline = self.deadline("snapshot_disk");
-        self.disk(disk_cid)?;
+        self.own_disk(disk_cid, deadline)?;
         self.store.prepare()?;
         self.clear_leftovers(deadline);
         let cid = self.new_cid::<SnapshotRecord>()?;
@@ -237,6 +237,7 @@ impl Cpi {
         }
         image::sync(&target)?;
         disk.phase = Phase::Ready;
+        self.store.mark(disk)?;
         self.store.write(disk)?;
         self.settled(&disk.cid)
     }

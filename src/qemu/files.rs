@@ -54,7 +54,11 @@ impl FileNeed {
     }
 
     /// A persistent disk's image.
+    ///
+    /// # Errors
+    /// [`Conflict`](crate::error::ErrorKind::Conflict) if the disk is another host's.
     pub fn disk(store: &Store, disk: &DiskRecord) -> Result<Self> {
+        store.is_ours(disk)?;
         let image = Self::image(disk.cid.as_str(), store.disk_image(disk)?, disk.format, true);
         let node = disk.current().node(&disk.cid);
         Ok(Self { node, cache: disk.cache, discard: disk.discard, encrypted: disk.encrypted, ..image })

@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use super::link::Link;
 use super::wire::{Answer, CallQuestion, Question, Want, Word};
+use crate::cid::DiskCid;
 use crate::config::{HostEntry, Transport, TransportKind};
 use crate::cpi::offer::{Offer, Wish};
 use crate::digest::Digest;
@@ -113,6 +114,18 @@ impl Host {
         }
     }
 
+    /// Has the host give up a disk in a shared pool, so that another can have it.
+    ///
+    /// # Errors
+    /// As [`Host::call`], and why it does not.
+    pub fn give_up(&self, disk: &DiskCid, deadline: Instant) -> Result<(), Untold> {
+        match self.ask(&Question::GiveUp(disk.clone()), None, deadline)? {
+            (_, Word::GivenUp) => Ok(()),
+            (_, Word::Answer(Answer { text, .. })) => Err(self.untold(true, message_of(&text))),
+            (link, _) => Err(self.senseless(&link)),
+        }
+    }
+
     fn ask(&self, question: &Question, image: Option<&Image>, deadline: Instant) -> Result<(Link, Word), Untold> {
         let mut link = Link::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
         match converse(&mut link, question, image) {
@@ -151,7 +164,9 @@ fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Resu
     loop {
         match (link.hear(), image) {
             (Ok(Word::Log(line)), _) => log::relay(&line),
-            (Ok(last @ (Word::Answer(_) | Word::Absent | Word::Offer(_) | Word::Found(_))), _) => return Ok(last),
+            (Ok(last @ (Word::Answer(_) | Word::Absent | Word::Offer(_) | Word::Found(_) | Word::GivenUp)), _) => {
+                return Ok(last);
+            }
             (Ok(Word::Want(Want::Digest)), Some(image)) => {
                 let digest = image.digest().map_err(Lost::Image)?;
                 unsaid = link.say(&digest).err().or(unsaid);

@@ -21,6 +21,7 @@ use std::io::{self, BufRead, Read, Write};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::cid::DiskCid;
 use crate::cpi::offer::{Offer, Wish};
 use crate::units::Bytes;
 
@@ -53,6 +54,8 @@ pub enum Question {
     Offer(Wish),
     /// Which of these cids are on the host.
     Find(Vec<String>),
+    /// To give up a disk in a shared pool, which nothing on the host uses, so that another can have it.
+    GiveUp(DiskCid),
 }
 
 /// A call to be carried out.
@@ -89,6 +92,8 @@ pub enum Word {
     Offer(Box<Offer>),
     /// In its place: those that are here.
     Found(Vec<String>),
+    /// In its place: the disk is nobody's now.
+    GivenUp,
 }
 
 /// What a host can want.

@@ -24,6 +24,16 @@ pub fn write_with_mode(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     staged.commit()
 }
 
+/// The same, unless there is such a file: then that stays.
+pub fn write_once(path: &Path, contents: &[u8]) -> Result<()> {
+    let Staged { file, path } = stage(path, contents)?;
+    match file.persist_noclobber(&path) {
+        Err(error) if error.error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        made => drop(made.map_err(|e| e.error).at("make", &path)?),
+    }
+    sync_dir(parent(&path))
+}
+
 /// Contents that are on the disk and not yet at their path. Dropped, they are gone.
 #[must_use = "nothing is written before it is committed"]
 pub struct Staged {

@@ -20,6 +20,7 @@ mod owner;
 mod pins;
 pub mod pool;
 pub mod record;
+mod shared_disks;
 mod vm_paths;
 
 pub use disk_key::DiskKey;

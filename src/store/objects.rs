@@ -75,16 +75,7 @@ impl Store {
             Error::new(ErrorKind::Corrupt, format!("record '{}' can not be used: {why}", path.display()))
                 .hint("restore the file from a backup; nothing beside it was touched")
         };
-        // First: the rest of a newer one may look like anything.
-        let Schema { schema } = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
-        if schema > SCHEMA {
-            return Err(corrupt(format!("schema {schema} is newer than {SCHEMA}")));
-        }
-        let record: R = serde_json::from_slice(&text).map_err(|e| corrupt(e.to_string()))?;
-        if record.cid() != cid {
-            return Err(corrupt(format!("it is about '{}'", record.cid())));
-        }
-        Ok(Some(record))
+        understood(&text, cid).map(Some).map_err(corrupt)
     }
 
     /// Writes a record; its directory is made if need be. Durable when it returns.
@@ -113,8 +104,8 @@ impl Store {
         }
     }
 
-    /// Removes the object's images from pools and its directory: everything else first, the record last, so that whoever is interrupted leaves a
-    /// record that says what to finish.
+    /// Removes the object's images from pools and its directory: everything else first, the record last, so that whoever is
+    /// interrupted leaves a record that says what to finish.
     pub fn remove<R: Record>(&self, cid: &R::Cid) -> Result<()> {
         for pool in self.read::<R>(cid)?.iter().flat_map(Record::pools) {
             let pool = self.pools().dir(pool)?;
@@ -122,6 +113,11 @@ impl Store {
             crash::point!("a {}'s images removed from a pool", R::Cid::PREFIX);
             atomic::sync_dir(pool)?;
         }
+        self.remove_record::<R>(cid)
+    }
+
+    /// The same without what is in pools.
+    pub fn remove_record<R: Record>(&self, cid: &R::Cid) -> Result<()> {
         let record = self.record_path::<R>(cid);
         let dir = record.parent().expect("a record is in a directory");
         let entries = match dir.read_dir() {
@@ -158,6 +154,20 @@ impl Store {
     fn record_path<R: Record>(&self, cid: &R::Cid) -> PathBuf {
         self.record_dir::<R>(cid).join(format!("{}.json", R::Cid::KIND))
     }
+}
+
+/// The record of `cid` in `text`, or why it is none.
+pub(super) fn understood<R: Record>(text: &[u8], cid: &R::Cid) -> Result<R, String> {
+    // First: the rest of a newer one may look like anything.
+    let Schema { schema } = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+    if schema > SCHEMA {
+        return Err(format!("schema {schema} is newer than {SCHEMA}"));
+    }
+    let record: R = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+    if record.cid() != cid {
+        return Err(format!("it is about '{}'", record.cid()));
+    }
+    Ok(record)
 }
 
 /// All that is read of a record that may be of a newer version.

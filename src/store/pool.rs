@@ -5,6 +5,7 @@
 //!   .bosh-qemu-cpi            left at the first use; a directory without it is not the one that was used before
 //!   <cid>/                    made after the record that names the pool, removed before it
 //!     disk.qcow2 | root.qcow2  ephemeral.qcow2 | image.raw | base.raw
+//!     host-<id>               beside a disk's images in a shared pool: whose it is, see `shared_disks`
 //! <state_dir>/pools/<name>    there once the pool was used
 //! ```
 //!
@@ -47,6 +48,11 @@ impl Pools {
     /// Their names.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.pools.keys().map(String::as_str)
+    }
+
+    /// The names of those that other hosts use, too.
+    pub fn shared(&self) -> impl Iterator<Item = &str> {
+        self.pools.iter().filter(|(_, pool)| pool.shared).map(|(name, _)| name.as_str())
     }
 
     /// The directory of the pool `name`, which is there and is the one that was used before.

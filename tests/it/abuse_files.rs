@@ -121,7 +121,7 @@ impl Things {
             thing(
                 state.join("locks").join(format!("disk.{}", self.locked)),
                 Some(("corrupt", format!("lock disk.{}", self.locked), ANY_FILE)),
-                vec![("set_disk_metadata", json!([self.locked, {}]), ANY_FILE)],
+                vec![("resize_disk", json!([self.locked, 8]), ANY_FILE)],
             ),
             thing(host.store().run_dir().join("io-uring.json"), None, vec![]),
         ]

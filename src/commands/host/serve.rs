@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
+use crate::cid::DiskCid;
 use crate::config::{self, Config, Transport, TransportKind};
 use crate::cpi::offer::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
@@ -47,7 +48,11 @@ pub fn run(config: Option<&Path>) -> Result<()> {
             Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
-        Ok(Question::Find(cids)) => match find(config, cids) {
+        Ok(Question::GiveUp(disk)) => match give_up(config, &disk) {
+            Ok(()) => caller.say(&Word::GivenUp).map_err(gone),
+            Err(error) => refuse(&error, &outlet),
+        },
+        Ok(Question::Find(cids)) => match find(config, &cids) {
             Ok(found) => caller.say(&Word::Found(found)).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
@@ -71,15 +76,19 @@ fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
     }
     load(config).is_ok_and(|(config, file)| {
         let cpi = Cpi::new(config, file);
-        !call.only_with.iter().all(|cid| cpi.has_of(cid))
+        // If it can not be told, the call tells why.
+        !call.only_with.iter().all(|cid| cpi.has_of(cid).unwrap_or(true))
     })
 }
 
-fn find(config: Option<&Path>, mut cids: Vec<String>) -> Result<Vec<String>> {
+fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
     let (config, file) = load(config)?;
-    let cpi = Cpi::new(config, file);
-    cids.retain(|cid| cpi.has_of(cid));
-    Ok(cids)
+    Cpi::new(config, file).found(cids)
+}
+
+fn give_up(config: Option<&Path>, disk: &DiskCid) -> Result<()> {
+    let (config, file) = load(config)?;
+    Cpi::new(config, file).give_up_disk(disk)
 }
 
 fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {

@@ -6,10 +6,10 @@ use std::path::Path;
 use super::{Audit, Kind};
 use crate::cid::Cid;
 use crate::cpi::leftovers;
-use crate::error::{IoContext, Result};
+use crate::error::{ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::SnapshotRecord;
-use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
+use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord, atomic};
 
 /// Where the images of a record are.
 type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
@@ -29,6 +29,7 @@ impl Audit<'_> {
             let ephemeral = vm.ephemeral.as_ref().map(|_| dir.join(EPHEMERAL_IMAGE));
             Ok([store.base_image(vm)?, dir.join(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
         })?;
+        self.shared_disks()?;
         self.disk_key()?;
         let pools: Vec<_> = self.cpi.store.pools().names().map(str::to_owned).collect();
         for pool in pools {
@@ -37,6 +38,48 @@ impl Audit<'_> {
                 && let Err(error) = self.strays(&pool, &dir)
             {
                 self.unknown(&format!("pool {pool}"), &error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Disks in shared pools: those that another host took, and those that stopped half-way between two hosts.
+    fn shared_disks(&mut self) -> Result<()> {
+        let cpi = self.cpi;
+        for cid in cpi.store.list::<DiskRecord>()? {
+            let Some(hold) = self.idle(Rank::Disk, &cid) else { continue };
+            let Ok(Some(disk)) = cpi.store.read::<DiskRecord>(&cid) else { continue };
+            let Err(error) = cpi.store.is_ours(&disk) else { continue };
+            if error.kind() != ErrorKind::Conflict {
+                continue;
+            }
+            let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();
+            match cpi.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
+                Some(vm) => {
+                    self.told(
+                        Kind::Orphan,
+                        &cid,
+                        &error.chain(),
+                        &format!("detach_disk from VM '{}', then `gc`", vm.cid),
+                    );
+                }
+                None => {
+                    let mut hold = Some(hold);
+                    self.found(Kind::Orphan, &cid, &error.chain(), || {
+                        let metadata = cpi.store.lock(Rank::Metadata, &cid, Self::deadline())?;
+                        cpi.store.remove_record::<DiskRecord>(&cid)?;
+                        metadata.retire()?;
+                        hold.take().expect("taken once").retire()
+                    });
+                }
+            }
+        }
+        for cid in cpi.store.marked()? {
+            let Some(hold) = self.hold(Rank::Disk, &cid) else { continue };
+            if !atomic::is_there(&cpi.store.disk_dir(&cid)) {
+                let why = "it was on its way from one host to another";
+                self.found(Kind::Unfinished, &cid, why, || cpi.store.let_go(&cid));
+                hold.retire()?;
             }
         }
         Ok(())

@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 use self::place::{Candidate, Need};
 use super::caller::{Host, Told, Untold};
 use super::errand::{Answered, Errand, carried};
-use crate::cid::{Cid, is_from};
+use crate::cid::{Cid, DiskCid, VmCid, is_from};
 use crate::config::{Config, HostEntry};
 use crate::cpi::Cpi;
 use crate::cpi::cloud_properties::{self, DiskCloudProperties, VmCloudProperties};
@@ -75,7 +75,7 @@ impl Group {
                 Err(Error::new(ErrorKind::NotSupported, "a group of hosts has no managed networks")
                     .hint("give the subnet a network that each host has in its configuration"))
             }
-            Call::AttachDisk(vm, disk) => self.attach(errand, vm.as_str(), disk.as_str()),
+            Call::AttachDisk(vm, disk) => self.attach(errand, vm, disk),
             Call::DeleteVm(vm)
             | Call::HasVm(vm)
             | Call::RebootVm(vm)
@@ -221,22 +221,43 @@ impl Group {
         Ok(self.find(errand, &[cid])?.remove(0))
     }
 
-    fn attach(&self, errand: &Errand<'_>, vm: &str, disk: &str) -> Outcome {
-        for member in self.members.iter().filter(|member| is_from(vm, &member.host.name)) {
-            if let Some(answered) = self.send_if_there(errand, member, &[vm, disk])? {
+    fn attach(&self, errand: &Errand<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
+        for member in self.members.iter().filter(|member| vm.is_from(&member.host.name)) {
+            if let Some(answered) = self.send_if_there(errand, member, &[vm.as_str(), disk.as_str()])? {
                 return Ok(answered.into_outcome());
             }
         }
-        match self.find(errand, &[vm, disk])?[..] {
+        match self.find(errand, &[vm.as_str(), disk.as_str()])?[..] {
             [Some(here), Some(there)] if !std::ptr::eq(here, there) => {
-                let (here, there) = (&here.host.name, &there.host.name);
-                let message = format!("VM '{vm}' is on host '{here}', and disk '{disk}' on host '{there}'");
-                Err(Error::new(ErrorKind::Conflict, message)
-                    .hint("recreate the VM: a new one is put where its disks are"))
+                self.hand_over(errand, disk, there, here).map_err(|e| e.during(format!("attach it to VM '{vm}'")))?;
+                match self.send_if_there(errand, here, &[vm.as_str(), disk.as_str()])? {
+                    Some(answered) => Ok(answered.into_outcome()),
+                    None => {
+                        let message =
+                            format!("VM '{vm}' or disk '{disk}' is not on host '{}' any more", here.host.name);
+                        Err(Error::new(ErrorKind::Conflict, message).hint("repeat the call"))
+                    }
+                }
             }
             [Some(here), _] => Ok(self.send_to(errand, here)?.into_outcome()),
             _ => Ok(self.send_to(errand, &self.members[0])?.into_outcome()),
         }
+    }
+
+    /// Has the host that has the disk give it up, if `to` reaches it, too.
+    fn hand_over(&self, errand: &Errand<'_>, disk: &DiskCid, from: &Member, to: &Member) -> Result<()> {
+        let (there, here) = (&from.host.name, &to.host.name);
+        let apart = |why: String| {
+            let message = format!("disk '{disk}' is on host '{there}', the VM on '{here}', {why}");
+            Error::new(ErrorKind::Conflict, message).hint("recreate the VM: a new one is put where its disks are")
+        };
+        let wish = Wish { cids: vec![disk.to_string()], spread: None };
+        let offer = to.host.offer(&wish, errand.deadline).map_err(|untold| untold.error)?;
+        if offer.shared.is_empty() {
+            return Err(apart("which has no shared pool with the disk".to_owned()));
+        }
+        let given_up = from.host.give_up(disk, errand.deadline);
+        given_up.map_err(|untold| apart(format!("and can not change hosts: {}", in_short(&untold.error, there))))
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Hosts are left out that can not be asked, are draining, have not the stemcell, the pool or the memory. Of the others those
 //! come first that have the fewest VMs of the same group, then those with the most memory left. A VM whose disks are on a host
-//! that alone reaches them is put there, or nowhere.
+//! that alone reaches them is put there, or nowhere; one whose disks are in a shared pool, on any host that has the pool.
 
 use std::cmp::Reverse;
 
@@ -43,7 +43,13 @@ pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
         let objection = objection(candidate, need, true);
         return objection.map_or_else(|| Ok(vec![home]), |why| Err(nowhere(&[(candidate.name, why)])));
     }
-    let judged: Vec<_> = candidates.iter().map(|candidate| objection(candidate, need, false)).collect();
+    let far = |candidate: &Candidate<'_>| {
+        let offer = candidate.offer.as_ref().ok()?;
+        let disk = roaming(candidates, need).find(|disk| !offer.shared.contains(disk))?;
+        Some(format!("it has no shared pool with disk '{disk}'"))
+    };
+    let judge = |candidate| objection(candidate, need, false).or_else(|| far(candidate));
+    let judged: Vec<_> = candidates.iter().map(judge).collect();
     let mut good: Vec<_> = (0..candidates.len()).filter(|at| judged[*at].is_none()).collect();
     good.sort_by_key(|at| {
         let candidate = &candidates[*at];
@@ -76,6 +82,12 @@ fn home(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
     };
     let best = (0..candidates.len()).max_by_key(|at| (own(&candidates[*at]), Reverse(*at)));
     Ok(best.filter(|at| own(&candidates[*at]) > 0))
+}
+
+/// The VM's disks that can change hosts: whoever has them has them in a shared pool.
+fn roaming<'a>(candidates: &'a [Candidate<'_>], need: &'a Need) -> impl Iterator<Item = &'a String> {
+    let offers = || candidates.iter().filter_map(|candidate| candidate.offer.as_ref().ok());
+    need.disks.iter().filter(move |disk| offers().any(|offer| offer.has.contains(disk) && offer.shared.contains(disk)))
 }
 
 /// Why a host can not have the VM. Where its disks are `at_home`, draining is no reason.
@@ -175,7 +187,12 @@ mod tests {
         assert!(refusal(&on_b(10, false), &need(&["disk"])).starts_with("no host can have the VM: b: it has memory"));
         let mut shared = on_b(2000, true);
         shared[1].offer.as_mut().unwrap().shared = vec!["disk".into()];
-        assert_eq!(names(&shared, &need(&["disk"])), ["a"], "others reach it, too");
+        assert_eq!(
+            refusal(&shared, &need(&["disk"])).lines().next().unwrap(),
+            "no host can have the VM: a: it has no shared pool with disk 'disk'; b: it is draining"
+        );
+        shared[0].offer.as_mut().unwrap().shared = vec!["disk".into()];
+        assert_eq!(names(&shared, &need(&["disk"])), ["a"], "it reaches the disk, too");
     }
 
     #[test]

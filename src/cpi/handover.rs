@@ -1,0 +1,86 @@
+//! Disks in shared pools on their way from one host to another: whoever is asked for one that is nobody's takes it.
+
+use std::time::Instant;
+
+use super::Cpi;
+use crate::cid::DiskCid;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{DiskRecord, Rank, atomic};
+
+impl Cpi {
+    /// The record of a disk that exists and is this host's. One that is nobody's becomes so.
+    ///
+    /// # Errors
+    /// [`ErrorKind::DiskNotFound`]; [`ErrorKind::Conflict`] if another host has it now.
+    pub(super) fn own_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<DiskRecord> {
+        self.adopt(cid, deadline)?;
+        let disk = self.disk(cid)?;
+        self.store.is_ours(&disk)?;
+        Ok(disk)
+    }
+
+    /// Takes a disk that is nobody's, if it is one.
+    pub(super) fn adopt(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
+        if atomic::is_there(&self.store.disk_dir(cid)) || !self.store.is_free(cid)? {
+            return Ok(());
+        }
+        self.store.prepare()?;
+        let lock = self.disk_lock(cid, deadline)?;
+        if self.store.find::<DiskRecord>(cid)?.is_some() {
+            return Ok(());
+        }
+        match self.store.adopt(cid) {
+            Ok(true) => {
+                tracing::info!(%cid, "the disk was nobody's, and is this host's now");
+                Ok(())
+            }
+            other => lock.retire().and(other.map(drop)),
+        }
+    }
+
+    /// Makes the disk nobody's, so that another host can have it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if something here uses it, or no other host reaches it; [`ErrorKind::DiskNotFound`].
+    pub fn give_up_disk(&self, cid: &DiskCid) -> Result<()> {
+        let deadline = self.deadline("attach_disk");
+        if !atomic::is_there(&self.store.disk_dir(cid)) && self.store.is_free(cid)? {
+            return self.store.let_go(cid);
+        }
+        let refused = |why: String| Error::new(ErrorKind::Conflict, format!("disk '{cid}' {why}"));
+        let (lock, disk) = self.locked_idle_disk(cid, deadline)?;
+        if let Some(holder) = self.holder(&disk, deadline)? {
+            return Err(refused(format!("is attached to VM '{holder}'")).hint("detach it first"));
+        }
+        if disk.leftover.is_some() {
+            return Err(refused("has an image that an earlier copy left, and that can not be removed".to_owned()));
+        }
+        if !disk.pool.as_deref().is_some_and(|pool| self.store.pools().shared().any(|shared| shared == pool)) {
+            return Err(refused("is in no shared pool".to_owned()));
+        }
+        let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
+        self.store.give_up(&disk)?;
+        tracing::info!(%cid, "the disk is nobody's now");
+        metadata.retire()?;
+        lock.retire()
+    }
+
+    /// Makes a disk in a shared pool this host's although another host has it, which is gone for good.
+    ///
+    /// # Errors
+    /// [`ErrorKind::DiskNotFound`] if no pool has it; [`ErrorKind::Corrupt`] if it can not be told what it is.
+    pub fn take_disk(&self, cid: &DiskCid) -> Result<()> {
+        let deadline = self.deadline("attach_disk");
+        match self.own_disk(cid, deadline) {
+            Err(error) if matches!(error.kind(), ErrorKind::DiskNotFound | ErrorKind::Conflict) => {}
+            own => return own.map(drop),
+        }
+        self.store.prepare()?;
+        let lock = self.disk_lock(cid, deadline)?;
+        let taken = self.store.take_over(cid);
+        if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
+            lock.retire()?;
+        }
+        taken
+    }
+}

@@ -1,0 +1,270 @@
+//! Persistent disks in pools that several hosts reach: whose they are.
+//!
+//! Beside such a disk's images is one file, the mark. It says whose the disk is by its name, which a rename changes: the
+//! filesystem lets one host do that, and of several one. It also has the disk's record, for the next host.
+//!
+//! ```text
+//!   <pool>/<cid>/host-<id>     that host's, whatever a record elsewhere says
+//!   <pool>/<cid>/host-none     nobody's: the first host that is asked for the disk takes it
+//!
+//!   on A            in the pool              on B
+//!   a record        host-<A>                             in use on A
+//!   a record        host-<A>, as it is now               A was asked to give it up
+//!   –               host-<A>                             killed here, A has it when it is asked again
+//!   –               host-none                            anybody may have it
+//!   –               host-<B>                             killed here, B has it when it is asked again
+//!   –               host-<B>                 a record    in use on B
+//! ```
+//!
+//! A disk without a mark, of a version that made none, is its record's. Nobody opens an image of a disk that is another
+//! host's: see [`Store::is_ours`].
+
+use std::path::PathBuf;
+
+use super::Store;
+use super::atomic;
+use super::record::{DiskRecord, Phase, Record};
+use crate::cid::{Cid, DiskCid};
+use crate::crash;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+
+/// How names of marks begin.
+const MARK: &str = "host-";
+/// The mark of a disk that is nobody's.
+const NOBODYS: &str = "host-none";
+/// Where the state directory says which host it is to others.
+const HOST_ID: &str = "host-id";
+
+/// A disk's directory in a shared pool.
+struct Place<'a> {
+    pool: &'a str,
+    dir: PathBuf,
+}
+
+impl Place<'_> {
+    /// The mark's file name, if there is one.
+    fn mark(&self) -> Result<Option<String>> {
+        let mut marks = atomic::names(&self.dir)?;
+        marks.retain(|name| name.starts_with(MARK));
+        match marks.len() {
+            0 | 1 => Ok(marks.pop()),
+            _ => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("'{}' says of more than one host that the disk is its own", self.dir.display()),
+            )
+            .hint("leave the file of the host that is to have it, and remove the others")),
+        }
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<bool> {
+        let (from, to) = (self.dir.join(from), self.dir.join(to));
+        match std::fs::rename(&from, &to) {
+            Ok(()) => {}
+            // Over a network, a rename may be told twice.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && to.exists() => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error).at("make", &to),
+        }
+        atomic::sync_dir(&self.dir)?;
+        crash::point!("disk's mark renamed");
+        Ok(true)
+    }
+
+    fn record(&self, mark: &str, cid: &DiskCid) -> Result<DiskRecord> {
+        let path = self.dir.join(mark);
+        let corrupt = |why: String| {
+            Error::new(ErrorKind::Corrupt, format!("the disk's record '{}' can not be used: {why}", path.display()))
+                .hint("restore the file from a backup; nothing beside it was touched")
+        };
+        let text = std::fs::read(&path).at("read", &path)?;
+        let record: DiskRecord = super::objects::understood(&text, cid).map_err(corrupt)?;
+        Ok(DiskRecord { vm: None, phase: Phase::Ready, pool: Some(self.pool.to_owned()), ..record })
+    }
+}
+
+impl Store {
+    /// The shared pools that have a directory of the disk.
+    fn places(&self, cid: &DiskCid) -> Result<Vec<Place<'_>>> {
+        let mut places = Vec::new();
+        for pool in self.pools().shared() {
+            let dir = self.pools().dir(pool)?.join(cid);
+            if atomic::is_there(&dir) {
+                places.push(Place { pool, dir });
+            }
+        }
+        Ok(places)
+    }
+
+    /// The same of the pools that its record names.
+    fn places_of(&self, disk: &DiskRecord) -> Result<Vec<Place<'_>>> {
+        let named = disk.pools();
+        let shared = self.pools().shared().filter(|pool| named.contains(pool));
+        shared.map(|pool| Ok(Place { pool, dir: self.pools().dir(pool)?.join(&disk.cid) })).collect()
+    }
+
+    /// Whether other hosts reach the images of the disk, whoever has it.
+    ///
+    /// # Errors
+    /// Those of [`super::Pools::dir`].
+    pub fn is_within_reach(&self, cid: &DiskCid) -> Result<bool> {
+        self.places(cid).map(|places| !places.is_empty())
+    }
+
+    /// Whether a disk without a record here can be had: it is nobody's, or was about to be given up or taken by this host.
+    ///
+    /// # Errors
+    /// Those of [`super::Pools::dir`]: a pool that can not be looked at may have it.
+    pub fn is_free(&self, cid: &DiskCid) -> Result<bool> {
+        let ours = self.known_mark()?;
+        for place in self.places(cid)? {
+            if place.mark()?.is_some_and(|mark| mark == NOBODYS || Some(&mark) == ours.as_ref()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether a disk that has a record here is this host's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if another host has taken it.
+    pub fn is_ours(&self, disk: &DiskRecord) -> Result<()> {
+        for place in self.places_of(disk)? {
+            let Some(mark) = place.mark()? else { continue };
+            if Some(&mark) != self.known_mark()?.as_ref() {
+                let (cid, dir) = (&disk.cid, place.dir.display());
+                let message = format!("disk '{cid}' is another host's now: '{dir}' has '{mark}'");
+                return Err(Error::new(ErrorKind::Conflict, message).hint(
+                    "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes in the shared pool where the image in force is, if it is in one, that the disk is this host's, and what it is.
+    pub fn mark(&self, disk: &DiskRecord) -> Result<()> {
+        let Some(place) = self.places_of(disk)?.into_iter().find(|place| disk.pool.as_deref() == Some(place.pool))
+        else {
+            return Ok(());
+        };
+        let mut text = serde_json::to_vec_pretty(disk).expect("a record is plain data");
+        text.push(b'\n');
+        atomic::write(&place.dir.join(self.own_mark()?), &text)
+    }
+
+    /// Gives up a disk that nothing here uses, whose locks the caller holds: from then on it is nobody's, and not here.
+    pub fn give_up(&self, disk: &DiskRecord) -> Result<()> {
+        let metadata = self.disk_metadata(disk)?;
+        self.mark(&DiskRecord { vm: None, metadata, ..disk.clone() })?;
+        crash::point!("disk's record put beside its image");
+        self.remove_record::<DiskRecord>(&disk.cid)?;
+        self.let_go(&disk.cid)
+    }
+
+    /// Makes a disk of this host without a record nobody's.
+    pub fn let_go(&self, cid: &DiskCid) -> Result<()> {
+        let ours = self.own_mark()?;
+        for place in self.places(cid)? {
+            if place.mark()?.as_ref() == Some(&ours) {
+                place.rename(&ours, NOBODYS)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a disk this host's that is nobody's. The caller holds its lock. Whether there was one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if another host was faster.
+    pub fn adopt(&self, cid: &DiskCid) -> Result<bool> {
+        let ours = self.own_mark()?;
+        for place in self.places(cid)? {
+            match place.mark()? {
+                Some(mark) if mark == NOBODYS => {
+                    if !place.rename(NOBODYS, &ours)? {
+                        return Err(Error::new(
+                            ErrorKind::Conflict,
+                            format!("another host has just taken disk '{cid}'"),
+                        ));
+                    }
+                }
+                Some(mark) if mark == ours => {}
+                _ => continue,
+            }
+            return self.write(&place.record(&ours, cid)?).map(|()| true);
+        }
+        Ok(false)
+    }
+
+    /// Makes a disk this host's, whosever it is: that host is gone for good. The caller holds its lock.
+    ///
+    /// # Errors
+    /// [`ErrorKind::DiskNotFound`], [`ErrorKind::Corrupt`] if it can not be told what the disk is.
+    pub fn take_over(&self, cid: &DiskCid) -> Result<()> {
+        let ours = self.own_mark()?;
+        let places = self.places(cid)?;
+        let Some(place) = places.first() else {
+            return Err(Error::new(ErrorKind::DiskNotFound, format!("no shared pool has a disk '{cid}'")));
+        };
+        let unknown = |why: &str| {
+            let message = format!("'{}' {why}, so nobody can tell what the disk is", place.dir.display());
+            Error::new(ErrorKind::Corrupt, message)
+                .hint("put the disk's record of the other host into this state directory, from a backup")
+        };
+        let mark = place.mark()?.ok_or_else(|| unknown("has no record of it"))?;
+        let record = place.record(&mark, cid)?;
+        let mut images = atomic::names(&place.dir)?;
+        images.retain(|name| !name.starts_with(MARK) && !name.starts_with(atomic::NEW));
+        if places.len() > 1 || images != [record.image()] {
+            let why = format!("and other pools have [{}], not '{}' alone", images.join(", "), record.image());
+            return Err(unknown(&why));
+        }
+        if mark != ours && !place.rename(&mark, &ours)? {
+            return Err(Error::new(ErrorKind::Conflict, format!("another host has just taken disk '{cid}'")));
+        }
+        self.write(&DiskRecord { leftover: None, grows_to: None, ..record })
+    }
+
+    /// The disks that are this host's by their marks, in all shared pools that can be looked at.
+    pub fn marked(&self) -> Result<Vec<DiskCid>> {
+        let Some(ours) = self.known_mark()? else { return Ok(Vec::new()) };
+        let mut disks = Vec::new();
+        for pool in self.pools().shared() {
+            let Ok(dir) = self.pools().dir(pool) else { continue };
+            let cids = atomic::names(dir)?.into_iter().filter_map(|name| DiskCid::parse(&name).ok());
+            disks.extend(cids.filter(|cid| dir.join(cid).join(&ours).exists()));
+        }
+        Ok(disks)
+    }
+
+    fn known_mark(&self) -> Result<Option<String>> {
+        let path = self.host_id_file();
+        let text = match std::fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.at("read", &path)?,
+        };
+        let id = text.trim();
+        let hint = "restore it from a backup; without it, take its disks in shared pools by `disk take`";
+        match DiskCid::parse_new(&format!("{}-{id}", DiskCid::PREFIX)) {
+            Ok(_) => Ok(Some(format!("{MARK}{id}"))),
+            Err(_) => Err(Error::new(ErrorKind::Corrupt, format!("'{}' is no host's id", path.display())).hint(hint)),
+        }
+    }
+
+    /// The name of this host's marks. It gets its id when it first needs one.
+    fn own_mark(&self) -> Result<String> {
+        loop {
+            if let Some(mark) = self.known_mark()? {
+                return Ok(mark);
+            }
+            let random = DiskCid::random();
+            let (_, id) = random.as_str().split_once('-').expect("a cid has a dash");
+            atomic::write_once(&self.host_id_file(), format!("{id}\n").as_bytes())?;
+        }
+    }
+
+    fn host_id_file(&self) -> PathBuf {
+        self.state_dir().join(HOST_ID)
+    }
+}
