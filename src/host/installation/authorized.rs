@@ -11,7 +11,7 @@ use crate::error::{IoContext, Result};
 use crate::store::atomic;
 
 /// A key with what it may start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Authorized {
     /// The file.
     pub file: PathBuf,
@@ -26,24 +26,30 @@ impl fmt::Display for Authorized {
 }
 
 impl Authorized {
-    /// `None` if the key is there with other rights.
-    pub(super) fn step(&self, root: &Path) -> Result<Option<Step>> {
+    /// What it needs, `older` being keys of ours that it replaces. `None` if the key is there with other rights.
+    pub(super) fn step(&self, root: &Path, older: &[Self]) -> Result<Option<Step>> {
         let lines = self.lines(root)?;
+        let replaced: Vec<_> = older.iter().filter(|old| lines.contains(&old.line)).map(Self::in_short).collect();
+        let said = format!("{self}, in place of {}", replaced.join(", "));
         if lines.contains(&self.line) {
-            return Ok(Some(Step::Keep(self.to_string())));
+            let is_all = replaced.is_empty();
+            return Ok(Some(if is_all { Step::Keep(self.to_string()) } else { Step::Replace(said) }));
         }
-        let key = self.line.split(' ').find(|word| word.starts_with("AAAA")).unwrap_or_default();
-        let is_known = lines.iter().any(|line| line.split_ascii_whitespace().any(|word| word == key));
-        Ok((!is_known).then(|| Step::Add(self.to_string())))
+        let mut theirs = lines.iter().filter(|line| !older.iter().any(|old| old.line == **line));
+        let is_known = theirs.any(|line| line.split_ascii_whitespace().any(|word| word == self.key()));
+        let step = if replaced.is_empty() { Step::Add(self.to_string()) } else { Step::Replace(said) };
+        Ok((!is_known).then_some(step))
     }
 
-    pub(super) fn add(&self, root: &Path) -> Result<()> {
-        let mut lines = self.lines(root)?;
-        if lines.contains(&self.line) {
-            return Ok(());
+    /// Puts it there, in place of `older`.
+    pub(super) fn add(&self, root: &Path, older: &[Self]) -> Result<()> {
+        let before = self.lines(root)?;
+        let mut lines = before.clone();
+        lines.retain(|line| !older.iter().any(|old| old.line == *line));
+        if !lines.contains(&self.line) {
+            lines.push(self.line.clone());
         }
-        lines.push(self.line.clone());
-        self.write(root, &lines)
+        if lines == before { Ok(()) } else { self.write(root, &lines) }
     }
 
     /// What was done.
@@ -56,6 +62,16 @@ impl Authorized {
         }
         self.write(root, &lines)?;
         Ok(format!("- {self}"))
+    }
+
+    fn key(&self) -> &str {
+        self.line.split(' ').find(|word| word.starts_with("AAAA")).unwrap_or_default()
+    }
+
+    /// The key by its end, which tells keys apart.
+    fn in_short(&self) -> String {
+        let key = self.key();
+        format!("…{}", &key[key.len().saturating_sub(12)..])
     }
 
     fn lines(&self, root: &Path) -> Result<Vec<String>> {

@@ -19,9 +19,12 @@ pub const MANIFEST: &str = "/etc/bosh-qemu-cpi/installed.json";
 pub struct Manifest {
     /// Its files, with the digests of what was put there: the last, and before it is there the one before.
     pub files: BTreeMap<PathBuf, BTreeSet<Digest>>,
-    /// The key that may call.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub authorized: Option<Authorized>,
+    /// The keys that may call: one in each file, and before another is there in its place both.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub keys: BTreeSet<Authorized>,
+    /// Where versions that knew of one key alone noted it.
+    #[serde(default, skip_serializing)]
+    authorized: Option<Authorized>,
     /// Whether the group was not there before.
     #[serde(default)]
     pub made_group: bool,
@@ -36,11 +39,22 @@ impl Manifest {
         let path = below(root, Path::new(MANIFEST));
         match std::fs::read(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            read => serde_json::from_slice(&read.at("read", &path)?).map_err(|error| {
+            read => Self::parse(&read.at("read", &path)?).map_err(|error| {
                 let message = format!("'{}' can not be used", path.display());
                 Error::new(ErrorKind::Corrupt, message).because(error).hint("it says what may be replaced and removed")
             }),
         }
+    }
+
+    fn parse(text: &[u8]) -> serde_json::Result<Self> {
+        let mut manifest: Self = serde_json::from_slice(text)?;
+        manifest.keys.extend(manifest.authorized.take());
+        Ok(manifest)
+    }
+
+    /// The keys that were put where `authorized` goes, but for itself.
+    pub fn older(&self, authorized: &Authorized) -> Vec<Authorized> {
+        self.keys.iter().filter(|key| key.file == authorized.file && *key != authorized).cloned().collect()
     }
 
     /// Writes it down.
@@ -72,6 +86,21 @@ impl Manifest {
 
     /// Whether nothing was installed.
     pub fn is_empty(&self) -> bool {
-        self.files.is_empty() && self.authorized.is_none()
+        self.files.is_empty() && self.keys.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_one_key_of_an_older_version_is_ours_too() {
+        let old =
+            br#"{"files":{},"authorized":{"file":"/root/.ssh/authorized_keys","line":"restrict ssh-rsa AAAA x"}}"#;
+        let manifest = Manifest::parse(old).unwrap();
+        assert_eq!(manifest.keys.len(), 1);
+        let again = Manifest::parse(&serde_json::to_vec(&manifest).unwrap()).unwrap();
+        assert_eq!(again.keys, manifest.keys);
     }
 }

@@ -100,8 +100,10 @@ impl Installation {
                 None => strangers.push(file.path.display().to_string()),
             }
         }
+        let others = |key: &&Authorized| self.authorized.as_ref().is_none_or(|authorized| authorized.file != key.file);
+        steps.extend(manifest.keys.iter().filter(others).map(|key| Step::Keep(key.to_string())));
         if let Some(authorized) = &self.authorized {
-            match authorized.step(&self.root)? {
+            match authorized.step(&self.root, &manifest.older(authorized))? {
                 Some(step) => steps.push(step),
                 None => strangers.push(authorized.to_string()),
             }
@@ -155,9 +157,12 @@ impl Installation {
             atomic::write_with_mode(&path, &file.content, file.mode)?;
         }
         if let Some(authorized) = &self.authorized {
-            manifest.authorized = Some(authorized.clone());
+            let older = manifest.older(authorized);
+            manifest.keys.insert(authorized.clone());
             manifest.write(&self.root)?;
-            authorized.add(&self.root)?;
+            authorized.add(&self.root, &older)?;
+            manifest.keys.retain(|key| !older.contains(key));
+            manifest.write(&self.root)?;
         }
         if !self.has_systemd() {
             return Ok(());
@@ -202,8 +207,8 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
         // Stopped, the other would power off all VMs, of which there are none.
         run("systemctl", &["disable", "--now", UNITS[0]])?;
     }
-    if let Some(authorized) = &manifest.authorized {
-        told.push(authorized.remove(root)?);
+    for key in &manifest.keys {
+        told.push(key.remove(root)?);
     }
     for (file, digests) in &manifest.files {
         let path = below(root, file);

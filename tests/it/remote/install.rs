@@ -71,6 +71,7 @@ impl Machine {
 }
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ director@office";
+const NEXT_KEY: &str = "ssh-ed25519 AAAANEXTNzaC1lZDI1NTE5AAAAIJ director@office";
 
 #[test]
 fn a_machine_becomes_a_host_and_is_one_no_longer() {
@@ -103,6 +104,15 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
 
     let said = machine.ok(&["install", "--key", KEY, "--yes"]);
     assert!(said.contains("= /usr/local/bin/bosh-qemu-cpi\n") && said.contains("= the key in"), "{said}");
+
+    // Another key takes its place.
+    let said = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
+    assert!(said.contains("~ the key in /root/.ssh/authorized_keys, in place of …"), "{said}");
+    let keys = machine.read("root/.ssh/authorized_keys");
+    assert!(keys.starts_with(other) && !keys.contains(line) && keys.contains("AAAANEXT"), "{keys}");
+    // What is installed without one keeps it.
+    let said = machine.ok(&["install", "--yes"]);
+    assert!(said.contains("= the key in /root/.ssh/authorized_keys"), "{said}");
     machine.ok(&["uninstall", "--yes"]);
     assert_eq!(machine.all(), ["root/.ssh/authorized_keys"]);
     assert_eq!(machine.read("root/.ssh/authorized_keys"), other);
