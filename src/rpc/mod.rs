@@ -62,7 +62,7 @@ pub fn serve(input: impl Read, outlet: Outlet, carrier: impl FnOnce(&Request) ->
 
 /// Answers the request `text`, as [`serve`].
 pub fn serve_text(text: String, outlet: Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
-    answer(Ok(text), &outlet.answer_panics(), carrier);
+    answer(request::bounded(text), &outlet.answer_panics(), carrier);
 }
 
 fn answer(text: Result<String>, outlet: &Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {

@@ -62,8 +62,20 @@ pub fn read(mut input: impl Read) -> Result<String> {
         Ok(0) => String::from_utf8(bytes).map_err(|error| {
             bad(format!("the request is not UTF-8: byte {} is invalid", error.utf8_error().valid_up_to() + 1))
         }),
-        Ok(more) => Err(bad(format!("the request has {} bytes, more than {MAX_BYTES}", MAX_BYTES + more))),
+        Ok(more) => Err(too_long(MAX_BYTES + more)),
     }
+}
+
+/// `text`, if it is no longer than what [`read`] takes.
+///
+/// # Errors
+/// [`ErrorKind::BadRequest`].
+pub fn bounded(text: String) -> Result<String> {
+    if text.len() as u64 <= MAX_BYTES { Ok(text) } else { Err(too_long(text.len() as u64)) }
+}
+
+fn too_long(bytes: u64) -> Error {
+    bad(format!("the request has {bytes} bytes, more than {MAX_BYTES}"))
 }
 
 impl Request {
@@ -240,6 +252,9 @@ mod tests {
         assert_eq!(input.limit(), 0);
         assert_eq!(read(&b"\"\xff\""[..]).unwrap_err().report(), "the request is not UTF-8: byte 2 is invalid");
         assert_eq!(read(&b"{}"[..]).unwrap(), "{}");
+        let long = bounded(" ".repeat(usize::try_from(MAX_BYTES).unwrap() + 1)).unwrap_err();
+        assert_eq!(long.report(), "the request has 16777217 bytes, more than 16777216");
+        assert_eq!(bounded("{}".to_owned()).unwrap(), "{}");
     }
 
     fn versions(method: &str, context: &str, api_version: &str) -> Result<()> {
