@@ -45,6 +45,8 @@ pub enum ErrorKind {
         /// Whether it may be there in a moment.
         passing: bool,
     },
+    /// More VMs that had better not be on one host are on this one than when it was chosen. Another may do better.
+    Crowded,
     /// The VM could not be made and nothing of it is left. `retry`: the same arguments may succeed.
     VmCreationFailed {
         /// Whether the Director should try again at once.
@@ -127,9 +129,18 @@ impl Error {
 
     /// Whether this host has not the memory or the space, so that another may do better.
     pub fn lacks_room(&self) -> bool {
-        let lacks = |error: &Self| matches!(error.kind, ErrorKind::NoDiskSpace | ErrorKind::NotEnoughMemory { .. });
+        self.is_of(|kind| matches!(kind, ErrorKind::NoDiskSpace | ErrorKind::NotEnoughMemory { .. }))
+    }
+
+    /// Whether others were faster to put VMs on this host, so that it is to be chosen anew.
+    pub fn is_crowded(&self) -> bool {
+        self.is_of(|kind| kind == ErrorKind::Crowded)
+    }
+
+    /// Whether it or what is behind it is of such a kind.
+    fn is_of(&self, such: impl Fn(ErrorKind) -> bool) -> bool {
         let behind = std::iter::successors(std::error::Error::source(self), |error| error.source());
-        lacks(self) || behind.filter_map(|error| error.downcast_ref::<Self>()).any(lacks)
+        such(self.kind) || behind.filter_map(|error| error.downcast_ref::<Self>()).any(|error| such(error.kind))
     }
 
     /// What the operator can do about it, if that is known.

@@ -6,6 +6,7 @@
 //! same address given to another VM does not know it. Without this, one killed call would keep a static address until an
 //! operator looked into it, and a power cut in the middle of a deployment would keep many.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::Cpi;
@@ -90,6 +91,21 @@ impl Cpi {
     fn is_forgotten(&self, vm: &VmRecord) -> Result<bool> {
         let ours = vm.director.is_some() && vm.director == self.director;
         Ok(ours && self.is_untold(vm)?)
+    }
+
+    /// Whether one of `vms` has one of these addresses that `director` was never told of. Nothing is locked or changed: who
+    /// wants to know may put its VM elsewhere all the same.
+    pub(super) fn has_forgotten(&self, vms: &[VmRecord], director: Option<&str>, addresses: &[IpAddr]) -> Result<bool> {
+        let wanted = |vm: &VmRecord| {
+            let mut blocks = vm.nics.iter().filter_map(|nic| nic.rules.as_ref()).flat_map(|rules| &rules.addresses);
+            blocks.any(|block| addresses.iter().any(|address| block.contains(*address)))
+        };
+        for vm in vms.iter().filter(|vm| director.is_some() && vm.director.as_deref() == director && wanted(vm)) {
+            if self.is_untold(vm)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether nobody was told of the VM, as far as that can be known, and nobody will be.

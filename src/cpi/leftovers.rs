@@ -32,7 +32,8 @@ impl Cpi {
     /// Notes that `cid` is being made, and takes its lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] if somebody else makes it, or has: callers on other machines choose cids.
+    /// [`ErrorKind::Conflict`] if somebody else makes it, or has, or if it was called off: callers on other machines choose
+    /// cids.
     pub(super) fn begin<R: Record>(&self, rank: Rank, cid: &R::Cid, deadline: Instant) -> Result<Guard> {
         self.begin_under::<R>(rank, cid, cid, deadline)
     }
@@ -53,6 +54,9 @@ impl Cpi {
         let lock = self.store.lock(rank, lock, deadline)?;
         if atomic::is_there(&self.store.record_dir::<R>(cid)) {
             return self.settled(cid).and(Err(taken()));
+        }
+        if let Err(unwanted) = self.is_wanted(cid) {
+            return lock.retire().and(self.settled(cid)).and(Err(unwanted));
         }
         // Until there was a lock, another create could take the note for a leftover, and remove it.
         self.note(cid)?;

@@ -7,6 +7,7 @@ mod addresses;
 mod attachments;
 pub mod audit;
 mod calculate;
+mod called_off;
 pub mod cloud_properties;
 mod copies;
 mod disk_locks;
@@ -69,6 +70,12 @@ pub struct Cpi {
 pub struct Afar {
     /// The cid that what is created shall have.
     pub cid: Option<String>,
+    /// How many VMs that had better not be with a new one may be here for it.
+    pub alike: Option<usize>,
+    /// Whether other hosts make the same under the same cid.
+    pub everywhere: bool,
+    /// Whether the call undoes a create that may not have begun yet.
+    pub undoes: bool,
     /// The image that create_stemcell shall import: the path in its request is on the caller's machine.
     pub image: Option<Box<dyn ImageSource>>,
 }
@@ -175,6 +182,7 @@ impl Verbs for Cpi {
     }
 
     fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()> {
+        self.call_off(stemcell)?;
         self.remove_stemcell(stemcell)
     }
 
@@ -183,6 +191,7 @@ impl Verbs for Cpi {
     }
 
     fn delete_vm(&self, vm: &VmCid) -> Result<()> {
+        self.call_off(vm)?;
         self.remove_vm(vm)
     }
 
@@ -211,6 +220,7 @@ impl Verbs for Cpi {
     }
 
     fn delete_disk(&self, disk: &DiskCid) -> Result<()> {
+        self.call_off(disk)?;
         self.remove_disk(disk)
     }
 
@@ -239,6 +249,7 @@ impl Verbs for Cpi {
     }
 
     fn delete_snapshot(&self, snapshot: &SnapshotCid) -> Result<()> {
+        self.call_off(snapshot)?;
         self.remove_snapshot(snapshot)
     }
 
@@ -255,6 +266,7 @@ impl Verbs for Cpi {
     }
 
     fn delete_network(&self, network: &NetworkCid) -> Result<()> {
+        self.call_off(network)?;
         self.remove_managed(network)
     }
 }

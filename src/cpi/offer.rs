@@ -1,12 +1,13 @@
 //! What this host has to offer: for callers who have several hosts, and a VM or a disk to put on one of them.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use super::Cpi;
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::host::probe;
 use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Phase, Rank, Record, SnapshotRecord, StemcellRecord, VmRecord, atomic};
@@ -19,13 +20,20 @@ pub struct Wish {
     /// Things that may be here.
     #[serde(default)]
     pub cids: Vec<String>,
+    /// Addresses that a new VM shall have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// The uuid of the Director that asks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub director: Option<String>,
     /// The word that VMs share which had better not be on one host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread: Option<String>,
 }
 
-/// What a host has.
+/// What a host has. What its version does not say is nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Offer {
     /// Its version of this program.
     pub version: String,
@@ -41,10 +49,11 @@ pub struct Offer {
     pub vms: usize,
     /// Those of them that share the word.
     pub alike: usize,
+    /// Whether a VM that the Director was never told of has one of the addresses here. It makes way for the new one.
+    pub forgotten: bool,
     /// Which of the things are here.
     pub has: Vec<String>,
     /// The disks among the things whose images this host reaches in a shared pool, whoever has them.
-    #[serde(default)]
     pub shared: Vec<String>,
 }
 
@@ -57,7 +66,6 @@ impl Cpi {
         let accelerator =
             probe::accelerator(self.store.run_dir(), &self.config.qemu.binary, self.config.qemu.accel, None);
         let vms = self.store.readable::<VmRecord>()?;
-        let alike = |vm: &&VmRecord| vm.phase != Phase::Deleting && wish.spread.is_some() && vm.spread == wish.spread;
         let has = self.found(&wish.cids)?;
         let within_reach = |cid: &&String| {
             let disk = DiskCid::parse(cid).ok().filter(|_| cid.starts_with(DiskCid::PREFIX));
@@ -70,11 +78,27 @@ impl Cpi {
             cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             memory: supervisor::largest_vm(&self.config, &self.store)?,
             space: self.free_space(),
-            alike: vms.iter().filter(alike).count(),
+            alike: alike(&vms, wish.spread.as_deref()),
+            forgotten: self.has_forgotten(&vms, wish.director.as_deref(), &wish.addresses)?,
             vms: vms.len(),
             shared: wish.cids.iter().filter(within_reach).cloned().collect(),
             has,
         })
+    }
+
+    /// Whether so few VMs are here that had better not be with the new `vm` as when this host was chosen for it. Creates that
+    /// began at the same time were told of as few.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Crowded`] if there are more.
+    pub(super) fn is_not_crowded(&self, vm: &VmRecord) -> Result<()> {
+        let Some(expected) = self.afar.as_ref().and_then(|afar| afar.alike) else { return Ok(()) };
+        let now = alike(&self.store.readable()?, vm.spread.as_deref());
+        if now <= expected {
+            return Ok(());
+        }
+        let message = format!("{now} VMs of its group are on this host now, not {expected}");
+        Err(Error::new(ErrorKind::Crowded, message))
     }
 
     /// Which of `cids` are here.
@@ -112,4 +136,10 @@ impl Cpi {
             |cid: R::Cid| atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid);
         R::Cid::parse(cid).is_ok_and(there)
     }
+}
+
+/// How many of `vms` share the word.
+fn alike(vms: &[VmRecord], spread: Option<&str>) -> usize {
+    let Some(word) = spread else { return 0 };
+    vms.iter().filter(|vm| vm.phase != Phase::Deleting && vm.spread.as_deref() == Some(word)).count()
 }

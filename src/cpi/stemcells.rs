@@ -58,6 +58,7 @@ impl Cpi {
         properties: &Map<String, Value>,
     ) -> Result<StemcellCid> {
         let deadline = self.deadline("create_stemcell");
+        self.can_be_everywhere(properties)?;
         self.store.prepare()?;
         self.clear_leftovers(deadline);
         let cid = self.new_cid::<StemcellRecord>()?;
@@ -98,6 +99,25 @@ impl Cpi {
             return Err(error.during(format!("import '{}'", image.name())));
         }
         Ok(cid)
+    }
+
+    /// Whether no other host can have a directory for the same cid where this one has its images.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadConfig`] if that pool is shared.
+    fn can_be_everywhere(&self, properties: &Map<String, Value>) -> Result<()> {
+        let is_light = properties.contains_key("image_path");
+        let others = self.afar.as_ref().is_some_and(|afar| afar.everywhere);
+        match self.config.stemcell_pool.as_deref() {
+            Some(pool) if others && !is_light && self.store.pools().shared().any(|shared| shared == pool) => {
+                let message =
+                    format!("stemcell_pool: pool '{pool}' is shared, and the other hosts of the group get the same");
+                Err(Error::new(ErrorKind::BadConfig, message).hint(
+                    "stemcells of a group are on each of its hosts: give each a stemcell_pool that it does not share",
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn make_image(

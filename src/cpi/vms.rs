@@ -90,7 +90,11 @@ impl Cpi {
         };
         let size = vm.root_size.get() + vm.ephemeral.as_ref().map_or(0, |ephemeral| ephemeral.size.bytes().get());
         let need = self.need_of_thin(Bytes(size));
-        let made = self.admit(vm.pool.as_deref(), need, deadline, || self.store.write(&vm)).and_then(|()| {
+        let admitted = self.admit(vm.pool.as_deref(), need, deadline, || {
+            self.is_not_crowded(&vm)?;
+            self.store.write(&vm)
+        });
+        let made = admitted.and_then(|()| {
             let images = self.make_images(&vm, &stemcell, &call)?;
             std::thread::scope(|threads| {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
@@ -300,7 +304,8 @@ fn creation_failed(error: Error, cid: &VmCid) -> Error {
         | ErrorKind::NetworkNotFound
         | ErrorKind::NoDiskSpace => error,
         kind => {
-            let retry = matches!(kind, ErrorKind::Timeout | ErrorKind::NotEnoughMemory { passing: true });
+            let retry =
+                matches!(kind, ErrorKind::Timeout | ErrorKind::NotEnoughMemory { passing: true } | ErrorKind::Crowded);
             // Of the whole: what is behind it says whether another host may do better.
             error.during(format!("create VM '{cid}'")).with_kind(ErrorKind::VmCreationFailed { retry })
         }

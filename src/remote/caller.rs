@@ -24,10 +24,14 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::log;
 use crate::rpc::outlet::Delivery;
+use crate::schema::plain;
 use crate::units::Bytes;
 
 /// How long a host may take to hear that an answer was taken.
 const HEARS: Duration = Duration::from_secs(5);
+
+/// The most that is shown of what a host says is wrong, in characters.
+const LONGEST_REPORT: usize = 8 << 10;
 
 /// A host that is asked.
 #[derive(Debug, Clone)]
@@ -44,6 +48,8 @@ pub struct Told {
     pub text: String,
     /// Whether the call failed because the host has not the memory or the space.
     pub lacks_room: bool,
+    /// Whether it failed because others were faster to put VMs on the host.
+    pub crowded: bool,
     /// The link, if the host waits to hear that the answer was taken.
     waiting: Option<Link>,
 }
@@ -81,8 +87,8 @@ impl Host {
     pub fn call(&self, call: CallQuestion, image: Option<&Image>, deadline: Instant) -> Result<Option<Told>, Untold> {
         let (link, word) = self.ask(&Question::Call(call), image, deadline)?;
         match word {
-            Word::Answer(Answer { text, waits, lacks_room }) => {
-                Ok(Some(Told { text, lacks_room, waiting: waits.then_some(link) }))
+            Word::Answer(Answer { text, waits, lacks_room, crowded }) => {
+                Ok(Some(Told { text, lacks_room, crowded, waiting: waits.then_some(link) }))
             }
             Word::Absent => Ok(None),
             _ => Err(self.senseless(&link)),
@@ -128,6 +134,7 @@ impl Host {
 
     fn ask(&self, question: &Question, image: Option<&Image>, deadline: Instant) -> Result<(Link, Word), Untold> {
         let mut link = Link::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
+        link.fits(question).map_err(|error| self.untold(false, error))?;
         match converse(&mut link, question, image) {
             Ok(word) => Ok((link, word)),
             Err(Lost::Link(error)) => Err(self.untold(true, link.broken(error, "be answered"))),
@@ -148,7 +155,8 @@ impl Host {
 fn message_of(answer: &str) -> Error {
     let answer: Value = serde_json::from_str(answer).unwrap_or_default();
     let message = answer["error"]["message"].as_str().unwrap_or("it gave no answer that makes sense");
-    Error::new(ErrorKind::Host, message)
+    // A report of 8 KiB at most, as in an answer.
+    Error::new(ErrorKind::Host, plain(&message.chars().take(LONGEST_REPORT).collect::<String>()))
 }
 
 /// Why a conversation ended without an answer.

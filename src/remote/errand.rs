@@ -23,6 +23,7 @@ const GRACE: Duration = Duration::from_secs(10);
 const UNDOES: Duration = Duration::from_secs(60);
 
 /// A call, as any host may be asked to carry it out.
+#[derive(Clone)]
 pub struct Errand<'a> {
     /// What it was read from.
     pub request: &'a Request,
@@ -30,8 +31,14 @@ pub struct Errand<'a> {
     pub call: &'a Call,
     /// What the request's context says to the host beside its own keys.
     told: &'a Map<String, Value>,
+    /// How long a host has.
+    patience: Duration,
     /// When an answer must be there.
     pub deadline: Instant,
+    /// How many VMs that had better not be with the new one the host may have.
+    alike: Option<usize>,
+    /// Whether other hosts are asked to make the same.
+    everywhere: bool,
     image: Option<Image<'a>>,
 }
 
@@ -49,12 +56,31 @@ impl<'a> Errand<'a> {
     /// # Errors
     /// If it comes with an image that can not be read.
     pub fn new(request: &'a Request, call: &'a Call, config: &Config, told: &'a Map<String, Value>) -> Result<Self> {
-        let patience = config.deadline(&request.method, default_deadline(&request.method));
+        let patience = config.deadline(&request.method, default_deadline(&request.method)) + GRACE;
         let image = match call {
             Call::CreateStemcell(stemcell) => Some(Image::at(&stemcell.image)?),
             _ => None,
         };
-        Ok(Self { request, call, told, deadline: Instant::now() + patience + GRACE, image })
+        let deadline = Instant::now() + patience;
+        Ok(Self { request, call, told, patience, deadline, alike: None, everywhere: false, image })
+    }
+
+    /// The same with all of its time ahead: what was asked before, of all hosts, was not the call.
+    #[must_use]
+    pub fn afresh(&self) -> Self {
+        Self { deadline: Instant::now() + self.patience, ..self.clone() }
+    }
+
+    /// The same for a host that may have so many VMs that had better not be with the new one.
+    #[must_use]
+    pub fn beside(&self, alike: Option<usize>) -> Self {
+        Self { alike, ..self.clone() }
+    }
+
+    /// The same for several hosts, which are to make the same.
+    #[must_use]
+    pub fn everywhere(&self) -> Self {
+        Self { everywhere: true, ..self.clone() }
     }
 
     /// Has `host` carry it out. What is created has the cid that `undo` would remove.
@@ -78,44 +104,64 @@ impl<'a> Errand<'a> {
 
     fn ask(&self, host: &Host, call: CallQuestion, undo: Option<&Undo>) -> Result<Option<Answered>> {
         let call = CallQuestion { cid: undo.map(|undo| undo.call().1.to_owned()), ..call };
-        match host.call(call, self.image.as_ref(), self.deadline) {
-            Ok(told) => told.map(|told| answered(host, told)).transpose(),
-            Err(Untold { error, asked }) => Err(match undo.filter(|_| asked) {
-                Some(undo) => self.undo(host, undo, error),
-                None => error,
-            }),
-        }
+        let (error, asked) = match host.call(call, self.image.as_ref(), self.deadline) {
+            Ok(None) => return Ok(None),
+            Ok(Some(told)) => match answered(host, told, undo) {
+                Ok(answered) => return Ok(Some(answered)),
+                Err(error) => (error, true),
+            },
+            Err(Untold { error, asked }) => (error, asked),
+        };
+        Err(match undo.filter(|_| asked) {
+            Some(undo) => self.undo(host, undo, error),
+            None => error,
+        })
     }
 
     fn question(&self) -> CallQuestion {
         let image = self.image.as_ref().map(|image| image.size);
-        CallQuestion { request: self.request.forwarded(self.told), image, ..CallQuestion::default() }
+        let request = self.request.forwarded(self.told);
+        CallQuestion { request, image, alike: self.alike, everywhere: self.everywhere, ..CallQuestion::default() }
     }
 
     /// Has `host` remove what it may have created, because of `error`, which then says what came of it.
     pub fn undo(&self, host: &Host, undo: &Undo, error: Error) -> Error {
+        if self.is_undone(host, undo) {
+            let again = matches!(undo, Undo::DeleteVm(_));
+            let kind = if again { ErrorKind::VmCreationFailed { retry: true } } else { error.kind() };
+            return error.with_kind(kind).during("nothing of it is left");
+        }
+        let (method, cid) = undo.call();
+        let host = &host.name;
+        error.hint(format!("'{cid}' may be on host '{host}': `{method}` removes it, and does no harm if not"))
+    }
+
+    /// Has `host` remove what it may have created, and make it no more if it has not begun. Whether that is done.
+    pub fn is_undone(&self, host: &Host, undo: &Undo) -> bool {
         let (method, cid) = undo.call();
         let removal = json!({"method": method, "arguments": [cid]}).to_string();
         let removal = Request::parse(&removal).expect("a request").forwarded(self.told);
-        let call = CallQuestion { request: removal, ..CallQuestion::default() };
-        match host.call(call, None, Instant::now() + UNDOES) {
-            Ok(Some(told)) if is_done(&told.text) => {
-                let again = matches!(undo, Undo::DeleteVm(_));
-                let kind = if again { ErrorKind::VmCreationFailed { retry: true } } else { error.kind() };
-                error.with_kind(kind).during("nothing of it is left")
-            }
-            _ => {
-                let host = &host.name;
-                error.hint(format!("'{cid}' may be on host '{host}': `{method}` removes it, and does no harm if not"))
-            }
-        }
+        let call = CallQuestion { request: removal, undoes: true, ..CallQuestion::default() };
+        let told = host.call(call, None, Instant::now() + UNDOES);
+        matches!(told, Ok(Some(told)) if is_done(&told.text))
     }
 }
 
-fn answered(host: &Host, told: Told) -> Result<Answered> {
-    let strange = || Error::new(ErrorKind::Host, format!("host '{}' gave no answer of a CPI", host.name));
-    let response = Response::forwarded(told.text.clone()).ok_or_else(strange)?;
-    Ok(Answered { response, told })
+/// What `host` answered. A success of a create that names another cid than was chosen is none: nobody could have that removed.
+fn answered(host: &Host, told: Told, undo: Option<&Undo>) -> Result<Answered> {
+    let strange = |what: &str| Error::new(ErrorKind::Host, format!("host '{}' {what}", host.name));
+    let Some(response) = Response::forwarded(told.text.clone()) else {
+        return Err(strange("gave no answer of a CPI"));
+    };
+    let answered = Answered { response, told };
+    match (answered.result(), undo.map(|undo| undo.call().1)) {
+        (Some(result), Some(cid)) if result != cid && result[0] != cid => {
+            let unheard = std::io::ErrorKind::InvalidData.into();
+            answered.told.tell(&Delivery::Lost(unheard));
+            Err(strange(&format!("says that it made something else than '{cid}'")))
+        }
+        _ => Ok(answered),
+    }
 }
 
 /// Whether an answer says that it was done, or that there was nothing to do.

@@ -57,12 +57,19 @@ impl Caller {
     /// What it asks. It may take its time.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] for what this version does not understand.
+    /// [`ErrorKind::BadRequest`] for what this version does not understand, or for too much.
     pub fn question(&self) -> Result<Question> {
-        self.hear().map_err(|error| {
+        let question: Question = self.hear().map_err(|error| {
             let message = "the question can not be read: the caller may have another version of this program";
             Error::new(ErrorKind::BadRequest, message).because(error)
-        })
+        })?;
+        match question.things() {
+            0..=wire::MAX_THINGS => Ok(question),
+            many => {
+                let message = format!("the question names {many} things, more than {}", wire::MAX_THINGS);
+                Err(Error::new(ErrorKind::BadRequest, message))
+            }
+        }
     }
 
     /// Its log.
@@ -84,7 +91,7 @@ impl Caller {
     }
 
     fn hear<T: DeserializeOwned>(&self) -> io::Result<T> {
-        wire::hear(&mut lock(&self.input).bytes)
+        wire::hear(&mut lock(&self.input).bytes, wire::LONGEST_QUESTION)
     }
 }
 
@@ -96,7 +103,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Way for Caller {
     fn deliver(&self, answer: &Response, matters: bool) -> Delivery {
         let text = String::from_utf8_lossy(answer.as_bytes()).into_owned();
-        let answer = Answer { text, waits: matters, lacks_room: answer.lacks_room() };
+        let answer = Answer { text, waits: matters, lacks_room: answer.lacks_room(), crowded: answer.is_crowded() };
         if let Err(error) = self.say(&Word::Answer(answer)) {
             return Delivery::Lost(error);
         }
@@ -199,7 +206,7 @@ impl Input {
     /// The digest after an image.
     fn seal(&mut self) -> io::Result<Digest> {
         self.unsealed = false;
-        wire::hear(&mut self.bytes)
+        wire::hear(&mut self.bytes, wire::LONGEST_QUESTION)
     }
 }
 

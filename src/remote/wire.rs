@@ -32,7 +32,13 @@ pub struct Greeting {
     pub program: String,
     /// The host's version of it.
     pub version: String,
+    /// What it understands; 0: it says nothing of that.
+    #[serde(default)]
+    pub protocol: u32,
 }
+
+/// What this version understands. 1: a question whose conditions an older one would not know of, and so not keep to.
+pub const PROTOCOL: u32 = 1;
 
 /// The program on the other end.
 pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
@@ -40,7 +46,7 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 impl Greeting {
     /// Of this program.
     pub fn ours() -> Self {
-        Self { program: PROGRAM.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() }
+        Self { program: PROGRAM.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned(), protocol: PROTOCOL }
     }
 }
 
@@ -58,6 +64,27 @@ pub enum Question {
     GiveUp(DiskCid),
 }
 
+impl Question {
+    /// What a host must understand to be asked this. Keys that are no condition, only make something better, need nothing.
+    pub fn needs(&self) -> u32 {
+        match self {
+            Self::Call(call) => u32::from(!call.only_with.is_empty() || call.everywhere),
+            Self::GiveUp(_) => 1,
+            Self::Offer(_) | Self::Find(_) => 0,
+        }
+    }
+
+    /// How many things it names.
+    pub fn things(&self) -> usize {
+        match self {
+            Self::Call(call) => call.only_with.len(),
+            Self::Offer(wish) => wish.cids.len() + wish.addresses.len(),
+            Self::Find(cids) => cids.len(),
+            Self::GiveUp(_) => 1,
+        }
+    }
+}
+
 /// A call to be carried out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallQuestion {
@@ -69,6 +96,15 @@ pub struct CallQuestion {
     /// Cids that must be on this host; if one is not, nothing is done.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub only_with: Vec<String>,
+    /// How many VMs that had better not be with the new one the host may have, having said so when it was chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alike: Option<usize>,
+    /// Whether other hosts are asked to make the same under the same cid.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub everywhere: bool,
+    /// Whether it undoes a create of the cid in it, which may not have begun yet: then it must not begin any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub undoes: bool,
     /// The size of the image that create_stemcell is to import.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<Bytes>,
@@ -117,10 +153,19 @@ pub struct Answer {
     /// Whether the call failed because the host has not the memory or the space.
     #[serde(default)]
     pub lacks_room: bool,
+    /// Whether it failed because more VMs are there than the question allows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub crowded: bool,
 }
 
-/// The longest line either side takes: a request's [`MAX_BYTES`](crate::rpc::request::MAX_BYTES), escaped.
-const LONGEST: u64 = 64 << 20;
+/// The longest question: a request's [`MAX_BYTES`](crate::rpc::request::MAX_BYTES), escaped.
+pub const LONGEST_QUESTION: u64 = 64 << 20;
+
+/// The longest word of a host: an [answer's](crate::rpc::response::MAX_FORWARDED) text, escaped.
+pub const LONGEST_WORD: u64 = 4 << 20;
+
+/// The most things that one question names.
+pub const MAX_THINGS: usize = 1000;
 
 /// Says `what`, on one line.
 ///
@@ -133,15 +178,15 @@ pub fn say(to: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
     to.flush()
 }
 
-/// Hears one line.
+/// Hears one line, of `longest` bytes at most.
 ///
 /// # Errors
 /// [`io::ErrorKind::UnexpectedEof`] when the other side is gone, [`io::ErrorKind::InvalidData`] for what is no such line.
-pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<T> {
+pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead, longest: u64) -> io::Result<T> {
     let mut line = Vec::new();
-    from.by_ref().take(LONGEST).read_until(b'\n', &mut line)?;
+    from.by_ref().take(longest).read_until(b'\n', &mut line)?;
     if line.pop() != Some(b'\n') {
-        let ended = line.len() as u64 + 1 < LONGEST;
+        let ended = line.len() as u64 + 1 < longest;
         return Err(if ended { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData }.into());
     }
     // The error would quote what it is about.
@@ -163,22 +208,40 @@ mod tests {
         let call = CallQuestion { request: "{\n}".into(), ..CallQuestion::default() };
         assert_eq!(line(&Question::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
         assert_eq!(line(&Word::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
-        let answer = Answer { text: "{}".into(), waits: true, lacks_room: false };
+        let answer = Answer { text: "{}".into(), waits: true, lacks_room: false, crowded: false };
         assert_eq!(line(&Word::Answer(answer)), "{\"answer\":{\"text\":\"{}\",\"waits\":true,\"lacks_room\":false}}\n");
     }
 
     #[test]
     fn a_line_that_is_cut_off_or_nonsense_is_none() {
         let mut lines = &b"{\"log\":\"x\",\"new\":1}\n{\"log\":\"y\"}\nnonsense\n{\"log\":"[..];
-        assert_eq!(hear::<Word>(&mut lines).unwrap_err().kind(), io::ErrorKind::InvalidData, "two words in one");
-        assert_eq!(hear::<Word>(&mut lines).unwrap(), Word::Log("y".into()));
-        assert_eq!(hear::<Word>(&mut lines).unwrap_err().kind(), io::ErrorKind::InvalidData);
-        assert_eq!(hear::<Word>(&mut lines).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::InvalidData, "two words in one");
+        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap(), Word::Log("y".into()));
+        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_none() {
+        let mut lines = &b"{\"log\":\"0123456789\"}\n"[..];
+        assert_eq!(hear::<Word>(&mut lines, 10).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn only_a_condition_needs_a_host_that_knows_of_it() {
+        let call = |change: fn(&mut CallQuestion)| {
+            let mut call =
+                CallQuestion { cid: Some("vm-1".into()), alike: Some(1), undoes: true, ..CallQuestion::default() };
+            change(&mut call);
+            Question::Call(call).needs()
+        };
+        assert_eq!(call(|_| {}), 0);
+        assert_eq!((call(|call| call.only_with = vec!["vm-1".into()]), call(|call| call.everywhere = true)), (1, 1));
     }
 
     #[test]
     fn keys_of_a_newer_version_are_no_obstacle() {
         let mut lines = &b"{\"greeting\":{\"program\":\"p\",\"version\":\"9\",\"moon\":\"full\"}}\n"[..];
-        assert!(matches!(hear(&mut lines).unwrap(), Word::Greeting(Greeting { .. })));
+        assert!(matches!(hear(&mut lines, 1000).unwrap(), Word::Greeting(Greeting { protocol: 0, .. })));
     }
 }

@@ -49,7 +49,10 @@ impl<V: Verbs> Carrier for Here<V> {
             let _call = span.entered();
             match (delivery, undo) {
                 (Delivery::Taken, undo) => undo.iter().for_each(|undo| undo.is_void(&self.0)),
-                (Delivery::Unknown(silence), _) => warn!("nobody said that they took the answer: {silence}"),
+                (Delivery::Unknown(silence), undo) => {
+                    let undo = undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
+                    warn!("nobody said that they took the answer: {silence}{}", undo.unwrap_or_default());
+                }
                 (Delivery::Lost(unanswered), undo) => {
                     warn!("nobody took the answer: {unanswered}");
                     let Some(undo) = undo else { return };

@@ -1,12 +1,17 @@
 //! The answer: always one JSON object with `result`, `error` and `log`, each of the shape the Director checks for.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::error::{Error, ErrorKind};
+use crate::schema::plain;
 
 /// The most bytes of an error's message. The Director reads one byte at a time: 4 s for each MB.
 const MAX_MESSAGE: usize = 8 << 10;
+
+/// The most bytes of an answer of another host.
+pub const MAX_FORWARDED: usize = 1 << 20;
 
 /// One answer. All keys are always written: a missing or null `log` makes the Director discard the whole.
 #[derive(Debug)]
@@ -14,6 +19,7 @@ pub struct Response {
     json: String,
     error_type: Option<&'static str>,
     lacks_room: bool,
+    crowded: bool,
 }
 
 #[derive(Serialize)]
@@ -42,10 +48,10 @@ struct Forwarded<'a> {
 }
 
 #[derive(Deserialize)]
-#[expect(dead_code, reason = "only whether they are there matters")]
 struct ForwardedFailure {
     r#type: String,
     message: String,
+    #[expect(dead_code, reason = "only whether it is there matters")]
     ok_to_retry: bool,
 }
 
@@ -57,7 +63,7 @@ fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(value: D) -> R
 impl Response {
     /// It worked: `result`.
     pub fn success<T: Serialize + ?Sized>(result: &T) -> Self {
-        Self { json: write(&Body { result: Some(result), error: None, log: "" }), error_type: None, lacks_room: false }
+        Self::of(write(&Body { result: Some(result), error: None, log: "" }))
     }
 
     /// It failed with `error`.
@@ -68,14 +74,25 @@ impl Response {
             json: write(&Body::<()> { result: None, error: Some(failure), log: "" }),
             error_type: Some(r#type),
             lacks_room: error.lacks_room(),
+            crowded: error.is_crowded(),
         }
     }
 
-    /// What another host answered, to the letter; `None` if that is no answer the Director would take.
+    fn of(json: String) -> Self {
+        Self { json, error_type: None, lacks_room: false, crowded: false }
+    }
+
+    /// What another host answered, to the letter, but for control characters in what people read; `None` if that is no answer
+    /// the Director would take.
     pub fn forwarded(text: String) -> Option<Self> {
+        if text.len() > MAX_FORWARDED {
+            return None;
+        }
         let body: Forwarded = serde_json::from_str(&text).ok()?;
-        let whole = body.result.is_some() && body.error.is_some() && body.log.is_some();
-        whole.then_some(Self { json: text, error_type: None, lacks_room: false })
+        let (Some(_), Some(error), Some(log)) = (body.result, body.error, body.log) else { return None };
+        let said = error.iter().flat_map(|failure| [&failure.r#type, &failure.message]).chain([&log]);
+        let is_plain = said.into_iter().all(|words| *words == plain(words));
+        Some(Self::of(if is_plain { text } else { cleaned(&text)? }))
     }
 
     /// The `Bosh::Clouds` type of the error in it.
@@ -86,6 +103,11 @@ impl Response {
     /// Whether it failed because this host has not the memory or the space.
     pub fn lacks_room(&self) -> bool {
         self.lacks_room
+    }
+
+    /// Whether it failed because others were faster to put VMs on this host.
+    pub fn is_crowded(&self) -> bool {
+        self.crowded
     }
 
     /// The JSON. No newline at its end: without its last byte it must not parse.
@@ -112,6 +134,7 @@ fn director_type(kind: ErrorKind) -> (&'static str, bool) {
         | ErrorKind::Conflict
         | ErrorKind::Timeout
         | ErrorKind::NotEnoughMemory { .. }
+        | ErrorKind::Crowded
         | ErrorKind::Corrupt
         | ErrorKind::Host
         | ErrorKind::Internal => ("Bosh::Clouds::CloudError", false),
@@ -120,6 +143,17 @@ fn director_type(kind: ErrorKind) -> (&'static str, bool) {
 
 fn write(body: &impl Serialize) -> String {
     serde_json::to_string(body).expect("an answer is JSON")
+}
+
+/// The answer `text` without control characters in what people read.
+fn cleaned(text: &str) -> Option<String> {
+    let mut answer: Value = serde_json::from_str(text).ok()?;
+    for place in ["/error/type", "/error/message", "/log"] {
+        if let Some(Value::String(words)) = answer.pointer_mut(place) {
+            *words = plain(words);
+        }
+    }
+    Some(answer.to_string())
 }
 
 /// `text`, its middle cut out if it is long: the front says what failed, the end has the hint or a console's last lines.
@@ -172,6 +206,18 @@ mod tests {
     #[test]
     fn an_unknown_stemcell_has_a_type_the_director_knows() {
         assert_eq!(director_type(ErrorKind::StemcellNotFound).0, "Bosh::Clouds::CloudError");
+    }
+
+    #[test]
+    fn another_hosts_answer_is_passed_on_to_the_letter_but_not_to_the_terminal() {
+        let own = r#"{"result": null,"error":{"type":"T","message":"a\nHint: b","ok_to_retry":false}, "log":""}"#;
+        assert_eq!(Response::forwarded(own.to_owned()).unwrap().as_bytes(), own.as_bytes());
+        let hostile = json!({"result": null, "log": "\u{9b}0m", "error": {
+            "type": "T", "message": "a\u{1b}[2J\r\nb", "ok_to_retry": false}});
+        let cleaned = parsed(&Response::forwarded(hostile.to_string()).unwrap());
+        assert_eq!((&cleaned["error"]["message"], &cleaned["log"]), (&json!("a [2J \nb"), &json!(" 0m")));
+        let long = json!({"result": "x".repeat(MAX_FORWARDED), "error": null, "log": ""});
+        assert!(Response::forwarded(long.to_string()).is_none());
     }
 
     #[test]

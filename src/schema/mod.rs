@@ -12,7 +12,7 @@ mod values;
 use serde::Serialize;
 use serde_json::Value;
 
-pub use reader::{Reader, printable, suggest};
+pub use reader::{Reader, plain, printable, suggest};
 pub use values::{Redacted, Whole};
 
 use crate::error::{Error, ErrorKind};

@@ -54,6 +54,11 @@ pub fn printable(key: &str) -> String {
     key.chars().take(64).flat_map(char::escape_debug).collect()
 }
 
+/// What a machine says that may be hostile, as it may stand in a message: no control characters but ends of lines.
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
+}
+
 /// The word of `known` a person who typed `name` may have meant.
 pub fn suggest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     let short: String = name.chars().take(64).collect();

@@ -6,6 +6,7 @@ mod install;
 mod serve;
 mod setup;
 mod status;
+mod syslog;
 
 use std::io::Write;
 use std::path::Path;

@@ -3,15 +3,17 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
+use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
 use crate::config::{self, Config, Transport, TransportKind};
 use crate::cpi::offer::{Offer, Wish};
@@ -97,35 +99,62 @@ fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
 }
 
 /// Has another process of this host, which is root's, answer in place of this one.
-fn pass_on(mut output: File) -> Result<()> {
+fn pass_on(output: File) -> Result<()> {
     let socket = Transport::absent().expect("every key has a default").socket;
     let fail = |error| {
         let hint = "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
         Error::io("connect to", &socket, error).hint(hint)
     };
-    let mut host = UnixStream::connect(&socket).map_err(fail)?;
-    let mut caller = host.try_clone().map_err(fail)?;
+    let host = UnixStream::connect(&socket).map_err(fail)?;
+    join(io::stdin(), output, host).map_err(|e| Error::os("pass on the answer", e))
+}
+
+/// Passes on to `host` what is heard on `input`, and to `output` what it says, until it or who listens there is gone.
+fn join(mut input: impl Read + Send + 'static, mut output: File, mut host: UnixStream) -> io::Result<()> {
+    let (mut caller, end, heard) = (host.try_clone()?, host.try_clone()?, output.try_clone()?);
     std::thread::spawn(move || {
-        // Whoever of the two is gone, the other notices.
-        let _ = io::copy(&mut io::stdin(), &mut caller);
+        let _ = io::copy(&mut input, &mut caller);
+        // It has no more to say, and may listen yet.
         let _ = caller.shutdown(Shutdown::Write);
     });
-    io::copy(&mut host, &mut output).map(drop).map_err(|e| Error::os("pass on the answer", e))
+    std::thread::spawn(move || {
+        if let Ok(()) = closed(&heard) {
+            // Or the host would answer into nothing, and take its answer for one that may have been heard.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    });
+    // Of what it knows to be a socket and a pipe, `io::copy` makes splice(2), which has the pipe's lock while nothing comes:
+    // nobody could close the other end until then (`splice_file_to_pipe` in fs/splice.c).
+    let host: &mut dyn Read = &mut host;
+    io::copy(host, &mut output).map(drop)
+}
+
+/// Waits until nobody can read any more what is written to `output`.
+fn closed(output: &File) -> io::Result<()> {
+    // Of a pipe without readers, and of a socket whose other end is gone, that is said whatever is asked for.
+    let mut asked = [PollFd::new(output.as_fd(), PollFlags::empty())];
+    loop {
+        match poll(&mut asked, PollTimeout::NONE) {
+            Err(nix::errno::Errno::EINTR) => {}
+            polled => return polled.map(drop).map_err(io::Error::from),
+        }
+    }
 }
 
 fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
-    let CallQuestion { request, cid, image, .. } = call;
+    let CallQuestion { request, cid, alike, everywhere, undoes, image, .. } = call;
     rpc::serve_text(request, outlet, |request| {
         let (config, file) = load(config)?;
         match peer(io::stdin().as_fd()) {
             Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
             // Standard error would be told to the caller, too.
-            Peer::Elsewhere(_) => log::init_to(&config.log, caller.log()),
+            Peer::Elsewhere(_) => log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET)))),
         }
         tracing::info!("called by {}", peer(io::stdin().as_fd()));
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
-        let afar = Afar { cid, image: image.map(|image| Box::new(image) as _) };
+        let image = image.map(|image| Box::new(image) as _);
+        let afar = Afar { cid, alike, everywhere, undoes, image };
         let cpi = Cpi::new(config, file).called_by(request.context.director()).from_afar(afar);
         Ok(Box::new(Here::new(cpi)) as Box<dyn Carrier>)
     });
@@ -185,5 +214,28 @@ impl<A: Write, B: Write> Write for Both<A, B> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush().and(self.1.flush())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn a_caller_that_is_gone_is_so_for_the_process_that_answers() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // It has more to say for all that anybody knows, and hears no more.
+        let (input, _speaks) = io::pipe().unwrap();
+        let (hears, output) = io::pipe().unwrap();
+        let joined = std::thread::spawn(move || join(input, File::from(OwnedFd::from(output)), ours));
+        // The greeting was heard.
+        theirs.write_all(b"x").unwrap();
+        (&hears).read_exact(&mut [0]).unwrap();
+        drop(hears);
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+        assert_eq!(theirs.write_all(b"answer").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        joined.join().unwrap().unwrap();
     }
 }

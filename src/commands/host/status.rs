@@ -13,6 +13,7 @@ use crate::cpi::offer::{Offer, Wish};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::caller::Host;
+use crate::schema::{plain, printable};
 use crate::units::Bytes;
 
 /// How long a host is waited for.
@@ -73,9 +74,9 @@ impl Line {
         match &self.offer {
             Ok(offer) => [
                 self.name.clone(),
-                offer.version.clone(),
+                printable(&offer.version),
                 offer.vms.to_string(),
-                offer.accelerator.clone(),
+                plain(&offer.accelerator).replace('\n', " "),
                 offer.cpus.to_string(),
                 mib(offer.memory),
                 mib(offer.space.values().copied().max().unwrap_or_default()),

@@ -3,18 +3,20 @@
 use super::{Member, Outcome};
 use crate::error::Result;
 use crate::remote::errand::{Answered, Errand};
+use crate::rpc::call::Undo;
 use crate::rpc::outlet::Delivery;
 
 /// Has all hosts import the image. It is sent to all at the same time, and to none that has it. A draining host that can
 /// not be asked does without: it gets no VMs.
 pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
     let undo = errand.call.creates(None);
-    let answers = at_once(members, |member| errand.send(&member.host, undo.as_ref()));
+    let several = if members.len() > 1 { errand.everywhere() } else { errand.clone() };
+    let answers = at_once(members, |member| several.send(&member.host, undo.as_ref()));
     let mut made = Vec::new();
     let mut failed = None;
     for (member, answer) in members.iter().zip(answers) {
         match answer {
-            Ok(answered) if answered.is_success() => made.push(answered),
+            Ok(answered) if answered.is_success() => made.push((member, answered)),
             Err(error) if member.draining => {
                 tracing::warn!(host = member.host.name, "a draining host has not got the stemcell: {}", error.report());
             }
@@ -22,14 +24,30 @@ pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
         }
     }
     match failed {
-        None => together(made),
+        None => together(made.into_iter().map(|(_, answered)| answered).collect()),
         Some(failed) => {
-            // What the others have imported nobody will ever hear of.
-            let unheard = || std::io::Error::from(std::io::ErrorKind::NotConnected);
-            made.into_iter().for_each(|made| made.told.tell(&Delivery::Lost(unheard())));
+            take_back(made, errand, undo.as_ref());
             failed.map(Answered::into_outcome)
         }
     }
+}
+
+/// Has those who made it remove it: nobody will ever hear of it.
+fn take_back(made: Vec<(&Member, Answered)>, errand: &Errand<'_>, undo: Option<&Undo>) {
+    std::thread::scope(|threads| {
+        for (member, answered) in made {
+            threads.spawn(move || {
+                let unheard = std::io::ErrorKind::NotConnected.into();
+                answered.told.tell(&Delivery::Lost(unheard));
+                // One that finished long before the others waits no more to be told.
+                if let Some(undo) = undo.filter(|undo| !errand.is_undone(&member.host, undo)) {
+                    let (method, cid) = undo.call();
+                    let host = &member.host.name;
+                    tracing::warn!(host, "'{cid}' may be left there: `{method}` removes it");
+                }
+            });
+        }
+    });
 }
 
 /// Has all hosts delete it, whether they have it or not.

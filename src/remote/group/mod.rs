@@ -19,6 +19,9 @@
 mod everywhere;
 mod place;
 
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
 use serde_json::{Map, Value};
 
 use self::place::{Candidate, Need};
@@ -28,6 +31,7 @@ use crate::cid::{Cid, DiskCid, VmCid, is_from};
 use crate::config::{Config, HostEntry};
 use crate::cpi::Cpi;
 use crate::cpi::cloud_properties::{self, DiskCloudProperties, VmCloudProperties};
+use crate::cpi::networks::Addressing;
 use crate::cpi::offer::Wish;
 use crate::cpi::verbs::{CreateDisk, CreateVm};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,6 +40,12 @@ use crate::rpc::outlet::Delivery;
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
 use crate::rpc::{Carried, Carrier, Here};
+
+/// How long a host may take to say what it has.
+const LOOKS: Duration = Duration::from_secs(20);
+
+/// How often all are asked where a VM is best put, while others put theirs there.
+const TURNS: usize = 10;
 
 /// Has calls carried out on one of several hosts.
 pub struct Group {
@@ -68,7 +78,7 @@ impl Group {
             Call::CreateStemcell(_) => everywhere::create(&self.members, errand),
             Call::DeleteStemcell(_) => {
                 // While a host is silent the others keep it: VMs of it may still be wanted.
-                self.ask_all(|host| host.find(&[], errand.deadline)).into_iter().collect::<Result<Vec<_>>>()?;
+                self.ask_all(|host| host.find(&[], soon(errand))).into_iter().collect::<Result<Vec<_>>>()?;
                 everywhere::delete(&self.members, errand)
             }
             Call::CreateNetwork(_) => {
@@ -121,7 +131,8 @@ impl Group {
     /// If a cid is not found, and a host that may have it can not be asked.
     fn find(&self, errand: &Errand<'_>, cids: &[&str]) -> Result<Vec<Option<&Member>>> {
         let wanted: Vec<_> = cids.iter().map(|cid| (*cid).to_owned()).collect();
-        let answers = self.ask_all(|host| host.find(&wanted, errand.deadline));
+        let until = soon(errand);
+        let answers = self.ask_all(|host| host.find(&wanted, until));
         let of = |cid: &String| {
             let has = |answer: &Result<Vec<String>>| answer.as_ref().is_ok_and(|found| found.contains(cid));
             let found = self.members.iter().zip(&answers).find(|(_, answer)| has(answer)).map(|(member, _)| member);
@@ -157,13 +168,45 @@ impl Group {
             stemcell: vm.stemcell.to_string(),
             disks: vm.disks.iter().map(ToString::to_string).collect(),
         };
-        let cids = need.disks.iter().chain([&need.stemcell]).cloned().collect();
-        let candidates = self.candidates(errand, &Wish { cids, spread: vm.env.spread() });
-        let mut best = place::order(&candidates, &need)?.into_iter().map(|at| &self.members[at]).peekable();
-        while let Some(member) = best.next() {
-            let answered = self.send_to(errand, member)?;
-            if !answered.told.lacks_room || best.peek().is_none() {
+        let wish = Wish {
+            cids: need.disks.iter().chain([&need.stemcell]).cloned().collect(),
+            addresses: addresses(vm),
+            director: errand.request.context.director().map(str::to_owned),
+            spread: vm.env.spread(),
+        };
+        let mut candidates = self.candidates(errand, &wish);
+        let errand = errand.afresh();
+        for turn in 1.. {
+            let order = place::order(&candidates, &need)?;
+            // Where there is no choice, and at last, it is put there however many are there.
+            let counts = turn < TURNS && order.len() > 1;
+            if let Some(answered) = self.put(&errand, &candidates, &order, counts)? {
                 return Ok(answered.into_outcome());
+            }
+            candidates = self.candidates(&errand, &wish);
+        }
+        unreachable!("the last turn has an end")
+    }
+
+    /// Has the first of `order` that has room make the VM. `None` if others put VMs on one meanwhile that had better not be
+    /// with this one, and that `counts`: then all are to be asked again.
+    fn put(
+        &self,
+        errand: &Errand<'_>,
+        candidates: &[Candidate<'_>],
+        order: &[usize],
+        counts: bool,
+    ) -> Result<Option<Answered>> {
+        for (turn, at) in order.iter().enumerate() {
+            let member = &self.members[*at];
+            let alike = candidates[*at].offer.as_ref().ok().map(|offer| offer.alike).filter(|_| counts);
+            let answered = self.send_to(&errand.beside(alike), member)?;
+            if counts && answered.told.crowded {
+                tracing::info!(host = member.host.name, "others were faster to put VMs of its group there");
+                return Ok(None);
+            }
+            if !answered.told.lacks_room || turn + 1 == order.len() {
+                return Ok(Some(answered));
             }
             // Others were faster.
             tracing::info!(host = member.host.name, "it has no room for the VM after all");
@@ -172,7 +215,8 @@ impl Group {
     }
 
     fn candidates(&self, errand: &Errand<'_>, wish: &Wish) -> Vec<Candidate<'_>> {
-        let offers = self.ask_all(|host| host.offer(wish, errand.deadline));
+        let until = soon(errand);
+        let offers = self.ask_all(|host| host.offer(wish, until));
         let named = self.members.iter().zip(offers);
         named
             .map(|(member, offer)| Candidate {
@@ -193,6 +237,7 @@ impl Group {
             cloud_properties::read(&self.config.disk_defaults, &disk.cloud_properties.0)?;
         let pool = properties.pool.unwrap_or_default();
         let candidates = self.candidates(errand, &Wish::default());
+        let errand = &errand.afresh();
         let space = |candidate: &Candidate<'_>| candidate.offer.as_ref().ok()?.space.get(&pool).copied();
         let open = (0..candidates.len()).filter(|at| !candidates[*at].draining);
         let best = open
@@ -214,7 +259,7 @@ impl Group {
     fn find_one(&self, errand: &Errand<'_>, cid: &str) -> Result<Option<&Member>> {
         let wanted = [cid.to_owned()];
         for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
-            if !member.host.find(&wanted, errand.deadline).map_err(|untold| untold.error)?.is_empty() {
+            if !member.host.find(&wanted, soon(errand)).map_err(|untold| untold.error)?.is_empty() {
                 return Ok(Some(member));
             }
         }
@@ -251,14 +296,30 @@ impl Group {
             let message = format!("disk '{disk}' is on host '{there}', the VM on '{here}', {why}");
             Error::new(ErrorKind::Conflict, message).hint("recreate the VM: a new one is put where its disks are")
         };
-        let wish = Wish { cids: vec![disk.to_string()], spread: None };
-        let offer = to.host.offer(&wish, errand.deadline).map_err(|untold| untold.error)?;
+        let wish = Wish { cids: vec![disk.to_string()], ..Wish::default() };
+        let offer = to.host.offer(&wish, soon(errand)).map_err(|untold| untold.error)?;
         if offer.shared.is_empty() {
             return Err(apart("which has no shared pool with the disk".to_owned()));
         }
         let given_up = from.host.give_up(disk, errand.deadline);
         given_up.map_err(|untold| apart(format!("and can not change hosts: {}", in_short(&untold.error, there))))
     }
+}
+
+/// Until when hosts are waited for that are asked about something. One that hangs must not take the time of the call itself,
+/// which goes to another.
+fn soon(errand: &Errand<'_>) -> Instant {
+    let now = Instant::now();
+    now + LOOKS.min(errand.deadline.saturating_duration_since(now) / 2)
+}
+
+/// The addresses that the Director gives the VM.
+fn addresses(vm: &CreateVm) -> Vec<IpAddr> {
+    let given = vm.networks.iter().filter_map(|network| match network.addressing {
+        Addressing::Manual { address, .. } => Some(address.ip()),
+        Addressing::Dynamic { .. } | Addressing::Vip { .. } => None,
+    });
+    given.collect()
 }
 
 /// What is wrong with a host, for a list that has its name already.

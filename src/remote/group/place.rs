@@ -1,7 +1,8 @@
 //! Which host a new VM is put on. Pure: offers in, an order out.
 //!
-//! Hosts are left out that can not be asked, are draining, have not the stemcell, the pool or the memory. Of the others those
-//! come first that have the fewest VMs of the same group, then those with the most memory left. A VM whose disks are on a host
+//! Hosts are left out that can not be asked, are draining, have not the stemcell, the pool or the memory. Of the others one
+//! comes first on which an earlier try left a VM with the same address, that nobody was told of: there it makes way, elsewhere
+//! both would have the address. Then come those that have the fewest VMs of the same group, then those with the most memory left. A VM whose disks are on a host
 //! that alone reaches them is put there, or nowhere; one whose disks are in a shared pool, on any host that has the pool.
 
 use std::cmp::Reverse;
@@ -55,7 +56,7 @@ pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
         let candidate = &candidates[*at];
         let offer = candidate.offer.as_ref().expect("no objection");
         let space = offer.space.get(&need.pool).copied().unwrap_or_default();
-        (offer.alike, Reverse(offer.memory), Reverse(space), candidate.name)
+        (!offer.forgotten, offer.alike, Reverse(offer.memory), Reverse(space), candidate.name)
     });
     if good.is_empty() {
         let reasons = candidates.iter().zip(judged).filter_map(|(host, why)| Some((host.name, why?)));
@@ -159,6 +160,16 @@ mod tests {
             silent("d"),
         ];
         assert_eq!(names(&hosts, &need(&[])), ["c", "b", "a"]);
+    }
+
+    #[test]
+    fn a_vm_is_put_where_one_that_nobody_knows_has_its_address() {
+        let hosts = [
+            host("a", offer(9000, 0, &["sc"])),
+            host("b", Offer { forgotten: true, ..offer(2000, 3, &["sc"]) }),
+            host("c", Offer { forgotten: true, ..offer(9000, 0, &[]) }),
+        ];
+        assert_eq!(names(&hosts, &need(&[])), ["b", "a"]);
     }
 
     #[test]

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::wire::{self, Greeting, PROGRAM, Word};
+use super::wire::{self, Greeting, PROGRAM, Question, Word};
 use crate::config::{Transport, TransportKind};
 use crate::digest::Hasher;
 use crate::error::{Error, ErrorKind, Result};
+use crate::schema::printable;
 
 /// How long a host may take to greet. Nothing has been asked of it then.
 const GREETS: Duration = Duration::from_secs(20);
@@ -29,8 +30,19 @@ pub struct Link {
     reader: BufReader<Box<dyn Read + Send>>,
     writer: Box<dyn Write + Send>,
     /// What carries the bytes.
-    below: Arc<dyn Below>,
+    below: Cut,
     watch: Watch,
+    /// What the host said of itself.
+    greeting: Option<Greeting>,
+}
+
+/// What carries the bytes of a way that ends when this goes: a host that keeps its end open would have a process here for it.
+struct Cut(Arc<dyn Below>);
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
 }
 
 /// What carries the bytes of a [`Link`].
@@ -108,14 +120,31 @@ impl Link {
     fn greeted(ends: Ends, greets: Instant, deadline: Instant) -> Result<Self> {
         let Ends { reader, writer, below } = ends;
         let watch = Watch::new(Arc::clone(&below), greets);
-        let mut link = Self { reader: BufReader::new(reader), writer, below, watch };
+        let mut link = Self { reader: BufReader::new(reader), writer, below: Cut(below), watch, greeting: None };
         match link.hear() {
-            Ok(Word::Greeting(Greeting { program, .. })) if program == PROGRAM => {
-                link.watch = Watch::new(Arc::clone(&link.below), deadline);
+            Ok(Word::Greeting(greeting)) if greeting.program == PROGRAM => {
+                link.watch = Watch::new(Arc::clone(&link.below.0), deadline);
+                link.greeting = Some(greeting);
                 Ok(link)
             }
             Ok(_) => Err(link.broken(io::ErrorKind::InvalidData.into(), "be greeted")),
             Err(error) => Err(link.broken(error, "be greeted")),
+        }
+    }
+
+    /// Whether the host understands what `question` needs.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotSupported`]: it would do something else than is asked.
+    pub fn fits(&self, question: &Question) -> Result<()> {
+        match &self.greeting {
+            Some(greeting) if greeting.protocol < question.needs() => {
+                let message =
+                    format!("its version {} of {PROGRAM} is too old for this call", printable(&greeting.version));
+                Err(Error::new(ErrorKind::NotSupported, message)
+                    .hint("update the program there: hosts first, then callers"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -124,7 +153,7 @@ impl Link {
     /// # Errors
     /// As [`wire::hear`].
     pub fn hear(&mut self) -> io::Result<Word> {
-        wire::hear(&mut self.reader)
+        wire::hear(&mut self.reader, wire::LONGEST_WORD)
     }
 
     /// Says `what`.
@@ -161,10 +190,18 @@ impl Link {
                 .hint("see whether the host is well; what was asked of it is finished or undone there by itself");
         }
         let kind = ErrorKind::Host;
-        match self.below.why() {
+        match self.below.0.why() {
             Some(broken) => broken.into_error(doing),
             None if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Error::new(kind, format!("{doing}: the host closed the connection"))
+            }
+            None if error.kind() == io::ErrorKind::InvalidData && self.greeting.is_some() => {
+                let version = self.greeting.as_ref().map(|greeting| printable(&greeting.version)).unwrap_or_default();
+                Error::new(
+                    kind,
+                    format!("{doing}: what its version {version} of {PROGRAM} says is not understood here"),
+                )
+                .hint("install the same version on both machines")
             }
             None if error.kind() == io::ErrorKind::InvalidData => {
                 Error::new(kind, format!("{doing}: what answers there is not {PROGRAM}"))
@@ -176,10 +213,10 @@ impl Link {
 
     /// Waits until the host has heard the last that was said, at most `patience`.
     pub fn close(self, patience: Duration) {
-        let Self { mut reader, writer, below, watch } = self;
+        let Self { mut reader, writer, below, watch, .. } = self;
         drop(writer);
         drop(watch);
-        let _watch = Watch::new(below, Instant::now() + patience);
+        let _watch = Watch::new(Arc::clone(&below.0), Instant::now() + patience);
         let _ = io::copy(&mut reader, &mut io::sink());
     }
 }

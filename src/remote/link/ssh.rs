@@ -1,7 +1,8 @@
 //! OpenSSH's `ssh`, given everything it may use: the key, the host's key, and no configuration, agent or known hosts of
 //! anybody's.
 //!
-//! Keys are in memory that has no name but `/proc/<our pid>/fd/<n>`, mode 0600, and goes with this process. What ssh has to
+//! Keys are in memory that has no name but `/proc/<our pid>/fd/<n>`, mode 0600 and there for no other user, and goes with
+//! this process. What ssh has to
 //! say of itself goes to such a file, too; its standard error is the host's.
 
 use std::fs::{File, Permissions};
@@ -10,7 +11,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -19,7 +21,7 @@ use super::sharing::{self, Shared};
 use super::{Below, Broken, Connection, Ends};
 use crate::config::Transport;
 use crate::error::{Error, ErrorKind, Result};
-use crate::patience::within;
+use crate::sys::pidfd::Process;
 
 /// What is called on the host, where no forced command says so.
 const REMOTE_COMMAND: [&str; 3] = ["bosh-qemu-cpi", "host", "serve"];
@@ -52,16 +54,15 @@ pub(super) fn open(transport: &Transport, connection: Connection, deadline: Inst
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(not_started)?;
     let ends = (child.stdout.take(), child.stdin.take(), child.stderr.take());
     let (Some(reader), Some(writer), Some(mut complaints)) = ends else { unreachable!("all three are piped") };
-    let said = Arc::new(Mutex::new(String::new()));
-    let heard = Arc::clone(&said);
+    let (heard, said) = channel();
     std::thread::spawn(move || {
         let mut words = Vec::new();
         // More than that is read, so that nobody waits for room, and forgotten.
         let _ = complaints.by_ref().take(WORDS).read_to_end(&mut words);
-        *heard.lock().unwrap_or_else(PoisonError::into_inner) = String::from_utf8_lossy(&words).into_owned();
+        let _ = heard.send(String::from_utf8_lossy(&words).into_owned());
         let _ = io::copy(&mut complaints, &mut io::sink());
     });
-    let below = Arc::new(Session { child: Arc::new(Mutex::new(child)), target, said, shared });
+    let below = Arc::new(Session { child: Mutex::new(child), target, said: Mutex::new(said), shared });
     Ok(Ends { reader: Box::new(reader), writer: Box::new(writer), below })
 }
 
@@ -133,7 +134,8 @@ impl Target {
     }
 }
 
-/// Nothing is asked of anybody, nothing is forwarded, one key is used and one is accepted. A dead link is noticed in 15 s.
+/// Nothing is asked of anybody, nothing is forwarded, one key is used and one is accepted. A dead link is noticed in 15 s: when
+/// two questions went unanswered and the third is due.
 const OPTIONS: [&str; 22] = [
     "BatchMode=yes",
     "IdentitiesOnly=yes",
@@ -154,7 +156,7 @@ const OPTIONS: [&str; 22] = [
     "ConnectTimeout=10",
     "ConnectionAttempts=1",
     "ServerAliveInterval=5",
-    "ServerAliveCountMax=3",
+    "ServerAliveCountMax=2",
     "EscapeChar=none",
     "LogLevel=ERROR",
 ];
@@ -187,30 +189,39 @@ impl Memory {
 }
 
 struct Session {
-    child: Arc<Mutex<Child>>,
+    child: Mutex<Child>,
     target: Target,
-    said: Arc<Mutex<String>>,
+    /// What the host has to say beside its answer, once.
+    said: Mutex<Receiver<String>>,
     shared: Option<Shared>,
 }
 
 impl Session {
     /// How it ended, if it has, or does soon.
     fn status(&self) -> Option<ExitStatus> {
-        let child = Arc::clone(&self.child);
-        let ended = within(Instant::now() + ENDS, move || child.lock().unwrap_or_else(PoisonError::into_inner).wait());
-        ended.and_then(std::result::Result::ok)
+        let process = Process::open(self.child().id().cast_signed()).ok()?;
+        // Whoever cuts the way must not have to wait for it.
+        let ended = process.wait_exit(Instant::now() + ENDS).ok()?;
+        if ended { self.child().try_wait().ok()? } else { None }
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Below for Session {
     fn cut(&self) {
-        // It may have ended.
-        let _ = self.child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+        let mut child = self.child();
+        // It may have ended. After SIGKILL it does.
+        let _ = child.kill().and_then(|()| child.wait());
     }
 
     fn why(&self) -> Option<Broken> {
         let status = self.status();
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        // Its end may be read a moment later than that of the process.
+        let said = said.recv_timeout(ENDS).unwrap_or_default();
         self.target.why(status, &said)
     }
 
@@ -221,7 +232,7 @@ impl Below for Session {
 }
 
 /// What ssh said, by what it means. The first that is found counts.
-const MEANINGS: [(&str, &str, Option<&str>); 14] = [
+const MEANINGS: [(&str, &str, Option<&str>); 13] = [
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "the host's key is not the one in 'host_key'",
@@ -243,7 +254,6 @@ const MEANINGS: [(&str, &str, Option<&str>); 14] = [
     ("No route to host", "no route to the host", None),
     ("Network is unreachable", "no route to the host", None),
     ("timed out", "the host does not answer", Some("see whether it is up and this network reaches it")),
-    ("not responding", "the link is dead: the host no longer answers", None),
     ("Could not resolve hostname", "the host's name is unknown here", None),
     ("reset by peer", "the host closed the connection", Some("its sshd may have more connections than MaxStartups")),
     (

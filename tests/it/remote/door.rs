@@ -117,8 +117,58 @@ fn a_cid_that_a_caller_chooses_is_one_of_ours_and_free() {
 }
 
 #[test]
+fn a_create_that_is_undone_before_it_begins_never_begins() {
+    let Some(pair) = Pair::new() else { return };
+    let stemcell = pair.host.stemcell();
+    for (create, arguments, delete, cid) in [
+        ("create_disk", json!([1, {}]), "delete_disk", "disk-aaaaaaaaaaaaaaa"),
+        ("create_vm", pair.host.vm_arguments(&stemcell), "delete_vm", "vm-aaaaaaaaaaaaaaa"),
+        ("create_network", json!([{"type": "manual"}]), "delete_network", "net-aaaaaaaaaaaaaaa"),
+    ] {
+        let undo = pair.answer(&json!({"request": request(delete, &json!([cid])), "undoes": true}));
+        assert!(undo["error"].is_null() || undo["error"]["type"] == "Bosh::Clouds::NetworkNotFound", "{undo}");
+        let late = pair.answer(&json!({"request": request(create, &arguments), "cid": cid}));
+        let message = late["error"]["message"].as_str().unwrap_or_else(|| panic!("{late}"));
+        assert!(message.contains(&format!("'{cid}' was called off")), "{message}");
+    }
+    for dir in ["vms", "disks", "pending", "uids"] {
+        let left: Vec<_> = fs::read_dir(pair.host.path("state").join(dir)).unwrap().collect();
+        assert!(left.is_empty(), "{dir}: {left:?}");
+    }
+    // What was only deleted, by who did not make it, may be made.
+    let disk = "disk-bbbbbbbbbbbbbbb";
+    pair.answer(&json!({"request": request("delete_disk", &json!([disk]))}));
+    let made = pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": disk}));
+    assert_eq!(made["result"], disk);
+    // And what was made is undone.
+    let undo = pair.answer(&json!({"request": request("delete_disk", &json!([disk])), "undoes": true}));
+    assert!(undo["error"].is_null(), "{undo}");
+    assert_eq!(pair.host.ok("has_disk", &json!([disk])), false);
+}
+
+#[test]
+fn a_stemcell_for_several_hosts_is_not_put_where_they_would_meet() {
+    let Some(pair) = Pair::new() else { return };
+    pair.host.reconfigure(|config| {
+        config["pools"] = json!({"nfs": {"path": "/nowhere", "shared": true}});
+        config["stemcell_pool"] = json!("nfs");
+    });
+    let create = request("create_stemcell", &json!(["/image", {}]));
+    let refused = pair.answer(&json!({"request": create, "image": 1, "everywhere": true}));
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains("stemcell_pool: pool 'nfs' is shared"), "{message}");
+    pair.host.reconfigure(|config| {
+        ["pools", "stemcell_pool"].iter().for_each(|key| drop(config.as_object_mut().unwrap().remove(*key)));
+    });
+}
+
+#[test]
 fn a_question_that_is_none_is_answered() {
     let Some(pair) = Pair::new() else { return };
+    let many: Vec<_> = (0..1001).map(|n| format!("vm-{n}")).collect();
+    let words = pair.serve(&[json!({"find": many})]);
+    let answer = words.last().unwrap()["answer"]["text"].as_str().unwrap();
+    assert!(answer.contains("1001 things, more than 1000"), "{answer}");
     for question in [json!(1), json!({"moon": {}}), json!({"call": {}}), json!({"call": {"request": 7}})] {
         let words = pair.serve(std::slice::from_ref(&question));
         assert!(

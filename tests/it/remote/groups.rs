@@ -1,11 +1,16 @@
 //! Several hosts behind one Director.
 
+use std::io::{BufRead, BufReader, Read};
+
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid, is_from};
 use bosh_qemu_cpi::store::{DiskRecord, StemcellRecord, VmRecord};
+use bosh_qemu_cpi::sys::pidfd::Process;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::support::answer::Answer;
 use crate::support::doors::{Office, Sshd};
-use crate::support::host::{Host, text, vm_cid};
+use crate::support::host::{Host, eventually, text, vm_cid};
 
 /// Two hosts of their own, `kvm-0` and `kvm-1`.
 struct Group {
@@ -63,6 +68,15 @@ impl Group {
         let at =
             [0, 1].into_iter().position(|n: usize| self.hosts[n].store().list::<DiskRecord>().unwrap().contains(&disk));
         (disk, at.unwrap())
+    }
+
+    /// Ends the connections that calls share: a key has what it starts from the time when they were made.
+    fn forget_connections(&self) {
+        for socket in self.office.connections() {
+            let mut command = std::process::Command::new("ssh");
+            command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
+            assert!(command.output().unwrap().status.success());
+        }
     }
 
     fn delete(&self, vms: &[&VmCid], disks: &[&DiskCid], stemcell: &str) {
@@ -193,6 +207,97 @@ fn a_host_that_is_silent_is_never_taken_for_one_that_has_nothing() {
     assert!(refused.failure().message.contains(&format!("'{name}' does not")), "{refused:?}");
     cut("up");
     group.delete(&[&vm, &other], &[&disk], &stemcell);
+}
+
+#[test]
+fn vms_that_are_made_at_once_are_spread() {
+    let Some(group) = Group::new() else { return };
+    let stemcell = group.stemcell();
+    let start = |_| {
+        let mut arguments = group.hosts[0].vm_arguments(&stemcell);
+        arguments[5] = env("d-dep-db");
+        group.office.start("create_vm", &arguments)
+    };
+    let calls: Vec<_> = (0..6).map(start).collect();
+    let answers = calls.into_iter().map(|call| Answer::of(&call.wait_with_output().unwrap()));
+    let created: Vec<_> = answers.map(|answer| vm_cid(answer.result())).collect();
+    created.iter().for_each(|vm| group.hosts.iter().for_each(|host| host.note(&vm.to_string())));
+    assert_eq!(group.vms().map(|vms| vms.len()), [3, 3]);
+    group.delete(&created.iter().collect::<Vec<_>>(), &[], &stemcell);
+}
+
+#[test]
+fn a_host_that_hangs_keeps_nothing_from_the_others() {
+    let Some(group) = Group::new() else { return };
+    let stemcell = group.stemcell();
+    // It greets, and then says nothing more.
+    group.forget_connections();
+    group.doors[0].authorize(&format!("echo '{}'; sleep 600", super::stemcells::GREETING.replace('"', "\\\"")));
+    group.configure(|config| config["deadlines"] = json!({"create_vm": 30, "create_disk": 5}));
+    let (vm, at) = group.vm(&stemcell, &[], &env("g"));
+    let (disk, disk_at) = group.disk(None);
+    assert_eq!((at, disk_at), (1, 1));
+    group.forget_connections();
+    group.doors[0].authorize(&group.hosts[0].door());
+    group.configure(|_| {});
+    group.delete(&[&vm], &[&disk], &stemcell);
+}
+
+#[test]
+fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
+    let Some(group) = Group::new() else { return };
+    group.forget_connections();
+    let (script, go) = (group.office.path("script"), group.office.path("go"));
+    let refusal = r#"{"answer":{"text":"{\"result\":null,\"error\":{\"type\":\"Bosh::Clouds::CloudError\",\"message\":\"no\",\"ok_to_retry\":false},\"log\":\"\"}"}}"#;
+    let greeting = r#"{"greeting":{"program":"bosh-qemu-cpi","version":"0.1.0","protocol":1}}"#;
+    let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
+    std::fs::write(&script, format!("echo '{greeting}'\nread question\n{wait}\ncat <<'E'\n{refusal}\nE\n")).unwrap();
+    group.doors[1].authorize(&format!("sh {}", script.display()));
+    let mut call = group.office.start("create_stemcell", &json!([group.image(), {}]));
+    let mut log = BufReader::new(call.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains(": done") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it ended");
+    }
+    // One thread waits for half a minute to hear that the answer was taken. Another host may take longer than that.
+    let config = group.hosts[0].path("cpi.json").display().to_string();
+    let waits = || {
+        let mut processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+        let process = processes.find(|process| {
+            let line = std::fs::read(process.join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.contains("host\0serve") && line.contains(&config)
+        })?;
+        let threads = std::fs::read_dir(process.join("task")).ok()?.count();
+        (threads == 2).then(|| process.file_name().unwrap().to_str().unwrap().parse().unwrap())
+    };
+    Process::open(eventually("one host has it", waits)).unwrap().signal(Signal::SIGKILL).unwrap();
+    std::fs::write(go, "").unwrap();
+    std::thread::spawn(move || log.read_to_end(&mut Vec::new()));
+    let answer = Answer::of(&call.wait_with_output().unwrap());
+    assert_eq!(answer.failure().message, "no");
+    assert_eq!(group.hosts[0].store().list::<StemcellRecord>().unwrap(), []);
+}
+
+#[test]
+fn a_vm_that_nobody_knows_makes_way_on_its_host() {
+    let Some(group) = Group::new() else { return };
+    let stemcell = group.stemcell();
+    let (vm, at) = group.vm(&stemcell, &[], &env("g"));
+    // Its create_vm died before the answer was taken.
+    std::fs::write(group.hosts[at].paths(&vm).untold(), "").unwrap();
+    let mut arguments = group.hosts[0].vm_arguments(&stemcell);
+    let nic = group.hosts[at].record(&vm).nics.remove(0);
+    arguments[3]["net"]["ip"] = json!(nic.rules.unwrap().addresses[0].ip());
+    arguments[5] = env("g");
+    let new = vm_cid(&group.office.ok("create_vm", &arguments));
+    group.hosts.iter().for_each(|host| host.note(&new.to_string()));
+    // Elsewhere are fewer of its group.
+    let mut expected = [vec![], vec![]];
+    expected[at] = vec![new.clone()];
+    assert_eq!(group.vms(), expected);
+    group.delete(&[&new], &[], &stemcell);
 }
 
 #[test]

@@ -126,6 +126,30 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
 }
 
 #[test]
+fn a_host_that_keeps_its_end_open_leaves_no_process_here() {
+    let Some(pair) = Pair::new() else { return };
+    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
+    let script = pair.office.path("script");
+    fs::write(
+        &script,
+        format!("echo '{}'\nread question\ncat <<'E'\n{said}\nE\nexec sleep 600\n", super::stemcells::GREETING),
+    )
+    .unwrap();
+    pair.sshd.authorize(&format!("sh {}", script.display()));
+    assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
+    assert!(pair.calling().is_empty());
+}
+
+#[test]
+fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
+    let Some(pair) = Pair::with(&json!({}), "MaxSessions 2") else { return };
+    let calls: Vec<_> = (0..8).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
+    for call in calls {
+        assert_eq!(*answer(call).result(), false);
+    }
+}
+
+#[test]
 fn a_private_key_is_in_no_file_argument_or_environment() {
     let Some(pair) = Pair::new() else { return };
     let secret = pair.sshd.read("caller").lines().nth(2).unwrap().to_owned();

@@ -154,13 +154,15 @@ fn a_host_that_makes_no_sense_is_told_of() {
         (vec!["{\"greeting\":{\"program\":\"telnetd\",\"version\":\"1\"}}"], "what answers there is not bosh-qemu-cpi"),
         (vec!["Welcome to Ubuntu"], "what answers there is not bosh-qemu-cpi"),
         (vec![], "the host closed the connection"),
-        (vec![GREETING, "{\"want\":\"moon\"}"], "what answers there is not bosh-qemu-cpi"),
+        (vec![GREETING, "{\"want\":\"moon\"}"], "what its version 0.1.0 of bosh-qemu-cpi says is not understood here"),
+        (vec![GREETING, MADE_ANOTHER], "says that it made something else than 'stemcell-"),
         (vec![GREETING, "{\"answer\":{\"text\":\"{}\"}}"], "gave no answer of a CPI"),
         (vec![GREETING, "{\"answer\":{\"text\":\"7\"}}"], "gave no answer of a CPI"),
         (vec![GREETING], "the host closed the connection"),
     ] {
         let _ = fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).unwrap();
+        let asked = says.first() == Some(&GREETING);
         let host = std::thread::spawn(move || {
             let mut stream = listener.accept().unwrap().0;
             for line in &says {
@@ -175,8 +177,34 @@ fn a_host_that_makes_no_sense_is_told_of() {
         host.join().unwrap();
         let message = &answer.failure().message;
         assert!(message.contains(expected) && message.contains(socket.to_str().unwrap()), "{expected}: {message}");
+        // What it may have made all the same is to be removed, which can not be asked of it any more.
+        assert_eq!(message.contains("`delete_stemcell` removes it"), asked, "{message}");
         assert!(!answer.outcome.as_ref().is_err_and(|failure| failure.ok_to_retry), "{answer:?}");
     }
+}
+
+/// An answer that tells of something else than was to be made.
+const MADE_ANOTHER: &str =
+    r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\",\"error\":null,\"log\":\"\"}"}}"#;
+
+/// An older version says this.
+#[test]
+fn a_host_of_an_older_version_is_not_asked_what_it_would_not_keep_to() {
+    let Some(office) = crate::support::doors::Office::new() else { return };
+    let socket = office.path("fake.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    office.configure(&json!({"hosts": [{"name": "kvm-0", "transport": {"kind": "unix", "socket": socket}}]}));
+    let host = std::thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        stream.write_all(format!("{GREETING}\n").as_bytes()).unwrap();
+        let mut question = String::new();
+        BufReader::new(&stream).read_line(&mut question).unwrap();
+        question
+    });
+    let refused = office.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_at("kvm-0")]));
+    let message = &refused.failure().message;
+    assert!(message.contains("host 'kvm-0': its version 0.1.0 of bosh-qemu-cpi is too old for this call"), "{message}");
+    assert_eq!(host.join().unwrap(), "");
 }
 
 pub const GREETING: &str = "{\"greeting\":{\"program\":\"bosh-qemu-cpi\",\"version\":\"0.1.0\"}}";

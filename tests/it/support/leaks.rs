@@ -44,8 +44,9 @@ impl Host {
                 "probe.json",
                 "io-uring.json",
             ];
-            // `pools/<name>` says that a pool was used.
-            left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !entry.starts_with("pools/")));
+            // `pools/<name>` says that a pool was used, `called-off/<cid>` that a create is wanted no more.
+            let notes = |entry: &str| entry.starts_with("pools/") || entry.starts_with("called-off");
+            left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !notes(entry)));
         }
         left
     }
