@@ -24,7 +24,7 @@ mod testing;
 pub use copy::{Source, copy};
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
-pub use open::{inspect, open, refuse_other_files};
+pub use open::{inspect, is_open_in_qemu, open, refuse_other_files};
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
