@@ -82,7 +82,9 @@ impl Place<'_> {
         };
         let text = std::fs::read(&path).at("read", &path)?;
         let record: DiskRecord = super::objects::understood(&text, cid).map_err(corrupt)?;
-        Ok(DiskRecord { vm: None, phase: Phase::Ready, pool: Some(self.pool.to_owned()), ..record })
+        let pool = Some(self.pool.to_owned());
+        // Nothing uses it, and no call about it was cut short: nobody writes this down of any other disk.
+        Ok(DiskRecord { vm: None, leftover: None, grows_to: None, phase: Phase::Ready, pool, ..record })
     }
 }
 
@@ -238,7 +240,7 @@ impl Store {
         if mark != ours.moving && !place.rename(&mark, &ours.moving)? {
             return Err(Error::new(ErrorKind::Conflict, format!("another host has just taken disk '{cid}'")));
         }
-        self.write(&DiskRecord { leftover: None, grows_to: None, ..record })?;
+        self.write(&record)?;
         place.rename(&ours.moving, &ours.host).map(drop)
     }
 
