@@ -1,5 +1,6 @@
 //! Disks in shared pools on their way from one host to another: whoever is asked for one that is nobody's takes it.
 
+use std::path::Path;
 use std::time::Instant;
 
 use super::Cpi;
@@ -83,13 +84,12 @@ impl Cpi {
         }
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
-        let taken = self.store.take_over(cid, |image| {
-            if !image::is_open_in_qemu(image)? {
-                return Ok(());
-            }
-            let message = format!("disk '{cid}' is in use: a QEMU has '{}' open", image.display());
-            Err(Error::new(ErrorKind::Conflict, message).hint("the other host lives: detach the disk there"))
-        });
+        let judge = |image: &Path| {
+            let unused = image::unused(image, Instant::now());
+            unused
+                .map_err(|e| e.during(format!("take disk '{cid}'")).hint("the other host lives: detach the disk there"))
+        };
+        let taken = self.store.take_over(cid, judge);
         if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
             lock.retire()?;
         }

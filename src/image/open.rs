@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 use super::Format;
@@ -27,22 +26,6 @@ pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)
         }
     }
     Ok((open(0).at("open", path)?.into(), false))
-}
-
-/// Whether a QEMU has the image open, on this host or, as far as the filesystem tells, on another.
-pub fn is_open_in_qemu(path: &Path) -> Result<bool> {
-    let file = File::open(path).at("open", path)?;
-    // QEMU locks a byte for each permission it has, from 100, and for each it does not share, from 200, for reading:
-    // block/file-posix.c.
-    let mut lock = libc::flock {
-        l_type: libc::F_WRLCK as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 100,
-        l_len: 200,
-        l_pid: 0,
-    };
-    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).map_err(std::io::Error::from).at("ask for the locks on", path)?;
-    Ok(lock.l_type != libc::F_UNLCK as i16)
 }
 
 /// Refuses an image whose header names other files. Ours never do, but for an overlay's backing file; a guest that broke

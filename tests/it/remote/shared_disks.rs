@@ -180,7 +180,7 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("no shared pool has"), "{unknown:?}");
     // Its QEMU still writes it.
     let refused = take(taker, &disk);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("in use"), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("is open in a QEMU"), "{refused:?}");
     assert_eq!(owners(&hosts, &disk), [0]);
 
     let qemu = gone.qemu(&vm).unwrap();
