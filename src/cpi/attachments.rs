@@ -26,7 +26,7 @@ use crate::qmp::monitor::Monitor;
 use crate::store::atomic::Staged;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, Phase, Rank, VmRecord};
-use crate::supervisor::{PowerState, open_file, power_state};
+use crate::supervisor::{PowerState, open_file};
 use crate::sys::pidlock;
 
 /// What is kept of a deadline for removing nodes and descriptors.
@@ -50,6 +50,8 @@ impl Cpi {
                 .hint("detach it there first"));
         }
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
+        // Before anything is written down.
+        self.power(vm_cid)?;
         let phase = vm.attachment(disk_cid).map(|attachment| attachment.phase);
         let slots = vm.machine.hotplug_slots as usize;
         let taken = vm.disks.iter().filter(|other| other.phase != Attaching).count();
@@ -119,6 +121,7 @@ impl Cpi {
         };
         let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
+        self.power(vm_cid)?;
         // Once the guest has let go, no full filesystem may keep us from writing that down.
         let released = self.stage_release(&vm, disk_cid, disk.as_ref())?;
         if vm.attachment(disk_cid).is_some() {
@@ -158,7 +161,7 @@ impl Cpi {
             return self.let_go(cid).map(|()| None);
         }
         // An unfinished detach from a VM that is off: its next start plugs the disk in again.
-        let off = matches!(power_state(&self.store.vm(cid))?, PowerState::Off);
+        let off = matches!(self.power(cid)?, PowerState::Off);
         let keeps = phase == Attached || (off && phase == Detaching);
         if vm.phase == Phase::Ready && (keeps || self.is_plugged(&vm, &disk.cid, deadline)?) {
             return Ok(Some(cid.clone()));
@@ -175,8 +178,8 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`] if its QEMU or its supervisor lives.
     fn let_go(&self, vm: &VmCid) -> Result<()> {
-        let paths = self.store.vm(vm);
-        if matches!(power_state(&paths)?, PowerState::Off) && pidlock::holder(&paths.supervisor_pid())?.is_none() {
+        let supervisor = self.store.vm(vm).supervisor_pid();
+        if matches!(self.power(vm)?, PowerState::Off) && pidlock::holder(&supervisor)?.is_none() {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Conflict, format!("VM '{vm}' has the disk, and its removal was cut short"))
@@ -208,10 +211,9 @@ impl Cpi {
 
     /// The VM's monitor, or `None` if the VM is off: then its next start plugs what the record lists.
     pub(super) fn monitor(&self, vm: &VmRecord, deadline: Instant) -> Result<Option<Monitor>> {
-        let paths = self.store.vm(&vm.cid);
-        match power_state(&paths)? {
+        match self.power(&vm.cid)? {
             PowerState::Off => Ok(None),
-            PowerState::On(_) => Ok(Some(Monitor::connect(&paths.qmp(), deadline)?)),
+            PowerState::On(_) => Ok(Some(Monitor::connect(&self.store.vm(&vm.cid).qmp(), deadline)?)),
         }
     }
 
@@ -254,9 +256,9 @@ impl Cpi {
     /// Does something with the QEMU of a VM that is on. One that is off, or that ended meanwhile, has nothing plugged in and
     /// nothing open: its next start goes by the record, and can not begin before we give up the VM's lock.
     fn unless_off(&self, vm: &VmRecord, deadline: Instant, act: impl FnOnce(&mut Monitor) -> Result<()>) -> Result<()> {
-        let paths = self.store.vm(&vm.cid);
-        let PowerState::On(qemu) = power_state(&paths)? else { return Ok(()) };
-        let acted = Monitor::connect(&paths.qmp(), deadline).map_err(Error::from).and_then(|mut m| act(&mut m));
+        let PowerState::On(qemu) = self.power(&vm.cid)? else { return Ok(()) };
+        let qmp = self.store.vm(&vm.cid).qmp();
+        let acted = Monitor::connect(&qmp, deadline).map_err(Error::from).and_then(|mut m| act(&mut m));
         match acted {
             // A QEMU that dies closes its monitor a moment before it is gone.
             Err(error) if error.kind() == ErrorKind::Host && qemu.wait_exit(Instant::now() + DYING)? => {

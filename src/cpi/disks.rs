@@ -81,6 +81,7 @@ impl Cpi {
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
                 .hint("detach it first"));
         }
+        self.is_unused_image(&disk)?;
         let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
         disk.phase = Phase::Deleting;
         self.store.write_deleting(&disk)?;

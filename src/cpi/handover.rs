@@ -1,10 +1,12 @@
 //! Disks in shared pools on their way from one host to another: whoever is asked for one that is nobody's takes it.
 
+use std::path::Path;
 use std::time::Instant;
 
 use super::Cpi;
 use crate::cid::DiskCid;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image;
 use crate::store::{DiskRecord, Rank, atomic};
 
 impl Cpi {
@@ -21,7 +23,7 @@ impl Cpi {
 
     /// Takes a disk that is nobody's, if it is one.
     pub(super) fn adopt(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
-        if atomic::is_there(&self.store.disk_dir(cid)) || !self.store.is_free(cid)? {
+        if self.store.find::<DiskRecord>(cid)?.is_some() || !self.store.is_free(cid)? {
             return Ok(());
         }
         self.store.prepare()?;
@@ -44,8 +46,13 @@ impl Cpi {
     /// [`ErrorKind::Conflict`] if something here uses it, or no other host reaches it; [`ErrorKind::DiskNotFound`].
     pub fn give_up_disk(&self, cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("attach_disk");
-        if !atomic::is_there(&self.store.disk_dir(cid)) && self.store.is_free(cid)? {
-            return self.store.let_go(cid);
+        if self.store.find::<DiskRecord>(cid)?.is_none() && self.store.is_free(cid)? {
+            // It was given up, or that was cut short.
+            let lock = self.disk_lock(cid, deadline)?;
+            if self.store.find::<DiskRecord>(cid)?.is_none() {
+                self.store.remove_record::<DiskRecord>(cid)?;
+                return self.store.let_go(cid).and(lock.retire());
+            }
         }
         let refused = |why: String| Error::new(ErrorKind::Conflict, format!("disk '{cid}' {why}"));
         let (lock, disk) = self.locked_idle_disk(cid, deadline)?;
@@ -77,7 +84,12 @@ impl Cpi {
         }
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
-        let taken = self.store.take_over(cid);
+        let judge = |image: &Path| {
+            let unused = image::unused(image, Instant::now());
+            unused
+                .map_err(|e| e.during(format!("take disk '{cid}'")).hint("the other host lives: detach the disk there"))
+        };
+        let taken = self.store.take_over(cid, judge);
         if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
             lock.retire()?;
         }

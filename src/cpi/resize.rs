@@ -11,7 +11,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::Cpi;
-use super::attachments::hot_disk;
+use super::attachments::{DYING, hot_disk};
 use crate::cid::{Cid, DiskCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -101,9 +101,18 @@ impl Cpi {
         Ok(())
     }
 
+    /// Whether no QEMU has the image of `disk` open, whatever the records say: they may have been restored from a backup.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`].
+    pub(super) fn is_unused_image(&self, disk: &DiskRecord) -> Result<()> {
+        image::unused(&self.store.disk_image(disk)?, Instant::now() + DYING)
+    }
+
     /// Finds out who has the image of `disk`, whose lock the caller holds, open.
     pub(super) fn place(&self, disk: &DiskRecord, deadline: Instant) -> Result<Place> {
         let Some(holder) = self.holder(disk, deadline)? else {
+            self.is_unused_image(disk)?;
             return Ok(Place { vm: None, monitor: None, lock: None });
         };
         let (lock, vm) = self.locked_vm(&holder, deadline)?;
@@ -114,6 +123,9 @@ impl Cpi {
             // The guest ejected the device by itself; the image may still be open.
             hotplug::close(connected, &hot_disk(disk), deadline)?;
             monitor = None;
+        }
+        if monitor.is_none() {
+            self.is_unused_image(disk)?;
         }
         Ok(Place { vm: Some(vm), monitor, lock: Some(lock) })
     }

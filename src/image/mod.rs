@@ -14,6 +14,7 @@ mod create;
 pub mod fat;
 mod grow;
 pub mod import;
+mod in_use;
 mod open;
 pub mod qcow2;
 pub mod qemu_img;
@@ -24,6 +25,7 @@ mod testing;
 pub use copy::{Source, copy};
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
+pub use in_use::unused;
 pub use open::{inspect, open, refuse_other_files};
 
 use std::fs::{File, OpenOptions};

@@ -9,7 +9,7 @@ use super::Store;
 use super::atomic::{self, Staged};
 use super::layout::SCHEMA;
 use super::record::Record;
-use crate::cid::Cid;
+use crate::cid::{Cid, DiskCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
@@ -43,7 +43,8 @@ impl Store {
         }
         for pool in self.pools().names() {
             if atomic::is_there(&self.pools().dir(pool)?.join(cid)) {
-                return Ok(true);
+                // A removal takes the images first; giving a disk up leaves them.
+                return DiskCid::parse(cid.as_str()).map_or(Ok(true), |disk| self.is_free(&disk).map(|free| !free));
             }
         }
         Ok(false)

@@ -125,7 +125,9 @@ impl Pools {
     }
 
     fn is_on(&self, pool: &std::fs::Metadata, other: &Path) -> Result<bool> {
-        other.metadata().map(|other| other.dev() == pool.dev()).at("look at", other)
+        // A host that was asked for nothing yet has no state directory.
+        let there = other.ancestors().find(|path| path.exists()).unwrap_or(other);
+        there.metadata().map(|other| other.dev() == pool.dev()).at("look at", other)
     }
 }
 

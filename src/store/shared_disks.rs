@@ -5,21 +5,23 @@
 //!
 //! ```text
 //!   <pool>/<cid>/host-<id>     that host's, whatever a record elsewhere says
+//!   <pool>/<cid>/moving-<id>   the same, but on its way to or from there: it is in use nowhere
 //!   <pool>/<cid>/host-none     nobody's: the first host that is asked for the disk takes it
 //!
-//!   on A            in the pool              on B
-//!   a record        host-<A>                             in use on A
-//!   a record        host-<A>, as it is now               A was asked to give it up
-//!   –               host-<A>                             killed here, A has it when it is asked again
-//!   –               host-none                            anybody may have it
-//!   –               host-<B>                             killed here, B has it when it is asked again
-//!   –               host-<B>                 a record    in use on B
+//!   on A            in the pool      on B
+//!   a record        host-<A>                       in use on A
+//!   a record        moving-<A>                     A was asked to give it up
+//!   –               moving-<A>                     killed here, A has it when it is asked again
+//!   –               host-none                      anybody may have it
+//!   –               moving-<B>                     killed here, B has it when it is asked again
+//!   –               moving-<B>       a record
+//!   –               host-<B>         a record      in use on B
 //! ```
 //!
 //! A disk without a mark, of a version that made none, is its record's. Nobody opens an image of a disk that is another
 //! host's: see [`Store::is_ours`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Store;
 use super::atomic;
@@ -28,8 +30,10 @@ use crate::cid::{Cid, DiskCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
-/// How names of marks begin.
-const MARK: &str = "host-";
+/// How the name of a mark begins of a disk that is a host's.
+const HOST: &str = "host-";
+/// The same of one on its way.
+const MOVING: &str = "moving-";
 /// The mark of a disk that is nobody's.
 const NOBODYS: &str = "host-none";
 /// Where the state directory says which host it is to others.
@@ -45,7 +49,7 @@ impl Place<'_> {
     /// The mark's file name, if there is one.
     fn mark(&self) -> Result<Option<String>> {
         let mut marks = atomic::names(&self.dir)?;
-        marks.retain(|name| name.starts_with(MARK));
+        marks.retain(|name| is_mark(name));
         match marks.len() {
             0 | 1 => Ok(marks.pop()),
             _ => Err(Error::new(
@@ -78,7 +82,9 @@ impl Place<'_> {
         };
         let text = std::fs::read(&path).at("read", &path)?;
         let record: DiskRecord = super::objects::understood(&text, cid).map_err(corrupt)?;
-        Ok(DiskRecord { vm: None, phase: Phase::Ready, pool: Some(self.pool.to_owned()), ..record })
+        let pool = Some(self.pool.to_owned());
+        // Nothing uses it, and no call about it was cut short: nobody writes this down of any other disk.
+        Ok(DiskRecord { vm: None, leftover: None, grows_to: None, phase: Phase::Ready, pool, ..record })
     }
 }
 
@@ -110,12 +116,12 @@ impl Store {
         self.places(cid).map(|places| !places.is_empty())
     }
 
-    /// Whether a disk without a record here can be had: it is nobody's, or was about to be given up or taken by this host.
+    /// Whether a disk without a record here can be had: it is nobody's, or on its way to or from this host.
     ///
     /// # Errors
     /// Those of [`super::Pools::dir`]: a pool that can not be looked at may have it.
     pub fn is_free(&self, cid: &DiskCid) -> Result<bool> {
-        let ours = self.known_mark()?;
+        let ours = self.known_marks()?.map(|ours| ours.moving);
         for place in self.places(cid)? {
             if place.mark()?.is_some_and(|mark| mark == NOBODYS || Some(&mark) == ours.as_ref()) {
                 return Ok(true);
@@ -131,12 +137,12 @@ impl Store {
     pub fn is_ours(&self, disk: &DiskRecord) -> Result<()> {
         for place in self.places_of(disk)? {
             let Some(mark) = place.mark()? else { continue };
-            if Some(&mark) != self.known_mark()?.as_ref() {
+            if !self.known_marks()?.is_some_and(|ours| ours.has(&mark)) {
                 let (cid, dir) = (&disk.cid, place.dir.display());
                 let message = format!("disk '{cid}' is another host's now: '{dir}' has '{mark}'");
-                return Err(Error::new(ErrorKind::Conflict, message).hint(
-                    "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it",
-                ));
+                let hint =
+                    "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
+                return Err(Error::new(ErrorKind::Conflict, message).hint(hint));
             }
         }
         Ok(())
@@ -148,26 +154,34 @@ impl Store {
         else {
             return Ok(());
         };
+        let ours = self.own_marks()?;
+        if place.mark()?.as_ref() == Some(&ours.moving) {
+            // A move was cut short.
+            place.rename(&ours.moving, &ours.host)?;
+        }
         let mut text = serde_json::to_vec_pretty(disk).expect("a record is plain data");
         text.push(b'\n');
-        atomic::write(&place.dir.join(self.own_mark()?), &text)
+        atomic::write(&place.dir.join(ours.host), &text)
     }
 
     /// Gives up a disk that nothing here uses, whose locks the caller holds: from then on it is nobody's, and not here.
     pub fn give_up(&self, disk: &DiskRecord) -> Result<()> {
         let metadata = self.disk_metadata(disk)?;
         self.mark(&DiskRecord { vm: None, metadata, ..disk.clone() })?;
-        crash::point!("disk's record put beside its image");
+        let ours = self.own_marks()?;
+        for place in self.places_of(disk)? {
+            place.rename(&ours.host, &ours.moving)?;
+        }
         self.remove_record::<DiskRecord>(&disk.cid)?;
         self.let_go(&disk.cid)
     }
 
-    /// Makes a disk of this host without a record nobody's.
+    /// Makes a disk that is on its way to or from this host, without a record here, nobody's.
     pub fn let_go(&self, cid: &DiskCid) -> Result<()> {
-        let ours = self.own_mark()?;
+        let ours = self.own_marks()?;
         for place in self.places(cid)? {
-            if place.mark()?.as_ref() == Some(&ours) {
-                place.rename(&ours, NOBODYS)?;
+            if place.mark()?.as_ref() == Some(&ours.moving) {
+                place.rename(&ours.moving, NOBODYS)?;
             }
         }
         Ok(())
@@ -178,31 +192,33 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Conflict`] if another host was faster.
     pub fn adopt(&self, cid: &DiskCid) -> Result<bool> {
-        let ours = self.own_mark()?;
+        let ours = self.own_marks()?;
         for place in self.places(cid)? {
             match place.mark()? {
                 Some(mark) if mark == NOBODYS => {
-                    if !place.rename(NOBODYS, &ours)? {
+                    if !place.rename(NOBODYS, &ours.moving)? {
                         return Err(Error::new(
                             ErrorKind::Conflict,
                             format!("another host has just taken disk '{cid}'"),
                         ));
                     }
                 }
-                Some(mark) if mark == ours => {}
+                Some(mark) if mark == ours.moving => {}
                 _ => continue,
             }
-            return self.write(&place.record(&ours, cid)?).map(|()| true);
+            self.write(&place.record(&ours.moving, cid)?)?;
+            return place.rename(&ours.moving, &ours.host);
         }
         Ok(false)
     }
 
-    /// Makes a disk this host's, whosever it is: that host is gone for good. The caller holds its lock.
+    /// Makes a disk this host's, whosever it is, if `judge` has nothing against it, who is given its image: that host is gone
+    /// for good. The caller holds its lock.
     ///
     /// # Errors
-    /// [`ErrorKind::DiskNotFound`], [`ErrorKind::Corrupt`] if it can not be told what the disk is.
-    pub fn take_over(&self, cid: &DiskCid) -> Result<()> {
-        let ours = self.own_mark()?;
+    /// [`ErrorKind::DiskNotFound`], [`ErrorKind::Corrupt`] if it can not be told what the disk is, and those of `judge`.
+    pub fn take_over(&self, cid: &DiskCid, judge: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let ours = self.own_marks()?;
         let places = self.places(cid)?;
         let Some(place) = places.first() else {
             return Err(Error::new(ErrorKind::DiskNotFound, format!("no shared pool has a disk '{cid}'")));
@@ -215,30 +231,33 @@ impl Store {
         let mark = place.mark()?.ok_or_else(|| unknown("has no record of it"))?;
         let record = place.record(&mark, cid)?;
         let mut images = atomic::names(&place.dir)?;
-        images.retain(|name| !name.starts_with(MARK) && !name.starts_with(atomic::NEW));
+        images.retain(|name| !is_mark(name) && !name.starts_with(atomic::NEW));
         if places.len() > 1 || images != [record.image()] {
             let why = format!("and other pools have [{}], not '{}' alone", images.join(", "), record.image());
             return Err(unknown(&why));
         }
-        if mark != ours && !place.rename(&mark, &ours)? {
+        judge(&place.dir.join(record.image()))?;
+        if mark != ours.moving && !place.rename(&mark, &ours.moving)? {
             return Err(Error::new(ErrorKind::Conflict, format!("another host has just taken disk '{cid}'")));
         }
-        self.write(&DiskRecord { leftover: None, grows_to: None, ..record })
+        self.write(&record)?;
+        place.rename(&ours.moving, &ours.host).map(drop)
     }
 
-    /// The disks that are this host's by their marks, in all shared pools that can be looked at.
-    pub fn marked(&self) -> Result<Vec<DiskCid>> {
-        let Some(ours) = self.known_mark()? else { return Ok(Vec::new()) };
+    /// The disks on their way to or from this host, in all shared pools that can be looked at.
+    pub fn moving(&self) -> Result<Vec<DiskCid>> {
+        let Some(ours) = self.known_marks()? else { return Ok(Vec::new()) };
         let mut disks = Vec::new();
         for pool in self.pools().shared() {
             let Ok(dir) = self.pools().dir(pool) else { continue };
             let cids = atomic::names(dir)?.into_iter().filter_map(|name| DiskCid::parse(&name).ok());
-            disks.extend(cids.filter(|cid| dir.join(cid).join(&ours).exists()));
+            disks.extend(cids.filter(|cid| dir.join(cid).join(&ours.moving).exists()));
         }
         Ok(disks)
     }
 
-    fn known_mark(&self) -> Result<Option<String>> {
+    /// This host's marks, if it has an id.
+    fn known_marks(&self) -> Result<Option<Marks>> {
         let path = self.host_id_file();
         let text = match std::fs::read_to_string(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -247,16 +266,16 @@ impl Store {
         let id = text.trim();
         let hint = "restore it from a backup; without it, take its disks in shared pools by `disk take`";
         match DiskCid::parse_new(&format!("{}-{id}", DiskCid::PREFIX)) {
-            Ok(_) => Ok(Some(format!("{MARK}{id}"))),
+            Ok(_) => Ok(Some(Marks { host: format!("{HOST}{id}"), moving: format!("{MOVING}{id}") })),
             Err(_) => Err(Error::new(ErrorKind::Corrupt, format!("'{}' is no host's id", path.display())).hint(hint)),
         }
     }
 
-    /// The name of this host's marks. It gets its id when it first needs one.
-    fn own_mark(&self) -> Result<String> {
+    /// The same. A host gets its id when it first needs one.
+    fn own_marks(&self) -> Result<Marks> {
         loop {
-            if let Some(mark) = self.known_mark()? {
-                return Ok(mark);
+            if let Some(marks) = self.known_marks()? {
+                return Ok(marks);
             }
             let random = DiskCid::random();
             let (_, id) = random.as_str().split_once('-').expect("a cid has a dash");
@@ -267,4 +286,20 @@ impl Store {
     fn host_id_file(&self) -> PathBuf {
         self.state_dir().join(HOST_ID)
     }
+}
+
+/// The file names of one host's marks.
+struct Marks {
+    host: String,
+    moving: String,
+}
+
+impl Marks {
+    fn has(&self, mark: &str) -> bool {
+        [&self.host, &self.moving].iter().any(|ours| *ours == mark)
+    }
+}
+
+fn is_mark(name: &str) -> bool {
+    name.starts_with(HOST) || name.starts_with(MOVING)
 }

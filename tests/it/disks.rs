@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
-use bosh_qemu_cpi::store::{Phase, Rank, VmRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
@@ -91,6 +91,33 @@ fn a_disk_comes_and_goes_while_the_vm_runs() {
     assert_eq!(attach(&host, &VmCid::random(), &disk).failure().kind, "VMNotFound");
     assert_eq!(host.call("detach_disk", &json!([VmCid::random(), disk])).failure().kind, "VMNotFound");
     host.ok("detach_disk", &json!([vm, DiskCid::random()]));
+}
+
+/// The state directory was restored from a backup while the VM ran on.
+#[test]
+fn a_disk_that_a_qemu_has_is_not_touched_though_no_record_says_so() {
+    let Some(host) = Host::new() else { return };
+    let (vm, disk) = (host.booted_vm(), host.disk());
+    let store = host.store();
+    let older = (host.record(&vm), store.read::<DiskRecord>(&disk).unwrap().unwrap());
+    host.ok("attach_disk", &json!([vm, disk]));
+    store.write(&older.0).unwrap();
+    store.write(&older.1).unwrap();
+    for (method, arguments) in [
+        ("resize_disk", json!([disk, 16])),
+        ("update_disk", json!([disk, 8, {"format": "raw"}])),
+        ("snapshot_disk", json!([disk, {}])),
+        ("delete_disk", json!([disk])),
+    ] {
+        let refused = host.call(method, &arguments);
+        let image = image(&host, &disk);
+        assert!(refused.failure().message.contains("is open in a QEMU that no record names"), "{method}: {refused:?}");
+        assert!(image.exists() && store.read::<DiskRecord>(&disk).unwrap().unwrap().phase == Phase::Ready, "{method}");
+    }
+    // Asked about it, QEMU says so.
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.ok("detach_disk", &json!([vm, disk]));
+    host.ok("resize_disk", &json!([disk, 16]));
 }
 
 #[test]

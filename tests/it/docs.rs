@@ -81,11 +81,12 @@ fn promises_name_tests_that_exist() {
         .skip(1)
         .step_by(2)
         .filter(|word| !word.contains(char::is_whitespace))
-        .filter_map(|word| word.split_once("::"))
+        .filter_map(|word| word.rsplit_once("::"))
         .collect();
     assert!(!named.is_empty(), "no promise names a test");
     for (module, test) in named {
-        let source = fs::read_to_string(root.join(format!("tests/it/{module}.rs")));
+        let file = module.replace("::", "/");
+        let source = fs::read_to_string(root.join(format!("tests/it/{file}.rs")));
         let source = source.unwrap_or_else(|error| panic!("{module}::{test}: {error}"));
         assert!(source.contains(&format!("fn {test}()")), "{module}::{test}");
     }

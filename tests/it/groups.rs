@@ -4,11 +4,13 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::host::{Host, eventually, gone, vm_cid};
+use crate::support::images::{assert_pattern, image, record, write_pattern};
 use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
@@ -86,7 +88,11 @@ fn a_vm_that_lost_its_run_directory_is_told_and_rebooted() {
     if memory_limit(qemu.pid()).is_none_or(|file| !file.to_str().unwrap().contains(vm.to_string().as_str())) {
         return skip("no control group can be made on this host");
     }
+    let [disk, other] = [host.disk(), host.disk()];
+    write_pattern(&host, &disk);
+    host.ok("attach_disk", &json!([vm, disk]));
     fs::remove_dir_all(host.paths(&vm).run).unwrap();
+    nothing_is_done_with_its_disks(&host, &vm, &disk, &other);
     let (_, found) = host.command(&["audit", "--json"]);
     let found = found["findings"].as_array().unwrap();
     assert!(found.len() == 1 && found[0]["why"].as_str().unwrap().contains(&qemu.pid().to_string()), "{found:?}");
@@ -102,6 +108,32 @@ fn a_vm_that_lost_its_run_directory_is_told_and_rebooted() {
     gone(&supervisor);
     host.sees(&vm, "BOOTSECTOR-OK", 2);
     assert!(host.command(&["audit", "--json"]).0);
+    host.ok("attach_disk", &json!([vm, other]));
+    host.ok("detach_disk", &json!([vm, disk]));
+    assert_pattern(&host, &disk);
+}
+
+/// Its QEMU has them, and no pid file says so.
+fn nothing_is_done_with_its_disks(host: &Host, vm: &VmCid, disk: &DiskCid, other: &DiskCid) {
+    let state = |disk: &DiskCid| (fs::read(image(host, disk)).unwrap(), json!(record(host, disk)));
+    let (before, vm_before) = ([disk, other].map(state), json!(host.record(vm)));
+    for (method, arguments) in [
+        ("attach_disk", json!([vm, other])),
+        ("attach_disk", json!([vm, disk])),
+        ("detach_disk", json!([vm, disk])),
+        ("resize_disk", json!([disk, 16])),
+        ("update_disk", json!([disk, 8, {"format": "raw"}])),
+        ("update_disk", json!([disk, 8, {"iops": 100}])),
+        ("snapshot_disk", json!([disk, {}])),
+        ("delete_disk", json!([disk])),
+    ] {
+        let refused = host.call(method, &arguments).outcome.expect_err(method);
+        let why = if method == "delete_disk" { "is attached to VM" } else { "has no pid file" };
+        assert!(refused.message.contains(why), "{method}: {refused:?}");
+        assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{method} leaves no note");
+    }
+    assert_eq!(json!(host.record(vm)), vm_before);
+    assert!([disk, other].map(state) == before, "the images and the records are as they were");
 }
 
 #[test]

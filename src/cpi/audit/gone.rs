@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use super::names::Recorded;
 use super::{Audit, Kind};
 use crate::cid::{Cid, VmCid};
+use crate::cpi::numbers;
 use crate::error::Result;
 use crate::host::cgroup::Cgroup;
 use crate::host::uids;
@@ -58,7 +59,7 @@ impl Audit<'_> {
             };
             let strangers = remains.group.processes();
             if remains.qemu.is_none() && !strangers.is_empty() {
-                let why = format!("the VM is gone, but its control group has the processes {}", strangers.join(", "));
+                let why = format!("the VM is gone, but its control group has the processes {}", numbers(&strangers));
                 let next = "no pid file of ours says whose they are: see `ps`, end them, then repeat `gc`";
                 self.told(Kind::Orphan, &vm, &why, next);
                 continue;

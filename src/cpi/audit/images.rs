@@ -9,7 +9,7 @@ use crate::cpi::leftovers;
 use crate::error::{ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::SnapshotRecord;
-use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord, atomic};
+use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
 
 /// Where the images of a record are.
 type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
@@ -74,9 +74,9 @@ impl Audit<'_> {
                 }
             }
         }
-        for cid in cpi.store.marked()? {
+        for cid in cpi.store.moving()? {
             let Some(hold) = self.hold(Rank::Disk, &cid) else { continue };
-            if !atomic::is_there(&cpi.store.disk_dir(&cid)) {
+            if matches!(cpi.store.find::<DiskRecord>(&cid), Ok(None)) {
                 let why = "it was on its way from one host to another";
                 self.found(Kind::Unfinished, &cid, why, || cpi.store.let_go(&cid));
                 hold.retire()?;

@@ -49,7 +49,7 @@ impl Audit<'_> {
                         return Ok(());
                     }
                 };
-                if let Err(error) = cpi::is_all_off(&vm.cid) {
+                if let Err(error) = cpi::is_all_off(&vm.cid, &paths) {
                     self.unknown(&vm.cid, &error);
                 } else if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
                     let why = exit.map_or_else(|| "nothing says how it ended".to_owned(), |exit| exit.describe());

@@ -11,6 +11,7 @@
 mod hierarchy;
 mod scope;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -117,16 +118,15 @@ impl Cgroup {
         self.all_dirs().iter().any(|(dir, _)| dir.exists())
     }
 
-    /// The numbers of the processes in the groups that have not ended.
-    pub fn processes(&self) -> Vec<String> {
+    /// The processes in the groups that have not ended.
+    pub fn processes(&self) -> Vec<Process> {
         let dirs = self.all_dirs();
         let listed = dirs.iter().filter_map(|(dir, _)| std::fs::read_to_string(dir.join("cgroup.procs")).ok());
-        let mut pids: Vec<_> = listed.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
-        pids.sort();
-        pids.dedup();
-        let lives = |process: Process| !process.wait_exit(Instant::now()).unwrap_or(true);
-        pids.retain(|pid| pid.parse().is_ok_and(|pid| Process::open(pid).is_ok_and(lives)));
-        pids
+        let pids: BTreeSet<i32> =
+            listed.flat_map(|text| text.lines().flat_map(str::parse).collect::<Vec<_>>()).collect();
+        let mut processes: Vec<_> = pids.into_iter().flat_map(Process::open).collect();
+        processes.retain(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
+        processes
     }
 
     /// Kills every process in the groups and waits until they have ended, at most until `deadline`.

@@ -45,10 +45,17 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
             return nft::commit(&steps(&bridge, &inet, &members, Step::Add), None);
         }
         tracing::info!("writing the guard's tables");
-        let members = raw(&collect(nics.iter().chain(&others()?)));
+        let all = others()?;
+        let members = raw(&collect(nics.iter().chain(&all)));
         let mut steps = steps(&bridge, &inet, &members, Step::Add);
         steps.splice(..0, [Step::Replace(&bridge), Step::Replace(&inet)]);
-        nft::commit(&steps, Some(generation))
+        let outcome = nft::commit(&steps, Some(generation))?;
+        if outcome == Outcome::Done {
+            // One that went meanwhile found no tables to go from.
+            let left = others()?;
+            all.iter().filter(|nic| !left.contains(nic)).try_for_each(|nic| remove(std::slice::from_ref(nic)))?;
+        }
+        Ok(outcome)
     })
 }
 

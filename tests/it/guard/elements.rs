@@ -1,5 +1,7 @@
 //! How the tables and their elements come and go.
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
 use bosh_qemu_cpi::net::guard;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 
@@ -35,6 +37,24 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
         .unwrap();
     lab.drops_it(&guest, &other, "MAC", &spoofed);
     lab.drops_it(&other, &guest, "MAC", &back);
+}
+
+/// Its own removal found no tables yet.
+#[test]
+fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
+    let Some(lab) = Lab::new() else { return };
+    let [stays, goes] = [1, 2].map(|n| nic(&format!("bqvm{n}"), n, guarded(&[&format!("10.0.0.{n}")])));
+    let asked = AtomicU32::new(0);
+    let others = || {
+        let first = asked.fetch_add(1, Relaxed) == 0;
+        Ok([stays.clone()].into_iter().chain(first.then(|| goes.clone())).collect())
+    };
+    lab.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
+    let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), &others));
+    assert!(added.is_ok() && asked.load(Relaxed) == 2, "{added:?}");
+    assert!(lab.host.run(|| guard::is_lost(std::slice::from_ref(&goes))).unwrap());
+    lab.host.run(|| guard::remove(std::slice::from_ref(&stays))).unwrap();
+    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }
 
 /// Rules, times and packets do not grow with the number of VMs; this shows that so many fit and go.

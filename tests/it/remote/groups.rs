@@ -13,15 +13,20 @@ use crate::support::doors::{Office, Sshd};
 use crate::support::host::{Host, eventually, text, vm_cid};
 
 /// Two hosts of their own, `kvm-0` and `kvm-1`.
-struct Group {
+pub struct Group {
     doors: [Sshd; 2],
-    office: Office,
-    hosts: [Host; 2],
+    pub office: Office,
+    pub hosts: [Host; 2],
 }
 
 impl Group {
     fn new() -> Option<Self> {
-        let (hosts, office) = ([Host::new()?, Host::new()?], Office::new()?);
+        Self::with(&json!({}))
+    }
+
+    /// Those of hosts with this configuration.
+    pub fn with(config: &Value) -> Option<Self> {
+        let (hosts, office) = ([Host::with(config.clone())?, Host::with(config.clone())?], Office::new()?);
         let doors = [Sshd::start(&office, &hosts[0], 0, "")?, Sshd::start(&office, &hosts[1], 1, "")?];
         let group = Self { doors, office, hosts };
         group.configure(|_| {});
@@ -29,7 +34,7 @@ impl Group {
     }
 
     /// The configuration of the office, changed.
-    fn configure(&self, change: impl FnOnce(&mut Value)) {
+    pub fn configure(&self, change: impl FnOnce(&mut Value)) {
         let host = |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.doors[n].transport()});
         let mut config = json!({"hosts": [host(0), host(1)]});
         change(&mut config);
@@ -45,12 +50,12 @@ impl Group {
         image
     }
 
-    fn stemcell(&self) -> String {
+    pub fn stemcell(&self) -> String {
         text(&self.office.ok("create_stemcell", &json!([self.image(), {}])))
     }
 
     /// A VM with so much of its own, and the host it is on.
-    fn vm(&self, stemcell: &str, disks: &[DiskCid], env: &Value) -> (VmCid, usize) {
+    pub fn vm(&self, stemcell: &str, disks: &[DiskCid], env: &Value) -> (VmCid, usize) {
         let mut arguments = self.hosts[0].vm_arguments(stemcell);
         (arguments[4], arguments[5]) = (json!(disks), env.clone());
         let vm = vm_cid(&self.office.ok("create_vm", &arguments));
@@ -63,7 +68,7 @@ impl Group {
         [0, 1].map(|n| self.hosts[n].store().list::<VmRecord>().unwrap())
     }
 
-    fn disk(&self, near: Option<&VmCid>) -> (DiskCid, usize) {
+    pub fn disk(&self, near: Option<&VmCid>) -> (DiskCid, usize) {
         let disk: DiskCid = text(&self.office.ok("create_disk", &json!([8, {}, near]))).parse().unwrap();
         let at =
             [0, 1].into_iter().position(|n: usize| self.hosts[n].store().list::<DiskRecord>().unwrap().contains(&disk));
@@ -79,7 +84,7 @@ impl Group {
         }
     }
 
-    fn delete(&self, vms: &[&VmCid], disks: &[&DiskCid], stemcell: &str) {
+    pub fn delete(&self, vms: &[&VmCid], disks: &[&DiskCid], stemcell: &str) {
         vms.iter().for_each(|vm| drop(self.office.ok("delete_vm", &json!([vm]))));
         disks.iter().for_each(|disk| drop(self.office.ok("delete_disk", &json!([disk]))));
         self.office.ok("delete_stemcell", &json!([stemcell]));
@@ -164,7 +169,8 @@ fn a_recreated_vm_is_put_where_its_disk_is() {
     group.office.ok("detach_disk", &json!([new, disk]));
     let refused = group.office.call("attach_disk", &json!([stray, disk]));
     let message = &refused.failure().message;
-    assert!(message.contains(&format!("on host 'kvm-{stray_at}'")) && message.contains("recreate the VM"), "{message}");
+    let apart = format!("is on host 'kvm-{at}', the VM on 'kvm-{stray_at}', which has no shared pool");
+    assert!(message.contains(&apart) && message.contains("recreate the VM"), "{message}");
     group.delete(&[&new, &neighbour, &stray], &[&disk], &stemcell);
 }
 

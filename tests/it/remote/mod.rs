@@ -5,6 +5,7 @@ mod door;
 mod groups;
 mod install;
 mod links;
+mod shared_disks;
 mod stemcells;
 
 use serde_json::{Value, json};

@@ -41,6 +41,7 @@ impl Host {
                 "uids",
                 "pools",
                 "disk.key",
+                "host-id",
                 "probe.json",
                 "io-uring.json",
             ];

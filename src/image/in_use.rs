@@ -1,0 +1,77 @@
+//! Whether a QEMU has an image open, by the locks it takes on the file itself: they tell also of one that no record of
+//! ours knows.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+
+/// QEMU, and so `qemu-img`, locks bytes of these for as long as it has an image open: `RAW_LOCK_PERM_BASE` is 100 and
+/// `RAW_LOCK_SHARED_BASE` 200, both with less than 100 bits (block/file-posix.c).
+const LOCKS: (libc::off_t, libc::off_t) = (100, 200);
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Waits until no QEMU has the image open, at most until `deadline`: one that dies has it a moment longer than it seems
+/// to live. An image that is not there is nobody's.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`].
+pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
+    let image = match File::open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        image => image.at("open", path)?,
+    };
+    while is_locked(&image) {
+        if Instant::now() >= deadline {
+            let message = format!("image '{}' is open in a QEMU that no record names", path.display());
+            return Err(Error::new(ErrorKind::Conflict, message)
+                .hint(format!("`fuser -v {}` shows its process; end that and repeat the call", path.display())));
+        }
+        sleep(PAUSE);
+    }
+    Ok(())
+}
+
+/// Where the filesystem knows no locks, QEMU does without them, too.
+fn is_locked(image: &impl AsFd) -> bool {
+    let (l_start, l_len) = LOCKS;
+    let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
+    let mut lock = libc::flock { l_type, l_whence, l_start, l_len, l_pid: 0 };
+    let asked = fcntl(image, FcntlArg::F_OFD_GETLK(&mut lock));
+    asked.is_ok() && i32::from(lock.l_type) != libc::F_UNLCK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_like_qemus_tells_that_an_image_is_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        unused(&path, Instant::now()).unwrap();
+        let qemu = File::create_new(&path).unwrap();
+        unused(&path, Instant::now()).unwrap();
+        let lock = |byte, kind| {
+            let (l_type, l_whence) = (kind as i16, libc::SEEK_SET as i16);
+            let lock = libc::flock { l_type, l_whence, l_start: byte, l_len: 1, l_pid: 0 };
+            fcntl(&qemu, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        };
+        for byte in [100, 203] {
+            lock(byte, libc::F_WRLCK);
+            let error = unused(&path, Instant::now()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Conflict);
+            assert!(error.report().contains("image' is open"), "{}", error.report());
+            lock(byte, libc::F_UNLCK);
+        }
+        // Nobody's business.
+        lock(0, libc::F_WRLCK);
+        unused(&path, Instant::now()).unwrap();
+    }
+}
