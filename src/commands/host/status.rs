@@ -90,3 +90,16 @@ impl Line {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_host_says_of_itself_moves_no_cursor() {
+        let (version, accelerator) = ("\u{1b}[2J".to_owned(), "kvm\r\n\u{9b}1m".to_owned());
+        let offer = Ok(Offer { version, accelerator, ..Offer::default() });
+        let cells = Line { name: "kvm-1".to_owned(), draining: false, offer }.cells();
+        assert!(!cells.concat().contains(char::is_control), "{cells:?}");
+    }
+}

@@ -232,7 +232,7 @@ impl Below for Session {
 }
 
 /// What ssh said, by what it means. The first that is found counts.
-const MEANINGS: [(&str, &str, Option<&str>); 13] = [
+const MEANINGS: [(&str, &str, Option<&str>); 12] = [
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "the host's key is not the one in 'host_key'",
@@ -261,7 +261,6 @@ const MEANINGS: [(&str, &str, Option<&str>); 13] = [
         "the host closed the connection",
         Some("its sshd may have more connections than MaxStartups"),
     ),
-    ("Session open refused", "the host opens no more sessions", Some("lower 'sessions' to its sshd's MaxSessions")),
 ];
 
 /// What `code`, ssh's own `log` and what the host `said` on standard error come to.

@@ -163,6 +163,17 @@ fn a_stemcell_for_several_hosts_is_not_put_where_they_would_meet() {
 }
 
 #[test]
+fn an_answer_that_nobody_is_heard_to_take_is_logged_with_what_undoes_it() {
+    let Some(pair) = Pair::new() else { return };
+    let words = pair.serve(&[json!({"call": {"request": request("create_disk", &json!([1, {}]))}})]);
+    let answer = words.iter().find_map(|word| word["answer"]["text"].as_str()).unwrap();
+    let disk = serde_json::from_str::<Value>(answer).unwrap()["result"].clone();
+    let logged = words.last().unwrap()["log"].as_str().unwrap_or_else(|| panic!("{words:?}"));
+    assert!(logged.contains(&format!("what is left goes by delete_disk '{}'", disk.as_str().unwrap())), "{logged}");
+    pair.host.ok("delete_disk", &json!([disk]));
+}
+
+#[test]
 fn a_question_that_is_none_is_answered() {
     let Some(pair) = Pair::new() else { return };
     let many: Vec<_> = (0..1001).map(|n| format!("vm-{n}")).collect();

@@ -125,16 +125,19 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 }
 
+/// A script in place of a host: it greets, is asked, does something and answers `false`.
+fn answering(script: &std::path::Path, greeting: &str, act: &str) {
+    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
+    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n")).unwrap();
+}
+
 #[test]
 fn a_host_that_keeps_its_end_open_leaves_no_process_here() {
     let Some(pair) = Pair::new() else { return };
-    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
     let script = pair.office.path("script");
-    fs::write(
-        &script,
-        format!("echo '{}'\nread question\ncat <<'E'\n{said}\nE\nexec sleep 600\n", super::stemcells::GREETING),
-    )
-    .unwrap();
+    answering(&script, super::stemcells::GREETING, "");
+    let stays = fs::read_to_string(&script).unwrap() + "exec sleep 600\n";
+    fs::write(&script, stays).unwrap();
     pair.sshd.authorize(&format!("sh {}", script.display()));
     assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
     assert!(pair.calling().is_empty());
@@ -143,7 +146,15 @@ fn a_host_that_keeps_its_end_open_leaves_no_process_here() {
 #[test]
 fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
     let Some(pair) = Pair::with(&json!({}), "MaxSessions 2") else { return };
-    let calls: Vec<_> = (0..8).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
+    let (script, go) = (pair.office.path("script"), pair.office.path("go"));
+    let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
+    answering(&script, super::stemcells::GREETING, &wait);
+    pair.sshd.authorize(&format!("sh {}", script.display()));
+    let calls: Vec<_> = (0..5).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
+    // All at the same time.
+    let script = script.display().to_string();
+    eventually("five sessions", || (pair.processes(&["sh\0", &script]).len() == 5).then_some(()));
+    fs::write(go, "").unwrap();
     for call in calls {
         assert_eq!(*answer(call).result(), false);
     }
