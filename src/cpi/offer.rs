@@ -97,7 +97,7 @@ impl Cpi {
         if now <= expected {
             return Ok(());
         }
-        let message = format!("{now} VMs of its group are on this host now, not {expected}");
+        let message = format!("of its group's VMs this host has {now} now, not {expected}");
         Err(Error::new(ErrorKind::Crowded, message))
     }
 

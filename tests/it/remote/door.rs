@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 
 use super::Pair;
-use crate::support::host::request;
+use crate::support::host::{request, vm_cid};
 
 impl Pair {
     /// `ssh` as somebody runs it who has the key and wants more of it.
@@ -144,6 +144,28 @@ fn a_create_that_is_undone_before_it_begins_never_begins() {
     let undo = pair.answer(&json!({"request": request("delete_disk", &json!([disk])), "undoes": true}));
     assert!(undo["error"].is_null(), "{undo}");
     assert_eq!(pair.host.ok("has_disk", &json!([disk])), false);
+}
+
+#[test]
+fn a_vm_is_not_put_beside_more_of_its_group_than_the_caller_was_told_of() {
+    let Some(pair) = Pair::new() else { return };
+    let stemcell = pair.host.stemcell();
+    let create = |alike: usize| {
+        let mut arguments = pair.host.vm_arguments(&stemcell);
+        arguments[5] = json!({"bosh": {"group": "d-dep-db"}});
+        let call = json!({"request": request("create_vm", &arguments), "alike": alike});
+        pair.serve(&[json!({"call": call}), json!(true)]).pop().unwrap()["answer"].take()
+    };
+    let result = |answer: &Value| serde_json::from_str::<Value>(answer["text"].as_str().unwrap()).unwrap();
+    let first = vm_cid(&result(&create(0))["result"]);
+    pair.host.note(&first.to_string());
+    let refused = create(0);
+    assert_eq!(refused["crowded"], true, "{refused}");
+    assert!(result(&refused)["error"]["message"].as_str().unwrap().contains("this host has 1 now, not 0"), "{refused}");
+    assert_eq!(fs::read_dir(pair.host.path("state/vms")).unwrap().count(), 1);
+    let second = vm_cid(&result(&create(1))["result"]);
+    pair.host.note(&second.to_string());
+    [first, second].iter().for_each(|vm| drop(pair.host.ok("delete_vm", &json!([vm]))));
 }
 
 #[test]

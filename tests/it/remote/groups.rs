@@ -1,9 +1,10 @@
 //! Several hosts behind one Director.
 
 use std::io::{BufRead, BufReader, Read};
+use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid, is_from};
-use bosh_qemu_cpi::store::{DiskRecord, StemcellRecord, VmRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Rank, StemcellRecord, Store, VmRecord};
 use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -224,7 +225,15 @@ fn vms_that_are_made_at_once_are_spread() {
         arguments[5] = env("d-dep-db");
         group.office.start("create_vm", &arguments)
     };
+    // Whoever asks both is told of as few there; one has more memory.
+    group.hosts[0].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1000}));
+    let stores = [0, 1].map(|n| group.hosts[n].store());
+    let until = Instant::now() + Duration::from_secs(60);
+    let held = stores.each_ref().map(|store| store.brief(Rank::Space, "all", until).unwrap());
     let calls: Vec<_> = (0..6).map(start).collect();
+    let begun = |store: &Store| std::fs::read_dir(store.pending_dir()).unwrap().count();
+    eventually("all have chosen", || (stores.iter().map(begun).sum::<usize>() == 6).then_some(()));
+    drop(held);
     let answers = calls.into_iter().map(|call| Answer::of(&call.wait_with_output().unwrap()));
     let created: Vec<_> = answers.map(|answer| vm_cid(answer.result())).collect();
     created.iter().for_each(|vm| group.hosts.iter().for_each(|host| host.note(&vm.to_string())));
@@ -239,8 +248,10 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
     // It greets, and then says nothing more.
     group.forget_connections();
     group.doors[0].authorize(&format!("echo '{}'; sleep 600", super::stemcells::GREETING.replace('"', "\\\"")));
-    group.configure(|config| config["deadlines"] = json!({"create_vm": 30, "create_disk": 5}));
+    group.configure(|config| config["deadlines"] = json!({"create_vm": 60, "create_disk": 5}));
+    let began = Instant::now();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
     let (disk, disk_at) = group.disk(None);
     assert_eq!((at, disk_at), (1, 1));
     group.forget_connections();
