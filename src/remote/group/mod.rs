@@ -231,7 +231,7 @@ impl Group {
     fn create_disk(&self, errand: &Errand<'_>, disk: &CreateDisk) -> Outcome {
         let near = disk.vm.as_ref().map(|vm| self.find_one(errand, vm.as_str())).transpose()?.flatten();
         if let Some(member) = near {
-            return Ok(self.send_to(errand, member)?.into_outcome());
+            return Ok(self.send_to(&errand.afresh(), member)?.into_outcome());
         }
         let properties: DiskCloudProperties =
             cloud_properties::read(&self.config.disk_defaults, &disk.cloud_properties.0)?;
