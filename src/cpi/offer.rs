@@ -115,20 +115,27 @@ impl Cpi {
     /// # Errors
     /// If there is no record, and a shared pool that may have the disk can not be looked at.
     pub fn has_of(&self, cid: &str) -> Result<bool> {
-        if cid.starts_with(DiskCid::PREFIX) && !self.has_record::<DiskRecord>(Rank::Disk, cid) {
-            return DiskCid::parse(cid).map_or(Ok(false), |disk| self.store.is_free(&disk));
-        }
         Ok(match cid.split('-').next() {
             Some(VmCid::PREFIX) => {
                 self.has_record::<VmRecord>(Rank::Vm, cid)
                     || VmCid::parse(cid).is_ok_and(|vm| self.store.vm(&vm).run.exists())
             }
-            Some(DiskCid::PREFIX) => true,
+            Some(DiskCid::PREFIX) => return DiskCid::parse(cid).map_or(Ok(false), |disk| self.has_disk_here(&disk)),
             Some(SnapshotCid::PREFIX) => self.has_record::<SnapshotRecord>(Rank::Snapshot, cid),
             Some(StemcellCid::PREFIX) => self.has_record::<StemcellRecord>(Rank::Stemcell, cid),
             Some(NetworkCid::PREFIX) => self.has_record::<NetworkRecord>(Rank::Network, cid),
             _ => false,
         })
+    }
+
+    fn has_disk_here(&self, cid: &DiskCid) -> Result<bool> {
+        if !self.has_record::<DiskRecord>(Rank::Disk, cid.as_str()) {
+            return self.store.is_free(cid);
+        }
+        let record = self.store.read::<DiskRecord>(cid).ok().flatten();
+        let taken =
+            |disk: DiskRecord| self.store.is_ours(&disk).is_err_and(|error| error.kind() == ErrorKind::Conflict);
+        Ok(!record.is_some_and(taken))
     }
 
     fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {

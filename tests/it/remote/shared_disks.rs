@@ -210,6 +210,11 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         let refused = gone.call(method, &arguments);
         assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
     }
+    // Who asks all hosts where it is, is sent to the other.
+    let mut command = gone.cpi();
+    command.args(["host", "serve"]);
+    let said = gone.namespace().run(|| run(command, format!("{{\"find\":[\"{spare}\"]}}\n").as_bytes()));
+    assert!(String::from_utf8_lossy(&said.stdout).contains("{\"found\":[]}"), "{said:?}");
     let (well, found) = gone.command(&["gc", "--json"]);
     assert!(!well && found.to_string().contains(&format!("detach_disk from VM '{vm}'")), "{found}");
     assert_eq!(owners(&hosts, &spare), [1], "it has forgotten the one that no VM has");
