@@ -22,7 +22,7 @@ use crate::net::{self, profile::Profile};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
 use crate::store::record::{Keeper, NetworkRecord, Segment};
-use crate::store::{Brief, Phase, Rank};
+use crate::store::{Brief, Phase, Rank, atomic};
 
 /// How many subnets are tried when the choice is ours.
 const ATTEMPTS: usize = 256;
@@ -148,8 +148,8 @@ impl Cpi {
         Ok(others.find(|(_, taken)| overlap(*taken, range)).map(|(other, _)| other))
     }
 
-    /// Unmakes a network that its Director was never told of, and whose addresses it now gives to another. Whether it was
-    /// such a one.
+    /// Unmakes a network that nobody is to have: one that is half made or half removed, and one that its Director was never
+    /// told of and whose addresses it now gives to another. Whether it was such a one.
     fn unmake_if_forgotten(&self, network: &str) -> Result<bool> {
         let Ok(cid) = NetworkCid::parse(network) else { return Ok(false) };
         // Who works on it knows it.
@@ -159,15 +159,15 @@ impl Cpi {
         };
         let Ok(Some(record)) = self.store.read::<NetworkRecord>(&cid) else { return Ok(false) };
         let ours = record.director.is_some() && record.director == self.director;
-        let forgotten = ours && record.phase == Phase::Ready && self.is_untold::<NetworkRecord>(&cid)?;
-        if !forgotten {
+        if record.phase == Phase::Ready && !(ours && self.is_untold::<NetworkRecord>(&cid)?) {
             return Ok(false);
         }
-        tracing::warn!(%cid, "removing a network that its Director was never told of, and whose range it gives away again");
+        tracing::warn!(%cid, "removing a network that nobody was told of, or that is gone, and whose range is wanted");
         match self.unmake_unused(&cid, record, lock) {
-            Err(used) if used.kind() == ErrorKind::Conflict => Ok(false),
-            unmade => unmade.map(|()| true),
+            Err(used) if used.kind() == ErrorKind::Conflict => return Ok(false),
+            unmade => unmade?,
         }
+        self.settled(&cid).map(|()| true)
     }
 
     fn managed_segment(&self, record: &NetworkRecord) -> Result<Segment> {
@@ -201,12 +201,16 @@ impl Cpi {
     }
 
     pub(super) fn remove_managed(&self, cid: &NetworkCid) -> Result<()> {
-        if self.store.find::<NetworkRecord>(cid)?.is_none() {
+        if !atomic::is_there(&self.store.record_dir::<NetworkRecord>(cid)) {
             return Err(not_found(cid));
         }
         let deadline = self.deadline("delete_network");
         let lock = self.store.brief(Rank::Network, bridge(cid), deadline)?;
-        let Some(record) = self.store.find::<NetworkRecord>(cid)? else { return Err(not_found(cid)) };
+        let Some(record) = self.store.find::<NetworkRecord>(cid)? else {
+            // An empty directory, at most: the last step of a removal.
+            self.store.remove::<NetworkRecord>(cid)?;
+            return Err(not_found(cid));
+        };
         self.unmake_unused(cid, record, lock)
     }
 

@@ -10,7 +10,7 @@ use crate::error::{ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::{apply, kept};
 use crate::store::record::{NetworkRecord, Nic};
-use crate::store::{Phase, Rank, VmRecord};
+use crate::store::{Phase, Rank, VmRecord, atomic};
 use crate::supervisor::{PowerState, power_state};
 
 const NEXT: &str = "correct what it names; `bosh-qemu-cpi network plan` shows more";
@@ -48,6 +48,9 @@ impl Audit<'_> {
                     self.found(Kind::Unfinished, &cid, "its creation was cut short", || {
                         cpi.clear_leftover(cid.as_str(), Self::deadline())
                     });
+                }
+                Ok(None) if !noted && atomic::is_there(&self.cpi.store.record_dir::<NetworkRecord>(&cid)) => {
+                    self.without_record(&cid, &self.cpi.store.record_dir::<NetworkRecord>(&cid));
                 }
                 Ok(_) if untold => self.untold("create_network", "delete_network", &cid),
                 Ok(_) => {}

@@ -88,7 +88,7 @@ impl Audit<'_> {
         self.told(Kind::Untold, cid, &why, &format!("call {delete}, unless a Director knows it"));
     }
 
-    fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
+    pub(super) fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
         let (cpi, empty) = (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
         if cpi.has_note(cid) {
             self.found(Kind::Unfinished, cid, "its creation was cut short", || {
