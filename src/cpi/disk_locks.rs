@@ -28,6 +28,7 @@ impl Cpi {
         let lock = self.disk_lock(cid, deadline)?;
         match self.disk(cid) {
             Ok(mut disk) => {
+                self.is_told::<DiskRecord>(cid);
                 self.settle_copy(&mut disk, deadline)?;
                 Ok((lock, disk))
             }

@@ -33,6 +33,7 @@ impl Cpi {
         let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {
             let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
             self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
+            self.untold::<DiskRecord>(&disk.cid)?;
             disk.phase = Phase::Ready;
             self.store.mark(&disk)?;
             self.store.write(&disk)?;

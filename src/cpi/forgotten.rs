@@ -1,12 +1,15 @@
-//! VMs that nobody was told of: their create_vm was killed, the latest when they were whole, before its answer was taken.
+//! What nobody was told of: its create was killed, the latest when it was whole, before its answer was taken.
 //!
-//! The file `untold` in a VM's directory is there from before the VM is ready until after the answer was taken, or until a
-//! call names the VM. It is as durable as the record that says `ready`. A VM that has it, and whose create_vm is dead, may
-//! have been told of all the same, so it is not removed for that alone; `audit` tells of it. But a Director that has the
-//! same address given to another VM does not know it. Without this, one killed call would keep a static address until an
-//! operator looked into it, and a power cut in the middle of a deployment would keep many.
+//! The file `untold` in an object's directory is there from before the object is ready until after the answer was taken, or
+//! until a call names the object. It is as durable as the record that says `ready`; its removal is not. What has it, and
+//! whose create is dead, may have been told of all the same, so it is not removed for that alone; `audit` tells of it. But
+//! a Director that has the same address given to another VM, or the same range to another network, does not know what has
+//! it. Without this, one killed call would keep a static address until an operator looked into it, and a power cut in the
+//! middle of a deployment would keep many.
 
+use std::fs::File;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::Cpi;
@@ -17,7 +20,7 @@ use crate::cid::{Cid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::claims::Claim;
-use crate::store::{Phase, Rank, VmRecord, atomic};
+use crate::store::{Phase, Rank, Record, VmRecord, atomic};
 use crate::sys::pidlock;
 
 /// How long a launch whose call was killed may take to be undone. Also what breaks the circle of two creates that want what
@@ -90,7 +93,7 @@ impl Cpi {
 
     fn is_forgotten(&self, vm: &VmRecord) -> Result<bool> {
         let ours = vm.director.is_some() && vm.director == self.director;
-        Ok(ours && self.is_untold(vm)?)
+        Ok(ours && self.is_untold_vm(vm)?)
     }
 
     /// Whether one of `vms` has one of these addresses that `director` was never told of. Nothing is locked or changed: who
@@ -101,7 +104,7 @@ impl Cpi {
             blocks.any(|block| addresses.iter().any(|address| block.contains(*address)))
         };
         for vm in vms.iter().filter(|vm| director.is_some() && vm.director.as_deref() == director && wanted(vm)) {
-            if self.is_untold(vm)? {
+            if self.is_untold_vm(vm)? {
                 return Ok(true);
             }
         }
@@ -109,27 +112,65 @@ impl Cpi {
     }
 
     /// Whether nobody was told of the VM, as far as that can be known, and nobody will be.
-    pub(super) fn is_untold(&self, vm: &VmRecord) -> Result<bool> {
+    pub(super) fn is_untold_vm(&self, vm: &VmRecord) -> Result<bool> {
         let named = !vm.metadata.is_empty() || !vm.disks.is_empty();
-        let untold = self.store.vm(&vm.cid).untold();
-        let candidate = vm.phase == Phase::Ready && !named && untold.exists();
+        Ok(vm.phase == Phase::Ready && !named && self.is_untold::<VmRecord>(&vm.cid)?)
+    }
+
+    /// The same of anything that is ready.
+    pub(super) fn is_untold<R: Record>(&self, cid: &R::Cid) -> Result<bool> {
+        let untold = self.untold_note::<R>(cid);
         // The process that made it may be about to answer.
-        Ok(candidate && pidlock::holder(&untold)?.is_none() && untold.exists())
+        Ok(untold.exists() && pidlock::holder(&untold)?.is_none() && untold.exists())
+    }
+
+    fn untold_note<R: Record>(&self, cid: &R::Cid) -> PathBuf {
+        self.store.record_dir::<R>(cid).join("untold")
     }
 
     /// Notes, before the VM is ready, that nobody was told of it yet. The note is locked as long as this process lives.
-    pub(super) fn untold(&self, vm: &VmCid) -> Result<()> {
-        let note = pidlock::lock_self(&self.store.vm(vm).untold())?;
+    pub(super) fn untold_vm(&self, vm: &VmCid) -> Result<()> {
+        self.note_untold::<VmRecord>(vm, false)
+    }
+
+    /// The same of anything else: its note goes when this process ends in order.
+    pub(super) fn untold<R: Record>(&self, cid: &R::Cid) -> Result<()> {
+        self.note_untold::<R>(cid, true)
+    }
+
+    fn note_untold<R: Record>(&self, cid: &R::Cid, goes: bool) -> Result<()> {
+        let path = self.untold_note::<R>(cid);
+        let lock = pidlock::lock_self(&path)?;
         crash::point!("untold noted");
-        // A call makes at most one VM.
-        let _ = self.note.set(note);
+        // A call makes at most one thing.
+        let _ = self.untold.set(Untold { path, goes, _lock: lock });
         Ok(())
     }
 
-    /// The answer was taken, or the VM is named by somebody who so knows it.
-    pub(super) fn is_told(&self, vm: &VmCid) {
-        if let Err(error) = atomic::remove_file(&self.store.vm(vm).untold()) {
-            tracing::warn!(error = error.report(), "the VM looks as if nobody was told of it");
+    /// The answer was taken, or the object is named by somebody who so knows it.
+    pub(super) fn is_told<R: Record>(&self, cid: &R::Cid) {
+        told(&self.untold_note::<R>(cid));
+    }
+}
+
+/// The note of what this process made.
+pub(super) struct Untold {
+    path: PathBuf,
+    goes: bool,
+    _lock: File,
+}
+
+impl Drop for Untold {
+    /// The caller was told, or what it was not told of was removed. Only of a VM somebody says which of the two.
+    fn drop(&mut self) {
+        if self.goes {
+            told(&self.path);
         }
+    }
+}
+
+fn told(note: &Path) {
+    if let Err(error) = atomic::remove_file(note) {
+        tracing::warn!(error = error.report(), "it looks as if nobody was told of this");
     }
 }

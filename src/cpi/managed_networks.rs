@@ -22,7 +22,7 @@ use crate::net::{self, profile::Profile};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
 use crate::store::record::{Keeper, NetworkRecord, Segment};
-use crate::store::{Phase, Rank};
+use crate::store::{Brief, Phase, Rank, atomic};
 
 /// How many subnets are tried when the choice is ours.
 const ATTEMPTS: usize = 256;
@@ -107,14 +107,22 @@ impl Cpi {
         }
         let settings = settings.as_object().cloned().expect("an object");
         let (phase, created_at, newer) = (Phase::Creating, clock::now(), Map::new());
-        let mut record = NetworkRecord { schema: SCHEMA, cid: cid.clone(), phase, created_at, settings, newer };
+        let director = self.director.clone();
+        let mut record =
+            NetworkRecord { schema: SCHEMA, cid: cid.clone(), phase, created_at, director, settings, newer };
         let segment = self.managed_segment(&record)?;
-        self.refuse_overlap(&segment, range)?;
+        while let Some(other) = self.overlapping(&segment, range)? {
+            if !self.unmake_if_forgotten(&other)? {
+                let problem = format!("the subnet {range} overlaps with that of the managed network '{other}'");
+                return Err(Error::new(ErrorKind::Conflict, problem));
+            }
+        }
         net::taken::refuse(&segment).map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
         self.store.write(&record)?;
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
         net::kept::keep(&segment.bridge, &self.store.owner()?)?;
+        self.untold::<NetworkRecord>(cid)?;
         record.phase = Phase::Ready;
         self.store.write(&record)?;
         let addresses = json!({"range": range.to_string(), "gateway": gateway.to_string(), "reserved": []});
@@ -125,9 +133,9 @@ impl Cpi {
         Ok(CreatedNetwork { cid: cid.clone(), addresses: object(addresses), cloud_properties })
     }
 
-    /// The subnets of managed networks may have no bridge now, if somebody took it away. They are asked for by their pins,
-    /// too: a network's record may be damaged.
-    fn refuse_overlap(&self, segment: &Segment, range: IpNetwork) -> Result<()> {
+    /// A managed network that has some of the addresses. It may have no bridge now, if somebody took it away. They are asked
+    /// for by their pins, too: a network's record may be damaged.
+    fn overlapping(&self, segment: &Segment, range: IpNetwork) -> Result<Option<String>> {
         let mut taken = Vec::new();
         for record in self.store.readable::<NetworkRecord>()? {
             taken.extend(config(&record)?.subnet.map(|subnet| (record.cid.to_string(), subnet)));
@@ -137,13 +145,29 @@ impl Cpi {
             taken.extend(addresses.into_iter().map(|subnet| (pin.network.clone(), subnet)));
         }
         let mut others = taken.into_iter().filter(|(network, _)| *network != segment.network);
-        match others.find(|(_, taken)| overlap(*taken, range)) {
-            None => Ok(()),
-            Some((other, _)) => {
-                let problem = format!("the subnet {range} overlaps with that of the managed network '{other}'");
-                Err(Error::new(ErrorKind::Conflict, problem))
-            }
+        Ok(others.find(|(_, taken)| overlap(*taken, range)).map(|(other, _)| other))
+    }
+
+    /// Unmakes a network that nobody is to have: one that is half made or half removed, and one that its Director was never
+    /// told of and whose addresses it now gives to another. Whether it was such a one.
+    fn unmake_if_forgotten(&self, network: &str) -> Result<bool> {
+        let Ok(cid) = NetworkCid::parse(network) else { return Ok(false) };
+        // Who works on it knows it.
+        let lock = match self.store.brief(Rank::Network, bridge(&cid), Instant::now()) {
+            Err(error) if error.kind() == ErrorKind::Timeout => return Ok(false),
+            lock => lock?,
+        };
+        let Ok(Some(record)) = self.store.read::<NetworkRecord>(&cid) else { return Ok(false) };
+        let ours = record.director.is_some() && record.director == self.director;
+        if record.phase == Phase::Ready && !(ours && self.is_untold::<NetworkRecord>(&cid)?) {
+            return Ok(false);
         }
+        tracing::warn!(%cid, "removing a network that nobody was told of, or that is gone, and whose range is wanted");
+        match self.unmake_unused(&cid, record, lock) {
+            Err(used) if used.kind() == ErrorKind::Conflict => return Ok(false),
+            unmade => unmade?,
+        }
+        self.settled(&cid).map(|()| true)
     }
 
     fn managed_segment(&self, record: &NetworkRecord) -> Result<Segment> {
@@ -169,18 +193,34 @@ impl Cpi {
     /// Whether the managed networks of cards whose addresses are claimed are still there. Whoever deletes one says so
     /// before it looks for claims, so one of the two sees the other.
     pub(super) fn still_managed(&self, placed: &[Placed]) -> Result<()> {
-        placed.iter().filter_map(|placed| placed.managed.as_ref()).try_for_each(|cid| self.managed(cid).map(drop))
+        placed.iter().filter_map(|placed| placed.managed.as_ref()).try_for_each(|cid| {
+            self.managed(cid)?;
+            self.is_told::<NetworkRecord>(cid);
+            Ok(())
+        })
     }
 
     pub(super) fn remove_managed(&self, cid: &NetworkCid) -> Result<()> {
-        if self.store.find::<NetworkRecord>(cid)?.is_none() {
+        if !atomic::is_there(&self.store.record_dir::<NetworkRecord>(cid)) {
             return Err(not_found(cid));
         }
         let deadline = self.deadline("delete_network");
-        let _lock = self.store.brief(Rank::Network, bridge(cid), deadline)?;
-        let Some(record) = self.store.find::<NetworkRecord>(cid)? else { return Err(not_found(cid)) };
+        let lock = self.store.brief(Rank::Network, bridge(cid), deadline)?;
+        let Some(record) = self.store.find::<NetworkRecord>(cid)? else {
+            // An empty directory, at most: the last step of a removal.
+            self.store.remove::<NetworkRecord>(cid)?;
+            return Err(not_found(cid));
+        };
+        self.unmake_unused(cid, record, lock)
+    }
+
+    /// Unmakes a network that no VM uses.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if one does: then the network is whole.
+    fn unmake_unused(&self, cid: &NetworkCid, record: NetworkRecord, _lock: Brief) -> Result<()> {
         self.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
-        if let Err(used) = self.is_unused(cid, deadline) {
+        if let Err(used) = self.is_unused(cid, self.deadline("delete_network")) {
             self.store.write(&NetworkRecord { phase: Phase::Ready, ..record })?;
             return Err(used);
         }

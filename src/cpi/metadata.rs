@@ -21,6 +21,7 @@ impl Cpi {
         let _lock = self.store.lock(Rank::Metadata, cid, deadline)?.brief();
         // It may have been deleted meanwhile; from here on it can not.
         self.disk(cid)?;
+        self.is_told::<DiskRecord>(cid);
         self.store.write_disk_metadata(cid, metadata)
     }
 

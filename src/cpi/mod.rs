@@ -31,13 +31,13 @@ mod update;
 pub mod verbs;
 mod vms;
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
+use self::forgotten::Untold;
 use self::networks::Networks;
 use self::verbs::{
     CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata, Verbs, VmResources,
@@ -62,8 +62,8 @@ pub struct Cpi {
     director: Option<String>,
     /// What comes with a call from another machine.
     afar: Option<Afar>,
-    /// Open as long as this process lives: that its caller was not told yet of a VM it made.
-    note: OnceLock<File>,
+    /// That its caller was not told yet of what it made.
+    untold: OnceLock<Untold>,
     began: Instant,
 }
 
@@ -86,7 +86,7 @@ impl Cpi {
     /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
         let store = Store::of(&config);
-        Self { config, config_file, store, director: None, afar: None, note: OnceLock::new(), began: Instant::now() }
+        Self { config, config_file, store, director: None, afar: None, untold: OnceLock::new(), began: Instant::now() }
     }
 
     /// The same for a call of the Director with this uuid.
@@ -132,7 +132,7 @@ impl Cpi {
             Ok(vm) => vm,
             Err(error) => return lock.retire().and(Err(error)),
         };
-        self.is_told(cid);
+        self.is_told::<VmRecord>(cid);
         let adopted = supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
         if let Err(error) = adopted {
             tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");
@@ -225,7 +225,7 @@ impl Verbs for Cpi {
     }
 
     fn told(&self, vm: &VmCid) {
-        self.is_told(vm);
+        self.is_told::<VmRecord>(vm);
     }
 
     fn has_vm(&self, vm: &VmCid) -> Result<bool> {

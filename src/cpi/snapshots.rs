@@ -110,6 +110,7 @@ impl Cpi {
             }
         }
         image::sync(&path)?;
+        self.untold::<SnapshotRecord>(cid)?;
         snapshot.phase = Phase::Ready;
         self.store.write(&snapshot)
     }
@@ -198,6 +199,7 @@ impl Cpi {
             snapshot_lock.retire()?;
             return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}'")));
         };
+        self.is_told::<SnapshotRecord>(snapshot);
         let cid = self.new_cid::<DiskRecord>()?;
         let lock = self.begin::<DiskRecord>(Rank::Disk, &cid, deadline)?;
         let mut disk = DiskRecord {
@@ -236,6 +238,7 @@ impl Cpi {
             self.fill(&source, &snapshot.image(), &target, &disk.current(), deadline)?;
         }
         image::sync(&target)?;
+        self.untold::<DiskRecord>(&disk.cid)?;
         disk.phase = Phase::Ready;
         self.store.mark(disk)?;
         self.store.write(disk)?;

@@ -84,6 +84,7 @@ impl Cpi {
         });
         let made = admitted.and_then(|()| {
             let image = self.make_image(&record, image, properties, deadline)?;
+            self.untold::<StemcellRecord>(&cid)?;
             record.phase = Phase::Ready;
             record.format = image.format;
             record.virtual_size = image.virtual_size;

@@ -47,6 +47,7 @@ impl Cpi {
             network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
         }
         self.store.prepare()?;
+        self.is_told::<StemcellRecord>(&stemcell.cid);
         self.clear_leftovers(deadline);
         let lock = self.begin::<VmRecord>(Rank::Vm, &cid, deadline)?;
         let uid = match uids::claim(self.store.state_dir(), &cid) {
@@ -103,7 +104,7 @@ impl Cpi {
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
             })?;
-            self.untold(&vm.cid)?;
+            self.untold_vm(&vm.cid)?;
             vm.phase = Phase::Ready;
             self.store.write(&vm)?;
             self.settled(&vm.cid)

@@ -8,7 +8,7 @@
 //!                     base.raw                    hard link to the stemcell's image: see below
 //!                     root.qcow2  ephemeral.qcow2  config.img
 //!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
-//!                     untold                      as long as nobody may have been told of the VM
+//!                     untold                      as long as nobody may have been told of it: of others, too
 //!   disks/<cid>/      disk.json  disk.qcow2  metadata.json
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
 //!   disk.key                                      what encrypted disks are encrypted with

@@ -35,8 +35,6 @@ paths! {
     events = dir / "events.jsonl";
     /// How the last run ended.
     exit = dir / "exit.json";
-    /// There as long as nobody may have been told of the VM.
-    untold = dir / "untold";
     /// QEMU's monitor for calls.
     qmp = run / "qmp.sock";
     /// QEMU's monitor for the supervisor.

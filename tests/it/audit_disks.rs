@@ -10,7 +10,7 @@ use bosh_qemu_cpi::store::record::{AttachmentPhase, DiskImage};
 use serde_json::{Value, json};
 
 use crate::support::crash::armed;
-use crate::support::host::{Host, MUTE_GUEST, eventually, text};
+use crate::support::host::{GUEST, Host, MUTE_GUEST, eventually, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
 use crate::support::skip;
 
@@ -159,4 +159,41 @@ fn images_that_are_not_there_and_those_nobody_knows_are_told() {
     fs::remove_dir_all(ours).unwrap();
     assert_eq!(findings(&host, "gc"), (true, vec![]));
     assert!(theirs.join("disk.qcow2").exists());
+}
+
+/// Killed when it was whole, before anybody was told of it.
+#[test]
+fn what_nobody_was_told_of_is_told() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    let image = host.path("an-image");
+    fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
+    let untold = || {
+        let (_, printed) = host.command(&["gc", "--json"]);
+        let found = printed["findings"].as_array().unwrap().clone();
+        assert!(found.iter().all(|finding| finding["kind"] == "untold"), "{found:?}");
+        found.iter().map(|finding| finding["what"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(untold(), Vec::<String>::new());
+    for (create, arguments, delete) in [
+        ("create_disk", json!([8, {}, null]), "delete_disk"),
+        ("snapshot_disk", json!([disk, {}]), "delete_snapshot"),
+        ("create_stemcell", json!([image, {}]), "delete_stemcell"),
+    ] {
+        assert!(armed(&host, create, &arguments, [("AT", "done, not answered")]).is_none());
+        let found = untold();
+        assert_eq!(found.len(), 1, "{create}: {found:?}");
+        // It may have been told of all the same.
+        assert_eq!(untold(), found, "{create}");
+        host.ok(delete, &json!([found[0]]));
+        assert_eq!(untold(), Vec::<String>::new(), "{create}");
+    }
+    // Whoever names it knows it.
+    assert!(armed(&host, "create_disk", &json!([8, {}, null]), [("AT", "done, not answered")]).is_none());
+    let known = untold().pop().unwrap();
+    host.ok("set_disk_metadata", &json!([known, {}]));
+    assert_eq!(untold(), Vec::<String>::new());
 }

@@ -185,6 +185,35 @@ fn a_managed_network_whose_removal_was_cut_short_goes_or_is_whole_again() {
     assert!(!record.exists());
 }
 
+#[test]
+fn a_managed_network_that_is_half_made_is_removed_though_nothing_noted_it() {
+    let Some(host) = Host::new() else { return };
+    let made = host.ok("create_network", &json!([{"netmask_bits": 24}]));
+    let network = made[0].as_str().unwrap();
+    let record = host.path("state/networks").join(network).join("network.json");
+    let text = fs::read_to_string(&record).unwrap();
+    fs::write(&record, text.replace("\"ready\"", "\"creating\"")).unwrap();
+    assert!(mended(&host, "unfinished", &network).contains("its creation was cut short"));
+    assert!(!record.exists());
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_managed_network_that_can_not_be_read_goes_as_its_finding_says() {
+    let Some(host) = Host::new() else { return };
+    let made = host.ok("create_network", &json!([{"netmask_bits": 24}]));
+    let network = made[0].as_str().unwrap();
+    let dir = host.path("state/networks").join(network);
+    fs::write(dir.join("network.json"), "{").unwrap();
+    let (_, found) = findings(&host, "audit");
+    let remove = format!("bosh-qemu-cpi network remove {network}");
+    assert!(found.len() == 1 && found[0][0] == "corrupt" && found[0][3].contains(&remove), "{found:?}");
+    fs::rename(&dir, host.path("aside")).unwrap();
+    host.command(&["network", "remove", network, "--json"]);
+    assert_eq!(findings(&host, "audit"), (true, vec![]));
+    host.assert_nothing_left();
+}
+
 /// Does `act` with another state directory and another run directory configured.
 fn elsewhere<T>(host: &Host, run: &Path, act: impl FnOnce() -> T) -> T {
     let set = |state: &Path, run: &Path| {

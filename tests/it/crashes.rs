@@ -4,13 +4,13 @@
 use std::fs;
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
-use bosh_qemu_cpi::store::record::StemcellRecord;
+use bosh_qemu_cpi::store::record::{NetworkRecord, StemcellRecord};
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
 use serde_json::{Value, json};
 
 use crate::disk_metadata::metadata;
 use crate::disks::{in_qemu, is_plugged};
-use crate::support::crash::{Crash, Outcomes, for_each_crash_point};
+use crate::support::crash::{Crash, for_each_crash_point};
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
 
@@ -21,15 +21,6 @@ fn host() -> Option<Host> {
         return None;
     }
     Host::new()
-}
-
-#[allow(clippy::print_stdout)]
-fn print(method: &str, outcomes: &Outcomes) {
-    let width = outcomes.iter().map(|(point, _)| point.len()).max().unwrap_or_default();
-    println!("{method}: killed at each of {} points", outcomes.len());
-    for (point, outcome) in outcomes {
-        println!("  {point:width$}  {outcome}");
-    }
 }
 
 #[test]
@@ -69,25 +60,36 @@ impl Lab {
         vm
     }
 
-    /// Kills `method` at each of its points. Each time another call is done at once, then the same call is repeated and
-    /// `settled` looks at it.
+    /// Kills `method` at each of its points. Each time another call is done at once, then the same call is repeated,
+    /// `settled` looks at it, and `gc` leaves nothing that it finds.
     fn walk(&self, method: &str, prepare: impl Fn() -> Value, settled: impl Fn(&Crash<'_>, Value) -> String) {
-        let outcomes = for_each_crash_point(&self.host, method, prepare, |crash| {
+        for_each_crash_point(&self.host, method, prepare, |crash| {
             // It takes its locks and asks its QEMU, also where there is nothing to do.
             self.host.ok("attach_disk", &json!([self.bystander, self.disk]));
             if let Some(answer) = &crash.answer {
                 let failed_itself = crash.point.starts_with("supervisor: ");
                 assert!(answer.outcome.is_ok() || failed_itself, "{}: {answer:?}", crash.point);
             }
-            if let ("create_vm", Some(Ok(made))) = (method, crash.answer.as_ref().map(|answer| &answer.outcome)) {
-                // Its address is taken: only who was not told may ask for it again.
-                self.host.ok("delete_vm", &json!([made[0]]));
+            // Its addresses are taken: only who was not told may ask for them again.
+            let delete = [("create_vm", "delete_vm"), ("create_network", "delete_network")];
+            let delete = delete.into_iter().find(|(create, _)| *create == method);
+            if let (Some((_, delete)), Some(Ok(made))) = (delete, crash.answer.as_ref().map(|answer| &answer.outcome)) {
+                self.host.ok(delete, &json!([made[0]]));
             }
-            let answer = self.host.call(method, crash.arguments);
-            let again = answer.outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
-            settled(crash, again)
+            let again = match self.host.call(method, crash.arguments).outcome {
+                Err(gone) if method == "delete_network" && gone.kind == "NetworkNotFound" => Value::Null,
+                outcome => outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point)),
+            };
+            let outcome = settled(crash, again);
+            self.gc(crash.point);
+            outcome
         });
-        print(method, &outcomes);
+    }
+
+    /// Puts right what can be, which must be everything.
+    fn gc(&self, point: &str) {
+        let (clean, found) = self.host.command(&["gc", "--json"]);
+        assert!(clean, "after '{point}': {found}");
     }
 
     /// Waits until no create is unfinished. A supervisor whose call was killed keeps the VM's lock until its launch is
@@ -216,6 +218,44 @@ fn reboot_vm() {
 }
 
 #[test]
+fn create_network() {
+    let Some(lab) = Lab::new() else { return };
+    let networks = || lab.host.store().list::<NetworkRecord>().unwrap();
+    lab.walk(
+        "create_network",
+        || json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]),
+        |crash, made| {
+            assert_eq!(json!(networks()), json!([made[0]]), "after '{}'", crash.point);
+            assert!(
+                lab.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
+                "after '{}'",
+                crash.point
+            );
+            lab.host.ok("delete_network", &json!([made[0]]));
+            // Also the locks of networks that were not whole.
+            lab.gc(crash.point);
+            lab.assert_quiet();
+            "one network".into()
+        },
+    );
+}
+
+#[test]
+fn delete_network() {
+    let Some(lab) = Lab::new() else { return };
+    let made = || lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
+    lab.walk(
+        "delete_network",
+        || json!([made()[0]]),
+        |crash, _| {
+            lab.gc(crash.point);
+            lab.assert_quiet();
+            "gone".into()
+        },
+    );
+}
+
+#[test]
 fn create_disk() {
     let Some(lab) = Lab::new() else { return };
     let known = [lab.disk.clone()];
@@ -261,7 +301,7 @@ fn attach_disk_to_another_vm_after_one_that_was_killed() {
     let Some(lab) = Lab::new() else { return };
     let (host, disk) = (&lab.host, lab.host.disk());
     let (one, other) = (lab.booted_vm(), &lab.bystander);
-    let outcomes = for_each_crash_point(
+    for_each_crash_point(
         host,
         "attach_disk",
         || {
@@ -284,7 +324,6 @@ fn attach_disk_to_another_vm_after_one_that_was_killed() {
             }
         },
     );
-    print("attach_disk", &outcomes);
 }
 
 #[test]

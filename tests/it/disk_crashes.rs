@@ -12,10 +12,11 @@ use crate::support::host::{Host, eventually, text};
 use crate::support::images::{assert_pattern, guest_writes, in_qemu, record, write_pattern};
 use crate::support::skip;
 
-/// A VM and, for each kill, a fresh disk with data in it.
+/// A VM and, for each kill, a fresh disk with data in it; and a VM with a disk that must not be disturbed.
 struct Lab {
     host: Host,
     vm: VmCid,
+    bystander: (VmCid, DiskCid),
 }
 
 impl Lab {
@@ -25,8 +26,13 @@ impl Lab {
             return None;
         }
         let host = Host::new()?;
-        let vm = host.booted_vm();
-        Some(Self { host, vm })
+        let stemcell = host.stemcell();
+        let (vm, other) = (host.vm(&stemcell), host.vm(&stemcell));
+        for vm in [&vm, &other] {
+            host.sees(vm, "BOOTSECTOR-OK", 1);
+        }
+        let bystander = (other, host.disk());
+        Some(Self { host, vm, bystander })
     }
 
     fn disk(&self, is_attached: bool) -> DiskCid {
@@ -36,6 +42,16 @@ impl Lab {
             self.host.ok("attach_disk", &json!([self.vm, disk]));
         }
         disk
+    }
+
+    /// Another call, on other things, takes its locks and asks its QEMU; and `gc` leaves nothing that it finds.
+    fn others_work(&self, point: &str) {
+        self.host.ok("attach_disk", &json!([self.bystander.0, self.bystander.1]));
+        let (_, found) = self.host.command(&["gc", "--json"]);
+        let found = found["findings"].as_array().unwrap();
+        // Who was killed after all was done may have been heard.
+        let open = |finding: &&Value| finding["cure"] != "mended" && finding["kind"] != "untold";
+        assert_eq!(found.iter().find(open), None, "after '{point}'");
     }
 
     /// Kills `method` at each of its points, repeats it, and looks at the disk.
@@ -49,6 +65,7 @@ impl Lab {
         let prepare = || arguments(&self.disk(is_attached));
         for_each_crash_point(&self.host, method, prepare, |crash: &Crash<'_>| {
             let disk: DiskCid = text(&crash.arguments[0]).parse().unwrap();
+            self.host.ok("attach_disk", &json!([self.bystander.0, self.bystander.1]));
             let answer = self.host.call(method, crash.arguments);
             let again = answer.outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
             assert_eq!(record(&self.host, &disk).leftover, None, "{}", crash.point);
@@ -59,6 +76,7 @@ impl Lab {
             assert_pattern(&self.host, &disk);
             self.host.ok("delete_disk", &json!([disk]));
             assert_eq!(in_qemu(&self.host, &self.vm, disk.as_str()), [0; 3], "after '{}'", crash.point);
+            self.others_work(crash.point);
             "whole".into()
         });
     }
@@ -155,6 +173,7 @@ fn delete_snapshot() {
     for_each_crash_point(&lab.host, "delete_snapshot", prepare, |crash| {
         lab.host.ok("delete_snapshot", crash.arguments);
         assert!(lab.host.store().list::<SnapshotRecord>().unwrap().is_empty(), "after '{}'", crash.point);
+        lab.others_work(crash.point);
         "gone".into()
     });
     assert_pattern(&lab.host, &disk);
@@ -180,7 +199,7 @@ fn restore_of_a_snapshot() {
         host.ok("delete_disk", &json!([host.disk()]));
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
         let mut made = host.store().list::<DiskRecord>().unwrap();
-        made.retain(|made| *made != disk);
+        made.retain(|made| ![&disk, &lab.bystander.1].contains(&made));
         // A killed restore may have been done but for its answer.
         assert!(made.len() <= 1, "{point}: {made:?}");
         for made in made {
@@ -188,6 +207,7 @@ fn restore_of_a_snapshot() {
             assert_pattern(host, &made);
             host.ok("delete_disk", &json!([made]));
         }
+        lab.others_work(&point);
     }
 }
 

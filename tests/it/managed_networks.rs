@@ -1,8 +1,11 @@
 //! create_network, delete_network and VMs between them, as a Director with `managed: true` asks.
 
-use serde_json::json;
+use bosh_qemu_cpi::store::record::NetworkRecord;
+use serde_json::{Value, json};
 
-use crate::support::host::{Host, text};
+use crate::support::crash::armed;
+use crate::support::host::{Host, request, text};
+use crate::support::skip;
 
 #[test]
 fn a_managed_network_is_made_used_and_removed() {
@@ -73,4 +76,53 @@ fn a_managed_network_goes_with_delete_network_and_nothing_else() {
     std::fs::remove_file(profiles.join("mine.toml")).unwrap();
     host.ok("delete_network", &json!([network]));
     assert!(!links().contains("10.9.0.1/24"));
+}
+
+/// Killed when it was whole, before anybody was told of it.
+#[test]
+fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {}}]);
+    let forgotten = || {
+        assert!(armed(&host, "create_network", &subnet, [("AT", "pending note removed")]).is_none());
+        host.store().list::<NetworkRecord>().unwrap().pop().unwrap()
+    };
+    let audit = || host.command(&["audit", "--json"]).1["findings"].as_array().unwrap().clone();
+    let network = forgotten();
+    let found = audit();
+    assert_eq!(
+        (&found[0]["kind"], &found[0]["what"], found.len()),
+        (&json!("untold"), &json!(network), 1),
+        "{found:?}"
+    );
+    // Another Director may have been told of it, for all this one knows.
+    let other: Value = serde_json::from_str(&request("create_network", &subnet)).unwrap();
+    let other =
+        json!({"method": other["method"], "arguments": other["arguments"], "context": {"director_uuid": "another"}});
+    let refused = host.ask(&other.to_string());
+    assert!(refused.failure().message.contains(&format!("managed network '{network}'")), "{refused:?}");
+    let made = host.ok("create_network", &subnet);
+    let networks = || host.store().list::<NetworkRecord>().unwrap();
+    assert_eq!(json!(networks()), json!([made[0]]));
+    assert_eq!(audit(), Vec::<Value>::new());
+    let overlapping = host.call("create_network", &subnet);
+    assert!(
+        overlapping.failure().message.contains(&format!("managed network '{}'", text(&made[0]))),
+        "{overlapping:?}"
+    );
+    host.ok("delete_network", &json!([made[0]]));
+
+    // Who has a VM on it knows it.
+    let network = forgotten();
+    let mut arguments = host.vm_arguments(&host.stemcell());
+    arguments[3]["net"]["cloud_properties"] = json!({"network": network});
+    let vm = host.ok("create_vm", &arguments);
+    assert_eq!(audit(), Vec::<Value>::new());
+    host.ok("delete_vm", &json!([vm[0]]));
+    let overlapping = host.call("create_network", &subnet);
+    assert!(overlapping.failure().message.contains(&format!("managed network '{network}'")), "{overlapping:?}");
+    host.ok("delete_network", &json!([network]));
 }

@@ -27,7 +27,7 @@ impl Audit<'_> {
 
     fn machine(&mut self, vm: &VmRecord) -> Result<()> {
         let Some(hold) = self.idle(Rank::Vm, &vm.cid) else { return Ok(()) };
-        if self.cpi.is_untold(vm)? {
+        if self.cpi.is_untold_vm(vm)? {
             self.told(Kind::Untold, &vm.cid, "its create_vm was killed before anybody was told of it", TO_TELL);
         }
         let paths = self.cpi.store.vm(&vm.cid);

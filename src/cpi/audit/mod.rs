@@ -69,7 +69,7 @@ pub enum Kind {
     Down,
     /// A VM that runs without a supervisor.
     Unsupervised,
-    /// A VM that its Director may not know of.
+    /// Something that its Director may not know of.
     Untold,
     /// An attach or a detach that was cut short.
     Unsettled,

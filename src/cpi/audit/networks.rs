@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 
 use super::{Audit, Kind};
-use crate::cid::NetworkCid;
+use crate::cid::{Cid, NetworkCid};
 use crate::cpi::host_networks::HostNetwork;
 use crate::cpi::managed_networks;
 use crate::error::{ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::{apply, kept};
 use crate::store::record::{NetworkRecord, Nic};
-use crate::store::{Phase, Rank, Record, VmRecord};
+use crate::store::{Phase, Rank, VmRecord, atomic};
 use crate::supervisor::{PowerState, power_state};
 
 const NEXT: &str = "correct what it names; `bosh-qemu-cpi network plan` shows more";
@@ -32,19 +32,33 @@ impl Audit<'_> {
         self.kept_for_nobody()
     }
 
-    /// Removals of managed networks that were cut short. Creates have notes.
+    /// Managed networks that are half made or half removed, and those that nobody was told of.
     fn managed(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<NetworkRecord>()? {
             let Some(lock) = self.hold(Rank::Network, managed_networks::bridge(&cid)) else { continue };
-            let record = self.cpi.store.read::<NetworkRecord>(&cid);
+            let phase = self.cpi.store.read::<NetworkRecord>(&cid).map(|record| record.map(|record| record.phase));
+            let noted = self.cpi.has_note(&cid);
+            let untold = matches!(phase, Ok(Some(Phase::Ready))) && self.is_untold::<NetworkRecord>(&cid);
             lock.retire()?;
-            match record {
-                Ok(record) if record.as_ref().is_some_and(|record| record.phase() == Phase::Deleting) => {
-                    self.unfinished_removal(&cid);
+            match phase {
+                Ok(Some(Phase::Deleting)) => self.unfinished_removal(&cid),
+                // One with a note was found before.
+                Ok(Some(Phase::Creating)) if !noted => {
+                    let cpi = self.cpi;
+                    self.found(Kind::Unfinished, &cid, "its creation was cut short", || {
+                        cpi.clear_leftover(cid.as_str(), Self::deadline())
+                    });
                 }
+                Ok(None) if !noted && atomic::is_there(&self.cpi.store.record_dir::<NetworkRecord>(&cid)) => {
+                    self.without_record(&cid, &self.cpi.store.record_dir::<NetworkRecord>(&cid));
+                }
+                Ok(_) if untold => self.untold("create_network", "delete_network", &cid),
                 Ok(_) => {}
                 Err(error) => {
-                    self.told(Kind::Corrupt, &cid, &error.chain(), "restore it from a backup, or call delete_network");
+                    let next = format!(
+                        "restore it from a backup; or move its directory away, and `bosh-qemu-cpi network remove {cid}`"
+                    );
+                    self.told(Kind::Corrupt, &cid, &error.chain(), &next);
                 }
             }
         }

@@ -12,10 +12,11 @@ use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord};
 
 impl Audit<'_> {
     pub(super) fn objects(&mut self) -> Result<()> {
-        self.each::<StemcellRecord>(Rank::Stemcell)?;
-        self.each::<SnapshotRecord>(Rank::Snapshot)?;
-        self.each::<DiskRecord>(Rank::Disk)?;
-        self.each::<VmRecord>(Rank::Vm)?;
+        self.each::<StemcellRecord>(Rank::Stemcell, Some(("create_stemcell", "delete_stemcell")))?;
+        self.each::<SnapshotRecord>(Rank::Snapshot, Some(("snapshot_disk", "delete_snapshot")))?;
+        self.each::<DiskRecord>(Rank::Disk, Some(("create_disk", "delete_disk")))?;
+        // Of a VM more tells whether somebody knows it.
+        self.each::<VmRecord>(Rank::Vm, None)?;
         self.copies()?;
         self.notes()
     }
@@ -43,11 +44,16 @@ impl Audit<'_> {
         Ok(())
     }
 
-    fn each<R: Record>(&mut self, rank: Rank) -> Result<()> {
+    /// `untold` names the calls that make and remove what is told by a note alone.
+    fn each<R: Record>(&mut self, rank: Rank, untold: Option<(&str, &str)>) -> Result<()> {
         for cid in self.cpi.store.list::<R>()? {
             let Some(lock) = self.idle(rank, &cid) else { continue };
             match self.cpi.store.read::<R>(&cid) {
-                Ok(Some(record)) if record.phase() == Phase::Ready => {}
+                Ok(Some(record)) if record.phase() == Phase::Ready => {
+                    if let Some((create, delete)) = untold.filter(|_| self.is_untold::<R>(&cid)) {
+                        self.untold(create, delete, &cid);
+                    }
+                }
                 Ok(Some(record)) => {
                     drop(lock);
                     let why = if record.phase() == Phase::Creating { "its creation" } else { "its removal" };
@@ -69,7 +75,20 @@ impl Audit<'_> {
         Ok(())
     }
 
-    fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
+    /// Whether nobody was told of the object. What can not be looked at is a finding.
+    pub(super) fn is_untold<R: Record>(&mut self, cid: &R::Cid) -> bool {
+        self.cpi.is_untold::<R>(cid).unwrap_or_else(|error| {
+            self.unknown(cid, &error);
+            false
+        })
+    }
+
+    pub(super) fn untold(&mut self, create: &str, delete: &str, cid: &impl Cid) {
+        let why = format!("its {create} was killed before anybody was told of it, or the power was cut soon after");
+        self.told(Kind::Untold, cid, &why, &format!("call {delete}, unless a Director knows it"));
+    }
+
+    pub(super) fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
         let (cpi, empty) = (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
         if cpi.has_note(cid) {
             self.found(Kind::Unfinished, cid, "its creation was cut short", || {

@@ -23,6 +23,9 @@ pub struct NetworkRecord {
     pub phase: Phase,
     /// When it was created, UTC.
     pub created_at: String,
+    /// The uuid of the Director that had it made. Absent in records of versions that did not ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub director: Option<String>,
     /// The network as the configuration would have it.
     pub settings: Map<String, Value>,
     /// Fields of a newer version.

@@ -303,7 +303,7 @@ fn a_vm_that_nobody_knows_makes_way_on_its_host() {
     let stemcell = group.stemcell();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
     // Its create_vm died before the answer was taken.
-    std::fs::write(group.hosts[at].paths(&vm).untold(), "").unwrap();
+    std::fs::write(group.hosts[at].paths(&vm).dir.join("untold"), "").unwrap();
     let mut arguments = group.hosts[0].vm_arguments(&stemcell);
     let nic = group.hosts[at].record(&vm).nics.remove(0);
     arguments[3]["net"]["ip"] = json!(nic.rules.unwrap().addresses[0].ip());

@@ -20,12 +20,9 @@ pub struct Crash<'a> {
     pub answer: Option<Answer>,
 }
 
-/// What became of a call at each of its crash points, in the order they are passed.
-pub type Outcomes = Vec<(String, String)>;
-
 /// Runs `method` once to learn its crash points, then once for each of them, killed there. `prepare` makes what the call
 /// acts on and gives its arguments; `check` looks at what is left, fails the test if that is wrong, and says in a few
-/// words what it found.
+/// words what it found. Each point is printed with that.
 ///
 /// How often a call waits for its guest is not the same each time: a point that is not passed again is left out.
 pub fn for_each_crash_point(
@@ -33,22 +30,27 @@ pub fn for_each_crash_point(
     method: &str,
     prepare: impl Fn() -> Value,
     check: impl Fn(&Crash<'_>) -> String,
-) -> Outcomes {
-    let mut outcomes = Vec::new();
+) {
     let (arguments, log) = (prepare(), host.path("crash-points"));
     let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap())]);
     let points = take_passed(&log);
     assert!(points.len() > 1, "{method} has crash points: {points:?}");
-    outcomes.push(("nowhere".to_owned(), check(&Crash { point: "nowhere", arguments: &arguments, answer })));
+    let width = points.iter().map(String::len).max().unwrap_or_default();
+    print(&format!("{method}: killed at each of {} points", points.len()));
+    print(&format!("  {:width$}  {}", "nowhere", check(&Crash { point: "nowhere", arguments: &arguments, answer })));
     for point in points {
         let arguments = prepare();
         let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap()), ("AT", &point)]);
         let killed = take_passed(&log).contains(&point);
         assert!(killed || answer.is_some(), "{method} died before {point}");
         let outcome = check(&Crash { point: &point, arguments: &arguments, answer });
-        outcomes.push((point, if killed { outcome } else { format!("not passed; {outcome}") }));
+        print(&format!("  {point:width$}  {}{outcome}", if killed { "" } else { "not passed; " }));
     }
-    outcomes
+}
+
+#[allow(clippy::print_stdout)]
+fn print(line: &str) {
+    println!("{line}");
 }
 
 /// The crash points that were passed, each with the number of the passing.
