@@ -50,7 +50,7 @@ fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
         Ok([stays.clone()].into_iter().chain(first.then(|| goes.clone())).collect())
     };
     lab.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
-    let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), &others));
+    let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), others));
     assert!(added.is_ok() && asked.load(Relaxed) == 2, "{added:?}");
     assert!(lab.host.run(|| guard::is_lost(std::slice::from_ref(&goes))).unwrap());
     lab.host.run(|| guard::remove(std::slice::from_ref(&stays))).unwrap();
