@@ -29,7 +29,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use qapi::qmp;
 use serde_json::json;
@@ -300,13 +300,16 @@ pub(super) fn started(error: Error) -> Error {
 
 /// Says on the log how far a copy is, once it takes longer.
 pub(super) fn progress(what: String) -> impl FnMut(u64, u64) {
-    const INTERVAL: std::time::Duration = std::time::Duration::from_secs(10);
+    every(Duration::from_secs(10), move |percent| tracing::info!(percent, "{what}"))
+}
+
+/// Has `say` hear how many percent are done, at most once in `interval`.
+fn every(interval: Duration, mut say: impl FnMut(u64)) -> impl FnMut(u64, u64) {
     let mut said = Instant::now();
     move |done, of| {
-        if said.elapsed() >= INTERVAL {
+        if said.elapsed() >= interval {
             said = Instant::now();
-            let percent = done.saturating_mul(100).checked_div(of).unwrap_or(0);
-            tracing::info!(percent, "{what}");
+            say(done.saturating_mul(100).checked_div(of).unwrap_or(0));
         }
     }
 }
@@ -314,4 +317,24 @@ pub(super) fn progress(what: String) -> impl FnMut(u64, u64) {
 /// The names of a copy's target in QEMU: no device has them.
 pub(super) fn target(node: &str) -> HotDisk {
     HotDisk { device: blockdev::file_node(node), node: node.to_owned(), below: vec![blockdev::file_node(node)] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_far_a_copy_is_is_said_now_and_then() {
+        let said = |interval: Duration| {
+            let mut said = Vec::new();
+            let mut progress = every(interval, |percent| said.push(percent));
+            for (done, of) in [(0, 200), (50, 200), (200, 200), (0, 0), (u64::MAX, u64::MAX)] {
+                progress(done, of);
+            }
+            drop(progress);
+            said
+        };
+        assert_eq!(said(Duration::ZERO), [0, 25, 100, 0, 1]);
+        assert!(said(Duration::from_secs(3600)).is_empty());
+    }
 }

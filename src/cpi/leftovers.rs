@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Cpi;
+use super::audit::is_left;
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -100,6 +101,9 @@ impl Cpi {
             if Instant::now() >= until {
                 return tracing::warn!("there are leftovers of calls that were cut short, and no time to remove them");
             }
+            if self.may_begin(&name) {
+                continue;
+            }
             match self.clear_leftover(&name, until.min(Instant::now() + PATIENCE)) {
                 Ok(()) => {}
                 // Its create still works.
@@ -123,6 +127,13 @@ impl Cpi {
     /// The same by name.
     pub(super) fn is_noted(&self, name: &str) -> bool {
         atomic::is_there(&self.store.pending_dir().join(name))
+    }
+
+    /// Whether the create that made the note lives, and may not have its lock yet. Who took that first would remove the note
+    /// last, when the create has the lock and relies on it.
+    pub(super) fn may_begin(&self, note: &str) -> bool {
+        let maker = self.noted_by(note);
+        maker.is_some() && !is_left(&self.store.pending_dir().join(note), maker)
     }
 
     /// The process that made the note.

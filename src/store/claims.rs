@@ -155,9 +155,12 @@ impl Claims<'_> {
         Ok(None)
     }
 
-    /// Whether the VM is there or is being made.
+    /// Whether the VM is there or is being made. Its note alone does not tell: who takes a create that has no lock yet for
+    /// one that was cut short removes it last, when the create may have the lock.
     fn exists(&self, vm: &VmCid) -> bool {
-        atomic::is_there(&self.store.vm(vm).dir) || atomic::is_there(&self.store.pending_dir().join(vm))
+        let is_there = |path: PathBuf| atomic::is_there(&path);
+        let is_free = || matches!(self.store.glance(Rank::Vm, vm), Ok(Some(_)));
+        is_there(self.store.vm(vm).dir) || is_there(self.store.pending_dir().join(vm)) || !is_free()
     }
 
     /// Takes what nobody [holds](Self::holder).
@@ -315,6 +318,9 @@ mod tests {
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
         assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
         std::fs::remove_dir(store.vm(&vm).dir).unwrap();
+        let made = store.lock(Rank::Vm, &vm, Instant::now()).unwrap();
+        assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm), "somebody makes it");
+        made.retire().unwrap();
         assert_eq!(claims.holder(&claim).unwrap(), None);
         claims.take(&vm, claim.clone()).unwrap();
         store.release_claims(&vm).unwrap();

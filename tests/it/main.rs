@@ -6,6 +6,7 @@ mod addresses;
 mod audit;
 mod audit_disks;
 mod audit_networks;
+mod cards;
 mod contract;
 mod crashes;
 mod deadlines;

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::answer::{Answer, Failure};
+use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text};
 use crate::support::images::{
     assert_pattern, assert_pattern_in, guest_writes, image, in_qemu, qemu_io, record, write_pattern,
@@ -276,4 +277,32 @@ fn a_leftover_that_can_not_be_removed_is_named_for_what_it_is() {
     host.store().write(&SnapshotRecord { phase: Phase::Creating, ..whole }).unwrap();
     host.ok("resize_disk", &json!([disk, 9]));
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty() && !note.exists());
+}
+
+#[test]
+fn a_snapshot_of_a_detached_disk_shares_blocks_where_the_filesystem_can() {
+    let Some(pool) = Filesystem::sharing(512) else { return };
+    let Some(host) = Host::with(json!({"pools": {"shares": {"path": pool.path()}}})) else { return };
+    let disk = text(&host.ok("create_disk", &json!([64, {"pool": "shares", "format": "raw"}, null])));
+    let cid: DiskCid = disk.parse().unwrap();
+    write_pattern(&host, &cid);
+    qemu_io(&host, &image(&host, &cid), &record(&host, &cid), &["write -P 7 8M 48M"]);
+    let taken = || {
+        rustix::fs::sync();
+        let has = rustix::fs::statvfs(pool.path()).unwrap();
+        ((has.f_blocks - has.f_bfree) * has.f_frsize) >> 20
+    };
+    let before = taken();
+    assert!(before >= 48, "{before} MiB");
+    let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}])));
+    let restored = host.cpi().args(["disk", "restore", &snapshot]).output().unwrap();
+    let restored = String::from_utf8(restored.stdout).unwrap().trim().to_owned();
+    let more = taken() - before;
+    assert!(more < 16, "{more} MiB for two copies of 48");
+    // What is written to one is not in the others.
+    qemu_io(&host, &image(&host, &cid), &record(&host, &cid), &["write -P 1 0 64M"]);
+    let restored: DiskCid = restored.parse().unwrap();
+    assert_pattern(&host, &restored);
+    host.ok("delete_disk", &json!([disk]));
+    assert_pattern(&host, &restored);
 }

@@ -20,6 +20,8 @@ use crate::vm_list::vm_list;
 const CALLERS: usize = 32;
 /// Emulated guests that boot on two cores.
 const VMS: usize = 16;
+/// As many addresses.
+const POOL: &str = "10.9.0.100-10.9.0.115";
 
 /// Runs `job` in as many threads as a Director has, each with its number.
 fn storm<T: Send>(job: impl Fn(usize) -> T + Sync) -> Vec<T> {
@@ -78,6 +80,27 @@ fn a_directors_threads_do_not_get_into_each_others_way() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 4}})) else { return };
     audited(&host, || many_calls(&host));
     host.assert_nothing_left();
+}
+
+/// Each create takes the notes of all others for leftovers at first.
+#[test]
+fn a_pool_gives_no_address_twice_to_callers_at_once() {
+    let networks = json!({"default": {"subnet": "10.9.0.0/24", "pool": POOL}});
+    let Some(host) = Host::with(json!({"networks": networks})) else { return };
+    let dynamic = json!(["agent-1", host.stemcell(), {"ram": 64}, {"net": {"type": "dynamic"}}, [], {}]);
+    let made = storm(|number| {
+        let answer = (number < VMS).then(|| host.ok("create_vm", &dynamic));
+        host.ok("delete_disk", &json!([host.disk()]));
+        answer
+    });
+    let made: Vec<_> = made.into_iter().flatten().collect();
+    all_differ("address", made.iter().map(|answer| text(&answer[1]["net"]["ip"])));
+    for answer in &made {
+        let rules = host.record(&vm_cid(answer)).nics[0].rules.clone().unwrap();
+        assert_eq!(json!(rules.addresses[0].ip()), answer[1]["net"]["ip"]);
+    }
+    let full = host.call("create_vm", &dynamic);
+    assert!(full.failure().message.contains("no free address"), "{full:?}");
 }
 
 fn many_calls(host: &Host) {

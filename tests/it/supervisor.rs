@@ -57,6 +57,24 @@ fn a_quit_is_no_crash() {
     assert!(host.qemu(&vm).is_none());
 }
 
+/// After 1, 5 and 15 seconds, and then no more.
+#[test]
+fn a_vm_that_crashes_again_and_again_is_given_up() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.vm(&host.import(PANICKING_GUEST));
+    let supervisor = host.supervisor(&vm).unwrap();
+    host.event(&vm, "gave up", 1);
+    gone(&supervisor);
+    let events = events(&host, &vm);
+    let times = |event: &str| events.iter().filter(|e| *e == event).count();
+    assert_eq!(["started", "exited", "restarting", "gave up"].map(times), [4, 4, 3, 1], "{events:?}");
+    assert!(host.qemu(&vm).is_none());
+    assert_eq!(exit(&host, &vm).ending(), Ending::Crashed);
+    // Who starts it on purpose begins to count anew.
+    host.ok("reboot_vm", &json!([vm]));
+    host.event(&vm, "restarting", 4);
+}
+
 #[test]
 fn a_crash_is_final_where_the_operator_says_so() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };

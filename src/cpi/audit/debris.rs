@@ -38,7 +38,10 @@ impl Audit<'_> {
                 continue;
             }
             let Some(hold) = self.hold(rank, &name) else { continue };
-            if hold.had_file() && !is_somethings() {
+            if !hold.had_file() {
+                // It went while we looked, and is there again for that alone.
+                hold.retire()?;
+            } else if !is_somethings() {
                 let what = format!("lock {}.{name}", rank.as_str());
                 self.found(Kind::Orphan, &what, "what it is for is gone", || hold.retire());
             }

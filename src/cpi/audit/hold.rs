@@ -63,7 +63,7 @@ impl Audit<'_> {
 
 /// Whether nobody is between making a note or a lock file, at `path`, and having the lock: who made it, `maker`, is dead, or
 /// made it long ago.
-pub(super) fn is_left(path: &Path, maker: Option<i32>) -> bool {
+pub(in crate::cpi) fn is_left(path: &Path, maker: Option<i32>) -> bool {
     let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
     let is_old = path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED);
     let lives = |pid| Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::hold::is_left;
-use super::{Audit, Kind};
+use super::{Audit, Finding, Kind};
 use crate::cid::Cid;
 use crate::cpi::leftovers;
 use crate::error::{Error, ErrorKind, Result};
@@ -113,13 +113,15 @@ impl Audit<'_> {
             let Some(hold) = self.hold(rank, &lock) else { continue };
             // Its create may have ended since it was listed, or be about to take the lock.
             let is_over = self.cpi.is_noted(&name)
+                && !self.cpi.may_begin(&name)
                 && (hold.had_file() || is_left(&self.cpi.store.pending_dir().join(&name), self.cpi.noted_by(&name)));
             if self.cpi.store.is_locked_for_something(rank, &lock) {
                 drop(hold);
             } else {
                 hold.retire()?;
             }
-            if is_over && !self.findings.iter().any(|finding| finding.what == name) {
+            let is_found = |finding: &Finding| finding.what == name && finding.kind != Kind::Untold;
+            if is_over && !self.findings.iter().any(is_found) {
                 let cpi = self.cpi;
                 self.found(Kind::Unfinished, &name, "its creation was cut short", || {
                     cpi.clear_leftover(&name, Self::deadline())

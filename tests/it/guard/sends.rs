@@ -68,6 +68,33 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
 }
 
 #[test]
+fn a_guest_speaks_as_what_it_is_allowed_beside_itself() {
+    let Some(lab) = Lab::new() else { return };
+    let allowed = ["10.0.0.100", "10.0.1.0/24", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
+    let guest = lab.guest(1, NicRules { allowed, ..guarded(&["10.0.0.1", "fd00::1"]) });
+    let other = lab.guest(2, guarded(&["10.0.0.2", "fd00::2"]));
+    let four = |from: &str| ethernet(EVERYBODY, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
+    let asks = |from: &str| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), from), "10.0.0.2"));
+    let six = |from: &str| ethernet(EVERYBODY, mac(1), IP6, &ip6(from, "fd00::2", UDP, &udp(1000, 53)));
+    let tells = |target: &str| {
+        let advertisement = nd(136, target, Some((2, mac(1))));
+        ethernet(EVERYBODY, mac(1), IP6, &ip6("fd00::1", "ff02::1", ICMP6, &advertisement))
+    };
+    for from in ["10.0.0.1", "10.0.0.100", "10.0.1.7"] {
+        lab.passes(&guest, &other, &four(from));
+        lab.passes(&guest, &other, &asks(from));
+    }
+    for from in ["fd00::1", "fd00::100"] {
+        lab.passes(&guest, &other, &six(from));
+        lab.passes(&guest, &other, &tells(from));
+    }
+    lab.drops_it(&guest, &other, "IP beside it", &four("10.0.0.101"));
+    lab.drops_it(&guest, &other, "ARP sender beside it", &asks("10.0.2.0"));
+    lab.drops_it(&guest, &other, "IPv6 beside it", &six("fd00::101"));
+    lab.drops_it(&guest, &other, "target beside it", &tells("fd00::101"));
+}
+
+#[test]
 fn a_guest_speaks_ipv6_only_as_itself() {
     let Some(lab) = Lab::new() else { return };
     // It would put fragments together.

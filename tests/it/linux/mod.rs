@@ -13,8 +13,10 @@ use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use serde_json::{Value, json};
 
 use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
+use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::netns::Namespace;
+use crate::vm_list::vm_list;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()
@@ -50,6 +52,37 @@ fn data_survives_detaching_rebooting_and_what_the_director_does() {
     assert_eq!(guest.disk(&larger, "read"), first.as_str());
     let guest = flows::resize(&host, guest, &second);
     flows::hot_swap(&host, &stemcell, guest, &larger);
+}
+
+#[test]
+fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
+    let Some(dir) = stemcell_dir() else { return };
+    let Some(pool) = Filesystem::new(64) else { return };
+    let config = json!({"agent": agent(), "pools": {"tight": {"path": pool.path()}}});
+    let Some(host) = Host::with(config) else { return };
+    let guest = Guest::boot(&host, &import(&host, &dir));
+    let cid = disk(&host, 32, &json!({"pool": "tight"}));
+    host.ok("attach_disk", &json!([guest.vm, cid]));
+    guest.disk(&cid, "format");
+    let ballast = pool.path().join("ballast");
+    let mut file = std::fs::File::create(&ballast).unwrap();
+    while file.write_all(&[1; 4096]).is_ok() {}
+    drop(file);
+    std::thread::scope(|threads| {
+        let writes = threads.spawn(|| guest.disk(&cid, "write?text=in-the-end"));
+        host.event(&guest.vm, "BLOCK_IO_ERROR", 1);
+        host.event(&guest.vm, "STOP", 1);
+        let listed = vm_list(&host);
+        assert_eq!(
+            (&listed[0]["state"], &listed[0]["reason"]),
+            (&json!("paused"), &json!(format!("io-error on {cid} (no space)")))
+        );
+        std::fs::remove_file(&ballast).unwrap();
+        host.event(&guest.vm, "resumed", 1);
+        writes.join().unwrap();
+    });
+    assert_eq!(guest.disk(&cid, "read"), "in-the-end");
+    assert_eq!(vm_list(&host)[0]["state"], "running");
 }
 
 #[test]
