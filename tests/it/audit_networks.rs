@@ -279,7 +279,8 @@ fn a_group_with_strangers_is_not_ours_to_end() {
     let link = tap(&host, &vm);
     // As in a copy of the state directory, which has a run directory of its own.
     let run = host.paths(&vm).run;
-    fs::rename(&run, host.path("run-aside")).unwrap();
+    let aside = host.store().run_dir().join("aside");
+    fs::rename(&run, &aside).unwrap();
     lose(&host, &vm);
     if Cgroup::open(vm.as_str()).processes().is_empty() {
         skip("no control group can be made here");
@@ -288,7 +289,7 @@ fn a_group_with_strangers_is_not_ours_to_end() {
         assert!(!clean && found.len() == 1 && found[0][2].contains(&qemu.pid().to_string()), "{found:#?}");
         assert!(host.namespace().link(&link).is_some());
     }
-    fs::rename(host.path("run-aside"), &run).unwrap();
+    fs::rename(&aside, &run).unwrap();
     fs::rename(host.path("aside"), host.paths(&vm).dir).unwrap();
     assert!(host.qemu(&vm).is_some());
     assert_eq!(host.record(&vm).phase, Phase::Ready);
