@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::cli::DiskCommand;
 use crate::config::{self, Config};
 use crate::cpi::Cpi;
+use crate::cpi::verbs::Verbs;
 use crate::error::{Error, Result};
 use crate::log;
 
@@ -19,5 +20,7 @@ pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Wri
         DiskCommand::Restore { snapshot } => cpi.restore(&snapshot)?,
         DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,
     };
-    writeln!(output, "{disk}").map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))
+    writeln!(output, "{disk}").map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))?;
+    cpi.told();
+    Ok(())
 }

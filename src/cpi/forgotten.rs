@@ -128,26 +128,17 @@ impl Cpi {
         self.store.record_dir::<R>(cid).join("untold")
     }
 
-    /// Notes, before the VM is ready, that nobody was told of it yet. The note is locked as long as this process lives.
-    pub(super) fn untold_vm(&self, vm: &VmCid) -> Result<()> {
-        self.note_untold::<VmRecord>(vm, false)
-    }
-
-    /// The same of anything else: its note goes when this process ends in order.
+    /// Notes, before an object is ready, that nobody was told of it yet. The note is locked as long as this process lives.
     pub(super) fn untold<R: Record>(&self, cid: &R::Cid) -> Result<()> {
-        self.note_untold::<R>(cid, true)
-    }
-
-    fn note_untold<R: Record>(&self, cid: &R::Cid, goes: bool) -> Result<()> {
         let path = self.untold_note::<R>(cid);
         let lock = pidlock::lock_self(&path)?;
         crash::point!("untold noted");
         // A call makes at most one thing.
-        let _ = self.untold.set(Untold { path, goes, _lock: lock });
+        let _ = self.untold.set(Untold { path, _lock: lock });
         Ok(())
     }
 
-    /// The answer was taken, or the object is named by somebody who so knows it.
+    /// The object is named by somebody who so knows it.
     pub(super) fn is_told<R: Record>(&self, cid: &R::Cid) {
         told(&self.untold_note::<R>(cid));
     }
@@ -156,16 +147,13 @@ impl Cpi {
 /// The note of what this process made.
 pub(super) struct Untold {
     path: PathBuf,
-    goes: bool,
     _lock: File,
 }
 
-impl Drop for Untold {
-    /// The caller was told, or what it was not told of was removed. Only of a VM somebody says which of the two.
-    fn drop(&mut self) {
-        if self.goes {
-            told(&self.path);
-        }
+impl Untold {
+    /// The answer was taken.
+    pub(super) fn is_told(&self) {
+        told(&self.path);
     }
 }
 

@@ -59,6 +59,7 @@ impl Cpi {
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(refused(format!("is attached to VM '{holder}'")).hint("detach it first"));
         }
+        self.is_unused_image(&disk)?;
         if disk.leftover.is_some() {
             return Err(refused("has an image that an earlier copy left, and that can not be removed".to_owned()));
         }

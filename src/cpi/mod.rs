@@ -224,8 +224,10 @@ impl Verbs for Cpi {
         self.remove_vm(vm)
     }
 
-    fn told(&self, vm: &VmCid) {
-        self.is_told::<VmRecord>(vm);
+    fn told(&self) {
+        if let Some(untold) = self.untold.get() {
+            untold.is_told();
+        }
     }
 
     fn has_vm(&self, vm: &VmCid) -> Result<bool> {

@@ -55,8 +55,8 @@ pub trait Verbs {
     /// An unknown VM is a success, after its leftovers are cleaned.
     fn delete_vm(&self, vm: &VmCid) -> Result<()>;
 
-    /// Hears that the answer that told of a new VM was taken.
-    fn told(&self, _vm: &VmCid) {}
+    /// Hears that the answer was taken that told of what this call made.
+    fn told(&self) {}
 
     /// Whether the VM exists, running or not.
     fn has_vm(&self, vm: &VmCid) -> Result<bool>;

@@ -26,6 +26,9 @@ use crate::store::{Guard, Phase, Rank, Record, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
 
+/// Who only looks at a VM, as `audit` does, has its lock for a moment.
+const LOOK: Duration = Duration::from_millis(250);
+
 /// How long a guest is given to follow the power button at reboot_vm. systemd waits 90 s for a unit; without jobs, which
 /// the Director stopped before, a stemcell needs 5 to 7 s.
 const POWER_BUTTON: Duration = Duration::from_secs(120);
@@ -104,7 +107,7 @@ impl Cpi {
                 supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
                 durable.join().expect("no panic")
             })?;
-            self.untold_vm(&vm.cid)?;
+            self.untold::<VmRecord>(&vm.cid)?;
             vm.phase = Phase::Ready;
             self.store.write(&vm)?;
             self.settled(&vm.cid)
@@ -194,7 +197,7 @@ impl Cpi {
             return Ok(());
         }
         let deadline = self.deadline("delete_vm");
-        let lock = match self.store.lock(Rank::Vm, cid, Instant::now()) {
+        let lock = match self.store.lock(Rank::Vm, cid, Instant::now() + LOOK) {
             // What starts the VM need not finish.
             Err(error) if error.kind() == ErrorKind::Timeout => {
                 supervisor::call_off(&paths)?;

@@ -199,13 +199,6 @@ impl Undo {
             Self::DeleteNetwork(cid) => ("delete_network", cid.as_str()),
         }
     }
-
-    /// The answer was taken: there will be nothing to undo.
-    pub fn is_void(&self, verbs: &dyn Verbs) {
-        if let Self::DeleteVm(vm) = self {
-            verbs.told(vm);
-        }
-    }
 }
 
 impl fmt::Display for Undo {

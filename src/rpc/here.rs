@@ -48,7 +48,7 @@ impl<V: Verbs> Carrier for Here<V> {
         let delivered = move |delivery| {
             let _call = span.entered();
             match (delivery, undo) {
-                (Delivery::Taken, undo) => undo.iter().for_each(|undo| undo.is_void(&self.0)),
+                (Delivery::Taken, _) => self.0.told(),
                 (Delivery::Unknown(silence), undo) => {
                     let undo = undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
                     warn!("nobody said that they took the answer: {silence}{}", undo.unwrap_or_default());
