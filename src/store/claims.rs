@@ -318,7 +318,9 @@ mod tests {
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
         assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
         std::fs::remove_dir(store.vm(&vm).dir).unwrap();
+        drop(claims);
         let made = store.lock(Rank::Vm, &vm, Instant::now()).unwrap();
+        let mut claims = open();
         assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm), "somebody makes it");
         made.retire().unwrap();
         assert_eq!(claims.holder(&claim).unwrap(), None);
