@@ -201,8 +201,7 @@ impl Cpi {
             return self.settled(&disk.cid);
         }
         disk.leftover = None;
-        self.store.mark(disk)?;
-        self.store.write(disk)?;
+        self.store.write_disk(disk)?;
         self.settled(&disk.cid)
     }
 

@@ -35,8 +35,7 @@ impl Cpi {
             self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
             self.untold::<DiskRecord>(&disk.cid)?;
             disk.phase = Phase::Ready;
-            self.store.mark(&disk)?;
-            self.store.write(&disk)?;
+            self.store.write_disk(&disk)?;
             self.settled(&disk.cid)
         });
         if let Err(error) = made {
@@ -89,7 +88,8 @@ impl Cpi {
         self.forget_disk(cid, lock, metadata)
     }
 
-    /// Removes what there is of a disk here, with its images unless another host has it. The lock of its metadata keeps others from writing that where there is no disk.
+    /// Removes what there is of a disk here, with its images unless another host has it. The lock of its metadata keeps others
+    /// from writing that where there is no disk.
     pub(super) fn forget_disk(&self, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
         match self.store.read::<DiskRecord>(cid)?.map_or(Ok(()), |disk| self.store.is_ours(&disk)) {
             Err(error) if error.kind() == ErrorKind::Conflict => self.store.remove_record::<DiskRecord>(cid)?,

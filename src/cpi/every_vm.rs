@@ -146,7 +146,7 @@ impl Cpi {
         }
         // A supervisor may be in its back-off: this start is the one it waits for.
         supervisor::stop(&scope.paths, Button::Quit, deadline)?;
-        super::is_all_off(&vm.cid, &scope.paths)?;
+        super::power::is_all_off(&vm.cid, &scope.paths)?;
         vm.run += 1;
         self.store.write(&vm)?;
         supervisor::start(&scope, config_file, &lock, deadline)?;

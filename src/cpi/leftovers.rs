@@ -9,18 +9,22 @@
 //! directory, however many objects there are.
 
 use std::fmt::Display;
+use std::fs::Metadata;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::Cpi;
-use super::audit::is_left;
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::uids;
 use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
+use crate::sys::pidfd::Process;
+
+/// What is being written, or about to be locked, is so for milliseconds.
+const ABANDONED: Duration = Duration::from_secs(60);
 
 /// How long removing one leftover may hold up the create that found it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -210,6 +214,15 @@ impl Cpi {
         }
         self.settled(cid)
     }
+}
+
+/// Whether nobody is between making a note or a lock file, at `path`, and having the lock: who made it, `maker`, is dead, or
+/// made it long ago.
+pub(super) fn is_left(path: &Path, maker: Option<i32>) -> bool {
+    let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
+    let is_old = path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED);
+    let lives = |pid| Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
+    is_old || maker.is_some_and(|pid| !lives(pid))
 }
 
 /// The lock of the object that a note is about; `None` if it is about none of ours.

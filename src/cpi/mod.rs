@@ -23,6 +23,7 @@ mod metadata;
 pub mod networks;
 pub mod offer;
 mod placement;
+mod power;
 mod resize;
 mod snapshots;
 pub mod space;
@@ -45,12 +46,9 @@ use self::verbs::{
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::cgroup::Cgroup;
 use crate::image::import::{ImageFile, ImageSource};
-use crate::store::{DiskRecord, Guard, Phase, Rank, Record, Store, VmPaths, VmRecord};
-use crate::supervisor::{self, PowerState, Scope, power_state};
-use crate::sys::pidfd::Process;
-use crate::sys::pidlock;
+use crate::store::{DiskRecord, Guard, Phase, Rank, Record, Store, VmRecord};
+use crate::supervisor::{self, Scope};
 use crate::units::MiB;
 
 /// The CPI of this host, for one call.
@@ -140,52 +138,11 @@ impl Cpi {
         Ok((lock, vm))
     }
 
-    /// Whether the VM is on, for who does something with its disks. A file that is not there proves nothing: one counts as
-    /// off only if none of its processes lives but a supervisor.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] if that can not be told: its guest may have its disks.
-    fn power(&self, vm: &VmCid) -> Result<PowerState> {
-        let paths = self.store.vm(vm);
-        let state = power_state(&paths)?;
-        if let PowerState::Off = state {
-            is_all_off(vm, &paths)?;
-        }
-        Ok(state)
-    }
-
     /// The record of a disk that exists.
     fn disk(&self, cid: &DiskCid) -> Result<DiskRecord> {
         let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
         record.ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
     }
-}
-
-/// Whether nothing of a VM whose `qemu.pid` nobody holds runs but its supervisor, as far as its control groups tell.
-///
-/// # Errors
-/// [`ErrorKind::Conflict`] if somebody emptied the run directory under it: no pid file says any more that it is on.
-fn is_all_off(vm: &VmCid, paths: &VmPaths) -> Result<()> {
-    let group = Cgroup::open(vm.as_str());
-    let mut processes = group.processes();
-    if processes.is_empty() {
-        return Ok(());
-    }
-    // One that waits until it starts the VM again has no QEMU.
-    let supervisor = pidlock::holder(&paths.supervisor_pid())?.map(|supervisor| supervisor.pid());
-    processes.retain(|process| Some(process.pid()) != supervisor);
-    // A process that dies lets go of its pid file a moment before it is gone.
-    let until = Instant::now() + attachments::DYING;
-    processes.retain(|process| !process.wait_exit(until).unwrap_or(false));
-    if processes.is_empty() {
-        return Ok(());
-    }
-    let message = format!("VM '{vm}' has no pid file, but the processes {} in its control group", numbers(&processes));
-    Err(Error::new(ErrorKind::Conflict, message).hint("its guest may run on; reboot_vm ends them and starts it anew"))
-}
-
-fn numbers(processes: &[Process]) -> String {
-    processes.iter().map(|process| process.pid().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// How long a method may take unless the operator decided. `docs/operating.md` lists these.

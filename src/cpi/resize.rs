@@ -63,7 +63,7 @@ impl Cpi {
         }
         if (disk.size, disk.grows_to) != (size, None) {
             (disk.size, disk.grows_to) = (size, None);
-            self.store.write(disk)?;
+            self.store.write_disk(disk)?;
         }
         Ok(())
     }

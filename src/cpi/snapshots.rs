@@ -240,8 +240,7 @@ impl Cpi {
         image::sync(&target)?;
         self.untold::<DiskRecord>(&disk.cid)?;
         disk.phase = Phase::Ready;
-        self.store.mark(disk)?;
-        self.store.write(disk)?;
+        self.store.write_disk(disk)?;
         self.settled(&disk.cid)
     }
 }

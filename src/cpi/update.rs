@@ -63,7 +63,7 @@ impl Cpi {
             self.copy_into(&mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
         } else {
             disk = next;
-            self.store.write(&disk)?;
+            self.store.write_disk(&disk)?;
         }
         // Last: a call that was killed is repeated, and sets them again.
         if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {

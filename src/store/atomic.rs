@@ -5,6 +5,8 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use crate::crash;
 use crate::error::{IoContext, Result};
 
@@ -32,6 +34,18 @@ pub fn write_once(path: &Path, contents: &[u8]) -> Result<()> {
         made => drop(made.map_err(|e| e.error).at("make", &path)?),
     }
     sync_dir(parent(&path))
+}
+
+/// As [`stage`], of JSON that people can read, too.
+pub fn stage_json(path: &Path, value: &impl Serialize) -> Result<Staged> {
+    let mut text = serde_json::to_vec_pretty(value).expect("what we write is plain data");
+    text.push(b'\n');
+    stage(path, &text)
+}
+
+/// As [`write()`], of JSON that people can read, too.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    stage_json(path, value)?.commit()
 }
 
 /// Contents that are on the disk and not yet at their path. Dropped, they are gone.

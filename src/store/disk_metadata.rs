@@ -19,9 +19,7 @@ impl Store {
 
     /// Writes the metadata of a disk that is there, and that the caller's lock keeps there. Durable when it returns.
     pub fn write_disk_metadata(&self, disk: &DiskCid, metadata: &Map<String, Value>) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(metadata).expect("metadata is plain data");
-        text.push(b'\n');
-        atomic::write(&self.disk_metadata_path(disk), &text)
+        atomic::write_json(&self.disk_metadata_path(disk), metadata)
     }
 
     /// The metadata of a disk.

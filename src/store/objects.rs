@@ -88,9 +88,7 @@ impl Store {
     pub fn stage<R: Record>(&self, record: &R) -> Result<Staged> {
         let path = self.record_path::<R>(record.cid());
         atomic::make_dir(path.parent().expect("a record is in a directory"))?;
-        let mut text = serde_json::to_vec_pretty(record).expect("a record is plain data");
-        text.push(b'\n');
-        atomic::stage(&path, &text)
+        atomic::stage_json(&path, record)
     }
 
     /// Writes a record that says that its object is being removed. On a full filesystem the old one stays and the removal

@@ -30,9 +30,7 @@ impl Store {
         // State directories made before there were pins have no place for them.
         atomic::make_dir(path.parent().expect("a pin is in a directory"))?;
         let pin = Pin { schema: SCHEMA, segment: segment.clone() };
-        let mut text = serde_json::to_vec_pretty(&pin).expect("a pin is plain data");
-        text.push(b'\n');
-        atomic::write(&path, &text)
+        atomic::write_json(&path, &pin)
     }
 
     /// Lets the bridge go with its last VM. Durable when it returns.

@@ -149,7 +149,7 @@ impl Store {
     }
 
     /// Notes in the shared pool where the image in force is, if it is in one, that the disk is this host's, and what it is.
-    pub fn mark(&self, disk: &DiskRecord) -> Result<()> {
+    fn mark(&self, disk: &DiskRecord) -> Result<()> {
         let Some(place) = self.places_of(disk)?.into_iter().find(|place| disk.pool.as_deref() == Some(place.pool))
         else {
             return Ok(());
@@ -159,9 +159,14 @@ impl Store {
             // A move was cut short.
             place.rename(&ours.moving, &ours.host)?;
         }
-        let mut text = serde_json::to_vec_pretty(disk).expect("a record is plain data");
-        text.push(b'\n');
-        atomic::write(&place.dir.join(ours.host), &text)
+        atomic::write_json(&place.dir.join(ours.host), disk)
+    }
+
+    /// Writes the record of a disk that is whole, and for the next host beside its image in a shared pool. Durable when it
+    /// returns.
+    pub fn write_disk(&self, disk: &DiskRecord) -> Result<()> {
+        self.mark(disk)?;
+        self.write(disk)
     }
 
     /// Gives up a disk that nothing here uses, whose locks the caller holds: from then on it is nobody's, and not here.
@@ -197,10 +202,7 @@ impl Store {
             match place.mark()? {
                 Some(mark) if mark == NOBODYS => {
                     if !place.rename(NOBODYS, &ours.moving)? {
-                        return Err(Error::new(
-                            ErrorKind::Conflict,
-                            format!("another host has just taken disk '{cid}'"),
-                        ));
+                        return Err(just_taken(cid));
                     }
                 }
                 Some(mark) if mark == ours.moving => {}
@@ -237,8 +239,10 @@ impl Store {
             return Err(unknown(&why));
         }
         judge(&place.dir.join(record.image()))?;
+        // One of before must not be taken for that of a disk that is ours.
+        self.remove_record::<DiskRecord>(cid)?;
         if mark != ours.moving && !place.rename(&mark, &ours.moving)? {
-            return Err(Error::new(ErrorKind::Conflict, format!("another host has just taken disk '{cid}'")));
+            return Err(just_taken(cid));
         }
         self.write(&record)?;
         place.rename(&ours.moving, &ours.host).map(drop)
@@ -298,6 +302,11 @@ impl Marks {
     fn has(&self, mark: &str) -> bool {
         [&self.host, &self.moving].iter().any(|ours| *ours == mark)
     }
+}
+
+fn just_taken(disk: &DiskCid) -> Error {
+    Error::new(ErrorKind::Conflict, format!("another host has just taken disk '{disk}'"))
+        .hint("ask that host for it, or have BOSH repeat what it did")
 }
 
 fn is_mark(name: &str) -> bool {

@@ -93,6 +93,9 @@ fn what_a_detach_has_ready_while_its_guest_is_waited_for_is_no_debris() {
     let (vm, disk) = (host.vm(&host.import(MUTE_GUEST)), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
     let mut detach = host.start("detach_disk", &json!([vm, disk]));
+    // Then nothing else is being written.
+    let asked = || host.record(&vm).attachment(&disk).is_some_and(|it| it.phase == AttachmentPhase::Detaching);
+    eventually("the guest is asked", || asked().then_some(()));
     let ready = |dir: &Path| {
         let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
         let mut names = names.filter(|name| name.file_name().unwrap().to_string_lossy().starts_with(".new-"));

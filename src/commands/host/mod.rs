@@ -3,6 +3,7 @@
 mod authorize;
 mod every_vm;
 mod install;
+mod pass_on;
 mod serve;
 mod setup;
 mod status;

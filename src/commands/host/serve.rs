@@ -3,19 +3,17 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
+use super::pass_on;
 use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
-use crate::config::{self, Config, Transport, TransportKind};
+use crate::config::{self, Config, TransportKind};
 use crate::cpi::offer::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +24,7 @@ use crate::rpc::outlet::{self, Outlet};
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
 use crate::rpc::{self, Carrier, Here};
-use crate::schema::{Property, printable};
+use crate::schema::printable;
 
 /// Greets, hears one question and answers it. A user who is not root has that done behind the socket that is there for such.
 ///
@@ -35,7 +33,7 @@ use crate::schema::{Property, printable};
 pub fn run(config: Option<&Path>) -> Result<()> {
     let output = outlet::take_stdout()?;
     if !geteuid().is_root() {
-        return pass_on(output);
+        return pass_on::to_root(output);
     }
     let input = io::stdin().as_fd().try_clone_to_owned().map_err(|e| Error::os("duplicate standard input", e))?;
     let caller = Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
@@ -96,49 +94,6 @@ fn give_up(config: Option<&Path>, disk: &DiskCid) -> Result<()> {
 fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
     let (config, file) = load(config)?;
     Cpi::new(config, file).offer(wish)
-}
-
-/// Has another process of this host, which is root's, answer in place of this one.
-fn pass_on(output: File) -> Result<()> {
-    let socket = Transport::absent().expect("every key has a default").socket;
-    let fail = |error| {
-        let hint = "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
-        Error::io("connect to", &socket, error).hint(hint)
-    };
-    let host = UnixStream::connect(&socket).map_err(fail)?;
-    join(io::stdin(), output, host).map_err(|e| Error::os("pass on the answer", e))
-}
-
-/// Passes on to `host` what is heard on `input`, and to `output` what it says, until it or who listens there is gone.
-fn join(mut input: impl Read + Send + 'static, mut output: File, mut host: UnixStream) -> io::Result<()> {
-    let (mut caller, end, heard) = (host.try_clone()?, host.try_clone()?, output.try_clone()?);
-    std::thread::spawn(move || {
-        let _ = io::copy(&mut input, &mut caller);
-        // It has no more to say, and may listen yet.
-        let _ = caller.shutdown(Shutdown::Write);
-    });
-    std::thread::spawn(move || {
-        if let Ok(()) = closed(&heard) {
-            // Or the host would answer into nothing, and take its answer for one that may have been heard.
-            let _ = end.shutdown(Shutdown::Both);
-        }
-    });
-    // Of what it knows to be a socket and a pipe, `io::copy` makes splice(2), which has the pipe's lock while nothing comes:
-    // nobody could close the other end until then (`splice_file_to_pipe` in fs/splice.c).
-    let host: &mut dyn Read = &mut host;
-    io::copy(host, &mut output).map(drop)
-}
-
-/// Waits until nobody can read any more what is written to `output`.
-fn closed(output: &File) -> io::Result<()> {
-    // Of a pipe without readers, and of a socket whose other end is gone, that is said whatever is asked for.
-    let mut asked = [PollFd::new(output.as_fd(), PollFlags::empty())];
-    loop {
-        match poll(&mut asked, PollTimeout::NONE) {
-            Err(nix::errno::Errno::EINTR) => {}
-            polled => return polled.map(drop).map_err(io::Error::from),
-        }
-    }
 }
 
 fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
@@ -214,28 +169,5 @@ impl<A: Write, B: Write> Write for Both<A, B> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush().and(self.1.flush())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::fd::OwnedFd;
-
-    use super::*;
-
-    #[test]
-    fn a_caller_that_is_gone_is_so_for_the_process_that_answers() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        // It has more to say for all that anybody knows, and hears no more.
-        let (input, _speaks) = io::pipe().unwrap();
-        let (hears, output) = io::pipe().unwrap();
-        let joined = std::thread::spawn(move || join(input, File::from(OwnedFd::from(output)), ours));
-        // The greeting was heard.
-        theirs.write_all(b"x").unwrap();
-        (&hears).read_exact(&mut [0]).unwrap();
-        drop(hears);
-        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-        assert_eq!(theirs.write_all(b"answer").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        joined.join().unwrap().unwrap();
     }
 }

@@ -3,9 +3,9 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use super::hold::is_left;
 use super::{Audit, Kind};
 use crate::cpi::leftovers;
+use crate::cpi::leftovers::is_left;
 use crate::error::Result;
 use crate::store::{Rank, atomic};
 

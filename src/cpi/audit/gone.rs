@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use super::names::Recorded;
 use super::{Audit, Kind};
 use crate::cid::{Cid, VmCid};
-use crate::cpi::numbers;
+use crate::cpi::power::numbers;
 use crate::error::Result;
 use crate::host::cgroup::Cgroup;
 use crate::host::uids;

@@ -1,17 +1,11 @@
 //! Something that nobody works on, and nobody begins to while it is looked at.
 
 use std::fmt::Display;
-use std::fs::Metadata;
-use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 use super::Audit;
 use crate::error::{ErrorKind, Result};
 use crate::store::{Glance, Guard, Rank};
-use crate::sys::pidfd::Process;
-
-/// What is being written, or about to be locked, is so for milliseconds.
-pub(super) const ABANDONED: Duration = Duration::from_secs(60);
 
 /// Kept as long as the thing is looked at.
 pub(super) enum Hold {
@@ -59,15 +53,6 @@ impl Audit<'_> {
             Ok(hold) => hold,
         }
     }
-}
-
-/// Whether nobody is between making a note or a lock file, at `path`, and having the lock: who made it, `maker`, is dead, or
-/// made it long ago.
-pub(in crate::cpi) fn is_left(path: &Path, maker: Option<i32>) -> bool {
-    let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
-    let is_old = path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED);
-    let lives = |pid| Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
-    is_old || maker.is_some_and(|pid| !lives(pid))
 }
 
 impl Hold {

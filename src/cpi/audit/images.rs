@@ -50,8 +50,14 @@ impl Audit<'_> {
             let Some(hold) = self.idle(Rank::Disk, &cid) else { continue };
             let Ok(Some(disk)) = cpi.store.read::<DiskRecord>(&cid) else { continue };
             let Err(error) = cpi.store.is_ours(&disk) else { continue };
-            if error.kind() != ErrorKind::Conflict {
-                continue;
+            match error.kind() {
+                ErrorKind::Conflict => {}
+                ErrorKind::Corrupt => {
+                    self.unusable(&cid, &error);
+                    continue;
+                }
+                // Its pool is told of with its image.
+                _ => continue,
             }
             let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();
             match cpi.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {

@@ -1,7 +1,7 @@
 //! VMs as far as they are processes.
 
 use super::{Audit, Kind};
-use crate::cpi;
+use crate::cpi::power::is_all_off;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
@@ -49,7 +49,7 @@ impl Audit<'_> {
                         return Ok(());
                     }
                 };
-                if let Err(error) = cpi::is_all_off(&vm.cid, &paths) {
+                if let Err(error) = is_all_off(&vm.cid, &paths) {
                     self.unknown(&vm.cid, &error);
                 } else if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
                     let why = exit.map_or_else(|| "nothing says how it ended".to_owned(), |exit| exit.describe());

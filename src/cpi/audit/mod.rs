@@ -31,8 +31,6 @@ mod objects;
 
 use std::time::{Duration, Instant};
 
-pub(super) use hold::is_left;
-
 use serde::Serialize;
 
 use super::Cpi;

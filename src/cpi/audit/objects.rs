@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::hold::is_left;
 use super::{Audit, Finding, Kind};
 use crate::cid::Cid;
 use crate::cpi::leftovers;
+use crate::cpi::leftovers::is_left;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::record::SnapshotRecord;
 use crate::store::{DiskRecord, Phase, Rank, Record, StemcellRecord, VmRecord};

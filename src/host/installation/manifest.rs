@@ -22,9 +22,6 @@ pub struct Manifest {
     /// The keys that may call: one in each file, and before another is there in its place both.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub keys: BTreeSet<Authorized>,
-    /// Where versions that knew of one key alone noted it.
-    #[serde(default, skip_serializing)]
-    authorized: Option<Authorized>,
     /// Whether the group was not there before.
     #[serde(default)]
     pub made_group: bool,
@@ -39,17 +36,11 @@ impl Manifest {
         let path = below(root, Path::new(MANIFEST));
         match std::fs::read(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            read => Self::parse(&read.at("read", &path)?).map_err(|error| {
+            read => serde_json::from_slice(&read.at("read", &path)?).map_err(|error| {
                 let message = format!("'{}' can not be used", path.display());
                 Error::new(ErrorKind::Corrupt, message).because(error).hint("it says what may be replaced and removed")
             }),
         }
-    }
-
-    fn parse(text: &[u8]) -> serde_json::Result<Self> {
-        let mut manifest: Self = serde_json::from_slice(text)?;
-        manifest.keys.extend(manifest.authorized.take());
-        Ok(manifest)
     }
 
     /// The keys that were put where `authorized` goes, but for itself.
@@ -62,7 +53,7 @@ impl Manifest {
         let path = below(root, Path::new(MANIFEST));
         let dir = path.parent().expect("a file is in a directory");
         std::fs::create_dir_all(dir).at("make directory", dir)?;
-        atomic::write(&path, &serde_json::to_vec_pretty(self).expect("plain data"))
+        atomic::write_json(&path, self)
     }
 
     /// Forgets it, with its directory if nothing else is there.
@@ -87,20 +78,5 @@ impl Manifest {
     /// Whether nothing was installed.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty() && self.keys.is_empty()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_one_key_of_an_older_version_is_ours_too() {
-        let old =
-            br#"{"files":{},"authorized":{"file":"/root/.ssh/authorized_keys","line":"restrict ssh-rsa AAAA x"}}"#;
-        let manifest = Manifest::parse(old).unwrap();
-        assert_eq!(manifest.keys.len(), 1);
-        let again = Manifest::parse(&serde_json::to_vec(&manifest).unwrap()).unwrap();
-        assert_eq!(again.keys, manifest.keys);
     }
 }

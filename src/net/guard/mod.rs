@@ -53,7 +53,9 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
         if outcome == Outcome::Done {
             // One that went meanwhile found no tables to go from.
             let left = others()?;
-            all.iter().filter(|nic| !left.contains(nic)).try_for_each(|nic| remove(std::slice::from_ref(nic)))?;
+            let stays =
+                |nic: &&Nic| left.iter().any(|other| other.tap().map(|tap| tap.0) == nic.tap().map(|tap| tap.0));
+            all.iter().filter(|nic| !stays(nic)).try_for_each(|nic| remove(std::slice::from_ref(nic)))?;
         }
         Ok(outcome)
     })

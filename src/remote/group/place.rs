@@ -2,8 +2,9 @@
 //!
 //! Hosts are left out that can not be asked, are draining, have not the stemcell, the pool or the memory. Of the others one
 //! comes first on which an earlier try left a VM with the same address, that nobody was told of: there it makes way, elsewhere
-//! both would have the address. Then come those that have the fewest VMs of the same group, then those with the most memory left. A VM whose disks are on a host
-//! that alone reaches them is put there, or nowhere; one whose disks are in a shared pool, on any host that has the pool.
+//! both would have the address. Then come those that have the fewest VMs of the same group, then those with the most memory
+//! left. A VM whose disks are on a host that alone reaches them is put there, or nowhere; one whose disks are in a shared
+//! pool, on any host that has the pool.
 
 use std::cmp::Reverse;
 

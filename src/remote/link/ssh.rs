@@ -2,8 +2,7 @@
 //! anybody's.
 //!
 //! Keys are in memory that has no name but `/proc/<our pid>/fd/<n>`, mode 0600 and there for no other user, and goes with
-//! this process. What ssh has to
-//! say of itself goes to such a file, too; its standard error is the host's.
+//! this process. What ssh has to say of itself goes to such a file, too; its standard error is the host's.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, Write};

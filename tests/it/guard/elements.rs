@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use bosh_qemu_cpi::net::guard;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
+use bosh_qemu_cpi::store::record::Nic;
 
 use super::{GUARD, Guest, IP4, Lab, TCP, UDP, admits, guarded, mac, nic, no_others};
 use crate::support::frames::{EVERYBODY, ethernet, ip4, udp};
@@ -47,12 +48,15 @@ fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
     let asked = AtomicU32::new(0);
     let others = || {
         let first = asked.fetch_add(1, Relaxed) == 0;
-        Ok([stays.clone()].into_iter().chain(first.then(|| goes.clone())).collect())
+        // That a record is another by then does not take the VM's elements away.
+        let again = NicRules { anti_spoof: false, ..stays.rules.clone().unwrap() };
+        Ok(if first { vec![stays.clone(), goes.clone()] } else { vec![Nic { rules: Some(again), ..stays.clone() }] })
     };
     lab.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
     let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), others));
     assert!(added.is_ok() && asked.load(Relaxed) == 2, "{added:?}");
-    assert!(lab.host.run(|| guard::is_lost(std::slice::from_ref(&goes))).unwrap());
+    let lost = |nic| lab.host.run(|| guard::is_lost(std::slice::from_ref(nic))).unwrap();
+    assert_eq!((lost(&goes), lost(&stays)), (true, false));
     lab.host.run(|| guard::remove(std::slice::from_ref(&stays))).unwrap();
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }

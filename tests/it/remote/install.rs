@@ -1,8 +1,10 @@
 //! Another machine is made a host, and one no longer.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Output;
+
+use nix::unistd::{Uid, User};
 
 use super::Pair;
 
@@ -19,7 +21,7 @@ impl Machine {
         pair.sshd.trust();
         let root = pair.host.path("machine");
         fs::create_dir(&root).unwrap();
-        fs::create_dir(root.join("root")).unwrap();
+        fs::create_dir_all(root.join(below(&keys())).parent().unwrap().parent().unwrap()).unwrap();
         Some(Self { pair, root })
     }
 
@@ -70,6 +72,16 @@ impl Machine {
     }
 }
 
+/// Where root's sshd looks for keys.
+fn keys() -> PathBuf {
+    User::from_uid(Uid::from_raw(0)).unwrap().expect("root").dir.join(".ssh/authorized_keys")
+}
+
+/// The same path on a machine that is below a directory.
+fn below(path: &Path) -> String {
+    path.strip_prefix("/").unwrap().display().to_string()
+}
+
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ director@office";
 const NEXT_KEY: &str = "ssh-ed25519 AAAANEXTNzaC1lZDI1NTE5AAAAIJ director@office";
 
@@ -77,10 +89,13 @@ const NEXT_KEY: &str = "ssh-ed25519 AAAANEXTNzaC1lZDI1NTE5AAAAIJ director@office
 fn a_machine_becomes_a_host_and_is_one_no_longer() {
     let Some(machine) = Machine::new() else { return };
     let other = "ssh-rsa AAAAother operator\n";
-    fs::create_dir(machine.root.join("root/.ssh")).unwrap();
-    fs::write(machine.root.join("root/.ssh/authorized_keys"), other).unwrap();
+    let (keys, keys_path) = (below(&keys()), keys().display().to_string());
+    fs::create_dir(machine.root.join(&keys).parent().unwrap()).unwrap();
+    fs::write(machine.root.join(&keys), other).unwrap();
     let config = machine.pair.office.path("host.json");
-    fs::write(&config, "{\"restart\": \"never\"}").unwrap();
+    // Like no other test's.
+    let host_config = format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
+    fs::write(&config, &host_config).unwrap();
     let config = config.display().to_string();
     // Nobody is there to be asked: the plan is printed, and nothing is done.
     let before = machine.all();
@@ -88,34 +103,36 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
     assert_eq!(machine.all(), before);
 
     let said = machine.ok(&["install", "--key", KEY, "--host-config", &config, "--yes"]);
-    assert!(said.contains("+ /usr/local/bin/bosh-qemu-cpi\n") && said.contains("+ the key in /root/.ssh"), "{said}");
+    assert!(
+        said.contains("+ /usr/local/bin/bosh-qemu-cpi\n") && said.contains(&format!("+ the key in {keys_path}")),
+        "{said}"
+    );
     let installed = fs::read(machine.root.join("usr/local/bin/bosh-qemu-cpi")).unwrap();
     assert!(installed == fs::read(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).unwrap());
-    assert_eq!(machine.read("etc/bosh-qemu-cpi/cpi.json"), "{\"restart\": \"never\"}");
+    assert_eq!(machine.read("etc/bosh-qemu-cpi/cpi.json"), host_config);
     assert!(machine.read("etc/systemd/system/bosh-qemu-cpi.socket").contains("Accept=yes"));
-    let keys = machine.read("root/.ssh/authorized_keys");
+    let lines = machine.read(&keys);
     let line = "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ";
-    assert!(keys.starts_with(other) && keys.contains(line), "{keys}");
+    assert!(lines.starts_with(other) && lines.contains(line), "{lines}");
     // Nothing of the way there is left.
-    assert!(!fs::read_dir("/tmp").unwrap().flatten().any(|entry| {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        name.starts_with("bosh-qemu-cpi.") && entry.path().is_file() && said.contains(&name)
-    }));
+    let brought = fs::read_dir("/tmp").unwrap().flatten().map(|entry| entry.path());
+    let mut brought = brought.filter(|path| path.to_string_lossy().starts_with("/tmp/bosh-qemu-cpi."));
+    assert!(!brought.any(|path| fs::read(path).is_ok_and(|content| content == host_config.as_bytes())));
 
     let said = machine.ok(&["install", "--key", KEY, "--yes"]);
     assert!(said.contains("= /usr/local/bin/bosh-qemu-cpi\n") && said.contains("= the key in"), "{said}");
 
     // Another key takes its place.
     let said = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
-    assert!(said.contains("~ the key in /root/.ssh/authorized_keys, in place of …"), "{said}");
-    let keys = machine.read("root/.ssh/authorized_keys");
-    assert!(keys.starts_with(other) && !keys.contains(line) && keys.contains("AAAANEXT"), "{keys}");
+    assert!(said.contains(&format!("~ the key in {keys_path}, in place of …")), "{said}");
+    let lines = machine.read(&keys);
+    assert!(lines.starts_with(other) && !lines.contains(line) && lines.contains("AAAANEXT"), "{lines}");
     // What is installed without one keeps it.
     let said = machine.ok(&["install", "--yes"]);
-    assert!(said.contains("= the key in /root/.ssh/authorized_keys"), "{said}");
+    assert!(said.contains(&format!("= the key in {keys_path}")), "{said}");
     machine.ok(&["uninstall", "--yes"]);
-    assert_eq!(machine.all(), ["root/.ssh/authorized_keys"]);
-    assert_eq!(machine.read("root/.ssh/authorized_keys"), other);
+    assert_eq!(machine.all(), [keys.as_str()]);
+    assert_eq!(machine.read(&keys), other);
     assert!(machine.refused(&["uninstall", "--yes"]).contains("nothing is installed here"));
 }
 
@@ -135,11 +152,13 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
     assert!(machine.refused(&["install", "--yes"]).contains("not ours"));
     let said = machine.ok(&["uninstall", "--yes"]);
     assert!(said.contains("! /etc/systemd/system/bosh-qemu-cpi.service was changed since, and stays"), "{said}");
-    assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service", "root/.ssh/authorized_keys"]);
+    let keys = keys();
+    assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service".to_owned(), below(&keys)]);
     // The key has other rights there.
-    fs::write(machine.root.join("root/.ssh/authorized_keys"), KEY).unwrap();
+    fs::write(machine.root.join(below(&keys)), KEY).unwrap();
     fs::remove_file(&unit).unwrap();
-    assert!(machine.refused(&["install", "--key", KEY, "--yes"]).contains("the key in /root/.ssh/authorized_keys"));
+    let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
+    assert!(refusal.contains(&format!("the key in {}", keys.display())), "{refusal}");
 }
 
 #[test]

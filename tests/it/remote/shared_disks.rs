@@ -175,6 +175,8 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     let (vm, disk, spare) = (gone.booted_vm(), disk(gone), disk(gone));
     write_pattern(gone, &disk);
     gone.ok("attach_disk", &json!([vm, disk]));
+    // What changed since it was made, the next host must know.
+    gone.ok("update_disk", &json!([spare, 16, {"iops": 500}]));
     let take = |host: &Host, disk: &DiskCid| host.cpi().args(["disk", "take"]).arg(disk.to_string()).output().unwrap();
     let unknown = take(taker, &"disk-aaaaaaaaaaaaaaa".parse().unwrap());
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("no shared pool has"), "{unknown:?}");
@@ -194,6 +196,8 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         assert!(taken.status.success(), "{taken:?}");
         assert!(take(taker, cid).status.success(), "twice is once");
     }
+    let taken = taker.store().read::<DiskRecord>(&spare).unwrap().unwrap();
+    assert_eq!((taken.size.get(), taken.limits.iops, taken.pool.as_deref()), (16, Some(500), Some("nfs")));
     let new = taker.booted_vm();
     taker.ok("attach_disk", &json!([new, disk]));
 
@@ -203,7 +207,7 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         ("attach_disk", json!([vm, disk])),
         ("resize_disk", json!([disk, 9])),
         ("snapshot_disk", json!([spare, {}])),
-        ("update_disk", json!([spare, 8, {"format": "raw"}])),
+        ("update_disk", json!([spare, 16, {"format": "raw"}])),
         ("delete_disk", json!([spare])),
         ("set_disk_metadata", json!([spare, {}])),
     ] {
