@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::hold::Hold;
 use super::{Audit, Kind};
 use crate::cid::{Cid, NetworkCid};
 use crate::cpi::host_networks::HostNetwork;
@@ -103,29 +104,55 @@ impl Audit<'_> {
 
     fn network(&mut self, mut network: HostNetwork, plugged: &BTreeSet<LinkName>) -> Result<()> {
         network.nics.retain(|nic| nic.tap().is_some_and(|(tap, _)| plugged.contains(tap)));
-        if network.nics.is_empty() && !network.kept {
+        if self.lacks(&network)?.is_empty() {
             return Ok(());
         }
-        let bridge = network.segment.bridge.clone();
-        let lack = self.cpi.lack(&network)?;
-        let changes = match lack.changes {
-            Ok(changes) => changes,
-            Err(error) => {
-                self.told(Kind::Network, &bridge, &error.report().replace('\n', " "), NEXT);
-                return Ok(());
-            }
-        };
-        let mut lacks: Vec<_> = changes.iter().map(ToString::to_string).collect();
-        lacks.extend(lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()));
-        if network.kept && !kept::by(&self.cpi.store.owner()?)?.contains(&bridge) {
-            lacks.push("the word that it stays without VMs".to_owned());
-        }
+        // A VM that went since took its rules along. Now those that are there can not go.
+        let _held = self.hold_vms(&mut network);
+        let lacks = self.lacks(&network)?;
         if !lacks.is_empty() {
-            let cpi = self.cpi;
+            let (cpi, bridge) = (self.cpi, network.segment.bridge.clone());
             let why = format!("network '{}' lacks: {}", network.segment.network, lacks.join("; "));
             self.found(Kind::Network, &bridge, &why, || cpi.restore_network(&network));
         }
         Ok(())
+    }
+
+    /// What the network lacks, in words. One that can not be is told.
+    fn lacks(&mut self, network: &HostNetwork) -> Result<Vec<String>> {
+        if network.nics.is_empty() && !network.kept {
+            return Ok(Vec::new());
+        }
+        let bridge = &network.segment.bridge;
+        let lack = self.cpi.lack(network)?;
+        let changes = match lack.changes {
+            Ok(changes) => changes,
+            Err(error) => {
+                self.told(Kind::Network, bridge, &error.report().replace('\n', " "), NEXT);
+                return Ok(Vec::new());
+            }
+        };
+        let mut lacks: Vec<_> = changes.iter().map(ToString::to_string).collect();
+        lacks.extend(lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()));
+        if network.kept && !kept::by(&self.cpi.store.owner()?)?.contains(bridge) {
+            lacks.push("the word that it stays without VMs".to_owned());
+        }
+        Ok(lacks)
+    }
+
+    /// Holds the VMs that nobody works on; cards of others are left out of the network.
+    fn hold_vms(&mut self, network: &mut HostNetwork) -> Vec<Hold> {
+        let (mut held, mut taps) = (Vec::new(), BTreeSet::new());
+        for cid in self.cpi.store.list::<VmRecord>().unwrap_or_default() {
+            let Some(hold) = self.idle(Rank::Vm, &cid) else { continue };
+            let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
+            if vm.phase == Phase::Ready && matches!(power_state(&self.cpi.store.vm(&cid)), Ok(PowerState::On(_))) {
+                taps.extend(vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()));
+                held.push(hold);
+            }
+        }
+        network.nics.retain(|nic| nic.tap().is_some_and(|(tap, _)| taps.contains(tap)));
+        held
     }
 
     /// Bridges with our word on them, but without a pin: somebody removed that by hand.
