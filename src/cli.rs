@@ -107,7 +107,7 @@ pub enum Host {
     /// Make another machine a host: this program, its units, and a key that may call it.
     Install(Install),
     /// Undo that. The VMs must be gone.
-    Uninstall(Install),
+    Uninstall(Machine),
     /// Make this machine a host.
     Setup(Setup),
     /// Show what each host of the configuration has: version, accelerator, VMs, memory and space.
@@ -123,18 +123,26 @@ pub enum Host {
     },
 }
 
-/// A machine that is made a host, or is one no longer.
+/// A machine that is made a host.
 #[derive(Debug, Args)]
 pub struct Install {
-    /// The machine, as ssh takes it: `user@host`. Who is not root there must be let by sudo without a password.
-    pub target: String,
+    /// Which.
+    #[command(flatten)]
+    pub machine: Machine,
     /// The public key that may call, or the file it is in.
     #[arg(long)]
     pub key: Option<String>,
     /// Configuration for the machine, to be its /etc/bosh-qemu-cpi/cpi.json.
     #[arg(long, value_name = "FILE")]
     pub host_config: Option<PathBuf>,
-    /// The program to install [default: this one]
+}
+
+/// A machine that becomes a host, or is one no longer.
+#[derive(Debug, Args)]
+pub struct Machine {
+    /// The machine, as ssh takes it: `user@host`. Who is not root there must be let by sudo without a password.
+    pub target: String,
+    /// The program to bring there [default: this one]
     #[arg(long, value_name = "FILE")]
     pub program: Option<PathBuf>,
     /// How to call ssh.

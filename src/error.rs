@@ -32,8 +32,6 @@ pub enum ErrorKind {
     VmNotFound,
     /// No such disk.
     DiskNotFound,
-    /// The disk is not attached to that VM.
-    DiskNotAttached,
     /// No such stemcell.
     StemcellNotFound,
     /// No such network.

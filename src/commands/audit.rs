@@ -5,18 +5,13 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::config::{self, Config};
-use crate::cpi::Cpi;
+use super::this_host;
 use crate::cpi::audit::{Cure, Finding};
 use crate::error::{Error, Result};
-use crate::log;
 
 /// Prints one line for each finding, or with `as_json` one object. Whether everything is now as it should be.
 pub fn run(file: Option<&Path>, mend: bool, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let file = config::file(file);
-    let config = Config::load(file.as_deref())?;
-    log::init(&config.log);
-    let cpi = Cpi::new(config, file);
+    let cpi = this_host::cpi(file)?;
     let findings = if mend { cpi.gc()? } else { cpi.audit() };
     let clean = findings.iter().all(|finding| finding.cure == Cure::Mended);
     let text = if as_json { format!("{}\n", json!({"clean": clean, "findings": findings})) } else { lines(&findings) };

@@ -3,19 +3,14 @@
 use std::io;
 use std::path::Path;
 
+use super::this_host;
 use crate::cli::DiskCommand;
-use crate::config::{self, Config};
-use crate::cpi::Cpi;
 use crate::cpi::verbs::Verbs;
 use crate::error::{Error, Result};
-use crate::log;
 
 /// Carries out the command and prints the cid of the disk.
 pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Write) -> Result<()> {
-    let file = config::file(config);
-    let config = Config::load(file.as_deref())?;
-    log::init(&config.log);
-    let cpi = Cpi::new(config, file);
+    let cpi = this_host::cpi(config)?;
     let disk = match command {
         DiskCommand::Restore { snapshot } => cpi.restore(&snapshot)?,
         DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,

@@ -10,4 +10,5 @@ pub mod reference;
 pub mod selftest;
 pub mod supervise;
 mod table;
+mod this_host;
 pub mod vm;

@@ -6,11 +6,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::config::{self, Config};
+use super::this_host;
 use crate::cpi::Cpi;
 use crate::cpi::host_networks::HostNetwork;
 use crate::error::{Error, Result};
-use crate::log;
 use crate::net::plan::Keeper;
 
 /// What to do.
@@ -30,10 +29,7 @@ pub enum Deed {
 /// # Errors
 /// If the networks do not fit together, or the state directory can not be read.
 pub fn run(config: Option<&Path>, deed: Deed, only: &[String], as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let file = config::file(config);
-    let config = Config::load(file.as_deref())?;
-    log::init(&config.log);
-    let cpi = Cpi::new(config, file);
+    let cpi = this_host::cpi(config)?;
     let networks = cpi.host_networks(only)?;
     let mut reports: Vec<_> = networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
     say_once(&mut reports);

@@ -6,11 +6,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::table::table;
-use crate::config::{self, Config};
-use crate::cpi::Cpi;
+use super::this_host;
 use crate::cpi::space::PoolUsage;
 use crate::error::{Error, Result};
-use crate::log;
 use crate::units::Bytes;
 
 /// What the state directory is called among the pools; no pool can have the name.
@@ -18,10 +16,7 @@ const STATE_DIRECTORY: &str = "(state_dir)";
 
 /// Prints a table, or with `as_json` an array of sizes in bytes. Whether all of them can be used.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let file = config::file(config);
-    let config = Config::load(file.as_deref())?;
-    log::init(&config.log);
-    let cpi = Cpi::new(config, file);
+    let cpi = this_host::cpi(config)?;
     let usage = cpi.usage();
     let text = if as_json {
         let array: Vec<_> = usage.iter().map(|(pool, usage)| as_object(*pool, usage)).collect();

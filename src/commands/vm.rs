@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::table::table;
+use super::this_host;
 use crate::cid::VmCid;
-use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::qmp::job;
 use crate::store::record::{Attachment, AttachmentPhase, Nic};
@@ -30,8 +30,8 @@ struct Line {
 
 /// Prints a table, or with `as_json` an array.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<()> {
-    let config = Config::load(config::file(config).as_deref())?;
-    let store = Store::new(&config.state_dir, &config.run_dir);
+    let (config, _) = this_host::config(config)?;
+    let store = Store::of(&config);
     let mut cids = store.list::<VmRecord>()?;
     cids.sort();
     let lines: Vec<_> = cids.chunks(AT_ONCE).flat_map(|cids| look(&store, cids)).collect();
@@ -87,11 +87,11 @@ impl Line {
     }
 
     /// The cells of the table.
-    fn cells(&self) -> [String; 7] {
+    fn cells(&self) -> [String; 8] {
         let cid = self.cid.to_string();
         let (vm, status) = match &self.known {
             Ok(known) => known,
-            Err(error) => return [cid, format!("unknown: {error}"), dash(), dash(), dash(), dash(), dash()],
+            Err(error) => return [cid, dash(), format!("unknown: {error}"), dash(), dash(), dash(), dash(), dash()],
         };
         let mut state = status.state.as_str().to_owned();
         if let Some(reason) = &status.reason {
@@ -105,6 +105,7 @@ impl Line {
         let or_dash = |words: Vec<String>| if words.is_empty() { dash() } else { words.join(",") };
         [
             cid,
+            vm.name().map_or_else(dash, |name| name.escape_debug().to_string()),
             state,
             vm.machine.accel.as_str().to_owned(),
             status.pid.map_or_else(dash, |pid| pid.to_string()),
@@ -127,7 +128,7 @@ fn attachment(attachment: &Attachment) -> String {
     }
 }
 
-fn rows(lines: &[Line]) -> Vec<[String; 7]> {
-    let head = ["CID", "STATE", "ACCEL", "PID", "MEMORY", "DISKS", "NETWORKS"].map(str::to_owned);
+fn rows(lines: &[Line]) -> Vec<[String; 8]> {
+    let head = ["CID", "NAME", "STATE", "ACCEL", "PID", "MEMORY", "DISKS", "NETWORKS"].map(str::to_owned);
     std::iter::once(head).chain(lines.iter().map(Line::cells)).collect()
 }

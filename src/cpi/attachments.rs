@@ -32,8 +32,8 @@ use crate::sys::pidlock;
 /// What is kept of a deadline for removing nodes and descriptors.
 const CLEANING_UP: Duration = Duration::from_secs(3);
 
-/// How long a QEMU that closed its monitor takes to be gone.
-pub(super) const DYING: Duration = Duration::from_millis(500);
+/// How long a QEMU that closed its monitor takes to be gone, at most: its memory and its taps go in between.
+pub(super) const DYING: Duration = Duration::from_secs(2);
 
 /// A guest that is going to finish an earlier detach does so now, or not before somebody looks after it.
 const FINISH: Duration = Duration::from_secs(10);
@@ -113,7 +113,10 @@ impl Cpi {
         let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
         let (_lock, _brief) = match &mut disk {
             Some(disk) => {
-                self.settle_copy(disk, deadline)?;
+                // Of a disk that is, only the VM's word for it is left to take back.
+                if disk.leftover.is_none() || !self.store.is_elsewhere(disk) {
+                    self.settle_copy(disk, deadline)?;
+                }
                 (Some(disk_lock), None)
             }
             // Of a disk that is not there nothing stays, whatever comes of this.

@@ -182,6 +182,7 @@ impl Cpi {
         if disk.leftover.is_none() {
             return Ok(());
         }
+        self.store.is_ours(disk)?;
         if let Some(vm) = disk.vm.clone() {
             self.settle_in_qemu(disk, &vm, deadline)
                 .map_err(|e| e.during(format!("settle an earlier copy of disk '{}'", disk.cid)))?;
@@ -198,7 +199,7 @@ impl Cpi {
         });
         if let Err(error) = removed {
             tracing::warn!(disk = %disk.cid, error = error.report(), "an image that is not used can not be removed yet");
-            return self.settled(&disk.cid);
+            return self.store.mark(disk).and_then(|()| self.settled(&disk.cid));
         }
         disk.leftover = None;
         self.store.write_disk(disk)?;

@@ -29,6 +29,7 @@ impl Cpi {
         match self.disk(cid) {
             Ok(mut disk) => {
                 self.is_told::<DiskRecord>(cid);
+                self.store.stay(&disk)?;
                 self.settle_copy(&mut disk, deadline)?;
                 Ok((lock, disk))
             }

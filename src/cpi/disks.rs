@@ -38,13 +38,12 @@ impl Cpi {
             self.store.write_disk(&disk)?;
             self.settled(&disk.cid)
         });
-        if let Err(error) = made {
-            self.store.remove::<DiskRecord>(&disk.cid)?;
-            lock.retire()?;
-            self.settled(&disk.cid)?;
-            return Err(error.during(format!("create a disk of {size}")));
+        match made {
+            Ok(()) => Ok(disk.cid),
+            Err(error) => {
+                Err(self.undone::<DiskRecord>(&disk.cid, lock, error.during(format!("create a disk of {size}"))))
+            }
         }
-        Ok(disk.cid)
     }
 
     /// Makes `image`, empty, in `dir`; it is durable then.
@@ -66,14 +65,22 @@ impl Cpi {
 
     pub(super) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("delete_disk");
-        self.adopt(cid, deadline)?;
-        if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid) {
-            return Ok(());
-        }
-        let lock = self.disk_lock(cid, deadline)?;
-        let Some(mut disk) = self.store.find::<DiskRecord>(cid)? else {
-            // All but the directory or the lock is gone: a removal was cut short at its last steps.
-            return self.forget_disk(cid, lock, self.store.lock(Rank::Metadata, cid, deadline)?);
+        let (lock, mut disk) = loop {
+            self.adopt(cid, deadline)?;
+            if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid) {
+                return self.store.is_nowhere_else(cid);
+            }
+            let lock = self.disk_lock(cid, deadline)?;
+            match self.store.find::<DiskRecord>(cid)? {
+                Some(disk) => break (lock, disk),
+                // It was given up while its lock was waited for.
+                None if self.store.is_free(cid)? => {}
+                None => {
+                    self.store.is_nowhere_else(cid)?;
+                    // All but the directory or the lock is gone: a removal was cut short at its last steps.
+                    return self.forget_disk(cid, lock, self.store.lock(Rank::Metadata, cid, deadline)?);
+                }
+            }
         };
         self.store.is_ours(&disk)?;
         self.settle_copy(&mut disk, deadline)?;
@@ -92,7 +99,7 @@ impl Cpi {
     /// from writing that where there is no disk.
     pub(super) fn forget_disk(&self, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
         match self.store.read::<DiskRecord>(cid)?.map_or(Ok(()), |disk| self.store.is_ours(&disk)) {
-            Err(error) if error.kind() == ErrorKind::Conflict => self.store.remove_record::<DiskRecord>(cid)?,
+            Err(error) if error.kind() == ErrorKind::Conflict => self.store.forget(cid)?,
             ours => ours.and_then(|()| self.store.remove::<DiskRecord>(cid))?,
         }
         metadata.retire()?;
@@ -102,7 +109,9 @@ impl Cpi {
     pub(super) fn disk_exists(&self, cid: &DiskCid) -> Result<bool> {
         match self.store.find::<DiskRecord>(cid)? {
             Some(disk) => Ok(disk.phase != Phase::Creating),
-            None => self.store.is_free(cid),
+            None if self.store.is_free(cid)? => Ok(true),
+            // "No" would have the disk forgotten.
+            None => self.store.is_nowhere_else(cid).map(|()| false),
         }
     }
 }

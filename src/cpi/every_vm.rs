@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde::Serialize;
-use serde_json::Value;
 
 use super::Cpi;
 use crate::cid::VmCid;
@@ -189,7 +188,7 @@ fn outcome((cid, vm): &(VmCid, Result<VmRecord>), act: impl Fn(&VmRecord) -> Res
     };
     Outcome {
         vm: cid.clone(),
-        name: vm.as_ref().ok().and_then(|vm| tag(vm, "name")).map(str::to_owned),
+        name: vm.as_ref().ok().and_then(VmRecord::name).map(str::to_owned),
         state: done.unwrap_or_else(State::Failed),
         seconds: began.elapsed().as_secs_f64(),
     }
@@ -197,10 +196,6 @@ fn outcome((cid, vm): &(VmCid, Result<VmRecord>), act: impl Fn(&VmRecord) -> Res
 
 /// Sorts the most important first: by the operator's tag, then Directors, then the oldest.
 fn importance(vm: &VmRecord) -> (std::cmp::Reverse<i64>, bool, String) {
-    let priority = tag(vm, PRIORITY).and_then(|priority| priority.parse().ok()).unwrap_or(0);
-    (std::cmp::Reverse(priority), tag(vm, "director") != Some(CREATE_ENV), vm.created_at.clone())
-}
-
-fn tag<'a>(vm: &'a VmRecord, name: &str) -> Option<&'a str> {
-    vm.metadata.get(name).and_then(Value::as_str)
+    let priority = vm.tag(PRIORITY).and_then(|priority| priority.parse().ok()).unwrap_or(0);
+    (std::cmp::Reverse(priority), vm.tag("director") != Some(CREATE_ENV), vm.created_at.clone())
 }

@@ -25,7 +25,7 @@ use crate::sys::pidlock;
 
 /// How long a launch whose call was killed may take to be undone. Also what breaks the circle of two creates that want what
 /// the other has.
-const UNDONE: Duration = Duration::from_secs(10);
+const UNDONE: Duration = Duration::from_secs(30);
 
 impl Cpi {
     /// Claims again after a claim was refused with `refusal`, if what it wants is held by VMs that nobody knows.

@@ -7,7 +7,7 @@ use super::Cpi;
 use crate::cid::DiskCid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image;
-use crate::store::{DiskRecord, Rank, atomic};
+use crate::store::{DiskRecord, Rank, VmRecord, atomic};
 
 impl Cpi {
     /// The record of a disk that exists and is this host's. One that is nobody's becomes so.
@@ -16,21 +16,31 @@ impl Cpi {
     /// [`ErrorKind::DiskNotFound`]; [`ErrorKind::Conflict`] if another host has it now.
     pub(super) fn own_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<DiskRecord> {
         self.adopt(cid, deadline)?;
+        if self.store.find::<DiskRecord>(cid)?.is_none() {
+            self.store.is_nowhere_else(cid)?;
+        }
         let disk = self.disk(cid)?;
         self.store.is_ours(&disk)?;
         Ok(disk)
     }
 
-    /// Takes a disk that is nobody's, if it is one.
+    /// Takes a disk that is nobody's, if it is one. A record of it from before it was given up is out of date.
     pub(super) fn adopt(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
-        if self.store.find::<DiskRecord>(cid)?.is_some() || !self.store.is_free(cid)? {
+        let can_be_had = || match self.store.find::<DiskRecord>(cid)? {
+            Some(disk) => Ok(self.store.is_given_up(&disk)? && !self.is_listed(cid)?),
+            None => self.store.is_free(cid),
+        };
+        if !can_be_had()? {
             return Ok(());
         }
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
-        if self.store.find::<DiskRecord>(cid)?.is_some() {
-            return Ok(());
+        if !can_be_had()? {
+            return if self.store.find::<DiskRecord>(cid)?.is_some() { Ok(()) } else { lock.retire() };
         }
+        let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
+        self.store.forget(cid)?;
+        metadata.retire()?;
         match self.store.adopt(cid) {
             Ok(true) => {
                 tracing::info!(%cid, "the disk was nobody's, and is this host's now");
@@ -38,6 +48,11 @@ impl Cpi {
             }
             other => lock.retire().and(other.map(drop)),
         }
+    }
+
+    /// Whether a VM here has the disk by its own record, which decides.
+    fn is_listed(&self, disk: &DiskCid) -> Result<bool> {
+        Ok(self.store.readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
     }
 
     /// Makes the disk nobody's, so that another host can have it.
@@ -63,7 +78,12 @@ impl Cpi {
         if disk.leftover.is_some() {
             return Err(refused("has an image that an earlier copy left, and that can not be removed".to_owned()));
         }
-        if !disk.pool.as_deref().is_some_and(|pool| self.store.pools().shared().any(|shared| shared == pool)) {
+        if disk.encrypted && self.config.key_file.is_none() {
+            return Err(refused("is encrypted with a key that only this host has".to_owned()).hint(
+                "give all hosts one 'key_file', with this host's key in it; or make the disk `encrypted: false` first",
+            ));
+        }
+        if !disk.pool.as_deref().is_some_and(|pool| self.store.pools().is_shared(pool)) {
             return Err(refused("is in no shared pool".to_owned()));
         }
         let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
@@ -79,17 +99,13 @@ impl Cpi {
     /// [`ErrorKind::DiskNotFound`] if no pool has it; [`ErrorKind::Corrupt`] if it can not be told what it is.
     pub fn take_disk(&self, cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("attach_disk");
-        match self.own_disk(cid, deadline) {
-            Err(error) if matches!(error.kind(), ErrorKind::DiskNotFound | ErrorKind::Conflict) => {}
-            own => return own.map(drop),
+        self.adopt(cid, deadline)?;
+        if self.store.find::<DiskRecord>(cid)?.is_some_and(|disk| self.store.is_ours(&disk).is_ok()) {
+            return Ok(());
         }
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
-        let judge = |image: &Path| {
-            let unused = image::unused(image, Instant::now());
-            unused
-                .map_err(|e| e.during(format!("take disk '{cid}'")).hint("the other host lives: detach the disk there"))
-        };
+        let judge = |image: &Path| image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")));
         let taken = self.store.take_over(cid, judge);
         if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
             lock.retire()?;

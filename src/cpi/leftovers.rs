@@ -18,7 +18,6 @@ use super::Cpi;
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::host::uids;
 use crate::store::record::NetworkRecord;
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, StemcellRecord, VmRecord, atomic};
 use crate::sys::pidfd::Process;
@@ -169,13 +168,7 @@ impl Cpi {
                 return self.destroy(&vm, lock, deadline);
             }
             Some(_) => {}
-            None => {
-                self.store.release_claims(cid)?;
-                if let Some(uid) = uids::find(self.store.state_dir(), cid) {
-                    uids::release(self.store.state_dir(), cid, uid)?;
-                }
-                return self.forget(cid, &self.store.vm(cid), lock);
-            }
+            None => return self.forget_unrecorded(cid, lock),
         }
         self.settled(cid)
     }
@@ -193,7 +186,8 @@ impl Cpi {
     fn clear_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
         let mut disk = self.store.find::<DiskRecord>(cid)?;
-        if let Some(disk) = disk.as_mut().filter(|disk| disk.leftover.is_some()) {
+        let is_cut_short = |disk: &&mut DiskRecord| disk.leftover.is_some() && !self.store.is_elsewhere(disk);
+        if let Some(disk) = disk.as_mut().filter(is_cut_short) {
             tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");
             self.settle_copy(disk, deadline)?;
         }

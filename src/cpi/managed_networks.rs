@@ -111,14 +111,23 @@ impl Cpi {
         let mut record =
             NetworkRecord { schema: SCHEMA, cid: cid.clone(), phase, created_at, director, settings, newer };
         let segment = self.managed_segment(&record)?;
+        let overlaps = |other: &str| {
+            let problem = format!("the subnet {range} overlaps with that of the managed network '{other}'");
+            Error::new(ErrorKind::Conflict, problem)
+        };
         while let Some(other) = self.overlapping(&segment, range)? {
             if !self.unmake_if_forgotten(&other)? {
-                let problem = format!("the subnet {range} overlaps with that of the managed network '{other}'");
-                return Err(Error::new(ErrorKind::Conflict, problem));
+                return Err(overlaps(&other));
             }
         }
         net::taken::refuse(&segment).map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
+        // Of two that choose the same at once, the second sees the first.
+        let choosing = self.store.brief(Rank::Claims, "ranges", self.deadline("create_network"))?;
+        if let Some(other) = self.overlapping(&segment, range)? {
+            return Err(overlaps(&other));
+        }
         self.store.write(&record)?;
+        drop(choosing);
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
         net::kept::keep(&segment.bridge, &self.store.owner()?)?;

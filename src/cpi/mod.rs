@@ -106,6 +106,16 @@ impl Cpi {
         R::Cid::parse_new(chosen).map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
     }
 
+    /// Undoes a create that failed, whose lock is `lock`: what is said is why it failed, and what is left if that can not be
+    /// undone now.
+    fn undone<R: Record>(&self, cid: &R::Cid, lock: Guard, failed: Error) -> Error {
+        let undone = self.store.remove::<R>(cid).and_then(|()| lock.retire()).and_then(|()| self.settled(cid));
+        match undone {
+            Ok(()) => failed,
+            Err(error) => error.during(format!("remove what was made before: {}", failed.report())),
+        }
+    }
+
     /// When the call of `method` must have ended.
     fn deadline(&self, method: &str) -> Instant {
         self.began + self.config.deadline(method, default_deadline(method))

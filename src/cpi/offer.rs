@@ -133,9 +133,7 @@ impl Cpi {
             return self.store.is_free(cid);
         }
         let record = self.store.read::<DiskRecord>(cid).ok().flatten();
-        let taken =
-            |disk: DiskRecord| self.store.is_ours(&disk).is_err_and(|error| error.kind() == ErrorKind::Conflict);
-        Ok(!record.is_some_and(taken))
+        if record.is_some_and(|disk| self.store.is_elsewhere(&disk)) { self.store.is_free(cid) } else { Ok(true) }
     }
 
     fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {

@@ -34,7 +34,7 @@ impl Cpi {
 /// [`ErrorKind::Conflict`] if somebody emptied the run directory under it: no pid file says any more that it is on.
 pub(super) fn is_all_off(vm: &VmCid, paths: &VmPaths) -> Result<()> {
     let group = Cgroup::open(vm.as_str());
-    let mut processes = group.processes();
+    let mut processes = group.processes()?;
     if processes.is_empty() {
         return Ok(());
     }

@@ -6,12 +6,12 @@
 //! ```
 
 use std::fs::File;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::Cpi;
-use super::attachments::{DYING, hot_disk};
+use super::attachments::hot_disk;
 use crate::cid::{Cid, DiskCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -22,6 +22,9 @@ use crate::qmp::query::QueryNamedBlockNodes;
 use crate::store::record::DiskRecord;
 use crate::store::{Guard, VmRecord};
 use crate::units::{Bytes, MiB};
+
+/// How long a QEMU that is known to be gone may still have an image open.
+const CLOSING: Duration = Duration::from_millis(500);
 
 /// Where a disk's image can be worked on. It stays so, because the VM's lock is kept.
 pub(super) struct Place {
@@ -106,7 +109,7 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`].
     pub(super) fn is_unused_image(&self, disk: &DiskRecord) -> Result<()> {
-        image::unused(&self.store.disk_image(disk)?, Instant::now() + DYING)
+        image::unused(&self.store.disk_image(disk)?, Instant::now() + CLOSING)
     }
 
     /// Finds out who has the image of `disk`, whose lock the caller holds, open.

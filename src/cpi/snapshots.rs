@@ -197,7 +197,8 @@ impl Cpi {
         let record = self.store.find::<SnapshotRecord>(snapshot)?.filter(|record| record.phase == Phase::Ready);
         let Some(record) = record else {
             snapshot_lock.retire()?;
-            return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}'")));
+            return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}' on this host"))
+                .hint("a snapshot stays on the host that made it"));
         };
         self.is_told::<SnapshotRecord>(snapshot);
         let cid = self.new_cid::<DiskRecord>()?;
@@ -212,13 +213,12 @@ impl Cpi {
             metadata: Map::new(),
             ..record.disk.clone()
         };
-        if let Err(error) = self.copy_from_snapshot(&record, &mut disk, deadline) {
-            self.store.remove::<DiskRecord>(&disk.cid)?;
-            lock.retire()?;
-            self.settled(&disk.cid)?;
-            return Err(error.during(format!("restore snapshot '{snapshot}'")));
+        match self.copy_from_snapshot(&record, &mut disk, deadline) {
+            Ok(()) => Ok(disk.cid),
+            Err(error) => {
+                Err(self.undone::<DiskRecord>(&disk.cid, lock, error.during(format!("restore snapshot '{snapshot}'"))))
+            }
         }
-        Ok(disk.cid)
     }
 
     fn copy_from_snapshot(&self, snapshot: &SnapshotRecord, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {

@@ -129,12 +129,12 @@ impl Cpi {
 
     /// What new thin images of `size` together need at once.
     pub(super) fn need_of_thin(&self, size: Bytes) -> Bytes {
-        Bytes(BIRTH + if self.config.overcommit { 0 } else { size.get() })
+        Bytes(BIRTH.saturating_add(if self.config.overcommit { 0 } else { size.get() }))
     }
 
     /// What the image of a stemcell needs at least, from a file that takes `source`.
     pub(super) fn need_of_import(source: Bytes) -> Bytes {
-        Bytes(BIRTH + source.get())
+        Bytes(BIRTH.saturating_add(source.get()))
     }
 
     /// How full the state directory (no name) and each pool is. A pool that is not mounted is an error of its own.

@@ -93,13 +93,10 @@ impl Cpi {
             self.store.write(&record)?;
             self.settled(&cid)
         });
-        if let Err(error) = made {
-            self.store.remove::<StemcellRecord>(&cid)?;
-            lock.retire()?;
-            self.settled(&cid)?;
-            return Err(error.during(format!("import '{}'", image.name())));
+        match made {
+            Ok(()) => Ok(cid),
+            Err(error) => Err(self.undone::<StemcellRecord>(&cid, lock, error)),
         }
-        Ok(cid)
     }
 
     /// Whether no other host can have a directory for the same cid where this one has its images.

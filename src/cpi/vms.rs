@@ -52,22 +52,7 @@ impl Cpi {
         self.store.prepare()?;
         self.is_told::<StemcellRecord>(&stemcell.cid);
         self.clear_leftovers(deadline);
-        let lock = self.begin::<VmRecord>(Rank::Vm, &cid, deadline)?;
-        let uid = match uids::claim(self.store.state_dir(), &cid) {
-            Ok(uid) => uid,
-            Err(error) => return lock.retire().and(self.settled(&cid)).and(Err(error)),
-        };
-        let claimed = match self.claim(&cid, &mut placed, &mut call.networks, &properties, deadline) {
-            Err(held) if held.kind() == ErrorKind::Conflict => {
-                self.claim_of_forgotten(held, &cid, &mut placed, &mut call.networks, &properties, deadline)
-            }
-            claimed => claimed,
-        };
-        if let Err(error) = claimed.and_then(|()| self.still_managed(&placed)) {
-            self.store.release_claims(&cid)?;
-            uids::release(self.store.state_dir(), &cid, uid)?;
-            return lock.retire().and(self.settled(&cid)).and(Err(creation_failed(error, &cid)));
-        }
+        let (lock, uid) = self.begin_vm(&cid, &mut placed, &mut call.networks, &properties, deadline)?;
         let mut vm = VmRecord {
             schema: SCHEMA,
             phase: Phase::Creating,
@@ -92,7 +77,8 @@ impl Cpi {
             newer: Map::new(),
             cid,
         };
-        let size = vm.root_size.get() + vm.ephemeral.as_ref().map_or(0, |ephemeral| ephemeral.size.bytes().get());
+        let ephemeral = vm.ephemeral.as_ref().map_or(0, |ephemeral| ephemeral.size.bytes().get());
+        let size = vm.root_size.get().saturating_add(ephemeral);
         let need = self.need_of_thin(Bytes(size));
         let admitted = self.admit(vm.pool.as_deref(), need, deadline, || {
             self.is_not_crowded(&vm)?;
@@ -122,6 +108,34 @@ impl Cpi {
                 Err(failed)
             }
         }
+    }
+
+    /// What a VM has before its record: its lock, a uid, and claims on its addresses and ports. Of a failure nothing is left.
+    fn begin_vm(
+        &self,
+        cid: &VmCid,
+        placed: &mut [Placed],
+        networks: &mut Networks,
+        properties: &VmCloudProperties,
+        deadline: Instant,
+    ) -> Result<(Guard, u32)> {
+        let lock = self.begin::<VmRecord>(Rank::Vm, cid, deadline)?;
+        let uid = match uids::claim(self.store.state_dir(), cid) {
+            Ok(uid) => uid,
+            Err(error) => return lock.retire().and(self.settled(cid)).and(Err(error)),
+        };
+        let claimed = match self.claim(cid, placed, networks, properties, deadline) {
+            Err(held) if held.kind() == ErrorKind::Conflict => {
+                self.claim_of_forgotten(held, cid, placed, networks, properties, deadline)
+            }
+            claimed => claimed,
+        };
+        if let Err(error) = claimed.and_then(|()| self.still_managed(placed)) {
+            self.store.release_claims(cid)?;
+            uids::release(self.store.state_dir(), cid, uid)?;
+            return lock.retire().and(self.settled(cid)).and(Err(creation_failed(error, cid)));
+        }
+        Ok((lock, uid))
     }
 
     fn machine(&self, properties: &VmCloudProperties) -> Result<Machine> {
@@ -207,12 +221,20 @@ impl Cpi {
         };
         match self.store.find::<VmRecord>(cid)? {
             Some(vm) => self.destroy(&vm, lock, deadline),
-            // The record goes last, so nothing but an empty directory or run files can be left.
             None => {
                 supervisor::stop(&paths, Button::Quit, deadline)?;
-                self.forget(cid, &paths, lock)
+                self.forget_unrecorded(cid, lock)
             }
         }
+    }
+
+    /// Removes what there is of a VM without a record, whose making was cut short before that or whose removal after it.
+    pub(super) fn forget_unrecorded(&self, cid: &VmCid, lock: Guard) -> Result<()> {
+        self.store.release_claims(cid)?;
+        if let Some(uid) = uids::find(self.store.state_dir(), cid) {
+            uids::release(self.store.state_dir(), cid, uid)?;
+        }
+        self.forget(cid, &self.store.vm(cid), lock)
     }
 
     /// Ends a VM and removes everything that can be named after its record; the record last.

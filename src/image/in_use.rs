@@ -27,7 +27,8 @@ pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         image => image.at("open", path)?,
     };
-    while is_locked(&image) {
+    // Where the filesystem knows no locks, QEMU does without them, too.
+    while is_locked(&image).unwrap_or(false) {
         if Instant::now() >= deadline {
             let message = format!("image '{}' is open in a QEMU that no record names", path.display());
             return Err(Error::new(ErrorKind::Conflict, message)
@@ -38,13 +39,28 @@ pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Where the filesystem knows no locks, QEMU does without them, too.
-fn is_locked(image: &impl AsFd) -> bool {
+/// Whether no QEMU has the image open, on any of the hosts that reach it.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if one has it; [`ErrorKind::Host`] if that can not be told, because another host's word for it is
+/// all there is.
+pub fn released(path: &Path) -> Result<()> {
+    let image = File::open(path).at("open", path)?;
+    match is_locked(&image) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(Error::new(ErrorKind::Conflict, format!("image '{}' is open in a QEMU", path.display()))
+            .hint("the host where that runs lives: detach the disk there")),
+        Err(error) => Err(Error::io("ask for the locks of", path, error)
+            .hint("another host may have it open: see to the locks of its filesystem (`rpcinfo`, for NFS 3) first")),
+    }
+}
+
+fn is_locked(image: &impl AsFd) -> std::io::Result<bool> {
     let (l_start, l_len) = LOCKS;
     let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
     let mut lock = libc::flock { l_type, l_whence, l_start, l_len, l_pid: 0 };
-    let asked = fcntl(image, FcntlArg::F_OFD_GETLK(&mut lock));
-    asked.is_ok() && i32::from(lock.l_type) != libc::F_UNLCK
+    fcntl(image, FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ mod testing;
 pub use copy::{Source, copy};
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
-pub use in_use::unused;
+pub use in_use::{released, unused};
 pub use open::{inspect, open, refuse_other_files};
 
 use std::fs::{File, OpenOptions};

@@ -126,7 +126,6 @@ fn director_type(kind: ErrorKind) -> (&'static str, bool) {
         ErrorKind::NotSupported => ("Bosh::Clouds::NotSupported", false),
         ErrorKind::VmNotFound => ("Bosh::Clouds::VMNotFound", false),
         ErrorKind::DiskNotFound => ("Bosh::Clouds::DiskNotFound", false),
-        ErrorKind::DiskNotAttached => ("Bosh::Clouds::DiskNotAttached", false),
         ErrorKind::NetworkNotFound => ("Bosh::Clouds::NetworkNotFound", false),
         ErrorKind::NoDiskSpace => ("Bosh::Clouds::NoDiskSpace", false),
         ErrorKind::VmCreationFailed { retry } => ("Bosh::Clouds::VMCreationFailed", retry),

@@ -19,10 +19,15 @@ pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
     stage(path, contents)?.commit()
 }
 
-/// The same with another mode.
-pub fn write_with_mode(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
+/// The same with another mode, and of another owner: a user and a group.
+pub fn write_as(path: &Path, contents: &[u8], mode: u32, owner: Option<(u32, u32)>) -> Result<()> {
     let staged = stage(path, contents)?;
-    staged.file.as_file().set_permissions(Permissions::from_mode(mode)).at("set the mode of", path)?;
+    let file = staged.file.as_file();
+    if let Some((user, group)) = owner {
+        std::os::unix::fs::fchown(file, Some(user), Some(group)).at("give away", staged.file.path())?;
+    }
+    file.set_permissions(Permissions::from_mode(mode)).at("set the mode of", staged.file.path())?;
+    file.sync_all().at("flush", staged.file.path())?;
     staged.commit()
 }
 

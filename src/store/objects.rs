@@ -44,7 +44,8 @@ impl Store {
         for pool in self.pools().names() {
             if atomic::is_there(&self.pools().dir(pool)?.join(cid)) {
                 // A removal takes the images first; giving a disk up leaves them.
-                return DiskCid::parse(cid.as_str()).map_or(Ok(true), |disk| self.is_free(&disk).map(|free| !free));
+                let disk = DiskCid::parse(cid.as_str()).ok().filter(|_| R::Cid::PREFIX == DiskCid::PREFIX);
+                return disk.map_or(Ok(true), |disk| self.is_free(&disk).map(|free| !free));
             }
         }
         Ok(false)

@@ -55,6 +55,11 @@ impl Pools {
         self.pools.iter().filter(|(_, pool)| pool.shared).map(|(name, _)| name.as_str())
     }
 
+    /// Whether other hosts use the pool `name`, too.
+    pub fn is_shared(&self, name: &str) -> bool {
+        self.pools.get(name).is_some_and(|pool| pool.shared)
+    }
+
     /// The directory of the pool `name`, which is there and is the one that was used before.
     ///
     /// # Errors

@@ -39,6 +39,20 @@ const NOBODYS: &str = "host-none";
 /// Where the state directory says which host it is to others.
 const HOST_ID: &str = "host-id";
 
+/// Whose a disk is, by its mark.
+enum Whose {
+    /// Its record's: a version that made no marks made it, or it is being made.
+    Unsaid,
+    /// Nobody's.
+    Nobodys,
+    /// This host's.
+    Ours,
+    /// This host's, on its way to or from it.
+    Moving,
+    /// Another host's, which has this mark.
+    Others(String),
+}
+
 /// A disk's directory in a shared pool.
 struct Place<'a> {
     pool: &'a str,
@@ -101,11 +115,31 @@ impl Store {
         Ok(places)
     }
 
-    /// The same of the pools that its record names.
+    /// The same of the pools that its record names. One that has no more than an image which is not used, and can not be
+    /// looked at, is left out.
     fn places_of(&self, disk: &DiskRecord) -> Result<Vec<Place<'_>>> {
         let named = disk.pools();
-        let shared = self.pools().shared().filter(|pool| named.contains(pool));
-        shared.map(|pool| Ok(Place { pool, dir: self.pools().dir(pool)?.join(&disk.cid) })).collect()
+        let mut places = Vec::new();
+        for pool in self.pools().shared().filter(|pool| named.contains(pool)) {
+            match self.pools().dir(pool) {
+                Ok(dir) => places.push(Place { pool, dir: dir.join(&disk.cid) }),
+                Err(error) if disk.pool.as_deref() == Some(pool) => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(places)
+    }
+
+    fn whose(&self, place: &Place<'_>) -> Result<Whose> {
+        let Some(mark) = place.mark()? else { return Ok(Whose::Unsaid) };
+        if mark == NOBODYS {
+            return Ok(Whose::Nobodys);
+        }
+        Ok(match self.known_marks()? {
+            Some(ours) if ours.host == mark => Whose::Ours,
+            Some(ours) if ours.moving == mark => Whose::Moving,
+            _ => Whose::Others(mark),
+        })
     }
 
     /// Whether other hosts reach the images of the disk, whoever has it.
@@ -121,44 +155,98 @@ impl Store {
     /// # Errors
     /// Those of [`super::Pools::dir`]: a pool that can not be looked at may have it.
     pub fn is_free(&self, cid: &DiskCid) -> Result<bool> {
-        let ours = self.known_marks()?.map(|ours| ours.moving);
         for place in self.places(cid)? {
-            if place.mark()?.is_some_and(|mark| mark == NOBODYS || Some(&mark) == ours.as_ref()) {
+            if matches!(self.whose(&place)?, Whose::Nobodys | Whose::Moving) {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
+    /// Whether no other host has a disk that has no record here.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if one has it. Those of [`super::Pools::dir`].
+    pub fn is_nowhere_else(&self, cid: &DiskCid) -> Result<()> {
+        for place in self.places(cid)? {
+            if let Whose::Others(mark) = self.whose(&place)? {
+                let message = format!("disk '{cid}' is another host's: '{}' has '{mark}'", place.dir.display());
+                return Err(Error::new(ErrorKind::Conflict, message)
+                    .hint(format!("ask that host; if it is gone for good, `bosh-qemu-cpi disk take {cid}` here")));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a disk that has a record here is this host's.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] if another host has taken it.
+    /// [`ErrorKind::Conflict`] if it was given up or another host has taken it; [`ErrorKind::Corrupt`] if this host does not
+    /// know any more who it is.
     pub fn is_ours(&self, disk: &DiskRecord) -> Result<()> {
         for place in self.places_of(disk)? {
-            let Some(mark) = place.mark()? else { continue };
-            if !self.known_marks()?.is_some_and(|ours| ours.has(&mark)) {
-                let (cid, dir) = (&disk.cid, place.dir.display());
-                let message = format!("disk '{cid}' is another host's now: '{dir}' has '{mark}'");
-                let hint =
-                    "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
-                return Err(Error::new(ErrorKind::Conflict, message).hint(hint));
+            let (cid, dir) = (&disk.cid, place.dir.display());
+            let now = match self.whose(&place)? {
+                Whose::Unsaid | Whose::Ours | Whose::Moving => continue,
+                Whose::Nobodys => format!("nobody's now: '{dir}' has '{NOBODYS}'"),
+                Whose::Others(mark) if self.known_marks()?.is_none() => {
+                    let (file, id) = (self.host_id_file(), mark.trim_start_matches(MOVING).trim_start_matches(HOST));
+                    let message = format!("whose disk '{cid}' is can not be told: '{}' is missing", file.display());
+                    return Err(Error::new(ErrorKind::Corrupt, message)
+                        .hint(format!("if '{dir}/{mark}' is this host's, write '{id}' into the file")));
+                }
+                Whose::Others(mark) => format!("another host's now: '{dir}' has '{mark}'"),
+            };
+            let hint = "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
+            return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is {now}")).hint(hint));
+        }
+        Ok(())
+    }
+
+    /// Whether a disk that has a record here is known not to be this host's any more.
+    pub fn is_elsewhere(&self, disk: &DiskRecord) -> bool {
+        self.is_ours(disk).is_err_and(|error| error.kind() == ErrorKind::Conflict)
+    }
+
+    /// Whether a disk that has a record here was given up since that was written.
+    ///
+    /// # Errors
+    /// Those of [`super::Pools::dir`].
+    pub fn is_given_up(&self, disk: &DiskRecord) -> Result<bool> {
+        for place in self.places_of(disk)? {
+            if let Whose::Nobodys = self.whose(&place)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Ends a move of this host's disk that was cut short: the disk stays. The caller holds its lock.
+    ///
+    /// # Errors
+    /// As [`Self::is_ours`].
+    pub fn stay(&self, disk: &DiskRecord) -> Result<()> {
+        self.is_ours(disk)?;
+        for place in self.places_of(disk)? {
+            if let Whose::Moving = self.whose(&place)? {
+                let ours = self.own_marks()?;
+                place.rename(&ours.moving, &ours.host)?;
             }
         }
         Ok(())
     }
 
     /// Notes in the shared pool where the image in force is, if it is in one, that the disk is this host's, and what it is.
-    fn mark(&self, disk: &DiskRecord) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Self::is_ours`].
+    pub fn mark(&self, disk: &DiskRecord) -> Result<()> {
         let Some(place) = self.places_of(disk)?.into_iter().find(|place| disk.pool.as_deref() == Some(place.pool))
         else {
             return Ok(());
         };
         let ours = self.own_marks()?;
-        if place.mark()?.as_ref() == Some(&ours.moving) {
-            // A move was cut short.
-            place.rename(&ours.moving, &ours.host)?;
-        }
+        self.stay(disk)?;
         atomic::write_json(&place.dir.join(ours.host), disk)
     }
 
@@ -172,7 +260,8 @@ impl Store {
     /// Gives up a disk that nothing here uses, whose locks the caller holds: from then on it is nobody's, and not here.
     pub fn give_up(&self, disk: &DiskRecord) -> Result<()> {
         let metadata = self.disk_metadata(disk)?;
-        self.mark(&DiskRecord { vm: None, metadata, ..disk.clone() })?;
+        // The record, too: what is beside it goes first.
+        self.write_disk(&DiskRecord { vm: None, metadata, ..disk.clone() })?;
         let ours = self.own_marks()?;
         for place in self.places_of(disk)? {
             place.rename(&ours.host, &ours.moving)?;
@@ -181,12 +270,21 @@ impl Store {
         self.let_go(&disk.cid)
     }
 
+    /// Removes what this host alone has of a disk that is not its own any more.
+    pub fn forget(&self, cid: &DiskCid) -> Result<()> {
+        for pool in self.read::<DiskRecord>(cid)?.iter().flat_map(Record::pools) {
+            if !self.pools().is_shared(pool) {
+                atomic::remove_dir(&self.pools().dir(pool)?.join(cid))?;
+            }
+        }
+        self.remove_record::<DiskRecord>(cid)
+    }
+
     /// Makes a disk that is on its way to or from this host, without a record here, nobody's.
     pub fn let_go(&self, cid: &DiskCid) -> Result<()> {
-        let ours = self.own_marks()?;
         for place in self.places(cid)? {
-            if place.mark()?.as_ref() == Some(&ours.moving) {
-                place.rename(&ours.moving, NOBODYS)?;
+            if let Whose::Moving = self.whose(&place)? {
+                place.rename(&self.own_marks()?.moving, NOBODYS)?;
             }
         }
         Ok(())
@@ -199,14 +297,14 @@ impl Store {
     pub fn adopt(&self, cid: &DiskCid) -> Result<bool> {
         let ours = self.own_marks()?;
         for place in self.places(cid)? {
-            match place.mark()? {
-                Some(mark) if mark == NOBODYS => {
+            match self.whose(&place)? {
+                Whose::Nobodys => {
                     if !place.rename(NOBODYS, &ours.moving)? {
                         return Err(just_taken(cid));
                     }
                 }
-                Some(mark) if mark == ours.moving => {}
-                _ => continue,
+                Whose::Moving => {}
+                Whose::Unsaid | Whose::Ours | Whose::Others(_) => continue,
             }
             self.write(&place.record(&ours.moving, cid)?)?;
             return place.rename(&ours.moving, &ours.host);
@@ -223,7 +321,9 @@ impl Store {
         let ours = self.own_marks()?;
         let places = self.places(cid)?;
         let Some(place) = places.first() else {
-            return Err(Error::new(ErrorKind::DiskNotFound, format!("no shared pool has a disk '{cid}'")));
+            let pools: Vec<_> = self.pools().shared().map(|pool| format!("'{pool}'")).collect();
+            let message = format!("no shared pool has a disk '{cid}'; this host has [{}]", pools.join(", "));
+            return Err(Error::new(ErrorKind::DiskNotFound, message).hint("see 'pools' of its configuration"));
         };
         let unknown = |why: &str| {
             let message = format!("'{}' {why}, so nobody can tell what the disk is", place.dir.display());
@@ -276,11 +376,15 @@ impl Store {
     }
 
     /// The same. A host gets its id when it first needs one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if disks here say that it had one.
     fn own_marks(&self) -> Result<Marks> {
         loop {
             if let Some(marks) = self.known_marks()? {
                 return Ok(marks);
             }
+            self.readable::<DiskRecord>()?.iter().try_for_each(|disk| self.is_ours(disk))?;
             let random = DiskCid::random();
             let (_, id) = random.as_str().split_once('-').expect("a cid has a dash");
             atomic::write_once(&self.host_id_file(), format!("{id}\n").as_bytes())?;
@@ -296,12 +400,6 @@ impl Store {
 struct Marks {
     host: String,
     moving: String,
-}
-
-impl Marks {
-    fn has(&self, mark: &str) -> bool {
-        [&self.host, &self.moving].iter().any(|ours| *ours == mark)
-    }
 }
 
 fn just_taken(disk: &DiskCid) -> Error {

@@ -75,6 +75,8 @@ pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) ->
         Err(error) => Launched::failed(error),
     };
     crash::point!("launch done");
+    // A caller that lives has it yet; when it has its answer, nobody else must.
+    drop(vm_lock);
     let told = tell(handshake, &message);
     crash::point!("caller told");
     let (_lock, mut supervisor, running) = launched?;
@@ -82,7 +84,6 @@ pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) ->
         // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.
         return running.qemu.process().signal(nix::sys::signal::Signal::SIGKILL);
     }
-    drop(vm_lock);
     supervisor.live(&runtime, running)
 }
 
@@ -90,9 +91,11 @@ pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) ->
 fn admitted<'a>(scope: &'a Scope, begin: Begin, runtime: &tokio::runtime::Runtime) -> Result<(File, Supervisor<'a>)> {
     let starts = matches!(begin, Begin::Launch { .. });
     let _deciding = if starts { Some(memory::lock(scope)?) } else { None };
+    // Who finds the pid may signal it.
+    let orders = Orders::hear(runtime)?;
     atomic::make_dir(&scope.paths.run)?;
     let lock = pidlock::lock_self(&scope.paths.supervisor_pid())?;
-    let supervisor = Supervisor::new(scope, runtime)?;
+    let supervisor = Supervisor::new(scope, orders)?;
     if starts {
         memory::admit(scope, &supervisor.vm)?;
     }
@@ -115,13 +118,37 @@ fn tell(mut handshake: File, message: &Launched) -> bool {
     told.is_ok()
 }
 
+/// What others want of a supervisor; they are signals.
+struct Orders {
+    /// The host goes down: the guest is to do so in order.
+    end: Signal,
+    /// A launch is not wanted any more. What runs is not meant.
+    call_off: Signal,
+}
+
+impl Orders {
+    fn hear(runtime: &tokio::runtime::Runtime) -> Result<Self> {
+        let _entered = runtime.enter();
+        let hear = |kind| signal(kind).map_err(|e| Error::os("watch for signals", e));
+        Ok(Self { end: hear(SignalKind::terminate())?, call_off: hear(SignalKind::user_defined1())? })
+    }
+
+    /// When a launch is to end.
+    async fn either(&mut self) {
+        tokio::select! {
+            _ = self.end.recv() => {}
+            _ = self.call_off.recv() => {}
+        }
+    }
+}
+
 struct Supervisor<'a> {
     scope: &'a Scope,
     vm: VmRecord,
     console: CappedLog,
     events: CappedLog,
     restarts: Restarts,
-    terminate: Signal,
+    orders: Orders,
 }
 
 /// What was learned while QEMU ran.
@@ -133,8 +160,7 @@ struct Run {
 }
 
 impl<'a> Supervisor<'a> {
-    fn new(scope: &'a Scope, runtime: &tokio::runtime::Runtime) -> Result<Self> {
-        let _entered = runtime.enter();
+    fn new(scope: &'a Scope, orders: Orders) -> Result<Self> {
         let vm = read(scope)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
             // The call that started us was killed, and delete_vm is or was here since.
             let _ = atomic::remove_dir(&scope.paths.run);
@@ -150,7 +176,7 @@ impl<'a> Supervisor<'a> {
             events,
             console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP, 0)?,
             restarts: Restarts::default(),
-            terminate: signal(SignalKind::terminate()).map_err(|e| Error::os("watch for SIGTERM", e))?,
+            orders,
         })
     }
 
@@ -158,14 +184,11 @@ impl<'a> Supervisor<'a> {
         let _slot = runtime.block_on(async {
             tokio::select! {
                 slot = boot::slot(self.scope, queue_until) => slot,
-                _ = self.terminate.recv() => Err(launch::called_off(self.scope)),
+                () = self.orders.either() => Err(launch::called_off(self.scope)),
             }
         })?;
         let child = launch::spawn(self.scope, &self.vm)?;
-        let told_to_end = async {
-            self.terminate.recv().await;
-        };
-        let running = runtime.block_on(launch::boot(self.scope, &self.vm, child, told_to_end))?;
+        let running = runtime.block_on(launch::boot(self.scope, &self.vm, child, self.orders.either()))?;
         self.note("started", &json!({"pid": running.qemu.process().pid(), "accel": self.vm.machine.accel}));
         Ok(running)
     }
@@ -222,7 +245,7 @@ impl<'a> Supervisor<'a> {
         let told_to_end = runtime.block_on(async {
             tokio::select! {
                 () = tokio::time::sleep(wait) => false,
-                _ = self.terminate.recv() => true,
+                _ = self.orders.end.recv() => true,
             }
         });
         if told_to_end || !self.still_ours()? {
@@ -273,7 +296,9 @@ impl<'a> Supervisor<'a> {
                     Ok(false) => {}
                     Err(error) => tracing::warn!(%error, "can not look after a guest that waits for room"),
                 },
-                _ = self.terminate.recv() => {
+                // It came too late.
+                _ = self.orders.call_off.recv() => {}
+                _ = self.orders.end.recv() => {
                     // The host is going down: the guest may do so in order, and is wanted again afterwards.
                     run.host_stopping = true;
                     presses.reset_immediately();

@@ -63,9 +63,9 @@ pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
 }
 
 /// Has a launch that is under way end now instead of when it is done or at its deadline. For whoever is about to remove
-/// the VM but finds its lock taken; a supervisor whose guest runs already presses the power button.
+/// the VM but finds its lock taken; a guest that runs already runs on.
 pub fn call_off(paths: &VmPaths) -> Result<()> {
-    pidlock::holder(&paths.supervisor_pid())?.map_or(Ok(()), |supervisor| supervisor.signal(Signal::SIGTERM))
+    pidlock::holder(&paths.supervisor_pid())?.map_or(Ok(()), |supervisor| supervisor.signal(Signal::SIGUSR1))
 }
 
 fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {

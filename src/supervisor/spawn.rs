@@ -29,8 +29,8 @@ pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
     let begin = Begin::Launch { queue_until: queue_until(deadline) };
     let launched = spawn(scope, begin, config_file, lock, deadline);
     if launched.is_err() {
-        // A launch that failed cleaned up; one that hangs or was killed did not.
-        stop(&scope.paths, Button::Kill, deadline)?;
+        // A launch that failed cleaned up; one that hangs or was killed did not. Its guest may have begun to write.
+        stop(&scope.paths, Button::Quit, deadline)?;
     }
     launched
 }

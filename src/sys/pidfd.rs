@@ -26,7 +26,7 @@ impl Process {
     }
 
     /// As [`Self::open`], or `None` if there is no such process.
-    pub(super) fn find(pid: i32) -> Result<Option<Self>> {
+    pub fn find(pid: i32) -> Result<Option<Self>> {
         let Some(number) = Pid::from_raw(pid) else { return Ok(None) };
         match pidfd_open(number, PidfdFlags::empty()) {
             Ok(fd) => Ok(Some(Self { pid, fd })),

@@ -10,7 +10,7 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::host::{Host, MUTE_GUEST, command_line, gone, json_options, patience, text};
+use crate::support::host::{Host, MUTE_GUEST, command_line, gone, json_options, text};
 
 fn attach(host: &Host, vm: &VmCid, disk: &DiskCid) -> Answer {
     host.call("attach_disk", &json!([vm, disk]))
@@ -124,8 +124,7 @@ fn a_disk_that_a_qemu_has_is_not_touched_though_no_record_says_so() {
 fn of_a_disk_that_is_not_there_nothing_stays() {
     let Some(host) = Host::with(json!({"deadlines": {"detach_disk": 1}})) else { return };
     let (vm, disk) = (host.vm(&host.stemcell()), DiskCid::random());
-    // The launch ends a moment after create_vm has answered, and holds the lock until then.
-    let work = host.store().lock(Rank::Vm, &vm, Instant::now() + patience()).unwrap();
+    let work = host.store().lock(Rank::Vm, &vm, Instant::now()).unwrap();
     let late = host.call("detach_disk", &json!([vm, disk]));
     assert!(late.failure().message.contains(vm.as_str()), "{late:?}");
     drop(work);

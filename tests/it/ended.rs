@@ -11,7 +11,7 @@ use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{GUEST, Host, eventually, patience, request};
+use crate::support::host::{GUEST, Host, eventually, request};
 
 /// `gc` until it finds nothing, which may take until an orphaned launch has ended. What is whole, and was not told of, it
 /// names and keeps.
@@ -62,13 +62,7 @@ fn told_to_end(method: &str, prepare: impl Fn(&Host, &str) -> Value, undo: impl 
         age_unsigned_locks(&host);
         clean(&host);
         undo(&host);
-        let mut left = Vec::new();
-        let deadline = Instant::now() + patience();
-        // An orphaned launch ends when it will.
-        while Instant::now() < deadline && left != before {
-            left = host.left();
-        }
-        assert_eq!(left, before, "SIGTERM {moment}/{MOMENTS} into {method}");
+        assert_eq!(host.left_at_last(), before, "SIGTERM {moment}/{MOMENTS} into {method}");
     }
 }
 

@@ -44,6 +44,7 @@ fn a_client_that_holds_the_monitor_is_named_as_the_reason() {
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([attached]));
     drop(silent);
+    host.reconfigure(|config| config["deadlines"] = json!({}));
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("detach_disk", &json!([vm, attached]));
     assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
@@ -52,15 +53,17 @@ fn a_client_that_holds_the_monitor_is_named_as_the_reason() {
 
 #[test]
 fn a_qemu_that_hangs_ends_in_an_error_and_then_in_order() {
-    let Some(host) = Host::with(json!({"deadlines": {"attach_disk": 3, "detach_disk": 3}})) else { return };
+    let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
     for (method, back) in [("attach_disk", "detach_disk"), ("detach_disk", "attach_disk")] {
         host.ok(back, &json!([vm, disk]));
+        host.reconfigure(|config| config["deadlines"] = json!({"attach_disk": 3, "detach_disk": 3}));
         host.qemu(&vm).unwrap().signal(Signal::SIGSTOP).unwrap();
         let refused = host.call(method, &json!([vm, disk]));
         assert!(refused.failure().message.contains("did not greet"), "{refused:?}");
         host.qemu(&vm).unwrap().signal(Signal::SIGCONT).unwrap();
+        host.reconfigure(|config| config["deadlines"] = json!({}));
         host.ok(method, &json!([vm, disk]));
         let wanted = if method == "attach_disk" { (true, 2, 1) } else { (false, 0, 0) };
         assert_eq!(in_qemu(&host, &vm, &disk), wanted);

@@ -264,11 +264,11 @@ fn blocked() -> Option<(Host, VmCid, std::process::Child, VmCid)> {
 #[test]
 fn who_has_no_turn_says_so_and_nobody_else_waits() {
     let Some((host, vm, mut stuck, slow)) = blocked() else { return };
-    host.reconfigure(|config| config["deadlines"] = json!({"reboot_vm": 4}));
+    host.reconfigure(|config| config["deadlines"] = json!({"reboot_vm": 20}));
     // What looks or deletes needs no turn.
     let began = Instant::now();
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
-    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     let answer = host.call("reboot_vm", &json!([vm]));
     let failure = answer.failure();
     assert_eq!(failure.kind, "CloudError");

@@ -6,7 +6,7 @@ use bosh_qemu_cpi::cid::{Cid, VmCid};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::Host;
+use crate::support::host::{Host, eventually};
 
 fn run(host: &Host, words: &[&str]) -> String {
     let output = host.namespace().run(|| host.cpi().args(["vm", "list"]).args(words).output().unwrap());
@@ -14,9 +14,12 @@ fn run(host: &Host, words: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What `vm list --json` says.
+/// What `vm list --json` says. On a host that is busy, a QEMU that is well may take longer than it is given: it is asked again.
 pub fn vm_list(host: &Host) -> Value {
-    serde_json::from_str(&run(host, &["--json"])).unwrap()
+    eventually("every QEMU answers", || {
+        let listed: Value = serde_json::from_str(&run(host, &["--json"])).unwrap();
+        listed.as_array().unwrap().iter().all(|line| line["state"] != "silent").then_some(listed)
+    })
 }
 
 /// What it says of one VM.
@@ -37,6 +40,7 @@ fn every_state_is_told() {
     }
     let disk = host.disk();
     host.ok("attach_disk", &json!([running, disk]));
+    host.ok("set_vm_metadata", &json!([running, {"name": "db/0"}]));
     host.power_off(stopped);
     let supervisor = host.supervisor(crashed).unwrap();
     host.crash(crashed);
@@ -45,8 +49,12 @@ fn every_state_is_told() {
     host.qemu(hung).unwrap().signal(Signal::SIGSTOP).unwrap();
 
     let began = Instant::now();
-    let table = run(&host, &[]);
+    let mut table = run(&host, &[]);
     assert!(began.elapsed() < Duration::from_secs(10), "a VM that hangs does not hold up the others");
+    if table.matches("silent").count() > 1 {
+        // On a host that is busy, one that is well may take longer than it is given.
+        table = run(&host, &[]);
+    }
     let line = |vm: &VmCid| table.lines().find(|line| line.starts_with(vm.as_str())).expect("it is listed");
     for (vm, words) in [
         (running, "running"),
@@ -57,8 +65,11 @@ fn every_state_is_told() {
     ] {
         assert!(line(vm).contains(words), "{words} in {table}");
     }
-    assert!(line(running).contains(disk.as_str()) && line(running).contains(" tcg "), "{table}");
+    for word in [disk.as_str(), " tcg ", " db/0 "] {
+        assert!(line(running).contains(word), "{word} in {table}");
+    }
 
+    host.qemu(hung).unwrap().signal(Signal::SIGCONT).unwrap();
     let seen = listed(&host, running);
     assert_eq!(
         (&seen["state"], &seen["accelerator"], &seen["memory_mib"]),
@@ -67,7 +78,6 @@ fn every_state_is_told() {
     assert_eq!(seen["pid"], host.qemu(running).unwrap().pid());
     assert_eq!(seen["disks"], json!([{"disk": disk, "phase": "attached"}]));
     assert_eq!(seen["networks"][0]["name"], "net");
-    host.qemu(hung).unwrap().signal(Signal::SIGCONT).unwrap();
 }
 
 #[test]

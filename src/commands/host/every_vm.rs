@@ -6,27 +6,18 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::config::{self, Config};
-use crate::cpi::Cpi;
+use crate::commands::this_host;
 use crate::cpi::every_vm::{Outcome, State};
 use crate::error::{Error, Result};
-use crate::log;
 
 /// Starts them and prints one line for each, or with `json` one object. Whether every VM is as it should be.
 pub fn start(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
-    print(&cpi(file)?.start_all()?, json, output)
+    print(&this_host::cpi(file)?.start_all()?, json, output)
 }
 
 /// Stops them, those that do not listen within `timeout` by force; otherwise as [`start`].
 pub fn stop(file: Option<&Path>, timeout: Duration, json: bool, output: &mut dyn Write) -> Result<bool> {
-    print(&cpi(file)?.stop_all(timeout)?, json, output)
-}
-
-fn cpi(file: Option<&Path>) -> Result<Cpi> {
-    let file = config::file(file);
-    let config = Config::load(file.as_deref())?;
-    log::init(&config.log);
-    Ok(Cpi::new(config, file))
+    print(&this_host::cpi(file)?.stop_all(timeout)?, json, output)
 }
 
 fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<bool> {

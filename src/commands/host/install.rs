@@ -6,7 +6,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::cli::Install;
+use crate::cli;
 use crate::config::transport::PublicKey;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
@@ -14,55 +14,64 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 ///
 /// # Errors
 /// [`ErrorKind::Host`] with what the machine says.
-pub fn run(install: &Install, remove: bool, output: &mut dyn Write) -> Result<bool> {
-    let machine = Machine { target: &install.target, ssh: &install.ssh };
-    let own = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
-    let program = machine.bring(install.program.as_deref().unwrap_or(&own), "700")?;
-    let config = install.host_config.as_deref().map(|config| machine.bring(config, "600")).transpose()?;
-    let done = work(&machine, install, remove, &program, config.as_deref(), output);
-    let brought = std::iter::once(&program).chain(&config).map(String::as_str);
-    machine.run(&format!("rm -f {}", brought.collect::<Vec<_>>().join(" ")), Stdio::null())?;
-    done
+pub fn install(install: &cli::Install, output: &mut dyn Write) -> Result<bool> {
+    let key = install.key.as_deref().map(super::authorize::key).transpose()?;
+    let machine = Machine::of(&install.machine);
+    let bring = |config| machine.bring("the configuration", config, "600");
+    let config = install.host_config.as_deref().map(bring).transpose()?;
+    let done = machine.ask("who logs in there", "id -un").and_then(|user| {
+        let options = [
+            ("key", key.as_ref().map(PublicKey::as_str)),
+            ("user", Some(user.trim())),
+            ("host-config", config.as_deref()),
+        ];
+        let given = options.into_iter().filter_map(|(name, value)| Some(format!(" --{name} {}", quoted(value?))));
+        set_up(&machine, &install.machine, &given.collect::<String>(), output)
+    });
+    let cleaned = config.map_or(Ok(()), |config| machine.remove(&config));
+    done.and_then(|done| cleaned.map(|()| done))
 }
 
-fn work(
+/// Undoes that, in the same way.
+///
+/// # Errors
+/// As [`install`].
+pub fn uninstall(asked: &cli::Machine, output: &mut dyn Write) -> Result<bool> {
+    set_up(&Machine::of(asked), asked, " --remove", output)
+}
+
+/// Has the program do `host setup` there with these options.
+fn set_up(machine: &Machine<'_>, asked: &cli::Machine, options: &str, output: &mut dyn Write) -> Result<bool> {
+    let own = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
+    let program = machine.bring("the program", asked.program.as_deref().unwrap_or(&own), "700")?;
+    let done = consented(machine, asked, &program, options, output);
+    let cleaned = machine.remove(&program);
+    done.and_then(|done| cleaned.map(|()| done))
+}
+
+fn consented(
     machine: &Machine<'_>,
-    install: &Install,
-    remove: bool,
+    asked: &cli::Machine,
     program: &str,
-    config: Option<&str>,
+    options: &str,
     output: &mut dyn Write,
 ) -> Result<bool> {
     // What can not even say its version there needs libraries that are not there.
-    machine.run(&format!("{program} --version"), Stdio::null()).map_err(|error| {
+    machine.ask("start the program there", &format!("{program} --version")).map_err(|error| {
         error.hint("the program must be a static one for Linux on x86_64: take the release's, with --program")
     })?;
-    let is_root = machine.run("id -u", Stdio::null())?.trim() == "0";
+    let is_root = machine.ask("who logs in there", "id -u")?.trim() == "0";
     let sudo = if is_root { "" } else { "sudo -n " };
-    let mut words = vec![format!("{sudo}{program} host setup")];
-    let mut option = |name: &str, value: Option<&str>| {
-        words.extend(value.map(|value| format!("--{name} {}", quoted(value))));
-    };
-    option("root", install.root.as_deref());
-    if !remove {
-        let key = install.key.as_deref().map(super::authorize::key).transpose()?;
-        option("key", key.as_ref().map(PublicKey::as_str));
-        let user = machine.run("id -un", Stdio::null())?;
-        option("user", Some(user.trim()));
-        option("host-config", config);
-    }
-    if remove {
-        words.push("--remove".to_owned());
-    }
-    let setup = words.join(" ");
-    let plan = machine.run(&format!("{setup} --plan"), Stdio::null())?;
+    let root = asked.root.as_deref().map(|root| format!(" --root {}", quoted(root))).unwrap_or_default();
+    let setup = format!("{sudo}{program} host setup{root}{options}");
+    let plan = machine.ask("ask for the plan", &format!("{setup} --plan"))?;
     let mut print = |text: &str| output.write_all(text.as_bytes()).map_err(|e| Error::os("print the plan", e));
-    print(&format!("on {}:\n{plan}", install.target))?;
-    if !install.yes && !confirmed()? {
+    print(&format!("on {}:\n{plan}", asked.target))?;
+    if !asked.yes && !confirmed()? {
         print("nothing was changed\n")?;
         return Ok(false);
     }
-    let done = machine.run(&setup, Stdio::null())?;
+    let done = machine.ask("carry out the plan", &setup)?;
     print(&format!("done:\n{done}"))?;
     Ok(true)
 }
@@ -86,33 +95,50 @@ struct Machine<'a> {
     ssh: &'a str,
 }
 
-impl Machine<'_> {
-    /// Copies `file` there; its path.
-    fn bring(&self, file: &Path, mode: &str) -> Result<String> {
+impl<'a> Machine<'a> {
+    fn of(asked: &'a cli::Machine) -> Self {
+        Self { target: &asked.target, ssh: &asked.ssh }
+    }
+
+    /// Copies `file` there, which is `what`; its path.
+    fn bring(&self, what: &str, file: &Path, mode: &str) -> Result<String> {
         let content = File::open(file).at("read", file)?;
         let script =
             format!("f=$(mktemp /tmp/bosh-qemu-cpi.XXXXXXXX) && cat > \"$f\" && chmod {mode} \"$f\" && echo \"$f\"");
-        let path = self.run(&script, Stdio::from(content))?.trim().to_owned();
+        let path = self.run(&format!("bring {what} there"), &script, Stdio::from(content))?.trim().to_owned();
         let tail = path.strip_prefix("/tmp/bosh-qemu-cpi.").unwrap_or_default();
         if tail.is_empty() || !tail.chars().all(|c| c.is_ascii_alphanumeric()) {
-            let message = format!("'{}' does not say where it put a file", self.target);
+            let message = format!("'{}' does not say where it put {what}", self.target);
             return Err(Error::new(ErrorKind::Host, message).hint("its shell must print nothing of its own"));
         }
         Ok(path)
     }
 
-    /// What `script` prints there.
-    fn run(&self, script: &str, input: Stdio) -> Result<String> {
+    /// Removes what was brought.
+    fn remove(&self, brought: &str) -> Result<()> {
+        self.ask("clean up there", &format!("rm -f {brought}")).map(drop)
+    }
+
+    /// What `script` prints there; it does `what`.
+    fn ask(&self, what: &str, script: &str) -> Result<String> {
+        self.run(what, script, Stdio::null())
+    }
+
+    fn run(&self, what: &str, script: &str, input: Stdio) -> Result<String> {
         let mut words = self.ssh.split_ascii_whitespace();
-        let mut command = Command::new(words.next().unwrap_or("ssh"));
-        command.args(words).args(["--", self.target, script]);
-        let output = command.stdin(input).stderr(Stdio::piped()).output().map_err(|e| Error::os("start ssh", e))?;
+        let program = words.next().unwrap_or("ssh");
+        let mut command = Command::new(program);
+        command.args(words).args(["--", self.target, script]).stdin(input).stderr(Stdio::piped());
+        let output = command.output().map_err(|e| Error::io("start", Path::new(program), e))?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        let said = said.strip_prefix("Error: ").unwrap_or(&said);
-        Err(Error::new(ErrorKind::Host, format!("'{}': {said}", self.target)))
+        let said = match said.strip_prefix("Error: ").unwrap_or(&said) {
+            "" => output.status.to_string(),
+            said => said.to_owned(),
+        };
+        Err(Error::new(ErrorKind::Host, format!("'{}': {said}", self.target)).during(what))
     }
 }
 

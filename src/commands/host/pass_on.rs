@@ -5,12 +5,17 @@ use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::config::Transport;
 use crate::error::{Error, Result};
+use crate::patience::within;
 use crate::schema::Property;
+
+/// How long a caller waits for its turn, where as many are answered as the socket's unit allows.
+const TURN: Duration = Duration::from_secs(30);
 
 /// Has another process of this host, which is root's, answer in place of this one.
 pub(super) fn to_root(output: File) -> Result<()> {
@@ -19,7 +24,9 @@ pub(super) fn to_root(output: File) -> Result<()> {
         let hint = "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
         Error::io("connect to", &socket, error).hint(hint)
     };
-    let host = UnixStream::connect(&socket).map_err(fail)?;
+    let path = socket.clone();
+    let connected = within(Instant::now() + TURN, move || UnixStream::connect(path));
+    let host = connected.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(fail)?;
     join(io::stdin(), output, host).map_err(|e| Error::os("pass on the answer", e))
 }
 

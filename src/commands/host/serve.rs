@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
@@ -13,10 +13,11 @@ use nix::unistd::geteuid;
 use super::pass_on;
 use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
-use crate::config::{self, Config, TransportKind};
+use crate::commands::this_host;
+use crate::config::{self, Config};
 use crate::cpi::offer::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::host::Caller;
 use crate::remote::wire::{CallQuestion, Question, Word};
@@ -48,7 +49,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
             Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
-        Ok(Question::GiveUp(disk)) => match give_up(config, &disk) {
+        Ok(Question::GiveUp(disk)) => match give_up(config, &caller, &disk) {
             Ok(()) => caller.say(&Word::GivenUp).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
@@ -74,7 +75,7 @@ fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
     if call.only_with.is_empty() {
         return false;
     }
-    load(config).is_ok_and(|(config, file)| {
+    this_host::config(config).is_ok_and(|(config, file)| {
         let cpi = Cpi::new(config, file);
         // If it can not be told, the call tells why.
         !call.only_with.iter().all(|cid| cpi.has_of(cid).unwrap_or(true))
@@ -82,30 +83,26 @@ fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
 }
 
 fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
-    let (config, file) = load(config)?;
+    let (config, file) = this_host::config(config)?;
     Cpi::new(config, file).found(cids)
 }
 
-fn give_up(config: Option<&Path>, disk: &DiskCid) -> Result<()> {
-    let (config, file) = load(config)?;
+fn give_up(config: Option<&Path>, caller: &Caller, disk: &DiskCid) -> Result<()> {
+    let (config, file) = this_host::config(config)?;
+    begin_log(&config, caller);
     Cpi::new(config, file).give_up_disk(disk)
 }
 
 fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
-    let (config, file) = load(config)?;
+    let (config, file) = this_host::config(config)?;
     Cpi::new(config, file).offer(wish)
 }
 
 fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
     let CallQuestion { request, cid, alike, everywhere, undoes, image, .. } = call;
     rpc::serve_text(request, outlet, |request| {
-        let (config, file) = load(config)?;
-        match peer(io::stdin().as_fd()) {
-            Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
-            // Standard error would be told to the caller, too.
-            Peer::Elsewhere(_) => log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET)))),
-        }
-        tracing::info!("called by {}", peer(io::stdin().as_fd()));
+        let (config, file) = this_host::config(config)?;
+        begin_log(&config, caller);
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
@@ -115,14 +112,15 @@ fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outle
     });
 }
 
-fn load(config: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
-    let file = config::file(config);
-    let config = Config::load(file.as_deref())?;
-    if config.transport.kind != TransportKind::Local || !config.hosts.is_empty() {
-        let message = "this machine is no host: its configuration sends calls elsewhere";
-        return Err(Error::new(ErrorKind::BadConfig, message).hint("take 'transport' and 'hosts' out of it"));
+/// The log of what a caller has done here, which begins with who that is: the caller's, and this host's own.
+fn begin_log(config: &Config, caller: &Caller) {
+    let peer = peer(io::stdin().as_fd());
+    match peer {
+        Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
+        // Standard error would be told to the caller, too.
+        Peer::Elsewhere(_) => log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET)))),
     }
-    Ok((config, file))
+    tracing::info!("called by {peer}");
 }
 
 /// What the image of create_stemcell is called on the caller's machine.

@@ -8,6 +8,7 @@ use nix::unistd::{Uid, User, geteuid};
 
 use super::authorize;
 use crate::cli::Setup;
+use crate::commands::this_host;
 use crate::config::Document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::installation::{self, Authorized, Installation, PROGRAM, Wanted};
@@ -23,7 +24,7 @@ const HOST_KEY: &str = "/etc/ssh/ssh_host_ed25519_key.pub";
 pub fn run(setup: &Setup, output: &mut dyn Write) -> Result<bool> {
     let mut print = |line: &str| writeln!(output, "{line}").map_err(|e| Error::os("print the plan", e));
     if !geteuid().is_root() {
-        return Err(Error::new(ErrorKind::Host, "only root can set up a host"));
+        return Err(Error::new(ErrorKind::Host, "only root can set up a host").hint("do it as root"));
     }
     if setup.remove {
         return remove(setup, print);
@@ -43,6 +44,9 @@ pub fn run(setup: &Setup, output: &mut dyn Write) -> Result<bool> {
         let key: Vec<_> = key.split_ascii_whitespace().take(2).collect();
         print(&format!("host_key: {}", key.join(" ")))?;
     }
+    if let (Some(_), Some(user)) = (&setup.key, &installation.member) {
+        print(&format!("user: {user}"))?;
+    }
     Ok(true)
 }
 
@@ -52,7 +56,7 @@ fn installation(setup: &Setup) -> Result<Installation> {
     let mut files = vec![Wanted { path: PROGRAM.into(), content, mode: 0o755 }];
     if let Some(config) = &setup.host_config {
         // A mistake in it is told now, not by the first call.
-        Document::read(Some(config))?.config()?;
+        this_host::config(Some(config))?;
         let content = std::fs::read(config).at("read", config)?;
         files.push(Wanted { path: crate::config::DEFAULT_FILE.into(), content, mode: 0o600 });
     }

@@ -50,14 +50,15 @@ impl Audit<'_> {
             if atomic::is_there(&self.cpi.store.vm(&vm).dir) || self.cpi.has_note(&vm) {
                 continue;
             }
-            let remains = match self.remains(&vm, locked, &recorded) {
-                Ok(remains) => remains,
+            let looked = self.remains(&vm, locked, &recorded);
+            let looked = looked.and_then(|remains| Ok((remains.group.processes()?, remains)));
+            let (strangers, remains) = match looked {
+                Ok(looked) => looked,
                 Err(error) => {
                     self.unknown(&vm, &error);
                     continue;
                 }
             };
-            let strangers = remains.group.processes();
             if remains.qemu.is_none() && !strangers.is_empty() {
                 let why = format!("the VM is gone, but its control group has the processes {}", numbers(&strangers));
                 let next = "no pid file of ours says whose they are: see `ps`, end them, then repeat `gc`";

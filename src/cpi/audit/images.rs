@@ -59,6 +59,14 @@ impl Audit<'_> {
                 // Its pool is told of with its image.
                 _ => continue,
             }
+            if !disk.pool.as_deref().is_some_and(|pool| cpi.store.pools().is_shared(pool)) {
+                // A copy out of the pool had become the disk.
+                let image = cpi.store.disk_image(&disk).map(|path| path.display().to_string()).unwrap_or_default();
+                let next =
+                    format!("what that host has is older than '{image}': delete it there, or remove this by hand");
+                self.told(Kind::Orphan, &cid, &error.chain(), &next);
+                continue;
+            }
             let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();
             match cpi.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
                 Some(vm) => {
@@ -73,7 +81,7 @@ impl Audit<'_> {
                     let mut hold = Some(hold);
                     self.found(Kind::Orphan, &cid, &error.chain(), || {
                         let metadata = cpi.store.lock(Rank::Metadata, &cid, Self::deadline())?;
-                        cpi.store.remove_record::<DiskRecord>(&cid)?;
+                        cpi.store.forget(&cid)?;
                         metadata.retire()?;
                         hold.take().expect("taken once").retire()
                     });

@@ -27,10 +27,14 @@ impl Audit<'_> {
             let Some(lock) = self.idle(Rank::Disk, &cid) else { continue };
             let disk = self.cpi.store.read::<DiskRecord>(&cid).ok().flatten();
             drop(lock);
-            if disk.is_none_or(|disk| disk.phase != Phase::Ready || disk.leftover.is_none()) {
+            let cpi = self.cpi;
+            let Some(disk) = disk.filter(|disk| disk.phase == Phase::Ready && disk.leftover.is_some()) else {
+                continue;
+            };
+            if cpi.store.is_elsewhere(&disk) {
+                // It is told of as what it is now.
                 continue;
             }
-            let cpi = self.cpi;
             self.found(Kind::Unfinished, &cid, "a copy of it was cut short", || {
                 match cpi.locked_disk(&cid, Self::deadline())?.1.leftover {
                     None => Ok(()),

@@ -12,15 +12,16 @@ mod hierarchy;
 mod scope;
 
 use std::collections::BTreeSet;
-use std::io;
+use std::io::{self, ErrorKind::NotFound};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use nix::sys::signal::Signal;
 
 use self::hierarchy::Hierarchy;
 use crate::crash;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::sys::pidfd::Process;
 use crate::units::Bytes;
 
@@ -119,14 +120,30 @@ impl Cgroup {
     }
 
     /// The processes in the groups that have not ended.
-    pub fn processes(&self) -> Vec<Process> {
-        let dirs = self.all_dirs();
-        let listed = dirs.iter().filter_map(|(dir, _)| std::fs::read_to_string(dir.join("cgroup.procs")).ok());
-        let pids: BTreeSet<i32> =
-            listed.flat_map(|text| text.lines().flat_map(str::parse).collect::<Vec<_>>()).collect();
-        let mut processes: Vec<_> = pids.into_iter().flat_map(Process::open).collect();
-        processes.retain(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
-        processes
+    ///
+    /// # Errors
+    /// If that can not be told: a group that is not there has none, one that can not be read may have some.
+    pub fn processes(&self) -> Result<Vec<Process>> {
+        let mut pids = BTreeSet::new();
+        for (dir, _) in self.all_dirs() {
+            let list = dir.join("cgroup.procs");
+            match std::fs::read_to_string(&list) {
+                // Of a group that goes at this moment, the kernel says ENODEV.
+                Err(error) if error.kind() == NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
+                text => pids.extend(text.at("read", &list)?.split_whitespace().map(str::to_owned)),
+            }
+        }
+        let mut processes = Vec::new();
+        for pid in pids {
+            // 0 stands for one of another pid namespace.
+            let pid = pid.parse().ok().filter(|pid| *pid > 0).ok_or_else(|| {
+                let message = format!("the control groups of '{}' have a process that has no pid here", self.name);
+                Error::new(ErrorKind::Host, message).hint("call from the pid namespace of the host")
+            })?;
+            processes.extend(Process::find(pid)?);
+        }
+        processes.retain(|process| !process.wait_exit(Instant::now()).unwrap_or(false));
+        Ok(processes)
     }
 
     /// Kills every process in the groups and waits until they have ended, at most until `deadline`.

@@ -100,7 +100,6 @@ impl Authorized {
             Err(_) => dir.metadata().map(|meta| (0o600, meta.uid(), meta.gid())).at("look at", dir)?,
         };
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-        atomic::write_with_mode(&path, text.as_bytes(), mode)?;
-        std::os::unix::fs::chown(&path, Some(uid), Some(gid)).at("give away", &path)
+        atomic::write_as(&path, text.as_bytes(), mode, Some((uid, gid)))
     }
 }

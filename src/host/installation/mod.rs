@@ -154,7 +154,7 @@ impl Installation {
             let path = self.on_disk(&file.path);
             let dir = path.parent().expect("a file is in a directory");
             std::fs::create_dir_all(dir).at("make directory", dir)?;
-            atomic::write_with_mode(&path, &file.content, file.mode)?;
+            atomic::write_as(&path, &file.content, file.mode, None)?;
         }
         if let Some(authorized) = &self.authorized {
             let older = manifest.older(authorized);

@@ -74,7 +74,8 @@ fn a_silent_command_times_out_and_spends_the_connection() {
         peer.send(&format!(r#"{{"return": "too late", "id": {id}}}"#));
         peer.wait_for_close();
     });
-    let mut monitor = Monitor::connect(&server.socket(), Instant::now() + SOON).unwrap();
+    let mut monitor = connect(&server);
+    monitor.run(async |c| c.set_deadline(Instant::now() + SOON));
     let error = monitor.raw("x", &json!({})).unwrap_err();
     assert!(matches!(&error, MonitorError::Timeout { command, .. } if command == "x"), "{error}");
     assert_eq!(Error::from(error).kind(), ErrorKind::Timeout);

@@ -18,7 +18,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -31,6 +31,9 @@ use crate::patience::within;
 
 /// Connections to one target at most; calls beyond their sessions have a connection of their own.
 const CONNECTIONS: u64 = 16;
+
+/// How long ssh is waited for to take a call.
+const ANSWERS: Duration = Duration::from_secs(2);
 
 /// How long a connection stays without a call, seconds.
 const STAYS: u64 = 600;
@@ -123,9 +126,10 @@ fn take(path: &Path, count: u64) -> io::Result<Option<(File, u64)>> {
     Ok(None)
 }
 
-/// Whether a connection is behind `socket`.
+/// Whether a connection is behind `socket`. One whose ssh was stopped lets callers wait once its queue is full.
 fn answers(socket: &Path) -> bool {
-    UnixStream::connect(socket).is_ok()
+    let socket = socket.to_owned();
+    within(Instant::now() + ANSWERS, move || UnixStream::connect(socket).is_ok()).unwrap_or(false)
 }
 
 /// Makes a connection that stays behind `socket`.

@@ -267,6 +267,16 @@ pub enum AttachmentPhase {
 }
 
 impl VmRecord {
+    /// What set_vm_metadata said of it under `name`: a tag of the deployment's, or one of BOSH's own.
+    pub fn tag(&self, name: &str) -> Option<&str> {
+        self.metadata.get(name).and_then(Value::as_str)
+    }
+
+    /// BOSH's name of it (`db/0`), if set_vm_metadata told it.
+    pub fn name(&self) -> Option<&str> {
+        self.tag("name")
+    }
+
     /// The attachment of `disk`, if it has one.
     pub fn attachment(&self, disk: &DiskCid) -> Option<&Attachment> {
         self.disks.iter().find(|a| a.disk == *disk)

@@ -50,7 +50,7 @@ pub fn ask_from(namespace: &Namespace, address: &str, path: &str) -> std::io::Re
     namespace.run(|| {
         let address: SocketAddr = address.parse().unwrap();
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(180)))?;
         write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;

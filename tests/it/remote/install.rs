@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 
 use nix::unistd::{Uid, User};
 
@@ -34,7 +34,8 @@ impl Machine {
             sshd.key().display(),
             known.display()
         );
-        let mut command = self.pair.office.cpi();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.args(["host", words[0], &format!("root@{}", sshd.address()), "--ssh", &ssh, "--root"]);
         command.arg(&self.root).args(&words[1..]);
         self.pair.office.namespace().run(|| command.stdin(std::process::Stdio::null()).output().unwrap())
@@ -169,4 +170,28 @@ fn a_program_that_does_not_run_there_is_not_installed() {
     let refusal = machine.refused(&["install", "--program", &program.display().to_string(), "--yes"]);
     assert!(refusal.contains("must be a static one"), "{refusal}");
     assert_eq!(machine.all(), Vec::<String>::new());
+}
+
+#[test]
+fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
+    let Some(machine) = Machine::new() else { return };
+    let config = machine.pair.office.path("host.json").display().to_string();
+    fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
+    let refusal = machine.refused(&["install", "--host-config", &config, "--yes"]);
+    assert!(refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"), "{refusal}");
+    // Meant is the other.
+    assert!(machine.refused(&["install", "--config", &config, "--yes"]).contains("--host-config"));
+    assert_eq!(machine.all(), Vec::<String>::new());
+}
+
+#[test]
+fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
+    let command = |ssh: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
+        let output = command.args(["host", "install", "root@nowhere", "--yes", "--ssh", ssh]).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(command("false"), "Error: bring the program there: 'root@nowhere': exit status: 1\n");
+    assert!(command("/nowhere/ssh -v").contains("start '/nowhere/ssh'"));
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::groups::Group;
 use crate::support::answer::run;
-use crate::support::crash::{for_each_crash_point, take_passed};
+use crate::support::crash::{armed, for_each_crash_point, take_passed};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
@@ -177,12 +177,11 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     gone.ok("attach_disk", &json!([vm, disk]));
     // What changed since it was made, the next host must know.
     gone.ok("update_disk", &json!([spare, 16, {"iops": 500}]));
-    let take = |host: &Host, disk: &DiskCid| host.cpi().args(["disk", "take"]).arg(disk.to_string()).output().unwrap();
-    let unknown = take(taker, &"disk-aaaaaaaaaaaaaaa".parse().unwrap());
-    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no shared pool has"), "{unknown:?}");
+    let unknown = take(taker, &"disk-aaaaaaaaaaaaaaa".parse().unwrap()).unwrap_err();
+    assert!(unknown.contains("no shared pool has") && unknown.contains("this host has ['nfs']"), "{unknown}");
     // Its QEMU still writes it.
-    let refused = take(taker, &disk);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("is open in a QEMU"), "{refused:?}");
+    let refused = take(taker, &disk).unwrap_err();
+    assert!(refused.contains("is open in a QEMU") && refused.contains("detach the disk there"), "{refused}");
     assert_eq!(owners(&hosts, &disk), [0]);
 
     let qemu = gone.qemu(&vm).unwrap();
@@ -192,9 +191,9 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         crate::support::host::gone(process);
     }
     for cid in [&disk, &spare] {
-        let taken = take(taker, cid);
-        assert!(taken.status.success(), "{taken:?}");
-        assert!(take(taker, cid).status.success(), "twice is once");
+        take(taker, cid).unwrap();
+        // Twice is once.
+        take(taker, cid).unwrap();
     }
     let taken = taker.store().read::<DiskRecord>(&spare).unwrap().unwrap();
     assert_eq!((taken.size.get(), taken.limits.iops, taken.pool.as_deref()), (16, Some(500), Some("nfs")));
@@ -226,7 +225,13 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     gone.ok("reboot_vm", &json!([vm]));
     assert!(gone.command(&["gc", "--json"]).0);
     assert_eq!(owners(&hosts, &disk), [1]);
-    assert_eq!(gone.ok("has_disk", &json!([disk])), false);
+    // "There is none" would have it forgotten, and "it is deleted" would be a lie.
+    for method in ["has_disk", "delete_disk", "resize_disk"] {
+        let arguments = if method == "resize_disk" { json!([disk, 9]) } else { json!([disk]) };
+        let refused = gone.call(method, &arguments);
+        let message = &refused.failure().message;
+        assert!(message.contains("another host's") && message.contains("disk take"), "{method}: {message}");
+    }
 
     taker.ok("detach_disk", &json!([new, disk]));
     assert_pattern(taker, &disk);
@@ -234,6 +239,131 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         taker.ok("delete_disk", &json!([cid]));
     }
     assert_eq!(pool.names(), [MARK]);
+}
+
+/// Has a host take a disk for good, or what it says against that.
+fn take(host: &Host, disk: &DiskCid) -> Result<(), String> {
+    let output = host.cpi().args(["disk", "take"]).arg(disk.to_string()).output().unwrap();
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
+}
+
+/// A host that was given up for gone comes back, and gets back what was taken from it.
+#[test]
+fn a_disk_that_was_taken_can_be_given_back() {
+    let Some((pool, hosts)) = pair() else { return };
+    let [gone, taker] = &hosts;
+    let disk = disk(gone);
+    write_pattern(gone, &disk);
+    take(taker, &disk).unwrap();
+    taker.ok("resize_disk", &json!([disk, 16]));
+    assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
+    // Its own record is from before.
+    let mut command = gone.cpi();
+    command.args(["host", "serve"]);
+    let said = gone.namespace().run(|| run(command, format!("{{\"find\":[\"{disk}\"]}}\n").as_bytes()));
+    assert!(String::from_utf8_lossy(&said.stdout).contains(disk.to_string().as_str()), "{said:?}");
+    gone.ok("resize_disk", &json!([disk, 17]));
+    assert_eq!(owners(&hosts, &disk), [0]);
+    assert_pattern(gone, &disk);
+    gone.ok("delete_disk", &json!([disk]));
+    assert_eq!(pool.names(), [MARK]);
+}
+
+/// A host died while it copied a disk out of the pool, or into it; its disk was taken, and it comes back.
+#[test]
+fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some((_pool, hosts)) = pair() else { return };
+    let [gone, taker] = &hosts;
+    // While data is copied, and when the record names the copy already.
+    for point in ["image converted#1", "disk.json: replaced#2"] {
+        let disk = disk(gone);
+        write_pattern(gone, &disk);
+        let update = json!([disk, 8, {"pool": null}]);
+        assert!(armed(gone, "update_disk", &update, [("AT", point)]).is_none(), "not killed at '{point}'");
+        take(taker, &disk).unwrap();
+        // Any create settles what was cut short.
+        let other = gone.disk();
+        let refused = gone.call("update_disk", &update);
+        assert!(refused.failure().message.contains("another host's now"), "'{point}': {refused:?}");
+        let (well, found) = gone.command(&["gc", "--json"]);
+        if point.starts_with("disk.json") {
+            // The copy had become the disk, and may have been written since.
+            assert!(!well && found.to_string().contains("is older than"), "{found}");
+            gone.store().forget(&disk).unwrap();
+        } else {
+            assert!(well, "after '{point}': {found}");
+        }
+        assert_eq!(owners(&hosts, &disk), [1], "after '{point}'");
+        taker.ok("resize_disk", &json!([disk, 9]));
+        assert_pattern(taker, &disk);
+        taker.ok("delete_disk", &json!([disk]));
+        gone.ok("delete_disk", &json!([other]));
+    }
+}
+
+/// A copy into a pool that then went away: the disk is where it was.
+#[test]
+fn a_pool_that_has_only_the_rest_of_a_copy_is_not_missed() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(pool) = Filesystem::new(256) else { return };
+    let Some(host) = Host::with(json!({"pools": {"nfs": {"path": pool.path(), "shared": true}}})) else { return };
+    let (vm, disk) = (host.booted_vm(), host.disk());
+    write_pattern(&host, &disk);
+    let update = json!([disk, 8, {"pool": "nfs"}]);
+    assert!(armed(&host, "update_disk", &update, [("AT", "image converted#1")]).is_none());
+    pool.hide();
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.ok("reboot_vm", &json!([vm]));
+    host.ok("resize_disk", &json!([disk, 9]));
+    host.ok("detach_disk", &json!([vm, disk]));
+    pool.show();
+    host.ok("update_disk", &json!([disk, 9, {"pool": "nfs"}]));
+    assert_pattern(&host, &disk);
+    host.ok("delete_vm", &json!([vm]));
+    host.ok("delete_disk", &json!([disk]));
+    assert_eq!(pool.names(), [MARK]);
+}
+
+/// A state directory was restored without the file that says which host it is.
+#[test]
+fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
+    let Some((_pool, hosts)) = pair() else { return };
+    let host = &hosts[0];
+    let disk = disk(host);
+    let id = host.path("state/host-id");
+    let known = std::fs::read_to_string(&id).unwrap();
+    std::fs::remove_file(&id).unwrap();
+    // A new disk would be marked with a new id.
+    for (method, arguments) in [("resize_disk", json!([disk, 9])), ("create_disk", json!([8, {}, null]))] {
+        let refused = host.call(method, &arguments);
+        let message = &refused.failure().message;
+        assert!(message.contains("host-id' is missing") && message.contains(known.trim()), "{method}: {message}");
+    }
+    let (well, found) = host.command(&["gc", "--json"]);
+    assert!(!well && found.to_string().contains("host-id' is missing"), "{found}");
+    assert_eq!(owners(&hosts, &disk), [0]);
+    std::fs::write(&id, known).unwrap();
+    host.ok("resize_disk", &json!([disk, 9]));
+    assert!(host.command(&["gc", "--json"]).0);
+    host.ok("delete_disk", &json!([disk]));
+}
+
+/// The next host could not open it.
+#[test]
+fn a_disk_that_only_its_host_can_decrypt_stays() {
+    let Some((_pool, hosts)) = pair() else { return };
+    let host = &hosts[0];
+    let disk: DiskCid = text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
+    let said = give_up(host, &disk, &[]);
+    assert!(said.contains("key_file") && owners(&hosts, &disk) == [0], "{said}");
+    host.reconfigure(|config| config["key_file"] = json!(host.path("state/disk.key")));
+    assert_eq!(give_up(host, &disk, &[]).lines().last(), Some("\"given_up\""));
+    host.ok("delete_disk", &json!([disk]));
 }
 
 /// What is in no shared pool stays where it is.

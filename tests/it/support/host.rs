@@ -285,10 +285,10 @@ impl Host {
 
     /// What a VM's QEMU returns for a command, or its error. A client of our own, so that the CPI's has a witness.
     pub fn qmp(&self, vm: &VmCid, command: &str, arguments: &Value) -> Result<Value, Value> {
-        let mut socket = UnixStream::connect(self.paths(vm).qmp()).unwrap();
+        let mut socket = UnixStream::connect(self.paths(vm).qmp()).map_err(|error| json!(error.to_string()))?;
         socket.set_read_timeout(Some(patience())).unwrap();
         let ask = json!({"execute": command, "arguments": arguments, "id": "asked"});
-        write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#).unwrap();
+        write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#).map_err(|error| json!(error.to_string()))?;
         let lines = BufReader::new(socket).lines();
         let mut messages = lines.map_while(Result::ok).map(|line| serde_json::from_str::<Value>(&line).unwrap());
         let answer = messages.find(|message| message["id"] == "asked");
@@ -347,7 +347,7 @@ impl Host {
 
     /// Fails the test if anything is left.
     pub fn assert_nothing_left(&self) {
-        let left = self.left();
+        let left = self.left_at_last();
         assert!(left.is_empty(), "left behind: {left:#?}");
     }
 
@@ -370,7 +370,7 @@ impl Drop for Host {
             return self.tear_down();
         }
         self.clear();
-        let left = self.left();
+        let left = self.left_at_last();
         if !left.is_empty() {
             self.tear_down();
             panic!("left behind: {left:#?}");

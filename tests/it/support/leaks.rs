@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
@@ -50,6 +50,19 @@ impl Host {
             left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !notes(entry)));
         }
         left
+    }
+
+    /// The same where no VM is any more: processes that were told to end, or find out that they are not wanted, may do so.
+    pub fn left_at_last(&self) -> Vec<String> {
+        let deadline = Instant::now() + patience();
+        loop {
+            let left = self.left();
+            let ends = left.iter().any(|line| line.starts_with("process"));
+            if !ends || Instant::now() >= deadline {
+                return left;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn groups(&self) -> Vec<PathBuf> {
