@@ -35,7 +35,7 @@ document! {
     pub struct Config {
         /// Where everything that must survive a reboot is kept: records, images, disks. Mode 0700.
         state_dir: PathBuf = "/var/lib/bosh-qemu-cpi".into();
-        /// Where sockets and pid files of running VMs are kept. Emptied by a reboot; keep it short, socket paths end at 107 bytes.
+        /// Where sockets and pid files of running VMs are kept. Emptied by a reboot; at most 40 bytes, because socket paths end at 107.
         run_dir: PathBuf = "/run/bosh-qemu-cpi".into();
         /// How QEMU is run.
         qemu: Qemu = Qemu::absent().expect("every key of qemu has a default");

@@ -11,6 +11,7 @@
 //!                     untold                      as long as nobody may have been told of it: of others, too
 //!   disks/<cid>/      disk.json  disk.qcow2  metadata.json
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
+//!   host-id                                       which host this is to others: see [`super::shared_disks`]
 //!   disk.key                                      what encrypted disks are encrypted with
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
 //!   networks/<bridge>.json                       a network that stays without VMs
@@ -31,6 +32,8 @@
 //! Stemcells of one file are links to one image for the same reason. Images may be in a [pool](super::pool) instead.
 
 use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
 
 use super::atomic;
 use super::pool::Pools;
@@ -60,6 +63,9 @@ pub struct Store {
     pools: Pools,
 }
 
+/// What to do who is somebody else.
+const ROOTS: &str = "do it as root: the state directory is root's alone";
+
 impl Store {
     /// The store at these places, without pools; nothing is read or made yet.
     pub fn new(state_dir: &Path, run_dir: &Path) -> Self {
@@ -80,7 +86,8 @@ impl Store {
         let is_new = !self.is_understood()?;
         // Also of an old one: backups may leave out what is empty.
         for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
-            atomic::make_dir(&self.state_dir.join(name))?;
+            let made = atomic::make_dir(&self.state_dir.join(name));
+            made.map_err(|error| if geteuid().is_root() { error } else { error.hint(ROOTS) })?;
         }
         if is_new {
             atomic::write(&self.schema_file(), format!("{SCHEMA}\n").as_bytes())?;
@@ -98,6 +105,9 @@ impl Store {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_there(&path) => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                return Err(Error::io("read", &path, error).hint(ROOTS));
+            }
             Err(error) => return Err(Error::io("read", &path, error).with_kind(ErrorKind::Corrupt).hint(damaged)),
         };
         let text = String::from_utf8_lossy(&text);

@@ -199,7 +199,10 @@ fn before_exec(command: &mut Command, steps: Steps) {
 }
 
 impl Steps {
+    #[allow(unsafe_code)]
     fn run(&self) -> std::io::Result<()> {
+        // SAFETY: below are numbers, and the address of a lock that the kernel reads while it lives.
+        let call = |number, arguments| unsafe { call(number, arguments) };
         self.step(Step::Lock, || {
             let lock = pidlock::whole_file(libc::F_WRLCK);
             call(libc::SYS_fcntl, [self.lock as usize, libc::F_SETLK as usize, &raw const lock as usize])
@@ -227,18 +230,22 @@ impl Steps {
     }
 
     /// Does one step; a failure is reported by number and, if it must not be, returned.
+    #[allow(unsafe_code)]
     fn step(&self, step: Step, act: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
         let Err(error) = act() else { return Ok(()) };
         let number = step as u8;
-        let _ = call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]);
+        // SAFETY: the kernel reads one byte, which lives.
+        let _ = unsafe { call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]) };
         if step.optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
     }
 }
 
+#[allow(unsafe_code)]
 fn limits(descriptors: libc::rlim_t) -> std::io::Result<()> {
     for (resource, limit) in [(libc::RLIMIT_CORE, NO_CORE), (libc::RLIMIT_NOFILE, descriptors)] {
         let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
-        call(libc::SYS_setrlimit, [resource as usize, &raw const limit as usize, 0])?;
+        // SAFETY: the kernel reads the limit, which lives.
+        unsafe { call(libc::SYS_setrlimit, [resource as usize, &raw const limit as usize, 0]) }?;
     }
     Ok(())
 }
@@ -250,19 +257,23 @@ fn drop_capabilities() -> std::io::Result<()> {
 }
 
 /// The effective, permitted and inheritable sets of this thread: their low 32 bits, then their high ones.
+#[allow(unsafe_code)]
 fn set_capabilities(sets: &[u32; 6]) -> std::io::Result<()> {
     const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
     let header = [LINUX_CAPABILITY_VERSION_3, 0];
-    call(libc::SYS_capset, [&raw const header as usize, sets.as_ptr() as usize, 0])
+    // SAFETY: the kernel reads a header and the two sets of three words that its version has (capset(2)); they live.
+    unsafe { call(libc::SYS_capset, [&raw const header as usize, sets.as_ptr() as usize, 0]) }
 }
 
 /// A system call of up to three arguments, without the C library's bookkeeping for threads, which the child of a fork
 /// must not enter.
+///
+/// # Safety
+/// Each argument is a number, or the address of what the system call may read, and only read, until it returns.
 #[allow(unsafe_code)]
-fn call(number: libc::c_long, arguments: [usize; 3]) -> std::io::Result<()> {
+unsafe fn call(number: libc::c_long, arguments: [usize; 3]) -> std::io::Result<()> {
     let [a, b, c] = arguments;
-    // SAFETY: every caller passes numbers, or addresses of values that live across the call and that the kernel only
-    // reads. prctl's two unused arguments are zero as it demands.
+    // SAFETY: as the caller promises. prctl's two unused arguments are zero as it demands.
     let result = unsafe { libc::syscall(number, a, b, c, 0usize, 0usize) };
     if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }

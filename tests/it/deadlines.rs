@@ -46,7 +46,7 @@ fn patient(host: &Host) {
 
 fn hasty(host: &Host) {
     host.reconfigure(|config| {
-        config["deadlines"] = METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE))).collect()
+        config["deadlines"] = METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE))).collect();
     });
 }
 

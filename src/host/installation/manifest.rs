@@ -75,6 +75,11 @@ impl Manifest {
         self.files.entry(path.to_owned()).or_default().insert(digest);
     }
 
+    /// What was there before is not ours any more.
+    pub fn is_there(&mut self, path: &Path, digest: Digest) {
+        self.files.insert(path.to_owned(), BTreeSet::from([digest]));
+    }
+
     /// Whether nothing was installed.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty() && self.keys.is_empty()

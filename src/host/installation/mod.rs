@@ -155,7 +155,9 @@ impl Installation {
             let dir = path.parent().expect("a file is in a directory");
             std::fs::create_dir_all(dir).at("make directory", dir)?;
             atomic::write_as(&path, &file.content, file.mode, None)?;
+            manifest.is_there(&file.path, Digest::of(&file.content));
         }
+        manifest.write(&self.root)?;
         if let Some(authorized) = &self.authorized {
             let older = manifest.older(authorized);
             manifest.keys.insert(authorized.clone());

@@ -233,7 +233,8 @@ fn refused(doing: &str, table: &str, refusal: Refusal) -> Error {
 }
 
 fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
-    let failure = Error::new(ErrorKind::Host, format!("{doing} nftables table '{table}'"));
+    let of = if table.is_empty() { "nftables".to_owned() } else { format!("nftables table '{table}'") };
+    let failure = Error::new(ErrorKind::Host, format!("{doing} {of}"));
     match errno {
         Some(Errno::EPERM) => failure.hint(super::NEEDS_ROOT),
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
