@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::disks::is_plugged;
 use crate::support::host::{GUEST, Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
-use crate::vm_list::vm_list;
+use crate::vm_list::answering;
 
 /// What can happen to a record.
 const DAMAGES: [&str; 8] = [
@@ -125,7 +125,7 @@ impl Lab {
         assert!(well, "{networks}");
         let (_, started) = host.command(&["host", "start", "--json"]);
         assert!(started.to_string().contains(self.vm.as_str()), "{started}");
-        let list = vm_list(host);
+        let list = answering(host);
         let states = list.as_array().unwrap().iter();
         let ours = states.clone().find(|line| line["cid"] == json!(self.vm)).expect("a line");
         assert_eq!(ours["state"], "running");

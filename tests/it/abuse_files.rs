@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::abuse::Lab;
 use crate::support::host::{Host, text};
-use crate::vm_list::vm_list;
+use crate::vm_list::answering;
 
 /// What can be in the place of a file, or of a link.
 const WAYS: [&str; 5] = ["garbage", "empty", "a directory", "a link to nothing", "a link to itself"];
@@ -202,7 +202,7 @@ fn a_damaged_schema_and_a_damaged_link_of_the_run_directory() {
             assert_eq!(findings(&host), BTreeSet::from([("corrupt".to_owned(), what.to_owned())]), "{how}");
             assert_eq!(host.ok("has_vm", &json!([vm])), true);
             assert_eq!(host.ok("has_disk", &json!([disk])), true);
-            assert_eq!(vm_list(&host)[0]["state"], "running");
+            assert_eq!(answering(&host)[0]["state"], "running");
             damaged.repair();
         }
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::disks::in_qemu;
 use crate::support::host::{Host, WRITING_GUEST, gone, text, vm_cid};
 use crate::support::images::{image, qemu_io, record};
-use crate::vm_list::vm_list;
+use crate::vm_list::answering;
 
 /// A VM whose guest has filled the filesystem of `host` and waits.
 fn waiting_vm(host: &Host) -> VmCid {
@@ -27,7 +27,7 @@ fn waiting_vm(host: &Host) -> VmCid {
 fn a_guest_waits_for_room_and_goes_on() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
-    let listed = vm_list(&host);
+    let listed = answering(&host);
     assert_eq!(listed[0]["state"], "paused");
     assert_eq!(listed[0]["reason"], "io-error on root (no space)");
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
@@ -41,7 +41,7 @@ fn a_guest_waits_for_room_and_goes_on() {
     host.sees(&vm, "END", 1);
     // One for each 64 KiB of the disk but for the first.
     assert_eq!(written(&host), 1023);
-    assert_eq!(vm_list(&host)[0]["state"], "running");
+    assert_eq!(answering(&host)[0]["state"], "running");
 }
 
 /// Its supervisor died while it waited: the next one did not see why.
@@ -56,7 +56,7 @@ fn a_guest_that_waits_for_room_goes_on_under_another_supervisor() {
     host.small().grow(26);
     host.ok("set_vm_metadata", &json!([vm, {}]));
     host.event(&vm, "adopted", 1);
-    assert_eq!(vm_list(&host)[0]["reason"], "io-error on root (no space)");
+    assert_eq!(answering(&host)[0]["reason"], "io-error on root (no space)");
     host.small().grow(128);
     host.event(&vm, "resumed", 1);
     host.sees(&vm, "END", 1);

@@ -14,10 +14,15 @@ fn run(host: &Host, words: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What `vm list --json` says. On a host that is busy, a QEMU that is well may take longer than it is given: it is asked again.
+/// What `vm list --json` says.
 pub fn vm_list(host: &Host) -> Value {
+    serde_json::from_str(&run(host, &["--json"])).unwrap()
+}
+
+/// The same where no QEMU hangs. On a host that is busy, one that is well may take longer than it is given: it is asked again.
+pub fn answering(host: &Host) -> Value {
     eventually("every QEMU answers", || {
-        let listed: Value = serde_json::from_str(&run(host, &["--json"])).unwrap();
+        let listed = vm_list(host);
         listed.as_array().unwrap().iter().all(|line| line["state"] != "silent").then_some(listed)
     })
 }

@@ -16,7 +16,7 @@ use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::netns::Namespace;
-use crate::vm_list::vm_list;
+use crate::vm_list::answering;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()
@@ -72,7 +72,7 @@ fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
         let writes = threads.spawn(|| guest.disk(&cid, "write?text=in-the-end"));
         host.event(&guest.vm, "BLOCK_IO_ERROR", 1);
         host.event(&guest.vm, "STOP", 1);
-        let listed = vm_list(&host);
+        let listed = answering(&host);
         assert_eq!(
             (&listed[0]["state"], &listed[0]["reason"]),
             (&json!("paused"), &json!(format!("io-error on {cid} (no space)")))
@@ -82,7 +82,7 @@ fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
         writes.join().unwrap();
     });
     assert_eq!(guest.disk(&cid, "read"), "in-the-end");
-    assert_eq!(vm_list(&host)[0]["state"], "running");
+    assert_eq!(answering(&host)[0]["state"], "running");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use super::random::Random;
 use crate::support::answer::Failure;
 use crate::support::crash::{armed, take_passed};
 use crate::support::host::{Host, eventually, gone};
-use crate::vm_list::vm_list;
+use crate::vm_list::answering;
 
 const HOST_START: &str = "host start";
 /// Hot-plug slots of each VM.
@@ -227,7 +227,7 @@ impl Lab {
         same("stemcells", store.list::<StemcellRecord>().unwrap(), self.stemcells.iter().cloned());
         same("disks", store.list::<DiskRecord>().unwrap(), self.disks.keys().cloned());
         same("snapshots", store.list::<SnapshotRecord>().unwrap(), self.snapshots.keys().cloned());
-        let listed = vm_list(&self.host);
+        let listed = answering(&self.host);
         let cid = |line: &Value| line["cid"].as_str().unwrap().parse::<VmCid>().unwrap();
         same("VMs", listed.as_array().unwrap().iter().map(cid), self.vms.keys().cloned());
         for line in listed.as_array().unwrap() {

@@ -192,6 +192,6 @@ fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    assert_eq!(command("false"), "Error: bring the program there: 'root@nowhere': exit status: 1\n");
+    assert_eq!(command("false"), "Error: who logs in there: 'root@nowhere': exit status: 1\n");
     assert!(command("/nowhere/ssh -v").contains("start '/nowhere/ssh'"));
 }

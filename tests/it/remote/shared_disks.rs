@@ -293,6 +293,7 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
             // The copy had become the disk, and may have been written since.
             assert!(!well && found.to_string().contains("is older than"), "{found}");
             gone.store().forget(&disk).unwrap();
+            assert!(gone.command(&["gc", "--json"]).0);
         } else {
             assert!(well, "after '{point}': {found}");
         }
