@@ -30,7 +30,7 @@ pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
 /// The host, for a command at a terminal.
 ///
 /// # Errors
-/// As [`config`].
+/// As [`config()`].
 pub(super) fn cpi(file: Option<&Path>) -> Result<Cpi> {
     let (config, file) = config(file)?;
     log::init(&config.log);

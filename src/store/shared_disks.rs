@@ -40,6 +40,7 @@ const NOBODYS: &str = "host-none";
 const HOST_ID: &str = "host-id";
 
 /// Whose a disk is, by its mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Whose {
     /// Its record's: a version that made no marks made it, or it is being made.
     Unsaid,
@@ -49,29 +50,23 @@ enum Whose {
     Ours,
     /// This host's, on its way to or from it.
     Moving,
-    /// Another host's, which has this mark.
-    Others(String),
+    /// Another host's.
+    Others,
 }
 
-/// A disk's directory in a shared pool.
+/// A disk's directory in a shared pool, as it was when it was looked at.
 struct Place<'a> {
     pool: &'a str,
     dir: PathBuf,
+    /// The mark's file name, if there is one.
+    mark: Option<String>,
+    whose: Whose,
 }
 
 impl Place<'_> {
-    /// The mark's file name, if there is one.
-    fn mark(&self) -> Result<Option<String>> {
-        let mut marks = atomic::names(&self.dir)?;
-        marks.retain(|name| is_mark(name));
-        match marks.len() {
-            0 | 1 => Ok(marks.pop()),
-            _ => Err(Error::new(
-                ErrorKind::Corrupt,
-                format!("'{}' says of more than one host that the disk is its own", self.dir.display()),
-            )
-            .hint("leave the file of the host that is to have it, and remove the others")),
-        }
+    /// What there is of the mark, in words.
+    fn has(&self) -> String {
+        format!("'{}' has '{}'", self.dir.display(), self.mark.as_deref().unwrap_or_default())
     }
 
     fn rename(&self, from: &str, to: &str) -> Result<bool> {
@@ -109,7 +104,7 @@ impl Store {
         for pool in self.pools().shared() {
             let dir = self.pools().dir(pool)?.join(cid);
             if atomic::is_there(&dir) {
-                places.push(Place { pool, dir });
+                places.push(self.look(pool, dir)?);
             }
         }
         Ok(places)
@@ -118,11 +113,10 @@ impl Store {
     /// The same of the pools that its record names. One that has no more than an image which is not used, and can not be
     /// looked at, is left out.
     fn places_of(&self, disk: &DiskRecord) -> Result<Vec<Place<'_>>> {
-        let named = disk.pools();
-        let mut places = Vec::new();
+        let (named, mut places) = (disk.pools(), Vec::new());
         for pool in self.pools().shared().filter(|pool| named.contains(pool)) {
             match self.pools().dir(pool) {
-                Ok(dir) => places.push(Place { pool, dir: dir.join(&disk.cid) }),
+                Ok(dir) => places.push(self.look(pool, dir.join(&disk.cid))?),
                 Err(error) if disk.pool.as_deref() == Some(pool) => return Err(error),
                 Err(_) => {}
             }
@@ -130,16 +124,23 @@ impl Store {
         Ok(places)
     }
 
-    fn whose(&self, place: &Place<'_>) -> Result<Whose> {
-        let Some(mark) = place.mark()? else { return Ok(Whose::Unsaid) };
-        if mark == NOBODYS {
-            return Ok(Whose::Nobodys);
+    fn look<'a>(&self, pool: &'a str, dir: PathBuf) -> Result<Place<'a>> {
+        let mut marks = atomic::names(&dir)?;
+        marks.retain(|name| is_mark(name));
+        if marks.len() > 1 {
+            let message = format!("'{}' says of more than one host that the disk is its own", dir.display());
+            return Err(Error::new(ErrorKind::Corrupt, message)
+                .hint("leave the file of the host that is to have it, and remove the others"));
         }
-        Ok(match self.known_marks()? {
-            Some(ours) if ours.host == mark => Whose::Ours,
-            Some(ours) if ours.moving == mark => Whose::Moving,
-            _ => Whose::Others(mark),
-        })
+        let mark = marks.pop();
+        let whose = match (&mark, self.known_marks()?) {
+            (None, _) => Whose::Unsaid,
+            (Some(mark), _) if mark == NOBODYS => Whose::Nobodys,
+            (Some(mark), Some(ours)) if *mark == ours.host => Whose::Ours,
+            (Some(mark), Some(ours)) if *mark == ours.moving => Whose::Moving,
+            (Some(_), _) => Whose::Others,
+        };
+        Ok(Place { pool, dir, mark, whose })
     }
 
     /// Whether other hosts reach the images of the disk, whoever has it.
@@ -155,12 +156,7 @@ impl Store {
     /// # Errors
     /// Those of [`super::Pools::dir`]: a pool that can not be looked at may have it.
     pub fn is_free(&self, cid: &DiskCid) -> Result<bool> {
-        for place in self.places(cid)? {
-            if matches!(self.whose(&place)?, Whose::Nobodys | Whose::Moving) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        Ok(self.places(cid)?.iter().any(|place| matches!(place.whose, Whose::Nobodys | Whose::Moving)))
     }
 
     /// Whether no other host has a disk that has no record here.
@@ -168,14 +164,10 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Conflict`] if one has it. Those of [`super::Pools::dir`].
     pub fn is_nowhere_else(&self, cid: &DiskCid) -> Result<()> {
-        for place in self.places(cid)? {
-            if let Whose::Others(mark) = self.whose(&place)? {
-                let message = format!("disk '{cid}' is another host's: '{}' has '{mark}'", place.dir.display());
-                return Err(Error::new(ErrorKind::Conflict, message)
-                    .hint(format!("ask that host; if it is gone for good, `bosh-qemu-cpi disk take {cid}` here")));
-            }
-        }
-        Ok(())
+        let places = self.places(cid)?;
+        let Some(other) = places.iter().find(|place| place.whose == Whose::Others) else { return Ok(()) };
+        Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is another host's: {}", other.has()))
+            .hint(format!("ask that host; if it is gone for good, `bosh-qemu-cpi disk take {cid}` here")))
     }
 
     /// Whether a disk that has a record here is this host's.
@@ -185,20 +177,20 @@ impl Store {
     /// know any more who it is.
     pub fn is_ours(&self, disk: &DiskRecord) -> Result<()> {
         for place in self.places_of(disk)? {
-            let (cid, dir) = (&disk.cid, place.dir.display());
-            let now = match self.whose(&place)? {
+            let (cid, has) = (&disk.cid, place.has());
+            let now = match place.whose {
                 Whose::Unsaid | Whose::Ours | Whose::Moving => continue,
-                Whose::Nobodys => format!("nobody's now: '{dir}' has '{NOBODYS}'"),
-                Whose::Others(mark) if self.known_marks()?.is_none() => {
-                    let (file, id) = (self.host_id_file(), mark.trim_start_matches(MOVING).trim_start_matches(HOST));
+                Whose::Nobodys => "nobody's",
+                Whose::Others if self.known_marks()?.is_none() => {
+                    let file = self.host_id_file();
                     let message = format!("whose disk '{cid}' is can not be told: '{}' is missing", file.display());
-                    return Err(Error::new(ErrorKind::Corrupt, message)
-                        .hint(format!("if '{dir}/{mark}' is this host's, write '{id}' into the file")));
+                    let hint = format!("{has}: if that is this host's, write what stands after the '-' into the file");
+                    return Err(Error::new(ErrorKind::Corrupt, message).hint(hint));
                 }
-                Whose::Others(mark) => format!("another host's now: '{dir}' has '{mark}'"),
+                Whose::Others => "another host's",
             };
             let hint = "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
-            return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is {now}")).hint(hint));
+            return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is {now} now: {has}")).hint(hint));
         }
         Ok(())
     }
@@ -213,12 +205,7 @@ impl Store {
     /// # Errors
     /// Those of [`super::Pools::dir`].
     pub fn is_given_up(&self, disk: &DiskRecord) -> Result<bool> {
-        for place in self.places_of(disk)? {
-            if let Whose::Nobodys = self.whose(&place)? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        Ok(self.places_of(disk)?.iter().any(|place| place.whose == Whose::Nobodys))
     }
 
     /// Ends a move of this host's disk that was cut short: the disk stays. The caller holds its lock.
@@ -227,11 +214,9 @@ impl Store {
     /// As [`Self::is_ours`].
     pub fn stay(&self, disk: &DiskRecord) -> Result<()> {
         self.is_ours(disk)?;
-        for place in self.places_of(disk)? {
-            if let Whose::Moving = self.whose(&place)? {
-                let ours = self.own_marks()?;
-                place.rename(&ours.moving, &ours.host)?;
-            }
+        for place in self.places_of(disk)?.iter().filter(|place| place.whose == Whose::Moving) {
+            let ours = self.own_marks()?;
+            place.rename(&ours.moving, &ours.host)?;
         }
         Ok(())
     }
@@ -241,13 +226,10 @@ impl Store {
     /// # Errors
     /// As [`Self::is_ours`].
     pub fn mark(&self, disk: &DiskRecord) -> Result<()> {
-        let Some(place) = self.places_of(disk)?.into_iter().find(|place| disk.pool.as_deref() == Some(place.pool))
-        else {
-            return Ok(());
-        };
+        let Some(pool) = disk.pool.as_deref().filter(|pool| self.pools().is_shared(pool)) else { return Ok(()) };
         let ours = self.own_marks()?;
         self.stay(disk)?;
-        atomic::write_json(&place.dir.join(ours.host), disk)
+        atomic::write_json(&self.pools().dir(pool)?.join(&disk.cid).join(ours.host), disk)
     }
 
     /// Writes the record of a disk that is whole, and for the next host beside its image in a shared pool. Durable when it
@@ -282,10 +264,8 @@ impl Store {
 
     /// Makes a disk that is on its way to or from this host, without a record here, nobody's.
     pub fn let_go(&self, cid: &DiskCid) -> Result<()> {
-        for place in self.places(cid)? {
-            if let Whose::Moving = self.whose(&place)? {
-                place.rename(&self.own_marks()?.moving, NOBODYS)?;
-            }
+        for place in self.places(cid)?.iter().filter(|place| place.whose == Whose::Moving) {
+            place.rename(&self.own_marks()?.moving, NOBODYS)?;
         }
         Ok(())
     }
@@ -297,14 +277,14 @@ impl Store {
     pub fn adopt(&self, cid: &DiskCid) -> Result<bool> {
         let ours = self.own_marks()?;
         for place in self.places(cid)? {
-            match self.whose(&place)? {
+            match place.whose {
                 Whose::Nobodys => {
                     if !place.rename(NOBODYS, &ours.moving)? {
                         return Err(just_taken(cid));
                     }
                 }
                 Whose::Moving => {}
-                Whose::Unsaid | Whose::Ours | Whose::Others(_) => continue,
+                Whose::Unsaid | Whose::Ours | Whose::Others => continue,
             }
             self.write(&place.record(&ours.moving, cid)?)?;
             return place.rename(&ours.moving, &ours.host);
@@ -330,8 +310,8 @@ impl Store {
             Error::new(ErrorKind::Corrupt, message)
                 .hint("put the disk's record of the other host into this state directory, from a backup")
         };
-        let mark = place.mark()?.ok_or_else(|| unknown("has no record of it"))?;
-        let record = place.record(&mark, cid)?;
+        let mark = place.mark.as_ref().ok_or_else(|| unknown("has no record of it"))?;
+        let record = place.record(mark, cid)?;
         let mut images = atomic::names(&place.dir)?;
         images.retain(|name| !is_mark(name) && !name.starts_with(atomic::NEW));
         if places.len() > 1 || images != [record.image()] {
@@ -341,7 +321,7 @@ impl Store {
         judge(&place.dir.join(record.image()))?;
         // One of before must not be taken for that of a disk that is ours.
         self.remove_record::<DiskRecord>(cid)?;
-        if mark != ours.moving && !place.rename(&mark, &ours.moving)? {
+        if *mark != ours.moving && !place.rename(mark, &ours.moving)? {
             return Err(just_taken(cid));
         }
         self.write(&record)?;
