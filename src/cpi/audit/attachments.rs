@@ -1,5 +1,6 @@
 //! Which VM has which disk: what a call left open, and records that do not agree.
 
+use super::hold::Hold;
 use super::{Audit, Kind};
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
@@ -25,15 +26,7 @@ impl Audit<'_> {
     fn agreed(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
         let Some(lock) = self.hold(Rank::Disk, disk) else { return Ok(()) };
         let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
-        let record = match cpi.store.read::<DiskRecord>(disk) {
-            Ok(Some(record)) => record,
-            Ok(None) => {
-                lock.retire()?;
-                self.without_disk(vm, &what);
-                return Ok(());
-            }
-            Err(_) => return Ok(()),
-        };
+        let Some((lock, record)) = self.record(disk, lock, vm, &what)? else { return Ok(()) };
         if record.vm.as_ref() == Some(&vm.cid) || !self.still_has(&vm.cid, disk) {
             return Ok(());
         }
@@ -69,9 +62,19 @@ impl Audit<'_> {
         self.cpi.store.read::<VmRecord>(vm).ok().flatten()?.attachment(disk).map(|a| a.phase)
     }
 
-    fn without_disk(&mut self, vm: &VmRecord, what: &str) {
-        let next = format!("restore the disk's record from a backup, or call detach_disk for VM '{}'", vm.cid);
-        self.told(Kind::Unsettled, &what, "the disk has no record", &next);
+    /// The record of a disk that the VM lists, if it can be read.
+    fn record(&mut self, disk: &DiskCid, lock: Hold, vm: &VmRecord, what: &str) -> Result<Option<(Hold, DiskRecord)>> {
+        match self.cpi.store.read::<DiskRecord>(disk) {
+            Ok(Some(record)) => Ok(Some((lock, record))),
+            Ok(None) => {
+                lock.retire()?;
+                let next = format!("restore the disk's record from a backup, or call detach_disk for VM '{}'", vm.cid);
+                self.told(Kind::Unsettled, &what, "the disk has no record", &next);
+                Ok(None)
+            }
+            // It is a finding of its own.
+            Err(_) => Ok(None),
+        }
     }
 
     /// An attach or a detach that was cut short.
@@ -82,16 +85,7 @@ impl Audit<'_> {
             return Ok(());
         }
         let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
-        let record = match cpi.store.read::<DiskRecord>(disk) {
-            Ok(Some(record)) => record,
-            Ok(None) => {
-                lock.retire()?;
-                self.without_disk(vm, &what);
-                return Ok(());
-            }
-            // It is a finding of its own.
-            Err(_) => return Ok(()),
-        };
+        let Some((_lock, record)) = self.record(disk, lock, vm, &what)? else { return Ok(()) };
         let mut kept = false;
         self.found(Kind::Unsettled, &what, "an attach or a detach was cut short", || {
             kept = cpi.holder(&record, Self::deadline())?.is_some();
