@@ -68,7 +68,7 @@ impl Cpi {
         let (lock, mut disk) = loop {
             self.adopt(cid, deadline)?;
             if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid) {
-                return self.store.is_nowhere_else(cid);
+                return self.store.is_mounted().and_then(|()| self.store.is_nowhere_else(cid));
             }
             let lock = self.disk_lock(cid, deadline)?;
             match self.store.find::<DiskRecord>(cid)? {

@@ -211,6 +211,7 @@ impl Cpi {
 
     pub(super) fn remove_managed(&self, cid: &NetworkCid) -> Result<()> {
         if !atomic::is_there(&self.store.record_dir::<NetworkRecord>(cid)) {
+            self.store.is_mounted()?;
             return Err(not_found(cid));
         }
         let deadline = self.deadline("delete_network");

@@ -113,8 +113,10 @@ impl Cpi {
     /// Whether there is anything of `cid` here, be it only a lock that its removal left; or a disk that is nobody's.
     ///
     /// # Errors
-    /// If there is no record, and a shared pool that may have the disk can not be looked at.
+    /// If it can not be told: the state directory is not mounted, or there is no record, and a shared pool that may have the
+    /// disk can not be looked at.
     pub fn has_of(&self, cid: &str) -> Result<bool> {
+        self.store.is_mounted()?;
         Ok(match cid.split('-').next() {
             Some(VmCid::PREFIX) => {
                 self.has_record::<VmRecord>(Rank::Vm, cid)

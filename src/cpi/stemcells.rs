@@ -202,7 +202,7 @@ impl Cpi {
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
     pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
         if !atomic::is_there(&self.store.stemcell_dir(cid)) && !self.store.has_lock(Rank::Stemcell, cid) {
-            return Ok(());
+            return self.store.is_mounted();
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
         if let Some(mut record) = self.store.find::<StemcellRecord>(cid)? {

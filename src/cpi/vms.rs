@@ -208,7 +208,7 @@ impl Cpi {
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
         let paths = self.store.vm(cid);
         if !atomic::is_there(&paths.dir) && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
-            return Ok(());
+            return self.store.is_mounted();
         }
         let deadline = self.deadline("delete_vm");
         let lock = match self.store.lock(Rank::Vm, cid, Instant::now() + LOOK) {

@@ -6,6 +6,7 @@ pub mod detached;
 pub mod installation;
 pub mod io_uring;
 pub mod memory;
+pub mod mounts;
 pub mod probe;
 pub mod tail;
 pub mod uids;

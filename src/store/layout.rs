@@ -42,6 +42,7 @@ use super::vm_paths::VmPaths;
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::host::mounts;
 
 /// Version of the layout and of every record in it.
 pub const SCHEMA: u32 = 1;
@@ -104,7 +105,9 @@ impl Store {
         let damaged = format!("somebody damaged the file: if no newer version was here, write {SCHEMA} into it");
         let text = match std::fs::read(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_there(&path) => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_there(&path) => {
+                return self.is_mounted().map(|()| false);
+            }
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 return Err(Error::io("read", &path, error).hint(ROOTS));
             }
@@ -121,6 +124,19 @@ impl Store {
         };
         let message = format!("'{}' says {found:?}; this version understands {SCHEMA}", path.display());
         Err(Error::new(ErrorKind::Corrupt, message).hint(hint))
+    }
+
+    /// Whether "there is no such thing" is the truth, and not that of a state directory whose filesystem is not mounted.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Host`] if it is on a filesystem that fstab(5) names and that is not there.
+    pub fn is_mounted(&self) -> Result<()> {
+        if atomic::is_there(&self.schema_file()) {
+            return Ok(());
+        }
+        let Some(point) = mounts::missing(&self.state_dir) else { return Ok(()) };
+        let message = format!("'{}' is not mounted, and the state directory is on it", point.display());
+        Err(Error::new(ErrorKind::Host, message).hint(format!("`mount {}`, and repeat the call", point.display())))
     }
 
     /// Whether anything in the state directory can be changed.

@@ -17,12 +17,14 @@ impl Store {
     /// The record of `cid`, or `None` if there is nothing of it.
     ///
     /// # Errors
-    /// As [`Self::read`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that was lost, because a
+    /// As [`Self::read`] and [`Self::is_mounted`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that was lost, because a
     /// record is written before anything else is made and removed after it.
     pub fn find<R: Record>(&self, cid: &R::Cid) -> Result<Option<R>> {
-        let record = self.read::<R>(cid)?;
-        if record.is_some() || !self.has_something::<R>(cid)? {
-            return Ok(record);
+        if let Some(record) = self.read::<R>(cid)? {
+            return Ok(Some(record));
+        }
+        if !self.has_something::<R>(cid)? {
+            return self.is_mounted().map(|()| None);
         }
         // It may have been written between the two looks.
         self.read::<R>(cid)?.map(Some).ok_or_else(|| {
@@ -141,6 +143,9 @@ impl Store {
     /// The cids of all objects of one kind, in no order. Names that are no cids are somebody else's and left out.
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
         let names = atomic::names(&self.state_dir().join(format!("{}s", R::Cid::KIND)))?;
+        if names.is_empty() {
+            self.is_mounted()?;
+        }
         // Beside managed networks are the files of pinned ones; no cid of ours has a dot.
         let names = names.iter().filter(|name| !name.ends_with(".json"));
         Ok(names.filter_map(|name| R::Cid::parse(name).ok()).collect())

@@ -8,10 +8,12 @@ use std::time::{Duration, SystemTime};
 
 use bosh_qemu_cpi::cid::VmCid;
 use bosh_qemu_cpi::store::{DiskRecord, VmRecord};
+use nix::mount::{MsFlags, mount};
 use serde_json::json;
 
 use crate::abuse::Lab;
 use crate::disks::is_plugged;
+use crate::support::filesystem::Filesystem;
 use crate::support::host::Host;
 use crate::support::images::{assert_pattern, write_pattern};
 
@@ -158,4 +160,47 @@ fn a_state_directory_copied_to_another_machine() {
     fs::remove_dir_all(host.path("elsewhere")).unwrap();
     // What was copied is what it was.
     assert_pattern(host, &disk);
+}
+
+/// The state directory is on a filesystem of its own, and the host came up without that.
+#[test]
+fn what_is_not_mounted_is_not_gone() {
+    let Some(table) = Filesystem::new(1) else { return };
+    let Some(host) = Host::new() else { return };
+    let (stemcell, disk) = (host.stemcell(), host.disk());
+    let (state, away) = (host.path("state"), host.path("away"));
+    let fstab = table.path().join("fstab");
+    fs::write(&fstab, format!("/dev/vdz {} ext4 defaults 0 2\n", state.display())).unwrap();
+    let nothing: Option<&str> = None;
+    mount(Some(&fstab), "/etc/fstab", nothing, MsFlags::MS_BIND, nothing).unwrap();
+    // What is in the directory says more than the table.
+    assert_eq!(host.ok("has_disk", &json!([disk])), true);
+    fs::rename(&state, &away).unwrap();
+    fs::create_dir(&state).unwrap();
+    let (vm, snapshot, network) = ("vm-aaaaaaaaaaaaaaa", "snap-aaaaaaaaaaaaaaa", "net-aaaaaaaaaaaaaaa");
+    for (method, arguments) in [
+        ("has_disk", json!([disk])),
+        ("has_vm", json!([vm])),
+        ("delete_disk", json!([disk])),
+        ("delete_vm", json!([vm])),
+        ("delete_stemcell", json!([stemcell])),
+        ("delete_snapshot", json!([snapshot])),
+        ("delete_network", json!([network])),
+        ("create_disk", json!([8, {}, null])),
+        ("create_vm", host.vm_arguments(&stemcell)),
+        ("attach_disk", json!([vm, disk])),
+    ] {
+        let refused = host.call(method, &arguments);
+        let message = &refused.failure().message;
+        assert!(message.contains(&format!("'{}' is not mounted", state.display())), "{method}: {message}");
+    }
+    for words in [&["vm", "list"][..], &["host", "start"], &["gc"], &["audit"]] {
+        let output = host.namespace().run(|| host.cpi().args(words).output().unwrap());
+        let said = format!("{output:?}");
+        assert!(!output.status.success() && said.contains("is not mounted"), "{words:?}: {said}");
+    }
+    assert_eq!(fs::read_dir(&state).unwrap().count(), 0);
+    fs::remove_dir(&state).unwrap();
+    fs::rename(&away, &state).unwrap();
+    host.ok("delete_disk", &json!([disk]));
 }

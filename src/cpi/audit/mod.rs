@@ -116,6 +116,7 @@ impl Cpi {
     /// As [`Store::prepare`](crate::store::Store::prepare), and if nothing can be written.
     pub fn gc(&self) -> Result<Vec<Finding>> {
         let mut audit = Audit { cpi: self, mend: true, findings: Vec::new() };
+        self.store.is_mounted()?;
         if self.store.state_dir().exists() {
             self.store.prepare()?;
             self.store.can_be_changed()?;
