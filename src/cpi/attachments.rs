@@ -113,8 +113,8 @@ impl Cpi {
         let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
         let (_lock, _brief) = match &mut disk {
             Some(disk) => {
-                // Of a disk that is, only the VM's word for it is left to take back.
-                if disk.leftover.is_none() || !self.store.is_elsewhere(disk) {
+                // Of one that is not, or is where nobody answers, only the VM's word for it is taken back.
+                if disk.leftover.is_some() && self.store.is_ours(disk).is_ok() {
                     self.settle_copy(disk, deadline)?;
                 }
                 (Some(disk_lock), None)

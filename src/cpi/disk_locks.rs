@@ -24,16 +24,25 @@ impl Cpi {
 
     /// Takes the lock of a disk that exists. A copy of it that was cut short is undone or finished.
     pub(super) fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
-        self.own_disk(cid, deadline)?;
-        let lock = self.disk_lock(cid, deadline)?;
-        match self.disk(cid) {
-            Ok(mut disk) => {
-                self.is_told::<DiskRecord>(cid);
-                self.store.stay(&disk)?;
-                self.settle_copy(&mut disk, deadline)?;
-                Ok((lock, disk))
+        loop {
+            self.own_disk(cid, deadline)?;
+            let lock = self.disk_lock(cid, deadline)?;
+            match self.disk(cid) {
+                Ok(mut disk) => {
+                    self.is_told::<DiskRecord>(cid);
+                    self.store.stay(&disk)?;
+                    self.settle_copy(&mut disk, deadline)?;
+                    return Ok((lock, disk));
+                }
+                Err(error) => {
+                    lock.retire()?;
+                    self.store.is_nowhere_else(cid)?;
+                    // It was given up while its lock was waited for, and can be had again.
+                    if !self.store.is_free(cid)? {
+                        return Err(error);
+                    }
+                }
             }
-            Err(error) => lock.retire().and(Err(error)),
         }
     }
 

@@ -100,8 +100,11 @@ impl Cpi {
     pub fn take_disk(&self, cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("attach_disk");
         self.adopt(cid, deadline)?;
-        if self.store.find::<DiskRecord>(cid)?.is_some_and(|disk| self.store.is_ours(&disk).is_ok()) {
-            return Ok(());
+        if let Some(disk) = self.store.find::<DiskRecord>(cid)? {
+            let ours = self.store.is_ours(&disk);
+            if ours.is_ok() || !self.store.is_outdated(&disk)? {
+                return ours;
+            }
         }
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;

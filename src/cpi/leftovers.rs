@@ -168,7 +168,10 @@ impl Cpi {
                 return self.destroy(&vm, lock, deadline);
             }
             Some(_) => {}
-            None => return self.forget_unrecorded(cid, lock),
+            None => {
+                self.remove_remains(cid)?;
+                return self.forget(cid, &self.store.vm(cid), lock);
+            }
         }
         self.settled(cid)
     }

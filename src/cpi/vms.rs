@@ -210,6 +210,9 @@ impl Cpi {
         if !atomic::is_there(&paths.dir) && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
             return self.store.is_mounted();
         }
+        if !atomic::is_there(&paths.dir) {
+            self.store.is_mounted()?;
+        }
         let deadline = self.deadline("delete_vm");
         let lock = match self.store.lock(Rank::Vm, cid, Instant::now() + LOOK) {
             // What starts the VM need not finish.
@@ -221,20 +224,14 @@ impl Cpi {
         };
         match self.store.find::<VmRecord>(cid)? {
             Some(vm) => self.destroy(&vm, lock, deadline),
+            // Its making was cut short before that, or its removal after it; or somebody removed its directory by hand.
             None => {
                 supervisor::stop(&paths, Button::Quit, deadline)?;
-                self.forget_unrecorded(cid, lock)
+                Cgroup::open(cid.as_str()).kill(deadline)?;
+                self.remove_remains(cid)?;
+                self.forget(cid, &paths, lock)
             }
         }
-    }
-
-    /// Removes what there is of a VM without a record, whose making was cut short before that or whose removal after it.
-    pub(super) fn forget_unrecorded(&self, cid: &VmCid, lock: Guard) -> Result<()> {
-        self.store.release_claims(cid)?;
-        if let Some(uid) = uids::find(self.store.state_dir(), cid) {
-            uids::release(self.store.state_dir(), cid, uid)?;
-        }
-        self.forget(cid, &self.store.vm(cid), lock)
     }
 
     /// Ends a VM and removes everything that can be named after its record; the record last.

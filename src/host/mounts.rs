@@ -1,32 +1,71 @@
 //! Filesystems that this host is to have mounted, by its fstab(5).
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where the filesystem is to be mounted that `path` is meant to be on, and is not.
-pub fn missing(path: &Path) -> Option<PathBuf> {
-    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
-    missing_of(&resolved(path), &read("/etc/fstab"), &read("/proc/self/mountinfo"))
+/// As the kernel follows (`MAXSYMLINKS`).
+const MOST_LINKS: usize = 40;
+
+/// A filesystem that what is below `path` is meant to be on, or part of it, and that is not mounted: where it should be. One
+/// that nobody mounts by itself (`noauto`) counts if `strict`.
+///
+/// # Errors
+/// If the tables can not be read; a host may have no fstab.
+pub fn missing(path: &Path, strict: bool) -> io::Result<Option<PathBuf>> {
+    let fstab = match std::fs::read("/etc/fstab") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text?,
+    };
+    let wanted = wanted(&resolved(path), &String::from_utf8_lossy(&fstab), strict);
+    if wanted.is_empty() {
+        return Ok(None);
+    }
+    let mountinfo = std::fs::read("/proc/self/mountinfo")?;
+    Ok(unmounted(wanted, &String::from_utf8_lossy(&mountinfo)))
 }
 
-fn missing_of(path: &Path, fstab: &str, mountinfo: &str) -> Option<PathBuf> {
-    let mounted: BTreeSet<_> = points(mountinfo, 4).collect();
-    points(fstab, 1).find(|point| path.starts_with(point) && !mounted.contains(point))
+/// The mount points of the table that are above the path or below it, but for `/`.
+fn wanted(path: &Path, fstab: &str, strict: bool) -> Vec<PathBuf> {
+    let entries = fstab.lines().filter(|line| !line.trim_start().starts_with('#'));
+    let entries = entries.map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    let counts = |entry: &Vec<&str>| strict || !entry.get(3).is_some_and(|o| o.split(',').any(|o| o == "noauto"));
+    let points = entries.filter(counts).filter_map(|entry| Some(resolved(&point(entry.get(1)?))));
+    let concerns = |point: &PathBuf| point.parent().is_some() && (path.starts_with(point) || point.starts_with(path));
+    points.filter(|point| point.is_absolute()).filter(concerns).collect()
 }
 
-/// The mount points below `/` in a table that has them in this column (proc(5), fstab(5)).
-fn points(table: &str, column: usize) -> impl Iterator<Item = PathBuf> {
-    let lines = table.lines().filter(|line| !line.trim_start().starts_with('#'));
-    let points = lines.filter_map(move |line| line.split_ascii_whitespace().nth(column));
-    // A blank would end the column.
-    let points = points.map(|point| PathBuf::from(point.replace("\\040", " ")));
-    points.filter(|point| point.is_absolute() && point.parent().is_some())
+fn unmounted(wanted: Vec<PathBuf>, mountinfo: &str) -> Option<PathBuf> {
+    let mounted = mountinfo.lines().filter_map(|line| line.split_ascii_whitespace().nth(4));
+    let mounted: BTreeSet<_> = mounted.map(point).collect();
+    wanted.into_iter().find(|point| !mounted.contains(point))
 }
 
-/// The path without links, as far as it is there.
+/// A mount point as both tables write it: a blank would end the column (fstab(5), proc(5)).
+fn point(field: &str) -> PathBuf {
+    field.replace("\\040", " ").into()
+}
+
+/// The path without links, also where they lead to what is not there.
 fn resolved(path: &Path) -> PathBuf {
-    let resolve = |there: &Path| Some(there.canonicalize().ok()?.join(path.strip_prefix(there).ok()?));
-    path.ancestors().find_map(resolve).unwrap_or_else(|| path.to_owned())
+    let (mut path, mut links) = (path.to_owned(), 0);
+    'again: loop {
+        for there in path.ancestors() {
+            let below = path.strip_prefix(there).expect("it is above");
+            if let Ok(real) = there.canonicalize() {
+                return real.components().chain(below.components()).collect();
+            }
+            // A link to what is not mounted.
+            if let Ok(target) = there.read_link()
+                && links < MOST_LINKS
+            {
+                links += 1;
+                path = there.parent().unwrap_or(there).join(target).components().chain(below.components()).collect();
+                continue 'again;
+            }
+        }
+        return path;
+    }
 }
 
 #[cfg(test)]
@@ -36,21 +75,31 @@ mod tests {
     #[test]
     fn what_is_to_be_mounted_and_is_not_is_missed_by_what_is_meant_to_be_on_it() {
         let fstab = "# /dev/sdz /var/lib ext4\nUUID=1 / ext4 errors=remount-ro 0 1\nUUID=2 none swap sw 0 0\n\
-                     UUID=3 /srv/my\\040vms/ xfs defaults 0 2\nUUID=4\t/home\text4\n";
-        let info = "22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n23 22 254:1 / /home rw - ext4 /dev/vdb rw\n";
-        let missing = |path: &str, mountinfo: &str| missing_of(Path::new(path), fstab, mountinfo);
-        assert_eq!(missing("/srv/my vms/state", info), Some("/srv/my vms".into()));
-        for path in ["/var/lib/state", "/home/state", "/srv/my vms of old/state", "/srv"] {
-            assert_eq!(missing(path, info), None, "{path}");
+                     UUID=3 /srv/my\\040vms/ xfs defaults 0 2\nUUID=4\t/mnt/home\text4\nUUID=5 /mnt/by-hand ext4 ro,noauto\n\
+                     UUID=6 /mnt/state/disks xfs\n";
+        let info = "22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n23 22 254:1 / /mnt/home rw - ext4 /dev/vdb rw\n";
+        let missing =
+            |path: &str, mountinfo: &str, strict| unmounted(wanted(Path::new(path), fstab, strict), mountinfo);
+        assert_eq!(missing("/srv/my vms/state", info, false), Some("/srv/my vms".into()));
+        assert_eq!(missing("/mnt/state", info, false), Some("/mnt/state/disks".into()));
+        for path in ["/var/lib/state", "/mnt/home/state", "/srv/my vms of old/state", "/mnt/by-hand/state"] {
+            assert_eq!(missing(path, info, false), None, "{path}");
         }
-        assert_eq!(missing("/srv/my vms/state", &format!("{info}24 22 254:2 / /srv/my\\040vms rw - xfs x rw\n")), None);
+        assert_eq!(missing("/mnt/by-hand/state", info, true), Some("/mnt/by-hand".into()));
+        let mounted = format!("{info}24 22 254:2 / /srv/my\\040vms rw - xfs x rw\n");
+        assert_eq!(missing("/srv/my vms/state", &mounted, true), None);
     }
 
     #[test]
-    fn a_path_that_is_not_there_is_resolved_as_far_as_it_is() {
+    fn a_path_is_resolved_though_it_or_what_it_links_to_is_not_there() {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().canonicalize().unwrap();
-        std::os::unix::fs::symlink(&real, real.join("link")).unwrap();
+        let link = |target: &Path, name: &str| std::os::unix::fs::symlink(target, real.join(name)).unwrap();
+        link(&real, "link");
+        link(Path::new("not/there"), "hanging");
+        link(&real.join("round"), "round");
         assert_eq!(resolved(&real.join("link/not/there")), real.join("not/there"));
+        assert_eq!(resolved(&real.join("hanging/state")), real.join("not/there/state"));
+        assert_eq!(resolved(&real.join("round/x")), real.join("round/x"));
     }
 }

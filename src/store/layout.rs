@@ -129,12 +129,16 @@ impl Store {
     /// Whether "there is no such thing" is the truth, and not that of a state directory whose filesystem is not mounted.
     ///
     /// # Errors
-    /// [`ErrorKind::Host`] if it is on a filesystem that fstab(5) names and that is not there.
+    /// [`ErrorKind::Host`] if fstab(5) names a filesystem for it that is not there, or if nobody can tell.
     pub fn is_mounted(&self) -> Result<()> {
-        if atomic::is_there(&self.schema_file()) {
-            return Ok(());
-        }
-        let Some(point) = mounts::missing(&self.state_dir) else { return Ok(()) };
+        let schema = self.schema_file();
+        let is_used = match schema.symlink_metadata() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            looked => looked.at("look at", &schema).map(|_| true)?,
+        };
+        // One that is in use may be so on purpose although another could be mounted over it.
+        let missing = mounts::missing(&self.state_dir, !is_used);
+        let Some(point) = missing.at("look for the filesystem of", &self.state_dir)? else { return Ok(()) };
         let message = format!("'{}' is not mounted, and the state directory is on it", point.display());
         Err(Error::new(ErrorKind::Host, message).hint(format!("`mount {}`, and repeat the call", point.display())))
     }

@@ -64,6 +64,11 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
+    /// Whether the image in force of the disk is here.
+    fn is_in_force(&self, disk: &DiskRecord) -> bool {
+        disk.pool.as_deref() == Some(self.pool)
+    }
+
     /// What there is of the mark, in words.
     fn has(&self) -> String {
         format!("'{}' has '{}'", self.dir.display(), self.mark.as_deref().unwrap_or_default())
@@ -176,7 +181,11 @@ impl Store {
     /// [`ErrorKind::Conflict`] if it was given up or another host has taken it; [`ErrorKind::Corrupt`] if this host does not
     /// know any more who it is.
     pub fn is_ours(&self, disk: &DiskRecord) -> Result<()> {
-        for place in self.places_of(disk)? {
+        self.are_ours(disk, &self.places_of(disk)?)
+    }
+
+    fn are_ours(&self, disk: &DiskRecord, places: &[Place<'_>]) -> Result<()> {
+        for place in places {
             let (cid, has) = (&disk.cid, place.has());
             let now = match place.whose {
                 Whose::Unsaid | Whose::Ours | Whose::Moving => continue,
@@ -189,7 +198,13 @@ impl Store {
                 }
                 Whose::Others => "another host's",
             };
-            let hint = "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
+            let hint = match place.is_in_force(disk) {
+                true => "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it",
+                false => {
+                    "an update_disk had moved it out of that pool, and what is here is newer: delete it on that host, \
+                          or remove its directory here by hand"
+                }
+            };
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is {now} now: {has}")).hint(hint));
         }
         Ok(())
@@ -200,12 +215,23 @@ impl Store {
         self.is_ours(disk).is_err_and(|error| error.kind() == ErrorKind::Conflict)
     }
 
+    /// Whether what is here of a disk that is not this host's any more is out of date. It is not, if a copy out of the pool
+    /// had become the disk.
+    ///
+    /// # Errors
+    /// Those of [`super::Pools::dir`].
+    pub fn is_outdated(&self, disk: &DiskRecord) -> Result<bool> {
+        let is_lost = |place: &Place<'_>| matches!(place.whose, Whose::Nobodys | Whose::Others);
+        Ok(self.places_of(disk)?.iter().any(|place| place.is_in_force(disk) && is_lost(place)))
+    }
+
     /// Whether a disk that has a record here was given up since that was written.
     ///
     /// # Errors
     /// Those of [`super::Pools::dir`].
     pub fn is_given_up(&self, disk: &DiskRecord) -> Result<bool> {
-        Ok(self.places_of(disk)?.iter().any(|place| place.whose == Whose::Nobodys))
+        let is_free = |place: &Place<'_>| place.whose == Whose::Nobodys && place.is_in_force(disk);
+        Ok(self.places_of(disk)?.iter().any(is_free))
     }
 
     /// Ends a move of this host's disk that was cut short: the disk stays. The caller holds its lock.
@@ -213,8 +239,9 @@ impl Store {
     /// # Errors
     /// As [`Self::is_ours`].
     pub fn stay(&self, disk: &DiskRecord) -> Result<()> {
-        self.is_ours(disk)?;
-        for place in self.places_of(disk)?.iter().filter(|place| place.whose == Whose::Moving) {
+        let places = self.places_of(disk)?;
+        self.are_ours(disk, &places)?;
+        for place in places.iter().filter(|place| place.whose == Whose::Moving) {
             let ours = self.own_marks()?;
             place.rename(&ours.moving, &ours.host)?;
         }
@@ -348,7 +375,8 @@ impl Store {
             text => text.at("read", &path)?,
         };
         let id = text.trim();
-        let hint = "restore it from a backup; without it, take its disks in shared pools by `disk take`";
+        let hint =
+            "write into it what stands after the '-' in the name of 'host-…' beside this host's disks in shared pools";
         match DiskCid::parse_new(&format!("{}-{id}", DiskCid::PREFIX)) {
             Ok(_) => Ok(Some(Marks { host: format!("{HOST}{id}"), moving: format!("{MOVING}{id}") })),
             Err(_) => Err(Error::new(ErrorKind::Corrupt, format!("'{}' is no host's id", path.display())).hint(hint)),

@@ -16,6 +16,8 @@ use crate::sys::pidlock;
 
 /// What a launch takes on a busy host.
 const LAUNCH: Duration = Duration::from_secs(30);
+/// What is kept of a deadline for ending a launch that failed.
+const CLEANING_UP: Duration = Duration::from_secs(10);
 /// A QEMU that is well answers at once.
 const ASKED: Duration = Duration::from_secs(2);
 
@@ -30,7 +32,7 @@ pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
     let launched = spawn(scope, begin, config_file, lock, deadline);
     if launched.is_err() {
         // A launch that failed cleaned up; one that hangs or was killed did not. Its guest may have begun to write.
-        stop(&scope.paths, Button::Quit, deadline)?;
+        stop(&scope.paths, Button::Quit, deadline.max(Instant::now() + CLEANING_UP))?;
     }
     launched
 }

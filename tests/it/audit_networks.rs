@@ -90,6 +90,21 @@ fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
 }
 
 #[test]
+fn delete_vm_removes_all_that_is_left_of_one_without_a_directory() {
+    let Some(host) = host_with_a_group() else { return };
+    let stemcell = host.stemcell();
+    let vm = forwarded_vm(&host, &stemcell, 2203);
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    let qemu = host.qemu(&vm).unwrap();
+    lose(&host, &vm);
+    host.ok("delete_vm", &json!([vm]));
+    gone(&qemu);
+    fs::remove_dir_all(host.path("aside")).unwrap();
+    host.ok("delete_stemcell", &json!([stemcell]));
+    host.assert_nothing_left();
+}
+
+#[test]
 fn what_only_a_lock_or_a_claim_names_is_found() {
     let Some(host) = Host::new() else { return };
     host.disk();

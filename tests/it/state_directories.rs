@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use bosh_qemu_cpi::cid::VmCid;
 use bosh_qemu_cpi::store::{DiskRecord, VmRecord};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 use crate::abuse::Lab;
@@ -203,4 +203,5 @@ fn what_is_not_mounted_is_not_gone() {
     fs::remove_dir(&state).unwrap();
     fs::rename(&away, &state).unwrap();
     host.ok("delete_disk", &json!([disk]));
+    umount2("/etc/fstab", MntFlags::MNT_DETACH).unwrap();
 }

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use super::names::Recorded;
 use super::{Audit, Kind};
 use crate::cid::{Cid, VmCid};
+use crate::cpi::Cpi;
 use crate::cpi::power::numbers;
 use crate::error::Result;
 use crate::host::cgroup::Cgroup;
@@ -140,6 +141,14 @@ impl Audit<'_> {
     }
 }
 
+impl Cpi {
+    /// Removes all that is named after a VM that has no record. The caller holds its lock, and its processes have ended.
+    pub(in crate::cpi) fn remove_remains(&self, vm: &VmCid) -> Result<()> {
+        let audit = Audit { cpi: self, mend: true, findings: Vec::new() };
+        audit.remains(vm, true, &audit.recorded()?)?.remove(self)
+    }
+}
+
 impl Remains {
     fn words(&self) -> Vec<String> {
         let mut words = Vec::new();
@@ -157,7 +166,7 @@ impl Remains {
     }
 
     /// In the order of `delete_vm`: what names it last.
-    fn remove(&self, cpi: &crate::cpi::Cpi) -> Result<()> {
+    fn remove(&self, cpi: &Cpi) -> Result<()> {
         let deadline = Audit::deadline();
         // Of its disks nobody knows any more: it may have some that are kept.
         supervisor::stop(&self.paths, Button::Quit, deadline)?;

@@ -59,12 +59,8 @@ impl Audit<'_> {
                 // Its pool is told of with its image.
                 _ => continue,
             }
-            if !disk.pool.as_deref().is_some_and(|pool| cpi.store.pools().is_shared(pool)) {
-                // A copy out of the pool had become the disk.
-                let image = cpi.store.disk_image(&disk).map(|path| path.display().to_string()).unwrap_or_default();
-                let next =
-                    format!("what that host has is older than '{image}': delete it there, or remove this by hand");
-                self.told(Kind::Orphan, &cid, &error.chain(), &next);
+            if !cpi.store.is_outdated(&disk).unwrap_or(false) {
+                self.told(Kind::Orphan, &cid, &error.chain(), error.advice().unwrap_or_default());
                 continue;
             }
             let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();

@@ -291,14 +291,20 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
         let (well, found) = gone.command(&["gc", "--json"]);
         if point.starts_with("disk.json") {
             // The copy had become the disk, and may have been written since.
-            assert!(!well && found.to_string().contains("is older than"), "{found}");
+            assert!(!well && found.to_string().contains("what is here is newer"), "{found}");
+            // Neither does it come back by itself, nor is it taken over what is newer.
+            assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
+            let asked = gone.call("resize_disk", &json!([disk, 9]));
+            for refused in [take(gone, &disk).unwrap_err(), format!("{asked:?}")] {
+                assert!(refused.contains("what is here is newer"), "{refused}");
+            }
             gone.store().forget(&disk).unwrap();
             assert!(gone.command(&["gc", "--json"]).0);
         } else {
             assert!(well, "after '{point}': {found}");
         }
-        assert_eq!(owners(&hosts, &disk), [1], "after '{point}'");
         taker.ok("resize_disk", &json!([disk, 9]));
+        assert_eq!(owners(&hosts, &disk), [1], "after '{point}'");
         assert_pattern(taker, &disk);
         taker.ok("delete_disk", &json!([disk]));
         gone.ok("delete_disk", &json!([other]));
