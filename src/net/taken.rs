@@ -16,23 +16,31 @@ use crate::error::{Error, ErrorKind, Result};
 pub fn refuse(segment: &Segment) -> Result<()> {
     let Keeper::Us { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
     let links = Links::open()?;
-    let bridge = links.find(&segment.bridge)?.filter(|link| is_ours(link, &segment.bridge)).map(|link| link.index);
+    let own = || Ok::<_, Error>(links.find(&segment.bridge)?.filter(|link| is_ours(link, &segment.bridge)));
+    loop {
+        let bridge = own()?.map(|link| link.index);
+        let Some((wanted, holder)) = taken(&links, wanted, bridge)? else { return Ok(()) };
+        let link = holder.link().map(|index| links.numbered(index)).transpose()?;
+        // What another call does with the bridge between two looks is not to be taken for somebody else's.
+        if own()?.map(|link| link.index) == bridge && link != Some(None) {
+            let problem = format!("the request chose the subnet {wanted} for network '{}'", segment.network);
+            let name = link.flatten().map(|link| link.name);
+            return Err(Error::new(ErrorKind::Conflict, format!("{problem}, {}", holder.words(name.as_deref()))));
+        }
+    }
+}
+
+/// The first subnet of `wanted` that something else than the bridge has, and what that is.
+fn taken(links: &Links, wanted: &[IpNetwork], bridge: Option<u32>) -> Result<Option<(IpNetwork, Holder)>> {
     let present = links.addresses()?;
     let is_there = |wanted: &&IpNetwork| present.iter().any(|(at, address)| Some(*at) == bridge && address == *wanted);
     let new: Vec<_> = wanted.iter().filter(|wanted| !is_there(wanted)).collect();
     if new.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let routes = links.routes()?;
-    let Some((wanted, holder)) = new.into_iter().find_map(|wanted| {
-        let wanted = subnet(*wanted);
-        holder(wanted, bridge, &present, &routes).map(|holder| (wanted, holder))
-    }) else {
-        return Ok(());
-    };
-    let network = &segment.network;
-    let problem = format!("the request chose the subnet {wanted} for network '{network}'");
-    Err(Error::new(ErrorKind::Conflict, format!("{problem}, {}", holder.words(&links)?)))
+    let mut new = new.into_iter().map(|wanted| subnet(*wanted));
+    Ok(new.find_map(|wanted| holder(wanted, bridge, &present, &routes).map(|holder| (wanted, holder))))
 }
 
 /// What has a subnet on this host.
@@ -45,14 +53,22 @@ enum Holder {
 }
 
 impl Holder {
-    fn words(&self, links: &Links) -> Result<String> {
-        let name =
-            |index: u32| Ok::<_, Error>(links.numbered(index)?.map_or_else(|| "a link".to_owned(), |link| link.name));
-        Ok(match self {
-            Self::Address(link, address) => format!("where '{}' has this host's own {address}", name(*link)?),
-            Self::Route(Route { link: Some(link), to }) => format!("where {to} is routed to '{}'", name(*link)?),
+    /// The link's number, if it is on one.
+    fn link(&self) -> Option<u32> {
+        match self {
+            Self::Address(link, _) => Some(*link),
+            Self::Route(route) => route.link,
+        }
+    }
+
+    /// `name` is that of the link.
+    fn words(&self, name: Option<&str>) -> String {
+        let name = name.unwrap_or("nobody");
+        match self {
+            Self::Address(_, address) => format!("where '{name}' has this host's own {address}"),
+            Self::Route(Route { link: Some(_), to }) => format!("where {to} is routed to '{name}'"),
             Self::Route(Route { link: None, to }) => format!("where {to} is routed to nobody"),
-        })
+        }
     }
 }
 
