@@ -190,8 +190,9 @@ fn a_damaged_vm_that_runs() {
         ("delete_disk", json!([disk])),
         ("delete_vm", json!([vm])),
     ];
-    // Its guest works on, and its supervisor writes that down.
+    // Its guest works on, and its supervisor writes that down: the last that it has to say is that it found the disk.
     lab.host.sees(&vm, "BOOTSECTOR-OK", 1);
+    lab.host.sees(&vm, "U1", 1);
     lab.walk(&dir, "vm.json", &calls);
     assert_eq!(lab.host.qemu(&vm).unwrap().pid(), qemu);
     assert!(is_plugged(&lab.host, &vm, &disk));
