@@ -111,6 +111,11 @@ pub fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
+/// Whether a path that was not found is a link to nothing. A file that is there a moment later was made meanwhile.
+pub fn is_link(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|meta| meta.is_symlink())
+}
+
 /// The names in `dir` that are UTF-8, as all of ours are; none if it is not there.
 pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match dir.read_dir() {

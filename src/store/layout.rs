@@ -105,7 +105,7 @@ impl Store {
         let damaged = format!("somebody damaged the file: if no newer version was here, write {SCHEMA} into it");
         let text = match std::fs::read(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_there(&path) => {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(&path) => {
                 return self.is_mounted().map(|()| false);
             }
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {

@@ -166,7 +166,7 @@ impl Glance {
     pub fn at(path: &Path) -> Result<Option<Self>> {
         loop {
             let file = match File::open(path) {
-                Err(error) if error.kind() == NotFound && !is_link(path) => return Ok(Some(Self(None))),
+                Err(error) if error.kind() == NotFound && !atomic::is_link(path) => return Ok(Some(Self(None))),
                 file => file.map_err(|error| unusable(path, error))?,
             };
             if file.metadata().is_ok_and(|meta| meta.is_dir()) {
@@ -210,7 +210,7 @@ fn open(path: &Path) -> Result<(File, bool)> {
     options.read(true).write(true).mode(0o600);
     loop {
         match options.open(path) {
-            Err(error) if error.kind() == NotFound && !is_link(path) => {}
+            Err(error) if error.kind() == NotFound && !atomic::is_link(path) => {}
             file => return file.map(|file| (file, false)).map_err(|error| unusable(path, error)),
         }
         match options.clone().create_new(true).open(path) {
@@ -223,11 +223,6 @@ fn open(path: &Path) -> Result<(File, bool)> {
             file => return file.map(|file| (file, true)).map_err(|error| unusable(path, error)),
         }
     }
-}
-
-/// Whether a path that was not found is a link to nothing. A lock that is there a moment later was made meanwhile.
-fn is_link(path: &Path) -> bool {
-    path.symlink_metadata().is_ok_and(|meta| meta.is_symlink())
 }
 
 /// Why the lock can not be opened. One that is no file was not made by us.

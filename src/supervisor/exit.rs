@@ -77,7 +77,7 @@ impl ExitRecord {
                 .hint("remove the file: the VM counts as crashed then, and is started again")
         };
         match std::fs::read(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_there(path) => Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(path) => Ok(None),
             Err(error) => Err(damaged(&error.to_string())),
             Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| damaged(&error.to_string())),
         }
