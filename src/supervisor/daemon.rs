@@ -252,7 +252,8 @@ impl<'a> Supervisor<'a> {
             return Ok(None);
         }
         let lock = self.scope.store.lock(Rank::Vm, &self.scope.cid, Instant::now() + LOCK_PATIENCE)?;
-        if self.still_ours()? {
+        // Its create_vm may still have been at work when it ended. That is over now, and if it is not ready, nobody has it.
+        if self.still_ours()? && self.vm.phase == Phase::Ready {
             return Ok(Some(lock));
         }
         if read(self.scope)?.is_none() {
@@ -264,7 +265,7 @@ impl<'a> Supervisor<'a> {
     /// Whether the record still wants the run this supervisor is for; takes over what changed in it.
     fn still_ours(&mut self) -> Result<bool> {
         let Some(now) = read(self.scope)? else { return Ok(false) };
-        let same = now.run == self.vm.run && now.phase == Phase::Ready && now.desired == Desired::Running;
+        let same = now.run == self.vm.run && now.phase != Phase::Deleting && now.desired == Desired::Running;
         if same {
             self.vm = now;
         }
