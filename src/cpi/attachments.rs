@@ -113,7 +113,7 @@ impl Cpi {
         let mut disk = self.store.find::<DiskRecord>(disk_cid)?;
         let (_lock, _brief) = match &mut disk {
             Some(disk) => {
-                // Of one that is not, or is where nobody answers, only the VM's word for it is taken back.
+                // Of a disk that another host has now, or whose pool does not answer, only the VM's word for it is taken back.
                 if disk.leftover.is_some() && self.store.is_ours(disk).is_ok() {
                     self.settle_copy(disk, deadline)?;
                 }

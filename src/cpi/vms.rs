@@ -207,11 +207,11 @@ impl Cpi {
 
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
         let paths = self.store.vm(cid);
-        if !atomic::is_there(&paths.dir) && !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
-            return self.store.is_mounted();
-        }
         if !atomic::is_there(&paths.dir) {
             self.store.is_mounted()?;
+            if !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
+                return Ok(());
+            }
         }
         let deadline = self.deadline("delete_vm");
         let lock = match self.store.lock(Rank::Vm, cid, Instant::now() + LOOK) {

@@ -84,10 +84,12 @@ mod tests {
             let error = unused(&path, Instant::now()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Conflict);
             assert!(error.report().contains("image' is open"), "{}", error.report());
+            assert_eq!(released(&path).unwrap_err().kind(), ErrorKind::Conflict);
             lock(byte, libc::F_UNLCK);
         }
         // Nobody's business.
         lock(0, libc::F_WRLCK);
         unused(&path, Instant::now()).unwrap();
+        released(&path).unwrap();
     }
 }

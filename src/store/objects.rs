@@ -17,8 +17,8 @@ impl Store {
     /// The record of `cid`, or `None` if there is nothing of it.
     ///
     /// # Errors
-    /// As [`Self::read`] and [`Self::is_mounted`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that was lost, because a
-    /// record is written before anything else is made and removed after it.
+    /// As [`Self::read`] and [`Self::is_mounted`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that
+    /// was lost, because a record is written before anything else is made and removed after it.
     pub fn find<R: Record>(&self, cid: &R::Cid) -> Result<Option<R>> {
         if let Some(record) = self.read::<R>(cid)? {
             return Ok(Some(record));

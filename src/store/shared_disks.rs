@@ -39,6 +39,12 @@ const NOBODYS: &str = "host-none";
 /// Where the state directory says which host it is to others.
 const HOST_ID: &str = "host-id";
 
+/// What to do with what is here of a disk whose image in force was given up or taken.
+const OUTDATED: &str = "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
+/// The same where that was an older image.
+const NEWER: &str = "an update_disk had moved it out of that pool, and what is here is newer: delete it on that host, or \
+                     remove its directory here by hand";
+
 /// Whose a disk is, by its mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Whose {
@@ -198,13 +204,7 @@ impl Store {
                 }
                 Whose::Others => "another host's",
             };
-            let hint = match place.is_in_force(disk) {
-                true => "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it",
-                false => {
-                    "an update_disk had moved it out of that pool, and what is here is newer: delete it on that host, \
-                          or remove its directory here by hand"
-                }
-            };
+            let hint = if place.is_in_force(disk) { OUTDATED } else { NEWER };
             return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is {now} now: {has}")).hint(hint));
         }
         Ok(())

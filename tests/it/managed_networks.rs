@@ -1,8 +1,11 @@
 //! create_network, delete_network and VMs between them, as a Director with `managed: true` asks.
 
+use std::collections::BTreeSet;
+
 use bosh_qemu_cpi::store::record::NetworkRecord;
 use serde_json::{Value, json};
 
+use crate::support::answer::Answer;
 use crate::support::crash::armed;
 use crate::support::host::{Host, request, text};
 use crate::support::skip;
@@ -125,4 +128,19 @@ fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
     let overlapping = host.call("create_network", &subnet);
     assert!(overlapping.failure().message.contains(&format!("managed network '{network}'")), "{overlapping:?}");
     host.ok("delete_network", &json!([network]));
+}
+
+/// Whoever chooses at the same time does not choose the same.
+#[test]
+fn networks_that_are_made_at_once_have_ranges_of_their_own() {
+    let Some(host) = Host::new() else { return };
+    let subnet = json!([{"type": "manual", "netmask_bits": 24, "cloud_properties": {}}]);
+    let calls: Vec<_> = (0..8).map(|_| host.start("create_network", &subnet)).collect();
+    let answers = calls.into_iter().map(|call| Answer::of(&call.wait_with_output().unwrap()));
+    let made: Vec<_> = answers.map(|answer| answer.result().clone()).collect();
+    let ranges: BTreeSet<_> = made.iter().map(|network| text(&network[1]["range"])).collect();
+    assert_eq!(ranges.len(), made.len(), "{made:?}");
+    for network in made {
+        host.ok("delete_network", &json!([network[0]]));
+    }
 }

@@ -1,9 +1,10 @@
 //! What a supervisor writes down, when it starts its VM again, and that a VM lives on without it.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::VmCid;
-use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
+use bosh_qemu_cpi::supervisor::{Ending, ExitRecord, call_off};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -177,6 +178,21 @@ fn a_supervisor_is_small() {
     // What is not optimized has three times the code and data.
     let most = if cfg!(debug_assertions) { 15 << 10 } else { 5 << 10 };
     assert!(kib <= most, "{kib} KiB");
+}
+
+/// A delete_vm that finds a call at work calls off what may be a launch. A guest that runs is none.
+#[test]
+fn what_runs_is_not_called_off() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
+    call_off(&host.paths(&vm)).unwrap();
+    host.ok("set_vm_metadata", &json!([vm, {}]));
+    assert!(!qemu.wait_exit(Instant::now() + Duration::from_millis(500)).unwrap());
+    assert_eq!(host.supervisor(&vm).expect("it lives").pid(), supervisor.pid());
+    // Neither is the next launch.
+    host.crash(&vm);
+    host.sees(&vm, "BOOTSECTOR-OK", 2);
 }
 
 #[test]

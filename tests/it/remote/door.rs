@@ -219,5 +219,12 @@ fn a_machine_that_sends_its_calls_elsewhere_is_no_host() {
     pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
+    // It must not say either that all is well here, where nothing of the calls is.
+    for words in [&["vm", "list"][..], &["audit"], &["gc"], &["pool", "list"], &["network", "plan"], &["host", "start"]]
+    {
+        let output = pair.host.cpi().args(words).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("this machine is no host"), "{words:?}: {output:?}");
+    }
     pair.host.reconfigure(|config| drop(config.as_object_mut().unwrap().remove("transport")));
 }

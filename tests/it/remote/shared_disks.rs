@@ -1,6 +1,6 @@
 //! Disks in a pool that several hosts share: on whichever host they are asked for, and never on two.
 
-use bosh_qemu_cpi::cid::DiskCid;
+use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use bosh_qemu_cpi::store::DiskRecord;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -37,13 +37,23 @@ fn disk(host: &Host) -> DiskCid {
     text(&host.ok("create_disk", &json!([8, {}, null]))).parse().unwrap()
 }
 
-/// Has a host give up a disk; what it answers.
-fn give_up(host: &Host, disk: &DiskCid, variables: &[(&str, &str)]) -> String {
+/// What a host answers to the question of a caller elsewhere.
+fn asked(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
     let mut command = host.cpi();
     command.args(["host", "serve"]);
     command.envs(variables.iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)));
-    let output = host.namespace().run(|| run(command, format!("{{\"give_up\":\"{disk}\"}}\n").as_bytes()));
+    let output = host.namespace().run(|| run(command, format!("{question}\n").as_bytes()));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Has a host give up a disk; what it answers.
+fn give_up(host: &Host, disk: &DiskCid, variables: &[(&str, &str)]) -> String {
+    asked(host, &json!({"give_up": disk}), variables)
+}
+
+/// Which of the disks a host says it has: this one, or none.
+fn found(host: &Host, disk: &DiskCid) -> String {
+    asked(host, &json!({"find": [disk]}), &[])
 }
 
 #[test]
@@ -214,10 +224,8 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
     }
     // Who asks all hosts where it is, is sent to the other.
-    let mut command = gone.cpi();
-    command.args(["host", "serve"]);
-    let said = gone.namespace().run(|| run(command, format!("{{\"find\":[\"{spare}\"]}}\n").as_bytes()));
-    assert!(String::from_utf8_lossy(&said.stdout).contains("{\"found\":[]}"), "{said:?}");
+    let said = found(gone, &spare);
+    assert!(said.contains(r#"{"found":[]}"#), "{said}");
     let (well, found) = gone.command(&["gc", "--json"]);
     assert!(!well && found.to_string().contains(&format!("detach_disk from VM '{vm}'")), "{found}");
     assert_eq!(owners(&hosts, &spare), [1], "it has forgotten the one that no VM has");
@@ -258,10 +266,8 @@ fn a_disk_that_was_taken_can_be_given_back() {
     taker.ok("resize_disk", &json!([disk, 16]));
     assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
     // Its own record is from before.
-    let mut command = gone.cpi();
-    command.args(["host", "serve"]);
-    let said = gone.namespace().run(|| run(command, format!("{{\"find\":[\"{disk}\"]}}\n").as_bytes()));
-    assert!(String::from_utf8_lossy(&said.stdout).contains(disk.to_string().as_str()), "{said:?}");
+    let said = found(gone, &disk);
+    assert!(said.contains(disk.as_str()), "{said}");
     gone.ok("resize_disk", &json!([disk, 17]));
     assert_eq!(owners(&hosts, &disk), [0]);
     assert_pattern(gone, &disk);
