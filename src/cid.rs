@@ -34,7 +34,9 @@ fn validate(text: &str) -> Result<(), CidError> {
     if text.is_empty() || text.len() > MAX_LENGTH {
         return Err(CidError::Length(text.len()));
     }
-    let allowed = |(i, c): &(usize, char)| c.is_ascii_alphanumeric() || (*i > 0 && matches!(c, '.' | '_' | ':' | '-'));
+    let allowed = |(i, c): &(usize, char)| {
+        c.is_ascii_alphanumeric() || (*i > 0 && matches!(c, '.' | '_' | ':' | '-'))
+    };
     match text.char_indices().find(|at| !allowed(at)) {
         Some((i, c)) => Err(CidError::Character(c, i)),
         None => Ok(()),
@@ -71,7 +73,8 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
     /// [`CidError::NotOurs`] for any other.
     fn parse_new(text: &str) -> Result<Self, CidError> {
         let tail = text.strip_prefix(Self::PREFIX).and_then(|tail| tail.strip_prefix('-'));
-        let is_ours = tail.is_some_and(|tail| tail.len() == TAIL && tail.bytes().all(|b| ALPHABET.contains(&b)));
+        let is_ours = tail
+            .is_some_and(|tail| tail.len() == TAIL && tail.bytes().all(|b| ALPHABET.contains(&b)));
         if is_ours { Self::parse(text) } else { Err(CidError::NotOurs(Self::PREFIX)) }
     }
     /// The text.
@@ -80,7 +83,8 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
     fn random_at(place: &str) -> Self {
         let random = Self::random();
         let (head, tail) = random.as_str().split_at(Self::PREFIX.len() + 1);
-        Self::parse(&format!("{head}{}{}", trace_of(place), &tail[TRACE..])).expect("of the same characters")
+        Self::parse(&format!("{head}{}{}", trace_of(place), &tail[TRACE..]))
+            .expect("of the same characters")
     }
     /// Whether it bears the trace of `place`. One that was made elsewhere may do so by chance, 1 in 32768.
     fn is_from(&self, place: &str) -> bool {
@@ -90,7 +94,8 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
 
 /// As [`Cid::is_from`], for a cid of any kind.
 pub fn is_from(cid: &str, place: &str) -> bool {
-    cid.split_once('-').is_some_and(|(_, tail)| tail.len() == TAIL && tail.starts_with(&trace_of(place)))
+    cid.split_once('-')
+        .is_some_and(|(_, tail)| tail.len() == TAIL && tail.starts_with(&trace_of(place)))
 }
 
 /// How much of a tail says where its object is.
@@ -194,7 +199,10 @@ mod tests {
 
     #[test]
     fn nothing_that_could_leave_its_directory_parses() {
-        for text in ["", ".", "..", "../x", "a/b", "/etc", "a\0b", "-x", ".x", "ä", "a b", "a,b", "a'b", "a\nb"] {
+        for text in [
+            "", ".", "..", "../x", "a/b", "/etc", "a\0b", "-x", ".x", "ä", "a b", "a,b", "a'b",
+            "a\nb",
+        ] {
             assert!(VmCid::parse(text).is_err(), "{text:?}");
         }
         assert_eq!(VmCid::parse(&"x".repeat(300)), Err(CidError::Length(300)));

@@ -259,7 +259,10 @@ mod tests {
     #[test]
     fn nothing_at_all_is_a_call() {
         assert!(Cli::try_parse_from(["bosh-qemu-cpi"]).is_ok_and(|cli| cli.command.is_none()));
-        assert!(Cli::try_parse_from(["bosh-qemu-cpi", "--config", "/x"]).is_ok_and(|cli| cli.config.is_some()));
+        assert!(
+            Cli::try_parse_from(["bosh-qemu-cpi", "--config", "/x"])
+                .is_ok_and(|cli| cli.config.is_some())
+        );
         assert!(Cli::try_parse_from(["bosh-qemu-cpi", "--conf"]).is_err());
     }
 }

@@ -27,7 +27,8 @@ pub const DEFAULT_FILE: &str = "/etc/bosh-qemu-cpi/cpi.json";
 /// Names the file to read.
 pub const ENVIRONMENT: &str = "BOSH_QEMU_CPI_CONFIG";
 /// The keys a request's context may override.
-pub const CONTEXT_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "hosts", "transport", "vm_defaults"];
+pub const CONTEXT_KEYS: &[&str] =
+    &["agent", "deadlines", "disk_defaults", "hosts", "transport", "vm_defaults"];
 /// Those of them that are about the VMs: they go with the request to the host. The others only say which host that is.
 pub const HOST_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "vm_defaults"];
 
@@ -297,37 +298,48 @@ impl Config {
             return Err(SchemaError { path: "run_dir".into(), problem });
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-        if let Some(name) = self.pools.keys().find(|name| name.is_empty() || !name.chars().all(plain)) {
+        if let Some(name) =
+            self.pools.keys().find(|name| name.is_empty() || !name.chars().all(plain))
+        {
             let expected = "a name of letters, digits, '-' and '_'";
             return Err(SchemaError::value(expected, &Value::String(name.clone())).under("pools"));
         }
         let unknown = self.stemcell_pool.as_ref().filter(|name| !self.pools.contains_key(*name));
         if let Some(name) = unknown {
             let expected = "the name of one of 'pools'";
-            return Err(SchemaError::value(expected, &Value::String(name.clone())).under("stemcell_pool"));
+            return Err(
+                SchemaError::value(expected, &Value::String(name.clone())).under("stemcell_pool")
+            );
         }
         self.transport.validated().map_err(|e| e.under("transport"))?;
         for (at, host) in self.hosts.iter().enumerate() {
             let path = |e: SchemaError| e.under(&at.to_string()).under("hosts");
             host.transport.validated().map_err(|e| path(e.under("transport")))?;
             if host.transport.kind == TransportKind::Local {
-                let (expected, found) = ("\"ssh\", or \"unix\" for this machine", "\"local\"".to_owned());
+                let (expected, found) =
+                    ("\"ssh\", or \"unix\" for this machine", "\"local\"".to_owned());
                 let problem = crate::schema::Problem::Value { expected, found };
                 return Err(path(SchemaError { path: "transport.kind".into(), problem }));
             }
             if self.hosts[..at].iter().any(|other| other.name == host.name) {
                 let found = "one that another host has".to_owned();
-                let problem = crate::schema::Problem::Value { expected: "a name of its own", found };
+                let problem =
+                    crate::schema::Problem::Value { expected: "a name of its own", found };
                 return Err(path(SchemaError { path: "name".into(), problem }));
             }
         }
         for (name, rules) in &self.security_groups {
-            if let Some(at) = rules.iter().position(|rule| rule.ports.is_some() && !rule.protocol.has_ports()) {
+            if let Some(at) =
+                rules.iter().position(|rule| rule.ports.is_some() && !rule.protocol.has_ports())
+            {
                 let problem = crate::schema::Problem::Value {
                     expected: "ports only with \"tcp\", \"udp\" or \"sctp\"",
                     found: "ports of another protocol".into(),
                 };
-                return Err(SchemaError { path: format!("security_groups.{name}.{at}.ports"), problem });
+                return Err(SchemaError {
+                    path: format!("security_groups.{name}.{at}.ports"),
+                    problem,
+                });
             }
         }
         Ok(self)
@@ -344,7 +356,9 @@ impl Property for IpNetwork {
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let network = value.as_str().and_then(|text| text.parse::<IpNetwork>().ok());
-        network.filter(|n| n.ip() == n.network()).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+        network
+            .filter(|n| n.ip() == n.network())
+            .ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
 
@@ -352,7 +366,10 @@ impl Property for std::net::IpAddr {
     const EXPECTED: &'static str = "an IP address";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        value.as_str().and_then(|text| text.parse().ok()).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+        value
+            .as_str()
+            .and_then(|text| text.parse().ok())
+            .ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
 
@@ -372,7 +389,10 @@ mod tests {
     #[test]
     fn the_path_of_a_bad_key_is_named() {
         let refusal = |value| Config::from_json(&value).unwrap_err().to_string();
-        assert_eq!(refusal(json!({"qemu": {"acel": "kvm"}})), "qemu.acel: unknown key; did you mean 'accel'?");
+        assert_eq!(
+            refusal(json!({"qemu": {"acel": "kvm"}})),
+            "qemu.acel: unknown key; did you mean 'accel'?"
+        );
         assert_eq!(
             refusal(json!({"networks": {"a": {"mtu": 1}}})),
             "networks.a.mtu: expected a whole number from 576 to 65535, got 1"
@@ -386,7 +406,8 @@ mod tests {
     #[test]
     fn ports_are_of_protocols_that_have_some() {
         let group = |rule: Value| {
-            let config = Config::from_json(&json!({"security_groups": {"web": [rule]}})).and_then(Config::validated);
+            let config = Config::from_json(&json!({"security_groups": {"web": [rule]}}))
+                .and_then(Config::validated);
             config.map(drop).map_err(|error| error.to_string())
         };
         for protocol in [json!("tcp"), json!(17), json!("sctp")] {
@@ -404,16 +425,21 @@ mod tests {
     #[test]
     fn hosts_have_names_of_their_own() {
         let unix = json!({"kind": "unix"});
-        let twice = json!({"hosts": [{"name": "a", "transport": unix}, {"name": "a", "transport": unix}]});
+        let twice =
+            json!({"hosts": [{"name": "a", "transport": unix}, {"name": "a", "transport": unix}]});
         let error = Config::from_json(&twice).and_then(Config::validated).unwrap_err();
-        assert_eq!(error.to_string(), "hosts.1.name: expected a name of its own, got one that another host has");
+        assert_eq!(
+            error.to_string(),
+            "hosts.1.name: expected a name of its own, got one that another host has"
+        );
     }
 
     #[test]
     fn credentials_do_not_show_in_debug() {
-        let config =
-            Config::from_json(&json!({"agent": {"mbus": "nats://u:hunter2@h", "blobstore": {"password": "hunter2"}}}))
-                .unwrap();
+        let config = Config::from_json(
+            &json!({"agent": {"mbus": "nats://u:hunter2@h", "blobstore": {"password": "hunter2"}}}),
+        )
+        .unwrap();
         assert!(!format!("{config:?}").contains("hunter2"));
     }
 }

@@ -45,8 +45,9 @@ mod armed {
     const LOG: &str = "BOSH_QEMU_CPI_CRASH_LOG";
     const AT: &str = "BOSH_QEMU_CPI_CRASH_AT";
 
-    static ROLE: LazyLock<&str> =
-        LazyLock::new(|| if std::env::args().any(|word| word == "supervise") { "supervisor: " } else { "" });
+    static ROLE: LazyLock<&str> = LazyLock::new(|| {
+        if std::env::args().any(|word| word == "supervise") { "supervisor: " } else { "" }
+    });
     static PASSED: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
 
     /// What of the environment a supervisor is to have.
@@ -63,7 +64,8 @@ mod armed {
         let name = format!("{}{name}", *ROLE);
         if let Some(log) = log {
             let file = OpenOptions::new().create(true).append(true).open(log);
-            file.and_then(|mut file| file.write_all(format!("{name}\n").as_bytes())).expect("the log of crash points");
+            file.and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()))
+                .expect("the log of crash points");
         }
         let passed = {
             let mut passed = PASSED.lock().expect("no panic");
@@ -79,7 +81,8 @@ mod armed {
 
     /// A point's name and the passing that is meant.
     fn parse(at: &str) -> (&str, u32) {
-        let numbered = at.rsplit_once('#').and_then(|(name, times)| Some((name, times.parse().ok()?)));
+        let numbered =
+            at.rsplit_once('#').and_then(|(name, times)| Some((name, times.parse().ok()?)));
         numbered.unwrap_or((at, 1))
     }
 

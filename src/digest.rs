@@ -93,7 +93,8 @@ impl FromStr for Digest {
         if digits.len() != 2 * bytes.len() {
             return Err(DigestError);
         }
-        let value = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+        let value =
+            |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
         for (byte, pair) in bytes.iter_mut().zip(digits.chunks(2)) {
             *byte = value(pair[0]).ok_or(DigestError)? << 4 | value(pair[1]).ok_or(DigestError)?;
         }
@@ -132,13 +133,24 @@ mod tests {
         std::fs::write(file.path(), "abd").unwrap();
         let refused = ABC.parse::<Digest>().unwrap().verify(file.path()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::BadRequest);
-        assert!(!refused.report().contains("a52d159f262b2c6ddb724a61840befc36eb30c88877a4030b65cbe86298449c9"));
+        assert!(
+            !refused
+                .report()
+                .contains("a52d159f262b2c6ddb724a61840befc36eb30c88877a4030b65cbe86298449c9")
+        );
     }
 
     #[test]
     fn text_and_back() {
         assert_eq!(ABC.parse::<Digest>().unwrap().to_string(), ABC);
-        for wrong in ["", "ba78", &ABC[1..], &format!("{}g", &ABC[1..]), &format!("sha1:{ABC}"), &"é".repeat(32)] {
+        for wrong in [
+            "",
+            "ba78",
+            &ABC[1..],
+            &format!("{}g", &ABC[1..]),
+            &format!("sha1:{ABC}"),
+            &"é".repeat(32),
+        ] {
             assert_eq!(wrong.parse::<Digest>(), Err(DigestError), "{wrong}");
         }
     }

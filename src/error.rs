@@ -127,7 +127,9 @@ impl Error {
 
     /// Whether this host has not the memory or the space, so that another may do better.
     pub fn lacks_room(&self) -> bool {
-        self.is_of(|kind| matches!(kind, ErrorKind::NoDiskSpace | ErrorKind::NotEnoughMemory { .. }))
+        self.is_of(|kind| {
+            matches!(kind, ErrorKind::NoDiskSpace | ErrorKind::NotEnoughMemory { .. })
+        })
     }
 
     /// Whether others were faster to put VMs on this host, so that it is to be chosen anew.
@@ -138,7 +140,8 @@ impl Error {
     /// Whether it or what is behind it is of such a kind.
     fn is_of(&self, such: impl Fn(ErrorKind) -> bool) -> bool {
         let behind = std::iter::successors(std::error::Error::source(self), |error| error.source());
-        such(self.kind) || behind.filter_map(|error| error.downcast_ref::<Self>()).any(|error| such(error.kind))
+        such(self.kind)
+            || behind.filter_map(|error| error.downcast_ref::<Self>()).any(|error| such(error.kind))
     }
 
     /// What the operator can do about it, if that is known.
@@ -171,7 +174,9 @@ impl Error {
 
 fn io_kind(error: &std::io::Error) -> ErrorKind {
     match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::NoDiskSpace,
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            ErrorKind::NoDiskSpace
+        }
         std::io::ErrorKind::TimedOut => ErrorKind::Timeout,
         // An image larger than its filesystem can have files: 16 TiB on ext4. Another pool may do.
         std::io::ErrorKind::FileTooLarge => ErrorKind::NotSupported,
@@ -206,15 +211,20 @@ mod tests {
         let error = Error::io("open", Path::new("/x"), std::io::ErrorKind::NotFound.into())
             .hint("create it")
             .during("attach disk 'disk-a'");
-        assert_eq!(error.report(), "attach disk 'disk-a': open '/x': entity not found\nHint: create it");
+        assert_eq!(
+            error.report(),
+            "attach disk 'disk-a': open '/x': entity not found\nHint: create it"
+        );
         assert_eq!(error.kind(), ErrorKind::Host);
     }
 
     #[test]
     fn that_there_is_no_room_is_known_whatever_comes_of_it() {
         let full = Error::new(ErrorKind::NotEnoughMemory { passing: false }, "no memory");
-        let failed =
-            full.during("start it").during("create VM").with_kind(ErrorKind::VmCreationFailed { retry: false });
+        let failed = full
+            .during("start it")
+            .during("create VM")
+            .with_kind(ErrorKind::VmCreationFailed { retry: false });
         assert!(failed.lacks_room());
         assert!(!Error::new(ErrorKind::VmCreationFailed { retry: true }, "x").lacks_room());
     }

@@ -17,7 +17,9 @@ pub struct LinkName(String);
 
 /// Why a text is no [`LinkName`]. The text is not repeated: it may be hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a link name has 1 to {MAX_LENGTH} letters, digits, '.', '_' and '-', the first a letter or digit")]
+#[error(
+    "a link name has 1 to {MAX_LENGTH} letters, digits, '.', '_' and '-', the first a letter or digit"
+)]
 pub struct LinkNameError;
 
 impl LinkName {
@@ -64,7 +66,9 @@ mod tests {
 
     #[test]
     fn what_the_kernel_or_a_path_would_choke_on_is_no_name() {
-        for text in ["", ".", "..", "-a", "a/b", "a b", "a:1", "a%d", "a\0", "ä", "a\n", "sixteen-letters-"] {
+        for text in
+            ["", ".", "..", "-a", "a/b", "a b", "a:1", "a%d", "a\0", "ä", "a\n", "sixteen-letters-"]
+        {
             assert_eq!(LinkName::parse(text), Err(LinkNameError), "{text:?}");
         }
         for text in ["br0", "eth0.100", "fifteen-letters", "bosh_nat-0"] {

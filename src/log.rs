@@ -37,7 +37,8 @@ pub fn relay(line: &str) {
     let mut relayed = RELAYED.lock().unwrap_or_else(PoisonError::into_inner);
     let stderr = relayed.get_or_insert_with(|| Bounded::new(io::stderr(), LogFormat::Text));
     // Never a control character of a machine that may be hostile, and one line.
-    let line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).chain(['\n']).collect();
+    let line: String =
+        line.chars().map(|c| if c.is_control() { ' ' } else { c }).chain(['\n']).collect();
     let _ = stderr.write_all(line.as_bytes());
 }
 
@@ -133,12 +134,18 @@ mod tests {
     #[test]
     fn a_line_says_on_whose_behalf() {
         let act = || {
-            let _call = tracing::info_span!("call", method = "has_vm", request_id = Some("cpi-1")).entered();
+            let _call = tracing::info_span!("call", method = "has_vm", request_id = Some("cpi-1"))
+                .entered();
             tracing::info!(elapsed_ms = 3, "done");
             tracing::debug!("unseen");
         };
         let line = written(LogLevel::Info, LogFormat::Text, act);
-        assert!(line.ends_with("INFO call{method=\"has_vm\" request_id=\"cpi-1\"}: done elapsed_ms=3\n"), "{line}");
+        assert!(
+            line.ends_with(
+                "INFO call{method=\"has_vm\" request_id=\"cpi-1\"}: done elapsed_ms=3\n"
+            ),
+            "{line}"
+        );
         let line = written(LogLevel::Info, LogFormat::Json, act);
         let line: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!((&line["message"], &line["span"]["method"]), (&"done".into(), &"has_vm".into()));
@@ -151,7 +158,10 @@ mod tests {
             tracing::error!(target: "netlink", "theirs");
             tracing::error!("ours \u{1b}[31m");
         });
-        assert!(text.contains("ours") && !text.contains("theirs") && !text.contains('\u{1b}'), "{text:?}");
+        assert!(
+            text.contains("ours") && !text.contains("theirs") && !text.contains('\u{1b}'),
+            "{text:?}"
+        );
     }
 
     #[test]
@@ -165,7 +175,11 @@ mod tests {
                     tracing::info!("{}", "x".repeat(200));
                 }
             });
-            assert!(text.len() > MAX_BYTES - 1000 && text.len() < MAX_BYTES + 100, "{}", text.len());
+            assert!(
+                text.len() > MAX_BYTES - 1000 && text.len() < MAX_BYTES + 100,
+                "{}",
+                text.len()
+            );
             assert!(text.ends_with(last), "{}", &text[text.len() - 200..]);
             assert_eq!(text.matches("dropped").count(), 1);
         }

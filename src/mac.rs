@@ -70,8 +70,11 @@ impl FromStr for MacAddress {
         let mut octets = [0; 6];
         let mut pairs = text.split(':');
         for octet in &mut octets {
-            let pair = pairs.next().filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()));
-            *octet = pair.and_then(|pair| u8::from_str_radix(pair, 16).ok()).ok_or(MacAddressError)?;
+            let pair = pairs
+                .next()
+                .filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()));
+            *octet =
+                pair.and_then(|pair| u8::from_str_radix(pair, 16).ok()).ok_or(MacAddressError)?;
         }
         if pairs.next().is_none() { Ok(Self(octets)) } else { Err(MacAddressError) }
     }
@@ -117,7 +120,9 @@ mod tests {
         let text = serde_json::to_string(&mac).unwrap();
         assert_eq!(text, format!("\"{mac}\""));
         assert_eq!(serde_json::from_str::<MacAddress>(&text).unwrap(), mac);
-        for bad in ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "02:00:00:00:00:+1"] {
+        for bad in
+            ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "02:00:00:00:00:+1"]
+        {
             assert_eq!(bad.parse::<MacAddress>(), Err(MacAddressError), "{bad:?}");
         }
     }

@@ -16,9 +16,15 @@ fn main() -> ExitCode {
     let config = cli.config.as_deref();
     let outcome = match cli.command {
         None => commands::cpi::run(config).map(|()| true),
-        Some(Command::Selftest { json }) => commands::selftest::run(config, json, &mut std::io::stdout()),
-        Some(Command::Vm(Vm::List { json })) => commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true),
-        Some(Command::Pool(Pool::List { json })) => commands::pool::list(config, json, &mut std::io::stdout()),
+        Some(Command::Selftest { json }) => {
+            commands::selftest::run(config, json, &mut std::io::stdout())
+        }
+        Some(Command::Vm(Vm::List { json })) => {
+            commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true)
+        }
+        Some(Command::Pool(Pool::List { json })) => {
+            commands::pool::list(config, json, &mut std::io::stdout())
+        }
         Some(Command::Network { deed, json }) => {
             let (deed, networks) = match deed {
                 NetworkDeed::Plan { networks } => (Deed::Plan, networks),
@@ -27,13 +33,22 @@ fn main() -> ExitCode {
             };
             commands::network::run(config, deed, &networks, json, &mut std::io::stdout())
         }
-        Some(Command::Reference { page }) => commands::reference::run(page, &mut std::io::stdout()).map(|()| true),
-        Some(Command::Disk(command)) => commands::disk::run(config, command, &mut std::io::stdout()).map(|()| true),
-        Some(Command::Audit { json }) => commands::audit::run(config, false, json, &mut std::io::stdout()),
-        Some(Command::Gc { dry_run, json }) => commands::audit::run(config, !dry_run, json, &mut std::io::stdout()),
+        Some(Command::Reference { page }) => {
+            commands::reference::run(page, &mut std::io::stdout()).map(|()| true)
+        }
+        Some(Command::Disk(command)) => {
+            commands::disk::run(config, command, &mut std::io::stdout()).map(|()| true)
+        }
+        Some(Command::Audit { json }) => {
+            commands::audit::run(config, false, json, &mut std::io::stdout())
+        }
+        Some(Command::Gc { dry_run, json }) => {
+            commands::audit::run(config, !dry_run, json, &mut std::io::stdout())
+        }
         Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),
         Some(Command::Supervise { vm, adopt, patience }) => {
-            commands::supervise::run(config, vm, adopt, Duration::from_millis(patience)).map(|()| true)
+            commands::supervise::run(config, vm, adopt, Duration::from_millis(patience))
+                .map(|()| true)
         }
     };
     match outcome {

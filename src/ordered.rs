@@ -51,7 +51,8 @@ impl Object {
     /// Of every key only the last mention.
     fn without_repeats(mut self) -> Self {
         let mut seen = HashSet::new();
-        let keep: Vec<bool> = self.0.iter().rev().map(|(name, _)| seen.insert(name.as_str())).collect();
+        let keep: Vec<bool> =
+            self.0.iter().rev().map(|(name, _)| seen.insert(name.as_str())).collect();
         if keep.contains(&false) {
             let mut keep = keep.into_iter().rev();
             self.0.retain(|_| keep.next().expect("one mark for each key"));

@@ -8,7 +8,10 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 /// What `job` returns, or `None` if it has not by `deadline`; it then goes on in vain.
-pub fn within<T: Send + 'static>(deadline: Instant, job: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub fn within<T: Send + 'static>(
+    deadline: Instant,
+    job: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         // Nobody may listen any more.

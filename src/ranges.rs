@@ -83,7 +83,8 @@ impl IpProtocol {
             "all" => Some(Self::All),
             "icmp" => Some(Self::Icmp),
             text => {
-                let named = PROTOCOLS.iter().find(|(name, _)| *name == text).map(|(_, number)| *number);
+                let named =
+                    PROTOCOLS.iter().find(|(name, _)| *name == text).map(|(_, number)| *number);
                 named.or_else(|| text.parse().ok()).map(Self::Number)
             }
         }
@@ -97,7 +98,9 @@ impl Property for IpProtocol {
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = match value {
             Value::String(text) => Self::parse(text),
-            number => number.as_u64().and_then(|number| u8::try_from(number).ok()).map(Self::Number),
+            number => {
+                number.as_u64().and_then(|number| u8::try_from(number).ok()).map(Self::Number)
+            }
         };
         parsed.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
@@ -140,8 +143,12 @@ impl Property for PortRange {
     const EXPECTED: &'static str = "a port from 1 to 65535, or a range such as \"8000-8010\"";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let text = value.as_str().map(str::to_owned).or_else(|| value.as_u64().map(|port| port.to_string()));
-        text.and_then(|text| Self::parse(&text)).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+        let text = value
+            .as_str()
+            .map(str::to_owned)
+            .or_else(|| value.as_u64().map(|port| port.to_string()));
+        text.and_then(|text| Self::parse(&text))
+            .ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
 
@@ -175,7 +182,11 @@ impl AddressRange {
         let v4 = self.first.is_ipv4();
         (number(self.first)..=number(self.last)).map(move |number| {
             // The numbers are between those of two addresses of the family.
-            if v4 { IpAddr::V4(Ipv4Addr::from(number as u32)) } else { IpAddr::V6(Ipv6Addr::from(number)) }
+            if v4 {
+                IpAddr::V4(Ipv4Addr::from(number as u32))
+            } else {
+                IpAddr::V6(Ipv6Addr::from(number))
+            }
         })
     }
 }
@@ -188,7 +199,9 @@ impl Property for AddressRange {
             let (first, last) = text.split_once('-')?;
             Some(Self { first: first.trim().parse().ok()?, last: last.trim().parse().ok()? })
         });
-        let fits = |range: &Self| range.first.is_ipv4() == range.last.is_ipv4() && range.first <= range.last;
+        let fits = |range: &Self| {
+            range.first.is_ipv4() == range.last.is_ipv4() && range.first <= range.last
+        };
         range.filter(fits).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
@@ -214,7 +227,9 @@ impl Property for HostPort {
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = value.as_str().and_then(|text| {
             let (protocol, port) = text.split_once('/')?;
-            let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| known.as_str() == protocol)?;
+            let protocol = [Protocol::Tcp, Protocol::Udp]
+                .into_iter()
+                .find(|known| known.as_str() == protocol)?;
             Some(Self { protocol, port: port.parse().ok().filter(|port| *port > 0)? })
         });
         parsed.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
@@ -253,7 +268,11 @@ mod tests {
         ] {
             let protocol = IpProtocol::from_json(&protocol).unwrap();
             assert_eq!((protocol.numbers(false), protocol.numbers(true)), (v4, v6));
-            assert_eq!(IpProtocol::from_json(&json!(protocol)).unwrap(), protocol, "written and read again");
+            assert_eq!(
+                IpProtocol::from_json(&json!(protocol)).unwrap(),
+                protocol,
+                "written and read again"
+            );
         }
         for bad in [json!("vrp"), json!(256), json!(-1), json!("TCP"), json!(6.5)] {
             assert!(IpProtocol::from_json(&bad).is_err(), "{bad}");

@@ -12,7 +12,9 @@ use bosh_qemu_cpi::config::Qemu;
 use bosh_qemu_cpi::host::io_uring;
 use bosh_qemu_cpi::image;
 use bosh_qemu_cpi::qemu::command_line::Tap;
-use bosh_qemu_cpi::qemu::{FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology};
+use bosh_qemu_cpi::qemu::{
+    FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology,
+};
 use bosh_qemu_cpi::qmp::Event;
 use bosh_qemu_cpi::qmp::monitor::Monitor;
 use bosh_qemu_cpi::schema::Property;
@@ -53,12 +55,14 @@ impl Bare {
     fn start(lab: &Lab, vm: &Ours) -> Self {
         let record = lab.store.read::<VmRecord>(&vm.cid).expect("readable").expect("a record");
         let template = Template::load(&record.machine.template, None).expect("a template");
-        let files: Vec<_> = needs(lab, vm, &record).into_iter().map(|need| open(lab, need)).collect();
+        let files: Vec<_> =
+            needs(lab, vm, &record).into_iter().map(|need| open(lab, need)).collect();
         let taps: Vec<_> = record.nics.iter().map(|_| tap()).collect();
-        let sockets = [vm_socket(lab, "qmp"), vm_socket(lab, "other"), vm_socket(lab, "serial")].map(|path| {
-            let _ = std::fs::remove_file(&path);
-            UnixListener::bind(path).expect("a socket")
-        });
+        let sockets = [vm_socket(lab, "qmp"), vm_socket(lab, "other"), vm_socket(lab, "serial")]
+            .map(|path| {
+                let _ = std::fs::remove_file(&path);
+                UnixListener::bind(path).expect("a socket")
+            });
         let handles = Handles {
             files: files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
             taps: taps
@@ -73,9 +77,13 @@ impl Bare {
         files.iter().map(|(_, fd)| fd).chain(&taps).for_each(inherit);
         sockets.iter().for_each(inherit);
         let mut command = Command::new(QEMU);
-        command.args(command_line(&record, &template, &handles)).stdin(Stdio::null()).stdout(Stdio::null());
+        command
+            .args(command_line(&record, &template, &handles))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         let child = command.spawn().expect("start QEMU");
-        let mut monitor = Monitor::connect(&vm_socket(lab, "qmp"), Instant::now() + PATIENCE).expect("a monitor");
+        let mut monitor =
+            Monitor::connect(&vm_socket(lab, "qmp"), Instant::now() + PATIENCE).expect("a monitor");
         let serial = UnixStream::connect(vm_socket(lab, "serial")).expect("the serial port");
         serial.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         monitor.raw("cont", &json!({})).expect("cont");
@@ -123,7 +131,8 @@ impl Bare {
     /// Asks the guest to let go of it, until QEMU has closed it.
     pub fn detach(&mut self) {
         self.monitor.raw("device_del", &json!({"id": DISK})).expect("device_del");
-        let deleted = |event: &Event| event.name == "DEVICE_DELETED" && event.data["device"] == DISK;
+        let deleted =
+            |event: &Event| event.name == "DEVICE_DELETED" && event.data["device"] == DISK;
         let gone = self.monitor.wait_event(deleted, Instant::now() + PATIENCE);
         gone.expect("events").expect("the guest's answer");
         for node in [DISK.to_owned(), blockdev::file_node(DISK)] {
@@ -183,7 +192,8 @@ fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
 fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
     let io_uring = io_uring::works(lab.store.run_dir(), &qemu);
-    let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct()).expect("open an image");
+    let (fd, direct) =
+        image::open(&need.path, need.writable, need.cache.direct()).expect("open an image");
     (Opened { need, direct, io_uring }, fd)
 }
 

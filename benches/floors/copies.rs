@@ -29,7 +29,8 @@ pub fn copies(lab: &Lab, table: &mut Table, rounds: u32) {
         let source = image(lab, &disk).to_str().expect("UTF-8").to_owned();
 
         let (ours, snapshot) = lab.call("snapshot_disk", &json!([disk, {}]));
-        let (floor, ()) = timed(|| durable(&copy, || lab::run("cp", &["--sparse=always", &source, &copy])));
+        let (floor, ()) =
+            timed(|| durable(&copy, || lab::run("cp", &["--sparse=always", &source, &copy])));
         table.add("snapshot, detached, 1 GiB used", Target::Ratio(1.2), ours, floor);
         drop_snapshot(lab, &snapshot);
 
@@ -39,7 +40,8 @@ pub fn copies(lab: &Lab, table: &mut Table, rounds: u32) {
         table.add("raw to qcow2, detached, 1 GiB used", Target::Ratio(1.2), ours, convert_floor);
 
         let (resized, _) = lab.call("resize_disk", &json!([disk, SIZE + 1]));
-        let (resize_floor, ()) = timed(|| lab::run("qemu-img", &["resize", "-q", "-f", "qcow2", &converted, "+1M"]));
+        let (resize_floor, ()) =
+            timed(|| lab::run("qemu-img", &["resize", "-q", "-f", "qcow2", &converted, "+1M"]));
         table.add("resize, detached", Target::Ratio(1.2), resized, resize_floor);
 
         lab.call("attach_disk", &json!([vm.cid, disk]));
@@ -78,7 +80,8 @@ fn drop_snapshot(lab: &Lab, snapshot: &Value) {
 fn fill(path: &PathBuf) -> std::io::Result<()> {
     use std::io::{Seek, SeekFrom};
     let mut file = File::options().write(true).open(path)?;
-    let chunk: Vec<u8> = (0..1 << 20).map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8 | 1).collect();
+    let chunk: Vec<u8> =
+        (0..1 << 20).map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8 | 1).collect();
     for part in 0..4 {
         file.seek(SeekFrom::Start(part * (SIZE << 20) / 4))?;
         for _ in 0..DATA / 4 {

@@ -39,7 +39,8 @@ pub fn seen(lab: &Lab, vm: &Ours, bare: &mut Bare, table: &mut Table) {
 pub fn sequence(lab: &Lab, table: &mut Table, rounds: u32) {
     let (_, vm) = lab.create_vm();
     vm.wait_for("BOOTSECTOR-OK", 1);
-    let disks: Vec<Value> = (0..DISKS).map(|_| lab.call("create_disk", &json!([64, {}, null])).1).collect();
+    let disks: Vec<Value> =
+        (0..DISKS).map(|_| lab.call("create_disk", &json!([64, {}, null])).1).collect();
     let each = |method: &str| -> Vec<Duration> {
         disks.iter().map(|disk| lab.call(method, &json!([vm.cid, disk])).0).collect()
     };
@@ -48,9 +49,19 @@ pub fn sequence(lab: &Lab, table: &mut Table, rounds: u32) {
         let attached = each("attach_disk");
         vm.resume();
         let detached = each("detach_disk");
-        table.add("attach_disk, 16th and 1st of 16", Target::Ratio(1.5), attached[DISKS - 1], attached[0]);
+        table.add(
+            "attach_disk, 16th and 1st of 16",
+            Target::Ratio(1.5),
+            attached[DISKS - 1],
+            attached[0],
+        );
         // The first to go is the one among sixteen.
-        table.add("detach_disk, 1st and 16th of 16", Target::Ratio(1.5), detached[0], detached[DISKS - 1]);
+        table.add(
+            "detach_disk, 1st and 16th of 16",
+            Target::Ratio(1.5),
+            detached[0],
+            detached[DISKS - 1],
+        );
     }
     lab.call("delete_vm", &json!([vm.cid]));
     for disk in &disks {

@@ -43,13 +43,19 @@ pub struct Ours {
 
 impl Lab {
     pub fn new() -> Self {
-        let state = tempfile::Builder::new().prefix("floors-").tempdir().expect("a temporary directory");
+        let state =
+            tempfile::Builder::new().prefix("floors-").tempdir().expect("a temporary directory");
         // In memory, as /run is; socket paths have at most 107 bytes.
-        let run = tempfile::Builder::new().prefix("floors-").tempdir_in("/dev/shm").expect("a directory in /dev/shm");
+        let run = tempfile::Builder::new()
+            .prefix("floors-")
+            .tempdir_in("/dev/shm")
+            .expect("a directory in /dev/shm");
         let (state_dir, config) = (state.path().join("state"), state.path().join("cpi.json"));
-        let settings = json!({"state_dir": state_dir, "run_dir": run.path(), "qemu": {"accel": "tcg"}});
+        let settings =
+            json!({"state_dir": state_dir, "run_dir": run.path(), "qemu": {"accel": "tcg"}});
         std::fs::write(&config, settings.to_string()).expect("write the configuration");
-        let program = std::env::var_os("FLOORS_CPI").map_or(env!("CARGO_BIN_EXE_bosh-qemu-cpi").into(), PathBuf::from);
+        let program = std::env::var_os("FLOORS_CPI")
+            .map_or(env!("CARGO_BIN_EXE_bosh-qemu-cpi").into(), PathBuf::from);
         let store = Store::new(&state_dir, run.path());
         let memory = RefCell::default();
         let (stemcell, vms) = (String::new(), Cell::default());
@@ -69,12 +75,19 @@ impl Lab {
 
     /// One call, from before its process is made until it has ended; the time and the result.
     pub fn call(&self, method: &str, arguments: &Value) -> (Duration, Value) {
-        let request = json!({"method": method, "arguments": arguments, "context": {}, "api_version": 2}).to_string();
+        let request =
+            json!({"method": method, "arguments": arguments, "context": {}, "api_version": 2})
+                .to_string();
         let (time, output) = timed(|| {
             let mut command = Command::new(&self.program);
             command.arg("--config").arg(&self.config).stdin(Stdio::piped()).stdout(Stdio::piped());
             let mut child = command.stderr(Stdio::piped()).spawn().expect("start the CPI");
-            child.stdin.take().expect("piped").write_all(request.as_bytes()).expect("send the request");
+            child
+                .stdin
+                .take()
+                .expect("piped")
+                .write_all(request.as_bytes())
+                .expect("send the request");
             child.wait_with_output().expect("read the answer")
         });
         let answer: Value = serde_json::from_slice(&output.stdout).expect("an answer");
@@ -109,8 +122,10 @@ impl Lab {
 
     /// Keeps what the supervisor of `vm` takes.
     pub fn remember_memory(&self, vm: &Ours) {
-        let process = pidlock::holder(&vm.paths.supervisor_pid()).expect("readable").expect("a supervisor");
-        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid())).expect("/proc");
+        let process =
+            pidlock::holder(&vm.paths.supervisor_pid()).expect("readable").expect("a supervisor");
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid()))
+            .expect("/proc");
         let field = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
             line.trim().trim_end_matches(" kB").parse().unwrap_or(0)
@@ -123,7 +138,9 @@ impl Lab {
         let memory = self.memory.borrow();
         let most = |at: usize| memory.iter().map(|sample| sample[at]).max().unwrap_or(0);
         let (rss, pss, own) = (most(0), most(1), most(2));
-        format!("a supervisor of two: RSS {rss} kB (target 5120), PSS {pss} kB (target 1024), its own {own} kB")
+        format!(
+            "a supervisor of two: RSS {rss} kB (target 5120), PSS {pss} kB (target 1024), its own {own} kB"
+        )
     }
 }
 
@@ -153,7 +170,8 @@ impl Ours {
 
     /// Waits until the guest has said `word` so many times.
     pub fn wait_for(&self, word: &str, times: usize) {
-        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + PATIENCE).expect("the guest's word");
+        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + PATIENCE)
+            .expect("the guest's word");
     }
 }
 

@@ -26,19 +26,27 @@ impl Libvirt {
     /// # Errors
     /// Why there is no libvirt to compare with.
     pub fn start(lab: &Lab) -> Result<Self, String> {
-        let version = Command::new("virsh").args(["--connect", "qemu:///system", "version"]).output();
+        let version =
+            Command::new("virsh").args(["--connect", "qemu:///system", "version"]).output();
         match version {
             Err(error) => return Err(format!("no virsh: {error}")),
-            Ok(said) if !said.status.success() => return Err(format!("virsh reaches no libvirt: {}", stderr(&said))),
+            Ok(said) if !said.status.success() => {
+                return Err(format!("virsh reaches no libvirt: {}", stderr(&said)));
+            }
             Ok(_) => {}
         }
-        let (root, disk, xml) =
-            (lab.scratch("libvirt-root.img"), lab.scratch("libvirt.qcow2"), lab.scratch("domain.xml"));
+        let (root, disk, xml) = (
+            lab.scratch("libvirt-root.img"),
+            lab.scratch("libvirt.qcow2"),
+            lab.scratch("domain.xml"),
+        );
         let console = PathBuf::from(lab.scratch("libvirt-console.log"));
         let mut guest = vec![0; 1 << 20];
         guest[..GUEST.len()].copy_from_slice(GUEST);
         std::fs::write(&root, guest).expect("write the guest");
-        image::qcow2::create(disk.as_ref(), Bytes(64 << 20), None).and_then(image::Fresh::sync).expect("an image");
+        image::qcow2::create(disk.as_ref(), Bytes(64 << 20), None)
+            .and_then(image::Fresh::sync)
+            .expect("an image");
         std::fs::write(&xml, domain(&root, &console.to_string_lossy())).expect("write the domain");
         let made = virsh(&["create", &xml]);
         if !made.status.success() {
@@ -52,7 +60,17 @@ impl Libvirt {
 
     /// Plugs the disk in and waits for the guest's word.
     pub fn attach(&mut self) {
-        let words = ["--targetbus", "virtio", "--driver", "qemu", "--subdriver", "qcow2", "--cache", "none", "--live"];
+        let words = [
+            "--targetbus",
+            "virtio",
+            "--driver",
+            "qemu",
+            "--subdriver",
+            "qcow2",
+            "--cache",
+            "none",
+            "--live",
+        ];
         self.change(&[&["attach-disk", DOMAIN, &self.disk, "vdb"], &words[..]].concat());
         self.seen += 1;
         self.wait_for("\nU", self.seen);
@@ -80,7 +98,8 @@ impl Libvirt {
     }
 
     fn wait_for(&self, word: &str, times: usize) {
-        tail::wait_for(&self.console, word, times, Instant::now() + PATIENCE).expect("the guest's word");
+        tail::wait_for(&self.console, word, times, Instant::now() + PATIENCE)
+            .expect("the guest's word");
     }
 }
 
@@ -92,7 +111,11 @@ impl Drop for Libvirt {
 
 fn virsh(words: &[&str]) -> Output {
     let mut command = Command::new("virsh");
-    command.args(["--connect", "qemu:///system", "--quiet"]).args(words).output().expect("run virsh")
+    command
+        .args(["--connect", "qemu:///system", "--quiet"])
+        .args(words)
+        .output()
+        .expect("run virsh")
 }
 
 fn stderr(said: &Output) -> String {

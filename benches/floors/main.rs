@@ -98,7 +98,8 @@ fn processes(lab: &Lab, table: &mut Table) {
 fn images(lab: &Lab, table: &mut Table) {
     let (create, disk) = lab.call("create_disk", &json!([1024, {}, null]));
     let image = lab.scratch("disk.qcow2");
-    let (floor, ()) = timed(|| lab::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1G"]));
+    let (floor, ()) =
+        timed(|| lab::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1G"]));
     table.add("create_disk", Target::Ratio(1.0), create, floor);
     let (delete, _) = lab.call("delete_disk", &json!([disk]));
     let (floor, removed) = timed(|| std::fs::remove_file(&image));

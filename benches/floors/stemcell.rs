@@ -15,7 +15,8 @@ const DATA: u64 = 256 << 20;
 
 /// Imports a stemcell as BOSH publishes them: a compressed qcow2 in a gzipped archive.
 pub fn import(lab: &Lab, table: &mut Table, rounds: u32) {
-    let (raw, qcow2, archive) = (lab.scratch("root.raw"), lab.scratch("root.img"), lab.scratch("image.tgz"));
+    let (raw, qcow2, archive) =
+        (lab.scratch("root.raw"), lab.scratch("root.img"), lab.scratch("image.tgz"));
     let dir = lab.state.path().to_str().expect("UTF-8");
     make_raw(&raw).expect("make an image");
     lab::run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", "compat=0.10", &raw, &qcow2]);
@@ -24,11 +25,15 @@ pub fn import(lab: &Lab, table: &mut Table, rounds: u32) {
         // The import takes the archive away.
         let given = lab.scratch("given.tgz");
         std::fs::copy(&archive, &given).expect("copy the archive");
-        let (ours, stemcell) = lab.call("create_stemcell", &json!([given, {"disk_format": "qcow2"}]));
+        let (ours, stemcell) =
+            lab.call("create_stemcell", &json!([given, {"disk_format": "qcow2"}]));
         lab.call("delete_stemcell", &json!([stemcell]));
         let (floor, ()) = timed(|| {
             lab::run("tar", &["-C", dir, "-xzf", &archive]);
-            lab::run("qemu-img", &["convert", "-O", "qcow2", &qcow2, &lab.scratch("converted.qcow2")]);
+            lab::run(
+                "qemu-img",
+                &["convert", "-O", "qcow2", &qcow2, &lab.scratch("converted.qcow2")],
+            );
         });
         table.add("create_stemcell, 256 MiB of data", Target::Ratio(0.8), ours, floor);
     }

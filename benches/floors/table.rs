@@ -48,7 +48,13 @@ struct Row {
 
 impl Table {
     /// Adds one sample of each.
-    pub fn add(&mut self, operation: &'static str, target: Target, ours: Duration, floor: Duration) {
+    pub fn add(
+        &mut self,
+        operation: &'static str,
+        target: Target,
+        ours: Duration,
+        floor: Duration,
+    ) {
         let at = self.0.iter().position(|row| row.operation == operation).unwrap_or_else(|| {
             self.0.push(Row { operation, target, ours: Vec::new(), floor: Vec::new() });
             self.0.len() - 1
@@ -60,13 +66,20 @@ impl Table {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<32} {:>8} {:>8} {:>8} {:>7}   target", "operation", "ours", "best", "floor", "ratio")?;
+        writeln!(
+            f,
+            "{:<32} {:>8} {:>8} {:>8} {:>7}   target",
+            "operation", "ours", "best", "floor", "ratio"
+        )?;
         for row in &self.0 {
             let (ours, floor) = (median(&row.ours), median(&row.floor));
             let best = row.ours.iter().min().map_or(0.0, |best| milliseconds(*best));
             let verdict = if ours <= row.target.most(floor) { "met" } else { "OVER" };
             let (operation, target, ratio) = (row.operation, row.target, ours / floor);
-            writeln!(f, "{operation:<32} {ours:>8.1} {best:>8.1} {floor:>8.1} {ratio:>7.2}   {target:<13} {verdict}")?;
+            writeln!(
+                f,
+                "{operation:<32} {ours:>8.1} {best:>8.1} {floor:>8.1} {ratio:>7.2}   {target:<13} {verdict}"
+            )?;
         }
         Ok(())
     }

@@ -28,7 +28,8 @@ fn nic(tap: &str, last: u8) -> Nic {
     let rules = json!({"anti_spoof": true, "addresses": [format!("10.0.0.{last}/32")],
                        "admits": [{"source": "10.0.0.0/24", "protocols": [6, 6], "ports": [1, 65535]}]});
     let mac = format!("02:00:00:00:00:{last:02x}");
-    let nic = json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
+    let nic =
+        json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
     serde_json::from_value(nic).expect("a card")
 }
 
@@ -72,7 +73,8 @@ fn main() {
     let own = [nic("bqbench", 1)];
     let others: Vec<_> = (2..=250).map(|n| nic(&format!("bqother{n}"), n)).collect();
     let add = |nics: &[Nic]| host.run(|| guard::add(nics, || Ok(Vec::new()))).expect("rules");
-    let both_ways = || [throughput(&guest, &host, "10.0.0.254"), throughput(&host, &guest, "10.0.0.1")];
+    let both_ways =
+        || [throughput(&guest, &host, "10.0.0.254"), throughput(&host, &guest, "10.0.0.1")];
     let mut rates = [const { Vec::new() }; 3];
     for _ in 0..ROUNDS {
         rates[0].push(both_ways());
@@ -83,10 +85,19 @@ fn main() {
         host.run(|| guard::remove(&others).and_then(|()| guard::remove(&own))).expect("removed");
     }
     for (way, name) in ["guest to host", "host to guest"].into_iter().enumerate() {
-        let [without, with, among] = rates.each_ref().map(|rates| median(rates.iter().map(|both| both[way])));
+        let [without, with, among] =
+            rates.each_ref().map(|rates| median(rates.iter().map(|both| both[way])));
         println!("{name} without rules        {:8.0} MB/s", without / 1e6);
-        println!("{name} with rules           {:8.0} MB/s   {:.2} of that", with / 1e6, with / without);
-        println!("the same among 249 other VMs       {:8.0} MB/s   {:.2} of that", among / 1e6, among / without);
+        println!(
+            "{name} with rules           {:8.0} MB/s   {:.2} of that",
+            with / 1e6,
+            with / without
+        );
+        println!(
+            "the same among 249 other VMs       {:8.0} MB/s   {:.2} of that",
+            among / 1e6,
+            among / without
+        );
     }
     add(&own);
     for (present, nics) in [(1, &others[..0]), (250, &others[..])] {

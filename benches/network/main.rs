@@ -53,7 +53,8 @@ type Measured = (&'static str, Target, Duration);
 /// The first VM of a network, and its end.
 fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     let (tap, device) = timed(|| {
-        let device = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
+        let device =
+            File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
         tun::create_tap(device.as_fd(), "floor0", false).expect("a tap");
         device
     });
@@ -72,7 +73,8 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     table.add("tap removed by the kernel", Target::AtMost(40.0), unplugged, tap);
     let (released, ()) = timed(|| {
         std::thread::scope(|threads| {
-            let rules = threads.spawn(|| guard::remove(std::slice::from_ref(&first)).expect("remove"));
+            let rules =
+                threads.spawn(|| guard::remove(std::slice::from_ref(&first)).expect("remove"));
             assert!(apply::release(segment).expect("release"));
             rules.join().expect("no panic");
         });
@@ -87,8 +89,9 @@ fn one_more(segment: &Segment) -> Vec<Measured> {
     let (wire, [looked, ruled, plugged]) = connect(&one, segment);
     let (nothing, ()) = timed(|| apply::ensure(segment, &[]).expect("ensure"));
     let own = std::slice::from_ref(&one);
-    let (sought, findings) =
-        timed(|| coexist::findings(segment, own, &coexist::observe(&[segment], own).expect("observe")));
+    let (sought, findings) = timed(|| {
+        coexist::findings(segment, own, &coexist::observe(&[segment], own).expect("observe"))
+    });
     assert_eq!(findings, []);
     drop(wire);
     let (removed, ()) = timed(|| guard::remove(own).expect("remove"));
@@ -106,8 +109,11 @@ fn one_more(segment: &Segment) -> Vec<Measured> {
 fn connect(nic: &Nic, segment: &Segment) -> (Plug, [Duration; 3]) {
     let (port, _) = Port::of(nic).expect("a tap");
     let (looked, ()) = timed(|| taken::refuse(segment).expect("free"));
-    let (ruled, ()) = timed(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
-    let (plugged, wire) = timed(|| apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug"));
+    let (ruled, ()) =
+        timed(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
+    let (plugged, wire) = timed(|| {
+        apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug")
+    });
     (wire, [looked, ruled, plugged])
 }
 
@@ -124,13 +130,18 @@ fn nic(tap: &str, n: usize, segment: &Segment) -> Nic {
         "forwards": [{"protocol": 6, "host": 2000 + n, "to": ip, "guest": 22, "count": 1}],
     });
     let mac = format!("02:00:00:00:{:02x}:{:02x}", n / 256, n % 256);
-    let nic = json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
+    let nic =
+        json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
     serde_json::from_value(nic).expect("a card")
 }
 
 fn segment() -> Segment {
     let address = |text: &str| text.parse().ok();
-    let requested = Requested { netmask: address("255.255.0.0"), gateway: address("10.0.0.1"), ..Requested::default() };
+    let requested = Requested {
+        netmask: address("255.255.0.0"),
+        gateway: address("10.0.0.1"),
+        ..Requested::default()
+    };
     let profile = Profile::load("nat", None).expect("built in");
     match place("bench", &Network::nat(), &profile, &requested).expect("a place") {
         Place::Bridge(segment) => segment,

@@ -57,7 +57,8 @@ impl Lab {
         }
         let read = |name: &str| fs::read_to_string(path(name)).expect("a file of ours");
         let serve = format!("{} --config {} host serve", program().display(), path("host.json"));
-        let keys = format!("restrict,command=\"{serve}\" {}{}", read("caller.pub"), read("operator.pub"));
+        let keys =
+            format!("restrict,command=\"{serve}\" {}{}", read("caller.pub"), read("operator.pub"));
         fs::write(path("authorized"), keys).expect("authorized keys");
         let config = format!(
             "ListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nStrictModes no\nUsePAM no\nPidFile \
@@ -65,8 +66,12 @@ impl Lab {
             dir.path().display()
         );
         fs::write(path("sshd_config"), config).expect("sshd's configuration");
-        let sshd = Command::new("/usr/sbin/sshd").args(["-D", "-f", &path("sshd_config")]).spawn().expect("sshd");
-        let host = json!({"state_dir": path("state"), "run_dir": path("run"), "qemu": {"accel": "tcg"}});
+        let sshd = Command::new("/usr/sbin/sshd")
+            .args(["-D", "-f", &path("sshd_config")])
+            .spawn()
+            .expect("sshd");
+        let host =
+            json!({"state_dir": path("state"), "run_dir": path("run"), "qemu": {"accel": "tcg"}});
         fs::write(path("host.json"), host.to_string()).expect("the host's configuration");
         let transport = json!({
             "kind": "ssh", "host": "127.0.0.1", "private_key": read("caller"), "host_key": read("host.pub"), "sessions": 64,
@@ -98,7 +103,8 @@ impl Lab {
 
     fn options(&self) -> Vec<String> {
         let option = |name: &str, value: String| ["-o".to_owned(), format!("{name}={value}")];
-        let mut words = vec!["-F".to_owned(), "none".to_owned(), "-i".to_owned(), self.path("operator")];
+        let mut words =
+            vec!["-F".to_owned(), "none".to_owned(), "-i".to_owned(), self.path("operator")];
         words.extend(option("UserKnownHostsFile", self.path("known")));
         words.extend(option("IdentitiesOnly", "yes".to_owned()));
         words.extend(option("ControlPath", self.path("operator.sock")));
@@ -109,10 +115,19 @@ impl Lab {
         let mut command = Command::new(program());
         command.args(["--config", &self.path(config)]).env_clear().env("PATH", "/usr/bin:/bin");
         command.env("TMPDIR", self.dir.path());
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("the program");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program");
         let request = json!({"method": method, "arguments": arguments, "context": {"director_uuid": "bench"}});
-        child.stdin.take().expect("piped").write_all(request.to_string().as_bytes()).expect("a request");
+        child
+            .stdin
+            .take()
+            .expect("piped")
+            .write_all(request.to_string().as_bytes())
+            .expect("a request");
         child
     }
 
@@ -124,7 +139,8 @@ impl Lab {
     }
 
     fn one_call(&self, table: &mut Table) {
-        let (floor, _) = timed(|| assert!(self.ssh(&[]).arg("true").status().expect("ssh").success()));
+        let (floor, _) =
+            timed(|| assert!(self.ssh(&[]).arg("true").status().expect("ssh").success()));
         let (ours, _) = timed(|| self.call("office.json", "has_vm", &json!(["vm-1"])));
         table.add("has_vm, beside ssh host true", Target::Above(10.0), ours, floor);
         let (here, _) = timed(|| self.call("host.json", "has_vm", &json!(["vm-1"])));
@@ -133,11 +149,16 @@ impl Lab {
 
     fn many_calls(&self, table: &mut Table) {
         let (ours, ()) = timed(|| {
-            let calls: Vec<_> = (0..CALLERS).map(|_| self.start("office.json", "has_vm", &json!(["vm-1"]))).collect();
-            calls.into_iter().for_each(|call| assert!(call.wait_with_output().expect("an answer").status.success()));
+            let calls: Vec<_> = (0..CALLERS)
+                .map(|_| self.start("office.json", "has_vm", &json!(["vm-1"])))
+                .collect();
+            calls.into_iter().for_each(|call| {
+                assert!(call.wait_with_output().expect("an answer").status.success())
+            });
         });
         let (floor, ()) = timed(|| {
-            let calls: Vec<_> = (0..CALLERS).map(|_| self.ssh(&[]).arg("true").spawn().expect("ssh")).collect();
+            let calls: Vec<_> =
+                (0..CALLERS).map(|_| self.ssh(&[]).arg("true").spawn().expect("ssh")).collect();
             calls.into_iter().for_each(|mut call| assert!(call.wait().expect("its end").success()));
         });
         table.add("32 has_vm at once, beside 32 ssh", Target::Ratio(1.5), ours, floor);
@@ -148,8 +169,10 @@ impl Lab {
         if !PathBuf::from(&image).exists() {
             fs::write(&image, disk()).expect("an image");
         }
-        let (ours, stemcell) = timed(|| self.call("office.json", "create_stemcell", &json!([image, {}])));
-        let (again, second) = timed(|| self.call("office.json", "create_stemcell", &json!([image, {}])));
+        let (ours, stemcell) =
+            timed(|| self.call("office.json", "create_stemcell", &json!([image, {}])));
+        let (again, second) =
+            timed(|| self.call("office.json", "create_stemcell", &json!([image, {}])));
         for stemcell in [stemcell, second] {
             self.call("office.json", "delete_stemcell", &json!([stemcell]));
         }
@@ -159,7 +182,8 @@ impl Lab {
             scp.arg("-q").args(self.options()).args([&image, &format!("root@127.0.0.1:{copied}")]);
             assert!(scp.status().expect("scp").success());
         });
-        let (imported, stemcell) = timed(|| self.call("host.json", "create_stemcell", &json!([copied, {}])));
+        let (imported, stemcell) =
+            timed(|| self.call("host.json", "create_stemcell", &json!([copied, {}])));
         self.call("host.json", "delete_stemcell", &json!([stemcell]));
         table.add("create_stemcell, 256 MiB, beside scp", Target::Ratio(1.0), ours, sent);
         table.add("… beside scp and create_stemcell", Target::Ratio(1.0), ours, sent + imported);
@@ -179,7 +203,9 @@ impl Drop for Lab {
 fn disk() -> Vec<u8> {
     let mut bytes = vec![0; IMAGE];
     let mut state = 1_u64;
-    for (number, block) in bytes.chunks_mut(1 << 20).enumerate().filter(|(number, _)| number % 2 == 1) {
+    for (number, block) in
+        bytes.chunks_mut(1 << 20).enumerate().filter(|(number, _)| number % 2 == 1)
+    {
         for word in block.chunks_mut(8) {
             state ^= state << 13;
             state ^= state >> 7;
@@ -192,11 +218,15 @@ fn disk() -> Vec<u8> {
 }
 
 fn program() -> PathBuf {
-    std::env::var_os("FLOORS_CPI").map_or_else(|| env!("CARGO_BIN_EXE_bosh-qemu-cpi").into(), PathBuf::from)
+    std::env::var_os("FLOORS_CPI")
+        .map_or_else(|| env!("CARGO_BIN_EXE_bosh-qemu-cpi").into(), PathBuf::from)
 }
 
 fn run(program: &str, words: &[&str]) {
-    assert!(Command::new(program).args(words).status().expect(program).success(), "{program} {words:?}");
+    assert!(
+        Command::new(program).args(words).status().expect(program).success(),
+        "{program} {words:?}"
+    );
 }
 
 fn timed<T>(act: impl FnOnce() -> T) -> (Duration, T) {

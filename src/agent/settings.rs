@@ -95,9 +95,17 @@ mod tests {
 
     fn made(agent: &Value, env: &str, ephemeral: Option<&str>) -> Value {
         let config = Config::from_json(&json!({"agent": agent})).unwrap();
-        let networks = RawValue::from_string(r#"{"b":{"mac":"02:00:00:00:00:01"},"a":{"default":["gateway"]}}"#.into());
+        let networks = RawValue::from_string(
+            r#"{"b":{"mac":"02:00:00:00:00:01"},"a":{"default":["gateway"]}}"#.into(),
+        );
         let env = RawValue::from_string(env.into()).unwrap();
-        let facts = Facts { agent_id: "agent-1", vm: "vm-1", networks: &networks.unwrap(), ephemeral, env: &env };
+        let facts = Facts {
+            agent_id: "agent-1",
+            vm: "vm-1",
+            networks: &networks.unwrap(),
+            ephemeral,
+            env: &env,
+        };
         let bytes = settings(facts, &config.agent);
         let text = String::from_utf8(bytes).unwrap();
         assert!(text.contains(env.get()), "env is forwarded to the letter");
@@ -107,7 +115,8 @@ mod tests {
     #[test]
     fn everything_an_agent_needs_is_there() {
         let env = r#"{"bosh":{"password":"*","unknown":null},"big":12345678901234567890}"#;
-        let settings = made(&json!({"mbus": "nats://10.0.0.6:4222", "ntp": ["t"]}), env, Some("eph-1"));
+        let settings =
+            made(&json!({"mbus": "nats://10.0.0.6:4222", "ntp": ["t"]}), env, Some("eph-1"));
         assert_eq!(settings["agent_id"], "agent-1");
         assert_eq!(settings["vm"], json!({"name": "vm-1", "id": "vm-1"}));
         assert_eq!(settings["mbus"], "nats://10.0.0.6:4222");
@@ -127,7 +136,11 @@ mod tests {
 
     #[test]
     fn a_configured_blobstore_is_kept() {
-        let settings = made(&json!({"blobstore": {"provider": "dav", "options": {"endpoint": "e"}}}), "{}", None);
+        let settings = made(
+            &json!({"blobstore": {"provider": "dav", "options": {"endpoint": "e"}}}),
+            "{}",
+            None,
+        );
         assert_eq!(settings["blobstore"]["provider"], "dav");
     }
 }

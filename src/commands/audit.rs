@@ -14,7 +14,11 @@ pub fn run(file: Option<&Path>, mend: bool, as_json: bool, output: &mut dyn Writ
     let cpi = this_host::cpi(file)?;
     let findings = if mend { cpi.gc()? } else { cpi.audit() };
     let clean = findings.iter().all(|finding| finding.cure == Cure::Mended);
-    let text = if as_json { format!("{}\n", json!({"clean": clean, "findings": findings})) } else { lines(&findings) };
+    let text = if as_json {
+        format!("{}\n", json!({"clean": clean, "findings": findings}))
+    } else {
+        lines(&findings)
+    };
     output.write_all(text.as_bytes()).map_err(|e| Error::os("print what was found", e))?;
     Ok(clean)
 }

@@ -35,7 +35,9 @@ fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>>
         return Ok(Box::new(Group::new(config, document.for_host(context))));
     }
     if config.transport.kind == TransportKind::Local {
-        return Ok(Box::new(Here::new(Cpi::new(config, file).called_by(request.context.director()))));
+        return Ok(Box::new(Here::new(
+            Cpi::new(config, file).called_by(request.context.director()),
+        )));
     }
     let host = Host::only(config.transport.clone());
     Ok(Box::new(OneHost::new(host, config, document.for_host(context))))

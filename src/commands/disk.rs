@@ -15,7 +15,8 @@ pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Wri
         DiskCommand::Restore { snapshot } => cpi.restore(&snapshot)?,
         DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,
     };
-    writeln!(output, "{disk}").map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))?;
+    writeln!(output, "{disk}")
+        .map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))?;
     cpi.told();
     Ok(())
 }

@@ -28,10 +28,17 @@ pub enum Deed {
 ///
 /// # Errors
 /// If the networks do not fit together, or the state directory can not be read.
-pub fn run(config: Option<&Path>, deed: Deed, only: &[String], as_json: bool, output: &mut dyn Write) -> Result<bool> {
+pub fn run(
+    config: Option<&Path>,
+    deed: Deed,
+    only: &[String],
+    as_json: bool,
+    output: &mut dyn Write,
+) -> Result<bool> {
     let cpi = this_host::cpi(config)?;
     let networks = cpi.host_networks(only)?;
-    let mut reports: Vec<_> = networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
+    let mut reports: Vec<_> =
+        networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
     say_once(&mut reports);
     let text = if as_json {
         let networks: Vec<_> = reports.iter().map(Report::json).collect();
@@ -60,7 +67,8 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
         (true, true) => "stays without VMs",
         (true, false) => "goes with its last VM",
     };
-    let mut report = Report { network, state: kept, changes: Vec::new(), findings: Vec::new(), error: None };
+    let mut report =
+        Report { network, state: kept, changes: Vec::new(), findings: Vec::new(), error: None };
     if deed == Deed::Remove && cpi.is_managed(&network.segment.network)? {
         report.state = "goes with delete_network";
         return Ok(report);

@@ -22,7 +22,8 @@ pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Res
         let array: Vec<_> = usage.iter().map(|(pool, usage)| as_object(*pool, usage)).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"
     } else {
-        let head = ["POOL", "PATH", "CAPACITY", "FREE", "ALLOCATED", "VIRTUAL", "GROWTH", "WATERMARK"];
+        let head =
+            ["POOL", "PATH", "CAPACITY", "FREE", "ALLOCATED", "VIRTUAL", "GROWTH", "WATERMARK"];
         let rows = usage.iter().map(|(pool, usage)| cells(*pool, usage));
         table(&std::iter::once(head.map(str::to_owned)).chain(rows).collect::<Vec<_>>())
     };

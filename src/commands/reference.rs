@@ -60,7 +60,10 @@ pub fn cloud_properties() -> String {
          not given come from the configuration's `vm_defaults` and `disk_defaults`.\n",
     );
     let sections = [
-        ("VMs: `vm_types[]`, `vm_extensions[]`, `azs[]`, `resource_pools[]`", VmCloudProperties::keys()),
+        (
+            "VMs: `vm_types[]`, `vm_extensions[]`, `azs[]`, `resource_pools[]`",
+            VmCloudProperties::keys(),
+        ),
         ("Persistent disks: `disk_types[]`, `disk_pools[]`", DiskCloudProperties::keys()),
         ("Networks: `networks[].subnets[]`", SubnetCloudProperties::keys()),
         ("Light stemcells (`stemcell_formats: [qemu-light]`)", LightStemcell::keys()),
@@ -78,7 +81,8 @@ fn table(page: &mut String, keys: &[Key], above: &str) {
     }
     for key in keys {
         let path = format!("{above}{}", key.name);
-        let aliases: String = key.aliases.iter().map(|alias| format!(" (also `{alias}`)")).collect();
+        let aliases: String =
+            key.aliases.iter().map(|alias| format!(" (also `{alias}`)")).collect();
         let default = (key.default)().filter(|value| !value.is_object());
         let default = default.map_or_else(String::new, |value| format!("`{value}`"));
         let doc = key.doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ");

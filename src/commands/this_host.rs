@@ -15,7 +15,8 @@ use crate::log;
 /// [`ErrorKind::BadConfig`] if it sends calls elsewhere: what is here is nothing that anybody means. For anybody but root.
 pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
     if !geteuid().is_root() {
-        return Err(Error::new(ErrorKind::Host, "what is on a host is for root alone").hint("do it as root"));
+        return Err(Error::new(ErrorKind::Host, "what is on a host is for root alone")
+            .hint("do it as root"));
     }
     let file = config::file(file);
     let config = Config::load(file.as_deref())?;

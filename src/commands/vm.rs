@@ -69,7 +69,9 @@ impl Line {
     fn json(&self) -> Value {
         let (vm, status) = match &self.known {
             Ok(known) => known,
-            Err(error) => return json!({"cid": self.cid, "state": "unknown", "reason": error.report()}),
+            Err(error) => {
+                return json!({"cid": self.cid, "state": "unknown", "reason": error.report()});
+            }
         };
         let mut line = json!({
             "cid": self.cid,
@@ -81,7 +83,9 @@ impl Line {
             "networks": vm.nics.iter().map(network).collect::<Vec<_>>(),
             "metadata": vm.metadata,
         });
-        let Value::Object(status) = serde_json::to_value(status).expect("plain data") else { return line };
+        let Value::Object(status) = serde_json::to_value(status).expect("plain data") else {
+            return line;
+        };
         line.as_object_mut().expect("an object").extend(status);
         line
     }
@@ -91,7 +95,18 @@ impl Line {
         let cid = self.cid.to_string();
         let (vm, status) = match &self.known {
             Ok(known) => known,
-            Err(error) => return [cid, dash(), format!("unknown: {error}"), dash(), dash(), dash(), dash(), dash()],
+            Err(error) => {
+                return [
+                    cid,
+                    dash(),
+                    format!("unknown: {error}"),
+                    dash(),
+                    dash(),
+                    dash(),
+                    dash(),
+                    dash(),
+                ];
+            }
         };
         let mut state = status.state.as_str().to_owned();
         if let Some(reason) = &status.reason {
@@ -129,6 +144,7 @@ fn attachment(attachment: &Attachment) -> String {
 }
 
 fn rows(lines: &[Line]) -> Vec<[String; 8]> {
-    let head = ["CID", "NAME", "STATE", "ACCEL", "PID", "MEMORY", "DISKS", "NETWORKS"].map(str::to_owned);
+    let head =
+        ["CID", "NAME", "STATE", "ACCEL", "PID", "MEMORY", "DISKS", "NETWORKS"].map(str::to_owned);
     std::iter::once(head).chain(lines.iter().map(Line::cells)).collect()
 }

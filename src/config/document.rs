@@ -10,7 +10,8 @@ use crate::schema::Property;
 
 /// The configuration file that somebody named: `given`, else what [`ENVIRONMENT`] names.
 pub fn file(given: Option<&Path>) -> Option<PathBuf> {
-    let named = given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))?;
+    let named =
+        given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))?;
     // A supervisor reads it again from another working directory.
     Some(std::path::absolute(&named).unwrap_or(named))
 }
@@ -30,12 +31,19 @@ impl Document {
     pub fn read(named: Option<&Path>) -> Result<Self> {
         let path = named.unwrap_or(Path::new(DEFAULT_FILE));
         let text = match std::fs::read_to_string(path) {
-            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => "{}".to_owned(),
-            read => read.at("read configuration", path).map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                "{}".to_owned()
+            }
+            read => read
+                .at("read configuration", path)
+                .map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
         };
         let name = path.display().to_string();
         let keys = serde_json::from_str(&text).map_err(|e| {
-            Error::new(ErrorKind::BadConfig, format!("'{name}' is not JSON: line {}, column {}", e.line(), e.column()))
+            Error::new(
+                ErrorKind::BadConfig,
+                format!("'{name}' is not JSON: line {}, column {}", e.line(), e.column()),
+            )
         })?;
         Ok(Self { name, keys })
     }
@@ -54,9 +62,13 @@ impl Document {
         let told = HOST_KEYS.iter().filter_map(|key| {
             let value = match given(key) {
                 // As in `with_context`: a deadline is overridden alone.
-                (Some(Value::Object(file)), Some(Value::Object(context))) if *key == "deadlines" => {
+                (Some(Value::Object(file)), Some(Value::Object(context)))
+                    if *key == "deadlines" =>
+                {
                     let both = file.iter().chain(context);
-                    Value::Object(both.map(|(method, seconds)| (method.clone(), seconds.clone())).collect())
+                    Value::Object(
+                        both.map(|(method, seconds)| (method.clone(), seconds.clone())).collect(),
+                    )
                 }
                 (file, context) => context.or(file)?.clone(),
             };
@@ -145,6 +157,12 @@ mod tests {
         let hosts = json!({"hosts": [{"name": "a", "transport": {"kind": "unix"}}]});
         let config = Config::from_json(&hosts).unwrap();
         let context = json!({"transport": {"kind": "unix"}});
-        assert!(config.with_context(context.as_object().unwrap(), CONTEXT_KEYS).unwrap().hosts.is_empty());
+        assert!(
+            config
+                .with_context(context.as_object().unwrap(), CONTEXT_KEYS)
+                .unwrap()
+                .hosts
+                .is_empty()
+        );
     }
 }

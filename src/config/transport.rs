@@ -69,7 +69,10 @@ impl Transport {
     /// # Errors
     /// Names the key.
     pub fn validated(&self) -> Result<(), SchemaError> {
-        let missing = |key: &str, expected| SchemaError { path: key.to_owned(), problem: Problem::Missing(expected) };
+        let missing = |key: &str, expected| SchemaError {
+            path: key.to_owned(),
+            problem: Problem::Missing(expected),
+        };
         if self.kind == TransportKind::Ssh {
             self.host.as_ref().ok_or_else(|| missing("host", HostName::EXPECTED))?;
             self.private_key.0.as_ref().ok_or_else(|| missing("private_key", "a private key"))?;
@@ -138,7 +141,9 @@ impl PublicKey {
         let mut words = line.split_ascii_whitespace();
         let (kind, key) = (words.next()?, words.next()?);
         let known = ["ssh-", "ecdsa-", "sk-"].iter().any(|prefix| kind.starts_with(prefix));
-        let plain = |word: &str, others: &str| word.chars().all(|c| c.is_ascii_alphanumeric() || others.contains(c));
+        let plain = |word: &str, others: &str| {
+            word.chars().all(|c| c.is_ascii_alphanumeric() || others.contains(c))
+        };
         let good = known && plain(kind, "-@.") && plain(key, "+/=") && key.starts_with("AAAA");
         good.then(|| Self(format!("{kind} {key}")))
     }
@@ -153,7 +158,10 @@ impl Property for PublicKey {
     const EXPECTED: &'static str = "a public key such as \"ssh-ed25519 AAAA…\"";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        value.as_str().and_then(Self::parse).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+        value
+            .as_str()
+            .and_then(Self::parse)
+            .ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
 
@@ -178,15 +186,26 @@ mod tests {
     fn a_public_key_loses_its_comment_and_is_one_line() {
         let key = PublicKey::parse("ssh-ed25519 AAAAC3Nza+/= root@kvm\n").unwrap();
         assert_eq!(key.as_str(), "ssh-ed25519 AAAAC3Nza+/=");
-        for bad in ["", "AAAA", "ssh-ed25519", "command=\"x\" ssh-ed25519 AAAA", "ssh-rsa BBBB", "ssh-rsa AAAA\u{7f}"] {
+        for bad in [
+            "",
+            "AAAA",
+            "ssh-ed25519",
+            "command=\"x\" ssh-ed25519 AAAA",
+            "ssh-rsa BBBB",
+            "ssh-rsa AAAA\u{7f}",
+        ] {
             assert!(PublicKey::parse(bad).is_none(), "{bad}");
         }
     }
 
     #[test]
     fn ssh_says_what_it_lacks() {
-        let lack = |value| Transport::from_json(&value).unwrap().validated().unwrap_err().to_string();
-        assert_eq!(lack(json!({"kind": "ssh"})), "host: missing; expected a host's name or address");
+        let lack =
+            |value| Transport::from_json(&value).unwrap().validated().unwrap_err().to_string();
+        assert_eq!(
+            lack(json!({"kind": "ssh"})),
+            "host: missing; expected a host's name or address"
+        );
         assert_eq!(
             lack(json!({"kind": "ssh", "host": "h", "private_key": "k"})),
             "host_key: missing; expected a public key such as \"ssh-ed25519 AAAA…\""

@@ -31,21 +31,35 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<()> {
         self.store.with_claims(deadline, |claims| {
-            placed.iter_mut().try_for_each(|placed| claim_addresses(vm, placed, networks, claims))?;
-            properties.ports.iter().try_for_each(|forward| claim_ports(vm, placed, networks, forward, claims))
+            placed
+                .iter_mut()
+                .try_for_each(|placed| claim_addresses(vm, placed, networks, claims))?;
+            properties
+                .ports
+                .iter()
+                .try_for_each(|forward| claim_ports(vm, placed, networks, forward, claims))
         })
     }
 }
 
-fn claim_addresses(vm: &VmCid, placed: &mut Placed, networks: &mut Networks, claims: &mut Claims<'_>) -> Result<()> {
+fn claim_addresses(
+    vm: &VmCid,
+    placed: &mut Placed,
+    networks: &mut Networks,
+    claims: &mut Claims<'_>,
+) -> Result<()> {
     let Placed { nic, pool, .. } = placed;
-    let network = networks.iter_mut().find(|network| network.name == nic.network).expect("a NIC is for one");
+    let network =
+        networks.iter_mut().find(|network| network.name == nic.network).expect("a NIC is for one");
     let segment = match &nic.wire {
         Wire::Tap { segment, .. } => segment,
         Wire::User { user } => {
             // Nobody else is on that wire.
             if matches!(network.addressing, Addressing::Dynamic { .. }) {
-                network.resolve(with_prefix(user.guest.into(), user.gateway.prefix()), Some(user.gateway.ip().into()));
+                network.resolve(
+                    with_prefix(user.guest.into(), user.gateway.prefix()),
+                    Some(user.gateway.ip().into()),
+                );
             }
             return Ok(());
         }
@@ -64,8 +78,9 @@ fn claim_addresses(vm: &VmCid, placed: &mut Placed, networks: &mut Networks, cla
         if let Some(holder) = claims.holder(&claim)? {
             let what = if is_one(*block) { block.ip().to_string() } else { block.to_string() };
             let message = format!("network '{}': {what} is held by VM '{holder}'", nic.network);
-            return Err(Error::new(ErrorKind::Conflict, message)
-                .hint(format!("if that VM is wanted no more, delete it: bosh delete-vm {holder}")));
+            return Err(Error::new(ErrorKind::Conflict, message).hint(format!(
+                "if that VM is wanted no more, delete it: bosh delete-vm {holder}"
+            )));
         }
         claims.take(vm, claim)?;
     }
@@ -95,15 +110,20 @@ fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpA
             && pool.gateway != Some(*ip)
             && !own.contains(ip)
     };
-    for ip in
-        pool.previous.filter(|ip| pool.range.contains(*ip)).into_iter().chain(pool.range.addresses()).filter(usable)
+    for ip in pool
+        .previous
+        .filter(|ip| pool.range.contains(*ip))
+        .into_iter()
+        .chain(pool.range.addresses())
+        .filter(usable)
     {
         if claims.holder(&Claim::block(segment, ip.into()))?.is_none() {
             return Ok(ip);
         }
     }
     let message = format!("host network '{}' has no free address", segment.network);
-    Err(Error::new(ErrorKind::Conflict, message).hint(format!("widen networks.{}.pool", segment.network)))
+    Err(Error::new(ErrorKind::Conflict, message)
+        .hint(format!("widen networks.{}.pool", segment.network)))
 }
 
 /// Claims the ports for the cards that have a way from the host: of each family the default one, or else the first.
@@ -117,23 +137,27 @@ fn claim_ports(
     let guest = wanted.guest.unwrap_or(wanted.host);
     let count = wanted.host.count();
     if guest.count() != count || count > MOST_PORTS {
-        let problem = format!("cloud_properties.ports: host and guest must be as many ports, at most {MOST_PORTS}");
+        let problem = format!(
+            "cloud_properties.ports: host and guest must be as many ports, at most {MOST_PORTS}"
+        );
         return Err(Error::new(ErrorKind::BadRequest, problem));
     }
     if let Some(ip) = wanted.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
         let problem = format!("cloud_properties.ports: {ip} is no address of a host");
-        return Err(
-            Error::new(ErrorKind::BadRequest, problem).hint("leave 'address' out for every address of the host")
-        );
+        return Err(Error::new(ErrorKind::BadRequest, problem)
+            .hint("leave 'address' out for every address of the host"));
     }
     let is_default = |nic: &Nic| {
-        networks.iter().any(|network| network.name == nic.network && network.default.iter().any(|d| d == "gateway"))
+        networks.iter().any(|network| {
+            network.name == nic.network && network.default.iter().any(|d| d == "gateway")
+        })
     };
     placed.sort_by_key(|placed| !is_default(&placed.nic));
     let found = forward_to(placed, wanted);
     placed.sort_by_key(|placed| placed.index);
     if found.is_empty() {
-        let message = "cloud_properties.ports: the VM has no network whose packets go through this host";
+        let message =
+            "cloud_properties.ports: the VM has no network whose packets go through this host";
         return Err(Error::new(ErrorKind::NotSupported, message).hint(
             "ports are forwarded to networks with a bridge of our own: profiles 'nat' and 'routed', and 'user'; from a \
              loopback address to 'user' alone",
@@ -142,7 +166,8 @@ fn claim_ports(
     for port in wanted.host.first..=wanted.host.last {
         let claim = Claim::Port { protocol: wanted.protocol, port, address: wanted.address };
         if let Some(holder) = claims.holder(&claim)? {
-            let message = format!("port {}/{port} of this host is held by VM '{holder}'", wanted.protocol);
+            let message =
+                format!("port {}/{port} of this host is held by VM '{holder}'", wanted.protocol);
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         claims.take(vm, claim)?;

@@ -46,8 +46,11 @@ impl Cpi {
         self.vm(vm_cid)?;
         let (_disk_lock, mut disk) = self.locked_disk(disk_cid, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)?.filter(|holder| holder != vm_cid) {
-            return Err(Error::new(ErrorKind::Conflict, format!("disk '{disk_cid}' is attached to VM '{holder}'"))
-                .hint("detach it there first"));
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("disk '{disk_cid}' is attached to VM '{holder}'"),
+            )
+            .hint("detach it there first"));
         }
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
         // Before anything is written down.
@@ -140,7 +143,13 @@ impl Cpi {
     }
 
     pub(super) fn attached_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
-        Ok(self.vm(vm)?.disks.into_iter().filter(|a| a.phase != Attaching).map(|a| a.disk).collect())
+        Ok(self
+            .vm(vm)?
+            .disks
+            .into_iter()
+            .filter(|a| a.phase != Attaching)
+            .map(|a| a.disk)
+            .collect())
     }
 
     /// The VM that has the disk. The caller holds the disk's lock. An attachment whose call was cut short is settled.
@@ -185,8 +194,11 @@ impl Cpi {
         if matches!(self.power(vm)?, PowerState::Off) && pidlock::holder(&supervisor)?.is_none() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Conflict, format!("VM '{vm}' has the disk, and its removal was cut short"))
-            .hint("repeat delete_vm"))
+        Err(Error::new(
+            ErrorKind::Conflict,
+            format!("VM '{vm}' has the disk, and its removal was cut short"),
+        )
+        .hint("repeat delete_vm"))
     }
 
     fn advance(&self, vm: &mut VmRecord, disk: &DiskCid, phase: AttachmentPhase) -> Result<()> {
@@ -199,7 +211,12 @@ impl Cpi {
 
     /// The records as they are when VM and disk have forgotten each other, the VM's first. One that says so already, or is
     /// not there, is left out.
-    fn stage_release(&self, vm: &VmRecord, cid: &DiskCid, disk: Option<&DiskRecord>) -> Result<Vec<Staged>> {
+    fn stage_release(
+        &self,
+        vm: &VmRecord,
+        cid: &DiskCid,
+        disk: Option<&DiskRecord>,
+    ) -> Result<Vec<Staged>> {
         let mut staged = Vec::new();
         if vm.attachment(cid).is_some() {
             let mut vm = vm.clone();
@@ -216,7 +233,9 @@ impl Cpi {
     pub(super) fn monitor(&self, vm: &VmRecord, deadline: Instant) -> Result<Option<Monitor>> {
         match self.power(&vm.cid)? {
             PowerState::Off => Ok(None),
-            PowerState::On(_) => Ok(Some(Monitor::connect(&self.store.vm(&vm.cid).qmp(), deadline)?)),
+            PowerState::On(_) => {
+                Ok(Some(Monitor::connect(&self.store.vm(&vm.cid).qmp(), deadline)?))
+            }
         }
     }
 
@@ -239,7 +258,9 @@ impl Cpi {
             port_prefix: topology::PORT_PREFIX,
         };
         if disk.encrypted && !Inventory::take(monitor)?.has_device(id) {
-            self.with_key(monitor, &disk.cid, |monitor| hotplug::attach(monitor, &wanted, deadline))?;
+            self.with_key(monitor, &disk.cid, |monitor| {
+                hotplug::attach(monitor, &wanted, deadline)
+            })?;
         } else {
             hotplug::attach(monitor, &wanted, deadline)?;
         }
@@ -252,19 +273,30 @@ impl Cpi {
     /// Unplugs the disk from a VM that is on, and removes whatever its QEMU has of it.
     fn unplug(&self, vm: &VmRecord, disk: &HotDisk, deadline: Instant) -> Result<()> {
         // After the guest has let go, there is still something to remove.
-        let until = deadline.checked_sub(CLEANING_UP).unwrap_or(deadline).max(Instant::now() + CLEANING_UP / 3);
+        let until = deadline
+            .checked_sub(CLEANING_UP)
+            .unwrap_or(deadline)
+            .max(Instant::now() + CLEANING_UP / 3);
         self.unless_off(vm, deadline, |monitor| Ok(hotplug::detach(monitor, disk, until)?))
     }
 
     /// Does something with the QEMU of a VM that is on. One that is off, or that ended meanwhile, has nothing plugged in and
     /// nothing open: its next start goes by the record, and can not begin before we give up the VM's lock.
-    fn unless_off(&self, vm: &VmRecord, deadline: Instant, act: impl FnOnce(&mut Monitor) -> Result<()>) -> Result<()> {
+    fn unless_off(
+        &self,
+        vm: &VmRecord,
+        deadline: Instant,
+        act: impl FnOnce(&mut Monitor) -> Result<()>,
+    ) -> Result<()> {
         let PowerState::On(qemu) = self.power(&vm.cid)? else { return Ok(()) };
         let qmp = self.store.vm(&vm.cid).qmp();
-        let acted = Monitor::connect(&qmp, deadline).map_err(Error::from).and_then(|mut m| act(&mut m));
+        let acted =
+            Monitor::connect(&qmp, deadline).map_err(Error::from).and_then(|mut m| act(&mut m));
         match acted {
             // A QEMU that dies closes its monitor a moment before it is gone.
-            Err(error) if error.kind() == ErrorKind::Host && qemu.wait_exit(Instant::now() + DYING)? => {
+            Err(error)
+                if error.kind() == ErrorKind::Host && qemu.wait_exit(Instant::now() + DYING)? =>
+            {
                 tracing::info!(error = error.report(), "QEMU ended meanwhile");
                 Ok(())
             }
@@ -288,7 +320,11 @@ pub(super) fn hot_disk(disk: &DiskRecord) -> HotDisk {
 
 /// The same of one of its images.
 pub(super) fn hot_image(disk: &DiskCid, node: &str) -> HotDisk {
-    HotDisk { device: disk.as_str().to_owned(), node: node.to_owned(), below: vec![blockdev::file_node(node)] }
+    HotDisk {
+        device: disk.as_str().to_owned(),
+        node: node.to_owned(),
+        below: vec![blockdev::file_node(node)],
+    }
 }
 
 /// A call that has used up its time still has to find out where it stands.

@@ -22,8 +22,11 @@ mod tests {
 
     #[test]
     fn what_is_answered_is_what_create_vm_takes() {
-        let resources = VmResources::from_json(&json!({"ram": 2048, "cpu": 2, "ephemeral_disk_size": 4096})).unwrap();
-        let properties: VmCloudProperties = read(&Map::new(), &cloud_properties(&resources)).unwrap();
+        let resources =
+            VmResources::from_json(&json!({"ram": 2048, "cpu": 2, "ephemeral_disk_size": 4096}))
+                .unwrap();
+        let properties: VmCloudProperties =
+            read(&Map::new(), &cloud_properties(&resources)).unwrap();
         assert_eq!((properties.cpu.get(), properties.ram.get()), (2, 2048));
         assert_eq!(properties.ephemeral_disk.unwrap().get(), 4096);
     }

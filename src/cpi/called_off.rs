@@ -60,7 +60,11 @@ impl Cpi {
 
     fn forget_old(&self, dir: &std::path::Path) {
         let old = |entry: &std::fs::DirEntry| {
-            let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|made| made.elapsed().ok());
+            let age = entry
+                .metadata()
+                .and_then(|meta| meta.modified())
+                .ok()
+                .and_then(|made| made.elapsed().ok());
             age.is_some_and(|age| age > STAYS)
         };
         for entry in dir.read_dir().into_iter().flatten().flatten().filter(old) {

@@ -128,7 +128,10 @@ impl DiskCloudProperties {
             Err(Error::new(ErrorKind::BadRequest, format!("cloud_properties.{message}")).hint(hint))
         };
         if self.preallocation == Preallocation::Metadata && self.format == Format::Raw {
-            return refuse("preallocation: a raw image has no metadata", "use 'falloc' or 'full', or format 'qcow2'");
+            return refuse(
+                "preallocation: a raw image has no metadata",
+                "use 'falloc' or 'full', or format 'qcow2'",
+            );
         }
         if self.discard == Some(Discard::Unmap) {
             if self.preallocation.reserves_space() {
@@ -136,7 +139,10 @@ impl DiskCloudProperties {
                 return refuse("discard: 'unmap' would give preallocated space back", hint);
             }
             if self.encrypted && self.format == Format::Raw {
-                return refuse("discard: an encrypted raw image can not give space back", "use format 'qcow2'");
+                return refuse(
+                    "discard: an encrypted raw image can not give space back",
+                    "use format 'qcow2'",
+                );
             }
         }
         Ok(())
@@ -144,7 +150,8 @@ impl DiskCloudProperties {
 
     /// What `discard` is when it is not given: what the other properties allow.
     pub fn effective_discard(&self) -> Discard {
-        let keeps = self.preallocation.reserves_space() || (self.encrypted && self.format == Format::Raw);
+        let keeps =
+            self.preallocation.reserves_space() || (self.encrypted && self.format == Format::Raw);
         self.discard.unwrap_or(if keeps { Discard::Ignore } else { Discard::Unmap })
     }
 }
@@ -188,7 +195,10 @@ impl Property for CpuModel {
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.,=+".contains(c);
         match value.as_str() {
-            Some(text) if text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(allowed) => {
+            Some(text)
+                if text.starts_with(|c: char| c.is_ascii_alphanumeric())
+                    && text.chars().all(allowed) =>
+            {
                 Ok(Self(text.to_owned()))
             }
             _ => Err(SchemaError::value(Self::EXPECTED, value)),
@@ -202,8 +212,9 @@ impl Property for CpuModel {
 /// `BadRequest` naming the property.
 pub fn read<T: Property>(defaults: &Map<String, Value>, given: &Map<String, Value>) -> Result<T> {
     let keys = T::keys();
-    let names =
-        |spelling: &str| keys.iter().find(|k| k.name == spelling || k.aliases.contains(&spelling)).map(|k| k.name);
+    let names = |spelling: &str| {
+        keys.iter().find(|k| k.name == spelling || k.aliases.contains(&spelling)).map(|k| k.name)
+    };
     let mut merged = given.clone();
     for (key, value) in defaults {
         let name = names(key).unwrap_or(key);
@@ -223,8 +234,11 @@ impl Cpi {
         }
         let known: Vec<_> = self.config.pools.keys().map(String::as_str).collect();
         let known = if known.is_empty() { "no pools".to_owned() } else { known.join(", ") };
-        Err(Error::new(ErrorKind::BadRequest, "cloud_properties.pool: this host has no pool of that name")
-            .hint(format!("the configuration has: {known}")))
+        Err(Error::new(
+            ErrorKind::BadRequest,
+            "cloud_properties.pool: this host has no pool of that name",
+        )
+        .hint(format!("the configuration has: {known}")))
     }
 }
 
@@ -259,7 +273,10 @@ mod tests {
             let refused = refusal(given).unwrap_err();
             assert!(refused.starts_with(&format!("cloud_properties.{property}: ")), "{refused}");
         }
-        assert_eq!(refusal(json!({"preallocation": "full", "discard": "ignore", "encrypted": true})), Ok(()));
+        assert_eq!(
+            refusal(json!({"preallocation": "full", "discard": "ignore", "encrypted": true})),
+            Ok(())
+        );
     }
 
     #[test]
@@ -269,7 +286,10 @@ mod tests {
             disk.effective_discard()
         };
         assert_eq!(discard(json!({})), Discard::Unmap);
-        assert_eq!(discard(json!({"preallocation": "metadata", "encrypted": true})), Discard::Unmap);
+        assert_eq!(
+            discard(json!({"preallocation": "metadata", "encrypted": true})),
+            Discard::Unmap
+        );
         assert_eq!(discard(json!({"preallocation": "falloc"})), Discard::Ignore);
         assert_eq!(discard(json!({"format": "raw", "encrypted": true})), Discard::Ignore);
     }
@@ -277,7 +297,10 @@ mod tests {
     #[test]
     fn mistakes_are_named_with_what_was_meant() {
         let refusal = |given| vm(&json!({}), &given).unwrap_err().report();
-        assert_eq!(refusal(json!({"rma": 1})), "cloud_properties.rma: unknown key; did you mean 'ram'?");
+        assert_eq!(
+            refusal(json!({"rma": 1})),
+            "cloud_properties.rma: unknown key; did you mean 'ram'?"
+        );
         assert_eq!(
             refusal(json!({"ram": -1})),
             "cloud_properties.ram: expected a whole number of MiB from 1 to 67108864, got -1"

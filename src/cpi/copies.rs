@@ -58,11 +58,20 @@ const COPY: &str = "copy";
 
 impl Cpi {
     /// Whether the disk can become `next`, being `size` large then, as far as that can be known.
-    pub(super) fn can_copy(&self, disk: &DiskRecord, next: &DiskRecord, size: MiB, deadline: Instant) -> Result<()> {
+    pub(super) fn can_copy(
+        &self,
+        disk: &DiskRecord,
+        next: &DiskRecord,
+        size: MiB,
+        deadline: Instant,
+    ) -> Result<()> {
         if let Some(left) = &disk.leftover {
             let path = self.store.disk_image_at(&disk.cid, left)?;
-            return Err(Error::new(ErrorKind::Host, format!("'{}' can not be removed", path.display()))
-                .hint("an earlier copy left it: see the log of this call"));
+            return Err(Error::new(
+                ErrorKind::Host,
+                format!("'{}' can not be removed", path.display()),
+            )
+            .hint("an earlier copy left it: see the log of this call"));
         }
         if next.encrypted {
             DiskKey::of(&self.config).ready(&self.store, deadline)?;
@@ -73,7 +82,12 @@ impl Cpi {
 
     /// Makes the disk what `next` is: the same with another image, and whatever else is to change with it. The caller
     /// holds the disk's lock, and [`Self::can_copy`] was asked. Of a copy that fails nothing is left, and the disk is what it was.
-    pub(super) fn copy_into(&self, disk: &mut DiskRecord, next: &DiskRecord, deadline: Instant) -> Result<()> {
+    pub(super) fn copy_into(
+        &self,
+        disk: &mut DiskRecord,
+        next: &DiskRecord,
+        deadline: Instant,
+    ) -> Result<()> {
         let image = next.current();
         let mut place = self.place(disk, deadline)?;
         let size = self.virtual_size(disk, &mut place)?;
@@ -84,23 +98,31 @@ impl Cpi {
             .or_else(|error| self.settled(&disk.cid).and(Err(error)))?;
         *disk = named;
         let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
-        let copied = dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
-            match place {
-                Place { vm: Some(vm), monitor: Some(monitor), lock } => {
-                    self.start_mirror(monitor, disk, next)?;
-                    // Others may use the VM meanwhile; the disk they can not.
-                    drop(lock);
-                    self.switch_live(disk, next, &vm, deadline).map_err(|error| self.ended(&vm.cid, error))
+        let copied =
+            dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
+                match place {
+                    Place { vm: Some(vm), monitor: Some(monitor), lock } => {
+                        self.start_mirror(monitor, disk, next)?;
+                        // Others may use the VM meanwhile; the disk they can not.
+                        drop(lock);
+                        self.switch_live(disk, next, &vm, deadline)
+                            .map_err(|error| self.ended(&vm.cid, error))
+                    }
+                    place => self.copy_offline(disk, next, place, deadline),
                 }
-                place => self.copy_offline(disk, next, place, deadline),
-            }
-        });
+            });
         // Settles a copy that failed as it does one that was killed, and after one that worked it removes the old image.
         let settled = self.settle_copy(disk, grace(deadline));
         copied.and(settled)
     }
 
-    fn copy_offline(&self, disk: &mut DiskRecord, next: &DiskRecord, place: Place, deadline: Instant) -> Result<()> {
+    fn copy_offline(
+        &self,
+        disk: &mut DiskRecord,
+        next: &DiskRecord,
+        place: Place,
+        deadline: Instant,
+    ) -> Result<()> {
         let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
         let source = image::Source::open(&from)?;
         // A VM that is off may be started meanwhile, on the old image.
@@ -137,14 +159,24 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<()> {
         let key = DiskKey::of(&self.config);
-        let source = Existing { path: from, format: source.format, key: source.encrypted.then(|| key.path()) };
-        let target = Existing { path: to, format: target.format, key: target.encrypted.then(|| key.path()) };
+        let source = Existing {
+            path: from,
+            format: source.format,
+            key: source.encrypted.then(|| key.path()),
+        };
+        let target =
+            Existing { path: to, format: target.format, key: target.encrypted.then(|| key.path()) };
         QemuImg::new(&self.config.qemu.img_binary).fill(&source, &target, deadline)?;
         crash::point!("image converted");
         Ok(())
     }
 
-    fn start_mirror(&self, mut monitor: Monitor, disk: &DiskRecord, next: &DiskRecord) -> Result<()> {
+    fn start_mirror(
+        &self,
+        mut monitor: Monitor,
+        disk: &DiskRecord,
+        next: &DiskRecord,
+    ) -> Result<()> {
         let need = FileNeed::disk(&self.store, next)?;
         self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
         let hot = hot_disk(disk);
@@ -157,11 +189,23 @@ impl Cpi {
     }
 
     /// Waits until both images are the same, and switches.
-    fn switch_live(&self, disk: &mut DiskRecord, next: &DiskRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
+    fn switch_live(
+        &self,
+        disk: &mut DiskRecord,
+        next: &DiskRecord,
+        vm: &VmRecord,
+        deadline: Instant,
+    ) -> Result<()> {
         let job = hot_disk(disk).job(COPY);
         // At the deadline the job is looked at once more.
         let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
-        drop(job::follow(&connect, &job, "ready", deadline, &mut progress(format!("copy of disk {}", disk.cid)))?);
+        drop(job::follow(
+            &connect,
+            &job,
+            "ready",
+            deadline,
+            &mut progress(format!("copy of disk {}", disk.cid)),
+        )?);
         // Most of it now: while the job is pending, the guest's I/O waits for the rest.
         image::sync(&self.store.disk_image(next)?)?;
         let (_lock, _) = self.locked_vm(&vm.cid, deadline)?;
@@ -212,7 +256,8 @@ impl Cpi {
         let hot = hot_image(&disk.cid, &left.node(&disk.cid));
         let job = hot.job(COPY);
         let is_switched = disk.generation == left.generation.wrapping_add(1);
-        if is_switched && job::find(&mut monitor, &job)?.is_some_and(|job| job.status == "pending") {
+        if is_switched && job::find(&mut monitor, &job)?.is_some_and(|job| job.status == "pending")
+        {
             monitor.execute(&qmp::job_finalize { id: job.clone() })?;
             job::wait(&mut monitor, &job, "concluded", deadline)?;
         }
@@ -226,7 +271,11 @@ impl Cpi {
     }
 
     /// The lock and the monitor of a VM that may be gone or off.
-    pub(super) fn running_vm(&self, vm: &VmCid, deadline: Instant) -> Result<Option<(Guard, Monitor)>> {
+    pub(super) fn running_vm(
+        &self,
+        vm: &VmCid,
+        deadline: Instant,
+    ) -> Result<Option<(Guard, Monitor)>> {
         match self.locked_vm(vm, deadline) {
             Ok((lock, vm)) => Ok(self.monitor(&vm, deadline)?.map(|monitor| (lock, monitor))),
             Err(error) if error.kind() == ErrorKind::VmNotFound => Ok(None),
@@ -237,7 +286,9 @@ impl Cpi {
     /// Why a copy by QEMU was not made: the end of its VM says more than that of its monitor.
     pub(super) fn ended(&self, vm: &VmCid, error: Error) -> Error {
         let is_gone = match power_state(&self.store.vm(vm)) {
-            Ok(PowerState::On(qemu)) if error.kind() == ErrorKind::Host => qemu.wait_exit(Instant::now() + DYING),
+            Ok(PowerState::On(qemu)) if error.kind() == ErrorKind::Host => {
+                qemu.wait_exit(Instant::now() + DYING)
+            }
             state => Ok(matches!(state, Ok(PowerState::Off))),
         };
         match is_gone {
@@ -247,7 +298,12 @@ impl Cpi {
     }
 
     /// Has QEMU open the image `need`, for a job to write it.
-    pub(super) fn open_in_qemu(&self, monitor: &mut Monitor, need: &FileNeed, disk: &DiskCid) -> Result<()> {
+    pub(super) fn open_in_qemu(
+        &self,
+        monitor: &mut Monitor,
+        need: &FileNeed,
+        disk: &DiskCid,
+    ) -> Result<()> {
         let (opened, file) = open_file(&self.config, need.clone())?;
         let open = |monitor: &mut Monitor| -> Result<(), HotplugError> {
             let set = monitor.add_fd(file.as_fd(), &blockdev::opaque(&need.node, need.writable))?;
@@ -261,13 +317,25 @@ impl Cpi {
 
     fn need_of_update(&self, disk: &DiskRecord, next: &DiskRecord, size: MiB) -> Result<Bytes> {
         // A mirror writes the holes of its source with zeros, which take space in a raw file that discards nothing.
-        let writes_zeros = disk.vm.is_some() && next.format == Format::Raw && next.discard == Discard::Ignore;
+        let writes_zeros =
+            disk.vm.is_some() && next.format == Format::Raw && next.discard == Discard::Ignore;
         let full = if writes_zeros { need_of_full(size) } else { Bytes(0) };
-        Ok(full.max(self.need_of_copy(&self.store.disk_image(disk)?, &disk.current(), &next.current(), size)?))
+        Ok(full.max(self.need_of_copy(
+            &self.store.disk_image(disk)?,
+            &disk.current(),
+            &next.current(),
+            size,
+        )?))
     }
 
     /// What a copy of the image `source`, which is at `path`, needs at once when QEMU or `qemu-img` makes it.
-    pub(super) fn need_of_copy(&self, path: &Path, source: &DiskImage, target: &DiskImage, size: MiB) -> Result<Bytes> {
+    pub(super) fn need_of_copy(
+        &self,
+        path: &Path,
+        source: &DiskImage,
+        target: &DiskImage,
+        size: MiB,
+    ) -> Result<Bytes> {
         // Holes of a LUKS image are noise to who reads it, and nobody can make some in it: all of it is copied.
         let has_no_holes = |image: &DiskImage| image.encrypted && image.format == Format::Raw;
         let full = has_no_holes(source) || has_no_holes(target);
@@ -278,7 +346,9 @@ impl Cpi {
     /// What a thin copy of the image `path` of `size` needs at once: what that takes.
     pub(super) fn need_of_image(&self, path: &Path, size: MiB) -> Result<Bytes> {
         let taken = path.metadata().at("look at", path)?.blocks() * 512;
-        Ok(Bytes(self.need_of_thin(size.bytes()).get().max(self.need_of_thin(Bytes(0)).get() + taken)))
+        Ok(Bytes(
+            self.need_of_thin(size.bytes()).get().max(self.need_of_thin(Bytes(0)).get() + taken),
+        ))
     }
 }
 
@@ -293,7 +363,9 @@ fn device_node(monitor: &mut Monitor, disk: &DiskCid) -> Result<Option<String>, 
 /// What to do about a copy that a VM got in the way of.
 pub(super) fn started(error: Error) -> Error {
     match error.kind() {
-        ErrorKind::Conflict => error.hint("its VM was started: repeat the call, and QEMU makes the copy"),
+        ErrorKind::Conflict => {
+            error.hint("its VM was started: repeat the call, and QEMU makes the copy")
+        }
         _ => error,
     }
 }
@@ -316,7 +388,11 @@ fn every(interval: Duration, mut say: impl FnMut(u64)) -> impl FnMut(u64, u64) {
 
 /// The names of a copy's target in QEMU: no device has them.
 pub(super) fn target(node: &str) -> HotDisk {
-    HotDisk { device: blockdev::file_node(node), node: node.to_owned(), below: vec![blockdev::file_node(node)] }
+    HotDisk {
+        device: blockdev::file_node(node),
+        node: node.to_owned(),
+        below: vec![blockdev::file_node(node)],
+    }
 }
 
 #[cfg(test)]

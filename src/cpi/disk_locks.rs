@@ -14,16 +14,24 @@ impl Cpi {
     /// [`ErrorKind::Timeout`] naming the snapshot or the update that has it, if one does.
     pub(super) fn disk_lock(&self, cid: &DiskCid, deadline: Instant) -> Result<Guard> {
         self.store.lock(Rank::Disk, cid, deadline).map_err(|error| {
-            let copy = (error.kind() == ErrorKind::Timeout).then(|| self.copy_at_work(cid).ok().flatten()).flatten();
+            let copy = (error.kind() == ErrorKind::Timeout)
+                .then(|| self.copy_at_work(cid).ok().flatten())
+                .flatten();
             match copy {
-                Some(copy) => error.during(being_copied(cid, &copy)).hint("repeat the call when that is done"),
+                Some(copy) => {
+                    error.during(being_copied(cid, &copy)).hint("repeat the call when that is done")
+                }
                 None => error,
             }
         })
     }
 
     /// Takes the lock of a disk that exists. A copy of it that was cut short is undone or finished.
-    pub(super) fn locked_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
+    pub(super) fn locked_disk(
+        &self,
+        cid: &DiskCid,
+        deadline: Instant,
+    ) -> Result<(Guard, DiskRecord)> {
         loop {
             self.own_disk(cid, deadline)?;
             let lock = self.disk_lock(cid, deadline)?;
@@ -50,7 +58,11 @@ impl Cpi {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] naming the snapshot or the update.
-    pub(super) fn locked_idle_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
+    pub(super) fn locked_idle_disk(
+        &self,
+        cid: &DiskCid,
+        deadline: Instant,
+    ) -> Result<(Guard, DiskRecord)> {
         self.own_disk(cid, deadline)?;
         if let Some(copy) = self.copy_at_work(cid)? {
             let error = Error::new(ErrorKind::Conflict, being_copied(cid, &copy));
@@ -58,8 +70,9 @@ impl Cpi {
         }
         for snapshot in self.half_snapshots(cid)? {
             // Its call was killed.
-            self.clear_snapshot(&snapshot, deadline)
-                .map_err(|e| e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'")))?;
+            self.clear_snapshot(&snapshot, deadline).map_err(|e| {
+                e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'"))
+            })?;
         }
         self.locked_disk(cid, deadline)
     }
@@ -71,7 +84,8 @@ impl Cpi {
                 return Ok(Some(format!("into snapshot '{snapshot}'")));
             }
         }
-        let is_updated = self.disk(cid)?.leftover.is_some() && self.store.glance(Rank::Disk, cid)?.is_none();
+        let is_updated =
+            self.disk(cid)?.leftover.is_some() && self.store.glance(Rank::Disk, cid)?.is_none();
         Ok(is_updated.then(|| "by update_disk".to_owned()))
     }
 

@@ -21,7 +21,8 @@ use crate::units::{Bytes, MiB};
 impl Cpi {
     pub(super) fn make_disk(&self, size: MiB, properties: &Map<String, Value>) -> Result<DiskCid> {
         let deadline = self.deadline("create_disk");
-        let asked: DiskCloudProperties = cloud_properties::read(&self.config.disk_defaults, properties)?;
+        let asked: DiskCloudProperties =
+            cloud_properties::read(&self.config.disk_defaults, properties)?;
         self.known_pool(asked.pool.as_deref())?;
         asked.validate()?;
         self.store.prepare()?;
@@ -30,24 +31,34 @@ impl Cpi {
         let lock = self.begin::<DiskRecord>(Rank::Disk, &cid, deadline)?;
         let mut disk = new_record(cid, size, &asked, properties);
         let need = self.need_of_disk(disk.size, &disk.current());
-        let made = self.admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk)).and_then(|()| {
-            let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
-            self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
-            self.untold::<DiskRecord>(&disk.cid)?;
-            disk.phase = Phase::Ready;
-            self.store.write_disk(&disk)?;
-            self.settled(&disk.cid)
-        });
+        let made = self
+            .admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk))
+            .and_then(|()| {
+                let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
+                self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
+                self.untold::<DiskRecord>(&disk.cid)?;
+                disk.phase = Phase::Ready;
+                self.store.write_disk(&disk)?;
+                self.settled(&disk.cid)
+            });
         match made {
             Ok(()) => Ok(disk.cid),
-            Err(error) => {
-                Err(self.undone::<DiskRecord>(&disk.cid, lock, error.during(format!("create a disk of {size}"))))
-            }
+            Err(error) => Err(self.undone::<DiskRecord>(
+                &disk.cid,
+                lock,
+                error.during(format!("create a disk of {size}")),
+            )),
         }
     }
 
     /// Makes `image`, empty, in `dir`; it is durable then.
-    pub(super) fn make_disk_image(&self, dir: &Path, image: &DiskImage, size: Bytes, deadline: Instant) -> Result<()> {
+    pub(super) fn make_disk_image(
+        &self,
+        dir: &Path,
+        image: &DiskImage,
+        size: Bytes,
+        deadline: Instant,
+    ) -> Result<()> {
         let key = DiskKey::of(&self.config);
         if image.encrypted {
             key.ready(&self.store, deadline)?;
@@ -67,7 +78,8 @@ impl Cpi {
         let deadline = self.deadline("delete_disk");
         let (lock, mut disk) = loop {
             self.adopt(cid, deadline)?;
-            if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid) {
+            if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid)
+            {
                 return self.store.is_mounted().and_then(|()| self.store.is_nowhere_else(cid));
             }
             let lock = self.disk_lock(cid, deadline)?;
@@ -78,15 +90,22 @@ impl Cpi {
                 None => {
                     self.store.is_nowhere_else(cid)?;
                     // All but the directory or the lock is gone: a removal was cut short at its last steps.
-                    return self.forget_disk(cid, lock, self.store.lock(Rank::Metadata, cid, deadline)?);
+                    return self.forget_disk(
+                        cid,
+                        lock,
+                        self.store.lock(Rank::Metadata, cid, deadline)?,
+                    );
                 }
             }
         };
         self.store.is_ours(&disk)?;
         self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
-            return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is attached to VM '{holder}'"))
-                .hint("detach it first"));
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("disk '{cid}' is attached to VM '{holder}'"),
+            )
+            .hint("detach it first"));
         }
         self.is_unused_image(&disk)?;
         let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
@@ -116,7 +135,12 @@ impl Cpi {
     }
 }
 
-fn new_record(cid: DiskCid, size: MiB, asked: &DiskCloudProperties, properties: &Map<String, Value>) -> DiskRecord {
+fn new_record(
+    cid: DiskCid,
+    size: MiB,
+    asked: &DiskCloudProperties,
+    properties: &Map<String, Value>,
+) -> DiskRecord {
     DiskRecord {
         schema: SCHEMA,
         cid,

@@ -32,7 +32,9 @@ impl Cpi {
         let opened = opening(monitor);
         let forgotten = forget(monitor);
         let opened = opened.map_err(|error| match &error {
-            HotplugError::Monitor(refused) if refused.refused_with(WRONG_KEY) => key.does_not_open(Some(disk)),
+            HotplugError::Monitor(refused) if refused.refused_with(WRONG_KEY) => {
+                key.does_not_open(Some(disk))
+            }
             _ => error.into(),
         })?;
         forgotten?;

@@ -105,7 +105,9 @@ impl Cpi {
         let next = AtomicUsize::new(0);
         let outcomes = Mutex::new(Vec::with_capacity(vms.len()));
         let work = || {
-            while let Some(index) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|index| *index < vms.len()) {
+            while let Some(index) =
+                Some(next.fetch_add(1, Ordering::Relaxed)).filter(|index| *index < vms.len())
+            {
                 let outcome = outcome(&vms[index], &act);
                 outcomes.lock().expect("no panic").push((index, outcome));
             }
@@ -128,7 +130,8 @@ impl Cpi {
             None => return lock.retire().map(|()| State::Off("it was deleted".into())),
         };
         let (scope, config_file) = (self.scope(&vm.cid), self.config_file.as_deref());
-        let deadline = Instant::now() + self.config.deadline("reboot_vm", super::default_deadline("reboot_vm"));
+        let deadline = Instant::now()
+            + self.config.deadline("reboot_vm", super::default_deadline("reboot_vm"));
         if let PowerState::On(_) = power_state(&scope.paths)? {
             return Ok(match supervisor::adopt(&scope, config_file, &lock, deadline)? {
                 Adoption::Needless => State::Running,
@@ -180,7 +183,10 @@ impl Cpi {
     }
 }
 
-fn outcome((cid, vm): &(VmCid, Result<VmRecord>), act: impl Fn(&VmRecord) -> Result<State>) -> Outcome {
+fn outcome(
+    (cid, vm): &(VmCid, Result<VmRecord>),
+    act: impl Fn(&VmRecord) -> Result<State>,
+) -> Outcome {
     let began = Instant::now();
     let done = match vm {
         Ok(vm) => act(vm).map_err(|error| error.report()),

@@ -46,7 +46,12 @@ impl Cpi {
     }
 
     /// Removes the forgotten VMs that hold an address or a port that is wanted now. Whether there were any.
-    fn clear_forgotten(&self, wanted: &[Placed], properties: &VmCloudProperties, deadline: Instant) -> Result<bool> {
+    fn clear_forgotten(
+        &self,
+        wanted: &[Placed],
+        properties: &VmCloudProperties,
+        deadline: Instant,
+    ) -> Result<bool> {
         let mut cleared = false;
         for holder in self.holders(wanted, properties, deadline)? {
             cleared |= self.clear_if_forgotten(&holder, deadline)?;
@@ -54,13 +59,24 @@ impl Cpi {
         Ok(cleared)
     }
 
-    fn holders(&self, wanted: &[Placed], properties: &VmCloudProperties, deadline: Instant) -> Result<Vec<VmCid>> {
-        let addresses = wanted.iter().filter_map(|Placed { nic, .. }| Some((nic.tap()?.1, nic.rules.as_ref()?)));
-        let addresses =
-            addresses.flat_map(|(segment, rules)| rules.addresses.iter().map(|a| Claim::block(segment, *a)));
+    fn holders(
+        &self,
+        wanted: &[Placed],
+        properties: &VmCloudProperties,
+        deadline: Instant,
+    ) -> Result<Vec<VmCid>> {
+        let addresses = wanted
+            .iter()
+            .filter_map(|Placed { nic, .. }| Some((nic.tap()?.1, nic.rules.as_ref()?)));
+        let addresses = addresses
+            .flat_map(|(segment, rules)| rules.addresses.iter().map(|a| Claim::block(segment, *a)));
         let ports = properties.ports.iter().flat_map(|forward| {
             let range = forward.host.first..=forward.host.last;
-            range.map(|port| Claim::Port { protocol: forward.protocol, port, address: forward.address })
+            range.map(|port| Claim::Port {
+                protocol: forward.protocol,
+                port,
+                address: forward.address,
+            })
         });
         let mut holders = self.store.with_claims(deadline, |claims| {
             let holders = addresses.chain(ports).map(|claim| claims.holder(&claim));
@@ -98,12 +114,24 @@ impl Cpi {
 
     /// Whether one of `vms` has one of these addresses that `director` was never told of. Nothing is locked or changed: who
     /// wants to know may put its VM elsewhere all the same.
-    pub(super) fn has_forgotten(&self, vms: &[VmRecord], director: Option<&str>, addresses: &[IpAddr]) -> Result<bool> {
+    pub(super) fn has_forgotten(
+        &self,
+        vms: &[VmRecord],
+        director: Option<&str>,
+        addresses: &[IpAddr],
+    ) -> Result<bool> {
         let wanted = |vm: &VmRecord| {
-            let mut blocks = vm.nics.iter().filter_map(|nic| nic.rules.as_ref()).flat_map(|rules| &rules.addresses);
+            let mut blocks = vm
+                .nics
+                .iter()
+                .filter_map(|nic| nic.rules.as_ref())
+                .flat_map(|rules| &rules.addresses);
             blocks.any(|block| addresses.iter().any(|address| block.contains(*address)))
         };
-        for vm in vms.iter().filter(|vm| director.is_some() && vm.director.as_deref() == director && wanted(vm)) {
+        for vm in vms
+            .iter()
+            .filter(|vm| director.is_some() && vm.director.as_deref() == director && wanted(vm))
+        {
             if self.is_untold_vm(vm)? {
                 return Ok(true);
             }

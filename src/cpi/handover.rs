@@ -36,7 +36,11 @@ impl Cpi {
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
         if !can_be_had()? {
-            return if self.store.find::<DiskRecord>(cid)?.is_some() { Ok(()) } else { lock.retire() };
+            return if self.store.find::<DiskRecord>(cid)?.is_some() {
+                Ok(())
+            } else {
+                lock.retire()
+            };
         }
         let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
         self.store.forget(cid)?;
@@ -76,7 +80,9 @@ impl Cpi {
         }
         self.is_unused_image(&disk)?;
         if disk.leftover.is_some() {
-            return Err(refused("has an image that an earlier copy left, and that can not be removed".to_owned()));
+            return Err(refused(
+                "has an image that an earlier copy left, and that can not be removed".to_owned(),
+            ));
         }
         if disk.encrypted && self.config.key_file.is_none() {
             return Err(refused("is encrypted with a key that only this host has".to_owned()).hint(
@@ -108,7 +114,9 @@ impl Cpi {
         }
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
-        let judge = |image: &Path| image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")));
+        let judge = |image: &Path| {
+            image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")))
+        };
         let taken = self.store.take_over(cid, judge);
         if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
             lock.retire()?;

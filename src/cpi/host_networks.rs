@@ -70,13 +70,16 @@ impl Cpi {
             add(&mut networks, &segment).kept = true;
         }
         for (name, network) in &self.config.networks {
-            let profile = Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
-                .map_err(|e| e.during(format!("host network '{name}'")))?;
+            let profile =
+                Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
+                    .map_err(|e| e.during(format!("host network '{name}'")))?;
             if let Some(segment) = plan::standing(name, network, &profile)? {
                 add(&mut networks, &segment).configured = true;
             }
         }
-        let unknown = only.iter().find(|name| networks.iter().all(|network| network.segment.network != **name));
+        let unknown = only
+            .iter()
+            .find(|name| networks.iter().all(|network| network.segment.network != **name));
         if let Some(name) = unknown {
             let message = format!("no network '{}' of this host has a bridge", name.escape_debug());
             return Err(Error::new(ErrorKind::BadRequest, message));
@@ -99,14 +102,18 @@ impl Cpi {
 
     /// The network cards of all VMs but those that are being removed.
     fn all_nics(&self) -> Result<Vec<Nic>> {
-        let vms = self.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+        let vms =
+            self.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
         Ok(vms.flat_map(|vm| vm.nics).collect())
     }
 
     /// Makes `network` work, with the taps of its VMs plugged in; from now on it stays without VMs, if it is ours and the
     /// configuration has it.
     pub fn apply_network(&self, network: &HostNetwork) -> Result<()> {
-        self.make_network(network, network.configured && matches!(network.segment.keeper, Keeper::Us { .. }))
+        self.make_network(
+            network,
+            network.configured && matches!(network.segment.keeper, Keeper::Us { .. }),
+        )
     }
 
     /// Makes `network` work as it did, kept or not.
@@ -151,14 +158,19 @@ impl Cpi {
 
     /// Logs what keeps a new VM from the network it was promised. That must not keep the VM from being made.
     pub(super) fn warn_of_findings(nics: &[Nic]) {
-        let segments: Vec<_> = nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
+        let segments: Vec<_> =
+            nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
         let facts = match coexist::observe(&segments, nics) {
             Ok(facts) => facts,
-            Err(error) => return tracing::debug!(error = error.report(), "can not look for other firewalls"),
+            Err(error) => {
+                return tracing::debug!(error = error.report(), "can not look for other firewalls");
+            }
         };
         for nic in nics {
             let Some((_, segment)) = nic.tap() else { continue };
-            for Finding { cause, cure } in coexist::findings(segment, std::slice::from_ref(nic), &facts) {
+            for Finding { cause, cure } in
+                coexist::findings(segment, std::slice::from_ref(nic), &facts)
+            {
                 tracing::warn!(network = segment.network, cure, "{cause}");
             }
         }

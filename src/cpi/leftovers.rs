@@ -38,7 +38,12 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`] if somebody else makes it, or has, or if it was called off: callers on other machines choose
     /// cids.
-    pub(super) fn begin<R: Record>(&self, rank: Rank, cid: &R::Cid, deadline: Instant) -> Result<Guard> {
+    pub(super) fn begin<R: Record>(
+        &self,
+        rank: Rank,
+        cid: &R::Cid,
+        deadline: Instant,
+    ) -> Result<Guard> {
         self.begin_under::<R>(rank, cid, cid, deadline)
     }
 
@@ -102,7 +107,9 @@ impl Cpi {
         let until = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
         for name in self.notes() {
             if Instant::now() >= until {
-                return tracing::warn!("there are leftovers of calls that were cut short, and no time to remove them");
+                return tracing::warn!(
+                    "there are leftovers of calls that were cut short, and no time to remove them"
+                );
             }
             if self.may_begin(&name) {
                 continue;
@@ -111,7 +118,11 @@ impl Cpi {
                 Ok(()) => {}
                 // Its create still works.
                 Err(error) if error.kind() == ErrorKind::Timeout => {}
-                Err(error) => tracing::warn!(cid = name, error = error.report(), "a leftover can not be removed"),
+                Err(error) => tracing::warn!(
+                    cid = name,
+                    error = error.report(),
+                    "a leftover can not be removed"
+                ),
             }
         }
     }
@@ -177,8 +188,16 @@ impl Cpi {
     }
 
     fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
-        let lock = self.store.brief(Rank::Network, super::managed_networks::bridge(cid), Instant::now())?;
-        if self.store.find::<NetworkRecord>(cid)?.is_none_or(|network| network.phase == Phase::Creating) {
+        let lock = self.store.brief(
+            Rank::Network,
+            super::managed_networks::bridge(cid),
+            Instant::now(),
+        )?;
+        if self
+            .store
+            .find::<NetworkRecord>(cid)?
+            .is_none_or(|network| network.phase == Phase::Creating)
+        {
             tracing::warn!(%cid, "removing a network whose create_network was cut short");
             self.unmake_network(cid)?;
         }
@@ -189,7 +208,8 @@ impl Cpi {
     fn clear_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
         let mut disk = self.store.find::<DiskRecord>(cid)?;
-        let is_cut_short = |disk: &&mut DiskRecord| disk.leftover.is_some() && !self.store.is_elsewhere(disk);
+        let is_cut_short =
+            |disk: &&mut DiskRecord| disk.leftover.is_some() && !self.store.is_elsewhere(disk);
         if let Some(disk) = disk.as_mut().filter(is_cut_short) {
             tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");
             self.settle_copy(disk, deadline)?;
@@ -204,7 +224,11 @@ impl Cpi {
 
     fn clear_stemcell(&self, cid: &StemcellCid) -> Result<()> {
         let lock = self.store.lock(Rank::Stemcell, cid, Instant::now())?;
-        if self.store.find::<StemcellRecord>(cid)?.is_none_or(|stemcell| stemcell.phase != Phase::Ready) {
+        if self
+            .store
+            .find::<StemcellRecord>(cid)?
+            .is_none_or(|stemcell| stemcell.phase != Phase::Ready)
+        {
             tracing::warn!(%cid, "removing a stemcell whose creation or removal was cut short");
             self.store.remove::<StemcellRecord>(cid)?;
             lock.retire()?;
@@ -218,7 +242,9 @@ impl Cpi {
 pub(super) fn is_left(path: &Path, maker: Option<i32>) -> bool {
     let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
     let is_old = path.symlink_metadata().ok().and_then(age).is_some_and(|age| age > ABANDONED);
-    let lives = |pid| Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true));
+    let lives = |pid| {
+        Process::open(pid).is_ok_and(|process| !process.wait_exit(Instant::now()).unwrap_or(true))
+    };
     is_old || maker.is_some_and(|pid| !lives(pid))
 }
 
@@ -229,7 +255,9 @@ pub(super) fn lock_of(note: &str) -> Option<(Rank, String)> {
         SnapshotCid::PREFIX => Rank::Snapshot,
         DiskCid::PREFIX => Rank::Disk,
         StemcellCid::PREFIX => Rank::Stemcell,
-        NetworkCid::PREFIX => return Some((Rank::Network, super::managed_networks::bridge(&cid(note).ok()?))),
+        NetworkCid::PREFIX => {
+            return Some((Rank::Network, super::managed_networks::bridge(&cid(note).ok()?)));
+        }
         _ => return None,
     };
     Some((rank, note.to_owned()))

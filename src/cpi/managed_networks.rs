@@ -53,7 +53,8 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers(deadline);
         let cid = self.new_cid::<NetworkRecord>()?;
-        let lock = self.begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?.brief();
+        let lock =
+            self.begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?.brief();
         let made = self.make_first_free(&cid, &subnet);
         if let Err(error) = &made {
             self.unmake_network(&cid).map_err(|e| e.during(format!("undo: {}", error.report())))?;
@@ -67,9 +68,12 @@ impl Cpi {
     fn make_first_free(&self, cid: &NetworkCid, subnet: &Subnet) -> Result<CreatedNetwork> {
         if let Some(range) = subnet.range {
             if !net::plan::is_private(range) && !lies_in(range, self.config.managed_range) {
-                let problem = format!("subnet.range: {range} is neither private nor in this host's managed_range");
-                return Err(Error::new(ErrorKind::BadRequest, problem)
-                    .hint("if its addresses are yours to give, set managed_range in the configuration"));
+                let problem = format!(
+                    "subnet.range: {range} is neither private nor in this host's managed_range"
+                );
+                return Err(Error::new(ErrorKind::BadRequest, problem).hint(
+                    "if its addresses are yours to give, set managed_range in the configuration",
+                ));
             }
             return self.make_in(cid, subnet, range);
         }
@@ -80,8 +84,10 @@ impl Cpi {
             ));
         };
         let all = self.config.managed_range;
-        let taken: Vec<_> = self.config.networks.values().filter_map(|network| network.subnet).collect();
-        let free = subnets(all, bits.get() as u8).filter(|range| !taken.iter().any(|t| overlap(*t, *range)));
+        let taken: Vec<_> =
+            self.config.networks.values().filter_map(|network| network.subnet).collect();
+        let free = subnets(all, bits.get() as u8)
+            .filter(|range| !taken.iter().any(|t| overlap(*t, *range)));
         let mut refusal = None;
         for range in free.take(ATTEMPTS) {
             match self.make_in(cid, subnet, range) {
@@ -89,14 +95,25 @@ impl Cpi {
                 made => return made,
             }
         }
-        let none = Error::new(ErrorKind::Conflict, format!("no subnet of /{} is free in {all}", bits.get()));
+        let none = Error::new(
+            ErrorKind::Conflict,
+            format!("no subnet of /{} is free in {all}", bits.get()),
+        );
         Err(refusal
             .map_or(none, |error| error.during(format!("find a free subnet in {all}")))
-            .hint("set managed_range in the configuration to addresses that this host does not use"))
+            .hint(
+                "set managed_range in the configuration to addresses that this host does not use",
+            ))
     }
 
-    fn make_in(&self, cid: &NetworkCid, subnet: &Subnet, range: IpNetwork) -> Result<CreatedNetwork> {
-        let gateway = subnet.gateway.or_else(|| range.iter().nth(1)).unwrap_or_else(|| range.network());
+    fn make_in(
+        &self,
+        cid: &NetworkCid,
+        subnet: &Subnet,
+        range: IpNetwork,
+    ) -> Result<CreatedNetwork> {
+        let gateway =
+            subnet.gateway.or_else(|| range.iter().nth(1)).unwrap_or_else(|| range.network());
         let properties = &subnet.cloud_properties;
         let mut settings = json!({
             "profile": properties.profile, "bridge": bridge(cid), "subnet": range, "gateway": gateway,
@@ -108,11 +125,19 @@ impl Cpi {
         let settings = settings.as_object().cloned().expect("an object");
         let (phase, created_at, newer) = (Phase::Creating, clock::now(), Map::new());
         let director = self.director.clone();
-        let mut record =
-            NetworkRecord { schema: SCHEMA, cid: cid.clone(), phase, created_at, director, settings, newer };
+        let mut record = NetworkRecord {
+            schema: SCHEMA,
+            cid: cid.clone(),
+            phase,
+            created_at,
+            director,
+            settings,
+            newer,
+        };
         let segment = self.managed_segment(&record)?;
         let overlaps = |other: &str| {
-            let problem = format!("the subnet {range} overlaps with that of the managed network '{other}'");
+            let problem =
+                format!("the subnet {range} overlaps with that of the managed network '{other}'");
             Error::new(ErrorKind::Conflict, problem)
         };
         while let Some(other) = self.overlapping(&segment, range)? {
@@ -120,7 +145,8 @@ impl Cpi {
                 return Err(overlaps(&other));
             }
         }
-        net::taken::refuse(&segment).map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
+        net::taken::refuse(&segment)
+            .map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
         // Of two that choose the same at once, the second sees the first.
         let choosing = self.store.brief(Rank::Claims, "ranges", self.deadline("create_network"))?;
         if let Some(other) = self.overlapping(&segment, range)? {
@@ -134,7 +160,8 @@ impl Cpi {
         self.untold::<NetworkRecord>(cid)?;
         record.phase = Phase::Ready;
         self.store.write(&record)?;
-        let addresses = json!({"range": range.to_string(), "gateway": gateway.to_string(), "reserved": []});
+        let addresses =
+            json!({"range": range.to_string(), "gateway": gateway.to_string(), "reserved": []});
         let cloud_properties = json!({"network": cid, "anti_spoof": properties.anti_spoof});
         let object = |value: Value| value.as_object().cloned().expect("an object");
         debug_assert!(SubnetCloudProperties::from_json(&cloud_properties).is_ok());
@@ -149,7 +176,9 @@ impl Cpi {
         for record in self.store.readable::<NetworkRecord>()? {
             taken.extend(config(&record)?.subnet.map(|subnet| (record.cid.to_string(), subnet)));
         }
-        for pin in self.store.pins()?.into_iter().filter(|pin| NetworkCid::parse(&pin.network).is_ok()) {
+        for pin in
+            self.store.pins()?.into_iter().filter(|pin| NetworkCid::parse(&pin.network).is_ok())
+        {
             let Keeper::Us { addresses, .. } = pin.keeper else { continue };
             taken.extend(addresses.into_iter().map(|subnet| (pin.network.clone(), subnet)));
         }
@@ -184,10 +213,10 @@ impl Cpi {
         let profile = Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
             .map_err(|e| e.with_kind(ErrorKind::BadRequest))?;
         if profile.wire != net::profile::Wiring::OwnBridge {
-            let problem = format!("a managed network can not have the profile '{}'", network.profile);
-            return Err(
-                Error::new(ErrorKind::BadRequest, problem).hint("one with a bridge of our own: nat, routed, isolated")
-            );
+            let problem =
+                format!("a managed network can not have the profile '{}'", network.profile);
+            return Err(Error::new(ErrorKind::BadRequest, problem)
+                .hint("one with a bridge of our own: nat, routed, isolated"));
         }
         net::plan::standing(record.cid.as_str(), &network, &profile)?
             .ok_or_else(|| Error::new(ErrorKind::Internal, "a managed network without a bridge"))
@@ -195,7 +224,8 @@ impl Cpi {
 
     /// The managed network, as the configuration would have it.
     pub(super) fn managed(&self, cid: &NetworkCid) -> Result<config::Network> {
-        let record = self.store.find::<NetworkRecord>(cid)?.filter(|record| record.phase == Phase::Ready);
+        let record =
+            self.store.find::<NetworkRecord>(cid)?.filter(|record| record.phase == Phase::Ready);
         record.as_ref().map_or_else(|| Err(not_found(cid)), config)
     }
 
@@ -247,12 +277,16 @@ impl Cpi {
             return Ok(());
         }
         let users: Vec<_> = users.iter().map(|vm| format!("'{vm}'")).collect();
-        Err(Error::new(ErrorKind::Conflict, format!("network '{cid}' is used by VM {}", users.join(", "))))
+        Err(Error::new(
+            ErrorKind::Conflict,
+            format!("network '{cid}' is used by VM {}", users.join(", ")),
+        ))
     }
 
     /// Whether the host network `name` is a managed one, which goes with delete_network.
     pub fn is_managed(&self, name: &str) -> Result<bool> {
-        NetworkCid::parse(name).map_or(Ok(false), |cid| Ok(self.store.read::<NetworkRecord>(&cid)?.is_some()))
+        NetworkCid::parse(name)
+            .map_or(Ok(false), |cid| Ok(self.store.read::<NetworkRecord>(&cid)?.is_some()))
     }
 
     /// Removes everything of a managed network, made or half made. The caller holds its lock.
@@ -270,8 +304,9 @@ impl Cpi {
 }
 
 fn config(record: &NetworkRecord) -> Result<config::Network> {
-    config::Network::from_json(&Value::Object(record.settings.clone()))
-        .map_err(|e| Error::new(ErrorKind::Corrupt, format!("the record of network '{}'", record.cid)).because(e))
+    config::Network::from_json(&Value::Object(record.settings.clone())).map_err(|e| {
+        Error::new(ErrorKind::Corrupt, format!("the record of network '{}'", record.cid)).because(e)
+    })
 }
 
 /// `bosh-` and what tells its cid from others.

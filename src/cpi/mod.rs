@@ -41,7 +41,8 @@ use serde_json::{Map, Value};
 use self::forgotten::Untold;
 use self::networks::Networks;
 use self::verbs::{
-    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata, Verbs, VmResources,
+    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata,
+    Verbs, VmResources,
 };
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
@@ -84,7 +85,15 @@ impl Cpi {
     /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
         let store = Store::of(&config);
-        Self { config, config_file, store, director: None, afar: None, untold: OnceLock::new(), began: Instant::now() }
+        Self {
+            config,
+            config_file,
+            store,
+            director: None,
+            afar: None,
+            untold: OnceLock::new(),
+            began: Instant::now(),
+        }
     }
 
     /// The same for a call of the Director with this uuid.
@@ -102,14 +111,21 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::BadRequest`] for one that a caller chose and we would not.
     fn new_cid<R: Record>(&self) -> Result<R::Cid> {
-        let Some(chosen) = self.afar.as_ref().and_then(|afar| afar.cid.as_deref()) else { return Ok(R::Cid::random()) };
-        R::Cid::parse_new(chosen).map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
+        let Some(chosen) = self.afar.as_ref().and_then(|afar| afar.cid.as_deref()) else {
+            return Ok(R::Cid::random());
+        };
+        R::Cid::parse_new(chosen)
+            .map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
     }
 
     /// Undoes a create that failed, whose lock is `lock`: what is said is why it failed, and what is left if that can not be
     /// undone now.
     fn undone<R: Record>(&self, cid: &R::Cid, lock: Guard, failed: Error) -> Error {
-        let undone = self.store.remove::<R>(cid).and_then(|()| lock.retire()).and_then(|()| self.settled(cid));
+        let undone = self
+            .store
+            .remove::<R>(cid)
+            .and_then(|()| lock.retire())
+            .and_then(|()| self.settled(cid));
         match undone {
             Ok(()) => failed,
             Err(error) => error.during(format!("remove what was made before: {}", failed.report())),
@@ -141,7 +157,8 @@ impl Cpi {
             Err(error) => return lock.retire().and(Err(error)),
         };
         self.is_told::<VmRecord>(cid);
-        let adopted = supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
+        let adopted =
+            supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
         if let Err(error) = adopted {
             tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");
         }
@@ -151,7 +168,8 @@ impl Cpi {
     /// The record of a disk that exists.
     fn disk(&self, cid: &DiskCid) -> Result<DiskRecord> {
         let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
-        record.ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
+        record
+            .ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
     }
 }
 
@@ -169,11 +187,16 @@ pub fn default_deadline(method: &str) -> Duration {
 impl Verbs for Cpi {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
         match &self.afar {
-            None => self.import_stemcell(&ImageFile::new(&stemcell.image), &stemcell.cloud_properties.0),
-            Some(Afar { image: Some(image), .. }) => self.import_stemcell(&**image, &stemcell.cloud_properties.0),
-            Some(Afar { image: None, .. }) => {
-                Err(Error::new(ErrorKind::BadRequest, "the caller, on another machine, sends no image"))
+            None => {
+                self.import_stemcell(&ImageFile::new(&stemcell.image), &stemcell.cloud_properties.0)
             }
+            Some(Afar { image: Some(image), .. }) => {
+                self.import_stemcell(&**image, &stemcell.cloud_properties.0)
+            }
+            Some(Afar { image: None, .. }) => Err(Error::new(
+                ErrorKind::BadRequest,
+                "the caller, on another machine, sends no image",
+            )),
         }
     }
 
@@ -255,7 +278,12 @@ impl Verbs for Cpi {
         self.grow_disk(disk, size)
     }
 
-    fn update_disk(&self, disk: &DiskCid, size: MiB, cloud_properties: CloudProperties) -> Result<Option<DiskCid>> {
+    fn update_disk(
+        &self,
+        disk: &DiskCid,
+        size: MiB,
+        cloud_properties: CloudProperties,
+    ) -> Result<Option<DiskCid>> {
         self.change_disk(disk, size, &cloud_properties.0).map(|()| None)
     }
 

@@ -84,7 +84,9 @@ impl Networks {
     /// Naming `<network>.<key>`, never a value.
     pub fn from_json(text: &RawValue) -> Result<Self, SchemaError> {
         let networks = object(text)?;
-        let spec = |(name, text)| NetworkSpec::from_json(name, text).map_err(|e| e.under(&printable(name)));
+        let spec = |(name, text)| {
+            NetworkSpec::from_json(name, text).map_err(|e| e.under(&printable(name)))
+        };
         networks.iter().map(spec).collect::<Result<_, _>>().map(Self)
     }
 
@@ -165,11 +167,16 @@ fn manual(received: &Object) -> Result<Addressing, SchemaError> {
     let netmask: IpAddr = required(received, "netmask")?;
     let length = ipnetwork::ip_mask_to_prefix(netmask).ok().filter(|_| same_family(&netmask));
     let address = length.and_then(|length| IpNetwork::new(ip, length).ok());
-    let address = address.ok_or_else(|| problem("netmask", "a netmask of the family of 'ip'", "another address"))?;
+    let address = address
+        .ok_or_else(|| problem("netmask", "a netmask of the family of 'ip'", "another address"))?;
 
     let gateway = optional::<HostAddress>(received, "gateway")?.map(|gateway| gateway.0);
     if gateway.is_some_and(|gateway| !same_family(&gateway)) {
-        return Err(problem("gateway", "an address of the family of 'ip'", "one of the other family"));
+        return Err(problem(
+            "gateway",
+            "an address of the family of 'ip'",
+            "one of the other family",
+        ));
     }
 
     let prefix = optional::<PrefixLength>(received, "prefix")?.map(|prefix| prefix.0);
@@ -181,18 +188,30 @@ fn manual(received: &Object) -> Result<Addressing, SchemaError> {
 }
 
 /// What is the VM's own lies in its subnet and leaves the subnet's own addresses alone: a guest may send from all of it.
-fn check_block(address: IpNetwork, gateway: Option<IpAddr>, prefix: Option<u8>) -> Result<(), SchemaError> {
+fn check_block(
+    address: IpNetwork,
+    gateway: Option<IpAddr>,
+    prefix: Option<u8>,
+) -> Result<(), SchemaError> {
     let (ip, width) = (address.ip(), if address.is_ipv4() { 32 } else { 128 });
-    let block = IpNetwork::new(ip, prefix.unwrap_or(width).min(width)).expect("not longer than its family's addresses");
+    let block = IpNetwork::new(ip, prefix.unwrap_or(width).min(width))
+        .expect("not longer than its family's addresses");
     if block.prefix() < address.prefix() {
         return Err(problem("prefix", "a block of the subnet that 'netmask' says", "a wider one"));
     }
     if gateway.is_some_and(|gateway| block.contains(gateway)) {
-        return Err(problem("gateway", "an address that is not the VM's own", "one of 'ip' and 'prefix'"));
+        return Err(problem(
+            "gateway",
+            "an address that is not the VM's own",
+            "one of 'ip' and 'prefix'",
+        ));
     }
     // Subnets of one or two addresses have no others (RFC 3021, RFC 6164).
     let is_last = ip.is_ipv4() && ip == address.broadcast();
-    if address.prefix() + 1 < width && block.prefix() > address.prefix() && (ip == address.network() || is_last) {
+    if address.prefix() + 1 < width
+        && block.prefix() > address.prefix()
+        && (ip == address.network() || is_last)
+    {
         return Err(problem("ip", "an address of a host", "the subnet's first or last"));
     }
     Ok(())
@@ -223,7 +242,8 @@ impl Property for PrefixLength {
     const EXPECTED: &'static str = "a string \"0\" to \"128\"";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let length = value.as_str().and_then(|text| text.parse().ok()).filter(|length| *length <= 128);
+        let length =
+            value.as_str().and_then(|text| text.parse().ok()).filter(|length| *length <= 128);
         length.map(Self).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
     }
 }
@@ -239,7 +259,9 @@ fn parsed(text: &RawValue) -> Value {
 
 /// What stands at `key`; null is nothing.
 fn optional<T: Property>(object: &Object, key: &str) -> Result<Option<T>, SchemaError> {
-    object.get(key).map_or(Ok(None), |text| Option::from_json(&parsed(text)).map_err(|e| e.under(key)))
+    object
+        .get(key)
+        .map_or(Ok(None), |text| Option::from_json(&parsed(text)).map_err(|e| e.under(key)))
 }
 
 fn required<T: Property>(object: &Object, key: &str) -> Result<T, SchemaError> {
@@ -248,7 +270,10 @@ fn required<T: Property>(object: &Object, key: &str) -> Result<T, SchemaError> {
 }
 
 fn problem(key: &str, expected: &'static str, found: &str) -> SchemaError {
-    SchemaError { path: key.to_owned(), problem: Problem::Value { expected, found: found.to_owned() } }
+    SchemaError {
+        path: key.to_owned(),
+        problem: Problem::Value { expected, found: found.to_owned() },
+    }
 }
 
 #[cfg(test)]
@@ -282,17 +307,23 @@ mod tests {
 
     #[test]
     fn ipv6_in_the_directors_long_form() {
-        let network =
-            one(r#"{"type":"manual","ip":"fd00::5","prefix":"80","netmask":"ffff:ffff:ffff:ffff:0000:0000:0000:0000",
-               "nic_group":"1","gateway":null,"cloud_properties":null}"#);
+        let network = one(
+            r#"{"type":"manual","ip":"fd00::5","prefix":"80","netmask":"ffff:ffff:ffff:ffff:0000:0000:0000:0000",
+               "nic_group":"1","gateway":null,"cloud_properties":null}"#,
+        );
         let address = "fd00::5/64".parse().unwrap();
-        assert_eq!(network.addressing, Addressing::Manual { address, gateway: None, prefix: Some(80) });
+        assert_eq!(
+            network.addressing,
+            Addressing::Manual { address, gateway: None, prefix: Some(80) }
+        );
         assert_eq!(network.nic_group.as_deref(), Some("1"));
     }
 
     #[test]
     fn dynamic_and_vip() {
-        let dynamic = one(r#"{"type":"dynamic","cloud_properties":{"bridge":"br1"},"dns":["1.1.1.1"],"prefix":"32"}"#);
+        let dynamic = one(
+            r#"{"type":"dynamic","cloud_properties":{"bridge":"br1"},"dns":["1.1.1.1"],"prefix":"32"}"#,
+        );
         assert_eq!(dynamic.addressing, Addressing::Dynamic { previous: None });
         let again = one(r#"{"type":"dynamic","ip":"10.0.0.9","netmask":"255.0.0.0"}"#);
         assert_eq!(again.addressing, Addressing::Dynamic { previous: "10.0.0.9".parse().ok() });
@@ -302,11 +333,13 @@ mod tests {
 
     #[test]
     fn everything_goes_back_in_the_order_it_came_with_the_mac() {
-        let text =
-            r#"{"z":{"type":"dynamic","unknown":[1.0,null],"cloud_properties":{"b":1,"a":2}},"a":{"type":"dynamic"}}"#;
+        let text = r#"{"z":{"type":"dynamic","unknown":[1.0,null],"cloud_properties":{"b":1,"a":2}},"a":{"type":"dynamic"}}"#;
         let mut received = networks(text).unwrap();
         assert_eq!(serde_json::to_string(&received).unwrap(), text);
-        assert_eq!(received.iter().map(|network| network.name.as_str()).collect::<Vec<_>>(), ["z", "a"]);
+        assert_eq!(
+            received.iter().map(|network| network.name.as_str()).collect::<Vec<_>>(),
+            ["z", "a"]
+        );
         for network in received.iter_mut() {
             network.set("mac", "52:54:00:aa:bb:cc");
         }
@@ -317,12 +350,19 @@ mod tests {
 
     #[test]
     fn errors_name_the_network_and_the_key() {
-        let manual = |rest: &str| refusal(&format!(r#"{{"type":"manual","ip":"10.0.0.2",{rest}}}"#));
+        let manual =
+            |rest: &str| refusal(&format!(r#"{{"type":"manual","ip":"10.0.0.2",{rest}}}"#));
         for (got, expected) in [
             (refusal("[]"), "networks.a: expected an object, got an array"),
             (refusal("{}"), r#"networks.a.type: missing; expected "manual", "dynamic" or "vip""#),
-            (refusal(r#"{"type":"x"}"#), r#"networks.a.type: expected "manual", "dynamic" or "vip", got a string"#),
-            (refusal(r#"{"type":"manual"}"#), "networks.a.ip: missing; expected an IP address of a host"),
+            (
+                refusal(r#"{"type":"x"}"#),
+                r#"networks.a.type: expected "manual", "dynamic" or "vip", got a string"#,
+            ),
+            (
+                refusal(r#"{"type":"manual"}"#),
+                "networks.a.ip: missing; expected an IP address of a host",
+            ),
             (
                 refusal(r#"{"type":"vip","ip":"0.0.0.0"}"#),
                 "networks.a.ip: expected an IP address of a host, got a string",

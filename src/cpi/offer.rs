@@ -10,7 +10,9 @@ use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::probe;
 use crate::store::record::NetworkRecord;
-use crate::store::{DiskRecord, Phase, Rank, Record, SnapshotRecord, StemcellRecord, VmRecord, atomic};
+use crate::store::{
+    DiskRecord, Phase, Rank, Record, SnapshotRecord, StemcellRecord, VmRecord, atomic,
+};
 use crate::supervisor;
 use crate::units::Bytes;
 
@@ -63,8 +65,12 @@ impl Cpi {
     /// # Errors
     /// If the state directory can not be read.
     pub fn offer(&self, wish: &Wish) -> Result<Offer> {
-        let accelerator =
-            probe::accelerator(self.store.run_dir(), &self.config.qemu.binary, self.config.qemu.accel, None);
+        let accelerator = probe::accelerator(
+            self.store.run_dir(),
+            &self.config.qemu.binary,
+            self.config.qemu.accel,
+            None,
+        );
         let vms = self.store.readable::<VmRecord>()?;
         let has = self.found(&wish.cids)?;
         let within_reach = |cid: &&String| {
@@ -74,7 +80,8 @@ impl Cpi {
         };
         Ok(Offer {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            accelerator: accelerator.map_or_else(|error| error.report(), |(accel, _)| accel.as_str().to_owned()),
+            accelerator: accelerator
+                .map_or_else(|error| error.report(), |(accel, _)| accel.as_str().to_owned()),
             cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             memory: supervisor::largest_vm(&self.config, &self.store)?,
             space: self.free_space(),
@@ -122,7 +129,9 @@ impl Cpi {
                 self.has_record::<VmRecord>(Rank::Vm, cid)
                     || VmCid::parse(cid).is_ok_and(|vm| self.store.vm(&vm).run.exists())
             }
-            Some(DiskCid::PREFIX) => return DiskCid::parse(cid).map_or(Ok(false), |disk| self.has_disk_here(&disk)),
+            Some(DiskCid::PREFIX) => {
+                return DiskCid::parse(cid).map_or(Ok(false), |disk| self.has_disk_here(&disk));
+            }
             Some(SnapshotCid::PREFIX) => self.has_record::<SnapshotRecord>(Rank::Snapshot, cid),
             Some(StemcellCid::PREFIX) => self.has_record::<StemcellRecord>(Rank::Stemcell, cid),
             Some(NetworkCid::PREFIX) => self.has_record::<NetworkRecord>(Rank::Network, cid),
@@ -135,12 +144,17 @@ impl Cpi {
             return self.store.is_free(cid);
         }
         let record = self.store.read::<DiskRecord>(cid).ok().flatten();
-        if record.is_some_and(|disk| self.store.is_elsewhere(&disk)) { self.store.is_free(cid) } else { Ok(true) }
+        if record.is_some_and(|disk| self.store.is_elsewhere(&disk)) {
+            self.store.is_free(cid)
+        } else {
+            Ok(true)
+        }
     }
 
     fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {
-        let there =
-            |cid: R::Cid| atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid);
+        let there = |cid: R::Cid| {
+            atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid)
+        };
         R::Cid::parse(cid).is_ok_and(there)
     }
 }
@@ -148,5 +162,7 @@ impl Cpi {
 /// How many of `vms` share the word.
 fn alike(vms: &[VmRecord], spread: Option<&str>) -> usize {
     let Some(word) = spread else { return 0 };
-    vms.iter().filter(|vm| vm.phase != Phase::Deleting && vm.spread.as_deref() == Some(word)).count()
+    vms.iter()
+        .filter(|vm| vm.phase != Phase::Deleting && vm.spread.as_deref() == Some(word))
+        .count()
 }

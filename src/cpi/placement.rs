@@ -54,11 +54,18 @@ struct Chosen {
 
 impl Cpi {
     /// The cards of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
-    pub(super) fn nics(&self, vm: &VmCid, networks: &Networks, properties: &VmCloudProperties) -> Result<Vec<Placed>> {
+    pub(super) fn nics(
+        &self,
+        vm: &VmCid,
+        networks: &Networks,
+        properties: &VmCloudProperties,
+    ) -> Result<Vec<Placed>> {
         let is_vip = |network: &NetworkSpec| matches!(network.addressing, Addressing::Vip { .. });
         let wired: Vec<_> = networks.iter().filter(|network| !is_vip(network)).collect();
         for (index, network) in wired.iter().enumerate() {
-            let shared = wired[..index].iter().find(|n| n.nic_group.is_some() && n.nic_group == network.nic_group);
+            let shared = wired[..index]
+                .iter()
+                .find(|n| n.nic_group.is_some() && n.nic_group == network.nic_group);
             if let Some(other) = shared {
                 // The agent writes one file per NIC and network, and the second would replace the first.
                 return Err(Error::new(
@@ -70,7 +77,10 @@ impl Cpi {
         }
         if wired.len() > MAX_NICS {
             let count = wired.len();
-            return Err(Error::new(ErrorKind::NotSupported, format!("{count} networks; a VM can have {MAX_NICS}")));
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                format!("{count} networks; a VM can have {MAX_NICS}"),
+            ));
         }
         let admits = self.admissions(&properties.security_groups)?;
         let nic = |(index, network)| self.nic(vm, index, network, properties, admits.as_deref());
@@ -90,8 +100,9 @@ impl Cpi {
         let path = format!("networks.{}.cloud_properties", network.name);
         let given = serde_json::Value::Object(network.cloud_properties.0.clone());
         let subnet = SubnetCloudProperties::from_json(&given).map_err(|e| e.in_request(&path))?;
-        let chosen =
-            self.choose(&subnet, network, &path).map_err(|e| e.during(format!("network '{}'", network.name)))?;
+        let chosen = self
+            .choose(&subnet, network, &path)
+            .map_err(|e| e.during(format!("network '{}'", network.name)))?;
         let mut rules = NicRules {
             anti_spoof: chosen.anti_spoof && subnet.anti_spoof && properties.anti_spoof,
             addresses: own_block(network).into_iter().collect(),
@@ -109,24 +120,45 @@ impl Cpi {
                 Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
             }
         };
-        let nic = Nic { network: network.name.clone(), mac: mac_address(vm, index), wire, rules: Some(rules) };
+        let nic = Nic {
+            network: network.name.clone(),
+            mac: mac_address(vm, index),
+            wire,
+            rules: Some(rules),
+        };
         Ok(Placed { index, nic, pool: chosen.pool, managed: subnet.network })
     }
 
     /// Where the NIC of a network is, whose cloud properties `subnet` are at `path`.
-    fn choose(&self, subnet: &SubnetCloudProperties, network: &NetworkSpec, path: &str) -> Result<Chosen> {
-        let bad = |problem: &str| Err(Error::new(ErrorKind::BadRequest, format!("{path}{problem}")));
+    fn choose(
+        &self,
+        subnet: &SubnetCloudProperties,
+        network: &NetworkSpec,
+        path: &str,
+    ) -> Result<Chosen> {
+        let bad =
+            |problem: &str| Err(Error::new(ErrorKind::BadRequest, format!("{path}{problem}")));
         let vlan = subnet.vlan.map(|vlan| u16::try_from(vlan.get()).expect("at most 4094"));
         match (&subnet.bridge, &subnet.name, &subnet.network) {
             (Some(_), Some(_), _) => bad(": give 'name' or 'bridge', not both"),
             (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => bad(": 'network' stands alone"),
             // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
             (Some(bridge), ..) => {
-                let segment = net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
-                Ok(Chosen { place: Place::Bridge(segment), pool: None, anti_spoof: true, probe: None })
+                let segment =
+                    net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
+                Ok(Chosen {
+                    place: Place::Bridge(segment),
+                    pool: None,
+                    anti_spoof: true,
+                    probe: None,
+                })
             }
-            _ if subnet.mtu.is_some() => bad(".mtu: only with 'bridge'; networks of this host have their own"),
-            (.., Some(cid)) => self.on(cid.to_string().as_str(), &self.managed(cid)?, network, vlan),
+            _ if subnet.mtu.is_some() => {
+                bad(".mtu: only with 'bridge'; networks of this host have their own")
+            }
+            (.., Some(cid)) => {
+                self.on(cid.to_string().as_str(), &self.managed(cid)?, network, vlan)
+            }
             (_, name, None) => {
                 let name = name.as_deref().unwrap_or("default");
                 self.on(name, self.configured(name, path)?, network, vlan)
@@ -135,10 +167,17 @@ impl Cpi {
     }
 
     /// The NIC of a network is on the host network `name`.
-    fn on(&self, name: &str, host: &config::Network, network: &NetworkSpec, vlan: Option<u16>) -> Result<Chosen> {
+    fn on(
+        &self,
+        name: &str,
+        host: &config::Network,
+        network: &NetworkSpec,
+        vlan: Option<u16>,
+    ) -> Result<Chosen> {
         let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
             .map_err(|e| e.during(format!("host network '{name}'")))?;
-        let place = net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+        let place =
+            net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
         if let (Place::Bridge(segment), None) = (&place, host.subnet) {
             net::taken::refuse(segment).map_err(|e| {
                 e.hint(format!(
@@ -147,7 +186,9 @@ impl Cpi {
             })?;
         }
         let pool = match network.addressing {
-            Addressing::Dynamic { previous } => pool(name, host, &place)?.map(|pool| Pool { previous, ..pool }),
+            Addressing::Dynamic { previous } => {
+                pool(name, host, &place)?.map(|pool| Pool { previous, ..pool })
+            }
             _ => None,
         };
         Ok(Chosen { place, pool, anti_spoof: host.anti_spoof, probe: host.conflict_probe })
@@ -156,8 +197,11 @@ impl Cpi {
     fn configured(&self, name: &str, path: &str) -> Result<&config::Network> {
         self.config.networks.get(name).ok_or_else(|| {
             let known: Vec<_> = self.config.networks.keys().map(String::as_str).collect();
-            Error::new(ErrorKind::BadRequest, format!("{path}.name: this host has no network of that name"))
-                .hint(format!("the configuration has: {}", known.join(", ")))
+            Error::new(
+                ErrorKind::BadRequest,
+                format!("{path}.name: this host has no network of that name"),
+            )
+            .hint(format!("the configuration has: {}", known.join(", ")))
         })
     }
 
@@ -165,9 +209,13 @@ impl Cpi {
     fn admissions(&self, groups: &[String]) -> Result<Option<Vec<Admission>>> {
         let rules = |(index, name): (usize, &String)| {
             self.config.security_groups.get(name).ok_or_else(|| {
-                let known: Vec<_> = self.config.security_groups.keys().map(String::as_str).collect();
-                let problem = format!("cloud_properties.security_groups.{index}: this host has no such group");
-                Error::new(ErrorKind::BadRequest, problem).hint(format!("the configuration has: {}", known.join(", ")))
+                let known: Vec<_> =
+                    self.config.security_groups.keys().map(String::as_str).collect();
+                let problem = format!(
+                    "cloud_properties.security_groups.{index}: this host has no such group"
+                );
+                Error::new(ErrorKind::BadRequest, problem)
+                    .hint(format!("the configuration has: {}", known.join(", ")))
             })
         };
         let rules: Vec<_> = groups.iter().enumerate().map(rules).collect::<Result<_>>()?;
@@ -198,9 +246,14 @@ fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) ->
     if let Addressing::Manual { gateway, .. } = network.addressing {
         gateways.extend(gateway);
     }
-    let too_wide = |block: &&IpNetwork| block.prefix() == 0 || gateways.iter().any(|gateway| block.contains(*gateway));
+    let too_wide = |block: &&IpNetwork| {
+        block.prefix() == 0 || gateways.iter().any(|gateway| block.contains(*gateway))
+    };
     let Some(block) = allowed.iter().find(too_wide) else { return Ok(()) };
-    let problem = format!("cloud_properties.allowed_addresses: {block} has the gateway of network '{}'", network.name);
+    let problem = format!(
+        "cloud_properties.allowed_addresses: {block} has the gateway of network '{}'",
+        network.name
+    );
     Err(Error::new(ErrorKind::BadRequest, problem)
         .hint("allow what is the VM's alone; anti_spoof: false lets it send as anybody"))
 }
@@ -213,14 +266,22 @@ fn check_apart(placed: &[Placed]) -> Result<()> {
         match &placed.nic.wire {
             Wire::Tap { segment, .. } => rules.map(|block| Claim::block(segment, *block)).collect(),
             Wire::User { user } => {
-                vec![Claim::Addresses { wire: "user".to_owned(), block: IpAddr::from(user.guest).into() }]
+                vec![Claim::Addresses {
+                    wire: "user".to_owned(),
+                    block: IpAddr::from(user.guest).into(),
+                }]
             }
         }
     };
     for (at, one) in placed.iter().enumerate() {
-        let meets = |other: &&Placed| claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)));
+        let meets = |other: &&Placed| {
+            claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)))
+        };
         if let Some(other) = placed[..at].iter().find(meets) {
-            let problem = format!("networks '{}' and '{}' have the same ip", other.nic.network, one.nic.network);
+            let problem = format!(
+                "networks '{}' and '{}' have the same ip",
+                other.nic.network, one.nic.network
+            );
             return Err(Error::new(ErrorKind::BadRequest, problem));
         }
     }
@@ -239,7 +300,9 @@ fn has_strangers(segment: &Segment) -> bool {
 fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
     let Addressing::Manual { address, prefix, .. } = network.addressing else { return None };
     let one = IpNetwork::from(address.ip());
-    let block = prefix.and_then(|prefix| IpNetwork::new(address.ip(), prefix.min(one.prefix())).ok()).unwrap_or(one);
+    let block = prefix
+        .and_then(|prefix| IpNetwork::new(address.ip(), prefix.min(one.prefix())).ok())
+        .unwrap_or(one);
     IpNetwork::new(block.network(), block.prefix()).ok()
 }
 
@@ -248,7 +311,9 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
 fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
     let own = match place {
         Place::User(_) => return Ok(None),
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => addresses.first().copied(),
+        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+            addresses.first().copied()
+        }
         Place::Bridge(_) => None,
     };
     let Some(subnet) = host.subnet.or(own) else {
@@ -256,7 +321,8 @@ fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool
             None => Ok(None),
             Some(_) => {
                 let problem = format!("host network '{name}' has a pool and no subnet");
-                Err(Error::new(ErrorKind::BadConfig, problem).hint(format!("set networks.{name}.subnet")))
+                Err(Error::new(ErrorKind::BadConfig, problem)
+                    .hint(format!("set networks.{name}.subnet")))
             }
         };
     };

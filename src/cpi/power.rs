@@ -47,8 +47,12 @@ pub(super) fn is_all_off(vm: &VmCid, paths: &VmPaths) -> Result<()> {
     if processes.is_empty() {
         return Ok(());
     }
-    let message = format!("VM '{vm}' has no pid file, but the processes {} in its control group", numbers(&processes));
-    Err(Error::new(ErrorKind::Conflict, message).hint("its guest may run on; reboot_vm ends them and starts it anew"))
+    let message = format!(
+        "VM '{vm}' has no pid file, but the processes {} in its control group",
+        numbers(&processes)
+    );
+    Err(Error::new(ErrorKind::Conflict, message)
+        .hint("its guest may run on; reboot_vm ends them and starts it anew"))
 }
 
 pub(super) fn numbers(processes: &[Process]) -> String {

@@ -47,7 +47,12 @@ impl Cpi {
     ///
     /// # Errors
     /// [`ErrorKind::NotSupported`] before anything is changed if it is larger.
-    pub(super) fn grow_to(&self, disk: &mut DiskRecord, size: MiB, deadline: Instant) -> Result<()> {
+    pub(super) fn grow_to(
+        &self,
+        disk: &mut DiskRecord,
+        size: MiB,
+        deadline: Instant,
+    ) -> Result<()> {
         let doing = format!("resize disk '{}' to {size}", disk.cid);
         let mut place = self.place(disk, deadline)?;
         let has = self.virtual_size(disk, &mut place)?;
@@ -93,13 +98,21 @@ impl Cpi {
         image::virtual_size(&self.store.disk_image(disk)?, disk.format, disk.encrypted)
     }
 
-    fn admit_growth(&self, disk: &mut DiskRecord, has: Bytes, size: MiB, deadline: Instant) -> Result<()> {
+    fn admit_growth(
+        &self,
+        disk: &mut DiskRecord,
+        has: Bytes,
+        size: MiB,
+        deadline: Instant,
+    ) -> Result<()> {
         // What a call that was killed noted is counted already.
         let counted = has.max(disk.promised().bytes());
         let more = Bytes(size.bytes().get().saturating_sub(counted.get()));
         // Only what is reserved for a file as a whole can be reserved later; the new part is thin.
         let noted = DiskRecord { grows_to: Some(size), ..disk.clone() };
-        self.admit(disk.pool.as_deref(), self.need_of_thin(more), deadline, || self.store.write(&noted))?;
+        self.admit(disk.pool.as_deref(), self.need_of_thin(more), deadline, || {
+            self.store.write(&noted)
+        })?;
         *disk = noted;
         Ok(())
     }

@@ -41,14 +41,20 @@ use crate::store::{Guard, Phase, Rank, VmRecord};
 use crate::units::MiB;
 
 impl Cpi {
-    pub(super) fn make_snapshot(&self, disk_cid: &DiskCid, metadata: Map<String, Value>) -> Result<SnapshotCid> {
+    pub(super) fn make_snapshot(
+        &self,
+        disk_cid: &DiskCid,
+        metadata: Map<String, Value>,
+    ) -> Result<SnapshotCid> {
         let deadline = self.deadline("snapshot_disk");
         self.own_disk(disk_cid, deadline)?;
         self.store.prepare()?;
         self.clear_leftovers(deadline);
         let cid = self.new_cid::<SnapshotRecord>()?;
         let lock = self.begin::<SnapshotRecord>(Rank::Snapshot, &cid, deadline)?;
-        let made = self.copy_to_snapshot(&cid, disk_cid, metadata, deadline).and_then(|()| self.settled(&cid));
+        let made = self
+            .copy_to_snapshot(&cid, disk_cid, metadata, deadline)
+            .and_then(|()| self.settled(&cid));
         if let Err(error) = made {
             let error = error.during(format!("make a snapshot of disk '{disk_cid}'"));
             return self.discard_snapshot(&cid, lock, grace(deadline)).and(Err(error));
@@ -100,7 +106,8 @@ impl Cpi {
                 self.start_backup(monitor, &snapshot)?;
                 // Others may use the VM meanwhile; the disk they can not.
                 drop(lock);
-                self.finish_backup(&snapshot, &vm, deadline).map_err(|error| self.ended(&vm.cid, error))?;
+                self.finish_backup(&snapshot, &vm, deadline)
+                    .map_err(|error| self.ended(&vm.cid, error))?;
             }
             place => {
                 let source = image::Source::open(&self.store.disk_image(&snapshot.disk)?)?;
@@ -117,7 +124,12 @@ impl Cpi {
 
     fn start_backup(&self, mut monitor: Monitor, snapshot: &SnapshotRecord) -> Result<()> {
         let disk = &snapshot.disk;
-        let image = FileNeed::image(snapshot.cid.as_str(), self.store.snapshot_image(snapshot)?, snapshot.format, true);
+        let image = FileNeed::image(
+            snapshot.cid.as_str(),
+            self.store.snapshot_image(snapshot)?,
+            snapshot.format,
+            true,
+        );
         let need = FileNeed { encrypted: disk.encrypted, ..image };
         self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
         let backup = json!({
@@ -128,11 +140,17 @@ impl Cpi {
         Ok(())
     }
 
-    fn finish_backup(&self, snapshot: &SnapshotRecord, vm: &VmRecord, deadline: Instant) -> Result<()> {
+    fn finish_backup(
+        &self,
+        snapshot: &SnapshotRecord,
+        vm: &VmRecord,
+        deadline: Instant,
+    ) -> Result<()> {
         // At the deadline the job is looked at once more.
         let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
         let mut progress = progress(format!("snapshot of disk {}", snapshot.disk.cid));
-        let mut monitor = job::follow(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
+        let mut monitor =
+            job::follow(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
         job::dismiss(&mut monitor, &job_id(snapshot))?;
         Ok(hotplug::close(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
     }
@@ -194,11 +212,17 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers(deadline);
         let snapshot_lock = self.store.lock(Rank::Snapshot, snapshot, deadline)?;
-        let record = self.store.find::<SnapshotRecord>(snapshot)?.filter(|record| record.phase == Phase::Ready);
+        let record = self
+            .store
+            .find::<SnapshotRecord>(snapshot)?
+            .filter(|record| record.phase == Phase::Ready);
         let Some(record) = record else {
             snapshot_lock.retire()?;
-            return Err(Error::new(ErrorKind::BadRequest, format!("there is no snapshot '{snapshot}' on this host"))
-                .hint("a snapshot stays on the host that made it"));
+            return Err(Error::new(
+                ErrorKind::BadRequest,
+                format!("there is no snapshot '{snapshot}' on this host"),
+            )
+            .hint("a snapshot stays on the host that made it"));
         };
         self.is_told::<SnapshotRecord>(snapshot);
         let cid = self.new_cid::<DiskRecord>()?;
@@ -215,13 +239,20 @@ impl Cpi {
         };
         match self.copy_from_snapshot(&record, &mut disk, deadline) {
             Ok(()) => Ok(disk.cid),
-            Err(error) => {
-                Err(self.undone::<DiskRecord>(&disk.cid, lock, error.during(format!("restore snapshot '{snapshot}'"))))
-            }
+            Err(error) => Err(self.undone::<DiskRecord>(
+                &disk.cid,
+                lock,
+                error.during(format!("restore snapshot '{snapshot}'")),
+            )),
         }
     }
 
-    fn copy_from_snapshot(&self, snapshot: &SnapshotRecord, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
+    fn copy_from_snapshot(
+        &self,
+        snapshot: &SnapshotRecord,
+        disk: &mut DiskRecord,
+        deadline: Instant,
+    ) -> Result<()> {
         let source = self.store.snapshot_image(snapshot)?;
         let need = match disk.format == snapshot.format {
             true => self.need_of_image(&source, disk.size)?,
@@ -232,7 +263,8 @@ impl Cpi {
         let target = dir.join(disk.image());
         if disk.format == snapshot.format {
             let mut progress = progress(format!("disk of snapshot {}", snapshot.cid));
-            image::copy(&image::Source::open(&source)?, &target, deadline, &mut progress)?.sync()?;
+            image::copy(&image::Source::open(&source)?, &target, deadline, &mut progress)?
+                .sync()?;
         } else {
             self.make_disk_image(&dir, &disk.current(), disk.size.bytes(), deadline)?;
             self.fill(&source, &snapshot.image(), &target, &disk.current(), deadline)?;
@@ -245,8 +277,14 @@ impl Cpi {
     }
 }
 
-fn copy_file(source: &image::Source, target: &Path, disk: &DiskCid, deadline: Instant) -> Result<()> {
-    let copied = image::copy(source, target, deadline, &mut progress(format!("snapshot of disk {disk}")));
+fn copy_file(
+    source: &image::Source,
+    target: &Path,
+    disk: &DiskCid,
+    deadline: Instant,
+) -> Result<()> {
+    let copied =
+        image::copy(source, target, deadline, &mut progress(format!("snapshot of disk {disk}")));
     copied.and_then(Fresh::sync).map_err(started)
 }
 

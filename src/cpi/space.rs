@@ -148,12 +148,16 @@ impl Cpi {
         let pools = std::iter::once(None).chain(self.store.pools().names().map(Some));
         let scope = if self.config.overcommit { Scope::InTheMaking } else { Scope::All };
         let room = |pool: Option<&str>| self.pool_dir(pool).and_then(|dir| self.room(&dir, scope));
-        pools.filter_map(|pool| Some((pool.unwrap_or_default().to_owned(), room(pool).ok()?))).collect()
+        pools
+            .filter_map(|pool| Some((pool.unwrap_or_default().to_owned(), room(pool).ok()?)))
+            .collect()
     }
 
     fn pool_usage(&self, pool: Option<&str>) -> Result<PoolUsage> {
         let path = self.pool_dir(pool)?;
-        let stat = rustix::fs::statvfs(&path).map_err(std::io::Error::from).at("ask for the space of", &path)?;
+        let stat = rustix::fs::statvfs(&path)
+            .map_err(std::io::Error::from)
+            .at("ask for the space of", &path)?;
         let (mut seen, mut usage) = (BTreeSet::new(), [0; 3]);
         for image in self.images(Scope::All, |of| of == pool)? {
             let meta = image.path.metadata().ok();
@@ -178,7 +182,9 @@ impl Cpi {
 
     /// What the filesystem of `dir` has free that nobody was promised.
     fn room(&self, dir: &Path, scope: Scope) -> Result<Bytes> {
-        let stat = rustix::fs::statvfs(dir).map_err(std::io::Error::from).at("ask for the space of", dir)?;
+        let stat = rustix::fs::statvfs(dir)
+            .map_err(std::io::Error::from)
+            .at("ask for the space of", dir)?;
         let device = dir.metadata().at("look at", dir)?.dev();
         // Two pools can be on one filesystem.
         let is_here = |pool: Option<&str>| {
@@ -187,7 +193,8 @@ impl Cpi {
         };
         let images = self.images(scope, is_here)?;
         let allocated = |image: &Image| image.path.metadata().map_or(0, |meta| meta.blocks() * 512);
-        let promised = images.iter().map(|image| image.growth(allocated(image))).fold(0, u64::saturating_add);
+        let promised =
+            images.iter().map(|image| image.growth(allocated(image))).fold(0, u64::saturating_add);
         Ok(Bytes(free(&stat).get().saturating_sub(promised)))
     }
 
@@ -210,7 +217,9 @@ impl Cpi {
         }
         for disk in self.records::<DiskRecord>(scope)? {
             // A copy that is being made, or what was in force before one.
-            if let Some(image) = disk.leftover.as_ref().filter(|image| wanted(image.pool.as_deref())) {
+            if let Some(image) =
+                disk.leftover.as_ref().filter(|image| wanted(image.pool.as_deref()))
+            {
                 let path = self.store.disk_image_at(&disk.cid, image)?;
                 images.push(Image { path, virtual_size: disk.size.bytes(), writable: true });
             }
@@ -228,13 +237,21 @@ impl Cpi {
             if stemcell.image_path.is_none() && wanted(stemcell.pool.as_deref()) {
                 let dir = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
                 let virtual_size = stemcell.virtual_size;
-                images.push(Image { path: dir.join(STEMCELL_IMAGE), virtual_size, writable: false });
+                images.push(Image {
+                    path: dir.join(STEMCELL_IMAGE),
+                    virtual_size,
+                    writable: false,
+                });
             }
         }
         for vm in self.records::<VmRecord>(scope)? {
             if wanted(vm.pool.as_deref()) {
                 let dir = self.store.images_dir(&vm.cid, vm.pool.as_deref())?;
-                images.push(Image { path: dir.join(ROOT_IMAGE), virtual_size: vm.root_size, writable: true });
+                images.push(Image {
+                    path: dir.join(ROOT_IMAGE),
+                    virtual_size: vm.root_size,
+                    writable: true,
+                });
                 images.extend(vm.ephemeral.as_ref().map(|ephemeral| Image {
                     path: dir.join(EPHEMERAL_IMAGE),
                     virtual_size: ephemeral.size.bytes(),
@@ -243,7 +260,11 @@ impl Cpi {
             }
             if vm.base.path.is_relative() && wanted(vm.base.pool.as_deref()) {
                 // The stemcell's image, which may have no other name left.
-                images.push(Image { path: self.store.base_image(&vm)?, virtual_size: Bytes(0), writable: false });
+                images.push(Image {
+                    path: self.store.base_image(&vm)?,
+                    virtual_size: Bytes(0),
+                    writable: false,
+                });
             }
         }
         Ok(images)
@@ -260,7 +281,11 @@ impl Cpi {
         }
         for snapshot in self.records::<SnapshotRecord>(Scope::InTheMaking)? {
             if snapshot.phase == Phase::Creating && wanted(snapshot.disk.pool.as_deref()) {
-                copies.push((self.store.snapshot_image(&snapshot)?, snapshot.image(), snapshot.disk));
+                copies.push((
+                    self.store.snapshot_image(&snapshot)?,
+                    snapshot.image(),
+                    snapshot.disk,
+                ));
             }
         }
         let image = |(path, copy, of): (PathBuf, DiskImage, DiskRecord)| {
@@ -300,7 +325,8 @@ fn free(stat: &rustix::fs::StatVfs) -> Bytes {
 fn no_space(pool: Option<&str>, dir: &Path, need: Bytes, have: Bytes) -> Error {
     let what = pool.map_or("the state directory".to_owned(), |pool| format!("pool '{pool}'"));
     let (need, have) = (need.get().div_ceil(1 << 20), have.get() >> 20);
-    let message = format!("{what} at '{}' has {have} MiB left, {need} MiB are needed", dir.display());
+    let message =
+        format!("{what} at '{}' has {have} MiB left, {need} MiB are needed", dir.display());
     Error::new(ErrorKind::NoDiskSpace, message).hint("free or add space there, or use another pool")
 }
 
@@ -313,7 +339,14 @@ mod tests {
         let none = Bytes(0);
         let left = |free| {
             let (capacity, free) = (Bytes(1000), Bytes(free));
-            PoolUsage { path: PathBuf::new(), capacity, free, allocated: none, virtual_size: none, growth: none }
+            PoolUsage {
+                path: PathBuf::new(),
+                capacity,
+                free,
+                allocated: none,
+                virtual_size: none,
+                growth: none,
+            }
         };
         let words = [1000, 150, 149, 50, 49, 0].map(|free| left(free).watermark().as_str());
         assert_eq!(words, ["ok", "ok", "low", "low", "full", "full"]);

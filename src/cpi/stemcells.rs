@@ -107,9 +107,14 @@ impl Cpi {
         let is_light = properties.contains_key("image_path");
         let others = self.afar.as_ref().is_some_and(|afar| afar.everywhere);
         match self.config.stemcell_pool.as_deref() {
-            Some(pool) if others && !is_light && self.store.pools().shared().any(|shared| shared == pool) => {
-                let message =
-                    format!("stemcell_pool: pool '{pool}' is shared, and the other hosts of the group get the same");
+            Some(pool)
+                if others
+                    && !is_light
+                    && self.store.pools().shared().any(|shared| shared == pool) =>
+            {
+                let message = format!(
+                    "stemcell_pool: pool '{pool}' is shared, and the other hosts of the group get the same"
+                );
                 Err(Error::new(ErrorKind::BadConfig, message).hint(
                     "stemcells of a group are on each of its hosts: give each a stemcell_pool that it does not share",
                 ))
@@ -128,10 +133,15 @@ impl Cpi {
         if properties.contains_key("image_path") {
             let light = light_stemcell(properties)?;
             let allowed = self.afar.as_ref().map(|_| self.config.remote_callers.image_dirs.clone());
-            return answered(&light.image_path.clone(), deadline, move || light_image(&light, allowed.as_deref()))?;
+            return answered(&light.image_path.clone(), deadline, move || {
+                light_image(&light, allowed.as_deref())
+            })?;
         }
         let declared = declared_format(properties)?;
-        let target = self.store.make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+        let target = self
+            .store
+            .make_images_dir(&stemcell.cid, stemcell.pool.as_deref())?
+            .join(STEMCELL_IMAGE);
         let size = source.size();
         if let Some(size) = size
             && let Some(other) = self.share_image(stemcell, source, size, &target, deadline)?
@@ -151,7 +161,12 @@ impl Cpi {
         let import = Import { source, declared, target: &target, qemu_img: &qemu_img, deadline };
         let imported = import.run(&mut progress)?;
         let source = size.map(|size| Source { sha256: imported.digest.to_string(), size });
-        Ok(Image { format: imported.format, virtual_size: imported.virtual_size, path: None, source })
+        Ok(Image {
+            format: imported.format,
+            virtual_size: imported.virtual_size,
+            path: None,
+            source,
+        })
     }
 
     /// Links `target` to the image of a stemcell that was made of the same file, so that both share one copy and each can
@@ -167,25 +182,31 @@ impl Cpi {
         let declared = declared_format(&stemcell.cloud_properties)?;
         let alike = |other: &StemcellRecord| {
             let same_file = other.source.as_ref().is_some_and(|source| source.size == size);
-            let same_reading = declared_format(&other.cloud_properties).is_ok_and(|other| other == declared);
+            let same_reading =
+                declared_format(&other.cloud_properties).is_ok_and(|other| other == declared);
             other.phase == Phase::Ready && other.pool == stemcell.pool && same_file && same_reading
         };
         let others = self.store.list::<StemcellRecord>()?;
-        let mut others: Vec<_> = others.iter().filter_map(|cid| self.store.read(cid).ok().flatten()).collect();
+        let mut others: Vec<_> =
+            others.iter().filter_map(|cid| self.store.read(cid).ok().flatten()).collect();
         others.retain(alike);
         if others.is_empty() {
             // Most often. A digest takes as long as an import.
             return Ok(None);
         }
         let sha256 = source.digest(deadline)?.to_string();
-        for other in others.into_iter().filter(|other| other.source.as_ref().is_some_and(|s| s.sha256 == sha256)) {
+        for other in others
+            .into_iter()
+            .filter(|other| other.source.as_ref().is_some_and(|s| s.sha256 == sha256))
+        {
             // Its image is whole as long as it is ready. Nobody who holds a ready stemcell waits for another.
             let lock = self.store.lock(Rank::Stemcell, &other.cid, deadline)?;
             if !self.store.find::<StemcellRecord>(&other.cid)?.is_some_and(|other| alike(&other)) {
                 lock.retire()?;
                 continue;
             }
-            let image = self.store.images_dir(&other.cid, other.pool.as_deref())?.join(STEMCELL_IMAGE);
+            let image =
+                self.store.images_dir(&other.cid, other.pool.as_deref())?.join(STEMCELL_IMAGE);
             match std::fs::hard_link(&image, target) {
                 Ok(()) => {
                     crash::point!("another stemcell's image linked");
@@ -193,7 +214,9 @@ impl Cpi {
                     tracing::info!(cid = %stemcell.cid, with = %other.cid, "the image is here already and is shared");
                     return Ok(Some(other));
                 }
-                Err(error) => tracing::warn!(%error, image = %image.display(), "can not share the image: importing"),
+                Err(error) => {
+                    tracing::warn!(%error, image = %image.display(), "can not share the image: importing")
+                }
             }
         }
         Ok(None)
@@ -201,7 +224,9 @@ impl Cpi {
 
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
     pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
-        if !atomic::is_there(&self.store.stemcell_dir(cid)) && !self.store.has_lock(Rank::Stemcell, cid) {
+        if !atomic::is_there(&self.store.stemcell_dir(cid))
+            && !self.store.has_lock(Rank::Stemcell, cid)
+        {
             return self.store.is_mounted();
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
@@ -221,7 +246,8 @@ impl Cpi {
             record.is_ok_and(|vm| vm.is_some_and(|vm| vm.stemcell == stemcell.cid))
         });
         let vms: Vec<_> = vms.map(|vm| vm.to_string()).collect();
-        let image = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+        let image =
+            self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
         // A light stemcell's image is the operator's, in any case.
         let links = image.metadata().map_or(0, |meta| meta.nlink().saturating_sub(1));
         if links > 0 || !vms.is_empty() {
@@ -247,10 +273,11 @@ fn declared_format(properties: &Map<String, Value>) -> Result<Option<Format>> {
         None => Ok(None),
         Some("qcow2") => Ok(Some(Format::Qcow2)),
         Some("raw" | "rawdisk") => Ok(Some(Format::Raw)),
-        Some(_) => {
-            Err(Error::new(ErrorKind::BadRequest, "cloud_properties.disk_format: expected \"qcow2\" or \"raw\"")
-                .hint("use an openstack-kvm stemcell"))
-        }
+        Some(_) => Err(Error::new(
+            ErrorKind::BadRequest,
+            "cloud_properties.disk_format: expected \"qcow2\" or \"raw\"",
+        )
+        .hint("use an openstack-kvm stemcell")),
     }
 }
 
@@ -269,8 +296,10 @@ fn light_image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Result<Ima
     };
     if !allowed.is_none_or(|dirs| dirs.iter().any(is_in)) {
         // The same whatever is there: it is nothing that the caller may know.
-        let message = "cloud_properties.image_path: in none of this host's 'remote_callers.image_dirs'";
-        return Err(Error::new(ErrorKind::BadRequest, message).hint("the host's operator decides what may be named"));
+        let message =
+            "cloud_properties.image_path: in none of this host's 'remote_callers.image_dirs'";
+        return Err(Error::new(ErrorKind::BadRequest, message)
+            .hint("the host's operator decides what may be named"));
     }
     let path = path?;
     // First what it is: reading a pipe or a device would never end.

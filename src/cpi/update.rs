@@ -24,9 +24,15 @@ impl Cpi {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::NotSupported`] for a smaller size, before anything is changed.
-    pub(super) fn change_disk(&self, cid: &DiskCid, size: MiB, properties: &Map<String, Value>) -> Result<()> {
+    pub(super) fn change_disk(
+        &self,
+        cid: &DiskCid,
+        size: MiB,
+        properties: &Map<String, Value>,
+    ) -> Result<()> {
         let deadline = self.deadline("update_disk");
-        let asked: DiskCloudProperties = cloud_properties::read(&self.config.disk_defaults, properties)?;
+        let asked: DiskCloudProperties =
+            cloud_properties::read(&self.config.disk_defaults, properties)?;
         self.known_pool(asked.pool.as_deref())?;
         asked.validate()?;
         let (_lock, mut disk) = self.locked_idle_disk(cid, deadline)?;
@@ -67,7 +73,8 @@ impl Cpi {
         }
         // Last: a call that was killed is repeated, and sets them again.
         if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {
-            monitor.raw("block_set_io_throttle", &blockdev::throttle_to(cid.as_str(), disk.limits))?;
+            monitor
+                .raw("block_set_io_throttle", &blockdev::throttle_to(cid.as_str(), disk.limits))?;
         }
         Ok(())
     }

@@ -143,7 +143,12 @@ pub trait Verbs {
     ///
     /// # Errors
     /// As for [`Verbs::resize_disk`].
-    fn update_disk(&self, _disk: &DiskCid, _size: MiB, _cloud_properties: CloudProperties) -> Result<Option<DiskCid>> {
+    fn update_disk(
+        &self,
+        _disk: &DiskCid,
+        _size: MiB,
+        _cloud_properties: CloudProperties,
+    ) -> Result<Option<DiskCid>> {
         Err(Error::new(ErrorKind::NotSupported, "disks are not changed in place"))
     }
 
@@ -247,7 +252,9 @@ impl AgentId {
     /// `text`, if it can be one token of a NATS subject and a host name.
     pub fn parse(text: &str) -> Option<Self> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        let valid = (1..=128).contains(&text.len()) && text.chars().all(plain) && !text.starts_with(['-', '.']);
+        let valid = (1..=128).contains(&text.len())
+            && text.chars().all(plain)
+            && !text.starts_with(['-', '.']);
         valid.then(|| Self(text.to_owned()))
     }
 
@@ -272,7 +279,9 @@ pub struct Env(Box<RawValue>);
 impl Env {
     /// `text`, if it is an object.
     pub fn new(text: &RawValue) -> Option<Self> {
-        serde_json::from_str::<Map<String, Value>>(text.get()).is_ok().then(|| Self(text.to_owned()))
+        serde_json::from_str::<Map<String, Value>>(text.get())
+            .is_ok()
+            .then(|| Self(text.to_owned()))
     }
 
     /// The text of the object.
@@ -283,10 +292,13 @@ impl Env {
     /// The word that VMs share which had better not be on one host: the tag `anti_affinity`, else the instance group.
     pub fn spread(&self) -> Option<String> {
         let env: Value = serde_json::from_str(self.0.get()).ok()?;
-        let word =
-            |value: &Value| value.as_str().filter(|word| !word.is_empty() && word.len() <= 255).map(str::to_owned);
+        let word = |value: &Value| {
+            value.as_str().filter(|word| !word.is_empty() && word.len() <= 255).map(str::to_owned)
+        };
         let bosh = env.get("bosh")?;
-        bosh.get("tags").and_then(|tags| word(tags.get("anti_affinity")?)).or_else(|| word(bosh.get("group")?))
+        bosh.get("tags")
+            .and_then(|tags| word(tags.get("anti_affinity")?))
+            .or_else(|| word(bosh.get("group")?))
     }
 }
 
@@ -302,9 +314,17 @@ mod tests {
 
     #[test]
     fn vms_are_spread_by_their_tag_or_else_by_their_group() {
-        let spread = |text: &str| Env::new(&RawValue::from_string(text.to_owned()).unwrap()).unwrap().spread();
-        assert_eq!(spread(r#"{"bosh":{"group":"d-dep-db","tags":{"anti_affinity":"x"}}}"#).unwrap(), "x");
-        assert_eq!(spread(r#"{"bosh":{"group":"d-dep-db","tags":{"anti_affinity":7}}}"#).unwrap(), "d-dep-db");
+        let spread = |text: &str| {
+            Env::new(&RawValue::from_string(text.to_owned()).unwrap()).unwrap().spread()
+        };
+        assert_eq!(
+            spread(r#"{"bosh":{"group":"d-dep-db","tags":{"anti_affinity":"x"}}}"#).unwrap(),
+            "x"
+        );
+        assert_eq!(
+            spread(r#"{"bosh":{"group":"d-dep-db","tags":{"anti_affinity":7}}}"#).unwrap(),
+            "d-dep-db"
+        );
         assert_eq!(spread(r#"{"bosh":{"tags":{}}}"#), None);
         assert_eq!(spread("{}"), None);
     }

@@ -21,7 +21,9 @@ use crate::net;
 use crate::qemu::Template;
 use crate::schema::Whole;
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, SCHEMA, STEMCELL_IMAGE};
-use crate::store::record::{Base, Desired, Ephemeral, Format, Limits, Machine, Nic, StemcellRecord};
+use crate::store::record::{
+    Base, Desired, Ephemeral, Format, Limits, Machine, Nic, StemcellRecord,
+};
 use crate::store::{Guard, Phase, Rank, Record, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button};
 use crate::units::Bytes;
@@ -36,14 +38,17 @@ const POWER_BUTTON: Duration = Duration::from_secs(120);
 impl Cpi {
     pub(super) fn make_vm(&self, mut call: CreateVm) -> Result<(VmCid, Networks)> {
         let deadline = self.deadline("create_vm");
-        let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
+        let properties: VmCloudProperties =
+            cloud_properties::read(&self.config.vm_defaults, &call.cloud_properties.0)?;
         self.known_pool(properties.pool.as_deref())?;
         let stemcell = self.stemcell(&call.stemcell)?;
         for pool in [&properties.pool, &stemcell.pool].into_iter().flatten() {
             self.store.pools().dir(pool)?;
         }
         let cid = self.new_cid::<VmRecord>()?;
-        let mut placed = self.nics(&cid, &call.networks, &properties).map_err(|error| creation_failed(error, &cid))?;
+        let mut placed = self
+            .nics(&cid, &call.networks, &properties)
+            .map_err(|error| creation_failed(error, &cid))?;
         let machine = self.machine(&properties)?;
         for Placed { nic, .. } in &placed {
             let network = call.networks.iter_mut().find(|network| network.name == nic.network);
@@ -52,7 +57,8 @@ impl Cpi {
         self.store.prepare()?;
         self.is_told::<StemcellRecord>(&stemcell.cid);
         self.clear_leftovers(deadline);
-        let (lock, uid) = self.begin_vm(&cid, &mut placed, &mut call.networks, &properties, deadline)?;
+        let (lock, uid) =
+            self.begin_vm(&cid, &mut placed, &mut call.networks, &properties, deadline)?;
         let mut vm = VmRecord {
             schema: SCHEMA,
             phase: Phase::Creating,
@@ -69,10 +75,15 @@ impl Cpi {
             base: base_of(&stemcell),
             root_size: root_size(&stemcell, &properties),
             pool: properties.pool,
-            ephemeral: properties.ephemeral_disk.map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
+            ephemeral: properties
+                .ephemeral_disk
+                .map(|size| Ephemeral { serial: ephemeral_serial(&cid), size }),
             disks: Vec::new(),
             cpu_weight: properties.cpu_weight.map(Whole::get),
-            disk_limits: Limits { iops: properties.iops.map(Whole::get), mbps: properties.mbps.map(Whole::get) },
+            disk_limits: Limits {
+                iops: properties.iops.map(Whole::get),
+                mbps: properties.mbps.map(Whole::get),
+            },
             metadata: Map::new(),
             newer: Map::new(),
             cid,
@@ -90,7 +101,12 @@ impl Cpi {
                 // QEMU starts no faster for waiting until they are on the disk; the answer does wait for it.
                 let durable = threads.spawn(|| self.make_durable(&vm, images));
                 threads.spawn(|| Self::warn_of_findings(&vm.nics));
-                supervisor::start(&self.scope(&vm.cid), self.config_file.as_deref(), &lock, deadline)?;
+                supervisor::start(
+                    &self.scope(&vm.cid),
+                    self.config_file.as_deref(),
+                    &lock,
+                    deadline,
+                )?;
                 durable.join().expect("no panic")
             })?;
             self.untold::<VmRecord>(&vm.cid)?;
@@ -104,7 +120,9 @@ impl Cpi {
                 let failed = creation_failed(error, &vm.cid);
                 // The caller has no cid to clean up with.
                 self.destroy(&vm, lock, deadline.max(Instant::now() + Duration::from_secs(30)))
-                    .map_err(|e| e.during(format!("remove what was made before: {}", failed.report())))?;
+                    .map_err(|e| {
+                        e.during(format!("remove what was made before: {}", failed.report()))
+                    })?;
                 Err(failed)
             }
         }
@@ -143,9 +161,11 @@ impl Cpi {
         let template = properties.machine.clone().unwrap_or_else(|| qemu.template.clone());
         // Read now, so that a mistake in it is the answer to this call and leaves nothing.
         Template::load(&template, qemu.templates_dir.as_deref())?;
-        let model = properties.cpu_model.as_ref().map(|model| model.0.as_str()).or(qemu.cpu.as_deref());
+        let model =
+            properties.cpu_model.as_ref().map(|model| model.0.as_str()).or(qemu.cpu.as_deref());
         let choice = properties.accel.unwrap_or(qemu.accel);
-        let (accel, mut cpu_model) = probe::accelerator(self.store.run_dir(), &qemu.binary, choice, model)?;
+        let (accel, mut cpu_model) =
+            probe::accelerator(self.store.run_dir(), &qemu.binary, choice, model)?;
         if !properties.nested {
             cpu_model.push_str(",vmx=off,svm=off");
         }
@@ -157,27 +177,49 @@ impl Cpi {
             ram: properties.ram,
             accel,
             cpu_model,
-            hotplug_slots: u32::try_from(slots).expect("at most 256").min(crate::qemu::topology::MAX_PORTS),
+            hotplug_slots: u32::try_from(slots)
+                .expect("at most 256")
+                .min(crate::qemu::topology::MAX_PORTS),
         })
     }
 
-    fn make_images(&self, vm: &VmRecord, stemcell: &StemcellRecord, call: &CreateVm) -> Result<Vec<Fresh>> {
+    fn make_images(
+        &self,
+        vm: &VmRecord,
+        stemcell: &StemcellRecord,
+        call: &CreateVm,
+    ) -> Result<Vec<Fresh>> {
         if stemcell.image_path.is_none() {
-            let image = self.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE);
+            let image = self
+                .store
+                .images_dir(&stemcell.cid, stemcell.pool.as_deref())?
+                .join(STEMCELL_IMAGE);
             self.store.make_images_dir(&vm.cid, vm.base.pool.as_deref())?;
-            std::fs::hard_link(&image, self.store.base_image(vm)?).at("link the stemcell's image", &image)?;
+            std::fs::hard_link(&image, self.store.base_image(vm)?)
+                .at("link the stemcell's image", &image)?;
             crash::point!("stemcell's image linked");
         }
         let images = self.store.make_images_dir(&vm.cid, vm.pool.as_deref())?;
         // For people and tools: QEMU is told which image is below, and never looks into the header.
-        let below = if vm.base.pool == vm.pool { vm.base.path.clone() } else { self.store.base_image(vm)? };
-        let backing = image::qcow2::Backing { file_name: &below.to_string_lossy(), format: vm.base.format };
-        let mut made = vec![image::qcow2::create(&images.join(ROOT_IMAGE), vm.root_size, Some(backing))?];
+        let below = if vm.base.pool == vm.pool {
+            vm.base.path.clone()
+        } else {
+            self.store.base_image(vm)?
+        };
+        let backing =
+            image::qcow2::Backing { file_name: &below.to_string_lossy(), format: vm.base.format };
+        let mut made =
+            vec![image::qcow2::create(&images.join(ROOT_IMAGE), vm.root_size, Some(backing))?];
         if let Some(ephemeral) = &vm.ephemeral {
-            made.push(image::qcow2::create(&images.join(EPHEMERAL_IMAGE), ephemeral.size.bytes(), None)?);
+            made.push(image::qcow2::create(
+                &images.join(EPHEMERAL_IMAGE),
+                ephemeral.size.bytes(),
+                None,
+            )?);
         }
-        let networks = to_raw_value(&call.networks.for_agent())
-            .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
+        let networks = to_raw_value(&call.networks.for_agent()).map_err(|e| {
+            Error::new(ErrorKind::Internal, "write the networks as JSON").because(e)
+        })?;
         let facts = settings::Facts {
             agent_id: &vm.agent_id,
             vm: vm.cid.as_str(),
@@ -309,7 +351,9 @@ fn base_of(stemcell: &StemcellRecord) -> Base {
 }
 
 fn root_size(stemcell: &StemcellRecord, properties: &VmCloudProperties) -> Bytes {
-    properties.root_disk.map_or(stemcell.virtual_size, |asked| asked.bytes().max(stemcell.virtual_size))
+    properties
+        .root_disk
+        .map_or(stemcell.virtual_size, |asked| asked.bytes().max(stemcell.virtual_size))
 }
 
 /// At most 20 characters, like every virtio-blk serial; derived, so that it is the same after any restart.
@@ -327,10 +371,16 @@ fn creation_failed(error: Error, cid: &VmCid) -> Error {
         | ErrorKind::NetworkNotFound
         | ErrorKind::NoDiskSpace => error,
         kind => {
-            let retry =
-                matches!(kind, ErrorKind::Timeout | ErrorKind::NotEnoughMemory { passing: true } | ErrorKind::Crowded);
+            let retry = matches!(
+                kind,
+                ErrorKind::Timeout
+                    | ErrorKind::NotEnoughMemory { passing: true }
+                    | ErrorKind::Crowded
+            );
             // Of the whole: what is behind it says whether another host may do better.
-            error.during(format!("create VM '{cid}'")).with_kind(ErrorKind::VmCreationFailed { retry })
+            error
+                .during(format!("create VM '{cid}'"))
+                .with_kind(ErrorKind::VmCreationFailed { retry })
         }
     }
 }

@@ -27,11 +27,17 @@ pub struct Handshake {
 /// inherited by [`crate::sys::detach::detach`].
 pub fn spawn(arguments: &[OsString], lock: File, log: &Path) -> Result<Handshake> {
     let program = Path::new("/proc/self/exe");
-    let log = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(log).at("open", log)?;
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(log)
+        .at("open", log)?;
     let mut command = Command::new(program);
     command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     command.envs(crash::environment());
-    let mut child = command.stdin(lock).stdout(Stdio::piped()).stderr(log).spawn().at("run", program)?;
+    let mut child =
+        command.stdin(lock).stdout(Stdio::piped()).stderr(log).spawn().at("run", program)?;
     crash::point!("supervisor spawned");
     let stdout = child.stdout.take().expect("standard output is piped");
     Ok(Handshake { child, stdout })
@@ -62,7 +68,9 @@ impl Handshake {
                 Ok(0) => return Ok(None),
                 Ok(length) => line.extend_from_slice(&chunk[..length]),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Error::os(format!("read what process {pid} says"), error)),
+                Err(error) => {
+                    return Err(Error::os(format!("read what process {pid} says"), error));
+                }
             }
         }
         Ok(Some(String::from_utf8_lossy(&line).into_owned()))
@@ -74,7 +82,8 @@ mod tests {
     use super::*;
 
     fn handshake(script: &str) -> (Handshake, crate::sys::pidfd::Process) {
-        let mut child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
         let stdout = child.stdout.take().unwrap();
         let process = crate::sys::pidfd::Process::open(child.id() as i32).unwrap();
         (Handshake { child, stdout }, process)
@@ -95,8 +104,14 @@ mod tests {
     fn a_line_an_end_and_a_silence_are_three_things() {
         let patience = Duration::from_secs(20);
         // The process lives on: the line is taken without waiting for its end.
-        assert_eq!(says("printf '{\"a\":'; echo '1}'; exec sleep 60", patience).unwrap().unwrap(), "{\"a\":1}\n");
+        assert_eq!(
+            says("printf '{\"a\":'; echo '1}'; exec sleep 60", patience).unwrap().unwrap(),
+            "{\"a\":1}\n"
+        );
         assert_eq!(says("printf half", patience).unwrap(), None);
-        assert_eq!(says("exec sleep 60", Duration::from_millis(50)).unwrap_err().kind(), ErrorKind::Timeout);
+        assert_eq!(
+            says("exec sleep 60", Duration::from_millis(50)).unwrap_err().kind(),
+            ErrorKind::Timeout
+        );
     }
 }

@@ -68,7 +68,8 @@ fn known(run_dir: &Path, binary: &Path) -> Option<bool> {
 
 fn find_out(run_dir: &Path, binary: &Path, deadline: Instant) -> Result<()> {
     let identity = identity(binary)?;
-    let verdict = Verdict { binary: binary.to_owned(), identity, works: is_taken(binary, deadline)? };
+    let verdict =
+        Verdict { binary: binary.to_owned(), identity, works: is_taken(binary, deadline)? };
     atomic::make_dir(run_dir)?;
     atomic::write(&file(run_dir), &serde_json::to_vec(&verdict).expect("a verdict is plain data"))
 }
@@ -79,10 +80,19 @@ fn file(run_dir: &Path) -> PathBuf {
 
 /// Starts QEMU without a machine, with itself as the image: a file that every user can read.
 fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
-    let image =
-        json!({"driver": "file", "node-name": "probe", "filename": binary, "read-only": true, "aio": "io_uring"});
+    let image = json!({"driver": "file", "node-name": "probe", "filename": binary, "read-only": true, "aio": "io_uring"});
     let mut child = Command::new(binary)
-        .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio"])
+        .args([
+            "-machine",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-S",
+            "-qmp",
+            "stdio",
+        ])
         .args(["-blockdev", &image.to_string()])
         .uid(NOBODY)
         .gid(NOBODY)

@@ -10,7 +10,8 @@ use crate::units::Bytes;
 pub fn available() -> Result<Bytes> {
     let path = Path::new("/proc/meminfo");
     let text = std::fs::read_to_string(path).at("read", path)?;
-    kib(&text, "MemAvailable:").ok_or_else(|| Error::new(ErrorKind::Host, "no MemAvailable in '/proc/meminfo'"))
+    kib(&text, "MemAvailable:")
+        .ok_or_else(|| Error::new(ErrorKind::Host, "no MemAvailable in '/proc/meminfo'"))
 }
 
 /// Memory of its own that a process has touched and that can not be dropped; none if it is gone.
@@ -22,7 +23,8 @@ pub fn resident(pid: i32) -> Bytes {
 
 /// The line `key` of a file of the kernel's that counts in kB, which are KiB.
 fn kib(text: &str, key: &str) -> Option<Bytes> {
-    let number = text.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix(" kB")?;
+    let number =
+        text.lines().find_map(|line| line.strip_prefix(key))?.trim().strip_suffix(" kB")?;
     number.parse::<u64>().ok().map(|kib| Bytes(kib << 10))
 }
 
@@ -41,7 +43,8 @@ mod tests {
 
     #[test]
     fn kernel_counts_are_kibibytes() {
-        let text = "MemTotal:       24683828 kB\nMemAvailable:   23423104 kB\nHugePages_Total:       0\n";
+        let text =
+            "MemTotal:       24683828 kB\nMemAvailable:   23423104 kB\nHugePages_Total:       0\n";
         assert_eq!(kib(text, "MemAvailable:"), Some(Bytes(23_423_104 << 10)));
         assert_eq!(kib(text, "HugePages_Total:"), None);
         assert!(available().unwrap().get() > 0);

@@ -29,9 +29,13 @@ pub fn missing(path: &Path, strict: bool) -> io::Result<Option<PathBuf>> {
 fn wanted(path: &Path, fstab: &str, strict: bool) -> Vec<PathBuf> {
     let entries = fstab.lines().filter(|line| !line.trim_start().starts_with('#'));
     let entries = entries.map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
-    let counts = |entry: &Vec<&str>| strict || !entry.get(3).is_some_and(|o| o.split(',').any(|o| o == "noauto"));
+    let counts = |entry: &Vec<&str>| {
+        strict || !entry.get(3).is_some_and(|o| o.split(',').any(|o| o == "noauto"))
+    };
     let points = entries.filter(counts).filter_map(|entry| Some(resolved(&point(entry.get(1)?))));
-    let concerns = |point: &PathBuf| point.parent().is_some() && (path.starts_with(point) || point.starts_with(path));
+    let concerns = |point: &PathBuf| {
+        point.parent().is_some() && (path.starts_with(point) || point.starts_with(path))
+    };
     points.filter(|point| point.is_absolute()).filter(concerns).collect()
 }
 
@@ -60,7 +64,13 @@ fn resolved(path: &Path) -> PathBuf {
                 && links < MOST_LINKS
             {
                 links += 1;
-                path = there.parent().unwrap_or(there).join(target).components().chain(below.components()).collect();
+                path = there
+                    .parent()
+                    .unwrap_or(there)
+                    .join(target)
+                    .components()
+                    .chain(below.components())
+                    .collect();
                 continue 'again;
             }
         }
@@ -78,11 +88,14 @@ mod tests {
                      UUID=3 /srv/my\\040vms/ xfs defaults 0 2\nUUID=4\t/mnt/home\text4\nUUID=5 /mnt/by-hand ext4 ro,noauto\n\
                      UUID=6 /mnt/state/disks xfs\n";
         let info = "22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n23 22 254:1 / /mnt/home rw - ext4 /dev/vdb rw\n";
-        let missing =
-            |path: &str, mountinfo: &str, strict| unmounted(wanted(Path::new(path), fstab, strict), mountinfo);
+        let missing = |path: &str, mountinfo: &str, strict| {
+            unmounted(wanted(Path::new(path), fstab, strict), mountinfo)
+        };
         assert_eq!(missing("/srv/my vms/state", info, false), Some("/srv/my vms".into()));
         assert_eq!(missing("/mnt/state", info, false), Some("/mnt/state/disks".into()));
-        for path in ["/var/lib/state", "/mnt/home/state", "/srv/my vms of old/state", "/mnt/by-hand/state"] {
+        for path in
+            ["/var/lib/state", "/mnt/home/state", "/srv/my vms of old/state", "/mnt/by-hand/state"]
+        {
             assert_eq!(missing(path, info, false), None, "{path}");
         }
         assert_eq!(missing("/mnt/by-hand/state", info, true), Some("/mnt/by-hand".into()));
@@ -94,7 +107,9 @@ mod tests {
     fn a_path_is_resolved_though_it_or_what_it_links_to_is_not_there() {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().canonicalize().unwrap();
-        let link = |target: &Path, name: &str| std::os::unix::fs::symlink(target, real.join(name)).unwrap();
+        let link = |target: &Path, name: &str| {
+            std::os::unix::fs::symlink(target, real.join(name)).unwrap()
+        };
         link(&real, "link");
         link(Path::new("not/there"), "hanging");
         link(&real.join("round"), "round");

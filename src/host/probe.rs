@@ -41,7 +41,12 @@ struct Verdict {
 ///
 /// # Errors
 /// [`ErrorKind::Host`] if KVM was asked for and does not work, or QEMU is missing.
-pub fn accelerator(run_dir: &Path, binary: &Path, choice: AccelChoice, model: Option<&str>) -> Result<(Accel, String)> {
+pub fn accelerator(
+    run_dir: &Path,
+    binary: &Path,
+    choice: AccelChoice,
+    model: Option<&str>,
+) -> Result<(Accel, String)> {
     let tcg = || (Accel::Tcg, model.unwrap_or(TCG_MODEL).to_owned());
     if choice == AccelChoice::Tcg {
         return Ok(tcg());
@@ -67,7 +72,8 @@ pub fn accelerator(run_dir: &Path, binary: &Path, choice: AccelChoice, model: Op
 fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
     let identity = identity(binary)?;
     let path = run_dir.join("probe.json");
-    let known = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Verdict>(&text).ok());
+    let known =
+        std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Verdict>(&text).ok());
     if let Some(known) = known.filter(|v| v.binary == binary && v.identity == identity) {
         return Ok(known);
     }
@@ -94,10 +100,9 @@ fn keep(verdict: &Verdict, path: &Path) -> Result<()> {
 
 /// What tells one QEMU from another: device, inode, size and modification time.
 pub(super) fn identity(binary: &Path) -> Result<[u64; 4]> {
-    let file = binary
-        .metadata()
-        .at("find QEMU at", binary)
-        .map_err(|e| e.hint("install qemu-system-x86 and qemu-utils, or set qemu.binary in the configuration"))?;
+    let file = binary.metadata().at("find QEMU at", binary).map_err(|e| {
+        e.hint("install qemu-system-x86 and qemu-utils, or set qemu.binary in the configuration")
+    })?;
     Ok([file.dev(), file.ino(), file.len(), file.mtime().unsigned_abs()])
 }
 
@@ -118,7 +123,18 @@ fn probe(binary: &Path) -> Result<&'static str> {
 /// Starts QEMU stopped, without a guest, and ends it by its own monitor.
 fn starts(binary: &Path, model: &str) -> Result<()> {
     let mut child = Command::new(binary)
-        .args(["-machine", "q35", "-accel", "kvm", "-cpu", model, "-m", "16M", "-nodefaults", "-no-user-config"])
+        .args([
+            "-machine",
+            "q35",
+            "-accel",
+            "kvm",
+            "-cpu",
+            model,
+            "-m",
+            "16M",
+            "-nodefaults",
+            "-no-user-config",
+        ])
         .args(["-display", "none", "-S", "-qmp", "stdio"])
         .env_clear()
         .stdin(Stdio::piped())
@@ -126,18 +142,28 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    let status = quit(&mut child, binary, "{\"execute\":\"query-kvm\"}", Instant::now() + PATIENCE)?;
+    let status =
+        quit(&mut child, binary, "{\"execute\":\"query-kvm\"}", Instant::now() + PATIENCE)?;
     let mut said = String::new();
     let _ = child.stdout.take().map(|stdout| stdout.take(64 * 1024).read_to_string(&mut said));
     if status.success() && said.contains("\"enabled\": true") {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Host, format!("QEMU with -accel kvm -cpu {model} ended with {status}")))
+    Err(Error::new(
+        ErrorKind::Host,
+        format!("QEMU with -accel kvm -cpu {model} ended with {status}"),
+    ))
 }
 
 /// Has a QEMU with its monitor on standard input do `commands` and end; how it ended. At `deadline` it is killed.
-pub(super) fn quit(child: &mut Child, binary: &Path, commands: &str, deadline: Instant) -> Result<ExitStatus> {
-    let script = format!("{{\"execute\":\"qmp_capabilities\"}}{commands}{{\"execute\":\"quit\"}}\n");
+pub(super) fn quit(
+    child: &mut Child,
+    binary: &Path,
+    commands: &str,
+    deadline: Instant,
+) -> Result<ExitStatus> {
+    let script =
+        format!("{{\"execute\":\"qmp_capabilities\"}}{commands}{{\"execute\":\"quit\"}}\n");
     // A QEMU that aborted closed the pipe; how it ended says more than EPIPE.
     let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
     let process = crate::sys::pidfd::Process::open(child.id() as i32)?;

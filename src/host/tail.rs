@@ -29,7 +29,9 @@ pub fn last_lines(path: &Path, count: usize) -> String {
         return "nothing was written".to_owned();
     }
     let tail = lines[lines.len().saturating_sub(count)..].join("; ");
-    tail.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+    tail.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+        .collect()
 }
 
 /// Waits until the file contains `word` at least `times` times. The file must exist.
@@ -47,8 +49,14 @@ pub fn wait_for(path: &Path, word: &str, times: usize, deadline: Instant) -> Res
         }
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        if left.is_zero() || poll(&mut [PollFd::new(watch.as_fd(), PollFlags::POLLIN)], timeout).map_err(os)? == 0 {
-            let message = format!("'{word}' did not appear in '{}' in time: {}", path.display(), last_lines(path, 3));
+        if left.is_zero()
+            || poll(&mut [PollFd::new(watch.as_fd(), PollFlags::POLLIN)], timeout).map_err(os)? == 0
+        {
+            let message = format!(
+                "'{word}' did not appear in '{}' in time: {}",
+                path.display(),
+                last_lines(path, 3)
+            );
             return Err(Error::new(ErrorKind::Timeout, message));
         }
         // Only that something changed matters; the text is read again.
@@ -81,6 +89,9 @@ mod tests {
         });
         std::fs::write(&path, "here\nhere\n").unwrap();
         waiter.join().unwrap().unwrap();
-        assert_eq!(wait_for(&path, "gone", 1, Instant::now()).unwrap_err().kind(), ErrorKind::Timeout);
+        assert_eq!(
+            wait_for(&path, "gone", 1, Instant::now()).unwrap_err().kind(),
+            ErrorKind::Timeout
+        );
     }
 }

@@ -36,10 +36,11 @@ pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
             Err(error) => return Err(Error::io("claim a uid with", &path, error)),
         }
     }
-    Err(Error::new(ErrorKind::Host, format!("all {WINDOW} uids that VM '{vm}' can have are taken")).hint(format!(
-        "each link in '{}' names its VM: remove those of VMs that are gone",
-        state_dir.join("uids").display()
-    )))
+    Err(Error::new(ErrorKind::Host, format!("all {WINDOW} uids that VM '{vm}' can have are taken"))
+        .hint(format!(
+            "each link in '{}' names its VM: remove those of VMs that are gone",
+            state_dir.join("uids").display()
+        )))
 }
 
 /// Makes the claims durable: a VM that is there after a power cut must have its uid for itself.

@@ -33,7 +33,12 @@ impl Source {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).at("open", path)?;
         let meta = file.metadata().at("look at", path)?;
-        Ok(Self { file, path: path.to_owned(), length: meta.len(), changed: (meta.ctime(), meta.ctime_nsec()) })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            length: meta.len(),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        })
     }
 
     /// Nobody wrote to it since it was opened.
@@ -45,7 +50,10 @@ impl Source {
         if (meta.ctime(), meta.ctime_nsec()) == self.changed {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Conflict, format!("'{}' was written to while it was copied", self.path.display())))
+        Err(Error::new(
+            ErrorKind::Conflict,
+            format!("'{}' was written to while it was copied", self.path.display()),
+        ))
     }
 }
 
@@ -55,7 +63,12 @@ impl Source {
 /// # Errors
 /// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], [`ErrorKind::Conflict`] if somebody wrote to the source
 /// since it was opened; nothing is left then.
-pub fn copy(source: &Source, target: &Path, deadline: Instant, progress: &mut dyn FnMut(u64, u64)) -> Result<Fresh> {
+pub fn copy(
+    source: &Source,
+    target: &Path,
+    deadline: Instant,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Fresh> {
     let new = create_new(target)?;
     // A filesystem that can not, and one that could but not between these two, say so in their own ways.
     if ioctl_ficlone(new.as_file(), &source.file).is_err() {
@@ -131,7 +144,10 @@ mod tests {
         }
         let mut seen = Vec::new();
         let source = Source::open(&source).unwrap();
-        copy(&source, &target, soon(), &mut |done, of| seen.push((done, of))).unwrap().sync().unwrap();
+        copy(&source, &target, soon(), &mut |done, of| seen.push((done, of)))
+            .unwrap()
+            .sync()
+            .unwrap();
         let meta = target.metadata().unwrap();
         assert_eq!(meta.len(), 300 << 20);
         assert!(meta.blocks() * 512 < 1 << 20, "{} blocks", meta.blocks());
@@ -151,7 +167,8 @@ mod tests {
         let (source, target) = (dir.path().join("a"), dir.path().join("b"));
         std::fs::write(&source, vec![1; 1 << 20]).unwrap();
         let source = Source::open(&source).unwrap();
-        let shares_blocks = copy(&source, &dir.path().join("c"), Instant::now(), &mut |_, _| ()).is_ok();
+        let shares_blocks =
+            copy(&source, &dir.path().join("c"), Instant::now(), &mut |_, _| ()).is_ok();
         let late = copy(&source, &target, Instant::now(), &mut |_, _| ());
         if !shares_blocks {
             assert_eq!(late.unwrap_err().kind(), ErrorKind::Timeout);

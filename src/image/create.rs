@@ -66,7 +66,8 @@ mod tests {
             (Format::Qcow2, Preallocation::Metadata, 1),
         ] {
             let path = dir.path().join(format!("{preallocation}.{format}"));
-            let new = NewImage { path: &path, format, size: Bytes(8 << 20), preallocation, key: None };
+            let new =
+                NewImage { path: &path, format, size: Bytes(8 << 20), preallocation, key: None };
             new.create(&QemuImg::new("qemu-img"), soon()).unwrap().sync().unwrap();
             let meta = path.metadata().unwrap();
             assert!(meta.blocks() >= blocks, "{path:?}: {} blocks", meta.blocks());
@@ -79,7 +80,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (key, path) = (dir.path().join("k,ey"), dir.path().join("disk.qcow2"));
         let preallocation = Preallocation::Off;
-        let new = NewImage { path: &path, format: Format::Qcow2, size: Bytes(1 << 20), preallocation, key: Some(&key) };
+        let new = NewImage {
+            path: &path,
+            format: Format::Qcow2,
+            size: Bytes(1 << 20),
+            preallocation,
+            key: Some(&key),
+        };
         let failed = new.create(&QemuImg::new("qemu-img"), soon()).unwrap_err();
         assert!(failed.report().contains("qemu-img create"), "{}", failed.report());
         assert!(!path.exists());

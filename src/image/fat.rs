@@ -26,7 +26,8 @@ const CLUSTER: usize = 4096;
 /// written. Contents are never quoted: they are secrets.
 pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<Fresh> {
     let image = image(label, files).map_err(|error| {
-        Error::new(ErrorKind::Internal, format!("make the FAT image '{}'", path.display())).because(error)
+        Error::new(ErrorKind::Internal, format!("make the FAT image '{}'", path.display()))
+            .because(error)
     })?;
     let new = create_new(path)?;
     new.as_file().set_len(image.len() as u64).at("set the size of", path)?;
@@ -36,13 +37,18 @@ pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Resu
 
 fn image(label: &str, files: &[(&str, &[u8])]) -> io::Result<Vec<u8>> {
     let mut image = vec![0; size_for(files)];
-    format_volume(Cursor::new(&mut image[..]), FormatVolumeOptions::new().volume_label(padded(label)?))?;
+    format_volume(
+        Cursor::new(&mut image[..]),
+        FormatVolumeOptions::new().volume_label(padded(label)?),
+    )?;
     let with_root = |image: &mut [u8], act: &dyn Fn(Folder<'_, '_>) -> io::Result<()>| {
         let filesystem = FileSystem::new(Cursor::new(image), FsOptions::new())?;
         act(filesystem.root_dir())?;
         filesystem.unmount()
     };
-    with_root(&mut image, &|root| folders(files).into_iter().try_for_each(|name| root.create_dir(name).map(drop)))?;
+    with_root(&mut image, &|root| {
+        folders(files).into_iter().try_for_each(|name| root.create_dir(name).map(drop))
+    })?;
     mend_dots(&mut image);
     with_root(&mut image, &|root| {
         files.iter().try_for_each(|(name, content)| {
@@ -80,7 +86,9 @@ fn mend_dots(image: &mut [u8]) {
 fn padded(label: &str) -> io::Result<[u8; 11]> {
     let allowed = |c: u8| c.is_ascii_uppercase() || c.is_ascii_digit() || b"-_".contains(&c);
     if label.is_empty() || label.len() > 11 || !label.bytes().all(allowed) {
-        return Err(io::Error::other("a FAT label has 1 to 11 characters of 'A' to 'Z', '0' to '9', '-' and '_'"));
+        return Err(io::Error::other(
+            "a FAT label has 1 to 11 characters of 'A' to 'Z', '0' to '9', '-' and '_'",
+        ));
     }
     let mut padded = [b' '; 11];
     padded[..label.len()].copy_from_slice(label.as_bytes());
@@ -90,7 +98,8 @@ fn padded(label: &str) -> io::Result<[u8; 11]> {
 /// Bytes of an image with room for `files`: whole clusters, one more for each folder, the tables (12 to 32 bits a
 /// cluster) and an eighth to spare.
 fn size_for(files: &[(&str, &[u8])]) -> usize {
-    let contents: usize = files.iter().map(|(_, content)| content.len().next_multiple_of(CLUSTER)).sum();
+    let contents: usize =
+        files.iter().map(|(_, content)| content.len().next_multiple_of(CLUSTER)).sum();
     let needed = contents + (files.len() + folders(files).len()) * CLUSTER;
     (needed + needed / 8 + MIB / 2).next_multiple_of(MIB)
 }
@@ -114,7 +123,10 @@ mod tests {
     }
 
     fn read_back(path: &Path, name: &str) -> Vec<u8> {
-        let filesystem = FileSystem::new(File::options().read(true).write(true).open(path).unwrap(), FsOptions::new());
+        let filesystem = FileSystem::new(
+            File::options().read(true).write(true).open(path).unwrap(),
+            FsOptions::new(),
+        );
         let mut content = Vec::new();
         filesystem.unwrap().root_dir().open_file(name).unwrap().read_to_end(&mut content).unwrap();
         content
@@ -136,14 +148,24 @@ mod tests {
         fsck(&path);
         let meta = path.metadata().unwrap();
         assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (MIB as u64, 0o600));
-        let filesystem = FileSystem::new(File::options().read(true).write(true).open(&path).unwrap(), FsOptions::new());
+        let filesystem = FileSystem::new(
+            File::options().read(true).write(true).open(&path).unwrap(),
+            FsOptions::new(),
+        );
         let filesystem = filesystem.unwrap();
         assert_eq!(filesystem.volume_label(), "CONFIG-2");
-        assert_eq!(filesystem.read_volume_label_from_root_dir().unwrap().as_deref(), Some("CONFIG-2"));
+        assert_eq!(
+            filesystem.read_volume_label_from_root_dir().unwrap().as_deref(),
+            Some("CONFIG-2")
+        );
         let head = std::fs::read(&path).unwrap();
         let dots = head.chunks(512).filter(|sector| sector.starts_with(b".          ")).count();
         assert_eq!(dots, 2, "each folder starts with '.'");
-        assert_eq!((&head[510..512], &head[446..510]), (&[0x55, 0xaa][..], &[0; 64][..]), "no partition table");
+        assert_eq!(
+            (&head[510..512], &head[446..510]),
+            (&[0x55, 0xaa][..], &[0; 64][..]),
+            "no partition table"
+        );
         assert!(write_labelled(&path, "CONFIG-2", &files).unwrap_err().report().contains("exists"));
     }
 
@@ -152,13 +174,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let content: Vec<u8> = (0..11_000_000u32).map(|n| (n % 251) as u8).collect();
         let path = dir.path().join("large.img");
-        write_labelled(&path, "CONFIG-2", &[("a/user-data", &content), ("a/other", &content[..70_000])])
-            .unwrap()
-            .sync()
-            .unwrap();
+        write_labelled(
+            &path,
+            "CONFIG-2",
+            &[("a/user-data", &content), ("a/other", &content[..70_000])],
+        )
+        .unwrap()
+        .sync()
+        .unwrap();
         assert!(read_back(&path, "a/user-data") == content);
-        let names: Vec<String> = (0..1000).map(|n| format!("folder-{}/file with number {n}", n % 7)).collect();
-        let files: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &content[..5])).collect();
+        let names: Vec<String> =
+            (0..1000).map(|n| format!("folder-{}/file with number {n}", n % 7)).collect();
+        let files: Vec<(&str, &[u8])> =
+            names.iter().map(|name| (name.as_str(), &content[..5])).collect();
         let path = dir.path().join("many.img");
         write_labelled(&path, "CONFIG-2", &files).unwrap().sync().unwrap();
         assert_eq!(read_back(&path, &names[999]), &content[..5]);
@@ -170,9 +198,13 @@ mod tests {
     fn what_fat_can_not_hold_is_refused_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.img");
-        for (label, name) in
-            [("", "a"), ("config-2", "a"), ("TWELVE-CHARS", "a"), ("CONFIG-2", "a*b"), ("CONFIG-2", "")]
-        {
+        for (label, name) in [
+            ("", "a"),
+            ("config-2", "a"),
+            ("TWELVE-CHARS", "a"),
+            ("CONFIG-2", "a*b"),
+            ("CONFIG-2", ""),
+        ] {
             let refused = write_labelled(&path, label, &[(name, b"secret")]).unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::Internal, "{label} {name}");
             assert!(!refused.report().contains("secret"));

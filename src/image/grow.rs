@@ -27,7 +27,10 @@ pub fn virtual_size(path: &Path, format: Format, encrypted: bool) -> Result<Byte
         Format::Raw => {
             let length = path.metadata().at("look at", path)?.len();
             let header = if encrypted { luks_header(path)? } else { 0 };
-            length.checked_sub(header).map(Bytes).ok_or_else(|| corrupt(path, "it is shorter than its LUKS header"))
+            length
+                .checked_sub(header)
+                .map(Bytes)
+                .ok_or_else(|| corrupt(path, "it is shorter than its LUKS header"))
         }
     }
 }
@@ -86,7 +89,8 @@ mod tests {
             testing::run("qemu-img", ["check", "-q", "-f", "qcow2", name].map(Into::into));
         }
         let last = format!("write -P 9 {}M 1M", (4 << 20) - 1);
-        let commands = ["-f", "qcow2", "-c", "read -P 7 99M 1M", "-c", "read -P 0 100M 1M", "-c", &last, name];
+        let commands =
+            ["-f", "qcow2", "-c", "read -P 7 99M 1M", "-c", "read -P 0 100M 1M", "-c", &last, name];
         testing::run("qemu-io", commands.map(Into::into));
         testing::run("qemu-img", ["check", "-q", "-f", "qcow2", name].map(Into::into));
         let refused = grow(&path, Format::Qcow2, false, mib((4 << 20) + 1)).unwrap_err();
@@ -108,14 +112,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for (format, driver, options) in [
             (Format::Raw, "luks", "key-secret=k,iter-time=10"),
-            (Format::Qcow2, "qcow2", "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10"),
+            (
+                Format::Qcow2,
+                "qcow2",
+                "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10",
+            ),
         ] {
             let path = dir.path().join(driver);
             let name = path.to_str().unwrap();
             let secret = "secret,id=k,data=abcdefgh";
             testing::run(
                 "qemu-img",
-                ["create", "-q", "--object", secret, "-f", driver, "-o", options, name, "4M"].map(Into::into),
+                ["create", "-q", "--object", secret, "-f", driver, "-o", options, name, "4M"]
+                    .map(Into::into),
             );
             assert_eq!(virtual_size(&path, format, true).unwrap(), mib(4));
             grow(&path, format, true, mib(9)).unwrap();

@@ -30,9 +30,12 @@ pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
     // Where the filesystem knows no locks, QEMU does without them, too.
     while is_locked(&image).unwrap_or(false) {
         if Instant::now() >= deadline {
-            let message = format!("image '{}' is open in a QEMU that no record names", path.display());
-            return Err(Error::new(ErrorKind::Conflict, message)
-                .hint(format!("`fuser -v {}` shows its process; end that and repeat the call", path.display())));
+            let message =
+                format!("image '{}' is open in a QEMU that no record names", path.display());
+            return Err(Error::new(ErrorKind::Conflict, message).hint(format!(
+                "`fuser -v {}` shows its process; end that and repeat the call",
+                path.display()
+            )));
         }
         sleep(PAUSE);
     }

@@ -40,7 +40,13 @@ pub use crate::store::record::Format;
 
 /// Creates `path`, which must not exist, with mode 0600. Dropped before [`keep`], it is removed again.
 fn create_new(path: &Path) -> Result<NamedTempFile> {
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).at("create", path)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .at("create", path)?;
     crash::point!("{}: created", path.file_name().unwrap_or_default().display());
     let guard = TempPath::try_from_path(path).at("create", path)?;
     Ok(NamedTempFile::from_parts(file, guard))

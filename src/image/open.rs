@@ -55,14 +55,18 @@ pub fn refuse_other_files(path: &Path, format: Format, is_overlay: bool) -> Resu
 /// # Errors
 /// [`ErrorKind::BadRequest`] if it is no plain file, or a qcow2 that needs other files or a key.
 pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
-    let refused = |why: &str| Error::new(ErrorKind::BadRequest, format!("image '{}': {why}", path.display()));
+    let refused =
+        |why: &str| Error::new(ErrorKind::BadRequest, format!("image '{}': {why}", path.display()));
     let file = path.metadata().at("look at", path)?;
     if !file.is_file() {
         return Err(refused("not a plain file"));
     }
     let mut head = Vec::new();
-    File::open(path).and_then(|open| open.take(Header::PREFIX as u64).read_to_end(&mut head)).at("read", path)?;
-    let (format, size) = look(&head, file.len()).map_err(|refusal| refused(&refusal.to_string()))?;
+    File::open(path)
+        .and_then(|open| open.take(Header::PREFIX as u64).read_to_end(&mut head))
+        .at("read", path)?;
+    let (format, size) =
+        look(&head, file.len()).map_err(|refusal| refused(&refusal.to_string()))?;
     let size = Bytes(size.next_multiple_of(512));
     if size > MiB::MAX.bytes() || size.get() == 0 {
         return Err(refused("empty or larger than 64 TiB"));

@@ -64,7 +64,8 @@ impl Existing<'_> {
     /// As a source. JSON can say that there is no backing file, whatever the header says.
     fn json(&self) -> Result<String> {
         let path = absolute(self.path)?.to_string_lossy();
-        let mut node = json!({"driver": self.format.as_str(), "file": {"driver": "file", "filename": path}});
+        let mut node =
+            json!({"driver": self.format.as_str(), "file": {"driver": "file", "filename": path}});
         match (self.format, self.key) {
             (Format::Raw, None) => {}
             (Format::Raw, Some(_)) => {
@@ -85,7 +86,9 @@ impl Existing<'_> {
     fn options(&self) -> Result<String> {
         let driver = match (self.format, self.key) {
             (format, None) => format.as_str().to_owned(),
-            (Format::Qcow2, Some(_)) => format!("qcow2,encrypt.format=luks,encrypt.key-secret={SECRET}"),
+            (Format::Qcow2, Some(_)) => {
+                format!("qcow2,encrypt.format=luks,encrypt.key-secret={SECRET}")
+            }
             (Format::Raw, Some(_)) => format!("luks,key-secret={SECRET}"),
         };
         // A comma would end the value.
@@ -150,7 +153,12 @@ impl QemuImg {
     }
 
     /// The same from an open file without a name.
-    pub(super) fn convert_file(&self, file: File, convert: &Convert<'_>, deadline: Instant) -> Result<()> {
+    pub(super) fn convert_file(
+        &self,
+        file: File,
+        convert: &Convert<'_>,
+        deadline: Instant,
+    ) -> Result<()> {
         self.convert_from(convert, Some(file), deadline)
     }
 
@@ -160,12 +168,18 @@ impl QemuImg {
     /// # Errors
     /// As [`Self::convert`]; [`ErrorKind::Corrupt`] if the source's header, which a guest may have written, names other
     /// files: root would read them.
-    pub fn fill(&self, source: &Existing<'_>, target: &Existing<'_>, deadline: Instant) -> Result<()> {
+    pub fn fill(
+        &self,
+        source: &Existing<'_>,
+        target: &Existing<'_>,
+        deadline: Instant,
+    ) -> Result<()> {
         let secret = source.key.or(target.key).map(secret);
         refuse_other_files(source.path, source.format, false)?;
         let (from, to) = (source.json()?, target.options()?);
         // The progress nobody reads ends a program whose caller was killed, at its next step (SIGPIPE).
-        let mut args = ["convert", "-p", "-U", "-n", "--target-image-opts"].map(OsStr::new).to_vec();
+        let mut args =
+            ["convert", "-p", "-U", "-n", "--target-image-opts"].map(OsStr::new).to_vec();
         if target.key.is_none() {
             args.push(OsStr::new("--target-is-zero"));
         }
@@ -176,7 +190,12 @@ impl QemuImg {
         self.run(&args, None, deadline)?.expect_success("convert", source.path)
     }
 
-    fn convert_from(&self, convert: &Convert<'_>, stdin: Option<File>, deadline: Instant) -> Result<()> {
+    fn convert_from(
+        &self,
+        convert: &Convert<'_>,
+        stdin: Option<File>,
+        deadline: Instant,
+    ) -> Result<()> {
         let (from, to) = (convert.source_format.as_str(), convert.target_format.as_str());
         let args = ["convert", "-f", from, "-O", to].map(OsStr::new);
         let args = [&args[..], &[absolute(convert.source)?, absolute(convert.target)?]].concat();
@@ -201,12 +220,19 @@ impl QemuImg {
             done.expect_success("check", path)?;
         }
         serde_json::from_slice(&done.stdout).map_err(|error| {
-            Error::new(ErrorKind::Host, format!("read what qemu-img says of '{}'", path.display())).because(error)
+            Error::new(ErrorKind::Host, format!("read what qemu-img says of '{}'", path.display()))
+                .because(error)
         })
     }
 
     /// Makes the image at `path`, which nobody has open, larger.
-    pub fn resize(&self, path: &Path, format: Format, size: Bytes, deadline: Instant) -> Result<()> {
+    pub fn resize(
+        &self,
+        path: &Path,
+        format: Format,
+        size: Bytes,
+        deadline: Instant,
+    ) -> Result<()> {
         let size = size.get().to_string();
         let args = ["resize", "-f", format.as_str()].map(OsStr::new);
         let args = [&args[..], &[absolute(path)?, OsStr::new(&size)]].concat();
@@ -225,7 +251,8 @@ impl QemuImg {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| {
-                Error::io("start", &self.program, error).hint("install the package 'qemu-utils' or set qemu.img_binary")
+                Error::io("start", &self.program, error)
+                    .hint("install the package 'qemu-utils' or set qemu.img_binary")
             })?;
         let done = supervise(&mut child, deadline);
         if done.is_err() {
@@ -257,7 +284,9 @@ pub(super) const STDIN: &str = "/proc/self/fd/0";
 
 /// A relative name with a colon in it would be a protocol to QEMU.
 fn absolute(path: &Path) -> Result<&OsStr> {
-    let refused = || Error::new(ErrorKind::Internal, format!("the path '{}' is not absolute", path.display()));
+    let refused = || {
+        Error::new(ErrorKind::Internal, format!("the path '{}' is not absolute", path.display()))
+    };
     if path.is_absolute() { Ok(path.as_os_str()) } else { Err(refused()) }
 }
 
@@ -273,10 +302,13 @@ impl Done {
             return Ok(());
         }
         let said = String::from_utf8_lossy(&self.stderr);
-        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+        let last =
+            said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
         let last: String = last.chars().take(LINE_LIMIT).collect();
-        let kind = if last.contains("No space left") { ErrorKind::NoDiskSpace } else { ErrorKind::Host };
-        let message = format!("qemu-img {action} of '{}' failed ({}): {last}", path.display(), self.status);
+        let kind =
+            if last.contains("No space left") { ErrorKind::NoDiskSpace } else { ErrorKind::Host };
+        let message =
+            format!("qemu-img {action} of '{}' failed ({}): {last}", path.display(), self.status);
         Err(Error::new(kind, message))
     }
 }
@@ -285,11 +317,15 @@ impl Done {
 fn supervise(child: &mut Child, deadline: Instant) -> io::Result<Done> {
     let mut pipes = [Pipe::new(child.stdout.take()), Pipe::new(child.stderr.take())];
     loop {
-        let mut open: Vec<&mut Pipe> = pipes.iter_mut().filter(|pipe| pipe.file.is_some()).collect();
+        let mut open: Vec<&mut Pipe> =
+            pipes.iter_mut().filter(|pipe| pipe.file.is_some()).collect();
         if open.is_empty() {
             break;
         }
-        let ready = wait_readable(open.iter().filter_map(|pipe| pipe.file.as_ref()).map(File::as_fd), deadline)?;
+        let ready = wait_readable(
+            open.iter().filter_map(|pipe| pipe.file.as_ref()).map(File::as_fd),
+            deadline,
+        )?;
         for (pipe, _) in open.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
             pipe.read()?;
         }
@@ -319,17 +355,24 @@ impl Pipe {
         let Some(file) = &mut self.file else { return Ok(()) };
         match file.read(&mut buffer)? {
             0 => self.file = None,
-            count => self.said.extend_from_slice(&buffer[..count.min(OUTPUT_LIMIT - self.said.len())]),
+            count => {
+                self.said.extend_from_slice(&buffer[..count.min(OUTPUT_LIMIT - self.said.len())])
+            }
         }
         Ok(())
     }
 }
 
 /// Waits until one of `fds` is readable or closed and says which are.
-fn wait_readable<'a>(fds: impl IntoIterator<Item = BorrowedFd<'a>>, deadline: Instant) -> io::Result<Vec<bool>> {
-    let mut polled: Vec<PollFd<'_>> = fds.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+fn wait_readable<'a>(
+    fds: impl IntoIterator<Item = BorrowedFd<'a>>,
+    deadline: Instant,
+) -> io::Result<Vec<bool>> {
+    let mut polled: Vec<PollFd<'_>> =
+        fds.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
     loop {
-        let left = deadline.checked_duration_since(Instant::now()).ok_or(io::ErrorKind::TimedOut)?;
+        let left =
+            deadline.checked_duration_since(Instant::now()).ok_or(io::ErrorKind::TimedOut)?;
         let timeout = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
         match poll(&mut polled, Some(&timeout)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
@@ -365,8 +408,12 @@ mod tests {
         let (source, target) = (dir.path().join("a:b.raw"), dir.path().join("b.qcow2"));
         raw::create(&source, Bytes(1 << 20)).unwrap().sync().unwrap();
         let img = QemuImg::new("qemu-img");
-        let convert =
-            Convert { source: &source, source_format: Format::Raw, target: &target, target_format: Format::Qcow2 };
+        let convert = Convert {
+            source: &source,
+            source_format: Format::Raw,
+            target: &target,
+            target_format: Format::Qcow2,
+        };
         img.convert(&convert, soon()).unwrap();
         img.resize(&target, Format::Qcow2, Bytes(2 << 20), soon()).unwrap();
         assert_eq!(qcow2::Header::read(&target).unwrap().virtual_size, Bytes(2 << 20));
@@ -383,10 +430,18 @@ mod tests {
         let path = dir.path().join("x");
         let img = script(dir.path(), "echo first >&2; echo \"$1 HOME=$HOME last\" >&2; exit 1");
         let failed = img.resize(&path, Format::Raw, Bytes(512), soon()).unwrap_err();
-        assert!(failed.report().ends_with("(exit status: 1): resize HOME= last"), "{}", failed.report());
+        assert!(
+            failed.report().ends_with("(exit status: 1): resize HOME= last"),
+            "{}",
+            failed.report()
+        );
         assert_eq!(failed.kind(), ErrorKind::Host);
-        let full = script(dir.path(), "echo 'qemu-img: error: No space left on device' >&2; exit 1");
-        assert_eq!(full.resize(&path, Format::Raw, Bytes(512), soon()).unwrap_err().kind(), ErrorKind::NoDiskSpace);
+        let full =
+            script(dir.path(), "echo 'qemu-img: error: No space left on device' >&2; exit 1");
+        assert_eq!(
+            full.resize(&path, Format::Raw, Bytes(512), soon()).unwrap_err().kind(),
+            ErrorKind::NoDiskSpace
+        );
         let absent = QemuImg::new("/nonexistent/qemu-img").check(&path, soon()).unwrap_err();
         assert!(absent.report().contains("Hint: install"), "{}", absent.report());
     }
@@ -397,7 +452,8 @@ mod tests {
         for text in ["exec sleep 1000", "exec sleep 1000 >&- 2>&-", "while :; do echo y; done"] {
             let img = script(dir.path(), text);
             let started = Instant::now();
-            let killed = img.check(&dir.path().join("x"), started + Duration::from_millis(100)).unwrap_err();
+            let killed =
+                img.check(&dir.path().join("x"), started + Duration::from_millis(100)).unwrap_err();
             assert_eq!(killed.kind(), ErrorKind::Timeout, "{}", killed.report());
             assert!(started.elapsed() < Duration::from_secs(30));
         }
@@ -407,7 +463,8 @@ mod tests {
     fn endless_output_is_read_but_not_kept() {
         let dir = tempfile::tempdir().unwrap();
         let img = script(dir.path(), "head -c 10000000 /dev/zero | tr '\\0' x >&2; exit 1");
-        let failed = img.resize(&dir.path().join("x"), Format::Raw, Bytes(512), soon()).unwrap_err();
+        let failed =
+            img.resize(&dir.path().join("x"), Format::Raw, Bytes(512), soon()).unwrap_err();
         assert!(failed.report().len() < 2000, "{} bytes", failed.report().len());
     }
 }

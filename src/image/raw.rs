@@ -30,7 +30,10 @@ pub(super) fn check_size(path: &Path, size: Bytes) -> Result<()> {
         return Ok(());
     }
     let rule = format!("a multiple of 512 up to {}", MiB::MAX.bytes());
-    Err(Error::new(ErrorKind::BadRequest, format!("create '{}': {size} is not {rule}", path.display())))
+    Err(Error::new(
+        ErrorKind::BadRequest,
+        format!("create '{}': {size} is not {rule}", path.display()),
+    ))
 }
 
 /// Writes `data` at `offset` of a file that is still a hole there, leaving blocks of zeros out.
@@ -64,8 +67,14 @@ mod tests {
         let path = dir.path().join("disk.raw");
         create(&path, MiB::new(1024 * 1024).unwrap().bytes()).unwrap().sync().unwrap();
         let meta = path.metadata().unwrap();
-        assert_eq!((meta.len(), meta.blocks(), meta.permissions().mode() & 0o777), (1 << 40, 0, 0o600));
-        assert!(create(&path, Bytes(512)).unwrap_err().report().contains("exists"), "never overwrites");
+        assert_eq!(
+            (meta.len(), meta.blocks(), meta.permissions().mode() & 0o777),
+            (1 << 40, 0, 0o600)
+        );
+        assert!(
+            create(&path, Bytes(512)).unwrap_err().report().contains("exists"),
+            "never overwrites"
+        );
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 /// Runs `program` to its end, which must be a success, and returns what it said.
 pub fn run(program: &str, args: impl IntoIterator<Item = OsString>) -> String {
     let output = Command::new(program).args(args).output().unwrap();
-    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (said, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program}: {said}{complained}");
     said.into_owned()
 }
@@ -25,7 +26,8 @@ pub fn sample() -> &'static [u8] {
         let path = dir.path().join("sample");
         let path = path.to_str().unwrap();
         qemu_img(["create", "-fqcow2", "-ocluster_size=4k", path, "5M"].map(AsRef::as_ref));
-        let commands = ["write -P 1 8k 12k", "write -c -P 2 64k 16k", "write -z 32k 8k", "write -P 3 4M 4k"];
+        let commands =
+            ["write -P 1 8k 12k", "write -c -P 2 64k 16k", "write -z 32k 8k", "write -P 3 4M 4k"];
         let commands = commands.into_iter().flat_map(|command| ["-c", command]);
         run("qemu-io", ["-fqcow2"].into_iter().chain(commands).chain([path]).map(Into::into));
         std::fs::read(path).unwrap()

@@ -91,7 +91,11 @@ pub fn plug(
             }
         }
         crash::point!("tap on its bridge");
-        Ok(Some(Plug { vhost: tap::vhost(queues)?, queues: taps, mtu: segment.mtu.unwrap_or(bridge.mtu) }))
+        Ok(Some(Plug {
+            vhost: tap::vhost(queues)?,
+            queues: taps,
+            mtu: segment.mtu.unwrap_or(bridge.mtu),
+        }))
     })
 }
 
@@ -103,7 +107,10 @@ pub fn release(segment: &Segment) -> Result<bool> {
     let Keeper::Us { uplink, .. } = &segment.keeper else { return Ok(true) };
     let links = Links::open()?;
     let tagged = uplink.as_ref().map(diff::vlan_name);
-    let tagged = tagged.map(|name| Ok::<_, Error>(links.find(&name)?.map(|link| (name, link)))).transpose()?.flatten();
+    let tagged = tagged
+        .map(|name| Ok::<_, Error>(links.find(&name)?.map(|link| (name, link))))
+        .transpose()?
+        .flatten();
     remove(&links, &segment.bridge, tagged.as_ref())
 }
 
@@ -113,7 +120,9 @@ pub fn release(segment: &Segment) -> Result<bool> {
 /// As [`release`].
 pub fn is_stray(bridge: &LinkName) -> Result<bool> {
     let links = Links::open()?;
-    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else { return Ok(false) };
+    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
+        return Ok(false);
+    };
     Ok(!kept::is_kept(&link) && links.ports(link.index)?.iter().all(diff::is_our_vlan))
 }
 
@@ -123,7 +132,9 @@ pub fn is_stray(bridge: &LinkName) -> Result<bool> {
 /// As there.
 pub fn release_stray(bridge: &LinkName) -> Result<bool> {
     let links = Links::open()?;
-    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else { return Ok(true) };
+    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
+        return Ok(true);
+    };
     let tagged = links.ports(link.index)?.into_iter().find(diff::is_our_vlan);
     let tagged = tagged.and_then(|link| Some((LinkName::parse(&link.name).ok()?, link)));
     remove(&links, bridge, tagged.as_ref())
@@ -140,7 +151,8 @@ fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -
     // The kernel waits for pauses of every CPU (RCU), 40 ms for the bridge and 12 for the table; so both at once.
     std::thread::scope(|threads| {
         let rules = threads.spawn(|| firewall::drop_all(bridge));
-        let removed = found.iter().map(|link| (bridge, link)).chain(tagged.iter().map(|(n, l)| (n, l)));
+        let removed =
+            found.iter().map(|link| (bridge, link)).chain(tagged.iter().map(|(n, l)| (n, l)));
         for (name, link) in removed {
             tracing::info!(link = %name, "removing a link that no VM needs");
             links.delete(name, link.index)?;
@@ -184,7 +196,10 @@ fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option
         }
         links.forget();
     }
-    Err(Error::new(ErrorKind::Conflict, format!("bridge '{}' keeps being removed by somebody else", segment.bridge)))
+    Err(Error::new(
+        ErrorKind::Conflict,
+        format!("bridge '{}' keeps being removed by somebody else", segment.bridge),
+    ))
 }
 
 /// Does what is missing of what was seen. What was seen before, and the bridge as it works now; or `None` if it must be looked at again.
@@ -220,7 +235,11 @@ fn settled(links: &Links, segment: &Segment, seen: Seen) -> Result<Option<(Seen,
 
 /// All that `diff` wants to know.
 fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
-    let mut seen = Seen { bridge: links.find(&segment.bridge)?, ports: existing(links, ports)?, ..Seen::default() };
+    let mut seen = Seen {
+        bridge: links.find(&segment.bridge)?,
+        ports: existing(links, ports)?,
+        ..Seen::default()
+    };
     let Keeper::Us { addresses, uplink, .. } = &segment.keeper else {
         return Ok(Seen { rules_hold: true, ..seen });
     };
@@ -229,7 +248,8 @@ fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
         if Some(at) == index { seen.own.push(address) } else { seen.foreign.push(address) }
     }
     if let Some(index) = index {
-        let families = [addresses.iter().find(|a| a.is_ipv4()), addresses.iter().find(|a| a.is_ipv6())];
+        let families =
+            [addresses.iter().find(|a| a.is_ipv4()), addresses.iter().find(|a| a.is_ipv6())];
         for like in families.into_iter().flatten() {
             seen.routes.extend(links.routes_to(index, like.ip())?);
         }
@@ -239,21 +259,26 @@ fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
             seen.world = links.find(&uplink.link)?;
             seen.tagged = links.find(&diff::vlan_name(uplink))?;
         }
-        None if segment.mtu.is_none() && seen.bridge.is_none() => seen.world = links.to_the_world()?,
+        None if segment.mtu.is_none() && seen.bridge.is_none() => {
+            seen.world = links.to_the_world()?
+        }
         None => {}
     }
     seen.settings = settings(&segment.bridge)?;
-    seen.rules_hold = firewall::table(segment, &seen.own).map_or(Ok(true), |table| nft::holds(&table))?;
+    seen.rules_hold =
+        firewall::table(segment, &seen.own).map_or(Ok(true), |table| nft::holds(&table))?;
     Ok(seen)
 }
 
 fn existing(links: &Links, ports: &[Port]) -> Result<Vec<(Port, Link)>> {
-    let found = ports.iter().map(|port| Ok(links.find(&port.link)?.map(|link| (port.clone(), link))));
+    let found =
+        ports.iter().map(|port| Ok(links.find(&port.link)?.map(|link| (port.clone(), link))));
     found.filter_map(Result::transpose).collect()
 }
 
 fn settings(bridge: &LinkName) -> Result<BTreeMap<String, String>> {
-    let of_bridge = ["accept_ra", "disable_ipv6", "accept_dad"].map(|key| format!("ipv6/conf/{bridge}/{key}"));
+    let of_bridge =
+        ["accept_ra", "disable_ipv6", "accept_dad"].map(|key| format!("ipv6/conf/{bridge}/{key}"));
     let keys = diff::SWITCHES.map(str::to_owned).into_iter().chain(of_bridge);
     keys.filter_map(|key| Some(sysctl::read(&key).transpose()?.map(|value| (key, value)))).collect()
 }

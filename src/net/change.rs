@@ -129,7 +129,10 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AddBridge { name, mac, mtu } => {
-                write!(f, "ip link add {name} address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0")
+                write!(
+                    f,
+                    "ip link add {name} address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0"
+                )
             }
             Self::AddVlan { name, carrier, vlan } => {
                 write!(f, "ip link add {name} link {carrier} type vlan id {vlan}")
@@ -142,12 +145,16 @@ impl fmt::Display for Change {
             }
             Self::Tag { port, vlan, instead_of } => {
                 write!(f, "bridge vlan add dev {port} vid {vlan} pvid untagged")?;
-                instead_of.map_or(Ok(()), |other| write!(f, " && bridge vlan del dev {port} vid {other}"))
+                instead_of
+                    .map_or(Ok(()), |other| write!(f, " && bridge vlan del dev {port} vid {other}"))
             }
             Self::AddAddress { link, address } => write!(f, "ip address add {address} dev {link}"),
             Self::AddRoute { link, address } => {
                 let (network, prefix, source) = (address.network(), address.prefix(), address.ip());
-                write!(f, "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link")
+                write!(
+                    f,
+                    "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link"
+                )
             }
             Self::Write { key, value } => write!(f, "sysctl -w {}={value}", sysctl::name(key)),
             Self::Rules(Rules(table)) => write!(f, "nft {table}"),

@@ -64,7 +64,8 @@ pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
         }
     };
     for (port, link) in &seen.ports {
-        let lost = link.controller.is_none() || link.controller != seen.bridge.as_ref().map(|bridge| bridge.index);
+        let lost = link.controller.is_none()
+            || link.controller != seen.bridge.as_ref().map(|bridge| bridge.index);
         if lost {
             changes.extend(plug(segment, seen, port, None, mtu));
         } else if link.learns {
@@ -75,10 +76,21 @@ pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
 }
 
 /// How a tap becomes a port of the bridge, whose largest packet is `mtu`. It is up last, when nothing is amiss any more.
-pub(super) fn plug(segment: &Segment, seen: &Seen, port: &Port, mac: Option<MacAddress>, mtu: u32) -> Vec<Change> {
+pub(super) fn plug(
+    segment: &Segment,
+    seen: &Seen,
+    port: &Port,
+    mac: Option<MacAddress>,
+    mtu: u32,
+) -> Vec<Change> {
     let link = &port.link;
     // Never smaller than the bridge's: a bridge shrinks to its smallest port.
-    let joined = Settings { mac, mtu: Some(mtu), controller: Some(segment.bridge.clone()), ..Settings::default() };
+    let joined = Settings {
+        mac,
+        mtu: Some(mtu),
+        controller: Some(segment.bridge.clone()),
+        ..Settings::default()
+    };
     if !segment.isolated && segment.vlan.is_none() && port.bound.is_none() {
         return vec![Change::Set { link: link.clone(), to: Settings { up: true, ..joined } }];
     }
@@ -93,7 +105,8 @@ pub(super) fn plug(segment: &Segment, seen: &Seen, port: &Port, mac: Option<MacA
     }
     // Behind the VLAN: the kernel enters the address for those that the port is on.
     changes.extend(bind(port));
-    changes.push(Change::Set { link: link.clone(), to: Settings { up: true, ..Settings::default() } });
+    changes
+        .push(Change::Set { link: link.clone(), to: Settings { up: true, ..Settings::default() } });
     changes
 }
 
@@ -103,21 +116,36 @@ fn bind(port: &Port) -> Option<Change> {
 
 fn operators_bridge<'a>(segment: &Segment, seen: &'a Seen) -> Result<&'a Link> {
     let name = &segment.bridge;
-    let wrong = |kind, problem: &str, hint: String| Error::new(kind, format!("bridge '{name}' {problem}")).hint(hint);
+    let wrong = |kind, problem: &str, hint: String| {
+        Error::new(kind, format!("bridge '{name}' {problem}")).hint(hint)
+    };
     let Some(link) = &seen.bridge else {
         let hint = format!("make it: ip link add {name} type bridge && ip link set {name} up");
         return Err(wrong(ErrorKind::NetworkNotFound, "does not exist", hint));
     };
     if link.kind.as_deref() != Some("bridge") {
         let kind = link.kind.as_deref().unwrap_or("hardware");
-        let hint = format!("make a bridge and put it in: ip link add br0 type bridge && ip link set {name} master br0");
-        return Err(wrong(ErrorKind::BadConfig, &format!("is a link, but no bridge: its kind is {kind}"), hint));
+        let hint = format!(
+            "make a bridge and put it in: ip link add br0 type bridge && ip link set {name} master br0"
+        );
+        return Err(wrong(
+            ErrorKind::BadConfig,
+            &format!("is a link, but no bridge: its kind is {kind}"),
+            hint,
+        ));
     }
     if !link.up {
-        return Err(wrong(ErrorKind::Conflict, "is down", format!("switch it on: ip link set {name} up")));
+        return Err(wrong(
+            ErrorKind::Conflict,
+            "is down",
+            format!("switch it on: ip link set {name} up"),
+        ));
     }
     if let Some(mtu) = segment.mtu.filter(|mtu| *mtu > link.mtu) {
-        let problem = format!("carries packets of {} bytes, network '{}' wants {mtu}", link.mtu, segment.network);
+        let problem = format!(
+            "carries packets of {} bytes, network '{}' wants {mtu}",
+            link.mtu, segment.network
+        );
         return Err(wrong(ErrorKind::BadConfig, &problem, format!("ip link set {name} mtu {mtu}")));
     }
     if segment.vlan.is_some() && !link.tells_vlans_apart {
@@ -131,17 +159,29 @@ fn operators_bridge<'a>(segment: &Segment, seen: &'a Seen) -> Result<&'a Link> {
 }
 
 /// That nothing in the way is somebody else's.
-fn check(segment: &Segment, addresses: &[IpNetwork], uplink: Option<&VlanLink>, seen: &Seen) -> Result<()> {
+fn check(
+    segment: &Segment,
+    addresses: &[IpNetwork],
+    uplink: Option<&VlanLink>,
+    seen: &Seen,
+) -> Result<()> {
     let (name, network) = (&segment.bridge, &segment.network);
     if seen.bridge.as_ref().is_some_and(|link| !is_ours(link, name)) {
-        return Err(Error::new(ErrorKind::Conflict, format!("link '{name}' exists and is not ours"))
-            .hint(format!("name another bridge for network '{network}', or give it the profile 'bridge'")));
+        return Err(Error::new(
+            ErrorKind::Conflict,
+            format!("link '{name}' exists and is not ours"),
+        )
+        .hint(format!(
+            "name another bridge for network '{network}', or give it the profile 'bridge'"
+        )));
     }
     let missing = addresses.iter().filter(|wanted| !seen.own.contains(wanted));
-    let mut pairs = missing.flat_map(|wanted| seen.foreign.iter().map(move |other| (wanted, other)));
+    let mut pairs =
+        missing.flat_map(|wanted| seen.foreign.iter().map(move |other| (wanted, other)));
     // Two links with one subnet would cut the host off from whatever is behind the first.
     if let Some((wanted, other)) = pairs.find(|(wanted, other)| overlap(**wanted, **other)) {
-        let problem = format!("address {wanted} for bridge '{name}' overlaps with the host's own {other}");
+        let problem =
+            format!("address {wanted} for bridge '{name}' overlaps with the host's own {other}");
         return Err(Error::new(ErrorKind::Conflict, problem).hint(format!(
             "VMs of that subnet belong on a bridge with the host's link: give network '{network}' the profile \
              'bridge'; or choose another subnet"
@@ -167,7 +207,12 @@ fn check(segment: &Segment, addresses: &[IpNetwork], uplink: Option<&VlanLink>, 
 }
 
 /// The bridge itself: that it is there, ours, and up with its addresses. Its MTU.
-fn bridge(segment: &Segment, addresses: &[IpNetwork], seen: &Seen, changes: &mut Vec<Change>) -> u32 {
+fn bridge(
+    segment: &Segment,
+    addresses: &[IpNetwork],
+    seen: &Seen,
+    changes: &mut Vec<Change>,
+) -> u32 {
     let name = &segment.bridge;
     let mac = pinned_mac(name);
     let of_world = || seen.world.as_ref().map_or(super::ETHERNET_MTU, |world| world.mtu);
@@ -208,7 +253,9 @@ fn routed(segment: &Segment, address: IpNetwork, seen: &Seen, changes: &mut Vec<
     let link = segment.bridge.clone();
     if !seen.own.contains(&address) {
         changes.push(Change::AddAddress { link, address });
-    } else if !seen.routes.contains(&subnet(address)) && seen.bridge.as_ref().is_some_and(|bridge| bridge.up) {
+    } else if !seen.routes.contains(&subnet(address))
+        && seen.bridge.as_ref().is_some_and(|bridge| bridge.up)
+    {
         changes.push(Change::AddRoute { link, address });
     }
 }
@@ -220,11 +267,16 @@ fn tagged(segment: &Segment, uplink: &VlanLink, seen: &Seen, changes: &mut Vec<C
         changes.push(Change::AddVlan { name: name.clone(), carrier: link, vlan });
     }
     let joined = seen.tagged.as_ref().is_some_and(|tagged| {
-        tagged.up && tagged.controller.is_some() && tagged.controller == seen.bridge.as_ref().map(|bridge| bridge.index)
+        tagged.up
+            && tagged.controller.is_some()
+            && tagged.controller == seen.bridge.as_ref().map(|bridge| bridge.index)
     });
     if !joined {
         let controller = Some(segment.bridge.clone());
-        changes.push(Change::Set { link: name, to: Settings { controller, up: true, ..Settings::default() } });
+        changes.push(Change::Set {
+            link: name,
+            to: Settings { controller, up: true, ..Settings::default() },
+        });
     }
 }
 
@@ -265,7 +317,8 @@ fn pinned_mac(bridge: &LinkName) -> MacAddress {
 pub(super) fn vlan_name(uplink: &VlanLink) -> LinkName {
     const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
     let hash = digest("vlan", uplink.link.as_str());
-    let tail: String = hash[..6].iter().map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect();
+    let tail: String =
+        hash[..6].iter().map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect();
     LinkName::parse(&format!("bqv{}-{tail}", uplink.vlan)).expect("at most 14 characters")
 }
 

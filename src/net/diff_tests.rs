@@ -32,13 +32,19 @@ fn bare_host() -> Seen {
     let world = Link { name: "eth0".into(), index: 2, mtu: 1450, up: true, ..Link::default() };
     let settings = [("ipv4/ip_forward", "0"), ("ipv6/conf/all/forwarding", "0")];
     let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-    Seen { world: Some(world), foreign: vec!["192.0.2.1/24".parse().unwrap()], settings, ..Seen::default() }
+    Seen {
+        world: Some(world),
+        foreign: vec!["192.0.2.1/24".parse().unwrap()],
+        settings,
+        ..Seen::default()
+    }
 }
 
 /// An operator's bridge.
 fn with_bridge(bridge: &str) -> Seen {
     let kind = Some("bridge".to_owned());
-    let bridge = Link { name: bridge.into(), index: 3, mtu: 1500, up: true, kind, ..Link::default() };
+    let bridge =
+        Link { name: bridge.into(), index: 3, mtu: 1500, up: true, kind, ..Link::default() };
     Seen { bridge: Some(bridge), ..bare_host() }
 }
 
@@ -240,7 +246,12 @@ fn done(segment: &Segment) -> Seen {
         ..Link::default()
     };
     let address: IpNetwork = "10.0.0.1/24".parse().unwrap();
-    let mut seen = Seen { bridge: Some(bridge), own: vec![address], routes: vec![subnet(address)], ..bare_host() };
+    let mut seen = Seen {
+        bridge: Some(bridge),
+        own: vec![address],
+        routes: vec![subnet(address)],
+        ..bare_host()
+    };
     seen.rules_hold = true;
     let settings = [("ipv4/ip_forward", "1"), ("ipv6/conf/bosh-nat0/accept_ra", "0")];
     seen.settings.extend(settings.map(|(key, value)| (key.to_owned(), value.to_owned())));
@@ -253,7 +264,11 @@ fn twice_is_once() {
     assert_eq!(lines(&diff(&segment, &done(&segment)).unwrap()), "");
     let uplink_changed = Link { mtu: 9000, ..Link::default() };
     let seen = Seen { world: Some(uplink_changed), ..done(&segment) };
-    assert_eq!(lines(&diff(&segment, &seen).unwrap()), "", "its guests were told of the bridge's size");
+    assert_eq!(
+        lines(&diff(&segment, &seen).unwrap()),
+        "",
+        "its guests were told of the bridge's size"
+    );
 }
 
 #[test]

@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::nft::{
-    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME, IP_DADDR, Match, OIFNAME,
-    PROTOCOL, Place, Rule, Table, Verdict,
+    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME,
+    IP_DADDR, Match, OIFNAME, PROTOCOL, Place, Rule, Table, Verdict,
 };
 use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
@@ -22,7 +22,9 @@ use crate::link_name::LinkName;
 /// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
 /// with several subnets share the bridge.
 pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
-    let Keeper::Us { addresses, masquerade, closed, services, uplink } = &segment.keeper else { return None };
+    let Keeper::Us { addresses, masquerade, closed, services, uplink } = &segment.keeper else {
+        return None;
+    };
     let bridge = &segment.bridge;
     let mut chains = Vec::new();
     if *masquerade {
@@ -31,13 +33,24 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     // The host only carries such a VLAN.
     let apart = uplink.is_some() && addresses.is_empty();
     let own = present.iter().chain(addresses);
-    let mut passing = if !*closed && own.clone().any(IpNetwork::is_ipv4) { metadata(bridge, own) } else { Vec::new() };
+    let mut passing = if !*closed && own.clone().any(IpNetwork::is_ipv4) {
+        metadata(bridge, own)
+    } else {
+        Vec::new()
+    };
     if *closed || apart || segment.isolated {
         passing.extend(closing(bridge, *closed || apart, segment.isolated));
     }
-    chains.push(Chain { name: "forward", hook: Some(Hook::filter(Place::Forward, 0)), rules: passing });
+    chains.push(Chain {
+        name: "forward",
+        hook: Some(Hook::filter(Place::Forward, 0)),
+        rules: passing,
+    });
     if apart {
-        let rules = vec![Rule { matches: vec![Match::By(IIFNAME, bridge.clone())], verdict: Verdict::Drop }];
+        let rules = vec![Rule {
+            matches: vec![Match::By(IIFNAME, bridge.clone())],
+            verdict: Verdict::Drop,
+        }];
         chains.push(Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules });
     }
     if let Some(services) = services {
@@ -62,7 +75,8 @@ fn table_name(bridge: &LinkName) -> String {
 
 /// Hides the subnets of `addresses` behind the host.
 fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chain {
-    let mut subnets: Vec<_> = addresses.filter(|address| !is_link_local(address.ip())).map(subnet).collect();
+    let mut subnets: Vec<_> =
+        addresses.filter(|address| !is_link_local(address.ip())).map(subnet).collect();
     subnets.sort_unstable();
     subnets.dedup();
     let rule = |subnet| Rule {
@@ -78,7 +92,8 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
         ],
         verdict: Verdict::Masquerade,
     };
-    let rules = subnets.iter().copied().map(rule).chain(subnets.iter().copied().map(back)).collect();
+    let rules =
+        subnets.iter().copied().map(rule).chain(subnets.iter().copied().map(back)).collect();
     Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules }
 }
 
@@ -90,7 +105,10 @@ fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
     let neighbours = if isolated { Verdict::Drop } else { Verdict::Return };
     let mut rules = vec![Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: neighbours }];
     if closed {
-        rules.extend([IIFNAME, OIFNAME].map(|field| Rule { matches: vec![by(field)], verdict: Verdict::Drop }));
+        rules.extend(
+            [IIFNAME, OIFNAME]
+                .map(|field| Rule { matches: vec![by(field)], verdict: Verdict::Drop }),
+        );
     }
     rules
 }
@@ -116,14 +134,21 @@ fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
         Rule { matches: matches.collect(), verdict }
     };
     let icmp = |family, protocol, kind, first, last| {
-        let what = vec![Match::Is(FAMILY, family), Match::Is(PROTOCOL, protocol), Match::Within(kind, first, last)];
+        let what = vec![
+            Match::Is(FAMILY, family),
+            Match::Is(PROTOCOL, protocol),
+            Match::Within(kind, first, last),
+        ];
         rule(what, Verdict::Return)
     };
     let known = rule(vec![Match::OtherBits(CT_STATE, &FOLLOWED, &[0; 4])], Verdict::Return);
-    let pings = [icmp(&[2], &[1], ICMP_TYPE, &[8], &[8]), icmp(&[10], &[58], ICMP6_TYPE, &[128], &[128])];
+    let pings =
+        [icmp(&[2], &[1], ICMP_TYPE, &[8], &[8]), icmp(&[10], &[58], ICMP6_TYPE, &[128], &[128])];
     // No connection has them: neighbours ask and answer.
     let neighbours = icmp(&[10], &[58], ICMP6_TYPE, &[135], &[136]);
-    let served = services.iter().map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
+    let served = services
+        .iter()
+        .map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
     let passed = [known, neighbours].into_iter().chain(pings).chain(served);
     let rules = passed.chain([rule(Vec::new(), Verdict::Drop)]).collect();
     Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
@@ -132,7 +157,10 @@ fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
 /// Marks what the host itself says to VMs, which security groups admit: create-env speaks to its VM. The address would
 /// not tell it, for what is masqueraded has it too.
 fn speaks(bridge: &LinkName) -> Chain {
-    let rules = vec![Rule { matches: vec![Match::By(OIFNAME, bridge.clone())], verdict: Verdict::Mark(OF_THE_HOST) }];
+    let rules = vec![Rule {
+        matches: vec![Match::By(OIFNAME, bridge.clone())],
+        verdict: Verdict::Mark(OF_THE_HOST),
+    }];
     Chain { name: "speaks", hook: Some(Hook::filter(Place::Output, 0)), rules }
 }
 
@@ -167,7 +195,14 @@ mod tests {
             uplink: None,
         };
         let bridge = LinkName::parse("bosh-nat0").unwrap();
-        let segment = Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper };
+        let segment = Segment {
+            network: "lab".into(),
+            bridge,
+            mtu: None,
+            vlan: None,
+            isolated: false,
+            keeper,
+        };
         table(&segment, &addresses).map(|table| table.to_string()).unwrap_or_default()
     }
 

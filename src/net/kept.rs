@@ -39,7 +39,8 @@ pub fn let_go(bridge: &LinkName, owner: &Owner) -> Result<()> {
 pub fn by(owner: &Owner) -> Result<Vec<LinkName>> {
     let mut links = Links::open()?.all()?;
     links.retain(|link| keepers(link).any(|keeper| keeper == owner.as_str()));
-    let names = links.iter().filter_map(|link| LinkName::parse(&link.name).ok().map(|name| (name, link)));
+    let names =
+        links.iter().filter_map(|link| LinkName::parse(&link.name).ok().map(|name| (name, link)));
     Ok(names.filter(|(name, link)| is_ours(link, name)).map(|(name, _)| name).collect())
 }
 
@@ -49,20 +50,24 @@ pub(super) fn is_kept(link: &Link) -> bool {
 }
 
 fn keepers(link: &Link) -> impl Iterator<Item = &str> {
-    let owners = link.alias.as_deref().and_then(|alias| alias.rsplit_once(KEPT)).map(|(_, owners)| owners);
+    let owners =
+        link.alias.as_deref().and_then(|alias| alias.rsplit_once(KEPT)).map(|(_, owners)| owners);
     owners.into_iter().flat_map(|owners| owners.split(','))
 }
 
 fn write(bridge: &LinkName, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
     let links = Links::open()?;
-    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else { return Ok(()) };
+    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
+        return Ok(());
+    };
     let before: Vec<_> = keepers(&link).map(str::to_owned).collect();
     let mut owners = before.clone();
     change(&mut owners);
     if owners != before {
         let alias = link.alias.as_deref().unwrap_or(super::MARK);
         let network = alias.rsplit_once(KEPT).map_or(alias, |(network, _)| network);
-        let kept = if owners.is_empty() { String::new() } else { format!("{KEPT}{}", owners.join(",")) };
+        let kept =
+            if owners.is_empty() { String::new() } else { format!("{KEPT}{}", owners.join(",")) };
         let to = Settings { alias: Some(format!("{network}{kept}")), ..Settings::default() };
         links.make(&Change::Set { link: bridge.clone(), to })?;
     }

@@ -58,15 +58,26 @@ pub enum Place {
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the network can not be as the operator wrote it, [`ErrorKind::BadRequest`] if the
 /// request does not fit it; both name what differs.
-pub fn place(name: &str, network: &Network, profile: &Profile, requested: &Requested) -> Result<Place> {
+pub fn place(
+    name: &str,
+    network: &Network,
+    profile: &Profile,
+    requested: &Requested,
+) -> Result<Place> {
     check_keys(name, network, profile)?;
     let vlan = vlan(name, network, profile, requested.vlan)?;
     if profile.wire == Wiring::User {
         return user(name, network, requested).map(Place::User);
     }
-    let addresses = if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
-    if let Some(address) = addresses.first().filter(|address| network.subnet.is_none() && !is_private(**address)) {
-        let problem = format!("can not have {}, which the request chose: it is no private subnet", subnet(*address));
+    let addresses =
+        if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
+    if let Some(address) =
+        addresses.first().filter(|address| network.subnet.is_none() && !is_private(**address))
+    {
+        let problem = format!(
+            "can not have {}, which the request chose: it is no private subnet",
+            subnet(*address)
+        );
         let hint = format!("if its addresses are yours to give, set networks.{name}.subnet");
         return Err(bad_request(name, &problem).hint(hint));
     }
@@ -81,7 +92,12 @@ pub fn is_private(subnet: IpNetwork) -> bool {
 /// QEMU forwards ports to IPv4 addresses only (10.0: "Bad host address"), and has three addresses of the subnet besides the
 /// guest's: its own, that of a name server, and the subnet's broadcast.
 fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
-    let given = [requested.ip, requested.gateway, network.gateway, network.subnet.map(|subnet| subnet.ip())];
+    let given = [
+        requested.ip,
+        requested.gateway,
+        network.gateway,
+        network.subnet.map(|subnet| subnet.ip()),
+    ];
     let gateway = if given.iter().all(Option::is_none) {
         // QEMU's own (`net/slirp.c`).
         Ipv4Network::new(Ipv4Addr::new(10, 0, 2, 2), 24).expect("a prefix of IPv4").into()
@@ -92,7 +108,10 @@ fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetw
         return Err(bad_request(name, "has the profile 'user', which is IPv4 only"));
     };
     if gateway.prefix() > 29 {
-        return Err(bad_request(name, &format!("can not be as narrow as {gateway}: /29 is the narrowest")));
+        return Err(bad_request(
+            name,
+            &format!("can not be as narrow as {gateway}: /29 is the narrowest"),
+        ));
     }
     let guest = match requested.ip {
         Some(IpAddr::V4(guest)) => guest,
@@ -128,7 +147,8 @@ pub fn pool(name: &str, network: &Network, subnet: IpNetwork) -> Result<AddressR
         return Ok(pool);
     }
     let problem = format!("has a pool that is not in its subnet {}", self::subnet(subnet));
-    Err(bad_config(name, &problem).hint(format!("set networks.{name}.pool to addresses of the subnet")))
+    Err(bad_config(name, &problem)
+        .hint(format!("set networks.{name}.pool to addresses of the subnet")))
 }
 
 /// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
@@ -156,7 +176,9 @@ pub fn standing(name: &str, network: &Network, profile: &Profile) -> Result<Opti
 pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
     let disagree = || {
         let (a, b, bridge) = (&one.network, &other.network, &one.bridge);
-        let problem = format!("bridge '{bridge}' can not be what both network '{a}' and network '{b}' want of it");
+        let problem = format!(
+            "bridge '{bridge}' can not be what both network '{a}' and network '{b}' want of it"
+        );
         Error::new(ErrorKind::BadConfig, problem)
             .hint("name another bridge for one of them; a VM keeps the network it was made with")
     };
@@ -168,7 +190,8 @@ pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
         ) if (&*masquerade, &*closed, &*uplink) == (m, c, u)
             && one.mtu.zip(other.mtu).is_none_or(|(mine, its)| mine == its) =>
         {
-            let new: Vec<_> = more.iter().filter(|address| !addresses.contains(address)).copied().collect();
+            let new: Vec<_> =
+                more.iter().filter(|address| !addresses.contains(address)).copied().collect();
             addresses.extend(new);
             // Records that know nothing of services have no say; of others, each VM keeps what it was made with.
             if let Some(more) = s {
@@ -202,7 +225,9 @@ fn segment(
     let bridge = match (named, &uplink) {
         (Some(bridge), _) => bridge.clone(),
         // One bridge for each VLAN; that two uplinks with one VLAN need two names is found in the kernel's state.
-        (None, Some(uplink)) => LinkName::parse(&format!("bosh-vlan{}", uplink.vlan)).expect("13 characters"),
+        (None, Some(uplink)) => {
+            LinkName::parse(&format!("bosh-vlan{}", uplink.vlan)).expect("13 characters")
+        }
         (None, None) => {
             let problem = format!("has the profile '{}' and no bridge", network.profile);
             let hint = format!("set networks.{name}.bridge to a bridge of this host");
@@ -219,7 +244,11 @@ fn segment(
         isolated: !profile.neighbours,
         keeper: if ours {
             let closed = profile.wire == Wiring::OwnBridge && !profile.forward;
-            let services = network.host_services.iter().map(|port| (port.protocol.number(), port.port)).collect();
+            let services = network
+                .host_services
+                .iter()
+                .map(|port| (port.protocol.number(), port.port))
+                .collect();
             // On a VLAN the host is a machine like others.
             let services = (profile.wire == Wiring::OwnBridge).then_some(services);
             Keeper::Us { addresses, masquerade: profile.masquerade, services, closed, uplink }
@@ -244,25 +273,37 @@ fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
         ("mtu", network.mtu.is_some() && profile.wire == Wiring::User),
     ];
     match useless.iter().find(|(_, useless)| *useless) {
-        Some((key, _)) => {
-            Err(bad_config(name, &format!("has the profile '{}', where '{key}' says nothing", network.profile)))
-        }
+        Some((key, _)) => Err(bad_config(
+            name,
+            &format!("has the profile '{}', where '{key}' says nothing", network.profile),
+        )),
         None => Ok(()),
     }
 }
 
 /// The operator's choice, or else the request's.
-fn vlan(name: &str, network: &Network, profile: &Profile, requested: Option<u16>) -> Result<Option<u16>> {
+fn vlan(
+    name: &str,
+    network: &Network,
+    profile: &Profile,
+    requested: Option<u16>,
+) -> Result<Option<u16>> {
     match (profile.wire == Wiring::Vlan, network.vlan.map(number), requested) {
         (false, _, None) => Ok(None),
-        (false, _, Some(_)) => {
-            Err(bad_request(name, &format!("has the profile '{}', where a vlan says nothing", network.profile)))
-        }
+        (false, _, Some(_)) => Err(bad_request(
+            name,
+            &format!("has the profile '{}', where a vlan says nothing", network.profile),
+        )),
         (true, Some(configured), Some(asked)) if configured != asked => {
             Err(bad_request(name, &format!("is VLAN {configured}, the request wants {asked}")))
         }
-        (true, None, None) => Err(bad_request(name, "has no VLAN of its own, and the request brings none")
-            .hint(format!("give the subnet in the manifest the cloud property vlan, or set networks.{name}.vlan"))),
+        (true, None, None) => Err(bad_request(
+            name,
+            "has no VLAN of its own, and the request brings none",
+        )
+        .hint(format!(
+            "give the subnet in the manifest the cloud property vlan, or set networks.{name}.vlan"
+        ))),
         (true, configured, asked) => Ok(configured.or(asked)),
     }
 }
@@ -280,7 +321,10 @@ pub fn bytes(mtu: Mtu) -> u32 {
 fn host_address(name: &str, network: &Network, requested: &Requested) -> Result<IpNetwork> {
     let gateway = match (network.gateway, requested.gateway) {
         (Some(host), Some(asked)) if host != asked => {
-            return Err(bad_request(name, &format!("has the gateway {host}, the request wants {asked}")));
+            return Err(bad_request(
+                name,
+                &format!("has the gateway {host}, the request wants {asked}"),
+            ));
         }
         (host, asked) => host.or(asked),
     };
@@ -290,7 +334,10 @@ fn host_address(name: &str, network: &Network, requested: &Requested) -> Result<
     };
     let widest = if host.is_ipv4() { WIDEST.0 } else { WIDEST.1 };
     if host.prefix() < widest {
-        return Err(bad_request(name, &format!("can not be as wide as {host}: /{widest} is the widest")));
+        return Err(bad_request(
+            name,
+            &format!("can not be as wide as {host}: /{widest} is the widest"),
+        ));
     }
     check_guest(name, host, requested)?;
     Ok(host)
@@ -307,8 +354,14 @@ fn in_configured(
     let gateway = gateway.unwrap_or(first);
     if !subnet.contains(gateway) {
         return Err(match configured {
-            Some(_) => bad_config(name, &format!("has the gateway {gateway}, which is not in its subnet {subnet}")),
-            None => bad_request(name, &format!("has the subnet {subnet}, which the gateway {gateway} is not in")),
+            Some(_) => bad_config(
+                name,
+                &format!("has the gateway {gateway}, which is not in its subnet {subnet}"),
+            ),
+            None => bad_request(
+                name,
+                &format!("has the subnet {subnet}, which the gateway {gateway} is not in"),
+            ),
         });
     }
     Ok(with_prefix(gateway, subnet.prefix()))
@@ -323,8 +376,9 @@ fn in_requested(name: &str, requested: &Requested, gateway: Option<IpAddr>) -> R
     let gateway = gateway.ok_or_else(|| missing("gateway"))?;
     let netmask = requested.netmask.ok_or_else(|| missing("netmask"))?;
     let prefix = ip_mask_to_prefix(netmask).ok().filter(|_| netmask.is_ipv4() == gateway.is_ipv4());
-    let prefix =
-        prefix.ok_or_else(|| bad_request(name, &format!("can not have netmask {netmask} and gateway {gateway}")))?;
+    let prefix = prefix.ok_or_else(|| {
+        bad_request(name, &format!("can not have netmask {netmask} and gateway {gateway}"))
+    })?;
     Ok(with_prefix(gateway, prefix))
 }
 
@@ -333,17 +387,27 @@ fn check_guest(name: &str, host: IpNetwork, requested: &Requested) -> Result<()>
     let subnet = with_prefix(host.network(), host.prefix());
     let Some(ip) = requested.ip else { return Ok(()) };
     if !subnet.contains(ip) {
-        return Err(bad_request(name, &format!("has the subnet {subnet}, which the ip {ip} is not in")));
+        return Err(bad_request(
+            name,
+            &format!("has the subnet {subnet}, which the ip {ip} is not in"),
+        ));
     }
     if ip == host.ip() {
-        return Err(bad_request(name, &format!("has the gateway {ip}, which the request wants as the VM's ip")));
+        return Err(bad_request(
+            name,
+            &format!("has the gateway {ip}, which the request wants as the VM's ip"),
+        ));
     }
     let Some(netmask) = requested.netmask else { return Ok(()) };
-    let fits = netmask.is_ipv4() == ip.is_ipv4() && ip_mask_to_prefix(netmask).is_ok_and(|p| p >= subnet.prefix());
+    let fits = netmask.is_ipv4() == ip.is_ipv4()
+        && ip_mask_to_prefix(netmask).is_ok_and(|p| p >= subnet.prefix());
     if fits {
         return Ok(());
     }
-    Err(bad_request(name, &format!("has the subnet {subnet}, which the netmask {netmask} of ip {ip} leaves")))
+    Err(bad_request(
+        name,
+        &format!("has the subnet {subnet}, which the netmask {netmask} of ip {ip} leaves"),
+    ))
 }
 
 /// Whether all of `part` is in `all`.

@@ -9,8 +9,12 @@ fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segme
     let network = Network::from_json(network).map_err(|error| error.to_string())?;
     let profile = Profile::load(&network.profile, None).map_err(|error| error.report())?;
     let address = |text: &str| (!text.is_empty()).then(|| text.parse().unwrap());
-    let requested =
-        Requested { ip: address(ip), netmask: address(netmask), gateway: address(gateway), ..Default::default() };
+    let requested = Requested {
+        ip: address(ip),
+        netmask: address(netmask),
+        gateway: address(gateway),
+        ..Default::default()
+    };
     match place("lab", &network, &profile, &requested) {
         Ok(Place::Bridge(segment)) => Ok(segment),
         Ok(Place::User(user)) => panic!("{user:?}"),
@@ -20,7 +24,9 @@ fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segme
 
 fn host_address_of(segment: Segment) -> String {
     match segment.keeper {
-        Keeper::Us { addresses, .. } => addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        Keeper::Us { addresses, .. } => {
+            addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        }
         Keeper::Operator => "operator".to_owned(),
     }
 }
@@ -70,7 +76,8 @@ fn nat_follows_the_manifest_unless_the_operator_decided() {
 
 #[test]
 fn what_does_not_fit_names_both_sides() {
-    let refusal = |network: Value, ip, netmask, gateway| plan(&network, ip, netmask, gateway).unwrap_err();
+    let refusal =
+        |network: Value, ip, netmask, gateway| plan(&network, ip, netmask, gateway).unwrap_err();
     let mask = "255.255.255.0";
     let configured = || json!({"subnet": "10.0.0.0/24", "gateway": "10.0.0.1"});
     let refusals = [
@@ -112,8 +119,13 @@ fn what_does_not_fit_names_both_sides() {
 
 #[test]
 fn a_bridge_of_the_operators_is_taken_as_it_is() {
-    let segment = plan(&json!({"profile": "bridge", "bridge": "br0", "mtu": 9000}), "10.9.9.9", "", "").unwrap();
-    assert_eq!((segment.bridge.as_str(), segment.mtu, &segment.keeper), ("br0", Some(9000), &Keeper::Operator));
+    let segment =
+        plan(&json!({"profile": "bridge", "bridge": "br0", "mtu": 9000}), "10.9.9.9", "", "")
+            .unwrap();
+    assert_eq!(
+        (segment.bridge.as_str(), segment.mtu, &segment.keeper),
+        ("br0", Some(9000), &Keeper::Operator)
+    );
 }
 
 proptest::proptest! {
@@ -135,7 +147,8 @@ proptest::proptest! {
 
 #[test]
 fn what_a_profile_does_not_know_is_refused() {
-    let refusal = |network: Value| plan(&network, "10.0.0.5", "255.255.255.0", "10.0.0.1").unwrap_err();
+    let refusal =
+        |network: Value| plan(&network, "10.0.0.5", "255.255.255.0", "10.0.0.1").unwrap_err();
     let refusals = [
         refusal(json!({"profile": "nta"})),
         refusal(json!({"vlan": 5})),
@@ -194,7 +207,9 @@ fn user_networking_needs_an_address_and_no_bridge() {
     let network = Network::from_json(&json!({"profile": "user", "subnet": "10.0.2.0/24"})).unwrap();
     let profile = Profile::load("user", None).unwrap();
     let requested = Requested { ip: "10.0.2.15".parse().ok(), ..Requested::default() };
-    let Place::User(user) = place("lab", &network, &profile, &requested).unwrap() else { panic!("no bridge") };
+    let Place::User(user) = place("lab", &network, &profile, &requested).unwrap() else {
+        panic!("no bridge")
+    };
     let text = serde_json::to_string(&user).unwrap();
     insta::assert_snapshot!(text, @r#"
     {"network":"lab","gateway":"10.0.2.1/24","guest":"10.0.2.15"}
@@ -202,13 +217,18 @@ fn user_networking_needs_an_address_and_no_bridge() {
     assert_eq!(serde_json::from_str::<UserNetwork>(&text).unwrap(), user);
     let refusal = |network: Value, ip: &str| {
         let requested = Requested { ip: ip.parse().ok(), ..Requested::default() };
-        place("lab", &Network::from_json(&network).unwrap(), &profile, &requested).unwrap_err().report()
+        place("lab", &Network::from_json(&network).unwrap(), &profile, &requested)
+            .unwrap_err()
+            .report()
     };
     let refusals = [
         refusal(json!({"profile": "user"}), "10.0.2.15"),
         refusal(json!({"profile": "user", "gateway": "10.0.2.1"}), ""),
         refusal(json!({"profile": "user", "subnet": "10.0.2.0/30"}), "10.0.2.2"),
-        refusal(json!({"profile": "user", "subnet": "10.0.2.0/24", "pool": "fd00::1-fd00::ffff:ffff:ffff:ffff"}), ""),
+        refusal(
+            json!({"profile": "user", "subnet": "10.0.2.0/24", "pool": "fd00::1-fd00::ffff:ffff:ffff:ffff"}),
+            "",
+        ),
         refusal(json!({"profile": "user", "subnet": "fd00::/64"}), ""),
         refusal(json!({"profile": "user", "subnet": "fd00::/64"}), "fd00::5"),
     ];
@@ -230,14 +250,16 @@ fn an_address_that_nobody_chose_is_one_of_the_pool() {
     let profile = Profile::load("user", None).unwrap();
     let guest = |network: Value| {
         let network = Network::from_json(&network).unwrap();
-        let Place::User(user) = place("lab", &network, &profile, &Requested::default()).unwrap() else { panic!() };
+        let Place::User(user) = place("lab", &network, &profile, &Requested::default()).unwrap()
+        else {
+            panic!()
+        };
         format!("{} {}", user.gateway, user.guest)
     };
     assert_eq!(guest(json!({"profile": "user"})), "10.0.2.2/24 10.0.2.15");
     assert_eq!(guest(json!({"profile": "user", "subnet": "10.6.0.0/16"})), "10.6.0.1/16 10.6.0.15");
     assert_eq!(guest(json!({"profile": "user", "subnet": "10.6.0.8/29"})), "10.6.0.9/29 10.6.0.10");
-    let pool =
-        json!({"profile": "user", "subnet": "10.6.0.0/24", "gateway": "10.6.0.15", "pool": "10.6.0.15-10.6.0.20"});
+    let pool = json!({"profile": "user", "subnet": "10.6.0.0/24", "gateway": "10.6.0.15", "pool": "10.6.0.15-10.6.0.20"});
     assert_eq!(guest(pool), "10.6.0.15/24 10.6.0.16");
 }
 
@@ -267,7 +289,9 @@ fn what_stands_without_vms() {
     let standing = |network: Value| {
         let network = Network::from_json(&network).unwrap();
         let profile = Profile::load(&network.profile, None).unwrap();
-        standing("lab", &network, &profile).unwrap().map(|segment| serde_json::to_string(&segment).unwrap())
+        standing("lab", &network, &profile)
+            .unwrap()
+            .map(|segment| serde_json::to_string(&segment).unwrap())
     };
     let segments = [
         standing(json!({})),

@@ -28,12 +28,19 @@ const ICMP6: u8 = 58;
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn holder(bridge: &LinkName, addresses: &[IpAddr], own: MacAddress) -> Result<Option<(IpAddr, MacAddress)>> {
+pub fn holder(
+    bridge: &LinkName,
+    addresses: &[IpAddr],
+    own: MacAddress,
+) -> Result<Option<(IpAddr, MacAddress)>> {
     let fail = |errno: Errno| {
-        let error = Error::new(ErrorKind::Host, format!("look for addresses on '{bridge}'")).because(errno);
+        let error =
+            Error::new(ErrorKind::Host, format!("look for addresses on '{bridge}'")).because(errno);
         if errno == Errno::EPERM { error.hint(super::NEEDS_ROOT) } else { error }
     };
-    let Some(link) = super::link::Links::open()?.find(bridge)? else { return Err(fail(Errno::ENODEV)) };
+    let Some(link) = super::link::Links::open()?.find(bridge)? else {
+        return Err(fail(Errno::ENODEV));
+    };
     let Some(mac) = link.mac else { return Err(fail(Errno::ENODEV)) };
     let socket = PacketSocket::open(bridge.as_str()).map_err(fail)?;
     for _ in 0..PROBES {
@@ -42,8 +49,8 @@ pub fn holder(bridge: &LinkName, addresses: &[IpAddr], own: MacAddress) -> Resul
         }
         let deadline = Instant::now() + PATIENCE;
         while let Some(frame) = socket.receive(deadline).map_err(fail)? {
-            let answered =
-                answer(&frame).filter(|(ip, holder)| addresses.contains(ip) && *holder != own && *holder != mac);
+            let answered = answer(&frame)
+                .filter(|(ip, holder)| addresses.contains(ip) && *holder != own && *holder != mac);
             if let Some((ip, holder)) = answered.filter(|(_, holder)| !is_shared(*holder)) {
                 return Ok(Some((ip, holder)));
             }
@@ -68,8 +75,19 @@ fn probe(mac: MacAddress, address: IpAddr) -> Vec<u8> {
         IpAddr::V6(ip) => {
             let [.., a, b, c] = ip.octets();
             // The group of all who may have it (RFC 4291 §2.7.1), and that group's MAC (RFC 2464 §7).
-            let group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00 | u16::from(a), u16::from_be_bytes([b, c]));
-            let head = [&[0x33, 0x33, 0xff, a, b, c][..], &mac, &IP6, &[0x60, 0, 0, 0, 0, 24, ICMP6, 255]].concat();
+            let group = Ipv6Addr::new(
+                0xff02,
+                0,
+                0,
+                0,
+                0,
+                1,
+                0xff00 | u16::from(a),
+                u16::from_be_bytes([b, c]),
+            );
+            let head =
+                [&[0x33, 0x33, 0xff, a, b, c][..], &mac, &IP6, &[0x60, 0, 0, 0, 0, 24, ICMP6, 255]]
+                    .concat();
             let mut message = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &ip.octets()].concat();
             let sum = checksum(Ipv6Addr::UNSPECIFIED, group, &message);
             message[2..4].copy_from_slice(&sum);
@@ -82,8 +100,10 @@ fn probe(mac: MacAddress, address: IpAddr) -> Vec<u8> {
 fn checksum(from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> [u8; 2] {
     let length = (message.len() as u32).to_be_bytes();
     let all = [&from.octets()[..], &to.octets(), &length, &[0, 0, 0, ICMP6], message].concat();
-    let sum: u32 =
-        all.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]))).sum();
+    let sum: u32 = all
+        .chunks(2)
+        .map(|word| u32::from(u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)])))
+        .sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     let folded = (folded & 0xffff) + (folded >> 16);
     (!(folded as u16)).to_be_bytes()

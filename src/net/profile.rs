@@ -54,31 +54,46 @@ impl Profile {
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key, or listing the built-in names.
     pub fn load(name: &str, directory: Option<&Path>) -> Result<Self> {
-        let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        let is_name = !name.is_empty()
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
         if !is_name {
             let problem = "a network profile's name has only letters, digits, '-' and '_'";
             return Err(Error::new(ErrorKind::BadConfig, problem));
         }
-        if let Some(path) = directory.map(|d| d.join(format!("{name}.toml"))).filter(|p| p.exists()) {
+        if let Some(path) = directory.map(|d| d.join(format!("{name}.toml"))).filter(|p| p.exists())
+        {
             let text = std::fs::read_to_string(&path).at("read network profile", &path);
-            return Self::parse(&text.map_err(|e| e.with_kind(ErrorKind::BadConfig))?, &path.display().to_string());
+            return Self::parse(
+                &text.map_err(|e| e.with_kind(ErrorKind::BadConfig))?,
+                &path.display().to_string(),
+            );
         }
         match BUILT_IN.iter().find(|(known, _)| *known == name) {
             Some((_, text)) => Self::parse(text, &format!("netconfig/{name}.toml")),
             None => {
                 let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
-                let hint = format!("built in: {}; others come from network_profiles_dir", known.join(", "));
-                Err(Error::new(ErrorKind::BadConfig, format!("there is no network profile '{name}'")).hint(hint))
+                let hint = format!(
+                    "built in: {}; others come from network_profiles_dir",
+                    known.join(", ")
+                );
+                Err(Error::new(
+                    ErrorKind::BadConfig,
+                    format!("there is no network profile '{name}'"),
+                )
+                .hint(hint))
             }
         }
     }
 
     fn parse(text: &str, source: &str) -> Result<Self> {
-        let value: serde_json::Value = toml::from_str(text)
-            .map_err(|e| Error::new(ErrorKind::BadConfig, format!("'{source}': {}", e.message())))?;
+        let value: serde_json::Value = toml::from_str(text).map_err(|e| {
+            Error::new(ErrorKind::BadConfig, format!("'{source}': {}", e.message()))
+        })?;
         let profile = Self::from_json(&value).map_err(|e| e.in_file(source))?;
         match profile.objection() {
-            Some(objection) => Err(Error::new(ErrorKind::BadConfig, format!("'{source}': {objection}"))),
+            Some(objection) => {
+                Err(Error::new(ErrorKind::BadConfig, format!("'{source}': {objection}")))
+            }
             None => Ok(profile),
         }
     }
@@ -87,15 +102,21 @@ impl Profile {
     fn objection(&self) -> Option<&'static str> {
         let ours = self.wire == Wiring::OwnBridge;
         match () {
-            () if self.gateway && !ours => Some("gateway: only a bridge of ours (wire = \"own-bridge\") has one"),
+            () if self.gateway && !ours => {
+                Some("gateway: only a bridge of ours (wire = \"own-bridge\") has one")
+            }
             () if self.forward && !self.gateway => {
                 Some("forward: a host without the gateway's address gets no packets")
             }
-            () if self.masquerade && !self.forward => Some("masquerade: only packets that are passed on can be"),
+            () if self.masquerade && !self.forward => {
+                Some("masquerade: only packets that are passed on can be")
+            }
             () if self.wire == Wiring::User && (self.bridge.is_some() || !self.neighbours) => {
                 Some("wire: \"user\" has no bridge and no neighbours")
             }
-            () if ours && self.bridge.is_none() => Some("bridge: missing; wire = \"own-bridge\" needs a name for it"),
+            () if ours && self.bridge.is_none() => {
+                Some("bridge: missing; wire = \"own-bridge\" needs a name for it")
+            }
             () => None,
         }
     }
@@ -153,7 +174,10 @@ mod tests {
         'DIR/nat.toml': bridge: missing; wire = "own-bridge" needs a name for it
         'DIR/nat.toml': wire: "user" has no bridge and no neighbours
         "#);
-        assert!(Profile::load("routed", Some(dir.path())).is_ok(), "what is not in the directory is built in");
+        assert!(
+            Profile::load("routed", Some(dir.path())).is_ok(),
+            "what is not in the directory is built in"
+        );
     }
 
     #[test]

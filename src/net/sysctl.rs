@@ -14,7 +14,9 @@ pub(super) fn ensure(key: &str, value: &str) -> Result<()> {
     let hint = || format!("make it so on the host: sysctl -w {}={value}", name(key));
     tracing::info!(key, value, "changing a kernel setting");
     let path = path(key);
-    fs::write(&path, value).at(format!("write '{value}' to"), &path).map_err(|error| error.hint(hint()))
+    fs::write(&path, value)
+        .at(format!("write '{value}' to"), &path)
+        .map_err(|error| error.hint(hint()))
 }
 
 /// The setting, or `None` if the kernel has none of that name: no IPv6, or a link that has gone meanwhile.

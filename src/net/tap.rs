@@ -21,7 +21,8 @@ const VHOST: &str = "/dev/vhost-net";
 pub fn tap_name(vm: &VmCid, index: usize) -> LinkName {
     const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
     let hash = digest("tap", &format!("{vm}\0{index}"));
-    let tail: String = hash[..10].iter().map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect();
+    let tail: String =
+        hash[..10].iter().map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect();
     LinkName::parse(&format!("bq{tail}n{}", index % 100)).expect("at most 15 letters and digits")
 }
 
@@ -44,7 +45,9 @@ pub(super) fn create(name: &LinkName, queues: usize) -> Result<Vec<OwnedFd>> {
 
 fn queue(name: &LinkName, index: usize, several: bool) -> Result<OwnedFd> {
     let device = open(DEVICE).map_err(|error| {
-        error.hint("taps need the kernel module: modprobe tun; in a container, pass /dev/net/tun into it")
+        error.hint(
+            "taps need the kernel module: modprobe tun; in a container, pass /dev/net/tun into it",
+        )
     })?;
     let made = if index == 0 {
         tun::create_tap(device.as_fd(), name.as_str(), several)

@@ -69,7 +69,10 @@ pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Ve
     }
     // A crash of the guest's kernel is an exit with a status of its own; its reboot keeps the process.
     line.option("-action", "reboot=reset,shutdown=poweroff,panic=exit-failure,watchdog=reset");
-    line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    line.option(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
     line.flag("-S");
     line.0
 }
@@ -114,7 +117,10 @@ fn identity(line: &mut Line, vm: &VmRecord) {
     }
     line.option("-display", "none");
     line.option("-msg", "timestamp=on");
-    line.option("-smbios", format!("type=1,manufacturer=bosh-qemu-cpi,product=BOSH VM,serial={cid}"));
+    line.option(
+        "-smbios",
+        format!("type=1,manufacturer=bosh-qemu-cpi,product=BOSH VM,serial={cid}"),
+    );
 }
 
 fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handles) {
@@ -139,7 +145,8 @@ fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handle
 }
 
 fn monitors(line: &mut Line, handles: &Handles) {
-    let sockets = [("qmp0", handles.qmp), ("qmp1", handles.supervisor_qmp), ("serial0", handles.serial)];
+    let sockets =
+        [("qmp0", handles.qmp), ("qmp1", handles.supervisor_qmp), ("serial0", handles.serial)];
     for (id, fd) in sockets {
         line.option("-chardev", format!("socket,id={id},fd={fd},server=on,wait=off"));
     }
@@ -156,7 +163,10 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     }
     for (index, (opened, fd)) in handles.files.iter().enumerate() {
         let (need, fdset) = (&opened.need, index + 1);
-        line.option("-add-fd", format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)));
+        line.option(
+            "-add-fd",
+            format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)),
+        );
         if need.format.is_some() {
             for node in blockdev::nodes(opened, fdset as i64) {
                 line.json("-blockdev", &node);
@@ -178,7 +188,11 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
                 line.device(&root, "pcie.0", topology::ROOT);
             }
             (EPHEMERAL, Some(ephemeral)) => {
-                line.device(&blockdev::device(need, &ephemeral.serial), "pcie.0", topology::EPHEMERAL);
+                line.device(
+                    &blockdev::device(need, &ephemeral.serial),
+                    "pcie.0",
+                    topology::EPHEMERAL,
+                );
             }
             (CONFIG_DRIVE, _) => {
                 line.device(&blockdev::device(need, "config"), "pcie.0", topology::CONFIG_DRIVE);
@@ -245,8 +259,10 @@ fn user_netdev(nic: &Nic, user: &UserNetwork) -> Value {
     let subnet = user.gateway;
     // Left out, it is the subnet's third address, which may be the guest's or the gateway's.
     let free = |ip: &Ipv4Addr| *ip != subnet.ip() && *ip != user.guest;
-    let dns =
-        (1..=3).map(|n| Ipv4Addr::from(u32::from(subnet.broadcast()) - n)).find(free).expect("two of three are taken");
+    let dns = (1..=3)
+        .map(|n| Ipv4Addr::from(u32::from(subnet.broadcast()) - n))
+        .find(free)
+        .expect("two of three are taken");
     json!({
         "type": "user", "ipv4": true, "ipv6": false, "net": format!("{}/{}", subnet.network(), subnet.prefix()),
         "host": subnet.ip(), "dns": dns, "dhcpstart": user.guest, "hostfwd": forwards,
@@ -258,7 +274,8 @@ fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
     let protocol = if forward.protocol == UDP { "udp" } else { "tcp" };
     let from = forward.address.map_or_else(String::new, |ip| ip.to_string());
     let to = forward.to;
-    let ports = (0..forward.count).map(|n| (forward.host.saturating_add(n), forward.guest.saturating_add(n)));
+    let ports = (0..forward.count)
+        .map(|n| (forward.host.saturating_add(n), forward.guest.saturating_add(n)));
     ports.map(move |(host, guest)| format!("{protocol}:{from}:{host}-{to}:{guest}"))
 }
 
@@ -320,11 +337,14 @@ mod tests {
     fn user_networking_forwards_ports() {
         let forward = |forward: Value| serde_json::from_value::<Forward>(forward).unwrap();
         let rules = |forwards| Some(NicRules { forwards, ..NicRules::default() });
-        let v4 = json!({"user": {"network": "lab", "gateway": "10.0.2.1/24", "guest": "10.0.2.15"}});
+        let v4 =
+            json!({"user": {"network": "lab", "gateway": "10.0.2.1/24", "guest": "10.0.2.15"}});
         let tcp = forward(
             json!({"protocol": 6, "address": "127.0.0.1", "host": 6868, "to": "10.0.2.15", "guest": 22, "count": 2}),
         );
-        let udp = forward(json!({"protocol": 17, "host": 53, "to": "10.0.2.15", "guest": 53, "count": 1}));
+        let udp = forward(
+            json!({"protocol": 17, "host": 53, "to": "10.0.2.15", "guest": 53, "count": 1}),
+        );
         insta::assert_snapshot!(options(&v4, rules(vec![tcp, udp]), None), @r#"
         -netdev
         {"dhcpstart":"10.0.2.15","dns":"10.0.2.254","host":"10.0.2.1","hostfwd":[{"str":"tcp:127.0.0.1:6868-10.0.2.15:22"},{"str":"tcp:127.0.0.1:6869-10.0.2.15:23"},{"str":"udp::53-10.0.2.15:53"}],"id":"nic0","ipv4":true,"ipv6":false,"net":"10.0.2.0/24","type":"user"}

@@ -43,7 +43,8 @@ pub struct FileNeed {
 
 impl FileNeed {
     fn file(id: &str, path: PathBuf, writable: bool) -> Self {
-        let (cache, discard) = (if writable { Cache::None } else { Cache::Writeback }, Discard::Unmap);
+        let (cache, discard) =
+            (if writable { Cache::None } else { Cache::Writeback }, Discard::Unmap);
         let (id, node) = (id.to_owned(), id.to_owned());
         Self { id, node, path, format: None, writable, cache, discard, encrypted: false }
     }
@@ -61,7 +62,13 @@ impl FileNeed {
         store.is_ours(disk)?;
         let image = Self::image(disk.cid.as_str(), store.disk_image(disk)?, disk.format, true);
         let node = disk.current().node(&disk.cid);
-        Ok(Self { node, cache: disk.cache, discard: disk.discard, encrypted: disk.encrypted, ..image })
+        Ok(Self {
+            node,
+            cache: disk.cache,
+            discard: disk.discard,
+            encrypted: disk.encrypted,
+            ..image
+        })
     }
 }
 
@@ -77,7 +84,12 @@ pub struct Opened {
 }
 
 /// Every file `vm` starts with; `disks` are the records of its attachments.
-pub fn needs(vm: &VmRecord, paths: &VmPaths, store: &Store, disks: &[DiskRecord]) -> Result<Vec<FileNeed>> {
+pub fn needs(
+    vm: &VmRecord,
+    paths: &VmPaths,
+    store: &Store,
+    disks: &[DiskRecord],
+) -> Result<Vec<FileNeed>> {
     let mut needs = Vec::new();
     if vm.machine.accel == Accel::Kvm {
         needs.push(FileNeed::file(KVM, "/dev/kvm".into(), true));

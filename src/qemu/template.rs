@@ -33,13 +33,16 @@ impl Template {
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key, or listing the built-in names.
     pub fn load(name: &str, directory: Option<&Path>) -> Result<Self> {
-        if !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_') || name.is_empty() {
+        if !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+            || name.is_empty()
+        {
             return Err(Error::new(
                 ErrorKind::BadRequest,
                 "a machine template's name has only letters, digits, '-' and '_'",
             ));
         }
-        if let Some(path) = directory.map(|d| d.join(format!("{name}.toml"))).filter(|p| p.exists()) {
+        if let Some(path) = directory.map(|d| d.join(format!("{name}.toml"))).filter(|p| p.exists())
+        {
             let text = std::fs::read_to_string(&path).at("read machine template", &path)?;
             return Self::parse(&text, &path.display().to_string());
         }
@@ -47,15 +50,22 @@ impl Template {
             Some((_, text)) => Self::parse(text, &format!("qemu-templates/{name}.toml")),
             None => {
                 let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
-                Err(Error::new(ErrorKind::BadRequest, format!("there is no machine template '{name}'"))
-                    .hint(format!("built in: {}; others come from qemu.templates_dir", known.join(", "))))
+                Err(Error::new(
+                    ErrorKind::BadRequest,
+                    format!("there is no machine template '{name}'"),
+                )
+                .hint(format!(
+                    "built in: {}; others come from qemu.templates_dir",
+                    known.join(", ")
+                )))
             }
         }
     }
 
     fn parse(text: &str, source: &str) -> Result<Self> {
-        let value: serde_json::Value = toml::from_str(text)
-            .map_err(|e| Error::new(ErrorKind::BadConfig, format!("'{source}': {}", e.message())))?;
+        let value: serde_json::Value = toml::from_str(text).map_err(|e| {
+            Error::new(ErrorKind::BadConfig, format!("'{source}': {}", e.message()))
+        })?;
         Self::from_json(&value).map_err(|e| e.in_file(source))
     }
 }

@@ -185,7 +185,8 @@ impl Connection {
             crash::point!("qmp {command}: sent");
             self.receive_reply(self.last_id).await
         });
-        let timeout = |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
+        let timeout =
+            |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
         let reply = reply.await.map_err(timeout)??;
         self.spent = false;
         crash::point!("qmp {command}: answered");
@@ -196,17 +197,25 @@ impl Connection {
     async fn send(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut sent = 0;
         if let Some(fd) = fd {
-            sent = self.stream.async_io(Interest::WRITABLE, || send_with_fd(&self.stream, line, fd)).await?;
+            sent = self
+                .stream
+                .async_io(Interest::WRITABLE, || send_with_fd(&self.stream, line, fd))
+                .await?;
         }
         self.stream.write_all(&line[sent..]).await
     }
 
     /// The reply to command `id`. Events before it are queued, replies to others dropped.
-    async fn receive_reply(&mut self, id: u64) -> Result<Result<Box<RawValue>, wire::Refusal>, MonitorError> {
+    async fn receive_reply(
+        &mut self,
+        id: u64,
+    ) -> Result<Result<Box<RawValue>, wire::Refusal>, MonitorError> {
         loop {
             match self.receive().await? {
                 Message::Reply { id: theirs, result } if theirs == id => return Ok(result),
-                Message::Reply { id: theirs, .. } => tracing::debug!(id = theirs, "qmp reply nobody waits for"),
+                Message::Reply { id: theirs, .. } => {
+                    tracing::debug!(id = theirs, "qmp reply nobody waits for")
+                }
                 Message::Event(event) => self.events.push(event),
                 Message::Greeting => return Err(MonitorError::Protocol("greeted twice".into())),
             }
@@ -225,11 +234,17 @@ impl Connection {
             }
             searched = self.received.len();
             if searched > LONGEST_LINE {
-                return Err(MonitorError::Protocol(format!("a line is longer than {LONGEST_LINE} bytes")));
+                return Err(MonitorError::Protocol(format!(
+                    "a line is longer than {LONGEST_LINE} bytes"
+                )));
             }
             self.received.reserve(READ);
             let mut chunk = (&mut self.stream).take(READ as u64);
-            match chunk.read_buf(&mut self.received).await.map_err(gone_or_host("read from monitor"))? {
+            match chunk
+                .read_buf(&mut self.received)
+                .await
+                .map_err(gone_or_host("read from monitor"))?
+            {
                 0 => return Err(MonitorError::Closed),
                 _ => continue,
             }
@@ -251,14 +266,27 @@ async fn connect_to(path: &Path) -> Result<UnixStream, MonitorError> {
 fn send_with_fd(stream: &UnixStream, line: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
     let fds = [fd.as_raw_fd()];
     let rights = [ControlMessage::ScmRights(&fds)];
-    Ok(sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(line)], &rights, MsgFlags::MSG_NOSIGNAL, None)?)
+    Ok(sendmsg::<()>(
+        stream.as_raw_fd(),
+        &[IoSlice::new(line)],
+        &rights,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?)
 }
 
 fn limit_of(command: &str) -> Duration {
-    if command.starts_with("query-") || command.starts_with("qom-") { QUERY_LIMIT } else { COMMAND_LIMIT }
+    if command.starts_with("query-") || command.starts_with("qom-") {
+        QUERY_LIMIT
+    } else {
+        COMMAND_LIMIT
+    }
 }
 
-fn read_answer<T: serde::de::DeserializeOwned>(command: &str, answer: &RawValue) -> Result<T, MonitorError> {
+fn read_answer<T: serde::de::DeserializeOwned>(
+    command: &str,
+    answer: &RawValue,
+) -> Result<T, MonitorError> {
     let shape = |source| MonitorError::Answer { command: command.to_owned(), source };
     serde_json::from_str(answer.get()).map_err(shape)
 }

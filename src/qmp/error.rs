@@ -94,13 +94,17 @@ impl From<MonitorError> for Error {
         let (kind, hint) = match &error {
             MonitorError::Greeting { .. } => (
                 ErrorKind::Timeout,
-                Some("another client may hold the monitor, or QEMU hangs: QEMU serves one client per socket"),
+                Some(
+                    "another client may hold the monitor, or QEMU hangs: QEMU serves one client per socket",
+                ),
             ),
             MonitorError::Timeout { .. } => {
                 (ErrorKind::Timeout, Some("QEMU may be stopped, or its storage may not answer"))
             }
             MonitorError::Late { .. } => (ErrorKind::Timeout, None),
-            MonitorError::Closed => (ErrorKind::Host, Some("QEMU exited: its log in the VM's directory may say why")),
+            MonitorError::Closed => {
+                (ErrorKind::Host, Some("QEMU exited: its log in the VM's directory may say why"))
+            }
             MonitorError::Connect { .. } => (ErrorKind::Host, Some("is the VM's QEMU running?")),
             _ => (ErrorKind::Host, None),
         };
@@ -108,7 +112,9 @@ impl From<MonitorError> for Error {
         // `because` would repeat an error that has no source of its own.
         let outer = |message| Error::new(kind, message);
         let outer = match error {
-            MonitorError::Connect { source, .. } | MonitorError::Host { source, .. } => outer(message).because(source),
+            MonitorError::Connect { source, .. } | MonitorError::Host { source, .. } => {
+                outer(message).because(source)
+            }
             MonitorError::Answer { source, .. } => outer(message).because(source),
             MonitorError::Refused { class, .. } if class != "GenericError" => {
                 message.push_str(&format!(" ({class})"));

@@ -95,7 +95,9 @@ impl Event {
             "STOP" => EventKind::Stop,
             "RESUME" => EventKind::Resume,
             "POWERDOWN" => EventKind::Powerdown,
-            "DEVICE_DELETED" => EventKind::DeviceDeleted { device: optional("device"), path: text("path") },
+            "DEVICE_DELETED" => {
+                EventKind::DeviceDeleted { device: optional("device"), path: text("path") }
+            }
             "DEVICE_UNPLUG_GUEST_ERROR" => {
                 EventKind::DeviceUnplugGuestError { device: optional("device"), path: text("path") }
             }
@@ -140,7 +142,8 @@ mod tests {
 
     #[test]
     fn the_child_of_a_deleted_disk_is_told_from_the_disk() {
-        let child = event("DEVICE_DELETED", json!({"path": "/machine/peripheral/d/virtio-backend"}));
+        let child =
+            event("DEVICE_DELETED", json!({"path": "/machine/peripheral/d/virtio-backend"}));
         let disk = event("DEVICE_DELETED", json!({"device": "d", "path": "/machine/peripheral/d"}));
         assert!(matches!(child.kind(), EventKind::DeviceDeleted { device: None, .. }));
         assert!(matches!(disk.kind(), EventKind::DeviceDeleted { device: Some("d"), .. }));
@@ -148,9 +151,15 @@ mod tests {
 
     #[test]
     fn what_is_missing_or_odd_reads_as_empty() {
-        assert_eq!(event("SHUTDOWN", Value::Null).kind(), EventKind::Shutdown { guest: false, reason: "" });
-        let odd = event("BLOCK_IO_ERROR", json!({"nospace": "yes", "node-name": 7, "action": "stop"}));
-        let EventKind::BlockIoError { node: None, action: "stop", no_space: false, .. } = odd.kind() else {
+        assert_eq!(
+            event("SHUTDOWN", Value::Null).kind(),
+            EventKind::Shutdown { guest: false, reason: "" }
+        );
+        let odd =
+            event("BLOCK_IO_ERROR", json!({"nospace": "yes", "node-name": 7, "action": "stop"}));
+        let EventKind::BlockIoError { node: None, action: "stop", no_space: false, .. } =
+            odd.kind()
+        else {
             panic!("{:?}", odd.kind());
         };
         assert_eq!(event("NETDEV_VHOST_USER_CONNECTED", json!({})).kind(), EventKind::Other);

@@ -64,7 +64,9 @@ impl From<JobError> for Error {
         let kind = match error {
             JobError::Monitor(error) => return error.into(),
             // QEMU's strerror: there is no code.
-            JobError::Failed { ref why, .. } if why.contains("No space left") => ErrorKind::NoDiskSpace,
+            JobError::Failed { ref why, .. } if why.contains("No space left") => {
+                ErrorKind::NoDiskSpace
+            }
             JobError::Failed { .. } | JobError::Vanished { .. } => ErrorKind::Host,
             JobError::Late { .. } => ErrorKind::Timeout,
         };
@@ -109,7 +111,9 @@ pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Re
     loop {
         let job = find(monitor, id)?.ok_or_else(|| JobError::Vanished { id: id.to_owned() })?;
         match (job.status.as_str(), job.error) {
-            (_, Some(error)) => return Err(JobError::Failed { id: id.to_owned(), why: printable(&error) }),
+            (_, Some(error)) => {
+                return Err(JobError::Failed { id: id.to_owned(), why: printable(&error) });
+            }
             (status, None) if status == wanted => return Ok(()),
             ("concluded" | "aborting", None) => {
                 return Err(JobError::Failed { id: id.to_owned(), why: "it was ended".into() });
@@ -143,7 +147,11 @@ pub fn dismiss(monitor: &mut Monitor, id: &str) -> Result<(), MonitorError> {
 ///
 /// # Errors
 /// As [`Monitor::execute`].
-pub fn end_all(monitor: &mut Monitor, ours: impl Fn(&str) -> bool, until: Instant) -> Result<Vec<Job>, MonitorError> {
+pub fn end_all(
+    monitor: &mut Monitor,
+    ours: impl Fn(&str) -> bool,
+    until: Instant,
+) -> Result<Vec<Job>, MonitorError> {
     loop {
         let mut own = monitor.execute(&QueryJobs {})?;
         own.retain(|job| ours(&job.id));
@@ -181,7 +189,8 @@ mod tests {
     /// A job that is `ready` soon and goes on until it is ended.
     fn mirror(monitor: &mut Monitor, id: &str) {
         for name in ["source", "target"] {
-            let node = json!({"driver": "null-co", "node-name": format!("{name}-{id}"), "size": 1 << 20});
+            let node =
+                json!({"driver": "null-co", "node-name": format!("{name}-{id}"), "size": 1 << 20});
             monitor.raw("blockdev-add", &node).unwrap();
         }
         let copy = json!({"job-id": id, "device": format!("source-{id}"), "target": format!("target-{id}"),
@@ -203,7 +212,8 @@ mod tests {
                 let mut monitor = connect().unwrap();
                 monitor.raw("job-complete", &json!({"id": "copy"})).unwrap();
             });
-            let monitor = follow(&connect, "copy", "pending", patience(), &mut |_, _| turns += 1).unwrap();
+            let monitor =
+                follow(&connect, "copy", "pending", patience(), &mut |_, _| turns += 1).unwrap();
             other.join().unwrap();
             monitor
         });
@@ -221,7 +231,9 @@ mod tests {
         let mut monitor = guest.monitor();
         mirror(&mut monitor, "disk.one");
         mirror(&mut monitor, "other");
-        let late = wait(&mut monitor, "disk.one", "concluded", Instant::now() + Duration::from_millis(50)).unwrap_err();
+        let late =
+            wait(&mut monitor, "disk.one", "concluded", Instant::now() + Duration::from_millis(50))
+                .unwrap_err();
         assert!(matches!(late, JobError::Late { .. }), "{late}");
         monitor.execute(&qmp::job_cancel { id: "disk.one".into() }).unwrap();
         let ended = wait(&mut monitor, "disk.one", "pending", patience()).unwrap_err();

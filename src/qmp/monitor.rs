@@ -32,11 +32,10 @@ impl Monitor {
     /// # Errors
     /// As [`Connection::connect`].
     pub fn connect(path: &Path, deadline: Instant) -> Result<Self, MonitorError> {
-        let runtime = Builder::new_current_thread()
-            .enable_io()
-            .enable_time()
-            .build()
-            .map_err(|source| MonitorError::Host { action: "start a runtime for the monitor", source })?;
+        let runtime =
+            Builder::new_current_thread().enable_io().enable_time().build().map_err(|source| {
+                MonitorError::Host { action: "start a runtime for the monitor", source }
+            })?;
         let greeted_by = deadline.min(Instant::now() + CONNECT_LIMIT);
         let mut connection = runtime.block_on(Connection::connect(path, greeted_by))?;
         connection.set_deadline(deadline);
@@ -66,7 +65,9 @@ impl Monitor {
     /// As [`Connection::execute`].
     pub fn add_fd(&mut self, fd: BorrowedFd<'_>, opaque: &str) -> Result<i64, MonitorError> {
         let command = qapi::qmp::add_fd { fdset_id: None, opaque: Some(opaque.to_owned()) };
-        self.runtime.block_on(self.connection.execute_with_fd(&command, fd)).map(|added| added.fdset_id)
+        self.runtime
+            .block_on(self.connection.execute_with_fd(&command, fd))
+            .map(|added| added.fdset_id)
     }
 
     /// See [`Connection::wait_event`].

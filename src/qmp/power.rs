@@ -56,14 +56,20 @@ pub async fn reset(connection: &mut Connection) -> Result<(), MonitorError> {
 ///
 /// # Errors
 /// As [`Connection::execute`]; that QEMU goes away is no error here.
-pub async fn press_button(connection: &mut Connection, until: Instant) -> Result<Button, MonitorError> {
+pub async fn press_button(
+    connection: &mut Connection,
+    until: Instant,
+) -> Result<Button, MonitorError> {
     match press_until_down(connection, until).await {
         Err(MonitorError::Closed) => Ok(Button::Down),
         other => other,
     }
 }
 
-async fn press_until_down(connection: &mut Connection, until: Instant) -> Result<Button, MonitorError> {
+async fn press_until_down(
+    connection: &mut Connection,
+    until: Instant,
+) -> Result<Button, MonitorError> {
     if !status(connection).await?.running {
         return Ok(Button::NoAnswer);
     }

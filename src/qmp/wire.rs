@@ -55,15 +55,18 @@ struct Line {
     id: Option<u64>,
 }
 
-fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
 
 /// Reads one line, without its line feed.
 pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
     let length = line.len();
-    let line: Line = serde_json::from_slice(line)
-        .map_err(|e| MonitorError::Protocol(format!("a line of {length} bytes is not a message: {e}")))?;
+    let line: Line = serde_json::from_slice(line).map_err(|e| {
+        MonitorError::Protocol(format!("a line of {length} bytes is not a message: {e}"))
+    })?;
     match line {
         Line { greeting: Some(_), .. } => Ok(Message::Greeting),
         Line { event: Some(_), .. } if length > LONGEST_EVENT => {
@@ -72,8 +75,12 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
         Line { event: Some(name), data, timestamp, .. } => {
             Ok(Message::Event(Event { name, data, time: timestamp.and_then(Timestamp::time) }))
         }
-        Line { answer: Some(answer), id: Some(id), .. } => Ok(Message::Reply { id, result: Ok(answer) }),
-        Line { error: Some(refusal), id: Some(id), .. } => Ok(Message::Reply { id, result: Err(refusal) }),
+        Line { answer: Some(answer), id: Some(id), .. } => {
+            Ok(Message::Reply { id, result: Ok(answer) })
+        }
+        Line { error: Some(refusal), id: Some(id), .. } => {
+            Ok(Message::Reply { id, result: Err(refusal) })
+        }
         // QEMU could not read what we sent well enough to find the id in it.
         Line { error: Some(refusal), .. } => Err(MonitorError::Protocol(printable(&refusal.desc))),
         _ => Err(MonitorError::Protocol("a message is neither event nor reply".into())),
@@ -81,7 +88,11 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
 }
 
 /// One command as a line.
-pub(super) fn encode<A: Serialize>(id: u64, command: &str, arguments: &A) -> Result<Vec<u8>, MonitorError> {
+pub(super) fn encode<A: Serialize>(
+    id: u64,
+    command: &str,
+    arguments: &A,
+) -> Result<Vec<u8>, MonitorError> {
     #[derive(Serialize)]
     struct Command<'a, A> {
         execute: &'a str,
@@ -121,12 +132,23 @@ mod tests {
 
     #[test]
     fn null_is_an_answer() {
-        assert!(matches!(decode(br#"{"return": null, "id": 3}"#), Ok(Message::Reply { id: 3, result: Ok(_) })));
+        assert!(matches!(
+            decode(br#"{"return": null, "id": 3}"#),
+            Ok(Message::Reply { id: 3, result: Ok(_) })
+        ));
     }
 
     #[test]
     fn what_is_not_qmp_is_an_error_that_does_not_quote_it() {
-        for line in [&b"HTTP/1.1 200 OK"[..], b"{}", b"[]", b"", b"\xff", br#"{"id": 1}"#, br#"{"return": {}}"#] {
+        for line in [
+            &b"HTTP/1.1 200 OK"[..],
+            b"{}",
+            b"[]",
+            b"",
+            b"\xff",
+            br#"{"id": 1}"#,
+            br#"{"return": {}}"#,
+        ] {
             let error = decode(line).unwrap_err().to_string();
             assert!(error.starts_with("monitor protocol: "), "{error}");
             assert!(!error.contains("HTTP"), "{error}");

@@ -72,7 +72,9 @@ impl Host {
     /// The only host, which has no name in the configuration.
     pub fn only(transport: Transport) -> Self {
         let name = match transport.kind {
-            TransportKind::Ssh => transport.host.as_ref().map(ToString::to_string).unwrap_or_default(),
+            TransportKind::Ssh => {
+                transport.host.as_ref().map(ToString::to_string).unwrap_or_default()
+            }
             TransportKind::Unix => transport.socket.display().to_string(),
             TransportKind::Local => "localhost".to_owned(),
         };
@@ -84,7 +86,12 @@ impl Host {
     ///
     /// # Errors
     /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host.
-    pub fn call(&self, call: CallQuestion, image: Option<&Image>, deadline: Instant) -> Result<Option<Told>, Untold> {
+    pub fn call(
+        &self,
+        call: CallQuestion,
+        image: Option<&Image>,
+        deadline: Instant,
+    ) -> Result<Option<Told>, Untold> {
         let (link, word) = self.ask(&Question::Call(call), image, deadline)?;
         match word {
             Word::Answer(Answer { text, waits, lacks_room, crowded }) => {
@@ -132,8 +139,14 @@ impl Host {
         }
     }
 
-    fn ask(&self, question: &Question, image: Option<&Image>, deadline: Instant) -> Result<(Link, Word), Untold> {
-        let mut link = Link::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
+    fn ask(
+        &self,
+        question: &Question,
+        image: Option<&Image>,
+        deadline: Instant,
+    ) -> Result<(Link, Word), Untold> {
+        let mut link =
+            Link::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
         link.fits(question).map_err(|error| self.untold(false, error))?;
         match converse(&mut link, question, image) {
             Ok(word) => Ok((link, word)),
@@ -154,7 +167,8 @@ impl Host {
 /// The failure that an answer tells of.
 fn message_of(answer: &str) -> Error {
     let answer: Value = serde_json::from_str(answer).unwrap_or_default();
-    let message = answer["error"]["message"].as_str().unwrap_or("it gave no answer that makes sense");
+    let message =
+        answer["error"]["message"].as_str().unwrap_or("it gave no answer that makes sense");
     // A report of 8 KiB at most, as in an answer.
     Error::new(ErrorKind::Host, plain(&message.chars().take(LONGEST_REPORT).collect::<String>()))
 }
@@ -172,7 +186,16 @@ fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Resu
     loop {
         match (link.hear(), image) {
             (Ok(Word::Log(line)), _) => log::relay(&line),
-            (Ok(last @ (Word::Answer(_) | Word::Absent | Word::Offer(_) | Word::Found(_) | Word::GivenUp)), _) => {
+            (
+                Ok(
+                    last @ (Word::Answer(_)
+                    | Word::Absent
+                    | Word::Offer(_)
+                    | Word::Found(_)
+                    | Word::GivenUp),
+                ),
+                _,
+            ) => {
                 return Ok(last);
             }
             (Ok(Word::Want(Want::Digest)), Some(image)) => {
@@ -183,7 +206,9 @@ fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Resu
                 let file = image.open().map_err(Lost::Image)?;
                 unsaid = link.send(file, image.size.get()).err().or(unsaid);
             }
-            (Ok(Word::Want(_) | Word::Greeting(_)), _) => return Err(Lost::Link(io::ErrorKind::InvalidData.into())),
+            (Ok(Word::Want(_) | Word::Greeting(_)), _) => {
+                return Err(Lost::Link(io::ErrorKind::InvalidData.into()));
+            }
             (Err(silence), _) => return Err(Lost::Link(unsaid.unwrap_or(silence))),
         }
     }
@@ -227,7 +252,10 @@ impl<'a> Image<'a> {
     pub fn at(path: &'a Path) -> Result<Self> {
         let meta = path.metadata().at("read", path)?;
         if !meta.is_file() {
-            return Err(Error::new(ErrorKind::BadRequest, format!("'{}' is no file", path.display())));
+            return Err(Error::new(
+                ErrorKind::BadRequest,
+                format!("'{}' is no file", path.display()),
+            ));
         }
         Ok(Self { path, size: Bytes(meta.len()) })
     }

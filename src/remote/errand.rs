@@ -55,7 +55,12 @@ impl<'a> Errand<'a> {
     ///
     /// # Errors
     /// If it comes with an image that can not be read.
-    pub fn new(request: &'a Request, call: &'a Call, config: &Config, told: &'a Map<String, Value>) -> Result<Self> {
+    pub fn new(
+        request: &'a Request,
+        call: &'a Call,
+        config: &Config,
+        told: &'a Map<String, Value>,
+    ) -> Result<Self> {
         let patience = config.deadline(&request.method, default_deadline(&request.method)) + GRACE;
         let image = match call {
             Call::CreateStemcell(stemcell) => Some(Image::at(&stemcell.image)?),
@@ -90,19 +95,31 @@ impl<'a> Errand<'a> {
     /// to remove it.
     pub fn send(&self, host: &Host, undo: Option<&Undo>) -> Result<Answered> {
         let answered = self.ask(host, self.question(), undo)?;
-        answered.ok_or_else(|| Error::new(ErrorKind::Internal, "a condition that was not set is not met"))
+        answered.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "a condition that was not set is not met")
+        })
     }
 
     /// Has `host` carry it out if it has `cids`; `None` if it has not.
     ///
     /// # Errors
     /// As [`Errand::send`].
-    pub fn send_if_there(&self, host: &Host, cids: &[&str], undo: Option<&Undo>) -> Result<Option<Answered>> {
+    pub fn send_if_there(
+        &self,
+        host: &Host,
+        cids: &[&str],
+        undo: Option<&Undo>,
+    ) -> Result<Option<Answered>> {
         let only_with = cids.iter().map(|cid| (*cid).to_owned()).collect();
         self.ask(host, CallQuestion { only_with, ..self.question() }, undo)
     }
 
-    fn ask(&self, host: &Host, call: CallQuestion, undo: Option<&Undo>) -> Result<Option<Answered>> {
+    fn ask(
+        &self,
+        host: &Host,
+        call: CallQuestion,
+        undo: Option<&Undo>,
+    ) -> Result<Option<Answered>> {
         let call = CallQuestion { cid: undo.map(|undo| undo.call().1.to_owned()), ..call };
         let (error, asked) = match host.call(call, self.image.as_ref(), self.deadline) {
             Ok(None) => return Ok(None),
@@ -121,19 +138,28 @@ impl<'a> Errand<'a> {
     fn question(&self) -> CallQuestion {
         let image = self.image.as_ref().map(|image| image.size);
         let request = self.request.forwarded(self.told);
-        CallQuestion { request, image, alike: self.alike, everywhere: self.everywhere, ..CallQuestion::default() }
+        CallQuestion {
+            request,
+            image,
+            alike: self.alike,
+            everywhere: self.everywhere,
+            ..CallQuestion::default()
+        }
     }
 
     /// Has `host` remove what it may have created, because of `error`, which then says what came of it.
     pub fn undo(&self, host: &Host, undo: &Undo, error: Error) -> Error {
         if self.is_undone(host, undo) {
             let again = matches!(undo, Undo::DeleteVm(_));
-            let kind = if again { ErrorKind::VmCreationFailed { retry: true } } else { error.kind() };
+            let kind =
+                if again { ErrorKind::VmCreationFailed { retry: true } } else { error.kind() };
             return error.with_kind(kind).during("nothing of it is left");
         }
         let (method, cid) = undo.call();
         let host = &host.name;
-        error.hint(format!("'{cid}' may be on host '{host}': `{method}` removes it, and does no harm if not"))
+        error.hint(format!(
+            "'{cid}' may be on host '{host}': `{method}` removes it, and does no harm if not"
+        ))
     }
 
     /// Has `host` remove what it may have created, and make it no more if it has not begun. Whether that is done.
@@ -190,13 +216,18 @@ pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Told>)>) ->
     match outcome {
         Ok((response, told)) => {
             let made = told.iter().any(Told::is_waited_on);
-            let delivered = move |delivery: Delivery| told.into_iter().for_each(|told| told.tell(&delivery));
+            let delivered =
+                move |delivery: Delivery| told.into_iter().for_each(|told| told.tell(&delivery));
             Carried { response, made, delivered: Box::new(delivered) }
         }
         Err(error) => {
             let error = error.during(printable(&request.method));
             tracing::warn!("{}", error.report().replace('\n', " "));
-            Carried { response: Response::failure(&error), made: false, delivered: Box::new(|_| {}) }
+            Carried {
+                response: Response::failure(&error),
+                made: false,
+                delivered: Box::new(|_| {}),
+            }
         }
     }
 }

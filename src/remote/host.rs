@@ -49,7 +49,8 @@ impl Caller {
     pub fn greet(input: File, output: File) -> io::Result<Self> {
         let bytes = BufReader::with_capacity(BUFFER, input);
         let input = Input { bytes, left: 0, unsealed: false, turn: 0 };
-        let caller = Self { input: Arc::new(Mutex::new(input)), output: Arc::new(Mutex::new(output)) };
+        let caller =
+            Self { input: Arc::new(Mutex::new(input)), output: Arc::new(Mutex::new(output)) };
         caller.say(&Word::Greeting(Greeting::ours()))?;
         Ok(caller)
     }
@@ -60,13 +61,15 @@ impl Caller {
     /// [`ErrorKind::BadRequest`] for what this version does not understand, or for too much.
     pub fn question(&self) -> Result<Question> {
         let question: Question = self.hear().map_err(|error| {
-            let message = "the question can not be read: the caller may have another version of this program";
+            let message =
+                "the question can not be read: the caller may have another version of this program";
             Error::new(ErrorKind::BadRequest, message).because(error)
         })?;
         match question.things() {
             0..=wire::MAX_THINGS => Ok(question),
             many => {
-                let message = format!("the question names {many} things, more than {}", wire::MAX_THINGS);
+                let message =
+                    format!("the question names {many} things, more than {}", wire::MAX_THINGS);
                 Err(Error::new(ErrorKind::BadRequest, message))
             }
         }
@@ -103,7 +106,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Way for Caller {
     fn deliver(&self, answer: &Response, matters: bool) -> Delivery {
         let text = String::from_utf8_lossy(answer.as_bytes()).into_owned();
-        let answer = Answer { text, waits: matters, lacks_room: answer.lacks_room(), crowded: answer.is_crowded() };
+        let answer = Answer {
+            text,
+            waits: matters,
+            lacks_room: answer.lacks_room(),
+            crowded: answer.is_crowded(),
+        };
         if let Err(error) = self.say(&Word::Answer(answer)) {
             return Delivery::Lost(error);
         }
@@ -163,8 +171,12 @@ impl ImageSource for CallersImage {
 
     fn digest(&self, deadline: Instant) -> Result<Digest> {
         let caller = self.caller.clone();
-        let asked = within(deadline, move || caller.say(&Word::Want(Want::Digest)).and_then(|()| caller.hear()));
-        asked.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(|error| self.failed(error))
+        let asked = within(deadline, move || {
+            caller.say(&Word::Want(Want::Digest)).and_then(|()| caller.hear())
+        });
+        asked
+            .unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(|error| self.failed(error))
     }
 
     fn open(&self) -> Result<Box<dyn Read + Send>, Failure> {
@@ -188,7 +200,8 @@ impl ImageSource for CallersImage {
             return Ok(());
         }
         let message = format!("'{}' did not arrive as it was sent", self.name);
-        Err(Error::new(ErrorKind::Host, message).hint("repeat the call; if that helps nothing, look at the link"))
+        Err(Error::new(ErrorKind::Host, message)
+            .hint("repeat the call; if that helps nothing, look at the link"))
     }
 }
 

@@ -27,7 +27,8 @@ impl OneHost {
 impl Carrier for OneHost {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
         let errand = Errand::new(request, &call, &self.config, &self.told);
-        let answered = errand.and_then(|errand| errand.send(&self.host, call.creates(None).as_ref()));
+        let answered =
+            errand.and_then(|errand| errand.send(&self.host, call.creates(None).as_ref()));
         carried(request, answered.map(|answered| (answered.response, vec![answered.told])))
     }
 }

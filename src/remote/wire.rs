@@ -46,7 +46,11 @@ pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 impl Greeting {
     /// Of this program.
     pub fn ours() -> Self {
-        Self { program: PROGRAM.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned(), protocol: PROTOCOL }
+        Self {
+            program: PROGRAM.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: PROTOCOL,
+        }
     }
 }
 
@@ -187,7 +191,9 @@ pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead, longest: u64) -> io::R
     from.by_ref().take(longest).read_until(b'\n', &mut line)?;
     if line.pop() != Some(b'\n') {
         let ended = line.len() as u64 + 1 < longest;
-        return Err(if ended { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData }.into());
+        return Err(
+            if ended { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData }.into()
+        );
     }
     // The error would quote what it is about.
     serde_json::from_slice(&line).map_err(|_| io::ErrorKind::InvalidData.into())
@@ -209,16 +215,26 @@ mod tests {
         assert_eq!(line(&Question::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
         assert_eq!(line(&Word::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
         let answer = Answer { text: "{}".into(), waits: true, lacks_room: false, crowded: false };
-        assert_eq!(line(&Word::Answer(answer)), "{\"answer\":{\"text\":\"{}\",\"waits\":true,\"lacks_room\":false}}\n");
+        assert_eq!(
+            line(&Word::Answer(answer)),
+            "{\"answer\":{\"text\":\"{}\",\"waits\":true,\"lacks_room\":false}}\n"
+        );
     }
 
     #[test]
     fn a_line_that_is_cut_off_or_nonsense_is_none() {
         let mut lines = &b"{\"log\":\"x\",\"new\":1}\n{\"log\":\"y\"}\nnonsense\n{\"log\":"[..];
-        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::InvalidData, "two words in one");
+        assert_eq!(
+            hear::<Word>(&mut lines, 1000).unwrap_err().kind(),
+            io::ErrorKind::InvalidData,
+            "two words in one"
+        );
         assert_eq!(hear::<Word>(&mut lines, 1000).unwrap(), Word::Log("y".into()));
         assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::InvalidData);
-        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(
+            hear::<Word>(&mut lines, 1000).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
     }
 
     #[test]
@@ -230,18 +246,32 @@ mod tests {
     #[test]
     fn only_a_condition_needs_a_host_that_knows_of_it() {
         let call = |change: fn(&mut CallQuestion)| {
-            let mut call =
-                CallQuestion { cid: Some("vm-1".into()), alike: Some(1), undoes: true, ..CallQuestion::default() };
+            let mut call = CallQuestion {
+                cid: Some("vm-1".into()),
+                alike: Some(1),
+                undoes: true,
+                ..CallQuestion::default()
+            };
             change(&mut call);
             Question::Call(call).needs()
         };
         assert_eq!(call(|_| {}), 0);
-        assert_eq!((call(|call| call.only_with = vec!["vm-1".into()]), call(|call| call.everywhere = true)), (1, 1));
+        assert_eq!(
+            (
+                call(|call| call.only_with = vec!["vm-1".into()]),
+                call(|call| call.everywhere = true)
+            ),
+            (1, 1)
+        );
     }
 
     #[test]
     fn keys_of_a_newer_version_are_no_obstacle() {
-        let mut lines = &b"{\"greeting\":{\"program\":\"p\",\"version\":\"9\",\"moon\":\"full\"}}\n"[..];
-        assert!(matches!(hear(&mut lines, 1000).unwrap(), Word::Greeting(Greeting { protocol: 0, .. })));
+        let mut lines =
+            &b"{\"greeting\":{\"program\":\"p\",\"version\":\"9\",\"moon\":\"full\"}}\n"[..];
+        assert!(matches!(
+            hear(&mut lines, 1000).unwrap(),
+            Word::Greeting(Greeting { protocol: 0, .. })
+        ));
     }
 }

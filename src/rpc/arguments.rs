@@ -32,7 +32,9 @@ impl<'a> Arguments<'a> {
     /// The same, or null, or nothing at the end.
     pub fn optional<T: Property>(&mut self, name: &str) -> Result<Option<T>> {
         let what = self.label(name);
-        self.take().map_or(Ok(None), |text| Option::from_json(&value(text)).map_err(|e| e.in_request(&what)))
+        self.take().map_or(Ok(None), |text| {
+            Option::from_json(&value(text)).map_err(|e| e.in_request(&what))
+        })
     }
 
     /// A cid.
@@ -54,9 +56,11 @@ impl<'a> Arguments<'a> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an array of cids"))?;
         match value(text) {
-            Value::Array(items) => {
-                items.iter().enumerate().map(|(i, item)| cid(item, &format!("{what}.{i}"))).collect()
-            }
+            Value::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(i, item)| cid(item, &format!("{what}.{i}")))
+                .collect(),
             other => Err(SchemaError::value("an array of cids", &other).in_request(&what)),
         }
     }
@@ -80,7 +84,8 @@ impl<'a> Arguments<'a> {
     pub fn env(&mut self, name: &str) -> Result<Env> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an object"))?;
-        Env::new(text).ok_or_else(|| SchemaError::value("an object", &value(text)).in_request(&what))
+        Env::new(text)
+            .ok_or_else(|| SchemaError::value("an object", &value(text)).in_request(&what))
     }
 
     /// Fails if more was given than the contract has.

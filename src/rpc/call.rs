@@ -8,7 +8,8 @@ use serde_json::{Map, Value};
 
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::cpi::verbs::{
-    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, Metadata, Verbs, VmResources,
+    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, Metadata, Verbs,
+    VmResources,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::arguments::Arguments;
@@ -90,24 +91,32 @@ impl Call {
             "has_vm" => Self::HasVm(a.cid("vm_cid")?),
             "reboot_vm" => Self::RebootVm(a.cid("vm_cid")?),
             "set_vm_metadata" => Self::SetVmMetadata(a.cid("vm_cid")?, a.property("metadata")?),
-            "calculate_vm_cloud_properties" => Self::CalculateVmCloudProperties(a.property("vm_resources")?),
+            "calculate_vm_cloud_properties" => {
+                Self::CalculateVmCloudProperties(a.property("vm_resources")?)
+            }
             "create_disk" => Self::CreateDisk(create_disk(a)?),
             "delete_disk" => Self::DeleteDisk(a.cid("disk_cid")?),
             "has_disk" => Self::HasDisk(a.cid("disk_cid")?),
             "attach_disk" => Self::AttachDisk(a.cid("vm_cid")?, a.cid("disk_cid")?),
             "detach_disk" => Self::DetachDisk(a.cid("vm_cid")?, a.cid("disk_cid")?),
             "get_disks" => Self::GetDisks(a.cid("vm_cid")?),
-            "set_disk_metadata" => Self::SetDiskMetadata(a.cid("disk_cid")?, a.property("metadata")?),
+            "set_disk_metadata" => {
+                Self::SetDiskMetadata(a.cid("disk_cid")?, a.property("metadata")?)
+            }
             "snapshot_disk" => Self::SnapshotDisk(a.cid("disk_cid")?, a.property("metadata")?),
             "delete_snapshot" => Self::DeleteSnapshot(a.cid("snapshot_cid")?),
             "resize_disk" => Self::ResizeDisk(a.cid("disk_cid")?, a.property("new_size")?),
-            "update_disk" => Self::UpdateDisk(a.cid("disk_cid")?, a.property("new_size")?, cloud_properties(a)?),
+            "update_disk" => {
+                Self::UpdateDisk(a.cid("disk_cid")?, a.property("new_size")?, cloud_properties(a)?)
+            }
             "create_network" => Self::CreateNetwork(a.property("subnet")?),
             "delete_network" => Self::DeleteNetwork(a.cid("network_cid")?),
             "configure_networks" | "current_vm_id" | "ping" => {
                 return Err(not_implemented(format!("no supported Director calls '{method}'")));
             }
-            unknown => return Err(not_implemented(format!("unknown method '{}'", printable(unknown)))),
+            unknown => {
+                return Err(not_implemented(format!("unknown method '{}'", printable(unknown))));
+            }
         })
     }
 
@@ -133,20 +142,25 @@ impl Call {
     /// Those of the method.
     pub fn run(self, verbs: &dyn Verbs) -> Result<Success> {
         match self {
-            Self::CreateStemcell(stemcell) => created(verbs.create_stemcell(stemcell)?, Undo::DeleteStemcell),
+            Self::CreateStemcell(stemcell) => {
+                created(verbs.create_stemcell(stemcell)?, Undo::DeleteStemcell)
+            }
             Self::DeleteStemcell(stemcell) => done(verbs.delete_stemcell(&stemcell)),
             Self::CreateVm(vm) => {
                 let (cid, networks) = verbs.create_vm(*vm)?;
                 // An array: of a plain string the Director takes the first character for the cid.
-                Ok(Success { undo: Some(Undo::DeleteVm(cid.clone())), ..answered(&(cid, networks)) })
+                Ok(Success {
+                    undo: Some(Undo::DeleteVm(cid.clone())),
+                    ..answered(&(cid, networks))
+                })
             }
             Self::DeleteVm(vm) => done(verbs.delete_vm(&vm)),
             Self::HasVm(vm) => verbs.has_vm(&vm).map(|has| answered(&has)),
             Self::RebootVm(vm) => done(verbs.reboot_vm(&vm)),
             Self::SetVmMetadata(vm, metadata) => done(verbs.set_vm_metadata(&vm, metadata)),
-            Self::CalculateVmCloudProperties(resources) => {
-                verbs.calculate_vm_cloud_properties(resources).map(|properties| answered(&properties))
-            }
+            Self::CalculateVmCloudProperties(resources) => verbs
+                .calculate_vm_cloud_properties(resources)
+                .map(|properties| answered(&properties)),
             Self::CreateDisk(disk) => created(verbs.create_disk(disk)?, Undo::DeleteDisk),
             Self::DeleteDisk(disk) => done(verbs.delete_disk(&disk)),
             Self::HasDisk(disk) => verbs.has_disk(&disk).map(|has| answered(&has)),
@@ -154,14 +168,17 @@ impl Call {
             Self::DetachDisk(vm, disk) => done(verbs.detach_disk(&vm, &disk)),
             Self::GetDisks(vm) => verbs.get_disks(&vm).map(|disks| answered(&disks)),
             Self::SetDiskMetadata(disk, metadata) => done(verbs.set_disk_metadata(&disk, metadata)),
-            Self::SnapshotDisk(disk, metadata) => created(verbs.snapshot_disk(&disk, metadata)?, Undo::DeleteSnapshot),
+            Self::SnapshotDisk(disk, metadata) => {
+                created(verbs.snapshot_disk(&disk, metadata)?, Undo::DeleteSnapshot)
+            }
             Self::DeleteSnapshot(snapshot) => done(verbs.delete_snapshot(&snapshot)),
             Self::ResizeDisk(disk, size) => done(verbs.resize_disk(&disk, size)),
             Self::UpdateDisk(disk, size, properties) => {
                 verbs.update_disk(&disk, size, properties).map(|new| answered(&new))
             }
             Self::CreateNetwork(subnet) => {
-                let CreatedNetwork { cid, addresses, cloud_properties } = verbs.create_network(subnet)?;
+                let CreatedNetwork { cid, addresses, cloud_properties } =
+                    verbs.create_network(subnet)?;
                 let undo = Some(Undo::DeleteNetwork(cid.clone()));
                 Ok(Success { undo, ..answered(&(cid, addresses, cloud_properties)) })
             }
@@ -184,7 +201,11 @@ impl Undo {
             Self::DeleteNetwork(cid) => verbs.delete_network(cid),
         };
         match deleted {
-            Err(error) if matches!(error.kind(), ErrorKind::DiskNotFound | ErrorKind::NetworkNotFound) => Ok(()),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::DiskNotFound | ErrorKind::NetworkNotFound) =>
+            {
+                Ok(())
+            }
             other => other,
         }
     }
@@ -231,7 +252,11 @@ fn create_vm(a: &mut Arguments<'_>) -> Result<CreateVm> {
 }
 
 fn create_disk(a: &mut Arguments<'_>) -> Result<CreateDisk> {
-    Ok(CreateDisk { size: a.property("size")?, cloud_properties: cloud_properties(a)?, vm: a.optional_cid("vm_cid")? })
+    Ok(CreateDisk {
+        size: a.property("size")?,
+        cloud_properties: cloud_properties(a)?,
+        vm: a.optional_cid("vm_cid")?,
+    })
 }
 
 /// Null when a manifest has none.
@@ -293,17 +318,32 @@ mod tests {
             ("delete_vm", r#"["vm-1"]"#, "delete_vm vm-1", "null"),
             ("has_vm", r#"["vm-1"]"#, "has_vm vm-1", "true"),
             ("reboot_vm", r#"["vm-1"]"#, "reboot_vm vm-1", "null"),
-            ("set_vm_metadata", r#"["vm-1",{"index":"0"}]"#, r#"set_vm_metadata vm-1 {"index":"0"}"#, "null"),
+            (
+                "set_vm_metadata",
+                r#"["vm-1",{"index":"0"}]"#,
+                r#"set_vm_metadata vm-1 {"index":"0"}"#,
+                "null",
+            ),
             (
                 "calculate_vm_cloud_properties",
                 r#"[{"ram":512,"cpu":2,"ephemeral_disk_size":1024}]"#,
                 "calculate_vm_cloud_properties 512 MiB",
                 r#"{"cpu":2}"#,
             ),
-            ("create_disk", r#"[1024,{},"vm-1"]"#, "create_disk 1024 MiB near vm-1", r#""disk-new""#),
+            (
+                "create_disk",
+                r#"[1024,{},"vm-1"]"#,
+                "create_disk 1024 MiB near vm-1",
+                r#""disk-new""#,
+            ),
             ("delete_disk", r#"["d-1"]"#, "delete_disk d-1", "null"),
             ("has_disk", r#"["d-1"]"#, "has_disk d-1", "false"),
-            ("attach_disk", r#"["vm-1","d-1"]"#, "attach_disk vm-1 d-1", r#"{"path":"/dev/disk/by-id/virtio-d-1"}"#),
+            (
+                "attach_disk",
+                r#"["vm-1","d-1"]"#,
+                "attach_disk vm-1 d-1",
+                r#"{"path":"/dev/disk/by-id/virtio-d-1"}"#,
+            ),
             ("detach_disk", r#"["vm-1","d-1"]"#, "detach_disk vm-1 d-1", "null"),
             ("get_disks", r#"["vm-1"]"#, "get_disks vm-1", r#"["disk-new"]"#),
             ("set_disk_metadata", r#"["d-1",{"a":1}]"#, r#"set_disk_metadata d-1 {"a":1}"#, "null"),
@@ -340,9 +380,21 @@ mod tests {
             ("has_vm", r#"[{"a":"secret"}]"#, "argument 1, vm_cid: expected a cid, got an object"),
             ("has_vm", r#"[""]"#, "argument 1, vm_cid: must have 1 to 128 characters, has 0"),
             ("attach_disk", r#"["vm-1"]"#, "argument 2, disk_cid: missing; expected a cid"),
-            ("create_disk", "[0,{}]", "argument 1, size: expected a whole number of MiB from 1 to 67108864, got 0"),
-            ("create_disk", "[-1,{}]", "argument 1, size: expected a whole number of MiB from 1 to 67108864, got -1"),
-            ("create_disk", "[1.5,{}]", "argument 1, size: expected a whole number of MiB from 1 to 67108864, got 1.5"),
+            (
+                "create_disk",
+                "[0,{}]",
+                "argument 1, size: expected a whole number of MiB from 1 to 67108864, got 0",
+            ),
+            (
+                "create_disk",
+                "[-1,{}]",
+                "argument 1, size: expected a whole number of MiB from 1 to 67108864, got -1",
+            ),
+            (
+                "create_disk",
+                "[1.5,{}]",
+                "argument 1, size: expected a whole number of MiB from 1 to 67108864, got 1.5",
+            ),
             (
                 "create_disk",
                 "[67108865,{}]",
@@ -353,27 +405,59 @@ mod tests {
                 r#"["1",{}]"#,
                 "argument 1, size: expected a whole number of MiB from 1 to 67108864, got a string",
             ),
-            ("create_disk", r#"[1,"secret"]"#, "argument 2, cloud_properties: expected an object, got a string"),
+            (
+                "create_disk",
+                r#"[1,"secret"]"#,
+                "argument 2, cloud_properties: expected an object, got a string",
+            ),
             ("create_disk", "[1,{},7]", "argument 3, vm_cid: expected a cid, got 7"),
-            ("create_stemcell", r#"["image",{}]"#, "argument 1, image_path: expected an absolute path, got a string"),
-            ("create_stemcell", r#"["/i",{},[]]"#, "argument 3, extra: expected an object, got an array"),
+            (
+                "create_stemcell",
+                r#"["image",{}]"#,
+                "argument 1, image_path: expected an absolute path, got a string",
+            ),
+            (
+                "create_stemcell",
+                r#"["/i",{},[]]"#,
+                "argument 3, extra: expected an object, got an array",
+            ),
             (
                 "create_vm",
                 r#"["a b","s",{},{},[],{}]"#,
                 "argument 1, agent_id: expected 1 to 128 letters, digits, '-', '_' and '.', got a string",
             ),
-            ("create_vm", r#"["a","s",{},[],[],{}]"#, "argument 4, networks: expected an object, got an array"),
+            (
+                "create_vm",
+                r#"["a","s",{},[],[],{}]"#,
+                "argument 4, networks: expected an object, got an array",
+            ),
             (
                 "create_vm",
                 r#"["a","s",{},{"n":{"type":"vip"}},[],{}]"#,
                 "argument 4, networks.n.ip: missing; expected an IP address of a host",
             ),
-            ("create_vm", r#"["a","s",{},{},null,{}]"#, "argument 5, disk_cids: expected an array of cids, got null"),
-            ("create_vm", r#"["a","s",{},{},["d",7],{}]"#, "argument 5, disk_cids.1: expected a cid, got 7"),
-            ("create_vm", r#"["a","s",{},{},[],"secret"]"#, "argument 6, env: expected an object, got a string"),
+            (
+                "create_vm",
+                r#"["a","s",{},{},null,{}]"#,
+                "argument 5, disk_cids: expected an array of cids, got null",
+            ),
+            (
+                "create_vm",
+                r#"["a","s",{},{},["d",7],{}]"#,
+                "argument 5, disk_cids.1: expected a cid, got 7",
+            ),
+            (
+                "create_vm",
+                r#"["a","s",{},{},[],"secret"]"#,
+                "argument 6, env: expected an object, got a string",
+            ),
             ("create_vm", r#"["a","s",{},{},[]]"#, "argument 6, env: missing; expected an object"),
             ("set_vm_metadata", r#"["vm-1"]"#, "argument 2, metadata: missing; expected an object"),
-            ("set_vm_metadata", r#"["vm-1",null]"#, "argument 2, metadata: expected an object, got null"),
+            (
+                "set_vm_metadata",
+                r#"["vm-1",null]"#,
+                "argument 2, metadata: expected an object, got null",
+            ),
             (
                 "calculate_vm_cloud_properties",
                 r#"[{"ram":1,"cpu":1}]"#,
@@ -407,7 +491,9 @@ mod tests {
 
     #[test]
     fn a_hostile_method_name_is_cut_and_escaped() {
-        let error = Call::parse(&request(&("\\u001b\\n".to_owned() + &"x".repeat(9000)), "[]")).unwrap_err().report();
+        let error = Call::parse(&request(&("\\u001b\\n".to_owned() + &"x".repeat(9000)), "[]"))
+            .unwrap_err()
+            .report();
         assert!(error.starts_with(r"unknown method '\u{1b}\nxxx") && error.len() < 150, "{error}");
     }
 }

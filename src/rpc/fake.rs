@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::cpi::networks::Networks;
-use crate::cpi::verbs::{CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources};
+use crate::cpi::verbs::{
+    CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources,
+};
 use crate::error::Result;
 
 /// What was asked, in order.
@@ -38,7 +40,8 @@ fn new<T: Cid>() -> T {
 
 impl Verbs for Fake {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
-        let tags = if stemcell.tags.is_empty() { String::new() } else { format!(" {:?}", stemcell.tags) };
+        let tags =
+            if stemcell.tags.is_empty() { String::new() } else { format!(" {:?}", stemcell.tags) };
         self.0.push(format!("create_stemcell {}{tags}", stemcell.image.display()));
         Ok(new())
     }

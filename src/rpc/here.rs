@@ -27,7 +27,8 @@ impl<V: Verbs> Here<V> {
 
 impl<V: Verbs> Carrier for Here<V> {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
-        let span = info_span!("call", method = request.method, request_id = request.context.request_id());
+        let span =
+            info_span!("call", method = request.method, request_id = request.context.request_id());
         let entered = span.enter();
         let begin = Instant::now();
         let outcome = call.run(&self.0).map_err(|error| error.during(printable(&request.method)));
@@ -50,8 +51,12 @@ impl<V: Verbs> Carrier for Here<V> {
             match (delivery, undo) {
                 (Delivery::Taken, _) => self.0.told(),
                 (Delivery::Unknown(silence), undo) => {
-                    let undo = undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
-                    warn!("nobody said that they took the answer: {silence}{}", undo.unwrap_or_default());
+                    let undo =
+                        undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
+                    warn!(
+                        "nobody said that they took the answer: {silence}{}",
+                        undo.unwrap_or_default()
+                    );
                 }
                 (Delivery::Lost(unanswered), undo) => {
                     warn!("nobody took the answer: {unanswered}");

@@ -56,16 +56,28 @@ pub struct Carried<'a> {
 /// `info` nor a malformed request needs a configuration.
 ///
 /// Panics are answered, too, which makes this the last a process does.
-pub fn serve(input: impl Read, outlet: Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
+pub fn serve(
+    input: impl Read,
+    outlet: Outlet,
+    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+) {
     answer(request::read(input), &outlet.answer_panics(), carrier);
 }
 
 /// Answers the request `text`, as [`serve`].
-pub fn serve_text(text: String, outlet: Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
+pub fn serve_text(
+    text: String,
+    outlet: Outlet,
+    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+) {
     answer(request::bounded(text), &outlet.answer_panics(), carrier);
 }
 
-fn answer(text: Result<String>, outlet: &Outlet, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) {
+fn answer(
+    text: Result<String>,
+    outlet: &Outlet,
+    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+) {
     let response = match text.and_then(|text| admit(&text, carrier)) {
         Ok(Admitted::Info) => Response::success(&info()),
         Ok(Admitted::Call { request, call, carrier }) => {
@@ -90,7 +102,10 @@ enum Admitted {
     Call { request: Request, call: Box<Call>, carrier: Box<dyn Carrier> },
 }
 
-fn admit(text: &str, carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>) -> Result<Admitted> {
+fn admit(
+    text: &str,
+    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+) -> Result<Admitted> {
     let request = Request::parse(text)?;
     if request.method == "info" {
         return Ok(Admitted::Info);
@@ -129,7 +144,8 @@ mod tests {
 
     #[test]
     fn a_call_is_carried_out_and_answered() {
-        let (answer, calls) = ask(r#"{"method":"has_vm","arguments":["vm-1"],"context":{},"api_version":2}"#);
+        let (answer, calls) =
+            ask(r#"{"method":"has_vm","arguments":["vm-1"],"context":{},"api_version":2}"#);
         assert_eq!(answer, json!({"result": true, "error": null, "log": ""}));
         assert_eq!(calls.take(), ["has_vm vm-1"]);
     }
@@ -168,7 +184,8 @@ mod tests {
         let (answer, calls) = ask(r#"{"method":"attach_disk","arguments":["vm-1","a/b"]}"#);
         let error = &answer["error"];
         assert_eq!(error["type"], "Bosh::Clouds::CpiError");
-        let expected = "attach_disk: argument 2, disk_cid: character '/' at position 1 is not allowed";
+        let expected =
+            "attach_disk: argument 2, disk_cid: character '/' at position 1 is not allowed";
         assert!(error["message"].as_str().unwrap().starts_with(expected), "{error}");
         let (answer, _) = ask(r#"{"method":"snapshot_disk","arguments":["disk-1",{}]}"#);
         assert_eq!(answer["error"]["message"], "snapshot_disk: snapshots are not implemented");
@@ -178,12 +195,18 @@ mod tests {
     #[test]
     fn a_create_nobody_hears_of_is_undone() {
         for (request, expected) in [
-            (r#"{"method":"create_disk","arguments":[1,{}]}"#, ["create_disk 1 MiB", "delete_disk disk-new"]),
+            (
+                r#"{"method":"create_disk","arguments":[1,{}]}"#,
+                ["create_disk 1 MiB", "delete_disk disk-new"],
+            ),
             (
                 r#"{"method":"create_stemcell","arguments":["/x",null]}"#,
                 ["create_stemcell /x", "delete_stemcell stemcell-new"],
             ),
-            (r#"{"method":"create_vm","arguments":["a","s-1",{},{},[],{}]}"#, ["create_vm a", "delete_vm vm-new"]),
+            (
+                r#"{"method":"create_vm","arguments":["a","s-1",{},{},[],{}]}"#,
+                ["create_vm a", "delete_vm vm-new"],
+            ),
         ] {
             let (caller, cpi) = UnixStream::pair().unwrap();
             drop(caller);

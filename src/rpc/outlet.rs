@@ -89,7 +89,10 @@ impl Outlet {
 /// # Errors
 /// [`ErrorKind::Host`].
 pub fn take_stdout() -> Result<File> {
-    let own = io::stdout().as_fd().try_clone_to_owned().map_err(|e| Error::os("duplicate standard output", e))?;
+    let own = io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| Error::os("duplicate standard output", e))?;
     let null = std::path::Path::new("/dev/null");
     let nowhere = File::options().write(true).open(null).at("open", null)?;
     nix::unistd::dup2_stdout(&nowhere).map_err(|e| Error::os("replace standard output", e))?;
@@ -131,7 +134,14 @@ mod tests {
     fn a_panic_is_named_by_its_place_and_a_literal_message() {
         let here = Location::caller();
         let error = describe(Some("index out of range"), Some(here)).report();
-        assert!(error.starts_with(&format!("a bug of the CPI at {here}: index out of range\nHint: ")), "{error}");
-        assert!(describe(None, None).report().starts_with("a bug of the CPI at an unknown place\nHint: "));
+        assert!(
+            error.starts_with(&format!("a bug of the CPI at {here}: index out of range\nHint: ")),
+            "{error}"
+        );
+        assert!(
+            describe(None, None)
+                .report()
+                .starts_with("a bug of the CPI at an unknown place\nHint: ")
+        );
     }
 }

@@ -60,7 +60,10 @@ pub fn read(mut input: impl Read) -> Result<String> {
     match more {
         Err(error) => Err(Error::os("read the request from standard input", error)),
         Ok(0) => String::from_utf8(bytes).map_err(|error| {
-            bad(format!("the request is not UTF-8: byte {} is invalid", error.utf8_error().valid_up_to() + 1))
+            bad(format!(
+                "the request is not UTF-8: byte {} is invalid",
+                error.utf8_error().valid_up_to() + 1
+            ))
         }),
         Ok(more) => Err(too_long(MAX_BYTES + more)),
     }
@@ -103,9 +106,14 @@ impl Request {
     /// entry says.
     pub fn forwarded(&self, keys: &Map<String, Value>) -> String {
         let own = BUILT_IN.iter().filter_map(|key| self.context.0.get_key_value(*key));
-        let context: Map<_, _> = keys.iter().chain(own).map(|(key, value)| (key.clone(), value.clone())).collect();
-        let request =
-            Forwarded { method: &self.method, arguments: &self.arguments, context, api_version: self.api_version };
+        let context: Map<_, _> =
+            keys.iter().chain(own).map(|(key, value)| (key.clone(), value.clone())).collect();
+        let request = Forwarded {
+            method: &self.method,
+            arguments: &self.arguments,
+            context,
+            api_version: self.api_version,
+        };
         serde_json::to_string(&request).expect("a request is JSON")
     }
 
@@ -118,15 +126,19 @@ impl Request {
         match self.api_version {
             Some(version) if !API_VERSIONS.contains(&version) => {
                 let (least, most) = (API_VERSIONS.start(), API_VERSIONS.end());
-                return refused(format!("CPI API version {version} is not spoken here, {least} to {most} are"));
+                return refused(format!(
+                    "CPI API version {version} is not spoken here, {least} to {most} are"
+                ));
             }
             _ => {}
         }
         match self.context.stemcell_api_version() {
-            Some(version) if self.method == "create_vm" && version < MIN_STEMCELL_API_VERSION => refused(format!(
-                "the stemcell's API version {version} wants a registry, which there is none: use a stemcell with \
+            Some(version) if self.method == "create_vm" && version < MIN_STEMCELL_API_VERSION => {
+                refused(format!(
+                    "the stemcell's API version {version} wants a registry, which there is none: use a stemcell with \
                  API version {MIN_STEMCELL_API_VERSION} or later"
-            )),
+                ))
+            }
             _ => Ok(()),
         }
     }
@@ -137,7 +149,8 @@ impl Context {
     pub fn request_id(&self) -> Option<&str> {
         let id = self.0.get("request_id")?.as_str()?;
         let tail = id.strip_prefix("cpi-")?;
-        (tail.len() <= 32 && tail.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')).then_some(id)
+        (tail.len() <= 32 && tail.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'))
+            .then_some(id)
     }
 
     /// The uuid of the Director or create-env state whose call this is.
@@ -162,9 +175,14 @@ impl std::fmt::Debug for Context {
     }
 }
 
-fn optional<T: serde::de::DeserializeOwned>(keys: &Object, key: &str, expected: &str) -> Result<Option<T>> {
+fn optional<T: serde::de::DeserializeOwned>(
+    keys: &Object,
+    key: &str,
+    expected: &str,
+) -> Result<Option<T>> {
     let Some(text) = keys.get(key) else { return Ok(None) };
-    serde_json::from_str(text.get()).map_err(|_| bad(format!("'{key}' of the request is not {expected}")))
+    serde_json::from_str(text.get())
+        .map_err(|_| bad(format!("'{key}' of the request is not {expected}")))
 }
 
 fn required<T: serde::de::DeserializeOwned>(keys: &Object, key: &str, expected: &str) -> Result<T> {
@@ -197,12 +215,16 @@ mod tests {
         assert_eq!(request.method, "info");
         assert_eq!(request.api_version, None);
         assert_eq!(request.context.request_id(), None);
-        assert!(Request::parse(r#"{"method":"info","arguments":[],"context":null,"api_version":null}"#).is_ok());
+        assert!(
+            Request::parse(r#"{"method":"info","arguments":[],"context":null,"api_version":null}"#)
+                .is_ok()
+        );
     }
 
     #[test]
     fn repeated_and_unknown_keys_are_harmless() {
-        let text = r#"{"method":1,"x":[],"arguments":{},"method":"has_vm","arguments":["vm-1"],"y":2}"#;
+        let text =
+            r#"{"method":1,"x":[],"arguments":{},"method":"has_vm","arguments":["vm-1"],"y":2}"#;
         let request = Request::parse(text).unwrap();
         assert_eq!((request.method.as_str(), request.arguments.len()), ("has_vm", 1));
     }
@@ -219,8 +241,14 @@ mod tests {
             (r#"{"method":{"a":"secret"}}"#, "'method' of the request is not a string"),
             (r#"{"method":null}"#, "the request has no 'method'"),
             (r#"{"method":"info"}"#, "the request has no 'arguments'"),
-            (r#"{"method":"info","arguments":"secret"}"#, "'arguments' of the request is not an array"),
-            (r#"{"method":"info","arguments":[],"context":"secret"}"#, "'context' of the request is not an object"),
+            (
+                r#"{"method":"info","arguments":"secret"}"#,
+                "'arguments' of the request is not an array",
+            ),
+            (
+                r#"{"method":"info","arguments":[],"context":"secret"}"#,
+                "'context' of the request is not an object",
+            ),
             (
                 r#"{"method":"info","arguments":[],"api_version":"2"}"#,
                 "'api_version' of the request is not a whole number",
@@ -229,7 +257,10 @@ mod tests {
                 r#"{"method":"info","arguments":[],"api_version":-1}"#,
                 "'api_version' of the request is not a whole number",
             ),
-            (r#"{"method":"\ud800"}"#, "the request is not JSON: unexpected end of hex escape at line 1 column 18"),
+            (
+                r#"{"method":"\ud800"}"#,
+                "the request is not JSON: unexpected end of hex escape at line 1 column 18",
+            ),
         ] {
             assert_eq!(refusal(text), expected, "{text}");
         }
@@ -238,9 +269,14 @@ mod tests {
     #[test]
     fn nesting_is_refused_before_it_is_a_stack_overflow_wherever_it_stands() {
         let deep = "[".repeat(100_000) + &"]".repeat(100_000);
-        for text in [deep.clone(), format!(r#"{{"method":"info","arguments":[{deep}]}}"#), format!(r#"{{"x":{deep}}}"#)]
-        {
-            assert!(refusal(&text).starts_with("the request is not JSON: recursion limit exceeded"));
+        for text in [
+            deep.clone(),
+            format!(r#"{{"method":"info","arguments":[{deep}]}}"#),
+            format!(r#"{{"x":{deep}}}"#),
+        ] {
+            assert!(
+                refusal(&text).starts_with("the request is not JSON: recursion limit exceeded")
+            );
         }
     }
 
@@ -250,7 +286,10 @@ mod tests {
         let error = read(&mut input).unwrap_err();
         assert_eq!(error.report(), "the request has 16778216 bytes, more than 16777216");
         assert_eq!(input.limit(), 0);
-        assert_eq!(read(&b"\"\xff\""[..]).unwrap_err().report(), "the request is not UTF-8: byte 2 is invalid");
+        assert_eq!(
+            read(&b"\"\xff\""[..]).unwrap_err().report(),
+            "the request is not UTF-8: byte 2 is invalid"
+        );
         assert_eq!(read(&b"{}"[..]).unwrap(), "{}");
         let long = bounded(" ".repeat(usize::try_from(MAX_BYTES).unwrap() + 1)).unwrap_err();
         assert_eq!(long.report(), "the request has 16777217 bytes, more than 16777216");
@@ -258,7 +297,9 @@ mod tests {
     }
 
     fn versions(method: &str, context: &str, api_version: &str) -> Result<()> {
-        let text = format!(r#"{{"method":"{method}","arguments":[],"context":{context},"api_version":{api_version}}}"#);
+        let text = format!(
+            r#"{{"method":"{method}","arguments":[],"context":{context},"api_version":{api_version}}}"#
+        );
         Request::parse(&text).unwrap().check_versions()
     }
 
@@ -269,7 +310,9 @@ mod tests {
         assert!(versions("create_vm", &stemcell("4"), "3").is_ok());
         assert!(versions("create_vm", "{}", "null").is_ok());
         assert!(versions("delete_vm", &stemcell("1"), "2").is_ok());
-        for (context, api_version) in [(stemcell("1"), "2"), (stemcell("3"), "1"), (stemcell("3"), "4")] {
+        for (context, api_version) in
+            [(stemcell("1"), "2"), (stemcell("3"), "1"), (stemcell("3"), "4")]
+        {
             let error = versions("create_vm", &context, api_version).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::NotSupported, "{context} {api_version}");
         }
@@ -277,13 +320,20 @@ mod tests {
 
     #[test]
     fn a_cpi_config_may_clobber_the_context() {
-        for context in [r#"{"vm":"x","request_id":7}"#, r#"{"vm":{"stemcell":[]},"request_id":"s3cret"}"#] {
-            let request = Request::parse(&format!(r#"{{"method":"m","arguments":[],"context":{context}}}"#)).unwrap();
+        for context in
+            [r#"{"vm":"x","request_id":7}"#, r#"{"vm":{"stemcell":[]},"request_id":"s3cret"}"#]
+        {
+            let request =
+                Request::parse(&format!(r#"{{"method":"m","arguments":[],"context":{context}}}"#))
+                    .unwrap();
             assert_eq!(request.context.stemcell_api_version(), None);
             assert_eq!(request.context.request_id(), None);
             assert!(!format!("{request:?}").contains("s3cret"));
         }
-        let request = Request::parse(r#"{"method":"m","arguments":[],"context":{"request_id":"cpi-123456"}}"#).unwrap();
+        let request = Request::parse(
+            r#"{"method":"m","arguments":[],"context":{"request_id":"cpi-123456"}}"#,
+        )
+        .unwrap();
         assert_eq!(request.context.request_id(), Some("cpi-123456"));
     }
 }

@@ -56,7 +56,9 @@ struct ForwardedFailure {
 }
 
 /// A key that is there, null or not.
-fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(value: D) -> Result<Option<T>, D::Error> {
+fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
+    value: D,
+) -> Result<Option<T>, D::Error> {
     T::deserialize(value).map(Some)
 }
 
@@ -89,8 +91,11 @@ impl Response {
             return None;
         }
         let body: Forwarded = serde_json::from_str(&text).ok()?;
-        let (Some(_), Some(error), Some(log)) = (body.result, body.error, body.log) else { return None };
-        let said = error.iter().flat_map(|failure| [&failure.r#type, &failure.message]).chain([&log]);
+        let (Some(_), Some(error), Some(log)) = (body.result, body.error, body.log) else {
+            return None;
+        };
+        let said =
+            error.iter().flat_map(|failure| [&failure.r#type, &failure.message]).chain([&log]);
         let is_plain = said.into_iter().all(|words| *words == plain(words));
         Some(Self::of(if is_plain { text } else { cleaned(&text)? }))
     }
@@ -185,7 +190,8 @@ mod tests {
     #[test]
     fn every_key_is_always_there() {
         assert_eq!(Response::success(&()).as_bytes(), br#"{"result":null,"error":null,"log":""}"#);
-        let failed = Response::failure(&Error::new(ErrorKind::VmNotFound, "no vm 'vm-1'").hint("look"));
+        let failed =
+            Response::failure(&Error::new(ErrorKind::VmNotFound, "no vm 'vm-1'").hint("look"));
         assert_eq!(
             parsed(&failed),
             json!({"result": null, "log": "", "error": {
@@ -214,14 +220,18 @@ mod tests {
         let hostile = json!({"result": null, "log": "\u{9b}0m", "error": {
             "type": "T", "message": "a\u{1b}[2J\r\nb", "ok_to_retry": false}});
         let cleaned = parsed(&Response::forwarded(hostile.to_string()).unwrap());
-        assert_eq!((&cleaned["error"]["message"], &cleaned["log"]), (&json!("a [2J \nb"), &json!(" 0m")));
+        assert_eq!(
+            (&cleaned["error"]["message"], &cleaned["log"]),
+            (&json!("a [2J \nb"), &json!(" 0m"))
+        );
         let long = json!({"result": "x".repeat(MAX_FORWARDED), "error": null, "log": ""});
         assert!(Response::forwarded(long.to_string()).is_none());
     }
 
     #[test]
     fn a_long_message_keeps_both_ends() {
-        let error = Error::new(ErrorKind::Host, format!("front {}", "ä\u{1F600}".repeat(100_000))).hint("end");
+        let error = Error::new(ErrorKind::Host, format!("front {}", "ä\u{1F600}".repeat(100_000)))
+            .hint("end");
         let response = parsed(&Response::failure(&error));
         let message = response["error"]["message"].as_str().unwrap();
         assert!(message.starts_with("front ä") && message.ends_with("Hint: end"), "{message}");

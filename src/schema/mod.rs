@@ -61,7 +61,8 @@ impl SchemaError {
     /// The same problem, one level further down.
     #[must_use]
     pub fn under(mut self, key: &str) -> Self {
-        self.path = if self.path.is_empty() { key.to_owned() } else { format!("{key}.{}", self.path) };
+        self.path =
+            if self.path.is_empty() { key.to_owned() } else { format!("{key}.{}", self.path) };
         self
     }
 
@@ -262,10 +263,22 @@ mod tests {
     #[test]
     fn errors_name_the_path_and_never_the_text() {
         assert_eq!(refusal(&json!({"cuont": 1})), "cuont: unknown key; did you mean 'count'?");
-        assert_eq!(refusal(&json!({"count": 1, "number": 1})), "number: given twice: it is another name for 'count'");
-        assert_eq!(refusal(&json!({"count": "secret"})), "count: expected a whole number from 1 to 16, got a string");
-        assert_eq!(refusal(&json!({"size": -1})), "size: expected a whole number of MiB from 1 to 67108864, got -1");
-        assert_eq!(refusal(&json!({"parts": {"a": {}}})), "parts.a.path: missing; expected an absolute path");
+        assert_eq!(
+            refusal(&json!({"count": 1, "number": 1})),
+            "number: given twice: it is another name for 'count'"
+        );
+        assert_eq!(
+            refusal(&json!({"count": "secret"})),
+            "count: expected a whole number from 1 to 16, got a string"
+        );
+        assert_eq!(
+            refusal(&json!({"size": -1})),
+            "size: expected a whole number of MiB from 1 to 67108864, got -1"
+        );
+        assert_eq!(
+            refusal(&json!({"parts": {"a": {}}})),
+            "parts.a.path: missing; expected an absolute path"
+        );
         assert_eq!(
             refusal(&json!({"parts": {"a": {"path": "x"}}})),
             "parts.a.path: expected an absolute path, got a string"

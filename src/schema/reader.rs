@@ -30,22 +30,29 @@ impl<'a> Reader<'a> {
         for spelling in std::iter::once(&name).chain(aliases) {
             let Some(value) = self.left.remove(*spelling) else { continue };
             if found.is_some() {
-                return Err(SchemaError { path: (*spelling).into(), problem: Problem::Twice(name) });
+                return Err(SchemaError {
+                    path: (*spelling).into(),
+                    problem: Problem::Twice(name),
+                });
             }
             found = Some((spelling, value));
         }
         match found {
             Some((spelling, value)) => T::from_json(&value).map_err(|e| e.under(spelling)),
-            None => default()
-                .or_else(T::absent)
-                .ok_or_else(|| SchemaError { path: name.into(), problem: Problem::Missing(T::EXPECTED) }),
+            None => default().or_else(T::absent).ok_or_else(|| SchemaError {
+                path: name.into(),
+                problem: Problem::Missing(T::EXPECTED),
+            }),
         }
     }
 
     /// Fails if a key is left that nobody took.
     pub fn finish(self) -> Result<(), SchemaError> {
         let Some(name) = self.left.keys().next() else { return Ok(()) };
-        Err(SchemaError { path: printable(name), problem: Problem::Unknown { suggestion: suggest(name, self.known) } })
+        Err(SchemaError {
+            path: printable(name),
+            problem: Problem::Unknown { suggestion: suggest(name, self.known) },
+        })
     }
 }
 
@@ -65,7 +72,9 @@ pub fn suggest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     known
         .iter()
         // Two letters swapped in a short word look unlike to the one measure, a suffix too many to the other.
-        .filter(|word| strsim::jaro_winkler(&short, word) > 0.8 || strsim::osa_distance(&short, word) == 1)
+        .filter(|word| {
+            strsim::jaro_winkler(&short, word) > 0.8 || strsim::osa_distance(&short, word) == 1
+        })
         .map(|word| (strsim::jaro_winkler(&short, word), *word))
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, word)| word)

@@ -32,9 +32,13 @@ impl<T: Property> Property for BTreeMap<String, T> {
     const EXPECTED: &'static str = "an object of named entries";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let Value::Object(map) = value else { return Err(SchemaError::value(Self::EXPECTED, value)) };
+        let Value::Object(map) = value else {
+            return Err(SchemaError::value(Self::EXPECTED, value));
+        };
         let entry = |(key, value): (&String, &Value)| {
-            T::from_json(value).map(|value| (key.clone(), value)).map_err(|e| e.under(&printable(key)))
+            T::from_json(value)
+                .map(|value| (key.clone(), value))
+                .map_err(|e| e.under(&printable(key)))
         };
         map.iter().map(entry).collect()
     }
@@ -52,8 +56,11 @@ impl<T: Property> Property for Vec<T> {
     const EXPECTED: &'static str = "an array";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let Value::Array(items) = value else { return Err(SchemaError::value(Self::EXPECTED, value)) };
-        let item = |(i, value): (usize, &Value)| T::from_json(value).map_err(|e| e.under(&i.to_string()));
+        let Value::Array(items) = value else {
+            return Err(SchemaError::value(Self::EXPECTED, value));
+        };
+        let item =
+            |(i, value): (usize, &Value)| T::from_json(value).map_err(|e| e.under(&i.to_string()));
         items.iter().enumerate().map(item).collect()
     }
 

@@ -24,7 +24,8 @@ pub fn write_as(path: &Path, contents: &[u8], mode: u32, owner: Option<(u32, u32
     let staged = stage(path, contents)?;
     let file = staged.file.as_file();
     if let Some((user, group)) = owner {
-        std::os::unix::fs::fchown(file, Some(user), Some(group)).at("give away", staged.file.path())?;
+        std::os::unix::fs::fchown(file, Some(user), Some(group))
+            .at("give away", staged.file.path())?;
     }
     file.set_permissions(Permissions::from_mode(mode)).at("set the mode of", staged.file.path())?;
     file.sync_all().at("flush", staged.file.path())?;
@@ -64,7 +65,10 @@ pub struct Staged {
 pub fn stage(path: &Path, contents: &[u8]) -> Result<Staged> {
     let directory = parent(path);
     // tempfile makes it with mode 0600 and removes it unless it is persisted.
-    let mut file = tempfile::Builder::new().prefix(NEW).tempfile_in(directory).at("make a file in", directory)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(NEW)
+        .tempfile_in(directory)
+        .at("make a file in", directory)?;
     file.write_all(contents).at("write", file.path())?;
     file.as_file().sync_all().at("flush", file.path())?;
     crash::point!("{}: new one written", path.file_name().unwrap_or_default().display());
@@ -161,6 +165,10 @@ mod tests {
     #[test]
     fn a_missing_directory_is_named() {
         let error = write(Path::new("/nonexistent-state/x.json"), b"").unwrap_err();
-        assert!(error.report().starts_with("make a file in '/nonexistent-state'"), "{}", error.report());
+        assert!(
+            error.report().starts_with("make a file in '/nonexistent-state'"),
+            "{}",
+            error.report()
+        );
     }
 }

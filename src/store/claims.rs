@@ -48,7 +48,9 @@ pub fn bridge(wire: &str) -> Option<LinkName> {
 
 /// The wire that VMs on the segment share.
 pub fn wire(segment: &Segment) -> String {
-    segment.vlan.map_or_else(|| segment.bridge.to_string(), |vlan| format!("{}@{vlan}", segment.bridge))
+    segment
+        .vlan
+        .map_or_else(|| segment.bridge.to_string(), |vlan| format!("{}@{vlan}", segment.bridge))
 }
 
 /// All claims of the host; nobody else changes them as long as this lives.
@@ -68,7 +70,11 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] if that can not be had until `deadline`; those of `work`.
-    pub fn with_claims<T>(&self, deadline: Instant, work: impl FnOnce(&mut Claims<'_>) -> Result<T>) -> Result<T> {
+    pub fn with_claims<T>(
+        &self,
+        deadline: Instant,
+        work: impl FnOnce(&mut Claims<'_>) -> Result<T>,
+    ) -> Result<T> {
         work(&mut self.claims(deadline)?)
     }
 
@@ -130,7 +136,9 @@ impl Store {
     pub fn release_claims(&self, vm: &VmCid) -> Result<()> {
         let dir = self.claims_dir();
         for entry in dir.read_dir().into_iter().flatten().flatten() {
-            if std::fs::read_link(entry.path()).is_ok_and(|holder| holder.as_os_str() == vm.as_str()) {
+            if std::fs::read_link(entry.path())
+                .is_ok_and(|holder| holder.as_os_str() == vm.as_str())
+            {
                 atomic::remove_file(&entry.path())?;
             }
         }
@@ -187,7 +195,8 @@ impl Claims<'_> {
 
     /// The VMs that have addresses on the wire.
     pub fn on_wire(&mut self, wanted: &str) -> Result<Vec<VmCid>> {
-        let is_there = |held: &&Claim| matches!(held, Claim::Addresses { wire, .. } if wire == wanted);
+        let is_there =
+            |held: &&Claim| matches!(held, Claim::Addresses { wire, .. } if wire == wanted);
         let mut vms = Vec::new();
         for held in self.held.iter().filter(is_there).cloned().collect::<Vec<_>>() {
             vms.extend(self.holder(&held)?);
@@ -216,11 +225,14 @@ impl Claim {
                 all.extend(rules.addresses.iter().map(|block| Self::block(segment, *block)));
             }
             for forward in &rules.forwards {
-                let protocol = Protocol::ALL.into_iter().find(|known| known.number() == forward.protocol);
+                let protocol =
+                    Protocol::ALL.into_iter().find(|known| known.number() == forward.protocol);
                 let ports = (forward.host..=u16::MAX).take(forward.count.into());
-                let claim = |port| Some(Self::Port { protocol: protocol?, port, address: forward.address });
+                let claim =
+                    |port| Some(Self::Port { protocol: protocol?, port, address: forward.address });
                 // One port may lead to an address of each family.
-                let new: Vec<_> = ports.filter_map(claim).filter(|claim| !all.contains(claim)).collect();
+                let new: Vec<_> =
+                    ports.filter_map(claim).filter(|claim| !all.contains(claim)).collect();
                 all.extend(new);
             }
         }
@@ -230,14 +242,19 @@ impl Claim {
     /// Whether not both can be had.
     pub fn meets(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Addresses { wire, block }, Self::Addresses { wire: other_wire, block: other }) => {
-                wire == other_wire && (block.contains(other.network()) || other.contains(block.network()))
+            (
+                Self::Addresses { wire, block },
+                Self::Addresses { wire: other_wire, block: other },
+            ) => {
+                wire == other_wire
+                    && (block.contains(other.network()) || other.contains(block.network()))
             }
             (
                 Self::Port { protocol, port, address },
                 Self::Port { protocol: other_protocol, port: other_port, address: other_address },
             ) => {
-                let apart = address.is_some() && other_address.is_some() && address != other_address;
+                let apart =
+                    address.is_some() && other_address.is_some() && address != other_address;
                 protocol == other_protocol && port == other_port && !apart
             }
             _ => false,
@@ -247,9 +264,14 @@ impl Claim {
     /// The name of its file. No part can hold a comma.
     pub fn name(&self) -> String {
         match self {
-            Self::Addresses { wire, block } => format!("ip,{wire},{},{}", block.network(), block.prefix()),
+            Self::Addresses { wire, block } => {
+                format!("ip,{wire},{},{}", block.network(), block.prefix())
+            }
             Self::Port { protocol, port, address } => {
-                format!("port,{protocol},{port},{}", address.map_or_else(|| "any".to_owned(), |ip| ip.to_string()))
+                format!(
+                    "port,{protocol},{port},{}",
+                    address.map_or_else(|| "any".to_owned(), |ip| ip.to_string())
+                )
             }
         }
     }
@@ -262,7 +284,8 @@ impl Claim {
                 Some(Self::Addresses { wire: wire.to_owned(), block })
             }
             ["port", protocol, port, address] => {
-                let protocol = Protocol::ALL.into_iter().find(|known| known.as_str() == protocol)?;
+                let protocol =
+                    Protocol::ALL.into_iter().find(|known| known.as_str() == protocol)?;
                 let address = if address == "any" { None } else { Some(address.parse().ok()?) };
                 Some(Self::Port { protocol, port: port.parse().ok()?, address })
             }
@@ -282,12 +305,18 @@ mod tests {
     }
 
     fn port(address: Option<&str>) -> Claim {
-        Claim::Port { protocol: Protocol::Udp, port: 53, address: address.map(|text| text.parse().unwrap()) }
+        Claim::Port {
+            protocol: Protocol::Udp,
+            port: 53,
+            address: address.map(|text| text.parse().unwrap()),
+        }
     }
 
     #[test]
     fn a_name_says_all_of_a_claim() {
-        for claim in [block("10.0.0.16/28"), block("fd00::5/128"), port(None), port(Some("fd00::1"))] {
+        for claim in
+            [block("10.0.0.16/28"), block("fd00::5/128"), port(None), port(Some("fd00::1"))]
+        {
             assert_eq!(Claim::parse(&claim.name()), Some(claim));
         }
         assert_eq!(Claim::parse("ip,br0,10.0.0.1"), None);
@@ -321,7 +350,11 @@ mod tests {
         drop(claims);
         let made = store.lock(Rank::Vm, &vm, Instant::now()).unwrap();
         let mut claims = open();
-        assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm), "somebody makes it");
+        assert_eq!(
+            claims.on_wire("br0@7").unwrap(),
+            std::slice::from_ref(&vm),
+            "somebody makes it"
+        );
         made.retire().unwrap();
         assert_eq!(claims.holder(&claim).unwrap(), None);
         claims.take(&vm, claim.clone()).unwrap();

@@ -48,7 +48,9 @@ impl DiskKey {
     /// # Errors
     /// [`ErrorKind::BadConfig`] if it is not there, or not one a key can be in.
     pub fn read(&self) -> Result<Redacted<String>> {
-        let refused = |why: &str| Error::new(ErrorKind::BadConfig, format!("key file '{}' {why}", self.path.display()));
+        let refused = |why: &str| {
+            Error::new(ErrorKind::BadConfig, format!("key file '{}' {why}", self.path.display()))
+        };
         let file = File::open(&self.path).map_err(|error| {
             refused("can not be read")
                 .because(error)
@@ -56,10 +58,13 @@ impl DiskKey {
         })?;
         let meta = file.metadata().at("look at", &self.path)?;
         if !meta.is_file() || meta.uid() != 0 || meta.permissions().mode() & 0o077 != 0 {
-            return Err(refused("must be a plain file that only root can read").hint("chown root, chmod 0600"));
+            return Err(refused("must be a plain file that only root can read")
+                .hint("chown root, chmod 0600"));
         }
         let mut text = String::new();
-        file.take(LENGTHS.end() + 1).read_to_string(&mut text).map_err(|_| refused("must be UTF-8 text"))?;
+        file.take(LENGTHS.end() + 1)
+            .read_to_string(&mut text)
+            .map_err(|_| refused("must be UTF-8 text"))?;
         if !LENGTHS.contains(&(text.len() as u64)) || text.contains('\0') {
             return Err(refused("must have 32 to 4096 bytes, none of them zero")
                 .hint("`openssl rand -hex 32` makes a good one"));
@@ -91,7 +96,8 @@ impl DiskKey {
         let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
         let new = self.path.with_extension("key.new");
         atomic::remove_file(&new)?;
-        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&new).at("make", &new)?;
+        let mut file =
+            File::options().write(true).create_new(true).mode(0o600).open(&new).at("make", &new)?;
         file.write_all(digits.as_bytes()).and_then(|()| file.sync_all()).at("write", &new)?;
         crash::point!("disk key written");
         std::fs::rename(&new, &self.path).at("make", &self.path)?;
@@ -102,8 +108,13 @@ impl DiskKey {
     /// What an image says that this key does not open: QEMU's own words are "Invalid password, cannot unlock any keyslot".
     pub fn does_not_open(&self, disk: Option<&DiskCid>) -> Error {
         let what = disk.map_or("an encrypted disk".to_owned(), |disk| format!("disk '{disk}'"));
-        Error::new(ErrorKind::BadConfig, format!("the key in '{}' does not open {what}", self.path.display()))
-            .hint("the disk was made with another key: put that one back, or name its file in 'key_file'")
+        Error::new(
+            ErrorKind::BadConfig,
+            format!("the key in '{}' does not open {what}", self.path.display()),
+        )
+        .hint(
+            "the disk was made with another key: put that one back, or name its file in 'key_file'",
+        )
     }
 }
 
@@ -113,7 +124,10 @@ pub const WRONG_KEY: &str = "Invalid password, cannot unlock any keyslot";
 /// Whether there is a disk or a snapshot that the key opens.
 fn has_encrypted(store: &Store) -> Result<bool> {
     for cid in store.list::<DiskRecord>()? {
-        if store.read::<DiskRecord>(&cid)?.is_some_and(|disk| disk.encrypted && disk.phase != super::Phase::Creating) {
+        if store
+            .read::<DiskRecord>(&cid)?
+            .is_some_and(|disk| disk.encrypted && disk.phase != super::Phase::Creating)
+        {
             return Ok(true);
         }
     }
@@ -153,7 +167,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (key, store) = key(dir.path());
         std::os::unix::fs::symlink("/nowhere/key", key.path()).unwrap();
-        assert!(key.ready(&store, Instant::now()).unwrap_err().report().contains("can not be read"));
+        assert!(
+            key.ready(&store, Instant::now()).unwrap_err().report().contains("can not be read")
+        );
         assert!(key.path().is_symlink());
     }
 
@@ -170,7 +186,11 @@ mod tests {
             std::fs::set_permissions(key.path(), std::fs::Permissions::from_mode(mode)).unwrap();
             let refused = key.read().unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::BadConfig);
-            assert!(refused.report().contains(why) && !refused.report().contains("hunter"), "{}", refused.report());
+            assert!(
+                refused.report().contains(why) && !refused.report().contains("hunter"),
+                "{}",
+                refused.report()
+            );
         }
     }
 }

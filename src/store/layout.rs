@@ -70,7 +70,11 @@ const ROOTS: &str = "do it as root: the state directory is root's alone";
 impl Store {
     /// The store at these places, without pools; nothing is read or made yet.
     pub fn new(state_dir: &Path, run_dir: &Path) -> Self {
-        Self { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), pools: Pools::default() }
+        Self {
+            state_dir: state_dir.to_owned(),
+            run_dir: run_dir.to_owned(),
+            pools: Pools::default(),
+        }
     }
 
     /// The store where `config` says, with its pools.
@@ -102,16 +106,24 @@ impl Store {
     /// [`ErrorKind::Corrupt`] if a newer version of this program wrote it, or nobody can tell.
     pub fn is_understood(&self) -> Result<bool> {
         let path = self.schema_file();
-        let damaged = format!("somebody damaged the file: if no newer version was here, write {SCHEMA} into it");
+        let damaged = format!(
+            "somebody damaged the file: if no newer version was here, write {SCHEMA} into it"
+        );
         let text = match std::fs::read(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(&path) => {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(&path) =>
+            {
                 return self.is_mounted().map(|()| false);
             }
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 return Err(Error::io("read", &path, error).hint(ROOTS));
             }
-            Err(error) => return Err(Error::io("read", &path, error).with_kind(ErrorKind::Corrupt).hint(damaged)),
+            Err(error) => {
+                return Err(Error::io("read", &path, error)
+                    .with_kind(ErrorKind::Corrupt)
+                    .hint(damaged));
+            }
         };
         let text = String::from_utf8_lossy(&text);
         if text.trim() == SCHEMA.to_string() {
@@ -122,7 +134,8 @@ impl Store {
             Ok(_) => "a newer bosh-qemu-cpi wrote this directory: use that one".to_owned(),
             Err(_) => damaged,
         };
-        let message = format!("'{}' says {found:?}; this version understands {SCHEMA}", path.display());
+        let message =
+            format!("'{}' says {found:?}; this version understands {SCHEMA}", path.display());
         Err(Error::new(ErrorKind::Corrupt, message).hint(hint))
     }
 
@@ -138,9 +151,13 @@ impl Store {
         };
         // One that is in use may be so on purpose although another could be mounted over it.
         let missing = mounts::missing(&self.state_dir, !is_used);
-        let Some(point) = missing.at("look for the filesystem of", &self.state_dir)? else { return Ok(()) };
-        let message = format!("'{}' is not mounted, and the state directory is on it", point.display());
-        Err(Error::new(ErrorKind::Host, message).hint(format!("`mount {}`, and repeat the call", point.display())))
+        let Some(point) = missing.at("look for the filesystem of", &self.state_dir)? else {
+            return Ok(());
+        };
+        let message =
+            format!("'{}' is not mounted, and the state directory is on it", point.display());
+        Err(Error::new(ErrorKind::Host, message)
+            .hint(format!("`mount {}`, and repeat the call", point.display())))
     }
 
     /// Whether anything in the state directory can be changed.
@@ -225,7 +242,9 @@ impl Store {
 
     /// A snapshot's image.
     pub fn snapshot_image(&self, snapshot: &SnapshotRecord) -> Result<PathBuf> {
-        Ok(self.images_dir(&snapshot.cid, snapshot.disk.pool.as_deref())?.join(snapshot.image().file_name()))
+        Ok(self
+            .images_dir(&snapshot.cid, snapshot.disk.pool.as_deref())?
+            .join(snapshot.image().file_name()))
     }
 
     /// The image below a VM's root disk.
@@ -248,7 +267,8 @@ impl Store {
 
     /// Files that [`atomic::write`] began. A power cut leaves them; one that is being written now is among them, too.
     pub fn temporary_files(&self) -> Result<Vec<PathBuf>> {
-        let mut dirs = vec![self.state_dir.clone(), self.run_dir.clone(), self.state_dir.join("networks")];
+        let mut dirs =
+            vec![self.state_dir.clone(), self.run_dir.clone(), self.state_dir.join("networks")];
         for kind in ["stemcells", "vms", "disks", "snaps", "networks"] {
             let kind = self.state_dir.join(kind);
             dirs.extend(atomic::names(&kind)?.into_iter().map(|name| kind.join(name)));
@@ -256,7 +276,10 @@ impl Store {
         let mut files = Vec::new();
         for dir in dirs.iter().filter(|dir| dir.is_dir()) {
             files.extend(
-                atomic::names(dir)?.into_iter().filter(|name| name.starts_with(atomic::NEW)).map(|name| dir.join(name)),
+                atomic::names(dir)?
+                    .into_iter()
+                    .filter(|name| name.starts_with(atomic::NEW))
+                    .map(|name| dir.join(name)),
             );
         }
         Ok(files)

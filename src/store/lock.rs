@@ -94,7 +94,9 @@ impl Guard {
     /// # Errors
     /// [`ErrorKind::Timeout`] naming the holder's pid.
     pub fn acquire(path: PathBuf, rank: Rank, deadline: Instant) -> Result<Self> {
-        HELD.with_borrow(|held| debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}"));
+        HELD.with_borrow(|held| {
+            debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}")
+        });
         let (file, is_new) = loop {
             let (file, is_new) = open(&path)?;
             let file = match file.try_lock() {
@@ -140,8 +142,10 @@ impl Guard {
     /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.
     fn sign(&self) {
         let mut file = &self.file;
-        let signed =
-            file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+        let signed = file
+            .set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
         if let Err(error) = signed {
             tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
         }
@@ -166,7 +170,9 @@ impl Glance {
     pub fn at(path: &Path) -> Result<Option<Self>> {
         loop {
             let file = match File::open(path) {
-                Err(error) if error.kind() == NotFound && !atomic::is_link(path) => return Ok(Some(Self(None))),
+                Err(error) if error.kind() == NotFound && !atomic::is_link(path) => {
+                    return Ok(Some(Self(None)));
+                }
                 file => file.map_err(|error| unusable(path, error))?,
             };
             if file.metadata().is_ok_and(|meta| meta.is_dir()) {
@@ -174,7 +180,9 @@ impl Glance {
             }
             match file.try_lock_shared() {
                 Err(TryLockError::WouldBlock) => return Ok(None),
-                Err(TryLockError::Error(error)) => return Err(Error::io("look at lock", path, error)),
+                Err(TryLockError::Error(error)) => {
+                    return Err(Error::io("look at lock", path, error));
+                }
                 Ok(()) if is_still_at(&file, path) => return Ok(Some(Self(Some(file)))),
                 Ok(()) => {}
             }
@@ -232,7 +240,9 @@ fn unusable(path: &Path, error: std::io::Error) -> Error {
     if !is_none {
         return error;
     }
-    error.with_kind(ErrorKind::Corrupt).hint("it is no file, as a lock is: remove it and repeat the call")
+    error
+        .with_kind(ErrorKind::Corrupt)
+        .hint("it is no file, as a lock is: remove it and repeat the call")
 }
 
 fn is_still_at(file: &File, path: &Path) -> bool {
@@ -290,7 +300,11 @@ mod tests {
         let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
         let error = Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Timeout);
-        assert!(error.report().contains(&format!("process {}", std::process::id())), "{}", error.report());
+        assert!(
+            error.report().contains(&format!("process {}", std::process::id())),
+            "{}",
+            error.report()
+        );
         let waiter = std::thread::spawn({
             let path = path.clone();
             move || Guard::acquire(path, Rank::Vm, later()).map(drop)
@@ -309,7 +323,10 @@ mod tests {
         assert!(Glance::at(&path).unwrap().is_none(), "somebody has it");
         drop(guard);
         let glances = [Glance::at(&path).unwrap().unwrap(), Glance::at(&path).unwrap().unwrap()];
-        assert_eq!(Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(), ErrorKind::Timeout);
+        assert_eq!(
+            Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(),
+            ErrorKind::Timeout
+        );
         drop(glances);
         // Who gave up waiting may have it for a moment yet.
         Guard::acquire(path, Rank::Vm, later()).unwrap().retire().unwrap();
@@ -332,11 +349,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.x");
         let refused = || {
-            let errors = [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), Glance::at(&path).err()];
-            errors
-                .map(|error| error.expect("refused"))
-                .iter()
-                .all(|error| error.kind() == ErrorKind::Corrupt && error.report().contains("remove it"))
+            let errors =
+                [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), Glance::at(&path).err()];
+            errors.map(|error| error.expect("refused")).iter().all(|error| {
+                error.kind() == ErrorKind::Corrupt && error.report().contains("remove it")
+            })
         };
         std::fs::create_dir(&path).unwrap();
         assert!(refused());

@@ -10,12 +10,22 @@ use crate::error::Result;
 
 impl Store {
     /// Takes the lock of one object, waiting until `deadline`.
-    pub fn lock(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Guard> {
+    pub fn lock(
+        &self,
+        rank: Rank,
+        name: impl std::fmt::Display,
+        deadline: Instant,
+    ) -> Result<Guard> {
         Guard::acquire(self.lock_path(rank, name), rank, deadline)
     }
 
     /// As [`Self::lock`], for what is locked for the moment only.
-    pub fn brief(&self, rank: Rank, name: impl std::fmt::Display, deadline: Instant) -> Result<Brief> {
+    pub fn brief(
+        &self,
+        rank: Rank,
+        name: impl std::fmt::Display,
+        deadline: Instant,
+    ) -> Result<Brief> {
         self.lock(rank, name, deadline).map(Guard::brief)
     }
 

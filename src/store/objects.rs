@@ -29,8 +29,9 @@ impl Store {
         // It may have been written between the two looks.
         self.read::<R>(cid)?.map(Some).ok_or_else(|| {
             let dir = self.record_dir::<R>(cid);
-            Error::new(ErrorKind::Corrupt, format!("'{}' has no record", dir.display()))
-                .hint("restore its record from a backup; or move it away, and all it stands for is gone")
+            Error::new(ErrorKind::Corrupt, format!("'{}' has no record", dir.display())).hint(
+                "restore its record from a backup; or move it away, and all it stands for is gone",
+            )
         })
     }
 
@@ -46,7 +47,8 @@ impl Store {
         for pool in self.pools().names() {
             if atomic::is_there(&self.pools().dir(pool)?.join(cid)) {
                 // A removal takes the images first; giving a disk up leaves them.
-                let disk = DiskCid::parse(cid.as_str()).ok().filter(|_| R::Cid::PREFIX == DiskCid::PREFIX);
+                let disk =
+                    DiskCid::parse(cid.as_str()).ok().filter(|_| R::Cid::PREFIX == DiskCid::PREFIX);
                 return disk.map_or(Ok(true), |disk| self.is_free(&disk).map(|free| !free));
             }
         }
@@ -76,8 +78,11 @@ impl Store {
             Err(error) => return Err(Error::io("read", &path, error)),
         };
         let corrupt = |why: String| {
-            Error::new(ErrorKind::Corrupt, format!("record '{}' can not be used: {why}", path.display()))
-                .hint("restore the file from a backup; nothing beside it was touched")
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("record '{}' can not be used: {why}", path.display()),
+            )
+            .hint("restore the file from a backup; nothing beside it was touched")
         };
         understood(&text, cid).map(Some).map_err(corrupt)
     }

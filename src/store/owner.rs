@@ -56,16 +56,21 @@ impl Store {
         let owner = match std::fs::read_link(&link) {
             Err(error) if error.kind() == NotFound => return Ok(()),
             owner => owner.at("read", &link).map_err(|error| {
-                let hint =
-                    format!("it must be a link to '{}': remove it and repeat the call", self.state_dir().display());
+                let hint = format!(
+                    "it must be a link to '{}': remove it and repeat the call",
+                    self.state_dir().display()
+                );
                 error.with_kind(ErrorKind::Corrupt).hint(hint)
             })?,
         };
-        let same = |a: &Path, b: &Path| a == b || (a.exists() && a.canonicalize().ok() == b.canonicalize().ok());
+        let same = |a: &Path, b: &Path| {
+            a == b || (a.exists() && a.canonicalize().ok() == b.canonicalize().ok())
+        };
         if same(&owner, self.state_dir()) {
             return Ok(());
         }
-        let (run_dir, owner, ours) = (self.run_dir().display(), owner.display(), self.state_dir().display());
+        let (run_dir, owner, ours) =
+            (self.run_dir().display(), owner.display(), self.state_dir().display());
         Err(Error::new(
             ErrorKind::BadConfig,
             format!("run_dir '{run_dir}' goes with state_dir '{owner}', not '{ours}'"),

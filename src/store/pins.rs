@@ -51,23 +51,27 @@ impl Store {
     /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out; a pin that can not be
     /// read is told in the log, and must not keep other networks from working.
     pub fn pins(&self) -> Result<Vec<Segment>> {
-        let readable = self
-            .read_pins()?
-            .into_iter()
-            .filter_map(|(_, pin)| pin.inspect_err(|error| tracing::warn!(error = error.report(), "left out")).ok());
+        let readable = self.read_pins()?.into_iter().filter_map(|(_, pin)| {
+            pin.inspect_err(|error| tracing::warn!(error = error.report(), "left out")).ok()
+        });
         Ok(readable.collect())
     }
 
     /// The pins that can not be read, and why.
     pub fn damaged_pins(&self) -> Result<Vec<(PathBuf, Error)>> {
-        Ok(self.read_pins()?.into_iter().filter_map(|(path, pin)| Some((path, pin.err()?))).collect())
+        Ok(self
+            .read_pins()?
+            .into_iter()
+            .filter_map(|(path, pin)| Some((path, pin.err()?)))
+            .collect())
     }
 
     /// What each pin says, by bridge.
     fn read_pins(&self) -> Result<Vec<(PathBuf, Result<Segment>)>> {
         let dir = self.state_dir().join("networks");
         let names = atomic::names(&dir)?.into_iter();
-        let mut bridges: Vec<_> = names.filter_map(|name| LinkName::parse(name.strip_suffix(".json")?).ok()).collect();
+        let mut bridges: Vec<_> =
+            names.filter_map(|name| LinkName::parse(name.strip_suffix(".json")?).ok()).collect();
         bridges.sort();
         let pin = |bridge: LinkName| {
             let path = self.pin_path(&bridge);
@@ -98,7 +102,14 @@ mod tests {
 
     fn segment(bridge: &str) -> Segment {
         let bridge = LinkName::parse(bridge).unwrap();
-        Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper: Keeper::Operator }
+        Segment {
+            network: "lab".into(),
+            bridge,
+            mtu: None,
+            vlan: None,
+            isolated: false,
+            keeper: Keeper::Operator,
+        }
     }
 
     #[test]
@@ -115,7 +126,10 @@ mod tests {
         std::os::unix::fs::symlink("/nowhere", dir.path().join("networks/br3.json")).unwrap();
         assert_eq!(store.pins().unwrap(), [one.clone(), two]);
         let damaged = store.damaged_pins().unwrap();
-        assert_eq!(damaged.iter().map(|(path, _)| path.file_stem().unwrap()).collect::<Vec<_>>(), ["br2", "br3"]);
+        assert_eq!(
+            damaged.iter().map(|(path, _)| path.file_stem().unwrap()).collect::<Vec<_>>(),
+            ["br2", "br3"]
+        );
         assert!(damaged.iter().all(|(_, error)| error.kind() == ErrorKind::Corrupt));
         let dangling = LinkName::parse("br3").unwrap();
         assert!(store.is_pinned(&dangling), "as of a filesystem that is not mounted");
@@ -123,6 +137,9 @@ mod tests {
         assert!(!store.is_pinned(&dangling));
         store.unpin(&one.bridge).unwrap();
         assert!(!store.is_pinned(&one.bridge));
-        assert_eq!(read(&dir.path().join("networks/br2.json"), &one.bridge).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(
+            read(&dir.path().join("networks/br2.json"), &one.bridge).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
     }
 }

@@ -67,19 +67,31 @@ impl Pools {
     /// [`ErrorKind::Timeout`] for one whose filesystem does not answer.
     pub fn dir(&self, name: &str) -> Result<&Path> {
         let pool = self.pools.get(name).ok_or_else(|| {
-            Error::new(ErrorKind::BadConfig, format!("there is no pool '{name}' in the configuration"))
-                .hint("images are in it: name its directory in 'pools' again")
+            Error::new(
+                ErrorKind::BadConfig,
+                format!("there is no pool '{name}' in the configuration"),
+            )
+            .hint("images are in it: name its directory in 'pools' again")
         })?;
         let (meta, is_marked) = self.look(name, &pool.path)?;
         if !meta.is_dir() {
             return Err(absent(name, &pool.path, "is no directory"));
         }
-        if pool.shared && (self.is_on(&meta, Path::new("/"))? || self.is_on(&meta, &self.state_dir)?) {
-            return Err(absent(name, &pool.path, "is shared, but on the filesystem of '/' or of the state directory"));
+        if pool.shared
+            && (self.is_on(&meta, Path::new("/"))? || self.is_on(&meta, &self.state_dir)?)
+        {
+            return Err(absent(
+                name,
+                &pool.path,
+                "is shared, but on the filesystem of '/' or of the state directory",
+            ));
         }
         if self.note(name).exists() && !is_marked {
             return Err(absent(name, &pool.path, "is not the directory that was used before")
-                .hint(format!("mount it; if it is really a new one, remove '{}' first", self.note(name).display())));
+                .hint(format!(
+                    "mount it; if it is really a new one, remove '{}' first",
+                    self.note(name).display()
+                )));
         }
         Ok(&pool.path)
     }
@@ -98,7 +110,10 @@ impl Pools {
             Some(seen) => seen.map_err(|e| absent(name, path, "can not be used").because(e)),
             None => {
                 silent().insert(path.to_owned());
-                let message = format!("pool '{name}': '{}' did not answer within {PATIENCE:?}", path.display());
+                let message = format!(
+                    "pool '{name}': '{}' did not answer within {PATIENCE:?}",
+                    path.display()
+                );
                 Err(Error::new(ErrorKind::Timeout, message).hint(format!(
                     "its server or disk may be gone: try `stat {}`, then repeat the call",
                     path.display()
@@ -112,7 +127,8 @@ impl Pools {
         let dir = self.dir(name)?;
         let (mark, note) = (dir.join(MARK), self.note(name));
         if !note.exists() {
-            let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&mark);
+            let open =
+                OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&mark);
             open.map_err(|e| absent(name, dir, "can not be written").because(e))?;
             atomic::sync_dir(dir)?;
             crash::point!("pool marked");
@@ -146,7 +162,10 @@ mod tests {
     use super::*;
 
     fn pools(state: &Path, path: &Path, shared: bool) -> Pools {
-        Pools::new(state, BTreeMap::from([("fast".to_owned(), Pool { path: path.to_owned(), shared })]))
+        Pools::new(
+            state,
+            BTreeMap::from([("fast".to_owned(), Pool { path: path.to_owned(), shared })]),
+        )
     }
 
     #[test]
@@ -158,7 +177,10 @@ mod tests {
         assert_eq!(pools.claim("fast").unwrap(), pool.path(), "twice is once");
         std::fs::remove_file(pool.path().join(MARK)).unwrap();
         let refused = pools.dir("fast").unwrap_err().report();
-        assert!(refused.starts_with(&format!("pool 'fast': '{}' is not the directory", pool.path().display())));
+        assert!(refused.starts_with(&format!(
+            "pool 'fast': '{}' is not the directory",
+            pool.path().display()
+        )));
         assert!(refused.contains("pools/fast' first"), "{refused}");
     }
 
@@ -170,7 +192,10 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::Host);
         assert!(refused.report().contains("pool 'fast'"), "{}", refused.report());
         assert!(!path.exists());
-        assert_eq!(pools(state.path(), &path, false).dir("slow").unwrap_err().kind(), ErrorKind::BadConfig);
+        assert_eq!(
+            pools(state.path(), &path, false).dir("slow").unwrap_err().kind(),
+            ErrorKind::BadConfig
+        );
     }
 
     #[test]

@@ -40,7 +40,8 @@ const NOBODYS: &str = "host-none";
 const HOST_ID: &str = "host-id";
 
 /// What to do with what is here of a disk whose image in force was given up or taken.
-const OUTDATED: &str = "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
+const OUTDATED: &str =
+    "what is here of it is out of date: detach it from its VM, then `bosh-qemu-cpi gc` forgets it";
 /// The same where that was an older image.
 const NEWER: &str = "an update_disk had moved it out of that pool, and what is here is newer: delete it on that host, or \
                      remove its directory here by hand";
@@ -97,14 +98,24 @@ impl Place<'_> {
     fn record(&self, mark: &str, cid: &DiskCid) -> Result<DiskRecord> {
         let path = self.dir.join(mark);
         let corrupt = |why: String| {
-            Error::new(ErrorKind::Corrupt, format!("the disk's record '{}' can not be used: {why}", path.display()))
-                .hint("restore the file from a backup; nothing beside it was touched")
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("the disk's record '{}' can not be used: {why}", path.display()),
+            )
+            .hint("restore the file from a backup; nothing beside it was touched")
         };
         let text = std::fs::read(&path).at("read", &path)?;
         let record: DiskRecord = super::objects::understood(&text, cid).map_err(corrupt)?;
         let pool = Some(self.pool.to_owned());
         // Nothing uses it, and no call about it was cut short: nobody writes this down of any other disk.
-        Ok(DiskRecord { vm: None, leftover: None, grows_to: None, phase: Phase::Ready, pool, ..record })
+        Ok(DiskRecord {
+            vm: None,
+            leftover: None,
+            grows_to: None,
+            phase: Phase::Ready,
+            pool,
+            ..record
+        })
     }
 }
 
@@ -139,7 +150,8 @@ impl Store {
         let mut marks = atomic::names(&dir)?;
         marks.retain(|name| is_mark(name));
         if marks.len() > 1 {
-            let message = format!("'{}' says of more than one host that the disk is its own", dir.display());
+            let message =
+                format!("'{}' says of more than one host that the disk is its own", dir.display());
             return Err(Error::new(ErrorKind::Corrupt, message)
                 .hint("leave the file of the host that is to have it, and remove the others"));
         }
@@ -167,7 +179,10 @@ impl Store {
     /// # Errors
     /// Those of [`super::Pools::dir`]: a pool that can not be looked at may have it.
     pub fn is_free(&self, cid: &DiskCid) -> Result<bool> {
-        Ok(self.places(cid)?.iter().any(|place| matches!(place.whose, Whose::Nobodys | Whose::Moving)))
+        Ok(self
+            .places(cid)?
+            .iter()
+            .any(|place| matches!(place.whose, Whose::Nobodys | Whose::Moving)))
     }
 
     /// Whether no other host has a disk that has no record here.
@@ -176,9 +191,16 @@ impl Store {
     /// [`ErrorKind::Conflict`] if one has it. Those of [`super::Pools::dir`].
     pub fn is_nowhere_else(&self, cid: &DiskCid) -> Result<()> {
         let places = self.places(cid)?;
-        let Some(other) = places.iter().find(|place| place.whose == Whose::Others) else { return Ok(()) };
-        Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is another host's: {}", other.has()))
-            .hint(format!("ask that host; if it is gone for good, `bosh-qemu-cpi disk take {cid}` here")))
+        let Some(other) = places.iter().find(|place| place.whose == Whose::Others) else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::Conflict,
+            format!("disk '{cid}' is another host's: {}", other.has()),
+        )
+        .hint(format!(
+            "ask that host; if it is gone for good, `bosh-qemu-cpi disk take {cid}` here"
+        )))
     }
 
     /// Whether a disk that has a record here is this host's.
@@ -198,14 +220,23 @@ impl Store {
                 Whose::Nobodys => "nobody's",
                 Whose::Others if self.known_marks()?.is_none() => {
                     let file = self.host_id_file();
-                    let message = format!("whose disk '{cid}' is can not be told: '{}' is missing", file.display());
-                    let hint = format!("{has}: if that is this host's, write what stands after the '-' into the file");
+                    let message = format!(
+                        "whose disk '{cid}' is can not be told: '{}' is missing",
+                        file.display()
+                    );
+                    let hint = format!(
+                        "{has}: if that is this host's, write what stands after the '-' into the file"
+                    );
                     return Err(Error::new(ErrorKind::Corrupt, message).hint(hint));
                 }
                 Whose::Others => "another host's",
             };
             let hint = if place.is_in_force(disk) { OUTDATED } else { NEWER };
-            return Err(Error::new(ErrorKind::Conflict, format!("disk '{cid}' is {now} now: {has}")).hint(hint));
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("disk '{cid}' is {now} now: {has}"),
+            )
+            .hint(hint));
         }
         Ok(())
     }
@@ -253,7 +284,9 @@ impl Store {
     /// # Errors
     /// As [`Self::is_ours`].
     pub fn mark(&self, disk: &DiskRecord) -> Result<()> {
-        let Some(pool) = disk.pool.as_deref().filter(|pool| self.pools().is_shared(pool)) else { return Ok(()) };
+        let Some(pool) = disk.pool.as_deref().filter(|pool| self.pools().is_shared(pool)) else {
+            return Ok(());
+        };
         let ours = self.own_marks()?;
         self.stay(disk)?;
         atomic::write_json(&self.pools().dir(pool)?.join(&disk.cid).join(ours.host), disk)
@@ -329,20 +362,28 @@ impl Store {
         let places = self.places(cid)?;
         let Some(place) = places.first() else {
             let pools: Vec<_> = self.pools().shared().map(|pool| format!("'{pool}'")).collect();
-            let message = format!("no shared pool has a disk '{cid}'; this host has [{}]", pools.join(", "));
-            return Err(Error::new(ErrorKind::DiskNotFound, message).hint("see 'pools' of its configuration"));
+            let message =
+                format!("no shared pool has a disk '{cid}'; this host has [{}]", pools.join(", "));
+            return Err(Error::new(ErrorKind::DiskNotFound, message)
+                .hint("see 'pools' of its configuration"));
         };
         let unknown = |why: &str| {
-            let message = format!("'{}' {why}, so nobody can tell what the disk is", place.dir.display());
-            Error::new(ErrorKind::Corrupt, message)
-                .hint("put the disk's record of the other host into this state directory, from a backup")
+            let message =
+                format!("'{}' {why}, so nobody can tell what the disk is", place.dir.display());
+            Error::new(ErrorKind::Corrupt, message).hint(
+                "put the disk's record of the other host into this state directory, from a backup",
+            )
         };
         let mark = place.mark.as_ref().ok_or_else(|| unknown("has no record of it"))?;
         let record = place.record(mark, cid)?;
         let mut images = atomic::names(&place.dir)?;
         images.retain(|name| !is_mark(name) && !name.starts_with(atomic::NEW));
         if places.len() > 1 || images != [record.image()] {
-            let why = format!("and other pools have [{}], not '{}' alone", images.join(", "), record.image());
+            let why = format!(
+                "and other pools have [{}], not '{}' alone",
+                images.join(", "),
+                record.image()
+            );
             return Err(unknown(&why));
         }
         judge(&place.dir.join(record.image()))?;
@@ -361,7 +402,8 @@ impl Store {
         let mut disks = Vec::new();
         for pool in self.pools().shared() {
             let Ok(dir) = self.pools().dir(pool) else { continue };
-            let cids = atomic::names(dir)?.into_iter().filter_map(|name| DiskCid::parse(&name).ok());
+            let cids =
+                atomic::names(dir)?.into_iter().filter_map(|name| DiskCid::parse(&name).ok());
             disks.extend(cids.filter(|cid| dir.join(cid).join(&ours.moving).exists()));
         }
         Ok(disks)
@@ -375,11 +417,15 @@ impl Store {
             text => text.at("read", &path)?,
         };
         let id = text.trim();
-        let hint =
-            "write into it what stands after the '-' in the name of 'host-…' beside this host's disks in shared pools";
+        let hint = "write into it what stands after the '-' in the name of 'host-…' beside this host's disks in shared pools";
         match DiskCid::parse_new(&format!("{}-{id}", DiskCid::PREFIX)) {
-            Ok(_) => Ok(Some(Marks { host: format!("{HOST}{id}"), moving: format!("{MOVING}{id}") })),
-            Err(_) => Err(Error::new(ErrorKind::Corrupt, format!("'{}' is no host's id", path.display())).hint(hint)),
+            Ok(_) => {
+                Ok(Some(Marks { host: format!("{HOST}{id}"), moving: format!("{MOVING}{id}") }))
+            }
+            Err(_) => {
+                Err(Error::new(ErrorKind::Corrupt, format!("'{}' is no host's id", path.display()))
+                    .hint(hint))
+            }
         }
     }
 

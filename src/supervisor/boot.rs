@@ -35,8 +35,10 @@ pub(super) async fn slot(scope: &Scope, until: Instant) -> Result<Brief> {
             }
         }
         if Instant::now() >= until {
-            let message =
-                format!("VM '{}' waited for one of {slots} boot slots until its call's time was nearly up", scope.cid);
+            let message = format!(
+                "VM '{}' waited for one of {slots} boot slots until its call's time was nearly up",
+                scope.cid
+            );
             return Err(Error::new(ErrorKind::Timeout, message)
                 .because(held.expect("at least one slot"))
                 .hint("`limits.parallel_boots` VMs start at the same time; `bosh-qemu-cpi vm list` shows which"));

@@ -27,7 +27,8 @@ pub(super) fn ask(vm: &VmRecord) -> Questions {
         // Frames that the host itself sends are on none of a bridge's VLANs but its own.
         let rules = nic.rules.as_ref().filter(|rules| rules.probe && segment.vlan.is_none())?;
         let single = |block: &IpNetwork| block.prefix() == if block.is_ipv4() { 32 } else { 128 };
-        let addresses: Vec<_> = rules.addresses.iter().filter(|block| single(block)).map(IpNetwork::ip).collect();
+        let addresses: Vec<_> =
+            rules.addresses.iter().filter(|block| single(block)).map(IpNetwork::ip).collect();
         let (bridge, mac): (LinkName, _) = (segment.bridge.clone(), nic.mac);
         let asked = move || probe::holder(&bridge, &addresses, mac);
         Some((nic.network.clone(), spawn_blocking(asked)))
@@ -47,12 +48,18 @@ impl Questions {
                 Ok(None) => {}
                 Ok(Some((ip, _))) if wanders(scope, ip)? => {}
                 Ok(Some((ip, mac))) => {
-                    let problem = format!("network '{network}': {ip} is held by a machine outside, with the MAC {mac}");
+                    let problem = format!(
+                        "network '{network}': {ip} is held by a machine outside, with the MAC {mac}"
+                    );
                     return Err(Error::new(ErrorKind::Conflict, problem).hint(
                         "if that is right, as for an address that wanders, set conflict_probe to false for that network",
                     ));
                 }
-                Err(error) => tracing::warn!(network, error = error.report(), "could not look for address conflicts"),
+                Err(error) => tracing::warn!(
+                    network,
+                    error = error.report(),
+                    "could not look for address conflicts"
+                ),
             }
         }
         Ok(())

@@ -27,7 +27,13 @@ impl CappedLog {
     /// Opens `path` for appending, with `reserve` bytes of the filesystem kept for it.
     pub(super) fn open(path: PathBuf, cap: u64, reserve: u64) -> Result<Self> {
         let mut options = OpenOptions::new();
-        let file = options.read(true).create(true).append(true).mode(0o600).open(&path).at("open log", &path)?;
+        let file = options
+            .read(true)
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .at("open log", &path)?;
         let size = file.metadata().at("read the size of", &path)?.len();
         let mut log = Self { path, file, size, cap, reserve, reserved: 0 };
         log.keep_space();
@@ -60,7 +66,9 @@ impl CappedLog {
     fn keep_space(&mut self) {
         let (from, length) = (self.size as i64, self.reserve as i64);
         // Not every filesystem can, and a full one has none left: then what comes may be lost.
-        if length > 0 && fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length).is_ok() {
+        if length > 0
+            && fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length).is_ok()
+        {
             self.reserved = self.size + self.reserve;
         }
     }
@@ -74,7 +82,9 @@ mod tests {
     fn half_a_line_does_not_spoil_the_next() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
-        for (before, after) in [("", "new\n"), ("one\n", "one\nnew\n"), ("one\nhal", "one\nhal\nnew\n")] {
+        for (before, after) in
+            [("", "new\n"), ("one\n", "one\nnew\n"), ("one\nhal", "one\nhal\nnew\n")]
+        {
             std::fs::write(&path, before).unwrap();
             let mut log = CappedLog::open(path.clone(), 100, 0).unwrap();
             log.begin_line().unwrap();
@@ -90,7 +100,8 @@ mod tests {
         for _ in 0..1000 {
             log.append(b"0123456789").unwrap();
         }
-        let sizes: Vec<_> = dir.path().read_dir().unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();
+        let sizes: Vec<_> =
+            dir.path().read_dir().unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();
         assert_eq!(sizes.len(), 2);
         assert!(sizes.iter().all(|size| *size <= 100), "{sizes:?}");
     }

@@ -88,7 +88,11 @@ pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) ->
 }
 
 /// Takes the supervisor's lock, by which others know that the VM starts or runs. One that starts must have the memory.
-fn admitted<'a>(scope: &'a Scope, begin: Begin, runtime: &tokio::runtime::Runtime) -> Result<(File, Supervisor<'a>)> {
+fn admitted<'a>(
+    scope: &'a Scope,
+    begin: Begin,
+    runtime: &tokio::runtime::Runtime,
+) -> Result<(File, Supervisor<'a>)> {
     let starts = matches!(begin, Begin::Launch { .. });
     let _deciding = if starts { Some(memory::lock(scope)?) } else { None };
     // Who finds the pid may signal it.
@@ -130,7 +134,10 @@ impl Orders {
     fn hear(runtime: &tokio::runtime::Runtime) -> Result<Self> {
         let _entered = runtime.enter();
         let hear = |kind| signal(kind).map_err(|e| Error::os("watch for signals", e));
-        Ok(Self { end: hear(SignalKind::terminate())?, call_off: hear(SignalKind::user_defined1())? })
+        Ok(Self {
+            end: hear(SignalKind::terminate())?,
+            call_off: hear(SignalKind::user_defined1())?,
+        })
     }
 
     /// When a launch is to end.
@@ -164,7 +171,10 @@ impl<'a> Supervisor<'a> {
         let vm = read(scope)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
             // The call that started us was killed, and delete_vm is or was here since.
             let _ = atomic::remove_dir(&scope.paths.run);
-            Error::new(ErrorKind::VmNotFound, format!("VM '{}' has no record to start from", scope.cid))
+            Error::new(
+                ErrorKind::VmNotFound,
+                format!("VM '{}' has no record to start from", scope.cid),
+            )
         })?;
         let mut events = CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?;
         if let Err(error) = events.begin_line() {
@@ -180,7 +190,11 @@ impl<'a> Supervisor<'a> {
         })
     }
 
-    fn launch(&mut self, runtime: &tokio::runtime::Runtime, queue_until: Instant) -> Result<Running> {
+    fn launch(
+        &mut self,
+        runtime: &tokio::runtime::Runtime,
+        queue_until: Instant,
+    ) -> Result<Running> {
         let _slot = runtime.block_on(async {
             tokio::select! {
                 slot = boot::slot(self.scope, queue_until) => slot,
@@ -188,14 +202,21 @@ impl<'a> Supervisor<'a> {
             }
         })?;
         let child = launch::spawn(self.scope, &self.vm)?;
-        let running = runtime.block_on(launch::boot(self.scope, &self.vm, child, self.orders.either()))?;
-        self.note("started", &json!({"pid": running.qemu.process().pid(), "accel": self.vm.machine.accel}));
+        let running =
+            runtime.block_on(launch::boot(self.scope, &self.vm, child, self.orders.either()))?;
+        self.note(
+            "started",
+            &json!({"pid": running.qemu.process().pid(), "accel": self.vm.machine.accel}),
+        );
         Ok(running)
     }
 
     fn adopt(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
         let PowerState::On(process) = power_state(&self.scope.paths)? else {
-            return Err(Error::new(ErrorKind::Host, format!("VM '{}' has ended meanwhile", self.scope.cid)));
+            return Err(Error::new(
+                ErrorKind::Host,
+                format!("VM '{}' has ended meanwhile", self.scope.cid),
+            ));
         };
         let running = runtime.block_on(launch::adopt(self.scope, process))?;
         self.note("adopted", &json!({"pid": running.qemu.process().pid()}));
@@ -208,11 +229,16 @@ impl<'a> Supervisor<'a> {
             let ending = match running.take() {
                 Some(qemu) => {
                     let exit = runtime.block_on(self.watch(qemu));
-                    if read(self.scope).is_ok_and(|vm| vm.is_none_or(|vm| vm.phase == Phase::Deleting)) {
+                    if read(self.scope)
+                        .is_ok_and(|vm| vm.is_none_or(|vm| vm.phase == Phase::Deleting))
+                    {
                         // Nobody will ask how it ended, and delete_vm waits for us.
                         return Ok(());
                     }
-                    self.note("exited", &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}));
+                    self.note(
+                        "exited",
+                        &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}),
+                    );
                     if let Err(error) = exit.write(&self.scope.paths.exit()) {
                         // A full disk is no reason to leave a crashed VM off.
                         tracing::error!(error = error.report(), "the exit record is lost");
@@ -232,7 +258,11 @@ impl<'a> Supervisor<'a> {
 
     /// Takes the VM's lock if the VM is to be started again, after the back-off. Calls that end a VM say so in its
     /// record first, so the record is asked twice: at once, and again under the lock.
-    fn may_restart(&mut self, runtime: &tokio::runtime::Runtime, ending: Ending) -> Result<Option<Guard>> {
+    fn may_restart(
+        &mut self,
+        runtime: &tokio::runtime::Runtime,
+        ending: Ending,
+    ) -> Result<Option<Guard>> {
         let wanted = ending == Ending::Crashed && self.scope.config.restart == Restart::OnCrash;
         if !wanted || !self.still_ours()? {
             return Ok(None);
@@ -251,7 +281,8 @@ impl<'a> Supervisor<'a> {
         if told_to_end || !self.still_ours()? {
             return Ok(None);
         }
-        let lock = self.scope.store.lock(Rank::Vm, &self.scope.cid, Instant::now() + LOCK_PATIENCE)?;
+        let lock =
+            self.scope.store.lock(Rank::Vm, &self.scope.cid, Instant::now() + LOCK_PATIENCE)?;
         // Its create_vm may still have been at work when it ended. That is over now, and if it is not ready, nobody has it.
         if self.still_ours()? && self.vm.phase == Phase::Ready {
             return Ok(Some(lock));
@@ -265,7 +296,9 @@ impl<'a> Supervisor<'a> {
     /// Whether the record still wants the run this supervisor is for; takes over what changed in it.
     fn still_ours(&mut self) -> Result<bool> {
         let Some(now) = read(self.scope)? else { return Ok(false) };
-        let same = now.run == self.vm.run && now.phase != Phase::Deleting && now.desired == Desired::Running;
+        let same = now.run == self.vm.run
+            && now.phase != Phase::Deleting
+            && now.desired == Desired::Running;
         if same {
             self.vm = now;
         }
@@ -279,7 +312,8 @@ impl<'a> Supervisor<'a> {
         let group = Cgroup::open(self.scope.cid.as_str());
         let oom_kills = group.oom_kills();
         let Running { mut qemu, mut monitor, mut serial, full } = running;
-        let (mut run, mut open, mut buffer) = (Run { full, ..Run::default() }, (true, true), vec![0; 4096]);
+        let (mut run, mut open, mut buffer) =
+            (Run { full, ..Run::default() }, (true, true), vec![0; 4096]);
         let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {

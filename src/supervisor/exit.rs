@@ -41,7 +41,9 @@ impl ExitRecord {
     /// What this exit means.
     pub fn ending(&self) -> Ending {
         match self.reason.as_deref() {
-            _ if self.signal.is_some() || self.code.is_some_and(|code| code != 0) => Ending::Crashed,
+            _ if self.signal.is_some() || self.code.is_some_and(|code| code != 0) => {
+                Ending::Crashed
+            }
             // An adopted QEMU that gave no reason did not shut down.
             None if self.code.is_none() => Ending::Crashed,
             Some("guest-panic") => Ending::Crashed,
@@ -77,9 +79,15 @@ impl ExitRecord {
                 .hint("remove the file: the VM counts as crashed then, and is started again")
         };
         match std::fs::read(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(path) => Ok(None),
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(path) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(damaged(&error.to_string())),
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| damaged(&error.to_string())),
+            Ok(text) => {
+                serde_json::from_slice(&text).map(Some).map_err(|error| damaged(&error.to_string()))
+            }
         }
     }
 }
@@ -89,7 +97,14 @@ mod tests {
     use super::*;
 
     fn exit(code: Option<i32>, signal: Option<i32>, reason: Option<&str>) -> ExitRecord {
-        ExitRecord { run: 1, code, signal, reason: reason.map(Into::into), host_stopping: false, at: String::new() }
+        ExitRecord {
+            run: 1,
+            code,
+            signal,
+            reason: reason.map(Into::into),
+            host_stopping: false,
+            at: String::new(),
+        }
     }
 
     #[test]
@@ -102,7 +117,8 @@ mod tests {
         assert_eq!(exit(None, Some(9), None).ending(), Ending::Crashed);
         assert_eq!(exit(None, None, None).ending(), Ending::Crashed);
         assert_eq!(exit(None, None, Some("guest-shutdown")).ending(), Ending::PoweredOff);
-        let host = ExitRecord { host_stopping: true, ..exit(Some(0), None, Some("guest-shutdown")) };
+        let host =
+            ExitRecord { host_stopping: true, ..exit(Some(0), None, Some("guest-shutdown")) };
         assert_eq!(host.ending(), Ending::Stopped);
     }
 }

@@ -56,7 +56,11 @@ impl Full {
     /// That of a guest whose `status` was asked by who did not see the events: any of its images may be meant.
     pub(super) fn found(status: &Status) -> Self {
         let waits = status.state == WAITS;
-        Self { nodes: waits.then(String::new).into_iter().collect(), next: waits.then(Instant::now), ..Self::default() }
+        Self {
+            nodes: waits.then(String::new).into_iter().collect(),
+            next: waits.then(Instant::now),
+            ..Self::default()
+        }
     }
 
     /// Takes notice of an event.
@@ -90,7 +94,11 @@ impl Full {
     }
 
     /// Has the guest go on if there is room. Whether it was told to.
-    pub(super) async fn look(&mut self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
+    pub(super) async fn look(
+        &mut self,
+        monitor: &mut Connection,
+        pid: i32,
+    ) -> Result<bool, MonitorError> {
         self.interval = self.longer();
         self.next = Some(Instant::now() + self.interval);
         if power::status(monitor).await?.state != WAITS {
@@ -109,7 +117,8 @@ impl Full {
     async fn has_room(&mut self, monitor: &mut Connection, pid: i32) -> Result<bool, MonitorError> {
         let sets = monitor.execute(&qapi::qmp::query_fdsets {}).await?;
         let opened = sets.iter().flat_map(|set| &set.fds);
-        let writable = opened.filter_map(|fd| Some((fd.opaque.as_deref()?.strip_prefix("rdwr:")?, fd.fd)));
+        let writable =
+            opened.filter_map(|fd| Some((fd.opaque.as_deref()?.strip_prefix("rdwr:")?, fd.fd)));
         let known = |node: &str| writable.clone().any(|(its, _)| its == node);
         // A node that has no descriptor of its own, such as a job's, may be on any of them.
         let all = !self.nodes.iter().all(|node| known(node));
@@ -128,7 +137,8 @@ fn ask(paths: Vec<String>) -> oneshot::Receiver<bool> {
     let (sender, receiver) = oneshot::channel();
     std::thread::spawn(move || {
         let has_room = |path: &String| {
-            rustix::fs::statvfs(path.as_str()).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
+            rustix::fs::statvfs(path.as_str())
+                .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ROOM)
         };
         let _ = sender.send(paths.iter().all(has_room));
     });
@@ -139,8 +149,13 @@ fn ask(paths: Vec<String>) -> oneshot::Receiver<bool> {
 mod tests {
     use super::*;
 
-    const NO_SPACE: EventKind<'_> =
-        EventKind::BlockIoError { node: Some("root"), operation: "write", action: "stop", no_space: true, reason: "" };
+    const NO_SPACE: EventKind<'_> = EventKind::BlockIoError {
+        node: Some("root"),
+        operation: "write",
+        action: "stop",
+        no_space: true,
+        reason: "",
+    };
 
     #[tokio::test]
     async fn a_guest_that_fills_the_disk_again_at_once_waits_longer() {
@@ -163,7 +178,13 @@ mod tests {
     async fn only_a_full_filesystem_is_waited_for() {
         let mut full = Full::default();
         for (action, no_space) in [("report", true), ("stop", false)] {
-            full.take(EventKind::BlockIoError { node: None, operation: "write", action, no_space, reason: "" });
+            full.take(EventKind::BlockIoError {
+                node: None,
+                operation: "write",
+                action,
+                no_space,
+                reason: "",
+            });
             assert!(full.nodes.is_empty());
         }
         full.take(NO_SPACE);

@@ -50,10 +50,12 @@ pub(super) struct Running {
 /// Starts QEMU, stopped, in the VM's control groups. Synchronous: the child is made while this process has one thread.
 /// Whoever removes the VM sees the supervisor's lock, and waits for it before it removes the groups.
 pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
-    let template = Template::load(&vm.machine.template, scope.config.qemu.templates_dir.as_deref())?;
+    let template =
+        Template::load(&vm.machine.template, scope.config.qemu.templates_dir.as_deref())?;
     let resources = std::thread::scope(|threads| {
         // Moving a process waits for a pause of every CPU (RCU), 15 ms. Files and taps are opened meanwhile.
-        let moved = threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter(&limits::of(scope, vm)));
+        let moved =
+            threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter(&limits::of(scope, vm)));
         let resources = Resources::open(scope, vm);
         moved.join().expect("no panic");
         resources
@@ -92,7 +94,9 @@ pub(super) async fn boot(
         () = told_to_end => Err(called_off(scope)),
     };
     match booted {
-        Ok((monitor, serial)) => Ok(Running { qemu: Watched::Child(child), monitor, serial, full: Full::default() }),
+        Ok((monitor, serial)) => {
+            Ok(Running { qemu: Watched::Child(child), monitor, serial, full: Full::default() })
+        }
         Err(error) => {
             // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
             let ended = timeout(LAST_WORDS, child.exited()).await;
@@ -102,26 +106,38 @@ pub(super) async fn boot(
     }
 }
 
-async fn connect_and_continue(scope: &Scope, vm: &VmRecord, path: &Path) -> Result<(Connection, UnixStream)> {
+async fn connect_and_continue(
+    scope: &Scope,
+    vm: &VmRecord,
+    path: &Path,
+) -> Result<(Connection, UnixStream)> {
     // While QEMU starts: it takes longer than the answers.
     let questions = conflict::ask(vm);
     let mut monitor = Connection::connect(path, Instant::now() + READY).await?;
     let status = power::status(&mut monitor).await?;
     if !status.is_prelaunch() {
-        return Err(Error::new(ErrorKind::Internal, format!("QEMU started in state {:?}", status.state)));
+        return Err(Error::new(
+            ErrorKind::Internal,
+            format!("QEMU started in state {:?}", status.state),
+        ));
     }
     let kvm = monitor.raw("query-kvm", &json!({})).await?;
     let wanted = vm.machine.accel == Accel::Kvm;
     if kvm["enabled"] != wanted {
-        return Err(Error::new(ErrorKind::Host, format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"])));
+        return Err(Error::new(
+            ErrorKind::Host,
+            format!("QEMU runs with kvm {}, not {wanted}", kvm["enabled"]),
+        ));
     }
     let own = [Some(files::ROOT), vm.ephemeral.as_ref().map(|_| files::EPHEMERAL)];
-    let own = own.into_iter().flatten().filter_map(|id| blockdev::throttle_together(id, vm.disk_limits));
+    let own =
+        own.into_iter().flatten().filter_map(|id| blockdev::throttle_together(id, vm.disk_limits));
     let disks = resources::disks(scope, vm)?;
     if disks.iter().any(|disk| disk.encrypted) {
         forget_key(&mut monitor).await?;
     }
-    let persistent = disks.iter().filter_map(|disk| blockdev::throttle(disk.cid.as_str(), disk.limits));
+    let persistent =
+        disks.iter().filter_map(|disk| blockdev::throttle(disk.cid.as_str(), disk.limits));
     for limits in own.chain(persistent) {
         monitor.raw("block_set_io_throttle", &limits).await?;
     }
@@ -136,7 +152,8 @@ pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
     // The call that started us may end, and its control group with it.
     Cgroup::open(scope.cid.as_str()).rejoin();
     let qemu = Watched::orphan(process)?;
-    let mut monitor = Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
+    let mut monitor =
+        Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
     let full = Full::found(&power::status(&mut monitor).await?);
     Ok(Running { qemu, monitor, serial: serial(scope).await?, full })
 }
@@ -172,5 +189,10 @@ fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
 
 fn open_log(path: &Path) -> Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).at("open log", path)
+    std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .at("open log", path)
 }

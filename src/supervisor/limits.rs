@@ -42,7 +42,8 @@ pub(super) const USUAL: u64 = 64 * MIB;
 
 /// The limits of the VM's control groups.
 pub(super) fn of(scope: &Scope, vm: &VmRecord) -> Limits {
-    let in_memory = rustix::fs::statfs(scope.store.state_dir()).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC);
+    let in_memory =
+        rustix::fs::statfs(scope.store.state_dir()).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC);
     Limits {
         memory: (!in_memory).then(|| memory(vm)),
         pids: THREADS + u64::from(vm.machine.cpus),

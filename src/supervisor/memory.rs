@@ -44,8 +44,11 @@ pub fn admit(scope: &Scope, vm: &VmRecord) -> Result<()> {
         PowerState::On(qemu) => resident(qemu.pid()).get(),
         PowerState::Off => 0,
     };
-    Figures { need: promise(vm).saturating_sub(own), ..Figures::of(&scope.config, &scope.store, Some(&scope.cid))? }
-        .verdict(vm)
+    Figures {
+        need: promise(vm).saturating_sub(own),
+        ..Figures::of(&scope.config, &scope.store, Some(&scope.cid))?
+    }
+    .verdict(vm)
 }
 
 /// The largest `ram` that a new VM could have now.
@@ -129,7 +132,8 @@ impl Figures {
         if taken + self.need <= self.available {
             return Ok(());
         }
-        let returning: u64 = self.claims.iter().filter(|claim| claim.ending).map(|claim| claim.touched).sum();
+        let returning: u64 =
+            self.claims.iter().filter(|claim| claim.ending).map(|claim| claim.touched).sum();
         let passing = taken + self.need <= self.available + returning;
         let message = format!(
             "the host has not the memory for VM '{}': it needs {} ({} for the guest), {} are left: {} are available, \

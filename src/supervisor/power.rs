@@ -65,13 +65,16 @@ pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
 /// Has a launch that is under way end now instead of when it is done or at its deadline. For whoever is about to remove
 /// the VM but finds its lock taken; a guest that runs already runs on.
 pub fn call_off(paths: &VmPaths) -> Result<()> {
-    pidlock::holder(&paths.supervisor_pid())?.map_or(Ok(()), |supervisor| supervisor.signal(Signal::SIGUSR1))
+    pidlock::holder(&paths.supervisor_pid())?
+        .map_or(Ok(()), |supervisor| supervisor.signal(Signal::SIGUSR1))
 }
 
 fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
     let PowerState::On(qemu) = power_state(paths)? else { return Ok(()) };
     let ended = match button {
-        Button::Press(patience) => press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline),
+        Button::Press(patience) => {
+            press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline)
+        }
         Button::Quit => quit(paths, &qemu, deadline),
         Button::Kill => false,
     };
@@ -81,8 +84,9 @@ fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
 /// The power button, again and again until the guest listens. Whether QEMU is gone.
 fn press(paths: &VmPaths, qemu: &Process, patience: Duration, deadline: Instant) -> bool {
     let until = earlier(deadline, patience);
-    let pressed = Monitor::connect(&paths.qmp(), until)
-        .and_then(|mut monitor| monitor.run(async |connection| buttons::press_button(connection, until).await));
+    let pressed = Monitor::connect(&paths.qmp(), until).and_then(|mut monitor| {
+        monitor.run(async |connection| buttons::press_button(connection, until).await)
+    });
     if !matches!(pressed, Ok(buttons::Button::Down)) {
         tracing::info!(?pressed, "the guest did not follow the power button");
         return false;

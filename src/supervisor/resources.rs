@@ -43,7 +43,10 @@ impl Resources {
         // In force before there is a tap: a VM is never on a wire without them.
         net::guard::add(&vm.nics, || all_nics(scope))?;
         Ok(Self {
-            files: needs.into_iter().map(|need| open_file(&scope.config, need)).collect::<Result<_>>()?,
+            files: needs
+                .into_iter()
+                .map(|need| open_file(&scope.config, need))
+                .collect::<Result<_>>()?,
             key: if encrypted { Some(key_pipe(scope)?) } else { None },
             taps: vm.nics.iter().map(|nic| plug(scope, vm, nic)).collect::<Result<_>>()?,
             qmp: listen(&scope.paths.qmp())?,
@@ -67,8 +70,18 @@ impl Resources {
     /// The descriptors themselves, to be closed here once QEMU has them: an image's lock lives as long as any copy.
     pub(super) fn into_fds(self) -> Vec<OwnedFd> {
         let sockets = [self.qmp, self.supervisor_qmp, self.serial].map(OwnedFd::from);
-        let taps = self.taps.into_iter().flatten().flat_map(|plug| plug.queues.into_iter().chain(plug.vhost));
-        self.files.into_iter().map(|(_, fd)| fd).chain(self.key).chain(taps).chain(sockets).collect()
+        let taps = self
+            .taps
+            .into_iter()
+            .flatten()
+            .flat_map(|plug| plug.queues.into_iter().chain(plug.vhost));
+        self.files
+            .into_iter()
+            .map(|(_, fd)| fd)
+            .chain(self.key)
+            .chain(taps)
+            .chain(sockets)
+            .collect()
     }
 }
 
@@ -80,8 +93,11 @@ pub(super) fn disks(scope: &Scope, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
 }
 
 fn missing_disk(disk: &DiskCid) -> Error {
-    Error::new(ErrorKind::DiskNotFound, format!("disk '{disk}' is attached to the VM but has no record"))
-        .hint("restore the disk's directory, or detach the disk with detach_disk")
+    Error::new(
+        ErrorKind::DiskNotFound,
+        format!("disk '{disk}' is attached to the VM but has no record"),
+    )
+    .hint("restore the disk's directory, or detach the disk with detach_disk")
 }
 
 /// Opens one file as QEMU wants it, on its command line or over its monitor.
@@ -105,13 +121,15 @@ fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
     // A key has at most 4096 bytes, which any pipe takes at once.
     writer.write_all(key.0.as_bytes()).map_err(pipe)?;
     // A name like /proc/self/fd/3 is opened anew, by QEMU's own user. Nobody else has the name.
-    rustix::fs::fchmod(&reader, rustix::fs::Mode::from_raw_mode(0o444)).map_err(|e| pipe(e.into()))?;
+    rustix::fs::fchmod(&reader, rustix::fs::Mode::from_raw_mode(0o444))
+        .map_err(|e| pipe(e.into()))?;
     Ok(reader.into())
 }
 
 /// The cards of all VMs there are, should the host have lost everybody's rules.
 fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
-    let vms = scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+    let vms =
+        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
@@ -139,14 +157,22 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
 /// disagrees keeps a new VM from being made; one that was there before starts, whatever the others have become.
 fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment, Vec<Port>)> {
     let (mut all, mut ports) = (segment.clone(), Vec::new());
-    for other in scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting) {
+    for other in
+        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
+    {
         let cid = &other.cid;
-        for (port, its) in other.nics.iter().filter_map(Port::of).filter(|(_, its)| its.bridge == segment.bridge) {
+        for (port, its) in
+            other.nics.iter().filter_map(Port::of).filter(|(_, its)| its.bridge == segment.bridge)
+        {
             match plan::merge(&mut all, its) {
                 Err(error) if vm.phase == Phase::Creating => {
-                    return Err(error.with_kind(ErrorKind::Conflict).during(format!("VM '{cid}' is on the bridge")));
+                    return Err(error
+                        .with_kind(ErrorKind::Conflict)
+                        .during(format!("VM '{cid}' is on the bridge")));
                 }
-                Err(error) => tracing::warn!(other = %cid, error = error.report(), "the bridge is as this VM wants it"),
+                Err(error) => {
+                    tracing::warn!(other = %cid, error = error.report(), "the bridge is as this VM wants it")
+                }
                 Ok(()) => all.isolated |= its.isolated,
             }
             ports.push(port);
@@ -154,7 +180,10 @@ fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment
     }
     for pin in scope.store.pins()?.iter().filter(|pin| pin.bridge == segment.bridge) {
         if let Err(error) = plan::merge(&mut all, pin) {
-            tracing::warn!(error = error.report(), "the bridge is no more as 'network apply' made it");
+            tracing::warn!(
+                error = error.report(),
+                "the bridge is no more as 'network apply' made it"
+            );
         }
     }
     Ok((all, ports))

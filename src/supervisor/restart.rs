@@ -8,7 +8,8 @@ const LIMIT: usize = 3;
 /// … within this time.
 const WINDOW: Duration = Duration::from_secs(600);
 /// How long to wait before the first, second and third restart of a window.
-const BACK_OFF: [Duration; LIMIT] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(15)];
+const BACK_OFF: [Duration; LIMIT] =
+    [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(15)];
 
 /// The restarts of the last ten minutes.
 #[derive(Debug, Default)]

@@ -25,7 +25,12 @@ const ASKED: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// Why the launch failed; nothing of it is left, taps, sockets and processes included.
-pub fn start(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
+pub fn start(
+    scope: &Scope,
+    config_file: Option<&Path>,
+    lock: &Guard,
+    deadline: Instant,
+) -> Result<()> {
     io_uring::probe(scope.store.run_dir(), &scope.config.qemu, deadline);
     Scope::rotate(&scope.paths.supervisor_log());
     let begin = Begin::Launch { queue_until: queue_until(deadline) };
@@ -52,7 +57,12 @@ pub enum Adoption {
 ///
 /// # Errors
 /// Why that failed; the VM runs on as it did.
-pub fn adopt(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<Adoption> {
+pub fn adopt(
+    scope: &Scope,
+    config_file: Option<&Path>,
+    lock: &Guard,
+    deadline: Instant,
+) -> Result<Adoption> {
     let is_on = matches!(power_state(&scope.paths)?, PowerState::On(_));
     if !is_on || pidlock::holder(&scope.paths.supervisor_pid())?.is_some() {
         return Ok(Adoption::Needless);
@@ -69,11 +79,18 @@ pub fn adopt(scope: &Scope, config_file: Option<&Path>, lock: &Guard, deadline: 
 /// launch. What else the launch had still to do is not known. One that does not answer did run.
 fn never_ran(paths: &VmPaths, deadline: Instant) -> bool {
     let until = deadline.min(Instant::now() + ASKED);
-    let status = Monitor::connect(&paths.qmp(), until).and_then(|mut monitor| monitor.execute(&QueryStatus {}));
+    let status = Monitor::connect(&paths.qmp(), until)
+        .and_then(|mut monitor| monitor.execute(&QueryStatus {}));
     status.is_ok_and(|status| status.is_prelaunch())
 }
 
-fn spawn(scope: &Scope, begin: Begin, config_file: Option<&Path>, lock: &Guard, deadline: Instant) -> Result<()> {
+fn spawn(
+    scope: &Scope,
+    begin: Begin,
+    config_file: Option<&Path>,
+    lock: &Guard,
+    deadline: Instant,
+) -> Result<()> {
     let mut arguments: Vec<OsString> = vec!["supervise".into(), scope.cid.as_str().into()];
     match begin {
         Begin::Adopt => arguments.push("--adopt".into()),
@@ -104,7 +121,10 @@ fn understand(scope: &Scope, line: Option<&str>) -> Result<()> {
         Some(Ok(Launched::Failed { kind, report })) => Err(Error::new(kind, report)),
         Some(Err(_)) | None => Err(Error::new(
             ErrorKind::Host,
-            format!("the supervisor ended before the VM ran: {}", crate::host::tail::last_lines(&log, 3)),
+            format!(
+                "the supervisor ended before the VM ran: {}",
+                crate::host::tail::last_lines(&log, 3)
+            ),
         )
         .hint(format!("its log is '{}'", log.display()))),
     }

@@ -67,15 +67,21 @@ impl State {
 pub fn status(paths: &VmPaths, run: u64, deadline: Instant) -> Result<Status> {
     match power_state(paths)? {
         PowerState::On(qemu) => {
-            let asked = Monitor::connect(&paths.qmp(), deadline).and_then(|mut monitor| doing(&mut monitor));
-            let (state, reason) = asked.unwrap_or_else(|error| (State::Silent, Some(error.to_string())));
+            let asked = Monitor::connect(&paths.qmp(), deadline)
+                .and_then(|mut monitor| doing(&mut monitor));
+            let (state, reason) =
+                asked.unwrap_or_else(|error| (State::Silent, Some(error.to_string())));
             Ok(Status { state, reason, pid: Some(qemu.pid()) })
         }
         PowerState::Off => {
             let exit = ExitRecord::read(&paths.exit())?.filter(|exit| exit.run == run);
             let state = match exit.as_ref().map(ExitRecord::ending) {
                 Some(Ending::PoweredOff | Ending::Stopped) => State::Stopped,
-                Some(Ending::Crashed) | None if pidlock::holder(&paths.supervisor_pid())?.is_some() => State::Starting,
+                Some(Ending::Crashed) | None
+                    if pidlock::holder(&paths.supervisor_pid())?.is_some() =>
+                {
+                    State::Starting
+                }
                 Some(Ending::Crashed) | None => State::Crashed,
             };
             let reason = match exit {
@@ -97,7 +103,10 @@ fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError>
     if status.state == "io-error" {
         let devices = monitor.raw("query-block", &json!({}))?;
         let failed: Vec<_> = devices.as_array().into_iter().flatten().filter_map(failed).collect();
-        reason = format!("{reason} on {}", if failed.is_empty() { "a disk".to_owned() } else { failed.join(", ") });
+        reason = format!(
+            "{reason} on {}",
+            if failed.is_empty() { "a disk".to_owned() } else { failed.join(", ") }
+        );
     }
     Ok((State::Paused, Some(reason)))
 }
@@ -110,7 +119,8 @@ fn failed(device: &Value) -> Option<String> {
         _ => return None,
     };
     // A device's own id, or a child's below it.
-    let id = device["qdev"].as_str()?.trim_start_matches("/machine/peripheral/").split('/').next()?;
+    let id =
+        device["qdev"].as_str()?.trim_start_matches("/machine/peripheral/").split('/').next()?;
     Some(format!("{} ({why})", printable(id)))
 }
 

@@ -27,7 +27,8 @@ fn code_of_a_file(line: &str) -> Option<(NonNull<c_void>, usize)> {
         return None;
     }
     let (start, end) = range.split_once('-')?;
-    let (start, end) = (usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?);
+    let (start, end) =
+        (usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?);
     Some((NonNull::without_provenance(NonZeroUsize::new(start)?), end.checked_sub(start)?))
 }
 

@@ -121,22 +121,29 @@ impl Step {
 /// # Errors
 /// [`ErrorKind::Host`] naming the step that failed.
 pub fn spawn(confined: Confined) -> Result<Child> {
-    let Confined { program, args, inherit, uid, keeps_network, paths, log, pid_lock, hardening } = confined;
+    let Confined { program, args, inherit, uid, keeps_network, paths, log, pid_lock, hardening } =
+        confined;
     let ruleset = landlock::ruleset(&paths, hardening)?;
     let (mut failed_at, report) = std::io::pipe().map_err(|e| Error::os("make a pipe", e))?;
     let errors = log.try_clone().map_err(|e| Error::os("copy the log's descriptor", e))?;
     let mut command = Command::new(&program);
     command.args(&args).stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
-    let fds: Vec<RawFd> = inherit.iter().map(AsRawFd::as_raw_fd).chain([pid_lock.as_raw_fd()]).collect();
+    let fds: Vec<RawFd> =
+        inherit.iter().map(AsRawFd::as_raw_fd).chain([pid_lock.as_raw_fd()]).collect();
     // Only root with CAP_SYS_RESOURCE may raise a hard limit; a container's root has not.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| Error::os("ask for the limit of descriptors", e))?;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)
+        .map_err(|e| Error::os("ask for the limit of descriptors", e))?;
     let steps = Steps {
         fds,
         descriptors: DESCRIPTORS.min(most),
         lock: pid_lock.as_raw_fd(),
         uid,
-        namespaces: if keeps_network { libc::CLONE_NEWIPC } else { libc::CLONE_NEWNET | libc::CLONE_NEWIPC },
+        namespaces: if keeps_network {
+            libc::CLONE_NEWIPC
+        } else {
+            libc::CLONE_NEWNET | libc::CLONE_NEWIPC
+        },
         ruleset: ruleset.as_ref().map(AsRawFd::as_raw_fd),
         hardening,
         report: report.as_raw_fd(),
@@ -146,10 +153,14 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     drop((report, inherit));
     let mut steps = Vec::new();
     failed_at.read_to_end(&mut steps).map_err(|e| Error::os("read how the start went", e))?;
-    let steps: Vec<_> = steps.iter().filter_map(|n| Step::ALL.into_iter().find(|s| *s as u8 == *n)).collect();
+    let steps: Vec<_> =
+        steps.iter().filter_map(|n| Step::ALL.into_iter().find(|s| *s as u8 == *n)).collect();
     let child = spawned.map_err(|error| match steps.last() {
-        Some(step) => Error::os(format!("start '{}': {}", program.display(), step.describe()), error)
-            .hint("the configuration's `hardening` can be `best-effort` where a host can not do this"),
+        Some(step) => {
+            Error::os(format!("start '{}': {}", program.display(), step.describe()), error).hint(
+                "the configuration's `hardening` can be `best-effort` where a host can not do this",
+            )
+        }
         None => Error::io("start", &program, error),
     })?;
     for step in steps {
@@ -163,7 +174,8 @@ pub fn spawn(confined: Confined) -> Result<Child> {
 /// The started program as a [`Child`] that holds its lock. If it can not be one it is killed: an error means that nothing runs.
 fn watched(mut child: std::process::Child, pid_lock: &File) -> Result<Child> {
     let process = Process::open(child.id() as i32).and_then(|process| {
-        let locked = pidlock::is_held_by(pid_lock, process.pid())? || process.wait_exit(Instant::now() + DYING)?;
+        let locked = pidlock::is_held_by(pid_lock, process.pid())?
+            || process.wait_exit(Instant::now() + DYING)?;
         if locked {
             Ok(process)
         } else {
@@ -205,12 +217,19 @@ impl Steps {
         let call = |number, arguments| unsafe { call(number, arguments) };
         self.step(Step::Lock, || {
             let lock = pidlock::whole_file(libc::F_WRLCK);
-            call(libc::SYS_fcntl, [self.lock as usize, libc::F_SETLK as usize, &raw const lock as usize])
+            call(
+                libc::SYS_fcntl,
+                [self.lock as usize, libc::F_SETLK as usize, &raw const lock as usize],
+            )
         })?;
         let close_at_exec = libc::CLOSE_RANGE_CLOEXEC as usize;
-        self.step(Step::Others, || call(libc::SYS_close_range, [3, u32::MAX as usize, close_at_exec]))?;
+        self.step(Step::Others, || {
+            call(libc::SYS_close_range, [3, u32::MAX as usize, close_at_exec])
+        })?;
         for fd in &self.fds {
-            self.step(Step::Inherit, || call(libc::SYS_fcntl, [*fd as usize, libc::F_SETFD as usize, 0]))?;
+            self.step(Step::Inherit, || {
+                call(libc::SYS_fcntl, [*fd as usize, libc::F_SETFD as usize, 0])
+            })?;
         }
         self.step(Step::Limits, || limits(self.descriptors))?;
         if self.hardening == Hardening::Off {
@@ -221,10 +240,14 @@ impl Steps {
         self.step(Step::Groups, || call(libc::SYS_setgroups, [0, 0, 0]))?;
         self.step(Step::Gid, || call(libc::SYS_setresgid, [id, id, id]))?;
         self.step(Step::Uid, || call(libc::SYS_setresuid, [id, id, id]))?;
-        self.step(Step::NoNewPrivileges, || call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0]))?;
+        self.step(Step::NoNewPrivileges, || {
+            call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0])
+        })?;
         self.step(Step::Capabilities, drop_capabilities)?;
         if let Some(ruleset) = self.ruleset {
-            self.step(Step::Landlock, || call(libc::SYS_landlock_restrict_self, [ruleset as usize, 0, 0]))?;
+            self.step(Step::Landlock, || {
+                call(libc::SYS_landlock_restrict_self, [ruleset as usize, 0, 0])
+            })?;
         }
         Ok(())
     }
@@ -235,7 +258,8 @@ impl Steps {
         let Err(error) = act() else { return Ok(()) };
         let number = step as u8;
         // SAFETY: the kernel reads one byte, which lives.
-        let _ = unsafe { call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]) };
+        let _ =
+            unsafe { call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]) };
         if step.optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
     }
 }
@@ -342,8 +366,16 @@ mod tests {
 
     #[test]
     fn a_confined_program_is_nobody_and_sees_nothing() {
-        let status = says("cat /proc/self/status; cat /proc/net/dev; cat /etc/passwd; : >/tmp/x", Hardening::Strict);
-        for line in ["Uid:\t1900000001\t1900000001", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Groups:\t \n"] {
+        let status = says(
+            "cat /proc/self/status; cat /proc/net/dev; cat /etc/passwd; : >/tmp/x",
+            Hardening::Strict,
+        );
+        for line in [
+            "Uid:\t1900000001\t1900000001",
+            "CapEff:\t0000000000000000",
+            "NoNewPrivs:\t1",
+            "Groups:\t \n",
+        ] {
             assert!(status.contains(line), "{line} in {status}");
         }
         assert!(!status.contains("eth0:"), "{status}");
@@ -364,7 +396,12 @@ mod tests {
             says("cat /proc/self/status", Hardening::BestEffort)
         });
         let status = status.join().unwrap();
-        for line in ["Uid:\t0\t0", "CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"] {
+        for line in [
+            "Uid:\t0\t0",
+            "CapPrm:\t0000000000000000",
+            "CapEff:\t0000000000000000",
+            "NoNewPrivs:\t1",
+        ] {
             assert!(status.contains(line), "{line} in {status}");
         }
     }
@@ -372,7 +409,8 @@ mod tests {
     #[test]
     fn what_it_is_not_given_it_does_not_get() {
         let stray = File::open("/dev/null").unwrap();
-        nix::fcntl::fcntl(&stray, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+        nix::fcntl::fcntl(&stray, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
+            .unwrap();
         let script = format!("test -e /proc/self/fd/{} && echo stray", stray.as_raw_fd());
         assert_eq!(says(&script, Hardening::Strict), "");
         assert_eq!(says(&script, Hardening::Off), "");
@@ -390,7 +428,10 @@ mod tests {
 
     #[test]
     fn no_core_is_dumped_into_a_file_or_a_program() {
-        assert!(says("grep core /proc/self/limits", Hardening::Strict).contains(" 1                    1 "));
+        assert!(
+            says("grep core /proc/self/limits", Hardening::Strict)
+                .contains(" 1                    1 ")
+        );
     }
 
     #[test]
@@ -407,7 +448,8 @@ mod tests {
         let confined_sleep = confined(dir.path(), "exec sleep 60", Hardening::Strict);
         let mut child = spawn(Confined { inherit: vec![fd], ..confined_sleep }).unwrap();
         // Both ends of a pipe read as the same "pipe:[inode]".
-        let target = |pid: i32, fd: RawFd| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+        let target =
+            |pid: i32, fd: RawFd| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
         let own_end = target(std::process::id() as i32, reader.as_raw_fd());
         assert_eq!(target(child.process().pid(), number), own_end, "under its own number");
         let holder = pidlock::holder(&dir.path().join("x.pid")).unwrap().expect("alive");
@@ -421,7 +463,10 @@ mod tests {
     #[test]
     fn a_missing_program_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let missing = Confined { program: "/nonexistent".into(), ..confined(dir.path(), "", Hardening::Strict) };
+        let missing = Confined {
+            program: "/nonexistent".into(),
+            ..confined(dir.path(), "", Hardening::Strict)
+        };
         assert!(spawn(missing).unwrap_err().report().starts_with("start '/nonexistent'"));
     }
 }

@@ -21,12 +21,19 @@ pub fn detach() -> Result<(File, File)> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     let root = std::path::Path::new("/");
     nix::unistd::chdir(root).at("change to", root)?;
-    let stdin = std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| Error::os("copy standard input", e))?;
-    let stdout = std::io::stdout().as_fd().try_clone_to_owned().map_err(|e| Error::os("copy standard output", e))?;
+    let stdin = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| Error::os("copy standard input", e))?;
+    let stdout = std::io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| Error::os("copy standard output", e))?;
     let null = std::path::Path::new("/dev/null");
     let null = std::fs::OpenOptions::new().read(true).write(true).open(null).at("open", null)?;
     nix::unistd::dup2_stdout(&null).map_err(|e| Error::os("give up standard output", e))?;
-    nix::unistd::dup2_stdin(OwnedFd::from(null)).map_err(|e| Error::os("give up standard input", e))?;
+    nix::unistd::dup2_stdin(OwnedFd::from(null))
+        .map_err(|e| Error::os("give up standard input", e))?;
     Ok((File::from(stdin), File::from(stdout)))
 }
 
@@ -35,5 +42,9 @@ fn close_inherited() -> Result<()> {
     // SAFETY: the caller promises that nothing of this process has opened a descriptor yet, so no owner is left with a
     // number that means something else.
     let closed = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
-    if closed == 0 { Ok(()) } else { Err(Error::os("close inherited descriptors", std::io::Error::last_os_error())) }
+    if closed == 0 {
+        Ok(())
+    } else {
+        Err(Error::os("close inherited descriptors", std::io::Error::last_os_error()))
+    }
 }

@@ -8,6 +8,7 @@ use nix::libc;
 /// may not is refused before (io_uring_setup(2): ENOSYS, EPERM; a container's filter answers either).
 pub fn is_allowed() -> bool {
     // SAFETY: the null pointer is the kernel's to check, and no ring is made without it.
-    let answer = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null_mut::<libc::c_void>()) };
+    let answer =
+        unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null_mut::<libc::c_void>()) };
     answer == -1 && Errno::last() == Errno::EFAULT
 }

@@ -4,7 +4,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, path_beneath_rules,
+    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    path_beneath_rules,
 };
 
 use crate::config::Hardening;
@@ -27,8 +28,17 @@ impl Paths {
     /// directory it could write to.
     pub fn of_qemu(binary: &Path) -> Self {
         // A QEMU outside /usr has its firmware and libraries beside it: /opt/qemu/bin/… means /opt/qemu.
-        let prefix = binary.parent().and_then(Path::parent).filter(|prefix| prefix.parent().is_some());
-        let fixed = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/proc", "/sys/devices/system", "/dev/urandom"];
+        let prefix =
+            binary.parent().and_then(Path::parent).filter(|prefix| prefix.parent().is_some());
+        let fixed = [
+            "/usr",
+            "/lib",
+            "/lib64",
+            "/etc/ld.so.cache",
+            "/proc",
+            "/sys/devices/system",
+            "/dev/urandom",
+        ];
         Self {
             read: fixed.iter().map(PathBuf::from).chain(prefix.map(Path::to_owned)).collect(),
             // QEMU tries there whether the kernel has open-file-description locks.
@@ -55,8 +65,15 @@ pub(super) fn ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<Owne
     }
 }
 
-fn make_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>, landlock::RulesetError> {
-    let level = if hardening == Hardening::Strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
+fn make_ruleset(
+    paths: &Paths,
+    hardening: Hardening,
+) -> Result<Option<OwnedFd>, landlock::RulesetError> {
+    let level = if hardening == Hardening::Strict {
+        CompatLevel::HardRequirement
+    } else {
+        CompatLevel::BestEffort
+    };
     let created = Ruleset::default()
         .set_compatibility(level)
         .handle_access(AccessFs::from_all(ABI::V1))?
@@ -65,6 +82,9 @@ fn make_ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>, 
         .create()?
         // Rules for paths this host does not have are skipped by `path_beneath_rules`.
         .add_rules(path_beneath_rules(&paths.read, AccessFs::from_read(LANDLOCK)))?
-        .add_rules(path_beneath_rules(&paths.write, AccessFs::from_read(LANDLOCK) | AccessFs::WriteFile))?;
+        .add_rules(path_beneath_rules(
+            &paths.write,
+            AccessFs::from_read(LANDLOCK) | AccessFs::WriteFile,
+        ))?;
     Ok(created.into())
 }

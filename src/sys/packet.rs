@@ -8,7 +8,9 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, bind, recv, send, socket};
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, bind, recv, send, socket,
+};
 
 /// The longest frame that is looked at whole.
 const LONGEST: usize = 2048;
@@ -26,8 +28,12 @@ impl PacketSocket {
     pub fn open(name: &str) -> nix::Result<Self> {
         let index = if_nametoindex(name)?;
         // Of no protocol until it is bound: so it never hears another link's frames.
-        let socket =
-            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+        let socket = socket(
+            AddressFamily::Packet,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+            None,
+        )?;
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
             sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
@@ -38,8 +44,12 @@ impl PacketSocket {
             sll_addr: [0; 8],
         };
         // SAFETY: the pointer is to a live sockaddr_ll, whose family and length it is given with; it is copied.
-        let address =
-            unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(size_of::<libc::sockaddr_ll>() as u32)) };
+        let address = unsafe {
+            LinkAddr::from_raw(
+                (&raw const address).cast(),
+                Some(size_of::<libc::sockaddr_ll>() as u32),
+            )
+        };
         bind(socket.as_raw_fd(), &address.ok_or(Errno::EINVAL)?)?;
         Ok(Self(socket))
     }
@@ -72,7 +82,8 @@ impl PacketSocket {
                 return Ok(None);
             }
             // Rounded up: a wait of zero milliseconds would be a busy one.
-            let left = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            let left =
+                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], left) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error),

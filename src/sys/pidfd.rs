@@ -22,7 +22,8 @@ impl Process {
     /// The process that has the number `pid` now. Whoever got the number from elsewhere must make sure afterwards that
     /// it still means the same process.
     pub fn open(pid: i32) -> Result<Self> {
-        Self::find(pid)?.ok_or_else(|| Error::os(format!("open process {pid}"), rustix::io::Errno::SRCH))
+        Self::find(pid)?
+            .ok_or_else(|| Error::os(format!("open process {pid}"), rustix::io::Errno::SRCH))
     }
 
     /// As [`Self::open`], or `None` if there is no such process.
@@ -42,7 +43,8 @@ impl Process {
 
     /// Sends a signal; a process that is gone already is fine.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let number = rustix::process::Signal::from_named_raw(signal as i32).expect("nix names only real signals");
+        let number = rustix::process::Signal::from_named_raw(signal as i32)
+            .expect("nix names only real signals");
         match pidfd_send_signal(&self.fd, number) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(errno) => Err(Error::os(format!("send {signal} to process {}", self.pid), errno)),
@@ -51,7 +53,8 @@ impl Process {
 
     /// Waits until the process has ended, at most until `deadline`. A dead child that nobody reaped has ended.
     pub fn wait_exit(&self, deadline: Instant) -> Result<bool> {
-        readable(&self.fd, deadline).map_err(|e| Error::os(format!("wait for process {}", self.pid), e))
+        readable(&self.fd, deadline)
+            .map_err(|e| Error::os(format!("wait for process {}", self.pid), e))
     }
 }
 
@@ -86,7 +89,9 @@ impl Watch {
         let fd = process.fd.try_clone().map_err(|e| Error::os("copy a pidfd", e))?;
         // SAFETY: an OwnedFd is open, is one number for its life, and stays inside the AsyncFd until that is dropped.
         let watch = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
-        watch.map(Self).map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
+        watch
+            .map(Self)
+            .map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
     }
 
     /// Waits until the process has ended. May be dropped and called again.

@@ -23,7 +23,13 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 /// Opens the lock file `path` for the process that will hold it.
 pub fn open(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW);
     options.open(path).at("open", path)
 }
 
@@ -35,9 +41,10 @@ pub fn lock_self(path: &Path) -> Result<File> {
     let file = open(path)?;
     match fcntl(&file, FcntlArg::F_SETLK(&whole_file(libc::F_WRLCK))) {
         Ok(_) => Ok(file),
-        Err(nix::Error::EAGAIN | nix::Error::EACCES) => {
-            Err(Error::new(ErrorKind::Conflict, format!("'{}' is held by another process", path.display())))
-        }
+        Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(Error::new(
+            ErrorKind::Conflict,
+            format!("'{}' is held by another process", path.display()),
+        )),
         Err(errno) => Err(errno).at("lock", path),
     }
 }
@@ -60,7 +67,9 @@ pub fn holder(path: &Path) -> Result<Option<Process>> {
         // holds the lock on both sides of it and what was opened lives still.
         let process = Process::find(pid)?;
         match process {
-            Some(process) if holding(&file, path)? == Some(pid) && !process.wait_exit(Instant::now())? => {
+            Some(process)
+                if holding(&file, path)? == Some(pid) && !process.wait_exit(Instant::now())? =>
+            {
                 return Ok(Some(process));
             }
             _ => {}
@@ -76,9 +85,11 @@ fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
     }
     // fcntl(2): 0 is a process of another pid namespace, -1 a lock that no process but an open file holds.
     if lock.l_pid <= 0 {
-        let message = format!("'{}' is held by a process that can not be seen from here", path.display());
-        return Err(Error::new(ErrorKind::Conflict, message)
-            .hint("run the CPI in the host's pid namespace; /proc/locks on the host lists the holder"));
+        let message =
+            format!("'{}' is held by a process that can not be seen from here", path.display());
+        return Err(Error::new(ErrorKind::Conflict, message).hint(
+            "run the CPI in the host's pid namespace; /proc/locks on the host lists the holder",
+        ));
     }
     Ok(Some(lock.l_pid))
 }
@@ -89,7 +100,13 @@ pub(super) fn is_held_by(file: &File, pid: i32) -> Result<bool> {
 }
 
 pub(super) fn whole_file(kind: i32) -> libc::flock {
-    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 }
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
 }
 
 #[cfg(test)]
@@ -130,8 +147,12 @@ mod tests {
             "import fcntl;f=open('{}','r+');fcntl.lockf(f,fcntl.LOCK_EX);print(1,flush=True);input()",
             path.display()
         );
-        let mut child =
-            Command::new("python3").args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new("python3")
+            .args(["-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut line = [0];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
         let process = holder(&path).unwrap().expect("held");

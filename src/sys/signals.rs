@@ -31,7 +31,11 @@ mod tests {
         // SAFETY: ignoring a signal runs no code of this process.
         unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
         let lost = Command::new("true").spawn().unwrap().wait();
-        assert_eq!(lost.unwrap_err().raw_os_error(), Some(nix::libc::ECHILD), "or there is nothing to mend");
+        assert_eq!(
+            lost.unwrap_err().raw_os_error(),
+            Some(nix::libc::ECHILD),
+            "or there is nothing to mend"
+        );
         keep_exit_statuses().unwrap();
         assert!(Command::new("true").spawn().unwrap().wait().unwrap().success());
     }

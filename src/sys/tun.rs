@@ -20,7 +20,11 @@ const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<nix::libc::ifre
 mod raw {
     // Declared as a write by the kernel's headers, of an int at that; in truth it reads and writes an ifreq.
     use super::{InterfaceRequest, c_int};
-    nix::ioctl_readwrite_bad!(tunsetiff, nix::request_code_write!(b'T', 202, size_of::<c_int>()), InterfaceRequest);
+    nix::ioctl_readwrite_bad!(
+        tunsetiff,
+        nix::request_code_write!(b'T', 202, size_of::<c_int>()),
+        InterfaceRequest
+    );
 }
 
 /// Makes a new tap `name` out of `device`, an open `/dev/net/tun`: Ethernet frames, each behind a virtio-net header.

@@ -60,7 +60,11 @@ fn repair(path: &Path, whole: &[u8]) {
 /// Every name in `dir`, with what is there.
 fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-    paths.map(|path| (path.clone(), fs::read(&path).unwrap_or_else(|error| error.to_string().into_bytes()))).collect()
+    paths
+        .map(|path| {
+            (path.clone(), fs::read(&path).unwrap_or_else(|error| error.to_string().into_bytes()))
+        })
+        .collect()
 }
 
 /// What all damages are done to, and something of each kind that they must not disturb.
@@ -96,7 +100,8 @@ impl Lab {
             let before = content(dir);
             for (method, arguments) in calls {
                 let answer = host.call(method, arguments);
-                let failure = answer.outcome.expect_err(&format!("{method} with a record that is {how}"));
+                let failure =
+                    answer.outcome.expect_err(&format!("{method} with a record that is {how}"));
                 let named = failure.message.contains(dir.to_str().unwrap());
                 assert!(named && !failure.ok_to_retry, "{method}, {how}: {failure:?}");
                 assert!(!failure.kind.ends_with("NotFound"), "{method}, {how}: {failure:?}");
@@ -139,7 +144,8 @@ fn a_damaged_stemcell() {
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
     let stemcell = text(&lab.host.ok("create_stemcell", &json!([image, {}])));
     let dir = lab.host.path("state/stemcells").join(&stemcell);
-    let calls = [("create_vm", lab.host.vm_arguments(&stemcell)), ("delete_stemcell", json!([stemcell]))];
+    let calls =
+        [("create_vm", lab.host.vm_arguments(&stemcell)), ("delete_stemcell", json!([stemcell]))];
     lab.walk(&dir, "stemcell.json", &calls);
 }
 
@@ -208,7 +214,11 @@ fn a_damaged_network() {
     arguments[3] = json!({"a": {"type": "manual", "ip": "10.8.0.5", "netmask": "255.255.255.0", "gateway": "10.8.0.1",
                                 "cloud_properties": made[2]}});
     let dir = lab.host.path("state/networks").join(&network);
-    lab.walk(&dir, "network.json", &[("create_vm", arguments), ("delete_network", json!([network]))]);
+    lab.walk(
+        &dir,
+        "network.json",
+        &[("create_vm", arguments), ("delete_network", json!([network]))],
+    );
     // Others can be made, but not in its subnet.
     let whole = fs::read(dir.join("network.json")).unwrap();
     damage(&dir.join("network.json"), "empty");
@@ -219,7 +229,10 @@ fn a_damaged_network() {
     repair(&dir.join("network.json"), &whole);
     // Without its record it is gone for BOSH, but for what an operator sees of it.
     fs::remove_file(dir.join("network.json")).unwrap();
-    assert_eq!(lab.host.call("delete_network", &json!([network])).failure().kind, "NetworkNotFound");
+    assert_eq!(
+        lab.host.call("delete_network", &json!([network])).failure().kind,
+        "NetworkNotFound"
+    );
     let (well, removed) = lab.host.command(&["network", "remove", &network, "--json"]);
     assert!(well && removed["networks"][0]["state"] == "removed", "{removed}");
     assert!(!dir.exists(), "it was empty");
@@ -244,7 +257,10 @@ fn damaged_vms_when_the_host_boots() {
     };
     assert_eq!(state(&lab.vm), "started");
     for (vm, path) in [(&vms[0], &record), (&vms[1], &exit)] {
-        assert!(state(vm)["failed"].as_str().unwrap().contains(path.to_str().unwrap()), "{started}");
+        assert!(
+            state(vm)["failed"].as_str().unwrap().contains(path.to_str().unwrap()),
+            "{started}"
+        );
         assert!(host.qemu(vm).is_none());
     }
     // The host's rules were made anew without the damaged one.
@@ -288,8 +304,14 @@ fn an_object_that_is_a_link_to_nothing() {
     host.sees(&off, "BOOTSECTOR-OK", 1);
     host.power_off(&off);
     for (dir, calls) in [
-        (host.store().disk_dir(&disk), vec![("has_disk", json!([disk])), ("delete_disk", json!([disk]))]),
-        (host.path("state/stemcells").join(&stemcell), vec![("delete_stemcell", json!([stemcell]))]),
+        (
+            host.store().disk_dir(&disk),
+            vec![("has_disk", json!([disk])), ("delete_disk", json!([disk]))],
+        ),
+        (
+            host.path("state/stemcells").join(&stemcell),
+            vec![("delete_stemcell", json!([stemcell]))],
+        ),
         (host.paths(&off).dir, vec![("has_vm", json!([off])), ("delete_vm", json!([off]))]),
     ] {
         // As of an operator who moved it to a filesystem that is not mounted now.
@@ -330,7 +352,10 @@ fn a_read_only_filesystem() {
     lock.lock().unwrap();
     let found = host.command(&["audit", "--json"]);
     assert!(!found.0 && found.1["findings"].as_array().unwrap().len() == 2, "{found:?}");
-    assert!([cut_short.as_str(), without_a_lock].iter().all(|cid| found.1.to_string().contains(cid)), "{found:?}");
+    assert!(
+        [cut_short.as_str(), without_a_lock].iter().all(|cid| found.1.to_string().contains(cid)),
+        "{found:?}"
+    );
 
     host.small().read_only(true);
     for words in [["audit", "--json"].as_slice(), &["gc", "--dry-run", "--json"]] {
@@ -339,7 +364,11 @@ fn a_read_only_filesystem() {
     let (well, pools) = host.command(&["pool", "list", "--json"]);
     assert!(well && pools[0]["free"].is_u64(), "{pools}");
     let gc = host.namespace().run(|| host.cpi().arg("gc").output().unwrap());
-    assert!(!gc.status.success() && String::from_utf8_lossy(&gc.stderr).contains("Read-only file system"), "{gc:?}");
+    assert!(
+        !gc.status.success()
+            && String::from_utf8_lossy(&gc.stderr).contains("Read-only file system"),
+        "{gc:?}"
+    );
     for (method, arguments, result) in [
         ("has_vm", json!([vm]), json!(true)),
         ("has_disk", json!([free]), json!(true)),

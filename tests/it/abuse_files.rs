@@ -14,7 +14,8 @@ use crate::support::host::{Host, text};
 use crate::vm_list::answering;
 
 /// What can be in the place of a file, or of a link.
-const WAYS: [&str; 5] = ["garbage", "empty", "a directory", "a link to nothing", "a link to itself"];
+const WAYS: [&str; 5] =
+    ["garbage", "empty", "a directory", "a link to nothing", "a link to itself"];
 
 fn put(path: &Path, how: &str) {
     match how {
@@ -80,7 +81,8 @@ impl Things {
         let (off, logged) = (host.vm(&lab.stemcell), host.vm(&lab.stemcell));
         host.sees(&off, "BOOTSECTOR-OK", 1);
         host.power_off(&off);
-        let encrypted = text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
+        let encrypted =
+            text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
         let (locked, noted) = (host.disk(), host.disk());
         assert!(host.command(&["network", "apply", "lab", "--json"]).0);
         let mut this = Self { off, logged, encrypted, locked, noted, things: Vec::new() };
@@ -140,7 +142,8 @@ impl Things {
 fn findings(host: &Host) -> BTreeSet<(String, String)> {
     let (_, found) = host.command(&["audit", "--json"]);
     let found = found["findings"].as_array().unwrap();
-    let told: BTreeSet<_> = found.iter().map(|finding| (text(&finding["kind"]), text(&finding["what"]))).collect();
+    let told: BTreeSet<_> =
+        found.iter().map(|finding| (text(&finding["kind"]), text(&finding["what"]))).collect();
     assert_eq!(told.len(), found.len(), "each once: {found:#?}");
     told
 }
@@ -148,18 +151,15 @@ fn findings(host: &Host) -> BTreeSet<(String, String)> {
 /// All at once: what one damage does to the others would be seen, too.
 #[test]
 fn damaged_files_beside_the_records() {
-    let networks =
-        json!({"default": {}, "lab": {"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"}});
+    let networks = json!({"default": {}, "lab": {"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"}});
     let Some(lab) = Lab::with(json!({"networks": networks})) else { return };
     let things = Things::new(&lab);
     let host = &lab.host;
     assert_eq!(findings(host), BTreeSet::new());
     for how in WAYS {
-        let damaged = things
-            .things
-            .iter()
-            .enumerate()
-            .map(|(number, thing)| Damaged::new(&thing.path, host.path(&format!("aside-{number}")), how));
+        let damaged = things.things.iter().enumerate().map(|(number, thing)| {
+            Damaged::new(&thing.path, host.path(&format!("aside-{number}")), how)
+        });
         let damaged: Vec<_> = damaged.collect();
         let note = host.store().pending_dir().join(&things.noted);
         put(&note, how);
@@ -193,13 +193,22 @@ fn a_damaged_schema_and_a_damaged_link_of_the_run_directory() {
             for words in [["gc"].as_slice(), &["host", "start"]] {
                 let refused = host.namespace().run(|| host.cpi().args(words).output().unwrap());
                 let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-                let other = ["'/nowhere/at/all'", "state_dir 'state'"].iter().any(|other| said.contains(other));
+                let other = ["'/nowhere/at/all'", "state_dir 'state'"]
+                    .iter()
+                    .any(|other| said.contains(other));
                 let named = said.contains(path.to_str().unwrap()) || other;
-                assert!(!refused.status.success() && named && said.contains("Hint: "), "{how}: {words:?}: {said}");
+                assert!(
+                    !refused.status.success() && named && said.contains("Hint: "),
+                    "{how}: {words:?}: {said}"
+                );
             }
             let answer = host.call("create_disk", &json!([8, {}, null]));
             assert!(answer.outcome.is_err(), "{how}: {answer:?}");
-            assert_eq!(findings(&host), BTreeSet::from([("corrupt".to_owned(), what.to_owned())]), "{how}");
+            assert_eq!(
+                findings(&host),
+                BTreeSet::from([("corrupt".to_owned(), what.to_owned())]),
+                "{how}"
+            );
             assert_eq!(host.ok("has_vm", &json!([vm])), true);
             assert_eq!(host.ok("has_disk", &json!([disk])), true);
             assert_eq!(answering(&host)[0]["state"], "running");

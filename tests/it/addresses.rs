@@ -35,9 +35,15 @@ fn dynamic_addresses_come_from_the_pool_and_go_back() {
     let stemcell = host.stemcell();
     let made = |networks: &Value| create(&host, &stemcell, networks, &json!({})).result().clone();
     let (one, two) = (made(&dynamic()), made(&dynamic()));
-    assert_eq!((&one[1]["a"]["ip"], &two[1]["a"]["ip"]), (&json!("10.7.0.10"), &json!("10.7.0.11")));
+    assert_eq!(
+        (&one[1]["a"]["ip"], &two[1]["a"]["ip"]),
+        (&json!("10.7.0.10"), &json!("10.7.0.11"))
+    );
     assert_eq!(one[1]["a"]["type"], "dynamic");
-    assert_eq!((&one[1]["a"]["netmask"], &one[1]["a"]["gateway"]), (&json!("255.255.255.0"), &json!("10.7.0.1")));
+    assert_eq!(
+        (&one[1]["a"]["netmask"], &one[1]["a"]["gateway"]),
+        (&json!("255.255.255.0"), &json!("10.7.0.1"))
+    );
     let settings = std::fs::read(host.paths(&vm_cid(&one)).config_drive()).unwrap();
     let settings = String::from_utf8_lossy(&settings);
     assert!(settings.contains(r#""type":"manual""#) && settings.contains(r#""ip":"10.7.0.10""#));
@@ -56,11 +62,13 @@ fn an_address_is_one_vms_whoever_asks_at_once() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     let answers: Vec<Answer> = std::thread::scope(|threads| {
-        let calls: Vec<_> =
-            (0..3).map(|_| threads.spawn(|| create(&host, &stemcell, &manual("10.7.0.5"), &json!({})))).collect();
+        let calls: Vec<_> = (0..3)
+            .map(|_| threads.spawn(|| create(&host, &stemcell, &manual("10.7.0.5"), &json!({}))))
+            .collect();
         calls.into_iter().map(|call| call.join().unwrap()).collect()
     });
-    let (made, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.outcome.is_ok());
+    let (made, refused): (Vec<_>, Vec<_>) =
+        answers.iter().partition(|answer| answer.outcome.is_ok());
     assert_eq!((made.len(), refused.len()), (1, 2), "{answers:?}");
     let holder = text(&made[0].result()[0]);
     for answer in refused {
@@ -76,7 +84,8 @@ fn an_address_is_one_vms_whoever_asks_at_once() {
 fn a_port_of_the_host_is_one_vms() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
-    let ports = json!({"ports": [{"host": "8080-8082", "guest": "80-82"}], "security_groups": ["web"]});
+    let ports =
+        json!({"ports": [{"host": "8080-8082", "guest": "80-82"}], "security_groups": ["web"]});
     let one = create(&host, &stemcell, &manual("10.7.0.5"), &ports);
     let holder = text(&one.result()[0]);
     let clash = json!({"ports": [{"host": 8081, "guest": 80, "address": "192.0.2.1"}]});
@@ -86,7 +95,8 @@ fn a_port_of_the_host_is_one_vms() {
     // By another protocol it is another port.
     let udp = json!({"ports": [{"host": 8081, "guest": 80, "protocol": "udp"}]});
     assert!(create(&host, &stemcell, &manual("10.7.0.6"), &udp).outcome.is_ok());
-    let unknown = create(&host, &stemcell, &manual("10.7.0.7"), &json!({"security_groups": ["wbe"]}));
+    let unknown =
+        create(&host, &stemcell, &manual("10.7.0.7"), &json!({"security_groups": ["wbe"]}));
     assert!(unknown.failure().message.contains("the configuration has: web"), "{unknown:?}");
 }
 
@@ -97,7 +107,8 @@ fn a_port_of_an_address_that_is_not_here_is_told_and_waits_for_it() {
     let ports = |address: &str| json!({"ports": [{"host": 8080, "guest": 80, "address": address}]});
     let made = create(&host, &stemcell, &manual("10.7.0.5"), &ports("192.0.2.9"));
     vm_cid(made.result());
-    let cause = "port tcp/8080 of 192.0.2.9 leads to 10.7.0.5, but no link of this host has 192.0.2.9";
+    let cause =
+        "port tcp/8080 of 192.0.2.9 leads to 10.7.0.5, but no link of this host has 192.0.2.9";
     assert!(
         made.stderr.contains(cause) && made.stderr.contains("ip address add 192.0.2.9 dev LINK"),
         "{}",
@@ -111,8 +122,17 @@ fn a_port_of_an_address_that_is_not_here_is_told_and_waits_for_it() {
     assert_eq!(causes(), [json!(cause)]);
     host.namespace().ip("address add 192.0.2.9/32 dev lo");
     assert_eq!(causes(), [""; 0]);
-    let told = create(&host, &stemcell, &manual("10.7.0.6"), &json!({"ports": [{"host": 81, "address": "192.0.2.9"}]}));
-    assert!(told.outcome.is_ok() && !told.stderr.contains("no link of this host"), "{}", told.stderr);
+    let told = create(
+        &host,
+        &stemcell,
+        &manual("10.7.0.6"),
+        &json!({"ports": [{"host": 81, "address": "192.0.2.9"}]}),
+    );
+    assert!(
+        told.outcome.is_ok() && !told.stderr.contains("no link of this host"),
+        "{}",
+        told.stderr
+    );
     // Nothing ever comes by these.
     for (address, problem) in [
         ("127.0.0.1", "no network whose packets"),
@@ -133,7 +153,12 @@ fn a_security_group_names_protocols_by_name_and_by_number() {
             {"protocol": "sctp", "ports": "3868", "source": "10.0.0.0/8"}, {"protocol": "icmp"},
         ]});
     });
-    let made = create(&host, &host.stemcell(), &manual("10.7.0.5"), &json!({"security_groups": ["router"]}));
+    let made = create(
+        &host,
+        &host.stemcell(),
+        &manual("10.7.0.5"),
+        &json!({"security_groups": ["router"]}),
+    );
     let record = host.record(&vm_cid(made.result()));
     let admits = record.nics[0].rules.as_ref().unwrap().admits.as_ref().unwrap();
     assert_eq!(
@@ -153,20 +178,29 @@ fn a_vm_has_no_address_twice_and_never_its_gateways() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     for allowed in ["0.0.0.0/0", "10.7.0.0/29", "10.7.0.1"] {
-        let refused = create(&host, &stemcell, &manual("10.7.0.5"), &json!({"allowed_addresses": [allowed]}));
+        let refused =
+            create(&host, &stemcell, &manual("10.7.0.5"), &json!({"allowed_addresses": [allowed]}));
         assert!(refused.failure().message.contains("has the gateway of network"), "{refused:?}");
     }
     let mut twice = manual("10.7.0.5");
-    let (name, network) = twice.as_object().unwrap().iter().next().map(|(n, v)| (n.clone(), v.clone())).unwrap();
+    let (name, network) =
+        twice.as_object().unwrap().iter().next().map(|(n, v)| (n.clone(), v.clone())).unwrap();
     twice["other"] = network;
     let refused = create(&host, &stemcell, &twice, &json!({}));
     let message = &refused.failure().message;
-    assert!(message.contains(&format!("networks '{name}' and 'other' have the same ip")), "{message}");
+    assert!(
+        message.contains(&format!("networks '{name}' and 'other' have the same ip")),
+        "{message}"
+    );
 }
 
 #[test]
 fn an_address_that_a_machine_outside_has_is_refused() {
-    let Some(host) = Host::with(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}})) else { return };
+    let Some(host) =
+        Host::with(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}}))
+    else {
+        return;
+    };
     let (stemcell, outside) = (host.stemcell(), Namespace::new().unwrap());
     host.bridge("br0");
     host.namespace().cable("uplink", &outside, "eth0");
@@ -180,7 +214,10 @@ fn an_address_that_a_machine_outside_has_is_refused() {
     for (ip, netmask) in [("10.7.0.5", "255.255.255.0"), ("fd00:7::5", "ffff:ffff:ffff:ffff::")] {
         let refused = ask(ip, netmask);
         let message = &refused.failure().message;
-        assert!(message.contains(&format!("network 'a': {ip} is held by a machine outside")), "{message}");
+        assert!(
+            message.contains(&format!("network 'a': {ip} is held by a machine outside")),
+            "{message}"
+        );
         assert!(message.contains("conflict_probe"), "{message}");
     }
     assert!(ask("10.7.0.6", "255.255.255.0").outcome.is_ok());
@@ -222,7 +259,12 @@ fn qemus_own_network_has_an_address_for_who_asks_for_any() {
     // Every VM is alone on its own.
     let again = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}}), &json!({}));
     assert_eq!(again.result()[1]["a"]["ip"], "10.0.2.15");
-    let twice = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}, "b": {"type": "dynamic"}}), &json!({}));
+    let twice = create(
+        &host,
+        &stemcell,
+        &json!({"a": {"type": "dynamic"}, "b": {"type": "dynamic"}}),
+        &json!({}),
+    );
     assert!(twice.failure().message.contains("networks 'a' and 'b' have the same ip"), "{twice:?}");
     for (pool, problem) in [
         ("10.5.0.1-10.5.0.9", "a pool that is not in its subnet"),

@@ -42,7 +42,12 @@ fn everything(host: &Host) -> BTreeMap<PathBuf, (i64, i64, u64)> {
     let mut dirs = vec![host.path("state"), host.store().run_dir().to_owned()];
     let mut seen = BTreeMap::new();
     while let Some(dir) = dirs.pop() {
-        for path in fs::read_dir(&dir).into_iter().flatten().map(|entry| entry.unwrap().path()).chain([dir.clone()]) {
+        for path in fs::read_dir(&dir)
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.unwrap().path())
+            .chain([dir.clone()])
+        {
             let Ok(meta) = path.symlink_metadata() else { continue };
             if meta.is_dir() && path != dir {
                 dirs.push(path.clone());
@@ -58,10 +63,15 @@ fn looking_writes_nothing() {
     let Some(host) = Host::new() else { return };
     let look = |host: &Host| {
         let before = everything(host);
-        for words in [["audit", "--json"].as_slice(), &["gc", "--dry-run", "--json"], &["vm", "list", "--json"]] {
+        for words in [
+            ["audit", "--json"].as_slice(),
+            &["gc", "--dry-run", "--json"],
+            &["vm", "list", "--json"],
+        ] {
             host.command(words);
         }
-        let _ = host.namespace().run(|| host.cpi().args(["pool", "list", "--json"]).output().unwrap());
+        let _ =
+            host.namespace().run(|| host.cpi().args(["pool", "list", "--json"]).output().unwrap());
         assert_eq!(everything(host), before);
     };
     look(&host);
@@ -76,7 +86,8 @@ fn looking_writes_nothing() {
         fs::remove_file(lock.unwrap().path()).unwrap();
     }
     // Of a process that is none.
-    std::os::unix::fs::symlink("999999999", store.pending_dir().join("vm-aaaaaaaaaaaaaaa")).unwrap();
+    std::os::unix::fs::symlink("999999999", store.pending_dir().join("vm-aaaaaaaaaaaaaaa"))
+        .unwrap();
     std::os::unix::fs::symlink("vm-bbbbbbbbbbbbbbb", host.path("state/uids/1900000007")).unwrap();
     assert_eq!(audit(&host).len(), 3);
     look(&host);
@@ -110,15 +121,24 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
         |crash| {
             let not_told = |(kind, _, _): &(String, String, Value)| kind != "untold";
             let reported: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
-            assert!(reported.iter().all(|(_, _, cure)| *cure == "gc"), "{}: {reported:?}", crash.point);
+            assert!(
+                reported.iter().all(|(_, _, cure)| *cure == "gc"),
+                "{}: {reported:?}",
+                crash.point
+            );
             // What is still being launched by an orphaned supervisor is busy, and no finding yet.
             eventually("everything is whole or gone", || {
                 let mended: Vec<_> = gc(&host).into_iter().filter(not_told).collect();
-                assert!(mended.iter().all(|(_, _, cure)| *cure == "mended"), "{}: {mended:?}", crash.point);
+                assert!(
+                    mended.iter().all(|(_, _, cure)| *cure == "mended"),
+                    "{}: {mended:?}",
+                    crash.point
+                );
                 let store = host.store();
                 let vms = store.list::<VmRecord>().unwrap();
-                let whole =
-                    vms.iter().all(|vm| store.read(vm).unwrap().is_some_and(|vm: VmRecord| vm.phase == Phase::Ready));
+                let whole = vms.iter().all(|vm| {
+                    store.read(vm).unwrap().is_some_and(|vm: VmRecord| vm.phase == Phase::Ready)
+                });
                 whole.then_some(())
             });
             let left: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
@@ -130,7 +150,8 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
             for disk in store.list::<DiskRecord>().unwrap() {
                 host.ok("delete_disk", &json!([disk]));
             }
-            let left: Vec<_> = host.left().into_iter().filter(|left| !left.contains(&stemcell)).collect();
+            let left: Vec<_> =
+                host.left().into_iter().filter(|left| !left.contains(&stemcell)).collect();
             assert!(left.is_empty(), "{}: {left:?}", crash.point);
             format!("{} findings", reported.len())
         },
@@ -167,7 +188,10 @@ fn an_attach_that_was_cut_short_is_settled() {
     let what = format!("{disk} on {vm}");
     assert_eq!(audit(&host), one("unsettled", &what, "gc"));
     let (clean, found) = findings(&host, &["gc", "--json"]);
-    assert!(!clean && found[0].2["operator"].as_str().unwrap().contains("repeat"), "the guest has it: {found:?}");
+    assert!(
+        !clean && found[0].2["operator"].as_str().unwrap().contains("repeat"),
+        "the guest has it: {found:?}"
+    );
     host.ok("detach_disk", &json!([vm, disk]));
     interrupted();
     assert_eq!(gc(&host), one("unsettled", &what, "mended"), "the guest has it not");
@@ -214,7 +238,11 @@ fn a_vm_that_nobody_was_told_of_is_told_and_gives_its_address_away() {
     host.command(&["host", "start", "--json"]);
     let untold = host.store().list::<VmRecord>().unwrap().pop().unwrap();
     let found = audit(&host);
-    assert_eq!((found[0].0.as_str(), found[0].1.as_str(), found.len()), ("untold", untold.as_str(), 1), "{found:?}");
+    assert_eq!(
+        (found[0].0.as_str(), found[0].1.as_str(), found.len()),
+        ("untold", untold.as_str(), 1),
+        "{found:?}"
+    );
     // A Director that asks for the address again does not know who has it.
     let vm = vm_cid(&host.ok("create_vm", &arguments));
     assert_eq!(host.store().list::<VmRecord>().unwrap(), std::slice::from_ref(&vm));
@@ -252,14 +280,25 @@ fn a_record_that_can_not_be_read_is_told_and_nothing_of_it_is_touched() {
     let text = fs::read(&record).unwrap();
     fs::write(&record, &text[..text.len() / 2]).unwrap();
     let found = gc(&host);
-    assert_eq!((found[0].0.as_str(), found[0].1.as_str(), found.len()), ("corrupt", disk.as_str(), 1), "{found:?}");
+    assert_eq!(
+        (found[0].0.as_str(), found[0].1.as_str(), found.len()),
+        ("corrupt", disk.as_str(), 1),
+        "{found:?}"
+    );
     fs::rename(&record, host.path("aside")).unwrap();
     let found = gc(&host);
-    assert_eq!((found[0].0.as_str(), found[0].1.as_str(), found.len()), ("no-record", disk.as_str(), 1), "{found:?}");
+    assert_eq!(
+        (found[0].0.as_str(), found[0].1.as_str(), found.len()),
+        ("no-record", disk.as_str(), 1),
+        "{found:?}"
+    );
     fs::rename(host.path("aside"), &record).unwrap();
     fs::write(&record, text).unwrap();
     assert_eq!(gc(&host), []);
-    assert_eq!([disk, other].map(|disk| host.ok("has_disk", &json!([disk]))), [json!(true), json!(true)]);
+    assert_eq!(
+        [disk, other].map(|disk| host.ok("has_disk", &json!([disk]))),
+        [json!(true), json!(true)]
+    );
 }
 
 /// As of a copy of the state directory without links, and of one somebody changed.
@@ -289,7 +328,10 @@ fn what_a_record_gives_a_vm_is_its_own_by_name_again() {
             spoil(path);
         }
         let found = audit(&host);
-        assert!(found.iter().all(|(kind, _, cure)| kind == "unclaimed" && *cure == "gc"), "{found:?}");
+        assert!(
+            found.iter().all(|(kind, _, cure)| kind == "unclaimed" && *cure == "gc"),
+            "{found:?}"
+        );
         assert_eq!(found.len(), 4, "{found:?}");
         let (clean, found) = findings(&host, &["gc", "--json"]);
         assert!(clean, "{found:?}");
@@ -309,7 +351,13 @@ fn two_vms_with_one_uid_are_told() {
     fs::remove_file(&link).unwrap();
     std::os::unix::fs::symlink(other.as_str(), &link).unwrap();
     let (clean, found) = findings(&host, &["gc", "--json"]);
-    assert!(!clean && found.len() == 1 && found[0].0 == "unclaimed" && found[0].2["operator"].is_string(), "{found:?}");
+    assert!(
+        !clean
+            && found.len() == 1
+            && found[0].0 == "unclaimed"
+            && found[0].2["operator"].is_string(),
+        "{found:?}"
+    );
     fs::remove_file(&link).unwrap();
     assert!(findings(&host, &["gc", "--json"]).0);
 }
@@ -363,7 +411,10 @@ fn two_state_directories_do_not_share_a_run_directory() {
     host.reconfigure(|config| config["state_dir"] = json!(host.path("other")));
     let answer = host.call("create_disk", &json!([8, {}, null]));
     let failure = answer.failure();
-    assert!(failure.message.contains("run_dir") && failure.message.contains("other"), "{failure:?}");
+    assert!(
+        failure.message.contains("run_dir") && failure.message.contains("other"),
+        "{failure:?}"
+    );
     let output = host.namespace().run(|| host.cpi().args(["gc", "--json"]).output().unwrap());
     assert!(!output.status.success() || !host.path("other").exists());
     host.reconfigure(|config| config["state_dir"] = json!(host.path("state")));

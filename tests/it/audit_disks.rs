@@ -94,11 +94,14 @@ fn what_a_detach_has_ready_while_its_guest_is_waited_for_is_no_debris() {
     host.ok("attach_disk", &json!([vm, disk]));
     let mut detach = host.start("detach_disk", &json!([vm, disk]));
     // Then nothing else is being written.
-    let asked = || host.record(&vm).attachment(&disk).is_some_and(|it| it.phase == AttachmentPhase::Detaching);
+    let asked = || {
+        host.record(&vm).attachment(&disk).is_some_and(|it| it.phase == AttachmentPhase::Detaching)
+    };
     eventually("the guest is asked", || asked().then_some(()));
     let ready = |dir: &Path| {
         let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-        let mut names = names.filter(|name| name.file_name().unwrap().to_string_lossy().starts_with(".new-"));
+        let mut names =
+            names.filter(|name| name.file_name().unwrap().to_string_lossy().starts_with(".new-"));
         names.next()
     };
     for dir in [host.paths(&vm).dir, host.store().disk_dir(&disk)] {
@@ -121,7 +124,9 @@ fn a_removal_that_was_cut_short_is_one_finding() {
     }
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
-    let killed = |point| assert!(armed(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(), "{point}");
+    let killed = |point| {
+        assert!(armed(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(), "{point}")
+    };
     killed("lock of a metadata taken#1");
     assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");
     killed("a disk's file removed#1");
@@ -136,13 +141,16 @@ fn images_that_are_not_there_and_those_nobody_knows_are_told() {
         fs::create_dir(host.path(pool)).unwrap();
     }
     host.reconfigure(|config| {
-        config["pools"] = json!({"fast": {"path": host.path("fast")}, "slow": {"path": host.path("slow")}});
+        config["pools"] =
+            json!({"fast": {"path": host.path("fast")}, "slow": {"path": host.path("slow")}});
     });
-    let disk: DiskCid = text(&host.ok("create_disk", &json!([8, {"pool": "fast"}, null]))).parse().unwrap();
+    let disk: DiskCid =
+        text(&host.ok("create_disk", &json!([8, {"pool": "fast"}, null]))).parse().unwrap();
     let vm = host.vm(&host.stemcell());
     assert_eq!(findings(&host, "audit"), (true, vec![]));
 
-    let (image, aside) = (host.store().disk_image(&record(&host, &disk)).unwrap(), host.path("aside"));
+    let (image, aside) =
+        (host.store().disk_image(&record(&host, &disk)).unwrap(), host.path("aside"));
     fs::rename(&image, &aside).unwrap();
     assert_eq!(told(&host), ("no-image".to_owned(), disk.to_string()));
     fs::rename(&aside, &image).unwrap();
@@ -152,7 +160,8 @@ fn images_that_are_not_there_and_those_nobody_knows_are_told() {
     fs::rename(&aside, &root).unwrap();
 
     // Ours, but its record does not know; and another host's, in a pool that is shared.
-    let (ours, theirs) = (host.path("slow").join(disk.as_str()), host.path("slow").join(DiskCid::random().as_str()));
+    let (ours, theirs) =
+        (host.path("slow").join(disk.as_str()), host.path("slow").join(DiskCid::random().as_str()));
     for dir in [&ours, &theirs] {
         fs::create_dir(dir).unwrap();
         fs::write(dir.join("disk.qcow2"), "precious").unwrap();
@@ -195,7 +204,10 @@ fn what_nobody_was_told_of_is_told() {
         assert_eq!(untold(), Vec::<String>::new(), "{create}");
     }
     // Whoever names it knows it.
-    assert!(armed(&host, "create_disk", &json!([8, {}, null]), [("AT", "done, not answered")]).is_none());
+    assert!(
+        armed(&host, "create_disk", &json!([8, {}, null]), [("AT", "done, not answered")])
+            .is_none()
+    );
     let known = untold().pop().unwrap();
     host.ok("set_disk_metadata", &json!([known, {}]));
     assert_eq!(untold(), Vec::<String>::new());

@@ -17,7 +17,8 @@ const GUARD: &str = "bosh-qemu-guard";
 /// Kind, thing, why and cure of each finding, and whether all is well.
 fn findings(host: &Host, command: &str) -> (bool, Vec<[String; 4]>) {
     let (passed, printed) = host.command(&[command, "--json"]);
-    let finding = |f: &Value| ["kind", "what", "why", "cure"].map(|key| f[key].to_string().replace('"', ""));
+    let finding =
+        |f: &Value| ["kind", "what", "why", "cure"].map(|key| f[key].to_string().replace('"', ""));
     (passed, printed["findings"].as_array().unwrap().iter().map(finding).collect())
 }
 
@@ -36,7 +37,9 @@ fn mended(host: &Host, kind: &str, what: &impl ToString) -> String {
 
 /// A host with a security group.
 fn host_with_a_group() -> Option<Host> {
-    Host::with(json!({"security_groups": {"admin": [{"protocol": "tcp", "ports": 22, "source": "192.0.2.0/24"}]}}))
+    Host::with(
+        json!({"security_groups": {"admin": [{"protocol": "tcp", "ports": 22, "source": "192.0.2.0/24"}]}}),
+    )
 }
 
 /// A VM with an address, and a port of the host that leads to it.
@@ -60,7 +63,8 @@ fn lose(host: &Host, vm: &VmCid) {
 fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
     let Some(host) = host_with_a_group() else { return };
     let stemcell = host.stemcell();
-    let (stays, goes) = (forwarded_vm(&host, &stemcell, 2201), forwarded_vm(&host, &stemcell, 2202));
+    let (stays, goes) =
+        (forwarded_vm(&host, &stemcell, 2201), forwarded_vm(&host, &stemcell, 2202));
     host.sees(&goes, "BOOTSECTOR-OK", 1);
     host.ok("delete_vm", &json!([stays]));
     let before = host.namespace().run(|| nftables::elements(GUARD));
@@ -70,8 +74,15 @@ fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
     let link = tap(&host, &goes);
     lose(&host, &goes);
     let why = mended(&host, "orphan", &goes);
-    for word in ["QEMU, process", "elements in table", "claim ip,", "claim port,tcp,2202,any", "uid 19", "lock", &link]
-    {
+    for word in [
+        "QEMU, process",
+        "elements in table",
+        "claim ip,",
+        "claim port,tcp,2202,any",
+        "uid 19",
+        "lock",
+        &link,
+    ] {
         assert!(why.contains(word), "{word} in {why}");
     }
     gone(&qemu);
@@ -141,7 +152,10 @@ fn what_a_running_vm_lacks_on_its_network_is_restored() {
     let link = tap(&host, &vm);
     host.namespace().ip(&format!("link delete {link}"));
     let (clean, found) = findings(&host, "gc");
-    assert!(!clean && found[0][2].contains(&link) && found[0][3].contains("reboot_vm"), "{found:#?}");
+    assert!(
+        !clean && found[0][2].contains(&link) && found[0][3].contains("reboot_vm"),
+        "{found:#?}"
+    );
     host.ok("reboot_vm", &json!([vm]));
     assert_eq!(findings(&host, "audit"), (true, vec![]));
 }
@@ -159,7 +173,9 @@ fn a_vm_that_is_off_lacks_nothing() {
 
 #[test]
 fn a_network_that_is_kept_comes_back_and_one_nobody_keeps_goes() {
-    let Some(host) = Host::with(json!({"networks": {"lab": {"subnet": "10.8.0.0/24", "bridge": "lab0"}}})) else {
+    let Some(host) =
+        Host::with(json!({"networks": {"lab": {"subnet": "10.8.0.0/24", "bridge": "lab0"}}}))
+    else {
         return;
     };
     assert!(host.command(&["network", "apply", "--json"]).0);
@@ -222,7 +238,10 @@ fn a_managed_network_that_can_not_be_read_goes_as_its_finding_says() {
     fs::write(dir.join("network.json"), "{").unwrap();
     let (_, found) = findings(&host, "audit");
     let remove = format!("bosh-qemu-cpi network remove {network}");
-    assert!(found.len() == 1 && found[0][0] == "corrupt" && found[0][3].contains(&remove), "{found:?}");
+    assert!(
+        found.len() == 1 && found[0][0] == "corrupt" && found[0][3].contains(&remove),
+        "{found:?}"
+    );
     fs::rename(&dir, host.path("aside")).unwrap();
     host.command(&["network", "remove", network, "--json"]);
     assert_eq!(findings(&host, "audit"), (true, vec![]));
@@ -262,7 +281,11 @@ fn two_state_directories_in_one_network_leave_each_other_alone() {
     lose(&host, &mine);
     mended(&host, "orphan", &mine);
     elsewhere(&host, run.path(), || {
-        assert!(host.namespace().link(&tap(&host, &theirs)).is_some_and(|tap| tap["master"] == "bosh-nat0"));
+        assert!(
+            host.namespace()
+                .link(&tap(&host, &theirs))
+                .is_some_and(|tap| tap["master"] == "bosh-nat0")
+        );
         assert!(host.qemu(&theirs).is_some());
         clean();
     });
@@ -272,7 +295,8 @@ fn two_state_directories_in_one_network_leave_each_other_alone() {
         assert!(host.command(&["network", "apply", "--json"]).0);
         host.ok("delete_vm", &json!([theirs]));
     });
-    let mine = host.vm(&host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap()[0].to_string());
+    let mine = host
+        .vm(&host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap()[0].to_string());
     host.ok("delete_vm", &json!([mine]));
     clean();
     assert!(host.namespace().link("bosh-nat0").is_some(), "they keep it");
@@ -301,7 +325,10 @@ fn a_group_with_strangers_is_not_ours_to_end() {
         skip("no control group can be made here");
     } else {
         let (clean, found) = findings(&host, "gc");
-        assert!(!clean && found.len() == 1 && found[0][2].contains(&qemu.pid().to_string()), "{found:#?}");
+        assert!(
+            !clean && found.len() == 1 && found[0][2].contains(&qemu.pid().to_string()),
+            "{found:#?}"
+        );
         assert!(host.namespace().link(&link).is_some());
     }
     fs::rename(&aside, &run).unwrap();

@@ -33,7 +33,9 @@ fn ip6(ip: &str) -> Value {
 /// The names of the claims that are the VM's.
 fn claims(host: &Host, vm: &VmCid) -> Vec<String> {
     let claims = fs::read_dir(host.path("state/claims")).unwrap().flatten();
-    let claims = claims.filter(|claim| fs::read_link(claim.path()).unwrap().to_str() == Some(vm.to_string().as_str()));
+    let claims = claims.filter(|claim| {
+        fs::read_link(claim.path()).unwrap().to_str() == Some(vm.to_string().as_str())
+    });
     let mut names: Vec<_> = claims.map(|claim| claim.file_name().into_string().unwrap()).collect();
     names.sort();
     names
@@ -51,12 +53,23 @@ fn a_vm_speaks_ipv6_or_both_on_two_networks() {
     let both = vm_cid(both.result());
     let has = |vm: &VmCid| {
         let nics = host.record(vm).nics;
-        let rules = nics.iter().map(|nic| nic.rules.as_ref().unwrap().addresses[0].to_string()).collect::<Vec<_>>();
+        let rules = nics
+            .iter()
+            .map(|nic| nic.rules.as_ref().unwrap().addresses[0].to_string())
+            .collect::<Vec<_>>();
         (nics.iter().map(|nic| nic.network.clone()).collect::<Vec<_>>(), rules)
     };
     assert_eq!(has(&alone), (vec!["six".into()], vec!["fd00:9::5/128".into()]));
-    assert_eq!(has(&both), (vec!["four".into(), "six".into()], vec!["10.9.0.6/32".into(), "fd00:9::6/128".into()]));
-    assert_eq!((claims(&host, &alone).len(), claims(&host, &both).len()), (1, 2), "{:?}", claims(&host, &both));
+    assert_eq!(
+        has(&both),
+        (vec!["four".into(), "six".into()], vec!["10.9.0.6/32".into(), "fd00:9::6/128".into()])
+    );
+    assert_eq!(
+        (claims(&host, &alone).len(), claims(&host, &both).len()),
+        (1, 2),
+        "{:?}",
+        claims(&host, &both)
+    );
     let bridge = host.namespace().ip("-brief address show dev bosh-nat0");
     assert!(bridge.contains("10.9.0.1/24") && bridge.contains("fd00:9::1/64"), "{bridge}");
     let settings = fs::read(host.paths(&both).config_drive()).unwrap();
@@ -84,7 +97,11 @@ fn a_delegated_block_is_the_vms_as_a_whole() {
     assert_eq!(json!(rules.addresses), json!(["fd00:9:0:0:1::/80"]));
     let inside = create(&host, &stemcell, &json!({"six": ip6("fd00:9:0:0:1::7")}), &json!({}));
     assert!(inside.failure().message.contains(&format!("is held by VM '{vm}'")), "{inside:?}");
-    assert!(create(&host, &stemcell, &json!({"six": ip6("fd00:9:0:0:2::7")}), &json!({})).outcome.is_ok());
+    assert!(
+        create(&host, &stemcell, &json!({"six": ip6("fd00:9:0:0:2::7")}), &json!({}))
+            .outcome
+            .is_ok()
+    );
 }
 
 #[test]
@@ -97,7 +114,10 @@ fn networks_that_share_a_card_are_refused() {
     }
     let refused = create(&host, &stemcell, &networks, &json!({}));
     assert_eq!(refused.failure().kind, "NotSupported", "{refused:?}");
-    assert!(refused.failure().message.contains("networks 'four' and 'six' share a nic_group"), "{refused:?}");
+    assert!(
+        refused.failure().message.contains("networks 'four' and 'six' share a nic_group"),
+        "{refused:?}"
+    );
     networks["six"]["nic_group"] = json!("1");
     assert!(create(&host, &stemcell, &networks, &json!({})).outcome.is_ok(), "each has its own");
 }
@@ -129,7 +149,10 @@ fn a_card_is_free_to_send_where_anybody_who_may_says_so() {
 
 #[test]
 fn an_address_that_is_to_wander_is_no_conflict() {
-    let Some(host) = host(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}})) else { return };
+    let Some(host) = host(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}}))
+    else {
+        return;
+    };
     let (stemcell, outside) = (host.stemcell(), Namespace::new().unwrap());
     host.bridge("br0");
     host.namespace().cable("uplink", &outside, "eth0");

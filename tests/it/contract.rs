@@ -14,12 +14,15 @@ const INFO: &[u8] = br#"{"method":"info","arguments":[]}"#;
 
 #[test]
 fn every_recorded_request_is_understood() {
-    for (flow, request) in recorded_requests().into_iter().filter(|(_, request)| request["method"] != "info") {
+    for (flow, request) in
+        recorded_requests().into_iter().filter(|(_, request)| request["method"] != "info")
+    {
         let mut bare = request.clone();
         bare["context"] = json!({"director_uuid": "u"});
         bare.as_object_mut().unwrap().remove("api_version");
         for request in [request, bare] {
-            let parsed = Request::parse(&request.to_string()).and_then(|request| Call::parse(&request));
+            let parsed =
+                Request::parse(&request.to_string()).and_then(|request| Call::parse(&request));
             assert!(parsed.is_ok(), "{flow}: {}: {:?}", request["method"], parsed.err());
         }
     }
@@ -53,15 +56,25 @@ fn info_works_whatever_state_the_host_is_in() {
 fn a_broken_configuration_is_an_answer() {
     let world = World::with(&json!({"qemu": {"acel": "hunter2"}}));
     let answer = world.call("has_vm", &json!(["vm-1"]));
-    let expected = format!("has_vm: '{}': qemu.acel: unknown key; did you mean 'accel'?", world.config().display());
-    assert_eq!((answer.failure().kind.as_str(), &answer.failure().message), ("CpiError", &expected));
+    let expected = format!(
+        "has_vm: '{}': qemu.acel: unknown key; did you mean 'accel'?",
+        world.config().display()
+    );
+    assert_eq!(
+        (answer.failure().kind.as_str(), &answer.failure().message),
+        ("CpiError", &expected)
+    );
 }
 
 #[test]
 fn a_context_that_does_not_fit_is_an_answer() {
     let context = json!({"director_uuid": "u", "agent": {"mbus": 7}});
-    let answer = World::new().ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
-    assert_eq!(answer.failure().message, "has_vm: context.agent.mbus: expected a non-empty string, got 7");
+    let answer =
+        World::new().ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
+    assert_eq!(
+        answer.failure().message,
+        "has_vm: context.agent.mbus: expected a non-empty string, got 7"
+    );
 }
 
 #[test]
@@ -84,14 +97,21 @@ fn nonsense_is_refused_as_such() {
         "{\"a\":".repeat(200_000).as_bytes(),
     ] {
         let answer = world.ask_raw(request);
-        assert_eq!(answer.failure().kind, "CpiError", "{}", String::from_utf8_lossy(&request[..request.len().min(80)]));
+        assert_eq!(
+            answer.failure().kind,
+            "CpiError",
+            "{}",
+            String::from_utf8_lossy(&request[..request.len().min(80)])
+        );
     }
 }
 
 #[test]
 fn a_method_nobody_has_is_not_implemented() {
     let world = World::new();
-    for method in ["no_such_method", "ping", "current_vm_id", "configure_networks", "", "InFo", "x\ny"] {
+    for method in
+        ["no_such_method", "ping", "current_vm_id", "configure_networks", "", "InFo", "x\ny"]
+    {
         assert_eq!(world.call(method, &json!([])).failure().kind, "NotImplemented", "{method}");
     }
 }
@@ -100,7 +120,9 @@ fn a_method_nobody_has_is_not_implemented() {
 fn a_hostile_cid_is_refused_wherever_it_stands() {
     let world = World::new();
     let long = "x".repeat(300);
-    for cid in ["../../etc/passwd", "/", "", "a\0b", "vm-1\n", "vm-1,foo=bar", "-drive", &long, "väm"] {
+    for cid in
+        ["../../etc/passwd", "/", "", "a\0b", "vm-1\n", "vm-1,foo=bar", "-drive", &long, "väm"]
+    {
         for (method, arguments, named) in [
             ("has_vm", json!([cid]), "argument 1, vm_cid: "),
             ("delete_vm", json!([cid]), "argument 1, vm_cid: "),
@@ -113,7 +135,11 @@ fn a_hostile_cid_is_refused_wherever_it_stands() {
             let answer = world.call(method, &arguments);
             let failure = answer.failure();
             assert_eq!(failure.kind, "CpiError", "{method} {cid:?}");
-            assert!(failure.message.starts_with(&format!("{method}: {named}")), "{}", failure.message);
+            assert!(
+                failure.message.starts_with(&format!("{method}: {named}")),
+                "{}",
+                failure.message
+            );
             assert!(failure.message.len() < 250, "{}", failure.message);
         }
     }
@@ -130,7 +156,10 @@ fn versions_are_told_apart() {
         assert_eq!(asked("info", json!([]), json!({}), version).result()["api_version"], 3);
     }
     for version in [1, 4] {
-        assert_eq!(asked("has_vm", json!(["vm-1"]), json!({}), json!(version)).failure().kind, "NotSupported");
+        assert_eq!(
+            asked("has_vm", json!(["vm-1"]), json!({}), json!(version)).failure().kind,
+            "NotSupported"
+        );
     }
     let create_vm = json!(["a", "s-1", {}, {}, [], {}]);
     let old = json!({"vm": {"stemcell": {"api_version": 1}}});
@@ -143,7 +172,10 @@ fn a_large_request_is_read_to_its_end_before_it_is_answered() {
     let large = json!({"bosh": {"padding": "x".repeat(10 << 20)}});
     let arguments = json!(["a", "s-1", {}, {"n": {"type": "nonsense"}}, [], large]);
     let answer = world.call("create_vm", &arguments);
-    assert!(answer.failure().message.starts_with("create_vm: argument 4, networks.n.type: "), "{answer:?}");
+    assert!(
+        answer.failure().message.starts_with("create_vm: argument 4, networks.n.type: "),
+        "{answer:?}"
+    );
     assert!(world.call("no_such_method", &json!(["x".repeat(10 << 20)])).outcome.is_err());
     // Not even JSON, and more than is looked at.
     let answer = world.ask_raw(&vec![b'['; 20 << 20]);
@@ -165,7 +197,13 @@ fn stderr_may_be_closed_or_gone() {
     let world = World::with(&json!({"log": {"level": "trace"}}));
     let request = br#"{"method":"has_vm","arguments":["vm-1"]}"#;
     drop(Answer::of(&run(redirected(&world, "2>&-"), request)));
-    let mut child = world.cpi().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = world
+        .cpi()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     drop(child.stderr.take());
     child.stdin.take().unwrap().write_all(request).unwrap();
     let output = child.wait_with_output().unwrap();
@@ -176,8 +214,13 @@ fn stderr_may_be_closed_or_gone() {
 fn a_caller_that_is_gone_is_no_failure_of_ours() {
     let world = World::new();
     for request in [INFO, br#"{"method":"has_vm","arguments":["vm-1"]}"#] {
-        let mut child =
-            world.cpi().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = world
+            .cpi()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         drop(child.stdout.take());
         child.stdin.take().unwrap().write_all(request).unwrap();
         let mut stderr = String::new();
@@ -186,7 +229,10 @@ fn a_caller_that_is_gone_is_no_failure_of_ours() {
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
     let output = run(redirected(&world, ">&-"), INFO);
-    assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    assert!(
+        output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),
+        "{output:?}"
+    );
 }
 
 #[test]
@@ -202,7 +248,9 @@ fn neither_environment_nor_directory_is_needed() {
 
 /// The CPI with its descriptors as `redirection` says; a further argument "rmdir" removes its directory first.
 fn redirected(world: &World, redirection: &str) -> Command {
-    let script = format!("[ \"$3\" != rmdir ] || rmdir \"$PWD\" || exit; exec \"$1\" --config \"$2\" {redirection}");
+    let script = format!(
+        "[ \"$3\" != rmdir ] || rmdir \"$PWD\" || exit; exec \"$1\" --config \"$2\" {redirection}"
+    );
     let mut command = Command::new("/bin/sh");
     let program = env!("CARGO_BIN_EXE_bosh-qemu-cpi");
     command.args(["-c", &script, "sh", program]).arg(world.config());
@@ -218,7 +266,14 @@ fn secrets_are_in_neither_log_nor_error() {
     }));
     let secret = json!({"password": CANARY});
     let network = json!({"type": "manual", "ip": "10.0.0.2", "netmask": "255.0.0.0", "cloud_properties": secret});
-    let whole = [json!("a"), json!("s-1"), secret.clone(), json!({"n": network}), json!([]), json!({"bosh": secret})];
+    let whole = [
+        json!("a"),
+        json!("s-1"),
+        secret.clone(),
+        json!({"n": network}),
+        json!([]),
+        json!({"bosh": secret}),
+    ];
     let mut requests = vec![
         json!({"method": "create_vm", "arguments": whole}),
         json!({"method": "create_stemcell", "arguments": ["/nowhere", secret, {"tags": secret}]}),
@@ -233,13 +288,24 @@ fn secrets_are_in_neither_log_nor_error() {
     ];
     // A secret in the place of every argument, and of every key of a network.
     for position in 0..whole.len() {
-        for wrong in [json!(CANARY), json!([CANARY]), json!({"n": CANARY}), json!({"n": [CANARY]})] {
+        for wrong in [json!(CANARY), json!([CANARY]), json!({"n": CANARY}), json!({"n": [CANARY]})]
+        {
             let mut arguments = whole.clone();
             arguments[position] = wrong;
             requests.push(json!({"method": "create_vm", "arguments": arguments}));
         }
     }
-    for key in ["type", "ip", "netmask", "gateway", "prefix", "dns", "default", "nic_group", "cloud_properties"] {
+    for key in [
+        "type",
+        "ip",
+        "netmask",
+        "gateway",
+        "prefix",
+        "dns",
+        "default",
+        "nic_group",
+        "cloud_properties",
+    ] {
         for wrong in [json!(CANARY), json!([CANARY]), json!({"x": CANARY})] {
             let mut arguments = whole.clone();
             arguments[3]["n"][key] = wrong;
@@ -248,7 +314,9 @@ fn secrets_are_in_neither_log_nor_error() {
     }
     for mut request in requests {
         if let Some(request) = request.as_object_mut() {
-            request.entry("context").or_insert_with(|| json!({"director_uuid": CANARY, "password": CANARY}));
+            request
+                .entry("context")
+                .or_insert_with(|| json!({"director_uuid": CANARY, "password": CANARY}));
         }
         let answer = world.ask(&request);
         assert!(!answer.stderr.contains(CANARY), "{request}: {}", answer.stderr);

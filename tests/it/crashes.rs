@@ -62,7 +62,12 @@ impl Lab {
 
     /// Kills `method` at each of its points. Each time another call is done at once, then the same call is repeated,
     /// `settled` looks at it, and `gc` leaves nothing that it finds.
-    fn walk(&self, method: &str, prepare: impl Fn() -> Value, settled: impl Fn(&Crash<'_>, Value) -> String) {
+    fn walk(
+        &self,
+        method: &str,
+        prepare: impl Fn() -> Value,
+        settled: impl Fn(&Crash<'_>, Value) -> String,
+    ) {
         for_each_crash_point(&self.host, method, prepare, |crash| {
             // It takes its locks and asks its QEMU, also where there is nothing to do.
             self.host.ok("attach_disk", &json!([self.bystander, self.disk]));
@@ -73,12 +78,18 @@ impl Lab {
             // Its addresses are taken: only who was not told may ask for them again.
             let delete = [("create_vm", "delete_vm"), ("create_network", "delete_network")];
             let delete = delete.into_iter().find(|(create, _)| *create == method);
-            if let (Some((_, delete)), Some(Ok(made))) = (delete, crash.answer.as_ref().map(|answer| &answer.outcome)) {
+            if let (Some((_, delete)), Some(Ok(made))) =
+                (delete, crash.answer.as_ref().map(|answer| &answer.outcome))
+            {
                 self.host.ok(delete, &json!([made[0]]));
             }
             let again = match self.host.call(method, crash.arguments).outcome {
-                Err(gone) if method == "delete_network" && gone.kind == "NetworkNotFound" => Value::Null,
-                outcome => outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point)),
+                Err(gone) if method == "delete_network" && gone.kind == "NetworkNotFound" => {
+                    Value::Null
+                }
+                outcome => {
+                    outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point))
+                }
             };
             let outcome = settled(crash, again);
             self.gc(crash.point);
@@ -135,7 +146,13 @@ fn create_stemcell() {
     lab.walk(
         "create_stemcell",
         || json!([image, {}]),
-        |_, made| lab.only_whole::<StemcellRecord>(&text(&made).parse().unwrap(), "delete_stemcell", &known),
+        |_, made| {
+            lab.only_whole::<StemcellRecord>(
+                &text(&made).parse().unwrap(),
+                "delete_stemcell",
+                &known,
+            )
+        },
     );
 }
 
@@ -146,7 +163,13 @@ fn create_stemcell_of_a_file_that_is_here() {
     lab.walk(
         "create_stemcell",
         || json!([lab.host.path("image"), {}]),
-        |_, made| lab.only_whole::<StemcellRecord>(&text(&made).parse().unwrap(), "delete_stemcell", &known),
+        |_, made| {
+            lab.only_whole::<StemcellRecord>(
+                &text(&made).parse().unwrap(),
+                "delete_stemcell",
+                &known,
+            )
+        },
     );
     assert!(lab.host.store().stemcell_dir(&known[0]).join("image.raw").exists());
 }
@@ -243,7 +266,8 @@ fn create_network() {
 #[test]
 fn delete_network() {
     let Some(lab) = Lab::new() else { return };
-    let made = || lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
+    let made =
+        || lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
     lab.walk(
         "delete_network",
         || json!([made()[0]]),
@@ -262,7 +286,9 @@ fn create_disk() {
     lab.walk(
         "create_disk",
         || json!([8, {}, null]),
-        |_, made| lab.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known),
+        |_, made| {
+            lab.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known)
+        },
     );
 }
 
@@ -312,13 +338,22 @@ fn attach_disk_to_another_vm_after_one_that_was_killed() {
             let answer = host.call("attach_disk", &json!([other, disk]));
             match &answer.outcome {
                 Ok(_) => {
-                    assert_eq!((in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk).0), (false, true));
+                    assert_eq!(
+                        (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk).0),
+                        (false, true)
+                    );
                     host.ok("detach_disk", &json!([other, disk]));
                     "goes to the other VM".into()
                 }
                 Err(refused) => {
-                    assert!(refused.message.contains(&format!("is attached to VM '{one}'")), "{refused:?}");
-                    assert_eq!((in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk)), (true, (false, 0, 0)));
+                    assert!(
+                        refused.message.contains(&format!("is attached to VM '{one}'")),
+                        "{refused:?}"
+                    );
+                    assert_eq!(
+                        (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk)),
+                        (true, (false, 0, 0))
+                    );
                     "stays with the first VM".into()
                 }
             }

@@ -46,7 +46,8 @@ fn patient(host: &Host) {
 
 fn hasty(host: &Host) {
     host.reconfigure(|config| {
-        config["deadlines"] = METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE))).collect();
+        config["deadlines"] =
+            METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE))).collect();
     });
 }
 
@@ -77,7 +78,13 @@ fn a_create_does_not_wait_for_leftovers_that_do_not_go() {
 }
 
 /// The failure of a call, which must come in time, name all of `words`, and say what to do.
-fn late(host: &Host, method: &str, arguments: &Value, deadline: Duration, words: &[&str]) -> Failure {
+fn late(
+    host: &Host,
+    method: &str,
+    arguments: &Value,
+    deadline: Duration,
+    words: &[&str],
+) -> Failure {
     let began = Instant::now();
     let answer = host.call(method, arguments);
     let took = began.elapsed();
@@ -105,7 +112,13 @@ fn every_call_on_a_silent_qemu(silence: impl Fn(&Host, &VmCid) -> Box<dyn FnOnce
     for (method, arguments) in calls {
         let speak = silence(&host, &vm);
         let socket = host.paths(&vm).qmp();
-        late(&host, method, &arguments, Duration::from_secs(DEADLINE), &[socket.to_str().unwrap(), "did not greet"]);
+        late(
+            &host,
+            method,
+            &arguments,
+            Duration::from_secs(DEADLINE),
+            &[socket.to_str().unwrap(), "did not greet"],
+        );
         // What needs no QEMU goes on.
         assert_eq!(host.ok("has_vm", &json!([vm])), true);
         host.ok("get_disks", &json!([vm]));
@@ -206,7 +219,13 @@ fn a_pool_whose_server_is_gone() {
         for (method, arguments) in &calls {
             // In the test's own mount namespace, as threads of this one are.
             threads.spawn(|| {
-                late(&host, method, arguments, POOL, &["pool 'fast'", fast.path().to_str().unwrap(), "did not answer"])
+                late(
+                    &host,
+                    method,
+                    arguments,
+                    POOL,
+                    &["pool 'fast'", fast.path().to_str().unwrap(), "did not answer"],
+                )
             });
         }
         // What is elsewhere goes on, and waits once, however many images there are in the pool.
@@ -217,7 +236,10 @@ fn a_pool_whose_server_is_gone() {
         });
         threads.spawn(|| {
             let (passed, pools) = host.command(&["pool", "list", "--json"]);
-            assert!(!passed && pools[1]["error"].as_str().unwrap().contains("did not answer"), "{pools}");
+            assert!(
+                !passed && pools[1]["error"].as_str().unwrap().contains("did not answer"),
+                "{pools}"
+            );
         });
         assert_eq!(host.ok("has_vm", &json!([vm])), true);
         assert_eq!(host.ok("get_disks", &json!([vm])), json!([attached]));
@@ -242,7 +264,13 @@ fn an_image_whose_server_is_gone() {
     let light = json!({"image_path": image, "sha256": "0".repeat(64)});
     for (path, properties) in [(json!(image), json!({})), (json!("/dev/null"), light)] {
         let words = [image.to_str().unwrap(), "was not read by the deadline"];
-        late(&host, "create_stemcell", &json!([path, properties]), Duration::from_secs(DEADLINE), &words);
+        late(
+            &host,
+            "create_stemcell",
+            &json!([path, properties]),
+            Duration::from_secs(DEADLINE),
+            &words,
+        );
         assert_eq!(host.left(), before);
     }
     drop(silent);

@@ -67,15 +67,27 @@ impl Lab {
             let disk: DiskCid = text(&crash.arguments[0]).parse().unwrap();
             self.host.ok("attach_disk", &json!([self.bystander.0, self.bystander.1]));
             let answer = self.host.call(method, crash.arguments);
-            let again = answer.outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
+            let again = answer
+                .outcome
+                .unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
             assert_eq!(record(&self.host, &disk).leftover, None, "{}", crash.point);
             let nodes = if is_attached { [0, 2, 1] } else { [0; 3] };
-            assert_eq!(in_qemu(&self.host, &self.vm, disk.as_str()), nodes, "after '{}'", crash.point);
+            assert_eq!(
+                in_qemu(&self.host, &self.vm, disk.as_str()),
+                nodes,
+                "after '{}'",
+                crash.point
+            );
             settled(&disk, &again);
             self.host.ok("detach_disk", &json!([self.vm, disk]));
             assert_pattern(&self.host, &disk);
             self.host.ok("delete_disk", &json!([disk]));
-            assert_eq!(in_qemu(&self.host, &self.vm, disk.as_str()), [0; 3], "after '{}'", crash.point);
+            assert_eq!(
+                in_qemu(&self.host, &self.vm, disk.as_str()),
+                [0; 3],
+                "after '{}'",
+                crash.point
+            );
             self.others_work(crash.point);
             "whole".into()
         });
@@ -101,7 +113,9 @@ fn update_disk(is_attached: bool) {
         |disk, _| {
             let is = record(&lab.host, disk);
             assert_eq!((is.size.get(), is.image().as_str()), (9, "disk-1.raw"));
-            let names = fs::read_dir(lab.host.store().disk_dir(disk)).unwrap().map(|entry| entry.unwrap().file_name());
+            let names = fs::read_dir(lab.host.store().disk_dir(disk))
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name());
             let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
             // Of a record that was being written; gone with the disk.
             names.retain(|name| !name.starts_with(".new-"));
@@ -128,7 +142,10 @@ fn snapshot_disk(is_attached: bool) {
             let unanswered = lab.host.store().list::<SnapshotRecord>().unwrap();
             assert!(unanswered.len() <= 1, "{unanswered:?}");
             for whole in unanswered {
-                assert_eq!(lab.host.store().read::<SnapshotRecord>(&whole).unwrap().unwrap().phase, Phase::Ready);
+                assert_eq!(
+                    lab.host.store().read::<SnapshotRecord>(&whole).unwrap().unwrap().phase,
+                    Phase::Ready
+                );
                 lab.host.ok("delete_snapshot", &json!([whole]));
             }
         },
@@ -172,7 +189,11 @@ fn delete_snapshot() {
     let prepare = || json!([lab.host.ok("snapshot_disk", &json!([disk, {}]))]);
     for_each_crash_point(&lab.host, "delete_snapshot", prepare, |crash| {
         lab.host.ok("delete_snapshot", crash.arguments);
-        assert!(lab.host.store().list::<SnapshotRecord>().unwrap().is_empty(), "after '{}'", crash.point);
+        assert!(
+            lab.host.store().list::<SnapshotRecord>().unwrap().is_empty(),
+            "after '{}'",
+            crash.point
+        );
         lab.others_work(crash.point);
         "gone".into()
     });
@@ -223,7 +244,10 @@ fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
     ] {
         let disk = lab.disk(true);
         let update = json!([disk, 8, {"format": "raw"}]);
-        assert!(armed(host, "update_disk", &update, [("AT", point)]).is_none(), "killed at {point}");
+        assert!(
+            armed(host, "update_disk", &update, [("AT", point)]).is_none(),
+            "killed at {point}"
+        );
         assert!(record(host, &disk).leftover.is_some(), "{point}");
         host.ok("delete_disk", &json!([host.disk()]));
         let is = record(host, &disk);
@@ -240,7 +264,12 @@ fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
 fn a_snapshot_that_was_cut_short_can_be_deleted_while_qemu_writes_it() {
     let Some(lab) = Lab::new() else { return };
     let (host, disk) = (&lab.host, lab.disk(true));
-    let killed = armed(host, "snapshot_disk", &json!([disk, {}]), [("AT", "qmp blockdev-backup: answered#1")]);
+    let killed = armed(
+        host,
+        "snapshot_disk",
+        &json!([disk, {}]),
+        [("AT", "qmp blockdev-backup: answered#1")],
+    );
     assert!(killed.is_none());
     for half in host.store().list::<SnapshotRecord>().unwrap() {
         host.ok("delete_snapshot", &json!([half]));

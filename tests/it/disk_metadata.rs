@@ -68,14 +68,20 @@ fn a_copy_of_the_disk_and_its_metadata_do_not_lose_each_other() {
             assert_eq!(*answer.result(), Value::Null, "{method}");
         }
     }
-    assert_eq!((record(&host, &disk).image().as_str(), record(&host, &disk).size.get()), ("disk-1.raw", 16));
+    assert_eq!(
+        (record(&host, &disk).image().as_str(), record(&host, &disk).size.get()),
+        ("disk-1.raw", 16)
+    );
 }
 
 #[test]
 fn a_record_of_the_first_version_has_it_until_it_is_set() {
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
-    let old = DiskRecord { metadata: json!({"owner": "old"}).as_object().unwrap().clone(), ..record(&host, &disk) };
+    let old = DiskRecord {
+        metadata: json!({"owner": "old"}).as_object().unwrap().clone(),
+        ..record(&host, &disk)
+    };
     host.store().write(&old).unwrap();
     host.ok("resize_disk", &json!([disk, 9]));
     assert_eq!(metadata(&host, &disk), json!({"owner": "old"}));

@@ -34,23 +34,42 @@ fn combinations() -> Vec<(Value, &'static str, bool, bool, &'static str, u64)> {
         (json!({}), "qcow2", true, true, "unmap", 0),
         (json!({"format": "raw", "cache": "writeback"}), "raw", false, true, "unmap", 0),
         (json!({"cache": "directsync", "discard": "ignore"}), "qcow2", true, false, "off", 0),
-        (json!({"cache": "writethrough", "iops": 100, "mbps": 9}), "qcow2", false, false, "unmap", 0),
+        (
+            json!({"cache": "writethrough", "iops": 100, "mbps": 9}),
+            "qcow2",
+            false,
+            false,
+            "unmap",
+            0,
+        ),
         (json!({"preallocation": "metadata"}), "qcow2", true, true, "unmap", 0),
         (json!({"preallocation": "falloc"}), "qcow2", true, true, "off", ALL),
         (json!({"format": "raw", "preallocation": "full"}), "raw", true, true, "off", ALL),
         (json!({"encrypted": true}), "qcow2", true, true, "unmap", 0),
-        (json!({"format": "raw", "encrypted": true, "preallocation": "falloc"}), "luks", true, true, "off", ALL),
+        (
+            json!({"format": "raw", "encrypted": true, "preallocation": "falloc"}),
+            "luks",
+            true,
+            true,
+            "off",
+            ALL,
+        ),
     ]
 }
 
 #[test]
 fn every_property_holds_whether_a_disk_is_plugged_in_or_there_at_boot() {
     let combinations = combinations();
-    let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": combinations.len()}})) else { return };
+    let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": combinations.len()}})) else {
+        return;
+    };
     let vm = host.booted_vm();
-    let disks: Vec<_> = combinations.iter().map(|(properties, ..)| disk(&host, properties)).collect();
+    let disks: Vec<_> =
+        combinations.iter().map(|(properties, ..)| disk(&host, properties)).collect();
     let check = |when: &str| {
-        for (disk, (properties, driver, direct, writeback, zeroes, blocks)) in disks.iter().zip(&combinations) {
+        for (disk, (properties, driver, direct, writeback, zeroes, blocks)) in
+            disks.iter().zip(&combinations)
+        {
             let inserted = inserted(&host, &vm, disk).expect("plugged in");
             let said = format!("{when} {properties}: {inserted:#}");
             assert_eq!(inserted["drv"], *driver, "{said}");
@@ -62,7 +81,10 @@ fn every_property_holds_whether_a_disk_is_plugged_in_or_there_at_boot() {
             assert_eq!(inserted["detect_zeroes"], *zeroes, "{said}");
             assert_eq!(inserted["encrypted"], json!(properties["encrypted"] == true), "{said}");
             assert_eq!(inserted["image"]["virtual-size"], 8 << 20, "{said}");
-            let limits = (properties["iops"].as_u64().unwrap_or(0), properties["mbps"].as_u64().unwrap_or(0) << 20);
+            let limits = (
+                properties["iops"].as_u64().unwrap_or(0),
+                properties["mbps"].as_u64().unwrap_or(0) << 20,
+            );
             assert_eq!(
                 (inserted["iops"].as_u64(), inserted["bps"].as_u64()),
                 (Some(limits.0), Some(limits.1)),
@@ -89,7 +111,9 @@ fn every_property_holds_whether_a_disk_is_plugged_in_or_there_at_boot() {
 
 #[test]
 fn what_can_not_be_is_refused_by_its_name_and_leaves_nothing() {
-    let Some(host) = Host::with(json!({"disk_defaults": {"preallocation": "full"}})) else { return };
+    let Some(host) = Host::with(json!({"disk_defaults": {"preallocation": "full"}})) else {
+        return;
+    };
     for (properties, property) in [
         (json!({"cache": "unsafe"}), "cache"),
         (json!({"discard": "unmap"}), "discard"),
@@ -100,7 +124,10 @@ fn what_can_not_be_is_refused_by_its_name_and_leaves_nothing() {
     ] {
         let refused = host.call("create_disk", &json!([8, properties, null]));
         assert_eq!(refused.failure().kind, "CpiError");
-        assert!(refused.failure().message.contains(&format!("cloud_properties.{property}: ")), "{refused:?}");
+        assert!(
+            refused.failure().message.contains(&format!("cloud_properties.{property}: ")),
+            "{refused:?}"
+        );
     }
     assert!(!host.path("state").exists(), "nothing was begun");
 }
@@ -108,15 +135,23 @@ fn what_can_not_be_is_refused_by_its_name_and_leaves_nothing() {
 /// Runs commands of qemu-io on an encrypted qcow2 image, with the key of its host.
 fn qemu_io(host: &Host, disk: &DiskCid, commands: &[&str]) {
     let mut qemu_io = Command::new("qemu-io");
-    qemu_io.arg("--object").arg(format!("secret,id=k,file={}", host.path("state/disk.key").display()));
+    qemu_io
+        .arg("--object")
+        .arg(format!("secret,id=k,file={}", host.path("state/disk.key").display()));
     for command in commands {
         qemu_io.args(["-c", command]);
     }
     let options = "driver=qcow2,encrypt.format=luks,encrypt.key-secret=k,file.filename=";
-    let output =
-        qemu_io.arg("--image-opts").arg(format!("{options}{}", image(host, disk).display())).output().expect("qemu-io");
+    let output = qemu_io
+        .arg("--image-opts")
+        .arg(format!("{options}{}", image(host, disk).display()))
+        .output()
+        .expect("qemu-io");
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success() && !said.contains("failed") && !said.contains("can't"), "{commands:?}: {said}");
+    assert!(
+        output.status.success() && !said.contains("failed") && !said.contains("can't"),
+        "{commands:?}: {said}"
+    );
 }
 
 /// Every file below `dir` that holds `needle`.
@@ -126,7 +161,9 @@ fn files_with(dir: &Path, needle: &[u8]) -> Vec<PathBuf> {
         let kind = entry.file_type().unwrap();
         if kind.is_dir() {
             found.extend(files_with(&entry.path(), needle));
-        } else if kind.is_file() && fs::read(entry.path()).unwrap().windows(needle.len()).any(|part| part == needle) {
+        } else if kind.is_file()
+            && fs::read(entry.path()).unwrap().windows(needle.len()).any(|part| part == needle)
+        {
             found.push(entry.path());
         }
     }
@@ -142,7 +179,10 @@ fn an_encrypted_disk_is_whole_whatever_happens_and_its_key_is_nowhere_else() {
     let key = fs::read_to_string(host.path("state/disk.key")).unwrap();
     qemu_io(&host, &disk, &["write -P 0xb0 0 64k"]);
     let plain = [0xb0; 512];
-    assert!(!fs::read(image(&host, &disk)).unwrap().windows(512).any(|part| part == plain), "it is not encrypted");
+    assert!(
+        !fs::read(image(&host, &disk)).unwrap().windows(512).any(|part| part == plain),
+        "it is not encrypted"
+    );
 
     let mut said = vec![made.stderr.clone()];
     let nowhere = |said: &[String]| {
@@ -189,7 +229,10 @@ fn a_wrong_or_missing_key_is_told_and_nothing_is_lost() {
     fs::rename(&key, &aside).unwrap();
     for refused in [attach(), host.call("create_disk", &json!([8, {"encrypted": true}, null]))] {
         let message = &refused.failure().message;
-        assert!(message.contains("disk.key' can not be read") && message.contains("Hint: restore it"), "{message}");
+        assert!(
+            message.contains("disk.key' can not be read") && message.contains("Hint: restore it"),
+            "{message}"
+        );
     }
     assert!(!key.exists(), "a second key would not open the first disk");
 
@@ -239,7 +282,10 @@ fn what_a_disk_is_known_by_is_as_the_contract_says() {
     let metadata = |disk: &DiskCid| crate::disk_metadata::metadata(&host, disk);
     for disk in &disks {
         host.ok("attach_disk", &json!([vm, disk]));
-        assert_eq!(host.ok("set_disk_metadata", &json!([disk, {"director": "d", "attached_at": "now"}])), Value::Null);
+        assert_eq!(
+            host.ok("set_disk_metadata", &json!([disk, {"director": "d", "attached_at": "now"}])),
+            Value::Null
+        );
     }
     assert_eq!(host.ok("get_disks", &json!([vm])), json!(disks), "in the order of attaching");
     host.ok("set_disk_metadata", &json!([disks[0], {"director": "e"}]));
@@ -249,7 +295,11 @@ fn what_a_disk_is_known_by_is_as_the_contract_says() {
     host.ok("attach_disk", &json!([vm, disks[0]]));
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disks[1], disks[0]]));
     host.power_off(&vm);
-    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disks[1], disks[0]]), "of a stopped VM, too");
+    assert_eq!(
+        host.ok("get_disks", &json!([vm])),
+        json!([disks[1], disks[0]]),
+        "of a stopped VM, too"
+    );
     host.ok("delete_vm", &json!([vm]));
     for disk in &disks {
         assert_eq!(host.ok("has_disk", &json!([disk])), true);
@@ -259,6 +309,9 @@ fn what_a_disk_is_known_by_is_as_the_contract_says() {
     let unknown = DiskCid::random();
     assert_eq!(host.ok("has_disk", &json!([unknown])), false);
     assert_eq!(host.ok("delete_disk", &json!([unknown])), Value::Null);
-    assert_eq!(host.call("set_disk_metadata", &json!([unknown, {}])).failure().kind, "DiskNotFound");
+    assert_eq!(
+        host.call("set_disk_metadata", &json!([unknown, {}])).failure().kind,
+        "DiskNotFound"
+    );
     assert_eq!(host.call("get_disks", &json!([vm])).failure().kind, "VMNotFound");
 }

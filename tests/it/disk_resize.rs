@@ -56,7 +56,10 @@ fn a_disk_grows_attached_detached_and_off() {
     host.ok("resize_disk", &json!([disk, 64]));
     host.ok("reboot_vm", &json!([vm]));
     assert_eq!(seen(&host, &vm, &disk), 64);
-    assert_eq!(host.call("resize_disk", &json!(["disk-unknown", 9])).failure().kind, "DiskNotFound");
+    assert_eq!(
+        host.call("resize_disk", &json!(["disk-unknown", 9])).failure().kind,
+        "DiskNotFound"
+    );
 }
 
 #[test]

@@ -8,7 +8,9 @@ use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use serde_json::{Value, json};
 
 use crate::support::host::{Host, text};
-use crate::support::images::{assert_pattern, guest_writes, image, in_qemu, node, record, write_pattern};
+use crate::support::images::{
+    assert_pattern, guest_writes, image, in_qemu, node, record, write_pattern,
+};
 
 /// A host with a pool.
 fn host() -> Option<(Host, Value)> {
@@ -49,7 +51,11 @@ fn a_detached_disk_is_copied_into_what_was_asked_for() {
     for (step, change) in CHANGES.iter().enumerate() {
         let properties: Value = serde_json::from_str(change).unwrap();
         let size = 8 + step as u64;
-        assert_eq!(host.ok("update_disk", &json!([disk, size, properties])), Value::Null, "{change}");
+        assert_eq!(
+            host.ok("update_disk", &json!([disk, size, properties])),
+            Value::Null,
+            "{change}"
+        );
         let is = record(&host, &disk);
         assert_eq!(json!(is.cloud_properties), properties);
         assert_eq!((is.size.get(), is.leftover), (size, None));
@@ -81,7 +87,10 @@ fn an_attached_disk_is_copied_while_its_guest_writes() {
         let size = 9 + step as u64;
         host.ok("update_disk", &json!([disk, size, properties]));
         let is = record(&host, &disk);
-        assert_eq!((is.size.get(), is.leftover.clone(), is.generation), (size, None, step as u16 + 1));
+        assert_eq!(
+            (is.size.get(), is.leftover.clone(), is.generation),
+            (size, None, step as u16 + 1)
+        );
         assert_eq!(images(&host, &disk).len(), 1, "{change}");
         let blocks = fs::metadata(image(&host, &disk)).unwrap().blocks();
         let is_thin = !(is.preallocation.reserves_space() || is.encrypted);
@@ -124,10 +133,16 @@ fn limits_change_at_once_and_the_cache_at_the_next_attach() {
 fn a_dynamic_disk_has_a_name_of_the_directors() {
     let Some((host, _)) = host() else { return };
     let disk = disk(&host, &json!({"name": "dyn1", "format": "raw"}));
-    assert_eq!(json!(record(&host, &disk).cloud_properties), json!({"name": "dyn1", "format": "raw"}));
+    assert_eq!(
+        json!(record(&host, &disk).cloud_properties),
+        json!({"name": "dyn1", "format": "raw"})
+    );
     host.ok("update_disk", &json!([disk, 9, {"name": "dyn1", "format": "qcow2"}]));
     let is = record(&host, &disk);
-    assert_eq!((is.image().as_str(), &is.cloud_properties["name"]), ("disk-1.qcow2", &json!("dyn1")));
+    assert_eq!(
+        (is.image().as_str(), &is.cloud_properties["name"]),
+        ("disk-1.qcow2", &json!("dyn1"))
+    );
 }
 
 #[test]
@@ -150,7 +165,9 @@ fn a_header_that_names_another_file_is_never_followed() {
     fs::write(&secret, vec![0x5e; 8 << 20]).unwrap();
     // What a guest that broke out of its QEMU could write into its own image.
     let backing = |path: &str| {
-        ["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.to_str().unwrap(), path].map(String::from).to_vec()
+        ["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.to_str().unwrap(), path]
+            .map(String::from)
+            .to_vec()
     };
     let data_file = |path: &str| {
         let options = format!("data_file={},data_file_raw=on", secret.display());
@@ -158,7 +175,10 @@ fn a_header_that_names_another_file_is_never_followed() {
     };
     for forge in [&backing as &dyn Fn(&str) -> Vec<String>, &data_file] {
         let disk = disk(&host, &json!({}));
-        let forged = Command::new("qemu-img").args(forge(image(&host, &disk).to_str().unwrap())).status().unwrap();
+        let forged = Command::new("qemu-img")
+            .args(forge(image(&host, &disk).to_str().unwrap()))
+            .status()
+            .unwrap();
         assert!(forged.success());
         for (method, arguments) in [
             ("update_disk", json!([disk, 8, {"format": "raw"}])),

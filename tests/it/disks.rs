@@ -37,7 +37,8 @@ pub fn in_qemu(host: &Host, vm: &VmCid, disk: &DiskCid) -> (bool, usize, usize) 
     let count = |command: &str, arguments: Value, word: &str| {
         host.qmp(vm, command, &arguments).unwrap().to_string().matches(word).count()
     };
-    let nodes = count("query-named-block-nodes", json!({"flat": true}), &format!("\"node-name\":\"{disk}"));
+    let nodes =
+        count("query-named-block-nodes", json!({"flat": true}), &format!("\"node-name\":\"{disk}"));
     (is_plugged(host, vm, disk), nodes, count("query-fdsets", json!({}), &format!("rdwr:{disk}")))
 }
 
@@ -66,7 +67,11 @@ pub fn write_data(host: &Host, disk: &DiskCid) {
 
 pub fn assert_data(host: &Host, disk: &DiskCid) {
     qemu_io(&image(host, disk), &["read -P 0xb0 0 64k", "read -P 0x54 5M 64k", "read -P 0 1M 64k"]);
-    let check = Command::new("qemu-img").args(["check", "-q"]).arg(image(host, disk)).status().expect("qemu-img");
+    let check = Command::new("qemu-img")
+        .args(["check", "-q"])
+        .arg(image(host, disk))
+        .status()
+        .expect("qemu-img");
     assert!(check.success());
 }
 
@@ -89,7 +94,10 @@ fn a_disk_comes_and_goes_while_the_vm_runs() {
     }
     assert_eq!(attach(&host, &vm, &DiskCid::random()).failure().kind, "DiskNotFound");
     assert_eq!(attach(&host, &VmCid::random(), &disk).failure().kind, "VMNotFound");
-    assert_eq!(host.call("detach_disk", &json!([VmCid::random(), disk])).failure().kind, "VMNotFound");
+    assert_eq!(
+        host.call("detach_disk", &json!([VmCid::random(), disk])).failure().kind,
+        "VMNotFound"
+    );
     host.ok("detach_disk", &json!([vm, DiskCid::random()]));
 }
 
@@ -111,8 +119,15 @@ fn a_disk_that_a_qemu_has_is_not_touched_though_no_record_says_so() {
     ] {
         let refused = host.call(method, &arguments);
         let image = image(&host, &disk);
-        assert!(refused.failure().message.contains("is open in a QEMU that no record names"), "{method}: {refused:?}");
-        assert!(image.exists() && store.read::<DiskRecord>(&disk).unwrap().unwrap().phase == Phase::Ready, "{method}");
+        assert!(
+            refused.failure().message.contains("is open in a QEMU that no record names"),
+            "{method}: {refused:?}"
+        );
+        assert!(
+            image.exists()
+                && store.read::<DiskRecord>(&disk).unwrap().unwrap().phase == Phase::Ready,
+            "{method}"
+        );
     }
     // Asked about it, QEMU says so.
     host.ok("attach_disk", &json!([vm, disk]));
@@ -160,8 +175,10 @@ fn a_disk_attached_to_a_stopped_vm_is_there_when_it_boots() {
     host.ok("reboot_vm", &json!([vm]));
     assert!(is_plugged(&host, &vm, &kept) && !is_plugged(&host, &vm, &released));
     let words = command_line(&host.qemu(&vm).unwrap());
-    let serials =
-        json_options(&words, "-device").into_iter().filter(|device| device["serial"] == kept.as_str()).count();
+    let serials = json_options(&words, "-device")
+        .into_iter()
+        .filter(|device| device["serial"] == kept.as_str())
+        .count();
     assert_eq!(serials, 1);
     // What was there at boot can be unplugged like what came later.
     host.sees(&vm, "BOOTSECTOR-OK", 2);
@@ -196,12 +213,14 @@ fn sixteen_disks_at_once_and_no_seventeenth() {
 fn limits_hold_whether_a_disk_is_plugged_in_or_there_at_boot() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
-    let disk: DiskCid = text(&host.ok("create_disk", &json!([8, {"iops": 100}, null]))).parse().unwrap();
+    let disk: DiskCid =
+        text(&host.ok("create_disk", &json!([8, {"iops": 100}, null]))).parse().unwrap();
     let limited = || {
         let devices = host.qmp(&vm, "query-block", &json!({})).unwrap();
         let devices = devices.as_array().unwrap().iter();
         let mut inserted = devices.map(|device| &device["inserted"]);
-        inserted.find(|inserted| inserted["node-name"] == disk.as_str()).expect("plugged in")["iops"] == 100
+        inserted.find(|inserted| inserted["node-name"] == disk.as_str()).expect("plugged in")["iops"]
+            == 100
     };
     attach(&host, &vm, &disk).result();
     assert!(limited());
@@ -218,7 +237,10 @@ fn an_attached_disk_is_nobody_elses() {
     attach(&host, &one, &disk).result();
     for refused in [attach(&host, &other, &disk), host.call("delete_disk", &json!([disk]))] {
         assert_eq!(refused.failure().kind, "CloudError");
-        assert!(refused.failure().message.contains(&format!("is attached to VM '{one}'")), "{refused:?}");
+        assert!(
+            refused.failure().message.contains(&format!("is attached to VM '{one}'")),
+            "{refused:?}"
+        );
     }
     host.ok("detach_disk", &json!([other, disk]));
     assert!(is_plugged(&host, &one, &disk), "it was not the other's to detach");
@@ -237,7 +259,10 @@ fn a_vm_whose_removal_was_cut_short_keeps_its_disk_only_while_it_runs() {
     for (method, arguments) in [("resize_disk", json!([disk, 9])), ("delete_disk", json!([disk]))] {
         let refused = host.call(method, &arguments);
         let message = &refused.failure().message;
-        assert!(message.contains(vm.as_str()) && message.contains("Hint: repeat delete_vm"), "{refused:?}");
+        assert!(
+            message.contains(vm.as_str()) && message.contains("Hint: repeat delete_vm"),
+            "{refused:?}"
+        );
     }
     for process in [supervisor, qemu] {
         process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -289,7 +314,9 @@ fn of_two_clients_that_attach_one_disk_to_two_vms_one_wins() {
         assert_eq!(*answers[winner].result(), hint(&disk));
         let lost = answers[1 - winner].failure();
         assert!(lost.message.contains(&format!("is attached to VM '{}'", vms[winner])), "{lost:?}");
-        assert!(is_plugged(&host, &vms[winner], &disk) && !is_plugged(&host, &vms[1 - winner], &disk));
+        assert!(
+            is_plugged(&host, &vms[winner], &disk) && !is_plugged(&host, &vms[1 - winner], &disk)
+        );
         assert_eq!(host.ok("get_disks", &json!([vms[1 - winner]])), json!([]));
         host.ok("detach_disk", &json!([vms[winner], disk]));
     }
@@ -346,8 +373,15 @@ fn survives_kills(host: &Host, method: &str, back: &str) {
         host.ok("get_disks", &json!([vm]));
         host.ok(method, &both);
         let attached = method == "attach_disk";
-        assert_eq!(host.ok("get_disks", &json!([vm])), if attached { json!([disk]) } else { json!([]) });
-        assert_eq!(is_plugged(host, &vm, &disk), attached, "killed after {step}/20 of {duration:?}");
+        assert_eq!(
+            host.ok("get_disks", &json!([vm])),
+            if attached { json!([disk]) } else { json!([]) }
+        );
+        assert_eq!(
+            is_plugged(host, &vm, &disk),
+            attached,
+            "killed after {step}/20 of {duration:?}"
+        );
         let sets = host.qmp(&vm, "query-fdsets", &json!({})).unwrap().to_string();
         assert_eq!(sets.matches(&format!("rdwr:{disk}")).count(), usize::from(attached), "{sets}");
     }

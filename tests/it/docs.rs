@@ -54,10 +54,15 @@ const METHODS: [&str; 21] = [
 
 #[test]
 fn the_table_of_deadlines_is_that_of_this_program() {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md")).unwrap();
-    let section = text.split("\n## ").find(|section| section.starts_with("Deadlines")).expect("a section");
-    let rows = section.lines().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
-    let rows: Vec<(&str, u64)> = rows.filter_map(|(names, seconds)| Some((names, seconds.parse().ok()?))).collect();
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md"))
+        .unwrap();
+    let section =
+        text.split("\n## ").find(|section| section.starts_with("Deadlines")).expect("a section");
+    let rows = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
+    let rows: Vec<(&str, u64)> =
+        rows.filter_map(|(names, seconds)| Some((names, seconds.parse().ok()?))).collect();
     let documented = |method: &str| {
         let row = rows.iter().find(|(names, _)| names.contains(&format!("`{method}`")));
         row.or_else(|| rows.iter().find(|(names, _)| *names == "every other")).expect("a row").1
@@ -67,7 +72,8 @@ fn the_table_of_deadlines_is_that_of_this_program() {
     }
     // And it names no method that is not there.
     let named = rows.iter().flat_map(|(names, _)| names.split('`').skip(1).step_by(2));
-    let unknown: Vec<_> = named.filter(|name| !METHODS.contains(name) && *name != "disk restore").collect();
+    let unknown: Vec<_> =
+        named.filter(|name| !METHODS.contains(name) && *name != "disk restore").collect();
     assert!(rows.len() > 3 && unknown.is_empty(), "{unknown:?}");
 }
 
@@ -96,7 +102,8 @@ fn promises_name_tests_that_exist() {
 fn the_selftest_passes() {
     let Some(host) = Host::new() else { return };
     let output = host.namespace().run(|| host.cpi().args(["selftest", "--json"]).output().unwrap());
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
     assert!(output.status.success() && report["passed"] == true, "{report:#}");
     let checks = report["checks"].as_array().unwrap();
     assert!(checks.len() > 10 && checks.iter().all(|check| check["passed"] == true), "{report:#}");

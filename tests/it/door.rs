@@ -31,10 +31,16 @@ fn played(test: &str, misbehave: fn()) -> Option<Played> {
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(PLAY, "1");
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(REQUEST.as_bytes()).unwrap();
     let stdout = child.stdout.as_ref().unwrap().as_raw_fd();
-    let stdout_pipe = std::fs::read_link(format!("/proc/self/fd/{stdout}")).unwrap().display().to_string();
+    let stdout_pipe =
+        std::fs::read_link(format!("/proc/self/fd/{stdout}")).unwrap().display().to_string();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
     // The test harness introduces itself before the CPI takes stdout.
@@ -45,27 +51,44 @@ fn played(test: &str, misbehave: fn()) -> Option<Played> {
 
 #[test]
 fn a_panic_is_an_answer() {
-    let Some(Played { outcome, .. }) = played("door::a_panic_is_an_answer", || panic!("for a test")) else { return };
+    let Some(Played { outcome, .. }) =
+        played("door::a_panic_is_an_answer", || panic!("for a test"))
+    else {
+        return;
+    };
     let failure = outcome.unwrap_err();
     assert_eq!(failure.kind, "CloudError");
-    assert!(failure.message.starts_with("a bug of the CPI at tests/it/door.rs:"), "{}", failure.message);
+    assert!(
+        failure.message.starts_with("a bug of the CPI at tests/it/door.rs:"),
+        "{}",
+        failure.message
+    );
     assert!(failure.message.contains(": for a test\n"), "{}", failure.message);
 }
 
 #[test]
 fn a_panic_does_not_repeat_what_a_request_said() {
     let play = || panic!("{}", std::env::args().next().map_or("", |_| "hunter2"));
-    let Some(Played { outcome, .. }) = played("door::a_panic_does_not_repeat_what_a_request_said", play) else {
+    let Some(Played { outcome, .. }) =
+        played("door::a_panic_does_not_repeat_what_a_request_said", play)
+    else {
         return;
     };
     let message = outcome.unwrap_err().message;
-    assert!(message.starts_with("a bug of the CPI at tests/it/door.rs:") && !message.contains("hunter2"), "{message}");
+    assert!(
+        message.starts_with("a bug of the CPI at tests/it/door.rs:")
+            && !message.contains("hunter2"),
+        "{message}"
+    );
 }
 
 #[test]
 fn a_thread_that_panics_is_answered_too() {
     let play = || std::thread::spawn(|| panic!("in a thread")).join().unwrap();
-    let Some(Played { outcome, .. }) = played("door::a_thread_that_panics_is_answered_too", play) else { return };
+    let Some(Played { outcome, .. }) = played("door::a_thread_that_panics_is_answered_too", play)
+    else {
+        return;
+    };
     assert!(outcome.unwrap_err().message.contains(": in a thread\n"));
 }
 
@@ -75,7 +98,9 @@ fn what_a_child_prints_does_not_spoil_the_answer() {
         writeln!(std::io::stdout(), "noise of ours").unwrap();
         assert!(Command::new("echo").arg("noise of a child").status().unwrap().success());
     };
-    let Some(Played { outcome, .. }) = played("door::what_a_child_prints_does_not_spoil_the_answer", play) else {
+    let Some(Played { outcome, .. }) =
+        played("door::what_a_child_prints_does_not_spoil_the_answer", play)
+    else {
         return;
     };
     assert_eq!(outcome.unwrap_err().message, "has_vm: after all that");
@@ -89,13 +114,21 @@ fn no_child_inherits_the_way_to_the_caller() {
         for file in std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap().flatten() {
             // The loader opens and closes files of its own meanwhile.
             let Ok(link) = std::fs::read_link(file.path()) else { continue };
-            writeln!(std::io::stderr(), "{} is {}", file.file_name().display(), link.display()).unwrap();
+            writeln!(std::io::stderr(), "{} is {}", file.file_name().display(), link.display())
+                .unwrap();
         }
         drop(child.stdin.take());
         child.wait().unwrap();
     };
-    let Some(played) = played("door::no_child_inherits_the_way_to_the_caller", play) else { return };
+    let Some(played) = played("door::no_child_inherits_the_way_to_the_caller", play) else {
+        return;
+    };
     assert_eq!(played.outcome.unwrap_err().kind, "VMNotFound");
     assert!(played.stderr.contains("1 is /dev/null\n"), "{}", played.stderr);
-    assert!(!played.stderr.contains(&played.stdout_pipe), "{}: {}", played.stdout_pipe, played.stderr);
+    assert!(
+        !played.stderr.contains(&played.stdout_pipe),
+        "{}: {}",
+        played.stdout_pipe,
+        played.stderr
+    );
 }

@@ -18,7 +18,12 @@ use crate::support::host::{GUEST, Host, eventually, request};
 fn clean(host: &Host) {
     eventually("gc has nothing to do", || {
         let (_, printed) = host.command(&["gc", "--json"]);
-        printed["findings"].as_array().unwrap().iter().all(|finding| finding["kind"] == "untold").then_some(())
+        printed["findings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|finding| finding["kind"] == "untold")
+            .then_some(())
     });
 }
 
@@ -56,7 +61,8 @@ fn told_to_end(method: &str, prepare: impl Fn(&Host, &str) -> Value, undo: impl 
         let mut said = String::new();
         call.stdout.take().unwrap().read_to_string(&mut said).unwrap();
         // No answer, or a whole one: never a part, and never an error that is none.
-        let answered = serde_json::from_str::<Value>(&said).is_ok_and(|answer| answer["error"].is_null());
+        let answered =
+            serde_json::from_str::<Value>(&said).is_ok_and(|answer| answer["error"].is_null());
         assert!(answered || said.is_empty() && status.signal() == Some(15), "{status:?} {said:?}");
         host.note(&said);
         age_unsigned_locks(&host);
@@ -84,12 +90,17 @@ fn create_vm_told_to_end_leaves_a_vm_or_nothing() {
 #[test]
 fn create_disk_told_to_end_leaves_a_disk_or_nothing() {
     // By qemu-img, which must end with its call.
-    told_to_end("create_disk", |_, _| json!([64, {"preallocation": "full"}, null]), delete_all_but_stemcells);
+    told_to_end(
+        "create_disk",
+        |_, _| json!([64, {"preallocation": "full"}, null]),
+        delete_all_but_stemcells,
+    );
 }
 
 #[test]
 fn update_disk_told_to_end_leaves_one_image() {
-    let prepare = |host: &Host, _: &str| json!([host.disk(), 8, {"format": "raw", "preallocation": "full"}]);
+    let prepare =
+        |host: &Host, _: &str| json!([host.disk(), 8, {"format": "raw", "preallocation": "full"}]);
     told_to_end("update_disk", prepare, delete_all_but_stemcells);
 }
 
@@ -111,7 +122,12 @@ fn a_create_whose_caller_is_gone_is_undone() {
     ] {
         let mut call = host.namespace().run(|| {
             let mut command = host.cpi();
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+            command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
         });
         drop(call.stdout.take());
         call.stdin.take().unwrap().write_all(request(method, &arguments).as_bytes()).unwrap();

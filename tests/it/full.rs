@@ -32,7 +32,9 @@ fn a_guest_waits_for_room_and_goes_on() {
     assert_eq!(listed[0]["reason"], "io-error on root (no space)");
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
-    let written = |host: &Host| std::fs::read_to_string(host.paths(&vm).console_log()).unwrap().matches("W").count();
+    let written = |host: &Host| {
+        std::fs::read_to_string(host.paths(&vm).console_log()).unwrap().matches("W").count()
+    };
     let before = written(&host);
     assert!(before > 10);
 
@@ -92,7 +94,9 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
     // Who has the disk, by the VM's record and by its QEMU.
     let holds = || {
         let vm: VmCid = text(&arguments[0]).parse().unwrap();
-        let nodes = host.qemu(&vm).map(|_| host.qmp(&vm, "query-named-block-nodes", &json!({"flat": true})).unwrap());
+        let nodes = host
+            .qemu(&vm)
+            .map(|_| host.qmp(&vm, "query-named-block-nodes", &json!({"flat": true})).unwrap());
         let in_qemu = nodes.is_some_and(|nodes| nodes.to_string().contains(&text(&arguments[1])));
         (host.ok("get_disks", &json!([vm])), in_qemu)
     };
@@ -164,7 +168,8 @@ fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
 fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
     let Some(host) = Host::on_small_filesystem(64) else { return };
     let [first, second] = [0, 1].map(|_| -> DiskCid {
-        let disk = text(&host.ok("create_disk", &json!([8, {"format": "raw"}, null]))).parse().unwrap();
+        let disk =
+            text(&host.ok("create_disk", &json!([8, {"format": "raw"}, null]))).parse().unwrap();
         qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["write -P 7 0 8M"]);
         disk
     });
@@ -175,13 +180,16 @@ fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
         let outcome = host.call("snapshot_disk", &json!([second, {}])).outcome;
         host.small().empty();
         match outcome {
-            Ok(snapshot) => assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null()),
+            Ok(snapshot) => {
+                assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null())
+            }
             Err(failure) => assert!(!wanted && failure.kind == "NoDiskSpace", "{failure:?}"),
         }
     };
     // As a snapshot_disk of the first has it before it has copied anything.
     let whole = host.ok("snapshot_disk", &json!([first, {}]));
-    let whole = host.store().read::<SnapshotRecord>(&text(&whole).parse().unwrap()).unwrap().unwrap();
+    let whole =
+        host.store().read::<SnapshotRecord>(&text(&whole).parse().unwrap()).unwrap().unwrap();
     host.ok("delete_snapshot", &json!([whole.cid]));
     let half = SnapshotRecord { phase: Phase::Creating, ..whole };
     let work = host.store().lock(Rank::Snapshot, &half.cid, Instant::now()).unwrap();

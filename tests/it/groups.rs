@@ -19,8 +19,11 @@ const MIB: u64 = 1 << 20;
 fn file(pid: i32, controller: &str, v1: &str, v2: &str) -> Option<PathBuf> {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let path = |line: &str| line.rsplit(':').next().unwrap().trim_start_matches('/').to_owned();
-    let mine = groups.lines().find(|line| line.split(':').nth(1).unwrap().split(',').any(|name| name == controller));
-    let legacy = mine.map(|line| PathBuf::from("/sys/fs/cgroup").join(controller).join(path(line)).join(v1));
+    let mine = groups
+        .lines()
+        .find(|line| line.split(':').nth(1).unwrap().split(',').any(|name| name == controller));
+    let legacy =
+        mine.map(|line| PathBuf::from("/sys/fs/cgroup").join(controller).join(path(line)).join(v1));
     let unified = groups.lines().find(|line| line.starts_with("0::"));
     let unified = unified.map(|line| PathBuf::from("/sys/fs/cgroup").join(path(line)).join(v2));
     [legacy, unified].into_iter().flatten().find(|file| file.exists())
@@ -44,24 +47,31 @@ fn may_spare() -> bool {
 fn a_vm_is_kept_to_its_limits_and_apart_from_its_caller() {
     let Some(host) = Host::new() else { return };
     let mut arguments = host.vm_arguments(&host.stemcell());
-    arguments[2] = json!({"ram": 64, "ephemeral_disk": 64, "cpu_weight": 200, "iops": 150, "mbps": 5});
+    arguments[2] =
+        json!({"ram": 64, "ephemeral_disk": 64, "cpu_weight": 200, "iops": 150, "mbps": 5});
     let vm = vm_cid(&host.ok("create_vm", &arguments));
     let (qemu, supervisor) = (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid());
 
     let disks = host.qmp(&vm, "query-block", &json!({})).unwrap();
     let limited = |disk: &&Value| disk["inserted"]["group"] == "own-disks";
-    let limited: Vec<_> = disks.as_array().unwrap().iter().filter(limited).map(|disk| &disk["inserted"]).collect();
+    let limited: Vec<_> =
+        disks.as_array().unwrap().iter().filter(limited).map(|disk| &disk["inserted"]).collect();
     assert_eq!(limited.len(), 2, "root and ephemeral disk: {disks}");
-    assert!(limited.iter().all(|disk| disk["iops"] == 150 && disk["bps"] == 5 * MIB), "{limited:?}");
+    assert!(
+        limited.iter().all(|disk| disk["iops"] == 150 && disk["bps"] == 5 * MIB),
+        "{limited:?}"
+    );
 
-    let adjustment = |pid| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    let adjustment =
+        |pid| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
     // Here, too, root may not be allowed to spare anybody.
     let spared = if may_spare() { "-900" } else { "0" };
     assert_eq!([adjustment(qemu), adjustment(supervisor)], ["0", spared]);
 
     let groups = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     assert_eq!(groups(qemu), groups(supervisor));
-    let Some(memory) = memory_limit(qemu).filter(|file| file.to_str().unwrap().contains(vm.to_string().as_str()))
+    let Some(memory) =
+        memory_limit(qemu).filter(|file| file.to_str().unwrap().contains(vm.to_string().as_str()))
     else {
         return skip("no control group with a memory limit can be made on this host");
     };
@@ -85,7 +95,9 @@ fn a_vm_that_lost_its_run_directory_is_told_and_rebooted() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
-    if memory_limit(qemu.pid()).is_none_or(|file| !file.to_str().unwrap().contains(vm.to_string().as_str())) {
+    if memory_limit(qemu.pid())
+        .is_none_or(|file| !file.to_str().unwrap().contains(vm.to_string().as_str()))
+    {
         return skip("no control group can be made on this host");
     }
     let [disk, other] = [host.disk(), host.disk()];
@@ -95,12 +107,20 @@ fn a_vm_that_lost_its_run_directory_is_told_and_rebooted() {
     nothing_is_done_with_its_disks(&host, &vm, &disk, &other);
     let (_, found) = host.command(&["audit", "--json"]);
     let found = found["findings"].as_array().unwrap();
-    assert!(found.len() == 1 && found[0]["why"].as_str().unwrap().contains(&qemu.pid().to_string()), "{found:?}");
+    assert!(
+        found.len() == 1 && found[0]["why"].as_str().unwrap().contains(&qemu.pid().to_string()),
+        "{found:?}"
+    );
     // The host's boot does not end a guest for that.
     let (well, started) = host.command(&["host", "start", "--json"]);
     assert!(!well && started.to_string().contains("has no pid file"), "{started}");
-    let taps =
-        host.record(&vm).nics.iter().filter_map(|nic| nic.tap()).map(|(tap, _)| tap.to_string()).collect::<Vec<_>>();
+    let taps = host
+        .record(&vm)
+        .nics
+        .iter()
+        .filter_map(|nic| nic.tap())
+        .map(|(tap, _)| tap.to_string())
+        .collect::<Vec<_>>();
     assert!(taps.iter().all(|tap| host.namespace().link(tap).is_some()), "{taps:?}");
     assert!(!qemu.wait_exit(std::time::Instant::now()).unwrap());
     host.ok("reboot_vm", &json!([vm]));
@@ -130,7 +150,11 @@ fn nothing_is_done_with_its_disks(host: &Host, vm: &VmCid, disk: &DiskCid, other
         let refused = host.call(method, &arguments).outcome.expect_err(method);
         let why = if method == "delete_disk" { "is attached to VM" } else { "has no pid file" };
         assert!(refused.message.contains(why), "{method}: {refused:?}");
-        assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{method} leaves no note");
+        assert_eq!(
+            host.store().pending_dir().read_dir().unwrap().count(),
+            0,
+            "{method} leaves no note"
+        );
     }
     assert_eq!(json!(host.record(vm)), vm_before);
     assert!([disk, other].map(state) == before, "the images and the records are as they were");
@@ -144,10 +168,13 @@ fn a_qemu_that_runs_wild_is_ended_alone_and_started_again() {
     host.sees(&wild, "BOOTSECTOR-OK", 1);
     let (qemu, supervisor) = (host.qemu(&wild).unwrap(), host.supervisor(&wild).unwrap().pid());
     let bystander = host.qemu(&other).unwrap().pid();
-    let Some(limit) = memory_limit(qemu.pid()).filter(|file| file.to_str().unwrap().contains(&wild.to_string())) else {
+    let Some(limit) =
+        memory_limit(qemu.pid()).filter(|file| file.to_str().unwrap().contains(&wild.to_string()))
+    else {
         return skip("no control group with a memory limit can be made on this host");
     };
-    let used = number(&file(qemu.pid(), "memory", "memory.usage_in_bytes", "memory.current").unwrap());
+    let used =
+        number(&file(qemu.pid(), "memory", "memory.usage_in_bytes", "memory.current").unwrap());
     let meant = number(&limit);
     fs::write(&limit, (used + 16 * MIB).to_string()).unwrap();
     // As much as a QEMU with a leak would take, written all over.
@@ -155,8 +182,13 @@ fn a_qemu_that_runs_wild_is_ended_alone_and_started_again() {
     let _ = host.qmp(&wild, "object-add", &leak);
     gone(&qemu);
     host.event(&wild, "out of memory", 1);
-    let exit = eventually("the end is written down", || ExitRecord::read(&host.paths(&wild).exit()).unwrap());
-    assert_eq!((exit.signal, exit.reason.as_deref(), exit.ending()), (Some(9), Some("oom-kill"), Ending::Crashed));
+    let exit = eventually("the end is written down", || {
+        ExitRecord::read(&host.paths(&wild).exit()).unwrap()
+    });
+    assert_eq!(
+        (exit.signal, exit.reason.as_deref(), exit.ending()),
+        (Some(9), Some("oom-kill"), Ending::Crashed)
+    );
 
     host.sees(&wild, "BOOTSECTOR-OK", 2);
     assert_eq!(host.supervisor(&wild).unwrap().pid(), supervisor, "the supervisor is spared");
@@ -164,6 +196,8 @@ fn a_qemu_that_runs_wild_is_ended_alone_and_started_again() {
     assert_eq!(number(&limit), meant, "the limit of the next start");
     // An end of another kind is not taken for one of this.
     host.crash(&other);
-    let exit = eventually("the end is written down", || ExitRecord::read(&host.paths(&other).exit()).unwrap());
+    let exit = eventually("the end is written down", || {
+        ExitRecord::read(&host.paths(&other).exit()).unwrap()
+    });
     assert_eq!((exit.signal, exit.reason), (Some(9), None));
 }

@@ -62,7 +62,10 @@ fn after_a_power_cut_every_vm_that_ran_is_back_as_it_was() {
     host.ok("detach_disk", &json!([first, disk]));
     // Twice is once.
     let again = start(&host);
-    assert!(again.iter().filter(|(cid, _)| cid != off.as_str()).all(|(_, state)| state == "running"), "{again:?}");
+    assert!(
+        again.iter().filter(|(cid, _)| cid != off.as_str()).all(|(_, state)| state == "running"),
+        "{again:?}"
+    );
     assert_eq!(host.ok("has_vm", &json!([off])), true);
 }
 
@@ -78,7 +81,9 @@ fn a_host_that_goes_down_powers_its_guests_off_and_wants_them_again() {
 
     let down = outcomes(&host, &["host", "stop", "--json"]);
     assert!(down.iter().all(|(_, state)| state == "stopped"), "{down:?}");
-    assert!(host.qemu(&vm).is_none() && host.supervisor(&vm).is_none() && host.qemu(&alone).is_none());
+    assert!(
+        host.qemu(&vm).is_none() && host.supervisor(&vm).is_none() && host.qemu(&alone).is_none()
+    );
     let exit = exit(&host, &vm).unwrap();
     assert_eq!((exit.ending(), exit.reason.as_deref()), (Ending::Stopped, Some("guest-shutdown")));
     assert_eq!(host.record(&vm).desired, Desired::Running);
@@ -107,7 +112,10 @@ fn the_director_and_what_the_operator_tagged_come_first() {
     let [plain, director, database] = std::array::from_fn(|_| host.vm(&stemcell));
     host.ok("set_vm_metadata", &json!([plain, {"name": "web/0", "director": "lab"}]));
     host.ok("set_vm_metadata", &json!([director, {"name": "bosh/0", "director": "bosh-init"}]));
-    host.ok("set_vm_metadata", &json!([database, {"name": "db/0", "director": "lab", "start_priority": "7"}]));
+    host.ok(
+        "set_vm_metadata",
+        &json!([database, {"name": "db/0", "director": "lab", "start_priority": "7"}]),
+    );
     host.lose_power();
     let order: Vec<_> = start(&host).into_iter().map(|(cid, _)| cid).collect();
     assert_eq!(order, [database, director, plain].map(|vm| vm.to_string()));
@@ -129,7 +137,10 @@ fn one_vm_that_can_not_start_does_not_keep_the_others_off() {
         vms.iter().find(|outcome| outcome["vm"] == vm.as_str()).unwrap()["state"].clone()
     };
     assert_eq!(state(&sound), "started");
-    assert!(state(&broken)["failed"].as_str().unwrap().contains(root.to_str().unwrap()), "{printed}");
+    assert!(
+        state(&broken)["failed"].as_str().unwrap().contains(root.to_str().unwrap()),
+        "{printed}"
+    );
     std::fs::rename(&aside, &root).unwrap();
     let again = start(&host);
     assert!(again.contains(&(broken.to_string(), json!("started"))), "{again:?}");
@@ -183,7 +194,10 @@ fn a_launch_that_was_cut_short_begins_again() {
         host.lose_power();
         let mut command = host.cpi();
         command.args(["host", "start"]);
-        command.env("BOSH_QEMU_CPI_CRASH_AT", "supervisor spawned;supervisor: qmp query-kvm: answered");
+        command.env(
+            "BOSH_QEMU_CPI_CRASH_AT",
+            "supervisor spawned;supervisor: qmp query-kvm: answered",
+        );
         let output = host.namespace().run(|| command.output().unwrap());
         assert!(!output.status.success(), "it was killed: {output:?}");
         eventually("the launch is cut short", || {

@@ -16,9 +16,14 @@ fn host(networks: &Value) -> Option<Host> {
 /// What a VM on the subnet of `gateway` is refused with, or nothing.
 fn refusal(host: &Host, stemcell: &str, gateway: &str, netmask: &str) -> Option<String> {
     let v6 = gateway.contains(':');
-    let ip = if v6 { format!("{gateway}5") } else { format!("{}.5", &gateway[..gateway.rfind('.').unwrap()]) };
+    let ip = if v6 {
+        format!("{gateway}5")
+    } else {
+        format!("{}.5", &gateway[..gateway.rfind('.').unwrap()])
+    };
     let network = json!({"type": "manual", "ip": ip, "netmask": netmask, "gateway": gateway});
-    let answer = host.call("create_vm", &json!(["agent-1", stemcell, {"ram": 64}, {"a": network}, [], {}]));
+    let answer =
+        host.call("create_vm", &json!(["agent-1", stemcell, {"ram": 64}, {"a": network}, [], {}]));
     match answer.outcome {
         Ok(made) => {
             host.ok("delete_vm", &json!([vm_cid(&made)]));
@@ -47,7 +52,8 @@ fn a_request_takes_no_route_of_the_host() {
         ("10.7.0.1", "255.255.255.0", "10.7.0.0/24 is routed to 'uplink'"),
         ("192.0.2.4", "255.255.255.248", "'uplink' has this host's own 192.0.2.1/24"),
     ] {
-        let refused = refusal(&host, &stemcell, gateway, netmask).unwrap_or_else(|| panic!("{gateway} was given"));
+        let refused = refusal(&host, &stemcell, gateway, netmask)
+            .unwrap_or_else(|| panic!("{gateway} was given"));
         assert!(refused.contains(&format!("for network 'default', where {holder}")), "{refused}");
         assert!(refused.contains("networks.default.subnet"), "{refused}");
     }
@@ -55,7 +61,10 @@ fn a_request_takes_no_route_of_the_host() {
         let refused = refusal(&host, &stemcell, gateway, "255.255.255.0").expect("the world's");
         assert!(refused.contains("it is no private subnet"), "{refused}");
     }
-    assert_eq!(host.namespace().ip("route show table all") + &host.namespace().ip("link show"), before);
+    assert_eq!(
+        host.namespace().ip("route show table all") + &host.namespace().ip("link show"),
+        before
+    );
     // Half of the world is the default route of a VPN.
     host.namespace().ip("route add 0.0.0.0/1 via 192.0.2.9");
     let vm = host.vm(&stemcell);
@@ -83,9 +92,15 @@ fn a_managed_network_takes_no_route_of_the_host() {
     host.namespace().ip("route add 10.8.0.0/24 via 192.0.2.9");
     let ask = |subnet: Value| host.call("create_network", &json!([subnet]));
     let refused = ask(json!({"range": "10.8.0.0/25", "cloud_properties": {}}));
-    assert!(refused.failure().message.contains("where 10.8.0.0/24 is routed to 'uplink'"), "{refused:?}");
+    assert!(
+        refused.failure().message.contains("where 10.8.0.0/24 is routed to 'uplink'"),
+        "{refused:?}"
+    );
     let refused = ask(json!({"range": "8.8.8.0/24", "cloud_properties": {}}));
-    assert!(refused.failure().message.contains("neither private nor in this host's managed_range"), "{refused:?}");
+    assert!(
+        refused.failure().message.contains("neither private nor in this host's managed_range"),
+        "{refused:?}"
+    );
     let chosen = ask(json!({"netmask_bits": 24, "cloud_properties": {}})).result().clone();
     assert_eq!(chosen[1]["range"], "10.8.1.0/24", "the first that is free");
     host.ok("delete_network", &json!([chosen[0]]));

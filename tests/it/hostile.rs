@@ -68,7 +68,18 @@ fn what_is_no_cid_is_refused_by_every_method() {
 #[test]
 fn what_is_no_size_is_refused() {
     let Some(host) = Host::new() else { return };
-    for size in ["0", "-1", "1.5", "\"1024\"", "null", "1e30", "9223372036854775808", "67108865", "[1]", "true"] {
+    for size in [
+        "0",
+        "-1",
+        "1.5",
+        "\"1024\"",
+        "null",
+        "1e30",
+        "9223372036854775808",
+        "67108865",
+        "[1]",
+        "true",
+    ] {
         let size: Value = serde_json::from_str(size).unwrap();
         refused(&host.call("create_disk", &json!([size, {}, null])), &format!("{size} MiB"));
         for key in ["ram", "cpu", "ephemeral_disk", "root_disk", "extra_disks_slots"] {
@@ -88,8 +99,9 @@ fn what_is_no_size_is_refused() {
 fn options(host: &Host, vm: &VmCid) -> Vec<String> {
     let record = host.record(vm);
     let mut words = command_line(&host.qemu(vm).unwrap());
-    let own =
-        [vm.to_string(), record.machine.uuid].into_iter().chain(record.nics.iter().map(|nic| nic.mac.to_string()));
+    let own = [vm.to_string(), record.machine.uuid]
+        .into_iter()
+        .chain(record.nics.iter().map(|nic| nic.mac.to_string()));
     for own in own {
         words.iter_mut().for_each(|word| *word = word.replace(&own, "…"));
     }
@@ -223,13 +235,16 @@ fn secrets_stay_on_the_config_drive() {
     let env = json!({"bosh": {"password": SECRET, "mbus": {"cert": {"private_key": SECRET}}}, SECRET: SECRET});
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[5] = env;
-    let context =
-        json!({"director_uuid": "x", "secret": SECRET, "agent": {"mbus": format!("https://u:{SECRET}@0.0.0.0")}});
+    let context = json!({"director_uuid": "x", "secret": SECRET, "agent": {"mbus": format!("https://u:{SECRET}@0.0.0.0")}});
     let ask = |method: &str, arguments: &Value| {
-        let request = json!({"method": method, "arguments": arguments, "context": context, "api_version": 2});
+        let request =
+            json!({"method": method, "arguments": arguments, "context": context, "api_version": 2});
         let answer = host.ask(&request.to_string());
         assert!(!answer.stderr.is_empty() || answer.outcome.is_err(), "{method}: the log is on");
-        assert!(!answer.stderr.contains(SECRET) && !answer.stdout.contains(SECRET), "{method}: {answer:?}");
+        assert!(
+            !answer.stderr.contains(SECRET) && !answer.stdout.contains(SECRET),
+            "{method}: {answer:?}"
+        );
         answer
     };
     let vm = vm_cid(ask("create_vm", &arguments).result());

@@ -25,7 +25,9 @@ fn answer(call: Child) -> Answer {
 
 #[test]
 fn a_client_that_holds_the_monitor_is_named_as_the_reason() {
-    let Some(host) = Host::with(json!({"deadlines": {"attach_disk": 2, "detach_disk": 2}})) else { return };
+    let Some(host) = Host::with(json!({"deadlines": {"attach_disk": 2, "detach_disk": 2}})) else {
+        return;
+    };
     let vm = host.booted_vm();
     let (disk, attached) = (host.disk(), host.disk());
     host.ok("attach_disk", &json!([vm, attached]));
@@ -36,7 +38,9 @@ fn a_client_that_holds_the_monitor_is_named_as_the_reason() {
         let refused = host.call(method, &json!([vm, disk]));
         assert!(began.elapsed() < Duration::from_secs(20), "{method}: {:?}", began.elapsed());
         let socket = host.paths(&vm).qmp();
-        for words in [method, disk.as_str(), socket.to_str().unwrap(), "did not greet", "another client"] {
+        for words in
+            [method, disk.as_str(), socket.to_str().unwrap(), "did not greet", "another client"]
+        {
             assert!(refused.failure().message.contains(words), "{words} in {refused:?}");
         }
     }
@@ -58,7 +62,9 @@ fn a_qemu_that_hangs_ends_in_an_error_and_then_in_order() {
     let disk = host.disk();
     for (method, back) in [("attach_disk", "detach_disk"), ("detach_disk", "attach_disk")] {
         host.ok(back, &json!([vm, disk]));
-        host.reconfigure(|config| config["deadlines"] = json!({"attach_disk": 3, "detach_disk": 3}));
+        host.reconfigure(|config| {
+            config["deadlines"] = json!({"attach_disk": 3, "detach_disk": 3})
+        });
         host.qemu(&vm).unwrap().signal(Signal::SIGSTOP).unwrap();
         let refused = host.call(method, &json!([vm, disk]));
         assert!(refused.failure().message.contains("did not greet"), "{refused:?}");
@@ -71,7 +77,13 @@ fn a_qemu_that_hangs_ends_in_an_error_and_then_in_order() {
 }
 
 /// Starts `method` with a QEMU that hangs, and kills that when the record says `phase`.
-fn killed_in_mid_call(host: &Host, method: &str, vm: &VmCid, disk: &DiskCid, phase: AttachmentPhase) -> Value {
+fn killed_in_mid_call(
+    host: &Host,
+    method: &str,
+    vm: &VmCid,
+    disk: &DiskCid,
+    phase: AttachmentPhase,
+) -> Value {
     let qemu = host.qemu(vm).unwrap();
     qemu.signal(Signal::SIGSTOP).unwrap();
     let call = host.start(method, &json!([vm, disk]));
@@ -138,7 +150,8 @@ fn a_disk_the_guest_ejected_by_itself_can_be_changed() {
     }
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("detach_disk", &json!([vm, disk]));
-    let path = host.store().disk_image(&host.store().read::<DiskRecord>(&disk).unwrap().unwrap()).unwrap();
+    let path =
+        host.store().disk_image(&host.store().read::<DiskRecord>(&disk).unwrap().unwrap()).unwrap();
     assert_eq!(path.file_name().unwrap(), "disk-1.raw");
 }
 
@@ -154,7 +167,10 @@ fn a_disk_the_guest_ejected_by_itself_can_be_attached_again_or_detached() {
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]), "it is still the VM's");
     let other = host.vm(&host.stemcell());
     let refused = host.call("attach_disk", &json!([other, disk]));
-    assert!(refused.failure().message.contains(&format!("is attached to VM '{vm}'")), "{refused:?}");
+    assert!(
+        refused.failure().message.contains(&format!("is attached to VM '{vm}'")),
+        "{refused:?}"
+    );
     host.ok("attach_disk", &json!([vm, disk]));
     assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
     eject();

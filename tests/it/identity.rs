@@ -16,22 +16,45 @@ fn images(host: &Host, vm: &VmCid) -> BTreeMap<String, PathBuf> {
     let sets = ask("query-fdsets", json!({}));
     // A plain name, or JSON with one.
     let image = |file: &str| {
-        let (_, number) = file.split_once("/dev/fdset/").unwrap_or_else(|| panic!("no descriptor: {file}"));
+        let (_, number) =
+            file.split_once("/dev/fdset/").unwrap_or_else(|| panic!("no descriptor: {file}"));
         let id: u64 = number.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
-        let set = sets.as_array().unwrap().iter().find(|set| set["fdset-id"] == id).expect("a set of descriptors");
+        let set = sets
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|set| set["fdset-id"] == id)
+            .expect("a set of descriptors");
         fs::read_link(format!("/proc/{qemu}/fd/{}", set["fds"][0]["fd"])).unwrap()
     };
     let nodes = ask("query-named-block-nodes", json!({"flat": true}));
     let file = |node: &str| {
         let below = json!(format!("{node}-file"));
-        let node = nodes.as_array().unwrap().iter().find(|its| its["node-name"] == below).expect("a protocol node");
+        let node = nodes
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|its| its["node-name"] == below)
+            .expect("a protocol node");
         node["image"]["filename"].as_str().unwrap()
     };
     let devices = ask("query-block", json!({}));
     let devices = devices.as_array().unwrap().iter().map(|device| {
-        let id = device["qdev"].as_str().unwrap().trim_start_matches("/machine/peripheral/").split('/').next().unwrap();
-        let serial = ask("qom-get", json!({"path": format!("/machine/peripheral/{id}"), "property": "serial"}));
-        (serial.as_str().unwrap().to_owned(), image(file(device["inserted"]["node-name"].as_str().unwrap())))
+        let id = device["qdev"]
+            .as_str()
+            .unwrap()
+            .trim_start_matches("/machine/peripheral/")
+            .split('/')
+            .next()
+            .unwrap();
+        let serial = ask(
+            "qom-get",
+            json!({"path": format!("/machine/peripheral/{id}"), "property": "serial"}),
+        );
+        (
+            serial.as_str().unwrap().to_owned(),
+            image(file(device["inserted"]["node-name"].as_str().unwrap())),
+        )
     });
     devices.collect()
 }
@@ -54,7 +77,8 @@ fn a_serial_is_the_same_image_for_ever() {
     let first = images(&host, &vm);
     assert_eq!(first.len(), 6, "root, ephemeral, config drive and three disks: {first:?}");
     let own = |name: &str| format!("{vm}/{name}");
-    let mut wanted = vec![("root".to_owned(), own("root.qcow2")), ("config".to_owned(), own("config.img"))];
+    let mut wanted =
+        vec![("root".to_owned(), own("root.qcow2")), ("config".to_owned(), own("config.img"))];
     wanted.push((host.record(&vm).ephemeral.unwrap().serial, own("ephemeral.qcow2")));
     wanted.extend(disks.iter().map(|disk| (disk.to_string(), format!("{disk}/disk.qcow2"))));
     for (serial, image) in &wanted {

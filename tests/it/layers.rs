@@ -69,7 +69,8 @@ fn arrows_point_down() {
     let mut arrows = BTreeSet::new();
     for file in rust_files(&root) {
         let path = file.strip_prefix(&root).unwrap();
-        let from = path.components().next().unwrap().as_os_str().to_string_lossy().replace(".rs", "");
+        let from =
+            path.components().next().unwrap().as_os_str().to_string_lossy().replace(".rs", "");
         if from == "lib" {
             continue;
         }
@@ -80,7 +81,9 @@ fn arrows_point_down() {
     assert!(arrows.len() > 10, "the reader finds no arrows: {arrows:?}");
     let wrong: Vec<_> = arrows
         .iter()
-        .filter_map(|(from, to, file)| objection(from, to).map(|why| format!("{file}: {from} → {to} {why}")))
+        .filter_map(|(from, to, file)| {
+            objection(from, to).map(|why| format!("{file}: {from} → {to} {why}"))
+        })
         .collect();
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
@@ -117,8 +120,10 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
 
 /// Modules that `source` names as `crate::module` or, from the binary, `bosh_qemu_cpi::module`.
 fn used_modules(source: &str) -> BTreeSet<String> {
-    let code: String =
-        source.lines().filter(|line| !line.trim_start().starts_with("//")).fold(String::new(), |a, l| a + l + "\n");
+    let code: String = source
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .fold(String::new(), |a, l| a + l + "\n");
     let mut found = BTreeSet::new();
     for prefix in ["crate::", "bosh_qemu_cpi::"] {
         for (at, _) in code.match_indices(prefix) {
@@ -128,14 +133,17 @@ fn used_modules(source: &str) -> BTreeSet<String> {
             }
         }
     }
-    let module =
-        |name: String| MACROS.iter().find(|(m, _)| *m == name).map_or(name, |(_, module)| (*module).to_owned());
+    let module = |name: String| {
+        MACROS.iter().find(|(m, _)| *m == name).map_or(name, |(_, module)| (*module).to_owned())
+    };
     found.into_iter().map(module).collect()
 }
 
 /// The first names of a path: one, or those of a group `{a::b, c}`.
 fn heads(path: &str) -> Vec<String> {
-    let word = |text: &str| text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    let word = |text: &str| {
+        text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>()
+    };
     let Some(group) = path.strip_prefix('{') else { return vec![word(path)] };
     let mut depth = 0;
     let end = group.find(|c| {

@@ -11,7 +11,9 @@ use bosh_qemu_cpi::store::{Phase, VmRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, command_line, eventually, gone, json_options, patience, request, text, vm_cid};
+use crate::support::host::{
+    Host, command_line, eventually, gone, json_options, patience, request, text, vm_cid,
+};
 
 #[test]
 fn create_env_makes_recreates_and_deletes_a_vm() {
@@ -41,9 +43,11 @@ fn create_env_makes_recreates_and_deletes_a_vm() {
     host.ok("delete_vm", &json!([again]));
     host.ok("delete_stemcell", &json!([stemcell]));
     host.assert_nothing_left();
-    for (method, cid) in
-        [("delete_vm", vm.to_string()), ("delete_disk", disk.to_string()), ("delete_stemcell", stemcell)]
-    {
+    for (method, cid) in [
+        ("delete_vm", vm.to_string()),
+        ("delete_disk", disk.to_string()),
+        ("delete_stemcell", stemcell),
+    ] {
         assert_eq!(host.ok(method, &json!([cid])), Value::Null, "{method} of what is gone");
     }
 }
@@ -89,21 +93,27 @@ fn on_config_drive(image: &Path, path: &str) -> String {
 
 #[test]
 fn an_agent_finds_its_settings_to_the_letter() {
-    let Some(host) = Host::with(json!({"agent": {"mbus": "nats://10.9.0.1:4222", "ntp": ["t1", "t2"]}})) else {
+    let Some(host) =
+        Host::with(json!({"agent": {"mbus": "nats://10.9.0.1:4222", "ntp": ["t1", "t2"]}}))
+    else {
         return;
     };
     let stemcell = host.stemcell();
     // As no serializer of ours would write it.
     let env = |size: usize| {
         let certificate = "-----BEGIN CERTIFICATE-----\\nZHVt\\/".repeat(size / 36);
-        format!(r#"{{ "z":1.50,"bosh" :{{"password":"*","x":null,"é":"\u00e9\u2028","ca":"{certificate}"}},"a":1e3}}"#)
+        format!(
+            r#"{{ "z":1.50,"bosh" :{{"password":"*","x":null,"é":"\u00e9\u2028","ca":"{certificate}"}},"a":1e3}}"#
+        )
     };
     let networks = r#"{"zeta":{"type":"manual","ip":"10.9.0.7","prefix":"32","netmask":"255.255.255.0","cloud_properties":{},"default":["dns","gateway"],"dns":["8.8.8.8"],"gateway":"10.9.0.1","unknown":[1.0]},"alpha":{"type":"dynamic","cloud_properties":{"bridge":"br0"},"dns":["1.1.1.1"]}}"#;
     host.bridge("br0");
     for env in [env(6 << 10), env(3 << 20)] {
-        let arguments = format!(r#"["agent-7","{stemcell}",{{"ram":64,"ephemeral_disk":16}},{networks},[],{env}]"#);
-        let request =
-            request("create_vm", &Value::Null).replace(r#""arguments":null"#, &format!(r#""arguments":{arguments}"#));
+        let arguments = format!(
+            r#"["agent-7","{stemcell}",{{"ram":64,"ephemeral_disk":16}},{networks},[],{env}]"#
+        );
+        let request = request("create_vm", &Value::Null)
+            .replace(r#""arguments":null"#, &format!(r#""arguments":{arguments}"#));
         let answer = host.ask(&request);
         let vm = vm_cid(answer.result());
         let image = host.paths(&vm).config_drive();
@@ -114,10 +124,16 @@ fn an_agent_finds_its_settings_to_the_letter() {
         let settings: Value = serde_json::from_str(&written).unwrap();
         assert_eq!(settings["agent_id"], "agent-7");
         assert_eq!(settings["vm"], json!({"name": vm, "id": vm}));
-        assert_eq!((&settings["mbus"], &settings["ntp"]), (&"nats://10.9.0.1:4222".into(), &json!(["t1", "t2"])));
+        assert_eq!(
+            (&settings["mbus"], &settings["ntp"]),
+            (&"nats://10.9.0.1:4222".into(), &json!(["t1", "t2"]))
+        );
         let record = host.record(&vm);
         let serial = &record.ephemeral.as_ref().unwrap().serial;
-        assert_eq!(settings["disks"]["ephemeral"]["path"], format!("/dev/disk/by-id/virtio-{serial}"));
+        assert_eq!(
+            settings["disks"]["ephemeral"]["path"],
+            format!("/dev/disk/by-id/virtio-{serial}")
+        );
         assert_eq!(settings["disks"]["persistent"], json!({}));
 
         // The networks: as they came, in their order, with the MACs of the cards, in settings and answer alike.
@@ -128,7 +144,10 @@ fn an_agent_finds_its_settings_to_the_letter() {
         }
         assert_eq!((&settings["networks"], &answer.result()[1]), (&wanted, &wanted));
         for text in [&written, &answer.stdout] {
-            assert!(text.find(r#""zeta":{"#).unwrap() < text.find(r#""alpha":{"#).unwrap(), "order is lost");
+            assert!(
+                text.find(r#""zeta":{"#).unwrap() < text.find(r#""alpha":{"#).unwrap(),
+                "order is lost"
+            );
         }
         host.ok("delete_vm", &json!([vm]));
     }
@@ -150,26 +169,35 @@ fn cards_are_in_the_manifests_order_and_a_vip_has_none() {
             "nat":{"type":"manual","ip":"10.9.0.7","netmask":"255.255.255.0","gateway":"10.9.0.1"},
             "alpha":{"type":"dynamic","cloud_properties":{"bridge":"br0"}}}"#,
     );
-    let request =
-        request("create_vm", &Value::Null).replace(r#""arguments":null"#, &format!(r#""arguments":{arguments}"#));
+    let request = request("create_vm", &Value::Null)
+        .replace(r#""arguments":null"#, &format!(r#""arguments":{arguments}"#));
     let answer = host.ask(&request);
     let networks = &answer.result()[1];
     let vm = vm_cid(answer.result());
     let words = command_line(&host.qemu(&vm).unwrap());
-    let cards: Vec<_> =
-        json_options(&words, "-device").into_iter().filter(|d| d["driver"] == "virtio-net-pci").collect();
-    let addresses: Vec<_> =
-        cards.iter().map(|card| u32::from_str_radix(&text(&card["addr"])[2..], 16).unwrap()).collect();
+    let cards: Vec<_> = json_options(&words, "-device")
+        .into_iter()
+        .filter(|d| d["driver"] == "virtio-net-pci")
+        .collect();
+    let addresses: Vec<_> = cards
+        .iter()
+        .map(|card| u32::from_str_radix(&text(&card["addr"])[2..], 16).unwrap())
+        .collect();
     assert!(addresses.is_sorted(), "{addresses:?}");
     let macs: Vec<_> = cards.iter().map(|card| &card["mac"]).collect();
     assert_eq!(macs, ["zeta", "nat", "alpha"].map(|name| &networks[name]["mac"]));
     assert_eq!(networks["vip"].get("mac"), None);
     let record = host.record(&vm);
-    let controllers =
-        record.nics.iter().map(|nic| text(&host.namespace().link(nic.tap().unwrap().0.as_str()).unwrap()["master"]));
+    let controllers = record
+        .nics
+        .iter()
+        .map(|nic| text(&host.namespace().link(nic.tap().unwrap().0.as_str()).unwrap()["master"]));
     assert_eq!(controllers.collect::<Vec<_>>(), ["br1", "bosh-nat0", "br0"]);
     host.ok("delete_vm", &json!([vm]));
-    assert!(host.namespace().link("br0").is_some() && host.namespace().link("br1").is_some(), "not ours to remove");
+    assert!(
+        host.namespace().link("br0").is_some() && host.namespace().link("br1").is_some(),
+        "not ours to remove"
+    );
 }
 
 /// In the state that `bring` makes, a VM exists, can be rebooted and can be deleted.
@@ -181,7 +209,10 @@ fn reboots_and_goes(host: &Host, bring: impl Fn(&VmCid)) {
     host.ok("reboot_vm", &json!([vm]));
     host.sees(&vm, "BOOTSECTOR-OK", 2);
     let after = host.record(&vm);
-    assert_eq!((&after.nics, after.uid, &after.machine), (&before.nics, before.uid, &before.machine));
+    assert_eq!(
+        (&after.nics, after.uid, &after.machine),
+        (&before.nics, before.uid, &before.machine)
+    );
     assert!(host.supervisor(&vm).is_some());
     bring(&vm);
     host.ok("delete_vm", &json!([vm]));
@@ -218,7 +249,10 @@ fn a_crashed_vm_reboots_and_goes() {
 fn a_vm_about_to_be_restarted_reboots_and_goes() {
     let Some(host) = Host::new() else { return };
     reboots_and_goes(&host, |vm| {
-        let exits = fs::read_to_string(host.paths(vm).events()).unwrap().matches("\"event\":\"restarting\"").count();
+        let exits = fs::read_to_string(host.paths(vm).events())
+            .unwrap()
+            .matches("\"event\":\"restarting\"")
+            .count();
         host.crash(vm);
         host.event(vm, "restarting", exits + 1);
     });
@@ -307,17 +341,38 @@ fn a_failed_create_vm_says_why_and_leaves_nothing() {
         let answer = host.call("create_vm", &arguments);
         assert_eq!(answer.failure().kind, kind, "{answer:?}");
         assert!(answer.failure().message.contains(says), "{says:?} in {answer:?}");
-        let left: Vec<_> = host.left_at_last().into_iter().filter(|left| !left.contains(&stemcell)).collect();
+        let left: Vec<_> =
+            host.left_at_last().into_iter().filter(|left| !left.contains(&stemcell)).collect();
         assert!(left.is_empty(), "{says:?} left behind: {left:#?}");
     };
-    fails("/1", json!("stemcell-aaaaaaaaaaaaaaa"), "CloudError", "there is no stemcell 'stemcell-aaaaaaaaaaaaaaa'");
-    fails("/2", json!({"rams": 64}), "CpiError", "cloud_properties.rams: unknown key; did you mean 'ram'?");
+    fails(
+        "/1",
+        json!("stemcell-aaaaaaaaaaaaaaa"),
+        "CloudError",
+        "there is no stemcell 'stemcell-aaaaaaaaaaaaaaa'",
+    );
+    fails(
+        "/2",
+        json!({"rams": 64}),
+        "CpiError",
+        "cloud_properties.rams: unknown key; did you mean 'ram'?",
+    );
     fails("/2", json!({"machine": "q53"}), "CpiError", "there is no machine template 'q53'");
     fails("/3/net/cloud_properties", json!({"name": "dmz"}), "CpiError", "no network of that name");
-    fails("/3/net/cloud_properties", json!({"bridge": "br7"}), "NetworkNotFound", "bridge 'br7' does not exist");
+    fails(
+        "/3/net/cloud_properties",
+        json!({"bridge": "br7"}),
+        "NetworkNotFound",
+        "bridge 'br7' does not exist",
+    );
     fails("/3/net/gateway", json!("10.8.0.1"), "CpiError", "10.8.0.0");
     // Under this model the emulator ends at once, which only it can say.
-    fails("/2", json!({"ram": 64, "cpu_model": "nonsense"}), "VMCreationFailed", "unable to find CPU model 'nonsense'");
+    fails(
+        "/2",
+        json!({"ram": 64, "cpu_model": "nonsense"}),
+        "VMCreationFailed",
+        "unable to find CPU model 'nonsense'",
+    );
     host.replace_qemu("echo first words; echo 'last words' >&2; exit 3");
     fails("/2", json!({"ram": 64}), "VMCreationFailed", "first words; last words");
     host.reconfigure(|config| config["qemu"]["binary"] = json!("/nonexistent/qemu"));
@@ -341,7 +396,10 @@ fn a_state_directory_that_can_not_be_written_is_named() {
     ] {
         let answer = host.call(method, &arguments);
         let shown = &answer.failure().message;
-        assert!(shown.contains("/proc/state") || shown.contains("there is no stemcell"), "{method}: {shown}");
+        assert!(
+            shown.contains("/proc/state") || shown.contains("there is no stemcell"),
+            "{method}: {shown}"
+        );
     }
     host.reconfigure(|config| config["state_dir"] = json!(host.path("state")));
 }
@@ -353,7 +411,14 @@ impl Tmpfs {
     fn mount(at: std::path::PathBuf, size: &str) -> Self {
         fs::create_dir_all(&at).unwrap();
         let flags = nix::mount::MsFlags::empty();
-        nix::mount::mount(Some("tmpfs"), &at, Some("tmpfs"), flags, Some(format!("size={size}").as_str())).unwrap();
+        nix::mount::mount(
+            Some("tmpfs"),
+            &at,
+            Some("tmpfs"),
+            flags,
+            Some(format!("size={size}").as_str()),
+        )
+        .unwrap();
         Self(at)
     }
 }
@@ -375,7 +440,9 @@ fn on_a_full_filesystem_creates_fail_clean_and_deletes_work() {
     let written = fs::write(&filler, vec![1; 16 << 20]).unwrap_err();
     assert_eq!(written.kind(), std::io::ErrorKind::StorageFull);
     let before = host.left();
-    for (method, arguments) in [("create_vm", host.vm_arguments(&stemcell)), ("create_disk", json!([8, {}, null]))] {
+    for (method, arguments) in
+        [("create_vm", host.vm_arguments(&stemcell)), ("create_disk", json!([8, {}, null]))]
+    {
         let answer = host.call(method, &arguments);
         assert_eq!(answer.failure().kind, "NoDiskSpace", "{answer:?}");
         assert_eq!(host.left(), before, "{method}");
@@ -401,12 +468,18 @@ fn a_caller_is_not_held_up_by_the_vm_it_made() {
     let deadline = Instant::now() + patience();
     let mut heard = Vec::new();
     for _ in 0..2 {
-        heard.push(ends.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect("an end").unwrap());
+        heard.push(
+            ends.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                .expect("an end")
+                .unwrap(),
+        );
     }
     assert_eq!(call.wait().unwrap().code(), Some(0));
-    let answer: Value = heard.iter().find_map(|text| serde_json::from_str(text).ok()).expect("an answer");
+    let answer: Value =
+        heard.iter().find_map(|text| serde_json::from_str(text).ok()).expect("an answer");
     let vm = vm_cid(&answer["result"]);
-    let (qemu, supervisor) = (host.qemu(&vm).expect("a running VM"), host.supervisor(&vm).expect("a supervisor"));
+    let (qemu, supervisor) =
+        (host.qemu(&vm).expect("a running VM"), host.supervisor(&vm).expect("a supervisor"));
     let session = |pid: i32| nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid))).unwrap();
     assert_ne!(session(supervisor.pid()), session(0));
     assert_ne!(session(qemu.pid()), session(0));

@@ -22,7 +22,10 @@ fn a_managed_network_is_made_used_and_removed() {
     assert!(links().contains("10.9.0.1/24"), "{}", links());
 
     let overlapping = host.call("create_network", &subnet);
-    assert!(overlapping.failure().message.contains(&format!("managed network '{network}'")), "{overlapping:?}");
+    assert!(
+        overlapping.failure().message.contains(&format!("managed network '{network}'")),
+        "{overlapping:?}"
+    );
 
     let networks = json!({"a": {"type": "manual", "ip": "10.9.0.5", "netmask": "255.255.255.0", "gateway": "10.9.0.1",
                                 "cloud_properties": made[2], "default": ["gateway"]}});
@@ -47,7 +50,12 @@ fn the_cpi_chooses_a_subnet_nobody_has() {
     // Somebody's link has the first.
     host.bridge("theirs");
     host.namespace().ip("address add 10.8.0.9/24 dev theirs");
-    let ask = || host.call("create_network", &json!([{"type": "manual", "netmask_bits": 24, "cloud_properties": {}}]));
+    let ask = || {
+        host.call(
+            "create_network",
+            &json!([{"type": "manual", "netmask_bits": 24, "cloud_properties": {}}]),
+        )
+    };
     let made = ask().result().clone();
     assert_eq!(made[1], json!({"range": "10.8.1.0/24", "gateway": "10.8.1.1", "reserved": []}));
     assert!(ask().failure().message.contains("find a free subnet in 10.8.0.0/23"));
@@ -90,7 +98,9 @@ fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
     let Some(host) = Host::new() else { return };
     let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {}}]);
     let forgotten = || {
-        assert!(armed(&host, "create_network", &subnet, [("AT", "pending note removed")]).is_none());
+        assert!(
+            armed(&host, "create_network", &subnet, [("AT", "pending note removed")]).is_none()
+        );
         host.store().list::<NetworkRecord>().unwrap().pop().unwrap()
     };
     let audit = || host.command(&["audit", "--json"]).1["findings"].as_array().unwrap().clone();
@@ -103,10 +113,12 @@ fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
     );
     // Another Director may have been told of it, for all this one knows.
     let other: Value = serde_json::from_str(&request("create_network", &subnet)).unwrap();
-    let other =
-        json!({"method": other["method"], "arguments": other["arguments"], "context": {"director_uuid": "another"}});
+    let other = json!({"method": other["method"], "arguments": other["arguments"], "context": {"director_uuid": "another"}});
     let refused = host.ask(&other.to_string());
-    assert!(refused.failure().message.contains(&format!("managed network '{network}'")), "{refused:?}");
+    assert!(
+        refused.failure().message.contains(&format!("managed network '{network}'")),
+        "{refused:?}"
+    );
     let made = host.ok("create_network", &subnet);
     let networks = || host.store().list::<NetworkRecord>().unwrap();
     assert_eq!(json!(networks()), json!([made[0]]));
@@ -126,7 +138,10 @@ fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
     assert_eq!(audit(), Vec::<Value>::new());
     host.ok("delete_vm", &json!([vm[0]]));
     let overlapping = host.call("create_network", &subnet);
-    assert!(overlapping.failure().message.contains(&format!("managed network '{network}'")), "{overlapping:?}");
+    assert!(
+        overlapping.failure().message.contains(&format!("managed network '{network}'")),
+        "{overlapping:?}"
+    );
     host.ok("delete_network", &json!([network]));
 }
 

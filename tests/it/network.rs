@@ -28,7 +28,9 @@ fn a_bridge_is_made_once_and_marked() {
         (&"10.0.0.1".into(), &24.into())
     );
     assert!(bridge["flags"].as_array().unwrap().contains(&"UP".into()));
-    let setting = |key: &str| lab.host.run(|| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap());
+    let setting = |key: &str| {
+        lab.host.run(|| std::fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap())
+    };
     assert_eq!(setting("ipv4/ip_forward"), "1\n");
     assert_eq!(setting(&format!("ipv6/conf/{BRIDGE}/accept_ra")), "0\n");
     assert_eq!(lab.host.run(nftables::tables), [TABLE]);
@@ -108,11 +110,17 @@ fn ipv6_is_masqueraded_where_the_operator_forwards_it() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("fd00::1");
     let error = lab.ensure(&segment).unwrap_err();
-    assert!(text(&error).starts_with("Host: this host does not forward IPv6\nHint: sysctl -w"), "{}", text(&error));
+    assert!(
+        text(&error).starts_with("Host: this host does not forward IPv6\nHint: sysctl -w"),
+        "{}",
+        text(&error)
+    );
     assert_eq!(lab.links(), ["uplink"]);
     lab.host.run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
     lab.ensure(&segment).unwrap();
-    lab.host.run(|| UdpSocket::bind("[fd00::1]:0")).expect("the gateway's address is there at once");
+    lab.host
+        .run(|| UdpSocket::bind("[fd00::1]:0"))
+        .expect("the gateway's address is there at once");
     let vm = lab.vm("port0", "fd00::5");
     assert_eq!(seen_from(&lab, &vm, "2001:db8::2").to_string(), "2001:db8::1");
     // Dual stack is two segments of one bridge.
@@ -195,7 +203,10 @@ fn an_operators_bridge_is_used_and_never_changed() {
          Hint: make a bridge and put it in: ip link add br0 type bridge && ip link set uplink master br0"
     );
     lab.host.ip("link add br0 type bridge");
-    assert_eq!(refusal(&segment), "Conflict: bridge 'br0' is down\nHint: switch it on: ip link set br0 up");
+    assert_eq!(
+        refusal(&segment),
+        "Conflict: bridge 'br0' is down\nHint: switch it on: ip link set br0 up"
+    );
     lab.host.ip("link set br0 up");
     lab.host.ip("link set uplink master br0");
     // Higher than nearly every address that the kernel would draw for a tap.
@@ -206,11 +217,15 @@ fn an_operators_bridge_is_used_and_never_changed() {
          Hint: ip link set br0 mtu 9000"
     );
 
-    let bridge =
-        || lab.host.link("br0").map(|link| (link["address"].clone(), link["mtu"].clone(), link["ifalias"].clone()));
+    let bridge = || {
+        lab.host
+            .link("br0")
+            .map(|link| (link["address"].clone(), link["mtu"].clone(), link["ifalias"].clone()))
+    };
     let before = bridge();
     let small = Segment { mtu: Some(1300), ..segment.clone() };
-    let (plain, small) = (lab.plug("bqplainn0", &segment).unwrap(), lab.plug("bqsmalln0", &small).unwrap());
+    let (plain, small) =
+        (lab.plug("bqplainn0", &segment).unwrap(), lab.plug("bqsmalln0", &small).unwrap());
     assert_eq!((plain.mtu, small.mtu), (1450, 1300));
     assert_eq!(bridge(), before);
     lab.unplug("bqplainn0", plain.queues);
@@ -251,7 +266,15 @@ fn several_at_once_make_one_bridge() {
             let threads: Vec<_> = (0..4).map(at_once).collect();
             threads.into_iter().map(|thread| thread.join().unwrap().unwrap()).collect()
         });
-        assert_eq!(lab.bridge()["addr_info"].as_array().unwrap().iter().filter(|a| a["family"] == "inet").count(), 1);
+        assert_eq!(
+            lab.bridge()["addr_info"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|a| a["family"] == "inet")
+                .count(),
+            1
+        );
         assert_eq!(lab.links().len(), 2 + plugs.len(), "round {round}");
         for (i, plug) in plugs.into_iter().enumerate() {
             lab.unplug(&format!("bqtap{i}n0"), plug.queues);

@@ -15,19 +15,28 @@ fn network(host: &Host, words: &str) -> (Value, bool) {
         command.output().unwrap()
     });
     let stderr = String::from_utf8_lossy(&output.stderr);
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{stderr}"));
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{stderr}"));
     (report["networks"].clone(), output.status.success())
 }
 
 /// The changes of all networks of a report.
 fn changes(report: &Value) -> Vec<&str> {
     let networks = report.as_array().unwrap().iter();
-    networks.flat_map(|network| network["changes"].as_array().unwrap()).map(|change| change.as_str().unwrap()).collect()
+    networks
+        .flat_map(|network| network["changes"].as_array().unwrap())
+        .map(|change| change.as_str().unwrap())
+        .collect()
 }
 
 fn links(host: &Host) -> Vec<String> {
     let links = host.namespace().ip_json("link show");
-    links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned()).collect()
+    links
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|link| link["ifname"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 #[test]
@@ -46,8 +55,12 @@ fn plan_says_what_apply_does_and_remove_undoes() {
     let (planned, well) = network(&host, "plan");
     assert!(well);
     assert_eq!(links(&host), before, "a plan changes nothing");
-    let names: Vec<_> =
-        planned.as_array().unwrap().iter().map(|network| network["network"].as_str().unwrap()).collect();
+    let names: Vec<_> = planned
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|network| network["network"].as_str().unwrap())
+        .collect();
     assert_eq!(names, ["closed", "default", "lab", "lan"]);
     assert!(changes(&planned).contains(&"ip address add 10.9.0.1/24 dev bosh-nat0"), "{planned:#}");
 
@@ -95,7 +108,10 @@ fn a_network_with_vms_goes_with_the_last() {
 
 #[test]
 fn a_vm_that_starts_again_keeps_what_others_may() {
-    let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}})) else { return };
+    let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}}))
+    else {
+        return;
+    };
     let stemcell = host.stemcell();
     let first = host.vm(&stemcell);
     host.reconfigure(|config| config["networks"]["default"]["host_services"] = json!(["tcp/80"]));
@@ -103,14 +119,20 @@ fn a_vm_that_starts_again_keeps_what_others_may() {
     for vm in [&first, &second, &first] {
         let rules = host.namespace().run(nftables::generation);
         host.ok("reboot_vm", &json!([vm]));
-        assert_eq!(host.namespace().run(nftables::generation), rules, "both ports are open before and after");
+        assert_eq!(
+            host.namespace().run(nftables::generation),
+            rules,
+            "both ports are open before and after"
+        );
     }
     assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
 }
 
 #[test]
 fn a_bridge_is_not_changed_under_its_vms() {
-    let Some(host) = Host::with(json!({"networks": {"default": {"bridge": "lab0"}}})) else { return };
+    let Some(host) = Host::with(json!({"networks": {"default": {"bridge": "lab0"}}})) else {
+        return;
+    };
     let stemcell = host.stemcell();
     let vm = host.vm(&stemcell);
     host.reconfigure(|config| {
@@ -121,11 +143,20 @@ fn a_bridge_is_not_changed_under_its_vms() {
     });
     let refused = host.call("create_vm", &host.vm_arguments(&stemcell));
     let message = &refused.failure().message;
-    assert!(message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' can not be"), "{message}");
+    assert!(
+        message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' can not be"),
+        "{message}"
+    );
     let (planned, well) = network(&host, "plan");
     assert!(!well);
-    assert!(planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' can not be"), "{planned:#}");
-    assert!(planned[1]["error"].is_null() && !planned[1]["changes"].as_array().unwrap().is_empty(), "{planned:#}");
+    assert!(
+        planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' can not be"),
+        "{planned:#}"
+    );
+    assert!(
+        planned[1]["error"].is_null() && !planned[1]["changes"].as_array().unwrap().is_empty(),
+        "{planned:#}"
+    );
     host.ok("reboot_vm", &json!([vm]));
     host.reconfigure(|config| config["networks"] = json!({"default": {"bridge": "lab0"}}));
     assert_eq!(changes(&network(&host, "plan").0), [""; 0], "the first VM's rules stay");
@@ -169,7 +200,8 @@ fn calls_at_once_make_one_network() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let arguments: Vec<_> = (0..3).map(|_| host.vm_arguments(&stemcell)).collect();
-    let calls: Vec<_> = arguments.iter().map(|arguments| host.start("create_vm", arguments)).collect();
+    let calls: Vec<_> =
+        arguments.iter().map(|arguments| host.start("create_vm", arguments)).collect();
     for call in calls {
         let output = call.wait_with_output().unwrap();
         let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -180,24 +212,31 @@ fn calls_at_once_make_one_network() {
 
 #[test]
 fn what_drops_a_vms_packets_is_named_with_its_cure() {
-    let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}})) else { return };
-    host.namespace().run(|| nftables::drop_at(libc::NF_INET_FORWARD, "filter", "FORWARD", &["DOCKER-USER"]));
+    let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}}))
+    else {
+        return;
+    };
+    host.namespace()
+        .run(|| nftables::drop_at(libc::NF_INET_FORWARD, "filter", "FORWARD", &["DOCKER-USER"]));
     host.namespace().run(|| nftables::drop_at(libc::NF_INET_LOCAL_IN, "mine", "closed", &[]));
     let answer = host.call("create_vm", &host.vm_arguments(&host.stemcell()));
     vm_cid(answer.result());
     let warned = "Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'";
     assert!(answer.stderr.contains(warned), "{}", answer.stderr);
-    assert!(answer.stderr.contains("iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT"), "{}", answer.stderr);
+    assert!(
+        answer.stderr.contains("iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT"),
+        "{}",
+        answer.stderr
+    );
     let (planned, _) = network(&host, "plan");
-    let causes: Vec<_> = planned[0]["findings"].as_array().unwrap().iter().map(|found| &found["cause"]).collect();
+    let causes: Vec<_> =
+        planned[0]["findings"].as_array().unwrap().iter().map(|found| &found["cause"]).collect();
     let closed = "chain 'closed' of table 'ip mine' drops what is sent to this host, and so host_services for VMs on bridge \
                   'bosh-nat0'";
     assert!(causes.contains(&&json!(warned)) && causes.contains(&&json!(closed)), "{causes:?}");
-    assert!(
-        causes
-            .iter()
-            .all(|cause| !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops what is forwarded"))
-    );
+    assert!(causes.iter().all(|cause| {
+        !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops what is forwarded")
+    }));
     host.clear();
     host.namespace().run(nftables::flush);
 }
@@ -210,7 +249,8 @@ fn networks_that_do_not_fit_together_are_refused() {
     let (planned, well) = network(&host, "plan");
     assert!(!well && planned[0]["error"].as_str().unwrap().starts_with(both), "{planned:#}");
     host.reconfigure(|config| config["networks"]["two"] = json!({}));
-    let output = host.namespace().run(|| host.cpi().args(["network", "plan", "three"]).output().unwrap());
+    let output =
+        host.namespace().run(|| host.cpi().args(["network", "plan", "three"]).output().unwrap());
     assert!(!output.status.success());
     let refused = String::from_utf8(output.stderr).unwrap();
     assert!(refused.starts_with("Error: no network 'three' of this host"), "{refused}");
@@ -225,7 +265,10 @@ fn the_guest_is_told_of_queues_and_packet_size() {
     let words = command_line(&host.qemu(&vm).unwrap());
     let devices = json_options(&words, "-device");
     let nic = devices.iter().find(|device| device["driver"] == "virtio-net-pci").unwrap();
-    assert_eq!((&nic["mq"], &nic["vectors"], &nic["host_mtu"]), (&json!(true), &json!(8), &json!(1400)));
+    assert_eq!(
+        (&nic["mq"], &nic["vectors"], &nic["host_mtu"]),
+        (&json!(true), &json!(8), &json!(1400))
+    );
     let netdev = &json_options(&words, "-netdev")[0];
     assert_eq!(netdev["fds"].as_str().unwrap().split(':').count(), 3);
     host.sees(&vm, "BOOTSECTOR-OK", 1);
@@ -240,7 +283,10 @@ fn user_networking_needs_no_link() {
     let vm = host.booted_vm();
     assert_eq!(links(&host), before);
     let nic = &host.record(&vm).nics[0];
-    assert!(matches!(&nic.wire, Wire::User { user } if user.gateway.to_string() == "10.9.0.1/24"), "{nic:?}");
+    assert!(
+        matches!(&nic.wire, Wire::User { user } if user.gateway.to_string() == "10.9.0.1/24"),
+        "{nic:?}"
+    );
     let qemu = host.qemu(&vm).unwrap();
     let netdev = &json_options(&command_line(&qemu), "-netdev")[0];
     assert_eq!(
@@ -249,7 +295,11 @@ fn user_networking_needs_no_link() {
     );
     let supervisor = host.supervisor(&vm).unwrap();
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
-    assert_eq!(namespace(qemu.pid()), namespace(supervisor.pid()), "its packets are sent by this process");
+    assert_eq!(
+        namespace(qemu.pid()),
+        namespace(supervisor.pid()),
+        "its packets are sent by this process"
+    );
     host.ok("reboot_vm", &json!([vm]));
     eventually("a second boot", || host.qemu(&vm));
 }

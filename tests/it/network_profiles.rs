@@ -20,7 +20,11 @@ fn routed_vms_keep_their_addresses() {
     lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
     assert_eq!(seen_from(&lab, &vm, "192.0.2.2").to_string(), "10.0.0.5");
     assert!(reaches(&lab.outside, &vm, "10.0.0.5"), "the way in is open as well");
-    assert_eq!(lab.host.run(nftables::tables), ["bosh-qemu-bosh-nat0"], "what VMs may say to the host");
+    assert_eq!(
+        lab.host.run(nftables::tables),
+        ["bosh-qemu-bosh-nat0"],
+        "what VMs may say to the host"
+    );
 }
 
 #[test]
@@ -38,7 +42,8 @@ fn no_vm_reaches_the_metadata_service_of_its_host() {
 #[test]
 fn isolated_vms_reach_the_host_and_nobody_else() {
     let Some(lab) = Lab::new() else { return };
-    let isolated = segment(&json!({"profile": "isolated", "host_services": ["tcp/2222"]}), "10.0.0.1");
+    let isolated =
+        segment(&json!({"profile": "isolated", "host_services": ["tcp/2222"]}), "10.0.0.1");
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
     lab.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
@@ -69,7 +74,8 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
 #[test]
 fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
     let Some(lab) = Lab::new() else { return };
-    let closed = Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
+    let closed =
+        Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
     let one = lab.unplugged_vm("port0", "10.0.0.5");
     let two = lab.unplugged_vm("port1", "10.0.0.6");
     lab.host.run(|| apply::ensure(&closed, &[name("port0").into(), name("port1").into()])).unwrap();
@@ -90,9 +96,12 @@ fn what_somebody_removed_comes_back_with_its_vms() {
         assert!(left.is_empty(), "{left:?}");
     };
     heal();
-    for harm in
-        ["link delete bosh-nat0", "link set port0 nomaster", "route flush dev bosh-nat0", "address flush dev bosh-nat0"]
-    {
+    for harm in [
+        "link delete bosh-nat0",
+        "link set port0 nomaster",
+        "route flush dev bosh-nat0",
+        "address flush dev bosh-nat0",
+    ] {
         lab.host.ip(harm);
         heal();
     }
@@ -120,7 +129,11 @@ fn a_tap_has_a_queue_for_each_cpu() {
     let segment = nat("10.0.0.1");
     let plug = |queues| {
         lab.host
-            .run(|| apply::plug(&name("bqmanyn0").into(), &segment, queues, || Ok((segment.clone(), Vec::new()))))
+            .run(|| {
+                apply::plug(&name("bqmanyn0").into(), &segment, queues, || {
+                    Ok((segment.clone(), Vec::new()))
+                })
+            })
             .unwrap()
     };
     let many = plug(4);

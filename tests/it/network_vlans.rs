@@ -19,12 +19,16 @@ const MAC: &str = "02:00:00:00:00:05";
 
 /// Whether `ip` does this on the host: kernels differ.
 fn can(host: &Namespace, words: &str) -> bool {
-    host.run(|| Command::new("ip").args(words.split_whitespace()).output().unwrap().status.success())
+    host.run(|| {
+        Command::new("ip").args(words.split_whitespace()).output().unwrap().status.success()
+    })
 }
 
 /// What `bridge` shows.
 fn bridge(host: &Namespace, words: &str) -> Value {
-    let output = host.run(|| Command::new("bridge").arg("-json").args(words.split_whitespace()).output().unwrap());
+    let output = host.run(|| {
+        Command::new("bridge").arg("-json").args(words.split_whitespace()).output().unwrap()
+    });
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("bridge {words}: {output:?}"))
 }
 
@@ -96,7 +100,9 @@ fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
         assert!(text(&error).contains("modprobe 8021q"), "{}", text(&error));
         lab.release(&segment).unwrap();
         assert_eq!(lab.links(), ["uplink"]);
-        return skip("this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked");
+        return skip(
+            "this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked",
+        );
     }
     let vm = machine(&lab, "port0");
     let nic = card("port0", &segment);
@@ -120,11 +126,18 @@ fn a_vlan_of_a_bridge_is_the_ports() {
     lab.host.ip("link set br0 up");
     let segment = Segment { vlan: Some(20), ..existing("br0") };
     let refused = lab.plug("bqvlann0", &segment).unwrap_err();
-    assert!(text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"), "{}", text(&refused));
+    assert!(
+        text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"),
+        "{}",
+        text(&refused)
+    );
     if !can(&lab.host, "link set br0 type bridge vlan_filtering 1") {
-        return skip("this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked");
+        return skip(
+            "this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked",
+        );
     }
-    let vlans = |port: &str| bridge(&lab.host, &format!("vlan show dev {port}"))[0]["vlans"].clone();
+    let vlans =
+        |port: &str| bridge(&lab.host, &format!("vlan show dev {port}"))[0]["vlans"].clone();
     let untagged = json!([{"vlan": 20, "flags": ["PVID", "Egress Untagged"]}]);
     let plug_of_its_own = lab.plug("bqvlann0", &segment).unwrap();
     assert_eq!(vlans("bqvlann0"), untagged);
@@ -136,7 +149,8 @@ fn a_vlan_of_a_bridge_is_the_ports() {
     plug(&lab, &card("port0", &segment));
     assert_eq!(vlans("port0"), untagged);
     let known = bridge(&lab.host, "fdb show br br0");
-    let entry = known.as_array().unwrap().iter().find(|entry| entry["mac"] == MAC && entry["vlan"] == 20);
+    let entry =
+        known.as_array().unwrap().iter().find(|entry| entry["mac"] == MAC && entry["vlan"] == 20);
     let entry = entry.unwrap_or_else(|| panic!("{known:#}"));
     assert_eq!((&entry["ifname"], &entry["state"]), (&json!("port0"), &json!("static")), "{entry}");
     speaks_on_its_vlan_alone(&lab, &vm);
@@ -145,7 +159,12 @@ fn a_vlan_of_a_bridge_is_the_ports() {
 /// What an operator says.
 fn bridge_vlan_of_the_uplink(lab: &Lab) {
     for vlan in ["20", "30"] {
-        let add = || Command::new("bridge").args(["vlan", "add", "dev", "uplink", "vid", vlan]).status().unwrap();
+        let add = || {
+            Command::new("bridge")
+                .args(["vlan", "add", "dev", "uplink", "vid", vlan])
+                .status()
+                .unwrap()
+        };
         assert!(lab.host.run(add).success());
     }
 }

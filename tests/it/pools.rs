@@ -23,7 +23,8 @@ const MARK: [&str; 1] = [".bosh-qemu-cpi"];
 fn host(mib: u64, more: Value) -> Option<(Filesystem, Filesystem, Host)> {
     let (fast, stemcells) = (Filesystem::new(mib)?, Filesystem::new(mib)?);
     let mut config = more;
-    config["pools"] = json!({"fast": {"path": fast.path()}, "stemcells": {"path": stemcells.path()}});
+    config["pools"] =
+        json!({"fast": {"path": fast.path()}, "stemcells": {"path": stemcells.path()}});
     config["stemcell_pool"] = json!("stemcells");
     let host = Host::with(config)?;
     Some((fast, stemcells, host))
@@ -54,8 +55,10 @@ fn images_are_in_their_pools_and_leave_them_with_their_records() {
     host.sees(&vm, "\nU", 1);
 
     let names = |dir: PathBuf| {
-        let mut names: Vec<_> =
-            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     };
@@ -71,7 +74,8 @@ fn images_are_in_their_pools_and_leave_them_with_their_records() {
     let deleted = host.call("delete_stemcell", &json!([stemcell]));
     deleted.result();
     assert!(
-        deleted.stderr.contains("stays until nobody uses it") && deleted.stderr.contains(&vm.to_string()),
+        deleted.stderr.contains("stays until nobody uses it")
+            && deleted.stderr.contains(&vm.to_string()),
         "{deleted:?}"
     );
     host.ok("reboot_vm", &json!([vm]));
@@ -87,7 +91,8 @@ fn images_are_in_their_pools_and_leave_them_with_their_records() {
 fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
     let Some((fast, _stemcells, host)) = host(256, json!({})) else { return };
     let stemcell = host.stemcell();
-    let (vm, kept) = (vm_in_pool(&host, &stemcell), disk_cid(&disk(&host, 8, &json!({"pool": "fast"}))));
+    let (vm, kept) =
+        (vm_in_pool(&host, &stemcell), disk_cid(&disk(&host, 8, &json!({"pool": "fast"}))));
     let plain = host.vm(&stemcell);
     host.sees(&vm, "BOOTSECTOR-OK", 1);
     host.power_off(&vm);
@@ -105,7 +110,10 @@ fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
     ];
     for refused in refused {
         let message = &refused.failure().message;
-        let says = format!("pool 'fast': '{}' is not the directory that was used before", fast.path().display());
+        let says = format!(
+            "pool 'fast': '{}' is not the directory that was used before",
+            fast.path().display()
+        );
         assert!(message.contains(&says) && message.contains("Hint: mount it"), "{message}");
     }
     assert!(fast.names().is_empty(), "{:?}", fast.names());
@@ -121,7 +129,10 @@ fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
 
     host.reconfigure(|config| config["pools"]["fast"]["path"] = json!(host.path("nothing")));
     let refused = disk(&host, 8, &json!({"pool": "fast"}));
-    assert!(refused.failure().message.contains("nothing' can not be used: No such file"), "{refused:?}");
+    assert!(
+        refused.failure().message.contains("nothing' can not be used: No such file"),
+        "{refused:?}"
+    );
     assert!(!host.path("nothing").exists());
     host.reconfigure(|config| {
         config["pools"]["fast"] = json!({"path": host.path("state"), "shared": true});
@@ -172,7 +183,8 @@ fn a_copy_that_is_larger_than_its_source_is_refused_before_the_disk_changes() {
     host.reconfigure(|config| config["pools"]["gone"] = json!({"path": host.path("gone")}));
     let vm = host.booted_vm();
     let small = disk_cid(&disk(&host, 40, &json!({})));
-    let noise = disk_cid(&disk(&host, 96, &json!({"pool": "fast", "format": "raw", "encrypted": true})));
+    let noise =
+        disk_cid(&disk(&host, 96, &json!({"pool": "fast", "format": "raw", "encrypted": true})));
     let record = |disk: &DiskCid| fs::read(host.store().disk_dir(disk).join("disk.json")).unwrap();
     let refused = |disk: &DiskCid, properties: Value| {
         let before = record(disk);
@@ -181,13 +193,19 @@ fn a_copy_that_is_larger_than_its_source_is_refused_before_the_disk_changes() {
         refused.failure().clone()
     };
     assert!(refused(&small, json!({"pool": "gone"})).message.contains("'gone'"));
-    for properties in [json!({"format": "raw", "encrypted": true}), json!({"preallocation": "full"})] {
+    for properties in
+        [json!({"format": "raw", "encrypted": true}), json!({"preallocation": "full"})]
+    {
         let mut properties = properties;
         properties["pool"] = json!("fast");
         let full = refused(&small, properties);
         assert_eq!(full.kind, "NoDiskSpace", "{full:?}");
     }
-    assert_eq!(refused(&noise, json!({"pool": "fast"})).kind, "NoDiskSpace", "its holes are read as noise");
+    assert_eq!(
+        refused(&noise, json!({"pool": "fast"})).kind,
+        "NoDiskSpace",
+        "its holes are read as noise"
+    );
     let raw = json!({"pool": "fast", "format": "raw", "discard": "ignore"});
     for disk in [&small, &noise] {
         host.ok("attach_disk", &json!([vm, disk]));
@@ -224,7 +242,11 @@ fn a_growth_is_counted_before_the_image_grows() {
 fn usage_is_what_records_and_filesystems_say() {
     let Some((fast, _stemcells, host)) = host(256, json!({})) else { return };
     let stemcell = host.stemcell();
-    disk_cid(&disk(&host, 16, &json!({"pool": "fast", "preallocation": "falloc", "format": "raw"})));
+    disk_cid(&disk(
+        &host,
+        16,
+        &json!({"pool": "fast", "preallocation": "falloc", "format": "raw"}),
+    ));
     disk_cid(&disk(&host, 100, &json!({"pool": "fast"})));
     let _vm = host.vm(&stemcell);
     let config = Config::load(Some(&host.path("cpi.json"))).unwrap();
@@ -264,7 +286,8 @@ fn calls_killed_at_any_step_leave_nothing_in_a_pool() {
         return skip("crash points are for builds with debug assertions");
     }
     let Some((fast, stemcells, host)) = host(256, json!({})) else { return };
-    let disk_arguments = || json!([8, {"pool": "fast", "preallocation": "falloc", "format": "raw"}, null]);
+    let disk_arguments =
+        || json!([8, {"pool": "fast", "preallocation": "falloc", "format": "raw"}, null]);
     let disk_made = || json!([host.ok("create_disk", &disk_arguments())]);
     let image = host.path("one");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
@@ -322,7 +345,9 @@ fn a_create_vm_killed_at_any_step_leaves_nothing_in_a_pool() {
 #[test]
 fn stemcells_of_one_file_share_its_image_and_nothing_else() {
     let Some((_fast, stemcells, host)) = host(256, json!({})) else { return };
-    let image = |stemcell: &str| stemcells.path().join(stemcell).join("image.raw").metadata().unwrap().ino();
+    let image = |stemcell: &str| {
+        stemcells.path().join(stemcell).join("image.raw").metadata().unwrap().ino()
+    };
     let first = host.stemcell();
     let second = host.call("create_stemcell", &json!([host.path("image"), {"x": 1}]));
     assert!(second.stderr.contains("is shared"), "{second:?}");
@@ -363,7 +388,10 @@ fn the_list_of_pools_counts_all_that_is_in_them() {
     let kept = disk_cid(&disk(&host, 8, &json!({"pool": "fast", "preallocation": "full"})));
     let before = list().1;
     let named = |pool: &Value| pool["pool"].as_str().map(str::to_owned);
-    assert_eq!(before.iter().map(named).collect::<Vec<_>>(), [None, Some("fast".into()), Some("stemcells".into())]);
+    assert_eq!(
+        before.iter().map(named).collect::<Vec<_>>(),
+        [None, Some("fast".into()), Some("stemcells".into())]
+    );
     let of = |list: &[Value], key: &str| list[1][key].as_u64().unwrap();
     assert_eq!(of(&before, "capacity"), 256 << 20);
     assert_eq!(before[1]["path"], json!(fast.path()));
@@ -371,7 +399,10 @@ fn the_list_of_pools_counts_all_that_is_in_them() {
     assert_eq!(of(&before, "virtual_size"), 73 << 20);
     let grown = of(&before, "growth");
     assert!((60 << 20..65 << 20).contains(&grown), "{grown}");
-    assert!(before.iter().all(|pool| pool["watermark"] == "ok" || pool["pool"].is_null()), "{before:?}");
+    assert!(
+        before.iter().all(|pool| pool["watermark"] == "ok" || pool["pool"].is_null()),
+        "{before:?}"
+    );
 
     host.ok("snapshot_disk", &json!([kept, {}]));
     let with_snapshot = list().1;
@@ -395,10 +426,16 @@ fn the_list_of_pools_counts_all_that_is_in_them() {
     assert_eq!(list().1[1]["watermark"], "full");
     let output = host.namespace().run(|| host.cpi().args(["pool", "list"]).output().unwrap());
     let table = String::from_utf8(output.stdout).unwrap();
-    assert!(table.starts_with("POOL ") && table.contains("(state_dir)") && table.contains("full\n"), "{table}");
+    assert!(
+        table.starts_with("POOL ") && table.contains("(state_dir)") && table.contains("full\n"),
+        "{table}"
+    );
 
     stemcells.hide();
     let (passed, hidden) = list();
-    assert!(!passed && hidden[2]["error"].as_str().unwrap().contains("pool 'stemcells'"), "{hidden:?}");
+    assert!(
+        !passed && hidden[2]["error"].as_str().unwrap().contains("pool 'stemcells'"),
+        "{hidden:?}"
+    );
     stemcells.show();
 }

@@ -67,7 +67,9 @@ impl Lab {
         let root = root.as_path();
         host.lose_power();
         let (before, quiet) = (Disk::of(root), host.left());
-        let (output, steps) = host.namespace().run(|| record(host.cpi(), request(method, arguments).as_bytes(), root));
+        let (output, steps) = host
+            .namespace()
+            .run(|| record(host.cpi(), request(method, arguments).as_bytes(), root));
         host.note(&String::from_utf8_lossy(&output.stdout));
         let result = Answer::of(&output).result().clone();
         let (cuts, after) = (cuts(&before, &steps, root), Disk::of(root).now());
@@ -79,8 +81,16 @@ impl Lab {
         for cut in &cuts {
             restore(&cut.tree, root);
             host.lose_power();
-            let at = format!("{method}: {:?} lost after {} of {} steps", cut.loss, cut.done, steps.len());
-            let at = cut.done.checked_sub(1).map_or(at.clone(), |last| format!("{at}, the last {:.200?}", steps[last]));
+            let at = format!(
+                "{method}: {:?} lost after {} of {} steps",
+                cut.loss,
+                cut.done,
+                steps.len()
+            );
+            let at = cut
+                .done
+                .checked_sub(1)
+                .map_or(at.clone(), |last| format!("{at}, the last {:.200?}", steps[last]));
             let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 self.assert_whole(cut, &before.now(), &after, method, arguments);
                 if cut.answered {
@@ -95,11 +105,25 @@ impl Lab {
     }
 
     /// Nothing else is touched, and whatever is ready has all of its files.
-    fn assert_whole(&self, cut: &Cut, before: &Tree, after: &Tree, method: &str, arguments: &Value) {
-        let touched = |path: &Path| arguments.to_string().contains(path.iter().nth(2).unwrap().to_str().unwrap());
-        let objects =
-            |path: &&Path| path.starts_with("state") && path.iter().count() == 4 && !path.starts_with("state/locks");
-        for path in before.keys().map(PathBuf::as_path).filter(objects).filter(|path| !touched(path)) {
+    fn assert_whole(
+        &self,
+        cut: &Cut,
+        before: &Tree,
+        after: &Tree,
+        method: &str,
+        arguments: &Value,
+    ) {
+        let touched = |path: &Path| {
+            arguments.to_string().contains(path.iter().nth(2).unwrap().to_str().unwrap())
+        };
+        let objects = |path: &&Path| {
+            path.starts_with("state")
+                && path.iter().count() == 4
+                && !path.starts_with("state/locks")
+        };
+        for path in
+            before.keys().map(PathBuf::as_path).filter(objects).filter(|path| !touched(path))
+        {
             assert_eq!(cut.tree.get(path), before.get(path), "{} is as it was", path.display());
         }
         if changes_an_image(method) {
@@ -107,14 +131,21 @@ impl Lab {
         }
         let disks = ready::<DiskRecord>(&self.host).into_iter();
         let disks = disks.filter(|disk| !changes_an_image(method) || arguments[0] != **disk);
-        let stemcells = ready::<StemcellRecord>(&self.host).into_iter().chain(ready::<SnapshotRecord>(&self.host));
+        let stemcells = ready::<StemcellRecord>(&self.host)
+            .into_iter()
+            .chain(ready::<SnapshotRecord>(&self.host));
         for cid in stemcells.chain(disks).chain(ready::<VmRecord>(&self.host)) {
             let images = |tree: &Tree| -> Vec<_> {
-                let its = tree.iter().filter(|(path, _)| path.iter().any(|part| part == &*cid) && is_image(path));
+                let its = tree
+                    .iter()
+                    .filter(|(path, _)| path.iter().any(|part| part == &*cid) && is_image(path));
                 its.map(|(path, entry)| (path.clone(), content(entry))).collect()
             };
             let here = images(&cut.tree);
-            assert!([before, after].iter().any(|tree| images(tree) == here), "{cid} is ready and not whole");
+            assert!(
+                [before, after].iter().any(|tree| images(tree) == here),
+                "{cid} is ready and not whole"
+            );
         }
     }
 
@@ -136,8 +167,8 @@ impl Lab {
                 self.delete_told_networks();
             }
             let again = host.call(method, arguments);
-            let is_gone =
-                method == "delete_network" && again.outcome.as_ref().is_err_and(|e| e.kind == "NetworkNotFound");
+            let is_gone = method == "delete_network"
+                && again.outcome.as_ref().is_err_and(|e| e.kind == "NetworkNotFound");
             assert!(is_gone || again.outcome.is_ok(), "{again:?}");
         }
         if changes_an_image(method) {
@@ -145,14 +176,19 @@ impl Lab {
         }
         let (_, found) = host.command(&["gc", "--json"]);
         let found = found["findings"].as_array().unwrap();
-        let open: Vec<_> =
-            found.iter().filter(|f| f["cure"] != "mended" && f["kind"] != "down" && f["kind"] != "untold").collect();
+        let open: Vec<_> = found
+            .iter()
+            .filter(|f| f["cure"] != "mended" && f["kind"] != "down" && f["kind"] != "untold")
+            .collect();
         assert!(open.is_empty(), "{open:#?}");
         // What nobody was told of, or only this test.
         let store = host.store();
         self.delete_other_vms();
-        for disk in
-            store.list::<DiskRecord>().unwrap().iter().filter(|disk| ![&self.attached, &self.free].contains(disk))
+        for disk in store
+            .list::<DiskRecord>()
+            .unwrap()
+            .iter()
+            .filter(|disk| ![&self.attached, &self.free].contains(disk))
         {
             host.ok("delete_disk", &json!([disk]));
         }
@@ -162,20 +198,31 @@ impl Lab {
         for network in store.list::<NetworkRecord>().unwrap() {
             host.ok("delete_network", &json!([network]));
         }
-        for stemcell in store.list::<StemcellRecord>().unwrap().iter().filter(|cid| cid.as_str() != self.stemcell) {
+        for stemcell in store
+            .list::<StemcellRecord>()
+            .unwrap()
+            .iter()
+            .filter(|cid| cid.as_str() != self.stemcell)
+        {
             host.ok("delete_stemcell", &json!([stemcell]));
         }
         host.lose_power();
         let mut left = host.left();
         // A claim means nothing without its VM.
         left.retain(|what| method != "delete_vm" || !what.starts_with("claims/"));
-        let replaced = |what: &str| method == "update_disk" && what.starts_with(&format!("disks/{}/disk", self.free));
+        let replaced = |what: &str| {
+            method == "update_disk" && what.starts_with(&format!("disks/{}/disk", self.free))
+        };
         left.retain(|what| !replaced(what));
-        let vms_own = |what: &str| method == "delete_vm" && (what.starts_with("uids/") || what.starts_with("claims/"));
+        let vms_own = |what: &str| {
+            method == "delete_vm" && (what.starts_with("uids/") || what.starts_with("claims/"))
+        };
         let deleted = |what: &str| {
             let cid = || arguments[0].as_str().unwrap();
-            let bridge = || format!("networks/bosh-{}.json", &cid().rsplit('-').next().unwrap()[..10]);
-            method.starts_with("delete") && (what.contains(cid()) || method == "delete_network" && what == bridge())
+            let bridge =
+                || format!("networks/bosh-{}.json", &cid().rsplit('-').next().unwrap()[..10]);
+            method.starts_with("delete")
+                && (what.contains(cid()) || method == "delete_network" && what == bridge())
         };
         let quiet = quiet.iter().filter(|what| !vms_own(what) && !deleted(what) && !replaced(what));
         assert_eq!(left, quiet.cloned().collect::<Vec<_>>());
@@ -184,7 +231,9 @@ impl Lab {
     fn delete_other_vms(&self) {
         let store = self.host.store();
         let vms = store.list::<VmRecord>().unwrap().into_iter().filter(|vm| *vm != self.vm);
-        for vm in vms.filter(|vm| store.read::<VmRecord>(vm).unwrap().is_some_and(|vm| vm.phase == Phase::Ready)) {
+        for vm in vms.filter(|vm| {
+            store.read::<VmRecord>(vm).unwrap().is_some_and(|vm| vm.phase == Phase::Ready)
+        }) {
             self.host.ok("delete_vm", &json!([vm]));
         }
     }
@@ -208,7 +257,10 @@ impl Lab {
 /// The cids of all that is ready.
 fn ready<R: Record>(host: &Host) -> Vec<String> {
     let records = host.store().readable::<R>().unwrap().into_iter();
-    records.filter(|record| record.phase() == Phase::Ready).map(|record| record.cid().to_string()).collect()
+    records
+        .filter(|record| record.phase() == Phase::Ready)
+        .map(|record| record.cid().to_string())
+        .collect()
 }
 
 /// Whether the method gives the free disk, which has a pattern, another image or another size.
@@ -217,7 +269,8 @@ fn changes_an_image(method: &str) -> bool {
 }
 
 fn is_image(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| ["raw", "qcow2", "img"].iter().any(|image| extension == *image))
+    path.extension()
+        .is_some_and(|extension| ["raw", "qcow2", "img"].iter().any(|image| extension == *image))
 }
 
 fn content(entry: &Entry) -> Option<Arc<Vec<u8>>> {
@@ -229,15 +282,20 @@ fn content(entry: &Entry) -> Option<Arc<Vec<u8>>> {
 
 #[allow(clippy::print_stdout)]
 fn print(method: &str, steps: &[Step], cuts: usize) {
-    let synced = steps.iter().filter(|step| matches!(step, Step::Sync(..) | Step::SyncDir(_))).count();
-    println!("{method}: {} steps, {synced} of them fsync; a power cut can leave {cuts} different things", steps.len());
+    let synced =
+        steps.iter().filter(|step| matches!(step, Step::Sync(..) | Step::SyncDir(_))).count();
+    println!(
+        "{method}: {} steps, {synced} of them fsync; a power cut can leave {cuts} different things",
+        steps.len()
+    );
 }
 
 #[test]
 fn the_first_call() {
     let Some(host) = Host::new() else { return };
     let (root, before) = (host.path(""), Disk::of(&host.path("")));
-    let command = || record(host.cpi(), request("create_disk", &json!([8, {}, null])).as_bytes(), &root);
+    let command =
+        || record(host.cpi(), request("create_disk", &json!([8, {}, null])).as_bytes(), &root);
     let (output, steps) = host.namespace().run(command);
     let disk: DiskCid = text(Answer::of(&output).result()).parse().unwrap();
     for cut in cuts(&before, &steps, &root) {
@@ -305,7 +363,10 @@ fn update_disk() {
     write_pattern(&lab.host, &lab.free);
     lab.walk("update_disk", &json!([lab.free, 9, {"format": "raw"}]), |_| {
         let disk = lab.record::<DiskRecord>(&lab.free);
-        assert_eq!((disk.size.get(), disk.image().as_str(), disk.leftover), (9, "disk-1.raw", None));
+        assert_eq!(
+            (disk.size.get(), disk.image().as_str(), disk.leftover),
+            (9, "disk-1.raw", None)
+        );
     });
 }
 
@@ -370,16 +431,23 @@ fn create_network() {
     let Some(lab) = Lab::new() else { return };
     let subnet = json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]);
     lab.walk("create_network", &subnet, |made| {
-        assert_eq!(lab.record::<NetworkRecord>(&text(&made[0]).parse().unwrap()).phase, Phase::Ready);
+        assert_eq!(
+            lab.record::<NetworkRecord>(&text(&made[0]).parse().unwrap()).phase,
+            Phase::Ready
+        );
         let (well, networks) = lab.host.command(&["network", "apply", &text(&made[0]), "--json"]);
-        assert!(well && lab.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"), "{networks}");
+        assert!(
+            well && lab.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
+            "{networks}"
+        );
     });
 }
 
 #[test]
 fn delete_network() {
     let Some(lab) = Lab::new() else { return };
-    let made = lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
+    let made =
+        lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
     lab.walk("delete_network", &json!([made[0]]), |_| {
         assert!(lab.host.store().list::<NetworkRecord>().unwrap().is_empty());
     });
@@ -397,7 +465,8 @@ fn create_vm() {
         // Else another VM would get the same.
         assert_eq!(uids::find(lab.host.store().state_dir(), &vm.cid), Some(vm.uid));
         let claims = lab.host.path("state/claims").read_dir().unwrap().flatten();
-        let claims = claims.filter(|claim| fs::read_link(claim.path()).unwrap() == Path::new(vm.cid.as_str()));
+        let claims = claims
+            .filter(|claim| fs::read_link(claim.path()).unwrap() == Path::new(vm.cid.as_str()));
         assert_eq!(claims.count(), 1, "its address");
     });
 }
@@ -412,8 +481,12 @@ fn calls_about_pools() {
     };
     lab.walk("create_disk", &json!([8, {}, null]), |made| is_whole(&text(made), &["disk.qcow2"]));
     let arguments = lab.host.vm_arguments(&lab.stemcell);
-    lab.walk("create_vm", &arguments, |made| is_whole(vm_cid(made).as_str(), &["root.qcow2", "base.raw"]));
-    lab.walk("delete_disk", &json!([lab.free]), |_| assert!(!lab.host.path("pool").join(&lab.free).exists()));
+    lab.walk("create_vm", &arguments, |made| {
+        is_whole(vm_cid(made).as_str(), &["root.qcow2", "base.raw"])
+    });
+    lab.walk("delete_disk", &json!([lab.free]), |_| {
+        assert!(!lab.host.path("pool").join(&lab.free).exists())
+    });
 }
 
 #[test]

@@ -75,7 +75,10 @@ fn a_snapshot_is_the_disk_of_one_moment() {
             assert_ne!(restored, disk);
             assert_pattern(&host, &restored);
             let is = record(&host, &restored);
-            assert_eq!((is.size.get(), is.encrypted, is.vm), (8, properties["encrypted"] == true, None));
+            assert_eq!(
+                (is.size.get(), is.encrypted, is.vm),
+                (8, properties["encrypted"] == true, None)
+            );
             assert_eq!(json!(is.cloud_properties), properties);
             host.ok("attach_disk", &json!([vm, restored]));
             host.ok("delete_snapshot", &json!([snapshot]));
@@ -85,17 +88,24 @@ fn a_snapshot_is_the_disk_of_one_moment() {
             host.ok("delete_disk", &json!([restored]));
         }
     }
-    assert_eq!(host.call("snapshot_disk", &json!([DiskCid::random(), {}])).failure().kind, "DiskNotFound");
+    assert_eq!(
+        host.call("snapshot_disk", &json!([DiskCid::random(), {}])).failure().kind,
+        "DiskNotFound"
+    );
     let output = host.cpi().args(["disk", "restore", "snap-unknown"]).output().unwrap();
     assert!(!output.status.success() && output.stdout.is_empty());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no snapshot 'snap-unknown'"), "{output:?}");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("there is no snapshot 'snap-unknown'"),
+        "{output:?}"
+    );
 }
 
 #[test]
 fn a_snapshot_of_a_large_disk_takes_what_its_data_takes() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
-    let disk: DiskCid = text(&host.ok("create_disk", &json!([64 << 10, {"format": "raw"}, null]))).parse().unwrap();
+    let disk: DiskCid =
+        text(&host.ok("create_disk", &json!([64 << 10, {"format": "raw"}, null]))).parse().unwrap();
     write_pattern(&host, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
     let snapshot = snapshot(&host, &disk);
@@ -103,7 +113,9 @@ fn a_snapshot_of_a_large_disk_takes_what_its_data_takes() {
     let other = crate::snapshots::snapshot(&host, &disk);
     let restored = restore(&host, &snapshot);
     assert_eq!(record(&host, &restored).format, record(&host, &disk).format);
-    for path in [snapshot_image(&host, &snapshot), snapshot_image(&host, &other), image(&host, &restored)] {
+    for path in
+        [snapshot_image(&host, &snapshot), snapshot_image(&host, &other), image(&host, &restored)]
+    {
         let blocks = fs::metadata(&path).unwrap().blocks();
         assert!(blocks * 512 < 16 << 20, "{}: {blocks} blocks", path.display());
     }
@@ -113,7 +125,8 @@ fn a_snapshot_of_a_large_disk_takes_what_its_data_takes() {
 fn full_disk(host: &Host, stemcell: &str, mib: u64) -> (VmCid, DiskCid) {
     let vm = host.vm(stemcell);
     host.sees(&vm, "BOOTSECTOR-OK", 1);
-    let disk: DiskCid = text(&host.ok("create_disk", &json!([mib, {"format": "raw"}, null]))).parse().unwrap();
+    let disk: DiskCid =
+        text(&host.ok("create_disk", &json!([mib, {"format": "raw"}, null]))).parse().unwrap();
     qemu_io(host, &image(host, &disk), &record(host, &disk), &[&format!("write -P 7 0 {mib}M")]);
     host.ok("attach_disk", &json!([vm, disk]));
     (vm, disk)
@@ -150,9 +163,13 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
     let stemcell = host.stemcell();
     // It takes seconds to copy.
     let (vm, disk) = full_disk(&host, &stemcell, 1536);
-    for (method, arguments) in [("snapshot_disk", json!([disk, {}])), ("update_disk", json!([disk, 1536, {}]))] {
+    for (method, arguments) in
+        [("snapshot_disk", json!([disk, {}])), ("update_disk", json!([disk, 1536, {}]))]
+    {
         let mut call = crawling(&host, &vm, method, &arguments);
-        for (other, arguments) in [("resize_disk", json!([disk, 2048])), ("update_disk", json!([disk, 2048, {}]))] {
+        for (other, arguments) in
+            [("resize_disk", json!([disk, 2048])), ("update_disk", json!([disk, 2048, {}]))]
+        {
             let refused = host.call(other, &arguments);
             assert!(refused.failure().message.contains("is being copied"), "{refused:?}");
         }
@@ -183,13 +200,21 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
     host.ok("delete_vm", &json!([vm]));
     let message = failure(call).message;
     assert!(message.contains(&ended), "{message}");
-    assert_eq!((record(&host, &disk).leftover, record(&host, &disk).image()), (None, "disk.raw".to_owned()));
+    assert_eq!(
+        (record(&host, &disk).leftover, record(&host, &disk).image()),
+        (None, "disk.raw".to_owned())
+    );
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
 }
 
 /// Starts a call that copies a disk whose VM is off, and stops it half way; the process is to be told to continue. The copy is
 /// where `copy` says.
-fn halted(host: &Host, method: &str, arguments: &Value, copy: impl Fn() -> Option<PathBuf>) -> (Child, Process) {
+fn halted(
+    host: &Host,
+    method: &str,
+    arguments: &Value,
+    copy: impl Fn() -> Option<PathBuf>,
+) -> (Child, Process) {
     let call = host.start(method, arguments);
     let process = Process::open(call.id() as i32).unwrap();
     eventually("data is copied", || (fs::metadata(copy()?).ok()?.blocks() > 1 << 11).then_some(()));
@@ -207,17 +232,22 @@ fn half_snapshot(host: &Host) -> Option<PathBuf> {
 
 #[test]
 fn a_vm_that_is_off_waits_for_no_copy() {
-    let Some(host) =
-        Host::with(json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2}}))
-    else {
+    let Some(host) = Host::with(
+        json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2}}),
+    ) else {
         return;
     };
     let (vm, disk) = full_disk(&host, &host.stemcell(), 256);
     // The disk waits, and says for what.
     let waits = |copy: &str| {
-        for (method, arguments) in [("detach_disk", json!([vm, disk])), ("delete_disk", json!([disk]))] {
+        for (method, arguments) in
+            [("detach_disk", json!([vm, disk])), ("delete_disk", json!([disk]))]
+        {
             let refused = host.call(method, &arguments);
-            assert!(refused.failure().message.contains(&format!("is being copied, {copy}")), "{refused:?}");
+            assert!(
+                refused.failure().message.contains(&format!("is being copied, {copy}")),
+                "{refused:?}"
+            );
         }
     };
     host.power_off(&vm);
@@ -230,7 +260,8 @@ fn a_vm_that_is_off_waits_for_no_copy() {
     process.signal(Signal::SIGCONT).unwrap();
     let message = failure(call).message;
     assert!(
-        message.contains("was written to while it was copied") && message.contains("its VM was started"),
+        message.contains("was written to while it was copied")
+            && message.contains("its VM was started"),
         "{message}"
     );
     assert_nothing_of_it(&host, &vm, &disk);
@@ -246,7 +277,10 @@ fn a_vm_that_is_off_waits_for_no_copy() {
     host.sees(&vm, "BOOTSECTOR-OK", 3);
     process.signal(Signal::SIGCONT).unwrap();
     let message = failure(call).message;
-    assert!(message.contains(&format!("VM '{vm}' was started while the disk was copied")), "{message}");
+    assert!(
+        message.contains(&format!("VM '{vm}' was started while the disk was copied")),
+        "{message}"
+    );
     assert_nothing_of_it(&host, &vm, &disk);
     assert_eq!(record(&host, &disk).image(), "disk.raw");
 
@@ -254,9 +288,15 @@ fn a_vm_that_is_off_waits_for_no_copy() {
     let (call, process) = snapshot();
     host.ok("delete_vm", &json!([vm]));
     process.signal(Signal::SIGCONT).unwrap();
-    let made: SnapshotCid = text(Answer::of(&call.wait_with_output().unwrap()).result()).parse().unwrap();
+    let made: SnapshotCid =
+        text(Answer::of(&call.wait_with_output().unwrap()).result()).parse().unwrap();
     let of = snapshot_record(&host, &made);
-    qemu_io(&host, &snapshot_image(&host, &made), &of.disk, &["read -P 9 0 64k", "read -P 7 64k 255M"]);
+    qemu_io(
+        &host,
+        &snapshot_image(&host, &made),
+        &of.disk,
+        &["read -P 9 0 64k", "read -P 7 64k 255M"],
+    );
 }
 
 #[test]
@@ -282,8 +322,11 @@ fn a_leftover_that_can_not_be_removed_is_named_for_what_it_is() {
 #[test]
 fn a_snapshot_of_a_detached_disk_shares_blocks_where_the_filesystem_can() {
     let Some(pool) = Filesystem::sharing(512) else { return };
-    let Some(host) = Host::with(json!({"pools": {"shares": {"path": pool.path()}}})) else { return };
-    let disk = text(&host.ok("create_disk", &json!([64, {"pool": "shares", "format": "raw"}, null])));
+    let Some(host) = Host::with(json!({"pools": {"shares": {"path": pool.path()}}})) else {
+        return;
+    };
+    let disk =
+        text(&host.ok("create_disk", &json!([64, {"pool": "shares", "format": "raw"}, null])));
     let cid: DiskCid = disk.parse().unwrap();
     write_pattern(&host, &cid);
     qemu_io(&host, &image(&host, &cid), &record(&host, &cid), &["write -P 7 8M 48M"]);

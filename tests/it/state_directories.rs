@@ -19,7 +19,11 @@ use crate::support::images::{assert_pattern, write_pattern};
 
 /// Sets the times of everything in `dir`.
 fn set_times(dir: &Path, time: SystemTime) {
-    for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).filter(|path| !path.is_symlink()) {
+    for path in fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| !path.is_symlink())
+    {
         fs::File::open(&path).unwrap().set_modified(time).unwrap();
         if path.is_dir() {
             set_times(&path, time);
@@ -177,7 +181,8 @@ fn what_is_not_mounted_is_not_gone() {
     assert_eq!(host.ok("has_disk", &json!([disk])), true);
     fs::rename(&state, &away).unwrap();
     fs::create_dir(&state).unwrap();
-    let (vm, snapshot, network) = ("vm-aaaaaaaaaaaaaaa", "snap-aaaaaaaaaaaaaaa", "net-aaaaaaaaaaaaaaa");
+    let (vm, snapshot, network) =
+        ("vm-aaaaaaaaaaaaaaa", "snap-aaaaaaaaaaaaaaa", "net-aaaaaaaaaaaaaaa");
     for (method, arguments) in [
         ("has_disk", json!([disk])),
         ("has_vm", json!([vm])),
@@ -192,7 +197,10 @@ fn what_is_not_mounted_is_not_gone() {
     ] {
         let refused = host.call(method, &arguments);
         let message = &refused.failure().message;
-        assert!(message.contains(&format!("'{}' is not mounted", state.display())), "{method}: {message}");
+        assert!(
+            message.contains(&format!("'{}' is not mounted", state.display())),
+            "{method}: {message}"
+        );
     }
     for words in [&["vm", "list"][..], &["host", "start"], &["gc"], &["audit"]] {
         let output = host.namespace().run(|| host.cpi().args(words).output().unwrap());

@@ -52,7 +52,10 @@ fn all_differ<T: Ord + Debug>(what: &str, values: impl IntoIterator<Item = T>) {
 #[allow(clippy::print_stdout)]
 fn tell(what: &str, times: usize, began: Instant) {
     let seconds = began.elapsed().as_secs_f64();
-    println!("{what}: {times} by {CALLERS} callers in {seconds:.1} s, {:.0} a second", times as f64 / seconds);
+    println!(
+        "{what}: {times} by {CALLERS} callers in {seconds:.1} s, {:.0} a second",
+        times as f64 / seconds
+    );
 }
 
 /// Does `job` while an operator looks at the host again and again, and has it put right: what calls work on is no finding,
@@ -87,7 +90,8 @@ fn a_directors_threads_do_not_get_into_each_others_way() {
 fn a_pool_gives_no_address_twice_to_callers_at_once() {
     let networks = json!({"default": {"subnet": "10.9.0.0/24", "pool": POOL}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
-    let dynamic = json!(["agent-1", host.stemcell(), {"ram": 64}, {"net": {"type": "dynamic"}}, [], {}]);
+    let dynamic =
+        json!(["agent-1", host.stemcell(), {"ram": 64}, {"net": {"type": "dynamic"}}, [], {}]);
     let made = storm(|number| {
         let answer = (number < VMS).then(|| host.ok("create_vm", &dynamic));
         host.ok("delete_disk", &json!([host.disk()]));
@@ -123,7 +127,8 @@ fn many_calls(host: &Host) {
     assert_eq!(links.as_array().unwrap().len(), VMS, "one bridge has every tap");
 
     let began = Instant::now();
-    let there = storm(|number| (0..20).all(|_| host.ok("has_vm", &json!([vms[number % VMS]])) == true));
+    let there =
+        storm(|number| (0..20).all(|_| host.ok("has_vm", &json!([vms[number % VMS]])) == true));
     tell("has_vm", 20 * CALLERS, began);
     assert!(there.into_iter().all(|there| there));
 
@@ -140,7 +145,8 @@ fn many_calls(host: &Host) {
         });
         for refused in both.iter().filter_map(|answer| answer.outcome.as_ref().err()) {
             assert!(
-                refused.message.contains("is attached to VM") || refused.message.contains("no slot left"),
+                refused.message.contains("is attached to VM")
+                    || refused.message.contains("no slot left"),
                 "{refused:?}"
             );
         }
@@ -148,11 +154,14 @@ fn many_calls(host: &Host) {
     });
     tell("attach_disk", 2 * CALLERS, began);
     let listed = |vm: &VmCid| host.ok("get_disks", &json!([vm])).as_array().unwrap().clone();
-    let attached: Vec<_> =
-        vms.iter().flat_map(|vm| listed(vm).into_iter().map(move |disk| (text(&disk), vm))).collect();
+    let attached: Vec<_> = vms
+        .iter()
+        .flat_map(|vm| listed(vm).into_iter().map(move |disk| (text(&disk), vm)))
+        .collect();
     assert_eq!(attached.len(), wins.iter().sum::<usize>());
     all_differ("attached disk", attached.iter().map(|(disk, _)| disk));
-    let in_qemu = attached.iter().filter(|(disk, vm)| is_plugged(host, vm, &disk.parse().unwrap())).count();
+    let in_qemu =
+        attached.iter().filter(|(disk, vm)| is_plugged(host, vm, &disk.parse().unwrap())).count();
     assert_eq!(in_qemu, attached.len());
 
     let began = Instant::now();
@@ -160,7 +169,9 @@ fn many_calls(host: &Host) {
         if let Some((disk, vm)) = attached.get(number) {
             // The VM may be gone already, or go in the middle of it.
             let answer = host.call("detach_disk", &json!([vm, disk]));
-            let late = |failure: &Failure| failure.kind == "VMNotFound" || failure.message.contains("monitor");
+            let late = |failure: &Failure| {
+                failure.kind == "VMNotFound" || failure.message.contains("monitor")
+            };
             assert!(answer.outcome.as_ref().err().is_none_or(late), "{answer:?}");
         }
         if let Some(vm) = vms.get(number) {
@@ -194,8 +205,9 @@ fn one_vm_and_one_disk_under_everybodys_hands() {
         2 => host.call("attach_disk", &both),
         _ => host.call("reboot_vm", &json!([vm])),
     });
-    let told =
-        |answer: &Answer| answer.outcome.as_ref().err().map(|failure| (failure.kind.clone(), failure.message.clone()));
+    let told = |answer: &Answer| {
+        answer.outcome.as_ref().err().map(|failure| (failure.kind.clone(), failure.message.clone()))
+    };
     for (number, failure) in answers.iter().map(told).enumerate() {
         match failure {
             None => {}
@@ -216,7 +228,8 @@ fn no_more_boot_at_a_time_than_the_operator_lets() {
     let stemcell = host.stemcell();
     // None is ever ready, so each keeps its slot.
     host.replace_qemu("exec sleep 600");
-    let callers: Vec<_> = (0..5).map(|_| host.start("create_vm", &host.vm_arguments(&stemcell))).collect();
+    let callers: Vec<_> =
+        (0..5).map(|_| host.start("create_vm", &host.vm_arguments(&stemcell))).collect();
     let all = |what: &dyn Fn(&VmCid) -> bool| {
         let vms = host.store().list::<VmRecord>().unwrap();
         vms.into_iter().filter(|vm| what(vm)).collect::<Vec<_>>()
@@ -273,14 +286,21 @@ fn who_has_no_turn_says_so_and_nobody_else_waits() {
     let failure = answer.failure();
     assert_eq!(failure.kind, "CloudError");
     let holder = host.supervisor(&slow).expect("a supervisor").pid();
-    for word in ["waited for one of 1 boot slots", "limits.parallel_boots", &format!("process {holder}")] {
+    for word in
+        ["waited for one of 1 boot slots", "limits.parallel_boots", &format!("process {holder}")]
+    {
         assert!(failure.message.contains(word), "{word} in {failure:?}");
     }
 
     host.reconfigure(|config| config["deadlines"] = json!({}));
     let waiting = host.start("reboot_vm", &json!([vm]));
     eventually("it waits for its turn", || {
-        let line = vm_list(&host).as_array().unwrap().iter().find(|line| line["cid"] == json!(vm)).cloned();
+        let line = vm_list(&host)
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|line| line["cid"] == json!(vm))
+            .cloned();
         line.filter(|line| line["state"] == "starting")
     });
     let began = Instant::now();
@@ -307,8 +327,11 @@ fn what_the_host_has_not_is_refused_with_figures() {
     let answer = host.call("create_vm", &arguments);
     let failure = answer.failure();
     assert_eq!((failure.kind.as_str(), failure.ok_to_retry), ("VMCreationFailed", false));
-    for word in ["it needs 67108928 MiB (67108864 MiB for the guest)", "512 MiB are reserved", &format!("{runs} has ")]
-    {
+    for word in [
+        "it needs 67108928 MiB (67108864 MiB for the guest)",
+        "512 MiB are reserved",
+        &format!("{runs} has "),
+    ] {
         assert!(failure.message.contains(word), "{word} in {failure:?}");
     }
     assert_eq!(host.store().list::<VmRecord>().unwrap(), std::slice::from_ref(&runs));

@@ -34,7 +34,10 @@ fn a_poweroff_is_written_down_and_final() {
     host.power_off(&vm);
     let exit = exit(&host, &vm);
     assert_eq!((exit.run, exit.code, exit.signal), (1, Some(0), None));
-    assert_eq!((exit.reason.as_deref(), exit.ending()), (Some("guest-shutdown"), Ending::PoweredOff));
+    assert_eq!(
+        (exit.reason.as_deref(), exit.ending()),
+        (Some("guest-shutdown"), Ending::PoweredOff)
+    );
     let events = events(&host, &vm);
     assert_eq!(events.first().map(String::as_str), Some("started"));
     assert_eq!(events.last().map(String::as_str), Some("exited"));
@@ -54,7 +57,10 @@ fn a_quit_is_no_crash() {
     let _ = host.qmp(&vm, "quit", &json!({}));
     gone(&supervisor);
     let exit = exit(&host, &vm);
-    assert_eq!((exit.code, exit.reason.as_deref(), exit.ending()), (Some(0), Some("host-qmp-quit"), Ending::Stopped));
+    assert_eq!(
+        (exit.code, exit.reason.as_deref(), exit.ending()),
+        (Some(0), Some("host-qmp-quit"), Ending::Stopped)
+    );
     assert!(host.qemu(&vm).is_none());
 }
 
@@ -68,7 +74,11 @@ fn a_vm_that_crashes_again_and_again_is_given_up() {
     gone(&supervisor);
     let events = events(&host, &vm);
     let times = |event: &str| events.iter().filter(|e| *e == event).count();
-    assert_eq!(["started", "exited", "restarting", "gave up"].map(times), [4, 4, 3, 1], "{events:?}");
+    assert_eq!(
+        ["started", "exited", "restarting", "gave up"].map(times),
+        [4, 4, 3, 1],
+        "{events:?}"
+    );
     assert!(host.qemu(&vm).is_none());
     assert_eq!(exit(&host, &vm).ending(), Ending::Crashed);
     // Who starts it on purpose begins to count anew.
@@ -92,7 +102,10 @@ fn a_crash_is_final_where_the_operator_says_so() {
 fn hardware(words: &[String]) -> (Vec<Value>, Vec<String>) {
     let devices = json_options(words, "-device");
     let plain = ["-name", "-uuid", "-smbios", "-machine", "-cpu", "-smp", "-m"];
-    let options = words.windows(2).filter(|pair| plain.contains(&pair[0].as_str())).map(|pair| pair[1].clone());
+    let options = words
+        .windows(2)
+        .filter(|pair| plain.contains(&pair[0].as_str()))
+        .map(|pair| pair[1].clone());
     (devices, options.collect())
 }
 
@@ -214,9 +227,15 @@ fn a_panic_is_final_where_the_operator_says_so() {
     host.event(&vm, "exited", 1);
     let written = || ExitRecord::read(&host.paths(&vm).exit()).unwrap();
     let exit = eventually("an exit record", written);
-    assert_eq!((exit.code, exit.reason.as_deref(), exit.ending()), (Some(1), Some("guest-panic"), Ending::Crashed));
+    assert_eq!(
+        (exit.code, exit.reason.as_deref(), exit.ending()),
+        (Some(1), Some("guest-panic"), Ending::Crashed)
+    );
     let listed = host.command(&["vm", "list", "--json"]).1;
-    assert_eq!((&listed[0]["state"], &listed[0]["reason"]), (&json!("crashed"), &json!("exit status 1 (guest-panic)")));
+    assert_eq!(
+        (&listed[0]["state"], &listed[0]["reason"]),
+        (&json!("crashed"), &json!("exit status 1 (guest-panic)"))
+    );
     assert!(!events(&host, &vm).contains(&"restarting".to_owned()));
 }
 
@@ -230,10 +249,16 @@ fn a_reboot_inside_the_guest_keeps_the_process_and_its_disks() {
     // What a guest writes to reset itself (ICH9's reset control register).
     host.qmp(&vm, "human-monitor-command", &json!({"command-line": "o /b 0xcf9 6"})).unwrap();
     host.sees(&vm, "BOOTSECTOR-OK", 2);
-    assert_eq!((host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()), (qemu, supervisor));
+    assert_eq!(
+        (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()),
+        (qemu, supervisor)
+    );
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
     let events = events(&host, &vm);
-    assert!(events.contains(&"RESET".to_owned()) && !events.contains(&"exited".to_owned()), "{events:?}");
+    assert!(
+        events.contains(&"RESET".to_owned()) && !events.contains(&"exited".to_owned()),
+        "{events:?}"
+    );
     host.ok("detach_disk", &json!([vm, disk]));
     host.power_off(&vm);
     assert_eq!(exit(&host, &vm).ending(), Ending::PoweredOff, "and its own poweroff stays one");

@@ -22,7 +22,14 @@ fn run(program: &str, words: &[&str]) -> String {
 /// The unit that a process is in.
 fn unit(pid: i32) -> String {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap().rsplit('/').next().unwrap().to_owned()
+    groups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap()
+        .rsplit('/')
+        .next()
+        .unwrap()
+        .to_owned()
 }
 
 fn show(unit: &str, property: &str) -> String {
@@ -32,7 +39,10 @@ fn show(unit: &str, property: &str) -> String {
 /// The scopes of a VM that there are.
 fn scopes(vm: &VmCid) -> Vec<PathBuf> {
     let entries = fs::read_dir("/sys/fs/cgroup/machine.slice").into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).filter(|path| path.to_str().unwrap().contains(vm.as_str())).collect()
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.to_str().unwrap().contains(vm.as_str()))
+        .collect()
 }
 
 /// A VM that a unit made, as a Director's worker or a monit job does; the unit goes on.
@@ -48,12 +58,17 @@ impl Worker {
         arguments[2]["cpu_weight"] = json!(200);
         fs::write(&asked, request("create_vm", &arguments)).unwrap();
         let call = host.cpi();
-        let words = [call.get_program()].into_iter().chain(call.get_args()).map(|word| word.to_str().unwrap());
+        let words = [call.get_program()]
+            .into_iter()
+            .chain(call.get_args())
+            .map(|word| word.to_str().unwrap());
         let files = format!("< {} > {}", asked.display(), answer.display());
         let script = format!("{} {files}; exec sleep 1000", words.collect::<Vec<_>>().join(" "));
         let unit = format!("test-worker-{}", std::process::id());
-        let (name, network) =
-            (format!("--unit={unit}"), format!("--property=NetworkNamespacePath={}", host.namespace().path()));
+        let (name, network) = (
+            format!("--unit={unit}"),
+            format!("--property=NetworkNamespacePath={}", host.namespace().path()),
+        );
         run("systemd-run", &[&name, &network, "sh", "-c", &script]);
         let answer = eventually("the call answers", || {
             let text = fs::read_to_string(&answer).ok()?;
@@ -78,7 +93,10 @@ fn a_vm_is_in_a_scope_of_its_own_and_outlives_the_unit_that_made_it() {
     assert_eq!(unit(qemu.pid()), scope);
     let properties = ["Slice", "Delegate", "CPUWeight", "TasksMax"].map(|name| show(&scope, name));
     assert_eq!(properties, ["machine.slice", "yes", "200", "1025"]);
-    assert!(show(&scope, "Before").contains("bosh-qemu-cpi.service"), "at a shutdown `host stop` comes first");
+    assert!(
+        show(&scope, "Before").contains("bosh-qemu-cpi.service"),
+        "at a shutdown `host stop` comes first"
+    );
 
     run("systemctl", &["stop", &worker]);
     assert_eq!(show(&worker, "ActiveState"), "inactive");
@@ -102,5 +120,11 @@ fn a_vm_is_in_a_scope_of_its_own_and_outlives_the_unit_that_made_it() {
 
     host.ok("delete_vm", &json!([vm]));
     eventually("systemd removes its scopes", || scopes(&vm).is_empty().then_some(()));
-    assert_eq!(run("systemctl", &["list-units", "--all", "--plain", "--no-legend", &format!("bosh-{vm}-*")]), "");
+    assert_eq!(
+        run(
+            "systemctl",
+            &["list-units", "--all", "--plain", "--no-legend", &format!("bosh-{vm}-*")]
+        ),
+        ""
+    );
 }

@@ -21,7 +21,9 @@ fn cids(method: &str) -> &'static [(usize, &'static str)] {
         "create_disk" => &[(2, "vm")],
         "delete_vm" | "has_vm" | "reboot_vm" | "set_vm_metadata" => &[(0, "vm")],
         "attach_disk" | "detach_disk" => &[(0, "vm"), (1, "disk")],
-        "delete_disk" | "has_disk" | "set_disk_metadata" | "resize_disk" | "snapshot_disk" => &[(0, "disk")],
+        "delete_disk" | "has_disk" | "set_disk_metadata" | "resize_disk" | "snapshot_disk" => {
+            &[(0, "disk")]
+        }
         "delete_stemcell" => &[(0, "sc")],
         _ => &[],
     }
@@ -68,7 +70,8 @@ impl<'a> Flow<'a> {
 
     /// Replays the recording `name`.
     pub fn replay(mut self, name: &str, agents: &mut dyn Agents) {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/requests/{name}.jsonl"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("tests/fixtures/requests/{name}.jsonl"));
         for line in fs::read_to_string(path).unwrap().lines() {
             let recorded: Value = serde_json::from_str(line).unwrap();
             let (method, answer) = self.ask(&recorded, agents);
@@ -99,7 +102,8 @@ impl<'a> Flow<'a> {
         let (mut request, response) = (recorded["request"].clone(), &recorded["response"]);
         let method = request["method"].as_str().unwrap().to_owned();
         let arguments = &mut request["arguments"];
-        let vanished = response["error"]["type"] == "Bosh::Clouds::VMNotFound" || response["result"] == json!(false);
+        let vanished = response["error"]["type"] == "Bosh::Clouds::VMNotFound"
+            || response["result"] == json!(false);
         for (position, kind) in cids(&method) {
             self.replace(&mut arguments[position], kind, !vanished);
         }
@@ -144,11 +148,14 @@ fn check(method: &str, request: &Value, answer: &Answer) {
     let shown = || format!("{method}: {answer:?}");
     match method {
         "info" => assert!(answer.result()["stemcell_formats"].is_array(), "{}", shown()),
-        "create_stemcell" | "create_disk" | "snapshot_disk" => assert!(answer.result().is_string(), "{}", shown()),
+        "create_stemcell" | "create_disk" | "snapshot_disk" => {
+            assert!(answer.result().is_string(), "{}", shown())
+        }
         "create_vm" => {
             assert!(answer.result()[0].is_string(), "{}", shown());
             let (given, networks) = (&request["arguments"][3], &answer.result()[1]);
-            let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+            let names =
+                |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
             assert_eq!(names(given), names(networks), "{}", shown());
         }
         "has_vm" | "has_disk" => assert!(answer.result().is_boolean(), "{}", shown()),

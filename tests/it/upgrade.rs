@@ -40,7 +40,9 @@ impl Old {
         }
         fs::write(state.join("schema"), "1\n").unwrap();
         let uid = uids::claim(&state, &old.vm).unwrap();
-        for (fixture, path) in ["stemcell", "vm", "attached-disk", "free-disk"].into_iter().zip(old.records()) {
+        for (fixture, path) in
+            ["stemcell", "vm", "attached-disk", "free-disk"].into_iter().zip(old.records())
+        {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/records/first");
             let text = fs::read_to_string(dir.join(fixture).with_extension("json")).unwrap();
             let text = text
@@ -152,7 +154,10 @@ fn a_record_of_a_newer_schema_is_refused_and_left_alone() {
     let calls = [
         (
             stemcell_record,
-            vec![("create_vm", host.vm_arguments(stemcell.as_str())), ("delete_stemcell", json!([stemcell]))],
+            vec![
+                ("create_vm", host.vm_arguments(stemcell.as_str())),
+                ("delete_stemcell", json!([stemcell])),
+            ],
         ),
         (
             vm_record,
@@ -180,7 +185,8 @@ fn a_record_of_a_newer_schema_is_refused_and_left_alone() {
             record["schema"] = json!(2);
             record["phase"] = json!("hibernating");
         });
-        let look = || (fs::read(&path).unwrap(), path.parent().unwrap().read_dir().unwrap().count());
+        let look =
+            || (fs::read(&path).unwrap(), path.parent().unwrap().read_dir().unwrap().count());
         let written = look();
         for (method, arguments) in calls {
             let answer = host.call(method, &arguments);
@@ -201,12 +207,19 @@ fn a_directory_of_a_newer_schema_is_refused() {
     let Some(old) = Old::new() else { return };
     let host = &old.host;
     let schema = host.path("state/schema");
-    for (text, hint) in [("2\n", "a newer bosh-qemu-cpi"), ("", "write 1 into it"), ("one", "write 1 into it")] {
+    for (text, hint) in
+        [("2\n", "a newer bosh-qemu-cpi"), ("", "write 1 into it"), ("one", "write 1 into it")]
+    {
         fs::write(&schema, text).unwrap();
-        for (method, arguments) in [("create_disk", json!([8, {}, null])), ("create_stemcell", json!(["/x", {}]))] {
+        for (method, arguments) in
+            [("create_disk", json!([8, {}, null])), ("create_stemcell", json!(["/x", {}]))]
+        {
             let answer = host.call(method, &arguments);
             let failure = answer.failure();
-            assert!(failure.message.contains("schema") && failure.message.contains(hint), "{failure:?}");
+            assert!(
+                failure.message.contains("schema") && failure.message.contains(hint),
+                "{failure:?}"
+            );
         }
         assert_eq!(fs::read_to_string(&schema).unwrap(), text);
     }
@@ -241,7 +254,10 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
     host.ok("attach_disk", &json!([vm, disk]));
     assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
     host.ok("set_vm_metadata", &json!([vm, {"name": "db/0"}]));
-    assert_eq!((host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()), (qemu.pid(), old.pid()));
+    assert_eq!(
+        (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()),
+        (qemu.pid(), old.pid())
+    );
 
     // A crash is the old supervisor's.
     host.crash(&vm);
@@ -255,7 +271,10 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
     gone(&old);
     host.ok("detach_disk", &json!([vm, disk]));
     let new = host.supervisor(&vm).expect("a new one");
-    assert_eq!(runs(new.pid()), Path::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).canonicalize().unwrap());
+    assert_eq!(
+        runs(new.pid()),
+        Path::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).canonicalize().unwrap()
+    );
     assert_eq!(host.qemu(&vm).unwrap().pid(), qemu.pid());
     host.crash(&vm);
     host.sees(&vm, "BOOTSECTOR-OK", 3);

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use crate::support::host::{Host, eventually};
 
 fn run(host: &Host, words: &[&str]) -> String {
-    let output = host.namespace().run(|| host.cpi().args(["vm", "list"]).args(words).output().unwrap());
+    let output =
+        host.namespace().run(|| host.cpi().args(["vm", "list"]).args(words).output().unwrap());
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout).unwrap()
 }
@@ -30,7 +31,12 @@ pub fn answering(host: &Host) -> Value {
 /// What it says of one VM.
 fn listed(host: &Host, vm: &VmCid) -> Value {
     let list = vm_list(host);
-    list.as_array().unwrap().iter().find(|line| line["cid"] == json!(vm)).expect("it is listed").clone()
+    list.as_array()
+        .unwrap()
+        .iter()
+        .find(|line| line["cid"] == json!(vm))
+        .expect("it is listed")
+        .clone()
 }
 
 #[test]
@@ -55,12 +61,17 @@ fn every_state_is_told() {
 
     let began = Instant::now();
     let mut table = run(&host, &[]);
-    assert!(began.elapsed() < Duration::from_secs(10), "a VM that hangs does not hold up the others");
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "a VM that hangs does not hold up the others"
+    );
     if table.matches("silent").count() > 1 {
         // On a host that is busy, one that is well may take longer than it is given.
         table = run(&host, &[]);
     }
-    let line = |vm: &VmCid| table.lines().find(|line| line.starts_with(vm.as_str())).expect("it is listed");
+    let line = |vm: &VmCid| {
+        table.lines().find(|line| line.starts_with(vm.as_str())).expect("it is listed")
+    };
     for (vm, words) in [
         (running, "running"),
         (stopped, "stopped: exit status 0 (guest-shutdown)"),

@@ -29,8 +29,10 @@ pub(super) fn key(key: &str) -> Result<PublicKey> {
 fn read(path: &Path) -> Result<PublicKey> {
     let text = std::fs::read_to_string(path).at("read public key", path)?;
     let hint = "give the .pub file of the pair, never the private key";
-    PublicKey::parse(&text)
-        .ok_or_else(|| Error::new(ErrorKind::BadRequest, format!("'{}' is no public key", path.display())).hint(hint))
+    PublicKey::parse(&text).ok_or_else(|| {
+        Error::new(ErrorKind::BadRequest, format!("'{}' is no public key", path.display()))
+            .hint(hint)
+    })
 }
 
 /// `restrict`: no terminal, no forwarding of anything, no file of the user's run (sshd(8)).
@@ -67,7 +69,11 @@ mod tests {
             "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" ssh-ed25519 AAAAC3 bosh-qemu-cpi"
         );
         let config = Path::new("/etc/bosh-qemu-cpi/other.json");
-        assert!(line(program, Some(config), &key).unwrap().contains(" --config /etc/bosh-qemu-cpi/other.json host"));
+        assert!(
+            line(program, Some(config), &key)
+                .unwrap()
+                .contains(" --config /etc/bosh-qemu-cpi/other.json host")
+        );
         for bad in ["/a b", "/a\"b", "relative", "/a\nb", "/a$(b)"] {
             assert!(line(Path::new(bad), None, &key).is_err(), "{bad}");
         }

@@ -16,13 +16,22 @@ pub fn start(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<
 }
 
 /// Stops them, those that do not listen within `timeout` by force; otherwise as [`start`].
-pub fn stop(file: Option<&Path>, timeout: Duration, json: bool, output: &mut dyn Write) -> Result<bool> {
+pub fn stop(
+    file: Option<&Path>,
+    timeout: Duration,
+    json: bool,
+    output: &mut dyn Write,
+) -> Result<bool> {
     print(&this_host::cpi(file)?.stop_all(timeout)?, json, output)
 }
 
 fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<bool> {
     let passed = !outcomes.iter().any(|outcome| matches!(outcome.state, State::Failed(_)));
-    let text = if json { format!("{}\n", json!({"passed": passed, "vms": outcomes})) } else { lines(outcomes) };
+    let text = if json {
+        format!("{}\n", json!({"passed": passed, "vms": outcomes}))
+    } else {
+        lines(outcomes)
+    };
     output.write_all(text.as_bytes()).map_err(|e| Error::os("print what was done", e))?;
     Ok(passed)
 }

@@ -25,7 +25,9 @@ pub fn install(install: &cli::Install, output: &mut dyn Write) -> Result<bool> {
             ("user", Some(user.trim())),
             ("host-config", config.as_deref()),
         ];
-        let given = options.into_iter().filter_map(|(name, value)| Some(format!(" --{name} {}", quoted(value?))));
+        let given = options
+            .into_iter()
+            .filter_map(|(name, value)| Some(format!(" --{name} {}", quoted(value?))));
         set_up(&machine, &install.machine, &given.collect::<String>(), output)
     });
     let cleaned = config.map_or(Ok(()), |config| machine.remove(&config));
@@ -41,7 +43,12 @@ pub fn uninstall(asked: &cli::Machine, output: &mut dyn Write) -> Result<bool> {
 }
 
 /// Has the program do `host setup` there with these options.
-fn set_up(machine: &Machine<'_>, asked: &cli::Machine, options: &str, output: &mut dyn Write) -> Result<bool> {
+fn set_up(
+    machine: &Machine<'_>,
+    asked: &cli::Machine,
+    options: &str,
+    output: &mut dyn Write,
+) -> Result<bool> {
     let own = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
     let program = machine.bring("the program", asked.program.as_deref().unwrap_or(&own), "700")?;
     let done = consented(machine, asked, &program, options, output);
@@ -62,10 +69,12 @@ fn consented(
     })?;
     let is_root = machine.ask("who logs in there", "id -u")?.trim() == "0";
     let sudo = if is_root { "" } else { "sudo -n " };
-    let root = asked.root.as_deref().map(|root| format!(" --root {}", quoted(root))).unwrap_or_default();
+    let root =
+        asked.root.as_deref().map(|root| format!(" --root {}", quoted(root))).unwrap_or_default();
     let setup = format!("{sudo}{program} host setup{root}{options}");
     let plan = machine.ask("ask for the plan", &format!("{setup} --plan"))?;
-    let mut print = |text: &str| output.write_all(text.as_bytes()).map_err(|e| Error::os("print the plan", e));
+    let mut print =
+        |text: &str| output.write_all(text.as_bytes()).map_err(|e| Error::os("print the plan", e));
     print(&format!("on {}:\n{plan}", asked.target))?;
     if !asked.yes && !confirmed()? {
         print("nothing was changed\n")?;
@@ -80,7 +89,9 @@ fn consented(
 fn confirmed() -> Result<bool> {
     if !io::stdin().is_terminal() {
         let message = "nobody is here to be asked";
-        return Err(Error::new(ErrorKind::BadRequest, message).hint("say --yes to do it without asking"));
+        return Err(
+            Error::new(ErrorKind::BadRequest, message).hint("say --yes to do it without asking")
+        );
     }
     let mut terminal = io::stderr();
     let _ = write!(terminal, "Go on? [y/N] ");
@@ -103,13 +114,18 @@ impl<'a> Machine<'a> {
     /// Copies `file` there, which is `what`; its path.
     fn bring(&self, what: &str, file: &Path, mode: &str) -> Result<String> {
         let content = File::open(file).at("read", file)?;
-        let script =
-            format!("f=$(mktemp /tmp/bosh-qemu-cpi.XXXXXXXX) && cat > \"$f\" && chmod {mode} \"$f\" && echo \"$f\"");
-        let path = self.run(&format!("bring {what} there"), &script, Stdio::from(content))?.trim().to_owned();
+        let script = format!(
+            "f=$(mktemp /tmp/bosh-qemu-cpi.XXXXXXXX) && cat > \"$f\" && chmod {mode} \"$f\" && echo \"$f\""
+        );
+        let path = self
+            .run(&format!("bring {what} there"), &script, Stdio::from(content))?
+            .trim()
+            .to_owned();
         let tail = path.strip_prefix("/tmp/bosh-qemu-cpi.").unwrap_or_default();
         if tail.is_empty() || !tail.chars().all(|c| c.is_ascii_alphanumeric()) {
             let message = format!("'{}' does not say where it put {what}", self.target);
-            return Err(Error::new(ErrorKind::Host, message).hint("its shell must print nothing of its own"));
+            return Err(Error::new(ErrorKind::Host, message)
+                .hint("its shell must print nothing of its own"));
         }
         Ok(path)
     }

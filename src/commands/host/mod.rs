@@ -20,7 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 fn unconfigured(config: Option<&Path>) -> Result<()> {
     let Some(config) = config else { return Ok(()) };
     let message = format!("'--config {}' says nothing to this command", config.display());
-    Err(Error::new(ErrorKind::BadRequest, message).hint("what is to count on the host is given by --host-config"))
+    Err(Error::new(ErrorKind::BadRequest, message)
+        .hint("what is to count on the host is given by --host-config"))
 }
 
 /// Does it. Whether all is as it should be.
@@ -30,10 +31,16 @@ fn unconfigured(config: Option<&Path>) -> Result<()> {
 pub fn run(config: Option<&Path>, command: Host, output: &mut dyn Write) -> Result<bool> {
     match command {
         Host::Start { json } => every_vm::start(config, json, output),
-        Host::Stop { timeout, json } => every_vm::stop(config, Duration::from_secs(timeout), json, output),
+        Host::Stop { timeout, json } => {
+            every_vm::stop(config, Duration::from_secs(timeout), json, output)
+        }
         Host::Serve => serve::run(config).map(|()| true),
-        Host::Install(install) => unconfigured(config).and_then(|()| install::install(&install, output)),
-        Host::Uninstall(machine) => unconfigured(config).and_then(|()| install::uninstall(&machine, output)),
+        Host::Install(install) => {
+            unconfigured(config).and_then(|()| install::install(&install, output))
+        }
+        Host::Uninstall(machine) => {
+            unconfigured(config).and_then(|()| install::uninstall(&machine, output))
+        }
         Host::Setup(setup) => unconfigured(config).and_then(|()| setup::run(&setup, output)),
         Host::Status { json } => status::run(config, json, output),
         Host::Authorize { key } => authorize::run(config, &key, output),

@@ -21,7 +21,8 @@ const TURN: Duration = Duration::from_secs(30);
 pub(super) fn to_root(output: File) -> Result<()> {
     let socket = Transport::absent().expect("every key has a default").socket;
     let fail = |error| {
-        let hint = "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
+        let hint =
+            "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
         Error::io("connect to", &socket, error).hint(hint)
     };
     let path = socket.clone();
@@ -31,7 +32,11 @@ pub(super) fn to_root(output: File) -> Result<()> {
 }
 
 /// Passes on to `host` what is heard on `input`, and to `output` what it says, until it or who listens there is gone.
-fn join(mut input: impl Read + Send + 'static, mut output: File, mut host: UnixStream) -> io::Result<()> {
+fn join(
+    mut input: impl Read + Send + 'static,
+    mut output: File,
+    mut host: UnixStream,
+) -> io::Result<()> {
     let (mut caller, end, heard) = (host.try_clone()?, host.try_clone()?, output.try_clone()?);
     std::thread::spawn(move || {
         let _ = io::copy(&mut input, &mut caller);
@@ -75,7 +80,8 @@ mod tests {
         // It has more to say for all that anybody knows, and hears no more.
         let (input, _speaks) = io::pipe().unwrap();
         let (hears, output) = io::pipe().unwrap();
-        let joined = std::thread::spawn(move || join(input, File::from(OwnedFd::from(output)), ours));
+        let joined =
+            std::thread::spawn(move || join(input, File::from(OwnedFd::from(output)), ours));
         // The greeting was heard.
         theirs.write_all(b"x").unwrap();
         (&hears).read_exact(&mut [0]).unwrap();

@@ -36,11 +36,17 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     if !geteuid().is_root() {
         return pass_on::to_root(output);
     }
-    let input = io::stdin().as_fd().try_clone_to_owned().map_err(|e| Error::os("duplicate standard input", e))?;
-    let caller = Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
+    let input = io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| Error::os("duplicate standard input", e))?;
+    let caller =
+        Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
     let outlet = Outlet::new(caller.clone());
     match caller.question() {
-        Ok(Question::Call(call)) if is_absent(config, &call) => caller.say(&Word::Absent).map_err(gone),
+        Ok(Question::Call(call)) if is_absent(config, &call) => {
+            caller.say(&Word::Absent).map_err(gone)
+        }
         Ok(Question::Call(call)) => {
             answer_call(config, call, &caller, outlet);
             Ok(())
@@ -118,14 +124,17 @@ fn begin_log(config: &Config, caller: &Caller) {
     match peer {
         Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
         // Standard error would be told to the caller, too.
-        Peer::Elsewhere(_) => log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET)))),
+        Peer::Elsewhere(_) => {
+            log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET))))
+        }
     }
     tracing::info!("called by {peer}");
 }
 
 /// What the image of create_stemcell is called on the caller's machine.
 fn image_name(request: &Request) -> String {
-    let name = request.arguments.first().and_then(|path| serde_json::from_str::<String>(path.get()).ok());
+    let name =
+        request.arguments.first().and_then(|path| serde_json::from_str::<String>(path.get()).ok());
     name.unwrap_or_default()
 }
 
@@ -148,7 +157,9 @@ fn peer(input: BorrowedFd<'_>) -> Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Process(peer) => write!(f, "uid {}, gid {}, pid {}", peer.uid(), peer.gid(), peer.pid()),
+            Self::Process(peer) => {
+                write!(f, "uid {}, gid {}, pid {}", peer.uid(), peer.gid(), peer.pid())
+            }
             Self::Elsewhere(Some(address)) => write!(f, "{address} through ssh"),
             Self::Elsewhere(None) => f.write_str("somebody on standard input"),
         }

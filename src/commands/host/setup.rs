@@ -22,9 +22,12 @@ const HOST_KEY: &str = "/etc/ssh/ssh_host_ed25519_key.pub";
 /// # Errors
 /// [`ErrorKind::Conflict`] if something that is not ours is in the way.
 pub fn run(setup: &Setup, output: &mut dyn Write) -> Result<bool> {
-    let mut print = |line: &str| writeln!(output, "{line}").map_err(|e| Error::os("print the plan", e));
+    let mut print =
+        |line: &str| writeln!(output, "{line}").map_err(|e| Error::os("print the plan", e));
     if !geteuid().is_root() {
-        return Err(Error::new(ErrorKind::Host, "only root can set up a host").hint("do it as root"));
+        return Err(
+            Error::new(ErrorKind::Host, "only root can set up a host").hint("do it as root")
+        );
     }
     if setup.remove {
         return remove(setup, print);
@@ -73,22 +76,27 @@ fn authorized(setup: &Setup, key: &str) -> Result<Authorized> {
     };
     let user = user.map_err(|e| Error::os("look for the user", e))?;
     let name = || setup.user.clone().unwrap_or_default();
-    let user = user.ok_or_else(|| Error::new(ErrorKind::BadRequest, format!("there is no user '{}'", name())))?;
+    let user = user.ok_or_else(|| {
+        Error::new(ErrorKind::BadRequest, format!("there is no user '{}'", name()))
+    })?;
     let line = authorize::line(Path::new(PROGRAM), None, &authorize::key(key)?)?;
     Ok(Authorized { file: user.dir.join(".ssh/authorized_keys"), line })
 }
 
 /// Programs without which no VM starts.
 fn missing() -> impl Iterator<Item = &'static str> {
-    ["/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img"].into_iter().filter(|program| !Path::new(program).exists())
+    ["/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img"]
+        .into_iter()
+        .filter(|program| !Path::new(program).exists())
 }
 
 fn remove(setup: &Setup, mut print: impl FnMut(&str) -> Result<()>) -> Result<bool> {
     let config = Document::read(None).and_then(|document| document.config())?;
     let vms = Store::of(&config).list::<VmRecord>()?.len();
     if vms > 0 && setup.root == Path::new("/") {
-        return Err(Error::new(ErrorKind::Conflict, format!("{vms} VMs are on this host"))
-            .hint("have BOSH delete them first, or mark the host as draining and recreate them elsewhere"));
+        return Err(Error::new(ErrorKind::Conflict, format!("{vms} VMs are on this host")).hint(
+            "have BOSH delete them first, or mark the host as draining and recreate them elsewhere",
+        ));
     }
     if setup.plan {
         print("everything that was installed is removed; the state directory stays")?;

@@ -44,13 +44,20 @@ pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bo
         let asked: Vec<_> = hosts.iter().map(|(host, _)| threads.spawn(|| ask(host))).collect();
         let offers = asked.into_iter().map(|offer| offer.join().expect("no panic"));
         let named = hosts.iter().zip(offers);
-        named.map(|((host, draining), offer)| Line { name: host.name.clone(), draining: *draining, offer }).collect()
+        named
+            .map(|((host, draining), offer)| Line {
+                name: host.name.clone(),
+                draining: *draining,
+                offer,
+            })
+            .collect()
     });
     let text = if json {
         let array: Vec<_> = lines.iter().map(Line::json).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"
     } else {
-        let head = ["HOST", "VERSION", "VMS", "UNDER", "CPUS", "LARGEST VM", "FREE", "STATE"].map(str::to_owned);
+        let head = ["HOST", "VERSION", "VMS", "UNDER", "CPUS", "LARGEST VM", "FREE", "STATE"]
+            .map(str::to_owned);
         table(&std::iter::once(head).chain(lines.iter().map(Line::cells)).collect::<Vec<_>>())
     };
     output.write_all(text.as_bytes()).map_err(|e| Error::os("print the hosts", e))?;
@@ -64,7 +71,9 @@ impl Line {
                 "host": self.name, "draining": self.draining, "version": offer.version, "vms": offer.vms,
                 "accelerator": offer.accelerator, "cpus": offer.cpus, "largest_vm": offer.memory, "free": offer.space,
             }),
-            Err(error) => json!({"host": self.name, "draining": self.draining, "error": error.report()}),
+            Err(error) => {
+                json!({"host": self.name, "draining": self.draining, "error": error.report()})
+            }
         }
     }
 

@@ -76,16 +76,25 @@ impl Tour<'_> {
 
     fn accelerator(&self) -> Checked {
         let qemu = &self.lab.config.qemu;
-        let (accel, model) =
-            probe::accelerator(&self.lab.config.run_dir, &qemu.binary, qemu.accel, qemu.cpu.as_deref())?;
-        let slow = if accel.as_str() == "tcg" { ": emulated, many times slower than kvm" } else { "" };
+        let (accel, model) = probe::accelerator(
+            &self.lab.config.run_dir,
+            &qemu.binary,
+            qemu.accel,
+            qemu.cpu.as_deref(),
+        )?;
+        let slow =
+            if accel.as_str() == "tcg" { ": emulated, many times slower than kvm" } else { "" };
         fine(format!("{} with CPU model {model}{slow}", accel.as_str()))
     }
 
     fn import(&self) -> Result<(StemcellCid, String)> {
         let image = self.lab.guest.clone();
         let nothing = (Redacted(Map::new()), Map::new());
-        let cid = self.cpi().create_stemcell(CreateStemcell { image, cloud_properties: nothing.0, tags: nothing.1 })?;
+        let cid = self.cpi().create_stemcell(CreateStemcell {
+            image,
+            cloud_properties: nothing.0,
+            tags: nothing.1,
+        })?;
         Ok((cid, "the built-in guest".into()))
     }
 
@@ -93,7 +102,9 @@ impl Tour<'_> {
         let networks = json!({"net": {
             "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.252", "gateway": "10.255.255.1",
         }});
-        let bug = |what: &str| Error::new(ErrorKind::Internal, format!("the selftest's own {what} is malformed"));
+        let bug = |what: &str| {
+            Error::new(ErrorKind::Internal, format!("the selftest's own {what} is malformed"))
+        };
         let networks = RawValue::from_string(networks.to_string()).map_err(|_| bug("network"))?;
         let properties = json!({"cpu": 1, "ram": 64, "ephemeral_disk": 64});
         let (cid, _) = self.cpi().create_vm(CreateVm {
@@ -102,7 +113,10 @@ impl Tour<'_> {
             cloud_properties: Redacted(properties.as_object().cloned().unwrap_or_default()),
             networks: Networks::from_json(&networks).map_err(|e| e.in_request("networks"))?,
             disks: Vec::new(),
-            env: RawValue::from_string("{}".into()).ok().and_then(|env| Env::new(&env)).ok_or_else(|| bug("env"))?,
+            env: RawValue::from_string("{}".into())
+                .ok()
+                .and_then(|env| Env::new(&env))
+                .ok_or_else(|| bug("env"))?,
         })?;
         let remark = cid.to_string();
         Ok((cid, remark))
@@ -122,7 +136,8 @@ impl Tour<'_> {
             return Err(Error::new(ErrorKind::Host, "QEMU does not run"));
         };
         let path = format!("/proc/{}/status", qemu.pid());
-        let status = std::fs::read_to_string(&path).map_err(|e| Error::io("read", path.as_ref(), e))?;
+        let status =
+            std::fs::read_to_string(&path).map_err(|e| Error::io("read", path.as_ref(), e))?;
         if self.lab.config.hardening == Hardening::Off {
             return fine("switched off by the configuration");
         }
@@ -212,10 +227,15 @@ impl Tour<'_> {
         let mut left = Vec::new();
         for (tap, segment) in record.iter().flat_map(|record| &record.nics).filter_map(Nic::tap) {
             let links = [tap, &segment.bridge].into_iter();
-            left.extend(links.filter(|l| nix::net::if_::if_nametoindex(l.as_str()).is_ok()).map(ToString::to_string));
+            left.extend(
+                links
+                    .filter(|l| nix::net::if_::if_nametoindex(l.as_str()).is_ok())
+                    .map(ToString::to_string),
+            );
         }
         for dir in ["stemcells", "vms", "disks", "locks", "pending", "uids"] {
-            let entries = self.lab.config.state_dir.join(dir).read_dir().into_iter().flatten().flatten();
+            let entries =
+                self.lab.config.state_dir.join(dir).read_dir().into_iter().flatten().flatten();
             left.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         if left.is_empty() {

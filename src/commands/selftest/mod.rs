@@ -49,7 +49,10 @@ impl Lab {
             .tempdir()
             .map_err(|e| Error::os("make a temporary directory", e))?;
         let run = Path::new("/run");
-        let run = tempfile::Builder::new().prefix("bqc-").tempdir_in(run).at("make a directory in", run)?;
+        let run = tempfile::Builder::new()
+            .prefix("bqc-")
+            .tempdir_in(run)
+            .at("make a directory in", run)?;
         let config = Config {
             state_dir: state.path().join("state"),
             run_dir: run.path().to_owned(),
@@ -83,7 +86,11 @@ pub(super) struct Report<'a> {
 
 impl Report<'_> {
     /// Does one check. `Ok` carries a remark.
-    pub(super) fn check<T>(&mut self, name: &str, check: impl FnOnce() -> Result<(T, String)>) -> Option<T> {
+    pub(super) fn check<T>(
+        &mut self,
+        name: &str,
+        check: impl FnOnce() -> Result<(T, String)>,
+    ) -> Option<T> {
         let began = Instant::now();
         let outcome = check();
         let seconds = began.elapsed().as_secs_f64();
@@ -92,7 +99,9 @@ impl Report<'_> {
             Err(error) => (false, error.report(), None),
         };
         if self.as_json {
-            self.lines.push(json!({"check": name, "passed": passed, "seconds": seconds, "remark": remark}));
+            self.lines.push(
+                json!({"check": name, "passed": passed, "seconds": seconds, "remark": remark}),
+            );
         } else {
             let mark = if passed { "ok  " } else { "FAIL" };
             // A closed terminal does not change the verdict.

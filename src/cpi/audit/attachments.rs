@@ -30,10 +30,16 @@ impl Audit<'_> {
         if record.vm.as_ref() == Some(&vm.cid) || !self.still_has(&vm.cid, disk) {
             return Ok(());
         }
-        let named = record.vm.as_ref().map_or_else(|| "nobody".to_owned(), |other| format!("VM '{other}'"));
+        let named =
+            record.vm.as_ref().map_or_else(|| "nobody".to_owned(), |other| format!("VM '{other}'"));
         if record.vm.as_ref().is_some_and(|other| self.still_has(other, disk)) {
             let why = format!("{named} has it, too: whatever both write is lost");
-            self.told(Kind::Unsettled, &what, &why, "delete the VM that must not have it; then check the filesystem");
+            self.told(
+                Kind::Unsettled,
+                &what,
+                &why,
+                "delete the VM that must not have it; then check the filesystem",
+            );
             return Ok(());
         }
         drop(lock);
@@ -63,12 +69,21 @@ impl Audit<'_> {
     }
 
     /// The record of a disk that the VM lists, if it can be read.
-    fn record(&mut self, disk: &DiskCid, lock: Hold, vm: &VmRecord, what: &str) -> Result<Option<(Hold, DiskRecord)>> {
+    fn record(
+        &mut self,
+        disk: &DiskCid,
+        lock: Hold,
+        vm: &VmRecord,
+        what: &str,
+    ) -> Result<Option<(Hold, DiskRecord)>> {
         match self.cpi.store.read::<DiskRecord>(disk) {
             Ok(Some(record)) => Ok(Some((lock, record))),
             Ok(None) => {
                 lock.retire()?;
-                let next = format!("restore the disk's record from a backup, or call detach_disk for VM '{}'", vm.cid);
+                let next = format!(
+                    "restore the disk's record from a backup, or call detach_disk for VM '{}'",
+                    vm.cid
+                );
                 self.told(Kind::Unsettled, &what, "the disk has no record", &next);
                 Ok(None)
             }
@@ -81,7 +96,9 @@ impl Audit<'_> {
     fn open(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
         let Some(lock) = self.hold(Rank::Disk, disk) else { return Ok(()) };
         // The call may have ended since the record was read.
-        if self.idle(Rank::Vm, &vm.cid).is_none() || self.phase(&vm.cid, disk).is_none_or(|phase| phase == Attached) {
+        if self.idle(Rank::Vm, &vm.cid).is_none()
+            || self.phase(&vm.cid, disk).is_none_or(|phase| phase == Attached)
+        {
             return Ok(());
         }
         let (cpi, what) = (self.cpi, format!("{disk} on {}", vm.cid));
@@ -95,7 +112,12 @@ impl Audit<'_> {
             // Asking QEMU settles it only if the guest has let go.
             self.findings.pop();
             let next = "repeat attach_disk or detach_disk, whichever was meant; until then the VM has the disk";
-            self.told(Kind::Unsettled, &what, "the guest has the disk, and a call about it was cut short", next);
+            self.told(
+                Kind::Unsettled,
+                &what,
+                "the guest has the disk, and a call about it was cut short",
+                next,
+            );
         }
         Ok(())
     }

@@ -15,7 +15,9 @@ impl Audit<'_> {
         for path in self.cpi.store.temporary_files()? {
             // One that is being written is replaced within milliseconds, or when a guest has let go of a disk.
             if is_left(&path, None) && !self.is_worked_on(&path) {
-                self.found(Kind::Orphan, &path.display(), "it was never finished", || atomic::remove_file(&path));
+                self.found(Kind::Orphan, &path.display(), "it was never finished", || {
+                    atomic::remove_file(&path)
+                });
             }
         }
         Ok(())
@@ -25,14 +27,17 @@ impl Audit<'_> {
     /// on the filesystem while it waits for the guest.
     fn is_worked_on(&mut self, file: &Path) -> bool {
         let object = file.parent().and_then(Path::file_name).and_then(OsStr::to_str);
-        object.and_then(leftovers::lock_of).is_some_and(|(rank, lock)| self.idle(rank, lock).is_none())
+        object
+            .and_then(leftovers::lock_of)
+            .is_some_and(|(rank, lock)| self.idle(rank, lock).is_none())
     }
 
     /// Locks of objects that are gone. A VM's is the last of what names it.
     fn locks(&mut self) -> Result<()> {
         let store = &self.cpi.store;
         for (rank, name) in store.locks()? {
-            let is_somethings = || store.is_locked_for_something(rank, &name) || self.cpi.is_noted(&name);
+            let is_somethings =
+                || store.is_locked_for_something(rank, &name) || self.cpi.is_noted(&name);
             let is_left = || is_left(&store.lock_path(rank, &name), store.last_holder(rank, &name));
             if rank == Rank::Vm || is_somethings() || !is_left() {
                 continue;

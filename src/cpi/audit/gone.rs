@@ -61,8 +61,12 @@ impl Audit<'_> {
                 }
             };
             if remains.qemu.is_none() && !strangers.is_empty() {
-                let why = format!("the VM is gone, but its control group has the processes {}", numbers(&strangers));
-                let next = "no pid file of ours says whose they are: see `ps`, end them, then repeat `gc`";
+                let why = format!(
+                    "the VM is gone, but its control group has the processes {}",
+                    numbers(&strangers)
+                );
+                let next =
+                    "no pid file of ours says whose they are: see `ps`, end them, then repeat `gc`";
                 self.told(Kind::Orphan, &vm, &why, next);
                 continue;
             }
@@ -106,7 +110,9 @@ impl Audit<'_> {
         let (mut places, mut ports) = (Vec::new(), Vec::new());
         for claim in &claims {
             match claim {
-                Claim::Addresses { wire, block } => places.extend(claims::bridge(wire).map(|bridge| (bridge, *block))),
+                Claim::Addresses { wire, block } => {
+                    places.extend(claims::bridge(wire).map(|bridge| (bridge, *block)))
+                }
                 Claim::Port { protocol, port, .. } => ports.push((protocol.number(), *port)),
             }
         }
@@ -135,8 +141,12 @@ impl Audit<'_> {
     /// Whether no VM and no pin of ours has the bridge. What can not be read may have it.
     fn is_unused(&self, bridge: &LinkName) -> bool {
         let store = &self.cpi.store;
-        let uses = |vm: &VmRecord| vm.nics.iter().filter_map(Nic::tap).any(|(_, segment)| segment.bridge == *bridge);
-        let is_on = |vm: &VmCid| store.read::<VmRecord>(vm).map_or(true, |vm| vm.as_ref().is_some_and(uses));
+        let uses = |vm: &VmRecord| {
+            vm.nics.iter().filter_map(Nic::tap).any(|(_, segment)| segment.bridge == *bridge)
+        };
+        let is_on = |vm: &VmCid| {
+            store.read::<VmRecord>(vm).map_or(true, |vm| vm.as_ref().is_some_and(uses))
+        };
         !store.is_pinned(bridge) && store.list::<VmRecord>().is_ok_and(|vms| !vms.iter().any(is_on))
     }
 }
@@ -154,10 +164,16 @@ impl Remains {
         let mut words = Vec::new();
         words.extend(self.qemu.map(|pid| format!("QEMU, process {pid}")));
         words.extend(self.taps.iter().map(|tap| format!("tap {tap}")));
-        words.extend((!self.rules.is_empty()).then(|| "elements in table bosh-qemu-guard".to_owned()));
+        words.extend(
+            (!self.rules.is_empty()).then(|| "elements in table bosh-qemu-guard".to_owned()),
+        );
         words.extend(self.claims.iter().map(|claim| format!("claim {}", claim.name())));
-        words
-            .extend(self.bridges.iter().filter(|b| apply::is_stray(b).unwrap_or(false)).map(|b| format!("bridge {b}")));
+        words.extend(
+            self.bridges
+                .iter()
+                .filter(|b| apply::is_stray(b).unwrap_or(false))
+                .map(|b| format!("bridge {b}")),
+        );
         words.extend(self.group.exists().then(|| "control group".to_owned()));
         words.extend(self.uids.iter().map(|uid| format!("uid {uid}")));
         words.extend(self.paths.run.exists().then(|| "run directory".to_owned()));

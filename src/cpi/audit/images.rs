@@ -17,11 +17,15 @@ type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
 impl Audit<'_> {
     pub(super) fn images(&mut self) -> Result<()> {
         self.there::<DiskRecord>(Rank::Disk, |store, disk| Ok(vec![store.disk_image(disk)?]))?;
-        self.there::<SnapshotRecord>(Rank::Snapshot, |store, snapshot| Ok(vec![store.snapshot_image(snapshot)?]))?;
+        self.there::<SnapshotRecord>(Rank::Snapshot, |store, snapshot| {
+            Ok(vec![store.snapshot_image(snapshot)?])
+        })?;
         self.there::<StemcellRecord>(Rank::Stemcell, |store, stemcell| {
             Ok(vec![match &stemcell.image_path {
                 Some(path) => path.clone(),
-                None => store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE),
+                None => {
+                    store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE)
+                }
             }])
         })?;
         self.there::<VmRecord>(Rank::Vm, |store, vm| {
@@ -99,7 +103,8 @@ impl Audit<'_> {
     fn disk_key(&mut self) -> Result<()> {
         let (store, key) = (&self.cpi.store, DiskKey::of(&self.cpi.config));
         let disks = store.readable::<DiskRecord>()?.into_iter();
-        let mut disks = disks.chain(store.readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk));
+        let mut disks = disks
+            .chain(store.readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk));
         if disks.any(|disk| disk.encrypted)
             && let Err(error) = key.read()
         {
@@ -119,12 +124,22 @@ impl Audit<'_> {
             match images(&self.cpi.store, &record) {
                 Ok(paths) => {
                     for path in paths.iter().filter(|path| !path.exists()) {
-                        self.told(Kind::NoImage, &cid, &format!("its image '{}' is not there", path.display()), next);
+                        self.told(
+                            Kind::NoImage,
+                            &cid,
+                            &format!("its image '{}' is not there", path.display()),
+                            next,
+                        );
                     }
                 }
                 Err(error) => {
                     let why = format!("its images can not be looked at: {error}");
-                    self.told(Kind::NoImage, &cid, &why, "mount the pool, or correct 'pools' in the configuration");
+                    self.told(
+                        Kind::NoImage,
+                        &cid,
+                        &why,
+                        "mount the pool, or correct 'pools' in the configuration",
+                    );
                 }
             }
         }
@@ -144,8 +159,16 @@ impl Audit<'_> {
                 _ => false,
             };
             if is_stray && self.idle(rank, &lock).is_some() {
-                let why = format!("there is '{}', which its record does not know of", dir.join(&name).display());
-                self.told(Kind::NoRecord, &name, &why, "look into it; remove it if nothing in it is missed");
+                let why = format!(
+                    "there is '{}', which its record does not know of",
+                    dir.join(&name).display()
+                );
+                self.told(
+                    Kind::NoRecord,
+                    &name,
+                    &why,
+                    "look into it; remove it if nothing in it is missed",
+                );
             }
         }
         Ok(())
@@ -153,7 +176,9 @@ impl Audit<'_> {
 
     /// Whether there is a record of that name, and it has no files in the pool.
     fn is_stray<R: Record>(&self, name: &str, pool: &str) -> bool {
-        let record = R::Cid::parse(name).ok().and_then(|cid| self.cpi.store.read::<R>(&cid).ok()?);
-        record.is_some_and(|record| record.phase() == Phase::Ready && !record.pools().contains(&pool))
+        let record =
+            R::Cid::parse(name).ok().and_then(|cid| self.cpi.store.read::<R>(&cid).ok()?);
+        record
+            .is_some_and(|record| record.phase() == Phase::Ready && !record.pools().contains(&pool))
     }
 }

@@ -164,7 +164,13 @@ impl Audit<'_> {
     }
 
     /// Notes something that `mend` would put right, and has it do so if that is wanted.
-    fn found(&mut self, kind: Kind, what: &impl ToString, why: &str, mend: impl FnOnce() -> Result<()>) {
+    fn found(
+        &mut self,
+        kind: Kind,
+        what: &impl ToString,
+        why: &str,
+        mend: impl FnOnce() -> Result<()>,
+    ) {
         let cure = match self.mend.then(mend) {
             None => Cure::Gc,
             Some(Ok(())) => Cure::Mended,

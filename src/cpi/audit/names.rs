@@ -32,7 +32,12 @@ impl Audit<'_> {
         let what = uids::path(state_dir, vm.uid).display().to_string();
         if let Some(other) = owner.filter(|other| self.exists(other)) {
             let why = format!("VM '{}' has the uid, and it says that VM '{other}' has", vm.cid);
-            self.told(Kind::Unclaimed, &what, &why, "recreate one of them: both QEMUs may be one user");
+            self.told(
+                Kind::Unclaimed,
+                &what,
+                &why,
+                "recreate one of them: both QEMUs may be one user",
+            );
             return Ok(());
         }
         let why = format!("it does not say that VM '{}' has the uid", vm.cid);
@@ -42,18 +47,23 @@ impl Audit<'_> {
 
     fn claims(&mut self, vm: &VmRecord) -> Result<()> {
         let cpi = self.cpi;
-        let claimed: Vec<_> = cpi.store.claimed()?.into_iter().filter(|(_, holder)| *holder == vm.cid).collect();
+        let claimed: Vec<_> =
+            cpi.store.claimed()?.into_iter().filter(|(_, holder)| *holder == vm.cid).collect();
         for claim in Claim::all_of(vm) {
             if claimed.iter().any(|(its, _)| *its == claim) {
                 continue;
             }
             let why = format!("it does not say that VM '{}' has it", vm.cid);
             self.found(Kind::Unclaimed, &format!("claim {}", claim.name()), &why, || {
-                cpi.store.with_claims(Self::deadline(), |claims| match claims.restore(&vm.cid, &claim)? {
-                    None => Ok(()),
-                    Some(other) => {
-                        let message = format!("VM '{other}' has claimed it: two VMs have the same");
-                        Err(Error::new(ErrorKind::Conflict, message).hint("recreate one of them"))
+                cpi.store.with_claims(Self::deadline(), |claims| {
+                    match claims.restore(&vm.cid, &claim)? {
+                        None => Ok(()),
+                        Some(other) => {
+                            let message =
+                                format!("VM '{other}' has claimed it: two VMs have the same");
+                            Err(Error::new(ErrorKind::Conflict, message)
+                                .hint("recreate one of them"))
+                        }
                     }
                 })
             });

@@ -24,7 +24,9 @@ impl Audit<'_> {
         }
         let plugged = self.plugged()?;
         match self.cpi.host_networks(&[]) {
-            Ok(networks) => networks.into_iter().try_for_each(|network| self.network(network, &plugged)),
+            Ok(networks) => {
+                networks.into_iter().try_for_each(|network| self.network(network, &plugged))
+            }
             Err(error) => {
                 self.told(Kind::Network, &"networks", &error.report(), NEXT);
                 Ok(())
@@ -36,10 +38,17 @@ impl Audit<'_> {
     /// Managed networks that are half made or half removed, and those that nobody was told of.
     fn managed(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<NetworkRecord>()? {
-            let Some(lock) = self.hold(Rank::Network, managed_networks::bridge(&cid)) else { continue };
-            let phase = self.cpi.store.read::<NetworkRecord>(&cid).map(|record| record.map(|record| record.phase));
+            let Some(lock) = self.hold(Rank::Network, managed_networks::bridge(&cid)) else {
+                continue;
+            };
+            let phase = self
+                .cpi
+                .store
+                .read::<NetworkRecord>(&cid)
+                .map(|record| record.map(|record| record.phase));
             let noted = self.cpi.has_note(&cid);
-            let untold = matches!(phase, Ok(Some(Phase::Ready))) && self.is_untold::<NetworkRecord>(&cid);
+            let untold =
+                matches!(phase, Ok(Some(Phase::Ready))) && self.is_untold::<NetworkRecord>(&cid);
             lock.retire()?;
             match phase {
                 Ok(Some(Phase::Deleting)) => self.unfinished_removal(&cid),
@@ -50,7 +59,10 @@ impl Audit<'_> {
                         cpi.clear_leftover(cid.as_str(), Self::deadline())
                     });
                 }
-                Ok(None) if !noted && atomic::is_there(&self.cpi.store.record_dir::<NetworkRecord>(&cid)) => {
+                Ok(None)
+                    if !noted
+                        && atomic::is_there(&self.cpi.store.record_dir::<NetworkRecord>(&cid)) =>
+                {
                     self.without_record(&cid, &self.cpi.store.record_dir::<NetworkRecord>(&cid));
                 }
                 Ok(_) if untold => self.untold("create_network", "delete_network", &cid),
@@ -68,10 +80,16 @@ impl Audit<'_> {
 
     fn unfinished_removal(&mut self, cid: &NetworkCid) {
         let cpi = self.cpi;
-        self.found(Kind::Unfinished, cid, "its removal was cut short", || match cpi.remove_managed(cid) {
-            // A VM uses it: so it was refused, and is whole again.
-            Err(error) if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NetworkNotFound) => Ok(()),
-            removed => removed,
+        self.found(Kind::Unfinished, cid, "its removal was cut short", || {
+            match cpi.remove_managed(cid) {
+                // A VM uses it: so it was refused, and is whole again.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NetworkNotFound) =>
+                {
+                    Ok(())
+                }
+                removed => removed,
+            }
         });
     }
 
@@ -87,7 +105,8 @@ impl Audit<'_> {
                 continue;
             }
             let Some(_lock) = self.idle(Rank::Vm, &cid) else { continue };
-            let taps: Vec<_> = vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect();
+            let taps: Vec<_> =
+                vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect();
             let present = apply::present(&taps)?;
             // It may have ended meanwhile.
             if !is_on() {
@@ -133,7 +152,9 @@ impl Audit<'_> {
             }
         };
         let mut lacks: Vec<_> = changes.iter().map(ToString::to_string).collect();
-        lacks.extend(lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()));
+        lacks.extend(
+            lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()),
+        );
         if network.kept && !kept::by(&self.cpi.store.owner()?)?.contains(bridge) {
             lacks.push("the word that it stays without VMs".to_owned());
         }
@@ -146,7 +167,9 @@ impl Audit<'_> {
         for cid in self.cpi.store.list::<VmRecord>().unwrap_or_default() {
             let Some(hold) = self.idle(Rank::Vm, &cid) else { continue };
             let Ok(Some(vm)) = self.cpi.store.read::<VmRecord>(&cid) else { continue };
-            if vm.phase == Phase::Ready && matches!(power_state(&self.cpi.store.vm(&cid)), Ok(PowerState::On(_))) {
+            if vm.phase == Phase::Ready
+                && matches!(power_state(&self.cpi.store.vm(&cid)), Ok(PowerState::On(_)))
+            {
                 taps.extend(vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()));
                 held.push(hold);
             }

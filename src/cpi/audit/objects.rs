@@ -28,7 +28,9 @@ impl Audit<'_> {
             let disk = self.cpi.store.read::<DiskRecord>(&cid).ok().flatten();
             drop(lock);
             let cpi = self.cpi;
-            let Some(disk) = disk.filter(|disk| disk.phase == Phase::Ready && disk.leftover.is_some()) else {
+            let Some(disk) =
+                disk.filter(|disk| disk.phase == Phase::Ready && disk.leftover.is_some())
+            else {
                 continue;
             };
             if cpi.store.is_elsewhere(&disk) {
@@ -40,7 +42,10 @@ impl Audit<'_> {
                     None => Ok(()),
                     Some(left) => {
                         let path = cpi.store.disk_image_at(&cid, &left)?;
-                        Err(Error::new(ErrorKind::Host, format!("'{}' can not be removed yet", path.display())))
+                        Err(Error::new(
+                            ErrorKind::Host,
+                            format!("'{}' can not be removed yet", path.display()),
+                        ))
                     }
                 }
             });
@@ -60,7 +65,11 @@ impl Audit<'_> {
                 }
                 Ok(Some(record)) => {
                     drop(lock);
-                    let why = if record.phase() == Phase::Creating { "its creation" } else { "its removal" };
+                    let why = if record.phase() == Phase::Creating {
+                        "its creation"
+                    } else {
+                        "its removal"
+                    };
                     let cpi = self.cpi;
                     self.found(Kind::Unfinished, &cid, &format!("{why} was cut short"), || {
                         cpi.clear_leftover(cid.as_str(), Self::deadline())
@@ -88,12 +97,15 @@ impl Audit<'_> {
     }
 
     pub(super) fn untold(&mut self, create: &str, delete: &str, cid: &impl Cid) {
-        let why = format!("its {create} was killed before anybody was told of it, or the power was cut soon after");
+        let why = format!(
+            "its {create} was killed before anybody was told of it, or the power was cut soon after"
+        );
         self.told(Kind::Untold, cid, &why, &format!("call {delete}, unless a Director knows it"));
     }
 
     pub(super) fn without_record(&mut self, cid: &impl Cid, dir: &Path) {
-        let (cpi, empty) = (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
+        let (cpi, empty) =
+            (self.cpi, dir.read_dir().map_or(true, |mut entries| entries.next().is_none()));
         if cpi.has_note(cid) {
             self.found(Kind::Unfinished, cid, "its creation was cut short", || {
                 cpi.clear_leftover(cid.as_str(), Self::deadline())
@@ -104,7 +116,10 @@ impl Audit<'_> {
                 cpi.clear_leftover(cid.as_str(), Self::deadline())
             });
         } else {
-            let next = format!("restore the record in '{}' from a backup, or remove the directory", dir.display());
+            let next = format!(
+                "restore the record in '{}' from a backup, or remove the directory",
+                dir.display()
+            );
             self.told(Kind::NoRecord, cid, "it has files but no record", &next);
         }
     }
@@ -118,7 +133,11 @@ impl Audit<'_> {
             // Its create may have ended since it was listed, or be about to take the lock.
             let is_over = self.cpi.is_noted(&name)
                 && !self.cpi.may_begin(&name)
-                && (hold.had_file() || is_left(&self.cpi.store.pending_dir().join(&name), self.cpi.noted_by(&name)));
+                && (hold.had_file()
+                    || is_left(
+                        &self.cpi.store.pending_dir().join(&name),
+                        self.cpi.noted_by(&name),
+                    ));
             if self.cpi.store.is_locked_for_something(rank, &lock) {
                 drop(hold);
             } else {

@@ -24,10 +24,15 @@ impl Hierarchy {
         let mut found = Vec::new();
         for line in mountinfo.lines() {
             let Some((before, after)) = line.split_once(" - ") else { continue };
-            let (Some(point), mut kind) = (before.split(' ').nth(4), after.split(' ')) else { continue };
-            let (filesystem, options) = (kind.next().unwrap_or_default(), kind.nth(1).unwrap_or_default());
+            let (Some(point), mut kind) = (before.split(' ').nth(4), after.split(' ')) else {
+                continue;
+            };
+            let (filesystem, options) =
+                (kind.next().unwrap_or_default(), kind.nth(1).unwrap_or_default());
             let unified = filesystem == "cgroup2";
-            if unified || filesystem == "cgroup" && options.split(',').any(|option| V1.contains(&option)) {
+            if unified
+                || filesystem == "cgroup" && options.split(',').any(|option| V1.contains(&option))
+            {
                 found.push(Self { root: Path::new(point).to_owned(), unified });
             }
         }
@@ -44,8 +49,12 @@ impl Hierarchy {
             let (offered, given) = (words("cgroup.controllers"), words("cgroup.subtree_control"));
             let has = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
             // One by one: a controller that can not be had must not keep the others away.
-            for controller in CONTROLLERS.iter().filter(|name| has(&offered, name) && !has(&given, name)) {
-                if let Err(error) = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}")) {
+            for controller in
+                CONTROLLERS.iter().filter(|name| has(&offered, name) && !has(&given, name))
+            {
+                if let Err(error) =
+                    std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"))
+                {
                     tracing::warn!(%error, controller, group = %group.display(), "VMs can not have this limit");
                 }
             }
@@ -95,7 +104,8 @@ mod tests {
     use super::*;
     use crate::units::Bytes;
 
-    const LIMITS: Limits = Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
+    const LIMITS: Limits =
+        Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
 
     #[test]
     fn hierarchies_of_a_hybrid_host() {
@@ -106,7 +116,8 @@ mod tests {
             33 29 0:30 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer\n\
             34 29 0:31 / /proc rw - proc proc rw\n";
         let found = Hierarchy::all(mounts);
-        let names: Vec<_> = found.iter().map(|h| h.root.file_name().unwrap().to_str().unwrap()).collect();
+        let names: Vec<_> =
+            found.iter().map(|h| h.root.file_name().unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["unified", "systemd", "memory"]);
         assert_eq!(found.iter().map(|h| h.unified).collect::<Vec<_>>(), [true, false, false]);
     }
@@ -122,24 +133,32 @@ mod tests {
 
     #[test]
     fn a_group_gets_the_limits_it_has_files_for() {
-        let read = |dir: &tempfile::TempDir, file| std::fs::read_to_string(dir.path().join(file)).unwrap();
+        let read =
+            |dir: &tempfile::TempDir, file| std::fs::read_to_string(dir.path().join(file)).unwrap();
         let unified = group(&[("memory.max", "max"), ("pids.max", "max"), ("cpu.weight", "100")]);
         assert_eq!(set_limits(unified.path(), true, &LIMITS).unwrap(), 3);
-        assert_eq!(["memory.max", "pids.max", "cpu.weight"].map(|f| read(&unified, f)), ["1073741824", "500", "200"]);
+        assert_eq!(
+            ["memory.max", "pids.max", "cpu.weight"].map(|f| read(&unified, f)),
+            ["1073741824", "500", "200"]
+        );
         let memory = group(&[("memory.limit_in_bytes", "")]);
         assert_eq!(set_limits(memory.path(), false, &LIMITS).unwrap(), 1);
         assert_eq!(read(&memory, "memory.limit_in_bytes"), "1073741824");
         let cpu = group(&[("cpu.shares", "1024")]);
         assert_eq!(set_limits(cpu.path(), false, &LIMITS).unwrap(), 1);
         assert_eq!(read(&cpu, "cpu.shares"), "2048");
-        assert_eq!(set_limits(cpu.path(), false, &Limits { cpu_weight: None, ..LIMITS }).unwrap(), 0);
+        assert_eq!(
+            set_limits(cpu.path(), false, &Limits { cpu_weight: None, ..LIMITS }).unwrap(),
+            0
+        );
     }
 
     #[test]
     fn controllers_are_handed_down_to_groups_below() {
         let given = |offered, given| {
             let root = group(&[("cgroup.controllers", offered), ("cgroup.subtree_control", given)]);
-            Hierarchy { root: root.path().to_owned(), unified: true }.hand_down(&root.path().join("parent"));
+            Hierarchy { root: root.path().to_owned(), unified: true }
+                .hand_down(&root.path().join("parent"));
             std::fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap()
         };
         // In cgroupfs each write adds one; in a file the last one stays.
@@ -149,9 +168,13 @@ mod tests {
 
     #[test]
     fn kills_are_counted_in_both_versions_words() {
-        let unified = group(&[("memory.events", "low 0\nhigh 0\nmax 12\noom 2\noom_kill 2\noom_group_kill 0\n")]);
+        let unified = group(&[(
+            "memory.events",
+            "low 0\nhigh 0\nmax 12\noom 2\noom_kill 2\noom_group_kill 0\n",
+        )]);
         assert_eq!(oom_kills(unified.path(), true), Some(2));
-        let legacy = group(&[("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")]);
+        let legacy =
+            group(&[("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")]);
         assert_eq!(oom_kills(legacy.path(), false), Some(1));
         assert_eq!(oom_kills(legacy.path(), true), None);
     }

@@ -57,7 +57,9 @@ impl Cgroup {
 
     /// The group in each hierarchy that we make ourselves, and whether the hierarchy is unified.
     fn dirs(&self) -> impl Iterator<Item = (PathBuf, bool)> {
-        self.hierarchies.iter().map(|hierarchy| (hierarchy.root.join(PARENT).join(&self.name), hierarchy.unified))
+        self.hierarchies
+            .iter()
+            .map(|hierarchy| (hierarchy.root.join(PARENT).join(&self.name), hierarchy.unified))
     }
 
     /// Every group there may be, systemd's scopes included.
@@ -73,7 +75,9 @@ impl Cgroup {
         if scope::is_wanted() {
             match scope::enter(&self.name, limits) {
                 Ok(()) => return,
-                Err(error) => tracing::warn!(error = error.report(), "making control groups without systemd"),
+                Err(error) => {
+                    tracing::warn!(error = error.report(), "making control groups without systemd")
+                }
             }
         }
         let mut set = 0;
@@ -82,10 +86,12 @@ impl Cgroup {
             let dir = parent.join(&self.name);
             let entered = make(&dir).and_then(|()| {
                 hierarchy.hand_down(&parent);
-                set += hierarchy::set_limits(&dir, hierarchy.unified, limits).unwrap_or_else(|error| {
-                    tracing::warn!(%error, group = %dir.display(), "can not limit the VM");
-                    0
-                });
+                set += hierarchy::set_limits(&dir, hierarchy.unified, limits).unwrap_or_else(
+                    |error| {
+                        tracing::warn!(%error, group = %dir.display(), "can not limit the VM");
+                        0
+                    },
+                );
                 join(&dir)
             });
             if let Err(error) = entered {
@@ -110,7 +116,10 @@ impl Cgroup {
     /// How often a process in the groups was killed for want of memory, as far as the kernel counts it here. Never goes
     /// down while the groups exist.
     pub fn oom_kills(&self) -> u64 {
-        let counts = self.all_dirs().into_iter().filter_map(|(dir, unified)| hierarchy::oom_kills(&dir, unified));
+        let counts = self
+            .all_dirs()
+            .into_iter()
+            .filter_map(|(dir, unified)| hierarchy::oom_kills(&dir, unified));
         counts.max().unwrap_or(0)
     }
 
@@ -129,7 +138,8 @@ impl Cgroup {
             let list = dir.join("cgroup.procs");
             match std::fs::read_to_string(&list) {
                 // Of a group that goes at this moment, the kernel says ENODEV.
-                Err(error) if error.kind() == NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error)
+                    if error.kind() == NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
                 text => pids.extend(text.at("read", &list)?.split_whitespace().map(str::to_owned)),
             }
         }
@@ -137,7 +147,10 @@ impl Cgroup {
         for pid in pids {
             // 0 stands for one of another pid namespace.
             let pid = pid.parse().ok().filter(|pid| *pid > 0).ok_or_else(|| {
-                let message = format!("the control groups of '{}' have a process that has no pid here", self.name);
+                let message = format!(
+                    "the control groups of '{}' have a process that has no pid here",
+                    self.name
+                );
                 Error::new(ErrorKind::Host, message).hint("call from the pid namespace of the host")
             })?;
             processes.extend(Process::find(pid)?);
@@ -201,14 +214,18 @@ fn remove(dir: &Path, deadline: Instant) -> Result<()> {
             Ok(()) => break,
             Err(error) if error.kind() == io::ErrorKind::NotFound => break,
             // The kernel takes a dead process out of its group a moment after its pidfd tells of its end.
-            Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) && Instant::now() < deadline => {
+            Err(error)
+                if error.raw_os_error() == Some(nix::libc::EBUSY) && Instant::now() < deadline =>
+            {
                 std::thread::yield_now();
             }
             Err(error) => {
                 let inside = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
                 let pids = inside.split_whitespace().collect::<Vec<_>>().join(", ");
-                return Err(Error::io("remove control group", dir, error)
-                    .hint(format!("processes in it: {}", if pids.is_empty() { "none" } else { &pids })));
+                return Err(Error::io("remove control group", dir, error).hint(format!(
+                    "processes in it: {}",
+                    if pids.is_empty() { "none" } else { &pids }
+                )));
             }
         }
     }
@@ -231,7 +248,9 @@ mod tests {
     #[allow(clippy::print_stderr)]
     fn live(name: &str) -> Option<Cgroup> {
         let mut group = Cgroup::open(&format!("test-{}-{name}", std::process::id()));
-        group.hierarchies.retain(|hierarchy| make(&hierarchy.root.join(PARENT).join(&group.name)).is_ok());
+        group
+            .hierarchies
+            .retain(|hierarchy| make(&hierarchy.root.join(PARENT).join(&group.name)).is_ok());
         if group.hierarchies.is_empty() {
             eprintln!("SKIP: no control group can be made on this host");
             return None;
@@ -246,7 +265,11 @@ mod tests {
         let (last, _) = group.dirs().last().unwrap();
         std::fs::write(last.join("cgroup.procs"), child.id().to_string()).unwrap();
         let error = group.remove_until(Instant::now()).unwrap_err();
-        assert!(error.report().ends_with(&format!("processes in it: {}", child.id())), "{}", error.report());
+        assert!(
+            error.report().ends_with(&format!("processes in it: {}", child.id())),
+            "{}",
+            error.report()
+        );
         assert!(group.dirs().all(|(dir, _)| dir.exists() == (dir == last)), "the others are gone");
         child.kill().unwrap();
         child.wait().unwrap();

@@ -54,19 +54,24 @@ pub(super) fn of(root: &Path, name: &str) -> Vec<PathBuf> {
 pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     let pid = std::process::id();
     let unit = format!("bosh-{name}-{pid}.scope");
-    let is_inside = || std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit));
+    let is_inside =
+        || std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit));
     if is_inside() {
         if let Err(error) = ask(&limit(&unit, limits)) {
             tracing::warn!(error = error.report(), "the VM's limits are as somebody left them");
         }
         return Ok(());
     }
-    ask(&start(&unit, name, pid, limits)).map_err(|error| error.during(format!("have systemd make scope '{unit}'")))?;
+    ask(&start(&unit, name, pid, limits))
+        .map_err(|error| error.during(format!("have systemd make scope '{unit}'")))?;
     // The answer names a job; that it is done is seen by where we are.
     let deadline = Instant::now() + PATIENCE;
     while !is_inside() {
         if Instant::now() > deadline {
-            return Err(Error::new(ErrorKind::Timeout, format!("systemd did not start its scope '{unit}' in time")));
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                format!("systemd did not start its scope '{unit}' in time"),
+            ));
         }
         std::thread::sleep(LOOK);
     }
@@ -77,8 +82,16 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
 fn ask(call: &[String]) -> Result<()> {
     let mut busctl = Command::new("busctl");
     busctl.args(["--system", "--timeout=10", "call"]);
-    busctl.args(["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]);
-    let asked = busctl.args(call).stdin(Stdio::null()).output().map_err(|e| Error::os("run 'busctl'", e))?;
+    busctl.args([
+        "org.freedesktop.systemd1",
+        "/org/freedesktop/systemd1",
+        "org.freedesktop.systemd1.Manager",
+    ]);
+    let asked = busctl
+        .args(call)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| Error::os("run 'busctl'", e))?;
     if asked.status.success() {
         return Ok(());
     }
@@ -98,7 +111,8 @@ fn start(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
         property("Before", "as", &["1", UNIT]),
     ];
     properties.extend(properties_of(limits));
-    let mut words = ["StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail"].map(str::to_owned).to_vec();
+    let mut words =
+        ["StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail"].map(str::to_owned).to_vec();
     words.push(properties.len().to_string());
     words.extend(properties.into_iter().flatten());
     words.push("0".to_owned());
@@ -115,7 +129,8 @@ fn limit(unit: &str, limits: &Limits) -> Vec<String> {
 }
 
 fn properties_of(limits: &Limits) -> Vec<Vec<String>> {
-    let memory = limits.memory.map(|memory| property("MemoryMax", "t", &[&memory.get().to_string()]));
+    let memory =
+        limits.memory.map(|memory| property("MemoryMax", "t", &[&memory.get().to_string()]));
     let weight = limits.cpu_weight.map(|weight| property("CPUWeight", "t", &[&weight.to_string()]));
     let pids = property("TasksMax", "t", &[&limits.pids.to_string()]);
     std::iter::once(pids).chain(memory).chain(weight).collect()
@@ -143,8 +158,12 @@ mod tests {
         );
         let again = limit("bosh-vm-a-7.scope", &limits).join(" ");
         let properties = "TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200";
-        assert_eq!(again, format!("SetUnitProperties sba(sv) bosh-vm-a-7.scope true 3 {properties}"));
-        let plain = start("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits }).join(" ");
+        assert_eq!(
+            again,
+            format!("SetUnitProperties sba(sv) bosh-vm-a-7.scope true 3 {properties}")
+        );
+        let plain =
+            start("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits }).join(" ");
         assert!(plain.contains(" fail 7 ") && plain.ends_with("TasksMax t 500 0"), "{plain}");
     }
 
@@ -153,7 +172,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(of(root.path(), "vm-a"), Vec::<PathBuf>::new());
         let slice = root.path().join(SLICE);
-        for unit in ["bosh-vm-a-7.scope", "bosh-vm-ab-8.scope", "bosh-vm-a-9.service", "machine-qemu.scope"] {
+        for unit in
+            ["bosh-vm-a-7.scope", "bosh-vm-ab-8.scope", "bosh-vm-a-9.service", "machine-qemu.scope"]
+        {
             std::fs::create_dir_all(slice.join(unit)).unwrap();
         }
         assert_eq!(of(root.path(), "vm-a"), [slice.join("bosh-vm-a-7.scope")]);

@@ -29,15 +29,22 @@ impl Authorized {
     /// What it needs, `older` being keys of ours that it replaces. `None` if the key is there with other rights.
     pub(super) fn step(&self, root: &Path, older: &[Self]) -> Result<Option<Step>> {
         let lines = self.lines(root)?;
-        let replaced: Vec<_> = older.iter().filter(|old| lines.contains(&old.line)).map(Self::in_short).collect();
+        let replaced: Vec<_> =
+            older.iter().filter(|old| lines.contains(&old.line)).map(Self::in_short).collect();
         let said = format!("{self}, in place of {}", replaced.join(", "));
         if lines.contains(&self.line) {
             let is_all = replaced.is_empty();
-            return Ok(Some(if is_all { Step::Keep(self.to_string()) } else { Step::Replace(said) }));
+            return Ok(Some(if is_all {
+                Step::Keep(self.to_string())
+            } else {
+                Step::Replace(said)
+            }));
         }
         let mut theirs = lines.iter().filter(|line| !older.iter().any(|old| old.line == **line));
-        let is_known = theirs.any(|line| line.split_ascii_whitespace().any(|word| word == self.key()));
-        let step = if replaced.is_empty() { Step::Add(self.to_string()) } else { Step::Replace(said) };
+        let is_known =
+            theirs.any(|line| line.split_ascii_whitespace().any(|word| word == self.key()));
+        let step =
+            if replaced.is_empty() { Step::Add(self.to_string()) } else { Step::Replace(said) };
         Ok((!is_known).then_some(step))
     }
 
@@ -88,16 +95,20 @@ impl Authorized {
         let dir = path.parent().expect("a file is in a directory");
         if !dir.exists() {
             std::fs::create_dir_all(dir).at("make directory", dir)?;
-            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).at("protect", dir)?;
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+                .at("protect", dir)?;
             // Of the user whose home it is in.
             if let Some(home) = dir.parent() {
                 let owner = home.metadata().at("look at", home)?;
-                std::os::unix::fs::chown(dir, Some(owner.uid()), Some(owner.gid())).at("give away", dir)?;
+                std::os::unix::fs::chown(dir, Some(owner.uid()), Some(owner.gid()))
+                    .at("give away", dir)?;
             }
         }
         let (mode, uid, gid) = match path.metadata() {
             Ok(meta) => (meta.mode() & 0o777, meta.uid(), meta.gid()),
-            Err(_) => dir.metadata().map(|meta| (0o600, meta.uid(), meta.gid())).at("look at", dir)?,
+            Err(_) => {
+                dir.metadata().map(|meta| (0o600, meta.uid(), meta.gid())).at("look at", dir)?
+            }
         };
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         atomic::write_as(&path, text.as_bytes(), mode, Some((uid, gid)))

@@ -38,14 +38,20 @@ impl Manifest {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             read => serde_json::from_slice(&read.at("read", &path)?).map_err(|error| {
                 let message = format!("'{}' can not be used", path.display());
-                Error::new(ErrorKind::Corrupt, message).because(error).hint("it says what may be replaced and removed")
+                Error::new(ErrorKind::Corrupt, message)
+                    .because(error)
+                    .hint("it says what may be replaced and removed")
             }),
         }
     }
 
     /// The keys that were put where `authorized` goes, but for itself.
     pub fn older(&self, authorized: &Authorized) -> Vec<Authorized> {
-        self.keys.iter().filter(|key| key.file == authorized.file && *key != authorized).cloned().collect()
+        self.keys
+            .iter()
+            .filter(|key| key.file == authorized.file && *key != authorized)
+            .cloned()
+            .collect()
     }
 
     /// Writes it down.

@@ -83,7 +83,10 @@ impl Installation {
         vec![
             unit(UNITS[0], include_str!("../../../contrib/systemd/bosh-qemu-cpi.service")),
             unit(UNITS[1], include_str!("../../../contrib/systemd/bosh-qemu-cpi.socket")),
-            unit("bosh-qemu-cpi@.service", include_str!("../../../contrib/systemd/bosh-qemu-cpi@.service")),
+            unit(
+                "bosh-qemu-cpi@.service",
+                include_str!("../../../contrib/systemd/bosh-qemu-cpi@.service"),
+            ),
         ]
     }
 
@@ -100,7 +103,9 @@ impl Installation {
                 None => strangers.push(file.path.display().to_string()),
             }
         }
-        let others = |key: &&Authorized| self.authorized.as_ref().is_none_or(|authorized| authorized.file != key.file);
+        let others = |key: &&Authorized| {
+            self.authorized.as_ref().is_none_or(|authorized| authorized.file != key.file)
+        };
         steps.extend(manifest.keys.iter().filter(others).map(|key| Step::Keep(key.to_string())));
         if let Some(authorized) = &self.authorized {
             match authorized.step(&self.root, &manifest.older(authorized))? {
@@ -117,7 +122,9 @@ impl Installation {
             if !has_group()? {
                 steps.push(Step::Add(format!("group {GROUP}")));
             }
-            steps.extend(self.member.iter().map(|user| Step::Add(format!("user {user} in group {GROUP}"))));
+            steps.extend(
+                self.member.iter().map(|user| Step::Add(format!("user {user} in group {GROUP}"))),
+            );
             steps.push(Step::Add(format!("systemctl enable --now {}", UNITS.join(" "))));
         }
         Ok(steps)
@@ -247,7 +254,8 @@ fn has_systemd(root: &Path) -> bool {
 }
 
 fn has_group() -> Result<bool> {
-    let group = Group::from_name(GROUP).map_err(|e| Error::os(format!("look for group '{GROUP}'"), e))?;
+    let group =
+        Group::from_name(GROUP).map_err(|e| Error::os(format!("look for group '{GROUP}'"), e))?;
     Ok(group.is_some())
 }
 

@@ -60,7 +60,8 @@ pub(super) fn read<T>(
             others.push(printable(&path));
         }
         // To the end even of what is not wanted: a cut shows here, and the limit is for the next headers alone.
-        io::copy(&mut member, &mut io::sink()).map_err(|error| Failure::from(error).in_member(&path))?;
+        io::copy(&mut member, &mut io::sink())
+            .map_err(|error| Failure::from(error).in_member(&path))?;
     }
     if limit.ended.get() {
         return Err(Refusal::Truncated("the tar archive").into());
@@ -75,7 +76,8 @@ fn is_file(kind: EntryType) -> bool {
 
 /// Checks path and kind of a member and returns its name if it lies at the top.
 fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
-    let mut parts = Path::new(OsStr::from_bytes(path)).components().filter(|part| *part != Component::CurDir);
+    let mut parts =
+        Path::new(OsStr::from_bytes(path)).components().filter(|part| *part != Component::CurDir);
     if parts.clone().any(|part| !matches!(part, Component::Normal(_))) {
         return Err(Refusal::MemberPath(printable(path)));
     }
@@ -97,8 +99,13 @@ fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
 
 /// The tar crate would hand out the hole map of such a member as the beginning of its data.
 fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), Failure> {
-    if extensions.any(|extension| extension.is_ok_and(|extension| extension.key_bytes().starts_with(b"GNU.sparse"))) {
-        return Err(Refusal::Archive("it has holes in POSIX format; pack it with tar --format=gnu".into()).into());
+    if extensions.any(|extension| {
+        extension.is_ok_and(|extension| extension.key_bytes().starts_with(b"GNU.sparse"))
+    }) {
+        return Err(Refusal::Archive(
+            "it has holes in POSIX format; pack it with tar --format=gnu".into(),
+        )
+        .into());
     }
     Ok(())
 }
@@ -119,7 +126,9 @@ fn expect_padding(mut stream: impl Read) -> Result<(), Failure> {
     loop {
         match stream.read(&mut buffer)? {
             0 => return Ok(()),
-            count if buffer[..count].iter().any(|byte| *byte != 0) => return Err(Refusal::Trailing.into()),
+            count if buffer[..count].iter().any(|byte| *byte != 0) => {
+                return Err(Refusal::Trailing.into());
+            }
             _ => {}
         }
     }
@@ -148,7 +157,8 @@ struct Bounded<'a, R> {
 
 impl<R: Read> Read for Bounded<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = self.limit.left.get().map_or(buffer.len(), |left| buffer.len().min(left as usize));
+        let most =
+            self.limit.left.get().map_or(buffer.len(), |left| buffer.len().min(left as usize));
         if most == 0 && !buffer.is_empty() {
             return Err(io::Error::other("the description of a member takes more than 4 MiB"));
         }

@@ -88,7 +88,10 @@ impl Import<'_> {
             return Err(self.exists());
         }
         let directory = parent_of(self.target);
-        let new = tempfile::Builder::new().prefix(".import-").tempfile_in(directory).at("write to", directory)?;
+        let new = tempfile::Builder::new()
+            .prefix(".import-")
+            .tempfile_in(directory)
+            .at("write to", directory)?;
         let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
         let done = match self.read(&output, progress) {
             Err(Failure::NotStreamable(why)) => {
@@ -105,13 +108,19 @@ impl Import<'_> {
     }
 
     /// Reads the source once, from file to image.
-    fn read(&self, output: &Output<'_>, progress: Progress<'_>) -> Result<(Bytes, Digest), Failure> {
+    fn read(
+        &self,
+        output: &Output<'_>,
+        progress: Progress<'_>,
+    ) -> Result<(Bytes, Digest), Failure> {
         stream::read(self.source, self.deadline, progress, |stream| {
             let block = read_up_to(stream, 512)?;
             let is_archive = archive::is_archive(&block);
             let mut content = Cursor::new(block).chain(stream);
             if is_archive {
-                return archive::read(content, self.deadline, |member, size| self.take(member, Some(size), output));
+                return archive::read(content, self.deadline, |member, size| {
+                    self.take(member, Some(size), output)
+                });
             }
             let size = self.take(&mut content, None, output)?;
             io::copy(&mut content, &mut io::sink())?;
@@ -120,7 +129,12 @@ impl Import<'_> {
     }
 
     /// Takes the image that `content` is, a file of `size` bytes if that is known.
-    fn take(&self, content: &mut dyn Read, size: Option<Bytes>, output: &Output<'_>) -> Result<Bytes, Failure> {
+    fn take(
+        &self,
+        content: &mut dyn Read,
+        size: Option<Bytes>,
+        output: &Output<'_>,
+    ) -> Result<Bytes, Failure> {
         let head = read_up_to(content, Header::PREFIX as u64)?;
         if head.is_empty() {
             return Err(Refusal::NoSize.into());
@@ -138,7 +152,8 @@ impl Import<'_> {
         size.map_or(Ok(()), |size| header.check_places(size.get()))?;
         output.size.set(Some(header.virtual_size));
         match output.spool {
-            None => decode(&header, whole, output.raw, self.deadline).map_err(|error| self.decode_failure(error))?,
+            None => decode(&header, whole, output.raw, self.deadline)
+                .map_err(|error| self.decode_failure(error))?,
             Some(spool) => self.spool(&mut whole, spool)?,
         }
         Ok(header.virtual_size)
@@ -168,18 +183,25 @@ impl Import<'_> {
             if count == 0 {
                 return Ok(());
             }
-            io::Write::write_all(&mut spool, &buffer[..count]).at("write a copy beside", self.target)?;
+            io::Write::write_all(&mut spool, &buffer[..count])
+                .at("write a copy beside", self.target)?;
         }
     }
 
     /// The second pass, for what the first could not decode.
-    fn convert(&self, new: &NamedTempFile, output: Output<'_>, progress: Progress<'_>) -> Result<(Bytes, Digest)> {
+    fn convert(
+        &self,
+        new: &NamedTempFile,
+        output: Output<'_>,
+        progress: Progress<'_>,
+    ) -> Result<(Bytes, Digest)> {
         // What the first pass wrote would only take room.
         new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
         let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
         let output = Output { spool: Some(&spool), ..output };
-        let (size, digest) = self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
+        let (size, digest) =
+            self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
         let convert = Convert {
             source: Path::new(STDIN),
             source_format: Format::Qcow2,
@@ -190,7 +212,8 @@ impl Import<'_> {
         // `convert` would read zeros where a cluster lies beyond the end of a file that was cut off.
         let found = self.qemu_img.check_file(handle()?, self.deadline)?;
         if found.corruptions > 0 {
-            let refusal = Refusal::Damaged(format!("qemu-img check finds {} corruptions", found.corruptions));
+            let refusal =
+                Refusal::Damaged(format!("qemu-img check finds {} corruptions", found.corruptions));
             return Err(self.error(refusal.into(), &output));
         }
         let converted = self.qemu_img.convert_file(handle()?, &convert, self.deadline);
@@ -217,7 +240,10 @@ impl Import<'_> {
     }
 
     fn exists(&self) -> Error {
-        Error::new(ErrorKind::Conflict, format!("the image '{}' exists already", self.target.display()))
+        Error::new(
+            ErrorKind::Conflict,
+            format!("the image '{}' exists already", self.target.display()),
+        )
     }
 
     fn decode_failure(&self, error: DecodeError) -> Failure {
@@ -240,10 +266,13 @@ impl Import<'_> {
                     .because(refusal)
                     .hint(hint)
             }
-            Failure::NotStreamable(why) => Error::new(ErrorKind::Internal, format!("'{source}' is read twice: {why}")),
+            Failure::NotStreamable(why) => {
+                Error::new(ErrorKind::Internal, format!("'{source}' is read twice: {why}"))
+            }
             Failure::TimedOut => {
                 let message = format!("import of '{source}' was given up at its deadline");
-                Error::new(ErrorKind::Timeout, message).hint("give create_stemcell more seconds in 'deadlines'")
+                Error::new(ErrorKind::Timeout, message)
+                    .hint("give create_stemcell more seconds in 'deadlines'")
             }
             Failure::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
                 error.during(format!("import '{source}'")).hint(self.space_hint(output))
@@ -255,8 +284,14 @@ impl Import<'_> {
     /// What the image may need and what there is, not counting what this import has taken itself.
     fn space_hint(&self, output: &Output<'_>) -> String {
         let directory = parent_of(self.target);
-        let need = output.size.get().map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
-        let taken = [Some(output.raw), output.spool].into_iter().flatten().filter_map(|file| file.metadata().ok());
+        let need = output
+            .size
+            .get()
+            .map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
+        let taken = [Some(output.raw), output.spool]
+            .into_iter()
+            .flatten()
+            .filter_map(|file| file.metadata().ok());
         let taken: u64 = taken.map(|meta| meta.blocks() * 512).sum();
         match rustix::fs::statvfs(directory) {
             Ok(stat) => {

@@ -88,12 +88,16 @@ impl Refusal {
     pub(super) fn hint(&self) -> &'static str {
         match self {
             Self::Empty => super::LIGHT_STEMCELL_HINT,
-            Self::NoFile | Self::Gzip(_) | Self::Truncated(_) | Self::Archive(_) | Self::Trailing => {
-                "download the stemcell again and compare its checksum"
-            }
+            Self::NoFile
+            | Self::Gzip(_)
+            | Self::Truncated(_)
+            | Self::Archive(_)
+            | Self::Trailing => "download the stemcell again and compare its checksum",
             Self::Declared { .. } => "correct disk_format in the stemcell's cloud_properties",
             Self::Member { problem, .. } => problem.hint(),
-            _ => "use an openstack-kvm stemcell: its image is a gzip tar around root.img, qcow2 or raw",
+            _ => {
+                "use an openstack-kvm stemcell: its image is a gzip tar around root.img, qcow2 or raw"
+            }
         }
     }
 }

@@ -47,7 +47,8 @@ pub(super) fn read<T>(
         // Nobody listens to a reader that was given up.
         let _ = done.send(pump(bytes, &name, &sender));
     });
-    let mut stream = Stream { receiver, chunk: Vec::new(), taken: 0, ended: false, deadline, progress };
+    let mut stream =
+        Stream { receiver, chunk: Vec::new(), taken: 0, ended: false, deadline, progress };
     let consumed = consume(&mut stream);
     // A reader that is still sending must notice that nobody listens before it is waited for.
     drop(stream);
@@ -64,13 +65,26 @@ pub(super) fn read<T>(
 }
 
 /// Sends the content of `bytes` until it ends or nobody listens.
-fn pump(bytes: Box<dyn Read + Send>, name: &str, sender: &SyncSender<Option<Chunk>>) -> Result<Digest, Failure> {
-    let mut file = BufReader::with_capacity(CHUNK, Hashed { bytes, hasher: Hasher::default(), position: 0 });
+fn pump(
+    bytes: Box<dyn Read + Send>,
+    name: &str,
+    sender: &SyncSender<Option<Chunk>>,
+) -> Result<Digest, Failure> {
+    let mut file =
+        BufReader::with_capacity(CHUNK, Hashed { bytes, hasher: Hasher::default(), position: 0 });
     let gzip = file.fill_buf().map_err(|error| broken(name, error))?.starts_with(&[0x1f, 0x8b]);
-    let mut content = if gzip { Content::Gzip(Box::new(MultiGzDecoder::new(file))) } else { Content::Plain(file) };
+    let mut content = if gzip {
+        Content::Gzip(Box::new(MultiGzDecoder::new(file)))
+    } else {
+        Content::Plain(file)
+    };
     loop {
         let mut data = Vec::with_capacity(CHUNK);
-        content.reader().take(CHUNK as u64).read_to_end(&mut data).map_err(|error| failure(name, error))?;
+        content
+            .reader()
+            .take(CHUNK as u64)
+            .read_to_end(&mut data)
+            .map_err(|error| failure(name, error))?;
         let position = content.file().get_ref().position;
         let chunk = (!data.is_empty()).then_some(Chunk { data, position });
         let ended = chunk.is_none();
@@ -83,7 +97,9 @@ fn pump(bytes: Box<dyn Read + Send>, name: &str, sender: &SyncSender<Option<Chun
 /// What the error of a read means: the source's own are marked, those of the decompressor are not.
 fn failure(name: &str, error: io::Error) -> Failure {
     match error.kind() {
-        _ if error.get_ref().and_then(|inner| inner.downcast_ref::<Broken>()).is_some() => broken(name, error),
+        _ if error.get_ref().and_then(|inner| inner.downcast_ref::<Broken>()).is_some() => {
+            broken(name, error)
+        }
         io::ErrorKind::UnexpectedEof => Refusal::Truncated("the gzip data").into(),
         _ => Refusal::Gzip(error.to_string()).into(),
     }
@@ -140,10 +156,9 @@ struct Hashed {
 impl Read for Hashed {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let interrupted = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
-        let count = self
-            .bytes
-            .read(buffer)
-            .map_err(|error| if interrupted(&error) { error } else { io::Error::other(Broken(error)) })?;
+        let count = self.bytes.read(buffer).map_err(|error| {
+            if interrupted(&error) { error } else { io::Error::other(Broken(error)) }
+        })?;
         self.hasher.update(&buffer[..count]);
         self.position += count as u64;
         Ok(count)

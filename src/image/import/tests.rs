@@ -35,7 +35,10 @@ impl World {
             *byte = (state >> 24) as u8;
         }
         let text = b"the quick brown fox jumps over the lazy dog ";
-        disk[5_000_000..5_900_000].iter_mut().zip(text.iter().cycle()).for_each(|(byte, letter)| *byte = *letter);
+        disk[5_000_000..5_900_000]
+            .iter_mut()
+            .zip(text.iter().cycle())
+            .for_each(|(byte, letter)| *byte = *letter);
         disk[510..512].copy_from_slice(&[0x55, 0xaa]);
         *disk.last_mut().unwrap() = 1;
         std::fs::write(world.path("disk"), disk).unwrap();
@@ -53,7 +56,8 @@ impl World {
     /// The disk as qcow2, made by `qemu-img convert` with `options`.
     fn qcow2(&self, options: &str) -> Vec<u8> {
         let (disk, image) = (self.path("disk"), self.path("qcow2"));
-        let words = ["convert", "-f", "raw", "-O", "qcow2"].into_iter().chain(options.split_whitespace());
+        let words =
+            ["convert", "-f", "raw", "-O", "qcow2"].into_iter().chain(options.split_whitespace());
         qemu_img(words.map(AsRef::as_ref).chain([disk.as_os_str(), image.as_os_str()]));
         std::fs::read(image).unwrap()
     }
@@ -75,7 +79,8 @@ impl World {
 
     /// Imports `content`, which must give the disk.
     fn expect_disk(&self, content: &[u8], declared: Option<Format>) {
-        let imported = self.import_as(content, declared).unwrap_or_else(|error| panic!("{}", error.report()));
+        let imported =
+            self.import_as(content, declared).unwrap_or_else(|error| panic!("{}", error.report()));
         let target = self.path("out/image.raw");
         assert!(std::fs::read(&target).unwrap() == self.disk(), "another disk came out");
         let meta = target.metadata().unwrap();
@@ -113,7 +118,9 @@ fn gzip(content: &[u8]) -> Vec<u8> {
 fn tar(members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = Builder::new(Vec::new());
     for (name, content) in members {
-        archive.append_data(&mut header(EntryType::Regular, content.len()), name, *content).unwrap();
+        archive
+            .append_data(&mut header(EntryType::Regular, content.len()), name, *content)
+            .unwrap();
     }
     archive.into_inner().unwrap()
 }
@@ -141,7 +148,10 @@ fn every_shape_a_stemcell_has() {
         world.expect_disk(image, None);
         world.expect_disk(&gzip(image), None);
         world.expect_disk(&tar(&[("root.img", image)]), None);
-        world.expect_disk(&gzip(&tar(&[("notes", b"x"), ("./disk.raw", image), ("z/root.img", b"y")])), None);
+        world.expect_disk(
+            &gzip(&tar(&[("notes", b"x"), ("./disk.raw", image), ("z/root.img", b"y")])),
+            None,
+        );
     }
     let halves = disk.split_at(4_000_001);
     world.expect_disk(&[gzip(halves.0), gzip(halves.1)].concat(), None);
@@ -153,8 +163,13 @@ fn archives_that_tar_itself_writes() {
     std::fs::rename(world.path("disk"), world.path("disk.raw")).unwrap();
     run("truncate", ["-s20M".into(), world.path("disk.raw").into()]);
     std::fs::copy(world.path("disk.raw"), world.path("disk")).unwrap();
-    for options in [&["-S"][..], &["--format=v7"], &["--format=posix"], &["--format=oldgnu", "-S", "-b1"], &["-b2000"]]
-    {
+    for options in [
+        &["-S"][..],
+        &["--format=v7"],
+        &["--format=posix"],
+        &["--format=oldgnu", "-S", "-b1"],
+        &["-b2000"],
+    ] {
         let fixed = ["-C".into(), world.dir.path().into(), "-czf".into(), world.path("tgz").into()];
         run("tar", options.iter().map(Into::into).chain(fixed).chain(["./disk.raw".into()]));
         world.expect_disk(&std::fs::read(world.path("tgz")).unwrap(), None);
@@ -202,7 +217,10 @@ fn tables_behind_their_data_are_left_to_qemu_img() {
     let image = world.path("grown");
     create(&image, Bytes(100 << 20), None).unwrap().sync().unwrap();
     let io = |command: &str| {
-        run("qemu-io", ["-fqcow2", "-c", command].map(Into::into).into_iter().chain([image.clone().into()]))
+        run(
+            "qemu-io",
+            ["-fqcow2", "-c", command].map(Into::into).into_iter().chain([image.clone().into()]),
+        )
     };
     io("write -P 7 0 20M");
     qemu_img(["resize", "-fqcow2", image.to_str().unwrap(), "5T"].map(AsRef::as_ref));
@@ -211,7 +229,10 @@ fn tables_behind_their_data_are_left_to_qemu_img() {
     assert_eq!(imported.virtual_size, Bytes(5 << 40));
     let target = world.path("out/image.raw");
     assert!(target.metadata().unwrap().blocks() * 512 < 24 << 20);
-    qemu_img(["compare", "-fqcow2", "-Fraw", image.to_str().unwrap(), target.to_str().unwrap()].map(AsRef::as_ref));
+    qemu_img(
+        ["compare", "-fqcow2", "-Fraw", image.to_str().unwrap(), target.to_str().unwrap()]
+            .map(AsRef::as_ref),
+    );
     std::fs::remove_file(target).unwrap();
     world.expect_nothing_left();
 }
@@ -239,7 +260,10 @@ fn the_deadline_ends_it_at_every_stage() {
     std::fs::write(world.path("draft"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
     run("install", ["-m700".into(), world.path("draft").into(), hanging.clone().into()]);
     let slow = QemuImg::new(hanging);
-    for (image, time) in [(stemcell(&world.disk()), 0), (stemcell(&world.qcow2("-c -o compression_type=zstd")), 1000)] {
+    for (image, time) in [
+        (stemcell(&world.disk()), 0),
+        (stemcell(&world.qcow2("-c -o compression_type=zstd")), 1000),
+    ] {
         std::fs::write(world.path("image"), image).unwrap();
         let deadline = Instant::now() + Duration::from_millis(time);
         let error = Import { deadline, ..world.job(&slow, None) }.run(&mut |_| {}).unwrap_err();

@@ -39,8 +39,13 @@ pub struct Backing<'a> {
 /// When `path` exists or can not be written, or `size` or the backing file's name is not one an image can have.
 pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<Fresh> {
     raw::check_size(path, size)?;
-    if backing.is_some_and(|backing| backing.file_name.is_empty() || backing.file_name.len() > MAX_BACKING_NAME) {
-        let message = format!("create '{}': the backing file's name must have 1 to 1023 bytes", path.display());
+    if backing.is_some_and(|backing| {
+        backing.file_name.is_empty() || backing.file_name.len() > MAX_BACKING_NAME
+    }) {
+        let message = format!(
+            "create '{}': the backing file's name must have 1 to 1023 bytes",
+            path.display()
+        );
         return Err(Error::new(ErrorKind::BadRequest, message));
     }
     // One L2 table maps CLUSTER / 8 clusters.
@@ -49,7 +54,8 @@ pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<
     let counts: Vec<u8> = (0..clusters).flat_map(|_| 1u16.to_be_bytes()).collect();
 
     let new = create_new(path)?;
-    let write = |offset: u64, bytes: &[u8]| new.as_file().write_all_at(bytes, offset).at("write", path);
+    let write =
+        |offset: u64, bytes: &[u8]| new.as_file().write_all_at(bytes, offset).at("write", path);
     new.as_file().set_len(clusters * CLUSTER).at("set the size of", path)?;
     write(0, &header(size, l1_entries, backing))?;
     write(REFCOUNT_TABLE, &REFCOUNT_BLOCK.to_be_bytes())?;
@@ -60,7 +66,8 @@ pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<
 fn header(size: Bytes, l1_entries: u64, backing: Option<Backing<'_>>) -> Vec<u8> {
     let extensions = extensions(backing);
     let name = backing.map_or("", |backing| backing.file_name);
-    let name_offset = if name.is_empty() { 0 } else { u64::from(HEADER_LENGTH) + extensions.len() as u64 };
+    let name_offset =
+        if name.is_empty() { 0 } else { u64::from(HEADER_LENGTH) + extensions.len() as u64 };
     let fields = BigEndian(MAGIC.into())
         .u32(3) // version
         .u64(name_offset)
@@ -118,12 +125,16 @@ mod tests {
     use crate::image::testing::qemu_img;
     use crate::units::MiB;
 
-    const SIZES: [Bytes; 5] = [Bytes(512), Bytes(1 << 20), Bytes(5 << 30), Bytes((1 << 40) + 512), MiB::MAX.bytes()];
+    const SIZES: [Bytes; 5] =
+        [Bytes(512), Bytes(1 << 20), Bytes(5 << 30), Bytes((1 << 40) + 512), MiB::MAX.bytes()];
 
     #[test]
     fn qemu_finds_nothing_wrong_with_any_size() {
         let dir = tempfile::tempdir().unwrap();
-        crate::image::raw::create(&dir.path().join("base.raw"), Bytes(1 << 20)).unwrap().sync().unwrap();
+        crate::image::raw::create(&dir.path().join("base.raw"), Bytes(1 << 20))
+            .unwrap()
+            .sync()
+            .unwrap();
         let raw = Backing { file_name: "base.raw", format: Format::Raw };
         for (number, size) in SIZES.into_iter().enumerate() {
             for backing in [None, Some(raw)] {
@@ -135,13 +146,22 @@ mod tests {
                 assert_eq!(info["format"], "qcow2");
                 assert_eq!(info["virtual-size"], size.get());
                 assert_eq!(info["cluster-size"], CLUSTER);
-                assert_eq!(info["backing-filename"].as_str(), backing.map(|backing| backing.file_name));
+                assert_eq!(
+                    info["backing-filename"].as_str(),
+                    backing.map(|backing| backing.file_name)
+                );
                 assert_eq!(info["backing-filename-format"].as_str(), backing.map(|_| "raw"));
                 assert_eq!(info["format-specific"]["data"]["compat"], "1.1");
                 assert_eq!(info["format-specific"]["data"]["refcount-bits"], 16);
                 let header = Header::read(&path).unwrap();
-                assert_eq!((header.version, header.virtual_size, header.cluster_bits), (3, size, CLUSTER_BITS));
-                assert_eq!(header.backing_file.as_deref(), backing.map(|backing| backing.file_name));
+                assert_eq!(
+                    (header.version, header.virtual_size, header.cluster_bits),
+                    (3, size, CLUSTER_BITS)
+                );
+                assert_eq!(
+                    header.backing_file.as_deref(),
+                    backing.map(|backing| backing.file_name)
+                );
                 assert_eq!(header.backing_format.as_deref(), backing.map(|_| "raw"));
                 let meta = path.metadata().unwrap();
                 assert_eq!(meta.permissions().mode() & 0o777, 0o600);
@@ -159,7 +179,10 @@ mod tests {
         let backing = Backing { file_name: "base.raw", format: Format::Raw };
         create(&path("overlay.qcow2"), size, Some(backing)).unwrap().sync().unwrap();
         let write = ["-f", "qcow2", "-c", "write -P 9 600M 64k", "-c", "write -P 3 512 512"];
-        crate::image::testing::run("qemu-io", write.map(Into::into).into_iter().chain([path("overlay.qcow2").into()]));
+        crate::image::testing::run(
+            "qemu-io",
+            write.map(Into::into).into_iter().chain([path("overlay.qcow2").into()]),
+        );
         qemu_img(["check".as_ref(), path("overlay.qcow2").as_os_str()]);
         qemu_img([
             "convert".as_ref(),
@@ -174,7 +197,10 @@ mod tests {
             byte[0]
         };
         assert_eq!(out.metadata().unwrap().len(), size.get());
-        assert_eq!([0, 512, 1024, 4096, 600 << 20, (600 << 20) + 65536].map(at), [7, 3, 7, 0, 9, 0]);
+        assert_eq!(
+            [0, 512, 1024, 4096, 600 << 20, (600 << 20) + 65536].map(at),
+            [7, 3, 7, 0, 9, 0]
+        );
     }
 
     #[test]
@@ -183,7 +209,10 @@ mod tests {
         let path = dir.path().join("overlay.qcow2");
         for name in [String::new(), "a".repeat(1024)] {
             let backing = Backing { file_name: &name, format: Format::Raw };
-            assert_eq!(create(&path, Bytes(512), Some(backing)).unwrap_err().kind(), ErrorKind::BadRequest);
+            assert_eq!(
+                create(&path, Bytes(512), Some(backing)).unwrap_err().kind(),
+                ErrorKind::BadRequest
+            );
         }
         assert_eq!(create(&path, Bytes(0), None).unwrap_err().kind(), ErrorKind::BadRequest);
         assert!(!path.exists());
@@ -193,6 +222,9 @@ mod tests {
             .sync()
             .unwrap();
         assert_eq!(Header::read(&path).unwrap().backing_file, Some(longest));
-        assert!(create(&path, Bytes(512), None).unwrap_err().report().contains("exists"), "never overwrites");
+        assert!(
+            create(&path, Bytes(512), None).unwrap_err().report().contains("exists"),
+            "never overwrites"
+        );
     }
 }

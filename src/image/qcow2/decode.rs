@@ -61,7 +61,12 @@ pub enum DecodeError {
 
 /// Decodes `stream`, a whole qcow2 file whose header is `header`, into `target`, an empty file. `header` must name no
 /// backing file, no data file and no encryption.
-pub fn decode(header: &Header, stream: impl Read, target: &File, deadline: Instant) -> Result<(), DecodeError> {
+pub fn decode(
+    header: &Header,
+    stream: impl Read,
+    target: &File,
+    deadline: Instant,
+) -> Result<(), DecodeError> {
     if header.compression == Compression::Zstd {
         return Err(DecodeError::NotStreamable("its clusters are compressed with zstd"));
     }
@@ -145,7 +150,11 @@ impl<R: Read> Decoder<'_, R> {
 
     fn read_l2(&mut self, table: &Item) -> Result<(), DecodeError> {
         let clusters = self.header.virtual_size.get().div_ceil(self.header.cluster_size());
-        let entries = entries(self.window.range(table.place, self.header.cluster_size(), "an L2 table ends")?);
+        let entries = entries(self.window.range(
+            table.place,
+            self.header.cluster_size(),
+            "an L2 table ends",
+        )?);
         // Entries past the end of the disk mean nothing.
         let wanted = clusters.saturating_sub(table.cluster).min(entries.len() as u64);
         for (number, value) in (0..wanted).zip(entries) {
@@ -205,7 +214,10 @@ impl<R: Read> Decoder<'_, R> {
     }
 
     fn inflate(&mut self, item: &Item, length: u32) -> Result<(), DecodeError> {
-        let damaged = DecodeError::Damaged { what: "a compressed cluster that can not be inflated", at: item.place };
+        let damaged = DecodeError::Damaged {
+            what: "a compressed cluster that can not be inflated",
+            at: item.place,
+        };
         // The last sector of the last cluster may be cut off: what is needed is known only to the decompressor.
         let data = self.window.up_to(item.place, length.into())?;
         self.inflate.reset(false);
@@ -219,7 +231,10 @@ impl<R: Read> Decoder<'_, R> {
 }
 
 fn entries(table: &[u8]) -> Vec<u64> {
-    table.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().expect("chunks of eight bytes"))).collect()
+    table
+        .chunks_exact(8)
+        .map(|entry| u64::from_be_bytes(entry.try_into().expect("chunks of eight bytes")))
+        .collect()
 }
 
 /// The last bytes of a stream that were read.
@@ -240,7 +255,11 @@ impl<R: Read> Window<R> {
     /// The `length` bytes at `place`; `end` says what ends too early if the stream does.
     fn range(&mut self, place: u64, length: u64, end: &'static str) -> Result<&[u8], DecodeError> {
         let bytes = self.up_to(place, length)?;
-        if bytes.len() as u64 == length { Ok(bytes) } else { Err(DecodeError::Damaged { what: end, at: place }) }
+        if bytes.len() as u64 == length {
+            Ok(bytes)
+        } else {
+            Err(DecodeError::Damaged { what: end, at: place })
+        }
     }
 
     /// The `length` bytes at `place`, fewer where the stream ends. At most [`KEPT`] bytes can be asked for.

@@ -16,7 +16,9 @@ const SIZE_FIELD: u64 = 24;
 /// # Errors
 /// [`ErrorKind::NotSupported`] before anything is changed if the L1 table's clusters have no room for more entries.
 pub fn grow(file: &File, path: &Path, header: &Header, size: Bytes) -> Result<()> {
-    let refused = |why: &str| Error::new(ErrorKind::NotSupported, format!("image '{}' {why}", path.display()));
+    let refused = |why: &str| {
+        Error::new(ErrorKind::NotSupported, format!("image '{}' {why}", path.display()))
+    };
     if header.corrupt || header.snapshots > 0 || header.external_data_file {
         return Err(refused("was not made by this program, or is damaged"));
     }

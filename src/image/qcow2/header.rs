@@ -111,7 +111,9 @@ pub enum HeaderError {
         rule: &'static str,
     },
     /// A table or a name lies outside the file, or where none can be.
-    #[error("the {what} of the qcow2 header lies at {offset}, outside the {length} bytes of {container}")]
+    #[error(
+        "the {what} of the qcow2 header lies at {offset}, outside the {length} bytes of {container}"
+    )]
     Outside {
         /// Which table.
         what: &'static str,
@@ -138,9 +140,11 @@ impl Header {
         let length = file.metadata().at("stat", path)?.len();
         let mut prefix = Vec::new();
         file.take(Self::PREFIX as u64).read_to_end(&mut prefix).at("read", path)?;
-        let sound = Self::parse(&prefix).and_then(|header| header.check_places(length).map(|()| header));
+        let sound =
+            Self::parse(&prefix).and_then(|header| header.check_places(length).map(|()| header));
         sound.map_err(|error| {
-            Error::new(ErrorKind::Corrupt, format!("'{}' is no sound qcow2 image", path.display())).because(error)
+            Error::new(ErrorKind::Corrupt, format!("'{}' is no sound qcow2 image", path.display()))
+                .because(error)
         })
     }
 
@@ -153,13 +157,28 @@ impl Header {
         let version = fields.u32(4)?;
         check("version", version.into(), (2..=3).contains(&version), "2 and 3 are known")?;
         let cluster_bits = fields.u32(20)?;
-        check("cluster_bits", cluster_bits.into(), (9..=21).contains(&cluster_bits), "9 to 21 are allowed")?;
-        let v3 = if version == 3 { Version3::parse(fields, cluster_bits)? } else { Version3::of_version_2() };
+        check(
+            "cluster_bits",
+            cluster_bits.into(),
+            (9..=21).contains(&cluster_bits),
+            "9 to 21 are allowed",
+        )?;
+        let v3 = if version == 3 {
+            Version3::parse(fields, cluster_bits)?
+        } else {
+            Version3::of_version_2()
+        };
         let encryption = match fields.u32(32)? {
             0 => None,
             1 => Some(Encryption::Aes),
             2 => Some(Encryption::Luks),
-            other => return Err(HeaderError::Field { field: "crypt_method", value: other.into(), rule: "0 to 2" }),
+            other => {
+                return Err(HeaderError::Field {
+                    field: "crypt_method",
+                    value: other.into(),
+                    rule: "0 to 2",
+                });
+            }
         };
         let mut header = Self {
             version,
@@ -214,13 +233,28 @@ impl Header {
 
     fn check_tables(&self) -> Result<(), HeaderError> {
         let size = self.virtual_size.get();
-        check("size", size, size <= MiB::MAX.bytes().get(), "64 TiB is the most this program takes")?;
+        check(
+            "size",
+            size,
+            size <= MiB::MAX.bytes().get(),
+            "64 TiB is the most this program takes",
+        )?;
         let entries = u64::from(self.l1_entries);
         check("l1_size", entries, entries * 8 <= MAX_L1_BYTES, "the L1 table may have 32 MiB")?;
-        check("l1_size", entries, entries >= self.l1_entries_needed(), "too small for the virtual size")?;
+        check(
+            "l1_size",
+            entries,
+            entries >= self.l1_entries_needed(),
+            "too small for the virtual size",
+        )?;
         let counts = u64::from(self.refcount_table_clusters) << self.cluster_bits;
         check("refcount_table_clusters", counts, counts > 0, "there is no refcount table")?;
-        check("refcount_table_clusters", counts, counts <= MAX_REFCOUNT_TABLE_BYTES, "8 MiB are allowed")?;
+        check(
+            "refcount_table_clusters",
+            counts,
+            counts <= MAX_REFCOUNT_TABLE_BYTES,
+            "8 MiB are allowed",
+        )?;
         let aligned = |offset: u64| offset.is_multiple_of(self.cluster_size());
         check("l1_table_offset", self.l1_offset, aligned(self.l1_offset), "not at a cluster")?;
         let offset = self.refcount_table_offset;
@@ -251,7 +285,11 @@ impl Header {
 }
 
 /// Walks the header extensions from `at` to `end`: a type and a length of four bytes each, data padded to eight.
-fn backing_format(fields: Fields<'_>, mut at: u64, end: u64) -> Result<Option<String>, HeaderError> {
+fn backing_format(
+    fields: Fields<'_>,
+    mut at: u64,
+    end: u64,
+) -> Result<Option<String>, HeaderError> {
     let mut found = None;
     while at + 8 <= end {
         let (kind, length) = (fields.u32(at)?, u64::from(fields.u32(at + 4)?));
@@ -273,7 +311,12 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn check(field: &'static str, value: u64, allowed: bool, rule: &'static str) -> Result<(), HeaderError> {
+fn check(
+    field: &'static str,
+    value: u64,
+    allowed: bool,
+    rule: &'static str,
+) -> Result<(), HeaderError> {
     if allowed { Ok(()) } else { Err(HeaderError::Field { field, value, rule }) }
 }
 
@@ -300,14 +343,23 @@ impl Version3 {
         check("refcount_order", refcount_order.into(), refcount_order <= 6, "0 to 6 are allowed")?;
         let length = u64::from(fields.u32(100)?);
         let allowed = length >= 104 && length.is_multiple_of(8) && length <= 1 << cluster_bits;
-        check("header_length", length, allowed, "at least 104, a multiple of 8, at most a cluster")?;
+        check(
+            "header_length",
+            length,
+            allowed,
+            "at least 104, a multiple of 8, at most a cluster",
+        )?;
         let number = if length > 104 { fields.range(104, 1)?[0] } else { 0 };
         let compression = match (number, incompatible & feature::COMPRESSION != 0) {
             (0, false) => Compression::Zlib,
             (1, true) => Compression::Zstd,
             _ => {
                 let rule = "0 (zlib) without, 1 (zstd) with the incompatible feature bit";
-                return Err(HeaderError::Field { field: "compression_type", value: number.into(), rule });
+                return Err(HeaderError::Field {
+                    field: "compression_type",
+                    value: number.into(),
+                    rule,
+                });
             }
         };
         Ok(Self { incompatible, refcount_order, length, compression })

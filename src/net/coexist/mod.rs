@@ -72,10 +72,12 @@ struct World {
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel does not tell.
 pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     let links = Links::open()?;
-    let is = |key: &str, wanted: &str| sysctl::read(key).map(|value| value.as_deref() == Some(wanted));
+    let is =
+        |key: &str, wanted: &str| sysctl::read(key).map(|value| value.as_deref() == Some(wanted));
     let world = match links.to_the_world()? {
         Some(link) => {
-            let forwards_v4 = !is(&format!("ipv4/conf/{}/forwarding", link.name), "0")? || is("ipv4/ip_forward", "0")?;
+            let forwards_v4 = !is(&format!("ipv4/conf/{}/forwarding", link.name), "0")?
+                || is("ipv4/ip_forward", "0")?;
             Some(World { forwards_v4, mtu: link.mtu, link: link.name })
         }
         None => None,
@@ -95,13 +97,20 @@ pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
         world,
         bridges,
         routes: others_routes(&links, segments)?,
-        absent: forwarded(nics).filter_map(|forward| forward.address).filter(|ip| !links.is_local(*ip)).collect(),
+        absent: forwarded(nics)
+            .filter_map(|forward| forward.address)
+            .filter(|ip| !links.is_local(*ip))
+            .collect(),
     })
 }
 
 /// Routes to addresses of the segments over links that are not ours.
 fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
-    let ours: Vec<_> = segments.iter().flat_map(|segment| addresses(segment)).map(|address| subnet(*address)).collect();
+    let ours: Vec<_> = segments
+        .iter()
+        .flat_map(|segment| addresses(segment))
+        .map(|address| subnet(*address))
+        .collect();
     let mut found = Vec::new();
     for Route { link, to } in links.routes()? {
         // The default route is for what nobody else has.
@@ -126,7 +135,10 @@ fn addresses(segment: &Segment) -> &[IpNetwork] {
 
 /// What is forwarded to these cards.
 fn forwarded(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
-    nics.iter().filter(|nic| nic.tap().is_some()).filter_map(|nic| nic.rules.as_ref()).flat_map(|rules| &rules.forwards)
+    nics.iter()
+        .filter(|nic| nic.tap().is_some())
+        .filter_map(|nic| nic.rules.as_ref())
+        .flat_map(|rules| &rules.forwards)
 }
 
 /// What keeps a segment's VMs, which have these cards, from what its profile and their ports promise.
@@ -150,7 +162,9 @@ pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> 
         firewalls::findings(segment, passes, facts, &mut findings);
     }
     for forward in forwarded(nics) {
-        findings.extend(forward.address.filter(|ip| facts.absent.contains(ip)).map(|ip| absent(forward, ip)));
+        findings.extend(
+            forward.address.filter(|ip| facts.absent.contains(ip)).map(|ip| absent(forward, ip)),
+        );
     }
     findings
 }
@@ -169,34 +183,55 @@ fn absent(forward: &Forward, address: IpAddr) -> Finding {
     };
     let link = if address.is_ipv4() { "LINK" } else { "LINK nodad" };
     Finding {
-        cause: format!("{ports} of {address} {lead} to {to}, but no link of this host has {address}"),
+        cause: format!(
+            "{ports} of {address} {lead} to {to}, but no link of this host has {address}"
+        ),
         cure: format!("ip address add {address} dev {link}; nothing, if it comes by itself (VRRP)"),
     }
 }
 
 /// The kernel's own switches and sizes.
-fn switches(segment: &Segment, addresses: &[IpNetwork], facts: &Facts, findings: &mut Vec<Finding>) {
+fn switches(
+    segment: &Segment,
+    addresses: &[IpNetwork],
+    facts: &Facts,
+    findings: &mut Vec<Finding>,
+) {
     let bridge = &segment.bridge;
     if addresses.iter().any(IpNetwork::is_ipv6) && !facts.forwards_v6 {
         let cause = format!("this host does not forward IPv6, which VMs on bridge '{bridge}' have");
-        findings.push(Finding { cause, cure: "sysctl -w net.ipv6.conf.all.forwarding=1".to_owned() });
+        findings
+            .push(Finding { cause, cure: "sysctl -w net.ipv6.conf.all.forwarding=1".to_owned() });
     }
     let Some(world) = &facts.world else { return };
     if addresses.iter().any(IpNetwork::is_ipv4) && !world.forwards_v4 {
-        let cause = format!("this host forwards, but not what comes in by '{}': no answer reaches a VM", world.link);
+        let cause = format!(
+            "this host forwards, but not what comes in by '{}': no answer reaches a VM",
+            world.link
+        );
         findings.push(Finding {
             cause,
-            cure: format!("sysctl -w {}=1", sysctl::name(&format!("ipv4/conf/{}/forwarding", world.link))),
+            cure: format!(
+                "sysctl -w {}=1",
+                sysctl::name(&format!("ipv4/conf/{}/forwarding", world.link))
+            ),
         });
     }
-    let mtu = facts.bridges.iter().find(|(name, _)| name == bridge.as_str()).map(|(_, mtu)| *mtu).or(segment.mtu);
+    let mtu = facts
+        .bridges
+        .iter()
+        .find(|(name, _)| name == bridge.as_str())
+        .map(|(_, mtu)| *mtu)
+        .or(segment.mtu);
     if let Some(mtu) = mtu.filter(|mtu| *mtu > world.mtu) {
         let cause = format!(
             "bridge '{bridge}' carries packets of {mtu} bytes, the way to the world by '{}' {}: large packets may hang",
             world.link, world.mtu
         );
-        let cure =
-            format!("ip link set {bridge} mtu {}; then reboot_vm its VMs, which are told when they start", world.mtu);
+        let cure = format!(
+            "ip link set {bridge} mtu {}; then reboot_vm its VMs, which are told when they start",
+            world.mtu
+        );
         findings.push(Finding { cause, cure });
     }
 }
@@ -204,7 +239,10 @@ fn switches(segment: &Segment, addresses: &[IpNetwork], facts: &Facts, findings:
 /// Routes of others to the same addresses: one of the two is cut off.
 fn routes(segment: &Segment, address: IpNetwork, facts: &Facts, findings: &mut Vec<Finding>) {
     let ours = subnet(address);
-    let elsewhere = facts.routes.iter().filter(|(link, to)| link != segment.bridge.as_str() && overlap(*to, ours));
+    let elsewhere = facts
+        .routes
+        .iter()
+        .filter(|(link, to)| link != segment.bridge.as_str() && overlap(*to, ours));
     for (link, to) in elsewhere {
         let whose = match link.as_str() {
             libvirt if libvirt.starts_with("virbr") => " of libvirt",
@@ -215,9 +253,14 @@ fn routes(segment: &Segment, address: IpNetwork, facts: &Facts, findings: &mut V
             "subnet {ours} of bridge '{}' overlaps with {to}, which is routed to '{link}'{whose}",
             segment.bridge
         );
-        let other = format!("give network '{}' another subnet: 'ip route' shows those in use", segment.network);
+        let other = format!(
+            "give network '{}' another subnet: 'ip route' shows those in use",
+            segment.network
+        );
         let cure = if whose == " of libvirt" {
-            format!("virsh net-destroy default && virsh net-autostart --disable default; or {other}")
+            format!(
+                "virsh net-destroy default && virsh net-autostart --disable default; or {other}"
+            )
         } else {
             other
         };

@@ -22,11 +22,20 @@ fn facts() -> Facts {
 fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
     let chains = chains.iter().map(ToString::to_string).collect();
     let dropping = dropping.map(str::to_owned);
-    Foreign { family: "ip", table: table.into(), dropping, closing: None, chains, rules: Vec::new() }
+    Foreign {
+        family: "ip",
+        table: table.into(),
+        dropping,
+        closing: None,
+        chains,
+        rules: Vec::new(),
+    }
 }
 
 fn said(segment: &Segment, facts: &Facts) -> String {
-    let lines = findings(segment, &[], facts).into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure));
+    let lines = findings(segment, &[], facts)
+        .into_iter()
+        .map(|found| format!("{}\n    {}", found.cause, found.cure));
     lines.collect::<Vec<_>>().join("\n")
 }
 
@@ -39,7 +48,8 @@ fn nothing_is_found_where_nothing_is() {
 #[test]
 fn firewalls_that_drop() {
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
-    let on = |foreign: Foreign| said(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() });
+    let on =
+        |foreign: Foreign| said(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() });
     let found = [
         on(docker.clone()),
         on(table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"])),
@@ -56,7 +66,11 @@ fn firewalls_that_drop() {
     chain 'fwd' of table 'inet mine' drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
         nft insert rule inet mine fwd iifname bosh-nat0 accept && nft insert rule inet mine fwd oifname bosh-nat0 accept
     ");
-    assert_eq!(on(table("filter", None, &["FORWARD", "DOCKER-USER"])), "", "a policy of accept drops nothing");
+    assert_eq!(
+        on(table("filter", None, &["FORWARD", "DOCKER-USER"])),
+        "",
+        "a policy of accept drops nothing"
+    );
     let cured = Foreign { rules: b"..bosh-nat0\0..".to_vec(), ..docker.clone() };
     assert_eq!(on(cured), "", "the bridge is in its rules");
     let for_another = Foreign { rules: b"..bosh-nat01\0..".to_vec(), ..docker };
@@ -84,14 +98,24 @@ fn a_table_concerns_who_speaks_its_ip_version() {
         uplink: None,
     });
     assert_eq!(said(&two, &both).lines().count(), 4, "both of Docker's");
-    assert_eq!(said(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(), 2, "ufw's command is for both");
+    assert_eq!(
+        said(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(),
+        2,
+        "ufw's command is for both"
+    );
     let bridged = Facts { bridges_call_iptables: true, ..host(vec![v6(docker)]) };
-    assert_eq!(said(&segment(Keeper::Operator), &bridged), "", "bridge-nf-call-ip6tables is another switch");
+    assert_eq!(
+        said(&segment(Keeper::Operator), &bridged),
+        "",
+        "bridge-nf-call-ip6tables is another switch"
+    );
 }
 
 #[test]
 fn firewalls_that_close_the_host() {
-    let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else { panic!() };
+    let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
+        panic!()
+    };
     let serving = |services| {
         let (addresses, uplink) = (addresses.clone(), uplink.clone());
         segment(Keeper::Us { addresses, masquerade, services: Some(services), closed, uplink })
@@ -112,7 +136,9 @@ fn firewalls_that_close_the_host() {
 
 #[test]
 fn firewalld_lets_nobody_in_to_vms_that_keep_their_addresses() {
-    let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else { panic!() };
+    let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
+        panic!()
+    };
     let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
     let firewalld = Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
     insta::assert_snapshot!(said(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
@@ -145,7 +171,10 @@ fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
 
 #[test]
 fn routes_and_switches() {
-    let routed = |link: &str, to: &str| Facts { routes: vec![(link.into(), to.parse().unwrap())], ..facts() };
+    let routed = |link: &str, to: &str| Facts {
+        routes: vec![(link.into(), to.parse().unwrap())],
+        ..facts()
+    };
     let deaf = World { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
     let small = Facts { world: Some(deaf), bridges: vec![("bosh-nat0".into(), 1500)], ..facts() };
     let found = [
@@ -182,13 +211,22 @@ fn ports_of_addresses_that_are_not_here() {
         guest: 80,
         count,
     };
-    let forwards = vec![forward("192.0.2.9", 1), forward("2001:db8::9", 3), forward("192.0.2.1", 1), forward("", 1)];
+    let forwards = vec![
+        forward("192.0.2.9", 1),
+        forward("2001:db8::9", 3),
+        forward("192.0.2.1", 1),
+        forward("", 1),
+    ];
     let rules = Some(crate::store::nic_rules::NicRules { forwards, ..Default::default() });
-    let wire = crate::store::record::Wire::Tap { tap: LinkName::parse("bqn0").unwrap(), segment: nat("10.0.0.1/24") };
+    let wire = crate::store::record::Wire::Tap {
+        tap: LinkName::parse("bqn0").unwrap(),
+        segment: nat("10.0.0.1/24"),
+    };
     let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 1].into(), wire, rules };
     let absent = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap()).to_vec();
     let found = findings(&nat("10.0.0.1/24"), &[nic], &Facts { absent, ..facts() });
-    let lines: Vec<_> = found.into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure)).collect();
+    let lines: Vec<_> =
+        found.into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure)).collect();
     insta::assert_snapshot!(lines.join("\n"), @r"
     port tcp/8080 of 192.0.2.9 leads to 10.0.0.5, but no link of this host has 192.0.2.9
         ip address add 192.0.2.9 dev LINK; nothing, if it comes by itself (VRRP)

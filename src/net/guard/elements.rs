@@ -22,7 +22,9 @@ pub(super) struct Members {
 /// The elements of a card, by set: those of the bridges' table, and those of the host's IP. None for a card without
 /// a tap or without rules.
 pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
-    let (Some((tap, segment)), Some(rules)) = (nic.tap(), &nic.rules) else { return Default::default() };
+    let (Some((tap, segment)), Some(rules)) = (nic.tap(), &nic.rules) else {
+        return Default::default();
+    };
     let tap = Part::Link(tap.clone());
     let only = |set: Set, holds: bool| members(set, holds.then(|| vec![tap.clone()]));
     let mut bridge = vec![only(TAPS, true), only(ROAMING, rules.addresses.is_empty())];
@@ -50,7 +52,8 @@ fn members(set: Set, keys: impl IntoIterator<Item = Vec<Part>>) -> Members {
 
 /// What a guest may say that it is.
 fn itself(tap: &Part, mac: MacAddress, rules: &NicRules) -> [Members; 5] {
-    let known = widest(rules.addresses.iter().chain(&rules.allowed).copied().chain([link_local(mac)]));
+    let known =
+        widest(rules.addresses.iter().chain(&rules.allowed).copied().chain([link_local(mac)]));
     let key = |subnet: &IpNetwork| {
         let is_one = subnet.prefix() == if subnet.is_ipv4() { 32 } else { 128 };
         let last = if is_one { Part::Ip(subnet.ip()) } else { Part::Subnet(*subnet) };
@@ -88,23 +91,34 @@ fn widest(subnets: impl Iterator<Item = IpNetwork>) -> BTreeSet<IpNetwork> {
 
 /// The subnet of an address with a prefix.
 fn whole(address: IpNetwork) -> IpNetwork {
-    IpNetwork::new(address.network(), address.prefix()).expect("the prefix of an address fits its subnet")
+    IpNetwork::new(address.network(), address.prefix())
+        .expect("the prefix of an address fits its subnet")
 }
 
 /// Who may begin to speak to the tap.
 fn admitted(tap: &Part, admits: &[Admission]) -> [Members; 4] {
     let head = std::slice::from_ref(tap);
     let of = |set, v4: bool, ported: bool| members(set, keys(head, admits, v4, ported));
-    [of(PORTS4, true, true), of(PROTOCOLS4, true, false), of(PORTS6, false, true), of(PROTOCOLS6, false, false)]
+    [
+        of(PORTS4, true, true),
+        of(PROTOCOLS4, true, false),
+        of(PORTS6, false, true),
+        of(PROTOCOLS6, false, false),
+    ]
 }
 
 /// The same for each of its addresses, where the host is its gateway and can have masqueraded who speaks.
 fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> Vec<Members> {
     let gateway = matches!(&segment.keeper, Keeper::Us { addresses, .. } if !addresses.is_empty());
     let place = |block: &IpNetwork| place(&segment.bridge, *block);
-    let places = |v4: bool| addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(place);
+    let places = |v4: bool| {
+        addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(place)
+    };
     let of = |set, v4: bool, ported: bool| {
-        members(set, places(v4).flat_map(|place| keys(&place, admits, v4, ported)).collect::<Vec<_>>())
+        members(
+            set,
+            places(v4).flat_map(|place| keys(&place, admits, v4, ported)).collect::<Vec<_>>(),
+        )
     };
     vec![
         members(MASKED4, places(true)),
@@ -123,7 +137,9 @@ pub(super) fn place(bridge: &LinkName, block: IpNetwork) -> Vec<Part> {
 
 /// The keys of a set that begin with `head` and then name who may speak: by whole protocols, or by `ported` ones.
 fn keys(head: &[Part], admits: &[Admission], v4: bool, ported: bool) -> Vec<Vec<Part>> {
-    let fits = |admission: &&Admission| admission.source.is_ipv4() == v4 && admission.ports.is_some() == ported;
+    let fits = |admission: &&Admission| {
+        admission.source.is_ipv4() == v4 && admission.ports.is_some() == ported
+    };
     let chosen: Vec<_> = admits.iter().filter(fits).collect();
     let tails = if ported { by_port(&chosen) } else { by_protocol(&chosen) };
     tails.into_iter().map(|tail| [head, &tail].concat()).collect()
@@ -140,12 +156,18 @@ fn by_port(admits: &[&Admission]) -> Vec<Vec<Part>> {
         let ports = Part::Ports(first as u16, last as u16);
         vec![Part::Subnet(source), Part::Protocols(protocol, protocol), ports]
     };
-    protocols.iter().flat_map(|(protocol, wanted)| disjoint(wanted).into_iter().map(|e| key(*protocol, e))).collect()
+    protocols
+        .iter()
+        .flat_map(|(protocol, wanted)| disjoint(wanted).into_iter().map(|e| key(*protocol, e)))
+        .collect()
 }
 
 fn by_protocol(admits: &[&Admission]) -> Vec<Vec<Part>> {
     let range = |(first, last): (u8, u8)| (u32::from(first), u32::from(last));
-    let wanted: Vec<_> = admits.iter().map(|admission| (whole(admission.source), range(admission.protocols))).collect();
+    let wanted: Vec<_> = admits
+        .iter()
+        .map(|admission| (whole(admission.source), range(admission.protocols)))
+        .collect();
     let key = |(source, (first, last)): (IpNetwork, Range)| {
         vec![Part::Subnet(source), Part::Protocols(first as u8, last as u8)]
     };
@@ -162,11 +184,17 @@ fn disjoint(wanted: &[(IpNetwork, Range)]) -> Vec<(IpNetwork, Range)> {
     let mut elements = Vec::new();
     for source in sources {
         let of = |fits: &dyn Fn(&IpNetwork) -> bool| {
-            merged(wanted.iter().filter(|(other, _)| fits(other)).map(|(_, range)| *range).collect())
+            merged(
+                wanted.iter().filter(|(other, _)| fits(other)).map(|(_, range)| *range).collect(),
+            )
         };
-        let around = of(&|other| *other != source && other.contains(source.ip()) && other.prefix() < source.prefix());
+        let around = of(&|other| {
+            *other != source && other.contains(source.ip()) && other.prefix() < source.prefix()
+        });
         let own = of(&|other| *other == source);
-        elements.extend(own.into_iter().flat_map(|range| without(range, &around)).map(|range| (source, range)));
+        elements.extend(
+            own.into_iter().flat_map(|range| without(range, &around)).map(|range| (source, range)),
+        );
     }
     elements
 }
@@ -201,8 +229,13 @@ fn without(range: Range, holes: &[Range]) -> Vec<Range> {
 
 fn forwards(rules: &NicRules) -> [Members; 4] {
     let of = |set, v4: bool, addressed: bool| {
-        let fits = |forward: &&Forward| forward.to.is_ipv4() == v4 && forward.address.is_some() == addressed;
-        Members { set, elements: rules.forwards.iter().filter(fits).flat_map(port_by_port).collect() }
+        let fits = |forward: &&Forward| {
+            forward.to.is_ipv4() == v4 && forward.address.is_some() == addressed
+        };
+        Members {
+            set,
+            elements: rules.forwards.iter().filter(fits).flat_map(port_by_port).collect(),
+        }
     };
     [
         of(FORWARDS4, true, false),
@@ -216,7 +249,11 @@ fn port_by_port(forward: &Forward) -> impl Iterator<Item = Element> {
     let Forward { address, protocol, host, to, guest, count } = *forward;
     (0..count).map(move |n| {
         let port = |first: u16| Part::Ports(first.saturating_add(n), first.saturating_add(n));
-        let key = address.map(Part::Ip).into_iter().chain([Part::Protocols(protocol, protocol), port(host)]).collect();
+        let key = address
+            .map(Part::Ip)
+            .into_iter()
+            .chain([Part::Protocols(protocol, protocol), port(host)])
+            .collect();
         Element { key, data: vec![Part::Ip(to), port(guest)] }
     })
 }

@@ -16,11 +16,19 @@ fn overlapping_rules_become_elements_that_do_not() {
         (net("10.0.0.0/8"), (91, 92)),
         (net("192.0.2.0/24"), (80, 80)),
     ];
-    let elements: Vec<_> =
-        disjoint(&wanted).iter().map(|(source, (first, last))| format!("{source} {first}-{last}")).collect();
+    let elements: Vec<_> = disjoint(&wanted)
+        .iter()
+        .map(|(source, (first, last))| format!("{source} {first}-{last}"))
+        .collect();
     assert_eq!(
         elements,
-        ["10.0.0.0/8 80-92", "10.1.0.0/16 1-10", "10.1.0.0/16 93-100", "10.1.2.0/24 11-79", "192.0.2.0/24 80-80"]
+        [
+            "10.0.0.0/8 80-92",
+            "10.1.0.0/16 1-10",
+            "10.1.0.0/16 93-100",
+            "10.1.2.0/24 11-79",
+            "192.0.2.0/24 80-80"
+        ]
     );
 }
 
@@ -33,5 +41,8 @@ fn a_block_swallows_what_lies_in_it() {
 
 #[test]
 fn the_link_local_address_of_a_mac() {
-    assert_eq!(link_local("02:11:22:33:44:55".parse().unwrap()).to_string(), "fe80::11:22ff:fe33:4455/128");
+    assert_eq!(
+        link_local("02:11:22:33:44:55".parse().unwrap()).to_string(),
+        "fe80::11:22ff:fe33:4455/128"
+    );
 }

@@ -53,9 +53,12 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
         if outcome == Outcome::Done {
             // One that went meanwhile found no tables to go from.
             let left = others()?;
-            let stays =
-                |nic: &&Nic| left.iter().any(|other| other.tap().map(|tap| tap.0) == nic.tap().map(|tap| tap.0));
-            all.iter().filter(|nic| !stays(nic)).try_for_each(|nic| remove(std::slice::from_ref(nic)))?;
+            let stays = |nic: &&Nic| {
+                left.iter().any(|other| other.tap().map(|tap| tap.0) == nic.tap().map(|tap| tap.0))
+            };
+            all.iter()
+                .filter(|nic| !stays(nic))
+                .try_for_each(|nic| remove(std::slice::from_ref(nic)))?;
         }
         Ok(outcome)
     })
@@ -76,7 +79,8 @@ pub fn is_lost(nics: &[Nic]) -> Result<bool> {
     }
     for (table, wanted) in [(&bridge, &members.0), (&inet, &members.1)] {
         for Members { set, elements } in wanted {
-            let present: BTreeSet<_> = nft::elements(table, set)?.into_iter().flatten().map(|raw| raw.first).collect();
+            let present: BTreeSet<_> =
+                nft::elements(table, set)?.into_iter().flatten().map(|raw| raw.first).collect();
             if !elements.iter().all(|element| present.contains(&element.raw().first)) {
                 return Ok(true);
             }
@@ -105,7 +109,11 @@ pub struct Remains(RawBoth);
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn remains(taps: &[LinkName], places: &[(LinkName, IpNetwork)], ports: &[(u8, u16)]) -> Result<Remains> {
+pub fn remains(
+    taps: &[LinkName],
+    places: &[(LinkName, IpNetwork)],
+    ports: &[(u8, u16)],
+) -> Result<Remains> {
     let first = |parts| Element::of(parts).raw().first;
     let mut heads: Vec<_> = taps.iter().map(|tap| first(vec![Part::Link(tap.clone())])).collect();
     heads.extend(places.iter().map(|(bridge, block)| first(elements::place(bridge, *block))));
@@ -170,7 +178,10 @@ fn until_done(mut attempt: impl FnMut() -> Result<Outcome>) -> Result<()> {
             return Ok(());
         }
     }
-    Err(Error::new(ErrorKind::Conflict, "the tables 'bosh-qemu-guard' keep being changed by somebody else"))
+    Err(Error::new(
+        ErrorKind::Conflict,
+        "the tables 'bosh-qemu-guard' keep being changed by somebody else",
+    ))
 }
 
 type Both = (Vec<Members>, Vec<Members>);
@@ -200,7 +211,9 @@ type RawBoth = (RawMembers, RawMembers);
 
 /// The same in the kernel's encoding.
 fn raw(members: &Both) -> RawBoth {
-    let of = |all: &[Members]| all.iter().map(|m| (m.set, m.elements.iter().map(Element::raw).collect())).collect();
+    let of = |all: &[Members]| {
+        all.iter().map(|m| (m.set, m.elements.iter().map(Element::raw).collect())).collect()
+    };
     (of(&members.0), of(&members.1))
 }
 
@@ -210,6 +223,8 @@ fn steps<'a>(
     members: &'a RawBoth,
     step: fn(&'a Table, &'a Set, &'a [Raw]) -> Step<'a>,
 ) -> Vec<Step<'a>> {
-    let of = |table, members: &'a RawMembers| members.iter().map(move |(set, elements)| step(table, set, elements));
+    let of = |table, members: &'a RawMembers| {
+        members.iter().map(move |(set, elements)| step(table, set, elements))
+    };
     of(bridge, &members.0).chain(of(inet, &members.1)).collect()
 }

@@ -3,7 +3,9 @@
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{BridgeStpState, BridgeVlanInfoFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
-use rtnetlink::{LinkBridge, LinkBridgePort, LinkBridgeVlan, LinkMessageBuilder, LinkUnspec, LinkVlan};
+use rtnetlink::{
+    LinkBridge, LinkBridgePort, LinkBridgeVlan, LinkMessageBuilder, LinkUnspec, LinkVlan,
+};
 
 use super::routes::own_route;
 use super::{Links, errno, failed, settled, unless};
@@ -25,19 +27,31 @@ impl Links {
             },
         };
         let made = match change {
-            Change::AddBridge { name, mac, mtu } => settled(self.add_bridge(name, *mac, *mtu), Errno::EEXIST),
-            Change::AddVlan { name, vlan, .. } => settled(self.add_vlan(name, index, *vlan), Errno::EEXIST),
+            Change::AddBridge { name, mac, mtu } => {
+                settled(self.add_bridge(name, *mac, *mtu), Errno::EEXIST)
+            }
+            Change::AddVlan { name, vlan, .. } => {
+                settled(self.add_vlan(name, index, *vlan), Errno::EEXIST)
+            }
             Change::Set { to, .. } => return self.set(index, to, change),
             Change::Isolate(_) => settled(self.isolate(index), Errno::ENODEV),
             Change::Bind { mac, .. } => settled(self.bind(index, *mac), Errno::ENODEV),
-            Change::Tag { vlan, instead_of, .. } => settled(self.tag(index, *vlan, *instead_of), Errno::ENODEV),
+            Change::Tag { vlan, instead_of, .. } => {
+                settled(self.tag(index, *vlan, *instead_of), Errno::ENODEV)
+            }
             Change::AddAddress { address, .. } => {
                 let request = self.handle.address().add(index, address.ip(), address.prefix());
-                settled(unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()), Errno::ENODEV)
+                settled(
+                    unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()),
+                    Errno::ENODEV,
+                )
             }
             Change::AddRoute { address, .. } => {
                 let request = self.handle.route().add(own_route(index, *address));
-                settled(unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()), Errno::ENODEV)
+                settled(
+                    unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()),
+                    Errno::ENODEV,
+                )
             }
             Change::Write { .. } | Change::Rules(_) => unreachable!("neither is about links"),
         };
@@ -45,7 +59,8 @@ impl Links {
     }
 
     fn add_bridge(&self, name: &LinkName, mac: MacAddress, mtu: u32) -> Done {
-        let bridge = LinkMessageBuilder::<LinkBridge>::new(name.as_str()).address(mac.octets().to_vec());
+        let bridge =
+            LinkMessageBuilder::<LinkBridge>::new(name.as_str()).address(mac.octets().to_vec());
         let bridge = bridge.stp_state(BridgeStpState::Disabled).forward_delay(0).mtu(mtu);
         self.runtime.block_on(self.handle.link().add(bridge.build()).execute())
     }
@@ -83,7 +98,8 @@ impl Links {
     fn bind(&self, port: u32, mac: MacAddress) -> Done {
         let silent = LinkBridgePort::new(port).learning(false).build();
         self.runtime.block_on(self.handle.link().change(silent).execute())?;
-        let known = self.handle.neighbours().add_bridge(port, &mac.octets()).state(NeighbourState::Noarp);
+        let known =
+            self.handle.neighbours().add_bridge(port, &mac.octets()).state(NeighbourState::Noarp);
         let known = known.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();
         self.runtime.block_on(known.execute())
     }
@@ -94,7 +110,8 @@ impl Links {
         let message = LinkBridgeVlan::new(port).vlan(vlan, untagged).build();
         self.runtime.block_on(self.handle.link().set(message).execute())?;
         if let Some(other) = instead_of {
-            let message = LinkBridgeVlan::new(port).vlan(other, BridgeVlanInfoFlags::empty()).build();
+            let message =
+                LinkBridgeVlan::new(port).vlan(other, BridgeVlanInfoFlags::empty()).build();
             self.runtime.block_on(self.handle.link().del_with_message(message).execute())?;
         }
         Ok(())

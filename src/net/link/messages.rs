@@ -3,7 +3,8 @@
 use ipnetwork::IpNetwork;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{
-    InfoBridge, InfoBridgePort, InfoData, InfoPortData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoBridge, InfoBridgePort, InfoData, InfoPortData, LinkAttribute, LinkFlags, LinkInfo,
+    LinkMessage,
 };
 
 use super::Link;
@@ -26,11 +27,15 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
                     link.learns = settings.contains(&InfoBridgePort::Learning(true));
                 }
                 LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
-                LinkInfo::Data(InfoData::Bridge(settings)) => settings.iter().for_each(|setting| match setting {
-                    InfoBridge::VlanFiltering(on) => link.tells_vlans_apart = *on,
-                    InfoBridge::VlanDefaultPvid(vlan) => link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0),
-                    _ => {}
-                }),
+                LinkInfo::Data(InfoData::Bridge(settings)) => {
+                    settings.iter().for_each(|setting| match setting {
+                        InfoBridge::VlanFiltering(on) => link.tells_vlans_apart = *on,
+                        InfoBridge::VlanDefaultPvid(vlan) => {
+                            link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0)
+                        }
+                        _ => {}
+                    })
+                }
                 _ => {}
             }),
             _ => {}

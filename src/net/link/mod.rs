@@ -61,9 +61,11 @@ pub(super) struct Link {
 impl Links {
     pub fn open() -> Result<Self> {
         let fail = |error| Error::os("open a netlink socket", error);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(fail)?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(fail)?;
         let inside = runtime.enter();
-        let (connection, handle, _messages) = rtnetlink::new_connection_with_strict_check().map_err(fail)?;
+        let (connection, handle, _messages) =
+            rtnetlink::new_connection_with_strict_check().map_err(fail)?;
         runtime.spawn(connection);
         drop(inside);
         Ok(Self { runtime, handle, known: RefCell::default() })
@@ -71,9 +73,11 @@ impl Links {
 
     /// The link called `name`.
     pub fn find(&self, name: &LinkName) -> Result<Option<Link>> {
-        let found = self.runtime.block_on(self.handle.link().get().match_name(name.as_str()).execute().try_next());
-        let message =
-            unless(found.map(Some), Errno::ENODEV, None).map_err(|e| failed(format!("look up link '{name}'"), e))?;
+        let found = self
+            .runtime
+            .block_on(self.handle.link().get().match_name(name.as_str()).execute().try_next());
+        let message = unless(found.map(Some), Errno::ENODEV, None)
+            .map_err(|e| failed(format!("look up link '{name}'"), e))?;
         let link = message.flatten().as_ref().map(link_from);
         if let Some(link) = &link {
             self.known.borrow_mut().insert(name.clone(), link.index);
@@ -115,7 +119,8 @@ impl Links {
 
     /// The link number `index`.
     pub fn numbered(&self, index: u32) -> Result<Option<Link>> {
-        let found = self.runtime.block_on(self.handle.link().get().match_index(index).execute().try_next());
+        let found =
+            self.runtime.block_on(self.handle.link().get().match_index(index).execute().try_next());
         let found = unless(found, Errno::ENODEV, None);
         Ok(found.map_err(|e| failed(format!("look up link {index}"), e))?.as_ref().map(link_from))
     }
@@ -144,12 +149,19 @@ fn errno(error: &rtnetlink::Error) -> Option<Errno> {
 }
 
 /// `Ok(otherwise)` in place of the failure `expected`.
-fn unless<T>(result: Result<T, rtnetlink::Error>, expected: Errno, otherwise: T) -> Result<T, rtnetlink::Error> {
+fn unless<T>(
+    result: Result<T, rtnetlink::Error>,
+    expected: Errno,
+    otherwise: T,
+) -> Result<T, rtnetlink::Error> {
     result.or_else(|error| if errno(&error) == Some(expected) { Ok(otherwise) } else { Err(error) })
 }
 
 /// Whether it was done; `false` for the failure `expected`.
-fn settled(result: Result<(), rtnetlink::Error>, expected: Errno) -> Result<bool, rtnetlink::Error> {
+fn settled(
+    result: Result<(), rtnetlink::Error>,
+    expected: Errno,
+) -> Result<bool, rtnetlink::Error> {
     unless(result.map(|()| true), expected, false)
 }
 

@@ -43,7 +43,8 @@ impl Links {
     }
 
     fn dump_routes(&self, message: RouteMessage) -> Result<Vec<RouteMessage>> {
-        let routes = self.runtime.block_on(self.handle.route().get(message).execute().try_collect());
+        let routes =
+            self.runtime.block_on(self.handle.route().get(message).execute().try_collect());
         // A kernel without IPv6 has no such family.
         let routes = unless(routes, Errno::EOPNOTSUPP, Vec::new());
         routes.map_err(|error| failed("list the host's routes".to_owned(), error))
@@ -71,7 +72,9 @@ impl Links {
         message.header.address_family = family(ip);
         message.header.destination_prefix_length = if ip.is_ipv4() { 32 } else { 128 };
         message.attributes.push(RouteAttribute::Destination(ip.into()));
-        let routes = self.runtime.block_on(self.handle.route().get(message).execute().try_collect::<Vec<_>>());
+        let routes = self
+            .runtime
+            .block_on(self.handle.route().get(message).execute().try_collect::<Vec<_>>());
         routes.unwrap_or_default().into_iter().next()
     }
 }
@@ -80,8 +83,10 @@ impl Links {
 const RT_TABLE_LOCAL: u8 = 255;
 
 /// Addresses of the world's name servers, which every default route leads to.
-const FAR_AWAY: [IpAddr; 2] =
-    [IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8)), IpAddr::V6(Ipv6Addr::new(0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8888))];
+const FAR_AWAY: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8888)),
+];
 
 fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
@@ -97,10 +102,16 @@ fn all_of(table: u8, like: IpAddr) -> RouteMessage {
 
 /// The route that the kernel makes with an address.
 pub(super) fn own_route(index: u32, address: IpNetwork) -> RouteMessage {
-    let route = RouteMessageBuilder::<IpAddr>::new().output_interface(index).protocol(RouteProtocol::Kernel);
-    let route = route.destination_prefix(address.network(), address.prefix()).expect("a prefix of its family");
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .output_interface(index)
+        .protocol(RouteProtocol::Kernel);
+    let route = route
+        .destination_prefix(address.network(), address.prefix())
+        .expect("a prefix of its family");
     match address.ip() {
-        IpAddr::V4(ip) => route.pref_source(ip.into()).expect("of one family").scope(RouteScope::Link).build(),
+        IpAddr::V4(ip) => {
+            route.pref_source(ip.into()).expect("of one family").scope(RouteScope::Link).build()
+        }
         IpAddr::V6(_) => route.build(),
     }
 }
@@ -116,7 +127,9 @@ fn route_from(message: &RouteMessage) -> Option<Route> {
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => link = Some(*index),
-            RouteAttribute::MultiPath(hops) => link = link.or(hops.first().map(|hop| hop.interface_index)),
+            RouteAttribute::MultiPath(hops) => {
+                link = link.or(hops.first().map(|hop| hop.interface_index))
+            }
             RouteAttribute::Destination(RouteAddress::Inet(ip)) => to = (*ip).into(),
             RouteAttribute::Destination(RouteAddress::Inet6(ip)) => to = (*ip).into(),
             _ => {}

@@ -42,7 +42,9 @@ const ELEMENTS: usize = 256;
 impl Step<'_> {
     pub(super) fn table(&self) -> (Family, &str) {
         match self {
-            Self::Replace(table) | Self::Add(table, ..) | Self::Remove(table, ..) => (table.family, &table.name),
+            Self::Replace(table) | Self::Add(table, ..) | Self::Remove(table, ..) => {
+                (table.family, &table.name)
+            }
             Self::Drop(family, name) => (*family, name),
         }
     }
@@ -63,7 +65,8 @@ impl Step<'_> {
             }
             Self::Drop(family, name) => delete_table(batch, *family, name),
             Self::Add(table, set, elements) => elements.chunks(ELEMENTS).for_each(|elements| {
-                let mut request = batch.request().set_create().op_newsetelem_do(&table.family.header());
+                let mut request =
+                    batch.request().set_create().op_newsetelem_do(&table.family.header());
                 push_elements(request.encode(), table, set, elements);
             }),
             Self::Remove(table, set, elements) => {
@@ -83,12 +86,18 @@ fn delete_table(batch: &mut Chained<'_>, family: Family, name: &str) {
 }
 
 fn new_table(batch: &mut Chained<'_>, family: Family, name: &str) {
-    batch.request().set_create().op_newtable_do(&family.header()).encode().push_name_bytes(name.as_bytes());
+    batch
+        .request()
+        .set_create()
+        .op_newtable_do(&family.header())
+        .encode()
+        .push_name_bytes(name.as_bytes());
 }
 
 fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
     let mut request = batch.request().set_create().op_newset_do(&table.family.header());
-    let place = table.sets.iter().position(|each| each.name == set.name).expect("a set of this table");
+    let place =
+        table.sets.iter().position(|each| each.name == set.name).expect("a set of this table");
     let mut attributes = request
         .encode()
         .push_table_bytes(table.name.as_bytes())
@@ -99,7 +108,9 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
         // Unique in its transaction.
         .push_id(place as u32 + 1);
     if !set.data.is_empty() {
-        attributes = attributes.push_data_type(set::type_number(set.data)).push_data_len(set::length(set.data));
+        attributes = attributes
+            .push_data_type(set::type_number(set.data))
+            .push_data_len(set::length(set.data));
     }
     if let Holds::Traces { seconds, .. } = set.holds {
         // The kernel reads it in network order, whatever the crate writes.
@@ -120,8 +131,14 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
 }
 
 /// The attributes of an element are written here: the crate's builder has another number for the end of a range.
-fn push_elements<P: Pusher>(request: PushSetelemListAttrs<P>, table: &Table, set: &Set, elements: &[Raw]) {
-    let request = request.push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
+fn push_elements<P: Pusher>(
+    request: PushSetelemListAttrs<P>,
+    table: &Table,
+    set: &Set,
+    elements: &[Raw],
+) {
+    let request =
+        request.push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
     let mut list = request.nested_elements();
     let bytes = list.as_vec_mut();
     for element in elements {
@@ -150,16 +167,24 @@ fn push_value(bytes: &mut Vec<u8>, attribute: u16, value: &[u8]) {
 
 fn new_chain(batch: &mut Chained<'_>, table: &Table, chain: &Chain) {
     let mut request = batch.request().set_create().op_newchain_do(&table.family.header());
-    let attributes = request.encode().push_table_bytes(table.name.as_bytes()).push_name_bytes(chain.name.as_bytes());
+    let attributes = request
+        .encode()
+        .push_table_bytes(table.name.as_bytes())
+        .push_name_bytes(chain.name.as_bytes());
     if let Some(Hook { kind, place, priority }) = chain.hook {
-        let attributes = attributes.nested_hook().push_num(place as u32).push_priority(priority).end_nested();
+        let attributes =
+            attributes.nested_hook().push_num(place as u32).push_priority(priority).end_nested();
         attributes.push_policy(libc::NF_ACCEPT as u32).push_type_bytes(kind.as_bytes());
     }
 }
 
 fn new_rule(batch: &mut Chained<'_>, table: &Table, chain: &Chain, rule: &Rule) {
-    let mut request = batch.request().set_create().set_append().op_newrule_do(&table.family.header());
-    let attributes = request.encode().push_table_bytes(table.name.as_bytes()).push_chain_bytes(chain.name.as_bytes());
+    let mut request =
+        batch.request().set_create().set_append().op_newrule_do(&table.family.header());
+    let attributes = request
+        .encode()
+        .push_table_bytes(table.name.as_bytes())
+        .push_chain_bytes(chain.name.as_bytes());
     let mut expressions = attributes.nested_expressions();
     expressions.as_vec_mut().extend(rule.expressions());
     expressions.end_nested().push_userdata(&rule.comment(&table.declared(chain)));

@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use netlink_bindings::nftables::{CtDirection, CtKeys, FibFlags, MetaKeys, PayloadBase, PushExprListAttrs};
+use netlink_bindings::nftables::{
+    CtDirection, CtKeys, FibFlags, MetaKeys, PayloadBase, PushExprListAttrs,
+};
 
 pub(super) type Expressions = PushExprListAttrs<Vec<u8>>;
 
@@ -100,15 +102,22 @@ impl Field {
 
     /// Whether its bytes are in the machine's order, not the network's.
     pub(super) fn is_native(self) -> bool {
-        matches!(self.source, Source::Ct(_) | Source::DestinationType | Source::Meta(MetaKeys::Mark))
+        matches!(
+            self.source,
+            Source::Ct(_) | Source::DestinationType | Source::Meta(MetaKeys::Mark)
+        )
     }
 
     /// Loads the field into the registers from `register`.
     pub(super) fn load(self, list: Expressions, register: u32) -> Expressions {
         let element = list.nested_elem();
         let loaded = match self.source {
-            Source::Meta(key) => element.nested_data_meta().push_key(key as u32).push_dreg(register).end_nested(),
-            Source::Ct(key) => element.nested_data_ct().push_key(key as u32).push_dreg(register).end_nested(),
+            Source::Meta(key) => {
+                element.nested_data_meta().push_key(key as u32).push_dreg(register).end_nested()
+            }
+            Source::Ct(key) => {
+                element.nested_data_ct().push_key(key as u32).push_dreg(register).end_nested()
+            }
             Source::CtOriginal(key) => {
                 let loaded = element.nested_data_ct().push_key(key as u32).push_dreg(register);
                 loaded.push_direction(CtDirection::Original as u8).end_nested()

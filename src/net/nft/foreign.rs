@@ -41,7 +41,8 @@ pub(in crate::net) fn tables() -> Result<Vec<Foreign>> {
     tables.retain(|(_, filters)| *filters);
     let mut found = Vec::new();
     for (mut table, _) in tables {
-        table.rules = rules(&table).map_err(|error| failed("list the rules of", &table.table, &error))?;
+        table.rules =
+            rules(&table).map_err(|error| failed("list the rules of", &table.table, &error))?;
         found.push(table);
     }
     Ok(found)
@@ -83,8 +84,10 @@ fn chains() -> std::result::Result<Vec<(Foreign, bool)>, ReplyError> {
 }
 
 fn rules(table: &Foreign) -> std::result::Result<Vec<u8>, ReplyError> {
-    let family = FAMILIES.iter().find(|(_, name)| *name == table.family).map_or(0, |(number, _)| *number);
-    let mut request = Request::new().op_getrule_dump(&Nfgenmsg { nfgen_family: family as u8, ..Nfgenmsg::default() });
+    let family =
+        FAMILIES.iter().find(|(_, name)| *name == table.family).map_or(0, |(number, _)| *number);
+    let mut request = Request::new()
+        .op_getrule_dump(&Nfgenmsg { nfgen_family: family as u8, ..Nfgenmsg::default() });
     request.encode().push_table_bytes(table.table.as_bytes());
     let mut socket = NetlinkSocket::new();
     let mut reply = socket.request(&request)?;

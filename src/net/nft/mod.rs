@@ -82,10 +82,12 @@ impl Hook {
     pub const SOURCE_NAT: Self = Self { kind: "nat", place: Place::Postrouting, priority: 100 };
 
     /// The destination address of what comes from others may be rewritten (`NF_IP_PRI_NAT_DST`).
-    pub const DESTINATION_NAT: Self = Self { kind: "nat", place: Place::Prerouting, priority: -100 };
+    pub const DESTINATION_NAT: Self =
+        Self { kind: "nat", place: Place::Prerouting, priority: -100 };
 
     /// The destination address of what this host sends may be rewritten.
-    pub const OWN_DESTINATION_NAT: Self = Self { kind: "nat", place: Place::Output, priority: -100 };
+    pub const OWN_DESTINATION_NAT: Self =
+        Self { kind: "nat", place: Place::Output, priority: -100 };
 
     /// Packets may be dropped.
     pub const fn filter(place: Place, priority: i32) -> Self {
@@ -118,15 +120,22 @@ pub(super) fn holds(table: &Table) -> Result<bool> {
     let wanted: Vec<_> = table
         .chains
         .iter()
-        .flat_map(|chain| chain.rules.iter().map(|rule| (chain.name.to_owned(), rule.comment(&table.declared(chain)))))
+        .flat_map(|chain| {
+            chain
+                .rules
+                .iter()
+                .map(|rule| (chain.name.to_owned(), rule.comment(&table.declared(chain))))
+        })
         .collect();
-    let found = fingerprints(table).map_err(|error| failed("list the rules of", &table.name, &error))?;
+    let found =
+        fingerprints(table).map_err(|error| failed("list the rules of", &table.name, &error))?;
     Ok(!wanted.is_empty() && found == wanted)
 }
 
 /// Puts the table in place of any of that name, in one transaction: no packet sees half of it.
 pub(super) fn replace(table: &Table) -> Result<()> {
-    transaction::send(&batch(&[Step::Replace(table)], None)).map_err(|refusal| refused("write", &table.name, refusal))
+    transaction::send(&batch(&[Step::Replace(table)], None))
+        .map_err(|refusal| refused("write", &table.name, refusal))
 }
 
 /// Removes the table, if it is there. A kernel without nftables has none.
@@ -173,7 +182,8 @@ pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
             let (bytes, mut at) = (list.get_elements().map_or(&[][..], |list| list.get_buf()), 0);
             while let Some((_, element)) = chop_header(bytes, &mut at) {
                 let value = |attribute| {
-                    let value = find_attr(element, attribute).and_then(|data| find_attr(data, VALUE));
+                    let value =
+                        find_attr(element, attribute).and_then(|data| find_attr(data, VALUE));
                     value.map(<[u8]>::to_vec)
                 };
                 let first = value(KEY).unwrap_or_default();
@@ -185,7 +195,9 @@ pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
     };
     match look() {
         Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(None),
-        looked => looked.map(|()| Some(found)).map_err(|error| failed("list the elements of", &table.name, &error)),
+        looked => looked
+            .map(|()| Some(found))
+            .map_err(|error| failed("list the elements of", &table.name, &error)),
     }
 }
 
@@ -213,7 +225,11 @@ impl Table {
     /// What a rule of `chain` stands on.
     fn declared(&self, chain: &Chain) -> String {
         let sets: Vec<_> = self.sets.iter().map(ToString::to_string).collect();
-        format!("{} {}", chain.hook.map(|hook| hook.to_string()).unwrap_or_default(), sets.join(" "))
+        format!(
+            "{} {}",
+            chain.hook.map(|hook| hook.to_string()).unwrap_or_default(),
+            sets.join(" ")
+        )
     }
 }
 
@@ -233,14 +249,17 @@ fn refused(doing: &str, table: &str, refusal: Refusal) -> Error {
 }
 
 fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
-    let of = if table.is_empty() { "nftables".to_owned() } else { format!("nftables table '{table}'") };
+    let of =
+        if table.is_empty() { "nftables".to_owned() } else { format!("nftables table '{table}'") };
     let failure = Error::new(ErrorKind::Host, format!("{doing} {of}"));
     match errno {
         Some(Errno::EPERM) => failure.hint(super::NEEDS_ROOT),
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
             failure.hint("the kernel may lack nftables: modprobe nf_tables")
         }
-        Some(Errno::ENOENT) => failure.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}")),
+        Some(Errno::ENOENT) => {
+            failure.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}"))
+        }
         _ => failure,
     }
 }
@@ -295,11 +314,24 @@ mod tests {
         let tried = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).ok()?;
             let set = Set::of("not-there", &[Kind::Link]);
-            let rules = vec![Rule { matches: vec![Match::In(vec![IIFNAME], set.name)], verdict: Verdict::Drop }];
+            let rules = vec![Rule {
+                matches: vec![Match::In(vec![IIFNAME], set.name)],
+                verdict: Verdict::Drop,
+            }];
             let chains = vec![Chain { name: "alone", hook: None, rules }];
-            let table = Table { family: Family::Inet, name: "bosh-qemu-test".to_owned(), sets: Vec::new(), chains };
-            let element = Element::of(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())]).raw();
-            Some((commit(&[Step::Replace(&table)], None), commit(&[Step::Add(&table, &set, &[element])], None)))
+            let table = Table {
+                family: Family::Inet,
+                name: "bosh-qemu-test".to_owned(),
+                sets: Vec::new(),
+                chains,
+            };
+            let element =
+                Element::of(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())])
+                    .raw();
+            Some((
+                commit(&[Step::Replace(&table)], None),
+                commit(&[Step::Add(&table, &set, &[element])], None),
+            ))
         });
         let Some((lacking, removed)) = tried.join().unwrap() else {
             return eprintln!("SKIP nft::what_the_kernel_lacks: no network namespace of its own");

@@ -17,7 +17,8 @@ use nix::libc;
 use sha2::{Digest, Sha256};
 
 use super::field::{
-    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, MARK, OIFNAME, PROTOCOL, load_key,
+    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, MARK, OIFNAME, PROTOCOL,
+    load_key,
 };
 use super::set;
 use crate::link_name::LinkName;
@@ -104,7 +105,9 @@ impl Match {
         let load = |list, field: &Field| field.load(list, FIRST_REGISTER);
         match self {
             Self::SourceIn(subnet) => source_in(list, *subnet),
-            Self::NotLeavingBy(link) => compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link)),
+            Self::NotLeavingBy(link) => {
+                compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link))
+            }
             Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
             Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
             Self::To(protocol, port) => {
@@ -116,8 +119,12 @@ impl Match {
             Self::Within(field, first, last) => {
                 compare(compare(load(list, field), CmpOps::Gte, first), CmpOps::Lte, last)
             }
-            Self::Bits(field, mask, bits) => compare(masked(load(list, field), mask), CmpOps::Eq, bits),
-            Self::OtherBits(field, mask, bits) => compare(masked(load(list, field), mask), CmpOps::Neq, bits),
+            Self::Bits(field, mask, bits) => {
+                compare(masked(load(list, field), mask), CmpOps::Eq, bits)
+            }
+            Self::OtherBits(field, mask, bits) => {
+                compare(masked(load(list, field), mask), CmpOps::Neq, bits)
+            }
             Self::In(key, set) => look_up(load_key(list, key), set, 0),
             Self::NotIn(key, set) => look_up(load_key(list, key), set, LookupFlags::Invert as u32),
         }
@@ -129,8 +136,13 @@ impl Verdict {
         let done = match self {
             Self::Masquerade => list.nested_elem().push_name(c"masq").end_nested(),
             Self::Drop => {
-                let counted =
-                    list.nested_elem().nested_data_counter().push_bytes(0).push_packets(0).end_nested().end_nested();
+                let counted = list
+                    .nested_elem()
+                    .nested_data_counter()
+                    .push_bytes(0)
+                    .push_packets(0)
+                    .end_nested()
+                    .end_nested();
                 decide(counted, VerdictCode::Drop, None)
             }
             Self::Return => decide(list, VerdictCode::Return, None),
@@ -147,8 +159,12 @@ impl Verdict {
 /// The family first: where the source stands in a packet depends on it. RFC 791 §3.1, RFC 8200 §3.
 fn source_in(list: Expressions, subnet: IpNetwork) -> Expressions {
     let (family, offset, address, mask) = match (subnet.network(), subnet.mask()) {
-        (IpAddr::V4(ip), IpAddr::V4(mask)) => (libc::NFPROTO_IPV4, 12, ip.octets().to_vec(), mask.octets().to_vec()),
-        (IpAddr::V6(ip), IpAddr::V6(mask)) => (libc::NFPROTO_IPV6, 8, ip.octets().to_vec(), mask.octets().to_vec()),
+        (IpAddr::V4(ip), IpAddr::V4(mask)) => {
+            (libc::NFPROTO_IPV4, 12, ip.octets().to_vec(), mask.octets().to_vec())
+        }
+        (IpAddr::V6(ip), IpAddr::V6(mask)) => {
+            (libc::NFPROTO_IPV6, 8, ip.octets().to_vec(), mask.octets().to_vec())
+        }
         _ => unreachable!("a subnet and its mask are of one family"),
     };
     let list = compare(FAMILY.load(list, FIRST_REGISTER), CmpOps::Eq, &[family as u8]);
@@ -204,10 +220,15 @@ fn look_up(list: Expressions, set: &str, flags: u32) -> Expressions {
 }
 
 fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressions {
-    let data = list.nested_elem().nested_data_immediate().push_dreg(Registers::RegVerdict as u32).nested_data();
+    let data = list
+        .nested_elem()
+        .nested_data_immediate()
+        .push_dreg(Registers::RegVerdict as u32)
+        .nested_data();
     // Codes of verdicts are signed; the crate has them as the same bits in a wider type.
     let verdict = data.nested_verdict().push_code(code as u32);
-    let verdict = if let Some(chain) = chain { verdict.push_chain_bytes(chain.as_bytes()) } else { verdict };
+    let verdict =
+        if let Some(chain) = chain { verdict.push_chain_bytes(chain.as_bytes()) } else { verdict };
     verdict.end_nested().end_nested().end_nested().end_nested()
 }
 
@@ -280,12 +301,20 @@ impl fmt::Display for Match {
             Self::NotLeavingBy(link) => write!(f, "oifname != \"{link}\""),
             Self::By(field, link) => write!(f, "{field} \"{link}\""),
             Self::Is(field, value) => write!(f, "{field} {}", Hex(*field, value)),
-            Self::To(protocol, port) => write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}"),
+            Self::To(protocol, port) => {
+                write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}")
+            }
             Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
             Self::Has(field) => write!(f, "{field} >= 0"),
-            Self::Within(field, first, last) => write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last)),
-            Self::Bits(field, mask, bits) => write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits)),
-            Self::OtherBits(field, mask, bits) => write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits)),
+            Self::Within(field, first, last) => {
+                write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last))
+            }
+            Self::Bits(field, mask, bits) => {
+                write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits))
+            }
+            Self::OtherBits(field, mask, bits) => {
+                write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits))
+            }
             Self::In(key, set) => write!(f, "{} @{set}", Key(key)),
             Self::NotIn(key, set) => write!(f, "{} != @{set}", Key(key)),
         }
@@ -303,7 +332,9 @@ impl fmt::Display for Verdict {
             Self::Forward { v6, key, map } => {
                 write!(f, "dnat {} to {} map @{map}", if *v6 { "ip6" } else { "ip" }, Key(key))
             }
-            Self::Mark(bits) => write!(f, "meta mark set meta mark | {:#x}", u32::from_ne_bytes(*bits)),
+            Self::Mark(bits) => {
+                write!(f, "meta mark set meta mark | {:#x}", u32::from_ne_bytes(*bits))
+            }
             Self::Trace { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
         }
     }

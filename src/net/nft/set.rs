@@ -202,7 +202,8 @@ impl fmt::Display for Type {
 
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (word, name, key) = (if self.data.is_empty() { "set" } else { "map" }, self.name, Type(self.key));
+        let (word, name, key) =
+            (if self.data.is_empty() { "set" } else { "map" }, self.name, Type(self.key));
         write!(f, "{word} {name} {{ type {key}")?;
         if !self.data.is_empty() {
             write!(f, " : {}", Type(self.data))?;
@@ -210,7 +211,9 @@ impl fmt::Display for Set {
         match self.holds {
             Holds::Keys => {}
             Holds::Ranges => f.write_str("; flags interval")?,
-            Holds::Traces { seconds, most } => write!(f, "; size {most}; flags dynamic,timeout; timeout {seconds}s")?,
+            Holds::Traces { seconds, most } => {
+                write!(f, "; size {most}; flags dynamic,timeout; timeout {seconds}s")?
+            }
         }
         f.write_str("; }")
     }
@@ -233,7 +236,8 @@ impl fmt::Display for Part {
 
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let joined = |parts: &[Part]| parts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
+        let joined =
+            |parts: &[Part]| parts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
         f.write_str(&joined(&self.key))?;
         if self.data.is_empty() { Ok(()) } else { write!(f, " : {}", joined(&self.data)) }
     }

@@ -56,7 +56,9 @@ pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
     }
     match first {
         Some(refusal) => Err(refusal),
-        None if answers == 0 => Err(Refusal { errno: Errno::EPROTO, why: Some("nothing was answered".into()) }),
+        None if answers == 0 => {
+            Err(Refusal { errno: Errno::EPROTO, why: Some("nothing was answered".into()) })
+        }
         None => Ok(()),
     }
 }
@@ -85,12 +87,21 @@ fn answers_in(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
     while let Some((message, rest)) = first_of(bytes) {
         bytes = rest;
         let (kind, flags) = (number::<2>(message, 4), number::<2>(message, 6));
-        let Some(code) = message.get(HEADER..HEADER + 4).filter(|_| kind == libc::NLMSG_ERROR as u32) else { continue };
+        let Some(code) =
+            message.get(HEADER..HEADER + 4).filter(|_| kind == libc::NLMSG_ERROR as u32)
+        else {
+            continue;
+        };
         let code = i32::from_ne_bytes(code.try_into().expect("four bytes"));
-        let attributes = message.get(2 * HEADER + 4..).filter(|_| flags & libc::NLM_F_ACK_TLVS as u32 != 0);
+        let attributes =
+            message.get(2 * HEADER + 4..).filter(|_| flags & libc::NLM_F_ACK_TLVS as u32 != 0);
         let why = attributes.and_then(|bytes| NlmsgerrAttrs::new(bytes).get_msg().ok());
         let why = why.map(|text| text.to_string_lossy().into_owned());
-        answers.push(if code == 0 { Ok(()) } else { Err(Refusal { errno: Errno::from_raw(-code), why }) });
+        answers.push(if code == 0 {
+            Ok(())
+        } else {
+            Err(Refusal { errno: Errno::from_raw(-code), why })
+        });
     }
     answers
 }
@@ -134,8 +145,12 @@ mod tests {
 
     #[test]
     fn answers_are_told_from_refusals_and_those_say_why() {
-        let bytes =
-            [answer(0, None), answer(-libc::ENOENT, None), answer(-libc::EINVAL, Some("no such hook"))].concat();
+        let bytes = [
+            answer(0, None),
+            answer(-libc::ENOENT, None),
+            answer(-libc::EINVAL, Some("no such hook")),
+        ]
+        .concat();
         let [done, plain, told] = answers_in(&bytes).try_into().unwrap();
         assert_eq!(done, Ok(()));
         assert_eq!(plain, Err(Refusal { errno: Errno::ENOENT, why: None }));

@@ -26,7 +26,9 @@ fn events_may_come_anywhere_and_be_unknown() {
         let id = peer.expect("query-status");
         peer.send(r#"{"event": "NETDEV_VHOST_USER_CONNECTED", "data": {"new": [1]}}"#);
         peer.send(r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#);
-        peer.send(&format!(r#"{{"return": {{"running": false, "status": "brand-new"}}, "id": {id}}}"#));
+        peer.send(&format!(
+            r#"{{"return": {{"running": false, "status": "brand-new"}}, "id": {id}}}"#
+        ));
     });
     let mut monitor = connect(&server);
     let status = monitor.execute(&crate::qmp::query::QueryStatus {}).unwrap();
@@ -51,7 +53,9 @@ fn a_reply_to_somebody_else_is_dropped() {
 fn a_refusal_is_clean_and_leaves_the_connection_usable() {
     let server = Scripted::negotiated(|peer| {
         let id = peer.expect("device_del");
-        peer.send(&format!(r#"{{"error": {{"class": "DeviceNotFound", "desc": "no\n\u001b[31m"}}, "id": {id}}}"#));
+        peer.send(&format!(
+            r#"{{"error": {{"class": "DeviceNotFound", "desc": "no\n\u001b[31m"}}, "id": {id}}}"#
+        ));
         let id = peer.expect("query-version");
         peer.send(&format!(r#"{{"return": [], "id": {id}}}"#));
         let id = peer.expect("x");
@@ -60,7 +64,10 @@ fn a_refusal_is_clean_and_leaves_the_connection_usable() {
     let mut monitor = connect(&server);
     let error = monitor.execute(&qapi::qmp::device_del { id: "d".into() }).unwrap_err();
     assert!(error.is_device_not_found());
-    assert_eq!(Error::from(error).report(), "qemu refused 'device_del': no\\n\\u{1b}[31m (DeviceNotFound)");
+    assert_eq!(
+        Error::from(error).report(),
+        "qemu refused 'device_del': no\\n\\u{1b}[31m (DeviceNotFound)"
+    );
     assert!(matches!(monitor.execute(&query_version {}), Err(MonitorError::Answer { .. })));
     assert_eq!(monitor.raw("x", &json!({})).unwrap(), Value::Null);
 }
@@ -118,13 +125,17 @@ fn a_dropped_exchange_spends_the_connection_and_a_dropped_wait_does_not() {
 
 #[test]
 fn garbage_is_a_protocol_error() {
-    for garbage in ["HTTP/1.1 400 Bad Request", "{}", "{\"return\": {}}", "{\"QMP\": {}}", "\u{0}"] {
+    for garbage in ["HTTP/1.1 400 Bad Request", "{}", "{\"return\": {}}", "{\"QMP\": {}}", "\u{0}"]
+    {
         let server = Scripted::negotiated(move |peer| {
             peer.expect("x");
             peer.send(garbage);
         });
         let mut monitor = connect(&server);
-        assert!(matches!(monitor.raw("x", &json!({})), Err(MonitorError::Protocol(_))), "{garbage}");
+        assert!(
+            matches!(monitor.raw("x", &json!({})), Err(MonitorError::Protocol(_))),
+            "{garbage}"
+        );
         assert!(matches!(monitor.raw("y", &json!({})), Err(MonitorError::Spent)));
     }
 }
@@ -159,7 +170,10 @@ fn a_long_answer_is_read() {
         let id = peer.expect("x");
         peer.send(&format!(r#"{{"return": "{}", "id": {id}}}"#, "a".repeat(1 << 20)));
     });
-    assert_eq!(connect(&server).raw("x", &json!({})).unwrap().as_str().map(str::len), Some(1 << 20));
+    assert_eq!(
+        connect(&server).raw("x", &json!({})).unwrap().as_str().map(str::len),
+        Some(1 << 20)
+    );
 }
 
 #[test]
@@ -208,5 +222,8 @@ fn nobody_listens() {
     let error = Monitor::connect(Path::new("/nowhere/qmp.sock"), patience()).unwrap_err();
     assert!(matches!(error, MonitorError::Connect { .. }));
     let report = Error::from(error).report();
-    assert!(report.starts_with("connect to monitor '/nowhere/qmp.sock': No such file or directory"), "{report}");
+    assert!(
+        report.starts_with("connect to monitor '/nowhere/qmp.sock': No such file or directory"),
+        "{report}"
+    );
 }

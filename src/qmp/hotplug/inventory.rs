@@ -49,8 +49,10 @@ impl Inventory {
     /// The root ports called `prefix` and a number, lowest number first.
     pub(super) fn ports(&self, prefix: &str) -> Vec<&str> {
         let number = |id: &str| id.strip_prefix(prefix)?.parse::<u32>().ok();
-        let mut ports: Vec<_> =
-            self.devices_of_type("pcie-root-port").filter_map(|id| Some((number(id)?, id))).collect();
+        let mut ports: Vec<_> = self
+            .devices_of_type("pcie-root-port")
+            .filter_map(|id| Some((number(id)?, id)))
+            .collect();
         ports.sort_unstable();
         ports.into_iter().map(|(_, id)| id).collect()
     }
@@ -62,7 +64,9 @@ pub(super) fn has_device(monitor: &mut Monitor, id: &str) -> Result<bool, Monito
 }
 
 /// Ids and types of all devices that have an id.
-fn devices(monitor: &mut Monitor) -> Result<impl Iterator<Item = (String, String)> + use<>, MonitorError> {
+fn devices(
+    monitor: &mut Monitor,
+) -> Result<impl Iterator<Item = (String, String)> + use<>, MonitorError> {
     let properties = monitor.execute(&qmp::qom_list { path: PERIPHERAL.into() })?;
     Ok(properties.into_iter().filter_map(|property| {
         let device_type = property.type_.strip_prefix("child<")?.strip_suffix('>')?.to_owned();

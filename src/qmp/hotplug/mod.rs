@@ -194,7 +194,11 @@ impl From<HotplugError> for Error {
 ///
 /// # Errors
 /// See [`HotplugError`].
-pub fn attach(monitor: &mut Monitor, wanted: &Attach<'_>, until: Instant) -> Result<Attached, HotplugError> {
+pub fn attach(
+    monitor: &mut Monitor,
+    wanted: &Attach<'_>,
+    until: Instant,
+) -> Result<Attached, HotplugError> {
     let found = Inventory::take(monitor)?;
     if found.has_device(&wanted.disk.device) {
         return Ok(Attached::Already);
@@ -202,16 +206,20 @@ pub fn attach(monitor: &mut Monitor, wanted: &Attach<'_>, until: Instant) -> Res
     sweep::sweep(monitor, wanted.disk, &found, until)?;
     let ports = found.ports(wanted.port_prefix);
     let mut untried = ports.iter().copied();
-    let port = next_free(monitor, &mut untried)?.ok_or(HotplugError::NoFreeSlot { slots: ports.len() })?;
+    let port =
+        next_free(monitor, &mut untried)?.ok_or(HotplugError::NoFreeSlot { slots: ports.len() })?;
     let plugged = open(monitor, wanted).map_err(HotplugError::from).and_then(|()| {
-        plug(monitor, wanted, port, &mut untried)?.ok_or(HotplugError::NoFreeSlot { slots: ports.len() })
+        plug(monitor, wanted, port, &mut untried)?
+            .ok_or(HotplugError::NoFreeSlot { slots: ports.len() })
     });
     match plugged {
         Ok(port) => Ok(Attached::New { port: port.to_owned() }),
         Err(error) => {
             // What can not be swept now (QEMU is gone, the connection is spent) the next attach or detach sweeps.
             let left = Inventory::take(monitor).map_err(HotplugError::from);
-            if let Err(left) = left.and_then(|left| sweep::sweep(monitor, wanted.disk, &left, until)) {
+            if let Err(left) =
+                left.and_then(|left| sweep::sweep(monitor, wanted.disk, &left, until))
+            {
                 tracing::warn!(device = wanted.disk.device, error = %left, "a failed attach left something in qemu");
             }
             Err(error)
@@ -242,7 +250,9 @@ fn plug<'p>(
         arguments.insert("bus".into(), port.into());
         match monitor.raw("device_add", &Value::Object(arguments.clone())) {
             Ok(_) => return Ok(Some(port)),
-            Err(error) if error.refused_with("already occupied") => candidate = next_free(monitor, untried)?,
+            Err(error) if error.refused_with("already occupied") => {
+                candidate = next_free(monitor, untried)?
+            }
             Err(error) => return Err(error),
         }
     }
@@ -296,7 +306,9 @@ fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), Hot
         let refusal = match monitor.execute(&request) {
             Ok(_) => None,
             Err(error) if error.is_device_not_found() => return Ok(()),
-            Err(error @ MonitorError::Refused { .. }) if is_pending(&error) => Some(error.to_string()),
+            Err(error @ MonitorError::Refused { .. }) if is_pending(&error) => {
+                Some(error.to_string())
+            }
             Err(error) => return Err(error.into()),
         };
         let deleted = |event: &super::Event| {
@@ -310,7 +322,12 @@ fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), Hot
         }
         if Instant::now() >= until {
             let state = printable(&monitor.execute(&QueryStatus {})?.state);
-            return Err(HotplugError::StillAttached { device: device.to_owned(), asked, state, refusal });
+            return Err(HotplugError::StillAttached {
+                device: device.to_owned(),
+                asked,
+                state,
+                refusal,
+            });
         }
     }
     unreachable!("a request each second outlasts u32")

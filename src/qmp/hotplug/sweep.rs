@@ -47,7 +47,8 @@ fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), 
             Ok(_) => return Ok(()),
             // A node that was made inside its parent's JSON goes with the parent, and only so.
             Err(error)
-                if error.refused_with("Failed to find node") || error.refused_with("not owned by the monitor") =>
+                if error.refused_with("Failed to find node")
+                    || error.refused_with("not owned by the monitor") =>
             {
                 return Ok(());
             }
@@ -63,7 +64,10 @@ fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), 
 }
 
 fn in_use(node: &str, jobs: &[Job]) -> HotplugError {
-    HotplugError::NodeInUse { node: node.to_owned(), jobs: jobs.iter().map(|job| printable(&job.id)).collect() }
+    HotplugError::NodeInUse {
+        node: node.to_owned(),
+        jobs: jobs.iter().map(|job| printable(&job.id)).collect(),
+    }
 }
 
 /// Closes QEMU's copies of descriptors called `opaque`: of clients that died before they used them, and of a disk

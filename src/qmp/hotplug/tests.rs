@@ -19,8 +19,13 @@ struct Disk {
 
 impl Disk {
     fn new(guest: &Guest, name: &str) -> Self {
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(guest.path(name)).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(guest.path(name))
+            .unwrap();
         file.set_len(1 << 20).unwrap();
         let names = HotDisk {
             device: format!("disk-{name}"),
@@ -51,13 +56,17 @@ impl Disk {
         monitor: &mut Monitor,
         blockdevs: &dyn Fn(i64) -> Vec<Value>,
     ) -> Result<Attached, HotplugError> {
-        let Value::Object(device) =
-            json!({"driver": "virtio-blk-pci", "id": self.names.device, "drive": self.names.node, "serial": "x"})
+        let Value::Object(device) = json!({"driver": "virtio-blk-pci", "id": self.names.device, "drive": self.names.node, "serial": "x"})
         else {
             unreachable!()
         };
-        let wanted =
-            Attach { disk: &self.names, file: self.file.as_fd(), blockdevs, device: &device, port_prefix: "hotplug" };
+        let wanted = Attach {
+            disk: &self.names,
+            file: self.file.as_fd(),
+            blockdevs,
+            device: &device,
+            port_prefix: "hotplug",
+        };
         attach(monitor, &wanted, soon())
     }
 
@@ -73,7 +82,11 @@ impl Disk {
     fn parts(&self, monitor: &mut Monitor) -> (usize, usize, usize) {
         let found = Inventory::take(monitor).unwrap();
         let sets = monitor.execute(&qmp::query_fdsets {}).unwrap();
-        let fds = sets.iter().flat_map(|set| &set.fds).filter(|fd| fd.opaque == Some(self.names.opaque())).count();
+        let fds = sets
+            .iter()
+            .flat_map(|set| &set.fds)
+            .filter(|fd| fd.opaque == Some(self.names.opaque()))
+            .count();
         let nodes = self.names.nodes().filter(|node| found.has_node(node)).count();
         (usize::from(found.has_device(&self.names.device)), nodes, fds)
     }
@@ -132,9 +145,13 @@ fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
     let guest = Guest::new(Image::Answering, 2);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
-    monitor.raw("device_add", &json!({"driver": "virtio-rng-pci", "id": "thief", "bus": "hotplug0"})).unwrap();
+    monitor
+        .raw("device_add", &json!({"driver": "virtio-rng-pci", "id": "thief", "bus": "hotplug0"}))
+        .unwrap();
     let mut plug_late = |id: &str| {
-        let Value::Object(device) = json!({"driver": "virtio-rng-pci", "id": id}) else { unreachable!() };
+        let Value::Object(device) = json!({"driver": "virtio-rng-pci", "id": id}) else {
+            unreachable!()
+        };
         let blockdevs = |_| Vec::new();
         let wanted = Attach {
             disk: &disk.names,
@@ -164,8 +181,10 @@ fn a_refused_attach_leaves_nothing() {
     assert_eq!(disk.parts(&mut monitor), ABSENT);
     // The same with a device that is refused.
     let taken = json!({"driver": "virtio-rng-pci", "id": disk.names.device, "bus": "hotplug0"});
-    let other =
-        Disk { names: HotDisk { device: "boot".into(), ..disk.names.clone() }, file: disk.file.try_clone().unwrap() };
+    let other = Disk {
+        names: HotDisk { device: "boot".into(), ..disk.names.clone() },
+        file: disk.file.try_clone().unwrap(),
+    };
     let nodes_only = |set: i64| vec![other.blockdevs(set).remove(0)];
     other.attach_with(&mut monitor, &nodes_only).unwrap_err();
     assert_eq!(other.parts(&mut monitor), ABSENT);
@@ -218,7 +237,9 @@ fn a_device_wedged_by_another_client_is_reported_and_cleared_by_a_reset() {
     monitor.run(async |c| power::cont(c).await).unwrap();
     guest.wait_for("BOOTSECTOR-OK");
     let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
-    let HotplugError::StillAttached { refusal: Some(refusal), .. } = &error else { panic!("{error}") };
+    let HotplugError::StillAttached { refusal: Some(refusal), .. } = &error else {
+        panic!("{error}")
+    };
     assert!(refusal.contains("already in the process of unplug"), "{refusal}");
     assert_eq!(disk.parts(&mut monitor), ATTACHED);
     monitor.run(async |c| power::reset(c).await).unwrap();
@@ -235,7 +256,9 @@ fn what_a_guest_ejected_by_itself_is_swept() {
         disk.attach(&mut monitor).unwrap();
         guest.wait_for("U0");
         guest.type_byte(b'e');
-        let gone = |e: &crate::qmp::Event| matches!(e.kind(), EventKind::DeviceDeleted { device: Some(_), .. });
+        let gone = |e: &crate::qmp::Event| {
+            matches!(e.kind(), EventKind::DeviceDeleted { device: Some(_), .. })
+        };
         monitor.wait_event(gone, patience()).unwrap().unwrap();
         assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
         if attach_again {
@@ -255,7 +278,8 @@ fn a_caller_killed_after_any_command_is_made_good() {
         let cut = Cut::after(commands, &guest.socket(), disk.file.try_clone().unwrap());
         Monitor::connect(&cut.socket(), patience())
     };
-    let is_cut = |error: &HotplugError| matches!(error, HotplugError::Monitor(MonitorError::Closed));
+    let is_cut =
+        |error: &HotplugError| matches!(error, HotplugError::Monitor(MonitorError::Closed));
 
     let complete = (2..).find(|commands| match disk.attach(&mut cut_after(*commands).unwrap()) {
         Ok(_) => true,
@@ -306,7 +330,9 @@ fn a_descriptor_nobody_used_is_closed() {
 /// Starts a copy of the disk that goes on until it is ended.
 fn start_job(monitor: &mut Monitor, disk: &Disk, id: &str) {
     let target = format!("target-{id}");
-    monitor.raw("blockdev-add", &json!({"driver": "null-co", "node-name": target, "size": 1 << 20})).unwrap();
+    monitor
+        .raw("blockdev-add", &json!({"driver": "null-co", "node-name": target, "size": 1 << 20}))
+        .unwrap();
     let copy = json!({"job-id": id, "device": disk.names.node, "target": target, "sync": "none",
         "auto-dismiss": false});
     monitor.raw("blockdev-mirror", &copy).unwrap();
@@ -326,7 +352,10 @@ fn own_jobs_end_with_the_disk_and_others_are_named() {
     disk.attach(&mut monitor).unwrap();
     start_job(&mut monitor, &disk, "stranger");
     let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
-    assert!(matches!(&error, HotplugError::NodeInUse { jobs, .. } if *jobs == ["stranger"]), "{error}");
+    assert!(
+        matches!(&error, HotplugError::NodeInUse { jobs, .. } if *jobs == ["stranger"]),
+        "{error}"
+    );
     assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
     monitor.execute(&qmp::job_cancel { id: "stranger".into() }).unwrap();
     // It concludes and waits to be dismissed, which is enough to free the node.

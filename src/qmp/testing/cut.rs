@@ -62,8 +62,14 @@ fn relay_commands(client: &UnixStream, qemu: &UnixStream, file: &File) {
         let with_file = [ControlMessage::ScmRights(&fds)];
         let rights = if line.contains("\"add-fd\"") { &with_file[..] } else { &[] };
         let line = format!("{line}\n");
-        if sendmsg::<()>(qemu.as_raw_fd(), &[IoSlice::new(line.as_bytes())], rights, MsgFlags::MSG_NOSIGNAL, None)
-            .is_err()
+        if sendmsg::<()>(
+            qemu.as_raw_fd(),
+            &[IoSlice::new(line.as_bytes())],
+            rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .is_err()
         {
             break;
         }

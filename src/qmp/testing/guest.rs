@@ -48,16 +48,31 @@ impl Guest {
         console.set_read_timeout(Some(PATIENCE)).unwrap();
 
         let mut command = Command::new("/usr/bin/qemu-system-x86_64");
-        command.args("-nodefaults -no-user-config -display none -machine q35,usb=off -accel tcg -m 32 -S".split(' '));
-        command.args("-chardev socket,id=qmp,fd=0,server=on,wait=off -mon chardev=qmp,mode=control".split(' '));
+        command.args(
+            "-nodefaults -no-user-config -display none -machine q35,usb=off -accel tcg -m 32 -S"
+                .split(' '),
+        );
+        command.args(
+            "-chardev socket,id=qmp,fd=0,server=on,wait=off -mon chardev=qmp,mode=control"
+                .split(' '),
+        );
         command.args("-chardev socket,id=console,fd=1 -serial chardev:console".split(' '));
-        command.args(["-blockdev", &format!("driver=file,node-name=boot,read-only=on,filename={}", boot.display())]);
+        command.args([
+            "-blockdev",
+            &format!("driver=file,node-name=boot,read-only=on,filename={}", boot.display()),
+        ]);
         command.args(["-device", "virtio-blk-pci,drive=boot,bootindex=1,addr=0x3"]);
         for port in 0..ports {
             let place = format!("addr=0x4.{port:#x},multifunction=on");
-            command.args(["-device", &format!("pcie-root-port,id=hotplug{port},chassis={},{place}", port + 1)]);
+            command.args([
+                "-device",
+                &format!("pcie-root-port,id=hotplug{port},chassis={},{place}", port + 1),
+            ]);
         }
-        command.stdin(OwnedFd::from(listener)).stdout(OwnedFd::from(theirs)).stderr(Stdio::inherit());
+        command
+            .stdin(OwnedFd::from(listener))
+            .stdout(OwnedFd::from(theirs))
+            .stderr(Stdio::inherit());
         let child = command.spawn().expect("start /usr/bin/qemu-system-x86_64");
         Self { child, console: BufReader::new(console), dir }
     }
@@ -89,7 +104,10 @@ impl Guest {
         let mut line = String::new();
         while line.trim_end() != text {
             line.clear();
-            assert!(self.console.read_line(&mut line).unwrap() > 0, "the console closed before '{text}'");
+            assert!(
+                self.console.read_line(&mut line).unwrap() > 0,
+                "the console closed before '{text}'"
+            );
         }
     }
 

@@ -18,7 +18,11 @@ pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
         match answer {
             Ok(answered) if answered.is_success() => made.push((member, answered)),
             Err(error) if member.draining => {
-                tracing::warn!(host = member.host.name, "a draining host has not got the stemcell: {}", error.report());
+                tracing::warn!(
+                    host = member.host.name,
+                    "a draining host has not got the stemcell: {}",
+                    error.report()
+                );
             }
             other => failed = failed.or(Some(other)),
         }
@@ -65,7 +69,12 @@ fn together(answers: Vec<Answered>) -> Outcome {
     let (mut responses, told): (Vec<_>, Vec<_>) =
         answers.into_iter().map(|answered| (answered.response, answered.told)).unzip();
     let first = responses.drain(..).next();
-    let nobody = || crate::error::Error::new(crate::error::ErrorKind::Host, "no host could be asked: all are draining");
+    let nobody = || {
+        crate::error::Error::new(
+            crate::error::ErrorKind::Host,
+            "no host could be asked: all are draining",
+        )
+    };
     Ok((first.ok_or_else(nobody)?, told))
 }
 

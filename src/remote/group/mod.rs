@@ -78,7 +78,9 @@ impl Group {
             Call::CreateStemcell(_) => everywhere::create(&self.members, errand),
             Call::DeleteStemcell(_) => {
                 // While a host is silent the others keep it: VMs of it may still be wanted.
-                self.ask_all(|host| host.find(&[], soon(errand))).into_iter().collect::<Result<Vec<_>>>()?;
+                self.ask_all(|host| host.find(&[], soon(errand)))
+                    .into_iter()
+                    .collect::<Result<Vec<_>>>()?;
                 everywhere::delete(&self.members, errand)
             }
             Call::CreateNetwork(_) => {
@@ -121,8 +123,17 @@ impl Group {
         errand.send(&member.host, errand.call.creates(Some(&member.host.name)).as_ref())
     }
 
-    fn send_if_there(&self, errand: &Errand<'_>, member: &Member, cids: &[&str]) -> Result<Option<Answered>> {
-        errand.send_if_there(&member.host, cids, errand.call.creates(Some(&member.host.name)).as_ref())
+    fn send_if_there(
+        &self,
+        errand: &Errand<'_>,
+        member: &Member,
+        cids: &[&str],
+    ) -> Result<Option<Answered>> {
+        errand.send_if_there(
+            &member.host,
+            cids,
+            errand.call.creates(Some(&member.host.name)).as_ref(),
+        )
     }
 
     /// The host that has each of `cids`, asking all at once.
@@ -134,13 +145,24 @@ impl Group {
         let until = soon(errand);
         let answers = self.ask_all(|host| host.find(&wanted, until));
         let of = |cid: &String| {
-            let has = |answer: &Result<Vec<String>>| answer.as_ref().is_ok_and(|found| found.contains(cid));
-            let found = self.members.iter().zip(&answers).find(|(_, answer)| has(answer)).map(|(member, _)| member);
+            let has = |answer: &Result<Vec<String>>| {
+                answer.as_ref().is_ok_and(|found| found.contains(cid))
+            };
+            let found = self
+                .members
+                .iter()
+                .zip(&answers)
+                .find(|(_, answer)| has(answer))
+                .map(|(member, _)| member);
             match (found, answers.iter().find_map(|answer| answer.as_ref().err())) {
                 (None, Some(silence)) => {
-                    let message = format!("'{cid}' is on no host that answers, and one does not: {}", silence.report());
-                    Err(Error::new(silence.kind(), message)
-                        .hint("bring that host back, or take it out of 'hosts' if it is gone for good"))
+                    let message = format!(
+                        "'{cid}' is on no host that answers, and one does not: {}",
+                        silence.report()
+                    );
+                    Err(Error::new(silence.kind(), message).hint(
+                        "bring that host back, or take it out of 'hosts' if it is gone for good",
+                    ))
                 }
                 (found, _) => Ok(found),
             }
@@ -149,7 +171,10 @@ impl Group {
     }
 
     /// What each host answers to `question`, asked at the same time.
-    fn ask_all<T: Send>(&self, question: impl Fn(&Host) -> Result<T, Untold> + Sync) -> Vec<Result<T>> {
+    fn ask_all<T: Send>(
+        &self,
+        question: impl Fn(&Host) -> Result<T, Untold> + Sync,
+    ) -> Vec<Result<T>> {
         std::thread::scope(|threads| {
             let ask = |member| {
                 let question = &question;
@@ -161,7 +186,8 @@ impl Group {
     }
 
     fn create_vm(&self, errand: &Errand<'_>, vm: &CreateVm) -> Outcome {
-        let properties: VmCloudProperties = cloud_properties::read(&self.config.vm_defaults, &vm.cloud_properties.0)?;
+        let properties: VmCloudProperties =
+            cloud_properties::read(&self.config.vm_defaults, &vm.cloud_properties.0)?;
         let need = Need {
             ram: properties.ram,
             pool: properties.pool.unwrap_or_default(),
@@ -199,10 +225,14 @@ impl Group {
     ) -> Result<Option<Answered>> {
         for (turn, at) in order.iter().enumerate() {
             let member = &self.members[*at];
-            let alike = candidates[*at].offer.as_ref().ok().map(|offer| offer.alike).filter(|_| counts);
+            let alike =
+                candidates[*at].offer.as_ref().ok().map(|offer| offer.alike).filter(|_| counts);
             let answered = self.send_to(&errand.beside(alike), member)?;
             if counts && answered.told.crowded {
-                tracing::info!(host = member.host.name, "others were faster to put VMs of its group there");
+                tracing::info!(
+                    host = member.host.name,
+                    "others were faster to put VMs of its group there"
+                );
                 return Ok(None);
             }
             if !answered.told.lacks_room || turn + 1 == order.len() {
@@ -229,7 +259,8 @@ impl Group {
 
     /// A disk is made where its VM is, or, for no VM, where there is most room.
     fn create_disk(&self, errand: &Errand<'_>, disk: &CreateDisk) -> Outcome {
-        let near = disk.vm.as_ref().map(|vm| self.find_one(errand, vm.as_str())).transpose()?.flatten();
+        let near =
+            disk.vm.as_ref().map(|vm| self.find_one(errand, vm.as_str())).transpose()?.flatten();
         if let Some(member) = near {
             return Ok(self.send_to(&errand.afresh(), member)?.into_outcome());
         }
@@ -238,7 +269,8 @@ impl Group {
         let pool = properties.pool.unwrap_or_default();
         let candidates = self.candidates(errand, &Wish::default());
         let errand = &errand.afresh();
-        let space = |candidate: &Candidate<'_>| candidate.offer.as_ref().ok()?.space.get(&pool).copied();
+        let space =
+            |candidate: &Candidate<'_>| candidate.offer.as_ref().ok()?.space.get(&pool).copied();
         let open = (0..candidates.len()).filter(|at| !candidates[*at].draining);
         let best = open
             .filter_map(|at| Some((space(&candidates[at])?, at)))
@@ -250,7 +282,10 @@ impl Group {
                 Ok(_) => format!("{}: it has no pool '{pool}'", host.name),
             };
             let reasons: Vec<_> = candidates.iter().map(said).collect();
-            return Err(Error::new(ErrorKind::Host, format!("no host can have the disk: {}", reasons.join("; "))));
+            return Err(Error::new(
+                ErrorKind::Host,
+                format!("no host can have the disk: {}", reasons.join("; ")),
+            ));
         };
         Ok(self.send_to(errand, &self.members[at])?.into_outcome())
     }
@@ -268,18 +303,23 @@ impl Group {
 
     fn attach(&self, errand: &Errand<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
         for member in self.members.iter().filter(|member| vm.is_from(&member.host.name)) {
-            if let Some(answered) = self.send_if_there(errand, member, &[vm.as_str(), disk.as_str()])? {
+            if let Some(answered) =
+                self.send_if_there(errand, member, &[vm.as_str(), disk.as_str()])?
+            {
                 return Ok(answered.into_outcome());
             }
         }
         match self.find(errand, &[vm.as_str(), disk.as_str()])?[..] {
             [Some(here), Some(there)] if !std::ptr::eq(here, there) => {
-                self.hand_over(errand, disk, there, here).map_err(|e| e.during(format!("attach it to VM '{vm}'")))?;
+                self.hand_over(errand, disk, there, here)
+                    .map_err(|e| e.during(format!("attach it to VM '{vm}'")))?;
                 match self.send_if_there(errand, here, &[vm.as_str(), disk.as_str()])? {
                     Some(answered) => Ok(answered.into_outcome()),
                     None => {
-                        let message =
-                            format!("VM '{vm}' or disk '{disk}' is not on host '{}' any more", here.host.name);
+                        let message = format!(
+                            "VM '{vm}' or disk '{disk}' is not on host '{}' any more",
+                            here.host.name
+                        );
                         Err(Error::new(ErrorKind::Conflict, message).hint("repeat the call"))
                     }
                 }
@@ -290,11 +330,18 @@ impl Group {
     }
 
     /// Has the host that has the disk give it up, if `to` reaches it, too.
-    fn hand_over(&self, errand: &Errand<'_>, disk: &DiskCid, from: &Member, to: &Member) -> Result<()> {
+    fn hand_over(
+        &self,
+        errand: &Errand<'_>,
+        disk: &DiskCid,
+        from: &Member,
+        to: &Member,
+    ) -> Result<()> {
         let (there, here) = (&from.host.name, &to.host.name);
         let apart = |why: String| {
             let message = format!("disk '{disk}' is on host '{there}', the VM on '{here}', {why}");
-            Error::new(ErrorKind::Conflict, message).hint("recreate the VM: a new one is put where its disks are")
+            Error::new(ErrorKind::Conflict, message)
+                .hint("recreate the VM: a new one is put where its disks are")
         };
         let wish = Wish { cids: vec![disk.to_string()], ..Wish::default() };
         let offer = to.host.offer(&wish, soon(errand)).map_err(|untold| untold.error)?;
@@ -302,7 +349,9 @@ impl Group {
             return Err(apart("which has no shared pool with the disk".to_owned()));
         }
         let given_up = from.host.give_up(disk, errand.deadline);
-        given_up.map_err(|untold| apart(format!("and can not change hosts: {}", in_short(&untold.error, there))))
+        given_up.map_err(|untold| {
+            apart(format!("and can not change hosts: {}", in_short(&untold.error, there)))
+        })
     }
 }
 
@@ -339,7 +388,8 @@ impl Carrier for Group {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
         if let Call::CalculateVmCloudProperties(_) = call {
             // No host has a say in it.
-            let Carried { response, .. } = Here::new(Cpi::new(self.config.clone(), None)).carry(request, call);
+            let Carried { response, .. } =
+                Here::new(Cpi::new(self.config.clone(), None)).carry(request, call);
             return Carried { response, made: false, delivered: Box::new(|_: Delivery| {}) };
         }
         let errand = Errand::new(request, &call, &self.config, &self.told);

@@ -43,7 +43,8 @@ pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
     if let Some(home) = home(candidates, need)? {
         let candidate = &candidates[home];
         let objection = objection(candidate, need, true);
-        return objection.map_or_else(|| Ok(vec![home]), |why| Err(nowhere(&[(candidate.name, why)])));
+        return objection
+            .map_or_else(|| Ok(vec![home]), |why| Err(nowhere(&[(candidate.name, why)])));
     }
     let far = |candidate: &Candidate<'_>| {
         let offer = candidate.offer.as_ref().ok()?;
@@ -60,7 +61,8 @@ pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
         (!offer.forgotten, offer.alike, Reverse(offer.memory), Reverse(space), candidate.name)
     });
     if good.is_empty() {
-        let reasons = candidates.iter().zip(judged).filter_map(|(host, why)| Some((host.name, why?)));
+        let reasons =
+            candidates.iter().zip(judged).filter_map(|(host, why)| Some((host.name, why?)));
         return Err(nowhere(&reasons.collect::<Vec<_>>()));
     }
     Ok(good)
@@ -71,15 +73,20 @@ fn home(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
     let here = |offer: &Offer, disk: &String| offer.has.contains(disk);
     let offers = || candidates.iter().filter_map(|candidate| candidate.offer.as_ref().ok());
     let lost = need.disks.iter().find(|disk| !offers().any(|offer| here(offer, disk)));
-    let silent = candidates.iter().find_map(|host| host.offer.as_ref().err().map(|why| (host.name, why)));
+    let silent =
+        candidates.iter().find_map(|host| host.offer.as_ref().err().map(|why| (host.name, why)));
     if let (Some(disk), Some((name, why))) = (lost, silent) {
-        let message = format!("disk '{disk}' is on none of the hosts that answer, and '{name}' does not: {why}");
+        let message = format!(
+            "disk '{disk}' is on none of the hosts that answer, and '{name}' does not: {why}"
+        );
         return Err(Error::new(ErrorKind::VmCreationFailed { retry: false }, message).hint(
             "the VM must be where its disk is: bring that host back, or take it out of 'hosts' if it is gone for good",
         ));
     }
     let own = |candidate: &Candidate<'_>| {
-        let disks = |offer: &Offer| need.disks.iter().filter(|d| here(offer, d) && !offer.shared.contains(d)).count();
+        let disks = |offer: &Offer| {
+            need.disks.iter().filter(|d| here(offer, d) && !offer.shared.contains(d)).count()
+        };
         candidate.offer.as_ref().map_or(0, disks)
     };
     let best = (0..candidates.len()).max_by_key(|at| (own(&candidates[*at]), Reverse(*at)));
@@ -87,9 +94,14 @@ fn home(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
 }
 
 /// The VM's disks that can change hosts: whoever has them has them in a shared pool.
-fn roaming<'a>(candidates: &'a [Candidate<'_>], need: &'a Need) -> impl Iterator<Item = &'a String> {
+fn roaming<'a>(
+    candidates: &'a [Candidate<'_>],
+    need: &'a Need,
+) -> impl Iterator<Item = &'a String> {
     let offers = || candidates.iter().filter_map(|candidate| candidate.offer.as_ref().ok());
-    need.disks.iter().filter(move |disk| offers().any(|offer| offer.has.contains(disk) && offer.shared.contains(disk)))
+    need.disks.iter().filter(move |disk| {
+        offers().any(|offer| offer.has.contains(disk) && offer.shared.contains(disk))
+    })
 }
 
 /// Why a host can not have the VM. Where its disks are `at_home`, draining is no reason.
@@ -145,7 +157,11 @@ mod tests {
     }
 
     fn names(candidates: &[Candidate<'_>], need: &Need) -> Vec<String> {
-        order(candidates, need).unwrap().into_iter().map(|at| candidates[at].name.to_owned()).collect()
+        order(candidates, need)
+            .unwrap()
+            .into_iter()
+            .map(|at| candidates[at].name.to_owned())
+            .collect()
     }
 
     fn refusal(candidates: &[Candidate<'_>], need: &Need) -> String {
@@ -193,10 +209,16 @@ mod tests {
     #[test]
     fn a_vm_is_put_where_its_disk_is_or_nowhere() {
         let on_b = |memory, draining| {
-            [host("a", offer(9000, 0, &["sc"])), Candidate { draining, ..host("b", offer(memory, 3, &["sc", "disk"])) }]
+            [
+                host("a", offer(9000, 0, &["sc"])),
+                Candidate { draining, ..host("b", offer(memory, 3, &["sc", "disk"])) },
+            ]
         };
         assert_eq!(names(&on_b(2000, true), &need(&["disk"])), ["b"], "draining or not");
-        assert!(refusal(&on_b(10, false), &need(&["disk"])).starts_with("no host can have the VM: b: it has memory"));
+        assert!(
+            refusal(&on_b(10, false), &need(&["disk"]))
+                .starts_with("no host can have the VM: b: it has memory")
+        );
         let mut shared = on_b(2000, true);
         shared[1].offer.as_mut().unwrap().shared = vec!["disk".into()];
         assert_eq!(
@@ -211,8 +233,13 @@ mod tests {
     fn a_disk_that_may_be_on_a_silent_host_holds_its_vm_back() {
         let hosts = [host("a", offer(9000, 0, &["sc"])), silent("b")];
         assert!(
-            refusal(&hosts, &need(&["disk"])).starts_with("disk 'disk' is on none of the hosts that answer, and 'b'")
+            refusal(&hosts, &need(&["disk"]))
+                .starts_with("disk 'disk' is on none of the hosts that answer, and 'b'")
         );
-        assert_eq!(names(&hosts[..1], &need(&["disk"])), ["a"], "a disk that nobody knows is no reason");
+        assert_eq!(
+            names(&hosts[..1], &need(&["disk"])),
+            ["a"],
+            "a disk that nobody knows is no reason"
+        );
     }
 }

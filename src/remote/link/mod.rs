@@ -111,8 +111,12 @@ impl Link {
                 // The connection that calls share may have died unnoticed.
                 Self::greeted(ssh::open(transport, Connection::Own, greets())?, greets(), deadline)
             }
-            TransportKind::Unix => Self::greeted(unix::open(&transport.socket, greets())?, greets(), deadline),
-            TransportKind::Local => Err(Error::new(ErrorKind::Internal, "a local host is not called through a link")),
+            TransportKind::Unix => {
+                Self::greeted(unix::open(&transport.socket, greets())?, greets(), deadline)
+            }
+            TransportKind::Local => {
+                Err(Error::new(ErrorKind::Internal, "a local host is not called through a link"))
+            }
         }
     }
 
@@ -120,7 +124,13 @@ impl Link {
     fn greeted(ends: Ends, greets: Instant, deadline: Instant) -> Result<Self> {
         let Ends { reader, writer, below } = ends;
         let watch = Watch::new(Arc::clone(&below), greets);
-        let mut link = Self { reader: BufReader::new(reader), writer, below: Cut(below), watch, greeting: None };
+        let mut link = Self {
+            reader: BufReader::new(reader),
+            writer,
+            below: Cut(below),
+            watch,
+            greeting: None,
+        };
         match link.hear() {
             Ok(Word::Greeting(greeting)) if greeting.program == PROGRAM => {
                 link.watch = Watch::new(Arc::clone(&link.below.0), deadline);
@@ -139,8 +149,10 @@ impl Link {
     pub fn fits(&self, question: &Question) -> Result<()> {
         match &self.greeting {
             Some(greeting) if greeting.protocol < question.needs() => {
-                let message =
-                    format!("its version {} of {PROGRAM} is too old for this call", printable(&greeting.version));
+                let message = format!(
+                    "its version {} of {PROGRAM} is too old for this call",
+                    printable(&greeting.version)
+                );
                 Err(Error::new(ErrorKind::NotSupported, message)
                     .hint("update the program there: hosts first, then callers"))
             }
@@ -196,7 +208,11 @@ impl Link {
                 Error::new(kind, format!("{doing}: the host closed the connection"))
             }
             None if error.kind() == io::ErrorKind::InvalidData && self.greeting.is_some() => {
-                let version = self.greeting.as_ref().map(|greeting| printable(&greeting.version)).unwrap_or_default();
+                let version = self
+                    .greeting
+                    .as_ref()
+                    .map(|greeting| printable(&greeting.version))
+                    .unwrap_or_default();
                 Error::new(
                     kind,
                     format!("{doing}: what its version {version} of {PROGRAM} says is not understood here"),

@@ -61,7 +61,9 @@ pub(super) fn share(target: &Target, deadline: Instant) -> Result<Option<Shared>
         return Ok(None);
     }
     let slots = of("slots".to_owned());
-    let Some((slot, number)) = take(&slots, target.sessions * CONNECTIONS).at("share a connection by", &slots)? else {
+    let Some((slot, number)) =
+        take(&slots, target.sessions * CONNECTIONS).at("share a connection by", &slots)?
+    else {
         return Ok(None);
     };
     let connection = number / target.sessions;
@@ -72,7 +74,9 @@ pub(super) fn share(target: &Target, deadline: Instant) -> Result<Option<Shared>
             let file = open(&start)?;
             file.lock().map(|()| file)
         });
-        let _start = waited.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).at("wait for", &socket)?;
+        let _start = waited
+            .unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
+            .at("wait for", &socket)?;
         if !answers(&socket) {
             connect(target, &socket, deadline)?;
         }
@@ -86,7 +90,8 @@ fn directory() -> Option<PathBuf> {
     let uid = geteuid().as_raw();
     [temporary.as_path(), Path::new("/tmp")].into_iter().find_map(|parent| {
         let dir = parent.join(format!("bosh-qemu-cpi-{uid}"));
-        let fits = dir.as_os_str().len() + 24 <= LONGEST && !dir.as_os_str().as_bytes().contains(&b'%');
+        let fits =
+            dir.as_os_str().len() + 24 <= LONGEST && !dir.as_os_str().as_bytes().contains(&b'%');
         (fits && make_own(&dir, uid).is_ok()).then_some(dir)
     })
 }
@@ -137,7 +142,10 @@ fn connect(target: &Target, socket: &Path, deadline: Instant) -> Result<()> {
     // Of a connection that was killed.
     let _ = std::fs::remove_file(socket);
     let mut command = target.command()?;
-    command.args(["-M", "-N", "-f", "-o", &format!("ControlPersist={STAYS}")]).arg("-S").arg(socket);
+    command
+        .args(["-M", "-N", "-f", "-o", &format!("ControlPersist={STAYS}")])
+        .arg("-S")
+        .arg(socket);
     command.arg("--").arg(&target.host);
     // It goes on in the background, and must not hold what a caller waits for.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -147,7 +155,8 @@ fn connect(target: &Target, socket: &Path, deadline: Instant) -> Result<()> {
         Some(Err(error)) => Err(super::ssh::not_started(error)),
         Some(Ok(status)) if status.success() => Ok(()),
         Some(Ok(status)) => {
-            let silent = || Broken { cause: format!("ssh failed and said nothing ({status})"), hint: None };
+            let silent =
+                || Broken { cause: format!("ssh failed and said nothing ({status})"), hint: None };
             Err(target.why(Some(status), "").unwrap_or_else(silent).into_error("connect"))
         }
     }

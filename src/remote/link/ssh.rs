@@ -38,7 +38,11 @@ const ENDS: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// [`ErrorKind::Host`] if ssh can not be started, or not connect.
-pub(super) fn open(transport: &Transport, connection: Connection, deadline: Instant) -> Result<Ends> {
+pub(super) fn open(
+    transport: &Transport,
+    connection: Connection,
+    deadline: Instant,
+) -> Result<Ends> {
     let target = Target::new(transport)?;
     let shared = match connection {
         Connection::Shared => sharing::share(&target, deadline)?,
@@ -49,10 +53,16 @@ pub(super) fn open(transport: &Transport, connection: Connection, deadline: Inst
         command.arg("-S").arg(socket);
     }
     command.arg("--").arg(&target.host).args(REMOTE_COMMAND);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(not_started)?;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(not_started)?;
     let ends = (child.stdout.take(), child.stdin.take(), child.stderr.take());
-    let (Some(reader), Some(writer), Some(mut complaints)) = ends else { unreachable!("all three are piped") };
+    let (Some(reader), Some(writer), Some(mut complaints)) = ends else {
+        unreachable!("all three are piped")
+    };
     let (heard, said) = channel();
     std::thread::spawn(move || {
         let mut words = Vec::new();
@@ -61,7 +71,8 @@ pub(super) fn open(transport: &Transport, connection: Connection, deadline: Inst
         let _ = heard.send(String::from_utf8_lossy(&words).into_owned());
         let _ = io::copy(&mut complaints, &mut io::sink());
     });
-    let below = Arc::new(Session { child: Mutex::new(child), target, said: Mutex::new(said), shared });
+    let below =
+        Arc::new(Session { child: Mutex::new(child), target, said: Mutex::new(said), shared });
     Ok(Ends { reader: Box::new(reader), writer: Box::new(writer), below })
 }
 
@@ -115,13 +126,18 @@ impl Target {
     pub fn command(&self) -> Result<Command> {
         let mut command = Command::new("ssh");
         // Its messages are read here, so not in the caller's language.
-        command.env_clear().env("LC_ALL", "C").envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+        command
+            .env_clear()
+            .env("LC_ALL", "C")
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
         command.args(["-F", "none", "-T", "-a", "-x", "-E"]).arg(self.log.path());
         command.args(["-p", &self.port.to_string(), "-l", &self.user]);
         for option in OPTIONS {
             command.args(["-o", option]);
         }
-        for (option, value) in [("IdentityFile", self.key.path()), ("UserKnownHostsFile", self.known_hosts.path())] {
+        for (option, value) in
+            [("IdentityFile", self.key.path()), ("UserKnownHostsFile", self.known_hosts.path())]
+        {
             command.args(["-o", &format!("{option}={}", value.display())]);
         }
         Ok(command)
@@ -226,7 +242,8 @@ impl Below for Session {
 
     /// ssh ends with 255 when it fails itself, or of a signal; with any other status the host has spoken.
     fn is_worn(&self) -> bool {
-        self.shared.is_some() && self.status().is_none_or(|status| matches!(status.code(), None | Some(255)))
+        self.shared.is_some()
+            && self.status().is_none_or(|status| matches!(status.code(), None | Some(255)))
     }
 }
 
@@ -235,26 +252,48 @@ const MEANINGS: [(&str, &str, Option<&str>); 12] = [
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "the host's key is not the one in 'host_key'",
-        Some("if the host was installed anew, put its new key there; if not, somebody else answers in its place"),
+        Some(
+            "if the host was installed anew, put its new key there; if not, somebody else answers in its place",
+        ),
     ),
     (
         "Host key verification failed",
         "the host's key is not the one in 'host_key'",
-        Some("if the host was installed anew, put its new key there; if not, somebody else answers in its place"),
+        Some(
+            "if the host was installed anew, put its new key there; if not, somebody else answers in its place",
+        ),
     ),
     ("No ECDSA host key is known", "the host has no key of the kind in 'host_key'", None),
     (
         "Permission denied",
         "the host refuses the key in 'private_key'",
-        Some("add its public half to the user's authorized_keys there: bosh-qemu-cpi host authorize prints the line"),
+        Some(
+            "add its public half to the user's authorized_keys there: bosh-qemu-cpi host authorize prints the line",
+        ),
     ),
-    ("Load key", "the key in 'private_key' can not be read", Some("it must be a private key without a passphrase")),
-    ("Connection refused", "connection refused", Some("see whether sshd runs there and listens on this port")),
+    (
+        "Load key",
+        "the key in 'private_key' can not be read",
+        Some("it must be a private key without a passphrase"),
+    ),
+    (
+        "Connection refused",
+        "connection refused",
+        Some("see whether sshd runs there and listens on this port"),
+    ),
     ("No route to host", "no route to the host", None),
     ("Network is unreachable", "no route to the host", None),
-    ("timed out", "the host does not answer", Some("see whether it is up and this network reaches it")),
+    (
+        "timed out",
+        "the host does not answer",
+        Some("see whether it is up and this network reaches it"),
+    ),
     ("Could not resolve hostname", "the host's name is unknown here", None),
-    ("reset by peer", "the host closed the connection", Some("its sshd may have more connections than MaxStartups")),
+    (
+        "reset by peer",
+        "the host closed the connection",
+        Some("its sshd may have more connections than MaxStartups"),
+    ),
     (
         "Connection closed",
         "the host closed the connection",
@@ -271,18 +310,24 @@ fn explain(code: Option<i32>, log: &str, said: &str) -> Option<Broken> {
     if let Some((_, cause, hint)) = known {
         return broken((*cause).to_owned(), *hint);
     }
-    let shown = |line: &str| line.chars().take(200).flat_map(char::escape_debug).collect::<String>();
-    let last = |text: &str| text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(shown);
+    let shown =
+        |line: &str| line.chars().take(200).flat_map(char::escape_debug).collect::<String>();
+    let last =
+        |text: &str| text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(shown);
     match (code, last(said), last(log)) {
         (Some(127), said, _) => broken(
-            format!("the program is not there{}", said.map(|said| format!(": {said}")).unwrap_or_default()),
+            format!(
+                "the program is not there{}",
+                said.map(|said| format!(": {said}")).unwrap_or_default()
+            ),
             Some("install it: bosh-qemu-cpi host install"),
         ),
         (Some(0), ..) | (None, None, None) => None,
         (Some(255), _, Some(log)) => broken(format!("ssh: {log}"), None),
         (Some(255), ..) => broken("the connection broke".to_owned(), None),
         (_, Some(said), _) => broken(format!("the host said: {said}"), None),
-        (code, None, _) => code.and_then(|code| broken(format!("the host's command ended with status {code}"), None)),
+        (code, None, _) => code
+            .and_then(|code| broken(format!("the host's command ended with status {code}"), None)),
     }
 }
 
@@ -296,14 +341,16 @@ mod tests {
 
     #[test]
     fn what_ssh_says_is_told_in_words_of_this_configuration() {
-        let changed =
-            "@@@@\r\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\r\nHost key verification failed.\r\n";
+        let changed = "@@@@\r\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\r\nHost key verification failed.\r\n";
         assert_eq!(cause(255, changed, ""), "the host's key is not the one in 'host_key'");
         let refused = "root@h: Permission denied (publickey).\r\n";
         assert_eq!(cause(255, refused, ""), "the host refuses the key in 'private_key'");
         let bad = "Load key \"/proc/1/fd/3\": error in libcrypto\r\nroot@h: Permission denied (publickey).\r\n";
         assert_eq!(cause(255, bad, ""), "the key in 'private_key' can not be read");
-        assert_eq!(cause(255, "ssh: connect to host h port 22: Connection refused\r\n", ""), "connection refused");
+        assert_eq!(
+            cause(255, "ssh: connect to host h port 22: Connection refused\r\n", ""),
+            "connection refused"
+        );
         assert_eq!(cause(255, "something new\r\n", ""), "ssh: something new");
     }
 

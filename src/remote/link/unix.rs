@@ -20,15 +20,25 @@ pub(super) fn open(socket: &Path, deadline: Instant) -> Result<Ends> {
     let connected = within(deadline, move || {
         let stream = UnixStream::connect(path)?;
         let (reader, writer) = (stream.try_clone()?, stream.try_clone()?);
-        io::Result::Ok(Ends { reader: Box::new(reader), writer: Box::new(writer), below: Arc::new(Socket(stream)) })
+        io::Result::Ok(Ends {
+            reader: Box::new(reader),
+            writer: Box::new(writer),
+            below: Arc::new(Socket(stream)),
+        })
     });
     connected.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(|error| {
         let hint = match error.kind() {
             io::ErrorKind::PermissionDenied => "join the group of the socket",
-            io::ErrorKind::TimedOut => "more calls than the socket unit's MaxConnections wait: see what they wait for",
+            io::ErrorKind::TimedOut => {
+                "more calls than the socket unit's MaxConnections wait: see what they wait for"
+            }
             _ => "start the socket unit: systemctl enable --now bosh-qemu-cpi.socket",
         };
-        let kind = if error.kind() == io::ErrorKind::TimedOut { ErrorKind::Timeout } else { ErrorKind::Host };
+        let kind = if error.kind() == io::ErrorKind::TimedOut {
+            ErrorKind::Timeout
+        } else {
+            ErrorKind::Host
+        };
         Error::new(kind, format!("connect to '{}'", socket.display())).because(error).hint(hint)
     })
 }

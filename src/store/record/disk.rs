@@ -168,7 +168,12 @@ pub struct SnapshotRecord {
 impl SnapshotRecord {
     /// The copy.
     pub fn image(&self) -> DiskImage {
-        DiskImage { generation: 0, format: self.format, preallocation: Preallocation::Off, ..self.disk.current() }
+        DiskImage {
+            generation: 0,
+            format: self.format,
+            preallocation: Preallocation::Off,
+            ..self.disk.current()
+        }
     }
 }
 

@@ -16,8 +16,11 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
     let tables = || lab.host.run(nftables::tables);
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
-    let add = |guest: &Guest| lab.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap();
-    let remove = |guest: &Guest| lab.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap();
+    let add = |guest: &Guest| {
+        lab.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap()
+    };
+    let remove =
+        |guest: &Guest| lab.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap();
     assert_eq!(tables(), [GUARD, GUARD]);
     add(&guest);
     remove(&guest);
@@ -34,7 +37,11 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
     add(&guest);
     lab.host.run(|| nftables::write_table(GUARD, false));
     lab.host
-        .run(|| guard::add(std::slice::from_ref(&guest.nic), || Ok(vec![guest.nic.clone(), other.nic.clone()])))
+        .run(|| {
+            guard::add(std::slice::from_ref(&guest.nic), || {
+                Ok(vec![guest.nic.clone(), other.nic.clone()])
+            })
+        })
         .unwrap();
     lab.drops_it(&guest, &other, "MAC", &spoofed);
     lab.drops_it(&other, &guest, "MAC", &back);
@@ -44,13 +51,18 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
 #[test]
 fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
     let Some(lab) = Lab::new() else { return };
-    let [stays, goes] = [1, 2].map(|n| nic(&format!("bqvm{n}"), n, guarded(&[&format!("10.0.0.{n}")])));
+    let [stays, goes] =
+        [1, 2].map(|n| nic(&format!("bqvm{n}"), n, guarded(&[&format!("10.0.0.{n}")])));
     let asked = AtomicU32::new(0);
     let others = || {
         let first = asked.fetch_add(1, Relaxed) == 0;
         // That a record is another by then does not take the VM's elements away.
         let again = NicRules { anti_spoof: false, ..stays.rules.clone().unwrap() };
-        Ok(if first { vec![stays.clone(), goes.clone()] } else { vec![Nic { rules: Some(again), ..stays.clone() }] })
+        Ok(if first {
+            vec![stays.clone(), goes.clone()]
+        } else {
+            vec![Nic { rules: Some(again), ..stays.clone() }]
+        })
     };
     lab.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
     let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), others));
@@ -99,7 +111,13 @@ fn two_hundred_vms_come_and_go() {
 fn two_thousand_vms_get_their_rules_back_with_the_next() {
     let Some(lab) = Lab::new() else { return };
     let vms: Vec<_> = (0..2000u16)
-        .map(|n| nic(&format!("bqvm{n}"), n as u8, guarded(&[&format!("10.0.{}.{}", n / 250, n % 250 + 1)])))
+        .map(|n| {
+            nic(
+                &format!("bqvm{n}"),
+                n as u8,
+                guarded(&[&format!("10.0.{}.{}", n / 250, n % 250 + 1)]),
+            )
+        })
         .collect();
     lab.host.run(|| guard::add(&vms[..1], || Ok(vms.clone()))).unwrap();
     assert!(!lab.host.run(|| guard::is_lost(&vms)).unwrap());

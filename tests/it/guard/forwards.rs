@@ -14,7 +14,9 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
         ("10.0.0.254/24", "10.0.0.1/24", "192.0.2.1/24", "192.0.2.2/24"),
         ("fd00::fe/64", "fd00::1/64", "2001:db8::1/64", "2001:db8::2/64"),
     ] {
-        let (Some(host), Some(guest), Some(outside)) = (Namespace::new(), Namespace::new(), Namespace::new()) else {
+        let (Some(host), Some(guest), Some(outside)) =
+            (Namespace::new(), Namespace::new(), Namespace::new())
+        else {
             return;
         };
         let v6 = gateway.contains(':');
@@ -29,11 +31,16 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
         host.cable("uplink", &outside, "eth0");
         let address = |text: &str| text.split_once('/').unwrap().0.to_owned();
         let to: std::net::IpAddr = address(inside).parse().unwrap();
-        let forward = |host, address| Forward { address, protocol: TCP, host, to, guest: 80, count: 1 };
+        let forward =
+            |host, address| Forward { address, protocol: TCP, host, to, guest: 80, count: 1 };
         let named = address(at_host).parse().unwrap();
         let elsewhere: std::net::IpAddr = address(outer).parse().unwrap();
         let rules = NicRules {
-            forwards: vec![forward(8080, None), forward(8081, Some(named)), forward(8082, Some(elsewhere))],
+            forwards: vec![
+                forward(8080, None),
+                forward(8081, Some(named)),
+                forward(8082, Some(elsewhere)),
+            ],
             ..guarded(&[&address(inside)])
         };
         let vm = nic("bqport1", 1, rules);
@@ -45,10 +52,12 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
         outside.ip(&format!("address add {outer} dev eth0 {nodad}"));
 
         let listener = guest.run(|| TcpListener::bind((to, 80)).unwrap());
-        let connects =
-            |from: &Namespace, port| from.run(|| TcpStream::connect_timeout(&(named, port).into(), PATIENCE));
+        let connects = |from: &Namespace, port| {
+            from.run(|| TcpStream::connect_timeout(&(named, port).into(), PATIENCE))
+        };
         for (from, port) in [(&outside, 8080), (&outside, 8081), (&host, 8080), (&host, 8081)] {
-            let stream = connects(from, port).unwrap_or_else(|error| panic!("{named}:{port}: {error}"));
+            let stream =
+                connects(from, port).unwrap_or_else(|error| panic!("{named}:{port}: {error}"));
             let (served, peer) = listener.accept().unwrap();
             assert_eq!(peer.port(), stream.local_addr().unwrap().port());
             drop(served);

@@ -21,11 +21,14 @@ fn a_security_group_admits_what_it_names_and_answers() {
     ];
     let guest = lab.guest(1, admits(&[&tcp_ports[..], &others].concat()));
     let other = lab.guest(2, NicRules::default());
-    let to4 =
-        |from: &str, protocol, payload: &[u8]| ethernet(mac(1), mac(2), IP4, &ip4(from, "10.0.0.1", protocol, payload));
-    let to6 =
-        |from: &str, protocol, payload: &[u8]| ethernet(mac(1), mac(2), IP6, &ip6(from, "fd00::1", protocol, payload));
-    let ask4 = |payload: &[u8]| ethernet(mac(2), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, payload));
+    let to4 = |from: &str, protocol, payload: &[u8]| {
+        ethernet(mac(1), mac(2), IP4, &ip4(from, "10.0.0.1", protocol, payload))
+    };
+    let to6 = |from: &str, protocol, payload: &[u8]| {
+        ethernet(mac(1), mac(2), IP6, &ip6(from, "fd00::1", protocol, payload))
+    };
+    let ask4 =
+        |payload: &[u8]| ethernet(mac(2), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, payload));
 
     for frame in [
         to4("192.0.2.1", TCP, &tcp(1000, 80, 2)),
@@ -57,7 +60,12 @@ fn a_security_group_admits_what_it_names_and_answers() {
     lab.passes(&guest, &other, &ask4(&udp(1000, 53)));
     lab.passes(&other, &guest, &to4("10.0.0.2", UDP, &udp(53, 1000)));
     lab.drops_it(&other, &guest, "answer from elsewhere", &to4("10.0.0.3", UDP, &udp(53, 1000)));
-    lab.drops_it(&other, &guest, "connection in an answer's place", &to4("10.0.0.2", TCP, &tcp(53, 1000, 2)));
+    lab.drops_it(
+        &other,
+        &guest,
+        "connection in an answer's place",
+        &to4("10.0.0.2", TCP, &tcp(53, 1000, 2)),
+    );
 }
 
 #[test]
@@ -66,8 +74,10 @@ fn a_security_group_admits_the_lease_of_who_asks_for_one() {
     let roaming = lab.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
     let settled = lab.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
     let server = lab.guest(3, NicRules::default());
-    let offer4 = |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
-    let offer6 = |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
+    let offer4 =
+        |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
+    let offer6 =
+        |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
     lab.passes(&server, &roaming, &offer4(mac(1), 68));
     lab.passes(&server, &roaming, &offer6(mac(1)));
     lab.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));

@@ -49,7 +49,11 @@ fn a_stranger_behind_the_gateways_address_is_no_neighbour() {
         let nic = card("port1", &routed, "10.1.0.5", admits(&admitted));
         plug(&lab, &nic);
         assert!(reaches(&lab.host, &grouped, "10.1.0.5"), "{admitted:?}: the host itself");
-        assert_eq!(reaches(&neighbour, &grouped, "10.1.0.5"), by_the_neighbour, "{admitted:?}: a neighbour");
+        assert_eq!(
+            reaches(&neighbour, &grouped, "10.1.0.5"),
+            by_the_neighbour,
+            "{admitted:?}: a neighbour"
+        );
         assert_eq!(
             reaches(&stranger, &grouped, "10.1.0.5"),
             by_the_stranger,
@@ -64,9 +68,10 @@ fn a_stranger_behind_the_gateways_address_is_no_neighbour() {
 
 #[test]
 fn a_neighbour_that_comes_by_a_port_of_the_host_is_known() {
-    for (gateway, one, two, server) in
-        [("10.0.0.1", "10.0.0.5", "10.0.0.6", "10.0.0.7"), ("fd00::1", "fd00::5", "fd00::6", "fd00::7")]
-    {
+    for (gateway, one, two, server) in [
+        ("10.0.0.1", "10.0.0.5", "10.0.0.6", "10.0.0.7"),
+        ("fd00::1", "fd00::5", "fd00::6", "fd00::7"),
+    ] {
         let Some(lab) = Lab::new() else { return };
         lab.host.run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
         let nat = nat(gateway);
@@ -74,7 +79,8 @@ fn a_neighbour_that_comes_by_a_port_of_the_host_is_known() {
         let (admitted, refused) = (lab.vm("port0", one), lab.vm("port1", two));
         let grouped = lab.unplugged_vm("port2", server);
         let to: IpAddr = server.parse().unwrap();
-        let forward = |protocol, host| Forward { address: None, protocol, host, to, guest: 80, count: 1 };
+        let forward =
+            |protocol, host| Forward { address: None, protocol, host, to, guest: 80, count: 1 };
         let only = if to.is_ipv4() { "10.0.0.5/32" } else { "fd00::5/128" };
         let rules = NicRules {
             forwards: vec![forward(TCP, 8080), forward(UDP, 8080)],
@@ -92,7 +98,8 @@ fn a_neighbour_that_comes_by_a_port_of_the_host_is_known() {
         let socket = grouped.run(|| UdpSocket::bind((to, 80)).unwrap());
         socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         let asks = |from: &Namespace, word: &[u8]| {
-            let asker = from.run(|| UdpSocket::bind((if to.is_ipv4() { "0.0.0.0" } else { "::" }, 0)).unwrap());
+            let asker = from
+                .run(|| UdpSocket::bind((if to.is_ipv4() { "0.0.0.0" } else { "::" }, 0)).unwrap());
             asker.send_to(word, by_the_host).unwrap();
             asker
         };

@@ -52,7 +52,8 @@ fn mac(last: u8) -> Mac {
 fn nic(tap: &str, last: u8, rules: NicRules) -> Nic {
     let bridge = LinkName::parse(BRIDGE).unwrap();
     let keeper = Keeper::Operator;
-    let segment = Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper };
+    let segment =
+        Segment { network: "lab".into(), bridge, mtu: None, vlan: None, isolated: false, keeper };
     let wire = Wire::Tap { tap: LinkName::parse(tap).unwrap(), segment };
     Nic { network: "lab".into(), mac: mac(last).into(), wire, rules: Some(rules) }
 }
@@ -105,7 +106,11 @@ impl Lab {
     fn passes(&self, from: &Guest, to: &Guest, frame: &[u8]) {
         let before = self.drops();
         from.wire.send(frame).unwrap();
-        assert!(to.hears(frame, PATIENCE), "dropped: {frame:02x?} ({} drops)", self.drops() - before);
+        assert!(
+            to.hears(frame, PATIENCE),
+            "dropped: {frame:02x?} ({} drops)",
+            self.drops() - before
+        );
     }
 
     /// Has `from` send the frame, which must be dropped and counted.
@@ -139,5 +144,8 @@ fn admits(list: &[Admitted<'_>]) -> NicRules {
         protocols: (*protocol, *protocol),
         ports: *ports,
     };
-    NicRules { admits: Some(list.iter().map(admission).collect()), ..guarded(&["10.0.0.1", "fd00::1"]) }
+    NicRules {
+        admits: Some(list.iter().map(admission).collect()),
+        ..guarded(&["10.0.0.1", "fd00::1"])
+    }
 }

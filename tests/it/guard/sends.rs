@@ -36,7 +36,11 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
     lab.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
     lab.passes(&guest, &other, &probes("10.0.0.1"));
     lab.passes(&guest, &other, &probes("10.0.0.47"));
-    lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])));
+    lab.passes(
+        &guest,
+        &other,
+        &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])),
+    );
 
     let spoofs = [
         ("MAC", ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)))),
@@ -46,7 +50,10 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
         ("DHCP server", frame(&ip4("10.0.0.1", "255.255.255.255", UDP, &udp(67, 68)))),
         ("question whether another's address is free", probes("10.0.0.2")),
         ("IGMP query", frame(&ip4("10.0.0.1", "224.0.0.1", 2, &[0x11, 0, 0, 0, 0, 0, 0, 0]))),
-        ("multicast router", frame(&ip4("10.0.0.1", "224.0.0.106", 2, &[0x30, 0, 0, 0, 0, 0, 0, 0]))),
+        (
+            "multicast router",
+            frame(&ip4("10.0.0.1", "224.0.0.106", 2, &[0x30, 0, 0, 0, 0, 0, 0, 0])),
+        ),
         ("PIM", frame(&ip4("10.0.0.1", "224.0.0.13", 103, &[0x20, 0, 0, 0]))),
         ("ARP sender's IP", asks((mac(1), "10.0.0.2"))),
         ("ARP sender's MAC", asks((mac(9), "10.0.0.1"))),
@@ -70,12 +77,15 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
 #[test]
 fn a_guest_speaks_as_what_it_is_allowed_beside_itself() {
     let Some(lab) = Lab::new() else { return };
-    let allowed = ["10.0.0.100", "10.0.1.0/24", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
+    let allowed =
+        ["10.0.0.100", "10.0.1.0/24", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
     let guest = lab.guest(1, NicRules { allowed, ..guarded(&["10.0.0.1", "fd00::1"]) });
     let other = lab.guest(2, guarded(&["10.0.0.2", "fd00::2"]));
-    let four = |from: &str| ethernet(EVERYBODY, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
+    let four =
+        |from: &str| ethernet(EVERYBODY, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
     let asks = |from: &str| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), from), "10.0.0.2"));
-    let six = |from: &str| ethernet(EVERYBODY, mac(1), IP6, &ip6(from, "fd00::2", UDP, &udp(1000, 53)));
+    let six =
+        |from: &str| ethernet(EVERYBODY, mac(1), IP6, &ip6(from, "fd00::2", UDP, &udp(1000, 53)));
     let tells = |target: &str| {
         let advertisement = nd(136, target, Some((2, mac(1))));
         ethernet(EVERYBODY, mac(1), IP6, &ip6("fd00::1", "ff02::1", ICMP6, &advertisement))
@@ -118,11 +128,19 @@ fn a_guest_speaks_ipv6_only_as_itself() {
     lab.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
     lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
     lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
-    lab.passes(&guest, &other, &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()));
+    lab.passes(
+        &guest,
+        &other,
+        &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()),
+    );
     lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
     lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
     // A large ping in two fragments.
-    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])));
+    lab.passes(
+        &guest,
+        &other,
+        &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])),
+    );
     lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
 
     let spoofs = [
@@ -134,17 +152,29 @@ fn a_guest_speaks_ipv6_only_as_itself() {
         ("advertised target", icmp("fd00::1", &nd(136, "fd00::2", own))),
         ("advertised MAC", icmp("fd00::1", &nd(136, "fd00::1", foreign))),
         ("advertiser", icmp("fd00::2", &nd(136, "fd00::1", own))),
-        ("second option", icmp("fd00::1", &[nd(136, "fd00::1", own), vec![2, 1], mac(9).to_vec()].concat())),
-        ("option that hides another", icmp("fd00::1", &[nd(136, "fd00::1", Some((14, mac(1)))), vec![2, 1]].concat())),
+        (
+            "second option",
+            icmp("fd00::1", &[nd(136, "fd00::1", own), vec![2, 1], mac(9).to_vec()].concat()),
+        ),
+        (
+            "option that hides another",
+            icmp("fd00::1", &[nd(136, "fd00::1", Some((14, mac(1)))), vec![2, 1]].concat()),
+        ),
         ("solicitor's MAC", icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(9)))))),
         ("solicitor", icmp("fd00::2", &nd(135, "fd00::1", None))),
         ("question whether another's address is free", icmp("::", &nd(135, "fd00::2", None))),
         ("solicitor's MAC after another option", {
             let nonce = [14, 1, 0, 0, 0, 0, 0, 0];
-            icmp("fd00::1", &[nd(135, "fd00::2", None), nonce.to_vec(), vec![1, 1], mac(9).to_vec()].concat())
+            icmp(
+                "fd00::1",
+                &[nd(135, "fd00::2", None), nonce.to_vec(), vec![1, 1], mac(9).to_vec()].concat(),
+            )
         }),
         ("solicitor's second option", {
-            icmp("fd00::1", &[nd(135, "fd00::2", Some((1, mac(1)))), vec![1, 1], mac(9).to_vec()].concat())
+            icmp(
+                "fd00::1",
+                &[nd(135, "fd00::2", Some((1, mac(1)))), vec![1, 1], mac(9).to_vec()].concat(),
+            )
         }),
         ("MAC of who asks for routers", icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(9)].concat()))),
         ("listener query", icmp(LINK_LOCAL, &nd(130, "::", None))),
@@ -183,9 +213,18 @@ fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
     let frame = |from: Mac, payload: &[u8]| ethernet(EVERYBODY, from, IP4, payload);
     let asks = ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67));
     lab.passes(&guest, &other, &frame(mac(1), &asks));
-    lab.passes(&guest, &other, &ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")));
+    lab.passes(
+        &guest,
+        &other,
+        &ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")),
+    );
     lab.drops_it(&guest, &other, "MAC", &frame(mac(9), &asks));
-    lab.drops_it(&guest, &other, "DHCP server", &frame(mac(1), &ip4("10.0.0.77", "10.0.0.2", UDP, &udp(67, 68))));
+    lab.drops_it(
+        &guest,
+        &other,
+        "DHCP server",
+        &frame(mac(1), &ip4("10.0.0.77", "10.0.0.2", UDP, &udp(67, 68))),
+    );
 }
 
 #[test]
@@ -193,7 +232,8 @@ fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
-    let frame = ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
+    let frame =
+        ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
     let before = lab.drops();
     guest.wire.send(&frame).unwrap();
     eventually("a counted drop", || (lab.drops() > before).then_some(()));
@@ -211,9 +251,15 @@ fn a_bridge_learns_nothing_from_a_guest() {
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
     let free = lab.guest(3, NicRules::default());
     let port_of = |mac: &str| {
-        let list = || std::process::Command::new("bridge").args(["-json", "fdb", "show"]).output().unwrap();
+        let list = || {
+            std::process::Command::new("bridge").args(["-json", "fdb", "show"]).output().unwrap()
+        };
         let list: serde_json::Value = serde_json::from_slice(&lab.host.run(list).stdout).unwrap();
-        let entry = list.as_array().unwrap().iter().find(|entry| entry["mac"] == mac && entry["master"] == BRIDGE);
+        let entry = list
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|entry| entry["mac"] == mac && entry["master"] == BRIDGE);
         entry.map(|entry| entry["ifname"].as_str().unwrap().to_owned())
     };
     let payload = ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53));

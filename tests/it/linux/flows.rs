@@ -44,14 +44,19 @@ impl<'a> Agents<'a> {
 
     /// mount_disk, which grows the filesystem to the disk's size, and migrate_disk.
     fn mount(&self, disk: &DiskCid) {
-        let (_, vm, is_new) = self.attached.iter().find(|(attached, ..)| attached == disk).expect("attached before");
+        let (_, vm, is_new) =
+            self.attached.iter().find(|(attached, ..)| attached == disk).expect("attached before");
         let guest = &self.guests[vm];
         if !is_new {
             guest.grow(disk);
             return;
         }
         guest.disk(disk, "format");
-        let (old, ..) = self.attached.iter().find(|(old, its, _)| its == vm && old != disk).expect("two at once");
+        let (old, ..) = self
+            .attached
+            .iter()
+            .find(|(old, its, _)| its == vm && old != disk)
+            .expect("two at once");
         assert_eq!(self.host.ok("get_disks", &json!([vm])), json!([old, disk]));
         guest.disk(old, &format!("migrate?text={disk}"));
     }
@@ -82,7 +87,10 @@ impl traces::Agents for Agents<'_> {
             }
             // It is pinged next.
             "set_vm_metadata" => {
-                self.guests.get_mut(&text(&arguments[0]).parse().unwrap()).expect("a guest").booted();
+                self.guests
+                    .get_mut(&text(&arguments[0]).parse().unwrap())
+                    .expect("a guest")
+                    .booted();
             }
             "create_disk" => self.made.push(text(result).parse().unwrap()),
             "attach_disk" => {
@@ -106,7 +114,12 @@ fn assert_has_grown(guest: &Guest<'_>, disk: &DiskCid) {
 
 /// bosh-cli gives a VM with `disk` a larger one: it makes the VM anew, and its agent copies from one disk to the other. The
 /// new guest and the new disk, with the text of the old.
-pub fn bigger_disk<'a>(host: &'a Host, stemcell: &str, guest: Guest<'a>, disk: &DiskCid) -> (Guest<'a>, DiskCid) {
+pub fn bigger_disk<'a>(
+    host: &'a Host,
+    stemcell: &str,
+    guest: Guest<'a>,
+    disk: &DiskCid,
+) -> (Guest<'a>, DiskCid) {
     host.bridge("br0");
     for address in ["10.244.0.1", "10.245.0.1"] {
         host.namespace().ip(&format!("address add {address}/24 dev br0"));
@@ -114,7 +127,10 @@ pub fn bigger_disk<'a>(host: &'a Host, stemcell: &str, guest: Guest<'a>, disk: &
     let (old, written) = (guest.vm.clone(), guest.disk(disk, "read"));
     let mut agents = Agents::of(host, guest);
     let ask = |request: &str| host.ask(request);
-    let flow = Flow::new(host, &ask, RAM).knows("sc-0005", &stemcell).knows("vm-0006", &old).knows("disk-0003", disk);
+    let flow = Flow::new(host, &ask, RAM)
+        .knows("sc-0005", &stemcell)
+        .knows("vm-0006", &old)
+        .knows("disk-0003", disk);
     flow.replay("create-env-bigger-disk", &mut agents);
     let (new, larger) = (agents.new_one(&old), agents.made.pop().expect("a new disk"));
     assert_eq!(host.ok("has_disk", &json!([disk])), false);
@@ -144,7 +160,10 @@ pub fn hot_swap<'a>(host: &'a Host, stemcell: &str, guest: Guest<'a>, disk: &Dis
     let (old, written) = (guest.vm.clone(), guest.disk(disk, "read"));
     let mut agents = Agents { is_hot_swap: true, ..Agents::of(host, guest) };
     let ask = |request: &str| host.ask(request);
-    let flow = Flow::new(host, &ask, RAM).knows("sc-0001", &stemcell).knows("vm-0022", &old).knows("disk-0018", disk);
+    let flow = Flow::new(host, &ask, RAM)
+        .knows("sc-0001", &stemcell)
+        .knows("vm-0022", &old)
+        .knows("disk-0018", disk);
     flow.replay("director-hotswap", &mut agents);
     assert_eq!(host.ok("has_vm", &json!([old])), true);
     let new = agents.new_one(&old);

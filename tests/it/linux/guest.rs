@@ -28,7 +28,8 @@ pub fn stemcell_dir() -> Option<PathBuf> {
 
 /// Imports it.
 pub fn import(host: &Host, dir: &Path) -> String {
-    let properties: Value = serde_json::from_slice(&std::fs::read(dir.join("stemcell.json")).unwrap()).unwrap();
+    let properties: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("stemcell.json")).unwrap()).unwrap();
     text(&host.ok("create_stemcell", &json!([dir.join("image"), properties])))
 }
 
@@ -83,7 +84,8 @@ impl<'a> Guest<'a> {
         let mut lan = network(0);
         lan["default"] = json!(["dns", "gateway"]);
         let properties = json!({"ram": 256, "ephemeral_disk": 256, "root_disk": 512});
-        let arguments = json!(["agent-1", stemcell, properties, {"lan": lan}, [], {"bosh": {"password": "*"}}]);
+        let arguments =
+            json!(["agent-1", stemcell, properties, {"lan": lan}, [], {"bosh": {"password": "*"}}]);
         let mut guest = Self::new(host, vm_cid(&host.ok("create_vm", &arguments)), "10.99.0.5");
         guest.booted();
         guest

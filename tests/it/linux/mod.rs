@@ -41,7 +41,10 @@ fn data_survives_detaching_rebooting_and_what_the_director_does() {
         guest.disk(cid, "unmount");
     }
     let seen = guest.disks();
-    assert_eq!([first.as_str(), second.as_str(), "root"].map(|serial| seen[serial] >> 20), [64, 32, 512]);
+    assert_eq!(
+        [first.as_str(), second.as_str(), "root"].map(|serial| seen[serial] >> 20),
+        [64, 32, 512]
+    );
 
     host.ok("detach_disk", &json!([guest.vm, second]));
     host.ok("reboot_vm", &json!([guest.vm]));
@@ -123,7 +126,8 @@ fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
 #[test]
 fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() {
     let Some(dir) = stemcell_dir() else { return };
-    let networks = json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
+    let networks =
+        json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
     let Some(host) = Host::with(json!({"networks": networks, "agent": agent()})) else { return };
     let outside = Namespace::new().expect("as the host's");
     host.namespace().cable("uplink", &outside, "world");
@@ -138,17 +142,22 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
     let text = format!(r#"{{"zeta":{zeta},"pub":{vip},"alpha":{alpha}}}"#);
     // With two CPUs, each card has two queues.
     let ports = json!([{"host": 80, "guest": 8080, "address": "192.0.2.1"}]);
-    let properties = json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512, "ports": ports});
+    let properties =
+        json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512, "ports": ports});
     let arguments = format!(r#"["agent-1","{stemcell}",{properties},{text},[],{{}}]"#);
     let context = r#"{"director_uuid":"deadbeef"}"#;
-    let request = format!(r#"{{"method":"create_vm","arguments":{arguments},"context":{context},"api_version":2}}"#);
+    let request = format!(
+        r#"{{"method":"create_vm","arguments":{arguments},"context":{context},"api_version":2}}"#
+    );
     let vm = vm_cid(host.ask(&request).result());
     let mut guest = Guest::new(&host, vm, "10.99.0.5");
     guest.booted();
 
     let seen = guest.get("/net");
     let nics = seen["interfaces"].as_array().unwrap();
-    let nic = |name: &str| nics.iter().find(|nic| nic["name"] == name).unwrap_or_else(|| panic!("no {name}: {seen}"));
+    let nic = |name: &str| {
+        nics.iter().find(|nic| nic["name"] == name).unwrap_or_else(|| panic!("no {name}: {seen}"))
+    };
     let record = host.record(&guest.vm);
     for (index, address) in [(0, "10.99.0.5/24"), (1, "10.99.1.5/24")] {
         let nic = nic(&format!("eth{index}"));
@@ -158,18 +167,25 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
     assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
 
     // The world knows no way to the VM, but the host's address.
-    assert_eq!(ask_from(&outside, "192.0.2.1:80", "/ping").expect("by a forward")["agent_id"], "agent-1");
+    assert_eq!(
+        ask_from(&outside, "192.0.2.1:80", "/ping").expect("by a forward")["agent_id"],
+        "agent-1"
+    );
     let listener = outside.run(|| TcpListener::bind("192.0.2.2:0").unwrap());
     let port = listener.local_addr().unwrap().port();
     listener.set_nonblocking(true).unwrap();
     let (told, seen) = std::thread::scope(|threads| {
         let asks = threads.spawn(|| guest.get(&format!("/reach/192.0.2.2/{port}")));
-        let (mut stream, peer) = eventually("the guest reaches the world", || listener.accept().ok());
+        let (mut stream, peer) =
+            eventually("the guest reaches the world", || listener.accept().ok());
         stream.write_all(b"the world").unwrap();
         drop(stream);
         (asks.join().unwrap(), peer.ip())
     });
-    assert_eq!((told["value"].as_str(), seen.to_string().as_str()), (Some("the world"), "192.0.2.1"));
+    assert_eq!(
+        (told["value"].as_str(), seen.to_string().as_str()),
+        (Some("the world"), "192.0.2.1")
+    );
 }
 
 #[test]

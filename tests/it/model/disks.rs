@@ -28,7 +28,12 @@ fn runs_with(lab: &Lab, disk: &DiskCid) -> Option<VmCid> {
 }
 
 /// Calls on a disk that a repeated call brings to the same end; if it is killed, something else may happen first.
-fn settled(lab: &mut Lab, random: &mut Random, method: &str, arguments: &Value) -> Result<Value, Failure> {
+fn settled(
+    lab: &mut Lab,
+    random: &mut Random,
+    method: &str,
+    arguments: &Value,
+) -> Result<Value, Failure> {
     let disk: DiskCid = arguments[0].as_str().unwrap().parse().unwrap();
     let holder = lab.holder(&disk).cloned();
     lab.attempt(random, method, arguments).unwrap_or_else(|| {
@@ -48,7 +53,12 @@ pub fn data_is_written(lab: &mut Lab, random: &mut Random) {
             guest_writes(&lab.host, &vm, &disk, &write);
             guest_writes(&lab.host, &vm, &disk, "flush");
         }
-        None => qemu_io(&lab.host, &image(&lab.host, &disk), &record(&lab.host, &disk), &[&write, "flush"]),
+        None => qemu_io(
+            &lab.host,
+            &image(&lab.host, &disk),
+            &record(&lab.host, &disk),
+            &[&write, "flush"],
+        ),
     }
     lab.disks.get_mut(&disk).unwrap().data = data;
 }
@@ -71,7 +81,8 @@ pub fn update_disk(lab: &mut Lab, random: &mut Random) {
     let Some(disk) = a_disk(lab, random) else { return };
     let size = (lab.disks[&disk].size + random.next() % 2).min(LARGEST);
     let format = random.pick(["raw", "qcow2"]).unwrap();
-    settled(lab, random, "update_disk", &json!([disk, size, {"format": format}])).expect("update_disk");
+    settled(lab, random, "update_disk", &json!([disk, size, {"format": format}]))
+        .expect("update_disk");
     let model = lab.disks.get_mut(&disk).unwrap();
     (model.size, model.format) = (size, format);
     check_data(lab, &disk);
@@ -85,11 +96,14 @@ pub fn set_disk_metadata(lab: &mut Lab, random: &mut Random) {
 }
 
 pub fn snapshot_disk(lab: &mut Lab, random: &mut Random) {
-    let Some(disk) = a_disk(lab, random).filter(|_| lab.snapshots.len() < MOST_SNAPSHOTS) else { return };
+    let Some(disk) = a_disk(lab, random).filter(|_| lab.snapshots.len() < MOST_SNAPSHOTS) else {
+        return;
+    };
     let holder = lab.holder(&disk).cloned();
     match lab.attempt(random, "snapshot_disk", &json!([disk, {}])) {
         Some(made) => {
-            let snapshot: SnapshotCid = made.expect("snapshot_disk").as_str().unwrap().parse().unwrap();
+            let snapshot: SnapshotCid =
+                made.expect("snapshot_disk").as_str().unwrap().parse().unwrap();
             lab.snapshots.insert(snapshot.clone(), lab.disks[&disk].clone());
             check_snapshot(lab, &snapshot);
         }
@@ -111,14 +125,17 @@ pub fn delete_snapshot(lab: &mut Lab, random: &mut Random) {
 }
 
 pub fn restore(lab: &mut Lab, random: &mut Random) {
-    let Some(snapshot) = random.pick(lab.snapshots.keys().cloned()).filter(|_| lab.disks.len() < MOST_DISKS) else {
+    let Some(snapshot) =
+        random.pick(lab.snapshots.keys().cloned()).filter(|_| lab.disks.len() < MOST_DISKS)
+    else {
         return;
     };
     lab.say(&format!("disk restore {snapshot}"));
     let output = lab.host.cpi().args(["disk", "restore", snapshot.as_str()]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let disk: DiskCid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
-    lab.disks.insert(disk.clone(), Disk { metadata: json!({}), ..lab.snapshots[&snapshot].clone() });
+    lab.disks
+        .insert(disk.clone(), Disk { metadata: json!({}), ..lab.snapshots[&snapshot].clone() });
     check_data(lab, &disk);
 }
 
@@ -129,7 +146,9 @@ pub fn check_data(lab: &Lab, disk: &DiskCid) {
     assert_eq!((is.size.get(), json!(is.format)), (model.size, json!(model.format)), "{disk}");
     assert_eq!(metadata(&lab.host, disk), model.metadata, "{disk}");
     match runs_with(lab, disk) {
-        Some(vm) => expected(model).iter().for_each(|read| guest_writes(&lab.host, &vm, disk, read)),
+        Some(vm) => {
+            expected(model).iter().for_each(|read| guest_writes(&lab.host, &vm, disk, read))
+        }
         None => check_image(lab, &image(&lab.host, disk), &is, model),
     }
 }

@@ -91,11 +91,19 @@ impl Lab {
 
     /// Calls `method`, one time in three to be killed at one of its crash points. `None`: it was, or its supervisor was and
     /// it failed for that; nobody knows what it did.
-    pub fn attempt(&mut self, random: &mut Random, method: &str, arguments: &Value) -> Option<Result<Value, Failure>> {
+    pub fn attempt(
+        &mut self,
+        random: &mut Random,
+        method: &str,
+        arguments: &Value,
+    ) -> Option<Result<Value, Failure>> {
         let points = self.points.get(method).cloned().unwrap_or_default();
         let (kill, point) = (random.one_in(3), random.pick(points));
         let point = point.filter(|_| kill);
-        self.say(&format!("{method} {arguments}, to be killed at {}", point.as_deref().unwrap_or("no point")));
+        self.say(&format!(
+            "{method} {arguments}, to be killed at {}",
+            point.as_deref().unwrap_or("no point")
+        ));
         self.calls += 1;
         let log = self.host.path(&format!("crash-points-{}", self.calls));
         let mut variables = vec![("LOG", log.to_str().unwrap())];
@@ -112,10 +120,15 @@ impl Lab {
         let outcome = answer.map(|answer| answer.outcome);
         let unknown = match &outcome {
             None => true,
-            Some(outcome) => outcome.is_err() && point.is_some_and(|point| point.starts_with("supervisor: ")),
+            Some(outcome) => {
+                outcome.is_err() && point.is_some_and(|point| point.starts_with("supervisor: "))
+            }
         };
         self.killed += u32::from(unknown);
-        self.say(&format!("  {}", if unknown { "killed".to_owned() } else { format!("{outcome:?}") }));
+        self.say(&format!(
+            "  {}",
+            if unknown { "killed".to_owned() } else { format!("{outcome:?}") }
+        ));
         outcome.filter(|_| !unknown)
     }
 
@@ -126,7 +139,10 @@ impl Lab {
         if random.one_in(3) {
             return false;
         }
-        self.say(&format!("{HOST_START}, to be killed at {}", point.as_deref().unwrap_or("no point")));
+        self.say(&format!(
+            "{HOST_START}, to be killed at {}",
+            point.as_deref().unwrap_or("no point")
+        ));
         let log = self.host.path("crash-points-host-start");
         let mut command = self.host.cpi();
         command.args(HOST_START.split(' ')).env("BOSH_QEMU_CPI_CRASH_LOG", &log);
@@ -149,7 +165,8 @@ impl Lab {
     fn disarm(&self) {
         for vm in self.host.store().list::<VmRecord>().unwrap() {
             let Some(supervisor) = self.host.supervisor(&vm) else { continue };
-            let environment = std::fs::read(format!("/proc/{}/environ", supervisor.pid())).unwrap_or_default();
+            let environment =
+                std::fs::read(format!("/proc/{}/environ", supervisor.pid())).unwrap_or_default();
             if String::from_utf8_lossy(&environment).contains("BOSH_QEMU_CPI_CRASH_AT") {
                 supervisor.signal(Signal::SIGKILL).unwrap();
                 gone(&supervisor);
@@ -176,7 +193,10 @@ impl Lab {
 
     /// Takes a VM that create_vm answered into the model.
     pub fn add_vm(&mut self, cid: VmCid) {
-        self.vms.insert(cid, Vm { power: Power::On, disks: BTreeSet::new(), name: None, restarted_by: None });
+        self.vms.insert(
+            cid,
+            Vm { power: Power::On, disks: BTreeSet::new(), name: None, restarted_by: None },
+        );
     }
 
     /// Removes what a create that was killed had finished: it was never told of it, so the model does not know it. What was not
@@ -206,10 +226,19 @@ impl Lab {
             &snapshots,
         );
         let stemcells = store.list::<StemcellRecord>().unwrap();
-        self.remove_unknown::<StemcellRecord>("delete_stemcell", |lab, cid| lab.stemcells.contains(cid), &stemcells);
+        self.remove_unknown::<StemcellRecord>(
+            "delete_stemcell",
+            |lab, cid| lab.stemcells.contains(cid),
+            &stemcells,
+        );
     }
 
-    fn remove_unknown<R: Record>(&mut self, delete: &str, known: impl Fn(&Self, &R::Cid) -> bool, all: &[R::Cid]) {
+    fn remove_unknown<R: Record>(
+        &mut self,
+        delete: &str,
+        known: impl Fn(&Self, &R::Cid) -> bool,
+        all: &[R::Cid],
+    ) {
         for cid in all {
             if !known(self, cid) {
                 let record = self.host.store().read::<R>(cid).unwrap().expect("a record");
@@ -252,7 +281,10 @@ impl Lab {
         let distinct = [
             records.iter().map(|vm| vm.uid).collect::<BTreeSet<_>>().len(),
             nics().map(|nic| nic.mac.to_string()).collect::<BTreeSet<_>>().len(),
-            nics().map(|nic| nic.tap().expect("a tap").0.to_string()).collect::<BTreeSet<_>>().len(),
+            nics()
+                .map(|nic| nic.tap().expect("a tap").0.to_string())
+                .collect::<BTreeSet<_>>()
+                .len(),
         ];
         assert_eq!(distinct, [records.len(); 3], "uids, MACs and taps are each VM's own");
     }
@@ -265,18 +297,27 @@ impl Lab {
         assert_eq!(line["metadata"]["name"].as_str(), vm.name.as_deref(), "{line}");
         assert_eq!(self.host.ok("has_vm", &json!([cid])), true);
         let disks = self.host.ok("get_disks", &json!([cid]));
-        let parsed = disks.as_array().unwrap().iter().map(|disk| disk.as_str().unwrap().parse().unwrap());
+        let parsed =
+            disks.as_array().unwrap().iter().map(|disk| disk.as_str().unwrap().parse().unwrap());
         same(&format!("get_disks {cid}"), parsed, vm.disks.iter().cloned());
         if runs {
-            let devices = self.host.qmp(cid, "qom-list", &json!({"path": "/machine/peripheral"})).unwrap();
-            let names = devices.as_array().unwrap().iter().filter_map(|device| device["name"].as_str());
-            let plugged = names.filter(|name| name.starts_with("disk-")).map(|name| name.parse().unwrap());
+            let devices =
+                self.host.qmp(cid, "qom-list", &json!({"path": "/machine/peripheral"})).unwrap();
+            let names =
+                devices.as_array().unwrap().iter().filter_map(|device| device["name"].as_str());
+            let plugged =
+                names.filter(|name| name.starts_with("disk-")).map(|name| name.parse().unwrap());
             same(&format!("disks in the QEMU of {cid}"), plugged, vm.disks.iter().cloned());
         }
     }
 }
 
-fn same<T: Ord + Debug>(what: &str, there: impl IntoIterator<Item = T>, must: impl IntoIterator<Item = T>) {
-    let (there, must): (BTreeSet<_>, BTreeSet<_>) = (there.into_iter().collect(), must.into_iter().collect());
+fn same<T: Ord + Debug>(
+    what: &str,
+    there: impl IntoIterator<Item = T>,
+    must: impl IntoIterator<Item = T>,
+) {
+    let (there, must): (BTreeSet<_>, BTreeSet<_>) =
+        (there.into_iter().collect(), must.into_iter().collect());
     assert_eq!(there, must, "{what}: there are (left), there must be (right)");
 }

@@ -51,5 +51,8 @@ fn whatever_happens_the_host_is_what_was_acknowledged() {
         lab.check();
         done += 1;
     }
-    println!("{SEED}={seed}: {done} steps, {} calls killed, {} power cuts", lab.killed, lab.power_cuts);
+    println!(
+        "{SEED}={seed}: {done} steps, {} calls killed, {} power cuts",
+        lab.killed, lab.power_cuts
+    );
 }

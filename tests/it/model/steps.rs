@@ -52,7 +52,12 @@ pub fn any(random: &mut Random) -> Step {
 }
 
 /// Calls on something that a repeated call brings to the same end. If it is killed, the world may go on before that.
-fn settled(lab: &mut Lab, random: &mut Random, method: &str, arguments: &Value) -> Result<Value, Failure> {
+fn settled(
+    lab: &mut Lab,
+    random: &mut Random,
+    method: &str,
+    arguments: &Value,
+) -> Result<Value, Failure> {
     let vm = arguments[0].as_str().and_then(|cid| cid.parse::<VmCid>().ok());
     match lab.attempt(random, method, arguments) {
         Some(outcome) => outcome,
@@ -150,7 +155,8 @@ fn delete_disk(lab: &mut Lab, random: &mut Random) {
         Some(_) => must_refuse(outcome, "is attached to VM"),
         None => {
             // A repeated one may find it gone.
-            let told = outcome.is_ok() || outcome.is_err_and(|failure| failure.kind == "DiskNotFound");
+            let told =
+                outcome.is_ok() || outcome.is_err_and(|failure| failure.kind == "DiskNotFound");
             assert!(told, "delete_disk");
             lab.disks.remove(&disk);
             lab.gone.insert(disk.to_string());
@@ -182,7 +188,10 @@ fn attach_disk(lab: &mut Lab, random: &mut Random) {
     match refusal {
         Some(why) => must_refuse(outcome, why),
         None => {
-            assert_eq!(outcome.expect("attach_disk")["path"], format!("/dev/disk/by-id/virtio-{disk}"));
+            assert_eq!(
+                outcome.expect("attach_disk")["path"],
+                format!("/dev/disk/by-id/virtio-{disk}")
+            );
             lab.vms.get_mut(&vm).unwrap().disks.insert(disk.clone());
             disks::check_data(lab, &disk);
         }
@@ -190,7 +199,10 @@ fn attach_disk(lab: &mut Lab, random: &mut Random) {
 }
 
 fn detach_disk(lab: &mut Lab, random: &mut Random) {
-    let attached = lab.vms.iter().flat_map(|(cid, vm)| vm.disks.iter().map(move |disk| (cid.clone(), disk.clone())));
+    let attached = lab
+        .vms
+        .iter()
+        .flat_map(|(cid, vm)| vm.disks.iter().map(move |disk| (cid.clone(), disk.clone())));
     let Some((vm, disk)) = random.pick(attached.collect::<Vec<_>>()) else { return };
     // Sometimes one that is not there.
     let disk = if random.one_in(6) { a_disk(lab, random).unwrap_or(disk) } else { disk };
@@ -211,7 +223,9 @@ fn create_stemcell(lab: &mut Lab, random: &mut Random) {
         return;
     }
     match lab.attempt(random, "create_stemcell", &json!([lab.host.path("image"), {}])) {
-        Some(made) => drop(lab.stemcells.insert(made.expect("create_stemcell").as_str().unwrap().parse().unwrap())),
+        Some(made) => drop(
+            lab.stemcells.insert(made.expect("create_stemcell").as_str().unwrap().parse().unwrap()),
+        ),
         None => {
             meanwhile(lab, random, None);
             lab.remove_strays();
@@ -244,9 +258,14 @@ fn qemu_dies(lab: &mut Lab, random: &mut Random, vm: Option<VmCid>) {
         // Restarted after a second; a second time takes longer, and is a call's.
         Some(pid) if model.restarted_by != Some(pid) => {
             model.restarted_by = Some(pid);
-            eventually("it is started again", || lab.host.qemu(&vm).filter(|new| new.pid() != qemu.pid()));
+            eventually("it is started again", || {
+                lab.host.qemu(&vm).filter(|new| new.pid() != qemu.pid())
+            });
             eventually("it runs", || {
-                lab.host.qmp(&vm, "query-status", &json!({})).ok().filter(|status| status["running"] == true)
+                lab.host
+                    .qmp(&vm, "query-status", &json!({}))
+                    .ok()
+                    .filter(|status| status["running"] == true)
             });
         }
         Some(_) => {
@@ -272,7 +291,9 @@ fn guest_powers_off(lab: &mut Lab, random: &mut Random) {
     lab.say(&format!("guest of {vm} powers itself off, supervised: {}", supervisor.is_some()));
     eventually("the guest follows its power button", || {
         let _ = lab.host.qmp(&vm, "system_powerdown", &json!({}));
-        qemu.wait_exit(std::time::Instant::now() + std::time::Duration::from_millis(500)).unwrap().then_some(())
+        qemu.wait_exit(std::time::Instant::now() + std::time::Duration::from_millis(500))
+            .unwrap()
+            .then_some(())
     });
     if let Some(supervisor) = &supervisor {
         gone(supervisor);
@@ -324,7 +345,10 @@ fn host_start(lab: &mut Lab, random: &mut Random) {
         match vm.power {
             Power::On => assert!(state == "running" || state == "adopted", "{cid} {state}"),
             Power::Off { wanted: true } if killed => {
-                assert!(["started", "running", "adopted"].iter().any(|word| state == word), "{cid} {state}");
+                assert!(
+                    ["started", "running", "adopted"].iter().any(|word| state == word),
+                    "{cid} {state}"
+                );
             }
             Power::Off { wanted: true } => assert_eq!(state, "started", "{cid}"),
             Power::Off { wanted: false } => assert!(state["off"].is_string(), "{cid} {state}"),

@@ -21,7 +21,10 @@ fn requests() -> Vec<String> {
         ("create_disk", json!([-1, {}])),
         ("create_vm", json!(["a", "stemcell-1", {"ram": "x"}, {}, [], {}])),
         ("create_vm", json!(["a", "stemcell-1", {}, {}, [], {}])),
-        ("calculate_vm_cloud_properties", json!([{"ram": 512, "cpu": 1, "ephemeral_disk_size": 1024}])),
+        (
+            "calculate_vm_cloud_properties",
+            json!([{"ram": 512, "cpu": 1, "ephemeral_disk_size": 1024}]),
+        ),
         ("delete_network", json!(["net-1"])),
         ("ping", json!([])),
         ("no_such_method", json!([])),
@@ -31,14 +34,18 @@ fn requests() -> Vec<String> {
     .collect();
     requests.extend(["", "nonsense", "{\"method\":\"has_vm\"}"].map(str::to_owned));
     let context = json!({"agent": {"mbuss": "x"}});
-    requests.push(json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}).to_string());
+    requests
+        .push(json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}).to_string());
     requests
 }
 
 /// Lines of a log without what every run has of its own.
 fn told(stderr: &str) -> Vec<String> {
     let lines = stderr.lines().filter(|line| !line.contains("called by"));
-    lines.map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest)).map(without_times).collect()
+    lines
+        .map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest))
+        .map(without_times)
+        .collect()
 }
 
 fn without_times(line: &str) -> String {
@@ -74,11 +81,15 @@ fn the_transport_may_come_with_the_request() {
     office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
     let disk = host.disk();
     let with = |context: Value| {
-        office.ask(&json!({"method": "has_disk", "arguments": [disk], "context": context}).to_string())
+        office.ask(
+            &json!({"method": "has_disk", "arguments": [disk], "context": context}).to_string(),
+        )
     };
     let there = with(json!({"director_uuid": "d", "transport": sshd.transport()}));
     assert_eq!(*there.result(), true);
-    assert!(with(json!({"director_uuid": "d"})).failure().message.contains("connect to '/nowhere'"));
+    assert!(
+        with(json!({"director_uuid": "d"})).failure().message.contains("connect to '/nowhere'")
+    );
 }
 
 #[test]
@@ -103,7 +114,10 @@ fn the_host_hears_what_the_office_is_told_of_agents_and_defaults() {
     host.note(&vm.to_string());
     assert_eq!(host.record(&vm).machine.ram.get(), 65);
     let drive = std::fs::read(host.paths(&vm).config_drive()).unwrap();
-    assert!(drive.windows(canary.len()).any(|window| window == canary.as_bytes()), "the agent's settings");
+    assert!(
+        drive.windows(canary.len()).any(|window| window == canary.as_bytes()),
+        "the agent's settings"
+    );
     assert!(!created.stderr.contains("hunter2") && !created.stdout.contains("hunter2"));
     office.ok("delete_vm", &json!([vm]));
     assert_eq!(office.ok("has_vm", &json!([vm])), false);

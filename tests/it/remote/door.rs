@@ -12,9 +12,12 @@ impl Pair {
     /// `ssh` as somebody runs it who has the key and wants more of it.
     fn ssh(&self, words: &[&str]) -> Output {
         let known = self.office.path("known");
-        fs::write(&known, format!("{} {}", self.sshd.address(), self.sshd.read("host.pub"))).unwrap();
+        fs::write(&known, format!("{} {}", self.sshd.address(), self.sshd.read("host.pub")))
+            .unwrap();
         let mut command = Command::new("ssh");
-        command.args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i"]).arg(self.sshd.key());
+        command
+            .args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i"])
+            .arg(self.sshd.key());
         command.args(["-o", &format!("UserKnownHostsFile={}", known.display())]).args(words);
         self.office.namespace().run(|| command.stdin(Stdio::null()).output().unwrap())
     }
@@ -24,14 +27,20 @@ impl Pair {
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         let mut command = self.host.cpi();
         command.args(["host", "serve"]);
-        let output = self.host.namespace().run(|| crate::support::answer::run(command, text.as_bytes()));
-        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        let output =
+            self.host.namespace().run(|| crate::support::answer::run(command, text.as_bytes()));
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
     }
 
     /// The answer to a call that is asked as `call` says.
     fn answer(&self, call: &Value) -> Value {
         let words = self.serve(&[json!({"call": call}), json!(true)]);
-        let answer = words.last().unwrap()["answer"]["text"].as_str().unwrap_or_else(|| panic!("{words:?}"));
+        let answer =
+            words.last().unwrap()["answer"]["text"].as_str().unwrap_or_else(|| panic!("{words:?}"));
         serde_json::from_str(answer).unwrap()
     }
 }
@@ -46,7 +55,8 @@ fn the_key_starts_nothing_else() {
         assert!(said.starts_with("{\"greeting\":"), "{words:?}: {output:?}");
         assert!(!said.contains("uid="), "{words:?}: {said}");
     }
-    let forward = pair.ssh(&["-o", "ExitOnForwardFailure=yes", "-N", "-R", "2000:127.0.0.1:22", &host]);
+    let forward =
+        pair.ssh(&["-o", "ExitOnForwardFailure=yes", "-N", "-R", "2000:127.0.0.1:22", &host]);
     assert!(!forward.status.success(), "a port of the host was given away");
 }
 
@@ -58,10 +68,14 @@ fn a_caller_changes_no_directory_program_or_hardening() {
         "transport": {"kind": "unix", "socket": "/nowhere"}, "hosts": [{"name": "h", "transport": {}}],
         "remote_callers": {"image_dirs": ["/"]}, "pools": {"p": {"path": "/"}}, "key_file": "/etc/shadow",
     });
-    let request = json!({"method": "create_disk", "arguments": [1, {}], "context": context}).to_string();
+    let request =
+        json!({"method": "create_disk", "arguments": [1, {}], "context": context}).to_string();
     let answer = pair.answer(&json!({"request": request}));
     let disk = answer["result"].as_str().unwrap();
-    assert!(pair.host.path("state").join("disks").join(disk).join("disk.json").exists(), "{answer}");
+    assert!(
+        pair.host.path("state").join("disks").join(disk).join("disk.json").exists(),
+        "{answer}"
+    );
     pair.host.ok("delete_disk", &json!([disk]));
 }
 
@@ -83,7 +97,8 @@ fn a_caller_names_no_file_of_the_host() {
     let refused = ask(&light);
     let message = refused["error"]["message"].as_str().unwrap();
     assert!(
-        message.contains("cloud_properties.image_path") && message.contains("remote_callers.image_dirs"),
+        message.contains("cloud_properties.image_path")
+            && message.contains("remote_callers.image_dirs"),
         "{message}"
     );
     let shared = pair.host.path("shared");
@@ -105,12 +120,21 @@ fn a_caller_names_no_file_of_the_host() {
 #[test]
 fn a_cid_that_a_caller_chooses_is_one_of_ours_and_free() {
     let Some(pair) = Pair::new() else { return };
-    let create = |cid: &str| pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": cid}));
+    let create = |cid: &str| {
+        pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": cid}))
+    };
     let disk = "disk-aaaaaaaaaaaaaaa";
     assert_eq!(create(disk)["result"], disk);
     let taken = create(disk);
     assert!(taken["error"]["message"].as_str().unwrap().contains("already"), "{taken}");
-    for bad in ["", "disk-a", "vm-aaaaaaaaaaaaaaa", "disk-aaaaaaaaaaaaaa.", "disk-aaaaaaaaaaaaaaa/..", "../x"] {
+    for bad in [
+        "",
+        "disk-a",
+        "vm-aaaaaaaaaaaaaaa",
+        "disk-aaaaaaaaaaaaaa.",
+        "disk-aaaaaaaaaaaaaaa/..",
+        "../x",
+    ] {
         assert_eq!(create(bad)["error"]["type"], "Bosh::Clouds::CpiError", "{bad}");
     }
     pair.host.ok("delete_disk", &json!([disk]));
@@ -126,7 +150,10 @@ fn a_create_that_is_undone_before_it_begins_never_begins() {
         ("create_network", json!([{"type": "manual"}]), "delete_network", "net-aaaaaaaaaaaaaaa"),
     ] {
         let undo = pair.answer(&json!({"request": request(delete, &json!([cid])), "undoes": true}));
-        assert!(undo["error"].is_null() || undo["error"]["type"] == "Bosh::Clouds::NetworkNotFound", "{undo}");
+        assert!(
+            undo["error"].is_null() || undo["error"]["type"] == "Bosh::Clouds::NetworkNotFound",
+            "{undo}"
+        );
         let late = pair.answer(&json!({"request": request(create, &arguments), "cid": cid}));
         let message = late["error"]["message"].as_str().unwrap_or_else(|| panic!("{late}"));
         assert!(message.contains(&format!("'{cid}' was called off")), "{message}");
@@ -138,10 +165,12 @@ fn a_create_that_is_undone_before_it_begins_never_begins() {
     // What was only deleted, by who did not make it, may be made.
     let disk = "disk-bbbbbbbbbbbbbbb";
     pair.answer(&json!({"request": request("delete_disk", &json!([disk]))}));
-    let made = pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": disk}));
+    let made =
+        pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": disk}));
     assert_eq!(made["result"], disk);
     // And what was made is undone.
-    let undo = pair.answer(&json!({"request": request("delete_disk", &json!([disk])), "undoes": true}));
+    let undo =
+        pair.answer(&json!({"request": request("delete_disk", &json!([disk])), "undoes": true}));
     assert!(undo["error"].is_null(), "{undo}");
     assert_eq!(pair.host.ok("has_disk", &json!([disk])), false);
 }
@@ -156,12 +185,19 @@ fn a_vm_is_not_put_beside_more_of_its_group_than_the_caller_was_told_of() {
         let call = json!({"request": request("create_vm", &arguments), "alike": alike});
         pair.serve(&[json!({"call": call}), json!(true)]).pop().unwrap()["answer"].take()
     };
-    let result = |answer: &Value| serde_json::from_str::<Value>(answer["text"].as_str().unwrap()).unwrap();
+    let result =
+        |answer: &Value| serde_json::from_str::<Value>(answer["text"].as_str().unwrap()).unwrap();
     let first = vm_cid(&result(&create(0))["result"]);
     pair.host.note(&first.to_string());
     let refused = create(0);
     assert_eq!(refused["crowded"], true, "{refused}");
-    assert!(result(&refused)["error"]["message"].as_str().unwrap().contains("this host has 1 now, not 0"), "{refused}");
+    assert!(
+        result(&refused)["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("this host has 1 now, not 0"),
+        "{refused}"
+    );
     assert_eq!(fs::read_dir(pair.host.path("state/vms")).unwrap().count(), 1);
     let second = vm_cid(&result(&create(1))["result"]);
     pair.host.note(&second.to_string());
@@ -180,18 +216,24 @@ fn a_stemcell_for_several_hosts_is_not_put_where_they_would_meet() {
     let message = refused["error"]["message"].as_str().unwrap();
     assert!(message.contains("stemcell_pool: pool 'nfs' is shared"), "{message}");
     pair.host.reconfigure(|config| {
-        ["pools", "stemcell_pool"].iter().for_each(|key| drop(config.as_object_mut().unwrap().remove(*key)));
+        ["pools", "stemcell_pool"]
+            .iter()
+            .for_each(|key| drop(config.as_object_mut().unwrap().remove(*key)));
     });
 }
 
 #[test]
 fn an_answer_that_nobody_is_heard_to_take_is_logged_with_what_undoes_it() {
     let Some(pair) = Pair::new() else { return };
-    let words = pair.serve(&[json!({"call": {"request": request("create_disk", &json!([1, {}]))}})]);
+    let words =
+        pair.serve(&[json!({"call": {"request": request("create_disk", &json!([1, {}]))}})]);
     let answer = words.iter().find_map(|word| word["answer"]["text"].as_str()).unwrap();
     let disk = serde_json::from_str::<Value>(answer).unwrap()["result"].clone();
     let logged = words.last().unwrap()["log"].as_str().unwrap_or_else(|| panic!("{words:?}"));
-    assert!(logged.contains(&format!("what is left goes by delete_disk '{}'", disk.as_str().unwrap())), "{logged}");
+    assert!(
+        logged.contains(&format!("what is left goes by delete_disk '{}'", disk.as_str().unwrap())),
+        "{logged}"
+    );
     pair.host.ok("delete_disk", &json!([disk]));
 }
 
@@ -202,7 +244,9 @@ fn a_question_that_is_none_is_answered() {
     let words = pair.serve(&[json!({"find": many})]);
     let answer = words.last().unwrap()["answer"]["text"].as_str().unwrap();
     assert!(answer.contains("1001 things, more than 1000"), "{answer}");
-    for question in [json!(1), json!({"moon": {}}), json!({"call": {}}), json!({"call": {"request": 7}})] {
+    for question in
+        [json!(1), json!({"moon": {}}), json!({"call": {}}), json!({"call": {"request": 7}})]
+    {
         let words = pair.serve(std::slice::from_ref(&question));
         assert!(
             words.last().unwrap()["answer"]["text"].as_str().unwrap().contains("CpiError"),
@@ -220,11 +264,20 @@ fn a_machine_that_sends_its_calls_elsewhere_is_no_host() {
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
     // It must not say either that all is well here, where nothing of the calls is.
-    for words in [&["vm", "list"][..], &["audit"], &["gc"], &["pool", "list"], &["network", "plan"], &["host", "start"]]
-    {
+    for words in [
+        &["vm", "list"][..],
+        &["audit"],
+        &["gc"],
+        &["pool", "list"],
+        &["network", "plan"],
+        &["host", "start"],
+    ] {
         let output = pair.host.cpi().args(words).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && said.contains("this machine is no host"), "{words:?}: {output:?}");
+        assert!(
+            !output.status.success() && said.contains("this machine is no host"),
+            "{words:?}: {output:?}"
+        );
     }
     pair.host.reconfigure(|config| drop(config.as_object_mut().unwrap().remove("transport")));
 }

@@ -27,8 +27,10 @@ impl Group {
 
     /// Those of hosts with this configuration.
     pub fn with(config: &Value) -> Option<Self> {
-        let (hosts, office) = ([Host::with(config.clone())?, Host::with(config.clone())?], Office::new()?);
-        let doors = [Sshd::start(&office, &hosts[0], 0, "")?, Sshd::start(&office, &hosts[1], 1, "")?];
+        let (hosts, office) =
+            ([Host::with(config.clone())?, Host::with(config.clone())?], Office::new()?);
+        let doors =
+            [Sshd::start(&office, &hosts[0], 0, "")?, Sshd::start(&office, &hosts[1], 1, "")?];
         let group = Self { doors, office, hosts };
         group.configure(|_| {});
         Some(group)
@@ -36,7 +38,8 @@ impl Group {
 
     /// The configuration of the office, changed.
     pub fn configure(&self, change: impl FnOnce(&mut Value)) {
-        let host = |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.doors[n].transport()});
+        let host =
+            |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.doors[n].transport()});
         let mut config = json!({"hosts": [host(0), host(1)]});
         change(&mut config);
         self.office.configure(&config);
@@ -70,9 +73,11 @@ impl Group {
     }
 
     pub fn disk(&self, near: Option<&VmCid>) -> (DiskCid, usize) {
-        let disk: DiskCid = text(&self.office.ok("create_disk", &json!([8, {}, near]))).parse().unwrap();
-        let at =
-            [0, 1].into_iter().position(|n: usize| self.hosts[n].store().list::<DiskRecord>().unwrap().contains(&disk));
+        let disk: DiskCid =
+            text(&self.office.ok("create_disk", &json!([8, {}, near]))).parse().unwrap();
+        let at = [0, 1].into_iter().position(|n: usize| {
+            self.hosts[n].store().list::<DiskRecord>().unwrap().contains(&disk)
+        });
         (disk, at.unwrap())
     }
 
@@ -144,7 +149,10 @@ fn vms_of_one_group_are_spread_and_every_call_finds_its_host() {
     }
     let resources = json!([{"ram": 512, "cpu": 1, "ephemeral_disk_size": 1024}]);
     assert_eq!(group.office.ok("calculate_vm_cloud_properties", &resources)["ram"], 512);
-    assert_eq!(group.office.call("create_network", &json!([{"type": "manual"}])).failure().kind, "NotSupported");
+    assert_eq!(
+        group.office.call("create_network", &json!([{"type": "manual"}])).failure().kind,
+        "NotSupported"
+    );
     group.delete(&[&one, &two], &[], &stemcell);
     assert_eq!(group.office.ok("has_vm", &json!([one])), false);
     assert_eq!(group.office.call("reboot_vm", &json!([one])).failure().kind, "VMNotFound");
@@ -170,7 +178,8 @@ fn a_recreated_vm_is_put_where_its_disk_is() {
     group.office.ok("detach_disk", &json!([new, disk]));
     let refused = group.office.call("attach_disk", &json!([stray, disk]));
     let message = &refused.failure().message;
-    let apart = format!("is on host 'kvm-{at}', the VM on 'kvm-{stray_at}', which has no shared pool");
+    let apart =
+        format!("is on host 'kvm-{at}', the VM on 'kvm-{stray_at}', which has no shared pool");
     assert!(message.contains(&apart) && message.contains("recreate the VM"), "{message}");
     group.delete(&[&new, &neighbour, &stray], &[&disk], &stemcell);
 }
@@ -202,7 +211,10 @@ fn a_host_that_is_silent_is_never_taken_for_one_that_has_nothing() {
     ] {
         let refused = group.office.call(method, &arguments);
         let message = &refused.failure().message;
-        assert!(message.contains(&format!("host '{name}'")) && message.contains("refused"), "{method}: {message}");
+        assert!(
+            message.contains(&format!("host '{name}'")) && message.contains("refused"),
+            "{method}: {message}"
+        );
     }
     // New VMs go to the other one, but not one whose disk is on the silent one.
     let (other, other_at) = group.vm(&stemcell, &[], &env("g"));
@@ -247,7 +259,10 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
     let stemcell = group.stemcell();
     // It greets, and then says nothing more.
     group.forget_connections();
-    group.doors[0].authorize(&format!("echo '{}'; sleep 600", super::stemcells::GREETING.replace('"', "\\\"")));
+    group.doors[0].authorize(&format!(
+        "echo '{}'; sleep 600",
+        super::stemcells::GREETING.replace('"', "\\\"")
+    ));
     group.configure(|config| config["deadlines"] = json!({"create_vm": 60, "create_disk": 5}));
     let began = Instant::now();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
@@ -268,7 +283,11 @@ fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
     let refusal = r#"{"answer":{"text":"{\"result\":null,\"error\":{\"type\":\"Bosh::Clouds::CloudError\",\"message\":\"no\",\"ok_to_retry\":false},\"log\":\"\"}"}}"#;
     let greeting = r#"{"greeting":{"program":"bosh-qemu-cpi","version":"0.1.0","protocol":1}}"#;
     let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
-    std::fs::write(&script, format!("echo '{greeting}'\nread question\n{wait}\ncat <<'E'\n{refusal}\nE\n")).unwrap();
+    std::fs::write(
+        &script,
+        format!("echo '{greeting}'\nread question\n{wait}\ncat <<'E'\n{refusal}\nE\n"),
+    )
+    .unwrap();
     group.doors[1].authorize(&format!("sh {}", script.display()));
     let mut call = group.office.start("create_stemcell", &json!([group.image(), {}]));
     let mut log = BufReader::new(call.stderr.take().unwrap());
@@ -322,15 +341,20 @@ fn a_host_without_room_is_passed_over() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     // It offers all its memory, and then has none: as if others were faster.
-    group.hosts[0].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
+    group.hosts[0]
+        .reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
     for n in 0..2 {
         let (vm, at) = group.vm(&stemcell, &[], &env("g"));
         assert_eq!(at, 1, "VM {n}");
         group.office.ok("delete_vm", &json!([vm]));
     }
-    group.hosts[1].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
+    group.hosts[1]
+        .reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
     let refused = group.office.call("create_vm", &group.hosts[0].vm_arguments(&stemcell));
     let message = &refused.failure().message;
-    assert!(message.contains("kvm-0: it has memory") && message.contains("kvm-1: it has memory"), "{message}");
+    assert!(
+        message.contains("kvm-0: it has memory") && message.contains("kvm-1: it has memory"),
+        "{message}"
+    );
     group.delete(&[], &[], &stemcell);
 }

@@ -36,9 +36,19 @@ impl Machine {
         );
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command.args(["host", words[0], &format!("root@{}", sshd.address()), "--ssh", &ssh, "--root"]);
+        command.args([
+            "host",
+            words[0],
+            &format!("root@{}", sshd.address()),
+            "--ssh",
+            &ssh,
+            "--root",
+        ]);
         command.arg(&self.root).args(&words[1..]);
-        self.pair.office.namespace().run(|| command.stdin(std::process::Stdio::null()).output().unwrap())
+        self.pair
+            .office
+            .namespace()
+            .run(|| command.stdin(std::process::Stdio::null()).output().unwrap())
     }
 
     fn ok(&self, words: &[&str]) -> String {
@@ -66,8 +76,10 @@ impl Machine {
         }
         let mut found = Vec::new();
         walk(&self.root, &mut found);
-        let mut names: Vec<_> =
-            found.iter().map(|path| path.strip_prefix(&self.root).unwrap().display().to_string()).collect();
+        let mut names: Vec<_> = found
+            .iter()
+            .map(|path| path.strip_prefix(&self.root).unwrap().display().to_string())
+            .collect();
         names.sort();
         names
     }
@@ -95,7 +107,8 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
     fs::write(machine.root.join(&keys), other).unwrap();
     let config = machine.pair.office.path("host.json");
     // Like no other test's.
-    let host_config = format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
+    let host_config =
+        format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
     fs::write(&config, &host_config).unwrap();
     let config = config.display().to_string();
     // Nobody is there to be asked: the plan is printed, and nothing is done.
@@ -105,7 +118,8 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
 
     let said = machine.ok(&["install", "--key", KEY, "--host-config", &config, "--yes"]);
     assert!(
-        said.contains("+ /usr/local/bin/bosh-qemu-cpi\n") && said.contains(&format!("+ the key in {keys_path}")),
+        said.contains("+ /usr/local/bin/bosh-qemu-cpi\n")
+            && said.contains(&format!("+ the key in {keys_path}")),
         "{said}"
     );
     let installed = fs::read(machine.root.join("usr/local/bin/bosh-qemu-cpi")).unwrap();
@@ -117,17 +131,26 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
     assert!(lines.starts_with(other) && lines.contains(line), "{lines}");
     // Nothing of the way there is left.
     let brought = fs::read_dir("/tmp").unwrap().flatten().map(|entry| entry.path());
-    let mut brought = brought.filter(|path| path.to_string_lossy().starts_with("/tmp/bosh-qemu-cpi."));
-    assert!(!brought.any(|path| fs::read(path).is_ok_and(|content| content == host_config.as_bytes())));
+    let mut brought =
+        brought.filter(|path| path.to_string_lossy().starts_with("/tmp/bosh-qemu-cpi."));
+    assert!(
+        !brought.any(|path| fs::read(path).is_ok_and(|content| content == host_config.as_bytes()))
+    );
 
     let said = machine.ok(&["install", "--key", KEY, "--yes"]);
-    assert!(said.contains("= /usr/local/bin/bosh-qemu-cpi\n") && said.contains("= the key in"), "{said}");
+    assert!(
+        said.contains("= /usr/local/bin/bosh-qemu-cpi\n") && said.contains("= the key in"),
+        "{said}"
+    );
 
     // Another key takes its place.
     let said = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
     assert!(said.contains(&format!("~ the key in {keys_path}, in place of …")), "{said}");
     let lines = machine.read(&keys);
-    assert!(lines.starts_with(other) && !lines.contains(line) && lines.contains("AAAANEXT"), "{lines}");
+    assert!(
+        lines.starts_with(other) && !lines.contains(line) && lines.contains("AAAANEXT"),
+        "{lines}"
+    );
     // What is installed without one keeps it.
     let said = machine.ok(&["install", "--yes"]);
     assert!(said.contains(&format!("= the key in {keys_path}")), "{said}");
@@ -144,7 +167,11 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
     fs::create_dir_all(unit.parent().unwrap()).unwrap();
     fs::write(&unit, "somebody's").unwrap();
     let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
-    assert!(refusal.contains("/etc/systemd/system/bosh-qemu-cpi.service") && refusal.contains("not ours"), "{refusal}");
+    assert!(
+        refusal.contains("/etc/systemd/system/bosh-qemu-cpi.service")
+            && refusal.contains("not ours"),
+        "{refusal}"
+    );
     assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service"]);
     fs::remove_file(&unit).unwrap();
     machine.ok(&["install", "--key", KEY, "--yes"]);
@@ -152,9 +179,15 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
     fs::write(&unit, "changed").unwrap();
     assert!(machine.refused(&["install", "--yes"]).contains("not ours"));
     let said = machine.ok(&["uninstall", "--yes"]);
-    assert!(said.contains("! /etc/systemd/system/bosh-qemu-cpi.service was changed since, and stays"), "{said}");
+    assert!(
+        said.contains("! /etc/systemd/system/bosh-qemu-cpi.service was changed since, and stays"),
+        "{said}"
+    );
     let keys = keys();
-    assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service".to_owned(), below(&keys)]);
+    assert_eq!(
+        machine.all(),
+        ["etc/systemd/system/bosh-qemu-cpi.service".to_owned(), below(&keys)]
+    );
     // The key has other rights there.
     fs::write(machine.root.join(below(&keys)), KEY).unwrap();
     fs::remove_file(&unit).unwrap();
@@ -167,7 +200,8 @@ fn a_program_that_does_not_run_there_is_not_installed() {
     let Some(machine) = Machine::new() else { return };
     let program = machine.pair.office.path("program");
     fs::write(&program, "#!/nowhere/interpreter\n").unwrap();
-    let refusal = machine.refused(&["install", "--program", &program.display().to_string(), "--yes"]);
+    let refusal =
+        machine.refused(&["install", "--program", &program.display().to_string(), "--yes"]);
     assert!(refusal.contains("must be a static one"), "{refusal}");
     assert_eq!(machine.all(), Vec::<String>::new());
 }
@@ -178,7 +212,10 @@ fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
     let config = machine.pair.office.path("host.json").display().to_string();
     fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
     let refusal = machine.refused(&["install", "--host-config", &config, "--yes"]);
-    assert!(refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"), "{refusal}");
+    assert!(
+        refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"),
+        "{refusal}"
+    );
     // Meant is the other.
     assert!(machine.refused(&["install", "--config", &config, "--yes"]).contains("--host-config"));
     assert_eq!(machine.all(), Vec::<String>::new());
@@ -188,7 +225,10 @@ fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
 fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
     let command = |ssh: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
-        let output = command.args(["host", "install", "root@nowhere", "--yes", "--ssh", ssh]).output().unwrap();
+        let output = command
+            .args(["host", "install", "root@nowhere", "--yes", "--ssh", ssh])
+            .output()
+            .unwrap();
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };

@@ -40,14 +40,20 @@ impl Pair {
         let named = pids.filter(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).into_owned();
-            words.iter().all(|word| line.contains(word)) && !line.starts_with("/bin/sh") && !line.starts_with("bash")
+            words.iter().all(|word| line.contains(word))
+                && !line.starts_with("/bin/sh")
+                && !line.starts_with("bash")
         });
         named.filter_map(|pid| Process::open(pid).ok()).collect()
     }
 
     /// The ssh processes of calls of the office.
     fn calling(&self) -> Vec<Process> {
-        self.processes(&["ssh\0-F\0none\0-T", &self.office.path("").display().to_string(), "\0host\0serve"])
+        self.processes(&[
+            "ssh\0-F\0none\0-T",
+            &self.office.path("").display().to_string(),
+            "\0host\0serve",
+        ])
     }
 
     fn cable(&self, state: &str) {
@@ -72,7 +78,10 @@ fn what_keeps_a_call_from_its_host_is_named() {
     let Some(pair) = Pair::new() else { return };
     let other = pair.sshd.read("caller.pub");
     let stranger = pair.office.path("stranger");
-    let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&stranger).status();
+    let made = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+        .arg(&stranger)
+        .status();
     assert!(made.unwrap().success());
     let stranger = fs::read_to_string(stranger).unwrap();
     for (key, value, expected) in [
@@ -118,7 +127,10 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
     // It greets, and then says nothing more.
     pair.forget_connections();
-    pair.sshd.authorize(&format!("echo '{}'; sleep 600", super::stemcells::GREETING.replace('"', "\\\"")));
+    pair.sshd.authorize(&format!(
+        "echo '{}'; sleep 600",
+        super::stemcells::GREETING.replace('"', "\\\"")
+    ));
     let began = Instant::now();
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("did not answer by the deadline"), "{refused:?}");
@@ -128,7 +140,8 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
 /// A script in place of a host: it greets, is asked, does something and answers `false`.
 fn answering(script: &std::path::Path, greeting: &str, act: &str) {
     let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
-    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n")).unwrap();
+    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n"))
+        .unwrap();
 }
 
 #[test]
@@ -219,7 +232,9 @@ fn a_cable_that_is_pulled_fails_calls_in_time_and_works_again() {
 /// The VMs of the host that are whole, and what else there is of VMs.
 fn vms(host: &Host) -> (Vec<VmCid>, usize) {
     let all = host.store().list::<VmRecord>().unwrap();
-    let whole = |vm: &VmCid| host.store().read::<VmRecord>(vm).unwrap().is_some_and(|vm| vm.phase == Phase::Ready);
+    let whole = |vm: &VmCid| {
+        host.store().read::<VmRecord>(vm).unwrap().is_some_and(|vm| vm.phase == Phase::Ready)
+    };
     let ready: Vec<_> = all.iter().filter(|vm| whole(vm)).cloned().collect();
     let others = all.len() - ready.len();
     (ready, others)
@@ -291,7 +306,9 @@ fn a_create_whose_answer_nobody_took_is_undone() {
     let mut call = pair.office.start("create_disk", &json!([1, {}]));
     drop(call.stdout.take());
     call.wait().unwrap();
-    eventually("the disk is gone", || pair.host.store().list::<DiskRecord>().unwrap().is_empty().then_some(()));
+    eventually("the disk is gone", || {
+        pair.host.store().list::<DiskRecord>().unwrap().is_empty().then_some(())
+    });
 }
 
 #[test]
@@ -302,7 +319,9 @@ fn what_was_asked_is_finished_though_the_link_is_cut() {
     let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
     // It may be over before anybody saw that.
     let is_over = |call: &mut Child| call.try_wait().unwrap().is_some();
-    eventually("the host is asked", || (!pair.answering().is_empty() || is_over(&mut call)).then_some(()));
+    eventually("the host is asked", || {
+        (!pair.answering().is_empty() || is_over(&mut call)).then_some(())
+    });
     let _ = ssh.signal(Signal::SIGKILL);
     let answer = answer(call);
     eventually("the host is done", || pair.answering().is_empty().then_some(()));

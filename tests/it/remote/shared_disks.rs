@@ -41,7 +41,8 @@ fn disk(host: &Host) -> DiskCid {
 fn asked(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
     let mut command = host.cpi();
     command.args(["host", "serve"]);
-    command.envs(variables.iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)));
+    command
+        .envs(variables.iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)));
     let output = host.namespace().run(|| run(command, format!("{question}\n").as_bytes()));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -89,7 +90,8 @@ fn a_disk_follows_its_vm_to_another_host() {
     // The new one of a host that is to have no more VMs goes to the other, and its disk after it.
     group.configure(|config| config["hosts"][at_two]["draining"] = json!(true));
     group.office.ok("delete_vm", &json!([two]));
-    let (new, at_new) = group.vm(&stemcell, std::slice::from_ref(&disk), &json!({"bosh": {"group": "g"}}));
+    let (new, at_new) =
+        group.vm(&stemcell, std::slice::from_ref(&disk), &json!({"bosh": {"group": "g"}}));
     assert_eq!(at_new, at_one);
     group.office.ok("attach_disk", &json!([new, disk]));
     group.office.ok("detach_disk", &json!([new, disk]));
@@ -172,7 +174,10 @@ fn two_hosts_that_ask_at_once_do_not_both_get_it() {
         });
         let owners = owners(&hosts, &disk);
         assert_eq!(owners.len(), 1, "round {round}: {answers:?}");
-        assert!(answers[owners[0]] && !answers[1 - owners[0]], "round {round}: {answers:?}, on {owners:?}");
+        assert!(
+            answers[owners[0]] && !answers[1 - owners[0]],
+            "round {round}: {answers:?}, on {owners:?}"
+        );
         hosts[owners[0]].ok("delete_disk", &json!([disk]));
     }
 }
@@ -188,10 +193,16 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     // What changed since it was made, the next host must know.
     gone.ok("update_disk", &json!([spare, 16, {"iops": 500}]));
     let unknown = take(taker, &"disk-aaaaaaaaaaaaaaa".parse().unwrap()).unwrap_err();
-    assert!(unknown.contains("no shared pool has") && unknown.contains("this host has ['nfs']"), "{unknown}");
+    assert!(
+        unknown.contains("no shared pool has") && unknown.contains("this host has ['nfs']"),
+        "{unknown}"
+    );
     // Its QEMU still writes it.
     let refused = take(taker, &disk).unwrap_err();
-    assert!(refused.contains("is open in a QEMU") && refused.contains("detach the disk there"), "{refused}");
+    assert!(
+        refused.contains("is open in a QEMU") && refused.contains("detach the disk there"),
+        "{refused}"
+    );
     assert_eq!(owners(&hosts, &disk), [0]);
 
     let qemu = gone.qemu(&vm).unwrap();
@@ -206,7 +217,10 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         take(taker, cid).unwrap();
     }
     let taken = taker.store().read::<DiskRecord>(&spare).unwrap().unwrap();
-    assert_eq!((taken.size.get(), taken.limits.iops, taken.pool.as_deref()), (16, Some(500), Some("nfs")));
+    assert_eq!(
+        (taken.size.get(), taken.limits.iops, taken.pool.as_deref()),
+        (16, Some(500), Some("nfs"))
+    );
     let new = taker.booted_vm();
     taker.ok("attach_disk", &json!([new, disk]));
 
@@ -238,7 +252,10 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         let arguments = if method == "resize_disk" { json!([disk, 9]) } else { json!([disk]) };
         let refused = gone.call(method, &arguments);
         let message = &refused.failure().message;
-        assert!(message.contains("another host's") && message.contains("disk take"), "{method}: {message}");
+        assert!(
+            message.contains("another host's") && message.contains("disk take"),
+            "{method}: {message}"
+        );
     }
 
     taker.ok("detach_disk", &json!([new, disk]));
@@ -288,7 +305,10 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
         let disk = disk(gone);
         write_pattern(gone, &disk);
         let update = json!([disk, 8, {"pool": null}]);
-        assert!(armed(gone, "update_disk", &update, [("AT", point)]).is_none(), "not killed at '{point}'");
+        assert!(
+            armed(gone, "update_disk", &update, [("AT", point)]).is_none(),
+            "not killed at '{point}'"
+        );
         take(taker, &disk).unwrap();
         // Any create settles what was cut short.
         let other = gone.disk();
@@ -324,7 +344,10 @@ fn a_pool_that_has_only_the_rest_of_a_copy_is_not_missed() {
         return skip("crash points are for builds with debug assertions");
     }
     let Some(pool) = Filesystem::new(256) else { return };
-    let Some(host) = Host::with(json!({"pools": {"nfs": {"path": pool.path(), "shared": true}}})) else { return };
+    let Some(host) = Host::with(json!({"pools": {"nfs": {"path": pool.path(), "shared": true}}}))
+    else {
+        return;
+    };
     let (vm, disk) = (host.booted_vm(), host.disk());
     write_pattern(&host, &disk);
     let update = json!([disk, 8, {"pool": "nfs"}]);
@@ -352,10 +375,15 @@ fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
     let known = std::fs::read_to_string(&id).unwrap();
     std::fs::remove_file(&id).unwrap();
     // A new disk would be marked with a new id.
-    for (method, arguments) in [("resize_disk", json!([disk, 9])), ("create_disk", json!([8, {}, null]))] {
+    for (method, arguments) in
+        [("resize_disk", json!([disk, 9])), ("create_disk", json!([8, {}, null]))]
+    {
         let refused = host.call(method, &arguments);
         let message = &refused.failure().message;
-        assert!(message.contains("host-id' is missing") && message.contains(known.trim()), "{method}: {message}");
+        assert!(
+            message.contains("host-id' is missing") && message.contains(known.trim()),
+            "{method}: {message}"
+        );
     }
     let (well, found) = host.command(&["gc", "--json"]);
     assert!(!well && found.to_string().contains("host-id' is missing"), "{found}");
@@ -371,7 +399,8 @@ fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
 fn a_disk_that_only_its_host_can_decrypt_stays() {
     let Some((_pool, hosts)) = pair() else { return };
     let host = &hosts[0];
-    let disk: DiskCid = text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
+    let disk: DiskCid =
+        text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
     let said = give_up(host, &disk, &[]);
     assert!(said.contains("key_file") && owners(&hosts, &disk) == [0], "{said}");
     host.reconfigure(|config| config["key_file"] = json!(host.path("state/disk.key")));
@@ -383,7 +412,8 @@ fn a_disk_that_only_its_host_can_decrypt_stays() {
 #[test]
 fn only_disks_in_shared_pools_move() {
     let Some((_pool, hosts)) = pair() else { return };
-    let own: DiskCid = text(&hosts[0].ok("create_disk", &json!([8, {"pool": null}, null]))).parse().unwrap();
+    let own: DiskCid =
+        text(&hosts[0].ok("create_disk", &json!([8, {"pool": null}, null]))).parse().unwrap();
     let said = give_up(&hosts[0], &own, &[]);
     assert!(said.contains("is in no shared pool"), "{said}");
     let said = give_up(&hosts[1], &own, &[]);

@@ -71,7 +71,9 @@ fn gzip_and_what_can_not_be_decoded_in_one_pass_arrive_too() {
     // Of this one the host wants the bytes twice.
     let zstd = pair.office.path("zstd");
     let mut convert = Command::new("qemu-img");
-    convert.args(["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"]).args([&raw, &zstd]);
+    convert
+        .args(["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"])
+        .args([&raw, &zstd]);
     assert!(convert.status().unwrap().success());
     let stemcells = [&zipped, &zstd].map(|image| create(&pair, image));
     for stemcell in &stemcells {
@@ -107,7 +109,8 @@ fn one_that_breaks_off_leaves_nothing_and_the_next_starts_clean() {
     let mut call = pair.office.start("create_stemcell", &json!([image, {}]));
     let stemcells = pair.host.path("state/stemcells");
     eventually("an import that has begun", || {
-        let partial = fs::read_dir(&stemcells).ok()?.flatten().flat_map(|dir| fs::read_dir(dir.path()).ok());
+        let partial =
+            fs::read_dir(&stemcells).ok()?.flatten().flat_map(|dir| fs::read_dir(dir.path()).ok());
         partial
             .flatten()
             .flatten()
@@ -116,7 +119,9 @@ fn one_that_breaks_off_leaves_nothing_and_the_next_starts_clean() {
     });
     call.kill().unwrap();
     call.wait().unwrap();
-    eventually("nothing of it is left", || fs::read_dir(&stemcells).unwrap().next().is_none().then_some(()));
+    eventually("nothing of it is left", || {
+        fs::read_dir(&stemcells).unwrap().next().is_none().then_some(())
+    });
     let stemcell = create(&pair, &image);
     assert_eq!(fs::read(imported(&pair, &stemcell)).unwrap(), fs::read(&image).unwrap());
     remove(&pair, &[stemcell]);
@@ -151,10 +156,16 @@ fn a_host_that_makes_no_sense_is_told_of() {
     let socket = pair.office.path("fake.sock");
     pair.office.configure(&json!({"transport": {"kind": "unix", "socket": socket}}));
     for (says, expected) in [
-        (vec!["{\"greeting\":{\"program\":\"telnetd\",\"version\":\"1\"}}"], "what answers there is not bosh-qemu-cpi"),
+        (
+            vec!["{\"greeting\":{\"program\":\"telnetd\",\"version\":\"1\"}}"],
+            "what answers there is not bosh-qemu-cpi",
+        ),
         (vec!["Welcome to Ubuntu"], "what answers there is not bosh-qemu-cpi"),
         (vec![], "the host closed the connection"),
-        (vec![GREETING, "{\"want\":\"moon\"}"], "what its version 0.1.0 of bosh-qemu-cpi says is not understood here"),
+        (
+            vec![GREETING, "{\"want\":\"moon\"}"],
+            "what its version 0.1.0 of bosh-qemu-cpi says is not understood here",
+        ),
         (vec![GREETING, MADE_ANOTHER], "says that it made something else than 'stemcell-"),
         (vec![GREETING, "{\"answer\":{\"text\":\"{}\"}}"], "gave no answer of a CPI"),
         (vec![GREETING, "{\"answer\":{\"text\":\"7\"}}"], "gave no answer of a CPI"),
@@ -176,7 +187,10 @@ fn a_host_that_makes_no_sense_is_told_of() {
         let answer = pair.office.call("create_stemcell", &json!([image, {}]));
         host.join().unwrap();
         let message = &answer.failure().message;
-        assert!(message.contains(expected) && message.contains(socket.to_str().unwrap()), "{expected}: {message}");
+        assert!(
+            message.contains(expected) && message.contains(socket.to_str().unwrap()),
+            "{expected}: {message}"
+        );
         // What it may have made all the same is to be removed, which can not be asked of it any more.
         assert_eq!(message.contains("`delete_stemcell` removes it"), asked, "{message}");
         assert!(!answer.outcome.as_ref().is_err_and(|failure| failure.ok_to_retry), "{answer:?}");
@@ -184,8 +198,7 @@ fn a_host_that_makes_no_sense_is_told_of() {
 }
 
 /// An answer that tells of something else than was to be made.
-const MADE_ANOTHER: &str =
-    r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\",\"error\":null,\"log\":\"\"}"}}"#;
+const MADE_ANOTHER: &str = r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\",\"error\":null,\"log\":\"\"}"}}"#;
 
 /// An older version says this.
 #[test]
@@ -193,7 +206,9 @@ fn a_host_of_an_older_version_is_not_asked_what_it_would_not_keep_to() {
     let Some(office) = crate::support::doors::Office::new() else { return };
     let socket = office.path("fake.sock");
     let listener = UnixListener::bind(&socket).unwrap();
-    office.configure(&json!({"hosts": [{"name": "kvm-0", "transport": {"kind": "unix", "socket": socket}}]}));
+    office.configure(
+        &json!({"hosts": [{"name": "kvm-0", "transport": {"kind": "unix", "socket": socket}}]}),
+    );
     let host = std::thread::spawn(move || {
         let mut stream = listener.accept().unwrap().0;
         stream.write_all(format!("{GREETING}\n").as_bytes()).unwrap();
@@ -203,7 +218,11 @@ fn a_host_of_an_older_version_is_not_asked_what_it_would_not_keep_to() {
     });
     let refused = office.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_at("kvm-0")]));
     let message = &refused.failure().message;
-    assert!(message.contains("host 'kvm-0': its version 0.1.0 of bosh-qemu-cpi is too old for this call"), "{message}");
+    assert!(
+        message
+            .contains("host 'kvm-0': its version 0.1.0 of bosh-qemu-cpi is too old for this call"),
+        "{message}"
+    );
     assert_eq!(host.join().unwrap(), "");
 }
 

@@ -25,7 +25,12 @@ const DIRECTOR_TYPES: [&str; 10] = [
 /// Runs `command` with `input` on stdin, all of which it must read, as the Director fails on one that does not.
 /// Returns at the end of stdout and stderr, as the Director does: whoever inherits them would hold it up.
 pub fn run(mut command: Command, input: &[u8]) -> Output {
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("spawn");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("spawn");
     let mut stdin = child.stdin.take().unwrap();
     let (written, output) = std::thread::scope(|scope| {
         let writer = scope.spawn(move || stdin.write_all(input));
@@ -70,7 +75,8 @@ impl Answer {
 
     /// Reads the one JSON object that is all of `stdout`.
     pub fn outcome(stdout: &str) -> Result<Value, Failure> {
-        let mut answer: Value = serde_json::from_str(stdout).unwrap_or_else(|e| panic!("{e} in {stdout:?}"));
+        let mut answer: Value =
+            serde_json::from_str(stdout).unwrap_or_else(|e| panic!("{e} in {stdout:?}"));
         let keys: Vec<_> = answer.as_object().expect("an object").keys().collect();
         assert_eq!(keys, ["error", "log", "result"], "{stdout}");
         let log = answer["log"].as_str().expect("a string");
@@ -80,7 +86,10 @@ impl Answer {
             return Ok(answer["result"].take());
         }
         assert!(answer["result"].is_null(), "{stdout}");
-        let kind = error["type"].as_str().and_then(|name| name.strip_prefix("Bosh::Clouds::")).expect("a type");
+        let kind = error["type"]
+            .as_str()
+            .and_then(|name| name.strip_prefix("Bosh::Clouds::"))
+            .expect("a type");
         assert!(DIRECTOR_TYPES.contains(&kind), "the Director does not know {kind}");
         let ok_to_retry = error["ok_to_retry"].as_bool().expect("a boolean");
         assert!(!ok_to_retry || kind == "VMCreationFailed", "{stdout}");

@@ -37,10 +37,15 @@ pub fn for_each_crash_point(
     assert!(points.len() > 1, "{method} has crash points: {points:?}");
     let width = points.iter().map(String::len).max().unwrap_or_default();
     print(&format!("{method}: killed at each of {} points", points.len()));
-    print(&format!("  {:width$}  {}", "nowhere", check(&Crash { point: "nowhere", arguments: &arguments, answer })));
+    print(&format!(
+        "  {:width$}  {}",
+        "nowhere",
+        check(&Crash { point: "nowhere", arguments: &arguments, answer })
+    ));
     for point in points {
         let arguments = prepare();
-        let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap()), ("AT", &point)]);
+        let answer =
+            armed(host, method, &arguments, [("LOG", log.to_str().unwrap()), ("AT", &point)]);
         let killed = take_passed(&log).contains(&point);
         assert!(killed || answer.is_some(), "{method} died before {point}");
         let outcome = check(&Crash { point: &point, arguments: &arguments, answer });
@@ -62,8 +67,12 @@ pub fn take_passed(log: &Path) -> Vec<String> {
 
 /// Of a point that is passed often, as in a loop that waits for a guest: the first two passings and the last.
 fn telling(mut points: Vec<String>) -> Vec<String> {
-    let parts =
-        |point: &str| point.rsplit_once('#').map(|(name, n)| (name.to_owned(), n.parse::<u32>().unwrap())).unwrap();
+    let parts = |point: &str| {
+        point
+            .rsplit_once('#')
+            .map(|(name, n)| (name.to_owned(), n.parse::<u32>().unwrap()))
+            .unwrap()
+    };
     let last: BTreeMap<_, _> = points.iter().map(|point| parts(point)).collect();
     points.retain(|point| {
         let (name, n) = parts(point);
@@ -91,7 +100,9 @@ pub fn armed<'a>(
     variables: impl IntoIterator<Item = (&'a str, &'a str)>,
 ) -> Option<Answer> {
     let mut command = host.cpi();
-    command.envs(variables.into_iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)));
+    command.envs(
+        variables.into_iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)),
+    );
     let output = host.namespace().run(|| run(command, request(method, arguments).as_bytes()));
     host.note(&String::from_utf8_lossy(&output.stdout));
     (output.status.signal() != Some(nix::libc::SIGKILL)).then(|| Answer::of(&output))

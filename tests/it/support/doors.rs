@@ -50,7 +50,10 @@ impl Office {
     pub fn cpi(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         command.arg("--config").arg(self.path("cpi.json"));
-        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TMPDIR", self.dir.path());
+        command
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("TMPDIR", self.dir.path());
         command
     }
 
@@ -84,7 +87,8 @@ impl Office {
     /// The control sockets of its ssh connections.
     pub fn connections(&self) -> Vec<PathBuf> {
         let dirs = fs::read_dir(self.dir.path()).unwrap().flatten().map(|entry| entry.path());
-        let files = dirs.filter(|dir| dir.is_dir()).flat_map(|dir| fs::read_dir(dir).unwrap().flatten());
+        let files =
+            dirs.filter(|dir| dir.is_dir()).flat_map(|dir| fs::read_dir(dir).unwrap().flatten());
         files.map(|entry| entry.path()).filter(|path| UnixStream::connect(path).is_ok()).collect()
     }
 }
@@ -143,7 +147,11 @@ impl Sshd {
         fs::write(dir.join("sshd_config"), config).unwrap();
         let log = fs::File::create(dir.join("log")).unwrap();
         let mut command = Command::new("/usr/sbin/sshd");
-        command.args(["-D", "-e", "-f"]).arg(dir.join("sshd_config")).stdin(Stdio::null()).stderr(log);
+        command
+            .args(["-D", "-e", "-f"])
+            .arg(dir.join("sshd_config"))
+            .stdin(Stdio::null())
+            .stderr(log);
         let daemon = host.namespace().run(|| command.spawn().unwrap());
         eventually("sshd listens", || {
             fs::read_to_string(dir.join("log")).unwrap().contains("Server listening").then_some(())

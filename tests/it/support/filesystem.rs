@@ -23,8 +23,9 @@ impl Filesystem {
     pub fn sharing(mib: u64) -> Option<Self> {
         let image = NamedTempFile::new().unwrap();
         image.as_file().set_len(mib << 20).unwrap();
-        let make =
-            |program: &str| Command::new(program).arg("-q").arg(image.path()).output().map(|o| o.status.success());
+        let make = |program: &str| {
+            Command::new(program).arg("-q").arg(image.path()).output().map(|o| o.status.success())
+        };
         if !["mkfs.xfs", "mkfs.btrfs"].iter().any(|program| make(program).unwrap_or(false)) {
             super::skip("no mkfs.xfs or mkfs.btrfs: no filesystem that shares blocks can be made");
             return None;
@@ -35,7 +36,10 @@ impl Filesystem {
         filesystem.1 = Some(image);
         let mounted = mount.output().expect("mount");
         if !mounted.status.success() {
-            super::skip(&format!("no loop device: {}", String::from_utf8_lossy(&mounted.stderr).trim()));
+            super::skip(&format!(
+                "no loop device: {}",
+                String::from_utf8_lossy(&mounted.stderr).trim()
+            ));
             return None;
         }
         Some(filesystem)
@@ -44,7 +48,8 @@ impl Filesystem {
     fn unmounted() -> Option<Self> {
         let nothing: Option<&str> = None;
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        let alone = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| mount(nothing, "/", nothing, private, nothing));
+        let alone = unshare(CloneFlags::CLONE_NEWNS)
+            .and_then(|()| mount(nothing, "/", nothing, private, nothing));
         if let Err(errno) = alone {
             super::skip(&format!("no mount namespace of its own: {errno}"));
             return None;
@@ -60,7 +65,8 @@ impl Filesystem {
     /// Mounts an empty one.
     pub fn mount(&self, mib: u64) {
         let size = format!("size={mib}m,mode=0755");
-        mount(Some("test"), self.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str())).expect("mount a tmpfs");
+        mount(Some("test"), self.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
+            .expect("mount a tmpfs");
     }
 
     /// Hides it below an empty directory, as when it is not mounted.
@@ -75,7 +81,11 @@ impl Filesystem {
 
     /// What is in it.
     pub fn names(&self) -> Vec<String> {
-        let names = self.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let names = self
+            .path()
+            .read_dir()
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let mut names: Vec<_> = names.collect();
         names.sort();
         names

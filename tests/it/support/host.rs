@@ -33,7 +33,8 @@ use super::{nftables, skip};
 /// How long anything may take before a test calls it stuck. Emulated guests share two cores with other tests. A host that is
 /// emulated itself says in the environment how many seconds it wants.
 pub fn patience() -> Duration {
-    let seconds = std::env::var("BOSH_QEMU_CPI_TEST_PATIENCE").map(|text| text.parse().expect("a number of seconds"));
+    let seconds = std::env::var("BOSH_QEMU_CPI_TEST_PATIENCE")
+        .map(|text| text.parse().expect("a number of seconds"));
     Duration::from_secs(seconds.unwrap_or(60))
 }
 
@@ -108,7 +109,8 @@ impl Host {
 
     /// Changes the configuration for later calls.
     pub fn reconfigure(&self, change: impl FnOnce(&mut Value)) {
-        let mut config: Value = serde_json::from_slice(&fs::read(self.path("cpi.json")).unwrap()).unwrap();
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(self.path("cpi.json")).unwrap()).unwrap();
         change(&mut config);
         fs::write(self.path("cpi.json"), config.to_string()).unwrap();
     }
@@ -149,7 +151,11 @@ impl Host {
 
     /// The command that answers callers elsewhere.
     pub fn door(&self) -> String {
-        format!("{} --config {} host serve", env!("CARGO_BIN_EXE_bosh-qemu-cpi"), self.path("cpi.json").display())
+        format!(
+            "{} --config {} host serve",
+            env!("CARGO_BIN_EXE_bosh-qemu-cpi"),
+            self.path("cpi.json").display()
+        )
     }
 
     /// What the CPI answers to `method`, asked as the Director does.
@@ -168,7 +174,10 @@ impl Host {
     pub fn command(&self, words: &[&str]) -> (bool, Value) {
         let output = self.namespace.run(|| self.cpi().args(words).output().unwrap());
         let printed = serde_json::from_slice(&output.stdout);
-        (output.status.success(), printed.unwrap_or_else(|error| panic!("{words:?}: {error}: {output:?}")))
+        (
+            output.status.success(),
+            printed.unwrap_or_else(|error| panic!("{words:?}: {error}: {output:?}")),
+        )
     }
 
     /// Power is cut and comes back: what lived in memory is gone.
@@ -193,14 +202,20 @@ impl Host {
     pub fn clear_run_dir(&self) {
         for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
             let path = entry.path();
-            if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+            if path.is_dir() {
+                fs::remove_dir_all(path).unwrap()
+            } else {
+                fs::remove_file(path).unwrap()
+            }
         }
     }
 
     /// The result of a call that must succeed.
     pub fn ok(&self, method: &str, arguments: &Value) -> Value {
         let answer = self.call(method, arguments);
-        answer.outcome.unwrap_or_else(|failure| panic!("{method} {arguments}: {failure:?}; log: {}", answer.stderr))
+        answer.outcome.unwrap_or_else(|failure| {
+            panic!("{method} {arguments}: {failure:?}; log: {}", answer.stderr)
+        })
     }
 
     /// Starts a call and leaves it running, its request read.
@@ -285,31 +300,41 @@ impl Host {
 
     /// What a VM's QEMU returns for a command, or its error. A client of our own, so that the CPI's has a witness.
     pub fn qmp(&self, vm: &VmCid, command: &str, arguments: &Value) -> Result<Value, Value> {
-        let mut socket = UnixStream::connect(self.paths(vm).qmp()).map_err(|error| json!(error.to_string()))?;
+        let mut socket =
+            UnixStream::connect(self.paths(vm).qmp()).map_err(|error| json!(error.to_string()))?;
         socket.set_read_timeout(Some(patience())).unwrap();
         let ask = json!({"execute": command, "arguments": arguments, "id": "asked"});
-        write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#).map_err(|error| json!(error.to_string()))?;
+        write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#)
+            .map_err(|error| json!(error.to_string()))?;
         let lines = BufReader::new(socket).lines();
-        let mut messages = lines.map_while(Result::ok).map(|line| serde_json::from_str::<Value>(&line).unwrap());
+        let mut messages =
+            lines.map_while(Result::ok).map(|line| serde_json::from_str::<Value>(&line).unwrap());
         let answer = messages.find(|message| message["id"] == "asked");
         let mut answer = answer.ok_or_else(|| json!("QEMU is gone"))?;
-        if answer["error"].is_null() { Ok(answer["return"].take()) } else { Err(answer["error"].take()) }
+        if answer["error"].is_null() {
+            Ok(answer["return"].take())
+        } else {
+            Err(answer["error"].take())
+        }
     }
 
     /// Waits until the guest has printed `word` so many times.
     pub fn sees(&self, vm: &VmCid, word: &str, times: usize) {
-        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience()).unwrap();
+        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience())
+            .unwrap();
     }
 
     /// The same for a guest that takes longer.
     pub fn sees_within(&self, vm: &VmCid, word: &str, times: usize, patience: Duration) {
-        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience).unwrap();
+        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience)
+            .unwrap();
     }
 
     /// Waits until the supervisor has written down `event` so many times.
     pub fn event(&self, vm: &VmCid, event: &str, times: usize) {
         let word = format!("\"event\":\"{event}\"");
-        tail::wait_for(&self.paths(vm).events(), &word, times, Instant::now() + patience()).unwrap();
+        tail::wait_for(&self.paths(vm).events(), &word, times, Instant::now() + patience())
+            .unwrap();
     }
 
     /// Has the guest power itself off; waits until its supervisor has ended, too.
@@ -356,7 +381,9 @@ impl Host {
         let mut vms = self.vms.lock().unwrap();
         for (at, _) in answer.match_indices("vm-") {
             let cid: String = answer[at..].chars().take("vm-".len() + 15).collect();
-            vms.extend(cid.chars().all(|c| matches!(c, 'a'..='z' | '2'..='7' | '-')).then_some(cid));
+            vms.extend(
+                cid.chars().all(|c| matches!(c, 'a'..='z' | '2'..='7' | '-')).then_some(cid),
+            );
         }
     }
 }
@@ -381,7 +408,8 @@ impl Drop for Host {
 /// A request as the Director writes it.
 pub fn request(method: &str, arguments: &Value) -> String {
     let context = json!({"director_uuid": "deadbeef", "request_id": "cpi-123456"});
-    json!({"method": method, "arguments": arguments, "context": context, "api_version": 2}).to_string()
+    json!({"method": method, "arguments": arguments, "context": context, "api_version": 2})
+        .to_string()
 }
 
 /// A string.
@@ -396,7 +424,11 @@ pub fn vm_cid(result: &Value) -> VmCid {
 
 /// Waits for the end of a process.
 pub fn gone(process: &Process) {
-    assert!(process.wait_exit(Instant::now() + patience()).unwrap(), "process {} does not end", process.pid());
+    assert!(
+        process.wait_exit(Instant::now() + patience()).unwrap(),
+        "process {} does not end",
+        process.pid()
+    );
 }
 
 /// Looks again and again until there is something to see.

@@ -30,12 +30,16 @@ pub fn qemu_io(host: &Host, path: &Path, disk: &DiskRecord, commands: &[&str]) {
     };
     let mut qemu_io = Command::new("qemu-io");
     if disk.encrypted {
-        qemu_io.arg("--object").arg(format!("secret,id=key,file={}", host.path("state/disk.key").display()));
+        qemu_io
+            .arg("--object")
+            .arg(format!("secret,id=key,file={}", host.path("state/disk.key").display()));
     }
     for command in commands {
         qemu_io.args(["-c", command]);
     }
-    qemu_io.arg("--image-opts").arg(format!("driver={driver},file.driver=file,file.filename={}", path.display()));
+    qemu_io
+        .arg("--image-opts")
+        .arg(format!("driver={driver},file.driver=file,file.filename={}", path.display()));
     let output = qemu_io.output().expect("qemu-io");
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
@@ -60,7 +64,11 @@ pub fn assert_pattern(host: &Host, disk: &DiskCid) {
 pub fn assert_pattern_in(host: &Host, path: &Path, disk: &DiskRecord) {
     qemu_io(host, path, disk, &["read -P 0xb0 0 64k", "read -P 0 1M 4M", "read -P 0x54 5M 1M"]);
     if disk.format == Format::Qcow2 && !disk.encrypted {
-        let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(path).status().expect("qemu-img");
+        let check = Command::new("qemu-img")
+            .args(["check", "-q", "-f", "qcow2"])
+            .arg(path)
+            .status()
+            .expect("qemu-img");
         assert!(check.success());
     }
 }
@@ -69,14 +77,22 @@ pub fn assert_pattern_in(host: &Host, path: &Path, disk: &DiskRecord) {
 pub fn guest_writes(host: &Host, vm: &VmCid, disk: &DiskCid, command: &str) {
     let line = format!("qemu-io -d /machine/peripheral/{disk}/virtio-backend \"{command}\"");
     let said = host.qmp(vm, "human-monitor-command", &json!({"command-line": line})).unwrap();
-    assert!(!["rror", "failed"].iter().any(|word| said.to_string().contains(word)), "{command}: {said}");
+    assert!(
+        !["rror", "failed"].iter().any(|word| said.to_string().contains(word)),
+        "{command}: {said}"
+    );
 }
 
 /// What QEMU says of the node the disk's device is on; `None` if it is not plugged in.
 pub fn node(host: &Host, vm: &VmCid, disk: &DiskCid) -> Option<Value> {
     let devices = host.qmp(vm, "query-block", &json!({})).unwrap();
     let path = format!("/machine/peripheral/{disk}/virtio-backend");
-    devices.as_array().unwrap().iter().find(|device| device["qdev"] == path).map(|device| device["inserted"].clone())
+    devices
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|device| device["qdev"] == path)
+        .map(|device| device["inserted"].clone())
 }
 
 /// What QEMU has that begins with `name`: jobs, nodes, descriptors.

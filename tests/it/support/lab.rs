@@ -50,7 +50,8 @@ impl Lab {
     pub fn unplugged_vm(&self, port: &str, ip: &str) -> Namespace {
         let vm = Namespace::new().expect("as the first two");
         self.host.cable(port, &vm, "eth0");
-        let (version, length, nodad) = if ip.contains(':') { ("-6", 64, "nodad") } else { ("-4", 24, "") };
+        let (version, length, nodad) =
+            if ip.contains(':') { ("-6", 64, "nodad") } else { ("-4", 24, "") };
         vm.ip(&format!("address add {ip}/{length} dev eth0 {nodad}"));
         let gateway = format!("{}1", &ip[..ip.rfind(['.', ':']).expect("an address") + 1]);
         vm.ip(&format!("{version} route add default via {gateway}"));
@@ -64,7 +65,9 @@ impl Lab {
 
     /// Makes a tap with one queue on the host.
     pub fn plug(&self, tap: &str, segment: &Segment) -> Result<apply::Plug> {
-        self.host.run(|| apply::plug(&name(tap).into(), segment, 1, || Ok((segment.clone(), Vec::new()))))
+        self.host.run(|| {
+            apply::plug(&name(tap).into(), segment, 1, || Ok((segment.clone(), Vec::new())))
+        })
     }
 
     /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
@@ -88,18 +91,28 @@ impl Lab {
         let links = self.host.ip_json("address show");
         let settings = |link: &Value| {
             let up = link["flags"].as_array().unwrap().contains(&"UP".into());
-            let addresses = link["addr_info"].as_array().unwrap().iter().filter(|a| a["scope"] != "link");
-            let addresses: Vec<_> = addresses.map(|a| format!("{}/{}", a["local"], a["prefixlen"])).collect();
-            let keys = ["ifindex", "ifname", "address", "mtu", "master", "ifalias"].map(|key| link[key].to_string());
+            let addresses =
+                link["addr_info"].as_array().unwrap().iter().filter(|a| a["scope"] != "link");
+            let addresses: Vec<_> =
+                addresses.map(|a| format!("{}/{}", a["local"], a["prefixlen"])).collect();
+            let keys = ["ifindex", "ifname", "address", "mtu", "master", "ifalias"]
+                .map(|key| link[key].to_string());
             format!("{keys:?} up: {up} {addresses:?}")
         };
-        (links.as_array().unwrap().iter().map(settings).collect(), self.host.run(nftables::generation))
+        (
+            links.as_array().unwrap().iter().map(settings).collect(),
+            self.host.run(nftables::generation),
+        )
     }
 
     /// Links of the host, without `lo`.
     pub fn links(&self) -> Vec<String> {
         let links = self.host.ip_json("link show");
-        let names = links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned());
+        let names = links
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|link| link["ifname"].as_str().unwrap().to_owned());
         names.filter(|name| name != "lo").collect()
     }
 
@@ -122,7 +135,11 @@ pub fn nat(gateway: &str) -> Segment {
 /// The segment of a configured network for a VM with this gateway.
 pub fn segment(network: &Value, gateway: &str) -> Segment {
     let netmask = if gateway.contains(':') { "ffff:ffff:ffff:ffff::" } else { "255.255.255.0" };
-    let requested = Requested { netmask: netmask.parse().ok(), gateway: gateway.parse().ok(), ..Default::default() };
+    let requested = Requested {
+        netmask: netmask.parse().ok(),
+        gateway: gateway.parse().ok(),
+        ..Default::default()
+    };
     let network = Network::from_json(network).unwrap();
     let profile = Profile::load(&network.profile, None).unwrap();
     match plan::place("lab", &network, &profile, &requested).unwrap() {
@@ -145,8 +162,9 @@ pub fn text(error: &bosh_qemu_cpi::error::Error) -> String {
 pub fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
     let address = SocketAddr::new(to.parse().unwrap(), 0);
     let patience = Some(Duration::from_secs(5));
-    let (listener, datagrams) =
-        lab.outside.run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
+    let (listener, datagrams) = lab
+        .outside
+        .run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
     let (tcp, udp) = (listener.local_addr().unwrap(), datagrams.local_addr().unwrap());
     datagrams.set_read_timeout(patience).unwrap();
 
@@ -162,7 +180,8 @@ pub fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
     stream.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"pong");
 
-    let socket = vm.run(|| UdpSocket::bind(if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" }).unwrap());
+    let socket =
+        vm.run(|| UdpSocket::bind(if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" }).unwrap());
     socket.set_read_timeout(patience).unwrap();
     socket.send_to(b"ping", udp).unwrap();
     let (_, by_udp) = datagrams.recv_from(&mut bytes).unwrap();
@@ -183,7 +202,8 @@ pub fn connects(from: &Namespace, address: SocketAddr) -> bool {
     match from.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))) {
         Ok(_) => true,
         Err(error) => {
-            let silent = [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
+            let silent =
+                [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
             assert!(silent.contains(&error.kind()), "{error}");
             false
         }

@@ -15,18 +15,33 @@ use super::nftables;
 impl Host {
     /// Everything on the host that is there because of this test, but for the operator's bridges.
     pub fn left(&self) -> Vec<String> {
-        let mut left: Vec<_> =
-            self.processes().into_iter().map(|(pid, words)| format!("process {pid}: {words}")).collect();
+        let mut left: Vec<_> = self
+            .processes()
+            .into_iter()
+            .map(|(pid, words)| format!("process {pid}: {words}"))
+            .collect();
         let links = self.namespace.ip_json("link show");
         let ours = |link: &&Value| {
             let kind = link["linkinfo"]["info_kind"].as_str();
-            kind == Some("tun") || link["ifalias"].as_str().is_some_and(|alias| alias.starts_with("bosh-qemu-cpi"))
+            kind == Some("tun")
+                || link["ifalias"].as_str().is_some_and(|alias| alias.starts_with("bosh-qemu-cpi"))
         };
-        left.extend(links.as_array().unwrap().iter().filter(ours).map(|link| format!("link {}", link["ifname"])));
-        left.extend(self.namespace.run(nftables::tables).into_iter().map(|table| format!("table {table}")));
+        left.extend(
+            links
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(ours)
+                .map(|link| format!("link {}", link["ifname"])),
+        );
+        left.extend(
+            self.namespace.run(nftables::tables).into_iter().map(|table| format!("table {table}")),
+        );
         left.extend(self.groups().iter().map(|group| format!("control group {}", group.display())));
         for root in [self.path("state"), self.run.path().to_owned()] {
-            let entries = walk(&root).into_iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string());
+            let entries = walk(&root)
+                .into_iter()
+                .map(|path| path.strip_prefix(&root).unwrap().display().to_string());
             let kept = [
                 "schema",
                 "state",
@@ -46,7 +61,8 @@ impl Host {
                 "io-uring.json",
             ];
             // `pools/<name>` says that a pool was used, `called-off/<cid>` that a create is wanted no more.
-            let notes = |entry: &str| entry.starts_with("pools/") || entry.starts_with("called-off");
+            let notes =
+                |entry: &str| entry.starts_with("pools/") || entry.starts_with("called-off");
             left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !notes(entry)));
         }
         left
@@ -67,20 +83,32 @@ impl Host {
 
     fn groups(&self) -> Vec<PathBuf> {
         let vms = self.vms.lock().unwrap();
-        let roots = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
+        let roots = fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path());
         let roots: Vec<_> = roots.chain(["/sys/fs/cgroup".into()]).collect();
-        let groups = vms.iter().flat_map(|vm| roots.iter().map(move |root| root.join("bosh-qemu-cpi").join(vm)));
+        let groups = vms
+            .iter()
+            .flat_map(|vm| roots.iter().map(move |root| root.join("bosh-qemu-cpi").join(vm)));
         groups.filter(|group| group.exists()).collect()
     }
 
     /// Processes that name one of our directories or VMs, or have a file in those directories open.
     fn processes(&self) -> Vec<(i32, String)> {
-        let dirs = [self.dir.path(), self.run.path()].map(|dir| dir.as_os_str().as_bytes().to_owned());
+        let dirs =
+            [self.dir.path(), self.run.path()].map(|dir| dir.as_os_str().as_bytes().to_owned());
         let vms = self.vms.lock().unwrap();
-        let needles: Vec<&[u8]> = dirs.iter().map(Vec::as_slice).chain(vms.iter().map(String::as_bytes)).collect();
-        let names = |bytes: &[u8]| needles.iter().any(|n| bytes.windows(n.len()).any(|window| window == *n));
-        let pids =
-            fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let needles: Vec<&[u8]> =
+            dirs.iter().map(Vec::as_slice).chain(vms.iter().map(String::as_bytes)).collect();
+        let names = |bytes: &[u8]| {
+            needles.iter().any(|n| bytes.windows(n.len()).any(|window| window == *n))
+        };
+        let pids = fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let others = pids.filter(|pid: &i32| pid.unsigned_abs() != std::process::id());
         others
             .filter_map(|pid| {
@@ -89,7 +117,16 @@ impl Host {
                 let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
                 let mut links = files.filter_map(|file| fs::read_link(file.path()).ok());
                 let ours = names(&words) || links.any(|link| names(link.as_os_str().as_bytes()));
-                ours.then(|| (pid, String::from_utf8_lossy(&words).replace('\0', " ").chars().take(120).collect()))
+                ours.then(|| {
+                    (
+                        pid,
+                        String::from_utf8_lossy(&words)
+                            .replace('\0', " ")
+                            .chars()
+                            .take(120)
+                            .collect(),
+                    )
+                })
             })
             .collect()
     }
@@ -98,7 +135,9 @@ impl Host {
     pub(super) fn tear_down(&self) {
         for (pid, _) in self.processes() {
             if let Ok(process) = Process::open(pid) {
-                let _ = process.signal(Signal::SIGKILL).and_then(|()| process.wait_exit(Instant::now() + patience()));
+                let _ = process
+                    .signal(Signal::SIGKILL)
+                    .and_then(|()| process.wait_exit(Instant::now() + patience()));
             }
         }
         for group in self.groups() {

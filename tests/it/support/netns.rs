@@ -50,7 +50,8 @@ impl Namespace {
 
     /// Runs `ip` with these words inside; its output. Panics if it fails.
     pub fn ip(&self, words: &str) -> String {
-        let output = self.run(|| Command::new("ip").args(words.split_whitespace()).output().expect("ip"));
+        let output =
+            self.run(|| Command::new("ip").args(words.split_whitespace()).output().expect("ip"));
         assert!(output.status.success(), "ip {words}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("UTF-8")
     }

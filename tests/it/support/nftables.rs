@@ -34,7 +34,12 @@ pub fn write_table(name: &str, present: bool) {
     let inet = Nfgenmsg { nfgen_family: libc::NFPROTO_INET as u8, ..Nfgenmsg::default() };
     batch.request().op_batch_begin_do(&nftables);
     if present {
-        batch.request().set_create().op_newtable_do(&inet).encode().push_name_bytes(name.as_bytes());
+        batch
+            .request()
+            .set_create()
+            .op_newtable_do(&inet)
+            .encode()
+            .push_name_bytes(name.as_bytes());
     } else {
         batch.request().op_deltable_do(&inet).encode().push_name_bytes(name.as_bytes());
     }
@@ -44,12 +49,16 @@ pub fn write_table(name: &str, present: bool) {
 
 /// How many packets the dropping rules of the tables `name` of both families have counted.
 pub fn drops(name: &str) -> u64 {
-    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| drops_of(family as u8, name)).iter().sum()
+    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE]
+        .map(|family| drops_of(family as u8, name))
+        .iter()
+        .sum()
 }
 
 fn drops_of(family: u8, table: &str) -> u64 {
     let mut socket = NetlinkSocket::new();
-    let mut request = Request::new().op_getrule_dump(&Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() });
+    let mut request =
+        Request::new().op_getrule_dump(&Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() });
     request.encode().push_table_bytes(table.as_bytes());
     let mut reply = socket.request(&request).expect("list rules");
     let mut drops = 0;
@@ -65,7 +74,10 @@ fn drops_of(family: u8, table: &str) -> u64 {
 
 /// How many elements the sets of the tables `name` of both families have.
 pub fn elements(name: &str) -> usize {
-    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE].map(|family| elements_of(family as u8, name)).iter().sum()
+    [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE]
+        .map(|family| elements_of(family as u8, name))
+        .iter()
+        .sum()
 }
 
 fn elements_of(family: u8, table: &str) -> usize {
@@ -103,12 +115,17 @@ pub fn remove_element(table: &str, set: &str, link: &str) {
         name.resize(libc::IFNAMSIZ, 0);
         batch.request().op_batch_begin_do(&nftables);
         let mut request = batch.request().op_delsetelem_do(&header);
-        let list = request.encode().push_table_bytes(table.as_bytes()).push_set_bytes(set.as_bytes());
+        let list =
+            request.encode().push_table_bytes(table.as_bytes()).push_set_bytes(set.as_bytes());
         let element = list.nested_elements().nested_elem().nested_key().push_value(&name);
         element.end_nested().end_nested().end_nested();
         drop(request);
         batch.request().op_batch_end_do(&nftables);
-        socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("remove an element");
+        socket
+            .request_chained(&batch.finalize())
+            .expect("send")
+            .recv_all()
+            .expect("remove an element");
     }
 }
 
@@ -127,7 +144,8 @@ pub fn drop_at(hook: libc::c_int, table: &str, chain: &str, others: &[&str]) {
         request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(other.as_bytes());
     }
     let mut request = batch.request().set_create().op_newchain_do(&ip);
-    let attributes = request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(chain.as_bytes());
+    let attributes =
+        request.encode().push_table_bytes(table.as_bytes()).push_name_bytes(chain.as_bytes());
     let hook = attributes.nested_hook().push_num(hook as u32).push_priority(0).end_nested();
     hook.push_policy(libc::NF_DROP as u32).push_type_bytes(b"filter");
     drop(request);

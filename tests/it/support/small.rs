@@ -20,7 +20,8 @@ impl Small {
     /// Makes it larger.
     pub fn grow(&self, mib: u32) {
         let options = format!("size={mib}m");
-        mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::MS_REMOUNT, Some(options.as_str())).unwrap();
+        mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::MS_REMOUNT, Some(options.as_str()))
+            .unwrap();
     }
 
     /// Lets nobody write to it, or everybody again. Nobody may have a file of it open for writing.
@@ -38,7 +39,9 @@ impl Small {
         let mut ballast = File::options().create(true).append(true).open(self.ballast()).unwrap();
         while ballast.write_all(&[1; 4096]).is_ok() {}
         let size = ballast.metadata().unwrap().len();
-        ballast.set_len((size / 4096).checked_sub(free_pages).expect("that much ballast") * 4096).unwrap();
+        ballast
+            .set_len((size / 4096).checked_sub(free_pages).expect("that much ballast") * 4096)
+            .unwrap();
     }
 
     /// Takes out what [`Self::fill`] put in.

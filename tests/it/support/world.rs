@@ -84,14 +84,17 @@ fn processes_in(dir: &Path) -> Vec<String> {
     let names = |bytes: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
     let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
     let own = std::process::id().to_string();
-    let others = processes.filter(|process| process.file_name().is_some_and(|name| name != own.as_str()));
+    let others =
+        processes.filter(|process| process.file_name().is_some_and(|name| name != own.as_str()));
     others
         .filter_map(|process| {
             let command_line = fs::read(process.join("cmdline")).ok()?;
             let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
             let mut links = files.filter_map(|file| fs::read_link(file.path()).ok());
             let here = names(&command_line) || links.any(|link| names(link.as_os_str().as_bytes()));
-            here.then(|| format!("{} {}", process.display(), String::from_utf8_lossy(&command_line)))
+            here.then(|| {
+                format!("{} {}", process.display(), String::from_utf8_lossy(&command_line))
+            })
         })
         .collect()
 }
@@ -103,7 +106,8 @@ pub fn recorded_requests() -> Vec<(String, Value)> {
     let lines = files.flat_map(|file| {
         let flow = file.file_stem().unwrap().to_string_lossy().into_owned();
         let text = fs::read_to_string(&file).unwrap();
-        let requests: Vec<_> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect();
+        let requests: Vec<_> =
+            text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect();
         requests.into_iter().map(move |mut line| (flow.clone(), line["request"].take()))
     });
     let requests: Vec<_> = lines.collect();

@@ -15,14 +15,19 @@ fn what_is_cut_off_anywhere_is_refused() {
             let refused = world.refusal(&archive[..archive.len() - cut], None).to_string();
             assert!(refused.contains("cut off"), "{refused}");
         }
-        assert_eq!(world.refusal(&archive[..archive.len() - 1024], None), Refusal::Truncated("the tar archive"));
+        assert_eq!(
+            world.refusal(&archive[..archive.len() - 1024], None),
+            Refusal::Truncated("the tar archive")
+        );
     }
     let image = world.qcow2("-o compat=1.1");
     assert!(matches!(world.refusal(&image[..image.len() - (1 << 20)], None), Refusal::Damaged(_)));
     let world = World { qemu_img: "qemu-img", ..world };
     let image = world.qcow2("-o extended_l2=on");
     assert!(matches!(world.refusal(&image[..image.len() - (1 << 20)], None), Refusal::Damaged(_)));
-    let Refusal::Member { problem, .. } = world.refusal(&stemcell(&image[..100_000]), None) else { panic!() };
+    let Refusal::Member { problem, .. } = world.refusal(&stemcell(&image[..100_000]), None) else {
+        panic!()
+    };
     assert!(matches!(*problem, Refusal::Header(HeaderError::Outside { .. })), "{problem}");
 }
 
@@ -35,7 +40,10 @@ fn damage_in_the_gzip_data_is_found() {
         damaged[at] ^= 0x10;
         world.refusal(&damaged, None);
     }
-    assert!(matches!(world.refusal(&[&sound[..], b"and something more"].concat(), None), Refusal::Gzip(_)));
+    assert!(matches!(
+        world.refusal(&[&sound[..], b"and something more"].concat(), None),
+        Refusal::Gzip(_)
+    ));
 }
 
 #[test]
@@ -43,7 +51,10 @@ fn padding_may_follow_an_archive_and_nothing_else() {
     let world = World::new();
     let archive = tar(&[("root.img", &world.disk())]);
     world.expect_disk(&gzip(&[&archive[..], &[0; 10240]].concat()), None);
-    assert_eq!(world.refusal(&gzip(&[&archive[..], &[0; 10240], b"x"].concat()), None), Refusal::Trailing);
+    assert_eq!(
+        world.refusal(&gzip(&[&archive[..], &[0; 10240], b"x"].concat()), None),
+        Refusal::Trailing
+    );
     assert_eq!(world.refusal(&gzip(&archive.repeat(2)), None), Refusal::Trailing);
 }
 
@@ -52,8 +63,14 @@ fn members_that_are_no_image() {
     let world = World::new();
     let disk = world.disk();
     let ovf = gzip(&tar(&[("image.ovf", b"x"), ("image.mf", b"x"), ("image-disk1.vmdk", b"KDMV")]));
-    assert_eq!(world.refusal(&ovf, None), Refusal::NoImage("image.ovf, image.mf, image-disk1.vmdk".into()));
-    assert_eq!(world.refusal(&gzip(&tar(&[("a/root.img", &disk)])), None), Refusal::NoImage("a/root.img".into()));
+    assert_eq!(
+        world.refusal(&ovf, None),
+        Refusal::NoImage("image.ovf, image.mf, image-disk1.vmdk".into())
+    );
+    assert_eq!(
+        world.refusal(&gzip(&tar(&[("a/root.img", &disk)])), None),
+        Refusal::NoImage("a/root.img".into())
+    );
     let two = gzip(&tar(&[("root.img", &disk), ("disk.raw", &disk)]));
     assert_eq!(world.refusal(&two, None), Refusal::TwoImages("disk.raw".into()));
     let member = Refusal::Member { name: "root.img".into(), problem: Box::new(Refusal::NoSize) };
@@ -84,7 +101,8 @@ fn members_that_lead_astray() {
         let refused = world.refusal(&gzip(&archive(kind, b"root.img")), None);
         assert_eq!(refused, Refusal::MemberKind { name: "root.img".into(), kind: what });
     }
-    let refused = world.refusal(&gzip(&archive(EntryType::Symlink, b"\x1b[31m\xff")), None).to_string();
+    let refused =
+        world.refusal(&gzip(&archive(EntryType::Symlink, b"\x1b[31m\xff")), None).to_string();
     assert!(refused.contains("\\u{1b}[31m"), "{refused}");
 }
 
@@ -104,12 +122,20 @@ fn a_name_without_end_takes_no_memory() {
 fn formats_that_are_not_what_was_said() {
     let world = World::new();
     let (disk, qcow2) = (world.disk(), world.qcow2(""));
-    for (image, declared, found) in [(&disk, Format::Qcow2, Format::Raw), (&qcow2, Format::Raw, Format::Qcow2)] {
+    for (image, declared, found) in
+        [(&disk, Format::Qcow2, Format::Raw), (&qcow2, Format::Raw, Format::Qcow2)]
+    {
         assert_eq!(world.refusal(image, Some(declared)), Refusal::Declared { declared, found });
     }
     assert_eq!(world.refusal(b"hello", None), Refusal::Unknown);
-    assert_eq!(world.refusal(b"KDMV and more", Some(Format::Raw)), Refusal::Foreign("a VMDK image (VMware)"));
-    assert_eq!(world.refusal(&gzip(&gzip(&disk)), None), Refusal::Foreign("gzip data within gzip data"));
+    assert_eq!(
+        world.refusal(b"KDMV and more", Some(Format::Raw)),
+        Refusal::Foreign("a VMDK image (VMware)")
+    );
+    assert_eq!(
+        world.refusal(&gzip(&gzip(&disk)), None),
+        Refusal::Foreign("gzip data within gzip data")
+    );
     assert_eq!(world.import_as(b"hello", Some(Format::Raw)).unwrap().virtual_size, Bytes(512));
 }
 
@@ -144,7 +170,10 @@ fn qcow2_features_that_reach_out_of_the_file() {
     image[24..32].copy_from_slice(&[0; 8]);
     assert_eq!(world.refusal(&image, None), Refusal::NoSize);
     image[24] = 1; // 64 PiB and more
-    assert!(matches!(world.refusal(&image, None), Refusal::Header(HeaderError::Field { field: "size", .. })));
+    assert!(matches!(
+        world.refusal(&image, None),
+        Refusal::Header(HeaderError::Field { field: "size", .. })
+    ));
 }
 
 #[test]
@@ -155,7 +184,10 @@ fn a_disk_no_host_can_hold() {
     absurd.set_cksum();
     let archive = [absurd.as_bytes().as_slice(), &world.disk()].concat();
     let problem = Box::new(Refusal::TooLarge);
-    assert_eq!(world.refusal(&gzip(&archive), None), Refusal::Member { name: "root.img".into(), problem });
+    assert_eq!(
+        world.refusal(&gzip(&archive), None),
+        Refusal::Member { name: "root.img".into(), problem }
+    );
 }
 
 #[test]
@@ -169,7 +201,11 @@ fn a_full_disk_says_what_is_needed() {
     let failure = job.read(&output, &mut |_| {}).unwrap_err();
     let error = job.error(failure, &output);
     assert_eq!(error.kind(), ErrorKind::NoDiskSpace, "{}", error.report());
-    assert!(error.report().contains("the image needs up to 9437696 bytes, '/"), "{}", error.report());
+    assert!(
+        error.report().contains("the image needs up to 9437696 bytes, '/"),
+        "{}",
+        error.report()
+    );
     assert!(error.report().ends_with(" bytes free"), "{}", error.report());
 }
 

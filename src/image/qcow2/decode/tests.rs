@@ -36,7 +36,9 @@ fn plain_compressed_and_zero_clusters() {
     let mut disk = vec![0; 5 << 20];
     let length = target.metadata().unwrap().len() as usize;
     target.read_exact_at(&mut disk[..length], 0).unwrap();
-    for (from, length, byte) in [(0, 8, 0), (8, 12, 1), (20, 44, 0), (64, 16, 2), (80, 4016, 0), (4096, 4, 3)] {
+    for (from, length, byte) in
+        [(0, 8, 0), (8, 12, 1), (20, 44, 0), (64, 16, 2), (80, 4016, 0), (4096, 4, 3)]
+    {
         assert!(disk[from << 10..(from + length) << 10].iter().all(|b| *b == byte), "{from} KiB");
     }
 }
@@ -47,14 +49,19 @@ fn entries_that_lead_nowhere() {
     assert!(damage(set(1 << 40)).starts_with("a cluster ends at byte 0x10000000000"));
     assert!(damage(set(entry::COMPRESSED | 1 << 40)).starts_with("a compressed cluster"));
     assert!(damage(set(4096 + 512)).starts_with("an entry that names no cluster"));
-    assert!(damage(with_l2_entry(|entry, _| entry[7] |= 2)).starts_with("an entry with reserved bits"));
-    assert!(damage(with_l2_entry(|entry, _| entry[0] |= 4)).starts_with("an entry with reserved bits"));
+    assert!(
+        damage(with_l2_entry(|entry, _| entry[7] |= 2)).starts_with("an entry with reserved bits")
+    );
+    assert!(
+        damage(with_l2_entry(|entry, _| entry[0] |= 4)).starts_with("an entry with reserved bits")
+    );
 }
 
 #[test]
 fn one_cluster_may_be_named_twice() {
     // Place 0 is the header, long read by then, and still in the window.
-    let target = with_l2_entry(|entry, value| entry.copy_from_slice(&(value + 4096).to_be_bytes())).unwrap();
+    let target =
+        with_l2_entry(|entry, value| entry.copy_from_slice(&(value + 4096).to_be_bytes())).unwrap();
     let mut byte = [0];
     target.read_exact_at(&mut byte, 8192).unwrap();
     assert_eq!(byte, [1]);

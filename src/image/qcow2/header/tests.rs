@@ -22,7 +22,10 @@ fn what_qemu_img_writes_is_understood() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     let read = |options: &str, size: &str| {
-        qemu_img(["create", "-u", "-fqcow2", "-o", options, path.to_str().unwrap(), size].map(AsRef::as_ref));
+        qemu_img(
+            ["create", "-u", "-fqcow2", "-o", options, path.to_str().unwrap(), size]
+                .map(AsRef::as_ref),
+        );
         Header::read(&path).unwrap()
     };
     let old = read("compat=0.10", "5G");
@@ -69,14 +72,25 @@ fn every_bound_is_checked() {
     }
     assert_eq!(refused(76, &[0, 0, 0, 0x20]), "qcow2 incompatible features 0x20 are unknown");
     assert!(refused(8, &[0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 5]).contains("backing file name"));
-    assert!(refused(8, &[0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 5]).contains("outside the 65536 bytes"));
-    assert!(refused(112, &[1, 2, 3, 4, 0, 1, 0, 0]).contains("ends early"), "an extension larger than its cluster");
+    assert!(
+        refused(8, &[0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 5]).contains("outside the 65536 bytes")
+    );
+    assert!(
+        refused(112, &[1, 2, 3, 4, 0, 1, 0, 0]).contains("ends early"),
+        "an extension larger than its cluster"
+    );
     assert!(Header::parse(&sound()[..111]).is_ok(), "nothing of the padding is needed");
-    assert_eq!(Header::parse(&sound()[..99]), Err(HeaderError::Truncated { needed: 100, have: 99 }));
+    assert_eq!(
+        Header::parse(&sound()[..99]),
+        Err(HeaderError::Truncated { needed: 100, have: 99 })
+    );
     let header = Header::parse(&sound()).unwrap();
     assert!(header.check_places(4 << 16).is_ok());
     let outside = header.check_places(3 << 16).unwrap_err().to_string();
-    assert_eq!(outside, "the L1 table of the qcow2 header lies at 196608, outside the 196608 bytes of the file");
+    assert_eq!(
+        outside,
+        "the L1 table of the qcow2 header lies at 196608, outside the 196608 bytes of the file"
+    );
 }
 
 proptest! {

@@ -12,8 +12,14 @@ pub(super) fn chains() -> Vec<Chain> {
         hooked("own_forwards", Hook::OWN_DESTINATION_NAT, own_forwards()),
         hooked("masked", Hook::filter(Place::Postrouting, BEHIND_SOURCE_NAT), masked()),
         chain("masked_ip", masked_ip()),
-        chain("masked_ip4", masked_by(IP_DADDR, CT_SADDR4, [MASKED_PORTS4, MASKED_PROTOCOLS4, MASKED4])),
-        chain("masked_ip6", masked_by(IP6_DADDR, CT_SADDR6, [MASKED_PORTS6, MASKED_PROTOCOLS6, MASKED6])),
+        chain(
+            "masked_ip4",
+            masked_by(IP_DADDR, CT_SADDR4, [MASKED_PORTS4, MASKED_PROTOCOLS4, MASKED4]),
+        ),
+        chain(
+            "masked_ip6",
+            masked_by(IP6_DADDR, CT_SADDR6, [MASKED_PORTS6, MASKED_PROTOCOLS6, MASKED6]),
+        ),
         chain("vouched", vec![rule([], Verdict::Mark(OF_THE_HOST))]),
     ]
 }
@@ -25,14 +31,27 @@ fn strays() -> Vec<Rule> {
 }
 
 fn forwards() -> Vec<Rule> {
-    let to = |v6, key: &[Field], map: Set| Verdict::Forward { v6, key: key.to_vec(), map: map.name };
+    let to =
+        |v6, key: &[Field], map: Set| Verdict::Forward { v6, key: key.to_vec(), map: map.name };
     let local = || Match::Is(DESTINATION_TYPE, &LOCAL);
     vec![
         // Only addresses of the host: another's packets are not ours to take.
-        rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4)),
-        rule([Match::Is(FAMILY, FAMILY4), local()], to(false, &[PROTOCOL, DESTINATION_PORT], FORWARDS4)),
-        rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6)),
-        rule([Match::Is(FAMILY, FAMILY6), local()], to(true, &[PROTOCOL, DESTINATION_PORT], FORWARDS6)),
+        rule(
+            [Match::Is(FAMILY, FAMILY4), local()],
+            to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4),
+        ),
+        rule(
+            [Match::Is(FAMILY, FAMILY4), local()],
+            to(false, &[PROTOCOL, DESTINATION_PORT], FORWARDS4),
+        ),
+        rule(
+            [Match::Is(FAMILY, FAMILY6), local()],
+            to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6),
+        ),
+        rule(
+            [Match::Is(FAMILY, FAMILY6), local()],
+            to(true, &[PROTOCOL, DESTINATION_PORT], FORWARDS6),
+        ),
     ]
 }
 
@@ -41,7 +60,10 @@ const LOCAL: [u8; 4] = 2u32.to_ne_bytes();
 
 /// Programs of the host use forwards like anybody, but for its loopback addresses, which lead nowhere else.
 fn own_forwards() -> Vec<Rule> {
-    let loopback4 = return_if([Match::Is(FAMILY, FAMILY4), Match::Bits(IP_DADDR, &[255, 0, 0, 0], &[127, 0, 0, 0])]);
+    let loopback4 = return_if([
+        Match::Is(FAMILY, FAMILY4),
+        Match::Bits(IP_DADDR, &[255, 0, 0, 0], &[127, 0, 0, 0]),
+    ]);
     let loopback6 = return_if([Match::Is(FAMILY, FAMILY6), Match::Is(IP6_DADDR, LOOPBACK6)]);
     [loopback4, loopback6].into_iter().chain(forwards()).collect()
 }
@@ -70,7 +92,10 @@ fn masked_ip() -> Vec<Rule> {
 /// The sets are those of ports, of whole protocols, and of all addresses that have either.
 fn masked_by(to: Field, from: Field, [ports, protocols, all]: [Set; 3]) -> Vec<Rule> {
     vec![
-        rule([known(&[OIFNAME, to, from, PROTOCOL, DESTINATION_PORT], ports)], Verdict::Goto("vouched")),
+        rule(
+            [known(&[OIFNAME, to, from, PROTOCOL, DESTINATION_PORT], ports)],
+            Verdict::Goto("vouched"),
+        ),
         rule([known(&[OIFNAME, to, from, PROTOCOL], protocols)], Verdict::Goto("vouched")),
         drop_if([known(&[OIFNAME, to], all)]),
     ]

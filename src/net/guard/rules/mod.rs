@@ -116,8 +116,8 @@ pub(super) fn bridge_table() -> Table {
         family: Family::Bridge,
         name: BRIDGE.to_owned(),
         sets: vec![
-            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, GROUPED, PORTS4, PORTS6,
-            PROTOCOLS4, PROTOCOLS6, ASKED4, ASKED6,
+            TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, GROUPED,
+            PORTS4, PORTS6, PROTOCOLS4, PROTOCOLS6, ASKED4, ASKED6,
         ],
         chains: sender::chains().into_iter().chain(receiver::chains()).collect(),
     }

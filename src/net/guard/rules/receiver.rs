@@ -6,7 +6,11 @@ use super::*;
 pub(super) fn chains() -> Vec<Chain> {
     let chain = |name, rules| Chain { name, hook: None, rules };
     vec![
-        Chain { name: "receiver", hook: Some(Hook::filter(Place::Postrouting, PRIORITY)), rules: receiver() },
+        Chain {
+            name: "receiver",
+            hook: Some(Hook::filter(Place::Postrouting, PRIORITY)),
+            rules: receiver(),
+        },
         chain("admitted", admitted()),
         chain("admitted_ip4", admitted_ip4()),
         chain("admitted_ip6", admitted_ip6()),
@@ -41,7 +45,8 @@ fn dhcp(server: &'static [u8], client: &'static [u8]) -> Rule {
 }
 
 fn admitted_ip4() -> Vec<Rule> {
-    let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
+    let answer =
+        |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
     vec![
         goes_on(),
         return_if([
@@ -62,7 +67,9 @@ fn admitted_ip4() -> Vec<Rule> {
 }
 
 fn admitted_ip6() -> Vec<Rule> {
-    let answer = |first, last| return_if([Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)]);
+    let answer = |first, last| {
+        return_if([Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)])
+    };
     vec![
         goes_on(),
         return_if([
@@ -72,7 +79,10 @@ fn admitted_ip6() -> Vec<Rule> {
         dhcp(&[0x02, 0x23], &[0x02, 0x22]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
         return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
-        return_if([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])]),
+        return_if([
+            Match::Is(IP6_NEXT, FRAGMENT),
+            Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0]),
+        ]),
         // Errors; echo reply; multicast listeners, routers and neighbours.
         answer(&[1], &[4]),
         answer(&[129], &[136]),

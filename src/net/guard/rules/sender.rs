@@ -6,7 +6,11 @@ use super::*;
 pub(super) fn chains() -> Vec<Chain> {
     let chain = |name, rules| Chain { name, hook: None, rules };
     vec![
-        Chain { name: "sender", hook: Some(Hook::filter(Place::Prerouting, PRIORITY)), rules: sender() },
+        Chain {
+            name: "sender",
+            hook: Some(Hook::filter(Place::Prerouting, PRIORITY)),
+            rules: sender(),
+        },
         chain("itself", itself()),
         chain("itself_arp", itself_arp()),
         chain("itself_ip4", itself_ip4()),
@@ -82,7 +86,10 @@ fn itself_ip4() -> Vec<Rule> {
 fn itself_ip6() -> Vec<Rule> {
     vec![
         // What comes after the first fragment is worth nothing without it.
-        rule([Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])], SOURCE6),
+        rule(
+            [Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])],
+            SOURCE6,
+        ),
         rule([Match::Has(PROTOCOL), Match::Has(DESTINATION_PORT)], Verdict::Goto("itself_whole6")),
         drop_if([]),
     ]
@@ -118,7 +125,11 @@ fn itself_source6() -> Vec<Rule> {
         return_if([known(&source, BLOCKS6)]),
         return_if([known(&[IIFNAME], ROAMING)]),
         // A listener report of a guest that has no address yet (RFC 3810 §5.2.13).
-        return_if([Match::Is(IP6_SADDR, UNSPECIFIED6), Match::Is(PROTOCOL, ICMP6), Match::Is(ICMP6_TYPE, &[143])]),
+        return_if([
+            Match::Is(IP6_SADDR, UNSPECIFIED6),
+            Match::Is(PROTOCOL, ICMP6),
+            Match::Is(ICMP6_TYPE, &[143]),
+        ]),
         drop_if([]),
     ]
 }
@@ -142,7 +153,10 @@ fn itself_asks_router() -> Vec<Rule> {
 
 fn itself_asks() -> Vec<Rule> {
     let duplicate = rule([Match::Is(IP6_SADDR, UNSPECIFIED6)], Verdict::Goto("itself_duplicate"));
-    [duplicate].into_iter().chain(asks_as_itself(ND_OPTION, ND_OPTION_MAC, ND_SECOND_OPTION)).collect()
+    [duplicate]
+        .into_iter()
+        .chain(asks_as_itself(ND_OPTION, ND_OPTION_MAC, ND_SECOND_OPTION))
+        .collect()
 }
 
 /// With no option, or with its own address as the asker's (type 1, of 8 bytes).

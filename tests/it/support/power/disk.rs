@@ -27,7 +27,8 @@ pub enum Loss {
 
 impl Loss {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Nothing, Self::Contents, Self::HalfOfContents, Self::Everything];
+    pub const ALL: [Self; 4] =
+        [Self::Nothing, Self::Contents, Self::HalfOfContents, Self::Everything];
 }
 
 type Content = Arc<Vec<u8>>;
@@ -99,14 +100,18 @@ impl Disk {
 
     fn find(&self, path: &Path) -> usize {
         path.iter().fold(0, |at, name| {
-            let Node::Dir { now, .. } = &self.0[at] else { panic!("{} is in no directory", path.display()) };
+            let Node::Dir { now, .. } = &self.0[at] else {
+                panic!("{} is in no directory", path.display())
+            };
             *now.get(name).unwrap_or_else(|| panic!("{} was made unseen", path.display()))
         })
     }
 
     fn names(&mut self, path: &Path) -> (&mut Names, OsString) {
         let parent = self.find(path.parent().expect("a parent"));
-        let Node::Dir { now, .. } = &mut self.0[parent] else { panic!("{}: no directory", path.display()) };
+        let Node::Dir { now, .. } = &mut self.0[parent] else {
+            panic!("{}: no directory", path.display())
+        };
         (now, path.file_name().expect("a name").to_owned())
     }
 
@@ -146,7 +151,9 @@ impl Disk {
             Step::Remove(path) => drop(self.take(path)),
             Step::Write(path) => {
                 let id = self.find(path);
-                let Node::File { dirty, .. } = &mut self.0[id] else { panic!("{}: no file", path.display()) };
+                let Node::File { dirty, .. } = &mut self.0[id] else {
+                    panic!("{}: no file", path.display())
+                };
                 *dirty = true;
             }
             Step::Sync(path, content) => {
@@ -156,7 +163,9 @@ impl Disk {
             }
             Step::SyncDir(path) => {
                 let id = self.find(path);
-                let Node::Dir { durable, now } = &mut self.0[id] else { panic!("{}: no directory", path.display()) };
+                let Node::Dir { durable, now } = &mut self.0[id] else {
+                    panic!("{}: no directory", path.display())
+                };
                 durable.clone_from(now);
             }
         }
@@ -194,8 +203,10 @@ impl Disk {
     fn after_a_cut(&self, loss: Loss, done: usize, future: &Future) -> Tree {
         let mut content = |id: usize| {
             let Node::File { durable, dirty } = &self.0[id] else { unreachable!() };
-            let next =
-                future.get(&id).and_then(|all| all.iter().find(|(at, _)| *at >= done)).map(|(_, content)| content);
+            let next = future
+                .get(&id)
+                .and_then(|all| all.iter().find(|(at, _)| *at >= done))
+                .map(|(_, content)| content);
             match (loss, next) {
                 (Loss::Nothing, Some(next)) if *dirty => next.clone(),
                 (Loss::HalfOfContents, Some(next)) if *dirty => {
@@ -214,7 +225,8 @@ fn empty_dir() -> Node {
 }
 
 /// Written by the supervisor or QEMU, which are not followed.
-const OTHERS: [&str; 5] = ["console.log", "events.jsonl", "exit.json", "qemu.log", "supervisor.log"];
+const OTHERS: [&str; 5] =
+    ["console.log", "events.jsonl", "exit.json", "qemu.log", "supervisor.log"];
 
 /// A power cut.
 pub struct Cut {
@@ -258,7 +270,8 @@ fn future(mut disk: Disk, steps: &[Step], root: &Path) -> Future {
     }
     let is_ours = |path: &Path| !OTHERS.iter().any(|other| path.ends_with(other));
     let (ours, real) = (disk.now(), Disk::of(root).now());
-    let names = |tree: &Tree| -> Vec<_> { tree.keys().filter(|path| is_ours(path)).cloned().collect() };
+    let names =
+        |tree: &Tree| -> Vec<_> { tree.keys().filter(|path| is_ours(path)).cloned().collect() };
     assert_eq!(names(&ours), names(&real), "something was made or removed unseen");
     for (path, entry) in ours.iter().filter(|(path, _)| is_ours(path)) {
         if let (Entry::File(id, durable), Entry::File(_, content)) = (entry, &real[path]) {
@@ -273,7 +286,11 @@ fn future(mut disk: Disk, steps: &[Step], root: &Path) -> Future {
 /// Puts `tree` in the place of what is in `root`, as old as after a reboot.
 pub fn restore(tree: &Tree, root: &Path) {
     for entry in fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()) {
-        if entry.is_dir() { fs::remove_dir_all(entry).unwrap() } else { fs::remove_file(entry).unwrap() }
+        if entry.is_dir() {
+            fs::remove_dir_all(entry).unwrap()
+        } else {
+            fs::remove_file(entry).unwrap()
+        }
     }
     let mut written = BTreeMap::new();
     for (path, entry) in tree {

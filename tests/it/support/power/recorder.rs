@@ -38,7 +38,8 @@ pub fn record(mut command: Command, input: &[u8], root: &Path) -> (Output, Vec<S
         | Options::PTRACE_O_TRACEEXEC;
     ptrace::seize(pid, options).and_then(|()| ptrace::interrupt(pid)).expect("ptrace");
     child.stdin.take().unwrap().write_all(input).unwrap();
-    let mut recorder = Recorder { root, steps: Vec::new(), followed: BTreeMap::from([(pid, None)]) };
+    let mut recorder =
+        Recorder { root, steps: Vec::new(), followed: BTreeMap::from([(pid, None)]) };
     let status = recorder.follow(pid);
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     child.stdout.take().unwrap().read_to_end(&mut stdout).unwrap();
@@ -59,7 +60,8 @@ impl Recorder<'_> {
         let mut ended = None;
         while !self.followed.is_empty() {
             // Not the children of other tests.
-            let status = waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)).expect("waitpid");
+            let status = waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD))
+                .expect("waitpid");
             let pid = status.pid().expect("a pid");
             let mut signal = None;
             match status {
@@ -68,7 +70,9 @@ impl Recorder<'_> {
                     if pid == first {
                         ended = Some(match status {
                             WaitStatus::Exited(_, code) => ExitStatus::from_raw(code << 8),
-                            WaitStatus::Signaled(_, signal, _) => ExitStatus::from_raw(signal as i32),
+                            WaitStatus::Signaled(_, signal, _) => {
+                                ExitStatus::from_raw(signal as i32)
+                            }
                             _ => unreachable!(),
                         });
                     }
@@ -134,7 +138,9 @@ impl Call<'_> {
         Some(match number {
             libc::SYS_open => return self.open(self.path(None, 0)?, self.argument(1)),
             libc::SYS_openat => return self.open(self.path(Some(0), 1)?, self.argument(2)),
-            libc::SYS_creat => return self.open(self.path(None, 0)?, (libc::O_CREAT | libc::O_TRUNC) as u64),
+            libc::SYS_creat => {
+                return self.open(self.path(None, 0)?, (libc::O_CREAT | libc::O_TRUNC) as u64);
+            }
             libc::SYS_mkdir => Step::MakeDir(self.path(None, 0)?),
             libc::SYS_mkdirat => Step::MakeDir(self.path(Some(0), 1)?),
             libc::SYS_symlink => Step::Symlink(self.text(0)?, self.path(None, 1)?),
@@ -142,7 +148,9 @@ impl Call<'_> {
             libc::SYS_link => Step::Link(self.path(None, 0)?, self.path(None, 1)?),
             libc::SYS_linkat => Step::Link(self.path(Some(0), 1)?, self.path(Some(2), 3)?),
             libc::SYS_rename => Step::Rename(self.path(None, 0)?, self.path(None, 1)?),
-            libc::SYS_renameat | libc::SYS_renameat2 => Step::Rename(self.path(Some(0), 1)?, self.path(Some(2), 3)?),
+            libc::SYS_renameat | libc::SYS_renameat2 => {
+                Step::Rename(self.path(Some(0), 1)?, self.path(Some(2), 3)?)
+            }
             libc::SYS_unlink | libc::SYS_rmdir => Step::Remove(self.path(None, 0)?),
             libc::SYS_unlinkat => Step::Remove(self.path(Some(0), 1)?),
             libc::SYS_write
@@ -160,7 +168,11 @@ impl Call<'_> {
             libc::SYS_truncate => Step::Write(self.path(None, 0)?),
             libc::SYS_fsync | libc::SYS_fdatasync => {
                 let path = self.file(0)?;
-                if self.root.join(&path).is_dir() { Step::SyncDir(path) } else { Step::Sync(path, Arc::default()) }
+                if self.root.join(&path).is_dir() {
+                    Step::SyncDir(path)
+                } else {
+                    Step::Sync(path, Arc::default())
+                }
             }
             _ => return None,
         })
@@ -184,16 +196,20 @@ impl Call<'_> {
     fn path(&self, directory: Option<usize>, index: usize) -> Option<PathBuf> {
         let text = self.text(index)?;
         let from = match directory.map(|index| self.argument(index) as i32) {
-            Some(fd) if fd != libc::AT_FDCWD => fs::read_link(format!("/proc/{}/fd/{fd}", self.pid)).ok()?,
+            Some(fd) if fd != libc::AT_FDCWD => {
+                fs::read_link(format!("/proc/{}/fd/{fd}", self.pid)).ok()?
+            }
             _ => fs::read_link(format!("/proc/{}/cwd", self.pid)).ok()?,
         };
-        let path: PathBuf = from.join(text).components().filter(|part| *part != Component::CurDir).collect();
+        let path: PathBuf =
+            from.join(text).components().filter(|part| *part != Component::CurDir).collect();
         path.strip_prefix(self.root).ok().map(Path::to_owned)
     }
 
     /// The file behind the descriptor in an argument, if it is in the recorded directory and still has a name.
     fn file(&self, index: usize) -> Option<PathBuf> {
-        let path = fs::read_link(format!("/proc/{}/fd/{}", self.pid, self.argument(index) as i32)).ok()?;
+        let path =
+            fs::read_link(format!("/proc/{}/fd/{}", self.pid, self.argument(index) as i32)).ok()?;
         let path = path.strip_prefix(self.root).ok().map(Path::to_owned)?;
         self.root.join(&path).symlink_metadata().is_ok().then_some(path)
     }
@@ -202,7 +218,9 @@ impl Call<'_> {
         let memory = File::open(format!("/proc/{}/mem", self.pid)).ok()?;
         let mut text = Vec::new();
         let mut byte = [0];
-        while memory.read_at(&mut byte, self.argument(index) + text.len() as u64).ok()? == 1 && byte[0] != 0 {
+        while memory.read_at(&mut byte, self.argument(index) + text.len() as u64).ok()? == 1
+            && byte[0] != 0
+        {
             text.push(byte[0]);
         }
         String::from_utf8(text).ok().map(PathBuf::from)
