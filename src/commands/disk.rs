@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::this_host;
 use crate::cli::DiskCommand;
-use crate::cpi::verbs::Verbs;
+use crate::cpi::contract::Verbs;
 use crate::error::{Error, Result};
 
 /// Carries out the command and prints the cid of the disk.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::this_host;
 use crate::cpi::Cpi;
-use crate::cpi::host_networks::HostNetwork;
+use crate::cpi::network::host::HostNetwork;
 use crate::error::{Error, Result};
 use crate::net::plan::Keeper;
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::table::table;
 use super::this_host;
-use crate::cpi::space::PoolUsage;
+use crate::cpi::capacity::PoolUsage;
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 

@@ -5,8 +5,8 @@ use std::io;
 
 use crate::cli::Page;
 use crate::config::{CONTEXT_KEYS, Config};
-use crate::cpi::cloud_properties::{DiskCloudProperties, SubnetCloudProperties, VmCloudProperties};
-use crate::cpi::stemcells::LightStemcell;
+use crate::cpi::properties::{DiskCloudProperties, SubnetCloudProperties, VmCloudProperties};
+use crate::cpi::stemcell::create::LightStemcell;
 use crate::error::{Error, Result};
 use crate::net::profile::Profile;
 use crate::qemu::Template;

@@ -3,34 +3,17 @@
 //! Every verb can be repeated after a crash at any point: it looks at what is there before it acts. A create that fails
 //! removes what it made; a delete begins by writing down that it began.
 
-mod addresses;
-mod attachments;
 pub mod audit;
-mod calculate;
-mod called_off;
-pub mod cloud_properties;
-mod copies;
-mod disk_locks;
-mod disks;
-mod encryption;
-pub mod every_vm;
-mod forgotten;
-mod handover;
-pub mod host_networks;
-mod leftovers;
-mod managed_networks;
-mod metadata;
-pub mod networks;
-pub mod offer;
-mod placement;
-mod power;
-mod resize;
-mod snapshots;
-pub mod space;
-pub mod stemcells;
-mod update;
-pub mod verbs;
-mod vms;
+pub mod capacity;
+pub mod contract;
+pub mod creation;
+pub mod disk;
+pub mod machine;
+pub mod network;
+pub mod properties;
+pub mod recovery;
+pub mod stemcell;
+pub mod vm;
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -38,12 +21,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
-use self::forgotten::Untold;
-use self::networks::Networks;
-use self::verbs::{
+use self::contract::networks::Networks;
+use self::contract::{
     CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata,
     Verbs, VmResources,
 };
+use self::vm::reclaim::Untold;
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
@@ -233,7 +216,7 @@ impl Verbs for Cpi {
     }
 
     fn calculate_vm_cloud_properties(&self, resources: VmResources) -> Result<Map<String, Value>> {
-        Ok(calculate::cloud_properties(&resources))
+        Ok(vm::calculate::cloud_properties(&resources))
     }
 
     fn create_disk(&self, disk: CreateDisk) -> Result<DiskCid> {

@@ -19,7 +19,7 @@ use super::link::Link;
 use super::wire::{Answer, CallQuestion, Question, Want, Word};
 use crate::cid::DiskCid;
 use crate::config::{HostEntry, Transport, TransportKind};
-use crate::cpi::offer::{Offer, Wish};
+use crate::cpi::capacity::report::{Offer, Wish};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::log;

@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cid::DiskCid;
-use crate::cpi::offer::{Offer, Wish};
+use crate::cpi::capacity::report::{Offer, Wish};
 use crate::units::Bytes;
 
 /// What the host says first.

@@ -4,8 +4,8 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::cid::Cid;
-use crate::cpi::networks::Networks;
-use crate::cpi::verbs::{AgentId, Env};
+use crate::cpi::contract::networks::Networks;
+use crate::cpi::contract::{AgentId, Env};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::request::Request;
 use crate::schema::{Property, SchemaError};

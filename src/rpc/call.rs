@@ -7,7 +7,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value};
 
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
-use crate::cpi::verbs::{
+use crate::cpi::contract::{
     CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, Metadata, Verbs,
     VmResources,
 };

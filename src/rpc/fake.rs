@@ -6,8 +6,8 @@ use std::rc::Rc;
 use serde_json::{Map, Value, json};
 
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
-use crate::cpi::networks::Networks;
-use crate::cpi::verbs::{
+use crate::cpi::contract::networks::Networks;
+use crate::cpi::contract::{
     CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources,
 };
 use crate::error::Result;

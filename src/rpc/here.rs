@@ -9,7 +9,7 @@ use super::outlet::Delivery;
 use super::request::Request;
 use super::response::Response;
 use super::{Carried, Carrier};
-use crate::cpi::verbs::Verbs;
+use crate::cpi::contract::Verbs;
 use crate::error::Error;
 use crate::schema::printable;
 

@@ -23,7 +23,7 @@
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   state                                         symlink to the state directory it goes with
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
-//!   called-off/<cid>                              a create that a caller elsewhere wants no more: see `cpi::called_off`
+//!   called-off/<cid>                              a create that a caller elsewhere wants no more: see `cpi::creation::cancellation`
 //!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
 //! ```
 //!

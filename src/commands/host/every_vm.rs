@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::commands::this_host;
-use crate::cpi::every_vm::{Outcome, State};
+use crate::cpi::vm::host_boot::{Outcome, State};
 use crate::error::{Error, Result};
 
 /// Starts them and prints one line for each, or with `json` one object. Whether every VM is as it should be.

@@ -15,7 +15,7 @@ use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
 use crate::commands::this_host;
 use crate::config::{self, Config};
-use crate::cpi::offer::{Offer, Wish};
+use crate::cpi::capacity::report::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
 use crate::error::{Error, Result};
 use crate::log;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::commands::table::table;
 use crate::config::{self, Config, TransportKind};
 use crate::cpi::Cpi;
-use crate::cpi::offer::{Offer, Wish};
+use crate::cpi::capacity::report::{Offer, Wish};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::caller::Host;

@@ -1,6 +1,6 @@
 //! Which VM has which disk: what a call left open, and records that do not agree.
 
-use super::hold::Hold;
+use super::locks::Hold;
 use super::{Audit, Kind};
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{Audit, Kind};
 use crate::cid::Cid;
-use crate::cpi::leftovers;
+use crate::cpi::recovery;
 use crate::error::{ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::SnapshotRecord;
@@ -150,7 +150,7 @@ impl Audit<'_> {
     fn strays(&mut self, pool: &str, dir: &Path) -> Result<()> {
         for entry in dir.read_dir().at("list", dir)? {
             let Ok(name) = entry.at("list", dir)?.file_name().into_string() else { continue };
-            let Some((rank, lock)) = leftovers::lock_of(&name) else { continue };
+            let Some((rank, lock)) = recovery::lock_of(&name) else { continue };
             let is_stray = match rank {
                 Rank::Disk => self.is_stray::<DiskRecord>(&name, pool),
                 Rank::Snapshot => self.is_stray::<SnapshotRecord>(&name, pool),

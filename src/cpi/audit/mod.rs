@@ -20,14 +20,14 @@
 //!   are written first and removed last), so somebody has to decide about it who knows more.
 
 mod attachments;
-mod debris;
-mod gone;
-mod hold;
 mod images;
-mod machines;
-mod names;
+mod locks;
 mod networks;
-mod objects;
+mod orphans;
+mod records;
+mod reservations;
+mod stray_files;
+mod vms;
 
 use std::time::{Duration, Instant};
 

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::hold::Hold;
+use super::locks::Hold;
 use super::{Audit, Kind};
 use crate::cid::{Cid, NetworkCid};
-use crate::cpi::host_networks::HostNetwork;
-use crate::cpi::managed_networks;
+use crate::cpi::network::host::HostNetwork;
+use crate::cpi::network::managed;
 use crate::error::{ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::{apply, kept};
@@ -38,7 +38,7 @@ impl Audit<'_> {
     /// Managed networks that are half made or half removed, and those that nobody was told of.
     fn managed(&mut self) -> Result<()> {
         for cid in self.cpi.store.list::<NetworkRecord>()? {
-            let Some(lock) = self.hold(Rank::Network, managed_networks::bridge(&cid)) else {
+            let Some(lock) = self.hold(Rank::Network, managed::bridge(&cid)) else {
                 continue;
             };
             let phase = self

@@ -30,10 +30,10 @@ use super::errand::{Answered, Errand, carried};
 use crate::cid::{Cid, DiskCid, VmCid, is_from};
 use crate::config::{Config, HostEntry};
 use crate::cpi::Cpi;
-use crate::cpi::cloud_properties::{self, DiskCloudProperties, VmCloudProperties};
-use crate::cpi::networks::Addressing;
-use crate::cpi::offer::Wish;
-use crate::cpi::verbs::{CreateDisk, CreateVm};
+use crate::cpi::capacity::report::Wish;
+use crate::cpi::contract::networks::Addressing;
+use crate::cpi::contract::{CreateDisk, CreateVm};
+use crate::cpi::properties::{self, DiskCloudProperties, VmCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::call::Call;
 use crate::rpc::outlet::Delivery;
@@ -187,7 +187,7 @@ impl Group {
 
     fn create_vm(&self, errand: &Errand<'_>, vm: &CreateVm) -> Outcome {
         let properties: VmCloudProperties =
-            cloud_properties::read(&self.config.vm_defaults, &vm.cloud_properties.0)?;
+            properties::read(&self.config.vm_defaults, &vm.cloud_properties.0)?;
         let need = Need {
             ram: properties.ram,
             pool: properties.pool.unwrap_or_default(),
@@ -265,7 +265,7 @@ impl Group {
             return Ok(self.send_to(&errand.afresh(), member)?.into_outcome());
         }
         let properties: DiskCloudProperties =
-            cloud_properties::read(&self.config.disk_defaults, &disk.cloud_properties.0)?;
+            properties::read(&self.config.disk_defaults, &disk.cloud_properties.0)?;
         let pool = properties.pool.unwrap_or_default();
         let candidates = self.candidates(errand, &Wish::default());
         let errand = &errand.afresh();

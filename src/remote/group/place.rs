@@ -8,7 +8,7 @@
 
 use std::cmp::Reverse;
 
-use crate::cpi::offer::Offer;
+use crate::cpi::capacity::report::Offer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Bytes, MiB};
 

@@ -1,0 +1,3 @@
+//! The making of objects.
+
+pub mod cancellation;

@@ -1,0 +1,6 @@
+//! Networks.
+
+pub mod addresses;
+pub mod host;
+pub mod managed;
+pub mod nics;

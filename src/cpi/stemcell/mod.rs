@@ -1,0 +1,3 @@
+//! Stemcells.
+
+pub mod create;
