@@ -13,6 +13,7 @@
 //! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
 
 pub mod agent;
+pub mod audit;
 pub mod cid;
 pub mod cli;
 pub mod commands;

@@ -6,14 +6,14 @@ use std::path::Path;
 use serde_json::json;
 
 use super::this_host;
-use crate::cpi::audit::{Cure, Finding};
+use crate::audit::{self, Cure, Finding};
 use crate::error::{Error, Result};
 
 /// Prints one line for each finding, or with `as_json` one object. Whether everything is now as it should be.
 pub fn run(file: Option<&Path>, mend: bool, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let cpi = this_host::cpi(file)?;
-    let findings = if mend { cpi.gc()? } else { cpi.audit() };
-    let clean = findings.iter().all(|finding| finding.cure == Cure::Mended);
+    let cx = this_host::context(file)?;
+    let findings = if mend { audit::gc(&cx)? } else { audit::audit(&cx) };
+    let clean = findings.iter().all(|finding| finding.cure == Cure::Repaired);
     let text = if as_json {
         format!("{}\n", json!({"clean": clean, "findings": findings}))
     } else {
@@ -33,7 +33,7 @@ fn lines(findings: &[Finding]) -> String {
 fn line(finding: &Finding) -> String {
     let cure = match &finding.cure {
         Cure::Gc => "`bosh-qemu-cpi gc` puts it right".to_owned(),
-        Cure::Mended => "put right".to_owned(),
+        Cure::Repaired => "put right".to_owned(),
         Cure::Failed(report) => format!("FAILED: {report}"),
         Cure::Operator(next_step) => format!("yours to decide: {next_step}"),
     };

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::config::{self, Document, TransportKind};
 use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::error::Result;
 use crate::log;
 use crate::remote::caller::Host;
@@ -35,9 +36,8 @@ fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>>
         return Ok(Box::new(Group::new(config, document.for_host(context))));
     }
     if config.transport.kind == TransportKind::Local {
-        return Ok(Box::new(Here::new(
-            Cpi::new(config, file).called_by(request.context.director()),
-        )));
+        let cx = Context::new(config, file).called_by(request.context.director());
+        return Ok(Box::new(Here::new(Cpi::new(cx))));
     }
     let host = Host::only(config.transport.clone());
     Ok(Box::new(OneHost::new(host, config, document.for_host(context))))

@@ -5,18 +5,20 @@ use std::path::Path;
 
 use super::this_host;
 use crate::cli::DiskCommand;
-use crate::cpi::contract::Verbs;
+use crate::cpi::Cpi;
+use crate::cpi::contract::Contract;
 use crate::error::{Error, Result};
 
 /// Carries out the command and prints the cid of the disk.
 pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Write) -> Result<()> {
-    let cpi = this_host::cpi(config)?;
+    let cx = this_host::context(config)?;
+    let cpi = Cpi::new(cx);
     let disk = match command {
-        DiskCommand::Restore { snapshot } => cpi.restore(&snapshot)?,
+        DiskCommand::Restore { snapshot } => cpi.restore_disk(&snapshot)?,
         DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,
     };
     writeln!(output, "{disk}")
         .map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))?;
-    cpi.told();
+    cpi.acknowledge();
     Ok(())
 }

@@ -7,8 +7,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::this_host;
-use crate::cpi::Cpi;
-use crate::cpi::network::host::HostNetwork;
+use crate::cpi;
+use crate::cpi::context::Context;
+use crate::cpi::network::host::{self, HostNetwork};
 use crate::error::{Error, Result};
 use crate::net::plan::Keeper;
 
@@ -35,10 +36,10 @@ pub fn run(
     as_json: bool,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    let cpi = this_host::cpi(config)?;
-    let networks = cpi.host_networks(only)?;
+    let cx = this_host::context(config)?;
+    let networks = host::list(&cx, only)?;
     let mut reports: Vec<_> =
-        networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
+        networks.iter().map(|network| report(&cx, deed, network)).collect::<Result<_>>()?;
     say_once(&mut reports);
     let text = if as_json {
         let networks: Vec<_> = reports.iter().map(Report::json).collect();
@@ -60,21 +61,21 @@ struct Report<'a> {
     error: Option<String>,
 }
 
-fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<'a>> {
+fn report<'a>(cx: &Context, deed: Deed, network: &'a HostNetwork) -> Result<Report<'a>> {
     let ours = matches!(network.segment.keeper, Keeper::Us { .. });
-    let kept = match (ours, network.kept) {
+    let kept = match (ours, network.pinned) {
         (false, _) => "the operator's",
         (true, true) => "stays without VMs",
         (true, false) => "goes with its last VM",
     };
     let mut report =
         Report { network, state: kept, changes: Vec::new(), findings: Vec::new(), error: None };
-    if deed == Deed::Remove && cpi.is_managed(&network.segment.network)? {
+    if deed == Deed::Remove && cpi::network::is_managed(cx, &network.segment.network)? {
         report.state = "goes with delete_network";
         return Ok(report);
     }
     if deed == Deed::Remove {
-        match cpi.remove_network(network) {
+        match host::remove(cx, network) {
             Ok(_) if !ours => {}
             Ok(true) => report.state = "removed",
             Ok(false) => report.state = "has VMs and goes with the last",
@@ -82,9 +83,9 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
         }
         return Ok(report);
     }
-    let lack = cpi.lack(network)?;
+    let lack = host::lack(network)?;
     report.findings = lack.findings;
-    if lack.guard {
+    if lack.filter {
         report.changes.push("nft tables 'bosh-qemu-guard', with all VMs".to_owned());
     }
     match lack.changes {
@@ -92,7 +93,7 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
         Err(error) => report.error = Some(error.report()),
     }
     if deed == Deed::Apply && report.error.is_none() {
-        report.error = cpi.apply_network(network).err().map(|error| error.report());
+        report.error = host::apply(cx, network).err().map(|error| error.report());
         report.state = if ours && network.configured { "stays without VMs" } else { kept };
     }
     Ok(report)

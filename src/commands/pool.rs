@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::table::table;
 use super::this_host;
-use crate::cpi::capacity::PoolUsage;
+use crate::cpi::capacity::usage::{self, PoolUsage};
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
@@ -16,8 +16,8 @@ const STATE_DIRECTORY: &str = "(state_dir)";
 
 /// Prints a table, or with `as_json` an array of sizes in bytes. Whether all of them can be used.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let cpi = this_host::cpi(config)?;
-    let usage = cpi.usage();
+    let cx = this_host::context(config)?;
+    let usage = usage::all(&cx);
     let text = if as_json {
         let array: Vec<_> = usage.iter().map(|(pool, usage)| as_object(*pool, usage)).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"

@@ -6,7 +6,7 @@ use std::io;
 use crate::cli::Page;
 use crate::config::{CONTEXT_KEYS, Config};
 use crate::cpi::properties::{DiskCloudProperties, SubnetCloudProperties, VmCloudProperties};
-use crate::cpi::stemcell::create::LightStemcell;
+use crate::cpi::stemcell::LightStemcell;
 use crate::error::{Error, Result};
 use crate::net::profile::Profile;
 use crate::qemu::Template;

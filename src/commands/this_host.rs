@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 
 use crate::config::{self, Config, TransportKind};
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::log;
 
@@ -32,8 +32,8 @@ pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
 ///
 /// # Errors
 /// As [`config()`].
-pub(super) fn cpi(file: Option<&Path>) -> Result<Cpi> {
+pub(super) fn context(file: Option<&Path>) -> Result<Context> {
     let (config, file) = config(file)?;
     log::init(&config.log);
-    Ok(Cpi::new(config, file))
+    Ok(Context::new(config, file))
 }

@@ -1,264 +1,168 @@
-//! The verbs: find, lock, act, record. One file per family.
+//! The CPI contract on this host: each method goes to the verb of its BOSH object.
 //!
-//! Every verb can be repeated after a crash at any point: it looks at what is there before it acts. A create that fails
-//! removes what it made; a delete begins by writing down that it began.
+//! ```text
+//!   vm  disk  stemcell  network         the objects: one folder each, one file for each verb
+//!   creation  recovery                  how an object comes to be, and what happens if the call is killed
+//!   capacity  machine                   what fits; a VM's QEMU as disks need it
+//!   contract  properties  context       the methods and their types, cloud properties, what every verb is given
+//! ```
+//!
+//! Every verb can be repeated after a crash at any point: it looks at what exists before it acts. A create that fails
+//! removes what it has made; a delete first records that it has begun.
 
-pub mod audit;
 pub mod capacity;
+pub mod context;
 pub mod contract;
-pub mod creation;
 pub mod disk;
-pub mod machine;
 pub mod network;
 pub mod properties;
-pub mod recovery;
 pub mod stemcell;
 pub mod vm;
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+pub(crate) mod creation;
+pub(crate) mod machine;
+pub(crate) mod recovery;
+
+mod marker;
 
 use serde_json::{Map, Value};
 
+use self::context::{Context, RemoteCall};
 use self::contract::networks::Networks;
 use self::contract::{
-    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint, Metadata,
-    Verbs, VmResources,
+    CloudProperties, Contract, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, DiskHint,
+    Metadata, VmResources,
 };
-use self::vm::reclaim::Untold;
-use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
-use crate::config::Config;
+use self::creation::cancellation;
+use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::import::{ImageFile, ImageSource};
-use crate::store::{DiskRecord, Guard, Phase, Rank, Record, Store, VmRecord};
-use crate::supervisor::{self, Scope};
+use crate::image::import::ImageFile;
 use crate::units::MiB;
 
 /// The CPI of this host, for one call.
-pub struct Cpi {
-    config: Config,
-    config_file: Option<PathBuf>,
-    store: Store,
-    /// The uuid of whose call this is.
-    director: Option<String>,
-    /// What comes with a call from another machine.
-    afar: Option<Afar>,
-    /// That its caller was not told yet of what it made.
-    untold: OnceLock<Untold>,
-    began: Instant,
-}
-
-/// What a caller on another machine hands over beside its request.
-#[derive(Default)]
-pub struct Afar {
-    /// The cid that what is created shall have.
-    pub cid: Option<String>,
-    /// How many VMs that had better not be with a new one may be here for it.
-    pub alike: Option<usize>,
-    /// Whether other hosts make the same under the same cid.
-    pub everywhere: bool,
-    /// Whether the call undoes a create that may not have begun yet.
-    pub undoes: bool,
-    /// The image that create_stemcell shall import: the path in its request is on the caller's machine.
-    pub image: Option<Box<dyn ImageSource>>,
-}
+pub struct Cpi(Context);
 
 impl Cpi {
-    /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
-    pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
-        let store = Store::of(&config);
-        Self {
-            config,
-            config_file,
-            store,
-            director: None,
-            afar: None,
-            untold: OnceLock::new(),
-            began: Instant::now(),
-        }
+    /// The CPI for the call `cx`.
+    pub fn new(cx: Context) -> Self {
+        Self(cx)
     }
 
-    /// The same for a call of the Director with this uuid.
-    pub fn called_by(self, director: Option<&str>) -> Self {
-        Self { director: director.map(str::to_owned), ..self }
-    }
-
-    /// The same for a caller on another machine, who can not name files of this one.
-    pub fn from_afar(self, afar: Afar) -> Self {
-        Self { afar: Some(afar), ..self }
-    }
-
-    /// The cid of what this call creates.
+    /// Creates a disk with the data of a snapshot: the operator's `disk restore`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] for one that a caller chose and we would not.
-    fn new_cid<R: Record>(&self) -> Result<R::Cid> {
-        let Some(chosen) = self.afar.as_ref().and_then(|afar| afar.cid.as_deref()) else {
-            return Ok(R::Cid::random());
-        };
-        R::Cid::parse_new(chosen)
-            .map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
+    /// [`ErrorKind::BadRequest`] for an unknown snapshot, [`ErrorKind::NoDiskSpace`].
+    pub fn restore_disk(&self, snapshot: &SnapshotCid) -> Result<DiskCid> {
+        disk::restore(self.recovered("snapshot_disk"), snapshot)
     }
 
-    /// Undoes a create that failed, whose lock is `lock`: what is said is why it failed, and what is left if that can not be
-    /// undone now.
-    fn undone<R: Record>(&self, cid: &R::Cid, lock: Guard, failed: Error) -> Error {
-        let undone = self
-            .store
-            .remove::<R>(cid)
-            .and_then(|()| lock.retire())
-            .and_then(|()| self.settled(cid));
-        match undone {
-            Ok(()) => failed,
-            Err(error) => error.during(format!("remove what was made before: {}", failed.report())),
-        }
+    /// Takes a disk in a shared pool from a host that is gone for good: the operator's `disk take`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::DiskNotFound`] if no pool has the disk; [`ErrorKind::Corrupt`] if its owner file cannot be used.
+    pub fn take_disk(&self, disk: &DiskCid) -> Result<()> {
+        disk::take(&self.0, disk)
     }
 
-    /// When the call of `method` must have ended.
-    fn deadline(&self, method: &str) -> Instant {
-        self.began + self.config.deadline(method, default_deadline(method))
-    }
-
-    fn scope(&self, cid: &VmCid) -> Scope {
-        Scope::new(self.config.clone(), cid.clone())
-    }
-
-    /// The record of a VM that exists, whatever its power state.
-    fn vm(&self, cid: &VmCid) -> Result<VmRecord> {
-        let record = self.store.find::<VmRecord>(cid)?.filter(|vm| vm.phase == Phase::Ready);
-        record.ok_or_else(|| Error::new(ErrorKind::VmNotFound, format!("there is no VM '{cid}'")))
-    }
-
-    /// Takes the lock of a VM that exists. Whoever waited for one that was deleted meanwhile leaves no lock behind. A VM
-    /// that lost its supervisor gets one.
-    fn locked_vm(&self, cid: &VmCid, deadline: Instant) -> Result<(Guard, VmRecord)> {
-        self.vm(cid)?;
-        let lock = self.store.lock(Rank::Vm, cid, deadline)?;
-        let vm = match self.vm(cid) {
-            Ok(vm) => vm,
-            Err(error) => return lock.retire().and(Err(error)),
-        };
-        self.is_told::<VmRecord>(cid);
-        let adopted =
-            supervisor::adopt(&self.scope(cid), self.config_file.as_deref(), &lock, deadline);
-        if let Err(error) = adopted {
-            tracing::warn!(vm = %cid, error = error.report(), "the VM has no supervisor and can not be given one");
-        }
-        Ok((lock, vm))
-    }
-
-    /// The record of a disk that exists.
-    fn disk(&self, cid: &DiskCid) -> Result<DiskRecord> {
-        let record = self.store.find::<DiskRecord>(cid)?.filter(|disk| disk.phase == Phase::Ready);
-        record
-            .ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
+    /// The context of a create, once what killed calls have left is recovered.
+    fn recovered(&self, method: &str) -> &Context {
+        recovery::run(&self.0, self.0.deadline(method));
+        &self.0
     }
 }
 
-/// How long a method may take unless the operator decided. `docs/operating.md` lists these.
-pub fn default_deadline(method: &str) -> Duration {
-    Duration::from_secs(match method {
-        "snapshot_disk" | "update_disk" => 3600,
-        "create_stemcell" => 1800,
-        "create_vm" | "reboot_vm" | "detach_disk" => 300,
-        "attach_disk" | "delete_vm" | "create_disk" | "resize_disk" => 120,
-        _ => 60,
-    })
-}
-
-impl Verbs for Cpi {
+impl Contract for Cpi {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
-        match &self.afar {
-            None => {
-                self.import_stemcell(&ImageFile::new(&stemcell.image), &stemcell.cloud_properties.0)
+        let cx = self.recovered("create_stemcell");
+        let properties = &stemcell.cloud_properties.0;
+        match &cx.remote {
+            None => stemcell::create(cx, &ImageFile::new(&stemcell.image), properties),
+            Some(RemoteCall { image: Some(image), .. }) => {
+                stemcell::create(cx, &**image, properties)
             }
-            Some(Afar { image: Some(image), .. }) => {
-                self.import_stemcell(&**image, &stemcell.cloud_properties.0)
+            Some(RemoteCall { image: None, .. }) => {
+                let message = "the CPI on the caller's machine sends no image";
+                Err(Error::new(ErrorKind::BadRequest, message))
             }
-            Some(Afar { image: None, .. }) => Err(Error::new(
-                ErrorKind::BadRequest,
-                "the caller, on another machine, sends no image",
-            )),
         }
     }
 
     fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()> {
-        self.call_off(stemcell)?;
-        self.remove_stemcell(stemcell)
+        cancellation::cancel(&self.0, stemcell)?;
+        stemcell::delete(&self.0, stemcell)
     }
 
     fn create_vm(&self, vm: CreateVm) -> Result<(VmCid, Networks)> {
-        self.make_vm(vm)
+        vm::create(self.recovered("create_vm"), vm)
     }
 
     fn delete_vm(&self, vm: &VmCid) -> Result<()> {
-        self.call_off(vm)?;
-        self.remove_vm(vm)
+        cancellation::cancel(&self.0, vm)?;
+        vm::delete(&self.0, vm)
     }
 
-    fn told(&self) {
-        if let Some(untold) = self.untold.get() {
-            untold.is_told();
+    fn acknowledge(&self) {
+        if let Some(marker) = self.0.created.get() {
+            marker.remove();
         }
     }
 
     fn has_vm(&self, vm: &VmCid) -> Result<bool> {
-        self.vm_exists(vm)
+        vm::exists(&self.0, vm)
     }
 
     fn reboot_vm(&self, vm: &VmCid) -> Result<()> {
-        self.power_cycle(vm)
+        vm::reboot(&self.0, vm)
     }
 
     fn set_vm_metadata(&self, vm: &VmCid, metadata: Metadata) -> Result<()> {
-        self.describe_vm(vm, metadata)
+        vm::set_metadata(&self.0, vm, metadata)
     }
 
     fn calculate_vm_cloud_properties(&self, resources: VmResources) -> Result<Map<String, Value>> {
-        Ok(vm::calculate::cloud_properties(&resources))
+        Ok(vm::calculate(&resources))
     }
 
     fn create_disk(&self, disk: CreateDisk) -> Result<DiskCid> {
-        self.make_disk(disk.size, &disk.cloud_properties.0)
+        disk::create(self.recovered("create_disk"), disk.size, &disk.cloud_properties.0)
     }
 
     fn delete_disk(&self, disk: &DiskCid) -> Result<()> {
-        self.call_off(disk)?;
-        self.remove_disk(disk)
+        cancellation::cancel(&self.0, disk)?;
+        disk::delete(&self.0, disk)
     }
 
     fn has_disk(&self, disk: &DiskCid) -> Result<bool> {
-        self.disk_exists(disk)
+        disk::exists(&self.0, disk)
     }
 
     fn attach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<DiskHint> {
-        self.attach(vm, disk).map(|path| DiskHint { path })
+        disk::attach(&self.0, vm, disk)
     }
 
     fn detach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<()> {
-        self.detach(vm, disk)
+        disk::detach(&self.0, vm, disk)
     }
 
     fn get_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
-        self.attached_disks(vm)
+        disk::attached_to(&self.0, vm)
     }
 
     fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
-        self.describe_disk(disk, &metadata)
+        disk::set_metadata(&self.0, disk, &metadata)
     }
 
     fn snapshot_disk(&self, disk: &DiskCid, metadata: Metadata) -> Result<SnapshotCid> {
-        self.make_snapshot(disk, metadata)
+        disk::create_snapshot(self.recovered("snapshot_disk"), disk, metadata)
     }
 
     fn delete_snapshot(&self, snapshot: &SnapshotCid) -> Result<()> {
-        self.call_off(snapshot)?;
-        self.remove_snapshot(snapshot)
+        cancellation::cancel(&self.0, snapshot)?;
+        disk::delete_snapshot(&self.0, snapshot)
     }
 
     fn resize_disk(&self, disk: &DiskCid, size: MiB) -> Result<()> {
-        self.grow_disk(disk, size)
+        disk::resize(&self.0, disk, size)
     }
 
     fn update_disk(
@@ -267,15 +171,15 @@ impl Verbs for Cpi {
         size: MiB,
         cloud_properties: CloudProperties,
     ) -> Result<Option<DiskCid>> {
-        self.change_disk(disk, size, &cloud_properties.0).map(|()| None)
+        disk::update(&self.0, disk, size, &cloud_properties.0).map(|()| None)
     }
 
     fn create_network(&self, subnet: Map<String, Value>) -> Result<CreatedNetwork> {
-        self.make_managed(&subnet)
+        network::create(self.recovered("create_network"), &subnet)
     }
 
     fn delete_network(&self, network: &NetworkCid) -> Result<()> {
-        self.call_off(network)?;
-        self.remove_managed(network)
+        cancellation::cancel(&self.0, network)?;
+        network::delete(&self.0, network)
     }
 }

@@ -6,8 +6,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use crate::cid::{Cid, NetworkCid};
-use crate::config::{AccelChoice, Mtu, VlanId};
-use crate::cpi::Cpi;
+use crate::config::{AccelChoice, Config, Mtu, VlanId};
 use crate::document;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
@@ -225,21 +224,16 @@ pub fn read<T: Property>(defaults: &Map<String, Value>, given: &Map<String, Valu
     T::from_json(&Value::Object(merged)).map_err(|e| e.in_request("cloud_properties"))
 }
 
-impl Cpi {
-    /// Refuses the cloud property `pool` if this host has no such pool.
-    pub(in crate::cpi) fn known_pool(&self, asked: Option<&str>) -> Result<()> {
-        let Some(asked) = asked else { return Ok(()) };
-        if self.config.pools.contains_key(asked) {
-            return Ok(());
-        }
-        let known: Vec<_> = self.config.pools.keys().map(String::as_str).collect();
-        let known = if known.is_empty() { "no pools".to_owned() } else { known.join(", ") };
-        Err(Error::new(
-            ErrorKind::BadRequest,
-            "cloud_properties.pool: this host has no pool of that name",
-        )
-        .hint(format!("the configuration has: {known}")))
+/// Ensures that the host has the pool that a cloud property names.
+pub(super) fn ensure_pool_exists(config: &Config, asked: Option<&str>) -> Result<()> {
+    let Some(asked) = asked else { return Ok(()) };
+    if config.pools.contains_key(asked) {
+        return Ok(());
     }
+    let known: Vec<_> = config.pools.keys().map(String::as_str).collect();
+    let known = if known.is_empty() { "no pools".to_owned() } else { known.join(", ") };
+    let message = "cloud_properties.pool: this host has no pool of that name";
+    Err(Error::new(ErrorKind::BadRequest, message).hint(format!("the configuration has: {known}")))
 }
 
 #[cfg(test)]

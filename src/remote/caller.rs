@@ -19,7 +19,7 @@ use super::link::Link;
 use super::wire::{Answer, CallQuestion, Question, Want, Word};
 use crate::cid::DiskCid;
 use crate::config::{HostEntry, Transport, TransportKind};
-use crate::cpi::capacity::report::{Offer, Wish};
+use crate::cpi::capacity::report::{HostQuery, HostReport};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::log;
@@ -106,7 +106,7 @@ impl Host {
     ///
     /// # Errors
     /// As [`Host::call`].
-    pub fn offer(&self, wish: &Wish, deadline: Instant) -> Result<Offer, Untold> {
+    pub fn offer(&self, wish: &HostQuery, deadline: Instant) -> Result<HostReport, Untold> {
         match self.ask(&Question::Offer(wish.clone()), None, deadline)? {
             (_, Word::Offer(offer)) => Ok(*offer),
             // It could not look.

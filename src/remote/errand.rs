@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::caller::{Host, Image, Told, Untold};
 use super::wire::CallQuestion;
 use crate::config::Config;
-use crate::cpi::default_deadline;
+use crate::cpi::context::default_timeout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::Carried;
 use crate::rpc::call::{Call, Undo};
@@ -61,7 +61,7 @@ impl<'a> Errand<'a> {
         config: &Config,
         told: &'a Map<String, Value>,
     ) -> Result<Self> {
-        let patience = config.deadline(&request.method, default_deadline(&request.method)) + GRACE;
+        let patience = config.deadline(&request.method, default_timeout(&request.method)) + GRACE;
         let image = match call {
             Call::CreateStemcell(stemcell) => Some(Image::at(&stemcell.image)?),
             _ => None,

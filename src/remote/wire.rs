@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cid::DiskCid;
-use crate::cpi::capacity::report::{Offer, Wish};
+use crate::cpi::capacity::report::{HostQuery, HostReport};
 use crate::units::Bytes;
 
 /// What the host says first.
@@ -61,7 +61,7 @@ pub enum Question {
     /// To carry out a call of the CPI contract.
     Call(CallQuestion),
     /// What the host has to offer.
-    Offer(Wish),
+    Offer(HostQuery),
     /// Which of these cids are on the host.
     Find(Vec<String>),
     /// To give up a disk in a shared pool, which nothing on the host uses, so that another can have it.
@@ -129,7 +129,7 @@ pub enum Word {
     /// In its place: what the question is about is not here.
     Absent,
     /// In its place, if that was asked.
-    Offer(Box<Offer>),
+    Offer(Box<HostReport>),
     /// In its place: those that are here.
     Found(Vec<String>),
     /// In its place: the disk is nobody's now.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::cpi::contract::{
-    CloudProperties, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, Metadata, Verbs,
+    CloudProperties, Contract, CreateDisk, CreateStemcell, CreateVm, CreatedNetwork, Metadata,
     VmResources,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -17,9 +17,9 @@ use crate::rpc::request::Request;
 use crate::schema::printable;
 use crate::units::MiB;
 
-/// One method of [`Verbs`] with its arguments.
+/// One method of [`Contract`] with its arguments.
 #[derive(Debug)]
-#[allow(missing_docs, reason = "each is the method of `Verbs` with the same name")]
+#[allow(missing_docs, reason = "each is the method of `Contract` with the same name")]
 pub enum Call {
     CreateStemcell(CreateStemcell),
     DeleteStemcell(StemcellCid),
@@ -140,7 +140,7 @@ impl Call {
     ///
     /// # Errors
     /// Those of the method.
-    pub fn run(self, verbs: &dyn Verbs) -> Result<Success> {
+    pub fn run(self, verbs: &dyn Contract) -> Result<Success> {
         match self {
             Self::CreateStemcell(stemcell) => {
                 created(verbs.create_stemcell(stemcell)?, Undo::DeleteStemcell)
@@ -192,7 +192,7 @@ impl Undo {
     ///
     /// # Errors
     /// Those of the deleting method.
-    pub fn run(&self, verbs: &dyn Verbs) -> Result<()> {
+    pub fn run(&self, verbs: &dyn Contract) -> Result<()> {
         let deleted = match self {
             Self::DeleteStemcell(cid) => verbs.delete_stemcell(cid),
             Self::DeleteVm(cid) => verbs.delete_vm(cid),

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::cid::{Cid, DiskCid, StemcellCid, VmCid};
 use crate::cpi::contract::networks::Networks;
 use crate::cpi::contract::{
-    CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, Verbs, VmResources,
+    Contract, CreateDisk, CreateStemcell, CreateVm, DiskHint, Metadata, VmResources,
 };
 use crate::error::Result;
 
@@ -38,7 +38,7 @@ fn new<T: Cid>() -> T {
     T::parse(&format!("{}-new", T::PREFIX)).expect("a cid")
 }
 
-impl Verbs for Fake {
+impl Contract for Fake {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
         let tags =
             if stemcell.tags.is_empty() { String::new() } else { format!(" {:?}", stemcell.tags) };

@@ -9,7 +9,7 @@ use super::outlet::Delivery;
 use super::request::Request;
 use super::response::Response;
 use super::{Carried, Carrier};
-use crate::cpi::contract::Verbs;
+use crate::cpi::contract::Contract;
 use crate::error::Error;
 use crate::schema::printable;
 
@@ -18,14 +18,14 @@ use crate::schema::printable;
 #[derive(Debug)]
 pub struct Here<V>(V);
 
-impl<V: Verbs> Here<V> {
+impl<V: Contract> Here<V> {
     /// Carries out by `verbs`.
     pub fn new(verbs: V) -> Self {
         Self(verbs)
     }
 }
 
-impl<V: Verbs> Carrier for Here<V> {
+impl<V: Contract> Carrier for Here<V> {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
         let span =
             info_span!("call", method = request.method, request_id = request.context.request_id());
@@ -49,7 +49,7 @@ impl<V: Verbs> Carrier for Here<V> {
         let delivered = move |delivery| {
             let _call = span.entered();
             match (delivery, undo) {
-                (Delivery::Taken, _) => self.0.told(),
+                (Delivery::Taken, _) => self.0.acknowledge(),
                 (Delivery::Unknown(silence), undo) => {
                     let undo =
                         undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));

@@ -109,10 +109,10 @@ impl Things {
             thing(pin.clone(), told("corrupt", path(&pin)), vec![]),
             thing(
                 state.join("claims").join(&claim),
-                told("unclaimed", format!("claim {claim}")),
+                told("unreserved", format!("reservation {claim}")),
                 vec![("create_vm", wants_address, NEVER)],
             ),
-            thing(uid.clone(), told("unclaimed", path(&uid)), vec![]),
+            thing(uid.clone(), told("unreserved", path(&uid)), vec![]),
             thing(
                 key.clone(),
                 told("corrupt", path(&key)),

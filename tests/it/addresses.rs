@@ -73,7 +73,7 @@ fn an_address_is_one_vms_whoever_asks_at_once() {
     let holder = text(&made[0].result()[0]);
     for answer in refused {
         assert_eq!(answer.failure().kind, "VMCreationFailed");
-        let expected = format!("network 'a': 10.7.0.5 is held by VM '{holder}'");
+        let expected = format!("network 'a': 10.7.0.5 is reserved by VM '{holder}'");
         assert!(answer.failure().message.contains(&expected), "{answer:?}");
     }
     host.ok("delete_vm", &json!([holder]));
@@ -90,7 +90,7 @@ fn a_port_of_the_host_is_one_vms() {
     let holder = text(&one.result()[0]);
     let clash = json!({"ports": [{"host": 8081, "guest": 80, "address": "192.0.2.1"}]});
     let refused = create(&host, &stemcell, &manual("10.7.0.6"), &clash);
-    let expected = format!("port tcp/8081 of this host is held by VM '{holder}'");
+    let expected = format!("port tcp/8081 of this host is reserved by VM '{holder}'");
     assert!(refused.failure().message.contains(&expected), "{refused:?}");
     // By another protocol it is another port.
     let udp = json!({"ports": [{"host": 8081, "guest": 80, "protocol": "udp"}]});

@@ -119,7 +119,7 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
         method,
         || prepare(&host, &stemcell),
         |crash| {
-            let not_told = |(kind, _, _): &(String, String, Value)| kind != "untold";
+            let not_told = |(kind, _, _): &(String, String, Value)| kind != "unacknowledged";
             let reported: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
             assert!(
                 reported.iter().all(|(_, _, cure)| *cure == "gc"),
@@ -130,7 +130,7 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
             eventually("everything is whole or gone", || {
                 let mended: Vec<_> = gc(&host).into_iter().filter(not_told).collect();
                 assert!(
-                    mended.iter().all(|(_, _, cure)| *cure == "mended"),
+                    mended.iter().all(|(_, _, cure)| *cure == "repaired"),
                     "{}: {mended:?}",
                     crash.point
                 );
@@ -194,7 +194,7 @@ fn an_attach_that_was_cut_short_is_settled() {
     );
     host.ok("detach_disk", &json!([vm, disk]));
     interrupted();
-    assert_eq!(gc(&host), one("unsettled", &what, "mended"), "the guest has it not");
+    assert_eq!(gc(&host), one("unsettled", &what, "repaired"), "the guest has it not");
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
 }
 
@@ -205,7 +205,7 @@ fn a_snapshot_whose_removal_was_cut_short_is_removed() {
     let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}]))).parse().unwrap();
     let record = host.store().read::<SnapshotRecord>(&snapshot).unwrap().unwrap();
     host.store().write(&SnapshotRecord { phase: Phase::Deleting, ..record }).unwrap();
-    assert_eq!(gc(&host), one("unfinished", &snapshot, "mended"));
+    assert_eq!(gc(&host), one("unfinished", &snapshot, "repaired"));
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
     assert_eq!(gc(&host), []);
 }
@@ -219,7 +219,7 @@ fn a_vm_without_a_supervisor_gets_one() {
     gone(&supervisor);
     assert_eq!(audit(&host), one("unsupervised", &vm, "gc"));
     assert!(host.supervisor(&vm).is_none(), "audit only looks");
-    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("unsupervised", &vm, "mended")));
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("unsupervised", &vm, "repaired")));
     assert!(host.supervisor(&vm).is_some());
     assert_eq!(audit(&host), []);
 }
@@ -240,7 +240,7 @@ fn a_vm_that_nobody_was_told_of_is_told_and_gives_its_address_away() {
     let found = audit(&host);
     assert_eq!(
         (found[0].0.as_str(), found[0].1.as_str(), found.len()),
-        ("untold", untold.as_str(), 1),
+        ("unacknowledged", untold.as_str(), 1),
         "{found:?}"
     );
     // A Director that asks for the address again does not know who has it.
@@ -255,7 +255,10 @@ fn a_vm_that_nobody_was_told_of_is_told_and_gives_its_address_away() {
     host.ok("set_vm_metadata", &json!([named, {}]));
     assert_eq!(audit(&host), []);
     let refused = host.call("create_vm", &arguments);
-    assert!(refused.failure().message.contains(&format!("is held by VM '{named}'")), "{refused:?}");
+    assert!(
+        refused.failure().message.contains(&format!("is reserved by VM '{named}'")),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -329,7 +332,7 @@ fn what_a_record_gives_a_vm_is_its_own_by_name_again() {
         }
         let found = audit(&host);
         assert!(
-            found.iter().all(|(kind, _, cure)| kind == "unclaimed" && *cure == "gc"),
+            found.iter().all(|(kind, _, cure)| kind == "unreserved" && *cure == "gc"),
             "{found:?}"
         );
         assert_eq!(found.len(), 4, "{found:?}");
@@ -339,7 +342,10 @@ fn what_a_record_gives_a_vm_is_its_own_by_name_again() {
         assert_eq!(audit(&host), []);
     }
     let refused = host.call("create_vm", &arguments);
-    assert!(refused.failure().message.contains(&format!("is held by VM '{vm}'")), "{refused:?}");
+    assert!(
+        refused.failure().message.contains(&format!("is reserved by VM '{vm}'")),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -354,7 +360,7 @@ fn two_vms_with_one_uid_are_told() {
     assert!(
         !clean
             && found.len() == 1
-            && found[0].0 == "unclaimed"
+            && found[0].0 == "unreserved"
             && found[0].2["operator"].is_string(),
         "{found:?}"
     );
@@ -398,7 +404,7 @@ fn a_qemu_whose_vm_is_gone_is_ended() {
     let found = audit(&host);
     assert_eq!(found, one("orphan", &vm, "gc"));
     assert!(host.qemu(&vm).is_some(), "audit only looks");
-    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("orphan", &vm, "mended")));
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("orphan", &vm, "repaired")));
     gone(&qemu);
     assert!(!paths.run.exists());
     fs::rename(&aside, &paths.dir).unwrap();

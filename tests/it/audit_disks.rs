@@ -24,7 +24,7 @@ fn findings(host: &Host, command: &str) -> (bool, Vec<(String, String, Value)>) 
 fn mended(host: &Host, kind: &str, what: &str) {
     let one = |cure: &str| vec![(kind.to_owned(), what.to_owned(), json!(cure))];
     assert_eq!(findings(host, "audit"), (false, one("gc")));
-    assert_eq!(findings(host, "gc"), (true, one("mended")));
+    assert_eq!(findings(host, "gc"), (true, one("repaired")));
     assert_eq!(findings(host, "audit"), (true, vec![]));
 }
 
@@ -113,7 +113,7 @@ fn what_a_detach_has_ready_while_its_guest_is_waited_for_is_no_debris() {
     detach.kill().unwrap();
     detach.wait().unwrap();
     let (_, found) = findings(&host, "gc");
-    let orphans = found.iter().filter(|(kind, _, cure)| kind == "orphan" && cure == "mended");
+    let orphans = found.iter().filter(|(kind, _, cure)| kind == "orphan" && cure == "repaired");
     assert_eq!(orphans.count(), 2, "{found:?}");
 }
 
@@ -186,7 +186,7 @@ fn what_nobody_was_told_of_is_told() {
     let untold = || {
         let (_, printed) = host.command(&["gc", "--json"]);
         let found = printed["findings"].as_array().unwrap().clone();
-        assert!(found.iter().all(|finding| finding["kind"] == "untold"), "{found:?}");
+        assert!(found.iter().all(|finding| finding["kind"] == "unacknowledged"), "{found:?}");
         found.iter().map(|finding| finding["what"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(untold(), Vec::<String>::new());

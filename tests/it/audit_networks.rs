@@ -77,8 +77,8 @@ fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
     for word in [
         "QEMU, process",
         "elements in table",
-        "claim ip,",
-        "claim port,tcp,2202,any",
+        "reservation ip,",
+        "reservation port,tcp,2202,any",
         "uid 19",
         "lock",
         &link,
@@ -124,7 +124,7 @@ fn what_only_a_lock_or_a_claim_names_is_found() {
     for claim in ["ip,bosh-nat0,10.9.0.7,32", "port,udp,53,any"] {
         std::os::unix::fs::symlink("vm-aaaaaaaaaaaaaaa", state.join("claims").join(claim)).unwrap();
         let why = mended(&host, "orphan", &"vm-aaaaaaaaaaaaaaa");
-        assert_eq!(why, format!("the VM is gone, but not its claim {claim}"));
+        assert_eq!(why, format!("the VM does not exist; this is left of it: reservation {claim}"));
     }
     fs::write(state.join("locks/vm.vm-bbbbbbbbbbbbbbb"), "").unwrap();
     mended(&host, "orphan", &"vm-bbbbbbbbbbbbbbb");
@@ -224,7 +224,7 @@ fn a_managed_network_that_is_half_made_is_removed_though_nothing_noted_it() {
     let record = host.path("state/networks").join(network).join("network.json");
     let text = fs::read_to_string(&record).unwrap();
     fs::write(&record, text.replace("\"ready\"", "\"creating\"")).unwrap();
-    assert!(mended(&host, "unfinished", &network).contains("its creation was cut short"));
+    assert!(mended(&host, "unfinished", &network).contains("its creation was interrupted"));
     assert!(!record.exists());
     host.assert_nothing_left();
 }

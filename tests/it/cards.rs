@@ -82,7 +82,7 @@ fn a_vm_speaks_ipv6_or_both_on_two_networks() {
         assert!(settings.contains(word), "{word}");
     }
     let taken = create(&host, &stemcell, &json!({"six": ip6("fd00:9::6")}), &json!({}));
-    assert!(taken.failure().message.contains(&format!("is held by VM '{both}'")), "{taken:?}");
+    assert!(taken.failure().message.contains(&format!("is reserved by VM '{both}'")), "{taken:?}");
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn a_delegated_block_is_the_vms_as_a_whole() {
     let rules = host.record(&vm).nics[0].rules.clone().unwrap();
     assert_eq!(json!(rules.addresses), json!(["fd00:9:0:0:1::/80"]));
     let inside = create(&host, &stemcell, &json!({"six": ip6("fd00:9:0:0:1::7")}), &json!({}));
-    assert!(inside.failure().message.contains(&format!("is held by VM '{vm}'")), "{inside:?}");
+    assert!(inside.failure().message.contains(&format!("is reserved by VM '{vm}'")), "{inside:?}");
     assert!(
         create(&host, &stemcell, &json!({"six": ip6("fd00:9:0:0:2::7")}), &json!({}))
             .outcome

@@ -50,7 +50,8 @@ impl Lab {
         let (_, found) = self.host.command(&["gc", "--json"]);
         let found = found["findings"].as_array().unwrap();
         // Who was killed after all was done may have been heard.
-        let open = |finding: &&Value| finding["cure"] != "mended" && finding["kind"] != "untold";
+        let open =
+            |finding: &&Value| finding["cure"] != "repaired" && finding["kind"] != "unacknowledged";
         assert_eq!(found.iter().find(open), None, "after '{point}'");
     }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use bosh_qemu_cpi::cpi::default_deadline;
+use bosh_qemu_cpi::cpi::context::default_timeout;
 use serde_json::Value;
 
 use crate::support::host::Host;
@@ -68,7 +68,7 @@ fn the_table_of_deadlines_is_that_of_this_program() {
         row.or_else(|| rows.iter().find(|(names, _)| *names == "every other")).expect("a row").1
     };
     for method in METHODS {
-        assert_eq!(default_deadline(method).as_secs(), documented(method), "{method}");
+        assert_eq!(default_timeout(method).as_secs(), documented(method), "{method}");
     }
     // And it names no method that is not there.
     let named = rows.iter().flat_map(|(names, _)| names.split('`').skip(1).step_by(2));

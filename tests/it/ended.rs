@@ -22,7 +22,7 @@ fn clean(host: &Host) {
             .as_array()
             .unwrap()
             .iter()
-            .all(|finding| finding["kind"] == "untold")
+            .all(|finding| finding["kind"] == "unacknowledged")
             .then_some(())
     });
 }

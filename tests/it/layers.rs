@@ -12,6 +12,7 @@ const LAYERS: &[Row] = &[
     Together(&["commands", "cli"]),
     Together(&["remote"]),
     Together(&["rpc"]),
+    Together(&["audit"]),
     Together(&["cpi"]),
     Together(&["supervisor"]),
     Together(&["agent"]),

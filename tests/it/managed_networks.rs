@@ -108,7 +108,7 @@ fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
     let found = audit();
     assert_eq!(
         (&found[0]["kind"], &found[0]["what"], found.len()),
-        (&json!("untold"), &json!(network), 1),
+        (&json!("unacknowledged"), &json!(network), 1),
         "{found:?}"
     );
     // Another Director may have been told of it, for all this one knows.

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::config::Config;
-use bosh_qemu_cpi::cpi::Cpi;
+use bosh_qemu_cpi::cpi::capacity::usage;
+use bosh_qemu_cpi::cpi::context::Context;
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
 use serde_json::{Value, json};
 
@@ -74,7 +75,7 @@ fn images_are_in_their_pools_and_leave_them_with_their_records() {
     let deleted = host.call("delete_stemcell", &json!([stemcell]));
     deleted.result();
     assert!(
-        deleted.stderr.contains("stays until nobody uses it")
+        deleted.stderr.contains("VMs keep the stemcell's image")
             && deleted.stderr.contains(&vm.to_string()),
         "{deleted:?}"
     );
@@ -250,8 +251,8 @@ fn usage_is_what_records_and_filesystems_say() {
     disk_cid(&disk(&host, 100, &json!({"pool": "fast"})));
     let _vm = host.vm(&stemcell);
     let config = Config::load(Some(&host.path("cpi.json"))).unwrap();
-    let cpi = Cpi::new(config, None);
-    let usage = cpi.usage();
+    let cx = Context::new(config, None);
+    let usage = usage::all(&cx);
     let of = |name| usage.iter().find(|(pool, _)| *pool == name).unwrap().1.as_ref().unwrap();
     let mib = |bytes: bosh_qemu_cpi::units::Bytes| bytes.get() >> 20;
     let used = of(Some("fast"));
@@ -264,7 +265,7 @@ fn usage_is_what_records_and_filesystems_say() {
     assert!(used.allocated.get() <= 1 << 20, "{used:?}");
     assert_eq!(mib(of(None).virtual_size), 1, "the VM's root disk");
     fast.hide();
-    let usage = cpi.usage();
+    let usage = usage::all(&cx);
     assert!(usage.iter().any(|(pool, usage)| *pool == Some("fast") && usage.is_err()));
     fast.show();
 }

@@ -156,7 +156,8 @@ impl Lab {
         let (_, found) = host.command(&["audit", "--json"]);
         for finding in found["findings"].as_array().unwrap() {
             // A network that stays has lost its bridge, as any other.
-            let explained = ["unfinished", "orphan", "unsettled", "down", "untold", "network"];
+            let explained =
+                ["unfinished", "orphan", "unsettled", "down", "unacknowledged", "network"];
             assert!(explained.contains(&finding["kind"].as_str().unwrap()), "{finding}");
         }
         if method == "create_vm" && cut.loss != Loss::Everything {
@@ -178,7 +179,9 @@ impl Lab {
         let found = found["findings"].as_array().unwrap();
         let open: Vec<_> = found
             .iter()
-            .filter(|f| f["cure"] != "mended" && f["kind"] != "down" && f["kind"] != "untold")
+            .filter(|f| {
+                f["cure"] != "repaired" && f["kind"] != "down" && f["kind"] != "unacknowledged"
+            })
             .collect();
         assert!(open.is_empty(), "{open:#?}");
         // What nobody was told of, or only this test.

@@ -245,7 +245,7 @@ fn a_vm_that_is_off_waits_for_no_copy() {
         {
             let refused = host.call(method, &arguments);
             assert!(
-                refused.failure().message.contains(&format!("is being copied, {copy}")),
+                refused.failure().message.contains(&format!("is being copied {copy}")),
                 "{refused:?}"
             );
         }

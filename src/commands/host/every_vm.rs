@@ -7,12 +7,12 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::commands::this_host;
-use crate::cpi::vm::host_boot::{Outcome, State};
+use crate::cpi::vm::host_boot::{self, Outcome, State};
 use crate::error::{Error, Result};
 
 /// Starts them and prints one line for each, or with `json` one object. Whether every VM is as it should be.
 pub fn start(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
-    print(&this_host::cpi(file)?.start_all()?, json, output)
+    print(&host_boot::start_all(&this_host::context(file)?)?, json, output)
 }
 
 /// Stops them, those that do not listen within `timeout` by force; otherwise as [`start`].
@@ -22,7 +22,7 @@ pub fn stop(
     json: bool,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    print(&this_host::cpi(file)?.stop_all(timeout)?, json, output)
+    print(&host_boot::stop_all(&this_host::context(file)?, timeout)?, json, output)
 }
 
 fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<bool> {

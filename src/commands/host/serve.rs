@@ -15,8 +15,9 @@ use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
 use crate::commands::this_host;
 use crate::config::{self, Config};
-use crate::cpi::capacity::report::{Offer, Wish};
-use crate::cpi::{Afar, Cpi};
+use crate::cpi::capacity::report::{self, HostQuery, HostReport};
+use crate::cpi::context::{Context, RemoteCall};
+use crate::cpi::{Cpi, disk};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::host::Caller;
@@ -82,26 +83,26 @@ fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
         return false;
     }
     this_host::config(config).is_ok_and(|(config, file)| {
-        let cpi = Cpi::new(config, file);
+        let cx = Context::new(config, file);
         // If it can not be told, the call tells why.
-        !call.only_with.iter().all(|cid| cpi.has_of(cid).unwrap_or(true))
+        !call.only_with.iter().all(|cid| report::is_present(&cx, cid).unwrap_or(true))
     })
 }
 
 fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
     let (config, file) = this_host::config(config)?;
-    Cpi::new(config, file).found(cids)
+    report::present(&Context::new(config, file), cids)
 }
 
-fn give_up(config: Option<&Path>, caller: &Caller, disk: &DiskCid) -> Result<()> {
+fn give_up(config: Option<&Path>, caller: &Caller, cid: &DiskCid) -> Result<()> {
     let (config, file) = this_host::config(config)?;
     begin_log(&config, caller);
-    Cpi::new(config, file).give_up_disk(disk)
+    disk::give_up(&Context::new(config, file), cid)
 }
 
-fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
+fn offer(config: Option<&Path>, wish: &HostQuery) -> Result<HostReport> {
     let (config, file) = this_host::config(config)?;
-    Cpi::new(config, file).offer(wish)
+    report::report(&Context::new(config, file), wish)
 }
 
 fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
@@ -112,9 +113,10 @@ fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outle
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
-        let afar = Afar { cid, alike, everywhere, undoes, image };
-        let cpi = Cpi::new(config, file).called_by(request.context.director()).from_afar(afar);
-        Ok(Box::new(Here::new(cpi)) as Box<dyn Carrier>)
+        let remote =
+            RemoteCall { cid, same_group: alike, replicated: everywhere, cancels: undoes, image };
+        let cx = Context::new(config, file).called_by(request.context.director()).remote(remote);
+        Ok(Box::new(Here::new(Cpi::new(cx))) as Box<dyn Carrier>)
     });
 }
 

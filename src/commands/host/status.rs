@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::commands::table::table;
 use crate::config::{self, Config, TransportKind};
-use crate::cpi::Cpi;
-use crate::cpi::capacity::report::{Offer, Wish};
+use crate::cpi::capacity::report::{self, HostQuery, HostReport};
+use crate::cpi::context::Context;
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::caller::Host;
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct Line {
     name: String,
     draining: bool,
-    offer: Result<Offer>,
+    offer: Result<HostReport>,
 }
 
 /// Prints a table, or with `json` an array. Whether all hosts answer.
@@ -37,8 +37,12 @@ pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bo
         config.hosts.iter().map(|entry| (Host::of(entry), entry.draining)).collect()
     };
     let ask = |host: &Host| match host.transport.kind {
-        TransportKind::Local => Cpi::new(config.clone(), file.clone()).offer(&Wish::default()),
-        _ => host.offer(&Wish::default(), Instant::now() + PATIENCE).map_err(|untold| untold.error),
+        TransportKind::Local => {
+            report::report(&Context::new(config.clone(), file.clone()), &HostQuery::default())
+        }
+        _ => host
+            .offer(&HostQuery::default(), Instant::now() + PATIENCE)
+            .map_err(|untold| untold.error),
     };
     let lines: Vec<_> = std::thread::scope(|threads| {
         let asked: Vec<_> = hosts.iter().map(|(host, _)| threads.spawn(|| ask(host))).collect();
@@ -107,7 +111,7 @@ mod tests {
     #[test]
     fn what_a_host_says_of_itself_moves_no_cursor() {
         let (version, accelerator) = ("\u{1b}[2J".to_owned(), "kvm\r\n\u{9b}1m".to_owned());
-        let offer = Ok(Offer { version, accelerator, ..Offer::default() });
+        let offer = Ok(HostReport { version, accelerator, ..HostReport::default() });
         let cells = Line { name: "kvm-1".to_owned(), draining: false, offer }.cells();
         assert!(!cells.concat().contains(char::is_control), "{cells:?}");
     }

@@ -10,8 +10,9 @@ use super::{Lab, Report};
 use crate::cid::{DiskCid, StemcellCid, VmCid};
 use crate::config::Hardening;
 use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::cpi::contract::networks::Networks;
-use crate::cpi::contract::{AgentId, CreateDisk, CreateStemcell, CreateVm, Env, Verbs};
+use crate::cpi::contract::{AgentId, Contract, CreateDisk, CreateStemcell, CreateVm, Env};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{probe, tail};
 use crate::qmp::monitor::Monitor;
@@ -63,7 +64,7 @@ impl Tour<'_> {
 
     /// Each verb is a call of its own, as for a Director.
     fn cpi(&self) -> Cpi {
-        Cpi::new(self.lab.config.clone(), Some(self.lab.config_file.clone()))
+        Cpi::new(Context::new(self.lab.config.clone(), Some(self.lab.config_file.clone())))
     }
 
     fn store(&self) -> Store {

@@ -1,168 +1,190 @@
-//! What this host has to offer: for callers who have several hosts, and a VM or a disk to put on one of them.
+//! What this host reports to the scheduler of a group: its capacity, and which objects it has.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::usage;
 use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
+use crate::cpi::creation::acknowledgement;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::probe;
 use crate::store::record::NetworkRecord;
-use crate::store::{
-    DiskRecord, Phase, Rank, Record, SnapshotRecord, StemcellRecord, VmRecord, atomic,
-};
+use crate::store::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord, atomic};
 use crate::supervisor;
 use crate::units::Bytes;
 
-/// What a caller wants to know.
+/// What the scheduler asks each host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Wish {
-    /// Things that may be here.
+pub struct HostQuery {
+    /// Cids of objects that may be on the host.
     #[serde(default)]
     pub cids: Vec<String>,
-    /// Addresses that a new VM shall have.
+    /// Addresses of a new VM.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
-    /// The uuid of the Director that asks.
+    /// Uuid of the Director that calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub director: Option<String>,
-    /// The word that VMs share which had better not be on one host.
+    /// The group of a new VM: its anti-affinity tag or instance group. Its VMs go to different hosts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread: Option<String>,
 }
 
-/// What a host has. What its version does not say is nothing.
+/// What a host has. Fields that an older version does not send have their defaults.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Offer {
+pub struct HostReport {
     /// Its version of this program.
     pub version: String,
-    /// What its VMs run under, `kvm` or `tcg`; else why none can.
+    /// The accelerator of its VMs, `kvm` or `tcg`; else why there is none.
     pub accelerator: String,
-    /// Its CPUs.
+    /// How many CPUs it has.
     pub cpus: usize,
-    /// The largest `ram` that a new VM could have.
+    /// The largest `ram` that a new VM can have.
     pub memory: Bytes,
-    /// What is free in the state directory (named with an empty word) and in each pool that can be used.
+    /// The room in the state directory, whose name is empty, and in each pool that can be used.
     pub space: BTreeMap<String, Bytes>,
-    /// Its VMs.
+    /// How many VMs it has.
     pub vms: usize,
-    /// Those of them that share the word.
-    pub alike: usize,
-    /// Whether a VM that the Director was never told of has one of the addresses here. It makes way for the new one.
-    pub forgotten: bool,
-    /// Which of the things are here.
+    /// How many of them are of the new VM's group.
+    #[serde(rename = "alike")]
+    pub same_group: usize,
+    /// Whether an unacknowledged VM of the Director has one of the addresses. It makes way for the new VM.
+    #[serde(rename = "forgotten")]
+    pub unacknowledged: bool,
+    /// Which of the objects are on the host.
     pub has: Vec<String>,
-    /// The disks among the things whose images this host reaches in a shared pool, whoever has them.
+    /// Which of the disks have an image that the host reaches in a shared pool, whichever host owns them.
     pub shared: Vec<String>,
 }
 
-impl Cpi {
-    /// What this host has to offer.
-    ///
-    /// # Errors
-    /// If the state directory can not be read.
-    pub fn offer(&self, wish: &Wish) -> Result<Offer> {
-        let accelerator = probe::accelerator(
-            self.store.run_dir(),
-            &self.config.qemu.binary,
-            self.config.qemu.accel,
-            None,
-        );
-        let vms = self.store.readable::<VmRecord>()?;
-        let has = self.found(&wish.cids)?;
-        let within_reach = |cid: &&String| {
-            let disk = DiskCid::parse(cid).ok().filter(|_| cid.starts_with(DiskCid::PREFIX));
-            // Through a pool that can not be looked at it is not reached.
-            disk.is_some_and(|disk| self.store.is_within_reach(&disk).unwrap_or(false))
-        };
-        Ok(Offer {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            accelerator: accelerator
-                .map_or_else(|error| error.report(), |(accel, _)| accel.as_str().to_owned()),
-            cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            memory: supervisor::largest_vm(&self.config, &self.store)?,
-            space: self.free_space(),
-            alike: alike(&vms, wish.spread.as_deref()),
-            forgotten: self.has_forgotten(&vms, wish.director.as_deref(), &wish.addresses)?,
-            vms: vms.len(),
-            shared: wish.cids.iter().filter(within_reach).cloned().collect(),
-            has,
-        })
-    }
+/// Reports what this host has.
+///
+/// # Errors
+/// If the state directory cannot be read.
+pub fn report(cx: &Context, query: &HostQuery) -> Result<HostReport> {
+    let qemu = &cx.config.qemu;
+    let accelerator = probe::accelerator(cx.store.run_dir(), &qemu.binary, qemu.accel, None);
+    let vms = cx.store.readable::<VmRecord>()?;
+    let has = present(cx, &query.cids)?;
+    let is_reached = |cid: &&String| {
+        let disk = DiskCid::parse(cid).ok().filter(|_| cid.starts_with(DiskCid::PREFIX));
+        // A pool that does not answer does not reach the disk.
+        disk.is_some_and(|disk| cx.store.is_within_reach(&disk).unwrap_or(false))
+    };
+    let director = query.director.as_deref();
+    Ok(HostReport {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        accelerator: accelerator
+            .map_or_else(|error| error.report(), |(accel, _)| accel.as_str().to_owned()),
+        cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        memory: supervisor::largest_vm(&cx.config, &cx.store)?,
+        space: usage::room_by_pool(cx),
+        same_group: count_group(&vms, query.spread.as_deref()),
+        unacknowledged: has_unacknowledged_vm(cx, &vms, director, &query.addresses)?,
+        vms: vms.len(),
+        shared: query.cids.iter().filter(is_reached).cloned().collect(),
+        has,
+    })
+}
 
-    /// Whether so few VMs are here that had better not be with the new `vm` as when this host was chosen for it. Creates that
-    /// began at the same time were told of as few.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Crowded`] if there are more.
-    pub(in crate::cpi) fn is_not_crowded(&self, vm: &VmRecord) -> Result<()> {
-        let Some(expected) = self.afar.as_ref().and_then(|afar| afar.alike) else { return Ok(()) };
-        let now = alike(&self.store.readable()?, vm.spread.as_deref());
-        if now <= expected {
-            return Ok(());
+/// Refuses the VM if this host now has more VMs of its group than when the scheduler chose it: concurrent creates all saw the
+/// old count.
+///
+/// # Errors
+/// [`ErrorKind::Crowded`].
+pub(in crate::cpi) fn ensure_group_unchanged(cx: &Context, vm: &VmRecord) -> Result<()> {
+    let Some(expected) = cx.remote.as_ref().and_then(|remote| remote.same_group) else {
+        return Ok(());
+    };
+    let now = count_group(&cx.store.readable()?, vm.spread.as_deref());
+    if now <= expected {
+        return Ok(());
+    }
+    let message = format!("this host has {now} VMs of the new VM's group, not {expected}");
+    Err(Error::new(ErrorKind::Crowded, message))
+}
+
+/// Which of `cids` are on this host.
+///
+/// # Errors
+/// As [`is_present`].
+pub fn present(cx: &Context, cids: &[String]) -> Result<Vec<String>> {
+    let present = |cid: &String| Ok(is_present(cx, cid)?.then(|| cid.clone()));
+    cids.iter().filter_map(|cid| present(cid).transpose()).collect()
+}
+
+/// Whether this host has anything of `cid`, even a lock that a delete left; or reaches a disk without an owner.
+///
+/// # Errors
+/// If the state directory is not mounted, or if there is no record and a shared pool that may have the disk does not answer.
+pub fn is_present(cx: &Context, cid: &str) -> Result<bool> {
+    cx.store.is_mounted()?;
+    Ok(match cid.split('-').next() {
+        Some(VmCid::PREFIX) => {
+            has_record::<VmRecord>(cx, cid)
+                || VmCid::parse(cid).is_ok_and(|vm| cx.store.vm(&vm).run.exists())
         }
-        let message = format!("of its group's VMs this host has {now} now, not {expected}");
-        Err(Error::new(ErrorKind::Crowded, message))
-    }
-
-    /// Which of `cids` are here.
-    ///
-    /// # Errors
-    /// As [`Self::has_of`].
-    pub fn found(&self, cids: &[String]) -> Result<Vec<String>> {
-        let has = |cid: &String| Ok(self.has_of(cid)?.then(|| cid.clone()));
-        cids.iter().filter_map(|cid| has(cid).transpose()).collect()
-    }
-
-    /// Whether there is anything of `cid` here, be it only a lock that its removal left; or a disk that is nobody's.
-    ///
-    /// # Errors
-    /// If it can not be told: the state directory is not mounted, or there is no record, and a shared pool that may have the
-    /// disk can not be looked at.
-    pub fn has_of(&self, cid: &str) -> Result<bool> {
-        self.store.is_mounted()?;
-        Ok(match cid.split('-').next() {
-            Some(VmCid::PREFIX) => {
-                self.has_record::<VmRecord>(Rank::Vm, cid)
-                    || VmCid::parse(cid).is_ok_and(|vm| self.store.vm(&vm).run.exists())
-            }
-            Some(DiskCid::PREFIX) => {
-                return DiskCid::parse(cid).map_or(Ok(false), |disk| self.has_disk_here(&disk));
-            }
-            Some(SnapshotCid::PREFIX) => self.has_record::<SnapshotRecord>(Rank::Snapshot, cid),
-            Some(StemcellCid::PREFIX) => self.has_record::<StemcellRecord>(Rank::Stemcell, cid),
-            Some(NetworkCid::PREFIX) => self.has_record::<NetworkRecord>(Rank::Network, cid),
-            _ => false,
-        })
-    }
-
-    fn has_disk_here(&self, cid: &DiskCid) -> Result<bool> {
-        if !self.has_record::<DiskRecord>(Rank::Disk, cid.as_str()) {
-            return self.store.is_free(cid);
+        Some(DiskCid::PREFIX) => {
+            return DiskCid::parse(cid).map_or(Ok(false), |disk| is_disk_present(cx, &disk));
         }
-        let record = self.store.read::<DiskRecord>(cid).ok().flatten();
-        if record.is_some_and(|disk| self.store.is_elsewhere(&disk)) {
-            self.store.is_free(cid)
-        } else {
-            Ok(true)
-        }
-    }
+        Some(SnapshotCid::PREFIX) => has_record::<SnapshotRecord>(cx, cid),
+        Some(StemcellCid::PREFIX) => has_record::<StemcellRecord>(cx, cid),
+        Some(NetworkCid::PREFIX) => has_record::<NetworkRecord>(cx, cid),
+        _ => false,
+    })
+}
 
-    fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {
-        let there = |cid: R::Cid| {
-            atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid)
-        };
-        R::Cid::parse(cid).is_ok_and(there)
+fn is_disk_present(cx: &Context, cid: &DiskCid) -> Result<bool> {
+    if !has_record::<DiskRecord>(cx, cid.as_str()) {
+        return cx.store.is_free(cid);
+    }
+    let record = cx.store.read::<DiskRecord>(cid).ok().flatten();
+    match record.is_some_and(|disk| cx.store.is_elsewhere(&disk)) {
+        true => cx.store.is_free(cid),
+        false => Ok(true),
     }
 }
 
-/// How many of `vms` share the word.
-fn alike(vms: &[VmRecord], spread: Option<&str>) -> usize {
-    let Some(word) = spread else { return 0 };
-    vms.iter()
-        .filter(|vm| vm.phase != Phase::Deleting && vm.spread.as_deref() == Some(word))
-        .count()
+fn has_record<R: Record>(cx: &Context, cid: &str) -> bool {
+    let exists = |cid: R::Cid| {
+        atomic::is_there(&cx.store.record_dir::<R>(&cid)) || cx.store.has_lock(R::RANK, &cid)
+    };
+    R::Cid::parse(cid).is_ok_and(exists)
+}
+
+/// How many of `vms` are of the group.
+fn count_group(vms: &[VmRecord], group: Option<&str>) -> usize {
+    let Some(group) = group else { return 0 };
+    let is_member =
+        |vm: &&VmRecord| vm.phase != Phase::Deleting && vm.spread.as_deref() == Some(group);
+    vms.iter().filter(is_member).count()
+}
+
+/// Whether one of `vms` has one of the addresses, and its cid never reached the same Director. Nothing is locked: the answer
+/// is advice to the scheduler.
+fn has_unacknowledged_vm(
+    cx: &Context,
+    vms: &[VmRecord],
+    director: Option<&str>,
+    addresses: &[IpAddr],
+) -> Result<bool> {
+    let Some(director) = director else { return Ok(false) };
+    let has_address = |vm: &VmRecord| {
+        let rules = vm.nics.iter().filter_map(|nic| nic.rules.as_ref());
+        let mut blocks = rules.flat_map(|rules| &rules.addresses);
+        blocks.any(|block| addresses.iter().any(|address| block.contains(*address)))
+    };
+    for vm in vms {
+        if vm.director.as_deref() == Some(director)
+            && has_address(vm)
+            && acknowledgement::is_vm_unacknowledged(cx, vm)?
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -12,18 +12,16 @@
 
 pub mod networks;
 
-use std::fmt;
-use std::path::PathBuf;
-
-use serde::Serialize;
-use serde_json::value::RawValue;
-use serde_json::{Map, Value};
-
 use crate::cid::{DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
 use crate::cpi::contract::networks::Networks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::schema::{Redacted, Whole};
 use crate::units::MiB;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+use std::fmt;
+use std::path::PathBuf;
 
 /// The operator's properties of a stemcell, VM or disk. The Director redacts them in its log; so do we.
 pub type CloudProperties = Redacted<Map<String, Value>>;
@@ -32,7 +30,7 @@ pub type CloudProperties = Redacted<Map<String, Value>>;
 pub type Metadata = Map<String, Value>;
 
 /// The methods of the CPI contract that act. `info` is not among them: it must work without any of this.
-pub trait Verbs {
+pub trait Contract {
     /// Imports the image, which is gone when the call returns. Every call makes a stemcell of its own: two cids
     /// are deleted independently. Slow.
     ///
@@ -57,8 +55,8 @@ pub trait Verbs {
     /// An unknown VM is a success, after its leftovers are cleaned.
     fn delete_vm(&self, vm: &VmCid) -> Result<()>;
 
-    /// Hears that the answer was taken that told of what this call made.
-    fn told(&self) {}
+    /// The caller has received the answer, and with it the cid of what this call has created.
+    fn acknowledge(&self) {}
 
     /// Whether the VM exists, running or not.
     fn has_vm(&self, vm: &VmCid) -> Result<bool>;
@@ -144,7 +142,7 @@ pub trait Verbs {
     /// Changes size and properties of a disk, attached or not; its new cid, if it got one.
     ///
     /// # Errors
-    /// As for [`Verbs::resize_disk`].
+    /// As for [`Contract::resize_disk`].
     fn update_disk(
         &self,
         _disk: &DiskCid,
@@ -160,7 +158,7 @@ pub trait Verbs {
         Err(not_implemented("managed networks"))
     }
 
-    /// Removes a network made by [`Verbs::create_network`].
+    /// Removes a network made by [`Contract::create_network`].
     ///
     /// # Errors
     /// [`ErrorKind::NetworkNotFound`], which the Director takes as done.

@@ -5,16 +5,14 @@
 //!
 //! Facts: Director 283 `deployment_plan/{manual,dynamic,vip}_network.rb`, bosh-cli 7.10 `manifest/network.go`.
 
-use std::net::IpAddr;
-
+use crate::choice;
+use crate::ordered::Object;
+use crate::schema::{Problem, Property, Redacted, SchemaError, printable};
 use ipnetwork::IpNetwork;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
-
-use crate::choice;
-use crate::ordered::Object;
-use crate::schema::{Problem, Property, Redacted, SchemaError, printable};
+use std::net::IpAddr;
 
 /// Networks in the manifest's order.
 #[derive(Debug, Clone)]

@@ -1,75 +1,73 @@
-//! Creates that are called off, perhaps before they begin: their caller lost the link, and asks over another for the removal
-//! of what it has a cid for.
+//! Creates that are cancelled, perhaps before they begin: the CPI on the caller's machine lost the link, and asks over
+//! another for the deletion of the cid that it chose.
 //!
 //! ```text
-//!   create:   pending note ─► lock ─► called off? ─► record …
-//!   removal:  called off ──► is there a lock or a record? ─► wait for it, remove it
+//!   create:   pending note ─► lock ─► tombstone? ─► record …
+//!   delete:   tombstone ─► is there a lock or a record? ─► wait for it, remove the object
 //! ```
 //!
-//! Whichever is first, one of the two sees the other. A question can be on its way for as long as a machine is slow, so the
-//! file `called-off/<cid>` in the run directory stays for a day. After a reboot there is no create that it could stop.
+//! Whichever runs second sees the first. A delayed request may still arrive, so the tombstone `called-off/<cid>` in the run
+//! directory is kept for a day. A reboot ends every delayed request and clears the run directory.
 
-use std::fs::File;
-use std::path::PathBuf;
+use std::fs::{DirEntry, File};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::pending;
 use crate::cid::Cid;
-use crate::cpi::Cpi;
-use crate::cpi::recovery::lock_of;
+use crate::cpi::context::Context;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::{Rank, atomic};
 
-/// How long a create may take to begin after it was asked for.
-const STAYS: Duration = Duration::from_secs(24 * 3600);
+/// How long a tombstone is kept: longer than a create can take from its request to its lock.
+const TOMBSTONE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
-impl Cpi {
-    fn called_off_dir(&self) -> PathBuf {
-        self.store.run_dir().join("called-off")
+/// Cancels a create of `cid` that has not begun, if this call is such a cancellation.
+pub(in crate::cpi) fn cancel(cx: &Context, cid: &impl Cid) -> Result<()> {
+    if !cx.remote.as_ref().is_some_and(|remote| remote.cancels) {
+        return Ok(());
     }
-
-    /// Has a create of `cid` that did not begin yet never begin, if this call undoes one.
-    pub(in crate::cpi) fn call_off(&self, cid: &impl Cid) -> Result<()> {
-        if !self.afar.as_ref().is_some_and(|afar| afar.undoes) {
-            return Ok(());
+    cx.store.prepare()?;
+    let dir = directory(cx);
+    atomic::make_dir(&dir)?;
+    remove_expired(&dir);
+    let path = dir.join(cid);
+    File::create(&path).at("make", &path)?;
+    // delete_network looks for a record, not for a lock: it must not run before the create has written one.
+    match pending::lock_of(cid.as_str()) {
+        Some((Rank::Network, bridge)) if pending::contains(cx, cid) => {
+            cx.store.brief(Rank::Network, bridge, cx.deadline("delete_network")).map(drop)
         }
-        self.store.prepare()?;
-        let dir = self.called_off_dir();
-        atomic::make_dir(&dir)?;
-        self.forget_old(&dir);
-        let path = dir.join(cid);
-        File::create(&path).at("make", &path)?;
-        // A network has no lock of its own that its removal would look for before there is a record.
-        match lock_of(cid.as_str()) {
-            Some((Rank::Network, bridge)) if self.has_note(cid) => {
-                self.store.brief(Rank::Network, bridge, self.deadline("delete_network")).map(drop)
-            }
-            _ => Ok(()),
-        }
+        _ => Ok(()),
     }
+}
 
-    /// Refuses to make what was called off.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] if it was.
-    pub(in crate::cpi) fn is_wanted(&self, cid: &impl Cid) -> Result<()> {
-        if !atomic::is_there(&self.called_off_dir().join(cid)) {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::Conflict, format!("'{cid}' was called off by who asked for it")))
+/// Refuses to create what was cancelled.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if there is a tombstone for `cid`.
+pub(super) fn ensure_not_cancelled(cx: &Context, cid: &impl Cid) -> Result<()> {
+    if !atomic::is_there(&directory(cx).join(cid)) {
+        return Ok(());
     }
+    Err(Error::new(
+        ErrorKind::Conflict,
+        format!("the caller has cancelled the creation of '{cid}'"),
+    ))
+}
 
-    fn forget_old(&self, dir: &std::path::Path) {
-        let old = |entry: &std::fs::DirEntry| {
-            let age = entry
-                .metadata()
-                .and_then(|meta| meta.modified())
-                .ok()
-                .and_then(|made| made.elapsed().ok());
-            age.is_some_and(|age| age > STAYS)
-        };
-        for entry in dir.read_dir().into_iter().flatten().flatten().filter(old) {
-            // The next removes what this one can not.
-            let _ = std::fs::remove_file(entry.path());
-        }
+fn directory(cx: &Context) -> PathBuf {
+    cx.store.run_dir().join("called-off")
+}
+
+fn remove_expired(dir: &Path) {
+    let is_expired = |entry: &DirEntry| {
+        let modified = entry.metadata().and_then(|meta| meta.modified()).ok();
+        let age = modified.and_then(|modified| modified.elapsed().ok());
+        age.is_some_and(|age| age > TOMBSTONE_TIMEOUT)
+    };
+    for entry in dir.read_dir().into_iter().flatten().flatten().filter(is_expired) {
+        // The next cancellation tries again.
+        let _ = std::fs::remove_file(entry.path());
     }
 }

@@ -1,420 +1,277 @@
-//! Copying a disk into another image of another format, in another pool, … : by QEMU while a VM uses the disk, by us
-//! while nobody does.
+//! Copying a disk into another image: of another format, in another pool, encrypted or not. QEMU copies while a VM uses
+//! the disk, `qemu-img` copies otherwise.
 //!
-//! A disk's record names the image in force and at most one other, the leftover. Exactly one write of the record makes
-//! the copy the disk ([`DiskRecord::switch`]); before it the copy is the leftover, after it what the disk was:
+//! A disk's record names the current image and at most one other, the leftover. Exactly one write of the record, the switch
+//! ([`DiskRecord::switch`]), makes the copy the current image; before it the copy is the leftover, after it the old image
+//! is.
 //!
 //! ```text
-//!   in force   leftover     what                                   killed here, the next call on the disk …
+//!   current    leftover     state                                  after a kill here, the next call on the disk …
 //!   old        –
 //!   old        new          the record names the copy              removes the copy
 //!   old        new          the image is made, data is copied      ends the job, removes the copy
 //!   old        new          ready; pending: I/O waits, the same    ends the job (I/O goes on), removes the copy
-//!                           data is in both, durably
-//!   new        old          the switch                             has the job finalized, removes the old
-//!   new        old          finalized: QEMU works on the new       removes the old
+//!                           data is in both images, durable
+//!   new        old          the switch                             finalizes the job, removes the old image
+//!   new        old          finalized: QEMU uses the new image     removes the old image
 //!   new        –
 //! ```
 //!
-//! The copy has a note in `pending/`, so that any create is such a call, too: a guest whose I/O waits must not wait for
-//! somebody to ask for this very disk.
+//! The copy has a pending note, so that the next create settles it, too: a guest whose I/O waits must not wait for a call
+//! on this very disk.
 //!
-//! A VM that is off can be started while its disk is copied, and is on the old image then. The copy sees that in the end, when
-//! it has the VM's lock again, and is given up.
+//! A VM that is off may be started while its disk is copied, and then uses the old image. The copy finds that out when it
+//! has taken the VM's lock again, and fails.
 //!
-//! While a QEMU runs, it is asked which image its device is on: nodes are named after images, and that one is put in
-//! force, whatever the record says. The VM's lock is kept from `pending` to the end, so that no QEMU starts on one image
-//! while the record comes to name the other.
+//! While QEMU runs, its answer decides: nodes are named after images, and the image that the device is on becomes the current
+//! one, whatever the record says. The VM's lock is held from `pending` to the end, so that no QEMU starts on one image while
+//! the record comes to name the other.
 
-use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use qapi::qmp;
 use serde_json::json;
 
+use super::access::{self, Access};
+use super::attachment::{clean_up_deadline, hot_disk, hot_image};
+use super::{images, progress};
 use crate::cid::{DiskCid, VmCid};
-use crate::cpi::Cpi;
-use crate::cpi::capacity::need_of_full;
-use crate::cpi::disk::attach::{DYING, grace, hot_disk, hot_image};
-use crate::cpi::disk::resize::Place;
-use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::qemu_img::{Existing, QemuImg};
-use crate::qemu::{FileNeed, blockdev};
+use crate::cpi::capacity::{self, need};
+use crate::cpi::context::Context;
+use crate::cpi::creation::pending;
+use crate::cpi::machine;
+use crate::error::{Error, ErrorKind, Result};
+use crate::qemu::FileNeed;
 use crate::qmp::error::MonitorError;
-use crate::qmp::hotplug::{self, HotDisk, HotplugError};
+use crate::qmp::hotplug;
 use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
-use crate::store::record::{Discard, DiskImage, DiskRecord, Format};
-use crate::store::{DiskKey, Guard, VmRecord, atomic};
-use crate::supervisor::{PowerState, open_file, power_state};
+use crate::store::record::{Discard, Format};
+use crate::store::{DiskKey, DiskRecord, VmRecord, atomic};
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
 
-/// What the job that copies a disk is for.
-const COPY: &str = "copy";
+/// The name of the mirror job, after the disk's.
+const JOB: &str = "copy";
 
-impl Cpi {
-    /// Whether the disk can become `next`, being `size` large then, as far as that can be known.
-    pub(in crate::cpi) fn can_copy(
-        &self,
-        disk: &DiskRecord,
-        next: &DiskRecord,
-        size: MiB,
-        deadline: Instant,
-    ) -> Result<()> {
-        if let Some(left) = &disk.leftover {
-            let path = self.store.disk_image_at(&disk.cid, left)?;
-            return Err(Error::new(
-                ErrorKind::Host,
-                format!("'{}' can not be removed", path.display()),
-            )
-            .hint("an earlier copy left it: see the log of this call"));
-        }
-        if next.encrypted {
-            DiskKey::of(&self.config).ready(&self.store, deadline)?;
-        }
-        let need = self.need_of_update(disk, next, size)?;
-        self.admit(next.pool.as_deref(), need, deadline, || Ok(()))
+/// Ensures that the disk can become `next` with this size, as far as that is known before the copy.
+pub(super) fn ensure_possible(
+    cx: &Context,
+    disk: &DiskRecord,
+    next: &DiskRecord,
+    size: MiB,
+    deadline: Instant,
+) -> Result<()> {
+    if let Some(left) = &disk.leftover {
+        let path = cx.store.disk_image_at(&disk.cid, left)?;
+        return Err(Error::new(
+            ErrorKind::Host,
+            format!("cannot remove '{}'", path.display()),
+        )
+        .hint("an earlier copy of the disk left this image; the log of this call says why it stays"));
     }
-
-    /// Makes the disk what `next` is: the same with another image, and whatever else is to change with it. The caller
-    /// holds the disk's lock, and [`Self::can_copy`] was asked. Of a copy that fails nothing is left, and the disk is what it was.
-    pub(in crate::cpi) fn copy_into(
-        &self,
-        disk: &mut DiskRecord,
-        next: &DiskRecord,
-        deadline: Instant,
-    ) -> Result<()> {
-        let image = next.current();
-        let mut place = self.place(disk, deadline)?;
-        let size = self.virtual_size(disk, &mut place)?;
-        let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
-        let need = self.need_of_update(disk, next, disk.size)?;
-        self.note(&disk.cid)?;
-        self.admit(image.pool.as_deref(), need, deadline, || self.store.write(&named))
-            .or_else(|error| self.settled(&disk.cid).and(Err(error)))?;
-        *disk = named;
-        let dir = self.store.make_images_dir(&disk.cid, image.pool.as_deref());
-        let copied =
-            dir.and_then(|dir| self.make_disk_image(&dir, &image, size, deadline)).and_then(|()| {
-                match place {
-                    Place { vm: Some(vm), monitor: Some(monitor), lock } => {
-                        self.start_mirror(monitor, disk, next)?;
-                        // Others may use the VM meanwhile; the disk they can not.
-                        drop(lock);
-                        self.switch_live(disk, next, &vm, deadline)
-                            .map_err(|error| self.ended(&vm.cid, error))
-                    }
-                    place => self.copy_offline(disk, next, place, deadline),
-                }
-            });
-        // Settles a copy that failed as it does one that was killed, and after one that worked it removes the old image.
-        let settled = self.settle_copy(disk, grace(deadline));
-        copied.and(settled)
+    if next.encrypted {
+        DiskKey::of(&cx.config).ready(&cx.store, deadline)?;
     }
-
-    fn copy_offline(
-        &self,
-        disk: &mut DiskRecord,
-        next: &DiskRecord,
-        place: Place,
-        deadline: Instant,
-    ) -> Result<()> {
-        let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
-        let source = image::Source::open(&from)?;
-        // A VM that is off may be started meanwhile, on the old image.
-        drop(place);
-        let filled = self.fill(&from, &disk.current(), &to, &next.current(), deadline);
-        // What is read of an image that changes is worth nothing, nor is what is said of it.
-        source.unchanged().map_err(started)?;
-        filled.and_then(|()| image::sync(&to))?;
-        // Until the switch is done, no QEMU starts.
-        let place = self.place(disk, deadline)?;
-        if let Place { vm: Some(vm), monitor: Some(_), .. } = &place {
-            let message = format!("VM '{}' was started while the disk was copied", vm.cid);
-            return Err(started(Error::new(ErrorKind::Conflict, message)));
-        }
-        source.unchanged().map_err(started)?;
-        self.switch(disk, next)
-    }
-
-    /// The one step between the old image and the new.
-    fn switch(&self, disk: &mut DiskRecord, next: &DiskRecord) -> Result<()> {
-        let switched = DiskRecord { leftover: Some(disk.current()), ..next.clone() };
-        self.store.write(&switched)?;
-        *disk = switched;
-        Ok(())
-    }
-
-    /// Copies the data of the image `source` into the empty one `target`. Nobody may have either open.
-    pub(in crate::cpi) fn fill(
-        &self,
-        from: &Path,
-        source: &DiskImage,
-        to: &Path,
-        target: &DiskImage,
-        deadline: Instant,
-    ) -> Result<()> {
-        let key = DiskKey::of(&self.config);
-        let source = Existing {
-            path: from,
-            format: source.format,
-            key: source.encrypted.then(|| key.path()),
-        };
-        let target =
-            Existing { path: to, format: target.format, key: target.encrypted.then(|| key.path()) };
-        QemuImg::new(&self.config.qemu.img_binary).fill(&source, &target, deadline)?;
-        crash::point!("image converted");
-        Ok(())
-    }
-
-    fn start_mirror(
-        &self,
-        mut monitor: Monitor,
-        disk: &DiskRecord,
-        next: &DiskRecord,
-    ) -> Result<()> {
-        let need = FileNeed::disk(&self.store, next)?;
-        self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
-        let hot = hot_disk(disk);
-        let mirror = json!({
-            "job-id": hot.job(COPY), "device": hot.node, "target": need.node, "sync": "full",
-            "auto-finalize": false, "auto-dismiss": false,
-        });
-        monitor.raw("blockdev-mirror", &mirror)?;
-        Ok(())
-    }
-
-    /// Waits until both images are the same, and switches.
-    fn switch_live(
-        &self,
-        disk: &mut DiskRecord,
-        next: &DiskRecord,
-        vm: &VmRecord,
-        deadline: Instant,
-    ) -> Result<()> {
-        let job = hot_disk(disk).job(COPY);
-        // At the deadline the job is looked at once more.
-        let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
-        drop(job::follow(
-            &connect,
-            &job,
-            "ready",
-            deadline,
-            &mut progress(format!("copy of disk {}", disk.cid)),
-        )?);
-        // Most of it now: while the job is pending, the guest's I/O waits for the rest.
-        image::sync(&self.store.disk_image(next)?)?;
-        let (_lock, _) = self.locked_vm(&vm.cid, deadline)?;
-        let mut monitor = connect()?;
-        monitor.execute(&qmp::job_complete { id: job.clone() })?;
-        job::wait(&mut monitor, &job, "pending", deadline)?;
-        // QEMU has flushed what it wrote; the file's length and blocks are the filesystem's.
-        image::sync(&self.store.disk_image(next)?)?;
-        self.switch(disk, next)?;
-        monitor.execute(&qmp::job_finalize { id: job.clone() })?;
-        job::wait(&mut monitor, &job, "concluded", grace(deadline))?;
-        Ok(job::dismiss(&mut monitor, &job)?)
-    }
-
-    /// Brings a copy of the disk, whose lock the caller holds, to one of its two ends. An image that can not be removed,
-    /// in a pool that is not mounted, stays named by the record for the next call.
-    pub(in crate::cpi) fn settle_copy(
-        &self,
-        disk: &mut DiskRecord,
-        deadline: Instant,
-    ) -> Result<()> {
-        if disk.leftover.is_none() {
-            return Ok(());
-        }
-        self.store.is_ours(disk)?;
-        if let Some(vm) = disk.vm.clone() {
-            self.settle_in_qemu(disk, &vm, deadline)
-                .map_err(|e| e.during(format!("settle an earlier copy of disk '{}'", disk.cid)))?;
-        }
-        let left = disk.leftover.as_ref().expect("looked at above");
-        let removed = self.store.disk_image_at(&disk.cid, left).and_then(|path| {
-            atomic::remove_file(&path)?;
-            crash::point!("old image removed");
-            if left.pool.is_some() && left.pool != disk.pool {
-                let dir = self.store.images_dir(&disk.cid, left.pool.as_deref())?;
-                atomic::remove_dir(&dir)?;
-            }
-            Ok(())
-        });
-        if let Err(error) = removed {
-            tracing::warn!(disk = %disk.cid, error = error.report(), "an image that is not used can not be removed yet");
-            return self.store.mark(disk).and_then(|()| self.settled(&disk.cid));
-        }
-        disk.leftover = None;
-        self.store.write_disk(disk)?;
-        self.settled(&disk.cid)
-    }
-
-    fn settle_in_qemu(&self, disk: &mut DiskRecord, vm: &VmCid, deadline: Instant) -> Result<()> {
-        let Some((_lock, mut monitor)) = self.running_vm(vm, deadline)? else { return Ok(()) };
-        let left = disk.leftover.clone().expect("the caller looked");
-        let hot = hot_image(&disk.cid, &left.node(&disk.cid));
-        let job = hot.job(COPY);
-        let is_switched = disk.generation == left.generation.wrapping_add(1);
-        if is_switched && job::find(&mut monitor, &job)?.is_some_and(|job| job.status == "pending")
-        {
-            monitor.execute(&qmp::job_finalize { id: job.clone() })?;
-            job::wait(&mut monitor, &job, "concluded", deadline)?;
-        }
-        job::end_all(&mut monitor, |id| id == job, deadline)?;
-        if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
-            disk.switch();
-            self.store.write(disk)?;
-        }
-        let left = disk.leftover.as_ref().expect("switched or not");
-        Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
-    }
-
-    /// The lock and the monitor of a VM that may be gone or off.
-    pub(in crate::cpi) fn running_vm(
-        &self,
-        vm: &VmCid,
-        deadline: Instant,
-    ) -> Result<Option<(Guard, Monitor)>> {
-        match self.locked_vm(vm, deadline) {
-            Ok((lock, vm)) => Ok(self.monitor(&vm, deadline)?.map(|monitor| (lock, monitor))),
-            Err(error) if error.kind() == ErrorKind::VmNotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Why a copy by QEMU was not made: the end of its VM says more than that of its monitor.
-    pub(in crate::cpi) fn ended(&self, vm: &VmCid, error: Error) -> Error {
-        let is_gone = match power_state(&self.store.vm(vm)) {
-            Ok(PowerState::On(qemu)) if error.kind() == ErrorKind::Host => {
-                qemu.wait_exit(Instant::now() + DYING)
-            }
-            state => Ok(matches!(state, Ok(PowerState::Off))),
-        };
-        match is_gone {
-            Ok(true) => error.during(format!("VM '{vm}' ended while its disk was copied")),
-            _ => error,
-        }
-    }
-
-    /// Has QEMU open the image `need`, for a job to write it.
-    pub(in crate::cpi) fn open_in_qemu(
-        &self,
-        monitor: &mut Monitor,
-        need: &FileNeed,
-        disk: &DiskCid,
-    ) -> Result<()> {
-        let (opened, file) = open_file(&self.config, need.clone())?;
-        let open = |monitor: &mut Monitor| -> Result<(), HotplugError> {
-            let set = monitor.add_fd(file.as_fd(), &blockdev::opaque(&need.node, need.writable))?;
-            for node in blockdev::nodes(&opened, set) {
-                monitor.raw("blockdev-add", &node)?;
-            }
-            Ok(())
-        };
-        if need.encrypted { self.with_key(monitor, disk, open) } else { Ok(open(monitor)?) }
-    }
-
-    fn need_of_update(&self, disk: &DiskRecord, next: &DiskRecord, size: MiB) -> Result<Bytes> {
-        // A mirror writes the holes of its source with zeros, which take space in a raw file that discards nothing.
-        let writes_zeros =
-            disk.vm.is_some() && next.format == Format::Raw && next.discard == Discard::Ignore;
-        let full = if writes_zeros { need_of_full(size) } else { Bytes(0) };
-        Ok(full.max(self.need_of_copy(
-            &self.store.disk_image(disk)?,
-            &disk.current(),
-            &next.current(),
-            size,
-        )?))
-    }
-
-    /// What a copy of the image `source`, which is at `path`, needs at once when QEMU or `qemu-img` makes it.
-    pub(in crate::cpi) fn need_of_copy(
-        &self,
-        path: &Path,
-        source: &DiskImage,
-        target: &DiskImage,
-        size: MiB,
-    ) -> Result<Bytes> {
-        // Holes of a LUKS image are noise to who reads it, and nobody can make some in it: all of it is copied.
-        let has_no_holes = |image: &DiskImage| image.encrypted && image.format == Format::Raw;
-        let full = has_no_holes(source) || has_no_holes(target);
-        let data = if full { need_of_full(size) } else { self.need_of_image(path, size)? };
-        Ok(data.max(self.need_of_disk(size, target)))
-    }
-
-    /// What a thin copy of the image `path` of `size` needs at once: what that takes.
-    pub(in crate::cpi) fn need_of_image(&self, path: &Path, size: MiB) -> Result<Bytes> {
-        let taken = path.metadata().at("look at", path)?.blocks() * 512;
-        Ok(Bytes(
-            self.need_of_thin(size.bytes()).get().max(self.need_of_thin(Bytes(0)).get() + taken),
-        ))
-    }
+    let need = space_needed(cx, disk, next, size)?;
+    capacity::admit(cx, next.pool.as_deref(), need, deadline, || Ok(()))
 }
 
-/// The node on which the disk's device is now, if it has one.
+/// Copies the disk into the image of `next`, which becomes its record. A copy that fails leaves nothing, and the disk as it
+/// was. The caller holds the disk's lock and has called [`ensure_possible`].
+pub(super) fn run(
+    cx: &Context,
+    disk: &mut DiskRecord,
+    next: &DiskRecord,
+    deadline: Instant,
+) -> Result<()> {
+    let image = next.current();
+    let mut access = access::access(cx, disk, deadline)?;
+    let size = access::virtual_size(cx, disk, &mut access)?;
+    let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
+    let need = space_needed(cx, disk, next, disk.size)?;
+    pending::add(cx, &disk.cid)?;
+    capacity::admit(cx, image.pool.as_deref(), need, deadline, || cx.store.write(&named))
+        .or_else(|error| pending::remove(cx, &disk.cid).and(Err(error)))?;
+    *disk = named;
+    let dir = cx.store.make_images_dir(&disk.cid, image.pool.as_deref());
+    let copied =
+        dir.and_then(|dir| images::create(cx, &dir, &image, size, deadline)).and_then(|()| {
+            match access {
+                Access { vm: Some(vm), monitor: Some(monitor), lock } => {
+                    start_mirror(cx, monitor, disk, next)?;
+                    // Other calls may use the VM meanwhile, but not the disk.
+                    drop(lock);
+                    switch_live(cx, disk, next, &vm, deadline)
+                        .map_err(|error| machine::explain_exit(cx, &vm.cid, error))
+                }
+                access => copy_offline(cx, disk, next, access, deadline),
+            }
+        });
+    // Removes the old image after a copy that worked, and the new one after a copy that failed.
+    let settled = settle(cx, disk, clean_up_deadline(deadline));
+    copied.and(settled)
+}
+
+fn copy_offline(
+    cx: &Context,
+    disk: &mut DiskRecord,
+    next: &DiskRecord,
+    access: Access,
+    deadline: Instant,
+) -> Result<()> {
+    let (from, to) = (cx.store.disk_image(disk)?, cx.store.disk_image(next)?);
+    let source = image::Source::open(&from)?;
+    // A VM that is off may be started meanwhile, on the old image.
+    drop(access);
+    let filled = images::fill(cx, &from, &disk.current(), &to, &next.current(), deadline);
+    // A copy of an image that changes is worthless, and so is the error of one.
+    source.unchanged().map_err(images::explain_started)?;
+    filled.and_then(|()| image::sync(&to))?;
+    // No QEMU starts before the switch is done.
+    let access = access::access(cx, disk, deadline)?;
+    if let Access { vm: Some(vm), monitor: Some(_), .. } = &access {
+        let message = format!("VM '{}' was started while the disk was copied", vm.cid);
+        return Err(images::explain_started(Error::new(ErrorKind::Conflict, message)));
+    }
+    source.unchanged().map_err(images::explain_started)?;
+    switch(cx, disk, next)
+}
+
+/// Makes the copy the current image, in one write.
+fn switch(cx: &Context, disk: &mut DiskRecord, next: &DiskRecord) -> Result<()> {
+    let switched = DiskRecord { leftover: Some(disk.current()), ..next.clone() };
+    cx.store.write(&switched)?;
+    *disk = switched;
+    Ok(())
+}
+
+fn start_mirror(
+    cx: &Context,
+    mut monitor: Monitor,
+    disk: &DiskRecord,
+    next: &DiskRecord,
+) -> Result<()> {
+    let need = FileNeed::disk(&cx.store, next)?;
+    images::open_in_qemu(cx, &mut monitor, &need, &disk.cid)?;
+    let hot = hot_disk(disk);
+    let mirror = json!({
+        "job-id": hot.job(JOB), "device": hot.node, "target": need.node, "sync": "full",
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    monitor.raw("blockdev-mirror", &mirror)?;
+    Ok(())
+}
+
+/// Waits until both images have the same data, and switches.
+fn switch_live(
+    cx: &Context,
+    disk: &mut DiskRecord,
+    next: &DiskRecord,
+    vm: &VmRecord,
+    deadline: Instant,
+) -> Result<()> {
+    let job = hot_disk(disk).job(JOB);
+    // The job is queried once more at the deadline.
+    let connect = || Monitor::connect(&cx.store.vm(&vm.cid).qmp(), clean_up_deadline(deadline));
+    drop(job::follow(
+        &connect,
+        &job,
+        "ready",
+        deadline,
+        &mut progress::log(format!("copy of disk {}", disk.cid)),
+    )?);
+    // Flushes most of the data now: while the job is pending, the guest's I/O waits for the rest.
+    image::sync(&cx.store.disk_image(next)?)?;
+    let (_lock, _) = machine::lock(cx, &vm.cid, deadline)?;
+    let mut monitor = connect()?;
+    monitor.execute(&qmp::job_complete { id: job.clone() })?;
+    job::wait(&mut monitor, &job, "pending", deadline)?;
+    // QEMU has flushed its data; this flushes the file's length and allocation.
+    image::sync(&cx.store.disk_image(next)?)?;
+    switch(cx, disk, next)?;
+    monitor.execute(&qmp::job_finalize { id: job.clone() })?;
+    job::wait(&mut monitor, &job, "concluded", clean_up_deadline(deadline))?;
+    Ok(job::dismiss(&mut monitor, &job)?)
+}
+
+/// Finishes or undoes an interrupted copy of the disk, whose lock the caller holds. An image that cannot be removed, in a
+/// pool that is not mounted, stays the leftover for the next call.
+pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
+    if disk.leftover.is_none() {
+        return Ok(());
+    }
+    cx.store.is_ours(disk)?;
+    if let Some(vm) = disk.vm.clone() {
+        settle_in_qemu(cx, disk, &vm, deadline)
+            .map_err(|e| e.during(format!("settle an earlier copy of disk '{}'", disk.cid)))?;
+    }
+    let left = disk.leftover.as_ref().expect("checked above");
+    let removed = cx.store.disk_image_at(&disk.cid, left).and_then(|path| {
+        atomic::remove_file(&path)?;
+        crash::point!("old image removed");
+        if left.pool.is_some() && left.pool != disk.pool {
+            let dir = cx.store.images_dir(&disk.cid, left.pool.as_deref())?;
+            atomic::remove_dir(&dir)?;
+        }
+        Ok(())
+    });
+    if let Err(error) = removed {
+        tracing::warn!(disk = %disk.cid, error = error.report(), "cannot remove an unused image yet");
+        return cx.store.mark(disk).and_then(|()| pending::remove(cx, &disk.cid));
+    }
+    disk.leftover = None;
+    cx.store.write_disk(disk)?;
+    pending::remove(cx, &disk.cid)
+}
+
+/// Ends the job of an interrupted copy, makes the image that the device is on the current one, and closes the other.
+fn settle_in_qemu(
+    cx: &Context,
+    disk: &mut DiskRecord,
+    vm: &VmCid,
+    deadline: Instant,
+) -> Result<()> {
+    let Some((_lock, mut monitor)) = machine::lock_running(cx, vm, deadline)? else {
+        return Ok(());
+    };
+    let left = disk.leftover.clone().expect("the caller checks");
+    let hot = hot_image(&disk.cid, &left.node(&disk.cid));
+    let job = hot.job(JOB);
+    let is_switched = disk.generation == left.generation.wrapping_add(1);
+    if is_switched && job::find(&mut monitor, &job)?.is_some_and(|job| job.status == "pending") {
+        monitor.execute(&qmp::job_finalize { id: job.clone() })?;
+        job::wait(&mut monitor, &job, "concluded", deadline)?;
+    }
+    job::end_all(&mut monitor, |id| id == job, deadline)?;
+    if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
+        disk.switch();
+        cx.store.write(disk)?;
+    }
+    let left = disk.leftover.as_ref().expect("a switch keeps one");
+    Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
+}
+
+/// The space that the copy needs at once.
+fn space_needed(cx: &Context, disk: &DiskRecord, next: &DiskRecord, size: MiB) -> Result<Bytes> {
+    // A mirror writes zeros for the holes of its source. They take space in a raw file without discard.
+    let writes_zeros =
+        disk.vm.is_some() && next.format == Format::Raw && next.discard == Discard::Ignore;
+    let full = if writes_zeros { need::full(size) } else { Bytes(0) };
+    Ok(full.max(need::copy(
+        cx,
+        &cx.store.disk_image(disk)?,
+        &disk.current(),
+        &next.current(),
+        size,
+    )?))
+}
+
+/// The node that the disk's device is on, if there is a device.
 fn device_node(monitor: &mut Monitor, disk: &DiskCid) -> Result<Option<String>, MonitorError> {
     let path = format!("/machine/peripheral/{disk}/virtio-backend");
     let devices = monitor.execute(&QueryBlock {})?;
     let device = devices.into_iter().find(|device| device.qdev.as_deref() == Some(&path));
     Ok(device.and_then(|device| device.inserted?.node_name))
-}
-
-/// What to do about a copy that a VM got in the way of.
-pub(in crate::cpi) fn started(error: Error) -> Error {
-    match error.kind() {
-        ErrorKind::Conflict => {
-            error.hint("its VM was started: repeat the call, and QEMU makes the copy")
-        }
-        _ => error,
-    }
-}
-
-/// Says on the log how far a copy is, once it takes longer.
-pub(in crate::cpi) fn progress(what: String) -> impl FnMut(u64, u64) {
-    every(Duration::from_secs(10), move |percent| tracing::info!(percent, "{what}"))
-}
-
-/// Has `say` hear how many percent are done, at most once in `interval`.
-fn every(interval: Duration, mut say: impl FnMut(u64)) -> impl FnMut(u64, u64) {
-    let mut said = Instant::now();
-    move |done, of| {
-        if said.elapsed() >= interval {
-            said = Instant::now();
-            say(done.saturating_mul(100).checked_div(of).unwrap_or(0));
-        }
-    }
-}
-
-/// The names of a copy's target in QEMU: no device has them.
-pub(in crate::cpi) fn target(node: &str) -> HotDisk {
-    HotDisk {
-        device: blockdev::file_node(node),
-        node: node.to_owned(),
-        below: vec![blockdev::file_node(node)],
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn how_far_a_copy_is_is_said_now_and_then() {
-        let said = |interval: Duration| {
-            let mut said = Vec::new();
-            let mut progress = every(interval, |percent| said.push(percent));
-            for (done, of) in [(0, 200), (50, 200), (200, 200), (0, 0), (u64::MAX, u64::MAX)] {
-                progress(done, of);
-            }
-            drop(progress);
-            said
-        };
-        assert_eq!(said(Duration::ZERO), [0, 25, 100, 0, 1]);
-        assert!(said(Duration::from_secs(3600)).is_empty());
-    }
 }

@@ -1,153 +1,62 @@
-//! create_disk, delete_disk, has_disk.
+//! create_disk.
 
-use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Map, Value};
 
+use super::images;
 use crate::cid::DiskCid;
-use crate::cpi::Cpi;
+use crate::cpi::capacity::{self, need};
+use crate::cpi::context::Context;
+use crate::cpi::creation::{Creatable, Creation};
 use crate::cpi::properties::{self, DiskCloudProperties};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::host::clock;
-use crate::image::NewImage;
-use crate::image::qemu_img::QemuImg;
 use crate::schema::Whole;
 use crate::store::layout::SCHEMA;
-use crate::store::record::{DiskImage, Limits};
-use crate::store::{DiskKey, DiskRecord, Guard, Phase, Rank, atomic};
-use crate::units::{Bytes, MiB};
+use crate::store::record::Limits;
+use crate::store::{DiskRecord, Phase};
+use crate::units::MiB;
 
-impl Cpi {
-    pub(in crate::cpi) fn make_disk(
-        &self,
-        size: MiB,
-        properties: &Map<String, Value>,
-    ) -> Result<DiskCid> {
-        let deadline = self.deadline("create_disk");
-        let asked: DiskCloudProperties = properties::read(&self.config.disk_defaults, properties)?;
-        self.known_pool(asked.pool.as_deref())?;
-        asked.validate()?;
-        self.store.prepare()?;
-        self.clear_leftovers(deadline);
-        let cid = self.new_cid::<DiskRecord>()?;
-        let lock = self.begin::<DiskRecord>(Rank::Disk, &cid, deadline)?;
-        let mut disk = new_record(cid, size, &asked, properties);
-        let need = self.need_of_disk(disk.size, &disk.current());
-        let made = self
-            .admit(disk.pool.as_deref(), need, deadline, || self.store.write(&disk))
-            .and_then(|()| {
-                let dir = self.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
-                self.make_disk_image(&dir, &disk.current(), size.bytes(), deadline)?;
-                self.untold::<DiskRecord>(&disk.cid)?;
-                disk.phase = Phase::Ready;
-                self.store.write_disk(&disk)?;
-                self.settled(&disk.cid)
-            });
-        match made {
-            Ok(()) => Ok(disk.cid),
-            Err(error) => Err(self.undone::<DiskRecord>(
-                &disk.cid,
-                lock,
-                error.during(format!("create a disk of {size}")),
-            )),
-        }
-    }
+/// Creates an empty disk.
+pub(in crate::cpi) fn create(
+    cx: &Context,
+    size: MiB,
+    given: &Map<String, Value>,
+) -> Result<DiskCid> {
+    let deadline = cx.deadline("create_disk");
+    let properties: DiskCloudProperties = properties::read(&cx.config.disk_defaults, given)?;
+    properties::ensure_pool_exists(&cx.config, properties.pool.as_deref())?;
+    properties.validate()?;
+    let creation = Creation::<DiskRecord>::new(cx, deadline)?;
+    let disk = creation.run(
+        |creation| make(cx, record(creation.cid().clone(), size, &properties, given), deadline),
+        |error| error.during(format!("create a disk of {size}")),
+    )?;
+    Ok(disk.cid)
+}
 
-    /// Makes `image`, empty, in `dir`; it is durable then.
-    pub(in crate::cpi) fn make_disk_image(
-        &self,
-        dir: &Path,
-        image: &DiskImage,
-        size: Bytes,
-        deadline: Instant,
-    ) -> Result<()> {
-        let key = DiskKey::of(&self.config);
-        if image.encrypted {
-            key.ready(&self.store, deadline)?;
-        }
-        let new = NewImage {
-            path: &dir.join(image.file_name()),
-            format: image.format,
-            size,
-            preallocation: image.preallocation,
-            key: image.encrypted.then(|| key.path()),
-        };
-        new.create(&QemuImg::new(&self.config.qemu.img_binary), deadline)?.sync()?;
-        atomic::sync_dir(dir)
-    }
+fn make(cx: &Context, disk: DiskRecord, deadline: Instant) -> Result<DiskRecord> {
+    let image = disk.current();
+    let need = need::disk(cx, disk.size, &image);
+    capacity::admit(cx, disk.pool.as_deref(), need, deadline, || cx.store.write(&disk))?;
+    let dir = cx.store.make_images_dir(&disk.cid, disk.pool.as_deref())?;
+    images::create(cx, &dir, &image, disk.size.bytes(), deadline)?;
+    Ok(disk)
+}
 
-    pub(in crate::cpi) fn remove_disk(&self, cid: &DiskCid) -> Result<()> {
-        let deadline = self.deadline("delete_disk");
-        let (lock, mut disk) = loop {
-            self.adopt(cid, deadline)?;
-            if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid)
-            {
-                return self.store.is_mounted().and_then(|()| self.store.is_nowhere_else(cid));
-            }
-            let lock = self.disk_lock(cid, deadline)?;
-            match self.store.find::<DiskRecord>(cid)? {
-                Some(disk) => break (lock, disk),
-                // It was given up while its lock was waited for.
-                None if self.store.is_free(cid)? => {}
-                None => {
-                    self.store.is_nowhere_else(cid)?;
-                    // All but the directory or the lock is gone: a removal was cut short at its last steps.
-                    return self.forget_disk(
-                        cid,
-                        lock,
-                        self.store.lock(Rank::Metadata, cid, deadline)?,
-                    );
-                }
-            }
-        };
-        self.store.is_ours(&disk)?;
-        self.settle_copy(&mut disk, deadline)?;
-        if let Some(holder) = self.holder(&disk, deadline)? {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                format!("disk '{cid}' is attached to VM '{holder}'"),
-            )
-            .hint("detach it first"));
-        }
-        self.is_unused_image(&disk)?;
-        let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
-        disk.phase = Phase::Deleting;
-        self.store.write_deleting(&disk)?;
-        self.forget_disk(cid, lock, metadata)
-    }
-
-    /// Removes what there is of a disk here, with its images unless another host has it. The lock of its metadata keeps others
-    /// from writing that where there is no disk.
-    pub(in crate::cpi) fn forget_disk(
-        &self,
-        cid: &DiskCid,
-        lock: Guard,
-        metadata: Guard,
-    ) -> Result<()> {
-        match self.store.read::<DiskRecord>(cid)?.map_or(Ok(()), |disk| self.store.is_ours(&disk)) {
-            Err(error) if error.kind() == ErrorKind::Conflict => self.store.forget(cid)?,
-            ours => ours.and_then(|()| self.store.remove::<DiskRecord>(cid))?,
-        }
-        metadata.retire()?;
-        lock.retire()
-    }
-
-    pub(in crate::cpi) fn disk_exists(&self, cid: &DiskCid) -> Result<bool> {
-        match self.store.find::<DiskRecord>(cid)? {
-            Some(disk) => Ok(disk.phase != Phase::Creating),
-            None if self.store.is_free(cid)? => Ok(true),
-            // "No" would have the disk forgotten.
-            None => self.store.is_nowhere_else(cid).map(|()| false),
-        }
+impl Creatable for DiskRecord {
+    /// In a shared pool the owner file beside the image is written, too.
+    fn write_ready(&self, cx: &Context) -> Result<()> {
+        cx.store.write_disk(self)
     }
 }
 
-fn new_record(
+fn record(
     cid: DiskCid,
     size: MiB,
-    asked: &DiskCloudProperties,
-    properties: &Map<String, Value>,
+    properties: &DiskCloudProperties,
+    given: &Map<String, Value>,
 ) -> DiskRecord {
     DiskRecord {
         schema: SCHEMA,
@@ -157,16 +66,19 @@ fn new_record(
         size,
         grows_to: None,
         generation: 0,
-        format: asked.format,
-        pool: asked.pool.clone(),
-        cache: asked.cache,
-        discard: asked.effective_discard(),
-        preallocation: asked.preallocation,
-        encrypted: asked.encrypted,
+        format: properties.format,
+        pool: properties.pool.clone(),
+        cache: properties.cache,
+        discard: properties.effective_discard(),
+        preallocation: properties.preallocation,
+        encrypted: properties.encrypted,
         leftover: None,
         vm: None,
-        limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
-        cloud_properties: properties.clone(),
+        limits: Limits {
+            iops: properties.iops.map(Whole::get),
+            mbps: properties.mbps.map(Whole::get),
+        },
+        cloud_properties: given.clone(),
         metadata: Map::new(),
         newer: Map::new(),
     }

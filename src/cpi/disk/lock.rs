@@ -1,106 +1,68 @@
-//! The lock of a disk, which whoever copies it has for hours: in what way a call waits for it, and what it says then.
+//! The lock of a disk. A copy of the disk holds it for hours, so a call that cannot have it says what the copy is.
 
 use std::time::Instant;
 
 use crate::cid::{DiskCid, SnapshotCid};
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
+use crate::cpi::creation::pending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Rank, SnapshotRecord};
 
-impl Cpi {
-    /// Takes the lock of a disk, whether or not it is there.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Timeout`] naming the snapshot or the update that has it, if one does.
-    pub(in crate::cpi) fn disk_lock(&self, cid: &DiskCid, deadline: Instant) -> Result<Guard> {
-        self.store.lock(Rank::Disk, cid, deadline).map_err(|error| {
-            let copy = (error.kind() == ErrorKind::Timeout)
-                .then(|| self.copy_at_work(cid).ok().flatten())
-                .flatten();
-            match copy {
-                Some(copy) => {
-                    error.during(being_copied(cid, &copy)).hint("repeat the call when that is done")
-                }
-                None => error,
-            }
-        })
-    }
+/// The record of a disk that is ready.
+///
+/// # Errors
+/// [`ErrorKind::DiskNotFound`].
+pub(super) fn find(cx: &Context, cid: &DiskCid) -> Result<DiskRecord> {
+    cx.ready::<DiskRecord>(cid)?
+        .ok_or_else(|| Error::new(ErrorKind::DiskNotFound, format!("there is no disk '{cid}'")))
+}
 
-    /// Takes the lock of a disk that exists. A copy of it that was cut short is undone or finished.
-    pub(in crate::cpi) fn locked_disk(
-        &self,
-        cid: &DiskCid,
-        deadline: Instant,
-    ) -> Result<(Guard, DiskRecord)> {
-        loop {
-            self.own_disk(cid, deadline)?;
-            let lock = self.disk_lock(cid, deadline)?;
-            match self.disk(cid) {
-                Ok(mut disk) => {
-                    self.is_told::<DiskRecord>(cid);
-                    self.store.stay(&disk)?;
-                    self.settle_copy(&mut disk, deadline)?;
-                    return Ok((lock, disk));
-                }
-                Err(error) => {
-                    lock.retire()?;
-                    self.store.is_nowhere_else(cid)?;
-                    // It was given up while its lock was waited for, and can be had again.
-                    if !self.store.is_free(cid)? {
-                        return Err(error);
-                    }
-                }
-            }
-        }
-    }
+/// Takes the lock of a disk, whether or not the disk exists.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] naming the snapshot or the update that holds the lock, if one does.
+pub(super) fn lock(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<Guard> {
+    cx.store.lock(Rank::Disk, cid, deadline).map_err(|error| match error.kind() {
+        ErrorKind::Timeout => match copy_in_progress(cx, cid) {
+            Ok(Some(copy)) => error.during(copy).hint("repeat the call when that is done"),
+            _ => error,
+        },
+        _ => error,
+    })
+}
 
-    /// The same, unless a copy of the disk is being made: that may take hours.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] naming the snapshot or the update.
-    pub(in crate::cpi) fn locked_idle_disk(
-        &self,
-        cid: &DiskCid,
-        deadline: Instant,
-    ) -> Result<(Guard, DiskRecord)> {
-        self.own_disk(cid, deadline)?;
-        if let Some(copy) = self.copy_at_work(cid)? {
-            let error = Error::new(ErrorKind::Conflict, being_copied(cid, &copy));
-            return Err(error.hint("repeat the call when that is done"));
+/// Ensures that no copy of the disk is being made.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] naming the snapshot or the update.
+pub(super) fn ensure_not_copied(cx: &Context, cid: &DiskCid) -> Result<()> {
+    match copy_in_progress(cx, cid)? {
+        Some(copy) => {
+            Err(Error::new(ErrorKind::Conflict, copy).hint("repeat the call when that is done"))
         }
-        for snapshot in self.half_snapshots(cid)? {
-            // Its call was killed.
-            self.clear_snapshot(&snapshot, deadline).map_err(|e| {
-                e.during(format!("remove what is left of snapshot '{snapshot}' of disk '{cid}'"))
-            })?;
-        }
-        self.locked_disk(cid, deadline)
-    }
-
-    /// What copies the disk at the moment, in words.
-    fn copy_at_work(&self, cid: &DiskCid) -> Result<Option<String>> {
-        for snapshot in self.half_snapshots(cid)? {
-            if self.store.glance(Rank::Snapshot, &snapshot)?.is_none() {
-                return Ok(Some(format!("into snapshot '{snapshot}'")));
-            }
-        }
-        let is_updated =
-            self.disk(cid)?.leftover.is_some() && self.store.glance(Rank::Disk, cid)?.is_none();
-        Ok(is_updated.then(|| "by update_disk".to_owned()))
-    }
-
-    /// The snapshots of the disk that are not whole, whether or not a call works on them.
-    fn half_snapshots(&self, disk: &DiskCid) -> Result<Vec<SnapshotCid>> {
-        let mut half = self.in_the_making::<SnapshotRecord>()?;
-        // One that can not be read must not keep other disks from anything; QEMU does not resize what it copies.
-        half.retain(|snapshot| {
-            let made = self.store.read::<SnapshotRecord>(snapshot).ok().flatten();
-            made.is_some_and(|made| made.disk.cid == *disk)
-        });
-        Ok(half)
+        None => Ok(()),
     }
 }
 
-fn being_copied(disk: &DiskCid, copy: &str) -> String {
-    format!("disk '{disk}' is being copied, {copy}")
+/// The snapshots of the disk that have a pending note, whether or not a call works on them.
+pub(super) fn pending_snapshots(cx: &Context, disk: &DiskCid) -> Result<Vec<SnapshotCid>> {
+    let mut pending = pending::list::<SnapshotRecord>(cx)?;
+    // A snapshot whose record cannot be read may be of another disk: it does not block this one.
+    pending.retain(|snapshot| {
+        let record = cx.store.read::<SnapshotRecord>(snapshot).ok().flatten();
+        record.is_some_and(|snapshot| snapshot.disk.cid == *disk)
+    });
+    Ok(pending)
+}
+
+/// The copy of the disk that a call is making, for a message.
+fn copy_in_progress(cx: &Context, cid: &DiskCid) -> Result<Option<String>> {
+    for snapshot in pending_snapshots(cx, cid)? {
+        if cx.store.glance(Rank::Snapshot, &snapshot)?.is_none() {
+            return Ok(Some(format!("disk '{cid}' is being copied into snapshot '{snapshot}'")));
+        }
+    }
+    let is_updated =
+        find(cx, cid)?.leftover.is_some() && cx.store.glance(Rank::Disk, cid)?.is_none();
+    Ok(is_updated.then(|| format!("disk '{cid}' is being copied by update_disk")))
 }

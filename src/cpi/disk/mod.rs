@@ -1,11 +1,50 @@
-//! Persistent disks.
+//! Persistent disks and their snapshots: one file for each verb, and what the verbs share.
+//!
+//! ```text
+//!   create delete attach detach resize update snapshot restore metadata give_up take recover     the verbs
+//!   locked                         a disk under its lock, with every interrupted copy settled
+//!   copy backup                    the two jobs that copy a disk: into another image, into a snapshot
+//!   access images encryption       its image: who has it open, how it is made and filled, its key
+//!   attachment ownership lock      the VM that has it, the host that owns it, the lock
+//! ```
 
-pub mod attach;
-pub mod copy;
-pub mod create;
-pub mod encryption;
-pub mod lock;
-pub mod ownership;
-pub mod resize;
-pub mod snapshot;
-pub mod update;
+mod access;
+mod attach;
+mod attachment;
+mod backup;
+mod copy;
+mod create;
+mod delete;
+mod detach;
+mod encryption;
+mod give_up;
+mod images;
+mod lock;
+mod locked;
+mod metadata;
+mod ownership;
+mod progress;
+mod recover;
+mod resize;
+mod restore;
+mod snapshot;
+mod take;
+mod update;
+
+pub(super) use attach::attach;
+pub(super) use attachment::attached_to;
+pub(crate) use attachment::holder;
+pub(super) use backup::recover as recover_snapshot;
+pub(super) use create::create;
+pub(super) use delete::delete;
+pub(super) use detach::detach;
+pub(crate) use give_up::give_up;
+pub(crate) use locked::locked;
+pub(super) use metadata::set_metadata;
+pub(super) use ownership::exists;
+pub(super) use recover::recover;
+pub(super) use resize::resize;
+pub(super) use restore::restore;
+pub(super) use snapshot::{create as create_snapshot, delete as delete_snapshot};
+pub(crate) use take::take;
+pub(super) use update::update;

@@ -1,126 +1,68 @@
-//! Disks in shared pools on their way from one host to another: whoever is asked for one that is nobody's takes it.
+//! Which host owns a disk in a shared pool. A call that names a disk without an owner takes ownership first.
 
-use std::path::Path;
 use std::time::Instant;
 
+use super::lock;
 use crate::cid::DiskCid;
-use crate::cpi::Cpi;
-use crate::error::{Error, ErrorKind, Result};
-use crate::image;
-use crate::store::{DiskRecord, Rank, VmRecord, atomic};
+use crate::cpi::context::Context;
+use crate::error::Result;
+use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 
-impl Cpi {
-    /// The record of a disk that exists and is this host's. One that is nobody's becomes so.
-    ///
-    /// # Errors
-    /// [`ErrorKind::DiskNotFound`]; [`ErrorKind::Conflict`] if another host has it now.
-    pub(in crate::cpi) fn own_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<DiskRecord> {
-        self.adopt(cid, deadline)?;
-        if self.store.find::<DiskRecord>(cid)?.is_none() {
-            self.store.is_nowhere_else(cid)?;
-        }
-        let disk = self.disk(cid)?;
-        self.store.is_ours(&disk)?;
-        Ok(disk)
+/// has_disk: whether the disk exists on this host, or without an owner in a shared pool.
+pub(in crate::cpi) fn exists(cx: &Context, cid: &DiskCid) -> Result<bool> {
+    match cx.store.find::<DiskRecord>(cid)? {
+        Some(disk) => Ok(disk.phase != Phase::Creating),
+        None if cx.store.is_free(cid)? => Ok(true),
+        // A Director that hears "no" forgets the disk, so a disk that another host owns is an error.
+        None => cx.store.is_nowhere_else(cid).map(|()| false),
     }
+}
 
-    /// Takes a disk that is nobody's, if it is one. A record of it from before it was given up is out of date.
-    pub(in crate::cpi) fn adopt(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
-        let can_be_had = || match self.store.find::<DiskRecord>(cid)? {
-            Some(disk) => Ok(self.store.is_given_up(&disk)? && !self.is_listed(cid)?),
-            None => self.store.is_free(cid),
+/// Returns the record of a disk this host owns, taking ownership first if the disk has no owner.
+///
+/// # Errors
+/// [`ErrorKind::DiskNotFound`](crate::error::ErrorKind::DiskNotFound);
+/// [`ErrorKind::Conflict`](crate::error::ErrorKind::Conflict) if another host owns it.
+pub(super) fn owned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<DiskRecord> {
+    take_unowned(cx, cid, deadline)?;
+    if cx.store.find::<DiskRecord>(cid)?.is_none() {
+        cx.store.is_nowhere_else(cid)?;
+    }
+    let disk = lock::find(cx, cid)?;
+    cx.store.is_ours(&disk)?;
+    Ok(disk)
+}
+
+/// Takes ownership of the disk, if it has no owner. A record from before this host gave it up is replaced.
+pub(super) fn take_unowned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<()> {
+    let has_no_owner = || match cx.store.find::<DiskRecord>(cid)? {
+        Some(disk) => Ok(cx.store.is_given_up(&disk)? && !is_listed(cx, cid)?),
+        None => cx.store.is_free(cid),
+    };
+    if !has_no_owner()? {
+        return Ok(());
+    }
+    cx.store.prepare()?;
+    let lock = lock::lock(cx, cid, deadline)?;
+    if !has_no_owner()? {
+        return match cx.store.find::<DiskRecord>(cid)? {
+            Some(_) => Ok(()),
+            None => lock.retire(),
         };
-        if !can_be_had()? {
-            return Ok(());
-        }
-        self.store.prepare()?;
-        let lock = self.disk_lock(cid, deadline)?;
-        if !can_be_had()? {
-            return if self.store.find::<DiskRecord>(cid)?.is_some() {
-                Ok(())
-            } else {
-                lock.retire()
-            };
-        }
-        let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
-        self.store.forget(cid)?;
-        metadata.retire()?;
-        match self.store.adopt(cid) {
-            Ok(true) => {
-                tracing::info!(%cid, "the disk was nobody's, and is this host's now");
-                Ok(())
-            }
-            other => lock.retire().and(other.map(drop)),
-        }
     }
+    let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
+    cx.store.forget(cid)?;
+    metadata.retire()?;
+    match cx.store.adopt(cid) {
+        Ok(true) => {
+            tracing::info!("took ownership of disk {cid}: it had no owner");
+            Ok(())
+        }
+        other => lock.retire().and(other.map(drop)),
+    }
+}
 
-    /// Whether a VM here has the disk by its own record, which decides.
-    fn is_listed(&self, disk: &DiskCid) -> Result<bool> {
-        Ok(self.store.readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
-    }
-
-    /// Makes the disk nobody's, so that another host can have it.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] if something here uses it, or no other host reaches it; [`ErrorKind::DiskNotFound`].
-    pub fn give_up_disk(&self, cid: &DiskCid) -> Result<()> {
-        let deadline = self.deadline("attach_disk");
-        if self.store.find::<DiskRecord>(cid)?.is_none() && self.store.is_free(cid)? {
-            // It was given up, or that was cut short.
-            let lock = self.disk_lock(cid, deadline)?;
-            if self.store.find::<DiskRecord>(cid)?.is_none() {
-                self.store.remove_record::<DiskRecord>(cid)?;
-                return self.store.let_go(cid).and(lock.retire());
-            }
-        }
-        let refused = |why: String| Error::new(ErrorKind::Conflict, format!("disk '{cid}' {why}"));
-        let (lock, disk) = self.locked_idle_disk(cid, deadline)?;
-        if let Some(holder) = self.holder(&disk, deadline)? {
-            return Err(refused(format!("is attached to VM '{holder}'")).hint("detach it first"));
-        }
-        self.is_unused_image(&disk)?;
-        if disk.leftover.is_some() {
-            return Err(refused(
-                "has an image that an earlier copy left, and that can not be removed".to_owned(),
-            ));
-        }
-        if disk.encrypted && self.config.key_file.is_none() {
-            return Err(refused("is encrypted with a key that only this host has".to_owned()).hint(
-                "give all hosts one 'key_file', with this host's key in it; or make the disk `encrypted: false` first",
-            ));
-        }
-        if !disk.pool.as_deref().is_some_and(|pool| self.store.pools().is_shared(pool)) {
-            return Err(refused("is in no shared pool".to_owned()));
-        }
-        let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
-        self.store.give_up(&disk)?;
-        tracing::info!(%cid, "the disk is nobody's now");
-        metadata.retire()?;
-        lock.retire()
-    }
-
-    /// Makes a disk in a shared pool this host's although another host has it, which is gone for good.
-    ///
-    /// # Errors
-    /// [`ErrorKind::DiskNotFound`] if no pool has it; [`ErrorKind::Corrupt`] if it can not be told what it is.
-    pub fn take_disk(&self, cid: &DiskCid) -> Result<()> {
-        let deadline = self.deadline("attach_disk");
-        self.adopt(cid, deadline)?;
-        if let Some(disk) = self.store.find::<DiskRecord>(cid)? {
-            let ours = self.store.is_ours(&disk);
-            if ours.is_ok() || !self.store.is_outdated(&disk)? {
-                return ours;
-            }
-        }
-        self.store.prepare()?;
-        let lock = self.disk_lock(cid, deadline)?;
-        let judge = |image: &Path| {
-            image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")))
-        };
-        let taken = self.store.take_over(cid, judge);
-        if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
-            lock.retire()?;
-        }
-        taken
-    }
+/// Whether the record of a VM on this host lists the disk: that record decides.
+fn is_listed(cx: &Context, disk: &DiskCid) -> Result<bool> {
+    Ok(cx.store.readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
 }

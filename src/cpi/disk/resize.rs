@@ -1,158 +1,93 @@
-//! resize_disk: a disk grows where it is, attached or not.
+//! resize_disk: the image grows in place, whether or not the disk is attached.
 //!
 //! ```text
-//!   record n, image n ── admitted ──► record n, grows to m ── the image grows, durably ──► image m ── record ──► record m
-//!                                     │ killed here: others count m                       │ here: the next call looks
+//!   record n      record n, grows to m      record n, grows to m      record m
+//!   image  n  ──► image  n             ──►  image  m, durable    ──►  image  m
+//!                 after a kill here others count m; the next call looks at the image
 //! ```
 
 use std::fs::File;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
-use crate::cid::{Cid, DiskCid};
-use crate::cpi::Cpi;
-use crate::cpi::disk::attach::hot_disk;
+use super::access::{self, Access};
+use super::locked;
+use crate::cid::DiskCid;
+use crate::cpi::capacity::{self, need};
+use crate::cpi::context::Context;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image;
-use crate::qmp::hotplug::{self, Inventory};
-use crate::qmp::monitor::Monitor;
-use crate::qmp::query::QueryNamedBlockNodes;
-use crate::store::record::DiskRecord;
-use crate::store::{Guard, VmRecord};
+use crate::store::DiskRecord;
 use crate::units::{Bytes, MiB};
 
-/// How long a QEMU that is known to be gone may still have an image open.
-const CLOSING: Duration = Duration::from_millis(500);
-
-/// Where a disk's image can be worked on. It stays so, because the VM's lock is kept.
-pub(in crate::cpi) struct Place {
-    /// The VM that has the disk, on or off.
-    pub vm: Option<VmRecord>,
-    /// The monitor of the QEMU whose device is on the image. `None`: nobody has the image open.
-    pub monitor: Option<Monitor>,
-    /// The VM's lock.
-    pub lock: Option<Guard>,
+/// Makes the disk larger.
+pub(in crate::cpi) fn resize(cx: &Context, cid: &DiskCid, size: MiB) -> Result<()> {
+    let deadline = cx.deadline("resize_disk");
+    let (_lock, mut disk) = locked::locked_idle(cx, cid, deadline)?;
+    grow(cx, &mut disk, size, deadline)
 }
 
-impl Cpi {
-    pub(in crate::cpi) fn grow_disk(&self, cid: &DiskCid, size: MiB) -> Result<()> {
-        let deadline = self.deadline("resize_disk");
-        let (_lock, mut disk) = self.locked_idle_disk(cid, deadline)?;
-        self.grow_to(&mut disk, size, deadline)
+/// Grows the disk, whose lock the caller holds, to `size`. A disk of this size is left as it is.
+///
+/// # Errors
+/// [`ErrorKind::NotSupported`] for a larger disk, before anything is changed.
+pub(super) fn grow(
+    cx: &Context,
+    disk: &mut DiskRecord,
+    size: MiB,
+    deadline: Instant,
+) -> Result<()> {
+    let doing = format!("resize disk '{}' to {size}", disk.cid);
+    let mut access = access::access(cx, disk, deadline)?;
+    let current = access::virtual_size(cx, disk, &mut access)?;
+    if current > size.bytes() {
+        let message = format!("{doing}: it has {current}, and a disk cannot shrink");
+        return Err(Error::new(ErrorKind::NotSupported, message));
     }
-
-    /// Makes the disk, whose lock the caller holds, `size` large. One that has it is left as it is.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotSupported`] before anything is changed if it is larger.
-    pub(in crate::cpi) fn grow_to(
-        &self,
-        disk: &mut DiskRecord,
-        size: MiB,
-        deadline: Instant,
-    ) -> Result<()> {
-        let doing = format!("resize disk '{}' to {size}", disk.cid);
-        let mut place = self.place(disk, deadline)?;
-        let has = self.virtual_size(disk, &mut place)?;
-        if has > size.bytes() {
-            let message = format!("{doing}: it has {has}, and disks only grow");
-            return Err(Error::new(ErrorKind::NotSupported, message));
+    if current < size.bytes() {
+        admit_growth(cx, disk, current, size, deadline)?;
+        crash::point!("growth noted");
+        if let Err(error) = grow_image(cx, disk, &mut access, size.bytes()) {
+            disk.grows_to = None;
+            return cx.store.write(disk).and(Err(error.during(doing)));
         }
-        if has < size.bytes() {
-            self.admit_growth(disk, has, size, deadline)?;
-            crash::point!("growth noted");
-            if let Err(error) = self.grow_image(disk, &mut place, size.bytes()) {
-                disk.grows_to = None;
-                return self.store.write(disk).and(Err(error.during(doing)));
-            }
-            crash::point!("image grown");
-        }
-        if (disk.size, disk.grows_to) != (size, None) {
-            (disk.size, disk.grows_to) = (size, None);
-            self.store.write_disk(disk)?;
-        }
-        Ok(())
+        crash::point!("image grown");
     }
-
-    fn grow_image(&self, disk: &DiskRecord, place: &mut Place, size: Bytes) -> Result<()> {
-        let path = self.store.disk_image(disk)?;
-        let Some(monitor) = &mut place.monitor else {
-            return image::grow(&path, disk.format, disk.encrypted, size);
-        };
-        let node = disk.current().node(&disk.cid);
-        monitor.raw("block_resize", &json!({"node-name": node, "size": size.get()}))?;
-        // The file's new length, whoever set it.
-        File::open(&path).and_then(|file| file.sync_all()).at("flush", &path)
+    if (disk.size, disk.grows_to) != (size, None) {
+        (disk.size, disk.grows_to) = (size, None);
+        cx.store.write_disk(disk)?;
     }
-
-    /// What the guest sees of the image, or would see.
-    pub(in crate::cpi) fn virtual_size(
-        &self,
-        disk: &DiskRecord,
-        place: &mut Place,
-    ) -> Result<Bytes> {
-        let node = disk.current().node(&disk.cid);
-        if let Some(monitor) = &mut place.monitor
-            && let Some(size) = node_size(monitor, &node)?
-        {
-            return Ok(size);
-        }
-        image::virtual_size(&self.store.disk_image(disk)?, disk.format, disk.encrypted)
-    }
-
-    fn admit_growth(
-        &self,
-        disk: &mut DiskRecord,
-        has: Bytes,
-        size: MiB,
-        deadline: Instant,
-    ) -> Result<()> {
-        // What a call that was killed noted is counted already.
-        let counted = has.max(disk.promised().bytes());
-        let more = Bytes(size.bytes().get().saturating_sub(counted.get()));
-        // Only what is reserved for a file as a whole can be reserved later; the new part is thin.
-        let noted = DiskRecord { grows_to: Some(size), ..disk.clone() };
-        self.admit(disk.pool.as_deref(), self.need_of_thin(more), deadline, || {
-            self.store.write(&noted)
-        })?;
-        *disk = noted;
-        Ok(())
-    }
-
-    /// Whether no QEMU has the image of `disk` open, whatever the records say: they may have been restored from a backup.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`].
-    pub(in crate::cpi) fn is_unused_image(&self, disk: &DiskRecord) -> Result<()> {
-        image::unused(&self.store.disk_image(disk)?, Instant::now() + CLOSING)
-    }
-
-    /// Finds out who has the image of `disk`, whose lock the caller holds, open.
-    pub(in crate::cpi) fn place(&self, disk: &DiskRecord, deadline: Instant) -> Result<Place> {
-        let Some(holder) = self.holder(disk, deadline)? else {
-            self.is_unused_image(disk)?;
-            return Ok(Place { vm: None, monitor: None, lock: None });
-        };
-        let (lock, vm) = self.locked_vm(&holder, deadline)?;
-        let mut monitor = self.monitor(&vm, deadline)?;
-        if let Some(connected) = &mut monitor
-            && !Inventory::take(connected)?.has_device(disk.cid.as_str())
-        {
-            // The guest ejected the device by itself; the image may still be open.
-            hotplug::close(connected, &hot_disk(disk), deadline)?;
-            monitor = None;
-        }
-        if monitor.is_none() {
-            self.is_unused_image(disk)?;
-        }
-        Ok(Place { vm: Some(vm), monitor, lock: Some(lock) })
-    }
+    Ok(())
 }
 
-/// The size of a block node, if QEMU has it.
-fn node_size(monitor: &mut Monitor, name: &str) -> Result<Option<Bytes>> {
-    let nodes = monitor.execute(&QueryNamedBlockNodes { flat: true })?;
-    Ok(nodes.into_iter().find(|node| node.name == name).map(|node| Bytes(node.image.virtual_size)))
+fn grow_image(cx: &Context, disk: &DiskRecord, access: &mut Access, size: Bytes) -> Result<()> {
+    let path = cx.store.disk_image(disk)?;
+    let Some(monitor) = &mut access.monitor else {
+        return image::grow(&path, disk.format, disk.encrypted, size);
+    };
+    let node = disk.current().node(&disk.cid);
+    monitor.raw("block_resize", &json!({"node-name": node, "size": size.get()}))?;
+    // QEMU has set the file's length but not flushed it.
+    File::open(&path).and_then(|file| file.sync_all()).at("flush", &path)
+}
+
+/// Records the size that the disk grows to, if its pool has room.
+fn admit_growth(
+    cx: &Context,
+    disk: &mut DiskRecord,
+    current: Bytes,
+    size: MiB,
+    deadline: Instant,
+) -> Result<()> {
+    // The growth that a killed call has recorded is counted already.
+    let counted = current.max(disk.promised().bytes());
+    let more = Bytes(size.bytes().get().saturating_sub(counted.get()));
+    let growing = DiskRecord { grows_to: Some(size), ..disk.clone() };
+    // Preallocation reserves space for a whole file only: the new part is thin.
+    let need = need::thin(cx, more);
+    capacity::admit(cx, disk.pool.as_deref(), need, deadline, || cx.store.write(&growing))?;
+    *disk = growing;
+    Ok(())
 }

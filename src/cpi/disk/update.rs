@@ -1,16 +1,17 @@
-//! update_disk: a disk's size and properties, changed where it is as far as that can be, by a copy as far as it can not.
+//! update_disk: the size and the properties of a disk. What cannot change in place changes by a copy.
 //!
-//! | what | how | holds |
+//! | property | how | in effect |
 //! |---|---|---|
 //! | size | in place, as resize_disk | at once |
 //! | `iops`, `mbps` | in place | at once |
-//! | `cache`, `discard` | in place | from the next attach or start of the VM on; with a copy, at once, but for whether the guest sees a cache |
+//! | `cache`, `discard` | in place | from the next attach or start of the VM; with a copy at once, except whether the guest sees a write cache |
 //! | `format`, `pool`, `preallocation`, `encrypted` | by a copy | at once |
 
 use serde_json::{Map, Value};
 
+use super::{access, copy, locked, resize};
 use crate::cid::{Cid, DiskCid};
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::cpi::properties::{self, DiskCloudProperties};
 use crate::error::Result;
 use crate::qemu::blockdev;
@@ -19,62 +20,69 @@ use crate::store::DiskRecord;
 use crate::store::record::Limits;
 use crate::units::MiB;
 
-impl Cpi {
-    /// Gives the disk the size and the properties. The cid stays.
-    ///
-    /// # Errors
-    /// [`crate::error::ErrorKind::NotSupported`] for a smaller size, before anything is changed.
-    pub(in crate::cpi) fn change_disk(
-        &self,
-        cid: &DiskCid,
-        size: MiB,
-        properties: &Map<String, Value>,
-    ) -> Result<()> {
-        let deadline = self.deadline("update_disk");
-        let asked: DiskCloudProperties = properties::read(&self.config.disk_defaults, properties)?;
-        self.known_pool(asked.pool.as_deref())?;
-        asked.validate()?;
-        let (_lock, mut disk) = self.locked_idle_disk(cid, deadline)?;
-        let next = |disk: &DiskRecord| DiskRecord {
-            format: asked.format,
-            pool: asked.pool.clone(),
-            preallocation: asked.preallocation,
-            encrypted: asked.encrypted,
-            cache: asked.cache,
-            discard: asked.effective_discard(),
-            limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
-            cloud_properties: properties.clone(),
-            ..disk.clone()
-        };
-        let copies = next(&disk).current() != disk.current();
-        let doing = || format!("copy disk '{cid}' into another image");
-        if copies {
-            // What a copy would fail for is known before the disk has another size.
-            self.can_copy(&disk, &next(&disk), size, deadline).map_err(|e| e.during(doing()))?;
-        }
-        self.grow_to(&mut disk, size, deadline)?;
-        let mut next = next(&disk);
-        let is_seen_later = match copies {
-            // The device stays, and with it what it said of a cache.
-            true => next.cache.write_cache() != disk.cache.write_cache(),
-            // QEMU decides both when it opens an image.
-            false => (next.cache, next.discard) != (disk.cache, disk.discard),
-        };
-        if is_seen_later {
-            tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
-        }
-        if copies {
-            next.generation = disk.generation.wrapping_add(1);
-            self.copy_into(&mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
-        } else {
-            disk = next;
-            self.store.write_disk(&disk)?;
-        }
-        // Last: a call that was killed is repeated, and sets them again.
-        if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {
-            monitor
-                .raw("block_set_io_throttle", &blockdev::throttle_to(cid.as_str(), disk.limits))?;
-        }
-        Ok(())
+/// Gives the disk the size and the properties. It keeps its cid.
+///
+/// # Errors
+/// [`ErrorKind::NotSupported`](crate::error::ErrorKind::NotSupported) for a smaller size, before anything is changed.
+pub(in crate::cpi) fn update(
+    cx: &Context,
+    cid: &DiskCid,
+    size: MiB,
+    given: &Map<String, Value>,
+) -> Result<()> {
+    let deadline = cx.deadline("update_disk");
+    let asked: DiskCloudProperties = properties::read(&cx.config.disk_defaults, given)?;
+    properties::ensure_pool_exists(&cx.config, asked.pool.as_deref())?;
+    asked.validate()?;
+    let (_lock, mut disk) = locked::locked_idle(cx, cid, deadline)?;
+    let copies = updated(&disk, &asked, given).current() != disk.current();
+    let doing = || format!("copy disk '{cid}' into another image");
+    if copies {
+        // A copy that cannot work is refused before the disk gets another size.
+        let next = updated(&disk, &asked, given);
+        copy::ensure_possible(cx, &disk, &next, size, deadline).map_err(|e| e.during(doing()))?;
+    }
+    resize::grow(cx, &mut disk, size, deadline)?;
+    let mut next = updated(&disk, &asked, given);
+    let is_delayed = match copies {
+        // The device stays, and with it the write cache that it announces.
+        true => next.cache.write_cache() != disk.cache.write_cache(),
+        // QEMU decides both when it opens an image.
+        false => (next.cache, next.discard) != (disk.cache, disk.discard),
+    };
+    if is_delayed {
+        tracing::info!(disk = %cid, "cache and discard change when the disk is attached again");
+    }
+    if copies {
+        next.generation = disk.generation.wrapping_add(1);
+        copy::run(cx, &mut disk, &next, deadline).map_err(|e| e.during(doing()))?;
+    } else {
+        disk = next;
+        cx.store.write_disk(&disk)?;
+    }
+    // Last: the repetition of a killed call sets them again.
+    if let Some(mut monitor) = access::access(cx, &disk, deadline)?.monitor {
+        let limits = blockdev::throttle_to(cid.as_str(), disk.limits);
+        monitor.raw("block_set_io_throttle", &limits)?;
+    }
+    Ok(())
+}
+
+/// The record of the disk with the properties asked for.
+fn updated(
+    disk: &DiskRecord,
+    asked: &DiskCloudProperties,
+    given: &Map<String, Value>,
+) -> DiskRecord {
+    DiskRecord {
+        format: asked.format,
+        pool: asked.pool.clone(),
+        preallocation: asked.preallocation,
+        encrypted: asked.encrypted,
+        cache: asked.cache,
+        discard: asked.effective_discard(),
+        limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
+        cloud_properties: given.clone(),
+        ..disk.clone()
     }
 }

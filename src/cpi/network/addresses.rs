@@ -1,4 +1,4 @@
-//! Which addresses and host ports a new VM gets: chosen, and claimed before anything of it exists.
+//! The addresses and host ports of a new VM: chosen, and reserved before anything of the VM exists.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::time::Instant;
@@ -6,9 +6,9 @@ use std::time::Instant;
 use ipnetwork::IpNetwork;
 
 use crate::cid::VmCid;
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::cpi::contract::networks::{Addressing, Networks};
-use crate::cpi::network::nics::{Placed, Pool};
+use crate::cpi::network::nics::{AddressPool, PlannedNic};
 use crate::cpi::properties::{PortForward, VmCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ranges::Protocol;
@@ -16,45 +16,41 @@ use crate::store::claims::{Claim, Claims};
 use crate::store::nic_rules::Forward;
 use crate::store::record::{Keeper, Nic, Segment, Wire};
 
-/// The most ports of the host one VM can have: each is an element of its own.
-const MOST_PORTS: u32 = 1024;
+/// How many host ports one VM can have. Each is one element of an nftables set.
+const MAX_PORTS: u32 = 1024;
 
-impl Cpi {
-    /// Claims the addresses and ports of the VM, choosing those of dynamic networks, and writes them into its cards and
-    /// networks. If it fails, some may be claimed.
-    pub(in crate::cpi) fn claim(
-        &self,
-        vm: &VmCid,
-        placed: &mut [Placed],
-        networks: &mut Networks,
-        properties: &VmCloudProperties,
-        deadline: Instant,
-    ) -> Result<()> {
-        self.store.with_claims(deadline, |claims| {
-            placed
-                .iter_mut()
-                .try_for_each(|placed| claim_addresses(vm, placed, networks, claims))?;
-            properties
-                .ports
-                .iter()
-                .try_for_each(|forward| claim_ports(vm, placed, networks, forward, claims))
-        })
-    }
+/// Reserves the addresses and ports of the VM, chooses those of dynamic networks, and writes them into its NICs and networks.
+/// A failure may leave reservations, which the caller releases.
+pub(in crate::cpi) fn reserve(
+    cx: &Context,
+    vm: &VmCid,
+    placed: &mut [PlannedNic],
+    networks: &mut Networks,
+    properties: &VmCloudProperties,
+    deadline: Instant,
+) -> Result<()> {
+    cx.store.with_claims(deadline, |claims| {
+        placed.iter_mut().try_for_each(|placed| reserve_addresses(vm, placed, networks, claims))?;
+        properties
+            .ports
+            .iter()
+            .try_for_each(|forward| reserve_ports(vm, placed, networks, forward, claims))
+    })
 }
 
-fn claim_addresses(
+fn reserve_addresses(
     vm: &VmCid,
-    placed: &mut Placed,
+    placed: &mut PlannedNic,
     networks: &mut Networks,
     claims: &mut Claims<'_>,
 ) -> Result<()> {
-    let Placed { nic, pool, .. } = placed;
+    let PlannedNic { nic, pool, .. } = placed;
     let network =
         networks.iter_mut().find(|network| network.name == nic.network).expect("a NIC is for one");
     let segment = match &nic.wire {
         Wire::Tap { segment, .. } => segment,
         Wire::User { user } => {
-            // Nobody else is on that wire.
+            // The VM is alone on QEMU's user network: nothing is reserved.
             if matches!(network.addressing, Addressing::Dynamic { .. }) {
                 network.resolve(
                     with_prefix(user.guest.into(), user.gateway.prefix()),
@@ -77,10 +73,9 @@ fn claim_addresses(
         let claim = Claim::block(segment, *block);
         if let Some(holder) = claims.holder(&claim)? {
             let what = if is_one(*block) { block.ip().to_string() } else { block.to_string() };
-            let message = format!("network '{}': {what} is held by VM '{holder}'", nic.network);
-            return Err(Error::new(ErrorKind::Conflict, message).hint(format!(
-                "if that VM is wanted no more, delete it: bosh delete-vm {holder}"
-            )));
+            let message = format!("network '{}': {what} is reserved by VM '{holder}'", nic.network);
+            return Err(Error::new(ErrorKind::Conflict, message)
+                .hint(format!("if that VM is not needed, delete it: `bosh delete-vm {holder}`")));
         }
         claims.take(vm, claim)?;
     }
@@ -96,8 +91,8 @@ fn is_one(block: IpNetwork) -> bool {
     block.prefix() == if block.is_ipv4() { 32 } else { 128 }
 }
 
-/// The address the instance had before, if it is free, else the first that is.
-fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpAddr> {
+/// The address that the instance had before, if it is free, else the first free one.
+fn choose(pool: &AddressPool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpAddr> {
     let own = match &segment.keeper {
         Keeper::Us { addresses, .. } => addresses.iter().map(IpNetwork::ip).collect(),
         Keeper::Operator => Vec::new(),
@@ -126,26 +121,26 @@ fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpA
         .hint(format!("widen networks.{}.pool", segment.network)))
 }
 
-/// Claims the ports for the cards that have a way from the host: of each family the default one, or else the first.
-fn claim_ports(
+/// Reserves the ports for the NICs that the host reaches: of each address family the default NIC, else the first.
+fn reserve_ports(
     vm: &VmCid,
-    placed: &mut [Placed],
+    placed: &mut [PlannedNic],
     networks: &Networks,
     wanted: &PortForward,
     claims: &mut Claims<'_>,
 ) -> Result<()> {
     let guest = wanted.guest.unwrap_or(wanted.host);
     let count = wanted.host.count();
-    if guest.count() != count || count > MOST_PORTS {
+    if guest.count() != count || count > MAX_PORTS {
         let problem = format!(
-            "cloud_properties.ports: host and guest must be as many ports, at most {MOST_PORTS}"
+            "cloud_properties.ports: give the same number of ports for host and guest, at most {MAX_PORTS}"
         );
         return Err(Error::new(ErrorKind::BadRequest, problem));
     }
     if let Some(ip) = wanted.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
-        let problem = format!("cloud_properties.ports: {ip} is no address of a host");
+        let problem = format!("cloud_properties.ports: {ip} is not an address of a host");
         return Err(Error::new(ErrorKind::BadRequest, problem)
-            .hint("leave 'address' out for every address of the host"));
+            .hint("leave 'address' out to listen on every address of the host"));
     }
     let is_default = |nic: &Nic| {
         networks.iter().any(|network| {
@@ -157,17 +152,18 @@ fn claim_ports(
     placed.sort_by_key(|placed| placed.index);
     if found.is_empty() {
         let message =
-            "cloud_properties.ports: the VM has no network whose packets go through this host";
+            "cloud_properties.ports: the VM has no network that this host forwards ports to";
         return Err(Error::new(ErrorKind::NotSupported, message).hint(
-            "ports are forwarded to networks with a bridge of our own: profiles 'nat' and 'routed', and 'user'; from a \
-             loopback address to 'user' alone",
+            "ports are forwarded to networks with profile 'nat', 'routed' or 'user'; from a loopback address only to 'user'",
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
         let claim = Claim::Port { protocol: wanted.protocol, port, address: wanted.address };
         if let Some(holder) = claims.holder(&claim)? {
-            let message =
-                format!("port {}/{port} of this host is held by VM '{holder}'", wanted.protocol);
+            let message = format!(
+                "port {}/{port} of this host is reserved by VM '{holder}'",
+                wanted.protocol
+            );
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         claims.take(vm, claim)?;
@@ -182,16 +178,16 @@ fn claim_ports(
     Ok(())
 }
 
-/// The cards a forward leads to, by their place in the manifest, with the address there.
-fn forward_to(placed: &[Placed], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
-    let address = |placed: &Placed| {
+/// The NICs that a forward leads to, by their position in the manifest, with the address there.
+fn forward_to(placed: &[PlannedNic], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
+    let address = |placed: &PlannedNic| {
         let rules = placed.nic.rules.as_ref()?;
         let ip = match &placed.nic.wire {
             Wire::User { user } => Some(IpAddr::V4(user.guest)),
             Wire::Tap { segment, .. } => {
                 let routed = matches!(&segment.keeper,
                     Keeper::Us { addresses, closed: false, .. } if !addresses.is_empty());
-                // Packets to a loopback address reach no bridge.
+                // The kernel routes no packet from a loopback address to a bridge.
                 let loopback = wanted.address.is_some_and(|ip| ip.is_loopback());
                 rules.addresses.first().filter(|_| routed && !loopback).map(IpNetwork::ip)
             }
@@ -208,7 +204,7 @@ fn forward_to(placed: &[Placed], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
     found
 }
 
-/// A program of the host that listens there hears nothing more from outside.
+/// Warns if a program of the host listens on the port: it receives no more connections from outside.
 fn warn_if_used(protocol: Protocol, port: u16, address: Option<IpAddr>) {
     let at = (address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port);
     let used = match protocol {
@@ -216,6 +212,6 @@ fn warn_if_used(protocol: Protocol, port: u16, address: Option<IpAddr>) {
         Protocol::Udp => UdpSocket::bind(at).map(drop),
     };
     if used.is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse) {
-        tracing::warn!(%protocol, port, "a program of this host listens on a port that now leads to a VM");
+        tracing::warn!(%protocol, port, "a program of this host listens on a port that is now forwarded to a VM");
     }
 }

@@ -1,46 +1,46 @@
-//! The networks of this host, with and without VMs: what each lacks, making it so, keeping it, letting it go.
+//! The networks of this host, with and without VMs: what each lacks, how it is made and removed.
 //!
-//! A network that is ours goes with its last VM, unless it is kept: then a pin (`store::pins`) is in the state directory.
-//! What a bridge must be follows from the configuration, the pins and the records of all VMs together.
+//! A bridge that this program has made is removed with its last VM, unless a pin ([`crate::store::pins`]) keeps it. What a
+//! bridge must be follows from the configuration, the pins and the records of all VMs together.
 
 use std::time::{Duration, Instant};
 
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::change::{Change, Port};
 use crate::net::coexist::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
-use crate::net::{apply, guard, kept, profile::Profile};
+use crate::net::{apply as links, guard, kept, profile::Profile};
 use crate::store::record::Nic;
 use crate::store::{Phase, Rank, VmRecord};
 
-/// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long to wait for the lock of a bridge. Every call holds it for milliseconds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A bridge, or one VLAN of it, and who wants it.
+/// A bridge, or one VLAN of it, and what uses it.
 #[derive(Debug)]
 pub struct HostNetwork {
-    /// What it must be.
+    /// What the bridge must be.
     pub segment: Segment,
-    /// Whether it stays without VMs.
-    pub kept: bool,
+    /// Whether a pin keeps it without VMs.
+    pub pinned: bool,
     /// Whether the configuration has it.
     pub configured: bool,
-    /// Why it can not be what all who want it want of it.
+    /// Why the configuration, the pins and the VMs contradict each other, if they do.
     pub disagreement: Option<String>,
-    /// Network cards of VMs that belong on it, running or not.
+    /// The NICs of VMs on it, on and off.
     pub nics: Vec<Nic>,
 }
 
-/// What a network lacks, and what is in its way.
+/// What a network lacks, and what else on the host interferes with it.
 #[derive(Debug)]
 pub struct Lack {
-    /// What is to be done, in order; or why nothing can be.
+    /// The changes that would make it complete, in order; or why none can.
     pub changes: Result<Vec<Change>>,
-    /// Whether the rules of its VMs' network cards are lost.
-    pub guard: bool,
-    /// What else on this host keeps its VMs from what its profile promises.
+    /// Whether the filter lacks rules of its VMs' NICs.
+    pub filter: bool,
+    /// What other firewalls and settings of the host break of what its profile promises.
     pub findings: Vec<Finding>,
 }
 
@@ -54,130 +54,120 @@ impl HostNetwork {
     }
 }
 
-impl Cpi {
-    /// All networks of this host but those of QEMU's own stack, by name; those called `only`, if any are.
-    ///
-    /// # Errors
-    /// [`ErrorKind::BadConfig`] for a network that can not be, [`ErrorKind::BadRequest`] if one of `only` is not there.
-    pub fn host_networks(&self, only: &[String]) -> Result<Vec<HostNetwork>> {
-        let mut networks = Vec::new();
-        for nic in self.all_nics()? {
-            if let Some((_, segment)) = nic.tap() {
-                add(&mut networks, segment).nics.push(nic.clone());
-            }
+/// The networks of this host that have a bridge, by name. `only` selects some by name; empty means all.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] for a network that cannot exist as configured, [`ErrorKind::BadRequest`] for an unknown name.
+pub(crate) fn list(cx: &Context, only: &[String]) -> Result<Vec<HostNetwork>> {
+    let mut networks = Vec::new();
+    for nic in all_nics(cx)? {
+        if let Some((_, segment)) = nic.tap() {
+            add(&mut networks, segment).nics.push(nic.clone());
         }
-        for segment in self.store.pins()? {
-            add(&mut networks, &segment).kept = true;
+    }
+    for segment in cx.store.pins()? {
+        add(&mut networks, &segment).pinned = true;
+    }
+    for (name, network) in &cx.config.networks {
+        let profile = Profile::load(&network.profile, cx.config.network_profiles_dir.as_deref())
+            .map_err(|e| e.during(format!("host network '{name}'")))?;
+        if let Some(segment) = plan::standing(name, network, &profile)? {
+            add(&mut networks, &segment).configured = true;
         }
-        for (name, network) in &self.config.networks {
-            let profile =
-                Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
-                    .map_err(|e| e.during(format!("host network '{name}'")))?;
-            if let Some(segment) = plan::standing(name, network, &profile)? {
-                add(&mut networks, &segment).configured = true;
-            }
+    }
+    let unknown =
+        only.iter().find(|name| networks.iter().all(|network| network.segment.network != **name));
+    if let Some(name) = unknown {
+        let message = format!("this host has no network '{}' with a bridge", name.escape_debug());
+        return Err(Error::new(ErrorKind::BadRequest, message));
+    }
+    networks.retain(|network| only.is_empty() || only.contains(&network.segment.network));
+    networks.sort_by(|one, other| one.segment.network.cmp(&other.segment.network));
+    Ok(networks)
+}
+
+/// What `network` lacks.
+pub(crate) fn lack(network: &HostNetwork) -> Result<Lack> {
+    let facts = coexist::observe(&[&network.segment], &network.nics)?;
+    let findings = coexist::findings(&network.segment, &network.nics, &facts);
+    let changes = match &network.disagreement {
+        Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
+        None => links::missing(&network.segment, &network.ports()),
+    };
+    Ok(Lack { changes, filter: guard::is_lost(&network.nics)?, findings })
+}
+
+/// The NICs of all VMs except those that are being deleted.
+fn all_nics(cx: &Context) -> Result<Vec<Nic>> {
+    let vms = cx.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+    Ok(vms.flat_map(|vm| vm.nics).collect())
+}
+
+/// Makes `network` complete, with the taps of its VMs plugged in. A bridge of a configured network is pinned.
+pub(crate) fn apply(cx: &Context, network: &HostNetwork) -> Result<()> {
+    make(cx, network, network.configured && matches!(network.segment.keeper, Keeper::Us { .. }))
+}
+
+/// Makes `network` complete, and leaves its pin as it is.
+pub(crate) fn restore(cx: &Context, network: &HostNetwork) -> Result<()> {
+    make(cx, network, false)?;
+    let bridge = &network.segment.bridge;
+    let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
+    if !cx.store.is_pinned(bridge) && links::present(&network.links())?.is_empty() {
+        // The last VM was deleted meanwhile.
+        links::release(&network.segment)?;
+    }
+    Ok(())
+}
+
+/// Makes the bridge, the filter rules and the ports of `network`.
+fn make(cx: &Context, network: &HostNetwork, pin: bool) -> Result<()> {
+    cx.store.prepare()?;
+    let bridge = &network.segment.bridge;
+    let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
+    // Pinned first: an interrupted call leaves a pin to finish by, not a bridge without one.
+    if pin {
+        cx.store.pin(&network.segment)?;
+    }
+    // The filter is in force before a tap is plugged in again.
+    guard::add(&network.nics, || all_nics(cx))?;
+    links::ensure(&network.segment, &network.ports())?;
+    if cx.store.is_pinned(bridge) {
+        kept::keep(bridge, &cx.store.owner()?)?;
+    }
+    Ok(())
+}
+
+/// Unpins `network`, and removes its bridge if no VM runs on it. Returns whether the bridge is gone.
+pub(crate) fn remove(cx: &Context, network: &HostNetwork) -> Result<bool> {
+    cx.store.prepare()?;
+    let bridge = &network.segment.bridge;
+    let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
+    kept::let_go(bridge, &cx.store.owner()?)?;
+    let gone = links::release(&network.segment)?;
+    cx.store.unpin(bridge)?;
+    Ok(gone)
+}
+
+/// Logs what on the host interferes with the networks of a new VM. It does not fail the create.
+pub(crate) fn warn_of_findings(nics: &[Nic]) {
+    let segments: Vec<_> = nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
+    let facts = match coexist::observe(&segments, nics) {
+        Ok(facts) => facts,
+        Err(error) => {
+            return tracing::debug!(error = error.report(), "cannot look for other firewalls");
         }
-        let unknown = only
-            .iter()
-            .find(|name| networks.iter().all(|network| network.segment.network != **name));
-        if let Some(name) = unknown {
-            let message = format!("no network '{}' of this host has a bridge", name.escape_debug());
-            return Err(Error::new(ErrorKind::BadRequest, message));
-        }
-        networks.retain(|network| only.is_empty() || only.contains(&network.segment.network));
-        networks.sort_by(|one, other| one.segment.network.cmp(&other.segment.network));
-        Ok(networks)
-    }
-
-    /// What `network` lacks. Changes nothing.
-    pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
-        let facts = coexist::observe(&[&network.segment], &network.nics)?;
-        let findings = coexist::findings(&network.segment, &network.nics, &facts);
-        let changes = match &network.disagreement {
-            Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
-            None => apply::missing(&network.segment, &network.ports()),
-        };
-        Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
-    }
-
-    /// The network cards of all VMs but those that are being removed.
-    fn all_nics(&self) -> Result<Vec<Nic>> {
-        let vms =
-            self.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
-        Ok(vms.flat_map(|vm| vm.nics).collect())
-    }
-
-    /// Makes `network` work, with the taps of its VMs plugged in; from now on it stays without VMs, if it is ours and the
-    /// configuration has it.
-    pub fn apply_network(&self, network: &HostNetwork) -> Result<()> {
-        self.make_network(
-            network,
-            network.configured && matches!(network.segment.keeper, Keeper::Us { .. }),
-        )
-    }
-
-    /// Makes `network` work as it did, kept or not.
-    pub(in crate::cpi) fn restore_network(&self, network: &HostNetwork) -> Result<()> {
-        self.make_network(network, false)?;
-        let bridge = &network.segment.bridge;
-        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        if !self.store.is_pinned(bridge) && apply::present(&network.links())?.is_empty() {
-            // The last VM went while we were at it.
-            apply::release(&network.segment)?;
-        }
-        Ok(())
-    }
-
-    fn make_network(&self, network: &HostNetwork, pin: bool) -> Result<()> {
-        self.store.prepare()?;
-        let bridge = &network.segment.bridge;
-        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        // Before it is made, so that whoever is interrupted leaves a word of it.
-        if pin {
-            self.store.pin(&network.segment)?;
-        }
-        // In force before a tap is on the wire again.
-        guard::add(&network.nics, || self.all_nics())?;
-        apply::ensure(&network.segment, &network.ports())?;
-        if self.store.is_pinned(bridge) {
-            kept::keep(bridge, &self.store.owner()?)?;
-        }
-        Ok(())
-    }
-
-    /// Removes `network` if it is ours and no VM runs on it; else it goes with the last. Whether it is gone.
-    pub fn remove_network(&self, network: &HostNetwork) -> Result<bool> {
-        self.store.prepare()?;
-        let bridge = &network.segment.bridge;
-        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        kept::let_go(bridge, &self.store.owner()?)?;
-        let gone = apply::release(&network.segment)?;
-        self.store.unpin(bridge)?;
-        Ok(gone)
-    }
-
-    /// Logs what keeps a new VM from the network it was promised. That must not keep the VM from being made.
-    pub(in crate::cpi) fn warn_of_findings(nics: &[Nic]) {
-        let segments: Vec<_> =
-            nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
-        let facts = match coexist::observe(&segments, nics) {
-            Ok(facts) => facts,
-            Err(error) => {
-                return tracing::debug!(error = error.report(), "can not look for other firewalls");
-            }
-        };
-        for nic in nics {
-            let Some((_, segment)) = nic.tap() else { continue };
-            for Finding { cause, cure } in
-                coexist::findings(segment, std::slice::from_ref(nic), &facts)
-            {
-                tracing::warn!(network = segment.network, cure, "{cause}");
-            }
+    };
+    for nic in nics {
+        let Some((_, segment)) = nic.tap() else { continue };
+        for Finding { cause, cure } in coexist::findings(segment, std::slice::from_ref(nic), &facts)
+        {
+            tracing::warn!(network = segment.network, cure, "{cause}");
         }
     }
 }
 
-/// The entry that `segment` belongs to. Ports of one bridge may differ in their VLAN.
+/// The entry of the segment's bridge and VLAN, made if there is none.
 fn add<'a>(networks: &'a mut Vec<HostNetwork>, segment: &Segment) -> &'a mut HostNetwork {
     let key = |segment: &Segment| (segment.bridge.clone(), segment.vlan, segment.isolated);
     let at = match networks.iter().position(|network| key(&network.segment) == key(segment)) {
@@ -186,7 +176,7 @@ fn add<'a>(networks: &'a mut Vec<HostNetwork>, segment: &Segment) -> &'a mut Hos
             let segment = segment.clone();
             networks.push(HostNetwork {
                 segment,
-                kept: false,
+                pinned: false,
                 configured: false,
                 disagreement: None,
                 nics: Vec::new(),

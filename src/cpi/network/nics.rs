@@ -1,4 +1,4 @@
-//! From create_vm's networks to network cards: which host network each is on, what it may send, what the agent is told.
+//! From the networks of create_vm to NICs: the host network that each is on, what it may send, where its address comes from.
 
 use std::net::IpAddr;
 
@@ -6,8 +6,9 @@ use ipnetwork::IpNetwork;
 
 use crate::cid::{NetworkCid, VmCid};
 use crate::config::{self, GroupRule};
-use crate::cpi::Cpi;
+use crate::cpi::context::Context;
 use crate::cpi::contract::networks::{Addressing, NetworkSpec, Networks};
+use crate::cpi::network::managed;
 use crate::cpi::properties::{SubnetCloudProperties, VmCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
@@ -20,210 +21,202 @@ use crate::store::claims::Claim;
 use crate::store::nic_rules::{Admission, NicRules};
 use crate::store::record::{Keeper, Nic, Segment, Wire};
 
-/// Where a dynamic network's addresses come from.
+/// The range that a dynamic network's addresses come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::cpi) struct Pool {
-    /// First and last.
+pub(in crate::cpi) struct AddressPool {
+    /// The first and the last address.
     pub range: AddressRange,
     /// The subnet they lie in.
     pub subnet: IpNetwork,
     /// The subnet's router.
     pub gateway: Option<IpAddr>,
-    /// What the instance had before: a wish.
+    /// The address that the instance had before; preferred if it is free.
     pub previous: Option<IpAddr>,
 }
 
-/// A card, and where its address comes from if that is not known yet.
+/// A NIC of a new VM, before its addresses are reserved.
 #[derive(Debug)]
-pub(in crate::cpi) struct Placed {
-    /// Its place in the manifest.
+pub(in crate::cpi) struct PlannedNic {
+    /// Its position in the manifest.
     pub index: usize,
+    /// The NIC as the record will have it.
     pub nic: Nic,
-    pub pool: Option<Pool>,
-    /// The managed network it is on.
+    /// Where the address of a dynamic network comes from.
+    pub pool: Option<AddressPool>,
+    /// The managed network that it is on.
     pub managed: Option<NetworkCid>,
 }
 
-/// A host network as it is to be used by one card.
+/// The host network of one NIC.
 struct Chosen {
     place: Place,
-    pool: Option<Pool>,
+    pool: Option<AddressPool>,
     anti_spoof: bool,
     probe: Option<bool>,
 }
 
-impl Cpi {
-    /// The cards of `vm` in manifest order. Networks of type `vip` have none: nothing is configured for them.
-    pub(in crate::cpi) fn nics(
-        &self,
-        vm: &VmCid,
-        networks: &Networks,
-        properties: &VmCloudProperties,
-    ) -> Result<Vec<Placed>> {
-        let is_vip = |network: &NetworkSpec| matches!(network.addressing, Addressing::Vip { .. });
-        let wired: Vec<_> = networks.iter().filter(|network| !is_vip(network)).collect();
-        for (index, network) in wired.iter().enumerate() {
-            let shared = wired[..index]
-                .iter()
-                .find(|n| n.nic_group.is_some() && n.nic_group == network.nic_group);
-            if let Some(other) = shared {
-                // The agent writes one file per NIC and network, and the second would replace the first.
-                return Err(Error::new(
-                    ErrorKind::NotSupported,
-                    format!("networks '{}' and '{}' share a nic_group", other.name, network.name),
-                )
-                .hint("give each network a NIC of its own: the agent can not configure two static networks on one"));
-            }
-        }
-        if wired.len() > MAX_NICS {
-            let count = wired.len();
+/// The NICs of `vm` in the order of the manifest. Networks of type `vip` get none.
+pub(in crate::cpi) fn plan(
+    cx: &Context,
+    vm: &VmCid,
+    networks: &Networks,
+    properties: &VmCloudProperties,
+) -> Result<Vec<PlannedNic>> {
+    let is_vip = |network: &NetworkSpec| matches!(network.addressing, Addressing::Vip { .. });
+    let wired: Vec<_> = networks.iter().filter(|network| !is_vip(network)).collect();
+    for (index, network) in wired.iter().enumerate() {
+        let shared = wired[..index]
+            .iter()
+            .find(|n| n.nic_group.is_some() && n.nic_group == network.nic_group);
+        if let Some(other) = shared {
+            // The agent writes one file per NIC, so the second network would replace the first.
             return Err(Error::new(
                 ErrorKind::NotSupported,
-                format!("{count} networks; a VM can have {MAX_NICS}"),
-            ));
-        }
-        let admits = self.admissions(&properties.security_groups)?;
-        let nic = |(index, network)| self.nic(vm, index, network, properties, admits.as_deref());
-        let placed: Vec<_> = wired.into_iter().enumerate().map(nic).collect::<Result<_>>()?;
-        check_apart(&placed)?;
-        Ok(placed)
-    }
-
-    fn nic(
-        &self,
-        vm: &VmCid,
-        index: usize,
-        network: &NetworkSpec,
-        properties: &VmCloudProperties,
-        admits: Option<&[Admission]>,
-    ) -> Result<Placed> {
-        let path = format!("networks.{}.cloud_properties", network.name);
-        let given = serde_json::Value::Object(network.cloud_properties.0.clone());
-        let subnet = SubnetCloudProperties::from_json(&given).map_err(|e| e.in_request(&path))?;
-        let chosen = self
-            .choose(&subnet, network, &path)
-            .map_err(|e| e.during(format!("network '{}'", network.name)))?;
-        let mut rules = NicRules {
-            anti_spoof: chosen.anti_spoof && subnet.anti_spoof && properties.anti_spoof,
-            addresses: own_block(network).into_iter().collect(),
-            allowed: properties.allowed_addresses.clone(),
-            ..NicRules::default()
-        };
-        if rules.anti_spoof {
-            check_allowed(network, &chosen.place, &rules.allowed)?;
-        }
-        let wire = match chosen.place {
-            Place::User(user) => Wire::User { user },
-            Place::Bridge(segment) => {
-                rules.admits = admits.map(<[_]>::to_vec);
-                rules.probe = chosen.probe.unwrap_or_else(|| has_strangers(&segment));
-                Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
-            }
-        };
-        let nic = Nic {
-            network: network.name.clone(),
-            mac: mac_address(vm, index),
-            wire,
-            rules: Some(rules),
-        };
-        Ok(Placed { index, nic, pool: chosen.pool, managed: subnet.network })
-    }
-
-    /// Where the NIC of a network is, whose cloud properties `subnet` are at `path`.
-    fn choose(
-        &self,
-        subnet: &SubnetCloudProperties,
-        network: &NetworkSpec,
-        path: &str,
-    ) -> Result<Chosen> {
-        let bad =
-            |problem: &str| Err(Error::new(ErrorKind::BadRequest, format!("{path}{problem}")));
-        let vlan = subnet.vlan.map(|vlan| u16::try_from(vlan.get()).expect("at most 4094"));
-        match (&subnet.bridge, &subnet.name, &subnet.network) {
-            (Some(_), Some(_), _) => bad(": give 'name' or 'bridge', not both"),
-            (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => bad(": 'network' stands alone"),
-            // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
-            (Some(bridge), ..) => {
-                let segment =
-                    net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
-                Ok(Chosen {
-                    place: Place::Bridge(segment),
-                    pool: None,
-                    anti_spoof: true,
-                    probe: None,
-                })
-            }
-            _ if subnet.mtu.is_some() => {
-                bad(".mtu: only with 'bridge'; networks of this host have their own")
-            }
-            (.., Some(cid)) => {
-                self.on(cid.to_string().as_str(), &self.managed(cid)?, network, vlan)
-            }
-            (_, name, None) => {
-                let name = name.as_deref().unwrap_or("default");
-                self.on(name, self.configured(name, path)?, network, vlan)
-            }
-        }
-    }
-
-    /// The NIC of a network is on the host network `name`.
-    fn on(
-        &self,
-        name: &str,
-        host: &config::Network,
-        network: &NetworkSpec,
-        vlan: Option<u16>,
-    ) -> Result<Chosen> {
-        let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
-            .map_err(|e| e.during(format!("host network '{name}'")))?;
-        let place =
-            net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
-        if let (Place::Bridge(segment), None) = (&place, host.subnet) {
-            net::taken::refuse(segment).map_err(|e| {
-                e.hint(format!(
-                    "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
-                ))
-            })?;
-        }
-        let pool = match network.addressing {
-            Addressing::Dynamic { previous } => {
-                pool(name, host, &place)?.map(|pool| Pool { previous, ..pool })
-            }
-            _ => None,
-        };
-        Ok(Chosen { place, pool, anti_spoof: host.anti_spoof, probe: host.conflict_probe })
-    }
-
-    fn configured(&self, name: &str, path: &str) -> Result<&config::Network> {
-        self.config.networks.get(name).ok_or_else(|| {
-            let known: Vec<_> = self.config.networks.keys().map(String::as_str).collect();
-            Error::new(
-                ErrorKind::BadRequest,
-                format!("{path}.name: this host has no network of that name"),
+                format!("networks '{}' and '{}' share a nic_group", other.name, network.name),
             )
-            .hint(format!("the configuration has: {}", known.join(", ")))
-        })
+            .hint("give each network its own NIC: the agent cannot configure two static networks on one"));
+        }
     }
+    if wired.len() > MAX_NICS {
+        let count = wired.len();
+        return Err(Error::new(
+            ErrorKind::NotSupported,
+            format!("the VM has {count} networks, at most {MAX_NICS} are supported"),
+        ));
+    }
+    let admits = group_admissions(cx, &properties.security_groups)?;
+    let nic = |(index, network)| plan_nic(cx, vm, index, network, properties, admits.as_deref());
+    let placed: Vec<_> = wired.into_iter().enumerate().map(nic).collect::<Result<_>>()?;
+    ensure_distinct_addresses(&placed)?;
+    Ok(placed)
+}
 
-    /// What the groups admit together; `None` without groups.
-    fn admissions(&self, groups: &[String]) -> Result<Option<Vec<Admission>>> {
-        let rules = |(index, name): (usize, &String)| {
-            self.config.security_groups.get(name).ok_or_else(|| {
-                let known: Vec<_> =
-                    self.config.security_groups.keys().map(String::as_str).collect();
-                let problem = format!(
-                    "cloud_properties.security_groups.{index}: this host has no such group"
-                );
-                Error::new(ErrorKind::BadRequest, problem)
-                    .hint(format!("the configuration has: {}", known.join(", ")))
-            })
-        };
-        let rules: Vec<_> = groups.iter().enumerate().map(rules).collect::<Result<_>>()?;
-        Ok((!groups.is_empty()).then(|| rules.into_iter().flatten().flat_map(admissions).collect()))
+fn plan_nic(
+    cx: &Context,
+    vm: &VmCid,
+    index: usize,
+    network: &NetworkSpec,
+    properties: &VmCloudProperties,
+    admits: Option<&[Admission]>,
+) -> Result<PlannedNic> {
+    let path = format!("networks.{}.cloud_properties", network.name);
+    let given = serde_json::Value::Object(network.cloud_properties.0.clone());
+    let subnet = SubnetCloudProperties::from_json(&given).map_err(|e| e.in_request(&path))?;
+    let chosen = choose(cx, &subnet, network, &path)
+        .map_err(|e| e.during(format!("network '{}'", network.name)))?;
+    let mut rules = NicRules {
+        anti_spoof: chosen.anti_spoof && subnet.anti_spoof && properties.anti_spoof,
+        addresses: own_block(network).into_iter().collect(),
+        allowed: properties.allowed_addresses.clone(),
+        ..NicRules::default()
+    };
+    if rules.anti_spoof {
+        check_allowed(network, &chosen.place, &rules.allowed)?;
+    }
+    let wire = match chosen.place {
+        Place::User(user) => Wire::User { user },
+        Place::Bridge(segment) => {
+            rules.admits = admits.map(<[_]>::to_vec);
+            rules.probe = chosen.probe.unwrap_or_else(|| has_other_machines(&segment));
+            Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
+        }
+    };
+    let nic = Nic {
+        network: network.name.clone(),
+        mac: mac_address(vm, index),
+        wire,
+        rules: Some(rules),
+    };
+    Ok(PlannedNic { index, nic, pool: chosen.pool, managed: subnet.network })
+}
+
+/// The host network for `network`, whose cloud properties are `subnet`, at `path` in the request.
+fn choose(
+    cx: &Context,
+    subnet: &SubnetCloudProperties,
+    network: &NetworkSpec,
+    path: &str,
+) -> Result<Chosen> {
+    let bad = |problem: &str| Err(Error::new(ErrorKind::BadRequest, format!("{path}{problem}")));
+    let vlan = subnet.vlan.map(|vlan| u16::try_from(vlan.get()).expect("at most 4094"));
+    match (&subnet.bridge, &subnet.name, &subnet.network) {
+        (Some(_), Some(_), _) => bad(": give 'name' or 'bridge', not both"),
+        (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => {
+            bad(": give 'network' without 'name' and 'bridge'")
+        }
+        // The bridge must exist: a request cannot make interfaces.
+        (Some(bridge), ..) => {
+            let segment =
+                net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
+            Ok(Chosen { place: Place::Bridge(segment), pool: None, anti_spoof: true, probe: None })
+        }
+        _ if subnet.mtu.is_some() => {
+            bad(".mtu: only with 'bridge'; the networks of this host have an MTU of their own")
+        }
+        (.., Some(cid)) => {
+            on_host_network(cx, cid.to_string().as_str(), &managed::find(cx, cid)?, network, vlan)
+        }
+        (_, name, None) => {
+            let name = name.as_deref().unwrap_or("default");
+            on_host_network(cx, name, configured(cx, name, path)?, network, vlan)
+        }
     }
 }
 
-/// What a rule admits: from everywhere means from all of IPv4 and of IPv6.
+/// The place of `network` on the host network `name`.
+fn on_host_network(
+    cx: &Context,
+    name: &str,
+    host: &config::Network,
+    network: &NetworkSpec,
+    vlan: Option<u16>,
+) -> Result<Chosen> {
+    let profile = Profile::load(&host.profile, cx.config.network_profiles_dir.as_deref())
+        .map_err(|e| e.during(format!("host network '{name}'")))?;
+    let place = net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+    if let (Place::Bridge(segment), None) = (&place, host.subnet) {
+        net::taken::refuse(segment).map_err(|e| {
+            e.hint(format!(
+                "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
+            ))
+        })?;
+    }
+    let pool = match network.addressing {
+        Addressing::Dynamic { previous } => {
+            pool(name, host, &place)?.map(|pool| AddressPool { previous, ..pool })
+        }
+        _ => None,
+    };
+    Ok(Chosen { place, pool, anti_spoof: host.anti_spoof, probe: host.conflict_probe })
+}
+
+fn configured<'a>(cx: &'a Context, name: &str, path: &str) -> Result<&'a config::Network> {
+    cx.config.networks.get(name).ok_or_else(|| {
+        let known: Vec<_> = cx.config.networks.keys().map(String::as_str).collect();
+        Error::new(
+            ErrorKind::BadRequest,
+            format!("{path}.name: this host has no network of that name"),
+        )
+        .hint(format!("the configuration has: {}", known.join(", ")))
+    })
+}
+
+/// What the security groups admit together; `None` without groups.
+fn group_admissions(cx: &Context, groups: &[String]) -> Result<Option<Vec<Admission>>> {
+    let rules = |(index, name): (usize, &String)| {
+        cx.config.security_groups.get(name).ok_or_else(|| {
+            let known: Vec<_> = cx.config.security_groups.keys().map(String::as_str).collect();
+            let problem =
+                format!("cloud_properties.security_groups.{index}: this host has no such group");
+            Error::new(ErrorKind::BadRequest, problem)
+                .hint(format!("the configuration has: {}", known.join(", ")))
+        })
+    };
+    let rules: Vec<_> = groups.iter().enumerate().map(rules).collect::<Result<_>>()?;
+    Ok((!groups.is_empty()).then(|| rules.into_iter().flatten().flat_map(admissions).collect()))
+}
+
+/// What a rule admits. A rule without a source admits all of IPv4 and IPv6.
 fn admissions(rule: &GroupRule) -> Vec<Admission> {
     let everywhere = || ["0.0.0.0/0", "::/0"].map(|text| text.parse().expect("a subnet")).to_vec();
     let ports = rule.ports.map_or((0, u16::MAX), |ports| (ports.first, ports.last));
@@ -235,7 +228,7 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
     rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
 }
 
-/// A VM that may send as its gateway could have all that its neighbours send.
+/// Refuses allowed addresses that include the gateway: a VM that sends as its gateway receives what its neighbours send.
 fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) -> Result<()> {
     let mut gateways: Vec<_> = match place {
         Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
@@ -251,17 +244,17 @@ fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) ->
     };
     let Some(block) = allowed.iter().find(too_wide) else { return Ok(()) };
     let problem = format!(
-        "cloud_properties.allowed_addresses: {block} has the gateway of network '{}'",
+        "cloud_properties.allowed_addresses: {block} contains the gateway of network '{}'",
         network.name
     );
     Err(Error::new(ErrorKind::BadRequest, problem)
-        .hint("allow what is the VM's alone; anti_spoof: false lets it send as anybody"))
+        .hint("allow only addresses of the VM; `anti_spoof: false` lets it send from any address"))
 }
 
-/// Two cards of one VM can not have one address: on one wire they would answer for each other, and on two of QEMU's own the
-/// guest would not know by which to leave.
-fn check_apart(placed: &[Placed]) -> Result<()> {
-    let claims = |placed: &Placed| -> Vec<Claim> {
+/// Refuses one address on two NICs of a VM: on one wire each would answer for the other, and with two user networks the guest
+/// has two routes to the same addresses.
+fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
+    let reservations = |placed: &PlannedNic| -> Vec<Claim> {
         let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
         match &placed.nic.wire {
             Wire::Tap { segment, .. } => rules.map(|block| Claim::block(segment, *block)).collect(),
@@ -274,8 +267,8 @@ fn check_apart(placed: &[Placed]) -> Result<()> {
         }
     };
     for (at, one) in placed.iter().enumerate() {
-        let meets = |other: &&Placed| {
-            claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)))
+        let meets = |other: &&PlannedNic| {
+            reservations(one).iter().any(|own| reservations(other).iter().any(|its| its.meets(own)))
         };
         if let Some(other) = placed[..at].iter().find(meets) {
             let problem = format!(
@@ -288,15 +281,15 @@ fn check_apart(placed: &[Placed]) -> Result<()> {
     Ok(())
 }
 
-/// Whether other machines than VMs of this host can be on the wire.
-fn has_strangers(segment: &Segment) -> bool {
+/// Whether machines other than VMs of this host can be on the wire.
+fn has_other_machines(segment: &Segment) -> bool {
     match &segment.keeper {
         Keeper::Operator => true,
         Keeper::Us { uplink, .. } => uplink.is_some(),
     }
 }
 
-/// The block of addresses that is the VM's own, as the Director says.
+/// The block of addresses that the Director gives to the VM.
 fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
     let Addressing::Manual { address, prefix, .. } = network.addressing else { return None };
     let one = IpNetwork::from(address.ip());
@@ -306,9 +299,8 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
     IpNetwork::new(block.network(), block.prefix()).ok()
 }
 
-/// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them, or the place has one
-/// already.
-fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
+/// Where the addresses of a dynamic network come from; `None` for a DHCP server on the wire, or QEMU's user network.
+fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<AddressPool>> {
     let own = match place {
         Place::User(_) => return Ok(None),
         Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
@@ -328,17 +320,17 @@ fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool
     };
     let range = net::plan::pool(name, host, subnet)?;
     let gateway = own.map(|address| address.ip()).or(host.gateway);
-    Ok(Some(Pool { range, subnet, gateway, previous: None }))
+    Ok(Some(AddressPool { range, subnet, gateway, previous: None }))
 }
 
-/// The addresses a network brings, as the host's side needs them.
+/// The addresses that the request gives for a network.
 fn requested(network: &NetworkSpec) -> Requested {
     match &network.addressing {
         Addressing::Manual { address, gateway, .. } => {
             let (ip, netmask) = (Some(address.ip()), Some(address.mask()));
             Requested { ip, netmask, gateway: *gateway, ..Default::default() }
         }
-        // What it had before is a wish, which may be of another subnet.
+        // The previous address may be of another subnet.
         Addressing::Dynamic { .. } => Requested::default(),
         Addressing::Vip { ip } => Requested { ip: Some(*ip), ..Default::default() },
     }

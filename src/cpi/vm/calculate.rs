@@ -1,11 +1,11 @@
-//! calculate_vm_cloud_properties: a manifest's `vm_resources` in this CPI's words.
+//! calculate_vm_cloud_properties: a manifest's `vm_resources` as cloud properties of this CPI.
 
 use serde_json::{Map, Value, json};
 
 use crate::cpi::contract::VmResources;
 
 /// The cloud properties of a VM with these resources.
-pub(in crate::cpi) fn cloud_properties(resources: &VmResources) -> Map<String, Value> {
+pub(in crate::cpi) fn calculate(resources: &VmResources) -> Map<String, Value> {
     let properties = json!({
         "cpu": resources.cpu.get(),
         "ram": resources.ram.get(),
@@ -25,8 +25,7 @@ mod tests {
         let resources =
             VmResources::from_json(&json!({"ram": 2048, "cpu": 2, "ephemeral_disk_size": 4096}))
                 .unwrap();
-        let properties: VmCloudProperties =
-            read(&Map::new(), &cloud_properties(&resources)).unwrap();
+        let properties: VmCloudProperties = read(&Map::new(), &calculate(&resources)).unwrap();
         assert_eq!((properties.cpu.get(), properties.ram.get()), (2, 2048));
         assert_eq!(properties.ephemeral_disk.unwrap().get(), 4096);
     }

@@ -1,43 +1,14 @@
-//! set_vm_metadata, set_disk_metadata: kept in the state directory, a VM's shown by `vm list`; the guest is never touched.
+//! set_vm_metadata.
 
-use serde_json::{Map, Value};
-
-use crate::cid::{DiskCid, VmCid};
-use crate::cpi::Cpi;
+use crate::cid::VmCid;
+use crate::cpi::context::Context;
+use crate::cpi::contract::Metadata;
+use crate::cpi::machine;
 use crate::error::Result;
-use crate::store::{DiskRecord, Rank};
 
-impl Cpi {
-    pub(in crate::cpi) fn describe_vm(
-        &self,
-        cid: &VmCid,
-        metadata: Map<String, Value>,
-    ) -> Result<()> {
-        let (_lock, mut vm) = self.locked_vm(cid, self.deadline("set_vm_metadata"))?;
-        vm.metadata = metadata;
-        self.store.write(&vm)
-    }
-
-    /// Without the disk's lock, which a snapshot or a copy of it has for hours.
-    pub(in crate::cpi) fn describe_disk(
-        &self,
-        cid: &DiskCid,
-        metadata: &Map<String, Value>,
-    ) -> Result<()> {
-        let deadline = self.deadline("set_disk_metadata");
-        self.own_disk(cid, deadline)?;
-        let _lock = self.store.lock(Rank::Metadata, cid, deadline)?.brief();
-        // It may have been deleted meanwhile; from here on it can not.
-        self.disk(cid)?;
-        self.is_told::<DiskRecord>(cid);
-        self.store.write_disk_metadata(cid, metadata)
-    }
-
-    /// The disk's metadata for a snapshot, which is not refused for want of it.
-    pub(in crate::cpi) fn metadata_of(&self, disk: &DiskRecord) -> Map<String, Value> {
-        self.store.disk_metadata(disk).unwrap_or_else(|error| {
-            tracing::warn!(disk = %disk.cid, error = error.report(), "the disk's metadata is left out");
-            Map::new()
-        })
-    }
+/// Replaces the VM's tags in its record, which `vm list` shows. The guest does not see them.
+pub(in crate::cpi) fn set_metadata(cx: &Context, cid: &VmCid, metadata: Metadata) -> Result<()> {
+    let (_lock, mut vm) = machine::lock(cx, cid, cx.deadline("set_vm_metadata"))?;
+    vm.metadata = metadata;
+    cx.store.write(&vm)
 }

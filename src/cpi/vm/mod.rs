@@ -1,7 +1,22 @@
-//! VMs.
+//! VMs: one file for each verb, and what the verbs share.
 
-pub mod calculate;
-pub mod create;
 pub mod host_boot;
-pub mod metadata;
-pub mod reclaim;
+pub mod orphans;
+
+mod calculate;
+mod create;
+mod delete;
+mod images;
+mod lookup;
+mod metadata;
+mod reboot;
+mod reclaim;
+mod recover;
+
+pub(super) use calculate::calculate;
+pub(super) use create::create;
+pub(super) use delete::delete;
+pub(super) use lookup::exists;
+pub(super) use metadata::set_metadata;
+pub(super) use reboot::reboot;
+pub(super) use recover::recover;

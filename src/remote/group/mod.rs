@@ -30,7 +30,8 @@ use super::errand::{Answered, Errand, carried};
 use crate::cid::{Cid, DiskCid, VmCid, is_from};
 use crate::config::{Config, HostEntry};
 use crate::cpi::Cpi;
-use crate::cpi::capacity::report::Wish;
+use crate::cpi::capacity::report::HostQuery;
+use crate::cpi::context::Context;
 use crate::cpi::contract::networks::Addressing;
 use crate::cpi::contract::{CreateDisk, CreateVm};
 use crate::cpi::properties::{self, DiskCloudProperties, VmCloudProperties};
@@ -194,7 +195,7 @@ impl Group {
             stemcell: vm.stemcell.to_string(),
             disks: vm.disks.iter().map(ToString::to_string).collect(),
         };
-        let wish = Wish {
+        let wish = HostQuery {
             cids: need.disks.iter().chain([&need.stemcell]).cloned().collect(),
             addresses: addresses(vm),
             director: errand.request.context.director().map(str::to_owned),
@@ -225,8 +226,12 @@ impl Group {
     ) -> Result<Option<Answered>> {
         for (turn, at) in order.iter().enumerate() {
             let member = &self.members[*at];
-            let alike =
-                candidates[*at].offer.as_ref().ok().map(|offer| offer.alike).filter(|_| counts);
+            let alike = candidates[*at]
+                .offer
+                .as_ref()
+                .ok()
+                .map(|offer| offer.same_group)
+                .filter(|_| counts);
             let answered = self.send_to(&errand.beside(alike), member)?;
             if counts && answered.told.crowded {
                 tracing::info!(
@@ -244,7 +249,7 @@ impl Group {
         unreachable!("an order has a first and a last")
     }
 
-    fn candidates(&self, errand: &Errand<'_>, wish: &Wish) -> Vec<Candidate<'_>> {
+    fn candidates(&self, errand: &Errand<'_>, wish: &HostQuery) -> Vec<Candidate<'_>> {
         let until = soon(errand);
         let offers = self.ask_all(|host| host.offer(wish, until));
         let named = self.members.iter().zip(offers);
@@ -267,7 +272,7 @@ impl Group {
         let properties: DiskCloudProperties =
             properties::read(&self.config.disk_defaults, &disk.cloud_properties.0)?;
         let pool = properties.pool.unwrap_or_default();
-        let candidates = self.candidates(errand, &Wish::default());
+        let candidates = self.candidates(errand, &HostQuery::default());
         let errand = &errand.afresh();
         let space =
             |candidate: &Candidate<'_>| candidate.offer.as_ref().ok()?.space.get(&pool).copied();
@@ -343,7 +348,7 @@ impl Group {
             Error::new(ErrorKind::Conflict, message)
                 .hint("recreate the VM: a new one is put where its disks are")
         };
-        let wish = Wish { cids: vec![disk.to_string()], ..Wish::default() };
+        let wish = HostQuery { cids: vec![disk.to_string()], ..HostQuery::default() };
         let offer = to.host.offer(&wish, soon(errand)).map_err(|untold| untold.error)?;
         if offer.shared.is_empty() {
             return Err(apart("which has no shared pool with the disk".to_owned()));
@@ -389,7 +394,7 @@ impl Carrier for Group {
         if let Call::CalculateVmCloudProperties(_) = call {
             // No host has a say in it.
             let Carried { response, .. } =
-                Here::new(Cpi::new(self.config.clone(), None)).carry(request, call);
+                Here::new(Cpi::new(Context::new(self.config.clone(), None))).carry(request, call);
             return Carried { response, made: false, delivered: Box::new(|_: Delivery| {}) };
         }
         let errand = Errand::new(request, &call, &self.config, &self.told);

@@ -8,7 +8,7 @@
 
 use std::cmp::Reverse;
 
-use crate::cpi::capacity::report::Offer;
+use crate::cpi::capacity::report::HostReport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Bytes, MiB};
 
@@ -19,7 +19,7 @@ pub struct Candidate<'a> {
     /// Whether it is to have no new VMs.
     pub draining: bool,
     /// What it has, or why it can not be asked.
-    pub offer: Result<Offer, String>,
+    pub offer: Result<HostReport, String>,
 }
 
 /// What a VM needs of its host.
@@ -58,7 +58,13 @@ pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
         let candidate = &candidates[*at];
         let offer = candidate.offer.as_ref().expect("no objection");
         let space = offer.space.get(&need.pool).copied().unwrap_or_default();
-        (!offer.forgotten, offer.alike, Reverse(offer.memory), Reverse(space), candidate.name)
+        (
+            !offer.unacknowledged,
+            offer.same_group,
+            Reverse(offer.memory),
+            Reverse(space),
+            candidate.name,
+        )
     });
     if good.is_empty() {
         let reasons =
@@ -70,7 +76,7 @@ pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
 
 /// The host that has the VM's disks and alone reaches them. Of several, the one with the most.
 fn home(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
-    let here = |offer: &Offer, disk: &String| offer.has.contains(disk);
+    let here = |offer: &HostReport, disk: &String| offer.has.contains(disk);
     let offers = || candidates.iter().filter_map(|candidate| candidate.offer.as_ref().ok());
     let lost = need.disks.iter().find(|disk| !offers().any(|offer| here(offer, disk)));
     let silent =
@@ -84,7 +90,7 @@ fn home(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
         ));
     }
     let own = |candidate: &Candidate<'_>| {
-        let disks = |offer: &Offer| {
+        let disks = |offer: &HostReport| {
             need.disks.iter().filter(|d| here(offer, d) && !offer.shared.contains(d)).count()
         };
         candidate.offer.as_ref().map_or(0, disks)
@@ -133,17 +139,17 @@ fn nowhere(reasons: &[(&str, String)]) -> Error {
 mod tests {
     use super::*;
 
-    fn offer(memory_mib: u64, alike: usize, has: &[&str]) -> Offer {
-        Offer {
+    fn offer(memory_mib: u64, alike: usize, has: &[&str]) -> HostReport {
+        HostReport {
             memory: Bytes(memory_mib << 20),
-            alike,
+            same_group: alike,
             has: has.iter().map(|cid| (*cid).to_owned()).collect(),
             space: [(String::new(), Bytes(1 << 40))].into(),
-            ..Offer::default()
+            ..HostReport::default()
         }
     }
 
-    fn host(name: &str, offer: Offer) -> Candidate<'_> {
+    fn host(name: &str, offer: HostReport) -> Candidate<'_> {
         Candidate { name, draining: false, offer: Ok(offer) }
     }
 
@@ -183,8 +189,8 @@ mod tests {
     fn a_vm_is_put_where_one_that_nobody_knows_has_its_address() {
         let hosts = [
             host("a", offer(9000, 0, &["sc"])),
-            host("b", Offer { forgotten: true, ..offer(2000, 3, &["sc"]) }),
-            host("c", Offer { forgotten: true, ..offer(9000, 0, &[]) }),
+            host("b", HostReport { unacknowledged: true, ..offer(2000, 3, &["sc"]) }),
+            host("c", HostReport { unacknowledged: true, ..offer(9000, 0, &[]) }),
         ];
         assert_eq!(names(&hosts, &need(&[])), ["b", "a"]);
     }
@@ -195,7 +201,7 @@ mod tests {
             Candidate { draining: true, ..host("a", offer(9000, 0, &["sc"])) },
             host("b", offer(1023, 0, &["sc"])),
             host("c", offer(9000, 0, &[])),
-            host("d", Offer { space: [].into(), ..offer(9000, 0, &["sc"]) }),
+            host("d", HostReport { space: [].into(), ..offer(9000, 0, &["sc"]) }),
             silent("e"),
         ];
         assert_eq!(

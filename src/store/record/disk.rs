@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::{Format, Phase, Record};
 use crate::cid::{Cid, DiskCid, SnapshotCid, VmCid};
+use crate::store::Rank;
 pub use crate::store::disk_options::{Cache, Discard, Preallocation};
 use crate::units::MiB;
 
@@ -180,12 +181,18 @@ impl SnapshotRecord {
 impl Record for DiskRecord {
     type Cid = DiskCid;
 
+    const RANK: Rank = Rank::Disk;
+
     fn cid(&self) -> &DiskCid {
         &self.cid
     }
 
     fn phase(&self) -> Phase {
         self.phase
+    }
+
+    fn set_phase(&mut self, phase: Phase) {
+        self.phase = phase;
     }
 
     fn pools(&self) -> Vec<&str> {

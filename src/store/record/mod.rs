@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::choice;
-use crate::cid::{Cid, DiskCid, NetworkCid, SnapshotCid, StemcellCid, VmCid};
+use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use crate::store::Rank;
 use crate::units::{Bytes, MiB};
 
 pub use disk::{Cache, Discard, DiskImage, DiskRecord, Limits, Preallocation, SnapshotRecord};
@@ -23,8 +24,18 @@ pub trait Record: Serialize + DeserializeOwned {
     type Cid: Cid + PartialEq;
     /// Its name.
     fn cid(&self) -> &Self::Cid;
+    /// The rank of its lock.
+    const RANK: Rank;
+    /// Whether the lock's file is unlinked after every use instead of with the object.
+    const LOCK_IS_SHORT: bool = false;
+    /// The name of its lock.
+    fn lock_name(cid: &Self::Cid) -> String {
+        cid.to_string()
+    }
     /// Where it is in its life.
     fn phase(&self) -> Phase;
+    /// Moves it to another phase of its life.
+    fn set_phase(&mut self, phase: Phase);
     /// The pools that have files of it, in a directory named after it.
     fn pools(&self) -> Vec<&str> {
         Vec::new()
@@ -32,9 +43,11 @@ pub trait Record: Serialize + DeserializeOwned {
 }
 
 macro_rules! record {
-    ($($name:ident: $cid:ident $(, in $($pool:ident).+ $(and $($other:ident).+)?)?;)*) => {$(
+    ($($name:ident: $cid:ident, lock $rank:ident $(, in $($pool:ident).+ $(and $($other:ident).+)?)?;)*) => {$(
         impl Record for $name {
             type Cid = $cid;
+
+            const RANK: Rank = Rank::$rank;
 
             fn cid(&self) -> &$cid {
                 &self.cid
@@ -42,6 +55,10 @@ macro_rules! record {
 
             fn phase(&self) -> Phase {
                 self.phase
+            }
+
+            fn set_phase(&mut self, phase: Phase) {
+                self.phase = phase;
             }
 
             $(fn pools(&self) -> Vec<&str> {
@@ -52,10 +69,9 @@ macro_rules! record {
 }
 
 record! {
-    StemcellRecord: StemcellCid, in pool;
-    VmRecord: VmCid, in pool and base.pool;
-    SnapshotRecord: SnapshotCid, in disk.pool;
-    NetworkRecord: NetworkCid;
+    StemcellRecord: StemcellCid, lock Stemcell, in pool;
+    VmRecord: VmCid, lock Vm, in pool and base.pool;
+    SnapshotRecord: SnapshotCid, lock Snapshot, in disk.pool;
 }
 
 /// Where an object is in its life. `Creating` and `Deleting` with a free lock mean: remove what is left.

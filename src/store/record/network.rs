@@ -6,10 +6,11 @@ use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::Phase;
-use crate::cid::NetworkCid;
+use super::{Phase, Record};
+use crate::cid::{Cid, NetworkCid};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
+use crate::store::Rank;
 use crate::store::nic_rules::NicRules;
 
 /// A managed network: one that the Director had made.
@@ -31,6 +32,40 @@ pub struct NetworkRecord {
     /// Fields of a newer version.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
+}
+
+impl NetworkRecord {
+    /// The name of the network's bridge: `bosh-` and the first ten characters of the cid's random part. A link's name has
+    /// at most 15 characters (`IFNAMSIZ`).
+    pub fn bridge(cid: &NetworkCid) -> String {
+        let tail = cid.as_str().rsplit('-').next().unwrap_or_default();
+        format!("bosh-{}", &tail[..tail.len().min(10)])
+    }
+}
+
+impl Record for NetworkRecord {
+    type Cid = NetworkCid;
+
+    const RANK: Rank = Rank::Network;
+
+    const LOCK_IS_SHORT: bool = true;
+
+    /// The lock of its bridge, which VMs on the network take, too.
+    fn lock_name(cid: &NetworkCid) -> String {
+        Self::bridge(cid)
+    }
+
+    fn cid(&self) -> &NetworkCid {
+        &self.cid
+    }
+
+    fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    fn set_phase(&mut self, phase: Phase) {
+        self.phase = phase;
+    }
 }
 
 /// A network card.

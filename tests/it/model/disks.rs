@@ -69,7 +69,7 @@ pub fn resize_disk(lab: &mut Lab, random: &mut Random) {
     let size = if random.one_in(5) { is - 1 } else { (is + random.next() % 3).min(LARGEST) };
     let outcome = settled(lab, random, "resize_disk", &json!([disk, size]));
     if size < is {
-        must_refuse(outcome, "disks only grow");
+        must_refuse(outcome, "a disk cannot shrink");
     } else {
         outcome.expect("resize_disk");
         lab.disks.get_mut(&disk).unwrap().size = size;

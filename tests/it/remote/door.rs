@@ -156,7 +156,7 @@ fn a_create_that_is_undone_before_it_begins_never_begins() {
         );
         let late = pair.answer(&json!({"request": request(create, &arguments), "cid": cid}));
         let message = late["error"]["message"].as_str().unwrap_or_else(|| panic!("{late}"));
-        assert!(message.contains(&format!("'{cid}' was called off")), "{message}");
+        assert!(message.contains(&format!("cancelled the creation of '{cid}'")), "{message}");
     }
     for dir in ["vms", "disks", "pending", "uids"] {
         let left: Vec<_> = fs::read_dir(pair.host.path("state").join(dir)).unwrap().collect();

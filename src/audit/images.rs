@@ -1,26 +1,28 @@
-//! Images: records whose image is not there, and files in pools that a record of ours does not know of. Nothing is removed:
-//! pools can be shared with other hosts, and what looks like a leftover may be all there is of a disk.
+//! Images that do not exist, and files in pools that no record names. Nothing is removed: other hosts may share the pool, and a
+//! stray image may be all that is left of a disk.
 
 use std::path::Path;
 
 use super::{Audit, Kind};
 use crate::cid::Cid;
-use crate::cpi::recovery;
+use crate::cpi::creation::pending;
 use crate::error::{ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::SnapshotRecord;
 use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
 
-/// Where the images of a record are.
+/// The paths of the images of a record.
 type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
 
 impl Audit<'_> {
     pub(super) fn images(&mut self) -> Result<()> {
-        self.there::<DiskRecord>(Rank::Disk, |store, disk| Ok(vec![store.disk_image(disk)?]))?;
-        self.there::<SnapshotRecord>(Rank::Snapshot, |store, snapshot| {
+        self.check_images::<DiskRecord>(Rank::Disk, |store, disk| {
+            Ok(vec![store.disk_image(disk)?])
+        })?;
+        self.check_images::<SnapshotRecord>(Rank::Snapshot, |store, snapshot| {
             Ok(vec![store.snapshot_image(snapshot)?])
         })?;
-        self.there::<StemcellRecord>(Rank::Stemcell, |store, stemcell| {
+        self.check_images::<StemcellRecord>(Rank::Stemcell, |store, stemcell| {
             Ok(vec![match &stemcell.image_path {
                 Some(path) => path.clone(),
                 None => {
@@ -28,17 +30,17 @@ impl Audit<'_> {
                 }
             }])
         })?;
-        self.there::<VmRecord>(Rank::Vm, |store, vm| {
+        self.check_images::<VmRecord>(Rank::Vm, |store, vm| {
             let dir = store.images_dir(&vm.cid, vm.pool.as_deref())?;
             let ephemeral = vm.ephemeral.as_ref().map(|_| dir.join(EPHEMERAL_IMAGE));
             Ok([store.base_image(vm)?, dir.join(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
         })?;
-        self.shared_disks()?;
+        self.ownership()?;
         self.disk_key()?;
-        let pools: Vec<_> = self.cpi.store.pools().names().map(str::to_owned).collect();
+        let pools: Vec<_> = self.cx.store.pools().names().map(str::to_owned).collect();
         for pool in pools {
-            // One that can not be used is told of with the records that need it.
-            if let Ok(dir) = self.cpi.store.pools().dir(&pool).map(Path::to_owned)
+            // A pool that cannot be used is reported with the records that need it.
+            if let Ok(dir) = self.cx.store.pools().dir(&pool).map(Path::to_owned)
                 && let Err(error) = self.strays(&pool, &dir)
             {
                 self.unknown(&format!("pool {pool}"), &error);
@@ -47,30 +49,35 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Disks in shared pools: those that another host took, and those that stopped half-way between two hosts.
-    fn shared_disks(&mut self) -> Result<()> {
-        let cpi = self.cpi;
-        for cid in cpi.store.list::<DiskRecord>()? {
-            let Some(hold) = self.idle(Rank::Disk, &cid) else { continue };
-            let Ok(Some(disk)) = cpi.store.read::<DiskRecord>(&cid) else { continue };
-            let Err(error) = cpi.store.is_ours(&disk) else { continue };
+    /// Disks in shared pools: those that another host has taken, and those whose change of owner was interrupted.
+    fn ownership(&mut self) -> Result<()> {
+        let cx = self.cx;
+        for cid in cx.store.list::<DiskRecord>()? {
+            let Some(lock) = self.lock_object(Rank::Disk, &cid) else { continue };
+            let Ok(Some(disk)) = cx.store.read::<DiskRecord>(&cid) else { continue };
+            let Err(error) = cx.store.is_ours(&disk) else { continue };
             match error.kind() {
                 ErrorKind::Conflict => {}
                 ErrorKind::Corrupt => {
                     self.unusable(&cid, &error);
                     continue;
                 }
-                // Its pool is told of with its image.
+                // The pool is reported with the image.
                 _ => continue,
             }
-            if !cpi.store.is_outdated(&disk).unwrap_or(false) {
-                self.told(Kind::Orphan, &cid, &error.chain(), error.advice().unwrap_or_default());
+            if !cx.store.is_outdated(&disk).unwrap_or(false) {
+                self.for_operator(
+                    Kind::Orphan,
+                    &cid,
+                    &error.chain(),
+                    error.advice().unwrap_or_default(),
+                );
                 continue;
             }
             let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();
-            match cpi.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
+            match cx.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
                 Some(vm) => {
-                    self.told(
+                    self.for_operator(
                         Kind::Orphan,
                         &cid,
                         &error.chain(),
@@ -78,30 +85,30 @@ impl Audit<'_> {
                     );
                 }
                 None => {
-                    let mut hold = Some(hold);
+                    let mut lock = Some(lock);
                     self.found(Kind::Orphan, &cid, &error.chain(), || {
-                        let metadata = cpi.store.lock(Rank::Metadata, &cid, Self::deadline())?;
-                        cpi.store.forget(&cid)?;
+                        let metadata = cx.store.lock(Rank::Metadata, &cid, Self::deadline())?;
+                        cx.store.forget(&cid)?;
                         metadata.retire()?;
-                        hold.take().expect("taken once").retire()
+                        lock.take().expect("taken once").unlink()
                     });
                 }
             }
         }
-        for cid in cpi.store.moving()? {
-            let Some(hold) = self.hold(Rank::Disk, &cid) else { continue };
-            if matches!(cpi.store.find::<DiskRecord>(&cid), Ok(None)) {
-                let why = "it was on its way from one host to another";
-                self.found(Kind::Unfinished, &cid, why, || cpi.store.let_go(&cid));
-                hold.retire()?;
+        for cid in cx.store.moving()? {
+            let Some(lock) = self.lock(Rank::Disk, &cid) else { continue };
+            if matches!(cx.store.find::<DiskRecord>(&cid), Ok(None)) {
+                let why = "its change of owner was interrupted";
+                self.found(Kind::Unfinished, &cid, why, || cx.store.let_go(&cid));
+                lock.unlink()?;
             }
         }
         Ok(())
     }
 
-    /// The key of encrypted disks, without which none of them can be opened.
+    /// The key of encrypted disks. Without it none of them can be opened.
     fn disk_key(&mut self) -> Result<()> {
-        let (store, key) = (&self.cpi.store, DiskKey::of(&self.cpi.config));
+        let (store, key) = (&self.cx.store, DiskKey::of(&self.cx.config));
         let disks = store.readable::<DiskRecord>()?.into_iter();
         let mut disks = disks
             .chain(store.readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk));
@@ -113,28 +120,28 @@ impl Audit<'_> {
         Ok(())
     }
 
-    fn there<R: Record>(&mut self, rank: Rank, images: Images<R>) -> Result<()> {
-        for cid in self.cpi.store.list::<R>()? {
-            let Some(_lock) = self.idle(rank, &cid) else { continue };
-            let Ok(Some(record)) = self.cpi.store.read::<R>(&cid) else { continue };
+    fn check_images<R: Record>(&mut self, rank: Rank, images: Images<R>) -> Result<()> {
+        for cid in self.cx.store.list::<R>()? {
+            let Some(_lock) = self.lock_object(rank, &cid) else { continue };
+            let Ok(Some(record)) = self.cx.store.read::<R>(&cid) else { continue };
             if record.phase() != Phase::Ready {
                 continue;
             }
             let next = "restore it from a backup before anything else";
-            match images(&self.cpi.store, &record) {
+            match images(&self.cx.store, &record) {
                 Ok(paths) => {
                     for path in paths.iter().filter(|path| !path.exists()) {
-                        self.told(
+                        self.for_operator(
                             Kind::NoImage,
                             &cid,
-                            &format!("its image '{}' is not there", path.display()),
+                            &format!("its image '{}' does not exist", path.display()),
                             next,
                         );
                     }
                 }
                 Err(error) => {
-                    let why = format!("its images can not be looked at: {error}");
-                    self.told(
+                    let why = format!("cannot inspect its images: {error}");
+                    self.for_operator(
                         Kind::NoImage,
                         &cid,
                         &why,
@@ -146,11 +153,11 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Directories in a pool that are named after something of ours which does not say that it has files there.
+    /// Directories in a pool with the cid of an object whose record names no image there.
     fn strays(&mut self, pool: &str, dir: &Path) -> Result<()> {
         for entry in dir.read_dir().at("list", dir)? {
             let Ok(name) = entry.at("list", dir)?.file_name().into_string() else { continue };
-            let Some((rank, lock)) = recovery::lock_of(&name) else { continue };
+            let Some((rank, lock)) = pending::lock_of(&name) else { continue };
             let is_stray = match rank {
                 Rank::Disk => self.is_stray::<DiskRecord>(&name, pool),
                 Rank::Snapshot => self.is_stray::<SnapshotRecord>(&name, pool),
@@ -158,26 +165,22 @@ impl Audit<'_> {
                 Rank::Vm => self.is_stray::<VmRecord>(&name, pool),
                 _ => false,
             };
-            if is_stray && self.idle(rank, &lock).is_some() {
-                let why = format!(
-                    "there is '{}', which its record does not know of",
-                    dir.join(&name).display()
-                );
-                self.told(
+            if is_stray && self.lock_object(rank, &lock).is_some() {
+                let why = format!("its record does not name '{}'", dir.join(&name).display());
+                self.for_operator(
                     Kind::NoRecord,
                     &name,
                     &why,
-                    "look into it; remove it if nothing in it is missed",
+                    "inspect the directory, and remove it if its files are not needed",
                 );
             }
         }
         Ok(())
     }
 
-    /// Whether there is a record of that name, and it has no files in the pool.
+    /// Whether the object of that name has a record, and no files in the pool by it.
     fn is_stray<R: Record>(&self, name: &str, pool: &str) -> bool {
-        let record =
-            R::Cid::parse(name).ok().and_then(|cid| self.cpi.store.read::<R>(&cid).ok()?);
+        let record = R::Cid::parse(name).ok().and_then(|cid| self.cx.store.read::<R>(&cid).ok()?);
         record
             .is_some_and(|record| record.phase() == Phase::Ready && !record.pools().contains(&pool))
     }

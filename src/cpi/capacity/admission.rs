@@ -1,0 +1,35 @@
+//! Admission of new images.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::images;
+use crate::cpi::context::Context;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Rank;
+use crate::units::Bytes;
+
+/// Runs `record`, which writes the record of a new image that needs `need` bytes in `pool`, if there is room.
+///
+/// # Errors
+/// [`ErrorKind::NoDiskSpace`] naming the pool, its free space and the need. Those of [`crate::store::Pools::dir`].
+pub(in crate::cpi) fn admit(
+    cx: &Context,
+    pool: Option<&str>,
+    need: Bytes,
+    deadline: Instant,
+    record: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let dir = images::pool_dir(cx, pool)?;
+    let _lock = cx.store.brief(Rank::Space, "all", deadline)?;
+    let room = images::room(cx, &dir)?;
+    if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) }
+}
+
+fn no_space(pool: Option<&str>, dir: &Path, need: Bytes, room: Bytes) -> Error {
+    let what = pool.map_or("the state directory".to_owned(), |pool| format!("pool '{pool}'"));
+    let (need, room) = (need.get().div_ceil(1 << 20), room.get() >> 20);
+    let dir = dir.display();
+    let message = format!("{what} at '{dir}' has {room} MiB left, {need} MiB are needed");
+    Error::new(ErrorKind::NoDiskSpace, message).hint("free or add space there, or use another pool")
+}

@@ -1,0 +1,59 @@
+//! `disk give-up`: a disk in a shared pool loses its owner, so that another host can take it.
+
+use super::{access, attachment, lock, locked};
+use crate::cid::DiskCid;
+use crate::cpi::context::Context;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{DiskRecord, Rank};
+
+/// Gives up this host's ownership of the disk.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if the disk is used here or no other host reaches it; [`ErrorKind::DiskNotFound`].
+pub(crate) fn give_up(cx: &Context, cid: &DiskCid) -> Result<()> {
+    let deadline = cx.deadline("attach_disk");
+    if cx.store.find::<DiskRecord>(cid)?.is_none() && cx.store.is_free(cid)? {
+        // An earlier call has given it up, or was interrupted.
+        let lock = lock::lock(cx, cid, deadline)?;
+        if cx.store.find::<DiskRecord>(cid)?.is_none() {
+            cx.store.remove_record::<DiskRecord>(cid)?;
+            return cx.store.let_go(cid).and(lock.retire());
+        }
+    }
+    let (lock, disk) = locked::locked_idle(cx, cid, deadline)?;
+    ensure_movable(cx, &disk)?;
+    if let Some(holder) = attachment::holder(cx, &disk, deadline)? {
+        let error = refusal(&disk, &format!("is attached to VM '{holder}'"));
+        return Err(error.hint("detach it first"));
+    }
+    access::ensure_closed(cx, &disk)?;
+    let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
+    cx.store.give_up(&disk)?;
+    tracing::info!(%cid, "gave up the disk: it has no owner now");
+    metadata.retire()?;
+    lock.retire()
+}
+
+/// Ensures that another host can use the disk.
+fn ensure_movable(cx: &Context, disk: &DiskRecord) -> Result<()> {
+    if !disk.pool.as_deref().is_some_and(|pool| cx.store.pools().is_shared(pool)) {
+        return Err(refusal(disk, "is in no shared pool"));
+    }
+    if disk.leftover.is_some() {
+        return Err(refusal(
+            disk,
+            "has an image that an earlier copy left and that cannot be removed",
+        ));
+    }
+    if disk.encrypted && cx.config.key_file.is_none() {
+        let error = refusal(disk, "is encrypted with a key that only this host has");
+        return Err(error.hint(
+            "give all hosts one 'key_file' with this host's key in it; or make the disk `encrypted: false` first",
+        ));
+    }
+    Ok(())
+}
+
+fn refusal(disk: &DiskRecord, why: &str) -> Error {
+    Error::new(ErrorKind::Conflict, format!("disk '{}' {why}", disk.cid))
+}

@@ -1,0 +1,74 @@
+//! delete_network.
+
+use std::time::Instant;
+
+use super::managed;
+use crate::cid::{Cid, NetworkCid};
+use crate::cpi::context::Context;
+use crate::cpi::creation;
+use crate::error::{Error, ErrorKind, Result};
+use crate::net;
+use crate::store::record::NetworkRecord;
+use crate::store::{Brief, Phase, Rank, atomic};
+
+/// Deletes a managed network that no VM uses.
+///
+/// # Errors
+/// [`ErrorKind::NetworkNotFound`], [`ErrorKind::Conflict`] naming the VMs that use it.
+pub(crate) fn delete(cx: &Context, cid: &NetworkCid) -> Result<()> {
+    if !atomic::is_there(&cx.store.record_dir::<NetworkRecord>(cid)) {
+        cx.store.is_mounted()?;
+        return Err(managed::not_found(cid));
+    }
+    let deadline = cx.deadline("delete_network");
+    let lock = cx.store.brief(Rank::Network, NetworkRecord::bridge(cid), deadline)?;
+    let Some(record) = cx.store.find::<NetworkRecord>(cid)? else {
+        // An empty directory: an earlier delete was interrupted at its last step.
+        cx.store.remove::<NetworkRecord>(cid)?;
+        return Err(managed::not_found(cid));
+    };
+    delete_unused(cx, cid, record, lock)
+}
+
+/// Deletes the network, or makes it ready again if a VM uses it.
+///
+/// # Errors
+/// [`ErrorKind::Conflict`] if a VM does.
+pub(super) fn delete_unused(
+    cx: &Context,
+    cid: &NetworkCid,
+    record: NetworkRecord,
+    _lock: Brief,
+) -> Result<()> {
+    cx.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
+    if let Err(used) = ensure_unused(cx, cid, cx.deadline("delete_network")) {
+        creation::reinstate(cx, record)?;
+        return Err(used);
+    }
+    remove(cx, cid)
+}
+
+/// Ensures that no VM has reserved addresses on the network.
+fn ensure_unused(cx: &Context, cid: &NetworkCid, deadline: Instant) -> Result<()> {
+    let bridge = NetworkRecord::bridge(cid);
+    let users = cx.store.with_claims(deadline, |claims| claims.on_wire(&bridge))?;
+    if users.is_empty() {
+        return Ok(());
+    }
+    let users: Vec<_> = users.iter().map(|vm| format!("'{vm}'")).collect();
+    let message = format!("network '{cid}' is used by VM {}", users.join(", "));
+    Err(Error::new(ErrorKind::Conflict, message))
+}
+
+/// Removes everything of a managed network, complete or not. The caller holds its lock.
+pub(super) fn remove(cx: &Context, cid: &NetworkCid) -> Result<()> {
+    if let Some(record) = cx.store.find::<NetworkRecord>(cid)? {
+        // The pin has the segment as it was made; the profile may have changed since.
+        let pin = cx.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
+        let segment = pin.map_or_else(|| managed::segment(cx, &record), Ok)?;
+        cx.store.unpin(&segment.bridge)?;
+        net::kept::let_go(&segment.bridge, &cx.store.owner()?)?;
+        net::apply::release(&segment)?;
+    }
+    cx.store.remove::<NetworkRecord>(cid)
+}

@@ -1,0 +1,26 @@
+//! Recovery of a managed network whose create_network was interrupted.
+
+use std::time::Instant;
+
+use super::delete;
+use crate::cid::NetworkCid;
+use crate::cpi::context::Context;
+use crate::cpi::creation::pending;
+use crate::error::Result;
+use crate::store::record::NetworkRecord;
+use crate::store::{Phase, Rank};
+
+/// Removes the network if it is not complete.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) if a call works on it.
+pub(in crate::cpi) fn recover(cx: &Context, cid: &NetworkCid) -> Result<()> {
+    let lock = cx.store.brief(Rank::Network, NetworkRecord::bridge(cid), Instant::now())?;
+    let record = cx.store.find::<NetworkRecord>(cid)?;
+    if record.is_none_or(|network| network.phase == Phase::Creating) {
+        tracing::warn!(%cid, "removing a network whose create_network was interrupted");
+        delete::remove(cx, cid)?;
+    }
+    drop(lock);
+    pending::remove(cx, cid)
+}

@@ -1,0 +1,42 @@
+//! delete_stemcell.
+
+use std::os::unix::fs::MetadataExt;
+
+use crate::cid::StemcellCid;
+use crate::cpi::context::Context;
+use crate::error::Result;
+use crate::store::layout::STEMCELL_IMAGE;
+use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic};
+
+/// Deletes the stemcell. VMs made of it keep the image: each has a link of its own ([`crate::store::layout`]).
+pub(in crate::cpi) fn delete(cx: &Context, cid: &StemcellCid) -> Result<()> {
+    if !atomic::is_there(&cx.store.stemcell_dir(cid)) && !cx.store.has_lock(Rank::Stemcell, cid) {
+        return cx.store.is_mounted();
+    }
+    let lock = cx.store.lock(Rank::Stemcell, cid, cx.deadline("delete_stemcell"))?;
+    if let Some(mut record) = cx.store.find::<StemcellRecord>(cid)? {
+        log_users(cx, &record)?;
+        record.phase = Phase::Deleting;
+        cx.store.write_deleting(&record)?;
+    }
+    cx.store.remove::<StemcellRecord>(cid)?;
+    lock.retire()
+}
+
+/// Logs which VMs keep the image: its space is free when the last of them is deleted.
+fn log_users(cx: &Context, stemcell: &StemcellRecord) -> Result<()> {
+    let vms = cx.store.list::<VmRecord>()?.into_iter().filter(|vm| {
+        let record = cx.store.find::<VmRecord>(vm);
+        record.is_ok_and(|vm| vm.is_some_and(|vm| vm.stemcell == stemcell.cid))
+    });
+    let vms: Vec<_> = vms.map(|vm| vm.to_string()).collect();
+    let dir = cx.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
+    // A light stemcell has no image here.
+    let links =
+        dir.join(STEMCELL_IMAGE).metadata().map_or(0, |meta| meta.nlink().saturating_sub(1));
+    if links > 0 || !vms.is_empty() {
+        let vms = vms.join(", ");
+        tracing::info!(cid = %stemcell.cid, vms, links, "VMs keep the stemcell's image");
+    }
+    Ok(())
+}
