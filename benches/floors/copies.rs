@@ -24,7 +24,7 @@ pub fn copies(lab: &Lab, table: &mut Table, rounds: u32) {
     vm.pause();
     for _ in 0..rounds {
         let (_, disk) = lab.call("create_disk", &json!([SIZE, {"format": "raw"}, null]));
-        fill(&image(lab, &disk)).expect("write the data");
+        write_data(&image(lab, &disk)).expect("write the data");
         let (copy, converted) = (lab.scratch("copy"), lab.scratch("converted"));
         let source = image(lab, &disk).to_str().expect("UTF-8").to_owned();
 
@@ -77,7 +77,7 @@ fn drop_snapshot(lab: &Lab, snapshot: &Value) {
 }
 
 /// Data no program finds a hole in, in four places.
-fn fill(path: &PathBuf) -> std::io::Result<()> {
+fn write_data(path: &PathBuf) -> std::io::Result<()> {
     use std::io::{Seek, SeekFrom};
     let mut file = File::options().write(true).open(path)?;
     let chunk: Vec<u8> =

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::bare::Bare;
-use crate::lab::{Lab, Ours};
+use crate::bare::BareQemu;
+use crate::lab::{Lab, Vm};
 use crate::libvirt::Libvirt;
 use crate::table::{Table, Target};
 use crate::timed;
@@ -14,7 +14,7 @@ use crate::timed;
 const DISKS: usize = 16;
 
 /// One disk, there and back, the guest running: its word is waited for. The VM has had one disk before.
-pub fn seen(lab: &Lab, vm: &Ours, bare: &mut Bare, table: &mut Table) {
+pub fn until_seen(lab: &Lab, vm: &Vm, bare: &mut BareQemu, table: &mut Table) {
     let (_, disk) = lab.call("create_disk", &json!([64, {}, null]));
     vm.resume();
     let (attached, ()) = timed(|| {

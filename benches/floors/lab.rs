@@ -19,7 +19,7 @@ use crate::{cid, timed};
 
 /// The guest: its boot sector.
 pub const GUEST: &[u8; 512] = include_bytes!("../../guests/acpi-bootsector.bin");
-const PATIENCE: Duration = Duration::from_secs(30);
+const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The host. Dropped, it leaves nothing.
 pub struct Lab {
@@ -36,7 +36,7 @@ pub struct Lab {
 }
 
 /// A VM of ours.
-pub struct Ours {
+pub struct Vm {
     pub cid: VmCid,
     pub paths: VmPaths,
 }
@@ -97,7 +97,7 @@ impl Lab {
     }
 
     /// A VM with everything: a NIC on a bridge of ours, an ephemeral disk.
-    pub fn create_vm(&self) -> (Duration, Ours) {
+    pub fn create_vm(&self) -> (Duration, Vm) {
         let number = self.vms.replace(self.vms.get() + 1);
         let address = format!("10.255.{}.{}", 1 + number / 250, 1 + number % 250);
         let networks = json!({"net": {
@@ -108,11 +108,11 @@ impl Lab {
         let arguments = json!(["agent", self.stemcell, properties, networks, [], {"bosh": {"mbus": "nats://x"}}]);
         let (time, answer) = self.call("create_vm", &arguments);
         let cid = cid(&answer[0]);
-        (time, Ours { paths: self.store.vm(&cid), cid })
+        (time, Vm { paths: self.store.vm(&cid), cid })
     }
 
     /// Makes `count` records like the one of `vm`, as if as many VMs were here.
-    pub fn crowd(&self, vm: &Ours, count: u32) {
+    pub fn add_vm_records(&self, vm: &Vm, count: u32) {
         let record = self.store.read::<VmRecord>(&vm.cid).expect("readable").expect("there");
         for _ in 0..count {
             let cid = VmCid::random();
@@ -121,7 +121,7 @@ impl Lab {
     }
 
     /// Keeps what the supervisor of `vm` takes.
-    pub fn remember_memory(&self, vm: &Ours) {
+    pub fn sample_supervisor_memory(&self, vm: &Vm) {
         let process =
             pidlock::holder(&vm.paths.supervisor_pid()).expect("readable").expect("a supervisor");
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid()))
@@ -148,14 +148,19 @@ impl Drop for Lab {
     fn drop(&mut self) {
         // There are some only if the benchmark failed.
         for cid in self.store.list::<VmRecord>().unwrap_or_default() {
-            let _ = supervisor::stop(&self.store.vm(&cid), Button::Kill, Instant::now() + PATIENCE);
+            let _ = supervisor::stop(
+                &self.store.vm(&cid),
+                Button::Kill,
+                Instant::now() + GUEST_TIMEOUT,
+            );
         }
     }
 }
 
-impl Ours {
+impl Vm {
     fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.paths.qmp(), Instant::now() + PATIENCE).expect("the VM's monitor")
+        Monitor::connect(&self.paths.qmp(), Instant::now() + GUEST_TIMEOUT)
+            .expect("the VM's monitor")
     }
 
     /// Stops the guest's CPU.
@@ -168,9 +173,9 @@ impl Ours {
         self.monitor().raw("cont", &serde_json::json!({})).expect("cont");
     }
 
-    /// Waits until the guest has said `word` so many times.
+    /// Waits until the guest has output `word` so many times.
     pub fn wait_for(&self, word: &str, times: usize) {
-        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + PATIENCE)
+        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + GUEST_TIMEOUT)
             .expect("the guest's word");
     }
 }

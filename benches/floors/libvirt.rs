@@ -10,7 +10,7 @@ use bosh_qemu_cpi::units::Bytes;
 
 use crate::lab::{GUEST, Lab};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const DOMAIN: &str = "bosh-qemu-cpi-floor";
 
 /// A domain of libvirt's whose guest runs. Dropped, it is gone.
@@ -30,8 +30,8 @@ impl Libvirt {
             Command::new("virsh").args(["--connect", "qemu:///system", "version"]).output();
         match version {
             Err(error) => return Err(format!("no virsh: {error}")),
-            Ok(said) if !said.status.success() => {
-                return Err(format!("virsh reaches no libvirt: {}", stderr(&said)));
+            Ok(output) if !output.status.success() => {
+                return Err(format!("virsh reaches no libvirt: {}", stderr(&output)));
             }
             Ok(_) => {}
         }
@@ -45,7 +45,7 @@ impl Libvirt {
         guest[..GUEST.len()].copy_from_slice(GUEST);
         std::fs::write(&root, guest).expect("write the guest");
         image::qcow2::create(disk.as_ref(), Bytes(64 << 20), None)
-            .and_then(image::Fresh::sync)
+            .and_then(image::UnsyncedFile::sync)
             .expect("an image");
         std::fs::write(&xml, domain(&root, &console.to_string_lossy())).expect("write the domain");
         let made = virsh(&["create", &xml]);
@@ -93,12 +93,12 @@ impl Libvirt {
     }
 
     fn change(&self, words: &[&str]) {
-        let said = virsh(words);
-        assert!(said.status.success(), "virsh {words:?}: {}", stderr(&said));
+        let output = virsh(words);
+        assert!(output.status.success(), "virsh {words:?}: {}", stderr(&output));
     }
 
     fn wait_for(&self, word: &str, times: usize) {
-        tail::wait_for(&self.console, word, times, Instant::now() + PATIENCE)
+        tail::wait_for(&self.console, word, times, Instant::now() + GUEST_TIMEOUT)
             .expect("the guest's word");
     }
 }
@@ -118,8 +118,8 @@ fn virsh(words: &[&str]) -> Output {
         .expect("run virsh")
 }
 
-fn stderr(said: &Output) -> String {
-    String::from_utf8_lossy(&said.stderr).trim().to_owned()
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).trim().to_owned()
 }
 
 /// Emulated, as ours is here, with one port to plug a disk into.

@@ -28,8 +28,8 @@ use bosh_qemu_cpi::cid::VmCid;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
-use bare::Bare;
-use lab::{Lab, Ours};
+use bare::BareQemu;
+use lab::{Lab, Vm};
 use table::{Table, Target};
 
 /// A part of the benchmark by its name.
@@ -114,7 +114,7 @@ fn life(lab: &Lab, table: &mut Table) {
     let (created, vm) = lab.create_vm();
     vm.wait_for("BOOTSECTOR-OK", 1);
     vm.pause();
-    let (floor, mut bare) = timed(|| Bare::create(lab, &vm));
+    let (floor, mut bare) = timed(|| BareQemu::create(lab, &vm));
     bare.wait_for("BOOTSECTOR-OK");
     bare.pause();
     table.add("create_vm", Target::Ratio(1.35), created, floor);
@@ -134,7 +134,7 @@ fn life(lab: &Lab, table: &mut Table) {
     table.add("attach_disk", Target::AtMost(15.0), attached, attach_floor);
     table.add("detach_disk", Target::Above(10.0), detached, detach_floor);
 
-    disks::seen(lab, &vm, &mut bare, table);
+    disks::until_seen(lab, &vm, &mut bare, table);
     bare.resume();
 
     let (reboot_floor, ()) = timed(|| bare.reboot(lab, &vm));
@@ -145,7 +145,7 @@ fn life(lab: &Lab, table: &mut Table) {
     vm.wait_for("BOOTSECTOR-OK", 2);
     table.add("reboot_vm", Target::Ratio(1.35), rebooted, reboot_floor);
 
-    lab.remember_memory(&vm);
+    lab.sample_supervisor_memory(&vm);
     let (deleted, _) = lab.call("delete_vm", &json!([vm.cid]));
     let (last_deleted, _) = lab.call("delete_vm", &json!([first.cid]));
     let (floor, ()) = timed(|| bare.kill());
@@ -157,9 +157,9 @@ fn life(lab: &Lab, table: &mut Table) {
 fn crowd(lab: &Lab, table: &mut Table, rounds: u32) {
     let (_, first) = lab.create_vm();
     first.pause();
-    let alone: Vec<_> = (0..rounds).map(|_| one(lab, &first)).collect();
-    lab.crowd(&first, 1000);
-    let crowded = (0..rounds).map(|_| one(lab, &first));
+    let alone: Vec<_> = (0..rounds).map(|_| has_and_create_vm(lab, &first)).collect();
+    lab.add_vm_records(&first, 1000);
+    let crowded = (0..rounds).map(|_| has_and_create_vm(lab, &first));
     for ((has_vm, create), (has_vm_alone, create_alone)) in crowded.zip(alone) {
         table.add("has_vm among 1,000 VMs", Target::Ratio(1.05), has_vm, has_vm_alone);
         table.add("create_vm among 1,000 VMs", Target::Ratio(1.05), create, create_alone);
@@ -167,7 +167,7 @@ fn crowd(lab: &Lab, table: &mut Table, rounds: u32) {
     lab.call("delete_vm", &json!([first.cid]));
 }
 
-fn one(lab: &Lab, known: &Ours) -> (Duration, Duration) {
+fn has_and_create_vm(lab: &Lab, known: &Vm) -> (Duration, Duration) {
     let (has_vm, answer) = lab.call("has_vm", &json!([known.cid]));
     assert_eq!(answer, true);
     let (create, vm) = lab.create_vm();

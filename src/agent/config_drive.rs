@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use crate::error::Result;
-use crate::image::{Fresh, fat};
+use crate::image::{UnsyncedFile, fat};
 
 /// The label, which the guest finds under `/dev/disk/by-label`.
 pub const LABEL: &str = "CONFIG-2";
@@ -16,6 +16,6 @@ const SETTINGS: &str = "ec2/latest/user-data";
 const META_DATA: &str = "ec2/latest/meta-data.json";
 
 /// Writes the config drive `path`, mode 0600, with `settings` on it.
-pub fn write(path: &Path, settings: &[u8]) -> Result<Fresh> {
+pub fn write(path: &Path, settings: &[u8]) -> Result<UnsyncedFile> {
     fat::write_labelled(path, LABEL, &[(SETTINGS, settings), (META_DATA, b"{}")])
 }

@@ -10,7 +10,7 @@ use crate::config;
 
 /// What goes into one VM's settings.
 #[derive(Clone, Copy)]
-pub struct Facts<'a> {
+pub struct SettingsInput<'a> {
     /// create_vm's first argument; becomes the hostname and the message bus subject.
     pub agent_id: &'a str,
     /// The VM's cid.
@@ -53,20 +53,20 @@ struct Disks {
 }
 
 /// The document for the config drive.
-pub fn settings(facts: Facts<'_>, agent: &config::Agent) -> Vec<u8> {
+pub fn to_json(input: SettingsInput<'_>, agent: &config::Agent) -> Vec<u8> {
     let settings = Settings {
-        agent_id: facts.agent_id,
-        vm: Vm { name: facts.vm, id: facts.vm },
+        agent_id: input.agent_id,
+        vm: Vm { name: input.vm, id: input.vm },
         mbus: agent.mbus.0.as_deref(),
         ntp: &agent.ntp,
         blobstore: blobstore(&agent.blobstore.0),
-        networks: facts.networks,
+        networks: input.networks,
         disks: Disks {
             system: "/dev/vda",
-            ephemeral: facts.ephemeral.map(|serial| json!({"path": device_path(serial)})),
+            ephemeral: input.ephemeral.map(|serial| json!({"path": device_path(serial)})),
             persistent: Map::new(),
         },
-        env: facts.env,
+        env: input.env,
     };
     serde_json::to_vec(&settings).expect("settings are plain data")
 }
@@ -99,14 +99,14 @@ mod tests {
             r#"{"b":{"mac":"02:00:00:00:00:01"},"a":{"default":["gateway"]}}"#.into(),
         );
         let env = RawValue::from_string(env.into()).unwrap();
-        let facts = Facts {
+        let input = SettingsInput {
             agent_id: "agent-1",
             vm: "vm-1",
             networks: &networks.unwrap(),
             ephemeral,
             env: &env,
         };
-        let bytes = settings(facts, &config.agent);
+        let bytes = to_json(input, &config.agent);
         let text = String::from_utf8(bytes).unwrap();
         assert!(text.contains(env.get()), "env is forwarded to the letter");
         serde_json::from_str(&text).unwrap()

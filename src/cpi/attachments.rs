@@ -20,8 +20,8 @@ use super::Cpi;
 use crate::agent::settings::device_path;
 use crate::cid::{Cid, DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qemu::{FileNeed, blockdev, topology};
-use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
+use crate::qemu::{FileSpec, blockdev, topology};
+use crate::qmp::hotplug::{self, AttachRequest, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::atomic::Staged;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
@@ -245,19 +245,19 @@ impl Cpi {
     }
 
     fn plug_into(&self, monitor: &mut Monitor, disk: &DiskRecord, deadline: Instant) -> Result<()> {
-        let need = FileNeed::disk(&self.store, disk)?;
+        let need = FileSpec::disk(&self.store, disk)?;
         let (opened, file) = open_file(&self.config, need)?;
         let id = disk.cid.as_str();
-        let device = blockdev::device(&opened.need, id);
+        let device = blockdev::device(&opened.spec, id);
         let hot = hot_disk(disk);
-        let wanted = Attach {
+        let wanted = AttachRequest {
             disk: &hot,
             file: file.as_fd(),
             blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
             device: device.as_object().expect("a device is an object"),
             port_prefix: topology::PORT_PREFIX,
         };
-        if disk.encrypted && !Inventory::take(monitor)?.has_device(id) {
+        if disk.encrypted && !Inventory::query(monitor)?.has_device(id) {
             self.with_key(monitor, &disk.cid, |monitor| {
                 hotplug::attach(monitor, &wanted, deadline)
             })?;
@@ -307,7 +307,7 @@ impl Cpi {
     /// Whether the VM's QEMU has a device of the disk's name, whatever the record says.
     fn is_plugged(&self, vm: &VmRecord, disk: &DiskCid, deadline: Instant) -> Result<bool> {
         match self.monitor(vm, deadline)? {
-            Some(mut monitor) => Ok(Inventory::take(&mut monitor)?.has_device(disk.as_str())),
+            Some(mut monitor) => Ok(Inventory::query(&mut monitor)?.has_device(disk.as_str())),
             None => Ok(false),
         }
     }
@@ -323,7 +323,7 @@ pub(super) fn hot_image(disk: &DiskCid, node: &str) -> HotDisk {
     HotDisk {
         device: disk.as_str().to_owned(),
         node: node.to_owned(),
-        below: vec![blockdev::file_node(node)],
+        lower_nodes: vec![blockdev::file_node(node)],
     }
 }
 

@@ -40,8 +40,8 @@ use super::resize::Place;
 use super::space::need_of_full;
 use crate::cid::{DiskCid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::qemu_img::{Existing, QemuImg};
-use crate::qemu::{FileNeed, blockdev};
+use crate::image::qemu_img::{ExistingImage, QemuImg};
+use crate::qemu::{FileSpec, blockdev};
 use crate::qmp::error::MonitorError;
 use crate::qmp::hotplug::{self, HotDisk, HotplugError};
 use crate::qmp::job;
@@ -124,12 +124,12 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<()> {
         let (from, to) = (self.store.disk_image(disk)?, self.store.disk_image(next)?);
-        let source = image::Source::open(&from)?;
+        let source = image::CopySource::open(&from)?;
         // A VM that is off may be started meanwhile, on the old image.
         drop(place);
         let filled = self.fill(&from, &disk.current(), &to, &next.current(), deadline);
         // What is read of an image that changes is worth nothing, nor is what is said of it.
-        source.unchanged().map_err(started)?;
+        source.ensure_unchanged().map_err(started)?;
         filled.and_then(|()| image::sync(&to))?;
         // Until the switch is done, no QEMU starts.
         let place = self.place(disk, deadline)?;
@@ -137,7 +137,7 @@ impl Cpi {
             let message = format!("VM '{}' was started while the disk was copied", vm.cid);
             return Err(started(Error::new(ErrorKind::Conflict, message)));
         }
-        source.unchanged().map_err(started)?;
+        source.ensure_unchanged().map_err(started)?;
         self.switch(disk, next)
     }
 
@@ -159,14 +159,17 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<()> {
         let key = DiskKey::of(&self.config);
-        let source = Existing {
+        let source = ExistingImage {
             path: from,
             format: source.format,
             key: source.encrypted.then(|| key.path()),
         };
-        let target =
-            Existing { path: to, format: target.format, key: target.encrypted.then(|| key.path()) };
-        QemuImg::new(&self.config.qemu.img_binary).fill(&source, &target, deadline)?;
+        let target = ExistingImage {
+            path: to,
+            format: target.format,
+            key: target.encrypted.then(|| key.path()),
+        };
+        QemuImg::new(&self.config.qemu.img_binary).convert_into(&source, &target, deadline)?;
         crash::point!("image converted");
         Ok(())
     }
@@ -177,7 +180,7 @@ impl Cpi {
         disk: &DiskRecord,
         next: &DiskRecord,
     ) -> Result<()> {
-        let need = FileNeed::disk(&self.store, next)?;
+        let need = FileSpec::disk(&self.store, next)?;
         self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
         let hot = hot_disk(disk);
         let mirror = json!({
@@ -199,7 +202,7 @@ impl Cpi {
         let job = hot_disk(disk).job(COPY);
         // At the deadline the job is looked at once more.
         let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
-        drop(job::follow(
+        drop(job::wait_in_turns(
             &connect,
             &job,
             "ready",
@@ -261,13 +264,17 @@ impl Cpi {
             monitor.execute(&qmp::job_finalize { id: job.clone() })?;
             job::wait(&mut monitor, &job, "concluded", deadline)?;
         }
-        job::end_all(&mut monitor, |id| id == job, deadline)?;
+        job::cancel_all(&mut monitor, |id| id == job, deadline)?;
         if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
             disk.switch();
             self.store.write(disk)?;
         }
         let left = disk.leftover.as_ref().expect("switched or not");
-        Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
+        Ok(hotplug::remove_backend(
+            &mut monitor,
+            &hot_image(&disk.cid, &left.node(&disk.cid)),
+            deadline,
+        )?)
     }
 
     /// The lock and the monitor of a VM that may be gone or off.
@@ -301,7 +308,7 @@ impl Cpi {
     pub(super) fn open_in_qemu(
         &self,
         monitor: &mut Monitor,
-        need: &FileNeed,
+        need: &FileSpec,
         disk: &DiskCid,
     ) -> Result<()> {
         let (opened, file) = open_file(&self.config, need.clone())?;
@@ -391,7 +398,7 @@ pub(super) fn target(node: &str) -> HotDisk {
     HotDisk {
         device: blockdev::file_node(node),
         node: node.to_owned(),
-        below: vec![blockdev::file_node(node)],
+        lower_nodes: vec![blockdev::file_node(node)],
     }
 }
 

@@ -115,7 +115,7 @@ impl Cpi {
         self.store.prepare()?;
         let lock = self.disk_lock(cid, deadline)?;
         let judge = |image: &Path| {
-            image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")))
+            image::ensure_unlocked(image).map_err(|e| e.during(format!("take disk '{cid}'")))
         };
         let taken = self.store.take_over(cid, judge);
         if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {

@@ -122,7 +122,7 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`].
     pub(super) fn is_unused_image(&self, disk: &DiskRecord) -> Result<()> {
-        image::unused(&self.store.disk_image(disk)?, Instant::now() + CLOSING)
+        image::wait_unlocked(&self.store.disk_image(disk)?, Instant::now() + CLOSING)
     }
 
     /// Finds out who has the image of `disk`, whose lock the caller holds, open.
@@ -134,10 +134,10 @@ impl Cpi {
         let (lock, vm) = self.locked_vm(&holder, deadline)?;
         let mut monitor = self.monitor(&vm, deadline)?;
         if let Some(connected) = &mut monitor
-            && !Inventory::take(connected)?.has_device(disk.cid.as_str())
+            && !Inventory::query(connected)?.has_device(disk.cid.as_str())
         {
             // The guest ejected the device by itself; the image may still be open.
-            hotplug::close(connected, &hot_disk(disk), deadline)?;
+            hotplug::remove_backend(connected, &hot_disk(disk), deadline)?;
             monitor = None;
         }
         if monitor.is_none() {

@@ -30,8 +30,8 @@ use super::resize::Place;
 use crate::cid::{Cid, DiskCid, SnapshotCid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::image::{self, Fresh};
-use crate::qemu::FileNeed;
+use crate::image::{self, UnsyncedFile};
+use crate::qemu::FileSpec;
 use crate::qmp::hotplug;
 use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
@@ -110,7 +110,7 @@ impl Cpi {
                     .map_err(|error| self.ended(&vm.cid, error))?;
             }
             place => {
-                let source = image::Source::open(&self.store.disk_image(&snapshot.disk)?)?;
+                let source = image::CopySource::open(&self.store.disk_image(&snapshot.disk)?)?;
                 // A VM that is off may be started meanwhile: the copy sees what its guest does.
                 drop(place);
                 copy_file(&source, &path, &snapshot.disk.cid, deadline)?;
@@ -124,13 +124,13 @@ impl Cpi {
 
     fn start_backup(&self, mut monitor: Monitor, snapshot: &SnapshotRecord) -> Result<()> {
         let disk = &snapshot.disk;
-        let image = FileNeed::image(
+        let image = FileSpec::image(
             snapshot.cid.as_str(),
             self.store.snapshot_image(snapshot)?,
             snapshot.format,
             true,
         );
-        let need = FileNeed { encrypted: disk.encrypted, ..image };
+        let need = FileSpec { encrypted: disk.encrypted, ..image };
         self.open_in_qemu(&mut monitor, &need, &disk.cid)?;
         let backup = json!({
             "job-id": job_id(snapshot), "device": disk.current().node(&disk.cid), "target": need.node, "sync": "full",
@@ -150,9 +150,9 @@ impl Cpi {
         let connect = || Monitor::connect(&self.store.vm(&vm.cid).qmp(), grace(deadline));
         let mut progress = progress(format!("snapshot of disk {}", snapshot.disk.cid));
         let mut monitor =
-            job::follow(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
+            job::wait_in_turns(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
         job::dismiss(&mut monitor, &job_id(snapshot))?;
-        Ok(hotplug::close(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
+        Ok(hotplug::remove_backend(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
     }
 
     /// Removes all there is of a snapshot nobody was told of.
@@ -168,8 +168,8 @@ impl Cpi {
     fn abandon_backup(&self, snapshot: &SnapshotRecord, deadline: Instant) -> Result<()> {
         let Some(vm) = &snapshot.disk.vm else { return Ok(()) };
         let Some((_lock, mut monitor)) = self.running_vm(vm, deadline)? else { return Ok(()) };
-        job::end_all(&mut monitor, |id| id == job_id(snapshot), deadline)?;
-        Ok(hotplug::close(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
+        job::cancel_all(&mut monitor, |id| id == job_id(snapshot), deadline)?;
+        Ok(hotplug::remove_backend(&mut monitor, &target(snapshot.cid.as_str()), deadline)?)
     }
 
     /// Removes what a snapshot_disk or a delete_snapshot left that was killed.
@@ -263,7 +263,7 @@ impl Cpi {
         let target = dir.join(disk.image());
         if disk.format == snapshot.format {
             let mut progress = progress(format!("disk of snapshot {}", snapshot.cid));
-            image::copy(&image::Source::open(&source)?, &target, deadline, &mut progress)?
+            image::copy(&image::CopySource::open(&source)?, &target, deadline, &mut progress)?
                 .sync()?;
         } else {
             self.make_disk_image(&dir, &disk.current(), disk.size.bytes(), deadline)?;
@@ -278,14 +278,14 @@ impl Cpi {
 }
 
 fn copy_file(
-    source: &image::Source,
+    source: &image::CopySource,
     target: &Path,
     disk: &DiskCid,
     deadline: Instant,
 ) -> Result<()> {
     let copied =
         image::copy(source, target, deadline, &mut progress(format!("snapshot of disk {disk}")));
-    copied.and_then(Fresh::sync).map_err(started)
+    copied.and_then(UnsyncedFile::sync).map_err(started)
 }
 
 /// How long a restore may take.

@@ -14,7 +14,7 @@ use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::clock;
 use crate::image;
-use crate::image::import::{ImageSource, Import, answered};
+use crate::image::import::{ImageSource, Import, read_by_deadline};
 use crate::image::qemu_img::QemuImg;
 use crate::schema::{Property, SchemaError};
 use crate::store::layout::{SCHEMA, STEMCELL_IMAGE};
@@ -77,7 +77,7 @@ impl Cpi {
             newer: Map::new(),
         };
         // Compressed data will take more, and the import tells if that does not fit.
-        let takes = image.takes(deadline);
+        let takes = image.allocated_size(deadline);
         let admitted = takes.and_then(|takes| {
             let need = Self::need_of_import(takes);
             self.admit(record.pool.as_deref(), need, deadline, || self.store.write(&record))
@@ -133,7 +133,7 @@ impl Cpi {
         if properties.contains_key("image_path") {
             let light = light_stemcell(properties)?;
             let allowed = self.afar.as_ref().map(|_| self.config.remote_callers.image_dirs.clone());
-            return answered(&light.image_path.clone(), deadline, move || {
+            return read_by_deadline(&light.image_path.clone(), deadline, move || {
                 light_image(&light, allowed.as_deref())
             })?;
         }

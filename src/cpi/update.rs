@@ -73,8 +73,10 @@ impl Cpi {
         }
         // Last: a call that was killed is repeated, and sets them again.
         if let Some(mut monitor) = self.place(&disk, deadline)?.monitor {
-            monitor
-                .raw("block_set_io_throttle", &blockdev::throttle_to(cid.as_str(), disk.limits))?;
+            monitor.raw(
+                "block_set_io_throttle",
+                &blockdev::throttle_or_reset(cid.as_str(), disk.limits),
+            )?;
         }
         Ok(())
     }

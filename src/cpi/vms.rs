@@ -16,7 +16,7 @@ use crate::cid::{Cid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::{cgroup::Cgroup, clock, probe, uids};
-use crate::image::{self, Fresh};
+use crate::image::{self, UnsyncedFile};
 use crate::net;
 use crate::qemu::Template;
 use crate::schema::Whole;
@@ -188,7 +188,7 @@ impl Cpi {
         vm: &VmRecord,
         stemcell: &StemcellRecord,
         call: &CreateVm,
-    ) -> Result<Vec<Fresh>> {
+    ) -> Result<Vec<UnsyncedFile>> {
         if stemcell.image_path.is_none() {
             let image = self
                 .store
@@ -220,7 +220,7 @@ impl Cpi {
         let networks = to_raw_value(&call.networks.for_agent()).map_err(|e| {
             Error::new(ErrorKind::Internal, "write the networks as JSON").because(e)
         })?;
-        let facts = settings::Facts {
+        let facts = settings::SettingsInput {
             agent_id: &vm.agent_id,
             vm: vm.cid.as_str(),
             networks: &networks,
@@ -229,14 +229,14 @@ impl Cpi {
         };
         made.push(config_drive::write(
             &self.store.vm(&vm.cid).config_drive(),
-            &settings::settings(facts, &self.config.agent),
+            &settings::to_json(facts, &self.config.agent),
         )?);
         Ok(made)
     }
 
     /// Makes durable what the record in phase `ready` will name.
-    fn make_durable(&self, vm: &VmRecord, images: Vec<Fresh>) -> Result<()> {
-        images.into_iter().try_for_each(Fresh::sync)?;
+    fn make_durable(&self, vm: &VmRecord, images: Vec<UnsyncedFile>) -> Result<()> {
+        images.into_iter().try_for_each(UnsyncedFile::sync)?;
         // The names beside the record are made durable with it.
         for pool in BTreeSet::from_iter(vm.pools()) {
             atomic::sync_dir(&self.store.images_dir(&vm.cid, Some(pool))?)?;

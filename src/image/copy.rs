@@ -14,21 +14,21 @@ use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Fresh, create_new, keep};
+use crate::image::{UnsyncedFile, create_new, keep};
 
 /// Copied between two looks at the clock, bytes.
 const CHUNK: u64 = 64 << 20;
 
 /// An image file as it was when it was opened.
 #[derive(Debug)]
-pub struct Source {
+pub struct CopySource {
     file: File,
     path: PathBuf,
     length: u64,
-    changed: (i64, i64),
+    ctime: (i64, i64),
 }
 
-impl Source {
+impl CopySource {
     /// Opens the file at `path`, which nobody may be writing now.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).at("open", path)?;
@@ -37,7 +37,7 @@ impl Source {
             file,
             path: path.to_owned(),
             length: meta.len(),
-            changed: (meta.ctime(), meta.ctime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
         })
     }
 
@@ -45,9 +45,9 @@ impl Source {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] if somebody did.
-    pub fn unchanged(&self) -> Result<()> {
+    pub fn ensure_unchanged(&self) -> Result<()> {
         let meta = self.file.metadata().at("look at", &self.path)?;
-        if (meta.ctime(), meta.ctime_nsec()) == self.changed {
+        if (meta.ctime(), meta.ctime_nsec()) == self.ctime {
             return Ok(());
         }
         Err(Error::new(
@@ -64,23 +64,23 @@ impl Source {
 /// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], [`ErrorKind::Conflict`] if somebody wrote to the source
 /// since it was opened; nothing is left then.
 pub fn copy(
-    source: &Source,
+    source: &CopySource,
     target: &Path,
     deadline: Instant,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Fresh> {
+) -> Result<UnsyncedFile> {
     let new = create_new(target)?;
     // A filesystem that can not, and one that could but not between these two, say so in their own ways.
     if ioctl_ficlone(new.as_file(), &source.file).is_err() {
         new.as_file().set_len(source.length).at("set the size of", target)?;
         copy_data(source, new.as_file(), target, deadline, progress)?;
     }
-    source.unchanged()?;
+    source.ensure_unchanged()?;
     keep(new)
 }
 
 fn copy_data(
-    source: &Source,
+    source: &CopySource,
     to: &File,
     target: &Path,
     deadline: Instant,
@@ -99,7 +99,7 @@ fn copy_data(
         let end = seek(from, SeekFrom::Hole(start)).map_err(|e| failed(e.into()))?;
         at = start;
         while at < end {
-            source.unchanged()?;
+            source.ensure_unchanged()?;
             if Instant::now() >= deadline {
                 let message = format!("copying '{}' took too long", source.path.display());
                 return Err(Error::new(ErrorKind::Timeout, message));
@@ -129,7 +129,7 @@ mod tests {
 
     use super::*;
 
-    fn soon() -> Instant {
+    fn test_deadline() -> Instant {
         Instant::now() + Duration::from_secs(60)
     }
 
@@ -143,8 +143,8 @@ mod tests {
             file.write_all_at(b"here", at).unwrap();
         }
         let mut seen = Vec::new();
-        let source = Source::open(&source).unwrap();
-        copy(&source, &target, soon(), &mut |done, of| seen.push((done, of)))
+        let source = CopySource::open(&source).unwrap();
+        copy(&source, &target, test_deadline(), &mut |done, of| seen.push((done, of)))
             .unwrap()
             .sync()
             .unwrap();
@@ -158,7 +158,10 @@ mod tests {
             assert_eq!(&word, b"here");
         }
         assert!(seen.iter().all(|(done, of)| done <= of && *of == 300 << 20), "{seen:?}");
-        assert!(copy(&source, &target, soon(), &mut |_, _| ()).is_err(), "never overwrites");
+        assert!(
+            copy(&source, &target, test_deadline(), &mut |_, _| ()).is_err(),
+            "never overwrites"
+        );
     }
 
     #[test]
@@ -166,7 +169,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a"), dir.path().join("b"));
         std::fs::write(&source, vec![1; 1 << 20]).unwrap();
-        let source = Source::open(&source).unwrap();
+        let source = CopySource::open(&source).unwrap();
         let shares_blocks =
             copy(&source, &dir.path().join("c"), Instant::now(), &mut |_, _| ()).is_ok();
         let late = copy(&source, &target, Instant::now(), &mut |_, _| ());
@@ -184,16 +187,16 @@ mod tests {
         file.set_len(4 * CHUNK).unwrap();
         file.write_all_at(b"here", 0).unwrap();
         file.write_all_at(b"there", 3 * CHUNK).unwrap();
-        let source = Source::open(&path).unwrap();
+        let source = CopySource::open(&path).unwrap();
         // The clock of the filesystem goes in steps of some milliseconds; a QEMU takes longer to start.
-        while source.unchanged().is_ok() {
+        while source.ensure_unchanged().is_ok() {
             file.write_all_at(b"new", 2 * CHUNK).unwrap();
         }
-        let changed = copy(&source, &target, soon(), &mut |_, _| ()).unwrap_err();
+        let changed = copy(&source, &target, test_deadline(), &mut |_, _| ()).unwrap_err();
         assert_eq!(changed.kind(), ErrorKind::Conflict, "{}", changed.report());
         assert!(!target.exists());
-        let source = Source::open(&path).unwrap();
-        copy(&source, &target, soon(), &mut |_, _| ()).unwrap().sync().unwrap();
+        let source = CopySource::open(&path).unwrap();
+        copy(&source, &target, test_deadline(), &mut |_, _| ()).unwrap().sync().unwrap();
         assert_eq!(std::fs::read(&target).unwrap()[..4], *b"here");
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::qemu_img::QemuImg;
-use super::{Format, Fresh, create_new, keep, qcow2, raw};
+use super::{Format, UnsyncedFile, create_new, keep, qcow2, raw};
 use crate::error::Result;
 use crate::store::record::Preallocation;
 use crate::units::Bytes;
@@ -29,7 +29,7 @@ impl NewImage<'_> {
     ///
     /// # Errors
     /// As [`qcow2::create`] and [`QemuImg::create`].
-    pub fn create(&self, qemu_img: &QemuImg, deadline: Instant) -> Result<Fresh> {
+    pub fn create(&self, qemu_img: &QemuImg, deadline: Instant) -> Result<UnsyncedFile> {
         if self.preallocation == Preallocation::Off && self.key.is_none() {
             return match self.format {
                 Format::Qcow2 => qcow2::create(self.path, self.size, None),
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
     use crate::image::qcow2::{Encryption, Header};
 
-    fn soon() -> Instant {
+    fn test_deadline() -> Instant {
         Instant::now() + Duration::from_secs(60)
     }
 
@@ -68,7 +68,7 @@ mod tests {
             let path = dir.path().join(format!("{preallocation}.{format}"));
             let new =
                 NewImage { path: &path, format, size: Bytes(8 << 20), preallocation, key: None };
-            new.create(&QemuImg::new("qemu-img"), soon()).unwrap().sync().unwrap();
+            new.create(&QemuImg::new("qemu-img"), test_deadline()).unwrap().sync().unwrap();
             let meta = path.metadata().unwrap();
             assert!(meta.blocks() >= blocks, "{path:?}: {} blocks", meta.blocks());
             assert_eq!(meta.permissions().mode() & 0o777, 0o600);
@@ -87,11 +87,11 @@ mod tests {
             preallocation,
             key: Some(&key),
         };
-        let failed = new.create(&QemuImg::new("qemu-img"), soon()).unwrap_err();
+        let failed = new.create(&QemuImg::new("qemu-img"), test_deadline()).unwrap_err();
         assert!(failed.report().contains("qemu-img create"), "{}", failed.report());
         assert!(!path.exists());
         std::fs::write(&key, "0123456789".repeat(4)).unwrap();
-        new.create(&QemuImg::new("qemu-img"), soon()).unwrap().sync().unwrap();
+        new.create(&QemuImg::new("qemu-img"), test_deadline()).unwrap().sync().unwrap();
         assert_eq!(Header::read(&path).unwrap().encryption, Some(Encryption::Luks));
     }
 }

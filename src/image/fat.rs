@@ -9,7 +9,7 @@ use std::path::Path;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions, format_volume};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Fresh, create_new, keep, raw};
+use crate::image::{UnsyncedFile, create_new, keep, raw};
 
 type Folder<'a, 'b> = fatfs::Dir<'a, Cursor<&'b mut [u8]>>;
 
@@ -24,7 +24,7 @@ const CLUSTER: usize = 4096;
 /// # Errors
 /// [`ErrorKind::Internal`] when label or names are none FAT can hold; otherwise when `path` exists or can not be
 /// written. Contents are never quoted: they are secrets.
-pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<Fresh> {
+pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<UnsyncedFile> {
     let image = image(label, files).map_err(|error| {
         Error::new(ErrorKind::Internal, format!("make the FAT image '{}'", path.display()))
             .because(error)
@@ -49,7 +49,7 @@ fn image(label: &str, files: &[(&str, &[u8])]) -> io::Result<Vec<u8>> {
     with_root(&mut image, &|root| {
         folders(files).into_iter().try_for_each(|name| root.create_dir(name).map(drop))
     })?;
-    mend_dots(&mut image);
+    fix_dot_entries(&mut image);
     with_root(&mut image, &|root| {
         files.iter().try_for_each(|(name, content)| {
             let mut file = root.create_file(name)?;
@@ -67,7 +67,7 @@ fn folders<'a>(files: &[(&'a str, &[u8])]) -> BTreeSet<&'a str> {
 
 /// fatfs 0.3.6 gives the entries `.` and `..` of a folder long names, which is wrong: they must be the folder's first
 /// two. `image` holds folders only, so what looks like such a folder's first sector is one.
-fn mend_dots(image: &mut [u8]) {
+fn fix_dot_entries(image: &mut [u8]) {
     const ENTRY: usize = 32;
     /// In the place of a name's first byte: the entry is free.
     const FREE: u8 = 0xe5;

@@ -14,7 +14,7 @@ mod create;
 pub mod fat;
 mod grow;
 pub mod import;
-mod in_use;
+mod lock;
 mod open;
 pub mod qcow2;
 pub mod qemu_img;
@@ -22,11 +22,11 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
-pub use copy::{Source, copy};
+pub use copy::{CopySource, copy};
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
-pub use in_use::{released, unused};
-pub use open::{inspect, open, refuse_other_files};
+pub use lock::{ensure_unlocked, wait_unlocked};
+pub use open::{ensure_no_external_files, inspect, open};
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -55,12 +55,12 @@ fn create_new(path: &Path) -> Result<NamedTempFile> {
 /// A file that is complete, but not yet on the disk.
 #[derive(Debug)]
 #[must_use = "a power cut loses what is not synced"]
-pub struct Fresh {
+pub struct UnsyncedFile {
     file: File,
     path: PathBuf,
 }
 
-impl Fresh {
+impl UnsyncedFile {
     /// Makes the content durable. The name is the caller's to make durable.
     pub fn sync(self) -> Result<()> {
         self.file.sync_all().at("fsync", &self.path)?;
@@ -76,11 +76,11 @@ pub fn sync(path: &Path) -> Result<()> {
 }
 
 /// Leaves a new file where it is.
-fn keep(new: NamedTempFile) -> Result<Fresh> {
+fn keep(new: NamedTempFile) -> Result<UnsyncedFile> {
     let path = new.path().to_owned();
     let (file, path) = new.keep().map_err(|error| error.error).at("keep", &path)?;
     crash::point!("{}: complete", path.file_name().unwrap_or_default().display());
-    Ok(Fresh { file, path })
+    Ok(UnsyncedFile { file, path })
 }
 
 /// Makes the names in the directory of `path` durable.

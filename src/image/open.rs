@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::libc;
 
 use super::Format;
-use super::import::{Refusal, probe};
+use super::import::{InvalidImage, probe};
 use super::qcow2::Header;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::units::{Bytes, MiB};
@@ -33,7 +33,7 @@ pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`].
-pub fn refuse_other_files(path: &Path, format: Format, is_overlay: bool) -> Result<()> {
+pub fn ensure_no_external_files(path: &Path, format: Format, is_overlay: bool) -> Result<()> {
     if format == Format::Raw {
         return Ok(());
     }
@@ -66,7 +66,7 @@ pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
         .and_then(|open| open.take(Header::PREFIX as u64).read_to_end(&mut head))
         .at("read", path)?;
     let (format, size) =
-        look(&head, file.len()).map_err(|refusal| refused(&refusal.to_string()))?;
+        probe_image(&head, file.len()).map_err(|reason| refused(&reason.to_string()))?;
     let size = Bytes(size.next_multiple_of(512));
     if size > MiB::MAX.bytes() || size.get() == 0 {
         return Err(refused("empty or larger than 64 TiB"));
@@ -74,12 +74,12 @@ pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
     Ok((format, size))
 }
 
-fn look(head: &[u8], length: u64) -> Result<(Format, u64), Refusal> {
-    match probe::format(head, None)? {
+fn probe_image(head: &[u8], length: u64) -> Result<(Format, u64), InvalidImage> {
+    match probe::detect_format(head, None)? {
         Format::Raw => Ok((Format::Raw, length)),
         Format::Qcow2 => {
-            let header = probe::qcow2(head)?;
-            header.check_places(length)?;
+            let header = probe::check_qcow2_header(head)?;
+            header.check_offsets(length)?;
             Ok((Format::Qcow2, header.virtual_size.get()))
         }
     }

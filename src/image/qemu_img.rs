@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Format, NewImage, refuse_other_files};
+use crate::image::{Format, NewImage, ensure_no_external_files};
 use crate::patience::within;
 use crate::sys::helper::end_with_us;
 use crate::units::Bytes;
@@ -28,7 +28,7 @@ const OUTPUT_LIMIT: usize = 256 * 1024;
 /// The most characters of its last line that an error repeats.
 const LINE_LIMIT: usize = 500;
 /// A program that was killed is gone at once, unless the kernel is stuck on its behalf.
-const DYING: Duration = Duration::from_secs(2);
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A `qemu-img` program.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ pub struct Convert<'a> {
 
 /// An image that is there.
 #[derive(Debug, Clone, Copy)]
-pub struct Existing<'a> {
+pub struct ExistingImage<'a> {
     /// Where.
     pub path: &'a Path,
     /// Its format.
@@ -60,7 +60,7 @@ pub struct Existing<'a> {
     pub key: Option<&'a Path>,
 }
 
-impl Existing<'_> {
+impl ExistingImage<'_> {
     /// As a source. JSON can say that there is no backing file, whatever the header says.
     fn json(&self) -> Result<String> {
         let path = absolute(self.path)?.to_string_lossy();
@@ -163,19 +163,19 @@ impl QemuImg {
     }
 
     /// Copies `source` into `target`, an empty image of the same size that is there. Durable is nothing of it. Nobody is kept
-    /// from opening the source meanwhile: see [`Source`](super::Source).
+    /// from opening the source meanwhile: see [`CopySource`](super::CopySource).
     ///
     /// # Errors
     /// As [`Self::convert`]; [`ErrorKind::Corrupt`] if the source's header, which a guest may have written, names other
     /// files: root would read them.
-    pub fn fill(
+    pub fn convert_into(
         &self,
-        source: &Existing<'_>,
-        target: &Existing<'_>,
+        source: &ExistingImage<'_>,
+        target: &ExistingImage<'_>,
         deadline: Instant,
     ) -> Result<()> {
         let secret = source.key.or(target.key).map(secret);
-        refuse_other_files(source.path, source.format, false)?;
+        ensure_no_external_files(source.path, source.format, false)?;
         let (from, to) = (source.json()?, target.options()?);
         // The progress nobody reads ends a program whose caller was killed, at its next step (SIGPIPE).
         let mut args =
@@ -239,7 +239,7 @@ impl QemuImg {
         self.run(&args, None, deadline)?.expect_success("resize", path)
     }
 
-    fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Done> {
+    fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Finished> {
         let mut command = Command::new(&self.program);
         end_with_us(&mut command);
         let mut child = command
@@ -254,11 +254,11 @@ impl QemuImg {
                 Error::io("start", &self.program, error)
                     .hint("install the package 'qemu-utils' or set qemu.img_binary")
             })?;
-        let done = supervise(&mut child, deadline);
+        let done = wait_with_output(&mut child, deadline);
         if done.is_err() {
             // It may have just ended. One that hangs in the kernel ends when its storage answers, and is not waited for.
             let _ = child.kill();
-            within(Instant::now() + DYING, move || child.wait());
+            within(Instant::now() + KILL_TIMEOUT, move || child.wait());
         }
         done.map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => {
@@ -290,13 +290,13 @@ fn absolute(path: &Path) -> Result<&OsStr> {
     if path.is_absolute() { Ok(path.as_os_str()) } else { Err(refused()) }
 }
 
-struct Done {
+struct Finished {
     status: ExitStatus,
     stdout: Vec<u8>,
     stderr: Vec<u8>,
 }
 
-impl Done {
+impl Finished {
     fn expect_success(&self, action: &str, path: &Path) -> Result<()> {
         if self.status.success() {
             return Ok(());
@@ -314,7 +314,7 @@ impl Done {
 }
 
 /// Reads what `child` says until it ends. [`io::ErrorKind::TimedOut`] at the deadline.
-fn supervise(child: &mut Child, deadline: Instant) -> io::Result<Done> {
+fn wait_with_output(child: &mut Child, deadline: Instant) -> io::Result<Finished> {
     let mut pipes = [Pipe::new(child.stdout.take()), Pipe::new(child.stderr.take())];
     loop {
         let mut open: Vec<&mut Pipe> =
@@ -334,20 +334,20 @@ fn supervise(child: &mut Child, deadline: Instant) -> io::Result<Done> {
     let pid = Pid::from_raw(child.id() as i32).ok_or(io::ErrorKind::NotFound)?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     wait_readable([pidfd.as_fd()], deadline)?;
-    let [stdout, stderr] = pipes.map(|pipe| pipe.said);
-    Ok(Done { status: child.wait()?, stdout, stderr })
+    let [stdout, stderr] = pipes.map(|pipe| pipe.captured);
+    Ok(Finished { status: child.wait()?, stdout, stderr })
 }
 
 /// One end of a child's output, and its first [`OUTPUT_LIMIT`] bytes.
 struct Pipe {
     /// `None` once it has ended.
     file: Option<File>,
-    said: Vec<u8>,
+    captured: Vec<u8>,
 }
 
 impl Pipe {
     fn new(end: Option<impl Into<OwnedFd>>) -> Self {
-        Self { file: end.map(|end| File::from(end.into())), said: Vec::new() }
+        Self { file: end.map(|end| File::from(end.into())), captured: Vec::new() }
     }
 
     fn read(&mut self) -> io::Result<()> {
@@ -355,9 +355,9 @@ impl Pipe {
         let Some(file) = &mut self.file else { return Ok(()) };
         match file.read(&mut buffer)? {
             0 => self.file = None,
-            count => {
-                self.said.extend_from_slice(&buffer[..count.min(OUTPUT_LIMIT - self.said.len())])
-            }
+            count => self
+                .captured
+                .extend_from_slice(&buffer[..count.min(OUTPUT_LIMIT - self.captured.len())]),
         }
         Ok(())
     }
@@ -383,88 +383,4 @@ fn wait_readable<'a>(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-    use crate::image::{qcow2, raw, testing};
-
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(60)
-    }
-
-    /// A program that is not `qemu-img`. Another process writes it: a thread that forks while we have it open for
-    /// writing would make it busy (ETXTBSY).
-    fn script(dir: &Path, text: &str) -> QemuImg {
-        let (draft, path) = (dir.join("draft"), dir.join("script"));
-        std::fs::write(&draft, format!("#!/bin/sh\n{text}\n")).unwrap();
-        testing::run("install", ["-m700".into(), draft.into(), path.clone().into()]);
-        QemuImg::new(path)
-    }
-
-    #[test]
-    fn convert_check_and_resize_with_the_real_program() {
-        let dir = tempfile::tempdir().unwrap();
-        let (source, target) = (dir.path().join("a:b.raw"), dir.path().join("b.qcow2"));
-        raw::create(&source, Bytes(1 << 20)).unwrap().sync().unwrap();
-        let img = QemuImg::new("qemu-img");
-        let convert = Convert {
-            source: &source,
-            source_format: Format::Raw,
-            target: &target,
-            target_format: Format::Qcow2,
-        };
-        img.convert(&convert, soon()).unwrap();
-        img.resize(&target, Format::Qcow2, Bytes(2 << 20), soon()).unwrap();
-        assert_eq!(qcow2::Header::read(&target).unwrap().virtual_size, Bytes(2 << 20));
-        assert_eq!(img.check(&target, soon()).unwrap(), Check { corruptions: 0, leaks: 0 });
-        // The L2 table of the first cluster is said to lie where the header is.
-        let file = File::options().write(true).open(&target).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&file, &[0; 8], 0x20000).unwrap();
-        assert!(img.check(&target, soon()).unwrap().corruptions > 0);
-    }
-
-    #[test]
-    fn a_failure_says_the_last_line_and_the_environment_is_empty() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x");
-        let img = script(dir.path(), "echo first >&2; echo \"$1 HOME=$HOME last\" >&2; exit 1");
-        let failed = img.resize(&path, Format::Raw, Bytes(512), soon()).unwrap_err();
-        assert!(
-            failed.report().ends_with("(exit status: 1): resize HOME= last"),
-            "{}",
-            failed.report()
-        );
-        assert_eq!(failed.kind(), ErrorKind::Host);
-        let full =
-            script(dir.path(), "echo 'qemu-img: error: No space left on device' >&2; exit 1");
-        assert_eq!(
-            full.resize(&path, Format::Raw, Bytes(512), soon()).unwrap_err().kind(),
-            ErrorKind::NoDiskSpace
-        );
-        let absent = QemuImg::new("/nonexistent/qemu-img").check(&path, soon()).unwrap_err();
-        assert!(absent.report().contains("Hint: install"), "{}", absent.report());
-    }
-
-    #[test]
-    fn the_deadline_kills_what_hangs_whether_it_talks_or_not() {
-        let dir = tempfile::tempdir().unwrap();
-        for text in ["exec sleep 1000", "exec sleep 1000 >&- 2>&-", "while :; do echo y; done"] {
-            let img = script(dir.path(), text);
-            let started = Instant::now();
-            let killed =
-                img.check(&dir.path().join("x"), started + Duration::from_millis(100)).unwrap_err();
-            assert_eq!(killed.kind(), ErrorKind::Timeout, "{}", killed.report());
-            assert!(started.elapsed() < Duration::from_secs(30));
-        }
-    }
-
-    #[test]
-    fn endless_output_is_read_but_not_kept() {
-        let dir = tempfile::tempdir().unwrap();
-        let img = script(dir.path(), "head -c 10000000 /dev/zero | tr '\\0' x >&2; exit 1");
-        let failed =
-            img.resize(&dir.path().join("x"), Format::Raw, Bytes(512), soon()).unwrap_err();
-        assert!(failed.report().len() < 2000, "{} bytes", failed.report().len());
-    }
-}
+mod tests;

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Fresh, create_new, keep};
+use crate::image::{UnsyncedFile, create_new, keep};
 use crate::units::{Bytes, MiB};
 
 /// The unit of zero detection: the block of every filesystem in use, so a smaller hole would save nothing.
@@ -17,7 +17,7 @@ const BLOCK: usize = 4096;
 /// # Errors
 /// When `path` exists or can not be written, or `size` is no multiple of 512 from 512 bytes
 /// to [`MiB::MAX`].
-pub fn create(path: &Path, size: Bytes) -> Result<Fresh> {
+pub fn create(path: &Path, size: Bytes) -> Result<UnsyncedFile> {
     check_size(path, size)?;
     let new = create_new(path)?;
     new.as_file().set_len(size.get()).at("set the size of", path)?;

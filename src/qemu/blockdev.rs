@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use super::files::{BASE, FileNeed, Opened, ROOT};
+use super::files::{BASE, FileSpec, OpenedFile, ROOT};
 use crate::store::record::{Discard, Format, Limits};
 
 /// The one I/O thread of a VM, shared by its disks.
@@ -20,8 +20,8 @@ pub fn file_node(id: &str) -> String {
 
 /// The nodes of the image `opened`, which QEMU finds as descriptor set `fdset`: protocol first, format second. The
 /// format node has the image's name.
-pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
-    let need = &opened.need;
+pub fn nodes(opened: &OpenedFile, fdset: i64) -> [Value; 2] {
+    let spec = &opened.spec;
     // Without io_uring: Linux AIO wants O_DIRECT, and a pool of threads does the same work without (QEMU docs, `-blockdev`).
     let aio = match (opened.io_uring, opened.direct) {
         (true, _) => "io_uring",
@@ -29,25 +29,25 @@ pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
         (false, false) => "threads",
     };
     let mut file = json!({
-        "driver": "file", "node-name": file_node(&need.node), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
-        "cache": {"direct": opened.direct}, "read-only": !need.writable,
+        "driver": "file", "node-name": file_node(&spec.node), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
+        "cache": {"direct": opened.direct}, "read-only": !spec.writable,
     });
     let mut format = json!({
-        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.node, "file": file_node(&need.node),
-        "cache": {"direct": opened.direct}, "read-only": !need.writable,
+        "driver": spec.format.unwrap_or(Format::Raw).as_str(), "node-name": spec.node, "file": file_node(&spec.node),
+        "cache": {"direct": opened.direct}, "read-only": !spec.writable,
     });
-    if need.writable && need.discard == Discard::Unmap {
+    if spec.writable && spec.discard == Discard::Unmap {
         // A guest's fstrim gives the space back to the host.
         file["discard"] = "unmap".into();
         format["discard"] = "unmap".into();
         format["detect-zeroes"] = "unmap".into();
     }
-    if need.encrypted {
-        encrypt(&mut format, need.format);
+    if spec.encrypted {
+        encrypt(&mut format, spec.format);
     }
-    if need.format == Some(Format::Qcow2) {
+    if spec.format == Some(Format::Qcow2) {
         // Given here, a path in the header is never followed.
-        format["backing"] = if need.id == ROOT { BASE.into() } else { Value::Null };
+        format["backing"] = if spec.id == ROOT { BASE.into() } else { Value::Null };
     }
     [file, format]
 }
@@ -64,13 +64,13 @@ fn encrypt(node: &mut Value, format: Option<Format>) {
 }
 
 /// The virtio disk that shows the image `need` to the guest under `serial`; the caller adds `bus` and `addr`.
-pub fn device(need: &FileNeed, serial: &str) -> Value {
-    let id = &need.id;
+pub fn device(spec: &FileSpec, serial: &str) -> Value {
+    let id = &spec.id;
     let mut device = json!({
-        "driver": "virtio-blk-pci", "id": id, "drive": need.node, "serial": serial, "iothread": IOTHREAD,
+        "driver": "virtio-blk-pci", "id": id, "drive": spec.node, "serial": serial, "iothread": IOTHREAD,
     });
-    if need.writable {
-        device["write-cache"] = if need.cache.write_cache() { "on" } else { "off" }.into();
+    if spec.writable {
+        device["write-cache"] = if spec.cache.write_cache() { "on" } else { "off" }.into();
     }
     device
 }
@@ -79,7 +79,7 @@ pub fn device(need: &FileNeed, serial: &str) -> Value {
 const OWN_DISKS: &str = "own-disks";
 
 /// As [`throttle`], for a disk that shares its limits with the VM's other own ones.
-pub fn throttle_together(id: &str, limits: Limits) -> Option<Value> {
+pub fn throttle_in_group(id: &str, limits: Limits) -> Option<Value> {
     let mut arguments = throttle(id, limits)?;
     arguments["group"] = OWN_DISKS.into();
     Some(arguments)
@@ -87,11 +87,11 @@ pub fn throttle_together(id: &str, limits: Limits) -> Option<Value> {
 
 /// Arguments of `block_set_io_throttle` for the device `id`; `None` if it has no limits.
 pub fn throttle(id: &str, limits: Limits) -> Option<Value> {
-    (limits != Limits::default()).then(|| throttle_to(id, limits))
+    (limits != Limits::default()).then(|| throttle_or_reset(id, limits))
 }
 
 /// The same for a device that may have other limits.
-pub fn throttle_to(id: &str, limits: Limits) -> Value {
+pub fn throttle_or_reset(id: &str, limits: Limits) -> Value {
     let (iops, bytes) = (limits.iops.unwrap_or(0), limits.mbps.unwrap_or(0) << 20);
     // Zero is no limit; all six must be given.
     json!({
@@ -111,8 +111,8 @@ mod tests {
     #[test]
     fn no_image_has_a_backing_file_but_the_root_disk() {
         let backing = |id: &str, format| {
-            let need = FileNeed::image(id, "/x".into(), format, true);
-            let [_, node] = nodes(&Opened { need, direct: true, io_uring: false }, 1);
+            let spec = FileSpec::image(id, "/x".into(), format, true);
+            let [_, node] = nodes(&OpenedFile { spec, direct: true, io_uring: false }, 1);
             node.get("backing").cloned()
         };
         assert_eq!(backing(ROOT, Format::Qcow2), Some(BASE.into()));

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
 
-use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, Opened, ROOT};
+use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, OpenedFile, ROOT};
 use super::{blockdev, topology};
 use crate::cid::Cid;
 use crate::qemu::Template;
@@ -14,9 +14,9 @@ use crate::store::record::{Accel, Nic, UserNetwork, VmRecord, Wire};
 
 /// The descriptors QEMU inherits.
 #[derive(Debug)]
-pub struct Handles {
-    /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
-    pub files: Vec<(Opened, RawFd)>,
+pub struct InheritedFds {
+    /// Files in the order of [`super::files::required`]; each becomes descriptor set 1, 2, ….
+    pub files: Vec<(OpenedFile, RawFd)>,
     /// A pipe with the key of encrypted images in it, if one of the files is encrypted.
     pub key: Option<RawFd>,
     /// One for each NIC; `None`: it has no tap.
@@ -40,21 +40,21 @@ pub struct Tap {
     pub mtu: u32,
 }
 
-impl Handles {
+impl InheritedFds {
     /// The descriptor set of the file `id`.
     fn fdset(&self, id: &str) -> Option<usize> {
-        self.files.iter().position(|(opened, _)| opened.need.id == id).map(|at| at + 1)
+        self.files.iter().position(|(opened, _)| opened.spec.id == id).map(|at| at + 1)
     }
 }
 
 /// QEMU's arguments for `vm`. It starts stopped (`-S`): whatever fails before `cont` is undone by killing it.
-pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Vec<String> {
+pub fn command_line(vm: &VmRecord, template: &Template, fds: &InheritedFds) -> Vec<String> {
     let mut line = Line(Vec::new());
     identity(&mut line, vm);
-    machine(&mut line, vm, template, handles);
-    monitors(&mut line, handles);
-    disks(&mut line, vm, handles);
-    for (index, (nic, tap)) in vm.nics.iter().zip(&handles.taps).enumerate() {
+    machine(&mut line, vm, template, fds);
+    monitors(&mut line, fds);
+    disks(&mut line, vm, fds);
+    for (index, (nic, tap)) in vm.nics.iter().zip(&fds.taps).enumerate() {
         network(&mut line, index, nic, tap.as_ref());
     }
     if template.rng {
@@ -123,13 +123,13 @@ fn identity(line: &mut Line, vm: &VmRecord) {
     );
 }
 
-fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handles) {
+fn machine(line: &mut Line, vm: &VmRecord, template: &Template, fds: &InheritedFds) {
     let machine = &vm.machine;
     let options = std::iter::once(&template.machine).chain(&template.machine_options);
     line.option("-machine", options.cloned().collect::<Vec<_>>().join(","));
     line.option(
         "-accel",
-        match (machine.accel, handles.fdset(KVM)) {
+        match (machine.accel, fds.fdset(KVM)) {
             (Accel::Kvm, Some(fdset)) => format!("kvm,device=/dev/fdset/{fdset}"),
             (accel, _) => accel.as_str().to_owned(),
         },
@@ -144,9 +144,8 @@ fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handle
     }
 }
 
-fn monitors(line: &mut Line, handles: &Handles) {
-    let sockets =
-        [("qmp0", handles.qmp), ("qmp1", handles.supervisor_qmp), ("serial0", handles.serial)];
+fn monitors(line: &mut Line, fds: &InheritedFds) {
+    let sockets = [("qmp0", fds.qmp), ("qmp1", fds.supervisor_qmp), ("serial0", fds.serial)];
     for (id, fd) in sockets {
         line.option("-chardev", format!("socket,id={id},fd={fd},server=on,wait=off"));
     }
@@ -155,19 +154,19 @@ fn monitors(line: &mut Line, handles: &Handles) {
     line.option("-serial", "chardev:serial0");
 }
 
-fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
+fn disks(line: &mut Line, vm: &VmRecord, fds: &InheritedFds) {
     line.json("-object", &json!({"qom-type": "iothread", "id": blockdev::IOTHREAD}));
-    if let Some(key) = handles.key {
+    if let Some(key) = fds.key {
         let file = format!("/proc/self/fd/{key}");
         line.json("-object", &json!({"qom-type": "secret", "id": blockdev::SECRET, "file": file}));
     }
-    for (index, (opened, fd)) in handles.files.iter().enumerate() {
-        let (need, fdset) = (&opened.need, index + 1);
+    for (index, (opened, fd)) in fds.files.iter().enumerate() {
+        let (spec, fdset) = (&opened.spec, index + 1);
         line.option(
             "-add-fd",
-            format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)),
+            format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&spec.node, spec.writable)),
         );
-        if need.format.is_some() {
+        if spec.format.is_some() {
             for node in blockdev::nodes(opened, fdset as i64) {
                 line.json("-blockdev", &node);
             }
@@ -178,28 +177,28 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     }
     // Persistent disks sit behind the ports, where a hot-plugged one would be, so that they can be unplugged.
     let mut ports = 0..;
-    for (opened, _) in &handles.files {
-        let need = &opened.need;
-        match (need.id.as_str(), &vm.ephemeral) {
+    for (opened, _) in &fds.files {
+        let spec = &opened.spec;
+        match (spec.id.as_str(), &vm.ephemeral) {
             (BASE | KVM, _) => {}
             (ROOT, _) => {
-                let mut root = blockdev::device(need, "root");
+                let mut root = blockdev::device(spec, "root");
                 root["bootindex"] = 1.into();
                 line.device(&root, "pcie.0", topology::ROOT);
             }
             (EPHEMERAL, Some(ephemeral)) => {
                 line.device(
-                    &blockdev::device(need, &ephemeral.serial),
+                    &blockdev::device(spec, &ephemeral.serial),
                     "pcie.0",
                     topology::EPHEMERAL,
                 );
             }
             (CONFIG_DRIVE, _) => {
-                line.device(&blockdev::device(need, "config"), "pcie.0", topology::CONFIG_DRIVE);
+                line.device(&blockdev::device(spec, "config"), "pcie.0", topology::CONFIG_DRIVE);
             }
             (id, _) => {
                 let port = ports.next().expect("endless");
-                line.device(&blockdev::device(need, id), &topology::port_id(port), 0);
+                line.device(&blockdev::device(spec, id), &topology::port_id(port), 0);
             }
         }
     }

@@ -21,7 +21,7 @@ pub const KVM: &str = "kvm";
 
 /// One file to open for QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileNeed {
+pub struct FileSpec {
     /// QEMU's id of what it is for: the device's, too.
     pub id: String,
     /// QEMU's name of the image's node: at most 26 characters and a letter first. The same as `id`, but for a disk whose
@@ -41,7 +41,7 @@ pub struct FileNeed {
     pub encrypted: bool,
 }
 
-impl FileNeed {
+impl FileSpec {
     fn file(id: &str, path: PathBuf, writable: bool) -> Self {
         let (cache, discard) =
             (if writable { Cache::None } else { Cache::Writeback }, Discard::Unmap);
@@ -74,9 +74,9 @@ impl FileNeed {
 
 /// A file as it was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Opened {
+pub struct OpenedFile {
     /// What it is for.
-    pub need: FileNeed,
+    pub spec: FileSpec,
     /// Whether the page cache is really bypassed.
     pub direct: bool,
     /// Whether QEMU can use io_uring on this host.
@@ -84,23 +84,23 @@ pub struct Opened {
 }
 
 /// Every file `vm` starts with; `disks` are the records of its attachments.
-pub fn needs(
+pub fn required(
     vm: &VmRecord,
     paths: &VmPaths,
     store: &Store,
     disks: &[DiskRecord],
-) -> Result<Vec<FileNeed>> {
-    let mut needs = Vec::new();
+) -> Result<Vec<FileSpec>> {
+    let mut files = Vec::new();
     if vm.machine.accel == Accel::Kvm {
-        needs.push(FileNeed::file(KVM, "/dev/kvm".into(), true));
+        files.push(FileSpec::file(KVM, "/dev/kvm".into(), true));
     }
     let images = store.images_dir(&vm.cid, vm.pool.as_deref())?;
-    needs.push(FileNeed::image(BASE, store.base_image(vm)?, vm.base.format, false));
-    needs.push(FileNeed::image(ROOT, images.join(ROOT_IMAGE), Format::Qcow2, true));
+    files.push(FileSpec::image(BASE, store.base_image(vm)?, vm.base.format, false));
+    files.push(FileSpec::image(ROOT, images.join(ROOT_IMAGE), Format::Qcow2, true));
     if vm.ephemeral.is_some() {
-        needs.push(FileNeed::image(EPHEMERAL, images.join(EPHEMERAL_IMAGE), Format::Qcow2, true));
+        files.push(FileSpec::image(EPHEMERAL, images.join(EPHEMERAL_IMAGE), Format::Qcow2, true));
     }
-    needs.push(FileNeed::image(CONFIG_DRIVE, paths.config_drive(), Format::Raw, false));
-    needs.extend(disks.iter().map(|disk| FileNeed::disk(store, disk)).collect::<Result<Vec<_>>>()?);
-    Ok(needs)
+    files.push(FileSpec::image(CONFIG_DRIVE, paths.config_drive(), Format::Raw, false));
+    files.extend(disks.iter().map(|disk| FileSpec::disk(store, disk)).collect::<Result<Vec<_>>>()?);
+    Ok(files)
 }

@@ -9,6 +9,6 @@ pub mod files;
 pub mod template;
 pub mod topology;
 
-pub use command_line::{Handles, command_line};
-pub use files::{FileNeed, Opened};
+pub use command_line::{InheritedFds, command_line};
+pub use files::{FileSpec, OpenedFile};
 pub use template::Template;

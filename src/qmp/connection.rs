@@ -10,7 +10,7 @@
 //!
 //! A monitor answers commands one after the other, with events anywhere in between. So there is no reader task:
 //! whoever waits, for a reply or for an event, reads; events that come before a reply are queued. An exchange that
-//! did not end leaves the connection spent, because nobody can tell what will still come out of it.
+//! did not end leaves the connection poisoned, because nobody can tell what will still come out of it.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -33,16 +33,16 @@ use super::wire::{self, LONGEST_LINE, Message};
 use crate::crash;
 
 /// How long connecting, the greeting and the negotiation may take together when QEMU is known to run.
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+pub const MONITOR_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a question (`query-…`, `qom-…`) may take.
-pub const QUERY_LIMIT: Duration = Duration::from_secs(10);
+pub const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long any other command may take: those on devices and block nodes wait for I/O of the guest to drain.
-pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How much is read at once, bytes.
-const READ: usize = 16 << 10;
+const READ_SIZE: usize = 16 << 10;
 /// Pause before connecting again to a socket whose backlog is full.
-const BACKLOG_PAUSE: Duration = Duration::from_millis(20);
+const BACKLOG_RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A negotiated connection.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ pub struct Connection {
     last_id: u64,
     deadline: Option<Instant>,
     /// An exchange began and did not end.
-    spent: bool,
+    poisoned: bool,
 }
 
 impl Connection {
@@ -72,7 +72,7 @@ impl Connection {
                 events: EventQueue::default(),
                 last_id: 0,
                 deadline: Some(deadline),
-                spent: false,
+                poisoned: false,
             };
             // Some devices send events before the greeting.
             while !matches!(connection.receive().await?, Message::Greeting) {}
@@ -93,13 +93,13 @@ impl Connection {
     }
 
     /// Executes a typed command. Dropping the future before it is done makes the connection
-    /// [`MonitorError::Spent`].
+    /// [`MonitorError::Poisoned`].
     ///
     /// # Errors
-    /// [`MonitorError::Refused`] and [`MonitorError::Answer`] leave the connection usable, others do not.
+    /// [`MonitorError::Refused`] and [`MonitorError::InvalidReply`] leave the connection usable, others do not.
     pub async fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok, MonitorError> {
         let answer = self.exchange(C::NAME, command, None).await?;
-        read_answer(C::NAME, &answer)
+        parse_reply(C::NAME, &answer)
     }
 
     /// Executes any command, `arguments` being an object.
@@ -108,7 +108,7 @@ impl Connection {
     /// As [`execute`](Self::execute).
     pub async fn raw(&mut self, command: &str, arguments: &Value) -> Result<Value, MonitorError> {
         let answer = self.exchange(command, arguments, None).await?;
-        read_answer(command, &answer)
+        parse_reply(command, &answer)
     }
 
     /// Executes a command that takes a descriptor along: `add-fd`, `getfd`. QEMU gets a copy.
@@ -121,7 +121,7 @@ impl Connection {
         fd: BorrowedFd<'_>,
     ) -> Result<C::Ok, MonitorError> {
         let answer = self.exchange(C::NAME, command, Some(fd)).await?;
-        read_answer(C::NAME, &answer)
+        parse_reply(C::NAME, &answer)
     }
 
     /// The next event, waiting for it if none is queued. May be dropped at any point without losing one.
@@ -129,8 +129,8 @@ impl Connection {
     /// # Errors
     /// [`MonitorError::Closed`] once QEMU is gone and all events are read, [`MonitorError::Protocol`].
     pub async fn next_event(&mut self) -> Result<Event, MonitorError> {
-        if self.spent {
-            return Err(MonitorError::Spent);
+        if self.poisoned {
+            return Err(MonitorError::Poisoned);
         }
         loop {
             if let Some(event) = self.events.pop() {
@@ -166,31 +166,31 @@ impl Connection {
         arguments: &A,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Box<RawValue>, MonitorError> {
-        if self.spent {
-            return Err(MonitorError::Spent);
+        if self.poisoned {
+            return Err(MonitorError::Poisoned);
         }
         self.last_id += 1;
         let line = wire::encode(self.last_id, command, arguments)?;
         let begin = Instant::now();
-        let limit = begin + limit_of(command);
+        let limit = begin + timeout_of(command);
         let until = self.deadline.map_or(limit, |deadline| deadline.min(limit));
         if until <= begin {
-            return Err(MonitorError::Late { command: command.to_owned() });
+            return Err(MonitorError::DeadlinePassed { command: command.to_owned() });
         }
         tracing::trace!(command, id = self.last_id, "qmp");
 
-        self.spent = true;
+        self.poisoned = true;
         let reply = timeout_at(until.into(), async {
-            self.send(&line, fd).await.map_err(gone_or_host("write to monitor"))?;
+            self.send(&line, fd).await.map_err(closed_or_host_error("write to monitor"))?;
             crash::point!("qmp {command}: sent");
             self.receive_reply(self.last_id).await
         });
         let timeout =
             |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
         let reply = reply.await.map_err(timeout)??;
-        self.spent = false;
+        self.poisoned = false;
         crash::point!("qmp {command}: answered");
-        reply.map_err(|refusal| refusal.of(command))
+        reply.map_err(|refusal| refusal.into_error(command))
     }
 
     /// Writes `line`; `fd` goes with its first bytes, where QEMU looks for it.
@@ -209,7 +209,7 @@ impl Connection {
     async fn receive_reply(
         &mut self,
         id: u64,
-    ) -> Result<Result<Box<RawValue>, wire::Refusal>, MonitorError> {
+    ) -> Result<Result<Box<RawValue>, wire::ErrorReply>, MonitorError> {
         loop {
             match self.receive().await? {
                 Message::Reply { id: theirs, result } if theirs == id => return Ok(result),
@@ -238,12 +238,12 @@ impl Connection {
                     "a line is longer than {LONGEST_LINE} bytes"
                 )));
             }
-            self.received.reserve(READ);
-            let mut chunk = (&mut self.stream).take(READ as u64);
+            self.received.reserve(READ_SIZE);
+            let mut chunk = (&mut self.stream).take(READ_SIZE as u64);
             match chunk
                 .read_buf(&mut self.received)
                 .await
-                .map_err(gone_or_host("read from monitor"))?
+                .map_err(closed_or_host_error("read from monitor"))?
             {
                 0 => return Err(MonitorError::Closed),
                 _ => continue,
@@ -257,7 +257,9 @@ async fn connect_to(path: &Path) -> Result<UnixStream, MonitorError> {
     loop {
         match UnixStream::connect(path).await {
             Ok(stream) => return Ok(stream),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(BACKLOG_PAUSE).await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                sleep(BACKLOG_RETRY_INTERVAL).await
+            }
             Err(source) => return Err(MonitorError::Connect { path: path.to_owned(), source }),
         }
     }
@@ -275,23 +277,23 @@ fn send_with_fd(stream: &UnixStream, line: &[u8], fd: BorrowedFd<'_>) -> io::Res
     )?)
 }
 
-fn limit_of(command: &str) -> Duration {
+fn timeout_of(command: &str) -> Duration {
     if command.starts_with("query-") || command.starts_with("qom-") {
-        QUERY_LIMIT
+        QUERY_TIMEOUT
     } else {
-        COMMAND_LIMIT
+        COMMAND_TIMEOUT
     }
 }
 
-fn read_answer<T: serde::de::DeserializeOwned>(
+fn parse_reply<T: serde::de::DeserializeOwned>(
     command: &str,
     answer: &RawValue,
 ) -> Result<T, MonitorError> {
-    let shape = |source| MonitorError::Answer { command: command.to_owned(), source };
+    let shape = |source| MonitorError::InvalidReply { command: command.to_owned(), source };
     serde_json::from_str(answer.get()).map_err(shape)
 }
 
-fn gone_or_host(action: &'static str) -> impl Fn(io::Error) -> MonitorError {
+fn closed_or_host_error(action: &'static str) -> impl Fn(io::Error) -> MonitorError {
     move |source| match source.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => MonitorError::Closed,
         _ => MonitorError::Host { action, source },

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind};
 
 /// A failure of the monitor. After every one but [`Refused`](MonitorError::Refused),
-/// [`Answer`](MonitorError::Answer) and [`Late`](MonitorError::Late) the connection is [`Spent`](MonitorError::Spent), and whether the command took
+/// [`Answer`](MonitorError::InvalidReply) and [`Late`](MonitorError::DeadlinePassed) the connection is [`Poisoned`](MonitorError::Poisoned), and whether the command took
 /// effect has to be asked on a new one.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
@@ -38,7 +38,7 @@ pub enum MonitorError {
     },
     /// QEMU did what it was asked, but its answer has another shape than documented.
     #[error("qemu's answer to '{command}' has an unknown shape")]
-    Answer {
+    InvalidReply {
         /// The command.
         command: String,
         /// What did not fit.
@@ -57,7 +57,7 @@ pub enum MonitorError {
     },
     /// The call's deadline was over before the command was sent. The connection stays usable.
     #[error("no time is left for '{command}'")]
-    Late {
+    DeadlinePassed {
         /// The command.
         command: String,
     },
@@ -66,7 +66,7 @@ pub enum MonitorError {
     Protocol(String),
     /// An earlier exchange on this connection did not end.
     #[error("the monitor connection is not usable after an earlier failure")]
-    Spent,
+    Poisoned,
     /// The host refused a descriptor or memory for the connection.
     #[error("{action}")]
     Host {
@@ -101,7 +101,7 @@ impl From<MonitorError> for Error {
             MonitorError::Timeout { .. } => {
                 (ErrorKind::Timeout, Some("QEMU may be stopped, or its storage may not answer"))
             }
-            MonitorError::Late { .. } => (ErrorKind::Timeout, None),
+            MonitorError::DeadlinePassed { .. } => (ErrorKind::Timeout, None),
             MonitorError::Closed => {
                 (ErrorKind::Host, Some("QEMU exited: its log in the VM's directory may say why"))
             }
@@ -115,7 +115,7 @@ impl From<MonitorError> for Error {
             MonitorError::Connect { source, .. } | MonitorError::Host { source, .. } => {
                 outer(message).because(source)
             }
-            MonitorError::Answer { source, .. } => outer(message).because(source),
+            MonitorError::InvalidReply { source, .. } => outer(message).because(source),
             MonitorError::Refused { class, .. } if class != "GenericError" => {
                 message.push_str(&format!(" ({class})"));
                 outer(message)

@@ -11,7 +11,7 @@
 //!
 //! A job outlives the client that started it, and QEMU serves one client at a time. So a client that waits for a job
 //! takes turns: it looks, waits for events, and closes the connection to let others in. What happened between
-//! two turns is seen by the look. A job is known by its id; whoever knows that can [end](end_all) it.
+//! two turns is seen by the look. A job is known by its id; whoever knows that can [end](cancel_all) it.
 
 use std::time::{Duration, Instant};
 
@@ -25,16 +25,16 @@ use super::wire::printable;
 use crate::error::{Error, ErrorKind};
 
 /// How long one turn of waiting keeps others from the monitor. They wait five seconds before they give up.
-pub const TURN: Duration = Duration::from_secs(1);
+pub const MONITOR_TURN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest pause before a job that is being ended is looked at again. Most often an event ends it sooner.
-const RETRY: Duration = Duration::from_millis(100);
+const JOB_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why a job did not get where it was to get.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// It is not there: somebody ended it, or QEMU was started anew.
     #[error("qemu has no job '{id}' any more: it was ended, or QEMU was started anew")]
-    Vanished {
+    NotFound {
         /// The job.
         id: String,
     },
@@ -48,7 +48,7 @@ pub enum JobError {
     },
     /// It still works.
     #[error("job '{id}' is {status} after all the time there was")]
-    Late {
+    Timeout {
         /// The job.
         id: String,
         /// QEMU's word for what it does.
@@ -67,8 +67,8 @@ impl From<JobError> for Error {
             JobError::Failed { ref why, .. } if why.contains("No space left") => {
                 ErrorKind::NoDiskSpace
             }
-            JobError::Failed { .. } | JobError::Vanished { .. } => ErrorKind::Host,
-            JobError::Late { .. } => ErrorKind::Timeout,
+            JobError::Failed { .. } | JobError::NotFound { .. } => ErrorKind::Host,
+            JobError::Timeout { .. } => ErrorKind::Timeout,
         };
         Error::new(kind, error.to_string())
     }
@@ -79,7 +79,7 @@ impl From<JobError> for Error {
 ///
 /// # Errors
 /// See [`JobError`].
-pub fn follow(
+pub fn wait_in_turns(
     connect: &dyn Fn() -> Result<Monitor, MonitorError>,
     id: &str,
     wanted: &str,
@@ -92,9 +92,9 @@ pub fn follow(
             Err(MonitorError::Greeting { .. }) if Instant::now() < deadline => continue,
             connected => connected?,
         };
-        match wait(&mut monitor, id, wanted, deadline.min(Instant::now() + TURN)) {
+        match wait(&mut monitor, id, wanted, deadline.min(Instant::now() + MONITOR_TURN_TIMEOUT)) {
             Ok(()) => return Ok(monitor),
-            Err(JobError::Late { .. }) if Instant::now() < deadline => {}
+            Err(JobError::Timeout { .. }) if Instant::now() < deadline => {}
             Err(error) => return Err(error),
         }
         if let Some(job) = find(&mut monitor, id)? {
@@ -109,7 +109,7 @@ pub fn follow(
 /// See [`JobError`].
 pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Result<(), JobError> {
     loop {
-        let job = find(monitor, id)?.ok_or_else(|| JobError::Vanished { id: id.to_owned() })?;
+        let job = find(monitor, id)?.ok_or_else(|| JobError::NotFound { id: id.to_owned() })?;
         match (job.status.as_str(), job.error) {
             (_, Some(error)) => {
                 return Err(JobError::Failed { id: id.to_owned(), why: printable(&error) });
@@ -119,7 +119,7 @@ pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Re
                 return Err(JobError::Failed { id: id.to_owned(), why: "it was ended".into() });
             }
             (status, None) if Instant::now() >= until => {
-                return Err(JobError::Late { id: id.to_owned(), status: printable(status) });
+                return Err(JobError::Timeout { id: id.to_owned(), status: printable(status) });
             }
             _ => {}
         }
@@ -147,14 +147,14 @@ pub fn dismiss(monitor: &mut Monitor, id: &str) -> Result<(), MonitorError> {
 ///
 /// # Errors
 /// As [`Monitor::execute`].
-pub fn end_all(
+pub fn cancel_all(
     monitor: &mut Monitor,
-    ours: impl Fn(&str) -> bool,
+    is_own: impl Fn(&str) -> bool,
     until: Instant,
 ) -> Result<Vec<Job>, MonitorError> {
     loop {
         let mut own = monitor.execute(&QueryJobs {})?;
-        own.retain(|job| ours(&job.id));
+        own.retain(|job| is_own(&job.id));
         if own.is_empty() || Instant::now() >= until {
             return Ok(own);
         }
@@ -169,14 +169,17 @@ pub fn end_all(
                 Err(error) => return Err(error),
             }
         }
-        monitor.wait_event(|event| event.name == CHANGE, until.min(Instant::now() + RETRY))?;
+        monitor.wait_event(
+            |event| event.name == JOB_STATUS_CHANGE,
+            until.min(Instant::now() + JOB_POLL_INTERVAL),
+        )?;
     }
 }
 
-const CHANGE: &str = "JOB_STATUS_CHANGE";
+const JOB_STATUS_CHANGE: &str = "JOB_STATUS_CHANGE";
 
 fn is_of_job(event: &Event, id: &str) -> bool {
-    event.name == CHANGE && event.data["id"] == id
+    event.name == JOB_STATUS_CHANGE && event.data["id"] == id
 }
 
 #[cfg(test)]
@@ -184,7 +187,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::qmp::testing::{Guest, Image, patience};
+    use crate::qmp::testing::{Guest, Image, test_deadline};
 
     /// A job that is `ready` soon and goes on until it is ended.
     fn mirror(monitor: &mut Monitor, id: &str) {
@@ -202,8 +205,8 @@ mod tests {
     fn a_job_is_followed_while_others_use_the_monitor() {
         let guest = Guest::booted(Image::Answering, 0);
         mirror(&mut guest.monitor(), "copy");
-        let connect = || Monitor::connect(&guest.socket(), patience());
-        drop(follow(&connect, "copy", "ready", patience(), &mut |_, _| ()).unwrap());
+        let connect = || Monitor::connect(&guest.socket(), test_deadline());
+        drop(wait_in_turns(&connect, "copy", "ready", test_deadline(), &mut |_, _| ()).unwrap());
         // It does not conclude by itself, and each turn lets the other in.
         let mut turns = 0;
         let mut monitor = std::thread::scope(|scope| {
@@ -213,16 +216,17 @@ mod tests {
                 monitor.raw("job-complete", &json!({"id": "copy"})).unwrap();
             });
             let monitor =
-                follow(&connect, "copy", "pending", patience(), &mut |_, _| turns += 1).unwrap();
+                wait_in_turns(&connect, "copy", "pending", test_deadline(), &mut |_, _| turns += 1)
+                    .unwrap();
             other.join().unwrap();
             monitor
         });
         assert!(turns < 20, "{turns}");
         monitor.raw("job-finalize", &json!({"id": "copy"})).unwrap();
-        wait(&mut monitor, "copy", "concluded", patience()).unwrap();
+        wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap();
         dismiss(&mut monitor, "copy").unwrap();
-        let gone = wait(&mut monitor, "copy", "concluded", patience()).unwrap_err();
-        assert!(matches!(gone, JobError::Vanished { .. }), "{gone}");
+        let gone = wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap_err();
+        assert!(matches!(gone, JobError::NotFound { .. }), "{gone}");
     }
 
     #[test]
@@ -234,11 +238,11 @@ mod tests {
         let late =
             wait(&mut monitor, "disk.one", "concluded", Instant::now() + Duration::from_millis(50))
                 .unwrap_err();
-        assert!(matches!(late, JobError::Late { .. }), "{late}");
+        assert!(matches!(late, JobError::Timeout { .. }), "{late}");
         monitor.execute(&qmp::job_cancel { id: "disk.one".into() }).unwrap();
-        let ended = wait(&mut monitor, "disk.one", "pending", patience()).unwrap_err();
+        let ended = wait(&mut monitor, "disk.one", "pending", test_deadline()).unwrap_err();
         assert!(matches!(ended, JobError::Failed { .. }), "{ended}");
-        let left = end_all(&mut monitor, |id| id.starts_with("disk."), patience()).unwrap();
+        let left = cancel_all(&mut monitor, |id| id.starts_with("disk."), test_deadline()).unwrap();
         assert!(left.is_empty());
         assert!(find(&mut monitor, "other").unwrap().is_some(), "not ours");
         let full = JobError::Failed { id: "x".into(), why: "No space left on device".into() };

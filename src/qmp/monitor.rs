@@ -11,7 +11,7 @@ use qapi::Command;
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
-use super::connection::{CONNECT_LIMIT, Connection};
+use super::connection::{Connection, MONITOR_CONNECT_TIMEOUT};
 use super::error::MonitorError;
 use super::event::Event;
 
@@ -26,7 +26,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Connects to the socket at `path`, at most [`CONNECT_LIMIT`] long. No command will be waited for after
+    /// Connects to the socket at `path`, at most [`MONITOR_CONNECT_TIMEOUT`] long. No command will be waited for after
     /// `deadline`.
     ///
     /// # Errors
@@ -36,7 +36,7 @@ impl Monitor {
             Builder::new_current_thread().enable_io().enable_time().build().map_err(|source| {
                 MonitorError::Host { action: "start a runtime for the monitor", source }
             })?;
-        let greeted_by = deadline.min(Instant::now() + CONNECT_LIMIT);
+        let greeted_by = deadline.min(Instant::now() + MONITOR_CONNECT_TIMEOUT);
         let mut connection = runtime.block_on(Connection::connect(path, greeted_by))?;
         connection.set_deadline(deadline);
         Ok(Self { connection, runtime })

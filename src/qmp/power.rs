@@ -14,13 +14,13 @@ use super::query::{QueryStatus, Status};
 
 /// Time between two presses, doubled after each up to the longest. Those before the guest listens (firmware, early boot,
 /// before systemd-logind) are lost; those after it began to shut down do nothing.
-const PRESS_INTERVAL: Duration = Duration::from_millis(250);
+const FIRST_PRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// The time between two presses in the end.
-pub const LONGEST_PRESS_INTERVAL: Duration = Duration::from_secs(3);
+pub const MAX_PRESS_INTERVAL: Duration = Duration::from_secs(3);
 
 /// What came of the power button.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Button {
+pub enum Powerdown {
     /// The machine is down; QEMU exits or has exited, unless it was told to stay.
     Down,
     /// The machine was still up when the time was over.
@@ -59,9 +59,9 @@ pub async fn reset(connection: &mut Connection) -> Result<(), MonitorError> {
 pub async fn press_button(
     connection: &mut Connection,
     until: Instant,
-) -> Result<Button, MonitorError> {
+) -> Result<Powerdown, MonitorError> {
     match press_until_down(connection, until).await {
-        Err(MonitorError::Closed) => Ok(Button::Down),
+        Err(MonitorError::Closed) => Ok(Powerdown::Down),
         other => other,
     }
 }
@@ -69,21 +69,21 @@ pub async fn press_button(
 async fn press_until_down(
     connection: &mut Connection,
     until: Instant,
-) -> Result<Button, MonitorError> {
+) -> Result<Powerdown, MonitorError> {
     if !status(connection).await?.running {
-        return Ok(Button::NoAnswer);
+        return Ok(Powerdown::NoAnswer);
     }
-    let mut interval = PRESS_INTERVAL;
+    let mut interval = FIRST_PRESS_INTERVAL;
     loop {
         connection.execute(&qmp::system_powerdown {}).await?;
         let next = until.min(Instant::now() + interval);
-        interval = LONGEST_PRESS_INTERVAL.min(interval * 2);
+        interval = MAX_PRESS_INTERVAL.min(interval * 2);
         let shutdown = |event: &super::Event| matches!(event.kind(), EventKind::Shutdown { .. });
         if connection.wait_event(shutdown, next).await?.is_some() {
-            return Ok(Button::Down);
+            return Ok(Powerdown::Down);
         }
         if Instant::now() >= until {
-            return Ok(Button::NoAnswer);
+            return Ok(Powerdown::NoAnswer);
         }
     }
 }
@@ -102,7 +102,7 @@ pub async fn quit(connection: &mut Connection) -> Result<(), MonitorError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qmp::testing::{Guest, Image, patience};
+    use crate::qmp::testing::{Guest, Image, test_deadline};
 
     #[test]
     fn the_button_reaches_a_guest_that_was_not_there_at_the_first_press() {
@@ -110,7 +110,10 @@ mod tests {
         let mut monitor = guest.monitor();
         assert!(monitor.run(async |c| status(c).await).unwrap().is_prelaunch());
         monitor.run(async |c| cont(c).await).unwrap();
-        assert_eq!(monitor.run(async |c| press_button(c, patience()).await).unwrap(), Button::Down);
+        assert_eq!(
+            monitor.run(async |c| press_button(c, test_deadline()).await).unwrap(),
+            Powerdown::Down
+        );
         assert_eq!(guest.wait(), Some(0));
     }
 
@@ -119,7 +122,10 @@ mod tests {
         let mut guest = Guest::booted(Image::Mute, 0);
         let mut monitor = guest.monitor();
         let soon = Instant::now() + Duration::from_millis(300);
-        assert_eq!(monitor.run(async |c| press_button(c, soon).await).unwrap(), Button::NoAnswer);
+        assert_eq!(
+            monitor.run(async |c| press_button(c, soon).await).unwrap(),
+            Powerdown::NoAnswer
+        );
         assert!(monitor.run(async |c| status(c).await).unwrap().running);
         monitor.run(async |c| reset(c).await).unwrap();
         guest.wait_for("BOOTSECTOR-OK");
@@ -133,6 +139,9 @@ mod tests {
         let mut monitor = guest.monitor();
         guest.type_byte(b'q');
         assert_eq!(guest.wait(), Some(0));
-        assert_eq!(monitor.run(async |c| press_button(c, patience()).await).unwrap(), Button::Down);
+        assert_eq!(
+            monitor.run(async |c| press_button(c, test_deadline()).await).unwrap(),
+            Powerdown::Down
+        );
     }
 }

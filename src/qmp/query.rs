@@ -5,13 +5,13 @@
 use qapi::Command;
 use serde::{Deserialize, Serialize};
 
-macro_rules! question {
-    ($($(#[$doc:meta])* $question:ident = $name:literal -> $answer:ty;)*) => {$(
+macro_rules! query {
+    ($($(#[$doc:meta])* $query:ident = $name:literal -> $answer:ty;)*) => {$(
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, Serialize)]
-        pub struct $question {}
+        pub struct $query {}
 
-        impl Command for $question {
+        impl Command for $query {
             type Ok = $answer;
             const NAME: &'static str = $name;
             const ALLOW_OOB: bool = false;
@@ -19,7 +19,7 @@ macro_rules! question {
     )*};
 }
 
-question! {
+query! {
     /// Does the machine run?
     QueryStatus = "query-status" -> Status;
     /// Which jobs are there?

@@ -19,18 +19,18 @@ const LONGEST_TEXT: usize = 400;
 pub(super) enum Message {
     Greeting,
     Event(Event),
-    Reply { id: u64, result: Result<Box<RawValue>, Refusal> },
+    Reply { id: u64, result: Result<Box<RawValue>, ErrorReply> },
 }
 
 /// QEMU's error reply.
 #[derive(Debug, Deserialize)]
-pub(super) struct Refusal {
+pub(super) struct ErrorReply {
     class: String,
     desc: String,
 }
 
-impl Refusal {
-    pub(super) fn of(self, command: &str) -> MonitorError {
+impl ErrorReply {
+    pub(super) fn into_error(self, command: &str) -> MonitorError {
         MonitorError::Refused {
             command: command.to_owned(),
             class: printable(&self.class),
@@ -51,7 +51,7 @@ struct Line {
     // `Option` would read the answer `null` as no answer.
     #[serde(default, rename = "return", deserialize_with = "present")]
     answer: Option<Box<RawValue>>,
-    error: Option<Refusal>,
+    error: Option<ErrorReply>,
     id: Option<u64>,
 }
 
@@ -78,11 +78,11 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
         Line { answer: Some(answer), id: Some(id), .. } => {
             Ok(Message::Reply { id, result: Ok(answer) })
         }
-        Line { error: Some(refusal), id: Some(id), .. } => {
-            Ok(Message::Reply { id, result: Err(refusal) })
+        Line { error: Some(reply), id: Some(id), .. } => {
+            Ok(Message::Reply { id, result: Err(reply) })
         }
         // QEMU could not read what we sent well enough to find the id in it.
-        Line { error: Some(refusal), .. } => Err(MonitorError::Protocol(printable(&refusal.desc))),
+        Line { error: Some(reply), .. } => Err(MonitorError::Protocol(printable(&reply.desc))),
         _ => Err(MonitorError::Protocol("a message is neither event nor reply".into())),
     }
 }

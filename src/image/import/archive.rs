@@ -9,17 +9,17 @@ use std::time::Instant;
 
 use tar::{Archive, EntryType, Header, PaxExtensions};
 
-use super::Failure;
-use super::refusal::{Refusal, printable};
+use super::ImportError;
+use super::invalid_image::{InvalidImage, printable};
 use crate::units::Bytes;
 
 /// Names a member must have at the archive's top to be the image: openstack and aws stemcells, google stemcells.
-const IMAGES: [&str; 2] = ["root.img", "disk.raw"];
+const IMAGE_NAMES: [&str; 2] = ["root.img", "disk.raw"];
 /// Bytes that long names, extended headers and the hole map of one member may take. The map of a badly fragmented
 /// 5 GiB image is under 1 MiB.
-const DESCRIPTION_LIMIT: u64 = 4 << 20;
+const HEADER_LIMIT: u64 = 4 << 20;
 /// Names of members told in an error.
-const NAMES_TOLD: usize = 5;
+const NAMES_SHOWN: usize = 5;
 
 /// Whether `block`, the first of a file, is the header of an archive's first member: its checksum says so.
 pub(super) fn is_archive(block: &[u8]) -> bool {
@@ -27,22 +27,22 @@ pub(super) fn is_archive(block: &[u8]) -> bool {
     // The checksum is made with spaces in its own place, bytes 148 to 155.
     let byte = |at: usize| if (148..156).contains(&at) { b' ' } else { block[at] };
     let sum: u32 = (0..block.len()).map(|at| u32::from(byte(at))).sum();
-    Header::from_byte_slice(block).cksum().is_ok_and(|told| told == sum)
+    Header::from_byte_slice(block).cksum().is_ok_and(|stored| stored == sum)
 }
 
 /// Reads the archive in `stream` to its end and gives its image and that file's size to `accept`, once.
 pub(super) fn read<T>(
     stream: impl Read,
     deadline: Instant,
-    mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, Failure>,
-) -> Result<T, Failure> {
+    mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, ImportError>,
+) -> Result<T, ImportError> {
     let limit = Limit::default();
     let mut archive = Archive::new(Bounded { stream, limit: &limit });
     let mut image = None;
     let mut others = Vec::new();
     let mut entries = archive.entries()?;
     loop {
-        limit.left.set(Some(DESCRIPTION_LIMIT));
+        limit.left.set(Some(HEADER_LIMIT));
         let Some(entry) = entries.next() else { break };
         let mut entry = entry.map_err(|error| limit.explain(error))?;
         limit.left.set(None);
@@ -51,23 +51,23 @@ pub(super) fn read<T>(
         entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
         let size = Bytes(entry.size());
         let mut member = Member { left: size.get(), content: entry, deadline };
-        if top.is_some_and(|name| is_file(kind) && IMAGES.contains(&name)) {
+        if top.is_some_and(|name| is_file(kind) && IMAGE_NAMES.contains(&name)) {
             if image.is_some() {
-                return Err(Refusal::TwoImages(printable(&path)).into());
+                return Err(InvalidImage::TwoImages(printable(&path)).into());
             }
             image = Some(accept(&mut member, size).map_err(|failure| failure.in_member(&path))?);
-        } else if others.len() <= NAMES_TOLD {
+        } else if others.len() <= NAMES_SHOWN {
             others.push(printable(&path));
         }
         // To the end even of what is not wanted: a cut shows here, and the limit is for the next headers alone.
         io::copy(&mut member, &mut io::sink())
-            .map_err(|error| Failure::from(error).in_member(&path))?;
+            .map_err(|error| ImportError::from(error).in_member(&path))?;
     }
     if limit.ended.get() {
-        return Err(Refusal::Truncated("the tar archive").into());
+        return Err(InvalidImage::Truncated("the tar archive").into());
     }
     expect_padding(archive.into_inner().stream)?;
-    image.ok_or_else(|| Refusal::NoImage(told(others)).into())
+    image.ok_or_else(|| InvalidImage::NoImage(list_names(others)).into())
 }
 
 fn is_file(kind: EntryType) -> bool {
@@ -75,11 +75,11 @@ fn is_file(kind: EntryType) -> bool {
 }
 
 /// Checks path and kind of a member and returns its name if it lies at the top.
-fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
+fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, InvalidImage> {
     let mut parts =
         Path::new(OsStr::from_bytes(path)).components().filter(|part| *part != Component::CurDir);
     if parts.clone().any(|part| !matches!(part, Component::Normal(_))) {
-        return Err(Refusal::MemberPath(printable(path)));
+        return Err(InvalidImage::MemberPath(printable(path)));
     }
     let kind = match kind {
         EntryType::Directory | EntryType::XGlobalHeader => None,
@@ -91,18 +91,18 @@ fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
         _ => Some("thing of unknown type"),
     };
     match (kind, parts.next(), parts.next()) {
-        (Some(kind), ..) => Err(Refusal::MemberKind { name: printable(path), kind }),
+        (Some(kind), ..) => Err(InvalidImage::MemberKind { name: printable(path), kind }),
         (None, Some(Component::Normal(name)), None) => Ok(name.to_str()),
         _ => Ok(None),
     }
 }
 
 /// The tar crate would hand out the hole map of such a member as the beginning of its data.
-fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), Failure> {
+fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), ImportError> {
     if extensions.any(|extension| {
         extension.is_ok_and(|extension| extension.key_bytes().starts_with(b"GNU.sparse"))
     }) {
-        return Err(Refusal::Archive(
+        return Err(InvalidImage::Archive(
             "it has holes in POSIX format; pack it with tar --format=gnu".into(),
         )
         .into());
@@ -110,24 +110,24 @@ fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), Failure>
     Ok(())
 }
 
-fn told(mut names: Vec<String>) -> String {
+fn list_names(mut names: Vec<String>) -> String {
     if names.is_empty() {
         return "no file at all".into();
     }
-    if names.len() > NAMES_TOLD {
-        names[NAMES_TOLD] = "…".into();
+    if names.len() > NAMES_SHOWN {
+        names[NAMES_SHOWN] = "…".into();
     }
     names.join(", ")
 }
 
 /// Behind the end of an archive there may be blocks of zeros, as many as a tape record wants.
-fn expect_padding(mut stream: impl Read) -> Result<(), Failure> {
+fn expect_padding(mut stream: impl Read) -> Result<(), ImportError> {
     let mut buffer = [0; 8192];
     loop {
         match stream.read(&mut buffer)? {
             0 => return Ok(()),
             count if buffer[..count].iter().any(|byte| *byte != 0) => {
-                return Err(Refusal::Trailing.into());
+                return Err(InvalidImage::Trailing.into());
             }
             _ => {}
         }
@@ -144,8 +144,12 @@ struct Limit {
 
 impl Limit {
     /// The tar crate has no kind for an archive that ends early.
-    fn explain(&self, error: io::Error) -> Failure {
-        if self.ended.get() { Refusal::Truncated("the tar archive").into() } else { error.into() }
+    fn explain(&self, error: io::Error) -> ImportError {
+        if self.ended.get() {
+            InvalidImage::Truncated("the tar archive").into()
+        } else {
+            error.into()
+        }
     }
 }
 

@@ -14,8 +14,8 @@
 //! is refused leaves nothing behind but, after SIGKILL, the `.import-…` file beside the target.
 
 mod archive;
+mod invalid_image;
 pub(super) mod probe;
-mod refusal;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -30,9 +30,9 @@ use std::time::Instant;
 
 use tempfile::NamedTempFile;
 
-pub use self::refusal::Refusal;
-use self::refusal::printable;
-pub use self::source::{ImageFile, ImageSource, answered};
+pub use self::invalid_image::InvalidImage;
+use self::invalid_image::printable;
+pub use self::source::{ImageFile, ImageSource, read_by_deadline};
 use crate::crash;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -78,7 +78,7 @@ impl Import<'_> {
     /// Does it. The target is there, durable and complete, with mode 0444, or not at all.
     ///
     /// # Errors
-    /// - [`ErrorKind::BadRequest`] with a [`Refusal`] as source: the image is not one to take.
+    /// - [`ErrorKind::BadRequest`] with a [`InvalidImage`] as source: the image is not one to take.
     /// - [`ErrorKind::NoDiskSpace`], with what it may need where that is known.
     /// - [`ErrorKind::Timeout`] at the deadline.
     /// - [`ErrorKind::Conflict`]: the target exists. A base is never overwritten, VMs may run on it.
@@ -94,14 +94,14 @@ impl Import<'_> {
             .at("write to", directory)?;
         let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
         let done = match self.read(&output, progress) {
-            Err(Failure::NotStreamable(why)) => {
+            Err(ImportError::NotStreamable(why)) => {
                 tracing::info!("qemu-img converts '{}': {why}", self.source.name());
                 self.convert(&new, output, progress)
             }
             done => done.map_err(|failure| self.error(failure, &output)),
         };
         let (size, digest) = done?;
-        self.source.vouch(&digest)?;
+        self.source.verify_digest(&digest)?;
         let virtual_size = Bytes(size.get().next_multiple_of(512));
         self.publish(new, virtual_size)?;
         Ok(Imported { format: Format::Raw, virtual_size, digest })
@@ -112,44 +112,44 @@ impl Import<'_> {
         &self,
         output: &Output<'_>,
         progress: Progress<'_>,
-    ) -> Result<(Bytes, Digest), Failure> {
+    ) -> Result<(Bytes, Digest), ImportError> {
         stream::read(self.source, self.deadline, progress, |stream| {
             let block = read_up_to(stream, 512)?;
             let is_archive = archive::is_archive(&block);
             let mut content = Cursor::new(block).chain(stream);
             if is_archive {
                 return archive::read(content, self.deadline, |member, size| {
-                    self.take(member, Some(size), output)
+                    self.import_image(member, Some(size), output)
                 });
             }
-            let size = self.take(&mut content, None, output)?;
+            let size = self.import_image(&mut content, None, output)?;
             io::copy(&mut content, &mut io::sink())?;
             Ok(size)
         })
     }
 
     /// Takes the image that `content` is, a file of `size` bytes if that is known.
-    fn take(
+    fn import_image(
         &self,
         content: &mut dyn Read,
         size: Option<Bytes>,
         output: &Output<'_>,
-    ) -> Result<Bytes, Failure> {
+    ) -> Result<Bytes, ImportError> {
         let head = read_up_to(content, Header::PREFIX as u64)?;
         if head.is_empty() {
-            return Err(Refusal::NoSize.into());
+            return Err(InvalidImage::NoSize.into());
         }
-        let format = probe::format(&head, self.declared)?;
+        let format = probe::detect_format(&head, self.declared)?;
         let mut whole = Cursor::new(&head).chain(content);
         if format == Format::Raw {
             if size.is_some_and(|size| size > MiB::MAX.bytes()) {
-                return Err(Refusal::TooLarge.into());
+                return Err(InvalidImage::TooLarge.into());
             }
             output.size.set(size);
             return self.copy_raw(&mut whole, output);
         }
-        let header = probe::qcow2(&head)?;
-        size.map_or(Ok(()), |size| header.check_places(size.get()))?;
+        let header = probe::check_qcow2_header(&head)?;
+        size.map_or(Ok(()), |size| header.check_offsets(size.get()))?;
         output.size.set(Some(header.virtual_size));
         match output.spool {
             None => decode(&header, whole, output.raw, self.deadline)
@@ -159,25 +159,25 @@ impl Import<'_> {
         Ok(header.virtual_size)
     }
 
-    fn copy_raw(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, Failure> {
+    fn copy_raw(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, ImportError> {
         let mut size = 0;
-        let mut buffer = Vec::with_capacity(COPIED_AT_ONCE);
+        let mut buffer = Vec::with_capacity(BUFFER_SIZE);
         loop {
             buffer.clear();
-            content.take(COPIED_AT_ONCE as u64).read_to_end(&mut buffer)?;
+            content.take(BUFFER_SIZE as u64).read_to_end(&mut buffer)?;
             if buffer.is_empty() {
                 return Ok(Bytes(size));
             }
             if size + buffer.len() as u64 > MiB::MAX.bytes().get() {
-                return Err(Refusal::TooLarge.into());
+                return Err(InvalidImage::TooLarge.into());
             }
             raw::write_sparse(output.raw, size, &buffer).at("write", self.target)?;
             size += buffer.len() as u64;
         }
     }
 
-    fn spool(&self, content: &mut dyn Read, mut spool: &File) -> Result<(), Failure> {
-        let mut buffer = vec![0; COPIED_AT_ONCE];
+    fn spool(&self, content: &mut dyn Read, mut spool: &File) -> Result<(), ImportError> {
+        let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             let count = content.read(&mut buffer)?;
             if count == 0 {
@@ -212,12 +212,14 @@ impl Import<'_> {
         // `convert` would read zeros where a cluster lies beyond the end of a file that was cut off.
         let found = self.qemu_img.check_file(handle()?, self.deadline)?;
         if found.corruptions > 0 {
-            let refusal =
-                Refusal::Damaged(format!("qemu-img check finds {} corruptions", found.corruptions));
-            return Err(self.error(refusal.into(), &output));
+            let reason = InvalidImage::Damaged(format!(
+                "qemu-img check finds {} corruptions",
+                found.corruptions
+            ));
+            return Err(self.error(reason.into(), &output));
         }
         let converted = self.qemu_img.convert_file(handle()?, &convert, self.deadline);
-        converted.map_err(|error| self.error(Failure::Failed(error), &output))?;
+        converted.map_err(|error| self.error(ImportError::Failed(error), &output))?;
         Ok((size, digest))
     }
 
@@ -246,10 +248,10 @@ impl Import<'_> {
         )
     }
 
-    fn decode_failure(&self, error: DecodeError) -> Failure {
+    fn decode_failure(&self, error: DecodeError) -> ImportError {
         match error {
-            DecodeError::NotStreamable(why) => Failure::NotStreamable(why),
-            DecodeError::Damaged { .. } => Refusal::Damaged(error.to_string()).into(),
+            DecodeError::NotStreamable(why) => ImportError::NotStreamable(why),
+            DecodeError::Damaged { .. } => InvalidImage::Damaged(error.to_string()).into(),
             DecodeError::Deadline => io::Error::from(io::ErrorKind::TimedOut).into(),
             DecodeError::Read(error) => error.into(),
             DecodeError::Write(error) => Error::io("write", self.target, error).into(),
@@ -257,27 +259,27 @@ impl Import<'_> {
     }
 
     /// As the caller sees it.
-    fn error(&self, failure: Failure, output: &Output<'_>) -> Error {
+    fn error(&self, failure: ImportError, output: &Output<'_>) -> Error {
         let source = self.source.name();
         match failure {
-            Failure::Refused(refusal) => {
-                let hint = refusal.hint();
+            ImportError::Invalid(reason) => {
+                let hint = reason.hint();
                 Error::new(ErrorKind::BadRequest, format!("the image '{source}' is refused"))
-                    .because(refusal)
+                    .because(reason)
                     .hint(hint)
             }
-            Failure::NotStreamable(why) => {
+            ImportError::NotStreamable(why) => {
                 Error::new(ErrorKind::Internal, format!("'{source}' is read twice: {why}"))
             }
-            Failure::TimedOut => {
+            ImportError::TimedOut => {
                 let message = format!("import of '{source}' was given up at its deadline");
                 Error::new(ErrorKind::Timeout, message)
                     .hint("give create_stemcell more seconds in 'deadlines'")
             }
-            Failure::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
+            ImportError::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
                 error.during(format!("import '{source}'")).hint(self.space_hint(output))
             }
-            Failure::Failed(error) => error.during(format!("import '{source}'")),
+            ImportError::Failed(error) => error.during(format!("import '{source}'")),
         }
     }
 
@@ -304,7 +306,7 @@ impl Import<'_> {
 }
 
 /// Read and written at once where bytes are only copied. A multiple of every block size, so holes stay aligned.
-const COPIED_AT_ONCE: usize = 256 * 1024;
+const BUFFER_SIZE: usize = 256 * 1024;
 
 /// Where the image goes.
 #[derive(Clone)]
@@ -319,9 +321,9 @@ struct Output<'a> {
 
 /// How an attempt to import ends when it does not succeed.
 #[derive(Debug)]
-pub enum Failure {
+pub enum ImportError {
     /// The image is not one to take.
-    Refused(Refusal),
+    Invalid(InvalidImage),
     /// One pass can not do it.
     NotStreamable(&'static str),
     /// The deadline passed.
@@ -330,42 +332,43 @@ pub enum Failure {
     Failed(Error),
 }
 
-impl Failure {
+impl ImportError {
     fn in_member(self, name: &[u8]) -> Self {
         match self {
-            Self::Refused(refusal) => {
-                Self::Refused(Refusal::Member { name: printable(name), problem: Box::new(refusal) })
-            }
+            Self::Invalid(reason) => Self::Invalid(InvalidImage::Member {
+                name: printable(name),
+                problem: Box::new(reason),
+            }),
             other => other,
         }
     }
 }
 
-impl From<Refusal> for Failure {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
+impl From<InvalidImage> for ImportError {
+    fn from(reason: InvalidImage) -> Self {
+        Self::Invalid(reason)
     }
 }
 
-impl From<HeaderError> for Failure {
+impl From<HeaderError> for ImportError {
     fn from(error: HeaderError) -> Self {
-        Self::Refused(error.into())
+        Self::Invalid(error.into())
     }
 }
 
-impl From<Error> for Failure {
+impl From<Error> for ImportError {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
 /// Errors of the stream and of the tar crate that reads it; the source's own are told by `stream::read`.
-impl From<io::Error> for Failure {
+impl From<io::Error> for ImportError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::TimedOut => Self::TimedOut,
-            io::ErrorKind::UnexpectedEof => Refusal::Truncated("it").into(),
-            _ => Refusal::Archive(error.to_string()).into(),
+            io::ErrorKind::UnexpectedEof => InvalidImage::Truncated("it").into(),
+            _ => InvalidImage::Archive(error.to_string()).into(),
         }
     }
 }

@@ -6,8 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::Failure;
-use super::refusal::Refusal;
+use super::ImportError;
+use super::invalid_image::InvalidImage;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::patience::within;
@@ -25,25 +25,25 @@ pub trait ImageSource: Send + Sync {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] when nobody says so by `deadline`.
-    fn takes(&self, deadline: Instant) -> Result<Bytes>;
+    fn allocated_size(&self, deadline: Instant) -> Result<Bytes>;
 
     /// Its SHA-256, without importing it.
     ///
     /// # Errors
-    /// As [`ImageSource::takes`], and what reading can bring.
+    /// As [`ImageSource::allocated_size`], and what reading can bring.
     fn digest(&self, deadline: Instant) -> Result<Digest>;
 
     /// Its bytes from the first on. An image that can not be decoded as it streams by is read twice.
     ///
     /// # Errors
-    /// A refusal of what is no image, and what opening can bring.
-    fn open(&self) -> Result<Box<dyn Read + Send>, Failure>;
+    /// A reason of what is no image, and what opening can bring.
+    fn open(&self) -> Result<Box<dyn Read + Send>, ImportError>;
 
     /// Hears what was read, all of it, before anything is made of it.
     ///
     /// # Errors
     /// If that is not what the source has.
-    fn vouch(&self, _read: &Digest) -> Result<()> {
+    fn verify_digest(&self, _read: &Digest) -> Result<()> {
         Ok(())
     }
 }
@@ -68,9 +68,9 @@ impl ImageSource for ImageFile {
         self.0.metadata().ok().filter(std::fs::Metadata::is_file).map(|meta| Bytes(meta.len()))
     }
 
-    fn takes(&self, deadline: Instant) -> Result<Bytes> {
+    fn allocated_size(&self, deadline: Instant) -> Result<Bytes> {
         let path = self.0.clone();
-        answered(&self.0, deadline, move || {
+        read_by_deadline(&self.0, deadline, move || {
             // Attributes may be cached; this asks the server the file is on.
             let _ = rustix::fs::statvfs(&path);
             Bytes(path.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512)))
@@ -79,17 +79,17 @@ impl ImageSource for ImageFile {
 
     fn digest(&self, deadline: Instant) -> Result<Digest> {
         let path = self.0.clone();
-        answered(&self.0, deadline, move || Digest::of_file(&path))?
+        read_by_deadline(&self.0, deadline, move || Digest::of_file(&path))?
     }
 
-    fn open(&self) -> Result<Box<dyn Read + Send>, Failure> {
+    fn open(&self) -> Result<Box<dyn Read + Send>, ImportError> {
         // Looked at before it is opened: opening a pipe would wait for its writer.
         let meta = self.0.metadata().at("read", &self.0)?;
         if !meta.is_file() {
-            return Err(Refusal::NoFile.into());
+            return Err(InvalidImage::NoFile.into());
         }
         if meta.len() == 0 {
-            return Err(Refusal::Empty.into());
+            return Err(InvalidImage::Empty.into());
         }
         Ok(Box::new(File::open(&self.0).at("read", &self.0)?))
     }
@@ -99,7 +99,7 @@ impl ImageSource for ImageFile {
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] when it has not by `deadline`.
-pub fn answered<T: Send + 'static>(
+pub fn read_by_deadline<T: Send + 'static>(
     path: &Path,
     deadline: Instant,
     look: impl FnOnce() -> T + Send + 'static,

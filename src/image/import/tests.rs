@@ -1,6 +1,6 @@
 //! Import of what stemcells are, of what they must not be, and of damage. `qemu-img` makes the images and judges.
 
-mod refused;
+mod invalid;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -93,13 +93,13 @@ impl World {
     }
 
     /// Imports `content`, which must be refused for the reason returned.
-    fn refusal(&self, content: &[u8], declared: Option<Format>) -> Refusal {
+    fn reason(&self, content: &[u8], declared: Option<Format>) -> InvalidImage {
         let error = self.import_as(content, declared).unwrap_err();
         self.expect_nothing_left();
         assert_eq!(error.kind(), ErrorKind::BadRequest, "{}", error.report());
         assert!(error.report().contains("Hint: "), "{}", error.report());
         let source = std::error::Error::source(&error).unwrap();
-        source.downcast_ref::<Refusal>().unwrap().clone()
+        source.downcast_ref::<InvalidImage>().unwrap().clone()
     }
 
     fn expect_nothing_left(&self) {
@@ -177,7 +177,7 @@ fn archives_that_tar_itself_writes() {
     let posix = ["--format=posix", "-S", "-czf"].map(Into::into);
     let paths = [world.path("tgz").into(), "-C".into(), world.dir.path().into(), "disk.raw".into()];
     run("tar", posix.into_iter().chain(paths));
-    let refused = world.refusal(&std::fs::read(world.path("tgz")).unwrap(), None);
+    let refused = world.reason(&std::fs::read(world.path("tgz")).unwrap(), None);
     assert!(refused.to_string().contains("--format=gnu"), "{refused}");
 }
 
@@ -293,9 +293,12 @@ fn progress_ends_at_the_size_of_the_file() {
     let world = World::new();
     let content = stemcell(&world.disk());
     std::fs::write(world.path("image"), &content).unwrap();
-    let mut told = Vec::new();
-    world.job(&QemuImg::new("qemu-img"), None).run(&mut |bytes| told.push(bytes)).unwrap();
-    assert!(told.is_sorted() && told.last() == Some(&Bytes(content.len() as u64)), "{told:?}");
+    let mut reported = Vec::new();
+    world.job(&QemuImg::new("qemu-img"), None).run(&mut |bytes| reported.push(bytes)).unwrap();
+    assert!(
+        reported.is_sorted() && reported.last() == Some(&Bytes(content.len() as u64)),
+        "{reported:?}"
+    );
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{EXTENSION_BACKING_FORMAT, EXTENSION_END, MAGIC};
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Format, Fresh, create_new, keep, raw};
+use crate::image::{Format, UnsyncedFile, create_new, keep, raw};
 use crate::units::Bytes;
 
 const CLUSTER_BITS: u32 = 16;
@@ -37,7 +37,7 @@ pub struct Backing<'a> {
 ///
 /// # Errors
 /// When `path` exists or can not be written, or `size` or the backing file's name is not one an image can have.
-pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<Fresh> {
+pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<UnsyncedFile> {
     raw::check_size(path, size)?;
     if backing.is_some_and(|backing| {
         backing.file_name.is_empty() || backing.file_name.len() > MAX_BACKING_NAME

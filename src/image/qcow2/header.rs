@@ -26,7 +26,7 @@ const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
 /// What the header of a qcow2 file says. Every number has been checked against the specification and QEMU's limits;
-/// places in the file are not yet known to lie inside it: see [`Header::check_places`].
+/// places in the file are not yet known to lie inside it: see [`Header::check_offsets`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     /// 2 (QEMU's `compat=0.10`) or 3.
@@ -141,7 +141,7 @@ impl Header {
         let mut prefix = Vec::new();
         file.take(Self::PREFIX as u64).read_to_end(&mut prefix).at("read", path)?;
         let sound =
-            Self::parse(&prefix).and_then(|header| header.check_places(length).map(|()| header));
+            Self::parse(&prefix).and_then(|header| header.check_offsets(length).map(|()| header));
         sound.map_err(|error| {
             Error::new(ErrorKind::Corrupt, format!("'{}' is no sound qcow2 image", path.display()))
                 .because(error)
@@ -220,7 +220,7 @@ impl Header {
     }
 
     /// Checks that the tables the header names lie within a file of `length` bytes.
-    pub fn check_places(&self, length: u64) -> Result<(), HeaderError> {
+    pub fn check_offsets(&self, length: u64) -> Result<(), HeaderError> {
         let l1 = (self.l1_offset, u64::from(self.l1_entries) * 8, "L1 table");
         let counts = u64::from(self.refcount_table_clusters) << self.cluster_bits;
         for (offset, size, what) in [l1, (self.refcount_table_offset, counts, "refcount table")] {

@@ -25,7 +25,7 @@ impl Inventory {
     ///
     /// # Errors
     /// As [`Monitor::execute`].
-    pub fn take(monitor: &mut Monitor) -> Result<Self, MonitorError> {
+    pub fn query(monitor: &mut Monitor) -> Result<Self, MonitorError> {
         let devices = devices(monitor)?.collect();
         let nodes = monitor.execute(&QueryNamedBlockNodes { flat: true })?;
         Ok(Self { devices, nodes: nodes.into_iter().map(|node| node.name).collect() })

@@ -43,8 +43,8 @@
 //!
 //! Two callers at once on one machine are excluded by the lock of the VM, above this layer.
 
+mod backend;
 mod inventory;
-mod sweep;
 #[cfg(test)]
 mod tests;
 
@@ -64,7 +64,7 @@ use super::wire::printable;
 use crate::error::{Error, ErrorKind};
 
 /// Time between two requests to the guest to release a device.
-const RESEND: Duration = Duration::from_secs(1);
+const UNPLUG_RESEND_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The names of one disk in QEMU: whoever knows them can find and remove all of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +74,7 @@ pub struct HotDisk {
     /// The node the device uses. Its name also names the fd set.
     pub node: String,
     /// Nodes below, from top to bottom. They are the disk's alone.
-    pub below: Vec<String>,
+    pub lower_nodes: Vec<String>,
 }
 
 impl HotDisk {
@@ -94,12 +94,12 @@ impl HotDisk {
 
     /// All nodes, from top to bottom.
     fn nodes(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(&self.node).chain(&self.below).map(String::as_str)
+        std::iter::once(&self.node).chain(&self.lower_nodes).map(String::as_str)
     }
 }
 
 /// What [`attach`] needs to make a disk.
-pub struct Attach<'a> {
+pub struct AttachRequest<'a> {
     /// Its names; what the JSON below says must agree.
     pub disk: &'a HotDisk,
     /// The image, opened in the access mode that QEMU will want (`O_DIRECT` too, for `cache.direct`). QEMU gets a
@@ -196,15 +196,15 @@ impl From<HotplugError> for Error {
 /// See [`HotplugError`].
 pub fn attach(
     monitor: &mut Monitor,
-    wanted: &Attach<'_>,
+    wanted: &AttachRequest<'_>,
     until: Instant,
 ) -> Result<Attached, HotplugError> {
-    let found = Inventory::take(monitor)?;
-    if found.has_device(&wanted.disk.device) {
+    let inventory = Inventory::query(monitor)?;
+    if inventory.has_device(&wanted.disk.device) {
         return Ok(Attached::Already);
     }
-    sweep::sweep(monitor, wanted.disk, &found, until)?;
-    let ports = found.ports(wanted.port_prefix);
+    backend::remove(monitor, wanted.disk, &inventory, until)?;
+    let ports = inventory.ports(wanted.port_prefix);
     let mut untried = ports.iter().copied();
     let port =
         next_free(monitor, &mut untried)?.ok_or(HotplugError::NoFreeSlot { slots: ports.len() })?;
@@ -215,12 +215,12 @@ pub fn attach(
     match plugged {
         Ok(port) => Ok(Attached::New { port: port.to_owned() }),
         Err(error) => {
-            // What can not be swept now (QEMU is gone, the connection is spent) the next attach or detach sweeps.
-            let left = Inventory::take(monitor).map_err(HotplugError::from);
-            if let Err(left) =
-                left.and_then(|left| sweep::sweep(monitor, wanted.disk, &left, until))
+            // What can not be swept now (QEMU is gone, the connection is poisoned) the next attach or detach sweeps.
+            let remains = Inventory::query(monitor).map_err(HotplugError::from);
+            if let Err(cleanup) =
+                remains.and_then(|remains| backend::remove(monitor, wanted.disk, &remains, until))
             {
-                tracing::warn!(device = wanted.disk.device, error = %left, "a failed attach left something in qemu");
+                tracing::warn!(device = wanted.disk.device, error = %cleanup, "a failed attach left something in qemu");
             }
             Err(error)
         }
@@ -228,7 +228,7 @@ pub fn attach(
 }
 
 /// Makes the fd set and the nodes.
-fn open(monitor: &mut Monitor, wanted: &Attach<'_>) -> Result<(), MonitorError> {
+fn open(monitor: &mut Monitor, wanted: &AttachRequest<'_>) -> Result<(), MonitorError> {
     let set = monitor.add_fd(wanted.file, &wanted.disk.opaque())?;
     for blockdev in (wanted.blockdevs)(set) {
         monitor.raw("blockdev-add", &blockdev)?;
@@ -240,7 +240,7 @@ fn open(monitor: &mut Monitor, wanted: &Attach<'_>) -> Result<(), MonitorError> 
 /// port, `None` when there is none left.
 fn plug<'p>(
     monitor: &mut Monitor,
-    wanted: &Attach<'_>,
+    wanted: &AttachRequest<'_>,
     port: &'p str,
     untried: &mut impl Iterator<Item = &'p str>,
 ) -> Result<Option<&'p str>, MonitorError> {
@@ -280,23 +280,27 @@ fn next_free<'p>(
 /// # Errors
 /// See [`HotplugError`].
 pub fn detach(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    let found = Inventory::take(monitor)?;
-    if found.has_device(&disk.device) {
+    let inventory = Inventory::query(monitor)?;
+    if inventory.has_device(&disk.device) {
         if monitor.execute(&QueryStatus {})?.is_prelaunch() {
             return Err(HotplugError::NotStarted { device: disk.device.clone() });
         }
         unplug(monitor, &disk.device, until)?;
     }
-    sweep::sweep(monitor, disk, &found, until)
+    backend::remove(monitor, disk, &inventory, until)
 }
 
 /// Removes what QEMU has of an image that is no device's: its jobs, its nodes, its descriptors.
 ///
 /// # Errors
 /// See [`HotplugError`].
-pub fn close(monitor: &mut Monitor, image: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    let found = Inventory::take(monitor)?;
-    sweep::sweep(monitor, image, &found, until)
+pub fn remove_backend(
+    monitor: &mut Monitor,
+    image: &HotDisk,
+    until: Instant,
+) -> Result<(), HotplugError> {
+    let inventory = Inventory::query(monitor)?;
+    backend::remove(monitor, image, &inventory, until)
 }
 
 /// Asks the guest to release `device` until it did.
@@ -315,7 +319,7 @@ fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), Hot
             // The disk's child is deleted first, in an event without `device`.
             matches!(event.kind(), EventKind::DeviceDeleted { device: Some(gone), .. } if gone == device)
         };
-        monitor.wait_event(deleted, until.min(Instant::now() + RESEND))?;
+        monitor.wait_event(deleted, until.min(Instant::now() + UNPLUG_RESEND_INTERVAL))?;
         // The event may be of an earlier device of this name, and one for another client is not seen here.
         if !inventory::has_device(monitor, device)? {
             return Ok(());

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::*;
 use crate::qmp::power;
 use crate::qmp::query::QueryJobs;
-use crate::qmp::testing::{Cut, Guest, Image, patience};
+use crate::qmp::testing::{ClosingProxy, Guest, Image, test_deadline};
 
 /// A disk image and the names it gets in QEMU.
 struct Disk {
@@ -30,7 +30,7 @@ impl Disk {
         let names = HotDisk {
             device: format!("disk-{name}"),
             node: format!("node-{name}"),
-            below: vec![format!("file-{name}")],
+            lower_nodes: vec![format!("file-{name}")],
         };
         Self { names, file }
     }
@@ -38,8 +38,8 @@ impl Disk {
     /// Both nodes by their own `blockdev-add`.
     fn blockdevs(&self, set: i64) -> Vec<Value> {
         vec![
-            json!({"driver": "file", "node-name": self.names.below[0], "filename": format!("/dev/fdset/{set}")}),
-            json!({"driver": "raw", "node-name": self.names.node, "file": self.names.below[0]}),
+            json!({"driver": "file", "node-name": self.names.lower_nodes[0], "filename": format!("/dev/fdset/{set}")}),
+            json!({"driver": "raw", "node-name": self.names.node, "file": self.names.lower_nodes[0]}),
         ]
     }
 
@@ -60,14 +60,14 @@ impl Disk {
         else {
             unreachable!()
         };
-        let wanted = Attach {
+        let wanted = AttachRequest {
             disk: &self.names,
             file: self.file.as_fd(),
             blockdevs,
             device: &device,
             port_prefix: "hotplug",
         };
-        attach(monitor, &wanted, soon())
+        attach(monitor, &wanted, short_deadline())
     }
 
     fn attach(&self, monitor: &mut Monitor) -> Result<Attached, HotplugError> {
@@ -75,12 +75,12 @@ impl Disk {
     }
 
     fn detach(&self, monitor: &mut Monitor) -> Result<(), HotplugError> {
-        detach(monitor, &self.names, patience())
+        detach(monitor, &self.names, test_deadline())
     }
 
     /// How many devices, nodes and descriptors of this disk QEMU has.
     fn parts(&self, monitor: &mut Monitor) -> (usize, usize, usize) {
-        let found = Inventory::take(monitor).unwrap();
+        let found = Inventory::query(monitor).unwrap();
         let sets = monitor.execute(&qmp::query_fdsets {}).unwrap();
         let fds = sets
             .iter()
@@ -96,7 +96,7 @@ const ATTACHED: (usize, usize, usize) = (1, 2, 1);
 const ABSENT: (usize, usize, usize) = (0, 0, 0);
 
 /// A deadline that passes in a test.
-fn soon() -> Instant {
+fn short_deadline() -> Instant {
     Instant::now() + Duration::from_millis(1200)
 }
 
@@ -153,7 +153,7 @@ fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
             unreachable!()
         };
         let blockdevs = |_| Vec::new();
-        let wanted = Attach {
+        let wanted = AttachRequest {
             disk: &disk.names,
             file: disk.file.as_fd(),
             blockdevs: &blockdevs,
@@ -214,7 +214,8 @@ fn a_guest_that_never_answers_keeps_its_disk_until_a_reset() {
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    let error = detach(&mut monitor, &disk.names, Instant::now() + 2 * RESEND).unwrap_err();
+    let error =
+        detach(&mut monitor, &disk.names, Instant::now() + 2 * UNPLUG_RESEND_INTERVAL).unwrap_err();
     let HotplugError::StillAttached { asked: 2.., state, .. } = &error else { panic!("{error}") };
     assert_eq!(state, "running");
     assert_eq!(Error::from(error).kind(), ErrorKind::Timeout);
@@ -236,7 +237,7 @@ fn a_device_wedged_by_another_client_is_reported_and_cleared_by_a_reset() {
     monitor.execute(&qmp::device_del { id: disk.names.device.clone() }).unwrap();
     monitor.run(async |c| power::cont(c).await).unwrap();
     guest.wait_for("BOOTSECTOR-OK");
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
+    let error = detach(&mut monitor, &disk.names, short_deadline()).unwrap_err();
     let HotplugError::StillAttached { refusal: Some(refusal), .. } = &error else {
         panic!("{error}")
     };
@@ -259,7 +260,7 @@ fn what_a_guest_ejected_by_itself_is_swept() {
         let gone = |e: &crate::qmp::Event| {
             matches!(e.kind(), EventKind::DeviceDeleted { device: Some(_), .. })
         };
-        monitor.wait_event(gone, patience()).unwrap().unwrap();
+        monitor.wait_event(gone, test_deadline()).unwrap().unwrap();
         assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
         if attach_again {
             assert_eq!(disk.attach(&mut monitor).unwrap(), on("hotplug0"));
@@ -274,17 +275,17 @@ fn what_a_guest_ejected_by_itself_is_swept() {
 fn a_caller_killed_after_any_command_is_made_good() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
-    let cut_after = |commands| {
-        let cut = Cut::after(commands, &guest.socket(), disk.file.try_clone().unwrap());
-        Monitor::connect(&cut.socket(), patience())
+    let proxy_after = |commands| {
+        let proxy = ClosingProxy::after(commands, &guest.socket(), disk.file.try_clone().unwrap());
+        Monitor::connect(&proxy.socket(), test_deadline())
     };
-    let is_cut =
+    let is_closed =
         |error: &HotplugError| matches!(error, HotplugError::Monitor(MonitorError::Closed));
 
-    let complete = (2..).find(|commands| match disk.attach(&mut cut_after(*commands).unwrap()) {
+    let complete = (2..).find(|commands| match disk.attach(&mut proxy_after(*commands).unwrap()) {
         Ok(_) => true,
         Err(error) => {
-            assert!(is_cut(&error), "{error}");
+            assert!(is_closed(&error), "{error}");
             let mut monitor = guest.monitor();
             disk.attach(&mut monitor).unwrap();
             assert_eq!(disk.parts(&mut monitor), ATTACHED, "after {commands} commands");
@@ -295,10 +296,10 @@ fn a_caller_killed_after_any_command_is_made_good() {
     });
     assert!(complete.unwrap() > 8, "{complete:?}");
 
-    let complete = (2..).find(|commands| match disk.detach(&mut cut_after(*commands).unwrap()) {
+    let complete = (2..).find(|commands| match disk.detach(&mut proxy_after(*commands).unwrap()) {
         Ok(()) => true,
         Err(error) => {
-            assert!(is_cut(&error), "{error}");
+            assert!(is_closed(&error), "{error}");
             let mut monitor = guest.monitor();
             disk.detach(&mut monitor).unwrap();
             assert_eq!(disk.parts(&mut monitor), ABSENT, "after {commands} commands");
@@ -351,7 +352,7 @@ fn own_jobs_end_with_the_disk_and_others_are_named() {
 
     disk.attach(&mut monitor).unwrap();
     start_job(&mut monitor, &disk, "stranger");
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
+    let error = detach(&mut monitor, &disk.names, short_deadline()).unwrap_err();
     assert!(
         matches!(&error, HotplugError::NodeInUse { jobs, .. } if *jobs == ["stranger"]),
         "{error}"
@@ -369,12 +370,12 @@ fn a_qemu_that_hangs_or_dies_is_an_error_in_time() {
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    monitor.run(async |c| c.set_deadline(soon()));
+    monitor.run(async |c| c.set_deadline(short_deadline()));
     guest.signal(Signal::SIGSTOP);
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
+    let error = detach(&mut monitor, &disk.names, short_deadline()).unwrap_err();
     assert!(matches!(error, HotplugError::Monitor(MonitorError::Timeout { .. })), "{error}");
     drop(monitor);
-    let error = Monitor::connect(&guest.socket(), soon()).unwrap_err();
+    let error = Monitor::connect(&guest.socket(), short_deadline()).unwrap_err();
     assert!(matches!(error, MonitorError::Greeting { .. }), "{error}");
 
     guest.signal(Signal::SIGCONT);

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::{PATIENCE, patience};
+use super::{TEST_TIMEOUT, test_deadline};
 use crate::qmp::{Monitor, power};
 
 /// Which guest.
@@ -45,7 +45,7 @@ impl Guest {
         // Made before QEMU starts, so that nobody needs to wait until it has made them.
         let listener = UnixListener::bind(dir.path().join("qmp.sock")).unwrap();
         let (console, theirs) = UnixStream::pair().unwrap();
-        console.set_read_timeout(Some(PATIENCE)).unwrap();
+        console.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
 
         let mut command = Command::new("/usr/bin/qemu-system-x86_64");
         command.args(
@@ -87,7 +87,7 @@ impl Guest {
 
     /// A new connection to the monitor.
     pub fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.socket(), patience()).unwrap()
+        Monitor::connect(&self.socket(), test_deadline()).unwrap()
     }
 
     pub fn socket(&self) -> PathBuf {

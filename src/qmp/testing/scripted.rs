@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Serves one client by a script, on a thread. Dropping it waits for the script's end and passes on its panic.
-pub struct Scripted {
+pub struct ScriptedMonitor {
     dir: TempDir,
     server: Option<JoinHandle<()>>,
 }
@@ -19,7 +19,7 @@ pub struct Peer {
     stream: BufReader<UnixStream>,
 }
 
-impl Scripted {
+impl ScriptedMonitor {
     /// Greets, negotiates, then runs `script`.
     pub fn negotiated(script: impl FnOnce(&mut Peer) + Send + 'static) -> Self {
         Self::new(|peer| {
@@ -50,7 +50,7 @@ fn socket_in(dir: impl AsRef<Path>) -> PathBuf {
     dir.as_ref().join("qmp.sock")
 }
 
-impl Drop for Scripted {
+impl Drop for ScriptedMonitor {
     fn drop(&mut self) {
         let server = self.server.take().expect("only drop takes it").join();
         if !std::thread::panicking() {

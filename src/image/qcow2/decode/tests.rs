@@ -91,8 +91,8 @@ fn data_that_has_passed_is_not_streamable() {
     let header = Header::parse(&image).unwrap();
     // The L1 table moves to the end, further than the window reaches back.
     let table = image[header.l1_offset as usize..][..header.l1_entries as usize * 8].to_vec();
-    image.resize(4 * KEPT, 0);
-    image[40..48].copy_from_slice(&(4 * KEPT as u64).to_be_bytes());
+    image.resize(4 * MIN_LOOKBACK, 0);
+    image[40..48].copy_from_slice(&(4 * MIN_LOOKBACK as u64).to_be_bytes());
     image.extend(table);
     assert!(matches!(decode_bytes(&image), Err(DecodeError::NotStreamable(_))));
 }

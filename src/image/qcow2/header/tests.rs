@@ -85,8 +85,8 @@ fn every_bound_is_checked() {
         Err(HeaderError::Truncated { needed: 100, have: 99 })
     );
     let header = Header::parse(&sound()).unwrap();
-    assert!(header.check_places(4 << 16).is_ok());
-    let outside = header.check_places(3 << 16).unwrap_err().to_string();
+    assert!(header.check_offsets(4 << 16).is_ok());
+    let outside = header.check_offsets(3 << 16).unwrap_err().to_string();
     assert_eq!(
         outside,
         "the L1 table of the qcow2 header lies at 196608, outside the 196608 bytes of the file"
@@ -107,7 +107,7 @@ proptest! {
         let mut image = sample().to_vec();
         changes.into_iter().for_each(|(at, byte)| image[at] = byte);
         if let Ok(header) = Header::parse(&image) {
-            let _ = header.check_places(image.len() as u64);
+            let _ = header.check_offsets(image.len() as u64);
             prop_assert!(header.virtual_size <= MiB::MAX.bytes());
             prop_assert!(u64::from(header.l1_entries) >= header.l1_entries_needed());
         }

@@ -8,7 +8,7 @@ use crate::units::MiB;
 /// [`import`](super::Import::run) returns for it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Refusal {
+pub enum InvalidImage {
     /// The file has no byte: that is how light stemcells look.
     #[error("it is empty (0 bytes), as in a light stemcell")]
     Empty,
@@ -79,11 +79,11 @@ pub enum Refusal {
         /// Its path.
         name: String,
         /// What is wrong with it.
-        problem: Box<Refusal>,
+        problem: Box<InvalidImage>,
     },
 }
 
-impl Refusal {
+impl InvalidImage {
     /// What the operator can do.
     pub(super) fn hint(&self) -> &'static str {
         match self {

@@ -14,15 +14,15 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// QEMU, and so `qemu-img`, locks bytes of these for as long as it has an image open: `RAW_LOCK_PERM_BASE` is 100 and
 /// `RAW_LOCK_SHARED_BASE` 200, both with less than 100 bits (block/file-posix.c).
-const LOCKS: (libc::off_t, libc::off_t) = (100, 200);
-const PAUSE: Duration = Duration::from_millis(5);
+const LOCK_BYTES: (libc::off_t, libc::off_t) = (100, 200);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Waits until no QEMU has the image open, at most until `deadline`: one that dies has it a moment longer than it seems
 /// to live. An image that is not there is nobody's.
 ///
 /// # Errors
 /// [`ErrorKind::Conflict`].
-pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
+pub fn wait_unlocked(path: &Path, deadline: Instant) -> Result<()> {
     let image = match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         image => image.at("open", path)?,
@@ -37,7 +37,7 @@ pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
                 path.display()
             )));
         }
-        sleep(PAUSE);
+        sleep(LOCK_POLL_INTERVAL);
     }
     Ok(())
 }
@@ -47,7 +47,7 @@ pub fn unused(path: &Path, deadline: Instant) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::Conflict`] if one has it; [`ErrorKind::Host`] if that can not be told, because another host's word for it is
 /// all there is.
-pub fn released(path: &Path) -> Result<()> {
+pub fn ensure_unlocked(path: &Path) -> Result<()> {
     let image = File::open(path).at("open", path)?;
     match is_locked(&image) {
         Ok(false) => Ok(()),
@@ -59,7 +59,7 @@ pub fn released(path: &Path) -> Result<()> {
 }
 
 fn is_locked(image: &impl AsFd) -> std::io::Result<bool> {
-    let (l_start, l_len) = LOCKS;
+    let (l_start, l_len) = LOCK_BYTES;
     let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
     let mut lock = libc::flock { l_type, l_whence, l_start, l_len, l_pid: 0 };
     fcntl(image, FcntlArg::F_OFD_GETLK(&mut lock))?;
@@ -74,9 +74,9 @@ mod tests {
     fn a_lock_like_qemus_tells_that_an_image_is_in_use() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        unused(&path, Instant::now()).unwrap();
+        wait_unlocked(&path, Instant::now()).unwrap();
         let qemu = File::create_new(&path).unwrap();
-        unused(&path, Instant::now()).unwrap();
+        wait_unlocked(&path, Instant::now()).unwrap();
         let lock = |byte, kind| {
             let (l_type, l_whence) = (kind as i16, libc::SEEK_SET as i16);
             let lock = libc::flock { l_type, l_whence, l_start: byte, l_len: 1, l_pid: 0 };
@@ -84,15 +84,15 @@ mod tests {
         };
         for byte in [100, 203] {
             lock(byte, libc::F_WRLCK);
-            let error = unused(&path, Instant::now()).unwrap_err();
+            let error = wait_unlocked(&path, Instant::now()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Conflict);
             assert!(error.report().contains("image' is open"), "{}", error.report());
-            assert_eq!(released(&path).unwrap_err().kind(), ErrorKind::Conflict);
+            assert_eq!(ensure_unlocked(&path).unwrap_err().kind(), ErrorKind::Conflict);
             lock(byte, libc::F_UNLCK);
         }
         // Nobody's business.
         lock(0, libc::F_WRLCK);
-        unused(&path, Instant::now()).unwrap();
-        released(&path).unwrap();
+        wait_unlocked(&path, Instant::now()).unwrap();
+        ensure_unlocked(&path).unwrap();
     }
 }

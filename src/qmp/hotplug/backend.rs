@@ -12,17 +12,17 @@ use crate::qmp::query::{Job, QueryJobs};
 use crate::qmp::wire::printable;
 
 /// Longest pause before a node that is in use is tried again. Most often an event ends it sooner.
-const RETRY: Duration = Duration::from_millis(100);
+const NODE_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Removes the jobs of `disk`, what `found` shows of its nodes, and its descriptors. Each is tried at least once, also
+/// Removes the jobs of `disk`, what `inventory` shows of its nodes, and its descriptors. Each is tried at least once, also
 /// after `until`.
-pub(super) fn sweep(
+pub(super) fn remove(
     monitor: &mut Monitor,
     disk: &HotDisk,
-    found: &Inventory,
+    inventory: &Inventory,
     until: Instant,
 ) -> Result<(), HotplugError> {
-    let nodes: Vec<&str> = disk.nodes().filter(|node| found.has_node(node)).collect();
+    let nodes: Vec<&str> = disk.nodes().filter(|node| inventory.has_node(node)).collect();
     if !nodes.is_empty() {
         // Jobs go before nodes, so where there is no node, a sweep that was cut short has ended the jobs.
         end_jobs(monitor, disk, until)?;
@@ -36,7 +36,7 @@ pub(super) fn sweep(
 
 /// Ends the disk's own jobs. Whoever started one held the disk's lock, which is ours now: nobody waits for it any more.
 fn end_jobs(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    let left = job::end_all(monitor, |id| disk.owns_job(id), until)?;
+    let left = job::cancel_all(monitor, |id| disk.owns_job(id), until)?;
     if left.is_empty() { Ok(()) } else { Err(in_use(&disk.node, &left)) }
 }
 
@@ -59,7 +59,7 @@ fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), 
         if Instant::now() >= until {
             return Err(in_use(node, &monitor.execute(&QueryJobs {})?));
         }
-        monitor.wait_event(|_| true, until.min(Instant::now() + RETRY))?;
+        monitor.wait_event(|_| true, until.min(Instant::now() + NODE_RETRY_INTERVAL))?;
     }
 }
 

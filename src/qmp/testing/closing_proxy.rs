@@ -12,11 +12,11 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// A socket that leads to a monitor, for one connection.
-pub struct Cut {
+pub struct ClosingProxy {
     dir: TempDir,
 }
 
-impl Cut {
+impl ClosingProxy {
     /// Relays to the monitor at `target`. The reply to command number `last` (the negotiation is number 1) does not
     /// come through: the connection ends on both sides once QEMU executed that command.
     ///
