@@ -1,5 +1,5 @@
-//! Whether a QEMU has an image open, by the locks it takes on the file itself: they tell also of one that no record of
-//! ours knows.
+//! QEMU's image locks: whether a QEMU has an image file open. They also reveal a QEMU that no
+//! record names.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -12,22 +12,23 @@ use nix::libc;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
-/// QEMU, and so `qemu-img`, locks bytes of these for as long as it has an image open: `RAW_LOCK_PERM_BASE` is 100 and
-/// `RAW_LOCK_SHARED_BASE` 200, both with less than 100 bits (block/file-posix.c).
+/// Start and length of the byte range that QEMU, and so `qemu-img`, locks while it has an image
+/// open: `RAW_LOCK_PERM_BASE` is 100 and `RAW_LOCK_SHARED_BASE` 200, each followed by fewer than
+/// 100 bits (block/file-posix.c).
 const LOCK_BYTES: (libc::off_t, libc::off_t) = (100, 200);
 const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Waits until no QEMU has the image open, at most until `deadline`: one that dies has it a moment longer than it seems
-/// to live. An image that is not there is nobody's.
+/// Waits until no QEMU has the image open. A QEMU that was killed releases its lock a moment after
+/// its process has vanished. A missing image counts as unlocked.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`].
+/// [`ErrorKind::Conflict`] if a QEMU still has the image open at `deadline`.
 pub fn wait_unlocked(path: &Path, deadline: Instant) -> Result<()> {
     let image = match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         image => image.at("open", path)?,
     };
-    // Where the filesystem knows no locks, QEMU does without them, too.
+    // On a filesystem without locks QEMU takes none either.
     while is_locked(&image).unwrap_or(false) {
         if Instant::now() >= deadline {
             let message =
@@ -42,19 +43,24 @@ pub fn wait_unlocked(path: &Path, deadline: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Whether no QEMU has the image open, on any of the hosts that reach it.
+/// Fails if a QEMU on any host that shares the file has the image open.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] if one has it; [`ErrorKind::Host`] if that can not be told, because another host's word for it is
-/// all there is.
+/// [`ErrorKind::Conflict`] if one has; [`ErrorKind::Host`] if the filesystem cannot answer for the
+/// other hosts.
 pub fn ensure_unlocked(path: &Path) -> Result<()> {
     let image = File::open(path).at("open", path)?;
     match is_locked(&image) {
         Ok(false) => Ok(()),
-        Ok(true) => Err(Error::new(ErrorKind::Conflict, format!("image '{}' is open in a QEMU", path.display()))
-            .hint("the host where that runs lives: detach the disk there")),
-        Err(error) => Err(Error::io("ask for the locks of", path, error)
-            .hint("another host may have it open: see to the locks of its filesystem (`rpcinfo`, for NFS 3) first")),
+        Ok(true) => Err(Error::new(
+            ErrorKind::Conflict,
+            format!("image '{}' is open in a QEMU", path.display()),
+        )
+        .hint("find the host that runs this QEMU and detach the disk there")),
+        Err(error) => Err(Error::io("query the locks of", path, error).hint(
+            "another host may have the image open: repair the locks of its filesystem first \
+             (for NFS 3, see `rpcinfo`)",
+        )),
     }
 }
 
@@ -71,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_like_qemus_tells_that_an_image_is_in_use() {
+    fn image_locked_as_qemu_locks_it_is_in_use() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         wait_unlocked(&path, Instant::now()).unwrap();
@@ -90,7 +96,7 @@ mod tests {
             assert_eq!(ensure_unlocked(&path).unwrap_err().kind(), ErrorKind::Conflict);
             lock(byte, libc::F_UNLCK);
         }
-        // Nobody's business.
+        // A lock outside QEMU's range does not count.
         lock(0, libc::F_WRLCK);
         wait_unlocked(&path, Instant::now()).unwrap();
         ensure_unlocked(&path).unwrap();

@@ -1,4 +1,4 @@
-//! The files a VM's QEMU works on, and how each must be opened.
+//! The files that a VM's QEMU uses, and how each is opened.
 
 use std::path::PathBuf;
 
@@ -8,34 +8,35 @@ use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE};
 use crate::store::record::{Accel, Cache, Discard, DiskRecord, Format, VmRecord};
 use crate::store::{Store, VmPaths};
 
-/// QEMU's id of the root disk, its node and its device.
+/// QEMU's id of the root disk: of its node and of its device.
 pub const ROOT: &str = "root";
-/// The stemcell image below the root disk.
+/// Id of the stemcell image, the root disk's backing file.
 pub const BASE: &str = "base";
-/// The ephemeral disk.
+/// Id of the ephemeral disk.
 pub const EPHEMERAL: &str = "ephemeral";
-/// The config drive.
+/// Id of the config drive.
 pub const CONFIG_DRIVE: &str = "config";
-/// `/dev/kvm`.
+/// Id of `/dev/kvm`.
 pub const KVM: &str = "kvm";
 
-/// One file to open for QEMU.
+/// A file to open for QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileSpec {
-    /// QEMU's id of what it is for: the device's, too.
+    /// QEMU's id of the device that uses the file.
     pub id: String,
-    /// QEMU's name of the image's node: at most 26 characters and a letter first. The same as `id`, but for a disk whose
-    /// image was replaced by a copy.
+    /// QEMU's name of the image's block node: at most 26 characters, a letter first. It equals
+    /// `id`, except for a disk whose image was replaced by a copy.
     pub node: String,
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
-    /// Format of the image; `None` for a device.
+    /// Format of the image; `None` if it is not an image.
     pub format: Option<Format>,
     /// Whether QEMU may write it.
     pub writable: bool,
-    /// Who caches writes. What is only read stays in the host's page cache: the base is shared by all VMs.
+    /// Cache mode. A read-only file stays in the host's page cache: all VMs share the stemcell
+    /// image.
     pub cache: Cache,
-    /// What becomes of blocks the guest discards.
+    /// Whether blocks that the guest discards are freed.
     pub discard: Discard,
     /// Whether it is encrypted.
     pub encrypted: bool,
@@ -49,15 +50,15 @@ impl FileSpec {
         Self { id, node, path, format: None, writable, cache, discard, encrypted: false }
     }
 
-    /// An image of a VM's own, opened as those that nobody said anything about.
+    /// An image of a VM's own, with the default cache and discard modes.
     pub fn image(id: &str, path: PathBuf, format: Format, writable: bool) -> Self {
         Self { format: Some(format), ..Self::file(id, path, writable) }
     }
 
-    /// A persistent disk's image.
+    /// The image of a persistent disk.
     ///
     /// # Errors
-    /// [`Conflict`](crate::error::ErrorKind::Conflict) if the disk is another host's.
+    /// [`Conflict`](crate::error::ErrorKind::Conflict) if another host owns the disk.
     pub fn disk(store: &Store, disk: &DiskRecord) -> Result<Self> {
         store.is_ours(disk)?;
         let image = Self::image(disk.cid.as_str(), store.disk_image(disk)?, disk.format, true);
@@ -72,18 +73,18 @@ impl FileSpec {
     }
 }
 
-/// A file as it was opened.
+/// A file as opened for QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenedFile {
-    /// What it is for.
+    /// The file's specification.
     pub spec: FileSpec,
-    /// Whether the page cache is really bypassed.
+    /// Whether the file was opened with O_DIRECT.
     pub direct: bool,
     /// Whether QEMU can use io_uring on this host.
     pub io_uring: bool,
 }
 
-/// Every file `vm` starts with; `disks` are the records of its attachments.
+/// The files that `vm` starts with. `disks` are the records of its attached disks.
 pub fn required(
     vm: &VmRecord,
     paths: &VmPaths,

@@ -1,17 +1,19 @@
-//! Imports a stemcell's `image` file: from whatever BOSH hands over to a sparse raw file that VMs are based on.
+//! Imports a stemcell's `image` file: turns the file BOSH hands over into the sparse raw file that
+//! VMs are based on.
 //!
 //! ```text
 //!              ┌ gzip ┐  ┌ tar: root.img | disk.raw ┐  ┌ qcow2 ─▶ decode ─┐
-//!  source ─────┤      ├──┤                          ├──┤                  ├──▶ .import-… ──▶ target
-//!              └ none ┘  └ none                     ┘  └ raw ─────────────┘    sparse      fsync, rename,
-//!         (a thread reads)       (this thread takes, decodes and writes)       mode 0600   fsync; mode 0444
+//!  source ─────┤      ├──┤                          ├──┤                  ├──▶ .import-… ─▶ target
+//!              └ none ┘  └ none                     ┘  └ raw ─────────────┘    sparse      rename,
+//!         (a reader thread)     (this thread unpacks, decodes, writes)       mode 0600    0444
 //! ```
 //!
-//! One pass, no third copy. A qcow2 file that can not be decoded as it streams by (its tables lie behind its data, it
-//! uses zstd) is read a second time into a file without a name, checked and converted by `qemu-img`.
+//! The import takes one pass and no third copy. Some qcow2 files cannot be decoded as a stream:
+//! their tables lie behind their data, or they use zstd. Such a file is read a second time, into an
+//! unnamed temporary file, which `qemu-img` checks and converts.
 //!
-//! The source is hostile: every size in it is bounded by [`MiB::MAX`], by memory limits and by the deadline. Whatever
-//! is refused leaves nothing behind but, after SIGKILL, the `.import-…` file beside the target.
+//! The source is hostile: [`MiB::MAX`], memory limits and the deadline bound every size in it. A
+//! failed import leaves no file; SIGKILL may leave the `.import-…` file beside the target.
 
 mod archive;
 mod invalid_image;
@@ -42,47 +44,49 @@ use crate::image::qemu_img::{Convert, QemuImg, STDIN};
 use crate::image::{Format, parent_of, raw, sync_parent};
 use crate::units::{Bytes, MiB};
 
-/// What to do about an image of 0 bytes.
-pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this host: set 'image_path' and 'sha256' in its cloud_properties";
+/// Hint for an image of 0 bytes.
+pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this \
+     host: set 'image_path' and 'sha256' in its cloud_properties";
 
-/// Told now and then how many bytes of the source file have been read.
+/// Called now and then with the number of bytes read from the source file.
 pub type Progress<'a> = &'a mut dyn FnMut(Bytes);
 
-/// An import to be done.
+/// An import to run.
 #[derive(Clone, Copy)]
 pub struct Import<'a> {
-    /// The stemcell's `image`. Only read during [`Import::run`].
+    /// The stemcell's `image`. Read during [`Import::run`] only.
     pub source: &'a dyn ImageSource,
-    /// The format the stemcell says the image has, if it says one.
+    /// The format that the stemcell declares, if it declares one.
     pub declared: Option<Format>,
-    /// The raw image to make. Must not exist; its directory must.
+    /// The raw image to create. The file must not exist; its directory must.
     pub target: &'a Path,
-    /// Converts what can not be decoded in one pass.
+    /// Converts images that cannot be decoded in one pass.
     pub qemu_img: &'a QemuImg,
-    /// When to give up.
+    /// When the import fails with a timeout.
     pub deadline: Instant,
 }
 
-/// What was imported.
+/// Result of an import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Imported {
     /// The format of the target: raw, whatever the source was.
     pub format: Format,
-    /// Size of the disk: a multiple of 512 bytes.
+    /// Virtual size: a multiple of 512 bytes.
     pub virtual_size: Bytes,
-    /// SHA-256 of the source as it was, not of the target.
+    /// SHA-256 of the source file, not of the target.
     pub digest: Digest,
 }
 
 impl Import<'_> {
-    /// Does it. The target is there, durable and complete, with mode 0444, or not at all.
+    /// Runs the import. On success the target is complete and durable, with mode 0444; after an
+    /// error it does not exist.
     ///
     /// # Errors
-    /// - [`ErrorKind::BadRequest`] with a [`InvalidImage`] as source: the image is not one to take.
-    /// - [`ErrorKind::NoDiskSpace`], with what it may need where that is known.
+    /// - [`ErrorKind::BadRequest`] with an [`InvalidImage`] as source: the image is rejected.
+    /// - [`ErrorKind::NoDiskSpace`], with the space the image may need where that is known.
     /// - [`ErrorKind::Timeout`] at the deadline.
-    /// - [`ErrorKind::Conflict`]: the target exists. A base is never overwritten, VMs may run on it.
-    /// - [`ErrorKind::Host`] for what else can fail.
+    /// - [`ErrorKind::Conflict`] if the target exists. It is never overwritten: VMs may run on it.
+    /// - [`ErrorKind::Host`] for every other failure.
     pub fn run(&self, progress: Progress<'_>) -> Result<Imported> {
         if self.target.symlink_metadata().is_ok() {
             return Err(self.exists());
@@ -107,7 +111,7 @@ impl Import<'_> {
         Ok(Imported { format: Format::Raw, virtual_size, digest })
     }
 
-    /// Reads the source once, from file to image.
+    /// Reads the source once, from the file to the image in it.
     fn read(
         &self,
         output: &Output<'_>,
@@ -128,7 +132,7 @@ impl Import<'_> {
         })
     }
 
-    /// Takes the image that `content` is, a file of `size` bytes if that is known.
+    /// Imports the image `content`, a file of `size` bytes if the size is known.
     fn import_image(
         &self,
         content: &mut dyn Read,
@@ -184,18 +188,18 @@ impl Import<'_> {
                 return Ok(());
             }
             io::Write::write_all(&mut spool, &buffer[..count])
-                .at("write a copy beside", self.target)?;
+                .at("write a temporary copy beside", self.target)?;
         }
     }
 
-    /// The second pass, for what the first could not decode.
+    /// The second pass: `qemu-img` converts an image that the first pass could not decode.
     fn convert(
         &self,
         new: &NamedTempFile,
         output: Output<'_>,
         progress: Progress<'_>,
     ) -> Result<(Bytes, Digest)> {
-        // What the first pass wrote would only take room.
+        // Frees the space that the first pass used.
         new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
         let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
@@ -208,8 +212,9 @@ impl Import<'_> {
             target: new.path(),
             target_format: Format::Raw,
         };
-        let handle = || spool.try_clone().at("duplicate a handle of a copy beside", self.target);
-        // `convert` would read zeros where a cluster lies beyond the end of a file that was cut off.
+        let handle = || spool.try_clone().at("duplicate the temporary copy beside", self.target);
+        // `qemu-img convert` reads zeros where a cluster lies beyond the end of a truncated file,
+        // so check first.
         let found = self.qemu_img.check_file(handle()?, self.deadline)?;
         if found.corruptions > 0 {
             let reason = InvalidImage::Damaged(format!(
@@ -236,7 +241,8 @@ impl Import<'_> {
         })?;
         crash::point!("image published");
         sync_parent(self.target).inspect_err(|_| {
-            // Reported as failed, so it must not be found later; the first error is the one to tell.
+            // The import fails, so the target must not remain. The caller needs the first error
+            // only.
             let _ = std::fs::remove_file(self.target);
         })
     }
@@ -258,7 +264,7 @@ impl Import<'_> {
         }
     }
 
-    /// As the caller sees it.
+    /// Converts to the error that the caller gets.
     fn error(&self, failure: ImportError, output: &Output<'_>) -> Error {
         let source = self.source.name();
         match failure {
@@ -269,12 +275,12 @@ impl Import<'_> {
                     .hint(hint)
             }
             ImportError::NotStreamable(why) => {
-                Error::new(ErrorKind::Internal, format!("'{source}' is read twice: {why}"))
+                Error::new(ErrorKind::Internal, format!("'{source}' must be read twice: {why}"))
             }
             ImportError::TimedOut => {
-                let message = format!("import of '{source}' was given up at its deadline");
+                let message = format!("import of '{source}' was stopped at its deadline");
                 Error::new(ErrorKind::Timeout, message)
-                    .hint("give create_stemcell more seconds in 'deadlines'")
+                    .hint("raise the seconds of create_stemcell in 'deadlines'")
             }
             ImportError::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
                 error.during(format!("import '{source}'")).hint(self.space_hint(output))
@@ -283,21 +289,22 @@ impl Import<'_> {
         }
     }
 
-    /// What the image may need and what there is, not counting what this import has taken itself.
+    /// The space the image may need, and the free space, counting the space this import uses as
+    /// free.
     fn space_hint(&self, output: &Output<'_>) -> String {
         let directory = parent_of(self.target);
         let need = output
             .size
             .get()
             .map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
-        let taken = [Some(output.raw), output.spool]
+        let used = [Some(output.raw), output.spool]
             .into_iter()
             .flatten()
             .filter_map(|file| file.metadata().ok());
-        let taken: u64 = taken.map(|meta| meta.blocks() * 512).sum();
+        let used: u64 = used.map(|meta| meta.blocks() * 512).sum();
         match rustix::fs::statvfs(directory) {
             Ok(stat) => {
-                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(taken));
+                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(used));
                 format!("the image needs {need}, '{}' has {free} free", directory.display())
             }
             Err(_) => format!("the image needs {need} in '{}'", directory.display()),
@@ -305,26 +312,28 @@ impl Import<'_> {
     }
 }
 
-/// Read and written at once where bytes are only copied. A multiple of every block size, so holes stay aligned.
+/// Bytes read and written at once where data is only copied. A multiple of every block size, so
+/// that holes stay aligned.
 const BUFFER_SIZE: usize = 256 * 1024;
 
-/// Where the image goes.
+/// Where an import writes the image.
 #[derive(Clone)]
 struct Output<'a> {
     /// The raw file.
     raw: &'a File,
-    /// Where a qcow2 file is copied as it is; `None`: it is decoded to `raw`.
+    /// The temporary file that gets a copy of a qcow2 file; `None` means to decode the image to
+    /// `raw`.
     spool: Option<&'a File>,
-    /// Size of the disk, once it is known before its data.
+    /// Virtual size, once the header or the archive states it.
     size: Cell<Option<Bytes>>,
 }
 
-/// How an attempt to import ends when it does not succeed.
+/// Why an import failed.
 #[derive(Debug)]
 pub enum ImportError {
-    /// The image is not one to take.
+    /// The image is rejected.
     Invalid(InvalidImage),
-    /// One pass can not do it.
+    /// The image cannot be decoded in one pass.
     NotStreamable(&'static str),
     /// The deadline passed.
     TimedOut,
@@ -362,7 +371,8 @@ impl From<Error> for ImportError {
     }
 }
 
-/// Errors of the stream and of the tar crate that reads it; the source's own are told by `stream::read`.
+/// Errors of the stream and of the tar crate that reads it. `stream::read` reports those of the
+/// source itself.
 impl From<io::Error> for ImportError {
     fn from(error: io::Error) -> Self {
         match error.kind() {

@@ -1,11 +1,11 @@
-//! What an image is, by its first bytes, and whether it is one to take.
+//! Detects an image's format by its first bytes and rejects what cannot be imported.
 
 use super::invalid_image::InvalidImage;
 use crate::image::Format;
 use crate::image::qcow2::{self, Header};
 
-/// Images and archives that are neither qcow2 nor raw, by what they have where. No disk starts like this: its first
-/// sector is code or empty.
+/// Images and archives that are neither qcow2 nor raw: offset, magic bytes, name. No disk starts
+/// like this: its first sector holds code or is empty.
 const FOREIGN: [(usize, &[u8], &str); 12] = [
     (0, b"KDMV", "a VMDK image (VMware)"),
     (0, b"COWD", "a VMDK image (VMware)"),
@@ -21,7 +21,8 @@ const FOREIGN: [(usize, &[u8], &str); 12] = [
     (0, b"PK\x03\x04", "a zip archive"),
 ];
 
-/// The format of an image that starts with `head`, which must be the `declared` one if any is.
+/// Detects the format of an image that starts with `head`. Fails unless it is the `declared` one,
+/// if any is.
 pub(in crate::image) fn detect_format(
     head: &[u8],
     declared: Option<Format>,
@@ -33,14 +34,14 @@ pub(in crate::image) fn detect_format(
     let found = if has(0, &qcow2::MAGIC) { Format::Qcow2 } else { Format::Raw };
     match declared {
         Some(declared) if declared != found => Err(InvalidImage::Declared { declared, found }),
-        // Anything is a raw image to who believes it. BIOS and GPT disks alike have this signature.
+        // Any file could pass as a raw image. BIOS and GPT disks both have this signature.
         None if found == Format::Raw && !has(510, &[0x55, 0xaa]) => Err(InvalidImage::Unknown),
         _ => Ok(found),
     }
 }
 
-/// Reads the qcow2 header at the start of `head` and refuses what would make `qemu-img` open other files, what hides
-/// the data, and what is damaged by its own word.
+/// Reads the qcow2 header at the start of `head`. Rejects headers that make `qemu-img` open other
+/// files, that hide the data, or that are marked corrupt.
 pub(in crate::image) fn check_qcow2_header(head: &[u8]) -> Result<Header, InvalidImage> {
     let header = Header::parse(head)?;
     let refused = [

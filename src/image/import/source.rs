@@ -13,42 +13,45 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::patience::within;
 use crate::units::Bytes;
 
-/// An image as BOSH hands it over: a file of this machine, or of the caller's.
+/// An image as BOSH hands it over: a file on this host or on the host of the remote caller.
 pub trait ImageSource: Send + Sync {
-    /// What messages call it.
+    /// Its name in messages.
     fn name(&self) -> String;
 
-    /// Its size, if it is known before it is read.
+    /// Its size, if known before reading.
     fn size(&self) -> Option<Bytes>;
 
-    /// What it takes where it is: its size without its holes.
+    /// Its allocated size: the file's size without its holes.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when nobody says so by `deadline`.
+    /// [`ErrorKind::Timeout`] if the source does not answer by `deadline`.
     fn allocated_size(&self, deadline: Instant) -> Result<Bytes>;
 
-    /// Its SHA-256, without importing it.
+    /// Its SHA-256, computed without importing it.
     ///
     /// # Errors
-    /// As [`ImageSource::allocated_size`], and what reading can bring.
+    /// Those of [`ImageSource::allocated_size`] and of reading.
     fn digest(&self, deadline: Instant) -> Result<Digest>;
 
-    /// Its bytes from the first on. An image that can not be decoded as it streams by is read twice.
+    /// Opens it for reading from the first byte. An image that cannot be decoded as a stream is
+    /// opened twice.
     ///
     /// # Errors
-    /// A reason of what is no image, and what opening can bring.
+    /// [`ImportError::Invalid`] if it is not a file with content; otherwise the error of opening
+    /// it.
     fn open(&self) -> Result<Box<dyn Read + Send>, ImportError>;
 
-    /// Hears what was read, all of it, before anything is made of it.
+    /// Compares the digest of all bytes that were read with the source's own, before the import
+    /// completes.
     ///
     /// # Errors
-    /// If that is not what the source has.
+    /// If they differ.
     fn verify_digest(&self, _read: &Digest) -> Result<()> {
         Ok(())
     }
 }
 
-/// A file of this machine.
+/// A file on this host.
 #[derive(Debug, Clone)]
 pub struct ImageFile(PathBuf);
 
@@ -71,7 +74,7 @@ impl ImageSource for ImageFile {
     fn allocated_size(&self, deadline: Instant) -> Result<Bytes> {
         let path = self.0.clone();
         read_by_deadline(&self.0, deadline, move || {
-            // Attributes may be cached; this asks the server the file is on.
+            // The attributes may be cached; statvfs asks the file server itself.
             let _ = rustix::fs::statvfs(&path);
             Bytes(path.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512)))
         })
@@ -83,7 +86,7 @@ impl ImageSource for ImageFile {
     }
 
     fn open(&self) -> Result<Box<dyn Read + Send>, ImportError> {
-        // Looked at before it is opened: opening a pipe would wait for its writer.
+        // Checks the file type before opening: opening a pipe waits for its writer.
         let meta = self.0.metadata().at("read", &self.0)?;
         if !meta.is_file() {
             return Err(InvalidImage::NoFile.into());
@@ -95,17 +98,20 @@ impl ImageSource for ImageFile {
     }
 }
 
-/// What `look` finds out about a file, which may be large, or on a filesystem that does not answer.
+/// Runs `read` on another thread: the file may be large, or its filesystem may not answer.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] when it has not by `deadline`.
+/// [`ErrorKind::Timeout`] if `read` has not returned by `deadline`.
 pub fn read_by_deadline<T: Send + 'static>(
     path: &Path,
     deadline: Instant,
-    look: impl FnOnce() -> T + Send + 'static,
+    read: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
-    within(deadline, look).ok_or_else(|| {
+    within(deadline, read).ok_or_else(|| {
         Error::new(ErrorKind::Timeout, format!("'{}' was not read by the deadline", path.display()))
-            .hint("give create_stemcell more seconds in 'deadlines', or see whether the file's filesystem answers")
+            .hint(
+                "raise the seconds of create_stemcell in 'deadlines', or check whether the file's \
+                 filesystem answers",
+            )
     })
 }

@@ -1,10 +1,10 @@
-//! What a stemcell's image comes in, read and gunzipped by a thread of its own.
+//! Reads and decompresses a stemcell's image on its own thread.
 //!
 //! ```text
-//!  reader thread: source ─▶ SHA-256 ─▶ gunzip if it is gzip ─▶ chunks ──channel──▶ Stream (io::Read)
+//!  reader thread: source ─▶ SHA-256 ─▶ gunzip if gzip ─▶ chunks ──channel──▶ Stream (io::Read)
 //! ```
 //!
-//! What the reader thread finds wrong is its own result: on the channel the stream only breaks off.
+//! The reader thread returns its error as its result; on the channel the stream merely ends.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
@@ -18,22 +18,22 @@ use crate::digest::{Digest, Hasher};
 use crate::error::Error;
 use crate::units::Bytes;
 
-/// Bytes handed over at once.
+/// Bytes in one chunk.
 const CHUNK: usize = 256 * 1024;
-/// Chunks that may wait: 4 MiB, enough to ride out a burst on either side.
+/// Chunks in the channel: 4 MiB, enough to absorb a burst on either side.
 const CHANNEL_CAPACITY: usize = 16;
-/// How long a reader that nobody listens to any more may take for what it was reading.
+/// Least time to wait for a reader whose stream was dropped to finish its last read.
 const READER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Some of the source's content.
+/// A piece of the source's content.
 struct Chunk {
     data: Vec<u8>,
     /// Bytes of the file read so far.
     position: u64,
 }
 
-/// Reads what `source` has in a thread and gives its content, gunzipped, to `consume`. Returns what that returned and the
-/// digest of the whole, which `consume` must have read to its end.
+/// Reads `source` on a thread and passes its content, decompressed, to `consume`. Returns the
+/// result of `consume`, which must read to the end, and the digest of the source.
 pub(super) fn read<T>(
     source: &dyn ImageSource,
     deadline: Instant,
@@ -44,18 +44,18 @@ pub(super) fn read<T>(
     let (done, outcome) = channel();
     let (bytes, name) = (source.open()?, source.name());
     std::thread::spawn(move || {
-        // Nobody listens to a reader that was given up.
+        // The receiver was dropped if the wait below timed out.
         let _ = done.send(send_content(bytes, &name, &sender));
     });
     let mut stream =
         Stream { receiver, chunk: Vec::new(), consumed_bytes: 0, ended: false, deadline, progress };
     let consumed = consume(&mut stream);
-    // A reader that is still sending must notice that nobody listens before it is waited for.
+    // Dropping the stream ends a reader that is still sending, before the wait for it.
     drop(stream);
-    // One that hangs in a read is left behind.
+    // A reader that hangs in a read is not waited for.
     let timeout = deadline.saturating_duration_since(Instant::now()).max(READER_EXIT_TIMEOUT);
     match (outcome.recv_timeout(timeout), consumed) {
-        // Whatever the consumer made of a stream that broke off, this is why.
+        // The reader's error is the cause of the consumer's.
         (Ok(Err(why)), _) => Err(why),
         (_, Err(why)) => Err(why),
         (Ok(Ok(digest)), Ok(result)) => Ok((result, digest)),
@@ -64,7 +64,7 @@ pub(super) fn read<T>(
     }
 }
 
-/// Sends the content of `bytes` until it ends or nobody listens.
+/// Sends the content of `bytes` until it ends or the receiver is dropped.
 fn send_content(
     bytes: Box<dyn Read + Send>,
     name: &str,
@@ -97,7 +97,8 @@ fn send_content(
     }
 }
 
-/// What the error of a read means: the source's own are marked, those of the decompressor are not.
+/// Converts the error of a read: [`SourceError`] marks the source's own; all others are the
+/// decompressor's.
 fn failure(name: &str, error: io::Error) -> ImportError {
     match error.kind() {
         _ if error.get_ref().and_then(|inner| inner.downcast_ref::<SourceError>()).is_some() => {
@@ -115,12 +116,12 @@ fn source_failure(name: &str, error: io::Error) -> ImportError {
     Error::os(format!("read '{name}'"), error).into()
 }
 
-/// An error of the source itself, on its way through a decompressor.
+/// An error of the source itself, passing through a decompressor.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 struct SourceError(io::Error);
 
-/// A file with or without gzip around its content.
+/// The content of a file, gzipped or not.
 enum Content {
     Gzip(Box<MultiGzDecoder<BufReader<HashingReader>>>),
     Plain(BufReader<HashingReader>),
@@ -149,7 +150,7 @@ impl Content {
     }
 }
 
-/// Bytes that are digested as they are read.
+/// Reads bytes and computes their digest.
 struct HashingReader {
     bytes: Box<dyn Read + Send>,
     hasher: Hasher,
@@ -168,12 +169,12 @@ impl Read for HashingReader {
     }
 }
 
-/// The consumer's end. Its errors: [`io::ErrorKind::TimedOut`] at the deadline, [`io::ErrorKind::BrokenPipe`] when the
-/// reader thread failed and knows why.
+/// The consumer's end. Fails with [`io::ErrorKind::TimedOut`] at the deadline, and with
+/// [`io::ErrorKind::BrokenPipe`] if the reader thread failed; the thread returns the cause.
 pub(super) struct Stream<'a> {
     receiver: Receiver<Option<Chunk>>,
     chunk: Vec<u8>,
-    /// Bytes of `chunk` already given out.
+    /// Bytes of `chunk` already consumed.
     consumed_bytes: usize,
     ended: bool,
     deadline: Instant,

@@ -1,18 +1,18 @@
-//! Decodes a qcow2 file that streams by into a sparse raw file.
+//! Decodes a stream of a qcow2 file into a sparse raw file.
 //!
-//! `qemu-img convert` writes a file front to back: header, L1 table, and each L2 table before (or a few clusters
-//! behind) the data it maps. So one pass is enough:
+//! `qemu-img convert` writes a file front to back: header, L1 table, and each L2 table before the
+//! data it maps, or a few clusters behind that. So one pass is enough:
 //!
 //! ```text
-//!  stream ──▶ [ window: the last 8 to 16 MiB ]        queue: what is wanted, by place in the file
+//!  stream ──▶ [ window: the last 8 to 16 MiB ]        queue: items to read, by offset in the file
 //!                     │                                  ▲        │
-//!                     │◀──────────── next place ─────────│────────┘
+//!                     │◀─────────── next offset ─────────│────────┘
 //!                     ├─ L2 table: its clusters ─────────┘
-//!                     └─ cluster: inflate, write at its place on the disk
+//!                     └─ cluster: inflate, write at its offset on the disk
 //! ```
 //!
-//! A file laid out otherwise (or using what this does not know, such as zstd) is sound but not for us:
-//! [`DecodeError::NotStreamable`]. Memory is bounded by the window and by [`QUEUE_LIMIT`], whatever the file says.
+//! A valid file with another layout, or with features this decoder lacks (such as zstd), ends in
+//! [`DecodeError::NotStreamable`]. The window and [`QUEUE_LIMIT`] bound the memory.
 
 #[cfg(test)]
 mod tests;
@@ -28,24 +28,24 @@ use flate2::{Decompress, FlushDecompress};
 use super::{Compression, Header};
 use crate::image::raw::write_sparse;
 
-/// Bytes kept behind the furthest read, at least: room for the largest cluster and for packed writes that overtook
-/// their L2 table.
+/// Bytes kept behind the furthest read, at least. The largest cluster fits, and so do packed writes
+/// that precede their L2 table.
 const MIN_LOOKBACK: usize = 8 << 20;
-/// Tables and clusters that may be known of and not yet read: 24 bytes each.
+/// Most tables and clusters in the queue, of 24 bytes each.
 const QUEUE_LIMIT: usize = 1 << 20;
 
 /// Why a stream was not decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// `qemu-img` can do it, one pass can not.
+    /// The file cannot be decoded in one pass; `qemu-img` can convert it.
     #[error("{0}")]
     NotStreamable(&'static str),
-    /// The file contradicts itself.
+    /// The file's tables or clusters are invalid.
     #[error("{what} at byte {at:#x} of the qcow2 file")]
     Damaged {
-        /// What is wrong.
+        /// What is invalid.
         what: &'static str,
-        /// Where in the file.
+        /// Offset in the file.
         at: u64,
     },
     /// The deadline passed.
@@ -59,8 +59,8 @@ pub enum DecodeError {
     Write(io::Error),
 }
 
-/// Decodes `stream`, a whole qcow2 file whose header is `header`, into `target`, an empty file. `header` must name no
-/// backing file, no data file and no encryption.
+/// Decodes `stream`, a whole qcow2 file with the header `header`, into `target`, an empty file.
+/// `header` must name no backing file, no data file and no encryption.
 pub fn decode(
     header: &Header,
     stream: impl Read,
@@ -95,13 +95,13 @@ pub fn decode(
     Ok(())
 }
 
-/// Something in the file that is wanted. The agenda hands them out by place.
+/// A table or cluster to read. The queue returns items by offset.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Item {
-    /// Its first byte in the file.
+    /// Offset in the file of its first byte.
     offset: u64,
     kind: Kind,
-    /// The first cluster of the disk that it is about.
+    /// The first cluster of the disk that it holds or maps.
     cluster: u64,
 }
 
@@ -155,7 +155,7 @@ impl<R: Read> Decoder<'_, R> {
             self.header.cluster_size(),
             "an L2 table ends",
         )?);
-        // Entries past the end of the disk mean nothing.
+        // Entries past the end of the disk have no meaning.
         let wanted = clusters.saturating_sub(table.cluster).min(entries.len() as u64);
         for (number, value) in (0..wanted).zip(entries) {
             let (at, cluster) = (table.offset + number * 8, table.cluster + number);
@@ -163,7 +163,8 @@ impl<R: Read> Decoder<'_, R> {
                 let (offset, length) = self.compressed(value);
                 self.push(Item { offset, kind: Kind::Compressed { length }, cluster })?;
             } else if self.header.version >= 3 && value & entry::ZERO != 0 {
-                // Reads as zeros; a place, if there is one, only holds it free.
+                // The cluster reads as zeros, even if the entry has an offset: that is only
+                // preallocated space.
             } else {
                 self.enqueue_entry(at, value & !entry::COPIED, Kind::Plain, cluster)?;
             }
@@ -171,7 +172,7 @@ impl<R: Read> Decoder<'_, R> {
         Ok(())
     }
 
-    /// Puts what the entry at `at` names on the agenda, if it names anything.
+    /// Queues the table or cluster that the entry at `at` refers to, if any.
     fn enqueue_entry(
         &mut self,
         at: u64,
@@ -196,8 +197,8 @@ impl<R: Read> Decoder<'_, R> {
         Ok(())
     }
 
-    /// Place and most bytes of a compressed cluster: the length is counted in sectors, the first of which is the one
-    /// the place lies in.
+    /// Offset and greatest length of a compressed cluster. The entry counts the length in sectors,
+    /// starting with the sector that contains the offset.
     fn compressed(&self, value: u64) -> (u64, u32) {
         let offset_bits = 62 - (self.header.cluster_bits - 8);
         let offset = value & ((1 << offset_bits) - 1);
@@ -206,7 +207,7 @@ impl<R: Read> Decoder<'_, R> {
         (offset, (sectors * 512 - offset % 512) as u32)
     }
 
-    /// How much of the cluster of an item lies within the disk.
+    /// Length in bytes of the part of the item's cluster that lies within the disk.
     fn wanted(&self, item: &Item) -> usize {
         let offset = item.cluster * self.header.cluster_size();
         (self.header.virtual_size.get() - offset).min(self.header.cluster_size()) as usize
@@ -221,10 +222,11 @@ impl<R: Read> Decoder<'_, R> {
 
     fn inflate(&mut self, item: &Item, length: u32) -> Result<(), DecodeError> {
         let damaged = DecodeError::Damaged {
-            what: "a compressed cluster that can not be inflated",
+            what: "a compressed cluster that cannot be inflated",
             at: item.offset,
         };
-        // The last sector of the last cluster may be cut off: what is needed is known only to the decompressor.
+        // The file may end within the last cluster's last sector; the decompressor detects missing
+        // data.
         let data = self.window.up_to(item.offset, length.into())?;
         self.inflate.reset(false);
         let result = self.inflate.decompress(data, &mut self.cluster, FlushDecompress::Finish);
@@ -243,13 +245,13 @@ fn entries(table: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// The last bytes of a stream that were read.
+/// A window on the bytes of a stream that were read last.
 struct Window<R> {
     stream: R,
     buffer: Vec<u8>,
     /// Bytes of `buffer` that are filled.
     filled: usize,
-    /// Place in the stream of the first of them.
+    /// Offset in the stream of the first of them.
     start: u64,
 }
 
@@ -258,7 +260,7 @@ impl<R: Read> Window<R> {
         Self { stream, buffer: vec![0; 2 * MIN_LOOKBACK], filled: 0, start: 0 }
     }
 
-    /// The `length` bytes at `place`; `end` says what ends too early if the stream does.
+    /// The `length` bytes at `offset`. `end` describes the error if the stream ends before.
     fn range(&mut self, offset: u64, length: u64, end: &'static str) -> Result<&[u8], DecodeError> {
         let bytes = self.up_to(offset, length)?;
         if bytes.len() as u64 == length {
@@ -268,7 +270,8 @@ impl<R: Read> Window<R> {
         }
     }
 
-    /// The `length` bytes at `place`, fewer where the stream ends. At most [`MIN_LOOKBACK`] bytes can be asked for.
+    /// The `length` bytes at `offset`, fewer where the stream ends. `length` is at most
+    /// [`MIN_LOOKBACK`].
     fn up_to(&mut self, offset: u64, length: u64) -> Result<&[u8], DecodeError> {
         if offset < self.start {
             return Err(DecodeError::NotStreamable("its tables lie behind its data"));

@@ -7,8 +7,8 @@ fn test_deadline() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
 
-/// A program that is not `qemu-img`. Another process writes it: a thread that forks while we have it open for
-/// writing would make it busy (ETXTBSY).
+/// A script in place of `qemu-img`. Another process writes it: if this process had it open for
+/// writing, a thread that forks could make it busy (ETXTBSY).
 fn script(dir: &Path, text: &str) -> QemuImg {
     let (draft, path) = (dir.join("draft"), dir.join("script"));
     std::fs::write(&draft, format!("#!/bin/sh\n{text}\n")).unwrap();
@@ -32,14 +32,14 @@ fn convert_check_and_resize_with_the_real_program() {
     img.resize(&target, Format::Qcow2, Bytes(2 << 20), test_deadline()).unwrap();
     assert_eq!(qcow2::Header::read(&target).unwrap().virtual_size, Bytes(2 << 20));
     assert_eq!(img.check(&target, test_deadline()).unwrap(), Check { corruptions: 0, leaks: 0 });
-    // The L2 table of the first cluster is said to lie where the header is.
+    // Damage: the entry for the first L2 table points to the header.
     let file = File::options().write(true).open(&target).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0; 8], 0x20000).unwrap();
     assert!(img.check(&target, test_deadline()).unwrap().corruptions > 0);
 }
 
 #[test]
-fn a_failure_says_the_last_line_and_the_environment_is_empty() {
+fn failure_reports_the_last_line_and_the_environment_is_empty() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     let img = script(dir.path(), "echo first >&2; echo \"$1 HOME=$HOME last\" >&2; exit 1");
@@ -60,7 +60,7 @@ fn a_failure_says_the_last_line_and_the_environment_is_empty() {
 }
 
 #[test]
-fn the_deadline_kills_what_hangs_whether_it_talks_or_not() {
+fn deadline_kills_a_program_that_hangs_or_prints_without_end() {
     let dir = tempfile::tempdir().unwrap();
     for text in ["exec sleep 1000", "exec sleep 1000 >&- 2>&-", "while :; do echo y; done"] {
         let img = script(dir.path(), text);
@@ -73,7 +73,7 @@ fn the_deadline_kills_what_hangs_whether_it_talks_or_not() {
 }
 
 #[test]
-fn endless_output_is_read_but_not_kept() {
+fn endless_output_is_read_but_not_stored() {
     let dir = tempfile::tempdir().unwrap();
     let img = script(dir.path(), "head -c 10000000 /dev/zero | tr '\\0' x >&2; exit 1");
     let failed =

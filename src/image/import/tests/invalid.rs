@@ -1,19 +1,19 @@
-//! What must not be taken.
+//! Images that import must reject.
 
 use super::*;
 
 #[test]
-fn what_is_cut_off_anywhere_is_refused() {
+fn truncated_image_is_rejected_at_any_length() {
     let world = World::new();
     for image in [world.disk(), world.qcow2("-c -o compat=0.10")] {
         let (archive, compressed) = (tar(&[("root.img", &image)]), stemcell(&image));
         for cut in [1, 3, 9, 600, compressed.len() / 2] {
-            let cut = &compressed[..compressed.len() - cut];
-            assert_eq!(world.reason(cut, None), InvalidImage::Truncated("the gzip data"));
+            let truncated = &compressed[..compressed.len() - cut];
+            assert_eq!(world.reason(truncated, None), InvalidImage::Truncated("the gzip data"));
         }
         for cut in [1025, 2000, archive.len() / 2] {
             let refused = world.reason(&archive[..archive.len() - cut], None).to_string();
-            assert!(refused.contains("cut off"), "{refused}");
+            assert!(refused.contains("truncated"), "{refused}");
         }
         assert_eq!(
             world.reason(&archive[..archive.len() - 1024], None),
@@ -39,7 +39,7 @@ fn what_is_cut_off_anywhere_is_refused() {
 }
 
 #[test]
-fn damage_in_the_gzip_data_is_found() {
+fn damaged_gzip_data_is_rejected() {
     let world = World::new();
     let sound = stemcell(&world.disk());
     for at in [4 << 10, sound.len() / 2, sound.len() - 6] {
@@ -54,7 +54,7 @@ fn damage_in_the_gzip_data_is_found() {
 }
 
 #[test]
-fn padding_may_follow_an_archive_and_nothing_else() {
+fn archive_may_be_followed_by_padding_only() {
     let world = World::new();
     let archive = tar(&[("root.img", &world.disk())]);
     world.expect_disk(&gzip(&[&archive[..], &[0; 10240]].concat()), None);
@@ -66,7 +66,7 @@ fn padding_may_follow_an_archive_and_nothing_else() {
 }
 
 #[test]
-fn members_that_are_no_image() {
+fn archive_without_exactly_one_image_is_rejected() {
     let world = World::new();
     let disk = world.disk();
     let ovf = gzip(&tar(&[("image.ovf", b"x"), ("image.mf", b"x"), ("image-disk1.vmdk", b"KDMV")]));
@@ -86,7 +86,7 @@ fn members_that_are_no_image() {
 }
 
 #[test]
-fn members_that_lead_astray() {
+fn archive_with_unsafe_members_is_rejected() {
     let world = World::new();
     let archive = |kind: EntryType, name: &[u8]| {
         let mut header = header(kind, 0);
@@ -104,7 +104,7 @@ fn members_that_lead_astray() {
         (EntryType::Link, "hard link"),
         (EntryType::Block, "device"),
         (EntryType::Fifo, "pipe"),
-        (EntryType::new(b'V'), "thing of unknown type"),
+        (EntryType::new(b'V'), "file of unknown type"),
     ] {
         let refused = world.reason(&gzip(&archive(kind, b"root.img")), None);
         assert_eq!(refused, InvalidImage::MemberKind { name: "root.img".into(), kind: what });
@@ -115,7 +115,7 @@ fn members_that_lead_astray() {
 }
 
 #[test]
-fn a_name_without_end_takes_no_memory() {
+fn endless_member_name_is_rejected_before_it_fills_the_memory() {
     let world = World::new();
     let mut bomb = header(EntryType::GNULongName, 1 << 30);
     bomb.set_cksum();
@@ -127,7 +127,7 @@ fn a_name_without_end_takes_no_memory() {
 }
 
 #[test]
-fn formats_that_are_not_what_was_said() {
+fn format_that_is_not_the_declared_one_is_rejected() {
     let world = World::new();
     let (disk, qcow2) = (world.disk(), world.qcow2(""));
     for (image, declared, found) in
@@ -148,7 +148,7 @@ fn formats_that_are_not_what_was_said() {
 }
 
 #[test]
-fn qcow2_features_that_reach_out_of_the_file() {
+fn qcow2_features_that_need_other_files_are_rejected() {
     let world = World::new();
     let path = world.path("overlay");
     create(&path, Bytes(1 << 20), Some(Backing { file_name: "/etc/shadow", format: Format::Raw }))
@@ -185,7 +185,7 @@ fn qcow2_features_that_reach_out_of_the_file() {
 }
 
 #[test]
-fn a_disk_no_host_can_hold() {
+fn image_larger_than_the_limit_is_rejected() {
     let world = World::new();
     let mut absurd = header(EntryType::Regular, 65 << 40);
     absurd.set_path("root.img").unwrap();
@@ -199,7 +199,7 @@ fn a_disk_no_host_can_hold() {
 }
 
 #[test]
-fn a_full_disk_says_what_is_needed() {
+fn full_filesystem_error_names_the_space_needed() {
     let world = World::new();
     let full = File::options().write(true).open("/dev/full").unwrap();
     std::fs::write(world.path("image"), stemcell(&world.disk())).unwrap();
@@ -218,24 +218,25 @@ fn a_full_disk_says_what_is_needed() {
 }
 
 #[test]
-fn a_light_stemcell_is_named_as_what_it_is() {
+fn empty_image_is_reported_as_a_light_stemcell() {
     let world = World::new();
     let error = world.import_as(b"", None).unwrap_err();
     let image = world.path("image");
     let expected = format!(
-        "the image '{}' is refused: it is empty (0 bytes), as in a light stemcell\nHint: {LIGHT_STEMCELL_HINT}",
+        "the image '{}' is refused: it is empty (0 bytes), as in a light stemcell\n\
+         Hint: {LIGHT_STEMCELL_HINT}",
         image.display()
     );
     assert_eq!(error.report(), expected);
 }
 
 #[test]
-fn what_is_no_file_is_not_waited_for() {
+fn source_that_is_not_a_file_is_rejected_without_waiting() {
     let world = World::new();
     let qemu_img = QemuImg::new("qemu-img");
     run("mkfifo", [world.path("image").into()]);
     let error = world.job(&qemu_img, None).run(&mut |_| {}).unwrap_err();
-    assert!(error.report().contains("no regular file"), "{}", error.report());
+    assert!(error.report().contains("not a regular file"), "{}", error.report());
     std::fs::remove_file(world.path("image")).unwrap();
     assert_eq!(world.job(&qemu_img, None).run(&mut |_| {}).unwrap_err().kind(), ErrorKind::Host);
     world.expect_nothing_left();
