@@ -1,4 +1,4 @@
-//! The floor: QEMU with the command line of a VM of ours, and as little as can be around it.
+//! The floor: QEMU with the command line of a VM, and as little as possible around it.
 
 use std::fs::File;
 use std::io::Read;
@@ -28,13 +28,13 @@ use serde_json::json;
 use crate::lab::{self, Lab, Vm};
 
 const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
-/// Where the configuration has it by default.
+/// The configuration's default.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// A press that the guest was too busy for is lost.
+/// Time between two presses of the power button. A busy guest misses a press.
 const PRESS_INTERVAL: Duration = Duration::from_millis(250);
 const DISK: &str = "disk-floor";
 
-/// A bare QEMU whose guest runs.
+/// A QEMU without supervisor and confinement, whose guest runs.
 pub struct BareQemu {
     child: Child,
     monitor: Monitor,
@@ -42,7 +42,8 @@ pub struct BareQemu {
 }
 
 impl BareQemu {
-    /// An overlay by `qemu-img`, QEMU until `cont`. Its other images are those of `vm`, which is paused.
+    /// Creates an overlay with `qemu-img` and runs QEMU up to `cont`. The other images are those of
+    /// `vm`, which is paused.
     pub fn create(lab: &Lab, vm: &Vm) -> Self {
         let root = lab.scratch("bare-root.qcow2");
         let record = lab.store.read::<VmRecord>(&vm.cid).expect("readable").expect("a record");
@@ -90,17 +91,17 @@ impl BareQemu {
         Self { child, monitor, serial }
     }
 
-    /// Stops the guest's CPU.
+    /// Stops the guest's vCPUs.
     pub fn pause(&mut self) {
         self.monitor.raw("stop", &json!({})).expect("stop");
     }
 
-    /// Goes on.
+    /// Continues the guest's vCPUs.
     pub fn resume(&mut self) {
         self.monitor.raw("cont", &json!({})).expect("cont");
     }
 
-    /// Waits until the guest has output `word`.
+    /// Waits until the guest has printed `word`.
     pub fn wait_for(&mut self, word: &str) {
         let (mut output, mut buffer) = (String::new(), [0; 256]);
         while !output.contains(word) {
@@ -110,7 +111,7 @@ impl BareQemu {
         }
     }
 
-    /// Plugs an empty image in.
+    /// Attaches an empty image.
     pub fn attach(&mut self, lab: &Lab) {
         let path = PathBuf::from(lab.scratch("bare-disk.qcow2"));
         if !path.exists() {
@@ -130,19 +131,19 @@ impl BareQemu {
         self.monitor.raw("device_add", &device).expect("device_add");
     }
 
-    /// Asks the guest to let go of it, until QEMU has closed it.
+    /// Detaches it: waits until the guest has released the disk and QEMU has closed it.
     pub fn detach(&mut self) {
         self.monitor.raw("device_del", &json!({"id": DISK})).expect("device_del");
         let deleted =
             |event: &Event| event.name == "DEVICE_DELETED" && event.data["device"] == DISK;
-        let gone = self.monitor.wait_event(deleted, Instant::now() + GUEST_TIMEOUT);
-        gone.expect("events").expect("the guest's answer");
+        let event = self.monitor.wait_event(deleted, Instant::now() + GUEST_TIMEOUT);
+        event.expect("events").expect("the guest's answer");
         for node in [DISK.to_owned(), blockdev::file_node(DISK)] {
             self.monitor.raw("blockdev-del", &json!({"node-name": node})).expect("blockdev-del");
         }
     }
 
-    /// The power button, pressed until the guest listens, and a new QEMU.
+    /// Presses the power button until the guest powers off, then starts a new QEMU.
     pub fn reboot(&mut self, lab: &Lab, vm: &Vm) {
         let process = Process::open(self.child.id() as i32).expect("QEMU");
         while self.monitor.raw("system_powerdown", &json!({})).is_ok() {
@@ -154,7 +155,7 @@ impl BareQemu {
         *self = Self::start(lab, vm);
     }
 
-    /// SIGKILL, and the wait for its end.
+    /// Kills QEMU with SIGKILL and waits for its exit.
     pub fn kill(self) {
         drop(self);
     }
@@ -162,7 +163,7 @@ impl BareQemu {
 
 impl Drop for BareQemu {
     fn drop(&mut self) {
-        // It has ended already if the guest powered off.
+        // kill fails if the guest has powered off before.
         let _ = self.child.kill();
         self.child.wait().expect("QEMU ends");
     }
@@ -172,7 +173,8 @@ fn vm_socket(lab: &Lab, name: &str) -> PathBuf {
     lab.store.run_dir().join(name)
 }
 
-/// The files of `vm`, with a root disk of its own. QEMU locks images that it writes, so the ephemeral disk is copied.
+/// The files of `vm`, with another root disk. QEMU locks images that it writes, so the ephemeral
+/// disk is copied.
 fn required(lab: &Lab, vm: &Vm, record: &VmRecord) -> Vec<FileSpec> {
     let mut specs = files::required(record, &vm.paths, &lab.store, &[]).expect("no pool");
     for spec in &mut specs {

@@ -1,17 +1,19 @@
 //! Block jobs: copying a disk while the guest uses it.
 //!
 //! ```text
-//!   blockdev-backup   created ─► running ──────────────────────────────► concluded ─► dismissed
-//!                                   │                                        ▲
+//!   blockdev-backup   created ─► running ─────────────────────────────► concluded ─► dismissed
+//!                                   │                                       ▲
 //!   blockdev-mirror   created ─► running ─► ready ─► (job-complete) ─► pending ─► (job-finalize)
-//!                                             │ keeps up with the guest    │ the disk's I/O waits: both images are the
-//!                                             ▼                            ▼ same, and flushed, until one is chosen
-//!                            job-cancel, at any time: concluded, as if it had never been
+//!                                             │ follows the guest's    │ the disk's I/O waits:
+//!                                             │ writes                 │ both images are equal
+//!                                             ▼                        ▼ until one is chosen
+//!                            job-cancel, at any time: concluded, with no effect on the disk
 //! ```
 //!
-//! A job outlives the client that started it, and QEMU serves one client at a time. So a client that waits for a job
-//! takes turns: it looks, waits for events, and closes the connection to let others in. What happened between
-//! two turns is seen by the look. A job is known by its id; whoever knows that can [end](cancel_all) it.
+//! A job outlives the client that started it, and QEMU serves one client at a time. So a client
+//! waits for a job in turns: it queries the job, waits for events, and closes the connection to let
+//! other clients in. The next turn's query shows what happened between two turns. A job is
+//! identified by its id, by which any client can [cancel](cancel_all) it.
 
 use std::time::{Duration, Instant};
 
@@ -24,34 +26,36 @@ use super::query::{Job, QueryJobs};
 use super::wire::printable;
 use crate::error::{Error, ErrorKind};
 
-/// How long one turn of waiting keeps others from the monitor. They wait five seconds before they give up.
+/// Longest time that one turn of waiting keeps other clients from the monitor. They time out after
+/// five seconds.
 pub const MONITOR_TURN_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest pause before a job that is being ended is looked at again. Most often an event ends it sooner.
+/// Longest time between two queries of a job that is being cancelled. An event usually ends the
+/// wait sooner.
 const JOB_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Why a job did not get where it was to get.
+/// Why a job did not reach the wanted state.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// It is not there: somebody ended it, or QEMU was started anew.
-    #[error("qemu has no job '{id}' any more: it was ended, or QEMU was started anew")]
+    /// QEMU has no such job: another client cancelled it, or QEMU was restarted.
+    #[error("qemu has no job '{id}': it was cancelled, or QEMU was restarted")]
     NotFound {
-        /// The job.
+        /// The job's id.
         id: String,
     },
-    /// It gave up. What it wrote is worth nothing.
+    /// The job failed. Its target is incomplete.
     #[error("job '{id}' failed: {why}")]
     Failed {
-        /// The job.
+        /// The job's id.
         id: String,
-        /// QEMU's text, cut and escaped.
+        /// QEMU's text, truncated and escaped.
         why: String,
     },
-    /// It still works.
-    #[error("job '{id}' is {status} after all the time there was")]
+    /// The job has not reached the state by the deadline.
+    #[error("job '{id}' is still {status} at its deadline")]
     Timeout {
-        /// The job.
+        /// The job's id.
         id: String,
-        /// QEMU's word for what it does.
+        /// The job's state, QEMU's JobStatus.
         status: String,
     },
     /// The monitor failed.
@@ -63,7 +67,7 @@ impl From<JobError> for Error {
     fn from(error: JobError) -> Self {
         let kind = match error {
             JobError::Monitor(error) => return error.into(),
-            // QEMU's strerror: there is no code.
+            // QEMU reports strerror's text and no error code.
             JobError::Failed { ref why, .. } if why.contains("No space left") => {
                 ErrorKind::NoDiskSpace
             }
@@ -74,8 +78,8 @@ impl From<JobError> for Error {
     }
 }
 
-/// Waits, in turns, until the job `id` is in the state `wanted`; `progress` is told how much of how much is done, once a
-/// turn. Answers the connection of the last turn.
+/// Waits in turns until the job `id` is in the state `wanted`. After each turn `progress` receives
+/// the work done and the work in total. Returns the connection of the last turn.
 ///
 /// # Errors
 /// See [`JobError`].
@@ -88,7 +92,7 @@ pub fn wait_in_turns(
 ) -> Result<Monitor, JobError> {
     loop {
         let mut monitor = match connect() {
-            // Another client has a long turn.
+            // Another client is taking a long turn.
             Err(MonitorError::Greeting { .. }) if Instant::now() < deadline => continue,
             connected => connected?,
         };
@@ -103,7 +107,7 @@ pub fn wait_in_turns(
     }
 }
 
-/// Waits until the job `id` is in the state `wanted`. One that concluded before has failed.
+/// Waits until the job `id` is in the state `wanted`. A job that concludes before has failed.
 ///
 /// # Errors
 /// See [`JobError`].
@@ -116,7 +120,8 @@ pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Re
             }
             (status, None) if status == wanted => return Ok(()),
             ("concluded" | "aborting", None) => {
-                return Err(JobError::Failed { id: id.to_owned(), why: "it was ended".into() });
+                let why = "it was cancelled".into();
+                return Err(JobError::Failed { id: id.to_owned(), why });
             }
             (status, None) if Instant::now() >= until => {
                 return Err(JobError::Timeout { id: id.to_owned(), status: printable(status) });
@@ -127,26 +132,27 @@ pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Re
     }
 }
 
-/// The job `id`, if QEMU has it.
+/// Returns the job `id` if QEMU has it.
 ///
 /// # Errors
-/// As [`Monitor::execute`].
+/// Those of [`Monitor::execute`].
 pub fn find(monitor: &mut Monitor, id: &str) -> Result<Option<Job>, MonitorError> {
     Ok(monitor.execute(&QueryJobs {})?.into_iter().find(|job| job.id == id))
 }
 
-/// Has the concluded job `id` forgotten.
+/// Dismisses the concluded job `id`: QEMU forgets it.
 ///
 /// # Errors
-/// As [`Monitor::execute`].
+/// Those of [`Monitor::execute`].
 pub fn dismiss(monitor: &mut Monitor, id: &str) -> Result<(), MonitorError> {
     monitor.execute(&qmp::job_dismiss { id: id.to_owned() }).map(drop)
 }
 
-/// Ends every job whose id is `ours`, whatever it does, and answers those that are still there at `until`.
+/// Cancels and dismisses every job whose id `is_own` accepts, whatever its state. Returns those
+/// that remain at `until`.
 ///
 /// # Errors
-/// As [`Monitor::execute`].
+/// Those of [`Monitor::execute`].
 pub fn cancel_all(
     monitor: &mut Monitor,
     is_own: impl Fn(&str) -> bool,
@@ -164,7 +170,7 @@ pub fn cancel_all(
                 _ => monitor.execute(&qmp::job_cancel { id }),
             };
             match step {
-                // Refused: it went on by itself since we asked.
+                // A refusal means that the job has changed its state since the query.
                 Ok(_) | Err(MonitorError::Refused { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -189,25 +195,26 @@ mod tests {
     use super::*;
     use crate::qmp::testing::{Guest, Image, test_deadline};
 
-    /// A job that is `ready` soon and goes on until it is ended.
+    /// Starts a job that is `ready` soon and runs until it is cancelled.
     fn mirror(monitor: &mut Monitor, id: &str) {
         for name in ["source", "target"] {
             let node =
                 json!({"driver": "null-co", "node-name": format!("{name}-{id}"), "size": 1 << 20});
             monitor.raw("blockdev-add", &node).unwrap();
         }
-        let copy = json!({"job-id": id, "device": format!("source-{id}"), "target": format!("target-{id}"),
-            "sync": "full", "auto-dismiss": false, "auto-finalize": false});
+        let copy = json!({"job-id": id, "device": format!("source-{id}"),
+            "target": format!("target-{id}"), "sync": "full",
+            "auto-dismiss": false, "auto-finalize": false});
         monitor.raw("blockdev-mirror", &copy).unwrap();
     }
 
     #[test]
-    fn a_job_is_followed_while_others_use_the_monitor() {
+    fn wait_in_turns_lets_other_clients_use_the_monitor() {
         let guest = Guest::booted(Image::Answering, 0);
         mirror(&mut guest.monitor(), "copy");
         let connect = || Monitor::connect(&guest.socket(), test_deadline());
         drop(wait_in_turns(&connect, "copy", "ready", test_deadline(), &mut |_, _| ()).unwrap());
-        // It does not conclude by itself, and each turn lets the other in.
+        // The job does not conclude by itself. Each turn lets the other client in.
         let mut turns = 0;
         let mut monitor = std::thread::scope(|scope| {
             let other = scope.spawn(|| {
@@ -225,12 +232,12 @@ mod tests {
         monitor.raw("job-finalize", &json!({"id": "copy"})).unwrap();
         wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap();
         dismiss(&mut monitor, "copy").unwrap();
-        let gone = wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap_err();
-        assert!(matches!(gone, JobError::NotFound { .. }), "{gone}");
+        let dismissed = wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap_err();
+        assert!(matches!(dismissed, JobError::NotFound { .. }), "{dismissed}");
     }
 
     #[test]
-    fn a_job_is_late_failed_or_ended() {
+    fn job_that_is_slow_cancelled_or_full_is_an_error() {
         let guest = Guest::booted(Image::Answering, 0);
         let mut monitor = guest.monitor();
         mirror(&mut monitor, "disk.one");
@@ -244,7 +251,7 @@ mod tests {
         assert!(matches!(ended, JobError::Failed { .. }), "{ended}");
         let left = cancel_all(&mut monitor, |id| id.starts_with("disk."), test_deadline()).unwrap();
         assert!(left.is_empty());
-        assert!(find(&mut monitor, "other").unwrap().is_some(), "not ours");
+        assert!(find(&mut monitor, "other").unwrap().is_some(), "other jobs are not cancelled");
         let full = JobError::Failed { id: "x".into(), why: "No space left on device".into() };
         assert_eq!(Error::from(full).kind(), ErrorKind::NoDiskSpace);
     }

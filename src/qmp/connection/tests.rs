@@ -39,18 +39,18 @@ fn events_may_come_anywhere_and_be_unknown() {
 }
 
 #[test]
-fn a_reply_to_somebody_else_is_dropped() {
+fn reply_to_another_command_is_dropped() {
     let server = ScriptedMonitor::negotiated(|peer| {
         let id = peer.expect("x");
         peer.send(r#"{"return": "late", "id": 4711}"#);
         peer.send(r#"{"error": {"class": "GenericError", "desc": "late"}, "id": 4712}"#);
-        peer.send(&format!(r#"{{"return": "ours", "id": {id}}}"#));
+        peer.send(&format!(r#"{{"return": "own", "id": {id}}}"#));
     });
-    assert_eq!(connect(&server).raw("x", &json!({})).unwrap(), "ours");
+    assert_eq!(connect(&server).raw("x", &json!({})).unwrap(), "own");
 }
 
 #[test]
-fn a_refusal_is_clean_and_leaves_the_connection_usable() {
+fn refused_command_leaves_the_connection_usable() {
     let server = ScriptedMonitor::negotiated(|peer| {
         let id = peer.expect("device_del");
         peer.send(&format!(
@@ -73,7 +73,7 @@ fn a_refusal_is_clean_and_leaves_the_connection_usable() {
 }
 
 #[test]
-fn a_silent_command_times_out_and_spends_the_connection() {
+fn command_without_reply_times_out_and_poisons_the_connection() {
     let (late, timed_out) = mpsc::channel();
     let server = ScriptedMonitor::negotiated(move |peer| {
         let id = peer.expect("x");
@@ -92,7 +92,7 @@ fn a_silent_command_times_out_and_spends_the_connection() {
 }
 
 #[test]
-fn nothing_is_sent_after_the_deadline() {
+fn command_after_the_deadline_is_not_sent() {
     let server = ScriptedMonitor::negotiated(|peer| {
         let id = peer.expect("in-time");
         peer.send(&format!(r#"{{"return": {{}}, "id": {id}}}"#));
@@ -108,7 +108,7 @@ fn nothing_is_sent_after_the_deadline() {
 }
 
 #[test]
-fn a_dropped_exchange_spends_the_connection_and_a_dropped_wait_does_not() {
+fn dropped_exchange_poisons_the_connection_and_a_dropped_wait_does_not() {
     let server = ScriptedMonitor::negotiated(|peer| {
         peer.send_bytes(br#"{"event": "HA"#);
         peer.expect("go-on");
@@ -127,7 +127,7 @@ fn a_dropped_exchange_spends_the_connection_and_a_dropped_wait_does_not() {
 }
 
 #[test]
-fn garbage_is_a_protocol_error() {
+fn invalid_qmp_is_a_protocol_error() {
     for garbage in ["HTTP/1.1 400 Bad Request", "{}", "{\"return\": {}}", "{\"QMP\": {}}", "\u{0}"]
     {
         let server = ScriptedMonitor::negotiated(move |peer| {
@@ -144,7 +144,7 @@ fn garbage_is_a_protocol_error() {
 }
 
 #[test]
-fn a_close_in_the_middle_of_a_reply_is_a_close() {
+fn close_within_a_reply_is_closed() {
     let server = ScriptedMonitor::negotiated(|peer| {
         let id = peer.expect("x");
         peer.send_bytes(format!(r#"{{"return": {{}}, "id": {id}}}"#).as_bytes());
@@ -153,7 +153,7 @@ fn a_close_in_the_middle_of_a_reply_is_a_close() {
 }
 
 #[test]
-fn a_huge_line_is_refused_before_it_fills_the_memory() {
+fn huge_line_is_refused_before_it_fills_the_memory() {
     let server = ScriptedMonitor::negotiated(|peer| {
         peer.expect("x");
         peer.send_bytes(br#"{"return": ""#);
@@ -168,7 +168,7 @@ fn a_huge_line_is_refused_before_it_fills_the_memory() {
 }
 
 #[test]
-fn a_long_answer_is_read() {
+fn long_reply_is_read() {
     let server = ScriptedMonitor::negotiated(|peer| {
         let id = peer.expect("x");
         peer.send(&format!(r#"{{"return": "{}", "id": {id}}}"#, "a".repeat(1 << 20)));
@@ -180,7 +180,7 @@ fn a_long_answer_is_read() {
 }
 
 #[test]
-fn a_flood_of_events_keeps_the_latest() {
+fn queue_of_many_events_keeps_the_latest() {
     let server = ScriptedMonitor::negotiated(|peer| {
         let id = peer.expect("x");
         for n in 0..1000 {
@@ -196,7 +196,7 @@ fn a_flood_of_events_keeps_the_latest() {
 }
 
 #[test]
-fn no_greeting_hints_at_another_client() {
+fn missing_greeting_hints_at_another_client() {
     let server = ScriptedMonitor::new(crate::qmp::testing::Peer::wait_for_close);
     let error = Monitor::connect(&server.socket(), Instant::now() + SHORT_TIMEOUT).unwrap_err();
     assert!(matches!(error, MonitorError::Greeting { .. }));
@@ -206,13 +206,13 @@ fn no_greeting_hints_at_another_client() {
 }
 
 #[test]
-fn a_full_backlog_is_another_client_too() {
+fn full_backlog_is_a_greeting_timeout() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp.sock");
     let _listener = UnixListener::bind(&path).unwrap();
     let mut waiting = Vec::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    // The kernel refuses one more than the listener's backlog.
+    // The kernel refuses the connection after the last one that fits the backlog.
     while let Ok(stream) = runtime.block_on(UnixStream::connect(&path)) {
         waiting.push(stream);
     }
@@ -221,7 +221,7 @@ fn a_full_backlog_is_another_client_too() {
 }
 
 #[test]
-fn nobody_listens() {
+fn connect_without_a_listener_fails() {
     let error = Monitor::connect(Path::new("/nowhere/qmp.sock"), test_deadline()).unwrap_err();
     assert!(matches!(error, MonitorError::Connect { .. }));
     let report = Error::from(error).report();

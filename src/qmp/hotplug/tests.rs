@@ -1,4 +1,4 @@
-//! Against a real QEMU.
+//! Tests of hot-plug against a real QEMU.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use crate::qmp::power;
 use crate::qmp::query::QueryJobs;
 use crate::qmp::testing::{ClosingProxy, Guest, Image, test_deadline};
 
-/// A disk image and the names it gets in QEMU.
+/// A disk image and its names in QEMU.
 struct Disk {
     names: HotDisk,
     file: File,
@@ -35,15 +35,16 @@ impl Disk {
         Self { names, file }
     }
 
-    /// Both nodes by their own `blockdev-add`.
+    /// Creates each node by its own `blockdev-add`.
     fn blockdevs(&self, set: i64) -> Vec<Value> {
+        let lower = &self.names.lower_nodes[0];
         vec![
-            json!({"driver": "file", "node-name": self.names.lower_nodes[0], "filename": format!("/dev/fdset/{set}")}),
-            json!({"driver": "raw", "node-name": self.names.node, "file": self.names.lower_nodes[0]}),
+            json!({"driver": "file", "node-name": lower, "filename": format!("/dev/fdset/{set}")}),
+            json!({"driver": "raw", "node-name": self.names.node, "file": lower}),
         ]
     }
 
-    /// The lower node inside the JSON of the upper.
+    /// Creates the lower node inside the JSON of the upper node.
     fn nested(&self, set: i64) -> Vec<Value> {
         let mut both = self.blockdevs(set);
         let below = both.remove(0);
@@ -56,10 +57,9 @@ impl Disk {
         monitor: &mut Monitor,
         blockdevs: &dyn Fn(i64) -> Vec<Value>,
     ) -> Result<Attached, HotplugError> {
-        let Value::Object(device) = json!({"driver": "virtio-blk-pci", "id": self.names.device, "drive": self.names.node, "serial": "x"})
-        else {
-            unreachable!()
-        };
+        let device = json!({"driver": "virtio-blk-pci", "id": self.names.device,
+            "drive": self.names.node, "serial": "x"});
+        let Value::Object(device) = device else { unreachable!() };
         let wanted = AttachRequest {
             disk: &self.names,
             file: self.file.as_fd(),
@@ -78,7 +78,7 @@ impl Disk {
         detach(monitor, &self.names, test_deadline())
     }
 
-    /// How many devices, nodes and descriptors of this disk QEMU has.
+    /// Number of devices, nodes and fds of this disk in QEMU.
     fn parts(&self, monitor: &mut Monitor) -> (usize, usize, usize) {
         let found = Inventory::query(monitor).unwrap();
         let sets = monitor.execute(&qmp::query_fdsets {}).unwrap();
@@ -95,7 +95,7 @@ impl Disk {
 const ATTACHED: (usize, usize, usize) = (1, 2, 1);
 const ABSENT: (usize, usize, usize) = (0, 0, 0);
 
-/// A deadline that passes in a test.
+/// A deadline that passes during a test.
 fn short_deadline() -> Instant {
     Instant::now() + Duration::from_millis(1200)
 }
@@ -105,7 +105,7 @@ fn on(port: &str) -> Attached {
 }
 
 #[test]
-fn twice_is_once() {
+fn attach_and_detach_twice_have_the_effect_of_once() {
     let mut guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -117,7 +117,7 @@ fn twice_is_once() {
     disk.detach(&mut monitor).unwrap();
     assert_eq!(disk.parts(&mut monitor), ABSENT);
     disk.detach(&mut monitor).unwrap();
-    // On the same connection: the events of the first device must not be taken for the second's.
+    // On the same connection: the events of the first device must not count for the second.
     assert_eq!(disk.attach_with(&mut monitor, &|set| disk.nested(set)).unwrap(), on("hotplug0"));
     assert_eq!(disk.parts(&mut monitor), ATTACHED);
     disk.detach(&mut monitor).unwrap();
@@ -125,7 +125,7 @@ fn twice_is_once() {
 }
 
 #[test]
-fn the_lowest_free_port_is_taken_until_there_is_none() {
+fn attach_uses_the_lowest_free_port_until_none_is_free() {
     let guest = Guest::booted(Image::Answering, 2);
     let [a, b, c] = ["a", "b", "c"].map(|name| Disk::new(&guest, name));
     let mut monitor = guest.monitor();
@@ -141,7 +141,7 @@ fn the_lowest_free_port_is_taken_until_there_is_none() {
 }
 
 #[test]
-fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
+fn attach_to_a_port_occupied_meanwhile_uses_the_next_port() {
     let guest = Guest::new(Image::Answering, 2);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -167,7 +167,7 @@ fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
 }
 
 #[test]
-fn a_refused_attach_leaves_nothing() {
+fn refused_attach_leaves_nothing() {
     let guest = Guest::new(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -179,8 +179,8 @@ fn a_refused_attach_leaves_nothing() {
     let error = disk.attach_with(&mut monitor, &unreadable).unwrap_err();
     assert!(matches!(&error, HotplugError::Monitor(e) if e.refused_with("qcow2")), "{error}");
     assert_eq!(disk.parts(&mut monitor), ABSENT);
-    // The same with a device that is refused.
-    let taken = json!({"driver": "virtio-rng-pci", "id": disk.names.device, "bus": "hotplug0"});
+    // The same with a device that QEMU refuses.
+    let rng = json!({"driver": "virtio-rng-pci", "id": disk.names.device, "bus": "hotplug0"});
     let other = Disk {
         names: HotDisk { device: "boot".into(), ..disk.names.clone() },
         file: disk.file.try_clone().unwrap(),
@@ -188,11 +188,11 @@ fn a_refused_attach_leaves_nothing() {
     let nodes_only = |set: i64| vec![other.blockdevs(set).remove(0)];
     other.attach_with(&mut monitor, &nodes_only).unwrap_err();
     assert_eq!(other.parts(&mut monitor), ABSENT);
-    monitor.raw("device_add", &taken).unwrap();
+    monitor.raw("device_add", &rng).unwrap();
 }
 
 #[test]
-fn before_the_start_disks_are_attached_but_never_detached() {
+fn before_the_start_attach_works_and_detach_is_refused() {
     let mut guest = Guest::new(Image::Answering, 2);
     let [a, b] = ["a", "b"].map(|name| Disk::new(&guest, name));
     let mut monitor = guest.monitor();
@@ -201,7 +201,7 @@ fn before_the_start_disks_are_attached_but_never_detached() {
     assert!(matches!(a.detach(&mut monitor), Err(HotplugError::NotStarted { .. })));
     assert_eq!(a.parts(&mut monitor), ATTACHED);
     monitor.run(async |c| power::cont(c).await).unwrap();
-    // From the firmware on.
+    // Detach works from the firmware on.
     a.detach(&mut monitor).unwrap();
     guest.wait_for("BOOTSECTOR-OK");
     assert_eq!(a.parts(&mut monitor), ABSENT);
@@ -209,7 +209,7 @@ fn before_the_start_disks_are_attached_but_never_detached() {
 }
 
 #[test]
-fn a_guest_that_never_answers_keeps_its_disk_until_a_reset() {
+fn detach_from_a_mute_guest_times_out_until_a_reset() {
     let mut guest = Guest::booted(Image::Mute, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -228,12 +228,12 @@ fn a_guest_that_never_answers_keeps_its_disk_until_a_reset() {
 }
 
 #[test]
-fn a_device_wedged_by_another_client_is_reported_and_cleared_by_a_reset() {
+fn unplug_pending_from_another_client_is_reported_and_cleared_by_a_reset() {
     let mut guest = Guest::new(Image::Mute, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    // What we never do.
+    // This program never sends device_del in prelaunch.
     monitor.execute(&qmp::device_del { id: disk.names.device.clone() }).unwrap();
     monitor.run(async |c| power::cont(c).await).unwrap();
     guest.wait_for("BOOTSECTOR-OK");
@@ -249,7 +249,7 @@ fn a_device_wedged_by_another_client_is_reported_and_cleared_by_a_reset() {
 }
 
 #[test]
-fn what_a_guest_ejected_by_itself_is_swept() {
+fn backend_of_a_disk_the_guest_ejected_is_removed() {
     let mut guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -257,10 +257,10 @@ fn what_a_guest_ejected_by_itself_is_swept() {
         disk.attach(&mut monitor).unwrap();
         guest.wait_for("U0");
         guest.type_byte(b'e');
-        let gone = |e: &crate::qmp::Event| {
+        let deleted = |e: &crate::qmp::Event| {
             matches!(e.kind(), EventKind::DeviceDeleted { device: Some(_), .. })
         };
-        monitor.wait_event(gone, test_deadline()).unwrap().unwrap();
+        monitor.wait_event(deleted, test_deadline()).unwrap().unwrap();
         assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
         if attach_again {
             assert_eq!(disk.attach(&mut monitor).unwrap(), on("hotplug0"));
@@ -272,7 +272,7 @@ fn what_a_guest_ejected_by_itself_is_swept() {
 }
 
 #[test]
-fn a_caller_killed_after_any_command_is_made_good() {
+fn attach_and_detach_recover_from_a_client_killed_after_any_command() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let proxy_after = |commands| {
@@ -312,7 +312,7 @@ fn a_caller_killed_after_any_command_is_made_good() {
 }
 
 #[test]
-fn a_descriptor_nobody_used_is_closed() {
+fn unused_fd_sets_are_removed() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -328,7 +328,7 @@ fn a_descriptor_nobody_used_is_closed() {
     assert_eq!(left.iter().map(|set| set.fdset_id).collect::<Vec<_>>(), [strange]);
 }
 
-/// Starts a copy of the disk that goes on until it is ended.
+/// Starts a copy of the disk that runs until it is cancelled.
 fn start_job(monitor: &mut Monitor, disk: &Disk, id: &str) {
     let target = format!("target-{id}");
     monitor
@@ -340,7 +340,7 @@ fn start_job(monitor: &mut Monitor, disk: &Disk, id: &str) {
 }
 
 #[test]
-fn own_jobs_end_with_the_disk_and_others_are_named() {
+fn detach_cancels_own_jobs_and_reports_others() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -359,13 +359,13 @@ fn own_jobs_end_with_the_disk_and_others_are_named() {
     );
     assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
     monitor.execute(&qmp::job_cancel { id: "stranger".into() }).unwrap();
-    // It concludes and waits to be dismissed, which is enough to free the node.
+    // The cancelled job concludes and waits to be dismissed. That is enough to free the node.
     disk.detach(&mut monitor).unwrap();
     assert_eq!(disk.parts(&mut monitor), ABSENT);
 }
 
 #[test]
-fn a_qemu_that_hangs_or_dies_is_an_error_in_time() {
+fn stopped_or_killed_qemu_is_an_error_by_the_deadline() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();

@@ -1,5 +1,5 @@
-//! What tests of this folder speak to: a QEMU with a tiny guest, a monitor that follows a script, a connection that
-//! is cut after so many commands.
+//! Monitors for the tests of this module: a QEMU with a tiny guest, a monitor that follows a
+//! script, a proxy that closes the connection after a number of commands.
 
 mod closing_proxy;
 mod guest;
@@ -11,7 +11,7 @@ pub use scripted::{Peer, ScriptedMonitor};
 
 use std::time::{Duration, Instant};
 
-/// Longer than anything that works takes here, even on a busy machine.
+/// Longest time for any successful step of a test, even on a busy machine.
 pub const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A deadline that only a failing test reaches.
