@@ -27,6 +27,7 @@ use serde_json::json;
 
 use crate::lab::{self, Lab, Vm};
 
+/// Longest time to wait for QEMU or its guest.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The configuration's default.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";

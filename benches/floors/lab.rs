@@ -19,6 +19,7 @@ use crate::{cid, timed};
 
 /// The guest's boot sector.
 pub const GUEST: &[u8; 512] = include_bytes!("../../guests/acpi-bootsector.bin");
+/// Longest time to wait for QEMU or its guest.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The benchmark's host. Drop removes its VMs and directories.

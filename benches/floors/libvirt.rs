@@ -10,6 +10,7 @@ use bosh_qemu_cpi::units::Bytes;
 
 use crate::lab::{GUEST, Lab};
 
+/// Longest time to wait for output of the guest.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const DOMAIN: &str = "bosh-qemu-cpi-floor";
 
@@ -24,7 +25,7 @@ impl Libvirt {
     /// Starts the domain.
     ///
     /// # Errors
-    /// Why there is no libvirt to compare with.
+    /// Why libvirt cannot be used.
     pub fn start(lab: &Lab) -> Result<Self, String> {
         let version =
             Command::new("virsh").args(["--connect", "qemu:///system", "version"]).output();

@@ -37,7 +37,7 @@ impl NewImage<'_> {
                 Format::Raw => raw::create(self.path, self.size),
             };
         }
-        raw::check_size(self.path, self.size)?;
+        raw::ensure_valid_size(self.path, self.size)?;
         // The file is created before `qemu-img` runs: it gets mode 0600, and a failure removes it.
         let new = create_new(self.path)?;
         qemu_img.create(self, deadline)?;

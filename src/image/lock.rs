@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 /// open: `RAW_LOCK_PERM_BASE` is 100 and `RAW_LOCK_SHARED_BASE` 200, each followed by fewer than
 /// 100 bits (block/file-posix.c).
 const LOCK_BYTES: (libc::off_t, libc::off_t) = (100, 200);
+/// Time between two checks whether an image is locked.
 const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Waits until no QEMU has the image open. A QEMU that was killed releases its lock a moment after

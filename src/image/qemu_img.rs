@@ -27,7 +27,7 @@ use crate::units::Bytes;
 
 /// Most bytes kept of the program's output.
 const OUTPUT_LIMIT: usize = 256 * 1024;
-/// Most characters of the program's last_line line in an error.
+/// Most characters of the program's last line in an error.
 const LINE_LIMIT: usize = 500;
 /// How long to wait for a killed program. It ends at once unless it hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -144,7 +144,7 @@ impl QemuImg {
         }
         args.extend(["-f", driver, "-o", &options].map(OsStr::new));
         args.extend([absolute(new.path)?, OsStr::new(&size)]);
-        self.run(&args, None, deadline)?.expect_success("create", new.path)
+        self.run(&args, None, deadline)?.ensure_success("create", new.path)
     }
 
     /// Copies one image, leaving zeros out. The result is not durable: `qemu-img` does not fsync
@@ -152,7 +152,7 @@ impl QemuImg {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], otherwise
-    /// [`ErrorKind::Host`] with the program's last_line line. After an error the target has part of the
+    /// [`ErrorKind::Host`] with the program's last line. After an error the target has part of the
     /// data.
     pub fn convert(&self, convert: &Convert<'_>, deadline: Instant) -> Result<()> {
         self.convert_from(convert, None, deadline)
@@ -195,7 +195,7 @@ impl QemuImg {
             args.extend(["--object", secret].map(OsStr::new));
         }
         args.extend([&from, &to].map(OsStr::new));
-        self.run(&args, None, deadline)?.expect_success("convert", source.path)
+        self.run(&args, None, deadline)?.ensure_success("convert", source.path)
     }
 
     fn convert_from(
@@ -207,7 +207,7 @@ impl QemuImg {
         let (from, to) = (convert.source_format.as_str(), convert.target_format.as_str());
         let args = ["convert", "-f", from, "-O", to].map(OsStr::new);
         let args = [&args[..], &[absolute(convert.source)?, absolute(convert.target)?]].concat();
-        self.run(&args, stdin, deadline)?.expect_success("convert", convert.source)
+        self.run(&args, stdin, deadline)?.ensure_success("convert", convert.source)
     }
 
     /// Checks the metadata of the qcow2 image at `path`. Repairs nothing.
@@ -225,7 +225,7 @@ impl QemuImg {
         let done = self.run(&[&args[..], &[absolute(path)?]].concat(), stdin, deadline)?;
         // Status 2 means corruptions, 3 means leaks; both print a report to standard output.
         if !matches!(done.status.code(), Some(0 | 2 | 3)) {
-            done.expect_success("check", path)?;
+            done.ensure_success("check", path)?;
         }
         serde_json::from_slice(&done.stdout).map_err(|error| {
             Error::new(ErrorKind::Host, format!("parse qemu-img's report on '{}'", path.display()))
@@ -244,7 +244,7 @@ impl QemuImg {
         let size = size.get().to_string();
         let args = ["resize", "-f", format.as_str()].map(OsStr::new);
         let args = [&args[..], &[absolute(path)?, OsStr::new(&size)]].concat();
-        self.run(&args, None, deadline)?.expect_success("resize", path)
+        self.run(&args, None, deadline)?.ensure_success("resize", path)
     }
 
     fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Finished> {
@@ -312,7 +312,7 @@ struct Finished {
 }
 
 impl Finished {
-    fn expect_success(&self, action: &str, path: &Path) -> Result<()> {
+    fn ensure_success(&self, action: &str, path: &Path) -> Result<()> {
         if self.status.success() {
             return Ok(());
         }

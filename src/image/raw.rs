@@ -20,7 +20,7 @@ const BLOCK: usize = 4096;
 /// If `path` exists or cannot be written, or if `size` is not a multiple of 512 from 512 bytes to
 /// [`MiB::MAX`].
 pub fn create(path: &Path, size: Bytes) -> Result<UnsyncedFile> {
-    check_size(path, size)?;
+    ensure_valid_size(path, size)?;
     let new = create_new(path)?;
     new.as_file().set_len(size.get()).at("set the size of", path)?;
     keep(new)
@@ -28,7 +28,7 @@ pub fn create(path: &Path, size: Bytes) -> Result<UnsyncedFile> {
 
 /// Fails if the size of a new image is zero, not a multiple of a 512-byte sector, or above
 /// [`MiB::MAX`].
-pub(super) fn check_size(path: &Path, size: Bytes) -> Result<()> {
+pub(super) fn ensure_valid_size(path: &Path, size: Bytes) -> Result<()> {
     if size.get() > 0 && size.get().is_multiple_of(512) && size <= MiB::MAX.bytes() {
         return Ok(());
     }

@@ -12,7 +12,7 @@ const BUILT_IN: &[(&str, &str)] = &[("q35", include_str!("../../qemu-templates/q
 document! {
     /// A machine template.
     pub struct Template {
-        /// QEMU's machine type. A q35: the slots of `topology` and ACPI hot-plug are its own.
+        /// QEMU's machine type. It must be a q35: slots and ACPI hot-plug depend on it.
         machine: String;
         /// Options of the machine, `key=value`.
         machine_options: Vec<String>;
@@ -20,7 +20,7 @@ document! {
         globals: Vec<String>;
         /// Whether the guest gets a virtio random number generator.
         rng: bool = true;
-        /// Whether the guest gets a pvpanic device, so that a panic of its kernel is seen.
+        /// Whether the guest gets a pvpanic device, which reports a panic of its kernel.
         panic_device: bool = true;
         /// More arguments for QEMU, each a list of words: `[["-smbios", "type=1,product=x"]]`.
         extra_arguments: Vec<Vec<String>>;

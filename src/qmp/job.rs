@@ -5,7 +5,7 @@
 //!                                   │                                       ▲
 //!   blockdev-mirror   created ─► running ─► ready ─► (job-complete) ─► pending ─► (job-finalize)
 //!                                             │ follows the guest's    │ the disk's I/O waits:
-//!                                             │ writes                 │ both images are equal
+//!                                             │ writes                 │ images equal and flushed
 //!                                             ▼                        ▼ until one is chosen
 //!                            job-cancel, at any time: concluded, with no effect on the disk
 //! ```

@@ -51,7 +51,7 @@ pub(super) fn read<T>(
         limit.left.set(None);
         let (path, kind) = (entry.path_bytes().into_owned(), entry.header().entry_type());
         let top = check_member(&path, kind)?;
-        entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
+        entry.pax_extensions()?.map_or(Ok(()), ensure_no_posix_sparse)?;
         let size = Bytes(entry.size());
         let mut member = Member { left: size.get(), content: entry, deadline };
         if top.is_some_and(|name| is_file(kind) && IMAGE_NAMES.contains(&name)) {
@@ -70,7 +70,7 @@ pub(super) fn read<T>(
     if limit.ended.get() {
         return Err(InvalidImage::Truncated("the tar archive").into());
     }
-    expect_padding(archive.into_inner().stream)?;
+    ensure_padding(archive.into_inner().stream)?;
     image.ok_or_else(|| InvalidImage::NoImage(list_names(others)).into())
 }
 
@@ -103,7 +103,7 @@ fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, InvalidIma
 
 /// Rejects holes in POSIX format: the tar crate would return the member's hole map as the beginning
 /// of its data.
-fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), ImportError> {
+fn ensure_no_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), ImportError> {
     if extensions.any(|extension| {
         extension.is_ok_and(|extension| extension.key_bytes().starts_with(b"GNU.sparse"))
     }) {
@@ -126,7 +126,7 @@ fn list_names(mut names: Vec<String>) -> String {
 }
 
 /// Checks that only zeros follow the archive: tar pads it to a whole tape record.
-fn expect_padding(mut stream: impl Read) -> Result<(), ImportError> {
+fn ensure_padding(mut stream: impl Read) -> Result<(), ImportError> {
     let mut buffer = [0; 8192];
     loop {
         match stream.read(&mut buffer)? {

@@ -40,7 +40,7 @@ pub struct Backing<'a> {
 /// # Errors
 /// If `path` exists or cannot be written, or if `size` or the backing file's name is invalid.
 pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<UnsyncedFile> {
-    raw::check_size(path, size)?;
+    raw::ensure_valid_size(path, size)?;
     if backing.is_some_and(|backing| {
         backing.file_name.is_empty() || backing.file_name.len() > MAX_BACKING_NAME
     }) {

@@ -26,7 +26,7 @@ pub(super) fn remove(
     let nodes: Vec<&str> = disk.nodes().filter(|node| inventory.has_node(node)).collect();
     if !nodes.is_empty() {
         // Jobs are removed before nodes, so without a node no job remains either.
-        end_jobs(monitor, disk, until)?;
+        cancel_jobs(monitor, disk, until)?;
     }
     for node in nodes {
         delete_node(monitor, node, until)?;
@@ -37,9 +37,9 @@ pub(super) fn remove(
 
 /// Cancels the disk's own jobs. The client that started one held the disk's lock, as this caller
 /// does now, so no client waits for the job.
-fn end_jobs(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    let left = job::cancel_all(monitor, |id| disk.owns_job(id), until)?;
-    if left.is_empty() { Ok(()) } else { Err(in_use(&disk.node, &left)) }
+fn cancel_jobs(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
+    let remaining = job::cancel_all(monitor, |id| disk.owns_job(id), until)?;
+    if remaining.is_empty() { Ok(()) } else { Err(node_in_use(&disk.node, &remaining)) }
 }
 
 fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), HotplugError> {
@@ -60,13 +60,13 @@ fn delete_node(monitor: &mut Monitor, node: &str, until: Instant) -> Result<(), 
             Err(error) => return Err(error.into()),
         }
         if Instant::now() >= until {
-            return Err(in_use(node, &monitor.execute(&QueryJobs {})?));
+            return Err(node_in_use(node, &monitor.execute(&QueryJobs {})?));
         }
         monitor.wait_event(|_| true, until.min(Instant::now() + NODE_RETRY_INTERVAL))?;
     }
 }
 
-fn in_use(node: &str, jobs: &[Job]) -> HotplugError {
+fn node_in_use(node: &str, jobs: &[Job]) -> HotplugError {
     HotplugError::NodeInUse {
         node: node.to_owned(),
         jobs: jobs.iter().map(|job| printable(&job.id)).collect(),

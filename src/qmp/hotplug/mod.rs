@@ -27,7 +27,7 @@
 //!      ▼                                  │     │                                   │
 //!     device_add ◄──────┐                 │   query ── no device ──────────────────►┤
 //!      │      │occupied │                 │     │ device                            ▼
-//!      ▼      └─ next ──┘                 └─────┤                   remove backend ──► done
+//!      ▼      └─ next ──┘                 └─────┤                      remove backend ─► done
 //!     done       port                           └─ `until` passed ──► StillAttached
 //!
 //!   remove backend: cancel the disk's own jobs, blockdev-del from the top, remove-fd
@@ -215,20 +215,20 @@ impl From<HotplugError> for Error {
 /// See [`HotplugError`].
 pub fn attach(
     monitor: &mut Monitor,
-    wanted: &AttachRequest<'_>,
+    request: &AttachRequest<'_>,
     until: Instant,
 ) -> Result<Attached, HotplugError> {
     let inventory = Inventory::query(monitor)?;
-    if inventory.has_device(&wanted.disk.device) {
+    if inventory.has_device(&request.disk.device) {
         return Ok(Attached::Already);
     }
-    backend::remove(monitor, wanted.disk, &inventory, until)?;
-    let ports = inventory.ports(wanted.port_prefix);
+    backend::remove(monitor, request.disk, &inventory, until)?;
+    let ports = inventory.ports(request.port_prefix);
     let mut untried = ports.iter().copied();
     let port =
         next_free(monitor, &mut untried)?.ok_or(HotplugError::NoFreeSlot { slots: ports.len() })?;
-    let plugged = open(monitor, wanted).map_err(HotplugError::from).and_then(|()| {
-        plug(monitor, wanted, port, &mut untried)?
+    let plugged = open(monitor, request).map_err(HotplugError::from).and_then(|()| {
+        plug(monitor, request, port, &mut untried)?
             .ok_or(HotplugError::NoFreeSlot { slots: ports.len() })
     });
     match plugged {
@@ -238,10 +238,10 @@ pub fn attach(
             // detach removes the backend.
             let remains = Inventory::query(monitor).map_err(HotplugError::from);
             if let Err(cleanup) =
-                remains.and_then(|remains| backend::remove(monitor, wanted.disk, &remains, until))
+                remains.and_then(|remains| backend::remove(monitor, request.disk, &remains, until))
             {
                 tracing::warn!(
-                    device = wanted.disk.device,
+                    device = request.disk.device,
                     error = %cleanup,
                     "the backend of a failed attach remains in qemu"
                 );
@@ -252,9 +252,9 @@ pub fn attach(
 }
 
 /// Creates the fd set and the block nodes.
-fn open(monitor: &mut Monitor, wanted: &AttachRequest<'_>) -> Result<(), MonitorError> {
-    let set = monitor.add_fd(wanted.file, &wanted.disk.opaque())?;
-    for blockdev in (wanted.blockdevs)(set) {
+fn open(monitor: &mut Monitor, request: &AttachRequest<'_>) -> Result<(), MonitorError> {
+    let set = monitor.add_fd(request.file, &request.disk.opaque())?;
+    for blockdev in (request.blockdevs)(set) {
         monitor.raw("blockdev-add", &blockdev)?;
     }
     Ok(())
@@ -264,11 +264,11 @@ fn open(monitor: &mut Monitor, wanted: &AttachRequest<'_>) -> Result<(), Monitor
 /// Returns the port, or `None` if no port is free.
 fn plug<'p>(
     monitor: &mut Monitor,
-    wanted: &AttachRequest<'_>,
+    request: &AttachRequest<'_>,
     port: &'p str,
     untried: &mut impl Iterator<Item = &'p str>,
 ) -> Result<Option<&'p str>, MonitorError> {
-    let mut arguments = wanted.device.clone();
+    let mut arguments = request.device.clone();
     let mut candidate = Some(port);
     while let Some(port) = candidate {
         arguments.insert("bus".into(), port.into());

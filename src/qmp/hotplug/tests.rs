@@ -60,14 +60,14 @@ impl Disk {
         let device = json!({"driver": "virtio-blk-pci", "id": self.names.device,
             "drive": self.names.node, "serial": "x"});
         let Value::Object(device) = device else { unreachable!() };
-        let wanted = AttachRequest {
+        let request = AttachRequest {
             disk: &self.names,
             file: self.file.as_fd(),
             blockdevs,
             device: &device,
             port_prefix: "hotplug",
         };
-        attach(monitor, &wanted, short_deadline())
+        attach(monitor, &request, short_deadline())
     }
 
     fn attach(&self, monitor: &mut Monitor) -> Result<Attached, HotplugError> {
@@ -153,14 +153,14 @@ fn attach_to_a_port_occupied_meanwhile_uses_the_next_port() {
             unreachable!()
         };
         let blockdevs = |_| Vec::new();
-        let wanted = AttachRequest {
+        let request = AttachRequest {
             disk: &disk.names,
             file: disk.file.as_fd(),
             blockdevs: &blockdevs,
             device: &device,
             port_prefix: "hotplug",
         };
-        plug(&mut monitor, &wanted, "hotplug0", &mut ["hotplug1"].into_iter()).unwrap()
+        plug(&mut monitor, &request, "hotplug0", &mut ["hotplug1"].into_iter()).unwrap()
     };
     assert_eq!(plug_late("first"), Some("hotplug1"));
     assert_eq!(plug_late("second"), None);
