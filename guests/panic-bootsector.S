@@ -1,16 +1,16 @@
 /*
- * A guest in 512 bytes whose kernel panics: it writes to QEMU's pvpanic device as Linux does, through the memory of its
- * PCI device. Tests put that where qemu-templates/ and src/qemu/topology.rs do.
+ * A guest in 512 bytes that reports a kernel panic: it writes to QEMU's pvpanic device as Linux
+ * does, through the memory of the PCI device. Tests use the slot of src/qemu/topology.rs.
  *
- * On COM1 it prints "BOOTSECTOR-OK" before.
+ * Before that it prints "BOOTSECTOR-OK" on COM1.
  *
  *   as --32 panic-bootsector.S -o b.o
  *   ld -m elf_i386 -Ttext 0x7c00 --oformat binary b.o -o panic-bootsector.bin
  *
- * Register: docs/specs/pvpanic.rst of QEMU; bit 0 is a panic.
+ * Register: docs/specs/pvpanic.rst of QEMU; bit 0 reports a panic.
  */
         .set    COM1, 0x3f8
-        .set    BAR0, 0x80001010        /* bus 0, slot 2, its first base address */
+        .set    BAR0, 0x80001010        /* bus 0, slot 2, base address register 0 */
 
         .code16
         .globl  _start
@@ -35,7 +35,7 @@ _start: cli
         andl    $~0xf, %eax
         movl    %eax, %edi
 
-        /* Segment es reaches all 4 GiB once it was loaded in protected mode. */
+        /* Loading es in protected mode lets it address all 4 GiB. */
         lgdt    gdtr
         movl    %cr0, %eax
         orb     $1, %al
@@ -51,7 +51,7 @@ _start: cli
 
 banner: .asciz  "BOOTSECTOR-OK\n"
         .balign 8
-gdt:    .quad   0, 0x00cf92000000ffff   /* none; data, 4 GiB */
+gdt:    .quad   0, 0x00cf92000000ffff   /* null descriptor; data, 4 GiB */
 gdtr:   .word   15
         .long   gdt
         .org    510

@@ -1,9 +1,10 @@
 /*
- * A guest in 512 bytes that fills its root disk: one sector in every 64 KiB, so each allocates a cluster of a qcow2
- * overlay. By way of the BIOS, which waits for a disk as long as the disk waits.
+ * A guest in 512 bytes that fills its root disk: it writes one sector in every 64 KiB, and each
+ * allocates a cluster of a qcow2 overlay. It writes through the BIOS, which waits for a paused disk
+ * without a timeout.
  *
- * On COM1 it prints "BOOTSECTOR-OK", then "W" for each sector written, then "END" when the BIOS refuses one: at the end
- * of the disk, or at an error of it.
+ * On COM1 it prints "BOOTSECTOR-OK", then "W" for each sector written, then "END" when the BIOS
+ * refuses a write: at the end of the disk, or at a disk error.
  *
  *   as --32 writer-bootsector.S -o b.o
  *   ld -m elf_i386 -Ttext 0x7c00 --oformat binary b.o -o writer-bootsector.bin
@@ -18,7 +19,7 @@ _start: cli
         movw    %ax, %ds
         movw    %ax, %ss
         movw    $0x7c00, %sp
-        movb    %dl, drive              /* the BIOS says which disk it booted from */
+        movb    %dl, drive              /* the BIOS passes the boot disk */
         movw    $banner, %si
         call    puts
 
@@ -37,7 +38,7 @@ _start: cli
 3:      hlt
         jmp     3b
 
-/* Prints the text at %si up to its zero. */
+/* Prints the zero-terminated text at %si. */
 puts:   movw    $COM1, %dx
 4:      lodsb
         testb   %al, %al
@@ -47,9 +48,9 @@ puts:   movw    $COM1, %dx
 5:      ret
 
 drive:  .byte   0
-packet: .byte   16, 0                   /* its size */
+packet: .byte   16, 0                   /* size of the packet */
         .word   1                       /* one sector */
-        .word   0x7c00, 0               /* from here: offset, segment */
+        .word   0x7c00, 0               /* source: offset, segment */
 sector: .long   STEP, 0
 banner: .asciz  "BOOTSECTOR-OK\n"
 wrote:  .asciz  "W\n"

@@ -1,4 +1,4 @@
-//! The floor: QEMU with the command line of a VM of ours, and as little as can be around it.
+//! The floor: QEMU with the command line of a VM, and as little as possible around it.
 
 use std::fs::File;
 use std::io::Read;
@@ -13,7 +13,7 @@ use bosh_qemu_cpi::host::io_uring;
 use bosh_qemu_cpi::image;
 use bosh_qemu_cpi::qemu::command_line::Tap;
 use bosh_qemu_cpi::qemu::{
-    FileNeed, Handles, Opened, Template, blockdev, command_line, files, topology,
+    FileSpec, InheritedFds, OpenedFile, Template, blockdev, command_line, files, topology,
 };
 use bosh_qemu_cpi::qmp::Event;
 use bosh_qemu_cpi::qmp::monitor::Monitor;
@@ -25,25 +25,27 @@ use bosh_qemu_cpi::sys::tun;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::json;
 
-use crate::lab::{self, Lab, Ours};
+use crate::lab::{self, Lab, Vm};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Where the configuration has it by default.
+/// Longest time to wait for QEMU or its guest.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// The configuration's default.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// A press that the guest was too busy for is lost.
-const AGAIN: Duration = Duration::from_millis(250);
+/// Time between two presses of the power button. A busy guest misses a press.
+const PRESS_INTERVAL: Duration = Duration::from_millis(250);
 const DISK: &str = "disk-floor";
 
-/// A bare QEMU whose guest runs.
-pub struct Bare {
+/// A QEMU without supervisor and confinement, whose guest runs.
+pub struct BareQemu {
     child: Child,
     monitor: Monitor,
     serial: UnixStream,
 }
 
-impl Bare {
-    /// An overlay by `qemu-img`, QEMU until `cont`. Its other images are those of `vm`, which is paused.
-    pub fn create(lab: &Lab, vm: &Ours) -> Self {
+impl BareQemu {
+    /// Creates an overlay with `qemu-img` and runs QEMU up to `cont`. The other images are those of
+    /// `vm`, which is paused.
+    pub fn create(lab: &Lab, vm: &Vm) -> Self {
         let root = lab.scratch("bare-root.qcow2");
         let record = lab.store.read::<VmRecord>(&vm.cid).expect("readable").expect("a record");
         let base = lab.store.base_image(&record).expect("a base");
@@ -52,18 +54,18 @@ impl Bare {
         Self::start(lab, vm)
     }
 
-    fn start(lab: &Lab, vm: &Ours) -> Self {
+    fn start(lab: &Lab, vm: &Vm) -> Self {
         let record = lab.store.read::<VmRecord>(&vm.cid).expect("readable").expect("a record");
         let template = Template::load(&record.machine.template, None).expect("a template");
         let files: Vec<_> =
-            needs(lab, vm, &record).into_iter().map(|need| open(lab, need)).collect();
+            required(lab, vm, &record).into_iter().map(|spec| open(lab, spec)).collect();
         let taps: Vec<_> = record.nics.iter().map(|_| tap()).collect();
         let sockets = [vm_socket(lab, "qmp"), vm_socket(lab, "other"), vm_socket(lab, "serial")]
             .map(|path| {
                 let _ = std::fs::remove_file(&path);
                 UnixListener::bind(path).expect("a socket")
             });
-        let handles = Handles {
+        let fds = InheritedFds {
             files: files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
             taps: taps
                 .iter()
@@ -78,73 +80,75 @@ impl Bare {
         sockets.iter().for_each(inherit);
         let mut command = Command::new(QEMU);
         command
-            .args(command_line(&record, &template, &handles))
+            .args(command_line(&record, &template, &fds))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let child = command.spawn().expect("start QEMU");
-        let mut monitor =
-            Monitor::connect(&vm_socket(lab, "qmp"), Instant::now() + PATIENCE).expect("a monitor");
+        let mut monitor = Monitor::connect(&vm_socket(lab, "qmp"), Instant::now() + GUEST_TIMEOUT)
+            .expect("a monitor");
         let serial = UnixStream::connect(vm_socket(lab, "serial")).expect("the serial port");
-        serial.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        serial.set_read_timeout(Some(GUEST_TIMEOUT)).expect("a timeout");
         monitor.raw("cont", &json!({})).expect("cont");
         Self { child, monitor, serial }
     }
 
-    /// Stops the guest's CPU.
+    /// Stops the guest's vCPUs.
     pub fn pause(&mut self) {
         self.monitor.raw("stop", &json!({})).expect("stop");
     }
 
-    /// Goes on.
+    /// Continues the guest's vCPUs.
     pub fn resume(&mut self) {
         self.monitor.raw("cont", &json!({})).expect("cont");
     }
 
-    /// Waits until the guest has said `word`.
+    /// Waits until the guest has printed `word`.
     pub fn wait_for(&mut self, word: &str) {
-        let (mut said, mut buffer) = (String::new(), [0; 256]);
-        while !said.contains(word) {
+        let (mut output, mut buffer) = (String::new(), [0; 256]);
+        while !output.contains(word) {
             let length = self.serial.read(&mut buffer).expect("the guest's word");
             assert_ne!(length, 0, "QEMU ended");
-            said.push_str(&String::from_utf8_lossy(&buffer[..length]));
+            output.push_str(&String::from_utf8_lossy(&buffer[..length]));
         }
     }
 
-    /// Plugs an empty image in.
+    /// Attaches an empty image.
     pub fn attach(&mut self, lab: &Lab) {
         let path = PathBuf::from(lab.scratch("bare-disk.qcow2"));
         if !path.exists() {
             let size = bosh_qemu_cpi::units::Bytes(64 << 20);
-            image::qcow2::create(&path, size, None).and_then(image::Fresh::sync).expect("an image");
+            image::qcow2::create(&path, size, None)
+                .and_then(image::UnsyncedFile::sync)
+                .expect("an image");
         }
-        let need = FileNeed::image(DISK, path, Format::Qcow2, true);
-        let (opened, file) = open(lab, need);
+        let spec = FileSpec::image(DISK, path, Format::Qcow2, true);
+        let (opened, file) = open(lab, spec);
         let fdset = self.monitor.add_fd(file.as_fd(), DISK).expect("add-fd");
         for node in blockdev::nodes(&opened, fdset) {
             self.monitor.raw("blockdev-add", &node).expect("blockdev-add");
         }
-        let mut device = blockdev::device(&opened.need, DISK);
+        let mut device = blockdev::device(&opened.spec, DISK);
         device["bus"] = topology::port_id(0).into();
         self.monitor.raw("device_add", &device).expect("device_add");
     }
 
-    /// Asks the guest to let go of it, until QEMU has closed it.
+    /// Detaches it: waits until the guest has released the disk and QEMU has closed it.
     pub fn detach(&mut self) {
         self.monitor.raw("device_del", &json!({"id": DISK})).expect("device_del");
         let deleted =
             |event: &Event| event.name == "DEVICE_DELETED" && event.data["device"] == DISK;
-        let gone = self.monitor.wait_event(deleted, Instant::now() + PATIENCE);
-        gone.expect("events").expect("the guest's answer");
+        let event = self.monitor.wait_event(deleted, Instant::now() + GUEST_TIMEOUT);
+        event.expect("events").expect("the guest's answer");
         for node in [DISK.to_owned(), blockdev::file_node(DISK)] {
             self.monitor.raw("blockdev-del", &json!({"node-name": node})).expect("blockdev-del");
         }
     }
 
-    /// The power button, pressed until the guest listens, and a new QEMU.
-    pub fn reboot(&mut self, lab: &Lab, vm: &Ours) {
+    /// Presses the power button until the guest powers off, then starts a new QEMU.
+    pub fn reboot(&mut self, lab: &Lab, vm: &Vm) {
         let process = Process::open(self.child.id() as i32).expect("QEMU");
         while self.monitor.raw("system_powerdown", &json!({})).is_ok() {
-            if process.wait_exit(Instant::now() + AGAIN).expect("a pidfd") {
+            if process.wait_exit(Instant::now() + PRESS_INTERVAL).expect("a pidfd") {
                 break;
             }
         }
@@ -152,15 +156,15 @@ impl Bare {
         *self = Self::start(lab, vm);
     }
 
-    /// SIGKILL, and the wait for its end.
+    /// Kills QEMU with SIGKILL and waits for its exit.
     pub fn kill(self) {
         drop(self);
     }
 }
 
-impl Drop for Bare {
+impl Drop for BareQemu {
     fn drop(&mut self) {
-        // It has ended already if the guest powered off.
+        // kill fails if the guest has powered off before.
         let _ = self.child.kill();
         self.child.wait().expect("QEMU ends");
     }
@@ -170,31 +174,32 @@ fn vm_socket(lab: &Lab, name: &str) -> PathBuf {
     lab.store.run_dir().join(name)
 }
 
-/// The files of `vm`, with a root disk of its own. QEMU locks images that it writes, so the ephemeral disk is copied.
-fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
-    let mut needs = files::needs(record, &vm.paths, &lab.store, &[]).expect("no pool");
-    for need in &mut needs {
-        match need.id.as_str() {
-            files::ROOT => need.path = lab.scratch("bare-root.qcow2").into(),
+/// The files of `vm`, with another root disk. QEMU locks images that it writes, so the ephemeral
+/// disk is copied.
+fn required(lab: &Lab, vm: &Vm, record: &VmRecord) -> Vec<FileSpec> {
+    let mut specs = files::required(record, &vm.paths, &lab.store, &[]).expect("no pool");
+    for spec in &mut specs {
+        match spec.id.as_str() {
+            files::ROOT => spec.path = lab.scratch("bare-root.qcow2").into(),
             files::EPHEMERAL => {
                 let own = PathBuf::from(lab.scratch("bare-ephemeral.qcow2"));
                 if !own.exists() {
-                    std::fs::copy(&need.path, &own).expect("copy the ephemeral disk");
+                    std::fs::copy(&spec.path, &own).expect("copy the ephemeral disk");
                 }
-                need.path = own;
+                spec.path = own;
             }
             _ => {}
         }
     }
-    needs
+    specs
 }
 
-fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
+fn open(lab: &Lab, spec: FileSpec) -> (OpenedFile, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
     let io_uring = io_uring::works(lab.store.run_dir(), &qemu);
     let (fd, direct) =
-        image::open(&need.path, need.writable, need.cache.direct()).expect("open an image");
-    (Opened { need, direct, io_uring }, fd)
+        image::open(&spec.path, spec.writable, spec.cache.direct()).expect("open an image");
+    (OpenedFile { spec, direct, io_uring }, fd)
 }
 
 fn tap() -> OwnedFd {

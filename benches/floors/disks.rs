@@ -1,20 +1,20 @@
-//! Hot-plug: until the guest sees a disk, until it has let go of one, and sixteen of them in a row.
+//! Hot-plug: until the guest sees a disk, until it has released one, and sixteen disks in a row.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::bare::Bare;
-use crate::lab::{Lab, Ours};
+use crate::bare::BareQemu;
+use crate::lab::{Lab, Vm};
 use crate::libvirt::Libvirt;
 use crate::table::{Table, Target};
 use crate::timed;
 
-/// How many disks a VM has slots for.
+/// Number of hot-plug slots of a VM.
 const DISKS: usize = 16;
 
-/// One disk, there and back, the guest running: its word is waited for. The VM has had one disk before.
-pub fn seen(lab: &Lab, vm: &Ours, bare: &mut Bare, table: &mut Table) {
+/// Attaches and detaches one disk and waits for the guest's output. The VM has had one disk before.
+pub fn until_seen(lab: &Lab, vm: &Vm, bare: &mut BareQemu, table: &mut Table) {
     let (_, disk) = lab.call("create_disk", &json!([64, {}, null]));
     vm.resume();
     let (attached, ()) = timed(|| {
@@ -35,7 +35,8 @@ pub fn seen(lab: &Lab, vm: &Ours, bare: &mut Bare, table: &mut Table) {
     table.add("detach_disk until it is unlocked", Target::Above(10.0), detached, detach_floor);
 }
 
-/// Sixteen disks on one VM, one after the other. What the last costs, beside the first: it must not grow.
+/// Attaches sixteen disks to one VM, one after the other. The cost of the last must not exceed that
+/// of the first.
 pub fn sequence(lab: &Lab, table: &mut Table, rounds: u32) {
     let (_, vm) = lab.create_vm();
     vm.wait_for("BOOTSECTOR-OK", 1);
@@ -55,7 +56,7 @@ pub fn sequence(lab: &Lab, table: &mut Table, rounds: u32) {
             attached[DISKS - 1],
             attached[0],
         );
-        // The first to go is the one among sixteen.
+        // The first detach happens with sixteen disks attached.
         table.add(
             "detach_disk, 1st and 16th of 16",
             Target::Ratio(1.5),
@@ -69,12 +70,12 @@ pub fn sequence(lab: &Lab, table: &mut Table, rounds: u32) {
     }
 }
 
-/// The same two through libvirt, whose time is the floor here.
+/// Attaches and detaches a disk, with libvirt as the floor.
 ///
 /// # Errors
-/// Why that can not be measured.
-pub fn beside_libvirt(lab: &Lab, table: &mut Table, rounds: u32) -> Result<(), String> {
-    let mut theirs = Libvirt::start(lab)?;
+/// Why libvirt cannot be measured.
+pub fn compare_with_libvirt(lab: &Lab, table: &mut Table, rounds: u32) -> Result<(), String> {
+    let mut libvirt = Libvirt::start(lab)?;
     let (_, vm) = lab.create_vm();
     vm.wait_for("BOOTSECTOR-OK", 1);
     let (_, disk) = lab.call("create_disk", &json!([64, {}, null]));
@@ -87,12 +88,12 @@ pub fn beside_libvirt(lab: &Lab, table: &mut Table, rounds: u32) -> Result<(), S
         });
         let (detached, _) = lab.call("detach_disk", &json!([vm.cid, disk]));
         vm.pause();
-        theirs.resume();
-        let (their_attach, ()) = timed(|| theirs.attach());
-        let (their_detach, ()) = timed(|| theirs.detach());
-        theirs.pause();
-        table.add("attach_disk, floor: virsh", Target::Ratio(1.0), attached, their_attach);
-        table.add("detach_disk, floor: virsh", Target::Ratio(1.0), detached, their_detach);
+        libvirt.resume();
+        let (libvirt_attach, ()) = timed(|| libvirt.attach());
+        let (libvirt_detach, ()) = timed(|| libvirt.detach());
+        libvirt.pause();
+        table.add("attach_disk, floor: virsh", Target::Ratio(1.0), attached, libvirt_attach);
+        table.add("detach_disk, floor: virsh", Target::Ratio(1.0), detached, libvirt_detach);
     }
     lab.call("delete_vm", &json!([vm.cid]));
     lab.call("delete_disk", &json!([disk]));

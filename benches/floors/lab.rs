@@ -1,4 +1,4 @@
-//! A host of the benchmark's own: its directories, a stemcell, the calls.
+//! The host of the benchmark: its directories, a stemcell, and the CPI calls.
 
 use std::cell::{Cell, RefCell};
 use std::io::Write;
@@ -17,26 +17,27 @@ use tempfile::TempDir;
 
 use crate::{cid, timed};
 
-/// The guest: its boot sector.
+/// The guest's boot sector.
 pub const GUEST: &[u8; 512] = include_bytes!("../../guests/acpi-bootsector.bin");
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest time to wait for QEMU or its guest.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The host. Dropped, it leaves nothing.
+/// The benchmark's host. Drop removes its VMs and directories.
 pub struct Lab {
     program: PathBuf,
     config: PathBuf,
     pub store: Store,
     stemcell: String,
-    /// RSS, PSS and what is not the program's file of supervisors, kB.
+    /// Memory of supervisors: RSS, PSS and anonymous memory, kB.
     memory: RefCell<Vec<[u64; 3]>>,
-    /// How many VMs were made: each has an address of its own.
+    /// Number of VMs created, from which each gets its IP address.
     vms: Cell<u32>,
     pub state: TempDir,
     _run: TempDir,
 }
 
-/// A VM of ours.
-pub struct Ours {
+/// A VM created by the CPI.
+pub struct Vm {
     pub cid: VmCid,
     pub paths: VmPaths,
 }
@@ -45,7 +46,7 @@ impl Lab {
     pub fn new() -> Self {
         let state =
             tempfile::Builder::new().prefix("floors-").tempdir().expect("a temporary directory");
-        // In memory, as /run is; socket paths have at most 107 bytes.
+        // In memory, as /run is. Socket paths have at most 107 bytes.
         let run = tempfile::Builder::new()
             .prefix("floors-")
             .tempdir_in("/dev/shm")
@@ -68,12 +69,13 @@ impl Lab {
         lab
     }
 
-    /// A path for a file of the benchmark's.
+    /// A path for a temporary file.
     pub fn scratch(&self, name: &str) -> String {
         self.state.path().join(name).to_str().expect("UTF-8").to_owned()
     }
 
-    /// One call, from before its process is made until it has ended; the time and the result.
+    /// Runs one CPI call. Returns the time from before its process is started until it has exited,
+    /// and the result.
     pub fn call(&self, method: &str, arguments: &Value) -> (Duration, Value) {
         let request =
             json!({"method": method, "arguments": arguments, "context": {}, "api_version": 2})
@@ -96,8 +98,8 @@ impl Lab {
         (time, answer["result"].clone())
     }
 
-    /// A VM with everything: a NIC on a bridge of ours, an ephemeral disk.
-    pub fn create_vm(&self) -> (Duration, Ours) {
+    /// Creates a VM with a NIC on a managed bridge and an ephemeral disk.
+    pub fn create_vm(&self) -> (Duration, Vm) {
         let number = self.vms.replace(self.vms.get() + 1);
         let address = format!("10.255.{}.{}", 1 + number / 250, 1 + number % 250);
         let networks = json!({"net": {
@@ -105,14 +107,15 @@ impl Lab {
             "default": ["dns", "gateway"], "dns": ["10.255.0.1"],
         }});
         let properties = json!({"cpu": 1, "ram": 256, "ephemeral_disk": 1024});
-        let arguments = json!(["agent", self.stemcell, properties, networks, [], {"bosh": {"mbus": "nats://x"}}]);
+        let env = json!({"bosh": {"mbus": "nats://x"}});
+        let arguments = json!(["agent", self.stemcell, properties, networks, [], env]);
         let (time, answer) = self.call("create_vm", &arguments);
         let cid = cid(&answer[0]);
-        (time, Ours { paths: self.store.vm(&cid), cid })
+        (time, Vm { paths: self.store.vm(&cid), cid })
     }
 
-    /// Makes `count` records like the one of `vm`, as if as many VMs were here.
-    pub fn crowd(&self, vm: &Ours, count: u32) {
+    /// Writes `count` copies of the record of `vm` under other cids, as if so many VMs existed.
+    pub fn add_vm_records(&self, vm: &Vm, count: u32) {
         let record = self.store.read::<VmRecord>(&vm.cid).expect("readable").expect("there");
         for _ in 0..count {
             let cid = VmCid::random();
@@ -120,8 +123,8 @@ impl Lab {
         }
     }
 
-    /// Keeps what the supervisor of `vm` takes.
-    pub fn remember_memory(&self, vm: &Ours) {
+    /// Samples the memory of the supervisor of `vm`.
+    pub fn sample_supervisor_memory(&self, vm: &Vm) {
         let process =
             pidlock::holder(&vm.paths.supervisor_pid()).expect("readable").expect("a supervisor");
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid()))
@@ -133,49 +136,55 @@ impl Lab {
         self.memory.borrow_mut().push(["Rss:", "Pss:", "Anonymous:"].map(field));
     }
 
-    /// What supervisors took at most.
+    /// The greatest memory of all sampled supervisors.
     pub fn supervisor_memory(&self) -> String {
         let memory = self.memory.borrow();
         let most = |at: usize| memory.iter().map(|sample| sample[at]).max().unwrap_or(0);
         let (rss, pss, own) = (most(0), most(1), most(2));
         format!(
-            "a supervisor of two: RSS {rss} kB (target 5120), PSS {pss} kB (target 1024), its own {own} kB"
+            "a supervisor of two: RSS {rss} kB (target 5120), PSS {pss} kB (target 1024), \
+             anonymous {own} kB"
         )
     }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // There are some only if the benchmark failed.
+        // VMs remain only if the benchmark failed.
         for cid in self.store.list::<VmRecord>().unwrap_or_default() {
-            let _ = supervisor::stop(&self.store.vm(&cid), Button::Kill, Instant::now() + PATIENCE);
+            let _ = supervisor::stop(
+                &self.store.vm(&cid),
+                Button::Kill,
+                Instant::now() + GUEST_TIMEOUT,
+            );
         }
     }
 }
 
-impl Ours {
+impl Vm {
     fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.paths.qmp(), Instant::now() + PATIENCE).expect("the VM's monitor")
+        Monitor::connect(&self.paths.qmp(), Instant::now() + GUEST_TIMEOUT)
+            .expect("the VM's monitor")
     }
 
-    /// Stops the guest's CPU.
+    /// Stops the guest's vCPUs.
     pub fn pause(&self) {
         self.monitor().raw("stop", &serde_json::json!({})).expect("stop");
     }
 
-    /// Goes on.
+    /// Continues the guest's vCPUs.
     pub fn resume(&self) {
         self.monitor().raw("cont", &serde_json::json!({})).expect("cont");
     }
 
-    /// Waits until the guest has said `word` so many times.
+    /// Waits until the guest has printed `word` so many times.
     pub fn wait_for(&self, word: &str, times: usize) {
-        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + PATIENCE)
+        tail::wait_for(&self.paths.console_log(), word, times, Instant::now() + GUEST_TIMEOUT)
             .expect("the guest's word");
     }
 }
 
-/// Runs a program that must succeed.
+/// Runs a program, which must succeed.
 pub fn run(program: impl AsRef<Path>, arguments: &[&str]) {
     let status = Command::new(program.as_ref()).args(arguments).status().expect("start a program");
     assert!(status.success(), "{} {arguments:?}: {status}", program.as_ref().display());

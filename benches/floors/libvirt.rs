@@ -1,4 +1,4 @@
-//! The same guest and the same disk through libvirt, where that is installed: `virsh` is what others would call.
+//! The same guest and disk through libvirt, if it is installed: an operator would call `virsh`.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -10,10 +10,11 @@ use bosh_qemu_cpi::units::Bytes;
 
 use crate::lab::{GUEST, Lab};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest time to wait for output of the guest.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const DOMAIN: &str = "bosh-qemu-cpi-floor";
 
-/// A domain of libvirt's whose guest runs. Dropped, it is gone.
+/// A libvirt domain whose guest runs. Drop destroys it.
 pub struct Libvirt {
     console: PathBuf,
     disk: String,
@@ -21,17 +22,17 @@ pub struct Libvirt {
 }
 
 impl Libvirt {
-    /// Starts it.
+    /// Starts the domain.
     ///
     /// # Errors
-    /// Why there is no libvirt to compare with.
+    /// Why libvirt cannot be used.
     pub fn start(lab: &Lab) -> Result<Self, String> {
         let version =
             Command::new("virsh").args(["--connect", "qemu:///system", "version"]).output();
         match version {
             Err(error) => return Err(format!("no virsh: {error}")),
-            Ok(said) if !said.status.success() => {
-                return Err(format!("virsh reaches no libvirt: {}", stderr(&said)));
+            Ok(output) if !output.status.success() => {
+                return Err(format!("virsh cannot connect to libvirt: {}", stderr(&output)));
             }
             Ok(_) => {}
         }
@@ -45,12 +46,12 @@ impl Libvirt {
         guest[..GUEST.len()].copy_from_slice(GUEST);
         std::fs::write(&root, guest).expect("write the guest");
         image::qcow2::create(disk.as_ref(), Bytes(64 << 20), None)
-            .and_then(image::Fresh::sync)
+            .and_then(image::UnsyncedFile::sync)
             .expect("an image");
         std::fs::write(&xml, domain(&root, &console.to_string_lossy())).expect("write the domain");
         let made = virsh(&["create", &xml]);
         if !made.status.success() {
-            return Err(format!("libvirt starts no such domain: {}", stderr(&made)));
+            return Err(format!("libvirt cannot start the domain: {}", stderr(&made)));
         }
         let domain = Self { console, disk, seen: 0 };
         domain.wait_for("BOOTSECTOR-OK", 1);
@@ -58,7 +59,7 @@ impl Libvirt {
         Ok(domain)
     }
 
-    /// Plugs the disk in and waits for the guest's word.
+    /// Attaches the disk and waits for the guest's output.
     pub fn attach(&mut self) {
         let words = [
             "--targetbus",
@@ -76,29 +77,30 @@ impl Libvirt {
         self.wait_for("\nU", self.seen);
     }
 
-    /// Unplugs it. libvirt returns before or after the guest has let go, so its word is waited for, too.
+    /// Detaches the disk. libvirt returns before or after the guest has released it, so this waits
+    /// for the guest's output.
     pub fn detach(&self) {
         self.change(&["detach-disk", DOMAIN, "vdb", "--live"]);
         self.wait_for("\nD", self.seen);
     }
 
-    /// Stops the guest's CPU.
+    /// Stops the guest's vCPUs.
     pub fn pause(&self) {
         self.change(&["suspend", DOMAIN]);
     }
 
-    /// Goes on.
+    /// Continues the guest's vCPUs.
     pub fn resume(&self) {
         self.change(&["resume", DOMAIN]);
     }
 
     fn change(&self, words: &[&str]) {
-        let said = virsh(words);
-        assert!(said.status.success(), "virsh {words:?}: {}", stderr(&said));
+        let output = virsh(words);
+        assert!(output.status.success(), "virsh {words:?}: {}", stderr(&output));
     }
 
     fn wait_for(&self, word: &str, times: usize) {
-        tail::wait_for(&self.console, word, times, Instant::now() + PATIENCE)
+        tail::wait_for(&self.console, word, times, Instant::now() + GUEST_TIMEOUT)
             .expect("the guest's word");
     }
 }
@@ -118,11 +120,11 @@ fn virsh(words: &[&str]) -> Output {
         .expect("run virsh")
 }
 
-fn stderr(said: &Output) -> String {
-    String::from_utf8_lossy(&said.stderr).trim().to_owned()
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).trim().to_owned()
 }
 
-/// Emulated, as ours is here, with one port to plug a disk into.
+/// XML of an emulated domain, like the benchmark's VMs, with one free port for a disk.
 fn domain(root: &str, console: &str) -> String {
     format!(
         "<domain type='qemu'><name>{DOMAIN}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
@@ -131,8 +133,10 @@ fn domain(root: &str, console: &str) -> String {
          <devices>
            <emulator>/usr/bin/qemu-system-x86_64</emulator>
            <controller type='pci' model='pcie-root'/>
-           <controller type='pci' model='pcie-root-port'/><controller type='pci' model='pcie-root-port'/>
-           <controller type='pci' model='pcie-root-port'/><controller type='pci' model='pcie-root-port'/>
+           <controller type='pci' model='pcie-root-port'/>
+           <controller type='pci' model='pcie-root-port'/>
+           <controller type='pci' model='pcie-root-port'/>
+           <controller type='pci' model='pcie-root-port'/>
            <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{root}'/>
              <target dev='vda' bus='virtio'/></disk>
            <serial type='file'><source path='{console}'/></serial>

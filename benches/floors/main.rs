@@ -1,16 +1,19 @@
-//! What every operation costs, beside the least it could cost: `cargo bench`.
+//! Measures the cost of every operation against its floor, the least possible cost: `cargo bench`.
 //!
 //! ```text
-//!   ours    one process of this program per call, JSON in, JSON out, as a Director calls it
-//!   floor   the same QEMU command line without anything around it: no confinement, no bridge, no record, no fsync
+//!   cpi     one process of this program per call, JSON in, JSON out, as a Director calls it
+//!   floor   the same QEMU command line without anything else: no confinement, no bridge, no
+//!           record, no fsync
 //! ```
 //!
-//! Both are measured in turn, in one run, because times move from machine to machine and from minute to minute: what
-//! counts is the ratio. The guest is the selftest's boot sector under emulation. It polls, which takes a CPU and QEMU's big lock, so it is paused
-//! unless its answer is waited for. Everything is in temporary directories and a network namespace of its own, so it needs
-//! root, `qemu-system-x86_64`, `qemu-img` and `tar`. It fails only when something does not work, never on a time.
+//! Both are measured alternately in one run, because times vary by machine and by minute; the ratio
+//! counts. The guest is the selftest's boot sector under emulation. It polls, which takes a CPU and
+//! QEMU's big lock, so it is paused unless its output is awaited. Everything is in temporary
+//! directories and in a separate network namespace. The benchmark needs root, `qemu-system-x86_64`,
+//! `qemu-img` and `tar`. It fails only if an operation fails, never because of a time.
 //!
-//! `cargo bench -- 30` takes 30 rounds instead of 10, `cargo bench -- copies` only copies disks. `FLOORS_CPI=<binary>` measures another build.
+//! `cargo bench -- 30` takes 30 rounds instead of 10, `cargo bench -- copies` runs the section
+//! "copies" only. `FLOORS_CPI=<binary>` measures another build.
 #![allow(clippy::print_stdout)]
 
 mod bare;
@@ -28,18 +31,18 @@ use bosh_qemu_cpi::cid::VmCid;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
-use bare::Bare;
-use lab::{Lab, Ours};
+use bare::BareQemu;
+use lab::{Lab, Vm};
 use table::{Table, Target};
 
-/// A part of the benchmark by its name.
+/// A part of the benchmark: name and function.
 type Section = (&'static str, fn(&Lab, &mut Table, u32));
 
 const SECTIONS: [Section; 6] = [
     ("calls", calls),
-    ("crowd", crowd),
+    ("many-vms", among_many_vms),
     ("disks", |lab, table, rounds| disks::sequence(lab, table, rounds.min(5))),
-    ("libvirt", beside_libvirt),
+    ("libvirt", compare_with_libvirt),
     ("import", |lab, table, rounds| stemcell::import(lab, table, rounds.min(3))),
     ("copies", |lab, table, rounds| copies::copies(lab, table, rounds.min(5))),
 ];
@@ -49,8 +52,8 @@ fn main() {
     let rounds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(10);
     let is_named = |(name, _): &&Section| words.iter().any(|word| word == name);
     let all = !SECTIONS.iter().any(|section| is_named(&section));
-    // Before any thread is made: everything this process starts is in there, too.
-    unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own: run it as root");
+    // Before any thread is created, so that every thread and child is in the namespace.
+    unshare(CloneFlags::CLONE_NEWNET).expect("create a network namespace: needs root");
     let lab = Lab::new();
     for (name, section) in SECTIONS.iter().filter(|section| all || is_named(section)) {
         let mut table = Table::default();
@@ -61,31 +64,31 @@ fn main() {
 
 fn calls(lab: &Lab, table: &mut Table, rounds: u32) {
     for round in 0..=rounds {
-        // The first round fills caches, the accelerator's verdict and the layout of the state directory.
+        // The first round fills caches, the accelerator probe's result and the state directory.
         let mut warm_up = Table::default();
         let table = if round == 0 { &mut warm_up } else { &mut *table };
-        processes(lab, table);
-        images(lab, table);
-        life(lab, table);
+        call_overhead(lab, table);
+        disk_images(lab, table);
+        vm_lifecycle(lab, table);
     }
     println!("{}\n", lab.supervisor_memory());
 }
 
-fn beside_libvirt(lab: &Lab, table: &mut Table, rounds: u32) {
-    if let Err(reason) = disks::beside_libvirt(lab, table, rounds.min(5)) {
-        println!("not measured beside libvirt: {reason}\n");
+fn compare_with_libvirt(lab: &Lab, table: &mut Table, rounds: u32) {
+    if let Err(reason) = disks::compare_with_libvirt(lab, table, rounds.min(5)) {
+        println!("libvirt is not measured: {reason}\n");
     }
 }
 
-/// How long `job` took, and its result.
+/// Runs `job`. Returns its duration and its result.
 fn timed<T>(job: impl FnOnce() -> T) -> (Duration, T) {
     let began = Instant::now();
     let result = job();
     (began.elapsed(), result)
 }
 
-/// Calls that do next to nothing, beside a process that does nothing.
-fn processes(lab: &Lab, table: &mut Table) {
+/// Calls that do almost nothing, compared with a process that does nothing.
+fn call_overhead(lab: &Lab, table: &mut Table) {
     let (floor, status) = timed(|| Command::new("/bin/true").status());
     assert!(status.expect("/bin/true").success());
     let (info, _) = lab.call("info", &json!([]));
@@ -95,7 +98,7 @@ fn processes(lab: &Lab, table: &mut Table) {
     table.add("has_vm", Target::AtMost(3.0), has_vm, floor);
 }
 
-fn images(lab: &Lab, table: &mut Table) {
+fn disk_images(lab: &Lab, table: &mut Table) {
     let (create, disk) = lab.call("create_disk", &json!([1024, {}, null]));
     let image = lab.scratch("disk.qcow2");
     let (floor, ()) =
@@ -107,14 +110,14 @@ fn images(lab: &Lab, table: &mut Table) {
     table.add("delete_disk", Target::AtMost(10.0), delete, floor);
 }
 
-/// A VM's life, beside a bare QEMU's.
-fn life(lab: &Lab, table: &mut Table) {
+/// A VM's operations, compared with those of a bare QEMU.
+fn vm_lifecycle(lab: &Lab, table: &mut Table) {
     let (first_created, first) = lab.create_vm();
     first.pause();
     let (created, vm) = lab.create_vm();
     vm.wait_for("BOOTSECTOR-OK", 1);
     vm.pause();
-    let (floor, mut bare) = timed(|| Bare::create(lab, &vm));
+    let (floor, mut bare) = timed(|| BareQemu::create(lab, &vm));
     bare.wait_for("BOOTSECTOR-OK");
     bare.pause();
     table.add("create_vm", Target::Ratio(1.35), created, floor);
@@ -134,7 +137,7 @@ fn life(lab: &Lab, table: &mut Table) {
     table.add("attach_disk", Target::AtMost(15.0), attached, attach_floor);
     table.add("detach_disk", Target::Above(10.0), detached, detach_floor);
 
-    disks::seen(lab, &vm, &mut bare, table);
+    disks::until_seen(lab, &vm, &mut bare, table);
     bare.resume();
 
     let (reboot_floor, ()) = timed(|| bare.reboot(lab, &vm));
@@ -145,7 +148,7 @@ fn life(lab: &Lab, table: &mut Table) {
     vm.wait_for("BOOTSECTOR-OK", 2);
     table.add("reboot_vm", Target::Ratio(1.35), rebooted, reboot_floor);
 
-    lab.remember_memory(&vm);
+    lab.sample_supervisor_memory(&vm);
     let (deleted, _) = lab.call("delete_vm", &json!([vm.cid]));
     let (last_deleted, _) = lab.call("delete_vm", &json!([first.cid]));
     let (floor, ()) = timed(|| bare.kill());
@@ -153,13 +156,13 @@ fn life(lab: &Lab, table: &mut Table) {
     table.add("delete_vm, last of its network", Target::AtMost(40.0), last_deleted, floor);
 }
 
-/// The same among the records of 1,000 other VMs; the floor is what was measured without them.
-fn crowd(lab: &Lab, table: &mut Table, rounds: u32) {
+/// The same among the records of 1,000 other VMs. The floor is the time without them.
+fn among_many_vms(lab: &Lab, table: &mut Table, rounds: u32) {
     let (_, first) = lab.create_vm();
     first.pause();
-    let alone: Vec<_> = (0..rounds).map(|_| one(lab, &first)).collect();
-    lab.crowd(&first, 1000);
-    let crowded = (0..rounds).map(|_| one(lab, &first));
+    let alone: Vec<_> = (0..rounds).map(|_| has_and_create_vm(lab, &first)).collect();
+    lab.add_vm_records(&first, 1000);
+    let crowded = (0..rounds).map(|_| has_and_create_vm(lab, &first));
     for ((has_vm, create), (has_vm_alone, create_alone)) in crowded.zip(alone) {
         table.add("has_vm among 1,000 VMs", Target::Ratio(1.05), has_vm, has_vm_alone);
         table.add("create_vm among 1,000 VMs", Target::Ratio(1.05), create, create_alone);
@@ -167,7 +170,7 @@ fn crowd(lab: &Lab, table: &mut Table, rounds: u32) {
     lab.call("delete_vm", &json!([first.cid]));
 }
 
-fn one(lab: &Lab, known: &Ours) -> (Duration, Duration) {
+fn has_and_create_vm(lab: &Lab, known: &Vm) -> (Duration, Duration) {
     let (has_vm, answer) = lab.call("has_vm", &json!([known.cid]));
     assert_eq!(answer, true);
     let (create, vm) = lab.create_vm();
@@ -175,7 +178,7 @@ fn one(lab: &Lab, known: &Ours) -> (Duration, Duration) {
     (has_vm, create)
 }
 
-/// The cid in an answer.
+/// Parses a VM's cid.
 fn cid(answer: &Value) -> VmCid {
     serde_json::from_value(answer.clone()).expect("a VM's cid")
 }

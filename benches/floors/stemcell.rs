@@ -1,4 +1,4 @@
-//! Import of a stemcell, beside what a shell would do.
+//! Import of a stemcell, compared with the shell commands for the same.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -9,7 +9,7 @@ use crate::lab::{self, Lab};
 use crate::table::{Table, Target};
 use crate::timed;
 
-/// Of which a third is data: about as stemcells are.
+/// Size of the image, bytes. A third is data, as in a real stemcell.
 const IMAGE: u64 = 768 << 20;
 const DATA: u64 = 256 << 20;
 
@@ -22,10 +22,10 @@ pub fn import(lab: &Lab, table: &mut Table, rounds: u32) {
     lab::run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", "compat=0.10", &raw, &qcow2]);
     lab::run("tar", &["-C", dir, "-czf", &archive, "root.img"]);
     for _ in 0..rounds {
-        // The import takes the archive away.
+        // create_stemcell removes the archive.
         let given = lab.scratch("given.tgz");
         std::fs::copy(&archive, &given).expect("copy the archive");
-        let (ours, stemcell) =
+        let (cpi, stemcell) =
             lab.call("create_stemcell", &json!([given, {"disk_format": "qcow2"}]));
         lab.call("delete_stemcell", &json!([stemcell]));
         let (floor, ()) = timed(|| {
@@ -35,11 +35,11 @@ pub fn import(lab: &Lab, table: &mut Table, rounds: u32) {
                 &["convert", "-O", "qcow2", &qcow2, &lab.scratch("converted.qcow2")],
             );
         });
-        table.add("create_stemcell, 256 MiB of data", Target::Ratio(0.8), ours, floor);
+        table.add("create_stemcell, 256 MiB of data", Target::Ratio(0.8), cpi, floor);
     }
 }
 
-/// Half text, half noise, with holes between: it compresses about as programs do.
+/// Writes half text, half noise, with holes between: it compresses about as well as programs do.
 fn make_raw(path: &str) -> std::io::Result<()> {
     let file = File::create(path)?;
     file.set_len(IMAGE)?;

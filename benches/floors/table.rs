@@ -1,21 +1,21 @@
-//! Medians, and what they were to be.
+//! Tables of medians and targets.
 
 use std::fmt;
 use std::time::Duration;
 
-/// What an operation may cost.
+/// The greatest acceptable cost of an operation.
 #[derive(Debug, Clone, Copy)]
 pub enum Target {
-    /// That many times the floor.
+    /// A multiple of the floor.
     Ratio(f64),
-    /// That many milliseconds more than the floor.
+    /// Milliseconds above the floor.
     Above(f64),
-    /// That many milliseconds.
+    /// Milliseconds.
     AtMost(f64),
 }
 
 impl Target {
-    fn most(self, floor: f64) -> f64 {
+    fn limit(self, floor: f64) -> f64 {
         match self {
             Self::Ratio(times) => floor * times,
             Self::Above(more) => floor + more,
@@ -35,31 +35,25 @@ impl fmt::Display for Target {
     }
 }
 
-/// One line for each operation, in the order of their first sample.
+/// One row for each operation, in the order of the first samples.
 #[derive(Default)]
 pub struct Table(Vec<Row>);
 
 struct Row {
     operation: &'static str,
     target: Target,
-    ours: Vec<Duration>,
+    cpi: Vec<Duration>,
     floor: Vec<Duration>,
 }
 
 impl Table {
-    /// Adds one sample of each.
-    pub fn add(
-        &mut self,
-        operation: &'static str,
-        target: Target,
-        ours: Duration,
-        floor: Duration,
-    ) {
+    /// Adds one sample of the operation and one of its floor.
+    pub fn add(&mut self, operation: &'static str, target: Target, cpi: Duration, floor: Duration) {
         let at = self.0.iter().position(|row| row.operation == operation).unwrap_or_else(|| {
-            self.0.push(Row { operation, target, ours: Vec::new(), floor: Vec::new() });
+            self.0.push(Row { operation, target, cpi: Vec::new(), floor: Vec::new() });
             self.0.len() - 1
         });
-        self.0[at].ours.push(ours);
+        self.0[at].cpi.push(cpi);
         self.0[at].floor.push(floor);
     }
 }
@@ -69,16 +63,17 @@ impl fmt::Display for Table {
         writeln!(
             f,
             "{:<32} {:>8} {:>8} {:>8} {:>7}   target",
-            "operation", "ours", "best", "floor", "ratio"
+            "operation", "cpi", "best", "floor", "ratio"
         )?;
         for row in &self.0 {
-            let (ours, floor) = (median(&row.ours), median(&row.floor));
-            let best = row.ours.iter().min().map_or(0.0, |best| milliseconds(*best));
-            let verdict = if ours <= row.target.most(floor) { "met" } else { "OVER" };
-            let (operation, target, ratio) = (row.operation, row.target, ours / floor);
+            let (cpi, floor) = (median(&row.cpi), median(&row.floor));
+            let best = row.cpi.iter().min().map_or(0.0, |best| milliseconds(*best));
+            let verdict = if cpi <= row.target.limit(floor) { "met" } else { "OVER" };
+            let (operation, target, ratio) = (row.operation, row.target, cpi / floor);
             writeln!(
                 f,
-                "{operation:<32} {ours:>8.1} {best:>8.1} {floor:>8.1} {ratio:>7.2}   {target:<13} {verdict}"
+                "{operation:<32} {cpi:>8.1} {best:>8.1} {floor:>8.1} {ratio:>7.2}   \
+                 {target:<13} {verdict}"
             )?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! What the BOSH agent in the guest reads: its settings, on a config drive.
+//! The BOSH agent's interface in the guest: its settings, on a config drive.
 
 pub mod config_drive;
 pub mod settings;

@@ -1,6 +1,7 @@
-//! The settings document (bosh-agent `settings/settings.go`, bosh-cpi-go `apiv1/agent_env.go`).
+//! The agent's settings document (bosh-agent `settings/settings.go`, bosh-cpi-go
+//! `apiv1/agent_env.go`).
 //!
-//! It holds private keys and password hashes: it is written to the config drive and nowhere else.
+//! It contains private keys and password hashes, so it is written to the config drive only.
 
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -8,18 +9,19 @@ use serde_json::{Map, Value, json};
 
 use crate::config;
 
-/// What goes into one VM's settings.
+/// The values in one VM's settings.
 #[derive(Clone, Copy)]
-pub struct Facts<'a> {
-    /// create_vm's first argument; becomes the hostname and the message bus subject.
+pub struct SettingsInput<'a> {
+    /// create_vm's first argument. It becomes the hostname and the message bus subject.
     pub agent_id: &'a str,
     /// The VM's cid.
     pub vm: &'a str,
-    /// create_vm's networks with each NIC's `mac` added, everything else as received.
+    /// create_vm's networks as received, with the `mac` of each NIC added.
     pub networks: &'a RawValue,
-    /// Serial of the ephemeral disk. Without one the agent makes partitions behind the root filesystem.
+    /// Serial of the ephemeral disk. Without one the agent creates partitions behind the root
+    /// filesystem.
     pub ephemeral: Option<&'a str>,
-    /// create_vm's last argument, forwarded to the letter.
+    /// create_vm's last argument, forwarded byte for byte.
     pub env: &'a RawValue,
 }
 
@@ -44,46 +46,49 @@ struct Vm<'a> {
 
 #[derive(Serialize)]
 struct Disks {
-    /// A string, or the agent can not read the document at all; what it says is never used.
+    /// The agent requires a string to parse the document, but never uses the value.
     system: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     ephemeral: Option<Value>,
-    /// Stays empty: persistent disks are announced by hint, and a second entry here stops a rebooting agent.
+    /// Always empty: attach_disk's hint announces persistent disks, and a second entry here stops
+    /// an agent that reboots.
     persistent: Map<String, Value>,
 }
 
-/// The document for the config drive.
-pub fn settings(facts: Facts<'_>, agent: &config::Agent) -> Vec<u8> {
+/// Serializes the settings document for the config drive.
+pub fn to_json(input: SettingsInput<'_>, agent: &config::Agent) -> Vec<u8> {
     let settings = Settings {
-        agent_id: facts.agent_id,
-        vm: Vm { name: facts.vm, id: facts.vm },
+        agent_id: input.agent_id,
+        vm: Vm { name: input.vm, id: input.vm },
         mbus: agent.mbus.0.as_deref(),
         ntp: &agent.ntp,
         blobstore: blobstore(&agent.blobstore.0),
-        networks: facts.networks,
+        networks: input.networks,
         disks: Disks {
             system: "/dev/vda",
-            ephemeral: facts.ephemeral.map(|serial| json!({"path": device_path(serial)})),
+            ephemeral: input.ephemeral.map(|serial| json!({"path": device_path(serial)})),
             persistent: Map::new(),
         },
-        env: facts.env,
+        env: input.env,
     };
     serde_json::to_vec(&settings).expect("settings are plain data")
 }
 
-/// Where a guest's udev puts the virtio disk with this serial: the same after a reboot and in any order of plugging.
-/// It is attach_disk's hint, too, and every agent understands it as a path.
+/// Path of the virtio disk with this serial in the guest, made by udev. It does not change with a
+/// reboot or with the order of plugging. It is also attach_disk's hint, and every agent accepts it
+/// as a path.
 pub fn device_path(serial: &str) -> String {
     format!("/dev/disk/by-id/virtio-{serial}")
 }
 
-/// An agent that is told of no blobstore does not start. `env.bosh.blobstores` wins over this one, so where the
-/// operator configured none, the agent's own local store does no harm.
+/// The blobstore for the agent, which does not start without one. `env.bosh.blobstores` takes
+/// precedence, so where the operator configures none, the agent's local store does no harm.
 fn blobstore(configured: &Map<String, Value>) -> Map<String, Value> {
     if !configured.is_empty() {
         return configured.clone();
     }
-    let local = json!({"provider": "local", "options": {"blobstore_path": "/var/vcap/micro_bosh/data/cache"}});
+    let options = json!({"blobstore_path": "/var/vcap/micro_bosh/data/cache"});
+    let local = json!({"provider": "local", "options": options});
     local.as_object().cloned().unwrap_or_default()
 }
 
@@ -99,21 +104,21 @@ mod tests {
             r#"{"b":{"mac":"02:00:00:00:00:01"},"a":{"default":["gateway"]}}"#.into(),
         );
         let env = RawValue::from_string(env.into()).unwrap();
-        let facts = Facts {
+        let input = SettingsInput {
             agent_id: "agent-1",
             vm: "vm-1",
             networks: &networks.unwrap(),
             ephemeral,
             env: &env,
         };
-        let bytes = settings(facts, &config.agent);
+        let bytes = to_json(input, &config.agent);
         let text = String::from_utf8(bytes).unwrap();
-        assert!(text.contains(env.get()), "env is forwarded to the letter");
+        assert!(text.contains(env.get()), "env is forwarded byte for byte");
         serde_json::from_str(&text).unwrap()
     }
 
     #[test]
-    fn everything_an_agent_needs_is_there() {
+    fn settings_have_all_an_agent_needs() {
         let env = r#"{"bosh":{"password":"*","unknown":null},"big":12345678901234567890}"#;
         let settings =
             made(&json!({"mbus": "nats://10.0.0.6:4222", "ntp": ["t"]}), env, Some("eph-1"));
@@ -127,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_invented() {
+    fn optional_settings_are_omitted() {
         let settings = made(&json!({}), "{}", None);
         assert_eq!(settings.get("mbus"), None);
         assert_eq!(settings["disks"].get("ephemeral"), None);
@@ -135,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configured_blobstore_is_kept() {
+    fn configured_blobstore_is_used() {
         let settings = made(
             &json!({"blobstore": {"provider": "dav", "options": {"endpoint": "e"}}}),
             "{}",

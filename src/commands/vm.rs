@@ -17,7 +17,7 @@ use crate::supervisor::{Status, status};
 
 /// How long each QEMU is asked. One that is well answers in a millisecond, or after the turn of a call that copies a disk.
 const PATIENCE: Duration = Duration::from_secs(2);
-const _: () = assert!(PATIENCE.as_millis() > job::TURN.as_millis());
+const _: () = assert!(PATIENCE.as_millis() > job::MONITOR_TURN_TIMEOUT.as_millis());
 /// How many are asked at once, so that some that hang do not add up.
 const AT_ONCE: usize = 32;
 

@@ -142,7 +142,7 @@ pub(super) fn has_device(
     deadline: Instant,
 ) -> Result<bool> {
     match monitor(cx, vm, deadline)? {
-        Some(mut monitor) => Ok(Inventory::take(&mut monitor)?.has_device(disk.as_str())),
+        Some(mut monitor) => Ok(Inventory::query(&mut monitor)?.has_device(disk.as_str())),
         None => Ok(false),
     }
 }

@@ -1,8 +1,10 @@
-//! Copies of image files that nobody writes: shared blocks where the filesystem can, else data without its holes.
+//! Copies image files: shares blocks where the filesystem supports it, else copies data and skips
+//! holes.
 //!
-//! Nobody is kept from writing them, because a copy may take hours. Instead it is seen whether somebody did: every write
-//! moves a file's ctime, before the data, and nothing can set it back. Being copied, shared blocks included, does not move
-//! it (ext4, XFS and Btrfs in Linux 6.18, writing past the page cache).
+//! A copy may take hours, so it does not lock writers out. Instead it detects writes by the
+//! source's ctime: every write updates ctime before the data, and no system call sets it back.
+//! Reading a file, or cloning its blocks, does not change ctime (ext4, XFS and Btrfs in Linux 6.18,
+//! writing past the page cache).
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,40 +16,40 @@ use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Fresh, create_new, keep};
+use crate::image::{UnsyncedFile, create_new, keep};
 
-/// Copied between two looks at the clock, bytes.
+/// Bytes copied between two checks of the deadline and of the source's ctime.
 const CHUNK: u64 = 64 << 20;
 
-/// An image file as it was when it was opened.
+/// An image file to copy, with the ctime it had when it was opened.
 #[derive(Debug)]
-pub struct Source {
+pub struct CopySource {
     file: File,
     path: PathBuf,
     length: u64,
-    changed: (i64, i64),
+    ctime: (i64, i64),
 }
 
-impl Source {
-    /// Opens the file at `path`, which nobody may be writing now.
+impl CopySource {
+    /// Opens the file at `path`. No process may be writing it at this moment.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).at("open", path)?;
-        let meta = file.metadata().at("look at", path)?;
+        let meta = file.metadata().at("stat", path)?;
         Ok(Self {
             file,
             path: path.to_owned(),
             length: meta.len(),
-            changed: (meta.ctime(), meta.ctime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
         })
     }
 
-    /// Nobody wrote to it since it was opened.
+    /// Fails if the file was written since it was opened.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] if somebody did.
-    pub fn unchanged(&self) -> Result<()> {
-        let meta = self.file.metadata().at("look at", &self.path)?;
-        if (meta.ctime(), meta.ctime_nsec()) == self.changed {
+    /// [`ErrorKind::Conflict`] if it was.
+    pub fn ensure_unchanged(&self) -> Result<()> {
+        let meta = self.file.metadata().at("stat", &self.path)?;
+        if (meta.ctime(), meta.ctime_nsec()) == self.ctime {
             return Ok(());
         }
         Err(Error::new(
@@ -57,30 +59,33 @@ impl Source {
     }
 }
 
-/// Copies the file `source` to `target`, which must not exist, with mode 0600; `progress` is told how many of how many
-/// bytes are done. Holes stay holes. Where the filesystem can share blocks (XFS, Btrfs), nothing is copied at all.
+/// Copies the file `source` to `target`, which must not exist, with mode 0600. Holes stay holes.
+/// Where the filesystem can share blocks (XFS, Btrfs), no data is copied.
+///
+/// `progress` receives the bytes done and the bytes in total.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], [`ErrorKind::Conflict`] if somebody wrote to the source
-/// since it was opened; nothing is left then.
+/// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], [`ErrorKind::Conflict`] if
+/// the source was written since it was opened. `target` does not exist after an error.
 pub fn copy(
-    source: &Source,
+    source: &CopySource,
     target: &Path,
     deadline: Instant,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Fresh> {
+) -> Result<UnsyncedFile> {
     let new = create_new(target)?;
-    // A filesystem that can not, and one that could but not between these two, say so in their own ways.
+    // The error differs by filesystem: no support at all, or no support between these two files.
+    // Any error falls back to copying.
     if ioctl_ficlone(new.as_file(), &source.file).is_err() {
         new.as_file().set_len(source.length).at("set the size of", target)?;
         copy_data(source, new.as_file(), target, deadline, progress)?;
     }
-    source.unchanged()?;
+    source.ensure_unchanged()?;
     keep(new)
 }
 
 fn copy_data(
-    source: &Source,
+    source: &CopySource,
     to: &File,
     target: &Path,
     deadline: Instant,
@@ -92,14 +97,14 @@ fn copy_data(
     while at < length {
         let start = match seek(from, SeekFrom::Data(at)) {
             Ok(start) => start,
-            // Nothing but a hole up to the end.
+            // A hole reaches to the end of the file.
             Err(Errno::NXIO) => break,
             Err(error) => return Err(failed(error.into())),
         };
         let end = seek(from, SeekFrom::Hole(start)).map_err(|e| failed(e.into()))?;
         at = start;
         while at < end {
-            source.unchanged()?;
+            source.ensure_unchanged()?;
             if Instant::now() >= deadline {
                 let message = format!("copying '{}' took too long", source.path.display());
                 return Err(Error::new(ErrorKind::Timeout, message));
@@ -111,11 +116,11 @@ fn copy_data(
     Ok(())
 }
 
-/// Copies `length` bytes from `at` on, or some of them, and answers how many.
+/// Copies up to `length` bytes from offset `at` and returns the number copied.
 fn copy_range(from: &File, mut to: &File, at: u64, length: u64) -> io::Result<u64> {
     seek(from, SeekFrom::Start(at))?;
     seek(to, SeekFrom::Start(at))?;
-    // In the kernel: copy_file_range(2) where it works.
+    // io::copy uses copy_file_range(2) where the kernel supports it.
     match io::copy(&mut from.take(length), &mut to)? {
         0 => Err(io::ErrorKind::UnexpectedEof.into()),
         copied => Ok(copied),
@@ -129,12 +134,12 @@ mod tests {
 
     use super::*;
 
-    fn soon() -> Instant {
+    fn test_deadline() -> Instant {
         Instant::now() + Duration::from_secs(60)
     }
 
     #[test]
-    fn data_and_holes_arrive() {
+    fn copy_keeps_data_and_holes() {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a"), dir.path().join("b"));
         let file = File::create(&source).unwrap();
@@ -143,8 +148,8 @@ mod tests {
             file.write_all_at(b"here", at).unwrap();
         }
         let mut seen = Vec::new();
-        let source = Source::open(&source).unwrap();
-        copy(&source, &target, soon(), &mut |done, of| seen.push((done, of)))
+        let source = CopySource::open(&source).unwrap();
+        copy(&source, &target, test_deadline(), &mut |done, of| seen.push((done, of)))
             .unwrap()
             .sync()
             .unwrap();
@@ -158,15 +163,18 @@ mod tests {
             assert_eq!(&word, b"here");
         }
         assert!(seen.iter().all(|(done, of)| done <= of && *of == 300 << 20), "{seen:?}");
-        assert!(copy(&source, &target, soon(), &mut |_, _| ()).is_err(), "never overwrites");
+        assert!(
+            copy(&source, &target, test_deadline(), &mut |_, _| ()).is_err(),
+            "never overwrites"
+        );
     }
 
     #[test]
-    fn what_took_too_long_leaves_nothing() {
+    fn copy_past_its_deadline_leaves_no_target() {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a"), dir.path().join("b"));
         std::fs::write(&source, vec![1; 1 << 20]).unwrap();
-        let source = Source::open(&source).unwrap();
+        let source = CopySource::open(&source).unwrap();
         let shares_blocks =
             copy(&source, &dir.path().join("c"), Instant::now(), &mut |_, _| ()).is_ok();
         let late = copy(&source, &target, Instant::now(), &mut |_, _| ());
@@ -177,23 +185,24 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_is_written_to_meanwhile_is_not_copied() {
+    fn copy_of_a_source_written_meanwhile_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (path, target) = (dir.path().join("a"), dir.path().join("b"));
         let file = File::create(&path).unwrap();
         file.set_len(4 * CHUNK).unwrap();
         file.write_all_at(b"here", 0).unwrap();
         file.write_all_at(b"there", 3 * CHUNK).unwrap();
-        let source = Source::open(&path).unwrap();
-        // The clock of the filesystem goes in steps of some milliseconds; a QEMU takes longer to start.
-        while source.unchanged().is_ok() {
+        let source = CopySource::open(&path).unwrap();
+        // The filesystem's clock has a granularity of some milliseconds, so one write may keep the
+        // ctime. A QEMU takes longer than that to start.
+        while source.ensure_unchanged().is_ok() {
             file.write_all_at(b"new", 2 * CHUNK).unwrap();
         }
-        let changed = copy(&source, &target, soon(), &mut |_, _| ()).unwrap_err();
+        let changed = copy(&source, &target, test_deadline(), &mut |_, _| ()).unwrap_err();
         assert_eq!(changed.kind(), ErrorKind::Conflict, "{}", changed.report());
         assert!(!target.exists());
-        let source = Source::open(&path).unwrap();
-        copy(&source, &target, soon(), &mut |_, _| ()).unwrap().sync().unwrap();
+        let source = CopySource::open(&path).unwrap();
+        copy(&source, &target, test_deadline(), &mut |_, _| ()).unwrap().sync().unwrap();
         assert_eq!(std::fs::read(&target).unwrap()[..4], *b"here");
     }
 }

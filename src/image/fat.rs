@@ -1,6 +1,7 @@
-//! FAT images for config drives: one filesystem, no partition table, found in the guest by its label.
+//! FAT images for config drives: one filesystem without a partition table. The guest finds it by
+//! its label.
 //!
-//! The image is made in memory and written once: config drives hold a few kilobytes.
+//! The image is built in memory and written once: a config drive holds a few kilobytes.
 
 use std::collections::BTreeSet;
 use std::io::{self, Cursor, Write};
@@ -9,22 +10,24 @@ use std::path::Path;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions, format_volume};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Fresh, create_new, keep, raw};
+use crate::image::{UnsyncedFile, create_new, keep, raw};
 
 type Folder<'a, 'b> = fatfs::Dir<'a, Cursor<&'b mut [u8]>>;
 
-/// Size of the smallest image.
+/// Size of the smallest image, bytes, and the unit that sizes are rounded to.
 const MIB: usize = 1 << 20;
-/// Taken for the unit of allocation when estimating what files need. fatfs chooses a smaller one up to 4 GiB.
+/// Allocation unit assumed when estimating the space for files, bytes. fatfs chooses a smaller one
+/// up to 4 GiB.
 const CLUSTER: usize = 4096;
 
-/// Writes a FAT filesystem labelled `label` that holds `files` to a new file at `path`, mode 0600. A file's name may
-/// have folders before it, separated by `/`. There is at least 1 MiB, and room to spare.
+/// Writes a FAT filesystem with the label `label` and the files `files` to a new file at `path`,
+/// mode 0600. A file's name may contain folders, separated by `/`. The image has at least 1 MiB,
+/// and an eighth more than the files need.
 ///
 /// # Errors
-/// [`ErrorKind::Internal`] when label or names are none FAT can hold; otherwise when `path` exists or can not be
-/// written. Contents are never quoted: they are secrets.
-pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<Fresh> {
+/// [`ErrorKind::Internal`] if FAT cannot represent the label or a name; otherwise if `path` exists
+/// or cannot be written. No message quotes a file's content: it is secret.
+pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Result<UnsyncedFile> {
     let image = image(label, files).map_err(|error| {
         Error::new(ErrorKind::Internal, format!("make the FAT image '{}'", path.display()))
             .because(error)
@@ -49,7 +52,7 @@ fn image(label: &str, files: &[(&str, &[u8])]) -> io::Result<Vec<u8>> {
     with_root(&mut image, &|root| {
         folders(files).into_iter().try_for_each(|name| root.create_dir(name).map(drop))
     })?;
-    mend_dots(&mut image);
+    fix_dot_entries(&mut image);
     with_root(&mut image, &|root| {
         files.iter().try_for_each(|(name, content)| {
             let mut file = root.create_file(name)?;
@@ -65,11 +68,12 @@ fn folders<'a>(files: &[(&'a str, &[u8])]) -> BTreeSet<&'a str> {
     files.iter().flat_map(|(name, _)| name.match_indices('/').map(|(at, _)| &name[..at])).collect()
 }
 
-/// fatfs 0.3.6 gives the entries `.` and `..` of a folder long names, which is wrong: they must be the folder's first
-/// two. `image` holds folders only, so what looks like such a folder's first sector is one.
-fn mend_dots(image: &mut [u8]) {
+/// Moves the entries `.` and `..` to the start of each folder. fatfs 0.3.6 gives them long names,
+/// so they are not the folder's first two entries, as FAT requires. `image` holds folders only, so
+/// a sector that looks like the start of such a folder is one.
+fn fix_dot_entries(image: &mut [u8]) {
     const ENTRY: usize = 32;
-    /// In the place of a name's first byte: the entry is free.
+    /// First byte of a free entry, in place of the name's first byte.
     const FREE: u8 = 0xe5;
     for sector in image.chunks_mut(512) {
         let named = |at: usize, name: &[u8; 11]| sector[at * ENTRY..].starts_with(name);
@@ -82,7 +86,7 @@ fn mend_dots(image: &mut [u8]) {
     }
 }
 
-/// The label as FAT keeps it: upper case, 11 bytes, padded with spaces.
+/// The label as FAT stores it: upper case, 11 bytes, padded with spaces.
 fn padded(label: &str) -> io::Result<[u8; 11]> {
     let allowed = |c: u8| c.is_ascii_uppercase() || c.is_ascii_digit() || b"-_".contains(&c);
     if label.is_empty() || label.len() > 11 || !label.bytes().all(allowed) {
@@ -95,8 +99,8 @@ fn padded(label: &str) -> io::Result<[u8; 11]> {
     Ok(padded)
 }
 
-/// Bytes of an image with room for `files`: whole clusters, one more for each folder, the tables (12 to 32 bits a
-/// cluster) and an eighth to spare.
+/// Size in bytes of an image with room for `files`: whole clusters, one more for each folder, the
+/// tables (12 to 32 bits a cluster) and an eighth in reserve.
 fn size_for(files: &[(&str, &[u8])]) -> usize {
     let contents: usize =
         files.iter().map(|(_, content)| content.len().next_multiple_of(CLUSTER)).sum();
@@ -114,7 +118,7 @@ mod tests {
 
     use super::*;
 
-    /// A second judge, from the package dosfstools, where that is installed.
+    /// Checks the image with fsck.fat from the package dosfstools, where that is installed.
     fn fsck(image: &Path) {
         const FSCK: &str = "/usr/sbin/fsck.fat";
         if Path::new(FSCK).exists() {
@@ -133,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_config_drive_reads_back() {
+    fn config_drive_reads_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.img");
         let files: [(&str, &[u8]); 3] = [
@@ -195,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fat_can_not_hold_is_refused_and_leaves_nothing() {
+    fn label_or_name_fat_cannot_hold_is_refused_and_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.img");
         for (label, name) in [
@@ -215,10 +219,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
-        fn whatever_the_sizes_it_fits(sizes in prop::collection::vec(0..200_000usize, 0..12)) {
+        fn files_of_any_size_fit(sizes in prop::collection::vec(0..200_000usize, 0..12)) {
             let content = vec![7; 200_000];
             let names: Vec<String> = (0..sizes.len()).map(|n| format!("d{n}/file")).collect();
-            let files: Vec<(&str, &[u8])> = names.iter().zip(&sizes).map(|(n, s)| (n.as_str(), &content[..*s])).collect();
+            let sized = names.iter().zip(&sizes);
+            let files: Vec<_> = sized.map(|(n, s)| (n.as_str(), &content[..*s])).collect();
             image("CONFIG-2", &files).unwrap();
         }
     }

@@ -1,11 +1,12 @@
-//! The size a guest sees, and making it larger while nobody has the image open.
+//! Virtual size of an image, and enlarging it while no QEMU has it open.
 //!
-//! Written without `qemu-img`, which would want the key of an encrypted image. A guest's blocks do not move:
+//! Enlarging does without `qemu-img`, which asks for the key of an encrypted image. A guest's
+//! blocks do not move:
 //!
 //! ```text
 //! raw     [ data        ]····      the file gets longer
-//! luks    [ header | data ]····    the same; the header does not know the size
-//! qcow2   header: size, l1_size    the L1 table gets entries of zero, in the cluster it already has
+//! luks    [ header | data ]····    the same; the header does not store the size
+//! qcow2   header: size, l1_size    the L1 table gets entries of zero, in the clusters it has
 //! ```
 
 use std::fs::{File, OpenOptions};
@@ -17,15 +18,15 @@ use crate::image::Format;
 use crate::image::qcow2::{self, Header};
 use crate::units::Bytes;
 
-/// How many bytes the guest sees of the image at `path`.
+/// Virtual size of the image at `path`: the bytes the guest sees.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] if its header is not what it should be.
+/// [`ErrorKind::Corrupt`] if the header of a qcow2 or LUKS image is not valid.
 pub fn virtual_size(path: &Path, format: Format, encrypted: bool) -> Result<Bytes> {
     match format {
         Format::Qcow2 => Ok(Header::read(path)?.virtual_size),
         Format::Raw => {
-            let length = path.metadata().at("look at", path)?.len();
+            let length = path.metadata().at("stat", path)?.len();
             let header = if encrypted { luks_header(path)? } else { 0 };
             length
                 .checked_sub(header)
@@ -35,10 +36,12 @@ pub fn virtual_size(path: &Path, format: Format, encrypted: bool) -> Result<Byte
     }
 }
 
-/// Makes the image at `path` larger, and durably so. One that already has `size` stays as it is.
+/// Enlarges the image at `path` to `size`, durably. An image that already has `size` does not
+/// change.
 ///
 /// # Errors
-/// [`ErrorKind::NotSupported`] for a qcow2 image whose L1 table would have to move: 64 KiB of table are 4 TiB.
+/// [`ErrorKind::NotSupported`] for a qcow2 image whose L1 table would have to move: 64 KiB of table
+/// map 4 TiB.
 pub fn grow(path: &Path, format: Format, encrypted: bool, size: Bytes) -> Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(path).at("open", path)?;
     match format {
@@ -51,7 +54,7 @@ pub fn grow(path: &Path, format: Format, encrypted: bool, size: Bytes) -> Result
     file.sync_all().at("flush", path)
 }
 
-/// Length of the LUKS (version 1) header, bytes, key slots included.
+/// Length of the LUKS (version 1) header including its key slots, bytes.
 fn luks_header(path: &Path) -> Result<u64> {
     let mut head = [0; 108];
     File::open(path).and_then(|file| file.read_exact_at(&mut head, 0)).at("read", path)?;
@@ -99,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_raw_image_grows_with_its_file() {
+    fn raw_image_grows_with_its_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.raw");
         raw::create(&path, mib(1)).unwrap().sync().unwrap();

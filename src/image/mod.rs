@@ -1,20 +1,21 @@
-//! Everything that knows image formats: qcow2 headers, empty images, stemcell import, FAT config drives.
+//! Image formats: qcow2 headers, empty images, copies, stemcell import, FAT config drives.
 //!
 //! ```text
 //! import ──▶ qcow2 (header, create, decode)     fat
-//!    └─────▶ qemu_img (the calls that remain)   raw ◀─── import
+//!    └─────▶ qemu_img (conversion, LUKS)        raw ◀─── import
 //! create ──▶ qcow2, raw, qemu_img
 //! ```
 //!
-//! It works on paths and bytes. It knows nothing of BOSH's verbs, of records or of a running QEMU, and never looks
-//! for the format of an image that a guest could have written: whoever made the image says what it is.
+//! This module works on paths and bytes. It knows no BOSH method, no record and no running QEMU. It
+//! never probes the format of an image that a guest could have written: the caller states the
+//! format.
 
 mod copy;
 mod create;
 pub mod fat;
 mod grow;
 pub mod import;
-mod in_use;
+mod lock;
 mod open;
 pub mod qcow2;
 pub mod qemu_img;
@@ -22,11 +23,11 @@ pub mod raw;
 #[cfg(test)]
 mod testing;
 
-pub use copy::{Source, copy};
+pub use copy::{CopySource, copy};
 pub use create::NewImage;
 pub use grow::{grow, virtual_size};
-pub use in_use::{released, unused};
-pub use open::{inspect, open, refuse_other_files};
+pub use lock::{ensure_unlocked, wait_unlocked};
+pub use open::{ensure_no_external_files, inspect, open};
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -38,7 +39,8 @@ use crate::crash;
 use crate::error::{IoContext, Result};
 pub use crate::store::record::Format;
 
-/// Creates `path`, which must not exist, with mode 0600. Dropped before [`keep`], it is removed again.
+/// Creates `path`, which must not exist, with mode 0600. The file is removed on drop unless
+/// [`keep`] is called.
 fn create_new(path: &Path) -> Result<NamedTempFile> {
     let file = OpenOptions::new()
         .read(true)
@@ -52,16 +54,16 @@ fn create_new(path: &Path) -> Result<NamedTempFile> {
     Ok(NamedTempFile::from_parts(file, guard))
 }
 
-/// A file that is complete, but not yet on the disk.
+/// A file whose content is complete but not yet synced to the disk.
 #[derive(Debug)]
-#[must_use = "a power cut loses what is not synced"]
-pub struct Fresh {
+#[must_use = "a power cut loses the content of a file that is not synced"]
+pub struct UnsyncedFile {
     file: File,
     path: PathBuf,
 }
 
-impl Fresh {
-    /// Makes the content durable. The name is the caller's to make durable.
+impl UnsyncedFile {
+    /// Makes the content durable. The caller syncs the directory that holds the name.
     pub fn sync(self) -> Result<()> {
         self.file.sync_all().at("fsync", &self.path)?;
         crash::point!("{}: durable", self.path.file_name().unwrap_or_default().display());
@@ -69,18 +71,18 @@ impl Fresh {
     }
 }
 
-/// Makes the content of `path` durable, and its name.
+/// Makes the content of `path` and its name durable.
 pub fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).at("fsync", path)?;
     sync_parent(path)
 }
 
-/// Leaves a new file where it is.
-fn keep(new: NamedTempFile) -> Result<Fresh> {
+/// Keeps a new file under its name, so that a drop no longer removes it.
+fn keep(new: NamedTempFile) -> Result<UnsyncedFile> {
     let path = new.path().to_owned();
     let (file, path) = new.keep().map_err(|error| error.error).at("keep", &path)?;
     crash::point!("{}: complete", path.file_name().unwrap_or_default().display());
-    Ok(Fresh { file, path })
+    Ok(UnsyncedFile { file, path })
 }
 
 /// Makes the names in the directory of `path` durable.
@@ -89,7 +91,7 @@ fn sync_parent(path: &Path) -> Result<()> {
     File::open(parent).and_then(|directory| directory.sync_all()).at("fsync directory", parent)
 }
 
-/// The directory that holds `path`.
+/// The directory that contains `path`.
 fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

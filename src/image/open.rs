@@ -1,4 +1,4 @@
-//! Opening images that exist.
+//! Opens existing images and checks what their headers refer to.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
@@ -9,13 +9,14 @@ use std::path::Path;
 use nix::libc;
 
 use super::Format;
-use super::import::{Refusal, probe};
+use super::import::{InvalidImage, probe};
 use super::qcow2::Header;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::units::{Bytes, MiB};
 
-/// Opens an image for QEMU. With `direct`, past the page cache if the filesystem can (tmpfs before Linux 6.6 can not);
-/// answers whether it could, because QEMU must be told the same.
+/// Opens an image for QEMU. With `direct`, bypasses the page cache if the filesystem supports that
+/// (tmpfs before Linux 6.6 does not). Returns whether it is bypassed: QEMU's `cache.direct` must
+/// agree.
 pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)> {
     let open = |flags| OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path);
     if direct {
@@ -28,12 +29,13 @@ pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)
     Ok((open(0).at("open", path)?.into(), false))
 }
 
-/// Refuses an image whose header names other files. Ours never do, but for an overlay's backing file; a guest that broke
-/// out of its QEMU could have written any header into an image of its own.
+/// Fails if the image's header names another file. Images of this program name none but an
+/// overlay's backing file. A guest that broke out of its QEMU could have written any header into
+/// its own image.
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`].
-pub fn refuse_other_files(path: &Path, format: Format, is_overlay: bool) -> Result<()> {
+pub fn ensure_no_external_files(path: &Path, format: Format, is_overlay: bool) -> Result<()> {
     if format == Format::Raw {
         return Ok(());
     }
@@ -45,28 +47,36 @@ pub fn refuse_other_files(path: &Path, format: Format, is_overlay: bool) -> Resu
     };
     Err(Error::new(
         ErrorKind::Corrupt,
-        format!("the header of image '{}' names {named}, which we never do", path.display()),
+        format!(
+            "the header of image '{}' names {named}; no image of this program does",
+            path.display()
+        ),
     )
-    .hint("a guest may have forged it: look into the image with care, `qemu-img` opens the files it names"))
+    .hint(
+        "a guest may have forged it: inspect the header with care, `qemu-img` opens the files it \
+         names",
+    ))
 }
 
-/// Format and size of an operator's image. Its header is trusted as far as the operator is; it must stand alone.
+/// Format and virtual size of an image the operator provides. Its header is trusted, but it must
+/// not need other files.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`] if it is no plain file, or a qcow2 that needs other files or a key.
+/// [`ErrorKind::BadRequest`] if it is not a regular file, or a qcow2 image that needs other files
+/// or a key.
 pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
     let refused =
         |why: &str| Error::new(ErrorKind::BadRequest, format!("image '{}': {why}", path.display()));
-    let file = path.metadata().at("look at", path)?;
+    let file = path.metadata().at("stat", path)?;
     if !file.is_file() {
-        return Err(refused("not a plain file"));
+        return Err(refused("not a regular file"));
     }
     let mut head = Vec::new();
     File::open(path)
         .and_then(|open| open.take(Header::PREFIX as u64).read_to_end(&mut head))
         .at("read", path)?;
     let (format, size) =
-        look(&head, file.len()).map_err(|refusal| refused(&refusal.to_string()))?;
+        probe_image(&head, file.len()).map_err(|reason| refused(&reason.to_string()))?;
     let size = Bytes(size.next_multiple_of(512));
     if size > MiB::MAX.bytes() || size.get() == 0 {
         return Err(refused("empty or larger than 64 TiB"));
@@ -74,12 +84,12 @@ pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
     Ok((format, size))
 }
 
-fn look(head: &[u8], length: u64) -> Result<(Format, u64), Refusal> {
-    match probe::format(head, None)? {
+fn probe_image(head: &[u8], length: u64) -> Result<(Format, u64), InvalidImage> {
+    match probe::detect_format(head, None)? {
         Format::Raw => Ok((Format::Raw, length)),
         Format::Qcow2 => {
-            let header = probe::qcow2(head)?;
-            header.check_places(length)?;
+            let header = probe::check_qcow2_header(head)?;
+            header.check_offsets(length)?;
             Ok((Format::Qcow2, header.virtual_size.get()))
         }
     }

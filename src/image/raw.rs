@@ -6,26 +6,29 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Fresh, create_new, keep};
+use crate::image::{UnsyncedFile, create_new, keep};
 use crate::units::{Bytes, MiB};
 
-/// The unit of zero detection: the block of every filesystem in use, so a smaller hole would save nothing.
+/// The unit of zero detection, bytes: the block size of every common filesystem, so a smaller hole
+/// would save nothing.
 const BLOCK: usize = 4096;
 
-/// Creates an empty raw image of `size` at `path`, mode 0600: one hole, no space used.
+/// Creates an empty raw image of `size` at `path`, mode 0600. It is one hole and allocates no
+/// blocks.
 ///
 /// # Errors
-/// When `path` exists or can not be written, or `size` is no multiple of 512 from 512 bytes
-/// to [`MiB::MAX`].
-pub fn create(path: &Path, size: Bytes) -> Result<Fresh> {
-    check_size(path, size)?;
+/// If `path` exists or cannot be written, or if `size` is not a multiple of 512 from 512 bytes to
+/// [`MiB::MAX`].
+pub fn create(path: &Path, size: Bytes) -> Result<UnsyncedFile> {
+    ensure_valid_size(path, size)?;
     let new = create_new(path)?;
     new.as_file().set_len(size.get()).at("set the size of", path)?;
     keep(new)
 }
 
-/// Refuses sizes of new images that are zero, no multiple of a 512-byte sector, or above [`MiB::MAX`].
-pub(super) fn check_size(path: &Path, size: Bytes) -> Result<()> {
+/// Fails if the size of a new image is zero, not a multiple of a 512-byte sector, or above
+/// [`MiB::MAX`].
+pub(super) fn ensure_valid_size(path: &Path, size: Bytes) -> Result<()> {
     if size.get() > 0 && size.get().is_multiple_of(512) && size <= MiB::MAX.bytes() {
         return Ok(());
     }
@@ -36,7 +39,7 @@ pub(super) fn check_size(path: &Path, size: Bytes) -> Result<()> {
     ))
 }
 
-/// Writes `data` at `offset` of a file that is still a hole there, leaving blocks of zeros out.
+/// Writes `data` at `offset` of a file that has a hole there, skipping blocks of zeros.
 pub(super) fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
     let mut start = 0;
     while start < data.len() {
@@ -48,7 +51,8 @@ pub(super) fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<
     Ok(())
 }
 
-/// How many bytes at the start of `data` are in blocks that are all zero (`zero`) or not.
+/// Length in bytes of the run of blocks at the start of `data` that are all zero (`zero`) or are
+/// not.
 fn count_blocks(data: &[u8], zero: bool) -> usize {
     static ZEROS: [u8; BLOCK] = [0; BLOCK];
     let blocks = data.chunks(BLOCK).take_while(|block| (*block == &ZEROS[..block.len()]) == zero);
@@ -62,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_image_takes_no_space() {
+    fn empty_image_allocates_no_blocks() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.raw");
         create(&path, MiB::new(1024 * 1024).unwrap().bytes()).unwrap().sync().unwrap();
@@ -78,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_sizes_are_refused_and_leave_nothing() {
+    fn create_with_an_invalid_size_is_refused_and_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.raw");
         for size in [0, 513, MiB::MAX.bytes().get() + 512, u64::MAX] {
@@ -88,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_become_holes_and_data_stays_where_it_was() {
+    fn sparse_write_leaves_holes_for_zeros() {
         let file = tempfile::tempfile().unwrap();
         let mut data = vec![0u8; 1 << 20];
         data[0] = 1;

@@ -1,16 +1,16 @@
-//! What tests of this module share: QEMU's own tools as the judge.
+//! Helpers for this module's tests: QEMU's own tools check the results.
 
 use std::ffi::{OsStr, OsString};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Runs `program` to its end, which must be a success, and returns what it said.
+/// Runs `program`, which must succeed, and returns its standard output.
 pub fn run(program: &str, args: impl IntoIterator<Item = OsString>) -> String {
     let output = Command::new(program).args(args).output().unwrap();
-    let (said, complained) =
+    let (stdout, stderr) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{program}: {said}{complained}");
-    said.into_owned()
+    assert!(output.status.success(), "{program}: {stdout}{stderr}");
+    stdout.into_owned()
 }
 
 /// Runs `qemu-img`.

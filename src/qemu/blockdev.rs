@@ -1,16 +1,18 @@
-//! `-blockdev` and disk `-device` options as JSON: a comma or a quote in a value stays a comma or a quote.
+//! `-blockdev` and disk `-device` options as JSON, so that commas and quotes in values need no
+//! escaping.
 //!
-//! A guest writes raw images and could forge a header, so every driver is named and nothing is probed.
+//! A guest writes raw images and could forge a header, so every driver is named and QEMU probes no
+//! format.
 
 use serde_json::{Value, json};
 
-use super::files::{BASE, FileNeed, Opened, ROOT};
+use super::files::{BASE, FileSpec, OpenedFile, ROOT};
 use crate::store::record::{Discard, Format, Limits};
 
 /// The one I/O thread of a VM, shared by its disks.
 pub const IOTHREAD: &str = "io0";
 
-/// The secret object that opens encrypted images. QEMU has it only while it opens one.
+/// Id of the secret object that decrypts images. It exists only while QEMU opens one.
 pub const SECRET: &str = "disk-key";
 
 /// Name of the protocol node below the format node `id`.
@@ -18,41 +20,45 @@ pub fn file_node(id: &str) -> String {
     format!("{id}-file")
 }
 
-/// The nodes of the image `opened`, which QEMU finds as descriptor set `fdset`: protocol first, format second. The
-/// format node has the image's name.
-pub fn nodes(opened: &Opened, fdset: i64) -> [Value; 2] {
-    let need = &opened.need;
-    // Without io_uring: Linux AIO wants O_DIRECT, and a pool of threads does the same work without (QEMU docs, `-blockdev`).
+/// The block nodes of the image `opened`, which QEMU opens from fd set `fdset`: protocol node
+/// first, format node second. The format node has the image's name.
+pub fn nodes(opened: &OpenedFile, fdset: i64) -> [Value; 2] {
+    let spec = &opened.spec;
+    // Without io_uring: Linux AIO requires O_DIRECT, otherwise a thread pool does the I/O (QEMU
+    // docs, `-blockdev`).
     let aio = match (opened.io_uring, opened.direct) {
         (true, _) => "io_uring",
         (false, true) => "native",
         (false, false) => "threads",
     };
     let mut file = json!({
-        "driver": "file", "node-name": file_node(&need.node), "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
-        "cache": {"direct": opened.direct}, "read-only": !need.writable,
+        "driver": "file", "node-name": file_node(&spec.node),
+        "filename": format!("/dev/fdset/{fdset}"), "aio": aio,
+        "cache": {"direct": opened.direct}, "read-only": !spec.writable,
     });
     let mut format = json!({
-        "driver": need.format.unwrap_or(Format::Raw).as_str(), "node-name": need.node, "file": file_node(&need.node),
-        "cache": {"direct": opened.direct}, "read-only": !need.writable,
+        "driver": spec.format.unwrap_or(Format::Raw).as_str(),
+        "node-name": spec.node, "file": file_node(&spec.node),
+        "cache": {"direct": opened.direct}, "read-only": !spec.writable,
     });
-    if need.writable && need.discard == Discard::Unmap {
-        // A guest's fstrim gives the space back to the host.
+    if spec.writable && spec.discard == Discard::Unmap {
+        // The guest's fstrim frees space on the host.
         file["discard"] = "unmap".into();
         format["discard"] = "unmap".into();
         format["detect-zeroes"] = "unmap".into();
     }
-    if need.encrypted {
-        encrypt(&mut format, need.format);
+    if spec.encrypted {
+        encrypt(&mut format, spec.format);
     }
-    if need.format == Some(Format::Qcow2) {
-        // Given here, a path in the header is never followed.
-        format["backing"] = if need.id == ROOT { BASE.into() } else { Value::Null };
+    if spec.format == Some(Format::Qcow2) {
+        // An explicit backing node overrides the path in the header.
+        format["backing"] = if spec.id == ROOT { BASE.into() } else { Value::Null };
     }
     [file, format]
 }
 
-/// Makes the format node decrypt: qcow2 knows LUKS itself, a raw image is LUKS's own.
+/// Makes the format node decrypt. The qcow2 driver supports LUKS itself; a raw image uses the
+/// `luks` driver.
 fn encrypt(node: &mut Value, format: Option<Format>) {
     match format {
         Some(Format::Qcow2) => node["encrypt"] = json!({"format": "luks", "key-secret": SECRET}),
@@ -63,43 +69,46 @@ fn encrypt(node: &mut Value, format: Option<Format>) {
     }
 }
 
-/// The virtio disk that shows the image `need` to the guest under `serial`; the caller adds `bus` and `addr`.
-pub fn device(need: &FileNeed, serial: &str) -> Value {
-    let id = &need.id;
+/// The virtio-blk device for the image `spec` with the serial `serial`. The caller adds `bus` and
+/// `addr`.
+pub fn device(spec: &FileSpec, serial: &str) -> Value {
+    let id = &spec.id;
     let mut device = json!({
-        "driver": "virtio-blk-pci", "id": id, "drive": need.node, "serial": serial, "iothread": IOTHREAD,
+        "driver": "virtio-blk-pci", "id": id, "drive": spec.node, "serial": serial,
+        "iothread": IOTHREAD,
     });
-    if need.writable {
-        device["write-cache"] = if need.cache.write_cache() { "on" } else { "off" }.into();
+    if spec.writable {
+        device["write-cache"] = if spec.cache.write_cache() { "on" } else { "off" }.into();
     }
     device
 }
 
-/// The throttle group of the disks that are a VM's own.
+/// Throttle group of a VM's root and ephemeral disk.
 const OWN_DISKS: &str = "own-disks";
 
-/// As [`throttle`], for a disk that shares its limits with the VM's other own ones.
-pub fn throttle_together(id: &str, limits: Limits) -> Option<Value> {
+/// Like [`throttle`], for a disk that shares its limits with the VM's other own disks.
+pub fn throttle_in_group(id: &str, limits: Limits) -> Option<Value> {
     let mut arguments = throttle(id, limits)?;
     arguments["group"] = OWN_DISKS.into();
     Some(arguments)
 }
 
-/// Arguments of `block_set_io_throttle` for the device `id`; `None` if it has no limits.
+/// Arguments of `block_set_io_throttle` for the device `id`; `None` without limits.
 pub fn throttle(id: &str, limits: Limits) -> Option<Value> {
-    (limits != Limits::default()).then(|| throttle_to(id, limits))
+    (limits != Limits::default()).then(|| throttle_or_reset(id, limits))
 }
 
-/// The same for a device that may have other limits.
-pub fn throttle_to(id: &str, limits: Limits) -> Value {
+/// Like [`throttle`], but removes the limits that the device may have had.
+pub fn throttle_or_reset(id: &str, limits: Limits) -> Value {
     let (iops, bytes) = (limits.iops.unwrap_or(0), limits.mbps.unwrap_or(0) << 20);
-    // Zero is no limit; all six must be given.
+    // Zero means no limit. QEMU requires all six values.
     json!({
-        "id": format!("/machine/peripheral/{id}/virtio-backend"), "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
+        "id": format!("/machine/peripheral/{id}/virtio-backend"),
+        "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
     })
 }
 
-/// Name of the descriptor set's entry, by which a later call recognizes what it is for.
+/// The `opaque` string of an fd, by which later calls recognize its purpose.
 pub fn opaque(id: &str, writable: bool) -> String {
     format!("{}:{id}", if writable { "rdwr" } else { "rdonly" })
 }
@@ -109,14 +118,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_image_has_a_backing_file_but_the_root_disk() {
+    fn only_the_root_disk_has_a_backing_file() {
         let backing = |id: &str, format| {
-            let need = FileNeed::image(id, "/x".into(), format, true);
-            let [_, node] = nodes(&Opened { need, direct: true, io_uring: false }, 1);
+            let spec = FileSpec::image(id, "/x".into(), format, true);
+            let [_, node] = nodes(&OpenedFile { spec, direct: true, io_uring: false }, 1);
             node.get("backing").cloned()
         };
         assert_eq!(backing(ROOT, Format::Qcow2), Some(BASE.into()));
-        assert_eq!(backing("disk-1", Format::Qcow2), Some(Value::Null), "not what a header says");
+        assert_eq!(backing("disk-1", Format::Qcow2), Some(Value::Null), "the header is overridden");
         assert_eq!(backing("disk-1", Format::Raw), None);
     }
 }

@@ -1,60 +1,61 @@
-//! The command line of a VM: every option valid from QEMU 7.2 to 10, no path, no secret.
+//! QEMU's command line for a VM. Every option is valid from QEMU 7.2 to 10; none contains a secret.
 
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
 
-use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, Opened, ROOT};
+use super::files::{BASE, CONFIG_DRIVE, EPHEMERAL, KVM, OpenedFile, ROOT};
 use super::{blockdev, topology};
 use crate::cid::Cid;
 use crate::qemu::Template;
 use crate::store::nic_rules::Forward;
 use crate::store::record::{Accel, Nic, UserNetwork, VmRecord, Wire};
 
-/// The descriptors QEMU inherits.
+/// The file descriptors that QEMU inherits.
 #[derive(Debug)]
-pub struct Handles {
-    /// Files in the order of [`super::files::needs`]; each becomes descriptor set 1, 2, ….
-    pub files: Vec<(Opened, RawFd)>,
-    /// A pipe with the key of encrypted images in it, if one of the files is encrypted.
+pub struct InheritedFds {
+    /// Files in the order of [`super::files::required`]. Each becomes an fd set: 1, 2, ….
+    pub files: Vec<(OpenedFile, RawFd)>,
+    /// A pipe that contains the key of encrypted images, if a file is encrypted.
     pub key: Option<RawFd>,
-    /// One for each NIC; `None`: it has no tap.
+    /// One for each NIC; `None` for a NIC without a tap.
     pub taps: Vec<Option<Tap>>,
-    /// Listening sockets: the calls' monitor, the supervisor's monitor, the serial port.
+    /// Listening socket of the monitor for CPI calls.
     pub qmp: RawFd,
-    /// See `qmp`.
+    /// Listening socket of the supervisor's monitor.
     pub supervisor_qmp: RawFd,
-    /// See `qmp`.
+    /// Listening socket of the serial port.
     pub serial: RawFd,
 }
 
-/// A tap on its bridge.
+/// A tap attached to its bridge.
 #[derive(Debug, Clone)]
 pub struct Tap {
-    /// The descriptors that keep it alive, one for each queue.
+    /// File descriptors of the tap, one for each queue. They keep it alive.
     pub queues: Vec<RawFd>,
-    /// `/dev/vhost-net`, once for each queue, or not at all.
+    /// File descriptors of `/dev/vhost-net`, one for each queue; empty without vhost.
     pub vhost: Vec<RawFd>,
-    /// Largest packet the network carries, bytes.
+    /// MTU of the network, bytes.
     pub mtu: u32,
 }
 
-impl Handles {
-    /// The descriptor set of the file `id`.
+impl InheritedFds {
+    /// The fd set of the file `id`.
     fn fdset(&self, id: &str) -> Option<usize> {
-        self.files.iter().position(|(opened, _)| opened.need.id == id).map(|at| at + 1)
+        self.files.iter().position(|(opened, _)| opened.spec.id == id).map(|at| at + 1)
     }
 }
 
-/// QEMU's arguments for `vm`. It starts stopped (`-S`): whatever fails before `cont` is undone by killing it.
-pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Vec<String> {
+/// QEMU's arguments for `vm`. QEMU starts stopped (`-S`): until `cont`, killing it undoes
+/// everything.
+pub fn command_line(vm: &VmRecord, template: &Template, fds: &InheritedFds) -> Vec<String> {
     let mut line = Line(Vec::new());
     identity(&mut line, vm);
-    machine(&mut line, vm, template, handles);
-    monitors(&mut line, handles);
-    disks(&mut line, vm, handles);
-    for (index, (nic, tap)) in vm.nics.iter().zip(&handles.taps).enumerate() {
+    machine(&mut line, vm, template, fds);
+    monitors(&mut line, fds);
+    disks(&mut line, vm, fds);
+    for (index, (nic, tap)) in vm.nics.iter().zip(&fds.taps).enumerate() {
         network(&mut line, index, nic, tap.as_ref());
     }
     if template.rng {
@@ -67,7 +68,8 @@ pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Ve
     for words in &template.extra_arguments {
         line.0.extend(words.iter().cloned());
     }
-    // A crash of the guest's kernel is an exit with a status of its own; its reboot keeps the process.
+    // A panic of the guest's kernel ends QEMU with a distinct status; a reboot of the guest keeps
+    // the process.
     line.option("-action", "reboot=reset,shutdown=poweroff,panic=exit-failure,watchdog=reset");
     line.option(
         "-sandbox",
@@ -77,7 +79,7 @@ pub fn command_line(vm: &VmRecord, template: &Template, handles: &Handles) -> Ve
     line.0
 }
 
-/// Largest packet of plain Ethernet, bytes.
+/// MTU of plain Ethernet, bytes.
 const ETHERNET_MTU: u32 = 1500;
 
 struct Line(Vec<String>);
@@ -103,7 +105,7 @@ impl Line {
     }
 }
 
-/// Options of the `key=value,…` kind end a value at a comma; two commas stand for one.
+/// Escapes a value of a `key=value,…` option: a single comma ends it, two commas stand for one.
 fn escaped(value: &str) -> String {
     value.replace(',', ",,")
 }
@@ -123,13 +125,13 @@ fn identity(line: &mut Line, vm: &VmRecord) {
     );
 }
 
-fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handles) {
+fn machine(line: &mut Line, vm: &VmRecord, template: &Template, fds: &InheritedFds) {
     let machine = &vm.machine;
     let options = std::iter::once(&template.machine).chain(&template.machine_options);
     line.option("-machine", options.cloned().collect::<Vec<_>>().join(","));
     line.option(
         "-accel",
-        match (machine.accel, handles.fdset(KVM)) {
+        match (machine.accel, fds.fdset(KVM)) {
             (Accel::Kvm, Some(fdset)) => format!("kvm,device=/dev/fdset/{fdset}"),
             (accel, _) => accel.as_str().to_owned(),
         },
@@ -144,9 +146,8 @@ fn machine(line: &mut Line, vm: &VmRecord, template: &Template, handles: &Handle
     }
 }
 
-fn monitors(line: &mut Line, handles: &Handles) {
-    let sockets =
-        [("qmp0", handles.qmp), ("qmp1", handles.supervisor_qmp), ("serial0", handles.serial)];
+fn monitors(line: &mut Line, fds: &InheritedFds) {
+    let sockets = [("qmp0", fds.qmp), ("qmp1", fds.supervisor_qmp), ("serial0", fds.serial)];
     for (id, fd) in sockets {
         line.option("-chardev", format!("socket,id={id},fd={fd},server=on,wait=off"));
     }
@@ -155,19 +156,19 @@ fn monitors(line: &mut Line, handles: &Handles) {
     line.option("-serial", "chardev:serial0");
 }
 
-fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
+fn disks(line: &mut Line, vm: &VmRecord, fds: &InheritedFds) {
     line.json("-object", &json!({"qom-type": "iothread", "id": blockdev::IOTHREAD}));
-    if let Some(key) = handles.key {
+    if let Some(key) = fds.key {
         let file = format!("/proc/self/fd/{key}");
         line.json("-object", &json!({"qom-type": "secret", "id": blockdev::SECRET, "file": file}));
     }
-    for (index, (opened, fd)) in handles.files.iter().enumerate() {
-        let (need, fdset) = (&opened.need, index + 1);
+    for (index, (opened, fd)) in fds.files.iter().enumerate() {
+        let (spec, fdset) = (&opened.spec, index + 1);
         line.option(
             "-add-fd",
-            format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&need.node, need.writable)),
+            format!("fd={fd},set={fdset},opaque={}", blockdev::opaque(&spec.node, spec.writable)),
         );
-        if need.format.is_some() {
+        if spec.format.is_some() {
             for node in blockdev::nodes(opened, fdset as i64) {
                 line.json("-blockdev", &node);
             }
@@ -176,30 +177,30 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
     for index in 0..vm.machine.hotplug_slots {
         line.json("-device", &port(index));
     }
-    // Persistent disks sit behind the ports, where a hot-plugged one would be, so that they can be unplugged.
+    // Persistent disks are behind ports, like hot-plugged disks, so that they can be unplugged.
     let mut ports = 0..;
-    for (opened, _) in &handles.files {
-        let need = &opened.need;
-        match (need.id.as_str(), &vm.ephemeral) {
+    for (opened, _) in &fds.files {
+        let spec = &opened.spec;
+        match (spec.id.as_str(), &vm.ephemeral) {
             (BASE | KVM, _) => {}
             (ROOT, _) => {
-                let mut root = blockdev::device(need, "root");
+                let mut root = blockdev::device(spec, "root");
                 root["bootindex"] = 1.into();
                 line.device(&root, "pcie.0", topology::ROOT);
             }
             (EPHEMERAL, Some(ephemeral)) => {
                 line.device(
-                    &blockdev::device(need, &ephemeral.serial),
+                    &blockdev::device(spec, &ephemeral.serial),
                     "pcie.0",
                     topology::EPHEMERAL,
                 );
             }
             (CONFIG_DRIVE, _) => {
-                line.device(&blockdev::device(need, "config"), "pcie.0", topology::CONFIG_DRIVE);
+                line.device(&blockdev::device(spec, "config"), "pcie.0", topology::CONFIG_DRIVE);
             }
             (id, _) => {
                 let port = ports.next().expect("endless");
-                line.device(&blockdev::device(need, id), &topology::port_id(port), 0);
+                line.device(&blockdev::device(spec, id), &topology::port_id(port), 0);
             }
         }
     }
@@ -208,7 +209,8 @@ fn disks(line: &mut Line, vm: &VmRecord, handles: &Handles) {
 fn port(index: u32) -> Value {
     json!({
         "driver": "pcie-root-port", "id": topology::port_id(index), "bus": "pcie.0",
-        "addr": topology::port_address(index), "multifunction": true, "chassis": index + 1, "slot": index + 1,
+        "addr": topology::port_address(index), "multifunction": true, "chassis": index + 1,
+        "slot": index + 1,
     })
 }
 
@@ -223,18 +225,19 @@ fn network(line: &mut Line, index: usize, nic: &Nic, tap: Option<&Tap>) {
     line.json("-netdev", &netdev);
     let mut device = json!({
         "driver": "virtio-net-pci", "id": format!("{id}-device"), "netdev": id, "mac": nic.mac,
-        // No network boot: the empty name keeps QEMU from looking for a ROM file it may not open.
+        // No network boot: with an empty name QEMU does not look for a ROM file, which it may not
+        // open.
         "romfile": "",
     });
     if let Some(tap) = tap {
         if tap.mtu != ETHERNET_MTU {
-            // What every guest assumes needs no saying.
+            // 1500 is every guest's default.
             device["host_mtu"] = tap.mtu.into();
         }
         if tap.queues.len() > 1 {
             device["mq"] = true.into();
-            // An interrupt for each direction of each queue, one for the configuration, one for control (QEMU,
-            // hw/virtio/virtio-net-pci.c).
+            // QEMU needs one interrupt for each direction of each queue, one for the configuration
+            // and one for control (hw/virtio/virtio-net-pci.c).
             device["vectors"] = (2 * tap.queues.len() + 2).into();
         }
     }
@@ -257,19 +260,20 @@ fn user_netdev(nic: &Nic, user: &UserNetwork) -> Value {
     let forwards = nic.rules.iter().flat_map(|rules| &rules.forwards).flat_map(host_forwards);
     let forwards: Vec<_> = forwards.map(|text| json!({"str": text})).collect();
     let subnet = user.gateway;
-    // Left out, it is the subnet's third address, which may be the guest's or the gateway's.
+    // QEMU's default is the subnet's third address, which may be the guest's or the gateway's.
     let free = |ip: &Ipv4Addr| *ip != subnet.ip() && *ip != user.guest;
     let dns = (1..=3)
         .map(|n| Ipv4Addr::from(u32::from(subnet.broadcast()) - n))
         .find(free)
-        .expect("two of three are taken");
+        .expect("at most two of three addresses are in use");
     json!({
-        "type": "user", "ipv4": true, "ipv6": false, "net": format!("{}/{}", subnet.network(), subnet.prefix()),
+        "type": "user", "ipv4": true, "ipv6": false,
+        "net": format!("{}/{}", subnet.network(), subnet.prefix()),
         "host": subnet.ip(), "dns": dns, "dhcpstart": user.guest, "hostfwd": forwards,
     })
 }
 
-/// A forward in QEMU's words, port by port.
+/// A port forward as QEMU's `hostfwd` values, one for each port.
 fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
     let protocol = if forward.protocol == UDP { "udp" } else { "tcp" };
     let from = forward.address.map_or_else(String::new, |ip| ip.to_string());
@@ -279,7 +283,7 @@ fn host_forwards(forward: &Forward) -> impl Iterator<Item = String> {
     ports.map(move |(host, guest)| format!("{protocol}:{from}:{host}-{to}:{guest}"))
 }
 
-/// UDP's number (IANA).
+/// Protocol number of UDP (IANA).
 const UDP: u8 = 17;
 
 #[cfg(test)]
@@ -301,8 +305,9 @@ mod tests {
     }
 
     #[test]
-    fn queues_and_vhost_are_descriptors() {
-        let wire = json!({"tap": "bqtapn0", "segment": {"network": "lan", "bridge": "br0", "keeper": "operator"}});
+    fn queues_and_vhost_are_passed_as_descriptors() {
+        let segment = json!({"network": "lan", "bridge": "br0", "keeper": "operator"});
+        let wire = json!({"tap": "bqtapn0", "segment": segment});
         let on = |tap: Tap| options(&wire, None, Some(&tap));
         let lines = [
             on(tap(&[7], &[], 1500)),
@@ -339,9 +344,9 @@ mod tests {
         let rules = |forwards| Some(NicRules { forwards, ..NicRules::default() });
         let v4 =
             json!({"user": {"network": "lab", "gateway": "10.0.2.1/24", "guest": "10.0.2.15"}});
-        let tcp = forward(
-            json!({"protocol": 6, "address": "127.0.0.1", "host": 6868, "to": "10.0.2.15", "guest": 22, "count": 2}),
-        );
+        let tcp =
+            forward(json!({"protocol": 6, "address": "127.0.0.1", "host": 6868, "to": "10.0.2.15",
+                "guest": 22, "count": 2}));
         let udp = forward(
             json!({"protocol": 17, "host": 53, "to": "10.0.2.15", "guest": 53, "count": 1}),
         );

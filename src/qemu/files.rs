@@ -1,4 +1,4 @@
-//! The files a VM's QEMU works on, and how each must be opened.
+//! The files that a VM's QEMU uses, and how each is opened.
 
 use std::path::PathBuf;
 
@@ -8,40 +8,41 @@ use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE};
 use crate::store::record::{Accel, Cache, Discard, DiskRecord, Format, VmRecord};
 use crate::store::{Store, VmPaths};
 
-/// QEMU's id of the root disk, its node and its device.
+/// QEMU's id of the root disk: of its node and of its device.
 pub const ROOT: &str = "root";
-/// The stemcell image below the root disk.
+/// Id of the stemcell image, the root disk's backing file.
 pub const BASE: &str = "base";
-/// The ephemeral disk.
+/// Id of the ephemeral disk.
 pub const EPHEMERAL: &str = "ephemeral";
-/// The config drive.
+/// Id of the config drive.
 pub const CONFIG_DRIVE: &str = "config";
-/// `/dev/kvm`.
+/// Id of `/dev/kvm`.
 pub const KVM: &str = "kvm";
 
-/// One file to open for QEMU.
+/// A file to open for QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileNeed {
-    /// QEMU's id of what it is for: the device's, too.
+pub struct FileSpec {
+    /// QEMU's id of the device that uses the file.
     pub id: String,
-    /// QEMU's name of the image's node: at most 26 characters and a letter first. The same as `id`, but for a disk whose
-    /// image was replaced by a copy.
+    /// QEMU's name of the image's block node: at most 26 characters, a letter first. It equals
+    /// `id`, except for a disk whose image was replaced by a copy.
     pub node: String,
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
-    /// Format of the image; `None` for a device.
+    /// Format of the image; `None` if it is not an image.
     pub format: Option<Format>,
     /// Whether QEMU may write it.
     pub writable: bool,
-    /// Who caches writes. What is only read stays in the host's page cache: the base is shared by all VMs.
+    /// Cache mode. A read-only file stays in the host's page cache: all VMs share the stemcell
+    /// image.
     pub cache: Cache,
-    /// What becomes of blocks the guest discards.
+    /// Whether blocks that the guest discards are freed.
     pub discard: Discard,
     /// Whether it is encrypted.
     pub encrypted: bool,
 }
 
-impl FileNeed {
+impl FileSpec {
     fn file(id: &str, path: PathBuf, writable: bool) -> Self {
         let (cache, discard) =
             (if writable { Cache::None } else { Cache::Writeback }, Discard::Unmap);
@@ -49,15 +50,15 @@ impl FileNeed {
         Self { id, node, path, format: None, writable, cache, discard, encrypted: false }
     }
 
-    /// An image of a VM's own, opened as those that nobody said anything about.
+    /// An image of a VM's own, with the default cache and discard modes.
     pub fn image(id: &str, path: PathBuf, format: Format, writable: bool) -> Self {
         Self { format: Some(format), ..Self::file(id, path, writable) }
     }
 
-    /// A persistent disk's image.
+    /// The image of a persistent disk.
     ///
     /// # Errors
-    /// [`Conflict`](crate::error::ErrorKind::Conflict) if the disk is another host's.
+    /// [`Conflict`](crate::error::ErrorKind::Conflict) if another host owns the disk.
     pub fn disk(store: &Store, disk: &DiskRecord) -> Result<Self> {
         store.is_ours(disk)?;
         let image = Self::image(disk.cid.as_str(), store.disk_image(disk)?, disk.format, true);
@@ -72,35 +73,35 @@ impl FileNeed {
     }
 }
 
-/// A file as it was opened.
+/// A file as opened for QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Opened {
-    /// What it is for.
-    pub need: FileNeed,
-    /// Whether the page cache is really bypassed.
+pub struct OpenedFile {
+    /// The file's specification.
+    pub spec: FileSpec,
+    /// Whether the file was opened with O_DIRECT.
     pub direct: bool,
     /// Whether QEMU can use io_uring on this host.
     pub io_uring: bool,
 }
 
-/// Every file `vm` starts with; `disks` are the records of its attachments.
-pub fn needs(
+/// The files that `vm` starts with. `disks` are the records of its attached disks.
+pub fn required(
     vm: &VmRecord,
     paths: &VmPaths,
     store: &Store,
     disks: &[DiskRecord],
-) -> Result<Vec<FileNeed>> {
-    let mut needs = Vec::new();
+) -> Result<Vec<FileSpec>> {
+    let mut files = Vec::new();
     if vm.machine.accel == Accel::Kvm {
-        needs.push(FileNeed::file(KVM, "/dev/kvm".into(), true));
+        files.push(FileSpec::file(KVM, "/dev/kvm".into(), true));
     }
     let images = store.images_dir(&vm.cid, vm.pool.as_deref())?;
-    needs.push(FileNeed::image(BASE, store.base_image(vm)?, vm.base.format, false));
-    needs.push(FileNeed::image(ROOT, images.join(ROOT_IMAGE), Format::Qcow2, true));
+    files.push(FileSpec::image(BASE, store.base_image(vm)?, vm.base.format, false));
+    files.push(FileSpec::image(ROOT, images.join(ROOT_IMAGE), Format::Qcow2, true));
     if vm.ephemeral.is_some() {
-        needs.push(FileNeed::image(EPHEMERAL, images.join(EPHEMERAL_IMAGE), Format::Qcow2, true));
+        files.push(FileSpec::image(EPHEMERAL, images.join(EPHEMERAL_IMAGE), Format::Qcow2, true));
     }
-    needs.push(FileNeed::image(CONFIG_DRIVE, paths.config_drive(), Format::Raw, false));
-    needs.extend(disks.iter().map(|disk| FileNeed::disk(store, disk)).collect::<Result<Vec<_>>>()?);
-    Ok(needs)
+    files.push(FileSpec::image(CONFIG_DRIVE, paths.config_drive(), Format::Raw, false));
+    files.extend(disks.iter().map(|disk| FileSpec::disk(store, disk)).collect::<Result<Vec<_>>>()?);
+    Ok(files)
 }

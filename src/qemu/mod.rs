@@ -1,7 +1,8 @@
-//! From a VM's record to QEMU's command line and JSON options. Pure: nothing here touches the host or knows BOSH.
+//! Builds QEMU's command line and JSON options from a VM's record. Pure: nothing here accesses the
+//! host or knows BOSH.
 //!
-//! QEMU opens no path of ours. Every file reaches it as a descriptor ([`files`]), so the guest's process needs no
-//! right to any directory (the launch sequence is in [`crate::supervisor`]).
+//! QEMU opens no file by its path. It inherits a descriptor for every file ([`files`]), so its
+//! process needs no access to any directory (the launch sequence is in [`crate::supervisor`]).
 
 pub mod blockdev;
 pub mod command_line;
@@ -9,6 +10,6 @@ pub mod files;
 pub mod template;
 pub mod topology;
 
-pub use command_line::{Handles, command_line};
-pub use files::{FileNeed, Opened};
+pub use command_line::{InheritedFds, command_line};
+pub use files::{FileSpec, OpenedFile};
 pub use template::Template;

@@ -1,4 +1,4 @@
-//! Machine templates: what kind of computer a VM is, as data. The built-in ones are in `qemu-templates/`.
+//! Machine templates: a VM's virtual hardware, as data. The built-in ones are in `qemu-templates/`.
 
 use std::path::Path;
 
@@ -6,13 +6,13 @@ use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::schema::Property;
 
-/// Templates that are part of the program.
+/// Templates embedded in the program: name and text.
 const BUILT_IN: &[(&str, &str)] = &[("q35", include_str!("../../qemu-templates/q35.toml"))];
 
 document! {
     /// A machine template.
     pub struct Template {
-        /// QEMU's machine type. A q35: the slots of `topology` and ACPI hot-plug are its own.
+        /// QEMU's machine type. It must be a q35: slots and ACPI hot-plug depend on it.
         machine: String;
         /// Options of the machine, `key=value`.
         machine_options: Vec<String>;
@@ -20,7 +20,7 @@ document! {
         globals: Vec<String>;
         /// Whether the guest gets a virtio random number generator.
         rng: bool = true;
-        /// Whether the guest gets a pvpanic device, so that a panic of its kernel is seen.
+        /// Whether the guest gets a pvpanic device, which reports a panic of its kernel.
         panic_device: bool = true;
         /// More arguments for QEMU, each a list of words: `[["-smbios", "type=1,product=x"]]`.
         extra_arguments: Vec<Vec<String>>;
@@ -28,10 +28,12 @@ document! {
 }
 
 impl Template {
-    /// The template `name`: `<directory>/<name>.toml` if that is there, else the built-in one.
+    /// Loads the template `name` from `<directory>/<name>.toml` if that file exists, else from the
+    /// built-in templates.
     ///
     /// # Errors
-    /// [`ErrorKind::BadConfig`] naming the file and the key, or listing the built-in names.
+    /// [`ErrorKind::BadConfig`] names the file and the key. [`ErrorKind::BadRequest`] for an
+    /// invalid or unknown name lists the built-in names.
     pub fn load(name: &str, directory: Option<&Path>) -> Result<Self> {
         if !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
             || name.is_empty()
@@ -82,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_comes_first_and_its_mistakes_are_named() {
+    fn template_in_the_directory_takes_precedence_and_its_errors_name_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("q35.toml");
         std::fs::write(&path, "machine = \"pc-q35-9.2\"").unwrap();
@@ -93,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_no_path() {
+    fn template_name_that_is_a_path_is_refused() {
         assert_eq!(Template::load("../q35", None).unwrap_err().kind(), ErrorKind::BadRequest);
         assert!(Template::load("q53", None).unwrap_err().report().contains("built in: q35"));
     }

@@ -1,13 +1,15 @@
-//! Where devices sit on `pcie.0`, the same for every VM, so that a restart changes no address.
+//! Slots and addresses of devices on `pcie.0`. They are the same for every VM, so a restart changes
+//! no address.
 //!
 //! ```text
-//! slot  0x01 rng   0x02 pvpanic   0x03 root   0x04 ephemeral   0x05 config drive   0x06…0x0d nic 0…7
+//! slot  0x01 rng   0x02 pvpanic   0x03 root   0x04 ephemeral   0x05 config drive   0x06…0x0d NICs
 //!       0x0e…0x1d  hot-plug ports, eight functions a slot          0x1f ICH9 (QEMU's own)
 //! ```
 //!
-//! What is on `pcie.0` itself can not be unplugged, neither by QMP nor by the guest (QEMU 10.0: "does not support
-//! hotplugging"), so nobody ejects the root disk. Root and ephemeral come first: an old agent that is told `/dev/sdb`
-//! takes the second virtio disk, and it must not be the config drive. NICs are in manifest order: `eth0…`.
+//! Devices on `pcie.0` itself cannot be unplugged, neither by QMP nor by the guest (QEMU 10.0:
+//! "does not support hotplugging"), so a guest cannot eject its root disk. Root and ephemeral disk
+//! come first: an old agent that gets `/dev/sdb` uses the second virtio disk, which must not be the
+//! config drive. NICs are in manifest order: `eth0…`.
 
 /// Slot of the random number generator.
 pub const RNG: u32 = 0x01;
@@ -22,9 +24,9 @@ pub const CONFIG_DRIVE: u32 = 0x05;
 const NIC: u32 = 0x06;
 const PORTS: u32 = 0x0e;
 
-/// The most network cards a VM can have.
+/// Most NICs of a VM.
 pub const MAX_NICS: usize = (PORTS - NIC) as usize;
-/// The most persistent disks a VM can have at once.
+/// Most persistent disks attached to a VM at once.
 pub const MAX_PORTS: u32 = (0x1e - PORTS) * 8;
 
 /// Slot of the NIC `index`.
@@ -33,10 +35,10 @@ pub fn nic(index: usize) -> u32 {
     NIC + u32::try_from(index).expect("at most MAX_NICS")
 }
 
-/// How the ids of hot-plug ports begin.
+/// Prefix of the ids of hot-plug ports; the port's index follows.
 pub const PORT_PREFIX: &str = "hotplug";
 
-/// QEMU id of the hot-plug port `index`; a bus of the same name is behind it.
+/// QEMU id of the hot-plug port `index`. The bus behind it has the same name.
 pub fn port_id(index: u32) -> String {
     format!("{PORT_PREFIX}{index}")
 }

@@ -1,16 +1,17 @@
 //! One connection to one monitor socket.
 //!
 //! ```text
-//!             connect               write            reply with our id
+//!             connect               write            reply with its id
 //!   (socket) ─────────► READY ─────────────► BUSY ─────────────────────► READY
-//!                         │                   │ deadline, end of file, not QMP, or the future was dropped
+//!                         │                   │ deadline, end of file, invalid QMP, future dropped
 //!                         │ next_event        ▼
-//!                         └──────► READY    SPENT: refuses everything
+//!                         └──────► READY    POISONED: refuses everything
 //! ```
 //!
-//! A monitor answers commands one after the other, with events anywhere in between. So there is no reader task:
-//! whoever waits, for a reply or for an event, reads; events that come before a reply are queued. An exchange that
-//! did not end leaves the connection spent, because nobody can tell what will still come out of it.
+//! A monitor answers commands one after the other, with events anywhere in between. So there is no
+//! reader task: the method that waits for a reply or an event reads the socket, and queues events
+//! that precede a reply. An incomplete exchange poisons the connection, because its reply may still
+//! arrive.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -32,37 +33,39 @@ use super::event::Event;
 use super::wire::{self, LONGEST_LINE, Message};
 use crate::crash;
 
-/// How long connecting, the greeting and the negotiation may take together when QEMU is known to run.
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// How long a question (`query-…`, `qom-…`) may take.
-pub const QUERY_LIMIT: Duration = Duration::from_secs(10);
-/// How long any other command may take: those on devices and block nodes wait for I/O of the guest to drain.
-pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+/// Longest time for connecting, the greeting and the negotiation together, when QEMU is known to
+/// run.
+pub const MONITOR_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time to wait for a query (`query-…`, `qom-…`).
+pub const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time to wait for any other command: those on devices and block nodes wait until the
+/// guest's I/O has drained.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How much is read at once, bytes.
-const READ: usize = 16 << 10;
-/// Pause before connecting again to a socket whose backlog is full.
-const BACKLOG_PAUSE: Duration = Duration::from_millis(20);
+/// Bytes requested by one read.
+const READ_SIZE: usize = 16 << 10;
+/// Time between two attempts to connect to a socket whose backlog is full.
+const BACKLOG_RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A negotiated connection.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
-    /// Bytes of lines not decoded yet. Holds no complete line while we wait for more.
+    /// Bytes not decoded yet. No complete line while a method waits for more.
     received: Vec<u8>,
     events: EventQueue,
     last_id: u64,
     deadline: Option<Instant>,
-    /// An exchange began and did not end.
-    spent: bool,
+    /// An exchange began and did not complete.
+    poisoned: bool,
 }
 
 impl Connection {
-    /// Connects to `path`, waits for the greeting and negotiates, all until `deadline`.
+    /// Connects to `path`, waits for the greeting and negotiates.
     ///
     /// # Errors
-    /// [`MonitorError::Connect`] if nobody listens, [`MonitorError::Greeting`] if `deadline` passes: another client
-    /// is being served.
+    /// [`MonitorError::Connect`] if no QEMU listens, [`MonitorError::Greeting`] at `deadline`: QEMU
+    /// serves another client.
     pub async fn connect(path: &Path, deadline: Instant) -> Result<Self, MonitorError> {
         let begin = Instant::now();
         let greeted = async {
@@ -72,7 +75,7 @@ impl Connection {
                 events: EventQueue::default(),
                 last_id: 0,
                 deadline: Some(deadline),
-                spent: false,
+                poisoned: false,
             };
             // Some devices send events before the greeting.
             while !matches!(connection.receive().await?, Message::Greeting) {}
@@ -87,50 +90,52 @@ impl Connection {
         }
     }
 
-    /// From now on no command is waited for longer than until `deadline`.
+    /// Sets the deadline for all following commands.
     pub fn set_deadline(&mut self, deadline: Instant) {
         self.deadline = Some(deadline);
     }
 
-    /// Executes a typed command. Dropping the future before it is done makes the connection
-    /// [`MonitorError::Spent`].
+    /// Executes a typed command. Dropping the future before it completes poisons the connection
+    /// ([`MonitorError::Poisoned`]).
     ///
     /// # Errors
-    /// [`MonitorError::Refused`] and [`MonitorError::Answer`] leave the connection usable, others do not.
+    /// [`MonitorError::Refused`], [`MonitorError::InvalidReply`] and
+    /// [`MonitorError::DeadlinePassed`] leave the connection usable; the other errors do not.
     pub async fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok, MonitorError> {
         let answer = self.exchange(C::NAME, command, None).await?;
-        read_answer(C::NAME, &answer)
+        parse_reply(C::NAME, &answer)
     }
 
-    /// Executes any command, `arguments` being an object.
+    /// Executes any command. `arguments` is a JSON object.
     ///
     /// # Errors
-    /// As [`execute`](Self::execute).
+    /// Those of [`execute`](Self::execute).
     pub async fn raw(&mut self, command: &str, arguments: &Value) -> Result<Value, MonitorError> {
         let answer = self.exchange(command, arguments, None).await?;
-        read_answer(command, &answer)
+        parse_reply(command, &answer)
     }
 
-    /// Executes a command that takes a descriptor along: `add-fd`, `getfd`. QEMU gets a copy.
+    /// Executes a command that takes a file descriptor: `add-fd`, `getfd`. QEMU gets a copy.
     ///
     /// # Errors
-    /// As [`execute`](Self::execute).
+    /// Those of [`execute`](Self::execute).
     pub async fn execute_with_fd<C: Command>(
         &mut self,
         command: &C,
         fd: BorrowedFd<'_>,
     ) -> Result<C::Ok, MonitorError> {
         let answer = self.exchange(C::NAME, command, Some(fd)).await?;
-        read_answer(C::NAME, &answer)
+        parse_reply(C::NAME, &answer)
     }
 
-    /// The next event, waiting for it if none is queued. May be dropped at any point without losing one.
+    /// Returns the next event, waiting if none is queued. Dropping the future loses no event.
     ///
     /// # Errors
-    /// [`MonitorError::Closed`] once QEMU is gone and all events are read, [`MonitorError::Protocol`].
+    /// [`MonitorError::Closed`] once QEMU has closed the connection and all events are read,
+    /// [`MonitorError::Protocol`].
     pub async fn next_event(&mut self) -> Result<Event, MonitorError> {
-        if self.spent {
-            return Err(MonitorError::Spent);
+        if self.poisoned {
+            return Err(MonitorError::Poisoned);
         }
         loop {
             if let Some(event) = self.events.pop() {
@@ -142,10 +147,11 @@ impl Connection {
         }
     }
 
-    /// The first event that `wanted` accepts, or `None` when `until` has passed. Events before it are dropped.
+    /// Returns the first event that `wanted` accepts, or `None` at `until`. Drops the events before
+    /// it.
     ///
     /// # Errors
-    /// As [`next_event`](Self::next_event).
+    /// Those of [`next_event`](Self::next_event).
     pub async fn wait_event(
         &mut self,
         wanted: impl Fn(&Event) -> bool,
@@ -166,34 +172,34 @@ impl Connection {
         arguments: &A,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Box<RawValue>, MonitorError> {
-        if self.spent {
-            return Err(MonitorError::Spent);
+        if self.poisoned {
+            return Err(MonitorError::Poisoned);
         }
         self.last_id += 1;
         let line = wire::encode(self.last_id, command, arguments)?;
         let begin = Instant::now();
-        let limit = begin + limit_of(command);
+        let limit = begin + timeout_of(command);
         let until = self.deadline.map_or(limit, |deadline| deadline.min(limit));
         if until <= begin {
-            return Err(MonitorError::Late { command: command.to_owned() });
+            return Err(MonitorError::DeadlinePassed { command: command.to_owned() });
         }
         tracing::trace!(command, id = self.last_id, "qmp");
 
-        self.spent = true;
+        self.poisoned = true;
         let reply = timeout_at(until.into(), async {
-            self.send(&line, fd).await.map_err(gone_or_host("write to monitor"))?;
+            self.send(&line, fd).await.map_err(closed_or_host_error("write to monitor"))?;
             crash::point!("qmp {command}: sent");
             self.receive_reply(self.last_id).await
         });
         let timeout =
             |_| MonitorError::Timeout { command: command.to_owned(), waited: begin.elapsed() };
         let reply = reply.await.map_err(timeout)??;
-        self.spent = false;
+        self.poisoned = false;
         crash::point!("qmp {command}: answered");
-        reply.map_err(|refusal| refusal.of(command))
+        reply.map_err(|refusal| refusal.into_error(command))
     }
 
-    /// Writes `line`; `fd` goes with its first bytes, where QEMU looks for it.
+    /// Writes `line`. `fd` accompanies the first bytes, where QEMU expects it.
     async fn send(&mut self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut sent = 0;
         if let Some(fd) = fd {
@@ -205,16 +211,17 @@ impl Connection {
         self.stream.write_all(&line[sent..]).await
     }
 
-    /// The reply to command `id`. Events before it are queued, replies to others dropped.
+    /// Returns the reply to command `id`. Queues events that precede it, drops replies to other
+    /// commands.
     async fn receive_reply(
         &mut self,
         id: u64,
-    ) -> Result<Result<Box<RawValue>, wire::Refusal>, MonitorError> {
+    ) -> Result<Result<Box<RawValue>, wire::ErrorReply>, MonitorError> {
         loop {
             match self.receive().await? {
                 Message::Reply { id: theirs, result } if theirs == id => return Ok(result),
                 Message::Reply { id: theirs, .. } => {
-                    tracing::debug!(id = theirs, "qmp reply nobody waits for")
+                    tracing::debug!(id = theirs, "dropping a qmp reply to another command");
                 }
                 Message::Event(event) => self.events.push(event),
                 Message::Greeting => return Err(MonitorError::Protocol("greeted twice".into())),
@@ -222,7 +229,7 @@ impl Connection {
         }
     }
 
-    /// The next message. May be dropped at any point: what was read stays in `received`.
+    /// Returns the next message. Dropping the future loses nothing: `received` keeps what was read.
     async fn receive(&mut self) -> Result<Message, MonitorError> {
         let mut searched = 0;
         loop {
@@ -238,12 +245,12 @@ impl Connection {
                     "a line is longer than {LONGEST_LINE} bytes"
                 )));
             }
-            self.received.reserve(READ);
-            let mut chunk = (&mut self.stream).take(READ as u64);
+            self.received.reserve(READ_SIZE);
+            let mut chunk = (&mut self.stream).take(READ_SIZE as u64);
             match chunk
                 .read_buf(&mut self.received)
                 .await
-                .map_err(gone_or_host("read from monitor"))?
+                .map_err(closed_or_host_error("read from monitor"))?
             {
                 0 => return Err(MonitorError::Closed),
                 _ => continue,
@@ -252,12 +259,15 @@ impl Connection {
     }
 }
 
-/// Connects; where QEMU's backlog of one is full, the kernel says so at once and we try again.
+/// Connects. If QEMU's backlog of one is full, the kernel returns EAGAIN at once, and the call
+/// tries again.
 async fn connect_to(path: &Path) -> Result<UnixStream, MonitorError> {
     loop {
         match UnixStream::connect(path).await {
             Ok(stream) => return Ok(stream),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(BACKLOG_PAUSE).await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                sleep(BACKLOG_RETRY_INTERVAL).await;
+            }
             Err(source) => return Err(MonitorError::Connect { path: path.to_owned(), source }),
         }
     }
@@ -275,31 +285,32 @@ fn send_with_fd(stream: &UnixStream, line: &[u8], fd: BorrowedFd<'_>) -> io::Res
     )?)
 }
 
-fn limit_of(command: &str) -> Duration {
+fn timeout_of(command: &str) -> Duration {
     if command.starts_with("query-") || command.starts_with("qom-") {
-        QUERY_LIMIT
+        QUERY_TIMEOUT
     } else {
-        COMMAND_LIMIT
+        COMMAND_TIMEOUT
     }
 }
 
-fn read_answer<T: serde::de::DeserializeOwned>(
+fn parse_reply<T: serde::de::DeserializeOwned>(
     command: &str,
     answer: &RawValue,
 ) -> Result<T, MonitorError> {
-    let shape = |source| MonitorError::Answer { command: command.to_owned(), source };
+    let shape = |source| MonitorError::InvalidReply { command: command.to_owned(), source };
     serde_json::from_str(answer.get()).map_err(shape)
 }
 
-fn gone_or_host(action: &'static str) -> impl Fn(io::Error) -> MonitorError {
+fn closed_or_host_error(action: &'static str) -> impl Fn(io::Error) -> MonitorError {
     move |source| match source.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => MonitorError::Closed,
         _ => MonitorError::Host { action, source },
     }
 }
 
-/// Events that came while nobody waited for one. A guest can cause events, so the oldest are dropped when there are
-/// too many: an event is a hint to look, what counts is what QEMU answers. One event has a few kB, see `wire`.
+/// Events that arrived while no method waited for one. A guest can cause events, so a full queue
+/// drops the oldest. No caller relies on an event: it only prompts a query. An event has a few kB
+/// at most, see `wire`.
 #[derive(Debug, Default)]
 struct EventQueue {
     events: VecDeque<Event>,

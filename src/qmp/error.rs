@@ -1,84 +1,88 @@
-//! What can go wrong between us and a monitor.
+//! Errors of the connection to a monitor.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind};
 
-/// A failure of the monitor. After every one but [`Refused`](MonitorError::Refused),
-/// [`Answer`](MonitorError::Answer) and [`Late`](MonitorError::Late) the connection is [`Spent`](MonitorError::Spent), and whether the command took
-/// effect has to be asked on a new one.
+/// A monitor failure.
+///
+/// [`Refused`](MonitorError::Refused), [`InvalidReply`](MonitorError::InvalidReply) and
+/// [`DeadlinePassed`](MonitorError::DeadlinePassed) leave the connection usable. Any other failure
+/// makes it [`Poisoned`](MonitorError::Poisoned). Then only a new connection can tell whether the
+/// command took effect.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
-    /// Nobody listens on the socket.
+    /// No process listens on the socket.
     #[error("connect to monitor '{path}'")]
     Connect {
         /// The socket.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: std::io::Error,
     },
-    /// The socket was reached, but QEMU did not greet in time: it serves one client at a time.
+    /// QEMU accepted the connection but did not greet in time: it serves one client at a time.
     #[error("monitor '{path}' did not greet within {waited:.1?}")]
     Greeting {
         /// The socket.
         path: PathBuf,
-        /// How long we waited.
+        /// Time waited.
         waited: Duration,
     },
-    /// QEMU answered with an error and did nothing.
+    /// QEMU returned an error and changed nothing.
     #[error("qemu refused '{command}': {desc}")]
     Refused {
         /// The command.
         command: String,
         /// `DeviceNotFound`, `CommandNotFound`, else `GenericError` (QEMU's QAPIErrorClass).
         class: String,
-        /// QEMU's text, cut and escaped.
+        /// QEMU's text, truncated and escaped.
         desc: String,
     },
-    /// QEMU did what it was asked, but its answer has another shape than documented.
-    #[error("qemu's answer to '{command}' has an unknown shape")]
-    Answer {
+    /// QEMU executed the command, but its reply does not match the documented type.
+    #[error("qemu's reply to '{command}' has an unknown format")]
+    InvalidReply {
         /// The command.
         command: String,
-        /// What did not fit.
+        /// The mismatch.
         source: serde_json::Error,
     },
     /// QEMU closed the connection: it exited or was killed.
     #[error("qemu closed the monitor")]
     Closed,
-    /// The command got no answer in time. It may still take effect.
+    /// QEMU did not reply in time. The command may still take effect.
     #[error("qemu did not answer '{command}' within {waited:.1?}")]
     Timeout {
         /// The command.
         command: String,
-        /// How long we waited.
+        /// Time waited.
         waited: Duration,
     },
-    /// The call's deadline was over before the command was sent. The connection stays usable.
-    #[error("no time is left for '{command}'")]
-    Late {
+    /// The call's deadline passed before the command was sent. The connection stays usable.
+    #[error("the deadline passed before '{command}' was sent")]
+    DeadlinePassed {
         /// The command.
         command: String,
     },
-    /// What came is not QMP.
+    /// QEMU sent something other than QMP.
     #[error("monitor protocol: {0}")]
     Protocol(String),
-    /// An earlier exchange on this connection did not end.
+    /// An earlier exchange on this connection did not complete.
     #[error("the monitor connection is not usable after an earlier failure")]
-    Spent,
+    Poisoned,
     /// The host refused a descriptor or memory for the connection.
     #[error("{action}")]
     Host {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// Why not.
+        /// The cause.
         source: std::io::Error,
     },
 }
 
 impl MonitorError {
-    /// Whether QEMU refused with a text that contains `part`. QEMU has no finer error classes for most refusals.
+    /// Whether QEMU refused with a text that contains `part`. QEMU has no specific error class for
+    /// most refusals.
     pub fn refused_with(&self, part: &str) -> bool {
         matches!(self, Self::Refused { desc, .. } if desc.contains(part))
     }
@@ -95,17 +99,20 @@ impl From<MonitorError> for Error {
             MonitorError::Greeting { .. } => (
                 ErrorKind::Timeout,
                 Some(
-                    "another client may hold the monitor, or QEMU hangs: QEMU serves one client per socket",
+                    "another client may hold the monitor, or QEMU hangs: \
+                     QEMU serves one client per socket",
                 ),
             ),
             MonitorError::Timeout { .. } => {
                 (ErrorKind::Timeout, Some("QEMU may be stopped, or its storage may not answer"))
             }
-            MonitorError::Late { .. } => (ErrorKind::Timeout, None),
+            MonitorError::DeadlinePassed { .. } => (ErrorKind::Timeout, None),
             MonitorError::Closed => {
-                (ErrorKind::Host, Some("QEMU exited: its log in the VM's directory may say why"))
+                (ErrorKind::Host, Some("QEMU has exited: see its log in the VM's directory"))
             }
-            MonitorError::Connect { .. } => (ErrorKind::Host, Some("is the VM's QEMU running?")),
+            MonitorError::Connect { .. } => {
+                (ErrorKind::Host, Some("check whether the VM's QEMU is running"))
+            }
             _ => (ErrorKind::Host, None),
         };
         let mut message = error.to_string();
@@ -115,7 +122,7 @@ impl From<MonitorError> for Error {
             MonitorError::Connect { source, .. } | MonitorError::Host { source, .. } => {
                 outer(message).because(source)
             }
-            MonitorError::Answer { source, .. } => outer(message).because(source),
+            MonitorError::InvalidReply { source, .. } => outer(message).because(source),
             MonitorError::Refused { class, .. } if class != "GenericError" => {
                 message.push_str(&format!(" ({class})"));
                 outer(message)

@@ -1,36 +1,36 @@
-//! Events: what QEMU tells without being asked.
+//! Events: messages that QEMU sends unasked.
 //!
-//! An event keeps its name and data as they came, so one that no version of ours has heard of is an event like any
-//! other. [`Event::kind`] reads those we act on.
+//! An event keeps its name and data unchanged, so an unknown event is valid. [`Event::kind`] parses
+//! the events that this program acts on.
 
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-/// One event. Text in it comes from QEMU and, in part, from the guest.
+/// One event. Its text comes from QEMU and, in part, from the guest.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     /// `SHUTDOWN`, `DEVICE_DELETED`, …
     pub name: String,
-    /// The event's own fields; null where it has none.
+    /// The event's own fields; null if it has none.
     pub data: Value,
-    /// When QEMU sent it, by the host's clock. `None` if QEMU could not tell.
+    /// When QEMU sent it, by the host's clock. `None` if QEMU could not read the clock.
     pub time: Option<SystemTime>,
 }
 
-/// An event we act on, borrowed from its [`Event`]. Fields as in QEMU's QAPI schema.
+/// The parsed events, borrowing from an [`Event`]. Fields as in QEMU's QAPI schema.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EventKind<'a> {
-    /// The machine is going down.
+    /// The machine shuts down.
     Shutdown {
-        /// The guest asked for it.
+        /// Whether the guest caused it.
         guest: bool,
-        /// `guest-shutdown`, `host-qmp-quit`, `host-signal`, `guest-panic`, … Empty before QEMU 4.0.
+        /// `guest-shutdown`, `host-qmp-quit`, `host-signal`, `guest-panic`, …; empty before 4.0.
         reason: &'a str,
     },
-    /// The machine was reset and goes on.
+    /// The machine was reset and continues.
     Reset {
-        /// The guest asked for it.
+        /// Whether the guest caused it.
         guest: bool,
         /// `guest-reset`, `host-qmp-system-reset`, …
         reason: &'a str,
@@ -39,24 +39,24 @@ pub enum EventKind<'a> {
     Stop,
     /// vCPUs run again.
     Resume,
-    /// Somebody pressed the power button; not that the guest noticed.
+    /// A client pressed the power button. The guest may not have noticed.
     Powerdown,
-    /// A device is gone. A disk sends this twice, first for a child without `device`: only the one with `device`
-    /// means that the disk's node can be deleted.
+    /// A device was removed. A disk sends this twice, first for a child without `device`. Only
+    /// after the event with `device` can the disk's node be deleted.
     DeviceDeleted {
         /// The device's id.
         device: Option<&'a str>,
         /// Its path in QEMU's object tree.
         path: &'a str,
     },
-    /// The guest refused to let a device go (QEMU 6.2).
+    /// The guest refused to release a device (QEMU 6.2).
     DeviceUnplugGuestError {
         /// The device's id.
         device: Option<&'a str>,
         /// Its path in QEMU's object tree.
         path: &'a str,
     },
-    /// The guest's kernel panicked and told pvpanic.
+    /// The guest's kernel panicked and notified pvpanic.
     GuestPanicked {
         /// `pause`, `poweroff` or `run`.
         action: &'a str,
@@ -67,24 +67,24 @@ pub enum EventKind<'a> {
         node: Option<&'a str>,
         /// `read` or `write`.
         operation: &'a str,
-        /// `stop` (the machine waits until it is continued), `report` (the guest saw it) or `ignore`.
+        /// `stop` (the machine waits for `cont`), `report` (the guest got the error) or `ignore`.
         action: &'a str,
-        /// The host's filesystem is full.
+        /// Whether the host's filesystem is full.
         no_space: bool,
         /// The host's error text.
         reason: &'a str,
     },
     /// The watchdog device expired.
     Watchdog {
-        /// What QEMU does about it: `reset`, `shutdown`, `none`, …
+        /// QEMU's reaction: `reset`, `shutdown`, `none`, …
         action: &'a str,
     },
-    /// Any other.
+    /// Any other event.
     Other,
 }
 
 impl Event {
-    /// The event as one we act on. A field that is missing or has another type reads as empty.
+    /// Parses the event. A field that is missing or has another type is empty.
     pub fn kind(&self) -> EventKind<'_> {
         let optional = |key: &str| self.data.get(key).and_then(Value::as_str);
         let text = |key: &str| optional(key).unwrap_or_default();
@@ -115,7 +115,7 @@ impl Event {
     }
 }
 
-/// QEMU's timestamp: seconds since the epoch, −1 if its clock failed.
+/// QEMU's timestamp: time since the epoch, −1 if QEMU could not read the clock.
 #[derive(Debug, Clone, Copy, serde::Deserialize)]
 pub(super) struct Timestamp {
     seconds: i64,
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn the_child_of_a_deleted_disk_is_told_from_the_disk() {
+    fn deleted_disk_is_distinguished_from_its_child() {
         let child =
             event("DEVICE_DELETED", json!({"path": "/machine/peripheral/d/virtio-backend"}));
         let disk = event("DEVICE_DELETED", json!({"device": "d", "path": "/machine/peripheral/d"}));
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_odd_reads_as_empty() {
+    fn missing_or_mistyped_fields_are_empty() {
         assert_eq!(
             event("SHUTDOWN", Value::Null).kind(),
             EventKind::Shutdown { guest: false, reason: "" }
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn no_timestamp_can_overflow() {
+    fn timestamps_cannot_overflow() {
         assert_eq!(Timestamp { seconds: -1, microseconds: -1 }.time(), None);
         assert_eq!(Timestamp { seconds: i64::MAX, microseconds: i64::MAX }.time(), None);
         let time = Timestamp { seconds: 1, microseconds: 500_000 }.time();

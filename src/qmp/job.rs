@@ -1,17 +1,19 @@
 //! Block jobs: copying a disk while the guest uses it.
 //!
 //! ```text
-//!   blockdev-backup   created ─► running ──────────────────────────────► concluded ─► dismissed
-//!                                   │                                        ▲
+//!   blockdev-backup   created ─► running ─────────────────────────────► concluded ─► dismissed
+//!                                   │                                       ▲
 //!   blockdev-mirror   created ─► running ─► ready ─► (job-complete) ─► pending ─► (job-finalize)
-//!                                             │ keeps up with the guest    │ the disk's I/O waits: both images are the
-//!                                             ▼                            ▼ same, and flushed, until one is chosen
-//!                            job-cancel, at any time: concluded, as if it had never been
+//!                                             │ follows the guest's    │ the disk's I/O waits:
+//!                                             │ writes                 │ images equal and flushed
+//!                                             ▼                        ▼ until one is chosen
+//!                            job-cancel, at any time: concluded, with no effect on the disk
 //! ```
 //!
-//! A job outlives the client that started it, and QEMU serves one client at a time. So a client that waits for a job
-//! takes turns: it looks, waits for events, and closes the connection to let others in. What happened between
-//! two turns is seen by the look. A job is known by its id; whoever knows that can [end](end_all) it.
+//! A job outlives the client that started it, and QEMU serves one client at a time. So a client
+//! waits for a job in turns: it queries the job, waits for events, and closes the connection to let
+//! other clients in. The next turn's query shows what happened between two turns. A job is
+//! identified by its id, by which any client can [cancel](cancel_all) it.
 
 use std::time::{Duration, Instant};
 
@@ -24,34 +26,36 @@ use super::query::{Job, QueryJobs};
 use super::wire::printable;
 use crate::error::{Error, ErrorKind};
 
-/// How long one turn of waiting keeps others from the monitor. They wait five seconds before they give up.
-pub const TURN: Duration = Duration::from_secs(1);
-/// Longest pause before a job that is being ended is looked at again. Most often an event ends it sooner.
-const RETRY: Duration = Duration::from_millis(100);
+/// Longest time that one turn of waiting keeps other clients from the monitor. They time out after
+/// five seconds.
+pub const MONITOR_TURN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest time between two queries of a job that is being cancelled. An event usually ends the
+/// wait sooner.
+const JOB_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Why a job did not get where it was to get.
+/// Why a job did not reach the wanted state.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// It is not there: somebody ended it, or QEMU was started anew.
-    #[error("qemu has no job '{id}' any more: it was ended, or QEMU was started anew")]
-    Vanished {
-        /// The job.
+    /// QEMU has no such job: another client cancelled it, or QEMU was restarted.
+    #[error("qemu has no job '{id}': it was cancelled, or QEMU was restarted")]
+    NotFound {
+        /// The job's id.
         id: String,
     },
-    /// It gave up. What it wrote is worth nothing.
+    /// The job failed. Its target is incomplete.
     #[error("job '{id}' failed: {why}")]
     Failed {
-        /// The job.
+        /// The job's id.
         id: String,
-        /// QEMU's text, cut and escaped.
+        /// QEMU's text, truncated and escaped.
         why: String,
     },
-    /// It still works.
-    #[error("job '{id}' is {status} after all the time there was")]
-    Late {
-        /// The job.
+    /// The job has not reached the state by the deadline.
+    #[error("job '{id}' is still {status} at its deadline")]
+    Timeout {
+        /// The job's id.
         id: String,
-        /// QEMU's word for what it does.
+        /// The job's state, QEMU's JobStatus.
         status: String,
     },
     /// The monitor failed.
@@ -63,23 +67,23 @@ impl From<JobError> for Error {
     fn from(error: JobError) -> Self {
         let kind = match error {
             JobError::Monitor(error) => return error.into(),
-            // QEMU's strerror: there is no code.
+            // QEMU reports strerror's text and no error code.
             JobError::Failed { ref why, .. } if why.contains("No space left") => {
                 ErrorKind::NoDiskSpace
             }
-            JobError::Failed { .. } | JobError::Vanished { .. } => ErrorKind::Host,
-            JobError::Late { .. } => ErrorKind::Timeout,
+            JobError::Failed { .. } | JobError::NotFound { .. } => ErrorKind::Host,
+            JobError::Timeout { .. } => ErrorKind::Timeout,
         };
         Error::new(kind, error.to_string())
     }
 }
 
-/// Waits, in turns, until the job `id` is in the state `wanted`; `progress` is told how much of how much is done, once a
-/// turn. Answers the connection of the last turn.
+/// Waits in turns until the job `id` is in the state `wanted`. After each turn `progress` receives
+/// the work done and the work in total. Returns the connection of the last turn.
 ///
 /// # Errors
 /// See [`JobError`].
-pub fn follow(
+pub fn wait_in_turns(
     connect: &dyn Fn() -> Result<Monitor, MonitorError>,
     id: &str,
     wanted: &str,
@@ -88,13 +92,13 @@ pub fn follow(
 ) -> Result<Monitor, JobError> {
     loop {
         let mut monitor = match connect() {
-            // Another client has a long turn.
+            // Another client is taking a long turn.
             Err(MonitorError::Greeting { .. }) if Instant::now() < deadline => continue,
             connected => connected?,
         };
-        match wait(&mut monitor, id, wanted, deadline.min(Instant::now() + TURN)) {
+        match wait(&mut monitor, id, wanted, deadline.min(Instant::now() + MONITOR_TURN_TIMEOUT)) {
             Ok(()) => return Ok(monitor),
-            Err(JobError::Late { .. }) if Instant::now() < deadline => {}
+            Err(JobError::Timeout { .. }) if Instant::now() < deadline => {}
             Err(error) => return Err(error),
         }
         if let Some(job) = find(&mut monitor, id)? {
@@ -103,23 +107,24 @@ pub fn follow(
     }
 }
 
-/// Waits until the job `id` is in the state `wanted`. One that concluded before has failed.
+/// Waits until the job `id` is in the state `wanted`. A job that concludes before has failed.
 ///
 /// # Errors
 /// See [`JobError`].
 pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Result<(), JobError> {
     loop {
-        let job = find(monitor, id)?.ok_or_else(|| JobError::Vanished { id: id.to_owned() })?;
+        let job = find(monitor, id)?.ok_or_else(|| JobError::NotFound { id: id.to_owned() })?;
         match (job.status.as_str(), job.error) {
             (_, Some(error)) => {
                 return Err(JobError::Failed { id: id.to_owned(), why: printable(&error) });
             }
             (status, None) if status == wanted => return Ok(()),
             ("concluded" | "aborting", None) => {
-                return Err(JobError::Failed { id: id.to_owned(), why: "it was ended".into() });
+                let why = "it was cancelled".into();
+                return Err(JobError::Failed { id: id.to_owned(), why });
             }
             (status, None) if Instant::now() >= until => {
-                return Err(JobError::Late { id: id.to_owned(), status: printable(status) });
+                return Err(JobError::Timeout { id: id.to_owned(), status: printable(status) });
             }
             _ => {}
         }
@@ -127,34 +132,35 @@ pub fn wait(monitor: &mut Monitor, id: &str, wanted: &str, until: Instant) -> Re
     }
 }
 
-/// The job `id`, if QEMU has it.
+/// Returns the job `id` if QEMU has it.
 ///
 /// # Errors
-/// As [`Monitor::execute`].
+/// Those of [`Monitor::execute`].
 pub fn find(monitor: &mut Monitor, id: &str) -> Result<Option<Job>, MonitorError> {
     Ok(monitor.execute(&QueryJobs {})?.into_iter().find(|job| job.id == id))
 }
 
-/// Has the concluded job `id` forgotten.
+/// Dismisses the concluded job `id`: QEMU forgets it.
 ///
 /// # Errors
-/// As [`Monitor::execute`].
+/// Those of [`Monitor::execute`].
 pub fn dismiss(monitor: &mut Monitor, id: &str) -> Result<(), MonitorError> {
     monitor.execute(&qmp::job_dismiss { id: id.to_owned() }).map(drop)
 }
 
-/// Ends every job whose id is `ours`, whatever it does, and answers those that are still there at `until`.
+/// Cancels and dismisses every job whose id `is_own` accepts, whatever its state. Returns those
+/// that remain at `until`.
 ///
 /// # Errors
-/// As [`Monitor::execute`].
-pub fn end_all(
+/// Those of [`Monitor::execute`].
+pub fn cancel_all(
     monitor: &mut Monitor,
-    ours: impl Fn(&str) -> bool,
+    is_own: impl Fn(&str) -> bool,
     until: Instant,
 ) -> Result<Vec<Job>, MonitorError> {
     loop {
         let mut own = monitor.execute(&QueryJobs {})?;
-        own.retain(|job| ours(&job.id));
+        own.retain(|job| is_own(&job.id));
         if own.is_empty() || Instant::now() >= until {
             return Ok(own);
         }
@@ -164,19 +170,22 @@ pub fn end_all(
                 _ => monitor.execute(&qmp::job_cancel { id }),
             };
             match step {
-                // Refused: it went on by itself since we asked.
+                // A refusal means that the job has changed its state since the query.
                 Ok(_) | Err(MonitorError::Refused { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        monitor.wait_event(|event| event.name == CHANGE, until.min(Instant::now() + RETRY))?;
+        monitor.wait_event(
+            |event| event.name == JOB_STATUS_CHANGE,
+            until.min(Instant::now() + JOB_POLL_INTERVAL),
+        )?;
     }
 }
 
-const CHANGE: &str = "JOB_STATUS_CHANGE";
+const JOB_STATUS_CHANGE: &str = "JOB_STATUS_CHANGE";
 
 fn is_of_job(event: &Event, id: &str) -> bool {
-    event.name == CHANGE && event.data["id"] == id
+    event.name == JOB_STATUS_CHANGE && event.data["id"] == id
 }
 
 #[cfg(test)]
@@ -184,27 +193,28 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::qmp::testing::{Guest, Image, patience};
+    use crate::qmp::testing::{Guest, Image, test_deadline};
 
-    /// A job that is `ready` soon and goes on until it is ended.
+    /// Starts a job that is `ready` soon and runs until it is cancelled.
     fn mirror(monitor: &mut Monitor, id: &str) {
         for name in ["source", "target"] {
             let node =
                 json!({"driver": "null-co", "node-name": format!("{name}-{id}"), "size": 1 << 20});
             monitor.raw("blockdev-add", &node).unwrap();
         }
-        let copy = json!({"job-id": id, "device": format!("source-{id}"), "target": format!("target-{id}"),
-            "sync": "full", "auto-dismiss": false, "auto-finalize": false});
+        let copy = json!({"job-id": id, "device": format!("source-{id}"),
+            "target": format!("target-{id}"), "sync": "full",
+            "auto-dismiss": false, "auto-finalize": false});
         monitor.raw("blockdev-mirror", &copy).unwrap();
     }
 
     #[test]
-    fn a_job_is_followed_while_others_use_the_monitor() {
+    fn wait_in_turns_lets_other_clients_use_the_monitor() {
         let guest = Guest::booted(Image::Answering, 0);
         mirror(&mut guest.monitor(), "copy");
-        let connect = || Monitor::connect(&guest.socket(), patience());
-        drop(follow(&connect, "copy", "ready", patience(), &mut |_, _| ()).unwrap());
-        // It does not conclude by itself, and each turn lets the other in.
+        let connect = || Monitor::connect(&guest.socket(), test_deadline());
+        drop(wait_in_turns(&connect, "copy", "ready", test_deadline(), &mut |_, _| ()).unwrap());
+        // The job does not conclude by itself. Each turn lets the other client in.
         let mut turns = 0;
         let mut monitor = std::thread::scope(|scope| {
             let other = scope.spawn(|| {
@@ -213,20 +223,21 @@ mod tests {
                 monitor.raw("job-complete", &json!({"id": "copy"})).unwrap();
             });
             let monitor =
-                follow(&connect, "copy", "pending", patience(), &mut |_, _| turns += 1).unwrap();
+                wait_in_turns(&connect, "copy", "pending", test_deadline(), &mut |_, _| turns += 1)
+                    .unwrap();
             other.join().unwrap();
             monitor
         });
         assert!(turns < 20, "{turns}");
         monitor.raw("job-finalize", &json!({"id": "copy"})).unwrap();
-        wait(&mut monitor, "copy", "concluded", patience()).unwrap();
+        wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap();
         dismiss(&mut monitor, "copy").unwrap();
-        let gone = wait(&mut monitor, "copy", "concluded", patience()).unwrap_err();
-        assert!(matches!(gone, JobError::Vanished { .. }), "{gone}");
+        let dismissed = wait(&mut monitor, "copy", "concluded", test_deadline()).unwrap_err();
+        assert!(matches!(dismissed, JobError::NotFound { .. }), "{dismissed}");
     }
 
     #[test]
-    fn a_job_is_late_failed_or_ended() {
+    fn job_that_is_slow_cancelled_or_full_is_an_error() {
         let guest = Guest::booted(Image::Answering, 0);
         let mut monitor = guest.monitor();
         mirror(&mut monitor, "disk.one");
@@ -234,13 +245,13 @@ mod tests {
         let late =
             wait(&mut monitor, "disk.one", "concluded", Instant::now() + Duration::from_millis(50))
                 .unwrap_err();
-        assert!(matches!(late, JobError::Late { .. }), "{late}");
+        assert!(matches!(late, JobError::Timeout { .. }), "{late}");
         monitor.execute(&qmp::job_cancel { id: "disk.one".into() }).unwrap();
-        let ended = wait(&mut monitor, "disk.one", "pending", patience()).unwrap_err();
+        let ended = wait(&mut monitor, "disk.one", "pending", test_deadline()).unwrap_err();
         assert!(matches!(ended, JobError::Failed { .. }), "{ended}");
-        let left = end_all(&mut monitor, |id| id.starts_with("disk."), patience()).unwrap();
+        let left = cancel_all(&mut monitor, |id| id.starts_with("disk."), test_deadline()).unwrap();
         assert!(left.is_empty());
-        assert!(find(&mut monitor, "other").unwrap().is_some(), "not ours");
+        assert!(find(&mut monitor, "other").unwrap().is_some(), "other jobs are not cancelled");
         let full = JobError::Failed { id: "x".into(), why: "No space left on device".into() };
         assert_eq!(Error::from(full).kind(), ErrorKind::NoDiskSpace);
     }

@@ -1,25 +1,26 @@
-//! Speaking QMP to a running QEMU: the connection, hot-plug of disks, block jobs, power.
+//! Client for QMP, QEMU's monitor protocol: the connection, hot-plug of disks, block jobs, power.
 //!
 //! ```text
-//!   hotplug, job   power       what the CPI and the supervisor want from a running machine
+//!   hotplug, job   power       operations of CPI calls and the supervisor on a running machine
 //!      │     ╱   │
-//!   monitor      │             sync facade for a CPI call, one deadline for all of it
+//!   monitor      │             sync facade for a CPI call, with one deadline for all commands
 //!        ╲       │
-//!         connection           one socket: requests, replies, events, descriptors (async, no task of its own)
+//!         connection           one socket: commands, replies, events, descriptors (async)
 //!             │
-//!     wire · event · query     bytes to messages; the answers we read
+//!     wire · event · query     bytes to messages; replies parsed in part
 //! ```
 //!
-//! Commands and their answers are `qapi`'s types; its transport is not used: it ends at the first event its schema
-//! does not know and panics when a call that timed out is followed by another (qapi 0.15). Answers of which we need
-//! one field, or whose enums grow with every QEMU, have lean types in [`query`].
+//! Commands and replies are `qapi`'s types. Its transport is not used: it ends at the first event
+//! its schema does not know, and panics when another call follows one that timed out (qapi 0.15).
+//! [`query`] has smaller types for replies of which few fields are needed, or whose enums grow with
+//! every QEMU.
 //!
-//! This layer knows QEMU's ids and nodes, not cids, records or BOSH. QEMU is not trusted: a guest that broke out
-//! speaks through this socket, so lines and queues are bounded, every wait has a deadline, and text from QEMU is
-//! cut and escaped before it reaches a message.
+//! This layer knows QEMU's ids and nodes, not cids, records or BOSH. QEMU is not trusted: a guest
+//! that broke out controls this socket. So lines and queues are bounded, every wait has a deadline,
+//! and text from QEMU is truncated and escaped before it reaches a message.
 //!
-//! QEMU serves one client per monitor socket and lets the next one hang, so a CPI call connects, acts and closes;
-//! the supervisor has a socket of its own.
+//! QEMU serves one client per monitor socket and leaves the next one waiting. So a CPI call
+//! connects, acts and closes; the supervisor has its own socket.
 
 pub mod connection;
 pub mod error;

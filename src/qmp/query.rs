@@ -1,17 +1,18 @@
-//! Questions whose answers we read in part.
+//! Queries whose replies are parsed in part.
 //!
-//! `qapi`'s types for these name every field and every enum value of one QEMU version, and fail on the next one's.
+//! `qapi`'s types for them name every field and every enum value of one QEMU version, and fail on
+//! those of the next.
 
 use qapi::Command;
 use serde::{Deserialize, Serialize};
 
-macro_rules! question {
-    ($($(#[$doc:meta])* $question:ident = $name:literal -> $answer:ty;)*) => {$(
+macro_rules! query {
+    ($($(#[$doc:meta])* $query:ident = $name:literal -> $answer:ty;)*) => {$(
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, Serialize)]
-        pub struct $question {}
+        pub struct $query {}
 
-        impl Command for $question {
+        impl Command for $query {
             type Ok = $answer;
             const NAME: &'static str = $name;
             const ALLOW_OOB: bool = false;
@@ -19,19 +20,19 @@ macro_rules! question {
     )*};
 }
 
-question! {
-    /// Does the machine run?
+query! {
+    /// Whether the machine runs, and its state.
     QueryStatus = "query-status" -> Status;
-    /// Which jobs are there?
+    /// All block jobs.
     QueryJobs = "query-jobs" -> Vec<Job>;
-    /// Which disks do the guest's devices have?
+    /// The guest's disk devices and their disks.
     QueryBlock = "query-block" -> Vec<BlockDevice>;
 }
 
-/// Which block nodes are there? All of them, also those below others.
+/// All block nodes, including those below other nodes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryNamedBlockNodes {
-    /// Leaves out the chain of backing images below each node, which has its own entries anyway.
+    /// Omits the chain of backing images below each node; each has its own entry anyway.
     pub flat: bool,
 }
 
@@ -41,19 +42,19 @@ impl Command for QueryNamedBlockNodes {
     const ALLOW_OOB: bool = false;
 }
 
-/// Whether the machine runs, and if not, why.
+/// Whether the machine runs, and its state.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Status {
-    /// vCPUs run.
+    /// Whether the vCPUs run.
     pub running: bool,
-    /// QEMU's RunState: `running`, `prelaunch`, `paused`, `io-error`, `guest-panicked`, `shutdown`, … New versions
-    /// add words.
+    /// QEMU's RunState: `running`, `prelaunch`, `paused`, `io-error`, `guest-panicked`, `shutdown`,
+    /// … New QEMU versions add states.
     #[serde(rename = "status")]
     pub state: String,
 }
 
 impl Status {
-    /// Started with `-S` and not continued yet: the guest has not run.
+    /// Whether QEMU was started with `-S` and not continued yet: the guest has not run.
     pub fn is_prelaunch(&self) -> bool {
         self.state == "prelaunch"
     }
@@ -65,24 +66,24 @@ pub struct BlockNode {
     /// Its name.
     #[serde(rename = "node-name")]
     pub name: String,
-    /// What it shows.
+    /// The image that the node provides.
     pub image: NodeImage,
 }
 
-/// What a block node shows to those above it.
+/// The image that a block node provides to the nodes above it.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct NodeImage {
-    /// Its size, bytes.
+    /// Virtual size, bytes.
     pub virtual_size: u64,
 }
 
-/// A device of the guest with a place for a disk.
+/// A disk device of the guest.
 #[derive(Debug, Clone, Deserialize)]
 pub struct BlockDevice {
     /// Its path in QEMU's object tree, or its id.
     pub qdev: Option<String>,
-    /// The disk in it.
+    /// The disk in the device.
     pub inserted: Option<Inserted>,
 }
 
@@ -90,7 +91,7 @@ pub struct BlockDevice {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Inserted {
-    /// The node it is. A filter that a job put above it is left out.
+    /// The name of the device's node. A filter node that a job inserted above it is skipped.
     pub node_name: Option<String>,
 }
 
@@ -98,17 +99,17 @@ pub struct Inserted {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Job {
-    /// The name it was started with.
+    /// The id it was started with.
     pub id: String,
     /// `running`, `ready`, `concluded`, …
     pub status: String,
-    /// Why it failed, once it is concluded. QEMU's text.
+    /// Why the job failed, once it has concluded. QEMU's text.
     #[serde(default)]
     pub error: Option<String>,
-    /// How much is done, in no unit.
+    /// Work done, without a unit.
     #[serde(default)]
     pub current_progress: u64,
-    /// How much there is; it may still grow.
+    /// Work in total; it may still grow.
     #[serde(default)]
     pub total_progress: u64,
 }

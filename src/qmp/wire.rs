@@ -1,4 +1,4 @@
-//! Lines of QMP to messages and back. Pure.
+//! Encodes and decodes lines of QMP. Pure.
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
@@ -7,11 +7,13 @@ use serde_json::value::RawValue;
 use super::error::MonitorError;
 use super::event::{Event, Timestamp};
 
-/// Longest line accepted, bytes. The longest answer known, `query-qmp-schema`, has 236 kB in QEMU 10.0.
+/// Longest line accepted, bytes. The longest known reply, `query-qmp-schema`, has 236 kB in QEMU
+/// 10.0.
 pub(super) const LONGEST_LINE: usize = 2 << 20;
-/// Longest line of an event, bytes. Those of QEMU have a few hundred; they are kept in a queue, so the sum counts.
+/// Longest line of an event, bytes. QEMU's events have a few hundred. Events are queued, so their
+/// sum counts.
 const LONGEST_EVENT: usize = 16 << 10;
-/// Longest text of QEMU's that gets into a message of ours, characters.
+/// Longest text from QEMU in a message of this program, characters.
 const LONGEST_TEXT: usize = 400;
 
 /// One message from QEMU.
@@ -19,18 +21,18 @@ const LONGEST_TEXT: usize = 400;
 pub(super) enum Message {
     Greeting,
     Event(Event),
-    Reply { id: u64, result: Result<Box<RawValue>, Refusal> },
+    Reply { id: u64, result: Result<Box<RawValue>, ErrorReply> },
 }
 
 /// QEMU's error reply.
 #[derive(Debug, Deserialize)]
-pub(super) struct Refusal {
+pub(super) struct ErrorReply {
     class: String,
     desc: String,
 }
 
-impl Refusal {
-    pub(super) fn of(self, command: &str) -> MonitorError {
+impl ErrorReply {
+    pub(super) fn into_error(self, command: &str) -> MonitorError {
         MonitorError::Refused {
             command: command.to_owned(),
             class: printable(&self.class),
@@ -39,7 +41,7 @@ impl Refusal {
     }
 }
 
-/// All fields that any message has; which are there says what it is.
+/// All fields of all kinds of messages. Those present determine the kind.
 #[derive(Deserialize)]
 struct Line {
     #[serde(rename = "QMP")]
@@ -48,10 +50,10 @@ struct Line {
     #[serde(default)]
     data: Value,
     timestamp: Option<Timestamp>,
-    // `Option` would read the answer `null` as no answer.
+    // `Option` would parse the reply `null` as no reply.
     #[serde(default, rename = "return", deserialize_with = "present")]
     answer: Option<Box<RawValue>>,
-    error: Option<Refusal>,
+    error: Option<ErrorReply>,
     id: Option<u64>,
 }
 
@@ -61,7 +63,7 @@ fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     T::deserialize(deserializer).map(Some)
 }
 
-/// Reads one line, without its line feed.
+/// Parses one line, without its line feed.
 pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
     let length = line.len();
     let line: Line = serde_json::from_slice(line).map_err(|e| {
@@ -78,16 +80,16 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, MonitorError> {
         Line { answer: Some(answer), id: Some(id), .. } => {
             Ok(Message::Reply { id, result: Ok(answer) })
         }
-        Line { error: Some(refusal), id: Some(id), .. } => {
-            Ok(Message::Reply { id, result: Err(refusal) })
+        Line { error: Some(reply), id: Some(id), .. } => {
+            Ok(Message::Reply { id, result: Err(reply) })
         }
-        // QEMU could not read what we sent well enough to find the id in it.
-        Line { error: Some(refusal), .. } => Err(MonitorError::Protocol(printable(&refusal.desc))),
+        // QEMU failed to parse a command so far that it could not even read the id.
+        Line { error: Some(reply), .. } => Err(MonitorError::Protocol(printable(&reply.desc))),
         _ => Err(MonitorError::Protocol("a message is neither event nor reply".into())),
     }
 }
 
-/// One command as a line.
+/// Encodes one command as a line.
 pub(super) fn encode<A: Serialize>(
     id: u64,
     command: &str,
@@ -105,7 +107,7 @@ pub(super) fn encode<A: Serialize>(
     Ok(line)
 }
 
-/// `text` as it may stand in a message or a log: cut, and without control characters.
+/// Prepares QEMU's `text` for a message or a log: truncated, and without control characters.
 pub(super) fn printable(text: &str) -> String {
     let mut shown = String::new();
     for c in text.chars().take(LONGEST_TEXT) {
@@ -124,14 +126,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_of_the_future_is_an_event() {
-        let line = br#"{"event": "NEW", "data": {"x": 1}, "timestamp": {"seconds": 1, "microseconds": 2}, "more": []}"#;
+    fn event_with_unknown_fields_is_an_event() {
+        let line = br#"{"event": "NEW", "data": {"x": 1}, "more": [],
+            "timestamp": {"seconds": 1, "microseconds": 2}}"#;
         let Ok(Message::Event(event)) = decode(line) else { panic!() };
         assert_eq!((event.name.as_str(), event.data), ("NEW", json!({"x": 1})));
     }
 
     #[test]
-    fn null_is_an_answer() {
+    fn null_is_a_reply() {
         assert!(matches!(
             decode(br#"{"return": null, "id": 3}"#),
             Ok(Message::Reply { id: 3, result: Ok(_) })
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_qmp_is_an_error_that_does_not_quote_it() {
+    fn invalid_line_is_an_error_that_does_not_quote_it() {
         for line in [
             &b"HTTP/1.1 200 OK"[..],
             b"{}",
@@ -156,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn qemus_text_is_cut_and_escaped() {
+    fn text_from_qemu_is_truncated_and_escaped() {
         assert_eq!(printable("a\nb\x1b[2J"), "a\\nb\\u{1b}[2J");
         assert_eq!(printable(&"ä".repeat(1000)).chars().count(), LONGEST_TEXT + 1);
     }

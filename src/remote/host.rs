@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use super::wire::{self, Answer, Greeting, Question, Want, Word};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::import::{Failure, ImageSource, Refusal};
+use crate::image::import::{ImageSource, ImportError, InvalidImage};
 use crate::patience::within;
 use crate::rpc::outlet::{Delivery, Way};
 use crate::rpc::response::Response;
@@ -165,7 +165,7 @@ impl ImageSource for CallersImage {
         Some(self.size)
     }
 
-    fn takes(&self, _: Instant) -> Result<Bytes> {
+    fn allocated_size(&self, _: Instant) -> Result<Bytes> {
         Ok(self.size)
     }
 
@@ -179,22 +179,22 @@ impl ImageSource for CallersImage {
             .map_err(|error| self.failed(error))
     }
 
-    fn open(&self) -> Result<Box<dyn Read + Send>, Failure> {
+    fn open(&self) -> Result<Box<dyn Read + Send>, ImportError> {
         if self.size == Bytes(0) {
-            return Err(Refusal::Empty.into());
+            return Err(InvalidImage::Empty.into());
         }
         let mut input = lock(&self.caller.input);
         let begun = input
             .skip_image()
             .and_then(|()| self.caller.say(&Word::Want(Want::Image)))
-            .map_err(|error| Failure::from(self.failed(error)));
+            .map_err(|error| ImportError::from(self.failed(error)));
         begun?;
         input.turn += 1;
         (input.left, input.unsealed) = (self.size.get(), true);
         Ok(Box::new(Incoming { input: Arc::clone(&self.caller.input), turn: input.turn }))
     }
 
-    fn vouch(&self, read: &Digest) -> Result<()> {
+    fn verify_digest(&self, read: &Digest) -> Result<()> {
         let sent = lock(&self.caller.input).seal().map_err(|error| self.failed(error))?;
         if sent == *read {
             return Ok(());

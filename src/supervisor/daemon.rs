@@ -314,7 +314,7 @@ impl<'a> Supervisor<'a> {
         let Running { mut qemu, mut monitor, mut serial, full } = running;
         let (mut run, mut open, mut buffer) =
             (Run { full, ..Run::default() }, (true, true), vec![0; 4096]);
-        let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
+        let mut presses = tokio::time::interval(power::MAX_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {
                 status = qemu.exited() => break status.unwrap_or(None),

@@ -131,7 +131,7 @@ async fn connect_and_continue(
     }
     let own = [Some(files::ROOT), vm.ephemeral.as_ref().map(|_| files::EPHEMERAL)];
     let own =
-        own.into_iter().flatten().filter_map(|id| blockdev::throttle_together(id, vm.disk_limits));
+        own.into_iter().flatten().filter_map(|id| blockdev::throttle_in_group(id, vm.disk_limits));
     let disks = resources::disks(scope, vm)?;
     if disks.iter().any(|disk| disk.encrypted) {
         forget_key(&mut monitor).await?;

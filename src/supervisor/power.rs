@@ -87,7 +87,7 @@ fn press(paths: &VmPaths, qemu: &Process, patience: Duration, deadline: Instant)
     let pressed = Monitor::connect(&paths.qmp(), until).and_then(|mut monitor| {
         monitor.run(async |connection| buttons::press_button(connection, until).await)
     });
-    if !matches!(pressed, Ok(buttons::Button::Down)) {
+    if !matches!(pressed, Ok(buttons::Powerdown::Down)) {
         tracing::info!(?pressed, "the guest did not follow the power button");
         return false;
     }

@@ -17,7 +17,7 @@ use crate::net::apply::Plug;
 use crate::net::change::Port;
 use crate::net::plan::{self, Segment};
 use crate::qemu::command_line::Tap;
-use crate::qemu::{FileNeed, Handles, Opened, files};
+use crate::qemu::{FileSpec, InheritedFds, OpenedFile, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
 use crate::store::{DiskKey, Phase, Rank, atomic};
 use crate::{image, net};
@@ -27,7 +27,7 @@ const NETWORK_LOCK: Duration = Duration::from_secs(20);
 
 /// What QEMU inherits.
 pub(super) struct Resources {
-    files: Vec<(Opened, OwnedFd)>,
+    files: Vec<(OpenedFile, OwnedFd)>,
     key: Option<OwnedFd>,
     taps: Vec<Option<Plug>>,
     qmp: UnixListener,
@@ -38,7 +38,7 @@ pub(super) struct Resources {
 impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
     pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
+        let needs = files::required(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
         let encrypted = needs.iter().any(|need| need.encrypted);
         // In force before there is a tap: a VM is never on a wire without them.
         net::guard::add(&vm.nics, || all_nics(scope))?;
@@ -56,8 +56,8 @@ impl Resources {
     }
 
     /// The descriptors by what they are for.
-    pub(super) fn handles(&self) -> Handles {
-        Handles {
+    pub(super) fn handles(&self) -> InheritedFds {
+        InheritedFds {
             files: self.files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
             key: self.key.as_ref().map(AsRawFd::as_raw_fd),
             taps: self.taps.iter().map(|plug| plug.as_ref().map(tap)).collect(),
@@ -104,13 +104,13 @@ fn missing_disk(disk: &DiskCid) -> Error {
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`] for an image that names other files; what the filesystem says.
-pub fn open_file(config: &Config, need: FileNeed) -> Result<(Opened, OwnedFd)> {
+pub fn open_file(config: &Config, need: FileSpec) -> Result<(OpenedFile, OwnedFd)> {
     if let Some(format) = need.format {
-        image::refuse_other_files(&need.path, format, need.id == files::ROOT)?;
+        image::ensure_no_external_files(&need.path, format, need.id == files::ROOT)?;
     }
     let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
     let io_uring = io_uring::works(&config.run_dir, &config.qemu);
-    Ok((Opened { need, direct, io_uring }, fd))
+    Ok((OpenedFile { spec: need, direct, io_uring }, fd))
 }
 
 /// The key of encrypted disks in a pipe: QEMU opens it by name, and once it has read it, it is empty.

@@ -36,10 +36,10 @@ pub(super) fn access(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Resu
     let (lock, vm) = machine::lock(cx, &holder, deadline)?;
     let mut monitor = machine::monitor(cx, &vm, deadline)?;
     if let Some(connected) = &mut monitor
-        && !Inventory::take(connected)?.has_device(disk.cid.as_str())
+        && !Inventory::query(connected)?.has_device(disk.cid.as_str())
     {
         // The guest has ejected the device by itself; QEMU may still have the image open.
-        hotplug::close(connected, &attachment::hot_disk(disk), deadline)?;
+        hotplug::remove_backend(connected, &attachment::hot_disk(disk), deadline)?;
         monitor = None;
     }
     if monitor.is_none() {
@@ -54,7 +54,7 @@ pub(super) fn access(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Resu
 /// # Errors
 /// [`ErrorKind::Conflict`](crate::error::ErrorKind::Conflict) if one has.
 pub(super) fn ensure_closed(cx: &Context, disk: &DiskRecord) -> Result<()> {
-    image::unused(&cx.store.disk_image(disk)?, Instant::now() + IMAGE_CLOSE_TIMEOUT)
+    image::wait_unlocked(&cx.store.disk_image(disk)?, Instant::now() + IMAGE_CLOSE_TIMEOUT)
 }
 
 /// The size of the disk as its guest sees it.

@@ -21,8 +21,8 @@ use crate::cid::{Cid, DiskCid, VmCid};
 use crate::cpi::context::Context;
 use crate::cpi::machine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qemu::{FileNeed, blockdev, topology};
-use crate::qmp::hotplug::{self, Attach, HotDisk, Inventory};
+use crate::qemu::{FileSpec, blockdev, topology};
+use crate::qmp::hotplug::{self, AttachRequest, HotDisk, Inventory};
 use crate::qmp::monitor::Monitor;
 use crate::store::atomic::Staged;
 use crate::store::record::AttachmentPhase::{self, Attached, Attaching, Detaching};
@@ -136,18 +136,18 @@ fn plug_into(
     disk: &DiskRecord,
     deadline: Instant,
 ) -> Result<()> {
-    let (opened, file) = open_file(&cx.config, FileNeed::disk(&cx.store, disk)?)?;
+    let (opened, file) = open_file(&cx.config, FileSpec::disk(&cx.store, disk)?)?;
     let id = disk.cid.as_str();
-    let device = blockdev::device(&opened.need, id);
+    let device = blockdev::device(&opened.spec, id);
     let hot = hot_disk(disk);
-    let wanted = Attach {
+    let wanted = AttachRequest {
         disk: &hot,
         file: file.as_fd(),
         blockdevs: &|fdset| blockdev::nodes(&opened, fdset).to_vec(),
         device: device.as_object().expect("a device is an object"),
         port_prefix: topology::PORT_PREFIX,
     };
-    if disk.encrypted && !Inventory::take(monitor)?.has_device(id) {
+    if disk.encrypted && !Inventory::query(monitor)?.has_device(id) {
         encryption::with_key(cx, monitor, &disk.cid, |monitor| {
             hotplug::attach(monitor, &wanted, deadline)
         })?;
@@ -180,7 +180,7 @@ pub(super) fn hot_image(disk: &DiskCid, node: &str) -> HotDisk {
     HotDisk {
         device: disk.as_str().to_owned(),
         node: node.to_owned(),
-        below: vec![blockdev::file_node(node)],
+        lower_nodes: vec![blockdev::file_node(node)],
     }
 }
 

@@ -11,7 +11,7 @@ use crate::cpi::context::Context;
 use crate::cpi::creation::pending;
 use crate::cpi::machine;
 use crate::error::Result;
-use crate::qemu::{FileNeed, blockdev};
+use crate::qemu::{FileSpec, blockdev};
 use crate::qmp::hotplug::{self, HotDisk};
 use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
@@ -21,11 +21,11 @@ use crate::store::{Guard, Phase, Rank, SnapshotRecord, VmRecord};
 pub(super) fn start(cx: &Context, mut monitor: Monitor, snapshot: &SnapshotRecord) -> Result<()> {
     let disk = &snapshot.disk;
     let path = cx.store.snapshot_image(snapshot)?;
-    let image = FileNeed::image(snapshot.cid.as_str(), path, snapshot.format, true);
-    let need = FileNeed { encrypted: disk.encrypted, ..image };
-    images::open_in_qemu(cx, &mut monitor, &need, &disk.cid)?;
+    let image = FileSpec::image(snapshot.cid.as_str(), path, snapshot.format, true);
+    let spec = FileSpec { encrypted: disk.encrypted, ..image };
+    images::open_in_qemu(cx, &mut monitor, &spec, &disk.cid)?;
     let backup = json!({
-        "job-id": job_id(snapshot), "device": disk.current().node(&disk.cid), "target": need.node,
+        "job-id": job_id(snapshot), "device": disk.current().node(&disk.cid), "target": spec.node,
         "sync": "full", "auto-dismiss": false,
     });
     monitor.raw("blockdev-backup", &backup)?;
@@ -43,9 +43,9 @@ pub(super) fn finish(
     let connect = || Monitor::connect(&cx.store.vm(&vm.cid).qmp(), clean_up_deadline(deadline));
     let mut progress = progress::log(format!("snapshot of disk {}", snapshot.disk.cid));
     let mut monitor =
-        job::follow(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
+        job::wait_in_turns(&connect, &job_id(snapshot), "concluded", deadline, &mut progress)?;
     job::dismiss(&mut monitor, &job_id(snapshot))?;
-    Ok(hotplug::close(&mut monitor, &target(snapshot), deadline)?)
+    Ok(hotplug::remove_backend(&mut monitor, &target(snapshot), deadline)?)
 }
 
 /// Removes a snapshot that is not complete, and its lock and pending note.
@@ -84,8 +84,8 @@ fn end_job(cx: &Context, snapshot: &SnapshotRecord, deadline: Instant) -> Result
     let Some((_lock, mut monitor)) = machine::lock_running(cx, vm, deadline)? else {
         return Ok(());
     };
-    job::end_all(&mut monitor, |id| id == job_id(snapshot), deadline)?;
-    Ok(hotplug::close(&mut monitor, &target(snapshot), deadline)?)
+    job::cancel_all(&mut monitor, |id| id == job_id(snapshot), deadline)?;
+    Ok(hotplug::remove_backend(&mut monitor, &target(snapshot), deadline)?)
 }
 
 /// The id of the job: one of the disk's, so that a detach ends it, with the snapshot's cid in it.
@@ -99,6 +99,6 @@ fn target(snapshot: &SnapshotRecord) -> HotDisk {
     HotDisk {
         device: blockdev::file_node(node),
         node: node.to_owned(),
-        below: vec![blockdev::file_node(node)],
+        lower_nodes: vec![blockdev::file_node(node)],
     }
 }

@@ -41,7 +41,7 @@ use crate::cpi::context::Context;
 use crate::cpi::creation::pending;
 use crate::cpi::machine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qemu::FileNeed;
+use crate::qemu::FileSpec;
 use crate::qmp::error::MonitorError;
 use crate::qmp::hotplug;
 use crate::qmp::job;
@@ -122,12 +122,12 @@ fn copy_offline(
     deadline: Instant,
 ) -> Result<()> {
     let (from, to) = (cx.store.disk_image(disk)?, cx.store.disk_image(next)?);
-    let source = image::Source::open(&from)?;
+    let source = image::CopySource::open(&from)?;
     // A VM that is off may be started meanwhile, on the old image.
     drop(access);
     let filled = images::fill(cx, &from, &disk.current(), &to, &next.current(), deadline);
     // A copy of an image that changes is worthless, and so is the error of one.
-    source.unchanged().map_err(images::explain_started)?;
+    source.ensure_unchanged().map_err(images::explain_started)?;
     filled.and_then(|()| image::sync(&to))?;
     // No QEMU starts before the switch is done.
     let access = access::access(cx, disk, deadline)?;
@@ -135,7 +135,7 @@ fn copy_offline(
         let message = format!("VM '{}' was started while the disk was copied", vm.cid);
         return Err(images::explain_started(Error::new(ErrorKind::Conflict, message)));
     }
-    source.unchanged().map_err(images::explain_started)?;
+    source.ensure_unchanged().map_err(images::explain_started)?;
     switch(cx, disk, next)
 }
 
@@ -153,11 +153,11 @@ fn start_mirror(
     disk: &DiskRecord,
     next: &DiskRecord,
 ) -> Result<()> {
-    let need = FileNeed::disk(&cx.store, next)?;
-    images::open_in_qemu(cx, &mut monitor, &need, &disk.cid)?;
+    let spec = FileSpec::disk(&cx.store, next)?;
+    images::open_in_qemu(cx, &mut monitor, &spec, &disk.cid)?;
     let hot = hot_disk(disk);
     let mirror = json!({
-        "job-id": hot.job(JOB), "device": hot.node, "target": need.node, "sync": "full",
+        "job-id": hot.job(JOB), "device": hot.node, "target": spec.node, "sync": "full",
         "auto-finalize": false, "auto-dismiss": false,
     });
     monitor.raw("blockdev-mirror", &mirror)?;
@@ -175,7 +175,7 @@ fn switch_live(
     let job = hot_disk(disk).job(JOB);
     // The job is queried once more at the deadline.
     let connect = || Monitor::connect(&cx.store.vm(&vm.cid).qmp(), clean_up_deadline(deadline));
-    drop(job::follow(
+    drop(job::wait_in_turns(
         &connect,
         &job,
         "ready",
@@ -244,13 +244,17 @@ fn settle_in_qemu(
         monitor.execute(&qmp::job_finalize { id: job.clone() })?;
         job::wait(&mut monitor, &job, "concluded", deadline)?;
     }
-    job::end_all(&mut monitor, |id| id == job, deadline)?;
+    job::cancel_all(&mut monitor, |id| id == job, deadline)?;
     if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
         disk.switch();
         cx.store.write(disk)?;
     }
     let left = disk.leftover.as_ref().expect("a switch keeps one");
-    Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
+    Ok(hotplug::remove_backend(
+        &mut monitor,
+        &hot_image(&disk.cid, &left.node(&disk.cid)),
+        deadline,
+    )?)
 }
 
 /// The space that the copy needs at once.

@@ -10,8 +10,8 @@ use crate::cpi::context::Context;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::NewImage;
-use crate::image::qemu_img::{Existing, QemuImg};
-use crate::qemu::{FileNeed, blockdev};
+use crate::image::qemu_img::{ExistingImage, QemuImg};
+use crate::qemu::{FileSpec, blockdev};
 use crate::qmp::hotplug::HotplugError;
 use crate::qmp::monitor::Monitor;
 use crate::store::record::DiskImage;
@@ -52,33 +52,33 @@ pub(super) fn fill(
     deadline: Instant,
 ) -> Result<()> {
     let key = DiskKey::of(&cx.config);
-    let existing = |path, image: &DiskImage| Existing {
+    let existing = |path, image: &DiskImage| ExistingImage {
         path,
         format: image.format,
         key: image.encrypted.then(|| key.path()),
     };
     let qemu_img = QemuImg::new(&cx.config.qemu.img_binary);
-    qemu_img.fill(&existing(from, source), &existing(to, target), deadline)?;
+    qemu_img.convert_into(&existing(from, source), &existing(to, target), deadline)?;
     crash::point!("image converted");
     Ok(())
 }
 
-/// Has QEMU open the image `need`, for a job to write it.
+/// Has QEMU open the image `spec`, for a job to write it.
 pub(super) fn open_in_qemu(
     cx: &Context,
     monitor: &mut Monitor,
-    need: &FileNeed,
+    spec: &FileSpec,
     disk: &DiskCid,
 ) -> Result<()> {
-    let (opened, file) = open_file(&cx.config, need.clone())?;
+    let (opened, file) = open_file(&cx.config, spec.clone())?;
     let open = |monitor: &mut Monitor| -> Result<(), HotplugError> {
-        let set = monitor.add_fd(file.as_fd(), &blockdev::opaque(&need.node, need.writable))?;
+        let set = monitor.add_fd(file.as_fd(), &blockdev::opaque(&spec.node, spec.writable))?;
         for node in blockdev::nodes(&opened, set) {
             monitor.raw("blockdev-add", &node)?;
         }
         Ok(())
     };
-    if need.encrypted { encryption::with_key(cx, monitor, disk, open) } else { Ok(open(monitor)?) }
+    if spec.encrypted { encryption::with_key(cx, monitor, disk, open) } else { Ok(open(monitor)?) }
 }
 
 /// Adds a hint to the error of a copy whose source changed: a VM that was off was started.

@@ -71,7 +71,7 @@ fn make(
     let target = dir.join(disk.image());
     if is_same_format {
         let mut progress = progress::log(format!("disk of snapshot {}", snapshot.cid));
-        let source = image::Source::open(&source)?;
+        let source = image::CopySource::open(&source)?;
         image::copy(&source, &target, deadline, &mut progress)?.sync()?;
     } else {
         images::create(cx, &dir, &disk.current(), disk.size.bytes(), deadline)?;

@@ -33,7 +33,7 @@ use crate::cpi::creation::{Creatable, Creation};
 use crate::cpi::machine;
 use crate::error::{Error, Result};
 use crate::host::clock;
-use crate::image::{self, Fresh};
+use crate::image::{self, UnsyncedFile};
 use crate::store::layout::SCHEMA;
 use crate::store::record::{Format, Preallocation};
 use crate::store::{DiskRecord, Guard, Phase, Rank, SnapshotRecord};
@@ -96,7 +96,7 @@ fn copy(
                 .map_err(|error| machine::explain_exit(cx, &vm.cid, error))?;
         }
         access => {
-            let source = image::Source::open(&source)?;
+            let source = image::CopySource::open(&source)?;
             // A VM that is off may be started meanwhile: the copy notices what its guest writes.
             drop(access);
             copy_file(&source, &target, &disk.cid, deadline)?;
@@ -133,14 +133,14 @@ fn record(
 }
 
 fn copy_file(
-    source: &image::Source,
+    source: &image::CopySource,
     target: &Path,
     disk: &DiskCid,
     deadline: Instant,
 ) -> Result<()> {
     let mut progress = progress::log(format!("snapshot of disk {disk}"));
     let copied = image::copy(source, target, deadline, &mut progress);
-    copied.and_then(Fresh::sync).map_err(images::explain_started)
+    copied.and_then(UnsyncedFile::sync).map_err(images::explain_started)
 }
 
 /// Deletes the snapshot.

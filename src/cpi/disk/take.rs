@@ -25,8 +25,9 @@ pub(crate) fn take(cx: &Context, cid: &DiskCid) -> Result<()> {
     }
     cx.store.prepare()?;
     let lock = lock::lock(cx, cid, deadline)?;
-    let ensure_released =
-        |image: &Path| image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")));
+    let ensure_released = |image: &Path| {
+        image::ensure_unlocked(image).map_err(|e| e.during(format!("take disk '{cid}'")))
+    };
     let taken = cx.store.take_over(cid, ensure_released);
     if taken.is_err() && !atomic::is_there(&cx.store.disk_dir(cid)) {
         lock.retire()?;

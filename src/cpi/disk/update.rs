@@ -62,7 +62,7 @@ pub(in crate::cpi) fn update(
     }
     // Last: the repetition of a killed call sets them again.
     if let Some(mut monitor) = access::access(cx, &disk, deadline)?.monitor {
-        let limits = blockdev::throttle_to(cid.as_str(), disk.limits);
+        let limits = blockdev::throttle_or_reset(cid.as_str(), disk.limits);
         monitor.raw("block_set_io_throttle", &limits)?;
     }
     Ok(())

@@ -12,7 +12,7 @@ use crate::cpi::context::Context;
 use crate::cpi::creation::{Creatable, Creation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::image::import::{ImageSource, Import, answered};
+use crate::image::import::{ImageSource, Import, read_by_deadline};
 use crate::image::qemu_img::QemuImg;
 use crate::store::layout::{SCHEMA, STEMCELL_IMAGE};
 use crate::store::record::{Format, Source};
@@ -34,7 +34,7 @@ pub(in crate::cpi) fn create(
     let work = |creation: &Creation<'_, StemcellRecord>| {
         let stemcell = record(cx, creation.cid().clone(), properties);
         // A compressed image takes more than its file; the import fails if that does not fit.
-        let need = need::import(image.takes(deadline)?);
+        let need = need::import(image.allocated_size(deadline)?);
         let pool = stemcell.pool.as_deref();
         capacity::admit(cx, pool, need, deadline, || cx.store.write(&stemcell))?;
         let made = make_image(cx, &stemcell, image, properties, deadline)?;
@@ -94,7 +94,7 @@ fn make_image(
     if properties.contains_key("image_path") {
         let light = light::properties(properties)?;
         let allowed = cx.remote.as_ref().map(|_| cx.config.remote_callers.image_dirs.clone());
-        return answered(&light.image_path.clone(), deadline, move || {
+        return read_by_deadline(&light.image_path.clone(), deadline, move || {
             light::image(&light, allowed.as_deref())
         })?;
     }

@@ -12,7 +12,7 @@ use crate::cpi::properties::VmCloudProperties;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::uids;
-use crate::image::Fresh;
+use crate::image::UnsyncedFile;
 use crate::image::qcow2::{self, Backing};
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::{Base, Format, StemcellRecord};
@@ -25,7 +25,7 @@ pub(super) fn make(
     vm: &VmRecord,
     stemcell: &StemcellRecord,
     call: &CreateVm,
-) -> Result<Vec<Fresh>> {
+) -> Result<Vec<UnsyncedFile>> {
     if stemcell.image_path.is_none() {
         link_base(cx, vm, stemcell)?;
     }
@@ -55,23 +55,23 @@ fn link_base(cx: &Context, vm: &VmRecord, stemcell: &StemcellRecord) -> Result<(
     Ok(())
 }
 
-fn write_config_drive(cx: &Context, vm: &VmRecord, call: &CreateVm) -> Result<Fresh> {
+fn write_config_drive(cx: &Context, vm: &VmRecord, call: &CreateVm) -> Result<UnsyncedFile> {
     let networks = to_raw_value(&call.networks.for_agent())
         .map_err(|e| Error::new(ErrorKind::Internal, "write the networks as JSON").because(e))?;
-    let facts = settings::Facts {
+    let input = settings::SettingsInput {
         agent_id: &vm.agent_id,
         vm: vm.cid.as_str(),
         networks: &networks,
         ephemeral: vm.ephemeral.as_ref().map(|ephemeral| ephemeral.serial.as_str()),
         env: call.env.get(),
     };
-    let settings = settings::settings(facts, &cx.config.agent);
+    let settings = settings::to_json(input, &cx.config.agent);
     config_drive::write(&cx.store.vm(&vm.cid).config_drive(), &settings)
 }
 
 /// Makes durable what the record in phase `ready` will name.
-pub(super) fn sync(cx: &Context, vm: &VmRecord, images: Vec<Fresh>) -> Result<()> {
-    images.into_iter().try_for_each(Fresh::sync)?;
+pub(super) fn sync(cx: &Context, vm: &VmRecord, images: Vec<UnsyncedFile>) -> Result<()> {
+    images.into_iter().try_for_each(UnsyncedFile::sync)?;
     // The write of the record syncs the directory beside it.
     for pool in BTreeSet::from_iter(vm.pools()) {
         atomic::sync_dir(&cx.store.images_dir(&vm.cid, Some(pool))?)?;

@@ -1,4 +1,4 @@
-//! The tar archive around the image: which member is the image, and what must not be in there.
+//! The tar archive around the image: finds the image among its members and rejects unsafe members.
 
 use std::cell::Cell;
 use std::ffi::OsStr;
@@ -9,77 +9,81 @@ use std::time::Instant;
 
 use tar::{Archive, EntryType, Header, PaxExtensions};
 
-use super::Failure;
-use super::refusal::{Refusal, printable};
+use super::ImportError;
+use super::invalid_image::{InvalidImage, printable};
 use crate::units::Bytes;
 
-/// Names a member must have at the archive's top to be the image: openstack and aws stemcells, google stemcells.
-const IMAGES: [&str; 2] = ["root.img", "disk.raw"];
-/// Bytes that long names, extended headers and the hole map of one member may take. The map of a badly fragmented
-/// 5 GiB image is under 1 MiB.
-const DESCRIPTION_LIMIT: u64 = 4 << 20;
-/// Names of members told in an error.
-const NAMES_TOLD: usize = 5;
+/// Names of the image at the archive's top level: `root.img` in openstack and aws stemcells,
+/// `disk.raw` in google stemcells.
+const IMAGE_NAMES: [&str; 2] = ["root.img", "disk.raw"];
+/// Most bytes that the long names, extended headers and hole map of one member may take. The hole
+/// map of a badly fragmented 5 GiB image takes less than 1 MiB.
+const HEADER_LIMIT: u64 = 4 << 20;
+/// Most member names listed in an error.
+const NAMES_SHOWN: usize = 5;
 
-/// Whether `block`, the first of a file, is the header of an archive's first member: its checksum says so.
+/// Whether `block`, the first of a file, is the header of an archive's first member. Its checksum
+/// decides.
 pub(super) fn is_archive(block: &[u8]) -> bool {
     let Ok(block) = <&[u8; 512]>::try_from(block) else { return false };
-    // The checksum is made with spaces in its own place, bytes 148 to 155.
+    // The checksum counts its own field, bytes 148 to 155, as spaces.
     let byte = |at: usize| if (148..156).contains(&at) { b' ' } else { block[at] };
     let sum: u32 = (0..block.len()).map(|at| u32::from(byte(at))).sum();
-    Header::from_byte_slice(block).cksum().is_ok_and(|told| told == sum)
+    Header::from_byte_slice(block).cksum().is_ok_and(|stored| stored == sum)
 }
 
-/// Reads the archive in `stream` to its end and gives its image and that file's size to `accept`, once.
+/// Reads the archive in `stream` to its end. Calls `accept` once, with the image and the size of
+/// its file.
 pub(super) fn read<T>(
     stream: impl Read,
     deadline: Instant,
-    mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, Failure>,
-) -> Result<T, Failure> {
+    mut accept: impl FnMut(&mut dyn Read, Bytes) -> Result<T, ImportError>,
+) -> Result<T, ImportError> {
     let limit = Limit::default();
     let mut archive = Archive::new(Bounded { stream, limit: &limit });
     let mut image = None;
     let mut others = Vec::new();
     let mut entries = archive.entries()?;
     loop {
-        limit.left.set(Some(DESCRIPTION_LIMIT));
+        limit.left.set(Some(HEADER_LIMIT));
         let Some(entry) = entries.next() else { break };
         let mut entry = entry.map_err(|error| limit.explain(error))?;
         limit.left.set(None);
         let (path, kind) = (entry.path_bytes().into_owned(), entry.header().entry_type());
         let top = check_member(&path, kind)?;
-        entry.pax_extensions()?.map_or(Ok(()), refuse_posix_sparse)?;
+        entry.pax_extensions()?.map_or(Ok(()), ensure_no_posix_sparse)?;
         let size = Bytes(entry.size());
         let mut member = Member { left: size.get(), content: entry, deadline };
-        if top.is_some_and(|name| is_file(kind) && IMAGES.contains(&name)) {
+        if top.is_some_and(|name| is_file(kind) && IMAGE_NAMES.contains(&name)) {
             if image.is_some() {
-                return Err(Refusal::TwoImages(printable(&path)).into());
+                return Err(InvalidImage::TwoImages(printable(&path)).into());
             }
             image = Some(accept(&mut member, size).map_err(|failure| failure.in_member(&path))?);
-        } else if others.len() <= NAMES_TOLD {
+        } else if others.len() <= NAMES_SHOWN {
             others.push(printable(&path));
         }
-        // To the end even of what is not wanted: a cut shows here, and the limit is for the next headers alone.
+        // Every member is read to its end: this reveals a truncated archive, and the next limit
+        // then covers the next headers alone.
         io::copy(&mut member, &mut io::sink())
-            .map_err(|error| Failure::from(error).in_member(&path))?;
+            .map_err(|error| ImportError::from(error).in_member(&path))?;
     }
     if limit.ended.get() {
-        return Err(Refusal::Truncated("the tar archive").into());
+        return Err(InvalidImage::Truncated("the tar archive").into());
     }
-    expect_padding(archive.into_inner().stream)?;
-    image.ok_or_else(|| Refusal::NoImage(told(others)).into())
+    ensure_padding(archive.into_inner().stream)?;
+    image.ok_or_else(|| InvalidImage::NoImage(list_names(others)).into())
 }
 
 fn is_file(kind: EntryType) -> bool {
     matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse)
 }
 
-/// Checks path and kind of a member and returns its name if it lies at the top.
-fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
+/// Checks path and kind of a member. Returns its name if it lies at the top level.
+fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, InvalidImage> {
     let mut parts =
         Path::new(OsStr::from_bytes(path)).components().filter(|part| *part != Component::CurDir);
     if parts.clone().any(|part| !matches!(part, Component::Normal(_))) {
-        return Err(Refusal::MemberPath(printable(path)));
+        return Err(InvalidImage::MemberPath(printable(path)));
     }
     let kind = match kind {
         EntryType::Directory | EntryType::XGlobalHeader => None,
@@ -88,21 +92,22 @@ fn check_member(path: &[u8], kind: EntryType) -> Result<Option<&str>, Refusal> {
         EntryType::Link => Some("hard link"),
         EntryType::Char | EntryType::Block => Some("device"),
         EntryType::Fifo => Some("pipe"),
-        _ => Some("thing of unknown type"),
+        _ => Some("file of unknown type"),
     };
     match (kind, parts.next(), parts.next()) {
-        (Some(kind), ..) => Err(Refusal::MemberKind { name: printable(path), kind }),
+        (Some(kind), ..) => Err(InvalidImage::MemberKind { name: printable(path), kind }),
         (None, Some(Component::Normal(name)), None) => Ok(name.to_str()),
         _ => Ok(None),
     }
 }
 
-/// The tar crate would hand out the hole map of such a member as the beginning of its data.
-fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), Failure> {
+/// Rejects holes in POSIX format: the tar crate would return the member's hole map as the beginning
+/// of its data.
+fn ensure_no_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), ImportError> {
     if extensions.any(|extension| {
         extension.is_ok_and(|extension| extension.key_bytes().starts_with(b"GNU.sparse"))
     }) {
-        return Err(Refusal::Archive(
+        return Err(InvalidImage::Archive(
             "it has holes in POSIX format; pack it with tar --format=gnu".into(),
         )
         .into());
@@ -110,46 +115,50 @@ fn refuse_posix_sparse(mut extensions: PaxExtensions<'_>) -> Result<(), Failure>
     Ok(())
 }
 
-fn told(mut names: Vec<String>) -> String {
+fn list_names(mut names: Vec<String>) -> String {
     if names.is_empty() {
         return "no file at all".into();
     }
-    if names.len() > NAMES_TOLD {
-        names[NAMES_TOLD] = "…".into();
+    if names.len() > NAMES_SHOWN {
+        names[NAMES_SHOWN] = "…".into();
     }
     names.join(", ")
 }
 
-/// Behind the end of an archive there may be blocks of zeros, as many as a tape record wants.
-fn expect_padding(mut stream: impl Read) -> Result<(), Failure> {
+/// Checks that only zeros follow the archive: tar pads it to a whole tape record.
+fn ensure_padding(mut stream: impl Read) -> Result<(), ImportError> {
     let mut buffer = [0; 8192];
     loop {
         match stream.read(&mut buffer)? {
             0 => return Ok(()),
             count if buffer[..count].iter().any(|byte| *byte != 0) => {
-                return Err(Refusal::Trailing.into());
+                return Err(InvalidImage::Trailing.into());
             }
             _ => {}
         }
     }
 }
 
-/// What is known of a [`Bounded`] reader while the archive owns it.
+/// State of a [`Bounded`] reader, shared while the archive owns the reader.
 #[derive(Default)]
 struct Limit {
-    /// Bytes that may still be read; `None`: any number.
+    /// Bytes that may still be read; `None` means no limit.
     left: Cell<Option<u64>>,
     ended: Cell<bool>,
 }
 
 impl Limit {
-    /// The tar crate has no kind for an archive that ends early.
-    fn explain(&self, error: io::Error) -> Failure {
-        if self.ended.get() { Refusal::Truncated("the tar archive").into() } else { error.into() }
+    /// Converts an error of the tar crate, which has no error kind for an archive that ends early.
+    fn explain(&self, error: io::Error) -> ImportError {
+        if self.ended.get() {
+            InvalidImage::Truncated("the tar archive").into()
+        } else {
+            error.into()
+        }
     }
 }
 
-/// Keeps the tar crate from collecting names and headers without end: it holds them in memory.
+/// Limits what the tar crate reads for names and headers, which it keeps in memory.
 struct Bounded<'a, R> {
     stream: R,
     limit: &'a Limit,
@@ -160,7 +169,7 @@ impl<R: Read> Read for Bounded<'_, R> {
         let most =
             self.limit.left.get().map_or(buffer.len(), |left| buffer.len().min(left as usize));
         if most == 0 && !buffer.is_empty() {
-            return Err(io::Error::other("the description of a member takes more than 4 MiB"));
+            return Err(io::Error::other("names and headers of a member take more than 4 MiB"));
         }
         let count = self.stream.read(&mut buffer[..most])?;
         self.limit.left.set(self.limit.left.get().map(|left| left - count as u64));
@@ -169,8 +178,9 @@ impl<R: Read> Read for Bounded<'_, R> {
     }
 }
 
-/// The content of a member. [`io::ErrorKind::UnexpectedEof`] if it is shorter than its header says,
-/// [`io::ErrorKind::TimedOut`] at the deadline: a hole may have terabytes and takes nothing from the stream.
+/// The content of a member. Fails with [`io::ErrorKind::UnexpectedEof`] if it is shorter than its
+/// header states, and with [`io::ErrorKind::TimedOut`] at the deadline: a hole may have terabytes
+/// and reads nothing from the stream.
 struct Member<R> {
     content: R,
     left: u64,

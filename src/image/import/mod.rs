@@ -1,21 +1,23 @@
-//! Imports a stemcell's `image` file: from whatever BOSH hands over to a sparse raw file that VMs are based on.
+//! Imports a stemcell's `image` file: turns the file BOSH hands over into the sparse raw file that
+//! VMs are based on.
 //!
 //! ```text
 //!              ┌ gzip ┐  ┌ tar: root.img | disk.raw ┐  ┌ qcow2 ─▶ decode ─┐
-//!  source ─────┤      ├──┤                          ├──┤                  ├──▶ .import-… ──▶ target
-//!              └ none ┘  └ none                     ┘  └ raw ─────────────┘    sparse      fsync, rename,
-//!         (a thread reads)       (this thread takes, decodes and writes)       mode 0600   fsync; mode 0444
+//!  source ─────┤      ├──┤                          ├──┤                  ├──▶ .import-… ─▶ target
+//!              └ none ┘  └ none                     ┘  └ raw ─────────────┘    sparse      rename,
+//!         (a reader thread)     (this thread unpacks, decodes, writes)       mode 0600    0444
 //! ```
 //!
-//! One pass, no third copy. A qcow2 file that can not be decoded as it streams by (its tables lie behind its data, it
-//! uses zstd) is read a second time into a file without a name, checked and converted by `qemu-img`.
+//! The import takes one pass and no third copy. Some qcow2 files cannot be decoded as a stream:
+//! their tables lie behind their data, or they use zstd. Such a file is read a second time, into an
+//! unnamed temporary file, which `qemu-img` checks and converts.
 //!
-//! The source is hostile: every size in it is bounded by [`MiB::MAX`], by memory limits and by the deadline. Whatever
-//! is refused leaves nothing behind but, after SIGKILL, the `.import-…` file beside the target.
+//! The source is hostile: [`MiB::MAX`], memory limits and the deadline bound every size in it. A
+//! failed import leaves no file; SIGKILL may leave the `.import-…` file beside the target.
 
 mod archive;
+mod invalid_image;
 pub(super) mod probe;
-mod refusal;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -30,9 +32,9 @@ use std::time::Instant;
 
 use tempfile::NamedTempFile;
 
-pub use self::refusal::Refusal;
-use self::refusal::printable;
-pub use self::source::{ImageFile, ImageSource, answered};
+pub use self::invalid_image::InvalidImage;
+use self::invalid_image::printable;
+pub use self::source::{ImageFile, ImageSource, read_by_deadline};
 use crate::crash;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -42,47 +44,49 @@ use crate::image::qemu_img::{Convert, QemuImg, STDIN};
 use crate::image::{Format, parent_of, raw, sync_parent};
 use crate::units::{Bytes, MiB};
 
-/// What to do about an image of 0 bytes.
-pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this host: set 'image_path' and 'sha256' in its cloud_properties";
+/// Hint for an image of 0 bytes.
+pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this \
+     host: set 'image_path' and 'sha256' in its cloud_properties";
 
-/// Told now and then how many bytes of the source file have been read.
+/// Called now and then with the number of bytes read from the source file.
 pub type Progress<'a> = &'a mut dyn FnMut(Bytes);
 
-/// An import to be done.
+/// An import to run.
 #[derive(Clone, Copy)]
 pub struct Import<'a> {
-    /// The stemcell's `image`. Only read during [`Import::run`].
+    /// The stemcell's `image`. Read during [`Import::run`] only.
     pub source: &'a dyn ImageSource,
-    /// The format the stemcell says the image has, if it says one.
+    /// The format that the stemcell declares, if it declares one.
     pub declared: Option<Format>,
-    /// The raw image to make. Must not exist; its directory must.
+    /// The raw image to create. The file must not exist; its directory must.
     pub target: &'a Path,
-    /// Converts what can not be decoded in one pass.
+    /// Converts images that cannot be decoded in one pass.
     pub qemu_img: &'a QemuImg,
-    /// When to give up.
+    /// When the import fails with a timeout.
     pub deadline: Instant,
 }
 
-/// What was imported.
+/// Result of an import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Imported {
     /// The format of the target: raw, whatever the source was.
     pub format: Format,
-    /// Size of the disk: a multiple of 512 bytes.
+    /// Virtual size: a multiple of 512 bytes.
     pub virtual_size: Bytes,
-    /// SHA-256 of the source as it was, not of the target.
+    /// SHA-256 of the source file, not of the target.
     pub digest: Digest,
 }
 
 impl Import<'_> {
-    /// Does it. The target is there, durable and complete, with mode 0444, or not at all.
+    /// Runs the import. On success the target is complete and durable, with mode 0444; after an
+    /// error it does not exist.
     ///
     /// # Errors
-    /// - [`ErrorKind::BadRequest`] with a [`Refusal`] as source: the image is not one to take.
-    /// - [`ErrorKind::NoDiskSpace`], with what it may need where that is known.
+    /// - [`ErrorKind::BadRequest`] with an [`InvalidImage`] as source: the image is rejected.
+    /// - [`ErrorKind::NoDiskSpace`], with the space the image may need where that is known.
     /// - [`ErrorKind::Timeout`] at the deadline.
-    /// - [`ErrorKind::Conflict`]: the target exists. A base is never overwritten, VMs may run on it.
-    /// - [`ErrorKind::Host`] for what else can fail.
+    /// - [`ErrorKind::Conflict`] if the target exists. It is never overwritten: VMs may run on it.
+    /// - [`ErrorKind::Host`] for every other failure.
     pub fn run(&self, progress: Progress<'_>) -> Result<Imported> {
         if self.target.symlink_metadata().is_ok() {
             return Err(self.exists());
@@ -94,62 +98,62 @@ impl Import<'_> {
             .at("write to", directory)?;
         let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
         let done = match self.read(&output, progress) {
-            Err(Failure::NotStreamable(why)) => {
+            Err(ImportError::NotStreamable(why)) => {
                 tracing::info!("qemu-img converts '{}': {why}", self.source.name());
                 self.convert(&new, output, progress)
             }
             done => done.map_err(|failure| self.error(failure, &output)),
         };
         let (size, digest) = done?;
-        self.source.vouch(&digest)?;
+        self.source.verify_digest(&digest)?;
         let virtual_size = Bytes(size.get().next_multiple_of(512));
         self.publish(new, virtual_size)?;
         Ok(Imported { format: Format::Raw, virtual_size, digest })
     }
 
-    /// Reads the source once, from file to image.
+    /// Reads the source once, from the file to the image in it.
     fn read(
         &self,
         output: &Output<'_>,
         progress: Progress<'_>,
-    ) -> Result<(Bytes, Digest), Failure> {
+    ) -> Result<(Bytes, Digest), ImportError> {
         stream::read(self.source, self.deadline, progress, |stream| {
             let block = read_up_to(stream, 512)?;
             let is_archive = archive::is_archive(&block);
             let mut content = Cursor::new(block).chain(stream);
             if is_archive {
                 return archive::read(content, self.deadline, |member, size| {
-                    self.take(member, Some(size), output)
+                    self.import_image(member, Some(size), output)
                 });
             }
-            let size = self.take(&mut content, None, output)?;
+            let size = self.import_image(&mut content, None, output)?;
             io::copy(&mut content, &mut io::sink())?;
             Ok(size)
         })
     }
 
-    /// Takes the image that `content` is, a file of `size` bytes if that is known.
-    fn take(
+    /// Imports the image `content`, a file of `size` bytes if the size is known.
+    fn import_image(
         &self,
         content: &mut dyn Read,
         size: Option<Bytes>,
         output: &Output<'_>,
-    ) -> Result<Bytes, Failure> {
+    ) -> Result<Bytes, ImportError> {
         let head = read_up_to(content, Header::PREFIX as u64)?;
         if head.is_empty() {
-            return Err(Refusal::NoSize.into());
+            return Err(InvalidImage::NoSize.into());
         }
-        let format = probe::format(&head, self.declared)?;
+        let format = probe::detect_format(&head, self.declared)?;
         let mut whole = Cursor::new(&head).chain(content);
         if format == Format::Raw {
             if size.is_some_and(|size| size > MiB::MAX.bytes()) {
-                return Err(Refusal::TooLarge.into());
+                return Err(InvalidImage::TooLarge.into());
             }
             output.size.set(size);
             return self.copy_raw(&mut whole, output);
         }
-        let header = probe::qcow2(&head)?;
-        size.map_or(Ok(()), |size| header.check_places(size.get()))?;
+        let header = probe::check_qcow2_header(&head)?;
+        size.map_or(Ok(()), |size| header.check_offsets(size.get()))?;
         output.size.set(Some(header.virtual_size));
         match output.spool {
             None => decode(&header, whole, output.raw, self.deadline)
@@ -159,43 +163,43 @@ impl Import<'_> {
         Ok(header.virtual_size)
     }
 
-    fn copy_raw(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, Failure> {
+    fn copy_raw(&self, content: &mut dyn Read, output: &Output<'_>) -> Result<Bytes, ImportError> {
         let mut size = 0;
-        let mut buffer = Vec::with_capacity(COPIED_AT_ONCE);
+        let mut buffer = Vec::with_capacity(BUFFER_SIZE);
         loop {
             buffer.clear();
-            content.take(COPIED_AT_ONCE as u64).read_to_end(&mut buffer)?;
+            content.take(BUFFER_SIZE as u64).read_to_end(&mut buffer)?;
             if buffer.is_empty() {
                 return Ok(Bytes(size));
             }
             if size + buffer.len() as u64 > MiB::MAX.bytes().get() {
-                return Err(Refusal::TooLarge.into());
+                return Err(InvalidImage::TooLarge.into());
             }
             raw::write_sparse(output.raw, size, &buffer).at("write", self.target)?;
             size += buffer.len() as u64;
         }
     }
 
-    fn spool(&self, content: &mut dyn Read, mut spool: &File) -> Result<(), Failure> {
-        let mut buffer = vec![0; COPIED_AT_ONCE];
+    fn spool(&self, content: &mut dyn Read, mut spool: &File) -> Result<(), ImportError> {
+        let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             let count = content.read(&mut buffer)?;
             if count == 0 {
                 return Ok(());
             }
             io::Write::write_all(&mut spool, &buffer[..count])
-                .at("write a copy beside", self.target)?;
+                .at("write a temporary copy beside", self.target)?;
         }
     }
 
-    /// The second pass, for what the first could not decode.
+    /// The second pass: `qemu-img` converts an image that the first pass could not decode.
     fn convert(
         &self,
         new: &NamedTempFile,
         output: Output<'_>,
         progress: Progress<'_>,
     ) -> Result<(Bytes, Digest)> {
-        // What the first pass wrote would only take room.
+        // Frees the space that the first pass used.
         new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
         let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
@@ -208,16 +212,19 @@ impl Import<'_> {
             target: new.path(),
             target_format: Format::Raw,
         };
-        let handle = || spool.try_clone().at("duplicate a handle of a copy beside", self.target);
-        // `convert` would read zeros where a cluster lies beyond the end of a file that was cut off.
+        let handle = || spool.try_clone().at("duplicate the temporary copy beside", self.target);
+        // `qemu-img convert` reads zeros where a cluster lies beyond the end of a truncated file,
+        // so check first.
         let found = self.qemu_img.check_file(handle()?, self.deadline)?;
         if found.corruptions > 0 {
-            let refusal =
-                Refusal::Damaged(format!("qemu-img check finds {} corruptions", found.corruptions));
-            return Err(self.error(refusal.into(), &output));
+            let reason = InvalidImage::Damaged(format!(
+                "qemu-img check finds {} corruptions",
+                found.corruptions
+            ));
+            return Err(self.error(reason.into(), &output));
         }
         let converted = self.qemu_img.convert_file(handle()?, &convert, self.deadline);
-        converted.map_err(|error| self.error(Failure::Failed(error), &output))?;
+        converted.map_err(|error| self.error(ImportError::Failed(error), &output))?;
         Ok((size, digest))
     }
 
@@ -234,7 +241,8 @@ impl Import<'_> {
         })?;
         crash::point!("image published");
         sync_parent(self.target).inspect_err(|_| {
-            // Reported as failed, so it must not be found later; the first error is the one to tell.
+            // The import fails, so the target must not remain. The caller needs the first error
+            // only.
             let _ = std::fs::remove_file(self.target);
         })
     }
@@ -246,56 +254,57 @@ impl Import<'_> {
         )
     }
 
-    fn decode_failure(&self, error: DecodeError) -> Failure {
+    fn decode_failure(&self, error: DecodeError) -> ImportError {
         match error {
-            DecodeError::NotStreamable(why) => Failure::NotStreamable(why),
-            DecodeError::Damaged { .. } => Refusal::Damaged(error.to_string()).into(),
+            DecodeError::NotStreamable(why) => ImportError::NotStreamable(why),
+            DecodeError::Damaged { .. } => InvalidImage::Damaged(error.to_string()).into(),
             DecodeError::Deadline => io::Error::from(io::ErrorKind::TimedOut).into(),
             DecodeError::Read(error) => error.into(),
             DecodeError::Write(error) => Error::io("write", self.target, error).into(),
         }
     }
 
-    /// As the caller sees it.
-    fn error(&self, failure: Failure, output: &Output<'_>) -> Error {
+    /// Converts to the error that the caller gets.
+    fn error(&self, failure: ImportError, output: &Output<'_>) -> Error {
         let source = self.source.name();
         match failure {
-            Failure::Refused(refusal) => {
-                let hint = refusal.hint();
+            ImportError::Invalid(reason) => {
+                let hint = reason.hint();
                 Error::new(ErrorKind::BadRequest, format!("the image '{source}' is refused"))
-                    .because(refusal)
+                    .because(reason)
                     .hint(hint)
             }
-            Failure::NotStreamable(why) => {
-                Error::new(ErrorKind::Internal, format!("'{source}' is read twice: {why}"))
+            ImportError::NotStreamable(why) => {
+                Error::new(ErrorKind::Internal, format!("'{source}' must be read twice: {why}"))
             }
-            Failure::TimedOut => {
-                let message = format!("import of '{source}' was given up at its deadline");
+            ImportError::TimedOut => {
+                let message = format!("import of '{source}' was stopped at its deadline");
                 Error::new(ErrorKind::Timeout, message)
-                    .hint("give create_stemcell more seconds in 'deadlines'")
+                    .hint("raise the seconds of create_stemcell in 'deadlines'")
             }
-            Failure::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
+            ImportError::Failed(error) if error.kind() == ErrorKind::NoDiskSpace => {
                 error.during(format!("import '{source}'")).hint(self.space_hint(output))
             }
-            Failure::Failed(error) => error.during(format!("import '{source}'")),
+            ImportError::Failed(error) => error.during(format!("import '{source}'")),
         }
     }
 
-    /// What the image may need and what there is, not counting what this import has taken itself.
+    /// The space the image may need, and the free space, counting the space this import uses as
+    /// free.
     fn space_hint(&self, output: &Output<'_>) -> String {
         let directory = parent_of(self.target);
         let need = output
             .size
             .get()
             .map_or("as much as its data".to_owned(), |size| format!("up to {size}"));
-        let taken = [Some(output.raw), output.spool]
+        let used = [Some(output.raw), output.spool]
             .into_iter()
             .flatten()
             .filter_map(|file| file.metadata().ok());
-        let taken: u64 = taken.map(|meta| meta.blocks() * 512).sum();
+        let used: u64 = used.map(|meta| meta.blocks() * 512).sum();
         match rustix::fs::statvfs(directory) {
             Ok(stat) => {
-                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(taken));
+                let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(used));
                 format!("the image needs {need}, '{}' has {free} free", directory.display())
             }
             Err(_) => format!("the image needs {need} in '{}'", directory.display()),
@@ -303,26 +312,28 @@ impl Import<'_> {
     }
 }
 
-/// Read and written at once where bytes are only copied. A multiple of every block size, so holes stay aligned.
-const COPIED_AT_ONCE: usize = 256 * 1024;
+/// Bytes read and written at once where data is only copied. A multiple of every block size, so
+/// that holes stay aligned.
+const BUFFER_SIZE: usize = 256 * 1024;
 
-/// Where the image goes.
+/// Where an import writes the image.
 #[derive(Clone)]
 struct Output<'a> {
     /// The raw file.
     raw: &'a File,
-    /// Where a qcow2 file is copied as it is; `None`: it is decoded to `raw`.
+    /// The temporary file that gets a copy of a qcow2 file; `None` means to decode the image to
+    /// `raw`.
     spool: Option<&'a File>,
-    /// Size of the disk, once it is known before its data.
+    /// Virtual size, once the header or the archive states it.
     size: Cell<Option<Bytes>>,
 }
 
-/// How an attempt to import ends when it does not succeed.
+/// Why an import failed.
 #[derive(Debug)]
-pub enum Failure {
-    /// The image is not one to take.
-    Refused(Refusal),
-    /// One pass can not do it.
+pub enum ImportError {
+    /// The image is rejected.
+    Invalid(InvalidImage),
+    /// The image cannot be decoded in one pass.
     NotStreamable(&'static str),
     /// The deadline passed.
     TimedOut,
@@ -330,42 +341,44 @@ pub enum Failure {
     Failed(Error),
 }
 
-impl Failure {
+impl ImportError {
     fn in_member(self, name: &[u8]) -> Self {
         match self {
-            Self::Refused(refusal) => {
-                Self::Refused(Refusal::Member { name: printable(name), problem: Box::new(refusal) })
-            }
+            Self::Invalid(reason) => Self::Invalid(InvalidImage::Member {
+                name: printable(name),
+                problem: Box::new(reason),
+            }),
             other => other,
         }
     }
 }
 
-impl From<Refusal> for Failure {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
+impl From<InvalidImage> for ImportError {
+    fn from(reason: InvalidImage) -> Self {
+        Self::Invalid(reason)
     }
 }
 
-impl From<HeaderError> for Failure {
+impl From<HeaderError> for ImportError {
     fn from(error: HeaderError) -> Self {
-        Self::Refused(error.into())
+        Self::Invalid(error.into())
     }
 }
 
-impl From<Error> for Failure {
+impl From<Error> for ImportError {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
-/// Errors of the stream and of the tar crate that reads it; the source's own are told by `stream::read`.
-impl From<io::Error> for Failure {
+/// Errors of the stream and of the tar crate that reads it. `stream::read` reports those of the
+/// source itself.
+impl From<io::Error> for ImportError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::TimedOut => Self::TimedOut,
-            io::ErrorKind::UnexpectedEof => Refusal::Truncated("it").into(),
-            _ => Refusal::Archive(error.to_string()).into(),
+            io::ErrorKind::UnexpectedEof => InvalidImage::Truncated("it").into(),
+            _ => InvalidImage::Archive(error.to_string()).into(),
         }
     }
 }

@@ -1,11 +1,11 @@
-//! What an image is, by its first bytes, and whether it is one to take.
+//! Detects an image's format by its first bytes and rejects what cannot be imported.
 
-use super::refusal::Refusal;
+use super::invalid_image::InvalidImage;
 use crate::image::Format;
 use crate::image::qcow2::{self, Header};
 
-/// Images and archives that are neither qcow2 nor raw, by what they have where. No disk starts like this: its first
-/// sector is code or empty.
+/// Images and archives that are neither qcow2 nor raw: offset, magic bytes, name. No disk starts
+/// like this: its first sector holds code or is empty.
 const FOREIGN: [(usize, &[u8], &str); 12] = [
     (0, b"KDMV", "a VMDK image (VMware)"),
     (0, b"COWD", "a VMDK image (VMware)"),
@@ -21,24 +21,28 @@ const FOREIGN: [(usize, &[u8], &str); 12] = [
     (0, b"PK\x03\x04", "a zip archive"),
 ];
 
-/// The format of an image that starts with `head`, which must be the `declared` one if any is.
-pub(in crate::image) fn format(head: &[u8], declared: Option<Format>) -> Result<Format, Refusal> {
+/// Detects the format of an image that starts with `head`. Fails unless it is the `declared` one,
+/// if any is.
+pub(in crate::image) fn detect_format(
+    head: &[u8],
+    declared: Option<Format>,
+) -> Result<Format, InvalidImage> {
     let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
     if let Some((_, _, name)) = FOREIGN.iter().find(|(at, magic, _)| has(*at, magic)) {
-        return Err(Refusal::Foreign(name));
+        return Err(InvalidImage::Foreign(name));
     }
     let found = if has(0, &qcow2::MAGIC) { Format::Qcow2 } else { Format::Raw };
     match declared {
-        Some(declared) if declared != found => Err(Refusal::Declared { declared, found }),
-        // Anything is a raw image to who believes it. BIOS and GPT disks alike have this signature.
-        None if found == Format::Raw && !has(510, &[0x55, 0xaa]) => Err(Refusal::Unknown),
+        Some(declared) if declared != found => Err(InvalidImage::Declared { declared, found }),
+        // Any file could pass as a raw image. BIOS and GPT disks both have this signature.
+        None if found == Format::Raw && !has(510, &[0x55, 0xaa]) => Err(InvalidImage::Unknown),
         _ => Ok(found),
     }
 }
 
-/// Reads the qcow2 header at the start of `head` and refuses what would make `qemu-img` open other files, what hides
-/// the data, and what is damaged by its own word.
-pub(in crate::image) fn qcow2(head: &[u8]) -> Result<Header, Refusal> {
+/// Reads the qcow2 header at the start of `head`. Rejects headers that make `qemu-img` open other
+/// files, that hide the data, or that are marked corrupt.
+pub(in crate::image) fn check_qcow2_header(head: &[u8]) -> Result<Header, InvalidImage> {
     let header = Header::parse(head)?;
     let refused = [
         (header.backing_file.is_some(), "has a backing file: flatten it first"),
@@ -46,8 +50,8 @@ pub(in crate::image) fn qcow2(head: &[u8]) -> Result<Header, Refusal> {
         (header.encryption.is_some(), "is encrypted"),
         (header.corrupt, "is marked corrupt"),
     ];
-    if let Some((_, what)) = refused.into_iter().find(|(is_so, _)| *is_so) {
-        return Err(Refusal::Feature(what));
+    if let Some((_, what)) = refused.into_iter().find(|(applies, _)| *applies) {
+        return Err(InvalidImage::Feature(what));
     }
-    if header.virtual_size.get() == 0 { Err(Refusal::NoSize) } else { Ok(header) }
+    if header.virtual_size.get() == 0 { Err(InvalidImage::NoSize) } else { Ok(header) }
 }

@@ -6,49 +6,52 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::Failure;
-use super::refusal::Refusal;
+use super::ImportError;
+use super::invalid_image::InvalidImage;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::patience::within;
 use crate::units::Bytes;
 
-/// An image as BOSH hands it over: a file of this machine, or of the caller's.
+/// An image as BOSH hands it over: a file on this host or on the host of the remote caller.
 pub trait ImageSource: Send + Sync {
-    /// What messages call it.
+    /// Its name in messages.
     fn name(&self) -> String;
 
-    /// Its size, if it is known before it is read.
+    /// Its size, if known before reading.
     fn size(&self) -> Option<Bytes>;
 
-    /// What it takes where it is: its size without its holes.
+    /// Its allocated size: the file's size without its holes.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when nobody says so by `deadline`.
-    fn takes(&self, deadline: Instant) -> Result<Bytes>;
+    /// [`ErrorKind::Timeout`] if the source does not answer by `deadline`.
+    fn allocated_size(&self, deadline: Instant) -> Result<Bytes>;
 
-    /// Its SHA-256, without importing it.
+    /// Its SHA-256, computed without importing it.
     ///
     /// # Errors
-    /// As [`ImageSource::takes`], and what reading can bring.
+    /// Those of [`ImageSource::allocated_size`] and of reading.
     fn digest(&self, deadline: Instant) -> Result<Digest>;
 
-    /// Its bytes from the first on. An image that can not be decoded as it streams by is read twice.
+    /// Opens it for reading from the first byte. An image that cannot be decoded as a stream is
+    /// opened twice.
     ///
     /// # Errors
-    /// A refusal of what is no image, and what opening can bring.
-    fn open(&self) -> Result<Box<dyn Read + Send>, Failure>;
+    /// [`ImportError::Invalid`] if it is not a file with content; otherwise the error of opening
+    /// it.
+    fn open(&self) -> Result<Box<dyn Read + Send>, ImportError>;
 
-    /// Hears what was read, all of it, before anything is made of it.
+    /// Compares the digest of all bytes that were read with the source's own, before the import
+    /// completes.
     ///
     /// # Errors
-    /// If that is not what the source has.
-    fn vouch(&self, _read: &Digest) -> Result<()> {
+    /// If they differ.
+    fn verify_digest(&self, _read: &Digest) -> Result<()> {
         Ok(())
     }
 }
 
-/// A file of this machine.
+/// A file on this host.
 #[derive(Debug, Clone)]
 pub struct ImageFile(PathBuf);
 
@@ -68,10 +71,10 @@ impl ImageSource for ImageFile {
         self.0.metadata().ok().filter(std::fs::Metadata::is_file).map(|meta| Bytes(meta.len()))
     }
 
-    fn takes(&self, deadline: Instant) -> Result<Bytes> {
+    fn allocated_size(&self, deadline: Instant) -> Result<Bytes> {
         let path = self.0.clone();
-        answered(&self.0, deadline, move || {
-            // Attributes may be cached; this asks the server the file is on.
+        read_by_deadline(&self.0, deadline, move || {
+            // The attributes may be cached; statvfs asks the file server itself.
             let _ = rustix::fs::statvfs(&path);
             Bytes(path.metadata().map_or(0, |meta| meta.len().min(meta.blocks() * 512)))
         })
@@ -79,33 +82,36 @@ impl ImageSource for ImageFile {
 
     fn digest(&self, deadline: Instant) -> Result<Digest> {
         let path = self.0.clone();
-        answered(&self.0, deadline, move || Digest::of_file(&path))?
+        read_by_deadline(&self.0, deadline, move || Digest::of_file(&path))?
     }
 
-    fn open(&self) -> Result<Box<dyn Read + Send>, Failure> {
-        // Looked at before it is opened: opening a pipe would wait for its writer.
+    fn open(&self) -> Result<Box<dyn Read + Send>, ImportError> {
+        // Checks the file type before opening: opening a pipe waits for its writer.
         let meta = self.0.metadata().at("read", &self.0)?;
         if !meta.is_file() {
-            return Err(Refusal::NoFile.into());
+            return Err(InvalidImage::NoFile.into());
         }
         if meta.len() == 0 {
-            return Err(Refusal::Empty.into());
+            return Err(InvalidImage::Empty.into());
         }
         Ok(Box::new(File::open(&self.0).at("read", &self.0)?))
     }
 }
 
-/// What `look` finds out about a file, which may be large, or on a filesystem that does not answer.
+/// Runs `read` on another thread: the file may be large, or its filesystem may not answer.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] when it has not by `deadline`.
-pub fn answered<T: Send + 'static>(
+/// [`ErrorKind::Timeout`] if `read` has not returned by `deadline`.
+pub fn read_by_deadline<T: Send + 'static>(
     path: &Path,
     deadline: Instant,
-    look: impl FnOnce() -> T + Send + 'static,
+    read: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
-    within(deadline, look).ok_or_else(|| {
+    within(deadline, read).ok_or_else(|| {
         Error::new(ErrorKind::Timeout, format!("'{}' was not read by the deadline", path.display()))
-            .hint("give create_stemcell more seconds in 'deadlines', or see whether the file's filesystem answers")
+            .hint(
+                "raise the seconds of create_stemcell in 'deadlines', or check whether the file's \
+                 filesystem answers",
+            )
     })
 }

@@ -1,10 +1,10 @@
-//! What a stemcell's image comes in, read and gunzipped by a thread of its own.
+//! Reads and decompresses a stemcell's image on its own thread.
 //!
 //! ```text
-//!  reader thread: source ─▶ SHA-256 ─▶ gunzip if it is gzip ─▶ chunks ──channel──▶ Stream (io::Read)
+//!  reader thread: source ─▶ SHA-256 ─▶ gunzip if gzip ─▶ chunks ──channel──▶ Stream (io::Read)
 //! ```
 //!
-//! What the reader thread finds wrong is its own result: on the channel the stream only breaks off.
+//! The reader thread returns its error as its result; on the channel the stream merely ends.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
@@ -12,67 +12,70 @@ use std::time::{Duration, Instant};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::refusal::Refusal;
-use super::{Failure, ImageSource, Progress};
+use super::invalid_image::InvalidImage;
+use super::{ImageSource, ImportError, Progress};
 use crate::digest::{Digest, Hasher};
 use crate::error::Error;
 use crate::units::Bytes;
 
-/// Bytes handed over at once.
+/// Bytes in one chunk.
 const CHUNK: usize = 256 * 1024;
-/// Chunks that may wait: 4 MiB, enough to ride out a burst on either side.
-const WAITING: usize = 16;
-/// How long a reader that nobody listens to any more may take for what it was reading.
-const LAST_READ: Duration = Duration::from_secs(1);
+/// Chunks in the channel: 4 MiB, enough to absorb a burst on either side.
+const CHANNEL_CAPACITY: usize = 16;
+/// Least time to wait for a reader whose stream was dropped to finish its last read.
+const READER_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Some of the source's content.
+/// A piece of the source's content.
 struct Chunk {
     data: Vec<u8>,
     /// Bytes of the file read so far.
     position: u64,
 }
 
-/// Reads what `source` has in a thread and gives its content, gunzipped, to `consume`. Returns what that returned and the
-/// digest of the whole, which `consume` must have read to its end.
+/// Reads `source` on a thread and passes its content, decompressed, to `consume`. Returns the
+/// result of `consume`, which must read to the end, and the digest of the source.
 pub(super) fn read<T>(
     source: &dyn ImageSource,
     deadline: Instant,
     progress: Progress<'_>,
-    consume: impl FnOnce(&mut Stream<'_>) -> Result<T, Failure>,
-) -> Result<(T, Digest), Failure> {
-    let (sender, receiver) = sync_channel(WAITING);
+    consume: impl FnOnce(&mut Stream<'_>) -> Result<T, ImportError>,
+) -> Result<(T, Digest), ImportError> {
+    let (sender, receiver) = sync_channel(CHANNEL_CAPACITY);
     let (done, outcome) = channel();
     let (bytes, name) = (source.open()?, source.name());
     std::thread::spawn(move || {
-        // Nobody listens to a reader that was given up.
-        let _ = done.send(pump(bytes, &name, &sender));
+        // The receiver was dropped if the wait below timed out.
+        let _ = done.send(send_content(bytes, &name, &sender));
     });
     let mut stream =
-        Stream { receiver, chunk: Vec::new(), taken: 0, ended: false, deadline, progress };
+        Stream { receiver, chunk: Vec::new(), consumed_bytes: 0, ended: false, deadline, progress };
     let consumed = consume(&mut stream);
-    // A reader that is still sending must notice that nobody listens before it is waited for.
+    // Dropping the stream ends a reader that is still sending, before the wait for it.
     drop(stream);
-    // One that hangs in a read is left behind.
-    let patience = deadline.saturating_duration_since(Instant::now()).max(LAST_READ);
-    match (outcome.recv_timeout(patience), consumed) {
-        // Whatever the consumer made of a stream that broke off, this is why.
+    // A reader that hangs in a read is not waited for.
+    let timeout = deadline.saturating_duration_since(Instant::now()).max(READER_EXIT_TIMEOUT);
+    match (outcome.recv_timeout(timeout), consumed) {
+        // The reader's error is the cause of the consumer's.
         (Ok(Err(why)), _) => Err(why),
         (_, Err(why)) => Err(why),
         (Ok(Ok(digest)), Ok(result)) => Ok((result, digest)),
-        (Err(RecvTimeoutError::Timeout), Ok(_)) => Err(Failure::TimedOut),
+        (Err(RecvTimeoutError::Timeout), Ok(_)) => Err(ImportError::TimedOut),
         (Err(RecvTimeoutError::Disconnected), Ok(_)) => panic!("the reader of an image panicked"),
     }
 }
 
-/// Sends the content of `bytes` until it ends or nobody listens.
-fn pump(
+/// Sends the content of `bytes` until it ends or the receiver is dropped.
+fn send_content(
     bytes: Box<dyn Read + Send>,
     name: &str,
     sender: &SyncSender<Option<Chunk>>,
-) -> Result<Digest, Failure> {
-    let mut file =
-        BufReader::with_capacity(CHUNK, Hashed { bytes, hasher: Hasher::default(), position: 0 });
-    let gzip = file.fill_buf().map_err(|error| broken(name, error))?.starts_with(&[0x1f, 0x8b]);
+) -> Result<Digest, ImportError> {
+    let mut file = BufReader::with_capacity(
+        CHUNK,
+        HashingReader { bytes, hasher: Hasher::default(), position: 0 },
+    );
+    let gzip =
+        file.fill_buf().map_err(|error| source_failure(name, error))?.starts_with(&[0x1f, 0x8b]);
     let mut content = if gzip {
         Content::Gzip(Box::new(MultiGzDecoder::new(file)))
     } else {
@@ -94,33 +97,34 @@ fn pump(
     }
 }
 
-/// What the error of a read means: the source's own are marked, those of the decompressor are not.
-fn failure(name: &str, error: io::Error) -> Failure {
+/// Converts the error of a read: [`SourceError`] marks the source's own; all others are the
+/// decompressor's.
+fn failure(name: &str, error: io::Error) -> ImportError {
     match error.kind() {
-        _ if error.get_ref().and_then(|inner| inner.downcast_ref::<Broken>()).is_some() => {
-            broken(name, error)
+        _ if error.get_ref().and_then(|inner| inner.downcast_ref::<SourceError>()).is_some() => {
+            source_failure(name, error)
         }
-        io::ErrorKind::UnexpectedEof => Refusal::Truncated("the gzip data").into(),
-        _ => Refusal::Gzip(error.to_string()).into(),
+        io::ErrorKind::UnexpectedEof => InvalidImage::Truncated("the gzip data").into(),
+        _ => InvalidImage::Gzip(error.to_string()).into(),
     }
 }
 
-fn broken(name: &str, error: io::Error) -> Failure {
-    let error = match error.downcast::<Broken>() {
-        Ok(Broken(error)) | Err(error) => error,
+fn source_failure(name: &str, error: io::Error) -> ImportError {
+    let error = match error.downcast::<SourceError>() {
+        Ok(SourceError(error)) | Err(error) => error,
     };
     Error::os(format!("read '{name}'"), error).into()
 }
 
-/// An error of the source itself, on its way through a decompressor.
+/// An error of the source itself, passing through a decompressor.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-struct Broken(io::Error);
+struct SourceError(io::Error);
 
-/// A file with or without gzip around its content.
+/// The content of a file, gzipped or not.
 enum Content {
-    Gzip(Box<MultiGzDecoder<BufReader<Hashed>>>),
-    Plain(BufReader<Hashed>),
+    Gzip(Box<MultiGzDecoder<BufReader<HashingReader>>>),
+    Plain(BufReader<HashingReader>),
 }
 
 impl Content {
@@ -131,14 +135,14 @@ impl Content {
         }
     }
 
-    fn file(&self) -> &BufReader<Hashed> {
+    fn file(&self) -> &BufReader<HashingReader> {
         match self {
             Self::Gzip(content) => content.get_ref(),
             Self::Plain(content) => content,
         }
     }
 
-    fn into_file(self) -> BufReader<Hashed> {
+    fn into_file(self) -> BufReader<HashingReader> {
         match self {
             Self::Gzip(content) => content.into_inner(),
             Self::Plain(content) => content,
@@ -146,18 +150,18 @@ impl Content {
     }
 }
 
-/// Bytes that are digested as they are read.
-struct Hashed {
+/// Reads bytes and computes their digest.
+struct HashingReader {
     bytes: Box<dyn Read + Send>,
     hasher: Hasher,
     position: u64,
 }
 
-impl Read for Hashed {
+impl Read for HashingReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let interrupted = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
         let count = self.bytes.read(buffer).map_err(|error| {
-            if interrupted(&error) { error } else { io::Error::other(Broken(error)) }
+            if interrupted(&error) { error } else { io::Error::other(SourceError(error)) }
         })?;
         self.hasher.update(&buffer[..count]);
         self.position += count as u64;
@@ -165,13 +169,13 @@ impl Read for Hashed {
     }
 }
 
-/// The consumer's end. Its errors: [`io::ErrorKind::TimedOut`] at the deadline, [`io::ErrorKind::BrokenPipe`] when the
-/// reader thread failed and knows why.
+/// The consumer's end. Fails with [`io::ErrorKind::TimedOut`] at the deadline, and with
+/// [`io::ErrorKind::BrokenPipe`] if the reader thread failed; the thread returns the cause.
 pub(super) struct Stream<'a> {
     receiver: Receiver<Option<Chunk>>,
     chunk: Vec<u8>,
-    /// Bytes of `chunk` already given out.
-    taken: usize,
+    /// Bytes of `chunk` already consumed.
+    consumed_bytes: usize,
     ended: bool,
     deadline: Instant,
     progress: Progress<'a>,
@@ -186,7 +190,7 @@ impl Stream<'_> {
         match self.receiver.recv_timeout(left) {
             Ok(Some(chunk)) => {
                 (self.progress)(Bytes(chunk.position));
-                (self.chunk, self.taken) = (chunk.data, 0);
+                (self.chunk, self.consumed_bytes) = (chunk.data, 0);
             }
             Ok(None) => self.ended = true,
             Err(RecvTimeoutError::Timeout) => return Err(io::ErrorKind::TimedOut.into()),
@@ -198,12 +202,13 @@ impl Stream<'_> {
 
 impl Read for Stream<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.taken == self.chunk.len() && !self.ended {
+        if self.consumed_bytes == self.chunk.len() && !self.ended {
             self.next_chunk()?;
         }
-        let count = buffer.len().min(self.chunk.len() - self.taken);
-        buffer[..count].copy_from_slice(&self.chunk[self.taken..self.taken + count]);
-        self.taken += count;
+        let count = buffer.len().min(self.chunk.len() - self.consumed_bytes);
+        buffer[..count]
+            .copy_from_slice(&self.chunk[self.consumed_bytes..self.consumed_bytes + count]);
+        self.consumed_bytes += count;
         Ok(count)
     }
 }

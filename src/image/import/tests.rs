@@ -1,6 +1,7 @@
-//! Import of what stemcells are, of what they must not be, and of damage. `qemu-img` makes the images and judges.
+//! Imports of valid images; `invalid` has the rejected ones. `qemu-img` creates the images and
+//! compares the results.
 
-mod refused;
+mod invalid;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,17 +15,17 @@ use super::*;
 use crate::image::qcow2::{Backing, create};
 use crate::image::testing::{qemu_img, run};
 
-/// For imports that must do without.
+/// A program that does not exist, for imports that must not need it.
 const NO_QEMU_IMG: &str = "/nonexistent/qemu-img";
 
-/// A directory with a disk in it, and an empty one for what is imported.
+/// A directory with a disk in it, and an empty one for imports.
 struct World {
     dir: tempfile::TempDir,
     qemu_img: &'static str,
 }
 
 impl World {
-    /// The disk has 9 MiB and 512 bytes, text, noise, holes and a boot signature.
+    /// The disk has 9 MiB and 512 bytes: text, noise, holes and a boot signature.
     fn new() -> Self {
         let world = Self { dir: tempfile::tempdir().unwrap(), qemu_img: NO_QEMU_IMG };
         std::fs::create_dir(world.path("out")).unwrap();
@@ -53,7 +54,7 @@ impl World {
         std::fs::read(self.path("disk")).unwrap()
     }
 
-    /// The disk as qcow2, made by `qemu-img convert` with `options`.
+    /// The disk as qcow2, created by `qemu-img convert` with `options`.
     fn qcow2(&self, options: &str) -> Vec<u8> {
         let (disk, image) = (self.path("disk"), self.path("qcow2"));
         let words =
@@ -70,19 +71,19 @@ impl World {
     }
 
     fn job<'a>(&self, qemu_img: &'a QemuImg, declared: Option<Format>) -> Import<'a> {
-        // The paths live as long as a test: leaking two of them keeps the tests short.
+        // Leaking the two paths gives them the lifetime that Import asks for.
         let leak = |name| &*Box::leak(self.path(name).into_boxed_path());
         let deadline = Instant::now() + Duration::from_secs(120);
         let source = Box::leak(Box::new(ImageFile::new(leak("image"))));
         Import { source, declared, target: leak("out/image.raw"), qemu_img, deadline }
     }
 
-    /// Imports `content`, which must give the disk.
+    /// Imports `content`, which must result in the disk.
     fn expect_disk(&self, content: &[u8], declared: Option<Format>) {
         let imported =
             self.import_as(content, declared).unwrap_or_else(|error| panic!("{}", error.report()));
         let target = self.path("out/image.raw");
-        assert!(std::fs::read(&target).unwrap() == self.disk(), "another disk came out");
+        assert!(std::fs::read(&target).unwrap() == self.disk(), "the imported disk differs");
         let meta = target.metadata().unwrap();
         assert_eq!(meta.permissions().mode() & 0o777, 0o444);
         assert!(meta.blocks() * 512 < 4 << 20, "{} blocks: not sparse", meta.blocks());
@@ -92,14 +93,14 @@ impl World {
         self.expect_nothing_left();
     }
 
-    /// Imports `content`, which must be refused for the reason returned.
-    fn refusal(&self, content: &[u8], declared: Option<Format>) -> Refusal {
+    /// Imports `content`, which must be rejected. Returns the reason.
+    fn reason(&self, content: &[u8], declared: Option<Format>) -> InvalidImage {
         let error = self.import_as(content, declared).unwrap_err();
         self.expect_nothing_left();
         assert_eq!(error.kind(), ErrorKind::BadRequest, "{}", error.report());
         assert!(error.report().contains("Hint: "), "{}", error.report());
         let source = std::error::Error::source(&error).unwrap();
-        source.downcast_ref::<Refusal>().unwrap().clone()
+        source.downcast_ref::<InvalidImage>().unwrap().clone()
     }
 
     fn expect_nothing_left(&self) {
@@ -138,7 +139,7 @@ fn stemcell(image: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn every_shape_a_stemcell_has() {
+fn import_of_every_stemcell_layout() {
     let world = World::new();
     let (disk, qcow2) = (world.disk(), world.qcow2("-c -o compat=0.10"));
     for (image, format) in [(&disk, Format::Raw), (&qcow2, Format::Qcow2)] {
@@ -158,7 +159,7 @@ fn every_shape_a_stemcell_has() {
 }
 
 #[test]
-fn archives_that_tar_itself_writes() {
+fn import_of_archives_written_by_tar() {
     let world = World::new();
     std::fs::rename(world.path("disk"), world.path("disk.raw")).unwrap();
     run("truncate", ["-s20M".into(), world.path("disk.raw").into()]);
@@ -177,12 +178,12 @@ fn archives_that_tar_itself_writes() {
     let posix = ["--format=posix", "-S", "-czf"].map(Into::into);
     let paths = [world.path("tgz").into(), "-C".into(), world.dir.path().into(), "disk.raw".into()];
     run("tar", posix.into_iter().chain(paths));
-    let refused = world.refusal(&std::fs::read(world.path("tgz")).unwrap(), None);
+    let refused = world.reason(&std::fs::read(world.path("tgz")).unwrap(), None);
     assert!(refused.to_string().contains("--format=gnu"), "{refused}");
 }
 
 #[test]
-fn every_layout_qemu_img_writes() {
+fn import_of_every_layout_qemu_img_writes() {
     let mut world = World::new();
     for options in [
         "-o compat=1.1",
@@ -211,9 +212,9 @@ fn every_layout_qemu_img_writes() {
 }
 
 #[test]
-fn tables_behind_their_data_are_left_to_qemu_img() {
+fn tables_behind_their_data_are_converted_by_qemu_img() {
     let world = World { qemu_img: "qemu-img", ..World::new() };
-    // 20 MiB of data first, then an L1 table that had to grow and so moved to the end of the file.
+    // 20 MiB of data come first. Then the L1 table has to grow, and moves to the end of the file.
     let image = world.path("grown");
     create(&image, Bytes(100 << 20), None).unwrap().sync().unwrap();
     let io = |command: &str| {
@@ -238,7 +239,7 @@ fn tables_behind_their_data_are_left_to_qemu_img() {
 }
 
 #[test]
-fn a_raw_disk_is_rounded_up_to_sectors() {
+fn raw_disk_is_rounded_up_to_sectors() {
     let world = World::new();
     let imported = world.import_as(&stemcell(&world.disk()[..1000]), None).unwrap();
     assert_eq!(imported.virtual_size, Bytes(1024));
@@ -246,7 +247,7 @@ fn a_raw_disk_is_rounded_up_to_sectors() {
 }
 
 #[test]
-fn a_base_is_never_overwritten() {
+fn import_never_overwrites_its_target() {
     let world = World::new();
     std::fs::write(world.path("out/image.raw"), "precious").unwrap();
     assert_eq!(world.import_as(&world.disk(), None).unwrap_err().kind(), ErrorKind::Conflict);
@@ -254,7 +255,7 @@ fn a_base_is_never_overwritten() {
 }
 
 #[test]
-fn the_deadline_ends_it_at_every_stage() {
+fn import_ends_at_the_deadline_in_every_stage() {
     let world = World::new();
     let hanging = world.path("hanging");
     std::fs::write(world.path("draft"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
@@ -273,7 +274,7 @@ fn the_deadline_ends_it_at_every_stage() {
 }
 
 #[test]
-fn a_hole_of_terabytes_ends_at_the_deadline() {
+fn hole_of_terabytes_ends_at_the_deadline() {
     let world = World::new();
     for name in ["notes", "disk.raw"] {
         run("truncate", ["-s8T".into(), world.path(name).into()]);
@@ -293,13 +294,16 @@ fn progress_ends_at_the_size_of_the_file() {
     let world = World::new();
     let content = stemcell(&world.disk());
     std::fs::write(world.path("image"), &content).unwrap();
-    let mut told = Vec::new();
-    world.job(&QemuImg::new("qemu-img"), None).run(&mut |bytes| told.push(bytes)).unwrap();
-    assert!(told.is_sorted() && told.last() == Some(&Bytes(content.len() as u64)), "{told:?}");
+    let mut reported = Vec::new();
+    world.job(&QemuImg::new("qemu-img"), None).run(&mut |bytes| reported.push(bytes)).unwrap();
+    assert!(
+        reported.is_sorted() && reported.last() == Some(&Bytes(content.len() as u64)),
+        "{reported:?}"
+    );
 }
 
 #[test]
-fn a_panic_leaves_nothing() {
+fn import_that_panics_leaves_no_file() {
     let world = World::new();
     std::fs::write(world.path("image"), stemcell(&world.disk())).unwrap();
     let qemu_img = QemuImg::new("qemu-img");

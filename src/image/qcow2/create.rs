@@ -1,11 +1,12 @@
-//! Empty qcow2 images, written without a child process: that would cost as much as starting the whole VM's CPI call.
+//! Creates empty qcow2 images without a child process, which would cost as much as the CPI call
+//! that starts a VM.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{EXTENSION_BACKING_FORMAT, EXTENSION_END, MAGIC};
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Format, Fresh, create_new, keep, raw};
+use crate::image::{Format, UnsyncedFile, create_new, keep, raw};
 use crate::units::Bytes;
 
 const CLUSTER_BITS: u32 = 16;
@@ -17,28 +18,29 @@ const HEADER_LENGTH: u32 = 112;
 /// Longest backing file name of the specification, bytes.
 const MAX_BACKING_NAME: usize = 1023;
 
-// What we write, in clusters; holes but for the first bytes of each:
+// The layout, in clusters. Each is a hole except for its first bytes.
 //   0 header, extensions, backing name   1 refcount table   2 refcount block   3… L1 table
 const REFCOUNT_TABLE: u64 = CLUSTER;
 const REFCOUNT_BLOCK: u64 = 2 * CLUSTER;
 const L1_TABLE: u64 = 3 * CLUSTER;
 
-/// The image below an overlay.
+/// The backing file of an overlay.
 #[derive(Debug, Clone, Copy)]
 pub struct Backing<'a> {
-    /// Its path as the header is to name it. Relative to the overlay's directory, or absolute.
+    /// Its path as written to the header: absolute, or relative to the overlay's directory.
     pub file_name: &'a str,
-    /// Its format. Never left to probing: a guest could write a header into a raw image.
+    /// Its format. QEMU must not probe it: a guest could write a header into a raw image.
     pub format: Format,
 }
 
-/// Creates an empty qcow2 image of `size` at `path`, mode 0600: version 3, 64 KiB clusters, 16-bit reference counts,
-/// nothing allocated. With `backing` it is an overlay; the backing file is not looked at.
+/// Creates an empty qcow2 image of `size` at `path`, mode 0600: version 3, 64 KiB clusters, 16-bit
+/// reference counts, nothing allocated. With `backing` it is an overlay; the backing file is not
+/// opened.
 ///
 /// # Errors
-/// When `path` exists or can not be written, or `size` or the backing file's name is not one an image can have.
-pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<Fresh> {
-    raw::check_size(path, size)?;
+/// If `path` exists or cannot be written, or if `size` or the backing file's name is invalid.
+pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<UnsyncedFile> {
+    raw::ensure_valid_size(path, size)?;
     if backing.is_some_and(|backing| {
         backing.file_name.is_empty() || backing.file_name.len() > MAX_BACKING_NAME
     }) {
@@ -101,7 +103,7 @@ fn extensions(backing: Option<Backing<'_>>) -> Vec<u8> {
     extensions.u32(EXTENSION_END).u32(0).0
 }
 
-/// Fields, one after the other.
+/// A writer of consecutive big-endian fields.
 struct BigEndian(Vec<u8>);
 
 impl BigEndian {
@@ -129,7 +131,7 @@ mod tests {
         [Bytes(512), Bytes(1 << 20), Bytes(5 << 30), Bytes((1 << 40) + 512), MiB::MAX.bytes()];
 
     #[test]
-    fn qemu_finds_nothing_wrong_with_any_size() {
+    fn qemu_img_check_accepts_every_size() {
         let dir = tempfile::tempdir().unwrap();
         crate::image::raw::create(&dir.path().join("base.raw"), Bytes(1 << 20))
             .unwrap()
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_writes_comes_back_over_what_the_base_holds() {
+    fn overlay_returns_guest_data_over_the_backing_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("base.raw"), [7; 4096]).unwrap();
@@ -204,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_no_header_can_hold_is_refused_and_leaves_nothing() {
+    fn invalid_backing_name_is_refused_and_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("overlay.qcow2");
         for name in [String::new(), "a".repeat(1024)] {

@@ -1,18 +1,18 @@
-//! Decodes a qcow2 file that streams by into a sparse raw file.
+//! Decodes a stream of a qcow2 file into a sparse raw file.
 //!
-//! `qemu-img convert` writes a file front to back: header, L1 table, and each L2 table before (or a few clusters
-//! behind) the data it maps. So one pass is enough:
+//! `qemu-img convert` writes a file front to back: header, L1 table, and each L2 table before the
+//! data it maps, or a few clusters behind that. So one pass is enough:
 //!
 //! ```text
-//!  stream ──▶ [ window: the last 8 to 16 MiB ]        agenda: what is wanted, by place in the file
+//!  stream ──▶ [ window: the last 8 to 16 MiB ]        queue: items to read, by offset in the file
 //!                     │                                  ▲        │
-//!                     │◀──────────── next place ─────────│────────┘
+//!                     │◀─────────── next offset ─────────│────────┘
 //!                     ├─ L2 table: its clusters ─────────┘
-//!                     └─ cluster: inflate, write at its place on the disk
+//!                     └─ cluster: inflate, write at its offset on the disk
 //! ```
 //!
-//! A file laid out otherwise (or using what this does not know, such as zstd) is sound but not for us:
-//! [`DecodeError::NotStreamable`]. Memory is bounded by the window and by [`AGENDA_LIMIT`], whatever the file says.
+//! A valid file with another layout, or with features this decoder lacks (such as zstd), ends in
+//! [`DecodeError::NotStreamable`]. The window and [`QUEUE_LIMIT`] bound the memory.
 
 #[cfg(test)]
 mod tests;
@@ -28,24 +28,24 @@ use flate2::{Decompress, FlushDecompress};
 use super::{Compression, Header};
 use crate::image::raw::write_sparse;
 
-/// Bytes kept behind the furthest read, at least: room for the largest cluster and for packed writes that overtook
-/// their L2 table.
-const KEPT: usize = 8 << 20;
-/// Tables and clusters that may be known of and not yet read: 24 bytes each.
-const AGENDA_LIMIT: usize = 1 << 20;
+/// Bytes kept behind the furthest read, at least. The largest cluster fits, and so do packed writes
+/// that precede their L2 table.
+const MIN_LOOKBACK: usize = 8 << 20;
+/// Most tables and clusters in the queue, of 24 bytes each.
+const QUEUE_LIMIT: usize = 1 << 20;
 
 /// Why a stream was not decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// `qemu-img` can do it, one pass can not.
+    /// The file cannot be decoded in one pass; `qemu-img` can convert it.
     #[error("{0}")]
     NotStreamable(&'static str),
-    /// The file contradicts itself.
+    /// The file's tables or clusters are invalid.
     #[error("{what} at byte {at:#x} of the qcow2 file")]
     Damaged {
-        /// What is wrong.
+        /// What is invalid.
         what: &'static str,
-        /// Where in the file.
+        /// Offset in the file.
         at: u64,
     },
     /// The deadline passed.
@@ -59,8 +59,8 @@ pub enum DecodeError {
     Write(io::Error),
 }
 
-/// Decodes `stream`, a whole qcow2 file whose header is `header`, into `target`, an empty file. `header` must name no
-/// backing file, no data file and no encryption.
+/// Decodes `stream`, a whole qcow2 file with the header `header`, into `target`, an empty file.
+/// `header` must name no backing file, no data file and no encryption.
 pub fn decode(
     header: &Header,
     stream: impl Read,
@@ -77,36 +77,36 @@ pub fn decode(
         header,
         target,
         window: Window::new(stream),
-        agenda: BinaryHeap::new(),
+        queue: BinaryHeap::new(),
         inflate: Decompress::new(false),
         cluster: vec![0; header.cluster_size() as usize],
     };
     decoder.read_l1()?;
-    while let Some(Reverse(item)) = decoder.agenda.pop() {
+    while let Some(Reverse(item)) = decoder.queue.pop() {
         if Instant::now() >= deadline {
             return Err(DecodeError::Deadline);
         }
-        match item.what {
-            What::L2Table => decoder.read_l2(&item)?,
-            What::Plain => decoder.copy(&item)?,
-            What::Compressed { length } => decoder.inflate(&item, length)?,
+        match item.kind {
+            Kind::L2Table => decoder.read_l2(&item)?,
+            Kind::Plain => decoder.copy(&item)?,
+            Kind::Compressed { length } => decoder.inflate(&item, length)?,
         }
     }
     Ok(())
 }
 
-/// Something in the file that is wanted. The agenda hands them out by place.
+/// A table or cluster to read. The queue returns items by offset.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Item {
-    /// Its first byte in the file.
-    place: u64,
-    what: What,
-    /// The first cluster of the disk that it is about.
+    /// Offset in the file of its first byte.
+    offset: u64,
+    kind: Kind,
+    /// The first cluster of the disk that it holds or maps.
     cluster: u64,
 }
 
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-enum What {
+enum Kind {
     L2Table,
     Plain,
     Compressed { length: u32 },
@@ -124,7 +124,7 @@ struct Decoder<'a, R> {
     header: &'a Header,
     target: &'a File,
     window: Window<R>,
-    agenda: BinaryHeap<Reverse<Item>>,
+    queue: BinaryHeap<Reverse<Item>>,
     inflate: Decompress,
     /// One cluster of the disk.
     cluster: Vec<u8>,
@@ -134,16 +134,16 @@ impl<R: Read> Decoder<'_, R> {
     fn read_l1(&mut self) -> Result<(), DecodeError> {
         const PIECE: u64 = 64 * 1024;
         let end = self.header.l1_offset.saturating_add(self.header.l1_entries_needed() * 8);
-        let mut place = self.header.l1_offset;
-        while place < end {
-            let piece = PIECE.min(end - place);
-            let entries = entries(self.window.range(place, piece, "the L1 table ends")?);
+        let mut offset = self.header.l1_offset;
+        while offset < end {
+            let piece = PIECE.min(end - offset);
+            let entries = entries(self.window.range(offset, piece, "the L1 table ends")?);
             for (number, value) in entries.into_iter().enumerate() {
-                let at = place + number as u64 * 8;
+                let at = offset + number as u64 * 8;
                 let cluster = (at - self.header.l1_offset) / 8 * self.header.l2_entries();
-                self.plan(at, value & !entry::COPIED, What::L2Table, cluster)?;
+                self.enqueue_entry(at, value & !entry::COPIED, Kind::L2Table, cluster)?;
             }
-            place += piece;
+            offset += piece;
         }
         Ok(())
     }
@@ -151,56 +151,63 @@ impl<R: Read> Decoder<'_, R> {
     fn read_l2(&mut self, table: &Item) -> Result<(), DecodeError> {
         let clusters = self.header.virtual_size.get().div_ceil(self.header.cluster_size());
         let entries = entries(self.window.range(
-            table.place,
+            table.offset,
             self.header.cluster_size(),
             "an L2 table ends",
         )?);
-        // Entries past the end of the disk mean nothing.
+        // Entries past the end of the disk have no meaning.
         let wanted = clusters.saturating_sub(table.cluster).min(entries.len() as u64);
         for (number, value) in (0..wanted).zip(entries) {
-            let (at, cluster) = (table.place + number * 8, table.cluster + number);
+            let (at, cluster) = (table.offset + number * 8, table.cluster + number);
             if value & entry::COMPRESSED != 0 {
-                let (place, length) = self.compressed(value);
-                self.push(Item { place, what: What::Compressed { length }, cluster })?;
+                let (offset, length) = self.compressed(value);
+                self.push(Item { offset, kind: Kind::Compressed { length }, cluster })?;
             } else if self.header.version >= 3 && value & entry::ZERO != 0 {
-                // Reads as zeros; a place, if there is one, only holds it free.
+                // The cluster reads as zeros, even if the entry has an offset: that is only
+                // preallocated space.
             } else {
-                self.plan(at, value & !entry::COPIED, What::Plain, cluster)?;
+                self.enqueue_entry(at, value & !entry::COPIED, Kind::Plain, cluster)?;
             }
         }
         Ok(())
     }
 
-    /// Puts what the entry at `at` names on the agenda, if it names anything.
-    fn plan(&mut self, at: u64, value: u64, what: What, cluster: u64) -> Result<(), DecodeError> {
+    /// Queues the table or cluster that the entry at `at` refers to, if any.
+    fn enqueue_entry(
+        &mut self,
+        at: u64,
+        value: u64,
+        kind: Kind,
+        cluster: u64,
+    ) -> Result<(), DecodeError> {
         if value & !entry::OFFSET != 0 {
             return Err(DecodeError::Damaged { what: "an entry with reserved bits set", at });
         }
         if !value.is_multiple_of(self.header.cluster_size()) {
             return Err(DecodeError::Damaged { what: "an entry that names no cluster", at });
         }
-        if value == 0 { Ok(()) } else { self.push(Item { place: value, what, cluster }) }
+        if value == 0 { Ok(()) } else { self.push(Item { offset: value, kind, cluster }) }
     }
 
     fn push(&mut self, item: Item) -> Result<(), DecodeError> {
-        if self.agenda.len() >= AGENDA_LIMIT {
+        if self.queue.len() >= QUEUE_LIMIT {
             return Err(DecodeError::NotStreamable("its tables lie too far before its data"));
         }
-        self.agenda.push(Reverse(item));
+        self.queue.push(Reverse(item));
         Ok(())
     }
 
-    /// Place and most bytes of a compressed cluster: the length is counted in sectors, the first of which is the one
-    /// the place lies in.
+    /// Offset and greatest length of a compressed cluster. The entry counts the length in sectors,
+    /// starting with the sector that contains the offset.
     fn compressed(&self, value: u64) -> (u64, u32) {
-        let place_bits = 62 - (self.header.cluster_bits - 8);
-        let place = value & ((1 << place_bits) - 1);
-        let sectors = ((value & !entry::COPIED & !entry::COMPRESSED) >> place_bits) + 1;
+        let offset_bits = 62 - (self.header.cluster_bits - 8);
+        let offset = value & ((1 << offset_bits) - 1);
+        let sectors = ((value & !entry::COPIED & !entry::COMPRESSED) >> offset_bits) + 1;
         // At most 2^13 + 1 sectors: cluster_bits is at most 21.
-        (place, (sectors * 512 - place % 512) as u32)
+        (offset, (sectors * 512 - offset % 512) as u32)
     }
 
-    /// How much of the cluster of an item lies within the disk.
+    /// Length in bytes of the part of the item's cluster that lies within the disk.
     fn wanted(&self, item: &Item) -> usize {
         let offset = item.cluster * self.header.cluster_size();
         (self.header.virtual_size.get() - offset).min(self.header.cluster_size()) as usize
@@ -208,18 +215,19 @@ impl<R: Read> Decoder<'_, R> {
 
     fn copy(&mut self, item: &Item) -> Result<(), DecodeError> {
         let wanted = self.wanted(item);
-        let data = self.window.range(item.place, wanted as u64, "a cluster ends")?;
+        let data = self.window.range(item.offset, wanted as u64, "a cluster ends")?;
         let offset = item.cluster * self.header.cluster_size();
         write_sparse(self.target, offset, data).map_err(DecodeError::Write)
     }
 
     fn inflate(&mut self, item: &Item, length: u32) -> Result<(), DecodeError> {
         let damaged = DecodeError::Damaged {
-            what: "a compressed cluster that can not be inflated",
-            at: item.place,
+            what: "a compressed cluster that cannot be inflated",
+            at: item.offset,
         };
-        // The last sector of the last cluster may be cut off: what is needed is known only to the decompressor.
-        let data = self.window.up_to(item.place, length.into())?;
+        // The file may end within the last cluster's last sector; the decompressor detects missing
+        // data.
+        let data = self.window.up_to(item.offset, length.into())?;
         self.inflate.reset(false);
         let result = self.inflate.decompress(data, &mut self.cluster, FlushDecompress::Finish);
         if result.is_err() || self.inflate.total_out() != self.cluster.len() as u64 {
@@ -237,42 +245,43 @@ fn entries(table: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// The last bytes of a stream that were read.
+/// A window on the bytes of a stream that were read last.
 struct Window<R> {
     stream: R,
     buffer: Vec<u8>,
     /// Bytes of `buffer` that are filled.
     filled: usize,
-    /// Place in the stream of the first of them.
+    /// Offset in the stream of the first of them.
     start: u64,
 }
 
 impl<R: Read> Window<R> {
     fn new(stream: R) -> Self {
-        Self { stream, buffer: vec![0; 2 * KEPT], filled: 0, start: 0 }
+        Self { stream, buffer: vec![0; 2 * MIN_LOOKBACK], filled: 0, start: 0 }
     }
 
-    /// The `length` bytes at `place`; `end` says what ends too early if the stream does.
-    fn range(&mut self, place: u64, length: u64, end: &'static str) -> Result<&[u8], DecodeError> {
-        let bytes = self.up_to(place, length)?;
+    /// The `length` bytes at `offset`. `end` describes the error if the stream ends before.
+    fn range(&mut self, offset: u64, length: u64, end: &'static str) -> Result<&[u8], DecodeError> {
+        let bytes = self.up_to(offset, length)?;
         if bytes.len() as u64 == length {
             Ok(bytes)
         } else {
-            Err(DecodeError::Damaged { what: end, at: place })
+            Err(DecodeError::Damaged { what: end, at: offset })
         }
     }
 
-    /// The `length` bytes at `place`, fewer where the stream ends. At most [`KEPT`] bytes can be asked for.
-    fn up_to(&mut self, place: u64, length: u64) -> Result<&[u8], DecodeError> {
-        if place < self.start {
+    /// The `length` bytes at `offset`, fewer where the stream ends. `length` is at most
+    /// [`MIN_LOOKBACK`].
+    fn up_to(&mut self, offset: u64, length: u64) -> Result<&[u8], DecodeError> {
+        if offset < self.start {
             return Err(DecodeError::NotStreamable("its tables lie behind its data"));
         }
-        let end = place.saturating_add(length);
+        let end = offset.saturating_add(length);
         while self.start + (self.filled as u64) < end {
             if self.filled == self.buffer.len() {
-                self.buffer.copy_within(KEPT.., 0);
-                self.start += (self.buffer.len() - KEPT) as u64;
-                self.filled = KEPT;
+                self.buffer.copy_within(MIN_LOOKBACK.., 0);
+                self.start += (self.buffer.len() - MIN_LOOKBACK) as u64;
+                self.filled = MIN_LOOKBACK;
             }
             match self.stream.read(&mut self.buffer[self.filled..]) {
                 Ok(0) => break,
@@ -282,6 +291,6 @@ impl<R: Read> Window<R> {
             }
         }
         let index = |at: u64| (at.saturating_sub(self.start) as usize).min(self.filled);
-        Ok(&self.buffer[index(place)..index(end)])
+        Ok(&self.buffer[index(offset)..index(end)])
     }
 }

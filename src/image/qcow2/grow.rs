@@ -1,4 +1,4 @@
-//! Making a qcow2 image larger by its header alone.
+//! Enlarges a qcow2 image by changing its header alone.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,13 +8,16 @@ use super::Header;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::units::Bytes;
 
-/// Where `size` is in the header, followed by `crypt_method` and `l1_size`: all in one sector, which a disk writes whole.
+/// Offset of `size` in the header. `crypt_method` and `l1_size` follow, in the same sector, which a
+/// disk writes atomically.
 const SIZE_FIELD: u64 = 24;
 
-/// Makes the image in `file`, called `path`, larger. Nobody else may have it open; the caller flushes.
+/// Enlarges the image in `file`, whose path is `path`. No other process may have it open. The
+/// caller syncs the file.
 ///
 /// # Errors
-/// [`ErrorKind::NotSupported`] before anything is changed if the L1 table's clusters have no room for more entries.
+/// [`ErrorKind::NotSupported`], with nothing changed, if the L1 table's clusters have no room for
+/// the additional entries.
 pub fn grow(file: &File, path: &Path, header: &Header, size: Bytes) -> Result<()> {
     let refused = |why: &str| {
         Error::new(ErrorKind::NotSupported, format!("image '{}' {why}", path.display()))
@@ -30,7 +33,7 @@ pub fn grow(file: &File, path: &Path, header: &Header, size: Bytes) -> Result<()
         if entries * 8 > (had * 8).next_multiple_of(cluster) {
             return Err(refused("has no room in its L1 table for this size"));
         }
-        // What is behind the last entry was never said to be zero.
+        // The specification does not guarantee zeros after the last entry.
         let zeros = vec![0; ((entries - had) * 8) as usize];
         file.write_all_at(&zeros, header.l1_offset + had * 8).at("write", path)?;
         file.sync_all().at("flush", path)?;

@@ -21,45 +21,45 @@ mod feature {
     pub const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 }
 
-/// Limits of QEMU's own reader (`block/qcow2.h`): bytes of an L1 table, bytes of a refcount table.
+/// Limits of QEMU's own reader (`block/qcow2.h`), bytes of an L1 table and of a refcount table.
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
-/// What the header of a qcow2 file says. Every number has been checked against the specification and QEMU's limits;
-/// places in the file are not yet known to lie inside it: see [`Header::check_places`].
+/// A qcow2 header. Every number was checked against the specification and QEMU's limits. Offsets
+/// may still lie outside the file: see [`Header::check_offsets`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     /// 2 (QEMU's `compat=0.10`) or 3.
     pub version: u32,
-    /// Size of the disk. At most [`MiB::MAX`].
+    /// Virtual size. At most [`MiB::MAX`].
     pub virtual_size: Bytes,
-    /// A cluster has `1 << cluster_bits` bytes: 9 to 21.
+    /// Binary logarithm of the cluster size in bytes: 9 to 21.
     pub cluster_bits: u32,
-    /// Where the L1 table starts, a multiple of the cluster size.
+    /// Offset of the L1 table, a multiple of the cluster size.
     pub l1_offset: u64,
     /// Entries of the L1 table, at least as many as the virtual size needs.
     pub l1_entries: u32,
-    /// Where the refcount table starts, a multiple of the cluster size.
+    /// Offset of the refcount table, a multiple of the cluster size.
     pub refcount_table_offset: u64,
-    /// Clusters of the refcount table.
+    /// Length of the refcount table, clusters.
     pub refcount_table_clusters: u32,
     /// Bits of one reference count: 1 to 64.
     pub refcount_bits: u32,
-    /// The file that holds what this one does not, as the header names it.
+    /// Path of the backing file, as the header names it.
     pub backing_file: Option<String>,
-    /// The format of the backing file, where the header says it.
+    /// Format of the backing file, if the header states it.
     pub backing_format: Option<String>,
     /// How clusters are encrypted.
     pub encryption: Option<Encryption>,
     /// How compressed clusters are compressed.
     pub compression: Compression,
-    /// Internal snapshots.
+    /// Number of internal snapshots.
     pub snapshots: u32,
-    /// Reference counts may be wrong, the rest is sound: the image was not closed.
+    /// The image was not closed: reference counts may be wrong, the data is valid.
     pub dirty: bool,
     /// QEMU found damage and marked the image.
     pub corrupt: bool,
-    /// Data lies in another file.
+    /// The data is in another file.
     pub external_data_file: bool,
     /// L2 entries have 16 bytes and a bitmap of subclusters.
     pub extended_l2: bool,
@@ -68,7 +68,7 @@ pub struct Header {
 /// How clusters are encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encryption {
-    /// The broken old scheme.
+    /// AES-CBC, insecure and deprecated.
     Aes,
     /// LUKS.
     Luks,
@@ -83,72 +83,75 @@ pub enum Compression {
     Zstd,
 }
 
-/// What is wrong with a header.
+/// Why a header is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
-    /// It does not start with `QFI\xfb`.
+    /// The file does not start with `QFI\xfb`.
     #[error("no qcow2 magic")]
     Magic,
-    /// It ends within a field.
+    /// The file ends within a field.
     #[error("the qcow2 header ends early: {needed} bytes are needed, {have} are there")]
     Truncated {
-        /// Bytes that must be there.
+        /// Bytes required.
         needed: u64,
-        /// Bytes that are.
+        /// Bytes present.
         have: u64,
     },
-    /// Feature bits this program does not know: what they mean for the data can not be guessed.
+    /// Unknown incompatible feature bits: the data cannot be interpreted without them.
     #[error("qcow2 incompatible features {0:#x} are unknown")]
     Features(u64),
     /// A field has a value that the specification or QEMU does not allow.
     #[error("qcow2 header field '{field}' is {value}: {rule}")]
     Field {
-        /// Its name in the specification.
+        /// The field's name in the specification.
         field: &'static str,
         /// Its value.
         value: u64,
-        /// What is allowed.
+        /// The values allowed.
         rule: &'static str,
     },
-    /// A table or a name lies outside the file, or where none can be.
+    /// A table or a name lies outside the file or outside its allowed range.
     #[error(
         "the {what} of the qcow2 header lies at {offset}, outside the {length} bytes of {container}"
     )]
     Outside {
-        /// Which table.
+        /// The table or name.
         what: &'static str,
-        /// Where it should be.
+        /// Its offset.
         offset: u64,
-        /// How much there is.
+        /// Length of the container, bytes.
         length: u64,
-        /// Of what.
+        /// What should contain it.
         container: &'static str,
     },
 }
 
 impl Header {
-    /// As many first bytes of a file as [`Header::parse`] may need. QEMU writes extensions and names right behind the
-    /// header; an image that has them further out is refused.
+    /// Bytes at the start of a file that [`Header::parse`] may need. QEMU writes extensions and
+    /// names right behind the header; an image that has them further out is rejected.
     pub const PREFIX: usize = 64 * 1024;
 
-    /// Reads the header of the file at `path` and checks that its tables lie in it.
+    /// Reads the header of the file at `path` and checks that its tables lie within the file.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] with a [`HeaderError`] as source when this is no sound qcow2 header.
+    /// [`ErrorKind::Corrupt`] with a [`HeaderError`] as source if the header is invalid.
     pub fn read(path: &Path) -> Result<Self> {
         let file = File::open(path).at("open", path)?;
         let length = file.metadata().at("stat", path)?.len();
         let mut prefix = Vec::new();
         file.take(Self::PREFIX as u64).read_to_end(&mut prefix).at("read", path)?;
         let sound =
-            Self::parse(&prefix).and_then(|header| header.check_places(length).map(|()| header));
+            Self::parse(&prefix).and_then(|header| header.check_offsets(length).map(|()| header));
         sound.map_err(|error| {
-            Error::new(ErrorKind::Corrupt, format!("'{}' is no sound qcow2 image", path.display()))
-                .because(error)
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("'{}' is not a valid qcow2 image", path.display()),
+            )
+            .because(error)
         })
     }
 
-    /// Reads a header from the first bytes of a file: all of them, or at least [`Header::PREFIX`].
+    /// Parses a header from the first bytes of a file: all of them, or at least [`Header::PREFIX`].
     pub fn parse(prefix: &[u8]) -> Result<Self, HeaderError> {
         let fields = Fields(&prefix[..prefix.len().min(Self::PREFIX)]);
         if !prefix.starts_with(&MAGIC) {
@@ -204,23 +207,23 @@ impl Header {
         Ok(header)
     }
 
-    /// Bytes of a cluster.
+    /// Size of a cluster, bytes.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
     }
 
-    /// Clusters of the disk that one L2 table maps.
+    /// Number of entries in an L2 table: the clusters it maps.
     pub fn l2_entries(&self) -> u64 {
         self.cluster_size() / if self.extended_l2 { 16 } else { 8 }
     }
 
-    /// L2 tables, and so L1 entries, that the virtual size needs.
+    /// Number of L2 tables, and so of L1 entries, that the virtual size needs.
     pub fn l1_entries_needed(&self) -> u64 {
         self.virtual_size.get().div_ceil(self.cluster_size() * self.l2_entries())
     }
 
-    /// Checks that the tables the header names lie within a file of `length` bytes.
-    pub fn check_places(&self, length: u64) -> Result<(), HeaderError> {
+    /// Checks that the tables lie within a file of `length` bytes.
+    pub fn check_offsets(&self, length: u64) -> Result<(), HeaderError> {
         let l1 = (self.l1_offset, u64::from(self.l1_entries) * 8, "L1 table");
         let counts = u64::from(self.refcount_table_clusters) << self.cluster_bits;
         for (offset, size, what) in [l1, (self.refcount_table_offset, counts, "refcount table")] {
@@ -233,14 +236,9 @@ impl Header {
 
     fn check_tables(&self) -> Result<(), HeaderError> {
         let size = self.virtual_size.get();
-        check(
-            "size",
-            size,
-            size <= MiB::MAX.bytes().get(),
-            "64 TiB is the most this program takes",
-        )?;
+        check("size", size, size <= MiB::MAX.bytes().get(), "this program supports up to 64 TiB")?;
         let entries = u64::from(self.l1_entries);
-        check("l1_size", entries, entries * 8 <= MAX_L1_BYTES, "the L1 table may have 32 MiB")?;
+        check("l1_size", entries, entries * 8 <= MAX_L1_BYTES, "an L1 table has at most 32 MiB")?;
         check(
             "l1_size",
             entries,
@@ -253,20 +251,21 @@ impl Header {
             "refcount_table_clusters",
             counts,
             counts <= MAX_REFCOUNT_TABLE_BYTES,
-            "8 MiB are allowed",
+            "at most 8 MiB are allowed",
         )?;
         let aligned = |offset: u64| offset.is_multiple_of(self.cluster_size());
-        check("l1_table_offset", self.l1_offset, aligned(self.l1_offset), "not at a cluster")?;
+        check("l1_table_offset", self.l1_offset, aligned(self.l1_offset), "not cluster-aligned")?;
         let offset = self.refcount_table_offset;
-        check("refcount_table_offset", offset, aligned(offset), "not at a cluster")
+        check("refcount_table_offset", offset, aligned(offset), "not cluster-aligned")
     }
 
-    /// Reads the backing file's name, which must lie in the first cluster, and the extensions before it.
+    /// Reads the header extensions and the backing file's name, which must lie in the first
+    /// cluster.
     fn read_backing(&mut self, fields: Fields<'_>, header_length: u64) -> Result<(), HeaderError> {
         let (offset, length) = (fields.u64(8)?, u64::from(fields.u32(16)?));
         let mut extensions_end = self.cluster_size().min(fields.0.len() as u64);
         if offset != 0 {
-            check("backing_file_size", length, length <= 1023, "1023 bytes are allowed")?;
+            check("backing_file_size", length, length <= 1023, "at most 1023 bytes are allowed")?;
             let outside = HeaderError::Outside {
                 what: "backing file name",
                 offset,
@@ -284,7 +283,8 @@ impl Header {
     }
 }
 
-/// Walks the header extensions from `at` to `end`: a type and a length of four bytes each, data padded to eight.
+/// Walks the header extensions from `at` to `end`. Each has a type and a length of four bytes each,
+/// and data padded to eight bytes.
 fn backing_format(
     fields: Fields<'_>,
     mut at: u64,
@@ -320,7 +320,7 @@ fn check(
     if allowed { Ok(()) } else { Err(HeaderError::Field { field, value, rule }) }
 }
 
-/// What only version 3 says.
+/// Fields that version 3 adds.
 struct Version3 {
     incompatible: u64,
     refcount_order: u32,
@@ -329,7 +329,7 @@ struct Version3 {
 }
 
 impl Version3 {
-    /// What version 2 means without saying it.
+    /// The values that version 2 implies.
     fn of_version_2() -> Self {
         Self { incompatible: 0, refcount_order: 4, length: 72, compression: Compression::Zlib }
     }
@@ -366,7 +366,7 @@ impl Version3 {
     }
 }
 
-/// Big-endian numbers at places that may not be there.
+/// Reads big-endian numbers from bytes that may be too few.
 #[derive(Clone, Copy)]
 struct Fields<'a>(&'a [u8]);
 

@@ -1,4 +1,4 @@
-//! What QEMU has: devices, nodes, ports.
+//! The devices, block nodes and ports of a running QEMU.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,11 +8,11 @@ use crate::qmp::error::MonitorError;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryNamedBlockNodes;
 
-/// Where QEMU keeps devices that were given an id.
+/// Path of the devices that have an id, in QEMU's object tree.
 const PERIPHERAL: &str = "/machine/peripheral";
 
-/// The devices and block nodes of a machine at one moment. Records are settled by it: a disk is attached if its
-/// device is here, whatever the record says.
+/// The devices and block nodes of a machine at one moment. It settles the state of a record: a disk
+/// is attached if its device is here, whatever the record states.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inventory {
     /// Device ids and their types.
@@ -21,22 +21,22 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// Looks.
+    /// Queries QEMU.
     ///
     /// # Errors
-    /// As [`Monitor::execute`].
-    pub fn take(monitor: &mut Monitor) -> Result<Self, MonitorError> {
+    /// Those of [`Monitor::execute`].
+    pub fn query(monitor: &mut Monitor) -> Result<Self, MonitorError> {
         let devices = devices(monitor)?.collect();
         let nodes = monitor.execute(&QueryNamedBlockNodes { flat: true })?;
         Ok(Self { devices, nodes: nodes.into_iter().map(|node| node.name).collect() })
     }
 
-    /// Whether there is a device with this id: for a disk's, whether the disk is attached.
+    /// Whether a device has this id. A disk is attached if its device is present.
     pub fn has_device(&self, id: &str) -> bool {
         self.devices.contains_key(id)
     }
 
-    /// Whether there is a block node with this name.
+    /// Whether a block node has this name.
     pub fn has_node(&self, name: &str) -> bool {
         self.nodes.contains(name)
     }
@@ -46,7 +46,7 @@ impl Inventory {
         self.devices.iter().filter(move |(_, its)| *its == device_type).map(|(id, _)| id.as_str())
     }
 
-    /// The root ports called `prefix` and a number, lowest number first.
+    /// The root ports named `prefix` plus a number, in ascending order of the number.
     pub(super) fn ports(&self, prefix: &str) -> Vec<&str> {
         let number = |id: &str| id.strip_prefix(prefix)?.parse::<u32>().ok();
         let mut ports: Vec<_> = self
@@ -58,7 +58,7 @@ impl Inventory {
     }
 }
 
-/// Whether there is a device with this id now.
+/// Queries whether a device has this id.
 pub(super) fn has_device(monitor: &mut Monitor, id: &str) -> Result<bool, MonitorError> {
     Ok(devices(monitor)?.any(|(its, _)| its == id))
 }
@@ -74,8 +74,8 @@ fn devices(
     }))
 }
 
-/// Whether root port `port` has no device. Its bus is its child of the same name; each device on it is a link
-/// `child[n]` there.
+/// Queries whether root port `port` has no device. The port's bus is a child with the port's name;
+/// each device on the bus is a link `child[n]` there.
 pub(super) fn is_port_free(monitor: &mut Monitor, port: &str) -> Result<bool, MonitorError> {
     let bus = monitor.execute(&qmp::qom_list { path: format!("{PERIPHERAL}/{port}/{port}") })?;
     Ok(!bus.iter().any(|property| property.name.starts_with("child[")))
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_ordered_by_number_and_nothing_else_is_a_port() {
+    fn ports_are_sorted_by_number_and_others_are_excluded() {
         let device = |id: &str, its: &str| (id.to_owned(), its.to_owned());
         let inventory = Inventory {
             devices: BTreeMap::from([

@@ -1,50 +1,55 @@
-//! Attaching and detaching a virtio-blk disk while the machine runs.
+//! Attaches and detaches a virtio-blk disk while the machine runs.
 //!
-//! A disk in QEMU is three things on top of each other, made from left to right and removed from right to left:
+//! A disk in QEMU has three layers. Attaching creates them from left to right, detaching removes
+//! them from right to left:
 //!
 //! ```text
 //!   fd set "rdwr:<node>"  ──►  block nodes  ──►  device on a root port
 //!   add-fd                     blockdev-add      device_add
 //! ```
 //!
-//! Every step is found again by name, so both ways begin by looking at what QEMU has ([`Inventory`]) and never at
-//! what a caller remembers. Whoever died between any two commands left a state that is one of these:
+//! Fd set and block nodes are the disk's backend. Each layer is found by its name. So both
+//! operations begin by querying QEMU ([`Inventory`]) and rely on no caller's memory. A caller
+//! killed between two commands leaves one of these states:
 //!
 //! ```text
 //!   attach                                   detach
 //!   ──────                                   ──────
-//!     look ── device ──────► done              look ── no device ───────────────────┐
+//!     query ── device ─────► done              query ── no device ──────────────────┐
 //!      │ no device                              │ device                            │
 //!      │                                        ├─ prelaunch ──► NotStarted         │
-//!     sweep leftovers                           ▼                                   │
+//!     remove old backend                        ▼                                   │
 //!      │                                  ┌─► device_del ── DeviceNotFound ─────────┤
 //!     free port? ── none ──► NoFreeSlot   │     │ {}, "in the process of unplug",   │
 //!      │                                  │     │ "busy"                            │
 //!     add-fd, blockdev-add                │     ▼                                   │
-//!      │        │ refused ► sweep, error  │   DEVICE_DELETED or one second          │
+//!      │     │ refused ► remove backend   │   DEVICE_DELETED or one second          │
 //!      ▼                                  │     │                                   │
-//!     device_add ◄──────┐                 │   look ── no device ───────────────────►┤
+//!     device_add ◄──────┐                 │   query ── no device ──────────────────►┤
 //!      │      │occupied │                 │     │ device                            ▼
-//!      ▼      └─ next ──┘                 └─────┤                                 sweep ──► done
-//!     done       port                           └─ time is over ──► StillAttached
+//!      ▼      └─ next ──┘                 └─────┤                      remove backend ─► done
+//!     done       port                           └─ `until` passed ──► StillAttached
 //!
-//!   sweep: end the disk's own jobs, blockdev-del from the top ("in use": again), remove-fd
+//!   remove backend: cancel the disk's own jobs, blockdev-del from the top, remove-fd
 //! ```
 //!
-//! Facts behind it, seen on QEMU 10.0 with q35:
-//! - ACPI hot-plug loses a `device_del` that comes before the guest's driver is up, so it is sent again every second.
-//! - In `prelaunch` it must not be sent at all: the device then answers "already in the process of unplug" until the
-//!   machine is reset.
-//! - A guest can eject a device nobody asked for. Then the node is left, and the next attach or detach sweeps it.
-//! - A request can not be taken back: a guest may serve one hours after [`StillAttached`](HotplugError::StillAttached).
-//! - A leftover node is deleted and made anew, never used: its file may not be the caller's any more.
-//! - Which ports are free is read from QEMU's object tree. `query-pci` shows the buses as the guest numbered them:
-//!   before the firmware ran, every port looks empty.
+//! Facts observed on QEMU 10.0 with q35:
+//! - ACPI hot-plug loses a `device_del` sent before the guest's driver is up, so it is sent again
+//!   every second.
+//! - In `prelaunch` no `device_del` may be sent: the device then answers "already in the process of
+//!   unplug" until the machine is reset.
+//! - A guest can eject a device without being asked. The backend remains; the next attach or detach
+//!   removes it.
+//! - A `device_del` cannot be revoked: a guest may obey one hours after
+//!   [`StillAttached`](HotplugError::StillAttached).
+//! - An old block node is deleted and created again, never reused: it may have another file open.
+//! - QEMU's object tree shows which ports are free. `query-pci` shows the buses as the guest
+//!   numbered them: before the firmware ran, every port looks empty.
 //!
-//! Two callers at once on one machine are excluded by the lock of the VM, above this layer.
+//! The VM's lock, above this layer, excludes concurrent callers on one machine.
 
+mod backend;
 mod inventory;
-mod sweep;
 #[cfg(test)]
 mod tests;
 
@@ -63,27 +68,27 @@ use super::query::QueryStatus;
 use super::wire::printable;
 use crate::error::{Error, ErrorKind};
 
-/// Time between two requests to the guest to release a device.
-const RESEND: Duration = Duration::from_secs(1);
+/// Time between two `device_del` commands for the same device.
+const UNPLUG_RESEND_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The names of one disk in QEMU: whoever knows them can find and remove all of it.
+/// The names of one disk in QEMU, by which every part of it can be found and removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HotDisk {
     /// The device's id.
     pub device: String,
-    /// The node the device uses. Its name also names the fd set.
+    /// The node that the device uses. Its name is also part of the fd set's `opaque`.
     pub node: String,
-    /// Nodes below, from top to bottom. They are the disk's alone.
-    pub below: Vec<String>,
+    /// The nodes below it, from top to bottom. No other disk uses them.
+    pub lower_nodes: Vec<String>,
 }
 
 impl HotDisk {
-    /// What the disk's descriptors are called in `query-fdsets`, and must be called on the command line too.
+    /// The `opaque` of the disk's fds in `query-fdsets`. The command line must use it too.
     pub fn opaque(&self) -> String {
         format!("rdwr:{}", self.node)
     }
 
-    /// How a job on this disk has to be called. Jobs of these names are ended when the disk is detached.
+    /// The id for a job on this disk. Detaching the disk cancels jobs with such ids.
     pub fn job(&self, purpose: &str) -> String {
         format!("{}.{purpose}", self.device)
     }
@@ -94,34 +99,37 @@ impl HotDisk {
 
     /// All nodes, from top to bottom.
     fn nodes(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(&self.node).chain(&self.below).map(String::as_str)
+        std::iter::once(&self.node).chain(&self.lower_nodes).map(String::as_str)
     }
 }
 
-/// What [`attach`] needs to make a disk.
-pub struct Attach<'a> {
-    /// Its names; what the JSON below says must agree.
+/// Parameters of [`attach`].
+pub struct AttachRequest<'a> {
+    /// The disk's names. The JSON below must use the same ones.
     pub disk: &'a HotDisk,
-    /// The image, opened in the access mode that QEMU will want (`O_DIRECT` too, for `cache.direct`). QEMU gets a
-    /// copy: the caller closes its own, or the image stays locked after QEMU's end.
+    /// The image, opened with the access mode that QEMU uses (with `O_DIRECT` for `cache.direct`).
+    /// QEMU gets a copy. The caller must close its own, or the image stays locked after QEMU's end.
     pub file: BorrowedFd<'a>,
-    /// Given the id of the fd set that holds the image, the arguments of each `blockdev-add`, from bottom to top.
+    /// Returns the arguments of each `blockdev-add`, from bottom to top, for the id of the image's
+    /// fd set.
     pub blockdevs: &'a dyn Fn(i64) -> Vec<Value>,
-    /// The arguments of `device_add` but for `bus`.
+    /// The arguments of `device_add` without `bus`.
     pub device: &'a Map<String, Value>,
-    /// Root ports for hot-plug are called this and a number: `hotplug` for `hotplug0`, `hotplug1`, …
+    /// Name of the hot-plug root ports without their number: `hotplug` for `hotplug0`, `hotplug1`,
+    /// …
     pub port_prefix: &'a str,
 }
 
-/// What [`attach`] did.
+/// Result of [`attach`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attached {
-    /// The device is new, on this port. A guest that runs sees it in a moment, one that boots finds it then.
+    /// The device was added to this port. A running guest sees it soon, a booting one during its
+    /// boot.
     New {
         /// The root port.
         port: String,
     },
-    /// The device was there.
+    /// The device existed already.
     Already,
 }
 
@@ -129,41 +137,47 @@ pub enum Attached {
 #[derive(Debug, thiserror::Error)]
 pub enum HotplugError {
     /// Every root port has a device. Nothing was changed.
-    #[error("all {slots} hot-plug slots of the machine are taken")]
+    #[error("all {slots} hot-plug slots of the machine are in use")]
     NoFreeSlot {
-        /// How many there are.
+        /// Number of slots.
         slots: usize,
     },
-    /// The machine has not been started, so no guest can release anything. Nothing was changed.
-    #[error("disk device '{device}' can not be unplugged before the machine is started")]
+    /// The guest has not been started, so it cannot release a device. Nothing was changed.
+    #[error("disk device '{device}' cannot be unplugged before the machine is started")]
     NotStarted {
         /// The device.
         device: String,
     },
-    /// The guest did not release the device in time. The disk is attached and works; the guest may still release it.
+    /// The guest did not release the device in time. The disk stays attached and works; the guest
+    /// may still release it.
     #[error(
-        "the guest did not release disk device '{device}': asked {asked} times, the machine is {state}{}",
+        "the guest did not release disk device '{device}': asked {asked} times, \
+         the machine is {state}{}",
         .refusal.as_ref().map(|r| format!(", qemu says: {r}")).unwrap_or_default()
     )]
     StillAttached {
         /// The device.
         device: String,
-        /// How often it was asked.
+        /// Number of `device_del` commands sent.
         asked: u32,
         /// QEMU's RunState.
         state: String,
-        /// What QEMU said to the last request instead of passing it on.
+        /// QEMU's error if it refused the last request.
         refusal: Option<String>,
     },
-    /// The device is gone, but something uses its node.
-    #[error("block node '{node}' is still in use after its device is gone; block jobs: {}", list(.jobs))]
+    /// The device is removed, but its node is in use.
+    #[error(
+        "block node '{node}' is still in use after its device was removed; block jobs: {}",
+        list(.jobs)
+    )]
     NodeInUse {
         /// The node.
         node: String,
-        /// The machine's block jobs, one of which may be why. Those that are not the disk's own were left alone.
+        /// The machine's block jobs, one of which may use the node. Jobs of other disks were not
+        /// cancelled.
         jobs: Vec<String>,
     },
-    /// The monitor failed, or QEMU refused a step. A refused attach left nothing behind.
+    /// The monitor failed, or QEMU refused a step. A refused attach leaves nothing behind.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
 }
@@ -177,81 +191,91 @@ impl From<HotplugError> for Error {
         let message = error.to_string();
         match error {
             HotplugError::Monitor(error) => error.into(),
-            HotplugError::NoFreeSlot { .. } => Error::new(ErrorKind::Conflict, message)
-                .hint("raise the cloud property 'extra_disks_slots' and recreate the VM, or detach a disk"),
-            HotplugError::NotStarted { .. } => Error::new(ErrorKind::Conflict, message).hint("start the VM first"),
+            HotplugError::NoFreeSlot { .. } => Error::new(ErrorKind::Conflict, message).hint(
+                "raise the cloud property 'extra_disks_slots' and recreate the VM, or detach \
+                     a disk",
+            ),
+            HotplugError::NotStarted { .. } => {
+                Error::new(ErrorKind::Conflict, message).hint("start the VM first")
+            }
             HotplugError::StillAttached { .. } => Error::new(ErrorKind::Timeout, message).hint(
-                "the disk stays attached; see whether the guest has booted, reboot it if it hangs, and try again",
+                "the disk stays attached: check whether the guest has booted, reboot it if it \
+                 hangs, and repeat the call",
             ),
             HotplugError::NodeInUse { .. } => Error::new(ErrorKind::Timeout, message),
         }
     }
 }
 
-/// Attaches a disk; one that is attached stays as it is.
+/// Attaches a disk. A disk that is attached does not change.
 ///
-/// `until` limits the waiting for what an earlier caller left behind.
+/// `until` limits the wait for the removal of an old backend.
 ///
 /// # Errors
 /// See [`HotplugError`].
 pub fn attach(
     monitor: &mut Monitor,
-    wanted: &Attach<'_>,
+    request: &AttachRequest<'_>,
     until: Instant,
 ) -> Result<Attached, HotplugError> {
-    let found = Inventory::take(monitor)?;
-    if found.has_device(&wanted.disk.device) {
+    let inventory = Inventory::query(monitor)?;
+    if inventory.has_device(&request.disk.device) {
         return Ok(Attached::Already);
     }
-    sweep::sweep(monitor, wanted.disk, &found, until)?;
-    let ports = found.ports(wanted.port_prefix);
+    backend::remove(monitor, request.disk, &inventory, until)?;
+    let ports = inventory.ports(request.port_prefix);
     let mut untried = ports.iter().copied();
     let port =
         next_free(monitor, &mut untried)?.ok_or(HotplugError::NoFreeSlot { slots: ports.len() })?;
-    let plugged = open(monitor, wanted).map_err(HotplugError::from).and_then(|()| {
-        plug(monitor, wanted, port, &mut untried)?
+    let plugged = open(monitor, request).map_err(HotplugError::from).and_then(|()| {
+        plug(monitor, request, port, &mut untried)?
             .ok_or(HotplugError::NoFreeSlot { slots: ports.len() })
     });
     match plugged {
         Ok(port) => Ok(Attached::New { port: port.to_owned() }),
         Err(error) => {
-            // What can not be swept now (QEMU is gone, the connection is spent) the next attach or detach sweeps.
-            let left = Inventory::take(monitor).map_err(HotplugError::from);
-            if let Err(left) =
-                left.and_then(|left| sweep::sweep(monitor, wanted.disk, &left, until))
+            // If this fails too (QEMU exited, the connection is poisoned), the next attach or
+            // detach removes the backend.
+            let remains = Inventory::query(monitor).map_err(HotplugError::from);
+            if let Err(cleanup) =
+                remains.and_then(|remains| backend::remove(monitor, request.disk, &remains, until))
             {
-                tracing::warn!(device = wanted.disk.device, error = %left, "a failed attach left something in qemu");
+                tracing::warn!(
+                    device = request.disk.device,
+                    error = %cleanup,
+                    "the backend of a failed attach remains in qemu"
+                );
             }
             Err(error)
         }
     }
 }
 
-/// Makes the fd set and the nodes.
-fn open(monitor: &mut Monitor, wanted: &Attach<'_>) -> Result<(), MonitorError> {
-    let set = monitor.add_fd(wanted.file, &wanted.disk.opaque())?;
-    for blockdev in (wanted.blockdevs)(set) {
+/// Creates the fd set and the block nodes.
+fn open(monitor: &mut Monitor, request: &AttachRequest<'_>) -> Result<(), MonitorError> {
+    let set = monitor.add_fd(request.file, &request.disk.opaque())?;
+    for blockdev in (request.blockdevs)(set) {
         monitor.raw("blockdev-add", &blockdev)?;
     }
     Ok(())
 }
 
-/// Makes the device on `port`, or on the next free one of `untried` if QEMU finds it occupied after all. Returns the
-/// port, `None` when there is none left.
+/// Creates the device on `port`, or on the next free one of `untried` if QEMU finds it occupied.
+/// Returns the port, or `None` if no port is free.
 fn plug<'p>(
     monitor: &mut Monitor,
-    wanted: &Attach<'_>,
+    request: &AttachRequest<'_>,
     port: &'p str,
     untried: &mut impl Iterator<Item = &'p str>,
 ) -> Result<Option<&'p str>, MonitorError> {
-    let mut arguments = wanted.device.clone();
+    let mut arguments = request.device.clone();
     let mut candidate = Some(port);
     while let Some(port) = candidate {
         arguments.insert("bus".into(), port.into());
         match monitor.raw("device_add", &Value::Object(arguments.clone())) {
             Ok(_) => return Ok(Some(port)),
             Err(error) if error.refused_with("already occupied") => {
-                candidate = next_free(monitor, untried)?
+                candidate = next_free(monitor, untried)?;
             }
             Err(error) => return Err(error),
         }
@@ -259,7 +283,7 @@ fn plug<'p>(
     Ok(None)
 }
 
-/// The first of `ports` that has no device.
+/// Returns the first of `ports` that has no device.
 fn next_free<'p>(
     monitor: &mut Monitor,
     ports: &mut impl Iterator<Item = &'p str>,
@@ -272,34 +296,39 @@ fn next_free<'p>(
     Ok(None)
 }
 
-/// Detaches a disk and removes all that is left of it. Of one that is not attached, removes what is left.
+/// Detaches a disk and removes its backend. For a disk that is not attached, removes a remaining
+/// backend.
 ///
-/// `until` limits the waiting for the guest. It should be some seconds before the monitor's own deadline, after
-/// which nothing can be asked or removed any more.
+/// `until` limits the wait for the guest. It should be some seconds before the monitor's deadline,
+/// after which no command can be sent.
 ///
 /// # Errors
 /// See [`HotplugError`].
 pub fn detach(monitor: &mut Monitor, disk: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    let found = Inventory::take(monitor)?;
-    if found.has_device(&disk.device) {
+    let inventory = Inventory::query(monitor)?;
+    if inventory.has_device(&disk.device) {
         if monitor.execute(&QueryStatus {})?.is_prelaunch() {
             return Err(HotplugError::NotStarted { device: disk.device.clone() });
         }
         unplug(monitor, &disk.device, until)?;
     }
-    sweep::sweep(monitor, disk, &found, until)
+    backend::remove(monitor, disk, &inventory, until)
 }
 
-/// Removes what QEMU has of an image that is no device's: its jobs, its nodes, its descriptors.
+/// Removes the backend of an image without a device: its jobs, its nodes, its fd sets.
 ///
 /// # Errors
 /// See [`HotplugError`].
-pub fn close(monitor: &mut Monitor, image: &HotDisk, until: Instant) -> Result<(), HotplugError> {
-    let found = Inventory::take(monitor)?;
-    sweep::sweep(monitor, image, &found, until)
+pub fn remove_backend(
+    monitor: &mut Monitor,
+    image: &HotDisk,
+    until: Instant,
+) -> Result<(), HotplugError> {
+    let inventory = Inventory::query(monitor)?;
+    backend::remove(monitor, image, &inventory, until)
 }
 
-/// Asks the guest to release `device` until it did.
+/// Sends `device_del` until the guest has released `device`.
 fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), HotplugError> {
     let request = qmp::device_del { id: device.to_owned() };
     for asked in 1.. {
@@ -312,11 +341,13 @@ fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), Hot
             Err(error) => return Err(error.into()),
         };
         let deleted = |event: &super::Event| {
-            // The disk's child is deleted first, in an event without `device`.
-            matches!(event.kind(), EventKind::DeviceDeleted { device: Some(gone), .. } if gone == device)
+            // QEMU deletes the disk's child first, with an event without `device`.
+            let kind = event.kind();
+            matches!(kind, EventKind::DeviceDeleted { device: Some(id), .. } if id == device)
         };
-        monitor.wait_event(deleted, until.min(Instant::now() + RESEND))?;
-        // The event may be of an earlier device of this name, and one for another client is not seen here.
+        monitor.wait_event(deleted, until.min(Instant::now() + UNPLUG_RESEND_INTERVAL))?;
+        // The event may belong to an earlier device of this name, and another client's connection
+        // may have received this one.
         if !inventory::has_device(monitor, device)? {
             return Ok(());
         }
@@ -330,11 +361,11 @@ fn unplug(monitor: &mut Monitor, device: &str, until: Instant) -> Result<(), Hot
             });
         }
     }
-    unreachable!("a request each second outlasts u32")
+    unreachable!("a request each second does not overflow u32")
 }
 
-/// Whether the request stands although QEMU did not pass it on: an earlier one is pending, or the guest works on the
-/// port (native PCIe hot-plug: its power indicator blinks).
+/// Whether an unplug request is pending although QEMU refused this one: an earlier one is pending,
+/// or the guest works on the port (native PCIe hot-plug: its power indicator blinks).
 fn is_pending(refused: &MonitorError) -> bool {
     refused.refused_with("already in the process of unplug") || refused.refused_with("busy")
 }

@@ -1,4 +1,4 @@
-//! Against a real QEMU.
+//! Tests of hot-plug against a real QEMU.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -9,9 +9,9 @@ use serde_json::json;
 use super::*;
 use crate::qmp::power;
 use crate::qmp::query::QueryJobs;
-use crate::qmp::testing::{Cut, Guest, Image, patience};
+use crate::qmp::testing::{ClosingProxy, Guest, Image, test_deadline};
 
-/// A disk image and the names it gets in QEMU.
+/// A disk image and its names in QEMU.
 struct Disk {
     names: HotDisk,
     file: File,
@@ -30,20 +30,21 @@ impl Disk {
         let names = HotDisk {
             device: format!("disk-{name}"),
             node: format!("node-{name}"),
-            below: vec![format!("file-{name}")],
+            lower_nodes: vec![format!("file-{name}")],
         };
         Self { names, file }
     }
 
-    /// Both nodes by their own `blockdev-add`.
+    /// Creates each node by its own `blockdev-add`.
     fn blockdevs(&self, set: i64) -> Vec<Value> {
+        let lower = &self.names.lower_nodes[0];
         vec![
-            json!({"driver": "file", "node-name": self.names.below[0], "filename": format!("/dev/fdset/{set}")}),
-            json!({"driver": "raw", "node-name": self.names.node, "file": self.names.below[0]}),
+            json!({"driver": "file", "node-name": lower, "filename": format!("/dev/fdset/{set}")}),
+            json!({"driver": "raw", "node-name": self.names.node, "file": lower}),
         ]
     }
 
-    /// The lower node inside the JSON of the upper.
+    /// Creates the lower node inside the JSON of the upper node.
     fn nested(&self, set: i64) -> Vec<Value> {
         let mut both = self.blockdevs(set);
         let below = both.remove(0);
@@ -56,18 +57,17 @@ impl Disk {
         monitor: &mut Monitor,
         blockdevs: &dyn Fn(i64) -> Vec<Value>,
     ) -> Result<Attached, HotplugError> {
-        let Value::Object(device) = json!({"driver": "virtio-blk-pci", "id": self.names.device, "drive": self.names.node, "serial": "x"})
-        else {
-            unreachable!()
-        };
-        let wanted = Attach {
+        let device = json!({"driver": "virtio-blk-pci", "id": self.names.device,
+            "drive": self.names.node, "serial": "x"});
+        let Value::Object(device) = device else { unreachable!() };
+        let request = AttachRequest {
             disk: &self.names,
             file: self.file.as_fd(),
             blockdevs,
             device: &device,
             port_prefix: "hotplug",
         };
-        attach(monitor, &wanted, soon())
+        attach(monitor, &request, short_deadline())
     }
 
     fn attach(&self, monitor: &mut Monitor) -> Result<Attached, HotplugError> {
@@ -75,12 +75,12 @@ impl Disk {
     }
 
     fn detach(&self, monitor: &mut Monitor) -> Result<(), HotplugError> {
-        detach(monitor, &self.names, patience())
+        detach(monitor, &self.names, test_deadline())
     }
 
-    /// How many devices, nodes and descriptors of this disk QEMU has.
+    /// Number of devices, nodes and fds of this disk in QEMU.
     fn parts(&self, monitor: &mut Monitor) -> (usize, usize, usize) {
-        let found = Inventory::take(monitor).unwrap();
+        let found = Inventory::query(monitor).unwrap();
         let sets = monitor.execute(&qmp::query_fdsets {}).unwrap();
         let fds = sets
             .iter()
@@ -95,8 +95,8 @@ impl Disk {
 const ATTACHED: (usize, usize, usize) = (1, 2, 1);
 const ABSENT: (usize, usize, usize) = (0, 0, 0);
 
-/// A deadline that passes in a test.
-fn soon() -> Instant {
+/// A deadline that passes during a test.
+fn short_deadline() -> Instant {
     Instant::now() + Duration::from_millis(1200)
 }
 
@@ -105,7 +105,7 @@ fn on(port: &str) -> Attached {
 }
 
 #[test]
-fn twice_is_once() {
+fn attach_and_detach_twice_have_the_effect_of_once() {
     let mut guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -117,7 +117,7 @@ fn twice_is_once() {
     disk.detach(&mut monitor).unwrap();
     assert_eq!(disk.parts(&mut monitor), ABSENT);
     disk.detach(&mut monitor).unwrap();
-    // On the same connection: the events of the first device must not be taken for the second's.
+    // On the same connection: the events of the first device must not count for the second.
     assert_eq!(disk.attach_with(&mut monitor, &|set| disk.nested(set)).unwrap(), on("hotplug0"));
     assert_eq!(disk.parts(&mut monitor), ATTACHED);
     disk.detach(&mut monitor).unwrap();
@@ -125,7 +125,7 @@ fn twice_is_once() {
 }
 
 #[test]
-fn the_lowest_free_port_is_taken_until_there_is_none() {
+fn attach_uses_the_lowest_free_port_until_none_is_free() {
     let guest = Guest::booted(Image::Answering, 2);
     let [a, b, c] = ["a", "b", "c"].map(|name| Disk::new(&guest, name));
     let mut monitor = guest.monitor();
@@ -141,7 +141,7 @@ fn the_lowest_free_port_is_taken_until_there_is_none() {
 }
 
 #[test]
-fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
+fn attach_to_a_port_occupied_meanwhile_uses_the_next_port() {
     let guest = Guest::new(Image::Answering, 2);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -153,21 +153,21 @@ fn a_port_that_is_taken_after_we_looked_is_left_for_the_next() {
             unreachable!()
         };
         let blockdevs = |_| Vec::new();
-        let wanted = Attach {
+        let request = AttachRequest {
             disk: &disk.names,
             file: disk.file.as_fd(),
             blockdevs: &blockdevs,
             device: &device,
             port_prefix: "hotplug",
         };
-        plug(&mut monitor, &wanted, "hotplug0", &mut ["hotplug1"].into_iter()).unwrap()
+        plug(&mut monitor, &request, "hotplug0", &mut ["hotplug1"].into_iter()).unwrap()
     };
     assert_eq!(plug_late("first"), Some("hotplug1"));
     assert_eq!(plug_late("second"), None);
 }
 
 #[test]
-fn a_refused_attach_leaves_nothing() {
+fn refused_attach_leaves_nothing() {
     let guest = Guest::new(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -179,8 +179,8 @@ fn a_refused_attach_leaves_nothing() {
     let error = disk.attach_with(&mut monitor, &unreadable).unwrap_err();
     assert!(matches!(&error, HotplugError::Monitor(e) if e.refused_with("qcow2")), "{error}");
     assert_eq!(disk.parts(&mut monitor), ABSENT);
-    // The same with a device that is refused.
-    let taken = json!({"driver": "virtio-rng-pci", "id": disk.names.device, "bus": "hotplug0"});
+    // The same with a device that QEMU refuses.
+    let rng = json!({"driver": "virtio-rng-pci", "id": disk.names.device, "bus": "hotplug0"});
     let other = Disk {
         names: HotDisk { device: "boot".into(), ..disk.names.clone() },
         file: disk.file.try_clone().unwrap(),
@@ -188,11 +188,11 @@ fn a_refused_attach_leaves_nothing() {
     let nodes_only = |set: i64| vec![other.blockdevs(set).remove(0)];
     other.attach_with(&mut monitor, &nodes_only).unwrap_err();
     assert_eq!(other.parts(&mut monitor), ABSENT);
-    monitor.raw("device_add", &taken).unwrap();
+    monitor.raw("device_add", &rng).unwrap();
 }
 
 #[test]
-fn before_the_start_disks_are_attached_but_never_detached() {
+fn before_the_start_attach_works_and_detach_is_refused() {
     let mut guest = Guest::new(Image::Answering, 2);
     let [a, b] = ["a", "b"].map(|name| Disk::new(&guest, name));
     let mut monitor = guest.monitor();
@@ -201,7 +201,7 @@ fn before_the_start_disks_are_attached_but_never_detached() {
     assert!(matches!(a.detach(&mut monitor), Err(HotplugError::NotStarted { .. })));
     assert_eq!(a.parts(&mut monitor), ATTACHED);
     monitor.run(async |c| power::cont(c).await).unwrap();
-    // From the firmware on.
+    // Detach works from the firmware on.
     a.detach(&mut monitor).unwrap();
     guest.wait_for("BOOTSECTOR-OK");
     assert_eq!(a.parts(&mut monitor), ABSENT);
@@ -209,12 +209,13 @@ fn before_the_start_disks_are_attached_but_never_detached() {
 }
 
 #[test]
-fn a_guest_that_never_answers_keeps_its_disk_until_a_reset() {
+fn detach_from_a_mute_guest_times_out_until_a_reset() {
     let mut guest = Guest::booted(Image::Mute, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    let error = detach(&mut monitor, &disk.names, Instant::now() + 2 * RESEND).unwrap_err();
+    let error =
+        detach(&mut monitor, &disk.names, Instant::now() + 2 * UNPLUG_RESEND_INTERVAL).unwrap_err();
     let HotplugError::StillAttached { asked: 2.., state, .. } = &error else { panic!("{error}") };
     assert_eq!(state, "running");
     assert_eq!(Error::from(error).kind(), ErrorKind::Timeout);
@@ -227,16 +228,16 @@ fn a_guest_that_never_answers_keeps_its_disk_until_a_reset() {
 }
 
 #[test]
-fn a_device_wedged_by_another_client_is_reported_and_cleared_by_a_reset() {
+fn unplug_pending_from_another_client_is_reported_and_cleared_by_a_reset() {
     let mut guest = Guest::new(Image::Mute, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    // What we never do.
+    // This program never sends device_del in prelaunch.
     monitor.execute(&qmp::device_del { id: disk.names.device.clone() }).unwrap();
     monitor.run(async |c| power::cont(c).await).unwrap();
     guest.wait_for("BOOTSECTOR-OK");
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
+    let error = detach(&mut monitor, &disk.names, short_deadline()).unwrap_err();
     let HotplugError::StillAttached { refusal: Some(refusal), .. } = &error else {
         panic!("{error}")
     };
@@ -248,7 +249,7 @@ fn a_device_wedged_by_another_client_is_reported_and_cleared_by_a_reset() {
 }
 
 #[test]
-fn what_a_guest_ejected_by_itself_is_swept() {
+fn backend_of_a_disk_the_guest_ejected_is_removed() {
     let mut guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -256,10 +257,10 @@ fn what_a_guest_ejected_by_itself_is_swept() {
         disk.attach(&mut monitor).unwrap();
         guest.wait_for("U0");
         guest.type_byte(b'e');
-        let gone = |e: &crate::qmp::Event| {
+        let deleted = |e: &crate::qmp::Event| {
             matches!(e.kind(), EventKind::DeviceDeleted { device: Some(_), .. })
         };
-        monitor.wait_event(gone, patience()).unwrap().unwrap();
+        monitor.wait_event(deleted, test_deadline()).unwrap().unwrap();
         assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
         if attach_again {
             assert_eq!(disk.attach(&mut monitor).unwrap(), on("hotplug0"));
@@ -271,20 +272,20 @@ fn what_a_guest_ejected_by_itself_is_swept() {
 }
 
 #[test]
-fn a_caller_killed_after_any_command_is_made_good() {
+fn attach_and_detach_recover_from_a_client_killed_after_any_command() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
-    let cut_after = |commands| {
-        let cut = Cut::after(commands, &guest.socket(), disk.file.try_clone().unwrap());
-        Monitor::connect(&cut.socket(), patience())
+    let proxy_after = |commands| {
+        let proxy = ClosingProxy::after(commands, &guest.socket(), disk.file.try_clone().unwrap());
+        Monitor::connect(&proxy.socket(), test_deadline())
     };
-    let is_cut =
+    let is_closed =
         |error: &HotplugError| matches!(error, HotplugError::Monitor(MonitorError::Closed));
 
-    let complete = (2..).find(|commands| match disk.attach(&mut cut_after(*commands).unwrap()) {
+    let complete = (2..).find(|commands| match disk.attach(&mut proxy_after(*commands).unwrap()) {
         Ok(_) => true,
         Err(error) => {
-            assert!(is_cut(&error), "{error}");
+            assert!(is_closed(&error), "{error}");
             let mut monitor = guest.monitor();
             disk.attach(&mut monitor).unwrap();
             assert_eq!(disk.parts(&mut monitor), ATTACHED, "after {commands} commands");
@@ -295,10 +296,10 @@ fn a_caller_killed_after_any_command_is_made_good() {
     });
     assert!(complete.unwrap() > 8, "{complete:?}");
 
-    let complete = (2..).find(|commands| match disk.detach(&mut cut_after(*commands).unwrap()) {
+    let complete = (2..).find(|commands| match disk.detach(&mut proxy_after(*commands).unwrap()) {
         Ok(()) => true,
         Err(error) => {
-            assert!(is_cut(&error), "{error}");
+            assert!(is_closed(&error), "{error}");
             let mut monitor = guest.monitor();
             disk.detach(&mut monitor).unwrap();
             assert_eq!(disk.parts(&mut monitor), ABSENT, "after {commands} commands");
@@ -311,7 +312,7 @@ fn a_caller_killed_after_any_command_is_made_good() {
 }
 
 #[test]
-fn a_descriptor_nobody_used_is_closed() {
+fn unused_fd_sets_are_removed() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -327,7 +328,7 @@ fn a_descriptor_nobody_used_is_closed() {
     assert_eq!(left.iter().map(|set| set.fdset_id).collect::<Vec<_>>(), [strange]);
 }
 
-/// Starts a copy of the disk that goes on until it is ended.
+/// Starts a copy of the disk that runs until it is cancelled.
 fn start_job(monitor: &mut Monitor, disk: &Disk, id: &str) {
     let target = format!("target-{id}");
     monitor
@@ -339,7 +340,7 @@ fn start_job(monitor: &mut Monitor, disk: &Disk, id: &str) {
 }
 
 #[test]
-fn own_jobs_end_with_the_disk_and_others_are_named() {
+fn detach_cancels_own_jobs_and_reports_others() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
@@ -351,30 +352,30 @@ fn own_jobs_end_with_the_disk_and_others_are_named() {
 
     disk.attach(&mut monitor).unwrap();
     start_job(&mut monitor, &disk, "stranger");
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
+    let error = detach(&mut monitor, &disk.names, short_deadline()).unwrap_err();
     assert!(
         matches!(&error, HotplugError::NodeInUse { jobs, .. } if *jobs == ["stranger"]),
         "{error}"
     );
     assert_eq!(disk.parts(&mut monitor), (0, 2, 1));
     monitor.execute(&qmp::job_cancel { id: "stranger".into() }).unwrap();
-    // It concludes and waits to be dismissed, which is enough to free the node.
+    // The cancelled job concludes and waits to be dismissed. That is enough to free the node.
     disk.detach(&mut monitor).unwrap();
     assert_eq!(disk.parts(&mut monitor), ABSENT);
 }
 
 #[test]
-fn a_qemu_that_hangs_or_dies_is_an_error_in_time() {
+fn stopped_or_killed_qemu_is_an_error_by_the_deadline() {
     let guest = Guest::booted(Image::Answering, 1);
     let disk = Disk::new(&guest, "a");
     let mut monitor = guest.monitor();
     disk.attach(&mut monitor).unwrap();
-    monitor.run(async |c| c.set_deadline(soon()));
+    monitor.run(async |c| c.set_deadline(short_deadline()));
     guest.signal(Signal::SIGSTOP);
-    let error = detach(&mut monitor, &disk.names, soon()).unwrap_err();
+    let error = detach(&mut monitor, &disk.names, short_deadline()).unwrap_err();
     assert!(matches!(error, HotplugError::Monitor(MonitorError::Timeout { .. })), "{error}");
     drop(monitor);
-    let error = Monitor::connect(&guest.socket(), soon()).unwrap_err();
+    let error = Monitor::connect(&guest.socket(), short_deadline()).unwrap_err();
     assert!(matches!(error, MonitorError::Greeting { .. }), "{error}");
 
     guest.signal(Signal::SIGCONT);

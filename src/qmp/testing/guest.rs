@@ -1,4 +1,4 @@
-//! A real QEMU under TCG with the 512-byte guest of `tests/fixtures/guests`.
+//! A real QEMU under TCG with the 512-byte guest of `guests/acpi-bootsector.S`.
 
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
@@ -11,19 +11,19 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::{PATIENCE, patience};
+use super::{TEST_TIMEOUT, test_deadline};
 use crate::qmp::{Monitor, power};
 
-/// Which guest.
+/// The guest's boot sector.
 #[derive(Clone, Copy)]
 pub enum Image {
-    /// Releases what it is asked to, obeys the power button.
+    /// Releases devices when asked, and obeys the power button.
     Answering,
-    /// Does neither.
+    /// Ignores unplug requests and the power button.
     Mute,
 }
 
-/// The machine, killed on drop. It has `ports` root ports `hotplug0`, …
+/// A QEMU, killed on drop. It has root ports `hotplug0`, … up to the number given.
 pub struct Guest {
     child: Child,
     console: BufReader<UnixStream>,
@@ -31,7 +31,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Starts QEMU; the guest waits in prelaunch. Fails where QEMU is missing: a skipped test proves nothing.
+    /// Starts QEMU; the guest waits in prelaunch. Panics if QEMU is missing, rather than skipping
+    /// the test.
     pub fn new(image: Image, ports: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let sector: &[u8; 512] = match image {
@@ -42,10 +43,10 @@ impl Guest {
         std::fs::write(&boot, sector).unwrap();
         // SeaBIOS does not boot from a disk of less than one cylinder, 504 KiB.
         OpenOptions::new().write(true).open(&boot).unwrap().set_len(1 << 20).unwrap();
-        // Made before QEMU starts, so that nobody needs to wait until it has made them.
+        // The socket exists before QEMU starts, so no test has to wait for it.
         let listener = UnixListener::bind(dir.path().join("qmp.sock")).unwrap();
         let (console, theirs) = UnixStream::pair().unwrap();
-        console.set_read_timeout(Some(PATIENCE)).unwrap();
+        console.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
 
         let mut command = Command::new("/usr/bin/qemu-system-x86_64");
         command.args(
@@ -77,7 +78,7 @@ impl Guest {
         Self { child, console: BufReader::new(console), dir }
     }
 
-    /// The same, with the guest running.
+    /// Like [`Self::new`], with the guest running.
     pub fn booted(image: Image, ports: usize) -> Self {
         let mut guest = Self::new(image, ports);
         guest.monitor().run(async |c| power::cont(c).await).unwrap();
@@ -85,9 +86,9 @@ impl Guest {
         guest
     }
 
-    /// A new connection to the monitor.
+    /// Opens a new connection to the monitor.
     pub fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.socket(), patience()).unwrap()
+        Monitor::connect(&self.socket(), test_deadline()).unwrap()
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -120,7 +121,7 @@ impl Guest {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
-    /// Waits until QEMU has exited by itself and returns its exit code.
+    /// Waits until QEMU has exited and returns its exit code.
     pub fn wait(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
@@ -128,7 +129,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Also ends one that is stopped. Both fail only for one that has been waited for.
+        // SIGKILL also ends a stopped QEMU. Both calls fail only if a test has waited for its exit.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

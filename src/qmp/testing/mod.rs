@@ -1,20 +1,20 @@
-//! What tests of this folder speak to: a QEMU with a tiny guest, a monitor that follows a script, a connection that
-//! is cut after so many commands.
+//! Monitors for the tests of this module: a QEMU with a tiny guest, a monitor that follows a
+//! script, a proxy that closes the connection after a number of commands.
 
-mod cut;
+mod closing_proxy;
 mod guest;
 mod scripted;
 
-pub use cut::Cut;
+pub use closing_proxy::ClosingProxy;
 pub use guest::{Guest, Image};
-pub use scripted::{Peer, Scripted};
+pub use scripted::{Peer, ScriptedMonitor};
 
 use std::time::{Duration, Instant};
 
-/// Longer than anything that works takes here, even on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest time for any successful step of a test, even on a busy machine.
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A deadline that only a failing test reaches.
-pub fn patience() -> Instant {
-    Instant::now() + PATIENCE
+pub fn test_deadline() -> Instant {
+    Instant::now() + TEST_TIMEOUT
 }

@@ -1,4 +1,4 @@
-//! A monitor that does what the test says: QMP's faults do not come from a healthy QEMU.
+//! A scripted monitor, for faults that a healthy QEMU does not produce.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,8 +8,9 @@ use std::thread::JoinHandle;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Serves one client by a script, on a thread. Dropping it waits for the script's end and passes on its panic.
-pub struct Scripted {
+/// Serves one client by a script, on a thread. Drop waits for the end of the script and propagates
+/// its panic.
+pub struct ScriptedMonitor {
     dir: TempDir,
     server: Option<JoinHandle<()>>,
 }
@@ -19,7 +20,7 @@ pub struct Peer {
     stream: BufReader<UnixStream>,
 }
 
-impl Scripted {
+impl ScriptedMonitor {
     /// Greets, negotiates, then runs `script`.
     pub fn negotiated(script: impl FnOnce(&mut Peer) + Send + 'static) -> Self {
         Self::new(|peer| {
@@ -50,7 +51,7 @@ fn socket_in(dir: impl AsRef<Path>) -> PathBuf {
     dir.as_ref().join("qmp.sock")
 }
 
-impl Drop for Scripted {
+impl Drop for ScriptedMonitor {
     fn drop(&mut self) {
         let server = self.server.take().expect("only drop takes it").join();
         if !std::thread::panicking() {
@@ -75,7 +76,7 @@ impl Peer {
         self.send_bytes(format!("{line}\r\n").as_bytes());
     }
 
-    /// Sends bytes. A client that is gone does not mind.
+    /// Sends bytes. Ignores that the client may have closed the connection.
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         let _ = self.stream.get_mut().write_all(bytes);
     }

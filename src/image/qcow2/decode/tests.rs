@@ -12,7 +12,7 @@ fn decode_bytes(image: &[u8]) -> Result<File, DecodeError> {
     decode(&header, image, &target, Instant::now() + Duration::from_secs(60)).map(|()| target)
 }
 
-/// Changes the L2 table of the sample that maps the first cluster with data.
+/// Changes the L2 entry of the sample's first cluster with data.
 fn with_l2_entry(change: impl FnOnce(&mut [u8], u64)) -> Result<File, DecodeError> {
     let mut image = sample().to_vec();
     let number = |at: u64| u64::from_be_bytes(image[at as usize..][..8].try_into().unwrap());
@@ -31,7 +31,7 @@ fn damage(result: Result<File, DecodeError>) -> String {
 }
 
 #[test]
-fn plain_compressed_and_zero_clusters() {
+fn decode_plain_compressed_and_zero_clusters() {
     let target = decode_bytes(sample()).unwrap();
     let mut disk = vec![0; 5 << 20];
     let length = target.metadata().unwrap().len() as usize;
@@ -44,7 +44,7 @@ fn plain_compressed_and_zero_clusters() {
 }
 
 #[test]
-fn entries_that_lead_nowhere() {
+fn invalid_l2_entries_are_damage() {
     let set = |value: u64| with_l2_entry(|entry, _| entry.copy_from_slice(&value.to_be_bytes()));
     assert!(damage(set(1 << 40)).starts_with("a cluster ends at byte 0x10000000000"));
     assert!(damage(set(entry::COMPRESSED | 1 << 40)).starts_with("a compressed cluster"));
@@ -58,8 +58,8 @@ fn entries_that_lead_nowhere() {
 }
 
 #[test]
-fn one_cluster_may_be_named_twice() {
-    // Place 0 is the header, long read by then, and still in the window.
+fn cluster_referenced_twice_is_decoded() {
+    // Offset 0 is the header: read long before, but still in the window.
     let target =
         with_l2_entry(|entry, value| entry.copy_from_slice(&(value + 4096).to_be_bytes())).unwrap();
     let mut byte = [0];
@@ -68,8 +68,9 @@ fn one_cluster_may_be_named_twice() {
 }
 
 #[test]
-fn tables_that_all_name_one_table_end_at_the_limit() {
-    // 64 GiB of 512-byte clusters need 2 097 152 L1 entries; all of them name the same L2 table.
+fn tables_that_share_an_l2_table_end_at_the_queue_limit() {
+    // 64 GiB of 512-byte clusters need 2,097,152 L1 entries. All of them refer to the same L2
+    // table.
     let mut image = vec![0; 512];
     image[..104].copy_from_slice(&sample()[..104]);
     image[8..20].fill(0);
@@ -86,19 +87,19 @@ fn tables_that_all_name_one_table_end_at_the_limit() {
 }
 
 #[test]
-fn data_that_has_passed_is_not_streamable() {
+fn data_before_the_window_is_not_streamable() {
     let mut image = sample().to_vec();
     let header = Header::parse(&image).unwrap();
-    // The L1 table moves to the end, further than the window reaches back.
+    // Moves the L1 table to the end of the file, further than the window reaches back.
     let table = image[header.l1_offset as usize..][..header.l1_entries as usize * 8].to_vec();
-    image.resize(4 * KEPT, 0);
-    image[40..48].copy_from_slice(&(4 * KEPT as u64).to_be_bytes());
+    image.resize(4 * MIN_LOOKBACK, 0);
+    image[40..48].copy_from_slice(&(4 * MIN_LOOKBACK as u64).to_be_bytes());
     image.extend(table);
     assert!(matches!(decode_bytes(&image), Err(DecodeError::NotStreamable(_))));
 }
 
 #[test]
-fn the_deadline_is_kept() {
+fn decode_ends_at_the_deadline() {
     let header = Header::parse(sample()).unwrap();
     let late = decode(&header, sample(), &tempfile::tempfile().unwrap(), Instant::now());
     assert!(matches!(late, Err(DecodeError::Deadline)));
@@ -106,7 +107,9 @@ fn the_deadline_is_kept() {
 
 proptest! {
     #[test]
-    fn changed_images_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+    fn changed_images_never_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)
+    ) {
         let mut image = sample().to_vec();
         changes.into_iter().for_each(|(at, byte)| *at.get_mut(&mut image) = byte);
         if Header::parse(&image).is_ok() {
@@ -115,7 +118,9 @@ proptest! {
     }
 
     #[test]
-    fn changed_tables_never_panic(changes in prop::collection::vec((0..4096usize, any::<u64>()), 1..20)) {
+    fn changed_tables_never_panic(
+        changes in prop::collection::vec((0..4096usize, any::<u64>()), 1..20)
+    ) {
         let mut image = sample().to_vec();
         let header = Header::parse(&image).unwrap();
         let start = header.l1_offset as usize / 8;
@@ -129,7 +134,7 @@ proptest! {
     }
 
     #[test]
-    fn cut_images_never_panic(length in any::<prop::sample::Index>()) {
+    fn truncated_images_never_panic(length in any::<prop::sample::Index>()) {
         let image = sample();
         let cut = &image[..length.index(image.len())];
         if Header::parse(cut).is_ok() {

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::image::testing::{qemu_img, sample};
 
-/// Version 3, 64 KiB clusters, 1 GiB, L1 table at the fourth cluster.
+/// A valid image: version 3, 64 KiB clusters, 1 GiB, L1 table at the fourth cluster.
 fn sound() -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
@@ -18,7 +18,7 @@ fn refused(at: usize, bytes: &[u8]) -> String {
 }
 
 #[test]
-fn what_qemu_img_writes_is_understood() {
+fn parse_headers_that_qemu_img_writes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     let read = |options: &str, size: &str| {
@@ -45,7 +45,7 @@ fn what_qemu_img_writes_is_understood() {
 }
 
 #[test]
-fn every_bound_is_checked() {
+fn every_field_is_checked() {
     assert!(Header::parse(&sound()).is_ok());
     assert_eq!(refused(0, b"QFI\0"), "no qcow2 magic");
     assert_eq!(refused(7, &[4]), "qcow2 header field 'version' is 4: 2 and 3 are known");
@@ -77,16 +77,16 @@ fn every_bound_is_checked() {
     );
     assert!(
         refused(112, &[1, 2, 3, 4, 0, 1, 0, 0]).contains("ends early"),
-        "an extension larger than its cluster"
+        "an extension longer than its cluster"
     );
-    assert!(Header::parse(&sound()[..111]).is_ok(), "nothing of the padding is needed");
+    assert!(Header::parse(&sound()[..111]).is_ok(), "the padding is not needed");
     assert_eq!(
         Header::parse(&sound()[..99]),
         Err(HeaderError::Truncated { needed: 100, have: 99 })
     );
     let header = Header::parse(&sound()).unwrap();
-    assert!(header.check_places(4 << 16).is_ok());
-    let outside = header.check_places(3 << 16).unwrap_err().to_string();
+    assert!(header.check_offsets(4 << 16).is_ok());
+    let outside = header.check_offsets(3 << 16).unwrap_err().to_string();
     assert_eq!(
         outside,
         "the L1 table of the qcow2 header lies at 196608, outside the 196608 bytes of the file"
@@ -95,7 +95,10 @@ fn every_bound_is_checked() {
 
 proptest! {
     #[test]
-    fn random_bytes_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..300), version in 2..=3u8) {
+    fn random_bytes_never_panic(
+        mut bytes in prop::collection::vec(any::<u8>(), 0..300),
+        version in 2..=3u8
+    ) {
         let _ = Header::parse(&bytes);
         bytes.splice(..8.min(bytes.len()), *b"QFI\xfb\0\0\0\0");
         bytes[7] = version;
@@ -103,11 +106,13 @@ proptest! {
     }
 
     #[test]
-    fn a_changed_header_never_panics(changes in prop::collection::vec((0..200usize, any::<u8>()), 1..6)) {
+    fn changed_header_never_panics(
+        changes in prop::collection::vec((0..200usize, any::<u8>()), 1..6)
+    ) {
         let mut image = sample().to_vec();
         changes.into_iter().for_each(|(at, byte)| image[at] = byte);
         if let Ok(header) = Header::parse(&image) {
-            let _ = header.check_places(image.len() as u64);
+            let _ = header.check_offsets(image.len() as u64);
             prop_assert!(header.virtual_size <= MiB::MAX.bytes());
             prop_assert!(u64::from(header.l1_entries) >= header.l1_entries_needed());
         }

@@ -1,25 +1,25 @@
-//! Why an image is not taken.
+//! Why an image is rejected.
 
 use crate::image::Format;
 use crate::image::qcow2::HeaderError;
 use crate::units::MiB;
 
-/// What is wrong with a stemcell's image, and where. The source of the error that
-/// [`import`](super::Import::run) returns for it.
+/// What is wrong with a stemcell's image. It is the source of the error that
+/// [`Import::run`](super::Import::run) returns.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Refusal {
-    /// The file has no byte: that is how light stemcells look.
+pub enum InvalidImage {
+    /// The file is empty, as the image of a light stemcell is.
     #[error("it is empty (0 bytes), as in a light stemcell")]
     Empty,
     /// A directory, a pipe, …
-    #[error("it is no regular file")]
+    #[error("it is not a regular file")]
     NoFile,
-    /// gzip does not decompress, or its checksum is wrong.
+    /// gzip cannot decompress the data, or its checksum is wrong.
     #[error("its gzip data is damaged: {0}")]
     Gzip(String),
-    /// Something ends before it should.
-    #[error("{0} ends early: the file was cut off")]
+    /// The file, the archive or the gzip data is truncated.
+    #[error("{0} ends early: the file is truncated")]
     Truncated(&'static str),
     /// The tar structure is damaged.
     #[error("its tar archive is damaged: {0}")]
@@ -27,64 +27,64 @@ pub enum Refusal {
     /// A member's path leads out of the archive.
     #[error("the archive has a member '{0}' with an absolute path or '..'")]
     MemberPath(String),
-    /// Links and devices have no business in an image archive.
+    /// A member is a link, a device or a pipe.
     #[error("the archive has a member '{name}' that is a {kind}")]
     MemberKind {
         /// Its path.
         name: String,
-        /// What it is.
+        /// Its file type.
         kind: &'static str,
     },
-    /// Nothing in the archive is an image.
-    #[error("the archive has neither 'root.img' nor 'disk.raw' at its top, but {0}")]
+    /// No member is an image.
+    #[error("the archive has neither 'root.img' nor 'disk.raw' at its top level, but {0}")]
     NoImage(String),
-    /// More than one.
+    /// More than one member is an image.
     #[error("the archive has a second image, '{0}'")]
     TwoImages(String),
-    /// What follows the end of the archive is no padding.
-    #[error("there is something behind the end of the archive")]
+    /// Data other than padding follows the end of the archive.
+    #[error("the archive has data after its end")]
     Trailing,
-    /// An image, but one of another hypervisor, or compressed once more.
+    /// An image of another hypervisor, or one that is compressed a second time.
     #[error("it is {0}")]
     Foreign(&'static str),
-    /// Neither qcow2 nor a disk, and nobody said that it is one.
+    /// Neither qcow2 nor a disk with a boot signature, and the stemcell declares no format.
     #[error("it is neither qcow2 nor a disk with a boot signature (55 aa at byte 510)")]
     Unknown,
-    /// The stemcell says one format, the header another.
-    #[error("it is said to be {declared}, but is {found}")]
+    /// The stemcell declares one format, the header has another.
+    #[error("the stemcell declares format {declared}, but the image is {found}")]
     Declared {
-        /// What was said.
+        /// The format the stemcell declares.
         declared: Format,
-        /// What is.
+        /// The format the header has.
         found: Format,
     },
-    /// The qcow2 header makes no sense or asks for what is not known.
+    /// The qcow2 header is invalid or uses unknown features.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// A feature that would reach out of the image or hide its data.
+    /// A qcow2 feature that refers to other files or hides the data.
     #[error("the qcow2 image {0}")]
     Feature(&'static str),
     /// The qcow2 tables contradict the file.
     #[error("the qcow2 image is damaged: {0}")]
     Damaged(String),
-    /// A disk of no byte.
-    #[error("its disk has no size")]
+    /// The virtual size is zero.
+    #[error("its virtual size is 0 bytes")]
     NoSize,
-    /// More than any disk here can have.
-    #[error("its disk is larger than {}", MiB::MAX)]
+    /// The virtual size is above [`MiB::MAX`].
+    #[error("its virtual size is larger than {}", MiB::MAX)]
     TooLarge,
-    /// The same, within an archive's member.
+    /// The image within an archive's member is invalid.
     #[error("member '{name}': {problem}")]
     Member {
         /// Its path.
         name: String,
         /// What is wrong with it.
-        problem: Box<Refusal>,
+        problem: Box<InvalidImage>,
     },
 }
 
-impl Refusal {
-    /// What the operator can do.
+impl InvalidImage {
+    /// The operator's next step.
     pub(super) fn hint(&self) -> &'static str {
         match self {
             Self::Empty => super::LIGHT_STEMCELL_HINT,
@@ -96,13 +96,14 @@ impl Refusal {
             Self::Declared { .. } => "correct disk_format in the stemcell's cloud_properties",
             Self::Member { problem, .. } => problem.hint(),
             _ => {
-                "use an openstack-kvm stemcell: its image is a gzip tar around root.img, qcow2 or raw"
+                "use an openstack-kvm stemcell: its image is a gzipped tar with root.img, qcow2 \
+                 or raw"
             }
         }
     }
 }
 
-/// A name out of an archive as it may stand in a message: cut, control characters escaped.
+/// A name from an archive, as shown in a message: 64 characters, control characters escaped.
 pub(super) fn printable(name: &[u8]) -> String {
     String::from_utf8_lossy(name).chars().take(64).flat_map(char::escape_debug).collect()
 }

@@ -1,4 +1,5 @@
-//! A relay in front of a monitor that dies after so many commands: to QEMU it looks like a client that was killed.
+//! A proxy in front of a monitor that closes both connections after a number of commands: to QEMU,
+//! its client was killed.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, IoSlice, Write};
@@ -11,16 +12,17 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// A socket that leads to a monitor, for one connection.
-pub struct Cut {
+/// A proxied monitor socket, for one connection.
+pub struct ClosingProxy {
     dir: TempDir,
 }
 
-impl Cut {
-    /// Relays to the monitor at `target`. The reply to command number `last` (the negotiation is number 1) does not
-    /// come through: the connection ends on both sides once QEMU executed that command.
+impl ClosingProxy {
+    /// Proxies the monitor at `target`. Command number `last` (the negotiation is number 1) is
+    /// executed, but its reply is dropped and both connections close.
     ///
-    /// Reading without a place for descriptors discards those the client sends; each `add-fd` gets `file` instead.
+    /// The proxy reads without receiving file descriptors, which discards the client's; each
+    /// `add-fd` gets `file` instead.
     pub fn after(last: usize, target: &Path, file: File) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("cut.sock")).unwrap();
@@ -43,7 +45,7 @@ impl Cut {
     }
 }
 
-/// QEMU to client, until the reply that shall not pass.
+/// Forwards messages from QEMU to the client, up to the reply to drop.
 fn relay_messages(qemu: &UnixStream, mut client: &UnixStream, last: usize) {
     let mut replies = 0;
     for line in BufReader::new(qemu).lines().map_while(Result::ok) {
@@ -55,7 +57,7 @@ fn relay_messages(qemu: &UnixStream, mut client: &UnixStream, last: usize) {
     }
 }
 
-/// Client to QEMU.
+/// Forwards commands from the client to QEMU.
 fn relay_commands(client: &UnixStream, qemu: &UnixStream, file: &File) {
     for line in BufReader::new(client).lines().map_while(Result::ok) {
         let fds = [file.as_raw_fd()];

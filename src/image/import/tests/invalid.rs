@@ -1,84 +1,92 @@
-//! What must not be taken.
+//! Images that import must reject.
 
 use super::*;
 
 #[test]
-fn what_is_cut_off_anywhere_is_refused() {
+fn truncated_image_is_rejected_at_any_length() {
     let world = World::new();
     for image in [world.disk(), world.qcow2("-c -o compat=0.10")] {
         let (archive, compressed) = (tar(&[("root.img", &image)]), stemcell(&image));
         for cut in [1, 3, 9, 600, compressed.len() / 2] {
-            let cut = &compressed[..compressed.len() - cut];
-            assert_eq!(world.refusal(cut, None), Refusal::Truncated("the gzip data"));
+            let truncated = &compressed[..compressed.len() - cut];
+            assert_eq!(world.reason(truncated, None), InvalidImage::Truncated("the gzip data"));
         }
         for cut in [1025, 2000, archive.len() / 2] {
-            let refused = world.refusal(&archive[..archive.len() - cut], None).to_string();
-            assert!(refused.contains("cut off"), "{refused}");
+            let refused = world.reason(&archive[..archive.len() - cut], None).to_string();
+            assert!(refused.contains("truncated"), "{refused}");
         }
         assert_eq!(
-            world.refusal(&archive[..archive.len() - 1024], None),
-            Refusal::Truncated("the tar archive")
+            world.reason(&archive[..archive.len() - 1024], None),
+            InvalidImage::Truncated("the tar archive")
         );
     }
     let image = world.qcow2("-o compat=1.1");
-    assert!(matches!(world.refusal(&image[..image.len() - (1 << 20)], None), Refusal::Damaged(_)));
+    assert!(matches!(
+        world.reason(&image[..image.len() - (1 << 20)], None),
+        InvalidImage::Damaged(_)
+    ));
     let world = World { qemu_img: "qemu-img", ..world };
     let image = world.qcow2("-o extended_l2=on");
-    assert!(matches!(world.refusal(&image[..image.len() - (1 << 20)], None), Refusal::Damaged(_)));
-    let Refusal::Member { problem, .. } = world.refusal(&stemcell(&image[..100_000]), None) else {
+    assert!(matches!(
+        world.reason(&image[..image.len() - (1 << 20)], None),
+        InvalidImage::Damaged(_)
+    ));
+    let InvalidImage::Member { problem, .. } = world.reason(&stemcell(&image[..100_000]), None)
+    else {
         panic!()
     };
-    assert!(matches!(*problem, Refusal::Header(HeaderError::Outside { .. })), "{problem}");
+    assert!(matches!(*problem, InvalidImage::Header(HeaderError::Outside { .. })), "{problem}");
 }
 
 #[test]
-fn damage_in_the_gzip_data_is_found() {
+fn damaged_gzip_data_is_rejected() {
     let world = World::new();
     let sound = stemcell(&world.disk());
     for at in [4 << 10, sound.len() / 2, sound.len() - 6] {
         let mut damaged = sound.clone();
         damaged[at] ^= 0x10;
-        world.refusal(&damaged, None);
+        world.reason(&damaged, None);
     }
     assert!(matches!(
-        world.refusal(&[&sound[..], b"and something more"].concat(), None),
-        Refusal::Gzip(_)
+        world.reason(&[&sound[..], b"and something more"].concat(), None),
+        InvalidImage::Gzip(_)
     ));
 }
 
 #[test]
-fn padding_may_follow_an_archive_and_nothing_else() {
+fn archive_may_be_followed_by_padding_only() {
     let world = World::new();
     let archive = tar(&[("root.img", &world.disk())]);
     world.expect_disk(&gzip(&[&archive[..], &[0; 10240]].concat()), None);
     assert_eq!(
-        world.refusal(&gzip(&[&archive[..], &[0; 10240], b"x"].concat()), None),
-        Refusal::Trailing
+        world.reason(&gzip(&[&archive[..], &[0; 10240], b"x"].concat()), None),
+        InvalidImage::Trailing
     );
-    assert_eq!(world.refusal(&gzip(&archive.repeat(2)), None), Refusal::Trailing);
+    assert_eq!(world.reason(&gzip(&archive.repeat(2)), None), InvalidImage::Trailing);
 }
 
 #[test]
-fn members_that_are_no_image() {
+fn archive_without_exactly_one_image_is_rejected() {
     let world = World::new();
     let disk = world.disk();
     let ovf = gzip(&tar(&[("image.ovf", b"x"), ("image.mf", b"x"), ("image-disk1.vmdk", b"KDMV")]));
     assert_eq!(
-        world.refusal(&ovf, None),
-        Refusal::NoImage("image.ovf, image.mf, image-disk1.vmdk".into())
+        world.reason(&ovf, None),
+        InvalidImage::NoImage("image.ovf, image.mf, image-disk1.vmdk".into())
     );
     assert_eq!(
-        world.refusal(&gzip(&tar(&[("a/root.img", &disk)])), None),
-        Refusal::NoImage("a/root.img".into())
+        world.reason(&gzip(&tar(&[("a/root.img", &disk)])), None),
+        InvalidImage::NoImage("a/root.img".into())
     );
     let two = gzip(&tar(&[("root.img", &disk), ("disk.raw", &disk)]));
-    assert_eq!(world.refusal(&two, None), Refusal::TwoImages("disk.raw".into()));
-    let member = Refusal::Member { name: "root.img".into(), problem: Box::new(Refusal::NoSize) };
-    assert_eq!(world.refusal(&stemcell(b""), None), member);
+    assert_eq!(world.reason(&two, None), InvalidImage::TwoImages("disk.raw".into()));
+    let member =
+        InvalidImage::Member { name: "root.img".into(), problem: Box::new(InvalidImage::NoSize) };
+    assert_eq!(world.reason(&stemcell(b""), None), member);
 }
 
 #[test]
-fn members_that_lead_astray() {
+fn archive_with_unsafe_members_is_rejected() {
     let world = World::new();
     let archive = |kind: EntryType, name: &[u8]| {
         let mut header = header(kind, 0);
@@ -88,110 +96,110 @@ fn members_that_lead_astray() {
         [header.as_bytes().as_slice(), &tar(&[("root.img", &world.disk())])].concat()
     };
     for name in ["/root.img", "../root.img", "a/../../root.img"] {
-        let refused = world.refusal(&gzip(&archive(EntryType::Regular, name.as_bytes())), None);
-        assert_eq!(refused, Refusal::MemberPath(name.into()));
+        let refused = world.reason(&gzip(&archive(EntryType::Regular, name.as_bytes())), None);
+        assert_eq!(refused, InvalidImage::MemberPath(name.into()));
     }
     for (kind, what) in [
         (EntryType::Symlink, "symbolic link"),
         (EntryType::Link, "hard link"),
         (EntryType::Block, "device"),
         (EntryType::Fifo, "pipe"),
-        (EntryType::new(b'V'), "thing of unknown type"),
+        (EntryType::new(b'V'), "file of unknown type"),
     ] {
-        let refused = world.refusal(&gzip(&archive(kind, b"root.img")), None);
-        assert_eq!(refused, Refusal::MemberKind { name: "root.img".into(), kind: what });
+        let refused = world.reason(&gzip(&archive(kind, b"root.img")), None);
+        assert_eq!(refused, InvalidImage::MemberKind { name: "root.img".into(), kind: what });
     }
     let refused =
-        world.refusal(&gzip(&archive(EntryType::Symlink, b"\x1b[31m\xff")), None).to_string();
+        world.reason(&gzip(&archive(EntryType::Symlink, b"\x1b[31m\xff")), None).to_string();
     assert!(refused.contains("\\u{1b}[31m"), "{refused}");
 }
 
 #[test]
-fn a_name_without_end_takes_no_memory() {
+fn endless_member_name_is_rejected_before_it_fills_the_memory() {
     let world = World::new();
     let mut bomb = header(EntryType::GNULongName, 1 << 30);
     bomb.set_cksum();
     let mut content = GzEncoder::new(Vec::new(), Compression::fast());
     content.write_all(bomb.as_bytes()).unwrap();
     content.write_all(&vec![b'a'; 64 << 20]).unwrap();
-    let refused = world.refusal(&content.finish().unwrap(), None).to_string();
+    let refused = world.reason(&content.finish().unwrap(), None).to_string();
     assert!(refused.contains("more than 4 MiB"), "{refused}");
 }
 
 #[test]
-fn formats_that_are_not_what_was_said() {
+fn format_that_is_not_the_declared_one_is_rejected() {
     let world = World::new();
     let (disk, qcow2) = (world.disk(), world.qcow2(""));
     for (image, declared, found) in
         [(&disk, Format::Qcow2, Format::Raw), (&qcow2, Format::Raw, Format::Qcow2)]
     {
-        assert_eq!(world.refusal(image, Some(declared)), Refusal::Declared { declared, found });
+        assert_eq!(world.reason(image, Some(declared)), InvalidImage::Declared { declared, found });
     }
-    assert_eq!(world.refusal(b"hello", None), Refusal::Unknown);
+    assert_eq!(world.reason(b"hello", None), InvalidImage::Unknown);
     assert_eq!(
-        world.refusal(b"KDMV and more", Some(Format::Raw)),
-        Refusal::Foreign("a VMDK image (VMware)")
+        world.reason(b"KDMV and more", Some(Format::Raw)),
+        InvalidImage::Foreign("a VMDK image (VMware)")
     );
     assert_eq!(
-        world.refusal(&gzip(&gzip(&disk)), None),
-        Refusal::Foreign("gzip data within gzip data")
+        world.reason(&gzip(&gzip(&disk)), None),
+        InvalidImage::Foreign("gzip data within gzip data")
     );
     assert_eq!(world.import_as(b"hello", Some(Format::Raw)).unwrap().virtual_size, Bytes(512));
 }
 
 #[test]
-fn qcow2_features_that_reach_out_of_the_file() {
+fn qcow2_features_that_need_other_files_are_rejected() {
     let world = World::new();
     let path = world.path("overlay");
     create(&path, Bytes(1 << 20), Some(Backing { file_name: "/etc/shadow", format: Format::Raw }))
         .unwrap()
         .sync()
         .unwrap();
-    let refused = world.refusal(&std::fs::read(&path).unwrap(), None);
-    assert_eq!(refused, Refusal::Feature("has a backing file: flatten it first"));
+    let refused = world.reason(&std::fs::read(&path).unwrap(), None);
+    assert_eq!(refused, InvalidImage::Feature("has a backing file: flatten it first"));
     std::fs::remove_file(&path).unwrap();
 
     let data_file = format!("data_file={}", world.path("data").display());
     let path = path.to_str().unwrap();
     qemu_img(["create", "-fqcow2", "-o", &data_file, path, "1M"].map(AsRef::as_ref));
-    let refused = world.refusal(&std::fs::read(path).unwrap(), None);
-    assert_eq!(refused, Refusal::Feature("keeps its data in another file"));
+    let refused = world.reason(&std::fs::read(path).unwrap(), None);
+    assert_eq!(refused, InvalidImage::Feature("keeps its data in another file"));
 
     let mut image = world.qcow2("-o compat=1.1");
     image[72] = 0x80; // incompatible feature bit 63
-    assert_eq!(world.refusal(&image, None), Refusal::Header(HeaderError::Features(1 << 63)));
+    assert_eq!(world.reason(&image, None), InvalidImage::Header(HeaderError::Features(1 << 63)));
     image[72] = 0;
     image[79] = 2; // corrupt
-    assert_eq!(world.refusal(&image, None), Refusal::Feature("is marked corrupt"));
+    assert_eq!(world.reason(&image, None), InvalidImage::Feature("is marked corrupt"));
     image[79] = 0;
     image[35] = 2; // LUKS
-    assert_eq!(world.refusal(&image, None), Refusal::Feature("is encrypted"));
+    assert_eq!(world.reason(&image, None), InvalidImage::Feature("is encrypted"));
     image[35] = 0;
     image[24..32].copy_from_slice(&[0; 8]);
-    assert_eq!(world.refusal(&image, None), Refusal::NoSize);
+    assert_eq!(world.reason(&image, None), InvalidImage::NoSize);
     image[24] = 1; // 64 PiB and more
     assert!(matches!(
-        world.refusal(&image, None),
-        Refusal::Header(HeaderError::Field { field: "size", .. })
+        world.reason(&image, None),
+        InvalidImage::Header(HeaderError::Field { field: "size", .. })
     ));
 }
 
 #[test]
-fn a_disk_no_host_can_hold() {
+fn image_larger_than_the_limit_is_rejected() {
     let world = World::new();
     let mut absurd = header(EntryType::Regular, 65 << 40);
     absurd.set_path("root.img").unwrap();
     absurd.set_cksum();
     let archive = [absurd.as_bytes().as_slice(), &world.disk()].concat();
-    let problem = Box::new(Refusal::TooLarge);
+    let problem = Box::new(InvalidImage::TooLarge);
     assert_eq!(
-        world.refusal(&gzip(&archive), None),
-        Refusal::Member { name: "root.img".into(), problem }
+        world.reason(&gzip(&archive), None),
+        InvalidImage::Member { name: "root.img".into(), problem }
     );
 }
 
 #[test]
-fn a_full_disk_says_what_is_needed() {
+fn full_filesystem_error_names_the_space_needed() {
     let world = World::new();
     let full = File::options().write(true).open("/dev/full").unwrap();
     std::fs::write(world.path("image"), stemcell(&world.disk())).unwrap();
@@ -210,24 +218,25 @@ fn a_full_disk_says_what_is_needed() {
 }
 
 #[test]
-fn a_light_stemcell_is_named_as_what_it_is() {
+fn empty_image_is_reported_as_a_light_stemcell() {
     let world = World::new();
     let error = world.import_as(b"", None).unwrap_err();
     let image = world.path("image");
     let expected = format!(
-        "the image '{}' is refused: it is empty (0 bytes), as in a light stemcell\nHint: {LIGHT_STEMCELL_HINT}",
+        "the image '{}' is refused: it is empty (0 bytes), as in a light stemcell\n\
+         Hint: {LIGHT_STEMCELL_HINT}",
         image.display()
     );
     assert_eq!(error.report(), expected);
 }
 
 #[test]
-fn what_is_no_file_is_not_waited_for() {
+fn source_that_is_not_a_file_is_rejected_without_waiting() {
     let world = World::new();
     let qemu_img = QemuImg::new("qemu-img");
     run("mkfifo", [world.path("image").into()]);
     let error = world.job(&qemu_img, None).run(&mut |_| {}).unwrap_err();
-    assert!(error.report().contains("no regular file"), "{}", error.report());
+    assert!(error.report().contains("not a regular file"), "{}", error.report());
     std::fs::remove_file(world.path("image")).unwrap();
     assert_eq!(world.job(&qemu_img, None).run(&mut |_| {}).unwrap_err().kind(), ErrorKind::Host);
     world.expect_nothing_left();
