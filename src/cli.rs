@@ -33,15 +33,15 @@ pub enum Command {
     Disk(DiskCommand),
     /// Look at VMs.
     #[command(subcommand)]
-    Vm(Vm),
+    Vm(VmCommand),
     /// Where images are.
     #[command(subcommand)]
-    Pool(Pool),
+    Pool(PoolCommand),
     /// Look at, make or remove the host's side of the networks.
     Network {
         /// What to do.
         #[command(subcommand)]
-        deed: NetworkDeed,
+        command: NetworkCommand,
         /// Print one JSON object.
         #[arg(long, global = true)]
         json: bool,
@@ -69,7 +69,7 @@ pub enum Command {
     },
     /// This machine as a host: all its VMs, and calls from elsewhere.
     #[command(subcommand)]
-    Host(Host),
+    Host(HostCommand),
     /// Run one VM. Started by create_vm and reboot_vm.
     #[command(hide = true)]
     Supervise {
@@ -79,14 +79,14 @@ pub enum Command {
         #[arg(long)]
         adopt: bool,
         /// How long to wait for its turn to boot, milliseconds.
-        #[arg(long, default_value_t = 60_000)]
-        patience: u64,
+        #[arg(long, alias = "patience", value_name = "MILLISECONDS", default_value_t = 60_000)]
+        queue_timeout: u64,
     },
 }
 
 /// What is done on a host as a whole.
 #[derive(Debug, Subcommand)]
-pub enum Host {
+pub enum HostCommand {
     /// Bring back every VM that should run, the Director first. For the boot of the host; harmless at any time.
     Start {
         /// Print one JSON object.
@@ -196,7 +196,7 @@ pub enum DiskCommand {
 
 /// What can be done with VMs by hand.
 #[derive(Debug, Subcommand)]
-pub enum Vm {
+pub enum VmCommand {
     /// List the VMs of this host: what each is doing, its memory, disks and networks.
     List {
         /// Print one JSON array.
@@ -207,7 +207,7 @@ pub enum Vm {
 
 /// What can be done with pools by hand.
 #[derive(Debug, Subcommand)]
-pub enum Pool {
+pub enum PoolCommand {
     /// Show how full the state directory and each pool is, and what thin images may still grow by.
     List {
         /// Print one JSON array, sizes in bytes.
@@ -218,7 +218,7 @@ pub enum Pool {
 
 /// What to do with networks. Without a name: with all of them.
 #[derive(Debug, Subcommand)]
-pub enum NetworkDeed {
+pub enum NetworkCommand {
     /// Print what is missing and what other programs have put in the way. Changes nothing.
     Plan {
         /// Networks of the configuration.

@@ -5,13 +5,13 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::this_host;
+use super::local;
 use crate::cpi::audit::{Cure, Finding};
 use crate::error::{Error, Result};
 
 /// Prints one line for each finding, or with `as_json` one object. Whether everything is now as it should be.
 pub fn run(file: Option<&Path>, mend: bool, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let cpi = this_host::cpi(file)?;
+    let cpi = local::cpi(file)?;
     let findings = if mend { cpi.gc()? } else { cpi.audit() };
     let clean = findings.iter().all(|finding| finding.cure == Cure::Mended);
     let text = if as_json {

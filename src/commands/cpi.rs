@@ -10,7 +10,7 @@ use crate::remote::caller::Host;
 use crate::remote::group::Group;
 use crate::remote::one::OneHost;
 use crate::rpc::request::Request;
-use crate::rpc::{self, Carrier, Here, outlet::Outlet};
+use crate::rpc::{self, Executor, LocalExecutor, response_writer::ResponseWriter};
 
 /// Answers the request on standard input. Configuration and log come up only when something is to be done, so
 /// `info` works, and works fast, on a host whose configuration does not.
@@ -18,13 +18,13 @@ use crate::rpc::{self, Carrier, Here, outlet::Outlet};
 /// # Errors
 /// Only when standard output can not be had; every other failure is an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
-    let outlet = Outlet::stdout()?;
-    rpc::serve(std::io::stdin(), outlet, |request| carrier(config, request));
+    let writer = ResponseWriter::stdout()?;
+    rpc::serve(std::io::stdin(), writer, |request| executor(config, request));
     Ok(())
 }
 
 /// Who carries the request out: this host, or one elsewhere.
-fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>> {
+fn executor(config: Option<&Path>, request: &Request) -> Result<Box<dyn Executor>> {
     let file = config::file(config);
     let document = Document::read(file.as_deref())?;
     let config = document.config()?;
@@ -35,7 +35,7 @@ fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>>
         return Ok(Box::new(Group::new(config, document.for_host(context))));
     }
     if config.transport.kind == TransportKind::Local {
-        return Ok(Box::new(Here::new(
+        return Ok(Box::new(LocalExecutor::new(
             Cpi::new(config, file).called_by(request.context.director()),
         )));
     }

@@ -3,20 +3,20 @@
 use std::io;
 use std::path::Path;
 
-use super::this_host;
+use super::local;
 use crate::cli::DiskCommand;
 use crate::cpi::verbs::Verbs;
 use crate::error::{Error, Result};
 
 /// Carries out the command and prints the cid of the disk.
 pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Write) -> Result<()> {
-    let cpi = this_host::cpi(config)?;
+    let cpi = local::cpi(config)?;
     let disk = match command {
         DiskCommand::Restore { snapshot } => cpi.restore(&snapshot)?,
         DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,
     };
     writeln!(output, "{disk}")
         .map_err(|e| Error::os(format!("print the cid of disk '{disk}'"), e))?;
-    cpi.told();
+    cpi.acknowledge();
     Ok(())
 }

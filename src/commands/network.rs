@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::this_host;
+use super::local;
 use crate::cpi::Cpi;
 use crate::cpi::host_networks::HostNetwork;
 use crate::error::{Error, Result};
@@ -14,7 +14,7 @@ use crate::net::plan::Keeper;
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Deed {
+pub enum Action {
     /// Print what is missing.
     Plan,
     /// Make it, to stay.
@@ -30,15 +30,15 @@ pub enum Deed {
 /// If the networks do not fit together, or the state directory can not be read.
 pub fn run(
     config: Option<&Path>,
-    deed: Deed,
+    action: Action,
     only: &[String],
     as_json: bool,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    let cpi = this_host::cpi(config)?;
+    let cpi = local::cpi(config)?;
     let networks = cpi.host_networks(only)?;
     let mut reports: Vec<_> =
-        networks.iter().map(|network| report(&cpi, deed, network)).collect::<Result<_>>()?;
+        networks.iter().map(|network| report(&cpi, action, network)).collect::<Result<_>>()?;
     say_once(&mut reports);
     let text = if as_json {
         let networks: Vec<_> = reports.iter().map(Report::json).collect();
@@ -60,7 +60,7 @@ struct Report<'a> {
     error: Option<String>,
 }
 
-fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<'a>> {
+fn report<'a>(cpi: &Cpi, action: Action, network: &'a HostNetwork) -> Result<Report<'a>> {
     let ours = matches!(network.segment.keeper, Keeper::Us { .. });
     let kept = match (ours, network.kept) {
         (false, _) => "the operator's",
@@ -69,11 +69,11 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
     };
     let mut report =
         Report { network, state: kept, changes: Vec::new(), findings: Vec::new(), error: None };
-    if deed == Deed::Remove && cpi.is_managed(&network.segment.network)? {
+    if action == Action::Remove && cpi.is_managed(&network.segment.network)? {
         report.state = "goes with delete_network";
         return Ok(report);
     }
-    if deed == Deed::Remove {
+    if action == Action::Remove {
         match cpi.remove_network(network) {
             Ok(_) if !ours => {}
             Ok(true) => report.state = "removed",
@@ -91,7 +91,7 @@ fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<
         Ok(changes) => report.changes.extend(changes.iter().map(ToString::to_string)),
         Err(error) => report.error = Some(error.report()),
     }
-    if deed == Deed::Apply && report.error.is_none() {
+    if action == Action::Apply && report.error.is_none() {
         report.error = cpi.apply_network(network).err().map(|error| error.report());
         report.state = if ours && network.configured { "stays without VMs" } else { kept };
     }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::local;
 use super::table::table;
-use super::this_host;
 use crate::cpi::space::PoolUsage;
 use crate::error::{Error, Result};
 use crate::units::Bytes;
@@ -16,7 +16,7 @@ const STATE_DIRECTORY: &str = "(state_dir)";
 
 /// Prints a table, or with `as_json` an array of sizes in bytes. Whether all of them can be used.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let cpi = this_host::cpi(config)?;
+    let cpi = local::cpi(config)?;
     let usage = cpi.usage();
     let text = if as_json {
         let array: Vec<_> = usage.iter().map(|(pool, usage)| as_object(*pool, usage)).collect();

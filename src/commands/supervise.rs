@@ -11,8 +11,8 @@ use crate::supervisor::{self, Begin, Scope};
 use crate::sys::detach::detach;
 
 /// Leaves the caller, then runs the VM until it stays off. Must be called before anything is opened.
-pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, patience: Duration) -> Result<()> {
-    let queue_until = Instant::now() + patience;
+pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, queue_timeout: Duration) -> Result<()> {
+    let queue_until = Instant::now() + queue_timeout;
     let (lock, handshake) = detach()?;
     let config = match Config::load(config) {
         Ok(config) => config,

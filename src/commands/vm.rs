@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::local;
 use super::table::table;
-use super::this_host;
 use crate::cid::VmCid;
 use crate::error::{Error, Result};
 use crate::qmp::job;
@@ -30,7 +30,7 @@ struct Line {
 
 /// Prints a table, or with `as_json` an array.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<()> {
-    let (config, _) = this_host::config(config)?;
+    let (config, _) = local::config(config)?;
     let store = Store::of(&config);
     let mut cids = store.list::<VmRecord>()?;
     cids.sort();

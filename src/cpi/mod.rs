@@ -214,7 +214,7 @@ impl Verbs for Cpi {
         self.remove_vm(vm)
     }
 
-    fn told(&self) {
+    fn acknowledge(&self) {
         if let Some(untold) = self.untold.get() {
             untold.is_told();
         }

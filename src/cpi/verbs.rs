@@ -56,7 +56,7 @@ pub trait Verbs {
     fn delete_vm(&self, vm: &VmCid) -> Result<()>;
 
     /// Hears that the answer was taken that told of what this call made.
-    fn told(&self) {}
+    fn acknowledge(&self) {}
 
     /// Whether the VM exists, running or not.
     fn has_vm(&self, vm: &VmCid) -> Result<bool>;

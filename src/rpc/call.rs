@@ -122,7 +122,7 @@ impl Call {
 
     /// What it creates under a cid chosen now, as the way to undo that; `None` if it creates nothing. The cid bears a trace of
     /// the place where that will be, if there are several.
-    pub fn creates(&self, place: Option<&str>) -> Option<Undo> {
+    pub fn choose_cid(&self, place: Option<&str>) -> Option<Undo> {
         fn new<C: Cid>(place: Option<&str>) -> C {
             place.map_or_else(C::random, C::random_at)
         }

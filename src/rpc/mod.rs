@@ -1,7 +1,7 @@
 //! The Director's side of the door: one JSON request on stdin, one JSON answer on stdout.
 //!
 //! ```text
-//!  stdin ──▶ request ──▶ call (typed arguments) ──▶ Carrier ──▶ response ──▶ outlet ──▶ stdout
+//!  stdin ──▶ request ──▶ call (typed arguments) ──▶ Executor ──▶ response ──▶ writer ──▶ stdout
 //!            read to      refused here, before        acts        one JSON     written once;
 //!            EOF first    anything is touched                     object       gone? undo a create
 //! ```
@@ -13,10 +13,10 @@ pub mod arguments;
 pub mod call;
 #[cfg(test)]
 mod fake;
-mod here;
-pub mod outlet;
+mod local;
 pub mod request;
 pub mod response;
+pub mod response_writer;
 
 use std::io::Read;
 
@@ -26,69 +26,69 @@ use crate::crash;
 use crate::error::{Error, Result};
 use crate::schema::printable;
 use call::Call;
-use outlet::{Delivery, Outlet};
 use request::Request;
 use response::Response;
+use response_writer::{Delivery, ResponseWriter};
 
-pub use here::Here;
+pub use local::LocalExecutor;
 
 /// Image formats that `create_stemcell` takes, as stemcells and bosh-cli name them. `qemu-light` is ours: its
 /// cloud properties point to an image on the host.
 pub const STEMCELL_FORMATS: [&str; 3] = ["openstack-qcow2", "openstack-raw", "qemu-light"];
 
 /// Who carries calls out: the CPI of this host, or somebody who has one elsewhere do it.
-pub trait Carrier {
+pub trait Executor {
     /// Carries out `call`, which `request` is.
-    fn carry(&self, request: &Request, call: Call) -> Carried<'_>;
+    fn execute(&self, request: &Request, call: Call) -> Executed<'_>;
 }
 
 /// What came of a call, before its caller hears of it.
-pub struct Carried<'a> {
+pub struct Executed<'a> {
     /// The answer.
     pub response: Response,
     /// Whether something was made that nobody can delete who was not told of it.
     pub made: bool,
     /// Hears what became of the answer.
-    pub delivered: Box<dyn FnOnce(Delivery) + 'a>,
+    pub on_delivery: Box<dyn FnOnce(Delivery) + 'a>,
 }
 
-/// Answers the one request in `input` on `outlet`. `carrier` is asked for only when something is to be done: neither
+/// Answers the one request in `input` on `writer`. `executor` is asked for only when something is to be done: neither
 /// `info` nor a malformed request needs a configuration.
 ///
 /// Panics are answered, too, which makes this the last a process does.
 pub fn serve(
     input: impl Read,
-    outlet: Outlet,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    writer: ResponseWriter,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) {
-    answer(request::read(input), &outlet.answer_panics(), carrier);
+    answer(request::read(input), &writer.answer_panics(), executor);
 }
 
 /// Answers the request `text`, as [`serve`].
 pub fn serve_text(
     text: String,
-    outlet: Outlet,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    writer: ResponseWriter,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) {
-    answer(request::bounded(text), &outlet.answer_panics(), carrier);
+    answer(request::bounded(text), &writer.answer_panics(), executor);
 }
 
 fn answer(
     text: Result<String>,
-    outlet: &Outlet,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    writer: &ResponseWriter,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) {
-    let response = match text.and_then(|text| admit(&text, carrier)) {
+    let response = match text.and_then(|text| admit(&text, executor)) {
         Ok(Admitted::Info) => Response::success(&info()),
-        Ok(Admitted::Call { request, call, carrier }) => {
-            let Carried { response, made, delivered } = carrier.carry(&request, *call);
+        Ok(Admitted::Call { request, call, executor }) => {
+            let Executed { response, made, on_delivery } = executor.execute(&request, *call);
             crash::point!("done, not answered");
-            return delivered(outlet.send(&response, made));
+            return on_delivery(writer.send(&response, made));
         }
         Err(error) => Response::failure(&error),
     };
     // Nothing was done, so nothing is lost with the answer, and no log is up to say so.
-    let _ = outlet.send(&response, false);
+    let _ = writer.send(&response, false);
 }
 
 /// The result of `info`: what this program can do, whatever the state of its host. It is asked with any API version
@@ -99,12 +99,12 @@ fn info() -> Value {
 
 enum Admitted {
     Info,
-    Call { request: Request, call: Box<Call>, carrier: Box<dyn Carrier> },
+    Call { request: Request, call: Box<Call>, executor: Box<dyn Executor> },
 }
 
 fn admit(
     text: &str,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) -> Result<Admitted> {
     let request = Request::parse(text)?;
     if request.method == "info" {
@@ -112,8 +112,8 @@ fn admit(
     }
     let named = |error: Error| error.during(printable(&request.method));
     let call = Box::new(Call::parse(&request).map_err(named)?);
-    let carrier = carrier(&request).map_err(named)?;
-    Ok(Admitted::Call { request, call, carrier })
+    let executor = executor(&request).map_err(named)?;
+    Ok(Admitted::Call { request, call, executor })
 }
 
 #[cfg(test)]
@@ -134,9 +134,11 @@ mod tests {
         let (mut caller, cpi) = UnixStream::pair().unwrap();
         let calls = Calls::default();
         let verbs = Fake::new(calls.clone());
-        answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-            Ok(Box::new(Here::new(verbs)))
-        });
+        answer(
+            Ok(request.to_owned()),
+            &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+            |_| Ok(Box::new(LocalExecutor::new(verbs))),
+        );
         let mut text = String::new();
         caller.read_to_string(&mut text).unwrap();
         (serde_json::from_str(&text).unwrap(), calls)
@@ -160,10 +162,14 @@ mod tests {
         ] {
             let asked = Rc::new(Cell::new(false));
             let (mut caller, cpi) = UnixStream::pair().unwrap();
-            answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-                asked.set(true);
-                Err(Error::new(ErrorKind::BadConfig, "no configuration"))
-            });
+            answer(
+                Ok(request.to_owned()),
+                &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+                |_| {
+                    asked.set(true);
+                    Err(Error::new(ErrorKind::BadConfig, "no configuration"))
+                },
+            );
             let mut text = String::new();
             caller.read_to_string(&mut text).unwrap();
             let answer: Value = serde_json::from_str(&text).unwrap();
@@ -212,9 +218,11 @@ mod tests {
             drop(caller);
             let calls = Calls::default();
             let verbs = Fake::new(calls.clone());
-            answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-                Ok(Box::new(Here::new(verbs)))
-            });
+            answer(
+                Ok(request.to_owned()),
+                &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+                |_| Ok(Box::new(LocalExecutor::new(verbs))),
+            );
             assert_eq!(calls.take(), expected);
         }
     }
@@ -226,9 +234,11 @@ mod tests {
         let calls = Calls::default();
         let verbs = Fake::new(calls.clone());
         let request = r#"{"method":"attach_disk","arguments":["vm-1","disk-1"]}"#;
-        answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-            Ok(Box::new(Here::new(verbs)))
-        });
+        answer(
+            Ok(request.to_owned()),
+            &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+            |_| Ok(Box::new(LocalExecutor::new(verbs))),
+        );
         assert_eq!(calls.take(), ["attach_disk vm-1 disk-1"]);
     }
 }

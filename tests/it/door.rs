@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 
 use bosh_qemu_cpi::error::{Error, ErrorKind};
-use bosh_qemu_cpi::rpc::{outlet::Outlet, serve};
+use bosh_qemu_cpi::rpc::{response_writer::ResponseWriter, serve};
 
 use crate::support::answer::{Answer, Failure};
 
@@ -23,7 +23,7 @@ struct Played {
 /// In the child: serves stdin with a CPI that does `misbehave`. Elsewhere: starts that child from `test`.
 fn played(test: &str, misbehave: fn()) -> Option<Played> {
     if std::env::var_os(PLAY).is_some() {
-        serve(std::io::stdin(), Outlet::stdout().unwrap(), |_| {
+        serve(std::io::stdin(), ResponseWriter::stdout().unwrap(), |_| {
             misbehave();
             Err(Error::new(ErrorKind::VmNotFound, "after all that"))
         });

@@ -1,9 +1,9 @@
 //! `bosh-qemu-cpi host …`: this machine as a host of VMs, for itself and for callers elsewhere.
 
 mod authorize;
-mod every_vm;
+mod boot;
 mod install;
-mod pass_on;
+mod proxy;
 mod serve;
 mod setup;
 mod status;
@@ -13,7 +13,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::cli::Host;
+use crate::cli::HostCommand;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A configuration that would be read by nobody is more likely meant for the machine that becomes a host.
@@ -28,21 +28,21 @@ fn unconfigured(config: Option<&Path>) -> Result<()> {
 ///
 /// # Errors
 /// Those of each command.
-pub fn run(config: Option<&Path>, command: Host, output: &mut dyn Write) -> Result<bool> {
+pub fn run(config: Option<&Path>, command: HostCommand, output: &mut dyn Write) -> Result<bool> {
     match command {
-        Host::Start { json } => every_vm::start(config, json, output),
-        Host::Stop { timeout, json } => {
-            every_vm::stop(config, Duration::from_secs(timeout), json, output)
+        HostCommand::Start { json } => boot::start(config, json, output),
+        HostCommand::Stop { timeout, json } => {
+            boot::stop(config, Duration::from_secs(timeout), json, output)
         }
-        Host::Serve => serve::run(config).map(|()| true),
-        Host::Install(install) => {
+        HostCommand::Serve => serve::run(config).map(|()| true),
+        HostCommand::Install(install) => {
             unconfigured(config).and_then(|()| install::install(&install, output))
         }
-        Host::Uninstall(machine) => {
+        HostCommand::Uninstall(machine) => {
             unconfigured(config).and_then(|()| install::uninstall(&machine, output))
         }
-        Host::Setup(setup) => unconfigured(config).and_then(|()| setup::run(&setup, output)),
-        Host::Status { json } => status::run(config, json, output),
-        Host::Authorize { key } => authorize::run(config, &key, output),
+        HostCommand::Setup(setup) => unconfigured(config).and_then(|()| setup::run(&setup, output)),
+        HostCommand::Status { json } => status::run(config, json, output),
+        HostCommand::Authorize { key } => authorize::run(config, &key, output),
     }
 }

@@ -10,10 +10,10 @@ use std::path::Path;
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
-use super::pass_on;
+use super::proxy;
 use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
-use crate::commands::this_host;
+use crate::commands::local;
 use crate::config::{self, Config};
 use crate::cpi::offer::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
@@ -21,10 +21,10 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::host::Caller;
 use crate::remote::wire::{CallQuestion, Question, Word};
-use crate::rpc::outlet::{self, Outlet};
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
-use crate::rpc::{self, Carrier, Here};
+use crate::rpc::response_writer::{self, ResponseWriter};
+use crate::rpc::{self, Executor, LocalExecutor};
 use crate::schema::printable;
 
 /// Greets, hears one question and answers it. A user who is not root has that done behind the socket that is there for such.
@@ -32,9 +32,9 @@ use crate::schema::printable;
 /// # Errors
 /// Only when standard output can not be had or nobody listens; every other failure is an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
-    let output = outlet::take_stdout()?;
+    let output = response_writer::take_stdout()?;
     if !geteuid().is_root() {
-        return pass_on::to_root(output);
+        return proxy::to_root(output);
     }
     let input = io::stdin()
         .as_fd()
@@ -42,28 +42,28 @@ pub fn run(config: Option<&Path>) -> Result<()> {
         .map_err(|e| Error::os("duplicate standard input", e))?;
     let caller =
         Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
-    let outlet = Outlet::new(caller.clone());
+    let writer = ResponseWriter::new(caller.clone());
     match caller.question() {
         Ok(Question::Call(call)) if is_absent(config, &call) => {
             caller.say(&Word::Absent).map_err(gone)
         }
         Ok(Question::Call(call)) => {
-            answer_call(config, call, &caller, outlet);
+            answer_call(config, call, &caller, writer);
             Ok(())
         }
         Ok(Question::Offer(wish)) => match offer(config, &wish) {
             Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
-            Err(error) => refuse(&error, &outlet),
+            Err(error) => refuse(&error, &writer),
         },
         Ok(Question::GiveUp(disk)) => match give_up(config, &caller, &disk) {
             Ok(()) => caller.say(&Word::GivenUp).map_err(gone),
-            Err(error) => refuse(&error, &outlet),
+            Err(error) => refuse(&error, &writer),
         },
         Ok(Question::Find(cids)) => match find(config, &cids) {
             Ok(found) => caller.say(&Word::Found(found)).map_err(gone),
-            Err(error) => refuse(&error, &outlet),
+            Err(error) => refuse(&error, &writer),
         },
-        Err(error) => refuse(&error, &outlet),
+        Err(error) => refuse(&error, &writer),
     }
 }
 
@@ -71,8 +71,8 @@ fn gone(error: io::Error) -> Error {
     Error::os("answer the caller", error)
 }
 
-fn refuse(error: &Error, outlet: &Outlet) -> Result<()> {
-    let _ = outlet.send(&Response::failure(error), false);
+fn refuse(error: &Error, writer: &ResponseWriter) -> Result<()> {
+    let _ = writer.send(&Response::failure(error), false);
     Ok(())
 }
 
@@ -81,7 +81,7 @@ fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
     if call.only_with.is_empty() {
         return false;
     }
-    this_host::config(config).is_ok_and(|(config, file)| {
+    local::config(config).is_ok_and(|(config, file)| {
         let cpi = Cpi::new(config, file);
         // If it can not be told, the call tells why.
         !call.only_with.iter().all(|cid| cpi.has_of(cid).unwrap_or(true))
@@ -89,32 +89,32 @@ fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
 }
 
 fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
-    let (config, file) = this_host::config(config)?;
+    let (config, file) = local::config(config)?;
     Cpi::new(config, file).found(cids)
 }
 
 fn give_up(config: Option<&Path>, caller: &Caller, disk: &DiskCid) -> Result<()> {
-    let (config, file) = this_host::config(config)?;
+    let (config, file) = local::config(config)?;
     begin_log(&config, caller);
     Cpi::new(config, file).give_up_disk(disk)
 }
 
 fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
-    let (config, file) = this_host::config(config)?;
+    let (config, file) = local::config(config)?;
     Cpi::new(config, file).offer(wish)
 }
 
-fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
+fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, writer: ResponseWriter) {
     let CallQuestion { request, cid, alike, everywhere, undoes, image, .. } = call;
-    rpc::serve_text(request, outlet, |request| {
-        let (config, file) = this_host::config(config)?;
+    rpc::serve_text(request, writer, |request| {
+        let (config, file) = local::config(config)?;
         begin_log(&config, caller);
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
         let afar = Afar { cid, alike, everywhere, undoes, image };
         let cpi = Cpi::new(config, file).called_by(request.context.director()).from_afar(afar);
-        Ok(Box::new(Here::new(cpi)) as Box<dyn Carrier>)
+        Ok(Box::new(LocalExecutor::new(cpi)) as Box<dyn Executor>)
     });
 }
 

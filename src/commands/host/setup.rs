@@ -8,7 +8,7 @@ use nix::unistd::{Uid, User, geteuid};
 
 use super::authorize;
 use crate::cli::Setup;
-use crate::commands::this_host;
+use crate::commands::local;
 use crate::config::Document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::installation::{self, Authorized, Installation, PROGRAM, Wanted};
@@ -59,7 +59,7 @@ fn installation(setup: &Setup) -> Result<Installation> {
     let mut files = vec![Wanted { path: PROGRAM.into(), content, mode: 0o755 }];
     if let Some(config) = &setup.host_config {
         // A mistake in it is told now, not by the first call.
-        this_host::config(Some(config))?;
+        local::config(Some(config))?;
         let content = std::fs::read(config).at("read", config)?;
         files.push(Wanted { path: crate::config::DEFAULT_FILE.into(), content, mode: 0o600 });
     }

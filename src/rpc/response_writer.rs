@@ -14,7 +14,7 @@ use crate::rpc::response::Response;
 #[derive(Debug)]
 pub enum Delivery {
     /// The caller has it.
-    Taken,
+    Received,
     /// The caller is gone and can not have it.
     Lost(io::Error),
     /// It was on its way when the caller fell silent. Whether it arrived, nobody can tell.
@@ -22,16 +22,16 @@ pub enum Delivery {
 }
 
 /// How answers reach the caller.
-pub trait Way: Send + Sync {
+pub trait ResponseSink: Send + Sync {
     /// Brings it `answer`. If it `matters` whether that arrives, says so after finding out, not only after sending.
     fn deliver(&self, answer: &Response, matters: bool) -> Delivery;
 }
 
 /// A pipe whose reader is the caller: what it took has arrived.
-impl Way for File {
+impl ResponseSink for File {
     fn deliver(&self, answer: &Response, _: bool) -> Delivery {
         match (&*self).write_all(answer.as_bytes()) {
-            Ok(()) => Delivery::Taken,
+            Ok(()) => Delivery::Received,
             // What was taken is no JSON.
             Err(error) => Delivery::Lost(error),
         }
@@ -39,12 +39,12 @@ impl Way for File {
 }
 
 /// The way to the caller, for one answer.
-pub struct Outlet {
-    way: Box<dyn Way>,
+pub struct ResponseWriter {
+    way: Box<dyn ResponseSink>,
     used: AtomicBool,
 }
 
-impl Outlet {
+impl ResponseWriter {
     /// Takes standard output for the answer alone.
     ///
     /// # Errors
@@ -54,11 +54,11 @@ impl Outlet {
     }
 
     /// Answers by `way`.
-    pub fn new(way: impl Way + 'static) -> Self {
+    pub fn new(way: impl ResponseSink + 'static) -> Self {
         Self { way: Box::new(way), used: AtomicBool::new(false) }
     }
 
-    /// Gives the one answer, as [`Way::deliver`].
+    /// Gives the one answer, as [`ResponseSink::deliver`].
     ///
     /// # Panics
     /// If there was an answer before.
@@ -70,8 +70,8 @@ impl Outlet {
     /// From now on a panic, of any thread, is answered and ends the process with status 0. In a release build a
     /// panic aborts: the hook is the last that runs.
     pub fn answer_panics(self) -> Arc<Self> {
-        let outlet = Arc::new(self);
-        let hooked = Arc::clone(&outlet);
+        let writer = Arc::new(self);
+        let hooked = Arc::clone(&writer);
         std::panic::set_hook(Box::new(move |panic| {
             if !hooked.used.swap(true, Ordering::SeqCst) {
                 // Nobody is left to be told that this failed, too.
@@ -79,7 +79,7 @@ impl Outlet {
             }
             std::process::exit(0);
         }));
-        outlet
+        writer
     }
 }
 
@@ -120,13 +120,13 @@ mod tests {
     #[test]
     fn the_answer_is_written_once() {
         let mut file = tempfile::tempfile().unwrap();
-        let outlet = Outlet::new(file.try_clone().unwrap());
-        assert!(matches!(outlet.send(&Response::success(&true), false), Delivery::Taken));
+        let writer = ResponseWriter::new(file.try_clone().unwrap());
+        assert!(matches!(writer.send(&Response::success(&true), false), Delivery::Received));
         let mut written = String::new();
         file.rewind().unwrap();
         file.read_to_string(&mut written).unwrap();
         assert_eq!(written, r#"{"result":true,"error":null,"log":""}"#);
-        let again = std::panic::AssertUnwindSafe(|| outlet.send(&Response::success(&true), false));
+        let again = std::panic::AssertUnwindSafe(|| writer.send(&Response::success(&true), false));
         assert!(std::panic::catch_unwind(again).is_err());
     }
 

@@ -5,10 +5,10 @@ use std::time::Instant;
 use tracing::{error, info, info_span, warn};
 
 use super::call::{Call, Success};
-use super::outlet::Delivery;
 use super::request::Request;
 use super::response::Response;
-use super::{Carried, Carrier};
+use super::response_writer::Delivery;
+use super::{Executed, Executor};
 use crate::cpi::verbs::Verbs;
 use crate::error::Error;
 use crate::schema::printable;
@@ -16,17 +16,17 @@ use crate::schema::printable;
 /// Carries calls out by its verbs, and undoes a create whose answer reached nobody: without its cid nobody can delete it.
 /// An answer that the pipe took and nobody read looks like any other.
 #[derive(Debug)]
-pub struct Here<V>(V);
+pub struct LocalExecutor<V>(V);
 
-impl<V: Verbs> Here<V> {
+impl<V: Verbs> LocalExecutor<V> {
     /// Carries out by `verbs`.
     pub fn new(verbs: V) -> Self {
         Self(verbs)
     }
 }
 
-impl<V: Verbs> Carrier for Here<V> {
-    fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
+impl<V: Verbs> Executor for LocalExecutor<V> {
+    fn execute(&self, request: &Request, call: Call) -> Executed<'_> {
         let span =
             info_span!("call", method = request.method, request_id = request.context.request_id());
         let entered = span.enter();
@@ -46,10 +46,10 @@ impl<V: Verbs> Carrier for Here<V> {
         };
         drop(entered);
         let made = undo.is_some();
-        let delivered = move |delivery| {
+        let on_delivery = move |delivery| {
             let _call = span.entered();
             match (delivery, undo) {
-                (Delivery::Taken, _) => self.0.told(),
+                (Delivery::Received, _) => self.0.acknowledge(),
                 (Delivery::Unknown(silence), undo) => {
                     let undo =
                         undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
@@ -68,7 +68,7 @@ impl<V: Verbs> Carrier for Here<V> {
                 }
             }
         };
-        Carried { response, made, delivered: Box::new(delivered) }
+        Executed { response, made, on_delivery: Box::new(on_delivery) }
     }
 }
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::commands::this_host;
+use crate::commands::local;
 use crate::cpi::every_vm::{Outcome, State};
 use crate::error::{Error, Result};
 
 /// Starts them and prints one line for each, or with `json` one object. Whether every VM is as it should be.
 pub fn start(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
-    print(&this_host::cpi(file)?.start_all()?, json, output)
+    print(&local::cpi(file)?.start_all()?, json, output)
 }
 
 /// Stops them, those that do not listen within `timeout` by force; otherwise as [`start`].
@@ -22,7 +22,7 @@ pub fn stop(
     json: bool,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    print(&this_host::cpi(file)?.stop_all(timeout)?, json, output)
+    print(&local::cpi(file)?.stop_all(timeout)?, json, output)
 }
 
 fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<bool> {
