@@ -1,4 +1,4 @@
-//! `bosh-qemu-cpi`: see [`bosh_qemu_cpi::cli`].
+//! The program `bosh-qemu-cpi`: dispatches the command line of [`bosh_qemu_cpi::cli`].
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use bosh_qemu_cpi::{commands, sys};
 use clap::Parser;
 
 fn main() -> ExitCode {
-    // A starter that ignores SIGCHLD would make every wait for a child of ours fail.
+    // A parent that ignores SIGCHLD passes that on, and every wait for a child process would fail.
     let _ = sys::signals::keep_exit_statuses();
     let cli = Cli::parse();
     let config = cli.config.as_deref();
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            // Not `eprintln!`, which panics when stderr is closed.
+            // `eprintln!` panics if stderr is closed.
             let _ = writeln!(std::io::stderr(), "Error: {}", error.report());
             ExitCode::FAILURE
         }

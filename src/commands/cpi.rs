@@ -1,5 +1,6 @@
-//! No command: answer one request of the Director or bosh-cli.
+//! Without a command: answers one CPI request of the Director or bosh-cli.
 
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
 use crate::config::{self, Document, TransportKind};
@@ -12,18 +13,24 @@ use crate::remote::one::OneHost;
 use crate::rpc::request::Request;
 use crate::rpc::{self, Executor, LocalExecutor, response_writer::ResponseWriter};
 
-/// Answers the request on standard input. Configuration and log come up only when something is to be done, so
-/// `info` works, and works fast, on a host whose configuration does not.
+/// Answers the request on standard input. Reads configuration and sets up the log only for methods
+/// that act, so `info` works, and works fast, on a host whose configuration is broken.
 ///
 /// # Errors
-/// Only when standard output can not be had; every other failure is an answer.
+/// Only if standard output cannot be duplicated; every other failure is an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
+    if io::stdin().is_terminal() {
+        let note = "reading a CPI request from the terminal, end it with Ctrl-D; for the \
+                    operator's commands see --help";
+        let _ = writeln!(io::stderr(), "{note}");
+    }
     let writer = ResponseWriter::stdout()?;
-    rpc::serve(std::io::stdin(), writer, |request| executor(config, request));
+    rpc::serve(io::stdin(), writer, |request| executor(config, request));
     Ok(())
 }
 
-/// Who carries the request out: this host, or one elsewhere.
+/// Chooses the executor by the configuration and the request's context: this host, one remote host
+/// (`transport`) or a group of remote hosts (`hosts`).
 fn executor(config: Option<&Path>, request: &Request) -> Result<Box<dyn Executor>> {
     let file = config::file(config);
     let document = Document::read(file.as_deref())?;

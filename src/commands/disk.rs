@@ -1,4 +1,4 @@
-//! `disk restore`, `disk take`: what BOSH has no call for.
+//! `bosh-qemu-cpi disk restore` and `disk take`: operations the CPI contract does not have.
 
 use std::io;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! What everything done on a host begins with: the configuration of this machine, which must be one.
+//! Configuration and CPI of this machine, for commands that act on the local host only.
 
 use std::path::{Path, PathBuf};
 
@@ -9,26 +9,27 @@ use crate::cpi::Cpi;
 use crate::error::{Error, ErrorKind, Result};
 use crate::log;
 
-/// The configuration, and the file that somebody named.
+/// Reads the configuration. Also returns the path of the file, or `None` for the defaults.
 ///
 /// # Errors
-/// [`ErrorKind::BadConfig`] if it sends calls elsewhere: what is here is nothing that anybody means. For anybody but root.
+/// [`ErrorKind::Host`] for a user other than root. [`ErrorKind::BadConfig`] if the configuration
+/// sends calls to other hosts: a command on this machine would then act on the wrong host.
 pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
-    if !geteuid().is_root() {
-        return Err(Error::new(ErrorKind::Host, "what is on a host is for root alone")
-            .hint("do it as root"));
-    }
+    ensure_root()?;
     let file = config::file(file);
     let config = Config::load(file.as_deref())?;
     if config.transport.kind != TransportKind::Local || !config.hosts.is_empty() {
-        let message = "this machine is no host: its configuration sends calls elsewhere";
-        return Err(Error::new(ErrorKind::BadConfig, message)
-            .hint("do it on the host; if this is one, take 'transport' and 'hosts' out of its configuration"));
+        let key = if config.hosts.is_empty() { "transport" } else { "hosts" };
+        let message = "this machine is not a host: its configuration sends calls to other hosts";
+        return Err(Error::new(ErrorKind::BadConfig, message).hint(format!(
+            "run the command on the host itself; if this is the host, remove '{key}' from its \
+             configuration"
+        )));
     }
     Ok((config, file))
 }
 
-/// The host, for a command at a terminal.
+/// The CPI of this host, with its log on standard error.
 ///
 /// # Errors
 /// As [`config()`].
@@ -36,4 +37,13 @@ pub(super) fn cpi(file: Option<&Path>) -> Result<Cpi> {
     let (config, file) = config(file)?;
     log::init(&config.log);
     Ok(Cpi::new(config, file))
+}
+
+/// # Errors
+/// [`ErrorKind::Host`] for a user other than root.
+pub(super) fn ensure_root() -> Result<()> {
+    if geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Host, "this command must run as root").hint("use sudo"))
 }

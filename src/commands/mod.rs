@@ -1,4 +1,4 @@
-//! One file for each command.
+//! The commands of the program, one file or directory for each.
 
 pub mod audit;
 pub mod cpi;

@@ -1,4 +1,4 @@
-//! Calls carried out on this host.
+//! Runs calls on this host.
 
 use std::time::Instant;
 
@@ -13,13 +13,14 @@ use crate::cpi::verbs::Verbs;
 use crate::error::Error;
 use crate::schema::printable;
 
-/// Carries calls out by its verbs, and undoes a create whose answer reached nobody: without its cid nobody can delete it.
-/// An answer that the pipe took and nobody read looks like any other.
+/// Runs calls with the methods of a CPI, and undoes a create if its response did not reach the caller:
+/// without the cid no caller can delete the object. A response that the pipe accepted counts as
+/// received, even if the reader ends without reading it.
 #[derive(Debug)]
 pub struct LocalExecutor<V>(V);
 
 impl<V: Verbs> LocalExecutor<V> {
-    /// Carries out by `verbs`.
+    /// An executor that calls `verbs`.
     pub fn new(verbs: V) -> Self {
         Self(verbs)
     }
@@ -50,20 +51,21 @@ impl<V: Verbs> Executor for LocalExecutor<V> {
             let _call = span.entered();
             match (delivery, undo) {
                 (Delivery::Received, _) => self.0.acknowledge(),
-                (Delivery::Unknown(silence), undo) => {
-                    let undo =
-                        undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
+                (Delivery::Unknown(reason), undo) => {
+                    let undo = undo.map(|undo| {
+                        format!("; if the caller does not have it, {undo} removes the object")
+                    });
                     warn!(
-                        "nobody said that they took the answer: {silence}{}",
+                        "the caller did not acknowledge the response: {reason}{}",
                         undo.unwrap_or_default()
                     );
                 }
-                (Delivery::Lost(unanswered), undo) => {
-                    warn!("nobody took the answer: {unanswered}");
+                (Delivery::Lost(reason), undo) => {
+                    warn!("the response did not reach the caller: {reason}");
                     let Some(undo) = undo else { return };
                     match undo.run(&self.0) {
                         Ok(()) => warn!("undone: {undo}"),
-                        Err(failure) => error!("not undone: {undo}: {}", one_line(&failure)),
+                        Err(failure) => error!("cannot undo: {undo}: {}", one_line(&failure)),
                     }
                 }
             }

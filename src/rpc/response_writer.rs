@@ -1,4 +1,4 @@
-//! Where the answer goes: written once, by whoever comes first, the call or its panic.
+//! Writes the response exactly once: the call's, or that of the first panic.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -10,72 +10,72 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::rpc::response::Response;
 
-/// What became of an answer.
+/// The fate of a response.
 #[derive(Debug)]
 pub enum Delivery {
-    /// The caller has it.
+    /// The caller has received it.
     Received,
-    /// The caller is gone and can not have it.
+    /// The caller cannot receive it: it has closed its end.
     Lost(io::Error),
-    /// It was on its way when the caller fell silent. Whether it arrived, nobody can tell.
+    /// It was sent, but the connection broke or timed out before the caller acknowledged it.
     Unknown(io::Error),
 }
 
-/// How answers reach the caller.
+/// A destination of responses.
 pub trait ResponseSink: Send + Sync {
-    /// Brings it `answer`. If it `matters` whether that arrives, says so after finding out, not only after sending.
-    fn deliver(&self, answer: &Response, matters: bool) -> Delivery;
+    /// Sends `response`. With `await_receipt`, waits until the caller acknowledges it.
+    fn deliver(&self, response: &Response, await_receipt: bool) -> Delivery;
 }
 
-/// A pipe whose reader is the caller: what it took has arrived.
+/// A pipe to the caller. What the pipe accepts counts as received.
 impl ResponseSink for File {
-    fn deliver(&self, answer: &Response, _: bool) -> Delivery {
-        match (&*self).write_all(answer.as_bytes()) {
+    fn deliver(&self, response: &Response, _: bool) -> Delivery {
+        match (&*self).write_all(response.as_bytes()) {
             Ok(()) => Delivery::Received,
-            // What was taken is no JSON.
+            // A part that was written is not valid JSON, so the caller cannot use it.
             Err(error) => Delivery::Lost(error),
         }
     }
 }
 
-/// The way to the caller, for one answer.
+/// Sends one response to the caller.
 pub struct ResponseWriter {
-    way: Box<dyn ResponseSink>,
+    sink: Box<dyn ResponseSink>,
     used: AtomicBool,
 }
 
 impl ResponseWriter {
-    /// Takes standard output for the answer alone.
+    /// A writer to standard output, which nothing else can write to from now on.
     ///
     /// # Errors
-    /// [`ErrorKind::Host`].
+    /// As [`take_stdout`].
     pub fn stdout() -> Result<Self> {
         take_stdout().map(Self::new)
     }
 
-    /// Answers by `way`.
-    pub fn new(way: impl ResponseSink + 'static) -> Self {
-        Self { way: Box::new(way), used: AtomicBool::new(false) }
+    /// A writer to `sink`.
+    pub fn new(sink: impl ResponseSink + 'static) -> Self {
+        Self { sink: Box::new(sink), used: AtomicBool::new(false) }
     }
 
-    /// Gives the one answer, as [`ResponseSink::deliver`].
+    /// Sends the response, as [`ResponseSink::deliver`].
     ///
     /// # Panics
-    /// If there was an answer before.
-    pub fn send(&self, response: &Response, matters: bool) -> Delivery {
-        assert!(!self.used.swap(true, Ordering::SeqCst), "a second answer");
-        self.way.deliver(response, matters)
+    /// If a response was sent before.
+    pub fn send(&self, response: &Response, await_receipt: bool) -> Delivery {
+        assert!(!self.used.swap(true, Ordering::SeqCst), "a second response");
+        self.sink.deliver(response, await_receipt)
     }
 
-    /// From now on a panic, of any thread, is answered and ends the process with status 0. In a release build a
-    /// panic aborts: the hook is the last that runs.
+    /// Installs a panic hook: a panic of any thread sends an error response and ends the process with
+    /// status 0. In a release build panics abort, and the hook is the last code that runs.
     pub fn answer_panics(self) -> Arc<Self> {
         let writer = Arc::new(self);
         let hooked = Arc::clone(&writer);
         std::panic::set_hook(Box::new(move |panic| {
             if !hooked.used.swap(true, Ordering::SeqCst) {
-                // Nobody is left to be told that this failed, too.
-                let _ = hooked.way.deliver(&Response::failure(&bug(panic)), false);
+                // The process ends either way, so a failure to deliver cannot be reported.
+                let _ = hooked.sink.deliver(&Response::failure(&bug(panic)), false);
             }
             std::process::exit(0);
         }));
@@ -83,19 +83,20 @@ impl ResponseWriter {
     }
 }
 
-/// Standard output, for us alone. File descriptor 1 becomes `/dev/null` and ours is not inherited: what a child prints can
-/// not spoil an answer, and one that stays can not keep the caller waiting on it.
+/// Takes standard output away from the rest of the process. File descriptor 1 becomes `/dev/null`, and
+/// child processes do not inherit the returned duplicate. So a child's output cannot corrupt the
+/// response, and a child that stays cannot keep the caller waiting for the end of the output.
 ///
 /// # Errors
-/// [`ErrorKind::Host`].
+/// [`ErrorKind::Host`] if a descriptor cannot be duplicated or /dev/null cannot be opened.
 pub fn take_stdout() -> Result<File> {
     let own = io::stdout()
         .as_fd()
         .try_clone_to_owned()
         .map_err(|e| Error::os("duplicate standard output", e))?;
     let null = std::path::Path::new("/dev/null");
-    let nowhere = File::options().write(true).open(null).at("open", null)?;
-    nix::unistd::dup2_stdout(&nowhere).map_err(|e| Error::os("replace standard output", e))?;
+    let sink = File::options().write(true).open(null).at("open", null)?;
+    nix::unistd::dup2_stdout(&sink).map_err(|e| Error::os("replace standard output", e))?;
     Ok(File::from(own))
 }
 
@@ -103,12 +104,13 @@ fn bug(panic: &PanicHookInfo<'_>) -> Error {
     describe(panic.payload().downcast_ref::<&'static str>().copied(), panic.location())
 }
 
-/// Only a literal message is shown: one that was put together may hold what the request said.
+/// The error for a panic. Shows only a literal message: a formatted one may contain values of the
+/// request.
 fn describe(literal: Option<&'static str>, location: Option<&Location<'_>>) -> Error {
-    let place = location.map_or_else(|| "an unknown place".to_owned(), Location::to_string);
+    let place = location.map_or_else(|| "an unknown location".to_owned(), Location::to_string);
     let what = literal.map(|text| format!(": {text}")).unwrap_or_default();
-    Error::new(ErrorKind::Internal, format!("a bug of the CPI at {place}{what}"))
-        .hint("what was begun is finished or undone by the next call on the same cid")
+    Error::new(ErrorKind::Internal, format!("bug in the CPI at {place}{what}"))
+        .hint("report it; the next call on the same cid finishes or undoes what this call began")
 }
 
 #[cfg(test)]
@@ -118,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_answer_is_written_once() {
+    fn the_response_is_written_once() {
         let mut file = tempfile::tempfile().unwrap();
         let writer = ResponseWriter::new(file.try_clone().unwrap());
         assert!(matches!(writer.send(&Response::success(&true), false), Delivery::Received));
@@ -131,17 +133,17 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_named_by_its_place_and_a_literal_message() {
+    fn a_panic_is_reported_with_its_location_and_a_literal_message() {
         let here = Location::caller();
         let error = describe(Some("index out of range"), Some(here)).report();
         assert!(
-            error.starts_with(&format!("a bug of the CPI at {here}: index out of range\nHint: ")),
+            error.starts_with(&format!("bug in the CPI at {here}: index out of range\nHint: ")),
             "{error}"
         );
         assert!(
             describe(None, None)
                 .report()
-                .starts_with("a bug of the CPI at an unknown place\nHint: ")
+                .starts_with("bug in the CPI at an unknown location\nHint: ")
         );
     }
 }

@@ -59,7 +59,7 @@ fn a_panic_is_an_answer() {
     let failure = outcome.unwrap_err();
     assert_eq!(failure.kind, "CloudError");
     assert!(
-        failure.message.starts_with("a bug of the CPI at tests/it/door.rs:"),
+        failure.message.starts_with("bug in the CPI at tests/it/door.rs:"),
         "{}",
         failure.message
     );
@@ -76,8 +76,7 @@ fn a_panic_does_not_repeat_what_a_request_said() {
     };
     let message = outcome.unwrap_err().message;
     assert!(
-        message.starts_with("a bug of the CPI at tests/it/door.rs:")
-            && !message.contains("hunter2"),
+        message.starts_with("bug in the CPI at tests/it/door.rs:") && !message.contains("hunter2"),
         "{message}"
     );
 }

@@ -1,4 +1,4 @@
-//! `bosh-qemu-cpi host …`: this machine as a host of VMs, for itself and for callers elsewhere.
+//! `bosh-qemu-cpi host …`: this machine as a host of VMs, for local and remote callers.
 
 mod authorize;
 mod boot;
@@ -16,18 +16,19 @@ use std::time::Duration;
 use crate::cli::HostCommand;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A configuration that would be read by nobody is more likely meant for the machine that becomes a host.
-fn unconfigured(config: Option<&Path>) -> Result<()> {
+/// Refuses `--config` for a command that reads no configuration: the operator most likely means the
+/// configuration of the new host.
+fn ensure_no_config(config: Option<&Path>) -> Result<()> {
     let Some(config) = config else { return Ok(()) };
-    let message = format!("'--config {}' says nothing to this command", config.display());
+    let message = format!("this command does not read '--config {}'", config.display());
     Err(Error::new(ErrorKind::BadRequest, message)
-        .hint("what is to count on the host is given by --host-config"))
+        .hint("use --host-config for the configuration of the new host"))
 }
 
-/// Does it. Whether all is as it should be.
+/// Runs the command. Returns false if the exit status must be 1 although there was no error.
 ///
 /// # Errors
-/// Those of each command.
+/// Those of the command.
 pub fn run(config: Option<&Path>, command: HostCommand, output: &mut dyn Write) -> Result<bool> {
     match command {
         HostCommand::Start { json } => boot::start(config, json, output),
@@ -36,12 +37,14 @@ pub fn run(config: Option<&Path>, command: HostCommand, output: &mut dyn Write) 
         }
         HostCommand::Serve => serve::run(config).map(|()| true),
         HostCommand::Install(install) => {
-            unconfigured(config).and_then(|()| install::install(&install, output))
+            ensure_no_config(config).and_then(|()| install::install(&install, output))
         }
         HostCommand::Uninstall(machine) => {
-            unconfigured(config).and_then(|()| install::uninstall(&machine, output))
+            ensure_no_config(config).and_then(|()| install::uninstall(&machine, output))
         }
-        HostCommand::Setup(setup) => unconfigured(config).and_then(|()| setup::run(&setup, output)),
+        HostCommand::Setup(setup) => {
+            ensure_no_config(config).and_then(|()| setup::run(&setup, output))
+        }
         HostCommand::Status { json } => status::run(config, json, output),
         HostCommand::Authorize { key } => authorize::run(config, &key, output),
     }

@@ -1,4 +1,5 @@
-//! A caller who is not root here: root answers, in a process of its own behind a socket.
+//! Forwards a call of a user other than root to a process of root behind bosh-qemu-cpi.socket, and
+//! that process's answer back.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,53 +15,61 @@ use crate::error::{Error, Result};
 use crate::patience::within;
 use crate::schema::Property;
 
-/// How long a caller waits for its turn, where as many are answered as the socket's unit allows.
-const TURN: Duration = Duration::from_secs(30);
+/// How long to wait for a connection while the socket unit serves `MaxConnections` other calls.
+const SOCKET_CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Has another process of this host, which is root's, answer in place of this one.
+/// Connects standard input and `output` with a new process of root that serves the call.
+///
+/// # Errors
+/// If the socket does not exist, refuses this user or stays busy, and I/O errors.
 pub(super) fn to_root(output: File) -> Result<()> {
     let socket = Transport::absent().expect("every key has a default").socket;
     let fail = |error| {
-        let hint =
-            "calls of users who are not root need bosh-qemu-cpi.socket, and the user in its group";
+        let hint = "calls of a user other than root go through bosh-qemu-cpi.socket: enable it with \
+                    'bosh-qemu-cpi host setup --user USER', which also adds the user to its group";
         Error::io("connect to", &socket, error).hint(hint)
     };
     let path = socket.clone();
-    let connected = within(Instant::now() + TURN, move || UnixStream::connect(path));
-    let host = connected.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(fail)?;
-    join(io::stdin(), output, host).map_err(|e| Error::os("pass on the answer", e))
+    let connected =
+        within(Instant::now() + SOCKET_CONNECT_TIMEOUT, move || UnixStream::connect(path));
+    let root = connected.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(fail)?;
+    forward(io::stdin(), output, root).map_err(|e| Error::os("forward the answer", e))
 }
 
-/// Passes on to `host` what is heard on `input`, and to `output` what it says, until it or who listens there is gone.
-fn join(
+/// Copies `input` to the `root` process and its answer to `output`, until that process ends or the
+/// reader of `output` closes it.
+fn forward(
     mut input: impl Read + Send + 'static,
     mut output: File,
-    mut host: UnixStream,
+    mut root: UnixStream,
 ) -> io::Result<()> {
-    let (mut caller, end, heard) = (host.try_clone()?, host.try_clone()?, output.try_clone()?);
+    let (mut request, closing, answer) =
+        (root.try_clone()?, root.try_clone()?, output.try_clone()?);
     std::thread::spawn(move || {
-        let _ = io::copy(&mut input, &mut caller);
-        // It has no more to say, and may listen yet.
-        let _ = caller.shutdown(Shutdown::Write);
+        let _ = io::copy(&mut input, &mut request);
+        // The caller has sent everything, but may still read.
+        let _ = request.shutdown(Shutdown::Write);
     });
     std::thread::spawn(move || {
-        if let Ok(()) = closed(&heard) {
-            // Or the host would answer into nothing, and take its answer for one that may have been heard.
-            let _ = end.shutdown(Shutdown::Both);
+        if let Ok(()) = wait_until_closed(&answer) {
+            // Otherwise the root process would write its answer into the socket without an error,
+            // and could not tell whether the caller received it.
+            let _ = closing.shutdown(Shutdown::Both);
         }
     });
-    // Of what it knows to be a socket and a pipe, `io::copy` makes splice(2), which has the pipe's lock while nothing comes:
-    // nobody could close the other end until then (`splice_file_to_pipe` in fs/splice.c).
-    let host: &mut dyn Read = &mut host;
-    io::copy(host, &mut output).map(drop)
+    // For a socket and a pipe of known types `io::copy` uses splice(2), which holds the pipe's lock
+    // while it waits for data. The reader's close would block until then (`splice_file_to_pipe` in
+    // the kernel's fs/splice.c). A trait object hides the type.
+    let root: &mut dyn Read = &mut root;
+    io::copy(root, &mut output).map(drop)
 }
 
-/// Waits until nobody can read any more what is written to `output`.
-fn closed(output: &File) -> io::Result<()> {
-    // Of a pipe without readers, and of a socket whose other end is gone, that is said whatever is asked for.
-    let mut asked = [PollFd::new(output.as_fd(), PollFlags::empty())];
+/// Waits until `output`, a pipe or a socket, has no reader.
+fn wait_until_closed(output: &File) -> io::Result<()> {
+    // poll(2) reports POLLERR and POLLHUP whatever events the caller asks for.
+    let mut descriptors = [PollFd::new(output.as_fd(), PollFlags::empty())];
     loop {
-        match poll(&mut asked, PollTimeout::NONE) {
+        match poll(&mut descriptors, PollTimeout::NONE) {
             Err(nix::errno::Errno::EINTR) => {}
             polled => return polled.map(drop).map_err(io::Error::from),
         }
@@ -75,19 +84,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_caller_that_is_gone_is_so_for_the_process_that_answers() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        // It has more to say for all that anybody knows, and hears no more.
-        let (input, _speaks) = io::pipe().unwrap();
-        let (hears, output) = io::pipe().unwrap();
-        let joined =
-            std::thread::spawn(move || join(input, File::from(OwnedFd::from(output)), ours));
-        // The greeting was heard.
-        theirs.write_all(b"x").unwrap();
-        (&hears).read_exact(&mut [0]).unwrap();
-        drop(hears);
-        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-        assert_eq!(theirs.write_all(b"answer").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        joined.join().unwrap().unwrap();
+    fn a_caller_that_closes_its_end_closes_the_connection_to_root() {
+        let (proxy, mut root) = UnixStream::pair().unwrap();
+        // The caller keeps its input open and closes only the end that it reads.
+        let (input, _caller_writes) = io::pipe().unwrap();
+        let (caller_reads, output) = io::pipe().unwrap();
+        let forwarding =
+            std::thread::spawn(move || forward(input, File::from(OwnedFd::from(output)), proxy));
+        // The caller received the greeting.
+        root.write_all(b"x").unwrap();
+        (&caller_reads).read_exact(&mut [0]).unwrap();
+        drop(caller_reads);
+        assert_eq!(root.read(&mut [0]).unwrap(), 0);
+        assert_eq!(root.write_all(b"answer").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        forwarding.join().unwrap().unwrap();
     }
 }

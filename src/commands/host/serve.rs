@@ -1,5 +1,5 @@
-//! `bosh-qemu-cpi host serve`: answer one question of a caller elsewhere. Started for each by sshd, as a forced command, or
-//! by a socket unit with `Accept=yes`.
+//! `bosh-qemu-cpi host serve`: answers one question of a remote caller. sshd (as a forced command) or a
+//! socket unit with `Accept=yes` starts one process for each connection.
 
 use std::fmt;
 use std::fs::File;
@@ -27,10 +27,12 @@ use crate::rpc::response_writer::{self, ResponseWriter};
 use crate::rpc::{self, Executor, LocalExecutor};
 use crate::schema::printable;
 
-/// Greets, hears one question and answers it. A user who is not root has that done behind the socket that is there for such.
+/// Sends the greeting, reads one question and answers it. For a user other than root the proxy
+/// forwards the connection to a process of root instead.
 ///
 /// # Errors
-/// Only when standard output can not be had or nobody listens; every other failure is an answer.
+/// Only if standard output cannot be duplicated or the caller has closed it; every other failure is
+/// an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
     let output = response_writer::take_stdout()?;
     if !geteuid().is_root() {
@@ -45,29 +47,29 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     let writer = ResponseWriter::new(caller.clone());
     match caller.question() {
         Ok(Question::Call(call)) if is_absent(config, &call) => {
-            caller.say(&Word::Absent).map_err(gone)
+            caller.say(&Word::Absent).map_err(caller_closed)
         }
         Ok(Question::Call(call)) => {
             answer_call(config, call, &caller, writer);
             Ok(())
         }
         Ok(Question::Offer(wish)) => match offer(config, &wish) {
-            Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
+            Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(caller_closed),
             Err(error) => refuse(&error, &writer),
         },
         Ok(Question::GiveUp(disk)) => match give_up(config, &caller, &disk) {
-            Ok(()) => caller.say(&Word::GivenUp).map_err(gone),
+            Ok(()) => caller.say(&Word::GivenUp).map_err(caller_closed),
             Err(error) => refuse(&error, &writer),
         },
         Ok(Question::Find(cids)) => match find(config, &cids) {
-            Ok(found) => caller.say(&Word::Found(found)).map_err(gone),
+            Ok(found) => caller.say(&Word::Found(found)).map_err(caller_closed),
             Err(error) => refuse(&error, &writer),
         },
         Err(error) => refuse(&error, &writer),
     }
 }
 
-fn gone(error: io::Error) -> Error {
+fn caller_closed(error: io::Error) -> Error {
     Error::os("answer the caller", error)
 }
 
@@ -76,14 +78,14 @@ fn refuse(error: &Error, writer: &ResponseWriter) -> Result<()> {
     Ok(())
 }
 
-/// Whether the call is for a host with things that are not here. If that can not be said, the call says why.
+/// Whether the call is only for a host that has certain objects, and this host lacks one of them.
+/// Returns false if that cannot be determined: the call then fails with the reason.
 fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
     if call.only_with.is_empty() {
         return false;
     }
     local::config(config).is_ok_and(|(config, file)| {
         let cpi = Cpi::new(config, file);
-        // If it can not be told, the call tells why.
         !call.only_with.iter().all(|cid| cpi.has_of(cid).unwrap_or(true))
     })
 }
@@ -118,32 +120,33 @@ fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, write
     });
 }
 
-/// The log of what a caller has done here, which begins with who that is: the caller's, and this host's own.
+/// Sends the call's log both to the caller and to this host's own log. Its first line names the
+/// caller.
 fn begin_log(config: &Config, caller: &Caller) {
     let peer = peer(io::stdin().as_fd());
     match peer {
-        Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
-        // Standard error would be told to the caller, too.
-        Peer::Elsewhere(_) => {
-            log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET))))
+        Peer::Process(_) => log::init_to(&config.log, Tee(caller.log(), io::stderr())),
+        // sshd sends standard error to the caller, who has the log already.
+        Peer::Remote(_) => {
+            log::init_to(&config.log, Tee(caller.log(), Syslog::at(Path::new(syslog::SOCKET))))
         }
     }
     tracing::info!("called by {peer}");
 }
 
-/// What the image of create_stemcell is called on the caller's machine.
+/// The path of create_stemcell's image on the caller's machine.
 fn image_name(request: &Request) -> String {
     let name =
         request.arguments.first().and_then(|path| serde_json::from_str::<String>(path.get()).ok());
     name.unwrap_or_default()
 }
 
-/// Who calls.
+/// The caller, for the log.
 enum Peer {
-    /// A process of this machine, behind a socket: the kernel says whose it is.
+    /// A process of this machine on the unix socket, with credentials from the kernel.
     Process(UnixCredentials),
-    /// Whoever is at the other end of sshd's connection, as it says.
-    Elsewhere(Option<String>),
+    /// The address at the other end of sshd's connection, from `SSH_CONNECTION`.
+    Remote(Option<String>),
 }
 
 fn peer(input: BorrowedFd<'_>) -> Peer {
@@ -151,7 +154,7 @@ fn peer(input: BorrowedFd<'_>) -> Peer {
         return Peer::Process(peer);
     }
     let connection = std::env::var("SSH_CONNECTION").ok();
-    Peer::Elsewhere(connection.map(|words| printable(words.split(' ').next().unwrap_or_default())))
+    Peer::Remote(connection.map(|words| printable(words.split(' ').next().unwrap_or_default())))
 }
 
 impl fmt::Display for Peer {
@@ -160,18 +163,18 @@ impl fmt::Display for Peer {
             Self::Process(peer) => {
                 write!(f, "uid {}, gid {}, pid {}", peer.uid(), peer.gid(), peer.pid())
             }
-            Self::Elsewhere(Some(address)) => write!(f, "{address} through ssh"),
-            Self::Elsewhere(None) => f.write_str("somebody on standard input"),
+            Self::Remote(Some(address)) => write!(f, "{address} over ssh"),
+            Self::Remote(None) => f.write_str("an unknown caller on standard input"),
         }
     }
 }
 
-/// Writes everything twice.
-struct Both<A, B>(A, B);
+/// Writes everything to two writers.
+struct Tee<A, B>(A, B);
 
-impl<A: Write, B: Write> Write for Both<A, B> {
+impl<A: Write, B: Write> Write for Tee<A, B> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        // Neither keeps the other from it.
+        // An error of one writer does not keep the line from the other.
         let (one, other) = (self.0.write_all(line), self.1.write_all(line));
         one.and(other).map(|()| line.len())
     }
