@@ -119,8 +119,8 @@ pub enum Command {
 pub enum HostCommand {
     /// Start every VM of this host that should run
     ///
-    /// Runs at boot (bosh-qemu-cpi.service) and is safe at any time: it leaves running VMs alone and
-    /// gives a running VM without a supervisor a new one. VMs start in the order of the tag
+    /// Runs at boot (bosh-qemu-cpi.service) and is safe at any time: it leaves running VMs alone
+    /// and gives a running VM without a supervisor a new one. VMs start in the order of the tag
     /// `start_priority` (largest first), then a Director made by create-env, then the oldest.
     /// A VM whose guest powered itself off stays off. Needs root.
     ///

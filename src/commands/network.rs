@@ -24,12 +24,12 @@ pub enum Action {
     Remove,
 }
 
-/// Applies `action` to the networks named in `only`, or to all if it is empty. Prints a paragraph for
-/// each network or, with `as_json`, one object. Returns true if no network has an error.
+/// Applies `action` to the networks named in `only`, or to all if it is empty. Prints a paragraph
+/// for each network or, with `as_json`, one object. Returns true if no network has an error.
 ///
 /// # Errors
-/// If the configuration of a network is invalid, a name in `only` is unknown, or the state directory
-/// cannot be read.
+/// If the configuration of a network is invalid, a name in `only` is unknown, or the state
+/// directory cannot be read.
 pub fn run(
     config: Option<&Path>,
     action: Action,

@@ -27,9 +27,9 @@ pub fn config() -> String {
     let mut page = String::from(
         "# Configuration\n\n\
          `bosh-qemu-cpi` reads one JSON file: the one that `--config` names, else the one that\n\
-         `BOSH_QEMU_CPI_CONFIG` names, else `/etc/bosh-qemu-cpi/cpi.json` if it exists. Every key has\n\
-         a working default, so `{}` is a valid configuration. An unknown key or an invalid value is\n\
-         an error that names the file and the key's path.\n\n",
+         `BOSH_QEMU_CPI_CONFIG` names, else `/etc/bosh-qemu-cpi/cpi.json` if it exists. Every\n\
+         key has a working default, so `{}` is a valid configuration. An unknown key or an\n\
+         invalid value is an error that names the file and the key's path.\n\n",
     );
     let _ = writeln!(
         page,
@@ -41,14 +41,14 @@ pub fn config() -> String {
     table(&mut page, &Config::keys(), "");
     page.push_str(
         "\n# Machine templates\n\n\
-         A machine template is a TOML file that describes the virtual machine's hardware. `q35` is\n\
-         built in (`qemu-templates/q35.toml`); a file `<name>.toml` in `qemu.templates_dir` adds a\n\
-         template or replaces the built-in one of that name.\n\n",
+         A machine template is a TOML file that describes the virtual machine's hardware.\n\
+         `q35` is built in (`qemu-templates/q35.toml`); a file `<name>.toml` in\n\
+         `qemu.templates_dir` adds a template or replaces the built-in one of that name.\n\n",
     );
     table(&mut page, &Template::keys(), "");
     page.push_str(
         "\n# Network profiles\n\n\
-         A network profile is a TOML file that describes how a network connects to other networks.\n\
+         A network profile is a TOML file that describes how a network connects to others.\n\
          `nat`, `routed`, `isolated`, `bridge`, `vlan` and `user` are built in (`netconfig/`;\n\
          `docs/networking.md` draws each); a file `<name>.toml` in `network_profiles_dir` adds a\n\
          profile or replaces the built-in one of that name.\n\n",
@@ -61,9 +61,9 @@ pub fn config() -> String {
 pub fn cloud_properties() -> String {
     let mut page = String::from(
         "# Cloud properties\n\n\
-         The cloud properties that a manifest or cloud config may set for this CPI. An unknown key is\n\
-         an error with a suggestion. Missing keys come from the configuration's `vm_defaults` and\n\
-         `disk_defaults`.\n",
+         The cloud properties that a manifest or cloud config may set for this CPI. An unknown\n\
+         key is an error with a suggestion. Missing keys come from the configuration's\n\
+         `vm_defaults` and `disk_defaults`.\n",
     );
     let sections = [
         (

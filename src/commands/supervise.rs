@@ -11,8 +11,9 @@ use crate::log;
 use crate::supervisor::{self, Begin, Scope};
 use crate::sys::detach::detach;
 
-/// Detaches from the caller, then runs the VM until it stays off. Waits at most `queue_timeout` for a
-/// boot slot. Must run before the process opens anything, because it replaces standard descriptors.
+/// Detaches from the caller, then runs the VM until it stays off. Waits at most `queue_timeout` for
+/// a boot slot. Must run before the process opens anything, because it replaces standard
+/// descriptors.
 pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, queue_timeout: Duration) -> Result<()> {
     let queue_until = Instant::now() + queue_timeout;
     let (lock, handshake) = detach()?;

@@ -15,8 +15,8 @@ use crate::store::record::{Attachment, AttachmentPhase, Nic};
 use crate::store::{Phase, Store, VmRecord};
 use crate::supervisor::{Status, status};
 
-/// How long one VM's state may take. A healthy QEMU answers in a millisecond, or after the turn of a
-/// call that copies a disk.
+/// How long one VM's state may take. A healthy QEMU answers in a millisecond, or after the turn of
+/// a call that copies a disk.
 const VM_STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 const _: () = assert!(VM_STATUS_TIMEOUT.as_millis() > job::TURN.as_millis());
 /// VMs that are examined in parallel, so that the timeouts of QEMUs that hang do not add up.

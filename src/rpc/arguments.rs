@@ -10,7 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::request::Request;
 use crate::schema::{Property, SchemaError};
 
-/// Reads arguments by position. Every error names the argument's position and name, never its value.
+/// Reads arguments by position. Every error names the argument's position and name, never its
+/// value.
 pub struct Arguments<'a> {
     values: &'a [Box<RawValue>],
     /// How many were read.

@@ -1,7 +1,5 @@
 //! The acting methods of the CPI contract: parses a request into a typed call and runs the call.
 
-use std::fmt;
-
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value};
@@ -14,6 +12,7 @@ use crate::cpi::verbs::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::arguments::Arguments;
 use crate::rpc::request::Request;
+pub use crate::rpc::undo::Undo;
 use crate::schema::printable;
 use crate::units::MiB;
 
@@ -53,27 +52,13 @@ pub struct Success {
     pub undo: Option<Undo>,
 }
 
-/// The delete that undoes a create, with the cid of the created object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Undo {
-    /// Undoes create_stemcell.
-    DeleteStemcell(StemcellCid),
-    /// Undoes create_vm.
-    DeleteVm(VmCid),
-    /// Undoes create_disk.
-    DeleteDisk(DiskCid),
-    /// Undoes snapshot_disk.
-    DeleteSnapshot(SnapshotCid),
-    /// Undoes create_network.
-    DeleteNetwork(NetworkCid),
-}
-
 impl Call {
     /// Parses method and arguments of `request`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] for a wrong argument, [`ErrorKind::NotSupported`] for an API version
-    /// that the CPI does not support, and [`ErrorKind::NotImplemented`] for an unknown method.
+    /// [`ErrorKind::BadRequest`] for a wrong argument, [`ErrorKind::NotSupported`] for an API
+    /// version that the CPI does not support, and [`ErrorKind::NotImplemented`] for an unknown
+    /// method.
     pub fn parse(request: &Request) -> Result<Self> {
         request.check_versions()?;
         let mut arguments = Arguments::of(request);
@@ -121,8 +106,8 @@ impl Call {
     }
 
     /// Chooses the cid of the object that the call creates, and returns the delete that undoes the
-    /// create; `None` if the call creates nothing. With `host`, the name of one of several hosts, the
-    /// cid has a tag that tells the host.
+    /// create; `None` if the call creates nothing. With `host`, the name of one of several hosts,
+    /// the cid has a tag that tells the host.
     pub fn choose_cid(&self, host: Option<&str>) -> Option<Undo> {
         fn new<C: Cid>(host: Option<&str>) -> C {
             host.map_or_else(C::random, C::random_at)
@@ -186,48 +171,6 @@ impl Call {
             }
             Self::DeleteNetwork(network) => done(verbs.delete_network(&network)),
         }
-    }
-}
-
-impl Undo {
-    /// Deletes the object. Succeeds if it does not exist.
-    ///
-    /// # Errors
-    /// Those of the delete method.
-    pub fn run(&self, verbs: &dyn Verbs) -> Result<()> {
-        let deleted = match self {
-            Self::DeleteStemcell(cid) => verbs.delete_stemcell(cid),
-            Self::DeleteVm(cid) => verbs.delete_vm(cid),
-            Self::DeleteDisk(cid) => verbs.delete_disk(cid),
-            Self::DeleteSnapshot(cid) => verbs.delete_snapshot(cid),
-            Self::DeleteNetwork(cid) => verbs.delete_network(cid),
-        };
-        match deleted {
-            Err(error)
-                if matches!(error.kind(), ErrorKind::DiskNotFound | ErrorKind::NetworkNotFound) =>
-            {
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    /// The method that deletes the object, and the object's cid, its only argument.
-    pub fn call(&self) -> (&'static str, &str) {
-        match self {
-            Self::DeleteStemcell(cid) => ("delete_stemcell", cid.as_str()),
-            Self::DeleteVm(cid) => ("delete_vm", cid.as_str()),
-            Self::DeleteDisk(cid) => ("delete_disk", cid.as_str()),
-            Self::DeleteSnapshot(cid) => ("delete_snapshot", cid.as_str()),
-            Self::DeleteNetwork(cid) => ("delete_network", cid.as_str()),
-        }
-    }
-}
-
-impl fmt::Display for Undo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (method, cid) = self.call();
-        write!(f, "{method} '{cid}'")
     }
 }
 
@@ -426,7 +369,8 @@ mod tests {
             (
                 "create_vm",
                 r#"["a b","s",{},{},[],{}]"#,
-                "argument 1, agent_id: expected 1 to 128 letters, digits, '-', '_' and '.', got a string",
+                "argument 1, agent_id: expected 1 to 128 letters, digits, '-', '_' and '.', \
+                 got a string",
             ),
             (
                 "create_vm",
@@ -463,7 +407,8 @@ mod tests {
             (
                 "calculate_vm_cloud_properties",
                 r#"[{"ram":1,"cpu":1}]"#,
-                "argument 1, vm_resources.ephemeral_disk_size: missing; expected a whole number of MiB from 1 to 67108864",
+                "argument 1, vm_resources.ephemeral_disk_size: missing; \
+                 expected a whole number of MiB from 1 to 67108864",
             ),
         ] {
             assert_eq!(refusal(method, arguments), expected);

@@ -13,9 +13,9 @@ use crate::cpi::verbs::Verbs;
 use crate::error::Error;
 use crate::schema::printable;
 
-/// Runs calls with the methods of a CPI, and undoes a create if its response did not reach the caller:
-/// without the cid no caller can delete the object. A response that the pipe accepted counts as
-/// received, even if the reader ends without reading it.
+/// Runs calls with the methods of a CPI, and undoes a create if its response did not reach the
+/// caller: without the cid no caller can delete the object. A response that the pipe accepted
+/// counts as received, even if the reader ends without reading it.
 #[derive(Debug)]
 pub struct LocalExecutor<V>(V);
 

@@ -19,6 +19,7 @@ mod local;
 pub mod request;
 pub mod response;
 pub mod response_writer;
+mod undo;
 
 use std::io::Read;
 
@@ -34,8 +35,8 @@ use response_writer::{Delivery, ResponseWriter};
 
 pub use local::LocalExecutor;
 
-/// Image formats that `create_stemcell` accepts, as stemcells and bosh-cli name them. `qemu-light` is
-/// this CPI's own: its cloud properties name an image file on the host.
+/// Image formats that `create_stemcell` accepts, as stemcells and bosh-cli name them. `qemu-light`
+/// is this CPI's own: its cloud properties name an image file on the host.
 pub const STEMCELL_FORMATS: [&str; 3] = ["openstack-qcow2", "openstack-raw", "qemu-light"];
 
 /// Runs calls: the CPI of this host, or a client of the CPI on remote hosts.
@@ -54,8 +55,8 @@ pub struct Executed<'a> {
     pub on_delivery: Box<dyn FnOnce(Delivery) + 'a>,
 }
 
-/// Reads the one request in `input` and writes its response to `writer`. Calls `executor` only for a
-/// well-formed call of an acting method: `info` and a malformed request need no configuration.
+/// Reads the one request in `input` and writes its response to `writer`. Calls `executor` only for
+/// a well-formed call of an acting method: `info` and a malformed request need no configuration.
 ///
 /// A panic is answered, too, and ends the process, so this must be the last thing a process does.
 pub fn serve(
@@ -93,8 +94,8 @@ fn answer(
     let _ = writer.send(&response, false);
 }
 
-/// The result of `info`: the capabilities of this program, whatever the state of its host. Callers send
-/// any API version or none, because they learn the version from the result.
+/// The result of `info`: the capabilities of this program, whatever the state of its host. Callers
+/// send any API version or none, because they learn the version from the result.
 fn info() -> Value {
     json!({"api_version": request::API_VERSIONS.end(), "stemcell_formats": STEMCELL_FORMATS})
 }

@@ -9,13 +9,15 @@ use serde_json::{Map, Value};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ordered::Object;
 
-/// The largest request that is parsed, bytes. Real ones have about 10 kB, nearly all of it certificates.
+/// The largest request that is parsed, bytes. Real ones have about 10 kB, nearly all of it
+/// certificates.
 pub const MAX_BYTES: u64 = 16 << 20;
 
 /// Versions of the CPI API that this CPI supports.
 pub const API_VERSIONS: std::ops::RangeInclusive<u64> = 2..=3;
 
-/// The oldest stemcell API version whose agent reads its settings from the VM instead of a registry.
+/// The oldest stemcell API version whose agent reads its settings from the VM instead of a
+/// registry.
 const MIN_STEMCELL_API_VERSION: u64 = 2;
 
 /// One request of the Director or bosh-cli.
@@ -27,13 +29,13 @@ pub struct Request {
     pub arguments: Vec<Box<RawValue>>,
     /// The caller's context.
     pub context: Context,
-    /// The version of the CPI API that the caller uses. The Director omits it for `info`; bosh-cli sends 1
-    /// there.
+    /// The version of the CPI API that the caller uses. The Director omits it for `info`; bosh-cli
+    /// sends 1 there.
     pub api_version: Option<u64>,
 }
 
-/// The request's context. The properties of a cpi-config entry stand beside the built-in keys and replace
-/// those of the same name, so any key may be missing or have any type.
+/// The request's context. The properties of a cpi-config entry stand beside the built-in keys and
+/// replace those of the same name, so any key may be missing or have any type.
 #[derive(Default)]
 pub struct Context(Map<String, Value>);
 
@@ -83,14 +85,14 @@ fn too_long(bytes: u64) -> Error {
 }
 
 impl Request {
-    /// Parses the four keys. Ignores other keys, uses the last of a repeated key, and treats null like a
-    /// missing key for `context` and `api_version`.
+    /// Parses the four keys. Ignores other keys, uses the last of a repeated key, and treats null
+    /// like a missing key for `context` and `api_version`.
     ///
     /// # Errors
     /// [`ErrorKind::BadRequest`] with the key's name, never its value.
     pub fn parse(text: &str) -> Result<Self> {
-        // Parses the whole text once, so that the parts that stay unparsed (env, networks) are known to
-        // be well-formed, nested at most 128 deep, with numbers in range.
+        // Parses the whole text once, so that the parts that stay unparsed (env, networks) are
+        // known to be well-formed, nested at most 128 deep, with numbers in range.
         let value: Value = serde_json::from_str(text).map_err(|error| not_json(text, &error))?;
         if !value.is_object() {
             return Err(bad("the request is not a JSON object"));
@@ -103,8 +105,8 @@ impl Request {
         Ok(Self { method, arguments, context: Context(context), api_version })
     }
 
-    /// The request as text for another host: the arguments byte for byte, the context with `keys` instead
-    /// of the cpi-config entry's properties.
+    /// The request as text for another host: the arguments byte for byte, the context with `keys`
+    /// instead of the cpi-config entry's properties.
     pub fn forwarded(&self, keys: &Map<String, Value>) -> String {
         let own = BUILT_IN.iter().filter_map(|key| self.context.0.get_key_value(*key));
         let context: Map<_, _> =
@@ -136,8 +138,8 @@ impl Request {
         match self.context.stemcell_api_version() {
             Some(version) if self.method == "create_vm" && version < MIN_STEMCELL_API_VERSION => {
                 refused(format!(
-                    "the stemcell's API version {version} needs a registry, which this CPI does not \
-                     have: use a stemcell with API version {MIN_STEMCELL_API_VERSION} or later"
+                    "the stemcell's API version {version} needs a registry, which this CPI does \
+                     not have: use a stemcell with API version {MIN_STEMCELL_API_VERSION} or later"
                 ))
             }
             _ => Ok(()),
@@ -146,8 +148,8 @@ impl Request {
 }
 
 impl Context {
-    /// The Director's id of this call, such as `cpi-123456`. Returns `None` for any other format, because
-    /// the id goes to the log.
+    /// The Director's id of this call, such as `cpi-123456`. Returns `None` for any other format,
+    /// because the id goes to the log.
     pub fn request_id(&self) -> Option<&str> {
         let id = self.0.get("request_id")?.as_str()?;
         let tail = id.strip_prefix("cpi-")?;
@@ -238,8 +240,8 @@ mod tests {
         for (text, expected) in [
             (
                 "",
-                "the request is empty\nHint: send one JSON object on standard input; for the operator's \
-                 commands see --help",
+                "the request is empty\nHint: send one JSON object on standard input; for the \
+                 operator's commands see --help",
             ),
             ("{", "the request is not JSON: EOF while parsing an object at line 1 column 1"),
             ("{} {}", "the request is not JSON: trailing characters at line 1 column 4"),

@@ -86,8 +86,8 @@ impl Response {
         Self { json, error_type: None, lacks_room: false, crowded: false }
     }
 
-    /// The response `text` of another host, byte for byte except for control characters in messages and
-    /// log; `None` if the Director would not accept it.
+    /// The response `text` of another host, byte for byte except for control characters in messages
+    /// and log; `None` if the Director would not accept it.
     pub fn forwarded(text: String) -> Option<Self> {
         if text.len() > MAX_FORWARDED {
             return None;
@@ -123,9 +123,10 @@ impl Response {
     }
 }
 
-/// The Director's type for a kind of failure, and whether the Director should retry. It retries only
-/// `VMCreationFailed`. A type that is not in its list (cloud errors.rb, Director 283) would become the
-/// generic `UnknownError`, so `StemcellNotFound`, which only bosh-cli knows, is not used.
+/// The Director's type for a kind of failure, and whether the Director should retry. It retries
+/// only `VMCreationFailed`. A type that is not in its list (cloud errors.rb, Director 283) would
+/// become the generic `UnknownError`, so `StemcellNotFound`, which only bosh-cli knows, is not
+/// used.
 fn director_type(kind: ErrorKind) -> (&'static str, bool) {
     match kind {
         ErrorKind::BadRequest | ErrorKind::BadConfig => ("Bosh::Clouds::CpiError", false),
@@ -162,8 +163,8 @@ fn cleaned(text: &str) -> Option<String> {
     Some(answer.to_string())
 }
 
-/// Cuts the middle out of a text that is too long: its start says what failed, its end has the hint or
-/// the console's last lines.
+/// Cuts the middle out of a text that is too long: its start says what failed, its end has the hint
+/// or the console's last lines.
 fn bounded(text: String) -> String {
     if text.len() <= MAX_MESSAGE {
         return text;

@@ -67,8 +67,8 @@ impl ResponseWriter {
         self.sink.deliver(response, await_receipt)
     }
 
-    /// Installs a panic hook: a panic of any thread sends an error response and ends the process with
-    /// status 0. In a release build panics abort, and the hook is the last code that runs.
+    /// Installs a panic hook: a panic of any thread sends an error response and ends the process
+    /// with status 0. In a release build panics abort, and the hook is the last code that runs.
     pub fn answer_panics(self) -> Arc<Self> {
         let writer = Arc::new(self);
         let hooked = Arc::clone(&writer);
@@ -83,9 +83,9 @@ impl ResponseWriter {
     }
 }
 
-/// Takes standard output away from the rest of the process. File descriptor 1 becomes `/dev/null`, and
-/// child processes do not inherit the returned duplicate. So a child's output cannot corrupt the
-/// response, and a child that stays cannot keep the caller waiting for the end of the output.
+/// Takes standard output away from the rest of the process. File descriptor 1 becomes `/dev/null`,
+/// and child processes do not inherit the returned duplicate. So a child's output cannot corrupt
+/// the response, and a child that stays cannot keep the caller waiting for the end of the output.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] if a descriptor cannot be duplicated or /dev/null cannot be opened.

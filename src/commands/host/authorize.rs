@@ -1,5 +1,5 @@
-//! `bosh-qemu-cpi host authorize`: prints the `authorized_keys` line that lets a key call this host and
-//! restricts the key to that.
+//! `bosh-qemu-cpi host authorize`: prints the `authorized_keys` line that lets a key call this host
+//! and restricts the key to that.
 
 use std::io::Write;
 use std::path::Path;

@@ -46,7 +46,8 @@ pub fn uninstall(arguments: &cli::Machine, output: &mut dyn Write) -> Result<boo
     set_up(&Machine::of(arguments), arguments, " --remove", output)
 }
 
-/// Copies the program there, runs its `host setup` with `options` after consent, and removes the copy.
+/// Copies the program there, runs its `host setup` with `options` after consent, and removes the
+/// copy.
 fn set_up(
     machine: &Machine<'_>,
     arguments: &cli::Machine,
@@ -121,8 +122,8 @@ impl<'a> Machine<'a> {
         Self { target: &arguments.target, ssh: &arguments.ssh }
     }
 
-    /// Copies `file` to a new file below /tmp there, with the octal `mode`. `what` names the file in
-    /// errors. Returns the new path.
+    /// Copies `file` to a new file below /tmp there, with the octal `mode`. `what` names the file
+    /// in errors. Returns the new path.
     fn copy(&self, what: &str, file: &Path, mode: &str) -> Result<String> {
         let content = File::open(file).at("read", file)?;
         let script = format!(
@@ -147,7 +148,8 @@ impl<'a> Machine<'a> {
         self.run("clean up there", &format!("rm -f {path}")).map(drop)
     }
 
-    /// Runs the shell script there and returns its standard output. `what` names the step in errors.
+    /// Runs the shell script there and returns its standard output. `what` names the step in
+    /// errors.
     fn run(&self, what: &str, script: &str) -> Result<String> {
         self.run_with_input(what, script, Stdio::null())
     }

@@ -25,7 +25,7 @@ const SOCKET_CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) fn to_root(output: File) -> Result<()> {
     let socket = Transport::absent().expect("every key has a default").socket;
     let fail = |error| {
-        let hint = "calls of a user other than root go through bosh-qemu-cpi.socket: enable it with \
+        let hint = "calls of a user other than root go through bosh-qemu-cpi.socket: as root, run \
                     'bosh-qemu-cpi host setup --user USER', which also adds the user to its group";
         Error::io("connect to", &socket, error).hint(hint)
     };

@@ -1,5 +1,5 @@
-//! `bosh-qemu-cpi host serve`: answers one question of a remote caller. sshd (as a forced command) or a
-//! socket unit with `Accept=yes` starts one process for each connection.
+//! `bosh-qemu-cpi host serve`: answers one question of a remote caller. sshd (as a forced command)
+//! or a socket unit with `Accept=yes` starts one process for each connection.
 
 use std::fmt;
 use std::fs::File;
@@ -128,7 +128,7 @@ fn begin_log(config: &Config, caller: &Caller) {
         Peer::Process(_) => log::init_to(&config.log, Tee(caller.log(), io::stderr())),
         // sshd sends standard error to the caller, who has the log already.
         Peer::Remote(_) => {
-            log::init_to(&config.log, Tee(caller.log(), Syslog::at(Path::new(syslog::SOCKET))))
+            log::init_to(&config.log, Tee(caller.log(), Syslog::at(Path::new(syslog::SOCKET))));
         }
     }
     tracing::info!("called by {peer}");

@@ -1,5 +1,5 @@
-//! `bosh-qemu-cpi host setup`: installs the program, its systemd units and the key that may call this
-//! host. `host install` runs it on another machine.
+//! `bosh-qemu-cpi host setup`: installs the program, its systemd units and the key that may call
+//! this host. `host install` runs it on another machine.
 
 use std::io::Write;
 use std::path::Path;
@@ -92,7 +92,8 @@ fn remove(setup: &Setup, mut print: impl FnMut(&str) -> Result<()>) -> Result<bo
     if vms > 0 && setup.root == Path::new("/") {
         let message = format!("this host still has {vms} VMs");
         return Err(Error::new(ErrorKind::Conflict, message).hint(
-            "delete them with BOSH first, or set 'draining' for this host and recreate them on others",
+            "delete them with BOSH first, or set 'draining' for this host and recreate them on \
+             others",
         ));
     }
     if setup.plan {

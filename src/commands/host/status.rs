@@ -1,5 +1,5 @@
-//! `bosh-qemu-cpi host status`: version, VMs, accelerator and free resources of each configured host,
-//! or of this host if none is configured.
+//! `bosh-qemu-cpi host status`: version, VMs, accelerator and free resources of each configured
+//! host, or of this host if none is configured.
 
 use std::io::Write;
 use std::path::Path;

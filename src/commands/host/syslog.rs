@@ -1,5 +1,5 @@
-//! The host's own log of calls over ssh: sshd sends their standard error to the caller, so this host
-//! would keep nothing of it.
+//! The host's own log of calls over ssh: sshd sends their standard error to the caller, so this
+//! host would keep nothing of it.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;

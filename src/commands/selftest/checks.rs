@@ -26,7 +26,8 @@ use crate::units::MiB;
 /// under nested KVM.
 const GUEST_STEP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Runs the checks up to the first that fails, and then always the clean-up. Returns true if all pass.
+/// Runs the checks up to the first that fails, and then always the clean-up. Returns true if all
+/// pass.
 pub(super) fn all(lab: &Lab, report: &mut Report<'_>) -> bool {
     let mut checks = Checks { lab, vm: None, disk: None, stemcell: None };
     let passed = checks.run(report).is_some();
@@ -103,7 +104,8 @@ impl Checks<'_> {
 
     fn create_vm(&self) -> Result<(VmCid, String)> {
         let networks = json!({"net": {
-            "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.252", "gateway": "10.255.255.1",
+            "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.252",
+            "gateway": "10.255.255.1",
         }});
         let bug = |what: &str| {
             Error::new(ErrorKind::Internal, format!("the selftest's own {what} is malformed"))

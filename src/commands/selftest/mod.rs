@@ -1,10 +1,10 @@
-//! `bosh-qemu-cpi selftest`: checks in a few seconds, without a stemcell or a download, that this host
-//! can run VMs.
+//! `bosh-qemu-cpi selftest`: checks in a few seconds, without a stemcell or a download, that this
+//! host can run VMs.
 //!
 //! A 512-byte guest goes through the life of a VM, driven by the methods that a Director calls. It
-//! prints `BOOTSECTOR-OK` when it boots, `U` when a disk is plugged, `D` when its unplug is requested,
-//! and `OFF` at the power button (its source is in `guests/`). The test uses temporary directories
-//! and its own network namespace.
+//! prints `BOOTSECTOR-OK` when it boots, `U` when a disk is plugged, `D` when its unplug is
+//! requested, and `OFF` at the power button (its source is in `guests/`). The test uses temporary
+//! directories and its own network namespace.
 
 mod checks;
 
