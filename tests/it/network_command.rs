@@ -188,7 +188,7 @@ fn apply_brings_back_the_rules_of_running_vms() {
     assert!(before.iter().any(|table| table == "bosh-qemu-guard"), "{before:?}");
     host.namespace().run(nftables::flush);
     let lost = network(&host, "plan").0;
-    assert_eq!(changes(&lost)[0], "nft tables 'bosh-qemu-guard', with all VMs");
+    assert_eq!(changes(&lost)[0], "nft tables 'bosh-qemu-guard' for all VMs");
     assert!(network(&host, "apply").1);
     assert_eq!(tables(), before);
     assert_eq!(changes(&network(&host, "plan").0), [""; 0]);
