@@ -68,8 +68,8 @@ struct Report<'a> {
 }
 
 fn report<'a>(cpi: &Cpi, action: Action, network: &'a HostNetwork) -> Result<Report<'a>> {
-    let is_cpis = matches!(network.segment.keeper, Keeper::Us { .. });
-    let state = match (is_cpis, network.kept) {
+    let cpi_owns_bridge = matches!(network.segment.keeper, Keeper::Us { .. });
+    let state = match (cpi_owns_bridge, network.kept) {
         (false, _) => OPERATORS,
         (true, true) => KEPT,
         (true, false) => "removed with its last VM",
@@ -82,7 +82,7 @@ fn report<'a>(cpi: &Cpi, action: Action, network: &'a HostNetwork) -> Result<Rep
     }
     if action == Action::Remove {
         match cpi.remove_network(network) {
-            Ok(_) if !is_cpis => {}
+            Ok(_) if !cpi_owns_bridge => {}
             Ok(true) => report.state = "removed",
             Ok(false) => report.state = "in use, removed with its last VM",
             Err(error) => report.error = Some(error.report()),
@@ -100,7 +100,7 @@ fn report<'a>(cpi: &Cpi, action: Action, network: &'a HostNetwork) -> Result<Rep
     }
     if action == Action::Apply && report.error.is_none() {
         report.error = cpi.apply_network(network).err().map(|error| error.report());
-        report.state = if is_cpis && network.configured { KEPT } else { state };
+        report.state = if cpi_owns_bridge && network.configured { KEPT } else { state };
     }
     Ok(report)
 }

@@ -46,8 +46,8 @@ pub fn uninstall(arguments: &cli::Machine, output: &mut dyn Write) -> Result<boo
     set_up(&Machine::of(arguments), arguments, " --remove", output)
 }
 
-/// Copies the program there, runs its `host setup` with `options` after consent, and removes the
-/// copy.
+/// Copies the program to the machine, runs its `host setup` with `options` after consent, and
+/// removes the copy.
 fn set_up(
     machine: &Machine<'_>,
     arguments: &cli::Machine,
@@ -69,8 +69,8 @@ fn run_with_consent(
     options: &str,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    // A dynamic program that cannot print its version there lacks libraries.
-    machine.run("start the program there", &format!("{program} --version")).map_err(|error| {
+    // A dynamic program cannot even print its version if the machine lacks its libraries.
+    machine.run("start the program", &format!("{program} --version")).map_err(|error| {
         error.hint(
             "the program must be a static one for Linux on x86_64: pass the BOSH release's with \
              --program",
@@ -122,8 +122,8 @@ impl<'a> Machine<'a> {
         Self { target: &arguments.target, ssh: &arguments.ssh }
     }
 
-    /// Copies `file` to a new file below /tmp there, with the octal `mode`. `what` names the file
-    /// in errors. Returns the new path.
+    /// Copies `file` to a new file in the machine's /tmp with the octal `mode`. `what` names the
+    /// file in errors. Returns the new path.
     fn copy(&self, what: &str, file: &Path, mode: &str) -> Result<String> {
         let content = File::open(file).at("read", file)?;
         let script = format!(
@@ -138,18 +138,18 @@ impl<'a> Machine<'a> {
         if tail.is_empty() || !tail.chars().all(|c| c.is_ascii_alphanumeric()) {
             let message = format!("'{}' did not print the path of the copied file", self.target);
             return Err(Error::new(ErrorKind::Host, message)
-                .hint("remove what prints text at login there, such as an 'echo' in ~/.bashrc"));
+                .hint("remove what prints text at login on it, such as an 'echo' in ~/.bashrc"));
         }
         Ok(path)
     }
 
-    /// Removes a copied file there.
+    /// Removes a copied file from the machine.
     fn remove(&self, path: &str) -> Result<()> {
-        self.run("clean up there", &format!("rm -f {path}")).map(drop)
+        self.run("clean up", &format!("rm -f {path}")).map(drop)
     }
 
-    /// Runs the shell script there and returns its standard output. `what` names the step in
-    /// errors.
+    /// Runs the shell script on the machine and returns its standard output. `what` names the
+    /// step in errors.
     fn run(&self, what: &str, script: &str) -> Result<String> {
         self.run_with_input(what, script, Stdio::null())
     }
@@ -172,7 +172,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// Quotes `word` for the POSIX shell there.
+/// Quotes `word` for the machine's POSIX shell.
 fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', "'\\''"))
 }
