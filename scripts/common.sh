@@ -1,31 +1,35 @@
 # shellcheck shell=bash
-# What the scripts share.
+# Functions that the scripts share.
 
-# Cargo, where rustup put it for this user.
+# rustup installs Cargo here.
 PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
 
+# die WORDS…: ends the script with an error message.
 die() {
   echo "${0##*/}: $*" >&2
   exit 1
 }
 
-# Milliseconds since some fixed moment.
+# Prints the time in milliseconds, for differences.
 now_ms() {
   echo $((${EPOCHREALTIME/[.,]/} / 1000))
 }
 
-# 1234 -> 1.23
+# seconds MILLISECONDS: prints seconds with two decimals, 1234 as 1.23.
 seconds() {
   printf '%d.%02d' $(($1 / 1000)) $(($1 % 1000 / 10))
 }
 
-# Runs a command and says what it was and how long it took. In a function run this way `set -e` does not hold.
+# stage NAME COMMAND…: runs a command and prints its name, result and duration. `set -e` has no
+# effect in a function that runs as COMMAND.
 stage() {
   local name=$1 start rc=0
   shift
   echo "=== $name"
   start=$(now_ms)
   "$@" || rc=$?
-  echo "=== $name: $([ $rc = 0 ] && echo ok || echo "failed ($rc)") after $(seconds $(($(now_ms) - start))) s"
+  local result=ok
+  [ $rc = 0 ] || result="failed ($rc)"
+  echo "=== $name: $result after $(seconds $(($(now_ms) - start))) s"
   return "$rc"
 }

@@ -1,4 +1,5 @@
-//! A BOSH Cloud Provider Interface that runs VMs on bare KVM hosts by launching and supervising QEMU itself.
+//! A BOSH Cloud Provider Interface that runs VMs on bare KVM hosts by launching and supervising
+//! QEMU itself.
 //!
 //! ```text
 //! commands ─► remote ─► rpc ─► cpi ─► supervisor
@@ -10,7 +11,8 @@
 //!     config schema cid digest ranges units mac link_name ordered patience · error log crash sys
 //! ```
 //!
-//! Arrows point down only. ARCHITECTURE.md says what each room owns and follows one create_vm through them.
+//! Arrows point down only. ARCHITECTURE.md says what each module owns and follows one create_vm
+//! through them.
 
 pub mod agent;
 pub mod audit;

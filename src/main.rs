@@ -1,16 +1,16 @@
-//! `bosh-qemu-cpi`: see [`bosh_qemu_cpi::cli`].
+//! The program `bosh-qemu-cpi`: dispatches the command line of [`bosh_qemu_cpi::cli`].
 
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bosh_qemu_cpi::cli::{Cli, Command, NetworkDeed, Pool, Vm};
-use bosh_qemu_cpi::commands::network::Deed;
+use bosh_qemu_cpi::cli::{Cli, Command, NetworkCommand, PoolCommand, VmCommand};
+use bosh_qemu_cpi::commands::network::Action;
 use bosh_qemu_cpi::{commands, sys};
 use clap::Parser;
 
 fn main() -> ExitCode {
-    // A starter that ignores SIGCHLD would make every wait for a child of ours fail.
+    // A parent that ignores SIGCHLD passes that on, and every wait for a child process would fail.
     let _ = sys::signals::keep_exit_statuses();
     let cli = Cli::parse();
     let config = cli.config.as_deref();
@@ -19,19 +19,19 @@ fn main() -> ExitCode {
         Some(Command::Selftest { json }) => {
             commands::selftest::run(config, json, &mut std::io::stdout())
         }
-        Some(Command::Vm(Vm::List { json })) => {
+        Some(Command::Vm(VmCommand::List { json })) => {
             commands::vm::list(config, json, &mut std::io::stdout()).map(|()| true)
         }
-        Some(Command::Pool(Pool::List { json })) => {
+        Some(Command::Pool(PoolCommand::List { json })) => {
             commands::pool::list(config, json, &mut std::io::stdout())
         }
-        Some(Command::Network { deed, json }) => {
-            let (deed, networks) = match deed {
-                NetworkDeed::Plan { networks } => (Deed::Plan, networks),
-                NetworkDeed::Apply { networks } => (Deed::Apply, networks),
-                NetworkDeed::Remove { networks } => (Deed::Remove, networks),
+        Some(Command::Network { command, json }) => {
+            let (action, networks) = match command {
+                NetworkCommand::Plan { networks } => (Action::Plan, networks),
+                NetworkCommand::Apply { networks } => (Action::Apply, networks),
+                NetworkCommand::Remove { networks } => (Action::Remove, networks),
             };
-            commands::network::run(config, deed, &networks, json, &mut std::io::stdout())
+            commands::network::run(config, action, &networks, json, &mut std::io::stdout())
         }
         Some(Command::Reference { page }) => {
             commands::reference::run(page, &mut std::io::stdout()).map(|()| true)
@@ -46,8 +46,8 @@ fn main() -> ExitCode {
             commands::audit::run(config, !dry_run, json, &mut std::io::stdout())
         }
         Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),
-        Some(Command::Supervise { vm, adopt, patience }) => {
-            commands::supervise::run(config, vm, adopt, Duration::from_millis(patience))
+        Some(Command::Supervise { vm, adopt, queue_timeout }) => {
+            commands::supervise::run(config, vm, adopt, Duration::from_millis(queue_timeout))
                 .map(|()| true)
         }
     };
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            // Not `eprintln!`, which panics when stderr is closed.
+            // `eprintln!` panics if stderr is closed.
             let _ = writeln!(std::io::stderr(), "Error: {}", error.report());
             ExitCode::FAILURE
         }

@@ -1,5 +1,6 @@
-//! No command: answer one request of the Director or bosh-cli.
+//! Without a command: answers one CPI request of the Director or bosh-cli.
 
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
 use crate::config::{self, Document, TransportKind};
@@ -11,21 +12,27 @@ use crate::remote::caller::Host;
 use crate::remote::group::Group;
 use crate::remote::one::OneHost;
 use crate::rpc::request::Request;
-use crate::rpc::{self, Carrier, Here, outlet::Outlet};
+use crate::rpc::{self, Executor, LocalExecutor, response_writer::ResponseWriter};
 
-/// Answers the request on standard input. Configuration and log come up only when something is to be done, so
-/// `info` works, and works fast, on a host whose configuration does not.
+/// Answers the request on standard input. Reads configuration and sets up the log only for methods
+/// that act, so `info` works, and works fast, on a host whose configuration is broken.
 ///
 /// # Errors
-/// Only when standard output can not be had; every other failure is an answer.
+/// Only if standard output cannot be duplicated; every other failure is an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
-    let outlet = Outlet::stdout()?;
-    rpc::serve(std::io::stdin(), outlet, |request| carrier(config, request));
+    if io::stdin().is_terminal() {
+        let note = "reading a CPI request from the terminal, end it with Ctrl-D; for the \
+                    operator's commands see --help";
+        let _ = writeln!(io::stderr(), "{note}");
+    }
+    let writer = ResponseWriter::stdout()?;
+    rpc::serve(io::stdin(), writer, |request| executor(config, request));
     Ok(())
 }
 
-/// Who carries the request out: this host, or one elsewhere.
-fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>> {
+/// Chooses the executor by the configuration and the request's context: this host, one remote host
+/// (`transport`) or a group of remote hosts (`hosts`).
+fn executor(config: Option<&Path>, request: &Request) -> Result<Box<dyn Executor>> {
     let file = config::file(config);
     let document = Document::read(file.as_deref())?;
     let config = document.config()?;
@@ -36,8 +43,9 @@ fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>>
         return Ok(Box::new(Group::new(config, document.for_host(context))));
     }
     if config.transport.kind == TransportKind::Local {
-        let cx = Context::new(config, file).called_by(request.context.director());
-        return Ok(Box::new(Here::new(Cpi::new(cx))));
+        return Ok(Box::new(LocalExecutor::new(Cpi::new(
+            Context::new(config, file).called_by(request.context.director()),
+        ))));
     }
     let host = Host::only(config.transport.clone());
     Ok(Box::new(OneHost::new(host, config, document.for_host(context))))

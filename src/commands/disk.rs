@@ -1,9 +1,9 @@
-//! `disk restore`, `disk take`: what BOSH has no call for.
+//! `bosh-qemu-cpi disk restore` and `disk take`: operations the CPI contract does not have.
 
 use std::io;
 use std::path::Path;
 
-use super::this_host;
+use super::local;
 use crate::cli::DiskCommand;
 use crate::cpi::Cpi;
 use crate::cpi::contract::Contract;
@@ -11,8 +11,7 @@ use crate::error::{Error, Result};
 
 /// Carries out the command and prints the cid of the disk.
 pub fn run(config: Option<&Path>, command: DiskCommand, output: &mut dyn io::Write) -> Result<()> {
-    let cx = this_host::context(config)?;
-    let cpi = Cpi::new(cx);
+    let cpi = Cpi::new(local::context(config)?);
     let disk = match command {
         DiskCommand::Restore { snapshot } => cpi.restore_disk(&snapshot)?,
         DiskCommand::Take { disk } => cpi.take_disk(&disk).map(|()| disk)?,

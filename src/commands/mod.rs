@@ -1,14 +1,14 @@
-//! One file for each command.
+//! The commands of the program, one file or directory for each.
 
 pub mod audit;
 pub mod cpi;
 pub mod disk;
 pub mod host;
+mod local;
 pub mod network;
 pub mod pool;
 pub mod reference;
 pub mod selftest;
 pub mod supervise;
 mod table;
-mod this_host;
 pub mod vm;

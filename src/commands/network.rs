@@ -1,4 +1,5 @@
-//! `bosh-qemu-cpi network plan|apply|remove`: the host's side of the networks, looked at and made without a VM.
+//! `bosh-qemu-cpi network plan|apply|remove`: shows, creates and removes the host's part of the
+//! networks (bridges, addresses, firewall rules) without a VM.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -6,41 +7,42 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::this_host;
+use super::local;
 use crate::cpi;
 use crate::cpi::context::Context;
 use crate::cpi::network::host::{self, HostNetwork};
 use crate::error::{Error, Result};
 use crate::net::plan::Keeper;
 
-/// What to do.
+/// The action of a `network` command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Deed {
+pub enum Action {
     /// Print what is missing.
     Plan,
-    /// Make it, to stay.
+    /// Create what is missing and keep the networks when they have no VM.
     Apply,
-    /// Remove it.
+    /// Remove the networks, those in use with their last VM.
     Remove,
 }
 
-/// Does it for the networks called `only`, or for all, and prints a paragraph for each, or with `as_json` one object.
-/// Whether all went well.
+/// Applies `action` to the networks named in `only`, or to all if it is empty. Prints a paragraph
+/// for each network or, with `as_json`, one object. Returns true if no network has an error.
 ///
 /// # Errors
-/// If the networks do not fit together, or the state directory can not be read.
+/// If the configuration of a network is invalid, a name in `only` is unknown, or the state
+/// directory cannot be read.
 pub fn run(
     config: Option<&Path>,
-    deed: Deed,
+    action: Action,
     only: &[String],
     as_json: bool,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    let cx = this_host::context(config)?;
+    let cx = local::context(config)?;
     let networks = host::list(&cx, only)?;
     let mut reports: Vec<_> =
-        networks.iter().map(|network| report(&cx, deed, network)).collect::<Result<_>>()?;
-    say_once(&mut reports);
+        networks.iter().map(|network| report(&cx, action, network)).collect::<Result<_>>()?;
+    list_shared_changes_once(&mut reports);
     let text = if as_json {
         let networks: Vec<_> = reports.iter().map(Report::json).collect();
         format!("{}\n", json!({ "networks": networks }))
@@ -51,34 +53,39 @@ pub fn run(
     Ok(reports.iter().all(|report| report.error.is_none()))
 }
 
-/// What is to be said of one network.
+/// State of a network whose bridge the operator made.
+const OPERATORS: &str = "managed by the operator";
+/// State of a network that `apply` keeps.
+const KEPT: &str = "kept without VMs";
+
+/// The output for one network.
 struct Report<'a> {
     network: &'a HostNetwork,
     state: &'static str,
-    /// What is missing, or was.
+    /// Changes that are needed; after `apply`, the changes that were made.
     changes: Vec<String>,
     findings: Vec<crate::net::coexist::Finding>,
     error: Option<String>,
 }
 
-fn report<'a>(cx: &Context, deed: Deed, network: &'a HostNetwork) -> Result<Report<'a>> {
-    let ours = matches!(network.segment.keeper, Keeper::Us { .. });
-    let kept = match (ours, network.pinned) {
-        (false, _) => "the operator's",
-        (true, true) => "stays without VMs",
-        (true, false) => "goes with its last VM",
+fn report<'a>(cx: &Context, action: Action, network: &'a HostNetwork) -> Result<Report<'a>> {
+    let cpi_owns_bridge = matches!(network.segment.keeper, Keeper::Us { .. });
+    let state = match (cpi_owns_bridge, network.pinned) {
+        (false, _) => OPERATORS,
+        (true, true) => KEPT,
+        (true, false) => "removed with its last VM",
     };
     let mut report =
-        Report { network, state: kept, changes: Vec::new(), findings: Vec::new(), error: None };
-    if deed == Deed::Remove && cpi::network::is_managed(cx, &network.segment.network)? {
-        report.state = "goes with delete_network";
+        Report { network, state, changes: Vec::new(), findings: Vec::new(), error: None };
+    if action == Action::Remove && cpi::network::is_managed(cx, &network.segment.network)? {
+        report.state = "managed by BOSH, delete_network removes it";
         return Ok(report);
     }
-    if deed == Deed::Remove {
+    if action == Action::Remove {
         match host::remove(cx, network) {
-            Ok(_) if !ours => {}
+            Ok(_) if !cpi_owns_bridge => {}
             Ok(true) => report.state = "removed",
-            Ok(false) => report.state = "has VMs and goes with the last",
+            Ok(false) => report.state = "in use, removed with its last VM",
             Err(error) => report.error = Some(error.report()),
         }
         return Ok(report);
@@ -86,24 +93,24 @@ fn report<'a>(cx: &Context, deed: Deed, network: &'a HostNetwork) -> Result<Repo
     let lack = host::lack(network)?;
     report.findings = lack.findings;
     if lack.filter {
-        report.changes.push("nft tables 'bosh-qemu-guard', with all VMs".to_owned());
+        report.changes.push("nft tables 'bosh-qemu-guard' for all VMs".to_owned());
     }
     match lack.changes {
         Ok(changes) => report.changes.extend(changes.iter().map(ToString::to_string)),
         Err(error) => report.error = Some(error.report()),
     }
-    if deed == Deed::Apply && report.error.is_none() {
+    if action == Action::Apply && report.error.is_none() {
         report.error = host::apply(cx, network).err().map(|error| error.report());
-        report.state = if ours && network.configured { "stays without VMs" } else { kept };
+        report.state = if cpi_owns_bridge && network.configured { KEPT } else { state };
     }
     Ok(report)
 }
 
-/// What several networks lack, such as forwarding, comes with the first of them.
-fn say_once(reports: &mut [Report<'_>]) {
-    let mut said = BTreeSet::new();
+/// Keeps a change that several networks need, such as forwarding, only in the first report.
+fn list_shared_changes_once(reports: &mut [Report<'_>]) {
+    let mut listed = BTreeSet::new();
     for report in reports {
-        report.changes.retain(|change| said.insert(change.clone()));
+        report.changes.retain(|change| listed.insert(change.clone()));
     }
 }
 
@@ -111,8 +118,9 @@ impl Report<'_> {
     fn json(&self) -> Value {
         let segment = &self.network.segment;
         json!({
-            "network": segment.network, "bridge": segment.bridge, "vlan": segment.vlan, "state": self.state,
-            "changes": self.changes, "findings": self.findings, "error": self.error,
+            "network": segment.network, "bridge": segment.bridge, "vlan": segment.vlan,
+            "state": self.state, "changes": self.changes, "findings": self.findings,
+            "error": self.error,
         })
     }
 
@@ -126,7 +134,7 @@ impl Report<'_> {
         };
         self.changes.iter().for_each(|change| add("+", change));
         for finding in &self.findings {
-            add("!", &format!("{}\ncure: {}", finding.cause, finding.cure));
+            add("!", &format!("{}\nfix: {}", finding.cause, finding.cure));
         }
         self.error.iter().for_each(|error| add("!", error));
         text

@@ -5,25 +5,25 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::table::table;
-use super::this_host;
+use super::local;
+use super::table::{size, table};
 use crate::cpi::capacity::usage::{self, PoolUsage};
 use crate::error::{Error, Result};
-use crate::units::Bytes;
 
-/// What the state directory is called among the pools; no pool can have the name.
+/// Name of the state directory in the table. No pool can have this name.
 const STATE_DIRECTORY: &str = "(state_dir)";
 
-/// Prints a table, or with `as_json` an array of sizes in bytes. Whether all of them can be used.
+/// Prints a table or, with `as_json`, an array with sizes in bytes. Returns true if the state
+/// directory and every pool can be used.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let cx = this_host::context(config)?;
+    let cx = local::context(config)?;
     let usage = usage::all(&cx);
     let text = if as_json {
         let array: Vec<_> = usage.iter().map(|(pool, usage)| as_object(*pool, usage)).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"
     } else {
         let head =
-            ["POOL", "PATH", "CAPACITY", "FREE", "ALLOCATED", "VIRTUAL", "GROWTH", "WATERMARK"];
+            ["POOL", "PATH", "CAPACITY", "FREE", "ALLOCATED", "VIRTUAL SIZE", "MAY GROW", "STATUS"];
         let rows = usage.iter().map(|(pool, usage)| cells(*pool, usage));
         table(&std::iter::once(head.map(str::to_owned)).chain(rows).collect::<Vec<_>>())
     };
@@ -35,8 +35,8 @@ fn as_object(pool: Option<&str>, usage: &Result<PoolUsage>) -> Value {
     match usage {
         Ok(usage) => json!({
             "pool": pool, "path": usage.path, "capacity": usage.capacity, "free": usage.free,
-            "allocated": usage.allocated, "virtual_size": usage.virtual_size, "growth": usage.growth,
-            "watermark": usage.watermark(),
+            "allocated": usage.allocated, "virtual_size": usage.virtual_size,
+            "growth": usage.growth, "watermark": usage.watermark(),
         }),
         Err(error) => json!({"pool": pool, "error": error.report()}),
     }
@@ -52,15 +52,14 @@ fn cells(pool: Option<&str>, usage: &Result<PoolUsage>) -> [String; 8] {
             return cells;
         }
     };
-    let mib = |bytes: Bytes| format!("{} MiB", bytes.get() >> 20);
     [
         pool,
         usage.path.display().to_string(),
-        mib(usage.capacity),
-        mib(usage.free),
-        mib(usage.allocated),
-        mib(usage.virtual_size),
-        mib(usage.growth),
+        size(usage.capacity),
+        size(usage.free),
+        size(usage.allocated),
+        size(usage.virtual_size),
+        size(usage.growth),
         usage.watermark().as_str().to_owned(),
     ]
 }

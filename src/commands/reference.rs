@@ -1,4 +1,5 @@
-//! The reference pages in `docs/`, made from the declarations of the documents they describe. A test holds them in sync.
+//! Generates the reference pages in `docs/` from the declared keys of the configuration, templates,
+//! profiles and cloud properties. A test compares the pages with the output.
 
 use std::fmt::Write;
 use std::io;
@@ -12,7 +13,7 @@ use crate::net::profile::Profile;
 use crate::qemu::Template;
 use crate::schema::{Key, Property};
 
-/// Prints one page.
+/// Prints `page`, Markdown.
 pub fn run(page: Page, output: &mut dyn io::Write) -> Result<()> {
     let text = match page {
         Page::Config => config(),
@@ -21,43 +22,48 @@ pub fn run(page: Page, output: &mut dyn io::Write) -> Result<()> {
     output.write_all(text.as_bytes()).map_err(|e| Error::os("print the page", e))
 }
 
-/// `docs/config.md`.
+/// Text of `docs/config.md`.
 pub fn config() -> String {
     let mut page = String::from(
         "# Configuration\n\n\
-         `bosh-qemu-cpi` reads one JSON file: the one `--config` names, else the one `BOSH_QEMU_CPI_CONFIG` names, else\n\
-         `/etc/bosh-qemu-cpi/cpi.json` if it is there. Every key has a default that runs; `{}` is a configuration. An\n\
-         unknown key or a wrong value is an error that names the file and the key's path.\n\n",
+         `bosh-qemu-cpi` reads one JSON file: the one that `--config` names, else the one that\n\
+         `BOSH_QEMU_CPI_CONFIG` names, else `/etc/bosh-qemu-cpi/cpi.json` if it exists. Every\n\
+         key has a working default, so `{}` is a valid configuration. An unknown key or an\n\
+         invalid value is an error that names the file and the key's path.\n\n",
     );
     let _ = writeln!(
         page,
-        "A cpi-config entry's properties override the keys {} for its calls. No other key can be overridden:\n\
-         a request can not point the CPI at other directories or programs.\n",
+        "The properties of a cpi-config entry override these keys for its calls: {}.\n\
+         No other key can be overridden: a request cannot point the CPI at other directories or\n\
+         programs.\n",
         CONTEXT_KEYS.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
     );
     table(&mut page, &Config::keys(), "");
     page.push_str(
         "\n# Machine templates\n\n\
-         A machine template is a TOML file that says what kind of computer a VM is. `q35` is built in\n\
-         (`qemu-templates/q35.toml`); `<name>.toml` in `qemu.templates_dir` adds one or replaces it.\n\n",
+         A machine template is a TOML file that describes the virtual machine's hardware.\n\
+         `q35` is built in (`qemu-templates/q35.toml`); a file `<name>.toml` in\n\
+         `qemu.templates_dir` adds a template or replaces the built-in one of that name.\n\n",
     );
     table(&mut page, &Template::keys(), "");
     page.push_str(
         "\n# Network profiles\n\n\
-         A network profile is a TOML file that says how a network reaches the world. `nat`, `routed`, `isolated`, `bridge`,\n\
-         `vlan` and `user` are built in (`netconfig/`; `docs/networking.md` draws each); `<name>.toml` in\n\
-         `network_profiles_dir` adds one or replaces it.\n\n",
+         A network profile is a TOML file that describes how a network connects to others.\n\
+         `nat`, `routed`, `isolated`, `bridge`, `vlan` and `user` are built in (`netconfig/`;\n\
+         `docs/networking.md` draws each); a file `<name>.toml` in `network_profiles_dir` adds a\n\
+         profile or replaces the built-in one of that name.\n\n",
     );
     table(&mut page, &Profile::keys(), "");
     page
 }
 
-/// `docs/cloud-properties.md`.
+/// Text of `docs/cloud-properties.md`.
 pub fn cloud_properties() -> String {
     let mut page = String::from(
         "# Cloud properties\n\n\
-         What a manifest or cloud config may ask of this CPI. An unknown key is an error with a suggestion. Keys that are\n\
-         not given come from the configuration's `vm_defaults` and `disk_defaults`.\n",
+         The cloud properties that a manifest or cloud config may set for this CPI. An unknown\n\
+         key is an error with a suggestion. Missing keys come from the configuration's\n\
+         `vm_defaults` and `disk_defaults`.\n",
     );
     let sections = [
         (

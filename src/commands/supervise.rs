@@ -1,4 +1,5 @@
-//! `bosh-qemu-cpi supervise CID`: what create_vm and reboot_vm start for each VM. Not for people.
+//! `bosh-qemu-cpi supervise CID`: the supervisor of one VM. create_vm, reboot_vm and `host start`
+//! start it; operators do not.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,9 +11,11 @@ use crate::log;
 use crate::supervisor::{self, Begin, Scope};
 use crate::sys::detach::detach;
 
-/// Leaves the caller, then runs the VM until it stays off. Must be called before anything is opened.
-pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, patience: Duration) -> Result<()> {
-    let queue_until = Instant::now() + patience;
+/// Detaches from the caller, then runs the VM until it stays off. Waits at most `queue_timeout` for
+/// a boot slot. Must run before the process opens anything, because it replaces standard
+/// descriptors.
+pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, queue_timeout: Duration) -> Result<()> {
+    let queue_until = Instant::now() + queue_timeout;
     let (lock, handshake) = detach()?;
     let config = match Config::load(config) {
         Ok(config) => config,

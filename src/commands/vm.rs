@@ -1,4 +1,4 @@
-//! `bosh-qemu-cpi vm list`: every VM of this host and what it is doing.
+//! `bosh-qemu-cpi vm list`: prints every VM of this host and its state.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::table::table;
-use super::this_host;
+use super::local;
+use super::table::{size, table};
 use crate::cid::VmCid;
 use crate::error::{Error, Result};
 use crate::qmp::job;
@@ -15,46 +15,48 @@ use crate::store::record::{Attachment, AttachmentPhase, Nic};
 use crate::store::{Phase, Store, VmRecord};
 use crate::supervisor::{Status, status};
 
-/// How long each QEMU is asked. One that is well answers in a millisecond, or after the turn of a call that copies a disk.
-const PATIENCE: Duration = Duration::from_secs(2);
-const _: () = assert!(PATIENCE.as_millis() > job::MONITOR_TURN_TIMEOUT.as_millis());
-/// How many are asked at once, so that some that hang do not add up.
-const AT_ONCE: usize = 32;
+/// How long one VM's state may take. A healthy QEMU answers in a millisecond, or after the turn of
+/// a call that copies a disk.
+const VM_STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+const _: () = assert!(VM_STATUS_TIMEOUT.as_millis() > job::MONITOR_TURN_TIMEOUT.as_millis());
+/// VMs that are examined in parallel, so that the timeouts of QEMUs that hang do not add up.
+const PARALLEL: usize = 32;
 
-/// What there is to tell of a VM.
+/// One VM of the list.
 struct Line {
     cid: VmCid,
-    /// The record and what the VM is doing, or why that can not be said.
+    /// The record and the VM's state, or the reason why they cannot be determined.
     known: Result<(VmRecord, Status)>,
 }
 
-/// Prints a table, or with `as_json` an array.
+/// Prints a table or, with `as_json`, an array.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<()> {
-    let (config, _) = this_host::config(config)?;
+    let (config, _) = local::config(config)?;
     let store = Store::of(&config);
     let mut cids = store.list::<VmRecord>()?;
     cids.sort();
-    let lines: Vec<_> = cids.chunks(AT_ONCE).flat_map(|cids| look(&store, cids)).collect();
+    let lines: Vec<_> = cids.chunks(PARALLEL).flat_map(|cids| examine_all(&store, cids)).collect();
     let text = if as_json {
         let array: Vec<_> = lines.iter().map(Line::json).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"
     } else {
         table(&rows(&lines))
     };
-    output.write_all(text.as_bytes()).map_err(|e| Error::os("write the list", e))
+    output.write_all(text.as_bytes()).map_err(|e| Error::os("print the VMs", e))
 }
 
-fn look(store: &Store, cids: &[VmCid]) -> Vec<Line> {
+fn examine_all(store: &Store, cids: &[VmCid]) -> Vec<Line> {
     std::thread::scope(|threads| {
-        let looks: Vec<_> = cids.iter().map(|cid| threads.spawn(|| look_at(store, cid))).collect();
-        looks.into_iter().filter_map(|look| look.join().expect("no panic")).collect()
+        let handles: Vec<_> =
+            cids.iter().map(|cid| threads.spawn(|| examine(store, cid))).collect();
+        handles.into_iter().filter_map(|handle| handle.join().expect("no panic")).collect()
     })
 }
 
-/// `None` if the VM is gone since it was listed.
-fn look_at(store: &Store, cid: &VmCid) -> Option<Line> {
+/// Returns `None` if the VM was deleted after it was listed.
+fn examine(store: &Store, cid: &VmCid) -> Option<Line> {
     let known = store.find::<VmRecord>(cid).transpose()?.and_then(|vm| {
-        let status = status(&store.vm(cid), vm.run, Instant::now() + PATIENCE)?;
+        let status = status(&store.vm(cid), vm.run, Instant::now() + VM_STATUS_TIMEOUT)?;
         Ok((vm, status))
     });
     Some(Line { cid: cid.clone(), known })
@@ -90,7 +92,7 @@ impl Line {
         line
     }
 
-    /// The cells of the table.
+    /// The VM's row of the table.
     fn cells(&self) -> [String; 8] {
         let cid = self.cid.to_string();
         let (vm, status) = match &self.known {
@@ -124,7 +126,7 @@ impl Line {
             state,
             vm.machine.accel.as_str().to_owned(),
             status.pid.map_or_else(dash, |pid| pid.to_string()),
-            vm.machine.ram.to_string(),
+            size(vm.machine.ram.bytes()),
             or_dash(vm.disks.iter().map(attachment).collect()),
             or_dash(vm.nics.iter().map(|nic| nic.network.escape_debug().to_string()).collect()),
         ]

@@ -23,7 +23,7 @@ use crate::cpi::capacity::report::{HostQuery, HostReport};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::log;
-use crate::rpc::outlet::Delivery;
+use crate::rpc::response_writer::Delivery;
 use crate::schema::plain;
 use crate::units::Bytes;
 
@@ -225,7 +225,7 @@ impl Told {
         let Some(mut link) = self.waiting else { return };
         // If that does not arrive either, the host takes the answer for one of which nobody can tell.
         let said = match delivery {
-            Delivery::Taken => link.say(&true),
+            Delivery::Received => link.say(&true),
             Delivery::Lost(_) => link.say(&false),
             Delivery::Unknown(_) => return,
         };

@@ -9,11 +9,11 @@ use super::wire::CallQuestion;
 use crate::config::Config;
 use crate::cpi::context::default_timeout;
 use crate::error::{Error, ErrorKind, Result};
-use crate::rpc::Carried;
+use crate::rpc::Executed;
 use crate::rpc::call::{Call, Undo};
-use crate::rpc::outlet::Delivery;
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
+use crate::rpc::response_writer::Delivery;
 use crate::schema::printable;
 
 /// What a host has beyond its own deadline to say that it was exceeded.
@@ -212,21 +212,21 @@ impl Answered {
 }
 
 /// What came of `request`, for who asked. Every host that answered hears what became of the answer.
-pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Told>)>) -> Carried<'a> {
+pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Told>)>) -> Executed<'a> {
     match outcome {
         Ok((response, told)) => {
             let made = told.iter().any(Told::is_waited_on);
             let delivered =
                 move |delivery: Delivery| told.into_iter().for_each(|told| told.tell(&delivery));
-            Carried { response, made, delivered: Box::new(delivered) }
+            Executed { response, made, on_delivery: Box::new(delivered) }
         }
         Err(error) => {
             let error = error.during(printable(&request.method));
             tracing::warn!("{}", error.report().replace('\n', " "));
-            Carried {
+            Executed {
                 response: Response::failure(&error),
                 made: false,
-                delivered: Box::new(|_| {}),
+                on_delivery: Box::new(|_| {}),
             }
         }
     }

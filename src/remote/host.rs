@@ -13,8 +13,8 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{ImageSource, ImportError, InvalidImage};
 use crate::patience::within;
-use crate::rpc::outlet::{Delivery, Way};
 use crate::rpc::response::Response;
+use crate::rpc::response_writer::{Delivery, ResponseSink};
 use crate::units::Bytes;
 
 /// How long a caller may take to say that it took an answer. It has nothing to do but to pass it on.
@@ -103,7 +103,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Way for Caller {
+impl ResponseSink for Caller {
     fn deliver(&self, answer: &Response, matters: bool) -> Delivery {
         let text = String::from_utf8_lossy(answer.as_bytes()).into_owned();
         let answer = Answer {
@@ -116,11 +116,11 @@ impl Way for Caller {
             return Delivery::Lost(error);
         }
         if !matters {
-            return Delivery::Taken;
+            return Delivery::Received;
         }
         let caller = self.clone();
         match within(Instant::now() + ACKNOWLEDGES, move || caller.hear::<bool>()) {
-            Some(Ok(true)) => Delivery::Taken,
+            Some(Ok(true)) => Delivery::Received,
             Some(Ok(false)) => Delivery::Lost(io::ErrorKind::BrokenPipe.into()),
             Some(Err(error)) => Delivery::Unknown(error),
             None => Delivery::Unknown(io::ErrorKind::TimedOut.into()),

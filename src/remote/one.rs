@@ -7,7 +7,7 @@ use super::errand::{Errand, carried};
 use crate::config::Config;
 use crate::rpc::call::Call;
 use crate::rpc::request::Request;
-use crate::rpc::{Carried, Carrier};
+use crate::rpc::{Executed, Executor};
 
 /// Has calls carried out on one host.
 pub struct OneHost {
@@ -24,11 +24,11 @@ impl OneHost {
     }
 }
 
-impl Carrier for OneHost {
-    fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
+impl Executor for OneHost {
+    fn execute(&self, request: &Request, call: Call) -> Executed<'_> {
         let errand = Errand::new(request, &call, &self.config, &self.told);
         let answered =
-            errand.and_then(|errand| errand.send(&self.host, call.creates(None).as_ref()));
+            errand.and_then(|errand| errand.send(&self.host, call.choose_cid(None).as_ref()));
         carried(request, answered.map(|answered| (answered.response, vec![answered.told])))
     }
 }

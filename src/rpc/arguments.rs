@@ -1,4 +1,4 @@
-//! A request's arguments, taken one by one in the contract's order.
+//! The arguments of a request, read one by one in the order of the CPI contract.
 
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -10,26 +10,28 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::request::Request;
 use crate::schema::{Property, SchemaError};
 
-/// Takes arguments by position. Every error names position and name, none a value.
+/// Reads arguments by position. Every error names the argument's position and name, never its
+/// value.
 pub struct Arguments<'a> {
     values: &'a [Box<RawValue>],
-    taken: usize,
+    /// How many were read.
+    position: usize,
 }
 
 impl<'a> Arguments<'a> {
-    /// Those of `request`.
+    /// The arguments of `request`, none read.
     pub fn of(request: &'a Request) -> Self {
-        Self { values: &request.arguments, taken: 0 }
+        Self { values: &request.arguments, position: 0 }
     }
 
-    /// A value of a type that documents have, too.
+    /// Reads a value of a type that configuration documents use, too.
     pub fn property<T: Property>(&mut self, name: &str) -> Result<T> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, T::EXPECTED))?;
         T::from_json(&value(text)).map_err(|e| e.in_request(&what))
     }
 
-    /// The same, or null, or nothing at the end.
+    /// Reads a value that may be null, or missing at the end.
     pub fn optional<T: Property>(&mut self, name: &str) -> Result<Option<T>> {
         let what = self.label(name);
         self.take().map_or(Ok(None), |text| {
@@ -37,21 +39,21 @@ impl<'a> Arguments<'a> {
         })
     }
 
-    /// A cid.
+    /// Reads a cid.
     pub fn cid<T: Cid>(&mut self, name: &str) -> Result<T> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, CID))?;
         cid(&value(text), &what)
     }
 
-    /// A cid, or null or nothing.
+    /// Reads a cid that may be null, or missing at the end.
     pub fn optional_cid<T: Cid>(&mut self, name: &str) -> Result<Option<T>> {
         let what = self.label(name);
         let given = self.take().map(value).filter(|value| !value.is_null());
         given.map(|value| cid(&value, &what)).transpose()
     }
 
-    /// An array of cids.
+    /// Reads an array of cids.
     pub fn cids<T: Cid>(&mut self, name: &str) -> Result<Vec<T>> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an array of cids"))?;
@@ -65,7 +67,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// The agent's id.
+    /// Reads the agent's id.
     pub fn agent_id(&mut self, name: &str) -> Result<AgentId> {
         let what = self.label(name);
         let value = value(self.take().ok_or_else(|| missing(&what, AgentId::EXPECTED))?);
@@ -73,14 +75,14 @@ impl<'a> Arguments<'a> {
         id.ok_or_else(|| SchemaError::value(AgentId::EXPECTED, &value).in_request(&what))
     }
 
-    /// Networks in the order they were written.
+    /// Reads the networks, keeping their order.
     pub fn networks(&mut self, name: &str) -> Result<Networks> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an object of networks"))?;
         Networks::from_json(text).map_err(|e| e.in_request(&what))
     }
 
-    /// What the agent is told, as it was written.
+    /// Reads the agent's env, kept byte for byte.
     pub fn env(&mut self, name: &str) -> Result<Env> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an object"))?;
@@ -88,23 +90,27 @@ impl<'a> Arguments<'a> {
             .ok_or_else(|| SchemaError::value("an object", &value(text)).in_request(&what))
     }
 
-    /// Fails if more was given than the contract has.
+    /// Ends the list.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadRequest`] if the request has more arguments than were read.
     pub fn finish(self) -> Result<()> {
-        let (given, taken) = (self.values.len(), self.taken);
-        if given <= taken {
+        let (given, expected) = (self.values.len(), self.position);
+        if given <= expected {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::BadRequest, format!("{given} arguments given, {taken} expected")))
+        let message = format!("{given} arguments given, {expected} expected");
+        Err(Error::new(ErrorKind::BadRequest, message))
     }
 
-    /// How the next argument is called in errors.
+    /// The next argument's name in errors.
     fn label(&self, name: &str) -> String {
-        format!("argument {}, {name}", self.taken + 1)
+        format!("argument {}, {name}", self.position + 1)
     }
 
     fn take(&mut self) -> Option<&'a RawValue> {
-        let value = self.values.get(self.taken).map(|value| &**value);
-        self.taken += 1;
+        let value = self.values.get(self.position).map(|value| &**value);
+        self.position += 1;
         value
     }
 }
@@ -120,7 +126,7 @@ fn missing(what: &str, expected: &str) -> Error {
     Error::new(ErrorKind::BadRequest, format!("{what}: missing; expected {expected}"))
 }
 
-/// The value of a text that [`Request::parse`] has checked.
+/// Parses a text that [`Request::parse`] has already checked to be JSON.
 fn value(text: &RawValue) -> Value {
     serde_json::from_str(text.get()).unwrap_or_default()
 }

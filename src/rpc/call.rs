@@ -1,6 +1,4 @@
-//! The methods of the contract that act: a request made a typed call, and the call carried out.
-
-use std::fmt;
+//! The acting methods of the CPI contract: parses a request into a typed call and runs the call.
 
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
@@ -14,6 +12,7 @@ use crate::cpi::contract::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::arguments::Arguments;
 use crate::rpc::request::Request;
+pub use crate::rpc::undo::Undo;
 use crate::schema::printable;
 use crate::units::MiB;
 
@@ -44,45 +43,31 @@ pub enum Call {
     DeleteNetwork(NetworkCid),
 }
 
-/// What a call came to.
+/// The outcome of a call that succeeded.
 #[derive(Debug)]
 pub struct Success {
-    /// The answer's `result`.
+    /// The response's `result`.
     pub result: Box<RawValue>,
-    /// How to undo it, should nobody take the answer.
+    /// For a create: how to undo it if the response does not reach the caller.
     pub undo: Option<Undo>,
 }
 
-/// Removes what a create made.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Undo {
-    /// Of `create_stemcell`.
-    DeleteStemcell(StemcellCid),
-    /// Of `create_vm`.
-    DeleteVm(VmCid),
-    /// Of `create_disk`.
-    DeleteDisk(DiskCid),
-    /// Of `snapshot_disk`.
-    DeleteSnapshot(SnapshotCid),
-    /// Of `create_network`.
-    DeleteNetwork(NetworkCid),
-}
-
 impl Call {
-    /// Reads method and arguments of `request`.
+    /// Parses method and arguments of `request`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`], [`ErrorKind::NotSupported`] for a version not spoken here, and
-    /// [`ErrorKind::NotImplemented`] for an unknown method.
+    /// [`ErrorKind::BadRequest`] for a wrong argument, [`ErrorKind::NotSupported`] for an API
+    /// version that the CPI does not support, and [`ErrorKind::NotImplemented`] for an unknown
+    /// method.
     pub fn parse(request: &Request) -> Result<Self> {
         request.check_versions()?;
         let mut arguments = Arguments::of(request);
-        let call = Self::take(&request.method, &mut arguments)?;
+        let call = Self::read(&request.method, &mut arguments)?;
         arguments.finish()?;
         Ok(call)
     }
 
-    fn take(method: &str, a: &mut Arguments<'_>) -> Result<Self> {
+    fn read(method: &str, a: &mut Arguments<'_>) -> Result<Self> {
         Ok(match method {
             "create_stemcell" => Self::CreateStemcell(create_stemcell(a)?),
             "delete_stemcell" => Self::DeleteStemcell(a.cid("stemcell_cid")?),
@@ -120,23 +105,24 @@ impl Call {
         })
     }
 
-    /// What it creates under a cid chosen now, as the way to undo that; `None` if it creates nothing. The cid bears a trace of
-    /// the place where that will be, if there are several.
-    pub fn creates(&self, place: Option<&str>) -> Option<Undo> {
-        fn new<C: Cid>(place: Option<&str>) -> C {
-            place.map_or_else(C::random, C::random_at)
+    /// Chooses the cid of the object that the call creates, and returns the delete that undoes the
+    /// create; `None` if the call creates nothing. With `host`, the name of one of several hosts,
+    /// the cid has a tag that tells the host.
+    pub fn choose_cid(&self, host: Option<&str>) -> Option<Undo> {
+        fn new<C: Cid>(host: Option<&str>) -> C {
+            host.map_or_else(C::random, C::random_at)
         }
         Some(match self {
-            Self::CreateStemcell(_) => Undo::DeleteStemcell(new(place)),
-            Self::CreateVm(_) => Undo::DeleteVm(new(place)),
-            Self::CreateDisk(_) => Undo::DeleteDisk(new(place)),
-            Self::SnapshotDisk(..) => Undo::DeleteSnapshot(new(place)),
-            Self::CreateNetwork(_) => Undo::DeleteNetwork(new(place)),
+            Self::CreateStemcell(_) => Undo::DeleteStemcell(new(host)),
+            Self::CreateVm(_) => Undo::DeleteVm(new(host)),
+            Self::CreateDisk(_) => Undo::DeleteDisk(new(host)),
+            Self::SnapshotDisk(..) => Undo::DeleteSnapshot(new(host)),
+            Self::CreateNetwork(_) => Undo::DeleteNetwork(new(host)),
             _ => return None,
         })
     }
 
-    /// Has `verbs` do it.
+    /// Calls the method of `verbs`.
     ///
     /// # Errors
     /// Those of the method.
@@ -148,7 +134,8 @@ impl Call {
             Self::DeleteStemcell(stemcell) => done(verbs.delete_stemcell(&stemcell)),
             Self::CreateVm(vm) => {
                 let (cid, networks) = verbs.create_vm(*vm)?;
-                // An array: of a plain string the Director takes the first character for the cid.
+                // An array: from a plain string the Director would take the first character as the
+                // cid.
                 Ok(Success {
                     undo: Some(Undo::DeleteVm(cid.clone())),
                     ..answered(&(cid, networks))
@@ -187,51 +174,9 @@ impl Call {
     }
 }
 
-impl Undo {
-    /// Removes it. That it is gone already is fine.
-    ///
-    /// # Errors
-    /// Those of the deleting method.
-    pub fn run(&self, verbs: &dyn Contract) -> Result<()> {
-        let deleted = match self {
-            Self::DeleteStemcell(cid) => verbs.delete_stemcell(cid),
-            Self::DeleteVm(cid) => verbs.delete_vm(cid),
-            Self::DeleteDisk(cid) => verbs.delete_disk(cid),
-            Self::DeleteSnapshot(cid) => verbs.delete_snapshot(cid),
-            Self::DeleteNetwork(cid) => verbs.delete_network(cid),
-        };
-        match deleted {
-            Err(error)
-                if matches!(error.kind(), ErrorKind::DiskNotFound | ErrorKind::NetworkNotFound) =>
-            {
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    /// The call that does it: a method and its one argument.
-    pub fn call(&self) -> (&'static str, &str) {
-        match self {
-            Self::DeleteStemcell(cid) => ("delete_stemcell", cid.as_str()),
-            Self::DeleteVm(cid) => ("delete_vm", cid.as_str()),
-            Self::DeleteDisk(cid) => ("delete_disk", cid.as_str()),
-            Self::DeleteSnapshot(cid) => ("delete_snapshot", cid.as_str()),
-            Self::DeleteNetwork(cid) => ("delete_network", cid.as_str()),
-        }
-    }
-}
-
-impl fmt::Display for Undo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (method, cid) = self.call();
-        write!(f, "{method} '{cid}'")
-    }
-}
-
 fn create_stemcell(a: &mut Arguments<'_>) -> Result<CreateStemcell> {
     let (image, cloud_properties) = (a.property("image_path")?, cloud_properties(a)?);
-    // API version 3 adds an object that so far holds only tags.
+    // API version 3 adds an object. The only key it defines is `tags`.
     let extra: Option<Map<String, Value>> = a.optional("extra")?;
     let tags = match extra.and_then(|mut extra| extra.remove("tags")) {
         Some(Value::Object(tags)) => tags,
@@ -259,13 +204,13 @@ fn create_disk(a: &mut Arguments<'_>) -> Result<CreateDisk> {
     })
 }
 
-/// Null when a manifest has none.
+/// Reads cloud properties: null if the manifest has none.
 fn cloud_properties(a: &mut Arguments<'_>) -> Result<CloudProperties> {
     a.optional("cloud_properties").map(Option::unwrap_or_default)
 }
 
 fn answered(result: &impl Serialize) -> Success {
-    // Cids, booleans, maps with string keys: nothing here can fail to be JSON.
+    // Results are cids, booleans and maps with string keys, which always serialize.
     Success { result: to_raw_value(result).expect("a result is JSON"), undo: None }
 }
 
@@ -290,7 +235,7 @@ mod tests {
         Request::parse(&format!(r#"{{"method":"{method}","arguments":{arguments}}}"#)).unwrap()
     }
 
-    /// What was done, and the result.
+    /// The calls that the fake received, and the result.
     fn run(method: &str, arguments: &str) -> (Vec<String>, String) {
         let calls = Calls::default();
         let call = Call::parse(&request(method, arguments)).unwrap();
@@ -305,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn every_method_reaches_its_verb_and_answers_in_the_contracts_shape() {
+    fn every_method_runs_and_its_result_has_the_contracts_shape() {
         for (method, arguments, call, result) in [
             ("create_stemcell", r#"["/i",{}]"#, "create_stemcell /i", r#""stemcell-new""#),
             ("delete_stemcell", r#"["sc-1"]"#, "delete_stemcell sc-1", "null"),
@@ -353,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_callers_leave_out_or_null_may_be_missing() {
+    fn optional_arguments_may_be_null_or_missing() {
         for (method, arguments, call) in [
             ("create_stemcell", r#"["/i",null]"#, "create_stemcell /i"),
             ("create_stemcell", r#"["/i"]"#, "create_stemcell /i"),
@@ -424,7 +369,8 @@ mod tests {
             (
                 "create_vm",
                 r#"["a b","s",{},{},[],{}]"#,
-                "argument 1, agent_id: expected 1 to 128 letters, digits, '-', '_' and '.', got a string",
+                "argument 1, agent_id: expected 1 to 128 letters, digits, '-', '_' and '.', \
+                 got a string",
             ),
             (
                 "create_vm",
@@ -461,7 +407,8 @@ mod tests {
             (
                 "calculate_vm_cloud_properties",
                 r#"[{"ram":1,"cpu":1}]"#,
-                "argument 1, vm_resources.ephemeral_disk_size: missing; expected a whole number of MiB from 1 to 67108864",
+                "argument 1, vm_resources.ephemeral_disk_size: missing; \
+                 expected a whole number of MiB from 1 to 67108864",
             ),
         ] {
             assert_eq!(refusal(method, arguments), expected);
@@ -469,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_says_so_in_the_words_callers_act_on() {
+    fn missing_methods_fail_with_the_kinds_that_callers_act_on() {
         let kind = |method: &str, arguments: &str| {
             let run = |call: Call| call.run(&Fake::new(Calls::default()));
             Call::parse(&request(method, arguments)).and_then(run).unwrap_err().kind()

@@ -1,4 +1,4 @@
-//! A CPI that does nothing and remembers what it was asked.
+//! A CPI for tests that does nothing and records its calls.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -12,7 +12,7 @@ use crate::cpi::contract::{
 };
 use crate::error::Result;
 
-/// What was asked, in order.
+/// The calls that a [`Fake`] received, in order.
 #[derive(Clone, Default)]
 pub struct Calls(Rc<RefCell<Vec<String>>>);
 

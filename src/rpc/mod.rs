@@ -1,22 +1,25 @@
-//! The Director's side of the door: one JSON request on stdin, one JSON answer on stdout.
+//! The JSON-RPC interface of the CPI: one JSON request on stdin, one JSON response on stdout.
 //!
 //! ```text
-//!  stdin ──▶ request ──▶ call (typed arguments) ──▶ Carrier ──▶ response ──▶ outlet ──▶ stdout
-//!            read to      refused here, before        acts        one JSON     written once;
-//!            EOF first    anything is touched                     object       gone? undo a create
+//!  stdin ──▶ request ──▶ call ───────────▶ Executor ──▶ response ──▶ ResponseWriter ──▶ stdout
+//!            read to      typed arguments;   acts         one JSON     writes once; if the caller
+//!            EOF first    errors end here,                object       has closed the pipe, the
+//!                         before any change                            executor undoes a create
 //! ```
 //!
-//! `rpc` owns the form of requests and answers and the names of errors; it knows no state, no host and no
-//! configuration. Whatever goes wrong, panics included, becomes an answer with `result`, `error` and `log`.
+//! `rpc` owns the format of requests and responses and the Director's names of errors. It knows no
+//! state, no host and no configuration. Every failure, panics included, becomes a response with
+//! `result`, `error` and `log`.
 
 pub mod arguments;
 pub mod call;
 #[cfg(test)]
 mod fake;
-mod here;
-pub mod outlet;
+mod local;
 pub mod request;
 pub mod response;
+pub mod response_writer;
+mod undo;
 
 use std::io::Read;
 
@@ -26,94 +29,94 @@ use crate::crash;
 use crate::error::{Error, Result};
 use crate::schema::printable;
 use call::Call;
-use outlet::{Delivery, Outlet};
 use request::Request;
 use response::Response;
+use response_writer::{Delivery, ResponseWriter};
 
-pub use here::Here;
+pub use local::LocalExecutor;
 
-/// Image formats that `create_stemcell` takes, as stemcells and bosh-cli name them. `qemu-light` is ours: its
-/// cloud properties point to an image on the host.
+/// Image formats that `create_stemcell` accepts, as stemcells and bosh-cli name them. `qemu-light`
+/// is this CPI's own: its cloud properties name an image file on the host.
 pub const STEMCELL_FORMATS: [&str; 3] = ["openstack-qcow2", "openstack-raw", "qemu-light"];
 
-/// Who carries calls out: the CPI of this host, or somebody who has one elsewhere do it.
-pub trait Carrier {
-    /// Carries out `call`, which `request` is.
-    fn carry(&self, request: &Request, call: Call) -> Carried<'_>;
+/// Runs calls: the CPI of this host, or a client of the CPI on remote hosts.
+pub trait Executor {
+    /// Runs `call`, the parsed form of `request`.
+    fn execute(&self, request: &Request, call: Call) -> Executed<'_>;
 }
 
-/// What came of a call, before its caller hears of it.
-pub struct Carried<'a> {
-    /// The answer.
+/// The outcome of a call whose response was not sent yet.
+pub struct Executed<'a> {
+    /// The response to send.
     pub response: Response,
-    /// Whether something was made that nobody can delete who was not told of it.
+    /// Whether the call created an object. The caller can delete it only if the response arrives.
     pub made: bool,
-    /// Hears what became of the answer.
-    pub delivered: Box<dyn FnOnce(Delivery) + 'a>,
+    /// Called once with the fate of the response.
+    pub on_delivery: Box<dyn FnOnce(Delivery) + 'a>,
 }
 
-/// Answers the one request in `input` on `outlet`. `carrier` is asked for only when something is to be done: neither
-/// `info` nor a malformed request needs a configuration.
+/// Reads the one request in `input` and writes its response to `writer`. Calls `executor` only for
+/// a well-formed call of an acting method: `info` and a malformed request need no configuration.
 ///
-/// Panics are answered, too, which makes this the last a process does.
+/// A panic is answered, too, and ends the process, so this must be the last thing a process does.
 pub fn serve(
     input: impl Read,
-    outlet: Outlet,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    writer: ResponseWriter,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) {
-    answer(request::read(input), &outlet.answer_panics(), carrier);
+    answer(request::read(input), &writer.answer_panics(), executor);
 }
 
-/// Answers the request `text`, as [`serve`].
+/// Like [`serve`], for a request that was already read.
 pub fn serve_text(
     text: String,
-    outlet: Outlet,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    writer: ResponseWriter,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) {
-    answer(request::bounded(text), &outlet.answer_panics(), carrier);
+    answer(request::bounded(text), &writer.answer_panics(), executor);
 }
 
 fn answer(
     text: Result<String>,
-    outlet: &Outlet,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
+    writer: &ResponseWriter,
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
 ) {
-    let response = match text.and_then(|text| admit(&text, carrier)) {
-        Ok(Admitted::Info) => Response::success(&info()),
-        Ok(Admitted::Call { request, call, carrier }) => {
-            let Carried { response, made, delivered } = carrier.carry(&request, *call);
+    let response = match text.and_then(|text| prepare(&text, executor)) {
+        Ok(Prepared::Info) => Response::success(&info()),
+        Ok(Prepared::Call { request, call, executor }) => {
+            let Executed { response, made, on_delivery } = executor.execute(&request, *call);
             crash::point!("done, not answered");
-            return delivered(outlet.send(&response, made));
+            return on_delivery(writer.send(&response, made));
         }
         Err(error) => Response::failure(&error),
     };
-    // Nothing was done, so nothing is lost with the answer, and no log is up to say so.
-    let _ = outlet.send(&response, false);
+    // The call changed nothing, so a lost response does no harm. No log is set up to report it.
+    let _ = writer.send(&response, false);
 }
 
-/// The result of `info`: what this program can do, whatever the state of its host. It is asked with any API version
-/// or none, being how the version is found.
+/// The result of `info`: the capabilities of this program, whatever the state of its host. Callers
+/// send any API version or none, because they learn the version from the result.
 fn info() -> Value {
     json!({"api_version": request::API_VERSIONS.end(), "stemcell_formats": STEMCELL_FORMATS})
 }
 
-enum Admitted {
+enum Prepared {
     Info,
-    Call { request: Request, call: Box<Call>, carrier: Box<dyn Carrier> },
+    Call { request: Request, call: Box<Call>, executor: Box<dyn Executor> },
 }
 
-fn admit(
+fn prepare(
     text: &str,
-    carrier: impl FnOnce(&Request) -> Result<Box<dyn Carrier>>,
-) -> Result<Admitted> {
+    executor: impl FnOnce(&Request) -> Result<Box<dyn Executor>>,
+) -> Result<Prepared> {
     let request = Request::parse(text)?;
     if request.method == "info" {
-        return Ok(Admitted::Info);
+        return Ok(Prepared::Info);
     }
     let named = |error: Error| error.during(printable(&request.method));
     let call = Box::new(Call::parse(&request).map_err(named)?);
-    let carrier = carrier(&request).map_err(named)?;
-    Ok(Admitted::Call { request, call, carrier })
+    let executor = executor(&request).map_err(named)?;
+    Ok(Prepared::Call { request, call, executor })
 }
 
 #[cfg(test)]
@@ -129,21 +132,23 @@ mod tests {
     use crate::error::ErrorKind;
     use fake::{Calls, Fake};
 
-    /// The answer to `request`, and what was done for it.
+    /// The response to `request`, and the calls that the fake received.
     fn ask(request: &str) -> (Value, Calls) {
         let (mut caller, cpi) = UnixStream::pair().unwrap();
         let calls = Calls::default();
         let verbs = Fake::new(calls.clone());
-        answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-            Ok(Box::new(Here::new(verbs)))
-        });
+        answer(
+            Ok(request.to_owned()),
+            &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+            |_| Ok(Box::new(LocalExecutor::new(verbs))),
+        );
         let mut text = String::new();
         caller.read_to_string(&mut text).unwrap();
         (serde_json::from_str(&text).unwrap(), calls)
     }
 
     #[test]
-    fn a_call_is_carried_out_and_answered() {
+    fn a_call_is_run_and_answered() {
         let (answer, calls) =
             ask(r#"{"method":"has_vm","arguments":["vm-1"],"context":{},"api_version":2}"#);
         assert_eq!(answer, json!({"result": true, "error": null, "log": ""}));
@@ -151,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn info_and_what_is_malformed_ask_for_nothing() {
+    fn info_and_malformed_requests_need_no_executor() {
         for request in [
             r#"{"method":"info","arguments":[]}"#,
             r#"{"method":"info","arguments":["x"],"api_version":1,"context":{"vm":7}}"#,
@@ -160,10 +165,14 @@ mod tests {
         ] {
             let asked = Rc::new(Cell::new(false));
             let (mut caller, cpi) = UnixStream::pair().unwrap();
-            answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-                asked.set(true);
-                Err(Error::new(ErrorKind::BadConfig, "no configuration"))
-            });
+            answer(
+                Ok(request.to_owned()),
+                &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+                |_| {
+                    asked.set(true);
+                    Err(Error::new(ErrorKind::BadConfig, "no configuration"))
+                },
+            );
             let mut text = String::new();
             caller.read_to_string(&mut text).unwrap();
             let answer: Value = serde_json::from_str(&text).unwrap();
@@ -173,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn info_says_what_both_callers_want() {
+    fn info_has_the_keys_of_both_callers() {
         let (answer, _) = ask(r#"{"method":"info","arguments":[],"api_version":1}"#);
         let formats = ["openstack-qcow2", "openstack-raw", "qemu-light"];
         assert_eq!(answer["result"], json!({"api_version": 3, "stemcell_formats": formats}));
@@ -193,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_create_nobody_hears_of_is_undone() {
+    fn a_create_whose_response_is_lost_is_undone() {
         for (request, expected) in [
             (
                 r#"{"method":"create_disk","arguments":[1,{}]}"#,
@@ -212,23 +221,27 @@ mod tests {
             drop(caller);
             let calls = Calls::default();
             let verbs = Fake::new(calls.clone());
-            answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-                Ok(Box::new(Here::new(verbs)))
-            });
+            answer(
+                Ok(request.to_owned()),
+                &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+                |_| Ok(Box::new(LocalExecutor::new(verbs))),
+            );
             assert_eq!(calls.take(), expected);
         }
     }
 
     #[test]
-    fn what_makes_nothing_is_not_undone() {
+    fn a_call_that_creates_nothing_is_not_undone() {
         let (caller, cpi) = UnixStream::pair().unwrap();
         drop(caller);
         let calls = Calls::default();
         let verbs = Fake::new(calls.clone());
         let request = r#"{"method":"attach_disk","arguments":["vm-1","disk-1"]}"#;
-        answer(Ok(request.to_owned()), &Outlet::new(File::from(OwnedFd::from(cpi))), |_| {
-            Ok(Box::new(Here::new(verbs)))
-        });
+        answer(
+            Ok(request.to_owned()),
+            &ResponseWriter::new(File::from(OwnedFd::from(cpi))),
+            |_| Ok(Box::new(LocalExecutor::new(verbs))),
+        );
         assert_eq!(calls.take(), ["attach_disk vm-1 disk-1"]);
     }
 }

@@ -1,4 +1,4 @@
-//! The request: reading it whole, and its four keys.
+//! The request: reads it completely and parses its four keys.
 
 use std::io::Read;
 
@@ -9,34 +9,37 @@ use serde_json::{Map, Value};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ordered::Object;
 
-/// The most bytes of a request that are looked at. Real ones have about 10 kB, nearly all of it certificates.
+/// The largest request that is parsed, bytes. Real ones have about 10 kB, nearly all of it
+/// certificates.
 pub const MAX_BYTES: u64 = 16 << 20;
 
-/// API versions of the contract that are spoken here.
+/// Versions of the CPI API that this CPI supports.
 pub const API_VERSIONS: std::ops::RangeInclusive<u64> = 2..=3;
 
-/// The oldest agent API of a stemcell that takes its settings from the VM instead of a registry.
+/// The oldest stemcell API version whose agent reads its settings from the VM instead of a
+/// registry.
 const MIN_STEMCELL_API_VERSION: u64 = 2;
 
-/// One call of the Director or bosh-cli.
+/// One request of the Director or bosh-cli.
 #[derive(Debug)]
 pub struct Request {
-    /// What to do.
+    /// The method's name.
     pub method: String,
-    /// With what, each as it was written. Checked to be JSON throughout.
+    /// The arguments, each byte for byte. Checked to be JSON throughout.
     pub arguments: Vec<Box<RawValue>>,
-    /// On whose behalf.
+    /// The caller's context.
     pub context: Context,
-    /// The contract's version the caller speaks. The Director leaves it out of `info`, bosh-cli sends 1 there.
+    /// The version of the CPI API that the caller uses. The Director omits it for `info`; bosh-cli
+    /// sends 1 there.
     pub api_version: Option<u64>,
 }
 
-/// The request's context. Properties of a cpi-config entry lie flat beside the built-in keys and replace those of
-/// the same name, so no key is sure to be there or to have its shape.
+/// The request's context. The properties of a cpi-config entry stand beside the built-in keys and
+/// replace those of the same name, so any key may be missing or have any type.
 #[derive(Default)]
 pub struct Context(Map<String, Value>);
 
-/// The keys of a context that are not a cpi-config entry's.
+/// The context's keys that do not come from a cpi-config entry.
 const BUILT_IN: [&str; 3] = ["director_uuid", "request_id", "vm"];
 
 #[derive(Serialize)]
@@ -48,11 +51,11 @@ struct Forwarded<'a> {
     api_version: Option<u64>,
 }
 
-/// Reads `input` to its end, the part over [`MAX_BYTES`] into nowhere: the Director writes the whole request before
-/// it reads, and fails with EPIPE on a CPI that answers first.
+/// Reads `input` to its end and discards the part over [`MAX_BYTES`]: the Director writes the whole
+/// request before it reads, and fails with EPIPE if the CPI answers first.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`] when there is more, or it is not UTF-8.
+/// [`ErrorKind::BadRequest`] if the request is longer than [`MAX_BYTES`] or not UTF-8.
 pub fn read(mut input: impl Read) -> Result<String> {
     let mut bytes = Vec::new();
     let read = input.by_ref().take(MAX_BYTES).read_to_end(&mut bytes);
@@ -69,27 +72,27 @@ pub fn read(mut input: impl Read) -> Result<String> {
     }
 }
 
-/// `text`, if it is no longer than what [`read`] takes.
+/// Checks the length of a request that was already read.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`].
+/// [`ErrorKind::BadRequest`] if `text` is longer than [`MAX_BYTES`].
 pub fn bounded(text: String) -> Result<String> {
     if text.len() as u64 <= MAX_BYTES { Ok(text) } else { Err(too_long(text.len() as u64)) }
 }
 
 fn too_long(bytes: u64) -> Error {
-    bad(format!("the request has {bytes} bytes, more than {MAX_BYTES}"))
+    bad(format!("the request has {bytes} bytes, the limit is {MAX_BYTES}"))
 }
 
 impl Request {
-    /// Reads the four keys. Keys beyond them are ignored, of a key given twice the last counts, and a null is as
-    /// good as nothing for `context` and `api_version`.
+    /// Parses the four keys. Ignores other keys, uses the last of a repeated key, and treats null
+    /// like a missing key for `context` and `api_version`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] naming the key; never a value.
+    /// [`ErrorKind::BadRequest`] with the key's name, never its value.
     pub fn parse(text: &str) -> Result<Self> {
-        // Once for the whole text: whatever is kept unparsed from here on (env, networks) is well-formed to the
-        // last value, nested at most 128 deep, its numbers in range.
+        // Parses the whole text once, so that the parts that stay unparsed (env, networks) are
+        // known to be well-formed, nested at most 128 deep, with numbers in range.
         let value: Value = serde_json::from_str(text).map_err(|error| not_json(text, &error))?;
         if !value.is_object() {
             return Err(bad("the request is not a JSON object"));
@@ -102,8 +105,8 @@ impl Request {
         Ok(Self { method, arguments, context: Context(context), api_version })
     }
 
-    /// The same request for another host, its arguments to the letter, its context with `keys` in place of what a cpi-config
-    /// entry says.
+    /// The request as text for another host: the arguments byte for byte, the context with `keys`
+    /// instead of the cpi-config entry's properties.
     pub fn forwarded(&self, keys: &Map<String, Value>) -> String {
         let own = BUILT_IN.iter().filter_map(|key| self.context.0.get_key_value(*key));
         let context: Map<_, _> =
@@ -117,17 +120,17 @@ impl Request {
         serde_json::to_string(&request).expect("a request is JSON")
     }
 
-    /// Whether both sides mean the same by this call.
+    /// Checks the request's API version and, for create_vm, the stemcell's.
     ///
     /// # Errors
-    /// [`ErrorKind::NotSupported`]: unlike `NotImplemented` no caller takes that for "never mind".
+    /// [`ErrorKind::NotSupported`]: callers ignore `NotImplemented` for some methods, but not this.
     pub fn check_versions(&self) -> Result<()> {
         let refused = |message| Err(Error::new(ErrorKind::NotSupported, message));
         match self.api_version {
             Some(version) if !API_VERSIONS.contains(&version) => {
                 let (least, most) = (API_VERSIONS.start(), API_VERSIONS.end());
                 return refused(format!(
-                    "CPI API version {version} is not spoken here, {least} to {most} are"
+                    "CPI API version {version} is not supported, only {least} to {most}"
                 ));
             }
             _ => {}
@@ -135,8 +138,8 @@ impl Request {
         match self.context.stemcell_api_version() {
             Some(version) if self.method == "create_vm" && version < MIN_STEMCELL_API_VERSION => {
                 refused(format!(
-                    "the stemcell's API version {version} wants a registry, which there is none: use a stemcell with \
-                 API version {MIN_STEMCELL_API_VERSION} or later"
+                    "the stemcell's API version {version} needs a registry, which this CPI does \
+                     not have: use a stemcell with API version {MIN_STEMCELL_API_VERSION} or later"
                 ))
             }
             _ => Ok(()),
@@ -145,7 +148,8 @@ impl Request {
 }
 
 impl Context {
-    /// The Director's name for this call, `cpi-123456`. Nothing else is taken for one: it is written to the log.
+    /// The Director's id of this call, such as `cpi-123456`. Returns `None` for any other format,
+    /// because the id goes to the log.
     pub fn request_id(&self) -> Option<&str> {
         let id = self.0.get("request_id")?.as_str()?;
         let tail = id.strip_prefix("cpi-")?;
@@ -153,17 +157,17 @@ impl Context {
             .then_some(id)
     }
 
-    /// The uuid of the Director or create-env state whose call this is.
+    /// The uuid of the Director or of the create-env state that calls.
     pub fn director(&self) -> Option<&str> {
         self.0.get("director_uuid")?.as_str().filter(|uuid| uuid.len() <= 255)
     }
 
-    /// Which API the agent on the stemcell speaks; nothing to do with [`Request::api_version`].
+    /// The API version of the stemcell's agent. Unrelated to [`Request::api_version`].
     pub fn stemcell_api_version(&self) -> Option<u64> {
         self.0.get("vm")?.get("stemcell")?.get("api_version")?.as_u64()
     }
 
-    /// All keys: among them a cpi-config entry's properties, which are secret.
+    /// All keys. They include the properties of a cpi-config entry, which are secret.
     pub fn properties(&self) -> &Map<String, Value> {
         &self.0
     }
@@ -191,9 +195,11 @@ fn required<T: serde::de::DeserializeOwned>(keys: &Object, key: &str, expected: 
 
 fn not_json(text: &str, error: &serde_json::Error) -> Error {
     if text.trim().is_empty() {
-        return bad("the request is empty").hint("a request is one JSON object on standard input");
+        return bad("the request is empty").hint(
+            "send one JSON object on standard input; for the operator's commands see --help",
+        );
     }
-    // Of a syntax error the text names no value.
+    // serde_json's text of a syntax error contains no value of the request.
     bad(format!("the request is not JSON: {error}"))
 }
 
@@ -222,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn repeated_and_unknown_keys_are_harmless() {
+    fn repeated_and_unknown_keys_are_accepted() {
         let text =
             r#"{"method":1,"x":[],"arguments":{},"method":"has_vm","arguments":["vm-1"],"y":2}"#;
         let request = Request::parse(text).unwrap();
@@ -230,9 +236,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_without_its_value() {
+    fn an_error_names_the_key_without_its_value() {
         for (text, expected) in [
-            ("", "the request is empty\nHint: a request is one JSON object on standard input"),
+            (
+                "",
+                "the request is empty\nHint: send one JSON object on standard input; for the \
+                 operator's commands see --help",
+            ),
             ("{", "the request is not JSON: EOF while parsing an object at line 1 column 1"),
             ("{} {}", "the request is not JSON: trailing characters at line 1 column 4"),
             (r#"["secret"]"#, "the request is not a JSON object"),
@@ -267,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting_is_refused_before_it_is_a_stack_overflow_wherever_it_stands() {
+    fn deep_nesting_is_refused_instead_of_overflowing_the_stack() {
         let deep = "[".repeat(100_000) + &"]".repeat(100_000);
         for text in [
             deep.clone(),
@@ -284,7 +294,7 @@ mod tests {
     fn input_is_read_to_its_end_and_bounded() {
         let mut input = std::io::repeat(b' ').take(MAX_BYTES + 1000);
         let error = read(&mut input).unwrap_err();
-        assert_eq!(error.report(), "the request has 16778216 bytes, more than 16777216");
+        assert_eq!(error.report(), "the request has 16778216 bytes, the limit is 16777216");
         assert_eq!(input.limit(), 0);
         assert_eq!(
             read(&b"\"\xff\""[..]).unwrap_err().report(),
@@ -292,7 +302,7 @@ mod tests {
         );
         assert_eq!(read(&b"{}"[..]).unwrap(), "{}");
         let long = bounded(" ".repeat(usize::try_from(MAX_BYTES).unwrap() + 1)).unwrap_err();
-        assert_eq!(long.report(), "the request has 16777217 bytes, more than 16777216");
+        assert_eq!(long.report(), "the request has 16777217 bytes, the limit is 16777216");
         assert_eq!(bounded("{}".to_owned()).unwrap(), "{}");
     }
 
@@ -304,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_contracts_version_and_the_stemcells_are_two_things() {
+    fn the_api_versions_of_cpi_and_stemcell_are_checked_separately() {
         let stemcell = |version| format!(r#"{{"vm":{{"stemcell":{{"api_version":{version}}}}}}}"#);
         assert!(versions("create_vm", &stemcell("3"), "2").is_ok());
         assert!(versions("create_vm", &stemcell("4"), "3").is_ok());
@@ -319,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cpi_config_may_clobber_the_context() {
+    fn a_cpi_config_may_replace_built_in_keys_of_the_context() {
         for context in
             [r#"{"vm":"x","request_id":7}"#, r#"{"vm":{"stemcell":[]},"request_id":"s3cret"}"#]
         {

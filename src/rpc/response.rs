@@ -1,4 +1,5 @@
-//! The answer: always one JSON object with `result`, `error` and `log`, each of the shape the Director checks for.
+//! The response: always one JSON object with `result`, `error` and `log`, each of the type that the
+//! Director checks for.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -7,13 +8,14 @@ use serde_json::value::RawValue;
 use crate::error::{Error, ErrorKind};
 use crate::schema::plain;
 
-/// The most bytes of an error's message. The Director reads one byte at a time: 4 s for each MB.
+/// The longest error message, bytes. The Director reads one byte at a time: 4 s for each MB.
 const MAX_MESSAGE: usize = 8 << 10;
 
-/// The most bytes of an answer of another host.
+/// The longest response of another host, bytes.
 pub const MAX_FORWARDED: usize = 1 << 20;
 
-/// One answer. All keys are always written: a missing or null `log` makes the Director discard the whole.
+/// One response. It always has all keys: the Director discards a response whose `log` is missing or
+/// null.
 #[derive(Debug)]
 pub struct Response {
     json: String,
@@ -26,7 +28,7 @@ pub struct Response {
 struct Body<'a, T: ?Sized> {
     result: Option<&'a T>,
     error: Option<Failure>,
-    /// Empty: the log is on stderr, and the Director joins both.
+    /// Empty: the log goes to stderr, and the Director joins both.
     log: &'static str,
 }
 
@@ -37,7 +39,7 @@ struct Failure {
     ok_to_retry: bool,
 }
 
-/// What the Director's schema asks of an answer (`external_cpi.rb`, Director 283).
+/// A response as the Director's schema demands it (`external_cpi.rb`, Director 283).
 #[derive(Deserialize)]
 struct Forwarded<'a> {
     #[serde(borrow, default, deserialize_with = "present")]
@@ -55,7 +57,7 @@ struct ForwardedFailure {
     ok_to_retry: bool,
 }
 
-/// A key that is there, null or not.
+/// Deserializes a key that must exist but may be null.
 fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     value: D,
 ) -> Result<Option<T>, D::Error> {
@@ -63,12 +65,12 @@ fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
 }
 
 impl Response {
-    /// It worked: `result`.
+    /// The response of a call that succeeded with `result`.
     pub fn success<T: Serialize + ?Sized>(result: &T) -> Self {
         Self::of(write(&Body { result: Some(result), error: None, log: "" }))
     }
 
-    /// It failed with `error`.
+    /// The response of a call that failed with `error`.
     pub fn failure(error: &Error) -> Self {
         let (r#type, ok_to_retry) = director_type(error.kind());
         let failure = Failure { r#type, message: bounded(error.report()), ok_to_retry };
@@ -84,8 +86,8 @@ impl Response {
         Self { json, error_type: None, lacks_room: false, crowded: false }
     }
 
-    /// What another host answered, to the letter, but for control characters in what people read; `None` if that is no answer
-    /// the Director would take.
+    /// The response `text` of another host, byte for byte except for control characters in messages
+    /// and log; `None` if the Director would not accept it.
     pub fn forwarded(text: String) -> Option<Self> {
         if text.len() > MAX_FORWARDED {
             return None;
@@ -94,36 +96,37 @@ impl Response {
         let (Some(_), Some(error), Some(log)) = (body.result, body.error, body.log) else {
             return None;
         };
-        let said =
+        let texts =
             error.iter().flat_map(|failure| [&failure.r#type, &failure.message]).chain([&log]);
-        let is_plain = said.into_iter().all(|words| *words == plain(words));
+        let is_plain = texts.into_iter().all(|text| *text == plain(text));
         Some(Self::of(if is_plain { text } else { cleaned(&text)? }))
     }
 
-    /// The `Bosh::Clouds` type of the error in it.
+    /// The `Bosh::Clouds` type of the error, if the call failed on this host.
     pub fn error_type(&self) -> Option<&'static str> {
         self.error_type
     }
 
-    /// Whether it failed because this host has not the memory or the space.
+    /// Whether the call failed because this host lacks memory or disk space.
     pub fn lacks_room(&self) -> bool {
         self.lacks_room
     }
 
-    /// Whether it failed because others were faster to put VMs on this host.
+    /// Whether the call failed because concurrent creates put VMs of the same group on this host.
     pub fn is_crowded(&self) -> bool {
         self.crowded
     }
 
-    /// The JSON. No newline at its end: without its last byte it must not parse.
+    /// The JSON without a newline at the end, so that a truncated response never parses.
     pub fn as_bytes(&self) -> &[u8] {
         self.json.as_bytes()
     }
 }
 
-/// The Director's name for a kind of failure, and whether it should try again. Only `VMCreationFailed` is retried;
-/// a name not in the Director's list (cloud errors.rb, Director 283) would become a nameless `UnknownError`, so
-/// `StemcellNotFound`, known to bosh-cli alone, is none.
+/// The Director's type for a kind of failure, and whether the Director should retry. It retries
+/// only `VMCreationFailed`. A type that is not in its list (cloud errors.rb, Director 283) would
+/// become the generic `UnknownError`, so `StemcellNotFound`, which only bosh-cli knows, is not
+/// used.
 fn director_type(kind: ErrorKind) -> (&'static str, bool) {
     match kind {
         ErrorKind::BadRequest | ErrorKind::BadConfig => ("Bosh::Clouds::CpiError", false),
@@ -149,18 +152,19 @@ fn write(body: &impl Serialize) -> String {
     serde_json::to_string(body).expect("an answer is JSON")
 }
 
-/// The answer `text` without control characters in what people read.
+/// The response `text` without control characters in its messages and log.
 fn cleaned(text: &str) -> Option<String> {
     let mut answer: Value = serde_json::from_str(text).ok()?;
     for place in ["/error/type", "/error/message", "/log"] {
-        if let Some(Value::String(words)) = answer.pointer_mut(place) {
-            *words = plain(words);
+        if let Some(Value::String(text)) = answer.pointer_mut(place) {
+            *text = plain(text);
         }
     }
     Some(answer.to_string())
 }
 
-/// `text`, its middle cut out if it is long: the front says what failed, the end has the hint or a console's last lines.
+/// Cuts the middle out of a text that is too long: its start says what failed, its end has the hint
+/// or the console's last lines.
 fn bounded(text: String) -> String {
     if text.len() <= MAX_MESSAGE {
         return text;
@@ -174,7 +178,7 @@ fn bounded(text: String) -> String {
     };
     let head = boundary(MAX_MESSAGE / 2, true);
     let tail = boundary(text.len() - MAX_MESSAGE / 2, false);
-    format!("{} [… {} bytes left out …] {}", &text[..head], tail - head, &text[tail..])
+    format!("{} [… {} bytes omitted …] {}", &text[..head], tail - head, &text[tail..])
 }
 
 #[cfg(test)]
@@ -188,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_always_there() {
+    fn every_response_has_all_keys() {
         assert_eq!(Response::success(&()).as_bytes(), br#"{"result":null,"error":null,"log":""}"#);
         let failed =
             Response::failure(&Error::new(ErrorKind::VmNotFound, "no vm 'vm-1'").hint("look"));
@@ -214,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn another_hosts_answer_is_passed_on_to_the_letter_but_not_to_the_terminal() {
+    fn another_hosts_response_is_forwarded_without_control_characters() {
         let own = r#"{"result": null,"error":{"type":"T","message":"a\nHint: b","ok_to_retry":false}, "log":""}"#;
         assert_eq!(Response::forwarded(own.to_owned()).unwrap().as_bytes(), own.as_bytes());
         let hostile = json!({"result": null, "log": "\u{9b}0m", "error": {

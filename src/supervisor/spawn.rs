@@ -96,7 +96,7 @@ fn spawn(
         Begin::Adopt => arguments.push("--adopt".into()),
         Begin::Launch { queue_until } => {
             let patience = queue_until.saturating_duration_since(Instant::now()).as_millis();
-            arguments.extend(["--patience".into(), patience.to_string().into()]);
+            arguments.extend(["--queue-timeout".into(), patience.to_string().into()]);
         }
     }
     if let Some(file) = config_file {

@@ -179,7 +179,7 @@ fn a_large_request_is_read_to_its_end_before_it_is_answered() {
     assert!(world.call("no_such_method", &json!(["x".repeat(10 << 20)])).outcome.is_err());
     // Not even JSON, and more than is looked at.
     let answer = world.ask_raw(&vec![b'['; 20 << 20]);
-    assert_eq!(answer.failure().message, "the request has 20971520 bytes, more than 16777216");
+    assert_eq!(answer.failure().message, "the request has 20971520 bytes, the limit is 16777216");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 
 use bosh_qemu_cpi::error::{Error, ErrorKind};
-use bosh_qemu_cpi::rpc::{outlet::Outlet, serve};
+use bosh_qemu_cpi::rpc::{response_writer::ResponseWriter, serve};
 
 use crate::support::answer::{Answer, Failure};
 
@@ -23,7 +23,7 @@ struct Played {
 /// In the child: serves stdin with a CPI that does `misbehave`. Elsewhere: starts that child from `test`.
 fn played(test: &str, misbehave: fn()) -> Option<Played> {
     if std::env::var_os(PLAY).is_some() {
-        serve(std::io::stdin(), Outlet::stdout().unwrap(), |_| {
+        serve(std::io::stdin(), ResponseWriter::stdout().unwrap(), |_| {
             misbehave();
             Err(Error::new(ErrorKind::VmNotFound, "after all that"))
         });
@@ -59,7 +59,7 @@ fn a_panic_is_an_answer() {
     let failure = outcome.unwrap_err();
     assert_eq!(failure.kind, "CloudError");
     assert!(
-        failure.message.starts_with("a bug of the CPI at tests/it/door.rs:"),
+        failure.message.starts_with("bug in the CPI at tests/it/door.rs:"),
         "{}",
         failure.message
     );
@@ -76,8 +76,7 @@ fn a_panic_does_not_repeat_what_a_request_said() {
     };
     let message = outcome.unwrap_err().message;
     assert!(
-        message.starts_with("a bug of the CPI at tests/it/door.rs:")
-            && !message.contains("hunter2"),
+        message.starts_with("bug in the CPI at tests/it/door.rs:") && !message.contains("hunter2"),
         "{message}"
     );
 }

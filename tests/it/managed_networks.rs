@@ -81,7 +81,7 @@ fn a_managed_network_goes_with_delete_network_and_nothing_else() {
     host.namespace().run(|| {
         let output = host.cpi().args(["network", "remove"]).output().unwrap();
         let said = String::from_utf8(output.stdout).unwrap();
-        assert!(output.status.success() && said.contains("goes with delete_network"), "{said}");
+        assert!(output.status.success() && said.contains("delete_network removes it"), "{said}");
     });
     assert!(links().contains("10.9.0.1/24"), "{}", links());
     std::fs::remove_file(profiles.join("mine.toml")).unwrap();

@@ -67,8 +67,8 @@ fn plan_says_what_apply_does_and_remove_undoes() {
     let (applied, well) = network(&host, "apply");
     assert!(well, "{applied:#}");
     assert_eq!(changes(&applied), changes(&planned));
-    assert_eq!(applied[1]["state"], "stays without VMs");
-    assert_eq!(applied[3]["state"], "the operator's");
+    assert_eq!(applied[1]["state"], "kept without VMs");
+    assert_eq!(applied[3]["state"], "managed by the operator");
     let generation = host.namespace().run(nftables::generation);
     for words in ["plan", "apply"] {
         assert_eq!(changes(&network(&host, words).0), [""; 0], "{words} after apply");
@@ -89,7 +89,7 @@ fn plan_says_what_apply_does_and_remove_undoes() {
     assert!(host.namespace().link("bosh-routed0").is_none());
     let (removed, well) = network(&host, "remove");
     assert!(well);
-    assert_eq!(removed[3]["state"], "the operator's");
+    assert_eq!(removed[3]["state"], "managed by the operator");
     assert_eq!(links(&host), before);
     assert_eq!(host.namespace().run(nftables::tables), [""; 0]);
 }
@@ -100,7 +100,7 @@ fn a_network_with_vms_goes_with_the_last() {
     let stemcell = host.stemcell();
     assert!(network(&host, "apply default").1);
     let vm = host.vm(&stemcell);
-    assert_eq!(network(&host, "remove").0[0]["state"], "has VMs and goes with the last");
+    assert_eq!(network(&host, "remove").0[0]["state"], "in use, removed with its last VM");
     assert!(host.namespace().link("bosh-nat0").is_some());
     host.ok("delete_vm", &json!([vm]));
     assert!(host.namespace().link("bosh-nat0").is_none());
@@ -188,7 +188,7 @@ fn apply_brings_back_the_rules_of_running_vms() {
     assert!(before.iter().any(|table| table == "bosh-qemu-guard"), "{before:?}");
     host.namespace().run(nftables::flush);
     let lost = network(&host, "plan").0;
-    assert_eq!(changes(&lost)[0], "nft tables 'bosh-qemu-guard', with all VMs");
+    assert_eq!(changes(&lost)[0], "nft tables 'bosh-qemu-guard' for all VMs");
     assert!(network(&host, "apply").1);
     assert_eq!(tables(), before);
     assert_eq!(changes(&network(&host, "plan").0), [""; 0]);

@@ -1,4 +1,5 @@
-//! `bosh-qemu-cpi host authorize`: the line of an `authorized_keys` that lets a key call this host, and do nothing else.
+//! `bosh-qemu-cpi host authorize`: prints the `authorized_keys` line that lets a key call this host
+//! and restricts the key to that.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,10 +7,10 @@ use std::path::Path;
 use crate::config::transport::PublicKey;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
-/// Prints the line for `key`: a public key, or the file that one is in.
+/// Prints the line for `key`, a public key or the path of a file that holds one.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`] for what is no public key.
+/// [`ErrorKind::BadRequest`] if the file holds no public key.
 pub fn run(config: Option<&Path>, key: &str, output: &mut dyn Write) -> Result<bool> {
     let key = self::key(key)?;
     let program = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
@@ -18,7 +19,7 @@ pub fn run(config: Option<&Path>, key: &str, output: &mut dyn Write) -> Result<b
     Ok(true)
 }
 
-/// A public key, or the one in the file `key`.
+/// Parses `key` as a public key, or else reads the public key from the file of that path.
 ///
 /// # Errors
 /// As [`run`].
@@ -28,31 +29,37 @@ pub(super) fn key(key: &str) -> Result<PublicKey> {
 
 fn read(path: &Path) -> Result<PublicKey> {
     let text = std::fs::read_to_string(path).at("read public key", path)?;
-    let hint = "give the .pub file of the pair, never the private key";
+    let hint = "pass the .pub file of the key pair, never the private key";
     PublicKey::parse(&text).ok_or_else(|| {
-        Error::new(ErrorKind::BadRequest, format!("'{}' is no public key", path.display()))
+        Error::new(ErrorKind::BadRequest, format!("'{}' is not an SSH public key", path.display()))
             .hint(hint)
     })
 }
 
-/// `restrict`: no terminal, no forwarding of anything, no file of the user's run (sshd(8)).
+/// The line for `key`. Its option `restrict` forbids a terminal, every kind of forwarding and the
+/// user's `~/.ssh/rc` (sshd(8)); its `command` is the only program the key can start.
+///
+/// # Errors
+/// [`ErrorKind::NotSupported`] for a path that needs quotes.
 pub(super) fn line(program: &Path, config: Option<&Path>, key: &PublicKey) -> Result<String> {
-    let mut words = vec![quoted(program)?];
+    let mut words = vec![unquoted(program)?];
     if let Some(config) = config {
-        words.extend(["--config".to_owned(), quoted(config)?]);
+        words.extend(["--config".to_owned(), unquoted(config)?]);
     }
     words.extend(["host", "serve"].map(str::to_owned));
     Ok(format!("restrict,command=\"{}\" {} bosh-qemu-cpi", words.join(" "), key.as_str()))
 }
 
-/// A path that needs no quotes, of the shell's or of sshd's.
-fn quoted(path: &Path) -> Result<String> {
+/// Returns the path unchanged if neither the shell nor sshd needs quotes around it.
+fn unquoted(path: &Path) -> Result<String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
     let text = path.to_str().filter(|text| text.starts_with('/') && text.chars().all(plain));
     text.map(str::to_owned).ok_or_else(|| {
-        let message = format!("'{}' can not stand in authorized_keys", path.display());
-        Error::new(ErrorKind::NotSupported, message)
-            .hint("give the program and its configuration a plain absolute path")
+        let message = format!("path '{}' cannot be used in authorized_keys", path.display());
+        Error::new(ErrorKind::NotSupported, message).hint(
+            "move the program or its configuration to an absolute path of letters, digits and \
+                 '.', '_', '-', '+'",
+        )
     })
 }
 
@@ -61,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_key_starts_one_command_and_the_line_is_one_line() {
+    fn the_key_starts_one_command_and_the_path_cannot_add_another() {
         let key = PublicKey::parse("ssh-ed25519 AAAAC3 me@here\n").unwrap();
         let program = Path::new("/usr/local/bin/bosh-qemu-cpi");
         assert_eq!(

@@ -1,9 +1,9 @@
-//! `bosh-qemu-cpi host …`: this machine as a host of VMs, for itself and for callers elsewhere.
+//! `bosh-qemu-cpi host …`: this machine as a host of VMs, for local and remote callers.
 
 mod authorize;
-mod every_vm;
+mod boot;
 mod install;
-mod pass_on;
+mod proxy;
 mod serve;
 mod setup;
 mod status;
@@ -13,36 +13,39 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::cli::Host;
+use crate::cli::HostCommand;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A configuration that would be read by nobody is more likely meant for the machine that becomes a host.
-fn unconfigured(config: Option<&Path>) -> Result<()> {
+/// Refuses `--config` for a command that reads no configuration: the operator most likely means the
+/// configuration of the new host.
+fn ensure_no_config(config: Option<&Path>) -> Result<()> {
     let Some(config) = config else { return Ok(()) };
-    let message = format!("'--config {}' says nothing to this command", config.display());
+    let message = format!("this command does not read '--config {}'", config.display());
     Err(Error::new(ErrorKind::BadRequest, message)
-        .hint("what is to count on the host is given by --host-config"))
+        .hint("use --host-config for the configuration of the new host"))
 }
 
-/// Does it. Whether all is as it should be.
+/// Runs the command. Returns false if the exit status must be 1 although there was no error.
 ///
 /// # Errors
-/// Those of each command.
-pub fn run(config: Option<&Path>, command: Host, output: &mut dyn Write) -> Result<bool> {
+/// Those of the command.
+pub fn run(config: Option<&Path>, command: HostCommand, output: &mut dyn Write) -> Result<bool> {
     match command {
-        Host::Start { json } => every_vm::start(config, json, output),
-        Host::Stop { timeout, json } => {
-            every_vm::stop(config, Duration::from_secs(timeout), json, output)
+        HostCommand::Start { json } => boot::start(config, json, output),
+        HostCommand::Stop { timeout, json } => {
+            boot::stop(config, Duration::from_secs(timeout), json, output)
         }
-        Host::Serve => serve::run(config).map(|()| true),
-        Host::Install(install) => {
-            unconfigured(config).and_then(|()| install::install(&install, output))
+        HostCommand::Serve => serve::run(config).map(|()| true),
+        HostCommand::Install(install) => {
+            ensure_no_config(config).and_then(|()| install::install(&install, output))
         }
-        Host::Uninstall(machine) => {
-            unconfigured(config).and_then(|()| install::uninstall(&machine, output))
+        HostCommand::Uninstall(machine) => {
+            ensure_no_config(config).and_then(|()| install::uninstall(&machine, output))
         }
-        Host::Setup(setup) => unconfigured(config).and_then(|()| setup::run(&setup, output)),
-        Host::Status { json } => status::run(config, json, output),
-        Host::Authorize { key } => authorize::run(config, &key, output),
+        HostCommand::Setup(setup) => {
+            ensure_no_config(config).and_then(|()| setup::run(&setup, output))
+        }
+        HostCommand::Status { json } => status::run(config, json, output),
+        HostCommand::Authorize { key } => authorize::run(config, &key, output),
     }
 }

@@ -1,5 +1,5 @@
-//! `bosh-qemu-cpi host serve`: answer one question of a caller elsewhere. Started for each by sshd, as a forced command, or
-//! by a socket unit with `Accept=yes`.
+//! `bosh-qemu-cpi host serve`: answers one question of a remote caller. sshd (as a forced command)
+//! or a socket unit with `Accept=yes` starts one process for each connection.
 
 use std::fmt;
 use std::fs::File;
@@ -10,10 +10,10 @@ use std::path::Path;
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
-use super::pass_on;
+use super::proxy;
 use super::syslog::{self, Syslog};
 use crate::cid::DiskCid;
-use crate::commands::this_host;
+use crate::commands::local;
 use crate::config::{self, Config};
 use crate::cpi::capacity::report::{self, HostQuery, HostReport};
 use crate::cpi::context::{Context, RemoteCall};
@@ -22,20 +22,22 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::host::Caller;
 use crate::remote::wire::{CallQuestion, Question, Word};
-use crate::rpc::outlet::{self, Outlet};
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
-use crate::rpc::{self, Carrier, Here};
+use crate::rpc::response_writer::{self, ResponseWriter};
+use crate::rpc::{self, Executor, LocalExecutor};
 use crate::schema::printable;
 
-/// Greets, hears one question and answers it. A user who is not root has that done behind the socket that is there for such.
+/// Sends the greeting, reads one question and answers it. For a user other than root the proxy
+/// forwards the connection to a process of root instead.
 ///
 /// # Errors
-/// Only when standard output can not be had or nobody listens; every other failure is an answer.
+/// Only if standard output cannot be duplicated or the caller has closed it; every other failure is
+/// an answer.
 pub fn run(config: Option<&Path>) -> Result<()> {
-    let output = outlet::take_stdout()?;
+    let output = response_writer::take_stdout()?;
     if !geteuid().is_root() {
-        return pass_on::to_root(output);
+        return proxy::to_root(output);
     }
     let input = io::stdin()
         .as_fd()
@@ -43,72 +45,72 @@ pub fn run(config: Option<&Path>) -> Result<()> {
         .map_err(|e| Error::os("duplicate standard input", e))?;
     let caller =
         Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
-    let outlet = Outlet::new(caller.clone());
+    let writer = ResponseWriter::new(caller.clone());
     match caller.question() {
         Ok(Question::Call(call)) if is_absent(config, &call) => {
-            caller.say(&Word::Absent).map_err(gone)
+            caller.say(&Word::Absent).map_err(caller_closed)
         }
         Ok(Question::Call(call)) => {
-            answer_call(config, call, &caller, outlet);
+            answer_call(config, call, &caller, writer);
             Ok(())
         }
-        Ok(Question::Offer(wish)) => match offer(config, &wish) {
-            Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
-            Err(error) => refuse(&error, &outlet),
+        Ok(Question::Offer(wish)) => match host_report(config, &wish) {
+            Ok(report) => caller.say(&Word::Offer(Box::new(report))).map_err(caller_closed),
+            Err(error) => refuse(&error, &writer),
         },
         Ok(Question::GiveUp(disk)) => match give_up(config, &caller, &disk) {
-            Ok(()) => caller.say(&Word::GivenUp).map_err(gone),
-            Err(error) => refuse(&error, &outlet),
+            Ok(()) => caller.say(&Word::GivenUp).map_err(caller_closed),
+            Err(error) => refuse(&error, &writer),
         },
         Ok(Question::Find(cids)) => match find(config, &cids) {
-            Ok(found) => caller.say(&Word::Found(found)).map_err(gone),
-            Err(error) => refuse(&error, &outlet),
+            Ok(found) => caller.say(&Word::Found(found)).map_err(caller_closed),
+            Err(error) => refuse(&error, &writer),
         },
-        Err(error) => refuse(&error, &outlet),
+        Err(error) => refuse(&error, &writer),
     }
 }
 
-fn gone(error: io::Error) -> Error {
+fn caller_closed(error: io::Error) -> Error {
     Error::os("answer the caller", error)
 }
 
-fn refuse(error: &Error, outlet: &Outlet) -> Result<()> {
-    let _ = outlet.send(&Response::failure(error), false);
+fn refuse(error: &Error, writer: &ResponseWriter) -> Result<()> {
+    let _ = writer.send(&Response::failure(error), false);
     Ok(())
 }
 
-/// Whether the call is for a host with things that are not here. If that can not be said, the call says why.
+/// Whether the call is only for a host that has certain objects, and this host lacks one of them.
+/// Returns false if that cannot be determined: the call then fails with the reason.
 fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
     if call.only_with.is_empty() {
         return false;
     }
-    this_host::config(config).is_ok_and(|(config, file)| {
+    local::config(config).is_ok_and(|(config, file)| {
         let cx = Context::new(config, file);
-        // If it can not be told, the call tells why.
         !call.only_with.iter().all(|cid| report::is_present(&cx, cid).unwrap_or(true))
     })
 }
 
 fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
-    let (config, file) = this_host::config(config)?;
+    let (config, file) = local::config(config)?;
     report::present(&Context::new(config, file), cids)
 }
 
 fn give_up(config: Option<&Path>, caller: &Caller, cid: &DiskCid) -> Result<()> {
-    let (config, file) = this_host::config(config)?;
+    let (config, file) = local::config(config)?;
     begin_log(&config, caller);
     disk::give_up(&Context::new(config, file), cid)
 }
 
-fn offer(config: Option<&Path>, wish: &HostQuery) -> Result<HostReport> {
-    let (config, file) = this_host::config(config)?;
-    report::report(&Context::new(config, file), wish)
+fn host_report(config: Option<&Path>, query: &HostQuery) -> Result<HostReport> {
+    let (config, file) = local::config(config)?;
+    report::report(&Context::new(config, file), query)
 }
 
-fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
+fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, writer: ResponseWriter) {
     let CallQuestion { request, cid, alike, everywhere, undoes, image, .. } = call;
-    rpc::serve_text(request, outlet, |request| {
-        let (config, file) = this_host::config(config)?;
+    rpc::serve_text(request, writer, |request| {
+        let (config, file) = local::config(config)?;
         begin_log(&config, caller);
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
@@ -116,36 +118,37 @@ fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outle
         let remote =
             RemoteCall { cid, same_group: alike, replicated: everywhere, cancels: undoes, image };
         let cx = Context::new(config, file).called_by(request.context.director()).remote(remote);
-        Ok(Box::new(Here::new(Cpi::new(cx))) as Box<dyn Carrier>)
+        Ok(Box::new(LocalExecutor::new(Cpi::new(cx))) as Box<dyn Executor>)
     });
 }
 
-/// The log of what a caller has done here, which begins with who that is: the caller's, and this host's own.
+/// Sends the call's log both to the caller and to this host's own log. Its first line names the
+/// caller.
 fn begin_log(config: &Config, caller: &Caller) {
     let peer = peer(io::stdin().as_fd());
     match peer {
-        Peer::Process(_) => log::init_to(&config.log, Both(caller.log(), io::stderr())),
-        // Standard error would be told to the caller, too.
-        Peer::Elsewhere(_) => {
-            log::init_to(&config.log, Both(caller.log(), Syslog::at(Path::new(syslog::SOCKET))))
+        Peer::Process(_) => log::init_to(&config.log, Tee(caller.log(), io::stderr())),
+        // sshd sends standard error to the caller, who has the log already.
+        Peer::Remote(_) => {
+            log::init_to(&config.log, Tee(caller.log(), Syslog::at(Path::new(syslog::SOCKET))));
         }
     }
     tracing::info!("called by {peer}");
 }
 
-/// What the image of create_stemcell is called on the caller's machine.
+/// The path of create_stemcell's image on the caller's machine.
 fn image_name(request: &Request) -> String {
     let name =
         request.arguments.first().and_then(|path| serde_json::from_str::<String>(path.get()).ok());
     name.unwrap_or_default()
 }
 
-/// Who calls.
+/// The caller, for the log.
 enum Peer {
-    /// A process of this machine, behind a socket: the kernel says whose it is.
+    /// A process of this machine on the unix socket, with credentials from the kernel.
     Process(UnixCredentials),
-    /// Whoever is at the other end of sshd's connection, as it says.
-    Elsewhere(Option<String>),
+    /// The address at the other end of sshd's connection, from `SSH_CONNECTION`.
+    Remote(Option<String>),
 }
 
 fn peer(input: BorrowedFd<'_>) -> Peer {
@@ -153,7 +156,7 @@ fn peer(input: BorrowedFd<'_>) -> Peer {
         return Peer::Process(peer);
     }
     let connection = std::env::var("SSH_CONNECTION").ok();
-    Peer::Elsewhere(connection.map(|words| printable(words.split(' ').next().unwrap_or_default())))
+    Peer::Remote(connection.map(|words| printable(words.split(' ').next().unwrap_or_default())))
 }
 
 impl fmt::Display for Peer {
@@ -162,18 +165,18 @@ impl fmt::Display for Peer {
             Self::Process(peer) => {
                 write!(f, "uid {}, gid {}, pid {}", peer.uid(), peer.gid(), peer.pid())
             }
-            Self::Elsewhere(Some(address)) => write!(f, "{address} through ssh"),
-            Self::Elsewhere(None) => f.write_str("somebody on standard input"),
+            Self::Remote(Some(address)) => write!(f, "{address} over ssh"),
+            Self::Remote(None) => f.write_str("an unknown caller on standard input"),
         }
     }
 }
 
-/// Writes everything twice.
-struct Both<A, B>(A, B);
+/// Writes everything to two writers.
+struct Tee<A, B>(A, B);
 
-impl<A: Write, B: Write> Write for Both<A, B> {
+impl<A: Write, B: Write> Write for Tee<A, B> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        // Neither keeps the other from it.
+        // An error of one writer does not keep the line from the other.
         let (one, other) = (self.0.write_all(line), self.1.write_all(line));
         one.and(other).map(|()| line.len())
     }

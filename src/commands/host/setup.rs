@@ -1,34 +1,30 @@
-//! `bosh-qemu-cpi host setup`: makes this machine a host: the program, units, a key that may call. `host install` has it done
-//! on another machine.
+//! `bosh-qemu-cpi host setup`: installs the program, its systemd units and the key that may call
+//! this host. `host install` runs it on another machine.
 
 use std::io::Write;
 use std::path::Path;
 
-use nix::unistd::{Uid, User, geteuid};
+use nix::unistd::{Uid, User};
 
 use super::authorize;
 use crate::cli::Setup;
-use crate::commands::this_host;
+use crate::commands::local;
 use crate::config::Document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::installation::{self, Authorized, Installation, PROGRAM, Wanted};
 use crate::store::{Store, VmRecord};
 
-/// Where sshd shows who it is.
+/// sshd's public host key, which callers pin as `host_key`.
 const HOST_KEY: &str = "/etc/ssh/ssh_host_ed25519_key.pub";
 
-/// Prints what is to be done, and does it if that is all that was wanted.
+/// Prints the steps and, without `--plan`, carries them out.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] if something that is not ours is in the way.
+/// [`ErrorKind::Conflict`] if a file that this program did not install is in the way.
 pub fn run(setup: &Setup, output: &mut dyn Write) -> Result<bool> {
     let mut print =
         |line: &str| writeln!(output, "{line}").map_err(|e| Error::os("print the plan", e));
-    if !geteuid().is_root() {
-        return Err(
-            Error::new(ErrorKind::Host, "only root can set up a host").hint("do it as root")
-        );
-    }
+    local::ensure_root()?;
     if setup.remove {
         return remove(setup, print);
     }
@@ -58,8 +54,8 @@ fn installation(setup: &Setup) -> Result<Installation> {
     let content = std::fs::read(&program).at("read", &program)?;
     let mut files = vec![Wanted { path: PROGRAM.into(), content, mode: 0o755 }];
     if let Some(config) = &setup.host_config {
-        // A mistake in it is told now, not by the first call.
-        this_host::config(Some(config))?;
+        // Reports a mistake in it now instead of at the first call.
+        local::config(Some(config))?;
         let content = std::fs::read(config).at("read", config)?;
         files.push(Wanted { path: crate::config::DEFAULT_FILE.into(), content, mode: 0o600 });
     }
@@ -74,7 +70,7 @@ fn authorized(setup: &Setup, key: &str) -> Result<Authorized> {
         Some(name) => User::from_name(name),
         None => User::from_uid(Uid::from_raw(0)),
     };
-    let user = user.map_err(|e| Error::os("look for the user", e))?;
+    let user = user.map_err(|e| Error::os("look up the user", e))?;
     let name = || setup.user.clone().unwrap_or_default();
     let user = user.ok_or_else(|| {
         Error::new(ErrorKind::BadRequest, format!("there is no user '{}'", name()))
@@ -83,7 +79,7 @@ fn authorized(setup: &Setup, key: &str) -> Result<Authorized> {
     Ok(Authorized { file: user.dir.join(".ssh/authorized_keys"), line })
 }
 
-/// Programs without which no VM starts.
+/// The missing ones of the programs that every VM needs.
 fn missing() -> impl Iterator<Item = &'static str> {
     ["/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img"]
         .into_iter()
@@ -94,12 +90,14 @@ fn remove(setup: &Setup, mut print: impl FnMut(&str) -> Result<()>) -> Result<bo
     let config = Document::read(None).and_then(|document| document.config())?;
     let vms = Store::of(&config).list::<VmRecord>()?.len();
     if vms > 0 && setup.root == Path::new("/") {
-        return Err(Error::new(ErrorKind::Conflict, format!("{vms} VMs are on this host")).hint(
-            "have BOSH delete them first, or mark the host as draining and recreate them elsewhere",
+        let message = format!("this host still has {vms} VMs");
+        return Err(Error::new(ErrorKind::Conflict, message).hint(
+            "delete them with BOSH first, or set 'draining' for this host and recreate them on \
+             others",
         ));
     }
     if setup.plan {
-        print("everything that was installed is removed; the state directory stays")?;
+        print("removes everything that 'host setup' installed; the state directory stays")?;
         return Ok(true);
     }
     for line in installation::remove(&setup.root)? {

@@ -1,4 +1,5 @@
-//! `bosh-qemu-cpi host status`: what each host of the configuration has, this one if there is no other.
+//! `bosh-qemu-cpi host status`: version, VMs, accelerator and free resources of each configured
+//! host, or of this host if none is configured.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::commands::table::table;
+use crate::commands::table::{size, table};
 use crate::config::{self, Config, TransportKind};
 use crate::cpi::capacity::report::{self, HostQuery, HostReport};
 use crate::cpi::context::Context;
@@ -14,19 +15,19 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::caller::Host;
 use crate::schema::{plain, printable};
-use crate::units::Bytes;
 
-/// How long a host is waited for.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long one host may take to answer, connecting included.
+const HOST_REPORT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// One host, and what it says.
+/// One host and its report.
 struct Line {
     name: String,
     draining: bool,
-    offer: Result<HostReport>,
+    report: Result<HostReport>,
 }
 
-/// Prints a table, or with `json` an array. Whether all hosts answer.
+/// Asks all hosts in parallel and prints a table or, with `json`, an array. Returns true if every
+/// host answers.
 pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
     let file = config::file(file);
     let config = Config::load(file.as_deref())?;
@@ -41,18 +42,18 @@ pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bo
             report::report(&Context::new(config.clone(), file.clone()), &HostQuery::default())
         }
         _ => host
-            .offer(&HostQuery::default(), Instant::now() + PATIENCE)
+            .offer(&HostQuery::default(), Instant::now() + HOST_REPORT_TIMEOUT)
             .map_err(|untold| untold.error),
     };
     let lines: Vec<_> = std::thread::scope(|threads| {
         let asked: Vec<_> = hosts.iter().map(|(host, _)| threads.spawn(|| ask(host))).collect();
-        let offers = asked.into_iter().map(|offer| offer.join().expect("no panic"));
-        let named = hosts.iter().zip(offers);
+        let reports = asked.into_iter().map(|report| report.join().expect("no panic"));
+        let named = hosts.iter().zip(reports);
         named
-            .map(|((host, draining), offer)| Line {
+            .map(|((host, draining), report)| Line {
                 name: host.name.clone(),
                 draining: *draining,
-                offer,
+                report,
             })
             .collect()
     });
@@ -60,20 +61,21 @@ pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bo
         let array: Vec<_> = lines.iter().map(Line::json).collect();
         serde_json::to_string_pretty(&array).expect("plain data") + "\n"
     } else {
-        let head = ["HOST", "VERSION", "VMS", "UNDER", "CPUS", "LARGEST VM", "FREE", "STATE"]
+        let head = ["HOST", "VERSION", "VMS", "ACCEL", "CPUS", "LARGEST VM", "FREE DISK", "STATE"]
             .map(str::to_owned);
         table(&std::iter::once(head).chain(lines.iter().map(Line::cells)).collect::<Vec<_>>())
     };
     output.write_all(text.as_bytes()).map_err(|e| Error::os("print the hosts", e))?;
-    Ok(lines.iter().all(|line| line.offer.is_ok()))
+    Ok(lines.iter().all(|line| line.report.is_ok()))
 }
 
 impl Line {
     fn json(&self) -> Value {
-        match &self.offer {
-            Ok(offer) => json!({
-                "host": self.name, "draining": self.draining, "version": offer.version, "vms": offer.vms,
-                "accelerator": offer.accelerator, "cpus": offer.cpus, "largest_vm": offer.memory, "free": offer.space,
+        match &self.report {
+            Ok(report) => json!({
+                "host": self.name, "draining": self.draining, "version": report.version,
+                "vms": report.vms, "accelerator": report.accelerator, "cpus": report.cpus,
+                "largest_vm": report.memory, "free": report.space,
             }),
             Err(error) => {
                 json!({"host": self.name, "draining": self.draining, "error": error.report()})
@@ -82,19 +84,22 @@ impl Line {
     }
 
     fn cells(&self) -> [String; 8] {
-        let mib = |bytes: Bytes| format!("{} MiB", bytes.get() >> 20);
         let state = if self.draining { "draining" } else { "ok" };
-        match &self.offer {
-            Ok(offer) => [
-                self.name.clone(),
-                printable(&offer.version),
-                offer.vms.to_string(),
-                plain(&offer.accelerator).replace('\n', " "),
-                offer.cpus.to_string(),
-                mib(offer.memory),
-                mib(offer.space.values().copied().max().unwrap_or_default()),
-                state.to_owned(),
-            ],
+        match &self.report {
+            Ok(report) => {
+                // Empty as long as the host has no state directory.
+                let free = report.space.values().copied().max();
+                [
+                    self.name.clone(),
+                    printable(&report.version),
+                    report.vms.to_string(),
+                    plain(&report.accelerator).replace('\n', " "),
+                    report.cpus.to_string(),
+                    size(report.memory),
+                    free.map_or_else(|| "-".to_owned(), size),
+                    state.to_owned(),
+                ]
+            }
             Err(error) => {
                 let mut cells = std::array::from_fn(|_| "-".to_owned());
                 (cells[0], cells[7]) = (self.name.clone(), error.report().replace('\n', " "));
@@ -109,10 +114,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_host_says_of_itself_moves_no_cursor() {
+    fn control_characters_in_a_hosts_report_do_not_reach_the_terminal() {
         let (version, accelerator) = ("\u{1b}[2J".to_owned(), "kvm\r\n\u{9b}1m".to_owned());
-        let offer = Ok(HostReport { version, accelerator, ..HostReport::default() });
-        let cells = Line { name: "kvm-1".to_owned(), draining: false, offer }.cells();
+        let report = Ok(HostReport { version, accelerator, ..HostReport::default() });
+        let cells = Line { name: "kvm-1".to_owned(), draining: false, report }.cells();
         assert!(!cells.concat().contains(char::is_control), "{cells:?}");
     }
 }

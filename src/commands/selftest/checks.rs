@@ -23,46 +23,50 @@ use crate::store::{Store, VmRecord};
 use crate::supervisor::{PowerState, power_state};
 use crate::units::MiB;
 
-/// The guest boots in 0.3 s emulated and, at worst, in seconds under nested KVM.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the guest may take for one step. It boots in 0.3 s emulated and, at worst, in seconds
+/// under nested KVM.
+const GUEST_STEP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Runs all checks; the first that fails ends the tour, but not the cleaning up.
+/// Runs the checks up to the first that fails, and then always the clean-up. Returns true if all
+/// pass.
 pub(super) fn all(lab: &Lab, report: &mut Report<'_>) -> bool {
-    let mut tour = Tour { lab, vm: None, disk: None, stemcell: None };
-    let toured = tour.run(report).is_some();
-    let cleaned = report.check("nothing left", || tour.clean_up()).is_some();
-    toured && cleaned
+    let mut checks = Checks { lab, vm: None, disk: None, stemcell: None };
+    let passed = checks.run(report).is_some();
+    let cleaned = report.check("clean-up", || checks.clean_up()).is_some();
+    passed && cleaned
 }
 
-struct Tour<'a> {
+/// The checks and the objects that earlier ones created.
+struct Checks<'a> {
     lab: &'a Lab,
     vm: Option<VmCid>,
     disk: Option<DiskCid>,
     stemcell: Option<StemcellCid>,
 }
 
+/// The outcome of a check without a value; the text is its remark.
 type Checked = Result<((), String)>;
 
-fn fine(remark: impl Into<String>) -> Checked {
+fn passed(remark: impl Into<String>) -> Checked {
     Ok(((), remark.into()))
 }
 
-impl Tour<'_> {
+impl Checks<'_> {
     fn run(&mut self, report: &mut Report<'_>) -> Option<()> {
         report.check("accelerator", || self.accelerator())?;
         self.stemcell = Some(report.check("stemcell", || self.import())?);
         self.vm = Some(report.check("create VM", || self.create_vm())?);
-        report.check("boot", || self.sees("BOOTSECTOR-OK", 1))?;
+        report.check("boot", || self.wait_for_boot(1))?;
         report.check("hardening", || self.hardening())?;
         report.check("tap", || self.tap())?;
         self.disk = Some(report.check("create disk", || self.create_disk())?);
-        report.check("hot-plug", || self.attach())?;
-        report.check("unplug", || self.detach())?;
+        report.check("attach disk", || self.attach())?;
+        report.check("detach disk", || self.detach())?;
         report.check("reset", || self.reset())?;
         report.check("power button", || self.reboot())
     }
 
-    /// Each verb is a call of its own, as for a Director.
+    /// A new CPI for each call, as a Director has.
     fn cpi(&self) -> Cpi {
         Cpi::new(Context::new(self.lab.config.clone(), Some(self.lab.config_file.clone())))
     }
@@ -84,8 +88,8 @@ impl Tour<'_> {
             qemu.cpu.as_deref(),
         )?;
         let slow =
-            if accel.as_str() == "tcg" { ": emulated, many times slower than kvm" } else { "" };
-        fine(format!("{} with CPU model {model}{slow}", accel.as_str()))
+            if accel.as_str() == "tcg" { ": emulated, many times slower than KVM" } else { "" };
+        passed(format!("{} with CPU model {model}{slow}", accel.as_str()))
     }
 
     fn import(&self) -> Result<(StemcellCid, String)> {
@@ -101,7 +105,8 @@ impl Tour<'_> {
 
     fn create_vm(&self) -> Result<(VmCid, String)> {
         let networks = json!({"net": {
-            "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.252", "gateway": "10.255.255.1",
+            "type": "manual", "ip": "10.255.255.2", "netmask": "255.255.255.252",
+            "gateway": "10.255.255.1",
         }});
         let bug = |what: &str| {
             Error::new(ErrorKind::Internal, format!("the selftest's own {what} is malformed"))
@@ -127,20 +132,25 @@ impl Tour<'_> {
         self.store().vm(self.vm()).console_log()
     }
 
-    fn sees(&self, word: &str, times: usize) -> Checked {
-        tail::wait_for(&self.console(), word, times, Instant::now() + PATIENCE)?;
-        fine(format!("the guest said {word}"))
+    /// Waits until the console has `word` for the given number of times in all.
+    fn wait_for_console(&self, word: &str, times: usize) -> Result<()> {
+        tail::wait_for(&self.console(), word, times, Instant::now() + GUEST_STEP_TIMEOUT)
+    }
+
+    fn wait_for_boot(&self, times: usize) -> Checked {
+        self.wait_for_console("BOOTSECTOR-OK", times)?;
+        passed("the guest booted")
     }
 
     fn hardening(&self) -> Checked {
         let PowerState::On(qemu) = power_state(&self.store().vm(self.vm()))? else {
-            return Err(Error::new(ErrorKind::Host, "QEMU does not run"));
+            return Err(Error::new(ErrorKind::Host, "QEMU is not running"));
         };
         let path = format!("/proc/{}/status", qemu.pid());
         let status =
             std::fs::read_to_string(&path).map_err(|e| Error::io("read", path.as_ref(), e))?;
         if self.lab.config.hardening == Hardening::Off {
-            return fine("switched off by the configuration");
+            return passed("off by configuration");
         }
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -149,12 +159,12 @@ impl Tour<'_> {
         let found = [("CapEff", "0000000000000000"), ("NoNewPrivs", "1"), ("Seccomp", "2")]
             .into_iter()
             .filter(|(name, wanted)| field(name) != *wanted)
-            .map(|(name, wanted)| format!("{name} is {}, not {wanted}", field(name)))
-            .chain((field("Uid") == "0").then(|| "it runs as root".to_owned()))
+            .map(|(name, wanted)| format!("{name} is {}, expected {wanted}", field(name)))
+            .chain((field("Uid") == "0").then(|| "its uid is 0".to_owned()))
             .collect::<Vec<_>>();
         if found.is_empty() {
-            return fine(format!(
-                "uid {}, no capabilities, seccomp, Landlock, no namespace of the host's",
+            return passed(format!(
+                "QEMU has uid {}, no capabilities, no_new_privs and seccomp",
                 field("Uid")
             ));
         }
@@ -170,7 +180,7 @@ impl Tour<'_> {
             }
         }
         let (tap, segment) = record.nics[0].tap().expect("the default network has a bridge");
-        fine(format!("{tap} on bridge {}", segment.bridge))
+        passed(format!("{tap} on bridge {}", segment.bridge))
     }
 
     fn record(&self) -> Result<VmRecord> {
@@ -189,29 +199,29 @@ impl Tour<'_> {
     fn attach(&self) -> Checked {
         let disk = self.disk.as_ref().expect("made by an earlier check");
         let hint = self.cpi().attach_disk(self.vm(), disk)?;
-        self.sees("\nU", 1)?;
-        fine(format!("the guest was told of {}", hint.path))
+        self.wait_for_console("\nU", 1)?;
+        passed(format!("the running guest got {}", hint.path))
     }
 
     fn detach(&self) -> Checked {
         let disk = self.disk.as_ref().expect("made by an earlier check");
         self.cpi().detach_disk(self.vm(), disk)?;
-        self.sees("\nD", 1)?;
-        fine("the guest let go")
+        self.wait_for_console("\nD", 1)?;
+        passed("the running guest released it")
     }
 
     fn reset(&self) -> Checked {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + GUEST_STEP_TIMEOUT;
         let mut monitor = Monitor::connect(&self.store().vm(self.vm()).qmp(), deadline)?;
         monitor.run(async |connection| power::reset(connection).await)?;
-        self.sees("BOOTSECTOR-OK", 2)
+        self.wait_for_boot(2)
     }
 
     fn reboot(&self) -> Checked {
         self.cpi().reboot_vm(self.vm())?;
-        self.sees("OFF", 1)?;
-        self.sees("BOOTSECTOR-OK", 3)?;
-        fine("the guest powered off and was started again")
+        self.wait_for_console("OFF", 1)?;
+        self.wait_for_boot(3)?;
+        passed("the guest powered off and booted again")
     }
 
     fn clean_up(&mut self) -> Checked {
@@ -240,8 +250,8 @@ impl Tour<'_> {
             left.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         if left.is_empty() {
-            return fine("no process, link, file or lock");
+            return passed("no process, link, file or lock left");
         }
-        Err(Error::new(ErrorKind::Internal, format!("left behind: {}", left.join(", "))))
+        Err(Error::new(ErrorKind::Internal, format!("not removed: {}", left.join(", "))))
     }
 }

@@ -1,8 +1,10 @@
-//! `bosh-qemu-cpi selftest`: does this host run VMs as it should? A few seconds, no stemcell, no download.
+//! `bosh-qemu-cpi selftest`: checks in a few seconds, without a stemcell or a download, that this
+//! host can run VMs.
 //!
-//! A 512-byte guest is taken through the life of a VM by the same verbs a Director calls. It prints `BOOTSECTOR-OK`
-//! when it boots, `U` and `D` when a disk is plugged in and asked out, `OFF` at the power button (its source is in
-//! `guests/`). Everything happens in temporary directories and a network namespace of its own.
+//! A 512-byte guest goes through the life of a VM, driven by the methods that a Director calls. It
+//! prints `BOOTSECTOR-OK` when it boots, `U` when a disk is plugged, `D` when its unplug is
+//! requested, and `OFF` at the power button (its source is in `guests/`). The test uses temporary
+//! directories and its own network namespace.
 
 mod checks;
 
@@ -12,14 +14,15 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use crate::commands::local;
 use crate::config::{Config, Log, Qemu};
 use crate::error::{Error, IoContext, Result};
 use crate::schema::{Property, Whole};
 
-/// The guest, as a disk.
+/// The guest's boot sector.
 const GUEST: &[u8; 512] = include_bytes!("../../../guests/acpi-bootsector.bin");
 
-/// Prints one line per check, or with `as_json` one object. Whether all passed.
+/// Prints one line for each check or, with `as_json`, one object. Returns true if all checks pass.
 pub fn run(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
     let lab = Lab::new(config)?;
     let mut report = Report { as_json, lines: Vec::new(), output };
@@ -28,7 +31,7 @@ pub fn run(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Resu
     Ok(passed)
 }
 
-/// A temporary host.
+/// A temporary host: its configuration and directories.
 pub(super) struct Lab {
     config: Config,
     config_file: PathBuf,
@@ -39,24 +42,25 @@ pub(super) struct Lab {
 
 impl Lab {
     fn new(file: Option<&Path>) -> Result<Self> {
-        let os = |e| Error::os("enter a network namespace of its own", e);
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
-            .map_err(os)
-            .map_err(|e| e.hint("run it as root: VMs need taps, bridges and users of their own"))?;
+        local::ensure_root()?;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| {
+            Error::os("create a network namespace for the selftest", e)
+                .hint("run it on the host itself, or in a container with CAP_SYS_ADMIN")
+        })?;
         let given = Config::load(file)?;
         let state = tempfile::Builder::new()
             .prefix("bosh-qemu-cpi-")
             .tempdir()
-            .map_err(|e| Error::os("make a temporary directory", e))?;
+            .map_err(|e| Error::os("create a temporary directory", e))?;
         let run = Path::new("/run");
         let run = tempfile::Builder::new()
             .prefix("bqc-")
             .tempdir_in(run)
-            .at("make a directory in", run)?;
+            .at("create a directory in", run)?;
         let config = Config {
             state_dir: state.path().join("state"),
             run_dir: run.path().to_owned(),
-            // A slow host numbers each slot at boot; one is enough.
+            // Each slot costs boot time on a slow host, and one is enough.
             qemu: Qemu { hotplug_slots: Whole::of(1), ..given.qemu },
             log: Log::absent().expect("every key has a default"),
             networks: Config::from_json(&json!({})).map_err(|e| e.in_file("defaults"))?.networks,
@@ -77,7 +81,7 @@ impl Lab {
     }
 }
 
-/// What was checked, printed as it happens.
+/// The outcomes of the checks, printed as they happen.
 pub(super) struct Report<'a> {
     as_json: bool,
     lines: Vec<serde_json::Value>,
@@ -85,7 +89,8 @@ pub(super) struct Report<'a> {
 }
 
 impl Report<'_> {
-    /// Does one check. `Ok` carries a remark.
+    /// Runs one check and reports it. The check returns its value and a remark; the result is the
+    /// value if it passed.
     pub(super) fn check<T>(
         &mut self,
         name: &str,
@@ -104,7 +109,7 @@ impl Report<'_> {
             );
         } else {
             let mark = if passed { "ok  " } else { "FAIL" };
-            // A closed terminal does not change the verdict.
+            // A closed terminal does not change the outcome.
             let _ = writeln!(self.output, "{mark} {name:<14} {seconds:6.3} s  {remark}");
         }
         value
@@ -114,10 +119,10 @@ impl Report<'_> {
         let text = if self.as_json {
             json!({"passed": passed, "checks": self.lines}).to_string()
         } else if passed {
-            "this host runs VMs".to_owned()
+            "passed: this host can run VMs".to_owned()
         } else {
-            "this host does not run VMs as it should".to_owned()
+            "FAILED: not all checks pass".to_owned()
         };
-        writeln!(self.output, "{text}").map_err(|e| Error::os("print the verdict", e))
+        writeln!(self.output, "{text}").map_err(|e| Error::os("print the outcome", e))
     }
 }

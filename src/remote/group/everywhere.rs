@@ -4,12 +4,12 @@ use super::{Member, Outcome};
 use crate::error::Result;
 use crate::remote::errand::{Answered, Errand};
 use crate::rpc::call::Undo;
-use crate::rpc::outlet::Delivery;
+use crate::rpc::response_writer::Delivery;
 
 /// Has all hosts import the image. It is sent to all at the same time, and to none that has it. A draining host that can
 /// not be asked does without: it gets no VMs.
 pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
-    let undo = errand.call.creates(None);
+    let undo = errand.call.choose_cid(None);
     let several = if members.len() > 1 { errand.everywhere() } else { errand.clone() };
     let answers = at_once(members, |member| several.send(&member.host, undo.as_ref()));
     let mut made = Vec::new();

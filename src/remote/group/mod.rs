@@ -37,10 +37,10 @@ use crate::cpi::contract::{CreateDisk, CreateVm};
 use crate::cpi::properties::{self, DiskCloudProperties, VmCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::call::Call;
-use crate::rpc::outlet::Delivery;
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
-use crate::rpc::{Carried, Carrier, Here};
+use crate::rpc::response_writer::Delivery;
+use crate::rpc::{Executed, Executor, LocalExecutor};
 
 /// How long a host may take to say what it has.
 const LOOKS: Duration = Duration::from_secs(20);
@@ -121,7 +121,7 @@ impl Group {
     }
 
     fn send_to(&self, errand: &Errand<'_>, member: &Member) -> Result<Answered> {
-        errand.send(&member.host, errand.call.creates(Some(&member.host.name)).as_ref())
+        errand.send(&member.host, errand.call.choose_cid(Some(&member.host.name)).as_ref())
     }
 
     fn send_if_there(
@@ -133,7 +133,7 @@ impl Group {
         errand.send_if_there(
             &member.host,
             cids,
-            errand.call.creates(Some(&member.host.name)).as_ref(),
+            errand.call.choose_cid(Some(&member.host.name)).as_ref(),
         )
     }
 
@@ -389,13 +389,14 @@ impl Answered {
     }
 }
 
-impl Carrier for Group {
-    fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
+impl Executor for Group {
+    fn execute(&self, request: &Request, call: Call) -> Executed<'_> {
         if let Call::CalculateVmCloudProperties(_) = call {
             // No host has a say in it.
-            let Carried { response, .. } =
-                Here::new(Cpi::new(Context::new(self.config.clone(), None))).carry(request, call);
-            return Carried { response, made: false, delivered: Box::new(|_: Delivery| {}) };
+            let Executed { response, .. } =
+                LocalExecutor::new(Cpi::new(Context::new(self.config.clone(), None)))
+                    .execute(request, call);
+            return Executed { response, made: false, on_delivery: Box::new(|_: Delivery| {}) };
         }
         let errand = Errand::new(request, &call, &self.config, &self.told);
         carried(request, errand.and_then(|errand| self.outcome(&errand)))

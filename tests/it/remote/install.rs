@@ -213,7 +213,7 @@ fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
     fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
     let refusal = machine.refused(&["install", "--host-config", &config, "--yes"]);
     assert!(
-        refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"),
+        refusal.contains("plan the setup") && refusal.contains("sends calls to other hosts"),
         "{refusal}"
     );
     // Meant is the other.
@@ -232,6 +232,6 @@ fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    assert_eq!(command("false"), "Error: who logs in there: 'root@nowhere': exit status: 1\n");
+    assert_eq!(command("false"), "Error: log in with ssh: 'root@nowhere': exit status: 1\n");
     assert!(command("/nowhere/ssh -v").contains("start '/nowhere/ssh'"));
 }

@@ -1,4 +1,5 @@
-//! `bosh-qemu-cpi host start` and `host stop`: all VMs, with the host. `contrib/systemd` has a unit that calls them.
+//! `bosh-qemu-cpi host start` and `host stop`: all VMs at the host's boot and shutdown.
+//! `contrib/systemd/bosh-qemu-cpi.service` runs them.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,23 +7,25 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::commands::this_host;
+use crate::commands::local;
 use crate::cpi::vm::host_boot::{self, Outcome, State};
 use crate::error::{Error, Result};
 
-/// Starts them and prints one line for each, or with `json` one object. Whether every VM is as it should be.
+/// Starts every VM that should run. Prints one line for each or, with `json`, one object. Returns
+/// true if no VM failed.
 pub fn start(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
-    print(&host_boot::start_all(&this_host::context(file)?)?, json, output)
+    print(&host_boot::start_all(&local::context(file)?)?, json, output)
 }
 
-/// Stops them, those that do not listen within `timeout` by force; otherwise as [`start`].
+/// Shuts every VM down, and ends the QEMU of a guest that is not off within `timeout`. Output and
+/// result as for [`start`].
 pub fn stop(
     file: Option<&Path>,
     timeout: Duration,
     json: bool,
     output: &mut dyn Write,
 ) -> Result<bool> {
-    print(&host_boot::stop_all(&this_host::context(file)?, timeout)?, json, output)
+    print(&host_boot::stop_all(&local::context(file)?, timeout)?, json, output)
 }
 
 fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<bool> {
@@ -32,13 +35,13 @@ fn print(outcomes: &[Outcome], json: bool, output: &mut dyn Write) -> Result<boo
     } else {
         lines(outcomes)
     };
-    output.write_all(text.as_bytes()).map_err(|e| Error::os("print what was done", e))?;
+    output.write_all(text.as_bytes()).map_err(|e| Error::os("print the VMs", e))?;
     Ok(passed)
 }
 
 fn lines(outcomes: &[Outcome]) -> String {
     if outcomes.is_empty() {
-        return "there are no VMs on this host\n".to_owned();
+        return "no VMs on this host\n".to_owned();
     }
     outcomes.iter().map(line).collect()
 }
@@ -46,7 +49,7 @@ fn lines(outcomes: &[Outcome]) -> String {
 fn line(outcome: &Outcome) -> String {
     let state = match &outcome.state {
         State::Started => "started".to_owned(),
-        State::Adopted => "running, has a supervisor again".to_owned(),
+        State::Adopted => "running, got a new supervisor".to_owned(),
         State::Running => "running".to_owned(),
         State::Stopped => "stopped".to_owned(),
         State::Off(why) => format!("off: {why}"),

@@ -1,32 +1,33 @@
-//! Calls carried out on this host.
+//! Runs calls on this host.
 
 use std::time::Instant;
 
 use tracing::{error, info, info_span, warn};
 
 use super::call::{Call, Success};
-use super::outlet::Delivery;
 use super::request::Request;
 use super::response::Response;
-use super::{Carried, Carrier};
+use super::response_writer::Delivery;
+use super::{Executed, Executor};
 use crate::cpi::contract::Contract;
 use crate::error::Error;
 use crate::schema::printable;
 
-/// Carries calls out by its verbs, and undoes a create whose answer reached nobody: without its cid nobody can delete it.
-/// An answer that the pipe took and nobody read looks like any other.
+/// Runs calls with the methods of a CPI, and undoes a create if its response did not reach the
+/// caller: without the cid no caller can delete the object. A response that the pipe accepted
+/// counts as received, even if the reader ends without reading it.
 #[derive(Debug)]
-pub struct Here<V>(V);
+pub struct LocalExecutor<V>(V);
 
-impl<V: Contract> Here<V> {
-    /// Carries out by `verbs`.
+impl<V: Contract> LocalExecutor<V> {
+    /// An executor that calls `verbs`.
     pub fn new(verbs: V) -> Self {
         Self(verbs)
     }
 }
 
-impl<V: Contract> Carrier for Here<V> {
-    fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
+impl<V: Contract> Executor for LocalExecutor<V> {
+    fn execute(&self, request: &Request, call: Call) -> Executed<'_> {
         let span =
             info_span!("call", method = request.method, request_id = request.context.request_id());
         let entered = span.enter();
@@ -46,29 +47,30 @@ impl<V: Contract> Carrier for Here<V> {
         };
         drop(entered);
         let made = undo.is_some();
-        let delivered = move |delivery| {
+        let on_delivery = move |delivery| {
             let _call = span.entered();
             match (delivery, undo) {
-                (Delivery::Taken, _) => self.0.acknowledge(),
-                (Delivery::Unknown(silence), undo) => {
-                    let undo =
-                        undo.map(|undo| format!("; if nobody has it, what is left goes by {undo}"));
+                (Delivery::Received, _) => self.0.acknowledge(),
+                (Delivery::Unknown(reason), undo) => {
+                    let undo = undo.map(|undo| {
+                        format!("; if the caller does not have it, {undo} removes the object")
+                    });
                     warn!(
-                        "nobody said that they took the answer: {silence}{}",
+                        "the caller did not acknowledge the response: {reason}{}",
                         undo.unwrap_or_default()
                     );
                 }
-                (Delivery::Lost(unanswered), undo) => {
-                    warn!("nobody took the answer: {unanswered}");
+                (Delivery::Lost(reason), undo) => {
+                    warn!("the response did not reach the caller: {reason}");
                     let Some(undo) = undo else { return };
                     match undo.run(&self.0) {
                         Ok(()) => warn!("undone: {undo}"),
-                        Err(failure) => error!("not undone: {undo}: {}", one_line(&failure)),
+                        Err(failure) => error!("cannot undo: {undo}: {}", one_line(&failure)),
                     }
                 }
             }
         };
-        Carried { response, made, delivered: Box::new(delivered) }
+        Executed { response, made, on_delivery: Box::new(on_delivery) }
     }
 }
 
