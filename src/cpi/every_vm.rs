@@ -22,7 +22,7 @@ use crate::cid::VmCid;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
-use crate::supervisor::{self, Adoption, Button, Ending, ExitRecord, PowerState, power_state};
+use crate::supervisor::{self, Adoption, Ending, ExitRecord, PowerState, StopMode, power_state};
 use crate::sys::pidlock;
 
 /// A metadata tag by which operators order starts: larger comes first.
@@ -134,7 +134,7 @@ impl Cpi {
             + self.config.deadline("reboot_vm", super::default_deadline("reboot_vm"));
         if let PowerState::On(_) = power_state(&scope.paths)? {
             return Ok(match supervisor::adopt(&scope, config_file, &lock, deadline)? {
-                Adoption::Needless => State::Running,
+                Adoption::NotNeeded => State::Running,
                 Adoption::Adopted => State::Adopted,
                 Adoption::Launched => State::Started,
             });
@@ -147,7 +147,7 @@ impl Cpi {
             return Ok(State::Off("its guest powered itself off".into()));
         }
         // A supervisor may be in its back-off: this start is the one it waits for.
-        supervisor::stop(&scope.paths, Button::Quit, deadline)?;
+        supervisor::stop(&scope.paths, StopMode::Quit, deadline)?;
         super::power::is_all_off(&vm.cid, &scope.paths)?;
         vm.run += 1;
         self.store.write(&vm)?;
@@ -167,7 +167,7 @@ impl Cpi {
             qemu.wait_exit(until)?;
         }
         // Whoever is still there ends now; a supervisor that has still to write down the end is waited for.
-        supervisor::stop(&paths, Button::Quit, Instant::now() + LOCK)?;
+        supervisor::stop(&paths, StopMode::Quit, Instant::now() + LOCK)?;
         Ok(State::Stopped)
     }
 
@@ -178,7 +178,7 @@ impl Cpi {
             return Ok(State::Off("it was".into()));
         }
         let patience = until.saturating_duration_since(Instant::now());
-        supervisor::stop(&paths, Button::Press(patience), until + LOCK)?;
+        supervisor::stop(&paths, StopMode::PowerButton(patience), until + LOCK)?;
         Ok(State::Stopped)
     }
 }

@@ -49,7 +49,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{ImageFile, ImageSource};
 use crate::store::{DiskRecord, Guard, Phase, Rank, Record, Store, VmRecord};
-use crate::supervisor::{self, Scope};
+use crate::supervisor::{self, VmContext};
 use crate::units::MiB;
 
 /// The CPI of this host, for one call.
@@ -137,8 +137,8 @@ impl Cpi {
         self.began + self.config.deadline(method, default_deadline(method))
     }
 
-    fn scope(&self, cid: &VmCid) -> Scope {
-        Scope::new(self.config.clone(), cid.clone())
+    fn scope(&self, cid: &VmCid) -> VmContext {
+        VmContext::new(self.config.clone(), cid.clone())
     }
 
     /// The record of a VM that exists, whatever its power state.

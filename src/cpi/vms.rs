@@ -25,7 +25,7 @@ use crate::store::record::{
     Base, Desired, Ephemeral, Format, Limits, Machine, Nic, StemcellRecord,
 };
 use crate::store::{Guard, Phase, Rank, Record, VmPaths, VmRecord, atomic};
-use crate::supervisor::{self, Button};
+use crate::supervisor::{self, StopMode};
 use crate::units::Bytes;
 
 /// Who only looks at a VM, as `audit` does, has its lock for a moment.
@@ -138,7 +138,7 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<(Guard, u32)> {
         let lock = self.begin::<VmRecord>(Rank::Vm, cid, deadline)?;
-        let uid = match uids::claim(self.store.state_dir(), cid) {
+        let uid = match uids::reserve(self.store.state_dir(), cid) {
             Ok(uid) => uid,
             Err(error) => return lock.retire().and(self.settled(cid)).and(Err(error)),
         };
@@ -259,7 +259,7 @@ impl Cpi {
         let lock = match self.store.lock(Rank::Vm, cid, Instant::now() + LOOK) {
             // What starts the VM need not finish.
             Err(error) if error.kind() == ErrorKind::Timeout => {
-                supervisor::call_off(&paths)?;
+                supervisor::cancel_launch(&paths)?;
                 self.store.lock(Rank::Vm, cid, deadline)?
             }
             free => free?,
@@ -268,7 +268,7 @@ impl Cpi {
             Some(vm) => self.destroy(&vm, lock, deadline),
             // Its making was cut short before that, or its removal after it; or somebody removed its directory by hand.
             None => {
-                supervisor::stop(&paths, Button::Quit, deadline)?;
+                supervisor::stop(&paths, StopMode::Quit, deadline)?;
                 Cgroup::open(cid.as_str()).kill(deadline)?;
                 self.remove_remains(cid)?;
                 self.forget(cid, &paths, lock)
@@ -282,7 +282,7 @@ impl Cpi {
         // A supervisor that sees this does not start the VM again.
         self.store.write_deleting(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
         // A persistent disk may have writes that only QEMU's caches know: it ends in order.
-        let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
+        let button = if vm.disks.is_empty() { StopMode::Kill } else { StopMode::Quit };
         supervisor::stop(&paths, button, deadline)?;
         let group = Cgroup::open(vm.cid.as_str());
         // A QEMU that was broken out of may have closed the lock by which it is known to live; its group it can not leave.
@@ -331,8 +331,8 @@ impl Cpi {
         let patience = POWER_BUTTON.min(deadline.saturating_duration_since(Instant::now()) / 2);
         let (paths, scope) = (self.store.vm(cid), self.scope(cid));
         // Refused now it runs on; later it would be off.
-        supervisor::admit(&scope, &vm)?;
-        supervisor::stop(&paths, Button::Press(patience), deadline)?;
+        supervisor::ensure_memory(&scope, &vm)?;
+        supervisor::stop(&paths, StopMode::PowerButton(patience), deadline)?;
         // What lost its pid file, somebody having emptied the run directory.
         Cgroup::open(cid.as_str()).kill(deadline)?;
         vm.run += 1;

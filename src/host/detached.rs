@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
-use crate::sys::pidfd::readable;
+use crate::sys::pidfd::wait_readable;
+use crate::timeout::run_with_timeout;
 
 /// A process that was killed is gone at once, unless the kernel is stuck on its behalf.
-const DYING: Duration = Duration::from_secs(2);
+const KILLED_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The reading end of a detached process's standard output, on which it sends one line before it gives it up.
 #[derive(Debug)]
@@ -48,16 +48,16 @@ impl Handshake {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] at `deadline`.
-    pub fn line(mut self, deadline: Instant) -> Result<Option<String>> {
+    pub fn read_line(mut self, deadline: Instant) -> Result<Option<String>> {
         let pid = self.child.id();
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
-            let ready = readable(&self.stdout, deadline);
+            let ready = wait_readable(&self.stdout, deadline);
             if !ready.map_err(|e| Error::os(format!("wait for process {pid}"), e))? {
                 // It may hang before it has taken the lock by which others would find it.
                 self.child.kill().map_err(|e| Error::os(format!("end process {pid}"), e))?;
                 // One that hangs in the kernel ends when what it waits for answers.
-                within(Instant::now() + DYING, move || self.child.wait());
+                run_with_timeout(Instant::now() + KILLED_EXIT_TIMEOUT, move || self.child.wait());
                 let message = format!("process {pid} did not say in time how its start went");
                 return Err(Error::new(ErrorKind::Timeout, message).hint(
                     "the VM's qemu.log and supervisor.log may say more; a busy host may need more in 'deadlines'",
@@ -89,9 +89,9 @@ mod tests {
         (Handshake { child, stdout }, process)
     }
 
-    fn says(script: &str, patience: Duration) -> Result<Option<String>> {
+    fn says(script: &str, timeout: Duration) -> Result<Option<String>> {
         let (handshake, process) = handshake(script);
-        let line = handshake.line(Instant::now() + patience);
+        let line = handshake.read_line(Instant::now() + timeout);
         if line.is_ok() {
             process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
             nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(process.pid()), None).unwrap();
@@ -102,13 +102,13 @@ mod tests {
 
     #[test]
     fn a_line_an_end_and_a_silence_are_three_things() {
-        let patience = Duration::from_secs(20);
+        let timeout = Duration::from_secs(20);
         // The process lives on: the line is taken without waiting for its end.
         assert_eq!(
-            says("printf '{\"a\":'; echo '1}'; exec sleep 60", patience).unwrap().unwrap(),
+            says("printf '{\"a\":'; echo '1}'; exec sleep 60", timeout).unwrap().unwrap(),
             "{\"a\":1}\n"
         );
-        assert_eq!(says("printf half", patience).unwrap(), None);
+        assert_eq!(says("printf half", timeout).unwrap(), None);
         assert_eq!(
             says("exec sleep 60", Duration::from_millis(50)).unwrap_err().kind(),
             ErrorKind::Timeout

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::probe::{identity, quit};
+use super::probe::{identity, run_and_quit};
 use super::uids;
 use crate::config::{IoUring, Qemu};
 use crate::error::{IoContext, Result};
@@ -22,12 +22,12 @@ use crate::store::atomic;
 use crate::sys::io_uring;
 
 /// Since Linux 6.6: 0 for everybody, 1 for the privileged, which QEMU is not, 2 for nobody.
-const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
+const DISABLED_SYSCTL: &str = "/proc/sys/kernel/io_uring_disabled";
 /// A user that no VM's QEMU has.
-const NOBODY: u32 = uids::FIRST + uids::COUNT;
+const PROBE_UID: u32 = uids::FIRST + uids::COUNT;
 
 /// A QEMU that does not answer soon is not asked again in this call: its disks work without.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Whether a QEMU takes it, and which.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,16 +38,17 @@ struct Verdict {
 }
 
 /// Whether QEMU, run by a user without privileges, can and may use io_uring. False until it was [`probe`]d.
-pub fn works(run_dir: &Path, qemu: &Qemu) -> bool {
-    is_allowed(qemu) && known(run_dir, &qemu.binary).unwrap_or(false)
+pub fn is_usable(run_dir: &Path, qemu: &Qemu) -> bool {
+    is_allowed(qemu) && cached_verdict(run_dir, &qemu.binary).unwrap_or(false)
 }
 
 /// Finds out, unless the answer is there: a throw-away QEMU's is kept in `io-uring.json` in the run directory. That
 /// this could not be done is no reason for a VM not to start.
 pub fn probe(run_dir: &Path, qemu: &Qemu, deadline: Instant) {
     if is_allowed(qemu)
-        && known(run_dir, &qemu.binary).is_none()
-        && let Err(error) = find_out(run_dir, &qemu.binary, deadline.min(Instant::now() + PATIENCE))
+        && cached_verdict(run_dir, &qemu.binary).is_none()
+        && let Err(error) =
+            probe_qemu(run_dir, &qemu.binary, deadline.min(Instant::now() + PROBE_TIMEOUT))
     {
         tracing::warn!(error = error.report(), "it is not known whether QEMU can use io_uring");
     }
@@ -55,21 +56,22 @@ pub fn probe(run_dir: &Path, qemu: &Qemu, deadline: Instant) {
 
 fn is_allowed(qemu: &Qemu) -> bool {
     // Without the file, the kernel is older than the switch.
-    let switched_on = || std::fs::read_to_string(SWITCH).map_or(true, |text| text.trim() == "0");
+    let switched_on =
+        || std::fs::read_to_string(DISABLED_SYSCTL).map_or(true, |text| text.trim() == "0");
     qemu.io_uring == IoUring::Auto && switched_on() && io_uring::is_allowed()
 }
 
-fn known(run_dir: &Path, binary: &Path) -> Option<bool> {
+fn cached_verdict(run_dir: &Path, binary: &Path) -> Option<bool> {
     let text = std::fs::read(file(run_dir)).ok()?;
     let verdict: Verdict = serde_json::from_slice(&text).ok()?;
     let current = verdict.binary == binary && verdict.identity == identity(binary).ok()?;
     current.then_some(verdict.works)
 }
 
-fn find_out(run_dir: &Path, binary: &Path, deadline: Instant) -> Result<()> {
+fn probe_qemu(run_dir: &Path, binary: &Path, deadline: Instant) -> Result<()> {
     let identity = identity(binary)?;
     let verdict =
-        Verdict { binary: binary.to_owned(), identity, works: is_taken(binary, deadline)? };
+        Verdict { binary: binary.to_owned(), identity, works: can_start(binary, deadline)? };
     atomic::make_dir(run_dir)?;
     atomic::write(&file(run_dir), &serde_json::to_vec(&verdict).expect("a verdict is plain data"))
 }
@@ -79,7 +81,7 @@ fn file(run_dir: &Path) -> PathBuf {
 }
 
 /// Starts QEMU without a machine, with itself as the image: a file that every user can read.
-fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
+fn can_start(binary: &Path, deadline: Instant) -> Result<bool> {
     let image = json!({"driver": "file", "node-name": "probe", "filename": binary, "read-only": true, "aio": "io_uring"});
     let mut child = Command::new(binary)
         .args([
@@ -94,8 +96,8 @@ fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
             "stdio",
         ])
         .args(["-blockdev", &image.to_string()])
-        .uid(NOBODY)
-        .gid(NOBODY)
+        .uid(PROBE_UID)
+        .gid(PROBE_UID)
         .current_dir("/")
         .env_clear()
         .stdin(Stdio::piped())
@@ -103,7 +105,7 @@ fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    Ok(quit(&mut child, binary, "", deadline)?.success())
+    Ok(run_and_quit(&mut child, binary, "", deadline)?.success())
 }
 
 #[cfg(test)]
@@ -130,20 +132,20 @@ mod tests {
             assert!(!path.exists(), "the kernel refuses, so no QEMU was asked");
             return;
         }
-        assert!(works(run.path(), &takes));
-        assert!(!works(run.path(), &off), "whatever works");
-        assert!(!works(run.path(), &refuses), "another binary was not asked");
+        assert!(is_usable(run.path(), &takes));
+        assert!(!is_usable(run.path(), &off), "whatever works");
+        assert!(!is_usable(run.path(), &refuses), "another binary was not asked");
         let kept = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, kept.replace("true}", "false}")).unwrap();
         probe(run.path(), &takes, soon());
-        assert!(!works(run.path(), &takes), "the same is not asked again");
+        assert!(!is_usable(run.path(), &takes), "the same is not asked again");
         probe(run.path(), &refuses, soon());
-        assert_eq!(known(run.path(), &refuses.binary), Some(false));
+        assert_eq!(cached_verdict(run.path(), &refuses.binary), Some(false));
         std::fs::write(&path, "half a verd").unwrap();
         probe(run.path(), &takes, soon());
-        assert!(works(run.path(), &takes));
+        assert!(is_usable(run.path(), &takes));
         let none = qemu("/nonexistent");
         probe(run.path(), &none, soon());
-        assert!(!works(run.path(), &none));
+        assert!(!is_usable(run.path(), &none));
     }
 }

@@ -30,7 +30,7 @@ fn kib(text: &str, key: &str) -> Option<Bytes> {
 
 /// Tells the kernel how much rather than others it is to end process `pid` when the host is out of memory, from -1000 to
 /// 1000 (`oom_score_adj`, proc_pid_oom_score_adj(5)). Children inherit it. A container's root may not lower it: then it stays.
-pub fn prefer_ending(pid: i32, adjustment: i32) {
+pub fn set_oom_score_adj(pid: i32, adjustment: i32) {
     let path = PathBuf::from(format!("/proc/{pid}/oom_score_adj"));
     if let Err(error) = std::fs::write(&path, adjustment.to_string()) {
         tracing::debug!(%error, path = %path.display(), adjustment, "can not tell the kernel whom to spare");

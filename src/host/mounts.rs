@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// As the kernel follows (`MAXSYMLINKS`).
-const MOST_LINKS: usize = 40;
+const MAX_SYMLINKS: usize = 40;
 
 /// A filesystem that what is below `path` is meant to be on, or part of it, and that is not mounted: where it should be. One
 /// that nobody mounts by itself (`noauto`) counts if `strict`.
@@ -17,41 +17,41 @@ pub fn missing(path: &Path, strict: bool) -> io::Result<Option<PathBuf>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         text => text?,
     };
-    let wanted = wanted(&resolved(path), &String::from_utf8_lossy(&fstab), strict);
-    if wanted.is_empty() {
+    let expected = expected_mounts(&resolve(path), &String::from_utf8_lossy(&fstab), strict);
+    if expected.is_empty() {
         return Ok(None);
     }
     let mountinfo = std::fs::read("/proc/self/mountinfo")?;
-    Ok(unmounted(wanted, &String::from_utf8_lossy(&mountinfo)))
+    Ok(unmounted(expected, &String::from_utf8_lossy(&mountinfo)))
 }
 
 /// The mount points of the table that are above the path or below it, but for `/`.
-fn wanted(path: &Path, fstab: &str, strict: bool) -> Vec<PathBuf> {
+fn expected_mounts(path: &Path, fstab: &str, strict: bool) -> Vec<PathBuf> {
     let entries = fstab.lines().filter(|line| !line.trim_start().starts_with('#'));
     let entries = entries.map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     let counts = |entry: &Vec<&str>| {
         strict || !entry.get(3).is_some_and(|o| o.split(',').any(|o| o == "noauto"))
     };
-    let points = entries.filter(counts).filter_map(|entry| Some(resolved(&point(entry.get(1)?))));
+    let points = entries.filter(counts).filter_map(|entry| Some(resolve(&unescape(entry.get(1)?))));
     let concerns = |point: &PathBuf| {
         point.parent().is_some() && (path.starts_with(point) || point.starts_with(path))
     };
     points.filter(|point| point.is_absolute()).filter(concerns).collect()
 }
 
-fn unmounted(wanted: Vec<PathBuf>, mountinfo: &str) -> Option<PathBuf> {
+fn unmounted(expected: Vec<PathBuf>, mountinfo: &str) -> Option<PathBuf> {
     let mounted = mountinfo.lines().filter_map(|line| line.split_ascii_whitespace().nth(4));
-    let mounted: BTreeSet<_> = mounted.map(point).collect();
-    wanted.into_iter().find(|point| !mounted.contains(point))
+    let mounted: BTreeSet<_> = mounted.map(unescape).collect();
+    expected.into_iter().find(|point| !mounted.contains(point))
 }
 
 /// A mount point as both tables write it: a blank would end the column (fstab(5), proc(5)).
-fn point(field: &str) -> PathBuf {
+fn unescape(field: &str) -> PathBuf {
     field.replace("\\040", " ").into()
 }
 
 /// The path without links, also where they lead to what is not there.
-fn resolved(path: &Path) -> PathBuf {
+fn resolve(path: &Path) -> PathBuf {
     let (mut path, mut links) = (path.to_owned(), 0);
     'again: loop {
         for there in path.ancestors() {
@@ -61,7 +61,7 @@ fn resolved(path: &Path) -> PathBuf {
             }
             // A link to what is not mounted.
             if let Ok(target) = there.read_link()
-                && links < MOST_LINKS
+                && links < MAX_SYMLINKS
             {
                 links += 1;
                 path = there
@@ -89,7 +89,7 @@ mod tests {
                      UUID=6 /mnt/state/disks xfs\n";
         let info = "22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n23 22 254:1 / /mnt/home rw - ext4 /dev/vdb rw\n";
         let missing = |path: &str, mountinfo: &str, strict| {
-            unmounted(wanted(Path::new(path), fstab, strict), mountinfo)
+            unmounted(expected_mounts(Path::new(path), fstab, strict), mountinfo)
         };
         assert_eq!(missing("/srv/my vms/state", info, false), Some("/srv/my vms".into()));
         assert_eq!(missing("/mnt/state", info, false), Some("/mnt/state/disks".into()));
@@ -113,8 +113,8 @@ mod tests {
         link(&real, "link");
         link(Path::new("not/there"), "hanging");
         link(&real.join("round"), "round");
-        assert_eq!(resolved(&real.join("link/not/there")), real.join("not/there"));
-        assert_eq!(resolved(&real.join("hanging/state")), real.join("not/there/state"));
-        assert_eq!(resolved(&real.join("round/x")), real.join("round/x"));
+        assert_eq!(resolve(&real.join("link/not/there")), real.join("not/there"));
+        assert_eq!(resolve(&real.join("hanging/state")), real.join("not/there/state"));
+        assert_eq!(resolve(&real.join("round/x")), real.join("round/x"));
     }
 }

@@ -23,7 +23,7 @@ const KVM_MODELS: [&str; 3] = ["host", "host,arch-capabilities=off", "qemu64"];
 /// The model that every accelerator has.
 const TCG_MODEL: &str = "max";
 /// A QEMU without a guest answers in 0.1 s; one that takes this long is as good as broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What was found, and for which binary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,14 +86,14 @@ fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
     };
     // That KVM does not work is asked again each time: the module may be loaded in a minute.
     if verdict.kvm.is_some()
-        && let Err(error) = keep(&verdict, &path)
+        && let Err(error) = write_cache(&verdict, &path)
     {
         tracing::warn!(error = error.report(), "what QEMU can do here is asked again next time");
     }
     Ok(verdict)
 }
 
-fn keep(verdict: &Verdict, path: &Path) -> Result<()> {
+fn write_cache(verdict: &Verdict, path: &Path) -> Result<()> {
     atomic::make_dir(path.parent().expect("a file in the run directory"))?;
     atomic::write(path, &serde_json::to_vec(verdict).expect("a verdict is plain data"))
 }
@@ -112,7 +112,7 @@ fn probe(binary: &Path) -> Result<&'static str> {
     std::fs::OpenOptions::new().read(true).write(true).open(device).at("open", device)?;
     let mut last = None;
     for model in KVM_MODELS {
-        match starts(binary, model) {
+        match ensure_starts(binary, model) {
             Ok(()) => return Ok(model),
             Err(error) => last = Some(error),
         }
@@ -121,7 +121,7 @@ fn probe(binary: &Path) -> Result<&'static str> {
 }
 
 /// Starts QEMU stopped, without a guest, and ends it by its own monitor.
-fn starts(binary: &Path, model: &str) -> Result<()> {
+fn ensure_starts(binary: &Path, model: &str) -> Result<()> {
     let mut child = Command::new(binary)
         .args([
             "-machine",
@@ -142,8 +142,12 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    let status =
-        quit(&mut child, binary, "{\"execute\":\"query-kvm\"}", Instant::now() + PATIENCE)?;
+    let status = run_and_quit(
+        &mut child,
+        binary,
+        "{\"execute\":\"query-kvm\"}",
+        Instant::now() + PROBE_TIMEOUT,
+    )?;
     let mut said = String::new();
     let _ = child.stdout.take().map(|stdout| stdout.take(64 * 1024).read_to_string(&mut said));
     if status.success() && said.contains("\"enabled\": true") {
@@ -156,7 +160,7 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
 }
 
 /// Has a QEMU with its monitor on standard input do `commands` and end; how it ended. At `deadline` it is killed.
-pub(super) fn quit(
+pub(super) fn run_and_quit(
     child: &mut Child,
     binary: &Path,
     commands: &str,

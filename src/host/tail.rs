@@ -12,7 +12,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
 /// No more than this of a log gets into a message.
-const MOST: u64 = 2048;
+const MAX_TAIL_BYTES: u64 = 2048;
 
 /// The last `count` lines of the file, joined with `; `, control characters escaped: guests write some of these files.
 /// An absent or empty file reads as "nothing was written".
@@ -20,8 +20,8 @@ pub fn last_lines(path: &Path, count: usize) -> String {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|mut file| {
         let size = file.metadata()?.len();
-        file.seek(SeekFrom::Start(size.saturating_sub(MOST)))?;
-        file.take(MOST).read_to_end(&mut bytes)
+        file.seek(SeekFrom::Start(size.saturating_sub(MAX_TAIL_BYTES)))?;
+        file.take(MAX_TAIL_BYTES).read_to_end(&mut bytes)
     });
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();

@@ -3,7 +3,7 @@
 //! The range is one that systemd's list of uid ranges leaves to nobody (UIDS-GIDS.md: above the container range, below
 //! 2^31). A claim is a symlink `uids/<uid>` whose text is the VM's cid: made in one step, held by no lock, found
 //! without reading a record. A VM's claim is always one of the `WINDOW` uids that follow from its cid, so it is found
-//! again, and a call that is repeated claims no second one.
+//! again, and a call that is repeated reservations no second one.
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub const COUNT: u32 = 65_536;
 const WINDOW: u32 = 64;
 
 /// The uid of `vm`: the one it has, else a free one, claimed. Calls for one VM must not run at the same time.
-pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
+pub fn reserve(state_dir: &Path, vm: &VmCid) -> Result<u32> {
     if let Some(uid) = find(state_dir, vm) {
         return Ok(uid);
     }
@@ -29,11 +29,11 @@ pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
         let path = path(state_dir, uid);
         match symlink(vm.as_str(), &path) {
             Ok(()) => {
-                crash::point!("uid claimed");
+                crash::point!("uid reserved");
                 return Ok(uid);
             }
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Error::io("claim a uid with", &path, error)),
+            Err(error) => return Err(Error::io("reserve a uid with", &path, error)),
         }
     }
     Err(Error::new(ErrorKind::Host, format!("all {WINDOW} uids that VM '{vm}' can have are taken"))
@@ -43,7 +43,7 @@ pub fn claim(state_dir: &Path, vm: &VmCid) -> Result<u32> {
         )))
 }
 
-/// Makes the claims durable: a VM that is there after a power cut must have its uid for itself.
+/// Makes the reservations durable: a VM that is there after a power cut must have its uid for itself.
 pub fn sync(state_dir: &Path) -> Result<()> {
     atomic::sync_dir(&state_dir.join("uids"))
 }
@@ -63,21 +63,21 @@ pub fn release(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
     Ok(())
 }
 
-/// All claims: a uid and whose it is; `None` for one that does not say so, and which nobody can get.
-pub fn claims(state_dir: &Path) -> Result<Vec<(u32, Option<VmCid>)>> {
+/// All reservations: a uid and whose it is; `None` for one that does not say so, and which nobody can get.
+pub fn reservations(state_dir: &Path) -> Result<Vec<(u32, Option<VmCid>)>> {
     let dir = state_dir.join("uids");
-    let mut claims = Vec::new();
+    let mut reservations = Vec::new();
     let entries = match dir.read_dir() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(claims),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(reservations),
         entries => entries.at("list", &dir)?,
     };
     for entry in entries {
         let name = entry.at("list", &dir)?.file_name();
         if let Some(uid) = name.to_str().and_then(|name| name.parse().ok()) {
-            claims.push((uid, owner(state_dir, uid)));
+            reservations.push((uid, owner(state_dir, uid)));
         }
     }
-    Ok(claims)
+    Ok(reservations)
 }
 
 /// Which VM has `uid`. What does not say so is nobody's to take.
@@ -89,7 +89,7 @@ pub fn owner(state_dir: &Path, uid: u32) -> Option<VmCid> {
 pub fn restore(state_dir: &Path, vm: &VmCid, uid: u32) -> Result<()> {
     let path = path(state_dir, uid);
     atomic::remove_file(&path)?;
-    symlink(vm.as_str(), &path).at("claim a uid with", &path)
+    symlink(vm.as_str(), &path).at("reserve a uid with", &path)
 }
 
 /// The uids `vm` can have.
@@ -122,7 +122,7 @@ mod tests {
     fn a_uid_is_one_vms_until_it_gives_it_back() {
         let dir = state_dir();
         let (a, b) = (VmCid::random(), VmCid::random());
-        let uid = claim(dir.path(), &a).unwrap();
+        let uid = reserve(dir.path(), &a).unwrap();
         assert_eq!(find(dir.path(), &a), Some(uid));
         assert_eq!(find(dir.path(), &b), None);
         release(dir.path(), &b, uid).unwrap();
@@ -138,11 +138,11 @@ mod tests {
         let (first, vm) = (VmCid::random(), VmCid::random());
         let wanted = window(&vm).next().unwrap();
         symlink(first.as_str(), path(dir.path(), wanted)).unwrap();
-        let uid = claim(dir.path(), &vm).unwrap();
+        let uid = reserve(dir.path(), &vm).unwrap();
         assert_eq!(Some(uid), window(&vm).nth(1));
         release(dir.path(), &first, wanted).unwrap();
         assert_eq!(find(dir.path(), &vm), Some(uid));
-        assert_eq!(claim(dir.path(), &vm).unwrap(), uid);
+        assert_eq!(reserve(dir.path(), &vm).unwrap(), uid);
     }
 
     #[test]
@@ -152,7 +152,7 @@ mod tests {
         for uid in window(&vm) {
             symlink("vm-other", path(dir.path(), uid)).unwrap();
         }
-        assert_eq!(claim(dir.path(), &vm).unwrap_err().kind(), ErrorKind::Host);
+        assert_eq!(reserve(dir.path(), &vm).unwrap_err().kind(), ErrorKind::Host);
     }
 
     #[test]

@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, NewImage, refuse_other_files};
-use crate::patience::within;
-use crate::sys::helper::end_with_us;
+use crate::sys::parent_death::kill_with_parent;
+use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// The most that is kept of what the program says.
@@ -241,7 +241,7 @@ impl QemuImg {
 
     fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Done> {
         let mut command = Command::new(&self.program);
-        end_with_us(&mut command);
+        kill_with_parent(&mut command);
         let mut child = command
             .args(args)
             .env_clear()
@@ -258,7 +258,7 @@ impl QemuImg {
         if done.is_err() {
             // It may have just ended. One that hangs in the kernel ends when its storage answers, and is not waited for.
             let _ = child.kill();
-            within(Instant::now() + DYING, move || child.wait());
+            run_with_timeout(Instant::now() + DYING, move || child.wait());
         }
         done.map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => {

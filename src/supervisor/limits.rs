@@ -14,7 +14,7 @@
 //! The page cache of images counts towards a group too, but is dropped at the limit. That of a tmpfs is not: images there
 //! are memory, so a VM whose state is on one has no limit.
 
-use super::Scope;
+use super::VmContext;
 use crate::host::cgroup::Limits;
 use crate::store::record::{Accel, VmRecord};
 use crate::units::Bytes;
@@ -38,12 +38,12 @@ const PAGE_TABLES: u64 = 32;
 const THREADS: u64 = 1024;
 
 /// What a QEMU has besides its guest's memory when it has done some work. For sums over many VMs, not for limits.
-pub(super) const USUAL: u64 = 64 * MIB;
+pub(super) const QEMU_USUAL_BYTES: u64 = 64 * MIB;
 
 /// The limits of the VM's control groups.
-pub(super) fn of(scope: &Scope, vm: &VmRecord) -> Limits {
+pub(super) fn for_vm(context: &VmContext, vm: &VmRecord) -> Limits {
     let in_memory =
-        rustix::fs::statfs(scope.store.state_dir()).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC);
+        rustix::fs::statfs(context.store.state_dir()).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC);
     Limits {
         memory: (!in_memory).then(|| memory(vm)),
         pids: THREADS + u64::from(vm.machine.cpus),

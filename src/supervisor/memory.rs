@@ -14,8 +14,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::Scope;
-use super::limits::USUAL;
+use super::VmContext;
+use super::limits::QEMU_USUAL_BYTES;
 use super::power::{PowerState, power_state};
 use crate::cid::VmCid;
 use crate::config::{Config, Memory};
@@ -26,29 +26,29 @@ use crate::sys::pidlock;
 use crate::units::Bytes;
 
 /// Each holds the lock for milliseconds.
-const LOCK: Duration = Duration::from_secs(30);
+const MEMORY_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most VMs that an error names.
-const NAMED: usize = 10;
+const MAX_NAMED_VMS: usize = 10;
 
 /// Taken before a VM shows that it starts, and given back when it may.
-pub(super) fn lock(scope: &Scope) -> Result<Brief> {
-    scope.store.brief(Rank::Memory, "host", Instant::now() + LOCK)
+pub(super) fn lock(context: &VmContext) -> Result<Brief> {
+    context.store.brief(Rank::Memory, "host", Instant::now() + MEMORY_LOCK_TIMEOUT)
 }
 
 /// Whether the host has the memory for `vm` to start, or, if it runs, to start again.
 ///
 /// # Errors
 /// [`ErrorKind::NotEnoughMemory`] with the figures.
-pub fn admit(scope: &Scope, vm: &VmRecord) -> Result<()> {
-    let own = match power_state(&scope.paths)? {
+pub fn ensure_memory(context: &VmContext, vm: &VmRecord) -> Result<()> {
+    let own = match power_state(&context.paths)? {
         PowerState::On(qemu) => resident(qemu.pid()).get(),
         PowerState::Off => 0,
     };
-    Figures {
+    HostMemory {
         need: promise(vm).saturating_sub(own),
-        ..Figures::of(&scope.config, &scope.store, Some(&scope.cid))?
+        ..HostMemory::of(&context.config, &context.store, Some(&context.cid))?
     }
-    .verdict(vm)
+    .ensure_fits(vm)
 }
 
 /// The largest `ram` that a new VM could have now.
@@ -56,25 +56,26 @@ pub fn admit(scope: &Scope, vm: &VmRecord) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::Host`] if the kernel does not say.
 pub fn largest_vm(config: &Config, store: &Store) -> Result<Bytes> {
-    Figures::of(config, store, None).map(|figures| Bytes(figures.left().saturating_sub(USUAL)))
+    HostMemory::of(config, store, None)
+        .map(|figures| Bytes(figures.unpromised().saturating_sub(QEMU_USUAL_BYTES)))
 }
 
 /// Bytes the VM may come to have.
 fn promise(vm: &VmRecord) -> u64 {
-    vm.machine.ram.bytes().get() + USUAL
+    vm.machine.ram.bytes().get() + QEMU_USUAL_BYTES
 }
 
 /// A VM that has memory, or was promised some.
 #[derive(Debug)]
-struct Claim {
+struct VmMemory {
     vm: VmCid,
     promised: u64,
     touched: u64,
     /// It is being deleted: what it has is free in a moment.
-    ending: bool,
+    deleting: bool,
 }
 
-impl Claim {
+impl VmMemory {
     /// That of another VM; `None` if it is off.
     fn of(store: &Store, vm: VmCid) -> Result<Option<Self>> {
         let paths = store.vm(&vm);
@@ -85,55 +86,54 @@ impl Claim {
         let touched = qemu.map_or(0, |qemu| resident(qemu.pid()).get());
         // A record that can not be read must not keep all others from starting: at least what is there counts.
         let record = store.read::<VmRecord>(&vm).ok().flatten();
-        let ending = record.as_ref().is_some_and(|record| record.phase == Phase::Deleting);
+        let deleting = record.as_ref().is_some_and(|record| record.phase == Phase::Deleting);
         let promised = record.as_ref().map_or(touched, promise);
-        Ok(Some(Self { vm, promised, touched, ending }))
+        Ok(Some(Self { vm, promised, touched, deleting }))
     }
 
     fn untouched(&self) -> u64 {
-        if self.ending { 0 } else { self.promised.saturating_sub(self.touched) }
+        if self.deleting { 0 } else { self.promised.saturating_sub(self.touched) }
     }
 }
 
 /// All that decides, in bytes.
 #[derive(Debug)]
-struct Figures {
+struct HostMemory {
     need: u64,
     available: u64,
     reserve: u64,
-    claims: Vec<Claim>,
+    vms: Vec<VmMemory>,
 }
 
-impl Figures {
+impl HostMemory {
     /// Those of the host without the VM `except`, and with nothing that needs any.
     fn of(config: &Config, store: &Store, except: Option<&VmCid>) -> Result<Self> {
-        let mut claims = Vec::new();
+        let mut vms = Vec::new();
         if config.limits.memory == Memory::Guaranteed {
             for cid in store.list::<VmRecord>()?.into_iter().filter(|cid| Some(cid) != except) {
-                claims.extend(Claim::of(store, cid)?);
+                vms.extend(VmMemory::of(store, cid)?);
             }
         }
         let reserve = config.limits.memory_reserve_mib.get() << 20;
-        Ok(Self { need: 0, available: available()?.get(), reserve, claims })
+        Ok(Self { need: 0, available: available()?.get(), reserve, vms })
     }
 
     fn untouched(&self) -> u64 {
-        self.claims.iter().map(Claim::untouched).sum()
+        self.vms.iter().map(VmMemory::untouched).sum()
     }
 
     /// What nobody was promised.
-    fn left(&self) -> u64 {
+    fn unpromised(&self) -> u64 {
         self.available.saturating_sub(self.reserve + self.untouched())
     }
 
-    fn verdict(&self, vm: &VmRecord) -> Result<()> {
+    fn ensure_fits(&self, vm: &VmRecord) -> Result<()> {
         let untouched = self.untouched();
         let taken = self.reserve + untouched;
         if taken + self.need <= self.available {
             return Ok(());
         }
-        let returning: u64 =
-            self.claims.iter().filter(|claim| claim.ending).map(|claim| claim.touched).sum();
+        let returning: u64 = self.vms.iter().filter(|vm| vm.deleting).map(|vm| vm.touched).sum();
         let passing = taken + self.need <= self.available + returning;
         let message = format!(
             "the host has not the memory for VM '{}': it needs {} ({} for the guest), {} are left: {} are available, \
@@ -141,11 +141,11 @@ impl Figures {
             vm.cid,
             mib(self.need),
             vm.machine.ram,
-            mib(self.left()),
+            mib(self.unpromised()),
             mib(self.available),
             mib(self.reserve),
             mib(untouched),
-            self.claims.len(),
+            self.vms.len(),
         );
         let hint = format!(
             "delete or shrink VMs, lower `limits.memory_reserve_mib`, or let VMs share what they do not use \
@@ -157,14 +157,14 @@ impl Figures {
 
     /// The VMs with the most memory promised.
     fn largest(&self) -> String {
-        let mut claims: Vec<_> = self.claims.iter().collect();
-        claims.sort_by_key(|claim| std::cmp::Reverse(claim.promised.max(claim.touched)));
-        let named = |claim: &&Claim| {
-            let ending = if claim.ending { ", being deleted" } else { "" };
-            format!("{} has {} of {}{ending}", claim.vm, mib(claim.touched), mib(claim.promised))
+        let mut vms: Vec<_> = self.vms.iter().collect();
+        vms.sort_by_key(|vm| std::cmp::Reverse(vm.promised.max(vm.touched)));
+        let named = |vm: &&VmMemory| {
+            let deleting = if vm.deleting { ", being deleted" } else { "" };
+            format!("{} has {} of {}{deleting}", vm.vm, mib(vm.touched), mib(vm.promised))
         };
-        let names: Vec<_> = claims.iter().take(NAMED).map(named).collect();
-        let more = claims.len().saturating_sub(NAMED);
+        let names: Vec<_> = vms.iter().take(MAX_NAMED_VMS).map(named).collect();
+        let more = vms.len().saturating_sub(MAX_NAMED_VMS);
         match (names.is_empty(), more) {
             (true, _) => "no other VM counts".to_owned(),
             (false, 0) => names.join(", "),

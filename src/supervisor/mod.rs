@@ -9,11 +9,11 @@
 //!                 └─ failed: QEMU killed, taps gone, caller told             supervisor ends
 //! ```
 //!
-//! - Before it launches, it asks whether the host has the memory (`memory`) and waits for its turn (`boot`). The
+//! - Before it launches, it asks whether the host has the memory (`memory`) and waits for its turn (`boot_slots`). The
 //!   VM's processes are in control groups with `limits`.
 //! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
-//!   waits on a pipe for one line ([`Launched`]).
-//! - While the guest waits for room on a full filesystem, it looks whether there is some (`full`).
+//!   waits on a pipe for one line ([`StartResult`]).
+//! - While the guest waits for room on a full filesystem, it looks whether there is some (`enospc`).
 //! - It owns the taps, the console log and the exit record. It only reads `vm.json`: calls write that.
 //! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing, until the
 //!   next call that changes the VM, or `host start`, gives it a supervisor that adopts it. What it printed meanwhile
@@ -21,27 +21,27 @@
 //! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
 //!   directory, images are untouched.
 
-mod boot;
-mod conflict;
-mod console_log;
+mod address_probe;
+mod boot_slots;
+mod capped_log;
 mod daemon;
+mod enospc;
 mod exit;
-mod full;
 mod launch;
 mod limits;
 mod memory;
 mod power;
+mod qemu_process;
 mod resources;
 mod restart;
 mod spawn;
 mod status;
-mod watched;
 
-pub use boot::slots as boot_slots;
-pub use daemon::{Begin, refuse, supervise};
+pub use boot_slots::count as boot_slots;
+pub use daemon::{StartMode, report_failure, supervise};
 pub use exit::{Ending, ExitRecord};
-pub use memory::{admit, largest_vm};
-pub use power::{Button, PowerState, call_off, power_state, stop};
+pub use memory::{ensure_memory, largest_vm};
+pub use power::{PowerState, StopMode, cancel_launch, power_state, stop};
 pub use resources::open_file;
 pub use spawn::{Adoption, adopt, start};
 pub use status::{State, Status, status};
@@ -58,7 +58,7 @@ use crate::store::{Store, VmPaths};
 /// The line a supervisor sends up the pipe once, when the guest runs or the launch failed.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Launched {
+pub enum StartResult {
     /// `cont` was given.
     Running,
     /// Nothing of the launch is left.
@@ -70,7 +70,7 @@ pub enum Launched {
     },
 }
 
-impl Launched {
+impl StartResult {
     fn failed(error: &Error) -> Self {
         Self::Failed { kind: error.kind(), report: error.report() }
     }
@@ -78,7 +78,7 @@ impl Launched {
 
 /// What a supervisor works with.
 #[derive(Debug)]
-pub struct Scope {
+pub struct VmContext {
     /// The configuration at the time it was spawned.
     pub config: Config,
     /// The store.
@@ -89,8 +89,8 @@ pub struct Scope {
     pub paths: VmPaths,
 }
 
-impl Scope {
-    /// The scope of the VM `cid` under `config`.
+impl VmContext {
+    /// The context of the VM `cid` under `config`.
     pub fn new(config: Config, cid: VmCid) -> Self {
         let store = Store::of(&config);
         let paths = store.vm(&cid);

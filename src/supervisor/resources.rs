@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::Scope;
+use super::VmContext;
 use crate::cid::DiskCid;
 use crate::config::Config;
 use crate::crash;
@@ -23,7 +23,7 @@ use crate::store::{DiskKey, Phase, Rank, atomic};
 use crate::{image, net};
 
 /// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
-const NETWORK_LOCK: Duration = Duration::from_secs(20);
+const NETWORK_LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What QEMU inherits.
 pub(super) struct Resources {
@@ -37,21 +37,22 @@ pub(super) struct Resources {
 
 impl Resources {
     /// Opens everything `vm` needs, making bridges and taps.
-    pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
+    pub(super) fn open(context: &VmContext, vm: &VmRecord) -> Result<Self> {
+        let needs =
+            files::needs(vm, &context.paths, &context.store, &attached_disks(context, vm)?)?;
         let encrypted = needs.iter().any(|need| need.encrypted);
         // In force before there is a tap: a VM is never on a wire without them.
-        net::guard::add(&vm.nics, || all_nics(scope))?;
+        net::guard::add(&vm.nics, || all_nics(context))?;
         Ok(Self {
             files: needs
                 .into_iter()
-                .map(|need| open_file(&scope.config, need))
+                .map(|need| open_file(&context.config, need))
                 .collect::<Result<_>>()?,
-            key: if encrypted { Some(key_pipe(scope)?) } else { None },
-            taps: vm.nics.iter().map(|nic| plug(scope, vm, nic)).collect::<Result<_>>()?,
-            qmp: listen(&scope.paths.qmp())?,
-            supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
-            serial: listen(&scope.paths.serial())?,
+            key: if encrypted { Some(key_pipe(context)?) } else { None },
+            taps: vm.nics.iter().map(|nic| plug(context, vm, nic)).collect::<Result<_>>()?,
+            qmp: listen(&context.paths.qmp())?,
+            supervisor_qmp: listen(&context.paths.supervisor_qmp())?,
+            serial: listen(&context.paths.serial())?,
         })
     }
 
@@ -86,13 +87,14 @@ impl Resources {
 }
 
 /// The records of the disks `vm` starts with: a disk the guest was only asked to let go of is still its own.
-pub(super) fn disks(scope: &Scope, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
+pub(super) fn attached_disks(context: &VmContext, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
     let attached = vm.disks.iter().filter(|a| a.phase != AttachmentPhase::Attaching);
-    let record = |disk| scope.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk(disk));
+    let record =
+        |disk| context.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk_error(disk));
     attached.map(|attachment| record(&attachment.disk)).collect()
 }
 
-fn missing_disk(disk: &DiskCid) -> Error {
+fn missing_disk_error(disk: &DiskCid) -> Error {
     Error::new(
         ErrorKind::DiskNotFound,
         format!("disk '{disk}' is attached to the VM but has no record"),
@@ -109,13 +111,13 @@ pub fn open_file(config: &Config, need: FileNeed) -> Result<(Opened, OwnedFd)> {
         image::refuse_other_files(&need.path, format, need.id == files::ROOT)?;
     }
     let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
-    let io_uring = io_uring::works(&config.run_dir, &config.qemu);
+    let io_uring = io_uring::is_usable(&config.run_dir, &config.qemu);
     Ok((Opened { need, direct, io_uring }, fd))
 }
 
 /// The key of encrypted disks in a pipe: QEMU opens it by name, and once it has read it, it is empty.
-fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
-    let key = DiskKey::of(&scope.config).read()?;
+fn key_pipe(context: &VmContext) -> Result<OwnedFd> {
+    let key = DiskKey::of(&context.config).read()?;
     let pipe = |error| Error::os("pass the key of encrypted disks through a pipe", error);
     let (reader, mut writer) = std::io::pipe().map_err(pipe)?;
     // A key has at most 4096 bytes, which any pipe takes at once.
@@ -127,9 +129,9 @@ fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
 }
 
 /// The cards of all VMs there are, should the host have lost everybody's rules.
-fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
+fn all_nics(context: &VmContext) -> Result<Vec<Nic>> {
     let vms =
-        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
@@ -139,26 +141,34 @@ fn tap(plug: &Plug) -> Tap {
 }
 
 /// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
-fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
+fn plug(context: &VmContext, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let Some((port, segment)) = Port::of(nic) else { return Ok(None) };
-    let _lock = scope.store.brief(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
+    let _lock = context.store.brief(
+        Rank::Network,
+        &segment.bridge,
+        Instant::now() + NETWORK_LOCK_TIMEOUT,
+    )?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
     net::apply::remove_tap(&port.link)?;
     let queues = net::tap::queues(vm.machine.cpus);
-    let plug = net::apply::plug(&port, segment, queues, || everybody(scope, vm, segment))?;
+    let plug = net::apply::plug(&port, segment, queues, || bridge_members(context, vm, segment))?;
     // Made again, it lost the word that it stays.
-    if scope.store.is_pinned(&segment.bridge) {
-        net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
+    if context.store.is_pinned(&segment.bridge) {
+        net::kept::keep(&segment.bridge, &context.store.owner()?)?;
     }
     Ok(Some(plug))
 }
 
 /// What all VMs on the bridge of `segment` want of it, whether they run or not, and its pin; and their ports. Who
 /// disagrees keeps a new VM from being made; one that was there before starts, whatever the others have become.
-fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment, Vec<Port>)> {
+fn bridge_members(
+    context: &VmContext,
+    vm: &VmRecord,
+    segment: &Segment,
+) -> Result<(Segment, Vec<Port>)> {
     let (mut all, mut ports) = (segment.clone(), Vec::new());
     for other in
-        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
+        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
     {
         let cid = &other.cid;
         for (port, its) in
@@ -178,7 +188,7 @@ fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment
             ports.push(port);
         }
     }
-    for pin in scope.store.pins()?.iter().filter(|pin| pin.bridge == segment.bridge) {
+    for pin in context.store.pins()?.iter().filter(|pin| pin.bridge == segment.bridge) {
         if let Err(error) = plan::merge(&mut all, pin) {
             tracing::warn!(
                 error = error.report(),

@@ -68,7 +68,7 @@ pub fn status(paths: &VmPaths, run: u64, deadline: Instant) -> Result<Status> {
     match power_state(paths)? {
         PowerState::On(qemu) => {
             let asked = Monitor::connect(&paths.qmp(), deadline)
-                .and_then(|mut monitor| doing(&mut monitor));
+                .and_then(|mut monitor| guest_state(&mut monitor));
             let (state, reason) =
                 asked.unwrap_or_else(|error| (State::Silent, Some(error.to_string())));
             Ok(Status { state, reason, pid: Some(qemu.pid()) })
@@ -94,7 +94,7 @@ pub fn status(paths: &VmPaths, run: u64, deadline: Instant) -> Result<Status> {
     }
 }
 
-fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError> {
+fn guest_state(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError> {
     let status = monitor.execute(&QueryStatus {})?;
     if status.running {
         return Ok((State::Running, None));
@@ -102,7 +102,8 @@ fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError>
     let mut reason = printable(&status.state);
     if status.state == "io-error" {
         let devices = monitor.raw("query-block", &json!({}))?;
-        let failed: Vec<_> = devices.as_array().into_iter().flatten().filter_map(failed).collect();
+        let failed: Vec<_> =
+            devices.as_array().into_iter().flatten().filter_map(failed_device).collect();
         reason = format!(
             "{reason} on {}",
             if failed.is_empty() { "a disk".to_owned() } else { failed.join(", ") }
@@ -112,7 +113,7 @@ fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError>
 }
 
 /// The disk that `device`, of `query-block`, is and what is wrong with it, if something is.
-fn failed(device: &Value) -> Option<String> {
+fn failed_device(device: &Value) -> Option<String> {
     let why = match device["io-status"].as_str()? {
         "nospace" => "no space",
         "failed" => "failed",
@@ -131,8 +132,8 @@ mod tests {
     #[test]
     fn a_failed_device_is_named_by_its_id() {
         let device = |status: &str| json!({"qdev": "/machine/peripheral/disk-a/virtio-backend", "io-status": status});
-        assert_eq!(failed(&device("nospace")).as_deref(), Some("disk-a (no space)"));
-        assert_eq!(failed(&device("ok")), None);
-        assert_eq!(failed(&json!({"qdev": 7, "io-status": "failed"})), None);
+        assert_eq!(failed_device(&device("nospace")).as_deref(), Some("disk-a (no space)"));
+        assert_eq!(failed_device(&device("ok")), None);
+        assert_eq!(failed_device(&json!({"qdev": 7, "io-status": "failed"})), None);
     }
 }

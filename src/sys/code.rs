@@ -9,7 +9,7 @@ use nix::sys::mman::{MmapAdvise, madvise};
 
 /// Gives back the memory that code takes which ran once and will not run again: for a process that waits for days. What
 /// is needed after all is read again from the page cache. Changes nothing but the resident size, so nothing can fail.
-pub fn let_go() {
+pub fn release_pages() {
     let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
     for (start, length) in maps.lines().filter_map(code_of_a_file) {
         // SAFETY: the mapping is private, of a file and has never been writable (the loader relocates data, not code,
@@ -50,6 +50,6 @@ mod tests {
         ] {
             assert_eq!(code_of_a_file(other), None, "{other}");
         }
-        let_go();
+        release_pages();
     }
 }

@@ -36,7 +36,7 @@ const DESCRIPTORS: libc::rlim_t = 4096;
 /// (fs/coredump.c).
 const NO_CORE: libc::rlim_t = 1;
 /// A program that ended at once has let go of its lock a little before its end is seen.
-const DYING: Duration = Duration::from_secs(1);
+const EXIT_DETECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A program and what it may do.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ pub struct Confined {
 #[repr(u8)]
 enum Step {
     Lock = 1,
-    Others,
+    CloseOthers,
     Inherit,
     Limits,
     Namespaces,
@@ -82,7 +82,7 @@ enum Step {
 impl Step {
     const ALL: [Step; 11] = [
         Self::Lock,
-        Self::Others,
+        Self::CloseOthers,
         Self::Inherit,
         Self::Limits,
         Self::Namespaces,
@@ -97,7 +97,7 @@ impl Step {
     fn describe(self) -> &'static str {
         match self {
             Self::Lock => "lock its pid file (is it running already?)",
-            Self::Others => "keep our other descriptors from it (needs Linux 5.11)",
+            Self::CloseOthers => "keep our other descriptors from it (needs Linux 5.11)",
             Self::Inherit => "hand over its descriptors",
             Self::Limits => "set its resource limits",
             Self::Namespaces => "give it empty network and ipc namespaces",
@@ -111,7 +111,7 @@ impl Step {
     }
 
     /// Whether the program can run without it. A lock or descriptor is no hardening.
-    fn optional(self) -> bool {
+    fn is_optional(self) -> bool {
         !matches!(self, Self::Lock | Self::Inherit | Self::Limits)
     }
 }
@@ -166,16 +166,16 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     for step in steps {
         tracing::warn!(step = step.describe(), "this host can not confine QEMU fully");
     }
-    let child = watched(child, &pid_lock)?;
+    let child = into_child(child, &pid_lock)?;
     crash::point!("qemu spawned");
     Ok(child)
 }
 
 /// The started program as a [`Child`] that holds its lock. If it can not be one it is killed: an error means that nothing runs.
-fn watched(mut child: std::process::Child, pid_lock: &File) -> Result<Child> {
+fn into_child(mut child: std::process::Child, pid_lock: &File) -> Result<Child> {
     let process = Process::open(child.id() as i32).and_then(|process| {
         let locked = pidlock::is_held_by(pid_lock, process.pid())?
-            || process.wait_exit(Instant::now() + DYING)?;
+            || process.wait_exit(Instant::now() + EXIT_DETECT_TIMEOUT)?;
         if locked {
             Ok(process)
         } else {
@@ -223,7 +223,7 @@ impl Steps {
             )
         })?;
         let close_at_exec = libc::CLOSE_RANGE_CLOEXEC as usize;
-        self.step(Step::Others, || {
+        self.step(Step::CloseOthers, || {
             call(libc::SYS_close_range, [3, u32::MAX as usize, close_at_exec])
         })?;
         for fd in &self.fds {
@@ -260,7 +260,7 @@ impl Steps {
         // SAFETY: the kernel reads one byte, which lives.
         let _ =
             unsafe { call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]) };
-        if step.optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
+        if step.is_optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
     }
 }
 

@@ -3,10 +3,10 @@
 pub mod code;
 pub mod confine;
 pub mod detach;
-pub mod helper;
 pub mod io_uring;
 mod landlock;
 pub mod packet;
+pub mod parent_death;
 pub mod pidfd;
 pub mod pidlock;
 pub mod signals;

@@ -13,7 +13,7 @@ use nix::sys::socket::{
 };
 
 /// The longest frame that is looked at whole.
-const LONGEST: usize = 2048;
+const MAX_FRAME_BYTES: usize = 2048;
 
 /// A socket that sends and hears whole frames on one link. It belongs to the network namespace of the thread that
 /// opened it.
@@ -67,7 +67,7 @@ impl PacketSocket {
     /// # Errors
     /// ENETDOWN if the link goes off.
     pub fn receive(&self, deadline: Instant) -> nix::Result<Option<Vec<u8>>> {
-        let mut frame = vec![0; LONGEST];
+        let mut frame = vec![0; MAX_FRAME_BYTES];
         loop {
             match recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()) {
                 Ok(length) => {

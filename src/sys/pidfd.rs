@@ -53,13 +53,13 @@ impl Process {
 
     /// Waits until the process has ended, at most until `deadline`. A dead child that nobody reaped has ended.
     pub fn wait_exit(&self, deadline: Instant) -> Result<bool> {
-        readable(&self.fd, deadline)
+        wait_readable(&self.fd, deadline)
             .map_err(|e| Error::os(format!("wait for process {}", self.pid), e))
     }
 }
 
 /// Waits until there is something to read, or the end of it, at most until `deadline`.
-pub fn readable(fd: impl AsFd, deadline: Instant) -> std::io::Result<bool> {
+pub fn wait_readable(fd: impl AsFd, deadline: Instant) -> std::io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).ok();

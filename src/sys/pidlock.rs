@@ -62,13 +62,14 @@ pub fn holder(path: &Path) -> Result<Option<Process>> {
         file => file.at("open", path)?,
     };
     loop {
-        let Some(pid) = holding(&file, path)? else { return Ok(None) };
+        let Some(pid) = holder_pid(&file, path)? else { return Ok(None) };
         // The holder may end, and its number be given to another, between asking and opening; not if the number
         // holds the lock on both sides of it and what was opened lives still.
         let process = Process::find(pid)?;
         match process {
             Some(process)
-                if holding(&file, path)? == Some(pid) && !process.wait_exit(Instant::now())? =>
+                if holder_pid(&file, path)? == Some(pid)
+                    && !process.wait_exit(Instant::now())? =>
             {
                 return Ok(Some(process));
             }
@@ -77,7 +78,7 @@ pub fn holder(path: &Path) -> Result<Option<Process>> {
     }
 }
 
-fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
+fn holder_pid(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
     let mut lock = whole_file(libc::F_WRLCK);
     fcntl(file, FcntlArg::F_GETLK(&mut lock)).at("ask for the lock on", path)?;
     if i32::from(lock.l_type) == libc::F_UNLCK {
@@ -96,7 +97,7 @@ fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
 
 /// Whether process `pid` holds the lock on the open `file`.
 pub(super) fn is_held_by(file: &File, pid: i32) -> Result<bool> {
-    Ok(holding(file, Path::new("pid file"))? == Some(pid))
+    Ok(holder_pid(file, Path::new("pid file"))? == Some(pid))
 }
 
 pub(super) fn whole_file(kind: i32) -> libc::flock {

@@ -26,7 +26,7 @@ const LAYERS: &[Row] = &[
         "mac",
         "link_name",
         "ordered",
-        "patience",
+        "timeout",
         "ranges",
         "error",
         "log",

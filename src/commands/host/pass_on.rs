@@ -11,8 +11,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::config::Transport;
 use crate::error::{Error, Result};
-use crate::patience::within;
 use crate::schema::Property;
+use crate::timeout::run_with_timeout;
 
 /// How long a caller waits for its turn, where as many are answered as the socket's unit allows.
 const TURN: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ pub(super) fn to_root(output: File) -> Result<()> {
         Error::io("connect to", &socket, error).hint(hint)
     };
     let path = socket.clone();
-    let connected = within(Instant::now() + TURN, move || UnixStream::connect(path));
+    let connected = run_with_timeout(Instant::now() + TURN, move || UnixStream::connect(path));
     let host = connected.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(fail)?;
     join(io::stdin(), output, host).map_err(|e| Error::os("pass on the answer", e))
 }

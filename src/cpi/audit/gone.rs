@@ -20,7 +20,7 @@ use crate::qemu::topology::MAX_NICS;
 use crate::store::claims::{self, Claim};
 use crate::store::record::Nic;
 use crate::store::{Rank, VmPaths, VmRecord, atomic};
-use crate::supervisor::{self, Button, PowerState, power_state};
+use crate::supervisor::{self, PowerState, StopMode, power_state};
 
 /// What is left of one VM.
 struct Remains {
@@ -94,7 +94,9 @@ impl Audit<'_> {
         let store = &self.cpi.store;
         let mut named: BTreeSet<_> = store.list_running()?.into_iter().collect();
         named.extend(store.claimed()?.into_iter().map(|(_, vm)| vm));
-        named.extend(uids::claims(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
+        named.extend(
+            uids::reservations(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner),
+        );
         let locks = store.locks()?.into_iter().filter(|(rank, _)| *rank == Rank::Vm);
         named.extend(locks.filter_map(|(_, name)| VmCid::parse(&name).ok()));
         Ok(named)
@@ -118,7 +120,7 @@ impl Audit<'_> {
         }
         let wires: BTreeSet<_> = places.iter().map(|(bridge, _)| bridge.clone()).collect();
         let taps: Vec<_> = (0..MAX_NICS).map(|index| tap::tap_name(vm, index)).collect();
-        let mut uids = uids::claims(store.state_dir())?;
+        let mut uids = uids::reservations(store.state_dir())?;
         uids.retain(|(uid, owner)| owner.as_ref() == Some(vm) && !recorded.uids.contains(uid));
         let qemu = match power_state(&paths)? {
             PowerState::On(qemu) => Some(qemu.pid()),
@@ -185,7 +187,7 @@ impl Remains {
     fn remove(&self, cpi: &Cpi) -> Result<()> {
         let deadline = Audit::deadline();
         // Of its disks nobody knows any more: it may have some that are kept.
-        supervisor::stop(&self.paths, Button::Quit, deadline)?;
+        supervisor::stop(&self.paths, StopMode::Quit, deadline)?;
         if self.qemu.is_some() {
             self.group.kill(deadline)?;
         }

@@ -74,7 +74,7 @@ impl Audit<'_> {
     /// What is somebody's by name, no record says whose, and the name does not either. Nobody gets it meanwhile.
     fn nobodys(&mut self) -> Result<()> {
         let (recorded, state_dir) = (self.recorded()?, self.cpi.store.state_dir());
-        for (uid, owner) in uids::claims(state_dir)? {
+        for (uid, owner) in uids::reservations(state_dir)? {
             if owner.is_none() && !recorded.uids.contains(&uid) {
                 let what = uids::path(state_dir, uid).display().to_string();
                 let next = "remove it if no VM has the uid: its text is no cid";

@@ -40,7 +40,7 @@ impl Hierarchy {
     }
 
     /// Has groups in `parent`, which holds none but groups, take limits. Only the unified hierarchy must be told.
-    pub(super) fn hand_down(&self, parent: &Path) {
+    pub(super) fn delegate_controllers(&self, parent: &Path) {
         if !self.unified {
             return;
         }
@@ -65,7 +65,7 @@ impl Hierarchy {
 /// Sets what of `limits` the group `dir` can have, and answers how many that were.
 pub(super) fn set_limits(dir: &Path, unified: bool, limits: &Limits) -> io::Result<usize> {
     let mut set = 0;
-    for (file, value) in settings(unified, limits) {
+    for (file, value) in limit_files(unified, limits) {
         let path = dir.join(file);
         // A hierarchy of v1 has the files of its own controllers only, and the unified one of those handed down.
         if path.exists() {
@@ -77,7 +77,7 @@ pub(super) fn set_limits(dir: &Path, unified: bool, limits: &Limits) -> io::Resu
 }
 
 /// The files and values that stand for `limits`.
-fn settings(unified: bool, limits: &Limits) -> Vec<(&'static str, u64)> {
+fn limit_files(unified: bool, limits: &Limits) -> Vec<(&'static str, u64)> {
     let weight = limits.cpu_weight;
     let (memory, cpu) = if unified {
         ("memory.max", weight.map(|weight| ("cpu.weight", weight)))
@@ -158,7 +158,7 @@ mod tests {
         let given = |offered, given| {
             let root = group(&[("cgroup.controllers", offered), ("cgroup.subtree_control", given)]);
             Hierarchy { root: root.path().to_owned(), unified: true }
-                .hand_down(&root.path().join("parent"));
+                .delegate_controllers(&root.path().join("parent"));
             std::fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap()
         };
         // In cgroupfs each write adds one; in a file the last one stays.

@@ -28,7 +28,7 @@ use crate::units::Bytes;
 /// The parent of all groups, removed with the last of them.
 const PARENT: &str = "bosh-qemu-cpi";
 /// A process that was killed leaves its group within microseconds of its end.
-const EMPTY: Duration = Duration::from_secs(2);
+const GROUP_EMPTY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the processes of one VM may have together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,14 +65,16 @@ impl Cgroup {
     /// Every group there may be, systemd's scopes included.
     fn all_dirs(&self) -> Vec<(PathBuf, bool)> {
         let scopes = self.hierarchies.iter().flat_map(|hierarchy| {
-            scope::of(&hierarchy.root, &self.name).into_iter().map(|dir| (dir, hierarchy.unified))
+            scope::dirs_of(&hierarchy.root, &self.name)
+                .into_iter()
+                .map(|dir| (dir, hierarchy.unified))
         });
         scopes.chain(self.dirs()).collect()
     }
 
     /// Makes the groups with their limits and moves this process, and so its future children, into them.
     pub fn enter(&self, limits: &Limits) {
-        if scope::is_wanted() {
+        if scope::is_systemd_host() {
             match scope::enter(&self.name, limits) {
                 Ok(()) => return,
                 Err(error) => {
@@ -85,7 +87,7 @@ impl Cgroup {
             let parent = hierarchy.root.join(PARENT);
             let dir = parent.join(&self.name);
             let entered = make(&dir).and_then(|()| {
-                hierarchy.hand_down(&parent);
+                hierarchy.delegate_controllers(&parent);
                 set += hierarchy::set_limits(&dir, hierarchy.unified, limits).unwrap_or_else(
                     |error| {
                         tracing::warn!(%error, group = %dir.display(), "can not limit the VM");
@@ -182,7 +184,7 @@ impl Cgroup {
     /// # Errors
     /// The first that can not be removed, with the processes in it as the hint.
     pub fn remove(&self) -> Result<()> {
-        self.remove_until(Instant::now() + EMPTY)
+        self.remove_until(Instant::now() + GROUP_EMPTY_TIMEOUT)
     }
 
     fn remove_until(&self, deadline: Instant) -> Result<()> {

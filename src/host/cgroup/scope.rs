@@ -26,17 +26,17 @@ const SLICE: &str = "machine.slice";
 /// Of `contrib/systemd`.
 const UNIT: &str = "bosh-qemu-cpi.service";
 /// systemd answers in milliseconds, and then moves the process in its own time.
-const PATIENCE: Duration = Duration::from_secs(10);
+const SCOPE_START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often it is looked whether it did.
-const LOOK: Duration = Duration::from_millis(2);
+const SCOPE_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Whether systemd runs this host.
-pub(super) fn is_wanted() -> bool {
+pub(super) fn is_systemd_host() -> bool {
     Path::new(BOOTED).is_dir()
 }
 
 /// The scopes of the VM `name` in the hierarchy at `root`.
-pub(super) fn of(root: &Path, name: &str) -> Vec<PathBuf> {
+pub(super) fn dirs_of(root: &Path, name: &str) -> Vec<PathBuf> {
     let prefix = format!("bosh-{name}-");
     let entries = root.join(SLICE).read_dir().into_iter().flatten().flatten();
     let ours = entries.filter(|entry| {
@@ -57,15 +57,15 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     let is_inside =
         || std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit));
     if is_inside() {
-        if let Err(error) = ask(&limit(&unit, limits)) {
+        if let Err(error) = call_systemd(&limit_call(&unit, limits)) {
             tracing::warn!(error = error.report(), "the VM's limits are as somebody left them");
         }
         return Ok(());
     }
-    ask(&start(&unit, name, pid, limits))
+    call_systemd(&start_call(&unit, name, pid, limits))
         .map_err(|error| error.during(format!("have systemd make scope '{unit}'")))?;
     // The answer names a job; that it is done is seen by where we are.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + SCOPE_START_TIMEOUT;
     while !is_inside() {
         if Instant::now() > deadline {
             return Err(Error::new(
@@ -73,13 +73,13 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
                 format!("systemd did not start its scope '{unit}' in time"),
             ));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(SCOPE_POLL_INTERVAL);
     }
     Ok(())
 }
 
 /// Makes a call to systemd's manager over D-Bus, org.freedesktop.systemd1(5).
-fn ask(call: &[String]) -> Result<()> {
+fn call_systemd(call: &[String]) -> Result<()> {
     let mut busctl = Command::new("busctl");
     busctl.args(["--system", "--timeout=10", "call"]);
     busctl.args([
@@ -100,7 +100,7 @@ fn ask(call: &[String]) -> Result<()> {
 }
 
 /// The words of the call that starts the scope: name, mode, properties with their types, no other units.
-fn start(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
+fn start_call(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
     let mut properties = vec![
         property("Description", "s", &[&format!("BOSH VM {name}")]),
         property("PIDs", "au", &["1", &pid.to_string()]),
@@ -120,7 +120,7 @@ fn start(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
 }
 
 /// The words of the call that limits a scope that is there: name, for this boot only, properties with their types.
-fn limit(unit: &str, limits: &Limits) -> Vec<String> {
+fn limit_call(unit: &str, limits: &Limits) -> Vec<String> {
     let properties = properties_of(limits);
     let mut words = ["SetUnitProperties", "sba(sv)", unit, "true"].map(str::to_owned).to_vec();
     words.push(properties.len().to_string());
@@ -149,34 +149,35 @@ mod tests {
     #[test]
     fn the_calls_in_busctls_words() {
         let limits = Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
-        let words = start("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
+        let words = start_call("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
         assert_eq!(
             words,
             "StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 Description s BOSH VM vm-a PIDs au 1 7 \
              Slice s machine.slice Delegate b true CollectMode s inactive-or-failed Before as 1 bosh-qemu-cpi.service \
              TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200 0"
         );
-        let again = limit("bosh-vm-a-7.scope", &limits).join(" ");
+        let again = limit_call("bosh-vm-a-7.scope", &limits).join(" ");
         let properties = "TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200";
         assert_eq!(
             again,
             format!("SetUnitProperties sba(sv) bosh-vm-a-7.scope true 3 {properties}")
         );
         let plain =
-            start("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits }).join(" ");
+            start_call("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits })
+                .join(" ");
         assert!(plain.contains(" fail 7 ") && plain.ends_with("TasksMax t 500 0"), "{plain}");
     }
 
     #[test]
     fn a_vms_scopes_are_its_own() {
         let root = tempfile::tempdir().unwrap();
-        assert_eq!(of(root.path(), "vm-a"), Vec::<PathBuf>::new());
+        assert_eq!(dirs_of(root.path(), "vm-a"), Vec::<PathBuf>::new());
         let slice = root.path().join(SLICE);
         for unit in
             ["bosh-vm-a-7.scope", "bosh-vm-ab-8.scope", "bosh-vm-a-9.service", "machine-qemu.scope"]
         {
             std::fs::create_dir_all(slice.join(unit)).unwrap();
         }
-        assert_eq!(of(root.path(), "vm-a"), [slice.join("bosh-vm-a-7.scope")]);
+        assert_eq!(dirs_of(root.path(), "vm-a"), [slice.join("bosh-vm-a-7.scope")]);
     }
 }

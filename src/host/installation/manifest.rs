@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::authorized::Authorized;
+use super::authorized_key::AuthorizedKey;
 use super::below;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -21,7 +21,7 @@ pub struct Manifest {
     pub files: BTreeMap<PathBuf, BTreeSet<Digest>>,
     /// The keys that may call: one in each file, and before another is there in its place both.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub keys: BTreeSet<Authorized>,
+    pub keys: BTreeSet<AuthorizedKey>,
     /// Whether the group was not there before.
     #[serde(default)]
     pub made_group: bool,
@@ -46,7 +46,7 @@ impl Manifest {
     }
 
     /// The keys that were put where `authorized` goes, but for itself.
-    pub fn older(&self, authorized: &Authorized) -> Vec<Authorized> {
+    pub fn older(&self, authorized: &AuthorizedKey) -> Vec<AuthorizedKey> {
         self.keys
             .iter()
             .filter(|key| key.file == authorized.file && *key != authorized)
@@ -63,7 +63,7 @@ impl Manifest {
     }
 
     /// Forgets it, with its directory if nothing else is there.
-    pub fn forget(root: &Path) -> Result<()> {
+    pub fn remove(root: &Path) -> Result<()> {
         let path = below(root, Path::new(MANIFEST));
         atomic::remove_file(&path)?;
         // An operator's configuration may be beside it.
@@ -82,7 +82,7 @@ impl Manifest {
     }
 
     /// What was there before is not ours any more.
-    pub fn is_there(&mut self, path: &Path, digest: Digest) {
+    pub fn set_installed(&mut self, path: &Path, digest: Digest) {
         self.files.insert(path.to_owned(), BTreeSet::from([digest]));
     }
 

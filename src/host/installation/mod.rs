@@ -7,7 +7,7 @@
 //!   on disk ─┘            │ a file that is not ours is in the way: refused, before anything is done
 //! ```
 
-mod authorized;
+mod authorized_key;
 mod manifest;
 
 use std::fmt;
@@ -16,7 +16,7 @@ use std::process::Command;
 
 use nix::unistd::Group;
 
-pub use self::authorized::Authorized;
+pub use self::authorized_key::AuthorizedKey;
 use self::manifest::{MANIFEST, Manifest};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -30,7 +30,7 @@ pub const PROGRAM: &str = "/usr/local/bin/bosh-qemu-cpi";
 const UNITS: [&str; 2] = ["bosh-qemu-cpi.service", "bosh-qemu-cpi.socket"];
 
 /// A file that belongs to the installation.
-pub struct Wanted {
+pub struct InstallFile {
     /// Where.
     pub path: PathBuf,
     /// Its content.
@@ -44,9 +44,9 @@ pub struct Installation {
     /// `/`, or where a test has it.
     pub root: PathBuf,
     /// Its files.
-    pub files: Vec<Wanted>,
+    pub files: Vec<InstallFile>,
     /// A key that may call it.
-    pub authorized: Option<Authorized>,
+    pub authorized: Option<AuthorizedKey>,
     /// A user who is not root and may use the socket.
     pub member: Option<String>,
 }
@@ -74,8 +74,8 @@ impl fmt::Display for Step {
 
 impl Installation {
     /// The units of a host, as `contrib/systemd` has them.
-    pub fn units() -> Vec<Wanted> {
-        let unit = |name: &str, text: &str| Wanted {
+    pub fn units() -> Vec<InstallFile> {
+        let unit = |name: &str, text: &str| InstallFile {
             path: Path::new("/etc/systemd/system").join(name),
             content: text.as_bytes().to_vec(),
             mode: 0o644,
@@ -96,25 +96,25 @@ impl Installation {
     /// [`ErrorKind::Conflict`] naming all that is in the way and not ours.
     pub fn plan(&self) -> Result<Vec<Step>> {
         let manifest = Manifest::read(&self.root)?;
-        let (mut steps, mut strangers) = (Vec::new(), Vec::new());
+        let (mut steps, mut foreign) = (Vec::new(), Vec::new());
         for file in &self.files {
             match self.step_of(file, &manifest)? {
                 Some(step) => steps.push(step),
-                None => strangers.push(file.path.display().to_string()),
+                None => foreign.push(file.path.display().to_string()),
             }
         }
-        let others = |key: &&Authorized| {
+        let others = |key: &&AuthorizedKey| {
             self.authorized.as_ref().is_none_or(|authorized| authorized.file != key.file)
         };
         steps.extend(manifest.keys.iter().filter(others).map(|key| Step::Keep(key.to_string())));
         if let Some(authorized) = &self.authorized {
             match authorized.step(&self.root, &manifest.older(authorized))? {
                 Some(step) => steps.push(step),
-                None => strangers.push(authorized.to_string()),
+                None => foreign.push(authorized.to_string()),
             }
         }
-        if !strangers.is_empty() {
-            let message = format!("not ours, and in the way: {}", strangers.join(", "));
+        if !foreign.is_empty() {
+            let message = format!("not ours, and in the way: {}", foreign.join(", "));
             return Err(Error::new(ErrorKind::Conflict, message)
                 .hint("nothing was changed; move them away, or undo what changed them since they were installed"));
         }
@@ -131,7 +131,7 @@ impl Installation {
     }
 
     /// `None` if the file that is there is somebody else's.
-    fn step_of(&self, file: &Wanted, manifest: &Manifest) -> Result<Option<Step>> {
+    fn step_of(&self, file: &InstallFile, manifest: &Manifest) -> Result<Option<Step>> {
         let path = self.on_disk(&file.path);
         let name = file.path.display().to_string();
         if !atomic::is_there(&path) {
@@ -162,7 +162,7 @@ impl Installation {
             let dir = path.parent().expect("a file is in a directory");
             std::fs::create_dir_all(dir).at("make directory", dir)?;
             atomic::write_as(&path, &file.content, file.mode, None)?;
-            manifest.is_there(&file.path, Digest::of(&file.content));
+            manifest.set_installed(&file.path, Digest::of(&file.content));
         }
         manifest.write(&self.root)?;
         if let Some(authorized) = &self.authorized {
@@ -197,7 +197,7 @@ impl Installation {
     }
 }
 
-/// Removes what was installed; what was changed since is left and told.
+/// Removes what was installed; what was changed since is left and report.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] if nothing is installed, or something can not be removed.
@@ -210,14 +210,14 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
             format!("nothing is installed here: there is no '{}'", path.display()),
         ));
     }
-    let mut told = Vec::new();
+    let mut report = Vec::new();
     if has_systemd(root) {
         run("systemctl", &["disable", "--now", UNITS[1]])?;
         // Stopped, the other would power off all VMs, of which there are none.
         run("systemctl", &["disable", "--now", UNITS[0]])?;
     }
     for key in &manifest.keys {
-        told.push(key.remove(root)?);
+        report.push(key.remove(root)?);
     }
     for (file, digests) in &manifest.files {
         let path = below(root, file);
@@ -227,20 +227,20 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
         }
         if path.is_file() && digests.contains(&Digest::of_file(&path)?) {
             atomic::remove_file(&path)?;
-            told.push(format!("- {name}"));
+            report.push(format!("- {name}"));
         } else {
-            told.push(format!("! {name} was changed since, and stays"));
+            report.push(format!("! {name} was changed since, and stays"));
         }
     }
     if has_systemd(root) {
         run("systemctl", &["daemon-reload"])?;
         if manifest.made_group && has_group()? {
             run("groupdel", &[GROUP])?;
-            told.push(format!("- group {GROUP}"));
+            report.push(format!("- group {GROUP}"));
         }
     }
-    Manifest::forget(root)?;
-    Ok(told)
+    Manifest::remove(root)?;
+    Ok(report)
 }
 
 /// The absolute `path` below `root`.

@@ -10,7 +10,7 @@ use super::Failure;
 use super::refusal::Refusal;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
+use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// An image as BOSH hands it over: a file of this machine, or of the caller's.
@@ -104,7 +104,7 @@ pub fn answered<T: Send + 'static>(
     deadline: Instant,
     look: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
-    within(deadline, look).ok_or_else(|| {
+    run_with_timeout(deadline, look).ok_or_else(|| {
         Error::new(ErrorKind::Timeout, format!("'{}' was not read by the deadline", path.display()))
             .hint("give create_stemcell more seconds in 'deadlines', or see whether the file's filesystem answers")
     })

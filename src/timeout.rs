@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 /// What `job` returns, or `None` if it has not by `deadline`; it then goes on in vain.
-pub fn within<T: Send + 'static>(
+pub fn run_with_timeout<T: Send + 'static>(
     deadline: Instant,
     job: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
@@ -30,8 +30,8 @@ mod tests {
     fn what_hangs_is_left_behind() {
         let (hung, never) = mpsc::channel::<()>();
         let soon = Instant::now() + Duration::from_millis(20);
-        assert!(within(soon, move || never.recv()).is_none());
+        assert!(run_with_timeout(soon, move || never.recv()).is_none());
         drop(hung);
-        assert_eq!(within(Instant::now() + Duration::from_secs(20), || 7), Some(7));
+        assert_eq!(run_with_timeout(Instant::now() + Duration::from_secs(20), || 7), Some(7));
     }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::Scope;
+use super::VmContext;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
@@ -14,15 +14,15 @@ use crate::store::Phase;
 use crate::store::record::{Nic, VmRecord};
 
 /// The questions that are being asked, one for each card.
-pub(super) struct Questions(Vec<(String, JoinHandle<Answer>)>);
+pub(super) struct AddressProbes(Vec<(String, JoinHandle<ProbeResult>)>);
 
 /// Who has which address, if anybody has one.
-type Answer = Result<Option<(IpAddr, MacAddress)>>;
+type ProbeResult = Result<Option<(IpAddr, MacAddress)>>;
 
 /// Asks for the addresses of cards that want it, on bridges that are there, if the VM is new: one that has them already
 /// starts again whoever else took one.
-pub(super) fn ask(vm: &VmRecord) -> Questions {
-    let question = |nic: &Nic| {
+pub(super) fn start(vm: &VmRecord) -> AddressProbes {
+    let probe_nic = |nic: &Nic| {
         let (_, segment) = nic.tap()?;
         // Frames that the host itself sends are on none of a bridge's VLANs but its own.
         let rules = nic.rules.as_ref().filter(|rules| rules.probe && segment.vlan.is_none())?;
@@ -34,19 +34,19 @@ pub(super) fn ask(vm: &VmRecord) -> Questions {
         Some((nic.network.clone(), spawn_blocking(asked)))
     };
     let nics = if vm.phase == Phase::Creating { vm.nics.as_slice() } else { &[] };
-    Questions(nics.iter().filter_map(question).collect())
+    AddressProbes(nics.iter().filter_map(probe_nic).collect())
 }
 
-impl Questions {
+impl AddressProbes {
     /// Waits for the answers.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] naming who has an address; what could not be asked is logged and no reason to stop.
-    pub(super) async fn settle(self, scope: &Scope) -> Result<()> {
-        for (network, question) in self.0 {
-            match question.await.expect("no panic") {
+    pub(super) async fn finish(self, context: &VmContext) -> Result<()> {
+        for (network, probe_nic) in self.0 {
+            match probe_nic.await.expect("no panic") {
                 Ok(None) => {}
-                Ok(Some((ip, _))) if wanders(scope, ip)? => {}
+                Ok(Some((ip, _))) if is_floating_address(context, ip)? => {}
                 Ok(Some((ip, mac))) => {
                     let problem = format!(
                         "network '{network}': {ip} is held by a machine outside, with the MAC {mac}"
@@ -67,8 +67,9 @@ impl Questions {
 }
 
 /// Whether one of our VMs may hold the address for a while. Only asked if somebody does.
-fn wanders(scope: &Scope, ip: IpAddr) -> Result<bool> {
-    let others = scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != scope.cid);
+fn is_floating_address(context: &VmContext, ip: IpAddr) -> Result<bool> {
+    let others =
+        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != context.cid);
     let rules = others.flat_map(|vm| vm.nics).filter_map(|nic| nic.rules);
     Ok(rules.flat_map(|rules| rules.allowed).any(|subnet| subnet.contains(ip)))
 }

@@ -8,11 +8,11 @@ use crate::sys::pidfd::{Process, Watch};
 
 /// One it started, or one whose supervisor died.
 #[derive(Debug)]
-pub(super) enum Watched {
+pub(super) enum QemuProcess {
     /// Started by this supervisor.
     Child(Child),
     /// Started by an earlier one. Only a parent learns how a process ended (waitid(2)).
-    Orphan {
+    Adopted {
         /// The process.
         process: Process,
         /// Its end.
@@ -20,18 +20,18 @@ pub(super) enum Watched {
     },
 }
 
-impl Watched {
+impl QemuProcess {
     /// A QEMU of somebody else. Must be called in the event loop.
-    pub(super) fn orphan(process: Process) -> Result<Self> {
+    pub(super) fn adopt(process: Process) -> Result<Self> {
         let end = Watch::new(&process)?;
-        Ok(Self::Orphan { process, end })
+        Ok(Self::Adopted { process, end })
     }
 
     /// Its process.
     pub(super) fn process(&self) -> &Process {
         match self {
             Self::Child(child) => child.process(),
-            Self::Orphan { process, .. } => process,
+            Self::Adopted { process, .. } => process,
         }
     }
 
@@ -39,7 +39,7 @@ impl Watched {
     pub(super) async fn exited(&mut self) -> Result<Option<ExitStatus>> {
         match self {
             Self::Child(child) => child.exited().await.map(Some),
-            Self::Orphan { end, .. } => end.ended().await.map(|()| None),
+            Self::Adopted { end, .. } => end.ended().await.map(|()| None),
         }
     }
 }

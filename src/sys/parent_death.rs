@@ -11,7 +11,7 @@ use nix::unistd::{Pid, getppid};
 /// Has the kernel kill the program when the thread that starts it ends: one that goes on after a killed call holds space of
 /// files that are removed meanwhile. The thread must wait for it.
 #[allow(unsafe_code)]
-pub fn end_with_us(command: &mut Command) {
+pub fn kill_with_parent(command: &mut Command) {
     let us = Pid::this();
     // SAFETY: between fork and exec only async-signal-safe calls are allowed: prctl(2) and getppid(2) are made directly,
     // and nothing is allocated.
@@ -35,7 +35,7 @@ mod tests {
     fn a_program_ends_with_the_thread_that_started_it() {
         let mut child = std::thread::spawn(|| {
             let mut command = Command::new("cat");
-            end_with_us(&mut command);
+            kill_with_parent(&mut command);
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
         })
         .join()

@@ -12,20 +12,20 @@ use crate::store::atomic;
 
 /// A key with what it may start.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Authorized {
+pub struct AuthorizedKey {
     /// The file.
     pub file: PathBuf,
     /// The line: options, kind, key and comment.
     pub line: String,
 }
 
-impl fmt::Display for Authorized {
+impl fmt::Display for AuthorizedKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the key in {}", self.file.display())
     }
 }
 
-impl Authorized {
+impl AuthorizedKey {
     /// What it needs, `older` being keys of ours that it replaces. `None` if the key is there with other rights.
     pub(super) fn step(&self, root: &Path, older: &[Self]) -> Result<Option<Step>> {
         let lines = self.lines(root)?;

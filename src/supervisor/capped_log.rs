@@ -36,7 +36,7 @@ impl CappedLog {
             .at("open log", &path)?;
         let size = file.metadata().at("read the size of", &path)?.len();
         let mut log = Self { path, file, size, cap, reserve, reserved: 0 };
-        log.keep_space();
+        log.reserve_space();
         Ok(log)
     }
 
@@ -52,18 +52,18 @@ impl CappedLog {
     /// Appends `bytes`, beginning a new file when this one is full.
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         if self.size + bytes.len() as u64 > self.cap && self.size > 0 {
-            super::Scope::rotate(&self.path);
+            super::VmContext::rotate(&self.path);
             *self = Self::open(std::mem::take(&mut self.path), self.cap, self.reserve)?;
         }
         self.file.write_all(bytes).at("write log", &self.path)?;
         self.size += bytes.len() as u64;
         if self.size + self.reserve / 2 > self.reserved {
-            self.keep_space();
+            self.reserve_space();
         }
         Ok(())
     }
 
-    fn keep_space(&mut self) {
+    fn reserve_space(&mut self) {
         let (from, length) = (self.size as i64, self.reserve as i64);
         // Not every filesystem can, and a full one has none left: then what comes may be lost.
         if length > 0

@@ -5,16 +5,16 @@
 
 use std::time::{Duration, Instant};
 
-use super::Scope;
+use super::VmContext;
 use crate::config::Limits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Brief, Rank};
 
 /// flock(2) can not wait for one of several locks. A start takes at least 100 ms.
-const LOOK: Duration = Duration::from_millis(10);
+const SLOT_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How many VMs start at the same time.
-pub fn slots(limits: &Limits) -> usize {
+pub fn count(limits: &Limits) -> usize {
     let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     limits.parallel_boots.map_or_else(cpus, |most| most.get() as usize)
 }
@@ -23,26 +23,26 @@ pub fn slots(limits: &Limits) -> usize {
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] naming who holds the slots.
-pub(super) async fn slot(scope: &Scope, until: Instant) -> Result<Brief> {
-    let slots = slots(&scope.config.limits);
+pub(super) async fn acquire(context: &VmContext, deadline: Instant) -> Result<Brief> {
+    let slots = count(&context.config.limits);
     loop {
         let mut held = None;
         for number in 0..slots {
-            match scope.store.brief(Rank::Boot, number, Instant::now()) {
+            match context.store.brief(Rank::Boot, number, Instant::now()) {
                 Ok(slot) => return Ok(slot),
                 Err(error) if error.kind() == ErrorKind::Timeout => held = Some(error),
                 Err(error) => return Err(error),
             }
         }
-        if Instant::now() >= until {
+        if Instant::now() >= deadline {
             let message = format!(
                 "VM '{}' waited for one of {slots} boot slots until its call's time was nearly up",
-                scope.cid
+                context.cid
             );
             return Err(Error::new(ErrorKind::Timeout, message)
                 .because(held.expect("at least one slot"))
                 .hint("`limits.parallel_boots` VMs start at the same time; `bosh-qemu-cpi vm list` shows which"));
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(SLOT_POLL_INTERVAL).await;
     }
 }
