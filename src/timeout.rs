@@ -1,20 +1,23 @@
-//! Waiting no longer than one is willing to for what may never come back.
+//! Runs a function in a thread of its own, so that a system call that never returns cannot block
+//! the caller.
 //!
-//! A system call on a filesystem whose server is gone does not return and knows no timeout. So another thread makes it, and
-//! is left behind if it takes too long: it ends with this short-lived process. NFS and FUSE let a killed process go
-//! (`TASK_KILLABLE`); a local disk that hangs in the kernel does not, and nobody can do anything about that.
+//! A system call on a filesystem whose server does not answer has no timeout and may never return.
+//! So another thread makes it. On timeout the caller goes on without that thread, which ends with
+//! this short-lived process. The kernel ends a killed process that waits for NFS or FUSE
+//! (`TASK_KILLABLE`). It cannot end one that waits for a hung local disk.
 
 use std::sync::mpsc;
 use std::time::Instant;
 
-/// What `job` returns, or `None` if it has not by `deadline`; it then goes on in vain.
+/// Returns the result of `job`, or `None` if `job` is still running at `deadline`. The thread of
+/// `job` is then left running, and its result is dropped.
 pub fn run_with_timeout<T: Send + 'static>(
     deadline: Instant,
     job: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
-        // Nobody may listen any more.
+        // Fails if the caller has timed out.
         let _ = sender.send(job());
     });
     receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
@@ -27,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_hangs_is_left_behind() {
+    fn run_with_timeout_of_a_hung_job_returns_none() {
         let (hung, never) = mpsc::channel::<()>();
         let soon = Instant::now() + Duration::from_millis(20);
         assert!(run_with_timeout(soon, move || never.recv()).is_none());

@@ -108,7 +108,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().canonicalize().unwrap();
         let link = |target: &Path, name: &str| {
-            std::os::unix::fs::symlink(target, real.join(name)).unwrap()
+            std::os::unix::fs::symlink(target, real.join(name)).unwrap();
         };
         link(&real, "link");
         link(Path::new("not/there"), "hanging");

@@ -1,4 +1,5 @@
-//! Whether somebody else on the wire has an address of the VM, asked while QEMU starts.
+//! Address probes: whether another machine on the network has an address of a new VM. They run
+//! while QEMU starts.
 
 use std::net::IpAddr;
 
@@ -13,52 +14,54 @@ use crate::net::probe;
 use crate::store::Phase;
 use crate::store::record::{Nic, VmRecord};
 
-/// The questions that are being asked, one for each card.
+/// The running probes, one for each NIC, with the name of its network.
 pub(super) struct AddressProbes(Vec<(String, JoinHandle<ProbeResult>)>);
 
-/// Who has which address, if anybody has one.
+/// The address that another machine has, with the MAC of that machine; `None` if all are free.
 type ProbeResult = Result<Option<(IpAddr, MacAddress)>>;
 
-/// Asks for the addresses of cards that want it, on bridges that are there, if the VM is new: one that has them already
-/// starts again whoever else took one.
+/// Starts the probes of a new VM's NICs, where their network wants it. A VM that had its addresses
+/// before is not probed: it starts even if another machine has taken one.
 pub(super) fn start(vm: &VmRecord) -> AddressProbes {
     let probe_nic = |nic: &Nic| {
         let (_, segment) = nic.tap()?;
-        // Frames that the host itself sends are on none of a bridge's VLANs but its own.
+        // The host's own frames reach only the bridge's own VLAN, so a NIC on another VLAN cannot
+        // be probed.
         let rules = nic.rules.as_ref().filter(|rules| rules.probe && segment.vlan.is_none())?;
         let single = |block: &IpNetwork| block.prefix() == if block.is_ipv4() { 32 } else { 128 };
         let addresses: Vec<_> =
             rules.addresses.iter().filter(|block| single(block)).map(IpNetwork::ip).collect();
         let (bridge, mac): (LinkName, _) = (segment.bridge.clone(), nic.mac);
-        let asked = move || probe::holder(&bridge, &addresses, mac);
-        Some((nic.network.clone(), spawn_blocking(asked)))
+        let run = move || probe::holder(&bridge, &addresses, mac);
+        Some((nic.network.clone(), spawn_blocking(run)))
     };
     let nics = if vm.phase == Phase::Creating { vm.nics.as_slice() } else { &[] };
     AddressProbes(nics.iter().filter_map(probe_nic).collect())
 }
 
 impl AddressProbes {
-    /// Waits for the answers.
+    /// Waits for the results. A probe that fails is logged and does not stop the launch.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] naming who has an address; what could not be asked is logged and no reason to stop.
+    /// [`ErrorKind::Conflict`] naming the address and the MAC of the machine that has it.
     pub(super) async fn finish(self, context: &VmContext) -> Result<()> {
-        for (network, probe_nic) in self.0 {
-            match probe_nic.await.expect("no panic") {
+        for (network, probe) in self.0 {
+            match probe.await.expect("no panic") {
                 Ok(None) => {}
                 Ok(Some((ip, _))) if is_floating_address(context, ip)? => {}
                 Ok(Some((ip, mac))) => {
                     let problem = format!(
-                        "network '{network}': {ip} is held by a machine outside, with the MAC {mac}"
+                        "network '{network}': {ip} is held by another machine, with the MAC {mac}"
                     );
                     return Err(Error::new(ErrorKind::Conflict, problem).hint(
-                        "if that is right, as for an address that wanders, set conflict_probe to false for that network",
+                        "if both may use it, as with a floating address, \
+                         set `conflict_probe: false` for that network",
                     ));
                 }
                 Err(error) => tracing::warn!(
                     network,
                     error = error.report(),
-                    "could not look for address conflicts"
+                    "could not probe the network for address conflicts"
                 ),
             }
         }
@@ -66,7 +69,7 @@ impl AddressProbes {
     }
 }
 
-/// Whether one of our VMs may hold the address for a while. Only asked if somebody does.
+/// Returns whether another VM of this host is allowed to use the address, as a floating address.
 fn is_floating_address(context: &VmContext, ip: IpAddr) -> Result<bool> {
     let others =
         context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != context.cid);

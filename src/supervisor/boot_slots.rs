@@ -1,7 +1,8 @@
-//! Boot slots: how many VMs of the host start at the same time, whoever starts them.
+//! Boot slots: they limit how many VMs start on the host at the same time.
 //!
-//! A slot is a lock `boot.<n>` with n below `limits.parallel_boots`, held by a supervisor from before it opens its VM's
-//! files until the guest runs. Who has none waits, and can be told to end meanwhile: delete_vm does not wait behind it.
+//! A slot is a lock `boot.<n>` with n below `limits.parallel_boots`. A supervisor holds it from
+//! before it opens its VM's files until the guest runs. A supervisor without a slot waits and can
+//! be cancelled meanwhile, so delete_vm does not wait behind it.
 
 use std::time::{Duration, Instant};
 
@@ -10,19 +11,20 @@ use crate::config::Limits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Brief, Rank};
 
-/// flock(2) can not wait for one of several locks. A start takes at least 100 ms.
+/// How often to try all slots: flock(2) cannot wait for one of several locks. A start takes at
+/// least 100 ms.
 const SLOT_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How many VMs start at the same time.
+/// Returns the number of boot slots: `limits.parallel_boots`, else the number of CPUs.
 pub fn count(limits: &Limits) -> usize {
     let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     limits.parallel_boots.map_or_else(cpus, |most| most.get() as usize)
 }
 
-/// Waits until `until` for a slot.
+/// Waits until `deadline` for a slot.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] naming who holds the slots.
+/// [`ErrorKind::Timeout`] naming the holder of a slot.
 pub(super) async fn acquire(context: &VmContext, deadline: Instant) -> Result<Brief> {
     let slots = count(&context.config.limits);
     loop {
@@ -36,12 +38,15 @@ pub(super) async fn acquire(context: &VmContext, deadline: Instant) -> Result<Br
         }
         if Instant::now() >= deadline {
             let message = format!(
-                "VM '{}' waited for one of {slots} boot slots until its call's time was nearly up",
+                "VM '{}' waited for one of {slots} boot slots until its call's deadline was near",
                 context.cid
             );
             return Err(Error::new(ErrorKind::Timeout, message)
                 .because(held.expect("at least one slot"))
-                .hint("`limits.parallel_boots` VMs start at the same time; `bosh-qemu-cpi vm list` shows which"));
+                .hint(
+                    "`bosh-qemu-cpi vm list` shows which VMs are starting; \
+                     `limits.parallel_boots` sets how many may start at the same time",
+                ));
         }
         tokio::time::sleep(SLOT_POLL_INTERVAL).await;
     }

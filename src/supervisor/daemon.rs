@@ -1,4 +1,4 @@
-//! The supervisor's life, from launch to the exit that is not followed by another start.
+//! The supervisor's main loop: launch or adopt QEMU, watch it, record its exit, restart it.
 
 use std::fs::File;
 use std::io::Write;
@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use qapi::qmp;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::capped_log::CappedLog;
 use super::enospc::EnospcWait;
@@ -16,6 +15,7 @@ use super::exit::{Ending, ExitRecord};
 use super::launch::{self, Running};
 use super::power::{PowerState, power_state};
 use super::restart::RestartHistory;
+use super::signals::Signals;
 use super::{StartResult, VmContext, boot_slots, memory};
 use crate::cid::Cid;
 use crate::config::Restart;
@@ -23,40 +23,51 @@ use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::cgroup::Cgroup;
 use crate::host::{clock, memory as host_memory};
+use crate::qmp::connection::Connection;
 use crate::qmp::{Event, power};
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
 use crate::sys::{code, pidlock};
 
-/// A guest can write without end to its console, and cause events without end.
+/// Size limit of `console.log`: a guest can write to its console without end.
 const CONSOLE_MAX_BYTES: u64 = 1 << 20;
+/// Size limit of `events.jsonl`: a guest can cause events without end.
 const EVENTS_MAX_BYTES: u64 = 256 << 10;
-/// Room for some events of a full filesystem.
+/// Bytes reserved for events, so that those about a full filesystem can be written.
 const EVENTS_RESERVED_BYTES: u64 = 16 << 10;
-/// A restart gives way to the calls that work on the VM, but not for ever.
+/// How long a restart waits for the VM's lock, which a call may hold, and then for a boot slot.
 const RESTART_TIMEOUT: Duration = Duration::from_secs(600);
-/// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
+/// How long to read the last events and console output of a QEMU that has ended: the sockets still
+/// contain them.
 const FINAL_OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// A supervisor is small, and of use when memory is short: the kernel is to end it as one of the last.
+/// `oom_score_adj` of a supervisor: it is small and records an OOM kill, so the kernel should end
+/// other processes first.
 const SUPERVISOR_OOM_SCORE_ADJ: i32 = -900;
-/// The reason of an end by the kernel, for want of memory: the VM's own by its limit, or the host's.
+/// Exit reason of a QEMU that the kernel killed because the VM's memory limit, or the host's
+/// memory, was exceeded.
 const OOM_KILL: &str = "oom-kill";
 
 /// How a supervisor gets its QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartMode {
-    /// It starts one, when it is its turn.
+    /// Start a QEMU once a boot slot is free.
     Launch {
-        /// How long it waits for that.
+        /// When to stop waiting for a boot slot.
         queue_deadline: Instant,
     },
-    /// It takes over the one that runs, whose supervisor died.
+    /// Take over the running QEMU, whose supervisor died.
     Adopt,
 }
 
-/// Runs the VM until it stays off. The caller is sent through `handshake` how the beginning went. Until then the VM's
-/// lock is held here too, as `vm_lock`: nobody works on a VM that is being launched, whatever becomes of the caller.
+/// Runs the VM until it stays off, and sends the result of the start through `handshake` to the
+/// call that waits for it.
+///
+/// `vm_lock` is the VM's lock, inherited from that call. The supervisor holds it until the launch
+/// is done, so no other call works on the VM even if the call is killed.
+///
+/// # Errors
+/// Why the launch or the adoption failed; the call got the same error.
 pub fn supervise(
     context: &VmContext,
     begin: StartMode,
@@ -80,27 +91,30 @@ pub fn supervise(
         Err(error) => StartResult::failed(error),
     };
     crash::point!("launch done");
-    // A caller that lives has it yet; when it has its answer, nobody else must.
+    // The call still holds the VM's lock through its own descriptor. Once the call has the result,
+    // it must be the only holder.
     drop(vm_lock);
     let sent = send_result(handshake, &message);
     crash::point!("caller answered");
     let (_lock, mut supervisor, running) = launched?;
     if !sent && supervisor.vm.phase == Phase::Creating {
-        // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.
+        // The call was killed before it could answer. The Director does not know this VM and may
+        // give its address to another.
         return running.qemu.process().signal(nix::sys::signal::Signal::SIGKILL);
     }
     supervisor.run(&runtime, running)
 }
 
-/// Takes the supervisor's lock, by which others know that the VM starts or runs. One that starts must have the memory.
+/// Locks `supervisor.pid`, which shows other processes that the VM starts or runs. Before a launch
+/// it also checks that the host has the memory.
 fn prepare<'a>(
     context: &'a VmContext,
     begin: StartMode,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<(File, Supervisor<'a>)> {
     let starts = matches!(begin, StartMode::Launch { .. });
-    let _deciding = if starts { Some(memory::lock(context)?) } else { None };
-    // Who finds the pid may signal it.
+    let _memory_lock = if starts { Some(memory::lock(context)?) } else { None };
+    // Other processes may signal the supervisor as soon as they can find its pid.
     let signals = Signals::listen(runtime)?;
     atomic::make_dir(&context.paths.run)?;
     let lock = pidlock::lock_self(&context.paths.supervisor_pid())?;
@@ -111,47 +125,20 @@ fn prepare<'a>(
     Ok((lock, supervisor))
 }
 
-/// Tells the caller that there will be no launch.
+/// Sends `error` to the call that started this supervisor: there will be no launch.
 pub fn report_failure(handshake: File, error: &Error) {
     let _ = send_result(handshake, &StartResult::failed(error));
 }
 
-/// Whether the caller could be sent.
+/// Sends the result of the start and returns whether the call could receive it.
 fn send_result(mut handshake: File, message: &StartResult) -> bool {
     let mut line = serde_json::to_vec(message).expect("a message is plain data");
     line.push(b'\n');
     let sent = handshake.write_all(&line);
     if let Err(error) = &sent {
-        tracing::warn!(%error, "the call that started this supervisor is gone");
+        tracing::warn!(%error, "the call that started this supervisor has ended");
     }
     sent.is_ok()
-}
-
-/// What others want of a supervisor; they are signals.
-struct Signals {
-    /// The host goes down: the guest is to do so in order.
-    terminate: Signal,
-    /// A launch is not wanted any more. What runs is not meant.
-    cancel_launch: Signal,
-}
-
-impl Signals {
-    fn listen(runtime: &tokio::runtime::Runtime) -> Result<Self> {
-        let _entered = runtime.enter();
-        let listen = |kind| signal(kind).map_err(|e| Error::os("watch for signals", e));
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            cancel_launch: listen(SignalKind::user_defined1())?,
-        })
-    }
-
-    /// When a launch is to end.
-    async fn any(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.cancel_launch.recv() => {}
-        }
-    }
 }
 
 struct Supervisor<'a> {
@@ -163,7 +150,7 @@ struct Supervisor<'a> {
     signals: Signals,
 }
 
-/// What was learned while QEMU ran.
+/// State of one run of QEMU.
 #[derive(Default)]
 struct Run {
     reason: Option<String>,
@@ -174,7 +161,7 @@ struct Run {
 impl<'a> Supervisor<'a> {
     fn new(context: &'a VmContext, signals: Signals) -> Result<Self> {
         let vm = read(context)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
-            // The call that started us was killed, and delete_vm is or was here since.
+            // The call that started this supervisor was killed, and delete_vm removed the VM since.
             let _ = atomic::remove_dir(&context.paths.run);
             Error::new(
                 ErrorKind::VmNotFound,
@@ -225,7 +212,7 @@ impl<'a> Supervisor<'a> {
         let PowerState::On(process) = power_state(&self.context.paths)? else {
             return Err(Error::new(
                 ErrorKind::Host,
-                format!("VM '{}' has ended meanwhile", self.context.cid),
+                format!("VM '{}' cannot be adopted: its QEMU has ended", self.context.cid),
             ));
         };
         let running = runtime.block_on(launch::adopt(self.context, process))?;
@@ -242,7 +229,8 @@ impl<'a> Supervisor<'a> {
                     if read(self.context)
                         .is_ok_and(|vm| vm.is_none_or(|vm| vm.phase == Phase::Deleting))
                     {
-                        // Nobody will ask how it ended, and delete_vm waits for us.
+                        // The VM is being deleted: no exit record is needed, and delete_vm waits
+                        // for this supervisor.
                         return Ok(());
                     }
                     self.log_event(
@@ -250,7 +238,7 @@ impl<'a> Supervisor<'a> {
                         &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}),
                     );
                     if let Err(error) = exit.write(&self.context.paths.exit()) {
-                        // A full disk is no reason to leave a crashed VM off.
+                        // Goes on: a full disk must not keep a crashed VM from its restart.
                         tracing::error!(error = error.report(), "the exit record is lost");
                     }
                     if exit.host_stopping { Ending::Stopped } else { exit.ending() }
@@ -266,8 +254,9 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Takes the VM's lock if the VM is to be started again, after the back-off. Calls that end a VM say so in its
-    /// record first, so the record is asked twice: at once, and again under the lock.
+    /// Waits for the restart delay and returns the VM's lock, or `None` if the VM is not to be
+    /// restarted. A call that ends a VM writes that to the VM's record first. So this reads the
+    /// record before the delay, after it, and again under the lock.
     fn lock_for_restart(
         &mut self,
         runtime: &tokio::runtime::Runtime,
@@ -296,7 +285,8 @@ impl<'a> Supervisor<'a> {
             &self.context.cid,
             Instant::now() + RESTART_TIMEOUT,
         )?;
-        // Its create_vm may still have been at work when it ended. That is over now, and if it is not ready, nobody has it.
+        // Its create_vm may still have been running when the guest crashed. It has ended now,
+        // because the lock is free. A VM that is not ready then has no owner.
         if self.reload_record()? && self.vm.phase == Phase::Ready {
             return Ok(Some(lock));
         }
@@ -306,7 +296,8 @@ impl<'a> Supervisor<'a> {
         Ok(None)
     }
 
-    /// Whether the record still wants the run this supervisor is for; takes over what changed in it.
+    /// Reads the VM's record again and returns whether it still wants this run: same run number,
+    /// desired state running, not in deletion.
     fn reload_record(&mut self) -> Result<bool> {
         let Some(now) = read(self.context)? else { return Ok(false) };
         let same = now.run == self.vm.run
@@ -318,40 +309,39 @@ impl<'a> Supervisor<'a> {
         Ok(same)
     }
 
-    /// Writes down what happens until QEMU is gone.
+    /// Records events and console output until QEMU has ended, and returns how it ended.
     async fn watch(&mut self, running: Running) -> ExitRecord {
-        // The launch took most of the program's code; the long wait takes little.
+        // The launch used most of the program's code; the long wait needs little of it.
         code::release_pages();
         let group = Cgroup::open(self.context.cid.as_str());
         let oom_kills = group.oom_kills();
         let Running { mut qemu, mut monitor, mut serial, enospc } = running;
-        let (mut run, mut open, mut buffer) =
-            (Run { enospc, ..Run::default() }, (true, true), vec![0; 4096]);
+        let mut run = Run { enospc, ..Run::default() };
+        let (mut monitor_open, mut serial_open, mut buffer) = (true, true, vec![0; 4096]);
         let mut presses = tokio::time::interval(power::LONGEST_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {
                 status = qemu.exited() => break status.unwrap_or(None),
-                event = monitor.next_event(), if open.0 => match event {
+                event = monitor.next_event(), if monitor_open => match event {
                     Ok(event) => self.on_event(&event, &mut run),
-                    Err(_) => open.0 = false,
+                    Err(_) => monitor_open = false,
                 },
-                read = serial.read(&mut buffer), if open.1 => match read {
-                    Ok(0) | Err(_) => open.1 = false,
+                read = serial.read(&mut buffer), if serial_open => match read {
+                    Ok(0) | Err(_) => serial_open = false,
                     Ok(length) => self.on_console(&buffer[..length]),
                 },
-                () = run.enospc.wait_for_check(), if open.0 => match run.enospc.resume_if_space(&mut monitor, qemu.process().pid()).await {
-                    Ok(true) => self.log_event("resumed", &json!({"why": "there is room again"})),
-                    Ok(false) => {}
-                    Err(error) => tracing::warn!(%error, "can not look after a guest that waits for room"),
-                },
-                // It came too late.
+                () = run.enospc.wait_for_check(), if monitor_open => {
+                    self.resume_if_space(&mut run.enospc, &mut monitor, qemu.process().pid()).await;
+                }
+                // The launch is done, so there is nothing to cancel.
                 _ = self.signals.cancel_launch.recv() => {}
                 _ = self.signals.terminate.recv() => {
-                    // The host is going down: the guest may do so in order, and is wanted again afterwards.
+                    // The host shuts down: the guest gets the power button. Its desired state stays
+                    // running.
                     run.host_stopping = true;
                     presses.reset_immediately();
                 }
-                // Again and again: a guest that still boots does not listen.
+                // Repeated, because a guest that still boots ignores the power button.
                 _ = presses.tick(), if run.host_stopping => {
                     let pressed = monitor.execute(&qmp::system_powerdown {}).await;
                     self.log_event("power button", &json!({"pressed": pressed.is_ok()}));
@@ -359,10 +349,10 @@ impl<'a> Supervisor<'a> {
             }
         };
         let _ = tokio::time::timeout(FINAL_OUTPUT_TIMEOUT, async {
-            while let (true, Ok(event)) = (open.0, monitor.next_event().await) {
+            while let (true, Ok(event)) = (monitor_open, monitor.next_event().await) {
                 self.on_event(&event, &mut run);
             }
-            while let (true, Ok(length @ 1..)) = (open.1, serial.read(&mut buffer).await) {
+            while let (true, Ok(length @ 1..)) = (serial_open, serial.read(&mut buffer).await) {
                 self.on_console(&buffer[..length]);
             }
         })
@@ -381,6 +371,20 @@ impl<'a> Supervisor<'a> {
         }
     }
 
+    /// Continues a guest that QEMU paused on a full filesystem, if there is space now.
+    async fn resume_if_space(
+        &mut self,
+        enospc: &mut EnospcWait,
+        monitor: &mut Connection,
+        qemu: i32,
+    ) {
+        match enospc.resume_if_space(monitor, qemu).await {
+            Ok(true) => self.log_event("resumed", &json!({"why": "there is space again"})),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "cannot resume a guest that waits for space"),
+        }
+    }
+
     fn on_event(&mut self, event: &Event, run: &mut Run) {
         if event.name == "SHUTDOWN" {
             run.reason = event.data["reason"].as_str().map(str::to_owned);
@@ -392,7 +396,8 @@ impl<'a> Supervisor<'a> {
         self.log_event(&event.name, &event.data);
     }
 
-    /// A log that can not be written must not stop the guest's supervision.
+    /// Appends console output. A failure is logged, because it must not end the guest's
+    /// supervision.
     fn on_console(&mut self, bytes: &[u8]) {
         if let Err(error) = self.console.append(bytes) {
             tracing::warn!(error = error.report(), "console output is lost");
@@ -400,7 +405,8 @@ impl<'a> Supervisor<'a> {
     }
 
     fn log_event(&mut self, event: &str, data: &Value) {
-        // A guest can cause events without end; they are in the capped file.
+        // At debug level, because a guest can cause events without end. `events.jsonl` has them
+        // all, within its size limit.
         tracing::debug!(event, %data);
         let line = json!({"at": clock::now(), "run": self.vm.run, "event": event, "data": data});
         if let Err(error) = self.events.append(format!("{line}\n").as_bytes()) {

@@ -1,16 +1,18 @@
-//! A guest that waits because the filesystem of one of its images is full.
+//! Guests that QEMU paused because the filesystem of one of their images is full.
 //!
 //! ```text
-//!              BLOCK_IO_ERROR, nospace, stop                   look: room, still `io-error`
-//!   running ─────────────────────────────────► waiting ────────────────────────────────────► cont, running
-//!                                               │   ▲
-//!                                               └───┘ look: no room; the next look after twice the time
+//!            BLOCK_IO_ERROR, nospace, stop           check: space, still `io-error`
+//!   running ───────────────────────────────► paused ────────────────────────────────► running
+//!                                             │  ▲                           `cont`
+//!                                             └──┘ check: no space; next after twice the time
 //! ```
 //!
-//! QEMU pauses the guest and keeps the request (`werror=enospc`, its default for virtio-blk): nothing is lost, and the
-//! guest sees no error. No event tells of room: inotify and fanotify know files, and room comes from files on that
-//! filesystem that are nobody's we know, from a quota, from a volume that was grown. So the supervisor looks, and only
-//! while a guest waits.
+//! QEMU pauses the guest and keeps the request (`werror=enospc`, its default for virtio-blk).
+//! Nothing is lost, and the guest sees no error.
+//!
+//! The kernel has no event for new space. inotify and fanotify report changes of files. Space can
+//! come from unrelated files of that filesystem, from a quota, or from a volume that was grown. So
+//! the supervisor polls, but only while a guest is paused.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -24,25 +26,26 @@ use crate::qmp::error::MonitorError;
 use crate::qmp::query::Status;
 use crate::qmp::{EventKind, power};
 
-/// QEMU's RunState of such a guest.
+/// QEMU's RunState of a guest that was paused because of an I/O error.
 const IO_ERROR_STATE: &str = "io-error";
-/// How long after the pause the first look is.
+/// How long after the pause the first check for space happens.
 const FIRST_CHECK_DELAY: Duration = Duration::from_secs(1);
-/// The longest time between two looks.
+/// The longest time between two checks.
 const LONGEST_CHECK_INTERVAL: Duration = Duration::from_secs(30);
-/// Bytes that are room. Less would be used up before an operator has noticed.
+/// Free bytes that are enough to continue. The guest would use up less before an operator has
+/// noticed.
 const ENOUGH_FREE_BYTES: u64 = 16 << 20;
-/// A statvfs(2) that takes longer is of a filesystem that does not answer, such as a server's that is gone.
+/// How long statvfs(2) may take. It takes longer on a filesystem whose server does not answer.
 const STATVFS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whether the guest waits for room, and when to look again.
+/// Whether the guest waits for space, and when to check again.
 pub(super) struct EnospcWait {
-    /// The block nodes that could not be written.
+    /// The block nodes with failed writes. Not empty while the guest is paused.
     nodes: BTreeSet<String>,
     interval: Duration,
-    /// When to look next, or was last.
+    /// When the next check is due, or when the last one was.
     next_check: Option<Instant>,
-    /// An answer that is still to come, from a thread that may hang.
+    /// The result of a check that still runs, in a thread that may hang.
     pending_check: Option<oneshot::Receiver<bool>>,
 }
 
@@ -58,22 +61,23 @@ impl Default for EnospcWait {
 }
 
 impl EnospcWait {
-    /// That of a guest whose `status` was pending_check by who did not see the events: any of its images may be meant.
+    /// Returns the state of an adopted guest with this `status`. The supervisor missed the guest's
+    /// events, so any image may have failed writes.
     pub(super) fn from_status(status: &Status) -> Self {
-        let waits = status.state == IO_ERROR_STATE;
+        let paused = status.state == IO_ERROR_STATE;
         Self {
-            nodes: waits.then(String::new).into_iter().collect(),
-            next_check: waits.then(Instant::now),
+            nodes: paused.then(String::new).into_iter().collect(),
+            next_check: paused.then(Instant::now),
             ..Self::default()
         }
     }
 
-    /// Takes notice of an event.
+    /// Updates the state after QEMU's event `event`.
     pub(super) fn on_event(&mut self, event: EventKind<'_>) {
         match event {
             EventKind::BlockIoError { node, action: "stop", no_space: true, .. } => {
                 if self.nodes.is_empty() {
-                    // A guest that goes on and fills the disk again at once waits longer each time.
+                    // A guest that fills the filesystem again at once waits longer each time.
                     let again =
                         self.next_check.is_some_and(|last| last.elapsed() < LONGEST_CHECK_INTERVAL);
                     self.interval = if again { self.next_interval() } else { FIRST_CHECK_DELAY };
@@ -81,7 +85,7 @@ impl EnospcWait {
                 }
                 self.nodes.insert(node.unwrap_or_default().to_owned());
             }
-            // By us, or by an operator.
+            // This supervisor or an operator sent `cont`.
             EventKind::Resume => self.nodes.clear(),
             _ => {}
         }
@@ -91,7 +95,7 @@ impl EnospcWait {
         LONGEST_CHECK_INTERVAL.min(self.interval * 2)
     }
 
-    /// Waits for the time of the next look; for ever if no guest waits.
+    /// Waits until the next check is due; forever if the guest does not wait for space.
     pub(super) async fn wait_for_check(&self) {
         match self.next_check {
             Some(next) if !self.nodes.is_empty() => tokio::time::sleep_until(next).await,
@@ -99,7 +103,8 @@ impl EnospcWait {
         }
     }
 
-    /// Has the guest go on if there is room. Whether it was told to.
+    /// Continues the guest if its filesystems have space, and returns whether it did. `pid` is
+    /// QEMU's.
     pub(super) async fn resume_if_space(
         &mut self,
         monitor: &mut Connection,
@@ -108,7 +113,7 @@ impl EnospcWait {
         self.interval = self.next_interval();
         self.next_check = Some(Instant::now() + self.interval);
         if power::status(monitor).await?.state != IO_ERROR_STATE {
-            // Somebody let it go on and stopped it again, for reasons of their own.
+            // Another client continued the guest and paused it again, for another reason.
             self.nodes.clear();
             return Ok(false);
         }
@@ -119,7 +124,7 @@ impl EnospcWait {
         Ok(true)
     }
 
-    /// Whether the filesystems of all images that could not be written have room.
+    /// Returns whether the filesystems of all images with failed writes have space.
     async fn has_space(
         &mut self,
         monitor: &mut Connection,
@@ -129,28 +134,30 @@ impl EnospcWait {
         let opened = sets.iter().flat_map(|set| &set.fds);
         let writable =
             opened.filter_map(|fd| Some((fd.opaque.as_deref()?.strip_prefix("rdwr:")?, fd.fd)));
-        let known = |node: &str| writable.clone().any(|(its, _)| its == node);
-        // A node that has no descriptor of its own, such as a job's, may be on any of them.
-        let all = !self.nodes.iter().all(|node| known(node));
-        let concerned = writable.clone().filter(|(node, _)| all || self.nodes.contains(*node));
-        // By way of the process: the file is the one QEMU writes, whatever has become of its name.
-        let paths: Vec<_> = concerned.map(|(_, fd)| format!("/proc/{pid}/fd/{fd}")).collect();
-        let answer = self.pending_check.get_or_insert_with(|| start_check(paths));
-        let Ok(room) = timeout(STATVFS_TIMEOUT, answer).await else { return Ok(false) };
+        let has_fd = |node: &str| writable.clone().any(|(other, _)| other == node);
+        // A node without a descriptor of its own, such as a job's, may use any of the files.
+        let all = !self.nodes.iter().all(|node| has_fd(node));
+        let failed = writable.clone().filter(|(node, _)| all || self.nodes.contains(*node));
+        // Through the process's descriptors: they are the files QEMU writes, even if they were
+        // renamed.
+        let paths: Vec<_> = failed.map(|(_, fd)| format!("/proc/{pid}/fd/{fd}")).collect();
+        let check = self.pending_check.get_or_insert_with(|| start_check(paths));
+        let Ok(has_space) = timeout(STATVFS_TIMEOUT, check).await else { return Ok(false) };
         self.pending_check = None;
-        Ok(room == Ok(true))
+        Ok(has_space == Ok(true))
     }
 }
 
-/// Asks the kernel whether there is room on the filesystems of all `paths`, in a thread that nobody has to wait for.
+/// Checks in a thread of its own, which may hang, whether the filesystems of all `paths` have
+/// space.
 fn start_check(paths: Vec<String>) -> oneshot::Receiver<bool> {
     let (sender, receiver) = oneshot::channel();
     std::thread::spawn(move || {
-        let has_room = |path: &String| {
+        let has_space = |path: &String| {
             rustix::fs::statvfs(path.as_str())
                 .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= ENOUGH_FREE_BYTES)
         };
-        let _ = sender.send(paths.iter().all(has_room));
+        let _ = sender.send(paths.iter().all(has_space));
     });
     receiver
 }
@@ -168,7 +175,7 @@ mod tests {
     };
 
     #[tokio::test]
-    async fn a_guest_that_fills_the_disk_again_at_once_waits_longer() {
+    async fn on_event_of_a_disk_filled_again_at_once_doubles_the_interval() {
         let mut enospc = EnospcWait::default();
         let mut waits = Vec::new();
         for _ in 0..8 {
@@ -185,7 +192,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_a_full_filesystem_is_waited_for() {
+    async fn on_event_ignores_other_io_errors() {
         let mut enospc = EnospcWait::default();
         for (action, no_space) in [("report", true), ("stop", false)] {
             enospc.on_event(EventKind::BlockIoError {

@@ -1,8 +1,9 @@
-//! From a record to a running guest.
+//! The launch: from a VM's record to a running guest.
 //!
-//! QEMU gets nothing it could open itself: a uid of its own, no capabilities, empty network and ipc namespaces,
-//! Landlock, its own seccomp filter, and every file as a descriptor ([`crate::sys::confine`]). It starts stopped; what
-//! it is gets checked; only `cont` runs the guest.
+//! QEMU can open almost nothing by itself ([`crate::sys::confine`]): it has its own uid, no
+//! capabilities, empty network and ipc namespaces, Landlock rules and a seccomp filter. It inherits
+//! every file as a descriptor. It starts with `-S`, the supervisor checks it, and only `cont` runs
+//! the guest.
 
 use std::path::Path;
 use std::process::ExitStatus;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::enospc::EnospcWait;
 use super::qemu_process::QemuProcess;
 use super::resources::{self, Resources};
-use super::{VmContext, address_probe, limits};
+use super::{VmContext, address_probe, capped_log, limits};
 use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -30,30 +31,38 @@ use crate::sys::confine::{self, Child, Confined, Paths};
 use crate::sys::pidfd::Process;
 use crate::sys::pidlock;
 
-/// QEMU's initialization takes 0.1 s on an idle host; a busy one is given this long.
+/// How long QEMU may take to open its monitor: 0.1 s on an idle host, much longer on a busy one.
 const MONITOR_CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A QEMU that runs answers at once. One that does not is hung, and left to the call that needs it.
+/// How long a QEMU that is adopted may take to answer: at once, unless it hangs. A hung QEMU is not
+/// adopted; the next call that needs it deals with it.
 const ADOPT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A QEMU that closed its monitor is gone within milliseconds.
+/// How long to wait for the exit of a QEMU that failed: it exits within milliseconds of closing its
+/// monitor.
 const QEMU_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A QEMU whose guest runs.
 pub(super) struct Running {
+    /// Its process.
     pub(super) qemu: QemuProcess,
+    /// The supervisor's monitor.
     pub(super) monitor: Connection,
+    /// The guest's serial console.
     pub(super) serial: UnixStream,
+    /// Whether the guest waits for space on a full filesystem.
     pub(super) enospc: EnospcWait,
 }
 
-/// Starts QEMU, stopped, in the VM's control groups. Synchronous: the child is made while this process has one thread.
-/// Whoever removes the VM sees the supervisor's lock, and waits for it before it removes the groups.
+/// Starts QEMU with `-S` in the VM's control groups. Synchronous, so that the fork happens while
+/// this process has one thread. A call that deletes the VM waits for the lock on `supervisor.pid`
+/// before it removes the groups.
 pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
     let template =
         Template::load(&vm.machine.template, context.config.qemu.templates_dir.as_deref())?;
     let resources = std::thread::scope(|threads| {
-        // Moving a process waits for a pause of every CPU (RCU), 15 ms. Files and taps are opened meanwhile.
+        // Moving a process into a group waits 15 ms for an RCU grace period. Files and taps are
+        // opened meanwhile.
         let moved = threads
             .spawn(|| Cgroup::open(context.cid.as_str()).enter(&limits::for_vm(context, vm)));
         let resources = Resources::open(context, vm);
@@ -61,7 +70,7 @@ pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
         resources
     })?;
     let arguments = command_line(vm, &template, &resources.handles());
-    VmContext::rotate(&context.paths.qemu_log());
+    capped_log::rotate(&context.paths.qemu_log());
     let log = open_log(&context.paths.qemu_log())?;
     let confined = Confined {
         program: context.config.qemu.binary.clone(),
@@ -75,12 +84,13 @@ pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
         hardening: context.config.hardening,
     };
     let child = confine::spawn(confined)?;
-    // Not as spared as its supervisor, from which it inherited that.
+    // QEMU inherited the supervisor's value, which protects it from the OOM killer.
     memory::set_oom_score_adj(child.process().pid(), 0);
     Ok(child)
 }
 
-/// Waits until QEMU is up, checks it and lets the guest run. If that fails or is no longer wanted, QEMU is killed.
+/// Waits for QEMU's monitor, checks QEMU and runs the guest. QEMU is killed if that fails, or as
+/// soon as `cancelled` completes.
 pub(super) async fn run_guest(
     context: &VmContext,
     vm: &VmRecord,
@@ -101,7 +111,8 @@ pub(super) async fn run_guest(
             enospc: EnospcWait::default(),
         }),
         Err(error) => {
-            // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
+            // A QEMU that exits closes its sockets first. Its exit status and log say more than a
+            // closed socket.
             let ended = timeout(QEMU_EXIT_TIMEOUT, child.exited()).await;
             child.kill()?;
             Err(ended
@@ -115,7 +126,7 @@ async fn connect_and_continue(
     vm: &VmRecord,
     path: &Path,
 ) -> Result<(Connection, UnixStream)> {
-    // While QEMU starts: it takes longer than the answers.
+    // The probes run while QEMU starts, which takes longer.
     let probes = address_probe::start(vm);
     let mut monitor = Connection::connect(path, Instant::now() + MONITOR_CONNECT_TIMEOUT).await?;
     let status = power::status(&mut monitor).await?;
@@ -151,9 +162,11 @@ async fn connect_and_continue(
     Ok((monitor, serial))
 }
 
-/// Takes over the QEMU `process`, whose supervisor died. The guest does not notice; if it fails, QEMU stays as it is.
+/// Takes over the QEMU `process`, whose supervisor died. The guest is not affected, even if this
+/// fails.
 pub(super) async fn adopt(context: &VmContext, process: Process) -> Result<Running> {
-    // The call that started us may end, and its control group with it.
+    // The supervisor must leave the control group of the call that started it: the group may end
+    // with that call.
     Cgroup::open(context.cid.as_str()).rejoin();
     let qemu = QemuProcess::adopt(process)?;
     let mut monitor = Connection::connect(
@@ -170,28 +183,30 @@ async fn connect_serial(context: &VmContext) -> Result<UnixStream> {
     UnixStream::connect(&path).await.at("connect to serial port", &path)
 }
 
-/// The images are open: before the guest runs, nothing in QEMU may know the key of every disk.
+/// Deletes the key of encrypted disks from QEMU, which has opened its images by now. QEMU must not
+/// have the key, which opens every disk, while the guest runs.
 async fn remove_key(monitor: &mut Connection) -> Result<()> {
     match monitor.raw("object-del", &json!({"id": blockdev::SECRET})).await {
-        // A disk that was attached since its files were opened: QEMU never had the key.
+        // The encrypted disk was attached after QEMU's files were opened, so QEMU never had the
+        // key.
         Err(error) if error.refused_with("not found") => Ok(()),
         forgotten => forgotten.map(drop).map_err(Error::from),
     }
 }
 
-/// Somebody wants the VM off or gone.
+/// The error of a launch that another call cancelled, to stop or delete the VM.
 pub(super) fn launch_cancelled(context: &VmContext) -> Error {
-    Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", context.cid))
+    Error::new(ErrorKind::Host, format!("the launch of VM '{}' was cancelled", context.cid))
 }
 
 fn early_exit_error(context: &VmContext, status: ExitStatus) -> Error {
     let log = context.paths.qemu_log();
-    let said = tail::last_lines(&log, 5);
-    if said.contains(WRONG_KEY) {
+    let output = tail::last_lines(&log, 5);
+    if output.contains(WRONG_KEY) {
         return DiskKey::of(&context.config).does_not_open(None);
     }
-    Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {said}"))
-        .hint(format!("its whole output is in '{}'", log.display()))
+    Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {output}"))
+        .hint(format!("see its log '{}'", log.display()))
 }
 
 fn open_log(path: &Path) -> Result<std::fs::File> {

@@ -1,16 +1,18 @@
-//! Whether the host has the memory for one more VM.
+//! Memory admission: whether the host has the memory for one more VM.
 //!
-//! A guest's memory is had when the guest first touches it, so what is free now has been promised in part already:
+//! The kernel allocates guest memory when the guest first touches it. So part of the memory that is
+//! available now is already promised to VMs:
 //!
 //! ```text
-//!   MemAvailable  =  reserve  |  promised, not touched yet  |  to give
-//!                    config      every VM that runs, is         what a VM that starts may need
-//!                                starting or restarting
+//!   MemAvailable  =  reserve        |  promised, not touched yet  |  unpromised
+//!                    configuration     of every VM that runs,        for VMs that start
+//!                                      starts or restarts
 //! ```
 //!
-//! Asked by the supervisor of a VM that starts, under one lock for the host. Its own promise is its lock of
-//! `supervisor.pid`: others see it before that lock is free again, so two that start at once can not both count on the
-//! same memory. A restart after a crash is not asked about: its promise was never taken back.
+//! The supervisor of a VM that starts checks this under one lock for the host. It locks
+//! `supervisor.pid` under the same lock, which counts as its VM's promise. So two VMs that start at
+//! the same time cannot both count on the same memory. A restart after a crash is not checked,
+//! because the VM's promise never ended.
 
 use std::time::{Duration, Instant};
 
@@ -25,70 +27,72 @@ use crate::store::{Brief, Phase, Rank, Store, VmRecord};
 use crate::sys::pidlock;
 use crate::units::Bytes;
 
-/// Each holds the lock for milliseconds.
+/// How long to wait for the memory lock; each supervisor holds it for milliseconds.
 const MEMORY_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
-/// The most VMs that an error names.
+/// The most VMs that an error message names.
 const MAX_NAMED_VMS: usize = 10;
 
-/// Taken before a VM shows that it starts, and given back when it may.
+/// Acquires the host's memory lock. A supervisor holds it from before it locks `supervisor.pid`
+/// until its VM is admitted.
 pub(super) fn lock(context: &VmContext) -> Result<Brief> {
     context.store.brief(Rank::Memory, "host", Instant::now() + MEMORY_LOCK_TIMEOUT)
 }
 
-/// Whether the host has the memory for `vm` to start, or, if it runs, to start again.
+/// Checks that the host has the memory for `vm` to start, or to start again if it runs.
 ///
 /// # Errors
-/// [`ErrorKind::NotEnoughMemory`] with the figures.
+/// [`ErrorKind::NotEnoughMemory`] with all sizes and the largest VMs.
 pub fn ensure_memory(context: &VmContext, vm: &VmRecord) -> Result<()> {
     let own = match power_state(&context.paths)? {
         PowerState::On(qemu) => resident(qemu.pid()).get(),
         PowerState::Off => 0,
     };
     HostMemory {
-        need: promise(vm).saturating_sub(own),
+        need: promised_to(vm).saturating_sub(own),
         ..HostMemory::of(&context.config, &context.store, Some(&context.cid))?
     }
     .ensure_fits(vm)
 }
 
-/// The largest `ram` that a new VM could have now.
+/// Returns the largest `ram` in bytes that a new VM could have now.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] if the kernel does not say.
+/// [`ErrorKind::Host`] if the kernel does not report its available memory.
 pub fn largest_vm(config: &Config, store: &Store) -> Result<Bytes> {
     HostMemory::of(config, store, None)
-        .map(|figures| Bytes(figures.unpromised().saturating_sub(QEMU_USUAL_BYTES)))
+        .map(|memory| Bytes(memory.unpromised().saturating_sub(QEMU_USUAL_BYTES)))
 }
 
-/// Bytes the VM may come to have.
-fn promise(vm: &VmRecord) -> u64 {
+/// Returns the bytes that the VM may use when its guest has touched all its memory.
+fn promised_to(vm: &VmRecord) -> u64 {
     vm.machine.ram.bytes().get() + QEMU_USUAL_BYTES
 }
 
-/// A VM that has memory, or was promised some.
+/// The memory of a VM that runs or starts, in bytes.
 #[derive(Debug)]
 struct VmMemory {
-    vm: VmCid,
+    cid: VmCid,
     promised: u64,
     touched: u64,
-    /// It is being deleted: what it has is free in a moment.
+    /// Whether the VM is being deleted: its memory will be free in a moment.
     deleting: bool,
 }
 
 impl VmMemory {
-    /// That of another VM; `None` if it is off.
-    fn of(store: &Store, vm: VmCid) -> Result<Option<Self>> {
-        let paths = store.vm(&vm);
+    /// Returns the memory of the VM `cid`; `None` if it is off.
+    fn of(store: &Store, cid: VmCid) -> Result<Option<Self>> {
+        let paths = store.vm(&cid);
         let qemu = pidlock::holder(&paths.qemu_pid())?;
         if qemu.is_none() && pidlock::holder(&paths.supervisor_pid())?.is_none() {
             return Ok(None);
         }
         let touched = qemu.map_or(0, |qemu| resident(qemu.pid()).get());
-        // A record that can not be read must not keep all others from starting: at least what is there counts.
-        let record = store.read::<VmRecord>(&vm).ok().flatten();
+        // An unreadable record must not keep all other VMs from starting. Its VM counts with the
+        // memory it has touched.
+        let record = store.read::<VmRecord>(&cid).ok().flatten();
         let deleting = record.as_ref().is_some_and(|record| record.phase == Phase::Deleting);
-        let promised = record.as_ref().map_or(touched, promise);
-        Ok(Some(Self { vm, promised, touched, deleting }))
+        let promised = record.as_ref().map_or(touched, promised_to);
+        Ok(Some(Self { cid, promised, touched, deleting }))
     }
 
     fn untouched(&self) -> u64 {
@@ -96,17 +100,21 @@ impl VmMemory {
     }
 }
 
-/// All that decides, in bytes.
+/// The host's memory as the admission sees it, in bytes.
 #[derive(Debug)]
 struct HostMemory {
+    /// What the VM that starts needs.
     need: u64,
+    /// The kernel's `MemAvailable`.
     available: u64,
+    /// `limits.memory_reserve_mib`.
     reserve: u64,
+    /// The VMs that run or start; none if the configuration allows overcommit.
     vms: Vec<VmMemory>,
 }
 
 impl HostMemory {
-    /// Those of the host without the VM `except`, and with nothing that needs any.
+    /// Reads the host's memory, with all VMs but `except`, and with `need` 0.
     fn of(config: &Config, store: &Store, except: Option<&VmCid>) -> Result<Self> {
         let mut vms = Vec::new();
         if config.limits.memory == Memory::Guaranteed {
@@ -122,46 +130,48 @@ impl HostMemory {
         self.vms.iter().map(VmMemory::untouched).sum()
     }
 
-    /// What nobody was promised.
+    /// Memory that is neither reserved nor promised to a VM.
     fn unpromised(&self) -> u64 {
         self.available.saturating_sub(self.reserve + self.untouched())
     }
 
     fn ensure_fits(&self, vm: &VmRecord) -> Result<()> {
         let untouched = self.untouched();
-        let taken = self.reserve + untouched;
-        if taken + self.need <= self.available {
+        let committed = self.reserve + untouched;
+        if committed + self.need <= self.available {
             return Ok(());
         }
         let returning: u64 = self.vms.iter().filter(|vm| vm.deleting).map(|vm| vm.touched).sum();
-        let passing = taken + self.need <= self.available + returning;
+        let passing = committed + self.need <= self.available + returning;
         let message = format!(
-            "the host has not the memory for VM '{}': it needs {} ({} for the guest), {} are left: {} are available, \
-             {} are reserved, and {} promised to {} other VMs are not touched yet",
+            "the host does not have the memory for VM '{}': it needs {} ({} for the guest), \
+             {} are left: {} are available, {} are reserved, \
+             and {} promised to {} other VMs are not touched yet",
             vm.cid,
-            mib(self.need),
-            vm.machine.ram,
-            mib(self.unpromised()),
-            mib(self.available),
-            mib(self.reserve),
-            mib(untouched),
+            size(self.need),
+            size(vm.machine.ram.bytes().get()),
+            size(self.unpromised()),
+            size(self.available),
+            size(self.reserve),
+            size(untouched),
             self.vms.len(),
         );
         let hint = format!(
-            "delete or shrink VMs, lower `limits.memory_reserve_mib`, or let VMs share what they do not use \
-             (`limits.memory: overcommit`); {}",
+            "delete or shrink VMs, lower `limits.memory_reserve_mib`, \
+             or let VMs share the memory they do not use (`limits.memory: overcommit`); {}",
             self.largest()
         );
         Err(Error::new(ErrorKind::NotEnoughMemory { passing }, message).hint(hint))
     }
 
-    /// The VMs with the most memory promised.
+    /// Describes the VMs with the most memory, for the hint.
     fn largest(&self) -> String {
         let mut vms: Vec<_> = self.vms.iter().collect();
         vms.sort_by_key(|vm| std::cmp::Reverse(vm.promised.max(vm.touched)));
         let named = |vm: &&VmMemory| {
             let deleting = if vm.deleting { ", being deleted" } else { "" };
-            format!("{} has {} of {}{deleting}", vm.vm, mib(vm.touched), mib(vm.promised))
+            let (touched, promised) = (size(vm.touched), size(vm.promised));
+            format!("{} has {touched} of {promised}{deleting}", vm.cid)
         };
         let names: Vec<_> = vms.iter().take(MAX_NAMED_VMS).map(named).collect();
         let more = vms.len().saturating_sub(MAX_NAMED_VMS);
@@ -173,6 +183,8 @@ impl HostMemory {
     }
 }
 
-fn mib(bytes: u64) -> String {
-    format!("{} MiB", bytes.div_ceil(1 << 20))
+/// Formats a size: in GiB from 10 GiB on, else in MiB, as `limits` are configured.
+fn size(bytes: u64) -> String {
+    let mib = bytes.div_ceil(1 << 20);
+    if mib < 10 << 10 { format!("{mib} MiB") } else { format!("{:.1} GiB", mib as f64 / 1024.0) }
 }

@@ -1,4 +1,4 @@
-//! The QEMU process a supervisor watches.
+//! The QEMU process that a supervisor watches.
 
 use std::process::ExitStatus;
 
@@ -6,28 +6,29 @@ use crate::error::Result;
 use crate::sys::confine::Child;
 use crate::sys::pidfd::{Process, Watch};
 
-/// One it started, or one whose supervisor died.
+/// A QEMU process, started or adopted by this supervisor.
 #[derive(Debug)]
 pub(super) enum QemuProcess {
-    /// Started by this supervisor.
+    /// Started by this supervisor, so its exit status can be read.
     Child(Child),
-    /// Started by an earlier one. Only a parent learns how a process ended (waitid(2)).
+    /// Started by an earlier supervisor. Only a parent can read a process's exit status
+    /// (waitid(2)).
     Adopted {
         /// The process.
         process: Process,
-        /// Its end.
+        /// Reports the end of the process.
         end: Watch,
     },
 }
 
 impl QemuProcess {
-    /// A QEMU of somebody else. Must be called in the event loop.
+    /// Watches a QEMU that another supervisor started. Must be called in the event loop.
     pub(super) fn adopt(process: Process) -> Result<Self> {
         let end = Watch::new(&process)?;
         Ok(Self::Adopted { process, end })
     }
 
-    /// Its process.
+    /// Returns the process.
     pub(super) fn process(&self) -> &Process {
         match self {
             Self::Child(child) => child.process(),
@@ -35,7 +36,8 @@ impl QemuProcess {
         }
     }
 
-    /// Waits for its end. Its status, if that can be known. May be dropped and called again.
+    /// Waits for the end of QEMU and returns its exit status, or `None` for an adopted one. The
+    /// future may be dropped and made again.
     pub(super) async fn exited(&mut self) -> Result<Option<ExitStatus>> {
         match self {
             Self::Child(child) => child.exited().await.map(Some),

@@ -1,22 +1,22 @@
-//! Whether and when a crashed VM is started again.
+//! The restart policy: whether and when a crashed VM is started again.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// At most this many restarts …
+/// The most restarts within [`COUNTING_INTERVAL`].
 const MAX_RESTARTS: usize = 3;
-/// … within this time.
+/// How long a restart counts.
 const COUNTING_INTERVAL: Duration = Duration::from_secs(600);
-/// How long to wait before the first, second and third restart of a window.
+/// How long to wait before the first, second and third restart within [`COUNTING_INTERVAL`].
 const RESTART_DELAYS: [Duration; MAX_RESTARTS] =
     [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(15)];
 
-/// The restarts of the last ten minutes.
+/// The times of the restarts in the last ten minutes.
 #[derive(Debug, Default)]
 pub(super) struct RestartHistory(VecDeque<Instant>);
 
 impl RestartHistory {
-    /// How long to wait before the next restart, or `None` if there were too many. Counts it.
+    /// Counts a restart and returns how long to wait before it; `None` if there were too many.
     pub(super) fn next_delay(&mut self, now: Instant) -> Option<Duration> {
         while self.0.front().is_some_and(|at| now.duration_since(*at) > COUNTING_INTERVAL) {
             self.0.pop_front();
@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn three_in_ten_minutes_and_then_again() {
+    fn next_delay_allows_three_restarts_in_ten_minutes() {
         let (mut restarts, start) = (RestartHistory::default(), Instant::now());
         let waits: Vec<_> = (0..4).map(|_| restarts.next_delay(start)).collect();
         assert_eq!(

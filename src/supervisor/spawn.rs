@@ -1,11 +1,11 @@
-//! Starting a VM's supervisor from a call.
+//! How a call starts a VM's supervisor.
 
 use std::ffi::OsString;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::power::{PowerState, StopMode, power_state, stop};
-use super::{StartMode, StartResult, VmContext};
+use super::{StartMode, StartResult, VmContext, capped_log};
 use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{detached, io_uring};
@@ -14,17 +14,17 @@ use crate::qmp::query::QueryStatus;
 use crate::store::{Guard, VmPaths};
 use crate::sys::pidlock;
 
-/// What a launch takes on a busy host.
+/// How long a launch takes on a busy host, not counting the wait for a boot slot.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
-/// What is kept of a deadline for ending a launch that failed.
+/// How long to end a failed launch, even after the call's deadline.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
-/// A QEMU that is well answers at once.
+/// How long to wait for `query-status`: a healthy QEMU answers at once.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
+/// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's lock.
 ///
 /// # Errors
-/// Why the launch failed; nothing of it is left, taps, sockets and processes included.
+/// Why the launch failed. No process, tap or socket of it remains.
 pub fn start(
     context: &VmContext,
     config_file: Option<&Path>,
@@ -32,31 +32,33 @@ pub fn start(
     deadline: Instant,
 ) -> Result<()> {
     io_uring::probe(context.store.run_dir(), &context.config.qemu, deadline);
-    VmContext::rotate(&context.paths.supervisor_log());
+    capped_log::rotate(&context.paths.supervisor_log());
     let begin = StartMode::Launch { queue_deadline: queue_deadline_before(deadline) };
     let launched = spawn(context, begin, config_file, lock, deadline);
     if launched.is_err() {
-        // A launch that failed cleaned up; one that hangs or was killed did not. Its guest may have begun to write.
+        // A failed launch has cleaned up, but one that hangs or was killed has not. Its guest may
+        // have written to a disk, so QEMU quits instead of being killed.
         stop(&context.paths, StopMode::Quit, deadline.max(Instant::now() + CLEANUP_TIMEOUT))?;
     }
     launched
 }
 
-/// What was done for a VM that may have lost its supervisor.
+/// What [`adopt`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Adoption {
-    /// Nothing: it has one, or is off.
+    /// Nothing: the VM has a supervisor, or is off.
     NotNeeded,
-    /// Its QEMU has a new one.
+    /// A new supervisor watches the running QEMU.
     Adopted,
-    /// Its guest had never run, and was started.
+    /// The VM was launched again: its guest had never run.
     Launched,
 }
 
-/// Gives a VM that is on and has no supervisor one that takes its QEMU over. `lock` is the VM's.
+/// Starts a supervisor that adopts the VM's QEMU, if the VM is on and has none. `lock` is the VM's
+/// lock.
 ///
 /// # Errors
-/// Why that failed; the VM runs on as it did.
+/// Why the adoption failed. The VM keeps running without a supervisor.
 pub fn adopt(
     context: &VmContext,
     config_file: Option<&Path>,
@@ -68,15 +70,16 @@ pub fn adopt(
         return Ok(Adoption::NotNeeded);
     }
     if is_in_prelaunch(&context.paths, deadline) {
-        tracing::warn!(vm = %context.cid, "its launch was cut short and begins again");
+        tracing::warn!(vm = %context.cid, "the VM's launch was interrupted: launching it again");
         stop(&context.paths, StopMode::Kill, deadline)?;
         return start(context, config_file, lock, deadline).map(|()| Adoption::Launched);
     }
     spawn(context, StartMode::Adopt, config_file, lock, deadline).map(|()| Adoption::Adopted)
 }
 
-/// Whether the VM's QEMU waits for a `cont` that nobody will give it, because its supervisor died in the middle of the
-/// launch. What else the launch had still to do is not known. One that does not answer did run.
+/// Returns whether QEMU still waits for its first `cont` because the supervisor died during the
+/// launch. Which other steps of the launch are missing is unknown. A QEMU that does not answer
+/// counts as one whose guest has run.
 fn is_in_prelaunch(paths: &VmPaths, deadline: Instant) -> bool {
     let until = deadline.min(Instant::now() + STATUS_TIMEOUT);
     let status = Monitor::connect(&paths.qmp(), until)
@@ -108,7 +111,8 @@ fn spawn(
         .and_then(|line| parse_result(context, line.as_deref()))
 }
 
-/// How long a launch may wait for its turn: there must be time left to launch, or to say that it did not come to that.
+/// Returns when a launch must stop waiting for a boot slot, so that before `deadline` it can still
+/// launch, or report the timeout.
 fn queue_deadline_before(deadline: Instant) -> Instant {
     let left = deadline.saturating_duration_since(Instant::now());
     Instant::now() + left.saturating_sub(LAUNCH_TIMEOUT).max(left / 2)
@@ -122,10 +126,11 @@ fn parse_result(context: &VmContext, line: Option<&str>) -> Result<()> {
         Some(Err(_)) | None => Err(Error::new(
             ErrorKind::Host,
             format!(
-                "the supervisor ended before the VM ran: {}",
+                "the supervisor of VM '{}' ended before the guest ran: {}",
+                context.cid,
                 crate::host::tail::last_lines(&log, 3)
             ),
         )
-        .hint(format!("its log is '{}'", log.display()))),
+        .hint(format!("see its log '{}'", log.display()))),
     }
 }
