@@ -1,10 +1,11 @@
-//! This program on a machine: its files, the key that may call it, the units that start it. What is installed is written down,
-//! so that it can be undone and nothing else be touched.
+//! The installation of this program on a machine: its files, the ssh key that may call it, its
+//! systemd units. A manifest lists what was installed, so that a removal touches nothing else.
 //!
 //! ```text
-//!   wanted ──┐
-//!            ├─ plan: what each file needs ──► apply ──► installed.json, before each file it names
-//!   on disk ─┘            │ a file that is not ours is in the way: refused, before anything is done
+//!   files to install ──┐
+//!                      ├─ plan: a step for each ──► apply: installed.json first, then the file
+//!   files on disk ─────┘        │
+//!                               └ a file that was not installed is in the way: nothing is changed
 //! ```
 
 mod authorized_key;
@@ -22,43 +23,43 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
 
-/// Who may use the socket.
+/// The group whose members may use the socket.
 pub const GROUP: &str = "bosh-qemu-cpi";
-/// Where the program is put.
+/// Where the program is installed.
 pub const PROGRAM: &str = "/usr/local/bin/bosh-qemu-cpi";
 /// The unit that starts and stops all VMs, and the socket for callers.
 const UNITS: [&str; 2] = ["bosh-qemu-cpi.service", "bosh-qemu-cpi.socket"];
 
-/// A file that belongs to the installation.
+/// A file to install.
 pub struct InstallFile {
-    /// Where.
+    /// Absolute path.
     pub path: PathBuf,
-    /// Its content.
+    /// Content.
     pub content: Vec<u8>,
-    /// Its mode.
+    /// Permission bits.
     pub mode: u32,
 }
 
-/// What is to be on the machine.
+/// What to install on the machine.
 pub struct Installation {
-    /// `/`, or where a test has it.
+    /// `/`, or another directory in tests.
     pub root: PathBuf,
-    /// Its files.
+    /// The files.
     pub files: Vec<InstallFile>,
-    /// A key that may call it.
+    /// An ssh key that may call the CPI.
     pub authorized: Option<AuthorizedKey>,
-    /// A user who is not root and may use the socket.
+    /// A user other than root who may use the socket.
     pub member: Option<String>,
 }
 
-/// What one part of it needs.
+/// What [`Installation::apply`] does for one part of the installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// It is there.
+    /// Nothing: the part is installed.
     Keep(String),
-    /// It is not.
+    /// Install the part.
     Add(String),
-    /// An older one of ours is there.
+    /// Replace an older version of the part.
     Replace(String),
 }
 
@@ -73,7 +74,7 @@ impl fmt::Display for Step {
 }
 
 impl Installation {
-    /// The units of a host, as `contrib/systemd` has them.
+    /// Returns the systemd units of a host, from `contrib/systemd`.
     pub fn units() -> Vec<InstallFile> {
         let unit = |name: &str, text: &str| InstallFile {
             path: Path::new("/etc/systemd/system").join(name),
@@ -90,10 +91,11 @@ impl Installation {
         ]
     }
 
-    /// What is to be done, in order.
+    /// Returns the steps of the installation, in order.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] naming all that is in the way and not ours.
+    /// [`ErrorKind::Conflict`] naming all files and keys that are in the way and were not
+    /// installed.
     pub fn plan(&self) -> Result<Vec<Step>> {
         let manifest = Manifest::read(&self.root)?;
         let (mut steps, mut foreign) = (Vec::new(), Vec::new());
@@ -114,9 +116,12 @@ impl Installation {
             }
         }
         if !foreign.is_empty() {
-            let message = format!("not ours, and in the way: {}", foreign.join(", "));
-            return Err(Error::new(ErrorKind::Conflict, message)
-                .hint("nothing was changed; move them away, or undo what changed them since they were installed"));
+            let message =
+                format!("in the way, and not installed by this program: {}", foreign.join(", "));
+            return Err(Error::new(ErrorKind::Conflict, message).hint(
+                "nothing was changed; move these files away, \
+                 or undo the changes made since their installation",
+            ));
         }
         if self.has_systemd() {
             if !has_group()? {
@@ -130,7 +135,7 @@ impl Installation {
         Ok(steps)
     }
 
-    /// `None` if the file that is there is somebody else's.
+    /// Returns the step for `file`; `None` if another file is in its place.
     fn step_of(&self, file: &InstallFile, manifest: &Manifest) -> Result<Option<Step>> {
         let path = self.on_disk(&file.path);
         let name = file.path.display().to_string();
@@ -148,10 +153,10 @@ impl Installation {
         })
     }
 
-    /// Does what [`Installation::plan`] says.
+    /// Carries out the steps of [`Installation::plan`].
     ///
     /// # Errors
-    /// As it, and what writing can bring.
+    /// As [`Installation::plan`]; else what failed to be written or run.
     pub fn apply(&self) -> Result<()> {
         self.plan()?;
         let mut manifest = Manifest::read(&self.root)?;
@@ -197,10 +202,11 @@ impl Installation {
     }
 }
 
-/// Removes what was installed; what was changed since is left and report.
+/// Removes everything that was installed and returns a line about each part. Parts that were
+/// changed since their installation stay.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] if nothing is installed, or something can not be removed.
+/// [`ErrorKind::Host`] if nothing is installed, or a part cannot be removed.
 pub fn remove(root: &Path) -> Result<Vec<String>> {
     let manifest = Manifest::read(root)?;
     if manifest.is_empty() {
@@ -213,7 +219,7 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
     let mut report = Vec::new();
     if has_systemd(root) {
         run("systemctl", &["disable", "--now", UNITS[1]])?;
-        // Stopped, the other would power off all VMs, of which there are none.
+        // Stopping this unit powers off all VMs, but the caller has made sure that there are none.
         run("systemctl", &["disable", "--now", UNITS[0]])?;
     }
     for key in &manifest.keys {
@@ -229,7 +235,7 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
             atomic::remove_file(&path)?;
             report.push(format!("- {name}"));
         } else {
-            report.push(format!("! {name} was changed since, and stays"));
+            report.push(format!("! {name} was modified, so it stays"));
         }
     }
     if has_systemd(root) {
@@ -243,12 +249,12 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
     Ok(report)
 }
 
-/// The absolute `path` below `root`.
+/// Returns the absolute `path` below `root`.
 fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// Whether units can be started: not below a root that is no machine's.
+/// Returns whether systemd units can be started: not below a `root` of a test.
 fn has_systemd(root: &Path) -> bool {
     root == Path::new("/") && Path::new("/run/systemd/system").is_dir()
 }
@@ -265,6 +271,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::new(ErrorKind::Host, format!("{program} {}: {}", arguments.join(" "), said.trim())))
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let message = format!("{program} {}: {}", arguments.join(" "), stderr.trim());
+    Err(Error::new(ErrorKind::Host, message))
 }
