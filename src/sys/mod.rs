@@ -1,4 +1,5 @@
-//! The operating system: the only rooms with unsafe code, each behind a safe function. They know Linux, not BOSH or QEMU.
+//! Linux system calls behind safe functions: all unsafe code of this program is here. These modules
+//! do not know BOSH.
 
 pub mod code;
 pub mod confine;

@@ -1,4 +1,4 @@
-//! Programs that end with the call that runs them.
+//! Programs that end together with the call that runs them.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -8,18 +8,19 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid};
 
-/// Has the kernel kill the program when the thread that starts it ends: one that goes on after a killed call holds space of
-/// files that are removed meanwhile. The thread must wait for it.
+/// Has the kernel kill the program when the thread that starts it ends. Otherwise it would outlive
+/// a killed call and occupy the space of files that another call removes. The thread must wait for
+/// the program.
 #[allow(unsafe_code)]
 pub fn kill_with_parent(command: &mut Command) {
-    let us = Pid::this();
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed: prctl(2) and getppid(2) are made directly,
-    // and nothing is allocated.
+    let parent = Pid::this();
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed. prctl(2) and
+    // getppid(2) are called directly, and nothing is allocated.
     unsafe {
         command.pre_exec(move || {
             set_pdeathsig(Signal::SIGKILL)?;
-            // Killed before the line above took effect.
-            if getppid() == us { Ok(()) } else { Err(Errno::ESRCH.into()) }
+            // The parent may have ended before the line above took effect.
+            if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
         })
     };
 }
@@ -32,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_ends_with_the_thread_that_started_it() {
+    fn kill_with_parent_ends_the_program_with_its_thread() {
         let mut child = std::thread::spawn(|| {
             let mut command = Command::new("cat");
             kill_with_parent(&mut command);
@@ -40,9 +41,9 @@ mod tests {
         })
         .join()
         .unwrap();
-        // Its standard input is open, and still its output ends.
-        let mut said = String::new();
-        child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        // Its output ends although its standard input is open.
+        let mut output = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut output).unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
     }
 }
