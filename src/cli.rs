@@ -80,7 +80,7 @@ pub enum Command {
         adopt: bool,
         /// How long to wait for its turn to boot, milliseconds.
         #[arg(long, default_value_t = 60_000)]
-        queue_timeout_ms: u64,
+        queue_timeout: u64,
     },
 }
 

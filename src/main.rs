@@ -46,8 +46,8 @@ fn main() -> ExitCode {
             commands::audit::run(config, !dry_run, json, &mut std::io::stdout())
         }
         Some(Command::Host(host)) => commands::host::run(config, host, &mut std::io::stdout()),
-        Some(Command::Supervise { vm, adopt, queue_timeout_ms }) => {
-            commands::supervise::run(config, vm, adopt, Duration::from_millis(queue_timeout_ms))
+        Some(Command::Supervise { vm, adopt, queue_timeout }) => {
+            commands::supervise::run(config, vm, adopt, Duration::from_millis(queue_timeout))
                 .map(|()| true)
         }
     };

@@ -39,7 +39,8 @@ fn kib(text: &str, key: &str) -> Option<Bytes> {
 pub fn set_oom_score_adj(pid: i32, adjustment: i32) {
     let path = PathBuf::from(format!("/proc/{pid}/oom_score_adj"));
     if let Err(error) = std::fs::write(&path, adjustment.to_string()) {
-        tracing::debug!(%error, path = %path.display(), adjustment, "cannot set the process's OOM score");
+        let path = path.display();
+        tracing::debug!(%error, %path, adjustment, "cannot set the process's OOM score");
     }
 }
 

@@ -67,10 +67,11 @@ pub enum StartMode {
 /// is done, so no other call works on the VM even if the call is killed.
 ///
 /// # Errors
-/// Why the launch or the adoption failed; the call got the same error.
+/// Why the launch or the adoption failed, which the call gets too; later, why a restart was not
+/// possible.
 pub fn supervise(
     context: &VmContext,
-    begin: StartMode,
+    mode: StartMode,
     vm_lock: File,
     handshake: File,
 ) -> Result<()> {
@@ -79,8 +80,8 @@ pub fn supervise(
         .enable_all()
         .build()
         .map_err(|error| Error::os("start the event loop", error))?;
-    let launched = prepare(context, begin, &runtime).and_then(|(lock, mut supervisor)| {
-        let running = match begin {
+    let launched = prepare(context, mode, &runtime).and_then(|(lock, mut supervisor)| {
+        let running = match mode {
             StartMode::Launch { queue_deadline } => supervisor.launch(&runtime, queue_deadline)?,
             StartMode::Adopt => supervisor.adopt(&runtime)?,
         };
@@ -109,10 +110,10 @@ pub fn supervise(
 /// it also checks that the host has the memory.
 fn prepare<'a>(
     context: &'a VmContext,
-    begin: StartMode,
+    mode: StartMode,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<(File, Supervisor<'a>)> {
-    let starts = matches!(begin, StartMode::Launch { .. });
+    let starts = matches!(mode, StartMode::Launch { .. });
     let _memory_lock = if starts { Some(memory::lock(context)?) } else { None };
     // Other processes may signal the supervisor as soon as they can find its pid.
     let signals = Signals::listen(runtime)?;
@@ -141,8 +142,10 @@ fn send_result(mut handshake: File, message: &StartResult) -> bool {
     sent.is_ok()
 }
 
+/// The supervisor of one VM.
 struct Supervisor<'a> {
     context: &'a VmContext,
+    /// The VM's record, as it was read last.
     vm: VmRecord,
     console: CappedLog,
     events: CappedLog,
@@ -153,8 +156,11 @@ struct Supervisor<'a> {
 /// State of one run of QEMU.
 #[derive(Default)]
 struct Run {
+    /// The exit reason, once QEMU reported it.
     reason: Option<String>,
+    /// Whether the supervisor presses the power button because the host shuts down.
     host_stopping: bool,
+    /// Whether the guest waits for space on a full filesystem.
     enospc: EnospcWait,
 }
 
@@ -183,6 +189,7 @@ impl<'a> Supervisor<'a> {
         })
     }
 
+    /// Launches QEMU once a boot slot is free, and returns when the guest runs.
     fn launch(
         &mut self,
         runtime: &tokio::runtime::Runtime,
@@ -208,6 +215,7 @@ impl<'a> Supervisor<'a> {
         Ok(running)
     }
 
+    /// Takes over the running QEMU.
     fn adopt(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
         let PowerState::On(process) = power_state(&self.context.paths)? else {
             return Err(Error::new(
@@ -220,6 +228,7 @@ impl<'a> Supervisor<'a> {
         Ok(running)
     }
 
+    /// Watches QEMU and restarts it after crashes, until the VM stays off.
     fn run(&mut self, runtime: &tokio::runtime::Runtime, running: Running) -> Result<()> {
         let mut running = Some(running);
         loop {
@@ -385,6 +394,7 @@ impl<'a> Supervisor<'a> {
         }
     }
 
+    /// Handles an event of QEMU's: keeps the exit reason, notices a full filesystem, logs it.
     fn on_event(&mut self, event: &Event, run: &mut Run) {
         if event.name == "SHUTDOWN" {
             run.reason = event.data["reason"].as_str().map(str::to_owned);
@@ -404,6 +414,7 @@ impl<'a> Supervisor<'a> {
         }
     }
 
+    /// Appends an event to `events.jsonl`.
     fn log_event(&mut self, event: &str, data: &Value) {
         // At debug level, because a guest can cause events without end. `events.jsonl` has them
         // all, within its size limit.

@@ -9,15 +9,15 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
 use super::enospc::EnospcWait;
 use super::qemu_process::QemuProcess;
 use super::resources::{self, Resources};
 use super::{VmContext, address_probe, capped_log, limits};
 use crate::cid::Cid;
-use serde_json::json;
-use tokio::net::UnixStream;
-use tokio::time::timeout;
-
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::cgroup::Cgroup;
 use crate::host::{memory, tail};
@@ -121,6 +121,8 @@ pub(super) async fn run_guest(
     }
 }
 
+/// Checks QEMU over its monitor, sets disk limits, removes the key of encrypted disks, and sends
+/// `cont`.
 async fn connect_and_continue(
     context: &VmContext,
     vm: &VmRecord,
@@ -190,7 +192,7 @@ async fn remove_key(monitor: &mut Connection) -> Result<()> {
         // The encrypted disk was attached after QEMU's files were opened, so QEMU never had the
         // key.
         Err(error) if error.refused_with("not found") => Ok(()),
-        forgotten => forgotten.map(drop).map_err(Error::from),
+        deleted => deleted.map(drop).map_err(Error::from),
     }
 }
 

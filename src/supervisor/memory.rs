@@ -4,9 +4,9 @@
 //! available now is already promised to VMs:
 //!
 //! ```text
-//!   MemAvailable  =  reserve        |  promised, not touched yet  |  unpromised
-//!                    configuration     of every VM that runs,        for VMs that start
-//!                                      starts or restarts
+//!   MemAvailable  =  reserve       |  promised, not touched yet  |  unpromised
+//!                    in the           to every VM that runs,        for VMs
+//!                    configuration    starts or restarts            that start
 //! ```
 //!
 //! The supervisor of a VM that starts checks this under one lock for the host. It locks
@@ -148,12 +148,12 @@ impl HostMemory {
              {} are left: {} are available, {} are reserved, \
              and {} promised to {} other VMs are not touched yet",
             vm.cid,
-            size(self.need),
-            size(vm.machine.ram.bytes().get()),
-            size(self.unpromised()),
-            size(self.available),
-            size(self.reserve),
-            size(untouched),
+            mib(self.need),
+            vm.machine.ram,
+            mib(self.unpromised()),
+            mib(self.available),
+            mib(self.reserve),
+            mib(untouched),
             self.vms.len(),
         );
         let hint = format!(
@@ -170,7 +170,7 @@ impl HostMemory {
         vms.sort_by_key(|vm| std::cmp::Reverse(vm.promised.max(vm.touched)));
         let named = |vm: &&VmMemory| {
             let deleting = if vm.deleting { ", being deleted" } else { "" };
-            let (touched, promised) = (size(vm.touched), size(vm.promised));
+            let (touched, promised) = (mib(vm.touched), mib(vm.promised));
             format!("{} has {touched} of {promised}{deleting}", vm.cid)
         };
         let names: Vec<_> = vms.iter().take(MAX_NAMED_VMS).map(named).collect();
@@ -183,8 +183,7 @@ impl HostMemory {
     }
 }
 
-/// Formats a size: in GiB from 10 GiB on, else in MiB, as `limits` are configured.
-fn size(bytes: u64) -> String {
-    let mib = bytes.div_ceil(1 << 20);
-    if mib < 10 << 10 { format!("{mib} MiB") } else { format!("{:.1} GiB", mib as f64 / 1024.0) }
+/// Formats a size in MiB, the unit of `ram` and `limits.memory_reserve_mib`, rounded up.
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }

@@ -33,8 +33,8 @@ pub fn start(
 ) -> Result<()> {
     io_uring::probe(context.store.run_dir(), &context.config.qemu, deadline);
     capped_log::rotate(&context.paths.supervisor_log());
-    let begin = StartMode::Launch { queue_deadline: queue_deadline_before(deadline) };
-    let launched = spawn(context, begin, config_file, lock, deadline);
+    let mode = StartMode::Launch { queue_deadline: queue_deadline_before(deadline) };
+    let launched = spawn(context, mode, config_file, lock, deadline);
     if launched.is_err() {
         // A failed launch has cleaned up, but one that hangs or was killed has not. Its guest may
         // have written to a disk, so QEMU quits instead of being killed.
@@ -89,17 +89,17 @@ fn is_in_prelaunch(paths: &VmPaths, deadline: Instant) -> bool {
 
 fn spawn(
     context: &VmContext,
-    begin: StartMode,
+    mode: StartMode,
     config_file: Option<&Path>,
     lock: &Guard,
     deadline: Instant,
 ) -> Result<()> {
     let mut arguments: Vec<OsString> = vec!["supervise".into(), context.cid.as_str().into()];
-    match begin {
+    match mode {
         StartMode::Adopt => arguments.push("--adopt".into()),
         StartMode::Launch { queue_deadline } => {
             let timeout = queue_deadline.saturating_duration_since(Instant::now()).as_millis();
-            arguments.extend(["--queue-timeout-ms".into(), timeout.to_string().into()]);
+            arguments.extend(["--queue-timeout".into(), timeout.to_string().into()]);
         }
     }
     if let Some(file) = config_file {

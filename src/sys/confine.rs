@@ -1,10 +1,12 @@
 //! Confinement: starts one program with minimal privileges. The child takes these steps between
 //! fork and exec:
 //!
-//! 1. lock the pid file ([`super::pidlock`]) 2. mark every descriptor close-on-exec, except the
-//! inherited ones 3. forbid core dumps, limit descriptors 4. enter empty network and ipc
-//! namespaces; a program with `keeps_network` keeps the host's network 5. set its own uid and gid,
-//! drop all groups 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock
+//! 1. lock the pid file ([`super::pidlock`])
+//! 2. mark every descriptor close-on-exec, except the inherited ones
+//! 3. forbid core dumps, limit descriptors
+//! 4. enter empty network and ipc namespaces; with `keeps_network`, only ipc
+//! 5. set its own uid and gid, drop all groups
+//! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock
 //!
 //! Everything that allocates, or whose errors need a message, is prepared before the fork. The
 //! child only makes system calls. QEMU adds its own seccomp filter (`-sandbox`).

@@ -153,7 +153,8 @@ mod tests {
         );
         // Another program that takes POSIX locks: python's lockf is fcntl(F_SETLK).
         let script = format!(
-            "import fcntl;f=open('{}','r+');fcntl.lockf(f,fcntl.LOCK_EX);print(1,flush=True);input()",
+            "import fcntl;f=open('{}','r+');fcntl.lockf(f,fcntl.LOCK_EX);\
+             print(1,flush=True);input()",
             path.display()
         );
         let mut child = Command::new("python3")

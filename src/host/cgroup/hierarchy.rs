@@ -59,7 +59,8 @@ impl Hierarchy {
                 if let Err(error) =
                     std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"))
                 {
-                    tracing::warn!(%error, controller, group = %group.display(), "VMs cannot have this limit");
+                    let group = group.display();
+                    tracing::warn!(%error, controller, %group, "VMs cannot have this limit");
                 }
             }
         }

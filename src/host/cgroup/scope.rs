@@ -7,9 +7,12 @@
 //! inside it:
 //!
 //! - The limits are properties of the scope, so systemd writes them and does not undo them.
-//! - The scope is ordered before `bosh-qemu-cpi.service`. So at shutdown, `host stop` has powered the guests off before systemd ends the scope.
-//! - With `Delegate`, systemd does not end the rest of the scope after an OOM kill in it (OOMPolicy, systemd.scope(5)).
-//! - Systemd removes the scope with its last process. A VM that starts again gets a scope with a new name, because the old one may still exist for a moment.
+//! - The scope is ordered before `bosh-qemu-cpi.service`. So at shutdown, `host stop` has powered
+//!   the guests off before systemd ends the scope.
+//! - With `Delegate`, systemd does not end the rest of the scope after an OOM kill in it
+//!   (OOMPolicy, systemd.scope(5)).
+//! - Systemd removes the scope with its last process. A VM that starts again gets a scope with a
+//!   new name, because the old one may still exist for a moment.
 //!
 //! The calls go through `busctl`, which is part of systemd: one call at each start does not justify
 //! a D-Bus library.
@@ -156,8 +159,9 @@ mod tests {
         let words = start_call("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
         assert_eq!(
             words,
-            "StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 Description s BOSH VM vm-a PIDs au 1 7 \
-             Slice s machine.slice Delegate b true CollectMode s inactive-or-failed Before as 1 bosh-qemu-cpi.service \
+            "StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 \
+             Description s BOSH VM vm-a PIDs au 1 7 Slice s machine.slice Delegate b true \
+             CollectMode s inactive-or-failed Before as 1 bosh-qemu-cpi.service \
              TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200 0"
         );
         let again = limit_call("bosh-vm-a-7.scope", &limits).join(" ");
