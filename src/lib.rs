@@ -8,7 +8,7 @@
 //!                               │         │
 //!                            store ◄── host
 //!                               │
-//!     config schema cid digest ranges units mac link_name ordered patience · error log crash sys
+//!     config schema cid digest ranges units mac link_name ordered timeout · error log crash sys
 //! ```
 //!
 //! Arrows point down only. ARCHITECTURE.md says what each module owns and follows one create_vm
@@ -31,7 +31,6 @@ pub mod log;
 pub mod mac;
 pub mod net;
 pub mod ordered;
-pub mod patience;
 pub mod qemu;
 pub mod qmp;
 pub mod ranges;
@@ -41,4 +40,5 @@ pub mod schema;
 pub mod store;
 pub mod supervisor;
 pub mod sys;
+pub mod timeout;
 pub mod units;

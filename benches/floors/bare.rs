@@ -196,7 +196,7 @@ fn required(lab: &Lab, vm: &Vm, record: &VmRecord) -> Vec<FileSpec> {
 
 fn open(lab: &Lab, spec: FileSpec) -> (OpenedFile, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
-    let io_uring = io_uring::works(lab.store.run_dir(), &qemu);
+    let io_uring = io_uring::is_usable(lab.store.run_dir(), &qemu);
     let (fd, direct) =
         image::open(&spec.path, spec.writable, spec.cache.direct()).expect("open an image");
     (OpenedFile { spec, direct, io_uring }, fd)

@@ -10,7 +10,7 @@ use bosh_qemu_cpi::cid::{Cid, VmCid};
 use bosh_qemu_cpi::host::tail;
 use bosh_qemu_cpi::qmp::monitor::Monitor;
 use bosh_qemu_cpi::store::{Store, VmPaths, VmRecord};
-use bosh_qemu_cpi::supervisor::{self, Button};
+use bosh_qemu_cpi::supervisor::{self, StopMode};
 use bosh_qemu_cpi::sys::pidlock;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -154,7 +154,7 @@ impl Drop for Lab {
         for cid in self.store.list::<VmRecord>().unwrap_or_default() {
             let _ = supervisor::stop(
                 &self.store.vm(&cid),
-                Button::Kill,
+                StopMode::Kill,
                 Instant::now() + GUEST_TIMEOUT,
             );
         }

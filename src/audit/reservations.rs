@@ -72,7 +72,7 @@ impl Audit<'_> {
     /// Reservations that name no VM and that no record explains. New VMs cannot have what they reserve.
     fn without_vm(&mut self) -> Result<()> {
         let (recorded, state_dir) = (Recorded::read(self.cx)?, self.cx.store.state_dir());
-        for (uid, owner) in uids::claims(state_dir)? {
+        for (uid, owner) in uids::reservations(state_dir)? {
             if owner.is_none() && !recorded.uids.contains(&uid) {
                 let what = uids::path(state_dir, uid).display().to_string();
                 let next = "remove the link if no VM has the uid: it names no cid";

@@ -8,23 +8,23 @@ use crate::cid::VmCid;
 use crate::config::Config;
 use crate::error::Result;
 use crate::log;
-use crate::supervisor::{self, Begin, Scope};
+use crate::supervisor::{self, StartMode, VmContext};
 use crate::sys::detach::detach;
 
 /// Detaches from the caller, then runs the VM until it stays off. Waits at most `queue_timeout` for
 /// a boot slot. Must run before the process opens anything, because it replaces standard
 /// descriptors.
 pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, queue_timeout: Duration) -> Result<()> {
-    let queue_until = Instant::now() + queue_timeout;
+    let queue_deadline = Instant::now() + queue_timeout;
     let (lock, handshake) = detach()?;
     let config = match Config::load(config) {
         Ok(config) => config,
         Err(error) => {
-            supervisor::refuse(handshake, &error);
+            supervisor::report_failure(handshake, &error);
             return Err(error);
         }
     };
     log::init(&config.log);
-    let begin = if adopt { Begin::Adopt } else { Begin::Launch { queue_until } };
-    supervisor::supervise(&Scope::new(config, cid), begin, lock, handshake)
+    let begin = if adopt { StartMode::Adopt } else { StartMode::Launch { queue_deadline } };
+    supervisor::supervise(&VmContext::new(config, cid), begin, lock, handshake)
 }

@@ -10,7 +10,7 @@ use crate::cpi::marker::Marker;
 use crate::error::Result;
 use crate::image::import::ImageSource;
 use crate::store::{Phase, Record, Store};
-use crate::supervisor::Scope;
+use crate::supervisor::VmContext;
 
 /// One call on this host.
 pub struct Context {
@@ -82,9 +82,9 @@ impl Context {
         self.began + self.config.deadline(method, default)
     }
 
-    /// What the supervisor of a VM works on.
-    pub(crate) fn scope(&self, cid: &VmCid) -> Scope {
-        Scope::new(self.config.clone(), cid.clone())
+    /// The context of the VM's supervisor.
+    pub(crate) fn vm_context(&self, cid: &VmCid) -> VmContext {
+        VmContext::new(self.config.clone(), cid.clone())
     }
 
     /// The file that supervisors read the configuration from.

@@ -38,7 +38,7 @@ pub(crate) fn lock(cx: &Context, cid: &VmCid, deadline: Instant) -> Result<(Guar
         Err(error) => return lock.retire().and(Err(error)),
     };
     acknowledgement::acknowledge::<VmRecord>(cx, cid);
-    if let Err(error) = supervisor::adopt(&cx.scope(cid), cx.config_file(), &lock, deadline) {
+    if let Err(error) = supervisor::adopt(&cx.vm_context(cid), cx.config_file(), &lock, deadline) {
         tracing::warn!(vm = %cid, error = error.report(), "cannot start a supervisor for the VM");
     }
     Ok((lock, vm))

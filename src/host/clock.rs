@@ -1,17 +1,18 @@
-//! Time and chance, as the kernel gives them.
+//! The current time and random uuids, from the kernel.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::{IoContext, Result};
 
-/// Now, as `2026-01-31T12:00:00Z`.
+/// Returns the current time in UTC as RFC 3339: `2026-01-31T12:00:00Z`.
 pub fn now() -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     rfc3339(since.as_secs())
 }
 
-/// Seconds since 1970 as RFC 3339. The days are counted in years that begin on 1 March, so that the leap day is the last.
+/// Formats seconds since 1970 as RFC 3339. The years of the calculation begin on 1 March, so that
+/// the leap day is the last day of a year.
 fn rfc3339(seconds: u64) -> String {
     let (days, of_day) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, of_era) = (days / 146_097, days % 146_097);
@@ -25,7 +26,7 @@ fn rfc3339(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// A random uuid from the kernel.
+/// Returns a random uuid from the kernel.
 pub fn random_uuid() -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random/uuid");
     Ok(std::fs::read_to_string(path).at("read", path)?.trim().to_owned())

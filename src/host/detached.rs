@@ -1,4 +1,4 @@
-//! Starting a process that outlives this one and shares nothing with it.
+//! Starts a process that outlives this one and shares nothing with it, such as a supervisor.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -10,21 +10,23 @@ use std::time::{Duration, Instant};
 
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
-use crate::sys::pidfd::readable;
+use crate::sys::pidfd::wait_readable;
+use crate::timeout::run_with_timeout;
 
-/// A process that was killed is gone at once, unless the kernel is stuck on its behalf.
-const DYING: Duration = Duration::from_secs(2);
+/// How long to wait for a killed process: it exits at once, unless it hangs in the kernel.
+const KILLED_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The reading end of a detached process's standard output, on which it sends one line before it gives it up.
+/// The reading end of a detached process's standard output. The process sends one line and then
+/// closes it.
 #[derive(Debug)]
 pub struct Handshake {
     child: Child,
     stdout: ChildStdout,
 }
 
-/// Starts this program with `arguments`, its standard error appended to `log`, `lock` as its standard input. It leaves our session and closes what it
-/// inherited by [`crate::sys::detach::detach`].
+/// Starts this program with `arguments`. Its standard input is `lock`, and its standard error is
+/// appended to `log`. The new process must call [`crate::sys::detach::detach`], which leaves this
+/// process's session and closes inherited descriptors.
 pub fn spawn(arguments: &[OsString], lock: File, log: &Path) -> Result<Handshake> {
     let program = Path::new("/proc/self/exe");
     let log = std::fs::OpenOptions::new()
@@ -44,23 +46,26 @@ pub fn spawn(arguments: &[OsString], lock: File, log: &Path) -> Result<Handshake
 }
 
 impl Handshake {
-    /// The line, or `None` if the process ended without one.
+    /// Returns the line, or `None` if the process ended without one.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] at `deadline`.
-    pub fn line(mut self, deadline: Instant) -> Result<Option<String>> {
+    /// [`ErrorKind::Timeout`] at `deadline`; the process is killed then.
+    pub fn read_line(mut self, deadline: Instant) -> Result<Option<String>> {
         let pid = self.child.id();
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
-            let ready = readable(&self.stdout, deadline);
+            let ready = wait_readable(&self.stdout, deadline);
             if !ready.map_err(|e| Error::os(format!("wait for process {pid}"), e))? {
-                // It may hang before it has taken the lock by which others would find it.
+                // The process may hang before it locks its pid file, so no other call could find
+                // it.
                 self.child.kill().map_err(|e| Error::os(format!("end process {pid}"), e))?;
-                // One that hangs in the kernel ends when what it waits for answers.
-                within(Instant::now() + DYING, move || self.child.wait());
-                let message = format!("process {pid} did not say in time how its start went");
+                // A process that hangs in the kernel ends when its storage answers, so this does
+                // not wait for it.
+                run_with_timeout(Instant::now() + KILLED_EXIT_TIMEOUT, move || self.child.wait());
+                let message = format!("process {pid} did not report in time whether it started");
                 return Err(Error::new(ErrorKind::Timeout, message).hint(
-                    "the VM's qemu.log and supervisor.log may say more; a busy host may need more in 'deadlines'",
+                    "see the VM's qemu.log and supervisor.log; \
+                     on a busy host, raise the method's deadline in `deadlines`",
                 ));
             }
             let mut chunk = [0; 4096];
@@ -69,7 +74,7 @@ impl Handshake {
                 Ok(length) => line.extend_from_slice(&chunk[..length]),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    return Err(Error::os(format!("read what process {pid} says"), error));
+                    return Err(Error::os(format!("read the result of process {pid}"), error));
                 }
             }
         }
@@ -89,26 +94,26 @@ mod tests {
         (Handshake { child, stdout }, process)
     }
 
-    fn says(script: &str, patience: Duration) -> Result<Option<String>> {
+    fn says(script: &str, timeout: Duration) -> Result<Option<String>> {
         let (handshake, process) = handshake(script);
-        let line = handshake.line(Instant::now() + patience);
+        let line = handshake.read_line(Instant::now() + timeout);
         if line.is_ok() {
             process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
             nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(process.pid()), None).unwrap();
         }
-        assert!(process.wait_exit(Instant::now()).unwrap(), "one that is late is killed");
+        assert!(process.wait_exit(Instant::now()).unwrap(), "a process that is late is killed");
         line
     }
 
     #[test]
-    fn a_line_an_end_and_a_silence_are_three_things() {
-        let patience = Duration::from_secs(20);
-        // The process lives on: the line is taken without waiting for its end.
+    fn read_line_distinguishes_line_exit_and_timeout() {
+        let timeout = Duration::from_secs(20);
+        // The process keeps running: its line is read without waiting for its end.
         assert_eq!(
-            says("printf '{\"a\":'; echo '1}'; exec sleep 60", patience).unwrap().unwrap(),
+            says("printf '{\"a\":'; echo '1}'; exec sleep 60", timeout).unwrap().unwrap(),
             "{\"a\":1}\n"
         );
-        assert_eq!(says("printf half", patience).unwrap(), None);
+        assert_eq!(says("printf half", timeout).unwrap(), None);
         assert_eq!(
             says("exec sleep 60", Duration::from_millis(50)).unwrap_err().kind(),
             ErrorKind::Timeout

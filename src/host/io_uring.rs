@@ -1,10 +1,13 @@
-//! Whether QEMU can use io_uring here.
+//! The io_uring probe: whether QEMU can use io_uring on this host.
 //!
-//! It is the fastest of QEMU's three ways to an image, and the one that is there at once: since QEMU 9.2 an image with
-//! `aio=native` is first probed for `IO_CMD_FDSYNC`, which ends in io_destroy(2) and so in two RCU grace periods, 30 ms
-//! for each disk. But kernels can be built without it, operators switch it off (`kernel.io_uring_disabled`, Linux 6.6),
-//! containers filter it, and QEMUs lack it. Where the kernel refuses it, QEMU 7.2 does not start, and QEMU 10 goes on
-//! with threads and a warning; so the kernel is asked before QEMU is.
+//! io_uring is the fastest of QEMU's three I/O engines, and opens an image without delay. Since
+//! QEMU 9.2, an image with `aio=native` is first probed for `IO_CMD_FDSYNC`. That ends in
+//! io_destroy(2) and so in two RCU grace periods: 30 ms for each disk.
+//!
+//! io_uring is not available everywhere. Kernels can be built without it, operators can disable it
+//! (`kernel.io_uring_disabled`, Linux 6.6), containers can filter it, and QEMU can be built without
+//! it. Where the kernel refuses it, QEMU 7.2 does not start, and QEMU 10 uses threads and prints a
+//! warning. So this module asks the kernel first, then QEMU.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,22 +17,23 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::probe::{identity, quit};
+use super::probe::{identity, run_and_quit};
 use super::uids;
 use crate::config::{IoUring, Qemu};
 use crate::error::{IoContext, Result};
 use crate::store::atomic;
 use crate::sys::io_uring;
 
-/// Since Linux 6.6: 0 for everybody, 1 for the privileged, which QEMU is not, 2 for nobody.
-const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
-/// A user that no VM's QEMU has.
-const NOBODY: u32 = uids::FIRST + uids::COUNT;
+/// Linux 6.6: 0 allows io_uring for all processes, 1 for privileged ones, which QEMU is not, 2 for
+/// none.
+const DISABLED_SYSCTL: &str = "/proc/sys/kernel/io_uring_disabled";
+/// A uid outside the range of VMs.
+const PROBE_UID: u32 = uids::FIRST + uids::COUNT;
 
-/// A QEMU that does not answer soon is not asked again in this call: its disks work without.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the probe's QEMU may take. On timeout this call's disks work without io_uring.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Whether a QEMU takes it, and which.
+/// The result of a probe, with the QEMU binary that it is about.
 #[derive(Debug, Serialize, Deserialize)]
 struct Verdict {
     binary: PathBuf,
@@ -37,39 +41,43 @@ struct Verdict {
     works: bool,
 }
 
-/// Whether QEMU, run by a user without privileges, can and may use io_uring. False until it was [`probe`]d.
-pub fn works(run_dir: &Path, qemu: &Qemu) -> bool {
-    is_allowed(qemu) && known(run_dir, &qemu.binary).unwrap_or(false)
+/// Returns whether QEMU, run by an unprivileged user, can use io_uring. False until [`probe`] has
+/// run.
+pub fn is_usable(run_dir: &Path, qemu: &Qemu) -> bool {
+    is_allowed(qemu) && cached_verdict(run_dir, &qemu.binary).unwrap_or(false)
 }
 
-/// Finds out, unless the answer is there: a throw-away QEMU's is kept in `io-uring.json` in the run directory. That
-/// this could not be done is no reason for a VM not to start.
+/// Starts a throw-away QEMU with io_uring, unless the result for this binary is cached in
+/// `io-uring.json` in the run directory. A failure is only logged, because VMs can start without
+/// io_uring.
 pub fn probe(run_dir: &Path, qemu: &Qemu, deadline: Instant) {
     if is_allowed(qemu)
-        && known(run_dir, &qemu.binary).is_none()
-        && let Err(error) = find_out(run_dir, &qemu.binary, deadline.min(Instant::now() + PATIENCE))
+        && cached_verdict(run_dir, &qemu.binary).is_none()
+        && let Err(error) =
+            probe_qemu(run_dir, &qemu.binary, deadline.min(Instant::now() + PROBE_TIMEOUT))
     {
-        tracing::warn!(error = error.report(), "it is not known whether QEMU can use io_uring");
+        tracing::warn!(error = error.report(), "cannot probe whether QEMU can use io_uring");
     }
 }
 
 fn is_allowed(qemu: &Qemu) -> bool {
-    // Without the file, the kernel is older than the switch.
-    let switched_on = || std::fs::read_to_string(SWITCH).map_or(true, |text| text.trim() == "0");
-    qemu.io_uring == IoUring::Auto && switched_on() && io_uring::is_allowed()
+    // The file does not exist before Linux 6.6.
+    let is_enabled =
+        || std::fs::read_to_string(DISABLED_SYSCTL).map_or(true, |text| text.trim() == "0");
+    qemu.io_uring == IoUring::Auto && is_enabled() && io_uring::is_allowed()
 }
 
-fn known(run_dir: &Path, binary: &Path) -> Option<bool> {
+fn cached_verdict(run_dir: &Path, binary: &Path) -> Option<bool> {
     let text = std::fs::read(file(run_dir)).ok()?;
     let verdict: Verdict = serde_json::from_slice(&text).ok()?;
     let current = verdict.binary == binary && verdict.identity == identity(binary).ok()?;
     current.then_some(verdict.works)
 }
 
-fn find_out(run_dir: &Path, binary: &Path, deadline: Instant) -> Result<()> {
+fn probe_qemu(run_dir: &Path, binary: &Path, deadline: Instant) -> Result<()> {
     let identity = identity(binary)?;
     let verdict =
-        Verdict { binary: binary.to_owned(), identity, works: is_taken(binary, deadline)? };
+        Verdict { binary: binary.to_owned(), identity, works: can_start(binary, deadline)? };
     atomic::make_dir(run_dir)?;
     atomic::write(&file(run_dir), &serde_json::to_vec(&verdict).expect("a verdict is plain data"))
 }
@@ -78,9 +86,15 @@ fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("io-uring.json")
 }
 
-/// Starts QEMU without a machine, with itself as the image: a file that every user can read.
-fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
-    let image = json!({"driver": "file", "node-name": "probe", "filename": binary, "read-only": true, "aio": "io_uring"});
+/// Starts QEMU without a machine. The image is QEMU's own binary, a file that every user can read.
+fn can_start(binary: &Path, deadline: Instant) -> Result<bool> {
+    let image = json!({
+        "driver": "file",
+        "node-name": "probe",
+        "filename": binary,
+        "read-only": true,
+        "aio": "io_uring",
+    });
     let mut child = Command::new(binary)
         .args([
             "-machine",
@@ -94,8 +108,8 @@ fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
             "stdio",
         ])
         .args(["-blockdev", &image.to_string()])
-        .uid(NOBODY)
-        .gid(NOBODY)
+        .uid(PROBE_UID)
+        .gid(PROBE_UID)
         .current_dir("/")
         .env_clear()
         .stdin(Stdio::piped())
@@ -103,7 +117,7 @@ fn is_taken(binary: &Path, deadline: Instant) -> Result<bool> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    Ok(quit(&mut child, binary, "", deadline)?.success())
+    Ok(run_and_quit(&mut child, binary, "", deadline)?.success())
 }
 
 #[cfg(test)]
@@ -116,34 +130,34 @@ mod tests {
     }
 
     #[test]
-    fn the_verdict_is_kept_for_one_binary() {
+    fn probe_caches_the_verdict_for_one_binary() {
         let run = tempfile::tempdir().unwrap();
         let path = run.path().join("io-uring.json");
         let soon = || Instant::now() + Duration::from_secs(20);
-        // One that takes every argument, and one that takes none.
-        let (takes, refuses) = (qemu("/bin/true"), qemu("/bin/false"));
-        let off = Qemu { io_uring: IoUring::Off, ..takes.clone() };
+        // /bin/true accepts every argument, /bin/false none.
+        let (accepts, refuses) = (qemu("/bin/true"), qemu("/bin/false"));
+        let off = Qemu { io_uring: IoUring::Off, ..accepts.clone() };
         probe(run.path(), &off, soon());
-        assert!(!path.exists(), "it is not wanted, so no QEMU was asked");
-        probe(run.path(), &takes, soon());
-        if !is_allowed(&takes) {
-            assert!(!path.exists(), "the kernel refuses, so no QEMU was asked");
+        assert!(!path.exists(), "the configuration turns it off, so no QEMU was started");
+        probe(run.path(), &accepts, soon());
+        if !is_allowed(&accepts) {
+            assert!(!path.exists(), "the kernel refuses it, so no QEMU was started");
             return;
         }
-        assert!(works(run.path(), &takes));
-        assert!(!works(run.path(), &off), "whatever works");
-        assert!(!works(run.path(), &refuses), "another binary was not asked");
-        let kept = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, kept.replace("true}", "false}")).unwrap();
-        probe(run.path(), &takes, soon());
-        assert!(!works(run.path(), &takes), "the same is not asked again");
+        assert!(is_usable(run.path(), &accepts));
+        assert!(!is_usable(run.path(), &off), "the configuration turns it off");
+        assert!(!is_usable(run.path(), &refuses), "the verdict is about another binary");
+        let cached = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, cached.replace("true}", "false}")).unwrap();
+        probe(run.path(), &accepts, soon());
+        assert!(!is_usable(run.path(), &accepts), "the same binary is not probed again");
         probe(run.path(), &refuses, soon());
-        assert_eq!(known(run.path(), &refuses.binary), Some(false));
+        assert_eq!(cached_verdict(run.path(), &refuses.binary), Some(false));
         std::fs::write(&path, "half a verd").unwrap();
-        probe(run.path(), &takes, soon());
-        assert!(works(run.path(), &takes));
+        probe(run.path(), &accepts, soon());
+        assert!(is_usable(run.path(), &accepts));
         let none = qemu("/nonexistent");
         probe(run.path(), &none, soon());
-        assert!(!works(run.path(), &none));
+        assert!(!is_usable(run.path(), &none));
     }
 }

@@ -1,4 +1,5 @@
-//! This host, as far as VMs live on it: their cgroups, memory and uids, what QEMU can do here, how a supervisor is started.
+//! The machine that runs VMs: its control groups, memory, uids and mounts, what QEMU can do on it,
+//! and the installation of this program.
 
 pub mod cgroup;
 pub mod clock;

@@ -1,72 +1,74 @@
-//! Filesystems that this host is to have mounted, by its fstab(5).
+//! Filesystems that the host's fstab(5) wants mounted, and which of them are not.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// As the kernel follows (`MAXSYMLINKS`).
-const MOST_LINKS: usize = 40;
+/// The most links that a path may follow, as in the kernel (`MAXSYMLINKS`).
+const MAX_SYMLINKS: usize = 40;
 
-/// A filesystem that what is below `path` is meant to be on, or part of it, and that is not mounted: where it should be. One
-/// that nobody mounts by itself (`noauto`) counts if `strict`.
+/// Returns a mount point of fstab(5) above or below `path` that has nothing mounted. `noauto` mount
+/// points count only if `strict`.
 ///
 /// # Errors
-/// If the tables can not be read; a host may have no fstab.
+/// If fstab or mountinfo cannot be read. A missing fstab is no error.
 pub fn missing(path: &Path, strict: bool) -> io::Result<Option<PathBuf>> {
     let fstab = match std::fs::read("/etc/fstab") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         text => text?,
     };
-    let wanted = wanted(&resolved(path), &String::from_utf8_lossy(&fstab), strict);
-    if wanted.is_empty() {
+    let expected = expected_mounts(&resolve(path), &String::from_utf8_lossy(&fstab), strict);
+    if expected.is_empty() {
         return Ok(None);
     }
     let mountinfo = std::fs::read("/proc/self/mountinfo")?;
-    Ok(unmounted(wanted, &String::from_utf8_lossy(&mountinfo)))
+    Ok(unmounted(expected, &String::from_utf8_lossy(&mountinfo)))
 }
 
-/// The mount points of the table that are above the path or below it, but for `/`.
-fn wanted(path: &Path, fstab: &str, strict: bool) -> Vec<PathBuf> {
+/// Returns the mount points in `fstab` that are above or below `path`, without `/`.
+fn expected_mounts(path: &Path, fstab: &str, strict: bool) -> Vec<PathBuf> {
     let entries = fstab.lines().filter(|line| !line.trim_start().starts_with('#'));
     let entries = entries.map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     let counts = |entry: &Vec<&str>| {
         strict || !entry.get(3).is_some_and(|o| o.split(',').any(|o| o == "noauto"))
     };
-    let points = entries.filter(counts).filter_map(|entry| Some(resolved(&point(entry.get(1)?))));
+    let points = entries.filter(counts).filter_map(|entry| Some(resolve(&unescape(entry.get(1)?))));
     let concerns = |point: &PathBuf| {
         point.parent().is_some() && (path.starts_with(point) || point.starts_with(path))
     };
     points.filter(|point| point.is_absolute()).filter(concerns).collect()
 }
 
-fn unmounted(wanted: Vec<PathBuf>, mountinfo: &str) -> Option<PathBuf> {
+/// Returns the first of `expected` that mountinfo (proc(5)) does not have.
+fn unmounted(expected: Vec<PathBuf>, mountinfo: &str) -> Option<PathBuf> {
     let mounted = mountinfo.lines().filter_map(|line| line.split_ascii_whitespace().nth(4));
-    let mounted: BTreeSet<_> = mounted.map(point).collect();
-    wanted.into_iter().find(|point| !mounted.contains(point))
+    let mounted: BTreeSet<_> = mounted.map(unescape).collect();
+    expected.into_iter().find(|point| !mounted.contains(point))
 }
 
-/// A mount point as both tables write it: a blank would end the column (fstab(5), proc(5)).
-fn point(field: &str) -> PathBuf {
+/// Decodes a mount point: both tables write a blank as `\040`, because blanks separate columns
+/// (fstab(5), proc(5)).
+fn unescape(field: &str) -> PathBuf {
     field.replace("\\040", " ").into()
 }
 
-/// The path without links, also where they lead to what is not there.
-fn resolved(path: &Path) -> PathBuf {
+/// Resolves the links of a path, also where it or a link's target does not exist.
+fn resolve(path: &Path) -> PathBuf {
     let (mut path, mut links) = (path.to_owned(), 0);
     'again: loop {
-        for there in path.ancestors() {
-            let below = path.strip_prefix(there).expect("it is above");
-            if let Ok(real) = there.canonicalize() {
+        for above in path.ancestors() {
+            let below = path.strip_prefix(above).expect("it is above");
+            if let Ok(real) = above.canonicalize() {
                 return real.components().chain(below.components()).collect();
             }
-            // A link to what is not mounted.
-            if let Ok(target) = there.read_link()
-                && links < MOST_LINKS
+            // A link whose target does not exist, such as one to a mount point's directory.
+            if let Ok(target) = above.read_link()
+                && links < MAX_SYMLINKS
             {
                 links += 1;
-                path = there
+                path = above
                     .parent()
-                    .unwrap_or(there)
+                    .unwrap_or(above)
                     .join(target)
                     .components()
                     .chain(below.components())
@@ -83,13 +85,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_to_be_mounted_and_is_not_is_missed_by_what_is_meant_to_be_on_it() {
-        let fstab = "# /dev/sdz /var/lib ext4\nUUID=1 / ext4 errors=remount-ro 0 1\nUUID=2 none swap sw 0 0\n\
-                     UUID=3 /srv/my\\040vms/ xfs defaults 0 2\nUUID=4\t/mnt/home\text4\nUUID=5 /mnt/by-hand ext4 ro,noauto\n\
+    fn missing_finds_unmounted_mount_points_above_and_below_a_path() {
+        let fstab = "# /dev/sdz /var/lib ext4\n\
+                     UUID=1 / ext4 errors=remount-ro 0 1\n\
+                     UUID=2 none swap sw 0 0\n\
+                     UUID=3 /srv/my\\040vms/ xfs defaults 0 2\n\
+                     UUID=4\t/mnt/home\text4\n\
+                     UUID=5 /mnt/by-hand ext4 ro,noauto\n\
                      UUID=6 /mnt/state/disks xfs\n";
-        let info = "22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n23 22 254:1 / /mnt/home rw - ext4 /dev/vdb rw\n";
+        let info = "22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n\
+                    23 22 254:1 / /mnt/home rw - ext4 /dev/vdb rw\n";
         let missing = |path: &str, mountinfo: &str, strict| {
-            unmounted(wanted(Path::new(path), fstab, strict), mountinfo)
+            unmounted(expected_mounts(Path::new(path), fstab, strict), mountinfo)
         };
         assert_eq!(missing("/srv/my vms/state", info, false), Some("/srv/my vms".into()));
         assert_eq!(missing("/mnt/state", info, false), Some("/mnt/state/disks".into()));
@@ -104,17 +111,17 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_resolved_though_it_or_what_it_links_to_is_not_there() {
+    fn resolve_follows_links_to_paths_that_do_not_exist() {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().canonicalize().unwrap();
         let link = |target: &Path, name: &str| {
-            std::os::unix::fs::symlink(target, real.join(name)).unwrap()
+            std::os::unix::fs::symlink(target, real.join(name)).unwrap();
         };
         link(&real, "link");
         link(Path::new("not/there"), "hanging");
         link(&real.join("round"), "round");
-        assert_eq!(resolved(&real.join("link/not/there")), real.join("not/there"));
-        assert_eq!(resolved(&real.join("hanging/state")), real.join("not/there/state"));
-        assert_eq!(resolved(&real.join("round/x")), real.join("round/x"));
+        assert_eq!(resolve(&real.join("link/not/there")), real.join("not/there"));
+        assert_eq!(resolve(&real.join("hanging/state")), real.join("not/there/state"));
+        assert_eq!(resolve(&real.join("round/x")), real.join("round/x"));
     }
 }

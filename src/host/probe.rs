@@ -1,9 +1,11 @@
-//! What the installed QEMU can do on this host: which accelerator and CPU model a VM starts with.
+//! The accelerator probe: with which accelerator and CPU model the installed QEMU works on this
+//! host.
 //!
-//! That `/dev/kvm` opens says little: under nested KVM `-cpu host` can abort QEMU (QEMU 10.0, MSR 0x10a), and an abort is
-//! nothing QEMU's own `-accel kvm -accel tcg` falls back from. So a throw-away QEMU without a guest is started with
-//! each CPU model in turn. That one works is kept in `probe.json` in the run directory, for this binary. It says that vCPUs
-//! can be made, not that every guest runs.
+//! Opening `/dev/kvm` proves little. Under nested KVM, `-cpu host` can abort QEMU (QEMU 10.0, MSR
+//! 0x10a), and QEMU's own `-accel kvm -accel tcg` does not fall back after an abort. So a
+//! throw-away QEMU without a guest is started with each CPU model in turn. `probe.json` in the run
+//! directory caches the first one that works for this binary. The result proves that vCPUs can be
+//! made, not that every guest runs.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -18,29 +20,30 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
 use crate::store::record::Accel;
 
-/// CPU models tried under KVM, the best first.
+/// The CPU models that are tried under KVM, the best first.
 const KVM_MODELS: [&str; 3] = ["host", "host,arch-capabilities=off", "qemu64"];
-/// The model that every accelerator has.
+/// The CPU model under TCG; every accelerator has it.
 const TCG_MODEL: &str = "max";
-/// A QEMU without a guest answers in 0.1 s; one that takes this long is as good as broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the probe's QEMU may take: without a guest it answers in 0.1 s.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What was found, and for which binary.
+/// The result of a probe, with the QEMU binary that it is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Verdict {
     binary: PathBuf,
-    /// Another binary is another verdict.
+    /// What [`identity`] returned: a changed binary is probed again.
     identity: [u64; 4],
-    /// The best model under KVM, if any.
+    /// The best model that works under KVM, if any.
     kvm: Option<String>,
-    /// Why KVM can not be used.
+    /// Why KVM does not work.
     why_not: Option<String>,
 }
 
-/// The accelerator and CPU model for a VM: `choice` and `model` as far as they were asked for, the probe's verdict else.
+/// Returns the accelerator and CPU model for a VM: `choice` and `model` where they are set, else
+/// the result of the probe.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] if KVM was asked for and does not work, or QEMU is missing.
+/// [`ErrorKind::Host`] if `choice` is KVM and KVM does not work, or if QEMU is missing.
 pub fn accelerator(
     run_dir: &Path,
     binary: &Path,
@@ -56,13 +59,19 @@ pub fn accelerator(
         (Some(best), _) => Ok((Accel::Kvm, model.map_or(best, str::to_owned))),
         (None, AccelChoice::Kvm) => Err(Error::new(
             ErrorKind::Host,
-            format!("kvm was asked for but does not work here: {}", verdict.why_not.unwrap_or_default()),
+            format!(
+                "accel is \"kvm\", but KVM does not work on this host: {}",
+                verdict.why_not.unwrap_or_default()
+            ),
         )
-        .hint("load kvm_intel or kvm_amd, enable virtualization in the firmware, or set qemu.accel to tcg")),
+        .hint(
+            "load kvm_intel or kvm_amd, enable virtualization in the firmware, \
+             or set `accel` (cloud properties) or `qemu.accel` (configuration) to tcg",
+        )),
         (None, _) => {
             tracing::warn!(
                 reason = verdict.why_not,
-                "kvm does not work here: the guest is emulated, many times slower"
+                "KVM does not work on this host: the guest is emulated and many times slower"
             );
             Ok(tcg())
         }
@@ -84,21 +93,27 @@ fn verdict(run_dir: &Path, binary: &Path) -> Result<Verdict> {
         kvm: found.as_ref().ok().map(|model| (*model).to_owned()),
         why_not: found.err().map(|error| error.report()),
     };
-    // That KVM does not work is asked again each time: the module may be loaded in a minute.
+    // A negative result is not cached, because the KVM module may be loaded later.
     if verdict.kvm.is_some()
-        && let Err(error) = keep(&verdict, &path)
+        && let Err(error) = write_cache(&verdict, &path)
     {
-        tracing::warn!(error = error.report(), "what QEMU can do here is asked again next time");
+        tracing::warn!(
+            error = error.report(),
+            "cannot cache the accelerator probe: the next call repeats it"
+        );
     }
     Ok(verdict)
 }
 
-fn keep(verdict: &Verdict, path: &Path) -> Result<()> {
+fn write_cache(verdict: &Verdict, path: &Path) -> Result<()> {
     atomic::make_dir(path.parent().expect("a file in the run directory"))?;
     atomic::write(path, &serde_json::to_vec(verdict).expect("a verdict is plain data"))
 }
 
-/// What tells one QEMU from another: device, inode, size and modification time.
+/// Returns the identity of a binary: device, inode, size in bytes, modification time in seconds.
+///
+/// # Errors
+/// If the binary cannot be found.
 pub(super) fn identity(binary: &Path) -> Result<[u64; 4]> {
     let file = binary.metadata().at("find QEMU at", binary).map_err(|e| {
         e.hint("install qemu-system-x86 and qemu-utils, or set qemu.binary in the configuration")
@@ -106,13 +121,13 @@ pub(super) fn identity(binary: &Path) -> Result<[u64; 4]> {
     Ok([file.dev(), file.ino(), file.len(), file.mtime().unsigned_abs()])
 }
 
-/// The first CPU model under which QEMU comes up with KVM.
+/// Returns the first CPU model with which QEMU starts under KVM.
 fn probe(binary: &Path) -> Result<&'static str> {
     let device = Path::new("/dev/kvm");
     std::fs::OpenOptions::new().read(true).write(true).open(device).at("open", device)?;
     let mut last = None;
     for model in KVM_MODELS {
-        match starts(binary, model) {
+        match ensure_starts(binary, model) {
             Ok(()) => return Ok(model),
             Err(error) => last = Some(error),
         }
@@ -120,8 +135,9 @@ fn probe(binary: &Path) -> Result<&'static str> {
     Err(last.expect("there are models to try"))
 }
 
-/// Starts QEMU stopped, without a guest, and ends it by its own monitor.
-fn starts(binary: &Path, model: &str) -> Result<()> {
+/// Checks that QEMU starts under KVM with `model`: starts it with `-S` and without a guest, and
+/// ends it over its monitor.
+fn ensure_starts(binary: &Path, model: &str) -> Result<()> {
     let mut child = Command::new(binary)
         .args([
             "-machine",
@@ -142,11 +158,15 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .at("run", binary)?;
-    let status =
-        quit(&mut child, binary, "{\"execute\":\"query-kvm\"}", Instant::now() + PATIENCE)?;
-    let mut said = String::new();
-    let _ = child.stdout.take().map(|stdout| stdout.take(64 * 1024).read_to_string(&mut said));
-    if status.success() && said.contains("\"enabled\": true") {
+    let status = run_and_quit(
+        &mut child,
+        binary,
+        "{\"execute\":\"query-kvm\"}",
+        Instant::now() + PROBE_TIMEOUT,
+    )?;
+    let mut output = String::new();
+    let _ = child.stdout.take().map(|stdout| stdout.take(64 * 1024).read_to_string(&mut output));
+    if status.success() && output.contains("\"enabled\": true") {
         return Ok(());
     }
     Err(Error::new(
@@ -155,8 +175,12 @@ fn starts(binary: &Path, model: &str) -> Result<()> {
     ))
 }
 
-/// Has a QEMU with its monitor on standard input do `commands` and end; how it ended. At `deadline` it is killed.
-pub(super) fn quit(
+/// Has a QEMU with its monitor on standard input execute `commands` and quit, and returns its exit
+/// status. At `deadline` QEMU is killed.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] at `deadline`.
+pub(super) fn run_and_quit(
     child: &mut Child,
     binary: &Path,
     commands: &str,
@@ -164,7 +188,7 @@ pub(super) fn quit(
 ) -> Result<ExitStatus> {
     let script =
         format!("{{\"execute\":\"qmp_capabilities\"}}{commands}{{\"execute\":\"quit\"}}\n");
-    // A QEMU that aborted closed the pipe; how it ended says more than EPIPE.
+    // Fails with EPIPE if QEMU has aborted; its exit status says more.
     let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
     let process = crate::sys::pidfd::Process::open(child.id() as i32)?;
     let ended = process.wait_exit(deadline)?;
@@ -175,6 +199,9 @@ pub(super) fn quit(
     if ended {
         Ok(status)
     } else {
-        Err(Error::new(ErrorKind::Timeout, format!("'{}' does not answer", binary.display())))
+        Err(Error::new(
+            ErrorKind::Timeout,
+            format!("'{}' did not answer in time", binary.display()),
+        ))
     }
 }

@@ -1,4 +1,5 @@
-//! Reading logs that somebody else writes: the end of one for an error message, a word as it appears.
+//! Reads log files that another process writes: the last lines for an error message, or a word once
+//! it appears.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -11,17 +12,18 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 
-/// No more than this of a log gets into a message.
-const MOST: u64 = 2048;
+/// The most bytes of a log that an error message quotes.
+const MAX_TAIL_BYTES: u64 = 2048;
 
-/// The last `count` lines of the file, joined with `; `, control characters escaped: guests write some of these files.
-/// An absent or empty file reads as "nothing was written".
+/// Returns the last `count` lines of the file, joined with `; `. Control characters are escaped,
+/// because guests write some of these files. For a missing or empty file it returns "nothing was
+/// written".
 pub fn last_lines(path: &Path, count: usize) -> String {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|mut file| {
         let size = file.metadata()?.len();
-        file.seek(SeekFrom::Start(size.saturating_sub(MOST)))?;
-        file.take(MOST).read_to_end(&mut bytes)
+        file.seek(SeekFrom::Start(size.saturating_sub(MAX_TAIL_BYTES)))?;
+        file.take(MAX_TAIL_BYTES).read_to_end(&mut bytes)
     });
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -37,7 +39,7 @@ pub fn last_lines(path: &Path, count: usize) -> String {
 /// Waits until the file contains `word` at least `times` times. The file must exist.
 ///
 /// # Errors
-/// [`ErrorKind::Timeout`] at `deadline`, with the last lines there are.
+/// [`ErrorKind::Timeout`] at `deadline`, with the last lines of the file.
 pub fn wait_for(path: &Path, word: &str, times: usize, deadline: Instant) -> Result<()> {
     let os = |errno: nix::Error| Error::io("watch", path, errno.into());
     let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(os)?;
@@ -59,7 +61,7 @@ pub fn wait_for(path: &Path, word: &str, times: usize, deadline: Instant) -> Res
             );
             return Err(Error::new(ErrorKind::Timeout, message));
         }
-        // Only that something changed matters; the text is read again.
+        // The events only show that the file changed; the loop reads it again.
         watch.read_events().map_err(os)?;
     }
 }
@@ -69,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_lines_without_control_characters() {
+    fn last_lines_escapes_control_characters() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         assert_eq!(last_lines(&path, 2), "nothing was written");
@@ -78,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_is_waited_for() {
+    fn wait_for_returns_when_the_word_appears() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "here\n").unwrap();

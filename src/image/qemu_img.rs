@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, NewImage, ensure_no_external_files};
-use crate::patience::within;
-use crate::sys::helper::end_with_us;
+use crate::sys::parent_death::kill_with_parent;
+use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// Most bytes kept of the program's output.
@@ -249,7 +249,7 @@ impl QemuImg {
 
     fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Finished> {
         let mut command = Command::new(&self.program);
-        end_with_us(&mut command);
+        kill_with_parent(&mut command);
         let mut child = command
             .args(args)
             .env_clear()
@@ -267,7 +267,7 @@ impl QemuImg {
             // The program may have just ended. One that hangs in the kernel ends when its storage
             // answers, and is not waited for longer.
             let _ = child.kill();
-            within(Instant::now() + KILL_TIMEOUT, move || child.wait());
+            run_with_timeout(Instant::now() + KILL_TIMEOUT, move || child.wait());
         }
         done.map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => {

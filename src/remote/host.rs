@@ -12,9 +12,9 @@ use super::wire::{self, Answer, Greeting, Question, Want, Word};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{ImageSource, ImportError, InvalidImage};
-use crate::patience::within;
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::{Delivery, ResponseSink};
+use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// How long a caller may take to say that it took an answer. It has nothing to do but to pass it on.
@@ -119,7 +119,7 @@ impl ResponseSink for Caller {
             return Delivery::Received;
         }
         let caller = self.clone();
-        match within(Instant::now() + ACKNOWLEDGES, move || caller.hear::<bool>()) {
+        match run_with_timeout(Instant::now() + ACKNOWLEDGES, move || caller.hear::<bool>()) {
             Some(Ok(true)) => Delivery::Received,
             Some(Ok(false)) => Delivery::Lost(io::ErrorKind::BrokenPipe.into()),
             Some(Err(error)) => Delivery::Unknown(error),
@@ -171,7 +171,7 @@ impl ImageSource for CallersImage {
 
     fn digest(&self, deadline: Instant) -> Result<Digest> {
         let caller = self.caller.clone();
-        let asked = within(deadline, move || {
+        let asked = run_with_timeout(deadline, move || {
             caller.say(&Word::Want(Want::Digest)).and_then(|()| caller.hear())
         });
         asked

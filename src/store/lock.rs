@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
 use crate::store::atomic;
+use crate::timeout::run_with_timeout;
 
 /// What a lock stands for, in the order locks are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -256,7 +256,7 @@ fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
     if deadline <= Instant::now() {
         return Err(still_held(path));
     }
-    match within(deadline, move || file.lock().map(|()| file)) {
+    match run_with_timeout(deadline, move || file.lock().map(|()| file)) {
         Some(locked) => locked.at("lock", path),
         None => Err(still_held(path)),
     }

@@ -22,7 +22,7 @@ use super::atomic;
 use crate::config::Pool;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
+use crate::timeout::run_with_timeout;
 
 /// What a used pool is known by.
 const MARK: &str = ".bosh-qemu-cpi";
@@ -106,7 +106,7 @@ impl Pools {
             looked.metadata().map(|meta| (meta, looked.join(MARK).exists()))
         };
         let known = silent().contains(path);
-        match if known { None } else { within(Instant::now() + PATIENCE, look) } {
+        match if known { None } else { run_with_timeout(Instant::now() + PATIENCE, look) } {
             Some(seen) => seen.map_err(|e| absent(name, path, "can not be used").because(e)),
             None => {
                 silent().insert(path.to_owned());

@@ -1,4 +1,4 @@
-//! The supervisor's life, from launch to the exit that is not followed by another start.
+//! The supervisor's main loop: launch or adopt QEMU, watch it, record its exit, restart it.
 
 use std::fs::File;
 use std::io::Write;
@@ -8,294 +8,307 @@ use std::time::{Duration, Instant};
 use qapi::qmp;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::console_log::CappedLog;
+use super::capped_log::CappedLog;
+use super::enospc::EnospcWait;
 use super::exit::{Ending, ExitRecord};
-use super::full::Full;
 use super::launch::{self, Running};
 use super::power::{PowerState, power_state};
-use super::restart::Restarts;
-use super::{Launched, Scope, boot, memory};
+use super::restart::RestartHistory;
+use super::signals::Signals;
+use super::{StartResult, VmContext, boot_slots, memory};
 use crate::cid::Cid;
 use crate::config::Restart;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::cgroup::Cgroup;
-use crate::host::{clock, memory as memory_of_host};
+use crate::host::{clock, memory as host_memory};
+use crate::qmp::connection::Connection;
 use crate::qmp::{Event, power};
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
 use crate::sys::{code, pidlock};
 
-/// A guest can write without end to its console, and cause events without end.
-const CONSOLE_CAP: u64 = 1 << 20;
-const EVENTS_CAP: u64 = 256 << 10;
-/// Room for some events of a full filesystem.
-const EVENTS_RESERVE: u64 = 16 << 10;
-/// A restart gives way to the calls that work on the VM, but not for ever.
-const LOCK_PATIENCE: Duration = Duration::from_secs(600);
-/// What QEMU said before it ended is still in the sockets; it comes at once or not at all.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+/// Size limit of `console.log`: a guest can write to its console without end.
+const CONSOLE_MAX_BYTES: u64 = 1 << 20;
+/// Size limit of `events.jsonl`: a guest can cause events without end.
+const EVENTS_MAX_BYTES: u64 = 256 << 10;
+/// Bytes reserved for events, so that those about a full filesystem can be written.
+const EVENTS_RESERVED_BYTES: u64 = 16 << 10;
+/// How long a restart waits for the VM's lock, which a call may hold, and then for a boot slot.
+const RESTART_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long to read the last events and console output of a QEMU that has ended: the sockets still
+/// contain them.
+const FINAL_OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// A supervisor is small, and of use when memory is short: the kernel is to end it as one of the last.
-const SPARED: i32 = -900;
-/// The reason of an end by the kernel, for want of memory: the VM's own by its limit, or the host's.
+/// `oom_score_adj` of a supervisor: it is small and records an OOM kill, so the kernel should end
+/// other processes first.
+const SUPERVISOR_OOM_SCORE_ADJ: i32 = -900;
+/// Exit reason of a QEMU that the kernel killed because the VM's memory limit, or the host's
+/// memory, was exceeded.
 const OOM_KILL: &str = "oom-kill";
 
 /// How a supervisor gets its QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Begin {
-    /// It starts one, when it is its turn.
+pub enum StartMode {
+    /// Start a QEMU once a boot slot is free.
     Launch {
-        /// How long it waits for that.
-        queue_until: Instant,
+        /// When to stop waiting for a boot slot.
+        queue_deadline: Instant,
     },
-    /// It takes over the one that runs, whose supervisor died.
+    /// Take over the running QEMU, whose supervisor died.
     Adopt,
 }
 
-/// Runs the VM until it stays off. The caller is told through `handshake` how the beginning went. Until then the VM's
-/// lock is held here too, as `vm_lock`: nobody works on a VM that is being launched, whatever becomes of the caller.
-pub fn supervise(scope: &Scope, begin: Begin, vm_lock: File, handshake: File) -> Result<()> {
-    memory_of_host::prefer_ending(std::process::id() as i32, SPARED);
+/// Runs the VM until it stays off, and sends the result of the start through `handshake` to the
+/// call that waits for it.
+///
+/// `vm_lock` is the VM's lock, inherited from that call. The supervisor holds it until the launch
+/// is done, so no other call works on the VM even if the call is killed.
+///
+/// # Errors
+/// Why the launch or the adoption failed, which the call gets too; later, why a restart was not
+/// possible.
+pub fn supervise(
+    context: &VmContext,
+    mode: StartMode,
+    vm_lock: File,
+    handshake: File,
+) -> Result<()> {
+    host_memory::set_oom_score_adj(std::process::id() as i32, SUPERVISOR_OOM_SCORE_ADJ);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::os("start the event loop", error))?;
-    let launched = admitted(scope, begin, &runtime).and_then(|(lock, mut supervisor)| {
-        let running = match begin {
-            Begin::Launch { queue_until } => supervisor.launch(&runtime, queue_until)?,
-            Begin::Adopt => supervisor.adopt(&runtime)?,
+    let launched = prepare(context, mode, &runtime).and_then(|(lock, mut supervisor)| {
+        let running = match mode {
+            StartMode::Launch { queue_deadline } => supervisor.launch(&runtime, queue_deadline)?,
+            StartMode::Adopt => supervisor.adopt(&runtime)?,
         };
         Ok((lock, supervisor, running))
     });
     let message = match &launched {
-        Ok(_) => Launched::Running,
-        Err(error) => Launched::failed(error),
+        Ok(_) => StartResult::Running,
+        Err(error) => StartResult::failed(error),
     };
     crash::point!("launch done");
-    // A caller that lives has it yet; when it has its answer, nobody else must.
+    // The call still holds the VM's lock through its own descriptor. Once the call has the result,
+    // it must be the only holder.
     drop(vm_lock);
-    let told = tell(handshake, &message);
-    crash::point!("caller told");
+    let sent = send_result(handshake, &message);
+    crash::point!("caller answered");
     let (_lock, mut supervisor, running) = launched?;
-    if !told && supervisor.vm.phase == Phase::Creating {
-        // The call was killed before it could answer: nobody knows this VM, and its address will be given to another.
+    if !sent && supervisor.vm.phase == Phase::Creating {
+        // The call was killed before it could answer. The Director does not know this VM and may
+        // give its address to another.
         return running.qemu.process().signal(nix::sys::signal::Signal::SIGKILL);
     }
-    supervisor.live(&runtime, running)
+    supervisor.run(&runtime, running)
 }
 
-/// Takes the supervisor's lock, by which others know that the VM starts or runs. One that starts must have the memory.
-fn admitted<'a>(
-    scope: &'a Scope,
-    begin: Begin,
+/// Locks `supervisor.pid`, which shows other processes that the VM starts or runs. Before a launch
+/// it also checks that the host has the memory.
+fn prepare<'a>(
+    context: &'a VmContext,
+    mode: StartMode,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<(File, Supervisor<'a>)> {
-    let starts = matches!(begin, Begin::Launch { .. });
-    let _deciding = if starts { Some(memory::lock(scope)?) } else { None };
-    // Who finds the pid may signal it.
-    let orders = Orders::hear(runtime)?;
-    atomic::make_dir(&scope.paths.run)?;
-    let lock = pidlock::lock_self(&scope.paths.supervisor_pid())?;
-    let supervisor = Supervisor::new(scope, orders)?;
+    let starts = matches!(mode, StartMode::Launch { .. });
+    let _memory_lock = if starts { Some(memory::lock(context)?) } else { None };
+    // Other processes may signal the supervisor as soon as they can find its pid.
+    let signals = Signals::listen(runtime)?;
+    atomic::make_dir(&context.paths.run)?;
+    let lock = pidlock::lock_self(&context.paths.supervisor_pid())?;
+    let supervisor = Supervisor::new(context, signals)?;
     if starts {
-        memory::admit(scope, &supervisor.vm)?;
+        memory::ensure_memory(context, &supervisor.vm)?;
     }
     Ok((lock, supervisor))
 }
 
-/// Tells the caller that there will be no launch.
-pub fn refuse(handshake: File, error: &Error) {
-    let _ = tell(handshake, &Launched::failed(error));
+/// Sends `error` to the call that started this supervisor: there will be no launch.
+pub fn report_failure(handshake: File, error: &Error) {
+    let _ = send_result(handshake, &StartResult::failed(error));
 }
 
-/// Whether the caller could be told.
-fn tell(mut handshake: File, message: &Launched) -> bool {
+/// Sends the result of the start and returns whether the call could receive it.
+fn send_result(mut handshake: File, message: &StartResult) -> bool {
     let mut line = serde_json::to_vec(message).expect("a message is plain data");
     line.push(b'\n');
-    let told = handshake.write_all(&line);
-    if let Err(error) = &told {
-        tracing::warn!(%error, "the call that started this supervisor is gone");
+    let sent = handshake.write_all(&line);
+    if let Err(error) = &sent {
+        tracing::warn!(%error, "the call that started this supervisor has ended");
     }
-    told.is_ok()
+    sent.is_ok()
 }
 
-/// What others want of a supervisor; they are signals.
-struct Orders {
-    /// The host goes down: the guest is to do so in order.
-    end: Signal,
-    /// A launch is not wanted any more. What runs is not meant.
-    call_off: Signal,
-}
-
-impl Orders {
-    fn hear(runtime: &tokio::runtime::Runtime) -> Result<Self> {
-        let _entered = runtime.enter();
-        let hear = |kind| signal(kind).map_err(|e| Error::os("watch for signals", e));
-        Ok(Self {
-            end: hear(SignalKind::terminate())?,
-            call_off: hear(SignalKind::user_defined1())?,
-        })
-    }
-
-    /// When a launch is to end.
-    async fn either(&mut self) {
-        tokio::select! {
-            _ = self.end.recv() => {}
-            _ = self.call_off.recv() => {}
-        }
-    }
-}
-
+/// The supervisor of one VM.
 struct Supervisor<'a> {
-    scope: &'a Scope,
+    context: &'a VmContext,
+    /// The VM's record, as it was read last.
     vm: VmRecord,
     console: CappedLog,
     events: CappedLog,
-    restarts: Restarts,
-    orders: Orders,
+    restarts: RestartHistory,
+    signals: Signals,
 }
 
-/// What was learned while QEMU ran.
+/// State of one run of QEMU.
 #[derive(Default)]
 struct Run {
+    /// The exit reason, once QEMU reported it.
     reason: Option<String>,
+    /// Whether the supervisor presses the power button because the host shuts down.
     host_stopping: bool,
-    full: Full,
+    /// Whether the guest waits for space on a full filesystem.
+    enospc: EnospcWait,
 }
 
 impl<'a> Supervisor<'a> {
-    fn new(scope: &'a Scope, orders: Orders) -> Result<Self> {
-        let vm = read(scope)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
-            // The call that started us was killed, and delete_vm is or was here since.
-            let _ = atomic::remove_dir(&scope.paths.run);
+    fn new(context: &'a VmContext, signals: Signals) -> Result<Self> {
+        let vm = read(context)?.filter(|vm| vm.phase != Phase::Deleting).ok_or_else(|| {
+            // The call that started this supervisor was killed, and delete_vm removed the VM since.
+            let _ = atomic::remove_dir(&context.paths.run);
             Error::new(
                 ErrorKind::VmNotFound,
-                format!("VM '{}' has no record to start from", scope.cid),
+                format!("VM '{}' has no record to start from", context.cid),
             )
         })?;
-        let mut events = CappedLog::open(scope.paths.events(), EVENTS_CAP, EVENTS_RESERVE)?;
+        let mut events =
+            CappedLog::open(context.paths.events(), EVENTS_MAX_BYTES, EVENTS_RESERVED_BYTES)?;
         if let Err(error) = events.begin_line() {
             tracing::warn!(error = error.report(), "an event may be lost");
         }
         Ok(Self {
-            scope,
+            context,
             vm,
             events,
-            console: CappedLog::open(scope.paths.console_log(), CONSOLE_CAP, 0)?,
-            restarts: Restarts::default(),
-            orders,
+            console: CappedLog::open(context.paths.console_log(), CONSOLE_MAX_BYTES, 0)?,
+            restarts: RestartHistory::default(),
+            signals,
         })
     }
 
+    /// Launches QEMU once a boot slot is free, and returns when the guest runs.
     fn launch(
         &mut self,
         runtime: &tokio::runtime::Runtime,
-        queue_until: Instant,
+        queue_deadline: Instant,
     ) -> Result<Running> {
         let _slot = runtime.block_on(async {
             tokio::select! {
-                slot = boot::slot(self.scope, queue_until) => slot,
-                () = self.orders.either() => Err(launch::called_off(self.scope)),
+                slot = boot_slots::acquire(self.context, queue_deadline) => slot,
+                () = self.signals.any() => Err(launch::launch_cancelled(self.context)),
             }
         })?;
-        let child = launch::spawn(self.scope, &self.vm)?;
-        let running =
-            runtime.block_on(launch::boot(self.scope, &self.vm, child, self.orders.either()))?;
-        self.note(
+        let child = launch::spawn(self.context, &self.vm)?;
+        let running = runtime.block_on(launch::run_guest(
+            self.context,
+            &self.vm,
+            child,
+            self.signals.any(),
+        ))?;
+        self.log_event(
             "started",
             &json!({"pid": running.qemu.process().pid(), "accel": self.vm.machine.accel}),
         );
         Ok(running)
     }
 
+    /// Takes over the running QEMU.
     fn adopt(&mut self, runtime: &tokio::runtime::Runtime) -> Result<Running> {
-        let PowerState::On(process) = power_state(&self.scope.paths)? else {
+        let PowerState::On(process) = power_state(&self.context.paths)? else {
             return Err(Error::new(
                 ErrorKind::Host,
-                format!("VM '{}' has ended meanwhile", self.scope.cid),
+                format!("VM '{}' cannot be adopted: its QEMU has ended", self.context.cid),
             ));
         };
-        let running = runtime.block_on(launch::adopt(self.scope, process))?;
-        self.note("adopted", &json!({"pid": running.qemu.process().pid()}));
+        let running = runtime.block_on(launch::adopt(self.context, process))?;
+        self.log_event("adopted", &json!({"pid": running.qemu.process().pid()}));
         Ok(running)
     }
 
-    fn live(&mut self, runtime: &tokio::runtime::Runtime, running: Running) -> Result<()> {
+    /// Watches QEMU and restarts it after crashes, until the VM stays off.
+    fn run(&mut self, runtime: &tokio::runtime::Runtime, running: Running) -> Result<()> {
         let mut running = Some(running);
         loop {
             let ending = match running.take() {
                 Some(qemu) => {
                     let exit = runtime.block_on(self.watch(qemu));
-                    if read(self.scope)
+                    if read(self.context)
                         .is_ok_and(|vm| vm.is_none_or(|vm| vm.phase == Phase::Deleting))
                     {
-                        // Nobody will ask how it ended, and delete_vm waits for us.
+                        // The VM is being deleted: no exit record is needed, and delete_vm waits
+                        // for this supervisor.
                         return Ok(());
                     }
-                    self.note(
+                    self.log_event(
                         "exited",
                         &json!({"how": exit.describe(), "ending": format!("{:?}", exit.ending())}),
                     );
-                    if let Err(error) = exit.write(&self.scope.paths.exit()) {
-                        // A full disk is no reason to leave a crashed VM off.
+                    if let Err(error) = exit.write(&self.context.paths.exit()) {
+                        // Goes on: a full disk must not keep a crashed VM from its restart.
                         tracing::error!(error = error.report(), "the exit record is lost");
                     }
                     if exit.host_stopping { Ending::Stopped } else { exit.ending() }
                 }
                 None => Ending::Crashed,
             };
-            let Some(lock) = self.may_restart(runtime, ending)? else { return Ok(()) };
-            match self.launch(runtime, Instant::now() + LOCK_PATIENCE) {
+            let Some(lock) = self.lock_for_restart(runtime, ending)? else { return Ok(()) };
+            match self.launch(runtime, Instant::now() + RESTART_TIMEOUT) {
                 Ok(qemu) => running = Some(qemu),
-                Err(error) => self.note("restart failed", &json!({"error": error.report()})),
+                Err(error) => self.log_event("restart failed", &json!({"error": error.report()})),
             }
             drop(lock);
         }
     }
 
-    /// Takes the VM's lock if the VM is to be started again, after the back-off. Calls that end a VM say so in its
-    /// record first, so the record is asked twice: at once, and again under the lock.
-    fn may_restart(
+    /// Waits for the restart delay and returns the VM's lock, or `None` if the VM is not to be
+    /// restarted. A call that ends a VM writes that to the VM's record first. So this reads the
+    /// record before the delay, after it, and again under the lock.
+    fn lock_for_restart(
         &mut self,
         runtime: &tokio::runtime::Runtime,
         ending: Ending,
     ) -> Result<Option<Guard>> {
-        let wanted = ending == Ending::Crashed && self.scope.config.restart == Restart::OnCrash;
-        if !wanted || !self.still_ours()? {
+        let wanted = ending == Ending::Crashed && self.context.config.restart == Restart::OnCrash;
+        if !wanted || !self.reload_record()? {
             return Ok(None);
         }
-        let Some(wait) = self.restarts.next(Instant::now()) else {
-            self.note("gave up", &json!({"why": "crashed too often"}));
+        let Some(wait) = self.restarts.next_delay(Instant::now()) else {
+            self.log_event("gave up", &json!({"why": "crashed too often"}));
             return Ok(None);
         };
-        self.note("restarting", &json!({"in_seconds": wait.as_secs()}));
-        let told_to_end = runtime.block_on(async {
+        self.log_event("restarting", &json!({"in_seconds": wait.as_secs()}));
+        let terminated = runtime.block_on(async {
             tokio::select! {
                 () = tokio::time::sleep(wait) => false,
-                _ = self.orders.end.recv() => true,
+                _ = self.signals.terminate.recv() => true,
             }
         });
-        if told_to_end || !self.still_ours()? {
+        if terminated || !self.reload_record()? {
             return Ok(None);
         }
-        let lock =
-            self.scope.store.lock(Rank::Vm, &self.scope.cid, Instant::now() + LOCK_PATIENCE)?;
-        // Its create_vm may still have been at work when it ended. That is over now, and if it is not ready, nobody has it.
-        if self.still_ours()? && self.vm.phase == Phase::Ready {
+        let lock = self.context.store.lock(
+            Rank::Vm,
+            &self.context.cid,
+            Instant::now() + RESTART_TIMEOUT,
+        )?;
+        // Its create_vm may still have been running when the guest crashed. It has ended now,
+        // because the lock is free. A VM that is not ready then has no owner.
+        if self.reload_record()? && self.vm.phase == Phase::Ready {
             return Ok(Some(lock));
         }
-        if read(self.scope)?.is_none() {
+        if read(self.context)?.is_none() {
             lock.retire()?;
         }
         Ok(None)
     }
 
-    /// Whether the record still wants the run this supervisor is for; takes over what changed in it.
-    fn still_ours(&mut self) -> Result<bool> {
-        let Some(now) = read(self.scope)? else { return Ok(false) };
+    /// Reads the VM's record again and returns whether it still wants this run: same run number,
+    /// desired state running, not in deletion.
+    fn reload_record(&mut self) -> Result<bool> {
+        let Some(now) = read(self.context)? else { return Ok(false) };
         let same = now.run == self.vm.run
             && now.phase != Phase::Deleting
             && now.desired == Desired::Running;
@@ -305,58 +318,57 @@ impl<'a> Supervisor<'a> {
         Ok(same)
     }
 
-    /// Writes down what happens until QEMU is gone.
+    /// Records events and console output until QEMU has ended, and returns how it ended.
     async fn watch(&mut self, running: Running) -> ExitRecord {
-        // The launch took most of the program's code; the long wait takes little.
-        code::let_go();
-        let group = Cgroup::open(self.scope.cid.as_str());
+        // The launch used most of the program's code; the long wait needs little of it.
+        code::release_pages();
+        let group = Cgroup::open(self.context.cid.as_str());
         let oom_kills = group.oom_kills();
-        let Running { mut qemu, mut monitor, mut serial, full } = running;
-        let (mut run, mut open, mut buffer) =
-            (Run { full, ..Run::default() }, (true, true), vec![0; 4096]);
+        let Running { mut qemu, mut monitor, mut serial, enospc } = running;
+        let mut run = Run { enospc, ..Run::default() };
+        let (mut monitor_open, mut serial_open, mut buffer) = (true, true, vec![0; 4096]);
         let mut presses = tokio::time::interval(power::MAX_PRESS_INTERVAL);
         let status = loop {
             tokio::select! {
                 status = qemu.exited() => break status.unwrap_or(None),
-                event = monitor.next_event(), if open.0 => match event {
-                    Ok(event) => self.take_event(&event, &mut run),
-                    Err(_) => open.0 = false,
+                event = monitor.next_event(), if monitor_open => match event {
+                    Ok(event) => self.on_event(&event, &mut run),
+                    Err(_) => monitor_open = false,
                 },
-                read = serial.read(&mut buffer), if open.1 => match read {
-                    Ok(0) | Err(_) => open.1 = false,
-                    Ok(length) => self.take_console(&buffer[..length]),
+                read = serial.read(&mut buffer), if serial_open => match read {
+                    Ok(0) | Err(_) => serial_open = false,
+                    Ok(length) => self.on_console(&buffer[..length]),
                 },
-                () = run.full.time_to_look(), if open.0 => match run.full.look(&mut monitor, qemu.process().pid()).await {
-                    Ok(true) => self.note("resumed", &json!({"why": "there is room again"})),
-                    Ok(false) => {}
-                    Err(error) => tracing::warn!(%error, "can not look after a guest that waits for room"),
-                },
-                // It came too late.
-                _ = self.orders.call_off.recv() => {}
-                _ = self.orders.end.recv() => {
-                    // The host is going down: the guest may do so in order, and is wanted again afterwards.
+                () = run.enospc.wait_for_check(), if monitor_open => {
+                    self.resume_if_space(&mut run.enospc, &mut monitor, qemu.process().pid()).await;
+                }
+                // The launch is done, so there is nothing to cancel.
+                _ = self.signals.cancel_launch.recv() => {}
+                _ = self.signals.terminate.recv() => {
+                    // The host shuts down: the guest gets the power button. Its desired state stays
+                    // running.
                     run.host_stopping = true;
                     presses.reset_immediately();
                 }
-                // Again and again: a guest that still boots does not listen.
+                // Repeated, because a guest that still boots ignores the power button.
                 _ = presses.tick(), if run.host_stopping => {
                     let pressed = monitor.execute(&qmp::system_powerdown {}).await;
-                    self.note("power button", &json!({"pressed": pressed.is_ok()}));
+                    self.log_event("power button", &json!({"pressed": pressed.is_ok()}));
                 }
             }
         };
-        let _ = tokio::time::timeout(LAST_WORDS, async {
-            while let (true, Ok(event)) = (open.0, monitor.next_event().await) {
-                self.take_event(&event, &mut run);
+        let _ = tokio::time::timeout(FINAL_OUTPUT_TIMEOUT, async {
+            while let (true, Ok(event)) = (monitor_open, monitor.next_event().await) {
+                self.on_event(&event, &mut run);
             }
-            while let (true, Ok(length @ 1..)) = (open.1, serial.read(&mut buffer).await) {
-                self.take_console(&buffer[..length]);
+            while let (true, Ok(length @ 1..)) = (serial_open, serial.read(&mut buffer).await) {
+                self.on_console(&buffer[..length]);
             }
         })
         .await;
         if run.reason.is_none() && group.oom_kills() > oom_kills {
             run.reason = Some(OOM_KILL.to_owned());
-            self.note("out of memory", &json!({"memory_mib": self.vm.machine.ram}));
+            self.log_event("out of memory", &json!({"memory_mib": self.vm.machine.ram}));
         }
         ExitRecord {
             run: self.vm.run,
@@ -368,26 +380,44 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn take_event(&mut self, event: &Event, run: &mut Run) {
+    /// Continues a guest that QEMU paused on a full filesystem, if there is space now.
+    async fn resume_if_space(
+        &mut self,
+        enospc: &mut EnospcWait,
+        monitor: &mut Connection,
+        qemu: i32,
+    ) {
+        match enospc.resume_if_space(monitor, qemu).await {
+            Ok(true) => self.log_event("resumed", &json!({"why": "there is space again"})),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "cannot resume a guest that waits for space"),
+        }
+    }
+
+    /// Handles an event of QEMU's: keeps the exit reason, notices a full filesystem, logs it.
+    fn on_event(&mut self, event: &Event, run: &mut Run) {
         if event.name == "SHUTDOWN" {
             run.reason = event.data["reason"].as_str().map(str::to_owned);
         }
         if event.name == "GUEST_PANICKED" {
             run.reason = Some("guest-panic".into());
         }
-        run.full.take(event.kind());
-        self.note(&event.name, &event.data);
+        run.enospc.on_event(event.kind());
+        self.log_event(&event.name, &event.data);
     }
 
-    /// A log that can not be written must not stop the guest's supervision.
-    fn take_console(&mut self, bytes: &[u8]) {
+    /// Appends console output. A failure is logged, because it must not end the guest's
+    /// supervision.
+    fn on_console(&mut self, bytes: &[u8]) {
         if let Err(error) = self.console.append(bytes) {
             tracing::warn!(error = error.report(), "console output is lost");
         }
     }
 
-    fn note(&mut self, event: &str, data: &Value) {
-        // A guest can cause events without end; they are in the capped file.
+    /// Appends an event to `events.jsonl`.
+    fn log_event(&mut self, event: &str, data: &Value) {
+        // At debug level, because a guest can cause events without end. `events.jsonl` has them
+        // all, within its size limit.
         tracing::debug!(event, %data);
         let line = json!({"at": clock::now(), "run": self.vm.run, "event": event, "data": data});
         if let Err(error) = self.events.append(format!("{line}\n").as_bytes()) {
@@ -396,6 +426,6 @@ impl<'a> Supervisor<'a> {
     }
 }
 
-fn read(scope: &Scope) -> Result<Option<VmRecord>> {
-    scope.store.read::<VmRecord>(&scope.cid)
+fn read(context: &VmContext) -> Result<Option<VmRecord>> {
+    context.store.read::<VmRecord>(&context.cid)
 }

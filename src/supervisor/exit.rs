@@ -1,4 +1,4 @@
-//! How a run ended, kept in `exit.json`.
+//! The exit record: how a run of a VM ended, in `exit.json`.
 
 use std::path::Path;
 
@@ -7,54 +7,55 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::atomic;
 
-/// How one run of a VM ended. QEMU exits with 0 for a guest's poweroff, `quit` and SIGTERM alike, so the reason of
-/// its SHUTDOWN event tells them apart.
+/// How one run of a VM ended. QEMU exits with status 0 after a guest's poweroff, after `quit` and
+/// after SIGTERM. Only the reason of its SHUTDOWN event distinguishes them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
-    /// The run it is about: `vm.json`'s counter at the start.
+    /// The run that ended: the counter in `vm.json` when it started.
     pub run: u64,
-    /// Exit status, if QEMU exited by itself. Neither this nor a signal: it was adopted, so only the reason is known.
+    /// Exit status, if QEMU exited by itself. An adopted QEMU has neither status nor signal: only a
+    /// parent process can read them.
     pub code: Option<i32>,
-    /// Signal that ended QEMU.
+    /// The signal that ended QEMU.
     pub signal: Option<i32>,
-    /// Reason of QMP's SHUTDOWN event: `guest-shutdown`, `host-qmp-quit`, `host-signal`, …; or ours:
-    /// `guest-panic`, `oom-kill`.
+    /// The reason of QMP's SHUTDOWN event: `guest-shutdown`, `host-qmp-quit`, `host-signal`, …; or
+    /// the supervisor's own: `guest-panic`, `oom-kill`.
     pub reason: Option<String>,
-    /// Whether the host was shutting down and had pressed the power button.
+    /// Whether the supervisor had pressed the power button because the host was shutting down.
     pub host_stopping: bool,
-    /// When, UTC.
+    /// When QEMU ended: RFC 3339, UTC.
     pub at: String,
 }
 
-/// What an exit means for the VM's future.
+/// What the exit of QEMU means for its VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// The guest powered itself off: it stays off.
+    /// The guest powered itself off: the VM stays off.
     PoweredOff,
-    /// The host ended it on purpose.
+    /// A call or the host's shutdown ended QEMU on purpose.
     Stopped,
-    /// A signal, a failure, a panic.
+    /// QEMU ended by a signal or with a failure, or the guest panicked.
     Crashed,
 }
 
 impl ExitRecord {
-    /// What this exit means.
+    /// Returns what this exit means for the VM.
     pub fn ending(&self) -> Ending {
         match self.reason.as_deref() {
             _ if self.signal.is_some() || self.code.is_some_and(|code| code != 0) => {
                 Ending::Crashed
             }
-            // An adopted QEMU that gave no reason did not shut down.
+            // An adopted QEMU that ended without a SHUTDOWN event did not shut down.
             None if self.code.is_none() => Ending::Crashed,
             Some("guest-panic") => Ending::Crashed,
-            // Somebody's SIGTERM, not ours: ours are SIGKILL and `quit`.
+            // A SIGTERM from outside: this program ends QEMU only with SIGKILL and `quit`.
             Some("host-signal") if !self.host_stopping => Ending::Crashed,
             Some("guest-shutdown") if !self.host_stopping => Ending::PoweredOff,
             _ => Ending::Stopped,
         }
     }
 
-    /// In a few words, for logs and `vm list`.
+    /// Describes the exit in a few words, for logs and `vm list`.
     pub fn describe(&self) -> String {
         let how = match (self.signal, self.code) {
             (Some(signal), _) => format!("killed by signal {signal}"),
@@ -67,16 +68,19 @@ impl ExitRecord {
         }
     }
 
-    /// Writes the record; durable, because whether a VM is started after a power cut depends on it.
+    /// Writes the record, durably: after a power cut it decides whether the VM is started.
     pub fn write(&self, path: &Path) -> Result<()> {
         atomic::write(path, &serde_json::to_vec(self).expect("an exit record is plain data"))
     }
 
-    /// Reads the record, if there is one.
+    /// Reads the record; `None` if the file does not exist.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if the file cannot be read or parsed.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         let damaged = |why: &str| {
-            Error::new(ErrorKind::Corrupt, format!("'{}' can not be used: {why}", path.display()))
-                .hint("remove the file: the VM counts as crashed then, and is started again")
+            Error::new(ErrorKind::Corrupt, format!("'{}' cannot be used: {why}", path.display()))
+                .hint("remove the file; the VM then counts as crashed and is started again")
         };
         match std::fs::read(path) {
             Err(error)
@@ -108,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_decides_where_the_status_can_not() {
+    fn ending_depends_on_status_signal_and_reason() {
         assert_eq!(exit(Some(0), None, Some("guest-shutdown")).ending(), Ending::PoweredOff);
         assert_eq!(exit(Some(0), None, Some("host-qmp-quit")).ending(), Ending::Stopped);
         assert_eq!(exit(Some(0), None, Some("host-signal")).ending(), Ending::Crashed);

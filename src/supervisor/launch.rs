@@ -1,22 +1,23 @@
-//! From a record to a running guest.
+//! The launch: from a VM's record to a running guest.
 //!
-//! QEMU gets nothing it could open itself: a uid of its own, no capabilities, empty network and ipc namespaces,
-//! Landlock, its own seccomp filter, and every file as a descriptor ([`crate::sys::confine`]). It starts stopped; what
-//! it is gets checked; only `cont` runs the guest.
+//! QEMU can open almost nothing by itself ([`crate::sys::confine`]): it has its own uid, no
+//! capabilities, empty network and ipc namespaces, Landlock rules and a seccomp filter. It inherits
+//! every file as a descriptor. It starts with `-S`, the supervisor checks it, and only `cont` runs
+//! the guest.
 
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use super::full::Full;
-use super::resources::{self, Resources};
-use super::watched::Watched;
-use super::{Scope, conflict, limits};
-use crate::cid::Cid;
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::enospc::EnospcWait;
+use super::qemu_process::QemuProcess;
+use super::resources::{self, Resources};
+use super::{VmContext, address_probe, capped_log, limits};
+use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::host::cgroup::Cgroup;
 use crate::host::{memory, tail};
@@ -30,90 +31,106 @@ use crate::sys::confine::{self, Child, Confined, Paths};
 use crate::sys::pidfd::Process;
 use crate::sys::pidlock;
 
-/// QEMU's initialization takes 0.1 s on an idle host; a busy one is given this long.
-const READY: Duration = Duration::from_secs(60);
+/// How long QEMU may take to open its monitor: 0.1 s on an idle host, much longer on a busy one.
+const MONITOR_CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A QEMU that runs answers at once. One that does not is hung, and left to the call that needs it.
-const ADOPTED: Duration = Duration::from_secs(5);
+/// How long a QEMU that is adopted may take to answer: at once, unless it hangs. A hung QEMU is not
+/// adopted; the next call that needs it deals with it.
+const ADOPT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A QEMU that closed its monitor is gone within milliseconds.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long to wait for the exit of a QEMU that failed: it exits within milliseconds of closing its
+/// monitor.
+const QEMU_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A QEMU whose guest runs.
 pub(super) struct Running {
-    pub(super) qemu: Watched,
+    /// Its process.
+    pub(super) qemu: QemuProcess,
+    /// The supervisor's monitor.
     pub(super) monitor: Connection,
+    /// The guest's serial console.
     pub(super) serial: UnixStream,
-    pub(super) full: Full,
+    /// Whether the guest waits for space on a full filesystem.
+    pub(super) enospc: EnospcWait,
 }
 
-/// Starts QEMU, stopped, in the VM's control groups. Synchronous: the child is made while this process has one thread.
-/// Whoever removes the VM sees the supervisor's lock, and waits for it before it removes the groups.
-pub(super) fn spawn(scope: &Scope, vm: &VmRecord) -> Result<Child> {
+/// Starts QEMU with `-S` in the VM's control groups. Synchronous, so that the fork happens while
+/// this process has one thread. A call that deletes the VM waits for the lock on `supervisor.pid`
+/// before it removes the groups.
+pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
     let template =
-        Template::load(&vm.machine.template, scope.config.qemu.templates_dir.as_deref())?;
+        Template::load(&vm.machine.template, context.config.qemu.templates_dir.as_deref())?;
     let resources = std::thread::scope(|threads| {
-        // Moving a process waits for a pause of every CPU (RCU), 15 ms. Files and taps are opened meanwhile.
-        let moved =
-            threads.spawn(|| Cgroup::open(scope.cid.as_str()).enter(&limits::of(scope, vm)));
-        let resources = Resources::open(scope, vm);
+        // Moving a process into a group waits 15 ms for an RCU grace period. Files and taps are
+        // opened meanwhile.
+        let moved = threads
+            .spawn(|| Cgroup::open(context.cid.as_str()).enter(&limits::for_vm(context, vm)));
+        let resources = Resources::open(context, vm);
         moved.join().expect("no panic");
         resources
     })?;
     let arguments = command_line(vm, &template, &resources.handles());
-    Scope::rotate(&scope.paths.qemu_log());
-    let log = open_log(&scope.paths.qemu_log())?;
+    capped_log::rotate(&context.paths.qemu_log());
+    let log = open_log(&context.paths.qemu_log())?;
     let confined = Confined {
-        program: scope.config.qemu.binary.clone(),
+        program: context.config.qemu.binary.clone(),
         args: arguments.into_iter().map(Into::into).collect(),
         inherit: resources.into_fds(),
         uid: vm.uid,
         keeps_network: vm.nics.iter().any(|nic| nic.tap().is_none()),
-        paths: Paths::of_qemu(&scope.config.qemu.binary),
+        paths: Paths::of_qemu(&context.config.qemu.binary),
         log,
-        pid_lock: pidlock::open(&scope.paths.qemu_pid())?,
-        hardening: scope.config.hardening,
+        pid_lock: pidlock::open(&context.paths.qemu_pid())?,
+        hardening: context.config.hardening,
     };
     let child = confine::spawn(confined)?;
-    // Not as spared as its supervisor, from which it inherited that.
-    memory::prefer_ending(child.process().pid(), 0);
+    // QEMU inherited the supervisor's value, which protects it from the OOM killer.
+    memory::set_oom_score_adj(child.process().pid(), 0);
     Ok(child)
 }
 
-/// Waits until QEMU is up, checks it and lets the guest run. If that fails or is no longer wanted, QEMU is killed.
-pub(super) async fn boot(
-    scope: &Scope,
+/// Waits for QEMU's monitor, checks QEMU and runs the guest. QEMU is killed if that fails, or as
+/// soon as `cancelled` completes.
+pub(super) async fn run_guest(
+    context: &VmContext,
     vm: &VmRecord,
     mut child: Child,
-    told_to_end: impl Future<Output = ()>,
+    cancelled: impl Future<Output = ()>,
 ) -> Result<Running> {
-    let path = scope.paths.supervisor_qmp();
+    let path = context.paths.supervisor_qmp();
     let booted = tokio::select! {
-        booted = connect_and_continue(scope, vm, &path) => booted,
-        status = child.exited() => Err(early_exit(scope, status?)),
-        () = told_to_end => Err(called_off(scope)),
+        booted = connect_and_continue(context, vm, &path) => booted,
+        status = child.exited() => Err(early_exit_error(context, status?)),
+        () = cancelled => Err(launch_cancelled(context)),
     };
     match booted {
-        Ok((monitor, serial)) => {
-            Ok(Running { qemu: Watched::Child(child), monitor, serial, full: Full::default() })
-        }
+        Ok((monitor, serial)) => Ok(Running {
+            qemu: QemuProcess::Child(child),
+            monitor,
+            serial,
+            enospc: EnospcWait::default(),
+        }),
         Err(error) => {
-            // A QEMU that ends closes its sockets first: its own words say more than that they are closed.
-            let ended = timeout(LAST_WORDS, child.exited()).await;
+            // A QEMU that exits closes its sockets first. Its exit status and log say more than a
+            // closed socket.
+            let ended = timeout(QEMU_EXIT_TIMEOUT, child.exited()).await;
             child.kill()?;
-            Err(ended.map_or(Ok(error), |status| Ok::<_, Error>(early_exit(scope, status?)))?)
+            Err(ended
+                .map_or(Ok(error), |status| Ok::<_, Error>(early_exit_error(context, status?)))?)
         }
     }
 }
 
+/// Checks QEMU over its monitor, sets disk limits, removes the key of encrypted disks, and sends
+/// `cont`.
 async fn connect_and_continue(
-    scope: &Scope,
+    context: &VmContext,
     vm: &VmRecord,
     path: &Path,
 ) -> Result<(Connection, UnixStream)> {
-    // While QEMU starts: it takes longer than the answers.
-    let questions = conflict::ask(vm);
-    let mut monitor = Connection::connect(path, Instant::now() + READY).await?;
+    // The probes run while QEMU starts, which takes longer.
+    let probes = address_probe::start(vm);
+    let mut monitor = Connection::connect(path, Instant::now() + MONITOR_CONNECT_TIMEOUT).await?;
     let status = power::status(&mut monitor).await?;
     if !status.is_prelaunch() {
         return Err(Error::new(
@@ -132,59 +149,66 @@ async fn connect_and_continue(
     let own = [Some(files::ROOT), vm.ephemeral.as_ref().map(|_| files::EPHEMERAL)];
     let own =
         own.into_iter().flatten().filter_map(|id| blockdev::throttle_in_group(id, vm.disk_limits));
-    let disks = resources::disks(scope, vm)?;
+    let disks = resources::attached_disks(context, vm)?;
     if disks.iter().any(|disk| disk.encrypted) {
-        forget_key(&mut monitor).await?;
+        remove_key(&mut monitor).await?;
     }
     let persistent =
         disks.iter().filter_map(|disk| blockdev::throttle(disk.cid.as_str(), disk.limits));
     for limits in own.chain(persistent) {
         monitor.raw("block_set_io_throttle", &limits).await?;
     }
-    let serial = serial(scope).await?;
-    questions.settle(scope).await?;
+    let serial = connect_serial(context).await?;
+    probes.finish(context).await?;
     power::cont(&mut monitor).await?;
     Ok((monitor, serial))
 }
 
-/// Takes over the QEMU `process`, whose supervisor died. The guest does not notice; if it fails, QEMU stays as it is.
-pub(super) async fn adopt(scope: &Scope, process: Process) -> Result<Running> {
-    // The call that started us may end, and its control group with it.
-    Cgroup::open(scope.cid.as_str()).rejoin();
-    let qemu = Watched::orphan(process)?;
-    let mut monitor =
-        Connection::connect(&scope.paths.supervisor_qmp(), Instant::now() + ADOPTED).await?;
-    let full = Full::found(&power::status(&mut monitor).await?);
-    Ok(Running { qemu, monitor, serial: serial(scope).await?, full })
+/// Takes over the QEMU `process`, whose supervisor died. The guest is not affected, even if this
+/// fails.
+pub(super) async fn adopt(context: &VmContext, process: Process) -> Result<Running> {
+    // The supervisor must leave the control group of the call that started it: the group may end
+    // with that call.
+    Cgroup::open(context.cid.as_str()).rejoin();
+    let qemu = QemuProcess::adopt(process)?;
+    let mut monitor = Connection::connect(
+        &context.paths.supervisor_qmp(),
+        Instant::now() + ADOPT_CONNECT_TIMEOUT,
+    )
+    .await?;
+    let enospc = EnospcWait::from_status(&power::status(&mut monitor).await?);
+    Ok(Running { qemu, monitor, serial: connect_serial(context).await?, enospc })
 }
 
-async fn serial(scope: &Scope) -> Result<UnixStream> {
-    let path = scope.paths.serial();
+async fn connect_serial(context: &VmContext) -> Result<UnixStream> {
+    let path = context.paths.serial();
     UnixStream::connect(&path).await.at("connect to serial port", &path)
 }
 
-/// The images are open: before the guest runs, nothing in QEMU may know the key of every disk.
-async fn forget_key(monitor: &mut Connection) -> Result<()> {
+/// Deletes the key of encrypted disks from QEMU, which has opened its images by now. QEMU must not
+/// have the key, which opens every disk, while the guest runs.
+async fn remove_key(monitor: &mut Connection) -> Result<()> {
     match monitor.raw("object-del", &json!({"id": blockdev::SECRET})).await {
-        // A disk that was attached since its files were opened: QEMU never had the key.
+        // The encrypted disk was attached after QEMU's files were opened, so QEMU never had the
+        // key.
         Err(error) if error.refused_with("not found") => Ok(()),
-        forgotten => forgotten.map(drop).map_err(Error::from),
+        deleted => deleted.map(drop).map_err(Error::from),
     }
 }
 
-/// Somebody wants the VM off or gone.
-pub(super) fn called_off(scope: &Scope) -> Error {
-    Error::new(ErrorKind::Host, format!("the launch of VM '{}' was called off", scope.cid))
+/// The error of a launch that another call cancelled, to stop or delete the VM.
+pub(super) fn launch_cancelled(context: &VmContext) -> Error {
+    Error::new(ErrorKind::Host, format!("the launch of VM '{}' was cancelled", context.cid))
 }
 
-fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
-    let log = scope.paths.qemu_log();
-    let said = tail::last_lines(&log, 5);
-    if said.contains(WRONG_KEY) {
-        return DiskKey::of(&scope.config).does_not_open(None);
+fn early_exit_error(context: &VmContext, status: ExitStatus) -> Error {
+    let log = context.paths.qemu_log();
+    let output = tail::last_lines(&log, 5);
+    if output.contains(WRONG_KEY) {
+        return DiskKey::of(&context.config).does_not_open(None);
     }
-    Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {said}"))
-        .hint(format!("its whole output is in '{}'", log.display()))
+    Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {output}"))
+        .hint(format!("see its log '{}'", log.display()))
 }
 
 fn open_log(path: &Path) -> Result<std::fs::File> {

@@ -1,21 +1,23 @@
-//! Whether the host has the memory for one more VM.
+//! Memory admission: whether the host has the memory for one more VM.
 //!
-//! A guest's memory is had when the guest first touches it, so what is free now has been promised in part already:
+//! The kernel allocates guest memory when the guest first touches it. So part of the memory that is
+//! available now is already promised to VMs:
 //!
 //! ```text
-//!   MemAvailable  =  reserve  |  promised, not touched yet  |  to give
-//!                    config      every VM that runs, is         what a VM that starts may need
-//!                                starting or restarting
+//!   MemAvailable  =  reserve       |  promised, not touched yet  |  unpromised
+//!                    in the           to every VM that runs,        for VMs
+//!                    configuration    starts or restarts            that start
 //! ```
 //!
-//! Asked by the supervisor of a VM that starts, under one lock for the host. Its own promise is its lock of
-//! `supervisor.pid`: others see it before that lock is free again, so two that start at once can not both count on the
-//! same memory. A restart after a crash is not asked about: its promise was never taken back.
+//! The supervisor of a VM that starts checks this under one lock for the host. It locks
+//! `supervisor.pid` under the same lock, which counts as its VM's promise. So two VMs that start at
+//! the same time cannot both count on the same memory. A restart after a crash is not checked,
+//! because the VM's promise never ended.
 
 use std::time::{Duration, Instant};
 
-use super::Scope;
-use super::limits::USUAL;
+use super::VmContext;
+use super::limits::QEMU_USUAL_BYTES;
 use super::power::{PowerState, power_state};
 use crate::cid::VmCid;
 use crate::config::{Config, Memory};
@@ -25,146 +27,154 @@ use crate::store::{Brief, Phase, Rank, Store, VmRecord};
 use crate::sys::pidlock;
 use crate::units::Bytes;
 
-/// Each holds the lock for milliseconds.
-const LOCK: Duration = Duration::from_secs(30);
-/// The most VMs that an error names.
-const NAMED: usize = 10;
+/// How long to wait for the memory lock; each supervisor holds it for milliseconds.
+const MEMORY_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+/// The most VMs that an error message names.
+const MAX_NAMED_VMS: usize = 10;
 
-/// Taken before a VM shows that it starts, and given back when it may.
-pub(super) fn lock(scope: &Scope) -> Result<Brief> {
-    scope.store.brief(Rank::Memory, "host", Instant::now() + LOCK)
+/// Acquires the host's memory lock. A supervisor holds it from before it locks `supervisor.pid`
+/// until its VM is admitted.
+pub(super) fn lock(context: &VmContext) -> Result<Brief> {
+    context.store.brief(Rank::Memory, "host", Instant::now() + MEMORY_LOCK_TIMEOUT)
 }
 
-/// Whether the host has the memory for `vm` to start, or, if it runs, to start again.
+/// Checks that the host has the memory for `vm` to start, or to start again if it runs.
 ///
 /// # Errors
-/// [`ErrorKind::NotEnoughMemory`] with the figures.
-pub fn admit(scope: &Scope, vm: &VmRecord) -> Result<()> {
-    let own = match power_state(&scope.paths)? {
+/// [`ErrorKind::NotEnoughMemory`] with all sizes and the largest VMs.
+pub fn ensure_memory(context: &VmContext, vm: &VmRecord) -> Result<()> {
+    let own = match power_state(&context.paths)? {
         PowerState::On(qemu) => resident(qemu.pid()).get(),
         PowerState::Off => 0,
     };
-    Figures {
-        need: promise(vm).saturating_sub(own),
-        ..Figures::of(&scope.config, &scope.store, Some(&scope.cid))?
+    HostMemory {
+        need: promised_to(vm).saturating_sub(own),
+        ..HostMemory::of(&context.config, &context.store, Some(&context.cid))?
     }
-    .verdict(vm)
+    .ensure_fits(vm)
 }
 
-/// The largest `ram` that a new VM could have now.
+/// Returns the largest `ram` in bytes that a new VM could have now.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] if the kernel does not say.
+/// [`ErrorKind::Host`] if the kernel does not report its available memory.
 pub fn largest_vm(config: &Config, store: &Store) -> Result<Bytes> {
-    Figures::of(config, store, None).map(|figures| Bytes(figures.left().saturating_sub(USUAL)))
+    HostMemory::of(config, store, None)
+        .map(|memory| Bytes(memory.unpromised().saturating_sub(QEMU_USUAL_BYTES)))
 }
 
-/// Bytes the VM may come to have.
-fn promise(vm: &VmRecord) -> u64 {
-    vm.machine.ram.bytes().get() + USUAL
+/// Returns the bytes that the VM may use when its guest has touched all its memory.
+fn promised_to(vm: &VmRecord) -> u64 {
+    vm.machine.ram.bytes().get() + QEMU_USUAL_BYTES
 }
 
-/// A VM that has memory, or was promised some.
+/// The memory of a VM that runs or starts, in bytes.
 #[derive(Debug)]
-struct Claim {
-    vm: VmCid,
+struct VmMemory {
+    cid: VmCid,
     promised: u64,
     touched: u64,
-    /// It is being deleted: what it has is free in a moment.
-    ending: bool,
+    /// Whether the VM is being deleted: its memory will be free in a moment.
+    deleting: bool,
 }
 
-impl Claim {
-    /// That of another VM; `None` if it is off.
-    fn of(store: &Store, vm: VmCid) -> Result<Option<Self>> {
-        let paths = store.vm(&vm);
+impl VmMemory {
+    /// Returns the memory of the VM `cid`; `None` if it is off.
+    fn of(store: &Store, cid: VmCid) -> Result<Option<Self>> {
+        let paths = store.vm(&cid);
         let qemu = pidlock::holder(&paths.qemu_pid())?;
         if qemu.is_none() && pidlock::holder(&paths.supervisor_pid())?.is_none() {
             return Ok(None);
         }
         let touched = qemu.map_or(0, |qemu| resident(qemu.pid()).get());
-        // A record that can not be read must not keep all others from starting: at least what is there counts.
-        let record = store.read::<VmRecord>(&vm).ok().flatten();
-        let ending = record.as_ref().is_some_and(|record| record.phase == Phase::Deleting);
-        let promised = record.as_ref().map_or(touched, promise);
-        Ok(Some(Self { vm, promised, touched, ending }))
+        // An unreadable record must not keep all other VMs from starting. Its VM counts with the
+        // memory it has touched.
+        let record = store.read::<VmRecord>(&cid).ok().flatten();
+        let deleting = record.as_ref().is_some_and(|record| record.phase == Phase::Deleting);
+        let promised = record.as_ref().map_or(touched, promised_to);
+        Ok(Some(Self { cid, promised, touched, deleting }))
     }
 
     fn untouched(&self) -> u64 {
-        if self.ending { 0 } else { self.promised.saturating_sub(self.touched) }
+        if self.deleting { 0 } else { self.promised.saturating_sub(self.touched) }
     }
 }
 
-/// All that decides, in bytes.
+/// The host's memory as the admission sees it, in bytes.
 #[derive(Debug)]
-struct Figures {
+struct HostMemory {
+    /// What the VM that starts needs.
     need: u64,
+    /// The kernel's `MemAvailable`.
     available: u64,
+    /// `limits.memory_reserve_mib`.
     reserve: u64,
-    claims: Vec<Claim>,
+    /// The VMs that run or start; none if the configuration allows overcommit.
+    vms: Vec<VmMemory>,
 }
 
-impl Figures {
-    /// Those of the host without the VM `except`, and with nothing that needs any.
+impl HostMemory {
+    /// Reads the host's memory, with all VMs but `except`, and with `need` 0.
     fn of(config: &Config, store: &Store, except: Option<&VmCid>) -> Result<Self> {
-        let mut claims = Vec::new();
+        let mut vms = Vec::new();
         if config.limits.memory == Memory::Guaranteed {
             for cid in store.list::<VmRecord>()?.into_iter().filter(|cid| Some(cid) != except) {
-                claims.extend(Claim::of(store, cid)?);
+                vms.extend(VmMemory::of(store, cid)?);
             }
         }
         let reserve = config.limits.memory_reserve_mib.get() << 20;
-        Ok(Self { need: 0, available: available()?.get(), reserve, claims })
+        Ok(Self { need: 0, available: available()?.get(), reserve, vms })
     }
 
     fn untouched(&self) -> u64 {
-        self.claims.iter().map(Claim::untouched).sum()
+        self.vms.iter().map(VmMemory::untouched).sum()
     }
 
-    /// What nobody was promised.
-    fn left(&self) -> u64 {
+    /// Memory that is neither reserved nor promised to a VM.
+    fn unpromised(&self) -> u64 {
         self.available.saturating_sub(self.reserve + self.untouched())
     }
 
-    fn verdict(&self, vm: &VmRecord) -> Result<()> {
+    fn ensure_fits(&self, vm: &VmRecord) -> Result<()> {
         let untouched = self.untouched();
-        let taken = self.reserve + untouched;
-        if taken + self.need <= self.available {
+        let committed = self.reserve + untouched;
+        if committed + self.need <= self.available {
             return Ok(());
         }
-        let returning: u64 =
-            self.claims.iter().filter(|claim| claim.ending).map(|claim| claim.touched).sum();
-        let passing = taken + self.need <= self.available + returning;
+        let returning: u64 = self.vms.iter().filter(|vm| vm.deleting).map(|vm| vm.touched).sum();
+        let passing = committed + self.need <= self.available + returning;
         let message = format!(
-            "the host has not the memory for VM '{}': it needs {} ({} for the guest), {} are left: {} are available, \
-             {} are reserved, and {} promised to {} other VMs are not touched yet",
+            "the host does not have the memory for VM '{}': it needs {} ({} for the guest), \
+             {} are left: {} are available, {} are reserved, \
+             and {} promised to {} other VMs are not touched yet",
             vm.cid,
             mib(self.need),
             vm.machine.ram,
-            mib(self.left()),
+            mib(self.unpromised()),
             mib(self.available),
             mib(self.reserve),
             mib(untouched),
-            self.claims.len(),
+            self.vms.len(),
         );
         let hint = format!(
-            "delete or shrink VMs, lower `limits.memory_reserve_mib`, or let VMs share what they do not use \
-             (`limits.memory: overcommit`); {}",
+            "delete or shrink VMs, lower `limits.memory_reserve_mib`, \
+             or let VMs share the memory they do not use (`limits.memory: overcommit`); {}",
             self.largest()
         );
         Err(Error::new(ErrorKind::NotEnoughMemory { passing }, message).hint(hint))
     }
 
-    /// The VMs with the most memory promised.
+    /// Describes the VMs with the most memory, for the hint.
     fn largest(&self) -> String {
-        let mut claims: Vec<_> = self.claims.iter().collect();
-        claims.sort_by_key(|claim| std::cmp::Reverse(claim.promised.max(claim.touched)));
-        let named = |claim: &&Claim| {
-            let ending = if claim.ending { ", being deleted" } else { "" };
-            format!("{} has {} of {}{ending}", claim.vm, mib(claim.touched), mib(claim.promised))
+        let mut vms: Vec<_> = self.vms.iter().collect();
+        vms.sort_by_key(|vm| std::cmp::Reverse(vm.promised.max(vm.touched)));
+        let named = |vm: &&VmMemory| {
+            let deleting = if vm.deleting { ", being deleted" } else { "" };
+            let (touched, promised) = (mib(vm.touched), mib(vm.promised));
+            format!("{} has {touched} of {promised}{deleting}", vm.cid)
         };
-        let names: Vec<_> = claims.iter().take(NAMED).map(named).collect();
-        let more = claims.len().saturating_sub(NAMED);
+        let names: Vec<_> = vms.iter().take(MAX_NAMED_VMS).map(named).collect();
+        let more = vms.len().saturating_sub(MAX_NAMED_VMS);
         match (names.is_empty(), more) {
             (true, _) => "no other VM counts".to_owned(),
             (false, 0) => names.join(", "),
@@ -173,6 +183,7 @@ impl Figures {
     }
 }
 
+/// Formats a size in MiB, the unit of `ram` and `limits.memory_reserve_mib`, rounded up.
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }

@@ -1,52 +1,94 @@
-//! One small process per VM: it starts QEMU, writes down what happens, and starts it again after a crash.
+//! Owns one VM's QEMU process: starts it, records its events and exit, restarts it after a crash.
+//!
+//! Each VM has one supervisor process, `bosh-qemu-cpi supervise CID`. It goes through these states:
 //!
 //! ```text
-//!                    ┌────────────── crash, restart allowed: back-off ──────────────┐
-//!                    ▼                                                              │
-//!  spawned ──► launching ──► running ──► QEMU gone ──► exit.json written ──► decide ┤
-//!                 │ (-S … cont)   ▲ │                                               │
-//!                 │               │ └ guest reboots: same process                   ▼
-//!                 └─ failed: QEMU killed, taps gone, caller told             supervisor ends
+//!     supervise CID                                      supervise CID --adopt
+//!          │                                                      │
+//!          ▼                                                      │
+//!    ┌───────────┐  no record, not enough memory                  │
+//!    │ Preparing ├──────────────────────────────┐                 │
+//!    └─────┬─────┘                              │                 │
+//!          │ supervisor.pid is locked           │                 │
+//!          ▼                                    ▼                 │
+//!    ┌───────────┐  cancelled, no boot slot ┌────────┐  no QEMU   │
+//!  ┌►│  Queued   ├─────────────────────────►│ Failed │◄───────────┤
+//!  │ └─────┬─────┘                          └────────┘            │
+//!  │       │ boot slot acquired                 ▲                 │
+//!  │       ▼                                    │                 │
+//!  │ ┌───────────┐  cancelled, QEMU fails       │                 │
+//!  │ │ Launching ├──────────────────────────────┘                 │
+//!  │ └─────┬─────┘                                                │
+//!  │       │ `cont`                                               │ monitor connected
+//!  │       ▼                                                      │
+//!  │ ┌───────────┐◄───────────────────────────────────────────────┘
+//!  │ │  Running  │◄─┐ SIGTERM: press the power button until QEMU exits
+//!  │ │           ├──┘ image filesystem full: wait for space, then `cont`
+//!  │ └─────┬─────┘
+//!  │       │ QEMU exits, exit.json is written
+//!  │       ▼
+//!  │ ┌───────────┐  powered off, stopped, deleted, crashed too often ┌───────┐
+//!  │ │  Exited   ├──────────────────────────────────────────────────►│ Ended │
+//!  │ └─────┬─────┘                                                   └───────┘
+//!  │       │ crashed, `restart: on-crash`, record still wants this run
+//!  │       ▼
+//!  │ ┌───────────┐
+//!  └─┤  BackOff  │ 1, 5 or 15 s; then the VM's lock is acquired
+//!    └───────────┘
 //! ```
 //!
-//! - Before it launches, it asks whether the host has the memory (`memory`) and waits for its turn (`boot`). The
-//!   VM's processes are in control groups with `limits`.
-//! - The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call that spawned us
-//!   waits on a pipe for one line ([`Launched`]).
-//! - While the guest waits for room on a full filesystem, it looks whether there is some (`full`).
-//! - It owns the taps, the console log and the exit record. It only reads `vm.json`: calls write that.
-//! - It dies without harm. QEMU lives on, calls still work; only log, exit record and restart are missing, until the
-//!   next call that changes the VM, or `host start`, gives it a supervisor that adopts it. What it printed meanwhile
-//!   is lost, and so is the exit status, which only a parent learns.
-//! - All that happens before `cont` is undone by killing one process: taps are not persistent, sockets are in the run
-//!   directory, images are untouched.
+//! - **Preparing**: the supervisor locks `supervisor.pid`, reads the VM's record and checks that
+//!   the host has the memory (`memory`).
+//! - **Queued**: it waits for one of the host's boot slots (`boot_slots`).
+//! - **Launching**: it enters the VM's control groups (`limits`), opens files and taps
+//!   (`resources`), and starts QEMU with `-S` (`launch`). It checks QEMU and the VM's addresses
+//!   (`address_probe`), then sends `cont`. Killing one process undoes everything before `cont`:
+//!   taps are not persistent, sockets are in the run directory, and images are unchanged.
+//! - **Failed**: QEMU is killed, its taps are closed, and the call gets the error. After the first
+//!   launch the supervisor ends. A failed restart counts as a crash instead and goes to BackOff.
+//! - **Running**: events go to `events.jsonl`, console output to `console.log` (`capped_log`). A
+//!   guest that QEMU paused on a full filesystem continues once there is space (`enospc`).
+//! - **Exited**: `exit.json` records how QEMU ended (`exit`). For a VM in deletion it is not
+//!   written.
+//! - **BackOff**: at most three restarts in ten minutes (`restart`). SIGTERM ends the supervisor.
+//!
+//! SIGTERM presses the power button of a running guest, because the host shuts down; in any other
+//! state it ends the supervisor. SIGUSR1 cancels a launch and does nothing to a running guest.
+//!
+//! The contract with CPI calls is files, locks and QMP. The one exception is the launch: the call
+//! that started the supervisor waits on a pipe for one line ([`StartResult`]). The supervisor owns
+//! the taps, the console log and the exit record. It only reads `vm.json`, which calls write.
+//!
+//! QEMU outlives a supervisor that dies, and calls still work. Console log, exit record and restart
+//! are missing until a call that changes the VM, or `host start`, starts a supervisor with
+//! `--adopt`. Console output of that gap is lost. So is the exit status, which only a parent
+//! process can read.
 
-mod boot;
-mod conflict;
-mod console_log;
+mod address_probe;
+mod boot_slots;
+mod capped_log;
 mod daemon;
+mod enospc;
 mod exit;
-mod full;
 mod launch;
 mod limits;
 mod memory;
 mod power;
+mod qemu_process;
 mod resources;
 mod restart;
+mod signals;
 mod spawn;
 mod status;
-mod watched;
 
-pub use boot::slots as boot_slots;
-pub use daemon::{Begin, refuse, supervise};
+pub use boot_slots::count as boot_slots;
+pub use daemon::{StartMode, report_failure, supervise};
 pub use exit::{Ending, ExitRecord};
-pub use memory::{admit, largest_vm};
-pub use power::{Button, PowerState, call_off, power_state, stop};
+pub use memory::{ensure_memory, largest_vm};
+pub use power::{PowerState, StopMode, cancel_launch, power_state, stop};
 pub use resources::open_file;
 pub use spawn::{Adoption, adopt, start};
 pub use status::{State, Status, status};
-
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -55,31 +97,31 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::store::{Store, VmPaths};
 
-/// The line a supervisor sends up the pipe once, when the guest runs or the launch failed.
+/// The line that a supervisor sends once to the call that started it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Launched {
-    /// `cont` was given.
+pub enum StartResult {
+    /// The guest runs: QEMU executed `cont`, or an adopted QEMU answered.
     Running,
-    /// Nothing of the launch is left.
+    /// The launch failed; none of its processes and taps remains.
     Failed {
-        /// What a caller may act on.
+        /// The error's kind, for the call to act on.
         kind: ErrorKind,
-        /// Why it failed, for a person.
+        /// The error's text, with its causes and hint.
         report: String,
     },
 }
 
-impl Launched {
+impl StartResult {
     fn failed(error: &Error) -> Self {
         Self::Failed { kind: error.kind(), report: error.report() }
     }
 }
 
-/// What a supervisor works with.
+/// The VM that a supervisor is for, with the configuration and files it needs.
 #[derive(Debug)]
-pub struct Scope {
-    /// The configuration at the time it was spawned.
+pub struct VmContext {
+    /// The configuration when the supervisor was started.
     pub config: Config,
     /// The store.
     pub store: Store,
@@ -89,19 +131,11 @@ pub struct Scope {
     pub paths: VmPaths,
 }
 
-impl Scope {
-    /// The scope of the VM `cid` under `config`.
+impl VmContext {
+    /// Makes the context of the VM `cid` under `config`.
     pub fn new(config: Config, cid: VmCid) -> Self {
         let store = Store::of(&config);
         let paths = store.vm(&cid);
         Self { config, store, cid, paths }
-    }
-
-    /// Moves `path` to `path.1`, so that a start begins with a file of its own.
-    fn rotate(path: &PathBuf) {
-        let mut old = path.clone().into_os_string();
-        old.push(".1");
-        // Absent at the first start; a log that can not be moved is appended to.
-        let _ = std::fs::rename(path, old);
     }
 }

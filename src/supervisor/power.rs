@@ -1,4 +1,4 @@
-//! Whether a VM is on, and how it is turned off. Used by calls; needs no supervisor.
+//! The power state of a VM, and how a call turns the VM off. Works without a supervisor.
 
 use std::time::{Duration, Instant};
 
@@ -7,102 +7,108 @@ use nix::sys::signal::Signal;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qmp::monitor::Monitor;
-use crate::qmp::power as buttons;
+use crate::qmp::power as qmp_power;
 use crate::store::VmPaths;
 use crate::sys::pidfd::Process;
 use crate::sys::pidlock;
 
-/// A QEMU that quits writes back what its images cache; more than this is a hung host.
-const QUIT: Duration = Duration::from_secs(10);
-/// A killed process is gone at once unless the kernel is stuck in its behalf.
-const KILL: Duration = Duration::from_secs(10);
-/// What a supervisor has left to do when its QEMU is gone: one record.
-const SUPERVISOR: Duration = Duration::from_secs(2);
+/// How long QEMU may take to exit after `quit`, which writes back its image caches. A host that
+/// needs longer is hung.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a process may take to exit after SIGKILL: it exits at once, unless it hangs in the
+/// kernel.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a supervisor may take to exit once its QEMU has ended: it writes one record.
+const SUPERVISOR_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Whether a VM is on.
 #[derive(Debug)]
 pub enum PowerState {
-    /// Its QEMU lives: the kernel says so, by the lock on `qemu.pid`.
+    /// QEMU runs: it holds the lock on `qemu.pid`.
     On(Process),
-    /// It does not.
+    /// No process holds that lock.
     Off,
 }
 
-/// How much a guest is asked before its QEMU ends.
+/// How a VM is turned off.
 #[derive(Debug, Clone, Copy)]
-pub enum Button {
-    /// The power button, for this long; then as [`Button::Quit`].
-    Press(Duration),
-    /// QEMU writes back its caches and ends.
+pub enum StopMode {
+    /// Press the power button for up to this long, then do as [`StopMode::Quit`].
+    PowerButton(Duration),
+    /// Have QEMU write back its caches and exit.
     Quit,
-    /// QEMU is killed. Only for a VM none of whose disks is kept.
+    /// Kill QEMU, which loses cached writes. Only where no disk of the VM is kept, or its guest
+    /// never ran.
     Kill,
 }
 
-/// Asks the kernel whether the VM's QEMU lives.
+/// Returns whether the VM's QEMU runs, by the kernel's lock on `qemu.pid`.
 pub fn power_state(paths: &VmPaths) -> Result<PowerState> {
     Ok(pidlock::holder(&paths.qemu_pid())?.map_or(PowerState::Off, PowerState::On))
 }
 
-/// Turns the VM off and waits until its QEMU and its supervisor are gone. Gentle means that do not help are followed
-/// by rougher ones; a QEMU that is stopped or hung is killed.
+/// Turns the VM off and waits until its QEMU and its supervisor have ended. Each step that fails is
+/// followed by a harder one: power button, `quit`, SIGKILL.
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] naming the process if even SIGKILL does not end it.
-pub fn stop(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
-    end_qemu(paths, button, deadline)?;
+pub fn stop(paths: &VmPaths, mode: StopMode, deadline: Instant) -> Result<()> {
+    end_qemu(paths, mode, deadline)?;
     let Some(supervisor) = pidlock::holder(&paths.supervisor_pid())? else { return Ok(()) };
-    // Nobody wants the VM started again.
+    // The supervisor must not start the VM again.
     supervisor.signal(Signal::SIGTERM)?;
-    crash::point!("supervisor told to end");
-    if !supervisor.wait_exit(earlier(deadline, SUPERVISOR))? {
+    crash::point!("supervisor terminated");
+    if !supervisor.wait_exit(capped(deadline, SUPERVISOR_EXIT_TIMEOUT))? {
         kill(&supervisor, "the supervisor", deadline)?;
     }
-    // It may have been about to start QEMU when we first looked: its call was killed in the middle of a launch.
-    end_qemu(paths, button, deadline)
+    // If a call was killed during its launch, the supervisor may have started QEMU after the first
+    // check.
+    end_qemu(paths, mode, deadline)
 }
 
-/// Has a launch that is under way end now instead of when it is done or at its deadline. For whoever is about to remove
-/// the VM but finds its lock taken; a guest that runs already runs on.
-pub fn call_off(paths: &VmPaths) -> Result<()> {
+/// Cancels a launch in progress. For a call that is to delete the VM but finds the VM's lock held.
+/// A guest that already runs is not affected.
+pub fn cancel_launch(paths: &VmPaths) -> Result<()> {
     pidlock::holder(&paths.supervisor_pid())?
         .map_or(Ok(()), |supervisor| supervisor.signal(Signal::SIGUSR1))
 }
 
-fn end_qemu(paths: &VmPaths, button: Button, deadline: Instant) -> Result<()> {
+fn end_qemu(paths: &VmPaths, mode: StopMode, deadline: Instant) -> Result<()> {
     let PowerState::On(qemu) = power_state(paths)? else { return Ok(()) };
-    let ended = match button {
-        Button::Press(patience) => {
-            press(paths, &qemu, patience, deadline) || quit(paths, &qemu, deadline)
+    let ended = match mode {
+        StopMode::PowerButton(timeout) => {
+            press(paths, &qemu, timeout, deadline) || quit(paths, &qemu, deadline)
         }
-        Button::Quit => quit(paths, &qemu, deadline),
-        Button::Kill => false,
+        StopMode::Quit => quit(paths, &qemu, deadline),
+        StopMode::Kill => false,
     };
     if ended { Ok(()) } else { kill(&qemu, "QEMU", deadline) }
 }
 
-/// The power button, again and again until the guest listens. Whether QEMU is gone.
-fn press(paths: &VmPaths, qemu: &Process, patience: Duration, deadline: Instant) -> bool {
-    let until = earlier(deadline, patience);
+/// Presses the power button repeatedly until the guest shuts down, and returns whether QEMU has
+/// exited.
+fn press(paths: &VmPaths, qemu: &Process, timeout: Duration, deadline: Instant) -> bool {
+    let until = capped(deadline, timeout);
     let pressed = Monitor::connect(&paths.qmp(), until).and_then(|mut monitor| {
-        monitor.run(async |connection| buttons::press_button(connection, until).await)
+        monitor.run(async |connection| qmp_power::press_button(connection, until).await)
     });
-    if !matches!(pressed, Ok(buttons::Powerdown::Down)) {
-        tracing::info!(?pressed, "the guest did not follow the power button");
+    if !matches!(pressed, Ok(qmp_power::Powerdown::Down)) {
+        tracing::info!(?pressed, "the guest did not shut down after the power button");
         return false;
     }
-    qemu.wait_exit(earlier(deadline, QUIT)).unwrap_or(false)
+    qemu.wait_exit(capped(deadline, QUIT_TIMEOUT)).unwrap_or(false)
 }
 
-/// `quit`. Whether QEMU is gone.
+/// Sends `quit` and returns whether QEMU has exited.
 fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
-    let until = earlier(deadline, QUIT);
-    // A QEMU that was stopped answers nothing; half of the time is left for one that is only slow to write back.
-    let greeting = earlier(until, QUIT / 4);
-    let told = Monitor::connect(&paths.qmp(), greeting)
-        .and_then(|mut monitor| monitor.run(async |connection| buttons::quit(connection).await));
-    if let Err(error) = told {
-        tracing::info!(error = %error, "QEMU did not take `quit`");
+    let until = capped(deadline, QUIT_TIMEOUT);
+    // A QEMU stopped by SIGSTOP does not greet. Most of the time is for a QEMU that is slow to
+    // write back.
+    let greeting = capped(until, QUIT_TIMEOUT / 4);
+    let sent = Monitor::connect(&paths.qmp(), greeting)
+        .and_then(|mut monitor| monitor.run(async |connection| qmp_power::quit(connection).await));
+    if let Err(error) = sent {
+        tracing::info!(error = %error, "QEMU did not execute `quit`");
         return false;
     }
     qemu.wait_exit(until).unwrap_or(false)
@@ -110,14 +116,21 @@ fn quit(paths: &VmPaths, qemu: &Process, deadline: Instant) -> bool {
 
 fn kill(process: &Process, what: &str, deadline: Instant) -> Result<()> {
     process.signal(Signal::SIGKILL)?;
-    crash::point!("{what} told to die");
-    if process.wait_exit(earlier(deadline, KILL).max(Instant::now() + Duration::from_secs(1)))? {
+    crash::point!("{what} killed");
+    if process
+        .wait_exit(capped(deadline, KILL_TIMEOUT).max(Instant::now() + Duration::from_secs(1)))?
+    {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Timeout, format!("{what}, process {}, does not end after SIGKILL", process.pid()))
-        .hint("it hangs in the kernel, often on storage that went away: see /proc/<pid>/stack; then repeat the call"))
+    let message = format!("{what}, process {pid}, does not end after SIGKILL", pid = process.pid());
+    Err(Error::new(ErrorKind::Timeout, message).hint(format!(
+        "it hangs in the kernel, often on storage that does not answer: \
+         see '/proc/{}/stack', then repeat the call",
+        process.pid()
+    )))
 }
 
-fn earlier(deadline: Instant, patience: Duration) -> Instant {
-    deadline.min(Instant::now() + patience)
+/// Returns `deadline`, or the time `timeout` from now if that is earlier.
+fn capped(deadline: Instant, timeout: Duration) -> Instant {
+    deadline.min(Instant::now() + timeout)
 }

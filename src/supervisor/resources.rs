@@ -1,5 +1,5 @@
-//! Everything QEMU inherits: opened files, taps, listening sockets. Whatever was opened is closed again when this is
-//! dropped, and a closed tap is gone.
+//! The descriptors that QEMU inherits: files, taps, listening sockets. Dropping them closes them,
+//! and the kernel removes a closed tap.
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::Scope;
+use super::VmContext;
 use crate::cid::DiskCid;
 use crate::config::Config;
 use crate::crash;
@@ -22,10 +22,11 @@ use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
 use crate::store::{DiskKey, Phase, Rank, atomic};
 use crate::{image, net};
 
-/// How long to wait for another process that works on the same bridge: each holds the lock for milliseconds.
-const NETWORK_LOCK: Duration = Duration::from_secs(20);
+/// How long to wait for another process that changes the same bridge: each holds the lock for
+/// milliseconds.
+const NETWORK_LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What QEMU inherits.
+/// The descriptors that QEMU inherits.
 pub(super) struct Resources {
     files: Vec<(OpenedFile, OwnedFd)>,
     key: Option<OwnedFd>,
@@ -36,26 +37,28 @@ pub(super) struct Resources {
 }
 
 impl Resources {
-    /// Opens everything `vm` needs, making bridges and taps.
-    pub(super) fn open(scope: &Scope, vm: &VmRecord) -> Result<Self> {
-        let needs = files::required(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
+    /// Opens everything that `vm` needs, and makes its bridges and taps.
+    pub(super) fn open(context: &VmContext, vm: &VmRecord) -> Result<Self> {
+        let needs =
+            files::required(vm, &context.paths, &context.store, &attached_disks(context, vm)?)?;
         let encrypted = needs.iter().any(|need| need.encrypted);
-        // In force before there is a tap: a VM is never on a wire without them.
-        net::guard::add(&vm.nics, || all_nics(scope))?;
+        // The filter rules are in force before the taps exist: a VM is never on a network without
+        // them.
+        net::guard::add(&vm.nics, || all_nics(context))?;
         Ok(Self {
             files: needs
                 .into_iter()
-                .map(|need| open_file(&scope.config, need))
+                .map(|need| open_file(&context.config, need))
                 .collect::<Result<_>>()?,
-            key: if encrypted { Some(key_pipe(scope)?) } else { None },
-            taps: vm.nics.iter().map(|nic| plug(scope, vm, nic)).collect::<Result<_>>()?,
-            qmp: listen(&scope.paths.qmp())?,
-            supervisor_qmp: listen(&scope.paths.supervisor_qmp())?,
-            serial: listen(&scope.paths.serial())?,
+            key: if encrypted { Some(key_pipe(context)?) } else { None },
+            taps: vm.nics.iter().map(|nic| plug(context, vm, nic)).collect::<Result<_>>()?,
+            qmp: listen(&context.paths.qmp())?,
+            supervisor_qmp: listen(&context.paths.supervisor_qmp())?,
+            serial: listen(&context.paths.serial())?,
         })
     }
 
-    /// The descriptors by what they are for.
+    /// Returns the numbers of the descriptors, by their purpose.
     pub(super) fn handles(&self) -> InheritedFds {
         InheritedFds {
             files: self.files.iter().map(|(opened, fd)| (opened.clone(), fd.as_raw_fd())).collect(),
@@ -67,7 +70,8 @@ impl Resources {
         }
     }
 
-    /// The descriptors themselves, to be closed here once QEMU has them: an image's lock lives as long as any copy.
+    /// Returns the descriptors, to be closed once QEMU has inherited them: an image's lock lasts
+    /// until its last copy is closed.
     pub(super) fn into_fds(self) -> Vec<OwnedFd> {
         let sockets = [self.qmp, self.supervisor_qmp, self.serial].map(OwnedFd::from);
         let taps = self
@@ -85,14 +89,16 @@ impl Resources {
     }
 }
 
-/// The records of the disks `vm` starts with: a disk the guest was only asked to let go of is still its own.
-pub(super) fn disks(scope: &Scope, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
+/// Returns the records of the disks that `vm` starts with. A disk in phase `detaching` is still one
+/// of them.
+pub(super) fn attached_disks(context: &VmContext, vm: &VmRecord) -> Result<Vec<DiskRecord>> {
     let attached = vm.disks.iter().filter(|a| a.phase != AttachmentPhase::Attaching);
-    let record = |disk| scope.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk(disk));
+    let record =
+        |disk| context.store.read::<DiskRecord>(disk)?.ok_or_else(|| missing_disk_error(disk));
     attached.map(|attachment| record(&attachment.disk)).collect()
 }
 
-fn missing_disk(disk: &DiskCid) -> Error {
+fn missing_disk_error(disk: &DiskCid) -> Error {
     Error::new(
         ErrorKind::DiskNotFound,
         format!("disk '{disk}' is attached to the VM but has no record"),
@@ -100,36 +106,38 @@ fn missing_disk(disk: &DiskCid) -> Error {
     .hint("restore the disk's directory, or detach the disk with detach_disk")
 }
 
-/// Opens one file as QEMU wants it, on its command line or over its monitor.
+/// Opens one file for QEMU, which gets it at its start or over its monitor.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] for an image that names other files; what the filesystem says.
+/// [`ErrorKind::Corrupt`] for an image that refers to other files; else the filesystem's error.
 pub fn open_file(config: &Config, need: FileSpec) -> Result<(OpenedFile, OwnedFd)> {
     if let Some(format) = need.format {
         image::ensure_no_external_files(&need.path, format, need.id == files::ROOT)?;
     }
     let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
-    let io_uring = io_uring::works(&config.run_dir, &config.qemu);
+    let io_uring = io_uring::is_usable(&config.run_dir, &config.qemu);
     Ok((OpenedFile { spec: need, direct, io_uring }, fd))
 }
 
-/// The key of encrypted disks in a pipe: QEMU opens it by name, and once it has read it, it is empty.
-fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
-    let key = DiskKey::of(&scope.config).read()?;
+/// Returns a pipe that contains the key of encrypted disks. QEMU opens it by name; the pipe is
+/// empty after one read.
+fn key_pipe(context: &VmContext) -> Result<OwnedFd> {
+    let key = DiskKey::of(&context.config).read()?;
     let pipe = |error| Error::os("pass the key of encrypted disks through a pipe", error);
     let (reader, mut writer) = std::io::pipe().map_err(pipe)?;
-    // A key has at most 4096 bytes, which any pipe takes at once.
+    // A key has at most 4096 bytes, which fit in any pipe.
     writer.write_all(key.0.as_bytes()).map_err(pipe)?;
-    // A name like /proc/self/fd/3 is opened anew, by QEMU's own user. Nobody else has the name.
+    // Opening /proc/self/fd/3 checks permissions again, for QEMU's own uid. No other process has
+    // that name.
     rustix::fs::fchmod(&reader, rustix::fs::Mode::from_raw_mode(0o444))
         .map_err(|e| pipe(e.into()))?;
     Ok(reader.into())
 }
 
-/// The cards of all VMs there are, should the host have lost everybody's rules.
-fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
+/// Returns the NICs of all VMs, for the case that the host has lost all rules.
+fn all_nics(context: &VmContext) -> Result<Vec<Nic>> {
     let vms =
-        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
@@ -138,27 +146,37 @@ fn tap(plug: &Plug) -> Tap {
     Tap { queues: numbers(&plug.queues), vhost: numbers(&plug.vhost), mtu: plug.mtu }
 }
 
-/// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
-fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
+/// Makes or updates the NIC's bridge and plugs a new tap into it. `None` if the NIC has no tap.
+fn plug(context: &VmContext, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let Some((port, segment)) = Port::of(nic) else { return Ok(None) };
-    let _lock = scope.store.brief(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
-    // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
+    let _lock = context.store.brief(
+        Rank::Network,
+        &segment.bridge,
+        Instant::now() + NETWORK_LOCK_TIMEOUT,
+    )?;
+    // A compromised QEMU can make its tap persistent: TUNSETPERSIST on an open tap needs no
+    // capability.
     net::apply::remove_tap(&port.link)?;
     let queues = net::tap::queues(vm.machine.cpus);
-    let plug = net::apply::plug(&port, segment, queues, || everybody(scope, vm, segment))?;
-    // Made again, it lost the word that it stays.
-    if scope.store.is_pinned(&segment.bridge) {
-        net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
+    let plug = net::apply::plug(&port, segment, queues, || bridge_members(context, vm, segment))?;
+    // If the bridge was made again, it has lost the mark that it is pinned.
+    if context.store.is_pinned(&segment.bridge) {
+        net::kept::keep(&segment.bridge, &context.store.owner()?)?;
     }
     Ok(Some(plug))
 }
 
-/// What all VMs on the bridge of `segment` want of it, whether they run or not, and its pin; and their ports. Who
-/// disagrees keeps a new VM from being made; one that was there before starts, whatever the others have become.
-fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment, Vec<Port>)> {
+/// Returns the merged settings and the ports of all VMs on the bridge of `segment`, running or not,
+/// and of its pin. A disagreement between VMs is an error only for a new VM. An existing VM starts,
+/// and the disagreement is logged.
+fn bridge_members(
+    context: &VmContext,
+    vm: &VmRecord,
+    segment: &Segment,
+) -> Result<(Segment, Vec<Port>)> {
     let (mut all, mut ports) = (segment.clone(), Vec::new());
     for other in
-        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
+        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
     {
         let cid = &other.cid;
         for (port, its) in
@@ -171,25 +189,31 @@ fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment
                         .during(format!("VM '{cid}' is on the bridge")));
                 }
                 Err(error) => {
-                    tracing::warn!(other = %cid, error = error.report(), "the bridge is as this VM wants it")
+                    tracing::warn!(
+                        other = %cid,
+                        error = error.report(),
+                        "another VM wants other settings of the bridge; this VM's settings are used"
+                    );
                 }
                 Ok(()) => all.isolated |= its.isolated,
             }
             ports.push(port);
         }
     }
-    for pin in scope.store.pins()?.iter().filter(|pin| pin.bridge == segment.bridge) {
+    for pin in context.store.pins()?.iter().filter(|pin| pin.bridge == segment.bridge) {
         if let Err(error) = plan::merge(&mut all, pin) {
             tracing::warn!(
                 error = error.report(),
-                "the bridge is no more as 'network apply' made it"
+                "the pin of 'network apply' wants other settings of the bridge; \
+                 this VM's settings are used"
             );
         }
     }
     Ok((all, ports))
 }
 
-/// A socket QEMU will accept on. Bound by us, so the name is never QEMU's to choose, and root's alone.
+/// Binds a socket on which QEMU accepts connections. The supervisor binds it, so that QEMU cannot
+/// choose the path and only root can connect.
 fn listen(path: &Path) -> Result<UnixListener> {
     atomic::remove_file(path)?;
     // The supervisor's umask makes it 0600.

@@ -1,11 +1,11 @@
-//! Starting a VM's supervisor from a call.
+//! How a call starts a VM's supervisor.
 
 use std::ffi::OsString;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::power::{Button, PowerState, power_state, stop};
-use super::{Begin, Launched, Scope};
+use super::power::{PowerState, StopMode, power_state, stop};
+use super::{StartMode, StartResult, VmContext, capped_log};
 use crate::cid::Cid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{detached, io_uring};
@@ -14,118 +14,123 @@ use crate::qmp::query::QueryStatus;
 use crate::store::{Guard, VmPaths};
 use crate::sys::pidlock;
 
-/// What a launch takes on a busy host.
-const LAUNCH: Duration = Duration::from_secs(30);
-/// What is kept of a deadline for ending a launch that failed.
-const CLEANING_UP: Duration = Duration::from_secs(10);
-/// A QEMU that is well answers at once.
-const ASKED: Duration = Duration::from_secs(2);
+/// How long a launch takes on a busy host, not counting the wait for a boot slot.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to end a failed launch, even after the call's deadline.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait for `query-status`: a healthy QEMU answers at once.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's.
+/// Starts the supervisor of the VM and waits until its guest runs. `lock` is the VM's lock.
 ///
 /// # Errors
-/// Why the launch failed; nothing of it is left, taps, sockets and processes included.
+/// Why the launch failed. No process, tap or socket of it remains.
 pub fn start(
-    scope: &Scope,
+    context: &VmContext,
     config_file: Option<&Path>,
     lock: &Guard,
     deadline: Instant,
 ) -> Result<()> {
-    io_uring::probe(scope.store.run_dir(), &scope.config.qemu, deadline);
-    Scope::rotate(&scope.paths.supervisor_log());
-    let begin = Begin::Launch { queue_until: queue_until(deadline) };
-    let launched = spawn(scope, begin, config_file, lock, deadline);
+    io_uring::probe(context.store.run_dir(), &context.config.qemu, deadline);
+    capped_log::rotate(&context.paths.supervisor_log());
+    let mode = StartMode::Launch { queue_deadline: queue_deadline_before(deadline) };
+    let launched = spawn(context, mode, config_file, lock, deadline);
     if launched.is_err() {
-        // A launch that failed cleaned up; one that hangs or was killed did not. Its guest may have begun to write.
-        stop(&scope.paths, Button::Quit, deadline.max(Instant::now() + CLEANING_UP))?;
+        // A failed launch has cleaned up, but one that hangs or was killed has not. Its guest may
+        // have written to a disk, so QEMU quits instead of being killed.
+        stop(&context.paths, StopMode::Quit, deadline.max(Instant::now() + CLEANUP_TIMEOUT))?;
     }
     launched
 }
 
-/// What was done for a VM that may have lost its supervisor.
+/// What [`adopt`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Adoption {
-    /// Nothing: it has one, or is off.
-    Needless,
-    /// Its QEMU has a new one.
+    /// Nothing: the VM has a supervisor, or is off.
+    NotNeeded,
+    /// A new supervisor watches the running QEMU.
     Adopted,
-    /// Its guest had never run, and was started.
+    /// The VM was launched again: its guest had never run.
     Launched,
 }
 
-/// Gives a VM that is on and has no supervisor one that takes its QEMU over. `lock` is the VM's.
+/// Starts a supervisor that adopts the VM's QEMU, if the VM is on and has none. `lock` is the VM's
+/// lock.
 ///
 /// # Errors
-/// Why that failed; the VM runs on as it did.
+/// Why the adoption failed. The VM keeps running without a supervisor.
 pub fn adopt(
-    scope: &Scope,
+    context: &VmContext,
     config_file: Option<&Path>,
     lock: &Guard,
     deadline: Instant,
 ) -> Result<Adoption> {
-    let is_on = matches!(power_state(&scope.paths)?, PowerState::On(_));
-    if !is_on || pidlock::holder(&scope.paths.supervisor_pid())?.is_some() {
-        return Ok(Adoption::Needless);
+    let is_on = matches!(power_state(&context.paths)?, PowerState::On(_));
+    if !is_on || pidlock::holder(&context.paths.supervisor_pid())?.is_some() {
+        return Ok(Adoption::NotNeeded);
     }
-    if never_ran(&scope.paths, deadline) {
-        tracing::warn!(vm = %scope.cid, "its launch was cut short and begins again");
-        stop(&scope.paths, Button::Kill, deadline)?;
-        return start(scope, config_file, lock, deadline).map(|()| Adoption::Launched);
+    if is_in_prelaunch(&context.paths, deadline) {
+        tracing::warn!(vm = %context.cid, "the VM's launch was interrupted: launching it again");
+        stop(&context.paths, StopMode::Kill, deadline)?;
+        return start(context, config_file, lock, deadline).map(|()| Adoption::Launched);
     }
-    spawn(scope, Begin::Adopt, config_file, lock, deadline).map(|()| Adoption::Adopted)
+    spawn(context, StartMode::Adopt, config_file, lock, deadline).map(|()| Adoption::Adopted)
 }
 
-/// Whether the VM's QEMU waits for a `cont` that nobody will give it, because its supervisor died in the middle of the
-/// launch. What else the launch had still to do is not known. One that does not answer did run.
-fn never_ran(paths: &VmPaths, deadline: Instant) -> bool {
-    let until = deadline.min(Instant::now() + ASKED);
+/// Returns whether QEMU still waits for its first `cont` because the supervisor died during the
+/// launch. Which other steps of the launch are missing is unknown. A QEMU that does not answer
+/// counts as one whose guest has run.
+fn is_in_prelaunch(paths: &VmPaths, deadline: Instant) -> bool {
+    let until = deadline.min(Instant::now() + STATUS_TIMEOUT);
     let status = Monitor::connect(&paths.qmp(), until)
         .and_then(|mut monitor| monitor.execute(&QueryStatus {}));
     status.is_ok_and(|status| status.is_prelaunch())
 }
 
 fn spawn(
-    scope: &Scope,
-    begin: Begin,
+    context: &VmContext,
+    mode: StartMode,
     config_file: Option<&Path>,
     lock: &Guard,
     deadline: Instant,
 ) -> Result<()> {
-    let mut arguments: Vec<OsString> = vec!["supervise".into(), scope.cid.as_str().into()];
-    match begin {
-        Begin::Adopt => arguments.push("--adopt".into()),
-        Begin::Launch { queue_until } => {
-            let patience = queue_until.saturating_duration_since(Instant::now()).as_millis();
-            arguments.extend(["--queue-timeout".into(), patience.to_string().into()]);
+    let mut arguments: Vec<OsString> = vec!["supervise".into(), context.cid.as_str().into()];
+    match mode {
+        StartMode::Adopt => arguments.push("--adopt".into()),
+        StartMode::Launch { queue_deadline } => {
+            let timeout = queue_deadline.saturating_duration_since(Instant::now()).as_millis();
+            arguments.extend(["--queue-timeout".into(), timeout.to_string().into()]);
         }
     }
     if let Some(file) = config_file {
         arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
     }
     lock.share()
-        .and_then(|lock| detached::spawn(&arguments, lock, &scope.paths.supervisor_log()))
-        .and_then(|handshake| handshake.line(deadline))
-        .and_then(|line| understand(scope, line.as_deref()))
+        .and_then(|lock| detached::spawn(&arguments, lock, &context.paths.supervisor_log()))
+        .and_then(|handshake| handshake.read_line(deadline))
+        .and_then(|line| parse_result(context, line.as_deref()))
 }
 
-/// How long a launch may wait for its turn: there must be time left to launch, or to say that it did not come to that.
-fn queue_until(deadline: Instant) -> Instant {
+/// Returns when a launch must stop waiting for a boot slot, so that before `deadline` it can still
+/// launch, or report the timeout.
+fn queue_deadline_before(deadline: Instant) -> Instant {
     let left = deadline.saturating_duration_since(Instant::now());
-    Instant::now() + left.saturating_sub(LAUNCH).max(left / 2)
+    Instant::now() + left.saturating_sub(LAUNCH_TIMEOUT).max(left / 2)
 }
 
-fn understand(scope: &Scope, line: Option<&str>) -> Result<()> {
-    let log = scope.paths.supervisor_log();
-    match line.map(serde_json::from_str::<Launched>) {
-        Some(Ok(Launched::Running)) => Ok(()),
-        Some(Ok(Launched::Failed { kind, report })) => Err(Error::new(kind, report)),
+fn parse_result(context: &VmContext, line: Option<&str>) -> Result<()> {
+    let log = context.paths.supervisor_log();
+    match line.map(serde_json::from_str::<StartResult>) {
+        Some(Ok(StartResult::Running)) => Ok(()),
+        Some(Ok(StartResult::Failed { kind, report })) => Err(Error::new(kind, report)),
         Some(Err(_)) | None => Err(Error::new(
             ErrorKind::Host,
             format!(
-                "the supervisor ended before the VM ran: {}",
+                "the supervisor of VM '{}' ended before the guest ran: {}",
+                context.cid,
                 crate::host::tail::last_lines(&log, 3)
             ),
         )
-        .hint(format!("its log is '{}'", log.display()))),
+        .hint(format!("see its log '{}'", log.display()))),
     }
 }

@@ -1,4 +1,4 @@
-//! What a VM is doing, asked of the kernel, its QEMU and its exit record; for people, who are told what is known.
+//! The status of a VM, for people: from the kernel's locks, its QEMU and its exit record.
 
 use std::time::Instant;
 
@@ -15,39 +15,40 @@ use crate::schema::printable;
 use crate::store::VmPaths;
 use crate::sys::pidlock;
 
-/// What a VM is doing.
+/// The status of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Status {
-    /// In one word.
+    /// The state.
     pub state: State,
-    /// Why, where there is more to say.
+    /// Why the VM is in that state, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its QEMU.
+    /// The pid of its QEMU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }
 
-/// The word for it.
+/// The state of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// Its vCPUs run.
+    /// QEMU runs and its vCPUs run.
     Running,
-    /// Its QEMU is up, its vCPUs do not run. The reason is QEMU's RunState and, after an I/O error, the disk.
+    /// QEMU runs and its vCPUs do not. The reason is QEMU's RunState and, after an I/O error, the
+    /// disk.
     Paused,
-    /// Its QEMU is up and does not say what it does: it hangs, or another client has the monitor.
+    /// QEMU runs and does not answer: it hangs, or another client uses the monitor.
     Silent,
-    /// It is about to start: it waits for its turn, for the time of a restart, or for its QEMU.
+    /// A supervisor waits for a boot slot, for the delay of a restart, or for QEMU.
     Starting,
-    /// The guest powered itself off, or the host ended it on purpose.
+    /// The guest powered itself off, or a call or the host's shutdown ended it.
     Stopped,
-    /// It ended otherwise.
+    /// QEMU ended in another way.
     Crashed,
 }
 
 impl State {
-    /// The word.
+    /// The state as a word.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Running => "running",
@@ -60,17 +61,19 @@ impl State {
     }
 }
 
-/// What the VM is doing, asking its QEMU until `deadline`. `run` is its record's.
+/// Returns the status of the VM. Its QEMU must answer until `deadline`; `run` is the run of its
+/// record.
 ///
 /// # Errors
-/// Only where the host itself can not be asked: a QEMU that does not answer is [`State::Silent`].
+/// If the locks or the exit record cannot be read. A QEMU that does not answer is
+/// [`State::Silent`].
 pub fn status(paths: &VmPaths, run: u64, deadline: Instant) -> Result<Status> {
     match power_state(paths)? {
         PowerState::On(qemu) => {
-            let asked = Monitor::connect(&paths.qmp(), deadline)
-                .and_then(|mut monitor| doing(&mut monitor));
+            let answer = Monitor::connect(&paths.qmp(), deadline)
+                .and_then(|mut monitor| guest_state(&mut monitor));
             let (state, reason) =
-                asked.unwrap_or_else(|error| (State::Silent, Some(error.to_string())));
+                answer.unwrap_or_else(|error| (State::Silent, Some(error.to_string())));
             Ok(Status { state, reason, pid: Some(qemu.pid()) })
         }
         PowerState::Off => {
@@ -87,14 +90,15 @@ pub fn status(paths: &VmPaths, run: u64, deadline: Instant) -> Result<Status> {
             let reason = match exit {
                 Some(exit) => Some(exit.describe()),
                 None if state == State::Starting => None,
-                None => Some("nobody saw how it ended".to_owned()),
+                None => Some("no supervisor recorded how it ended".to_owned()),
             };
             Ok(Status { state, reason, pid: None })
         }
     }
 }
 
-fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError> {
+/// Returns the state of the guest, [`State::Running`] or [`State::Paused`], with the reason.
+fn guest_state(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError> {
     let status = monitor.execute(&QueryStatus {})?;
     if status.running {
         return Ok((State::Running, None));
@@ -102,7 +106,8 @@ fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError>
     let mut reason = printable(&status.state);
     if status.state == "io-error" {
         let devices = monitor.raw("query-block", &json!({}))?;
-        let failed: Vec<_> = devices.as_array().into_iter().flatten().filter_map(failed).collect();
+        let failed: Vec<_> =
+            devices.as_array().into_iter().flatten().filter_map(failed_device).collect();
         reason = format!(
             "{reason} on {}",
             if failed.is_empty() { "a disk".to_owned() } else { failed.join(", ") }
@@ -111,14 +116,14 @@ fn doing(monitor: &mut Monitor) -> Result<(State, Option<String>), MonitorError>
     Ok((State::Paused, Some(reason)))
 }
 
-/// The disk that `device`, of `query-block`, is and what is wrong with it, if something is.
-fn failed(device: &Value) -> Option<String> {
+/// Returns the id and the error of `device`, an item of `query-block`; `None` if it has no error.
+fn failed_device(device: &Value) -> Option<String> {
     let why = match device["io-status"].as_str()? {
         "nospace" => "no space",
         "failed" => "failed",
         _ => return None,
     };
-    // A device's own id, or a child's below it.
+    // The path is of the device itself, or of a child below it.
     let id =
         device["qdev"].as_str()?.trim_start_matches("/machine/peripheral/").split('/').next()?;
     Some(format!("{} ({why})", printable(id)))
@@ -129,10 +134,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_device_is_named_by_its_id() {
-        let device = |status: &str| json!({"qdev": "/machine/peripheral/disk-a/virtio-backend", "io-status": status});
-        assert_eq!(failed(&device("nospace")).as_deref(), Some("disk-a (no space)"));
-        assert_eq!(failed(&device("ok")), None);
-        assert_eq!(failed(&json!({"qdev": 7, "io-status": "failed"})), None);
+    fn failed_device_names_the_id() {
+        let qdev = "/machine/peripheral/disk-a/virtio-backend";
+        let device = |status: &str| json!({"qdev": qdev, "io-status": status});
+        assert_eq!(failed_device(&device("nospace")).as_deref(), Some("disk-a (no space)"));
+        assert_eq!(failed_device(&device("ok")), None);
+        assert_eq!(failed_device(&json!({"qdev": 7, "io-status": "failed"})), None);
     }
 }

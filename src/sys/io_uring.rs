@@ -4,10 +4,11 @@
 use nix::errno::Errno;
 use nix::libc;
 
-/// Asks for a ring without saying where to describe it. Who may have one is told that there is no such address; who
-/// may not is refused before (io_uring_setup(2): ENOSYS, EPERM; a container's filter answers either).
+/// Returns whether this process may make an io_uring. It calls io_uring_setup(2) with a null
+/// pointer: the kernel answers EFAULT if the process may have a ring, else ENOSYS or EPERM. A
+/// container's filter answers one of the latter.
 pub fn is_allowed() -> bool {
-    // SAFETY: the null pointer is the kernel's to check, and no ring is made without it.
+    // SAFETY: the kernel checks the pointer and makes no ring for a null pointer.
     let answer =
         unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null_mut::<libc::c_void>()) };
     answer == -1 && Errno::last() == Errno::EFAULT

@@ -1,4 +1,5 @@
-//! Which paths a confined program may open: Landlock rules, prepared where failing in words is still possible.
+//! Landlock rules: which paths a confined program may open. They are made before the fork, where
+//! errors can still be reported in full.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,8 @@ use landlock::{
 use crate::config::Hardening;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The newest Landlock whose rights are asked for; an older kernel leaves out what it does not know.
+/// The newest Landlock version whose access rights are used. An older kernel ignores the rights it
+/// does not know.
 const LANDLOCK: ABI = ABI::V5;
 
 /// Paths a confined program may open.
@@ -24,10 +26,12 @@ pub struct Paths {
 }
 
 impl Paths {
-    /// What QEMU opens by itself: its libraries, firmware and modules, and what the C library and glib look at. No
-    /// directory it could write to.
+    /// Returns the paths that QEMU opens by itself: its libraries, firmware and modules, and the
+    /// files that the C library and glib read. None of them is a directory that QEMU could write
+    /// to.
     pub fn of_qemu(binary: &Path) -> Self {
-        // A QEMU outside /usr has its firmware and libraries beside it: /opt/qemu/bin/… means /opt/qemu.
+        // A QEMU outside /usr has its firmware and libraries beside it: /opt/qemu/bin/… needs
+        // /opt/qemu.
         let prefix =
             binary.parent().and_then(Path::parent).filter(|prefix| prefix.parent().is_some());
         let fixed = [
@@ -41,13 +45,17 @@ impl Paths {
         ];
         Self {
             read: fixed.iter().map(PathBuf::from).chain(prefix.map(Path::to_owned)).collect(),
-            // QEMU tries there whether the kernel has open-file-description locks.
+            // QEMU uses it to test whether the kernel has open-file-description locks.
             write: vec!["/dev/null".into()],
         }
     }
 }
 
-/// The rules as a descriptor; `None` where hardening is off or may do without.
+/// Returns the rules as a descriptor. `None` if hardening is off, or is best-effort and the host
+/// has no Landlock.
+///
+/// # Errors
+/// [`ErrorKind::Host`] if hardening is strict and the rules cannot be made.
 pub(super) fn ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<OwnedFd>> {
     if hardening == Hardening::Off {
         return Ok(None);
@@ -59,9 +67,12 @@ pub(super) fn ruleset(paths: &Paths, hardening: Hardening) -> Result<Option<Owne
             tracing::warn!(%error, "this host has no Landlock: QEMU is confined by its user alone");
             Ok(None)
         }
-        (Err(error), _) => Err(Error::new(ErrorKind::Host, "prepare Landlock rules").because(error).hint(
-            "Landlock needs Linux 5.13 and `landlock` in the kernel's `lsm=` list; or set `hardening` to `best-effort`",
-        )),
+        (Err(error), _) => {
+            Err(Error::new(ErrorKind::Host, "make Landlock rules").because(error).hint(
+                "Landlock needs Linux 5.13 and `landlock` in the kernel's `lsm=` list; \
+                 else set `hardening` to `best-effort`",
+            ))
+        }
     }
 }
 
@@ -80,7 +91,7 @@ fn make_ruleset(
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))?
         .create()?
-        // Rules for paths this host does not have are skipped by `path_beneath_rules`.
+        // `path_beneath_rules` skips paths that the host does not have.
         .add_rules(path_beneath_rules(&paths.read, AccessFs::from_read(LANDLOCK)))?
         .add_rules(path_beneath_rules(
             &paths.write,

@@ -1,12 +1,13 @@
-//! The operating system: the only rooms with unsafe code, each behind a safe function. They know Linux, not BOSH or QEMU.
+//! Linux system calls behind safe functions: all unsafe code of this program is here. These modules
+//! do not know BOSH.
 
 pub mod code;
 pub mod confine;
 pub mod detach;
-pub mod helper;
 pub mod io_uring;
 mod landlock;
 pub mod packet;
+pub mod parent_death;
 pub mod pidfd;
 pub mod pidlock;
 pub mod signals;

@@ -12,22 +12,23 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, bind, recv, send, socket,
 };
 
-/// The longest frame that is looked at whole.
-const LONGEST: usize = 2048;
+/// Longer frames are truncated to this many bytes.
+const MAX_FRAME_BYTES: usize = 2048;
 
-/// A socket that sends and hears whole frames on one link. It belongs to the network namespace of the thread that
-/// opened it.
+/// A socket that sends and receives whole frames on one link. It belongs to the network namespace
+/// of the thread that opened it.
 #[derive(Debug)]
 pub struct PacketSocket(OwnedFd);
 
 impl PacketSocket {
-    /// Hears frames of all types on the link `name`, also those that the host itself sends there.
+    /// Opens a socket for frames of all types on the link `name`, including those that the host
+    /// itself sends.
     ///
     /// # Errors
     /// ENODEV if there is no such link, EPERM without CAP_NET_RAW.
     pub fn open(name: &str) -> nix::Result<Self> {
         let index = if_nametoindex(name)?;
-        // Of no protocol until it is bound: so it never hears another link's frames.
+        // Without a protocol until it is bound, so that it never receives another link's frames.
         let socket = socket(
             AddressFamily::Packet,
             SockType::Raw,
@@ -43,7 +44,7 @@ impl PacketSocket {
             sll_halen: 0,
             sll_addr: [0; 8],
         };
-        // SAFETY: the pointer is to a live sockaddr_ll, whose family and length it is given with; it is copied.
+        // SAFETY: the pointer is to a live sockaddr_ll, its length is given, and it is copied.
         let address = unsafe {
             LinkAddr::from_raw(
                 (&raw const address).cast(),
@@ -54,20 +55,20 @@ impl PacketSocket {
         Ok(Self(socket))
     }
 
-    /// Sends a frame: both addresses, the type, what it carries.
+    /// Sends a frame: destination, source, type, payload.
     ///
     /// # Errors
-    /// ENETDOWN if the link is off, ENOBUFS if it is busy.
+    /// ENETDOWN if the link is down, ENOBUFS if its queue is full.
     pub fn send(&self, frame: &[u8]) -> nix::Result<()> {
         send(self.0.as_raw_fd(), frame, MsgFlags::empty()).map(drop)
     }
 
-    /// The next frame, or `None` if none comes until `deadline`.
+    /// Returns the next frame, or `None` if none arrives until `deadline`.
     ///
     /// # Errors
-    /// ENETDOWN if the link goes off.
+    /// ENETDOWN if the link goes down.
     pub fn receive(&self, deadline: Instant) -> nix::Result<Option<Vec<u8>>> {
-        let mut frame = vec![0; LONGEST];
+        let mut frame = vec![0; MAX_FRAME_BYTES];
         loop {
             match recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()) {
                 Ok(length) => {
@@ -81,7 +82,7 @@ impl PacketSocket {
             if left.is_zero() {
                 return Ok(None);
             }
-            // Rounded up: a wait of zero milliseconds would be a busy one.
+            // Rounded up: poll(2) with zero milliseconds would not wait, and this loop would spin.
             let left =
                 PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], left) {

@@ -1,4 +1,4 @@
-//! A process by descriptor: unlike a bare pid it never comes to mean another process.
+//! Processes by descriptor: unlike a pid, a pidfd never refers to another process later.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::error::{Error, Result};
 
-/// A process, dead or alive.
+/// A process, running or ended.
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
@@ -19,14 +19,17 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process that has the number `pid` now. Whoever got the number from elsewhere must make sure afterwards that
-    /// it still means the same process.
+    /// Opens the process that has the number `pid` now. A caller that got the number from elsewhere
+    /// must check afterwards that it still refers to the same process.
+    ///
+    /// # Errors
+    /// ESRCH if there is no such process.
     pub fn open(pid: i32) -> Result<Self> {
         Self::find(pid)?
             .ok_or_else(|| Error::os(format!("open process {pid}"), rustix::io::Errno::SRCH))
     }
 
-    /// As [`Self::open`], or `None` if there is no such process.
+    /// As [`Self::open`], but returns `None` if there is no such process.
     pub fn find(pid: i32) -> Result<Option<Self>> {
         let Some(number) = Pid::from_raw(pid) else { return Ok(None) };
         match pidfd_open(number, PidfdFlags::empty()) {
@@ -36,12 +39,12 @@ impl Process {
         }
     }
 
-    /// Its number, for messages.
+    /// Returns the pid, for messages.
     pub fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Sends a signal; a process that is gone already is fine.
+    /// Sends a signal. A process that has ended already is no error.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let number = rustix::process::Signal::from_named_raw(signal as i32)
             .expect("nix names only real signals");
@@ -51,15 +54,16 @@ impl Process {
         }
     }
 
-    /// Waits until the process has ended, at most until `deadline`. A dead child that nobody reaped has ended.
+    /// Waits until the process has ended, at most until `deadline`, and returns whether it has. A
+    /// zombie has ended.
     pub fn wait_exit(&self, deadline: Instant) -> Result<bool> {
-        readable(&self.fd, deadline)
+        wait_readable(&self.fd, deadline)
             .map_err(|e| Error::os(format!("wait for process {}", self.pid), e))
     }
 }
 
-/// Waits until there is something to read, or the end of it, at most until `deadline`.
-pub fn readable(fd: impl AsFd, deadline: Instant) -> std::io::Result<bool> {
+/// Waits until `fd` has data or end of file, at most until `deadline`, and returns whether it has.
+pub fn wait_readable(fd: impl AsFd, deadline: Instant) -> std::io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).ok();
@@ -78,23 +82,24 @@ impl AsFd for Process {
     }
 }
 
-/// A process watched by the event loop of this thread.
+/// A process that the event loop of this thread watches.
 #[derive(Debug)]
 pub struct Watch(AsyncFd<OwnedFd>);
 
 impl Watch {
-    /// Begins to watch `process`, which need not be a child.
+    /// Starts to watch `process`, which need not be a child.
     #[allow(unsafe_code)]
     pub fn new(process: &Process) -> Result<Self> {
         let fd = process.fd.try_clone().map_err(|e| Error::os("copy a pidfd", e))?;
-        // SAFETY: an OwnedFd is open, is one number for its life, and stays inside the AsyncFd until that is dropped.
+        // SAFETY: an OwnedFd is open, its number never changes, and it stays inside the AsyncFd
+        // until that is dropped.
         let watch = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         watch
             .map(Self)
             .map_err(|e| Error::os("watch a pidfd", std::io::Error::other(e.to_string())))
     }
 
-    /// Waits until the process has ended. May be dropped and called again.
+    /// Waits until the process has ended. The future may be dropped and made again.
     pub async fn ended(&self) -> Result<()> {
         self.0.readable().await.map_err(|e| Error::os("watch a pidfd", e))?.retain_ready();
         Ok(())
@@ -109,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unreaped_child_has_ended() {
+    fn wait_exit_of_a_zombie_returns_true() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let process = Process::open(child.id() as i32).unwrap();
         assert!(!process.wait_exit(Instant::now()).unwrap());

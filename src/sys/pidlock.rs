@@ -1,12 +1,14 @@
-//! Liveness by the kernel's word: a process holds a POSIX lock on a file for as long as it lives.
+//! Pid files with liveness locks: a process holds a POSIX lock on its file until it ends.
 //!
-//! POSIX record locks belong to the process and survive exec (fcntl(2)), so QEMU holds one that the launcher took in
-//! its child before exec, and needs no directory of its own to write a pid file in. `F_GETLK` tells anybody who the
-//! holder is; a killed process, reaped or not, holds nothing. The file's contents mean nothing.
+//! POSIX record locks belong to a process and survive exec (fcntl(2)). The supervisor takes QEMU's
+//! lock in the child before exec, so QEMU needs no writable directory for a pid file. `F_GETLK`
+//! returns the holder's pid to any process. A killed process holds no lock, even before it is
+//! reaped. The file's content is unused.
 //!
-//! The lock goes when its holder closes *any* descriptor of the file. So a holder opens it once and keeps it, and never
-//! asks [`holder`] about it: the answer would be nobody, and then true. A QEMU that a guest broke out of can let go of
-//! its lock too; what it can not leave is its control group.
+//! The kernel releases the lock when its holder closes *any* descriptor of the file. So a holder
+//! opens the file once, keeps it open, and never calls [`holder`] for it: that would return `None`
+//! and release the lock. A compromised QEMU can release its lock too. It cannot leave its control
+//! group.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -33,7 +35,7 @@ pub fn open(path: &Path) -> Result<File> {
     options.open(path).at("open", path)
 }
 
-/// Takes the lock for this process; it is held as long as the returned file is open.
+/// Locks the file for this process, until the returned file is closed.
 ///
 /// # Errors
 /// [`ErrorKind::Conflict`] if another process holds it.
@@ -49,26 +51,30 @@ pub fn lock_self(path: &Path) -> Result<File> {
     }
 }
 
-/// The process that holds the lock, or `None` if none does or the file is not there.
+/// Returns the process that holds the lock, or `None` if no process does or the file does not
+/// exist.
 ///
-/// A dying process lets go of its lock an instant before its last descriptors are closed: who needs those, as the next
-/// start needs QEMU's image locks, waits for a [`Process`] it knows.
+/// A process that ends releases its lock a moment before its last descriptors are closed. A caller
+/// that needs those closed, such as QEMU's image locks before the next start, must wait for a
+/// [`Process`].
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] if something holds it that has no process number here.
+/// [`ErrorKind::Conflict`] if the holder has no pid in this pid namespace.
 pub fn holder(path: &Path) -> Result<Option<Process>> {
     let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         file => file.at("open", path)?,
     };
     loop {
-        let Some(pid) = holding(&file, path)? else { return Ok(None) };
-        // The holder may end, and its number be given to another, between asking and opening; not if the number
-        // holds the lock on both sides of it and what was opened lives still.
+        let Some(pid) = holder_pid(&file, path)? else { return Ok(None) };
+        // The holder may end and its pid be reused between the query and the open. That is excluded
+        // if the same pid holds the lock before and after the open, and the opened process still
+        // runs.
         let process = Process::find(pid)?;
         match process {
             Some(process)
-                if holding(&file, path)? == Some(pid) && !process.wait_exit(Instant::now())? =>
+                if holder_pid(&file, path)? == Some(pid)
+                    && !process.wait_exit(Instant::now())? =>
             {
                 return Ok(Some(process));
             }
@@ -77,16 +83,18 @@ pub fn holder(path: &Path) -> Result<Option<Process>> {
     }
 }
 
-fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
+/// Returns the pid of the process that holds the lock on `file`, if any. `path` is for messages.
+fn holder_pid(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
     let mut lock = whole_file(libc::F_WRLCK);
     fcntl(file, FcntlArg::F_GETLK(&mut lock)).at("ask for the lock on", path)?;
     if i32::from(lock.l_type) == libc::F_UNLCK {
         return Ok(None);
     }
-    // fcntl(2): 0 is a process of another pid namespace, -1 a lock that no process but an open file holds.
+    // fcntl(2): 0 stands for a process of another pid namespace, -1 for a lock of an open file
+    // description.
     if lock.l_pid <= 0 {
         let message =
-            format!("'{}' is held by a process that can not be seen from here", path.display());
+            format!("'{}' is held by a process outside this pid namespace", path.display());
         return Err(Error::new(ErrorKind::Conflict, message).hint(
             "run the CPI in the host's pid namespace; /proc/locks on the host lists the holder",
         ));
@@ -94,11 +102,12 @@ fn holding(file: &impl AsFd, path: &Path) -> Result<Option<i32>> {
     Ok(Some(lock.l_pid))
 }
 
-/// Whether process `pid` holds the lock on the open `file`.
+/// Returns whether process `pid` holds the lock on the open `file`.
 pub(super) fn is_held_by(file: &File, pid: i32) -> Result<bool> {
-    Ok(holding(file, Path::new("pid file"))? == Some(pid))
+    Ok(holder_pid(file, Path::new("pid file"))? == Some(pid))
 }
 
+/// Returns a lock of type `kind` on the whole file, as fcntl(2) takes it.
 pub(super) fn whole_file(kind: i32) -> libc::flock {
     libc::flock {
         l_type: kind as i16,
@@ -117,12 +126,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_holds_a_file_that_is_not_there() {
+    fn holder_of_a_missing_file_is_none() {
         assert!(holder(Path::new("/nonexistent/qemu.pid")).unwrap().is_none());
     }
 
     #[test]
-    fn a_holder_without_a_number_is_an_error_and_not_waited_for() {
+    fn holder_without_a_pid_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.pid");
         let file = open(&path).unwrap();
@@ -131,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn the_holder_is_known_until_it_is_killed() {
+    fn holder_is_returned_until_it_is_killed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.pid");
         assert!(
@@ -142,9 +151,10 @@ mod tests {
             .unwrap()
             .is_none()
         );
-        // A stranger that takes POSIX locks: python's lockf is fcntl(F_SETLK).
+        // Another program that takes POSIX locks: python's lockf is fcntl(F_SETLK).
         let script = format!(
-            "import fcntl;f=open('{}','r+');fcntl.lockf(f,fcntl.LOCK_EX);print(1,flush=True);input()",
+            "import fcntl;f=open('{}','r+');fcntl.lockf(f,fcntl.LOCK_EX);\
+             print(1,flush=True);input()",
             path.display()
         );
         let mut child = Command::new("python3")

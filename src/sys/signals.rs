@@ -1,14 +1,14 @@
-//! What a process inherits about signals and must not keep.
+//! Inherited signal dispositions that this program must reset.
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use crate::error::{Error, Result};
 
-/// Lets this process learn how its children ended, whatever its starter wanted for itself.
+/// Resets SIGCHLD to its default, so that this process can read the exit statuses of its children.
 ///
-/// SIGCHLD ignored is inherited through exec, and makes the kernel throw away exit statuses: waitpid(2) then answers
-/// ECHILD. A supervisor would take a guest that powered itself off for a crashed one, and start it again. To be called
-/// before anything waits for a child.
+/// An ignored SIGCHLD is inherited through exec. The kernel then discards exit statuses, and
+/// waitpid(2) answers ECHILD. A supervisor would mistake a guest's poweroff for a crash and start
+/// the VM again. Must be called before this process waits for a child.
 #[allow(unsafe_code)]
 pub fn keep_exit_statuses() -> Result<()> {
     // SAFETY: the default action runs no code of this process.
@@ -23,9 +23,10 @@ mod tests {
 
     use super::*;
 
-    /// Signal dispositions belong to the whole process, so this runs alone in one: see below.
+    /// Signal dispositions belong to the whole process, so the next test runs this one in a process
+    /// of its own.
     #[test]
-    #[ignore = "run by a_starter_that_ignores_its_children_is_not_copied in a process of its own"]
+    #[ignore = "run by keep_exit_statuses_resets_an_ignored_sigchld in a process of its own"]
     #[allow(unsafe_code)]
     fn alone() {
         // SAFETY: ignoring a signal runs no code of this process.
@@ -34,18 +35,18 @@ mod tests {
         assert_eq!(
             lost.unwrap_err().raw_os_error(),
             Some(nix::libc::ECHILD),
-            "or there is nothing to mend"
+            "exit statuses are discarded before the reset"
         );
         keep_exit_statuses().unwrap();
         assert!(Command::new("true").spawn().unwrap().wait().unwrap().success());
     }
 
     #[test]
-    fn a_starter_that_ignores_its_children_is_not_copied() {
+    fn keep_exit_statuses_resets_an_ignored_sigchld() {
         let program = std::env::current_exe().unwrap();
         let arguments = ["--exact", "sys::signals::tests::alone", "--ignored"];
         let ran = Command::new(program).args(arguments).output().unwrap();
-        let said = String::from_utf8_lossy(&ran.stdout);
-        assert!(ran.status.success() && said.contains("1 passed"), "{said}");
+        let output = String::from_utf8_lossy(&ran.stdout);
+        assert!(ran.status.success() && output.contains("1 passed"), "{output}");
     }
 }

@@ -215,7 +215,7 @@ fn an_address_that_a_machine_outside_has_is_refused() {
         let refused = ask(ip, netmask);
         let message = &refused.failure().message;
         assert!(
-            message.contains(&format!("network 'a': {ip} is held by a machine outside")),
+            message.contains(&format!("network 'a': {ip} is held by another machine")),
             "{message}"
         );
         assert!(message.contains("conflict_probe"), "{message}");

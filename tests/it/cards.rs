@@ -163,13 +163,13 @@ fn an_address_that_is_to_wander_is_no_conflict() {
                              "cloud_properties": {"name": "lan"}});
         create(&host, &stemcell, &json!({"a": network}), &json!({"allowed_addresses": allowed}))
     };
-    assert!(ask(5, &[]).failure().message.contains("is held by a machine outside"));
+    assert!(ask(5, &[]).failure().message.contains("is held by another machine"));
     // Who has it may be a router that shares it with others.
     outside.ip("link set eth0 address 00:00:5e:00:01:07");
     let vm = vm_cid(ask(5, &[]).result());
     host.ok("delete_vm", &json!([vm]));
     outside.ip("link set eth0 address 02:00:00:00:00:07");
-    assert!(ask(5, &[]).failure().message.contains("is held by a machine outside"));
+    assert!(ask(5, &[]).failure().message.contains("is held by another machine"));
     // Or one of our VMs, which may have it for a while.
     assert!(ask(6, &["10.7.0.4/31"]).outcome.is_ok());
     assert!(ask(5, &[]).outcome.is_ok());

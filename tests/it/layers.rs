@@ -27,7 +27,7 @@ const LAYERS: &[Row] = &[
         "mac",
         "link_name",
         "ordered",
-        "patience",
+        "timeout",
         "ranges",
         "error",
         "log",

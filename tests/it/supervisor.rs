@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::VmCid;
-use bosh_qemu_cpi::supervisor::{Ending, ExitRecord, call_off};
+use bosh_qemu_cpi::supervisor::{Ending, ExitRecord, cancel_launch};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -199,7 +199,7 @@ fn what_runs_is_not_called_off() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
-    call_off(&host.paths(&vm)).unwrap();
+    cancel_launch(&host.paths(&vm)).unwrap();
     host.ok("set_vm_metadata", &json!([vm, {}]));
     assert!(!qemu.wait_exit(Instant::now() + Duration::from_millis(500)).unwrap());
     assert_eq!(host.supervisor(&vm).expect("it lives").pid(), supervisor.pid());

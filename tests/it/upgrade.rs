@@ -39,7 +39,7 @@ impl Old {
             fs::create_dir_all(state.join(dir)).unwrap();
         }
         fs::write(state.join("schema"), "1\n").unwrap();
-        let uid = uids::claim(&state, &old.vm).unwrap();
+        let uid = uids::reserve(&state, &old.vm).unwrap();
         for (fixture, path) in
             ["stemcell", "vm", "attached-disk", "free-disk"].into_iter().zip(old.records())
         {

@@ -12,8 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::config::Transport;
 use crate::error::{Error, Result};
-use crate::patience::within;
 use crate::schema::Property;
+use crate::timeout::run_with_timeout;
 
 /// How long to wait for a connection while the socket unit serves `MaxConnections` other calls.
 const SOCKET_CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,8 +30,9 @@ pub(super) fn to_root(output: File) -> Result<()> {
         Error::io("connect to", &socket, error).hint(hint)
     };
     let path = socket.clone();
-    let connected =
-        within(Instant::now() + SOCKET_CONNECT_TIMEOUT, move || UnixStream::connect(path));
+    let connected = run_with_timeout(Instant::now() + SOCKET_CONNECT_TIMEOUT, move || {
+        UnixStream::connect(path)
+    });
     let root = connected.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into())).map_err(fail)?;
     forward(io::stdin(), output, root).map_err(|e| Error::os("forward the answer", e))
 }

@@ -11,7 +11,7 @@ use crate::cli::Setup;
 use crate::commands::local;
 use crate::config::Document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::host::installation::{self, Authorized, Installation, PROGRAM, Wanted};
+use crate::host::installation::{self, AuthorizedKey, InstallFile, Installation, PROGRAM};
 use crate::store::{Store, VmRecord};
 
 /// sshd's public host key, which callers pin as `host_key`.
@@ -52,12 +52,12 @@ pub fn run(setup: &Setup, output: &mut dyn Write) -> Result<bool> {
 fn installation(setup: &Setup) -> Result<Installation> {
     let program = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
     let content = std::fs::read(&program).at("read", &program)?;
-    let mut files = vec![Wanted { path: PROGRAM.into(), content, mode: 0o755 }];
+    let mut files = vec![InstallFile { path: PROGRAM.into(), content, mode: 0o755 }];
     if let Some(config) = &setup.host_config {
         // Reports a mistake in it now instead of at the first call.
         local::config(Some(config))?;
         let content = std::fs::read(config).at("read", config)?;
-        files.push(Wanted { path: crate::config::DEFAULT_FILE.into(), content, mode: 0o600 });
+        files.push(InstallFile { path: crate::config::DEFAULT_FILE.into(), content, mode: 0o600 });
     }
     files.extend(Installation::units());
     let authorized = setup.key.as_deref().map(|key| authorized(setup, key)).transpose()?;
@@ -65,7 +65,7 @@ fn installation(setup: &Setup) -> Result<Installation> {
     Ok(Installation { root: setup.root.clone(), files, authorized, member })
 }
 
-fn authorized(setup: &Setup, key: &str) -> Result<Authorized> {
+fn authorized(setup: &Setup, key: &str) -> Result<AuthorizedKey> {
     let user = match &setup.user {
         Some(name) => User::from_name(name),
         None => User::from_uid(Uid::from_raw(0)),
@@ -76,7 +76,7 @@ fn authorized(setup: &Setup, key: &str) -> Result<Authorized> {
         Error::new(ErrorKind::BadRequest, format!("there is no user '{}'", name()))
     })?;
     let line = authorize::line(Path::new(PROGRAM), None, &authorize::key(key)?)?;
-    Ok(Authorized { file: user.dir.join(".ssh/authorized_keys"), line })
+    Ok(AuthorizedKey { file: user.dir.join(".ssh/authorized_keys"), line })
 }
 
 /// The missing ones of the programs that every VM needs.

@@ -47,7 +47,7 @@ pub(in crate::cpi) fn create(cx: &Context, mut call: CreateVm) -> Result<(VmCid,
     acknowledgement::acknowledge::<StemcellRecord>(cx, &plan.stemcell.cid);
     let creation = Creation::<VmRecord>::begin(cx, cid.clone(), deadline)?;
     let work = |creation: &Creation<'_, VmRecord>| {
-        let uid = uids::claim(cx.store.state_dir(), &cid)?;
+        let uid = uids::reserve(cx.store.state_dir(), &cid)?;
         reserve(cx, &cid, &mut nics, &mut call.networks, &plan.properties, deadline)?;
         let nics = nics.into_iter().map(|planned| planned.nic).collect();
         let vm = plan.record(cid.clone(), uid, nics, cx.director.clone(), &call);
@@ -129,7 +129,7 @@ fn start(
         // QEMU needs no durable images; the answer to the call does.
         let durable = threads.spawn(|| images::sync(cx, vm, images));
         threads.spawn(|| network::host::warn_of_findings(&vm.nics));
-        supervisor::start(&cx.scope(&vm.cid), cx.config_file(), creation.lock(), deadline)?;
+        supervisor::start(&cx.vm_context(&vm.cid), cx.config_file(), creation.lock(), deadline)?;
         durable.join().expect("no panic")
     })
 }

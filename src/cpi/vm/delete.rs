@@ -12,7 +12,7 @@ use crate::host::{cgroup::Cgroup, uids};
 use crate::net;
 use crate::store::record::Nic;
 use crate::store::{Guard, Phase, Rank, VmRecord, atomic};
-use crate::supervisor::{self, Button};
+use crate::supervisor::{self, StopMode};
 
 /// `audit` holds a VM's lock for a moment. A call that holds it longer may be launching the VM.
 const AUDIT_LOCK_TIMEOUT: Duration = Duration::from_millis(250);
@@ -30,7 +30,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &VmCid) -> Result<()> {
     let lock = match cx.store.lock(Rank::Vm, cid, Instant::now() + AUDIT_LOCK_TIMEOUT) {
         // A launch of the VM need not finish.
         Err(error) if error.kind() == ErrorKind::Timeout => {
-            supervisor::call_off(&paths)?;
+            supervisor::cancel_launch(&paths)?;
             cx.store.lock(Rank::Vm, cid, deadline)?
         }
         free => free?,
@@ -39,7 +39,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &VmCid) -> Result<()> {
         Some(vm) => destroy(cx, &vm, lock, deadline),
         // A create ended before it wrote the record, a delete after it removed it, or an operator removed the directory.
         None => {
-            supervisor::stop(&paths, Button::Quit, deadline)?;
+            supervisor::stop(&paths, StopMode::Quit, deadline)?;
             Cgroup::open(cid.as_str()).kill(deadline)?;
             orphans::remove(cx, cid)?;
             remove(cx, cid, lock)
@@ -53,7 +53,7 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
     // A supervisor that reads this phase does not start the VM again.
     cx.store.write_deleting(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
     // QEMU's caches may hold writes to a persistent disk: then it ends in order.
-    let button = if vm.disks.is_empty() { Button::Kill } else { Button::Quit };
+    let button = if vm.disks.is_empty() { StopMode::Kill } else { StopMode::Quit };
     supervisor::stop(&paths, button, deadline)?;
     let group = Cgroup::open(vm.cid.as_str());
     // A guest that took over its QEMU may have closed the lock that shows QEMU is alive. It cannot leave the control group.

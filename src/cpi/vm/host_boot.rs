@@ -23,7 +23,7 @@ use crate::cpi::machine;
 use crate::error::Result;
 use crate::store::record::Desired;
 use crate::store::{Phase, Rank, VmRecord};
-use crate::supervisor::{self, Adoption, Button, Ending, ExitRecord, PowerState, power_state};
+use crate::supervisor::{self, Adoption, Ending, ExitRecord, PowerState, StopMode, power_state};
 use crate::sys::pidlock;
 
 /// The metadata tag by which operators order starts: the VM with the larger number starts first.
@@ -131,11 +131,11 @@ fn bring_back(cx: &Context, vm: &VmRecord) -> Result<State> {
         Some(_) => return Ok(State::Off("it is being deleted".into())),
         None => return lock.retire().map(|()| State::Off("it was deleted".into())),
     };
-    let (scope, config_file) = (cx.scope(&vm.cid), cx.config_file());
+    let (scope, config_file) = (cx.vm_context(&vm.cid), cx.config_file());
     let deadline = Instant::now() + cx.config.deadline("reboot_vm", default_timeout("reboot_vm"));
     if let PowerState::On(_) = power_state(&scope.paths)? {
         return Ok(match supervisor::adopt(&scope, config_file, &lock, deadline)? {
-            Adoption::Needless => State::Running,
+            Adoption::NotNeeded => State::Running,
             Adoption::Adopted => State::Adopted,
             Adoption::Launched => State::Started,
         });
@@ -148,7 +148,7 @@ fn bring_back(cx: &Context, vm: &VmRecord) -> Result<State> {
         return Ok(State::Off("its guest powered itself off".into()));
     }
     // A supervisor that waits before it restarts the VM ends: this start replaces it.
-    supervisor::stop(&scope.paths, Button::Quit, deadline)?;
+    supervisor::stop(&scope.paths, StopMode::Quit, deadline)?;
     machine::ensure_off(&vm.cid, &scope.paths)?;
     vm.run += 1;
     cx.store.write(&vm)?;
@@ -168,7 +168,7 @@ fn power_off(cx: &Context, vm: &VmRecord, until: Instant) -> Result<State> {
         qemu.wait_exit(until)?;
     }
     // A QEMU that still runs is ended. A supervisor that has to write its exit record is waited for.
-    supervisor::stop(&paths, Button::Quit, Instant::now() + LOCK_TIMEOUT)?;
+    supervisor::stop(&paths, StopMode::Quit, Instant::now() + LOCK_TIMEOUT)?;
     Ok(State::Stopped)
 }
 
@@ -179,7 +179,7 @@ fn power_off_alone(cx: &Context, vm: &VmRecord, until: Instant) -> Result<State>
         return Ok(State::Off("it was off".into()));
     }
     let timeout = until.saturating_duration_since(Instant::now());
-    supervisor::stop(&paths, Button::Press(timeout), until + LOCK_TIMEOUT)?;
+    supervisor::stop(&paths, StopMode::PowerButton(timeout), until + LOCK_TIMEOUT)?;
     Ok(State::Stopped)
 }
 

@@ -19,7 +19,7 @@ use crate::qemu::topology::MAX_NICS;
 use crate::store::claims::{self, Claim};
 use crate::store::record::Nic;
 use crate::store::{Rank, VmPaths, VmRecord, atomic};
-use crate::supervisor::{self, Button, PowerState, power_state};
+use crate::supervisor::{self, PowerState, StopMode, power_state};
 use crate::sys::pidfd::Process;
 
 /// How long the removal of one VM's orphans may take.
@@ -58,7 +58,7 @@ pub(crate) fn named_vms(cx: &Context) -> Result<BTreeSet<VmCid>> {
     let store = &cx.store;
     let mut named: BTreeSet<_> = store.list_running()?.into_iter().collect();
     named.extend(store.claimed()?.into_iter().map(|(_, vm)| vm));
-    named.extend(uids::claims(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
+    named.extend(uids::reservations(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
     let locks = store.locks()?.into_iter().filter(|(rank, _)| *rank == Rank::Vm);
     named.extend(locks.filter_map(|(_, name)| VmCid::parse(&name).ok()));
     Ok(named)
@@ -98,7 +98,7 @@ impl Orphans {
         }
         let bridges: BTreeSet<_> = addresses.iter().map(|(bridge, _)| bridge.clone()).collect();
         let taps: Vec<_> = (0..MAX_NICS).map(|index| tap::tap_name(vm, index)).collect();
-        let mut uids = uids::claims(store.state_dir())?;
+        let mut uids = uids::reservations(store.state_dir())?;
         uids.retain(|(uid, owner)| owner.as_ref() == Some(vm) && !recorded.uids.contains(uid));
         let qemu = match power_state(&paths)? {
             PowerState::On(qemu) => Some(qemu.pid()),
@@ -146,7 +146,7 @@ impl Orphans {
     pub(crate) fn remove(&self, cx: &Context) -> Result<()> {
         let deadline = Instant::now() + REMOVAL_TIMEOUT;
         // Its record was lost, and with it which disks it has: QEMU ends in order, as if there were some.
-        supervisor::stop(&self.paths, Button::Quit, deadline)?;
+        supervisor::stop(&self.paths, StopMode::Quit, deadline)?;
         if self.qemu.is_some() {
             self.cgroup.kill(deadline)?;
         }

@@ -8,7 +8,7 @@ use crate::cpi::machine;
 use crate::error::Result;
 use crate::host::cgroup::Cgroup;
 use crate::store::record::Desired;
-use crate::supervisor::{self, Button};
+use crate::supervisor::{self, StopMode};
 
 /// How long a guest may take to follow the power button. systemd waits 90 s for a unit; a stemcell needs 5 to 7 s once the
 /// Director has stopped its jobs.
@@ -21,10 +21,10 @@ pub(in crate::cpi) fn reboot(cx: &Context, cid: &VmCid) -> Result<()> {
     // The start gets the other half of the time.
     let half = deadline.saturating_duration_since(Instant::now()) / 2;
     let timeout = POWER_BUTTON_TIMEOUT.min(half);
-    let (paths, scope) = (cx.store.vm(cid), cx.scope(cid));
+    let (paths, scope) = (cx.store.vm(cid), cx.vm_context(cid));
     // A VM that would not start again for want of memory keeps running.
-    supervisor::admit(&scope, &vm)?;
-    supervisor::stop(&paths, Button::Press(timeout), deadline)?;
+    supervisor::ensure_memory(&scope, &vm)?;
+    supervisor::stop(&paths, StopMode::PowerButton(timeout), deadline)?;
     // Ends a QEMU whose pid file is gone: an operator has emptied the run directory.
     Cgroup::open(cid.as_str()).kill(deadline)?;
     vm.run += 1;

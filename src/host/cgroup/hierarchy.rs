@@ -1,25 +1,27 @@
-//! Where the kernel's hierarchies of control groups are, and what a limit is called in each.
+//! The kernel's hierarchies of control groups: where they are mounted, and the name of each limit
+//! in v1 and v2.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Limits;
 
-/// v1 hierarchies worth leaving the caller's group in: limits act there, and a service manager kills by the last.
+/// The v1 hierarchies in which a VM gets its own group. Limits act in the first three; a service
+/// manager kills by the last.
 const V1: [&str; 4] = ["memory", "cpu", "pids", "name=systemd"];
-/// v2 controllers a group's limits need; whoever makes a group hands them down to it.
+/// The v2 controllers that limits need. A group has only those that its parent delegates to it.
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
 /// One mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Hierarchy {
     pub(super) root: PathBuf,
-    /// The unified one; else one of v1.
+    /// Whether it is the unified hierarchy (v2), not one of v1.
     pub(super) unified: bool,
 }
 
 impl Hierarchy {
-    /// Those that are mounted, out of the text of mountinfo (proc(5)).
+    /// Parses the mounted hierarchies from the text of mountinfo (proc(5)).
     pub(super) fn all(mountinfo: &str) -> Vec<Self> {
         let mut found = Vec::new();
         for line in mountinfo.lines() {
@@ -39,35 +41,39 @@ impl Hierarchy {
         found
     }
 
-    /// Has groups in `parent`, which holds none but groups, take limits. Only the unified hierarchy must be told.
-    pub(super) fn hand_down(&self, parent: &Path) {
+    /// Delegates the controllers to the groups in `parent`, which must contain no process itself.
+    /// Needed only in the unified hierarchy.
+    pub(super) fn delegate_controllers(&self, parent: &Path) {
         if !self.unified {
             return;
         }
         for group in [&self.root, parent] {
             let words = |file: &str| std::fs::read_to_string(group.join(file)).unwrap_or_default();
-            let (offered, given) = (words("cgroup.controllers"), words("cgroup.subtree_control"));
+            let (available, delegated) =
+                (words("cgroup.controllers"), words("cgroup.subtree_control"));
             let has = |words: &str, name: &str| words.split_whitespace().any(|word| word == name);
-            // One by one: a controller that can not be had must not keep the others away.
+            // One write for each: an unavailable controller must not prevent the others.
             for controller in
-                CONTROLLERS.iter().filter(|name| has(&offered, name) && !has(&given, name))
+                CONTROLLERS.iter().filter(|name| has(&available, name) && !has(&delegated, name))
             {
                 if let Err(error) =
                     std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"))
                 {
-                    tracing::warn!(%error, controller, group = %group.display(), "VMs can not have this limit");
+                    let group = group.display();
+                    tracing::warn!(%error, controller, %group, "VMs cannot have this limit");
                 }
             }
         }
     }
 }
 
-/// Sets what of `limits` the group `dir` can have, and answers how many that were.
+/// Sets those of `limits` that the group `dir` has files for, and returns their number.
 pub(super) fn set_limits(dir: &Path, unified: bool, limits: &Limits) -> io::Result<usize> {
     let mut set = 0;
-    for (file, value) in settings(unified, limits) {
+    for (file, value) in limit_files(unified, limits) {
         let path = dir.join(file);
-        // A hierarchy of v1 has the files of its own controllers only, and the unified one of those handed down.
+        // A v1 hierarchy has only the files of its own controllers, the unified one those of
+        // delegated controllers.
         if path.exists() {
             std::fs::write(path, value.to_string())?;
             set += 1;
@@ -76,13 +82,13 @@ pub(super) fn set_limits(dir: &Path, unified: bool, limits: &Limits) -> io::Resu
     Ok(set)
 }
 
-/// The files and values that stand for `limits`.
-fn settings(unified: bool, limits: &Limits) -> Vec<(&'static str, u64)> {
+/// Returns the files and values for `limits`.
+fn limit_files(unified: bool, limits: &Limits) -> Vec<(&'static str, u64)> {
     let weight = limits.cpu_weight;
     let (memory, cpu) = if unified {
         ("memory.max", weight.map(|weight| ("cpu.weight", weight)))
     } else {
-        // Both give a group its share among its siblings; an untold weight is 100 in v2 and 1024 in v1.
+        // Both are a group's share among its siblings; the default is 100 in v2 and 1024 in v1.
         ("memory.limit_in_bytes", weight.map(|weight| ("cpu.shares", (weight * 1024 / 100).max(2))))
     };
     [limits.memory.map(|most| (memory, most.get())), Some(("pids.max", limits.pids)), cpu]
@@ -91,8 +97,8 @@ fn settings(unified: bool, limits: &Limits) -> Vec<(&'static str, u64)> {
         .collect()
 }
 
-/// How often a process of the group `dir` was killed for want of memory, its own limit's or the host's. `None`: this
-/// hierarchy does not know.
+/// Returns how often the OOM killer killed a process of the group `dir`, because of the group's
+/// limit or the host's memory. `None` if this hierarchy does not count it.
 pub(super) fn oom_kills(dir: &Path, unified: bool) -> Option<u64> {
     let file = if unified { "memory.events" } else { "memory.oom_control" };
     let text = std::fs::read_to_string(dir.join(file)).ok()?;
@@ -108,7 +114,7 @@ mod tests {
         Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
 
     #[test]
-    fn hierarchies_of_a_hybrid_host() {
+    fn all_finds_the_hierarchies_of_a_hybrid_host() {
         let mounts = "\
             30 29 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw\n\
             31 29 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
@@ -122,7 +128,7 @@ mod tests {
         assert_eq!(found.iter().map(|h| h.unified).collect::<Vec<_>>(), [true, false, false]);
     }
 
-    /// A directory with these files, as cgroupfs shows a group.
+    /// Makes a directory with these files, like a group in cgroupfs.
     fn group(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -132,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_gets_the_limits_it_has_files_for() {
+    fn set_limits_sets_only_limits_with_files() {
         let read =
             |dir: &tempfile::TempDir, file| std::fs::read_to_string(dir.path().join(file)).unwrap();
         let unified = group(&[("memory.max", "max"), ("pids.max", "max"), ("cpu.weight", "100")]);
@@ -154,20 +160,21 @@ mod tests {
     }
 
     #[test]
-    fn controllers_are_handed_down_to_groups_below() {
-        let given = |offered, given| {
-            let root = group(&[("cgroup.controllers", offered), ("cgroup.subtree_control", given)]);
+    fn delegate_controllers_adds_missing_ones() {
+        let delegated = |available, delegated| {
+            let files = [("cgroup.controllers", available), ("cgroup.subtree_control", delegated)];
+            let root = group(&files);
             Hierarchy { root: root.path().to_owned(), unified: true }
-                .hand_down(&root.path().join("parent"));
+                .delegate_controllers(&root.path().join("parent"));
             std::fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap()
         };
-        // In cgroupfs each write adds one; in a file the last one stays.
-        assert_eq!(given("cpuset cpu io pids\n", "pids\n"), "+cpu");
-        assert_eq!(given("cpuset cpu io pids\n", "cpu pids\n"), "cpu pids\n");
+        // In cgroupfs each write adds one controller; an ordinary file keeps the last write.
+        assert_eq!(delegated("cpuset cpu io pids\n", "pids\n"), "+cpu");
+        assert_eq!(delegated("cpuset cpu io pids\n", "cpu pids\n"), "cpu pids\n");
     }
 
     #[test]
-    fn kills_are_counted_in_both_versions_words() {
+    fn oom_kills_reads_v1_and_v2() {
         let unified = group(&[(
             "memory.events",
             "low 0\nhigh 0\nmax 12\noom 2\noom_kill 2\noom_group_kill 0\n",

@@ -1,12 +1,13 @@
-//! Each VM in control groups of its own, away from the caller's.
+//! The control groups of each VM, separate from those of the call that starts it.
 //!
-//! A Director's worker is stopped by ending its control group; a VM in it would end with it. The groups are
-//! `bosh-qemu-cpi/<cid>` in every hierarchy that can be written: the unified one (v2), or on older and hybrid hosts each
-//! of the v1 hierarchies that matter. Where systemd runs the host, the tree is systemd's, and it is asked for a
-//! `scope`. A host where nothing can be had is no error: what is missing is logged.
+//! A service manager stops a Director's worker by ending its control group; a VM in that group
+//! would end with it. The VM's groups are `bosh-qemu-cpi/<cid>` in every writable hierarchy: the
+//! unified one (v2), or on older and hybrid hosts the v1 hierarchies that matter. On a host that
+//! runs systemd, systemd owns the tree and makes a `scope` for the VM. A host without usable
+//! hierarchies is no error: the missing groups are logged.
 //!
-//! The groups also keep a VM to its limits, so that one whose QEMU runs wild is ended alone. What those limits are is for
-//! whoever knows what runs in them.
+//! The groups also limit the VM's resources, so that a QEMU that runs wild ends alone. The caller
+//! decides on the limits.
 
 mod hierarchy;
 mod scope;
@@ -25,19 +26,22 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::sys::pidfd::Process;
 use crate::units::Bytes;
 
-/// The parent of all groups, removed with the last of them.
+/// The parent of all VMs' groups; it is removed with the last of them.
 const PARENT: &str = "bosh-qemu-cpi";
-/// A process that was killed leaves its group within microseconds of its end.
-const EMPTY: Duration = Duration::from_secs(2);
+/// How long a group may take to become empty after its last process has ended: normally
+/// microseconds.
+const GROUP_EMPTY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the processes of one VM may have together.
+/// What the processes of one VM may use together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Memory: anonymous, the page cache their files are read into, and the kernel's in their behalf. `None`: no limit.
+    /// Memory in bytes: anonymous memory, page cache, and the kernel's memory for these processes.
+    /// `None`: no limit.
     pub memory: Option<Bytes>,
-    /// Processes and threads.
+    /// Number of processes and threads.
     pub pids: u64,
-    /// Share of the CPUs among VMs when all are busy, from 1 to 10000; `None`: 100, as every group.
+    /// Share of the CPUs among VMs when all CPUs are busy, from 1 to 10000. `None`: 100, the
+    /// default of every group.
     pub cpu_weight: Option<u64>,
 }
 
@@ -49,34 +53,38 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The groups of the VM `name`, whether they exist or not.
+    /// Returns the groups of the VM `name`, whether they exist or not.
     pub fn open(name: &str) -> Self {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         Self { name: name.to_owned(), hierarchies: Hierarchy::all(&mounts) }
     }
 
-    /// The group in each hierarchy that we make ourselves, and whether the hierarchy is unified.
+    /// Returns the group in each hierarchy that this program makes itself, and whether the
+    /// hierarchy is unified.
     fn dirs(&self) -> impl Iterator<Item = (PathBuf, bool)> {
         self.hierarchies
             .iter()
             .map(|hierarchy| (hierarchy.root.join(PARENT).join(&self.name), hierarchy.unified))
     }
 
-    /// Every group there may be, systemd's scopes included.
+    /// Returns every group the VM may have, including systemd's scopes.
     fn all_dirs(&self) -> Vec<(PathBuf, bool)> {
         let scopes = self.hierarchies.iter().flat_map(|hierarchy| {
-            scope::of(&hierarchy.root, &self.name).into_iter().map(|dir| (dir, hierarchy.unified))
+            scope::dirs_of(&hierarchy.root, &self.name)
+                .into_iter()
+                .map(|dir| (dir, hierarchy.unified))
         });
         scopes.chain(self.dirs()).collect()
     }
 
-    /// Makes the groups with their limits and moves this process, and so its future children, into them.
+    /// Makes the groups with their limits and moves this process into them. Its future children
+    /// inherit them.
     pub fn enter(&self, limits: &Limits) {
-        if scope::is_wanted() {
+        if scope::is_systemd_host() {
             match scope::enter(&self.name, limits) {
                 Ok(()) => return,
                 Err(error) => {
-                    tracing::warn!(error = error.report(), "making control groups without systemd")
+                    tracing::warn!(error = error.report(), "making control groups without systemd");
                 }
             }
         }
@@ -85,36 +93,38 @@ impl Cgroup {
             let parent = hierarchy.root.join(PARENT);
             let dir = parent.join(&self.name);
             let entered = make(&dir).and_then(|()| {
-                hierarchy.hand_down(&parent);
+                hierarchy.delegate_controllers(&parent);
                 set += hierarchy::set_limits(&dir, hierarchy.unified, limits).unwrap_or_else(
                     |error| {
-                        tracing::warn!(%error, group = %dir.display(), "can not limit the VM");
+                        tracing::warn!(%error, group = %dir.display(), "cannot limit the VM");
                         0
                     },
                 );
                 join(&dir)
             });
             if let Err(error) = entered {
-                tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
+                let group = dir.display();
+                tracing::warn!(%error, %group, "cannot leave the caller's control group");
             }
             crash::point!("control group entered");
         }
         if set == 0 {
-            tracing::warn!("no control group of this host takes limits: the VM has none");
+            tracing::warn!("no control group of this host supports limits: the VM has none");
         }
     }
 
-    /// Moves this process into the groups that are there: the VM runs in them already.
+    /// Moves this process into the existing groups, in which the VM already runs.
     pub fn rejoin(&self) {
         for (dir, _) in self.all_dirs().into_iter().filter(|(dir, _)| dir.exists()) {
             if let Err(error) = join(&dir) {
-                tracing::warn!(%error, group = %dir.display(), "can not leave the caller's control group");
+                let group = dir.display();
+                tracing::warn!(%error, %group, "cannot leave the caller's control group");
             }
         }
     }
 
-    /// How often a process in the groups was killed for want of memory, as far as the kernel counts it here. Never goes
-    /// down while the groups exist.
+    /// Returns how often the OOM killer killed a process in the groups; 0 where the kernel does not
+    /// count it. The number never decreases while the groups exist.
     pub fn oom_kills(&self) -> u64 {
         let counts = self
             .all_dirs()
@@ -123,21 +133,23 @@ impl Cgroup {
         counts.max().unwrap_or(0)
     }
 
-    /// Whether any of the groups is there.
+    /// Returns whether any of the groups exists.
     pub fn exists(&self) -> bool {
         self.all_dirs().iter().any(|(dir, _)| dir.exists())
     }
 
-    /// The processes in the groups that have not ended.
+    /// Returns the processes in the groups that have not ended. A group that does not exist has
+    /// none.
     ///
     /// # Errors
-    /// If that can not be told: a group that is not there has none, one that can not be read may have some.
+    /// If a group cannot be read, because it may contain processes. [`ErrorKind::Host`] for a
+    /// process of another pid namespace.
     pub fn processes(&self) -> Result<Vec<Process>> {
         let mut pids = BTreeSet::new();
         for (dir, _) in self.all_dirs() {
             let list = dir.join("cgroup.procs");
             match std::fs::read_to_string(&list) {
-                // Of a group that goes at this moment, the kernel says ENODEV.
+                // ENODEV: the kernel is removing the group at this moment.
                 Err(error)
                     if error.kind() == NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
                 text => pids.extend(text.at("read", &list)?.split_whitespace().map(str::to_owned)),
@@ -145,13 +157,13 @@ impl Cgroup {
         }
         let mut processes = Vec::new();
         for pid in pids {
-            // 0 stands for one of another pid namespace.
+            // The kernel writes 0 for a process of another pid namespace.
             let pid = pid.parse().ok().filter(|pid| *pid > 0).ok_or_else(|| {
                 let message = format!(
-                    "the control groups of '{}' have a process that has no pid here",
+                    "the control groups of '{}' contain a process of another pid namespace",
                     self.name
                 );
-                Error::new(ErrorKind::Host, message).hint("call from the pid namespace of the host")
+                Error::new(ErrorKind::Host, message).hint("run the CPI in the host's pid namespace")
             })?;
             processes.extend(Process::find(pid)?);
         }
@@ -160,15 +172,19 @@ impl Cgroup {
     }
 
     /// Kills every process in the groups and waits until they have ended, at most until `deadline`.
+    ///
+    /// # Errors
+    /// If a process cannot be signalled. A process that has not ended by `deadline` is no error.
     pub fn kill(&self, deadline: Instant) -> Result<()> {
         for (dir, _) in self.all_dirs() {
             let members = || std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
             for pid in members().split_whitespace() {
                 let Ok(number) = pid.parse::<i32>() else { continue };
                 let Ok(process) = Process::open(number) else { continue };
-                // Still a member after it was opened: the number means the same process.
+                // Still a member after it was opened, so the pid was not reused.
                 if members().split_whitespace().any(|member| member == pid) {
-                    tracing::warn!(pid, group = %dir.display(), "killing what is left in the VM's control group");
+                    let group = dir.display();
+                    tracing::warn!(pid, %group, "killing a process left in the VM's control group");
                     process.signal(Signal::SIGKILL)?;
                     process.wait_exit(deadline)?;
                 }
@@ -177,12 +193,13 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Removes the groups, all that can be; absent is fine. Their processes must have ended.
+    /// Removes all groups that can be removed. Their processes must have ended. A group that does
+    /// not exist is no error.
     ///
     /// # Errors
-    /// The first that can not be removed, with the processes in it as the hint.
+    /// For the first group that cannot be removed, with the processes in it as the hint.
     pub fn remove(&self) -> Result<()> {
-        self.remove_until(Instant::now() + EMPTY)
+        self.remove_until(Instant::now() + GROUP_EMPTY_TIMEOUT)
     }
 
     fn remove_until(&self, deadline: Instant) -> Result<()> {
@@ -191,8 +208,8 @@ impl Cgroup {
     }
 }
 
-/// Makes a group and its parent. The removal of another VM's group may take the empty parent away at any moment in
-/// between, which `create_dir_all` answers with one error or another.
+/// Makes a group and its parent. Not with `create_dir_all`, which fails in different ways if the
+/// removal of another VM's group removes the empty parent meanwhile.
 fn make(dir: &Path) -> io::Result<()> {
     let made = |dir: &Path| match std::fs::create_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -213,7 +230,8 @@ fn remove(dir: &Path, deadline: Instant) -> Result<()> {
         match std::fs::remove_dir(dir) {
             Ok(()) => break,
             Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-            // The kernel takes a dead process out of its group a moment after its pidfd tells of its end.
+            // The kernel removes a dead process from its group a moment after its pidfd reports the
+            // end.
             Err(error)
                 if error.raw_os_error() == Some(nix::libc::EBUSY) && Instant::now() < deadline =>
             {
@@ -229,13 +247,13 @@ fn remove(dir: &Path, deadline: Instant) -> Result<()> {
             }
         }
     }
-    // Fails while other VMs are there, which is the point.
+    // Fails while other VMs have groups, as intended.
     let _ = dir.parent().map(std::fs::remove_dir);
     crash::point!("control group removed");
     Ok(())
 }
 
-/// cgroups(7): 0 is the process that writes it.
+/// Moves this process into the group `dir`: 0 stands for the process that writes it (cgroups(7)).
 fn join(dir: &Path) -> io::Result<()> {
     std::fs::write(dir.join("cgroup.procs"), "0")
 }
@@ -244,7 +262,7 @@ fn join(dir: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Groups of this host under a name of nobody else's, if it lets us make any.
+    /// Makes groups of this host under a unique name; `None` if the host does not allow it.
     #[allow(clippy::print_stderr)]
     fn live(name: &str) -> Option<Cgroup> {
         let mut group = Cgroup::open(&format!("test-{}-{name}", std::process::id()));
@@ -259,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_with_a_process_stays_and_names_it() {
+    fn remove_of_a_group_with_a_process_fails_and_names_it() {
         let Some(group) = live("busy") else { return };
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let (last, _) = group.dirs().last().unwrap();
@@ -278,8 +296,8 @@ mod tests {
     }
 
     #[test]
-    fn a_group_is_made_while_the_last_other_is_removed() {
-        // Directories will do: the race is between mkdir(2) and rmdir(2).
+    fn make_succeeds_while_the_last_other_group_is_removed() {
+        // Ordinary directories are enough: the race is between mkdir(2) and rmdir(2).
         let root = tempfile::tempdir_in("/dev/shm").unwrap();
         let hierarchies = vec![Hierarchy { root: root.path().to_owned(), unified: true }];
         let group = |name: &str| Cgroup { name: name.to_owned(), hierarchies: hierarchies.clone() };
@@ -297,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn removing_what_was_never_made_is_fine() {
+    fn remove_of_groups_that_do_not_exist_succeeds() {
         Cgroup::open("vm-that-never-was").remove().unwrap();
     }
 }

@@ -1,16 +1,21 @@
-//! Groups on a host that systemd runs: there the tree is systemd's, and only systemd may make groups in it.
+//! Systemd scopes: a VM's control groups on a host that runs systemd, which owns the tree.
 //!
-//! "The root control group may only be written to by systemd (PID 1)" (systemd.io/CONTROL_GROUP_INTERFACE): groups made
-//! beside it work today, but systemd is free to take controllers away from them. What is asked for instead is a transient
-//! scope for each VM, `machine.slice/bosh-<cid>-<pid>.scope`, delegated, so that systemd leaves alone what happens in it:
+//! "The root control group may only be written to by systemd (PID 1)"
+//! (systemd.io/CONTROL_GROUP_INTERFACE). Groups made beside systemd's work today, but systemd may
+//! take controllers away from them. So each VM gets a transient scope,
+//! `machine.slice/bosh-<cid>-<pid>.scope`. It is delegated, so systemd does not change the groups
+//! inside it:
 //!
-//! - the limits are its properties, so systemd writes them and does not undo them;
-//! - it is ordered before our unit, so that at shutdown `host stop` has powered the guests off when the scope is ended;
-//! - with `Delegate` an OOM kill in it does not have systemd end the rest of it (OOMPolicy, systemd.scope(5));
-//! - systemd removes it with its last process. A VM that starts again gets one of a new name, because the old one may
-//!   still be there for a moment.
+//! - The limits are properties of the scope, so systemd writes them and does not undo them.
+//! - The scope is ordered before `bosh-qemu-cpi.service`. So at shutdown, `host stop` has powered
+//!   the guests off before systemd ends the scope.
+//! - With `Delegate`, systemd does not end the rest of the scope after an OOM kill in it
+//!   (OOMPolicy, systemd.scope(5)).
+//! - Systemd removes the scope with its last process. A VM that starts again gets a scope with a
+//!   new name, because the old one may still exist for a moment.
 //!
-//! Asked through `busctl`, which comes with systemd: one call at each start is not worth a D-Bus library.
+//! The calls go through `busctl`, which is part of systemd: one call at each start does not justify
+//! a D-Bus library.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,53 +24,53 @@ use std::time::{Duration, Instant};
 use super::Limits;
 use crate::error::{Error, ErrorKind, Result};
 
-/// There where systemd is the init (sd_booted(3)).
+/// A directory that exists where systemd is the init process (sd_booted(3)).
 const BOOTED: &str = "/run/systemd/system";
-/// Where systemd has VMs (systemd.special(7)).
+/// Systemd's slice for VMs (systemd.special(7)).
 const SLICE: &str = "machine.slice";
-/// Of `contrib/systemd`.
+/// The unit in `contrib/systemd` that starts and stops all VMs.
 const UNIT: &str = "bosh-qemu-cpi.service";
-/// systemd answers in milliseconds, and then moves the process in its own time.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How often it is looked whether it did.
-const LOOK: Duration = Duration::from_millis(2);
+/// How long systemd may take to move the process into the scope, after it has answered.
+const SCOPE_START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often to check whether systemd has moved the process.
+const SCOPE_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Whether systemd runs this host.
-pub(super) fn is_wanted() -> bool {
+/// Returns whether systemd is the host's init process.
+pub(super) fn is_systemd_host() -> bool {
     Path::new(BOOTED).is_dir()
 }
 
-/// The scopes of the VM `name` in the hierarchy at `root`.
-pub(super) fn of(root: &Path, name: &str) -> Vec<PathBuf> {
+/// Returns the groups of the scopes of the VM `name` in the hierarchy at `root`.
+pub(super) fn dirs_of(root: &Path, name: &str) -> Vec<PathBuf> {
     let prefix = format!("bosh-{name}-");
     let entries = root.join(SLICE).read_dir().into_iter().flatten().flatten();
-    let ours = entries.filter(|entry| {
+    let scopes = entries.filter(|entry| {
         let unit = entry.file_name();
         unit.to_str().is_some_and(|unit| unit.starts_with(&prefix) && unit.ends_with(".scope"))
     });
-    ours.map(|entry| entry.path()).collect()
+    scopes.map(|entry| entry.path()).collect()
 }
 
-/// Has systemd move this process into a new scope of the VM `name`. At a restart it is in one already, and stays; the limits
-/// are as they were meant again, as in groups that we make ourselves.
+/// Has systemd move this process into a new scope of the VM `name`. At a restart of the VM the
+/// process is already in its scope; then only the limits are set again.
 ///
 /// # Errors
-/// What systemd said; the process is where it was.
+/// Systemd's error. The process stays in its old group.
 pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
     let pid = std::process::id();
     let unit = format!("bosh-{name}-{pid}.scope");
     let is_inside =
         || std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|groups| groups.contains(&unit));
     if is_inside() {
-        if let Err(error) = ask(&limit(&unit, limits)) {
-            tracing::warn!(error = error.report(), "the VM's limits are as somebody left them");
+        if let Err(error) = call_systemd(&limit_call(&unit, limits)) {
+            tracing::warn!(error = error.report(), "cannot set the VM's limits again");
         }
         return Ok(());
     }
-    ask(&start(&unit, name, pid, limits))
+    call_systemd(&start_call(&unit, name, pid, limits))
         .map_err(|error| error.during(format!("have systemd make scope '{unit}'")))?;
-    // The answer names a job; that it is done is seen by where we are.
-    let deadline = Instant::now() + PATIENCE;
+    // Systemd answers before its job is done. /proc/self/cgroup shows when it is.
+    let deadline = Instant::now() + SCOPE_START_TIMEOUT;
     while !is_inside() {
         if Instant::now() > deadline {
             return Err(Error::new(
@@ -73,13 +78,13 @@ pub(super) fn enter(name: &str, limits: &Limits) -> Result<()> {
                 format!("systemd did not start its scope '{unit}' in time"),
             ));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(SCOPE_POLL_INTERVAL);
     }
     Ok(())
 }
 
-/// Makes a call to systemd's manager over D-Bus, org.freedesktop.systemd1(5).
-fn ask(call: &[String]) -> Result<()> {
+/// Calls systemd's manager over D-Bus (org.freedesktop.systemd1(5)).
+fn call_systemd(call: &[String]) -> Result<()> {
     let mut busctl = Command::new("busctl");
     busctl.args(["--system", "--timeout=10", "call"]);
     busctl.args([
@@ -87,27 +92,28 @@ fn ask(call: &[String]) -> Result<()> {
         "/org/freedesktop/systemd1",
         "org.freedesktop.systemd1.Manager",
     ]);
-    let asked = busctl
+    let output = busctl
         .args(call)
         .stdin(Stdio::null())
         .output()
         .map_err(|e| Error::os("run 'busctl'", e))?;
-    if asked.status.success() {
+    if output.status.success() {
         return Ok(());
     }
-    let said: String = String::from_utf8_lossy(&asked.stderr).trim().chars().take(300).collect();
-    Err(Error::new(ErrorKind::Host, format!("busctl: {said}")))
+    let stderr: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(300).collect();
+    Err(Error::new(ErrorKind::Host, format!("busctl: {stderr}")))
 }
 
-/// The words of the call that starts the scope: name, mode, properties with their types, no other units.
-fn start(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
+/// Returns the arguments of the call that starts the scope: name, mode, properties with their
+/// types, no other units.
+fn start_call(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
     let mut properties = vec![
         property("Description", "s", &[&format!("BOSH VM {name}")]),
         property("PIDs", "au", &["1", &pid.to_string()]),
         property("Slice", "s", &[SLICE]),
         property("Delegate", "b", &["true"]),
         property("CollectMode", "s", &["inactive-or-failed"]),
-        // Units stop in the reverse order of their start.
+        // Units stop in the reverse order, so the service stops before the scope.
         property("Before", "as", &["1", UNIT]),
     ];
     properties.extend(properties_of(limits));
@@ -119,8 +125,9 @@ fn start(unit: &str, name: &str, pid: u32, limits: &Limits) -> Vec<String> {
     words
 }
 
-/// The words of the call that limits a scope that is there: name, for this boot only, properties with their types.
-fn limit(unit: &str, limits: &Limits) -> Vec<String> {
+/// Returns the arguments of the call that limits an existing scope: name, runtime only, properties
+/// with their types.
+fn limit_call(unit: &str, limits: &Limits) -> Vec<String> {
     let properties = properties_of(limits);
     let mut words = ["SetUnitProperties", "sba(sv)", unit, "true"].map(str::to_owned).to_vec();
     words.push(properties.len().to_string());
@@ -136,7 +143,7 @@ fn properties_of(limits: &Limits) -> Vec<Vec<String>> {
     std::iter::once(pids).chain(memory).chain(weight).collect()
 }
 
-/// A property in the words of busctl(1).
+/// Returns a property as arguments of busctl(1).
 fn property(name: &str, kind: &str, value: &[&str]) -> Vec<String> {
     [name, kind].iter().chain(value).map(|word| (*word).to_owned()).collect()
 }
@@ -147,36 +154,38 @@ mod tests {
     use crate::units::Bytes;
 
     #[test]
-    fn the_calls_in_busctls_words() {
+    fn calls_have_the_arguments_of_busctl() {
         let limits = Limits { memory: Some(Bytes(1 << 30)), pids: 500, cpu_weight: Some(200) };
-        let words = start("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
+        let words = start_call("bosh-vm-a-7.scope", "vm-a", 7, &limits).join(" ");
         assert_eq!(
             words,
-            "StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 Description s BOSH VM vm-a PIDs au 1 7 \
-             Slice s machine.slice Delegate b true CollectMode s inactive-or-failed Before as 1 bosh-qemu-cpi.service \
+            "StartTransientUnit ssa(sv)a(sa(sv)) bosh-vm-a-7.scope fail 9 \
+             Description s BOSH VM vm-a PIDs au 1 7 Slice s machine.slice Delegate b true \
+             CollectMode s inactive-or-failed Before as 1 bosh-qemu-cpi.service \
              TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200 0"
         );
-        let again = limit("bosh-vm-a-7.scope", &limits).join(" ");
+        let again = limit_call("bosh-vm-a-7.scope", &limits).join(" ");
         let properties = "TasksMax t 500 MemoryMax t 1073741824 CPUWeight t 200";
         assert_eq!(
             again,
             format!("SetUnitProperties sba(sv) bosh-vm-a-7.scope true 3 {properties}")
         );
         let plain =
-            start("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits }).join(" ");
+            start_call("u", "vm-a", 7, &Limits { memory: None, cpu_weight: None, ..limits })
+                .join(" ");
         assert!(plain.contains(" fail 7 ") && plain.ends_with("TasksMax t 500 0"), "{plain}");
     }
 
     #[test]
-    fn a_vms_scopes_are_its_own() {
+    fn dirs_of_returns_only_scopes_of_the_vm() {
         let root = tempfile::tempdir().unwrap();
-        assert_eq!(of(root.path(), "vm-a"), Vec::<PathBuf>::new());
+        assert_eq!(dirs_of(root.path(), "vm-a"), Vec::<PathBuf>::new());
         let slice = root.path().join(SLICE);
         for unit in
             ["bosh-vm-a-7.scope", "bosh-vm-ab-8.scope", "bosh-vm-a-9.service", "machine-qemu.scope"]
         {
             std::fs::create_dir_all(slice.join(unit)).unwrap();
         }
-        assert_eq!(of(root.path(), "vm-a"), [slice.join("bosh-vm-a-7.scope")]);
+        assert_eq!(dirs_of(root.path(), "vm-a"), [slice.join("bosh-vm-a-7.scope")]);
     }
 }

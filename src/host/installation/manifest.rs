@@ -1,52 +1,54 @@
-//! What was installed, on the machine itself.
+//! The manifest: which files and keys were installed on this machine.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::authorized::Authorized;
+use super::authorized_key::AuthorizedKey;
 use super::below;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
 
-/// Where it is written down.
+/// Path of the manifest.
 pub const MANIFEST: &str = "/etc/bosh-qemu-cpi/installed.json";
 
-/// Everything that is ours.
+/// Everything that was installed.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Its files, with the digests of what was put there: the last, and before it is there the one before.
+    /// The files with the digests of their installed contents. While a file is being replaced, both
+    /// its old and its new digest.
     pub files: BTreeMap<PathBuf, BTreeSet<Digest>>,
-    /// The keys that may call: one in each file, and before another is there in its place both.
+    /// The keys that may call the CPI: one for each file. While a key is being replaced, both.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub keys: BTreeSet<Authorized>,
-    /// Whether the group was not there before.
+    pub keys: BTreeSet<AuthorizedKey>,
+    /// Whether the installation made the group.
     #[serde(default)]
     pub made_group: bool,
 }
 
 impl Manifest {
-    /// What is written down; nothing, if there is no such file.
+    /// Reads the manifest; an empty one if the file does not exist.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if it can not be understood.
+    /// [`ErrorKind::Corrupt`] if it cannot be parsed.
     pub fn read(root: &Path) -> Result<Self> {
         let path = below(root, Path::new(MANIFEST));
         match std::fs::read(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             read => serde_json::from_slice(&read.at("read", &path)?).map_err(|error| {
-                let message = format!("'{}' can not be used", path.display());
-                Error::new(ErrorKind::Corrupt, message)
-                    .because(error)
-                    .hint("it says what may be replaced and removed")
+                let message = format!("'{}' cannot be used", path.display());
+                Error::new(ErrorKind::Corrupt, message).because(error).hint(
+                    "it lists the files that may be replaced and removed: \
+                         restore it from a backup, or remove it and the files it names",
+                )
             }),
         }
     }
 
-    /// The keys that were put where `authorized` goes, but for itself.
-    pub fn older(&self, authorized: &Authorized) -> Vec<Authorized> {
+    /// Returns the installed keys in the file of `authorized`, without `authorized` itself.
+    pub fn older(&self, authorized: &AuthorizedKey) -> Vec<AuthorizedKey> {
         self.keys
             .iter()
             .filter(|key| key.file == authorized.file && *key != authorized)
@@ -54,7 +56,7 @@ impl Manifest {
             .collect()
     }
 
-    /// Writes it down.
+    /// Writes the manifest, and makes its directory if needed.
     pub fn write(&self, root: &Path) -> Result<()> {
         let path = below(root, Path::new(MANIFEST));
         let dir = path.parent().expect("a file is in a directory");
@@ -62,31 +64,31 @@ impl Manifest {
         atomic::write_json(&path, self)
     }
 
-    /// Forgets it, with its directory if nothing else is there.
-    pub fn forget(root: &Path) -> Result<()> {
+    /// Removes the manifest, and its directory if that is empty.
+    pub fn remove(root: &Path) -> Result<()> {
         let path = below(root, Path::new(MANIFEST));
         atomic::remove_file(&path)?;
-        // An operator's configuration may be beside it.
+        // Fails if the directory contains other files, such as the operator's configuration.
         let _ = std::fs::remove_dir(path.parent().expect("a file is in a directory"));
         Ok(())
     }
 
-    /// Whether `digest` was put at `path`.
+    /// Returns whether the file `path` was installed with `digest`.
     pub fn has(&self, path: &Path, digest: &Digest) -> bool {
         self.files.get(path).is_some_and(|digests| digests.contains(digest))
     }
 
-    /// Notes that `digest` is about to be put at `path`.
+    /// Adds `digest` for `path`, before the file is written.
     pub fn add(&mut self, path: &Path, digest: Digest) {
         self.files.entry(path.to_owned()).or_default().insert(digest);
     }
 
-    /// What was there before is not ours any more.
-    pub fn is_there(&mut self, path: &Path, digest: Digest) {
+    /// Sets `digest` as the only one of `path`, after the file was written.
+    pub fn set_installed(&mut self, path: &Path, digest: Digest) {
         self.files.insert(path.to_owned(), BTreeSet::from([digest]));
     }
 
-    /// Whether nothing was installed.
+    /// Returns whether nothing was installed.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty() && self.keys.is_empty()
     }

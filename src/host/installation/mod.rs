@@ -1,13 +1,14 @@
-//! This program on a machine: its files, the key that may call it, the units that start it. What is installed is written down,
-//! so that it can be undone and nothing else be touched.
+//! The installation of this program on a machine: its files, the ssh key that may call it, its
+//! systemd units. A manifest lists what was installed, so that a removal touches nothing else.
 //!
 //! ```text
-//!   wanted ──┐
-//!            ├─ plan: what each file needs ──► apply ──► installed.json, before each file it names
-//!   on disk ─┘            │ a file that is not ours is in the way: refused, before anything is done
+//!   files to install ──┐
+//!                      ├─ plan: a step for each ──► apply: installed.json first, then the file
+//!   files on disk ─────┘        │
+//!                               └ a file that was not installed is in the way: nothing is changed
 //! ```
 
-mod authorized;
+mod authorized_key;
 mod manifest;
 
 use std::fmt;
@@ -16,49 +17,49 @@ use std::process::Command;
 
 use nix::unistd::Group;
 
-pub use self::authorized::Authorized;
+pub use self::authorized_key::AuthorizedKey;
 use self::manifest::{MANIFEST, Manifest};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
 
-/// Who may use the socket.
+/// The group whose members may use the socket.
 pub const GROUP: &str = "bosh-qemu-cpi";
-/// Where the program is put.
+/// Where the program is installed.
 pub const PROGRAM: &str = "/usr/local/bin/bosh-qemu-cpi";
 /// The unit that starts and stops all VMs, and the socket for callers.
 const UNITS: [&str; 2] = ["bosh-qemu-cpi.service", "bosh-qemu-cpi.socket"];
 
-/// A file that belongs to the installation.
-pub struct Wanted {
-    /// Where.
+/// A file to install.
+pub struct InstallFile {
+    /// Absolute path.
     pub path: PathBuf,
-    /// Its content.
+    /// Content.
     pub content: Vec<u8>,
-    /// Its mode.
+    /// Permission bits.
     pub mode: u32,
 }
 
-/// What is to be on the machine.
+/// What to install on the machine.
 pub struct Installation {
-    /// `/`, or where a test has it.
+    /// `/`, or another directory in tests.
     pub root: PathBuf,
-    /// Its files.
-    pub files: Vec<Wanted>,
-    /// A key that may call it.
-    pub authorized: Option<Authorized>,
-    /// A user who is not root and may use the socket.
+    /// The files.
+    pub files: Vec<InstallFile>,
+    /// An ssh key that may call the CPI.
+    pub authorized: Option<AuthorizedKey>,
+    /// A user other than root who may use the socket.
     pub member: Option<String>,
 }
 
-/// What one part of it needs.
+/// What [`Installation::apply`] does for one part of the installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// It is there.
+    /// Nothing: the part is installed.
     Keep(String),
-    /// It is not.
+    /// Install the part.
     Add(String),
-    /// An older one of ours is there.
+    /// Replace an older version of the part.
     Replace(String),
 }
 
@@ -73,9 +74,9 @@ impl fmt::Display for Step {
 }
 
 impl Installation {
-    /// The units of a host, as `contrib/systemd` has them.
-    pub fn units() -> Vec<Wanted> {
-        let unit = |name: &str, text: &str| Wanted {
+    /// Returns the systemd units of a host, from `contrib/systemd`.
+    pub fn units() -> Vec<InstallFile> {
+        let unit = |name: &str, text: &str| InstallFile {
             path: Path::new("/etc/systemd/system").join(name),
             content: text.as_bytes().to_vec(),
             mode: 0o644,
@@ -90,33 +91,37 @@ impl Installation {
         ]
     }
 
-    /// What is to be done, in order.
+    /// Returns the steps of the installation, in order.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] naming all that is in the way and not ours.
+    /// [`ErrorKind::Conflict`] naming all files and keys that are in the way and were not
+    /// installed.
     pub fn plan(&self) -> Result<Vec<Step>> {
         let manifest = Manifest::read(&self.root)?;
-        let (mut steps, mut strangers) = (Vec::new(), Vec::new());
+        let (mut steps, mut foreign) = (Vec::new(), Vec::new());
         for file in &self.files {
             match self.step_of(file, &manifest)? {
                 Some(step) => steps.push(step),
-                None => strangers.push(file.path.display().to_string()),
+                None => foreign.push(file.path.display().to_string()),
             }
         }
-        let others = |key: &&Authorized| {
+        let others = |key: &&AuthorizedKey| {
             self.authorized.as_ref().is_none_or(|authorized| authorized.file != key.file)
         };
         steps.extend(manifest.keys.iter().filter(others).map(|key| Step::Keep(key.to_string())));
         if let Some(authorized) = &self.authorized {
             match authorized.step(&self.root, &manifest.older(authorized))? {
                 Some(step) => steps.push(step),
-                None => strangers.push(authorized.to_string()),
+                None => foreign.push(authorized.to_string()),
             }
         }
-        if !strangers.is_empty() {
-            let message = format!("not ours, and in the way: {}", strangers.join(", "));
-            return Err(Error::new(ErrorKind::Conflict, message)
-                .hint("nothing was changed; move them away, or undo what changed them since they were installed"));
+        if !foreign.is_empty() {
+            let message =
+                format!("in the way, and not installed by this program: {}", foreign.join(", "));
+            return Err(Error::new(ErrorKind::Conflict, message).hint(
+                "nothing was changed; move these files away, \
+                 or undo the changes made since their installation",
+            ));
         }
         if self.has_systemd() {
             if !has_group()? {
@@ -130,8 +135,8 @@ impl Installation {
         Ok(steps)
     }
 
-    /// `None` if the file that is there is somebody else's.
-    fn step_of(&self, file: &Wanted, manifest: &Manifest) -> Result<Option<Step>> {
+    /// Returns the step for `file`; `None` if another file is in its place.
+    fn step_of(&self, file: &InstallFile, manifest: &Manifest) -> Result<Option<Step>> {
         let path = self.on_disk(&file.path);
         let name = file.path.display().to_string();
         if !atomic::is_there(&path) {
@@ -148,10 +153,10 @@ impl Installation {
         })
     }
 
-    /// Does what [`Installation::plan`] says.
+    /// Carries out the steps of [`Installation::plan`].
     ///
     /// # Errors
-    /// As it, and what writing can bring.
+    /// As [`Installation::plan`]; else what failed to be written or run.
     pub fn apply(&self) -> Result<()> {
         self.plan()?;
         let mut manifest = Manifest::read(&self.root)?;
@@ -162,7 +167,7 @@ impl Installation {
             let dir = path.parent().expect("a file is in a directory");
             std::fs::create_dir_all(dir).at("make directory", dir)?;
             atomic::write_as(&path, &file.content, file.mode, None)?;
-            manifest.is_there(&file.path, Digest::of(&file.content));
+            manifest.set_installed(&file.path, Digest::of(&file.content));
         }
         manifest.write(&self.root)?;
         if let Some(authorized) = &self.authorized {
@@ -197,10 +202,11 @@ impl Installation {
     }
 }
 
-/// Removes what was installed; what was changed since is left and told.
+/// Removes everything that was installed and returns a line about each part. Parts that were
+/// changed since their installation stay.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] if nothing is installed, or something can not be removed.
+/// [`ErrorKind::Host`] if nothing is installed, or a part cannot be removed.
 pub fn remove(root: &Path) -> Result<Vec<String>> {
     let manifest = Manifest::read(root)?;
     if manifest.is_empty() {
@@ -210,14 +216,14 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
             format!("nothing is installed here: there is no '{}'", path.display()),
         ));
     }
-    let mut told = Vec::new();
+    let mut report = Vec::new();
     if has_systemd(root) {
         run("systemctl", &["disable", "--now", UNITS[1]])?;
-        // Stopped, the other would power off all VMs, of which there are none.
+        // Stopping this unit powers off all VMs, but the caller has made sure that there are none.
         run("systemctl", &["disable", "--now", UNITS[0]])?;
     }
     for key in &manifest.keys {
-        told.push(key.remove(root)?);
+        report.push(key.remove(root)?);
     }
     for (file, digests) in &manifest.files {
         let path = below(root, file);
@@ -227,28 +233,28 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
         }
         if path.is_file() && digests.contains(&Digest::of_file(&path)?) {
             atomic::remove_file(&path)?;
-            told.push(format!("- {name}"));
+            report.push(format!("- {name}"));
         } else {
-            told.push(format!("! {name} was changed since, and stays"));
+            report.push(format!("! {name} was modified, so it stays"));
         }
     }
     if has_systemd(root) {
         run("systemctl", &["daemon-reload"])?;
         if manifest.made_group && has_group()? {
             run("groupdel", &[GROUP])?;
-            told.push(format!("- group {GROUP}"));
+            report.push(format!("- group {GROUP}"));
         }
     }
-    Manifest::forget(root)?;
-    Ok(told)
+    Manifest::remove(root)?;
+    Ok(report)
 }
 
-/// The absolute `path` below `root`.
+/// Returns the absolute `path` below `root`.
 fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// Whether units can be started: not below a root that is no machine's.
+/// Returns whether systemd units can be started: not below a `root` of a test.
 fn has_systemd(root: &Path) -> bool {
     root == Path::new("/") && Path::new("/run/systemd/system").is_dir()
 }
@@ -265,6 +271,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::new(ErrorKind::Host, format!("{program} {}: {}", arguments.join(" "), said.trim())))
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let message = format!("{program} {}: {}", arguments.join(" "), stderr.trim());
+    Err(Error::new(ErrorKind::Host, message))
 }

@@ -10,7 +10,7 @@ use super::ImportError;
 use super::invalid_image::InvalidImage;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
+use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// An image as BOSH hands it over: a file on this host or on the host of the remote caller.
@@ -107,7 +107,7 @@ pub fn read_by_deadline<T: Send + 'static>(
     deadline: Instant,
     read: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
-    within(deadline, read).ok_or_else(|| {
+    run_with_timeout(deadline, read).ok_or_else(|| {
         Error::new(ErrorKind::Timeout, format!("'{}' was not read by the deadline", path.display()))
             .hint(
                 "raise the seconds of create_stemcell in 'deadlines', or check whether the file's \

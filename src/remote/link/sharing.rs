@@ -27,7 +27,7 @@ use nix::unistd::geteuid;
 use super::Broken;
 use super::ssh::Target;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::patience::within;
+use crate::timeout::run_with_timeout;
 
 /// Connections to one target at most; calls beyond their sessions have a connection of their own.
 const CONNECTIONS: u64 = 16;
@@ -70,7 +70,7 @@ pub(super) fn share(target: &Target, deadline: Instant) -> Result<Option<Shared>
     let socket = of(connection.to_string());
     if !answers(&socket) {
         let start = of(format!("{connection}.start"));
-        let waited = within(deadline, move || {
+        let waited = run_with_timeout(deadline, move || {
             let file = open(&start)?;
             file.lock().map(|()| file)
         });
@@ -134,7 +134,8 @@ fn take(path: &Path, count: u64) -> io::Result<Option<(File, u64)>> {
 /// Whether a connection is behind `socket`. One whose ssh was stopped lets callers wait once its queue is full.
 fn answers(socket: &Path) -> bool {
     let socket = socket.to_owned();
-    within(Instant::now() + ANSWERS, move || UnixStream::connect(socket).is_ok()).unwrap_or(false)
+    run_with_timeout(Instant::now() + ANSWERS, move || UnixStream::connect(socket).is_ok())
+        .unwrap_or(false)
 }
 
 /// Makes a connection that stays behind `socket`.
@@ -149,7 +150,7 @@ fn connect(target: &Target, socket: &Path, deadline: Instant) -> Result<()> {
     command.arg("--").arg(&target.host);
     // It goes on in the background, and must not hold what a caller waits for.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let made = within(deadline, move || command.status());
+    let made = run_with_timeout(deadline, move || command.status());
     match made {
         None => Err(Error::new(ErrorKind::Timeout, "connect: the host does not answer")),
         Some(Err(error)) => Err(super::ssh::not_started(error)),

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::{Below, Broken, Ends};
 use crate::error::{Error, ErrorKind, Result};
-use crate::patience::within;
+use crate::timeout::run_with_timeout;
 
 /// Connects to `socket`.
 ///
@@ -17,7 +17,7 @@ use crate::patience::within;
 /// [`ErrorKind::Host`] if nobody listens there, or not to us; [`ErrorKind::Timeout`] if too many wait.
 pub(super) fn open(socket: &Path, deadline: Instant) -> Result<Ends> {
     let path = socket.to_owned();
-    let connected = within(deadline, move || {
+    let connected = run_with_timeout(deadline, move || {
         let stream = UnixStream::connect(path)?;
         let (reader, writer) = (stream.try_clone()?, stream.try_clone()?);
         io::Result::Ok(Ends {

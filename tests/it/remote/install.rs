@@ -169,7 +169,7 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
     let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
     assert!(
         refusal.contains("/etc/systemd/system/bosh-qemu-cpi.service")
-            && refusal.contains("not ours"),
+            && refusal.contains("not installed by this program"),
         "{refusal}"
     );
     assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service"]);
@@ -177,10 +177,10 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
     machine.ok(&["install", "--key", KEY, "--yes"]);
     // The operator has changed it since.
     fs::write(&unit, "changed").unwrap();
-    assert!(machine.refused(&["install", "--yes"]).contains("not ours"));
+    assert!(machine.refused(&["install", "--yes"]).contains("not installed by this program"));
     let said = machine.ok(&["uninstall", "--yes"]);
     assert!(
-        said.contains("! /etc/systemd/system/bosh-qemu-cpi.service was changed since, and stays"),
+        said.contains("! /etc/systemd/system/bosh-qemu-cpi.service was modified, so it stays"),
         "{said}"
     );
     let keys = keys();

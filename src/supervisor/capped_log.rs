@@ -1,30 +1,30 @@
-//! Append-only files a guest can fill, kept to a size: `console.log`, `events.jsonl`.
+//! Append-only files of limited size: `console.log` and `events.jsonl`, which a guest can fill.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::error::{IoContext, Result};
 
-/// A file of at most `cap` bytes and one predecessor (`<name>.1`) of as many. Mode 0600: an agent's debug log on the
-/// console shows its settings.
+/// A file of at most `cap` bytes, and one predecessor `<name>.1` of the same size. The mode is
+/// 0600, because an agent's debug log on the console shows its settings.
 #[derive(Debug)]
 pub(super) struct CappedLog {
     path: PathBuf,
     file: File,
     size: u64,
     cap: u64,
-    /// Bytes that the filesystem keeps for what comes next: what happens when it is full is worth writing down.
+    /// Bytes allocated beyond the end, so that events of a full filesystem can still be written.
     reserve: u64,
-    /// Up to where bytes are kept.
+    /// Offset up to which bytes are allocated.
     reserved: u64,
 }
 
 impl CappedLog {
-    /// Opens `path` for appending, with `reserve` bytes of the filesystem kept for it.
+    /// Opens `path` for appending and allocates `reserve` bytes beyond its end.
     pub(super) fn open(path: PathBuf, cap: u64, reserve: u64) -> Result<Self> {
         let mut options = OpenOptions::new();
         let file = options
@@ -36,11 +36,11 @@ impl CappedLog {
             .at("open log", &path)?;
         let size = file.metadata().at("read the size of", &path)?.len();
         let mut log = Self { path, file, size, cap, reserve, reserved: 0 };
-        log.keep_space();
+        log.reserve_space();
         Ok(log)
     }
 
-    /// Begins a new line, where a power cut left half of one.
+    /// Begins a new line if the last one is incomplete, as after a power cut.
     pub(super) fn begin_line(&mut self) -> Result<()> {
         let mut last = [b'\n'];
         if self.size > 0 {
@@ -49,23 +49,24 @@ impl CappedLog {
         if last == [b'\n'] { Ok(()) } else { self.append(b"\n") }
     }
 
-    /// Appends `bytes`, beginning a new file when this one is full.
+    /// Appends `bytes`. Begins a new file first if this one would exceed its size.
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         if self.size + bytes.len() as u64 > self.cap && self.size > 0 {
-            super::Scope::rotate(&self.path);
+            rotate(&self.path);
             *self = Self::open(std::mem::take(&mut self.path), self.cap, self.reserve)?;
         }
         self.file.write_all(bytes).at("write log", &self.path)?;
         self.size += bytes.len() as u64;
         if self.size + self.reserve / 2 > self.reserved {
-            self.keep_space();
+            self.reserve_space();
         }
         Ok(())
     }
 
-    fn keep_space(&mut self) {
+    fn reserve_space(&mut self) {
         let (from, length) = (self.size as i64, self.reserve as i64);
-        // Not every filesystem can, and a full one has none left: then what comes may be lost.
+        // Fails on a full filesystem, and where fallocate(2) is not supported: later lines may be
+        // lost.
         if length > 0
             && fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length).is_ok()
         {
@@ -74,12 +75,20 @@ impl CappedLog {
     }
 }
 
+/// Renames `path` to `path.1`, so that a start of the VM begins with an empty file.
+pub(super) fn rotate(path: &Path) {
+    let mut old = path.to_owned().into_os_string();
+    old.push(".1");
+    // `path` does not exist at the first start. If the rename fails, the log is appended to.
+    let _ = std::fs::rename(path, old);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn half_a_line_does_not_spoil_the_next() {
+    fn begin_line_ends_an_incomplete_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
         for (before, after) in
@@ -94,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_leaves_two_files_of_the_cap() {
+    fn append_without_end_leaves_two_files_of_the_cap() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = CappedLog::open(dir.path().join("console.log"), 100, 50).unwrap();
         for _ in 0..1000 {
