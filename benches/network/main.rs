@@ -19,7 +19,7 @@ use bosh_qemu_cpi::net::apply::{self, Plug};
 use bosh_qemu_cpi::net::change::Port;
 use bosh_qemu_cpi::net::plan::{Place, Requested, Segment, place};
 use bosh_qemu_cpi::net::profile::Profile;
-use bosh_qemu_cpi::net::{coexist, guard, taken};
+use bosh_qemu_cpi::net::{filter, host_firewalls, subnet_conflict};
 use bosh_qemu_cpi::store::record::Nic;
 use bosh_qemu_cpi::sys::tun;
 use nix::sched::{CloneFlags, unshare};
@@ -74,7 +74,7 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     let (released, ()) = timed(|| {
         std::thread::scope(|threads| {
             let rules =
-                threads.spawn(|| guard::remove(std::slice::from_ref(&first)).expect("remove"));
+                threads.spawn(|| filter::remove(std::slice::from_ref(&first)).expect("remove"));
             assert!(apply::release(segment).expect("release"));
             rules.join().expect("no panic");
         });
@@ -90,11 +90,15 @@ fn one_more(segment: &Segment) -> Vec<Measured> {
     let (nothing, ()) = timed(|| apply::ensure(segment, &[]).expect("ensure"));
     let own = std::slice::from_ref(&one);
     let (sought, findings) = timed(|| {
-        coexist::findings(segment, own, &coexist::observe(&[segment], own).expect("observe"))
+        host_firewalls::findings(
+            segment,
+            own,
+            &host_firewalls::observe(&[segment], own).expect("observe"),
+        )
     });
     assert_eq!(findings, []);
     drop(wire);
-    let (removed, ()) = timed(|| guard::remove(own).expect("remove"));
+    let (removed, ()) = timed(|| filter::remove(own).expect("remove"));
     vec![
         ("among 500: subnet looked at", Target::Above(1.0), looked),
         ("among 500: rules", Target::Ratio(1.5), ruled),
@@ -108,9 +112,9 @@ fn one_more(segment: &Segment) -> Vec<Measured> {
 /// All that create_vm and the VM's supervisor do of its network: its subnet looked at, its rules, its bridge and tap.
 fn connect(nic: &Nic, segment: &Segment) -> (Plug, [Duration; 3]) {
     let (port, _) = Port::of(nic).expect("a tap");
-    let (looked, ()) = timed(|| taken::refuse(segment).expect("free"));
+    let (looked, ()) = timed(|| subnet_conflict::refuse(segment).expect("free"));
     let (ruled, ()) =
-        timed(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
+        timed(|| filter::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
     let (plugged, wire) = timed(|| {
         apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug")
     });

@@ -56,7 +56,7 @@ struct Report<'a> {
     state: &'static str,
     /// What is missing, or was.
     changes: Vec<String>,
-    findings: Vec<crate::net::coexist::Finding>,
+    findings: Vec<crate::net::host_firewalls::Finding>,
     error: Option<String>,
 }
 

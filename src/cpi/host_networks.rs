@@ -9,9 +9,9 @@ use super::Cpi;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::change::{Change, Port};
-use crate::net::coexist::{self, Finding};
+use crate::net::host_firewalls::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
-use crate::net::{apply, guard, kept, profile::Profile};
+use crate::net::{apply, bridge_owners, filter, profile::Profile};
 use crate::store::record::Nic;
 use crate::store::{Phase, Rank, VmRecord};
 
@@ -91,13 +91,13 @@ impl Cpi {
 
     /// What `network` lacks. Changes nothing.
     pub fn lack(&self, network: &HostNetwork) -> Result<Lack> {
-        let facts = coexist::observe(&[&network.segment], &network.nics)?;
-        let findings = coexist::findings(&network.segment, &network.nics, &facts);
+        let facts = host_firewalls::observe(&[&network.segment], &network.nics)?;
+        let findings = host_firewalls::findings(&network.segment, &network.nics, &facts);
         let changes = match &network.disagreement {
             Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
             None => apply::missing(&network.segment, &network.ports()),
         };
-        Ok(Lack { changes, guard: guard::is_lost(&network.nics)?, findings })
+        Ok(Lack { changes, guard: filter::is_lost(&network.nics)?, findings })
     }
 
     /// The network cards of all VMs but those that are being removed.
@@ -137,10 +137,10 @@ impl Cpi {
             self.store.pin(&network.segment)?;
         }
         // In force before a tap is on the wire again.
-        guard::add(&network.nics, || self.all_nics())?;
+        filter::add(&network.nics, || self.all_nics())?;
         apply::ensure(&network.segment, &network.ports())?;
         if self.store.is_pinned(bridge) {
-            kept::keep(bridge, &self.store.owner()?)?;
+            bridge_owners::keep(bridge, &self.store.owner()?)?;
         }
         Ok(())
     }
@@ -150,7 +150,7 @@ impl Cpi {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
         let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        kept::let_go(bridge, &self.store.owner()?)?;
+        bridge_owners::let_go(bridge, &self.store.owner()?)?;
         let gone = apply::release(&network.segment)?;
         self.store.unpin(bridge)?;
         Ok(gone)
@@ -160,7 +160,7 @@ impl Cpi {
     pub(super) fn warn_of_findings(nics: &[Nic]) {
         let segments: Vec<_> =
             nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
-        let facts = match coexist::observe(&segments, nics) {
+        let facts = match host_firewalls::observe(&segments, nics) {
             Ok(facts) => facts,
             Err(error) => {
                 return tracing::debug!(error = error.report(), "can not look for other firewalls");
@@ -169,7 +169,7 @@ impl Cpi {
         for nic in nics {
             let Some((_, segment)) = nic.tap() else { continue };
             for Finding { cause, cure } in
-                coexist::findings(segment, std::slice::from_ref(nic), &facts)
+                host_firewalls::findings(segment, std::slice::from_ref(nic), &facts)
             {
                 tracing::warn!(network = segment.network, cure, "{cause}");
             }

@@ -145,7 +145,7 @@ impl Cpi {
                 return Err(overlaps(&other));
             }
         }
-        net::taken::refuse(&segment)
+        net::subnet_conflict::refuse(&segment)
             .map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
         // Of two that choose the same at once, the second sees the first.
         let choosing = self.store.brief(Rank::Claims, "ranges", self.deadline("create_network"))?;
@@ -156,7 +156,7 @@ impl Cpi {
         drop(choosing);
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
-        net::kept::keep(&segment.bridge, &self.store.owner()?)?;
+        net::bridge_owners::keep(&segment.bridge, &self.store.owner()?)?;
         self.untold::<NetworkRecord>(cid)?;
         record.phase = Phase::Ready;
         self.store.write(&record)?;
@@ -296,7 +296,7 @@ impl Cpi {
             let pin = self.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
             let segment = pin.map_or_else(|| self.managed_segment(&record), Ok)?;
             self.store.unpin(&segment.bridge)?;
-            net::kept::let_go(&segment.bridge, &self.store.owner()?)?;
+            net::bridge_owners::let_go(&segment.bridge, &self.store.owner()?)?;
             net::apply::release(&segment)?;
         }
         self.store.remove::<NetworkRecord>(cid)

@@ -179,7 +179,7 @@ impl Cpi {
         let place =
             net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
         if let (Place::Bridge(segment), None) = (&place, host.subnet) {
-            net::taken::refuse(segment).map_err(|e| {
+            net::subnet_conflict::refuse(segment).map_err(|e| {
                 e.hint(format!(
                     "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
                 ))

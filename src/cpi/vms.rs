@@ -289,7 +289,7 @@ impl Cpi {
         group.kill(deadline)?;
         std::thread::scope(|threads| {
             // Nobody sends any more, and each of the two waits for a pause of every CPU (RCU).
-            let rules = threads.spawn(|| net::guard::remove(&vm.nics));
+            let rules = threads.spawn(|| net::filter::remove(&vm.nics));
             let unplugged = self.unplug_nics(vm, deadline);
             rules.join().expect("no panic").and(unplugged)
         })?;

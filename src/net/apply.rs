@@ -20,7 +20,7 @@ use super::change::{Change, Port, Rules};
 use super::diff::{self, Seen, diff, is_ours};
 use super::link::{Link, Links};
 use super::plan::{Keeper, Segment};
-use super::{firewall, kept, nft, sysctl, tap};
+use super::{bridge_owners, firewall, nft, sysctl, tap};
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
@@ -123,7 +123,7 @@ pub fn is_stray(bridge: &LinkName) -> Result<bool> {
     let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
         return Ok(false);
     };
-    Ok(!kept::is_kept(&link) && links.ports(link.index)?.iter().all(diff::is_our_vlan))
+    Ok(!bridge_owners::is_kept(&link) && links.ports(link.index)?.iter().all(diff::is_our_vlan))
 }
 
 /// As [`release`], for a bridge whose segment is in no record any more.
@@ -144,7 +144,7 @@ fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -
     let found = links.find(bridge)?.filter(|link| is_ours(link, bridge));
     if let Some(link) = &found {
         let is_tagged = |port: &Link| tagged.is_some_and(|(_, tagged)| tagged == port);
-        if kept::is_kept(link) || !links.ports(link.index)?.iter().all(is_tagged) {
+        if bridge_owners::is_kept(link) || !links.ports(link.index)?.iter().all(is_tagged) {
             return Ok(false);
         }
     }

@@ -20,19 +20,19 @@
 //! but three addresses, and nothing of QEMU.
 
 pub mod apply;
+pub mod bridge_owners;
 pub mod change;
-pub mod coexist;
 mod diff;
+pub mod filter;
 mod firewall;
-pub mod guard;
-pub mod kept;
+pub mod host_firewalls;
 mod link;
 mod nft;
 pub mod plan;
 pub mod probe;
 pub mod profile;
+pub mod subnet_conflict;
 mod sysctl;
-pub mod taken;
 pub mod tap;
 
 /// How the alias of every link that we made begins.

@@ -41,7 +41,7 @@ impl Resources {
         let needs = files::needs(vm, &scope.paths, &scope.store, &disks(scope, vm)?)?;
         let encrypted = needs.iter().any(|need| need.encrypted);
         // In force before there is a tap: a VM is never on a wire without them.
-        net::guard::add(&vm.nics, || all_nics(scope))?;
+        net::filter::add(&vm.nics, || all_nics(scope))?;
         Ok(Self {
             files: needs
                 .into_iter()
@@ -148,7 +148,7 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let plug = net::apply::plug(&port, segment, queues, || everybody(scope, vm, segment))?;
     // Made again, it lost the word that it stays.
     if scope.store.is_pinned(&segment.bridge) {
-        net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
+        net::bridge_owners::keep(&segment.bridge, &scope.store.owner()?)?;
     }
     Ok(Some(plug))
 }

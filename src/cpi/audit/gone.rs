@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::host::cgroup::Cgroup;
 use crate::host::uids;
 use crate::link_name::LinkName;
-use crate::net::{apply, guard, tap};
+use crate::net::{apply, filter, tap};
 use crate::qemu::topology::MAX_NICS;
 use crate::store::claims::{self, Claim};
 use crate::store::record::Nic;
@@ -29,7 +29,7 @@ struct Remains {
     /// Its QEMU's process, if that runs.
     qemu: Option<i32>,
     taps: Vec<LinkName>,
-    rules: guard::Remains,
+    rules: filter::Remains,
     claims: Vec<Claim>,
     /// Bridges of ours that it was on and nobody is now.
     bridges: Vec<LinkName>,
@@ -128,7 +128,7 @@ impl Audit<'_> {
             vm: vm.clone(),
             paths,
             qemu,
-            rules: guard::remains(&taps, &places, &ports)?,
+            rules: filter::remains(&taps, &places, &ports)?,
             taps: apply::present(&taps)?,
             claims,
             bridges: wires.into_iter().filter(|bridge| self.is_unused(bridge)).collect(),

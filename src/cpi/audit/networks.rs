@@ -9,7 +9,7 @@ use crate::cpi::host_networks::HostNetwork;
 use crate::cpi::managed_networks;
 use crate::error::{ErrorKind, Result};
 use crate::link_name::LinkName;
-use crate::net::{apply, kept};
+use crate::net::{apply, bridge_owners};
 use crate::store::record::{NetworkRecord, Nic};
 use crate::store::{Phase, Rank, VmRecord, atomic};
 use crate::supervisor::{PowerState, power_state};
@@ -155,7 +155,7 @@ impl Audit<'_> {
         lacks.extend(
             lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()),
         );
-        if network.kept && !kept::by(&self.cpi.store.owner()?)?.contains(bridge) {
+        if network.kept && !bridge_owners::by(&self.cpi.store.owner()?)?.contains(bridge) {
             lacks.push("the word that it stays without VMs".to_owned());
         }
         Ok(lacks)
@@ -181,7 +181,7 @@ impl Audit<'_> {
     /// Bridges with our word on them, but without a pin: somebody removed that by hand.
     fn kept_for_nobody(&mut self) -> Result<()> {
         let (cpi, owner) = (self.cpi, self.cpi.store.owner()?);
-        for bridge in kept::by(&owner)? {
+        for bridge in bridge_owners::by(&owner)? {
             let Some(lock) = self.hold(Rank::Network, &bridge) else { continue };
             if !cpi.store.is_pinned(&bridge) {
                 self.found(
@@ -189,7 +189,7 @@ impl Audit<'_> {
                     &bridge,
                     "the bridge is kept, and the network it was kept for is gone",
                     || {
-                        kept::let_go(&bridge, &owner)?;
+                        bridge_owners::let_go(&bridge, &owner)?;
                         apply::release_stray(&bridge).map(drop)
                     },
                 );

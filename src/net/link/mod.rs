@@ -2,7 +2,7 @@
 //!
 //! A race is an answer here, not an error: to make what exists or to change what has gone returns `false`.
 
-mod make;
+mod apply;
 mod messages;
 mod routes;
 

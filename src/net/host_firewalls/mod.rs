@@ -5,7 +5,7 @@
 //! In nftables every table's chains are asked in turn, so an `accept` of ours can not take back a `drop` of another's.
 //! [`observe`] looks, [`findings`] is pure.
 
-mod firewalls;
+mod tables;
 
 use std::net::IpAddr;
 
@@ -147,7 +147,7 @@ pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> 
     let passes = match &segment.keeper {
         Keeper::Us { addresses, closed, services, .. } => {
             if services.as_ref().is_some_and(|services| !services.is_empty()) {
-                firewalls::services(segment, facts, &mut findings);
+                tables::services(segment, facts, &mut findings);
             }
             addresses.iter().for_each(|address| routes(segment, *address, facts, &mut findings));
             let passes = !closed && !addresses.is_empty();
@@ -159,7 +159,7 @@ pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> 
         Keeper::Operator => false,
     };
     if passes || facts.bridges_call_iptables && !segment.isolated {
-        firewalls::findings(segment, passes, facts, &mut findings);
+        tables::findings(segment, passes, facts, &mut findings);
     }
     for forward in forwarded(nics) {
         findings.extend(

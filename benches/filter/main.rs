@@ -1,5 +1,5 @@
 //! What the guard costs a packet: throughput between a guest and the host over a bridge, both ways, with its rules against
-//! without. A cable stands for the tap. Run with `cargo bench --bench guard`; needs root and `ip`.
+//! without. A cable stands for the tap. Run with `cargo bench --bench filter`; needs root and `ip`.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 // What tests of links need beyond this is not used here.
@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::net::filter;
 use bosh_qemu_cpi::store::record::Nic;
 use netns::Namespace;
 use serde_json::json;
@@ -72,7 +72,7 @@ fn main() {
     guest.ip("address add 10.0.0.1/24 dev eth0");
     let own = [nic("bqbench", 1)];
     let others: Vec<_> = (2..=250).map(|n| nic(&format!("bqother{n}"), n)).collect();
-    let add = |nics: &[Nic]| host.run(|| guard::add(nics, || Ok(Vec::new()))).expect("rules");
+    let add = |nics: &[Nic]| host.run(|| filter::add(nics, || Ok(Vec::new()))).expect("rules");
     let both_ways =
         || [throughput(&guest, &host, "10.0.0.254"), throughput(&host, &guest, "10.0.0.1")];
     let mut rates = [const { Vec::new() }; 3];
@@ -82,7 +82,7 @@ fn main() {
         rates[1].push(both_ways());
         add(&others);
         rates[2].push(both_ways());
-        host.run(|| guard::remove(&others).and_then(|()| guard::remove(&own))).expect("removed");
+        host.run(|| filter::remove(&others).and_then(|()| filter::remove(&own))).expect("removed");
     }
     for (way, name) in ["guest to host", "host to guest"].into_iter().enumerate() {
         let [without, with, among] =
@@ -108,7 +108,7 @@ fn main() {
         let start = Instant::now();
         for _ in 0..20 {
             add(&one);
-            host.run(|| guard::remove(&one)).expect("removed");
+            host.run(|| filter::remove(&one)).expect("removed");
         }
         println!(
             "one VM's rules in and out with {present:3} VMs {:8.2} ms",
