@@ -31,7 +31,7 @@ impl Protocol {
     }
 
     /// The one with this number.
-    pub fn numbered(number: u8) -> Option<Self> {
+    pub fn from_number(number: u8) -> Option<Self> {
         [Self::Tcp, Self::Udp].into_iter().find(|protocol| protocol.number() == number)
     }
 }

@@ -20,7 +20,7 @@ const ROUND: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 5;
 
 fn skip(reason: &str) {
-    eprintln!("SKIP guard: {reason}");
+    eprintln!("SKIP filter: {reason}");
 }
 
 fn nic(tap: &str, last: u8) -> Nic {

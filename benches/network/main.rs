@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::config::Network;
 use bosh_qemu_cpi::net::apply::{self, Plug};
 use bosh_qemu_cpi::net::change::Port;
-use bosh_qemu_cpi::net::plan::{Place, Requested, Segment, place};
+use bosh_qemu_cpi::net::plan::{NicPlan, Requested, Segment, plan_nic};
 use bosh_qemu_cpi::net::profile::Profile;
 use bosh_qemu_cpi::net::{filter, host_firewalls, subnet_conflict};
 use bosh_qemu_cpi::store::record::Nic;
@@ -112,7 +112,7 @@ fn one_more(segment: &Segment) -> Vec<Measured> {
 /// All that create_vm and the VM's supervisor do of its network: its subnet looked at, its rules, its bridge and tap.
 fn connect(nic: &Nic, segment: &Segment) -> (Plug, [Duration; 3]) {
     let (port, _) = Port::of(nic).expect("a tap");
-    let (looked, ()) = timed(|| subnet_conflict::refuse(segment).expect("free"));
+    let (looked, ()) = timed(|| subnet_conflict::ensure_free(segment).expect("free"));
     let (ruled, ()) =
         timed(|| filter::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
     let (plugged, wire) = timed(|| {
@@ -147,9 +147,9 @@ fn segment() -> Segment {
         ..Requested::default()
     };
     let profile = Profile::load("nat", None).expect("built in");
-    match place("bench", &Network::nat(), &profile, &requested).expect("a place") {
-        Place::Bridge(segment) => segment,
-        Place::User(user) => panic!("{user:?}"),
+    match plan_nic("bench", &Network::nat(), &profile, &requested).expect("a place") {
+        NicPlan::Bridge(segment) => segment,
+        NicPlan::User(user) => panic!("{user:?}"),
     }
 }
 

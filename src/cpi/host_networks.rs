@@ -73,7 +73,7 @@ impl Cpi {
             let profile =
                 Profile::load(&network.profile, self.config.network_profiles_dir.as_deref())
                     .map_err(|e| e.during(format!("host network '{name}'")))?;
-            if let Some(segment) = plan::standing(name, network, &profile)? {
+            if let Some(segment) = plan::configured_segment(name, network, &profile)? {
                 add(&mut networks, &segment).configured = true;
             }
         }
@@ -95,9 +95,9 @@ impl Cpi {
         let findings = host_firewalls::findings(&network.segment, &network.nics, &facts);
         let changes = match &network.disagreement {
             Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
-            None => apply::missing(&network.segment, &network.ports()),
+            None => apply::missing_changes(&network.segment, &network.ports()),
         };
-        Ok(Lack { changes, guard: filter::is_lost(&network.nics)?, findings })
+        Ok(Lack { changes, guard: filter::is_missing(&network.nics)?, findings })
     }
 
     /// The network cards of all VMs but those that are being removed.
@@ -121,7 +121,7 @@ impl Cpi {
         self.make_network(network, false)?;
         let bridge = &network.segment.bridge;
         let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        if !self.store.is_pinned(bridge) && apply::present(&network.links())?.is_empty() {
+        if !self.store.is_pinned(bridge) && apply::existing_links(&network.links())?.is_empty() {
             // The last VM went while we were at it.
             apply::release(&network.segment)?;
         }
@@ -140,7 +140,7 @@ impl Cpi {
         filter::add(&network.nics, || self.all_nics())?;
         apply::ensure(&network.segment, &network.ports())?;
         if self.store.is_pinned(bridge) {
-            bridge_owners::keep(bridge, &self.store.owner()?)?;
+            bridge_owners::add_owner(bridge, &self.store.owner()?)?;
         }
         Ok(())
     }
@@ -150,7 +150,7 @@ impl Cpi {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
         let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        bridge_owners::let_go(bridge, &self.store.owner()?)?;
+        bridge_owners::remove_owner(bridge, &self.store.owner()?)?;
         let gone = apply::release(&network.segment)?;
         self.store.unpin(bridge)?;
         Ok(gone)

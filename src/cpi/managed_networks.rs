@@ -17,7 +17,7 @@ use crate::cid::{Cid, NetworkCid};
 use crate::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
-use crate::net::plan::{lies_in, overlap};
+use crate::net::plan::{is_subnet_of, overlap};
 use crate::net::{self, profile::Profile};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
@@ -67,7 +67,7 @@ impl Cpi {
     /// Makes the network in its own range, or in the first of ours in which it can be.
     fn make_first_free(&self, cid: &NetworkCid, subnet: &Subnet) -> Result<CreatedNetwork> {
         if let Some(range) = subnet.range {
-            if !net::plan::is_private(range) && !lies_in(range, self.config.managed_range) {
+            if !net::plan::is_private(range) && !is_subnet_of(range, self.config.managed_range) {
                 let problem = format!(
                     "subnet.range: {range} is neither private nor in this host's managed_range"
                 );
@@ -145,7 +145,7 @@ impl Cpi {
                 return Err(overlaps(&other));
             }
         }
-        net::subnet_conflict::refuse(&segment)
+        net::subnet_conflict::ensure_free(&segment)
             .map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
         // Of two that choose the same at once, the second sees the first.
         let choosing = self.store.brief(Rank::Claims, "ranges", self.deadline("create_network"))?;
@@ -156,7 +156,7 @@ impl Cpi {
         drop(choosing);
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
-        net::bridge_owners::keep(&segment.bridge, &self.store.owner()?)?;
+        net::bridge_owners::add_owner(&segment.bridge, &self.store.owner()?)?;
         self.untold::<NetworkRecord>(cid)?;
         record.phase = Phase::Ready;
         self.store.write(&record)?;
@@ -218,7 +218,7 @@ impl Cpi {
             return Err(Error::new(ErrorKind::BadRequest, problem)
                 .hint("one with a bridge of our own: nat, routed, isolated"));
         }
-        net::plan::standing(record.cid.as_str(), &network, &profile)?
+        net::plan::configured_segment(record.cid.as_str(), &network, &profile)?
             .ok_or_else(|| Error::new(ErrorKind::Internal, "a managed network without a bridge"))
     }
 
@@ -296,7 +296,7 @@ impl Cpi {
             let pin = self.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
             let segment = pin.map_or_else(|| self.managed_segment(&record), Ok)?;
             self.store.unpin(&segment.bridge)?;
-            net::bridge_owners::let_go(&segment.bridge, &self.store.owner()?)?;
+            net::bridge_owners::remove_owner(&segment.bridge, &self.store.owner()?)?;
             net::apply::release(&segment)?;
         }
         self.store.remove::<NetworkRecord>(cid)

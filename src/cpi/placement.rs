@@ -11,7 +11,7 @@ use crate::cid::{NetworkCid, VmCid};
 use crate::config::{self, GroupRule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
-use crate::net::plan::{Place, Requested};
+use crate::net::plan::{NicPlan, Requested};
 use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::ranges::AddressRange;
@@ -46,7 +46,7 @@ pub(super) struct Placed {
 
 /// A host network as it is to be used by one card.
 struct Chosen {
-    place: Place,
+    place: NicPlan,
     pool: Option<Pool>,
     anti_spoof: bool,
     probe: Option<bool>,
@@ -113,8 +113,8 @@ impl Cpi {
             check_allowed(network, &chosen.place, &rules.allowed)?;
         }
         let wire = match chosen.place {
-            Place::User(user) => Wire::User { user },
-            Place::Bridge(segment) => {
+            NicPlan::User(user) => Wire::User { user },
+            NicPlan::Bridge(segment) => {
                 rules.admits = admits.map(<[_]>::to_vec);
                 rules.probe = chosen.probe.unwrap_or_else(|| has_strangers(&segment));
                 Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
@@ -145,9 +145,9 @@ impl Cpi {
             // A bridge named by a manifest must exist: a request does not make interfaces of its choosing.
             (Some(bridge), ..) => {
                 let segment =
-                    net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
+                    net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::mtu_bytes));
                 Ok(Chosen {
-                    place: Place::Bridge(segment),
+                    place: NicPlan::Bridge(segment),
                     pool: None,
                     anti_spoof: true,
                     probe: None,
@@ -177,9 +177,9 @@ impl Cpi {
         let profile = Profile::load(&host.profile, self.config.network_profiles_dir.as_deref())
             .map_err(|e| e.during(format!("host network '{name}'")))?;
         let place =
-            net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
-        if let (Place::Bridge(segment), None) = (&place, host.subnet) {
-            net::subnet_conflict::refuse(segment).map_err(|e| {
+            net::plan::plan_nic(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+        if let (NicPlan::Bridge(segment), None) = (&place, host.subnet) {
+            net::subnet_conflict::ensure_free(segment).map_err(|e| {
                 e.hint(format!(
                     "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
                 ))
@@ -236,9 +236,9 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
 }
 
 /// A VM that may send as its gateway could have all that its neighbours send.
-fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) -> Result<()> {
+fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) -> Result<()> {
     let mut gateways: Vec<_> = match place {
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
             addresses.iter().map(IpNetwork::ip).collect()
         }
         _ => Vec::new(),
@@ -308,13 +308,13 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
 
 /// Where addresses of a dynamic network come from: `None` if somebody else's DHCP server gives them, or the place has one
 /// already.
-fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
+fn pool(name: &str, host: &config::Network, place: &NicPlan) -> Result<Option<Pool>> {
     let own = match place {
-        Place::User(_) => return Ok(None),
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        NicPlan::User(_) => return Ok(None),
+        NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
             addresses.first().copied()
         }
-        Place::Bridge(_) => None,
+        NicPlan::Bridge(_) => None,
     };
     let Some(subnet) = host.subnet.or(own) else {
         return match host.pool {
@@ -326,7 +326,7 @@ fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool
             }
         };
     };
-    let range = net::plan::pool(name, host, subnet)?;
+    let range = net::plan::dynamic_pool(name, host, subnet)?;
     let gateway = own.map(|address| address.ip()).or(host.gateway);
     Ok(Some(Pool { range, subnet, gateway, previous: None }))
 }

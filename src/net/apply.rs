@@ -16,8 +16,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
-use super::change::{Change, Port, Rules};
-use super::diff::{self, Seen, diff, is_ours};
+use super::change::{Change, Port, Ruleset};
+use super::diff::{self, Observed, diff, is_cpi_bridge};
 use super::link::{Link, Links};
 use super::plan::{Keeper, Segment};
 use super::{bridge_owners, firewall, nft, sysctl, tap};
@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 
 /// How often a bridge may change under our hands before we give up: once for each step of making it, and again.
-const ATTEMPTS: u32 = 8;
+const MAX_ATTEMPTS: u32 = 8;
 
 /// A tap on its bridge.
 #[derive(Debug)]
@@ -43,8 +43,8 @@ pub struct Plug {
 ///
 /// # Errors
 /// As [`ensure`].
-pub fn missing(segment: &Segment, ports: &[Port]) -> Result<Vec<Change>> {
-    diff(segment, &look(&Links::open()?, segment, ports)?)
+pub fn missing_changes(segment: &Segment, ports: &[Port]) -> Result<Vec<Change>> {
+    diff(segment, &observe(&Links::open()?, segment, ports)?)
 }
 
 /// Makes the segment's bridge work, if it does not, with those of `ports` plugged in that exist. Twice is once.
@@ -56,11 +56,14 @@ pub fn missing(segment: &Segment, ports: &[Port]) -> Result<Vec<Change>> {
 /// [`ErrorKind::NetworkNotFound`] if the operator's bridge or the uplink is not there; [`ErrorKind::Host`] for what the
 /// kernel refused.
 pub fn ensure(segment: &Segment, ports: &[Port]) -> Result<()> {
-    settle(segment, |links| settled(links, segment, look(links, segment, ports)?)).map(drop)
+    retry_while_stale(segment, |links| {
+        apply_missing(links, segment, observe(links, segment, ports)?)
+    })
+    .map(drop)
 }
 
 /// Makes the tap `port` with so many queues and plugs it into the segment's bridge, which is [`ensure`]d first. If the
-/// bridge or its rules are to be made, `everybody` says what all VMs on it want of it together, and who they are: a
+/// bridge or its rules are to be made, `all_vms` says what all VMs on it want of it together, and who they are: a
 /// bridge that somebody removed leaves its taps behind, and one VM's rules are not all.
 ///
 /// # Errors
@@ -69,15 +72,15 @@ pub fn plug(
     port: &Port,
     segment: &Segment,
     queues: usize,
-    everybody: impl Fn() -> Result<(Segment, Vec<Port>)>,
+    all_vms: impl Fn() -> Result<(Segment, Vec<Port>)>,
 ) -> Result<Plug> {
-    settle(segment, |links| {
-        let seen = look(links, segment, &[])?;
-        let settled = if seen.bridge.is_some() && seen.rules_hold {
-            settled(links, segment, seen)?
+    retry_while_stale(segment, |links| {
+        let seen = observe(links, segment, &[])?;
+        let settled = if seen.bridge.is_some() && seen.rules_current {
+            apply_missing(links, segment, seen)?
         } else {
-            let (all, ports) = everybody()?;
-            settled(links, &all, look(links, &all, &ports)?)?
+            let (all, ports) = all_vms()?;
+            apply_missing(links, &all, observe(links, &all, &ports)?)?
         };
         let Some((seen, bridge)) = settled else { return Ok(None) };
         let name = &port.link;
@@ -86,13 +89,13 @@ pub fn plug(
         // The host has no business on this wire: no address of its own, no router discovery towards the guest.
         sysctl::ensure(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
         for change in diff::plug(segment, &seen, port, Some(tap::host_mac(name)), bridge.mtu) {
-            if !links.make(&change)? {
+            if !links.apply(&change)? {
                 return Ok(None);
             }
         }
         crash::point!("tap on its bridge");
         Ok(Some(Plug {
-            vhost: tap::vhost(queues)?,
+            vhost: tap::open_vhost(queues)?,
             queues: taps,
             mtu: segment.mtu.unwrap_or(bridge.mtu),
         }))
@@ -120,10 +123,11 @@ pub fn release(segment: &Segment) -> Result<bool> {
 /// As [`release`].
 pub fn is_stray(bridge: &LinkName) -> Result<bool> {
     let links = Links::open()?;
-    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
+    let Some(link) = links.find(bridge)?.filter(|link| is_cpi_bridge(link, bridge)) else {
         return Ok(false);
     };
-    Ok(!bridge_owners::is_kept(&link) && links.ports(link.index)?.iter().all(diff::is_our_vlan))
+    Ok(!bridge_owners::has_owner(&link)
+        && links.ports(link.index)?.iter().all(diff::is_cpi_vlan_link))
 }
 
 /// As [`release`], for a bridge whose segment is in no record any more.
@@ -132,25 +136,25 @@ pub fn is_stray(bridge: &LinkName) -> Result<bool> {
 /// As there.
 pub fn release_stray(bridge: &LinkName) -> Result<bool> {
     let links = Links::open()?;
-    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
+    let Some(link) = links.find(bridge)?.filter(|link| is_cpi_bridge(link, bridge)) else {
         return Ok(true);
     };
-    let tagged = links.ports(link.index)?.into_iter().find(diff::is_our_vlan);
+    let tagged = links.ports(link.index)?.into_iter().find(diff::is_cpi_vlan_link);
     let tagged = tagged.and_then(|link| Some((LinkName::parse(&link.name).ok()?, link)));
     remove(&links, bridge, tagged.as_ref())
 }
 
 fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -> Result<bool> {
-    let found = links.find(bridge)?.filter(|link| is_ours(link, bridge));
+    let found = links.find(bridge)?.filter(|link| is_cpi_bridge(link, bridge));
     if let Some(link) = &found {
         let is_tagged = |port: &Link| tagged.is_some_and(|(_, tagged)| tagged == port);
-        if bridge_owners::is_kept(link) || !links.ports(link.index)?.iter().all(is_tagged) {
+        if bridge_owners::has_owner(link) || !links.ports(link.index)?.iter().all(is_tagged) {
             return Ok(false);
         }
     }
     // The kernel waits for pauses of every CPU (RCU), 40 ms for the bridge and 12 for the table; so both at once.
     std::thread::scope(|threads| {
-        let rules = threads.spawn(|| firewall::drop_all(bridge));
+        let rules = threads.spawn(|| firewall::remove_table(bridge));
         let removed =
             found.iter().map(|link| (bridge, link)).chain(tagged.iter().map(|(n, l)| (n, l)));
         for (name, link) in removed {
@@ -168,7 +172,7 @@ fn remove(links: &Links, bridge: &LinkName, tagged: Option<&(LinkName, Link)>) -
 ///
 /// # Errors
 /// As [`release`].
-pub fn present(names: &[LinkName]) -> Result<Vec<LinkName>> {
+pub fn existing_links(names: &[LinkName]) -> Result<Vec<LinkName>> {
     let links = Links::open()?;
     let found = names.iter().map(|name| Ok(links.find(name)?.map(|_| name.clone())));
     found.filter_map(Result::transpose).collect()
@@ -188,13 +192,16 @@ pub fn remove_tap(name: &LinkName) -> Result<()> {
 }
 
 /// Repeats `attempt`, on one socket, while it finds the host changing.
-fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option<T>>) -> Result<T> {
+fn retry_while_stale<T>(
+    segment: &Segment,
+    mut attempt: impl FnMut(&Links) -> Result<Option<T>>,
+) -> Result<T> {
     let links = Links::open()?;
-    for _ in 0..ATTEMPTS {
+    for _ in 0..MAX_ATTEMPTS {
         if let Some(done) = attempt(&links)? {
             return Ok(done);
         }
-        links.forget();
+        links.clear_cache();
     }
     Err(Error::new(
         ErrorKind::Conflict,
@@ -203,7 +210,11 @@ fn settle<T>(segment: &Segment, mut attempt: impl FnMut(&Links) -> Result<Option
 }
 
 /// Does what is missing of what was seen. What was seen before, and the bridge as it works now; or `None` if it must be looked at again.
-fn settled(links: &Links, segment: &Segment, seen: Seen) -> Result<Option<(Seen, Link)>> {
+fn apply_missing(
+    links: &Links,
+    segment: &Segment,
+    seen: Observed,
+) -> Result<Option<(Observed, Link)>> {
     let changes = match diff(segment, &seen) {
         Ok(changes) => changes,
         // It may be about the bridge itself, made by somebody else between two looks at it.
@@ -214,11 +225,11 @@ fn settled(links: &Links, segment: &Segment, seen: Seen) -> Result<Option<(Seen,
     };
     for change in &changes {
         let done = match change {
-            Change::Write { key, value } => sysctl::ensure(key, value).map(|()| true),
-            Change::Rules(Rules(table)) => nft::replace(table).map(|()| true),
+            Change::WriteSysctl { key, value } => sysctl::ensure(key, value).map(|()| true),
+            Change::ReplaceTable(Ruleset(table)) => nft::replace(table).map(|()| true),
             change => {
                 tracing::debug!(%change, "changing the host's network");
-                links.make(change)
+                links.apply(change)
             }
         };
         if !done? {
@@ -234,14 +245,14 @@ fn settled(links: &Links, segment: &Segment, seen: Seen) -> Result<Option<(Seen,
 }
 
 /// All that `diff` wants to know.
-fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
-    let mut seen = Seen {
+fn observe(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Observed> {
+    let mut seen = Observed {
         bridge: links.find(&segment.bridge)?,
-        ports: existing(links, ports)?,
-        ..Seen::default()
+        ports: existing_ports(links, ports)?,
+        ..Observed::default()
     };
     let Keeper::Us { addresses, uplink, .. } = &segment.keeper else {
-        return Ok(Seen { rules_hold: true, ..seen });
+        return Ok(Observed { rules_current: true, ..seen });
     };
     let index = seen.bridge.as_ref().map(|link| link.index);
     for (at, address) in links.addresses()? {
@@ -260,25 +271,25 @@ fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
             seen.tagged = links.find(&diff::vlan_name(uplink))?;
         }
         None if segment.mtu.is_none() && seen.bridge.is_none() => {
-            seen.world = links.to_the_world()?
+            seen.world = links.default_route_link()?
         }
         None => {}
     }
-    seen.settings = settings(&segment.bridge)?;
-    seen.rules_hold =
-        firewall::table(segment, &seen.own).map_or(Ok(true), |table| nft::holds(&table))?;
+    seen.settings = observed_sysctls(&segment.bridge)?;
+    seen.rules_current =
+        firewall::table(segment, &seen.own).map_or(Ok(true), |table| nft::is_current(&table))?;
     Ok(seen)
 }
 
-fn existing(links: &Links, ports: &[Port]) -> Result<Vec<(Port, Link)>> {
+fn existing_ports(links: &Links, ports: &[Port]) -> Result<Vec<(Port, Link)>> {
     let found =
         ports.iter().map(|port| Ok(links.find(&port.link)?.map(|link| (port.clone(), link))));
     found.filter_map(Result::transpose).collect()
 }
 
-fn settings(bridge: &LinkName) -> Result<BTreeMap<String, String>> {
+fn observed_sysctls(bridge: &LinkName) -> Result<BTreeMap<String, String>> {
     let of_bridge =
         ["accept_ra", "disable_ipv6", "accept_dad"].map(|key| format!("ipv6/conf/{bridge}/{key}"));
-    let keys = diff::SWITCHES.map(str::to_owned).into_iter().chain(of_bridge);
+    let keys = diff::FORWARDING_KEYS.map(str::to_owned).into_iter().chain(of_bridge);
     keys.filter_map(|key| Some(sysctl::read(&key).transpose()?.map(|value| (key, value)))).collect()
 }

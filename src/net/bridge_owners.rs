@@ -1,23 +1,23 @@
 //! Which state directories keep a bridge of ours without VMs.
 //!
 //! Several may use one bridge, and none sees the others' pins. So those that keep it are in its alias, where everybody sees
-//! them: `bosh-qemu-cpi:<network> kept by <owner>,<owner>`. Whoever removes the last port leaves such a bridge.
+//! them: `bosh-qemu-cpi:<network> suffix by <owner>,<owner>`. Whoever removes the last port leaves such a bridge.
 
-use super::change::{Change, Settings};
-use super::diff::is_ours;
+use super::change::{Change, LinkSettings};
+use super::diff::is_cpi_bridge;
 use super::link::{Link, Links};
 use crate::error::Result;
 use crate::link_name::LinkName;
 use crate::store::Owner;
 
-const KEPT: &str = " kept by ";
+const OWNERS_SEPARATOR: &str = " suffix by ";
 
 /// Writes `owner` on the bridge, if that is there and ours.
 ///
 /// # Errors
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) for what the kernel refused.
-pub fn keep(bridge: &LinkName, owner: &Owner) -> Result<()> {
-    write(bridge, |owners| {
+pub fn add_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
+    update_owners(bridge, |owners| {
         if !owners.iter().any(|known| known == owner.as_str()) {
             owners.push(owner.to_string());
         }
@@ -27,49 +27,56 @@ pub fn keep(bridge: &LinkName, owner: &Owner) -> Result<()> {
 /// Takes `owner` off the bridge again.
 ///
 /// # Errors
-/// As [`keep`].
-pub fn let_go(bridge: &LinkName, owner: &Owner) -> Result<()> {
-    write(bridge, |owners| owners.retain(|known| known != owner.as_str()))
+/// As [`add_owner`].
+pub fn remove_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
+    update_owners(bridge, |owners| owners.retain(|known| known != owner.as_str()))
 }
 
 /// The bridges that `owner` keeps.
 ///
 /// # Errors
-/// As [`keep`].
-pub fn by(owner: &Owner) -> Result<Vec<LinkName>> {
+/// As [`add_owner`].
+pub fn owned_by(owner: &Owner) -> Result<Vec<LinkName>> {
     let mut links = Links::open()?.all()?;
-    links.retain(|link| keepers(link).any(|keeper| keeper == owner.as_str()));
+    links.retain(|link| owners_of(link).any(|known| known == owner.as_str()));
     let names =
         links.iter().filter_map(|link| LinkName::parse(&link.name).ok().map(|name| (name, link)));
-    Ok(names.filter(|(name, link)| is_ours(link, name)).map(|(name, _)| name).collect())
+    Ok(names.filter(|(name, link)| is_cpi_bridge(link, name)).map(|(name, _)| name).collect())
 }
 
 /// Whether anybody keeps it.
-pub(super) fn is_kept(link: &Link) -> bool {
-    keepers(link).next().is_some()
+pub(super) fn has_owner(link: &Link) -> bool {
+    owners_of(link).next().is_some()
 }
 
-fn keepers(link: &Link) -> impl Iterator<Item = &str> {
-    let owners =
-        link.alias.as_deref().and_then(|alias| alias.rsplit_once(KEPT)).map(|(_, owners)| owners);
+fn owners_of(link: &Link) -> impl Iterator<Item = &str> {
+    let owners = link
+        .alias
+        .as_deref()
+        .and_then(|alias| alias.rsplit_once(OWNERS_SEPARATOR))
+        .map(|(_, owners)| owners);
     owners.into_iter().flat_map(|owners| owners.split(','))
 }
 
-fn write(bridge: &LinkName, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
+fn update_owners(bridge: &LinkName, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
     let links = Links::open()?;
-    let Some(link) = links.find(bridge)?.filter(|link| is_ours(link, bridge)) else {
+    let Some(link) = links.find(bridge)?.filter(|link| is_cpi_bridge(link, bridge)) else {
         return Ok(());
     };
-    let before: Vec<_> = keepers(&link).map(str::to_owned).collect();
+    let before: Vec<_> = owners_of(&link).map(str::to_owned).collect();
     let mut owners = before.clone();
     change(&mut owners);
     if owners != before {
-        let alias = link.alias.as_deref().unwrap_or(super::MARK);
-        let network = alias.rsplit_once(KEPT).map_or(alias, |(network, _)| network);
-        let kept =
-            if owners.is_empty() { String::new() } else { format!("{KEPT}{}", owners.join(",")) };
-        let to = Settings { alias: Some(format!("{network}{kept}")), ..Settings::default() };
-        links.make(&Change::Set { link: bridge.clone(), to })?;
+        let alias = link.alias.as_deref().unwrap_or(super::ALIAS_PREFIX);
+        let network = alias.rsplit_once(OWNERS_SEPARATOR).map_or(alias, |(network, _)| network);
+        let suffix = if owners.is_empty() {
+            String::new()
+        } else {
+            format!("{OWNERS_SEPARATOR}{}", owners.join(","))
+        };
+        let to =
+            LinkSettings { alias: Some(format!("{network}{suffix}")), ..LinkSettings::default() };
+        links.apply(&Change::SetLink { link: bridge.clone(), to })?;
     }
     Ok(())
 }

@@ -32,30 +32,30 @@ pub enum Change {
         vlan: u16,
     },
     /// Changes a link.
-    Set {
+    SetLink {
         /// The link.
         link: LinkName,
         /// What of it.
-        to: Settings,
+        to: LinkSettings,
     },
     /// Keeps a port of a bridge from other such ports.
-    Isolate(LinkName),
+    IsolatePort(LinkName),
     /// Has a bridge know by itself who is behind a port, and learn nothing from what comes out of it: frames to some
     /// addresses teach it before any rule is asked (`net/bridge/br_input.c`).
-    Bind {
+    PinMac {
         /// The port.
         port: LinkName,
         /// Who is behind it.
         mac: MacAddress,
     },
     /// Puts a port of a bridge on one VLAN, untagged, and on no other.
-    Tag {
+    SetPortVlan {
         /// The port.
         port: LinkName,
         /// The VLAN.
         vlan: u16,
         /// The VLAN that the bridge gives every port.
-        instead_of: Option<u16>,
+        replaces: Option<u16>,
     },
     /// Adds an address, with its subnet's prefix.
     AddAddress {
@@ -72,14 +72,14 @@ pub enum Change {
         address: IpNetwork,
     },
     /// Writes a setting below `/proc/sys/net`.
-    Write {
+    WriteSysctl {
         /// Its path there.
         key: String,
         /// The value.
         value: &'static str,
     },
     /// Puts a table of ours in place.
-    Rules(Rules),
+    ReplaceTable(Ruleset),
 }
 
 /// What is to be a port of a bridge.
@@ -88,12 +88,12 @@ pub struct Port {
     /// The link.
     pub link: LinkName,
     /// The only address behind it, if the machine there may have no other.
-    pub bound: Option<MacAddress>,
+    pub pinned_mac: Option<MacAddress>,
 }
 
 impl From<LinkName> for Port {
     fn from(link: LinkName) -> Self {
-        Self { link, bound: None }
+        Self { link, pinned_mac: None }
     }
 }
 
@@ -102,17 +102,17 @@ impl Port {
     pub fn of(nic: &Nic) -> Option<(Self, &Segment)> {
         let (tap, segment) = nic.tap()?;
         let guarded = nic.rules.as_ref().is_some_and(|rules| rules.anti_spoof);
-        Some((Self { link: tap.clone(), bound: guarded.then_some(nic.mac) }, segment))
+        Some((Self { link: tap.clone(), pinned_mac: guarded.then_some(nic.mac) }, segment))
     }
 }
 
 /// An nftables table of ours.
 #[derive(Debug)]
-pub struct Rules(pub(super) Table);
+pub struct Ruleset(pub(super) Table);
 
 /// What to change of a link. The kernel takes all of it in one message.
 #[derive(Debug, Default, PartialEq)]
-pub struct Settings {
+pub struct LinkSettings {
     /// Text for people.
     pub alias: Option<String>,
     /// Its Ethernet address.
@@ -137,15 +137,15 @@ impl fmt::Display for Change {
             Self::AddVlan { name, carrier, vlan } => {
                 write!(f, "ip link add {name} link {carrier} type vlan id {vlan}")
             }
-            Self::Set { link, to } => write!(f, "ip link set {link}{to}"),
-            Self::Isolate(port) => write!(f, "bridge link set dev {port} isolated on"),
-            Self::Bind { port, mac } => {
+            Self::SetLink { link, to } => write!(f, "ip link set {link}{to}"),
+            Self::IsolatePort(port) => write!(f, "bridge link set dev {port} isolated on"),
+            Self::PinMac { port, mac } => {
                 write!(f, "bridge link set dev {port} learning off && ")?;
                 write!(f, "bridge fdb replace {mac} dev {port} master static sticky")
             }
-            Self::Tag { port, vlan, instead_of } => {
+            Self::SetPortVlan { port, vlan, replaces } => {
                 write!(f, "bridge vlan add dev {port} vid {vlan} pvid untagged")?;
-                instead_of
+                replaces
                     .map_or(Ok(()), |other| write!(f, " && bridge vlan del dev {port} vid {other}"))
             }
             Self::AddAddress { link, address } => write!(f, "ip address add {address} dev {link}"),
@@ -156,13 +156,15 @@ impl fmt::Display for Change {
                     "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link"
                 )
             }
-            Self::Write { key, value } => write!(f, "sysctl -w {}={value}", sysctl::name(key)),
-            Self::Rules(Rules(table)) => write!(f, "nft {table}"),
+            Self::WriteSysctl { key, value } => {
+                write!(f, "sysctl -w {}={value}", sysctl::name(key))
+            }
+            Self::ReplaceTable(Ruleset(table)) => write!(f, "nft {table}"),
         }
     }
 }
 
-impl fmt::Display for Settings {
+impl fmt::Display for LinkSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { alias, mac, mtu, controller, up } = self;
         mac.map_or(Ok(()), |mac| write!(f, " address {mac}"))?;

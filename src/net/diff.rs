@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use ipnetwork::IpNetwork;
 
-use super::MARK;
-use super::change::{Change, Port, Rules, Settings};
+use super::ALIAS_PREFIX;
+use super::change::{Change, LinkSettings, Port, Ruleset};
 use super::firewall;
 use super::link::Link;
 use super::plan::{Keeper, Segment, overlap, subnet};
@@ -15,13 +15,13 @@ use crate::mac::{MacAddress, digest};
 use crate::store::record::VlanLink;
 
 /// The kernel switches whose value matters to any segment, below `/proc/sys/net`.
-pub(super) const SWITCHES: [&str; 2] = [FORWARD_V4, FORWARD_V6];
+pub(super) const FORWARDING_KEYS: [&str; 2] = [FORWARD_V4, FORWARD_V6];
 const FORWARD_V4: &str = "ipv4/ip_forward";
 const FORWARD_V6: &str = "ipv6/conf/all/forwarding";
 
 /// What the host has, as far as it concerns one segment.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct Observed {
     /// The link of the bridge's name.
     pub bridge: Option<Link>,
     /// Addresses on it.
@@ -36,17 +36,17 @@ pub(super) struct Seen {
     pub tagged: Option<Link>,
     /// Links that are to be its ports and exist.
     pub ports: Vec<(Port, Link)>,
-    /// Settings below `/proc/sys/net` that exist.
+    /// LinkSettings below `/proc/sys/net` that exist.
     pub settings: BTreeMap<String, String>,
     /// Whether our table has the rules it is to have, if any.
-    pub rules_hold: bool,
+    pub rules_current: bool,
 }
 
 /// What is missing, in the order in which it can be done.
 ///
 /// # Errors
 /// As [`super::apply::ensure`]: what can not be is found before anything is changed.
-pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
+pub(super) fn diff(segment: &Segment, seen: &Observed) -> Result<Vec<Change>> {
     let mut changes = Vec::new();
     let mtu = match &segment.keeper {
         Keeper::Operator => operators_bridge(segment, seen)?.mtu,
@@ -68,7 +68,7 @@ pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
             || link.controller != seen.bridge.as_ref().map(|bridge| bridge.index);
         if lost {
             changes.extend(plug(segment, seen, port, None, mtu));
-        } else if link.learns {
+        } else if link.learning {
             changes.extend(bind(port));
         }
     }
@@ -78,43 +78,48 @@ pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
 /// How a tap becomes a port of the bridge, whose largest packet is `mtu`. It is up last, when nothing is amiss any more.
 pub(super) fn plug(
     segment: &Segment,
-    seen: &Seen,
+    seen: &Observed,
     port: &Port,
     mac: Option<MacAddress>,
     mtu: u32,
 ) -> Vec<Change> {
     let link = &port.link;
     // Never smaller than the bridge's: a bridge shrinks to its smallest port.
-    let joined = Settings {
+    let joined = LinkSettings {
         mac,
         mtu: Some(mtu),
         controller: Some(segment.bridge.clone()),
-        ..Settings::default()
+        ..LinkSettings::default()
     };
-    if !segment.isolated && segment.vlan.is_none() && port.bound.is_none() {
-        return vec![Change::Set { link: link.clone(), to: Settings { up: true, ..joined } }];
+    if !segment.isolated && segment.vlan.is_none() && port.pinned_mac.is_none() {
+        return vec![Change::SetLink {
+            link: link.clone(),
+            to: LinkSettings { up: true, ..joined },
+        }];
     }
-    let mut changes = vec![Change::Set { link: link.clone(), to: joined }];
+    let mut changes = vec![Change::SetLink { link: link.clone(), to: joined }];
     if segment.isolated {
-        changes.push(Change::Isolate(link.clone()));
+        changes.push(Change::IsolatePort(link.clone()));
     }
     if let Some(vlan) = segment.vlan {
         let default = seen.bridge.as_ref().and_then(|bridge| bridge.default_vlan);
-        let instead_of = default.filter(|default| *default != vlan);
-        changes.push(Change::Tag { port: link.clone(), vlan, instead_of });
+        let replaces = default.filter(|default| *default != vlan);
+        changes.push(Change::SetPortVlan { port: link.clone(), vlan, replaces });
     }
     // Behind the VLAN: the kernel enters the address for those that the port is on.
     changes.extend(bind(port));
-    changes
-        .push(Change::Set { link: link.clone(), to: Settings { up: true, ..Settings::default() } });
+    changes.push(Change::SetLink {
+        link: link.clone(),
+        to: LinkSettings { up: true, ..LinkSettings::default() },
+    });
     changes
 }
 
 fn bind(port: &Port) -> Option<Change> {
-    port.bound.map(|mac| Change::Bind { port: port.link.clone(), mac })
+    port.pinned_mac.map(|mac| Change::PinMac { port: port.link.clone(), mac })
 }
 
-fn operators_bridge<'a>(segment: &Segment, seen: &'a Seen) -> Result<&'a Link> {
+fn operators_bridge<'a>(segment: &Segment, seen: &'a Observed) -> Result<&'a Link> {
     let name = &segment.bridge;
     let wrong = |kind, problem: &str, hint: String| {
         Error::new(kind, format!("bridge '{name}' {problem}")).hint(hint)
@@ -148,7 +153,7 @@ fn operators_bridge<'a>(segment: &Segment, seen: &'a Seen) -> Result<&'a Link> {
         );
         return Err(wrong(ErrorKind::BadConfig, &problem, format!("ip link set {name} mtu {mtu}")));
     }
-    if segment.vlan.is_some() && !link.tells_vlans_apart {
+    if segment.vlan.is_some() && !link.vlan_filtering {
         let hint = format!(
             "ip link set {name} type bridge vlan_filtering 1; where the kernel was built without it \
              (BRIDGE_VLAN_FILTERING), give the network an uplink in place of the bridge"
@@ -163,10 +168,10 @@ fn check(
     segment: &Segment,
     addresses: &[IpNetwork],
     uplink: Option<&VlanLink>,
-    seen: &Seen,
+    seen: &Observed,
 ) -> Result<()> {
     let (name, network) = (&segment.bridge, &segment.network);
-    if seen.bridge.as_ref().is_some_and(|link| !is_ours(link, name)) {
+    if seen.bridge.as_ref().is_some_and(|link| !is_cpi_bridge(link, name)) {
         return Err(Error::new(
             ErrorKind::Conflict,
             format!("link '{name}' exists and is not ours"),
@@ -210,11 +215,11 @@ fn check(
 fn bridge(
     segment: &Segment,
     addresses: &[IpNetwork],
-    seen: &Seen,
+    seen: &Observed,
     changes: &mut Vec<Change>,
 ) -> u32 {
     let name = &segment.bridge;
-    let mac = pinned_mac(name);
+    let mac = bridge_mac(name);
     let of_world = || seen.world.as_ref().map_or(super::ETHERNET_MTU, |world| world.mtu);
     // A bridge that is there keeps its own: its guests were told of it.
     let mtu = segment.mtu.or(seen.bridge.as_ref().map(|link| link.mtu)).unwrap_or_else(of_world);
@@ -236,20 +241,22 @@ fn bridge(
     }
     let link = seen.bridge.as_ref();
     let network: String = segment.network.chars().take(64).collect();
-    let to = Settings {
-        alias: link.is_none_or(|link| link.alias.is_none()).then(|| format!("{MARK}{network}")),
+    let to = LinkSettings {
+        alias: link
+            .is_none_or(|link| link.alias.is_none())
+            .then(|| format!("{ALIAS_PREFIX}{network}")),
         mac: link.filter(|link| link.mac != Some(mac)).map(|_| mac),
         mtu: link.filter(|link| link.mtu != mtu).map(|_| mtu),
         controller: None,
         up: link.is_none_or(|link| !link.up),
     };
-    if to != Settings::default() {
-        changes.push(Change::Set { link: name.clone(), to });
+    if to != LinkSettings::default() {
+        changes.push(Change::SetLink { link: name.clone(), to });
     }
     mtu
 }
 
-fn routed(segment: &Segment, address: IpNetwork, seen: &Seen, changes: &mut Vec<Change>) {
+fn routed(segment: &Segment, address: IpNetwork, seen: &Observed, changes: &mut Vec<Change>) {
     let link = segment.bridge.clone();
     if !seen.own.contains(&address) {
         changes.push(Change::AddAddress { link, address });
@@ -260,7 +267,7 @@ fn routed(segment: &Segment, address: IpNetwork, seen: &Seen, changes: &mut Vec<
     }
 }
 
-fn tagged(segment: &Segment, uplink: &VlanLink, seen: &Seen, changes: &mut Vec<Change>) {
+fn tagged(segment: &Segment, uplink: &VlanLink, seen: &Observed, changes: &mut Vec<Change>) {
     let name = vlan_name(uplink);
     if seen.tagged.is_none() {
         let VlanLink { link, vlan } = uplink.clone();
@@ -273,21 +280,21 @@ fn tagged(segment: &Segment, uplink: &VlanLink, seen: &Seen, changes: &mut Vec<C
     });
     if !joined {
         let controller = Some(segment.bridge.clone());
-        changes.push(Change::Set {
+        changes.push(Change::SetLink {
             link: name,
-            to: Settings { controller, up: true, ..Settings::default() },
+            to: LinkSettings { controller, up: true, ..LinkSettings::default() },
         });
     }
 }
 
 /// What it takes for packets to pass from the bridge and back, or for none to.
-fn forwarding(segment: &Segment, seen: &Seen, changes: &mut Vec<Change>) {
+fn forwarding(segment: &Segment, seen: &Observed, changes: &mut Vec<Change>) {
     let Keeper::Us { addresses, .. } = &segment.keeper else { return };
     if forwards(segment) && addresses.iter().any(IpNetwork::is_ipv4) {
         write(FORWARD_V4.to_owned(), "1", seen, changes);
     }
-    if let Some(table) = firewall::table(segment, &seen.own).filter(|_| !seen.rules_hold) {
-        changes.push(Change::Rules(Rules(table)));
+    if let Some(table) = firewall::table(segment, &seen.own).filter(|_| !seen.rules_current) {
+        changes.push(Change::ReplaceTable(Ruleset(table)));
     }
 }
 
@@ -295,21 +302,21 @@ fn forwards(segment: &Segment) -> bool {
     matches!(segment.keeper, Keeper::Us { closed: false, .. })
 }
 
-fn write(key: String, value: &'static str, seen: &Seen, changes: &mut Vec<Change>) {
+fn write(key: String, value: &'static str, seen: &Observed, changes: &mut Vec<Change>) {
     if seen.settings.get(&key).is_none_or(|is| is != value) {
-        changes.push(Change::Write { key, value });
+        changes.push(Change::WriteSysctl { key, value });
     }
 }
 
 /// A bridge is made with its address in one step and marked in the next; whoever died in between left one that only
 /// the address tells to be ours.
-pub(super) fn is_ours(link: &Link, name: &LinkName) -> bool {
-    let marked = link.alias.as_ref().is_some_and(|alias| alias.starts_with(MARK));
-    link.kind.as_deref() == Some("bridge") && (marked || link.mac == Some(pinned_mac(name)))
+pub(super) fn is_cpi_bridge(link: &Link, name: &LinkName) -> bool {
+    let marked = link.alias.as_ref().is_some_and(|alias| alias.starts_with(ALIAS_PREFIX));
+    link.kind.as_deref() == Some("bridge") && (marked || link.mac == Some(bridge_mac(name)))
 }
 
 /// Set by hand, so that it does not follow the ports: guests have the gateway's address in their ARP tables.
-fn pinned_mac(bridge: &LinkName) -> MacAddress {
+fn bridge_mac(bridge: &LinkName) -> MacAddress {
     MacAddress::derived(0x02, "bridge", bridge.as_str())
 }
 
@@ -323,7 +330,7 @@ pub(super) fn vlan_name(uplink: &VlanLink) -> LinkName {
 }
 
 /// Whether a port is such a sub-interface. Nothing else tells: a bridge's ports do not say which segment they are for.
-pub(super) fn is_our_vlan(port: &Link) -> bool {
+pub(super) fn is_cpi_vlan_link(port: &Link) -> bool {
     port.kind.as_deref() == Some("vlan") && port.name.starts_with("bqv")
 }
 

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::config::Network;
-use crate::net::plan::{Place, Requested, place};
+use crate::net::plan::{NicPlan, Requested, plan_nic};
 use crate::net::profile::Profile;
 use crate::schema::Property;
 
@@ -21,31 +21,31 @@ fn segment(network: &serde_json::Value) -> Segment {
         gateway: "10.0.0.1".parse().ok(),
         ..Default::default()
     };
-    match place("lab", &network, &profile, &requested).unwrap() {
-        Place::Bridge(segment) => segment,
-        Place::User(user) => panic!("{user:?}"),
+    match plan_nic("lab", &network, &profile, &requested).unwrap() {
+        NicPlan::Bridge(segment) => segment,
+        NicPlan::User(user) => panic!("{user:?}"),
     }
 }
 
 /// A host with a link of 1450 bytes to the world, and nothing else.
-fn bare_host() -> Seen {
+fn bare_host() -> Observed {
     let world = Link { name: "eth0".into(), index: 2, mtu: 1450, up: true, ..Link::default() };
     let settings = [("ipv4/ip_forward", "0"), ("ipv6/conf/all/forwarding", "0")];
     let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-    Seen {
+    Observed {
         world: Some(world),
         foreign: vec!["192.0.2.1/24".parse().unwrap()],
         settings,
-        ..Seen::default()
+        ..Observed::default()
     }
 }
 
 /// An operator's bridge.
-fn with_bridge(bridge: &str) -> Seen {
+fn with_bridge(bridge: &str) -> Observed {
     let kind = Some("bridge".to_owned());
     let bridge =
         Link { name: bridge.into(), index: 3, mtu: 1500, up: true, kind, ..Link::default() };
-    Seen { bridge: Some(bridge), ..bare_host() }
+    Observed { bridge: Some(bridge), ..bare_host() }
 }
 
 fn lines(changes: &[Change]) -> String {
@@ -53,7 +53,7 @@ fn lines(changes: &[Change]) -> String {
 }
 
 /// All that a new VM needs on a host.
-fn all(network: &serde_json::Value, seen: &Seen) -> String {
+fn all(network: &serde_json::Value, seen: &Observed) -> String {
     let segment = segment(network);
     let mut changes = diff(&segment, seen).unwrap();
     changes.extend(plug(&segment, seen, &bound(), None, 1500));
@@ -62,7 +62,7 @@ fn all(network: &serde_json::Value, seen: &Seen) -> String {
 
 /// The port of a VM that may speak only as itself.
 fn bound() -> Port {
-    Port { link: name("bqtapn0"), bound: Some([2, 0, 0, 0, 0, 1].into()) }
+    Port { link: name("bqtapn0"), pinned_mac: Some([2, 0, 0, 0, 0, 1].into()) }
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn a_vlan_of_a_bridge() {
     Hint: ip link set br0 type bridge vlan_filtering 1; where the kernel was built without it (BRIDGE_VLAN_FILTERING), give the network an uplink in place of the bridge
     ");
     let bridge = seen.bridge.as_mut().unwrap();
-    (bridge.tells_vlans_apart, bridge.default_vlan) = (true, Some(1));
+    (bridge.vlan_filtering, bridge.default_vlan) = (true, Some(1));
     insta::assert_snapshot!(all(&network, &seen), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged && bridge vlan del dev bqtapn0 vid 1
@@ -229,30 +229,30 @@ fn a_vlan_of_an_uplink() {
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
-    let error = diff(&segment(&network), &Seen { world: None, ..bare_host() }).unwrap_err();
+    let error = diff(&segment(&network), &Observed { world: None, ..bare_host() }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkNotFound);
 }
 
 /// A host on which [`nat_on_a_bare_host`] was done.
-fn done(segment: &Segment) -> Seen {
+fn done(segment: &Segment) -> Observed {
     let bridge = Link {
         name: segment.bridge.to_string(),
         index: 3,
         kind: Some("bridge".into()),
         alias: Some("bosh-qemu-cpi:lab".into()),
-        mac: Some(pinned_mac(&segment.bridge)),
+        mac: Some(bridge_mac(&segment.bridge)),
         mtu: 1450,
         up: true,
         ..Link::default()
     };
     let address: IpNetwork = "10.0.0.1/24".parse().unwrap();
-    let mut seen = Seen {
+    let mut seen = Observed {
         bridge: Some(bridge),
         own: vec![address],
         routes: vec![subnet(address)],
         ..bare_host()
     };
-    seen.rules_hold = true;
+    seen.rules_current = true;
     let settings = [("ipv4/ip_forward", "1"), ("ipv6/conf/bosh-nat0/accept_ra", "0")];
     seen.settings.extend(settings.map(|(key, value)| (key.to_owned(), value.to_owned())));
     seen
@@ -263,7 +263,7 @@ fn twice_is_once() {
     let segment = segment(&json!({}));
     assert_eq!(lines(&diff(&segment, &done(&segment)).unwrap()), "");
     let uplink_changed = Link { mtu: 9000, ..Link::default() };
-    let seen = Seen { world: Some(uplink_changed), ..done(&segment) };
+    let seen = Observed { world: Some(uplink_changed), ..done(&segment) };
     assert_eq!(
         lines(&diff(&segment, &seen).unwrap()),
         "",
@@ -274,7 +274,7 @@ fn twice_is_once() {
 #[test]
 fn only_what_somebody_broke_is_repaired() {
     let segment = segment(&json!({}));
-    let repair = |break_it: &dyn Fn(&mut Seen)| {
+    let repair = |break_it: &dyn Fn(&mut Observed)| {
         let mut seen = done(&segment);
         break_it(&mut seen);
         lines(&diff(&segment, &seen).unwrap())
@@ -285,12 +285,12 @@ fn only_what_somebody_broke_is_repaired() {
         repair(&|seen| seen.bridge.as_mut().unwrap().mac = None),
         repair(&|seen| seen.own.clear()),
         repair(&|seen| seen.routes.clear()),
-        repair(&|seen| seen.rules_hold = false),
+        repair(&|seen| seen.rules_current = false),
         repair(&|seen| drop(seen.settings.insert(FORWARD_V4.into(), "0".into()))),
         repair(&|seen| seen.ports = vec![(bound(), tap(None))]),
         repair(&|seen| seen.ports = vec![(bound(), tap(Some(7)))]),
         repair(&|seen| seen.ports = vec![(bound(), tap(Some(3)))]),
-        repair(&|seen| seen.ports = vec![(bound(), Link { learns: true, ..tap(Some(3)) })]),
+        repair(&|seen| seen.ports = vec![(bound(), Link { learning: true, ..tap(Some(3)) })]),
     ];
     insta::assert_snapshot!(repairs.join("\n--\n"), @r#"
     ip link set bosh-nat0 up

@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::nft::{
-    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME,
-    IP_DADDR, Match, OIFNAME, PROTOCOL, Place, Rule, Table, Verdict,
+    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, HookPoint, ICMP_TYPE, ICMP6_TYPE,
+    IIFNAME, IP_DADDR, Match, OIFNAME, PROTOCOL, Rule, Table, Verdict,
 };
 use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
@@ -28,36 +28,40 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     let bridge = &segment.bridge;
     let mut chains = Vec::new();
     if *masquerade {
-        chains.push(hiding(bridge, present.iter().chain(addresses).copied()));
+        chains.push(postrouting(bridge, present.iter().chain(addresses).copied()));
     }
     // The host only carries such a VLAN.
-    let apart = uplink.is_some() && addresses.is_empty();
+    let carries_vlan_only = uplink.is_some() && addresses.is_empty();
     let own = present.iter().chain(addresses);
-    let mut passing = if !*closed && own.clone().any(IpNetwork::is_ipv4) {
-        metadata(bridge, own)
+    let mut forward_rules = if !*closed && own.clone().any(IpNetwork::is_ipv4) {
+        drop_link_local(bridge, own)
     } else {
         Vec::new()
     };
-    if *closed || apart || segment.isolated {
-        passing.extend(closing(bridge, *closed || apart, segment.isolated));
+    if *closed || carries_vlan_only || segment.isolated {
+        forward_rules.extend(isolate_bridge(
+            bridge,
+            *closed || carries_vlan_only,
+            segment.isolated,
+        ));
     }
     chains.push(Chain {
         name: "forward",
-        hook: Some(Hook::filter(Place::Forward, 0)),
-        rules: passing,
+        hook: Some(Hook::filter(HookPoint::Forward, 0)),
+        rules: forward_rules,
     });
-    if apart {
+    if carries_vlan_only {
         let rules = vec![Rule {
-            matches: vec![Match::By(IIFNAME, bridge.clone())],
+            matches: vec![Match::Link(IIFNAME, bridge.clone())],
             verdict: Verdict::Drop,
         }];
-        chains.push(Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules });
+        chains.push(Chain { name: "host", hook: Some(Hook::filter(HookPoint::Input, 0)), rules });
     }
     if let Some(services) = services {
-        chains.push(host(bridge, services));
+        chains.push(host_input(bridge, services));
     }
     if !addresses.is_empty() {
-        chains.push(speaks(bridge));
+        chains.push(mark_host_output(bridge));
     }
     chains.retain(|chain| !chain.rules.is_empty());
     let table = Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains };
@@ -65,7 +69,7 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
 }
 
 /// Removes all rules for the bridge, if there are any.
-pub(super) fn drop_all(bridge: &LinkName) -> Result<()> {
+pub(super) fn remove_table(bridge: &LinkName) -> Result<()> {
     nft::drop_table(Family::Inet, &table_name(bridge))
 }
 
@@ -74,21 +78,21 @@ fn table_name(bridge: &LinkName) -> String {
 }
 
 /// Hides the subnets of `addresses` behind the host.
-fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chain {
+fn postrouting(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chain {
     let mut subnets: Vec<_> =
         addresses.filter(|address| !is_link_local(address.ip())).map(subnet).collect();
     subnets.sort_unstable();
     subnets.dedup();
     let rule = |subnet| Rule {
-        matches: vec![Match::SourceIn(subnet), Match::NotLeavingBy(bridge.clone())],
+        matches: vec![Match::SourceIn(subnet), Match::NotOutput(bridge.clone())],
         verdict: Verdict::Masquerade,
     };
     // A VM that uses a forward to its neighbour must get the answer from the host it asked.
     let back = |subnet| Rule {
         matches: vec![
             Match::SourceIn(subnet),
-            Match::By(OIFNAME, bridge.clone()),
-            Match::Bits(CT_STATUS, &FORWARDED, &FORWARDED),
+            Match::Link(OIFNAME, bridge.clone()),
+            Match::MaskedEq(CT_STATUS, &CT_STATUS_DNAT, &CT_STATUS_DNAT),
         ],
         verdict: Verdict::Masquerade,
     };
@@ -100,8 +104,8 @@ fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chai
 /// Lets nothing pass between the bridge and other links if it is `closed`: that the host routes for one network is not
 /// for all. Neighbours that are `isolated` as ports are so by way of the gateway too; else what goes from port to port
 /// comes here only through br_netfilter, and is no business of this chain.
-fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
-    let by = |field| Match::By(field, bridge.clone());
+fn isolate_bridge(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
+    let by = |field| Match::Link(field, bridge.clone());
     let neighbours = if isolated { Verdict::Drop } else { Verdict::Return };
     let mut rules = vec![Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: neighbours }];
     if closed {
@@ -115,62 +119,65 @@ fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
 
 /// Where this host is a cloud's VM, the cloud tells its credentials to whoever asks 169.254.169.254 as this host, and so to
 /// every VM behind it. A router passes on nothing to link-local addresses (RFC 3927 §2.7); Linux would.
-fn metadata<'a>(bridge: &LinkName, mut own: impl Iterator<Item = &'a IpNetwork>) -> Vec<Rule> {
+fn drop_link_local<'a>(
+    bridge: &LinkName,
+    mut own: impl Iterator<Item = &'a IpNetwork>,
+) -> Vec<Rule> {
     if own.any(|address| address.is_ipv4() && is_link_local(address.ip())) {
         return Vec::new();
     }
     let to_link_local = [
-        Match::By(IIFNAME, bridge.clone()),
-        Match::Is(FAMILY, &[2]),
-        Match::Bits(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0]),
+        Match::Link(IIFNAME, bridge.clone()),
+        Match::Eq(FAMILY, &[2]),
+        Match::MaskedEq(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0]),
     ];
     vec![Rule { matches: to_link_local.into(), verdict: Verdict::Drop }]
 }
 
 /// What VMs may say to the host itself, by whichever of its addresses: answers, ping and what is served.
-fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
+fn host_input(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
     let rule = |what: Vec<Match>, verdict| {
-        let matches = [Match::By(IIFNAME, bridge.clone())].into_iter().chain(what);
+        let matches = [Match::Link(IIFNAME, bridge.clone())].into_iter().chain(what);
         Rule { matches: matches.collect(), verdict }
     };
     let icmp = |family, protocol, kind, first, last| {
         let what = vec![
-            Match::Is(FAMILY, family),
-            Match::Is(PROTOCOL, protocol),
-            Match::Within(kind, first, last),
+            Match::Eq(FAMILY, family),
+            Match::Eq(PROTOCOL, protocol),
+            Match::InRange(kind, first, last),
         ];
         rule(what, Verdict::Return)
     };
-    let known = rule(vec![Match::OtherBits(CT_STATE, &FOLLOWED, &[0; 4])], Verdict::Return);
+    let known = rule(vec![Match::MaskedNe(CT_STATE, &CT_STATE_FOLLOWED, &[0; 4])], Verdict::Return);
     let pings =
         [icmp(&[2], &[1], ICMP_TYPE, &[8], &[8]), icmp(&[10], &[58], ICMP6_TYPE, &[128], &[128])];
     // No connection has them: neighbours ask and answer.
     let neighbours = icmp(&[10], &[58], ICMP6_TYPE, &[135], &[136]);
-    let served = services
-        .iter()
-        .map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
+    let served = services.iter().map(|(protocol, port)| {
+        rule(vec![Match::DestinationPort(*protocol, *port)], Verdict::Return)
+    });
     let passed = [known, neighbours].into_iter().chain(pings).chain(served);
     let rules = passed.chain([rule(Vec::new(), Verdict::Drop)]).collect();
-    Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
+    Chain { name: "host", hook: Some(Hook::filter(HookPoint::Input, 0)), rules }
 }
 
 /// Marks what the host itself says to VMs, which security groups admit: create-env speaks to its VM. The address would
 /// not tell it, for what is masqueraded has it too.
-fn speaks(bridge: &LinkName) -> Chain {
+fn mark_host_output(bridge: &LinkName) -> Chain {
     let rules = vec![Rule {
-        matches: vec![Match::By(OIFNAME, bridge.clone())],
-        verdict: Verdict::Mark(OF_THE_HOST),
+        matches: vec![Match::Link(OIFNAME, bridge.clone())],
+        verdict: Verdict::SetMark(HOST_MARK),
     }];
-    Chain { name: "speaks", hook: Some(Hook::filter(Place::Output, 0)), rules }
+    Chain { name: "speaks", hook: Some(Hook::filter(HookPoint::Output, 0)), rules }
 }
 
 /// The bit of a packet's mark for what the host itself says, in the machine's byte order.
-pub(super) const OF_THE_HOST: [u8; 4] = 0x1000u32.to_ne_bytes();
+pub(super) const HOST_MARK: [u8; 4] = 0x1000u32.to_ne_bytes();
 
 /// `NF_CT_STATE_BIT` of `IP_CT_ESTABLISHED` and `IP_CT_RELATED`, in the machine's byte order.
-const FOLLOWED: [u8; 4] = 6u32.to_ne_bytes();
+const CT_STATE_FOLLOWED: [u8; 4] = 6u32.to_ne_bytes();
 /// `IPS_DST_NAT`, likewise.
-const FORWARDED: [u8; 4] = 32u32.to_ne_bytes();
+const CT_STATUS_DNAT: [u8; 4] = 32u32.to_ne_bytes();
 
 /// The kernel gives every IPv6 link such an address; it is never routed.
 fn is_link_local(ip: IpAddr) -> bool {

@@ -36,7 +36,7 @@ mod sysctl;
 pub mod tap;
 
 /// How the alias of every link that we made begins.
-const MARK: &str = "bosh-qemu-cpi:";
+const ALIAS_PREFIX: &str = "bosh-qemu-cpi:";
 /// Largest packet of plain Ethernet, bytes.
 const ETHERNET_MTU: u32 = 1500;
 const NEEDS_ROOT: &str = "run as root, or with CAP_NET_ADMIN";

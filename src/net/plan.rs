@@ -14,11 +14,11 @@ pub use crate::store::record::{Keeper, Segment};
 use crate::store::record::{UserNetwork, VlanLink};
 
 /// The widest subnets taken, IPv4 and IPv6. Anything wider is a slip that would draw the host's own traffic.
-const WIDEST: (u8, u8) = (8, 32);
+const SHORTEST_PREFIXES: (u8, u8) = (8, 32);
 
 /// Addresses that mean something else on every site (RFC 1918, 6598, 4193), or nothing (RFC 2544, 5737, 3849). Whoever has
 /// any other one has it from the world.
-const PRIVATE: [&str; 10] = [
+const PRIVATE_SUBNETS: [&str; 10] = [
     "10.0.0.0/8",
     "172.16.0.0/12",
     "192.168.0.0/16",
@@ -46,7 +46,7 @@ pub struct Requested {
 
 /// What a NIC is to be wired to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum NicPlan {
     /// A bridge, with a tap.
     Bridge(Segment),
     /// QEMU's own network stack.
@@ -58,16 +58,16 @@ pub enum Place {
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the network can not be as the operator wrote it, [`ErrorKind::BadRequest`] if the
 /// request does not fit it; both name what differs.
-pub fn place(
+pub fn plan_nic(
     name: &str,
     network: &Network,
     profile: &Profile,
     requested: &Requested,
-) -> Result<Place> {
-    check_keys(name, network, profile)?;
+) -> Result<NicPlan> {
+    ensure_keys_apply(name, network, profile)?;
     let vlan = vlan(name, network, profile, requested.vlan)?;
     if profile.wire == Wiring::User {
-        return user(name, network, requested).map(Place::User);
+        return user_network(name, network, requested).map(NicPlan::User);
     }
     let addresses =
         if profile.gateway { vec![host_address(name, network, requested)?] } else { Vec::new() };
@@ -81,17 +81,17 @@ pub fn place(
         let hint = format!("if its addresses are yours to give, set networks.{name}.subnet");
         return Err(bad_request(name, &problem).hint(hint));
     }
-    segment(name, network, profile, vlan, addresses).map(Place::Bridge)
+    segment(name, network, profile, vlan, addresses).map(NicPlan::Bridge)
 }
 
 /// Whether all addresses of the subnet are private ones.
 pub fn is_private(subnet: IpNetwork) -> bool {
-    PRIVATE.iter().any(|text| lies_in(subnet, text.parse().expect("a subnet")))
+    PRIVATE_SUBNETS.iter().any(|text| is_subnet_of(subnet, text.parse().expect("a subnet")))
 }
 
 /// QEMU forwards ports to IPv4 addresses only (10.0: "Bad host address"), and has three addresses of the subnet besides the
 /// guest's: its own, that of a name server, and the subnet's broadcast.
-fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
+fn user_network(name: &str, network: &Network, requested: &Requested) -> Result<UserNetwork> {
     let given = [
         requested.ip,
         requested.gateway,
@@ -116,15 +116,15 @@ fn user(name: &str, network: &Network, requested: &Requested) -> Result<UserNetw
     let guest = match requested.ip {
         Some(IpAddr::V4(guest)) => guest,
         Some(IpAddr::V6(_)) => unreachable!("it lies in the gateway's subnet"),
-        None => chosen_guest(name, network, gateway)?,
+        None => default_guest_address(name, network, gateway)?,
     };
     Ok(UserNetwork { network: name.to_owned(), gateway, guest })
 }
 
 /// The address of a guest that nobody chose one for. Each is alone with its router, so all may have the same: the first that
 /// QEMU would lease (`slirp_init`), or else the first of the pool.
-fn chosen_guest(name: &str, network: &Network, gateway: Ipv4Network) -> Result<Ipv4Addr> {
-    let pool = pool(name, network, gateway.into())?;
+fn default_guest_address(name: &str, network: &Network, gateway: Ipv4Network) -> Result<Ipv4Addr> {
+    let pool = dynamic_pool(name, network, gateway.into())?;
     let usable = |ip: &Ipv4Addr| {
         let taken = [gateway.network(), gateway.ip(), gateway.broadcast()].contains(ip);
         pool.contains(IpAddr::V4(*ip)) && !taken
@@ -139,7 +139,7 @@ fn chosen_guest(name: &str, network: &Network, gateway: Ipv4Network) -> Result<I
 ///
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the configured pool lies elsewhere.
-pub fn pool(name: &str, network: &Network, subnet: IpNetwork) -> Result<AddressRange> {
+pub fn dynamic_pool(name: &str, network: &Network, subnet: IpNetwork) -> Result<AddressRange> {
     let Some(pool) = network.pool else {
         return Ok(AddressRange { first: subnet.network(), last: subnet.broadcast() });
     };
@@ -154,10 +154,14 @@ pub fn pool(name: &str, network: &Network, subnet: IpNetwork) -> Result<AddressR
 /// What there is of the host network `name` without any VM: `None` if nothing, or if only requests tell what.
 ///
 /// # Errors
-/// [`ErrorKind::BadConfig`] as [`place`].
-pub fn standing(name: &str, network: &Network, profile: &Profile) -> Result<Option<Segment>> {
-    check_keys(name, network, profile)?;
-    let vlan = network.vlan.map(number);
+/// [`ErrorKind::BadConfig`] as [`plan_nic`].
+pub fn configured_segment(
+    name: &str,
+    network: &Network,
+    profile: &Profile,
+) -> Result<Option<Segment>> {
+    ensure_keys_apply(name, network, profile)?;
+    let vlan = network.vlan.map(vlan_number);
     if profile.wire == Wiring::User || profile.wire == Wiring::Vlan && vlan.is_none() {
         return Ok(None);
     }
@@ -238,7 +242,7 @@ fn segment(
     Ok(Segment {
         network: name.to_owned(),
         bridge,
-        mtu: network.mtu.map(bytes),
+        mtu: network.mtu.map(mtu_bytes),
         // A sub-interface takes the tags off.
         vlan: if uplink.is_some() { None } else { vlan },
         isolated: !profile.neighbours,
@@ -259,7 +263,7 @@ fn segment(
 }
 
 /// A key that says nothing in this profile is a misunderstanding.
-fn check_keys(name: &str, network: &Network, profile: &Profile) -> Result<()> {
+fn ensure_keys_apply(name: &str, network: &Network, profile: &Profile) -> Result<()> {
     let addressed = profile.gateway || profile.wire == Wiring::User || network.pool.is_some();
     let useless = [
         ("subnet", network.subnet.is_some() && !addressed),
@@ -288,7 +292,7 @@ fn vlan(
     profile: &Profile,
     requested: Option<u16>,
 ) -> Result<Option<u16>> {
-    match (profile.wire == Wiring::Vlan, network.vlan.map(number), requested) {
+    match (profile.wire == Wiring::Vlan, network.vlan.map(vlan_number), requested) {
         (false, _, None) => Ok(None),
         (false, _, Some(_)) => Err(bad_request(
             name,
@@ -308,12 +312,12 @@ fn vlan(
     }
 }
 
-fn number(vlan: crate::config::VlanId) -> u16 {
+fn vlan_number(vlan: crate::config::VlanId) -> u16 {
     u16::try_from(vlan.get()).expect("at most 4094")
 }
 
 /// The bytes of an MTU.
-pub fn bytes(mtu: Mtu) -> u32 {
+pub fn mtu_bytes(mtu: Mtu) -> u32 {
     u32::try_from(mtu.get()).expect("at most 65535")
 }
 
@@ -329,22 +333,22 @@ fn host_address(name: &str, network: &Network, requested: &Requested) -> Result<
         (host, asked) => host.or(asked),
     };
     let host = match network.subnet {
-        Some(subnet) => in_configured(name, subnet, network.gateway, gateway)?,
-        None => in_requested(name, requested, gateway)?,
+        Some(subnet) => in_configured_subnet(name, subnet, network.gateway, gateway)?,
+        None => in_requested_subnet(name, requested, gateway)?,
     };
-    let widest = if host.is_ipv4() { WIDEST.0 } else { WIDEST.1 };
+    let widest = if host.is_ipv4() { SHORTEST_PREFIXES.0 } else { SHORTEST_PREFIXES.1 };
     if host.prefix() < widest {
         return Err(bad_request(
             name,
             &format!("can not be as wide as {host}: /{widest} is the widest"),
         ));
     }
-    check_guest(name, host, requested)?;
+    ensure_guest_fits(name, host, requested)?;
     Ok(host)
 }
 
 /// With a subnet in the configuration: the gateway agreed on, else the subnet's first address.
-fn in_configured(
+fn in_configured_subnet(
     name: &str,
     subnet: IpNetwork,
     configured: Option<IpAddr>,
@@ -368,7 +372,11 @@ fn in_configured(
 }
 
 /// Without: the request's gateway and netmask.
-fn in_requested(name: &str, requested: &Requested, gateway: Option<IpAddr>) -> Result<IpNetwork> {
+fn in_requested_subnet(
+    name: &str,
+    requested: &Requested,
+    gateway: Option<IpAddr>,
+) -> Result<IpNetwork> {
     let missing = |what: &str| {
         bad_request(name, &format!("has no subnet of its own, and the request brings no {what}"))
             .hint(format!("give the subnet in the manifest a gateway and a range, or set networks.{name}.subnet"))
@@ -383,7 +391,7 @@ fn in_requested(name: &str, requested: &Requested, gateway: Option<IpAddr>) -> R
 }
 
 /// The guest's address and mask must lie in the subnet, or it would look for its neighbours elsewhere.
-fn check_guest(name: &str, host: IpNetwork, requested: &Requested) -> Result<()> {
+fn ensure_guest_fits(name: &str, host: IpNetwork, requested: &Requested) -> Result<()> {
     let subnet = with_prefix(host.network(), host.prefix());
     let Some(ip) = requested.ip else { return Ok(()) };
     if !subnet.contains(ip) {
@@ -411,7 +419,7 @@ fn check_guest(name: &str, host: IpNetwork, requested: &Requested) -> Result<()>
 }
 
 /// Whether all of `part` is in `all`.
-pub fn lies_in(part: IpNetwork, all: IpNetwork) -> bool {
+pub fn is_subnet_of(part: IpNetwork, all: IpNetwork) -> bool {
     all.contains(part.network()) && all.prefix() <= part.prefix()
 }
 

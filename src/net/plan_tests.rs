@@ -15,9 +15,9 @@ fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segme
         gateway: address(gateway),
         ..Default::default()
     };
-    match place("lab", &network, &profile, &requested) {
-        Ok(Place::Bridge(segment)) => Ok(segment),
-        Ok(Place::User(user)) => panic!("{user:?}"),
+    match plan_nic("lab", &network, &profile, &requested) {
+        Ok(NicPlan::Bridge(segment)) => Ok(segment),
+        Ok(NicPlan::User(user)) => panic!("{user:?}"),
         Err(error) => Err(format!("{:?}: {}", error.kind(), error.report())),
     }
 }
@@ -137,7 +137,7 @@ proptest::proptest! {
         let nat = Profile::load("nat", None).unwrap();
         for subnet in [None, Some(IpNetwork::new([10, 0, 0, 0].into(), prefix).unwrap())] {
             let network = Network { subnet, ..Network::nat() };
-            let Ok(Place::Bridge(segment)) = place("lab", &network, &nat, &requested) else { continue };
+            let Ok(NicPlan::Bridge(segment)) = plan_nic("lab", &network, &nat, &requested) else { continue };
             let Keeper::Us { addresses, .. } = segment.keeper else { panic!("nat is ours") };
             proptest::prop_assert!(ip.is_none_or(|ip| addresses[0].contains(ip) && addresses[0].ip() != ip));
             proptest::prop_assert!(gateway.is_none_or(|gateway| addresses[0].ip() == gateway));
@@ -177,9 +177,9 @@ fn a_request_chooses_its_vlan_where_the_operator_did_not() {
     let place = |configured: Value, vlan| {
         let network = Network::from_json(&configured).unwrap();
         let profile = Profile::load(&network.profile, None).unwrap();
-        match place("lab", &network, &profile, &Requested { vlan, ..Requested::default() }) {
-            Ok(Place::Bridge(segment)) => serde_json::to_string(&segment).unwrap(),
-            Ok(Place::User(user)) => panic!("{user:?}"),
+        match plan_nic("lab", &network, &profile, &Requested { vlan, ..Requested::default() }) {
+            Ok(NicPlan::Bridge(segment)) => serde_json::to_string(&segment).unwrap(),
+            Ok(NicPlan::User(user)) => panic!("{user:?}"),
             Err(error) => error.report(),
         }
     };
@@ -207,7 +207,7 @@ fn user_networking_needs_an_address_and_no_bridge() {
     let network = Network::from_json(&json!({"profile": "user", "subnet": "10.0.2.0/24"})).unwrap();
     let profile = Profile::load("user", None).unwrap();
     let requested = Requested { ip: "10.0.2.15".parse().ok(), ..Requested::default() };
-    let Place::User(user) = place("lab", &network, &profile, &requested).unwrap() else {
+    let NicPlan::User(user) = plan_nic("lab", &network, &profile, &requested).unwrap() else {
         panic!("no bridge")
     };
     let text = serde_json::to_string(&user).unwrap();
@@ -217,7 +217,7 @@ fn user_networking_needs_an_address_and_no_bridge() {
     assert_eq!(serde_json::from_str::<UserNetwork>(&text).unwrap(), user);
     let refusal = |network: Value, ip: &str| {
         let requested = Requested { ip: ip.parse().ok(), ..Requested::default() };
-        place("lab", &Network::from_json(&network).unwrap(), &profile, &requested)
+        plan_nic("lab", &Network::from_json(&network).unwrap(), &profile, &requested)
             .unwrap_err()
             .report()
     };
@@ -250,7 +250,8 @@ fn an_address_that_nobody_chose_is_one_of_the_pool() {
     let profile = Profile::load("user", None).unwrap();
     let guest = |network: Value| {
         let network = Network::from_json(&network).unwrap();
-        let Place::User(user) = place("lab", &network, &profile, &Requested::default()).unwrap()
+        let NicPlan::User(user) =
+            plan_nic("lab", &network, &profile, &Requested::default()).unwrap()
         else {
             panic!()
         };
@@ -286,18 +287,18 @@ fn a_request_chooses_among_private_subnets() {
 
 #[test]
 fn what_stands_without_vms() {
-    let standing = |network: Value| {
+    let configured = |network: Value| {
         let network = Network::from_json(&network).unwrap();
         let profile = Profile::load(&network.profile, None).unwrap();
-        standing("lab", &network, &profile)
+        configured_segment("lab", &network, &profile)
             .unwrap()
             .map(|segment| serde_json::to_string(&segment).unwrap())
     };
     let segments = [
-        standing(json!({})),
-        standing(json!({"profile": "routed", "subnet": "10.7.0.0/16"})),
-        standing(json!({"profile": "vlan", "uplink": "eth0"})),
-        standing(json!({"profile": "user"})),
+        configured(json!({})),
+        configured(json!({"profile": "routed", "subnet": "10.7.0.0/16"})),
+        configured(json!({"profile": "vlan", "uplink": "eth0"})),
+        configured(json!({"profile": "user"})),
     ];
     insta::assert_snapshot!(segments.map(Option::unwrap_or_default).join("\n"), @r#"
     {"network":"lab","bridge":"bosh-nat0","keeper":{"us":{"addresses":[],"masquerade":true,"services":[]}}}

@@ -17,7 +17,7 @@ use crate::sys::packet::PacketSocket;
 /// How often an address is asked for: a probe may be lost.
 const PROBES: u32 = 3;
 /// How long to wait after each. Machines of one segment answer within a millisecond; QEMU takes longer to start.
-const PATIENCE: Duration = Duration::from_millis(100);
+const PROBE_REPLY_TIMEOUT: Duration = Duration::from_millis(100);
 
 const ARP: [u8; 2] = [0x08, 0x06];
 const IP6: [u8; 2] = [0x86, 0xdd];
@@ -28,7 +28,7 @@ const ICMP6: u8 = 58;
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn holder(
+pub fn find_holder(
     bridge: &LinkName,
     addresses: &[IpAddr],
     own: MacAddress,
@@ -47,11 +47,11 @@ pub fn holder(
         for address in addresses {
             socket.send(&probe(mac, *address)).map_err(fail)?;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PROBE_REPLY_TIMEOUT;
         while let Some(frame) = socket.receive(deadline).map_err(fail)? {
-            let answered = answer(&frame)
+            let answered = parse_answer(&frame)
                 .filter(|(ip, holder)| addresses.contains(ip) && *holder != own && *holder != mac);
-            if let Some((ip, holder)) = answered.filter(|(_, holder)| !is_shared(*holder)) {
+            if let Some((ip, holder)) = answered.filter(|(_, holder)| !is_vrrp(*holder)) {
                 return Ok(Some((ip, holder)));
             }
         }
@@ -60,7 +60,7 @@ pub fn holder(
 }
 
 /// VRRP's own MAC addresses (RFC 9568 §7.3): 00-00-5e-00-01-xx for IPv4, 00-00-5e-00-02-xx for IPv6.
-fn is_shared(mac: MacAddress) -> bool {
+fn is_vrrp(mac: MacAddress) -> bool {
     matches!(mac.octets(), [0, 0, 0x5e, 0, 1 | 2, _])
 }
 
@@ -110,7 +110,7 @@ fn checksum(from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> [u8; 2] {
 }
 
 /// Which address a frame says its sender has: in any ARP with a sender, in a neighbour advertisement.
-fn answer(frame: &[u8]) -> Option<(IpAddr, MacAddress)> {
+fn parse_answer(frame: &[u8]) -> Option<(IpAddr, MacAddress)> {
     let mac = |at: usize| <[u8; 6]>::try_from(frame.get(at..at + 6)?).ok().map(MacAddress::from);
     match <[u8; 2]>::try_from(frame.get(12..14)?).ok()? {
         ARP => {
@@ -147,9 +147,9 @@ mod tests {
         for address in ["10.0.0.1", "fd00::1"] {
             let frame = probe(mac, address.parse().unwrap());
             for length in 0..frame.len() {
-                assert_ne!(answer(&frame[..length]).map(|(ip, _)| ip), address.parse().ok());
+                assert_ne!(parse_answer(&frame[..length]).map(|(ip, _)| ip), address.parse().ok());
             }
         }
-        assert!(is_shared("00:00:5e:00:01:07".parse().unwrap()));
+        assert!(is_vrrp("00:00:5e:00:01:07".parse().unwrap()));
     }
 }

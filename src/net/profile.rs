@@ -90,16 +90,16 @@ impl Profile {
             Error::new(ErrorKind::BadConfig, format!("'{source}': {}", e.message()))
         })?;
         let profile = Self::from_json(&value).map_err(|e| e.in_file(source))?;
-        match profile.objection() {
-            Some(objection) => {
-                Err(Error::new(ErrorKind::BadConfig, format!("'{source}': {objection}")))
+        match profile.contradiction() {
+            Some(problem) => {
+                Err(Error::new(ErrorKind::BadConfig, format!("'{source}': {problem}")))
             }
             None => Ok(profile),
         }
     }
 
     /// What the types alone do not say.
-    fn objection(&self) -> Option<&'static str> {
+    fn contradiction(&self) -> Option<&'static str> {
         let ours = self.wire == Wiring::OwnBridge;
         match () {
             () if self.gateway && !ours => {

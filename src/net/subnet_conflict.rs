@@ -3,7 +3,7 @@
 
 use ipnetwork::IpNetwork;
 
-use super::diff::is_ours;
+use super::diff::is_cpi_bridge;
 use super::link::{Links, Route};
 use super::plan::{Keeper, Segment, is_default, overlap, subnet};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,16 +13,20 @@ use crate::error::{Error, ErrorKind, Result};
 ///
 /// # Errors
 /// [`ErrorKind::Conflict`] naming what has it; [`ErrorKind::Host`] if the kernel does not tell.
-pub fn refuse(segment: &Segment) -> Result<()> {
+pub fn ensure_free(segment: &Segment) -> Result<()> {
     let Keeper::Us { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
     let links = Links::open()?;
     let own = || {
-        Ok::<_, Error>(links.find(&segment.bridge)?.filter(|link| is_ours(link, &segment.bridge)))
+        Ok::<_, Error>(
+            links.find(&segment.bridge)?.filter(|link| is_cpi_bridge(link, &segment.bridge)),
+        )
     };
     loop {
         let bridge = own()?.map(|link| link.index);
-        let Some((wanted, holder)) = taken(&links, wanted, bridge)? else { return Ok(()) };
-        let link = holder.link().map(|index| links.numbered(index)).transpose()?;
+        let Some((wanted, conflict)) = find_conflict(&links, wanted, bridge)? else {
+            return Ok(());
+        };
+        let link = conflict.link().map(|index| links.find_by_index(index)).transpose()?;
         // What another call does with the bridge between two looks is not to be taken for somebody else's.
         if own()?.map(|link| link.index) == bridge && link != Some(None) {
             let problem =
@@ -30,18 +34,18 @@ pub fn refuse(segment: &Segment) -> Result<()> {
             let name = link.flatten().map(|link| link.name);
             return Err(Error::new(
                 ErrorKind::Conflict,
-                format!("{problem}, {}", holder.words(name.as_deref())),
+                format!("{problem}, {}", conflict.describe(name.as_deref())),
             ));
         }
     }
 }
 
 /// The first subnet of `wanted` that something else than the bridge has, and what that is.
-fn taken(
+fn find_conflict(
     links: &Links,
     wanted: &[IpNetwork],
     bridge: Option<u32>,
-) -> Result<Option<(IpNetwork, Holder)>> {
+) -> Result<Option<(IpNetwork, Conflict)>> {
     let present = links.addresses()?;
     let is_there = |wanted: &&IpNetwork| {
         present.iter().any(|(at, address)| Some(*at) == bridge && address == *wanted)
@@ -53,20 +57,20 @@ fn taken(
     let routes = links.routes()?;
     let mut new = new.into_iter().map(|wanted| subnet(*wanted));
     Ok(new.find_map(|wanted| {
-        holder(wanted, bridge, &present, &routes).map(|holder| (wanted, holder))
+        conflict_with(wanted, bridge, &present, &routes).map(|conflict| (wanted, conflict))
     }))
 }
 
 /// What has a subnet on this host.
 #[derive(Debug, PartialEq, Eq)]
-enum Holder {
+enum Conflict {
     /// The link with this address.
     Address(u32, IpNetwork),
     /// This route.
     Route(Route),
 }
 
-impl Holder {
+impl Conflict {
     /// The link's number, if it is on one.
     fn link(&self) -> Option<u32> {
         match self {
@@ -76,7 +80,7 @@ impl Holder {
     }
 
     /// `name` is that of the link.
-    fn words(&self, name: Option<&str>) -> String {
+    fn describe(&self, name: Option<&str>) -> String {
         let name = name.unwrap_or("nobody");
         match self {
             Self::Address(_, address) => format!("where '{name}' has this host's own {address}"),
@@ -86,20 +90,20 @@ impl Holder {
     }
 }
 
-fn holder(
+fn conflict_with(
     wanted: IpNetwork,
     bridge: Option<u32>,
     addresses: &[(u32, IpNetwork)],
     routes: &[Route],
-) -> Option<Holder> {
+) -> Option<Conflict> {
     let address =
         addresses.iter().find(|(link, address)| Some(*link) != bridge && overlap(wanted, *address));
     let route = || {
         let others = routes.iter().filter(|route| route.link.is_none() || route.link != bridge);
         others.filter(|route| !is_default(route.to)).find(|route| overlap(wanted, route.to))
     };
-    let address = address.map(|(link, address)| Holder::Address(*link, *address));
-    address.or_else(|| route().cloned().map(Holder::Route))
+    let address = address.map(|(link, address)| Conflict::Address(*link, *address));
+    address.or_else(|| route().cloned().map(Conflict::Route))
 }
 
 #[cfg(test)]
@@ -121,19 +125,23 @@ mod tests {
             route(None, "198.18.0.0/15"),
             route(Some(2), "2000::/3"),
         ];
-        let holder = |wanted: &str, bridge| holder(net(wanted), bridge, &addresses, &routes);
-        assert_eq!(holder("192.0.2.128/25", None), Some(Holder::Address(2, net("192.0.2.1/24"))));
-        assert_eq!(holder("10.0.0.0/8", None), Some(Holder::Address(3, net("10.0.0.1/24"))));
-        assert_eq!(holder("10.0.0.0/8", Some(3)), None, "the bridge's own");
+        let conflict =
+            |wanted: &str, bridge| conflict_with(net(wanted), bridge, &addresses, &routes);
         assert_eq!(
-            holder("172.16.9.0/24", Some(3)),
-            Some(Holder::Route(route(Some(4), "172.16.0.0/16")))
+            conflict("192.0.2.128/25", None),
+            Some(Conflict::Address(2, net("192.0.2.1/24")))
+        );
+        assert_eq!(conflict("10.0.0.0/8", None), Some(Conflict::Address(3, net("10.0.0.1/24"))));
+        assert_eq!(conflict("10.0.0.0/8", Some(3)), None, "the bridge's own");
+        assert_eq!(
+            conflict("172.16.9.0/24", Some(3)),
+            Some(Conflict::Route(route(Some(4), "172.16.0.0/16")))
         );
         assert_eq!(
-            holder("198.18.5.0/24", None),
-            Some(Holder::Route(route(None, "198.18.0.0/15")))
+            conflict("198.18.5.0/24", None),
+            Some(Conflict::Route(route(None, "198.18.0.0/15")))
         );
-        assert_eq!(holder("192.168.0.0/16", None), None, "the default route, and half of one");
-        assert_eq!(holder("2001:db8::/64", None), None, "the whole of IPv6");
+        assert_eq!(conflict("192.168.0.0/16", None), None, "the default route, and half of one");
+        assert_eq!(conflict("2001:db8::/64", None), None, "the whole of IPv6");
     }
 }

@@ -13,8 +13,8 @@ use crate::link_name::LinkName;
 use crate::mac::{MacAddress, digest};
 use crate::sys::tun;
 
-const DEVICE: &str = "/dev/net/tun";
-const VHOST: &str = "/dev/vhost-net";
+const TUN_DEVICE: &str = "/dev/net/tun";
+const VHOST_DEVICE: &str = "/dev/vhost-net";
 
 /// The tap of NIC `index` of `vm`: `bq`, ten characters of a hash of both, `n` and the index (its last two digits:
 /// they are there for the reader, the hash tells taps apart).
@@ -34,17 +34,17 @@ pub(super) fn host_mac(tap: &LinkName) -> MacAddress {
 
 /// How many queues the tap of a VM with so many CPUs has: with one for each, none waits for another's packets. More than
 /// eight cost interrupts and descriptors and carry no more (the kernel's `netif_get_num_default_rss_queues`).
-pub fn queues(cpus: u32) -> usize {
+pub fn queue_count(cpus: u32) -> usize {
     cpus.clamp(1, 8) as usize
 }
 
 /// Makes the tap, down and on no bridge. The descriptors, which are closed on exec, are the tap, one for each queue.
 pub(super) fn create(name: &LinkName, queues: usize) -> Result<Vec<OwnedFd>> {
-    (0..queues).map(|index| queue(name, index, queues > 1)).collect()
+    (0..queues).map(|index| open_queue(name, index, queues > 1)).collect()
 }
 
-fn queue(name: &LinkName, index: usize, several: bool) -> Result<OwnedFd> {
-    let device = open(DEVICE).map_err(|error| {
+fn open_queue(name: &LinkName, index: usize, several: bool) -> Result<OwnedFd> {
+    let device = open(TUN_DEVICE).map_err(|error| {
         error.hint(
             "taps need the kernel module: modprobe tun; in a container, pass /dev/net/tun into it",
         )
@@ -69,11 +69,11 @@ fn queue(name: &LinkName, index: usize, several: bool) -> Result<OwnedFd> {
 
 /// Opens `/dev/vhost-net` so many times: with it, the kernel moves packets between tap and guest without a detour through
 /// QEMU. None where the host has it not; that costs speed, nothing else.
-pub(super) fn vhost(queues: usize) -> Result<Vec<OwnedFd>> {
-    if !Path::new(VHOST).exists() {
+pub(super) fn open_vhost(queues: usize) -> Result<Vec<OwnedFd>> {
+    if !Path::new(VHOST_DEVICE).exists() {
         return Ok(Vec::new());
     }
-    let opened: Result<_> = (0..queues).map(|_| open(VHOST).map(OwnedFd::from)).collect();
+    let opened: Result<_> = (0..queues).map(|_| open(VHOST_DEVICE).map(OwnedFd::from)).collect();
     opened.or_else(|error| {
         tracing::warn!(error = error.report(), "the VM's network does without vhost-net");
         Ok(Vec::new())

@@ -30,7 +30,7 @@ pub(super) fn ask(vm: &VmRecord) -> Questions {
         let addresses: Vec<_> =
             rules.addresses.iter().filter(|block| single(block)).map(IpNetwork::ip).collect();
         let (bridge, mac): (LinkName, _) = (segment.bridge.clone(), nic.mac);
-        let asked = move || probe::holder(&bridge, &addresses, mac);
+        let asked = move || probe::find_holder(&bridge, &addresses, mac);
         Some((nic.network.clone(), spawn_blocking(asked)))
     };
     let nics = if vm.phase == Phase::Creating { vm.nics.as_slice() } else { &[] };

@@ -144,11 +144,11 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let _lock = scope.store.brief(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
     net::apply::remove_tap(&port.link)?;
-    let queues = net::tap::queues(vm.machine.cpus);
+    let queues = net::tap::queue_count(vm.machine.cpus);
     let plug = net::apply::plug(&port, segment, queues, || everybody(scope, vm, segment))?;
     // Made again, it lost the word that it stays.
     if scope.store.is_pinned(&segment.bridge) {
-        net::bridge_owners::keep(&segment.bridge, &scope.store.owner()?)?;
+        net::bridge_owners::add_owner(&segment.bridge, &scope.store.owner()?)?;
     }
     Ok(Some(plug))
 }

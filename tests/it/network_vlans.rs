@@ -65,7 +65,7 @@ fn plug(lab: &Lab, nic: &Nic) {
     let (port, segment) = Port::of(nic).unwrap();
     lab.host.run(|| filter::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
     lab.host.run(|| apply::ensure(segment, std::slice::from_ref(&port))).unwrap();
-    let left = lab.host.run(|| apply::missing(segment, &[port])).unwrap();
+    let left = lab.host.run(|| apply::missing_changes(segment, &[port])).unwrap();
     assert!(left.is_empty(), "{left:?}");
 }
 

@@ -29,7 +29,7 @@ struct Remains {
     /// Its QEMU's process, if that runs.
     qemu: Option<i32>,
     taps: Vec<LinkName>,
-    rules: filter::Remains,
+    rules: filter::StrayElements,
     claims: Vec<Claim>,
     /// Bridges of ours that it was on and nobody is now.
     bridges: Vec<LinkName>,
@@ -128,8 +128,8 @@ impl Audit<'_> {
             vm: vm.clone(),
             paths,
             qemu,
-            rules: filter::remains(&taps, &places, &ports)?,
-            taps: apply::present(&taps)?,
+            rules: filter::stray_elements(&taps, &places, &ports)?,
+            taps: apply::existing_links(&taps)?,
             claims,
             bridges: wires.into_iter().filter(|bridge| self.is_unused(bridge)).collect(),
             group: Cgroup::open(vm.as_str()),

@@ -107,7 +107,7 @@ impl Audit<'_> {
             let Some(_lock) = self.idle(Rank::Vm, &cid) else { continue };
             let taps: Vec<_> =
                 vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect();
-            let present = apply::present(&taps)?;
+            let present = apply::existing_links(&taps)?;
             // It may have ended meanwhile.
             if !is_on() {
                 continue;
@@ -155,7 +155,7 @@ impl Audit<'_> {
         lacks.extend(
             lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()),
         );
-        if network.kept && !bridge_owners::by(&self.cpi.store.owner()?)?.contains(bridge) {
+        if network.kept && !bridge_owners::owned_by(&self.cpi.store.owner()?)?.contains(bridge) {
             lacks.push("the word that it stays without VMs".to_owned());
         }
         Ok(lacks)
@@ -181,7 +181,7 @@ impl Audit<'_> {
     /// Bridges with our word on them, but without a pin: somebody removed that by hand.
     fn kept_for_nobody(&mut self) -> Result<()> {
         let (cpi, owner) = (self.cpi, self.cpi.store.owner()?);
-        for bridge in bridge_owners::by(&owner)? {
+        for bridge in bridge_owners::owned_by(&owner)? {
             let Some(lock) = self.hold(Rank::Network, &bridge) else { continue };
             if !cpi.store.is_pinned(&bridge) {
                 self.found(
@@ -189,7 +189,7 @@ impl Audit<'_> {
                     &bridge,
                     "the bridge is kept, and the network it was kept for is gone",
                     || {
-                        bridge_owners::let_go(&bridge, &owner)?;
+                        bridge_owners::remove_owner(&bridge, &owner)?;
                         apply::release_stray(&bridge).map(drop)
                     },
                 );

@@ -35,7 +35,7 @@ fn overlapping_rules_become_elements_that_do_not() {
 #[test]
 fn a_block_swallows_what_lies_in_it() {
     let subnets = ["10.0.0.5/32", "10.0.0.0/28", "10.0.0.16/32", "fd00::5/128"].map(net);
-    let left: Vec<_> = widest(subnets.into_iter()).iter().map(ToString::to_string).collect();
+    let left: Vec<_> = outermost(subnets.into_iter()).iter().map(ToString::to_string).collect();
     assert_eq!(left, ["10.0.0.0/28", "10.0.0.16/32", "fd00::5/128"]);
 }
 

@@ -19,14 +19,14 @@ use std::collections::BTreeSet;
 
 use ipnetwork::IpNetwork;
 
-use self::elements::Members;
-use super::nft::{self, Element, Kind, Outcome, Part, Raw, Set, Step, Table};
+use self::elements::SetElements;
+use super::nft::{self, DataType, Element, Outcome, Part, RawElement, Set, Step, Table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::store::record::Nic;
 
 /// How often the host's tables may change under our hands before we give up. Each time somebody got something done.
-const ATTEMPTS: u32 = 64;
+const MAX_ATTEMPTS: u32 = 64;
 
 /// Puts the rules of `nics` in force. Should the tables be lost or another version's, they are written anew with the
 /// cards of `others`: all VMs there are.
@@ -38,17 +38,17 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
         return Ok(());
     }
     let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
-    until_done(|| {
+    retry_while_stale(|| {
         let generation = nft::generation()?;
-        if nft::holds(&bridge)? && nft::holds(&inet)? {
-            let members = raw(&collect(nics));
-            return nft::commit(&steps(&bridge, &inet, &members, Step::Add), None);
+        if nft::is_current(&bridge)? && nft::is_current(&inet)? {
+            let members = encode(&elements_of_all(nics));
+            return nft::commit(&steps(&bridge, &inet, &members, Step::AddElements), None);
         }
         tracing::info!("writing the guard's tables");
         let all = others()?;
-        let members = raw(&collect(nics.iter().chain(&all)));
-        let mut steps = steps(&bridge, &inet, &members, Step::Add);
-        steps.splice(..0, [Step::Replace(&bridge), Step::Replace(&inet)]);
+        let members = encode(&elements_of_all(nics.iter().chain(&all)));
+        let mut steps = steps(&bridge, &inet, &members, Step::AddElements);
+        steps.splice(..0, [Step::ReplaceTable(&bridge), Step::ReplaceTable(&inet)]);
         let outcome = nft::commit(&steps, Some(generation))?;
         if outcome == Outcome::Done {
             // One that went meanwhile found no tables to go from.
@@ -68,20 +68,20 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn is_lost(nics: &[Nic]) -> Result<bool> {
+pub fn is_missing(nics: &[Nic]) -> Result<bool> {
     let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
-    let members = collect(nics);
+    let members = elements_of_all(nics);
     if members.0.is_empty() {
         return Ok(false);
     }
-    if !(nft::holds(&bridge)? && nft::holds(&inet)?) {
+    if !(nft::is_current(&bridge)? && nft::is_current(&inet)?) {
         return Ok(true);
     }
     for (table, wanted) in [(&bridge, &members.0), (&inet, &members.1)] {
-        for Members { set, elements } in wanted {
+        for SetElements { set, elements } in wanted {
             let present: BTreeSet<_> =
                 nft::elements(table, set)?.into_iter().flatten().map(|raw| raw.first).collect();
-            if !elements.iter().all(|element| present.contains(&element.raw().first)) {
+            if !elements.iter().all(|element| present.contains(&element.encode().first)) {
                 return Ok(true);
             }
         }
@@ -94,43 +94,45 @@ pub fn is_lost(nics: &[Nic]) -> Result<bool> {
 /// # Errors
 /// As [`add`].
 pub fn remove(nics: &[Nic]) -> Result<()> {
-    let members = collect(nics);
+    let members = elements_of_all(nics);
     if members.0.is_empty() {
         return Ok(());
     }
-    take_out(&raw(&members))
+    remove_elements(&encode(&members))
 }
 
 /// The elements of a VM whose record is gone.
 #[derive(Debug)]
-pub struct Remains(RawBoth);
+pub struct StrayElements(RawTableElements);
 
 /// What the tables have of these taps, of these addresses on their bridges, and of ports that are forwarded to them.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn remains(
+pub fn stray_elements(
     taps: &[LinkName],
     places: &[(LinkName, IpNetwork)],
     ports: &[(u8, u16)],
-) -> Result<Remains> {
-    let first = |parts| Element::of(parts).raw().first;
+) -> Result<StrayElements> {
+    let first = |parts| Element::new(parts).encode().first;
     let mut heads: Vec<_> = taps.iter().map(|tap| first(vec![Part::Link(tap.clone())])).collect();
-    heads.extend(places.iter().map(|(bridge, block)| first(elements::place(bridge, *block))));
-    let of_port = |raw: &Raw| {
+    heads.extend(
+        places.iter().map(|(bridge, block)| first(elements::masked_key_prefix(bridge, *block))),
+    );
+    let of_port = |raw: &RawElement| {
         let tail = |(protocol, port): &(u8, u16)| {
             first(vec![Part::Protocols(*protocol, *protocol), Part::Ports(*port, *port)])
         };
         ports.iter().any(|port| raw.first.ends_with(&tail(port)))
     };
-    let is_theirs = |set: &Set, raw: &Raw| {
-        if set.key.first() == Some(&Kind::Link) {
+    let is_theirs = |set: &Set, raw: &RawElement| {
+        if set.key.first() == Some(&DataType::Link) {
             return heads.iter().any(|head| raw.first.starts_with(head));
         }
-        let target = elements::target(&raw.data);
+        let target = elements::forward_target(&raw.data);
         target.is_some_and(|ip| places.iter().any(|(_, block)| block.contains(ip))) && of_port(raw)
     };
-    let of = |table: &Table| -> Result<RawMembers> {
+    let of = |table: &Table| -> Result<RawSetElements> {
         let mut found = Vec::new();
         for set in &table.sets {
             let mut theirs = nft::elements(table, set)?.unwrap_or_default();
@@ -140,10 +142,10 @@ pub fn remains(
         found.retain(|(_, elements)| !elements.is_empty());
         Ok(found)
     };
-    Ok(Remains((of(&rules::bridge_table())?, of(&rules::inet_table())?)))
+    Ok(StrayElements((of(&rules::bridge_table())?, of(&rules::inet_table())?)))
 }
 
-impl Remains {
+impl StrayElements {
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         self.0.0.is_empty() && self.0.1.is_empty()
@@ -154,26 +156,29 @@ impl Remains {
     /// # Errors
     /// As [`add`].
     pub fn remove(&self) -> Result<()> {
-        if self.is_empty() { Ok(()) } else { take_out(&self.0) }
+        if self.is_empty() { Ok(()) } else { remove_elements(&self.0) }
     }
 }
 
-fn take_out(members: &RawBoth) -> Result<()> {
+fn remove_elements(members: &RawTableElements) -> Result<()> {
     let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
     // Gone already, with the tables.
-    let _: Outcome = nft::commit(&steps(&bridge, &inet, members, Step::Remove), None)?;
-    until_done(|| {
+    let _: Outcome = nft::commit(&steps(&bridge, &inet, members, Step::RemoveElements), None)?;
+    retry_while_stale(|| {
         let generation = nft::generation()?;
         if nft::elements(&inet, &rules::TAPS)?.is_none_or(|taps| !taps.is_empty()) {
             return Ok(Outcome::Done);
         }
-        let both = [Step::Drop(bridge.family, &bridge.name), Step::Drop(inet.family, &inet.name)];
+        let both = [
+            Step::DropTable(bridge.family, &bridge.name),
+            Step::DropTable(inet.family, &inet.name),
+        ];
         nft::commit(&both, Some(generation))
     })
 }
 
-fn until_done(mut attempt: impl FnMut() -> Result<Outcome>) -> Result<()> {
-    for _ in 0..ATTEMPTS {
+fn retry_while_stale(mut attempt: impl FnMut() -> Result<Outcome>) -> Result<()> {
+    for _ in 0..MAX_ATTEMPTS {
         if attempt()? == Outcome::Done {
             return Ok(());
         }
@@ -184,20 +189,20 @@ fn until_done(mut attempt: impl FnMut() -> Result<Outcome>) -> Result<()> {
     ))
 }
 
-type Both = (Vec<Members>, Vec<Members>);
+type TableElements = (Vec<SetElements>, Vec<SetElements>);
 
 /// The elements of all cards, in one list for each set.
-fn collect<'a>(nics: impl IntoIterator<Item = &'a Nic>) -> Both {
-    let mut all = Both::default();
+fn elements_of_all<'a>(nics: impl IntoIterator<Item = &'a Nic>) -> TableElements {
+    let mut all = TableElements::default();
     for nic in nics {
-        let (bridge, inet) = elements::of_nic(nic);
+        let (bridge, inet) = elements::elements_of(nic);
         merge(&mut all.0, bridge);
         merge(&mut all.1, inet);
     }
     all
 }
 
-fn merge(all: &mut Vec<Members>, more: Vec<Members>) {
+fn merge(all: &mut Vec<SetElements>, more: Vec<SetElements>) {
     for members in more {
         match all.iter_mut().find(|known| known.set.name == members.set.name) {
             Some(known) => known.elements.extend(members.elements),
@@ -206,13 +211,13 @@ fn merge(all: &mut Vec<Members>, more: Vec<Members>) {
     }
 }
 
-type RawMembers = Vec<(Set, Vec<Raw>)>;
-type RawBoth = (RawMembers, RawMembers);
+type RawSetElements = Vec<(Set, Vec<RawElement>)>;
+type RawTableElements = (RawSetElements, RawSetElements);
 
 /// The same in the kernel's encoding.
-fn raw(members: &Both) -> RawBoth {
-    let of = |all: &[Members]| {
-        all.iter().map(|m| (m.set, m.elements.iter().map(Element::raw).collect())).collect()
+fn encode(members: &TableElements) -> RawTableElements {
+    let of = |all: &[SetElements]| {
+        all.iter().map(|m| (m.set, m.elements.iter().map(Element::encode).collect())).collect()
     };
     (of(&members.0), of(&members.1))
 }
@@ -220,10 +225,10 @@ fn raw(members: &Both) -> RawBoth {
 fn steps<'a>(
     bridge: &'a Table,
     inet: &'a Table,
-    members: &'a RawBoth,
-    step: fn(&'a Table, &'a Set, &'a [Raw]) -> Step<'a>,
+    members: &'a RawTableElements,
+    step: fn(&'a Table, &'a Set, &'a [RawElement]) -> Step<'a>,
 ) -> Vec<Step<'a>> {
-    let of = |table, members: &'a RawMembers| {
+    let of = |table, members: &'a RawSetElements| {
         members.iter().map(move |(set, elements)| step(table, set, elements))
     };
     of(bridge, &members.0).chain(of(inet, &members.1)).collect()

@@ -13,9 +13,9 @@ use ipnetwork::IpNetwork;
 use serde::Serialize;
 
 use super::link::{Links, Route};
-use super::nft::foreign::{self, Foreign};
+use super::nft::foreign::{self, ForeignTable};
 use super::plan::{Keeper, Segment, is_default, overlap, subnet};
-use super::{MARK, sysctl};
+use super::{ALIAS_PREFIX, sysctl};
 use crate::error::Result;
 use crate::link_name::LinkName;
 use crate::ranges::Protocol;
@@ -38,15 +38,15 @@ pub struct Finding {
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
     /// Tables that have a say in what reaches the host or is forwarded.
-    foreign: Vec<Foreign>,
+    foreign: Vec<ForeignTable>,
     /// Whether `iptables-legacy` has a filter table, which can not be read over netlink.
-    legacy_filter: bool,
+    has_legacy_filter: bool,
     /// Whether frames from port to port of a bridge go through iptables, too.
     bridges_call_iptables: bool,
     /// The host forwards IPv6.
     forwards_v6: bool,
-    /// The link to the world.
-    world: Option<World>,
+    /// The link to the default_route.
+    default_route: Option<DefaultRoute>,
     /// Whether Docker's own bridge is there.
     has_docker: bool,
     /// Bridges that are there, with their largest packets.
@@ -54,12 +54,12 @@ pub struct Facts {
     /// Routes to the segments' addresses with their links, without those of bridges of ours.
     routes: Vec<(String, IpNetwork)>,
     /// Addresses from which ports are forwarded and that no link has.
-    absent: Vec<IpAddr>,
+    unassigned: Vec<IpAddr>,
 }
 
-/// The link to the world.
+/// The link to the default_route.
 #[derive(Debug, Clone, Default)]
-struct World {
+struct DefaultRoute {
     link: String,
     mtu: u32,
     /// Whether what comes in by it is passed on.
@@ -74,11 +74,11 @@ pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     let links = Links::open()?;
     let is =
         |key: &str, wanted: &str| sysctl::read(key).map(|value| value.as_deref() == Some(wanted));
-    let world = match links.to_the_world()? {
+    let default_route = match links.default_route_link()? {
         Some(link) => {
             let forwards_v4 = !is(&format!("ipv4/conf/{}/forwarding", link.name), "0")?
                 || is("ipv4/ip_forward", "0")?;
-            Some(World { forwards_v4, mtu: link.mtu, link: link.name })
+            Some(DefaultRoute { forwards_v4, mtu: link.mtu, link: link.name })
         }
         None => None,
     };
@@ -89,15 +89,15 @@ pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     let docker = LinkName::parse(DOCKER).expect("a link's name");
     Ok(Facts {
         foreign: foreign::tables()?,
-        legacy_filter: std::fs::read_to_string("/proc/thread-self/net/ip_tables_names")
+        has_legacy_filter: std::fs::read_to_string("/proc/thread-self/net/ip_tables_names")
             .is_ok_and(|names| names.lines().any(|name| name == "filter")),
         has_docker: links.find(&docker)?.is_some(),
         bridges_call_iptables: is("bridge/bridge-nf-call-iptables", "1")?,
         forwards_v6: is("ipv6/conf/all/forwarding", "1")?,
-        world,
+        default_route,
         bridges,
-        routes: others_routes(&links, segments)?,
-        absent: forwarded(nics)
+        routes: foreign_routes(&links, segments)?,
+        unassigned: forwards_of(nics)
             .filter_map(|forward| forward.address)
             .filter(|ip| !links.is_local(*ip))
             .collect(),
@@ -105,7 +105,7 @@ pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
 }
 
 /// Routes to addresses of the segments over links that are not ours.
-fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
+fn foreign_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
     let ours: Vec<_> = segments
         .iter()
         .flat_map(|segment| addresses(segment))
@@ -117,8 +117,8 @@ fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, Ip
         if !is_default(to)
             && ours.iter().any(|subnet| overlap(*subnet, to))
             && let Some(index) = link
-            && let Some(link) = links.numbered(index)?
-            && !link.alias.is_some_and(|alias| alias.starts_with(MARK))
+            && let Some(link) = links.find_by_index(index)?
+            && !link.alias.is_some_and(|alias| alias.starts_with(ALIAS_PREFIX))
         {
             found.push((link.name, to));
         }
@@ -134,7 +134,7 @@ fn addresses(segment: &Segment) -> &[IpNetwork] {
 }
 
 /// What is forwarded to these cards.
-fn forwarded(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
+fn forwards_of(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
     nics.iter()
         .filter(|nic| nic.tap().is_some())
         .filter_map(|nic| nic.rules.as_ref())
@@ -161,9 +161,12 @@ pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> 
     if passes || facts.bridges_call_iptables && !segment.isolated {
         tables::findings(segment, passes, facts, &mut findings);
     }
-    for forward in forwarded(nics) {
+    for forward in forwards_of(nics) {
         findings.extend(
-            forward.address.filter(|ip| facts.absent.contains(ip)).map(|ip| absent(forward, ip)),
+            forward
+                .address
+                .filter(|ip| facts.unassigned.contains(ip))
+                .map(|ip| unassigned(forward, ip)),
         );
     }
     findings
@@ -171,9 +174,9 @@ pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> 
 
 /// Not refused: an address that wanders between hosts (VRRP, a floating address) is elsewhere now and may come later, and
 /// the forward works as soon as it does.
-fn absent(forward: &Forward, address: IpAddr) -> Finding {
+fn unassigned(forward: &Forward, address: IpAddr) -> Finding {
     let Forward { protocol, host, to, count, .. } = forward;
-    let protocol = Protocol::numbered(*protocol).map_or("", Protocol::as_str);
+    let protocol = Protocol::from_number(*protocol).map_or("", Protocol::as_str);
     let last = host.saturating_add(count.saturating_sub(1));
     let one = last == *host;
     let (ports, lead) = if one {
@@ -203,17 +206,17 @@ fn switches(
         findings
             .push(Finding { cause, cure: "sysctl -w net.ipv6.conf.all.forwarding=1".to_owned() });
     }
-    let Some(world) = &facts.world else { return };
-    if addresses.iter().any(IpNetwork::is_ipv4) && !world.forwards_v4 {
+    let Some(default_route) = &facts.default_route else { return };
+    if addresses.iter().any(IpNetwork::is_ipv4) && !default_route.forwards_v4 {
         let cause = format!(
             "this host forwards, but not what comes in by '{}': no answer reaches a VM",
-            world.link
+            default_route.link
         );
         findings.push(Finding {
             cause,
             cure: format!(
                 "sysctl -w {}=1",
-                sysctl::name(&format!("ipv4/conf/{}/forwarding", world.link))
+                sysctl::name(&format!("ipv4/conf/{}/forwarding", default_route.link))
             ),
         });
     }
@@ -223,14 +226,14 @@ fn switches(
         .find(|(name, _)| name == bridge.as_str())
         .map(|(_, mtu)| *mtu)
         .or(segment.mtu);
-    if let Some(mtu) = mtu.filter(|mtu| *mtu > world.mtu) {
+    if let Some(mtu) = mtu.filter(|mtu| *mtu > default_route.mtu) {
         let cause = format!(
-            "bridge '{bridge}' carries packets of {mtu} bytes, the way to the world by '{}' {}: large packets may hang",
-            world.link, world.mtu
+            "bridge '{bridge}' carries packets of {mtu} bytes, the way to the default_route by '{}' {}: large packets may hang",
+            default_route.link, default_route.mtu
         );
         let cure = format!(
             "ip link set {bridge} mtu {}; then reboot_vm its VMs, which are told when they start",
-            world.mtu
+            default_route.mtu
         );
         findings.push(Finding { cause, cure });
     }

@@ -3,7 +3,7 @@
 use ipnetwork::IpNetwork;
 
 use super::{Facts, Finding, addresses};
-use crate::net::nft::foreign::Foreign;
+use crate::net::nft::foreign::ForeignTable;
 use crate::net::plan::{Keeper, Segment};
 
 /// What drops the packets of a segment's VMs: those that the host passes on, or else those that br_netfilter shows it.
@@ -23,15 +23,15 @@ pub(super) fn findings(
     let unaware = facts
         .foreign
         .iter()
-        .filter(|table| concerns(table, segment, passes) && !table.names(bridge));
-    for (who, cure) in unaware.filter_map(|table| culprit(table, segment)) {
+        .filter(|table| sees_packets_of(table, segment, passes) && !table.has_rule_for(bridge));
+    for (who, cure) in unaware.filter_map(|table| dropping_program(table, segment)) {
         let finding = Finding { cause: format!("{who} {what} bridge '{bridge}'"), cure };
         // ufw has a table for each IP version, and one command for both.
         if !findings.contains(&finding) {
             findings.push(finding);
         }
     }
-    if facts.legacy_filter && facts.has_docker {
+    if facts.has_legacy_filter && facts.has_docker {
         let cause = format!(
             "Docker uses iptables-legacy here, which may drop the packets of VMs on bridge '{bridge}'"
         );
@@ -51,10 +51,14 @@ pub(super) fn findings(
 /// What drops packets to the services of the host that a segment's VMs may use.
 pub(super) fn services(segment: &Segment, facts: &Facts, findings: &mut Vec<Finding>) {
     let bridge = &segment.bridge;
-    for table in
-        facts.foreign.iter().filter(|table| concerns(table, segment, true) && !table.names(bridge))
+    for table in facts
+        .foreign
+        .iter()
+        .filter(|table| sees_packets_of(table, segment, true) && !table.has_rule_for(bridge))
     {
-        let Foreign { family, table: name, closing: Some(chain), .. } = table else { continue };
+        let ForeignTable { family, table: name, input_drop_chain: Some(chain), .. } = table else {
+            continue;
+        };
         let (who, cure) = if table.chains.iter().any(|chain| chain.starts_with("ufw")) {
             ("ufw".to_owned(), format!("ufw allow in on {bridge}"))
         } else {
@@ -73,7 +77,7 @@ pub(super) fn services(segment: &Segment, facts: &Facts, findings: &mut Vec<Find
 
 /// Whether the table sees packets of the segment's IP versions. Of an operator's bridge nobody knows those; what
 /// br_netfilter shows of IPv6 has a switch of its own.
-fn concerns(table: &Foreign, segment: &Segment, passes: bool) -> bool {
+fn sees_packets_of(table: &ForeignTable, segment: &Segment, passes: bool) -> bool {
     let any = |version: fn(&IpNetwork) -> bool| !passes || addresses(segment).iter().any(version);
     match table.family {
         "ip" => any(IpNetwork::is_ipv4),
@@ -83,13 +87,13 @@ fn concerns(table: &Foreign, segment: &Segment, passes: bool) -> bool {
 }
 
 /// Who drops by this table, if it does, and the command that opens it for the bridge.
-fn culprit(table: &Foreign, segment: &Segment) -> Option<(String, String)> {
+fn dropping_program(table: &ForeignTable, segment: &Segment) -> Option<(String, String)> {
     let bridge = &segment.bridge;
     let has = |chain: fn(&str) -> bool| table.chains.iter().any(|name| chain(name));
     if table.table == "firewalld" {
         return Some(("firewalld".to_owned(), firewalld(segment)));
     }
-    let chain = table.dropping.as_ref()?;
+    let chain = table.forward_drop_chain.as_ref()?;
     if has(|chain| chain == "DOCKER-USER") {
         let (who, iptables) = if table.family == "ip6" {
             ("Docker (IPv6)", "ip6tables")
@@ -102,7 +106,7 @@ fn culprit(table: &Foreign, segment: &Segment) -> Option<(String, String)> {
         let cure = format!("ufw route allow in on {bridge} && ufw route allow out on {bridge}");
         return Some(("ufw".to_owned(), cure));
     }
-    let Foreign { family, table, .. } = table;
+    let ForeignTable { family, table, .. } = table;
     let insert = |way| format!("nft insert rule {family} {table} {chain} {way} {bridge} accept");
     Some((
         format!("chain '{chain}' of table '{family} {table}'"),

@@ -12,21 +12,21 @@ fn nat(address: &str) -> Segment {
     segment(Keeper::Us { addresses, masquerade: true, services: None, closed: false, uplink: None })
 }
 
-/// A host with a way to the world and nothing in it.
+/// A host with a way to the default_route and nothing in it.
 fn facts() -> Facts {
-    let world = World { link: "eth0".into(), mtu: 1500, forwards_v4: true };
+    let default_route = DefaultRoute { link: "eth0".into(), mtu: 1500, forwards_v4: true };
     let routes = vec![("eth0".into(), "192.0.2.0/24".parse().unwrap())];
-    Facts { world: Some(world), routes, ..Facts::default() }
+    Facts { default_route: Some(default_route), routes, ..Facts::default() }
 }
 
-fn table(table: &str, dropping: Option<&str>, chains: &[&str]) -> Foreign {
+fn table(table: &str, forward_drop_chain: Option<&str>, chains: &[&str]) -> ForeignTable {
     let chains = chains.iter().map(ToString::to_string).collect();
-    let dropping = dropping.map(str::to_owned);
-    Foreign {
+    let forward_drop_chain = forward_drop_chain.map(str::to_owned);
+    ForeignTable {
         family: "ip",
         table: table.into(),
-        dropping,
-        closing: None,
+        forward_drop_chain,
+        input_drop_chain: None,
         chains,
         rules: Vec::new(),
     }
@@ -48,13 +48,14 @@ fn nothing_is_found_where_nothing_is() {
 #[test]
 fn firewalls_that_drop() {
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
-    let on =
-        |foreign: Foreign| said(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() });
+    let on = |foreign: ForeignTable| {
+        said(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() })
+    };
     let found = [
         on(docker.clone()),
         on(table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"])),
-        on(Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) }),
-        on(Foreign { family: "inet", ..table("mine", Some("fwd"), &["fwd"]) }),
+        on(ForeignTable { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) }),
+        on(ForeignTable { family: "inet", ..table("mine", Some("fwd"), &["fwd"]) }),
     ];
     insta::assert_snapshot!(found.join("\n"), @r"
     Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
@@ -71,18 +72,18 @@ fn firewalls_that_drop() {
         "",
         "a policy of accept drops nothing"
     );
-    let cured = Foreign { rules: b"..bosh-nat0\0..".to_vec(), ..docker.clone() };
+    let cured = ForeignTable { rules: b"..bosh-nat0\0..".to_vec(), ..docker.clone() };
     assert_eq!(on(cured), "", "the bridge is in its rules");
-    let for_another = Foreign { rules: b"..bosh-nat01\0..".to_vec(), ..docker };
+    let for_another = ForeignTable { rules: b"..bosh-nat01\0..".to_vec(), ..docker };
     assert_ne!(on(for_another), "");
 }
 
 #[test]
 fn a_table_concerns_who_speaks_its_ip_version() {
-    let v6 = |foreign: Foreign| Foreign { family: "ip6", ..foreign };
+    let v6 = |foreign: ForeignTable| ForeignTable { family: "ip6", ..foreign };
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
     let ufw = table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"]);
-    let host = |foreign: Vec<Foreign>| Facts { forwards_v6: true, foreign, ..facts() };
+    let host = |foreign: Vec<ForeignTable>| Facts { forwards_v6: true, foreign, ..facts() };
     let both = host(vec![docker.clone(), v6(docker.clone())]);
     insta::assert_snapshot!(said(&nat("fd00::1/64"), &both), @r"
     Docker (IPv6) drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
@@ -120,10 +121,11 @@ fn firewalls_that_close_the_host() {
         let (addresses, uplink) = (addresses.clone(), uplink.clone());
         segment(Keeper::Us { addresses, masquerade, services: Some(services), closed, uplink })
     };
-    let closed = |foreign: Foreign| Foreign { closing: Some("INPUT".into()), ..foreign };
+    let closed =
+        |foreign: ForeignTable| ForeignTable { input_drop_chain: Some("INPUT".into()), ..foreign };
     let ufw = closed(table("filter", None, &["INPUT", "ufw-before-input"]));
-    let own = closed(Foreign { family: "inet", ..table("mine", None, &["INPUT"]) });
-    let other = closed(Foreign { family: "ip6", ..table("filter", None, &["INPUT"]) });
+    let own = closed(ForeignTable { family: "inet", ..table("mine", None, &["INPUT"]) });
+    let other = closed(ForeignTable { family: "ip6", ..table("filter", None, &["INPUT"]) });
     let facts = Facts { foreign: vec![ufw, own, other], ..facts() };
     assert_eq!(said(&serving(Vec::new()), &facts), "", "nothing is served");
     insta::assert_snapshot!(said(&serving(vec![(6, 22)]), &facts), @r"
@@ -140,7 +142,8 @@ fn firewalld_lets_nobody_in_to_vms_that_keep_their_addresses() {
         panic!()
     };
     let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
-    let firewalld = Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
+    let firewalld =
+        ForeignTable { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
     insta::assert_snapshot!(said(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
     firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
         firewall-cmd --permanent --zone=trusted --add-interface=bosh-nat0 && firewall-cmd --permanent --new-policy=bosh-nat0 && firewall-cmd --permanent --policy=bosh-nat0 --add-ingress-zone=ANY && firewall-cmd --permanent --policy=bosh-nat0 --add-egress-zone=trusted && firewall-cmd --permanent --policy=bosh-nat0 --set-target=ACCEPT && firewall-cmd --reload
@@ -159,7 +162,7 @@ fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
     frames between VMs on bridge 'bosh-nat0' go through these rules, too (br_netfilter)
         sysctl -w net.bridge.bridge-nf-call-iptables=0
     ");
-    let legacy = Facts { foreign: Vec::new(), legacy_filter: true, ..facts };
+    let legacy = Facts { foreign: Vec::new(), has_legacy_filter: true, ..facts };
     assert_eq!(said(&segment(Keeper::Operator), &legacy), "");
     insta::assert_snapshot!(said(&segment(Keeper::Operator), &Facts { has_docker: true, ..legacy }), @r"
     Docker uses iptables-legacy here, which may drop the packets of VMs on bridge 'bosh-nat0'
@@ -175,8 +178,9 @@ fn routes_and_switches() {
         routes: vec![(link.into(), to.parse().unwrap())],
         ..facts()
     };
-    let deaf = World { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
-    let small = Facts { world: Some(deaf), bridges: vec![("bosh-nat0".into(), 1500)], ..facts() };
+    let deaf = DefaultRoute { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
+    let small =
+        Facts { default_route: Some(deaf), bridges: vec![("bosh-nat0".into(), 1500)], ..facts() };
     let found = [
         said(&nat("10.0.0.1/24"), &routed("tun0", "10.0.0.0/8")),
         said(&nat("192.168.122.1/24"), &routed("virbr0", "192.168.122.0/24")),
@@ -195,7 +199,7 @@ fn routes_and_switches() {
         sysctl -w net.ipv6.conf.all.forwarding=1
     this host forwards, but not what comes in by 'eth0.5': no answer reaches a VM
         sysctl -w net.ipv4.conf.eth0/5.forwarding=1
-    bridge 'bosh-nat0' carries packets of 1500 bytes, the way to the world by 'eth0.5' 1450: large packets may hang
+    bridge 'bosh-nat0' carries packets of 1500 bytes, the way to the default_route by 'eth0.5' 1450: large packets may hang
         ip link set bosh-nat0 mtu 1450; then reboot_vm its VMs, which are told when they start
     ");
     assert_eq!(said(&nat("10.0.0.1/24"), &routed("bosh-nat0", "10.0.0.0/24")), "", "its own route");
@@ -223,8 +227,8 @@ fn ports_of_addresses_that_are_not_here() {
         segment: nat("10.0.0.1/24"),
     };
     let nic = Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 1].into(), wire, rules };
-    let absent = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap()).to_vec();
-    let found = findings(&nat("10.0.0.1/24"), &[nic], &Facts { absent, ..facts() });
+    let unassigned = ["192.0.2.9", "2001:db8::9"].map(|ip| ip.parse().unwrap()).to_vec();
+    let found = findings(&nat("10.0.0.1/24"), &[nic], &Facts { unassigned, ..facts() });
     let lines: Vec<_> =
         found.into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure)).collect();
     insta::assert_snapshot!(lines.join("\n"), @r"

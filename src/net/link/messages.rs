@@ -24,12 +24,12 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::LinkInfo(infos) => infos.iter().for_each(|info| match info {
                 LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
-                    link.learns = settings.contains(&InfoBridgePort::Learning(true));
+                    link.learning = settings.contains(&InfoBridgePort::Learning(true));
                 }
                 LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
                 LinkInfo::Data(InfoData::Bridge(settings)) => {
                     settings.iter().for_each(|setting| match setting {
-                        InfoBridge::VlanFiltering(on) => link.tells_vlans_apart = *on,
+                        InfoBridge::VlanFiltering(on) => link.vlan_filtering = *on,
                         InfoBridge::VlanDefaultPvid(vlan) => {
                             link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0)
                         }

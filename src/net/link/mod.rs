@@ -28,7 +28,7 @@ pub(super) struct Links {
     runtime: Runtime,
     handle: Handle,
     /// Numbers of links that were looked up: each look waits for the kernel's one lock of all links.
-    known: RefCell<BTreeMap<LinkName, u32>>,
+    index_cache: RefCell<BTreeMap<LinkName, u32>>,
 }
 
 /// A link as the kernel has it.
@@ -50,10 +50,10 @@ pub(super) struct Link {
     pub up: bool,
     /// The bridge it is a port of.
     pub controller: Option<u32>,
-    /// For ports: whether the bridge learns from what comes out of it who is behind it.
-    pub learns: bool,
+    /// For ports: whether the bridge learning from what comes out of it who is behind it.
+    pub learning: bool,
     /// For bridges: whether ports are on VLANs (`vlan_filtering`).
-    pub tells_vlans_apart: bool,
+    pub vlan_filtering: bool,
     /// For bridges: the VLAN that a new port is on.
     pub default_vlan: Option<u16>,
 }
@@ -68,7 +68,7 @@ impl Links {
             rtnetlink::new_connection_with_strict_check().map_err(fail)?;
         runtime.spawn(connection);
         drop(inside);
-        Ok(Self { runtime, handle, known: RefCell::default() })
+        Ok(Self { runtime, handle, index_cache: RefCell::default() })
     }
 
     /// The link called `name`.
@@ -80,7 +80,7 @@ impl Links {
             .map_err(|e| failed(format!("look up link '{name}'"), e))?;
         let link = message.flatten().as_ref().map(link_from);
         if let Some(link) = &link {
-            self.known.borrow_mut().insert(name.clone(), link.index);
+            self.index_cache.borrow_mut().insert(name.clone(), link.index);
         }
         Ok(link)
     }
@@ -95,13 +95,13 @@ impl Links {
     }
 
     /// Forgets what was looked up, because somebody else is at work.
-    pub fn forget(&self) {
-        self.known.borrow_mut().clear();
+    pub fn clear_cache(&self) {
+        self.index_cache.borrow_mut().clear();
     }
 
     /// The number that a link had at the last look. A link that has gone meanwhile is none of the kernel's.
     fn index(&self, name: &LinkName) -> Result<Option<u32>> {
-        let known = self.known.borrow().get(name).copied();
+        let known = self.index_cache.borrow().get(name).copied();
         known.map_or_else(|| Ok(self.find(name)?.map(|link| link.index)), |index| Ok(Some(index)))
     }
 
@@ -118,7 +118,7 @@ impl Links {
     }
 
     /// The link number `index`.
-    pub fn numbered(&self, index: u32) -> Result<Option<Link>> {
+    pub fn find_by_index(&self, index: u32) -> Result<Option<Link>> {
         let found =
             self.runtime.block_on(self.handle.link().get().match_index(index).execute().try_next());
         let found = unless(found, Errno::ENODEV, None);
@@ -128,7 +128,7 @@ impl Links {
     /// Removes a link; `false` if it has gone already.
     pub fn delete(&self, name: &LinkName, index: u32) -> Result<bool> {
         let deleted = self.runtime.block_on(self.handle.link().del(index).execute());
-        settled(deleted, Errno::ENODEV).map_err(|e| failed(format!("remove link '{name}'"), e))
+        done_unless(deleted, Errno::ENODEV).map_err(|e| failed(format!("remove link '{name}'"), e))
     }
 
     /// Every address of the host, with the number of its link.
@@ -158,7 +158,7 @@ fn unless<T>(
 }
 
 /// Whether it was done; `false` for the failure `expected`.
-fn settled(
+fn done_unless(
     result: Result<(), rtnetlink::Error>,
     expected: Errno,
 ) -> Result<bool, rtnetlink::Error> {

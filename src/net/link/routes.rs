@@ -26,7 +26,7 @@ pub(in crate::net) struct Route {
 impl Links {
     /// Subnets that the main table routes to the link `index`, of the family of `like`.
     pub fn routes_to(&self, index: u32, like: IpAddr) -> Result<Vec<IpNetwork>> {
-        let mut message = all_of(RouteHeader::RT_TABLE_MAIN, like);
+        let mut message = table_request(RouteHeader::RT_TABLE_MAIN, like);
         message.attributes.push(RouteAttribute::Oif(index));
         Ok(self.dump_routes(message)?.iter().filter_map(route_from).map(|route| route.to).collect())
     }
@@ -34,8 +34,8 @@ impl Links {
     /// Every route of every table but that of the host's own addresses: VPNs have tables of their own.
     pub fn routes(&self) -> Result<Vec<Route>> {
         let mut all = Vec::new();
-        for like in FAR_AWAY {
-            let routes = self.dump_routes(all_of(RouteHeader::RT_TABLE_UNSPEC, like))?;
+        for like in INTERNET_ADDRESSES {
+            let routes = self.dump_routes(table_request(RouteHeader::RT_TABLE_UNSPEC, like))?;
             let others = routes.iter().filter(|route| route.header.table != RT_TABLE_LOCAL);
             all.extend(others.filter_map(route_from));
         }
@@ -51,11 +51,11 @@ impl Links {
     }
 
     /// The link by which packets to the world leave. The kernel is asked; nothing is sent.
-    pub fn to_the_world(&self) -> Result<Option<Link>> {
-        for far_away in FAR_AWAY {
-            let route = self.way_to(far_away);
+    pub fn default_route_link(&self) -> Result<Option<Link>> {
+        for address in INTERNET_ADDRESSES {
+            let route = self.route_for(address);
             if let Some(index) = route.as_ref().and_then(route_from).and_then(|route| route.link) {
-                return self.numbered(index);
+                return self.find_by_index(index);
             }
         }
         Ok(None)
@@ -63,11 +63,11 @@ impl Links {
 
     /// Whether packets to `ip` are the host's own.
     pub fn is_local(&self, ip: IpAddr) -> bool {
-        self.way_to(ip).is_some_and(|route| route.header.kind == RouteType::Local)
+        self.route_for(ip).is_some_and(|route| route.header.kind == RouteType::Local)
     }
 
     /// The route that packets to `ip` take. A refusal says that there is no way.
-    fn way_to(&self, ip: IpAddr) -> Option<RouteMessage> {
+    fn route_for(&self, ip: IpAddr) -> Option<RouteMessage> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(ip);
         message.header.destination_prefix_length = if ip.is_ipv4() { 32 } else { 128 };
@@ -83,7 +83,7 @@ impl Links {
 const RT_TABLE_LOCAL: u8 = 255;
 
 /// Addresses of the world's name servers, which every default route leads to.
-const FAR_AWAY: [IpAddr; 2] = [
+const INTERNET_ADDRESSES: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8888)),
 ];
@@ -93,7 +93,7 @@ fn family(ip: IpAddr) -> AddressFamily {
 }
 
 /// Asks for all routes of a table.
-fn all_of(table: u8, like: IpAddr) -> RouteMessage {
+fn table_request(table: u8, like: IpAddr) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(like);
     message.header.table = table;
@@ -101,7 +101,7 @@ fn all_of(table: u8, like: IpAddr) -> RouteMessage {
 }
 
 /// The route that the kernel makes with an address.
-pub(super) fn own_route(index: u32, address: IpNetwork) -> RouteMessage {
+pub(super) fn connected_route(index: u32, address: IpNetwork) -> RouteMessage {
     let route = RouteMessageBuilder::<IpAddr>::new()
         .output_interface(index)
         .protocol(RouteProtocol::Kernel);

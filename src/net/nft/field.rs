@@ -101,7 +101,7 @@ impl Field {
     }
 
     /// Whether its bytes are in the machine's order, not the network's.
-    pub(super) fn is_native(self) -> bool {
+    pub(super) fn is_host_order(self) -> bool {
         matches!(
             self.source,
             Source::Ct(_) | Source::DestinationType | Source::Meta(MetaKeys::Mark)

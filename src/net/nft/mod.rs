@@ -26,7 +26,7 @@ use self::batch::batch;
 use self::transaction::Refusal;
 pub(super) use field::*;
 pub(super) use rule::{Match, Rule, Verdict};
-pub(super) use set::{Element, Holds, Kind, Part, Raw, Set};
+pub(super) use set::{DataType, Element, Part, RawElement, Set, SetKind};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -62,14 +62,14 @@ pub(super) struct Chain {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hook {
     /// The chain's type.
-    kind: &'static str,
-    place: Place,
+    chain_type: &'static str,
+    point: HookPoint,
     priority: i32,
 }
 
 /// `linux/netfilter.h`, `enum nf_inet_hooks`; bridges have the same.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
+pub(super) enum HookPoint {
     Prerouting = 0,
     Input = 1,
     Forward = 2,
@@ -79,19 +79,20 @@ pub(super) enum Place {
 
 impl Hook {
     /// The source address may be rewritten (`NF_IP_PRI_NAT_SRC`).
-    pub const SOURCE_NAT: Self = Self { kind: "nat", place: Place::Postrouting, priority: 100 };
+    pub const SOURCE_NAT: Self =
+        Self { chain_type: "nat", point: HookPoint::Postrouting, priority: 100 };
 
     /// The destination address of what comes from others may be rewritten (`NF_IP_PRI_NAT_DST`).
     pub const DESTINATION_NAT: Self =
-        Self { kind: "nat", place: Place::Prerouting, priority: -100 };
+        Self { chain_type: "nat", point: HookPoint::Prerouting, priority: -100 };
 
     /// The destination address of what this host sends may be rewritten.
-    pub const OWN_DESTINATION_NAT: Self =
-        Self { kind: "nat", place: Place::Output, priority: -100 };
+    pub const OUTPUT_DESTINATION_NAT: Self =
+        Self { chain_type: "nat", point: HookPoint::Output, priority: -100 };
 
     /// Packets may be dropped.
-    pub const fn filter(place: Place, priority: i32) -> Self {
-        Self { kind: "filter", place, priority }
+    pub const fn filter(point: HookPoint, priority: i32) -> Self {
+        Self { chain_type: "filter", point, priority }
     }
 }
 
@@ -116,7 +117,7 @@ pub(super) enum Outcome {
 }
 
 /// Whether the kernel has the table with exactly these rules.
-pub(super) fn holds(table: &Table) -> Result<bool> {
+pub(super) fn is_current(table: &Table) -> Result<bool> {
     let wanted: Vec<_> = table
         .chains
         .iter()
@@ -124,7 +125,7 @@ pub(super) fn holds(table: &Table) -> Result<bool> {
             chain
                 .rules
                 .iter()
-                .map(|rule| (chain.name.to_owned(), rule.comment(&table.declared(chain))))
+                .map(|rule| (chain.name.to_owned(), rule.comment(&table.declaration(chain))))
         })
         .collect();
     let found =
@@ -134,13 +135,13 @@ pub(super) fn holds(table: &Table) -> Result<bool> {
 
 /// Puts the table in place of any of that name, in one transaction: no packet sees half of it.
 pub(super) fn replace(table: &Table) -> Result<()> {
-    transaction::send(&batch(&[Step::Replace(table)], None))
+    transaction::send(&batch(&[Step::ReplaceTable(table)], None))
         .map_err(|refusal| refused("write", &table.name, refusal))
 }
 
 /// Removes the table, if it is there. A kernel without nftables has none.
 pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
-    match transaction::send(&batch(&[Step::Drop(family, name)], None)) {
+    match transaction::send(&batch(&[Step::DropTable(family, name)], None)) {
         Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::EOPNOTSUPP) => Ok(()),
         result => result.map_err(|refusal| refused("remove", name, refusal)),
     }
@@ -151,7 +152,7 @@ pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
 pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
     let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
     // What is made from nothing names nothing that somebody else may have removed.
-    let from_nothing = steps.iter().any(|step| matches!(step, Step::Replace(_)));
+    let from_nothing = steps.iter().any(|step| matches!(step, Step::ReplaceTable(_)));
     match transaction::send(&batch(steps, generation)) {
         Ok(()) => Ok(Outcome::Done),
         Err(refusal) if refusal.errno == Errno::ERESTART => Ok(Outcome::Stale),
@@ -171,7 +172,7 @@ pub(super) fn generation() -> Result<u32> {
 }
 
 /// The set's elements; `None` if there is no such set.
-pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
+pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<RawElement>>> {
     let mut request = Request::new().op_getsetelem_dump(&table.family.header());
     request.encode().push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
     let mut socket = NetlinkSocket::new();
@@ -188,7 +189,7 @@ pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
                 };
                 let first = value(KEY).unwrap_or_default();
                 let last = value(KEY_END).unwrap_or_else(|| first.clone());
-                found.push(Raw { first, last, data: value(DATA).unwrap_or_default() });
+                found.push(RawElement { first, last, data: value(DATA).unwrap_or_default() });
             }
         }
         Ok(())
@@ -223,7 +224,7 @@ fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
 
 impl Table {
     /// What a rule of `chain` stands on.
-    fn declared(&self, chain: &Chain) -> String {
+    fn declaration(&self, chain: &Chain) -> String {
         let sets: Vec<_> = self.sets.iter().map(ToString::to_string).collect();
         format!(
             "{} {}",
@@ -241,26 +242,26 @@ fn errno(error: &ReplyError) -> Option<Errno> {
 }
 
 fn failed(doing: &str, table: &str, error: &ReplyError) -> Error {
-    hinted(doing, table, errno(error)).because(error.to_string())
+    failure(doing, table, errno(error)).because(error.to_string())
 }
 
 fn refused(doing: &str, table: &str, refusal: Refusal) -> Error {
-    hinted(doing, table, Some(refusal.errno)).because(refusal)
+    failure(doing, table, Some(refusal.errno)).because(refusal)
 }
 
-fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
+fn failure(doing: &str, table: &str, errno: Option<Errno>) -> Error {
     let of =
         if table.is_empty() { "nftables".to_owned() } else { format!("nftables table '{table}'") };
-    let failure = Error::new(ErrorKind::Host, format!("{doing} {of}"));
+    let error = Error::new(ErrorKind::Host, format!("{doing} {of}"));
     match errno {
-        Some(Errno::EPERM) => failure.hint(super::NEEDS_ROOT),
+        Some(Errno::EPERM) => error.hint(super::NEEDS_ROOT),
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
-            failure.hint("the kernel may lack nftables: modprobe nf_tables")
+            error.hint("the kernel may lack nftables: modprobe nf_tables")
         }
         Some(Errno::ENOENT) => {
-            failure.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}"))
+            error.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}"))
         }
-        _ => failure,
+        _ => error,
     }
 }
 
@@ -290,14 +291,14 @@ impl fmt::Display for Table {
 
 impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place = match self.place {
-            Place::Prerouting => "prerouting",
-            Place::Input => "input",
-            Place::Forward => "forward",
-            Place::Output => "output",
-            Place::Postrouting => "postrouting",
+        let point = match self.point {
+            HookPoint::Prerouting => "prerouting",
+            HookPoint::Input => "input",
+            HookPoint::Forward => "forward",
+            HookPoint::Output => "output",
+            HookPoint::Postrouting => "postrouting",
         };
-        write!(f, "type {} hook {place} priority {}", self.kind, self.priority)
+        write!(f, "type {} hook {point} priority {}", self.chain_type, self.priority)
     }
 }
 
@@ -313,9 +314,9 @@ mod tests {
     fn what_the_kernel_lacks_is_told_from_what_somebody_removed() {
         let tried = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).ok()?;
-            let set = Set::of("not-there", &[Kind::Link]);
+            let set = Set::exact("not-there", &[DataType::Link]);
             let rules = vec![Rule {
-                matches: vec![Match::In(vec![IIFNAME], set.name)],
+                matches: vec![Match::InSet(vec![IIFNAME], set.name)],
                 verdict: Verdict::Drop,
             }];
             let chains = vec![Chain { name: "alone", hook: None, rules }];
@@ -326,11 +327,11 @@ mod tests {
                 chains,
             };
             let element =
-                Element::of(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())])
-                    .raw();
+                Element::new(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())])
+                    .encode();
             Some((
-                commit(&[Step::Replace(&table)], None),
-                commit(&[Step::Add(&table, &set, &[element])], None),
+                commit(&[Step::ReplaceTable(&table)], None),
+                commit(&[Step::AddElements(&table, &set, &[element])], None),
             ))
         });
         let Some((lacking, removed)) = tried.join().unwrap() else {

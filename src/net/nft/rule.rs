@@ -36,27 +36,27 @@ pub(in crate::net) enum Match {
     /// It comes from an address of this subnet.
     SourceIn(IpNetwork),
     /// It leaves by another link.
-    NotLeavingBy(LinkName),
+    NotOutput(LinkName),
     /// The link is this one.
-    By(Field, LinkName),
+    Link(Field, LinkName),
     /// The field has this value.
-    Is(Field, &'static [u8]),
+    Eq(Field, &'static [u8]),
     /// It goes to this port by this protocol, a number.
-    To(u8, u16),
+    DestinationPort(u8, u16),
     /// The field has another value.
-    IsNot(Field, &'static [u8]),
+    Ne(Field, &'static [u8]),
     /// The field is there.
-    Has(Field),
+    Present(Field),
     /// The field's value lies from the first to the second.
-    Within(Field, &'static [u8], &'static [u8]),
+    InRange(Field, &'static [u8], &'static [u8]),
     /// Of the field's bits in the first, exactly those of the second are set.
-    Bits(Field, &'static [u8], &'static [u8]),
+    MaskedEq(Field, &'static [u8], &'static [u8]),
     /// Of the field's bits in the first, others than exactly those of the second are set.
-    OtherBits(Field, &'static [u8], &'static [u8]),
+    MaskedNe(Field, &'static [u8], &'static [u8]),
     /// The set has a key of these fields.
-    In(Vec<Field>, &'static str),
+    InSet(Vec<Field>, &'static str),
     /// It has none.
-    NotIn(Vec<Field>, &'static str),
+    NotInSet(Vec<Field>, &'static str),
 }
 
 /// What happens to a packet.
@@ -73,11 +73,11 @@ pub(in crate::net) enum Verdict {
     /// Another chain is asked, and this one no more.
     Goto(&'static str),
     /// It goes to the address and port that the map has for these fields, IPv4 or IPv6.
-    Forward { v6: bool, key: Vec<Field>, map: &'static str },
+    Dnat { v6: bool, key: Vec<Field>, map: &'static str },
     /// The packet's mark gets these bits, in the machine's byte order, and the packet goes on.
-    Mark([u8; 4]),
+    SetMark([u8; 4]),
     /// A set of traces gets these fields, and the packet goes on.
-    Trace { key: Vec<Field>, set: &'static str },
+    UpdateSet { key: Vec<Field>, set: &'static str },
 }
 
 impl Rule {
@@ -105,28 +105,32 @@ impl Match {
         let load = |list, field: &Field| field.load(list, FIRST_REGISTER);
         match self {
             Self::SourceIn(subnet) => source_in(list, *subnet),
-            Self::NotLeavingBy(link) => {
-                compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link))
+            Self::NotOutput(link) => {
+                compare(load(list, &OIFNAME), CmpOps::Neq, &set::link_name_bytes(link))
             }
-            Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
-            Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
-            Self::To(protocol, port) => {
+            Self::Link(field, link) => {
+                compare(load(list, field), CmpOps::Eq, &set::link_name_bytes(link))
+            }
+            Self::Eq(field, value) => compare(load(list, field), CmpOps::Eq, value),
+            Self::DestinationPort(protocol, port) => {
                 let list = compare(load(list, &PROTOCOL), CmpOps::Eq, &[*protocol]);
                 compare(load(list, &DESTINATION_PORT), CmpOps::Eq, &port.to_be_bytes())
             }
-            Self::IsNot(field, value) => compare(load(list, field), CmpOps::Neq, value),
-            Self::Has(field) => load(list, field),
-            Self::Within(field, first, last) => {
+            Self::Ne(field, value) => compare(load(list, field), CmpOps::Neq, value),
+            Self::Present(field) => load(list, field),
+            Self::InRange(field, first, last) => {
                 compare(compare(load(list, field), CmpOps::Gte, first), CmpOps::Lte, last)
             }
-            Self::Bits(field, mask, bits) => {
+            Self::MaskedEq(field, mask, bits) => {
                 compare(masked(load(list, field), mask), CmpOps::Eq, bits)
             }
-            Self::OtherBits(field, mask, bits) => {
+            Self::MaskedNe(field, mask, bits) => {
                 compare(masked(load(list, field), mask), CmpOps::Neq, bits)
             }
-            Self::In(key, set) => look_up(load_key(list, key), set, 0),
-            Self::NotIn(key, set) => look_up(load_key(list, key), set, LookupFlags::Invert as u32),
+            Self::InSet(key, set) => look_up(load_key(list, key), set, 0),
+            Self::NotInSet(key, set) => {
+                look_up(load_key(list, key), set, LookupFlags::Invert as u32)
+            }
         }
     }
 }
@@ -148,9 +152,9 @@ impl Verdict {
             Self::Return => decide(list, VerdictCode::Return, None),
             Self::Jump(chain) => decide(list, VerdictCode::Jump, Some(chain)),
             Self::Goto(chain) => decide(list, VerdictCode::Goto, Some(chain)),
-            Self::Forward { v6, key, map } => forward(load_key(list, key), *v6, map),
-            Self::Mark(bits) => mark(MARK.load(list, FIRST_REGISTER), *bits),
-            Self::Trace { key, set } => trace(load_key(list, key), set),
+            Self::Dnat { v6, key, map } => dnat(load_key(list, key), *v6, map),
+            Self::SetMark(bits) => set_mark(MARK.load(list, FIRST_REGISTER), *bits),
+            Self::UpdateSet { key, set } => update_set(load_key(list, key), set),
         };
         done.end_nested()
     }
@@ -233,7 +237,7 @@ fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressi
 }
 
 /// What the map gives: an address, and a port in the word behind it.
-fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
+fn dnat(list: Expressions, v6: bool, map: &str) -> Expressions {
     let (family, port) = if v6 { (libc::NFPROTO_IPV6, 4) } else { (libc::NFPROTO_IPV4, 1) };
     // `NFTA_LOOKUP_DREG` 3.
     let attributes = [(1, text(map)), (2, number(FIRST_REGISTER)), (3, number(FIRST_REGISTER))];
@@ -250,13 +254,13 @@ fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
 }
 
 /// `NFTA_META_KEY` 2, `NFTA_META_SREG` 3.
-fn mark(list: Expressions, bits: [u8; 4]) -> Expressions {
+fn set_mark(list: Expressions, bits: [u8; 4]) -> Expressions {
     let marked = bitwise(list, &bits.map(|byte| !byte), &bits);
     expression(marked, c"meta", &[(2, number(MetaKeys::Mark as u32)), (3, number(FIRST_REGISTER))])
 }
 
 /// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4.
-fn trace(list: Expressions, set: &str) -> Expressions {
+fn update_set(list: Expressions, set: &str) -> Expressions {
     expression(list, c"dynset", &[(1, text(set)), (3, number(1)), (4, number(FIRST_REGISTER))])
 }
 
@@ -298,25 +302,25 @@ impl fmt::Display for Match {
         match self {
             Self::SourceIn(subnet @ IpNetwork::V4(_)) => write!(f, "ip saddr {subnet}"),
             Self::SourceIn(subnet @ IpNetwork::V6(_)) => write!(f, "ip6 saddr {subnet}"),
-            Self::NotLeavingBy(link) => write!(f, "oifname != \"{link}\""),
-            Self::By(field, link) => write!(f, "{field} \"{link}\""),
-            Self::Is(field, value) => write!(f, "{field} {}", Hex(*field, value)),
-            Self::To(protocol, port) => {
+            Self::NotOutput(link) => write!(f, "oifname != \"{link}\""),
+            Self::Link(field, link) => write!(f, "{field} \"{link}\""),
+            Self::Eq(field, value) => write!(f, "{field} {}", Hex(*field, value)),
+            Self::DestinationPort(protocol, port) => {
                 write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}")
             }
-            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
-            Self::Has(field) => write!(f, "{field} >= 0"),
-            Self::Within(field, first, last) => {
+            Self::Ne(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
+            Self::Present(field) => write!(f, "{field} >= 0"),
+            Self::InRange(field, first, last) => {
                 write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last))
             }
-            Self::Bits(field, mask, bits) => {
+            Self::MaskedEq(field, mask, bits) => {
                 write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits))
             }
-            Self::OtherBits(field, mask, bits) => {
+            Self::MaskedNe(field, mask, bits) => {
                 write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits))
             }
-            Self::In(key, set) => write!(f, "{} @{set}", Key(key)),
-            Self::NotIn(key, set) => write!(f, "{} != @{set}", Key(key)),
+            Self::InSet(key, set) => write!(f, "{} @{set}", Key(key)),
+            Self::NotInSet(key, set) => write!(f, "{} != @{set}", Key(key)),
         }
     }
 }
@@ -329,13 +333,13 @@ impl fmt::Display for Verdict {
             Self::Return => f.write_str("return"),
             Self::Jump(chain) => write!(f, "jump {chain}"),
             Self::Goto(chain) => write!(f, "goto {chain}"),
-            Self::Forward { v6, key, map } => {
+            Self::Dnat { v6, key, map } => {
                 write!(f, "dnat {} to {} map @{map}", if *v6 { "ip6" } else { "ip" }, Key(key))
             }
-            Self::Mark(bits) => {
+            Self::SetMark(bits) => {
                 write!(f, "meta mark set meta mark | {:#x}", u32::from_ne_bytes(*bits))
             }
-            Self::Trace { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
+            Self::UpdateSet { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
         }
     }
 }
@@ -346,7 +350,7 @@ struct Hex(Field, &'static [u8]);
 impl fmt::Display for Hex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut bytes = self.1.to_vec();
-        if self.0.is_native() && cfg!(target_endian = "little") {
+        if self.0.is_host_order() && cfg!(target_endian = "little") {
             bytes.reverse();
         }
         f.write_str("0x")?;

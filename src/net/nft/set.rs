@@ -17,31 +17,31 @@ use crate::mac::MacAddress;
 pub(in crate::net) struct Set {
     pub name: &'static str,
     /// Parts of the key.
-    pub key: &'static [Kind],
+    pub key: &'static [DataType],
     /// What a map gives for a key; empty for a set.
-    pub data: &'static [Kind],
-    pub holds: Holds,
+    pub data: &'static [DataType],
+    pub kind: SetKind,
 }
 
 /// How a set is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::net) enum Holds {
+pub(in crate::net) enum SetKind {
     /// Single keys.
-    Keys,
+    Exact,
     /// Keys with a first and a last value of each part, which may not overlap.
-    Ranges,
+    Interval,
     /// Keys that packets add, and that are forgotten after a while.
-    Traces {
+    Dynamic {
         /// Seconds after the last packet.
-        seconds: u32,
+        timeout_seconds: u32,
         /// The most of them.
-        most: u32,
+        size: u32,
     },
 }
 
 /// The type of a part of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::net) enum Kind {
+pub(in crate::net) enum DataType {
     Link,
     Mac,
     Ip4,
@@ -50,9 +50,9 @@ pub(in crate::net) enum Kind {
     Port,
 }
 
-impl Kind {
+impl DataType {
     /// nftables' name and number for it (`nft describe`, libnftables `datatype.h`), and its bytes.
-    fn raw(self) -> (&'static str, u32, u32) {
+    fn nft_type(self) -> (&'static str, u32, u32) {
         match self {
             Self::Link => ("ifname", 41, 16),
             Self::Mac => ("ether_addr", 9, 6),
@@ -65,40 +65,40 @@ impl Kind {
 }
 
 /// The number of a type made of parts: six bits for each (libnftables `concat_subtype_add`).
-pub(super) fn type_number(parts: &[Kind]) -> u32 {
-    parts.iter().fold(0, |number, part| number << 6 | part.raw().1)
+pub(super) fn type_number(parts: &[DataType]) -> u32 {
+    parts.iter().fold(0, |number, part| number << 6 | part.nft_type().1)
 }
 
 /// Bytes of each part.
-pub(super) fn sizes(parts: &[Kind]) -> impl Iterator<Item = u32> {
-    parts.iter().map(|part| part.raw().2)
+pub(super) fn sizes(parts: &[DataType]) -> impl Iterator<Item = u32> {
+    parts.iter().map(|part| part.nft_type().2)
 }
 
 /// Bytes of all parts, each filled up.
-pub(super) fn length(parts: &[Kind]) -> u32 {
+pub(super) fn length(parts: &[DataType]) -> u32 {
     sizes(parts).map(|size| size.next_multiple_of(4)).sum()
 }
 
 impl Set {
     /// A set of single keys.
-    pub const fn of(name: &'static str, key: &'static [Kind]) -> Self {
-        Self { name, key, data: &[], holds: Holds::Keys }
+    pub const fn exact(name: &'static str, key: &'static [DataType]) -> Self {
+        Self { name, key, data: &[], kind: SetKind::Exact }
     }
 
     /// A set of ranges.
-    pub const fn ranges(name: &'static str, key: &'static [Kind]) -> Self {
-        Self { name, key, data: &[], holds: Holds::Ranges }
+    pub const fn interval(name: &'static str, key: &'static [DataType]) -> Self {
+        Self { name, key, data: &[], kind: SetKind::Interval }
     }
 
     pub(super) fn flags(&self) -> u32 {
-        let kept = match self.holds {
-            Holds::Keys => 0,
-            Holds::Ranges => SetFlags::Interval as u32,
-            Holds::Traces { .. } => SetFlags::Timeout as u32 | SetFlags::Eval as u32,
+        let kind = match self.kind {
+            SetKind::Exact => 0,
+            SetKind::Interval => SetFlags::Interval as u32,
+            SetKind::Dynamic { .. } => SetFlags::Timeout as u32 | SetFlags::Eval as u32,
         };
         let concatenated = if self.key.len() > 1 { SetFlags::Concat as u32 } else { 0 };
         let map = if self.data.is_empty() { 0 } else { SetFlags::Map as u32 };
-        kept | concatenated | map
+        kind | concatenated | map
     }
 }
 
@@ -121,14 +121,14 @@ pub(in crate::net) struct Element {
 }
 
 impl Element {
-    pub fn of(key: Vec<Part>) -> Self {
+    pub fn new(key: Vec<Part>) -> Self {
         Self { key, data: Vec::new() }
     }
 }
 
 /// An element as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::net) struct Raw {
+pub(in crate::net) struct RawElement {
     /// First value of its key.
     pub first: Vec<u8>,
     /// Last value of its key, in a set of ranges.
@@ -139,9 +139,9 @@ pub(in crate::net) struct Raw {
 
 impl Element {
     /// In the kernel's encoding.
-    pub fn raw(&self) -> Raw {
+    pub fn encode(&self) -> RawElement {
         let (first, last) = bytes(&self.key);
-        Raw { first, last, data: bytes(&self.data).0 }
+        RawElement { first, last, data: bytes(&self.data).0 }
     }
 }
 
@@ -161,9 +161,9 @@ fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
 impl Part {
     fn bytes(&self) -> (Vec<u8>, Vec<u8>) {
         match self {
-            Self::Link(name) => same(link(name)),
-            Self::Mac(mac) => same(mac.octets().to_vec()),
-            Self::Ip(ip) => same(octets(*ip)),
+            Self::Link(name) => single(link_name_bytes(name)),
+            Self::Mac(mac) => single(mac.octets().to_vec()),
+            Self::Ip(ip) => single(octets(*ip)),
             Self::Subnet(subnet) => (octets(subnet.network()), octets(subnet.broadcast())),
             Self::Protocols(first, last) => (vec![*first], vec![*last]),
             Self::Ports(first, last) => (first.to_be_bytes().to_vec(), last.to_be_bytes().to_vec()),
@@ -171,12 +171,12 @@ impl Part {
     }
 }
 
-fn same(value: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
+fn single(value: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     (value.clone(), value)
 }
 
 /// A name is compared with all its 16 bytes, or it would be a prefix.
-pub(super) fn link(name: &LinkName) -> Vec<u8> {
+pub(super) fn link_name_bytes(name: &LinkName) -> Vec<u8> {
     let mut bytes = name.as_str().as_bytes().to_vec();
     bytes.resize(nix::libc::IFNAMSIZ, 0);
     bytes
@@ -189,12 +189,12 @@ pub(super) fn octets(ip: IpAddr) -> Vec<u8> {
     }
 }
 
-struct Type(&'static [Kind]);
+struct TypeName(&'static [DataType]);
 
-impl fmt::Display for Type {
+impl fmt::Display for TypeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, kind) in self.0.iter().enumerate() {
-            write!(f, "{}{}", if index == 0 { "" } else { " . " }, kind.raw().0)?;
+            write!(f, "{}{}", if index == 0 { "" } else { " . " }, kind.nft_type().0)?;
         }
         Ok(())
     }
@@ -203,16 +203,16 @@ impl fmt::Display for Type {
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (word, name, key) =
-            (if self.data.is_empty() { "set" } else { "map" }, self.name, Type(self.key));
+            (if self.data.is_empty() { "set" } else { "map" }, self.name, TypeName(self.key));
         write!(f, "{word} {name} {{ type {key}")?;
         if !self.data.is_empty() {
-            write!(f, " : {}", Type(self.data))?;
+            write!(f, " : {}", TypeName(self.data))?;
         }
-        match self.holds {
-            Holds::Keys => {}
-            Holds::Ranges => f.write_str("; flags interval")?,
-            Holds::Traces { seconds, most } => {
-                write!(f, "; size {most}; flags dynamic,timeout; timeout {seconds}s")?
+        match self.kind {
+            SetKind::Exact => {}
+            SetKind::Interval => f.write_str("; flags interval")?,
+            SetKind::Dynamic { timeout_seconds, size } => {
+                write!(f, "; size {size}; flags dynamic,timeout; timeout {timeout_seconds}s")?
             }
         }
         f.write_str("; }")
@@ -260,6 +260,6 @@ mod tests {
         assert_eq!(&first[..6], b"bqtap\0");
         assert_eq!(first[16..], [2, 0, 0, 0, 0, 1, 0, 0, 10, 0, 0, 16, 0, 80, 0, 0]);
         assert_eq!(last[16..], [2, 0, 0, 0, 0, 1, 0, 0, 10, 0, 0, 31, 0, 90, 0, 0]);
-        assert_eq!(length(&[Kind::Link, Kind::Mac, Kind::Ip4, Kind::Port]), 32);
+        assert_eq!(length(&[DataType::Link, DataType::Mac, DataType::Ip4, DataType::Port]), 32);
     }
 }

@@ -16,16 +16,16 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
-/// What the kernel refused, and why if it says so.
+/// What the kernel refused, and message if it says so.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{errno}{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
+#[error("{errno}{}", .message.as_ref().map(|message| format!(": {message}")).unwrap_or_default())]
 pub(super) struct Refusal {
     pub errno: Errno,
-    pub why: Option<String>,
+    pub message: Option<String>,
 }
 
 /// Memory that one answer takes in a socket: the kernel counts whole buffers.
-const ANSWER: usize = 2048;
+const ACK_BUFFER: usize = 2048;
 
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
@@ -37,7 +37,7 @@ pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
     socket.set_ext_ack(true).and_then(|()| socket.set_cap_ack(true))?;
     socket.bind_auto()?;
     let bytes = batch.payload();
-    make_room(&socket, bytes.len(), batch.chain_len() * ANSWER)?;
+    size_buffers(&socket, bytes.len(), batch.chain_len() * ACK_BUFFER)?;
     let sent = socket.send(bytes, 0)?;
     debug_assert_eq!(sent, bytes.len(), "a datagram is sent whole");
     let (mut first, mut answers) = (None, 0);
@@ -49,7 +49,7 @@ pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => return Err(error.into()),
         }
-        for answer in answers_in(&buffer) {
+        for answer in parse_acks(&buffer) {
             answers += 1;
             first = first.or(answer.err());
         }
@@ -57,13 +57,13 @@ pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
     match first {
         Some(refusal) => Err(refusal),
         None if answers == 0 => {
-            Err(Refusal { errno: Errno::EPROTO, why: Some("nothing was answered".into()) })
+            Err(Refusal { errno: Errno::EPROTO, message: Some("nothing was answered".into()) })
         }
         None => Ok(()),
     }
 }
 
-fn make_room(socket: &Socket, sent: usize, received: usize) -> nix::Result<()> {
+fn size_buffers(socket: &Socket, sent: usize, received: usize) -> nix::Result<()> {
     // The kernel keeps a little of it for itself, and doubles both.
     setsockopt(&socket.as_fd(), sockopt::SndBufForce, &(sent + 4096))?;
     setsockopt(&socket.as_fd(), sockopt::RcvBufForce, &(received + 4096))
@@ -71,22 +71,22 @@ fn make_room(socket: &Socket, sent: usize, received: usize) -> nix::Result<()> {
 
 impl From<io::Error> for Refusal {
     fn from(error: io::Error) -> Self {
-        Self { errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), why: None }
+        Self { errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), message: None }
     }
 }
 
 impl From<Errno> for Refusal {
     fn from(errno: Errno) -> Self {
-        Self { errno, why: None }
+        Self { errno, message: None }
     }
 }
 
 /// What the messages in `bytes` say of what was asked. Others than answers are left out.
-fn answers_in(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
+fn parse_acks(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
     let mut answers = Vec::new();
-    while let Some((message, rest)) = first_of(bytes) {
+    while let Some((message, rest)) = split_message(bytes) {
         bytes = rest;
-        let (kind, flags) = (number::<2>(message, 4), number::<2>(message, 6));
+        let (kind, flags) = (header_number::<2>(message, 4), header_number::<2>(message, 6));
         let Some(code) =
             message.get(HEADER..HEADER + 4).filter(|_| kind == libc::NLMSG_ERROR as u32)
         else {
@@ -95,26 +95,26 @@ fn answers_in(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
         let code = i32::from_ne_bytes(code.try_into().expect("four bytes"));
         let attributes =
             message.get(2 * HEADER + 4..).filter(|_| flags & libc::NLM_F_ACK_TLVS as u32 != 0);
-        let why = attributes.and_then(|bytes| NlmsgerrAttrs::new(bytes).get_msg().ok());
-        let why = why.map(|text| text.to_string_lossy().into_owned());
+        let message = attributes.and_then(|bytes| NlmsgerrAttrs::new(bytes).get_msg().ok());
+        let message = message.map(|text| text.to_string_lossy().into_owned());
         answers.push(if code == 0 {
             Ok(())
         } else {
-            Err(Refusal { errno: Errno::from_raw(-code), why })
+            Err(Refusal { errno: Errno::from_raw(-code), message })
         });
     }
     answers
 }
 
 /// The first message and what follows it.
-fn first_of(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let length = bytes.get(..4).map(|_| number::<4>(bytes, 0) as usize)?;
+fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let length = bytes.get(..4).map(|_| header_number::<4>(bytes, 0) as usize)?;
     let message = bytes.get(..length).filter(|message| message.len() >= HEADER)?;
     Some((message, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
 }
 
 /// A number of a header of at least [`HEADER`] bytes, of `N` bytes at `at`, in the host's order.
-fn number<const N: usize>(bytes: &[u8], at: usize) -> u32 {
+fn header_number<const N: usize>(bytes: &[u8], at: usize) -> u32 {
     let mut whole = [0; 4];
     let place = if cfg!(target_endian = "big") { 4 - N } else { 0 };
     whole[place..place + N].copy_from_slice(&bytes[at..at + N]);
@@ -151,9 +151,9 @@ mod tests {
             answer(-libc::EINVAL, Some("no such hook")),
         ]
         .concat();
-        let [done, plain, told] = answers_in(&bytes).try_into().unwrap();
+        let [done, plain, told] = parse_acks(&bytes).try_into().unwrap();
         assert_eq!(done, Ok(()));
-        assert_eq!(plain, Err(Refusal { errno: Errno::ENOENT, why: None }));
+        assert_eq!(plain, Err(Refusal { errno: Errno::ENOENT, message: None }));
         assert_eq!(told.unwrap_err().to_string(), "EINVAL: Invalid argument: no such hook");
     }
 
@@ -161,7 +161,7 @@ mod tests {
     fn what_is_cut_off_is_no_answer() {
         let whole = answer(0, None);
         for length in 0..whole.len() {
-            assert_eq!(answers_in(&whole[..length]), [], "{length}");
+            assert_eq!(parse_acks(&whole[..length]), [], "{length}");
         }
     }
 }

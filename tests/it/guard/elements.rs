@@ -67,7 +67,7 @@ fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
     lab.host.run(|| filter::remove(std::slice::from_ref(&goes))).unwrap();
     let added = lab.host.run(|| filter::add(std::slice::from_ref(&stays), others));
     assert!(added.is_ok() && asked.load(Relaxed) == 2, "{added:?}");
-    let lost = |nic| lab.host.run(|| filter::is_lost(std::slice::from_ref(nic))).unwrap();
+    let lost = |nic| lab.host.run(|| filter::is_missing(std::slice::from_ref(nic))).unwrap();
     assert_eq!((lost(&goes), lost(&stays)), (true, false));
     lab.host.run(|| filter::remove(std::slice::from_ref(&stays))).unwrap();
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
@@ -120,7 +120,7 @@ fn two_thousand_vms_get_their_rules_back_with_the_next() {
         })
         .collect();
     lab.host.run(|| filter::add(&vms[..1], || Ok(vms.clone()))).unwrap();
-    assert!(!lab.host.run(|| filter::is_lost(&vms)).unwrap());
+    assert!(!lab.host.run(|| filter::is_missing(&vms)).unwrap());
     lab.host.run(|| filter::remove(&vms)).unwrap();
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }

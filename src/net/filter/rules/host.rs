@@ -7,10 +7,10 @@ pub(super) fn chains() -> Vec<Chain> {
     let hooked = |name, hook, rules| Chain { name, hook: Some(hook), rules };
     let chain = |name, rules| Chain { name, hook: None, rules };
     vec![
-        hooked("strays", Hook::filter(Place::Prerouting, RAW), strays()),
+        hooked("strays", Hook::filter(HookPoint::Prerouting, BEFORE_CONNTRACK), strays()),
         hooked("forwards", Hook::DESTINATION_NAT, forwards()),
-        hooked("own_forwards", Hook::OWN_DESTINATION_NAT, own_forwards()),
-        hooked("masked", Hook::filter(Place::Postrouting, BEHIND_SOURCE_NAT), masked()),
+        hooked("own_forwards", Hook::OUTPUT_DESTINATION_NAT, own_forwards()),
+        hooked("masked", Hook::filter(HookPoint::Postrouting, BEHIND_SOURCE_NAT), masked()),
         chain("masked_ip", masked_ip()),
         chain(
             "masked_ip4",
@@ -20,36 +20,35 @@ pub(super) fn chains() -> Vec<Chain> {
             "masked_ip6",
             masked_by(IP6_DADDR, CT_SADDR6, [MASKED_PORTS6, MASKED_PROTOCOLS6, MASKED6]),
         ),
-        chain("vouched", vec![rule([], Verdict::Mark(OF_THE_HOST))]),
+        chain("vouched", vec![rule([], Verdict::SetMark(HOST_MARK))]),
     ]
 }
 
 /// A bridge hands frames to 01:80:c2:00:00:0e up past its own rules, as if the tap were no port
 /// (`net/bridge/br_input.c`).
 fn strays() -> Vec<Rule> {
-    vec![drop_if([known(&[IIFNAME], TAPS)])]
+    vec![drop_if([in_set(&[IIFNAME], TAPS)])]
 }
 
 fn forwards() -> Vec<Rule> {
-    let to =
-        |v6, key: &[Field], map: Set| Verdict::Forward { v6, key: key.to_vec(), map: map.name };
-    let local = || Match::Is(DESTINATION_TYPE, &LOCAL);
+    let to = |v6, key: &[Field], map: Set| Verdict::Dnat { v6, key: key.to_vec(), map: map.name };
+    let local = || Match::Eq(DESTINATION_TYPE, &LOCAL);
     vec![
         // Only addresses of the host: another's packets are not ours to take.
         rule(
-            [Match::Is(FAMILY, FAMILY4), local()],
+            [Match::Eq(FAMILY, FAMILY4), local()],
             to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4),
         ),
         rule(
-            [Match::Is(FAMILY, FAMILY4), local()],
+            [Match::Eq(FAMILY, FAMILY4), local()],
             to(false, &[PROTOCOL, DESTINATION_PORT], FORWARDS4),
         ),
         rule(
-            [Match::Is(FAMILY, FAMILY6), local()],
+            [Match::Eq(FAMILY, FAMILY6), local()],
             to(true, &[IP6_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT6),
         ),
         rule(
-            [Match::Is(FAMILY, FAMILY6), local()],
+            [Match::Eq(FAMILY, FAMILY6), local()],
             to(true, &[PROTOCOL, DESTINATION_PORT], FORWARDS6),
         ),
     ]
@@ -61,10 +60,10 @@ const LOCAL: [u8; 4] = 2u32.to_ne_bytes();
 /// Programs of the host use forwards like anybody, but for its loopback addresses, which lead nowhere else.
 fn own_forwards() -> Vec<Rule> {
     let loopback4 = return_if([
-        Match::Is(FAMILY, FAMILY4),
-        Match::Bits(IP_DADDR, &[255, 0, 0, 0], &[127, 0, 0, 0]),
+        Match::Eq(FAMILY, FAMILY4),
+        Match::MaskedEq(IP_DADDR, &[255, 0, 0, 0], &[127, 0, 0, 0]),
     ]);
-    let loopback6 = return_if([Match::Is(FAMILY, FAMILY6), Match::Is(IP6_DADDR, LOOPBACK6)]);
+    let loopback6 = return_if([Match::Eq(FAMILY, FAMILY6), Match::Eq(IP6_DADDR, LOOPBACK6)]);
     [loopback4, loopback6].into_iter().chain(forwards()).collect()
 }
 
@@ -73,19 +72,19 @@ fn own_forwards() -> Vec<Rule> {
 /// came from is known. What the groups admit is marked as the host's own word is, and the bridge lets it in.
 fn masked() -> Vec<Rule> {
     let masqueraded = [
-        Match::Bits(CT_STATUS, &SOURCE_NAT, &SOURCE_NAT),
-        Match::Is(CT_DIRECTION, &[ORIGINAL]),
+        Match::MaskedEq(CT_STATUS, &SOURCE_NAT, &SOURCE_NAT),
+        Match::Eq(CT_DIRECTION, &[ORIGINAL]),
         // ICMP errors, which the bridge knows by themselves.
-        Match::Bits(CT_STATE, &RELATED, &[0; 4]),
-        Match::Bits(MARK, &OF_THE_HOST, &[0; 4]),
+        Match::MaskedEq(CT_STATE, &RELATED, &[0; 4]),
+        Match::MaskedEq(MARK, &HOST_MARK, &[0; 4]),
     ];
     vec![rule(masqueraded, Verdict::Jump("masked_ip"))]
 }
 
 fn masked_ip() -> Vec<Rule> {
     vec![
-        rule([Match::Is(FAMILY, FAMILY4)], Verdict::Goto("masked_ip4")),
-        rule([Match::Is(FAMILY, FAMILY6)], Verdict::Goto("masked_ip6")),
+        rule([Match::Eq(FAMILY, FAMILY4)], Verdict::Goto("masked_ip4")),
+        rule([Match::Eq(FAMILY, FAMILY6)], Verdict::Goto("masked_ip6")),
     ]
 }
 
@@ -93,11 +92,11 @@ fn masked_ip() -> Vec<Rule> {
 fn masked_by(to: Field, from: Field, [ports, protocols, all]: [Set; 3]) -> Vec<Rule> {
     vec![
         rule(
-            [known(&[OIFNAME, to, from, PROTOCOL, DESTINATION_PORT], ports)],
+            [in_set(&[OIFNAME, to, from, PROTOCOL, DESTINATION_PORT], ports)],
             Verdict::Goto("vouched"),
         ),
-        rule([known(&[OIFNAME, to, from, PROTOCOL], protocols)], Verdict::Goto("vouched")),
-        drop_if([known(&[OIFNAME, to], all)]),
+        rule([in_set(&[OIFNAME, to, from, PROTOCOL], protocols)], Verdict::Goto("vouched")),
+        drop_if([in_set(&[OIFNAME, to], all)]),
     ]
 }
 

@@ -13,14 +13,14 @@ mod host;
 mod receiver;
 mod sender;
 
-use super::super::firewall::OF_THE_HOST;
+use super::super::firewall::HOST_MARK;
 use super::super::nft::*;
 
-const BRIDGE: &str = "bosh-qemu-guard";
+const TABLE_NAME: &str = "bosh-qemu-guard";
 /// Before other tables' filters, and before br_netfilter (`NF_BR_PRI_FILTER_BRIDGED`).
 const PRIORITY: i32 = -200;
 /// Before connections are followed (`NF_IP_PRI_RAW`).
-const RAW: i32 = -300;
+const BEFORE_CONNTRACK: i32 = -300;
 
 const ARP: &[u8] = &[0x08, 0x06];
 const IP4: &[u8] = &[0x08, 0x00];
@@ -45,50 +45,50 @@ macro_rules! sets {
     };
 }
 
-use Kind::{Ip4, Ip6, Link, Mac, Port, Protocol};
+use DataType::{Ip4, Ip6, Link, Mac, Port, Protocol};
 
 sets! {
     /// Every tap that has rules at all. In both tables.
-    TAPS = Set::of("taps", &[Link]);
+    TAPS = Set::exact("taps", &[Link]);
     /// Taps that may send only as themselves.
-    GUARDED = Set::of("guarded", &[Link]);
-    MACS = Set::of("macs", &[Link, Mac]);
-    ADDRESSES4 = Set::of("addresses4", &[Link, Mac, Ip4]);
-    ADDRESSES6 = Set::of("addresses6", &[Link, Mac, Ip6]);
+    GUARDED = Set::exact("guarded", &[Link]);
+    MACS = Set::exact("macs", &[Link, Mac]);
+    ADDRESSES4 = Set::exact("addresses4", &[Link, Mac, Ip4]);
+    ADDRESSES6 = Set::exact("addresses6", &[Link, Mac, Ip6]);
     /// Apart from single addresses, which a hash table finds faster and takes in at one cost however many there are.
-    BLOCKS4 = Set::ranges("blocks4", &[Link, Mac, Ip4]);
-    BLOCKS6 = Set::ranges("blocks6", &[Link, Mac, Ip6]);
+    BLOCKS4 = Set::interval("blocks4", &[Link, Mac, Ip4]);
+    BLOCKS6 = Set::interval("blocks6", &[Link, Mac, Ip6]);
     /// Taps whose addresses somebody else's DHCP server gives.
-    ROAMING = Set::of("roaming", &[Link]);
+    ROAMING = Set::exact("roaming", &[Link]);
     /// Taps that only some may begin to speak to.
-    GROUPED = Set::of("grouped", &[Link]);
+    GROUPED = Set::exact("grouped", &[Link]);
     /// By whom, to which ports, …
-    PORTS4 = Set::ranges("ports4", &[Link, Ip4, Protocol, Port]);
-    PORTS6 = Set::ranges("ports6", &[Link, Ip6, Protocol, Port]);
+    PORTS4 = Set::interval("ports4", &[Link, Ip4, Protocol, Port]);
+    PORTS6 = Set::interval("ports6", &[Link, Ip6, Protocol, Port]);
     /// … or by whole protocols.
-    PROTOCOLS4 = Set::ranges("protocols4", &[Link, Ip4, Protocol]);
-    PROTOCOLS6 = Set::ranges("protocols6", &[Link, Ip6, Protocol]);
+    PROTOCOLS4 = Set::interval("protocols4", &[Link, Ip4, Protocol]);
+    PROTOCOLS6 = Set::interval("protocols6", &[Link, Ip6, Protocol]);
     /// What grouped taps sent by UDP, so that answers come in.
-    ASKED4 = Set { holds: ASKED, ..Set::of("asked4", &[Link, Ip4, Ip4, Port, Port]) };
-    ASKED6 = Set { holds: ASKED, ..Set::of("asked6", &[Link, Ip6, Ip6, Port, Port]) };
+    ASKED4 = Set { kind: UDP_REPLIES, ..Set::exact("asked4", &[Link, Ip4, Ip4, Port, Port]) };
+    ASKED6 = Set { kind: UDP_REPLIES, ..Set::exact("asked6", &[Link, Ip6, Ip6, Port, Port]) };
     /// Ports of the host …
-    FORWARDS4 = Set { data: &[Ip4, Port], ..Set::of("forwards4", &[Protocol, Port]) };
-    FORWARDS6 = Set { data: &[Ip6, Port], ..Set::of("forwards6", &[Protocol, Port]) };
+    FORWARDS4 = Set { data: &[Ip4, Port], ..Set::exact("forwards4", &[Protocol, Port]) };
+    FORWARDS6 = Set { data: &[Ip6, Port], ..Set::exact("forwards6", &[Protocol, Port]) };
     /// … and of one of its addresses.
-    FORWARDS_AT4 = Set { data: &[Ip4, Port], ..Set::of("forwards_at4", &[Ip4, Protocol, Port]) };
-    FORWARDS_AT6 = Set { data: &[Ip6, Port], ..Set::of("forwards_at6", &[Ip6, Protocol, Port]) };
+    FORWARDS_AT4 = Set { data: &[Ip4, Port], ..Set::exact("forwards_at4", &[Ip4, Protocol, Port]) };
+    FORWARDS_AT6 = Set { data: &[Ip6, Port], ..Set::exact("forwards_at6", &[Ip6, Protocol, Port]) };
     /// Addresses, each on its bridge, that only some may begin to speak to: as `GROUPED`, …
-    MASKED4 = Set::ranges("masked4", &[Link, Ip4]);
-    MASKED6 = Set::ranges("masked6", &[Link, Ip6]);
+    MASKED4 = Set::interval("masked4", &[Link, Ip4]);
+    MASKED6 = Set::interval("masked6", &[Link, Ip6]);
     /// … and by whom, as above.
-    MASKED_PORTS4 = Set::ranges("masked_ports4", &[Link, Ip4, Ip4, Protocol, Port]);
-    MASKED_PORTS6 = Set::ranges("masked_ports6", &[Link, Ip6, Ip6, Protocol, Port]);
-    MASKED_PROTOCOLS4 = Set::ranges("masked_protocols4", &[Link, Ip4, Ip4, Protocol]);
-    MASKED_PROTOCOLS6 = Set::ranges("masked_protocols6", &[Link, Ip6, Ip6, Protocol]);
+    MASKED_PORTS4 = Set::interval("masked_ports4", &[Link, Ip4, Ip4, Protocol, Port]);
+    MASKED_PORTS6 = Set::interval("masked_ports6", &[Link, Ip6, Ip6, Protocol, Port]);
+    MASKED_PROTOCOLS4 = Set::interval("masked_protocols4", &[Link, Ip4, Ip4, Protocol]);
+    MASKED_PROTOCOLS6 = Set::interval("masked_protocols6", &[Link, Ip6, Ip6, Protocol]);
 }
 
 /// As long as the kernel follows a UDP stream (`nf_conntrack_udp_timeout_stream`, 120 s), and a little more.
-const ASKED: Holds = Holds::Traces { seconds: 180, most: 65_536 };
+const UDP_REPLIES: SetKind = SetKind::Dynamic { timeout_seconds: 180, size: 65_536 };
 
 fn rule<const N: usize>(matches: [Match; N], verdict: Verdict) -> Rule {
     Rule { matches: matches.into(), verdict }
@@ -102,19 +102,19 @@ fn return_if<const N: usize>(matches: [Match; N]) -> Rule {
     rule(matches, Verdict::Return)
 }
 
-fn known(fields: &[Field], set: Set) -> Match {
-    Match::In(fields.to_vec(), set.name)
+fn in_set(fields: &[Field], set: Set) -> Match {
+    Match::InSet(fields.to_vec(), set.name)
 }
 
-fn unknown(fields: &[Field], set: Set) -> Match {
-    Match::NotIn(fields.to_vec(), set.name)
+fn not_in_set(fields: &[Field], set: Set) -> Match {
+    Match::NotInSet(fields.to_vec(), set.name)
 }
 
 /// What is said to the bridges.
 pub(super) fn bridge_table() -> Table {
     Table {
         family: Family::Bridge,
-        name: BRIDGE.to_owned(),
+        name: TABLE_NAME.to_owned(),
         sets: vec![
             TAPS, GUARDED, MACS, ADDRESSES4, ADDRESSES6, BLOCKS4, BLOCKS6, ROAMING, GROUPED,
             PORTS4, PORTS6, PROTOCOLS4, PROTOCOLS6, ASKED4, ASKED6,
@@ -127,7 +127,7 @@ pub(super) fn bridge_table() -> Table {
 pub(super) fn inet_table() -> Table {
     Table {
         family: Family::Inet,
-        name: BRIDGE.to_owned(),
+        name: TABLE_NAME.to_owned(),
         sets: vec![
             TAPS,
             FORWARDS4,

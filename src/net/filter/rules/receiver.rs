@@ -8,7 +8,7 @@ pub(super) fn chains() -> Vec<Chain> {
     vec![
         Chain {
             name: "receiver",
-            hook: Some(Hook::filter(Place::Postrouting, PRIORITY)),
+            hook: Some(Hook::filter(HookPoint::Postrouting, PRIORITY)),
             rules: receiver(),
         },
         chain("admitted", admitted()),
@@ -19,45 +19,46 @@ pub(super) fn chains() -> Vec<Chain> {
 
 fn receiver() -> Vec<Rule> {
     vec![
-        return_if([Match::Bits(MARK, &OF_THE_HOST, &OF_THE_HOST)]),
-        rule([known(&[OIFNAME], GROUPED)], Verdict::Jump("admitted")),
+        return_if([Match::MaskedEq(MARK, &HOST_MARK, &HOST_MARK)]),
+        rule([in_set(&[OIFNAME], GROUPED)], Verdict::Jump("admitted")),
     ]
 }
 
 fn admitted() -> Vec<Rule> {
     vec![
-        return_if([Match::Is(ETHER_TYPE, ARP)]),
-        rule([Match::Is(ETHER_TYPE, IP4)], Verdict::Goto("admitted_ip4")),
-        rule([Match::Is(ETHER_TYPE, IP6)], Verdict::Goto("admitted_ip6")),
+        return_if([Match::Eq(ETHER_TYPE, ARP)]),
+        rule([Match::Eq(ETHER_TYPE, IP4)], Verdict::Goto("admitted_ip4")),
+        rule([Match::Eq(ETHER_TYPE, IP6)], Verdict::Goto("admitted_ip6")),
         drop_if([]),
     ]
 }
 
 /// Everything of TCP but the packet that opens a connection: SYN without ACK.
-fn goes_on() -> Rule {
-    return_if([Match::Is(PROTOCOL, TCP), Match::OtherBits(TCP_FLAGS, &[0x12], &[0x02])])
+fn established_tcp() -> Rule {
+    return_if([Match::Eq(PROTOCOL, TCP), Match::MaskedNe(TCP_FLAGS, &[0x12], &[0x02])])
 }
 
 /// The answer of a DHCP server comes from an address that the guest did not ask (RFC 2131 §4.1, RFC 8415 §7.2).
-fn dhcp(server: &'static [u8], client: &'static [u8]) -> Rule {
-    let (from, to) = (Match::Is(SOURCE_PORT, server), Match::Is(DESTINATION_PORT, client));
-    return_if([known(&[OIFNAME], ROAMING), Match::Is(PROTOCOL, UDP), from, to])
+fn dhcp_reply(server: &'static [u8], client: &'static [u8]) -> Rule {
+    let (from, to) = (Match::Eq(SOURCE_PORT, server), Match::Eq(DESTINATION_PORT, client));
+    return_if([in_set(&[OIFNAME], ROAMING), Match::Eq(PROTOCOL, UDP), from, to])
 }
 
 fn admitted_ip4() -> Vec<Rule> {
-    let answer =
-        |first, last| return_if([Match::Is(PROTOCOL, ICMP), Match::Within(ICMP_TYPE, first, last)]);
+    let answer = |first, last| {
+        return_if([Match::Eq(PROTOCOL, ICMP), Match::InRange(ICMP_TYPE, first, last)])
+    };
     vec![
-        goes_on(),
+        established_tcp(),
         return_if([
-            Match::Is(PROTOCOL, UDP),
-            known(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
+            Match::Eq(PROTOCOL, UDP),
+            in_set(&[OIFNAME, IP_DADDR, IP_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED4),
         ]),
-        dhcp(&[0, 67], &[0, 68]),
-        return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
-        return_if([known(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
+        dhcp_reply(&[0, 67], &[0, 68]),
+        return_if([in_set(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
+        return_if([in_set(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
         // What comes after the first fragment is worth nothing without it.
-        return_if([Match::OtherBits(IP_FRAGMENT, &[0x1f, 0xff], &[0, 0])]),
+        return_if([Match::MaskedNe(IP_FRAGMENT, &[0x1f, 0xff], &[0, 0])]),
         // Echo reply, destination unreachable, time exceeded, parameter problem.
         answer(&[0], &[0]),
         answer(&[3], &[3]),
@@ -68,20 +69,20 @@ fn admitted_ip4() -> Vec<Rule> {
 
 fn admitted_ip6() -> Vec<Rule> {
     let answer = |first, last| {
-        return_if([Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)])
+        return_if([Match::Eq(PROTOCOL, ICMP6), Match::InRange(ICMP6_TYPE, first, last)])
     };
     vec![
-        goes_on(),
+        established_tcp(),
         return_if([
-            Match::Is(PROTOCOL, UDP),
-            known(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
+            Match::Eq(PROTOCOL, UDP),
+            in_set(&[OIFNAME, IP6_DADDR, IP6_SADDR, DESTINATION_PORT, SOURCE_PORT], ASKED6),
         ]),
-        dhcp(&[0x02, 0x23], &[0x02, 0x22]),
-        return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
-        return_if([known(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
+        dhcp_reply(&[0x02, 0x23], &[0x02, 0x22]),
+        return_if([in_set(&[OIFNAME, IP6_SADDR, PROTOCOL, DESTINATION_PORT], PORTS6)]),
+        return_if([in_set(&[OIFNAME, IP6_SADDR, PROTOCOL], PROTOCOLS6)]),
         return_if([
-            Match::Is(IP6_NEXT, FRAGMENT),
-            Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0]),
+            Match::Eq(IP6_NEXT, FRAGMENT),
+            Match::MaskedNe(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0]),
         ]),
         // Errors; echo reply; multicast listeners, routers and neighbours.
         answer(&[1], &[4]),

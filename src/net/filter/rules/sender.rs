@@ -8,7 +8,7 @@ pub(super) fn chains() -> Vec<Chain> {
     vec![
         Chain {
             name: "sender",
-            hook: Some(Hook::filter(Place::Prerouting, PRIORITY)),
+            hook: Some(Hook::filter(HookPoint::Prerouting, PRIORITY)),
             rules: sender(),
         },
         chain("itself", itself()),
@@ -23,24 +23,24 @@ pub(super) fn chains() -> Vec<Chain> {
         chain("itself_answers", itself_answers()),
         chain("itself_advertised", itself_advertised()),
         chain("itself_source6", itself_source6()),
-        chain("asks", asks()),
+        chain("asks", record_udp()),
     ]
 }
 
 fn sender() -> Vec<Rule> {
     vec![
-        rule([known(&[IIFNAME], GUARDED)], Verdict::Jump("itself")),
-        rule([known(&[IIFNAME], GROUPED), Match::Is(PROTOCOL, UDP)], Verdict::Jump("asks")),
+        rule([in_set(&[IIFNAME], GUARDED)], Verdict::Jump("itself")),
+        rule([in_set(&[IIFNAME], GROUPED), Match::Eq(PROTOCOL, UDP)], Verdict::Jump("asks")),
     ]
 }
 
 /// Any other type of frame, tagged ones among them, is dropped: behind a tag, nothing could be looked at.
 fn itself() -> Vec<Rule> {
     vec![
-        drop_if([unknown(&[IIFNAME, ETHER_SADDR], MACS)]),
-        rule([Match::Is(ETHER_TYPE, IP4)], Verdict::Goto("itself_ip4")),
-        rule([Match::Is(ETHER_TYPE, IP6)], Verdict::Goto("itself_ip6")),
-        rule([Match::Is(ETHER_TYPE, ARP)], Verdict::Goto("itself_arp")),
+        drop_if([not_in_set(&[IIFNAME, ETHER_SADDR], MACS)]),
+        rule([Match::Eq(ETHER_TYPE, IP4)], Verdict::Goto("itself_ip4")),
+        rule([Match::Eq(ETHER_TYPE, IP6)], Verdict::Goto("itself_ip6")),
+        rule([Match::Eq(ETHER_TYPE, ARP)], Verdict::Goto("itself_arp")),
         drop_if([]),
     ]
 }
@@ -49,18 +49,18 @@ fn itself() -> Vec<Rule> {
 fn itself_arp() -> Vec<Rule> {
     let sender = [IIFNAME, ARP_SENDER_MAC, ARP_SENDER_IP];
     let target = [IIFNAME, ARP_SENDER_MAC, ARP_TARGET_IP];
-    let probes = || Match::Is(ARP_SENDER_IP, UNSPECIFIED4);
+    let probes = || Match::Eq(ARP_SENDER_IP, UNSPECIFIED4);
     vec![
         // Ethernet, IPv4, addresses of 6 and 4 bytes: or the fields would be elsewhere.
-        drop_if([Match::IsNot(ARP_KIND, &[0, 1, 8, 0, 6, 4])]),
-        drop_if([unknown(&[IIFNAME, ARP_SENDER_MAC], MACS)]),
-        return_if([known(&[IIFNAME], ROAMING)]),
+        drop_if([Match::Ne(ARP_KIND, &[0, 1, 8, 0, 6, 4])]),
+        drop_if([not_in_set(&[IIFNAME, ARP_SENDER_MAC], MACS)]),
+        return_if([in_set(&[IIFNAME], ROAMING)]),
         // A guest that asks whether its address is free has none yet (RFC 5227 §2.1.1). Of another's address that
         // would be a claim, on which its holder may give it up (§2.4).
-        return_if([probes(), known(&target, ADDRESSES4)]),
-        return_if([probes(), known(&target, BLOCKS4)]),
-        return_if([known(&sender, ADDRESSES4)]),
-        return_if([known(&sender, BLOCKS4)]),
+        return_if([probes(), in_set(&target, ADDRESSES4)]),
+        return_if([probes(), in_set(&target, BLOCKS4)]),
+        return_if([in_set(&sender, ADDRESSES4)]),
+        return_if([in_set(&sender, BLOCKS4)]),
         drop_if([]),
     ]
 }
@@ -69,15 +69,15 @@ fn itself_ip4() -> Vec<Rule> {
     let source = [IIFNAME, ETHER_SADDR, IP_SADDR];
     vec![
         // To a DHCP client (RFC 2131 §4.1).
-        drop_if([Match::Is(PROTOCOL, UDP), Match::Is(DESTINATION_PORT, &[0, 68])]),
+        drop_if([Match::Eq(PROTOCOL, UDP), Match::Eq(DESTINATION_PORT, &[0, 68])]),
         // Who queries listeners and speaks PIM is a multicast router: a bridge sends it all groups and forgets those
         // that others do not report again. Queries (RFC 9776 §4.1); multicast router discovery (RFC 4286).
-        drop_if([Match::Is(PROTOCOL, IGMP), Match::Within(IGMP_TYPE, &[0x11], &[0x11])]),
-        drop_if([Match::Is(PROTOCOL, IGMP), Match::Within(IGMP_TYPE, &[0x30], &[0x32])]),
-        drop_if([Match::Is(PROTOCOL, PIM)]),
-        return_if([known(&source, ADDRESSES4)]),
-        return_if([known(&source, BLOCKS4)]),
-        return_if([known(&[IIFNAME], ROAMING)]),
+        drop_if([Match::Eq(PROTOCOL, IGMP), Match::InRange(IGMP_TYPE, &[0x11], &[0x11])]),
+        drop_if([Match::Eq(PROTOCOL, IGMP), Match::InRange(IGMP_TYPE, &[0x30], &[0x32])]),
+        drop_if([Match::Eq(PROTOCOL, PIM)]),
+        return_if([in_set(&source, ADDRESSES4)]),
+        return_if([in_set(&source, BLOCKS4)]),
+        return_if([in_set(&[IIFNAME], ROAMING)]),
         drop_if([]),
     ]
 }
@@ -87,10 +87,13 @@ fn itself_ip6() -> Vec<Rule> {
     vec![
         // What comes after the first fragment is worth nothing without it.
         rule(
-            [Match::Is(IP6_NEXT, FRAGMENT), Match::OtherBits(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])],
+            [Match::Eq(IP6_NEXT, FRAGMENT), Match::MaskedNe(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])],
             SOURCE6,
         ),
-        rule([Match::Has(PROTOCOL), Match::Has(DESTINATION_PORT)], Verdict::Goto("itself_whole6")),
+        rule(
+            [Match::Present(PROTOCOL), Match::Present(DESTINATION_PORT)],
+            Verdict::Goto("itself_whole6"),
+        ),
         drop_if([]),
     ]
 }
@@ -98,10 +101,10 @@ fn itself_ip6() -> Vec<Rule> {
 const SOURCE6: Verdict = Verdict::Goto("itself_source6");
 
 fn itself_whole6() -> Vec<Rule> {
-    let icmp = |first, last| [Match::Is(PROTOCOL, ICMP6), Match::Within(ICMP6_TYPE, first, last)];
+    let icmp = |first, last| [Match::Eq(PROTOCOL, ICMP6), Match::InRange(ICMP6_TYPE, first, last)];
     vec![
         // To a DHCPv6 client (RFC 8415 §7.2).
-        drop_if([Match::Is(PROTOCOL, UDP), Match::Is(DESTINATION_PORT, &[0x02, 0x22])]),
+        drop_if([Match::Eq(PROTOCOL, UDP), Match::Eq(DESTINATION_PORT, &[0x02, 0x22])]),
         // Router advertisements and redirects (RFC 4861).
         drop_if(icmp(&[134], &[134])),
         drop_if(icmp(&[137], &[137])),
@@ -111,7 +114,7 @@ fn itself_whole6() -> Vec<Rule> {
         drop_if(icmp(&[141], &[142])),
         drop_if(icmp(&[148], &[149])),
         drop_if(icmp(&[151], &[153])),
-        drop_if([Match::Is(PROTOCOL, PIM)]),
+        drop_if([Match::Eq(PROTOCOL, PIM)]),
         rule(icmp(&[133], &[133]), Verdict::Goto("itself_nd")),
         rule(icmp(&[135], &[136]), Verdict::Goto("itself_nd")),
         rule([], SOURCE6),
@@ -121,14 +124,14 @@ fn itself_whole6() -> Vec<Rule> {
 fn itself_source6() -> Vec<Rule> {
     let source = [IIFNAME, ETHER_SADDR, IP6_SADDR];
     vec![
-        return_if([known(&source, ADDRESSES6)]),
-        return_if([known(&source, BLOCKS6)]),
-        return_if([known(&[IIFNAME], ROAMING)]),
+        return_if([in_set(&source, ADDRESSES6)]),
+        return_if([in_set(&source, BLOCKS6)]),
+        return_if([in_set(&[IIFNAME], ROAMING)]),
         // A listener report of a guest that has no address yet (RFC 3810 §5.2.13).
         return_if([
-            Match::Is(IP6_SADDR, UNSPECIFIED6),
-            Match::Is(PROTOCOL, ICMP6),
-            Match::Is(ICMP6_TYPE, &[143]),
+            Match::Eq(IP6_SADDR, UNSPECIFIED6),
+            Match::Eq(PROTOCOL, ICMP6),
+            Match::Eq(ICMP6_TYPE, &[143]),
         ]),
         drop_if([]),
     ]
@@ -137,9 +140,9 @@ fn itself_source6() -> Vec<Rule> {
 /// Neighbour discovery. Whoever hears it believes the address in its option, and of an advertisement the target. One
 /// option is looked at, so there may be no other; nor headers before, behind which a fragment could hide one (RFC 6980).
 fn itself_nd() -> Vec<Rule> {
-    let to = |kind, chain| rule([Match::Is(ICMP6_TYPE, kind)], Verdict::Goto(chain));
+    let to = |kind, chain| rule([Match::Eq(ICMP6_TYPE, kind)], Verdict::Goto(chain));
     vec![
-        drop_if([Match::IsNot(IP6_NEXT, ICMP6)]),
+        drop_if([Match::Ne(IP6_NEXT, ICMP6)]),
         to(&[133], "itself_asks_router"),
         to(&[135], "itself_asks"),
         to(&[136], "itself_answers"),
@@ -148,23 +151,23 @@ fn itself_nd() -> Vec<Rule> {
 }
 
 fn itself_asks_router() -> Vec<Rule> {
-    asks_as_itself(RS_OPTION, RS_OPTION_MAC, RS_SECOND_OPTION)
+    solicitation(RS_OPTION, RS_OPTION_MAC, RS_SECOND_OPTION)
 }
 
 fn itself_asks() -> Vec<Rule> {
-    let duplicate = rule([Match::Is(IP6_SADDR, UNSPECIFIED6)], Verdict::Goto("itself_duplicate"));
+    let duplicate = rule([Match::Eq(IP6_SADDR, UNSPECIFIED6)], Verdict::Goto("itself_duplicate"));
     [duplicate]
         .into_iter()
-        .chain(asks_as_itself(ND_OPTION, ND_OPTION_MAC, ND_SECOND_OPTION))
+        .chain(solicitation(ND_OPTION, ND_OPTION_MAC, ND_SECOND_OPTION))
         .collect()
 }
 
 /// With no option, or with its own address as the asker's (type 1, of 8 bytes).
-fn asks_as_itself(option: Field, mac: Field, second: Field) -> Vec<Rule> {
+fn solicitation(option: Field, mac: Field, second: Field) -> Vec<Rule> {
     vec![
-        drop_if([Match::Has(second)]),
-        rule([Match::Is(option, &[1, 1]), known(&[IIFNAME, mac], MACS)], SOURCE6),
-        drop_if([Match::Has(option)]),
+        drop_if([Match::Present(second)]),
+        rule([Match::Eq(option, &[1, 1]), in_set(&[IIFNAME, mac], MACS)], SOURCE6),
+        drop_if([Match::Present(option)]),
         rule([], SOURCE6),
     ]
 }
@@ -174,18 +177,18 @@ fn asks_as_itself(option: Field, mac: Field, second: Field) -> Vec<Rule> {
 fn itself_duplicate() -> Vec<Rule> {
     let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
     vec![
-        return_if([known(&[IIFNAME], ROAMING)]),
-        return_if([known(&target, ADDRESSES6)]),
-        return_if([known(&target, BLOCKS6)]),
+        return_if([in_set(&[IIFNAME], ROAMING)]),
+        return_if([in_set(&target, ADDRESSES6)]),
+        return_if([in_set(&target, BLOCKS6)]),
         drop_if([]),
     ]
 }
 
 fn itself_answers() -> Vec<Rule> {
     vec![
-        drop_if([Match::Has(ND_SECOND_OPTION)]),
+        drop_if([Match::Present(ND_SECOND_OPTION)]),
         rule(
-            [Match::Is(ND_OPTION, &[2, 1]), known(&[IIFNAME, ND_OPTION_MAC], MACS)],
+            [Match::Eq(ND_OPTION, &[2, 1]), in_set(&[IIFNAME, ND_OPTION_MAC], MACS)],
             Verdict::Goto("itself_advertised"),
         ),
         drop_if([]),
@@ -195,17 +198,17 @@ fn itself_answers() -> Vec<Rule> {
 fn itself_advertised() -> Vec<Rule> {
     let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
     vec![
-        return_if([known(&[IIFNAME], ROAMING)]),
-        rule([known(&target, ADDRESSES6)], SOURCE6),
-        rule([known(&target, BLOCKS6)], SOURCE6),
+        return_if([in_set(&[IIFNAME], ROAMING)]),
+        rule([in_set(&target, ADDRESSES6)], SOURCE6),
+        rule([in_set(&target, BLOCKS6)], SOURCE6),
         drop_if([]),
     ]
 }
 
-fn asks() -> Vec<Rule> {
+fn record_udp() -> Vec<Rule> {
     let trace = |ethernet, source, destination, set: Set| {
         let key = vec![IIFNAME, source, destination, SOURCE_PORT, DESTINATION_PORT];
-        rule([Match::Is(ETHER_TYPE, ethernet)], Verdict::Trace { key, set: set.name })
+        rule([Match::Eq(ETHER_TYPE, ethernet)], Verdict::UpdateSet { key, set: set.name })
     };
     vec![trace(IP4, IP_SADDR, IP_DADDR, ASKED4), trace(IP6, IP6_SADDR, IP6_DADDR, ASKED6)]
 }
