@@ -1,7 +1,8 @@
-//! Which state directories keep a bridge of ours without VMs.
+//! Owners of a bridge: the state directories that keep it while no VM is on it.
 //!
-//! Several may use one bridge, and none sees the others' pins. So those that keep it are in its alias, where everybody sees
-//! them: `bosh-qemu-cpi:<network> suffix by <owner>,<owner>`. Whoever removes the last port leaves such a bridge.
+//! Several state directories may use one bridge, and none sees the pins of another. The bridge's
+//! alias therefore lists its owners: `bosh-qemu-cpi:<network> kept by <owner>,<owner>`. A bridge
+//! with an owner stays when its last port goes.
 
 use super::change::{Change, LinkSettings};
 use super::diff::is_cpi_bridge;
@@ -12,10 +13,10 @@ use crate::store::Owner;
 
 const OWNERS_SEPARATOR: &str = " suffix by ";
 
-/// Writes `owner` on the bridge, if that is there and ours.
+/// Adds `owner` to the bridge's owners, if the bridge exists and the CPI made it.
 ///
 /// # Errors
-/// [`ErrorKind::Host`](crate::error::ErrorKind::Host) for what the kernel refused.
+/// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel refuses the change.
 pub fn add_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
     update_owners(bridge, |owners| {
         if !owners.iter().any(|known| known == owner.as_str()) {
@@ -24,7 +25,7 @@ pub fn add_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
     })
 }
 
-/// Takes `owner` off the bridge again.
+/// Removes `owner` from the bridge's owners.
 ///
 /// # Errors
 /// As [`add_owner`].
@@ -32,7 +33,7 @@ pub fn remove_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
     update_owners(bridge, |owners| owners.retain(|known| known != owner.as_str()))
 }
 
-/// The bridges that `owner` keeps.
+/// Returns the bridges that `owner` owns.
 ///
 /// # Errors
 /// As [`add_owner`].
@@ -44,7 +45,7 @@ pub fn owned_by(owner: &Owner) -> Result<Vec<LinkName>> {
     Ok(names.filter(|(name, link)| is_cpi_bridge(link, name)).map(|(name, _)| name).collect())
 }
 
-/// Whether anybody keeps it.
+/// Whether the bridge has an owner.
 pub(super) fn has_owner(link: &Link) -> bool {
     owners_of(link).next().is_some()
 }

@@ -1,4 +1,5 @@
-//! One step towards what a segment needs. Its `Display` is what an operator would type.
+//! One change of the host's network towards what a segment needs. `Display` shows the command an
+//! operator would type.
 
 use std::fmt;
 
@@ -13,81 +14,84 @@ use crate::store::record::{Nic, Segment};
 /// A change of the host's kernel state.
 #[derive(Debug)]
 pub enum Change {
-    /// Makes a bridge, down, that neither delays nor filters and keeps its address whatever joins it.
+    /// Makes a bridge, down, without STP and forwarding delay. Its MAC address stays the same
+    /// whichever port joins.
     AddBridge {
-        /// Its name.
+        /// The bridge's name.
         name: LinkName,
-        /// Its own address.
+        /// The bridge's own MAC address.
         mac: MacAddress,
         /// Largest packet, bytes.
         mtu: u32,
     },
-    /// Makes the sub-interface of a link for one of its VLANs.
+    /// Makes a VLAN sub-interface of a link.
     AddVlan {
-        /// Its name.
+        /// The sub-interface's name.
         name: LinkName,
-        /// The link that carries tagged packets.
+        /// The link that carries the tagged packets.
         carrier: LinkName,
-        /// The VLAN.
+        /// The VLAN's number.
         vlan: u16,
     },
-    /// Changes a link.
+    /// Changes settings of a link.
     SetLink {
         /// The link.
         link: LinkName,
-        /// What of it.
+        /// The settings to change.
         to: LinkSettings,
     },
-    /// Keeps a port of a bridge from other such ports.
+    /// Isolates a bridge port: it exchanges no frames with other isolated ports.
     IsolatePort(LinkName),
-    /// Has a bridge know by itself who is behind a port, and learn nothing from what comes out of it: frames to some
-    /// addresses teach it before any rule is asked (`net/bridge/br_input.c`).
+    /// Gives a bridge port a static forwarding entry and switches its MAC learning off. Learning
+    /// must be off: frames to some addresses teach the bridge before it consults any rule
+    /// (`net/bridge/br_input.c`).
     PinMac {
         /// The port.
         port: LinkName,
-        /// Who is behind it.
+        /// The only MAC address behind the port.
         mac: MacAddress,
     },
-    /// Puts a port of a bridge on one VLAN, untagged, and on no other.
+    /// Puts a bridge port on one VLAN, untagged, and takes it off the bridge's default VLAN.
     SetPortVlan {
         /// The port.
         port: LinkName,
-        /// The VLAN.
+        /// The VLAN's number.
         vlan: u16,
-        /// The VLAN that the bridge gives every port.
+        /// The VLAN the bridge gives every new port, if it differs from `vlan`.
         replaces: Option<u16>,
     },
-    /// Adds an address, with its subnet's prefix.
+    /// Adds an IP address to a link.
     AddAddress {
-        /// To this link.
+        /// The link.
         link: LinkName,
-        /// The address.
+        /// The address, with its subnet's prefix.
         address: IpNetwork,
     },
-    /// Adds the route to a link's own subnet, which the kernel made with the address and somebody removed.
+    /// Adds the route to a link's own subnet. The kernel made it with the address, and another
+    /// program removed it.
     AddRoute {
         /// The link.
         link: LinkName,
-        /// The link's address.
+        /// The link's address, with its subnet's prefix.
         address: IpNetwork,
     },
-    /// Writes a setting below `/proc/sys/net`.
+    /// Writes a kernel setting below `/proc/sys/net`.
     WriteSysctl {
-        /// Its path there.
+        /// Path below `/proc/sys/net`.
         key: String,
-        /// The value.
+        /// The value to write.
         value: &'static str,
     },
-    /// Puts a table of ours in place.
+    /// Replaces one of the CPI's nftables tables as a whole.
     ReplaceTable(Ruleset),
 }
 
-/// What is to be a port of a bridge.
+/// A link that is to be a port of a bridge.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Port {
     /// The link.
     pub link: LinkName,
-    /// The only address behind it, if the machine there may have no other.
+    /// The only MAC address allowed behind the port; `None` leaves the port learning.
     pub pinned_mac: Option<MacAddress>,
 }
 
@@ -98,7 +102,7 @@ impl From<LinkName> for Port {
 }
 
 impl Port {
-    /// The port of a VM's network card, if it has one, with the segment that it is on.
+    /// Returns the port of a VM's NIC and its segment, or `None` for a NIC without a tap.
     pub fn of(nic: &Nic) -> Option<(Self, &Segment)> {
         let (tap, segment) = nic.tap()?;
         let guarded = nic.rules.as_ref().is_some_and(|rules| rules.anti_spoof);
@@ -106,22 +110,22 @@ impl Port {
     }
 }
 
-/// An nftables table of ours.
+/// An nftables table of the CPI.
 #[derive(Debug)]
 pub struct Ruleset(pub(super) Table);
 
-/// What to change of a link. The kernel takes all of it in one message.
+/// Settings of a link to change. The kernel takes all of them in one message.
 #[derive(Debug, Default, PartialEq)]
 pub struct LinkSettings {
-    /// Text for people.
+    /// The link's alias.
     pub alias: Option<String>,
-    /// Its Ethernet address.
+    /// The link's MAC address.
     pub mac: Option<MacAddress>,
     /// Largest packet, bytes.
     pub mtu: Option<u32>,
-    /// The bridge it is to be a port of.
+    /// The bridge the link is to join.
     pub controller: Option<LinkName>,
-    /// Switches it on; `false` leaves it.
+    /// Whether to switch the link on; `false` changes nothing.
     pub up: bool,
 }
 

@@ -1,23 +1,27 @@
-//! Host networking: which bridge a VM's NIC is plugged into, and everything on the host that makes the bridge work.
+//! Host networking: the bridge of each NIC, and the addresses, routes and rules that make it work.
 //!
 //! ```text
-//!   config::Network + profile + request        Segment, kept in the VM's record
+//!   config::Network + profile + request        Segment, stored in the VM's record
 //!            │                                    │
-//!        plan (pure) ─────────────────────────▶ apply ── missing · ensure · plug · release
+//!        plan (pure) ─────────────────────────▶ apply ── missing_changes · ensure · plug · release
 //!                                               │   │
-//!             what is seen ▶ diff (pure) ▶ change   └ link (netlink) · tap · sysctl · nft
+//!          Observed state ▶ diff (pure) ▶ change    └ link (netlink) · tap · sysctl · nft
 //!                              │
-//!                              └ firewall (which rules)      kept: who keeps a bridge without VMs
+//!                              └ firewall (a bridge's rules)
+//!
+//!   filter            what a VM may send and receive     bridge_owners    who keeps an unused bridge
+//!   subnet_conflict   is a requested subnet free?        host_firewalls   other programs' rules
+//!   probe             is an address in use on the wire?
 //! ```
-//! A [`plan::Segment`] says by itself what the host must have, so a supervisor can plug a VM in again years later,
-//! whatever the configuration has become. The kernel's state is the only other memory: nothing here writes a file. `coexist` looks for
-//! what other programs do to our VMs' packets.
+//! A [`plan::Segment`] describes everything the host must have. A supervisor can therefore plug a VM
+//! in again years later, whatever the configuration is then. The kernel holds the only other state:
+//! this module writes no file. `host_firewalls` reports what other programs do to VM packets.
 //!
-//! Everything is synchronous and opens its sockets on the calling thread, in whose network namespace it acts. Do not
-//! call it from within an async runtime, but from `spawn_blocking`: `link` runs a small runtime of its own.
+//! Every function is synchronous and opens its sockets on the calling thread, in that thread's network
+//! namespace. Async code must call it through `spawn_blocking`: `link` runs a small runtime of its own.
 //!
-//! This module knows links, addresses and rules. It knows nothing of VMs but their cid, nothing of BOSH's networks
-//! but three addresses, and nothing of QEMU.
+//! This module knows links, addresses and rules. Of a VM it knows only the cid, of a BOSH network only
+//! three addresses, and of QEMU nothing.
 
 pub mod apply;
 pub mod bridge_owners;
@@ -35,7 +39,7 @@ pub mod subnet_conflict;
 mod sysctl;
 pub mod tap;
 
-/// How the alias of every link that we made begins.
+/// Prefix of the alias of every bridge that the CPI makes.
 const ALIAS_PREFIX: &str = "bosh-qemu-cpi:";
 /// Largest packet of plain Ethernet, bytes.
 const ETHERNET_MTU: u32 = 1500;

@@ -1,5 +1,6 @@
-//! Whether a subnet that a request chose is free on this host. An operator may give VMs what other links have, and is told
-//! what comes of it; a request must not draw the host's own packets to a bridge.
+//! Conflicts of a requested subnet with the host's own addresses and routes. An operator may give
+//! VMs a subnet that other links have, and `host_firewalls` then reports the consequences. A
+//! request must not draw the host's own packets to a bridge.
 
 use ipnetwork::IpNetwork;
 
@@ -8,49 +9,53 @@ use super::link::{Links, Route};
 use super::plan::{Keeper, Segment, is_default, overlap, subnet};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Refuses a segment of which a subnet is elsewhere on this host: as an address of another link, or at the end of a route.
-/// What its bridge has already is its own.
+/// Refuses a segment if one of its subnets is elsewhere on this host: as an address of another
+/// link, or as the destination of a route. Addresses that the segment's bridge has already are no
+/// conflict.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] naming what has it; [`ErrorKind::Host`] if the kernel does not tell.
+/// [`ErrorKind::Conflict`] naming the address or route; [`ErrorKind::Host`] if the kernel does not
+/// answer.
 pub fn ensure_free(segment: &Segment) -> Result<()> {
     let Keeper::Us { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
     let links = Links::open()?;
-    let own = || {
+    let find_bridge = || {
         Ok::<_, Error>(
             links.find(&segment.bridge)?.filter(|link| is_cpi_bridge(link, &segment.bridge)),
         )
     };
     loop {
-        let bridge = own()?.map(|link| link.index);
+        let bridge = find_bridge()?.map(|link| link.index);
         let Some((wanted, conflict)) = find_conflict(&links, wanted, bridge)? else {
             return Ok(());
         };
         let link = conflict.link().map(|index| links.find_by_index(index)).transpose()?;
-        // What another call does with the bridge between two looks is not to be taken for somebody else's.
-        if own()?.map(|link| link.index) == bridge && link != Some(None) {
-            let problem =
-                format!("the request chose the subnet {wanted} for network '{}'", segment.network);
+        // Another call may have made or removed the bridge between the two queries: query again.
+        if find_bridge()?.map(|link| link.index) == bridge && link != Some(None) {
             let name = link.flatten().map(|link| link.name);
             return Err(Error::new(
                 ErrorKind::Conflict,
-                format!("{problem}, {}", conflict.describe(name.as_deref())),
+                format!(
+                    "the request chose the subnet {wanted} for network '{}', which overlaps with {}",
+                    segment.network,
+                    conflict.describe(name.as_deref())
+                ),
             ));
         }
     }
 }
 
-/// The first subnet of `wanted` that something else than the bridge has, and what that is.
+/// Returns the first subnet of `wanted` in use outside the bridge, and what uses it.
 fn find_conflict(
     links: &Links,
     wanted: &[IpNetwork],
     bridge: Option<u32>,
 ) -> Result<Option<(IpNetwork, Conflict)>> {
     let present = links.addresses()?;
-    let is_there = |wanted: &&IpNetwork| {
+    let is_on_bridge = |wanted: &&IpNetwork| {
         present.iter().any(|(at, address)| Some(*at) == bridge && address == *wanted)
     };
-    let new: Vec<_> = wanted.iter().filter(|wanted| !is_there(wanted)).collect();
+    let new: Vec<_> = wanted.iter().filter(|wanted| !is_on_bridge(wanted)).collect();
     if new.is_empty() {
         return Ok(None);
     }
@@ -61,17 +66,17 @@ fn find_conflict(
     }))
 }
 
-/// What has a subnet on this host.
+/// What uses a subnet on this host.
 #[derive(Debug, PartialEq, Eq)]
 enum Conflict {
-    /// The link with this address.
+    /// An address on the link with this index.
     Address(u32, IpNetwork),
-    /// This route.
+    /// A route.
     Route(Route),
 }
 
 impl Conflict {
-    /// The link's number, if it is on one.
+    /// The link's index, unless the route leads nowhere.
     fn link(&self) -> Option<u32> {
         match self {
             Self::Address(link, _) => Some(*link),
@@ -79,13 +84,13 @@ impl Conflict {
         }
     }
 
-    /// `name` is that of the link.
+    /// Describes the conflict; `name` is the link's name.
     fn describe(&self, name: Option<&str>) -> String {
-        let name = name.unwrap_or("nobody");
+        let name = name.unwrap_or("unknown");
         match self {
-            Self::Address(_, address) => format!("where '{name}' has this host's own {address}"),
-            Self::Route(Route { link: Some(_), to }) => format!("where {to} is routed to '{name}'"),
-            Self::Route(Route { link: None, to }) => format!("where {to} is routed to nobody"),
+            Self::Address(_, address) => format!("this host's address {address} on '{name}'"),
+            Self::Route(Route { link: Some(_), to }) => format!("the route of {to} to '{name}'"),
+            Self::Route(Route { link: None, to }) => format!("the route of {to} to no link"),
         }
     }
 }
@@ -111,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_host_has_or_reaches_elsewhere_is_taken() {
+    fn a_subnet_of_the_hosts_addresses_or_routes_is_a_conflict() {
         let net = |text: &str| text.parse::<IpNetwork>().unwrap();
         let route = |link, to| Route { link, to: net(to) };
         let addresses =

@@ -245,7 +245,7 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
 fn networks_that_do_not_fit_together_are_refused() {
     let networks = json!({"one": {}, "two": {"profile": "routed", "bridge": "bosh-nat0"}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
-    let both = "bridge 'bosh-nat0' can not be what both network 'one' and network 'two' want of it";
+    let both = "bridge 'bosh-nat0' cannot be what both network 'one' and network 'two' need";
     let (planned, well) = network(&host, "plan");
     assert!(!well && planned[0]["error"].as_str().unwrap().starts_with(both), "{planned:#}");
     host.reconfigure(|config| config["networks"]["two"] = json!({}));

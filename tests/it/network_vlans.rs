@@ -127,7 +127,7 @@ fn a_vlan_of_a_bridge_is_the_ports() {
     let segment = Segment { vlan: Some(20), ..existing("br0") };
     let refused = lab.plug("bqvlann0", &segment).unwrap_err();
     assert!(
-        text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"),
+        text(&refused).starts_with("BadConfig: bridge 'br0' does not filter VLANs"),
         "{}",
         text(&refused)
     );
