@@ -1,5 +1,5 @@
 //! One change of the host's network towards what a segment needs. `Display` shows the command an
-//! operator would type.
+//! operator would type, and for a table its text in nft's syntax.
 
 use std::fmt;
 

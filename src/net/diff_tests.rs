@@ -77,18 +77,18 @@ fn nat_on_a_bare_host() {
         chain postrouting {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
-            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & dnat == dnat masquerade
         }
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-nat0" ct state & (established | related) != 0 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-nat0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-nat0" counter drop
         }
         chain speaks {
@@ -113,14 +113,14 @@ fn routed_on_a_bare_host() {
     nft table inet bosh-qemu-bosh-routed0 {
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-routed0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            iifname "bosh-routed0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-routed0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-routed0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-routed0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-routed0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-routed0" ct state & (established | related) != 0 return
+            iifname "bosh-routed0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-routed0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-routed0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-routed0" counter drop
         }
         chain speaks {
@@ -150,10 +150,10 @@ fn isolated_on_a_bare_host() {
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-isolated0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-isolated0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-isolated0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-isolated0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-isolated0" ct state & (established | related) != 0 return
+            iifname "bosh-isolated0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-isolated0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-isolated0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-isolated0" counter drop
         }
         chain speaks {
@@ -303,18 +303,18 @@ fn only_the_missing_change_is_made() {
         chain postrouting {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
-            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & dnat == dnat masquerade
         }
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-nat0" ct state & (established | related) != 0 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-nat0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-nat0" counter drop
         }
         chain speaks {

@@ -11,8 +11,8 @@ pub(super) type Expressions = PushExprListAttrs<Vec<u8>>;
 /// A piece of a packet, or of what the kernel knows of it.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::net) struct Field {
-    /// In nftables' language.
-    text: &'static str,
+    /// In nft's syntax.
+    pub(super) text: &'static str,
     /// Bytes.
     size: u32,
     source: Source,

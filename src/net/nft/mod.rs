@@ -11,6 +11,7 @@ mod field;
 pub(in crate::net) mod foreign;
 mod rule;
 mod set;
+mod text;
 mod transaction;
 
 use std::fmt;

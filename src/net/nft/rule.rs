@@ -4,7 +4,6 @@
 //! registers, compare it, and leave the rule if it differs. Each [`Match`] is a few such steps.
 
 use std::ffi::CStr;
-use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -17,8 +16,7 @@ use nix::libc;
 use sha2::{Digest, Sha256};
 
 use super::field::{
-    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, MARK, OIFNAME, PROTOCOL,
-    load_key,
+    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, MARK, OIFNAME, PROTOCOL, load_key,
 };
 use super::set;
 use crate::link_name::LinkName;
@@ -286,74 +284,4 @@ fn text(text: &str) -> Vec<u8> {
 
 fn number(number: u32) -> Vec<u8> {
     number.to_be_bytes().to_vec()
-}
-
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for each in &self.matches {
-            write!(f, "{each} ")?;
-        }
-        write!(f, "{}", self.verdict)
-    }
-}
-
-impl fmt::Display for Match {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SourceIn(subnet @ IpNetwork::V4(_)) => write!(f, "ip saddr {subnet}"),
-            Self::SourceIn(subnet @ IpNetwork::V6(_)) => write!(f, "ip6 saddr {subnet}"),
-            Self::NotOutput(link) => write!(f, "oifname != \"{link}\""),
-            Self::Link(field, link) => write!(f, "{field} \"{link}\""),
-            Self::Eq(field, value) => write!(f, "{field} {}", Hex(*field, value)),
-            Self::DestinationPort(protocol, port) => {
-                write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}")
-            }
-            Self::Ne(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
-            Self::Present(field) => write!(f, "{field} >= 0"),
-            Self::InRange(field, first, last) => {
-                write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last))
-            }
-            Self::MaskedEq(field, mask, bits) => {
-                write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits))
-            }
-            Self::MaskedNe(field, mask, bits) => {
-                write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits))
-            }
-            Self::InSet(key, set) => write!(f, "{} @{set}", Key(key)),
-            Self::NotInSet(key, set) => write!(f, "{} != @{set}", Key(key)),
-        }
-    }
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Masquerade => f.write_str("masquerade"),
-            Self::Drop => f.write_str("counter drop"),
-            Self::Return => f.write_str("return"),
-            Self::Jump(chain) => write!(f, "jump {chain}"),
-            Self::Goto(chain) => write!(f, "goto {chain}"),
-            Self::Dnat { v6, key, map } => {
-                write!(f, "dnat {} to {} map @{map}", if *v6 { "ip6" } else { "ip" }, Key(key))
-            }
-            Self::SetMark(bits) => {
-                write!(f, "meta mark set meta mark | {:#x}", u32::from_ne_bytes(*bits))
-            }
-            Self::UpdateSet { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
-        }
-    }
-}
-
-/// A value of a field, as a number.
-struct Hex(Field, &'static [u8]);
-
-impl fmt::Display for Hex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut bytes = self.1.to_vec();
-        if self.0.is_host_order() && cfg!(target_endian = "little") {
-            bytes.reverse();
-        }
-        f.write_str("0x")?;
-        bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
 }
