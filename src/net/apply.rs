@@ -216,15 +216,16 @@ fn retry_while_stale<T>(
     Err(Error::new(
         ErrorKind::Conflict,
         format!(
-            "gave up on bridge '{}' after {MAX_ATTEMPTS} attempts: another program keeps changing it",
+            "gave up on bridge '{}' after {MAX_ATTEMPTS} attempts: \
+             another program keeps changing it",
             segment.bridge
         ),
     )
     .hint(format!("find the program: ip monitor link dev {}", segment.bridge)))
 }
 
-/// Makes the changes that `observed` calls for. Returns `observed` and the bridge as it works now, or
-/// `None` if the host changed meanwhile and the caller must observe it again.
+/// Makes the changes that `observed` calls for. Returns `observed` and the bridge as it works now,
+/// or `None` if the host changed meanwhile and the caller must observe it again.
 fn apply_missing(
     links: &Links,
     segment: &Segment,

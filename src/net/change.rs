@@ -135,7 +135,8 @@ impl fmt::Display for Change {
             Self::AddBridge { name, mac, mtu } => {
                 write!(
                     f,
-                    "ip link add {name} address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0"
+                    "ip link add {name} address {mac} mtu {mtu} \
+                     type bridge stp_state 0 forward_delay 0"
                 )
             }
             Self::AddVlan { name, carrier, vlan } => {
@@ -157,7 +158,8 @@ impl fmt::Display for Change {
                 let (network, prefix, source) = (address.network(), address.prefix(), address.ip());
                 write!(
                     f,
-                    "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link"
+                    "ip route add {network}/{prefix} dev {link} src {source} \
+                     proto kernel scope link"
                 )
             }
             Self::WriteSysctl { key, value } => {

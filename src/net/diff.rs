@@ -192,8 +192,8 @@ fn ensure_possible(
             "address {wanted} for bridge '{name}' overlaps with the host's address {other}"
         );
         return Err(Error::new(ErrorKind::Conflict, problem).hint(format!(
-            "choose another subnet; or, for VMs in the host's own subnet, put the host's link into a \
-             bridge and give network '{network}' the profile 'bridge'"
+            "choose another subnet; or, for VMs in the host's own subnet, put the host's link into \
+             a bridge and give network '{network}' the profile 'bridge'"
         )));
     }
     // IPv6 forwarding is the operator's decision. With it on, the host ignores router

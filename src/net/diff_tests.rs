@@ -170,7 +170,8 @@ fn isolated_on_a_bare_host() {
 
 #[test]
 fn an_operators_bridge_gets_a_tap() {
-    insta::assert_snapshot!(all(&json!({"profile": "bridge", "bridge": "br0"}), &with_bridge("br0")), @r"
+    let network = json!({"profile": "bridge", "bridge": "br0"});
+    insta::assert_snapshot!(all(&network, &with_bridge("br0")), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up

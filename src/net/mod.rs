@@ -3,7 +3,7 @@
 //! ```text
 //!   config::Network + profile + request        Segment, stored in the VM's record
 //!            │                                    │
-//!        plan (pure) ─────────────────────────▶ apply ── missing_changes · ensure · plug · release
+//!        plan (pure) ─────────────────────────▶ apply ── ensure · plug · release
 //!                                               │   │
 //!          Observed state ▶ diff (pure) ▶ change    └ link (netlink) · tap · sysctl · nft
 //!                              │
@@ -13,15 +13,16 @@
 //!   subnet_conflict   is a requested subnet free?        host_firewalls   other programs' rules
 //!   probe             is an address in use on the wire?
 //! ```
-//! A [`plan::Segment`] describes everything the host must have. A supervisor can therefore plug a VM
-//! in again years later, whatever the configuration is then. The kernel holds the only other state:
-//! this module writes no file. `host_firewalls` reports what other programs do to VM packets.
+//! A [`plan::Segment`] describes everything the host must have. A supervisor can therefore plug a
+//! VM in again years later, whatever the configuration is then. The kernel holds the only other
+//! state: this module writes no file.
 //!
-//! Every function is synchronous and opens its sockets on the calling thread, in that thread's network
-//! namespace. Async code must call it through `spawn_blocking`: `link` runs a small runtime of its own.
+//! Every function is synchronous and opens its sockets on the calling thread, in that thread's
+//! network namespace. Async code must call it through `spawn_blocking`: `link` runs a small runtime
+//! of its own.
 //!
-//! This module knows links, addresses and rules. Of a VM it knows only the cid, of a BOSH network only
-//! three addresses, and of QEMU nothing.
+//! This module knows links, addresses and rules. Of a VM it knows only the cid, of a BOSH network
+//! only three addresses, and of QEMU nothing.
 
 pub mod apply;
 pub mod bridge_owners;

@@ -390,7 +390,10 @@ fn in_requested_subnet(
 ) -> Result<IpNetwork> {
     let missing = |what: &str| {
         bad_request(name, &format!("has no subnet of its own, and the request has no {what}"))
-            .hint(format!("give the subnet in the manifest a gateway and a range, or set networks.{name}.subnet"))
+            .hint(format!(
+                "give the subnet in the manifest a gateway and a range, \
+                 or set networks.{name}.subnet"
+            ))
     };
     let gateway = gateway.ok_or_else(|| missing("gateway"))?;
     let netmask = requested.netmask.ok_or_else(|| missing("netmask"))?;

@@ -137,10 +137,12 @@ proptest::proptest! {
         let nat = Profile::load("nat", None).unwrap();
         for subnet in [None, Some(IpNetwork::new([10, 0, 0, 0].into(), prefix).unwrap())] {
             let network = Network { subnet, ..Network::nat() };
-            let Ok(NicPlan::Bridge(segment)) = plan_nic("lab", &network, &nat, &requested) else { continue };
+            let planned = plan_nic("lab", &network, &nat, &requested);
+            let Ok(NicPlan::Bridge(segment)) = planned else { continue };
             let Keeper::Us { addresses, .. } = segment.keeper else { panic!("nat is ours") };
-            proptest::prop_assert!(ip.is_none_or(|ip| addresses[0].contains(ip) && addresses[0].ip() != ip));
-            proptest::prop_assert!(gateway.is_none_or(|gateway| addresses[0].ip() == gateway));
+            let host = addresses[0];
+            proptest::prop_assert!(ip.is_none_or(|ip| host.contains(ip) && host.ip() != ip));
+            proptest::prop_assert!(gateway.is_none_or(|gateway| host.ip() == gateway));
         }
     }
 }
@@ -226,7 +228,11 @@ fn user_networking_needs_an_address_and_no_bridge() {
         refusal(json!({"profile": "user", "gateway": "10.0.2.1"}), ""),
         refusal(json!({"profile": "user", "subnet": "10.0.2.0/30"}), "10.0.2.2"),
         refusal(
-            json!({"profile": "user", "subnet": "10.0.2.0/24", "pool": "fd00::1-fd00::ffff:ffff:ffff:ffff"}),
+            json!({
+                "profile": "user",
+                "subnet": "10.0.2.0/24",
+                "pool": "fd00::1-fd00::ffff:ffff:ffff:ffff",
+            }),
             "",
         ),
         refusal(json!({"profile": "user", "subnet": "fd00::/64"}), ""),
@@ -260,7 +266,12 @@ fn a_default_guest_address_is_one_of_the_pool() {
     assert_eq!(guest(json!({"profile": "user"})), "10.0.2.2/24 10.0.2.15");
     assert_eq!(guest(json!({"profile": "user", "subnet": "10.6.0.0/16"})), "10.6.0.1/16 10.6.0.15");
     assert_eq!(guest(json!({"profile": "user", "subnet": "10.6.0.8/29"})), "10.6.0.9/29 10.6.0.10");
-    let pool = json!({"profile": "user", "subnet": "10.6.0.0/24", "gateway": "10.6.0.15", "pool": "10.6.0.15-10.6.0.20"});
+    let pool = json!({
+        "profile": "user",
+        "subnet": "10.6.0.0/24",
+        "gateway": "10.6.0.15",
+        "pool": "10.6.0.15-10.6.0.20",
+    });
     assert_eq!(guest(pool), "10.6.0.15/24 10.6.0.16");
 }
 

@@ -36,7 +36,8 @@ pub fn ensure_free(segment: &Segment) -> Result<()> {
             return Err(Error::new(
                 ErrorKind::Conflict,
                 format!(
-                    "the request chose the subnet {wanted} for network '{}', which overlaps with {}",
+                    "the request chose the subnet {wanted} for network '{}', \
+                     which overlaps with {}",
                     segment.network,
                     conflict.describe(name.as_deref())
                 ),

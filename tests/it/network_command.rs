@@ -221,7 +221,7 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
     host.namespace().run(|| nftables::drop_at(libc::NF_INET_LOCAL_IN, "mine", "closed", &[]));
     let answer = host.call("create_vm", &host.vm_arguments(&host.stemcell()));
     vm_cid(answer.result());
-    let warned = "Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'";
+    let warned = "Docker drops forwarded packets, also those of VMs on bridge 'bosh-nat0'";
     assert!(answer.stderr.contains(warned), "{}", answer.stderr);
     assert!(
         answer.stderr.contains("iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT"),
@@ -231,11 +231,11 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
     let (planned, _) = network(&host, "plan");
     let causes: Vec<_> =
         planned[0]["findings"].as_array().unwrap().iter().map(|found| &found["cause"]).collect();
-    let closed = "chain 'closed' of table 'ip mine' drops what is sent to this host, and so host_services for VMs on bridge \
+    let closed = "chain 'closed' of table 'ip mine' drops packets to this host, also to host_services, from VMs on bridge \
                   'bosh-nat0'";
     assert!(causes.contains(&&json!(warned)) && causes.contains(&&json!(closed)), "{causes:?}");
     assert!(causes.iter().all(|cause| {
-        !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops what is forwarded")
+        !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops forwarded packets")
     }));
     host.clear();
     host.namespace().run(nftables::flush);

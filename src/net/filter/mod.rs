@@ -1,16 +1,19 @@
-//! What a guest may send, and what reaches it: two tables of ours, `bosh-qemu-guard` for bridges and for the host's IP.
+//! The packet filter of VMs: what a guest may send, and what reaches it. It is two nftables tables
+//! named `bosh-qemu-guard`, one of the family `bridge` and one of the family `inet`. Hosts and
+//! operators know that name, so it stays.
 //!
 //! ```text
 //!    store::NicRules ── elements (pure) ──▶ add · remove ──▶ one transaction
 //!                                              ▲
 //!                             rules (the same for all VMs)
 //! ```
-//! The tables are there as long as any VM is. A VM is nothing but elements of their sets, which name its taps: a
-//! packet costs the same, and a VM costs the same, however many VMs there are. Elements outlive a tap that goes and
-//! comes again, so a VM is never on a wire without them.
+//! The tables exist while any VM with rules exists. A VM is only elements of their sets, which name
+//! its taps: packets and VMs cost the same however many VMs the host has. Elements outlive a tap
+//! that is removed and made again, so a VM is never on a wire without its rules.
 //!
-//! Several calls and supervisors do this at once, maybe with state directories of their own. Nobody waits for a lock:
-//! a transaction says what it was based on, and is tried again if that has changed.
+//! Several calls and supervisors change the tables at once, perhaps with different state
+//! directories. None waits for a lock: a transaction names the generation it is based on, and is
+//! repeated if that has changed.
 
 mod elements;
 mod rules;
@@ -25,14 +28,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::store::record::Nic;
 
-/// How often the host's tables may change under our hands before we give up. Each time somebody got something done.
+/// How often the host's nftables may change during one call before it fails. Each change is another
+/// process's progress.
 const MAX_ATTEMPTS: u32 = 64;
 
-/// Puts the rules of `nics` in force. Should the tables be lost or another version's, they are written anew with the
-/// cards of `others`: all VMs there are.
+/// Puts the rules of `nics` in force. If the tables are missing or another version's, it writes
+/// them anew with the NICs that `others` returns: all VMs on the host.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] for what the kernel refused; [`ErrorKind::Conflict`] if the tables never stay as they are.
+/// [`ErrorKind::Host`] for what the kernel refused; [`ErrorKind::Conflict`] if other processes
+/// change the tables throughout.
 pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
     if nics.iter().all(|nic| nic.tap().is_none() || nic.rules.is_none()) {
         return Ok(());
@@ -44,27 +49,30 @@ pub fn add(nics: &[Nic], others: impl Fn() -> Result<Vec<Nic>>) -> Result<()> {
             let members = encode(&elements_of_all(nics));
             return nft::commit(&steps(&bridge, &inet, &members, Step::AddElements), None);
         }
-        tracing::info!("writing the guard's tables");
+        tracing::info!("writing the tables 'bosh-qemu-guard'");
         let all = others()?;
         let members = encode(&elements_of_all(nics.iter().chain(&all)));
         let mut steps = steps(&bridge, &inet, &members, Step::AddElements);
         steps.splice(..0, [Step::ReplaceTable(&bridge), Step::ReplaceTable(&inet)]);
         let outcome = nft::commit(&steps, Some(generation))?;
         if outcome == Outcome::Done {
-            // One that went meanwhile found no tables to go from.
-            let left = others()?;
-            let stays = |nic: &&Nic| {
-                left.iter().any(|other| other.tap().map(|tap| tap.0) == nic.tap().map(|tap| tap.0))
+            // A VM that was removed meanwhile found no tables to remove its elements from.
+            let remaining = others()?;
+            let remains = |nic: &&Nic| {
+                remaining
+                    .iter()
+                    .any(|other| other.tap().map(|tap| tap.0) == nic.tap().map(|tap| tap.0))
             };
             all.iter()
-                .filter(|nic| !stays(nic))
+                .filter(|nic| !remains(nic))
                 .try_for_each(|nic| remove(std::slice::from_ref(nic)))?;
         }
         Ok(outcome)
     })
 }
 
-/// Whether `nics` have rules of which any is not in force: the tables are lost, or another version's, or lack elements.
+/// Whether any rule of `nics` is not in force: the tables are missing or another version's, or they
+/// lack elements.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
@@ -89,7 +97,7 @@ pub fn is_missing(nics: &[Nic]) -> Result<bool> {
     Ok(false)
 }
 
-/// Removes everything of `nics`, and the tables with the last of all.
+/// Removes the elements of `nics`, and both tables with the last VM's elements.
 ///
 /// # Errors
 /// As [`add`].
@@ -101,23 +109,25 @@ pub fn remove(nics: &[Nic]) -> Result<()> {
     remove_elements(&encode(&members))
 }
 
-/// The elements of a VM whose record is gone.
+/// Elements of a VM whose record does not exist.
 #[derive(Debug)]
 pub struct StrayElements(RawTableElements);
 
-/// What the tables have of these taps, of these addresses on their bridges, and of ports that are forwarded to them.
+/// Returns the elements of these taps, of these addresses on their bridges, and of ports forwarded
+/// to them.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
 pub fn stray_elements(
     taps: &[LinkName],
-    places: &[(LinkName, IpNetwork)],
+    addresses: &[(LinkName, IpNetwork)],
     ports: &[(u8, u16)],
 ) -> Result<StrayElements> {
     let first = |parts| Element::new(parts).encode().first;
-    let mut heads: Vec<_> = taps.iter().map(|tap| first(vec![Part::Link(tap.clone())])).collect();
-    heads.extend(
-        places.iter().map(|(bridge, block)| first(elements::masked_key_prefix(bridge, *block))),
+    let mut prefixes: Vec<_> =
+        taps.iter().map(|tap| first(vec![Part::Link(tap.clone())])).collect();
+    prefixes.extend(
+        addresses.iter().map(|(bridge, block)| first(elements::masked_key_prefix(bridge, *block))),
     );
     let of_port = |raw: &RawElement| {
         let tail = |(protocol, port): &(u8, u16)| {
@@ -125,19 +135,20 @@ pub fn stray_elements(
         };
         ports.iter().any(|port| raw.first.ends_with(&tail(port)))
     };
-    let is_theirs = |set: &Set, raw: &RawElement| {
+    let belongs_to_vm = |set: &Set, raw: &RawElement| {
         if set.key.first() == Some(&DataType::Link) {
-            return heads.iter().any(|head| raw.first.starts_with(head));
+            return prefixes.iter().any(|head| raw.first.starts_with(head));
         }
         let target = elements::forward_target(&raw.data);
-        target.is_some_and(|ip| places.iter().any(|(_, block)| block.contains(ip))) && of_port(raw)
+        target.is_some_and(|ip| addresses.iter().any(|(_, block)| block.contains(ip)))
+            && of_port(raw)
     };
     let of = |table: &Table| -> Result<RawSetElements> {
         let mut found = Vec::new();
         for set in &table.sets {
-            let mut theirs = nft::elements(table, set)?.unwrap_or_default();
-            theirs.retain(|raw| is_theirs(set, raw));
-            found.push((*set, theirs));
+            let mut elements = nft::elements(table, set)?.unwrap_or_default();
+            elements.retain(|raw| belongs_to_vm(set, raw));
+            found.push((*set, elements));
         }
         found.retain(|(_, elements)| !elements.is_empty());
         Ok(found)
@@ -146,12 +157,12 @@ pub fn stray_elements(
 }
 
 impl StrayElements {
-    /// Whether there is nothing.
+    /// Whether there are no such elements.
     pub fn is_empty(&self) -> bool {
         self.0.0.is_empty() && self.0.1.is_empty()
     }
 
-    /// Removes them, and the tables with the last of all.
+    /// Removes the elements, and both tables with the last VM's elements.
     ///
     /// # Errors
     /// As [`add`].
@@ -162,7 +173,7 @@ impl StrayElements {
 
 fn remove_elements(members: &RawTableElements) -> Result<()> {
     let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
-    // Gone already, with the tables.
+    // A stale outcome means that the tables are gone, and the elements with them.
     let _: Outcome = nft::commit(&steps(&bridge, &inet, members, Step::RemoveElements), None)?;
     retry_while_stale(|| {
         let generation = nft::generation()?;
@@ -185,13 +196,17 @@ fn retry_while_stale(mut attempt: impl FnMut() -> Result<Outcome>) -> Result<()>
     }
     Err(Error::new(
         ErrorKind::Conflict,
-        "the tables 'bosh-qemu-guard' keep being changed by somebody else",
-    ))
+        format!(
+            "gave up on the nftables tables 'bosh-qemu-guard' after {MAX_ATTEMPTS} attempts: \
+             another program keeps changing nftables"
+        ),
+    )
+    .hint("find the program: nft monitor"))
 }
 
 type TableElements = (Vec<SetElements>, Vec<SetElements>);
 
-/// The elements of all cards, in one list for each set.
+/// Returns the elements of all NICs, in one list for each set.
 fn elements_of_all<'a>(nics: impl IntoIterator<Item = &'a Nic>) -> TableElements {
     let mut all = TableElements::default();
     for nic in nics {
@@ -214,7 +229,7 @@ fn merge(all: &mut Vec<SetElements>, more: Vec<SetElements>) {
 type RawSetElements = Vec<(Set, Vec<RawElement>)>;
 type RawTableElements = (RawSetElements, RawSetElements);
 
-/// The same in the kernel's encoding.
+/// Encodes the elements for the kernel.
 fn encode(members: &TableElements) -> RawTableElements {
     let of = |all: &[SetElements]| {
         all.iter().map(|m| (m.set, m.elements.iter().map(Element::encode).collect())).collect()

@@ -1,9 +1,9 @@
-//! Whether what else runs on this host lets our VMs' packets through: Docker, ufw, firewalld, libvirt, br_netfilter,
-//! switches of the kernel, routes, addresses that are not here. Nothing of it is ever changed: a [`Finding`] names the cause
-//! and the command that cures it.
+//! Finds what on this host stops VM packets: Docker, ufw, firewalld, libvirt, br_netfilter, kernel
+//! settings, routes, and forwarded addresses that no link has. Changes nothing: a [`Finding`] names
+//! the cause and the command that cures it.
 //!
-//! In nftables every table's chains are asked in turn, so an `accept` of ours can not take back a `drop` of another's.
-//! [`observe`] looks, [`findings`] is pure.
+//! nftables consults the chains of every table in turn, so an `accept` in the CPI's tables cannot
+//! undo another program's `drop`. [`observe`] reads the host's state; [`findings`] is pure.
 
 mod tables;
 
@@ -25,51 +25,52 @@ use crate::store::record::Nic;
 /// The bridge of Docker's default network.
 const DOCKER: &str = "docker0";
 
-/// What stands in the way of a network, and what to do about it.
+/// An obstacle for a network's packets, and its cure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What is wrong, and who did it.
+    /// What is wrong, and the program or setting that causes it.
     pub cause: String,
-    /// A command for a shell, or what to change.
+    /// A shell command, or what to change.
     pub cure: String,
 }
 
-/// What this host is like, as far as it matters to others' packets.
+/// The host's state, as far as it matters to VM packets.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
-    /// Tables that have a say in what reaches the host or is forwarded.
+    /// Other programs' tables with chains at the input or forward hook.
     foreign: Vec<ForeignTable>,
-    /// Whether `iptables-legacy` has a filter table, which can not be read over netlink.
+    /// Whether `iptables-legacy` has a filter table, which netlink cannot read.
     has_legacy_filter: bool,
-    /// Whether frames from port to port of a bridge go through iptables, too.
+    /// Whether frames between ports of a bridge go through iptables, too.
     bridges_call_iptables: bool,
-    /// The host forwards IPv6.
+    /// Whether the host forwards IPv6.
     forwards_v6: bool,
-    /// The link to the default_route.
+    /// The link of the default route.
     default_route: Option<DefaultRoute>,
-    /// Whether Docker's own bridge is there.
+    /// Whether Docker's own bridge exists.
     has_docker: bool,
-    /// Bridges that are there, with their largest packets.
+    /// Existing bridges of the segments, with their MTUs in bytes.
     bridges: Vec<(String, u32)>,
-    /// Routes to the segments' addresses with their links, without those of bridges of ours.
+    /// Routes to the segments' addresses and their links, without links that the CPI made.
     routes: Vec<(String, IpNetwork)>,
-    /// Addresses from which ports are forwarded and that no link has.
+    /// Addresses whose ports are forwarded and that no link has.
     unassigned: Vec<IpAddr>,
 }
 
-/// The link to the default_route.
+/// The link of the default route.
 #[derive(Debug, Clone, Default)]
 struct DefaultRoute {
     link: String,
     mtu: u32,
-    /// Whether what comes in by it is passed on.
+    /// Whether the host forwards packets that come in by it.
     forwards_v4: bool,
 }
 
-/// Looks at the host of the calling thread, as far as it matters to these segments and to what is forwarded to these cards.
+/// Observes the host in the calling thread's network namespace, as far as it matters to these
+/// segments and to the forwards of these NICs.
 ///
 /// # Errors
-/// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel does not tell.
+/// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel does not answer.
 pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     let links = Links::open()?;
     let is =
@@ -104,7 +105,7 @@ pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
     })
 }
 
-/// Routes to addresses of the segments over links that are not ours.
+/// Returns routes to addresses of the segments over links that the CPI did not make.
 fn foreign_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
     let ours: Vec<_> = segments
         .iter()
@@ -113,7 +114,7 @@ fn foreign_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, I
         .collect();
     let mut found = Vec::new();
     for Route { link, to } in links.routes()? {
-        // The default route is for what nobody else has.
+        // The default route applies only where no other route does.
         if !is_default(to)
             && ours.iter().any(|subnet| overlap(*subnet, to))
             && let Some(index) = link
@@ -133,7 +134,7 @@ fn addresses(segment: &Segment) -> &[IpNetwork] {
     }
 }
 
-/// What is forwarded to these cards.
+/// Returns the forwards to these NICs.
 fn forwards_of(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
     nics.iter()
         .filter(|nic| nic.tap().is_some())
@@ -141,45 +142,49 @@ fn forwards_of(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
         .flat_map(|rules| &rules.forwards)
 }
 
-/// What keeps a segment's VMs, which have these cards, from what its profile and their ports promise.
+/// Returns what prevents a segment's VMs with these NICs from using what its profile and their
+/// forwards promise.
 pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let passes = match &segment.keeper {
+    let forwards = match &segment.keeper {
         Keeper::Us { addresses, closed, services, .. } => {
             if services.as_ref().is_some_and(|services| !services.is_empty()) {
-                tables::services(segment, facts, &mut findings);
+                tables::host_services(segment, facts, &mut findings);
             }
-            addresses.iter().for_each(|address| routes(segment, *address, facts, &mut findings));
-            let passes = !closed && !addresses.is_empty();
-            if passes {
-                switches(segment, addresses, facts, &mut findings);
+            addresses
+                .iter()
+                .for_each(|address| overlapping_routes(segment, *address, facts, &mut findings));
+            let forwards = !closed && !addresses.is_empty();
+            if forwards {
+                kernel_settings(segment, addresses, facts, &mut findings);
             }
-            passes
+            forwards
         }
         Keeper::Operator => false,
     };
-    if passes || facts.bridges_call_iptables && !segment.isolated {
-        tables::findings(segment, passes, facts, &mut findings);
+    if forwards || facts.bridges_call_iptables && !segment.isolated {
+        tables::findings(segment, forwards, facts, &mut findings);
     }
     for forward in forwards_of(nics) {
         findings.extend(
             forward
                 .address
                 .filter(|ip| facts.unassigned.contains(ip))
-                .map(|ip| unassigned(forward, ip)),
+                .map(|ip| unassigned_address(forward, ip)),
         );
     }
     findings
 }
 
-/// Not refused: an address that wanders between hosts (VRRP, a floating address) is elsewhere now and may come later, and
-/// the forward works as soon as it does.
-fn unassigned(forward: &Forward, address: IpAddr) -> Finding {
+/// Returns the finding for a forward from an address that no link has. The forward is not refused:
+/// an address that moves between hosts (VRRP, a floating address) may come later, and the forward
+/// works then.
+fn unassigned_address(forward: &Forward, address: IpAddr) -> Finding {
     let Forward { protocol, host, to, count, .. } = forward;
     let protocol = Protocol::from_number(*protocol).map_or("", Protocol::as_str);
     let last = host.saturating_add(count.saturating_sub(1));
-    let one = last == *host;
-    let (ports, lead) = if one {
+    let is_single = last == *host;
+    let (ports, lead) = if is_single {
         (format!("port {protocol}/{host}"), "leads")
     } else {
         (format!("ports {protocol}/{host}-{last}"), "lead")
@@ -189,12 +194,14 @@ fn unassigned(forward: &Forward, address: IpAddr) -> Finding {
         cause: format!(
             "{ports} of {address} {lead} to {to}, but no link of this host has {address}"
         ),
-        cure: format!("ip address add {address} dev {link}; nothing, if it comes by itself (VRRP)"),
+        cure: format!(
+            "ip address add {address} dev {link}; do nothing if VRRP assigns the address"
+        ),
     }
 }
 
-/// The kernel's own switches and sizes.
-fn switches(
+/// Adds findings about kernel settings and MTUs.
+fn kernel_settings(
     segment: &Segment,
     addresses: &[IpNetwork],
     facts: &Facts,
@@ -202,14 +209,14 @@ fn switches(
 ) {
     let bridge = &segment.bridge;
     if addresses.iter().any(IpNetwork::is_ipv6) && !facts.forwards_v6 {
-        let cause = format!("this host does not forward IPv6, which VMs on bridge '{bridge}' have");
+        let cause = format!("this host does not forward IPv6, but VMs on bridge '{bridge}' use it");
         findings
             .push(Finding { cause, cure: "sysctl -w net.ipv6.conf.all.forwarding=1".to_owned() });
     }
     let Some(default_route) = &facts.default_route else { return };
     if addresses.iter().any(IpNetwork::is_ipv4) && !default_route.forwards_v4 {
         let cause = format!(
-            "this host forwards, but not what comes in by '{}': no answer reaches a VM",
+            "this host does not forward packets from '{}', so no reply reaches a VM",
             default_route.link
         );
         findings.push(Finding {
@@ -228,39 +235,43 @@ fn switches(
         .or(segment.mtu);
     if let Some(mtu) = mtu.filter(|mtu| *mtu > default_route.mtu) {
         let cause = format!(
-            "bridge '{bridge}' carries packets of {mtu} bytes, the way to the default_route by '{}' {}: large packets may hang",
+            "bridge '{bridge}' has an MTU of {mtu} bytes, but the default route's link '{}' only \
+             {}: large packets may get lost",
             default_route.link, default_route.mtu
         );
         let cure = format!(
-            "ip link set {bridge} mtu {}; then reboot_vm its VMs, which are told when they start",
+            "ip link set {bridge} mtu {}, then reboot its VMs: they read the MTU when they start",
             default_route.mtu
         );
         findings.push(Finding { cause, cure });
     }
 }
 
-/// Routes of others to the same addresses: one of the two is cut off.
-fn routes(segment: &Segment, address: IpNetwork, facts: &Facts, findings: &mut Vec<Finding>) {
-    let ours = subnet(address);
-    let elsewhere = facts
+/// Adds findings about other routes to the same addresses: one of the two networks is cut off.
+fn overlapping_routes(
+    segment: &Segment,
+    address: IpNetwork,
+    facts: &Facts,
+    findings: &mut Vec<Finding>,
+) {
+    let own = subnet(address);
+    let others = facts
         .routes
         .iter()
-        .filter(|(link, to)| link != segment.bridge.as_str() && overlap(*to, ours));
-    for (link, to) in elsewhere {
-        let whose = match link.as_str() {
+        .filter(|(link, to)| link != segment.bridge.as_str() && overlap(*to, own));
+    for (link, to) in others {
+        let owner = match link.as_str() {
             libvirt if libvirt.starts_with("virbr") => " of libvirt",
             docker if docker == DOCKER || docker.starts_with("br-") => " of Docker",
             _ => "",
         };
         let cause = format!(
-            "subnet {ours} of bridge '{}' overlaps with {to}, which is routed to '{link}'{whose}",
+            "subnet {own} of bridge '{}' overlaps with the route of {to} to '{link}'{owner}",
             segment.bridge
         );
-        let other = format!(
-            "give network '{}' another subnet: 'ip route' shows those in use",
-            segment.network
-        );
-        let cure = if whose == " of libvirt" {
+        let other =
+            format!("give network '{}' a subnet that 'ip route' does not list", segment.network);
+        let cure = if owner == " of libvirt" {
             format!(
                 "virsh net-destroy default && virsh net-autostart --disable default; or {other}"
             )

@@ -1,4 +1,5 @@
-//! Other programs that drop what is forwarded, and the words each of them understands.
+//! Tables of other programs that drop VM packets, and the commands that make each of them let the
+//! packets pass.
 
 use ipnetwork::IpNetwork;
 
@@ -6,26 +7,27 @@ use super::{Facts, Finding, addresses};
 use crate::net::nft::foreign::ForeignTable;
 use crate::net::plan::{Keeper, Segment};
 
-/// What drops the packets of a segment's VMs: those that the host passes on, or else those that br_netfilter shows it.
+/// Adds findings about tables that drop packets of a segment's VMs: packets that the host forwards,
+/// or else frames that br_netfilter passes to iptables.
 pub(super) fn findings(
     segment: &Segment,
-    passes: bool,
+    forwards: bool,
     facts: &Facts,
     findings: &mut Vec<Finding>,
 ) {
     let bridge = &segment.bridge;
-    let what = if passes {
-        "drops what is forwarded, and so the packets of VMs on"
+    let action = if forwards {
+        "drops forwarded packets, also those of VMs on"
     } else {
-        "drops, as bridge-nf-call-iptables is 1, what VMs send each other on"
+        "drops frames between VMs, because bridge-nf-call-iptables is 1, on"
     };
     let before = findings.len();
-    let unaware = facts
+    let unopened = facts
         .foreign
         .iter()
-        .filter(|table| sees_packets_of(table, segment, passes) && !table.has_rule_for(bridge));
-    for (who, cure) in unaware.filter_map(|table| dropping_program(table, segment)) {
-        let finding = Finding { cause: format!("{who} {what} bridge '{bridge}'"), cure };
+        .filter(|table| sees_packets_of(table, segment, forwards) && !table.has_rule_for(bridge));
+    for (program, cure) in unopened.filter_map(|table| dropping_program(table, segment)) {
+        let finding = Finding { cause: format!("{program} {action} bridge '{bridge}'"), cure };
         // ufw has a table for each IP version, and one command for both.
         if !findings.contains(&finding) {
             findings.push(finding);
@@ -33,13 +35,13 @@ pub(super) fn findings(
     }
     if facts.has_legacy_filter && facts.has_docker {
         let cause = format!(
-            "Docker uses iptables-legacy here, which may drop the packets of VMs on bridge '{bridge}'"
+            "Docker uses iptables-legacy, which may drop packets of VMs on bridge '{bridge}'"
         );
         findings.push(Finding { cause, cure: docker("iptables-legacy", segment) });
     }
     if facts.bridges_call_iptables && findings.len() > before {
         let cause = format!(
-            "frames between VMs on bridge '{bridge}' go through these rules, too (br_netfilter)"
+            "br_netfilter passes frames between VMs on bridge '{bridge}' to these rules, too"
         );
         findings.push(Finding {
             cause,
@@ -48,8 +50,8 @@ pub(super) fn findings(
     }
 }
 
-/// What drops packets to the services of the host that a segment's VMs may use.
-pub(super) fn services(segment: &Segment, facts: &Facts, findings: &mut Vec<Finding>) {
+/// Adds findings about tables that drop packets to `host_services` of a segment's VMs.
+pub(super) fn host_services(segment: &Segment, facts: &Facts, findings: &mut Vec<Finding>) {
     let bridge = &segment.bridge;
     for table in facts
         .foreign
@@ -59,14 +61,15 @@ pub(super) fn services(segment: &Segment, facts: &Facts, findings: &mut Vec<Find
         let ForeignTable { family, table: name, input_drop_chain: Some(chain), .. } = table else {
             continue;
         };
-        let (who, cure) = if table.chains.iter().any(|chain| chain.starts_with("ufw")) {
+        let (program, cure) = if table.chains.iter().any(|chain| chain.starts_with("ufw")) {
             ("ufw".to_owned(), format!("ufw allow in on {bridge}"))
         } else {
             let cure = format!("nft insert rule {family} {name} {chain} iifname {bridge} accept");
             (format!("chain '{chain}' of table '{family} {name}'"), cure)
         };
         let cause = format!(
-            "{who} drops what is sent to this host, and so host_services for VMs on bridge '{bridge}'"
+            "{program} drops packets to this host, also to host_services, from VMs on bridge \
+             '{bridge}'"
         );
         let finding = Finding { cause, cure };
         if !findings.contains(&finding) {
@@ -75,18 +78,19 @@ pub(super) fn services(segment: &Segment, facts: &Facts, findings: &mut Vec<Find
     }
 }
 
-/// Whether the table sees packets of the segment's IP versions. Of an operator's bridge nobody knows those; what
-/// br_netfilter shows of IPv6 has a switch of its own.
-fn sees_packets_of(table: &ForeignTable, segment: &Segment, passes: bool) -> bool {
-    let any = |version: fn(&IpNetwork) -> bool| !passes || addresses(segment).iter().any(version);
+/// Whether the table sees packets of the segment's IP versions. Those of an operator's bridge are
+/// unknown. What br_netfilter shows of IPv6 has a setting of its own.
+fn sees_packets_of(table: &ForeignTable, segment: &Segment, forwards: bool) -> bool {
+    let any = |version: fn(&IpNetwork) -> bool| !forwards || addresses(segment).iter().any(version);
     match table.family {
         "ip" => any(IpNetwork::is_ipv4),
-        "ip6" => passes && any(IpNetwork::is_ipv6),
+        "ip6" => forwards && any(IpNetwork::is_ipv6),
         _ => true,
     }
 }
 
-/// Who drops by this table, if it does, and the command that opens it for the bridge.
+/// Returns the program that drops packets with this table, and the command that opens it for the
+/// bridge.
 fn dropping_program(table: &ForeignTable, segment: &Segment) -> Option<(String, String)> {
     let bridge = &segment.bridge;
     let has = |chain: fn(&str) -> bool| table.chains.iter().any(|name| chain(name));
@@ -95,27 +99,29 @@ fn dropping_program(table: &ForeignTable, segment: &Segment) -> Option<(String, 
     }
     let chain = table.forward_drop_chain.as_ref()?;
     if has(|chain| chain == "DOCKER-USER") {
-        let (who, iptables) = if table.family == "ip6" {
+        let (program, iptables) = if table.family == "ip6" {
             ("Docker (IPv6)", "ip6tables")
         } else {
             ("Docker", "iptables")
         };
-        return Some((who.to_owned(), docker(iptables, segment)));
+        return Some((program.to_owned(), docker(iptables, segment)));
     }
     if has(|chain| chain.starts_with("ufw")) {
         let cure = format!("ufw route allow in on {bridge} && ufw route allow out on {bridge}");
         return Some(("ufw".to_owned(), cure));
     }
     let ForeignTable { family, table, .. } = table;
-    let insert = |way| format!("nft insert rule {family} {table} {chain} {way} {bridge} accept");
+    let insert =
+        |direction| format!("nft insert rule {family} {table} {chain} {direction} {bridge} accept");
     Some((
         format!("chain '{chain}' of table '{family} {table}'"),
         format!("{} && {}", insert("iifname"), insert("oifname")),
     ))
 }
 
-/// A zone decides for what comes in by its links. So the bridge's lets VMs out, and what was forwarded to them is let in by
-/// firewalld itself (`ct status dnat accept`), but VMs that keep their addresses need a policy for the way in.
+/// Returns the commands for firewalld. A zone decides for packets that come in by its links. So the
+/// bridge's zone lets VMs out, and firewalld itself lets forwarded ports in (`ct status dnat
+/// accept`). VMs that keep their addresses need a policy for incoming packets.
 fn firewalld(segment: &Segment) -> String {
     let bridge = &segment.bridge;
     let command = |words: String| format!("firewall-cmd --permanent {words}");
@@ -131,7 +137,8 @@ fn firewalld(segment: &Segment) -> String {
 }
 
 fn docker(iptables: &str, segment: &Segment) -> String {
-    let accept =
-        |way: &str| format!("{iptables} -I DOCKER-USER {way} {} -j ACCEPT", segment.bridge);
+    let accept = |direction: &str| {
+        format!("{iptables} -I DOCKER-USER {direction} {} -j ACCEPT", segment.bridge)
+    };
     format!("{} && {}", accept("-i"), accept("-o"))
 }

@@ -1,4 +1,4 @@
-//! What is found on which host.
+//! Findings of hosts with and without other programs' firewalls.
 
 use super::*;
 
@@ -12,7 +12,7 @@ fn nat(address: &str) -> Segment {
     segment(Keeper::Us { addresses, masquerade: true, services: None, closed: false, uplink: None })
 }
 
-/// A host with a way to the default_route and nothing in it.
+/// A host with a default route and no other program.
 fn facts() -> Facts {
     let default_route = DefaultRoute { link: "eth0".into(), mtu: 1500, forwards_v4: true };
     let routes = vec![("eth0".into(), "192.0.2.0/24".parse().unwrap())];
@@ -32,7 +32,7 @@ fn table(table: &str, forward_drop_chain: Option<&str>, chains: &[&str]) -> Fore
     }
 }
 
-fn said(segment: &Segment, facts: &Facts) -> String {
+fn report(segment: &Segment, facts: &Facts) -> String {
     let lines = findings(segment, &[], facts)
         .into_iter()
         .map(|found| format!("{}\n    {}", found.cause, found.cure));
@@ -40,16 +40,16 @@ fn said(segment: &Segment, facts: &Facts) -> String {
 }
 
 #[test]
-fn nothing_is_found_where_nothing_is() {
-    assert_eq!(said(&nat("10.0.0.1/24"), &facts()), "");
-    assert_eq!(said(&segment(Keeper::Operator), &facts()), "");
+fn a_host_without_obstacles_has_no_findings() {
+    assert_eq!(report(&nat("10.0.0.1/24"), &facts()), "");
+    assert_eq!(report(&segment(Keeper::Operator), &facts()), "");
 }
 
 #[test]
 fn firewalls_that_drop() {
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
     let on = |foreign: ForeignTable| {
-        said(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() })
+        report(&nat("10.0.0.1/24"), &Facts { foreign: vec![foreign], ..facts() })
     };
     let found = [
         on(docker.clone()),
@@ -58,13 +58,13 @@ fn firewalls_that_drop() {
         on(ForeignTable { family: "inet", ..table("mine", Some("fwd"), &["fwd"]) }),
     ];
     insta::assert_snapshot!(found.join("\n"), @r"
-    Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+    Docker drops forwarded packets, also those of VMs on bridge 'bosh-nat0'
         iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
-    ufw drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+    ufw drops forwarded packets, also those of VMs on bridge 'bosh-nat0'
         ufw route allow in on bosh-nat0 && ufw route allow out on bosh-nat0
-    firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+    firewalld drops forwarded packets, also those of VMs on bridge 'bosh-nat0'
         firewall-cmd --permanent --zone=trusted --add-interface=bosh-nat0 && firewall-cmd --reload
-    chain 'fwd' of table 'inet mine' drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+    chain 'fwd' of table 'inet mine' drops forwarded packets, also those of VMs on bridge 'bosh-nat0'
         nft insert rule inet mine fwd iifname bosh-nat0 accept && nft insert rule inet mine fwd oifname bosh-nat0 accept
     ");
     assert_eq!(
@@ -72,25 +72,25 @@ fn firewalls_that_drop() {
         "",
         "a policy of accept drops nothing"
     );
-    let cured = ForeignTable { rules: b"..bosh-nat0\0..".to_vec(), ..docker.clone() };
-    assert_eq!(on(cured), "", "the bridge is in its rules");
+    let opened = ForeignTable { rules: b"..bosh-nat0\0..".to_vec(), ..docker.clone() };
+    assert_eq!(on(opened), "", "the bridge is in its rules");
     let for_another = ForeignTable { rules: b"..bosh-nat01\0..".to_vec(), ..docker };
     assert_ne!(on(for_another), "");
 }
 
 #[test]
-fn a_table_concerns_who_speaks_its_ip_version() {
+fn a_table_matters_to_segments_of_its_ip_version() {
     let v6 = |foreign: ForeignTable| ForeignTable { family: "ip6", ..foreign };
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
     let ufw = table("filter", Some("FORWARD"), &["FORWARD", "ufw-before-forward"]);
     let host = |foreign: Vec<ForeignTable>| Facts { forwards_v6: true, foreign, ..facts() };
     let both = host(vec![docker.clone(), v6(docker.clone())]);
-    insta::assert_snapshot!(said(&nat("fd00::1/64"), &both), @r"
-    Docker (IPv6) drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+    insta::assert_snapshot!(report(&nat("fd00::1/64"), &both), @r"
+    Docker (IPv6) drops forwarded packets, also those of VMs on bridge 'bosh-nat0'
         ip6tables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && ip6tables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
     ");
-    assert_eq!(said(&nat("10.0.0.1/24"), &both).lines().count(), 2);
-    assert_eq!(said(&nat("10.0.0.1/24"), &host(vec![v6(docker.clone())])), "");
+    assert_eq!(report(&nat("10.0.0.1/24"), &both).lines().count(), 2);
+    assert_eq!(report(&nat("10.0.0.1/24"), &host(vec![v6(docker.clone())])), "");
     let two = segment(Keeper::Us {
         addresses: vec!["10.0.0.1/24".parse().unwrap(), "fd00::1/64".parse().unwrap()],
         masquerade: true,
@@ -98,22 +98,22 @@ fn a_table_concerns_who_speaks_its_ip_version() {
         closed: false,
         uplink: None,
     });
-    assert_eq!(said(&two, &both).lines().count(), 4, "both of Docker's");
+    assert_eq!(report(&two, &both).lines().count(), 4, "both of Docker's");
     assert_eq!(
-        said(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(),
+        report(&two, &host(vec![ufw.clone(), v6(ufw)])).lines().count(),
         2,
         "ufw's command is for both"
     );
     let bridged = Facts { bridges_call_iptables: true, ..host(vec![v6(docker)]) };
     assert_eq!(
-        said(&segment(Keeper::Operator), &bridged),
+        report(&segment(Keeper::Operator), &bridged),
         "",
         "bridge-nf-call-ip6tables is another switch"
     );
 }
 
 #[test]
-fn firewalls_that_close_the_host() {
+fn firewalls_that_drop_packets_to_the_host() {
     let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
         panic!()
     };
@@ -127,86 +127,94 @@ fn firewalls_that_close_the_host() {
     let own = closed(ForeignTable { family: "inet", ..table("mine", None, &["INPUT"]) });
     let other = closed(ForeignTable { family: "ip6", ..table("filter", None, &["INPUT"]) });
     let facts = Facts { foreign: vec![ufw, own, other], ..facts() };
-    assert_eq!(said(&serving(Vec::new()), &facts), "", "nothing is served");
-    insta::assert_snapshot!(said(&serving(vec![(6, 22)]), &facts), @r"
-    ufw drops what is sent to this host, and so host_services for VMs on bridge 'bosh-nat0'
+    assert_eq!(report(&serving(Vec::new()), &facts), "", "nothing is served");
+    insta::assert_snapshot!(report(&serving(vec![(6, 22)]), &facts), @r"
+    ufw drops packets to this host, also to host_services, from VMs on bridge 'bosh-nat0'
         ufw allow in on bosh-nat0
-    chain 'INPUT' of table 'inet mine' drops what is sent to this host, and so host_services for VMs on bridge 'bosh-nat0'
+    chain 'INPUT' of table 'inet mine' drops packets to this host, also to host_services, from VMs on bridge 'bosh-nat0'
         nft insert rule inet mine INPUT iifname bosh-nat0 accept
     ");
 }
 
 #[test]
-fn firewalld_lets_nobody_in_to_vms_that_keep_their_addresses() {
+fn firewalld_needs_a_policy_for_vms_without_masquerading() {
     let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
         panic!()
     };
     let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
     let firewalld =
         ForeignTable { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
-    insta::assert_snapshot!(said(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
-    firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'
+    insta::assert_snapshot!(report(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
+    firewalld drops forwarded packets, also those of VMs on bridge 'bosh-nat0'
         firewall-cmd --permanent --zone=trusted --add-interface=bosh-nat0 && firewall-cmd --permanent --new-policy=bosh-nat0 && firewall-cmd --permanent --policy=bosh-nat0 --add-ingress-zone=ANY && firewall-cmd --permanent --policy=bosh-nat0 --add-egress-zone=trusted && firewall-cmd --permanent --policy=bosh-nat0 --set-target=ACCEPT && firewall-cmd --reload
     ");
 }
 
 #[test]
-fn a_bridge_of_the_operators_is_only_in_the_way_of_br_netfilter() {
+fn only_br_netfilter_affects_an_operators_bridge() {
     let docker = table("filter", Some("FORWARD"), &["FORWARD", "DOCKER-USER"]);
     let facts = Facts { foreign: vec![docker], ..facts() };
-    assert_eq!(said(&segment(Keeper::Operator), &facts), "");
+    assert_eq!(report(&segment(Keeper::Operator), &facts), "");
     let facts = Facts { bridges_call_iptables: true, ..facts };
-    insta::assert_snapshot!(said(&segment(Keeper::Operator), &facts), @r"
-    Docker drops, as bridge-nf-call-iptables is 1, what VMs send each other on bridge 'bosh-nat0'
+    insta::assert_snapshot!(report(&segment(Keeper::Operator), &facts), @r"
+    Docker drops frames between VMs, because bridge-nf-call-iptables is 1, on bridge 'bosh-nat0'
         iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables -I DOCKER-USER -o bosh-nat0 -j ACCEPT
-    frames between VMs on bridge 'bosh-nat0' go through these rules, too (br_netfilter)
+    br_netfilter passes frames between VMs on bridge 'bosh-nat0' to these rules, too
         sysctl -w net.bridge.bridge-nf-call-iptables=0
     ");
     let legacy = Facts { foreign: Vec::new(), has_legacy_filter: true, ..facts };
-    assert_eq!(said(&segment(Keeper::Operator), &legacy), "");
-    insta::assert_snapshot!(said(&segment(Keeper::Operator), &Facts { has_docker: true, ..legacy }), @r"
-    Docker uses iptables-legacy here, which may drop the packets of VMs on bridge 'bosh-nat0'
+    assert_eq!(report(&segment(Keeper::Operator), &legacy), "");
+    let legacy_docker = Facts { has_docker: true, ..legacy };
+    insta::assert_snapshot!(report(&segment(Keeper::Operator), &legacy_docker), @r"
+    Docker uses iptables-legacy, which may drop packets of VMs on bridge 'bosh-nat0'
         iptables-legacy -I DOCKER-USER -i bosh-nat0 -j ACCEPT && iptables-legacy -I DOCKER-USER -o bosh-nat0 -j ACCEPT
-    frames between VMs on bridge 'bosh-nat0' go through these rules, too (br_netfilter)
+    br_netfilter passes frames between VMs on bridge 'bosh-nat0' to these rules, too
         sysctl -w net.bridge.bridge-nf-call-iptables=0
     ");
 }
 
 #[test]
-fn routes_and_switches() {
+fn overlapping_routes_and_kernel_settings() {
     let routed = |link: &str, to: &str| Facts {
         routes: vec![(link.into(), to.parse().unwrap())],
         ..facts()
     };
-    let deaf = DefaultRoute { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
-    let small =
-        Facts { default_route: Some(deaf), bridges: vec![("bosh-nat0".into(), 1500)], ..facts() };
+    let not_forwarding = DefaultRoute { link: "eth0.5".into(), mtu: 1450, forwards_v4: false };
+    let small = Facts {
+        default_route: Some(not_forwarding),
+        bridges: vec![("bosh-nat0".into(), 1500)],
+        ..facts()
+    };
     let found = [
-        said(&nat("10.0.0.1/24"), &routed("tun0", "10.0.0.0/8")),
-        said(&nat("192.168.122.1/24"), &routed("virbr0", "192.168.122.0/24")),
-        said(&nat("172.17.0.1/16"), &routed("docker0", "172.17.0.0/16")),
-        said(&nat("fd00::1/64"), &facts()),
-        said(&nat("10.0.0.1/24"), &small),
+        report(&nat("10.0.0.1/24"), &routed("tun0", "10.0.0.0/8")),
+        report(&nat("192.168.122.1/24"), &routed("virbr0", "192.168.122.0/24")),
+        report(&nat("172.17.0.1/16"), &routed("docker0", "172.17.0.0/16")),
+        report(&nat("fd00::1/64"), &facts()),
+        report(&nat("10.0.0.1/24"), &small),
     ];
     insta::assert_snapshot!(found.join("\n"), @r"
-    subnet 10.0.0.0/24 of bridge 'bosh-nat0' overlaps with 10.0.0.0/8, which is routed to 'tun0'
-        give network 'lab' another subnet: 'ip route' shows those in use
-    subnet 192.168.122.0/24 of bridge 'bosh-nat0' overlaps with 192.168.122.0/24, which is routed to 'virbr0' of libvirt
-        virsh net-destroy default && virsh net-autostart --disable default; or give network 'lab' another subnet: 'ip route' shows those in use
-    subnet 172.17.0.0/16 of bridge 'bosh-nat0' overlaps with 172.17.0.0/16, which is routed to 'docker0' of Docker
-        give network 'lab' another subnet: 'ip route' shows those in use
-    this host does not forward IPv6, which VMs on bridge 'bosh-nat0' have
+    subnet 10.0.0.0/24 of bridge 'bosh-nat0' overlaps with the route of 10.0.0.0/8 to 'tun0'
+        give network 'lab' a subnet that 'ip route' does not list
+    subnet 192.168.122.0/24 of bridge 'bosh-nat0' overlaps with the route of 192.168.122.0/24 to 'virbr0' of libvirt
+        virsh net-destroy default && virsh net-autostart --disable default; or give network 'lab' a subnet that 'ip route' does not list
+    subnet 172.17.0.0/16 of bridge 'bosh-nat0' overlaps with the route of 172.17.0.0/16 to 'docker0' of Docker
+        give network 'lab' a subnet that 'ip route' does not list
+    this host does not forward IPv6, but VMs on bridge 'bosh-nat0' use it
         sysctl -w net.ipv6.conf.all.forwarding=1
-    this host forwards, but not what comes in by 'eth0.5': no answer reaches a VM
+    this host does not forward packets from 'eth0.5', so no reply reaches a VM
         sysctl -w net.ipv4.conf.eth0/5.forwarding=1
-    bridge 'bosh-nat0' carries packets of 1500 bytes, the way to the default_route by 'eth0.5' 1450: large packets may hang
-        ip link set bosh-nat0 mtu 1450; then reboot_vm its VMs, which are told when they start
+    bridge 'bosh-nat0' has an MTU of 1500 bytes, but the default route's link 'eth0.5' only 1450: large packets may get lost
+        ip link set bosh-nat0 mtu 1450, then reboot its VMs: they read the MTU when they start
     ");
-    assert_eq!(said(&nat("10.0.0.1/24"), &routed("bosh-nat0", "10.0.0.0/24")), "", "its own route");
+    assert_eq!(
+        report(&nat("10.0.0.1/24"), &routed("bosh-nat0", "10.0.0.0/24")),
+        "",
+        "its own route"
+    );
 }
 
 #[test]
-fn ports_of_addresses_that_are_not_here() {
+fn forwards_from_addresses_that_no_link_has() {
     let forward = |address: &str, count| Forward {
         address: address.parse().ok(),
         protocol: 6,
@@ -233,8 +241,8 @@ fn ports_of_addresses_that_are_not_here() {
         found.into_iter().map(|found| format!("{}\n    {}", found.cause, found.cure)).collect();
     insta::assert_snapshot!(lines.join("\n"), @r"
     port tcp/8080 of 192.0.2.9 leads to 10.0.0.5, but no link of this host has 192.0.2.9
-        ip address add 192.0.2.9 dev LINK; nothing, if it comes by itself (VRRP)
+        ip address add 192.0.2.9 dev LINK; do nothing if VRRP assigns the address
     ports tcp/8080-8082 of 2001:db8::9 lead to 10.0.0.5, but no link of this host has 2001:db8::9
-        ip address add 2001:db8::9 dev LINK nodad; nothing, if it comes by itself (VRRP)
+        ip address add 2001:db8::9 dev LINK nodad; do nothing if VRRP assigns the address
     ");
 }

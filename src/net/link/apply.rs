@@ -1,4 +1,4 @@
-//! Changes of links, of their addresses and of the routes that come with these.
+//! Applies changes of links, of their addresses and of the routes that come with these.
 
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{BridgeStpState, BridgeVlanInfoFlags, LinkMessage};
@@ -17,7 +17,8 @@ use crate::net::change::{Change, LinkSettings};
 type Done<T = ()> = Result<T, rtnetlink::Error>;
 
 impl Links {
-    /// Does one change of a link, address or route; `false` if what it is about has come or gone meanwhile.
+    /// Applies one change of a link, address or route. Returns `false` if its link exists already
+    /// or was removed meanwhile.
     pub fn apply(&self, change: &Change) -> Result<bool> {
         let index = match subject(change) {
             None => 0,
@@ -26,7 +27,7 @@ impl Links {
                 None => return Ok(false),
             },
         };
-        let made = match change {
+        let done = match change {
             Change::AddBridge { name, mac, mtu } => {
                 done_unless(self.add_bridge(name, *mac, *mtu), Errno::EEXIST)
             }
@@ -57,7 +58,7 @@ impl Links {
                 unreachable!("neither is about links")
             }
         };
-        made.map_err(|error| refused(change, error))
+        done.map_err(|error| change_failed(change, error))
     }
 
     fn add_bridge(&self, name: &LinkName, mac: MacAddress, mtu: u32) -> Done {
@@ -83,13 +84,13 @@ impl Links {
         let message = settings(index, to, controller.map(|(_, index)| index));
         let changed = self.runtime.block_on(self.handle.link().set(message).execute());
         if let (Err(error), Some((bridge, known))) = (&changed, controller)
-            // So the kernel says of a bridge that has gone.
+            // The kernel returns EINVAL for a bridge that was removed.
             && errno(error) == Some(Errno::EINVAL)
             && self.find(bridge)?.map(|link| link.index) != Some(known)
         {
             return Ok(false);
         }
-        done_unless(changed, Errno::ENODEV).map_err(|error| refused(change, error))
+        done_unless(changed, Errno::ENODEV).map_err(|error| change_failed(change, error))
     }
 
     fn isolate(&self, port: u32) -> Done {
@@ -106,7 +107,7 @@ impl Links {
         self.runtime.block_on(known.execute())
     }
 
-    /// Puts a port on one VLAN, untagged, and on no other.
+    /// Puts a port on one VLAN, untagged, and takes it off `replaces`.
     fn set_port_vlan(&self, port: u32, vlan: u16, replaces: Option<u16>) -> Done {
         let untagged = BridgeVlanInfoFlags::Pvid | BridgeVlanInfoFlags::Untagged;
         let message = LinkBridgeVlan::new(port).vlan(vlan, untagged).build();
@@ -120,7 +121,7 @@ impl Links {
     }
 }
 
-/// The link that must be there for the change.
+/// Returns the link that must exist for the change.
 fn subject(change: &Change) -> Option<&LinkName> {
     match change {
         Change::AddBridge { .. } | Change::WriteSysctl { .. } | Change::ReplaceTable(_) => None,
@@ -134,7 +135,7 @@ fn subject(change: &Change) -> Option<&LinkName> {
     }
 }
 
-fn refused(change: &Change, error: rtnetlink::Error) -> Error {
+fn change_failed(change: &Change, error: rtnetlink::Error) -> Error {
     let errno = errno(&error);
     let error = failed(format!("'{change}'"), error);
     match (errno, change) {

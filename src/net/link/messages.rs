@@ -1,4 +1,4 @@
-//! Links and addresses out of the kernel's messages.
+//! Reads links and addresses from the kernel's messages.
 
 use ipnetwork::IpNetwork;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
@@ -44,7 +44,8 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
     link
 }
 
-/// IPv4 has its own address in `Local` (`Address` is the peer's on point-to-point links), IPv6 in `Address`.
+/// IPv4 has the host's address in `Local` (`Address` is the peer's on point-to-point links), IPv6
+/// in `Address`.
 pub(super) fn address_from(message: &AddressMessage) -> Option<(u32, IpNetwork)> {
     let local = message.attributes.iter().find_map(|a| match a {
         AddressAttribute::Local(ip) => Some(*ip),

@@ -1,4 +1,4 @@
-//! Transactions, put together: tables and elements in the kernel's messages.
+//! Encodes transactions: tables and elements as a batch of the kernel's messages.
 
 use netlink_bindings::nftables::{Chained, ChainedFinal, Nfgenmsg, PushSetelemListAttrs};
 use netlink_bindings::traits::Pusher;
@@ -11,17 +11,18 @@ use super::{Chain, DATA, Family, Hook, KEY, KEY_END, Rule, Table, VALUE};
 /// One step of a transaction.
 #[derive(Debug)]
 pub(in crate::net) enum Step<'a> {
-    /// The table takes the place of any of that name, without elements.
+    /// Replaces any table of that name by this one, whose sets are empty.
     ReplaceTable(&'a Table),
-    /// The table is removed. It must be there.
+    /// Removes the table, which must exist.
     DropTable(Family, &'a str),
-    /// The set has these elements, too.
+    /// Adds these elements to the set.
     AddElements(&'a Table, &'a Set, &'a [RawElement]),
-    /// The set has none of these elements. One of a map is only removed with the data it has.
+    /// Removes these elements from the set. The kernel removes an element of a map only if its data
+    /// matches, too.
     RemoveElements(&'a Table, &'a Set, &'a [RawElement]),
 }
 
-/// The steps as one batch.
+/// Encodes the steps as one batch.
 pub(super) fn batch(steps: &[Step<'_>], generation: Option<u32>) -> ChainedFinal<'static> {
     let mut batch = Chained::new(1);
     let mut nftables = Nfgenmsg::new();
@@ -36,7 +37,7 @@ pub(super) fn batch(steps: &[Step<'_>], generation: Option<u32>) -> ChainedFinal
     batch.finalize()
 }
 
-/// How many elements go into one message: an attribute has at most 64 KiB.
+/// Elements in one message: an attribute has at most 64 KiB.
 const ELEMENTS_PER_MESSAGE: usize = 256;
 
 impl Step<'_> {
@@ -52,12 +53,12 @@ impl Step<'_> {
     fn push(&self, batch: &mut Chained<'_>) {
         match self {
             Self::ReplaceTable(table) => {
-                // Without the first, the second would fail where there is no such table.
+                // Deleting fails if the table does not exist, so create it first.
                 new_table(batch, table.family, &table.name);
                 delete_table(batch, table.family, &table.name);
                 new_table(batch, table.family, &table.name);
                 table.sets.iter().for_each(|set| new_set(batch, table, set));
-                // A rule names chains and sets, which must be there before it.
+                // A rule names chains and sets, which must exist before it.
                 table.chains.iter().for_each(|chain| new_chain(batch, table, chain));
                 for chain in &table.chains {
                     chain.rules.iter().for_each(|rule| new_rule(batch, table, chain, rule));
@@ -72,7 +73,7 @@ impl Step<'_> {
                 })
             }
             Self::RemoveElements(table, set, elements) => {
-                // Without the first, the second would fail where there is no such element.
+                // Removing fails if an element does not exist, so add them first.
                 Self::AddElements(table, set, elements).push(batch);
                 elements.chunks(ELEMENTS_PER_MESSAGE).for_each(|elements| {
                     let mut request = batch.request().op_delsetelem_do(&table.family.header());
@@ -98,7 +99,7 @@ fn new_table(batch: &mut Chained<'_>, family: Family, name: &str) {
 
 fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
     let mut request = batch.request().set_create().op_newset_do(&table.family.header());
-    let place =
+    let position =
         table.sets.iter().position(|each| each.name == set.name).expect("a set of this table");
     let mut attributes = request
         .encode()
@@ -108,14 +109,14 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
         .push_key_type(set::type_number(set.key))
         .push_key_len(set::length(set.key))
         // Unique in its transaction.
-        .push_id(place as u32 + 1);
+        .push_id(position as u32 + 1);
     if !set.data.is_empty() {
         attributes = attributes
             .push_data_type(set::type_number(set.data))
             .push_data_len(set::length(set.data));
     }
     if let SetKind::Dynamic { timeout_seconds, .. } = set.kind {
-        // The kernel reads it in network order, whatever the crate writes.
+        // The kernel reads it in network order; the crate writes the host's order.
         attributes = attributes.push_timeout((u64::from(timeout_seconds) * 1000).to_be());
     }
     let mut description = attributes.nested_desc();
@@ -132,7 +133,8 @@ fn new_set(batch: &mut Chained<'_>, table: &Table, set: &Set) {
     description.end_nested();
 }
 
-/// The attributes of an element are written here: the crate's builder has another number for the end of a range.
+/// Encodes the attributes of elements itself: the crate's builder has another number for the end of
+/// a range.
 fn push_elements<P: Pusher>(
     request: PushSetelemListAttrs<P>,
     table: &Table,

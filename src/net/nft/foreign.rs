@@ -1,29 +1,30 @@
-//! Other programs' chains through which packets go to the host and past it: looked at, never touched.
+//! Reads the tables of other programs with chains at the input or forward hook of IP. Never changes
+//! them.
 
 use netlink_bindings::nftables::{Nfgenmsg, Request};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use nix::libc;
 
-use super::failed;
+use super::reply_failed;
 use crate::error::Result;
 use crate::link_name::LinkName;
 
-/// How the names of our tables begin.
+/// Prefix of the names of the CPI's tables.
 const TABLE_PREFIX: &str = "bosh-qemu-";
 
-/// A table that is not ours and has a say in what reaches the host or is forwarded.
+/// Another program's table with a chain at the input or forward hook.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::net) struct ForeignTable {
     /// `ip`, `ip6` or `inet`.
     pub family: &'static str,
     pub table: String,
-    /// The chain that drops forwarded packets which none of its rules accepts.
+    /// The forward chain that drops every packet its rules do not accept.
     pub forward_drop_chain: Option<String>,
-    /// The one that drops so what is sent to the host itself.
+    /// The input chain that drops every packet its rules do not accept.
     pub input_drop_chain: Option<String>,
     /// Names of all its chains.
     pub chains: Vec<String>,
-    /// Its rules, as the kernel has them.
+    /// Its rules in the kernel's encoding.
     pub rules: Vec<u8>,
 }
 
@@ -35,20 +36,21 @@ impl ForeignTable {
     }
 }
 
-/// All tables of others that have a chain at the input or forward hook of IP. A kernel without nftables has none.
+/// Returns the tables of other programs with a chain at the input or forward hook of IP. A kernel
+/// without nftables has none.
 pub(in crate::net) fn tables() -> Result<Vec<ForeignTable>> {
-    let mut tables = chains().map_err(|error| failed("list the chains of", "", &error))?;
-    tables.retain(|(_, filters)| *filters);
+    let mut tables = chains().map_err(|error| reply_failed("list the chains of", "", &error))?;
+    tables.retain(|(_, has_hook)| *has_hook);
     let mut found = Vec::new();
     for (mut table, _) in tables {
-        table.rules =
-            rules(&table).map_err(|error| failed("list the rules of", &table.table, &error))?;
+        table.rules = rules(&table)
+            .map_err(|error| reply_failed("list the rules of", &table.table, &error))?;
         found.push(table);
     }
     Ok(found)
 }
 
-/// Every table, and whether it has a chain at one of the two hooks.
+/// Returns every table, and whether it has a chain at one of the two hooks.
 fn chains() -> std::result::Result<Vec<(ForeignTable, bool)>, ReplyError> {
     let mut tables: Vec<(ForeignTable, bool)> = Vec::new();
     let mut socket = NetlinkSocket::new();
@@ -61,22 +63,22 @@ fn chains() -> std::result::Result<Vec<(ForeignTable, bool)>, ReplyError> {
         if table.starts_with(TABLE_PREFIX) {
             continue;
         }
-        let known = tables.iter().position(|(t, _)| t.table == table && t.family == family);
-        let at = known.unwrap_or_else(|| {
+        let position = tables.iter().position(|(t, _)| t.table == table && t.family == family);
+        let index = position.unwrap_or_else(|| {
             tables.push((ForeignTable { family, table, ..ForeignTable::default() }, false));
             tables.len() - 1
         });
-        let (entry, filters) = &mut tables[at];
+        let (entry, has_hook) = &mut tables[index];
         let hook = chain.get_hook().ok().and_then(|hook| hook.get_num().ok());
         let drops = chain.get_policy().is_ok_and(|policy| policy == libc::NF_DROP as u32);
-        let place = match hook.map(|hook| hook as libc::c_int) {
+        let drop_chain = match hook.map(|hook| hook as libc::c_int) {
             Some(libc::NF_INET_FORWARD) => Some(&mut entry.forward_drop_chain),
             Some(libc::NF_INET_LOCAL_IN) => Some(&mut entry.input_drop_chain),
             _ => None,
         };
-        *filters |= place.is_some();
-        if let Some(place) = place.filter(|_| drops) {
-            *place = Some(name.clone());
+        *has_hook |= drop_chain.is_some();
+        if let Some(drop_chain) = drop_chain.filter(|_| drops) {
+            *drop_chain = Some(name.clone());
         }
         entry.chains.push(name);
     }

@@ -1,7 +1,8 @@
-//! Sets and maps: what they hold, and their elements in the kernel's encoding.
+//! Sets and maps: their types, and their elements in the kernel's encoding.
 //!
-//! A key is its parts one behind the other, each filled up to four bytes (`nft_set_desc_concat`). Sets of single keys
-//! are hash tables; where keys are ranges, every part has a first and a last value (`nft_set_pipapo`).
+//! A key is the concatenation of its parts, each padded to four bytes (`nft_set_desc_concat`). Sets
+//! of single keys are hash tables. In sets of ranges, every part of a key has a first and a last
+//! value (`nft_set_pipapo`).
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,29 +13,29 @@ use netlink_bindings::nftables::SetFlags;
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 
-/// A set, or a map where it has data.
+/// A set, or a map if it has data.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::net) struct Set {
     pub name: &'static str,
-    /// Parts of the key.
+    /// Types of the key's parts.
     pub key: &'static [DataType],
-    /// What a map gives for a key; empty for a set.
+    /// Types of the data that a map has for a key; empty for a set.
     pub data: &'static [DataType],
     pub kind: SetKind,
 }
 
-/// How a set is kept.
+/// How a set stores its keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::net) enum SetKind {
     /// Single keys.
     Exact,
-    /// Keys with a first and a last value of each part, which may not overlap.
+    /// Ranges: each part of a key has a first and a last value. Ranges may not overlap.
     Interval,
-    /// Keys that packets add, and that are forgotten after a while.
+    /// Keys that packets add, and that expire.
     Dynamic {
-        /// Seconds after the last packet.
+        /// Seconds from the last packet to the key's removal.
         timeout_seconds: u32,
-        /// The most of them.
+        /// Largest number of keys.
         size: u32,
     },
 }
@@ -51,7 +52,8 @@ pub(in crate::net) enum DataType {
 }
 
 impl DataType {
-    /// nftables' name and number for it (`nft describe`, libnftables `datatype.h`), and its bytes.
+    /// Returns nft's name and number of the type (`nft describe`, libnftables `datatype.h`), and
+    /// its bytes.
     fn nft_type(self) -> (&'static str, u32, u32) {
         match self {
             Self::Link => ("ifname", 41, 16),
@@ -64,28 +66,29 @@ impl DataType {
     }
 }
 
-/// The number of a type made of parts: six bits for each (libnftables `concat_subtype_add`).
+/// Returns the number of a concatenated type: six bits for each part (libnftables
+/// `concat_subtype_add`).
 pub(super) fn type_number(parts: &[DataType]) -> u32 {
     parts.iter().fold(0, |number, part| number << 6 | part.nft_type().1)
 }
 
-/// Bytes of each part.
+/// Returns the bytes of each part.
 pub(super) fn sizes(parts: &[DataType]) -> impl Iterator<Item = u32> {
     parts.iter().map(|part| part.nft_type().2)
 }
 
-/// Bytes of all parts, each filled up.
+/// Returns the bytes of all parts, each padded.
 pub(super) fn length(parts: &[DataType]) -> u32 {
     sizes(parts).map(|size| size.next_multiple_of(4)).sum()
 }
 
 impl Set {
-    /// A set of single keys.
+    /// Makes a set of single keys.
     pub const fn exact(name: &'static str, key: &'static [DataType]) -> Self {
         Self { name, key, data: &[], kind: SetKind::Exact }
     }
 
-    /// A set of ranges.
+    /// Makes a set of ranges.
     pub const fn interval(name: &'static str, key: &'static [DataType]) -> Self {
         Self { name, key, data: &[], kind: SetKind::Interval }
     }
@@ -113,7 +116,7 @@ pub(in crate::net) enum Part {
     Ports(u16, u16),
 }
 
-/// A key, with what a map gives for it.
+/// A key, and the data a map has for it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::net) struct Element {
     pub key: Vec<Part>,
@@ -126,26 +129,26 @@ impl Element {
     }
 }
 
-/// An element as the kernel has it.
+/// An element in the kernel's encoding.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::net) struct RawElement {
-    /// First value of its key.
+    /// First value of the key.
     pub first: Vec<u8>,
-    /// Last value of its key, in a set of ranges.
+    /// Last value of the key, in a set of ranges.
     pub last: Vec<u8>,
-    /// What a map gives for it.
+    /// The data a map has for the key.
     pub data: Vec<u8>,
 }
 
 impl Element {
-    /// In the kernel's encoding.
+    /// Encodes the element for the kernel.
     pub fn encode(&self) -> RawElement {
         let (first, last) = bytes(&self.key);
         RawElement { first, last, data: bytes(&self.data).0 }
     }
 }
 
-/// First and last value of a key.
+/// Encodes the first and the last value of a key.
 fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
     let (mut first, mut last) = (Vec::new(), Vec::new());
     for part in parts {
@@ -175,7 +178,7 @@ fn single(value: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     (value.clone(), value)
 }
 
-/// A name is compared with all its 16 bytes, or it would be a prefix.
+/// Returns all 16 bytes of a link's name: a shorter value would match as a prefix.
 pub(super) fn link_name_bytes(name: &LinkName) -> Vec<u8> {
     let mut bytes = name.as_str().as_bytes().to_vec();
     bytes.resize(nix::libc::IFNAMSIZ, 0);
@@ -248,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_its_parts_filled_up_to_words() {
+    fn a_key_is_its_parts_padded_to_words() {
         let key = [
             Part::Link(LinkName::parse("bqtap").unwrap()),
             Part::Mac("02:00:00:00:00:01".parse().unwrap()),

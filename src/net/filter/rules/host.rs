@@ -1,8 +1,9 @@
-//! What the host's own IP is told: where its ports lead, and who is behind an address that it lends.
+//! Chains of the `inet` table: where the host's ports lead, and which sender is behind a
+//! masqueraded address.
 
 use super::*;
 
-/// The chains of the table for IP.
+/// Returns the chains of the `inet` table.
 pub(super) fn chains() -> Vec<Chain> {
     let hooked = |name, hook, rules| Chain { name, hook: Some(hook), rules };
     let chain = |name, rules| Chain { name, hook: None, rules };
@@ -24,8 +25,8 @@ pub(super) fn chains() -> Vec<Chain> {
     ]
 }
 
-/// A bridge hands frames to 01:80:c2:00:00:0e up past its own rules, as if the tap were no port
-/// (`net/bridge/br_input.c`).
+/// A bridge passes frames to 01:80:c2:00:00:0e up to the host past its own rules, as if the tap
+/// were no port (`net/bridge/br_input.c`).
 fn strays() -> Vec<Rule> {
     vec![drop_if([in_set(&[IIFNAME], TAPS)])]
 }
@@ -34,7 +35,7 @@ fn forwards() -> Vec<Rule> {
     let to = |v6, key: &[Field], map: Set| Verdict::Dnat { v6, key: key.to_vec(), map: map.name };
     let local = || Match::Eq(DESTINATION_TYPE, &LOCAL);
     vec![
-        // Only addresses of the host: another's packets are not ours to take.
+        // Only for the host's own addresses: packets to other machines pass unchanged.
         rule(
             [Match::Eq(FAMILY, FAMILY4), local()],
             to(false, &[IP_DADDR, PROTOCOL, DESTINATION_PORT], FORWARDS_AT4),
@@ -57,7 +58,8 @@ fn forwards() -> Vec<Rule> {
 /// `RTN_LOCAL`, in the machine's byte order.
 const LOCAL: [u8; 4] = 2u32.to_ne_bytes();
 
-/// Programs of the host use forwards like anybody, but for its loopback addresses, which lead nowhere else.
+/// Programs on the host use forwards like any other machine. Its loopback addresses are exempt:
+/// they lead nowhere else.
 fn own_forwards() -> Vec<Rule> {
     let loopback4 = return_if([
         Match::Eq(FAMILY, FAMILY4),
@@ -67,14 +69,16 @@ fn own_forwards() -> Vec<Rule> {
     [loopback4, loopback6].into_iter().chain(forwards()).collect()
 }
 
-/// A masqueraded packet has the address of the VM's own gateway, on which no group can judge it: a rule for the subnet
-/// would admit strangers, and one for a neighbour not the neighbour that comes by a port of the host. Here the address it
-/// came from is known. What the groups admit is marked as the host's own word is, and the bridge lets it in.
+/// A masqueraded packet comes from the VM's own gateway, and security groups cannot judge that
+/// address. A rule for the subnet would admit strangers, and a rule for a neighbour would not admit
+/// a neighbour that comes through a forwarded port. Here the original source address is known. This
+/// chain marks what the groups admit, as the host's own packets are marked, and the bridge lets it
+/// in.
 fn masked() -> Vec<Rule> {
     let masqueraded = [
         Match::MaskedEq(CT_STATUS, &SOURCE_NAT, &SOURCE_NAT),
         Match::Eq(CT_DIRECTION, &[ORIGINAL]),
-        // ICMP errors, which the bridge knows by themselves.
+        // The bridge recognises ICMP errors by their type.
         Match::MaskedEq(CT_STATE, &RELATED, &[0; 4]),
         Match::MaskedEq(MARK, &HOST_MARK, &[0; 4]),
     ];
@@ -88,7 +92,7 @@ fn masked_ip() -> Vec<Rule> {
     ]
 }
 
-/// The sets are those of ports, of whole protocols, and of all addresses that have either.
+/// Takes the sets of ports, of whole protocols, and of all addresses that have either.
 fn masked_by(to: Field, from: Field, [ports, protocols, all]: [Set; 3]) -> Vec<Rule> {
     vec![
         rule(

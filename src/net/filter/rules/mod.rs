@@ -1,13 +1,14 @@
-//! The guard's two tables: every rule there is for any VM. VMs are elements of their sets.
+//! Rules of the two tables `bosh-qemu-guard`, the same for all VMs. A VM is elements of their sets.
 //!
 //! ```text
 //!   tap ──▶ bridge: sender ──┬─▶ another port ────────────────────────────▶ receiver ──▶ tap
 //!                            └─▶ the host:  inet … routed, forwarded … ───▶ receiver ──▶ tap
 //! ```
-//! Frames that one guest sends to another never come to the host's IP rules, unless br_netfilter takes them there.
-//! So everything but forwards is said to the bridges, and holds with and without br_netfilter. Bridges follow no
-//! connections (`nf_conntrack_bridge` is not in every kernel): that a packet answers another is told by TCP's flags,
-//! ICMP's types, and for UDP by what the guest sent itself before. What they can not see is who is masqueraded: IP tells.
+//! Frames between two guests never reach the host's IP rules, unless br_netfilter takes them there.
+//! All rules but forwards are therefore in the `bridge` table, and hold with and without
+//! br_netfilter. Bridges track no connections (`nf_conntrack_bridge` is not in every kernel). The
+//! rules recognise a reply by TCP's flags, by ICMP's types, and for UDP by what the guest itself
+//! sent before. Bridges cannot see who is behind a masqueraded address; the `inet` table can.
 
 mod host;
 mod receiver;
@@ -19,7 +20,7 @@ use super::super::nft::*;
 const TABLE_NAME: &str = "bosh-qemu-guard";
 /// Before other tables' filters, and before br_netfilter (`NF_BR_PRI_FILTER_BRIDGED`).
 const PRIORITY: i32 = -200;
-/// Before connections are followed (`NF_IP_PRI_RAW`).
+/// Before connection tracking (`NF_IP_PRI_RAW`).
 const BEFORE_CONNTRACK: i32 = -300;
 
 const ARP: &[u8] = &[0x08, 0x06];
@@ -48,46 +49,49 @@ macro_rules! sets {
 use DataType::{Ip4, Ip6, Link, Mac, Port, Protocol};
 
 sets! {
-    /// Every tap that has rules at all. In both tables.
+    /// Taps that have rules; in both tables.
     TAPS = Set::exact("taps", &[Link]);
-    /// Taps that may send only as themselves.
+    /// Taps with `anti_spoof`: they may send only from their own addresses.
     GUARDED = Set::exact("guarded", &[Link]);
     MACS = Set::exact("macs", &[Link, Mac]);
     ADDRESSES4 = Set::exact("addresses4", &[Link, Mac, Ip4]);
     ADDRESSES6 = Set::exact("addresses6", &[Link, Mac, Ip6]);
-    /// Apart from single addresses, which a hash table finds faster and takes in at one cost however many there are.
+    /// Subnets are apart from single addresses: a hash table finds these faster and adds one at the
+    /// same cost however many there are.
     BLOCKS4 = Set::interval("blocks4", &[Link, Mac, Ip4]);
     BLOCKS6 = Set::interval("blocks6", &[Link, Mac, Ip6]);
-    /// Taps whose addresses somebody else's DHCP server gives.
+    /// Taps whose addresses another machine's DHCP server gives.
     ROAMING = Set::exact("roaming", &[Link]);
-    /// Taps that only some may begin to speak to.
+    /// Taps with security groups: only admitted sources may open connections to them.
     GROUPED = Set::exact("grouped", &[Link]);
-    /// By whom, to which ports, …
+    /// Admitted sources of a tap, by ports …
     PORTS4 = Set::interval("ports4", &[Link, Ip4, Protocol, Port]);
     PORTS6 = Set::interval("ports6", &[Link, Ip6, Protocol, Port]);
-    /// … or by whole protocols.
+    /// … and by whole protocols.
     PROTOCOLS4 = Set::interval("protocols4", &[Link, Ip4, Protocol]);
     PROTOCOLS6 = Set::interval("protocols6", &[Link, Ip6, Protocol]);
-    /// What grouped taps sent by UDP, so that answers come in.
+    /// UDP packets that grouped taps sent, so that replies reach them.
     ASKED4 = Set { kind: UDP_REPLIES, ..Set::exact("asked4", &[Link, Ip4, Ip4, Port, Port]) };
     ASKED6 = Set { kind: UDP_REPLIES, ..Set::exact("asked6", &[Link, Ip6, Ip6, Port, Port]) };
-    /// Ports of the host …
+    /// Forwarded ports of all the host's addresses …
     FORWARDS4 = Set { data: &[Ip4, Port], ..Set::exact("forwards4", &[Protocol, Port]) };
     FORWARDS6 = Set { data: &[Ip6, Port], ..Set::exact("forwards6", &[Protocol, Port]) };
     /// … and of one of its addresses.
     FORWARDS_AT4 = Set { data: &[Ip4, Port], ..Set::exact("forwards_at4", &[Ip4, Protocol, Port]) };
     FORWARDS_AT6 = Set { data: &[Ip6, Port], ..Set::exact("forwards_at6", &[Ip6, Protocol, Port]) };
-    /// Addresses, each on its bridge, that only some may begin to speak to: as `GROUPED`, …
+    /// Addresses of VMs with security groups, each on its bridge: as `GROUPED`, for masqueraded
+    /// senders …
     MASKED4 = Set::interval("masked4", &[Link, Ip4]);
     MASKED6 = Set::interval("masked6", &[Link, Ip6]);
-    /// … and by whom, as above.
+    /// … and their admitted sources, by ports and by whole protocols.
     MASKED_PORTS4 = Set::interval("masked_ports4", &[Link, Ip4, Ip4, Protocol, Port]);
     MASKED_PORTS6 = Set::interval("masked_ports6", &[Link, Ip6, Ip6, Protocol, Port]);
     MASKED_PROTOCOLS4 = Set::interval("masked_protocols4", &[Link, Ip4, Ip4, Protocol]);
     MASKED_PROTOCOLS6 = Set::interval("masked_protocols6", &[Link, Ip6, Ip6, Protocol]);
 }
 
-/// As long as the kernel follows a UDP stream (`nf_conntrack_udp_timeout_stream`, 120 s), and a little more.
+/// Lifetime of a recorded UDP packet: that of a UDP stream in the kernel
+/// (`nf_conntrack_udp_timeout_stream`, 120 s), plus a margin.
 const UDP_REPLIES: SetKind = SetKind::Dynamic { timeout_seconds: 180, size: 65_536 };
 
 fn rule<const N: usize>(matches: [Match; N], verdict: Verdict) -> Rule {
@@ -110,7 +114,7 @@ fn not_in_set(fields: &[Field], set: Set) -> Match {
     Match::NotInSet(fields.to_vec(), set.name)
 }
 
-/// What is said to the bridges.
+/// Returns the table for frames on bridges.
 pub(super) fn bridge_table() -> Table {
     Table {
         family: Family::Bridge,
@@ -123,7 +127,7 @@ pub(super) fn bridge_table() -> Table {
     }
 }
 
-/// What is said to the host's own IP.
+/// Returns the table for the host's own IP packets.
 pub(super) fn inet_table() -> Table {
     Table {
         family: Family::Inet,

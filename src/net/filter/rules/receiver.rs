@@ -1,8 +1,8 @@
-//! What reaches a guest that has security groups: what they admit, and answers.
+//! Chains for what reaches a guest with security groups: what the groups admit, and replies.
 
 use super::*;
 
-/// Its chains, in the bridges' table.
+/// Returns the chains, for the `bridge` table.
 pub(super) fn chains() -> Vec<Chain> {
     let chain = |name, rules| Chain { name, hook: None, rules };
     vec![
@@ -33,12 +33,13 @@ fn admitted() -> Vec<Rule> {
     ]
 }
 
-/// Everything of TCP but the packet that opens a connection: SYN without ACK.
+/// Returns the rule that admits every TCP packet but the first of a connection: SYN without ACK.
 fn established_tcp() -> Rule {
     return_if([Match::Eq(PROTOCOL, TCP), Match::MaskedNe(TCP_FLAGS, &[0x12], &[0x02])])
 }
 
-/// The answer of a DHCP server comes from an address that the guest did not ask (RFC 2131 §4.1, RFC 8415 §7.2).
+/// Returns the rule that admits a DHCP server's reply, whose source is not the address the guest
+/// asked (RFC 2131 §4.1, RFC 8415 §7.2).
 fn dhcp_reply(server: &'static [u8], client: &'static [u8]) -> Rule {
     let (from, to) = (Match::Eq(SOURCE_PORT, server), Match::Eq(DESTINATION_PORT, client));
     return_if([in_set(&[OIFNAME], ROAMING), Match::Eq(PROTOCOL, UDP), from, to])
@@ -57,7 +58,7 @@ fn admitted_ip4() -> Vec<Rule> {
         dhcp_reply(&[0, 67], &[0, 68]),
         return_if([in_set(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
         return_if([in_set(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
-        // What comes after the first fragment is worth nothing without it.
+        // Later fragments are useless without the first.
         return_if([Match::MaskedNe(IP_FRAGMENT, &[0x1f, 0xff], &[0, 0])]),
         // Echo reply, destination unreachable, time exceeded, parameter problem.
         answer(&[0], &[0]),

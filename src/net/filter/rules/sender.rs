@@ -1,8 +1,9 @@
-//! What a guest may send: only as itself. And what it asks, so that answers come in.
+//! Chains for what a guest sends: only from its own addresses. They record its UDP packets, so that
+//! replies reach it.
 
 use super::*;
 
-/// Its chains, in the bridges' table.
+/// Returns the chains, for the `bridge` table.
 pub(super) fn chains() -> Vec<Chain> {
     let chain = |name, rules| Chain { name, hook: None, rules };
     vec![
@@ -34,7 +35,8 @@ fn sender() -> Vec<Rule> {
     ]
 }
 
-/// Any other type of frame, tagged ones among them, is dropped: behind a tag, nothing could be looked at.
+/// Drops every other type of frame, tagged ones among them: behind a tag, rules cannot see the
+/// headers.
 fn itself() -> Vec<Rule> {
     vec![
         drop_if([not_in_set(&[IIFNAME, ETHER_SADDR], MACS)]),
@@ -45,18 +47,19 @@ fn itself() -> Vec<Rule> {
     ]
 }
 
-/// Whoever hears ARP believes its sender fields, not the frame's.
+/// Checks ARP's own sender fields: a receiver believes these, not the frame's source.
 fn itself_arp() -> Vec<Rule> {
     let sender = [IIFNAME, ARP_SENDER_MAC, ARP_SENDER_IP];
     let target = [IIFNAME, ARP_SENDER_MAC, ARP_TARGET_IP];
     let probes = || Match::Eq(ARP_SENDER_IP, UNSPECIFIED4);
     vec![
-        // Ethernet, IPv4, addresses of 6 and 4 bytes: or the fields would be elsewhere.
+        // Ethernet, IPv4, addresses of 6 and 4 bytes: with other lengths, the fields would be
+        // elsewhere.
         drop_if([Match::Ne(ARP_KIND, &[0, 1, 8, 0, 6, 4])]),
         drop_if([not_in_set(&[IIFNAME, ARP_SENDER_MAC], MACS)]),
         return_if([in_set(&[IIFNAME], ROAMING)]),
-        // A guest that asks whether its address is free has none yet (RFC 5227 §2.1.1). Of another's address that
-        // would be a claim, on which its holder may give it up (§2.4).
+        // A guest that probes its own address has none yet (RFC 5227 §2.1.1). A probe for another
+        // machine's address would be a claim, on which that machine may give it up (§2.4).
         return_if([probes(), in_set(&target, ADDRESSES4)]),
         return_if([probes(), in_set(&target, BLOCKS4)]),
         return_if([in_set(&sender, ADDRESSES4)]),
@@ -68,10 +71,11 @@ fn itself_arp() -> Vec<Rule> {
 fn itself_ip4() -> Vec<Rule> {
     let source = [IIFNAME, ETHER_SADDR, IP_SADDR];
     vec![
-        // To a DHCP client (RFC 2131 §4.1).
+        // A DHCP server's reply to a client (RFC 2131 §4.1).
         drop_if([Match::Eq(PROTOCOL, UDP), Match::Eq(DESTINATION_PORT, &[0, 68])]),
-        // Who queries listeners and speaks PIM is a multicast router: a bridge sends it all groups and forgets those
-        // that others do not report again. Queries (RFC 9776 §4.1); multicast router discovery (RFC 4286).
+        // A machine that queries listeners or speaks PIM is a multicast router: a bridge sends it
+        // all groups, and forgets those that no listener reports again. Queries (RFC 9776 §4.1);
+        // multicast router discovery (RFC 4286).
         drop_if([Match::Eq(PROTOCOL, IGMP), Match::InRange(IGMP_TYPE, &[0x11], &[0x11])]),
         drop_if([Match::Eq(PROTOCOL, IGMP), Match::InRange(IGMP_TYPE, &[0x30], &[0x32])]),
         drop_if([Match::Eq(PROTOCOL, PIM)]),
@@ -82,10 +86,11 @@ fn itself_ip4() -> Vec<Rule> {
     ]
 }
 
-/// What can not be looked at is dropped: a first fragment may end before the header that says what it is.
+/// Drops what the rules cannot parse: a first fragment may end before the header that identifies
+/// it.
 fn itself_ip6() -> Vec<Rule> {
     vec![
-        // What comes after the first fragment is worth nothing without it.
+        // Later fragments are useless without the first.
         rule(
             [Match::Eq(IP6_NEXT, FRAGMENT), Match::MaskedNe(IP6_FRAGMENT, &[0xff, 0xf8], &[0, 0])],
             SOURCE6,
@@ -103,13 +108,13 @@ const SOURCE6: Verdict = Verdict::Goto("itself_source6");
 fn itself_whole6() -> Vec<Rule> {
     let icmp = |first, last| [Match::Eq(PROTOCOL, ICMP6), Match::InRange(ICMP6_TYPE, first, last)];
     vec![
-        // To a DHCPv6 client (RFC 8415 §7.2).
+        // A DHCPv6 server's reply to a client (RFC 8415 §7.2).
         drop_if([Match::Eq(PROTOCOL, UDP), Match::Eq(DESTINATION_PORT, &[0x02, 0x22])]),
         // Router advertisements and redirects (RFC 4861).
         drop_if(icmp(&[134], &[134])),
         drop_if(icmp(&[137], &[137])),
-        // Listener queries (RFC 9777 §5.1), inverse discovery (RFC 3122), routers' certificates (RFC 3971), multicast
-        // router discovery (RFC 4286).
+        // Listener queries (RFC 9777 §5.1), inverse discovery (RFC 3122), routers' certificates
+        // (RFC 3971), multicast router discovery (RFC 4286).
         drop_if(icmp(&[130], &[130])),
         drop_if(icmp(&[141], &[142])),
         drop_if(icmp(&[148], &[149])),
@@ -127,7 +132,7 @@ fn itself_source6() -> Vec<Rule> {
         return_if([in_set(&source, ADDRESSES6)]),
         return_if([in_set(&source, BLOCKS6)]),
         return_if([in_set(&[IIFNAME], ROAMING)]),
-        // A listener report of a guest that has no address yet (RFC 3810 §5.2.13).
+        // A listener report of a guest without an address (RFC 3810 §5.2.13).
         return_if([
             Match::Eq(IP6_SADDR, UNSPECIFIED6),
             Match::Eq(PROTOCOL, ICMP6),
@@ -137,8 +142,9 @@ fn itself_source6() -> Vec<Rule> {
     ]
 }
 
-/// Neighbour discovery. Whoever hears it believes the address in its option, and of an advertisement the target. One
-/// option is looked at, so there may be no other; nor headers before, behind which a fragment could hide one (RFC 6980).
+/// Checks neighbour discovery: a receiver believes the address in its option, and an
+/// advertisement's target. The rules read one option, so there may be no other. There may be no
+/// extension header either: a fragment could hide behind it (RFC 6980).
 fn itself_nd() -> Vec<Rule> {
     let to = |kind, chain| rule([Match::Eq(ICMP6_TYPE, kind)], Verdict::Goto(chain));
     vec![
@@ -162,7 +168,8 @@ fn itself_asks() -> Vec<Rule> {
         .collect()
 }
 
-/// With no option, or with its own address as the asker's (type 1, of 8 bytes).
+/// Returns the rules for a solicitation: it has no option, or the guest's own address as the
+/// sender's (type 1, 8 bytes).
 fn solicitation(option: Field, mac: Field, second: Field) -> Vec<Rule> {
     vec![
         drop_if([Match::Present(second)]),
@@ -172,8 +179,9 @@ fn solicitation(option: Field, mac: Field, second: Field) -> Vec<Rule> {
     ]
 }
 
-/// A guest that asks whether its address is free has none yet (RFC 4862 §5.4.2), and nobody takes an option for its
-/// address (RFC 4861 §7.1.1).
+/// Checks duplicate address detection. The guest has no address yet (RFC 4862 §5.4.2), and a
+/// receiver ignores a solicitation from the unspecified address if it has an option (RFC 4861
+/// §7.1.1).
 fn itself_duplicate() -> Vec<Rule> {
     let target = [IIFNAME, ETHER_SADDR, ND_TARGET];
     vec![
