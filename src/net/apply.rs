@@ -111,7 +111,7 @@ pub fn plug(
 }
 
 /// Removes the segment's bridge and rules, if the CPI made them, no VM's port is on the bridge and
-/// it has no owner. Returns whether they are gone.
+/// it has no owner. Returns whether both are removed.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
@@ -277,9 +277,9 @@ fn observe(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Observed>
     let index = observed.bridge.as_ref().map(|link| link.index);
     for (at, address) in links.addresses()? {
         if Some(at) == index {
-            observed.bridge_addresses.push(address)
+            observed.bridge_addresses.push(address);
         } else {
-            observed.other_addresses.push(address)
+            observed.other_addresses.push(address);
         }
     }
     if let Some(index) = index {
@@ -295,7 +295,7 @@ fn observe(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Observed>
             observed.vlan_link = links.find(&diff::vlan_name(uplink))?;
         }
         None if segment.mtu.is_none() && observed.bridge.is_none() => {
-            observed.upstream = links.default_route_link()?
+            observed.upstream = links.default_route_link()?;
         }
         None => {}
     }

@@ -288,7 +288,7 @@ fn only_the_missing_change_is_made() {
         repair(&|observed| observed.ports = vec![(guarded_port(), tap(Some(7)))]),
         repair(&|observed| observed.ports = vec![(guarded_port(), tap(Some(3)))]),
         repair(&|observed| {
-            observed.ports = vec![(guarded_port(), Link { learning: true, ..tap(Some(3)) })]
+            observed.ports = vec![(guarded_port(), Link { learning: true, ..tap(Some(3)) })];
         }),
     ];
     insta::assert_snapshot!(repairs.join("\n--\n"), @r#"

@@ -9,9 +9,11 @@
 //!                              │
 //!                              └ firewall (a bridge's rules)
 //!
-//!   filter            what a VM may send and receive     bridge_owners    who keeps an unused bridge
-//!   subnet_conflict   is a requested subnet free?        host_firewalls   other programs' rules
-//!   probe             is an address in use on the wire?
+//!   bridge_owners     state directories that keep a bridge without VMs
+//!   filter            what a VM may send and receive
+//!   host_firewalls    what other programs do to VM packets
+//!   probe             whether another machine has an address
+//!   subnet_conflict   whether a requested subnet is free on this host
 //! ```
 //! A [`plan::Segment`] describes everything the host must have. A supervisor can therefore plug a
 //! VM in again years later, whatever the configuration is then. The kernel holds the only other

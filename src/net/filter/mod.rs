@@ -173,7 +173,7 @@ impl StrayElements {
 
 fn remove_elements(members: &RawTableElements) -> Result<()> {
     let (bridge, inet) = (rules::bridge_table(), rules::inet_table());
-    // A stale outcome means that the tables are gone, and the elements with them.
+    // A stale outcome means that the tables are removed, and the elements with them.
     let _: Outcome = nft::commit(&steps(&bridge, &inet, members, Step::RemoveElements), None)?;
     retry_while_stale(|| {
         let generation = nft::generation()?;

@@ -28,7 +28,7 @@ const DOCKER: &str = "docker0";
 /// An obstacle for a network's packets, and its cure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What is wrong, and the program or setting that causes it.
+    /// The problem, and the program or setting that causes it.
     pub cause: String,
     /// A shell command, or what to change.
     pub cure: String,
@@ -107,7 +107,7 @@ pub fn observe(segments: &[&Segment], nics: &[Nic]) -> Result<Facts> {
 
 /// Returns routes to addresses of the segments over links that the CPI did not make.
 fn foreign_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, IpNetwork)>> {
-    let ours: Vec<_> = segments
+    let subnets: Vec<_> = segments
         .iter()
         .flat_map(|segment| addresses(segment))
         .map(|address| subnet(*address))
@@ -116,7 +116,7 @@ fn foreign_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, I
     for Route { link, to } in links.routes()? {
         // The default route applies only where no other route does.
         if !is_default(to)
-            && ours.iter().any(|subnet| overlap(*subnet, to))
+            && subnets.iter().any(|subnet| overlap(*subnet, to))
             && let Some(index) = link
             && let Some(link) = links.find_by_index(index)?
             && !link.alias.is_some_and(|alias| alias.starts_with(ALIAS_PREFIX))

@@ -31,10 +31,10 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
                     settings.iter().for_each(|setting| match setting {
                         InfoBridge::VlanFiltering(on) => link.vlan_filtering = *on,
                         InfoBridge::VlanDefaultPvid(vlan) => {
-                            link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0)
+                            link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0);
                         }
                         _ => {}
-                    })
+                    });
                 }
                 _ => {}
             }),

@@ -132,7 +132,7 @@ fn route_from(message: &RouteMessage) -> Option<Route> {
         match attribute {
             RouteAttribute::Oif(index) => link = Some(*index),
             RouteAttribute::MultiPath(hops) => {
-                link = link.or(hops.first().map(|hop| hop.interface_index))
+                link = link.or(hops.first().map(|hop| hop.interface_index));
             }
             RouteAttribute::Destination(RouteAddress::Inet(ip)) => to = (*ip).into(),
             RouteAttribute::Destination(RouteAddress::Inet6(ip)) => to = (*ip).into(),

@@ -70,7 +70,7 @@ impl Step<'_> {
                     let mut request =
                         batch.request().set_create().op_newsetelem_do(&table.family.header());
                     push_elements(request.encode(), table, set, elements);
-                })
+                });
             }
             Self::RemoveElements(table, set, elements) => {
                 // Removing fails if an element does not exist, so add them first.

@@ -215,7 +215,7 @@ impl fmt::Display for Set {
             SetKind::Exact => {}
             SetKind::Interval => f.write_str("; flags interval")?,
             SetKind::Dynamic { timeout_seconds, size } => {
-                write!(f, "; size {size}; flags dynamic,timeout; timeout {timeout_seconds}s")?
+                write!(f, "; size {size}; flags dynamic,timeout; timeout {timeout_seconds}s")?;
             }
         }
         f.write_str("; }")

@@ -1,7 +1,7 @@
 //! The text of rules, in the syntax of the `nft` program (checked with nft 1.0.6).
 //!
-//! One thing here has no syntax in that version: a raw payload (`@th,…`) as a part of a set's key has
-//! no type, and `nft` refuses it. The kernel does not: it compares bytes.
+//! That version cannot parse one thing shown here: a raw payload (`@th,…`) in a set's key, which
+//! has no type. The kernel compares its bytes.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};

@@ -130,8 +130,8 @@ fn user_network(name: &str, network: &Network, requested: &Requested) -> Result<
 fn default_guest_address(name: &str, network: &Network, gateway: Ipv4Network) -> Result<Ipv4Addr> {
     let pool = dynamic_pool(name, network, gateway.into())?;
     let usable = |ip: &Ipv4Addr| {
-        let taken = [gateway.network(), gateway.ip(), gateway.broadcast()].contains(ip);
-        pool.contains(IpAddr::V4(*ip)) && !taken
+        let is_reserved = [gateway.network(), gateway.ip(), gateway.broadcast()].contains(ip);
+        pool.contains(IpAddr::V4(*ip)) && !is_reserved
     };
     let lease = Ipv4Addr::from(u32::from(gateway.network()).saturating_add(15));
     let v4 = |ip| if let IpAddr::V4(ip) = ip { Some(ip) } else { None };
@@ -246,7 +246,7 @@ fn segment(
             return Err(bad_config(name, &problem).hint(hint));
         }
     };
-    let ours = profile.wire == Wiring::OwnBridge || uplink.is_some();
+    let made_by_cpi = profile.wire == Wiring::OwnBridge || uplink.is_some();
     Ok(Segment {
         network: name.to_owned(),
         bridge,
@@ -254,7 +254,7 @@ fn segment(
         // The VLAN sub-interface removes the tags.
         vlan: if uplink.is_some() { None } else { vlan },
         isolated: !profile.neighbours,
-        keeper: if ours {
+        keeper: if made_by_cpi {
             let closed = profile.wire == Wiring::OwnBridge && !profile.forward;
             let services = network
                 .host_services
@@ -352,7 +352,7 @@ pub(super) fn subnet(address: IpNetwork) -> IpNetwork {
 }
 
 fn with_prefix(ip: IpAddr, prefix: u8) -> IpNetwork {
-    IpNetwork::new(ip, prefix).expect("a prefix taken from an address or mask of the same family")
+    IpNetwork::new(ip, prefix).expect("a prefix of an address or mask of the same family")
 }
 
 fn bad_config(network: &str, problem: &str) -> Error {

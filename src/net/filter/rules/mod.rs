@@ -8,7 +8,7 @@
 //! All rules but forwards are therefore in the `bridge` table, and hold with and without
 //! br_netfilter. Bridges track no connections (`nf_conntrack_bridge` is not in every kernel). The
 //! rules recognise a reply by TCP's flags, by ICMP's types, and for UDP by what the guest itself
-//! sent before. Bridges cannot see who is behind a masqueraded address; the `inet` table can.
+//! sent before. Bridges cannot see the sender behind a masqueraded address; the `inet` table can.
 
 mod host;
 mod receiver;
