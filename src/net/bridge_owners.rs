@@ -11,7 +11,8 @@ use crate::error::Result;
 use crate::link_name::LinkName;
 use crate::store::Owner;
 
-const OWNERS_SEPARATOR: &str = " suffix by ";
+/// Text in the alias between the network and the owners.
+const OWNERS_SEPARATOR: &str = " kept by ";
 
 /// Adds `owner` to the bridge's owners, if the bridge exists and the CPI made it.
 ///
@@ -80,4 +81,20 @@ fn update_owners(bridge: &LinkName, change: impl FnOnce(&mut Vec<String>)) -> Re
         links.apply(&Change::SetLink { link: bridge.clone(), to })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_lists_its_owners() {
+        // Bridges keep this text over upgrades: every later version must read it.
+        let owners = |alias: &str| {
+            let link = Link { alias: Some(alias.to_owned()), ..Link::default() };
+            owners_of(&link).map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(owners("bosh-qemu-cpi:lab kept by a1,b2"), ["a1", "b2"]);
+        assert!(owners("bosh-qemu-cpi:lab").is_empty());
+    }
 }

@@ -144,13 +144,13 @@ fn a_bridge_is_not_changed_under_its_vms() {
     let refused = host.call("create_vm", &host.vm_arguments(&stemcell));
     let message = &refused.failure().message;
     assert!(
-        message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' can not be"),
+        message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' cannot be"),
         "{message}"
     );
     let (planned, well) = network(&host, "plan");
     assert!(!well);
     assert!(
-        planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' can not be"),
+        planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' cannot be"),
         "{planned:#}"
     );
     assert!(

@@ -18,7 +18,7 @@ pub use crate::store::record::{Keeper, Segment};
 use crate::store::record::{UserNetwork, VlanLink};
 
 /// Subnets whose addresses differ from site to site (RFC 1918, 6598, 4193) or serve documentation
-/// and benchmarks (RFC 2544, 5737, 3849). Every other address belongs to one owner on the Internet.
+/// and benchmarks (RFC 2544, 5737, 3849). Every other address counts as public.
 const PRIVATE_SUBNETS: [&str; 10] = [
     "10.0.0.0/8",
     "172.16.0.0/12",

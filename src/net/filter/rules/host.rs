@@ -25,8 +25,8 @@ pub(super) fn chains() -> Vec<Chain> {
     ]
 }
 
-/// A bridge passes frames to 01:80:c2:00:00:0e up to the host past its own rules, as if the tap
-/// were no port (`net/bridge/br_input.c`).
+/// Drops packets whose input link is a tap: a bridge passes frames to 01:80:c2:00:00:0e up to the
+/// host past its own rules, as if the tap were no port (`net/bridge/br_input.c`).
 fn strays() -> Vec<Rule> {
     vec![drop_if([in_set(&[IIFNAME], TAPS)])]
 }
