@@ -34,9 +34,9 @@ pub(in crate::net) struct Rule {
 pub(in crate::net) enum Match {
     /// The source address is in this subnet.
     SourceIn(IpNetwork),
-    /// The output link is another.
+    /// The output link is not this one.
     NotOutput(LinkName),
-    /// The field, a link, is this one.
+    /// The field holds this link's name.
     Link(Field, LinkName),
     /// The field has this value.
     Eq(Field, &'static [u8]),
