@@ -9,30 +9,31 @@ const MAX_LENGTH: usize = 15;
 
 /// Name of a bridge or tap: 1 to 15 characters of `[A-Za-z0-9._-]`, the first a letter or digit.
 ///
-/// The kernel takes more; what parses here is also one plain path component below `/proc/sys` and needs no quotes in
-/// a shell or in nftables' language.
+/// The kernel allows more. A name that parses here is also one plain path component below
+/// `/proc/sys`, and needs no quotes in a shell or in nft's syntax.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct LinkName(String);
 
-/// Why a text is no [`LinkName`]. The text is not repeated: it may be hostile.
+/// The error for a text that is no [`LinkName`]. It does not repeat the text, which may be hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a link name has 1 to {MAX_LENGTH} letters, digits, '.', '_' and '-', the first a letter or digit"
+    "a link name has 1 to {MAX_LENGTH} letters, digits, '.', '_' and '-', \
+     the first a letter or digit"
 )]
 pub struct LinkNameError;
 
 impl LinkName {
-    /// The text, if it is a link name.
+    /// Parses a link name.
     ///
     /// # Errors
     /// [`LinkNameError`].
     pub fn parse(text: &str) -> Result<Self, LinkNameError> {
         let plain = |byte: &u8| byte.is_ascii_alphanumeric();
-        let good = text.len() <= MAX_LENGTH
+        let is_valid = text.len() <= MAX_LENGTH
             && text.as_bytes().first().is_some_and(plain)
             && text.bytes().all(|byte| plain(&byte) || matches!(byte, b'.' | b'_' | b'-'));
-        if good { Ok(Self(text.to_owned())) } else { Err(LinkNameError) }
+        if is_valid { Ok(Self(text.to_owned())) } else { Err(LinkNameError) }
     }
 
     /// The text.
@@ -65,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kernel_or_a_path_would_choke_on_is_no_name() {
+    fn names_that_break_the_kernel_or_a_path_are_refused() {
         for text in
             ["", ".", "..", "-a", "a/b", "a b", "a:1", "a%d", "a\0", "ä", "a\n", "sixteen-letters-"]
         {

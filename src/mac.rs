@@ -1,4 +1,5 @@
-//! MAC addresses. Each is derived from what it belongs to, so a VM keeps its own over restarts and nothing stores them.
+//! MAC addresses. Each is derived from its owner's name, so a VM keeps its addresses over restarts
+//! and no file stores them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,21 +15,22 @@ use crate::cid::VmCid;
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress([u8; 6]);
 
-/// A text that is no MAC address.
+/// The error for a text that is no MAC address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a MAC address has six pairs of hexadecimal digits with colons between")]
 pub struct MacAddressError;
 
-/// The address of NIC `index` of `vm`: `02:` and 40 bits of a hash of both.
+/// Returns the address of NIC `index` of `vm`: `02:` and 40 bits of a hash of both.
 ///
-/// `02` says locally administered, unicast (IEEE 802). The customary `52:54:00` leaves 24 bits, with which two of
-/// 1000 VMs collide in one network out of 34; with 40 bits it is one out of two million.
+/// `02` means locally administered, unicast (IEEE 802). The customary `52:54:00` leaves 24 bits:
+/// with those, one in 34 networks of 1000 VMs has a collision; with 40 bits, one in two million.
 pub fn mac_address(vm: &VmCid, index: usize) -> MacAddress {
     MacAddress::derived(0x02, "nic", &format!("{vm}\0{index}"))
 }
 
 impl MacAddress {
-    /// `first` and 40 bits that follow from `owner` among the owners of that `kind`.
+    /// Returns `first` and 40 bits derived from `owner`, which is unique among owners of that
+    /// `kind`.
     pub(crate) fn derived(first: u8, kind: &str, owner: &str) -> Self {
         let hash = digest(kind, owner);
         Self([first, hash[0], hash[1], hash[2], hash[3], hash[4]])
@@ -40,7 +42,8 @@ impl MacAddress {
     }
 }
 
-/// Hash behind every derived name and address. `kind` keeps owners of different kinds apart; neither holds a newline.
+/// Returns the hash behind every derived name and address. `kind` separates owners of different
+/// kinds; neither text contains a newline.
 pub(crate) fn digest(kind: &str, owner: &str) -> [u8; 32] {
     Sha256::digest(format!("{kind}\n{owner}")).into()
 }
@@ -103,19 +106,19 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_keeps_its_addresses_for_ever() {
-        // In records and guests for years: this text may never change.
+    fn a_vms_address_never_changes() {
+        // Records and guests keep this text for years: it may never change.
         assert_eq!(mac_address(&vm("vm-a"), 0).to_string(), "02:b9:48:ba:57:d9");
     }
 
     #[test]
-    fn cid_and_index_do_not_run_together() {
+    fn cid_and_index_are_separate_in_the_hash() {
         assert_ne!(mac_address(&vm("vm-1"), 11), mac_address(&vm("vm-11"), 1));
         assert_ne!(mac_address(&vm("vm-1"), 0), mac_address(&vm("vm-1"), 1));
     }
 
     #[test]
-    fn serde_speaks_text() {
+    fn serde_uses_the_text() {
         let mac = mac_address(&vm("vm-a"), 3);
         let text = serde_json::to_string(&mac).unwrap();
         assert_eq!(text, format!("\"{mac}\""));

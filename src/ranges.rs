@@ -19,10 +19,10 @@ choice! {
 }
 
 impl Protocol {
-    /// All of them.
+    /// All protocols with ports.
     pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
 
-    /// Its number in IP's header (IANA).
+    /// Returns its number in the IP header (IANA).
     pub fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
@@ -30,24 +30,24 @@ impl Protocol {
         }
     }
 
-    /// The one with this number.
-    pub fn numbered(number: u8) -> Option<Self> {
+    /// Returns the protocol with this number.
+    pub fn from_number(number: u8) -> Option<Self> {
         [Self::Tcp, Self::Udp].into_iter().find(|protocol| protocol.number() == number)
     }
 }
 
-/// A protocol of IP, or several.
+/// One or several IP protocols.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IpProtocol {
-    /// Every one.
+    /// Every protocol.
     All,
-    /// ICMP with IPv4, and ICMPv6 with IPv6.
+    /// ICMP for IPv4, and ICMPv6 for IPv6.
     Icmp,
-    /// The one with this number in IP's header (IANA).
+    /// The protocol with this number in the IP header (IANA).
     Number(u8),
 }
 
-/// What people call protocols (IANA's protocol numbers). All others have numbers.
+/// Names of protocols (IANA's protocol numbers). All others have only numbers.
 const PROTOCOLS: [(&str, u8); 11] = [
     ("tcp", 6),
     ("udp", 17),
@@ -63,12 +63,13 @@ const PROTOCOLS: [(&str, u8); 11] = [
 ];
 
 impl IpProtocol {
-    /// Whether its header begins with two ports, as those of TCP, UDP and SCTP do (RFC 9293, RFC 768, RFC 9260).
+    /// Whether its header begins with two ports, as those of TCP, UDP and SCTP do (RFC 9293, RFC
+    /// 768, RFC 9260).
     pub fn has_ports(self) -> bool {
         matches!(self, Self::Number(6 | 17 | 132))
     }
 
-    /// First and last number of those that it stands for, with IPv4 or IPv6.
+    /// Returns the first and last protocol number it stands for, for IPv4 or IPv6.
     pub fn numbers(self, v6: bool) -> (u8, u8) {
         match self {
             Self::All => (0, u8::MAX),
@@ -92,8 +93,9 @@ impl IpProtocol {
 }
 
 impl Property for IpProtocol {
-    const EXPECTED: &'static str = "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \"esp\", \"gre\", \"igmp\", \"ipip\", \
-                                    \"ospf\", \"sctp\", \"vrrp\" or a protocol's number from 0 to 255";
+    const EXPECTED: &'static str = "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \
+        \"esp\", \"gre\", \"igmp\", \"ipip\", \"ospf\", \"sctp\", \"vrrp\" \
+        or a protocol's number from 0 to 255";
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = match value {
@@ -116,17 +118,17 @@ impl Serialize for IpProtocol {
     }
 }
 
-/// Ports, first and last.
+/// A range of ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortRange {
-    /// First.
+    /// The first.
     pub first: u16,
-    /// Last, not before the first.
+    /// The last, not before the first.
     pub last: u16,
 }
 
 impl PortRange {
-    /// How many ports there are.
+    /// Returns the number of ports.
     pub fn count(self) -> u32 {
         u32::from(self.last - self.first) + 1
     }
@@ -158,22 +160,22 @@ impl Serialize for PortRange {
     }
 }
 
-/// Addresses of one family, first and last.
+/// A range of addresses of one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AddressRange {
-    /// First.
+    /// The first.
     pub first: IpAddr,
-    /// Last, not before the first.
+    /// The last, not before the first.
     pub last: IpAddr,
 }
 
 impl AddressRange {
-    /// Whether it has the address.
+    /// Whether the range contains the address.
     pub fn contains(self, ip: IpAddr) -> bool {
         self.first.is_ipv4() == ip.is_ipv4() && self.first <= ip && ip <= self.last
     }
 
-    /// From the first to the last.
+    /// Returns all addresses from the first to the last.
     pub fn addresses(self) -> impl Iterator<Item = IpAddr> {
         let number = |ip| match ip {
             IpAddr::V4(ip) => u128::from(u32::from(ip)),
@@ -181,7 +183,7 @@ impl AddressRange {
         };
         let v4 = self.first.is_ipv4();
         (number(self.first)..=number(self.last)).map(move |number| {
-            // The numbers are between those of two addresses of the family.
+            // The numbers lie between those of two addresses of the family.
             if v4 {
                 IpAddr::V4(Ipv4Addr::from(number as u32))
             } else {
@@ -249,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_people_write() {
+    fn ports_protocols_and_addresses_parse() {
         assert_eq!(PortRange::from_json(&json!(80)).unwrap(), PortRange { first: 80, last: 80 });
         assert_eq!(PortRange::from_json(&json!("80-90")).unwrap().count(), 11);
         assert!(HostPort::from_json(&json!("tcp/22")).is_ok());

@@ -1,8 +1,10 @@
-//! What a VM's network costs one create_vm: its subnet looked at, bridge, tap and rules made and removed, alone and among many.
+//! What a VM's network costs one create_vm: the check of its subnet, and its bridge, tap and rules,
+//! made and removed. Alone and among many VMs.
 //!
-//! The floor of a tap is a tap: `TUNSETIFF` and nothing else. That of the rest is the same thing on a host without other
-//! VMs: it must not grow with them. Everything is in a network namespace of its own, so it needs root, and the kernel
-//! takes it away with the process. Most of each time is the kernel waiting for a pause of every CPU (RCU).
+//! The floor of a tap is `TUNSETIFF` and nothing else. The floor of the rest is the same work on a
+//! host without other VMs: it must not grow with them. Everything is in a network namespace of its
+//! own, so the bench needs root, and the kernel removes everything with the process. Most of each
+//! time is the kernel waiting for RCU grace periods of every CPU.
 //!
 //! `cargo bench --bench network -- 30` takes 30 rounds instead of 10.
 #![allow(clippy::print_stdout)]
@@ -17,9 +19,9 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::config::Network;
 use bosh_qemu_cpi::net::apply::{self, Plug};
 use bosh_qemu_cpi::net::change::Port;
-use bosh_qemu_cpi::net::plan::{Place, Requested, Segment, place};
+use bosh_qemu_cpi::net::plan::{NicPlan, Requested, Segment, plan_nic};
 use bosh_qemu_cpi::net::profile::Profile;
-use bosh_qemu_cpi::net::{coexist, guard, taken};
+use bosh_qemu_cpi::net::{filter, host_firewalls, subnet_conflict};
 use bosh_qemu_cpi::store::record::Nic;
 use bosh_qemu_cpi::sys::tun;
 use nix::sched::{CloneFlags, unshare};
@@ -27,7 +29,7 @@ use serde_json::json;
 
 use table::{Table, Target};
 
-/// VMs that are there already.
+/// Number of VMs that exist already.
 const CROWD: usize = 500;
 
 fn main() {
@@ -47,10 +49,10 @@ fn main() {
     println!("\n{rounds} rounds, medians, milliseconds\n\n{table}");
 }
 
-/// One measured thing, as it is to be among many VMs.
+/// A measurement: its name, its target among many VMs, and its time.
 type Measured = (&'static str, Target, Duration);
 
-/// The first VM of a network, and its end.
+/// Measures the first VM of a network, and its removal.
 fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     let (tap, device) = timed(|| {
         let device =
@@ -59,11 +61,11 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
         device
     });
     drop(device);
-    // What the kernel still does after a tap went is not the next one's time.
+    // The kernel finishes removing a tap later; the next measurement must not include that.
     assert!(apply::release(segment).expect("nothing there"));
     let first = nic("bqfirstn0", FIRST, segment);
-    let (wire, [looked, ruled, plugged]) = connect(&first, segment);
-    table.add("first: subnet looked at", Target::AtMost(2.0), looked, tap);
+    let (wire, [checked, ruled, plugged]) = connect(&first, segment);
+    table.add("first: subnet checked", Target::AtMost(2.0), checked, tap);
     table.add("first: rules, with their tables", Target::AtMost(10.0), ruled, tap);
     table.add("first: bridge and tap", Target::AtMost(10.0), plugged, tap);
     let more = one_more(segment);
@@ -74,7 +76,7 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     let (released, ()) = timed(|| {
         std::thread::scope(|threads| {
             let rules =
-                threads.spawn(|| guard::remove(std::slice::from_ref(&first)).expect("remove"));
+                threads.spawn(|| filter::remove(std::slice::from_ref(&first)).expect("remove"));
             assert!(apply::release(segment).expect("release"));
             rules.join().expect("no panic");
         });
@@ -83,45 +85,51 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     more
 }
 
-/// A VM more, and its end; a call that finds all as it must be; a look for what else is in the way.
+/// Measures one more VM and its removal, a call that finds nothing missing, and the search for
+/// other firewalls.
 fn one_more(segment: &Segment) -> Vec<Measured> {
     let one = nic("bqmoren0", MORE, segment);
-    let (wire, [looked, ruled, plugged]) = connect(&one, segment);
+    let (wire, [checked, ruled, plugged]) = connect(&one, segment);
     let (nothing, ()) = timed(|| apply::ensure(segment, &[]).expect("ensure"));
     let own = std::slice::from_ref(&one);
-    let (sought, findings) = timed(|| {
-        coexist::findings(segment, own, &coexist::observe(&[segment], own).expect("observe"))
+    let (searched, findings) = timed(|| {
+        host_firewalls::findings(
+            segment,
+            own,
+            &host_firewalls::observe(&[segment], own).expect("observe"),
+        )
     });
     assert_eq!(findings, []);
     drop(wire);
-    let (removed, ()) = timed(|| guard::remove(own).expect("remove"));
+    let (removed, ()) = timed(|| filter::remove(own).expect("remove"));
     vec![
-        ("among 500: subnet looked at", Target::Above(1.0), looked),
+        ("among 500: subnet checked", Target::Above(1.0), checked),
         ("among 500: rules", Target::Ratio(1.5), ruled),
         ("among 500: tap", Target::Ratio(1.5), plugged),
         ("among 500: rules removed", Target::Ratio(1.5), removed),
         ("among 500: nothing to do", Target::Above(1.0), nothing),
-        ("among 500: other firewalls", Target::Above(1.0), sought),
+        ("among 500: other firewalls", Target::Above(1.0), searched),
     ]
 }
 
-/// All that create_vm and the VM's supervisor do of its network: its subnet looked at, its rules, its bridge and tap.
+/// Does all that create_vm and the VM's supervisor do for its network: the check of its subnet, its
+/// rules, bridge and tap.
 fn connect(nic: &Nic, segment: &Segment) -> (Plug, [Duration; 3]) {
     let (port, _) = Port::of(nic).expect("a tap");
-    let (looked, ()) = timed(|| taken::refuse(segment).expect("free"));
+    let (checked, ()) = timed(|| subnet_conflict::ensure_free(segment).expect("free"));
     let (ruled, ()) =
-        timed(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
+        timed(|| filter::add(std::slice::from_ref(nic), || Ok(Vec::new())).expect("rules"));
     let (plugged, wire) = timed(|| {
         apply::plug(&port, segment, 1, || Ok((segment.clone(), Vec::new()))).expect("plug")
     });
-    (wire, [looked, ruled, plugged])
+    (wire, [checked, ruled, plugged])
 }
 
-/// VMs beside the crowd.
+/// VMs besides the crowd.
 const FIRST: usize = CROWD;
 const MORE: usize = CROWD + 1;
 
-/// A guarded card with an address, a security group and a port of the host.
+/// A NIC with `anti_spoof`, an address, a security group and a forwarded port.
 fn nic(tap: &str, n: usize, segment: &Segment) -> Nic {
     let ip = format!("10.0.{}.{}", n / 250, n % 250 + 2);
     let rules = json!({
@@ -132,7 +140,7 @@ fn nic(tap: &str, n: usize, segment: &Segment) -> Nic {
     let mac = format!("02:00:00:00:{:02x}:{:02x}", n / 256, n % 256);
     let nic =
         json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
-    serde_json::from_value(nic).expect("a card")
+    serde_json::from_value(nic).expect("a NIC")
 }
 
 fn segment() -> Segment {
@@ -143,13 +151,13 @@ fn segment() -> Segment {
         ..Requested::default()
     };
     let profile = Profile::load("nat", None).expect("built in");
-    match place("bench", &Network::nat(), &profile, &requested).expect("a place") {
-        Place::Bridge(segment) => segment,
-        Place::User(user) => panic!("{user:?}"),
+    match plan_nic("bench", &Network::nat(), &profile, &requested).expect("a plan") {
+        NicPlan::Bridge(segment) => segment,
+        NicPlan::User(user) => panic!("{user:?}"),
     }
 }
 
-/// How long `job` took, and its result.
+/// Returns how long `job` took, and its result.
 fn timed<T>(job: impl FnOnce() -> T) -> (Duration, T) {
     let began = Instant::now();
     let result = job();

@@ -11,7 +11,7 @@ use crate::cpi::network::host::HostNetwork;
 use crate::cpi::{network, recovery};
 use crate::error::{ErrorKind, Result};
 use crate::link_name::LinkName;
-use crate::net::{apply, kept};
+use crate::net::{apply, bridge_owners};
 use crate::store::record::{NetworkRecord, Nic};
 use crate::store::{Phase, Rank, VmRecord, atomic};
 use crate::supervisor::{PowerState, power_state};
@@ -108,7 +108,7 @@ impl Audit<'_> {
             let Some(_lock) = self.lock_object(Rank::Vm, &cid) else { continue };
             let taps: Vec<_> =
                 vm.nics.iter().filter_map(Nic::tap).map(|(tap, _)| tap.clone()).collect();
-            let present = apply::present(&taps)?;
+            let present = apply::existing_links(&taps)?;
             // The VM may have ended meanwhile.
             if !is_on() {
                 continue;
@@ -157,7 +157,7 @@ impl Audit<'_> {
             lack.filter
                 .then(|| "rules of its VMs in the nftables table bosh-qemu-guard".to_owned()),
         );
-        if network.pinned && !kept::by(&self.cx.store.owner()?)?.contains(bridge) {
+        if network.pinned && !bridge_owners::owned_by(&self.cx.store.owner()?)?.contains(bridge) {
             lacks.push("the mark that keeps its bridge without VMs".to_owned());
         }
         Ok(lacks)
@@ -183,7 +183,7 @@ impl Audit<'_> {
     /// Bridges that this state directory keeps without a pin: an operator removed the pin's file.
     fn unpinned_bridges(&mut self) -> Result<()> {
         let (cx, owner) = (self.cx, self.cx.store.owner()?);
-        for bridge in kept::by(&owner)? {
+        for bridge in bridge_owners::owned_by(&owner)? {
             let Some(lock) = self.lock(Rank::Network, &bridge) else { continue };
             if !cx.store.is_pinned(&bridge) {
                 self.found(
@@ -191,7 +191,7 @@ impl Audit<'_> {
                     &bridge,
                     "the bridge is kept for a network that is not pinned",
                     || {
-                        kept::let_go(&bridge, &owner)?;
+                        bridge_owners::remove_owner(&bridge, &owner)?;
                         apply::release_stray(&bridge).map(drop)
                     },
                 );

@@ -64,7 +64,7 @@ struct Report<'a> {
     state: &'static str,
     /// Changes that are needed; after `apply`, the changes that were made.
     changes: Vec<String>,
-    findings: Vec<crate::net::coexist::Finding>,
+    findings: Vec<crate::net::host_firewalls::Finding>,
     error: Option<String>,
 }
 

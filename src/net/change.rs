@@ -1,4 +1,5 @@
-//! One step towards what a segment needs. Its `Display` is what an operator would type.
+//! One change of the host's network towards what a segment needs. `Display` shows the command an
+//! operator would type, and for a table its text in nft's syntax.
 
 use std::fmt;
 
@@ -13,115 +14,118 @@ use crate::store::record::{Nic, Segment};
 /// A change of the host's kernel state.
 #[derive(Debug)]
 pub enum Change {
-    /// Makes a bridge, down, that neither delays nor filters and keeps its address whatever joins it.
+    /// Makes a bridge, down, without STP and forwarding delay. Its MAC address stays the same
+    /// whichever port joins.
     AddBridge {
-        /// Its name.
+        /// The bridge's name.
         name: LinkName,
-        /// Its own address.
+        /// The bridge's own MAC address.
         mac: MacAddress,
         /// Largest packet, bytes.
         mtu: u32,
     },
-    /// Makes the sub-interface of a link for one of its VLANs.
+    /// Makes a VLAN sub-interface of a link.
     AddVlan {
-        /// Its name.
+        /// The sub-interface's name.
         name: LinkName,
-        /// The link that carries tagged packets.
+        /// The link that carries the tagged packets.
         carrier: LinkName,
-        /// The VLAN.
+        /// The VLAN's number.
         vlan: u16,
     },
-    /// Changes a link.
-    Set {
+    /// Changes settings of a link.
+    SetLink {
         /// The link.
         link: LinkName,
-        /// What of it.
-        to: Settings,
+        /// The settings to change.
+        to: LinkSettings,
     },
-    /// Keeps a port of a bridge from other such ports.
-    Isolate(LinkName),
-    /// Has a bridge know by itself who is behind a port, and learn nothing from what comes out of it: frames to some
-    /// addresses teach it before any rule is asked (`net/bridge/br_input.c`).
-    Bind {
+    /// Isolates a bridge port: it exchanges no frames with other isolated ports.
+    IsolatePort(LinkName),
+    /// Gives a bridge port a static forwarding entry and switches its MAC learning off. Learning
+    /// must be off: frames to some addresses teach the bridge before it consults any rule
+    /// (`net/bridge/br_input.c`).
+    PinMac {
         /// The port.
         port: LinkName,
-        /// Who is behind it.
+        /// The only MAC address behind the port.
         mac: MacAddress,
     },
-    /// Puts a port of a bridge on one VLAN, untagged, and on no other.
-    Tag {
+    /// Puts a bridge port on one VLAN, untagged, and takes it off the bridge's default VLAN.
+    SetPortVlan {
         /// The port.
         port: LinkName,
-        /// The VLAN.
+        /// The VLAN's number.
         vlan: u16,
-        /// The VLAN that the bridge gives every port.
-        instead_of: Option<u16>,
+        /// The VLAN the bridge gives every new port, if it differs from `vlan`.
+        replaces: Option<u16>,
     },
-    /// Adds an address, with its subnet's prefix.
+    /// Adds an IP address to a link.
     AddAddress {
-        /// To this link.
+        /// The link.
         link: LinkName,
-        /// The address.
+        /// The address, with its subnet's prefix.
         address: IpNetwork,
     },
-    /// Adds the route to a link's own subnet, which the kernel made with the address and somebody removed.
+    /// Adds the route to a link's own subnet. The kernel made it with the address, and another
+    /// program removed it.
     AddRoute {
         /// The link.
         link: LinkName,
-        /// The link's address.
+        /// The link's address, with its subnet's prefix.
         address: IpNetwork,
     },
-    /// Writes a setting below `/proc/sys/net`.
-    Write {
-        /// Its path there.
+    /// Writes a kernel setting below `/proc/sys/net`.
+    WriteSysctl {
+        /// Path below `/proc/sys/net`.
         key: String,
-        /// The value.
+        /// The value to write.
         value: &'static str,
     },
-    /// Puts a table of ours in place.
-    Rules(Rules),
+    /// Replaces one of the CPI's nftables tables as a whole.
+    ReplaceTable(Ruleset),
 }
 
-/// What is to be a port of a bridge.
+/// A link that is to be a port of a bridge.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Port {
     /// The link.
     pub link: LinkName,
-    /// The only address behind it, if the machine there may have no other.
-    pub bound: Option<MacAddress>,
+    /// The only MAC address allowed behind the port; `None` leaves the port learning.
+    pub pinned_mac: Option<MacAddress>,
 }
 
 impl From<LinkName> for Port {
     fn from(link: LinkName) -> Self {
-        Self { link, bound: None }
+        Self { link, pinned_mac: None }
     }
 }
 
 impl Port {
-    /// The port of a VM's network card, if it has one, with the segment that it is on.
+    /// Returns the port of a VM's NIC and its segment, or `None` for a NIC without a tap.
     pub fn of(nic: &Nic) -> Option<(Self, &Segment)> {
         let (tap, segment) = nic.tap()?;
         let guarded = nic.rules.as_ref().is_some_and(|rules| rules.anti_spoof);
-        Some((Self { link: tap.clone(), bound: guarded.then_some(nic.mac) }, segment))
+        Some((Self { link: tap.clone(), pinned_mac: guarded.then_some(nic.mac) }, segment))
     }
 }
 
-/// An nftables table of ours.
+/// An nftables table of the CPI.
 #[derive(Debug)]
-pub struct Rules(pub(super) Table);
+pub struct Ruleset(pub(super) Table);
 
-/// What to change of a link. The kernel takes all of it in one message.
+/// Settings of a link to change. The kernel takes all of them in one message.
 #[derive(Debug, Default, PartialEq)]
-pub struct Settings {
-    /// Text for people.
+pub struct LinkSettings {
+    /// The link's alias.
     pub alias: Option<String>,
-    /// Its Ethernet address.
+    /// The link's MAC address.
     pub mac: Option<MacAddress>,
     /// Largest packet, bytes.
     pub mtu: Option<u32>,
-    /// The bridge it is to be a port of.
+    /// The bridge the link is to join.
     pub controller: Option<LinkName>,
-    /// Switches it on; `false` leaves it.
+    /// Whether to switch the link on; `false` changes nothing.
     pub up: bool,
 }
 
@@ -131,21 +135,22 @@ impl fmt::Display for Change {
             Self::AddBridge { name, mac, mtu } => {
                 write!(
                     f,
-                    "ip link add {name} address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0"
+                    "ip link add {name} address {mac} mtu {mtu} \
+                     type bridge stp_state 0 forward_delay 0"
                 )
             }
             Self::AddVlan { name, carrier, vlan } => {
                 write!(f, "ip link add {name} link {carrier} type vlan id {vlan}")
             }
-            Self::Set { link, to } => write!(f, "ip link set {link}{to}"),
-            Self::Isolate(port) => write!(f, "bridge link set dev {port} isolated on"),
-            Self::Bind { port, mac } => {
+            Self::SetLink { link, to } => write!(f, "ip link set {link}{to}"),
+            Self::IsolatePort(port) => write!(f, "bridge link set dev {port} isolated on"),
+            Self::PinMac { port, mac } => {
                 write!(f, "bridge link set dev {port} learning off && ")?;
                 write!(f, "bridge fdb replace {mac} dev {port} master static sticky")
             }
-            Self::Tag { port, vlan, instead_of } => {
+            Self::SetPortVlan { port, vlan, replaces } => {
                 write!(f, "bridge vlan add dev {port} vid {vlan} pvid untagged")?;
-                instead_of
+                replaces
                     .map_or(Ok(()), |other| write!(f, " && bridge vlan del dev {port} vid {other}"))
             }
             Self::AddAddress { link, address } => write!(f, "ip address add {address} dev {link}"),
@@ -153,16 +158,19 @@ impl fmt::Display for Change {
                 let (network, prefix, source) = (address.network(), address.prefix(), address.ip());
                 write!(
                     f,
-                    "ip route add {network}/{prefix} dev {link} src {source} proto kernel scope link"
+                    "ip route add {network}/{prefix} dev {link} src {source} \
+                     proto kernel scope link"
                 )
             }
-            Self::Write { key, value } => write!(f, "sysctl -w {}={value}", sysctl::name(key)),
-            Self::Rules(Rules(table)) => write!(f, "nft {table}"),
+            Self::WriteSysctl { key, value } => {
+                write!(f, "sysctl -w {}={value}", sysctl::name(key))
+            }
+            Self::ReplaceTable(Ruleset(table)) => write!(f, "nft {table}"),
         }
     }
 }
 
-impl fmt::Display for Settings {
+impl fmt::Display for LinkSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { alias, mac, mtu, controller, up } = self;
         mac.map_or(Ok(()), |mac| write!(f, " address {mac}"))?;

@@ -1,10 +1,10 @@
-//! What is missing where, for every profile; and that nothing is, when all is there.
+//! The missing changes of every profile, and none where everything is in place.
 
 use serde_json::json;
 
 use super::*;
 use crate::config::Network;
-use crate::net::plan::{Place, Requested, place};
+use crate::net::plan::{NicPlan, Requested, plan_nic};
 use crate::net::profile::Profile;
 use crate::schema::Property;
 
@@ -21,48 +21,48 @@ fn segment(network: &serde_json::Value) -> Segment {
         gateway: "10.0.0.1".parse().ok(),
         ..Default::default()
     };
-    match place("lab", &network, &profile, &requested).unwrap() {
-        Place::Bridge(segment) => segment,
-        Place::User(user) => panic!("{user:?}"),
+    match plan_nic("lab", &network, &profile, &requested).unwrap() {
+        NicPlan::Bridge(segment) => segment,
+        NicPlan::User(user) => panic!("{user:?}"),
     }
 }
 
-/// A host with a link of 1450 bytes to the world, and nothing else.
-fn bare_host() -> Seen {
+/// A host whose only link is an uplink with an MTU of 1450 bytes.
+fn bare_host() -> Observed {
     let world = Link { name: "eth0".into(), index: 2, mtu: 1450, up: true, ..Link::default() };
     let settings = [("ipv4/ip_forward", "0"), ("ipv6/conf/all/forwarding", "0")];
     let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-    Seen {
-        world: Some(world),
-        foreign: vec!["192.0.2.1/24".parse().unwrap()],
+    Observed {
+        upstream: Some(world),
+        other_addresses: vec!["192.0.2.1/24".parse().unwrap()],
         settings,
-        ..Seen::default()
+        ..Observed::default()
     }
 }
 
-/// An operator's bridge.
-fn with_bridge(bridge: &str) -> Seen {
+/// A host with an operator's bridge.
+fn with_bridge(bridge: &str) -> Observed {
     let kind = Some("bridge".to_owned());
     let bridge =
         Link { name: bridge.into(), index: 3, mtu: 1500, up: true, kind, ..Link::default() };
-    Seen { bridge: Some(bridge), ..bare_host() }
+    Observed { bridge: Some(bridge), ..bare_host() }
 }
 
 fn lines(changes: &[Change]) -> String {
     changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
-/// All that a new VM needs on a host.
-fn all(network: &serde_json::Value, seen: &Seen) -> String {
+/// The commands that a new VM needs on a host.
+fn all(network: &serde_json::Value, observed: &Observed) -> String {
     let segment = segment(network);
-    let mut changes = diff(&segment, seen).unwrap();
-    changes.extend(plug(&segment, seen, &bound(), None, 1500));
+    let mut changes = diff(&segment, observed).unwrap();
+    changes.extend(plug(&segment, observed, &guarded_port(), None, 1500));
     lines(&changes)
 }
 
-/// The port of a VM that may speak only as itself.
-fn bound() -> Port {
-    Port { link: name("bqtapn0"), bound: Some([2, 0, 0, 0, 0, 1].into()) }
+/// The port of a VM with `anti_spoof`.
+fn guarded_port() -> Port {
+    Port { link: name("bqtapn0"), pinned_mac: Some([2, 0, 0, 0, 0, 1].into()) }
 }
 
 #[test]
@@ -77,18 +77,18 @@ fn nat_on_a_bare_host() {
         chain postrouting {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
-            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & dnat == dnat masquerade
         }
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-nat0" ct state & (established | related) != 0 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-nat0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-nat0" counter drop
         }
         chain speaks {
@@ -113,14 +113,14 @@ fn routed_on_a_bare_host() {
     nft table inet bosh-qemu-bosh-routed0 {
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-routed0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            iifname "bosh-routed0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-routed0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-routed0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-routed0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-routed0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-routed0" ct state & (established | related) != 0 return
+            iifname "bosh-routed0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-routed0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-routed0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-routed0" counter drop
         }
         chain speaks {
@@ -150,10 +150,10 @@ fn isolated_on_a_bare_host() {
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-isolated0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-isolated0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-isolated0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-isolated0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-isolated0" ct state & (established | related) != 0 return
+            iifname "bosh-isolated0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-isolated0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-isolated0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-isolated0" counter drop
         }
         chain speaks {
@@ -170,7 +170,8 @@ fn isolated_on_a_bare_host() {
 
 #[test]
 fn an_operators_bridge_gets_a_tap() {
-    insta::assert_snapshot!(all(&json!({"profile": "bridge", "bridge": "br0"}), &with_bridge("br0")), @r"
+    let network = json!({"profile": "bridge", "bridge": "br0"});
+    insta::assert_snapshot!(all(&network, &with_bridge("br0")), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
@@ -180,22 +181,22 @@ fn an_operators_bridge_gets_a_tap() {
 #[test]
 fn a_vlan_of_a_bridge() {
     let network = json!({"profile": "vlan", "bridge": "br0", "vlan": 20});
-    let mut seen = with_bridge("br0");
-    let error = diff(&segment(&network), &seen).unwrap_err();
+    let mut observed = with_bridge("br0");
+    let error = diff(&segment(&network), &observed).unwrap_err();
     insta::assert_snapshot!(error.report(), @r"
-    bridge 'br0' does not tell VLANs apart
-    Hint: ip link set br0 type bridge vlan_filtering 1; where the kernel was built without it (BRIDGE_VLAN_FILTERING), give the network an uplink in place of the bridge
+    bridge 'br0' does not filter VLANs
+    Hint: ip link set br0 type bridge vlan_filtering 1; if the kernel lacks BRIDGE_VLAN_FILTERING, give the network an uplink in place of the bridge
     ");
-    let bridge = seen.bridge.as_mut().unwrap();
-    (bridge.tells_vlans_apart, bridge.default_vlan) = (true, Some(1));
-    insta::assert_snapshot!(all(&network, &seen), @r"
+    let bridge = observed.bridge.as_mut().unwrap();
+    (bridge.vlan_filtering, bridge.default_vlan) = (true, Some(1));
+    insta::assert_snapshot!(all(&network, &observed), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged && bridge vlan del dev bqtapn0 vid 1
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     ");
-    seen.bridge.as_mut().unwrap().default_vlan = Some(20);
-    insta::assert_snapshot!(all(&network, &seen), @r"
+    observed.bridge.as_mut().unwrap().default_vlan = Some(20);
+    insta::assert_snapshot!(all(&network, &observed), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
@@ -229,68 +230,66 @@ fn a_vlan_of_an_uplink() {
     bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
-    let error = diff(&segment(&network), &Seen { world: None, ..bare_host() }).unwrap_err();
+    let error = diff(&segment(&network), &Observed { upstream: None, ..bare_host() }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkNotFound);
 }
 
-/// A host on which [`nat_on_a_bare_host`] was done.
-fn done(segment: &Segment) -> Seen {
+/// A host after the changes of [`nat_on_a_bare_host`].
+fn done(segment: &Segment) -> Observed {
     let bridge = Link {
         name: segment.bridge.to_string(),
         index: 3,
         kind: Some("bridge".into()),
         alias: Some("bosh-qemu-cpi:lab".into()),
-        mac: Some(pinned_mac(&segment.bridge)),
+        mac: Some(bridge_mac(&segment.bridge)),
         mtu: 1450,
         up: true,
         ..Link::default()
     };
     let address: IpNetwork = "10.0.0.1/24".parse().unwrap();
-    let mut seen = Seen {
+    let mut observed = Observed {
         bridge: Some(bridge),
-        own: vec![address],
+        bridge_addresses: vec![address],
         routes: vec![subnet(address)],
         ..bare_host()
     };
-    seen.rules_hold = true;
+    observed.rules_current = true;
     let settings = [("ipv4/ip_forward", "1"), ("ipv6/conf/bosh-nat0/accept_ra", "0")];
-    seen.settings.extend(settings.map(|(key, value)| (key.to_owned(), value.to_owned())));
-    seen
+    observed.settings.extend(settings.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    observed
 }
 
 #[test]
-fn twice_is_once() {
+fn a_complete_host_needs_no_change() {
     let segment = segment(&json!({}));
     assert_eq!(lines(&diff(&segment, &done(&segment)).unwrap()), "");
     let uplink_changed = Link { mtu: 9000, ..Link::default() };
-    let seen = Seen { world: Some(uplink_changed), ..done(&segment) };
-    assert_eq!(
-        lines(&diff(&segment, &seen).unwrap()),
-        "",
-        "its guests were told of the bridge's size"
-    );
+    let observed = Observed { upstream: Some(uplink_changed), ..done(&segment) };
+    assert_eq!(lines(&diff(&segment, &observed).unwrap()), "", "the guests have the bridge's MTU");
 }
 
 #[test]
-fn only_what_somebody_broke_is_repaired() {
+fn only_the_missing_change_is_made() {
     let segment = segment(&json!({}));
-    let repair = |break_it: &dyn Fn(&mut Seen)| {
-        let mut seen = done(&segment);
-        break_it(&mut seen);
-        lines(&diff(&segment, &seen).unwrap())
+    let repair = |break_it: &dyn Fn(&mut Observed)| {
+        let mut observed = done(&segment);
+        break_it(&mut observed);
+        lines(&diff(&segment, &observed).unwrap())
     };
     let tap = |controller| Link { name: "bqtapn0".into(), index: 9, controller, ..Link::default() };
     let repairs = [
-        repair(&|seen| seen.bridge.as_mut().unwrap().up = false),
-        repair(&|seen| seen.bridge.as_mut().unwrap().mac = None),
-        repair(&|seen| seen.own.clear()),
-        repair(&|seen| seen.routes.clear()),
-        repair(&|seen| seen.rules_hold = false),
-        repair(&|seen| drop(seen.settings.insert(FORWARD_V4.into(), "0".into()))),
-        repair(&|seen| seen.ports = vec![(bound(), tap(None))]),
-        repair(&|seen| seen.ports = vec![(bound(), tap(Some(7)))]),
-        repair(&|seen| seen.ports = vec![(bound(), tap(Some(3)))]),
-        repair(&|seen| seen.ports = vec![(bound(), Link { learns: true, ..tap(Some(3)) })]),
+        repair(&|observed| observed.bridge.as_mut().unwrap().up = false),
+        repair(&|observed| observed.bridge.as_mut().unwrap().mac = None),
+        repair(&|observed| observed.bridge_addresses.clear()),
+        repair(&|observed| observed.routes.clear()),
+        repair(&|observed| observed.rules_current = false),
+        repair(&|observed| drop(observed.settings.insert(FORWARD_V4.into(), "0".into()))),
+        repair(&|observed| observed.ports = vec![(guarded_port(), tap(None))]),
+        repair(&|observed| observed.ports = vec![(guarded_port(), tap(Some(7)))]),
+        repair(&|observed| observed.ports = vec![(guarded_port(), tap(Some(3)))]),
+        repair(&|observed| {
+            observed.ports = vec![(guarded_port(), Link { learning: true, ..tap(Some(3)) })];
+        }),
     ];
     insta::assert_snapshot!(repairs.join("\n--\n"), @r#"
     ip link set bosh-nat0 up
@@ -305,18 +304,18 @@ fn only_what_somebody_broke_is_repaired() {
         chain postrouting {
             type nat hook postrouting priority 100; policy accept;
             ip saddr 10.0.0.0/24 oifname != "bosh-nat0" masquerade
-            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+            ip saddr 10.0.0.0/24 oifname "bosh-nat0" ct status & dnat == dnat masquerade
         }
         chain forward {
             type filter hook forward priority 0; policy accept;
-            iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
-            iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-            iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-            iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
+            iifname "bosh-nat0" ct state & (established | related) != 0 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+            iifname "bosh-nat0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+            iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
             iifname "bosh-nat0" counter drop
         }
         chain speaks {

@@ -1,26 +1,27 @@
-//! Which firewall rules a bridge of ours needs.
+//! nftables rules of the bridges that the CPI makes.
 //!
-//! One table of our own for each bridge, `inet bosh-qemu-<bridge>`, replaced as a whole; no other table is ever
-//! touched.
+//! Each bridge has one table, `inet bosh-qemu-<bridge>`, which is replaced as a whole. No other
+//! program's table is touched.
 //!
-//! There is deliberately no chain that accepts forwarded traffic: in nftables every table's chains are asked in turn,
-//! so an `accept` of ours can not take back a `drop` of Docker's, ufw's or firewalld's, and without such a `drop` it
-//! changes nothing. [`super::coexist`] tells the operator what those want.
+//! No chain here accepts forwarded traffic. nftables consults the chains of every table in turn: an
+//! `accept` here could not undo a `drop` of Docker, ufw or firewalld, and without such a `drop` it
+//! would change nothing. [`super::host_firewalls`] tells the operator which commands those programs
+//! need.
 
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
 use super::nft::{
-    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, ICMP_TYPE, ICMP6_TYPE, IIFNAME,
-    IP_DADDR, Match, OIFNAME, PROTOCOL, Place, Rule, Table, Verdict,
+    self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, HookPoint, ICMP_TYPE, ICMP6_TYPE,
+    IIFNAME, IP_DADDR, Match, OIFNAME, PROTOCOL, Rule, Table, Verdict,
 };
 use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
 use crate::link_name::LinkName;
 
-/// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
-/// with several subnets share the bridge.
+/// Returns the table of a segment's bridge, if it needs one. Covers `present`, all addresses on the
+/// bridge, and not only the segment's: manifests with several subnets share a bridge.
 pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     let Keeper::Us { addresses, masquerade, closed, services, uplink } = &segment.keeper else {
         return None;
@@ -28,44 +29,48 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     let bridge = &segment.bridge;
     let mut chains = Vec::new();
     if *masquerade {
-        chains.push(hiding(bridge, present.iter().chain(addresses).copied()));
+        chains.push(postrouting(bridge, present.iter().chain(addresses).copied()));
     }
-    // The host only carries such a VLAN.
-    let apart = uplink.is_some() && addresses.is_empty();
+    // The host only carries this VLAN and has no address on it.
+    let carries_vlan_only = uplink.is_some() && addresses.is_empty();
     let own = present.iter().chain(addresses);
-    let mut passing = if !*closed && own.clone().any(IpNetwork::is_ipv4) {
-        metadata(bridge, own)
+    let mut forward_rules = if !*closed && own.clone().any(IpNetwork::is_ipv4) {
+        drop_link_local(bridge, own)
     } else {
         Vec::new()
     };
-    if *closed || apart || segment.isolated {
-        passing.extend(closing(bridge, *closed || apart, segment.isolated));
+    if *closed || carries_vlan_only || segment.isolated {
+        forward_rules.extend(isolate_bridge(
+            bridge,
+            *closed || carries_vlan_only,
+            segment.isolated,
+        ));
     }
     chains.push(Chain {
         name: "forward",
-        hook: Some(Hook::filter(Place::Forward, 0)),
-        rules: passing,
+        hook: Some(Hook::filter(HookPoint::Forward, 0)),
+        rules: forward_rules,
     });
-    if apart {
+    if carries_vlan_only {
         let rules = vec![Rule {
-            matches: vec![Match::By(IIFNAME, bridge.clone())],
+            matches: vec![Match::Link(IIFNAME, bridge.clone())],
             verdict: Verdict::Drop,
         }];
-        chains.push(Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules });
+        chains.push(Chain { name: "host", hook: Some(Hook::filter(HookPoint::Input, 0)), rules });
     }
     if let Some(services) = services {
-        chains.push(host(bridge, services));
+        chains.push(host_input(bridge, services));
     }
     if !addresses.is_empty() {
-        chains.push(speaks(bridge));
+        chains.push(mark_host_output(bridge));
     }
     chains.retain(|chain| !chain.rules.is_empty());
     let table = Table { family: Family::Inet, name: table_name(bridge), sets: Vec::new(), chains };
     Some(table).filter(|table| !table.chains.is_empty())
 }
 
-/// Removes all rules for the bridge, if there are any.
-pub(super) fn drop_all(bridge: &LinkName) -> Result<()> {
+/// Removes the bridge's table, if it exists.
+pub(super) fn remove_table(bridge: &LinkName) -> Result<()> {
     nft::drop_table(Family::Inet, &table_name(bridge))
 }
 
@@ -73,35 +78,37 @@ fn table_name(bridge: &LinkName) -> String {
     format!("bosh-qemu-{bridge}")
 }
 
-/// Hides the subnets of `addresses` behind the host.
-fn hiding(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chain {
+/// Masquerades the subnets of `addresses` behind the host's address.
+fn postrouting(bridge: &LinkName, addresses: impl Iterator<Item = IpNetwork>) -> Chain {
     let mut subnets: Vec<_> =
         addresses.filter(|address| !is_link_local(address.ip())).map(subnet).collect();
     subnets.sort_unstable();
     subnets.dedup();
     let rule = |subnet| Rule {
-        matches: vec![Match::SourceIn(subnet), Match::NotLeavingBy(bridge.clone())],
+        matches: vec![Match::SourceIn(subnet), Match::NotOutput(bridge.clone())],
         verdict: Verdict::Masquerade,
     };
-    // A VM that uses a forward to its neighbour must get the answer from the host it asked.
-    let back = |subnet| Rule {
+    // A VM may reach its neighbour through a forwarded port of the host. The answer must then come
+    // from the host.
+    let hairpin = |subnet| Rule {
         matches: vec![
             Match::SourceIn(subnet),
-            Match::By(OIFNAME, bridge.clone()),
-            Match::Bits(CT_STATUS, &FORWARDED, &FORWARDED),
+            Match::Link(OIFNAME, bridge.clone()),
+            Match::MaskedEq(CT_STATUS, &CT_STATUS_DNAT, &CT_STATUS_DNAT),
         ],
         verdict: Verdict::Masquerade,
     };
     let rules =
-        subnets.iter().copied().map(rule).chain(subnets.iter().copied().map(back)).collect();
+        subnets.iter().copied().map(rule).chain(subnets.iter().copied().map(hairpin)).collect();
     Chain { name: "postrouting", hook: Some(Hook::SOURCE_NAT), rules }
 }
 
-/// Lets nothing pass between the bridge and other links if it is `closed`: that the host routes for one network is not
-/// for all. Neighbours that are `isolated` as ports are so by way of the gateway too; else what goes from port to port
-/// comes here only through br_netfilter, and is no business of this chain.
-fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
-    let by = |field| Match::By(field, bridge.clone());
+/// Returns the rules that stop forwarding. If `closed`, nothing passes between the bridge and other
+/// links: `ip_forward` for one network must not open another. If `isolated`, VMs do not reach each
+/// other through the gateway either. Else, frames between ports come here only through
+/// br_netfilter, and this chain lets them pass.
+fn isolate_bridge(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
+    let by = |field| Match::Link(field, bridge.clone());
     let neighbours = if isolated { Verdict::Drop } else { Verdict::Return };
     let mut rules = vec![Rule { matches: vec![by(IIFNAME), by(OIFNAME)], verdict: neighbours }];
     if closed {
@@ -113,66 +120,77 @@ fn closing(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> {
     rules
 }
 
-/// Where this host is a cloud's VM, the cloud tells its credentials to whoever asks 169.254.169.254 as this host, and so to
-/// every VM behind it. A router passes on nothing to link-local addresses (RFC 3927 §2.7); Linux would.
-fn metadata<'a>(bridge: &LinkName, mut own: impl Iterator<Item = &'a IpNetwork>) -> Vec<Rule> {
+/// Returns the rule that drops IPv4 link-local destinations, or none if the bridge's own subnet is
+/// link-local. On a host that is itself a cloud's VM, the cloud gives the host's credentials to
+/// every request for 169.254.169.254, and so to every VM behind the host. A router forwards nothing
+/// to link-local addresses (RFC 3927 §2.7), but Linux does.
+fn drop_link_local<'a>(
+    bridge: &LinkName,
+    mut own: impl Iterator<Item = &'a IpNetwork>,
+) -> Vec<Rule> {
     if own.any(|address| address.is_ipv4() && is_link_local(address.ip())) {
         return Vec::new();
     }
     let to_link_local = [
-        Match::By(IIFNAME, bridge.clone()),
-        Match::Is(FAMILY, &[2]),
-        Match::Bits(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0]),
+        Match::Link(IIFNAME, bridge.clone()),
+        Match::Eq(FAMILY, &[2]),
+        Match::MaskedEq(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0]),
     ];
     vec![Rule { matches: to_link_local.into(), verdict: Verdict::Drop }]
 }
 
-/// What VMs may say to the host itself, by whichever of its addresses: answers, ping and what is served.
-fn host(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
+/// Returns the chain of packets from VMs to any address of the host: it passes answers, ping and
+/// `services`, and drops the rest.
+fn host_input(bridge: &LinkName, services: &[(u8, u16)]) -> Chain {
     let rule = |what: Vec<Match>, verdict| {
-        let matches = [Match::By(IIFNAME, bridge.clone())].into_iter().chain(what);
+        let matches = [Match::Link(IIFNAME, bridge.clone())].into_iter().chain(what);
         Rule { matches: matches.collect(), verdict }
     };
     let icmp = |family, protocol, kind, first, last| {
-        let what = vec![
-            Match::Is(FAMILY, family),
-            Match::Is(PROTOCOL, protocol),
-            Match::Within(kind, first, last),
+        let matches = vec![
+            Match::Eq(FAMILY, family),
+            Match::Eq(PROTOCOL, protocol),
+            Match::InRange(kind, first, last),
         ];
-        rule(what, Verdict::Return)
+        rule(matches, Verdict::Return)
     };
-    let known = rule(vec![Match::OtherBits(CT_STATE, &FOLLOWED, &[0; 4])], Verdict::Return);
+    let answers = rule(
+        vec![Match::MaskedNe(CT_STATE, &CT_STATE_ESTABLISHED_OR_RELATED, &[0; 4])],
+        Verdict::Return,
+    );
     let pings =
         [icmp(&[2], &[1], ICMP_TYPE, &[8], &[8]), icmp(&[10], &[58], ICMP6_TYPE, &[128], &[128])];
-    // No connection has them: neighbours ask and answer.
+    // Neighbour solicitations and advertisements belong to no connection.
     let neighbours = icmp(&[10], &[58], ICMP6_TYPE, &[135], &[136]);
-    let served = services
-        .iter()
-        .map(|(protocol, port)| rule(vec![Match::To(*protocol, *port)], Verdict::Return));
-    let passed = [known, neighbours].into_iter().chain(pings).chain(served);
+    let served = services.iter().map(|(protocol, port)| {
+        rule(vec![Match::DestinationPort(*protocol, *port)], Verdict::Return)
+    });
+    let passed = [answers, neighbours].into_iter().chain(pings).chain(served);
     let rules = passed.chain([rule(Vec::new(), Verdict::Drop)]).collect();
-    Chain { name: "host", hook: Some(Hook::filter(Place::Input, 0)), rules }
+    Chain { name: "host", hook: Some(Hook::filter(HookPoint::Input, 0)), rules }
 }
 
-/// Marks what the host itself says to VMs, which security groups admit: create-env speaks to its VM. The address would
-/// not tell it, for what is masqueraded has it too.
-fn speaks(bridge: &LinkName) -> Chain {
+/// Returns the chain that marks packets the host itself sends to VMs. Security groups admit these,
+/// because create-env speaks to its VM. The source address does not identify them: masqueraded
+/// packets have it too.
+fn mark_host_output(bridge: &LinkName) -> Chain {
     let rules = vec![Rule {
-        matches: vec![Match::By(OIFNAME, bridge.clone())],
-        verdict: Verdict::Mark(OF_THE_HOST),
+        matches: vec![Match::Link(OIFNAME, bridge.clone())],
+        verdict: Verdict::SetMark(HOST_MARK),
     }];
-    Chain { name: "speaks", hook: Some(Hook::filter(Place::Output, 0)), rules }
+    Chain { name: "speaks", hook: Some(Hook::filter(HookPoint::Output, 0)), rules }
 }
 
-/// The bit of a packet's mark for what the host itself says, in the machine's byte order.
-pub(super) const OF_THE_HOST: [u8; 4] = 0x1000u32.to_ne_bytes();
+/// Bit of the packet mark for what the host itself sends, in the machine's byte order.
+pub(super) const HOST_MARK: [u8; 4] = 0x1000u32.to_ne_bytes();
 
 /// `NF_CT_STATE_BIT` of `IP_CT_ESTABLISHED` and `IP_CT_RELATED`, in the machine's byte order.
-const FOLLOWED: [u8; 4] = 6u32.to_ne_bytes();
+const CT_STATE_ESTABLISHED_OR_RELATED: [u8; 4] = 6u32.to_ne_bytes();
 /// `IPS_DST_NAT`, likewise.
-const FORWARDED: [u8; 4] = 32u32.to_ne_bytes();
+const CT_STATUS_DNAT: [u8; 4] = 32u32.to_ne_bytes();
 
-/// The kernel gives every IPv6 link such an address; it is never routed.
+/// Whether the address is link-local. The kernel gives every IPv6 link such an address, and never
+/// routes it.
 fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
@@ -215,21 +233,21 @@ mod tests {
                 ip saddr 10.0.1.0/24 oifname != "bosh-nat0" masquerade
                 ip saddr 10.0.2.0/24 oifname != "bosh-nat0" masquerade
                 ip6 saddr fd00::/64 oifname != "bosh-nat0" masquerade
-                ip saddr 10.0.1.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
-                ip saddr 10.0.2.0/24 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
-                ip6 saddr fd00::/64 oifname "bosh-nat0" ct status & 0x00000020 == 0x00000020 masquerade
+                ip saddr 10.0.1.0/24 oifname "bosh-nat0" ct status & dnat == dnat masquerade
+                ip saddr 10.0.2.0/24 oifname "bosh-nat0" ct status & dnat == dnat masquerade
+                ip6 saddr fd00::/64 oifname "bosh-nat0" ct status & dnat == dnat masquerade
             }
             chain forward {
                 type filter hook forward priority 0; policy accept;
-                iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+                iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
             }
             chain host {
                 type filter hook input priority 0; policy accept;
-                iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
-                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-                iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
-                iifname "bosh-nat0" meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" ct state & (established | related) != 0 return
+                iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+                iifname "bosh-nat0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+                iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
+                iifname "bosh-nat0" tcp dport 22 return
                 iifname "bosh-nat0" counter drop
             }
         }
@@ -244,11 +262,11 @@ mod tests {
             }
             chain host {
                 type filter hook input priority 0; policy accept;
-                iifname "bosh-nat0" ct state & 0x00000006 != 0x00000000 return
-                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x87-0x88 return
-                iifname "bosh-nat0" meta nfproto 0x02 meta l4proto 0x01 icmp type 0x08-0x08 return
-                iifname "bosh-nat0" meta nfproto 0x0a meta l4proto 0x3a icmpv6 type 0x80-0x80 return
-                iifname "bosh-nat0" meta l4proto 6 th dport 22 return
+                iifname "bosh-nat0" ct state & (established | related) != 0 return
+                iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 135-136 return
+                iifname "bosh-nat0" meta nfproto ipv4 meta l4proto icmp icmp type 8 return
+                iifname "bosh-nat0" meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 128 return
+                iifname "bosh-nat0" tcp dport 22 return
                 iifname "bosh-nat0" counter drop
             }
         }
@@ -257,7 +275,7 @@ mod tests {
         table inet bosh-qemu-bosh-nat0 {
             chain forward {
                 type filter hook forward priority 0; policy accept;
-                iifname "bosh-nat0" meta nfproto 0x02 ip daddr & 0xffff0000 == 0xa9fe0000 counter drop
+                iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
             }
         }
         "#);

@@ -1,42 +1,49 @@
-//! Host networking: which bridge a VM's NIC is plugged into, and everything on the host that makes the bridge work.
+//! Host networking: the bridge of each NIC, and the addresses, routes and rules that make it work.
 //!
 //! ```text
-//!   config::Network + profile + request        Segment, kept in the VM's record
+//!   config::Network + profile + request        Segment, stored in the VM's record
 //!            │                                    │
-//!        plan (pure) ─────────────────────────▶ apply ── missing · ensure · plug · release
+//!        plan (pure) ─────────────────────────▶ apply ── ensure · plug · release
 //!                                               │   │
-//!             what is seen ▶ diff (pure) ▶ change   └ link (netlink) · tap · sysctl · nft
+//!          Observed state ▶ diff (pure) ▶ change    └ link (netlink) · tap · sysctl · nft
 //!                              │
-//!                              └ firewall (which rules)      kept: who keeps a bridge without VMs
+//!                              └ firewall (a bridge's rules)
+//!
+//!   bridge_owners     state directories that keep a bridge without VMs
+//!   filter            what a VM may send and receive
+//!   host_firewalls    what other programs do to VM packets
+//!   probe             whether another machine has an address
+//!   subnet_conflict   whether a requested subnet is free on this host
 //! ```
-//! A [`plan::Segment`] says by itself what the host must have, so a supervisor can plug a VM in again years later,
-//! whatever the configuration has become. The kernel's state is the only other memory: nothing here writes a file. `coexist` looks for
-//! what other programs do to our VMs' packets.
+//! A [`plan::Segment`] describes everything the host must have. A supervisor can therefore plug a
+//! VM in again years later, whatever the configuration is then. The kernel holds the only other
+//! state: this module writes no file.
 //!
-//! Everything is synchronous and opens its sockets on the calling thread, in whose network namespace it acts. Do not
-//! call it from within an async runtime, but from `spawn_blocking`: `link` runs a small runtime of its own.
+//! Every function is synchronous and opens its sockets on the calling thread, in that thread's
+//! network namespace. Async code must call it through `spawn_blocking`: `link` runs a small runtime
+//! of its own.
 //!
-//! This module knows links, addresses and rules. It knows nothing of VMs but their cid, nothing of BOSH's networks
-//! but three addresses, and nothing of QEMU.
+//! This module knows links, addresses and rules. Of a VM it knows only the cid, of a BOSH network
+//! only three addresses, and of QEMU nothing.
 
 pub mod apply;
+pub mod bridge_owners;
 pub mod change;
-pub mod coexist;
 mod diff;
+pub mod filter;
 mod firewall;
-pub mod guard;
-pub mod kept;
+pub mod host_firewalls;
 mod link;
 mod nft;
 pub mod plan;
 pub mod probe;
 pub mod profile;
+pub mod subnet_conflict;
 mod sysctl;
-pub mod taken;
 pub mod tap;
 
-/// How the alias of every link that we made begins.
-const MARK: &str = "bosh-qemu-cpi:";
+/// Prefix of the alias of every bridge that the CPI makes.
+const ALIAS_PREFIX: &str = "bosh-qemu-cpi:";
 /// Largest packet of plain Ethernet, bytes.
 const ETHERNET_MTU: u32 = 1500;
 const NEEDS_ROOT: &str = "run as root, or with CAP_NET_ADMIN";

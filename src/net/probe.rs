@@ -1,8 +1,9 @@
-//! Whether somebody else on the wire has an address, asked before a VM boots with it: the agent does not ask.
+//! Address probes: asks whether another machine on the wire has an address, before a VM boots with
+//! it. The BOSH agent does not ask.
 //!
-//! IPv4 by ARP probes (RFC 5227 §2.1.1), IPv6 by neighbour solicitations as for duplicate address detection (RFC 4862
-//! §5.4.2). Both are asked from no address, so nobody's tables change. They go out by the bridge itself, whose MAC
-//! answers come to.
+//! IPv4 uses ARP probes (RFC 5227 §2.1.1), IPv6 neighbour solicitations as for duplicate address
+//! detection (RFC 4862 §5.4.2). Both have an unspecified source address, so no machine changes its
+//! tables. Probes leave by the bridge itself, and answers come to its MAC address.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
@@ -14,28 +15,30 @@ use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 use crate::sys::packet::PacketSocket;
 
-/// How often an address is asked for: a probe may be lost.
+/// Probes sent for each address: one may be lost.
 const PROBES: u32 = 3;
-/// How long to wait after each. Machines of one segment answer within a millisecond; QEMU takes longer to start.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// How long to wait for replies to one round of probes. Machines of one segment answer within a
+/// millisecond; QEMU takes longer to start.
+const PROBE_REPLY_TIMEOUT: Duration = Duration::from_millis(100);
 
 const ARP: [u8; 2] = [0x08, 0x06];
 const IP6: [u8; 2] = [0x86, 0xdd];
 const ICMP6: u8 = 58;
 
-/// Who on the bridge's wire answers to one of the addresses, if anybody does within a third of a second. Not counted are
-/// `own` and routers that share an address by VRRP: such an address is to wander.
+/// Returns the first address of `addresses` that another machine on the bridge's wire answers for,
+/// with its MAC address. Takes at most a third of a second. Ignores answers from `own` and from
+/// VRRP routers: these share an address that moves between them.
 ///
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
-pub fn holder(
+pub fn find_holder(
     bridge: &LinkName,
     addresses: &[IpAddr],
     own: MacAddress,
 ) -> Result<Option<(IpAddr, MacAddress)>> {
     let fail = |errno: Errno| {
-        let error =
-            Error::new(ErrorKind::Host, format!("look for addresses on '{bridge}'")).because(errno);
+        let error = Error::new(ErrorKind::Host, format!("probe addresses on bridge '{bridge}'"))
+            .because(errno);
         if errno == Errno::EPERM { error.hint(super::NEEDS_ROOT) } else { error }
     };
     let Some(link) = super::link::Links::open()?.find(bridge)? else {
@@ -47,11 +50,11 @@ pub fn holder(
         for address in addresses {
             socket.send(&probe(mac, *address)).map_err(fail)?;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PROBE_REPLY_TIMEOUT;
         while let Some(frame) = socket.receive(deadline).map_err(fail)? {
-            let answered = answer(&frame)
+            let answered = parse_answer(&frame)
                 .filter(|(ip, holder)| addresses.contains(ip) && *holder != own && *holder != mac);
-            if let Some((ip, holder)) = answered.filter(|(_, holder)| !is_shared(*holder)) {
+            if let Some((ip, holder)) = answered.filter(|(_, holder)| !is_vrrp(*holder)) {
                 return Ok(Some((ip, holder)));
             }
         }
@@ -59,12 +62,13 @@ pub fn holder(
     Ok(None)
 }
 
-/// VRRP's own MAC addresses (RFC 9568 §7.3): 00-00-5e-00-01-xx for IPv4, 00-00-5e-00-02-xx for IPv6.
-fn is_shared(mac: MacAddress) -> bool {
+/// Whether the address is one of VRRP's (RFC 9568 §7.3): 00-00-5e-00-01-xx for IPv4,
+/// 00-00-5e-00-02-xx for IPv6.
+fn is_vrrp(mac: MacAddress) -> bool {
     matches!(mac.octets(), [0, 0, 0x5e, 0, 1 | 2, _])
 }
 
-/// Asks who has `address`, from no address.
+/// Returns the frame that asks for the holder of `address` and has an unspecified source address.
 fn probe(mac: MacAddress, address: IpAddr) -> Vec<u8> {
     let mac = mac.octets();
     match address {
@@ -74,7 +78,8 @@ fn probe(mac: MacAddress, address: IpAddr) -> Vec<u8> {
         }
         IpAddr::V6(ip) => {
             let [.., a, b, c] = ip.octets();
-            // The group of all who may have it (RFC 4291 §2.7.1), and that group's MAC (RFC 2464 §7).
+            // The solicited-node multicast group (RFC 4291 §2.7.1), and that group's MAC address
+            // (RFC 2464 §7).
             let group = Ipv6Addr::new(
                 0xff02,
                 0,
@@ -96,7 +101,7 @@ fn probe(mac: MacAddress, address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// ICMPv6's checksum covers the addresses (RFC 8200 §8.1).
+/// Returns ICMPv6's checksum, which covers the addresses (RFC 8200 §8.1).
 fn checksum(from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> [u8; 2] {
     let length = (message.len() as u32).to_be_bytes();
     let all = [&from.octets()[..], &to.octets(), &length, &[0, 0, 0, ICMP6], message].concat();
@@ -109,8 +114,9 @@ fn checksum(from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> [u8; 2] {
     (!(folded as u16)).to_be_bytes()
 }
 
-/// Which address a frame says its sender has: in any ARP with a sender, in a neighbour advertisement.
-fn answer(frame: &[u8]) -> Option<(IpAddr, MacAddress)> {
+/// Returns the address a frame claims for its sender: any ARP with a sender, or a neighbour
+/// advertisement.
+fn parse_answer(frame: &[u8]) -> Option<(IpAddr, MacAddress)> {
     let mac = |at: usize| <[u8; 6]>::try_from(frame.get(at..at + 6)?).ok().map(MacAddress::from);
     match <[u8; 2]>::try_from(frame.get(12..14)?).ok()? {
         ARP => {
@@ -119,7 +125,7 @@ fn answer(frame: &[u8]) -> Option<(IpAddr, MacAddress)> {
         }
         IP6 if frame.get(20) == Some(&ICMP6) && frame.get(54) == Some(&136) => {
             let ip = <[u8; 16]>::try_from(frame.get(62..78)?).ok()?;
-            // Where the advertisement itself names no MAC, the frame's sender is it.
+            // An advertisement without a MAC option is from the frame's sender.
             let named = if frame.get(78) == Some(&2) { mac(80) } else { mac(6) };
             Some((IpAddr::from(ip), named?))
         }
@@ -136,20 +142,20 @@ mod tests {
         let mac = MacAddress::from([2, 0, 0, 0, 0, 1]);
         let frame = probe(mac, "fd00::12:3456".parse().unwrap());
         assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0x12, 0x34, 0x56]);
-        // Over a whole message with its checksum, the sum comes out as zero.
+        // The sum over a whole message with its checksum is zero.
         let group = Ipv6Addr::from(<[u8; 16]>::try_from(&frame[38..54]).unwrap());
         assert_eq!(checksum(Ipv6Addr::UNSPECIFIED, group, &frame[54..]), [0, 0]);
     }
 
     #[test]
-    fn whatever_comes_is_looked_at_safely() {
+    fn truncated_frames_are_no_answer() {
         let mac = MacAddress::from([2, 0, 0, 0, 0, 1]);
         for address in ["10.0.0.1", "fd00::1"] {
             let frame = probe(mac, address.parse().unwrap());
             for length in 0..frame.len() {
-                assert_ne!(answer(&frame[..length]).map(|(ip, _)| ip), address.parse().ok());
+                assert_ne!(parse_answer(&frame[..length]).map(|(ip, _)| ip), address.parse().ok());
             }
         }
-        assert!(is_shared("00:00:5e:00:01:07".parse().unwrap()));
+        assert!(is_vrrp("00:00:5e:00:01:07".parse().unwrap()));
     }
 }

@@ -1,4 +1,5 @@
-//! Network profiles: how a network reaches the world, as data. The built-in ones are in `netconfig/`.
+//! Network profiles: data that says how a network reaches the world. `netconfig/` has the built-in
+//! ones.
 
 use std::path::Path;
 
@@ -13,21 +14,21 @@ macro_rules! built_in {
     };
 }
 
-/// Profiles that are part of the program.
+/// The profiles compiled into the program: name and text.
 const BUILT_IN: &[(&str, &str)] = built_in!["nat", "routed", "isolated", "bridge", "vlan", "user"];
 
 document! {
     /// A network profile.
     pub struct Profile {
-        /// What a VM's network card is wired to.
+        /// What a VM's NIC is connected to.
         wire: Wiring;
-        /// The bridge of networks that name none.
+        /// The bridge of networks that name no bridge.
         bridge: Option<LinkName>;
         /// `own-bridge`: whether the host has the gateway's address on the bridge.
         gateway: bool = false;
-        /// `own-bridge`: whether the host passes packets on between the bridge and its other links.
+        /// `own-bridge`: whether the host forwards packets between the bridge and its other links.
         forward: bool = false;
-        /// `own-bridge`: whether VMs reach the world under the host's own address.
+        /// `own-bridge`: whether the host masquerades what VMs send to the world.
         masquerade: bool = false;
         /// Whether VMs on one bridge reach each other.
         neighbours: bool = true;
@@ -35,9 +36,9 @@ document! {
 }
 
 choice! {
-    /// What a network card is wired to.
+    /// What a NIC is connected to.
     pub enum Wiring ("\"own-bridge\", \"bridge\", \"vlan\" or \"user\"") {
-        /// A bridge that we make.
+        /// A bridge that the CPI makes.
         OwnBridge = "own-bridge",
         /// A bridge that the operator made.
         Bridge = "bridge",
@@ -49,14 +50,15 @@ choice! {
 }
 
 impl Profile {
-    /// The profile `name`: `<directory>/<name>.toml` if that is there, else the built-in one.
+    /// Loads the profile `name` from `<directory>/<name>.toml` if that file exists, else the
+    /// built-in profile.
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key, or listing the built-in names.
     pub fn load(name: &str, directory: Option<&Path>) -> Result<Self> {
-        let is_name = !name.is_empty()
+        let is_valid = !name.is_empty()
             && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
-        if !is_name {
+        if !is_valid {
             let problem = "a network profile's name has only letters, digits, '-' and '_'";
             return Err(Error::new(ErrorKind::BadConfig, problem));
         }
@@ -73,12 +75,12 @@ impl Profile {
             None => {
                 let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
                 let hint = format!(
-                    "built in: {}; others come from network_profiles_dir",
+                    "use a built-in profile ({}), or put '{name}.toml' into network_profiles_dir",
                     known.join(", ")
                 );
                 Err(Error::new(
                     ErrorKind::BadConfig,
-                    format!("there is no network profile '{name}'"),
+                    format!("network profile '{name}' does not exist"),
                 )
                 .hint(hint))
             }
@@ -90,31 +92,29 @@ impl Profile {
             Error::new(ErrorKind::BadConfig, format!("'{source}': {}", e.message()))
         })?;
         let profile = Self::from_json(&value).map_err(|e| e.in_file(source))?;
-        match profile.objection() {
-            Some(objection) => {
-                Err(Error::new(ErrorKind::BadConfig, format!("'{source}': {objection}")))
+        match profile.contradiction() {
+            Some(problem) => {
+                Err(Error::new(ErrorKind::BadConfig, format!("'{source}': {problem}")))
             }
             None => Ok(profile),
         }
     }
 
-    /// What the types alone do not say.
-    fn objection(&self) -> Option<&'static str> {
-        let ours = self.wire == Wiring::OwnBridge;
+    /// Returns the first contradiction between keys, which the schema alone does not find.
+    fn contradiction(&self) -> Option<&'static str> {
+        let own_bridge = self.wire == Wiring::OwnBridge;
         match () {
-            () if self.gateway && !ours => {
-                Some("gateway: only a bridge of ours (wire = \"own-bridge\") has one")
+            () if self.gateway && !own_bridge => {
+                Some("gateway: only a bridge that the CPI makes (wire = \"own-bridge\") has one")
             }
             () if self.forward && !self.gateway => {
-                Some("forward: a host without the gateway's address gets no packets")
+                Some("forward: needs gateway = true: VMs send packets only to a gateway")
             }
-            () if self.masquerade && !self.forward => {
-                Some("masquerade: only packets that are passed on can be")
-            }
+            () if self.masquerade && !self.forward => Some("masquerade: needs forward = true"),
             () if self.wire == Wiring::User && (self.bridge.is_some() || !self.neighbours) => {
                 Some("wire: \"user\" has no bridge and no neighbours")
             }
-            () if ours && self.bridge.is_none() => {
+            () if own_bridge && self.bridge.is_none() => {
                 Some("bridge: missing; wire = \"own-bridge\" needs a name for it")
             }
             () => None,
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_comes_first_and_its_mistakes_are_named() {
+    fn a_profile_in_the_directory_wins_and_errors_name_its_keys() {
         let dir = tempfile::tempdir().unwrap();
         let load = |text: &str| {
             std::fs::write(dir.path().join("nat.toml"), text).unwrap();
@@ -168,21 +168,21 @@ mod tests {
         'DIR/nat.toml': wire: expected "own-bridge", "bridge", "vlan" or "user", got a string
         'DIR/nat.toml': string values must be quoted, expected literal string
         'DIR/nat.toml': bridge: expected a link name of 1 to 15 letters, digits, ".", "_" and "-", got a string
-        'DIR/nat.toml': gateway: only a bridge of ours (wire = "own-bridge") has one
-        'DIR/nat.toml': forward: a host without the gateway's address gets no packets
-        'DIR/nat.toml': masquerade: only packets that are passed on can be
+        'DIR/nat.toml': gateway: only a bridge that the CPI makes (wire = "own-bridge") has one
+        'DIR/nat.toml': forward: needs gateway = true: VMs send packets only to a gateway
+        'DIR/nat.toml': masquerade: needs forward = true
         'DIR/nat.toml': bridge: missing; wire = "own-bridge" needs a name for it
         'DIR/nat.toml': wire: "user" has no bridge and no neighbours
         "#);
         assert!(
             Profile::load("routed", Some(dir.path())).is_ok(),
-            "what is not in the directory is built in"
+            "a profile that the directory lacks is built in"
         );
     }
 
     #[test]
-    fn a_name_is_no_path() {
+    fn a_path_as_name_is_refused() {
         assert_eq!(Profile::load("../nat", None).unwrap_err().kind(), ErrorKind::BadConfig);
-        assert!(Profile::load("nta", None).unwrap_err().report().contains("built in: nat, routed"));
+        assert!(Profile::load("nta", None).unwrap_err().report().contains("(nat, routed"));
     }
 }

@@ -1,17 +1,18 @@
-//! Kernel settings below `/proc/sys/net`, which are those of the calling thread's network namespace.
+//! Kernel settings below `/proc/sys/net` of the calling thread's network namespace.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, Result};
 
-/// Gives the setting `key` (`ipv4/ip_forward`) the value `value`, if it is there and has another. Reads first: where
-/// `/proc/sys` is read-only, a host that is already right is right.
+/// Sets `key` (`ipv4/ip_forward`) to `value`, unless the kernel lacks the setting or it has the
+/// value already. Reads first: where `/proc/sys` is read-only, a host with the right value needs no
+/// write.
 pub(super) fn ensure(key: &str, value: &str) -> Result<()> {
-    if read(key)?.is_none_or(|is| is == value) {
+    if read(key)?.is_none_or(|current| current == value) {
         return Ok(());
     }
-    let hint = || format!("make it so on the host: sysctl -w {}={value}", name(key));
+    let hint = || format!("run on the host: sysctl -w {}={value}", name(key));
     tracing::info!(key, value, "changing a kernel setting");
     let path = path(key);
     fs::write(&path, value)
@@ -19,7 +20,8 @@ pub(super) fn ensure(key: &str, value: &str) -> Result<()> {
         .map_err(|error| error.hint(hint()))
 }
 
-/// The setting, or `None` if the kernel has none of that name: no IPv6, or a link that has gone meanwhile.
+/// Reads a setting. Returns `None` if the kernel lacks it: there is no IPv6, or the link was
+/// removed.
 pub(super) fn read(key: &str) -> Result<Option<String>> {
     let path = path(key);
     match fs::read_to_string(&path) {
@@ -29,7 +31,8 @@ pub(super) fn read(key: &str) -> Result<Option<String>> {
     }
 }
 
-/// The setting as sysctl(8) takes it: dots and slashes change places, so a dot in a link's name becomes a slash.
+/// Returns the setting's name for sysctl(8), which swaps dots and slashes: a dot in a link's name
+/// becomes a slash.
 pub(super) fn name(key: &str) -> String {
     let swap = |c| match c {
         '/' => '.',

@@ -32,7 +32,7 @@ pub(super) fn start(vm: &VmRecord) -> AddressProbes {
         let addresses: Vec<_> =
             rules.addresses.iter().filter(|block| single(block)).map(IpNetwork::ip).collect();
         let (bridge, mac): (LinkName, _) = (segment.bridge.clone(), nic.mac);
-        let run = move || probe::holder(&bridge, &addresses, mac);
+        let run = move || probe::find_holder(&bridge, &addresses, mac);
         Some((nic.network.clone(), spawn_blocking(run)))
     };
     let nics = if vm.phase == Phase::Creating { vm.nics.as_slice() } else { &[] };

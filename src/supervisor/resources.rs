@@ -44,7 +44,7 @@ impl Resources {
         let encrypted = needs.iter().any(|need| need.encrypted);
         // The filter rules are in force before the taps exist: a VM is never on a network without
         // them.
-        net::guard::add(&vm.nics, || all_nics(context))?;
+        net::filter::add(&vm.nics, || all_nics(context))?;
         Ok(Self {
             files: needs
                 .into_iter()
@@ -157,11 +157,11 @@ fn plug(context: &VmContext, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     // A compromised QEMU can make its tap persistent: TUNSETPERSIST on an open tap needs no
     // capability.
     net::apply::remove_tap(&port.link)?;
-    let queues = net::tap::queues(vm.machine.cpus);
+    let queues = net::tap::queue_count(vm.machine.cpus);
     let plug = net::apply::plug(&port, segment, queues, || bridge_members(context, vm, segment))?;
     // If the bridge was made again, it has lost the mark that it is pinned.
     if context.store.is_pinned(&segment.bridge) {
-        net::kept::keep(&segment.bridge, &context.store.owner()?)?;
+        net::bridge_owners::add_owner(&segment.bridge, &context.store.owner()?)?;
     }
     Ok(Some(plug))
 }

@@ -46,15 +46,18 @@ fn a_request_takes_no_route_of_the_host() {
     routes.iter().for_each(|route| drop(host.namespace().ip(route)));
     let before = host.namespace().ip("route show table all") + &host.namespace().ip("link show");
     for (gateway, netmask, holder) in [
-        ("172.16.9.1", "255.255.255.0", "172.16.0.0/16 is routed to 'uplink'"),
-        ("10.5.1.1", "255.255.255.0", "10.5.0.0/16 is routed to nobody"),
-        ("10.6.0.1", "255.255.255.0", "10.6.0.0/24 is routed to 'uplink'"),
-        ("10.7.0.1", "255.255.255.0", "10.7.0.0/24 is routed to 'uplink'"),
-        ("192.0.2.4", "255.255.255.248", "'uplink' has this host's own 192.0.2.1/24"),
+        ("172.16.9.1", "255.255.255.0", "the route of 172.16.0.0/16 to 'uplink'"),
+        ("10.5.1.1", "255.255.255.0", "the route of 10.5.0.0/16 to no link"),
+        ("10.6.0.1", "255.255.255.0", "the route of 10.6.0.0/24 to 'uplink'"),
+        ("10.7.0.1", "255.255.255.0", "the route of 10.7.0.0/24 to 'uplink'"),
+        ("192.0.2.4", "255.255.255.248", "this host's address 192.0.2.1/24 on 'uplink'"),
     ] {
         let refused = refusal(&host, &stemcell, gateway, netmask)
             .unwrap_or_else(|| panic!("{gateway} was given"));
-        assert!(refused.contains(&format!("for network 'default', where {holder}")), "{refused}");
+        assert!(
+            refused.contains(&format!("for network 'default', which overlaps with {holder}")),
+            "{refused}"
+        );
         assert!(refused.contains("networks.default.subnet"), "{refused}");
     }
     for gateway in ["8.8.8.1", "169.254.169.1"] {
@@ -93,7 +96,7 @@ fn a_managed_network_takes_no_route_of_the_host() {
     let ask = |subnet: Value| host.call("create_network", &json!([subnet]));
     let refused = ask(json!({"range": "10.8.0.0/25", "cloud_properties": {}}));
     assert!(
-        refused.failure().message.contains("where 10.8.0.0/24 is routed to 'uplink'"),
+        refused.failure().message.contains("the route of 10.8.0.0/24 to 'uplink'"),
         "{refused:?}"
     );
     let refused = ask(json!({"range": "8.8.8.0/24", "cloud_properties": {}}));

@@ -111,7 +111,7 @@ fn ipv6_is_masqueraded_where_the_operator_forwards_it() {
     let segment = nat("fd00::1");
     let error = lab.ensure(&segment).unwrap_err();
     assert!(
-        text(&error).starts_with("Host: this host does not forward IPv6\nHint: sysctl -w"),
+        text(&error).starts_with("Host: this host does not forward IPv6\nHint: set accept_ra=2"),
         "{}",
         text(&error)
     );
@@ -159,7 +159,7 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
     for refused in [lab.ensure(&segment), lab.plug("bqtapn0", &segment).map(drop)] {
         assert_eq!(
             text(&refused.unwrap_err()),
-            "Conflict: link 'bosh-nat0' exists and is not ours\n\
+            "Conflict: link 'bosh-nat0' exists, and the CPI did not make it\n\
              Hint: name another bridge for network 'lab', or give it the profile 'bridge'"
         );
     }
@@ -180,9 +180,9 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
     };
     assert_eq!(
         text(&lab.ensure(&wide).unwrap_err()),
-        "Conflict: address 192.0.0.1/16 for bridge 'bosh-nat0' overlaps with the host's own 192.0.2.1/24\n\
-         Hint: VMs of that subnet belong on a bridge with the host's link: give network 'lab' the profile 'bridge'; \
-         or choose another subnet"
+        "Conflict: address 192.0.0.1/16 for bridge 'bosh-nat0' overlaps with the host's address 192.0.2.1/24\n\
+         Hint: choose another subnet; or, for VMs in the host's own subnet, put the host's link into a \
+         bridge and give network 'lab' the profile 'bridge'"
     );
     assert_eq!(lab.state(), before);
 }
@@ -199,8 +199,8 @@ fn an_operators_bridge_is_used_and_never_changed() {
     );
     assert_eq!(
         refusal(&existing("uplink")),
-        "BadConfig: bridge 'uplink' is a link, but no bridge: its kind is veth\n\
-         Hint: make a bridge and put it in: ip link add br0 type bridge && ip link set uplink master br0"
+        "BadConfig: bridge 'uplink' is no bridge but a link of kind 'veth'\n\
+         Hint: name a bridge that has it as a port: ip link add br0 type bridge && ip link set uplink master br0"
     );
     lab.host.ip("link add br0 type bridge");
     assert_eq!(
@@ -213,7 +213,7 @@ fn an_operators_bridge_is_used_and_never_changed() {
     lab.host.ip("link set uplink mtu 1450 address fa:ff:ff:ff:ff:ff");
     assert_eq!(
         refusal(&Segment { mtu: Some(9000), ..segment.clone() }),
-        "BadConfig: bridge 'br0' carries packets of 1450 bytes, network 'br0' wants 9000\n\
+        "BadConfig: bridge 'br0' has an MTU of 1450 bytes, but network 'br0' has mtu 9000\n\
          Hint: ip link set br0 mtu 9000"
     );
 

@@ -144,13 +144,13 @@ fn a_bridge_is_not_changed_under_its_vms() {
     let refused = host.call("create_vm", &host.vm_arguments(&stemcell));
     let message = &refused.failure().message;
     assert!(
-        message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' can not be"),
+        message.contains(&format!("VM '{vm}'")) && message.contains("bridge 'lab0' cannot be"),
         "{message}"
     );
     let (planned, well) = network(&host, "plan");
     assert!(!well);
     assert!(
-        planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' can not be"),
+        planned[0]["error"].as_str().unwrap().contains("bridge 'lab0' cannot be"),
         "{planned:#}"
     );
     assert!(
@@ -221,7 +221,7 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
     host.namespace().run(|| nftables::drop_at(libc::NF_INET_LOCAL_IN, "mine", "closed", &[]));
     let answer = host.call("create_vm", &host.vm_arguments(&host.stemcell()));
     vm_cid(answer.result());
-    let warned = "Docker drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'";
+    let warned = "Docker drops forwarded packets, also those of VMs on bridge 'bosh-nat0'";
     assert!(answer.stderr.contains(warned), "{}", answer.stderr);
     assert!(
         answer.stderr.contains("iptables -I DOCKER-USER -i bosh-nat0 -j ACCEPT"),
@@ -231,11 +231,11 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
     let (planned, _) = network(&host, "plan");
     let causes: Vec<_> =
         planned[0]["findings"].as_array().unwrap().iter().map(|found| &found["cause"]).collect();
-    let closed = "chain 'closed' of table 'ip mine' drops what is sent to this host, and so host_services for VMs on bridge \
+    let closed = "chain 'closed' of table 'ip mine' drops packets to this host, also to host_services, from VMs on bridge \
                   'bosh-nat0'";
     assert!(causes.contains(&&json!(warned)) && causes.contains(&&json!(closed)), "{causes:?}");
     assert!(causes.iter().all(|cause| {
-        !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops what is forwarded")
+        !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops forwarded packets")
     }));
     host.clear();
     host.namespace().run(nftables::flush);
@@ -245,7 +245,7 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
 fn networks_that_do_not_fit_together_are_refused() {
     let networks = json!({"one": {}, "two": {"profile": "routed", "bridge": "bosh-nat0"}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
-    let both = "bridge 'bosh-nat0' can not be what both network 'one' and network 'two' want of it";
+    let both = "bridge 'bosh-nat0' cannot be what both network 'one' and network 'two' need";
     let (planned, well) = network(&host, "plan");
     assert!(!well && planned[0]["error"].as_str().unwrap().starts_with(both), "{planned:#}");
     host.reconfigure(|config| config["networks"]["two"] = json!({}));

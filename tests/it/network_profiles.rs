@@ -92,7 +92,7 @@ fn what_somebody_removed_comes_back_with_its_vms() {
     let heal = || {
         lab.host.run(|| apply::ensure(&segment, &ports)).unwrap();
         assert_eq!(seen_from(&lab, &vm, "192.0.2.2").to_string(), "192.0.2.1");
-        let left: Vec<_> = lab.host.run(|| apply::missing(&segment, &ports)).unwrap();
+        let left: Vec<_> = lab.host.run(|| apply::missing_changes(&segment, &ports)).unwrap();
         assert!(left.is_empty(), "{left:?}");
     };
     heal();

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use bosh_qemu_cpi::net::change::Port;
 use bosh_qemu_cpi::net::plan::Segment;
-use bosh_qemu_cpi::net::{apply, guard};
+use bosh_qemu_cpi::net::{apply, filter};
 use bosh_qemu_cpi::store::nic_rules::{Admission, NicRules};
 use bosh_qemu_cpi::store::record::{Nic, Wire};
 use serde_json::{Value, json};
@@ -63,9 +63,9 @@ fn card(port: &str, segment: &Segment) -> Nic {
 /// Puts `nic` in force and its port, the end of a cable, on the bridge.
 fn plug(lab: &Lab, nic: &Nic) {
     let (port, segment) = Port::of(nic).unwrap();
-    lab.host.run(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
+    lab.host.run(|| filter::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
     lab.host.run(|| apply::ensure(segment, std::slice::from_ref(&port))).unwrap();
-    let left = lab.host.run(|| apply::missing(segment, &[port])).unwrap();
+    let left = lab.host.run(|| apply::missing_changes(segment, &[port])).unwrap();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -113,7 +113,7 @@ fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
     let _listener = lab.host.run(|| TcpListener::bind(at_home).unwrap());
     vm.ip("route add 192.0.2.1/32 dev eth0 src 10.0.0.5");
     assert!(!connects(&vm, at_home), "the host");
-    lab.host.run(|| guard::remove(&[nic])).unwrap();
+    lab.host.run(|| filter::remove(&[nic])).unwrap();
     lab.host.ip("link delete port0");
     assert!(lab.release(&segment).unwrap());
     assert_eq!(lab.links(), ["uplink"]);
@@ -127,7 +127,7 @@ fn a_vlan_of_a_bridge_is_the_ports() {
     let segment = Segment { vlan: Some(20), ..existing("br0") };
     let refused = lab.plug("bqvlann0", &segment).unwrap_err();
     assert!(
-        text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"),
+        text(&refused).starts_with("BadConfig: bridge 'br0' does not filter VLANs"),
         "{}",
         text(&refused)
     );

@@ -15,7 +15,7 @@ use crate::cpi::properties::{ManagedNetworkCloudProperties, SubnetCloudPropertie
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
 use crate::net;
-use crate::net::plan::{lies_in, overlap};
+use crate::net::plan::{is_subnet_of, overlap};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
 use crate::store::record::{Keeper, NetworkRecord, Segment};
@@ -71,7 +71,7 @@ fn make_in_given(
     subnet: &Subnet,
     range: IpNetwork,
 ) -> Result<NetworkRecord> {
-    if !net::plan::is_private(range) && !lies_in(range, cx.config.managed_range) {
+    if !net::plan::is_private(range) && !is_subnet_of(range, cx.config.managed_range) {
         let message =
             format!("subnet.range: {range} is neither private nor in this host's managed_range");
         return Err(Error::new(ErrorKind::BadRequest, message)
@@ -130,7 +130,7 @@ fn make_in(
             return Err(overlaps(&other));
         }
     }
-    net::taken::refuse(&segment)
+    net::subnet_conflict::ensure_free(&segment)
         .map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
     // Of two creates that choose the same subnet at once, the second sees the record of the first.
     let ranges_lock = cx.store.brief(Rank::Claims, "ranges", cx.deadline("create_network"))?;
@@ -141,7 +141,7 @@ fn make_in(
     drop(ranges_lock);
     cx.store.pin(&segment)?;
     net::apply::ensure(&segment, &[])?;
-    net::kept::keep(&segment.bridge, &cx.store.owner()?)?;
+    net::bridge_owners::add_owner(&segment.bridge, &cx.store.owner()?)?;
     Ok(record)
 }
 

@@ -67,7 +67,7 @@ pub(super) fn remove(cx: &Context, cid: &NetworkCid) -> Result<()> {
         let pin = cx.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
         let segment = pin.map_or_else(|| managed::segment(cx, &record), Ok)?;
         cx.store.unpin(&segment.bridge)?;
-        net::kept::let_go(&segment.bridge, &cx.store.owner()?)?;
+        net::bridge_owners::remove_owner(&segment.bridge, &cx.store.owner()?)?;
         net::apply::release(&segment)?;
     }
     cx.store.remove::<NetworkRecord>(cid)

@@ -9,9 +9,9 @@ use crate::cpi::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::net::change::{Change, Port};
-use crate::net::coexist::{self, Finding};
+use crate::net::host_firewalls::{self, Finding};
 use crate::net::plan::{self, Keeper, Segment};
-use crate::net::{apply as links, guard, kept, profile::Profile};
+use crate::net::{apply as links, bridge_owners, filter, profile::Profile};
 use crate::store::record::Nic;
 use crate::store::{Phase, Rank, VmRecord};
 
@@ -71,7 +71,7 @@ pub(crate) fn list(cx: &Context, only: &[String]) -> Result<Vec<HostNetwork>> {
     for (name, network) in &cx.config.networks {
         let profile = Profile::load(&network.profile, cx.config.network_profiles_dir.as_deref())
             .map_err(|e| e.during(format!("host network '{name}'")))?;
-        if let Some(segment) = plan::standing(name, network, &profile)? {
+        if let Some(segment) = plan::configured_segment(name, network, &profile)? {
             add(&mut networks, &segment).configured = true;
         }
     }
@@ -88,13 +88,13 @@ pub(crate) fn list(cx: &Context, only: &[String]) -> Result<Vec<HostNetwork>> {
 
 /// What `network` lacks.
 pub(crate) fn lack(network: &HostNetwork) -> Result<Lack> {
-    let facts = coexist::observe(&[&network.segment], &network.nics)?;
-    let findings = coexist::findings(&network.segment, &network.nics, &facts);
+    let facts = host_firewalls::observe(&[&network.segment], &network.nics)?;
+    let findings = host_firewalls::findings(&network.segment, &network.nics, &facts);
     let changes = match &network.disagreement {
         Some(problem) => Err(Error::new(ErrorKind::BadConfig, problem)),
-        None => links::missing(&network.segment, &network.ports()),
+        None => links::missing_changes(&network.segment, &network.ports()),
     };
-    Ok(Lack { changes, filter: guard::is_lost(&network.nics)?, findings })
+    Ok(Lack { changes, filter: filter::is_missing(&network.nics)?, findings })
 }
 
 /// The NICs of all VMs except those that are being deleted.
@@ -113,7 +113,7 @@ pub(crate) fn restore(cx: &Context, network: &HostNetwork) -> Result<()> {
     make(cx, network, false)?;
     let bridge = &network.segment.bridge;
     let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
-    if !cx.store.is_pinned(bridge) && links::present(&network.links())?.is_empty() {
+    if !cx.store.is_pinned(bridge) && links::existing_links(&network.links())?.is_empty() {
         // The last VM was deleted meanwhile.
         links::release(&network.segment)?;
     }
@@ -130,10 +130,10 @@ fn make(cx: &Context, network: &HostNetwork, pin: bool) -> Result<()> {
         cx.store.pin(&network.segment)?;
     }
     // The filter is in force before a tap is plugged in again.
-    guard::add(&network.nics, || all_nics(cx))?;
+    filter::add(&network.nics, || all_nics(cx))?;
     links::ensure(&network.segment, &network.ports())?;
     if cx.store.is_pinned(bridge) {
-        kept::keep(bridge, &cx.store.owner()?)?;
+        bridge_owners::add_owner(bridge, &cx.store.owner()?)?;
     }
     Ok(())
 }
@@ -143,7 +143,7 @@ pub(crate) fn remove(cx: &Context, network: &HostNetwork) -> Result<bool> {
     cx.store.prepare()?;
     let bridge = &network.segment.bridge;
     let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
-    kept::let_go(bridge, &cx.store.owner()?)?;
+    bridge_owners::remove_owner(bridge, &cx.store.owner()?)?;
     let gone = links::release(&network.segment)?;
     cx.store.unpin(bridge)?;
     Ok(gone)
@@ -152,7 +152,7 @@ pub(crate) fn remove(cx: &Context, network: &HostNetwork) -> Result<bool> {
 /// Logs what on the host interferes with the networks of a new VM. It does not fail the create.
 pub(crate) fn warn_of_findings(nics: &[Nic]) {
     let segments: Vec<_> = nics.iter().filter_map(Nic::tap).map(|(_, segment)| segment).collect();
-    let facts = match coexist::observe(&segments, nics) {
+    let facts = match host_firewalls::observe(&segments, nics) {
         Ok(facts) => facts,
         Err(error) => {
             return tracing::debug!(error = error.report(), "cannot look for other firewalls");
@@ -160,7 +160,8 @@ pub(crate) fn warn_of_findings(nics: &[Nic]) {
     };
     for nic in nics {
         let Some((_, segment)) = nic.tap() else { continue };
-        for Finding { cause, cure } in coexist::findings(segment, std::slice::from_ref(nic), &facts)
+        for Finding { cause, cure } in
+            host_firewalls::findings(segment, std::slice::from_ref(nic), &facts)
         {
             tracing::warn!(network = segment.network, cure, "{cause}");
         }

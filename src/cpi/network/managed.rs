@@ -62,7 +62,7 @@ pub(super) fn segment(cx: &Context, record: &NetworkRecord) -> Result<Segment> {
         return Err(Error::new(ErrorKind::BadRequest, message)
             .hint("use a profile that makes a bridge: nat, routed or isolated"));
     }
-    plan::standing(record.cid.as_str(), &network, &profile)?
+    plan::configured_segment(record.cid.as_str(), &network, &profile)?
         .ok_or_else(|| Error::new(ErrorKind::Internal, "a managed network without a bridge"))
 }
 

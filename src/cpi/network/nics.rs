@@ -12,7 +12,7 @@ use crate::cpi::network::managed;
 use crate::cpi::properties::{SubnetCloudProperties, VmCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mac::mac_address;
-use crate::net::plan::{Place, Requested};
+use crate::net::plan::{NicPlan, Requested};
 use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::ranges::AddressRange;
@@ -49,7 +49,7 @@ pub(in crate::cpi) struct PlannedNic {
 
 /// The host network of one NIC.
 struct Chosen {
-    place: Place,
+    place: NicPlan,
     pool: Option<AddressPool>,
     anti_spoof: bool,
     probe: Option<bool>,
@@ -114,8 +114,8 @@ fn plan_nic(
         check_allowed(network, &chosen.place, &rules.allowed)?;
     }
     let wire = match chosen.place {
-        Place::User(user) => Wire::User { user },
-        Place::Bridge(segment) => {
+        NicPlan::User(user) => Wire::User { user },
+        NicPlan::Bridge(segment) => {
             rules.admits = admits.map(<[_]>::to_vec);
             rules.probe = chosen.probe.unwrap_or_else(|| has_other_machines(&segment));
             Wire::Tap { tap: net::tap::tap_name(vm, index), segment }
@@ -147,8 +147,13 @@ fn choose(
         // The bridge must exist: a request cannot make interfaces.
         (Some(bridge), ..) => {
             let segment =
-                net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::bytes));
-            Ok(Chosen { place: Place::Bridge(segment), pool: None, anti_spoof: true, probe: None })
+                net::plan::existing_bridge(bridge, vlan, subnet.mtu.map(net::plan::mtu_bytes));
+            Ok(Chosen {
+                place: NicPlan::Bridge(segment),
+                pool: None,
+                anti_spoof: true,
+                probe: None,
+            })
         }
         _ if subnet.mtu.is_some() => {
             bad(".mtu: only with 'bridge'; the networks of this host have an MTU of their own")
@@ -173,9 +178,10 @@ fn on_host_network(
 ) -> Result<Chosen> {
     let profile = Profile::load(&host.profile, cx.config.network_profiles_dir.as_deref())
         .map_err(|e| e.during(format!("host network '{name}'")))?;
-    let place = net::plan::place(name, host, &profile, &Requested { vlan, ..requested(network) })?;
-    if let (Place::Bridge(segment), None) = (&place, host.subnet) {
-        net::taken::refuse(segment).map_err(|e| {
+    let place =
+        net::plan::plan_nic(name, host, &profile, &Requested { vlan, ..requested(network) })?;
+    if let (NicPlan::Bridge(segment), None) = (&place, host.subnet) {
+        net::subnet_conflict::ensure_free(segment).map_err(|e| {
             e.hint(format!(
                 "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
             ))
@@ -229,9 +235,9 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
 }
 
 /// Refuses allowed addresses that include the gateway: a VM that sends as its gateway receives what its neighbours send.
-fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) -> Result<()> {
+fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) -> Result<()> {
     let mut gateways: Vec<_> = match place {
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
             addresses.iter().map(IpNetwork::ip).collect()
         }
         _ => Vec::new(),
@@ -300,13 +306,13 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
 }
 
 /// Where the addresses of a dynamic network come from; `None` for a DHCP server on the wire, or QEMU's user network.
-fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<AddressPool>> {
+fn pool(name: &str, host: &config::Network, place: &NicPlan) -> Result<Option<AddressPool>> {
     let own = match place {
-        Place::User(_) => return Ok(None),
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        NicPlan::User(_) => return Ok(None),
+        NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
             addresses.first().copied()
         }
-        Place::Bridge(_) => None,
+        NicPlan::Bridge(_) => None,
     };
     let Some(subnet) = host.subnet.or(own) else {
         return match host.pool {
@@ -318,7 +324,7 @@ fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Addr
             }
         };
     };
-    let range = net::plan::pool(name, host, subnet)?;
+    let range = net::plan::dynamic_pool(name, host, subnet)?;
     let gateway = own.map(|address| address.ip()).or(host.gateway);
     Ok(Some(AddressPool { range, subnet, gateway, previous: None }))
 }

@@ -60,7 +60,7 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
     group.kill(deadline)?;
     std::thread::scope(|threads| {
         // The VM sends no more. Each of the two waits for an RCU grace period of the kernel.
-        let rules = threads.spawn(|| net::guard::remove(&vm.nics));
+        let rules = threads.spawn(|| net::filter::remove(&vm.nics));
         let unplugged = unplug_nics(cx, vm, deadline);
         rules.join().expect("no panic").and(unplugged)
     })?;

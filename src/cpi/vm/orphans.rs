@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::host::cgroup::Cgroup;
 use crate::host::uids;
 use crate::link_name::LinkName;
-use crate::net::{apply, guard, tap};
+use crate::net::{apply, filter, tap};
 use crate::qemu::topology::MAX_NICS;
 use crate::store::claims::{self, Claim};
 use crate::store::record::Nic;
@@ -32,7 +32,7 @@ pub(crate) struct Orphans {
     /// The pid of its QEMU, if that runs.
     qemu: Option<i32>,
     taps: Vec<LinkName>,
-    rules: guard::Remains,
+    rules: filter::StrayElements,
     reservations: Vec<Claim>,
     /// Bridges of this host's networks that the VM was on and no VM uses.
     bridges: Vec<LinkName>,
@@ -108,8 +108,8 @@ impl Orphans {
             vm: vm.clone(),
             paths,
             qemu,
-            rules: guard::remains(&taps, &addresses, &ports)?,
-            taps: apply::present(&taps)?,
+            rules: filter::stray_elements(&taps, &addresses, &ports)?,
+            taps: apply::existing_links(&taps)?,
             reservations,
             bridges: bridges.into_iter().filter(|bridge| is_unused(cx, bridge)).collect(),
             cgroup: Cgroup::open(vm.as_str()),

@@ -1,4 +1,4 @@
-//! Links and addresses out of the kernel's messages.
+//! Reads links and addresses from the kernel's messages.
 
 use ipnetwork::IpNetwork;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
@@ -24,17 +24,17 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::LinkInfo(infos) => infos.iter().for_each(|info| match info {
                 LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
-                    link.learns = settings.contains(&InfoBridgePort::Learning(true));
+                    link.learning = settings.contains(&InfoBridgePort::Learning(true));
                 }
                 LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
                 LinkInfo::Data(InfoData::Bridge(settings)) => {
                     settings.iter().for_each(|setting| match setting {
-                        InfoBridge::VlanFiltering(on) => link.tells_vlans_apart = *on,
+                        InfoBridge::VlanFiltering(on) => link.vlan_filtering = *on,
                         InfoBridge::VlanDefaultPvid(vlan) => {
-                            link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0)
+                            link.default_vlan = Some(*vlan).filter(|vlan| *vlan > 0);
                         }
                         _ => {}
-                    })
+                    });
                 }
                 _ => {}
             }),
@@ -44,7 +44,8 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
     link
 }
 
-/// IPv4 has its own address in `Local` (`Address` is the peer's on point-to-point links), IPv6 in `Address`.
+/// IPv4 has the host's address in `Local` (`Address` is the peer's on point-to-point links), IPv6
+/// in `Address`.
 pub(super) fn address_from(message: &AddressMessage) -> Option<(u32, IpNetwork)> {
     let local = message.attributes.iter().find_map(|a| match a {
         AddressAttribute::Local(ip) => Some(*ip),

@@ -1,8 +1,10 @@
-//! Links and addresses over rtnetlink: the only room that knows the `rtnetlink` crate, whose API changes often.
+//! Links, addresses and routes over rtnetlink. Only this module uses the `rtnetlink` crate, whose
+//! API changes often.
 //!
-//! A race is an answer here, not an error: to make what exists or to change what has gone returns `false`.
+//! A race is a result and no error: a change returns `false` if its link exists already or was
+//! removed meanwhile.
 
-mod make;
+mod apply;
 mod messages;
 mod routes;
 
@@ -27,34 +29,34 @@ use crate::mac::MacAddress;
 pub(super) struct Links {
     runtime: Runtime,
     handle: Handle,
-    /// Numbers of links that were looked up: each look waits for the kernel's one lock of all links.
-    known: RefCell<BTreeMap<LinkName, u32>>,
+    /// Indexes of links found so far: each query waits for the kernel's one lock of all links.
+    index_cache: RefCell<BTreeMap<LinkName, u32>>,
 }
 
-/// A link as the kernel has it.
+/// A link as the kernel reports it.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Link {
-    /// Its name; not every name is one we would give.
+    /// Its name, which may not be a valid [`LinkName`].
     pub name: String,
-    /// Its number, never used again for another link of this boot.
+    /// Its index, which the kernel does not give another link before a reboot.
     pub index: u32,
-    /// Its driver: `bridge`, `tun`, `veth`; none for hardware.
+    /// Its kind: `bridge`, `tun`, `veth`; `None` for hardware.
     pub kind: Option<String>,
-    /// Text for people, `ip link set … alias`.
+    /// Its alias (`ip link set … alias`).
     pub alias: Option<String>,
-    /// Its Ethernet address.
+    /// Its MAC address.
     pub mac: Option<MacAddress>,
     /// Largest packet, bytes.
     pub mtu: u32,
-    /// Whether it is switched on.
+    /// Whether it is up.
     pub up: bool,
-    /// The bridge it is a port of.
+    /// Index of the bridge it is a port of.
     pub controller: Option<u32>,
-    /// For ports: whether the bridge learns from what comes out of it who is behind it.
-    pub learns: bool,
+    /// For bridge ports: whether the bridge learns MAC addresses from its frames.
+    pub learning: bool,
     /// For bridges: whether ports are on VLANs (`vlan_filtering`).
-    pub tells_vlans_apart: bool,
-    /// For bridges: the VLAN that a new port is on.
+    pub vlan_filtering: bool,
+    /// For bridges: the VLAN of a new port.
     pub default_vlan: Option<u16>,
 }
 
@@ -68,10 +70,10 @@ impl Links {
             rtnetlink::new_connection_with_strict_check().map_err(fail)?;
         runtime.spawn(connection);
         drop(inside);
-        Ok(Self { runtime, handle, known: RefCell::default() })
+        Ok(Self { runtime, handle, index_cache: RefCell::default() })
     }
 
-    /// The link called `name`.
+    /// Returns the link called `name`.
     pub fn find(&self, name: &LinkName) -> Result<Option<Link>> {
         let found = self
             .runtime
@@ -80,12 +82,12 @@ impl Links {
             .map_err(|e| failed(format!("look up link '{name}'"), e))?;
         let link = message.flatten().as_ref().map(link_from);
         if let Some(link) = &link {
-            self.known.borrow_mut().insert(name.clone(), link.index);
+            self.index_cache.borrow_mut().insert(name.clone(), link.index);
         }
         Ok(link)
     }
 
-    /// Every link there is.
+    /// Returns every link.
     pub fn all(&self) -> Result<Vec<Link>> {
         let links: Vec<_> = self
             .runtime
@@ -94,21 +96,22 @@ impl Links {
         Ok(links.iter().map(link_from).collect())
     }
 
-    /// Forgets what was looked up, because somebody else is at work.
-    pub fn forget(&self) {
-        self.known.borrow_mut().clear();
+    /// Clears the cached indexes, because another process changes the links.
+    pub fn clear_cache(&self) {
+        self.index_cache.borrow_mut().clear();
     }
 
-    /// The number that a link had at the last look. A link that has gone meanwhile is none of the kernel's.
+    /// Returns the index that a link had when it was last queried. If the link was removed
+    /// meanwhile, the kernel refuses the index.
     fn index(&self, name: &LinkName) -> Result<Option<u32>> {
-        let known = self.known.borrow().get(name).copied();
+        let known = self.index_cache.borrow().get(name).copied();
         known.map_or_else(|| Ok(self.find(name)?.map(|link| link.index)), |index| Ok(Some(index)))
     }
 
-    /// The ports of the bridge `index`.
+    /// Returns the ports of the bridge `index`.
     pub fn ports(&self, index: u32) -> Result<Vec<Link>> {
         let mut request = self.handle.link().get();
-        // Asks the kernel for these only; old ones send all.
+        // Asks the kernel for these ports only; old kernels send all links.
         request.message_mut().attributes.push(LinkAttribute::Controller(index));
         let links: Vec<_> = self
             .runtime
@@ -117,21 +120,21 @@ impl Links {
         Ok(links.iter().map(link_from).filter(|link| link.controller == Some(index)).collect())
     }
 
-    /// The link number `index`.
-    pub fn numbered(&self, index: u32) -> Result<Option<Link>> {
+    /// Returns the link with this index.
+    pub fn find_by_index(&self, index: u32) -> Result<Option<Link>> {
         let found =
             self.runtime.block_on(self.handle.link().get().match_index(index).execute().try_next());
         let found = unless(found, Errno::ENODEV, None);
         Ok(found.map_err(|e| failed(format!("look up link {index}"), e))?.as_ref().map(link_from))
     }
 
-    /// Removes a link; `false` if it has gone already.
+    /// Removes a link. Returns `false` if it is already removed.
     pub fn delete(&self, name: &LinkName, index: u32) -> Result<bool> {
         let deleted = self.runtime.block_on(self.handle.link().del(index).execute());
-        settled(deleted, Errno::ENODEV).map_err(|e| failed(format!("remove link '{name}'"), e))
+        done_unless(deleted, Errno::ENODEV).map_err(|e| failed(format!("remove link '{name}'"), e))
     }
 
-    /// Every address of the host, with the number of its link.
+    /// Returns every address of the host with its link's index.
     pub fn addresses(&self) -> Result<Vec<(u32, IpNetwork)>> {
         let addresses: Vec<_> = self
             .runtime
@@ -148,7 +151,7 @@ fn errno(error: &rtnetlink::Error) -> Option<Errno> {
     }
 }
 
-/// `Ok(otherwise)` in place of the failure `expected`.
+/// Replaces the error `expected` by `Ok(otherwise)`.
 fn unless<T>(
     result: Result<T, rtnetlink::Error>,
     expected: Errno,
@@ -157,15 +160,16 @@ fn unless<T>(
     result.or_else(|error| if errno(&error) == Some(expected) { Ok(otherwise) } else { Err(error) })
 }
 
-/// Whether it was done; `false` for the failure `expected`.
-fn settled(
+/// Returns `true` on success and `false` for the error `expected`.
+fn done_unless(
     result: Result<(), rtnetlink::Error>,
     expected: Errno,
 ) -> Result<bool, rtnetlink::Error> {
     unless(result.map(|()| true), expected, false)
 }
 
-/// The crate's own text of a kernel's refusal repeats the message's bytes; only the errno is told.
+/// Converts an error. The crate's own text of a kernel error repeats the message's bytes; the errno
+/// is enough.
 fn failed(doing: String, error: rtnetlink::Error) -> Error {
     match errno(&error) {
         Some(Errno::EPERM) => Error::os(doing, Errno::EPERM).hint(super::NEEDS_ROOT),

@@ -1,4 +1,4 @@
-//! What of a packet can be looked at.
+//! Fields of a packet that rules can load.
 
 use std::fmt;
 
@@ -8,12 +8,12 @@ use netlink_bindings::nftables::{
 
 pub(super) type Expressions = PushExprListAttrs<Vec<u8>>;
 
-/// A piece of a packet, or of what the kernel knows of it.
+/// A field of a packet, or of what the kernel knows about the packet.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::net) struct Field {
-    /// In nftables' language.
-    text: &'static str,
-    /// Bytes.
+    /// The field in nft's syntax.
+    pub(super) text: &'static str,
+    /// Size in bytes.
     size: u32,
     source: Source,
 }
@@ -23,21 +23,24 @@ enum Source {
     Meta(MetaKeys),
     Payload(PayloadBase, u32),
     Ct(CtKeys),
-    /// Of the packet that opened the connection.
+    /// From the packet that opened the connection.
     CtOriginal(CtKeys),
-    /// Whose the destination address is (`RTN_LOCAL` is 2).
+    /// The type of the destination address (`RTN_LOCAL` is 2).
     DestinationType,
 }
 
-/// Registers are counted in words of four bytes; the first that is no verdict (`NFT_REG32_00`).
+/// The first data register (`NFT_REG32_00`). Registers are counted in words of four bytes.
 pub(super) const FIRST_REGISTER: u32 = 8;
 
-/// `NFT_FIB_RESULT_ADDRTYPE`; the crate counts from one less.
+/// `NFT_FIB_RESULT_ADDRTYPE`; the crate's number is one less.
 const ADDRESS_TYPE: u32 = 3;
 
 macro_rules! fields {
     ($($name:ident = $text:literal, $size:literal, $source:expr;)*) => {
-        $(pub(in crate::net) const $name: Field = Field { text: $text, size: $size, source: $source };)*
+        $(
+            pub(in crate::net) const $name: Field =
+                Field { text: $text, size: $size, source: $source };
+        )*
     };
 }
 
@@ -53,7 +56,8 @@ const fn transport(offset: u32) -> Source {
     Source::Payload(PayloadBase::TransportHeader, offset)
 }
 
-// IEEE 802.3; RFC 826; RFC 791 §3.1; RFC 8200 §3, §4.5; RFC 9293 §3.1; RFC 792; RFC 4861 §4.1, §4.3, §4.4, §4.6.1.
+// IEEE 802.3; RFC 826; RFC 791 §3.1; RFC 8200 §3, §4.5; RFC 9293 §3.1; RFC 792; RFC 4861 §4.1,
+// §4.3, §4.4, §4.6.1.
 fields! {
     IIFNAME = "iifname", 16, Source::Meta(MetaKeys::Iifname);
     OIFNAME = "oifname", 16, Source::Meta(MetaKeys::Oifname);
@@ -95,20 +99,20 @@ fields! {
 }
 
 impl Field {
-    /// How many words it fills in registers and keys.
+    /// Words that the field fills in registers and keys.
     pub(super) fn words(self) -> u32 {
         self.size.div_ceil(4)
     }
 
-    /// Whether its bytes are in the machine's order, not the network's.
-    pub(super) fn is_native(self) -> bool {
+    /// Whether the value is in the machine's byte order, and not the network's.
+    pub(super) fn is_host_order(self) -> bool {
         matches!(
             self.source,
             Source::Ct(_) | Source::DestinationType | Source::Meta(MetaKeys::Mark)
         )
     }
 
-    /// Loads the field into the registers from `register`.
+    /// Loads the field into the registers from `register` on.
     pub(super) fn load(self, list: Expressions, register: u32) -> Expressions {
         let element = list.nested_elem();
         let loaded = match self.source {
@@ -140,7 +144,7 @@ impl Field {
     }
 }
 
-/// Loads the fields one behind the other, as the key of a set.
+/// Loads the fields into consecutive registers, as the key of a set.
 pub(super) fn load_key(list: Expressions, fields: &[Field]) -> Expressions {
     let mut register = FIRST_REGISTER;
     fields.iter().fold(list, |list, field| {
@@ -150,7 +154,7 @@ pub(super) fn load_key(list: Expressions, fields: &[Field]) -> Expressions {
     })
 }
 
-/// Fields of a key, as nftables writes them.
+/// Fields of a key, in nft's syntax.
 pub(super) struct Key<'a>(pub &'a [Field]);
 
 impl fmt::Display for Key<'_> {

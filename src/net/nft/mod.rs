@@ -1,16 +1,18 @@
-//! nftables over netlink, as far as we use it: a table with its chains and rules is compared, replaced or dropped.
+//! nftables over netlink: compares, replaces and drops tables with their sets, chains and rules.
 //!
-//! No `nft` program and no C library: hosts need not have them. `rule` says how a rule looks in the kernel.
+//! Hosts need neither the `nft` program nor its C library. `rule` encodes rules for the kernel, and
+//! `text` shows them in nft's syntax.
 //!
-//! Every rule carries a fingerprint of itself as its comment. The kernel hands comments back unchanged, but not the
-//! rule's bytes, so fingerprints are what is compared: a rule that was added, lost, moved or written by another
-//! version of ours makes the table differ.
+//! Every rule carries a fingerprint of itself as its comment. The kernel returns comments
+//! unchanged, but not the rule's bytes, so tables are compared by their fingerprints. A rule that
+//! was added, removed, moved or written by another version of the CPI makes the table differ.
 
 mod batch;
 mod field;
 pub(in crate::net) mod foreign;
 mod rule;
 mod set;
+mod text;
 mod transaction;
 
 use std::fmt;
@@ -23,14 +25,14 @@ use nix::libc;
 
 pub(super) use self::batch::Step;
 use self::batch::batch;
-use self::transaction::Refusal;
+use self::transaction::KernelError;
 pub(super) use field::*;
 pub(super) use rule::{Match, Rule, Verdict};
-pub(super) use set::{Element, Holds, Kind, Part, Raw, Set};
+pub(super) use set::{DataType, Element, Part, RawElement, Set, SetKind};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A table. Its `Display` is nftables' language.
+/// A table. `Display` shows nft's syntax.
 #[derive(Debug)]
 pub(super) struct Table {
     pub family: Family,
@@ -43,33 +45,34 @@ pub(super) struct Table {
 /// Which packets a table sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Family {
-    /// IPv4 and IPv6 that this host sends, receives or routes.
+    /// IPv4 and IPv6 packets that this host sends, receives or routes.
     Inet,
-    /// Frames between the ports of its bridges.
+    /// Frames between the ports of the host's bridges.
     Bridge,
 }
 
-/// Rules that are asked in order. What none of them decides is accepted.
+/// Rules that the kernel evaluates in order. The chain accepts a packet that none of them decides.
 #[derive(Debug)]
 pub(super) struct Chain {
     pub name: &'static str,
-    /// Where packets enter it; `None`: from other chains only.
+    /// The hook at which packets enter; `None` for a chain that only other chains call.
     pub hook: Option<Hook>,
     pub rules: Vec<Rule>,
 }
 
-/// A place of a packet's way through the kernel.
+/// A hook of a base chain: its type, its point on a packet's way through the kernel, and its
+/// priority.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hook {
-    /// The chain's type.
-    kind: &'static str,
-    place: Place,
+    /// nft's chain type: `filter` or `nat`.
+    chain_type: &'static str,
+    point: HookPoint,
     priority: i32,
 }
 
-/// `linux/netfilter.h`, `enum nf_inet_hooks`; bridges have the same.
+/// Netfilter's hooks (`linux/netfilter.h`, `enum nf_inet_hooks`); bridges have the same.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
+pub(super) enum HookPoint {
     Prerouting = 0,
     Input = 1,
     Forward = 2,
@@ -78,20 +81,21 @@ pub(super) enum Place {
 }
 
 impl Hook {
-    /// The source address may be rewritten (`NF_IP_PRI_NAT_SRC`).
-    pub const SOURCE_NAT: Self = Self { kind: "nat", place: Place::Postrouting, priority: 100 };
+    /// May rewrite the source address (`NF_IP_PRI_NAT_SRC`).
+    pub const SOURCE_NAT: Self =
+        Self { chain_type: "nat", point: HookPoint::Postrouting, priority: 100 };
 
-    /// The destination address of what comes from others may be rewritten (`NF_IP_PRI_NAT_DST`).
+    /// May rewrite the destination address of packets from other machines (`NF_IP_PRI_NAT_DST`).
     pub const DESTINATION_NAT: Self =
-        Self { kind: "nat", place: Place::Prerouting, priority: -100 };
+        Self { chain_type: "nat", point: HookPoint::Prerouting, priority: -100 };
 
-    /// The destination address of what this host sends may be rewritten.
-    pub const OWN_DESTINATION_NAT: Self =
-        Self { kind: "nat", place: Place::Output, priority: -100 };
+    /// May rewrite the destination address of packets from this host.
+    pub const OUTPUT_DESTINATION_NAT: Self =
+        Self { chain_type: "nat", point: HookPoint::Output, priority: -100 };
 
-    /// Packets may be dropped.
-    pub const fn filter(place: Place, priority: i32) -> Self {
-        Self { kind: "filter", place, priority }
+    /// May drop packets.
+    pub const fn filter(point: HookPoint, priority: i32) -> Self {
+        Self { chain_type: "filter", point, priority }
     }
 }
 
@@ -106,17 +110,17 @@ impl Family {
     }
 }
 
-/// Whether a transaction was done.
+/// The outcome of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub(super) enum Outcome {
     Done,
-    /// Nothing was changed: something was not as it had been looked at.
+    /// The kernel changed nothing: something differed from the state the transaction is based on.
     Stale,
 }
 
 /// Whether the kernel has the table with exactly these rules.
-pub(super) fn holds(table: &Table) -> Result<bool> {
+pub(super) fn is_current(table: &Table) -> Result<bool> {
     let wanted: Vec<_> = table
         .chains
         .iter()
@@ -124,45 +128,46 @@ pub(super) fn holds(table: &Table) -> Result<bool> {
             chain
                 .rules
                 .iter()
-                .map(|rule| (chain.name.to_owned(), rule.comment(&table.declared(chain))))
+                .map(|rule| (chain.name.to_owned(), rule.comment(&table.declaration(chain))))
         })
         .collect();
-    let found =
-        fingerprints(table).map_err(|error| failed("list the rules of", &table.name, &error))?;
+    let found = fingerprints(table)
+        .map_err(|error| reply_failed("list the rules of", &table.name, &error))?;
     Ok(!wanted.is_empty() && found == wanted)
 }
 
-/// Puts the table in place of any of that name, in one transaction: no packet sees half of it.
+/// Replaces any table of that name in one transaction: no packet sees half of it.
 pub(super) fn replace(table: &Table) -> Result<()> {
-    transaction::send(&batch(&[Step::Replace(table)], None))
-        .map_err(|refusal| refused("write", &table.name, refusal))
+    transaction::send(&batch(&[Step::ReplaceTable(table)], None))
+        .map_err(|error| kernel_failed("write", &table.name, error))
 }
 
-/// Removes the table, if it is there. A kernel without nftables has none.
+/// Removes the table, if it exists. A kernel without nftables has none.
 pub(super) fn drop_table(family: Family, name: &str) -> Result<()> {
-    match transaction::send(&batch(&[Step::Drop(family, name)], None)) {
-        Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::EOPNOTSUPP) => Ok(()),
-        result => result.map_err(|refusal| refused("remove", name, refusal)),
+    match transaction::send(&batch(&[Step::DropTable(family, name)], None)) {
+        Err(error) if matches!(error.errno, Errno::ENOENT | Errno::EOPNOTSUPP) => Ok(()),
+        result => result.map_err(|error| kernel_failed("remove", name, error)),
     }
 }
 
-/// Does all steps in one transaction, or none. With a `generation`, only if nothing of the host's nftables has changed
-/// since [`generation`] said it.
+/// Carries out all steps in one transaction, or none. With a `generation`, only if the host's
+/// nftables has not changed since [`generation`] returned it.
 pub(super) fn commit(steps: &[Step<'_>], generation: Option<u32>) -> Result<Outcome> {
     let Some((_, table)) = steps.first().map(Step::table) else { return Ok(Outcome::Done) };
-    // What is made from nothing names nothing that somebody else may have removed.
-    let from_nothing = steps.iter().any(|step| matches!(step, Step::Replace(_)));
+    // A replaced table contains nothing that another program may have removed. ENOENT then means
+    // that the kernel lacks a part of nftables.
+    let replaces_table = steps.iter().any(|step| matches!(step, Step::ReplaceTable(_)));
     match transaction::send(&batch(steps, generation)) {
         Ok(()) => Ok(Outcome::Done),
-        Err(refusal) if refusal.errno == Errno::ERESTART => Ok(Outcome::Stale),
-        Err(refusal) if refusal.errno == Errno::ENOENT && !from_nothing => Ok(Outcome::Stale),
-        Err(refusal) => Err(refused("write", table, refusal)),
+        Err(error) if error.errno == Errno::ERESTART => Ok(Outcome::Stale),
+        Err(error) if error.errno == Errno::ENOENT && !replaces_table => Ok(Outcome::Stale),
+        Err(error) => Err(kernel_failed("write", table, error)),
     }
 }
 
-/// Counts the transactions of the host.
+/// Returns the number of the host's latest nftables transaction.
 pub(super) fn generation() -> Result<u32> {
-    let fail = |error: ReplyError| failed("ask for the generation of", "", &error);
+    let fail = |error: ReplyError| reply_failed("ask for the generation of", "", &error);
     let request = Request::new().op_getgen_do(&Nfgenmsg::new());
     let mut socket = NetlinkSocket::new();
     let mut reply = socket.request(&request).map_err(|error| fail(error.into()))?;
@@ -170,13 +175,13 @@ pub(super) fn generation() -> Result<u32> {
     generation.get_id().map_err(|error| fail(error.into()))
 }
 
-/// The set's elements; `None` if there is no such set.
-pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
+/// Returns the set's elements, or `None` if the set does not exist.
+pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<RawElement>>> {
     let mut request = Request::new().op_getsetelem_dump(&table.family.header());
     request.encode().push_table_bytes(table.name.as_bytes()).push_set_bytes(set.name.as_bytes());
     let mut socket = NetlinkSocket::new();
     let mut found = Vec::new();
-    let mut look = || -> Result<(), ReplyError> {
+    let mut list = || -> Result<(), ReplyError> {
         let mut reply = socket.request(&request)?;
         while let Some((_, list)) = reply.recv().transpose()? {
             let (bytes, mut at) = (list.get_elements().map_or(&[][..], |list| list.get_buf()), 0);
@@ -188,16 +193,16 @@ pub(super) fn elements(table: &Table, set: &Set) -> Result<Option<Vec<Raw>>> {
                 };
                 let first = value(KEY).unwrap_or_default();
                 let last = value(KEY_END).unwrap_or_else(|| first.clone());
-                found.push(Raw { first, last, data: value(DATA).unwrap_or_default() });
+                found.push(RawElement { first, last, data: value(DATA).unwrap_or_default() });
             }
         }
         Ok(())
     };
-    match look() {
+    match list() {
         Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(None),
-        looked => looked
+        listed => listed
             .map(|()| Some(found))
-            .map_err(|error| failed("list the elements of", &table.name, &error)),
+            .map_err(|error| reply_failed("list the elements of", &table.name, &error)),
     }
 }
 
@@ -207,7 +212,8 @@ const DATA: u16 = 2;
 const KEY_END: u16 = 10;
 const VALUE: u16 = 1;
 
-/// Chain and comment of every rule of the table, in order; none if there is no table.
+/// Returns chain and comment of every rule of the table, in order; none if the table does not
+/// exist.
 fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
     let mut request = Request::new().op_getrule_dump(&table.family.header());
     request.encode().push_table_bytes(table.name.as_bytes());
@@ -222,8 +228,8 @@ fn fingerprints(table: &Table) -> Result<Vec<(String, Vec<u8>)>, ReplyError> {
 }
 
 impl Table {
-    /// What a rule of `chain` stands on.
-    fn declared(&self, chain: &Chain) -> String {
+    /// Returns the declarations a rule of `chain` depends on: its hook and the table's sets.
+    fn declaration(&self, chain: &Chain) -> String {
         let sets: Vec<_> = self.sets.iter().map(ToString::to_string).collect();
         format!(
             "{} {}",
@@ -233,34 +239,35 @@ impl Table {
     }
 }
 
-/// What our tables stand on besides `nf_tables`; the kernel loads it by itself where it finds modprobe.
+/// Kernel modules that the CPI's tables need besides `nf_tables`. The kernel loads them itself if
+/// it finds modprobe.
 const MODULES: &str = "nft_meta_bridge nft_chain_nat nft_nat nft_masq nft_fib_inet nft_ct";
 
 fn errno(error: &ReplyError) -> Option<Errno> {
     error.as_io_error().raw_os_error().map(Errno::from_raw)
 }
 
-fn failed(doing: &str, table: &str, error: &ReplyError) -> Error {
-    hinted(doing, table, errno(error)).because(error.to_string())
+fn reply_failed(doing: &str, table: &str, error: &ReplyError) -> Error {
+    failure(doing, table, errno(error)).because(error.to_string())
 }
 
-fn refused(doing: &str, table: &str, refusal: Refusal) -> Error {
-    hinted(doing, table, Some(refusal.errno)).because(refusal)
+fn kernel_failed(doing: &str, table: &str, error: KernelError) -> Error {
+    failure(doing, table, Some(error.errno)).because(error)
 }
 
-fn hinted(doing: &str, table: &str, errno: Option<Errno>) -> Error {
+fn failure(doing: &str, table: &str, errno: Option<Errno>) -> Error {
     let of =
         if table.is_empty() { "nftables".to_owned() } else { format!("nftables table '{table}'") };
-    let failure = Error::new(ErrorKind::Host, format!("{doing} {of}"));
+    let error = Error::new(ErrorKind::Host, format!("{doing} {of}"));
     match errno {
-        Some(Errno::EPERM) => failure.hint(super::NEEDS_ROOT),
+        Some(Errno::EPERM) => error.hint(super::NEEDS_ROOT),
         Some(Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL) => {
-            failure.hint("the kernel may lack nftables: modprobe nf_tables")
+            error.hint("the kernel may lack nftables: modprobe nf_tables")
         }
         Some(Errno::ENOENT) => {
-            failure.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}"))
+            error.hint(format!("the kernel may lack a part of nftables: modprobe -a {MODULES}"))
         }
-        _ => failure,
+        _ => error,
     }
 }
 
@@ -290,14 +297,14 @@ impl fmt::Display for Table {
 
 impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place = match self.place {
-            Place::Prerouting => "prerouting",
-            Place::Input => "input",
-            Place::Forward => "forward",
-            Place::Output => "output",
-            Place::Postrouting => "postrouting",
+        let point = match self.point {
+            HookPoint::Prerouting => "prerouting",
+            HookPoint::Input => "input",
+            HookPoint::Forward => "forward",
+            HookPoint::Output => "output",
+            HookPoint::Postrouting => "postrouting",
         };
-        write!(f, "type {} hook {place} priority {}", self.kind, self.priority)
+        write!(f, "type {} hook {point} priority {}", self.chain_type, self.priority)
     }
 }
 
@@ -307,15 +314,16 @@ mod tests {
 
     use super::*;
 
-    /// Both are ENOENT. Taken for a race, what a kernel was built without would be tried again and again.
+    /// The kernel returns ENOENT both for a part it lacks and for a table another program removed.
+    /// If the former counted as a race, the caller would retry for nothing.
     #[test]
     #[allow(clippy::print_stderr)]
-    fn what_the_kernel_lacks_is_told_from_what_somebody_removed() {
+    fn a_part_the_kernel_lacks_is_an_error_and_a_removed_set_is_stale() {
         let tried = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).ok()?;
-            let set = Set::of("not-there", &[Kind::Link]);
+            let set = Set::exact("not-there", &[DataType::Link]);
             let rules = vec![Rule {
-                matches: vec![Match::In(vec![IIFNAME], set.name)],
+                matches: vec![Match::InSet(vec![IIFNAME], set.name)],
                 verdict: Verdict::Drop,
             }];
             let chains = vec![Chain { name: "alone", hook: None, rules }];
@@ -326,15 +334,15 @@ mod tests {
                 chains,
             };
             let element =
-                Element::of(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())])
-                    .raw();
+                Element::new(vec![Part::Link(crate::link_name::LinkName::parse("bqn0").unwrap())])
+                    .encode();
             Some((
-                commit(&[Step::Replace(&table)], None),
-                commit(&[Step::Add(&table, &set, &[element])], None),
+                commit(&[Step::ReplaceTable(&table)], None),
+                commit(&[Step::AddElements(&table, &set, &[element])], None),
             ))
         });
         let Some((lacking, removed)) = tried.join().unwrap() else {
-            return eprintln!("SKIP nft::what_the_kernel_lacks: no network namespace of its own");
+            return eprintln!("SKIP nft::a_part_the_kernel_lacks: no network namespace of its own");
         };
         let lacking = lacking.unwrap_err();
         assert_eq!(lacking.kind(), ErrorKind::Host);

@@ -1,10 +1,10 @@
-//! Rules: what they match and decide, said in the kernel's expressions.
+//! Rules: what they match and decide, encoded as the kernel's expressions.
 //!
-//! The kernel runs a rule as a tiny program over registers (`linux/netfilter/nf_tables.h`): load something into
-//! registers, compare it, and leave the rule if it differs. Each [`Match`] is a few such steps.
+//! The kernel runs a rule as a small program over registers (`linux/netfilter/nf_tables.h`): it
+//! loads a value into registers, compares it, and leaves the rule if the comparison fails. Each
+//! [`Match`] is a few such steps.
 
 use std::ffi::CStr;
-use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -17,79 +17,80 @@ use nix::libc;
 use sha2::{Digest, Sha256};
 
 use super::field::{
-    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, Key, MARK, OIFNAME, PROTOCOL,
-    load_key,
+    DESTINATION_PORT, Expressions, FAMILY, FIRST_REGISTER, Field, MARK, OIFNAME, PROTOCOL, load_key,
 };
 use super::set;
 use crate::link_name::LinkName;
 
-/// Matches that must all hold, and what happens then. Its `Display` is nftables' language.
+/// Matches that must all hold, and the verdict then. `Display` shows nft's syntax.
 #[derive(Debug)]
 pub(in crate::net) struct Rule {
     pub matches: Vec<Match>,
     pub verdict: Verdict,
 }
 
-/// A property of a packet. What a packet is too short to have does not match.
+/// A condition on a packet. A field beyond the packet's end does not match.
 #[derive(Debug)]
 pub(in crate::net) enum Match {
-    /// It comes from an address of this subnet.
+    /// The source address is in this subnet.
     SourceIn(IpNetwork),
-    /// It leaves by another link.
-    NotLeavingBy(LinkName),
-    /// The link is this one.
-    By(Field, LinkName),
+    /// The output link is not this one.
+    NotOutput(LinkName),
+    /// The field holds this link's name.
+    Link(Field, LinkName),
     /// The field has this value.
-    Is(Field, &'static [u8]),
-    /// It goes to this port by this protocol, a number.
-    To(u8, u16),
+    Eq(Field, &'static [u8]),
+    /// The protocol has this number, and the destination port this one.
+    DestinationPort(u8, u16),
     /// The field has another value.
-    IsNot(Field, &'static [u8]),
-    /// The field is there.
-    Has(Field),
-    /// The field's value lies from the first to the second.
-    Within(Field, &'static [u8], &'static [u8]),
-    /// Of the field's bits in the first, exactly those of the second are set.
-    Bits(Field, &'static [u8], &'static [u8]),
-    /// Of the field's bits in the first, others than exactly those of the second are set.
-    OtherBits(Field, &'static [u8], &'static [u8]),
-    /// The set has a key of these fields.
-    In(Vec<Field>, &'static str),
-    /// It has none.
-    NotIn(Vec<Field>, &'static str),
+    Ne(Field, &'static [u8]),
+    /// The packet is long enough to have the field.
+    Present(Field),
+    /// The field's value is in the range from the first to the second.
+    InRange(Field, &'static [u8], &'static [u8]),
+    /// The field's value under the first mask equals the second.
+    MaskedEq(Field, &'static [u8], &'static [u8]),
+    /// The field's value under the first mask differs from the second.
+    MaskedNe(Field, &'static [u8], &'static [u8]),
+    /// The set contains the key of these fields.
+    InSet(Vec<Field>, &'static str),
+    /// The set does not contain the key of these fields.
+    NotInSet(Vec<Field>, &'static str),
 }
 
 /// What happens to a packet.
 #[derive(Debug, Clone)]
 pub(in crate::net) enum Verdict {
-    /// It gets the address of the link it leaves by; answers find their way back.
+    /// Rewrites the source to the output link's address; connection tracking returns the replies.
     Masquerade,
-    /// It is dropped and counted.
+    /// Drops and counts the packet.
     Drop,
-    /// This chain is asked no more.
+    /// Leaves this chain.
     Return,
-    /// Another chain is asked, then this one further.
+    /// Evaluates another chain, then the rest of this one.
     Jump(&'static str),
-    /// Another chain is asked, and this one no more.
+    /// Evaluates another chain and not the rest of this one.
     Goto(&'static str),
-    /// It goes to the address and port that the map has for these fields, IPv4 or IPv6.
-    Forward { v6: bool, key: Vec<Field>, map: &'static str },
-    /// The packet's mark gets these bits, in the machine's byte order, and the packet goes on.
-    Mark([u8; 4]),
-    /// A set of traces gets these fields, and the packet goes on.
-    Trace { key: Vec<Field>, set: &'static str },
+    /// Rewrites the destination to the address and port, IPv4 or IPv6, that the map has for these
+    /// fields.
+    Dnat { v6: bool, key: Vec<Field>, map: &'static str },
+    /// Sets these bits of the packet's mark, in the machine's byte order, and continues.
+    SetMark([u8; 4]),
+    /// Adds these fields to a dynamic set, and continues.
+    UpdateSet { key: Vec<Field>, set: &'static str },
 }
 
 impl Rule {
-    /// The rule as the list of expressions in a netlink message.
+    /// Encodes the rule as the list of expressions in a netlink message.
     pub(super) fn expressions(&self) -> Vec<u8> {
         let start = PushExprListAttrs::new(Vec::new());
         let matched = self.matches.iter().fold(start, |list, each| each.push(list));
         self.verdict.push(matched)
     }
 
-    /// What marks this rule among others of a chain that is declared so: a comment as the `nft` program reads and
-    /// writes it (one attribute of type 0, its length, its text with a NUL).
+    /// Returns the fingerprint of this rule in a chain with the given declarations: a comment as
+    /// the `nft` program reads and writes it (one attribute of type 0, its length, its text with a
+    /// NUL).
     pub(super) fn comment(&self, declared: &str) -> Vec<u8> {
         let mut hash = Sha256::new();
         hash.update(format!("{declared}\n"));
@@ -105,28 +106,32 @@ impl Match {
         let load = |list, field: &Field| field.load(list, FIRST_REGISTER);
         match self {
             Self::SourceIn(subnet) => source_in(list, *subnet),
-            Self::NotLeavingBy(link) => {
-                compare(load(list, &OIFNAME), CmpOps::Neq, &set::link(link))
+            Self::NotOutput(link) => {
+                compare(load(list, &OIFNAME), CmpOps::Neq, &set::link_name_bytes(link))
             }
-            Self::By(field, link) => compare(load(list, field), CmpOps::Eq, &set::link(link)),
-            Self::Is(field, value) => compare(load(list, field), CmpOps::Eq, value),
-            Self::To(protocol, port) => {
+            Self::Link(field, link) => {
+                compare(load(list, field), CmpOps::Eq, &set::link_name_bytes(link))
+            }
+            Self::Eq(field, value) => compare(load(list, field), CmpOps::Eq, value),
+            Self::DestinationPort(protocol, port) => {
                 let list = compare(load(list, &PROTOCOL), CmpOps::Eq, &[*protocol]);
                 compare(load(list, &DESTINATION_PORT), CmpOps::Eq, &port.to_be_bytes())
             }
-            Self::IsNot(field, value) => compare(load(list, field), CmpOps::Neq, value),
-            Self::Has(field) => load(list, field),
-            Self::Within(field, first, last) => {
+            Self::Ne(field, value) => compare(load(list, field), CmpOps::Neq, value),
+            Self::Present(field) => load(list, field),
+            Self::InRange(field, first, last) => {
                 compare(compare(load(list, field), CmpOps::Gte, first), CmpOps::Lte, last)
             }
-            Self::Bits(field, mask, bits) => {
+            Self::MaskedEq(field, mask, bits) => {
                 compare(masked(load(list, field), mask), CmpOps::Eq, bits)
             }
-            Self::OtherBits(field, mask, bits) => {
+            Self::MaskedNe(field, mask, bits) => {
                 compare(masked(load(list, field), mask), CmpOps::Neq, bits)
             }
-            Self::In(key, set) => look_up(load_key(list, key), set, 0),
-            Self::NotIn(key, set) => look_up(load_key(list, key), set, LookupFlags::Invert as u32),
+            Self::InSet(key, set) => look_up(load_key(list, key), set, 0),
+            Self::NotInSet(key, set) => {
+                look_up(load_key(list, key), set, LookupFlags::Invert as u32)
+            }
         }
     }
 }
@@ -148,15 +153,16 @@ impl Verdict {
             Self::Return => decide(list, VerdictCode::Return, None),
             Self::Jump(chain) => decide(list, VerdictCode::Jump, Some(chain)),
             Self::Goto(chain) => decide(list, VerdictCode::Goto, Some(chain)),
-            Self::Forward { v6, key, map } => forward(load_key(list, key), *v6, map),
-            Self::Mark(bits) => mark(MARK.load(list, FIRST_REGISTER), *bits),
-            Self::Trace { key, set } => trace(load_key(list, key), set),
+            Self::Dnat { v6, key, map } => dnat(load_key(list, key), *v6, map),
+            Self::SetMark(bits) => set_mark(MARK.load(list, FIRST_REGISTER), *bits),
+            Self::UpdateSet { key, set } => update_set(load_key(list, key), set),
         };
         done.end_nested()
     }
 }
 
-/// The family first: where the source stands in a packet depends on it. RFC 791 §3.1, RFC 8200 §3.
+/// Compares the family first: the source's offset in a packet depends on it (RFC 791 §3.1, RFC 8200
+/// §3).
 fn source_in(list: Expressions, subnet: IpNetwork) -> Expressions {
     let (family, offset, address, mask) = match (subnet.network(), subnet.mask()) {
         (IpAddr::V4(ip), IpAddr::V4(mask)) => {
@@ -214,7 +220,8 @@ fn compare(list: Expressions, how: CmpOps, value: &[u8]) -> Expressions {
         .end_nested()
 }
 
-/// `NFTA_LOOKUP_SET` 1, `NFTA_LOOKUP_SREG` 2, `NFTA_LOOKUP_FLAGS` 5. The crate's builder has other numbers for them.
+/// `NFTA_LOOKUP_SET` 1, `NFTA_LOOKUP_SREG` 2, `NFTA_LOOKUP_FLAGS` 5. The crate's builder has other
+/// numbers for them.
 fn look_up(list: Expressions, set: &str, flags: u32) -> Expressions {
     expression(list, c"lookup", &[(1, text(set)), (2, number(FIRST_REGISTER)), (5, number(flags))])
 }
@@ -225,15 +232,15 @@ fn decide(list: Expressions, code: VerdictCode, chain: Option<&str>) -> Expressi
         .nested_data_immediate()
         .push_dreg(Registers::RegVerdict as u32)
         .nested_data();
-    // Codes of verdicts are signed; the crate has them as the same bits in a wider type.
+    // The kernel's verdict codes are signed; the crate has the same bits in a wider type.
     let verdict = data.nested_verdict().push_code(code as u32);
     let verdict =
         if let Some(chain) = chain { verdict.push_chain_bytes(chain.as_bytes()) } else { verdict };
     verdict.end_nested().end_nested().end_nested().end_nested()
 }
 
-/// What the map gives: an address, and a port in the word behind it.
-fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
+/// The map's value is an address, and a port in the word behind it.
+fn dnat(list: Expressions, v6: bool, map: &str) -> Expressions {
     let (family, port) = if v6 { (libc::NFPROTO_IPV6, 4) } else { (libc::NFPROTO_IPV4, 1) };
     // `NFTA_LOOKUP_DREG` 3.
     let attributes = [(1, text(map)), (2, number(FIRST_REGISTER)), (3, number(FIRST_REGISTER))];
@@ -250,20 +257,21 @@ fn forward(list: Expressions, v6: bool, map: &str) -> Expressions {
 }
 
 /// `NFTA_META_KEY` 2, `NFTA_META_SREG` 3.
-fn mark(list: Expressions, bits: [u8; 4]) -> Expressions {
+fn set_mark(list: Expressions, bits: [u8; 4]) -> Expressions {
     let marked = bitwise(list, &bits.map(|byte| !byte), &bits);
     expression(marked, c"meta", &[(2, number(MetaKeys::Mark as u32)), (3, number(FIRST_REGISTER))])
 }
 
-/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1, `NFTA_DYNSET_SREG_KEY` 4.
-fn trace(list: Expressions, set: &str) -> Expressions {
+/// `NFTA_DYNSET_SET_NAME` 1, `NFTA_DYNSET_OP` 3 with `NFT_DYNSET_OP_UPDATE` 1,
+/// `NFTA_DYNSET_SREG_KEY` 4.
+fn update_set(list: Expressions, set: &str) -> Expressions {
     expression(list, c"dynset", &[(1, text(set)), (3, number(1)), (4, number(FIRST_REGISTER))])
 }
 
 /// `NFTA_EXPR_DATA`.
 const EXPRESSION_DATA: u16 = 2;
 
-/// An expression for which the crate has no builder, or a wrong one.
+/// Encodes an expression for which the crate's builder is missing or wrong.
 fn expression(list: Expressions, name: &CStr, attributes: &[(u16, Vec<u8>)]) -> Expressions {
     let mut element = list.nested_elem().push_name(name);
     let bytes = element.as_vec_mut();
@@ -282,74 +290,4 @@ fn text(text: &str) -> Vec<u8> {
 
 fn number(number: u32) -> Vec<u8> {
     number.to_be_bytes().to_vec()
-}
-
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for each in &self.matches {
-            write!(f, "{each} ")?;
-        }
-        write!(f, "{}", self.verdict)
-    }
-}
-
-impl fmt::Display for Match {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SourceIn(subnet @ IpNetwork::V4(_)) => write!(f, "ip saddr {subnet}"),
-            Self::SourceIn(subnet @ IpNetwork::V6(_)) => write!(f, "ip6 saddr {subnet}"),
-            Self::NotLeavingBy(link) => write!(f, "oifname != \"{link}\""),
-            Self::By(field, link) => write!(f, "{field} \"{link}\""),
-            Self::Is(field, value) => write!(f, "{field} {}", Hex(*field, value)),
-            Self::To(protocol, port) => {
-                write!(f, "{PROTOCOL} {protocol} {DESTINATION_PORT} {port}")
-            }
-            Self::IsNot(field, value) => write!(f, "{field} != {}", Hex(*field, value)),
-            Self::Has(field) => write!(f, "{field} >= 0"),
-            Self::Within(field, first, last) => {
-                write!(f, "{field} {}-{}", Hex(*field, first), Hex(*field, last))
-            }
-            Self::Bits(field, mask, bits) => {
-                write!(f, "{field} & {} == {}", Hex(*field, mask), Hex(*field, bits))
-            }
-            Self::OtherBits(field, mask, bits) => {
-                write!(f, "{field} & {} != {}", Hex(*field, mask), Hex(*field, bits))
-            }
-            Self::In(key, set) => write!(f, "{} @{set}", Key(key)),
-            Self::NotIn(key, set) => write!(f, "{} != @{set}", Key(key)),
-        }
-    }
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Masquerade => f.write_str("masquerade"),
-            Self::Drop => f.write_str("counter drop"),
-            Self::Return => f.write_str("return"),
-            Self::Jump(chain) => write!(f, "jump {chain}"),
-            Self::Goto(chain) => write!(f, "goto {chain}"),
-            Self::Forward { v6, key, map } => {
-                write!(f, "dnat {} to {} map @{map}", if *v6 { "ip6" } else { "ip" }, Key(key))
-            }
-            Self::Mark(bits) => {
-                write!(f, "meta mark set meta mark | {:#x}", u32::from_ne_bytes(*bits))
-            }
-            Self::Trace { key, set } => write!(f, "update @{set} {{ {} }}", Key(key)),
-        }
-    }
-}
-
-/// A value of a field, as a number.
-struct Hex(Field, &'static [u8]);
-
-impl fmt::Display for Hex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut bytes = self.1.to_vec();
-        if self.0.is_native() && cfg!(target_endian = "little") {
-            bytes.reverse();
-        }
-        f.write_str("0x")?;
-        bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
 }

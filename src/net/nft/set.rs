@@ -1,7 +1,8 @@
-//! Sets and maps: what they hold, and their elements in the kernel's encoding.
+//! Sets and maps: their types, and their elements in the kernel's encoding.
 //!
-//! A key is its parts one behind the other, each filled up to four bytes (`nft_set_desc_concat`). Sets of single keys
-//! are hash tables; where keys are ranges, every part has a first and a last value (`nft_set_pipapo`).
+//! A key is the concatenation of its parts, each padded to four bytes (`nft_set_desc_concat`). Sets
+//! of single keys are hash tables. In sets of ranges, every part of a key has a first and a last
+//! value (`nft_set_pipapo`).
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,36 +13,36 @@ use netlink_bindings::nftables::SetFlags;
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 
-/// A set, or a map where it has data.
+/// A set, or a map if it has data.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::net) struct Set {
     pub name: &'static str,
-    /// Parts of the key.
-    pub key: &'static [Kind],
-    /// What a map gives for a key; empty for a set.
-    pub data: &'static [Kind],
-    pub holds: Holds,
+    /// Types of the key's parts.
+    pub key: &'static [DataType],
+    /// Types of the data that a map has for a key; empty for a set.
+    pub data: &'static [DataType],
+    pub kind: SetKind,
 }
 
-/// How a set is kept.
+/// How a set stores its keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::net) enum Holds {
+pub(in crate::net) enum SetKind {
     /// Single keys.
-    Keys,
-    /// Keys with a first and a last value of each part, which may not overlap.
-    Ranges,
-    /// Keys that packets add, and that are forgotten after a while.
-    Traces {
-        /// Seconds after the last packet.
-        seconds: u32,
-        /// The most of them.
-        most: u32,
+    Exact,
+    /// Ranges: each part of a key has a first and a last value. Ranges may not overlap.
+    Interval,
+    /// Keys that packets add, and that expire.
+    Dynamic {
+        /// Seconds from the last packet to the key's removal.
+        timeout_seconds: u32,
+        /// Largest number of keys.
+        size: u32,
     },
 }
 
 /// The type of a part of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::net) enum Kind {
+pub(in crate::net) enum DataType {
     Link,
     Mac,
     Ip4,
@@ -50,9 +51,10 @@ pub(in crate::net) enum Kind {
     Port,
 }
 
-impl Kind {
-    /// nftables' name and number for it (`nft describe`, libnftables `datatype.h`), and its bytes.
-    fn raw(self) -> (&'static str, u32, u32) {
+impl DataType {
+    /// Returns nft's name and number of the type (`nft describe`, libnftables `datatype.h`), and
+    /// its bytes.
+    fn nft_type(self) -> (&'static str, u32, u32) {
         match self {
             Self::Link => ("ifname", 41, 16),
             Self::Mac => ("ether_addr", 9, 6),
@@ -64,41 +66,42 @@ impl Kind {
     }
 }
 
-/// The number of a type made of parts: six bits for each (libnftables `concat_subtype_add`).
-pub(super) fn type_number(parts: &[Kind]) -> u32 {
-    parts.iter().fold(0, |number, part| number << 6 | part.raw().1)
+/// Returns the number of a concatenated type: six bits for each part (libnftables
+/// `concat_subtype_add`).
+pub(super) fn type_number(parts: &[DataType]) -> u32 {
+    parts.iter().fold(0, |number, part| number << 6 | part.nft_type().1)
 }
 
-/// Bytes of each part.
-pub(super) fn sizes(parts: &[Kind]) -> impl Iterator<Item = u32> {
-    parts.iter().map(|part| part.raw().2)
+/// Returns the bytes of each part.
+pub(super) fn sizes(parts: &[DataType]) -> impl Iterator<Item = u32> {
+    parts.iter().map(|part| part.nft_type().2)
 }
 
-/// Bytes of all parts, each filled up.
-pub(super) fn length(parts: &[Kind]) -> u32 {
+/// Returns the bytes of all parts, each padded.
+pub(super) fn length(parts: &[DataType]) -> u32 {
     sizes(parts).map(|size| size.next_multiple_of(4)).sum()
 }
 
 impl Set {
-    /// A set of single keys.
-    pub const fn of(name: &'static str, key: &'static [Kind]) -> Self {
-        Self { name, key, data: &[], holds: Holds::Keys }
+    /// Makes a set of single keys.
+    pub const fn exact(name: &'static str, key: &'static [DataType]) -> Self {
+        Self { name, key, data: &[], kind: SetKind::Exact }
     }
 
-    /// A set of ranges.
-    pub const fn ranges(name: &'static str, key: &'static [Kind]) -> Self {
-        Self { name, key, data: &[], holds: Holds::Ranges }
+    /// Makes a set of ranges.
+    pub const fn interval(name: &'static str, key: &'static [DataType]) -> Self {
+        Self { name, key, data: &[], kind: SetKind::Interval }
     }
 
     pub(super) fn flags(&self) -> u32 {
-        let kept = match self.holds {
-            Holds::Keys => 0,
-            Holds::Ranges => SetFlags::Interval as u32,
-            Holds::Traces { .. } => SetFlags::Timeout as u32 | SetFlags::Eval as u32,
+        let kind = match self.kind {
+            SetKind::Exact => 0,
+            SetKind::Interval => SetFlags::Interval as u32,
+            SetKind::Dynamic { .. } => SetFlags::Timeout as u32 | SetFlags::Eval as u32,
         };
         let concatenated = if self.key.len() > 1 { SetFlags::Concat as u32 } else { 0 };
         let map = if self.data.is_empty() { 0 } else { SetFlags::Map as u32 };
-        kept | concatenated | map
+        kind | concatenated | map
     }
 }
 
@@ -113,7 +116,7 @@ pub(in crate::net) enum Part {
     Ports(u16, u16),
 }
 
-/// A key, with what a map gives for it.
+/// A key, and the data a map has for it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::net) struct Element {
     pub key: Vec<Part>,
@@ -121,31 +124,31 @@ pub(in crate::net) struct Element {
 }
 
 impl Element {
-    pub fn of(key: Vec<Part>) -> Self {
+    pub fn new(key: Vec<Part>) -> Self {
         Self { key, data: Vec::new() }
     }
 }
 
-/// An element as the kernel has it.
+/// An element in the kernel's encoding.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::net) struct Raw {
-    /// First value of its key.
+pub(in crate::net) struct RawElement {
+    /// First value of the key.
     pub first: Vec<u8>,
-    /// Last value of its key, in a set of ranges.
+    /// Last value of the key, in a set of ranges.
     pub last: Vec<u8>,
-    /// What a map gives for it.
+    /// The data a map has for the key.
     pub data: Vec<u8>,
 }
 
 impl Element {
-    /// In the kernel's encoding.
-    pub fn raw(&self) -> Raw {
+    /// Encodes the element for the kernel.
+    pub fn encode(&self) -> RawElement {
         let (first, last) = bytes(&self.key);
-        Raw { first, last, data: bytes(&self.data).0 }
+        RawElement { first, last, data: bytes(&self.data).0 }
     }
 }
 
-/// First and last value of a key.
+/// Encodes the first and the last value of a key.
 fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
     let (mut first, mut last) = (Vec::new(), Vec::new());
     for part in parts {
@@ -161,9 +164,9 @@ fn bytes(parts: &[Part]) -> (Vec<u8>, Vec<u8>) {
 impl Part {
     fn bytes(&self) -> (Vec<u8>, Vec<u8>) {
         match self {
-            Self::Link(name) => same(link(name)),
-            Self::Mac(mac) => same(mac.octets().to_vec()),
-            Self::Ip(ip) => same(octets(*ip)),
+            Self::Link(name) => single(link_name_bytes(name)),
+            Self::Mac(mac) => single(mac.octets().to_vec()),
+            Self::Ip(ip) => single(octets(*ip)),
             Self::Subnet(subnet) => (octets(subnet.network()), octets(subnet.broadcast())),
             Self::Protocols(first, last) => (vec![*first], vec![*last]),
             Self::Ports(first, last) => (first.to_be_bytes().to_vec(), last.to_be_bytes().to_vec()),
@@ -171,12 +174,12 @@ impl Part {
     }
 }
 
-fn same(value: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
+fn single(value: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     (value.clone(), value)
 }
 
-/// A name is compared with all its 16 bytes, or it would be a prefix.
-pub(super) fn link(name: &LinkName) -> Vec<u8> {
+/// Returns all 16 bytes of a link's name: a shorter value would match as a prefix.
+pub(super) fn link_name_bytes(name: &LinkName) -> Vec<u8> {
     let mut bytes = name.as_str().as_bytes().to_vec();
     bytes.resize(nix::libc::IFNAMSIZ, 0);
     bytes
@@ -189,12 +192,12 @@ pub(super) fn octets(ip: IpAddr) -> Vec<u8> {
     }
 }
 
-struct Type(&'static [Kind]);
+struct TypeName(&'static [DataType]);
 
-impl fmt::Display for Type {
+impl fmt::Display for TypeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, kind) in self.0.iter().enumerate() {
-            write!(f, "{}{}", if index == 0 { "" } else { " . " }, kind.raw().0)?;
+            write!(f, "{}{}", if index == 0 { "" } else { " . " }, kind.nft_type().0)?;
         }
         Ok(())
     }
@@ -203,16 +206,16 @@ impl fmt::Display for Type {
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (word, name, key) =
-            (if self.data.is_empty() { "set" } else { "map" }, self.name, Type(self.key));
+            (if self.data.is_empty() { "set" } else { "map" }, self.name, TypeName(self.key));
         write!(f, "{word} {name} {{ type {key}")?;
         if !self.data.is_empty() {
-            write!(f, " : {}", Type(self.data))?;
+            write!(f, " : {}", TypeName(self.data))?;
         }
-        match self.holds {
-            Holds::Keys => {}
-            Holds::Ranges => f.write_str("; flags interval")?,
-            Holds::Traces { seconds, most } => {
-                write!(f, "; size {most}; flags dynamic,timeout; timeout {seconds}s")?
+        match self.kind {
+            SetKind::Exact => {}
+            SetKind::Interval => f.write_str("; flags interval")?,
+            SetKind::Dynamic { timeout_seconds, size } => {
+                write!(f, "; size {size}; flags dynamic,timeout; timeout {timeout_seconds}s")?;
             }
         }
         f.write_str("; }")
@@ -248,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_its_parts_filled_up_to_words() {
+    fn a_key_is_its_parts_padded_to_words() {
         let key = [
             Part::Link(LinkName::parse("bqtap").unwrap()),
             Part::Mac("02:00:00:00:00:01".parse().unwrap()),
@@ -260,6 +263,6 @@ mod tests {
         assert_eq!(&first[..6], b"bqtap\0");
         assert_eq!(first[16..], [2, 0, 0, 0, 0, 1, 0, 0, 10, 0, 0, 16, 0, 80, 0, 0]);
         assert_eq!(last[16..], [2, 0, 0, 0, 0, 1, 0, 0, 10, 0, 0, 31, 0, 90, 0, 0]);
-        assert_eq!(length(&[Kind::Link, Kind::Mac, Kind::Ip4, Kind::Port]), 32);
+        assert_eq!(length(&[DataType::Link, DataType::Mac, DataType::Ip4, DataType::Port]), 32);
     }
 }

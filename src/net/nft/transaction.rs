@@ -1,8 +1,9 @@
-//! A batch on its way to the kernel, which does all of it or nothing.
+//! Sends a batch to the kernel, which carries out all of it or nothing.
 //!
-//! It is one message however long it is, so the socket's buffers are made to fit: with a thousand VMs it has several
-//! hundred kilobytes, more than a socket takes by default (`net.core.wmem_default`). nfnetlink carries a batch out before
-//! the send returns, and all its answers are in the socket then.
+//! A batch is one message, however long. With a thousand VMs it has several hundred kilobytes, more
+//! than a socket takes by default (`net.core.wmem_default`), so the socket's buffers are sized for
+//! it. nfnetlink carries out a batch before the send returns, and all its answers are in the socket
+//! then.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,28 +17,28 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
-/// What the kernel refused, and why if it says so.
+/// An error of the kernel, with its message if it sent one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{errno}{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
-pub(super) struct Refusal {
+#[error("{errno}{}", .message.as_ref().map(|message| format!(": {message}")).unwrap_or_default())]
+pub(super) struct KernelError {
     pub errno: Errno,
-    pub why: Option<String>,
+    pub message: Option<String>,
 }
 
 /// Memory that one answer takes in a socket: the kernel counts whole buffers.
-const ANSWER: usize = 2048;
+const ACK_BUFFER: usize = 2048;
 
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
 
-/// Carries out `batch`; the first refusal, if there is one.
-pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
+/// Sends `batch` and returns the first error, if any.
+pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), KernelError> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    // Answers with a text, and without the whole of what they answer.
+    // Answers carry a text, and do not repeat the request.
     socket.set_ext_ack(true).and_then(|()| socket.set_cap_ack(true))?;
     socket.bind_auto()?;
     let bytes = batch.payload();
-    make_room(&socket, bytes.len(), batch.chain_len() * ANSWER)?;
+    size_buffers(&socket, bytes.len(), batch.chain_len() * ACK_BUFFER)?;
     let sent = socket.send(bytes, 0)?;
     debug_assert_eq!(sent, bytes.len(), "a datagram is sent whole");
     let (mut first, mut answers) = (None, 0);
@@ -49,44 +50,45 @@ pub(super) fn send(batch: &ChainedFinal<'_>) -> Result<(), Refusal> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => return Err(error.into()),
         }
-        for answer in answers_in(&buffer) {
+        for answer in parse_acks(&buffer) {
             answers += 1;
             first = first.or(answer.err());
         }
     }
     match first {
-        Some(refusal) => Err(refusal),
-        None if answers == 0 => {
-            Err(Refusal { errno: Errno::EPROTO, why: Some("nothing was answered".into()) })
-        }
+        Some(error) => Err(error),
+        None if answers == 0 => Err(KernelError {
+            errno: Errno::EPROTO,
+            message: Some("the kernel sent no answer".into()),
+        }),
         None => Ok(()),
     }
 }
 
-fn make_room(socket: &Socket, sent: usize, received: usize) -> nix::Result<()> {
+fn size_buffers(socket: &Socket, sent: usize, received: usize) -> nix::Result<()> {
     // The kernel keeps a little of it for itself, and doubles both.
     setsockopt(&socket.as_fd(), sockopt::SndBufForce, &(sent + 4096))?;
     setsockopt(&socket.as_fd(), sockopt::RcvBufForce, &(received + 4096))
 }
 
-impl From<io::Error> for Refusal {
+impl From<io::Error> for KernelError {
     fn from(error: io::Error) -> Self {
-        Self { errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), why: None }
+        Self { errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw), message: None }
     }
 }
 
-impl From<Errno> for Refusal {
+impl From<Errno> for KernelError {
     fn from(errno: Errno) -> Self {
-        Self { errno, why: None }
+        Self { errno, message: None }
     }
 }
 
-/// What the messages in `bytes` say of what was asked. Others than answers are left out.
-fn answers_in(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
+/// Returns the answers in `bytes`; skips messages of other types.
+fn parse_acks(mut bytes: &[u8]) -> Vec<Result<(), KernelError>> {
     let mut answers = Vec::new();
-    while let Some((message, rest)) = first_of(bytes) {
+    while let Some((message, rest)) = split_message(bytes) {
         bytes = rest;
-        let (kind, flags) = (number::<2>(message, 4), number::<2>(message, 6));
+        let (kind, flags) = (header_number::<2>(message, 4), header_number::<2>(message, 6));
         let Some(code) =
             message.get(HEADER..HEADER + 4).filter(|_| kind == libc::NLMSG_ERROR as u32)
         else {
@@ -95,29 +97,30 @@ fn answers_in(mut bytes: &[u8]) -> Vec<Result<(), Refusal>> {
         let code = i32::from_ne_bytes(code.try_into().expect("four bytes"));
         let attributes =
             message.get(2 * HEADER + 4..).filter(|_| flags & libc::NLM_F_ACK_TLVS as u32 != 0);
-        let why = attributes.and_then(|bytes| NlmsgerrAttrs::new(bytes).get_msg().ok());
-        let why = why.map(|text| text.to_string_lossy().into_owned());
+        let message = attributes.and_then(|bytes| NlmsgerrAttrs::new(bytes).get_msg().ok());
+        let message = message.map(|text| text.to_string_lossy().into_owned());
         answers.push(if code == 0 {
             Ok(())
         } else {
-            Err(Refusal { errno: Errno::from_raw(-code), why })
+            Err(KernelError { errno: Errno::from_raw(-code), message })
         });
     }
     answers
 }
 
-/// The first message and what follows it.
-fn first_of(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let length = bytes.get(..4).map(|_| number::<4>(bytes, 0) as usize)?;
+/// Splits `bytes` into the first message and the rest.
+fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let length = bytes.get(..4).map(|_| header_number::<4>(bytes, 0) as usize)?;
     let message = bytes.get(..length).filter(|message| message.len() >= HEADER)?;
     Some((message, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
 }
 
-/// A number of a header of at least [`HEADER`] bytes, of `N` bytes at `at`, in the host's order.
-fn number<const N: usize>(bytes: &[u8], at: usize) -> u32 {
+/// Reads a number of `N` bytes at `at` from a header of at least [`HEADER`] bytes, in the host's
+/// byte order.
+fn header_number<const N: usize>(bytes: &[u8], at: usize) -> u32 {
     let mut whole = [0; 4];
-    let place = if cfg!(target_endian = "big") { 4 - N } else { 0 };
-    whole[place..place + N].copy_from_slice(&bytes[at..at + N]);
+    let start = if cfg!(target_endian = "big") { 4 - N } else { 0 };
+    whole[start..start + N].copy_from_slice(&bytes[at..at + N]);
     u32::from_ne_bytes(whole)
 }
 
@@ -125,7 +128,7 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u32 {
 mod tests {
     use super::*;
 
-    /// An answer of the kernel with `code`, and a text if there is one.
+    /// Builds an answer of the kernel with `code`, and a text if given.
     fn answer(code: i32, text: Option<&str>) -> Vec<u8> {
         let mut body = code.to_ne_bytes().to_vec();
         body.extend([0; HEADER]);
@@ -144,24 +147,24 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_told_from_refusals_and_those_say_why() {
+    fn answers_are_successes_or_errors_with_the_kernels_message() {
         let bytes = [
             answer(0, None),
             answer(-libc::ENOENT, None),
             answer(-libc::EINVAL, Some("no such hook")),
         ]
         .concat();
-        let [done, plain, told] = answers_in(&bytes).try_into().unwrap();
+        let [done, plain, with_text] = parse_acks(&bytes).try_into().unwrap();
         assert_eq!(done, Ok(()));
-        assert_eq!(plain, Err(Refusal { errno: Errno::ENOENT, why: None }));
-        assert_eq!(told.unwrap_err().to_string(), "EINVAL: Invalid argument: no such hook");
+        assert_eq!(plain, Err(KernelError { errno: Errno::ENOENT, message: None }));
+        assert_eq!(with_text.unwrap_err().to_string(), "EINVAL: Invalid argument: no such hook");
     }
 
     #[test]
-    fn what_is_cut_off_is_no_answer() {
+    fn a_truncated_message_is_no_answer() {
         let whole = answer(0, None);
         for length in 0..whole.len() {
-            assert_eq!(answers_in(&whole[..length]), [], "{length}");
+            assert_eq!(parse_acks(&whole[..length]), [], "{length}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::net::filter;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 use bosh_qemu_cpi::store::record::Nic;
 
@@ -17,10 +17,10 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
     let add = |guest: &Guest| {
-        lab.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap()
+        lab.host.run(|| filter::add(std::slice::from_ref(&guest.nic), no_others)).unwrap()
     };
     let remove =
-        |guest: &Guest| lab.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap();
+        |guest: &Guest| lab.host.run(|| filter::remove(std::slice::from_ref(&guest.nic))).unwrap();
     assert_eq!(tables(), [GUARD, GUARD]);
     add(&guest);
     remove(&guest);
@@ -38,7 +38,7 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
     lab.host.run(|| nftables::write_table(GUARD, false));
     lab.host
         .run(|| {
-            guard::add(std::slice::from_ref(&guest.nic), || {
+            filter::add(std::slice::from_ref(&guest.nic), || {
                 Ok(vec![guest.nic.clone(), other.nic.clone()])
             })
         })
@@ -64,12 +64,12 @@ fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
             vec![Nic { rules: Some(again), ..stays.clone() }]
         })
     };
-    lab.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
-    let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), others));
+    lab.host.run(|| filter::remove(std::slice::from_ref(&goes))).unwrap();
+    let added = lab.host.run(|| filter::add(std::slice::from_ref(&stays), others));
     assert!(added.is_ok() && asked.load(Relaxed) == 2, "{added:?}");
-    let lost = |nic| lab.host.run(|| guard::is_lost(std::slice::from_ref(nic))).unwrap();
+    let lost = |nic| lab.host.run(|| filter::is_missing(std::slice::from_ref(nic))).unwrap();
     assert_eq!((lost(&goes), lost(&stays)), (true, false));
-    lab.host.run(|| guard::remove(std::slice::from_ref(&stays))).unwrap();
+    lab.host.run(|| filter::remove(std::slice::from_ref(&stays))).unwrap();
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }
 
@@ -93,7 +93,7 @@ fn two_hundred_vms_come_and_go() {
     let elements = || lab.host.run(|| nftables::elements(GUARD));
     let mut least = 0;
     for vm in &vms {
-        lab.host.run(|| guard::add(std::slice::from_ref(vm), no_others)).unwrap();
+        lab.host.run(|| filter::add(std::slice::from_ref(vm), no_others)).unwrap();
         let now = elements();
         assert!(now > least, "{now}");
         least = now;
@@ -101,7 +101,7 @@ fn two_hundred_vms_come_and_go() {
     // Taps twice, the MAC, three addresses, a block, two admissions, three ports, and that it is guarded and grouped.
     assert_eq!(least, 200 * 14);
     for vm in &vms {
-        lab.host.run(|| guard::remove(std::slice::from_ref(vm))).unwrap();
+        lab.host.run(|| filter::remove(std::slice::from_ref(vm))).unwrap();
     }
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }
@@ -119,8 +119,8 @@ fn two_thousand_vms_get_their_rules_back_with_the_next() {
             )
         })
         .collect();
-    lab.host.run(|| guard::add(&vms[..1], || Ok(vms.clone()))).unwrap();
-    assert!(!lab.host.run(|| guard::is_lost(&vms)).unwrap());
-    lab.host.run(|| guard::remove(&vms)).unwrap();
+    lab.host.run(|| filter::add(&vms[..1], || Ok(vms.clone()))).unwrap();
+    assert!(!lab.host.run(|| filter::is_missing(&vms)).unwrap());
+    lab.host.run(|| filter::remove(&vms)).unwrap();
     assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
 }

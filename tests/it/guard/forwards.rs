@@ -2,7 +2,7 @@
 
 use std::net::{TcpListener, TcpStream};
 
-use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::net::filter;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 
 use super::{BRIDGE, PATIENCE, TCP, guarded, nic, no_others};
@@ -44,7 +44,7 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
             ..guarded(&[&address(inside)])
         };
         let vm = nic("bqport1", 1, rules);
-        host.run(|| guard::add(std::slice::from_ref(&vm), no_others)).unwrap();
+        host.run(|| filter::add(std::slice::from_ref(&vm), no_others)).unwrap();
         host.ip(&format!("link set bqport1 master {BRIDGE}"));
         guest.ip(&format!("address add {inside} dev eth0 {nodad}"));
         guest.ip(&format!("route add default via {}", address(gateway)));
@@ -66,7 +66,7 @@ fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
         host.run(|| TcpStream::connect_timeout(&(elsewhere, 8082).into(), PATIENCE)).unwrap();
         others.set_nonblocking(true).unwrap();
         others.accept().expect("another's address is not the host's to forward");
-        host.run(|| guard::remove(std::slice::from_ref(&vm))).unwrap();
+        host.run(|| filter::remove(std::slice::from_ref(&vm))).unwrap();
         assert!(connects(&outside, 8080).is_err(), "the forward is gone with its VM");
     }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::time::Duration;
 
-use bosh_qemu_cpi::net::{apply, guard};
+use bosh_qemu_cpi::net::{apply, filter};
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 use bosh_qemu_cpi::store::record::{Nic, Segment, Wire};
 use serde_json::json;
@@ -23,12 +23,12 @@ fn card(port: &str, segment: &Segment, ip: &str, rules: NicRules) -> Nic {
 /// Puts the card's rules in force and its port on the bridge.
 fn plug(lab: &Lab, nic: &Nic) {
     let (tap, segment) = nic.tap().unwrap();
-    lab.host.run(|| guard::add(std::slice::from_ref(nic), no_others)).unwrap();
+    lab.host.run(|| filter::add(std::slice::from_ref(nic), no_others)).unwrap();
     lab.host.run(|| apply::ensure(segment, &[tap.clone().into()])).unwrap();
 }
 
 fn remove(lab: &Lab, nic: &Nic) {
-    lab.host.run(|| guard::remove(std::slice::from_ref(nic))).unwrap();
+    lab.host.run(|| filter::remove(std::slice::from_ref(nic))).unwrap();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::error::Result;
 use bosh_qemu_cpi::link_name::LinkName;
 use bosh_qemu_cpi::net::change::Port;
-use bosh_qemu_cpi::net::{apply, guard};
+use bosh_qemu_cpi::net::{apply, filter};
 use bosh_qemu_cpi::store::nic_rules::{Admission, NicRules};
 use bosh_qemu_cpi::store::record::{Keeper, Nic, Segment, Wire};
 use bosh_qemu_cpi::sys::packet::PacketSocket;
@@ -91,7 +91,7 @@ impl Lab {
         let nic = nic(&port, last, rules);
         self.host.cable(&port, &namespace, "eth0");
         namespace.ip(&format!("link set eth0 address 02:00:00:00:00:{last:02x}"));
-        self.host.run(|| guard::add(std::slice::from_ref(&nic), no_others)).unwrap();
+        self.host.run(|| filter::add(std::slice::from_ref(&nic), no_others)).unwrap();
         let (port, segment) = Port::of(&nic).unwrap();
         self.host.run(|| apply::ensure(segment, &[port])).unwrap();
         let wire = namespace.run(|| PacketSocket::open("eth0")).unwrap();

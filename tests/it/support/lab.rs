@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::config::Network;
 use bosh_qemu_cpi::error::Result;
 use bosh_qemu_cpi::link_name::LinkName;
-use bosh_qemu_cpi::net::plan::{Place, Requested, Segment};
+use bosh_qemu_cpi::net::plan::{NicPlan, Requested, Segment};
 use bosh_qemu_cpi::net::{apply, plan, profile::Profile};
 use bosh_qemu_cpi::schema::Property;
 use serde_json::{Value, json};
@@ -142,9 +142,9 @@ pub fn segment(network: &Value, gateway: &str) -> Segment {
     };
     let network = Network::from_json(network).unwrap();
     let profile = Profile::load(&network.profile, None).unwrap();
-    match plan::place("lab", &network, &profile, &requested).unwrap() {
-        Place::Bridge(segment) => segment,
-        Place::User(user) => panic!("{user:?}"),
+    match plan::plan_nic("lab", &network, &profile, &requested).unwrap() {
+        NicPlan::Bridge(segment) => segment,
+        NicPlan::User(user) => panic!("{user:?}"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Which elements follow from which rules.
+//! Elements that overlapping rules produce.
 
 use super::*;
 
@@ -7,7 +7,7 @@ fn net(text: &str) -> IpNetwork {
 }
 
 #[test]
-fn overlapping_rules_become_elements_that_do_not() {
+fn overlapping_rules_become_disjoint_elements() {
     let wanted = [
         (net("10.0.0.0/8"), (80, 90)),
         (net("10.1.0.0/16"), (85, 100)),
@@ -33,9 +33,9 @@ fn overlapping_rules_become_elements_that_do_not() {
 }
 
 #[test]
-fn a_block_swallows_what_lies_in_it() {
+fn a_subnet_replaces_the_addresses_inside_it() {
     let subnets = ["10.0.0.5/32", "10.0.0.0/28", "10.0.0.16/32", "fd00::5/128"].map(net);
-    let left: Vec<_> = widest(subnets.into_iter()).iter().map(ToString::to_string).collect();
+    let left: Vec<_> = outermost(subnets.into_iter()).iter().map(ToString::to_string).collect();
     assert_eq!(left, ["10.0.0.0/28", "10.0.0.16/32", "fd00::5/128"]);
 }
 

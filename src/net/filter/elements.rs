@@ -1,4 +1,4 @@
-//! From a network card's record to the elements that stand for it. Pure.
+//! Builds a NIC's set elements from its record. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -14,23 +14,23 @@ use crate::store::record::{Keeper, Nic, Segment};
 
 /// Elements of one set.
 #[derive(Debug)]
-pub(super) struct Members {
+pub(super) struct SetElements {
     pub set: Set,
     pub elements: Vec<Element>,
 }
 
-/// The elements of a card, by set: those of the bridges' table, and those of the host's IP. None for a card without
-/// a tap or without rules.
-pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
+/// Returns the elements of a NIC by set: those of the `bridge` table, and those of the `inet`
+/// table. A NIC without a tap or without rules has none.
+pub(super) fn elements_of(nic: &Nic) -> (Vec<SetElements>, Vec<SetElements>) {
     let (Some((tap, segment)), Some(rules)) = (nic.tap(), &nic.rules) else {
         return Default::default();
     };
     let tap = Part::Link(tap.clone());
-    let only = |set: Set, holds: bool| members(set, holds.then(|| vec![tap.clone()]));
+    let only = |set: Set, holds: bool| set_elements(set, holds.then(|| vec![tap.clone()]));
     let mut bridge = vec![only(TAPS, true), only(ROAMING, rules.addresses.is_empty())];
     if rules.anti_spoof {
         bridge.push(only(GUARDED, true));
-        bridge.extend(itself(&tap, nic.mac, rules));
+        bridge.extend(anti_spoof(&tap, nic.mac, rules));
     }
     let mut inet = vec![only(TAPS, true)];
     inet.extend(forwards(rules));
@@ -39,32 +39,38 @@ pub(super) fn of_nic(nic: &Nic) -> (Vec<Members>, Vec<Members>) {
         bridge.extend(admitted(&tap, admits));
         inet.extend(masked(segment, &rules.addresses, admits));
     }
-    (bridge.into_iter().filter(some).collect(), inet.into_iter().filter(some).collect())
+    (
+        bridge.into_iter().filter(has_elements).collect(),
+        inet.into_iter().filter(has_elements).collect(),
+    )
 }
 
-fn some(members: &Members) -> bool {
+fn has_elements(members: &SetElements) -> bool {
     !members.elements.is_empty()
 }
 
-fn members(set: Set, keys: impl IntoIterator<Item = Vec<Part>>) -> Members {
-    Members { set, elements: keys.into_iter().map(Element::of).collect() }
+fn set_elements(set: Set, keys: impl IntoIterator<Item = Vec<Part>>) -> SetElements {
+    SetElements { set, elements: keys.into_iter().map(Element::new).collect() }
 }
 
-/// What a guest may say that it is.
-fn itself(tap: &Part, mac: MacAddress, rules: &NicRules) -> [Members; 5] {
+/// Returns the source addresses that a guest may use.
+fn anti_spoof(tap: &Part, mac: MacAddress, rules: &NicRules) -> [SetElements; 5] {
     let known =
-        widest(rules.addresses.iter().chain(&rules.allowed).copied().chain([link_local(mac)]));
+        outermost(rules.addresses.iter().chain(&rules.allowed).copied().chain([link_local(mac)]));
     let key = |subnet: &IpNetwork| {
-        let is_one = subnet.prefix() == if subnet.is_ipv4() { 32 } else { 128 };
-        let last = if is_one { Part::Ip(subnet.ip()) } else { Part::Subnet(*subnet) };
+        let is_single = subnet.prefix() == if subnet.is_ipv4() { 32 } else { 128 };
+        let last = if is_single { Part::Ip(subnet.ip()) } else { Part::Subnet(*subnet) };
         vec![tap.clone(), Part::Mac(mac), last]
     };
     let of = |set, v4: bool, one: bool| {
         let fits = |key: &Vec<Part>| matches!(key[2], Part::Ip(_)) == one;
-        members(set, known.iter().filter(|subnet| subnet.is_ipv4() == v4).map(key).filter(fits))
+        set_elements(
+            set,
+            known.iter().filter(|subnet| subnet.is_ipv4() == v4).map(key).filter(fits),
+        )
     };
     [
-        members(MACS, [vec![tap.clone(), Part::Mac(mac)]]),
+        set_elements(MACS, [vec![tap.clone(), Part::Mac(mac)]]),
         of(ADDRESSES4, true, true),
         of(BLOCKS4, true, false),
         of(ADDRESSES6, false, true),
@@ -72,7 +78,8 @@ fn itself(tap: &Part, mac: MacAddress, rules: &NicRules) -> [Members; 5] {
     ]
 }
 
-/// The address that a guest's kernel gives itself (RFC 4291, appendix A): without it, no neighbour is found.
+/// Returns the link-local address that a guest's kernel gives itself (RFC 4291, appendix A).
+/// Neighbour discovery needs it.
 fn link_local(mac: MacAddress) -> IpNetwork {
     let [a, b, c, d, e, f] = mac.octets();
     let tail = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
@@ -82,23 +89,25 @@ fn link_local(mac: MacAddress) -> IpNetwork {
     IpAddr::V6(Ipv6Addr::from(octets)).into()
 }
 
-/// Without those that lie in another: ranges in one set must not overlap.
-fn widest(subnets: impl Iterator<Item = IpNetwork>) -> BTreeSet<IpNetwork> {
-    let all: BTreeSet<_> = subnets.map(whole).collect();
-    let lies_in = |one: &IpNetwork, other: &IpNetwork| one != other && other.contains(one.ip());
-    all.iter().filter(|one| !all.iter().any(|other| lies_in(one, other))).copied().collect()
+/// Returns the subnets without those inside another: ranges in one set must not overlap.
+fn outermost(subnets: impl Iterator<Item = IpNetwork>) -> BTreeSet<IpNetwork> {
+    let all: BTreeSet<_> = subnets.map(subnet_of).collect();
+    let is_subnet_of =
+        |one: &IpNetwork, other: &IpNetwork| one != other && other.contains(one.ip());
+    all.iter().filter(|one| !all.iter().any(|other| is_subnet_of(one, other))).copied().collect()
 }
 
-/// The subnet of an address with a prefix.
-fn whole(address: IpNetwork) -> IpNetwork {
+/// Returns the subnet of an address with a prefix.
+fn subnet_of(address: IpNetwork) -> IpNetwork {
     IpNetwork::new(address.network(), address.prefix())
         .expect("the prefix of an address fits its subnet")
 }
 
-/// Who may begin to speak to the tap.
-fn admitted(tap: &Part, admits: &[Admission]) -> [Members; 4] {
+/// Returns the sources that may open connections to the tap.
+fn admitted(tap: &Part, admits: &[Admission]) -> [SetElements; 4] {
     let head = std::slice::from_ref(tap);
-    let of = |set, v4: bool, ported: bool| members(set, keys(head, admits, v4, ported));
+    let of =
+        |set, v4: bool, ported: bool| set_elements(set, admission_keys(head, admits, v4, ported));
     [
         of(PORTS4, true, true),
         of(PROTOCOLS4, true, false),
@@ -107,22 +116,25 @@ fn admitted(tap: &Part, admits: &[Admission]) -> [Members; 4] {
     ]
 }
 
-/// The same for each of its addresses, where the host is its gateway and can have masqueraded who speaks.
-fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> Vec<Members> {
+/// Returns the same for each of its addresses, if the host is the VM's gateway and may masquerade
+/// the sender.
+fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> Vec<SetElements> {
     let gateway = matches!(&segment.keeper, Keeper::Us { addresses, .. } if !addresses.is_empty());
-    let place = |block: &IpNetwork| place(&segment.bridge, *block);
-    let places = |v4: bool| {
-        addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(place)
+    let prefix = |block: &IpNetwork| masked_key_prefix(&segment.bridge, *block);
+    let prefixes = |v4: bool| {
+        addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(prefix)
     };
     let of = |set, v4: bool, ported: bool| {
-        members(
+        set_elements(
             set,
-            places(v4).flat_map(|place| keys(&place, admits, v4, ported)).collect::<Vec<_>>(),
+            prefixes(v4)
+                .flat_map(|prefix| admission_keys(&prefix, admits, v4, ported))
+                .collect::<Vec<_>>(),
         )
     };
     vec![
-        members(MASKED4, places(true)),
-        members(MASKED6, places(false)),
+        set_elements(MASKED4, prefixes(true)),
+        set_elements(MASKED6, prefixes(false)),
         of(MASKED_PORTS4, true, true),
         of(MASKED_PORTS6, false, true),
         of(MASKED_PROTOCOLS4, true, false),
@@ -130,13 +142,14 @@ fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> V
     ]
 }
 
-/// How the keys of [`masked`] begin.
-pub(super) fn place(bridge: &LinkName, block: IpNetwork) -> Vec<Part> {
-    vec![Part::Link(bridge.clone()), Part::Subnet(whole(block))]
+/// Returns the first parts of the keys of [`masked`].
+pub(super) fn masked_key_prefix(bridge: &LinkName, block: IpNetwork) -> Vec<Part> {
+    vec![Part::Link(bridge.clone()), Part::Subnet(subnet_of(block))]
 }
 
-/// The keys of a set that begin with `head` and then name who may speak: by whole protocols, or by `ported` ones.
-fn keys(head: &[Part], admits: &[Admission], v4: bool, ported: bool) -> Vec<Vec<Part>> {
+/// Returns the keys that begin with `head` and continue with an admitted source: by whole
+/// protocols, or by ports if `ported`.
+fn admission_keys(head: &[Part], admits: &[Admission], v4: bool, ported: bool) -> Vec<Vec<Part>> {
     let fits = |admission: &&Admission| {
         admission.source.is_ipv4() == v4 && admission.ports.is_some() == ported
     };
@@ -150,7 +163,10 @@ fn by_port(admits: &[&Admission]) -> Vec<Vec<Part>> {
     for admission in admits {
         let (first, last) = admission.ports.expect("chosen by that");
         let range = (u32::from(first), u32::from(last));
-        protocols.entry(admission.protocols.0).or_default().push((whole(admission.source), range));
+        protocols
+            .entry(admission.protocols.0)
+            .or_default()
+            .push((subnet_of(admission.source), range));
     }
     let key = |protocol, (source, (first, last)): (IpNetwork, Range)| {
         let ports = Part::Ports(first as u16, last as u16);
@@ -166,7 +182,7 @@ fn by_protocol(admits: &[&Admission]) -> Vec<Vec<Part>> {
     let range = |(first, last): (u8, u8)| (u32::from(first), u32::from(last));
     let wanted: Vec<_> = admits
         .iter()
-        .map(|admission| (whole(admission.source), range(admission.protocols)))
+        .map(|admission| (subnet_of(admission.source), range(admission.protocols)))
         .collect();
     let key = |(source, (first, last)): (IpNetwork, Range)| {
         vec![Part::Subnet(source), Part::Protocols(first as u8, last as u8)]
@@ -177,14 +193,15 @@ fn by_protocol(admits: &[&Admission]) -> Vec<Vec<Part>> {
 /// First and last number.
 type Range = (u32, u32);
 
-/// The same sources and numbers in elements that do not overlap, as a set of ranges wants them. Subnets lie in each
-/// other or apart, so it is enough to leave out of each what the subnets around it have.
+/// Splits sources and numbers into elements that do not overlap, as a set of ranges requires. Two
+/// subnets are disjoint or one contains the other. So each element leaves out what the larger
+/// subnets around it admit.
 fn disjoint(wanted: &[(IpNetwork, Range)]) -> Vec<(IpNetwork, Range)> {
     let sources: BTreeSet<_> = wanted.iter().map(|(source, _)| *source).collect();
     let mut elements = Vec::new();
     for source in sources {
         let of = |fits: &dyn Fn(&IpNetwork) -> bool| {
-            merged(
+            merge_ranges(
                 wanted.iter().filter(|(other, _)| fits(other)).map(|(_, range)| *range).collect(),
             )
         };
@@ -193,14 +210,14 @@ fn disjoint(wanted: &[(IpNetwork, Range)]) -> Vec<(IpNetwork, Range)> {
         });
         let own = of(&|other| *other == source);
         elements.extend(
-            own.into_iter().flat_map(|range| without(range, &around)).map(|range| (source, range)),
+            own.into_iter().flat_map(|range| subtract(range, &around)).map(|range| (source, range)),
         );
     }
     elements
 }
 
-/// The same numbers in ascending ranges with gaps between.
-fn merged(mut ranges: Vec<Range>) -> Vec<Range> {
+/// Merges ranges into ascending ranges with gaps between.
+fn merge_ranges(mut ranges: Vec<Range>) -> Vec<Range> {
     ranges.sort_unstable();
     let mut merged: Vec<Range> = Vec::new();
     for (first, last) in ranges {
@@ -212,8 +229,8 @@ fn merged(mut ranges: Vec<Range>) -> Vec<Range> {
     merged
 }
 
-/// What of `range` is in none of `holes`, which are merged.
-fn without(range: Range, holes: &[Range]) -> Vec<Range> {
+/// Returns the parts of `range` outside `holes`, which are merged.
+fn subtract(range: Range, holes: &[Range]) -> Vec<Range> {
     let (mut next, mut left) = (range.0, Vec::new());
     for (first, last) in holes.iter().filter(|hole| hole.1 >= range.0 && hole.0 <= range.1) {
         if *first > next {
@@ -227,14 +244,14 @@ fn without(range: Range, holes: &[Range]) -> Vec<Range> {
     left
 }
 
-fn forwards(rules: &NicRules) -> [Members; 4] {
+fn forwards(rules: &NicRules) -> [SetElements; 4] {
     let of = |set, v4: bool, addressed: bool| {
         let fits = |forward: &&Forward| {
             forward.to.is_ipv4() == v4 && forward.address.is_some() == addressed
         };
-        Members {
+        SetElements {
             set,
-            elements: rules.forwards.iter().filter(fits).flat_map(port_by_port).collect(),
+            elements: rules.forwards.iter().filter(fits).flat_map(forward_elements).collect(),
         }
     };
     [
@@ -245,7 +262,7 @@ fn forwards(rules: &NicRules) -> [Members; 4] {
     ]
 }
 
-fn port_by_port(forward: &Forward) -> impl Iterator<Item = Element> {
+fn forward_elements(forward: &Forward) -> impl Iterator<Item = Element> {
     let Forward { address, protocol, host, to, guest, count } = *forward;
     (0..count).map(move |n| {
         let port = |first: u16| Part::Ports(first.saturating_add(n), first.saturating_add(n));
@@ -258,8 +275,8 @@ fn port_by_port(forward: &Forward) -> impl Iterator<Item = Element> {
     })
 }
 
-/// Where a forward leads, out of its data: an address and a port, filled up to four bytes.
-pub(super) fn target(data: &[u8]) -> Option<IpAddr> {
+/// Returns a forward's target address from its data: an address, and a port padded to four bytes.
+pub(super) fn forward_target(data: &[u8]) -> Option<IpAddr> {
     let (address, _port) = data.split_at_checked(data.len().checked_sub(4)?)?;
     let v4 = <[u8; 4]>::try_from(address).map(IpAddr::from);
     v4.or_else(|_| <[u8; 16]>::try_from(address).map(IpAddr::from)).ok()

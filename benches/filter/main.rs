@@ -1,8 +1,9 @@
-//! What the guard costs a packet: throughput between a guest and the host over a bridge, both ways, with its rules against
-//! without. A cable stands for the tap. Run with `cargo bench --bench guard`; needs root and `ip`.
+//! What the packet filter costs: throughput between a guest and the host over a bridge, both ways,
+//! with a VM's rules and without. A veth pair stands for the tap. Run with `cargo bench --bench
+//! filter`; needs root and `ip`.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-// What tests of links need beyond this is not used here.
+// The bench uses only a part of the module.
 #[allow(dead_code)]
 #[path = "../../tests/it/support/netns.rs"]
 mod netns;
@@ -11,29 +12,31 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use bosh_qemu_cpi::net::guard;
+use bosh_qemu_cpi::net::filter;
 use bosh_qemu_cpi::store::record::Nic;
 use netns::Namespace;
 use serde_json::json;
 
-const ROUND: Duration = Duration::from_secs(1);
+/// How long each measurement of throughput sends.
+const SEND_INTERVAL: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 5;
 
 fn skip(reason: &str) {
-    eprintln!("SKIP guard: {reason}");
+    eprintln!("SKIP filter: {reason}");
 }
 
 fn nic(tap: &str, last: u8) -> Nic {
     let segment = json!({"network": "bench", "bridge": "br-bench", "keeper": "operator"});
-    let rules = json!({"anti_spoof": true, "addresses": [format!("10.0.0.{last}/32")],
-                       "admits": [{"source": "10.0.0.0/24", "protocols": [6, 6], "ports": [1, 65535]}]});
+    let admits = json!([{"source": "10.0.0.0/24", "protocols": [6, 6], "ports": [1, 65535]}]);
+    let addresses = json!([format!("10.0.0.{last}/32")]);
+    let rules = json!({"anti_spoof": true, "addresses": addresses, "admits": admits});
     let mac = format!("02:00:00:00:00:{last:02x}");
     let nic =
         json!({"network": "bench", "mac": mac, "tap": tap, "segment": segment, "rules": rules});
-    serde_json::from_value(nic).expect("a card")
+    serde_json::from_value(nic).expect("a NIC")
 }
 
-/// Bytes a second from one to the other, who has the address `at`.
+/// Bytes per second from one namespace to the other, which has the address `at`.
 fn throughput(from: &Namespace, to: &Namespace, at: &str) -> f64 {
     let listener = to.run(|| TcpListener::bind((at, 0)).expect("listen"));
     let address = listener.local_addr().expect("an address");
@@ -48,7 +51,7 @@ fn throughput(from: &Namespace, to: &Namespace, at: &str) -> f64 {
         total
     });
     let (start, chunk) = (Instant::now(), vec![0; 1 << 18]);
-    while start.elapsed() < ROUND {
+    while start.elapsed() < SEND_INTERVAL {
         stream.write_all(&chunk).expect("write");
     }
     drop(stream);
@@ -72,7 +75,7 @@ fn main() {
     guest.ip("address add 10.0.0.1/24 dev eth0");
     let own = [nic("bqbench", 1)];
     let others: Vec<_> = (2..=250).map(|n| nic(&format!("bqother{n}"), n)).collect();
-    let add = |nics: &[Nic]| host.run(|| guard::add(nics, || Ok(Vec::new()))).expect("rules");
+    let add = |nics: &[Nic]| host.run(|| filter::add(nics, || Ok(Vec::new()))).expect("rules");
     let both_ways =
         || [throughput(&guest, &host, "10.0.0.254"), throughput(&host, &guest, "10.0.0.1")];
     let mut rates = [const { Vec::new() }; 3];
@@ -82,7 +85,7 @@ fn main() {
         rates[1].push(both_ways());
         add(&others);
         rates[2].push(both_ways());
-        host.run(|| guard::remove(&others).and_then(|()| guard::remove(&own))).expect("removed");
+        host.run(|| filter::remove(&others).and_then(|()| filter::remove(&own))).expect("removed");
     }
     for (way, name) in ["guest to host", "host to guest"].into_iter().enumerate() {
         let [without, with, among] =
@@ -108,7 +111,7 @@ fn main() {
         let start = Instant::now();
         for _ in 0..20 {
             add(&one);
-            host.run(|| guard::remove(&one)).expect("removed");
+            host.run(|| filter::remove(&one)).expect("removed");
         }
         println!(
             "one VM's rules in and out with {present:3} VMs {:8.2} ms",

@@ -1,4 +1,4 @@
-//! Changes of links, of their addresses and of the routes that come with these.
+//! Applies changes of links, of their addresses and of the routes that come with these.
 
 use nix::errno::Errno;
 use rtnetlink::packet_route::link::{BridgeStpState, BridgeVlanInfoFlags, LinkMessage};
@@ -7,55 +7,58 @@ use rtnetlink::{
     LinkBridge, LinkBridgePort, LinkBridgeVlan, LinkMessageBuilder, LinkUnspec, LinkVlan,
 };
 
-use super::routes::own_route;
-use super::{Links, errno, failed, settled, unless};
+use super::routes::connected_route;
+use super::{Links, done_unless, errno, failed, unless};
 use crate::error::{Error, Result};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
-use crate::net::change::{Change, Settings};
+use crate::net::change::{Change, LinkSettings};
 
 type Done<T = ()> = Result<T, rtnetlink::Error>;
 
 impl Links {
-    /// Does one change of a link, address or route; `false` if what it is about has come or gone meanwhile.
-    pub fn make(&self, change: &Change) -> Result<bool> {
-        let index = match about(change) {
+    /// Applies one change of a link, address or route. Returns `false` if its link exists already
+    /// or was removed meanwhile.
+    pub fn apply(&self, change: &Change) -> Result<bool> {
+        let index = match subject(change) {
             None => 0,
             Some(name) => match self.index(name)? {
                 Some(index) => index,
                 None => return Ok(false),
             },
         };
-        let made = match change {
+        let done = match change {
             Change::AddBridge { name, mac, mtu } => {
-                settled(self.add_bridge(name, *mac, *mtu), Errno::EEXIST)
+                done_unless(self.add_bridge(name, *mac, *mtu), Errno::EEXIST)
             }
             Change::AddVlan { name, vlan, .. } => {
-                settled(self.add_vlan(name, index, *vlan), Errno::EEXIST)
+                done_unless(self.add_vlan(name, index, *vlan), Errno::EEXIST)
             }
-            Change::Set { to, .. } => return self.set(index, to, change),
-            Change::Isolate(_) => settled(self.isolate(index), Errno::ENODEV),
-            Change::Bind { mac, .. } => settled(self.bind(index, *mac), Errno::ENODEV),
-            Change::Tag { vlan, instead_of, .. } => {
-                settled(self.tag(index, *vlan, *instead_of), Errno::ENODEV)
+            Change::SetLink { to, .. } => return self.set(index, to, change),
+            Change::IsolatePort(_) => done_unless(self.isolate(index), Errno::ENODEV),
+            Change::PinMac { mac, .. } => done_unless(self.pin_mac(index, *mac), Errno::ENODEV),
+            Change::SetPortVlan { vlan, replaces, .. } => {
+                done_unless(self.set_port_vlan(index, *vlan, *replaces), Errno::ENODEV)
             }
             Change::AddAddress { address, .. } => {
                 let request = self.handle.address().add(index, address.ip(), address.prefix());
-                settled(
+                done_unless(
                     unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()),
                     Errno::ENODEV,
                 )
             }
             Change::AddRoute { address, .. } => {
-                let request = self.handle.route().add(own_route(index, *address));
-                settled(
+                let request = self.handle.route().add(connected_route(index, *address));
+                done_unless(
                     unless(self.runtime.block_on(request.execute()), Errno::EEXIST, ()),
                     Errno::ENODEV,
                 )
             }
-            Change::Write { .. } | Change::Rules(_) => unreachable!("neither is about links"),
+            Change::WriteSysctl { .. } | Change::ReplaceTable(_) => {
+                unreachable!("neither is about links")
+            }
         };
-        made.map_err(|error| refused(change, error))
+        done.map_err(|error| change_failed(change, error))
     }
 
     fn add_bridge(&self, name: &LinkName, mac: MacAddress, mtu: u32) -> Done {
@@ -70,7 +73,7 @@ impl Links {
         self.runtime.block_on(self.handle.link().add(link).execute())
     }
 
-    fn set(&self, index: u32, to: &Settings, change: &Change) -> Result<bool> {
+    fn set(&self, index: u32, to: &LinkSettings, change: &Change) -> Result<bool> {
         let controller = match &to.controller {
             Some(bridge) => match self.index(bridge)? {
                 Some(index) => Some((bridge, index)),
@@ -81,13 +84,13 @@ impl Links {
         let message = settings(index, to, controller.map(|(_, index)| index));
         let changed = self.runtime.block_on(self.handle.link().set(message).execute());
         if let (Err(error), Some((bridge, known))) = (&changed, controller)
-            // So the kernel says of a bridge that has gone.
+            // The kernel returns EINVAL for a bridge that was removed.
             && errno(error) == Some(Errno::EINVAL)
             && self.find(bridge)?.map(|link| link.index) != Some(known)
         {
             return Ok(false);
         }
-        settled(changed, Errno::ENODEV).map_err(|error| refused(change, error))
+        done_unless(changed, Errno::ENODEV).map_err(|error| change_failed(change, error))
     }
 
     fn isolate(&self, port: u32) -> Done {
@@ -95,7 +98,7 @@ impl Links {
         self.runtime.block_on(self.handle.link().change(port).execute())
     }
 
-    fn bind(&self, port: u32, mac: MacAddress) -> Done {
+    fn pin_mac(&self, port: u32, mac: MacAddress) -> Done {
         let silent = LinkBridgePort::new(port).learning(false).build();
         self.runtime.block_on(self.handle.link().change(silent).execute())?;
         let known =
@@ -104,12 +107,12 @@ impl Links {
         self.runtime.block_on(known.execute())
     }
 
-    /// Puts a port on one VLAN, untagged, and on no other.
-    fn tag(&self, port: u32, vlan: u16, instead_of: Option<u16>) -> Done {
+    /// Puts a port on one VLAN, untagged, and takes it off `replaces`.
+    fn set_port_vlan(&self, port: u32, vlan: u16, replaces: Option<u16>) -> Done {
         let untagged = BridgeVlanInfoFlags::Pvid | BridgeVlanInfoFlags::Untagged;
         let message = LinkBridgeVlan::new(port).vlan(vlan, untagged).build();
         self.runtime.block_on(self.handle.link().set(message).execute())?;
-        if let Some(other) = instead_of {
+        if let Some(other) = replaces {
             let message =
                 LinkBridgeVlan::new(port).vlan(other, BridgeVlanInfoFlags::empty()).build();
             self.runtime.block_on(self.handle.link().del_with_message(message).execute())?;
@@ -118,21 +121,21 @@ impl Links {
     }
 }
 
-/// The link that must be there for the change.
-fn about(change: &Change) -> Option<&LinkName> {
+/// Returns the link that must exist for the change.
+fn subject(change: &Change) -> Option<&LinkName> {
     match change {
-        Change::AddBridge { .. } | Change::Write { .. } | Change::Rules(_) => None,
+        Change::AddBridge { .. } | Change::WriteSysctl { .. } | Change::ReplaceTable(_) => None,
         Change::AddVlan { carrier: link, .. }
-        | Change::Set { link, .. }
-        | Change::Isolate(link)
-        | Change::Bind { port: link, .. }
-        | Change::Tag { port: link, .. }
+        | Change::SetLink { link, .. }
+        | Change::IsolatePort(link)
+        | Change::PinMac { port: link, .. }
+        | Change::SetPortVlan { port: link, .. }
         | Change::AddAddress { link, .. }
         | Change::AddRoute { link, .. } => Some(link),
     }
 }
 
-fn refused(change: &Change, error: rtnetlink::Error) -> Error {
+fn change_failed(change: &Change, error: rtnetlink::Error) -> Error {
     let errno = errno(&error);
     let error = failed(format!("'{change}'"), error);
     match (errno, change) {
@@ -144,7 +147,7 @@ fn refused(change: &Change, error: rtnetlink::Error) -> Error {
     }
 }
 
-fn settings(index: u32, to: &Settings, controller: Option<u32>) -> LinkMessage {
+fn settings(index: u32, to: &LinkSettings, controller: Option<u32>) -> LinkMessage {
     let mut link = LinkUnspec::new_with_index(index);
     if let Some(alias) = &to.alias {
         link = link.alias(alias.clone());
