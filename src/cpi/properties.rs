@@ -1,4 +1,4 @@
-//! Cloud properties: what a manifest may ask of us. `docs/cloud-properties.md` is made from these types.
+//! Cloud properties. `docs/cloud-properties.md` is made from these types.
 
 use std::net::IpAddr;
 
@@ -16,16 +16,16 @@ use crate::store::record::{Cache, Discard, Format, Preallocation};
 use crate::units::MiB;
 
 document! {
-    /// What a VM type (or `resource_pools[].cloud_properties`) may ask for.
+    /// Cloud properties of a VM type, a VM extension or an AZ (or of `resource_pools[]`).
     pub struct VmCloudProperties {
-        /// Virtual CPUs.
+        /// Number of virtual CPUs.
         cpu | "cpus": Whole<1, 512> = Whole::of(1);
-        /// Memory, MiB.
+        /// Memory, in MiB.
         ram | "memory": MiB = MiB::new(1024).expect("in range");
-        /// A disk of its own for the agent's swap and `/var/vcap/data`, MiB. Absent: the agent makes both behind the
-        /// root filesystem, which then needs 1 GiB to spare.
+        /// Size of the ephemeral disk, which holds the agent's swap and `/var/vcap/data`, in MiB. Absent: there is none, and
+        /// the agent makes both on the root disk, which needs 1 GiB more.
         ephemeral_disk: Option<MiB>;
-        /// Size of the root disk, MiB, if the stemcell's is smaller.
+        /// Size of the root disk, in MiB. Absent, or less than the stemcell's image: the size of that.
         root_disk | "disk": Option<MiB>;
         /// Pool of the root and ephemeral disks. Absent: the state directory.
         pool: Option<String>;
@@ -35,90 +35,90 @@ document! {
         cpu_model: Option<CpuModel>;
         /// Accelerator. Absent: the configuration's `qemu.accel`.
         accel: Option<AccelChoice>;
-        /// Whether the guest may run VMs of its own.
+        /// Whether the guest may run VMs itself (nested virtualization).
         nested: bool = false;
         /// Hot-plug slots beyond the configuration's `qemu.hotplug_slots`.
         extra_disks_slots: Whole<0, 128> = Whole::of(0);
-        /// Security groups of the configuration: only what one of them admits may begin to speak to the VM. Absent:
-        /// everybody may.
+        /// Security groups of the configuration: only connections that one of them admits reach the VM. Absent: every
+        /// connection does.
         security_groups: Vec<String>;
-        /// Ports of the host that lead to the VM.
+        /// Ports of the host that are forwarded to the VM.
         ports: Vec<PortForward>;
-        /// Addresses and subnets it may send from beside its own, `10.0.0.9` or `10.244.0.0/16`: those that wander between
-        /// VMs (VRRP), those of its containers.
+        /// Addresses and subnets that the VM may send from besides its own, as `10.0.0.9` or `10.244.0.0/16`: a VRRP address
+        /// that moves between VMs, the addresses of its containers.
         allowed_addresses: Vec<IpNetwork>;
-        /// Whether it may send only as itself.
+        /// Whether the VM may send only from its own addresses.
         anti_spoof: bool = true;
-        /// Share of the host's CPUs when all are busy, compared with other VMs' weights. Absent: 100.
+        /// Weight of the VM when all CPUs of the host are busy, compared with other VMs. Absent: 100.
         cpu_weight: Option<Whole<1, 10000>>;
-        /// The most operations a second of root and ephemeral disk together, reading and writing.
+        /// Limit of read and write operations a second, for root and ephemeral disk together.
         iops: Option<Whole<1, 1000000000>>;
-        /// The most MiB a second of root and ephemeral disk together, reading and writing.
+        /// Limit of MiB read and written a second, for root and ephemeral disk together.
         mbps: Option<Whole<1, 1000000000>>;
-        /// The availability zone's name for people; kept, without effect on one host.
+        /// Name of the availability zone. Accepted for the operator's use; it has no effect.
         zone: Option<String>;
     }
 }
 
 document! {
-    /// Ports of the host that lead to a VM.
+    /// Ports of the host that are forwarded to a VM.
     pub struct PortForward {
-        /// The host's port, or a range as `"8000-8010"`.
+        /// Port of the host, or a range as `"8000-8010"`.
         host: PortRange;
-        /// The VM's, as many. Absent: the same.
+        /// Port or range of the VM, with the same number of ports. Absent: the host's.
         guest: Option<PortRange>;
-        /// What is forwarded.
+        /// Protocol, `tcp` or `udp`.
         protocol: Protocol = Protocol::Tcp;
-        /// One address of the host. Absent: all.
+        /// Address of the host to listen on. Absent: every address.
         address: Option<IpAddr>;
     }
 }
 
 document! {
-    /// What a managed network may ask for, when the Director has it made.
+    /// Cloud properties of a managed network.
     pub struct ManagedNetworkCloudProperties {
-        /// A network profile with a bridge of our own: `nat`, `routed`, `isolated`.
+        /// A network profile that makes a bridge: `nat`, `routed` or `isolated`.
         profile: String = "nat".into();
-        /// Whether VMs may send only as themselves.
+        /// Whether VMs may send only from their own addresses.
         anti_spoof: bool = true;
-        /// Ports of the host itself that VMs may use, as `tcp/22`.
+        /// Ports of the host that VMs may connect to, as `tcp/22`.
         host_services: Vec<HostPort>;
-        /// Addresses for networks of type `dynamic`, first and last.
+        /// First and last address for networks of type `dynamic`.
         pool: Option<AddressRange>;
-        /// Largest packet, bytes.
+        /// MTU, in bytes.
         mtu: Option<Mtu>;
     }
 }
 
 document! {
-    /// What a disk type (or `disk_pools[].cloud_properties`) may ask for.
+    /// Cloud properties of a disk type (or of `disk_pools[]`).
     pub struct DiskCloudProperties {
-        /// A name that the Director gives a disk it has made dynamically. Kept with the disk, without effect.
+        /// Name that the Director gives to a dynamic disk. It is stored with the disk and has no effect.
         name: Option<String>;
-        /// Format of the image: `qcow2` grows as the guest writes, `raw` is for speed and external tools.
+        /// Format of the image: `qcow2` grows as the guest writes; `raw` is faster and open to other tools.
         format | "type": Format = Format::Qcow2;
         /// Pool of the image. Absent: the state directory.
         pool: Option<String>;
-        /// Who caches writes, in QEMU's words: `none` (not the host), `writeback` (the host), `directsync` and `writethrough`
-        /// (nobody: each write waits for the disk). None loses what the guest has flushed.
+        /// QEMU's cache mode: `none` bypasses the host's page cache, `writeback` uses it; with `directsync` and
+        /// `writethrough` each write waits for the disk. Every mode keeps what the guest has flushed.
         cache: Cache = Cache::None;
-        /// What becomes of blocks the guest discards: `unmap` gives their space back to the host. Absent: `unmap`, and
-        /// `ignore` for a disk whose space is preallocated.
+        /// What happens to blocks that the guest discards: `unmap` returns their space to the host, `ignore` keeps it.
+        /// Absent: `unmap`, but `ignore` for a disk whose space is preallocated.
         discard: Option<Discard>;
-        /// What is there before the guest writes: `off` nothing, `metadata` the tables (qcow2), `falloc` all space reserved,
-        /// `full` all space written.
+        /// What is allocated at creation: `off` nothing, `metadata` the tables (qcow2 only), `falloc` all space, reserved;
+        /// `full` all space, written.
         preallocation: Preallocation = Preallocation::Off;
-        /// Whether the image is encrypted (LUKS, by QEMU) with the key of this host.
+        /// Whether QEMU encrypts the image (LUKS) with the key of this host.
         encrypted: bool = false;
-        /// The most operations a second, reading and writing together.
+        /// Limit of read and write operations a second, together.
         iops: Option<Whole<1, 1000000000>>;
-        /// The most MiB a second, reading and writing together.
+        /// Limit of MiB read and written a second, together.
         mbps: Option<Whole<1, 1000000000>>;
     }
 }
 
 impl DiskCloudProperties {
-    /// Refuses combinations no image can have, or that take back what another property promises.
+    /// Refuses combinations that no image can have, or in which one property undoes another.
     ///
     /// # Errors
     /// [`ErrorKind::BadRequest`] naming the property.
@@ -134,12 +134,12 @@ impl DiskCloudProperties {
         }
         if self.discard == Some(Discard::Unmap) {
             if self.preallocation.reserves_space() {
-                let hint = "leave 'discard' out, or preallocate nothing";
-                return refuse("discard: 'unmap' would give preallocated space back", hint);
+                let hint = "leave 'discard' out, or set 'preallocation: off'";
+                return refuse("discard: 'unmap' would return the preallocated space", hint);
             }
             if self.encrypted && self.format == Format::Raw {
                 return refuse(
-                    "discard: an encrypted raw image can not give space back",
+                    "discard: an encrypted raw image cannot return space",
                     "use format 'qcow2'",
                 );
             }
@@ -147,7 +147,7 @@ impl DiskCloudProperties {
         Ok(())
     }
 
-    /// What `discard` is when it is not given: what the other properties allow.
+    /// The value of `discard`: the given one, or else what the other properties allow.
     pub fn effective_discard(&self) -> Discard {
         let keeps =
             self.preallocation.reserves_space() || (self.encrypted && self.format == Format::Raw);
@@ -156,20 +156,19 @@ impl DiskCloudProperties {
 }
 
 document! {
-    /// What a subnet may ask for.
+    /// Cloud properties of a subnet.
     pub struct SubnetCloudProperties {
         /// Network of the configuration. Absent: `default`.
         name: Option<String>;
         /// An existing bridge of the host, instead of a network of the configuration.
         bridge: Option<LinkName>;
-        /// A managed network, as create_network answered it.
+        /// Cid of a managed network, from the answer of create_network.
         network: Option<NetworkCid>;
-        /// Whether VMs may send only as themselves.
+        /// Whether VMs may send only from their own addresses.
         anti_spoof: bool = true;
-        /// VLAN of the VM's port on a bridge that tells VLANs apart, or of a network with the profile `vlan` that has none
-        /// of its own.
+        /// VLAN id of the VM's port on a VLAN-aware bridge, or of a network with the profile `vlan` that sets none.
         vlan: Option<VlanId>;
-        /// With `bridge`: the largest packet the VM is to send, bytes, if that is less than the bridge's.
+        /// With `bridge`: the MTU of the VM's NIC, in bytes, if it is less than the bridge's.
         mtu: Option<Mtu>;
     }
 }
@@ -183,7 +182,7 @@ impl Property for NetworkCid {
     }
 }
 
-/// A CPU model with flags. Its characters are those of QEMU's model and flag names, so it can end no option early.
+/// A CPU model with flags. Its characters are those of QEMU's model and flag names, so it cannot begin another option.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 #[serde(transparent)]
 pub struct CpuModel(pub String);
@@ -205,7 +204,7 @@ impl Property for CpuModel {
     }
 }
 
-/// Reads `given` over `defaults`, a shallow merge as the Director's own. A default under another spelling gives way.
+/// Reads `given` over `defaults`: a shallow merge, as the Director's. A given property replaces a default of another spelling.
 ///
 /// # Errors
 /// `BadRequest` naming the property.

@@ -1,7 +1,7 @@
-//! The networks argument of `create_vm`: what the Director or bosh-cli decided, typed, and how it goes back.
+//! The networks argument of `create_vm`, and the same networks in the answer.
 //!
-//! Values are kept as received beside the typed ones: the agent and the answer get every key, known or not, in the
-//! order it came. What the host makes of a network (bridge, tap, addresses of a pool) is `net`'s business.
+//! The typed values stand beside the text as received: the agent and the answer get every key, known or not, in its order.
+//! What the host makes of a network (bridge, tap, addresses of a pool) is decided in [`crate::cpi::network`].
 //!
 //! Facts: Director 283 `deployment_plan/{manual,dynamic,vip}_network.rb`, bosh-cli 7.10 `manifest/network.go`.
 
@@ -18,22 +18,22 @@ use std::net::IpAddr;
 #[derive(Debug, Clone)]
 pub struct Networks(Vec<NetworkSpec>);
 
-/// One network a VM is to be on.
+/// One network of a VM.
 #[derive(Debug, Clone)]
 pub struct NetworkSpec {
     /// Its name in the manifest.
     pub name: String,
     /// Where its addresses come from.
     pub addressing: Addressing,
-    /// Name servers the guest is to use.
+    /// Name servers for the guest.
     pub dns: Vec<IpAddr>,
-    /// What this network is the default for: `dns`, `gateway`, `addressable`.
+    /// What the network is the default for: `dns`, `gateway`, `addressable`.
     pub default: Vec<String>,
     /// Networks with the same group share one NIC.
     pub nic_group: Option<String>,
-    /// The subnet's.
+    /// Cloud properties of the subnet.
     pub cloud_properties: Redacted<Map<String, Value>>,
-    /// Whether a dynamic network has got its address.
+    /// Whether a dynamic network has been given its address.
     resolved: bool,
     received: Object,
 }
@@ -45,18 +45,18 @@ pub enum Addressing {
     Manual {
         /// The VM's address, with the length of its subnet's netmask.
         address: IpNetwork,
-        /// The subnet's router, if it has one.
+        /// The subnet's router, if there is one.
         gateway: Option<IpAddr>,
-        /// Length of the block that is the VM's own, `address` being its base: 32 or 128 is the one address.
-        /// The Director sends it, bosh-cli does not.
+        /// Prefix length of the VM's own block, which begins at `address`: 32 or 128 is one address. The Director sends it,
+        /// bosh-cli does not.
         prefix: Option<u8>,
     },
-    /// From us.
+    /// From this CPI.
     Dynamic {
-        /// What the instance had before: a wish.
+        /// The address that the instance had before; preferred if it is free.
         previous: Option<IpAddr>,
     },
-    /// From the Director, translated outside of the guest.
+    /// From the Director, translated outside the guest.
     Vip {
         /// The address.
         ip: IpAddr,
@@ -64,7 +64,7 @@ pub enum Addressing {
 }
 
 choice! {
-    /// The word for an [`Addressing`].
+    /// The type of a network, for an [`Addressing`].
     pub enum Kind ("\"manual\", \"dynamic\" or \"vip\"") {
         /// [`Addressing::Manual`].
         Manual = "manual",
@@ -79,7 +79,7 @@ impl Networks {
     /// Reads the argument: an object of networks by name.
     ///
     /// # Errors
-    /// Naming `<network>.<key>`, never a value.
+    /// Names `<network>.<key>`.
     pub fn from_json(text: &RawValue) -> Result<Self, SchemaError> {
         let networks = object(text)?;
         let spec = |(name, text)| {
@@ -88,19 +88,19 @@ impl Networks {
         networks.iter().map(spec).collect::<Result<_, _>>().map(Self)
     }
 
-    /// In order.
+    /// The networks, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &NetworkSpec> {
         self.0.iter()
     }
 
-    /// In order, to be completed with [`NetworkSpec::set`].
+    /// The networks, in order, to complete with [`NetworkSpec::set`].
     pub fn iter_mut(&mut self) -> impl ExactSizeIterator<Item = &mut NetworkSpec> {
         self.0.iter_mut()
     }
 }
 
 impl Networks {
-    /// What the agent is told: addresses from our pools are static to it, or it would ask for DHCP.
+    /// The networks for the agent. Addresses that this CPI has chosen are `manual` there: for `dynamic` the agent uses DHCP.
     #[must_use]
     pub fn for_agent(&self) -> Self {
         let mut networks = self.clone();
@@ -111,7 +111,7 @@ impl Networks {
     }
 }
 
-/// Everything received, and what was [`set`](NetworkSpec::set), in the order it came.
+/// Everything received and [`set`](NetworkSpec::set), in the order received.
 impl Serialize for Networks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(self.0.len()))?;
@@ -152,7 +152,7 @@ impl NetworkSpec {
         self.resolved = true;
     }
 
-    /// Puts what was decided here into the answer and the agent's settings: `mac`, the `ip` of a dynamic network.
+    /// Sets a value that was chosen here, in the answer and the agent's settings: `mac`, the `ip` of a dynamic network.
     pub fn set(&mut self, key: &str, value: &str) {
         self.received.set(key, value);
     }
@@ -185,7 +185,8 @@ fn manual(received: &Object) -> Result<Addressing, SchemaError> {
     Ok(Addressing::Manual { address, gateway, prefix })
 }
 
-/// What is the VM's own lies in its subnet and leaves the subnet's own addresses alone: a guest may send from all of it.
+/// Checks that the VM's block lies in its subnet and contains neither the router nor the subnet's first and last address: the
+/// guest may send from every address of the block.
 fn check_block(
     address: IpNetwork,
     gateway: Option<IpAddr>,
@@ -204,7 +205,7 @@ fn check_block(
             "one of 'ip' and 'prefix'",
         ));
     }
-    // Subnets of one or two addresses have no others (RFC 3021, RFC 6164).
+    // In a subnet of one or two addresses, each is one of a host (RFC 3021, RFC 6164).
     let is_last = ip.is_ipv4() && ip == address.broadcast();
     if address.prefix() + 1 < width
         && block.prefix() > address.prefix()
@@ -215,7 +216,7 @@ fn check_block(
     Ok(())
 }
 
-/// An address that one machine can have.
+/// An address that a machine can have.
 #[derive(serde::Serialize)]
 struct HostAddress(IpAddr);
 
@@ -232,7 +233,7 @@ impl Property for HostAddress {
     }
 }
 
-/// The length of a prefix as the Director writes it: a string.
+/// A prefix length, which the Director sends as a string.
 #[derive(serde::Serialize)]
 struct PrefixLength(u8);
 
@@ -250,12 +251,12 @@ fn object(text: &RawValue) -> Result<Object, SchemaError> {
     serde_json::from_str(text.get()).map_err(|_| SchemaError::value("an object", &parsed(text)))
 }
 
-/// The value of a text that was checked when the request was read.
+/// The value of a text that was parsed when the request was read.
 fn parsed(text: &RawValue) -> Value {
     serde_json::from_str(text.get()).unwrap_or_default()
 }
 
-/// What stands at `key`; null is nothing.
+/// The value at `key`; null counts as absent.
 fn optional<T: Property>(object: &Object, key: &str) -> Result<Option<T>, SchemaError> {
     object
         .get(key)
