@@ -6,9 +6,9 @@ use crate::config::{self, Document, TransportKind};
 use crate::cpi::Cpi;
 use crate::error::Result;
 use crate::log;
-use crate::remote::caller::Host;
+use crate::remote::client::Client;
 use crate::remote::group::Group;
-use crate::remote::one::OneHost;
+use crate::remote::single::SingleHost;
 use crate::rpc::request::Request;
 use crate::rpc::{self, Carrier, Here, outlet::Outlet};
 
@@ -39,6 +39,6 @@ fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>>
             Cpi::new(config, file).called_by(request.context.director()),
         )));
     }
-    let host = Host::only(config.transport.clone());
-    Ok(Box::new(OneHost::new(host, config, document.for_host(context))))
+    let host = Client::for_single_host(config.transport.clone());
+    Ok(Box::new(SingleHost::new(host, config, document.for_host(context))))
 }

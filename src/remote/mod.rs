@@ -10,10 +10,12 @@
 //! The same program is on both ends, so there is one contract and one set of verbs: the caller's end passes a request on and
 //! an answer back, to the letter. The room knows how requests look, and nothing of what they do.
 
-pub mod caller;
-mod errand;
+pub mod client;
+mod forwarded_call;
 pub mod group;
-pub mod host;
-mod link;
-pub mod one;
-pub mod wire;
+pub mod protocol;
+mod replicate;
+mod scheduler;
+pub mod server;
+pub mod single;
+mod transport;

@@ -19,8 +19,8 @@ use crate::cpi::offer::{Offer, Wish};
 use crate::cpi::{Afar, Cpi};
 use crate::error::{Error, Result};
 use crate::log;
-use crate::remote::host::Caller;
-use crate::remote::wire::{CallQuestion, Question, Word};
+use crate::remote::protocol::{CallRequest, ClientRequest, ServerMessage};
+use crate::remote::server::Caller;
 use crate::rpc::outlet::{self, Outlet};
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
@@ -43,24 +43,24 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     let caller =
         Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
     let outlet = Outlet::new(caller.clone());
-    match caller.question() {
-        Ok(Question::Call(call)) if is_absent(config, &call) => {
-            caller.say(&Word::Absent).map_err(gone)
+    match caller.receive_request() {
+        Ok(ClientRequest::Call(call)) if is_absent(config, &call) => {
+            caller.send(&ServerMessage::Absent).map_err(gone)
         }
-        Ok(Question::Call(call)) => {
+        Ok(ClientRequest::Call(call)) => {
             answer_call(config, call, &caller, outlet);
             Ok(())
         }
-        Ok(Question::Offer(wish)) => match offer(config, &wish) {
-            Ok(offer) => caller.say(&Word::Offer(Box::new(offer))).map_err(gone),
+        Ok(ClientRequest::Report(wish)) => match offer(config, &wish) {
+            Ok(offer) => caller.send(&ServerMessage::Report(Box::new(offer))).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
-        Ok(Question::GiveUp(disk)) => match give_up(config, &caller, &disk) {
-            Ok(()) => caller.say(&Word::GivenUp).map_err(gone),
+        Ok(ClientRequest::ReleaseDisk(disk)) => match give_up(config, &caller, &disk) {
+            Ok(()) => caller.send(&ServerMessage::DiskReleased).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
-        Ok(Question::Find(cids)) => match find(config, &cids) {
-            Ok(found) => caller.say(&Word::Found(found)).map_err(gone),
+        Ok(ClientRequest::Find(cids)) => match find(config, &cids) {
+            Ok(found) => caller.send(&ServerMessage::Found(found)).map_err(gone),
             Err(error) => refuse(&error, &outlet),
         },
         Err(error) => refuse(&error, &outlet),
@@ -77,7 +77,7 @@ fn refuse(error: &Error, outlet: &Outlet) -> Result<()> {
 }
 
 /// Whether the call is for a host with things that are not here. If that can not be said, the call says why.
-fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
+fn is_absent(config: Option<&Path>, call: &CallRequest) -> bool {
     if call.only_with.is_empty() {
         return false;
     }
@@ -104,15 +104,15 @@ fn offer(config: Option<&Path>, wish: &Wish) -> Result<Offer> {
     Cpi::new(config, file).offer(wish)
 }
 
-fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, outlet: Outlet) {
-    let CallQuestion { request, cid, alike, everywhere, undoes, image, .. } = call;
+fn answer_call(config: Option<&Path>, call: CallRequest, caller: &Caller, outlet: Outlet) {
+    let CallRequest { request, cid, same_group, replicated, cancels, image, .. } = call;
     rpc::serve_text(request, outlet, |request| {
         let (config, file) = this_host::config(config)?;
         begin_log(&config, caller);
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
-        let afar = Afar { cid, alike, everywhere, undoes, image };
+        let afar = Afar { cid, alike: same_group, everywhere: replicated, undoes: cancels, image };
         let cpi = Cpi::new(config, file).called_by(request.context.director()).from_afar(afar);
         Ok(Box::new(Here::new(cpi)) as Box<dyn Carrier>)
     });

@@ -12,7 +12,7 @@ use crate::cpi::Cpi;
 use crate::cpi::offer::{Offer, Wish};
 use crate::error::{Error, Result};
 use crate::log;
-use crate::remote::caller::Host;
+use crate::remote::client::Client;
 use crate::schema::{plain, printable};
 use crate::units::Bytes;
 
@@ -32,13 +32,15 @@ pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bo
     let config = Config::load(file.as_deref())?;
     log::init(&config.log);
     let hosts: Vec<_> = if config.hosts.is_empty() {
-        vec![(Host::only(config.transport.clone()), false)]
+        vec![(Client::for_single_host(config.transport.clone()), false)]
     } else {
-        config.hosts.iter().map(|entry| (Host::of(entry), entry.draining)).collect()
+        config.hosts.iter().map(|entry| (Client::for_entry(entry), entry.draining)).collect()
     };
-    let ask = |host: &Host| match host.transport.kind {
+    let ask = |host: &Client| match host.transport.kind {
         TransportKind::Local => Cpi::new(config.clone(), file.clone()).offer(&Wish::default()),
-        _ => host.offer(&Wish::default(), Instant::now() + PATIENCE).map_err(|untold| untold.error),
+        _ => {
+            host.report(&Wish::default(), Instant::now() + PATIENCE).map_err(|untold| untold.error)
+        }
     };
     let lines: Vec<_> = std::thread::scope(|threads| {
         let asked: Vec<_> = hosts.iter().map(|(host, _)| threads.spawn(|| ask(host))).collect();

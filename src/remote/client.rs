@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::link::Link;
-use super::wire::{Answer, CallQuestion, Question, Want, Word};
+use super::protocol::{Answer, CallRequest, ClientRequest, ServerMessage, Want};
+use super::transport::Session;
 use crate::cid::DiskCid;
 use crate::config::{HostEntry, Transport, TransportKind};
 use crate::cpi::offer::{Offer, Wish};
@@ -35,7 +35,7 @@ const LONGEST_REPORT: usize = 8 << 10;
 
 /// A host that is asked.
 #[derive(Debug, Clone)]
-pub struct Host {
+pub struct Client {
     /// What messages call it.
     pub name: String,
     /// How it is reached.
@@ -43,7 +43,7 @@ pub struct Host {
 }
 
 /// What a host answered to a call.
-pub struct Told {
+pub struct Reply {
     /// JSON.
     pub text: String,
     /// Whether the call failed because the host has not the memory or the space.
@@ -51,26 +51,26 @@ pub struct Told {
     /// Whether it failed because others were faster to put VMs on the host.
     pub crowded: bool,
     /// The link, if the host waits to hear that the answer was taken.
-    waiting: Option<Link>,
+    waiting: Option<Session>,
 }
 
 /// Why there is no answer.
 #[derive(Debug)]
-pub struct Untold {
+pub struct CallError {
     /// What is wrong.
     pub error: Error,
     /// Whether the host may have been asked.
     pub asked: bool,
 }
 
-impl Host {
+impl Client {
     /// One of several.
-    pub fn of(entry: &HostEntry) -> Self {
+    pub fn for_entry(entry: &HostEntry) -> Self {
         Self { name: entry.name.to_string(), transport: entry.transport.clone() }
     }
 
     /// The only host, which has no name in the configuration.
-    pub fn only(transport: Transport) -> Self {
+    pub fn for_single_host(transport: Transport) -> Self {
         let name = match transport.kind {
             TransportKind::Ssh => {
                 transport.host.as_ref().map(ToString::to_string).unwrap_or_default()
@@ -88,16 +88,16 @@ impl Host {
     /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host.
     pub fn call(
         &self,
-        call: CallQuestion,
+        call: CallRequest,
         image: Option<&Image>,
         deadline: Instant,
-    ) -> Result<Option<Told>, Untold> {
-        let (link, word) = self.ask(&Question::Call(call), image, deadline)?;
+    ) -> Result<Option<Reply>, CallError> {
+        let (link, word) = self.ask(&ClientRequest::Call(call), image, deadline)?;
         match word {
-            Word::Answer(Answer { text, waits, lacks_room, crowded }) => {
-                Ok(Some(Told { text, lacks_room, crowded, waiting: waits.then_some(link) }))
+            ServerMessage::Answer(Answer { text, waits, lacks_room, crowded }) => {
+                Ok(Some(Reply { text, lacks_room, crowded, waiting: waits.then_some(link) }))
             }
-            Word::Absent => Ok(None),
+            ServerMessage::Absent => Ok(None),
             _ => Err(self.senseless(&link)),
         }
     }
@@ -105,12 +105,14 @@ impl Host {
     /// What the host has to offer.
     ///
     /// # Errors
-    /// As [`Host::call`].
-    pub fn offer(&self, wish: &Wish, deadline: Instant) -> Result<Offer, Untold> {
-        match self.ask(&Question::Offer(wish.clone()), None, deadline)? {
-            (_, Word::Offer(offer)) => Ok(*offer),
+    /// As [`Client::call`].
+    pub fn report(&self, wish: &Wish, deadline: Instant) -> Result<Offer, CallError> {
+        match self.ask(&ClientRequest::Report(wish.clone()), None, deadline)? {
+            (_, ServerMessage::Report(offer)) => Ok(*offer),
             // It could not look.
-            (_, Word::Answer(Answer { text, .. })) => Err(self.untold(true, message_of(&text))),
+            (_, ServerMessage::Answer(Answer { text, .. })) => {
+                Err(self.untold(true, message_of(&text)))
+            }
             (link, _) => Err(self.senseless(&link)),
         }
     }
@@ -118,11 +120,13 @@ impl Host {
     /// Which of `cids` are on the host.
     ///
     /// # Errors
-    /// As [`Host::call`].
-    pub fn find(&self, cids: &[String], deadline: Instant) -> Result<Vec<String>, Untold> {
-        match self.ask(&Question::Find(cids.to_vec()), None, deadline)? {
-            (_, Word::Found(found)) => Ok(found),
-            (_, Word::Answer(Answer { text, .. })) => Err(self.untold(true, message_of(&text))),
+    /// As [`Client::call`].
+    pub fn find(&self, cids: &[String], deadline: Instant) -> Result<Vec<String>, CallError> {
+        match self.ask(&ClientRequest::Find(cids.to_vec()), None, deadline)? {
+            (_, ServerMessage::Found(found)) => Ok(found),
+            (_, ServerMessage::Answer(Answer { text, .. })) => {
+                Err(self.untold(true, message_of(&text)))
+            }
             (link, _) => Err(self.senseless(&link)),
         }
     }
@@ -130,36 +134,38 @@ impl Host {
     /// Has the host give up a disk in a shared pool, so that another can have it.
     ///
     /// # Errors
-    /// As [`Host::call`], and why it does not.
-    pub fn give_up(&self, disk: &DiskCid, deadline: Instant) -> Result<(), Untold> {
-        match self.ask(&Question::GiveUp(disk.clone()), None, deadline)? {
-            (_, Word::GivenUp) => Ok(()),
-            (_, Word::Answer(Answer { text, .. })) => Err(self.untold(true, message_of(&text))),
+    /// As [`Client::call`], and why it does not.
+    pub fn give_up(&self, disk: &DiskCid, deadline: Instant) -> Result<(), CallError> {
+        match self.ask(&ClientRequest::ReleaseDisk(disk.clone()), None, deadline)? {
+            (_, ServerMessage::DiskReleased) => Ok(()),
+            (_, ServerMessage::Answer(Answer { text, .. })) => {
+                Err(self.untold(true, message_of(&text)))
+            }
             (link, _) => Err(self.senseless(&link)),
         }
     }
 
     fn ask(
         &self,
-        question: &Question,
+        question: &ClientRequest,
         image: Option<&Image>,
         deadline: Instant,
-    ) -> Result<(Link, Word), Untold> {
+    ) -> Result<(Session, ServerMessage), CallError> {
         let mut link =
-            Link::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
+            Session::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
         link.fits(question).map_err(|error| self.untold(false, error))?;
         match converse(&mut link, question, image) {
             Ok(word) => Ok((link, word)),
-            Err(Lost::Link(error)) => Err(self.untold(true, link.broken(error, "be answered"))),
+            Err(Lost::Session(error)) => Err(self.untold(true, link.broken(error, "be answered"))),
             Err(Lost::Image(error)) => Err(self.untold(true, error)),
         }
     }
 
-    fn untold(&self, asked: bool, error: Error) -> Untold {
-        Untold { error: error.during(format!("host '{}'", self.name)), asked }
+    fn untold(&self, asked: bool, error: Error) -> CallError {
+        CallError { error: error.during(format!("host '{}'", self.name)), asked }
     }
 
-    fn senseless(&self, link: &Link) -> Untold {
+    fn senseless(&self, link: &Session) -> CallError {
         self.untold(true, link.broken(io::ErrorKind::InvalidData.into(), "be answered"))
     }
 }
@@ -175,46 +181,50 @@ fn message_of(answer: &str) -> Error {
 
 /// Why a conversation ended without an answer.
 enum Lost {
-    Link(io::Error),
+    Session(io::Error),
     Image(Error),
 }
 
 /// Serves what the host wants until it says its last word.
-fn converse(link: &mut Link, question: &Question, image: Option<&Image>) -> Result<Word, Lost> {
+fn converse(
+    link: &mut Session,
+    question: &ClientRequest,
+    image: Option<&Image>,
+) -> Result<ServerMessage, Lost> {
     // A host that has answered listens no more: what can not be said may be too late.
     let mut unsaid = link.say(question).err();
     loop {
         match (link.hear(), image) {
-            (Ok(Word::Log(line)), _) => log::relay(&line),
+            (Ok(ServerMessage::Log(line)), _) => log::relay(&line),
             (
                 Ok(
-                    last @ (Word::Answer(_)
-                    | Word::Absent
-                    | Word::Offer(_)
-                    | Word::Found(_)
-                    | Word::GivenUp),
+                    last @ (ServerMessage::Answer(_)
+                    | ServerMessage::Absent
+                    | ServerMessage::Report(_)
+                    | ServerMessage::Found(_)
+                    | ServerMessage::DiskReleased),
                 ),
                 _,
             ) => {
                 return Ok(last);
             }
-            (Ok(Word::Want(Want::Digest)), Some(image)) => {
+            (Ok(ServerMessage::Want(Want::Digest)), Some(image)) => {
                 let digest = image.digest().map_err(Lost::Image)?;
                 unsaid = link.say(&digest).err().or(unsaid);
             }
-            (Ok(Word::Want(Want::Image)), Some(image)) => {
+            (Ok(ServerMessage::Want(Want::Image)), Some(image)) => {
                 let file = image.open().map_err(Lost::Image)?;
                 unsaid = link.send(file, image.size.get()).err().or(unsaid);
             }
-            (Ok(Word::Want(_) | Word::Greeting(_)), _) => {
-                return Err(Lost::Link(io::ErrorKind::InvalidData.into()));
+            (Ok(ServerMessage::Want(_) | ServerMessage::Greeting(_)), _) => {
+                return Err(Lost::Session(io::ErrorKind::InvalidData.into()));
             }
-            (Err(silence), _) => return Err(Lost::Link(unsaid.unwrap_or(silence))),
+            (Err(silence), _) => return Err(Lost::Session(unsaid.unwrap_or(silence))),
         }
     }
 }
 
-impl Told {
+impl Reply {
     /// Whether the host waits to hear that the answer was taken.
     pub fn is_waited_on(&self) -> bool {
         self.waiting.is_some()

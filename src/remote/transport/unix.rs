@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Below, Broken, Ends};
+use super::session::{Below, Broken, Ends};
 use crate::error::{Error, ErrorKind, Result};
 use crate::patience::within;
 

@@ -1,9 +1,5 @@
 //! A way to a host, for one question: two ends that can be cut at the deadline.
 
-mod sharing;
-mod ssh;
-mod unix;
-
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::sync::Arc;
@@ -13,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::wire::{self, Greeting, PROGRAM, Question, Word};
+use super::super::protocol::{self, ClientRequest, Greeting, PROGRAM, ServerMessage};
+use super::{ssh, unix};
 use crate::config::{Transport, TransportKind};
 use crate::digest::Hasher;
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +23,7 @@ const GREETS: Duration = Duration::from_secs(20);
 const CHUNK: usize = 256 << 10;
 
 /// An open way.
-pub struct Link {
+pub struct Session {
     reader: BufReader<Box<dyn Read + Send>>,
     writer: Box<dyn Write + Send>,
     /// What carries the bytes.
@@ -45,8 +42,8 @@ impl Drop for Cut {
     }
 }
 
-/// What carries the bytes of a [`Link`].
-trait Below: Send + Sync {
+/// What carries the bytes of a [`Session`].
+pub(super) trait Below: Send + Sync {
     /// Ends it: whoever reads or writes fails.
     fn cut(&self);
 
@@ -61,7 +58,7 @@ trait Below: Send + Sync {
 
 /// Which connection a session is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Connection {
+pub(super) enum Connection {
     /// One that other calls use, too.
     Shared,
     /// One of its own.
@@ -70,14 +67,14 @@ enum Connection {
 
 /// What is wrong with a way.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Broken {
-    cause: String,
-    hint: Option<&'static str>,
+pub(super) struct Broken {
+    pub cause: String,
+    pub hint: Option<&'static str>,
 }
 
 impl Broken {
     /// As the failure to do something.
-    fn into_error(self, doing: &str) -> Error {
+    pub fn into_error(self, doing: &str) -> Error {
         let error = Error::new(ErrorKind::Host, format!("{doing}: {}", self.cause));
         match self.hint {
             Some(hint) => error.hint(hint),
@@ -87,13 +84,13 @@ impl Broken {
 }
 
 /// The two ends of an open way, and what is below.
-struct Ends {
-    reader: Box<dyn Read + Send>,
-    writer: Box<dyn Write + Send>,
-    below: Arc<dyn Below>,
+pub(super) struct Ends {
+    pub reader: Box<dyn Read + Send>,
+    pub writer: Box<dyn Write + Send>,
+    pub below: Arc<dyn Below>,
 }
 
-impl Link {
+impl Session {
     /// Opens a way by `transport` and hears the host's greeting: nothing was asked before.
     ///
     /// # Errors
@@ -132,7 +129,7 @@ impl Link {
             greeting: None,
         };
         match link.hear() {
-            Ok(Word::Greeting(greeting)) if greeting.program == PROGRAM => {
+            Ok(ServerMessage::Greeting(greeting)) if greeting.program == PROGRAM => {
                 link.watch = Watch::new(Arc::clone(&link.below.0), deadline);
                 link.greeting = Some(greeting);
                 Ok(link)
@@ -146,7 +143,7 @@ impl Link {
     ///
     /// # Errors
     /// [`ErrorKind::NotSupported`]: it would do something else than is asked.
-    pub fn fits(&self, question: &Question) -> Result<()> {
+    pub fn fits(&self, question: &ClientRequest) -> Result<()> {
         match &self.greeting {
             Some(greeting) if greeting.protocol < question.needs() => {
                 let message = format!(
@@ -163,9 +160,9 @@ impl Link {
     /// What the host says next.
     ///
     /// # Errors
-    /// As [`wire::hear`].
-    pub fn hear(&mut self) -> io::Result<Word> {
-        wire::hear(&mut self.reader, wire::LONGEST_WORD)
+    /// As [`protocol::hear`].
+    pub fn hear(&mut self) -> io::Result<ServerMessage> {
+        protocol::hear(&mut self.reader, protocol::LONGEST_WORD)
     }
 
     /// Says `what`.
@@ -173,7 +170,7 @@ impl Link {
     /// # Errors
     /// If nobody listens.
     pub fn say(&mut self, what: &impl Serialize) -> io::Result<()> {
-        wire::say(&mut self.writer, what)
+        protocol::say(&mut self.writer, what)
     }
 
     /// Sends the first `size` bytes of `image`, and their digest.

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::caller::{Host, Image, Told, Untold};
-use super::wire::CallQuestion;
+use super::client::{CallError, Client, Image, Reply};
+use super::protocol::CallRequest;
 use crate::config::Config;
 use crate::cpi::default_deadline;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,7 +24,7 @@ const UNDOES: Duration = Duration::from_secs(60);
 
 /// A call, as any host may be asked to carry it out.
 #[derive(Clone)]
-pub struct Errand<'a> {
+pub struct ForwardedCall<'a> {
     /// What it was read from.
     pub request: &'a Request,
     /// The call.
@@ -47,10 +47,10 @@ pub struct Answered {
     /// The answer.
     pub response: Response,
     /// From whom.
-    pub told: Told,
+    pub told: Reply,
 }
 
-impl<'a> Errand<'a> {
+impl<'a> ForwardedCall<'a> {
     /// `call`, which `request` is, to be carried out in the time that `config` gives it, counted from now.
     ///
     /// # Errors
@@ -93,8 +93,8 @@ impl<'a> Errand<'a> {
     /// # Errors
     /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host; what was created then is gone, or the error says how
     /// to remove it.
-    pub fn send(&self, host: &Host, undo: Option<&Undo>) -> Result<Answered> {
-        let answered = self.ask(host, self.question(), undo)?;
+    pub fn send(&self, host: &Client, undo: Option<&Undo>) -> Result<Answered> {
+        let answered = self.ask(host, self.call_request(), undo)?;
         answered.ok_or_else(|| {
             Error::new(ErrorKind::Internal, "a condition that was not set is not met")
         })
@@ -103,31 +103,31 @@ impl<'a> Errand<'a> {
     /// Has `host` carry it out if it has `cids`; `None` if it has not.
     ///
     /// # Errors
-    /// As [`Errand::send`].
+    /// As [`ForwardedCall::send`].
     pub fn send_if_there(
         &self,
-        host: &Host,
+        host: &Client,
         cids: &[&str],
         undo: Option<&Undo>,
     ) -> Result<Option<Answered>> {
         let only_with = cids.iter().map(|cid| (*cid).to_owned()).collect();
-        self.ask(host, CallQuestion { only_with, ..self.question() }, undo)
+        self.ask(host, CallRequest { only_with, ..self.call_request() }, undo)
     }
 
     fn ask(
         &self,
-        host: &Host,
-        call: CallQuestion,
+        host: &Client,
+        call: CallRequest,
         undo: Option<&Undo>,
     ) -> Result<Option<Answered>> {
-        let call = CallQuestion { cid: undo.map(|undo| undo.call().1.to_owned()), ..call };
+        let call = CallRequest { cid: undo.map(|undo| undo.call().1.to_owned()), ..call };
         let (error, asked) = match host.call(call, self.image.as_ref(), self.deadline) {
             Ok(None) => return Ok(None),
             Ok(Some(told)) => match answered(host, told, undo) {
                 Ok(answered) => return Ok(Some(answered)),
                 Err(error) => (error, true),
             },
-            Err(Untold { error, asked }) => (error, asked),
+            Err(CallError { error, asked }) => (error, asked),
         };
         Err(match undo.filter(|_| asked) {
             Some(undo) => self.undo(host, undo, error),
@@ -135,20 +135,20 @@ impl<'a> Errand<'a> {
         })
     }
 
-    fn question(&self) -> CallQuestion {
+    fn call_request(&self) -> CallRequest {
         let image = self.image.as_ref().map(|image| image.size);
         let request = self.request.forwarded(self.told);
-        CallQuestion {
+        CallRequest {
             request,
             image,
-            alike: self.alike,
-            everywhere: self.everywhere,
-            ..CallQuestion::default()
+            same_group: self.alike,
+            replicated: self.everywhere,
+            ..CallRequest::default()
         }
     }
 
     /// Has `host` remove what it may have created, because of `error`, which then says what came of it.
-    pub fn undo(&self, host: &Host, undo: &Undo, error: Error) -> Error {
+    pub fn undo(&self, host: &Client, undo: &Undo, error: Error) -> Error {
         if self.is_undone(host, undo) {
             let again = matches!(undo, Undo::DeleteVm(_));
             let kind =
@@ -163,18 +163,18 @@ impl<'a> Errand<'a> {
     }
 
     /// Has `host` remove what it may have created, and make it no more if it has not begun. Whether that is done.
-    pub fn is_undone(&self, host: &Host, undo: &Undo) -> bool {
+    pub fn is_undone(&self, host: &Client, undo: &Undo) -> bool {
         let (method, cid) = undo.call();
         let removal = json!({"method": method, "arguments": [cid]}).to_string();
         let removal = Request::parse(&removal).expect("a request").forwarded(self.told);
-        let call = CallQuestion { request: removal, undoes: true, ..CallQuestion::default() };
+        let call = CallRequest { request: removal, cancels: true, ..CallRequest::default() };
         let told = host.call(call, None, Instant::now() + UNDOES);
         matches!(told, Ok(Some(told)) if is_done(&told.text))
     }
 }
 
 /// What `host` answered. A success of a create that names another cid than was chosen is none: nobody could have that removed.
-fn answered(host: &Host, told: Told, undo: Option<&Undo>) -> Result<Answered> {
+fn answered(host: &Client, told: Reply, undo: Option<&Undo>) -> Result<Answered> {
     let strange = |what: &str| Error::new(ErrorKind::Host, format!("host '{}' {what}", host.name));
     let Some(response) = Response::forwarded(told.text.clone()) else {
         return Err(strange("gave no answer of a CPI"));
@@ -212,10 +212,10 @@ impl Answered {
 }
 
 /// What came of `request`, for who asked. Every host that answered hears what became of the answer.
-pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Told>)>) -> Carried<'a> {
+pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Reply>)>) -> Carried<'a> {
     match outcome {
         Ok((response, told)) => {
-            let made = told.iter().any(Told::is_waited_on);
+            let made = told.iter().any(Reply::is_waited_on);
             let delivered =
                 move |delivery: Delivery| told.into_iter().for_each(|told| told.tell(&delivery));
             Carried { response, made, delivered: Box::new(delivered) }

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::sharing::{self, Shared};
-use super::{Below, Broken, Connection, Ends};
+use super::control_path::{self, Shared};
+use super::session::{Below, Broken, Connection, Ends};
 use crate::config::Transport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::pidfd::Process;
@@ -45,7 +45,7 @@ pub(super) fn open(
 ) -> Result<Ends> {
     let target = Target::new(transport)?;
     let shared = match connection {
-        Connection::Shared => sharing::share(&target, deadline)?,
+        Connection::Shared => control_path::share(&target, deadline)?,
         Connection::Own => None,
     };
     let mut command = target.command()?;

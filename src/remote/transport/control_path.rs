@@ -24,7 +24,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::geteuid;
 
-use super::Broken;
+use super::session::Broken;
 use super::ssh::Target;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::patience::within;

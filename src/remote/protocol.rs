@@ -57,24 +57,26 @@ impl Greeting {
 /// What a caller asks, one question for each connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Question {
+pub enum ClientRequest {
     /// To carry out a call of the CPI contract.
-    Call(CallQuestion),
+    Call(CallRequest),
     /// What the host has to offer.
-    Offer(Wish),
+    #[serde(rename = "offer")]
+    Report(Wish),
     /// Which of these cids are on the host.
     Find(Vec<String>),
     /// To give up a disk in a shared pool, which nothing on the host uses, so that another can have it.
-    GiveUp(DiskCid),
+    #[serde(rename = "give_up")]
+    ReleaseDisk(DiskCid),
 }
 
-impl Question {
+impl ClientRequest {
     /// What a host must understand to be asked this. Keys that are no condition, only make something better, need nothing.
     pub fn needs(&self) -> u32 {
         match self {
-            Self::Call(call) => u32::from(!call.only_with.is_empty() || call.everywhere),
-            Self::GiveUp(_) => 1,
-            Self::Offer(_) | Self::Find(_) => 0,
+            Self::Call(call) => u32::from(!call.only_with.is_empty() || call.replicated),
+            Self::ReleaseDisk(_) => 1,
+            Self::Report(_) | Self::Find(_) => 0,
         }
     }
 
@@ -82,16 +84,16 @@ impl Question {
     pub fn things(&self) -> usize {
         match self {
             Self::Call(call) => call.only_with.len(),
-            Self::Offer(wish) => wish.cids.len() + wish.addresses.len(),
+            Self::Report(wish) => wish.cids.len() + wish.addresses.len(),
             Self::Find(cids) => cids.len(),
-            Self::GiveUp(_) => 1,
+            Self::ReleaseDisk(_) => 1,
         }
     }
 }
 
 /// A call to be carried out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CallQuestion {
+pub struct CallRequest {
     /// The request, as the Director or bosh-cli wrote it but for its context.
     pub request: String,
     /// The cid of what is created. The caller chooses it, so that it can ask for its removal when no answer comes.
@@ -101,14 +103,14 @@ pub struct CallQuestion {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub only_with: Vec<String>,
     /// How many VMs that had better not be with the new one the host may have, having said so when it was chosen.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub alike: Option<usize>,
+    #[serde(rename = "alike", default, skip_serializing_if = "Option::is_none")]
+    pub same_group: Option<usize>,
     /// Whether other hosts are asked to make the same under the same cid.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub everywhere: bool,
+    #[serde(rename = "everywhere", default, skip_serializing_if = "std::ops::Not::not")]
+    pub replicated: bool,
     /// Whether it undoes a create of the cid in it, which may not have begun yet: then it must not begin any more.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub undoes: bool,
+    #[serde(rename = "undoes", default, skip_serializing_if = "std::ops::Not::not")]
+    pub cancels: bool,
     /// The size of the image that create_stemcell is to import.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<Bytes>,
@@ -117,7 +119,7 @@ pub struct CallQuestion {
 /// What a host says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Word {
+pub enum ServerMessage {
     /// First of all.
     Greeting(Greeting),
     /// A line of its log, for the caller's.
@@ -129,11 +131,13 @@ pub enum Word {
     /// In its place: what the question is about is not here.
     Absent,
     /// In its place, if that was asked.
-    Offer(Box<Offer>),
+    #[serde(rename = "offer")]
+    Report(Box<Offer>),
     /// In its place: those that are here.
     Found(Vec<String>),
     /// In its place: the disk is nobody's now.
-    GivenUp,
+    #[serde(rename = "given_up")]
+    DiskReleased,
 }
 
 /// What a host can want.
@@ -211,12 +215,12 @@ mod tests {
 
     #[test]
     fn the_words_are_as_drawn() {
-        let call = CallQuestion { request: "{\n}".into(), ..CallQuestion::default() };
-        assert_eq!(line(&Question::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
-        assert_eq!(line(&Word::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
+        let call = CallRequest { request: "{\n}".into(), ..CallRequest::default() };
+        assert_eq!(line(&ClientRequest::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
+        assert_eq!(line(&ServerMessage::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
         let answer = Answer { text: "{}".into(), waits: true, lacks_room: false, crowded: false };
         assert_eq!(
-            line(&Word::Answer(answer)),
+            line(&ServerMessage::Answer(answer)),
             "{\"answer\":{\"text\":\"{}\",\"waits\":true,\"lacks_room\":false}}\n"
         );
     }
@@ -225,14 +229,20 @@ mod tests {
     fn a_line_that_is_cut_off_or_nonsense_is_none() {
         let mut lines = &b"{\"log\":\"x\",\"new\":1}\n{\"log\":\"y\"}\nnonsense\n{\"log\":"[..];
         assert_eq!(
-            hear::<Word>(&mut lines, 1000).unwrap_err().kind(),
+            hear::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
             io::ErrorKind::InvalidData,
             "two words in one"
         );
-        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap(), Word::Log("y".into()));
-        assert_eq!(hear::<Word>(&mut lines, 1000).unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert_eq!(
-            hear::<Word>(&mut lines, 1000).unwrap_err().kind(),
+            hear::<ServerMessage>(&mut lines, 1000).unwrap(),
+            ServerMessage::Log("y".into())
+        );
+        assert_eq!(
+            hear::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
+        assert_eq!(
+            hear::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
             io::ErrorKind::UnexpectedEof
         );
     }
@@ -240,26 +250,29 @@ mod tests {
     #[test]
     fn a_line_that_is_too_long_is_none() {
         let mut lines = &b"{\"log\":\"0123456789\"}\n"[..];
-        assert_eq!(hear::<Word>(&mut lines, 10).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            hear::<ServerMessage>(&mut lines, 10).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
     }
 
     #[test]
     fn only_a_condition_needs_a_host_that_knows_of_it() {
-        let call = |change: fn(&mut CallQuestion)| {
-            let mut call = CallQuestion {
+        let call = |change: fn(&mut CallRequest)| {
+            let mut call = CallRequest {
                 cid: Some("vm-1".into()),
-                alike: Some(1),
-                undoes: true,
-                ..CallQuestion::default()
+                same_group: Some(1),
+                cancels: true,
+                ..CallRequest::default()
             };
             change(&mut call);
-            Question::Call(call).needs()
+            ClientRequest::Call(call).needs()
         };
         assert_eq!(call(|_| {}), 0);
         assert_eq!(
             (
                 call(|call| call.only_with = vec!["vm-1".into()]),
-                call(|call| call.everywhere = true)
+                call(|call| call.replicated = true)
             ),
             (1, 1)
         );
@@ -271,7 +284,7 @@ mod tests {
             &b"{\"greeting\":{\"program\":\"p\",\"version\":\"9\",\"moon\":\"full\"}}\n"[..];
         assert!(matches!(
             hear(&mut lines, 1000).unwrap(),
-            Word::Greeting(Greeting { protocol: 0, .. })
+            ServerMessage::Greeting(Greeting { protocol: 0, .. })
         ));
     }
 }

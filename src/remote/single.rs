@@ -2,31 +2,31 @@
 
 use serde_json::{Map, Value};
 
-use super::caller::Host;
-use super::errand::{Errand, carried};
+use super::client::Client;
+use super::forwarded_call::{ForwardedCall, carried};
 use crate::config::Config;
 use crate::rpc::call::Call;
 use crate::rpc::request::Request;
 use crate::rpc::{Carried, Carrier};
 
 /// Has calls carried out on one host.
-pub struct OneHost {
-    host: Host,
+pub struct SingleHost {
+    host: Client,
     config: Config,
     /// What the request's context says to the host beside its own keys.
     told: Map<String, Value>,
 }
 
-impl OneHost {
+impl SingleHost {
     /// Has them carried out on `host`, which is `told` so much of the configuration.
-    pub fn new(host: Host, config: Config, told: Map<String, Value>) -> Self {
+    pub fn new(host: Client, config: Config, told: Map<String, Value>) -> Self {
         Self { host, config, told }
     }
 }
 
-impl Carrier for OneHost {
+impl Carrier for SingleHost {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
-        let errand = Errand::new(request, &call, &self.config, &self.told);
+        let errand = ForwardedCall::new(request, &call, &self.config, &self.told);
         let answered =
             errand.and_then(|errand| errand.send(&self.host, call.creates(None).as_ref()));
         carried(request, answered.map(|answered| (answered.response, vec![answered.told])))

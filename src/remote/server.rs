@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::wire::{self, Answer, Greeting, Question, Want, Word};
+use super::protocol::{self, Answer, ClientRequest, Greeting, ServerMessage, Want};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{Failure, ImageSource, Refusal};
@@ -51,7 +51,7 @@ impl Caller {
         let input = Input { bytes, left: 0, unsealed: false, turn: 0 };
         let caller =
             Self { input: Arc::new(Mutex::new(input)), output: Arc::new(Mutex::new(output)) };
-        caller.say(&Word::Greeting(Greeting::ours()))?;
+        caller.send(&ServerMessage::Greeting(Greeting::ours()))?;
         Ok(caller)
     }
 
@@ -59,17 +59,17 @@ impl Caller {
     ///
     /// # Errors
     /// [`ErrorKind::BadRequest`] for what this version does not understand, or for too much.
-    pub fn question(&self) -> Result<Question> {
-        let question: Question = self.hear().map_err(|error| {
+    pub fn receive_request(&self) -> Result<ClientRequest> {
+        let question: ClientRequest = self.hear().map_err(|error| {
             let message =
                 "the question can not be read: the caller may have another version of this program";
             Error::new(ErrorKind::BadRequest, message).because(error)
         })?;
         match question.things() {
-            0..=wire::MAX_THINGS => Ok(question),
+            0..=protocol::MAX_THINGS => Ok(question),
             many => {
                 let message =
-                    format!("the question names {many} things, more than {}", wire::MAX_THINGS);
+                    format!("the question names {many} things, more than {}", protocol::MAX_THINGS);
                 Err(Error::new(ErrorKind::BadRequest, message))
             }
         }
@@ -89,12 +89,12 @@ impl Caller {
     ///
     /// # Errors
     /// If the caller is gone.
-    pub fn say(&self, word: &impl Serialize) -> io::Result<()> {
-        wire::say(&mut *lock(&self.output), word)
+    pub fn send(&self, word: &impl Serialize) -> io::Result<()> {
+        protocol::say(&mut *lock(&self.output), word)
     }
 
     fn hear<T: DeserializeOwned>(&self) -> io::Result<T> {
-        wire::hear(&mut lock(&self.input).bytes, wire::LONGEST_QUESTION)
+        protocol::hear(&mut lock(&self.input).bytes, protocol::LONGEST_QUESTION)
     }
 }
 
@@ -112,7 +112,7 @@ impl Way for Caller {
             lacks_room: answer.lacks_room(),
             crowded: answer.is_crowded(),
         };
-        if let Err(error) = self.say(&Word::Answer(answer)) {
+        if let Err(error) = self.send(&ServerMessage::Answer(answer)) {
             return Delivery::Lost(error);
         }
         if !matters {
@@ -134,7 +134,7 @@ pub struct CallersLog(Caller);
 impl Write for CallersLog {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line)).into_owned();
-        self.0.say(&Word::Log(text))?;
+        self.0.send(&ServerMessage::Log(text))?;
         Ok(line.len())
     }
 
@@ -172,7 +172,7 @@ impl ImageSource for CallersImage {
     fn digest(&self, deadline: Instant) -> Result<Digest> {
         let caller = self.caller.clone();
         let asked = within(deadline, move || {
-            caller.say(&Word::Want(Want::Digest)).and_then(|()| caller.hear())
+            caller.send(&ServerMessage::Want(Want::Digest)).and_then(|()| caller.hear())
         });
         asked
             .unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
@@ -186,7 +186,7 @@ impl ImageSource for CallersImage {
         let mut input = lock(&self.caller.input);
         let begun = input
             .skip_image()
-            .and_then(|()| self.caller.say(&Word::Want(Want::Image)))
+            .and_then(|()| self.caller.send(&ServerMessage::Want(Want::Image)))
             .map_err(|error| Failure::from(self.failed(error)));
         begun?;
         input.turn += 1;
@@ -219,7 +219,7 @@ impl Input {
     /// The digest after an image.
     fn seal(&mut self) -> io::Result<Digest> {
         self.unsealed = false;
-        wire::hear(&mut self.bytes, wire::LONGEST_QUESTION)
+        protocol::hear(&mut self.bytes, protocol::LONGEST_QUESTION)
     }
 }
 

@@ -1,14 +1,14 @@
 //! Stemcells: on every host, under one cid.
 
-use super::{Member, Outcome};
+use super::group::{Member, Outcome};
 use crate::error::Result;
-use crate::remote::errand::{Answered, Errand};
+use crate::remote::forwarded_call::{Answered, ForwardedCall};
 use crate::rpc::call::Undo;
 use crate::rpc::outlet::Delivery;
 
 /// Has all hosts import the image. It is sent to all at the same time, and to none that has it. A draining host that can
 /// not be asked does without: it gets no VMs.
-pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
+pub fn create(members: &[Member], errand: &ForwardedCall<'_>) -> Outcome {
     let undo = errand.call.creates(None);
     let several = if members.len() > 1 { errand.everywhere() } else { errand.clone() };
     let answers = at_once(members, |member| several.send(&member.host, undo.as_ref()));
@@ -37,7 +37,7 @@ pub(super) fn create(members: &[Member], errand: &Errand<'_>) -> Outcome {
 }
 
 /// Has those who made it remove it: nobody will ever hear of it.
-fn take_back(made: Vec<(&Member, Answered)>, errand: &Errand<'_>, undo: Option<&Undo>) {
+fn take_back(made: Vec<(&Member, Answered)>, errand: &ForwardedCall<'_>, undo: Option<&Undo>) {
     std::thread::scope(|threads| {
         for (member, answered) in made {
             threads.spawn(move || {
@@ -55,7 +55,7 @@ fn take_back(made: Vec<(&Member, Answered)>, errand: &Errand<'_>, undo: Option<&
 }
 
 /// Has all hosts delete it, whether they have it or not.
-pub(super) fn delete(members: &[Member], errand: &Errand<'_>) -> Outcome {
+pub fn delete(members: &[Member], errand: &ForwardedCall<'_>) -> Outcome {
     let answers = at_once(members, |member| errand.send(&member.host, None));
     let answers: Vec<_> = answers.into_iter().collect::<Result<_>>()?;
     match answers.iter().position(|answer| !answer.is_success()) {

@@ -16,17 +16,15 @@
 //! Nothing is remembered between calls. New VMs are put by what hosts offer (`place`), new disks where their VM is,
 //! stemcells everywhere under one cid.
 
-mod everywhere;
-mod place;
-
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
-use self::place::{Candidate, Need};
-use super::caller::{Host, Told, Untold};
-use super::errand::{Answered, Errand, carried};
+use super::client::{CallError, Client, Reply};
+use super::forwarded_call::{Answered, ForwardedCall, carried};
+use super::replicate;
+use super::scheduler::{self, Candidate, Need};
 use crate::cid::{Cid, DiskCid, VmCid, is_from};
 use crate::config::{Config, HostEntry};
 use crate::cpi::Cpi;
@@ -56,32 +54,35 @@ pub struct Group {
 }
 
 /// One of the hosts.
-struct Member {
-    host: Host,
-    draining: bool,
+pub struct Member {
+    /// How it is reached.
+    pub host: Client,
+    /// Whether it gets no new VMs.
+    pub draining: bool,
 }
 
 /// The answer, and the hosts that wait to hear what became of it.
-type Outcome = Result<(Response, Vec<Told>)>;
+pub type Outcome = Result<(Response, Vec<Reply>)>;
 
 impl Group {
     /// Has them carried out on the hosts of `config`, which are `told` so much of it.
     pub fn new(config: Config, told: Map<String, Value>) -> Self {
-        let member = |entry: &HostEntry| Member { host: Host::of(entry), draining: entry.draining };
+        let member =
+            |entry: &HostEntry| Member { host: Client::for_entry(entry), draining: entry.draining };
         Self { members: config.hosts.iter().map(member).collect(), config, told }
     }
 
-    fn outcome(&self, errand: &Errand<'_>) -> Outcome {
+    fn outcome(&self, errand: &ForwardedCall<'_>) -> Outcome {
         match errand.call {
             Call::CreateVm(vm) => self.create_vm(errand, vm),
             Call::CreateDisk(disk) => self.create_disk(errand, disk),
-            Call::CreateStemcell(_) => everywhere::create(&self.members, errand),
+            Call::CreateStemcell(_) => replicate::create(&self.members, errand),
             Call::DeleteStemcell(_) => {
                 // While a host is silent the others keep it: VMs of it may still be wanted.
                 self.ask_all(|host| host.find(&[], soon(errand)))
                     .into_iter()
                     .collect::<Result<Vec<_>>>()?;
-                everywhere::delete(&self.members, errand)
+                replicate::delete(&self.members, errand)
             }
             Call::CreateNetwork(_) => {
                 Err(Error::new(ErrorKind::NotSupported, "a group of hosts has no managed networks")
@@ -107,7 +108,7 @@ impl Group {
     }
 
     /// Has the host that has `cid` do it.
-    fn by(&self, errand: &Errand<'_>, cid: &str) -> Outcome {
+    fn by(&self, errand: &ForwardedCall<'_>, cid: &str) -> Outcome {
         for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
             if let Some(answered) = self.send_if_there(errand, member, &[cid])? {
                 return Ok(answered.into_outcome());
@@ -119,13 +120,13 @@ impl Group {
         }
     }
 
-    fn send_to(&self, errand: &Errand<'_>, member: &Member) -> Result<Answered> {
+    fn send_to(&self, errand: &ForwardedCall<'_>, member: &Member) -> Result<Answered> {
         errand.send(&member.host, errand.call.creates(Some(&member.host.name)).as_ref())
     }
 
     fn send_if_there(
         &self,
-        errand: &Errand<'_>,
+        errand: &ForwardedCall<'_>,
         member: &Member,
         cids: &[&str],
     ) -> Result<Option<Answered>> {
@@ -140,7 +141,7 @@ impl Group {
     ///
     /// # Errors
     /// If a cid is not found, and a host that may have it can not be asked.
-    fn find(&self, errand: &Errand<'_>, cids: &[&str]) -> Result<Vec<Option<&Member>>> {
+    fn find(&self, errand: &ForwardedCall<'_>, cids: &[&str]) -> Result<Vec<Option<&Member>>> {
         let wanted: Vec<_> = cids.iter().map(|cid| (*cid).to_owned()).collect();
         let until = soon(errand);
         let answers = self.ask_all(|host| host.find(&wanted, until));
@@ -173,7 +174,7 @@ impl Group {
     /// What each host answers to `question`, asked at the same time.
     fn ask_all<T: Send>(
         &self,
-        question: impl Fn(&Host) -> Result<T, Untold> + Sync,
+        question: impl Fn(&Client) -> Result<T, CallError> + Sync,
     ) -> Vec<Result<T>> {
         std::thread::scope(|threads| {
             let ask = |member| {
@@ -185,7 +186,7 @@ impl Group {
         })
     }
 
-    fn create_vm(&self, errand: &Errand<'_>, vm: &CreateVm) -> Outcome {
+    fn create_vm(&self, errand: &ForwardedCall<'_>, vm: &CreateVm) -> Outcome {
         let properties: VmCloudProperties =
             cloud_properties::read(&self.config.vm_defaults, &vm.cloud_properties.0)?;
         let need = Need {
@@ -203,7 +204,7 @@ impl Group {
         let mut candidates = self.candidates(errand, &wish);
         let errand = errand.afresh();
         for turn in 1.. {
-            let order = place::order(&candidates, &need)?;
+            let order = scheduler::order(&candidates, &need)?;
             // Where there is no choice, and at last, it is put there however many are there.
             let counts = turn < TURNS && order.len() > 1;
             if let Some(answered) = self.put(&errand, &candidates, &order, counts)? {
@@ -218,7 +219,7 @@ impl Group {
     /// with this one, and that `counts`: then all are to be asked again.
     fn put(
         &self,
-        errand: &Errand<'_>,
+        errand: &ForwardedCall<'_>,
         candidates: &[Candidate<'_>],
         order: &[usize],
         counts: bool,
@@ -244,9 +245,9 @@ impl Group {
         unreachable!("an order has a first and a last")
     }
 
-    fn candidates(&self, errand: &Errand<'_>, wish: &Wish) -> Vec<Candidate<'_>> {
+    fn candidates(&self, errand: &ForwardedCall<'_>, wish: &Wish) -> Vec<Candidate<'_>> {
         let until = soon(errand);
-        let offers = self.ask_all(|host| host.offer(wish, until));
+        let offers = self.ask_all(|host| host.report(wish, until));
         let named = self.members.iter().zip(offers);
         named
             .map(|(member, offer)| Candidate {
@@ -258,7 +259,7 @@ impl Group {
     }
 
     /// A disk is made where its VM is, or, for no VM, where there is most room.
-    fn create_disk(&self, errand: &Errand<'_>, disk: &CreateDisk) -> Outcome {
+    fn create_disk(&self, errand: &ForwardedCall<'_>, disk: &CreateDisk) -> Outcome {
         let near =
             disk.vm.as_ref().map(|vm| self.find_one(errand, vm.as_str())).transpose()?.flatten();
         if let Some(member) = near {
@@ -291,7 +292,7 @@ impl Group {
     }
 
     /// The host of `cid`: the one whose trace it bears, if that has it.
-    fn find_one(&self, errand: &Errand<'_>, cid: &str) -> Result<Option<&Member>> {
+    fn find_one(&self, errand: &ForwardedCall<'_>, cid: &str) -> Result<Option<&Member>> {
         let wanted = [cid.to_owned()];
         for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
             if !member.host.find(&wanted, soon(errand)).map_err(|untold| untold.error)?.is_empty() {
@@ -301,7 +302,7 @@ impl Group {
         Ok(self.find(errand, &[cid])?.remove(0))
     }
 
-    fn attach(&self, errand: &Errand<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
+    fn attach(&self, errand: &ForwardedCall<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
         for member in self.members.iter().filter(|member| vm.is_from(&member.host.name)) {
             if let Some(answered) =
                 self.send_if_there(errand, member, &[vm.as_str(), disk.as_str()])?
@@ -332,7 +333,7 @@ impl Group {
     /// Has the host that has the disk give it up, if `to` reaches it, too.
     fn hand_over(
         &self,
-        errand: &Errand<'_>,
+        errand: &ForwardedCall<'_>,
         disk: &DiskCid,
         from: &Member,
         to: &Member,
@@ -344,7 +345,7 @@ impl Group {
                 .hint("recreate the VM: a new one is put where its disks are")
         };
         let wish = Wish { cids: vec![disk.to_string()], ..Wish::default() };
-        let offer = to.host.offer(&wish, soon(errand)).map_err(|untold| untold.error)?;
+        let offer = to.host.report(&wish, soon(errand)).map_err(|untold| untold.error)?;
         if offer.shared.is_empty() {
             return Err(apart("which has no shared pool with the disk".to_owned()));
         }
@@ -357,7 +358,7 @@ impl Group {
 
 /// Until when hosts are waited for that are asked about something. One that hangs must not take the time of the call itself,
 /// which goes to another.
-fn soon(errand: &Errand<'_>) -> Instant {
+fn soon(errand: &ForwardedCall<'_>) -> Instant {
     let now = Instant::now();
     now + LOOKS.min(errand.deadline.saturating_duration_since(now) / 2)
 }
@@ -379,7 +380,7 @@ fn in_short(error: &Error, host: &str) -> String {
 }
 
 impl Answered {
-    fn into_outcome(self) -> (Response, Vec<Told>) {
+    pub fn into_outcome(self) -> (Response, Vec<Reply>) {
         (self.response, vec![self.told])
     }
 }
@@ -392,7 +393,7 @@ impl Carrier for Group {
                 Here::new(Cpi::new(self.config.clone(), None)).carry(request, call);
             return Carried { response, made: false, delivered: Box::new(|_: Delivery| {}) };
         }
-        let errand = Errand::new(request, &call, &self.config, &self.told);
+        let errand = ForwardedCall::new(request, &call, &self.config, &self.told);
         carried(request, errand.and_then(|errand| self.outcome(&errand)))
     }
 }
