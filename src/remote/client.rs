@@ -1,11 +1,12 @@
-//! The caller's end of the wire: asks a host one question, and tells it what became of the answer.
+//! The client's end of the protocol: sends one request to a host, and reports whether the answer was
+//! delivered.
 //!
 //! ```text
-//!   open a link ──► ask ──► serve its wishes ──► answer ──► taken or not
-//!     │ broken       │ broken, or no answer by the deadline
-//!     ▼              ▼
-//!   nothing was     the host finishes what it was asked, or undoes it
-//!   asked
+//!   open a session ──► send the request ──► send image parts ──► answer ──► delivered, or lost
+//!     │ fails            │ the session breaks, or the deadline passes
+//!     ▼                  ▼
+//!   nothing was        the host finishes the request, or undoes it
+//!   sent
 //! ```
 
 use std::fs::File;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::protocol::{Answer, CallRequest, ClientRequest, ServerMessage, Want};
+use super::protocol::{Answer, CallRequest, ClientRequest, ImagePart, ServerMessage};
 use super::transport::Session;
 use crate::cid::DiskCid;
 use crate::config::{HostEntry, Transport, TransportKind};
@@ -27,49 +28,52 @@ use crate::rpc::outlet::Delivery;
 use crate::schema::plain;
 use crate::units::Bytes;
 
-/// How long a host may take to hear that an answer was taken.
-const HEARS: Duration = Duration::from_secs(5);
+/// Time a host has to read the report about the delivery and close the session.
+const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most that is shown of what a host says is wrong, in characters.
-const LONGEST_REPORT: usize = 8 << 10;
+/// The most characters of a host's error message that the client's own message quotes.
+const MAX_ERROR_MESSAGE: usize = 8 << 10;
 
-/// A host that is asked.
+/// The action that a session's error names after the request was sent.
+const WAITING: &str = "wait for the answer";
+
+/// A client of one host.
 #[derive(Debug, Clone)]
 pub struct Client {
-    /// What messages call it.
+    /// The host's name in messages.
     pub name: String,
-    /// How it is reached.
+    /// How the host is reached.
     pub transport: Transport,
 }
 
-/// What a host answered to a call.
+/// A host's answer to a call.
 pub struct Reply {
-    /// JSON.
+    /// The CPI response, as JSON.
     pub text: String,
-    /// Whether the call failed because the host has not the memory or the space.
+    /// Whether the call failed because the host lacks memory or disk space.
     pub lacks_room: bool,
-    /// Whether it failed because others were faster to put VMs on the host.
+    /// Whether the call failed because other calls have put more VMs of the group on the host.
     pub crowded: bool,
-    /// The link, if the host waits to hear that the answer was taken.
+    /// The session, if the host waits for the report about the delivery.
     waiting: Option<Session>,
 }
 
-/// Why there is no answer.
+/// Why a request has no answer.
 #[derive(Debug)]
 pub struct CallError {
-    /// What is wrong.
+    /// The cause, with the host's name.
     pub error: Error,
-    /// Whether the host may have been asked.
-    pub asked: bool,
+    /// Whether the host may have received the request.
+    pub sent: bool,
 }
 
 impl Client {
-    /// One of several.
+    /// Returns the client of one host of a group.
     pub fn for_entry(entry: &HostEntry) -> Self {
         Self { name: entry.name.to_string(), transport: entry.transport.clone() }
     }
 
-    /// The only host, which has no name in the configuration.
+    /// Returns the client of the only host, whose address is its name: the configuration has none.
     pub fn for_single_host(transport: Transport) -> Self {
         let name = match transport.kind {
             TransportKind::Ssh => {
@@ -81,191 +85,182 @@ impl Client {
         Self { name, transport }
     }
 
-    /// Has the host carry out `call`, whose image is the file `image` if it has one. `None` if that was asked only of a host
-    /// with something that this one has not.
+    /// Has the host execute `call`, with `image` as the image of create_stemcell. Returns `None` if
+    /// the host lacks an object of [`CallRequest::only_with`].
     ///
     /// # Errors
-    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host.
+    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], with the host's name.
     pub fn call(
         &self,
         call: CallRequest,
-        image: Option<&Image>,
+        image: Option<&StemcellImage>,
         deadline: Instant,
     ) -> Result<Option<Reply>, CallError> {
-        let (link, word) = self.ask(&ClientRequest::Call(call), image, deadline)?;
-        match word {
-            ServerMessage::Answer(Answer { text, waits, lacks_room, crowded }) => {
-                Ok(Some(Reply { text, lacks_room, crowded, waiting: waits.then_some(link) }))
+        match self.request(&ClientRequest::Call(call), image, deadline)? {
+            (session, ServerMessage::Answer(answer)) => {
+                let Answer { text, waits, lacks_room, crowded } = answer;
+                let waiting = waits.then_some(session);
+                Ok(Some(Reply { text, lacks_room, crowded, waiting }))
             }
-            ServerMessage::Absent => Ok(None),
-            _ => Err(self.senseless(&link)),
+            (_, ServerMessage::Absent) => Ok(None),
+            (session, other) => Err(self.unexpected(&session, other)),
         }
     }
 
-    /// What the host has to offer.
+    /// Returns the host's capacity, and which objects of `query` it has.
     ///
     /// # Errors
-    /// As [`Client::call`].
-    pub fn report(&self, wish: &Wish, deadline: Instant) -> Result<Offer, CallError> {
-        match self.ask(&ClientRequest::Report(wish.clone()), None, deadline)? {
-            (_, ServerMessage::Report(offer)) => Ok(*offer),
-            // It could not look.
-            (_, ServerMessage::Answer(Answer { text, .. })) => {
-                Err(self.untold(true, message_of(&text)))
-            }
-            (link, _) => Err(self.senseless(&link)),
+    /// As [`Client::call`], and the host's own error.
+    pub fn report(&self, query: &Wish, deadline: Instant) -> Result<Offer, CallError> {
+        match self.request(&ClientRequest::Report(query.clone()), None, deadline)? {
+            (_, ServerMessage::Report(report)) => Ok(*report),
+            (session, other) => Err(self.unexpected(&session, other)),
         }
     }
 
-    /// Which of `cids` are on the host.
+    /// Returns those of `cids` that the host has.
     ///
     /// # Errors
-    /// As [`Client::call`].
+    /// As [`Client::report`].
     pub fn find(&self, cids: &[String], deadline: Instant) -> Result<Vec<String>, CallError> {
-        match self.ask(&ClientRequest::Find(cids.to_vec()), None, deadline)? {
+        match self.request(&ClientRequest::Find(cids.to_vec()), None, deadline)? {
             (_, ServerMessage::Found(found)) => Ok(found),
-            (_, ServerMessage::Answer(Answer { text, .. })) => {
-                Err(self.untold(true, message_of(&text)))
-            }
-            (link, _) => Err(self.senseless(&link)),
+            (session, other) => Err(self.unexpected(&session, other)),
         }
     }
 
-    /// Has the host give up a disk in a shared pool, so that another can have it.
+    /// Has the host release ownership of a disk in a shared pool, so that another host can take it.
     ///
     /// # Errors
-    /// As [`Client::call`], and why it does not.
-    pub fn give_up(&self, disk: &DiskCid, deadline: Instant) -> Result<(), CallError> {
-        match self.ask(&ClientRequest::ReleaseDisk(disk.clone()), None, deadline)? {
+    /// As [`Client::report`]; the host refuses while it uses the disk.
+    pub fn release_disk(&self, disk: &DiskCid, deadline: Instant) -> Result<(), CallError> {
+        match self.request(&ClientRequest::ReleaseDisk(disk.clone()), None, deadline)? {
             (_, ServerMessage::DiskReleased) => Ok(()),
-            (_, ServerMessage::Answer(Answer { text, .. })) => {
-                Err(self.untold(true, message_of(&text)))
-            }
-            (link, _) => Err(self.senseless(&link)),
+            (session, other) => Err(self.unexpected(&session, other)),
         }
     }
 
-    fn ask(
+    /// Opens a session, sends `request`, and returns the host's last message.
+    fn request(
         &self,
-        question: &ClientRequest,
-        image: Option<&Image>,
+        request: &ClientRequest,
+        image: Option<&StemcellImage>,
         deadline: Instant,
     ) -> Result<(Session, ServerMessage), CallError> {
-        let mut link =
-            Session::open(&self.transport, deadline).map_err(|error| self.untold(false, error))?;
-        link.fits(question).map_err(|error| self.untold(false, error))?;
-        match converse(&mut link, question, image) {
-            Ok(word) => Ok((link, word)),
-            Err(Lost::Session(error)) => Err(self.untold(true, link.broken(error, "be answered"))),
-            Err(Lost::Image(error)) => Err(self.untold(true, error)),
+        let not_sent = |error| self.error(false, error);
+        let mut session = Session::open(&self.transport, deadline).map_err(not_sent)?;
+        session.ensure_supports(request).map_err(not_sent)?;
+        match exchange(&mut session, request, image) {
+            Ok(last) => Ok((session, last)),
+            Err(ExchangeError::Session(error)) => {
+                Err(self.error(true, session.failure(error, WAITING)))
+            }
+            Err(ExchangeError::Image(error)) => Err(self.error(true, error)),
         }
     }
 
-    fn untold(&self, asked: bool, error: Error) -> CallError {
-        CallError { error: error.during(format!("host '{}'", self.name)), asked }
+    fn error(&self, sent: bool, error: Error) -> CallError {
+        CallError { error: error.during(format!("host '{}'", self.name)), sent }
     }
 
-    fn senseless(&self, link: &Session) -> CallError {
-        self.untold(true, link.broken(io::ErrorKind::InvalidData.into(), "be answered"))
+    /// Returns the error for a last message that does not fit the request: an answer holds the
+    /// host's own error.
+    fn unexpected(&self, session: &Session, message: ServerMessage) -> CallError {
+        self.error(
+            true,
+            match message {
+                ServerMessage::Answer(answer) => error_in(&answer.text),
+                _ => session.failure(io::ErrorKind::InvalidData.into(), WAITING),
+            },
+        )
     }
 }
 
-/// The failure that an answer tells of.
-fn message_of(answer: &str) -> Error {
-    let answer: Value = serde_json::from_str(answer).unwrap_or_default();
-    let message =
-        answer["error"]["message"].as_str().unwrap_or("it gave no answer that makes sense");
-    // A report of 8 KiB at most, as in an answer.
-    Error::new(ErrorKind::Host, plain(&message.chars().take(LONGEST_REPORT).collect::<String>()))
+/// Returns the error that a CPI response reports.
+fn error_in(response: &str) -> Error {
+    let response: Value = serde_json::from_str(response).unwrap_or_default();
+    let message = response["error"]["message"].as_str().unwrap_or("it sent no CPI response");
+    let message: String = message.chars().take(MAX_ERROR_MESSAGE).collect();
+    Error::new(ErrorKind::Host, plain(&message))
 }
 
-/// Why a conversation ended without an answer.
-enum Lost {
+/// Why a session ended without a last message.
+enum ExchangeError {
     Session(io::Error),
     Image(Error),
 }
 
-/// Serves what the host wants until it says its last word.
-fn converse(
-    link: &mut Session,
-    question: &ClientRequest,
-    image: Option<&Image>,
-) -> Result<ServerMessage, Lost> {
-    // A host that has answered listens no more: what can not be said may be too late.
-    let mut unsaid = link.say(question).err();
+/// Sends `request`, then the parts of `image` that the host wants, until the host's last message.
+fn exchange(
+    session: &mut Session,
+    request: &ClientRequest,
+    image: Option<&StemcellImage>,
+) -> Result<ServerMessage, ExchangeError> {
+    // A host that refuses early stops reading and still answers. So a failed write is an error only
+    // if no answer follows.
+    let mut write_error = session.send(request).err();
     loop {
-        match (link.hear(), image) {
+        match (session.receive(), image) {
             (Ok(ServerMessage::Log(line)), _) => log::relay(&line),
-            (
-                Ok(
-                    last @ (ServerMessage::Answer(_)
-                    | ServerMessage::Absent
-                    | ServerMessage::Report(_)
-                    | ServerMessage::Found(_)
-                    | ServerMessage::DiskReleased),
-                ),
-                _,
-            ) => {
-                return Ok(last);
+            (Ok(ServerMessage::Want(ImagePart::Digest)), Some(image)) => {
+                let digest = image.digest().map_err(ExchangeError::Image)?;
+                write_error = session.send(&digest).err().or(write_error);
             }
-            (Ok(ServerMessage::Want(Want::Digest)), Some(image)) => {
-                let digest = image.digest().map_err(Lost::Image)?;
-                unsaid = link.say(&digest).err().or(unsaid);
-            }
-            (Ok(ServerMessage::Want(Want::Image)), Some(image)) => {
-                let file = image.open().map_err(Lost::Image)?;
-                unsaid = link.send(file, image.size.get()).err().or(unsaid);
+            (Ok(ServerMessage::Want(ImagePart::Image)), Some(image)) => {
+                let file = image.open().map_err(ExchangeError::Image)?;
+                write_error = session.send_image(file, image.size.get()).err().or(write_error);
             }
             (Ok(ServerMessage::Want(_) | ServerMessage::Greeting(_)), _) => {
-                return Err(Lost::Session(io::ErrorKind::InvalidData.into()));
+                return Err(ExchangeError::Session(io::ErrorKind::InvalidData.into()));
             }
-            (Err(silence), _) => return Err(Lost::Session(unsaid.unwrap_or(silence))),
+            (Ok(last), _) => return Ok(last),
+            (Err(error), _) => return Err(ExchangeError::Session(write_error.unwrap_or(error))),
         }
     }
 }
 
 impl Reply {
-    /// Whether the host waits to hear that the answer was taken.
-    pub fn is_waited_on(&self) -> bool {
+    /// Returns whether the host waits for the report about the delivery.
+    pub fn is_host_waiting(&self) -> bool {
         self.waiting.is_some()
     }
 
-    /// Tells the host what became of the answer.
-    pub fn tell(self, delivery: &Delivery) {
-        let Some(mut link) = self.waiting else { return };
-        // If that does not arrive either, the host takes the answer for one of which nobody can tell.
-        let said = match delivery {
-            Delivery::Taken => link.say(&true),
-            Delivery::Lost(_) => link.say(&false),
+    /// Reports to the host whether the answer was delivered. Without a report the host keeps the
+    /// object, and logs which call deletes it.
+    pub fn report_delivery(self, delivery: &Delivery) {
+        let Some(mut session) = self.waiting else { return };
+        let sent = match delivery {
+            Delivery::Taken => session.send(&true),
+            Delivery::Lost(_) => session.send(&false),
             Delivery::Unknown(_) => return,
         };
-        match said {
-            Ok(()) => link.close(HEARS),
-            Err(error) => tracing::warn!(%error, "the host did not hear what became of its answer"),
+        match sent {
+            Ok(()) => session.close(ACKNOWLEDGE_TIMEOUT),
+            Err(error) => {
+                tracing::warn!(%error, "cannot report the delivery of the answer to the host");
+            }
         }
     }
 }
 
-/// The image that create_stemcell is called with.
+/// The image of a create_stemcell call: a file on the client's machine.
 #[derive(Debug, Clone)]
-pub struct Image<'a> {
+pub struct StemcellImage<'a> {
     path: &'a Path,
-    /// Its size.
+    /// Its size, in bytes.
     pub size: Bytes,
 }
 
-impl<'a> Image<'a> {
-    /// The file at `path`.
+impl<'a> StemcellImage<'a> {
+    /// Returns the file at `path`.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] if it is none.
-    pub fn at(path: &'a Path) -> Result<Self> {
+    /// [`ErrorKind::BadRequest`] if it is not a regular file.
+    pub fn new(path: &'a Path) -> Result<Self> {
         let meta = path.metadata().at("read", path)?;
         if !meta.is_file() {
-            return Err(Error::new(
-                ErrorKind::BadRequest,
-                format!("'{}' is no file", path.display()),
-            ));
+            let message = format!("'{}' is not a regular file", path.display());
+            return Err(Error::new(ErrorKind::BadRequest, message));
         }
         Ok(Self { path, size: Bytes(meta.len()) })
     }

@@ -1,10 +1,12 @@
-//! A call on its way to a host: what is asked, until when, and what is done if no answer comes.
+//! A call that a host executes: the request it receives, its deadline, and the removal of what it
+//! may have created if no answer arrives.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::client::{CallError, Client, Image, Reply};
+use super::client::{CallError, Client, Reply, StemcellImage};
 use super::protocol::CallRequest;
 use crate::config::Config;
 use crate::cpi::default_deadline;
@@ -16,218 +18,240 @@ use crate::rpc::request::Request;
 use crate::rpc::response::Response;
 use crate::schema::printable;
 
-/// What a host has beyond its own deadline to say that it was exceeded.
-const GRACE: Duration = Duration::from_secs(10);
+/// Time after its own deadline that a host has to report that the deadline has passed.
+const LATE_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long it may take to undo a create whose answer did not come.
-const UNDOES: Duration = Duration::from_secs(60);
+/// Time a host has to remove what a create without an answer may have created.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A call, as any host may be asked to carry it out.
+/// A call in the form that any host can execute.
 #[derive(Clone)]
 pub struct ForwardedCall<'a> {
-    /// What it was read from.
+    /// The CPI request it was parsed from.
     pub request: &'a Request,
     /// The call.
     pub call: &'a Call,
-    /// What the request's context says to the host beside its own keys.
-    told: &'a Map<String, Value>,
-    /// How long a host has.
-    patience: Duration,
-    /// When an answer must be there.
+    /// Keys of the client's configuration that go into the request's context.
+    context: &'a Map<String, Value>,
+    /// Time a host has.
+    timeout: Duration,
+    /// When the answer must have arrived.
     pub deadline: Instant,
-    /// How many VMs that had better not be with the new one the host may have.
-    alike: Option<usize>,
-    /// Whether other hosts are asked to make the same.
-    everywhere: bool,
-    image: Option<Image<'a>>,
+    /// See [`CallRequest::same_group`].
+    same_group: Option<usize>,
+    /// See [`CallRequest::replicated`].
+    replicated: bool,
+    image: Option<StemcellImage<'a>>,
 }
 
-/// An answer, and the host that gave it and may wait to hear what became of it.
+/// A host's answer: the response, and the reply that reports its delivery to the host.
 pub struct Answered {
-    /// The answer.
+    /// The CPI response.
     pub response: Response,
-    /// From whom.
-    pub told: Reply,
+    /// The host's reply.
+    pub reply: Reply,
 }
+
+/// The response of a call, and the replies of all hosts that wait for the report about its delivery.
+pub type Outcome = Result<(Response, Vec<Reply>)>;
 
 impl<'a> ForwardedCall<'a> {
-    /// `call`, which `request` is, to be carried out in the time that `config` gives it, counted from now.
+    /// Prepares `call`, which was parsed from `request`. Its deadline is that of `config`, counted
+    /// from now. `context` is added to the request's context.
     ///
     /// # Errors
-    /// If it comes with an image that can not be read.
+    /// If the image of a create_stemcell cannot be read.
     pub fn new(
         request: &'a Request,
         call: &'a Call,
         config: &Config,
-        told: &'a Map<String, Value>,
+        context: &'a Map<String, Value>,
     ) -> Result<Self> {
-        let patience = config.deadline(&request.method, default_deadline(&request.method)) + GRACE;
+        let timeout = config.deadline(&request.method, default_deadline(&request.method))
+            + LATE_ANSWER_TIMEOUT;
         let image = match call {
-            Call::CreateStemcell(stemcell) => Some(Image::at(&stemcell.image)?),
+            Call::CreateStemcell(stemcell) => Some(StemcellImage::new(&stemcell.image)?),
             _ => None,
         };
-        let deadline = Instant::now() + patience;
-        Ok(Self { request, call, told, patience, deadline, alike: None, everywhere: false, image })
-    }
-
-    /// The same with all of its time ahead: what was asked before, of all hosts, was not the call.
-    #[must_use]
-    pub fn afresh(&self) -> Self {
-        Self { deadline: Instant::now() + self.patience, ..self.clone() }
-    }
-
-    /// The same for a host that may have so many VMs that had better not be with the new one.
-    #[must_use]
-    pub fn beside(&self, alike: Option<usize>) -> Self {
-        Self { alike, ..self.clone() }
-    }
-
-    /// The same for several hosts, which are to make the same.
-    #[must_use]
-    pub fn everywhere(&self) -> Self {
-        Self { everywhere: true, ..self.clone() }
-    }
-
-    /// Has `host` carry it out. What is created has the cid that `undo` would remove.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], naming the host; what was created then is gone, or the error says how
-    /// to remove it.
-    pub fn send(&self, host: &Client, undo: Option<&Undo>) -> Result<Answered> {
-        let answered = self.ask(host, self.call_request(), undo)?;
-        answered.ok_or_else(|| {
-            Error::new(ErrorKind::Internal, "a condition that was not set is not met")
+        let deadline = Instant::now() + timeout;
+        Ok(Self {
+            request,
+            call,
+            context,
+            timeout,
+            deadline,
+            same_group: None,
+            replicated: false,
+            image,
         })
     }
 
-    /// Has `host` carry it out if it has `cids`; `None` if it has not.
+    /// Returns the call with its deadline counted from now. Queries to all hosts before the call do
+    /// not use up its time.
+    #[must_use]
+    pub fn with_new_deadline(&self) -> Self {
+        Self { deadline: Instant::now() + self.timeout, ..self.clone() }
+    }
+
+    /// Returns the call for a host that may have at most `same_group` VMs of the new VM's group.
+    #[must_use]
+    pub fn with_same_group(&self, same_group: Option<usize>) -> Self {
+        Self { same_group, ..self.clone() }
+    }
+
+    /// Returns the call for several hosts that create the same object.
+    #[must_use]
+    pub fn replicated(&self) -> Self {
+        Self { replicated: true, ..self.clone() }
+    }
+
+    /// Has the host of `client` execute the call. `undo` names the cid of what it creates.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`], with the host's name. The new object is then
+    /// removed, or the error says how to remove it.
+    pub fn send(&self, client: &Client, undo: Option<&Undo>) -> Result<Answered> {
+        let answered = self.exchange(client, self.call_request(), undo)?;
+        answered.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "a host answered a condition that the call has not")
+        })
+    }
+
+    /// Has the host of `client` execute the call if it has all of `cids`. Returns `None` if not.
     ///
     /// # Errors
     /// As [`ForwardedCall::send`].
-    pub fn send_if_there(
+    pub fn send_if_present(
         &self,
-        host: &Client,
+        client: &Client,
         cids: &[&str],
         undo: Option<&Undo>,
     ) -> Result<Option<Answered>> {
         let only_with = cids.iter().map(|cid| (*cid).to_owned()).collect();
-        self.ask(host, CallRequest { only_with, ..self.call_request() }, undo)
+        self.exchange(client, CallRequest { only_with, ..self.call_request() }, undo)
     }
 
-    fn ask(
+    fn exchange(
         &self,
-        host: &Client,
+        client: &Client,
         call: CallRequest,
         undo: Option<&Undo>,
     ) -> Result<Option<Answered>> {
         let call = CallRequest { cid: undo.map(|undo| undo.call().1.to_owned()), ..call };
-        let (error, asked) = match host.call(call, self.image.as_ref(), self.deadline) {
+        let (error, sent) = match client.call(call, self.image.as_ref(), self.deadline) {
             Ok(None) => return Ok(None),
-            Ok(Some(told)) => match answered(host, told, undo) {
+            Ok(Some(reply)) => match answered(client, reply, undo) {
                 Ok(answered) => return Ok(Some(answered)),
                 Err(error) => (error, true),
             },
-            Err(CallError { error, asked }) => (error, asked),
+            Err(CallError { error, sent }) => (error, sent),
         };
-        Err(match undo.filter(|_| asked) {
-            Some(undo) => self.undo(host, undo, error),
+        Err(match undo.filter(|_| sent) {
+            Some(undo) => self.undo(client, undo, error),
             None => error,
         })
     }
 
     fn call_request(&self) -> CallRequest {
-        let image = self.image.as_ref().map(|image| image.size);
-        let request = self.request.forwarded(self.told);
         CallRequest {
-            request,
-            image,
-            same_group: self.alike,
-            replicated: self.everywhere,
+            request: self.request.forwarded(self.context),
+            image: self.image.as_ref().map(|image| image.size),
+            same_group: self.same_group,
+            replicated: self.replicated,
             ..CallRequest::default()
         }
     }
 
-    /// Has `host` remove what it may have created, because of `error`, which then says what came of it.
-    pub fn undo(&self, host: &Client, undo: &Undo, error: Error) -> Error {
-        if self.is_undone(host, undo) {
-            let again = matches!(undo, Undo::DeleteVm(_));
-            let kind =
-                if again { ErrorKind::VmCreationFailed { retry: true } } else { error.kind() };
-            return error.with_kind(kind).during("nothing of it is left");
+    /// Has the host remove what it may have created, after the call failed with `error`. Returns
+    /// `error` with the result of the removal.
+    fn undo(&self, client: &Client, undo: &Undo, error: Error) -> Error {
+        if self.remove(client, undo) {
+            let kind = match undo {
+                Undo::DeleteVm(_) => ErrorKind::VmCreationFailed { retry: true },
+                _ => error.kind(),
+            };
+            return error.with_kind(kind).during("no object of this call remains");
         }
         let (method, cid) = undo.call();
-        let host = &host.name;
+        let host = &client.name;
         error.hint(format!(
-            "'{cid}' may be on host '{host}': `{method}` removes it, and does no harm if not"
+            "'{cid}' may exist on host '{host}': `{method}` removes it, and succeeds if it does \
+             not exist"
         ))
     }
 
-    /// Has `host` remove what it may have created, and make it no more if it has not begun. Whether that is done.
-    pub fn is_undone(&self, host: &Client, undo: &Undo) -> bool {
+    /// Has the host remove what it may have created, and cancels the create if it has not begun.
+    /// Returns whether the host has done so.
+    pub fn remove(&self, client: &Client, undo: &Undo) -> bool {
         let (method, cid) = undo.call();
         let removal = json!({"method": method, "arguments": [cid]}).to_string();
-        let removal = Request::parse(&removal).expect("a request").forwarded(self.told);
+        let removal = Request::parse(&removal).expect("a valid request").forwarded(self.context);
         let call = CallRequest { request: removal, cancels: true, ..CallRequest::default() };
-        let told = host.call(call, None, Instant::now() + UNDOES);
-        matches!(told, Ok(Some(told)) if is_done(&told.text))
+        let reply = client.call(call, None, Instant::now() + UNDO_TIMEOUT);
+        matches!(reply, Ok(Some(reply)) if is_removed(&reply.text))
     }
 }
 
-/// What `host` answered. A success of a create that names another cid than was chosen is none: nobody could have that removed.
-fn answered(host: &Client, told: Reply, undo: Option<&Undo>) -> Result<Answered> {
-    let strange = |what: &str| Error::new(ErrorKind::Host, format!("host '{}' {what}", host.name));
-    let Some(response) = Response::forwarded(told.text.clone()) else {
-        return Err(strange("gave no answer of a CPI"));
+/// Returns the answer in `reply`. Refuses a create that returns another cid than the client chose:
+/// the client could not have that object removed.
+fn answered(client: &Client, reply: Reply, undo: Option<&Undo>) -> Result<Answered> {
+    let refused =
+        |what: &str| Error::new(ErrorKind::Host, format!("host '{}' {what}", client.name));
+    let Some(response) = Response::forwarded(reply.text.clone()) else {
+        return Err(refused("sent no CPI response"));
     };
-    let answered = Answered { response, told };
+    let answered = Answered { response, reply };
     match (answered.result(), undo.map(|undo| undo.call().1)) {
         (Some(result), Some(cid)) if result != cid && result[0] != cid => {
-            let unheard = std::io::ErrorKind::InvalidData.into();
-            answered.told.tell(&Delivery::Lost(unheard));
-            Err(strange(&format!("says that it made something else than '{cid}'")))
+            let refusal = io::ErrorKind::InvalidData.into();
+            answered.reply.report_delivery(&Delivery::Lost(refusal));
+            Err(refused(&format!("created another object than '{cid}'")))
         }
         _ => Ok(answered),
     }
 }
 
-/// Whether an answer says that it was done, or that there was nothing to do.
-fn is_done(answer: &str) -> bool {
-    let answer: Value = serde_json::from_str(answer).unwrap_or_default();
-    let error = &answer["error"];
-    let gone = ["Bosh::Clouds::DiskNotFound", "Bosh::Clouds::NetworkNotFound"];
-    answer.is_object() && (error.is_null() || gone.iter().any(|kind| error["type"] == *kind))
+/// Returns whether the response to a delete says that the object does not exist any longer.
+fn is_removed(response: &str) -> bool {
+    let response: Value = serde_json::from_str(response).unwrap_or_default();
+    let error = &response["error"];
+    let not_found = ["Bosh::Clouds::DiskNotFound", "Bosh::Clouds::NetworkNotFound"];
+    response.is_object() && (error.is_null() || not_found.iter().any(|kind| error["type"] == *kind))
 }
 
 impl Answered {
-    /// Whether it says that the call was carried out.
+    /// Returns whether the call succeeded.
     pub fn is_success(&self) -> bool {
         self.result().is_some()
     }
 
-    /// The result; `None` if it is an error.
+    /// Returns the result; `None` after an error.
     pub fn result(&self) -> Option<Value> {
-        let mut answer: Value = serde_json::from_str(&self.told.text).ok()?;
-        answer["error"].is_null().then(|| answer["result"].take())
+        let mut response: Value = serde_json::from_str(&self.reply.text).ok()?;
+        response["error"].is_null().then(|| response["result"].take())
+    }
+
+    /// Returns the outcome of a call that one host has executed.
+    pub fn into_outcome(self) -> (Response, Vec<Reply>) {
+        (self.response, vec![self.reply])
     }
 }
 
-/// What came of `request`, for who asked. Every host that answered hears what became of the answer.
-pub fn carried<'a>(request: &Request, outcome: Result<(Response, Vec<Reply>)>) -> Carried<'a> {
+/// Returns the response to `request`. Its delivery is reported to every host that replied.
+pub fn carried<'a>(request: &Request, outcome: Outcome) -> Carried<'a> {
     match outcome {
-        Ok((response, told)) => {
-            let made = told.iter().any(Reply::is_waited_on);
-            let delivered =
-                move |delivery: Delivery| told.into_iter().for_each(|told| told.tell(&delivery));
+        Ok((response, replies)) => {
+            let made = replies.iter().any(Reply::is_host_waiting);
+            let delivered = move |delivery: Delivery| {
+                replies.into_iter().for_each(|reply| reply.report_delivery(&delivery));
+            };
             Carried { response, made, delivered: Box::new(delivered) }
         }
         Err(error) => {
             let error = error.during(printable(&request.method));
             tracing::warn!("{}", error.report().replace('\n', " "));
-            Carried {
-                response: Response::failure(&error),
-                made: false,
-                delivered: Box::new(|_| {}),
-            }
+            let response = Response::failure(&error);
+            Carried { response, made: false, delivered: Box::new(|_| {}) }
         }
     }
 }

@@ -1,32 +1,32 @@
-//! Several hosts that share the calls.
+//! A group of hosts that execute one Director's calls.
 //!
 //! ```text
-//!   a cid bears a trace of its host ──► that host is asked to do it, if it has the thing
-//!     │ it has not: the thing came here otherwise
+//!   the cid bears the trace of a host ──► that host executes the call, if it has the object
+//!     │ it has not: the object was moved, or made otherwise
 //!     ▼
-//!   all others are asked at once who has it ──► that one does it
-//!     │ nobody has
+//!   all hosts are asked at the same time who has the object ──► that host executes the call
+//!     │ no host has it
 //!     ▼
-//!   all could be asked? ── no ──► an error: it may be on the silent one
+//!   all hosts answered? ── no ──► an error: the silent host may have it
 //!     │ yes
 //!     ▼
-//!   any host says what is to be said of a thing that is not there
+//!   the first host answers: the object does not exist
 //! ```
 //!
-//! Nothing is remembered between calls. New VMs are put by what hosts offer (`place`), new disks where their VM is,
-//! stemcells everywhere under one cid.
+//! The client stores nothing between calls. A new VM goes to the host that the scheduler chooses, a
+//! new disk to the host of its VM, a stemcell to all hosts under one cid.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
-use super::client::{CallError, Client, Reply};
-use super::forwarded_call::{Answered, ForwardedCall, carried};
+use super::client::Client;
+use super::forwarded_call::{Answered, ForwardedCall, Outcome, carried};
+use super::members::{Member, Members, query_deadline};
 use super::replicate;
 use super::scheduler::{self, Candidate, Need};
-use crate::cid::{Cid, DiskCid, VmCid, is_from};
-use crate::config::{Config, HostEntry};
+use crate::cid::{Cid, DiskCid, VmCid};
+use crate::config::Config;
 use crate::cpi::Cpi;
 use crate::cpi::cloud_properties::{self, DiskCloudProperties, VmCloudProperties};
 use crate::cpi::networks::Addressing;
@@ -36,157 +36,80 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::call::Call;
 use crate::rpc::outlet::Delivery;
 use crate::rpc::request::Request;
-use crate::rpc::response::Response;
 use crate::rpc::{Carried, Carrier, Here};
 
-/// How long a host may take to say what it has.
-const LOOKS: Duration = Duration::from_secs(20);
+/// How often the scheduler chooses a host while concurrent calls put VMs of the same group there.
+/// The last time it accepts any number of them.
+const MAX_CHOICES: usize = 10;
 
-/// How often all are asked where a VM is best put, while others put theirs there.
-const TURNS: usize = 10;
-
-/// Has calls carried out on one of several hosts.
+/// Forwards calls to the hosts of a group.
 pub struct Group {
-    members: Vec<Member>,
+    members: Members,
     config: Config,
-    /// What the request's context says to the hosts beside its own keys.
-    told: Map<String, Value>,
+    /// Keys of the configuration that go into each request's context.
+    context: Map<String, Value>,
 }
-
-/// One of the hosts.
-pub struct Member {
-    /// How it is reached.
-    pub host: Client,
-    /// Whether it gets no new VMs.
-    pub draining: bool,
-}
-
-/// The answer, and the hosts that wait to hear what became of it.
-pub type Outcome = Result<(Response, Vec<Reply>)>;
 
 impl Group {
-    /// Has them carried out on the hosts of `config`, which are `told` so much of it.
-    pub fn new(config: Config, told: Map<String, Value>) -> Self {
-        let member =
-            |entry: &HostEntry| Member { host: Client::for_entry(entry), draining: entry.draining };
-        Self { members: config.hosts.iter().map(member).collect(), config, told }
+    /// Forwards calls to the hosts of `config`, with `context` added to each request's context.
+    pub fn new(config: Config, context: Map<String, Value>) -> Self {
+        Self { members: Members::new(&config), config, context }
     }
 
-    fn outcome(&self, errand: &ForwardedCall<'_>) -> Outcome {
-        match errand.call {
-            Call::CreateVm(vm) => self.create_vm(errand, vm),
-            Call::CreateDisk(disk) => self.create_disk(errand, disk),
-            Call::CreateStemcell(_) => replicate::create(&self.members, errand),
+    fn outcome(&self, call: &ForwardedCall<'_>) -> Outcome {
+        match call.call {
+            Call::CreateVm(vm) => self.create_vm(call, vm),
+            Call::CreateDisk(disk) => self.create_disk(call, disk),
+            Call::CreateStemcell(_) => replicate::create(&self.members, call),
             Call::DeleteStemcell(_) => {
-                // While a host is silent the others keep it: VMs of it may still be wanted.
-                self.ask_all(|host| host.find(&[], soon(errand)))
+                // If a host does not answer, all others keep the stemcell: it may still be wanted.
+                let deadline = query_deadline(call);
+                self.members
+                    .query_all(|client| client.find(&[], deadline))
                     .into_iter()
                     .collect::<Result<Vec<_>>>()?;
-                replicate::delete(&self.members, errand)
+                replicate::delete(&self.members, call)
             }
             Call::CreateNetwork(_) => {
                 Err(Error::new(ErrorKind::NotSupported, "a group of hosts has no managed networks")
                     .hint("give the subnet a network that each host has in its configuration"))
             }
-            Call::AttachDisk(vm, disk) => self.attach(errand, vm, disk),
+            Call::AttachDisk(vm, disk) => self.attach_disk(call, vm, disk),
             Call::DeleteVm(vm)
             | Call::HasVm(vm)
             | Call::RebootVm(vm)
             | Call::SetVmMetadata(vm, _)
             | Call::GetDisks(vm)
-            | Call::DetachDisk(vm, _) => self.by(errand, vm.as_str()),
+            | Call::DetachDisk(vm, _) => self.send_by_cid(call, vm.as_str()),
             Call::DeleteDisk(disk)
             | Call::HasDisk(disk)
             | Call::SetDiskMetadata(disk, _)
             | Call::SnapshotDisk(disk, _)
             | Call::ResizeDisk(disk, _)
-            | Call::UpdateDisk(disk, ..) => self.by(errand, disk.as_str()),
-            Call::DeleteSnapshot(snapshot) => self.by(errand, snapshot.as_str()),
-            Call::DeleteNetwork(network) => self.by(errand, network.as_str()),
-            Call::CalculateVmCloudProperties(_) => unreachable!("no host is asked for these"),
+            | Call::UpdateDisk(disk, ..) => self.send_by_cid(call, disk.as_str()),
+            Call::DeleteSnapshot(snapshot) => self.send_by_cid(call, snapshot.as_str()),
+            Call::DeleteNetwork(network) => self.send_by_cid(call, network.as_str()),
+            Call::CalculateVmCloudProperties(_) => unreachable!("the client answers it itself"),
         }
     }
 
-    /// Has the host that has `cid` do it.
-    fn by(&self, errand: &ForwardedCall<'_>, cid: &str) -> Outcome {
-        for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
-            if let Some(answered) = self.send_if_there(errand, member, &[cid])? {
+    /// Has the host that has `cid` execute the call.
+    fn send_by_cid(&self, call: &ForwardedCall<'_>, cid: &str) -> Outcome {
+        for member in self.members.named_in(cid) {
+            if let Some(answered) = send_if_present(call, member, &[cid])? {
                 return Ok(answered.into_outcome());
             }
         }
-        match self.find(errand, &[cid])?.remove(0) {
-            Some(member) => Ok(self.send_to(errand, member)?.into_outcome()),
-            None => Ok(self.send_to(errand, &self.members[0])?.into_outcome()),
-        }
+        let member = self.members.find(call, &[cid])?.remove(0);
+        Ok(send(call, member.unwrap_or(self.any_member()))?.into_outcome())
     }
 
-    fn send_to(&self, errand: &ForwardedCall<'_>, member: &Member) -> Result<Answered> {
-        errand.send(&member.host, errand.call.creates(Some(&member.host.name)).as_ref())
+    /// Returns the host that answers for an object that no host has.
+    fn any_member(&self) -> &Member {
+        &self.members.all()[0]
     }
 
-    fn send_if_there(
-        &self,
-        errand: &ForwardedCall<'_>,
-        member: &Member,
-        cids: &[&str],
-    ) -> Result<Option<Answered>> {
-        errand.send_if_there(
-            &member.host,
-            cids,
-            errand.call.creates(Some(&member.host.name)).as_ref(),
-        )
-    }
-
-    /// The host that has each of `cids`, asking all at once.
-    ///
-    /// # Errors
-    /// If a cid is not found, and a host that may have it can not be asked.
-    fn find(&self, errand: &ForwardedCall<'_>, cids: &[&str]) -> Result<Vec<Option<&Member>>> {
-        let wanted: Vec<_> = cids.iter().map(|cid| (*cid).to_owned()).collect();
-        let until = soon(errand);
-        let answers = self.ask_all(|host| host.find(&wanted, until));
-        let of = |cid: &String| {
-            let has = |answer: &Result<Vec<String>>| {
-                answer.as_ref().is_ok_and(|found| found.contains(cid))
-            };
-            let found = self
-                .members
-                .iter()
-                .zip(&answers)
-                .find(|(_, answer)| has(answer))
-                .map(|(member, _)| member);
-            match (found, answers.iter().find_map(|answer| answer.as_ref().err())) {
-                (None, Some(silence)) => {
-                    let message = format!(
-                        "'{cid}' is on no host that answers, and one does not: {}",
-                        silence.report()
-                    );
-                    Err(Error::new(silence.kind(), message).hint(
-                        "bring that host back, or take it out of 'hosts' if it is gone for good",
-                    ))
-                }
-                (found, _) => Ok(found),
-            }
-        };
-        wanted.iter().map(of).collect()
-    }
-
-    /// What each host answers to `question`, asked at the same time.
-    fn ask_all<T: Send>(
-        &self,
-        question: impl Fn(&Client) -> Result<T, CallError> + Sync,
-    ) -> Vec<Result<T>> {
-        std::thread::scope(|threads| {
-            let ask = |member| {
-                let question = &question;
-                threads.spawn(move || question(member).map_err(|untold| untold.error))
-            };
-            let asked: Vec<_> = self.members.iter().map(|member| ask(&member.host)).collect();
-            asked.into_iter().map(|answer| answer.join().expect("no panic")).collect()
-        })
-    }
-
-    fn create_vm(&self, errand: &ForwardedCall<'_>, vm: &CreateVm) -> Outcome {
+    fn create_vm(&self, call: &ForwardedCall<'_>, vm: &CreateVm) -> Outcome {
         let properties: VmCloudProperties =
             cloud_properties::read(&self.config.vm_defaults, &vm.cloud_properties.0)?;
         let need = Need {
@@ -195,205 +118,193 @@ impl Group {
             stemcell: vm.stemcell.to_string(),
             disks: vm.disks.iter().map(ToString::to_string).collect(),
         };
-        let wish = Wish {
+        let query = Wish {
             cids: need.disks.iter().chain([&need.stemcell]).cloned().collect(),
-            addresses: addresses(vm),
-            director: errand.request.context.director().map(str::to_owned),
+            addresses: manual_addresses(vm),
+            director: call.request.context.director().map(str::to_owned),
             spread: vm.env.spread(),
         };
-        let mut candidates = self.candidates(errand, &wish);
-        let errand = errand.afresh();
-        for turn in 1.. {
+        let mut candidates = self.candidates(call, &query);
+        let call = call.with_new_deadline();
+        for choice in 1.. {
             let order = scheduler::order(&candidates, &need)?;
-            // Where there is no choice, and at last, it is put there however many are there.
-            let counts = turn < TURNS && order.len() > 1;
-            if let Some(answered) = self.put(&errand, &candidates, &order, counts)? {
+            let limits_group = choice < MAX_CHOICES && order.len() > 1;
+            if let Some(answered) =
+                self.create_on_first(&call, &candidates, &order, limits_group)?
+            {
                 return Ok(answered.into_outcome());
             }
-            candidates = self.candidates(&errand, &wish);
+            candidates = self.candidates(&call, &query);
         }
-        unreachable!("the last turn has an end")
+        unreachable!("the last choice has no limit, so it returns")
     }
 
-    /// Has the first of `order` that has room make the VM. `None` if others put VMs on one meanwhile that had better not be
-    /// with this one, and that `counts`: then all are to be asked again.
-    fn put(
+    /// Has the first host of `order` that has room create the VM.
+    ///
+    /// With `limits_group`, a host refuses the VM if it now has more VMs of the group than it
+    /// reported. Then returns `None`, and the hosts must be asked again.
+    fn create_on_first(
         &self,
-        errand: &ForwardedCall<'_>,
+        call: &ForwardedCall<'_>,
         candidates: &[Candidate<'_>],
         order: &[usize],
-        counts: bool,
+        limits_group: bool,
     ) -> Result<Option<Answered>> {
         for (turn, at) in order.iter().enumerate() {
-            let member = &self.members[*at];
-            let alike =
-                candidates[*at].offer.as_ref().ok().map(|offer| offer.alike).filter(|_| counts);
-            let answered = self.send_to(&errand.beside(alike), member)?;
-            if counts && answered.told.crowded {
-                tracing::info!(
-                    host = member.host.name,
-                    "others were faster to put VMs of its group there"
-                );
+            let member = &self.members.all()[*at];
+            let host = &member.client.name;
+            let reported = candidates[*at].report.as_ref().ok().map(|report| report.alike);
+            let same_group = reported.filter(|_| limits_group);
+            let answered = send(&call.with_same_group(same_group), member)?;
+            if limits_group && answered.reply.crowded {
+                tracing::info!(host, "concurrent calls have put VMs of the group on the host");
                 return Ok(None);
             }
-            if !answered.told.lacks_room || turn + 1 == order.len() {
+            if !answered.reply.lacks_room || turn + 1 == order.len() {
                 return Ok(Some(answered));
             }
-            // Others were faster.
-            tracing::info!(host = member.host.name, "it has no room for the VM after all");
+            tracing::info!(host, "concurrent calls have used up the host's room");
         }
-        unreachable!("an order has a first and a last")
+        unreachable!("an order is not empty, and its last host returns")
     }
 
-    fn candidates(&self, errand: &ForwardedCall<'_>, wish: &Wish) -> Vec<Candidate<'_>> {
-        let until = soon(errand);
-        let offers = self.ask_all(|host| host.report(wish, until));
-        let named = self.members.iter().zip(offers);
-        named
-            .map(|(member, offer)| Candidate {
-                name: &member.host.name,
+    fn candidates(&self, call: &ForwardedCall<'_>, query: &Wish) -> Vec<Candidate<'_>> {
+        let deadline = query_deadline(call);
+        let reports = self.members.query_all(|client| client.report(query, deadline));
+        self.members
+            .all()
+            .iter()
+            .zip(reports)
+            .map(|(member, report)| Candidate {
+                name: &member.client.name,
                 draining: member.draining,
-                offer: offer.map_err(|error| in_short(&error, &member.host.name)),
+                report: report.map_err(|error| short_reason(&error, &member.client)),
             })
             .collect()
     }
 
-    /// A disk is made where its VM is, or, for no VM, where there is most room.
-    fn create_disk(&self, errand: &ForwardedCall<'_>, disk: &CreateDisk) -> Outcome {
-        let near =
-            disk.vm.as_ref().map(|vm| self.find_one(errand, vm.as_str())).transpose()?.flatten();
-        if let Some(member) = near {
-            return Ok(self.send_to(&errand.afresh(), member)?.into_outcome());
+    /// Creates the disk on the host of its VM; without a VM, on the host with the most free space.
+    fn create_disk(&self, call: &ForwardedCall<'_>, disk: &CreateDisk) -> Outcome {
+        let vm = disk.vm.as_ref().map(|vm| self.members.find_one(call, vm.as_str()));
+        if let Some(member) = vm.transpose()?.flatten() {
+            return Ok(send(&call.with_new_deadline(), member)?.into_outcome());
         }
         let properties: DiskCloudProperties =
             cloud_properties::read(&self.config.disk_defaults, &disk.cloud_properties.0)?;
         let pool = properties.pool.unwrap_or_default();
-        let candidates = self.candidates(errand, &Wish::default());
-        let errand = &errand.afresh();
-        let space =
-            |candidate: &Candidate<'_>| candidate.offer.as_ref().ok()?.space.get(&pool).copied();
-        let open = (0..candidates.len()).filter(|at| !candidates[*at].draining);
-        let best = open
-            .filter_map(|at| Some((space(&candidates[at])?, at)))
+        let candidates = self.candidates(call, &Wish::default());
+        let call = call.with_new_deadline();
+        let free = |at: usize| candidates[at].report.as_ref().ok()?.space.get(&pool).copied();
+        let best = (0..candidates.len())
+            .filter(|at| !candidates[*at].draining)
+            .filter_map(|at| Some((free(at)?, at)))
             .max_by_key(|(space, at)| (*space, usize::MAX - at));
-        let Some((_, at)) = best else {
-            let said = |host: &Candidate<'_>| match &host.offer {
-                Err(why) => format!("{}: {why}", host.name),
-                Ok(_) if host.draining => format!("{}: it is draining", host.name),
-                Ok(_) => format!("{}: it has no pool '{pool}'", host.name),
-            };
-            let reasons: Vec<_> = candidates.iter().map(said).collect();
-            return Err(Error::new(
-                ErrorKind::Host,
-                format!("no host can have the disk: {}", reasons.join("; ")),
-            ));
-        };
-        Ok(self.send_to(errand, &self.members[at])?.into_outcome())
-    }
-
-    /// The host of `cid`: the one whose trace it bears, if that has it.
-    fn find_one(&self, errand: &ForwardedCall<'_>, cid: &str) -> Result<Option<&Member>> {
-        let wanted = [cid.to_owned()];
-        for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
-            if !member.host.find(&wanted, soon(errand)).map_err(|untold| untold.error)?.is_empty() {
-                return Ok(Some(member));
-            }
+        match best {
+            Some((_, at)) => Ok(send(&call, &self.members.all()[at])?.into_outcome()),
+            None => Err(no_host_for_disk(&candidates, &pool)),
         }
-        Ok(self.find(errand, &[cid])?.remove(0))
     }
 
-    fn attach(&self, errand: &ForwardedCall<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
-        for member in self.members.iter().filter(|member| vm.is_from(&member.host.name)) {
-            if let Some(answered) =
-                self.send_if_there(errand, member, &[vm.as_str(), disk.as_str()])?
-            {
+    fn attach_disk(&self, call: &ForwardedCall<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
+        let both = [vm.as_str(), disk.as_str()];
+        for member in self.members.named_in(vm.as_str()) {
+            if let Some(answered) = send_if_present(call, member, &both)? {
                 return Ok(answered.into_outcome());
             }
         }
-        match self.find(errand, &[vm.as_str(), disk.as_str()])?[..] {
-            [Some(here), Some(there)] if !std::ptr::eq(here, there) => {
-                self.hand_over(errand, disk, there, here)
-                    .map_err(|e| e.during(format!("attach it to VM '{vm}'")))?;
-                match self.send_if_there(errand, here, &[vm.as_str(), disk.as_str()])? {
-                    Some(answered) => Ok(answered.into_outcome()),
-                    None => {
-                        let message = format!(
-                            "VM '{vm}' or disk '{disk}' is not on host '{}' any more",
-                            here.host.name
-                        );
-                        Err(Error::new(ErrorKind::Conflict, message).hint("repeat the call"))
-                    }
-                }
+        match self.members.find(call, &both)?[..] {
+            [Some(vm_host), Some(disk_host)] if !std::ptr::eq(vm_host, disk_host) => {
+                release_disk(call, disk, disk_host, vm_host)
+                    .map_err(|error| error.during(format!("attach it to VM '{vm}'")))?;
+                let answered = send_if_present(call, vm_host, &both)?.ok_or_else(|| {
+                    let host = &vm_host.client.name;
+                    let message =
+                        format!("VM '{vm}' or disk '{disk}' is no longer on host '{host}'");
+                    Error::new(ErrorKind::Conflict, message).hint("repeat the call")
+                })?;
+                Ok(answered.into_outcome())
             }
-            [Some(here), _] => Ok(self.send_to(errand, here)?.into_outcome()),
-            _ => Ok(self.send_to(errand, &self.members[0])?.into_outcome()),
+            [Some(vm_host), _] => Ok(send(call, vm_host)?.into_outcome()),
+            _ => Ok(send(call, self.any_member())?.into_outcome()),
         }
-    }
-
-    /// Has the host that has the disk give it up, if `to` reaches it, too.
-    fn hand_over(
-        &self,
-        errand: &ForwardedCall<'_>,
-        disk: &DiskCid,
-        from: &Member,
-        to: &Member,
-    ) -> Result<()> {
-        let (there, here) = (&from.host.name, &to.host.name);
-        let apart = |why: String| {
-            let message = format!("disk '{disk}' is on host '{there}', the VM on '{here}', {why}");
-            Error::new(ErrorKind::Conflict, message)
-                .hint("recreate the VM: a new one is put where its disks are")
-        };
-        let wish = Wish { cids: vec![disk.to_string()], ..Wish::default() };
-        let offer = to.host.report(&wish, soon(errand)).map_err(|untold| untold.error)?;
-        if offer.shared.is_empty() {
-            return Err(apart("which has no shared pool with the disk".to_owned()));
-        }
-        let given_up = from.host.give_up(disk, errand.deadline);
-        given_up.map_err(|untold| {
-            apart(format!("and can not change hosts: {}", in_short(&untold.error, there)))
-        })
     }
 }
 
-/// Until when hosts are waited for that are asked about something. One that hangs must not take the time of the call itself,
-/// which goes to another.
-fn soon(errand: &ForwardedCall<'_>) -> Instant {
-    let now = Instant::now();
-    now + LOOKS.min(errand.deadline.saturating_duration_since(now) / 2)
+/// Has the host of `member` execute the call. A new object's cid bears the host's trace.
+fn send(call: &ForwardedCall<'_>, member: &Member) -> Result<Answered> {
+    call.send(&member.client, call.call.creates(Some(&member.client.name)).as_ref())
 }
 
-/// The addresses that the Director gives the VM.
-fn addresses(vm: &CreateVm) -> Vec<IpAddr> {
-    let given = vm.networks.iter().filter_map(|network| match network.addressing {
+/// As [`send`], if the host has all of `cids`; else returns `None`.
+fn send_if_present(
+    call: &ForwardedCall<'_>,
+    member: &Member,
+    cids: &[&str],
+) -> Result<Option<Answered>> {
+    let undo = call.call.creates(Some(&member.client.name));
+    call.send_if_present(&member.client, cids, undo.as_ref())
+}
+
+/// Has the host `from` release ownership of the disk, if the host `to` reaches its pool, too.
+fn release_disk(
+    call: &ForwardedCall<'_>,
+    disk: &DiskCid,
+    from: &Member,
+    to: &Member,
+) -> Result<()> {
+    let (disk_host, vm_host) = (&from.client.name, &to.client.name);
+    let conflict = |reason: String| {
+        let message =
+            format!("disk '{disk}' is on host '{disk_host}', the VM on '{vm_host}', {reason}");
+        Error::new(ErrorKind::Conflict, message)
+            .hint("recreate the VM: the new one is placed on the host of its disks")
+    };
+    let query = Wish { cids: vec![disk.to_string()], ..Wish::default() };
+    let report = to.client.report(&query, query_deadline(call)).map_err(|failed| failed.error)?;
+    if report.shared.is_empty() {
+        return Err(conflict("which has no shared pool with the disk".to_owned()));
+    }
+    from.client.release_disk(disk, call.deadline).map_err(|failed| {
+        let reason = short_reason(&failed.error, &from.client);
+        conflict(format!("and the disk cannot change hosts: {reason}"))
+    })
+}
+
+/// Returns the addresses that the Director has assigned to the VM.
+fn manual_addresses(vm: &CreateVm) -> Vec<IpAddr> {
+    let address = |addressing: &Addressing| match addressing {
         Addressing::Manual { address, .. } => Some(address.ip()),
         Addressing::Dynamic { .. } | Addressing::Vip { .. } => None,
-    });
-    given.collect()
+    };
+    vm.networks.iter().filter_map(|network| address(&network.addressing)).collect()
 }
 
-/// What is wrong with a host, for a list that has its name already.
-fn in_short(error: &Error, host: &str) -> String {
+fn no_host_for_disk(candidates: &[Candidate<'_>], pool: &str) -> Error {
+    let reason = |host: &Candidate<'_>| match &host.report {
+        Err(reason) => format!("{}: {reason}", host.name),
+        Ok(_) if host.draining => format!("{}: it is draining", host.name),
+        Ok(_) => format!("{}: it has no pool '{pool}'", host.name),
+    };
+    let reasons: Vec<_> = candidates.iter().map(reason).collect();
+    Error::new(ErrorKind::Host, format!("no host can have the disk: {}", reasons.join("; ")))
+}
+
+/// Returns the first line of `error` without the host's name, for a list that names the host.
+fn short_reason(error: &Error, client: &Client) -> String {
     let report = error.report();
     let line = report.lines().next().unwrap_or_default();
-    line.strip_prefix(&format!("host '{host}': ")).unwrap_or(line).to_owned()
-}
-
-impl Answered {
-    pub fn into_outcome(self) -> (Response, Vec<Reply>) {
-        (self.response, vec![self.told])
-    }
+    line.strip_prefix(&format!("host '{}': ", client.name)).unwrap_or(line).to_owned()
 }
 
 impl Carrier for Group {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
         if let Call::CalculateVmCloudProperties(_) = call {
-            // No host has a say in it.
-            let Carried { response, .. } =
-                Here::new(Cpi::new(self.config.clone(), None)).carry(request, call);
+            // The result does not depend on a host.
+            let local = Here::new(Cpi::new(self.config.clone(), None));
+            let Carried { response, .. } = local.carry(request, call);
             return Carried { response, made: false, delivered: Box::new(|_: Delivery| {}) };
         }
-        let errand = ForwardedCall::new(request, &call, &self.config, &self.told);
-        carried(request, errand.and_then(|errand| self.outcome(&errand)))
+        let forwarded = ForwardedCall::new(request, &call, &self.config, &self.context);
+        carried(request, forwarded.and_then(|call| self.outcome(&call)))
     }
 }

@@ -1,20 +1,20 @@
-//! What a caller and a host say to each other: lines of JSON, and an image's bytes between two of them.
+//! The protocol between a client and a host: lines of JSON, and an image's bytes between two lines.
 //!
 //! ```text
-//!   caller                                             host: one process for one question
-//!     │                      {"greeting":{…}}            │  nothing was asked yet
+//!   client                                             host: one process for each request
+//!     │                      {"greeting":{…}}            │  before the request
 //!     │  {"call":{"request":"…",…}}                      │
-//!     │                      {"log":"…"}                 │  any number of times: a line of its log
-//!     │                      {"want":"digest"}           │  create_stemcell only, and only if it may have the image
+//!     │                      {"log":"…"}                 │  any number: a line of the host's log
+//!     │                      {"want":"digest"}           │  create_stemcell: the host may have the image
 //!     │  "<SHA-256>"                                     │
-//!     │                      {"want":"image"}            │  once or twice, if it has not
-//!     │  <the image>"<SHA-256 of what was sent>"         │
+//!     │                      {"want":"image"}            │  once or twice, if the host lacks it
+//!     │  <the image>"<SHA-256 of the bytes sent>"        │
 //!     │                      {"answer":{"text":"…",…}}   │
-//!     │  true                                            │  if it asks: the answer was taken; false: nobody took it
+//!     │  true                                            │  if the host waits: delivered; false: lost
 //! ```
 //!
-//! A request and an answer are text in text, so that they pass to the letter. Both ends are programs of this project, though
-//! not always of one version: keys that a side does not know are left out of account.
+//! A CPI request and its response are JSON strings inside the JSON, so they arrive byte for byte.
+//! Both ends are this program, but versions may differ: each side ignores keys it does not know.
 
 use std::io::{self, BufRead, Read, Write};
 
@@ -25,27 +25,28 @@ use crate::cid::DiskCid;
 use crate::cpi::offer::{Offer, Wish};
 use crate::units::Bytes;
 
-/// What the host says first.
+/// The host's first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Greeting {
-    /// Always [`PROGRAM`]: whoever else answers does not know what is said here.
+    /// [`PROGRAM`]. A client sends no request to another program.
     pub program: String,
-    /// The host's version of it.
+    /// The host's version of the program.
     pub version: String,
-    /// What it understands; 0: it says nothing of that.
+    /// The host's [`PROTOCOL`]; 0 from versions that send none.
     #[serde(default)]
     pub protocol: u32,
 }
 
-/// What this version understands. 1: a question whose conditions an older one would not know of, and so not keep to.
+/// The protocol level of this version. Level 1 adds conditions that level 0 would ignore:
+/// `only_with`, `everywhere`, `give_up`.
 pub const PROTOCOL: u32 = 1;
 
-/// The program on the other end.
+/// The name of the program on both ends.
 pub const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
 impl Greeting {
-    /// Of this program.
-    pub fn ours() -> Self {
+    /// Returns the greeting of this version.
+    pub fn of_this_version() -> Self {
         Self {
             program: PROGRAM.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -54,25 +55,27 @@ impl Greeting {
     }
 }
 
-/// What a caller asks, one question for each connection.
+/// The one request of a session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClientRequest {
-    /// To carry out a call of the CPI contract.
+    /// Execute a call of the CPI contract.
     Call(CallRequest),
-    /// What the host has to offer.
+    /// Report the host's capacity.
     #[serde(rename = "offer")]
     Report(Wish),
-    /// Which of these cids are on the host.
+    /// Return those of the cids that the host has.
     Find(Vec<String>),
-    /// To give up a disk in a shared pool, which nothing on the host uses, so that another can have it.
+    /// Release ownership of a disk in a shared pool, so that another host can take it. The host
+    /// refuses while it uses the disk.
     #[serde(rename = "give_up")]
     ReleaseDisk(DiskCid),
 }
 
 impl ClientRequest {
-    /// What a host must understand to be asked this. Keys that are no condition, only make something better, need nothing.
-    pub fn needs(&self) -> u32 {
+    /// Returns the [`PROTOCOL`] level the host must have. Only keys that an older host must not
+    /// ignore need one.
+    pub fn required_protocol(&self) -> u32 {
         match self {
             Self::Call(call) => u32::from(!call.only_with.is_empty() || call.replicated),
             Self::ReleaseDisk(_) => 1,
@@ -80,126 +83,137 @@ impl ClientRequest {
         }
     }
 
-    /// How many things it names.
-    pub fn things(&self) -> usize {
+    /// Returns how many objects the request names; at most [`MAX_OBJECTS`] are accepted.
+    pub fn object_count(&self) -> usize {
         match self {
             Self::Call(call) => call.only_with.len(),
-            Self::Report(wish) => wish.cids.len() + wish.addresses.len(),
+            Self::Report(query) => query.cids.len() + query.addresses.len(),
             Self::Find(cids) => cids.len(),
             Self::ReleaseDisk(_) => 1,
         }
     }
 }
 
-/// A call to be carried out.
+/// A CPI call for the host to execute.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallRequest {
-    /// The request, as the Director or bosh-cli wrote it but for its context.
+    /// The CPI request as the Director or bosh-cli wrote it, with a changed context.
     pub request: String,
-    /// The cid of what is created. The caller chooses it, so that it can ask for its removal when no answer comes.
+    /// The cid of the object to create. The client chooses it, so it can have the object deleted if
+    /// no answer arrives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cid: Option<String>,
-    /// Cids that must be on this host; if one is not, nothing is done.
+    /// Cids that the host must have. If one is missing, the host does nothing and answers
+    /// [`ServerMessage::Absent`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub only_with: Vec<String>,
-    /// How many VMs that had better not be with the new one the host may have, having said so when it was chosen.
+    /// The most VMs of the new VM's group that the host may have: the number it reported when the
+    /// scheduler chose it.
     #[serde(rename = "alike", default, skip_serializing_if = "Option::is_none")]
     pub same_group: Option<usize>,
-    /// Whether other hosts are asked to make the same under the same cid.
+    /// Whether other hosts create the same object under the same cid.
     #[serde(rename = "everywhere", default, skip_serializing_if = "std::ops::Not::not")]
     pub replicated: bool,
-    /// Whether it undoes a create of the cid in it, which may not have begun yet: then it must not begin any more.
+    /// Whether the call cancels the create of the cid it names. A create that has not begun then
+    /// never begins.
     #[serde(rename = "undoes", default, skip_serializing_if = "std::ops::Not::not")]
     pub cancels: bool,
-    /// The size of the image that create_stemcell is to import.
+    /// The size of the image that create_stemcell imports, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<Bytes>,
 }
 
-/// What a host says.
+/// A message from the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ServerMessage {
-    /// First of all.
+    /// The first message.
     Greeting(Greeting),
-    /// A line of its log, for the caller's.
+    /// A line of the host's log, for the log of the client's call.
     Log(String),
-    /// It can not go on without something.
-    Want(Want),
-    /// Last of all.
+    /// The host needs a part of the image to go on.
+    Want(ImagePart),
+    /// The last message after [`ClientRequest::Call`], and after any request that failed.
     Answer(Answer),
-    /// In its place: what the question is about is not here.
+    /// The last message instead: an object of [`CallRequest::only_with`] is not on the host.
     Absent,
-    /// In its place, if that was asked.
+    /// The last message after [`ClientRequest::Report`].
     #[serde(rename = "offer")]
     Report(Box<Offer>),
-    /// In its place: those that are here.
+    /// The last message after [`ClientRequest::Find`]: the cids that the host has.
     Found(Vec<String>),
-    /// In its place: the disk is nobody's now.
+    /// The last message after [`ClientRequest::ReleaseDisk`]: the disk has no owner.
     #[serde(rename = "given_up")]
     DiskReleased,
 }
 
-/// What a host can want.
+/// A part of an image that the host asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Want {
-    /// The SHA-256 of the image, because it has one of the same size.
+pub enum ImagePart {
+    /// Its SHA-256, because the host has an image of the same size.
     Digest,
-    /// The image.
+    /// Its bytes.
     Image,
 }
 
-/// The answer to a question.
+/// The answer to a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// JSON.
+    /// The CPI response, as JSON.
     pub text: String,
-    /// Whether it waits to hear that the answer was taken.
+    /// Whether the host waits for the client to report the delivery.
     #[serde(default)]
     pub waits: bool,
-    /// Whether the call failed because the host has not the memory or the space.
+    /// Whether the call failed because the host lacks memory or disk space.
     #[serde(default)]
     pub lacks_room: bool,
-    /// Whether it failed because more VMs are there than the question allows.
+    /// Whether the call failed because the host has more VMs of the group than
+    /// [`CallRequest::same_group`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub crowded: bool,
 }
 
-/// The longest question: a request's [`MAX_BYTES`](crate::rpc::request::MAX_BYTES), escaped.
-pub const LONGEST_QUESTION: u64 = 64 << 20;
+/// The longest line from a client, in bytes: a request of
+/// [`MAX_BYTES`](crate::rpc::request::MAX_BYTES), escaped.
+pub const MAX_CLIENT_LINE: u64 = 64 << 20;
 
-/// The longest word of a host: an [answer's](crate::rpc::response::MAX_FORWARDED) text, escaped.
-pub const LONGEST_WORD: u64 = 4 << 20;
+/// The longest line from a host, in bytes: a response of
+/// [`MAX_FORWARDED`](crate::rpc::response::MAX_FORWARDED), escaped.
+pub const MAX_SERVER_LINE: u64 = 4 << 20;
 
-/// The most things that one question names.
-pub const MAX_THINGS: usize = 1000;
+/// The most objects that one request names.
+pub const MAX_OBJECTS: usize = 1000;
 
-/// Says `what`, on one line.
+/// Sends `message` as one line.
 ///
 /// # Errors
-/// Those of `to`.
-pub fn say(to: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(what).map_err(io::Error::other)?;
+/// Those of `writer`.
+pub fn send(writer: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message).map_err(io::Error::other)?;
     line.push(b'\n');
-    to.write_all(&line)?;
-    to.flush()
+    writer.write_all(&line)?;
+    writer.flush()
 }
 
-/// Hears one line, of `longest` bytes at most.
+/// Receives one line of at most `max_bytes`.
 ///
 /// # Errors
-/// [`io::ErrorKind::UnexpectedEof`] when the other side is gone, [`io::ErrorKind::InvalidData`] for what is no such line.
-pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead, longest: u64) -> io::Result<T> {
+/// [`io::ErrorKind::UnexpectedEof`] if the other side has closed the stream,
+/// [`io::ErrorKind::InvalidData`] for a line that is too long or no `T`.
+pub fn receive<T: DeserializeOwned>(reader: &mut impl BufRead, max_bytes: u64) -> io::Result<T> {
     let mut line = Vec::new();
-    from.by_ref().take(longest).read_until(b'\n', &mut line)?;
+    reader.by_ref().take(max_bytes).read_until(b'\n', &mut line)?;
     if line.pop() != Some(b'\n') {
-        let ended = line.len() as u64 + 1 < longest;
-        return Err(
-            if ended { io::ErrorKind::UnexpectedEof } else { io::ErrorKind::InvalidData }.into()
-        );
+        let has_ended = line.len() as u64 + 1 < max_bytes;
+        return Err(if has_ended {
+            io::ErrorKind::UnexpectedEof
+        } else {
+            io::ErrorKind::InvalidData
+        }
+        .into());
     }
-    // The error would quote what it is about.
+    // serde's error would quote the line, which may hold secrets.
     serde_json::from_slice(&line).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
@@ -207,9 +221,9 @@ pub fn hear<T: DeserializeOwned>(from: &mut impl BufRead, longest: u64) -> io::R
 mod tests {
     use super::*;
 
-    fn line(word: &impl Serialize) -> String {
+    fn line(message: &impl Serialize) -> String {
         let mut bytes = Vec::new();
-        say(&mut bytes, word).unwrap();
+        send(&mut bytes, message).unwrap();
         String::from_utf8(bytes).unwrap()
     }
 
@@ -217,7 +231,7 @@ mod tests {
     fn the_words_are_as_drawn() {
         let call = CallRequest { request: "{\n}".into(), ..CallRequest::default() };
         assert_eq!(line(&ClientRequest::Call(call)), "{\"call\":{\"request\":\"{\\n}\"}}\n");
-        assert_eq!(line(&ServerMessage::Want(Want::Digest)), "{\"want\":\"digest\"}\n");
+        assert_eq!(line(&ServerMessage::Want(ImagePart::Digest)), "{\"want\":\"digest\"}\n");
         let answer = Answer { text: "{}".into(), waits: true, lacks_room: false, crowded: false };
         assert_eq!(
             line(&ServerMessage::Answer(answer)),
@@ -229,20 +243,20 @@ mod tests {
     fn a_line_that_is_cut_off_or_nonsense_is_none() {
         let mut lines = &b"{\"log\":\"x\",\"new\":1}\n{\"log\":\"y\"}\nnonsense\n{\"log\":"[..];
         assert_eq!(
-            hear::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
+            receive::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
             io::ErrorKind::InvalidData,
-            "two words in one"
+            "two messages in one"
         );
         assert_eq!(
-            hear::<ServerMessage>(&mut lines, 1000).unwrap(),
+            receive::<ServerMessage>(&mut lines, 1000).unwrap(),
             ServerMessage::Log("y".into())
         );
         assert_eq!(
-            hear::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
+            receive::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
         assert_eq!(
-            hear::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
+            receive::<ServerMessage>(&mut lines, 1000).unwrap_err().kind(),
             io::ErrorKind::UnexpectedEof
         );
     }
@@ -251,7 +265,7 @@ mod tests {
     fn a_line_that_is_too_long_is_none() {
         let mut lines = &b"{\"log\":\"0123456789\"}\n"[..];
         assert_eq!(
-            hear::<ServerMessage>(&mut lines, 10).unwrap_err().kind(),
+            receive::<ServerMessage>(&mut lines, 10).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
     }
@@ -266,7 +280,7 @@ mod tests {
                 ..CallRequest::default()
             };
             change(&mut call);
-            ClientRequest::Call(call).needs()
+            ClientRequest::Call(call).required_protocol()
         };
         assert_eq!(call(|_| {}), 0);
         assert_eq!(
@@ -283,7 +297,7 @@ mod tests {
         let mut lines =
             &b"{\"greeting\":{\"program\":\"p\",\"version\":\"9\",\"moon\":\"full\"}}\n"[..];
         assert!(matches!(
-            hear(&mut lines, 1000).unwrap(),
+            receive(&mut lines, 1000).unwrap(),
             ServerMessage::Greeting(Greeting { protocol: 0, .. })
         ));
     }

@@ -1,26 +1,33 @@
-//! Stemcells: on every host, under one cid.
+//! Stemcells of a group: every host has each of them, under one cid.
 
-use super::group::{Member, Outcome};
-use crate::error::Result;
-use crate::remote::forwarded_call::{Answered, ForwardedCall};
+use std::io;
+
+use super::client::Reply;
+use super::forwarded_call::{Answered, ForwardedCall, Outcome};
+use super::members::{Member, Members};
+use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::call::Undo;
 use crate::rpc::outlet::Delivery;
+use crate::rpc::response::Response;
 
-/// Has all hosts import the image. It is sent to all at the same time, and to none that has it. A draining host that can
-/// not be asked does without: it gets no VMs.
-pub fn create(members: &[Member], errand: &ForwardedCall<'_>) -> Outcome {
-    let undo = errand.call.creates(None);
-    let several = if members.len() > 1 { errand.everywhere() } else { errand.clone() };
-    let answers = at_once(members, |member| several.send(&member.host, undo.as_ref()));
-    let mut made = Vec::new();
+/// Has all hosts import the image at the same time. A host that has the image does not receive it
+/// again. A draining host that does not answer is left out: it gets no VMs.
+///
+/// # Errors
+/// The first failure of another host. The hosts that succeeded then remove the stemcell.
+pub(super) fn create(members: &Members, call: &ForwardedCall<'_>) -> Outcome {
+    let undo = call.call.creates(None);
+    let sent = if members.all().len() > 1 { call.replicated() } else { call.clone() };
+    let answers = members.at_once(|member| sent.send(&member.client, undo.as_ref()));
+    let mut created = Vec::new();
     let mut failed = None;
-    for (member, answer) in members.iter().zip(answers) {
+    for (member, answer) in members.all().iter().zip(answers) {
         match answer {
-            Ok(answered) if answered.is_success() => made.push((member, answered)),
+            Ok(answered) if answered.is_success() => created.push((member, answered)),
             Err(error) if member.draining => {
                 tracing::warn!(
-                    host = member.host.name,
-                    "a draining host has not got the stemcell: {}",
+                    host = member.client.name,
+                    "the draining host does not have the stemcell: {}",
                     error.report()
                 );
             }
@@ -28,59 +35,55 @@ pub fn create(members: &[Member], errand: &ForwardedCall<'_>) -> Outcome {
         }
     }
     match failed {
-        None => together(made.into_iter().map(|(_, answered)| answered).collect()),
+        None => merged(created.into_iter().map(|(_, answered)| answered).collect()),
         Some(failed) => {
-            take_back(made, errand, undo.as_ref());
+            roll_back(created, call, undo.as_ref());
             failed.map(Answered::into_outcome)
         }
     }
 }
 
-/// Has those who made it remove it: nobody will ever hear of it.
-fn take_back(made: Vec<(&Member, Answered)>, errand: &ForwardedCall<'_>, undo: Option<&Undo>) {
+/// Has the hosts that created the stemcell remove it: the Director does not receive its cid.
+fn roll_back(created: Vec<(&Member, Answered)>, call: &ForwardedCall<'_>, undo: Option<&Undo>) {
     std::thread::scope(|threads| {
-        for (member, answered) in made {
+        for (member, answered) in created {
             threads.spawn(move || {
-                let unheard = std::io::ErrorKind::NotConnected.into();
-                answered.told.tell(&Delivery::Lost(unheard));
-                // One that finished long before the others waits no more to be told.
-                if let Some(undo) = undo.filter(|undo| !errand.is_undone(&member.host, undo)) {
+                let lost = io::ErrorKind::NotConnected.into();
+                answered.reply.report_delivery(&Delivery::Lost(lost));
+                // A host that finished long before the others no longer waits for that report.
+                if let Some(undo) = undo.filter(|undo| !call.remove(&member.client, undo)) {
                     let (method, cid) = undo.call();
-                    let host = &member.host.name;
-                    tracing::warn!(host, "'{cid}' may be left there: `{method}` removes it");
+                    let host = &member.client.name;
+                    tracing::warn!(host, "'{cid}' may remain on the host: `{method}` removes it");
                 }
             });
         }
     });
 }
 
-/// Has all hosts delete it, whether they have it or not.
-pub fn delete(members: &[Member], errand: &ForwardedCall<'_>) -> Outcome {
-    let answers = at_once(members, |member| errand.send(&member.host, None));
-    let answers: Vec<_> = answers.into_iter().collect::<Result<_>>()?;
+/// Has all hosts delete the stemcell. Deleting one that a host does not have succeeds.
+///
+/// # Errors
+/// If a host does not answer.
+pub(super) fn delete(members: &Members, call: &ForwardedCall<'_>) -> Outcome {
+    let answers = members.at_once(|member| call.send(&member.client, None));
+    let mut answers: Vec<_> = answers.into_iter().collect::<Result<_>>()?;
     match answers.iter().position(|answer| !answer.is_success()) {
-        Some(failed) => Ok(answers.into_iter().nth(failed).expect("it was found").into_outcome()),
-        None => together(answers),
+        Some(failed) => Ok(answers.swap_remove(failed).into_outcome()),
+        None => merged(answers),
     }
 }
 
-/// One answer for all.
-fn together(answers: Vec<Answered>) -> Outcome {
-    let (mut responses, told): (Vec<_>, Vec<_>) =
-        answers.into_iter().map(|answered| (answered.response, answered.told)).unzip();
-    let first = responses.drain(..).next();
-    let nobody = || {
-        crate::error::Error::new(
-            crate::error::ErrorKind::Host,
-            "no host could be asked: all are draining",
+/// Returns the first response with the replies of all hosts.
+fn merged(answers: Vec<Answered>) -> Outcome {
+    let (responses, replies): (Vec<Response>, Vec<Reply>) =
+        answers.into_iter().map(|answered| (answered.response, answered.reply)).unzip();
+    match responses.into_iter().next() {
+        Some(first) => Ok((first, replies)),
+        None => Err(Error::new(
+            ErrorKind::Host,
+            "no host has the stemcell: all are draining, and none answers",
         )
-    };
-    Ok((first.ok_or_else(nobody)?, told))
-}
-
-fn at_once<T: Send>(members: &[Member], act: impl Fn(&Member) -> T + Sync) -> Vec<T> {
-    std::thread::scope(|threads| {
-        let acts: Vec<_> = members.iter().map(|member| threads.spawn(|| act(member))).collect();
-        acts.into_iter().map(|act| act.join().expect("no panic")).collect()
-    })
+        .hint("`bosh-qemu-cpi host status` shows why the hosts do not answer")),
+    }
 }

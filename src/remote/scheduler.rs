@@ -1,10 +1,15 @@
-//! Which host a new VM is put on. Pure: offers in, an order out.
+//! Which hosts can have a new VM, the best first. Pure: the hosts' reports in, an order out.
 //!
-//! Hosts are left out that can not be asked, are draining, have not the stemcell, the pool or the memory. Of the others one
-//! comes first on which an earlier try left a VM with the same address, that nobody was told of: there it makes way, elsewhere
-//! both would have the address. Then come those that have the fewest VMs of the same group, then those with the most memory
-//! left. A VM whose disks are on a host that alone reaches them is put there, or nowhere; one whose disks are in a shared
-//! pool, on any host that has the pool.
+//! A host is left out if it does not answer, is draining, or lacks the stemcell, the pool or the
+//! memory. The order of the others:
+//!
+//! 1. Hosts with an unacknowledged VM that has the new VM's address, left by an earlier try. That VM
+//!    makes way there; on another host both VMs would have the address.
+//! 2. Hosts with the fewest VMs of the same group.
+//! 3. Hosts with the most free memory, then the most free space.
+//!
+//! If a host alone reaches the VM's disks, the VM is placed there or nowhere. A VM whose disks are
+//! in a shared pool can be on any host that has the pool.
 
 use std::cmp::Reverse;
 
@@ -12,14 +17,14 @@ use crate::cpi::offer::Offer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Bytes, MiB};
 
-/// A host that could have it.
+/// A host that the scheduler considers.
 pub struct Candidate<'a> {
     /// Its name.
     pub name: &'a str,
-    /// Whether it is to have no new VMs.
+    /// Whether it gets no new VMs.
     pub draining: bool,
-    /// What it has, or why it can not be asked.
-    pub offer: Result<Offer, String>,
+    /// Its report, or why it did not answer.
+    pub report: Result<Offer, String>,
 }
 
 /// What a VM needs of its host.
@@ -27,113 +32,135 @@ pub struct Candidate<'a> {
 pub struct Need {
     /// The guest's memory.
     pub ram: MiB,
-    /// The pool of its disks; the empty word: the state directory.
+    /// The pool of its disks; empty: the state directory.
     pub pool: String,
-    /// What it is made of.
+    /// The cid of its stemcell.
     pub stemcell: String,
-    /// Persistent disks that it will probably have.
+    /// The cids of persistent disks that the Director will probably attach.
     pub disks: Vec<String>,
 }
 
-/// The hosts that can have the VM, the best first, by their place in `candidates`.
+/// Returns the indexes in `candidates` of the hosts that can have the VM, the best first; at least
+/// one.
 ///
 /// # Errors
-/// [`ErrorKind::VmCreationFailed`] saying of each host why it can not.
+/// [`ErrorKind::VmCreationFailed`] with each host's reason if none can.
 pub fn order(candidates: &[Candidate<'_>], need: &Need) -> Result<Vec<usize>> {
-    if let Some(home) = home(candidates, need)? {
-        let candidate = &candidates[home];
-        let objection = objection(candidate, need, true);
-        return objection
-            .map_or_else(|| Ok(vec![home]), |why| Err(nowhere(&[(candidate.name, why)])));
+    if let Some(only) = host_of_local_disks(candidates, need)? {
+        let candidate = &candidates[only];
+        return match objection(candidate, need, true) {
+            None => Ok(vec![only]),
+            Some(reason) => Err(no_host(&[(candidate.name, reason)])),
+        };
     }
-    let far = |candidate: &Candidate<'_>| {
-        let offer = candidate.offer.as_ref().ok()?;
-        let disk = roaming(candidates, need).find(|disk| !offer.shared.contains(disk))?;
-        Some(format!("it has no shared pool with disk '{disk}'"))
-    };
-    let judge = |candidate| objection(candidate, need, false).or_else(|| far(candidate));
-    let judged: Vec<_> = candidates.iter().map(judge).collect();
-    let mut good: Vec<_> = (0..candidates.len()).filter(|at| judged[*at].is_none()).collect();
-    good.sort_by_key(|at| {
+    let objections: Vec<_> = candidates
+        .iter()
+        .map(|candidate| {
+            objection(candidate, need, false)
+                .or_else(|| unreachable_disk(candidates, candidate, need))
+        })
+        .collect();
+    let mut suitable: Vec<_> =
+        (0..candidates.len()).filter(|at| objections[*at].is_none()).collect();
+    suitable.sort_by_key(|at| {
         let candidate = &candidates[*at];
-        let offer = candidate.offer.as_ref().expect("no objection");
-        let space = offer.space.get(&need.pool).copied().unwrap_or_default();
-        (!offer.forgotten, offer.alike, Reverse(offer.memory), Reverse(space), candidate.name)
+        let report = candidate.report.as_ref().expect("no objection");
+        let space = report.space.get(&need.pool).copied().unwrap_or_default();
+        let most_free = (Reverse(report.memory), Reverse(space));
+        (!report.forgotten, report.alike, most_free, candidate.name)
     });
-    if good.is_empty() {
-        let reasons =
-            candidates.iter().zip(judged).filter_map(|(host, why)| Some((host.name, why?)));
-        return Err(nowhere(&reasons.collect::<Vec<_>>()));
+    if suitable.is_empty() {
+        let reasons = candidates
+            .iter()
+            .zip(objections)
+            .filter_map(|(host, objection)| Some((host.name, objection?)));
+        return Err(no_host(&reasons.collect::<Vec<_>>()));
     }
-    Ok(good)
+    Ok(suitable)
 }
 
-/// The host that has the VM's disks and alone reaches them. Of several, the one with the most.
-fn home(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
-    let here = |offer: &Offer, disk: &String| offer.has.contains(disk);
-    let offers = || candidates.iter().filter_map(|candidate| candidate.offer.as_ref().ok());
-    let lost = need.disks.iter().find(|disk| !offers().any(|offer| here(offer, disk)));
-    let silent =
-        candidates.iter().find_map(|host| host.offer.as_ref().err().map(|why| (host.name, why)));
-    if let (Some(disk), Some((name, why))) = (lost, silent) {
+/// Returns the host that alone reaches disks of the VM; of several, the one with the most of them.
+///
+/// # Errors
+/// [`ErrorKind::VmCreationFailed`] if no host has a disk, and a host that may have it does not
+/// answer.
+fn host_of_local_disks(candidates: &[Candidate<'_>], need: &Need) -> Result<Option<usize>> {
+    let missing =
+        need.disks.iter().find(|disk| !reports(candidates).any(|host| host.has.contains(disk)));
+    let silent = candidates
+        .iter()
+        .find_map(|host| host.report.as_ref().err().map(|reason| (host.name, reason)));
+    if let (Some(disk), Some((name, reason))) = (missing, silent) {
         let message = format!(
-            "disk '{disk}' is on none of the hosts that answer, and '{name}' does not: {why}"
+            "disk '{disk}' is on none of the hosts that answer, and '{name}' does not: {reason}"
         );
         return Err(Error::new(ErrorKind::VmCreationFailed { retry: false }, message).hint(
-            "the VM must be where its disk is: bring that host back, or take it out of 'hosts' if it is gone for good",
+            "the VM must be on the host of its disk: bring that host back, or remove it from \
+             'hosts' if it is lost for good",
         ));
     }
-    let own = |candidate: &Candidate<'_>| {
-        let disks = |offer: &Offer| {
-            need.disks.iter().filter(|d| here(offer, d) && !offer.shared.contains(d)).count()
-        };
-        candidate.offer.as_ref().map_or(0, disks)
+    let local_disks = |at: usize| {
+        let is_local =
+            |host: &Offer, disk: &String| host.has.contains(disk) && !host.shared.contains(disk);
+        let count = |host: &Offer| need.disks.iter().filter(|disk| is_local(host, disk)).count();
+        candidates[at].report.as_ref().map_or(0, count)
     };
-    let best = (0..candidates.len()).max_by_key(|at| (own(&candidates[*at]), Reverse(*at)));
-    Ok(best.filter(|at| own(&candidates[*at]) > 0))
+    let best = (0..candidates.len()).max_by_key(|at| (local_disks(*at), Reverse(*at)));
+    Ok(best.filter(|at| local_disks(*at) > 0))
 }
 
-/// The VM's disks that can change hosts: whoever has them has them in a shared pool.
-fn roaming<'a>(
-    candidates: &'a [Candidate<'_>],
-    need: &'a Need,
-) -> impl Iterator<Item = &'a String> {
-    let offers = || candidates.iter().filter_map(|candidate| candidate.offer.as_ref().ok());
-    need.disks.iter().filter(move |disk| {
-        offers().any(|offer| offer.has.contains(disk) && offer.shared.contains(disk))
-    })
+fn reports<'a>(candidates: &'a [Candidate<'_>]) -> impl Iterator<Item = &'a Offer> {
+    candidates.iter().filter_map(|candidate| candidate.report.as_ref().ok())
 }
 
-/// Why a host can not have the VM. Where its disks are `at_home`, draining is no reason.
-fn objection(candidate: &Candidate<'_>, need: &Need, at_home: bool) -> Option<String> {
-    let offer = match &candidate.offer {
-        Err(why) => return Some(why.clone()),
-        Ok(_) if candidate.draining && !at_home => return Some("it is draining".to_owned()),
-        Ok(offer) => offer,
+/// Returns why `candidate` cannot have the VM: a disk in a shared pool that it does not have.
+fn unreachable_disk(
+    candidates: &[Candidate<'_>],
+    candidate: &Candidate<'_>,
+    need: &Need,
+) -> Option<String> {
+    let report = candidate.report.as_ref().ok()?;
+    let is_in_shared_pool = |disk: &&String| {
+        reports(candidates).any(|host| host.has.contains(disk) && host.shared.contains(disk))
     };
-    if !offer.has.contains(&need.stemcell) {
+    let disk =
+        need.disks.iter().filter(is_in_shared_pool).find(|disk| !report.shared.contains(disk))?;
+    Some(format!("it has no shared pool with disk '{disk}'"))
+}
+
+/// Returns why the host cannot have the VM. A draining host still gets a VM whose disks it has
+/// (`has_disks`).
+fn objection(candidate: &Candidate<'_>, need: &Need, has_disks: bool) -> Option<String> {
+    let report = match &candidate.report {
+        Err(reason) => return Some(reason.clone()),
+        Ok(_) if candidate.draining && !has_disks => return Some("it is draining".to_owned()),
+        Ok(report) => report,
+    };
+    if !report.has.contains(&need.stemcell) {
         return Some(format!("it has no stemcell '{}'", need.stemcell));
     }
-    if !offer.space.contains_key(&need.pool) {
+    if !report.space.contains_key(&need.pool) {
         return Some(format!("it has no pool '{}'", need.pool));
     }
     let mib = |bytes: Bytes| format!("{} MiB", bytes.get() >> 20);
-    let short = offer.memory < need.ram.bytes();
-    short.then(|| format!("it has memory for a VM of {}, not of {}", mib(offer.memory), need.ram))
+    let is_short = report.memory < need.ram.bytes();
+    is_short
+        .then(|| format!("it has memory for a VM of {}, not of {}", mib(report.memory), need.ram))
 }
 
-fn nowhere(reasons: &[(&str, String)]) -> Error {
-    let reasons: Vec<_> = reasons.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+fn no_host(reasons: &[(&str, String)]) -> Error {
+    let reasons: Vec<_> =
+        reasons.iter().map(|(name, reason)| format!("{name}: {reason}")).collect();
     let message = format!("no host can have the VM: {}", reasons.join("; "));
     Error::new(ErrorKind::VmCreationFailed { retry: false }, message)
-        .hint("a host that was added later gets the stemcell by `bosh upload-stemcell --fix`")
+        .hint("upload the stemcell to a host that was added later: `bosh upload-stemcell --fix`")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn offer(memory_mib: u64, alike: usize, has: &[&str]) -> Offer {
+    fn report(memory_mib: u64, alike: usize, has: &[&str]) -> Offer {
         Offer {
             memory: Bytes(memory_mib << 20),
             alike,
@@ -143,12 +170,12 @@ mod tests {
         }
     }
 
-    fn host(name: &str, offer: Offer) -> Candidate<'_> {
-        Candidate { name, draining: false, offer: Ok(offer) }
+    fn host(name: &str, report: Offer) -> Candidate<'_> {
+        Candidate { name, draining: false, report: Ok(report) }
     }
 
     fn silent(name: &str) -> Candidate<'_> {
-        Candidate { name, draining: false, offer: Err("connection refused".into()) }
+        Candidate { name, draining: false, report: Err("connection refused".into()) }
     }
 
     fn need(disks: &[&str]) -> Need {
@@ -171,9 +198,9 @@ mod tests {
     #[test]
     fn vms_of_a_group_are_spread_and_then_memory_counts() {
         let hosts = [
-            host("a", offer(9000, 1, &["sc"])),
-            host("b", offer(2000, 0, &["sc"])),
-            host("c", offer(4000, 0, &["sc"])),
+            host("a", report(9000, 1, &["sc"])),
+            host("b", report(2000, 0, &["sc"])),
+            host("c", report(4000, 0, &["sc"])),
             silent("d"),
         ];
         assert_eq!(names(&hosts, &need(&[])), ["c", "b", "a"]);
@@ -182,9 +209,9 @@ mod tests {
     #[test]
     fn a_vm_is_put_where_one_that_nobody_knows_has_its_address() {
         let hosts = [
-            host("a", offer(9000, 0, &["sc"])),
-            host("b", Offer { forgotten: true, ..offer(2000, 3, &["sc"]) }),
-            host("c", Offer { forgotten: true, ..offer(9000, 0, &[]) }),
+            host("a", report(9000, 0, &["sc"])),
+            host("b", Offer { forgotten: true, ..report(2000, 3, &["sc"]) }),
+            host("c", Offer { forgotten: true, ..report(9000, 0, &[]) }),
         ];
         assert_eq!(names(&hosts, &need(&[])), ["b", "a"]);
     }
@@ -192,17 +219,17 @@ mod tests {
     #[test]
     fn who_is_draining_or_lacks_something_is_left_out_and_says_why() {
         let hosts = [
-            Candidate { draining: true, ..host("a", offer(9000, 0, &["sc"])) },
-            host("b", offer(1023, 0, &["sc"])),
-            host("c", offer(9000, 0, &[])),
-            host("d", Offer { space: [].into(), ..offer(9000, 0, &["sc"]) }),
+            Candidate { draining: true, ..host("a", report(9000, 0, &["sc"])) },
+            host("b", report(1023, 0, &["sc"])),
+            host("c", report(9000, 0, &[])),
+            host("d", Offer { space: [].into(), ..report(9000, 0, &["sc"]) }),
             silent("e"),
         ];
         assert_eq!(
             refusal(&hosts, &need(&[])),
-            "no host can have the VM: a: it is draining; b: it has memory for a VM of 1023 MiB, not of 1024 MiB; c: it has \
-             no stemcell 'sc'; d: it has no pool ''; e: connection refused\nHint: a host that was added later gets the \
-             stemcell by `bosh upload-stemcell --fix`"
+            "no host can have the VM: a: it is draining; b: it has memory for a VM of 1023 MiB, \
+             not of 1024 MiB; c: it has no stemcell 'sc'; d: it has no pool ''; e: connection refused\n\
+             Hint: upload the stemcell to a host that was added later: `bosh upload-stemcell --fix`"
         );
     }
 
@@ -210,28 +237,28 @@ mod tests {
     fn a_vm_is_put_where_its_disk_is_or_nowhere() {
         let on_b = |memory, draining| {
             [
-                host("a", offer(9000, 0, &["sc"])),
-                Candidate { draining, ..host("b", offer(memory, 3, &["sc", "disk"])) },
+                host("a", report(9000, 0, &["sc"])),
+                Candidate { draining, ..host("b", report(memory, 3, &["sc", "disk"])) },
             ]
         };
-        assert_eq!(names(&on_b(2000, true), &need(&["disk"])), ["b"], "draining or not");
+        assert_eq!(names(&on_b(2000, true), &need(&["disk"])), ["b"], "also while draining");
         assert!(
             refusal(&on_b(10, false), &need(&["disk"]))
                 .starts_with("no host can have the VM: b: it has memory")
         );
         let mut shared = on_b(2000, true);
-        shared[1].offer.as_mut().unwrap().shared = vec!["disk".into()];
+        shared[1].report.as_mut().unwrap().shared = vec!["disk".into()];
         assert_eq!(
             refusal(&shared, &need(&["disk"])).lines().next().unwrap(),
             "no host can have the VM: a: it has no shared pool with disk 'disk'; b: it is draining"
         );
-        shared[0].offer.as_mut().unwrap().shared = vec!["disk".into()];
-        assert_eq!(names(&shared, &need(&["disk"])), ["a"], "it reaches the disk, too");
+        shared[0].report.as_mut().unwrap().shared = vec!["disk".into()];
+        assert_eq!(names(&shared, &need(&["disk"])), ["a"], "both hosts reach the disk");
     }
 
     #[test]
     fn a_disk_that_may_be_on_a_silent_host_holds_its_vm_back() {
-        let hosts = [host("a", offer(9000, 0, &["sc"])), silent("b")];
+        let hosts = [host("a", report(9000, 0, &["sc"])), silent("b")];
         assert!(
             refusal(&hosts, &need(&["disk"]))
                 .starts_with("disk 'disk' is on none of the hosts that answer, and 'b'")
@@ -239,7 +266,7 @@ mod tests {
         assert_eq!(
             names(&hosts[..1], &need(&["disk"])),
             ["a"],
-            "a disk that nobody knows is no reason"
+            "all hosts answer: the disk does not exist"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The host's end of the wire: what it hears of its caller and says to it.
+//! The host's end of the protocol: the connection to one caller.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::protocol::{self, Answer, ClientRequest, Greeting, ServerMessage, Want};
+use super::protocol::{self, Answer, ClientRequest, Greeting, ImagePart, ServerMessage};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{Failure, ImageSource, Refusal};
@@ -17,100 +17,101 @@ use crate::rpc::outlet::{Delivery, Way};
 use crate::rpc::response::Response;
 use crate::units::Bytes;
 
-/// How long a caller may take to say that it took an answer. It has nothing to do but to pass it on.
-const ACKNOWLEDGES: Duration = Duration::from_secs(30);
+/// Time a caller has to report the delivery of an answer. It only passes the answer on before.
+const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Read at once.
+/// Bytes that are read at once.
 const BUFFER: usize = 256 << 10;
 
-/// Whoever asks.
+/// The connection to the caller.
 #[derive(Clone)]
 pub struct Caller {
     input: Arc<Mutex<Input>>,
     output: Arc<Mutex<File>>,
 }
 
-/// What the caller says, and how much of an image is to come before its next line.
+/// The bytes from the caller: lines, and an image between two of them.
 struct Input {
-    bytes: BufReader<File>,
-    /// Bytes of the image that were not read yet.
-    left: u64,
-    /// Whether the digest after them was not read yet.
-    unsealed: bool,
-    /// Counts the times the image was asked for.
-    turn: u32,
+    reader: BufReader<File>,
+    /// Bytes of the image that are not read yet.
+    image_left: u64,
+    /// Whether the digest after the image is not read yet.
+    digest_left: bool,
+    /// How often the image was requested. A reader of an earlier transfer reads nothing more.
+    transfer: u32,
 }
 
 impl Caller {
-    /// Greets a caller that is heard on `input` and hears `output`.
+    /// Greets a caller that writes to `input` and reads `output`.
     ///
     /// # Errors
-    /// If it is gone.
+    /// If the caller has closed the connection.
     pub fn greet(input: File, output: File) -> io::Result<Self> {
-        let bytes = BufReader::with_capacity(BUFFER, input);
-        let input = Input { bytes, left: 0, unsealed: false, turn: 0 };
+        let reader = BufReader::with_capacity(BUFFER, input);
+        let input = Input { reader, image_left: 0, digest_left: false, transfer: 0 };
         let caller =
             Self { input: Arc::new(Mutex::new(input)), output: Arc::new(Mutex::new(output)) };
-        caller.send(&ServerMessage::Greeting(Greeting::ours()))?;
+        caller.send(&ServerMessage::Greeting(Greeting::of_this_version()))?;
         Ok(caller)
     }
 
-    /// What it asks. It may take its time.
+    /// Receives the caller's request, waiting without a timeout.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] for what this version does not understand, or for too much.
+    /// [`ErrorKind::BadRequest`] for a request that this version does not know, and for one with
+    /// more than [`protocol::MAX_OBJECTS`] objects.
     pub fn receive_request(&self) -> Result<ClientRequest> {
-        let question: ClientRequest = self.hear().map_err(|error| {
+        let request: ClientRequest = self.receive().map_err(|error| {
             let message =
-                "the question can not be read: the caller may have another version of this program";
+                "cannot read the request: the caller may have another version of this program";
             Error::new(ErrorKind::BadRequest, message).because(error)
         })?;
-        match question.things() {
-            0..=protocol::MAX_THINGS => Ok(question),
-            many => {
-                let message =
-                    format!("the question names {many} things, more than {}", protocol::MAX_THINGS);
+        match request.object_count() {
+            0..=protocol::MAX_OBJECTS => Ok(request),
+            count => {
+                let max = protocol::MAX_OBJECTS;
+                let message = format!("the request names {count} objects, more than {max}");
                 Err(Error::new(ErrorKind::BadRequest, message))
             }
         }
     }
 
-    /// Its log.
-    pub fn log(&self) -> CallersLog {
-        CallersLog(self.clone())
+    /// Returns a writer to the caller's log.
+    pub fn log(&self) -> CallerLog {
+        CallerLog(self.clone())
     }
 
-    /// The image that it says it has, of `size`, called `name` where it is.
-    pub fn image(&self, name: String, size: Bytes) -> CallersImage {
-        CallersImage { caller: self.clone(), name, size }
+    /// Returns the caller's image of `size` bytes, which is the file `name` on its machine.
+    pub fn image(&self, name: String, size: Bytes) -> CallerImage {
+        CallerImage { caller: self.clone(), name, size }
     }
 
-    /// Says what it is asked for when no call is to be carried out.
+    /// Sends `message`.
     ///
     /// # Errors
-    /// If the caller is gone.
-    pub fn send(&self, word: &impl Serialize) -> io::Result<()> {
-        protocol::say(&mut *lock(&self.output), word)
+    /// If the caller has closed the connection.
+    pub fn send(&self, message: &impl Serialize) -> io::Result<()> {
+        protocol::send(&mut *lock(&self.output), message)
     }
 
-    fn hear<T: DeserializeOwned>(&self) -> io::Result<T> {
-        protocol::hear(&mut lock(&self.input).bytes, protocol::LONGEST_QUESTION)
+    fn receive<T: DeserializeOwned>(&self) -> io::Result<T> {
+        protocol::receive(&mut lock(&self.input).reader, protocol::MAX_CLIENT_LINE)
     }
 }
 
-/// Who panicked with it did not leave half a line: lines are written at once.
+/// Locks `mutex`, also after a panic: a line is written with one call, so a panic leaves no half
+/// line.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Way for Caller {
-    fn deliver(&self, answer: &Response, matters: bool) -> Delivery {
-        let text = String::from_utf8_lossy(answer.as_bytes()).into_owned();
+    fn deliver(&self, response: &Response, matters: bool) -> Delivery {
         let answer = Answer {
-            text,
+            text: String::from_utf8_lossy(response.as_bytes()).into_owned(),
             waits: matters,
-            lacks_room: answer.lacks_room(),
-            crowded: answer.is_crowded(),
+            lacks_room: response.lacks_room(),
+            crowded: response.is_crowded(),
         };
         if let Err(error) = self.send(&ServerMessage::Answer(answer)) {
             return Delivery::Lost(error);
@@ -119,7 +120,8 @@ impl Way for Caller {
             return Delivery::Taken;
         }
         let caller = self.clone();
-        match within(Instant::now() + ACKNOWLEDGES, move || caller.hear::<bool>()) {
+        let report = within(Instant::now() + ACKNOWLEDGE_TIMEOUT, move || caller.receive::<bool>());
+        match report {
             Some(Ok(true)) => Delivery::Taken,
             Some(Ok(false)) => Delivery::Lost(io::ErrorKind::BrokenPipe.into()),
             Some(Err(error)) => Delivery::Unknown(error),
@@ -128,10 +130,10 @@ impl Way for Caller {
     }
 }
 
-/// A writer of lines that are written to the caller's log.
-pub struct CallersLog(Caller);
+/// A writer of log lines to the caller's log.
+pub struct CallerLog(Caller);
 
-impl Write for CallersLog {
+impl Write for CallerLog {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line)).into_owned();
         self.0.send(&ServerMessage::Log(text))?;
@@ -143,20 +145,20 @@ impl Write for CallersLog {
     }
 }
 
-/// An image that is on the caller's machine.
-pub struct CallersImage {
+/// A stemcell image on the caller's machine.
+pub struct CallerImage {
     caller: Caller,
     name: String,
     size: Bytes,
 }
 
-impl CallersImage {
+impl CallerImage {
     fn failed(&self, error: io::Error) -> Error {
         Error::os(format!("get '{}' from the caller", self.name), error)
     }
 }
 
-impl ImageSource for CallersImage {
+impl ImageSource for CallerImage {
     fn name(&self) -> String {
         self.name.clone()
     }
@@ -171,10 +173,10 @@ impl ImageSource for CallersImage {
 
     fn digest(&self, deadline: Instant) -> Result<Digest> {
         let caller = self.caller.clone();
-        let asked = within(deadline, move || {
-            caller.send(&ServerMessage::Want(Want::Digest)).and_then(|()| caller.hear())
+        let digest = within(deadline, move || {
+            caller.send(&ServerMessage::Want(ImagePart::Digest)).and_then(|()| caller.receive())
         });
-        asked
+        digest
             .unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
             .map_err(|error| self.failed(error))
     }
@@ -184,66 +186,69 @@ impl ImageSource for CallersImage {
             return Err(Refusal::Empty.into());
         }
         let mut input = lock(&self.caller.input);
-        let begun = input
+        let requested = input
             .skip_image()
-            .and_then(|()| self.caller.send(&ServerMessage::Want(Want::Image)))
+            .and_then(|()| self.caller.send(&ServerMessage::Want(ImagePart::Image)))
             .map_err(|error| Failure::from(self.failed(error)));
-        begun?;
-        input.turn += 1;
-        (input.left, input.unsealed) = (self.size.get(), true);
-        Ok(Box::new(Incoming { input: Arc::clone(&self.caller.input), turn: input.turn }))
+        requested?;
+        input.transfer += 1;
+        (input.image_left, input.digest_left) = (self.size.get(), true);
+        let transfer = input.transfer;
+        Ok(Box::new(ImageReader { input: Arc::clone(&self.caller.input), transfer }))
     }
 
     fn vouch(&self, read: &Digest) -> Result<()> {
-        let sent = lock(&self.caller.input).seal().map_err(|error| self.failed(error))?;
+        let sent =
+            lock(&self.caller.input).read_image_digest().map_err(|error| self.failed(error))?;
         if sent == *read {
             return Ok(());
         }
-        let message = format!("'{}' did not arrive as it was sent", self.name);
+        let message =
+            format!("'{}' was damaged in transfer: its SHA-256 is {read}, not {sent}", self.name);
         Err(Error::new(ErrorKind::Host, message)
-            .hint("repeat the call; if that helps nothing, look at the link"))
+            .hint("repeat the call; if it fails again, check the network between the machines"))
     }
 }
 
 impl Input {
-    /// Reads past what is left of an image that was not read to its end.
+    /// Skips the rest of an image that was not read to its end, and its digest.
     fn skip_image(&mut self) -> io::Result<()> {
-        let left = std::mem::take(&mut self.left);
-        let skipped = io::copy(&mut self.bytes.by_ref().take(left), &mut io::sink())?;
+        let left = std::mem::take(&mut self.image_left);
+        let skipped = io::copy(&mut self.reader.by_ref().take(left), &mut io::sink())?;
         if skipped < left {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        if self.unsealed { self.seal().map(|_| ()) } else { Ok(()) }
+        if self.digest_left { self.read_image_digest().map(|_| ()) } else { Ok(()) }
     }
 
-    /// The digest after an image.
-    fn seal(&mut self) -> io::Result<Digest> {
-        self.unsealed = false;
-        protocol::hear(&mut self.bytes, protocol::LONGEST_QUESTION)
+    /// Reads the digest that follows an image.
+    fn read_image_digest(&mut self) -> io::Result<Digest> {
+        self.digest_left = false;
+        protocol::receive(&mut self.reader, protocol::MAX_CLIENT_LINE)
     }
 }
 
-/// The bytes of an image as they come.
-struct Incoming {
+/// A reader of one transfer of the image.
+struct ImageReader {
     input: Arc<Mutex<Input>>,
-    turn: u32,
+    transfer: u32,
 }
 
-impl Read for Incoming {
+impl Read for ImageReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut input = lock(&self.input);
-        if input.turn != self.turn || input.left == 0 || buffer.is_empty() {
+        if input.transfer != self.transfer || input.image_left == 0 || buffer.is_empty() {
             return Ok(0);
         }
-        let bytes = input.bytes.fill_buf()?;
-        let count = bytes.len().min(buffer.len());
+        let available = input.reader.fill_buf()?;
+        let count = available.len().min(buffer.len());
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let count = count.min(usize::try_from(input.left).unwrap_or(usize::MAX));
-        buffer[..count].copy_from_slice(&input.bytes.buffer()[..count]);
-        input.bytes.consume(count);
-        input.left -= count as u64;
+        let count = count.min(usize::try_from(input.image_left).unwrap_or(usize::MAX));
+        buffer[..count].copy_from_slice(&input.reader.buffer()[..count]);
+        input.reader.consume(count);
+        input.image_left -= count as u64;
         Ok(count)
     }
 }

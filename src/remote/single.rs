@@ -1,34 +1,34 @@
-//! Calls carried out on one host elsewhere.
+//! Calls that one host elsewhere executes.
 
 use serde_json::{Map, Value};
 
 use super::client::Client;
-use super::forwarded_call::{ForwardedCall, carried};
+use super::forwarded_call::{Answered, ForwardedCall, carried};
 use crate::config::Config;
 use crate::rpc::call::Call;
 use crate::rpc::request::Request;
 use crate::rpc::{Carried, Carrier};
 
-/// Has calls carried out on one host.
+/// Forwards calls to one host.
 pub struct SingleHost {
-    host: Client,
+    client: Client,
     config: Config,
-    /// What the request's context says to the host beside its own keys.
-    told: Map<String, Value>,
+    /// Keys of the configuration that go into each request's context.
+    context: Map<String, Value>,
 }
 
 impl SingleHost {
-    /// Has them carried out on `host`, which is `told` so much of the configuration.
-    pub fn new(host: Client, config: Config, told: Map<String, Value>) -> Self {
-        Self { host, config, told }
+    /// Forwards calls to the host of `client`, with `context` added to each request's context.
+    pub fn new(client: Client, config: Config, context: Map<String, Value>) -> Self {
+        Self { client, config, context }
     }
 }
 
 impl Carrier for SingleHost {
     fn carry(&self, request: &Request, call: Call) -> Carried<'_> {
-        let errand = ForwardedCall::new(request, &call, &self.config, &self.told);
+        let forwarded = ForwardedCall::new(request, &call, &self.config, &self.context);
         let answered =
-            errand.and_then(|errand| errand.send(&self.host, call.creates(None).as_ref()));
-        carried(request, answered.map(|answered| (answered.response, vec![answered.told])))
+            forwarded.and_then(|call| call.send(&self.client, call.call.creates(None).as_ref()));
+        carried(request, answered.map(Answered::into_outcome))
     }
 }

@@ -1,6 +1,15 @@
-//! The ways a call reaches a host: one session for each request, through ssh or a socket.
+//! Transports: how a call reaches a host. Each request has a session of its own, through ssh or a Unix socket.
+//!
+//! ```text
+//!   session ──► ssh ──► control_path    which shared ssh connection the session runs on
+//!      │         └────► diagnosis       what a failed ssh means
+//!      └──────► unix
+//!               (all) ► channel         the bytes of a session, and how to close them
+//! ```
 
+mod channel;
 mod control_path;
+mod diagnosis;
 mod session;
 mod ssh;
 mod unix;

@@ -1,4 +1,4 @@
-//! A way to a host, for one question: two ends that can be cut at the deadline.
+//! One session with a host: the host greets, then answers one request. A deadline closes it.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
@@ -10,146 +10,108 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::super::protocol::{self, ClientRequest, Greeting, PROGRAM, ServerMessage};
-use super::{ssh, unix};
+use super::channel::{Channel, Endpoints};
+use super::ssh::{self, Sharing};
+use super::unix;
 use crate::config::{Transport, TransportKind};
 use crate::digest::Hasher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::schema::printable;
 
-/// How long a host may take to greet. Nothing has been asked of it then.
-const GREETS: Duration = Duration::from_secs(20);
+/// Time a host has to send its greeting. The request is sent only after it, so a host that does
+/// not greet has not begun anything.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Bytes of an image sent at once.
+/// Bytes of an image that are sent at once.
 const CHUNK: usize = 256 << 10;
 
-/// An open way.
+/// An open session, after the host's greeting.
 pub struct Session {
     reader: BufReader<Box<dyn Read + Send>>,
     writer: Box<dyn Write + Send>,
-    /// What carries the bytes.
-    below: Cut,
-    watch: Watch,
-    /// What the host said of itself.
+    channel: ClosedOnDrop,
+    watchdog: Watchdog,
+    /// The host's greeting; `None` until it has arrived.
     greeting: Option<Greeting>,
 }
 
-/// What carries the bytes of a way that ends when this goes: a host that keeps its end open would have a process here for it.
-struct Cut(Arc<dyn Below>);
+/// A channel that is closed with its session: a host that keeps its end open would otherwise keep
+/// an ssh process here.
+struct ClosedOnDrop(Arc<dyn Channel>);
 
-impl Drop for Cut {
+impl Drop for ClosedOnDrop {
     fn drop(&mut self) {
-        self.0.cut();
+        self.0.close();
     }
-}
-
-/// What carries the bytes of a [`Session`].
-pub(super) trait Below: Send + Sync {
-    /// Ends it: whoever reads or writes fails.
-    fn cut(&self);
-
-    /// Why it broke, in words of its own, once it has.
-    fn why(&self) -> Option<Broken>;
-
-    /// Whether it broke as a connection does that was made long ago, so that a new one may do better.
-    fn is_worn(&self) -> bool {
-        false
-    }
-}
-
-/// Which connection a session is on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Connection {
-    /// One that other calls use, too.
-    Shared,
-    /// One of its own.
-    Own,
-}
-
-/// What is wrong with a way.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Broken {
-    pub cause: String,
-    pub hint: Option<&'static str>,
-}
-
-impl Broken {
-    /// As the failure to do something.
-    pub fn into_error(self, doing: &str) -> Error {
-        let error = Error::new(ErrorKind::Host, format!("{doing}: {}", self.cause));
-        match self.hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
-    }
-}
-
-/// The two ends of an open way, and what is below.
-pub(super) struct Ends {
-    pub reader: Box<dyn Read + Send>,
-    pub writer: Box<dyn Write + Send>,
-    pub below: Arc<dyn Below>,
 }
 
 impl Session {
-    /// Opens a way by `transport` and hears the host's greeting: nothing was asked before.
+    /// Opens a session by `transport` and waits for the host's greeting. No request is sent before
+    /// it, so the call may try another connection. `deadline` closes the session.
     ///
     /// # Errors
-    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`] saying why there is none.
+    /// [`ErrorKind::Host`] or [`ErrorKind::Timeout`] with the reason.
     pub fn open(transport: &Transport, deadline: Instant) -> Result<Self> {
-        let greets = || deadline.min(Instant::now() + GREETS);
+        let greeting_deadline = || deadline.min(Instant::now() + GREETING_TIMEOUT);
         match transport.kind {
             TransportKind::Ssh => {
-                let shared = ssh::open(transport, Connection::Shared, greets())?;
-                let below = Arc::clone(&shared.below);
-                let greeted = Self::greeted(shared, greets(), deadline);
-                if greeted.is_ok() || !below.is_worn() {
+                let endpoints = ssh::open(transport, Sharing::Allowed, greeting_deadline())?;
+                let channel = Arc::clone(&endpoints.channel);
+                let greeted = Self::greeted(endpoints, greeting_deadline(), deadline);
+                if greeted.is_ok() || !channel.has_lost_shared_connection() {
                     return greeted;
                 }
-                // The connection that calls share may have died unnoticed.
-                Self::greeted(ssh::open(transport, Connection::Own, greets())?, greets(), deadline)
+                // The shared connection was broken, and ssh had not noticed yet.
+                let endpoints = ssh::open(transport, Sharing::None, greeting_deadline())?;
+                Self::greeted(endpoints, greeting_deadline(), deadline)
             }
             TransportKind::Unix => {
-                Self::greeted(unix::open(&transport.socket, greets())?, greets(), deadline)
+                let endpoints = unix::open(&transport.socket, greeting_deadline())?;
+                Self::greeted(endpoints, greeting_deadline(), deadline)
             }
             TransportKind::Local => {
-                Err(Error::new(ErrorKind::Internal, "a local host is not called through a link"))
+                Err(Error::new(ErrorKind::Internal, "a local host has no session"))
             }
         }
     }
 
-    /// The way with these ends, once the host has greeted.
-    fn greeted(ends: Ends, greets: Instant, deadline: Instant) -> Result<Self> {
-        let Ends { reader, writer, below } = ends;
-        let watch = Watch::new(Arc::clone(&below), greets);
-        let mut link = Self {
+    /// Waits for the greeting on `endpoints`.
+    fn greeted(
+        endpoints: Endpoints,
+        greeting_deadline: Instant,
+        deadline: Instant,
+    ) -> Result<Self> {
+        let Endpoints { reader, writer, channel } = endpoints;
+        let watchdog = Watchdog::new(Arc::clone(&channel), greeting_deadline);
+        let mut session = Self {
             reader: BufReader::new(reader),
             writer,
-            below: Cut(below),
-            watch,
+            channel: ClosedOnDrop(channel),
+            watchdog,
             greeting: None,
         };
-        match link.hear() {
+        match session.receive() {
             Ok(ServerMessage::Greeting(greeting)) if greeting.program == PROGRAM => {
-                link.watch = Watch::new(Arc::clone(&link.below.0), deadline);
-                link.greeting = Some(greeting);
-                Ok(link)
+                session.channel.0.established();
+                session.watchdog = Watchdog::new(Arc::clone(&session.channel.0), deadline);
+                session.greeting = Some(greeting);
+                Ok(session)
             }
-            Ok(_) => Err(link.broken(io::ErrorKind::InvalidData.into(), "be greeted")),
-            Err(error) => Err(link.broken(error, "be greeted")),
+            Ok(_) => Err(session.failure(io::ErrorKind::InvalidData.into(), "connect")),
+            Err(error) => Err(session.failure(error, "connect")),
         }
     }
 
-    /// Whether the host understands what `question` needs.
+    /// Checks that the host's version understands `request`.
     ///
     /// # Errors
-    /// [`ErrorKind::NotSupported`]: it would do something else than is asked.
-    pub fn fits(&self, question: &ClientRequest) -> Result<()> {
+    /// [`ErrorKind::NotSupported`]: an older version would ignore a condition and do something else.
+    pub fn ensure_supports(&self, request: &ClientRequest) -> Result<()> {
         match &self.greeting {
-            Some(greeting) if greeting.protocol < question.needs() => {
-                let message = format!(
-                    "its version {} of {PROGRAM} is too old for this call",
-                    printable(&greeting.version)
-                );
+            Some(greeting) if greeting.protocol < request.required_protocol() => {
+                let version = printable(&greeting.version);
+                let message =
+                    format!("its version {version} of {PROGRAM} is too old for this call");
                 Err(Error::new(ErrorKind::NotSupported, message)
                     .hint("update the program there: hosts first, then callers"))
             }
@@ -157,105 +119,106 @@ impl Session {
         }
     }
 
-    /// What the host says next.
+    /// Receives the host's next message.
     ///
     /// # Errors
-    /// As [`protocol::hear`].
-    pub fn hear(&mut self) -> io::Result<ServerMessage> {
-        protocol::hear(&mut self.reader, protocol::LONGEST_WORD)
+    /// As [`protocol::receive`].
+    pub fn receive(&mut self) -> io::Result<ServerMessage> {
+        protocol::receive(&mut self.reader, protocol::MAX_SERVER_LINE)
     }
 
-    /// Says `what`.
+    /// Sends `message`.
     ///
     /// # Errors
-    /// If nobody listens.
-    pub fn say(&mut self, what: &impl Serialize) -> io::Result<()> {
-        protocol::say(&mut self.writer, what)
+    /// If the host has closed the session.
+    pub fn send(&mut self, message: &impl Serialize) -> io::Result<()> {
+        protocol::send(&mut self.writer, message)
     }
 
-    /// Sends the first `size` bytes of `image`, and their digest.
+    /// Sends the first `size` bytes of `image`, then their SHA-256.
     ///
     /// # Errors
-    /// If nobody listens, or the file has not as many.
-    pub fn send(&mut self, image: File, size: u64) -> io::Result<()> {
-        let (mut image, mut hasher, mut left) = (image.take(size), Hasher::default(), size);
+    /// If the host has closed the session, or the file is shorter than `size`.
+    pub fn send_image(&mut self, image: File, size: u64) -> io::Result<()> {
+        let (mut image, mut hasher, mut remaining) = (image.take(size), Hasher::default(), size);
         let mut chunk = vec![0; CHUNK];
-        while left > 0 {
+        while remaining > 0 {
             let count = image.read(&mut chunk)?;
             if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             hasher.update(&chunk[..count]);
             self.writer.write_all(&chunk[..count])?;
-            left -= count as u64;
+            remaining -= count as u64;
         }
-        self.say(&hasher.finish())
+        self.send(&hasher.finish())
     }
 
-    /// The failure to do something, because of `error`: with what is known of the way.
-    pub fn broken(&self, error: io::Error, doing: &str) -> Error {
-        if self.watch.has_cut() {
-            return Error::new(ErrorKind::Timeout, format!("{doing}: the host did not answer by the deadline"))
-                .hint("see whether the host is well; what was asked of it is finished or undone there by itself");
+    /// Returns the error for an `action` that failed because of `error`, with the deadline's or the
+    /// channel's reason if there is one.
+    pub fn failure(&self, error: io::Error, action: &str) -> Error {
+        if self.watchdog.has_fired() {
+            let message = format!("{action}: the host did not answer by the deadline");
+            return Error::new(ErrorKind::Timeout, message).hint(
+                "check the host's load and its log; the host finishes or undoes the request itself",
+            );
         }
         let kind = ErrorKind::Host;
-        match self.below.0.why() {
-            Some(broken) => broken.into_error(doing),
-            None if error.kind() == io::ErrorKind::UnexpectedEof => {
-                Error::new(kind, format!("{doing}: the host closed the connection"))
+        match (self.channel.0.failure(), &self.greeting) {
+            (Some(failure), _) => failure.into_error(action),
+            (None, _) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Error::new(kind, format!("{action}: the host closed the connection"))
             }
-            None if error.kind() == io::ErrorKind::InvalidData && self.greeting.is_some() => {
-                let version = self
-                    .greeting
-                    .as_ref()
-                    .map(|greeting| printable(&greeting.version))
-                    .unwrap_or_default();
-                Error::new(
-                    kind,
-                    format!("{doing}: what its version {version} of {PROGRAM} says is not understood here"),
+            (None, Some(greeting)) if error.kind() == io::ErrorKind::InvalidData => {
+                let version = printable(&greeting.version);
+                let message =
+                    format!("{action}: its version {version} of {PROGRAM} sent an unknown message");
+                Error::new(kind, message).hint("install the same version on both machines")
+            }
+            (None, None) if error.kind() == io::ErrorKind::InvalidData => {
+                let message = format!("{action}: the program that answers there is not {PROGRAM}");
+                Error::new(kind, message).hint(
+                    "install the program there, and remove output from the user's shell startup \
+                     files",
                 )
-                .hint("install the same version on both machines")
             }
-            None if error.kind() == io::ErrorKind::InvalidData => {
-                Error::new(kind, format!("{doing}: what answers there is not {PROGRAM}"))
-                    .hint("install the program there, and see what its users' shells print")
-            }
-            None => Error::os(doing, error),
+            (None, _) => Error::os(action, error),
         }
     }
 
-    /// Waits until the host has heard the last that was said, at most `patience`.
-    pub fn close(self, patience: Duration) {
-        let Self { mut reader, writer, below, watch, .. } = self;
+    /// Waits until the host has read the last message and closed its end, at most `timeout`.
+    pub fn close(self, timeout: Duration) {
+        let Self { mut reader, writer, channel, watchdog, .. } = self;
         drop(writer);
-        drop(watch);
-        let _watch = Watch::new(Arc::clone(&below.0), Instant::now() + patience);
+        drop(watchdog);
+        let _watchdog = Watchdog::new(Arc::clone(&channel.0), Instant::now() + timeout);
+        // The end of the stream and an error both end the wait.
         let _ = io::copy(&mut reader, &mut io::sink());
     }
 }
 
-/// Cuts a way at its deadline, unless it is dropped before.
-struct Watch {
-    cut: Arc<AtomicBool>,
+/// Closes a channel at its deadline, unless it is dropped before.
+struct Watchdog {
+    fired: Arc<AtomicBool>,
     _alive: Sender<()>,
 }
 
-impl Watch {
-    fn new(below: Arc<dyn Below>, deadline: Instant) -> Self {
-        let (alive, gone) = channel::<()>();
-        let cut = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&cut);
+impl Watchdog {
+    fn new(channel_to_close: Arc<dyn Channel>, deadline: Instant) -> Self {
+        let (alive, dropped) = channel::<()>();
+        let fired = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&fired);
         std::thread::spawn(move || {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if gone.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if dropped.recv_timeout(remaining) == Err(RecvTimeoutError::Timeout) {
                 flag.store(true, Ordering::SeqCst);
-                below.cut();
+                channel_to_close.close();
             }
         });
-        Self { cut, _alive: alive }
+        Self { fired, _alive: alive }
     }
 
-    fn has_cut(&self) -> bool {
-        self.cut.load(Ordering::SeqCst)
+    fn has_fired(&self) -> bool {
+        self.fired.load(Ordering::SeqCst)
     }
 }

@@ -1,120 +1,140 @@
-//! OpenSSH's `ssh`, given everything it may use: the key, the host's key, and no configuration, agent or known hosts of
-//! anybody's.
+//! OpenSSH's `ssh` with explicit options only: the private key, the one accepted host key, and no
+//! configuration file, agent or known hosts of the user.
 //!
-//! Keys are in memory that has no name but `/proc/<our pid>/fd/<n>`, mode 0600 and there for no other user, and goes with
-//! this process. What ssh has to say of itself goes to such a file, too; its standard error is the host's.
+//! Keys are in memory files without a name: ssh opens `/proc/<pid of the call>/fd/<n>`. They have
+//! mode 0600, so only this user can open them, and they end with the call. ssh writes its own
+//! messages to such a file, too; its standard error carries that of the host's command.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::control_path::{self, Shared};
-use super::session::{Below, Broken, Connection, Ends};
+use super::channel::{Channel, ChannelFailure, Endpoints};
+use super::control_path::{self, SharedConnection};
+use super::diagnosis::{self, SSH_FAILED};
 use crate::config::Transport;
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::pidfd::Process;
 
-/// What is called on the host, where no forced command says so.
+/// The command on the host. A forced command in `authorized_keys` replaces it.
 const REMOTE_COMMAND: [&str; 3] = ["bosh-qemu-cpi", "host", "serve"];
 
-/// What the host's key is filed under: it is the only one, so its name does not matter.
-const ALIAS: &str = "host";
+/// The most bytes of ssh's log, and of the standard error of the host's command, that are read.
+const MAX_LOG: u64 = 4096;
 
-/// The most that is kept of what ssh and the host's shell say.
-const WORDS: u64 = 4096;
+/// Time an ssh has to exit, and its standard error to end, after its standard output has ended.
+const SSH_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long an ssh that closed its pipes may take to end.
-const ENDS: Duration = Duration::from_secs(2);
+/// Whether a session may run on a connection that other calls use, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// It joins a shared connection, or makes one.
+    Allowed,
+    /// It has a connection of its own.
+    None,
+}
 
-/// Opens a session on the host.
+/// Starts ssh for one session on the host of `transport`.
 ///
 /// # Errors
-/// [`ErrorKind::Host`] if ssh can not be started, or not connect.
+/// [`ErrorKind::Host`] if ssh cannot be started. If ssh cannot connect, the session's first read
+/// ends, and [`Channel::failure`] says why.
 pub(super) fn open(
     transport: &Transport,
-    connection: Connection,
+    sharing: Sharing,
     deadline: Instant,
-) -> Result<Ends> {
+) -> Result<Endpoints> {
     let target = Target::new(transport)?;
-    let shared = match connection {
-        Connection::Shared => control_path::share(&target, deadline)?,
-        Connection::Own => None,
+    let shared = match sharing {
+        Sharing::Allowed => control_path::choose(&target.digest, target.sessions, deadline)?,
+        Sharing::None => None,
     };
-    let mut command = target.command()?;
-    if let Some(Shared { socket, .. }) = &shared {
-        command.arg("-S").arg(socket);
-    }
-    command.arg("--").arg(&target.host).args(REMOTE_COMMAND);
-    let mut child = command
+    let mut child = target
+        .command(shared.as_ref())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(not_started)?;
-    let ends = (child.stdout.take(), child.stdin.take(), child.stderr.take());
-    let (Some(reader), Some(writer), Some(mut complaints)) = ends else {
+        .map_err(start_error)?;
+    let pipes = (child.stdout.take(), child.stdin.take(), child.stderr.take());
+    let (Some(reader), Some(writer), Some(stderr)) = pipes else {
         unreachable!("all three are piped")
     };
-    let (heard, said) = channel();
-    std::thread::spawn(move || {
-        let mut words = Vec::new();
-        // More than that is read, so that nobody waits for room, and forgotten.
-        let _ = complaints.by_ref().take(WORDS).read_to_end(&mut words);
-        let _ = heard.send(String::from_utf8_lossy(&words).into_owned());
-        let _ = io::copy(&mut complaints, &mut io::sink());
-    });
-    let below =
-        Arc::new(Session { child: Mutex::new(child), target, said: Mutex::new(said), shared });
-    Ok(Ends { reader: Box::new(reader), writer: Box::new(writer), below })
+    let session = SshSession {
+        child: Mutex::new(child),
+        target,
+        stderr: Mutex::new(read_in_background(stderr)),
+        joined: shared.as_ref().is_some_and(|shared| shared.exists),
+        shared: Mutex::new(shared),
+    };
+    Ok(Endpoints { reader: Box::new(reader), writer: Box::new(writer), channel: Arc::new(session) })
 }
 
-pub(super) fn not_started(error: io::Error) -> Error {
+fn start_error(error: io::Error) -> Error {
     let failure = Error::new(ErrorKind::Host, "start ssh");
     let missing = error.kind() == io::ErrorKind::NotFound;
     let failure = failure.because(error);
-    if missing { failure.hint("install OpenSSH's client: openssh-client") } else { failure }
+    if missing {
+        failure.hint("install OpenSSH's client: the package openssh-client")
+    } else {
+        failure
+    }
 }
 
-/// A host with what it takes to log in there.
-pub(super) struct Target {
-    pub host: String,
+/// Reads `stderr` to its end in a thread, so that the host never blocks on a full pipe. Sends its
+/// first [`MAX_LOG`] bytes, once.
+fn read_in_background(mut stderr: ChildStderr) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // Errors end the text, as the end of the pipe does.
+        let _ = stderr.by_ref().take(MAX_LOG).read_to_end(&mut bytes);
+        let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
+        let _ = io::copy(&mut stderr, &mut io::sink());
+    });
+    receiver
+}
+
+/// A host with everything that ssh needs to log in there.
+struct Target {
+    host: String,
     port: u64,
     user: String,
-    /// Calls that share a connection.
-    pub sessions: u64,
-    key: Memory,
-    known_hosts: Memory,
-    /// What ssh says of itself.
-    log: Memory,
-    /// Tells targets apart without saying what they are.
-    pub identity: String,
+    /// Calls on one connection.
+    sessions: u64,
+    key: MemoryFile,
+    known_hosts: MemoryFile,
+    /// ssh's own messages.
+    log: MemoryFile,
+    /// Identifies the connections to this host without naming it: 16 hex digits.
+    digest: String,
 }
 
 impl Target {
     fn new(transport: &Transport) -> Result<Self> {
-        let absent = || Error::new(ErrorKind::Internal, "a transport by ssh was not validated");
-        let host = transport.host.as_ref().ok_or_else(absent)?.to_string();
-        let mut key = transport.private_key.0.clone().ok_or_else(absent)?;
+        let invalid = || Error::new(ErrorKind::Internal, "an ssh transport was not validated");
+        let host = transport.host.as_ref().ok_or_else(invalid)?.to_string();
+        let mut key = transport.private_key.0.clone().ok_or_else(invalid)?;
         if !key.ends_with('\n') {
             key.push('\n');
         }
-        let host_key = transport.host_key.as_ref().ok_or_else(absent)?.as_str();
+        let host_key = transport.host_key.as_ref().ok_or_else(invalid)?.as_str();
         let user = transport.user.to_string();
         let port = transport.port.get();
-        let facts = [host.as_str(), &port.to_string(), &user, host_key, &key].join("\0");
         Ok(Self {
-            identity: crate::digest::Digest::of(facts.as_bytes()).to_string()[..16].to_owned(),
-            key: Memory::of("key", key.as_bytes())?,
-            known_hosts: Memory::of("host-key", format!("{ALIAS} {host_key}\n").as_bytes())?,
-            log: Memory::of("log", b"")?,
+            digest: connection_digest(&host, port, &user, host_key, &key),
+            key: MemoryFile::new("key", key.as_bytes())?,
+            known_hosts: MemoryFile::new("host-key", known_hosts_line(host_key).as_bytes())?,
+            log: MemoryFile::new("log", b"")?,
             host,
             port,
             user,
@@ -122,35 +142,59 @@ impl Target {
         })
     }
 
-    /// `ssh` with all its options, but where to.
-    pub fn command(&self) -> Result<Command> {
+    /// Returns the ssh command for one session, on the connection `shared` or on one of its own.
+    fn command(&self, shared: Option<&SharedConnection>) -> Command {
         let mut command = Command::new("ssh");
-        // Its messages are read here, so not in the caller's language.
+        // `explain` matches English messages. The master of a shared connection keeps its working
+        // directory, so that must be one that is never unmounted.
         command
             .env_clear()
             .env("LC_ALL", "C")
-            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .current_dir("/");
         command.args(["-F", "none", "-T", "-a", "-x", "-E"]).arg(self.log.path());
         command.args(["-p", &self.port.to_string(), "-l", &self.user]);
         for option in OPTIONS {
             command.args(["-o", option]);
         }
-        for (option, value) in
-            [("IdentityFile", self.key.path()), ("UserKnownHostsFile", self.known_hosts.path())]
+        for (option, file) in
+            [("IdentityFile", &self.key), ("UserKnownHostsFile", &self.known_hosts)]
         {
-            command.args(["-o", &format!("{option}={}", value.display())]);
+            command.args(["-o", &format!("{option}={}", file.path().display())]);
         }
-        Ok(command)
-    }
-
-    /// Why ssh failed with `status`; `said`: by the host.
-    pub fn why(&self, status: Option<ExitStatus>, said: &str) -> Option<Broken> {
-        explain(status.and_then(|status| status.code()), &self.log.content(), said)
+        match shared {
+            Some(shared) => {
+                command.args(SHARING_OPTIONS.iter().flat_map(|option| ["-o", option]));
+                command.arg("-S").arg(&shared.control_path);
+            }
+            None => {
+                command.args(["-o", "ControlMaster=no", "-S", "none"]);
+            }
+        }
+        command.arg("--").arg(&self.host).args(REMOTE_COMMAND);
+        command
     }
 }
 
-/// Nothing is asked of anybody, nothing is forwarded, one key is used and one is accepted. A dead link is noticed in 15 s: when
-/// two questions went unanswered and the third is due.
+/// Returns the line of `known_hosts` that accepts `host_key` alone, for [`HostKeyAlias`](OPTIONS).
+fn known_hosts_line(host_key: &str) -> String {
+    format!("host {host_key}\n")
+}
+
+/// Returns what identifies a shared connection: everything that decides how ssh connects and which
+/// keys it accepts. So a call never runs on a connection of another configuration, nor on one of a
+/// version of this program with other options. It covers what OpenSSH's `%C` does but the local
+/// host's name, and is 24 characters shorter: a control socket's path has at most 107.
+fn connection_digest(host: &str, port: u64, user: &str, host_key: &str, key: &str) -> String {
+    let port = port.to_string();
+    let mut facts = vec![host, &port, user, host_key, key];
+    facts.extend(OPTIONS);
+    facts.extend(SHARING_OPTIONS);
+    Digest::of(facts.join("\0").as_bytes()).to_string()[..16].to_owned()
+}
+
+/// No prompts, no forwarding, one identity and one host key. ssh notices a dead connection in 15 s:
+/// after two keepalives without an answer, when the third is due.
 const OPTIONS: [&str; 22] = [
     "BatchMode=yes",
     "IdentitiesOnly=yes",
@@ -176,158 +220,92 @@ const OPTIONS: [&str; 22] = [
     "LogLevel=ERROR",
 ];
 
-/// A file in memory, which `ssh` opens by the descriptor of this process.
-struct Memory(File);
+/// ssh joins the master behind the control socket, or becomes it. The master stays for ten minutes
+/// after its last session: that bridges the pauses between the calls of one deployment, and bounds
+/// for how long a key that was removed from `authorized_keys` still opens sessions.
+const SHARING_OPTIONS: [&str; 2] = ["ControlMaster=auto", "ControlPersist=600"];
 
-impl Memory {
-    fn of(name: &str, content: &[u8]) -> Result<Self> {
-        let made = || -> io::Result<File> {
+/// A file in memory, which ssh opens through `/proc` by this process's descriptor.
+struct MemoryFile(File);
+
+impl MemoryFile {
+    fn new(name: &str, content: &[u8]) -> Result<Self> {
+        let create = || -> io::Result<File> {
             let mut file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?);
-            // ssh refuses keys that others could read; memory starts with mode 0777.
+            // ssh refuses keys that other users could read; the kernel creates memory files with
+            // mode 0777.
             file.set_permissions(Permissions::from_mode(0o600))?;
             file.write_all(content)?;
             Ok(file)
         };
-        made().map(Self).map_err(|error| Error::os("make a file in memory", error))
+        create().map(Self).map_err(|error| Error::os("create a file in memory", error))
     }
 
     fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 
+    /// Returns its first [`MAX_LOG`] bytes as text; empty if it cannot be read.
     fn content(&self) -> String {
         let mut bytes = Vec::new();
         let mut file = &self.0;
-        let read = file.rewind().and_then(|()| file.take(WORDS).read_to_end(&mut bytes));
+        let read = file.rewind().and_then(|()| file.take(MAX_LOG).read_to_end(&mut bytes));
         read.map_or_else(|_| String::new(), |_| String::from_utf8_lossy(&bytes).into_owned())
     }
 }
 
-struct Session {
+/// The ssh process of one session.
+struct SshSession {
     child: Mutex<Child>,
     target: Target,
-    /// What the host has to say beside its answer, once.
-    said: Mutex<Receiver<String>>,
-    shared: Option<Shared>,
+    /// Sends the standard error of the host's command, once it has ended.
+    stderr: Mutex<Receiver<String>>,
+    /// Whether the session joined a connection that earlier calls made.
+    joined: bool,
+    /// The session's place on a shared connection.
+    shared: Mutex<Option<SharedConnection>>,
 }
 
-impl Session {
-    /// How it ended, if it has, or does soon.
+impl SshSession {
+    /// Returns ssh's exit status, waiting for at most [`SSH_EXIT_TIMEOUT`]. `None` if ssh still
+    /// runs.
     fn status(&self) -> Option<ExitStatus> {
-        let process = Process::open(self.child().id().cast_signed()).ok()?;
-        // Whoever cuts the way must not have to wait for it.
-        let ended = process.wait_exit(Instant::now() + ENDS).ok()?;
-        if ended { self.child().try_wait().ok()? } else { None }
-    }
-
-    fn child(&self) -> MutexGuard<'_, Child> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+        let process = Process::open(lock(&self.child).id().cast_signed()).ok()?;
+        // The wait is without the lock: the watchdog may have to kill ssh meanwhile.
+        let exited = process.wait_exit(Instant::now() + SSH_EXIT_TIMEOUT).ok()?;
+        if exited { lock(&self.child).try_wait().ok()? } else { None }
     }
 }
 
-impl Below for Session {
-    fn cut(&self) {
-        let mut child = self.child();
-        // It may have ended. After SIGKILL it does.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Channel for SshSession {
+    fn close(&self) {
+        let mut child = lock(&self.child);
+        // Fails only if ssh has exited already. `wait` returns soon after SIGKILL.
         let _ = child.kill().and_then(|()| child.wait());
     }
 
-    fn why(&self) -> Option<Broken> {
+    fn established(&self) {
+        if let Some(shared) = lock(&self.shared).as_mut() {
+            shared.established();
+        }
+    }
+
+    fn failure(&self) -> Option<ChannelFailure> {
         let status = self.status();
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        // Its end may be read a moment later than that of the process.
-        let said = said.recv_timeout(ENDS).unwrap_or_default();
-        self.target.why(status, &said)
+        // Standard error may end a moment later than the process.
+        let stderr = lock(&self.stderr).recv_timeout(SSH_EXIT_TIMEOUT).unwrap_or_default();
+        let code = status.and_then(|status| status.code());
+        diagnosis::explain(code, &self.target.log.content(), &stderr)
     }
 
-    /// ssh ends with 255 when it fails itself, or of a signal; with any other status the host has spoken.
-    fn is_worn(&self) -> bool {
-        self.shared.is_some()
-            && self.status().is_none_or(|status| matches!(status.code(), None | Some(255)))
-    }
-}
-
-/// What ssh said, by what it means. The first that is found counts.
-const MEANINGS: [(&str, &str, Option<&str>); 12] = [
-    (
-        "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "the host's key is not the one in 'host_key'",
-        Some(
-            "if the host was installed anew, put its new key there; if not, somebody else answers in its place",
-        ),
-    ),
-    (
-        "Host key verification failed",
-        "the host's key is not the one in 'host_key'",
-        Some(
-            "if the host was installed anew, put its new key there; if not, somebody else answers in its place",
-        ),
-    ),
-    ("No ECDSA host key is known", "the host has no key of the kind in 'host_key'", None),
-    (
-        "Permission denied",
-        "the host refuses the key in 'private_key'",
-        Some(
-            "add its public half to the user's authorized_keys there: bosh-qemu-cpi host authorize prints the line",
-        ),
-    ),
-    (
-        "Load key",
-        "the key in 'private_key' can not be read",
-        Some("it must be a private key without a passphrase"),
-    ),
-    (
-        "Connection refused",
-        "connection refused",
-        Some("see whether sshd runs there and listens on this port"),
-    ),
-    ("No route to host", "no route to the host", None),
-    ("Network is unreachable", "no route to the host", None),
-    (
-        "timed out",
-        "the host does not answer",
-        Some("see whether it is up and this network reaches it"),
-    ),
-    ("Could not resolve hostname", "the host's name is unknown here", None),
-    (
-        "reset by peer",
-        "the host closed the connection",
-        Some("its sshd may have more connections than MaxStartups"),
-    ),
-    (
-        "Connection closed",
-        "the host closed the connection",
-        Some("its sshd may have more connections than MaxStartups"),
-    ),
-];
-
-/// What `code`, ssh's own `log` and what the host `said` on standard error come to.
-fn explain(code: Option<i32>, log: &str, said: &str) -> Option<Broken> {
-    let broken = |cause: String, hint| Some(Broken { cause, hint });
-    // Load key is a warning that comes before the refusal it leads to.
-    let unreadable = MEANINGS.iter().find(|(word, ..)| *word == "Load key" && log.contains(word));
-    let known = unreadable.or_else(|| MEANINGS.iter().find(|(words, ..)| log.contains(words)));
-    if let Some((_, cause, hint)) = known {
-        return broken((*cause).to_owned(), *hint);
-    }
-    let shown =
-        |line: &str| line.chars().take(200).flat_map(char::escape_debug).collect::<String>();
-    let last =
-        |text: &str| text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(shown);
-    match (code, last(said), last(log)) {
-        (Some(127), said, _) => broken(
-            format!(
-                "the program is not there{}",
-                said.map(|said| format!(": {said}")).unwrap_or_default()
-            ),
-            Some("install it: bosh-qemu-cpi host install"),
-        ),
-        (Some(0), ..) | (None, None, None) => None,
-        (Some(255), _, Some(log)) => broken(format!("ssh: {log}"), None),
-        (Some(255), ..) => broken("the connection broke".to_owned(), None),
-        (_, Some(said), _) => broken(format!("the host said: {said}"), None),
-        (code, None, _) => code
-            .and_then(|code| broken(format!("the host's command ended with status {code}"), None)),
+    /// ssh exits with 255, or by a signal, when ssh itself fails; every other status is the host's.
+    fn has_lost_shared_connection(&self) -> bool {
+        let is_ssh_failure = |status: ExitStatus| matches!(status.code(), None | Some(SSH_FAILED));
+        self.joined && self.status().is_none_or(is_ssh_failure)
     }
 }
 
@@ -335,32 +313,19 @@ fn explain(code: Option<i32>, log: &str, said: &str) -> Option<Broken> {
 mod tests {
     use super::*;
 
-    fn cause(code: i32, log: &str, said: &str) -> String {
-        explain(Some(code), log, said).map(|broken| broken.cause).unwrap_or_default()
-    }
-
     #[test]
-    fn what_ssh_says_is_told_in_words_of_this_configuration() {
-        let changed = "@@@@\r\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\r\nHost key verification failed.\r\n";
-        assert_eq!(cause(255, changed, ""), "the host's key is not the one in 'host_key'");
-        let refused = "root@h: Permission denied (publickey).\r\n";
-        assert_eq!(cause(255, refused, ""), "the host refuses the key in 'private_key'");
-        let bad = "Load key \"/proc/1/fd/3\": error in libcrypto\r\nroot@h: Permission denied (publickey).\r\n";
-        assert_eq!(cause(255, bad, ""), "the key in 'private_key' can not be read");
-        assert_eq!(
-            cause(255, "ssh: connect to host h port 22: Connection refused\r\n", ""),
-            "connection refused"
-        );
-        assert_eq!(cause(255, "something new\r\n", ""), "ssh: something new");
-    }
-
-    #[test]
-    fn what_the_host_says_is_told_and_kept_on_one_line() {
-        assert_eq!(
-            cause(127, "", "bash: line 1: bosh-qemu-cpi: command not found\n"),
-            "the program is not there: bash: line 1: bosh-qemu-cpi: command not found"
-        );
-        assert_eq!(cause(1, "", "\u{1b}[31mno\n"), "the host said: \\u{1b}[31mno");
-        assert_eq!(explain(Some(0), "", ""), None);
+    fn every_setting_of_a_connection_changes_its_digest() {
+        let digest = connection_digest("h", 22, "root", "host key", "key");
+        assert_eq!(digest, connection_digest("h", 22, "root", "host key", "key"));
+        assert_eq!(digest.len(), 16);
+        for other in [
+            connection_digest("i", 22, "root", "host key", "key"),
+            connection_digest("h", 23, "root", "host key", "key"),
+            connection_digest("h", 22, "vcap", "host key", "key"),
+            connection_digest("h", 22, "root", "other host key", "key"),
+            connection_digest("h", 22, "root", "host key", "other key"),
+        ] {
+            assert_ne!(digest, other);
+        }
     }
 }

@@ -243,7 +243,7 @@ fn a_question_that_is_none_is_answered() {
     let many: Vec<_> = (0..1001).map(|n| format!("vm-{n}")).collect();
     let words = pair.serve(&[json!({"find": many})]);
     let answer = words.last().unwrap()["answer"]["text"].as_str().unwrap();
-    assert!(answer.contains("1001 things, more than 1000"), "{answer}");
+    assert!(answer.contains("1001 objects, more than 1000"), "{answer}");
     for question in
         [json!(1), json!({"moon": {}}), json!({"call": {}}), json!({"call": {"request": 7}})]
     {

@@ -88,7 +88,7 @@ fn what_keeps_a_call_from_its_host_is_named() {
         ("port", json!(2), "connection refused"),
         ("host_key", json!(other), "the host's key is not the one in 'host_key'"),
         ("private_key", json!(stranger), "the host refuses the key in 'private_key'"),
-        ("private_key", json!("-----BEGIN nothing"), "the key in 'private_key' can not be read"),
+        ("private_key", json!("-----BEGIN nothing"), "ssh cannot read the key in 'private_key'"),
         ("host", json!("no-such-host.invalid"), "the host's name is unknown here"),
         ("host", json!("198.51.100.1"), "no route to the host"),
     ] {
@@ -109,8 +109,8 @@ fn a_host_without_the_program_says_so() {
     let Some(pair) = Pair::new() else { return };
     for (command, expected) in [
         ("/nowhere/bosh-qemu-cpi host serve", "the program is not there"),
-        ("echo hello", "what answers there is not bosh-qemu-cpi"),
-        ("echo >&2 locked out; exit 3", "the host said: locked out"),
+        ("echo hello", "the program that answers there is not bosh-qemu-cpi"),
+        ("echo >&2 locked out; exit 3", "the host reports: locked out"),
         ("exit 4", "the host's command ended with status 4"),
     ] {
         pair.forget_connections();

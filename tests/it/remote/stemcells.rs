@@ -91,7 +91,7 @@ fn one_that_the_host_refuses_is_refused_while_it_is_sent() {
         (image, "it is neither qcow2 nor a disk with a boot signature"),
         (pair.office.path("empty"), "it is empty"),
         (pair.office.path("nothing"), "No such file"),
-        (pair.office.path(""), "is no file"),
+        (pair.office.path(""), "is not a regular file"),
     ] {
         if image.ends_with("empty") {
             fs::write(&image, "").unwrap();
@@ -144,7 +144,7 @@ fn one_that_is_damaged_on_its_way_is_refused() {
     command.args(["host", "serve"]);
     let output = pair.host.namespace().run(|| crate::support::answer::run(command, &input));
     let said = String::from_utf8(output.stdout).unwrap();
-    assert!(said.contains("did not arrive as it was sent"), "{said}");
+    assert!(said.contains("was damaged in transfer"), "{said}");
     assert_eq!(pair.host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap(), []);
 }
 
@@ -158,17 +158,17 @@ fn a_host_that_makes_no_sense_is_told_of() {
     for (says, expected) in [
         (
             vec!["{\"greeting\":{\"program\":\"telnetd\",\"version\":\"1\"}}"],
-            "what answers there is not bosh-qemu-cpi",
+            "the program that answers there is not bosh-qemu-cpi",
         ),
-        (vec!["Welcome to Ubuntu"], "what answers there is not bosh-qemu-cpi"),
+        (vec!["Welcome to Ubuntu"], "the program that answers there is not bosh-qemu-cpi"),
         (vec![], "the host closed the connection"),
         (
             vec![GREETING, "{\"want\":\"moon\"}"],
-            "what its version 0.1.0 of bosh-qemu-cpi says is not understood here",
+            "its version 0.1.0 of bosh-qemu-cpi sent an unknown message",
         ),
-        (vec![GREETING, MADE_ANOTHER], "says that it made something else than 'stemcell-"),
-        (vec![GREETING, "{\"answer\":{\"text\":\"{}\"}}"], "gave no answer of a CPI"),
-        (vec![GREETING, "{\"answer\":{\"text\":\"7\"}}"], "gave no answer of a CPI"),
+        (vec![GREETING, MADE_ANOTHER], "created another object than 'stemcell-"),
+        (vec![GREETING, "{\"answer\":{\"text\":\"{}\"}}"], "sent no CPI response"),
+        (vec![GREETING, "{\"answer\":{\"text\":\"7\"}}"], "sent no CPI response"),
         (vec![GREETING], "the host closed the connection"),
     ] {
         let _ = fs::remove_file(&socket);
