@@ -40,8 +40,9 @@ use crate::patience::within;
 /// The most connections to one host. Calls beyond their sessions have connections of their own.
 const MAX_CONNECTIONS: u64 = 16;
 
-/// Time a master has to greet on its control socket. A running master needs under 1 ms.
-const MASTER_GREETING_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time a master has to greet on its control socket. A running master needs under 1 ms. A call that
+/// takes a slow master for a stopped one only makes a connection of its own.
+const MASTER_GREETING_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Time a call waits for another call to make the connection: ssh's `ConnectTimeout` and some for
 /// the login. After it the call connects by itself.

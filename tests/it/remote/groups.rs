@@ -81,15 +81,6 @@ impl Group {
         (disk, at.unwrap())
     }
 
-    /// Ends the connections that calls share: a key has what it starts from the time when they were made.
-    fn forget_connections(&self) {
-        for socket in self.office.connections() {
-            let mut command = std::process::Command::new("ssh");
-            command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
-            assert!(command.output().unwrap().status.success());
-        }
-    }
-
     pub fn delete(&self, vms: &[&VmCid], disks: &[&DiskCid], stemcell: &str) {
         vms.iter().for_each(|vm| drop(self.office.ok("delete_vm", &json!([vm]))));
         disks.iter().for_each(|disk| drop(self.office.ok("delete_disk", &json!([disk]))));
@@ -258,7 +249,7 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     // It greets, and then says nothing more.
-    group.forget_connections();
+    group.office.close_connections();
     group.doors[0].authorize(&format!(
         "echo '{}'; sleep 600",
         super::stemcells::GREETING.replace('"', "\\\"")
@@ -269,7 +260,7 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
     assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
     let (disk, disk_at) = group.disk(None);
     assert_eq!((at, disk_at), (1, 1));
-    group.forget_connections();
+    group.office.close_connections();
     group.doors[0].authorize(&group.hosts[0].door());
     group.configure(|_| {});
     group.delete(&[&vm], &[&disk], &stemcell);
@@ -278,7 +269,7 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
 #[test]
 fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
     let Some(group) = Group::new() else { return };
-    group.forget_connections();
+    group.office.close_connections();
     let (script, go) = (group.office.path("script"), group.office.path("go"));
     let refusal = r#"{"answer":{"text":"{\"result\":null,\"error\":{\"type\":\"Bosh::Clouds::CloudError\",\"message\":\"no\",\"ok_to_retry\":false},\"log\":\"\"}"}}"#;
     let greeting = r#"{"greeting":{"program":"bosh-qemu-cpi","version":"0.1.0","protocol":1}}"#;

@@ -7,68 +7,18 @@ use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::store::{DiskRecord, Phase, VmRecord};
-use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::Pair;
-use crate::support::answer::Answer;
+use super::{Pair, answer, answering, processes};
 use crate::support::doors::{Office, Sshd};
 use crate::support::host::{Host, eventually, text, vm_cid};
 
-fn answer(call: Child) -> Answer {
-    Answer::of(&call.wait_with_output().unwrap())
-}
-
 impl Pair {
-    /// The transport with something else in it.
-    fn transport_with(&self, key: &str, value: &Value) -> Value {
-        let mut transport = self.sshd.transport();
-        transport[key] = value.clone();
-        transport
-    }
-
-    /// Processes of the host that answer a caller.
-    fn answering(&self) -> Vec<Process> {
-        self.processes(&["host\0serve", &self.host.path("cpi.json").display().to_string()])
-    }
-
-    /// Processes whose words contain all of these.
-    fn processes(&self, words: &[&str]) -> Vec<Process> {
-        let pids = fs::read_dir("/proc").unwrap().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let named = pids.filter(|pid| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).into_owned();
-            words.iter().all(|word| line.contains(word))
-                && !line.starts_with("/bin/sh")
-                && !line.starts_with("bash")
-        });
-        named.filter_map(|pid| Process::open(pid).ok()).collect()
-    }
-
-    /// The ssh processes of calls of the office.
-    fn calling(&self) -> Vec<Process> {
-        self.processes(&[
-            "ssh\0-F\0none\0-T",
-            &self.office.path("").display().to_string(),
-            "\0host\0serve",
-        ])
-    }
-
     fn cable(&self, state: &str) {
         self.office.namespace().ip(&format!("link set to0 {state}"));
         if state == "up" {
             self.office.namespace().ip("address replace 192.0.2.0/31 dev to0");
-        }
-    }
-
-    /// Ends the connections that calls share, as ten minutes without a call do.
-    fn forget_connections(&self) {
-        for socket in self.office.connections() {
-            let mut command = Command::new("ssh");
-            command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
-            assert!(command.output().unwrap().status.success());
         }
     }
 }
@@ -113,7 +63,7 @@ fn a_host_without_the_program_says_so() {
         ("echo >&2 locked out; exit 3", "the host reports: locked out"),
         ("exit 4", "the host's command ended with status 4"),
     ] {
-        pair.forget_connections();
+        pair.office.close_connections();
         pair.sshd.authorize(command);
         let refused = pair.office.call("has_vm", &json!(["vm-1"]));
         assert!(refused.failure().message.contains(expected), "{command}: {refused:?}");
@@ -126,7 +76,7 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     pair.office.configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
     assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
     // It greets, and then says nothing more.
-    pair.forget_connections();
+    pair.office.close_connections();
     pair.sshd.authorize(&format!(
         "echo '{}'; sleep 600",
         super::stemcells::GREETING.replace('"', "\\\"")
@@ -135,13 +85,6 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("did not answer by the deadline"), "{refused:?}");
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
-}
-
-/// A script in place of a host: it greets, is asked, does something and answers `false`.
-fn answering(script: &std::path::Path, greeting: &str, act: &str) {
-    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
-    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n"))
-        .unwrap();
 }
 
 #[test]
@@ -166,7 +109,7 @@ fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
     let calls: Vec<_> = (0..5).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
     // All at the same time.
     let script = script.display().to_string();
-    eventually("five sessions", || (pair.processes(&["sh\0", &script]).len() == 5).then_some(()));
+    eventually("five sessions", || (processes(&["sh\0", &script]).len() == 5).then_some(()));
     fs::write(go, "").unwrap();
     for call in calls {
         assert_eq!(*answer(call).result(), false);
@@ -206,7 +149,7 @@ fn a_link_that_was_cut_while_nobody_called_is_made_anew() {
     pair.office.ok("has_vm", &json!(["vm-1"]));
     assert_eq!(pair.office.connections().len(), 1);
     // The other end is gone, and nobody here knows.
-    for process in pair.processes(&["sshd: root@notty"]) {
+    for process in processes(&["sshd: root@notty"]) {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         if namespace(process.pid()) == namespace(pair.sshd.pid()) {
             process.signal(Signal::SIGKILL).unwrap();
@@ -225,7 +168,7 @@ fn a_cable_that_is_pulled_fails_calls_in_time_and_works_again() {
     assert!(began.elapsed() < Duration::from_secs(45), "{:?}", began.elapsed());
     assert_eq!(refused.failure().kind, "CloudError", "{refused:?}");
     pair.cable("up");
-    pair.forget_connections();
+    pair.office.close_connections();
     pair.office.ok("has_vm", &json!(["vm-1"]));
 }
 

@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use bosh_qemu_cpi::sys::pidfd::Process;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -91,16 +93,28 @@ impl Office {
             dirs.filter(|dir| dir.is_dir()).flat_map(|dir| fs::read_dir(dir).unwrap().flatten());
         files.map(|entry| entry.path()).filter(|path| UnixStream::connect(path).is_ok()).collect()
     }
+
+    /// Ends the ssh connections. A connection keeps the forced command that the key had at login.
+    pub fn close_connections(&self) {
+        for socket in self.connections() {
+            assert!(exit_command(&socket).output().unwrap().status.success());
+        }
+    }
 }
 
 impl Drop for Office {
     fn drop(&mut self) {
         for socket in self.connections() {
-            let mut command = Command::new("ssh");
-            command.args(["-F", "none", "-O", "exit", "-S"]).arg(socket).arg("nowhere");
-            let _ = command.stderr(Stdio::null()).stdout(Stdio::null()).status();
+            let _ = exit_command(&socket).output();
         }
     }
+}
+
+/// The command that ends the connection behind a control socket. ssh ignores the host's name.
+fn exit_command(socket: &Path) -> Command {
+    let mut command = Command::new("ssh");
+    command.args(["-F", "none", "-O", "exit", "-S"]).arg(socket).arg("nowhere");
+    command
 }
 
 /// An sshd in a host's network, with a key that may call the CPI there and nothing else.
@@ -128,9 +142,7 @@ impl Sshd {
         fs::create_dir_all("/run/sshd").unwrap();
         let dir = tempfile::Builder::new().prefix("bqs-").tempdir().unwrap();
         for key in ["host", "caller"] {
-            let mut command = Command::new("ssh-keygen");
-            command.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(dir.path().join(key));
-            assert!(command.status().unwrap().success());
+            generate_key(&dir.path().join(key));
         }
         let daemon = Self::spawn(dir.path(), host, &address, more);
         let sshd = Self { dir, daemon, address };
@@ -170,6 +182,18 @@ impl Sshd {
         fs::write(self.dir.path().join("authorized"), self.read("caller.pub")).unwrap();
     }
 
+    /// Gives sshd another host key. Connections that are logged in stay.
+    pub fn change_host_key(&self) {
+        let key = self.dir.path().join("host");
+        fs::remove_file(&key).unwrap();
+        generate_key(&key);
+        let listening = |log: &str| log.matches("Server listening").count();
+        let log = || fs::read_to_string(self.dir.path().join("log")).unwrap();
+        let before = listening(&log());
+        Process::open(self.pid()).unwrap().signal(Signal::SIGHUP).unwrap();
+        eventually("sshd listens again", || (listening(&log()) > before).then_some(()));
+    }
+
     /// A file of its directory: keys and their halves.
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.dir.path().join(name)).unwrap()
@@ -196,6 +220,12 @@ impl Sshd {
             "kind": "ssh", "host": self.address, "private_key": self.read("caller"), "host_key": self.read("host.pub"),
         })
     }
+}
+
+fn generate_key(path: &Path) {
+    let mut command = Command::new("ssh-keygen");
+    command.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path);
+    assert!(command.status().unwrap().success());
 }
 
 impl Drop for Sshd {
