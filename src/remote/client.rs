@@ -1,5 +1,5 @@
-//! The client's end of the protocol: sends one request to a host, and reports whether the answer was
-//! delivered.
+//! The client's end of the protocol: sends one request to a host, and reports whether the answer
+//! was delivered.
 //!
 //! ```text
 //!   open a session ──► send the request ──► send image parts ──► answer ──► delivered, or lost

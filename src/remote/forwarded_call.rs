@@ -52,7 +52,7 @@ pub struct Answered {
     pub reply: Reply,
 }
 
-/// The response of a call, and the replies of all hosts that wait for the report about its delivery.
+/// The response of a call, and the replies of all hosts that wait for the report about the delivery.
 pub type Outcome = Result<(Response, Vec<Reply>)>;
 
 impl<'a> ForwardedCall<'a> {

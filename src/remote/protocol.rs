@@ -5,12 +5,12 @@
 //!     │                      {"greeting":{…}}            │  before the request
 //!     │  {"call":{"request":"…",…}}                      │
 //!     │                      {"log":"…"}                 │  any number: a line of the host's log
-//!     │                      {"want":"digest"}           │  create_stemcell: the host may have the image
+//!     │                      {"want":"digest"}           │  create_stemcell: it may have the image
 //!     │  "<SHA-256>"                                     │
 //!     │                      {"want":"image"}            │  once or twice, if the host lacks it
 //!     │  <the image>"<SHA-256 of the bytes sent>"        │
 //!     │                      {"answer":{"text":"…",…}}   │
-//!     │  true                                            │  if the host waits: delivered; false: lost
+//!     │  true                                            │  if it waits: delivered; false: lost
 //! ```
 //!
 //! A CPI request and its response are JSON strings inside the JSON, so they arrive byte for byte.

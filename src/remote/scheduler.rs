@@ -3,8 +3,8 @@
 //! A host is left out if it does not answer, is draining, or lacks the stemcell, the pool or the
 //! memory. The order of the others:
 //!
-//! 1. Hosts with an unacknowledged VM that has the new VM's address, left by an earlier try. That VM
-//!    makes way there; on another host both VMs would have the address.
+//! 1. Hosts with an unacknowledged VM that has the new VM's address, left by an earlier try. That
+//!    VM makes way there; on another host both VMs would have the address.
 //! 2. Hosts with the fewest VMs of the same group.
 //! 3. Hosts with the most free memory, then the most free space.
 //!

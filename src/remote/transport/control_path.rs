@@ -7,15 +7,15 @@
 //!     <digest>.<n>                           ssh's control socket of connection n
 //! ```
 //!
-//! OpenSSH itself shares connections (`ControlMaster=auto`, `ControlPersist`). Its master process is
-//! no child of any call: parent 1, a session of its own, and no descriptor of the call (OpenSSH
-//! 9.2). So a killed call does not end the sessions of other calls.
+//! OpenSSH itself shares connections (`ControlMaster=auto`, `ControlPersist`). Its master process
+//! is no child of any call: parent 1, a session of its own, and no descriptor of the call
+//! (OpenSSH 9.2). So a killed call does not end the sessions of other calls.
 //!
 //! This file only chooses the `ControlPath`, because one path for all calls loses calls:
 //!
-//! - sshd refuses sessions beyond `MaxSessions` (10), and ssh then opens one connection per session.
-//!   32 calls at once make 22 more connections, of which `MaxStartups` (10:30:100) drops some: 3 to
-//!   6 of 32 calls failed (OpenSSH 9.2). So each `transport.sessions` calls share one path.
+//! - sshd refuses sessions beyond `MaxSessions` (10), and ssh then opens a connection for each
+//!   refused session. 32 calls at once make 22 more connections, of which `MaxStartups`
+//!   (10:30:100) drops some: 3 to 6 of 32 calls failed (OpenSSH 9.2). So each `transport.sessions` calls share one path.
 //! - Calls that find no master all connect by themselves: 6 to 9 of 32 failed. So one call makes
 //!   the connection and the others wait for it.
 //!

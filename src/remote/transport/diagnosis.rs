@@ -92,7 +92,7 @@ pub(super) fn explain(code: Option<i32>, log: &str, stderr: &str) -> Option<Chan
     }
 }
 
-/// Returns the last line of `text` that is not blank, shortened and with control characters escaped.
+/// Returns the last line of `text` that is not blank, shortened, with control characters escaped.
 fn last_line(text: &str) -> Option<String> {
     let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
     Some(line.chars().take(MAX_QUOTED).flat_map(char::escape_debug).collect())

@@ -1,4 +1,5 @@
-//! Transports: how a call reaches a host. Each request has a session of its own, through ssh or a Unix socket.
+//! Transports: how a call reaches a host. Each request has its own session, through ssh or a Unix
+//! socket.
 //!
 //! ```text
 //!   session ──► ssh ──► control_path    which shared ssh connection the session runs on

@@ -105,7 +105,7 @@ impl Session {
     /// Checks that the host's version understands `request`.
     ///
     /// # Errors
-    /// [`ErrorKind::NotSupported`]: an older version would ignore a condition and do something else.
+    /// [`ErrorKind::NotSupported`]: an older version would ignore a condition of the request.
     pub fn ensure_supports(&self, request: &ClientRequest) -> Result<()> {
         match &self.greeting {
             Some(greeting) if greeting.protocol < request.required_protocol() => {

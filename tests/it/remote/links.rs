@@ -1,4 +1,4 @@
-//! Links that can not be had, break or hang.
+//! Transports that cannot connect, break or hang.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -75,7 +75,7 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     let Some(pair) = Pair::new() else { return };
     pair.office.configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
     assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
-    // It greets, and then says nothing more.
+    // The host greets and sends nothing more.
     pair.office.close_connections();
     pair.sshd.authorize(&format!(
         "echo '{}'; sleep 600",
@@ -107,7 +107,7 @@ fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
     answering(&script, super::stemcells::GREETING, &wait);
     pair.sshd.authorize(&format!("sh {}", script.display()));
     let calls: Vec<_> = (0..5).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
-    // All at the same time.
+    // All five run at the same time.
     let script = script.display().to_string();
     eventually("five sessions", || (processes(&["sh\0", &script]).len() == 5).then_some(()));
     fs::write(go, "").unwrap();
@@ -148,7 +148,7 @@ fn a_link_that_was_cut_while_nobody_called_is_made_anew() {
     let Some(pair) = Pair::new() else { return };
     pair.office.ok("has_vm", &json!(["vm-1"]));
     assert_eq!(pair.office.connections().len(), 1);
-    // The other end is gone, and nobody here knows.
+    // The host's end is killed, and the master on this machine has not noticed.
     for process in processes(&["sshd: root@notty"]) {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         if namespace(process.pid()) == namespace(pair.sshd.pid()) {
@@ -172,7 +172,7 @@ fn a_cable_that_is_pulled_fails_calls_in_time_and_works_again() {
     pair.office.ok("has_vm", &json!(["vm-1"]));
 }
 
-/// The VMs of the host that are whole, and what else there is of VMs.
+/// The host's VMs in phase `ready`, and the number of other VM records.
 fn vms(host: &Host) -> (Vec<VmCid>, usize) {
     let all = host.store().list::<VmRecord>().unwrap();
     let whole = |vm: &VmCid| {
@@ -189,7 +189,7 @@ fn a_create_vm_whose_link_is_cut_leaves_nothing_and_can_be_repeated() {
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
     pair.office.ok("has_vm", &json!(["vm-1"]));
-    // At several moments of it: while it is asked, at work, and when the answer is due.
+    // ssh is killed before the request, during the work, and near the answer.
     for delay in [0, 30, 60, 90, 120, 200, 300] {
         let call = pair.office.start("create_vm", &arguments);
         let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
@@ -231,11 +231,11 @@ fn a_caller_that_dies_leaves_a_whole_vm_or_none_and_its_address_free() {
         ready.iter().for_each(|vm| pair.host.note(&vm.to_string()));
         assert!(ready.len() <= 1 && others == 0, "after {delay} ms: {ready:?} and {others} others");
         if !heard.is_empty() {
-            // It had answered before it died.
+            // The call had answered before it was killed.
             assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&heard));
             pair.office.ok("delete_vm", &json!([ready[0]]));
         }
-        // The same address: whoever has it, and nobody knows of, makes way.
+        // The new VM has the same address: an unacknowledged VM with it makes way.
         let vm = vm_cid(&pair.office.ok("create_vm", &arguments));
         pair.host.note(&vm.to_string());
         assert_eq!(vms(&pair.host), (vec![vm.clone()], 0));
@@ -260,7 +260,7 @@ fn what_was_asked_is_finished_though_the_link_is_cut() {
     let (vm, disk) = (pair.host.booted_vm(), pair.host.disk());
     let mut call = pair.office.start("attach_disk", &json!([vm, disk]));
     let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
-    // It may be over before anybody saw that.
+    // The call may end before the test sees the host's process.
     let is_over = |call: &mut Child| call.try_wait().unwrap().is_some();
     eventually("the host is asked", || {
         (!pair.answering().is_empty() || is_over(&mut call)).then_some(())
@@ -268,7 +268,7 @@ fn what_was_asked_is_finished_though_the_link_is_cut() {
     let _ = ssh.signal(Signal::SIGKILL);
     let answer = answer(call);
     eventually("the host is done", || pair.answering().is_empty().then_some(()));
-    // Whatever became of it, the same call again says where the disk is.
+    // The same call succeeds after either outcome, and returns the disk's path.
     let hint = pair.office.ok("attach_disk", &json!([vm, disk]));
     assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()), "{answer:?}");
     pair.office.ok("detach_disk", &json!([vm, disk]));
@@ -286,7 +286,7 @@ fn two_directors_share_a_host() {
     let created = calls.map(|call| vm_cid(answer(call).result()));
     created.iter().for_each(|vm| pair.host.note(&vm.to_string()));
     assert_eq!(vms(&pair.host).0.len(), 2);
-    // Either may ask about the other's: it is one host.
+    // Each Director can use the VMs of the other: they share the host.
     assert_eq!(other.ok("has_vm", &json!([created[0]])), true);
     pair.office.ok("delete_vm", &json!([created[1]]));
     other.ok("delete_vm", &json!([created[0]]));
