@@ -1,8 +1,8 @@
 //! Cost of a host on another machine: calls through ssh, compared with ssh alone.
 //!
 //! Both use one shared connection to an sshd in a network namespace without a wire, so only the
-//! programs' own time is measured. A stemcell's image is sent and imported; it is compared with `scp`, which
-//! only sends, and with `scp` followed by create_stemcell on the host. Needs root and
+//! programs' own time is measured. A stemcell's image is sent and imported; it is compared with
+//! `scp`, which only sends, and with `scp` followed by create_stemcell on the host. Needs root and
 //! `/usr/sbin/sshd`.
 //!
 //! `cargo bench --bench remote -- 30` runs 30 rounds instead of 10. `FLOORS_CPI=<binary>` measures

@@ -52,7 +52,7 @@ pub struct Answered {
     pub reply: Reply,
 }
 
-/// The response of a call, and the replies of all hosts that wait for the report about the delivery.
+/// The response of a call, and the replies of the hosts that wait for a report about its delivery.
 pub type Outcome = Result<(Response, Vec<Reply>)>;
 
 impl<'a> ForwardedCall<'a> {

@@ -15,7 +15,8 @@
 //!
 //! - sshd refuses sessions beyond `MaxSessions` (10), and ssh then opens a connection for each
 //!   refused session. 32 calls at once make 22 more connections, of which `MaxStartups`
-//!   (10:30:100) drops some: 3 to 6 of 32 calls failed (OpenSSH 9.2). So each `transport.sessions` calls share one path.
+//!   (10:30:100) drops some: 3 to 6 of 32 calls failed (OpenSSH 9.2). So at most
+//!   `transport.sessions` calls share one path.
 //! - Calls that find no master all connect by themselves: 6 to 9 of 32 failed. So one call makes
 //!   the connection and the others wait for it.
 //!
