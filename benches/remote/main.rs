@@ -1,10 +1,12 @@
-//! What it costs that the host is another machine: calls through `ssh` beside `ssh` alone.
+//! Cost of a host on another machine: calls through ssh, compared with ssh alone.
 //!
-//! Both have one connection that is shared, to an sshd in a network namespace of its own: no wire, so this is what the
-//! programs take. The image of a stemcell is sent and imported; beside it is `scp`, which only sends, and `scp` followed by
-//! create_stemcell on the host. Needs root and `/usr/sbin/sshd`.
+//! Both use one shared connection to an sshd in a network namespace without a wire, so only the
+//! programs' own time is measured. A stemcell's image is sent and imported; it is compared with
+//! `scp`, which only sends, and with `scp` followed by create_stemcell on the host. Needs root and
+//! `/usr/sbin/sshd`.
 //!
-//! `cargo bench --bench remote -- 30` takes 30 rounds instead of 10. `FLOORS_CPI=<binary>` measures another build.
+//! `cargo bench --bench remote -- 30` runs 30 rounds instead of 10. `FLOORS_CPI=<binary>` measures
+//! another build.
 #![allow(clippy::print_stdout)]
 
 #[path = "../floors/table.rs"]
@@ -21,9 +23,9 @@ use serde_json::{Value, json};
 use table::{Table, Target};
 use tempfile::TempDir;
 
-/// Callers at once.
+/// Calls at the same time.
 const CALLERS: usize = 32;
-/// Of which half is data.
+/// Size of the image, in bytes; half of it is data.
 const IMAGE: usize = 256 << 20;
 
 fn main() {
@@ -55,14 +57,15 @@ impl Lab {
         for key in ["host", "caller", "operator"] {
             run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]);
         }
-        let read = |name: &str| fs::read_to_string(path(name)).expect("a file of ours");
+        let read = |name: &str| fs::read_to_string(path(name)).expect("a file of the bench");
         let serve = format!("{} --config {} host serve", program().display(), path("host.json"));
         let keys =
             format!("restrict,command=\"{serve}\" {}{}", read("caller.pub"), read("operator.pub"));
         fs::write(path("authorized"), keys).expect("authorized keys");
         let config = format!(
-            "ListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nStrictModes no\nUsePAM no\nPidFile \
-             none\nPermitRootLogin prohibit-password\nMaxSessions 64\nMaxStartups 64\nSubsystem sftp internal-sftp\n",
+            "ListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\n\
+             StrictModes no\nUsePAM no\nPidFile none\nPermitRootLogin prohibit-password\n\
+             MaxSessions 64\nMaxStartups 64\nSubsystem sftp internal-sftp\n",
             dir.path().display()
         );
         fs::write(path("sshd_config"), config).expect("sshd's configuration");
@@ -74,7 +77,8 @@ impl Lab {
             json!({"state_dir": path("state"), "run_dir": path("run"), "qemu": {"accel": "tcg"}});
         fs::write(path("host.json"), host.to_string()).expect("the host's configuration");
         let transport = json!({
-            "kind": "ssh", "host": "127.0.0.1", "private_key": read("caller"), "host_key": read("host.pub"), "sessions": 64,
+            "kind": "ssh", "host": "127.0.0.1", "private_key": read("caller"),
+            "host_key": read("host.pub"), "sessions": 64,
         });
         fs::write(path("office.json"), json!({"transport": transport}).to_string())
             .expect("the office's configuration");
@@ -93,7 +97,7 @@ impl Lab {
         self.dir.path().join(name).display().to_string()
     }
 
-    /// `ssh` over the operator's connection.
+    /// The ssh command over the operator's connection.
     fn ssh(&self, words: &[&str]) -> Command {
         let mut command = Command::new("ssh");
         command.args(self.options()).args(words).arg("root@127.0.0.1");
@@ -121,7 +125,8 @@ impl Lab {
             .stderr(Stdio::null())
             .spawn()
             .expect("the program");
-        let request = json!({"method": method, "arguments": arguments, "context": {"director_uuid": "bench"}});
+        let context = json!({"director_uuid": "bench"});
+        let request = json!({"method": method, "arguments": arguments, "context": context});
         child
             .stdin
             .take()
@@ -153,7 +158,7 @@ impl Lab {
                 .map(|_| self.start("office.json", "has_vm", &json!(["vm-1"])))
                 .collect();
             calls.into_iter().for_each(|call| {
-                assert!(call.wait_with_output().expect("an answer").status.success())
+                assert!(call.wait_with_output().expect("an answer").status.success());
             });
         });
         let (floor, ()) = timed(|| {
@@ -199,7 +204,7 @@ impl Drop for Lab {
     }
 }
 
-/// Bootable; every other MiB is noise.
+/// A bootable disk in which every second MiB is noise.
 fn disk() -> Vec<u8> {
     let mut bytes = vec![0; IMAGE];
     let mut state = 1_u64;

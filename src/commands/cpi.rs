@@ -8,9 +8,9 @@ use crate::cpi::Cpi;
 use crate::cpi::context::Context;
 use crate::error::Result;
 use crate::log;
-use crate::remote::caller::Host;
+use crate::remote::client::Client;
 use crate::remote::group::Group;
-use crate::remote::one::OneHost;
+use crate::remote::single::SingleHost;
 use crate::rpc::request::Request;
 use crate::rpc::{self, Executor, LocalExecutor, response_writer::ResponseWriter};
 
@@ -47,6 +47,6 @@ fn executor(config: Option<&Path>, request: &Request) -> Result<Box<dyn Executor
             Context::new(config, file).called_by(request.context.director()),
         ))));
     }
-    let host = Host::only(config.transport.clone());
-    Ok(Box::new(OneHost::new(host, config, document.for_host(context))))
+    let host = Client::for_single_host(config.transport.clone());
+    Ok(Box::new(SingleHost::new(host, config, document.for_host(context))))
 }

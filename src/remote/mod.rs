@@ -1,19 +1,27 @@
-//! Calls for hosts that are other machines, or the other side of a socket.
+//! Calls that another machine executes, and the group of hosts behind one Director.
 //!
 //! ```text
-//!   Director, bosh CLI                                              the host
-//!     │ request                                                        ▲ request
-//!     ▼                                                                │
-//!   rpc ─▶ caller ─▶ link: ssh │ unix ════════ wire ══════════ host ─▶ rpc ─▶ cpi
+//!   Director, bosh CLI                                                     the host
+//!     │ request                                                               ▲ request
+//!     ▼                                                                       │
+//!   rpc ─▶ single │ group ─▶ forwarded_call ─▶ client ─▶ transport ═══════ server ─▶ rpc ─▶ cpi
+//!                   │                                    ssh │ unix
+//!                   ├─▶ scheduler    the host for a new VM
+//!                   ├─▶ replicate    stemcells, on all hosts
+//!                   └─▶ members      requests to all hosts at the same time
 //! ```
 //!
-//! The same program is on both ends, so there is one contract and one set of verbs: the caller's end passes a request on and
-//! an answer back, to the letter. The room knows how requests look, and nothing of what they do.
+//! The same program runs on both ends: one contract, one set of verbs. The client forwards the
+//! request and returns the answer byte for byte. This module knows the shape of requests, and not
+//! how a verb works.
 
-pub mod caller;
-mod errand;
+pub mod client;
+mod forwarded_call;
 pub mod group;
-pub mod host;
-mod link;
-pub mod one;
-pub mod wire;
+mod members;
+pub mod protocol;
+mod replicate;
+mod scheduler;
+pub mod server;
+pub mod single;
+mod transport;

@@ -20,8 +20,8 @@ use crate::cpi::context::{Context, RemoteCall};
 use crate::cpi::{Cpi, disk};
 use crate::error::{Error, Result};
 use crate::log;
-use crate::remote::host::Caller;
-use crate::remote::wire::{CallQuestion, Question, Word};
+use crate::remote::protocol::{CallRequest, ClientRequest, ServerMessage};
+use crate::remote::server::Caller;
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::{self, ResponseWriter};
@@ -46,24 +46,26 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     let caller =
         Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
     let writer = ResponseWriter::new(caller.clone());
-    match caller.question() {
-        Ok(Question::Call(call)) if is_absent(config, &call) => {
-            caller.say(&Word::Absent).map_err(caller_closed)
+    match caller.receive_request() {
+        Ok(ClientRequest::Call(call)) if is_absent(config, &call) => {
+            caller.send(&ServerMessage::Absent).map_err(caller_closed)
         }
-        Ok(Question::Call(call)) => {
+        Ok(ClientRequest::Call(call)) => {
             answer_call(config, call, &caller, writer);
             Ok(())
         }
-        Ok(Question::Offer(wish)) => match host_report(config, &wish) {
-            Ok(report) => caller.say(&Word::Offer(Box::new(report))).map_err(caller_closed),
+        Ok(ClientRequest::Report(wish)) => match host_report(config, &wish) {
+            Ok(report) => {
+                caller.send(&ServerMessage::Report(Box::new(report))).map_err(caller_closed)
+            }
             Err(error) => refuse(&error, &writer),
         },
-        Ok(Question::GiveUp(disk)) => match give_up(config, &caller, &disk) {
-            Ok(()) => caller.say(&Word::GivenUp).map_err(caller_closed),
+        Ok(ClientRequest::ReleaseDisk(disk)) => match give_up(config, &caller, &disk) {
+            Ok(()) => caller.send(&ServerMessage::DiskReleased).map_err(caller_closed),
             Err(error) => refuse(&error, &writer),
         },
-        Ok(Question::Find(cids)) => match find(config, &cids) {
-            Ok(found) => caller.say(&Word::Found(found)).map_err(caller_closed),
+        Ok(ClientRequest::Find(cids)) => match find(config, &cids) {
+            Ok(found) => caller.send(&ServerMessage::Found(found)).map_err(caller_closed),
             Err(error) => refuse(&error, &writer),
         },
         Err(error) => refuse(&error, &writer),
@@ -81,7 +83,7 @@ fn refuse(error: &Error, writer: &ResponseWriter) -> Result<()> {
 
 /// Whether the call is only for a host that has certain objects, and this host lacks one of them.
 /// Returns false if that cannot be determined: the call then fails with the reason.
-fn is_absent(config: Option<&Path>, call: &CallQuestion) -> bool {
+fn is_absent(config: Option<&Path>, call: &CallRequest) -> bool {
     if call.only_with.is_empty() {
         return false;
     }
@@ -107,16 +109,15 @@ fn host_report(config: Option<&Path>, query: &HostQuery) -> Result<HostReport> {
     report::report(&Context::new(config, file), query)
 }
 
-fn answer_call(config: Option<&Path>, call: CallQuestion, caller: &Caller, writer: ResponseWriter) {
-    let CallQuestion { request, cid, alike, everywhere, undoes, image, .. } = call;
+fn answer_call(config: Option<&Path>, call: CallRequest, caller: &Caller, writer: ResponseWriter) {
+    let CallRequest { request, cid, same_group, replicated, cancels, image, .. } = call;
     rpc::serve_text(request, writer, |request| {
         let (config, file) = local::config(config)?;
         begin_log(&config, caller);
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
-        let remote =
-            RemoteCall { cid, same_group: alike, replicated: everywhere, cancels: undoes, image };
+        let remote = RemoteCall { cid, same_group, replicated, cancels, image };
         let cx = Context::new(config, file).called_by(request.context.director()).remote(remote);
         Ok(Box::new(LocalExecutor::new(Cpi::new(cx))) as Box<dyn Executor>)
     });

@@ -13,7 +13,7 @@ use crate::cpi::capacity::report::{self, HostQuery, HostReport};
 use crate::cpi::context::Context;
 use crate::error::{Error, Result};
 use crate::log;
-use crate::remote::caller::Host;
+use crate::remote::client::Client;
 use crate::schema::{plain, printable};
 
 /// How long one host may take to answer, connecting included.
@@ -33,17 +33,17 @@ pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bo
     let config = Config::load(file.as_deref())?;
     log::init(&config.log);
     let hosts: Vec<_> = if config.hosts.is_empty() {
-        vec![(Host::only(config.transport.clone()), false)]
+        vec![(Client::for_single_host(config.transport.clone()), false)]
     } else {
-        config.hosts.iter().map(|entry| (Host::of(entry), entry.draining)).collect()
+        config.hosts.iter().map(|entry| (Client::for_entry(entry), entry.draining)).collect()
     };
-    let ask = |host: &Host| match host.transport.kind {
+    let ask = |host: &Client| match host.transport.kind {
         TransportKind::Local => {
             report::report(&Context::new(config.clone(), file.clone()), &HostQuery::default())
         }
         _ => host
-            .offer(&HostQuery::default(), Instant::now() + HOST_REPORT_TIMEOUT)
-            .map_err(|untold| untold.error),
+            .report(&HostQuery::default(), Instant::now() + HOST_REPORT_TIMEOUT)
+            .map_err(|failure| failure.error),
     };
     let lines: Vec<_> = std::thread::scope(|threads| {
         let asked: Vec<_> = hosts.iter().map(|(host, _)| threads.spawn(|| ask(host))).collect();

@@ -1,4 +1,4 @@
-//! Whatever the transport, the answers are the same.
+//! Every transport returns the answers of a local call.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use super::Pair;
 use crate::support::doors::{Office, Socket};
 use crate::support::host::{Host, request};
 
-/// Requests whose answers depend on nothing but the program.
+/// Requests whose answers depend only on the program.
 fn requests() -> Vec<String> {
     let mut requests: Vec<_> = [
         ("has_vm", json!(["vm-1"])),
@@ -39,8 +39,8 @@ fn requests() -> Vec<String> {
     requests
 }
 
-/// Lines of a log without what every run has of its own.
-fn told(stderr: &str) -> Vec<String> {
+/// The lines of a log without times and the caller's address, which differ between runs.
+fn comparable(stderr: &str) -> Vec<String> {
     let lines = stderr.lines().filter(|line| !line.contains("called by"));
     lines
         .map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest))
@@ -57,7 +57,7 @@ fn compare(host: &Host, office: &Office) {
     for request in requests() {
         let (here, there) = (host.ask(&request), office.ask(&request));
         assert_eq!(there.stdout, here.stdout, "{request}");
-        assert_eq!(told(&there.stderr), told(&here.stderr), "{request}");
+        assert_eq!(comparable(&there.stderr), comparable(&here.stderr), "{request}");
     }
 }
 
@@ -104,7 +104,8 @@ fn the_host_hears_what_the_office_is_told_of_agents_and_defaults() {
     let Some(Pair { host, office, sshd }) = Pair::new() else { return };
     let canary = "nats://user:hunter2@10.0.0.6:4222";
     office.configure(&json!({
-        "transport": sshd.transport(), "agent": {"mbus": canary}, "vm_defaults": {"ram": 65}, "state_dir": "/nowhere",
+        "transport": sshd.transport(), "agent": {"mbus": canary}, "vm_defaults": {"ram": 65},
+        "state_dir": "/nowhere",
     }));
     let stemcell = host.stemcell();
     let mut arguments = host.vm_arguments(&stemcell);

@@ -1,4 +1,4 @@
-//! What callers elsewhere can not do: the key starts one command, and the command takes no more than a call.
+//! The limits of remote callers: the key starts one command, and the command executes one request.
 
 use std::fs;
 use std::process::{Command, Output, Stdio};
@@ -9,7 +9,7 @@ use super::Pair;
 use crate::support::host::{request, vm_cid};
 
 impl Pair {
-    /// `ssh` as somebody runs it who has the key and wants more of it.
+    /// Runs ssh with the caller's key and other `words` than the program uses.
     fn ssh(&self, words: &[&str]) -> Output {
         let known = self.office.path("known");
         fs::write(&known, format!("{} {}", self.sshd.address(), self.sshd.read("host.pub")))
@@ -22,7 +22,7 @@ impl Pair {
         self.office.namespace().run(|| command.stdin(Stdio::null()).output().unwrap())
     }
 
-    /// What `host serve` says to `lines`, without the transport.
+    /// The messages of `host serve` after it has read `lines`, without a transport.
     fn serve(&self, lines: &[Value]) -> Vec<Value> {
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         let mut command = self.host.cpi();
@@ -36,7 +36,7 @@ impl Pair {
             .collect()
     }
 
-    /// The answer to a call that is asked as `call` says.
+    /// The CPI response to the request `call`.
     fn answer(&self, call: &Value) -> Value {
         let words = self.serve(&[json!({"call": call}), json!(true)]);
         let answer =
@@ -64,9 +64,10 @@ fn the_key_starts_nothing_else() {
 fn a_caller_changes_no_directory_program_or_hardening() {
     let Some(pair) = Pair::new() else { return };
     let context = json!({
-        "director_uuid": "d", "state_dir": "/tmp/elsewhere", "qemu": {"binary": "/bin/false"}, "hardening": "off",
-        "transport": {"kind": "unix", "socket": "/nowhere"}, "hosts": [{"name": "h", "transport": {}}],
-        "remote_callers": {"image_dirs": ["/"]}, "pools": {"p": {"path": "/"}}, "key_file": "/etc/shadow",
+        "director_uuid": "d", "state_dir": "/tmp/elsewhere", "qemu": {"binary": "/bin/false"},
+        "hardening": "off", "transport": {"kind": "unix", "socket": "/nowhere"},
+        "hosts": [{"name": "h", "transport": {}}], "remote_callers": {"image_dirs": ["/"]},
+        "pools": {"p": {"path": "/"}}, "key_file": "/etc/shadow",
     });
     let request =
         json!({"method": "create_disk", "arguments": [1, {}], "context": context}).to_string();
@@ -86,11 +87,11 @@ fn a_caller_names_no_file_of_the_host() {
     let mut disk = vec![7; 4096];
     disk[510..512].copy_from_slice(&[0x55, 0xaa]);
     fs::write(&secret, disk).unwrap();
-    // As the image to import, its path is one of the caller's machine.
+    // The path of an image to import is a path on the caller's machine.
     let create = |properties: &Value| request("create_stemcell", &json!([secret, properties]));
     let refused = pair.answer(&json!({"request": create(&json!({}))}));
     assert!(refused["error"]["message"].as_str().unwrap().contains("sends no image"), "{refused}");
-    // As a light stemcell's, it must be where the operator lets callers look.
+    // A light stemcell's image must be in a directory that the operator opens to callers.
     let digest = bosh_qemu_cpi::digest::Digest::of_file(&secret).unwrap().to_string();
     let light = json!({"image_path": secret, "sha256": digest});
     let ask = |properties: &Value| pair.answer(&json!({"request": create(properties), "image": 0}));
@@ -162,13 +163,13 @@ fn a_create_that_is_undone_before_it_begins_never_begins() {
         let left: Vec<_> = fs::read_dir(pair.host.path("state").join(dir)).unwrap().collect();
         assert!(left.is_empty(), "{dir}: {left:?}");
     }
-    // What was only deleted, by who did not make it, may be made.
+    // A plain delete of an unknown cid does not cancel its create.
     let disk = "disk-bbbbbbbbbbbbbbb";
     pair.answer(&json!({"request": request("delete_disk", &json!([disk]))}));
     let made =
         pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": disk}));
     assert_eq!(made["result"], disk);
-    // And what was made is undone.
+    // A cancellation after the create removes the object.
     let undo =
         pair.answer(&json!({"request": request("delete_disk", &json!([disk])), "undoes": true}));
     assert!(undo["error"].is_null(), "{undo}");
@@ -243,7 +244,7 @@ fn a_question_that_is_none_is_answered() {
     let many: Vec<_> = (0..1001).map(|n| format!("vm-{n}")).collect();
     let words = pair.serve(&[json!({"find": many})]);
     let answer = words.last().unwrap()["answer"]["text"].as_str().unwrap();
-    assert!(answer.contains("1001 things, more than 1000"), "{answer}");
+    assert!(answer.contains("1001 objects, more than 1000"), "{answer}");
     for question in
         [json!(1), json!({"moon": {}}), json!({"call": {}}), json!({"call": {"request": 7}})]
     {
@@ -263,7 +264,7 @@ fn a_machine_that_sends_its_calls_elsewhere_is_no_host() {
     pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
-    // It must not say either that all is well here, where nothing of the calls is.
+    // Operator commands must not report success either: the VMs are on another machine.
     for words in [
         &["vm", "list"][..],
         &["audit"],

@@ -1,4 +1,4 @@
-//! Several hosts behind one Director.
+//! A group of hosts behind one Director.
 
 use std::io::{BufRead, BufReader, Read};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::support::answer::Answer;
 use crate::support::doors::{Office, Sshd};
 use crate::support::host::{Host, eventually, text, vm_cid};
 
-/// Two hosts of their own, `kvm-0` and `kvm-1`.
+/// A group of two hosts, `kvm-0` and `kvm-1`.
 pub struct Group {
     doors: [Sshd; 2],
     pub office: Office,
@@ -25,7 +25,7 @@ impl Group {
         Self::with(&json!({}))
     }
 
-    /// Those of hosts with this configuration.
+    /// A group of hosts with this configuration.
     pub fn with(config: &Value) -> Option<Self> {
         let (hosts, office) =
             ([Host::with(config.clone())?, Host::with(config.clone())?], Office::new()?);
@@ -36,7 +36,7 @@ impl Group {
         Some(group)
     }
 
-    /// The configuration of the office, changed.
+    /// Writes the caller's configuration after `change`.
     pub fn configure(&self, change: impl FnOnce(&mut Value)) {
         let host =
             |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.doors[n].transport()});
@@ -45,7 +45,7 @@ impl Group {
         self.office.configure(&config);
     }
 
-    /// An image at the office.
+    /// An image on the caller's machine.
     fn image(&self) -> std::path::PathBuf {
         let image = self.office.path("image");
         let mut disk = vec![0; 1 << 20];
@@ -58,7 +58,7 @@ impl Group {
         text(&self.office.ok("create_stemcell", &json!([self.image(), {}])))
     }
 
-    /// A VM with so much of its own, and the host it is on.
+    /// Creates a VM with these disks and `env`, and returns it with the index of its host.
     pub fn vm(&self, stemcell: &str, disks: &[DiskCid], env: &Value) -> (VmCid, usize) {
         let mut arguments = self.hosts[0].vm_arguments(stemcell);
         (arguments[4], arguments[5]) = (json!(disks), env.clone());
@@ -79,15 +79,6 @@ impl Group {
             self.hosts[n].store().list::<DiskRecord>().unwrap().contains(&disk)
         });
         (disk, at.unwrap())
-    }
-
-    /// Ends the connections that calls share: a key has what it starts from the time when they were made.
-    fn forget_connections(&self) {
-        for socket in self.office.connections() {
-            let mut command = std::process::Command::new("ssh");
-            command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
-            assert!(command.output().unwrap().status.success());
-        }
     }
 
     pub fn delete(&self, vms: &[&VmCid], disks: &[&DiskCid], stemcell: &str) {
@@ -111,7 +102,7 @@ fn a_stemcell_is_on_all_hosts_under_one_cid() {
     }
     group.office.ok("delete_stemcell", &json!([stemcell]));
     group.office.ok("delete_stemcell", &json!([stemcell]));
-    // One host can not take it: then none has it.
+    // If one host refuses the stemcell, no host keeps it.
     group.hosts[1].reconfigure(|config| config["stemcell_pool"] = json!("nowhere"));
     let refused = group.office.call("create_stemcell", &json!([group.image(), {}]));
     assert!(refused.failure().message.contains("stemcell_pool"), "{refused:?}");
@@ -133,7 +124,7 @@ fn vms_of_one_group_are_spread_and_every_call_finds_its_host() {
         assert_eq!(group.office.ok("has_vm", &json!([vm])), true);
         group.office.ok("set_vm_metadata", &json!([vm, {"index": "0"}]));
         assert_eq!(group.hosts[at].record(vm).metadata["index"], "0");
-        // A disk is made where its VM is.
+        // The disk is created on the host of its VM.
         let (disk, disk_at) = group.disk(Some(vm));
         assert_eq!(disk_at, at);
         let hint = group.office.ok("attach_disk", &json!([vm, disk]));
@@ -166,13 +157,13 @@ fn a_recreated_vm_is_put_where_its_disk_is() {
     let (disk, _) = group.disk(Some(&old));
     group.office.ok("attach_disk", &json!([old, disk]));
     group.office.ok("delete_vm", &json!([old]));
-    // There are more of its group there, and that host is draining: where else could the disk be attached?
+    // That host has more VMs of the group and is draining, but only it reaches the disk.
     let (neighbour, _) = group.vm(&stemcell, std::slice::from_ref(&disk), &env("d-dep-db"));
     group.configure(|config| config["hosts"][at]["draining"] = json!(true));
     let (new, new_at) = group.vm(&stemcell, std::slice::from_ref(&disk), &env("d-dep-db"));
     assert_eq!(new_at, at);
     group.office.ok("attach_disk", &json!([new, disk]));
-    // Without it, it goes elsewhere, and the disk stays behind.
+    // A VM without the disk is placed on the other host, and the disk cannot follow.
     let (stray, stray_at) = group.vm(&stemcell, &[], &env("d-dep-web"));
     assert_ne!(stray_at, at);
     group.office.ok("detach_disk", &json!([new, disk]));
@@ -205,7 +196,7 @@ fn a_host_that_is_silent_is_never_taken_for_one_that_has_nothing() {
         ("has_disk", json!([disk])),
         ("delete_vm", json!([vm])),
         ("delete_disk", json!([disk])),
-        // Its cid says nothing of where it is.
+        // This cid bears no trace of a host.
         ("has_vm", json!(["vm-aaaaaaaaaaaaaaa"])),
         ("delete_stemcell", json!([stemcell])),
     ] {
@@ -216,7 +207,7 @@ fn a_host_that_is_silent_is_never_taken_for_one_that_has_nothing() {
             "{method}: {message}"
         );
     }
-    // New VMs go to the other one, but not one whose disk is on the silent one.
+    // New VMs are placed on the other host, except a VM whose disk is on the silent one.
     let (other, other_at) = group.vm(&stemcell, &[], &env("g"));
     assert_ne!(other_at, at);
     let mut arguments = group.hosts[0].vm_arguments(&stemcell);
@@ -237,7 +228,7 @@ fn vms_that_are_made_at_once_are_spread() {
         arguments[5] = env("d-dep-db");
         group.office.start("create_vm", &arguments)
     };
-    // Whoever asks both is told of as few there; one has more memory.
+    // All calls see the same counts, and one host has more memory.
     group.hosts[0].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1000}));
     let stores = [0, 1].map(|n| group.hosts[n].store());
     let until = Instant::now() + Duration::from_secs(60);
@@ -257,8 +248,8 @@ fn vms_that_are_made_at_once_are_spread() {
 fn a_host_that_hangs_keeps_nothing_from_the_others() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
-    // It greets, and then says nothing more.
-    group.forget_connections();
+    // The host greets and sends nothing more.
+    group.office.close_connections();
     group.doors[0].authorize(&format!(
         "echo '{}'; sleep 600",
         super::stemcells::GREETING.replace('"', "\\\"")
@@ -269,7 +260,7 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
     assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
     let (disk, disk_at) = group.disk(None);
     assert_eq!((at, disk_at), (1, 1));
-    group.forget_connections();
+    group.office.close_connections();
     group.doors[0].authorize(&group.hosts[0].door());
     group.configure(|_| {});
     group.delete(&[&vm], &[&disk], &stemcell);
@@ -278,9 +269,11 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
 #[test]
 fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
     let Some(group) = Group::new() else { return };
-    group.forget_connections();
+    group.office.close_connections();
     let (script, go) = (group.office.path("script"), group.office.path("go"));
-    let refusal = r#"{"answer":{"text":"{\"result\":null,\"error\":{\"type\":\"Bosh::Clouds::CloudError\",\"message\":\"no\",\"ok_to_retry\":false},\"log\":\"\"}"}}"#;
+    let error = json!({"type": "Bosh::Clouds::CloudError", "message": "no", "ok_to_retry": false});
+    let response = json!({"result": null, "error": error, "log": ""}).to_string();
+    let refusal = json!({"answer": {"text": response}});
     let greeting = r#"{"greeting":{"program":"bosh-qemu-cpi","version":"0.1.0","protocol":1}}"#;
     let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
     std::fs::write(
@@ -296,7 +289,8 @@ fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
         line.clear();
         assert!(log.read_line(&mut line).unwrap() > 0, "it ended");
     }
-    // One thread waits for half a minute to hear that the answer was taken. Another host may take longer than that.
+    // The host waits 30 s for the report about the delivery; another host may take longer. Its
+    // second thread does the waiting, so two threads mean that it waits.
     let config = group.hosts[0].path("cpi.json").display().to_string();
     let waits = || {
         let mut processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
@@ -321,7 +315,7 @@ fn a_vm_that_nobody_knows_makes_way_on_its_host() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
-    // Its create_vm died before the answer was taken.
+    // Its create_vm ended before the caller received the answer.
     std::fs::write(group.hosts[at].paths(&vm).dir.join("untold"), "").unwrap();
     let mut arguments = group.hosts[0].vm_arguments(&stemcell);
     let nic = group.hosts[at].record(&vm).nics.remove(0);
@@ -329,7 +323,7 @@ fn a_vm_that_nobody_knows_makes_way_on_its_host() {
     arguments[5] = env("g");
     let new = vm_cid(&group.office.ok("create_vm", &arguments));
     group.hosts.iter().for_each(|host| host.note(&new.to_string()));
-    // Elsewhere are fewer of its group.
+    // The other host has fewer VMs of the group.
     let mut expected = [vec![], vec![]];
     expected[at] = vec![new.clone()];
     assert_eq!(group.vms(), expected);
@@ -340,7 +334,7 @@ fn a_vm_that_nobody_knows_makes_way_on_its_host() {
 fn a_host_without_room_is_passed_over() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
-    // It offers all its memory, and then has none: as if others were faster.
+    // The host reports its memory and then lacks it, as after concurrent creates.
     group.hosts[0]
         .reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
     for n in 0..2 {

@@ -1,4 +1,4 @@
-//! Another machine is made a host, and one no longer.
+//! `host install` and `host uninstall` on another machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use nix::unistd::{Uid, User};
 
 use super::Pair;
 
-/// A machine whose files are below a directory of the test's.
+/// A machine whose files are below a directory of the test.
 struct Machine {
     pair: Pair,
     root: PathBuf,
@@ -17,7 +17,7 @@ struct Machine {
 impl Machine {
     fn new() -> Option<Self> {
         let pair = Pair::new()?;
-        // The operator's own key may do anything.
+        // The operator's own key has no forced command.
         pair.sshd.trust();
         let root = pair.host.path("machine");
         fs::create_dir(&root).unwrap();
@@ -85,12 +85,12 @@ impl Machine {
     }
 }
 
-/// Where root's sshd looks for keys.
+/// The file in which sshd looks for root's keys.
 fn keys() -> PathBuf {
     User::from_uid(Uid::from_raw(0)).unwrap().expect("root").dir.join(".ssh/authorized_keys")
 }
 
-/// The same path on a machine that is below a directory.
+/// A path relative to the machine's directory.
 fn below(path: &Path) -> String {
     path.strip_prefix("/").unwrap().display().to_string()
 }
@@ -106,12 +106,12 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
     fs::create_dir(machine.root.join(&keys).parent().unwrap()).unwrap();
     fs::write(machine.root.join(&keys), other).unwrap();
     let config = machine.pair.office.path("host.json");
-    // Like no other test's.
+    // A configuration that no other test uses.
     let host_config =
         format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
     fs::write(&config, &host_config).unwrap();
     let config = config.display().to_string();
-    // Nobody is there to be asked: the plan is printed, and nothing is done.
+    // Without a terminal for the question, the plan is printed and nothing is changed.
     let before = machine.all();
     assert!(machine.refused(&["install", "--key", KEY]).contains("--yes"));
     assert_eq!(machine.all(), before);
@@ -127,9 +127,10 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
     assert_eq!(machine.read("etc/bosh-qemu-cpi/cpi.json"), host_config);
     assert!(machine.read("etc/systemd/system/bosh-qemu-cpi.socket").contains("Accept=yes"));
     let lines = machine.read(&keys);
-    let line = "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ";
+    let line = "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" ssh-ed25519 \
+                AAAAC3NzaC1lZDI1NTE5AAAAIJ";
     assert!(lines.starts_with(other) && lines.contains(line), "{lines}");
-    // Nothing of the way there is left.
+    // The temporary files of the transfer are removed.
     let brought = fs::read_dir("/tmp").unwrap().flatten().map(|entry| entry.path());
     let mut brought =
         brought.filter(|path| path.to_string_lossy().starts_with("/tmp/bosh-qemu-cpi."));
@@ -143,7 +144,7 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
         "{said}"
     );
 
-    // Another key takes its place.
+    // A new key replaces the old one.
     let said = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
     assert!(said.contains(&format!("~ the key in {keys_path}, in place of …")), "{said}");
     let lines = machine.read(&keys);
@@ -151,7 +152,7 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
         lines.starts_with(other) && !lines.contains(line) && lines.contains("AAAANEXT"),
         "{lines}"
     );
-    // What is installed without one keeps it.
+    // An installation without a key keeps the old one.
     let said = machine.ok(&["install", "--yes"]);
     assert!(said.contains(&format!("= the key in {keys_path}")), "{said}");
     machine.ok(&["uninstall", "--yes"]);
@@ -175,7 +176,7 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
     assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service"]);
     fs::remove_file(&unit).unwrap();
     machine.ok(&["install", "--key", KEY, "--yes"]);
-    // The operator has changed it since.
+    // The operator has changed the file since.
     fs::write(&unit, "changed").unwrap();
     assert!(machine.refused(&["install", "--yes"]).contains("not installed by this program"));
     let said = machine.ok(&["uninstall", "--yes"]);
@@ -188,7 +189,7 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
         machine.all(),
         ["etc/systemd/system/bosh-qemu-cpi.service".to_owned(), below(&keys)]
     );
-    // The key has other rights there.
+    // The same key is there without the forced command.
     fs::write(machine.root.join(below(&keys)), KEY).unwrap();
     fs::remove_file(&unit).unwrap();
     let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
@@ -216,7 +217,7 @@ fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
         refusal.contains("plan the setup") && refusal.contains("sends calls to other hosts"),
         "{refusal}"
     );
-    // Meant is the other.
+    // The refusal names the option that the operator means.
     assert!(machine.refused(&["install", "--config", &config, "--yes"]).contains("--host-config"));
     assert_eq!(machine.all(), Vec::<String>::new());
 }

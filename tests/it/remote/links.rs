@@ -1,4 +1,4 @@
-//! Links that can not be had, break or hang.
+//! Transports that cannot connect, break or hang.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -7,68 +7,18 @@ use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::store::{DiskRecord, Phase, VmRecord};
-use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::Pair;
-use crate::support::answer::Answer;
+use super::{Pair, answer, answering, processes};
 use crate::support::doors::{Office, Sshd};
 use crate::support::host::{Host, eventually, text, vm_cid};
 
-fn answer(call: Child) -> Answer {
-    Answer::of(&call.wait_with_output().unwrap())
-}
-
 impl Pair {
-    /// The transport with something else in it.
-    fn transport_with(&self, key: &str, value: &Value) -> Value {
-        let mut transport = self.sshd.transport();
-        transport[key] = value.clone();
-        transport
-    }
-
-    /// Processes of the host that answer a caller.
-    fn answering(&self) -> Vec<Process> {
-        self.processes(&["host\0serve", &self.host.path("cpi.json").display().to_string()])
-    }
-
-    /// Processes whose words contain all of these.
-    fn processes(&self, words: &[&str]) -> Vec<Process> {
-        let pids = fs::read_dir("/proc").unwrap().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let named = pids.filter(|pid| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).into_owned();
-            words.iter().all(|word| line.contains(word))
-                && !line.starts_with("/bin/sh")
-                && !line.starts_with("bash")
-        });
-        named.filter_map(|pid| Process::open(pid).ok()).collect()
-    }
-
-    /// The ssh processes of calls of the office.
-    fn calling(&self) -> Vec<Process> {
-        self.processes(&[
-            "ssh\0-F\0none\0-T",
-            &self.office.path("").display().to_string(),
-            "\0host\0serve",
-        ])
-    }
-
     fn cable(&self, state: &str) {
         self.office.namespace().ip(&format!("link set to0 {state}"));
         if state == "up" {
             self.office.namespace().ip("address replace 192.0.2.0/31 dev to0");
-        }
-    }
-
-    /// Ends the connections that calls share, as ten minutes without a call do.
-    fn forget_connections(&self) {
-        for socket in self.office.connections() {
-            let mut command = Command::new("ssh");
-            command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
-            assert!(command.output().unwrap().status.success());
         }
     }
 }
@@ -88,7 +38,7 @@ fn what_keeps_a_call_from_its_host_is_named() {
         ("port", json!(2), "connection refused"),
         ("host_key", json!(other), "the host's key is not the one in 'host_key'"),
         ("private_key", json!(stranger), "the host refuses the key in 'private_key'"),
-        ("private_key", json!("-----BEGIN nothing"), "the key in 'private_key' can not be read"),
+        ("private_key", json!("-----BEGIN nothing"), "ssh cannot read the key in 'private_key'"),
         ("host", json!("no-such-host.invalid"), "the host's name is unknown here"),
         ("host", json!("198.51.100.1"), "no route to the host"),
     ] {
@@ -109,11 +59,11 @@ fn a_host_without_the_program_says_so() {
     let Some(pair) = Pair::new() else { return };
     for (command, expected) in [
         ("/nowhere/bosh-qemu-cpi host serve", "the program is not there"),
-        ("echo hello", "what answers there is not bosh-qemu-cpi"),
-        ("echo >&2 locked out; exit 3", "the host said: locked out"),
+        ("echo hello", "the program that answers there is not bosh-qemu-cpi"),
+        ("echo >&2 locked out; exit 3", "the host reports: locked out"),
         ("exit 4", "the host's command ended with status 4"),
     ] {
-        pair.forget_connections();
+        pair.office.close_connections();
         pair.sshd.authorize(command);
         let refused = pair.office.call("has_vm", &json!(["vm-1"]));
         assert!(refused.failure().message.contains(expected), "{command}: {refused:?}");
@@ -125,8 +75,8 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     let Some(pair) = Pair::new() else { return };
     pair.office.configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
     assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
-    // It greets, and then says nothing more.
-    pair.forget_connections();
+    // The host greets and sends nothing more.
+    pair.office.close_connections();
     pair.sshd.authorize(&format!(
         "echo '{}'; sleep 600",
         super::stemcells::GREETING.replace('"', "\\\"")
@@ -135,13 +85,6 @@ fn a_host_that_hangs_is_given_up_at_the_deadline() {
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("did not answer by the deadline"), "{refused:?}");
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
-}
-
-/// A script in place of a host: it greets, is asked, does something and answers `false`.
-fn answering(script: &std::path::Path, greeting: &str, act: &str) {
-    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
-    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n"))
-        .unwrap();
 }
 
 #[test]
@@ -164,9 +107,9 @@ fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
     answering(&script, super::stemcells::GREETING, &wait);
     pair.sshd.authorize(&format!("sh {}", script.display()));
     let calls: Vec<_> = (0..5).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
-    // All at the same time.
+    // All five run at the same time.
     let script = script.display().to_string();
-    eventually("five sessions", || (pair.processes(&["sh\0", &script]).len() == 5).then_some(()));
+    eventually("five sessions", || (processes(&["sh\0", &script]).len() == 5).then_some(()));
     fs::write(go, "").unwrap();
     for call in calls {
         assert_eq!(*answer(call).result(), false);
@@ -205,8 +148,8 @@ fn a_link_that_was_cut_while_nobody_called_is_made_anew() {
     let Some(pair) = Pair::new() else { return };
     pair.office.ok("has_vm", &json!(["vm-1"]));
     assert_eq!(pair.office.connections().len(), 1);
-    // The other end is gone, and nobody here knows.
-    for process in pair.processes(&["sshd: root@notty"]) {
+    // The host's end is killed, and the master on this machine has not noticed.
+    for process in processes(&["sshd: root@notty"]) {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         if namespace(process.pid()) == namespace(pair.sshd.pid()) {
             process.signal(Signal::SIGKILL).unwrap();
@@ -225,11 +168,11 @@ fn a_cable_that_is_pulled_fails_calls_in_time_and_works_again() {
     assert!(began.elapsed() < Duration::from_secs(45), "{:?}", began.elapsed());
     assert_eq!(refused.failure().kind, "CloudError", "{refused:?}");
     pair.cable("up");
-    pair.forget_connections();
+    pair.office.close_connections();
     pair.office.ok("has_vm", &json!(["vm-1"]));
 }
 
-/// The VMs of the host that are whole, and what else there is of VMs.
+/// The host's VMs in phase `ready`, and the number of other VM records.
 fn vms(host: &Host) -> (Vec<VmCid>, usize) {
     let all = host.store().list::<VmRecord>().unwrap();
     let whole = |vm: &VmCid| {
@@ -246,7 +189,7 @@ fn a_create_vm_whose_link_is_cut_leaves_nothing_and_can_be_repeated() {
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
     pair.office.ok("has_vm", &json!(["vm-1"]));
-    // At several moments of it: while it is asked, at work, and when the answer is due.
+    // ssh is killed before the request, during the work, and near the answer.
     for delay in [0, 30, 60, 90, 120, 200, 300] {
         let call = pair.office.start("create_vm", &arguments);
         let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
@@ -288,11 +231,11 @@ fn a_caller_that_dies_leaves_a_whole_vm_or_none_and_its_address_free() {
         ready.iter().for_each(|vm| pair.host.note(&vm.to_string()));
         assert!(ready.len() <= 1 && others == 0, "after {delay} ms: {ready:?} and {others} others");
         if !heard.is_empty() {
-            // It had answered before it died.
+            // The call had answered before it was killed.
             assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&heard));
             pair.office.ok("delete_vm", &json!([ready[0]]));
         }
-        // The same address: whoever has it, and nobody knows of, makes way.
+        // The new VM has the same address: an unacknowledged VM with it makes way.
         let vm = vm_cid(&pair.office.ok("create_vm", &arguments));
         pair.host.note(&vm.to_string());
         assert_eq!(vms(&pair.host), (vec![vm.clone()], 0));
@@ -317,7 +260,7 @@ fn what_was_asked_is_finished_though_the_link_is_cut() {
     let (vm, disk) = (pair.host.booted_vm(), pair.host.disk());
     let mut call = pair.office.start("attach_disk", &json!([vm, disk]));
     let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
-    // It may be over before anybody saw that.
+    // The call may end before the test sees the host's process.
     let is_over = |call: &mut Child| call.try_wait().unwrap().is_some();
     eventually("the host is asked", || {
         (!pair.answering().is_empty() || is_over(&mut call)).then_some(())
@@ -325,7 +268,7 @@ fn what_was_asked_is_finished_though_the_link_is_cut() {
     let _ = ssh.signal(Signal::SIGKILL);
     let answer = answer(call);
     eventually("the host is done", || pair.answering().is_empty().then_some(()));
-    // Whatever became of it, the same call again says where the disk is.
+    // The same call succeeds after either outcome, and returns the disk's path.
     let hint = pair.office.ok("attach_disk", &json!([vm, disk]));
     assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()), "{answer:?}");
     pair.office.ok("detach_disk", &json!([vm, disk]));
@@ -343,7 +286,7 @@ fn two_directors_share_a_host() {
     let created = calls.map(|call| vm_cid(answer(call).result()));
     created.iter().for_each(|vm| pair.host.note(&vm.to_string()));
     assert_eq!(vms(&pair.host).0.len(), 2);
-    // Either may ask about the other's: it is one host.
+    // Each Director can use the VMs of the other: they share the host.
     assert_eq!(other.ok("has_vm", &json!([created[0]])), true);
     pair.office.ok("delete_vm", &json!([created[1]]));
     other.ok("delete_vm", &json!([created[0]]));

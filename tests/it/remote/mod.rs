@@ -1,6 +1,7 @@
-//! Calls of a machine on which no VM runs.
+//! Calls from a machine that runs no VMs to a host elsewhere.
 
 mod answers;
+mod connections;
 mod door;
 mod groups;
 mod install;
@@ -8,12 +9,18 @@ mod links;
 mod shared_disks;
 mod stemcells;
 
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+
+use bosh_qemu_cpi::sys::pidfd::Process;
 use serde_json::{Value, json};
 
+use crate::support::answer::Answer;
 use crate::support::doors::{Office, Sshd};
 use crate::support::host::Host;
 
-/// A host, and an office that calls it through ssh.
+/// A host, and a machine that calls it through ssh.
 pub struct Pair {
     pub sshd: Sshd,
     pub office: Office,
@@ -25,11 +32,56 @@ impl Pair {
         Self::with(&json!({}), "")
     }
 
-    /// The same with more configuration of the host's program and of its sshd.
+    /// A pair with more configuration of the host's program and of its sshd.
     pub fn with(config: &Value, sshd: &str) -> Option<Self> {
         let (host, office) = (Host::with(config.clone())?, Office::new()?);
         let sshd = Sshd::start(&office, &host, 0, sshd)?;
         office.configure(&json!({"transport": sshd.transport()}));
         Some(Self { sshd, office, host })
     }
+
+    /// The transport with one key changed.
+    fn transport_with(&self, key: &str, value: &Value) -> Value {
+        let mut transport = self.sshd.transport();
+        transport[key] = value.clone();
+        transport
+    }
+
+    /// The host's processes that answer a caller.
+    fn answering(&self) -> Vec<Process> {
+        processes(&["host\0serve", &self.host.path("cpi.json").display().to_string()])
+    }
+
+    /// The ssh processes of the caller's calls.
+    fn calling(&self) -> Vec<Process> {
+        let office = self.office.path("").display().to_string();
+        processes(&["ssh\0-F\0none\0-T", &office, "\0host\0serve"])
+    }
+}
+
+/// The processes whose command lines contain all of `words`, without shells.
+fn processes(words: &[&str]) -> Vec<Process> {
+    let pids = fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let matching = pids.filter(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        words.iter().all(|word| line.contains(word))
+            && !line.starts_with("/bin/sh")
+            && !line.starts_with("bash")
+    });
+    matching.filter_map(|pid| Process::open(pid).ok()).collect()
+}
+
+/// The answer of a call that was started.
+fn answer(call: Child) -> Answer {
+    Answer::of(&call.wait_with_output().unwrap())
+}
+
+/// Writes a script that stands for the host's program: it greets, reads the request, runs `act` and
+/// answers `false`.
+fn answering(script: &Path, greeting: &str, act: &str) {
+    let answer = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
+    let lines = format!("echo '{greeting}'\nread request\n{act}\ncat <<'E'\n{answer}\nE\n");
+    fs::write(script, lines).unwrap();
 }

@@ -1,4 +1,4 @@
-//! Disks in a pool that several hosts share: on whichever host they are asked for, and never on two.
+//! Disks in a pool that hosts share: each host can take one, and never two hosts have it.
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use bosh_qemu_cpi::store::DiskRecord;
@@ -13,22 +13,23 @@ use crate::support::host::{Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
 use crate::support::skip;
 
-/// What a used pool has for itself.
+/// The file that a used pool always has.
 const MARK: &str = ".bosh-qemu-cpi";
 
-/// The configuration of a host with the pool.
+/// The configuration of a host with the shared pool.
 fn config(pool: &Filesystem) -> Value {
-    json!({"pools": {"nfs": {"path": pool.path(), "shared": true}}, "disk_defaults": {"pool": "nfs"}})
+    let pools = json!({"nfs": {"path": pool.path(), "shared": true}});
+    json!({"pools": pools, "disk_defaults": {"pool": "nfs"}})
 }
 
-/// A pool and two hosts that share it.
+/// A pool, and two hosts that share it.
 fn pair() -> Option<(Filesystem, [Host; 2])> {
     let pool = Filesystem::new(256)?;
     let hosts = [Host::with(config(&pool))?, Host::with(config(&pool))?];
     Some((pool, hosts))
 }
 
-/// The hosts with a record of the disk.
+/// The indexes of the hosts that have a record of the disk.
 fn owners(hosts: &[Host; 2], disk: &DiskCid) -> Vec<usize> {
     (0..2).filter(|n| hosts[*n].store().list::<DiskRecord>().unwrap().contains(disk)).collect()
 }
@@ -37,7 +38,7 @@ fn disk(host: &Host) -> DiskCid {
     text(&host.ok("create_disk", &json!([8, {}, null]))).parse().unwrap()
 }
 
-/// What a host answers to the question of a caller elsewhere.
+/// The messages of a host after a remote request.
 fn asked(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
     let mut command = host.cpi();
     command.args(["host", "serve"]);
@@ -47,12 +48,12 @@ fn asked(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Has a host give up a disk; what it answers.
+/// Has a host release a disk, and returns its messages.
 fn give_up(host: &Host, disk: &DiskCid, variables: &[(&str, &str)]) -> String {
     asked(host, &json!({"give_up": disk}), variables)
 }
 
-/// Which of the disks a host says it has: this one, or none.
+/// The messages of a host that is asked whether it has the disk.
 fn found(host: &Host, disk: &DiskCid) -> String {
     asked(host, &json!({"find": [disk]}), &[])
 }
@@ -87,7 +88,7 @@ fn a_disk_follows_its_vm_to_another_host() {
         group.office.ok("detach_disk", &json!([vm, disk]));
         assert_pattern(&group.hosts[at], &disk);
     }
-    // The new one of a host that is to have no more VMs goes to the other, and its disk after it.
+    // The new VM of a draining host is placed on the other host, and its disk follows.
     group.configure(|config| config["hosts"][at_two]["draining"] = json!(true));
     group.office.ok("delete_vm", &json!([two]));
     let (new, at_new) =
@@ -95,7 +96,7 @@ fn a_disk_follows_its_vm_to_another_host() {
     assert_eq!(at_new, at_one);
     group.office.ok("attach_disk", &json!([new, disk]));
     group.office.ok("detach_disk", &json!([new, disk]));
-    // What is asked of a disk does not depend on where it is.
+    // A call about a disk without an owner takes it first.
     assert_eq!(give_up(&group.hosts[at_one], &disk, &[]).lines().last(), Some("\"given_up\""));
     group.office.ok("resize_disk", &json!([disk, 16]));
     let snapshot = group.office.ok("snapshot_disk", &json!([disk, {}]));
@@ -106,7 +107,8 @@ fn a_disk_follows_its_vm_to_another_host() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// Whoever is killed while it gives a disk up or takes one: one host has it afterwards, whole, whichever is asked.
+/// A host is killed while it releases or takes a disk. Afterwards one host has the whole disk,
+/// whichever host is asked.
 #[test]
 fn a_move_that_is_cut_short_leaves_the_disk_on_one_host() {
     if !cfg!(debug_assertions) {
@@ -134,7 +136,8 @@ fn a_move_that_is_cut_short_leaves_the_disk_on_one_host() {
     for (number, point) in points.iter().enumerate() {
         let disk = made();
         give_up(&hosts[0], &disk, &[("AT", point)]);
-        // Asked again it gives it up, and the other one has it; or the first keeps it.
+        // A second request releases the disk for the other host; without it the first keeps the
+        // disk.
         let to = number % 2;
         if to == 1 {
             let said = give_up(&hosts[0], &disk, &[]);
@@ -160,7 +163,7 @@ fn a_move_that_is_cut_short_leaves_the_disk_on_one_host() {
     });
 }
 
-/// Of two that ask at once, one gets it, and the other is told so.
+/// Two hosts take a disk at the same time: one gets it, and the other fails.
 #[test]
 fn two_hosts_that_ask_at_once_do_not_both_get_it() {
     let Some((_pool, hosts)) = pair() else { return };
@@ -182,7 +185,7 @@ fn two_hosts_that_ask_at_once_do_not_both_get_it() {
     }
 }
 
-/// A host that was given up for gone comes back: it touches nothing that was taken from it.
+/// A host that was replaced comes back: it does not touch disks that another host has taken.
 #[test]
 fn what_was_taken_from_a_host_it_uses_no_more() {
     let Some((pool, hosts)) = pair() else { return };
@@ -190,14 +193,14 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     let (vm, disk, spare) = (gone.booted_vm(), disk(gone), disk(gone));
     write_pattern(gone, &disk);
     gone.ok("attach_disk", &json!([vm, disk]));
-    // What changed since it was made, the next host must know.
+    // The next host must know changes since the create.
     gone.ok("update_disk", &json!([spare, 16, {"iops": 500}]));
     let unknown = take(taker, &"disk-aaaaaaaaaaaaaaa".parse().unwrap()).unwrap_err();
     assert!(
         unknown.contains("no shared pool has") && unknown.contains("this host has ['nfs']"),
         "{unknown}"
     );
-    // Its QEMU still writes it.
+    // The first host's QEMU still has the disk open.
     let refused = take(taker, &disk).unwrap_err();
     assert!(
         refused.contains("is open in a QEMU") && refused.contains("detach the disk there"),
@@ -213,7 +216,7 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     }
     for cid in [&disk, &spare] {
         take(taker, cid).unwrap();
-        // Twice is once.
+        // A second take changes nothing.
         take(taker, cid).unwrap();
     }
     let taken = taker.store().read::<DiskRecord>(&spare).unwrap().unwrap();
@@ -237,7 +240,7 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         let refused = gone.call(method, &arguments);
         assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
     }
-    // Who asks all hosts where it is, is sent to the other.
+    // A group that asks all hosts for the disk finds the other host.
     let said = found(gone, &spare);
     assert!(said.contains(r#"{"found":[]}"#), "{said}");
     let (well, found) = gone.command(&["gc", "--json"]);
@@ -247,7 +250,8 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     gone.ok("reboot_vm", &json!([vm]));
     assert!(gone.command(&["gc", "--json"]).0);
     assert_eq!(owners(&hosts, &disk), [1]);
-    // "There is none" would have it forgotten, and "it is deleted" would be a lie.
+    // If the host denied the disk, the Director would forget it; a successful delete would be
+    // false.
     for method in ["has_disk", "delete_disk", "resize_disk"] {
         let arguments = if method == "resize_disk" { json!([disk, 9]) } else { json!([disk]) };
         let refused = gone.call(method, &arguments);
@@ -266,13 +270,13 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// Has a host take a disk for good, or what it says against that.
+/// Has a host take a disk, or returns its refusal.
 fn take(host: &Host, disk: &DiskCid) -> Result<(), String> {
     let output = host.cpi().args(["disk", "take"]).arg(disk.to_string()).output().unwrap();
     if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
 }
 
-/// A host that was given up for gone comes back, and gets back what was taken from it.
+/// A host that was replaced comes back, and takes a disk back.
 #[test]
 fn a_disk_that_was_taken_can_be_given_back() {
     let Some((pool, hosts)) = pair() else { return };
@@ -282,7 +286,7 @@ fn a_disk_that_was_taken_can_be_given_back() {
     take(taker, &disk).unwrap();
     taker.ok("resize_disk", &json!([disk, 16]));
     assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
-    // Its own record is from before.
+    // The host's own record is older than the disk.
     let said = found(gone, &disk);
     assert!(said.contains(disk.as_str()), "{said}");
     gone.ok("resize_disk", &json!([disk, 17]));
@@ -292,7 +296,8 @@ fn a_disk_that_was_taken_can_be_given_back() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// A host died while it copied a disk out of the pool, or into it; its disk was taken, and it comes back.
+/// A host dies while it copies a disk out of the pool; another host takes the disk; the first comes
+/// back.
 #[test]
 fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
     if !cfg!(debug_assertions) {
@@ -300,7 +305,7 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
     }
     let Some((_pool, hosts)) = pair() else { return };
     let [gone, taker] = &hosts;
-    // While data is copied, and when the record names the copy already.
+    // The host dies while it copies data, and after its record names the copy.
     for point in ["image converted#1", "disk.json: replaced#2"] {
         let disk = disk(gone);
         write_pattern(gone, &disk);
@@ -310,15 +315,15 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
             "not killed at '{point}'"
         );
         take(taker, &disk).unwrap();
-        // Any create settles what was cut short.
+        // Any create recovers what killed calls left.
         let other = gone.disk();
         let refused = gone.call("update_disk", &update);
         assert!(refused.failure().message.contains("another host's now"), "'{point}': {refused:?}");
         let (well, found) = gone.command(&["gc", "--json"]);
         if point.starts_with("disk.json") {
-            // The copy had become the disk, and may have been written since.
+            // The copy had become the disk, and may have newer data.
             assert!(!well && found.to_string().contains("what is here is newer"), "{found}");
-            // Neither does it come back by itself, nor is it taken over what is newer.
+            // The host takes the disk back neither by itself nor by request: its copy is newer.
             assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
             let asked = gone.call("resize_disk", &json!([disk, 9]));
             for refused in [take(gone, &disk).unwrap_err(), format!("{asked:?}")] {
@@ -337,7 +342,7 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
     }
 }
 
-/// A copy into a pool that then went away: the disk is where it was.
+/// A copy into a pool is interrupted, and the pool vanishes: the disk is where it was.
 #[test]
 fn a_pool_that_has_only_the_rest_of_a_copy_is_not_missed() {
     if !cfg!(debug_assertions) {
@@ -365,7 +370,7 @@ fn a_pool_that_has_only_the_rest_of_a_copy_is_not_missed() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// A state directory was restored without the file that says which host it is.
+/// A state directory is restored without the file that holds the host's id.
 #[test]
 fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
     let Some((_pool, hosts)) = pair() else { return };
@@ -374,7 +379,7 @@ fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
     let id = host.path("state/host-id");
     let known = std::fs::read_to_string(&id).unwrap();
     std::fs::remove_file(&id).unwrap();
-    // A new disk would be marked with a new id.
+    // A new disk would get an owner file with a new id.
     for (method, arguments) in
         [("resize_disk", json!([disk, 9])), ("create_disk", json!([8, {}, null]))]
     {
@@ -394,7 +399,7 @@ fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
     host.ok("delete_disk", &json!([disk]));
 }
 
-/// The next host could not open it.
+/// The next host could not decrypt the disk.
 #[test]
 fn a_disk_that_only_its_host_can_decrypt_stays() {
     let Some((_pool, hosts)) = pair() else { return };
@@ -408,7 +413,7 @@ fn a_disk_that_only_its_host_can_decrypt_stays() {
     host.ok("delete_disk", &json!([disk]));
 }
 
-/// What is in no shared pool stays where it is.
+/// A disk outside shared pools stays on its host.
 #[test]
 fn only_disks_in_shared_pools_move() {
     let Some((_pool, hosts)) = pair() else { return };

@@ -1,4 +1,4 @@
-//! A stemcell's image on its way to the host.
+//! Transfer of a stemcell's image to the host.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,7 +13,7 @@ use serde_json::json;
 use super::Pair;
 use crate::support::host::{GUEST, eventually, text};
 
-/// A bootable disk of `mib` MiB that does not compress, at the office.
+/// A bootable disk of `mib` MiB that does not compress, on the caller's machine.
 fn disk(pair: &Pair, name: &str, mib: usize) -> PathBuf {
     let mut bytes = vec![0; mib << 20];
     let mut state = 1u32;
@@ -50,7 +50,7 @@ fn it_arrives_as_it_is_and_what_the_host_has_is_not_sent_again() {
     let again = pair.office.call("create_stemcell", &json!([image, {}]));
     assert!(again.stderr.contains("the image is here already"), "{again:?}");
     let second = StemcellCid::parse(&text(again.result())).unwrap();
-    // As large, and another: the host asks for its digest, and then for all of it.
+    // Another image of the same size: the host asks for its digest, then for its bytes.
     let other = disk(&pair, "other", 8);
     let mut bytes = fs::read(&other).unwrap();
     bytes[1 << 20] ^= 1;
@@ -68,7 +68,7 @@ fn gzip_and_what_can_not_be_decoded_in_one_pass_arrive_too() {
     let zipped = pair.office.path("zipped.gz");
     let output = Command::new("gzip").arg("-c").arg(&raw).output().unwrap();
     fs::write(&zipped, output.stdout).unwrap();
-    // Of this one the host wants the bytes twice.
+    // The host asks twice for the bytes of this image.
     let zstd = pair.office.path("zstd");
     let mut convert = Command::new("qemu-img");
     convert
@@ -91,7 +91,7 @@ fn one_that_the_host_refuses_is_refused_while_it_is_sent() {
         (image, "it is neither qcow2 nor a disk with a boot signature"),
         (pair.office.path("empty"), "it is empty"),
         (pair.office.path("nothing"), "No such file"),
-        (pair.office.path(""), "is no file"),
+        (pair.office.path(""), "is not a regular file"),
     ] {
         if image.ends_with("empty") {
             fs::write(&image, "").unwrap();
@@ -127,7 +127,7 @@ fn one_that_breaks_off_leaves_nothing_and_the_next_starts_clean() {
     remove(&pair, &[stemcell]);
 }
 
-/// A caller that sends something else than it says.
+/// A caller sends other bytes than those of its digest.
 #[test]
 fn one_that_is_damaged_on_its_way_is_refused() {
     let Some(pair) = Pair::new() else { return };
@@ -144,11 +144,11 @@ fn one_that_is_damaged_on_its_way_is_refused() {
     command.args(["host", "serve"]);
     let output = pair.host.namespace().run(|| crate::support::answer::run(command, &input));
     let said = String::from_utf8(output.stdout).unwrap();
-    assert!(said.contains("did not arrive as it was sent"), "{said}");
+    assert!(said.contains("was damaged in transfer"), "{said}");
     assert_eq!(pair.host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap(), []);
 }
 
-/// A host that never wants the image, and one that wants something unheard of.
+/// Hosts that break the protocol.
 #[test]
 fn a_host_that_makes_no_sense_is_told_of() {
     let Some(pair) = Pair::new() else { return };
@@ -158,17 +158,17 @@ fn a_host_that_makes_no_sense_is_told_of() {
     for (says, expected) in [
         (
             vec!["{\"greeting\":{\"program\":\"telnetd\",\"version\":\"1\"}}"],
-            "what answers there is not bosh-qemu-cpi",
+            "the program that answers there is not bosh-qemu-cpi",
         ),
-        (vec!["Welcome to Ubuntu"], "what answers there is not bosh-qemu-cpi"),
+        (vec!["Welcome to Ubuntu"], "the program that answers there is not bosh-qemu-cpi"),
         (vec![], "the host closed the connection"),
         (
             vec![GREETING, "{\"want\":\"moon\"}"],
-            "what its version 0.1.0 of bosh-qemu-cpi says is not understood here",
+            "its version 0.1.0 of bosh-qemu-cpi sent an unknown message",
         ),
-        (vec![GREETING, MADE_ANOTHER], "says that it made something else than 'stemcell-"),
-        (vec![GREETING, "{\"answer\":{\"text\":\"{}\"}}"], "gave no answer of a CPI"),
-        (vec![GREETING, "{\"answer\":{\"text\":\"7\"}}"], "gave no answer of a CPI"),
+        (vec![GREETING, MADE_ANOTHER], "created another object than 'stemcell-"),
+        (vec![GREETING, "{\"answer\":{\"text\":\"{}\"}}"], "sent no CPI response"),
+        (vec![GREETING, "{\"answer\":{\"text\":\"7\"}}"], "sent no CPI response"),
         (vec![GREETING], "the host closed the connection"),
     ] {
         let _ = fs::remove_file(&socket);
@@ -191,16 +191,20 @@ fn a_host_that_makes_no_sense_is_told_of() {
             message.contains(expected) && message.contains(socket.to_str().unwrap()),
             "{expected}: {message}"
         );
-        // What it may have made all the same is to be removed, which can not be asked of it any more.
+        // The host may have created the stemcell and no longer answers, so the error says how to
+        // remove it.
         assert_eq!(message.contains("`delete_stemcell` removes it"), asked, "{message}");
         assert!(!answer.outcome.as_ref().is_err_and(|failure| failure.ok_to_retry), "{answer:?}");
     }
 }
 
-/// An answer that tells of something else than was to be made.
-const MADE_ANOTHER: &str = r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\",\"error\":null,\"log\":\"\"}"}}"#;
+/// An answer with another cid than the caller chose.
+const MADE_ANOTHER: &str = concat!(
+    r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\","#,
+    r#"\"error\":null,\"log\":\"\"}"}}"#
+);
 
-/// An older version says this.
+/// The greeting of an older version has no protocol level.
 #[test]
 fn a_host_of_an_older_version_is_not_asked_what_it_would_not_keep_to() {
     let Some(office) = crate::support::doors::Office::new() else { return };

@@ -1,4 +1,5 @@
-//! Ways into a host from elsewhere: an sshd of a test's own, or a socket as a socket unit has it. Behind each is `host serve`.
+//! Transports into a host: an sshd of the test, or a socket as systemd's socket unit has it. Each
+//! starts `host serve`.
 
 use std::fs;
 use std::io::Write;
@@ -10,6 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use bosh_qemu_cpi::sys::pidfd::Process;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -18,35 +21,35 @@ use super::host::{Host, eventually, request};
 use super::netns::Namespace;
 use super::skip;
 
-/// A machine that calls hosts: where a Director's workers are.
+/// A machine that calls hosts, as a Director's workers do.
 pub struct Office {
     namespace: Namespace,
     dir: TempDir,
 }
 
 impl Office {
-    /// One that reaches nobody yet.
+    /// A machine without a network to any host.
     pub fn new() -> Option<Self> {
         let dir = tempfile::Builder::new().prefix("bqo-").tempdir().unwrap();
         Some(Self { namespace: Namespace::new()?, dir })
     }
 
-    /// Its network.
+    /// Its network namespace.
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
-    /// Something in its directory.
+    /// A path in its directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// Its configuration.
+    /// Writes its configuration.
     pub fn configure(&self, config: &Value) {
         fs::write(self.path("cpi.json"), config.to_string()).unwrap();
     }
 
-    /// The program under its configuration, started as the Director does.
+    /// The command that runs the program with its configuration, as the Director does.
     pub fn cpi(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         command.arg("--config").arg(self.path("cpi.json"));
@@ -57,12 +60,12 @@ impl Office {
         command
     }
 
-    /// What the CPI here answers to a whole request.
+    /// The answer of the CPI here to a whole request.
     pub fn ask(&self, request: &str) -> Answer {
         Answer::of(&self.namespace.run(|| run(self.cpi(), request.as_bytes())))
     }
 
-    /// What the CPI here answers to `method`.
+    /// The answer of the CPI here to a call of `method`.
     pub fn call(&self, method: &str, arguments: &Value) -> Answer {
         self.ask(&request(method, arguments))
     }
@@ -72,7 +75,7 @@ impl Office {
         self.call(method, arguments).result().clone()
     }
 
-    /// Starts a call and leaves it running, its request read.
+    /// Starts a call, writes its request and leaves it running.
     pub fn start(&self, method: &str, arguments: &Value) -> Child {
         let request = request(method, arguments);
         self.namespace.run(|| {
@@ -84,23 +87,35 @@ impl Office {
         })
     }
 
-    /// The control sockets of its ssh connections.
+    /// The control sockets of its ssh connections that have a process.
     pub fn connections(&self) -> Vec<PathBuf> {
         let dirs = fs::read_dir(self.dir.path()).unwrap().flatten().map(|entry| entry.path());
         let files =
             dirs.filter(|dir| dir.is_dir()).flat_map(|dir| fs::read_dir(dir).unwrap().flatten());
         files.map(|entry| entry.path()).filter(|path| UnixStream::connect(path).is_ok()).collect()
     }
+
+    /// Ends the ssh connections. A connection keeps the forced command that the key had at login.
+    pub fn close_connections(&self) {
+        for socket in self.connections() {
+            assert!(exit_command(&socket).output().unwrap().status.success());
+        }
+    }
 }
 
 impl Drop for Office {
     fn drop(&mut self) {
         for socket in self.connections() {
-            let mut command = Command::new("ssh");
-            command.args(["-F", "none", "-O", "exit", "-S"]).arg(socket).arg("nowhere");
-            let _ = command.stderr(Stdio::null()).stdout(Stdio::null()).status();
+            let _ = exit_command(&socket).output();
         }
     }
+}
+
+/// The command that ends the connection behind a control socket. ssh ignores the host's name.
+fn exit_command(socket: &Path) -> Command {
+    let mut command = Command::new("ssh");
+    command.args(["-F", "none", "-O", "exit", "-S"]).arg(socket).arg("nowhere");
+    command
 }
 
 /// An sshd in a host's network, with a key that may call the CPI there and nothing else.
@@ -111,8 +126,8 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// Cables `office` to `host`, as the `n`th of its hosts, and starts sshd there; `None`, with the reason told, where there
-    /// is none. `more` is configuration of sshd.
+    /// Connects `office` to `host`, as its host number `n`, and starts sshd there with `more`
+    /// configuration. Returns `None`, after printing the reason, where no sshd is installed.
     pub fn start(office: &Office, host: &Host, n: u8, more: &str) -> Option<Self> {
         if !Path::new("/usr/sbin/sshd").exists() {
             skip("no /usr/sbin/sshd (package openssh-server)");
@@ -124,13 +139,12 @@ impl Sshd {
         let address = format!("192.0.2.{}", 2 * n + 1);
         host.namespace().ip(&format!("address add {address}/31 dev {there}"));
         host.namespace().ip("link set lo up");
-        // Where it shuts its unprivileged half in; the package's own unit makes it.
+        // sshd confines its unprivileged process there. The package's own unit creates the
+        // directory.
         fs::create_dir_all("/run/sshd").unwrap();
         let dir = tempfile::Builder::new().prefix("bqs-").tempdir().unwrap();
         for key in ["host", "caller"] {
-            let mut command = Command::new("ssh-keygen");
-            command.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(dir.path().join(key));
-            assert!(command.status().unwrap().success());
+            generate_key(&dir.path().join(key));
         }
         let daemon = Self::spawn(dir.path(), host, &address, more);
         let sshd = Self { dir, daemon, address };
@@ -140,8 +154,9 @@ impl Sshd {
 
     fn spawn(dir: &Path, host: &Host, address: &str, more: &str) -> Child {
         let config = format!(
-            "ListenAddress {address}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nStrictModes no\nUsePAM no\n\
-             PidFile none\nSubsystem sftp internal-sftp\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n{more}\n",
+            "ListenAddress {address}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\n\
+             StrictModes no\nUsePAM no\nPidFile none\nSubsystem sftp internal-sftp\n\
+             PermitRootLogin prohibit-password\nPasswordAuthentication no\n{more}\n",
             dir.display()
         );
         fs::write(dir.join("sshd_config"), config).unwrap();
@@ -159,43 +174,62 @@ impl Sshd {
         daemon
     }
 
-    /// Has the key start `command` and nothing else.
+    /// Makes `command` the forced command of the caller's key.
     pub fn authorize(&self, command: &str) {
         let line = format!("restrict,command=\"{command}\" {}", self.read("caller.pub"));
         fs::write(self.dir.path().join("authorized"), line).unwrap();
     }
 
-    /// Lets the key do anything.
+    /// Removes the forced command of the caller's key.
     pub fn trust(&self) {
         fs::write(self.dir.path().join("authorized"), self.read("caller.pub")).unwrap();
     }
 
-    /// A file of its directory: keys and their halves.
+    /// Gives sshd another host key. Connections that are logged in stay.
+    pub fn change_host_key(&self) {
+        let key = self.dir.path().join("host");
+        fs::remove_file(&key).unwrap();
+        generate_key(&key);
+        let listening = |log: &str| log.matches("Server listening").count();
+        let log = || fs::read_to_string(self.dir.path().join("log")).unwrap();
+        let before = listening(&log());
+        Process::open(self.pid()).unwrap().signal(Signal::SIGHUP).unwrap();
+        eventually("sshd listens again", || (listening(&log()) > before).then_some(()));
+    }
+
+    /// The text of a file in its directory: keys and their public halves.
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.dir.path().join(name)).unwrap()
     }
 
-    /// Where the caller's private key is.
+    /// The file with the caller's private key.
     pub fn key(&self) -> PathBuf {
         self.dir.path().join("caller")
     }
 
-    /// Its address.
+    /// The address it listens on.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// The process that listens.
+    /// The pid of the process that listens.
     pub fn pid(&self) -> i32 {
         self.daemon.id().cast_signed()
     }
 
-    /// The transport through it.
+    /// The `transport` of the configuration that leads through it.
     pub fn transport(&self) -> Value {
         json!({
-            "kind": "ssh", "host": self.address, "private_key": self.read("caller"), "host_key": self.read("host.pub"),
+            "kind": "ssh", "host": self.address, "private_key": self.read("caller"),
+            "host_key": self.read("host.pub"),
         })
     }
+}
+
+fn generate_key(path: &Path) {
+    let mut command = Command::new("ssh-keygen");
+    command.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path);
+    assert!(command.status().unwrap().success());
 }
 
 impl Drop for Sshd {
@@ -236,7 +270,7 @@ impl Socket {
         Self { path, closing, listener: Some(std::thread::spawn(accept)) }
     }
 
-    /// The transport through it.
+    /// The `transport` of the configuration that leads through it.
     pub fn transport(&self) -> Value {
         json!({"kind": "unix", "socket": self.path})
     }
