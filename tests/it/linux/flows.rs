@@ -7,8 +7,8 @@ use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use serde_json::{Value, json};
 
 use super::guest::Guest;
+use crate::contract::recorded_flows::{self, Flow};
 use crate::support::host::{Host, text, vm_cid};
-use crate::traces::{self, Flow};
 
 /// Memory of a guest, MiB.
 const RAM: u64 = 256;
@@ -62,7 +62,7 @@ impl<'a> Agents<'a> {
     }
 }
 
-impl traces::Agents for Agents<'_> {
+impl recorded_flows::Agents for Agents<'_> {
     fn before(&mut self, method: &str, arguments: &Value) {
         let unmount = |vm: &Value, disk: &Value| {
             self.guest(vm).disk(&text(disk).parse().unwrap(), "unmount");

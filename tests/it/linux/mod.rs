@@ -16,7 +16,7 @@ use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::netns::Namespace;
-use crate::vm_list::answering;
+use crate::vm::list::answering;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()

@@ -6,10 +6,10 @@ use bosh_qemu_cpi::cid::{Cid, DiskCid, SnapshotCid, VmCid};
 use bosh_qemu_cpi::store::{DiskRecord, SnapshotRecord};
 use serde_json::{Value, json};
 
-use super::lab::{Disk, Lab, Power};
+use super::modelled_host::{Disk, Lab, Power};
 use super::random::Random;
 use super::steps::{MOST_DISKS, meanwhile, must_refuse};
-use crate::disk_metadata::metadata;
+use crate::disk::metadata::metadata;
 use crate::support::answer::Failure;
 use crate::support::images::{guest_writes, image, qemu_io, record};
 

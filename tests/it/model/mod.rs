@@ -14,13 +14,13 @@
 //! A new verb is a function in [`steps`] or [`disks`] and a line in the table of the former; what it changes goes into [`lab::Lab`].
 
 mod disks;
-mod lab;
+mod modelled_host;
 mod random;
 mod steps;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use lab::Lab;
+use modelled_host::Lab;
 use random::Random;
 
 /// How long a run without [`STEPS`] takes at the most, but for its last step.

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::disks;
-use super::lab::{Disk, Lab, Power, SLOTS};
+use super::modelled_host::{Disk, Lab, Power, SLOTS};
 use super::random::Random;
 use crate::support::answer::Failure;
 use crate::support::host::{eventually, gone, vm_cid};

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::Pair;
-use crate::support::doors::{Office, Socket};
 use crate::support::host::{Host, request};
+use crate::support::remote::{Office, Socket};
 
 /// Requests whose answers depend on nothing but the program.
 fn requests() -> Vec<String> {

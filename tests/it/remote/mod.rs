@@ -1,17 +1,17 @@
 //! Calls of a machine on which no VM runs.
 
 mod answers;
-mod door;
-mod groups;
+mod host_groups;
 mod install;
-mod links;
-mod shared_disks;
-mod stemcells;
+mod ownership;
+mod restrictions;
+mod stemcell_upload;
+mod transport;
 
 use serde_json::{Value, json};
 
-use crate::support::doors::{Office, Sshd};
 use crate::support::host::Host;
+use crate::support::remote::{Office, Sshd};
 
 /// A host, and an office that calls it through ssh.
 pub struct Pair {

@@ -27,7 +27,7 @@ use tempfile::TempDir;
 
 use super::answer::{Answer, run};
 use super::netns::Namespace;
-use super::small::Small;
+use super::tmpfs::Small;
 use super::{nftables, skip};
 
 /// How long anything may take before a test calls it stuck. Emulated guests share two cores with other tests. A host that is

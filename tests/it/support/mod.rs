@@ -1,20 +1,20 @@
 //! What the tests share.
 
 pub mod answer;
-pub mod crash;
-pub mod doors;
+pub mod crash_points;
 pub mod filesystem;
 pub mod frames;
 pub mod host;
+pub mod hung_filesystem;
 pub mod images;
-pub mod lab;
+pub mod installation;
 mod leaks;
 pub mod netns;
 pub mod nftables;
 pub mod power;
-pub mod silent;
-pub mod small;
-pub mod world;
+pub mod remote;
+pub mod tmpfs;
+pub mod topology;
 
 /// Says why a test does nothing here. A runner counts these lines.
 #[allow(clippy::print_stderr)]

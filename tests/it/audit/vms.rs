@@ -1,0 +1,423 @@
+//! What `audit` reports and `gc` puts right.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use bosh_qemu_cpi::cid::Cid;
+use bosh_qemu_cpi::store::record::{AttachmentPhase, StemcellRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, SnapshotRecord, VmRecord};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::crash_points::{armed, for_each_crash_point};
+use crate::support::host::{Host, eventually, gone, text, vm_cid};
+use crate::support::skip;
+
+/// Kind, thing and cure of each finding, and whether the command said that all is well.
+fn findings(host: &Host, words: &[&str]) -> (bool, Vec<(String, String, Value)>) {
+    let (passed, printed) = host.command(words);
+    assert_eq!(printed["clean"], passed);
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let finding = |f: &Value| (text(&f["kind"]), text(&f["what"]), f["cure"].clone());
+    (passed, printed["findings"].as_array().unwrap().iter().map(finding).collect())
+}
+
+fn audit(host: &Host) -> Vec<(String, String, Value)> {
+    findings(host, &["audit", "--json"]).1
+}
+
+fn gc(host: &Host) -> Vec<(String, String, Value)> {
+    findings(host, &["gc", "--json"]).1
+}
+
+fn one(kind: &str, what: &impl ToString, cure: &str) -> Vec<(String, String, Value)> {
+    vec![(kind.to_owned(), what.to_string(), json!(cure))]
+}
+
+/// Everything in the state and the run directory, with when its content, its names or its attributes changed last.
+fn everything(host: &Host) -> BTreeMap<PathBuf, (i64, i64, u64)> {
+    let mut dirs = vec![host.path("state"), host.store().run_dir().to_owned()];
+    let mut seen = BTreeMap::new();
+    while let Some(dir) = dirs.pop() {
+        for path in fs::read_dir(&dir)
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.unwrap().path())
+            .chain([dir.clone()])
+        {
+            let Ok(meta) = path.symlink_metadata() else { continue };
+            if meta.is_dir() && path != dir {
+                dirs.push(path.clone());
+            }
+            seen.insert(path, (meta.ctime(), meta.ctime_nsec(), meta.size()));
+        }
+    }
+    seen
+}
+
+#[test]
+fn looking_writes_nothing() {
+    let Some(host) = Host::new() else { return };
+    let look = |host: &Host| {
+        let before = everything(host);
+        for words in [
+            ["audit", "--json"].as_slice(),
+            &["gc", "--dry-run", "--json"],
+            &["vm", "list", "--json"],
+        ] {
+            host.command(words);
+        }
+        let _ =
+            host.namespace().run(|| host.cpi().args(["pool", "list", "--json"]).output().unwrap());
+        assert_eq!(everything(host), before);
+    };
+    look(&host);
+    let (vm, attached, free) = (host.booted_vm(), host.disk(), host.disk());
+    host.ok("attach_disk", &json!([vm, attached]));
+    host.power_off(&vm);
+    let store = host.store();
+    let record = store.read::<DiskRecord>(&free).unwrap().unwrap();
+    store.write(&DiskRecord { phase: Phase::Deleting, ..record }).unwrap();
+    // As of a copy that was made without them.
+    for lock in fs::read_dir(host.path("state/locks")).unwrap() {
+        fs::remove_file(lock.unwrap().path()).unwrap();
+    }
+    // Of a process that is none.
+    std::os::unix::fs::symlink("999999999", store.pending_dir().join("vm-aaaaaaaaaaaaaaa"))
+        .unwrap();
+    std::os::unix::fs::symlink("vm-bbbbbbbbbbbbbbb", host.path("state/uids/1900000007")).unwrap();
+    assert_eq!(audit(&host).len(), 3);
+    look(&host);
+    assert!(findings(&host, &["gc", "--json"]).0);
+}
+
+#[test]
+fn a_host_in_order_has_no_findings() {
+    let Some(host) = Host::new() else { return };
+    assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]), "before there is anything");
+    let vm = host.booted_vm();
+    let (disk, off) = (host.disk(), host.booted_vm());
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.power_off(&off);
+    assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]));
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, vec![]));
+    assert_eq!(host.ok("has_vm", &json!([vm])), true);
+}
+
+/// Kills `method` at each of its points; `gc` leaves only what is whole.
+fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    for_each_crash_point(
+        &host,
+        method,
+        || prepare(&host, &stemcell),
+        |crash| {
+            let not_told = |(kind, _, _): &(String, String, Value)| kind != "untold";
+            let reported: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
+            assert!(
+                reported.iter().all(|(_, _, cure)| *cure == "gc"),
+                "{}: {reported:?}",
+                crash.point
+            );
+            // What is still being launched by an orphaned supervisor is busy, and no finding yet.
+            eventually("everything is whole or gone", || {
+                let mended: Vec<_> = gc(&host).into_iter().filter(not_told).collect();
+                assert!(
+                    mended.iter().all(|(_, _, cure)| *cure == "mended"),
+                    "{}: {mended:?}",
+                    crash.point
+                );
+                let store = host.store();
+                let vms = store.list::<VmRecord>().unwrap();
+                let whole = vms.iter().all(|vm| {
+                    store.read(vm).unwrap().is_some_and(|vm: VmRecord| vm.phase == Phase::Ready)
+                });
+                whole.then_some(())
+            });
+            let left: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
+            assert_eq!(left, [], "{}", crash.point);
+            let store = host.store();
+            for vm in store.list::<VmRecord>().unwrap() {
+                host.ok("delete_vm", &json!([vm]));
+            }
+            for disk in store.list::<DiskRecord>().unwrap() {
+                host.ok("delete_disk", &json!([disk]));
+            }
+            let left: Vec<_> =
+                host.left().into_iter().filter(|left| !left.contains(&stemcell)).collect();
+            assert!(left.is_empty(), "{}: {left:?}", crash.point);
+            format!("{} findings", reported.len())
+        },
+    );
+}
+
+#[test]
+fn gc_mends_a_create_vm_that_was_cut_short() {
+    mended_after_any_crash("create_vm", Host::vm_arguments);
+}
+
+#[test]
+fn gc_mends_a_delete_vm_that_was_cut_short() {
+    mended_after_any_crash("delete_vm", |host, stemcell| json!([host.vm(stemcell)]));
+}
+
+#[test]
+fn gc_mends_disks_whose_calls_were_cut_short() {
+    mended_after_any_crash("create_disk", |_, _| json!([8, {}, null]));
+    mended_after_any_crash("delete_disk", |host, _| json!([host.disk()]));
+}
+
+#[test]
+fn an_attach_that_was_cut_short_is_settled() {
+    let Some(host) = Host::new() else { return };
+    let (vm, disk) = (host.booted_vm(), host.disk());
+    host.ok("attach_disk", &json!([vm, disk]));
+    let interrupted = || {
+        let mut record = host.record(&vm);
+        record.set_attachment(&disk, AttachmentPhase::Attaching);
+        host.store().write(&record).unwrap();
+    };
+    interrupted();
+    let what = format!("{disk} on {vm}");
+    assert_eq!(audit(&host), one("unsettled", &what, "gc"));
+    let (clean, found) = findings(&host, &["gc", "--json"]);
+    assert!(
+        !clean && found[0].2["operator"].as_str().unwrap().contains("repeat"),
+        "the guest has it: {found:?}"
+    );
+    host.ok("detach_disk", &json!([vm, disk]));
+    interrupted();
+    assert_eq!(gc(&host), one("unsettled", &what, "mended"), "the guest has it not");
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
+}
+
+#[test]
+fn a_snapshot_whose_removal_was_cut_short_is_removed() {
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}]))).parse().unwrap();
+    let record = host.store().read::<SnapshotRecord>(&snapshot).unwrap().unwrap();
+    host.store().write(&SnapshotRecord { phase: Phase::Deleting, ..record }).unwrap();
+    assert_eq!(gc(&host), one("unfinished", &snapshot, "mended"));
+    assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
+    assert_eq!(gc(&host), []);
+}
+
+#[test]
+fn a_vm_without_a_supervisor_gets_one() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let supervisor = host.supervisor(&vm).unwrap();
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    gone(&supervisor);
+    assert_eq!(audit(&host), one("unsupervised", &vm, "gc"));
+    assert!(host.supervisor(&vm).is_none(), "audit only looks");
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("unsupervised", &vm, "mended")));
+    assert!(host.supervisor(&vm).is_some());
+    assert_eq!(audit(&host), []);
+}
+
+/// Killed when it was whole, before anybody was told of it; then the power was cut.
+#[test]
+fn a_vm_that_nobody_was_told_of_is_told_and_gives_its_address_away() {
+    if !cfg!(debug_assertions) {
+        return skip("crash points are for builds with debug assertions");
+    }
+    let Some(host) = Host::new() else { return };
+    let arguments = host.vm_arguments(&host.stemcell());
+    let made = armed(&host, "create_vm", &arguments, [("AT", "pending note removed")]);
+    assert!(made.is_none());
+    host.lose_power();
+    host.command(&["host", "start", "--json"]);
+    let untold = host.store().list::<VmRecord>().unwrap().pop().unwrap();
+    let found = audit(&host);
+    assert_eq!(
+        (found[0].0.as_str(), found[0].1.as_str(), found.len()),
+        ("untold", untold.as_str(), 1),
+        "{found:?}"
+    );
+    // A Director that asks for the address again does not know who has it.
+    let vm = vm_cid(&host.ok("create_vm", &arguments));
+    assert_eq!(host.store().list::<VmRecord>().unwrap(), std::slice::from_ref(&vm));
+    assert_eq!(audit(&host), []);
+
+    // Whoever names it knows it.
+    host.ok("delete_vm", &json!([vm]));
+    assert!(armed(&host, "create_vm", &arguments, [("AT", "pending note removed")]).is_none());
+    let named = host.store().list::<VmRecord>().unwrap().pop().unwrap();
+    host.ok("set_vm_metadata", &json!([named, {}]));
+    assert_eq!(audit(&host), []);
+    let refused = host.call("create_vm", &arguments);
+    assert!(refused.failure().message.contains(&format!("is held by VM '{named}'")), "{refused:?}");
+}
+
+#[test]
+fn a_vm_that_is_off_and_should_run_is_told() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    host.lose_power();
+    let found = audit(&host);
+    assert_eq!((found[0].0.as_str(), found[0].1.as_str(), found.len()), ("down", vm.as_str(), 1));
+    assert!(found[0].2["operator"].as_str().unwrap().contains("host start"), "{found:?}");
+    let (clean, found) = findings(&host, &["gc", "--json"]);
+    assert!(!clean && found.len() == 1, "gc starts nothing: {found:?}");
+    host.command(&["host", "start", "--json"]);
+    assert_eq!(audit(&host), []);
+}
+
+#[test]
+fn a_record_that_can_not_be_read_is_told_and_nothing_of_it_is_touched() {
+    let Some(host) = Host::new() else { return };
+    let (disk, other) = (host.disk(), host.disk());
+    let record = host.store().disk_dir(&disk).join("disk.json");
+    let text = fs::read(&record).unwrap();
+    fs::write(&record, &text[..text.len() / 2]).unwrap();
+    let found = gc(&host);
+    assert_eq!(
+        (found[0].0.as_str(), found[0].1.as_str(), found.len()),
+        ("corrupt", disk.as_str(), 1),
+        "{found:?}"
+    );
+    fs::rename(&record, host.path("aside")).unwrap();
+    let found = gc(&host);
+    assert_eq!(
+        (found[0].0.as_str(), found[0].1.as_str(), found.len()),
+        ("no-record", disk.as_str(), 1),
+        "{found:?}"
+    );
+    fs::rename(host.path("aside"), &record).unwrap();
+    fs::write(&record, text).unwrap();
+    assert_eq!(gc(&host), []);
+    assert_eq!(
+        [disk, other].map(|disk| host.ok("has_disk", &json!([disk]))),
+        [json!(true), json!(true)]
+    );
+}
+
+/// As of a copy of the state directory without links, and of one somebody changed.
+#[test]
+fn what_a_record_gives_a_vm_is_its_own_by_name_again() {
+    let Some(host) = Host::new() else { return };
+    let (stemcell, state) = (host.stemcell(), host.path("state"));
+    let mut arguments = host.vm_arguments(&stemcell);
+    arguments[2]["ports"] = json!([{"host": "8080-8081", "guest": "80-81"}]);
+    let vm = vm_cid(&host.ok("create_vm", &arguments));
+    let names = || {
+        let links = ["uids", "claims"].map(|dir| fs::read_dir(state.join(dir)).unwrap());
+        let links = links.into_iter().flatten().map(|link| link.unwrap().path());
+        links.map(|path| (path.clone(), fs::read_link(path).unwrap())).collect::<BTreeMap<_, _>>()
+    };
+    let before = names();
+    assert_eq!(before.len(), 4, "a uid, an address, two ports: {before:?}");
+    let spoil: [fn(&Path); 3] = [
+        |_| {},
+        |path| fs::write(path, "").unwrap(),
+        // Of a VM that is not there.
+        |path| std::os::unix::fs::symlink("vm-aaaaaaaaaaaaaaa", path).unwrap(),
+    ];
+    for spoil in spoil {
+        for path in before.keys() {
+            fs::remove_file(path).unwrap();
+            spoil(path);
+        }
+        let found = audit(&host);
+        assert!(
+            found.iter().all(|(kind, _, cure)| kind == "unclaimed" && *cure == "gc"),
+            "{found:?}"
+        );
+        assert_eq!(found.len(), 4, "{found:?}");
+        let (clean, found) = findings(&host, &["gc", "--json"]);
+        assert!(clean, "{found:?}");
+        assert_eq!(names(), before);
+        assert_eq!(audit(&host), []);
+    }
+    let refused = host.call("create_vm", &arguments);
+    assert!(refused.failure().message.contains(&format!("is held by VM '{vm}'")), "{refused:?}");
+}
+
+#[test]
+fn two_vms_with_one_uid_are_told() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (one, other) = (host.vm(&stemcell), host.vm(&stemcell));
+    let link = host.path("state/uids").join(host.record(&one).uid.to_string());
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(other.as_str(), &link).unwrap();
+    let (clean, found) = findings(&host, &["gc", "--json"]);
+    assert!(
+        !clean
+            && found.len() == 1
+            && found[0].0 == "unclaimed"
+            && found[0].2["operator"].is_string(),
+        "{found:?}"
+    );
+    fs::remove_file(&link).unwrap();
+    assert!(findings(&host, &["gc", "--json"]).0);
+}
+
+#[test]
+fn what_belongs_to_nothing_is_removed() {
+    let Some(host) = Host::new() else { return };
+    host.ok("delete_stemcell", &json!([host.stemcell()]));
+    let state = host.path("state");
+    let gone = "vm-aaaaaaaaaaaaaaa";
+    fs::write(state.join("locks").join(format!("vm.{gone}")), "").unwrap();
+    // Signed by a process that is none.
+    fs::write(state.join("locks/network.br7"), "999999999\n").unwrap();
+    std::os::unix::fs::symlink(gone, state.join("uids/1900000007")).unwrap();
+    fs::create_dir_all(state.join("vms/vm-bbbbbbbbbbbbbbb")).unwrap();
+    let (old, new) = (state.join(".new-old"), state.join(".new-new"));
+    let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+    fs::File::create(&old).unwrap().set_modified(hour_ago).unwrap();
+    fs::write(&new, "").unwrap();
+    let before = audit(&host);
+    assert!(before.iter().all(|(_, _, cure)| *cure == "gc"), "{before:?}");
+    let (clean, found) = findings(&host, &["gc", "--json"]);
+    assert!(clean, "{found:?}");
+    assert!(new.exists() && !old.exists(), "one that may be being written stays");
+    fs::remove_file(new).unwrap();
+    host.assert_nothing_left();
+    assert_eq!(host.store().list::<StemcellRecord>().unwrap().len(), 0);
+}
+
+#[test]
+fn a_qemu_whose_vm_is_gone_is_ended() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let (paths, aside) = (host.paths(&vm), host.path("aside"));
+    let qemu = host.qemu(&vm).unwrap();
+    // Somebody removed the directory by hand.
+    fs::rename(&paths.dir, &aside).unwrap();
+    let found = audit(&host);
+    assert_eq!(found, one("orphan", &vm, "gc"));
+    assert!(host.qemu(&vm).is_some(), "audit only looks");
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("orphan", &vm, "mended")));
+    gone(&qemu);
+    assert!(!paths.run.exists());
+    fs::rename(&aside, &paths.dir).unwrap();
+}
+
+#[test]
+fn two_state_directories_do_not_share_a_run_directory() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    host.reconfigure(|config| config["state_dir"] = json!(host.path("other")));
+    let answer = host.call("create_disk", &json!([8, {}, null]));
+    let failure = answer.failure();
+    assert!(
+        failure.message.contains("run_dir") && failure.message.contains("other"),
+        "{failure:?}"
+    );
+    let output = host.namespace().run(|| host.cpi().args(["gc", "--json"]).output().unwrap());
+    assert!(!output.status.success() || !host.path("other").exists());
+    host.reconfigure(|config| config["state_dir"] = json!(host.path("state")));
+    assert!(host.qemu(&vm).is_some());
+    let _ = fs::remove_dir_all(host.path("other"));
+}

@@ -1,0 +1,236 @@
+//! Requests that a real bosh-cli and a real Director sent, flow by flow, against this CPI.
+//!
+//! A flow begins with what earlier flows left, so that is made first: what it uses before it creates it. Cids are
+//! mapped from the recorded ones to ours.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::remote::Pair;
+use crate::support::answer::Answer;
+use crate::support::host::Host;
+use crate::support::remote::{Office, Socket};
+
+/// Where each method has cids: the argument's position and the kind. `create_vm` has a list of disks besides.
+fn cids(method: &str) -> &'static [(usize, &'static str)] {
+    match method {
+        "create_vm" => &[(1, "sc")],
+        "create_disk" => &[(2, "vm")],
+        "delete_vm" | "has_vm" | "reboot_vm" | "set_vm_metadata" => &[(0, "vm")],
+        "attach_disk" | "detach_disk" => &[(0, "vm"), (1, "disk")],
+        "delete_disk" | "has_disk" | "set_disk_metadata" | "resize_disk" | "snapshot_disk" => {
+            &[(0, "disk")]
+        }
+        "delete_stemcell" => &[(0, "sc")],
+        _ => &[],
+    }
+}
+
+/// A flow that is replayed.
+pub struct Flow<'a> {
+    host: &'a Host,
+    /// Who asks the host.
+    ask: &'a dyn Fn(&str) -> Answer,
+    /// Ours by recorded cid.
+    ours: BTreeMap<String, Value>,
+    /// Memory of its VMs, MiB: half a gigabyte for each of several guests at once would be this host's all.
+    ram: u64,
+}
+
+/// What the agents of its VMs do between the calls.
+pub trait Agents {
+    /// Before the call, of which ours are the arguments.
+    fn before(&mut self, method: &str, arguments: &Value);
+    /// After it.
+    fn after(&mut self, method: &str, arguments: &Value, result: &Value);
+}
+
+/// Those of guests that have none.
+struct NoAgents;
+
+impl Agents for NoAgents {
+    fn before(&mut self, _: &str, _: &Value) {}
+    fn after(&mut self, _: &str, _: &Value, _: &Value) {}
+}
+
+impl<'a> Flow<'a> {
+    /// One on a host with the bridges of the recordings.
+    pub fn new(host: &'a Host, ask: &'a dyn Fn(&str) -> Answer, ram: u64) -> Self {
+        Self { host, ask, ours: BTreeMap::new(), ram }
+    }
+
+    /// The same, in which a recorded cid means something that is there.
+    pub fn knows(mut self, recorded: &str, ours: &impl ToString) -> Self {
+        self.ours.insert(recorded.to_owned(), json!(ours.to_string()));
+        self
+    }
+
+    /// Replays the recording `name`.
+    pub fn replay(mut self, name: &str, agents: &mut dyn Agents) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("tests/fixtures/requests/{name}.jsonl"));
+        for line in fs::read_to_string(path).unwrap().lines() {
+            let recorded: Value = serde_json::from_str(line).unwrap();
+            let (method, answer) = self.ask(&recorded, agents);
+            check(&method, &recorded["request"], &answer);
+            if matches!(method.as_str(), "has_vm" | "has_disk") {
+                assert_eq!(*answer.result(), recorded["response"]["result"], "{line}");
+            }
+        }
+    }
+
+    /// Replaces a recorded cid by ours, making the thing if this flow did not.
+    fn replace(&mut self, recorded: &mut Value, kind: &str, exists: bool) {
+        let Some(name) = recorded.as_str().map(str::to_owned) else { return };
+        if !self.ours.contains_key(&name) {
+            let cid = match kind {
+                _ if !exists => json!(format!("{kind}-vanished")),
+                "sc" => json!(self.host.stemcell()),
+                "disk" => json!(self.host.disk()),
+                _ => json!(self.host.vm(&self.host.stemcell())),
+            };
+            self.ours.insert(name.clone(), cid);
+        }
+        *recorded = self.ours[&name].clone();
+    }
+
+    /// Asks the CPI what was recorded, word for word but for cids and the stemcell's path.
+    fn ask(&mut self, recorded: &Value, agents: &mut dyn Agents) -> (String, Answer) {
+        let (mut request, response) = (recorded["request"].clone(), &recorded["response"]);
+        let method = request["method"].as_str().unwrap().to_owned();
+        let arguments = &mut request["arguments"];
+        let vanished = response["error"]["type"] == "Bosh::Clouds::VMNotFound"
+            || response["result"] == json!(false);
+        for (position, kind) in cids(&method) {
+            self.replace(&mut arguments[position], kind, !vanished);
+        }
+        match method.as_str() {
+            "create_stemcell" => {
+                self.host.ok("delete_stemcell", &json!([self.host.stemcell()]));
+                arguments[0] = json!(self.host.path("image"));
+            }
+            "create_vm" => {
+                let disks = arguments[4].as_array_mut().unwrap();
+                disks.iter_mut().for_each(|disk| self.replace(disk, "disk", true));
+                arguments[2]["ram"] = json!(self.ram);
+            }
+            "detach_disk" => {
+                // Attached by this flow or by one before it.
+                self.host.ok("attach_disk", arguments);
+            }
+            _ => {}
+        }
+        agents.before(&method, arguments);
+        let answer = (self.ask)(&request.to_string());
+        self.host.note(&answer.stdout);
+        if let Ok(result) = &answer.outcome {
+            agents.after(&method, &request["arguments"], result);
+        }
+        if method.starts_with("create_")
+            && let (Ok(result), Some(was)) = (&answer.outcome, created(&response["result"]))
+        {
+            self.ours.insert(was.as_str().unwrap().to_owned(), created(result).unwrap().clone());
+        }
+        (method, answer)
+    }
+}
+
+/// The cid in the result of a create: create_vm's comes with networks.
+fn created(result: &Value) -> Option<&Value> {
+    result.get(0).or(Some(result)).filter(|cid| cid.is_string())
+}
+
+/// Checks that the answer has the shape the clients want of this method.
+fn check(method: &str, request: &Value, answer: &Answer) {
+    let shown = || format!("{method}: {answer:?}");
+    match method {
+        "info" => assert!(answer.result()["stemcell_formats"].is_array(), "{}", shown()),
+        "create_stemcell" | "create_disk" | "snapshot_disk" => {
+            assert!(answer.result().is_string(), "{}", shown())
+        }
+        "create_vm" => {
+            assert!(answer.result()[0].is_string(), "{}", shown());
+            let (given, networks) = (&request["arguments"][3], &answer.result()[1]);
+            let names =
+                |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+            assert_eq!(names(given), names(networks), "{}", shown());
+        }
+        "has_vm" | "has_disk" => assert!(answer.result().is_boolean(), "{}", shown()),
+        "attach_disk" => {
+            let path = answer.result()["path"].as_str().expect("a hint");
+            assert!(path.starts_with("/dev/disk/by-id/virtio-disk-"), "{}", shown());
+        }
+        _ => assert_eq!(*answer.result(), Value::Null, "{}", shown()),
+    }
+}
+
+fn replay(name: &str, host: &Host, ask: &dyn Fn(&str) -> Answer) {
+    host.bridge("br0");
+    host.bridge("br1");
+    Flow::new(host, ask, 64).replay(name, &mut NoAgents);
+}
+
+macro_rules! flows {
+    ($($test:ident = $name:literal;)*) => {
+        $(
+            #[test]
+            fn $test() {
+                let Some(host) = Host::new() else { return };
+                replay($name, &host, &|request| host.ask(request));
+            }
+        )*
+
+        mod through_ssh {
+            use super::*;
+
+            $(
+                #[test]
+                fn $test() {
+                    let Some(Pair { host, office, sshd: _sshd }) = Pair::new() else { return };
+                    replay($name, &host, &|request| office.ask(request));
+                }
+            )*
+        }
+
+        mod through_a_socket {
+            use super::*;
+
+            $(
+                #[test]
+                fn $test() {
+                    let (Some(host), Some(office)) = (Host::new(), Office::new()) else { return };
+                    let socket = Socket::start(&office, &host);
+                    office.configure(&json!({"transport": socket.transport()}));
+                    replay($name, &host, &|request| office.ask(request));
+                }
+            )*
+        }
+
+        #[test]
+        fn every_recorded_flow_is_replayed() {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/requests");
+            let files = fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
+            let mut recorded: Vec<_> = files.map(|f| f.file_stem().unwrap().to_string_lossy().into_owned()).collect();
+            recorded.sort();
+            assert_eq!(recorded, [$($name),*]);
+        }
+    };
+}
+
+flows! {
+    create_env_with_a_bigger_disk = "create-env-bigger-disk";
+    create_env_with_several_networks = "create-env-multi-network";
+    create_env_from_nothing = "create-env-new";
+    create_env_that_recreates = "create-env-recreate";
+    create_env_after_its_vm_vanished = "create-env-vm-vanished";
+    delete_env = "delete-env";
+    a_directors_cloud_check = "director-cck-auto";
+    a_director_with_a_cpi_config = "director-cpi-config";
+    a_directors_deploy = "director-deploy";
+    a_directors_hot_swap = "director-hotswap";
+    a_directors_recreate = "director-recreate";
+    a_directors_resize = "director-resize";
+}

@@ -1,0 +1,406 @@
+//! SIGKILL at every step of every mutating call: the same call again succeeds, what is left over is reaped, and calls on
+//! other things go on.
+
+use std::fs;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
+use bosh_qemu_cpi::store::record::{NetworkRecord, StemcellRecord};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
+use serde_json::{Value, json};
+
+use crate::disk::attach::{in_qemu, is_plugged};
+use crate::disk::metadata::metadata;
+use crate::support::crash_points::{Crash, for_each_crash_point};
+use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
+use crate::support::skip;
+
+/// A host, where the program under test has crash points.
+fn host() -> Option<Host> {
+    if !cfg!(debug_assertions) {
+        skip("crash points are for builds with debug assertions");
+        return None;
+    }
+    Host::new()
+}
+
+#[test]
+fn a_release_build_knows_no_crash_point() {
+    if cfg!(debug_assertions) {
+        return skip("a release build is looked at: cargo test --release");
+    }
+    let binary = fs::read(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).unwrap();
+    for word in ["BOSH_QEMU_CPI_CRASH", "pending noted", "new one written"] {
+        assert!(!binary.windows(word.len()).any(|window| window == word.as_bytes()), "{word}");
+    }
+}
+
+/// What a call acts on, and a VM with a disk that it must not disturb.
+struct Lab {
+    host: Host,
+    stemcell: String,
+    bystander: VmCid,
+    disk: DiskCid,
+    /// What is on the host as long as nothing but the bystander is.
+    quiet: Vec<String>,
+}
+
+impl Lab {
+    fn new() -> Option<Self> {
+        let host = host()?;
+        let stemcell = host.stemcell();
+        let (bystander, disk) = (host.vm(&stemcell), host.disk());
+        host.sees(&bystander, "BOOTSECTOR-OK", 1);
+        let quiet = host.left();
+        Some(Self { host, stemcell, bystander, disk, quiet })
+    }
+
+    fn booted_vm(&self) -> VmCid {
+        let vm = self.host.vm(&self.stemcell);
+        self.host.sees(&vm, "BOOTSECTOR-OK", 1);
+        vm
+    }
+
+    /// Kills `method` at each of its points. Each time another call is done at once, then the same call is repeated,
+    /// `settled` looks at it, and `gc` leaves nothing that it finds.
+    fn walk(
+        &self,
+        method: &str,
+        prepare: impl Fn() -> Value,
+        settled: impl Fn(&Crash<'_>, Value) -> String,
+    ) {
+        for_each_crash_point(&self.host, method, prepare, |crash| {
+            // It takes its locks and asks its QEMU, also where there is nothing to do.
+            self.host.ok("attach_disk", &json!([self.bystander, self.disk]));
+            if let Some(answer) = &crash.answer {
+                let failed_itself = crash.point.starts_with("supervisor: ");
+                assert!(answer.outcome.is_ok() || failed_itself, "{}: {answer:?}", crash.point);
+            }
+            // Its addresses are taken: only who was not told may ask for them again.
+            let delete = [("create_vm", "delete_vm"), ("create_network", "delete_network")];
+            let delete = delete.into_iter().find(|(create, _)| *create == method);
+            if let (Some((_, delete)), Some(Ok(made))) =
+                (delete, crash.answer.as_ref().map(|answer| &answer.outcome))
+            {
+                self.host.ok(delete, &json!([made[0]]));
+            }
+            let again = match self.host.call(method, crash.arguments).outcome {
+                Err(gone) if method == "delete_network" && gone.kind == "NetworkNotFound" => {
+                    Value::Null
+                }
+                outcome => {
+                    outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point))
+                }
+            };
+            let outcome = settled(crash, again);
+            self.gc(crash.point);
+            outcome
+        });
+    }
+
+    /// Puts right what can be, which must be everything.
+    fn gc(&self, point: &str) {
+        let (clean, found) = self.host.command(&["gc", "--json"]);
+        assert!(clean, "after '{point}': {found}");
+    }
+
+    /// Waits until no create is unfinished. A supervisor whose call was killed keeps the VM's lock until its launch is
+    /// undone; any create after that removes the rest.
+    fn settle(&self) {
+        let pending = self.host.store().pending_dir();
+        eventually("leftovers are removed", || {
+            let disk = self.host.disk();
+            self.host.ok("delete_disk", &json!([disk]));
+            let whole = pending.read_dir().unwrap().next().is_none();
+            whole.then_some(())
+        });
+    }
+
+    /// Removes what a create made, and what it made when it was killed if that is whole: nobody can tell whether the
+    /// answer was read, so nothing else may be left.
+    fn only_whole<R: Record>(&self, new: &R::Cid, delete: &str, known: &[R::Cid]) -> String {
+        let store = self.host.store();
+        self.host.ok(delete, &json!([new.as_str()]));
+        self.settle();
+        let mut left = store.list::<R>().unwrap();
+        left.retain(|cid| !known.contains(cid));
+        for cid in &left {
+            assert_eq!(store.read::<R>(cid).unwrap().unwrap().phase(), Phase::Ready);
+            self.host.ok(delete, &json!([cid.as_str()]));
+        }
+        self.assert_quiet();
+        if left.is_empty() { "nothing is left".into() } else { "whole".into() }
+    }
+
+    fn assert_quiet(&self) {
+        assert_eq!(self.host.left(), self.quiet);
+    }
+}
+
+#[test]
+fn create_stemcell() {
+    let Some(lab) = Lab::new() else { return };
+    // Not the bystander's: that one would be shared.
+    let image = lab.host.path("another-image");
+    fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
+    let known = [lab.stemcell.parse().unwrap()];
+    lab.walk(
+        "create_stemcell",
+        || json!([image, {}]),
+        |_, made| {
+            lab.only_whole::<StemcellRecord>(
+                &text(&made).parse().unwrap(),
+                "delete_stemcell",
+                &known,
+            )
+        },
+    );
+}
+
+#[test]
+fn create_stemcell_of_a_file_that_is_here() {
+    let Some(lab) = Lab::new() else { return };
+    let known = [lab.stemcell.parse().unwrap()];
+    lab.walk(
+        "create_stemcell",
+        || json!([lab.host.path("image"), {}]),
+        |_, made| {
+            lab.only_whole::<StemcellRecord>(
+                &text(&made).parse().unwrap(),
+                "delete_stemcell",
+                &known,
+            )
+        },
+    );
+    assert!(lab.host.store().stemcell_dir(&known[0]).join("image.raw").exists());
+}
+
+#[test]
+fn delete_stemcell() {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "delete_stemcell",
+        || json!([lab.host.stemcell()]),
+        |_, _| {
+            lab.assert_quiet();
+            "gone".into()
+        },
+    );
+}
+
+#[test]
+fn create_vm() {
+    let Some(lab) = Lab::new() else { return };
+    let known = [lab.bystander.clone()];
+    lab.walk(
+        "create_vm",
+        || lab.host.vm_arguments(&lab.stemcell),
+        |_, made| {
+            let vm = vm_cid(&made);
+            assert!(lab.host.qemu(&vm).is_some());
+            lab.only_whole::<VmRecord>(&vm, "delete_vm", &known)
+        },
+    );
+}
+
+#[test]
+fn delete_vm() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = lab.host.disk();
+    let with_a_disk = || {
+        let vm = lab.host.vm(&lab.stemcell);
+        lab.host.ok("attach_disk", &json!([vm, disk]));
+        json!([vm])
+    };
+    lab.walk("delete_vm", with_a_disk, |crash, _| {
+        assert_eq!(lab.host.ok("has_vm", crash.arguments), false);
+        // Whoever wants the disk now gets it.
+        lab.host.ok("attach_disk", &json!([lab.bystander, disk]));
+        lab.host.ok("detach_disk", &json!([lab.bystander, disk]));
+        let mut left = lab.host.left();
+        left.retain(|what| !what.contains(disk.as_str()));
+        assert_eq!(left, lab.quiet);
+        "gone, its disk is free".into()
+    });
+}
+
+#[test]
+fn reboot_vm() {
+    let Some(lab) = Lab::new() else { return };
+    let disk = lab.host.disk();
+    let with_a_disk = || {
+        let vm = lab.booted_vm();
+        lab.host.ok("attach_disk", &json!([vm, disk]));
+        json!([vm])
+    };
+    lab.walk("reboot_vm", with_a_disk, |crash, _| {
+        let vm: VmCid = text(&crash.arguments[0]).parse().unwrap();
+        assert!(is_plugged(&lab.host, &vm, &disk) && lab.host.supervisor(&vm).is_some());
+        lab.host.ok("delete_vm", crash.arguments);
+        "runs with its disk".into()
+    });
+}
+
+#[test]
+fn create_network() {
+    let Some(lab) = Lab::new() else { return };
+    let networks = || lab.host.store().list::<NetworkRecord>().unwrap();
+    lab.walk(
+        "create_network",
+        || json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]),
+        |crash, made| {
+            assert_eq!(json!(networks()), json!([made[0]]), "after '{}'", crash.point);
+            assert!(
+                lab.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
+                "after '{}'",
+                crash.point
+            );
+            lab.host.ok("delete_network", &json!([made[0]]));
+            // Also the locks of networks that were not whole.
+            lab.gc(crash.point);
+            lab.assert_quiet();
+            "one network".into()
+        },
+    );
+}
+
+#[test]
+fn delete_network() {
+    let Some(lab) = Lab::new() else { return };
+    let made =
+        || lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
+    lab.walk(
+        "delete_network",
+        || json!([made()[0]]),
+        |crash, _| {
+            lab.gc(crash.point);
+            lab.assert_quiet();
+            "gone".into()
+        },
+    );
+}
+
+#[test]
+fn create_disk() {
+    let Some(lab) = Lab::new() else { return };
+    let known = [lab.disk.clone()];
+    lab.walk(
+        "create_disk",
+        || json!([8, {}, null]),
+        |_, made| {
+            lab.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known)
+        },
+    );
+}
+
+#[test]
+fn delete_disk() {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "delete_disk",
+        || json!([lab.host.disk()]),
+        |_, _| {
+            lab.assert_quiet();
+            "gone".into()
+        },
+    );
+}
+
+#[test]
+fn attach_disk() {
+    let Some(lab) = Lab::new() else { return };
+    let (vm, disk) = (lab.booted_vm(), lab.host.disk());
+    let both = json!([vm, disk]);
+    let detached = || {
+        lab.host.ok("detach_disk", &both);
+        both.clone()
+    };
+    lab.walk("attach_disk", detached, |_, hint| {
+        assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
+        assert_eq!(in_qemu(&lab.host, &vm, &disk), (true, 2, 1));
+        assert_eq!(lab.host.ok("get_disks", &json!([vm])), json!([disk]));
+        "attached".into()
+    });
+}
+
+#[test]
+fn attach_disk_to_another_vm_after_one_that_was_killed() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, disk) = (&lab.host, lab.host.disk());
+    let (one, other) = (lab.booted_vm(), &lab.bystander);
+    for_each_crash_point(
+        host,
+        "attach_disk",
+        || {
+            host.ok("detach_disk", &json!([one, disk]));
+            json!([one, disk])
+        },
+        |_| {
+            let answer = host.call("attach_disk", &json!([other, disk]));
+            match &answer.outcome {
+                Ok(_) => {
+                    assert_eq!(
+                        (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk).0),
+                        (false, true)
+                    );
+                    host.ok("detach_disk", &json!([other, disk]));
+                    "goes to the other VM".into()
+                }
+                Err(refused) => {
+                    assert!(
+                        refused.message.contains(&format!("is attached to VM '{one}'")),
+                        "{refused:?}"
+                    );
+                    assert_eq!(
+                        (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk)),
+                        (true, (false, 0, 0))
+                    );
+                    "stays with the first VM".into()
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn detach_disk() {
+    let Some(lab) = Lab::new() else { return };
+    let (vm, disk) = (lab.booted_vm(), lab.host.disk());
+    let both = json!([vm, disk]);
+    let attached = || {
+        lab.host.ok("attach_disk", &both);
+        both.clone()
+    };
+    lab.walk("detach_disk", attached, |_, _| {
+        assert_eq!(in_qemu(&lab.host, &vm, &disk), (false, 0, 0));
+        assert_eq!(lab.host.ok("get_disks", &json!([vm])), json!([]));
+        assert_eq!(lab.host.store().read::<DiskRecord>(&disk).unwrap().unwrap().vm, None);
+        "detached".into()
+    });
+}
+
+#[test]
+fn set_vm_metadata() {
+    let Some(lab) = Lab::new() else { return };
+    let vm = &lab.bystander;
+    lab.walk(
+        "set_vm_metadata",
+        || json!([vm, {"name": "bosh/0"}]),
+        |_, _| {
+            assert_eq!(lab.host.record(vm).metadata["name"], "bosh/0");
+            "written".into()
+        },
+    );
+}
+
+#[test]
+fn set_disk_metadata() {
+    let Some(lab) = Lab::new() else { return };
+    lab.walk(
+        "set_disk_metadata",
+        || json!([lab.disk, {"owner": "bosh"}]),
+        |_, _| {
+            assert_eq!(metadata(&lab.host, &lab.disk), json!({"owner": "bosh"}));
+            "written".into()
+        },
+    );
+}

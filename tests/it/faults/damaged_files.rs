@@ -1,0 +1,219 @@
+//! What is beside the records, damaged: `audit` tells of each thing once, calls that need it name it, and nobody else
+//! notices.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use bosh_qemu_cpi::cid::{DiskCid, VmCid};
+use serde_json::{Value, json};
+
+use crate::faults::damaged_records::Lab;
+use crate::support::host::{Host, text};
+use crate::vm::list::answering;
+
+/// What can be in the place of a file, or of a link.
+const WAYS: [&str; 5] =
+    ["garbage", "empty", "a directory", "a link to nothing", "a link to itself"];
+
+fn put(path: &Path, how: &str) {
+    match how {
+        "garbage" => fs::write(path, "half a fi\u{0}").unwrap(),
+        "empty" => fs::write(path, "").unwrap(),
+        "a directory" => fs::create_dir(path).unwrap(),
+        "a link to nothing" => symlink("/nowhere/at/all", path).unwrap(),
+        "a link to itself" => symlink(path.file_name().unwrap(), path).unwrap(),
+        _ => unreachable!(),
+    }
+}
+
+/// Something in the place of a file, until it is repaired.
+struct Damaged {
+    path: PathBuf,
+    aside: PathBuf,
+}
+
+impl Damaged {
+    fn new(path: &Path, aside: PathBuf, how: &str) -> Self {
+        fs::rename(path, &aside).unwrap();
+        put(path, how);
+        Self { path: path.to_owned(), aside }
+    }
+
+    fn repair(self) {
+        if self.path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+            fs::remove_dir(&self.path).unwrap();
+        }
+        fs::rename(&self.aside, &self.path).unwrap();
+    }
+}
+
+/// A call that needs the thing, and in which ways of damage it works all the same.
+type Need = (&'static str, Value, &'static [&'static str]);
+
+/// One thing that is damaged.
+struct Thing {
+    path: PathBuf,
+    /// What `audit` says it is, and in which ways of damage it says nothing.
+    finding: Option<(&'static str, String, &'static [&'static str])>,
+    needs: Vec<Need>,
+}
+
+const NEVER: &[&str] = &[];
+/// What is in the file does not matter, as long as it is one.
+const ANY_FILE: &[&str] = &["garbage", "empty"];
+
+struct Things {
+    /// A VM whose guest powered itself off.
+    off: VmCid,
+    /// One that runs.
+    logged: VmCid,
+    encrypted: DiskCid,
+    locked: DiskCid,
+    noted: DiskCid,
+    things: Vec<Thing>,
+}
+
+impl Things {
+    fn new(lab: &Lab) -> Self {
+        let host = &lab.host;
+        let (off, logged) = (host.vm(&lab.stemcell), host.vm(&lab.stemcell));
+        host.sees(&off, "BOOTSECTOR-OK", 1);
+        host.power_off(&off);
+        let encrypted =
+            text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
+        let (locked, noted) = (host.disk(), host.disk());
+        assert!(host.command(&["network", "apply", "lab", "--json"]).0);
+        let mut this = Self { off, logged, encrypted, locked, noted, things: Vec::new() };
+        this.things = this.table(lab);
+        this
+    }
+
+    fn table(&self, lab: &Lab) -> Vec<Thing> {
+        let (host, vm) = (&lab.host, &lab.vm);
+        let (state, exit, events) =
+            (host.path("state"), host.paths(&self.off).exit(), host.paths(&self.logged).events());
+        let path = |path: &Path| path.to_str().unwrap().to_owned();
+        let address = host.record(vm).nics[0].rules.as_ref().unwrap().addresses[0].ip();
+        let claim = format!("ip,bosh-nat0,{address},32");
+        let mut wants_address = host.vm_arguments(&lab.stemcell);
+        wants_address[3]["net"]["ip"] = json!(address);
+        let thing = |path: PathBuf, finding, needs| Thing { path, finding, needs };
+        let (pin, key) = (state.join("networks/bosh-lab0.json"), state.join("disk.key"));
+        let uid = state.join("uids").join(host.record(vm).uid.to_string());
+        let told = |kind, what: String| Some((kind, what, NEVER));
+        vec![
+            thing(exit, told("corrupt", self.off.to_string()), vec![]),
+            thing(events, None, vec![("reboot_vm", json!([self.logged]), ANY_FILE)]),
+            thing(pin.clone(), told("corrupt", path(&pin)), vec![]),
+            thing(
+                state.join("claims").join(&claim),
+                told("unclaimed", format!("claim {claim}")),
+                vec![("create_vm", wants_address, NEVER)],
+            ),
+            thing(uid.clone(), told("unclaimed", path(&uid)), vec![]),
+            thing(
+                key.clone(),
+                told("corrupt", path(&key)),
+                vec![
+                    ("create_disk", json!([8, {"encrypted": true}, null]), NEVER),
+                    ("attach_disk", json!([vm, self.encrypted]), NEVER),
+                ],
+            ),
+            thing(
+                state.join("locks").join(format!("disk.{}", self.locked)),
+                Some(("corrupt", format!("lock disk.{}", self.locked), ANY_FILE)),
+                vec![("resize_disk", json!([self.locked, 8]), ANY_FILE)],
+            ),
+            thing(host.store().run_dir().join("io-uring.json"), None, vec![]),
+        ]
+    }
+
+    /// What `audit` must say.
+    fn expected(&self, how: &str) -> BTreeSet<(String, String)> {
+        let findings = self.things.iter().filter_map(|thing| thing.finding.as_ref());
+        let told = findings.filter(|(_, _, not)| !not.contains(&how));
+        let told = told.map(|(kind, what, _)| ((*kind).to_owned(), what.clone()));
+        told.chain([("unfinished".to_owned(), self.noted.to_string())]).collect()
+    }
+}
+
+fn findings(host: &Host) -> BTreeSet<(String, String)> {
+    let (_, found) = host.command(&["audit", "--json"]);
+    let found = found["findings"].as_array().unwrap();
+    let told: BTreeSet<_> =
+        found.iter().map(|finding| (text(&finding["kind"]), text(&finding["what"]))).collect();
+    assert_eq!(told.len(), found.len(), "each once: {found:#?}");
+    told
+}
+
+/// All at once: what one damage does to the others would be seen, too.
+#[test]
+fn damaged_files_beside_the_records() {
+    let networks = json!({"default": {}, "lab": {"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"}});
+    let Some(lab) = Lab::with(json!({"networks": networks})) else { return };
+    let things = Things::new(&lab);
+    let host = &lab.host;
+    assert_eq!(findings(host), BTreeSet::new());
+    for how in WAYS {
+        let damaged = things.things.iter().enumerate().map(|(number, thing)| {
+            Damaged::new(&thing.path, host.path(&format!("aside-{number}")), how)
+        });
+        let damaged: Vec<_> = damaged.collect();
+        let note = host.store().pending_dir().join(&things.noted);
+        put(&note, how);
+        assert_eq!(findings(host), things.expected(how), "{how}");
+        for (method, arguments, works) in things.things.iter().flat_map(|thing| &thing.needs) {
+            let answer = host.call(method, arguments);
+            assert_eq!(answer.outcome.is_ok(), works.contains(&how), "{how}: {method}: {answer:?}");
+        }
+        lab.others_work();
+        damaged.into_iter().for_each(Damaged::repair);
+        if note.is_dir() {
+            fs::remove_dir(&note).unwrap();
+        }
+        assert!(!note.exists(), "{how}: the next create settled it");
+        host.ok("reboot_vm", &json!([things.logged]));
+    }
+    assert_eq!(findings(host), BTreeSet::new());
+    assert!(host.command(&["network", "remove", "lab", "--json"]).0);
+}
+
+/// What tells which version the state directory is of, and which run directory goes with it: calls that change something
+/// name it, `audit` says nothing else that depends on it, and looking works.
+#[test]
+fn a_damaged_schema_and_a_damaged_link_of_the_run_directory() {
+    let Some(host) = Host::new() else { return };
+    let (vm, disk) = (host.booted_vm(), host.disk());
+    let (schema, link) = (host.path("state/schema"), host.store().run_dir().join("state"));
+    for (path, what) in [(&schema, schema.to_str().unwrap()), (&link, "run_dir")] {
+        for how in WAYS {
+            let damaged = Damaged::new(path, host.path("aside"), how);
+            for words in [["gc"].as_slice(), &["host", "start"]] {
+                let refused = host.namespace().run(|| host.cpi().args(words).output().unwrap());
+                let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+                let other = ["'/nowhere/at/all'", "state_dir 'state'"]
+                    .iter()
+                    .any(|other| said.contains(other));
+                let named = said.contains(path.to_str().unwrap()) || other;
+                assert!(
+                    !refused.status.success() && named && said.contains("Hint: "),
+                    "{how}: {words:?}: {said}"
+                );
+            }
+            let answer = host.call("create_disk", &json!([8, {}, null]));
+            assert!(answer.outcome.is_err(), "{how}: {answer:?}");
+            assert_eq!(
+                findings(&host),
+                BTreeSet::from([("corrupt".to_owned(), what.to_owned())]),
+                "{how}"
+            );
+            assert_eq!(host.ok("has_vm", &json!([vm])), true);
+            assert_eq!(host.ok("has_disk", &json!([disk])), true);
+            assert_eq!(answering(&host)[0]["state"], "running");
+            damaged.repair();
+        }
+    }
+    assert_eq!(findings(&host), BTreeSet::new());
+}

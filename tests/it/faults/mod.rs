@@ -1,0 +1,14 @@
+//! Faults on purpose: killed calls, power cuts, panics, damage, full and hung filesystems, many callers.
+
+mod concurrency;
+mod crash_points;
+mod damaged_files;
+pub mod damaged_records;
+mod deadlines;
+mod disk_crash_points;
+mod enospc;
+mod hostile_requests;
+mod interrupted_callers;
+mod panics;
+mod power_cuts;
+mod state_directories;

@@ -1,0 +1,215 @@
+//! Wrong clocks, two state directories on one host, and one that was copied to another.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use bosh_qemu_cpi::cid::VmCid;
+use bosh_qemu_cpi::store::{DiskRecord, VmRecord};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
+
+use crate::disk::attach::is_plugged;
+use crate::faults::damaged_records::Lab;
+use crate::support::filesystem::Filesystem;
+use crate::support::host::Host;
+use crate::support::images::{assert_pattern, write_pattern};
+
+/// Sets the times of everything in `dir`.
+fn set_times(dir: &Path, time: SystemTime) {
+    for path in fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| !path.is_symlink())
+    {
+        fs::File::open(&path).unwrap().set_modified(time).unwrap();
+        if path.is_dir() {
+            set_times(&path, time);
+        }
+    }
+}
+
+#[test]
+fn clocks_that_jump() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, vm, disk) = (&lab.host, &lab.vm, lab.host.disk());
+    write_pattern(host, &disk);
+    host.ok("attach_disk", &json!([vm, disk]));
+    for (created_at, time) in [
+        ("1970-01-01T00:00:00Z", SystemTime::UNIX_EPOCH),
+        ("2999-12-31T23:59:59Z", SystemTime::now() + Duration::from_secs(1 << 30)),
+        ("no time at all", SystemTime::now()),
+    ] {
+        let store = host.store();
+        store.write(&VmRecord { created_at: created_at.into(), ..host.record(vm) }).unwrap();
+        let record = store.read::<DiskRecord>(&disk).unwrap().unwrap();
+        store.write(&DiskRecord { created_at: created_at.into(), ..record }).unwrap();
+        set_times(&host.path("state"), time);
+        let (clean, found) = host.command(&["gc", "--json"]);
+        assert!(clean, "{created_at}: {found}");
+        host.lose_power();
+        set_times(&host.path("state"), time);
+        let (well, started) = host.command(&["host", "start", "--json"]);
+        assert!(well, "{created_at}: {started}");
+        assert!(is_plugged(host, vm, &disk));
+        assert_eq!(host.record(vm).created_at, created_at);
+        lab.others_work();
+    }
+    host.ok("detach_disk", &json!([vm, disk]));
+    assert_pattern(host, &disk);
+}
+
+/// Makes `host` use another pair of directories, or its own again.
+fn use_directories(host: &Host, state: &Path, run: &Path) {
+    host.reconfigure(|config| {
+        config["state_dir"] = json!(state);
+        config["run_dir"] = json!(run);
+    });
+}
+
+#[test]
+fn two_state_directories_on_one_host() {
+    let Some(lab) = Lab::new() else { return };
+    let host = &lab.host;
+    let own = (host.path("state"), host.store().run_dir().to_owned());
+    let run = tempfile::Builder::new().prefix("bqt-").tempdir_in("/run").unwrap();
+    let other = (host.path("other"), run.path().join("run"));
+    use_directories(host, &other.0, &other.1);
+    let stemcell = host.stemcell();
+    let vm = host.vm(&stemcell);
+    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    let qemu = |vm: &VmCid| host.qemu(vm).expect("it runs").pid();
+    let theirs = qemu(&vm);
+
+    // Neither takes the other's for debris, on the same bridge and in the same tables.
+    assert!(host.command(&["gc", "--json"]).0);
+    use_directories(host, &own.0, &own.1);
+    let (clean, found) = host.command(&["gc", "--json"]);
+    assert!(clean, "{found}");
+    let ours = qemu(&lab.vm);
+    lab.others_work();
+    host.ok("delete_vm", &json!([lab.vm]));
+    assert!(host.namespace().link("bosh-nat0").is_some(), "a VM of the other is on it");
+    assert_ne!(ours, theirs);
+
+    use_directories(host, &other.0, &other.1);
+    assert_eq!(qemu(&vm), theirs);
+    host.ok("reboot_vm", &json!([vm]));
+    host.clear();
+    assert!(host.namespace().link("bosh-nat0").is_none(), "the last takes it along");
+    use_directories(host, &own.0, &own.1);
+    fs::remove_dir_all(other.0).unwrap();
+}
+
+/// Onto another path, with a link in its old place, under VMs that run.
+#[test]
+fn a_state_directory_that_was_moved_and_linked() {
+    let Some(lab) = Lab::new() else { return };
+    let host = &lab.host;
+    let qemu = host.qemu(&lab.vm).unwrap().pid();
+    fs::rename(host.path("state"), host.path("moved")).unwrap();
+    symlink(host.path("moved"), host.path("state")).unwrap();
+    let (clean, found) = host.command(&["audit", "--json"]);
+    assert!(clean, "{found}");
+    lab.others_work();
+    assert_eq!(host.qemu(&lab.vm).unwrap().pid(), qemu);
+    host.crash(&lab.vm);
+    host.sees(&lab.vm, "BOOTSECTOR-OK", 2);
+    // By its own name it is the same.
+    use_directories(host, &host.path("moved"), host.store().run_dir());
+    lab.others_work();
+    host.clear();
+    fs::remove_file(host.path("state")).unwrap();
+    fs::rename(host.path("moved"), host.path("state")).unwrap();
+    use_directories(host, &host.path("state"), host.store().run_dir());
+}
+
+#[test]
+fn a_state_directory_copied_to_another_machine() {
+    let Some(lab) = Lab::new() else { return };
+    let (host, vm) = (&lab.host, &lab.vm);
+    let disk = host.disk();
+    write_pattern(host, &disk);
+    host.ok("attach_disk", &json!([vm, disk]));
+    let before = host.record(vm);
+    host.lose_power();
+    let own = (host.path("state"), host.store().run_dir().to_owned());
+    let run = tempfile::Builder::new().prefix("bqt-").tempdir_in("/run").unwrap();
+    let copy = (host.path("elsewhere/copy"), run.path().join("run"));
+    fs::create_dir(host.path("elsewhere")).unwrap();
+    assert!(Command::new("cp").arg("-a").args([&own.0, &copy.0]).status().unwrap().success());
+
+    // What is empty, or of no use elsewhere, is not in every copy.
+    for dir in ["locks", "pending", "snaps"] {
+        fs::remove_dir_all(copy.0.join(dir)).unwrap();
+    }
+    use_directories(host, &copy.0, &copy.1);
+    let (well, started) = host.command(&["host", "start", "--json"]);
+    assert!(well, "{started}");
+    host.sees(vm, "BOOTSECTOR-OK", 2);
+    assert!(is_plugged(host, vm, &disk));
+    let after = host.record(vm);
+    assert_eq!((after.nics, after.uid, after.machine), (before.nics, before.uid, before.machine));
+    let (clean, found) = host.command(&["audit", "--json"]);
+    assert!(clean, "{found}");
+    let other = host.vm(&lab.stemcell);
+    host.ok("detach_disk", &json!([vm, disk]));
+    host.ok("attach_disk", &json!([other, disk]));
+    host.ok("detach_disk", &json!([other, disk]));
+    assert_pattern(host, &disk);
+    host.clear();
+    use_directories(host, &own.0, &own.1);
+    fs::remove_dir_all(host.path("elsewhere")).unwrap();
+    // What was copied is what it was.
+    assert_pattern(host, &disk);
+}
+
+/// The state directory is on a filesystem of its own, and the host came up without that.
+#[test]
+fn what_is_not_mounted_is_not_gone() {
+    let Some(table) = Filesystem::new(1) else { return };
+    let Some(host) = Host::new() else { return };
+    let (stemcell, disk) = (host.stemcell(), host.disk());
+    let (state, away) = (host.path("state"), host.path("away"));
+    let fstab = table.path().join("fstab");
+    fs::write(&fstab, format!("/dev/vdz {} ext4 defaults 0 2\n", state.display())).unwrap();
+    let nothing: Option<&str> = None;
+    mount(Some(&fstab), "/etc/fstab", nothing, MsFlags::MS_BIND, nothing).unwrap();
+    // What is in the directory says more than the table.
+    assert_eq!(host.ok("has_disk", &json!([disk])), true);
+    fs::rename(&state, &away).unwrap();
+    fs::create_dir(&state).unwrap();
+    let (vm, snapshot, network) =
+        ("vm-aaaaaaaaaaaaaaa", "snap-aaaaaaaaaaaaaaa", "net-aaaaaaaaaaaaaaa");
+    for (method, arguments) in [
+        ("has_disk", json!([disk])),
+        ("has_vm", json!([vm])),
+        ("delete_disk", json!([disk])),
+        ("delete_vm", json!([vm])),
+        ("delete_stemcell", json!([stemcell])),
+        ("delete_snapshot", json!([snapshot])),
+        ("delete_network", json!([network])),
+        ("create_disk", json!([8, {}, null])),
+        ("create_vm", host.vm_arguments(&stemcell)),
+        ("attach_disk", json!([vm, disk])),
+    ] {
+        let refused = host.call(method, &arguments);
+        let message = &refused.failure().message;
+        assert!(
+            message.contains(&format!("'{}' is not mounted", state.display())),
+            "{method}: {message}"
+        );
+    }
+    for words in [&["vm", "list"][..], &["host", "start"], &["gc"], &["audit"]] {
+        let output = host.namespace().run(|| host.cpi().args(words).output().unwrap());
+        let said = format!("{output:?}");
+        assert!(!output.status.success() && said.contains("is not mounted"), "{words:?}: {said}");
+    }
+    assert_eq!(fs::read_dir(&state).unwrap().count(), 0);
+    fs::remove_dir(&state).unwrap();
+    fs::rename(&away, &state).unwrap();
+    host.ok("delete_disk", &json!([disk]));
+    umount2("/etc/fstab", MntFlags::MNT_DETACH).unwrap();
+}

@@ -1,0 +1,323 @@
+//! The model, the host it is about, and how both are compared.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::os::unix::process::ExitStatusExt;
+
+use bosh_qemu_cpi::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use bosh_qemu_cpi::store::record::StemcellRecord;
+use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, SnapshotRecord, VmRecord};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::random::Random;
+use crate::support::answer::Failure;
+use crate::support::crash_points::{armed, take_passed};
+use crate::support::host::{Host, eventually, gone};
+use crate::vm::list::answering;
+
+const HOST_START: &str = "host start";
+/// Hot-plug slots of each VM.
+pub const SLOTS: usize = 2;
+
+/// What must be true of a VM.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    pub power: Power,
+    pub disks: BTreeSet<DiskCid>,
+    /// Its tag `name`.
+    pub name: Option<String>,
+    /// The supervisor that has restarted it once; the next time would take longer.
+    pub restarted_by: Option<i32>,
+}
+
+/// What must be true of a disk, and of a snapshot.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// MiB.
+    pub size: u64,
+    pub format: &'static str,
+    /// What its first MiB is full of; there is nothing behind it.
+    pub data: u8,
+    pub metadata: Value,
+}
+
+/// Whether a VM runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Power {
+    On,
+    /// Whether `host start` brings it back.
+    Off {
+        wanted: bool,
+    },
+}
+
+/// What must be there, and the host.
+pub struct Lab {
+    pub host: Host,
+    pub stemcells: BTreeSet<StemcellCid>,
+    pub vms: BTreeMap<VmCid, Vm>,
+    pub disks: BTreeMap<DiskCid, Disk>,
+    pub snapshots: BTreeMap<SnapshotCid, Disk>,
+    /// What was deleted, and must stay so.
+    pub gone: BTreeSet<String>,
+    /// The VM whose start, stop or removal was killed: whether it runs is not known until it is called again.
+    pub unsettled: Option<VmCid>,
+    pub killed: u32,
+    pub power_cuts: u32,
+    /// Crash points of each method, as its last whole call passed them.
+    points: BTreeMap<String, Vec<String>>,
+    calls: u32,
+}
+
+impl Lab {
+    pub fn new() -> Option<Self> {
+        let host = Host::new()?;
+        let stemcell = host.stemcell().parse().unwrap();
+        Some(Self {
+            host,
+            stemcells: [stemcell].into(),
+            vms: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
+            gone: BTreeSet::new(),
+            unsettled: None,
+            killed: 0,
+            power_cuts: 0,
+            points: BTreeMap::new(),
+            calls: 0,
+        })
+    }
+
+    /// Calls `method`, one time in three to be killed at one of its crash points. `None`: it was, or its supervisor was and
+    /// it failed for that; nobody knows what it did.
+    pub fn attempt(
+        &mut self,
+        random: &mut Random,
+        method: &str,
+        arguments: &Value,
+    ) -> Option<Result<Value, Failure>> {
+        let points = self.points.get(method).cloned().unwrap_or_default();
+        let (kill, point) = (random.one_in(3), random.pick(points));
+        let point = point.filter(|_| kill);
+        self.say(&format!(
+            "{method} {arguments}, to be killed at {}",
+            point.as_deref().unwrap_or("no point")
+        ));
+        self.calls += 1;
+        let log = self.host.path(&format!("crash-points-{}", self.calls));
+        let mut variables = vec![("LOG", log.to_str().unwrap())];
+        variables.extend(point.as_deref().map(|point| ("AT", point)));
+        let answer = armed(&self.host, method, arguments, variables);
+        let passed = if log.exists() { take_passed(&log) } else { Vec::new() };
+        match &answer {
+            Some(answer) if point.is_none() && answer.outcome.is_ok() => {
+                self.points.insert(method.to_owned(), passed);
+            }
+            _ => {}
+        }
+        self.disarm();
+        let outcome = answer.map(|answer| answer.outcome);
+        let unknown = match &outcome {
+            None => true,
+            Some(outcome) => {
+                outcome.is_err() && point.is_some_and(|point| point.starts_with("supervisor: "))
+            }
+        };
+        self.killed += u32::from(unknown);
+        self.say(&format!(
+            "  {}",
+            if unknown { "killed".to_owned() } else { format!("{outcome:?}") }
+        ));
+        outcome.filter(|_| !unknown)
+    }
+
+    /// Runs `host start` to be killed at one of its crash points, two times in three; the first time to learn them. Whether it
+    /// ran at all.
+    pub fn kill_host_start(&mut self, random: &mut Random) -> bool {
+        let point = random.pick(self.points.get(HOST_START).cloned().unwrap_or_default());
+        if random.one_in(3) {
+            return false;
+        }
+        self.say(&format!(
+            "{HOST_START}, to be killed at {}",
+            point.as_deref().unwrap_or("no point")
+        ));
+        let log = self.host.path("crash-points-host-start");
+        let mut command = self.host.cpi();
+        command.args(HOST_START.split(' ')).env("BOSH_QEMU_CPI_CRASH_LOG", &log);
+        if let Some(point) = &point {
+            command.env("BOSH_QEMU_CPI_CRASH_AT", point);
+        }
+        let output = self.host.namespace().run(|| command.output().unwrap());
+        self.killed += u32::from(output.status.signal().is_some());
+        if log.exists() {
+            let passed = take_passed(&log);
+            if point.is_none() && passed.len() > 10 {
+                self.points.insert(HOST_START.to_owned(), passed);
+            }
+        }
+        self.disarm();
+        true
+    }
+
+    /// A supervisor that was told to die at some point would do so later, at an end of QEMU or a restart: it dies now.
+    fn disarm(&self) {
+        for vm in self.host.store().list::<VmRecord>().unwrap() {
+            let Some(supervisor) = self.host.supervisor(&vm) else { continue };
+            let environment =
+                std::fs::read(format!("/proc/{}/environ", supervisor.pid())).unwrap_or_default();
+            if String::from_utf8_lossy(&environment).contains("BOSH_QEMU_CPI_CRASH_AT") {
+                supervisor.signal(Signal::SIGKILL).unwrap();
+                gone(&supervisor);
+                self.say(&format!("  supervisor of {vm} killed"));
+            }
+        }
+    }
+
+    /// A call that must succeed.
+    pub fn must(&self, method: &str, arguments: &Value) -> Value {
+        self.say(&format!("{method} {arguments}"));
+        self.host.ok(method, arguments)
+    }
+
+    #[allow(clippy::print_stdout)]
+    pub fn say(&self, what: &str) {
+        println!("  {what}");
+    }
+
+    /// Who has the disk.
+    pub fn holder(&self, disk: &DiskCid) -> Option<&VmCid> {
+        self.vms.iter().find_map(|(cid, vm)| vm.disks.contains(disk).then_some(cid))
+    }
+
+    /// Takes a VM that create_vm answered into the model.
+    pub fn add_vm(&mut self, cid: VmCid) {
+        self.vms.insert(
+            cid,
+            Vm { power: Power::On, disks: BTreeSet::new(), name: None, restarted_by: None },
+        );
+    }
+
+    /// Removes what a create that was killed had finished: it was never told of it, so the model does not know it. What was not
+    /// finished goes by itself with the next create.
+    pub fn remove_strays(&mut self) {
+        let pending = self.host.store().pending_dir();
+        eventually("what killed creates left is removed by the next", || {
+            let disk = self.host.disk();
+            self.host.ok("delete_disk", &json!([disk]));
+            pending.read_dir().unwrap().next().is_none().then_some(())
+        });
+        let store = self.host.store();
+        self.remove_unknown::<VmRecord>(
+            "delete_vm",
+            |lab, cid| lab.vms.contains_key(cid),
+            &store.list::<VmRecord>().unwrap(),
+        );
+        self.remove_unknown::<DiskRecord>(
+            "delete_disk",
+            |lab, cid| lab.disks.contains_key(cid),
+            &store.list::<DiskRecord>().unwrap(),
+        );
+        let snapshots = store.list::<SnapshotRecord>().unwrap();
+        self.remove_unknown::<SnapshotRecord>(
+            "delete_snapshot",
+            |lab, cid| lab.snapshots.contains_key(cid),
+            &snapshots,
+        );
+        let stemcells = store.list::<StemcellRecord>().unwrap();
+        self.remove_unknown::<StemcellRecord>(
+            "delete_stemcell",
+            |lab, cid| lab.stemcells.contains(cid),
+            &stemcells,
+        );
+    }
+
+    fn remove_unknown<R: Record>(
+        &mut self,
+        delete: &str,
+        known: impl Fn(&Self, &R::Cid) -> bool,
+        all: &[R::Cid],
+    ) {
+        for cid in all {
+            if !known(self, cid) {
+                let record = self.host.store().read::<R>(cid).unwrap().expect("a record");
+                assert_eq!(record.phase(), Phase::Ready, "{cid} was not undone");
+                self.must(delete, &json!([cid.as_str()]));
+                self.gone.insert(cid.to_string());
+            }
+        }
+    }
+
+    /// The host is what the model says.
+    pub fn check(&self) {
+        assert_eq!(self.unsettled, None, "every step settles what it began");
+        let store = self.host.store();
+        same("stemcells", store.list::<StemcellRecord>().unwrap(), self.stemcells.iter().cloned());
+        same("disks", store.list::<DiskRecord>().unwrap(), self.disks.keys().cloned());
+        same("snapshots", store.list::<SnapshotRecord>().unwrap(), self.snapshots.keys().cloned());
+        let listed = answering(&self.host);
+        let cid = |line: &Value| line["cid"].as_str().unwrap().parse::<VmCid>().unwrap();
+        same("VMs", listed.as_array().unwrap().iter().map(cid), self.vms.keys().cloned());
+        for line in listed.as_array().unwrap() {
+            self.check_vm(&cid(line), line);
+        }
+        for disk in self.disks.keys() {
+            assert_eq!(self.host.ok("has_disk", &json!([disk])), true, "{disk}");
+            let record = store.read::<DiskRecord>(disk).unwrap().unwrap();
+            assert_eq!(record.phase, Phase::Ready);
+            if let Some(holder) = self.holder(disk) {
+                assert_eq!(record.vm.as_ref(), Some(holder), "{disk} says who has it");
+            }
+        }
+        for cid in &self.gone {
+            let method = if cid.starts_with("vm-") { "has_vm" } else { "has_disk" };
+            if !cid.starts_with("stemcell-") && !cid.starts_with("snap-") {
+                assert_eq!(self.host.ok(method, &json!([cid])), false, "{cid} came back");
+            }
+        }
+        let records: Vec<_> = self.vms.keys().map(|vm| self.host.record(vm)).collect();
+        let nics = || records.iter().flat_map(|vm| &vm.nics);
+        let distinct = [
+            records.iter().map(|vm| vm.uid).collect::<BTreeSet<_>>().len(),
+            nics().map(|nic| nic.mac.to_string()).collect::<BTreeSet<_>>().len(),
+            nics()
+                .map(|nic| nic.tap().expect("a tap").0.to_string())
+                .collect::<BTreeSet<_>>()
+                .len(),
+        ];
+        assert_eq!(distinct, [records.len(); 3], "uids, MACs and taps are each VM's own");
+    }
+
+    fn check_vm(&self, cid: &VmCid, line: &Value) {
+        let vm = &self.vms[cid];
+        assert_eq!(line["phase"], "ready", "{line}");
+        let runs = line["state"] == "running";
+        assert_eq!(runs, vm.power == Power::On, "{vm:?} is {line}");
+        assert_eq!(line["metadata"]["name"].as_str(), vm.name.as_deref(), "{line}");
+        assert_eq!(self.host.ok("has_vm", &json!([cid])), true);
+        let disks = self.host.ok("get_disks", &json!([cid]));
+        let parsed =
+            disks.as_array().unwrap().iter().map(|disk| disk.as_str().unwrap().parse().unwrap());
+        same(&format!("get_disks {cid}"), parsed, vm.disks.iter().cloned());
+        if runs {
+            let devices =
+                self.host.qmp(cid, "qom-list", &json!({"path": "/machine/peripheral"})).unwrap();
+            let names =
+                devices.as_array().unwrap().iter().filter_map(|device| device["name"].as_str());
+            let plugged =
+                names.filter(|name| name.starts_with("disk-")).map(|name| name.parse().unwrap());
+            same(&format!("disks in the QEMU of {cid}"), plugged, vm.disks.iter().cloned());
+        }
+    }
+}
+
+fn same<T: Ord + Debug>(
+    what: &str,
+    there: impl IntoIterator<Item = T>,
+    must: impl IntoIterator<Item = T>,
+) {
+    let (there, must): (BTreeSet<_>, BTreeSet<_>) =
+        (there.into_iter().collect(), must.into_iter().collect());
+    assert_eq!(there, must, "{what}: there are (left), there must be (right)");
+}

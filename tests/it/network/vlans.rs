@@ -1,0 +1,170 @@
+//! VLANs on a real kernel, where that has them: of a link, and of a bridge that tells them apart. `./test` runs this in a
+//! guest, too, whose kernel has both.
+
+use std::net::{SocketAddr, TcpListener};
+use std::process::Command;
+
+use bosh_qemu_cpi::net::change::Port;
+use bosh_qemu_cpi::net::plan::Segment;
+use bosh_qemu_cpi::net::{apply, guard};
+use bosh_qemu_cpi::store::nic_rules::{Admission, NicRules};
+use bosh_qemu_cpi::store::record::{Nic, Wire};
+use serde_json::{Value, json};
+
+use crate::support::netns::Namespace;
+use crate::support::skip;
+use crate::support::topology::{Lab, connects, existing, name, reaches, segment, text};
+
+const MAC: &str = "02:00:00:00:00:05";
+
+/// Whether `ip` does this on the host: kernels differ.
+fn can(host: &Namespace, words: &str) -> bool {
+    host.run(|| {
+        Command::new("ip").args(words.split_whitespace()).output().unwrap().status.success()
+    })
+}
+
+/// What `bridge` shows.
+fn bridge(host: &Namespace, words: &str) -> Value {
+    let output = host.run(|| {
+        Command::new("bridge").arg("-json").args(words.split_whitespace()).output().unwrap()
+    });
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("bridge {words}: {output:?}"))
+}
+
+/// Gives the world outside addresses on VLANs of its cable. It answers for each on its own VLAN alone.
+fn outside_on(lab: &Lab, addresses: &[(u16, &str)]) {
+    lab.outside.run(|| std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1").unwrap());
+    for (vlan, address) in addresses {
+        if lab.outside.link(&format!("world.{vlan}")).is_none() {
+            lab.outside.ip(&format!("link add world.{vlan} link world type vlan id {vlan}"));
+            lab.outside.ip(&format!("link set world.{vlan} up"));
+        }
+        lab.outside.ip(&format!("address add {address}/24 dev world.{vlan}"));
+    }
+}
+
+/// The card of the VM 10.0.0.5, to which 10.0.0.2 may speak by TCP.
+fn card(port: &str, segment: &Segment) -> Nic {
+    let rules = NicRules {
+        anti_spoof: true,
+        addresses: vec!["10.0.0.5/32".parse().unwrap()],
+        admits: Some(vec![Admission {
+            source: "10.0.0.2/32".parse().unwrap(),
+            protocols: (6, 6),
+            ports: Some((1, u16::MAX)),
+        }]),
+        ..NicRules::default()
+    };
+    let wire = Wire::Tap { tap: name(port), segment: segment.clone() };
+    Nic { network: "lab".into(), mac: MAC.parse().unwrap(), wire, rules: Some(rules) }
+}
+
+/// Puts `nic` in force and its port, the end of a cable, on the bridge.
+fn plug(lab: &Lab, nic: &Nic) {
+    let (port, segment) = Port::of(nic).unwrap();
+    lab.host.run(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
+    lab.host.run(|| apply::ensure(segment, std::slice::from_ref(&port))).unwrap();
+    let left = lab.host.run(|| apply::missing(segment, &[port])).unwrap();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// A VM on VLAN 20 is a machine of it, guarded as anywhere, and of no other.
+fn speaks_on_its_vlan_alone(lab: &Lab, vm: &Namespace) {
+    outside_on(lab, &[(20, "10.0.0.2"), (20, "10.0.0.4"), (30, "10.0.0.3")]);
+    assert!(reaches(vm, &lab.outside, "10.0.0.2"), "its VLAN");
+    assert!(!reaches(vm, &lab.outside, "10.0.0.3"), "another VLAN");
+    let listener = vm.run(|| TcpListener::bind("10.0.0.5:0").unwrap());
+    let to = listener.local_addr().unwrap();
+    for (from, admitted) in [("10.0.0.2", true), ("10.0.0.4", false)] {
+        lab.outside.ip(&format!("route replace 10.0.0.5/32 dev world.20 src {from}"));
+        assert_eq!(connects(&lab.outside, to), admitted, "from {from}");
+    }
+    vm.ip("address add 10.0.0.77/24 dev eth0");
+    vm.ip("route replace 10.0.0.2/32 dev eth0 src 10.0.0.77");
+    assert!(!reaches(vm, &lab.outside, "10.0.0.2"), "under another's address");
+}
+
+fn machine(lab: &Lab, port: &str) -> Namespace {
+    let vm = lab.unplugged_vm(port, "10.0.0.5");
+    vm.ip(&format!("link set eth0 address {MAC}"));
+    vm
+}
+
+#[test]
+fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
+    let Some(lab) = Lab::new() else { return };
+    let network = json!({"profile": "vlan", "uplink": "uplink", "vlan": 20});
+    let segment = segment(&network, "10.0.0.1");
+    if let Err(error) = lab.ensure(&segment) {
+        assert!(text(&error).contains("modprobe 8021q"), "{}", text(&error));
+        lab.release(&segment).unwrap();
+        assert_eq!(lab.links(), ["uplink"]);
+        return skip(
+            "this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked",
+        );
+    }
+    let vm = machine(&lab, "port0");
+    let nic = card("port0", &segment);
+    plug(&lab, &nic);
+    speaks_on_its_vlan_alone(&lab, &vm);
+    // The host carries the VLAN and is not on it, whoever asks by which address.
+    let at_home = SocketAddr::from(([192, 0, 2, 1], 2222));
+    let _listener = lab.host.run(|| TcpListener::bind(at_home).unwrap());
+    vm.ip("route add 192.0.2.1/32 dev eth0 src 10.0.0.5");
+    assert!(!connects(&vm, at_home), "the host");
+    lab.host.run(|| guard::remove(&[nic])).unwrap();
+    lab.host.ip("link delete port0");
+    assert!(lab.release(&segment).unwrap());
+    assert_eq!(lab.links(), ["uplink"]);
+}
+
+#[test]
+fn a_vlan_of_a_bridge_is_the_ports() {
+    let Some(lab) = Lab::new() else { return };
+    lab.host.ip("link add br0 type bridge");
+    lab.host.ip("link set br0 up");
+    let segment = Segment { vlan: Some(20), ..existing("br0") };
+    let refused = lab.plug("bqvlann0", &segment).unwrap_err();
+    assert!(
+        text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"),
+        "{}",
+        text(&refused)
+    );
+    if !can(&lab.host, "link set br0 type bridge vlan_filtering 1") {
+        return skip(
+            "this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked",
+        );
+    }
+    let vlans =
+        |port: &str| bridge(&lab.host, &format!("vlan show dev {port}"))[0]["vlans"].clone();
+    let untagged = json!([{"vlan": 20, "flags": ["PVID", "Egress Untagged"]}]);
+    let plug_of_its_own = lab.plug("bqvlann0", &segment).unwrap();
+    assert_eq!(vlans("bqvlann0"), untagged);
+    lab.unplug("bqvlann0", plug_of_its_own.queues);
+
+    lab.host.ip("link set uplink master br0");
+    bridge_vlan_of_the_uplink(&lab);
+    let vm = machine(&lab, "port0");
+    plug(&lab, &card("port0", &segment));
+    assert_eq!(vlans("port0"), untagged);
+    let known = bridge(&lab.host, "fdb show br br0");
+    let entry =
+        known.as_array().unwrap().iter().find(|entry| entry["mac"] == MAC && entry["vlan"] == 20);
+    let entry = entry.unwrap_or_else(|| panic!("{known:#}"));
+    assert_eq!((&entry["ifname"], &entry["state"]), (&json!("port0"), &json!("static")), "{entry}");
+    speaks_on_its_vlan_alone(&lab, &vm);
+}
+
+/// What an operator says.
+fn bridge_vlan_of_the_uplink(lab: &Lab) {
+    for vlan in ["20", "30"] {
+        let add = || {
+            Command::new("bridge")
+                .args(["vlan", "add", "dev", "uplink", "vid", vlan])
+                .status()
+                .unwrap()
+        };
+        assert!(lab.host.run(add).success());
+    }
+}

@@ -1,0 +1,363 @@
+//! Links that can not be had, break or hang.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use bosh_qemu_cpi::cid::{DiskCid, VmCid};
+use bosh_qemu_cpi::store::{DiskRecord, Phase, VmRecord};
+use bosh_qemu_cpi::sys::pidfd::Process;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::Pair;
+use crate::support::answer::Answer;
+use crate::support::host::{Host, eventually, text, vm_cid};
+use crate::support::remote::{Office, Sshd};
+
+fn answer(call: Child) -> Answer {
+    Answer::of(&call.wait_with_output().unwrap())
+}
+
+impl Pair {
+    /// The transport with something else in it.
+    fn transport_with(&self, key: &str, value: &Value) -> Value {
+        let mut transport = self.sshd.transport();
+        transport[key] = value.clone();
+        transport
+    }
+
+    /// Processes of the host that answer a caller.
+    fn answering(&self) -> Vec<Process> {
+        self.processes(&["host\0serve", &self.host.path("cpi.json").display().to_string()])
+    }
+
+    /// Processes whose words contain all of these.
+    fn processes(&self, words: &[&str]) -> Vec<Process> {
+        let pids = fs::read_dir("/proc").unwrap().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let named = pids.filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            words.iter().all(|word| line.contains(word))
+                && !line.starts_with("/bin/sh")
+                && !line.starts_with("bash")
+        });
+        named.filter_map(|pid| Process::open(pid).ok()).collect()
+    }
+
+    /// The ssh processes of calls of the office.
+    fn calling(&self) -> Vec<Process> {
+        self.processes(&[
+            "ssh\0-F\0none\0-T",
+            &self.office.path("").display().to_string(),
+            "\0host\0serve",
+        ])
+    }
+
+    fn cable(&self, state: &str) {
+        self.office.namespace().ip(&format!("link set to0 {state}"));
+        if state == "up" {
+            self.office.namespace().ip("address replace 192.0.2.0/31 dev to0");
+        }
+    }
+
+    /// Ends the connections that calls share, as ten minutes without a call do.
+    fn forget_connections(&self) {
+        for socket in self.office.connections() {
+            let mut command = Command::new("ssh");
+            command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
+            assert!(command.output().unwrap().status.success());
+        }
+    }
+}
+
+#[test]
+fn what_keeps_a_call_from_its_host_is_named() {
+    let Some(pair) = Pair::new() else { return };
+    let other = pair.sshd.read("caller.pub");
+    let stranger = pair.office.path("stranger");
+    let made = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+        .arg(&stranger)
+        .status();
+    assert!(made.unwrap().success());
+    let stranger = fs::read_to_string(stranger).unwrap();
+    for (key, value, expected) in [
+        ("port", json!(2), "connection refused"),
+        ("host_key", json!(other), "the host's key is not the one in 'host_key'"),
+        ("private_key", json!(stranger), "the host refuses the key in 'private_key'"),
+        ("private_key", json!("-----BEGIN nothing"), "the key in 'private_key' can not be read"),
+        ("host", json!("no-such-host.invalid"), "the host's name is unknown here"),
+        ("host", json!("198.51.100.1"), "no route to the host"),
+    ] {
+        let transport = pair.transport_with(key, &value);
+        pair.office.configure(&json!({"transport": transport}));
+        let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+        let message = &refused.failure().message;
+        let host = transport["host"].as_str().unwrap();
+        assert!(message.contains(&format!("host '{host}': connect: {expected}")), "{message}");
+        for text in [&refused.stdout, &refused.stderr] {
+            assert!(!text.contains("BEGIN") && !text.contains(&stranger[60..80]), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_host_without_the_program_says_so() {
+    let Some(pair) = Pair::new() else { return };
+    for (command, expected) in [
+        ("/nowhere/bosh-qemu-cpi host serve", "the program is not there"),
+        ("echo hello", "what answers there is not bosh-qemu-cpi"),
+        ("echo >&2 locked out; exit 3", "the host said: locked out"),
+        ("exit 4", "the host's command ended with status 4"),
+    ] {
+        pair.forget_connections();
+        pair.sshd.authorize(command);
+        let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+        assert!(refused.failure().message.contains(expected), "{command}: {refused:?}");
+    }
+}
+
+#[test]
+fn a_host_that_hangs_is_given_up_at_the_deadline() {
+    let Some(pair) = Pair::new() else { return };
+    pair.office.configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
+    assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
+    // It greets, and then says nothing more.
+    pair.forget_connections();
+    pair.sshd.authorize(&format!(
+        "echo '{}'; sleep 600",
+        super::stemcell_upload::GREETING.replace('"', "\\\"")
+    ));
+    let began = Instant::now();
+    let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+    assert!(refused.failure().message.contains("did not answer by the deadline"), "{refused:?}");
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+}
+
+/// A script in place of a host: it greets, is asked, does something and answers `false`.
+fn answering(script: &std::path::Path, greeting: &str, act: &str) {
+    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
+    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n"))
+        .unwrap();
+}
+
+#[test]
+fn a_host_that_keeps_its_end_open_leaves_no_process_here() {
+    let Some(pair) = Pair::new() else { return };
+    let script = pair.office.path("script");
+    answering(&script, super::stemcell_upload::GREETING, "");
+    let stays = fs::read_to_string(&script).unwrap() + "exec sleep 600\n";
+    fs::write(&script, stays).unwrap();
+    pair.sshd.authorize(&format!("sh {}", script.display()));
+    assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
+    assert!(pair.calling().is_empty());
+}
+
+#[test]
+fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
+    let Some(pair) = Pair::with(&json!({}), "MaxSessions 2") else { return };
+    let (script, go) = (pair.office.path("script"), pair.office.path("go"));
+    let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
+    answering(&script, super::stemcell_upload::GREETING, &wait);
+    pair.sshd.authorize(&format!("sh {}", script.display()));
+    let calls: Vec<_> = (0..5).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
+    // All at the same time.
+    let script = script.display().to_string();
+    eventually("five sessions", || (pair.processes(&["sh\0", &script]).len() == 5).then_some(()));
+    fs::write(go, "").unwrap();
+    for call in calls {
+        assert_eq!(*answer(call).result(), false);
+    }
+}
+
+#[test]
+fn a_private_key_is_in_no_file_argument_or_environment() {
+    let Some(pair) = Pair::new() else { return };
+    let secret = pair.sshd.read("caller").lines().nth(2).unwrap().to_owned();
+    pair.sshd.authorize("sleep 600");
+    let mut call = pair.office.start("has_vm", &json!(["vm-1"]));
+    let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
+    for name in ["cmdline", "environ"] {
+        let text = fs::read(format!("/proc/{}/{name}", ssh.pid())).unwrap();
+        assert!(!String::from_utf8_lossy(&text).contains(&secret), "{name}");
+        assert!(!String::from_utf8_lossy(&text).contains("BEGIN"), "{name}");
+    }
+    let files = walk(&pair.office.path(""));
+    assert!(!files.is_empty());
+    for file in files.iter().filter(|file| !file.ends_with("cpi.json")) {
+        let text = fs::read(file).unwrap_or_default();
+        assert!(!String::from_utf8_lossy(&text).contains(&secret), "{}", file.display());
+    }
+    call.kill().unwrap();
+    assert_eq!(call.wait().unwrap().signal(), Some(9));
+}
+
+fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn a_link_that_was_cut_while_nobody_called_is_made_anew() {
+    let Some(pair) = Pair::new() else { return };
+    pair.office.ok("has_vm", &json!(["vm-1"]));
+    assert_eq!(pair.office.connections().len(), 1);
+    // The other end is gone, and nobody here knows.
+    for process in pair.processes(&["sshd: root@notty"]) {
+        let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        if namespace(process.pid()) == namespace(pair.sshd.pid()) {
+            process.signal(Signal::SIGKILL).unwrap();
+        }
+    }
+    pair.office.ok("has_vm", &json!(["vm-1"]));
+}
+
+#[test]
+fn a_cable_that_is_pulled_fails_calls_in_time_and_works_again() {
+    let Some(pair) = Pair::new() else { return };
+    pair.office.ok("has_vm", &json!(["vm-1"]));
+    pair.cable("down");
+    let began = Instant::now();
+    let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+    assert!(began.elapsed() < Duration::from_secs(45), "{:?}", began.elapsed());
+    assert_eq!(refused.failure().kind, "CloudError", "{refused:?}");
+    pair.cable("up");
+    pair.forget_connections();
+    pair.office.ok("has_vm", &json!(["vm-1"]));
+}
+
+/// The VMs of the host that are whole, and what else there is of VMs.
+fn vms(host: &Host) -> (Vec<VmCid>, usize) {
+    let all = host.store().list::<VmRecord>().unwrap();
+    let whole = |vm: &VmCid| {
+        host.store().read::<VmRecord>(vm).unwrap().is_some_and(|vm| vm.phase == Phase::Ready)
+    };
+    let ready: Vec<_> = all.iter().filter(|vm| whole(vm)).cloned().collect();
+    let others = all.len() - ready.len();
+    (ready, others)
+}
+
+#[test]
+fn a_create_vm_whose_link_is_cut_leaves_nothing_and_can_be_repeated() {
+    let Some(pair) = Pair::new() else { return };
+    let stemcell = pair.host.stemcell();
+    let arguments = pair.host.vm_arguments(&stemcell);
+    pair.office.ok("has_vm", &json!(["vm-1"]));
+    // At several moments of it: while it is asked, at work, and when the answer is due.
+    for delay in [0, 30, 60, 90, 120, 200, 300] {
+        let call = pair.office.start("create_vm", &arguments);
+        let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
+        std::thread::sleep(Duration::from_millis(delay));
+        let _ = ssh.signal(Signal::SIGKILL);
+        let answer = answer(call);
+        match &answer.outcome {
+            Ok(created) => {
+                pair.host.note(&created.to_string());
+                pair.office.ok("delete_vm", &json!([created[0]]));
+            }
+            Err(failure) => {
+                assert!(failure.message.contains(pair.sshd.address()), "{failure:?}");
+                assert!(failure.ok_to_retry, "nothing is left, so it can be repeated: {failure:?}");
+            }
+        }
+        eventually("the host is done", || pair.answering().is_empty().then_some(()));
+        assert_eq!(vms(&pair.host), (vec![], 0), "after {delay} ms: {answer:?}");
+    }
+    let vm = vm_cid(&pair.office.ok("create_vm", &arguments));
+    pair.host.note(&vm.to_string());
+    pair.office.ok("delete_vm", &json!([vm]));
+}
+
+#[test]
+fn a_caller_that_dies_leaves_a_whole_vm_or_none_and_its_address_free() {
+    let Some(pair) = Pair::new() else { return };
+    let stemcell = pair.host.stemcell();
+    let arguments = pair.host.vm_arguments(&stemcell);
+    pair.office.ok("has_vm", &json!(["vm-1"]));
+    for delay in [50, 150, 250, 400] {
+        let mut call = pair.office.start("create_vm", &arguments);
+        eventually("ssh runs", || pair.calling().into_iter().next());
+        std::thread::sleep(Duration::from_millis(delay));
+        call.kill().unwrap();
+        let heard = call.wait_with_output().unwrap().stdout;
+        eventually("the host is done", || pair.answering().is_empty().then_some(()));
+        let (ready, others) = vms(&pair.host);
+        ready.iter().for_each(|vm| pair.host.note(&vm.to_string()));
+        assert!(ready.len() <= 1 && others == 0, "after {delay} ms: {ready:?} and {others} others");
+        if !heard.is_empty() {
+            // It had answered before it died.
+            assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&heard));
+            pair.office.ok("delete_vm", &json!([ready[0]]));
+        }
+        // The same address: whoever has it, and nobody knows of, makes way.
+        let vm = vm_cid(&pair.office.ok("create_vm", &arguments));
+        pair.host.note(&vm.to_string());
+        assert_eq!(vms(&pair.host), (vec![vm.clone()], 0));
+        pair.office.ok("delete_vm", &json!([vm]));
+    }
+}
+
+#[test]
+fn a_create_whose_answer_nobody_took_is_undone() {
+    let Some(pair) = Pair::new() else { return };
+    let mut call = pair.office.start("create_disk", &json!([1, {}]));
+    drop(call.stdout.take());
+    call.wait().unwrap();
+    eventually("the disk is gone", || {
+        pair.host.store().list::<DiskRecord>().unwrap().is_empty().then_some(())
+    });
+}
+
+#[test]
+fn what_was_asked_is_finished_though_the_link_is_cut() {
+    let Some(pair) = Pair::new() else { return };
+    let (vm, disk) = (pair.host.booted_vm(), pair.host.disk());
+    let mut call = pair.office.start("attach_disk", &json!([vm, disk]));
+    let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
+    // It may be over before anybody saw that.
+    let is_over = |call: &mut Child| call.try_wait().unwrap().is_some();
+    eventually("the host is asked", || {
+        (!pair.answering().is_empty() || is_over(&mut call)).then_some(())
+    });
+    let _ = ssh.signal(Signal::SIGKILL);
+    let answer = answer(call);
+    eventually("the host is done", || pair.answering().is_empty().then_some(()));
+    // Whatever became of it, the same call again says where the disk is.
+    let hint = pair.office.ok("attach_disk", &json!([vm, disk]));
+    assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()), "{answer:?}");
+    pair.office.ok("detach_disk", &json!([vm, disk]));
+}
+
+#[test]
+fn two_directors_share_a_host() {
+    let Some(pair) = Pair::new() else { return };
+    let Some(other) = Office::new() else { return };
+    let Some(sshd) = Sshd::start(&other, &pair.host, 1, "") else { return };
+    other.configure(&json!({"transport": sshd.transport()}));
+    let stemcell = pair.host.stemcell();
+    let (one, two) = (pair.host.vm_arguments(&stemcell), pair.host.vm_arguments(&stemcell));
+    let calls = [pair.office.start("create_vm", &one), other.start("create_vm", &two)];
+    let created = calls.map(|call| vm_cid(answer(call).result()));
+    created.iter().for_each(|vm| pair.host.note(&vm.to_string()));
+    assert_eq!(vms(&pair.host).0.len(), 2);
+    // Either may ask about the other's: it is one host.
+    assert_eq!(other.ok("has_vm", &json!([created[0]])), true);
+    pair.office.ok("delete_vm", &json!([created[1]]));
+    other.ok("delete_vm", &json!([created[0]]));
+}
+
+#[test]
+fn many_calls_share_few_connections() {
+    let Some(pair) = Pair::new() else { return };
+    let disk: DiskCid = text(&pair.office.ok("create_disk", &json!([1, {}]))).parse().unwrap();
+    let calls: Vec<_> = (0..32).map(|_| pair.office.start("has_disk", &json!([disk]))).collect();
+    for call in calls {
+        assert_eq!(*answer(call).result(), true);
+    }
+    let connections = pair.office.connections().len();
+    assert!((1..=4).contains(&connections), "{connections} connections for 32 calls, ten on each");
+    pair.office.ok("delete_disk", &json!([disk]));
+}

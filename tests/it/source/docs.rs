@@ -1,0 +1,117 @@
+//! What the program says of itself, and that it holds on this host.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use bosh_qemu_cpi::cpi::default_deadline;
+use serde_json::Value;
+
+use crate::support::host::Host;
+
+fn program(arguments: &[&str]) -> std::process::Output {
+    Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).args(arguments).output().unwrap()
+}
+
+#[test]
+fn the_reference_pages_are_those_of_this_program() {
+    for page in ["config", "cloud-properties"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/{page}.md"));
+        let printed = program(&["reference", page]);
+        assert!(printed.status.success(), "{printed:?}");
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            String::from_utf8(printed.stdout).unwrap(),
+            "make it again: bosh-qemu-cpi reference {page} > docs/{page}.md"
+        );
+    }
+}
+
+/// Every method that acts, as the contract names them.
+const METHODS: [&str; 21] = [
+    "create_stemcell",
+    "delete_stemcell",
+    "create_vm",
+    "delete_vm",
+    "has_vm",
+    "reboot_vm",
+    "set_vm_metadata",
+    "calculate_vm_cloud_properties",
+    "create_disk",
+    "delete_disk",
+    "has_disk",
+    "attach_disk",
+    "detach_disk",
+    "get_disks",
+    "set_disk_metadata",
+    "snapshot_disk",
+    "delete_snapshot",
+    "resize_disk",
+    "update_disk",
+    "create_network",
+    "delete_network",
+];
+
+#[test]
+fn the_table_of_deadlines_is_that_of_this_program() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md"))
+        .unwrap();
+    let section =
+        text.split("\n## ").find(|section| section.starts_with("Deadlines")).expect("a section");
+    let rows = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
+    let rows: Vec<(&str, u64)> =
+        rows.filter_map(|(names, seconds)| Some((names, seconds.parse().ok()?))).collect();
+    let documented = |method: &str| {
+        let row = rows.iter().find(|(names, _)| names.contains(&format!("`{method}`")));
+        row.or_else(|| rows.iter().find(|(names, _)| *names == "every other")).expect("a row").1
+    };
+    for method in METHODS {
+        assert_eq!(default_deadline(method).as_secs(), documented(method), "{method}");
+    }
+    // And it names no method that is not there.
+    let named = rows.iter().flat_map(|(names, _)| names.split('`').skip(1).step_by(2));
+    let unknown: Vec<_> =
+        named.filter(|name| !METHODS.contains(name) && *name != "disk restore").collect();
+    assert!(rows.len() > 3 && unknown.is_empty(), "{unknown:?}");
+}
+
+/// The source of the test module `path`, for example `vm::host_boot`, if that module exists.
+fn test_module(path: &str) -> Option<String> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it");
+    let path = path.replace("::", "/");
+    let files = [dir.join(format!("{path}.rs")), dir.join(path).join("mod.rs")];
+    files.iter().find_map(|file| fs::read_to_string(file).ok())
+}
+
+/// docs/reliability.md names tests as `module::test` and whole modules as `module::module`.
+#[test]
+fn promises_name_tests_that_exist() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reliability.md");
+    let text = fs::read_to_string(path).unwrap();
+    let named: Vec<_> = text
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|word| !word.contains(char::is_whitespace))
+        .filter_map(|word| Some((word, word.rsplit_once("::")?)))
+        .collect();
+    assert!(!named.is_empty(), "no promise names a test");
+    for (name, (module, test)) in named {
+        let is_test = test_module(module)
+            .is_some_and(|source| source.contains(&format!("#[test]\nfn {test}()")));
+        assert!(is_test || test_module(name).is_some(), "{name} is no test and no module");
+    }
+}
+
+#[test]
+fn the_selftest_passes() {
+    let Some(host) = Host::new() else { return };
+    let output = host.namespace().run(|| host.cpi().args(["selftest", "--json"]).output().unwrap());
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
+    assert!(output.status.success() && report["passed"] == true, "{report:#}");
+    let checks = report["checks"].as_array().unwrap();
+    assert!(checks.len() > 10 && checks.iter().all(|check| check["passed"] == true), "{report:#}");
+}

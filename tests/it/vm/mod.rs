@@ -1,0 +1,8 @@
+//! VMs: their life from create_vm to delete_vm, supervisors, control groups, the host's boot.
+
+mod cgroups;
+mod host_boot;
+mod lifecycle;
+pub mod list;
+mod supervisor;
+mod systemd;
