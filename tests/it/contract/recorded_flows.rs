@@ -210,7 +210,7 @@ macro_rules! flows {
         }
 
         #[test]
-        fn every_recorded_flow_is_replayed() {
+        fn replay_list_names_every_recorded_flow() {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/requests");
             let files = fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
             let mut recorded: Vec<_> = files.map(|f| f.file_stem().unwrap().to_string_lossy().into_owned()).collect();
@@ -221,16 +221,16 @@ macro_rules! flows {
 }
 
 flows! {
-    create_env_with_a_bigger_disk = "create-env-bigger-disk";
-    create_env_with_several_networks = "create-env-multi-network";
-    create_env_from_nothing = "create-env-new";
-    create_env_that_recreates = "create-env-recreate";
-    create_env_after_its_vm_vanished = "create-env-vm-vanished";
-    delete_env = "delete-env";
-    a_directors_cloud_check = "director-cck-auto";
-    a_director_with_a_cpi_config = "director-cpi-config";
-    a_directors_deploy = "director-deploy";
-    a_directors_hot_swap = "director-hotswap";
-    a_directors_recreate = "director-recreate";
-    a_directors_resize = "director-resize";
+    replay_create_env_bigger_disk_succeeds = "create-env-bigger-disk";
+    replay_create_env_multi_network_succeeds = "create-env-multi-network";
+    replay_create_env_new_succeeds = "create-env-new";
+    replay_create_env_recreate_succeeds = "create-env-recreate";
+    replay_create_env_vm_vanished_succeeds = "create-env-vm-vanished";
+    replay_delete_env_succeeds = "delete-env";
+    replay_director_cck_auto_succeeds = "director-cck-auto";
+    replay_director_cpi_config_succeeds = "director-cpi-config";
+    replay_director_deploy_succeeds = "director-deploy";
+    replay_director_hotswap_succeeds = "director-hotswap";
+    replay_director_recreate_succeeds = "director-recreate";
+    replay_director_resize_succeeds = "director-resize";
 }

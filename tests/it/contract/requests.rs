@@ -13,7 +13,7 @@ use crate::support::installation::{World, recorded_requests};
 const INFO: &[u8] = br#"{"method":"info","arguments":[]}"#;
 
 #[test]
-fn every_recorded_request_is_understood() {
+fn parse_every_recorded_request_succeeds() {
     for (flow, request) in
         recorded_requests().into_iter().filter(|(_, request)| request["method"] != "info")
     {
@@ -29,7 +29,7 @@ fn every_recorded_request_is_understood() {
 }
 
 #[test]
-fn every_recorded_request_has_an_answer_of_the_right_shape() {
+fn answer_every_recorded_request_without_cpi_error() {
     let world = World::new();
     for (flow, request) in recorded_requests() {
         let answer = world.ask(&request);
@@ -39,7 +39,7 @@ fn every_recorded_request_has_an_answer_of_the_right_shape() {
 }
 
 #[test]
-fn info_works_whatever_state_the_host_is_in() {
+fn info_without_state_or_configuration_succeeds() {
     let world = World::new();
     let expected = json!({"api_version": 3, "stemcell_formats": ["openstack-qcow2", "openstack-raw", "qemu-light"]});
     assert_eq!(world.ask_raw(INFO).result(), &expected);
@@ -53,7 +53,7 @@ fn info_works_whatever_state_the_host_is_in() {
 }
 
 #[test]
-fn a_broken_configuration_is_an_answer() {
+fn call_with_broken_configuration_answers_cpi_error() {
     let world = World::with(&json!({"qemu": {"acel": "hunter2"}}));
     let answer = world.call("has_vm", &json!(["vm-1"]));
     let expected = format!(
@@ -67,7 +67,7 @@ fn a_broken_configuration_is_an_answer() {
 }
 
 #[test]
-fn a_context_that_does_not_fit_is_an_answer() {
+fn call_with_wrong_context_type_names_the_key() {
     let context = json!({"director_uuid": "u", "agent": {"mbus": 7}});
     let answer =
         World::new().ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
@@ -78,7 +78,7 @@ fn a_context_that_does_not_fit_is_an_answer() {
 }
 
 #[test]
-fn nonsense_is_refused_as_such() {
+fn call_with_malformed_request_answers_cpi_error() {
     let world = World::new();
     let deep = "[".repeat(200_000);
     for request in [
@@ -107,7 +107,7 @@ fn nonsense_is_refused_as_such() {
 }
 
 #[test]
-fn a_method_nobody_has_is_not_implemented() {
+fn call_unknown_method_answers_not_implemented() {
     let world = World::new();
     for method in
         ["no_such_method", "ping", "current_vm_id", "configure_networks", "", "InFo", "x\ny"]
@@ -117,7 +117,7 @@ fn a_method_nobody_has_is_not_implemented() {
 }
 
 #[test]
-fn a_hostile_cid_is_refused_wherever_it_stands() {
+fn call_with_invalid_cid_names_the_argument() {
     let world = World::new();
     let long = "x".repeat(300);
     for cid in
@@ -146,7 +146,7 @@ fn a_hostile_cid_is_refused_wherever_it_stands() {
 }
 
 #[test]
-fn versions_are_told_apart() {
+fn call_with_unsupported_api_version_is_refused() {
     let world = World::new();
     let asked = |method: &str, arguments: Value, context: Value, version: Value| {
         let request = json!({"method": method, "arguments": arguments, "context": context, "api_version": version});
@@ -167,7 +167,7 @@ fn versions_are_told_apart() {
 }
 
 #[test]
-fn a_large_request_is_read_to_its_end_before_it_is_answered() {
+fn call_with_large_request_reads_stdin_to_its_end() {
     let world = World::new();
     let large = json!({"bosh": {"padding": "x".repeat(10 << 20)}});
     let arguments = json!(["a", "s-1", {}, {"n": {"type": "nonsense"}}, [], large]);
@@ -183,7 +183,7 @@ fn a_large_request_is_read_to_its_end_before_it_is_answered() {
 }
 
 #[test]
-fn stdin_may_be_closed_or_nothing() {
+fn call_without_stdin_answers_empty_request() {
     let world = World::new();
     let mut nothing = world.cpi();
     let output = nothing.stdin(Stdio::null()).output().unwrap();
@@ -193,7 +193,7 @@ fn stdin_may_be_closed_or_nothing() {
 }
 
 #[test]
-fn stderr_may_be_closed_or_gone() {
+fn call_without_stderr_still_answers() {
     let world = World::with(&json!({"log": {"level": "trace"}}));
     let request = br#"{"method":"has_vm","arguments":["vm-1"]}"#;
     drop(Answer::of(&run(redirected(&world, "2>&-"), request)));
@@ -211,7 +211,7 @@ fn stderr_may_be_closed_or_gone() {
 }
 
 #[test]
-fn a_caller_that_is_gone_is_no_failure_of_ours() {
+fn call_without_stdout_exits_successfully() {
     let world = World::new();
     for request in [INFO, br#"{"method":"has_vm","arguments":["vm-1"]}"#] {
         let mut child = world
@@ -236,7 +236,7 @@ fn a_caller_that_is_gone_is_no_failure_of_ours() {
 }
 
 #[test]
-fn neither_environment_nor_directory_is_needed() {
+fn info_without_environment_or_directory_succeeds() {
     let world = World::new();
     let gone = world.path("gone");
     fs::create_dir(&gone).unwrap();
@@ -258,7 +258,7 @@ fn redirected(world: &World, redirection: &str) -> Command {
 }
 
 #[test]
-fn secrets_are_in_neither_log_nor_error() {
+fn call_with_secrets_neither_logs_nor_returns_them() {
     const CANARY: &str = "hunter2";
     let world = World::with(&json!({
         "log": {"level": "trace"},

@@ -97,7 +97,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 #[test]
-fn what_the_first_version_left_is_used_as_if_it_was_ours() {
+fn call_on_state_of_first_version_succeeds() {
     let Some(old) = Old::new() else { return };
     let Old { host, stemcell, vm, attached, free } = &old;
     let before = host.record(vm);
@@ -129,7 +129,7 @@ fn what_the_first_version_left_is_used_as_if_it_was_ours() {
 }
 
 #[test]
-fn fields_of_the_future_survive_a_rewrite() {
+fn rewrite_record_with_unknown_fields_keeps_them() {
     let Some(old) = Old::new() else { return };
     let Old { host, vm, attached, free, .. } = &old;
     for path in old.records() {
@@ -147,7 +147,7 @@ fn fields_of_the_future_survive_a_rewrite() {
 }
 
 #[test]
-fn a_record_of_a_newer_schema_is_refused_and_left_alone() {
+fn call_on_record_of_newer_schema_is_refused_and_changes_nothing() {
     let Some(old) = Old::new() else { return };
     let Old { host, stemcell, vm, free, .. } = &old;
     let [stemcell_record, vm_record, _, free_record] = old.records();
@@ -203,7 +203,7 @@ fn a_record_of_a_newer_schema_is_refused_and_left_alone() {
 }
 
 #[test]
-fn a_directory_of_a_newer_schema_is_refused() {
+fn call_in_state_directory_of_newer_schema_is_refused() {
     let Some(old) = Old::new() else { return };
     let host = &old.host;
     let schema = host.path("state/schema");
@@ -282,7 +282,7 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
 }
 
 #[test]
-fn a_supervisor_outlives_the_replacement_of_its_program() {
+fn replace_program_of_running_supervisor_keeps_it_working() {
     with_an_old_supervisor(|binary| {
         let new = binary.with_extension("new");
         fs::File::create(&new).unwrap().write_all(b"#!/bin/false\n").unwrap();
@@ -291,6 +291,6 @@ fn a_supervisor_outlives_the_replacement_of_its_program() {
 }
 
 #[test]
-fn a_supervisor_outlives_the_removal_of_its_program() {
+fn remove_program_of_running_supervisor_keeps_it_working() {
     with_an_old_supervisor(|binary| fs::remove_file(binary).unwrap());
 }
