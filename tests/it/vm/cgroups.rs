@@ -44,7 +44,7 @@ fn may_spare() -> bool {
 }
 
 #[test]
-fn a_vm_is_kept_to_its_limits_and_apart_from_its_caller() {
+fn create_vm_sets_limits_in_a_cgroup_of_its_own() {
     let Some(host) = Host::new() else { return };
     let mut arguments = host.vm_arguments(&host.stemcell());
     arguments[2] =
@@ -91,7 +91,7 @@ fn a_vm_is_kept_to_its_limits_and_apart_from_its_caller() {
 
 /// Somebody emptied the run directory under it: nothing names its processes but its groups.
 #[test]
-fn a_vm_that_lost_its_run_directory_is_told_and_rebooted() {
+fn reboot_vm_without_run_directory_ends_its_old_qemu() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
@@ -161,7 +161,7 @@ fn nothing_is_done_with_its_disks(host: &Host, vm: &VmCid, disk: &DiskCid, other
 }
 
 #[test]
-fn a_qemu_that_runs_wild_is_ended_alone_and_started_again() {
+fn exceed_memory_limit_restarts_only_that_vm() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (wild, other) = (host.vm(&stemcell), host.vm(&stemcell));

@@ -35,7 +35,7 @@ fn exit(host: &Host, vm: &VmCid) -> Option<ExitRecord> {
 }
 
 #[test]
-fn after_a_power_cut_every_vm_that_ran_is_back_as_it_was() {
+fn host_start_after_power_cut_restores_running_vms() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (first, second, off) = (host.vm(&stemcell), host.vm(&stemcell), host.vm(&stemcell));
@@ -70,7 +70,7 @@ fn after_a_power_cut_every_vm_that_ran_is_back_as_it_was() {
 }
 
 #[test]
-fn a_host_that_goes_down_powers_its_guests_off_and_wants_them_again() {
+fn host_start_after_host_stop_starts_every_vm_again() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let alone = host.vm(&host.stemcell());
@@ -95,7 +95,7 @@ fn a_host_that_goes_down_powers_its_guests_off_and_wants_them_again() {
 }
 
 #[test]
-fn a_guest_that_does_not_listen_is_ended_in_time() {
+fn host_stop_with_unresponsive_guest_ends_it_at_the_timeout() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.import(MUTE_GUEST));
     host.sees(&vm, "BOOTSECTOR-OK", 1);
@@ -106,7 +106,7 @@ fn a_guest_that_does_not_listen_is_ended_in_time() {
 }
 
 #[test]
-fn the_director_and_what_the_operator_tagged_come_first() {
+fn host_start_follows_start_priority() {
     let Some(host) = Host::with(json!({"limits": {"parallel_boots": 1}})) else { return };
     let stemcell = host.stemcell();
     let [plain, director, database] = std::array::from_fn(|_| host.vm(&stemcell));
@@ -122,7 +122,7 @@ fn the_director_and_what_the_operator_tagged_come_first() {
 }
 
 #[test]
-fn one_vm_that_can_not_start_does_not_keep_the_others_off() {
+fn host_start_with_one_broken_vm_starts_the_others() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (sound, broken) = (host.vm(&stemcell), host.vm(&stemcell));
@@ -147,7 +147,7 @@ fn one_vm_that_can_not_start_does_not_keep_the_others_off() {
 }
 
 #[test]
-fn a_vm_without_a_supervisor_gets_one_from_the_next_call() {
+fn call_on_vm_without_supervisor_starts_one() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let lose_supervisor = || {
@@ -180,7 +180,7 @@ fn a_vm_without_a_supervisor_gets_one_from_the_next_call() {
 
 /// The call and the supervisor died while QEMU was up and its guest did not run yet.
 #[test]
-fn a_launch_that_was_cut_short_begins_again() {
+fn call_after_interrupted_launch_launches_again() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -211,7 +211,7 @@ fn a_launch_that_was_cut_short_begins_again() {
 }
 
 #[test]
-fn a_hung_qemu_can_not_be_adopted_and_is_not_harmed() {
+fn adopt_hung_qemu_fails_and_leaves_it_running() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();

@@ -16,7 +16,7 @@ use crate::support::host::{
 };
 
 #[test]
-fn create_env_makes_recreates_and_deletes_a_vm() {
+fn create_recreate_and_delete_vm_leaves_nothing() {
     let Some(host) = Host::new() else { return };
     let info = host.ok("info", &json!([]));
     assert_eq!(info["api_version"], 3);
@@ -53,7 +53,7 @@ fn create_env_makes_recreates_and_deletes_a_vm() {
 }
 
 #[test]
-fn a_director_swaps_vms_hot() {
+fn attach_disk_during_hot_swap_moves_it_to_the_new_vm() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let old = host.vm(&stemcell);
@@ -92,7 +92,7 @@ fn on_config_drive(image: &Path, path: &str) -> String {
 }
 
 #[test]
-fn an_agent_finds_its_settings_to_the_letter() {
+fn create_vm_writes_agent_settings_byte_for_byte() {
     let Some(host) =
         Host::with(json!({"agent": {"mbus": "nats://10.9.0.1:4222", "ntp": ["t1", "t2"]}}))
     else {
@@ -154,7 +154,7 @@ fn an_agent_finds_its_settings_to_the_letter() {
 }
 
 #[test]
-fn cards_are_in_the_manifests_order_and_a_vip_has_none() {
+fn create_vm_with_several_networks_orders_nics_by_manifest() {
     let Some(host) = Host::new() else { return };
     for bridge in ["br0", "br1"] {
         host.bridge(bridge);
@@ -223,19 +223,19 @@ fn reboots_and_goes(host: &Host, bring: impl Fn(&VmCid)) {
 }
 
 #[test]
-fn a_running_vm_reboots_and_goes() {
+fn reboot_and_delete_running_vm_succeed() {
     let Some(host) = Host::new() else { return };
     reboots_and_goes(&host, |_| {});
 }
 
 #[test]
-fn a_vm_that_powered_itself_off_reboots_and_goes() {
+fn reboot_and_delete_powered_off_vm_succeed() {
     let Some(host) = Host::new() else { return };
     reboots_and_goes(&host, |vm| host.power_off(vm));
 }
 
 #[test]
-fn a_crashed_vm_reboots_and_goes() {
+fn reboot_and_delete_crashed_vm_succeed() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     reboots_and_goes(&host, |vm| {
         let supervisor = host.supervisor(vm).unwrap();
@@ -246,7 +246,7 @@ fn a_crashed_vm_reboots_and_goes() {
 }
 
 #[test]
-fn a_vm_about_to_be_restarted_reboots_and_goes() {
+fn reboot_and_delete_restarting_vm_succeed() {
     let Some(host) = Host::new() else { return };
     reboots_and_goes(&host, |vm| {
         let exits = fs::read_to_string(host.paths(vm).events())
@@ -259,13 +259,13 @@ fn a_vm_about_to_be_restarted_reboots_and_goes() {
 }
 
 #[test]
-fn a_hung_vm_reboots_and_goes() {
+fn reboot_and_delete_hung_vm_succeed() {
     let Some(host) = Host::new() else { return };
     reboots_and_goes(&host, |vm| host.qemu(vm).unwrap().signal(Signal::SIGSTOP).unwrap());
 }
 
 #[test]
-fn a_paused_guest_reboots_and_goes() {
+fn reboot_and_delete_paused_vm_succeed() {
     let Some(host) = Host::with(json!({"deadlines": {"reboot_vm": 8}})) else { return };
     reboots_and_goes(&host, |vm| {
         host.qmp(vm, "stop", &json!({})).unwrap();
@@ -273,7 +273,7 @@ fn a_paused_guest_reboots_and_goes() {
 }
 
 #[test]
-fn create_vm_killed_at_any_moment_leaves_what_delete_vm_removes() {
+fn delete_vm_after_killed_create_vm_leaves_nothing() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let began = Instant::now();
@@ -298,7 +298,7 @@ fn create_vm_killed_at_any_moment_leaves_what_delete_vm_removes() {
 }
 
 #[test]
-fn a_vm_whose_launch_hangs_goes() {
+fn delete_vm_with_hung_launch_succeeds() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     host.replace_qemu("exec sleep 1000");
@@ -318,7 +318,7 @@ fn a_vm_whose_launch_hangs_goes() {
 }
 
 #[test]
-fn a_launch_that_hangs_ends_at_the_deadline() {
+fn create_vm_with_hung_launch_fails_at_its_deadline() {
     let Some(host) = Host::with(json!({"deadlines": {"create_vm": 2}})) else { return };
     let stemcell = host.stemcell();
     host.replace_qemu("exec sleep 1000");
@@ -332,7 +332,7 @@ fn a_launch_that_hangs_ends_at_the_deadline() {
 }
 
 #[test]
-fn a_failed_create_vm_says_why_and_leaves_nothing() {
+fn create_vm_with_invalid_arguments_names_them_and_leaves_nothing() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let fails = |pointer: &str, value: Value, kind: &str, says: &str| {
@@ -385,7 +385,7 @@ fn a_failed_create_vm_says_why_and_leaves_nothing() {
 }
 
 #[test]
-fn a_state_directory_that_can_not_be_written_is_named() {
+fn create_in_unwritable_state_directory_names_it() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     host.reconfigure(|config| config["state_dir"] = json!("/proc/state"));
@@ -430,7 +430,7 @@ impl Drop for Tmpfs {
 }
 
 #[test]
-fn on_a_full_filesystem_creates_fail_clean_and_deletes_work() {
+fn create_on_full_filesystem_fails_and_delete_succeeds() {
     let Some(host) = Host::new() else { return };
     let _full = Tmpfs::mount(host.path("state"), "8m");
     let stemcell = host.stemcell();
@@ -456,7 +456,7 @@ fn on_a_full_filesystem_creates_fail_clean_and_deletes_work() {
 }
 
 #[test]
-fn a_caller_is_not_held_up_by_the_vm_it_made() {
+fn create_vm_detaches_its_processes_from_the_caller() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let mut call = host.start("create_vm", &host.vm_arguments(&stemcell));
@@ -488,7 +488,7 @@ fn a_caller_is_not_held_up_by_the_vm_it_made() {
 }
 
 #[test]
-fn a_create_that_was_killed_is_undone_by_the_next() {
+fn create_vm_after_killed_create_vm_undoes_it() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     host.replace_qemu("exec sleep 1000");

@@ -40,7 +40,7 @@ fn listed(host: &Host, vm: &VmCid) -> Value {
 }
 
 #[test]
-fn every_state_is_told() {
+fn list_vms_reports_every_state() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     assert_eq!(vm_list(&host), json!([]));
     let stemcell = host.stemcell();
@@ -97,7 +97,7 @@ fn every_state_is_told() {
 }
 
 #[test]
-fn a_record_that_can_not_be_read_is_listed_with_why() {
+fn list_vm_with_unreadable_record_names_the_reason() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let record = host.paths(&vm).dir.join("vm.json");

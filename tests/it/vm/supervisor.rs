@@ -27,7 +27,7 @@ fn exit(host: &Host, vm: &VmCid) -> ExitRecord {
 }
 
 #[test]
-fn a_poweroff_is_written_down_and_final() {
+fn poweroff_of_guest_is_recorded_and_final() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     assert_eq!(ExitRecord::read(&host.paths(&vm).exit()).unwrap(), None);
@@ -49,7 +49,7 @@ fn a_poweroff_is_written_down_and_final() {
 }
 
 #[test]
-fn a_quit_is_no_crash() {
+fn quit_of_qemu_is_no_crash() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
@@ -66,7 +66,7 @@ fn a_quit_is_no_crash() {
 
 /// After 1, 5 and 15 seconds, and then no more.
 #[test]
-fn a_vm_that_crashes_again_and_again_is_given_up() {
+fn crash_repeatedly_gives_the_vm_up() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.import(PANICKING_GUEST));
     let supervisor = host.supervisor(&vm).unwrap();
@@ -87,7 +87,7 @@ fn a_vm_that_crashes_again_and_again_is_given_up() {
 }
 
 #[test]
-fn a_crash_is_final_where_the_operator_says_so() {
+fn crash_with_restart_never_leaves_the_vm_off() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
@@ -110,7 +110,7 @@ fn hardware(words: &[String]) -> (Vec<Value>, Vec<String>) {
 }
 
 #[test]
-fn a_crashed_vm_is_started_again_as_it_was() {
+fn crash_of_qemu_restarts_the_vm_with_the_same_hardware() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (kept, released) = (host.disk(), host.disk());
@@ -141,7 +141,7 @@ fn a_crashed_vm_is_started_again_as_it_was() {
 }
 
 #[test]
-fn a_vm_lives_on_without_its_supervisor() {
+fn kill_supervisor_keeps_the_vm_running() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (disk, qemu) = (host.disk(), host.qemu(&vm).unwrap());
@@ -165,7 +165,7 @@ fn a_vm_lives_on_without_its_supervisor() {
 }
 
 #[test]
-fn a_supervisor_told_to_end_presses_the_power_button() {
+fn terminate_supervisor_powers_the_guest_off() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
@@ -177,7 +177,7 @@ fn a_supervisor_told_to_end_presses_the_power_button() {
 }
 
 #[test]
-fn a_supervisor_is_small() {
+fn supervise_vm_stays_within_memory_bound() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -195,7 +195,7 @@ fn a_supervisor_is_small() {
 
 /// A delete_vm that finds a call at work calls off what may be a launch. A guest that runs is none.
 #[test]
-fn what_runs_is_not_called_off() {
+fn cancel_launch_of_running_vm_has_no_effect() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
@@ -209,7 +209,7 @@ fn what_runs_is_not_called_off() {
 }
 
 #[test]
-fn a_panic_is_seen_and_the_vm_started_again() {
+fn panic_of_guest_restarts_the_vm() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.import(PANICKING_GUEST));
     host.event(&vm, "GUEST_PANICKED", 2);
@@ -221,7 +221,7 @@ fn a_panic_is_seen_and_the_vm_started_again() {
 }
 
 #[test]
-fn a_panic_is_final_where_the_operator_says_so() {
+fn panic_with_restart_never_leaves_the_vm_off() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let vm = host.vm(&host.import(PANICKING_GUEST));
     host.event(&vm, "exited", 1);
@@ -240,7 +240,7 @@ fn a_panic_is_final_where_the_operator_says_so() {
 }
 
 #[test]
-fn a_reboot_inside_the_guest_keeps_the_process_and_its_disks() {
+fn reboot_inside_guest_keeps_qemu_and_its_disks() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();

@@ -81,7 +81,7 @@ impl Worker {
 }
 
 #[test]
-fn a_vm_is_in_a_scope_of_its_own_and_outlives_the_unit_that_made_it() {
+fn stop_creating_unit_keeps_the_vm_in_its_own_scope() {
     if !Path::new("/run/systemd/system").exists() {
         return skip("systemd is not the init of this host");
     }
