@@ -76,7 +76,7 @@ pub fn assert_data(host: &Host, disk: &DiskCid) {
 }
 
 #[test]
-fn a_disk_comes_and_goes_while_the_vm_runs() {
+fn attach_and_detach_disk_repeatedly_succeed() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -103,7 +103,7 @@ fn a_disk_comes_and_goes_while_the_vm_runs() {
 
 /// The state directory was restored from a backup while the VM ran on.
 #[test]
-fn a_disk_that_a_qemu_has_is_not_touched_though_no_record_says_so() {
+fn change_disk_open_in_unrecorded_qemu_is_refused() {
     let Some(host) = Host::new() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     let store = host.store();
@@ -136,7 +136,7 @@ fn a_disk_that_a_qemu_has_is_not_touched_though_no_record_says_so() {
 }
 
 #[test]
-fn of_a_disk_that_is_not_there_nothing_stays() {
+fn detach_unknown_disk_leaves_nothing() {
     let Some(host) = Host::with(json!({"deadlines": {"detach_disk": 1}})) else { return };
     let (vm, disk) = (host.vm(&host.stemcell()), DiskCid::random());
     let work = host.store().lock(Rank::Vm, &vm, Instant::now()).unwrap();
@@ -148,7 +148,7 @@ fn of_a_disk_that_is_not_there_nothing_stays() {
 }
 
 #[test]
-fn a_disk_comes_and_goes_while_the_vm_boots() {
+fn attach_and_detach_disk_during_boot_succeed() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let disk = host.disk();
@@ -162,7 +162,7 @@ fn a_disk_comes_and_goes_while_the_vm_boots() {
 }
 
 #[test]
-fn a_disk_attached_to_a_stopped_vm_is_there_when_it_boots() {
+fn attach_disk_to_stopped_vm_plugs_it_at_boot() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     host.power_off(&vm);
@@ -187,7 +187,7 @@ fn a_disk_attached_to_a_stopped_vm_is_there_when_it_boots() {
 }
 
 #[test]
-fn sixteen_disks_at_once_and_no_seventeenth() {
+fn attach_seventeenth_disk_is_refused() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 16}})) else { return };
     let vm = host.booted_vm();
     let disks: Vec<_> = (0..17).map(|_| host.disk()).collect();
@@ -210,7 +210,7 @@ fn sixteen_disks_at_once_and_no_seventeenth() {
 }
 
 #[test]
-fn limits_hold_whether_a_disk_is_plugged_in_or_there_at_boot() {
+fn attach_disk_with_iops_limits_it_before_and_after_reboot() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk: DiskCid =
@@ -230,7 +230,7 @@ fn limits_hold_whether_a_disk_is_plugged_in_or_there_at_boot() {
 }
 
 #[test]
-fn an_attached_disk_is_nobody_elses() {
+fn attach_or_delete_disk_of_another_vm_is_refused() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (one, other, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());
@@ -248,7 +248,7 @@ fn an_attached_disk_is_nobody_elses() {
 }
 
 #[test]
-fn a_vm_whose_removal_was_cut_short_keeps_its_disk_only_while_it_runs() {
+fn change_disk_of_half_deleted_vm_is_refused_while_it_runs() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -278,7 +278,7 @@ fn a_vm_whose_removal_was_cut_short_keeps_its_disk_only_while_it_runs() {
 }
 
 #[test]
-fn data_outlives_vms() {
+fn delete_vm_keeps_the_data_of_its_disks() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (vm, disk) = (host.vm(&stemcell), host.disk());
@@ -297,7 +297,7 @@ fn data_outlives_vms() {
 }
 
 #[test]
-fn of_two_clients_that_attach_one_disk_to_two_vms_one_wins() {
+fn attach_disk_to_two_vms_concurrently_succeeds_once() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let vms = [host.vm(&stemcell), host.vm(&stemcell)];
@@ -323,7 +323,7 @@ fn of_two_clients_that_attach_one_disk_to_two_vms_one_wins() {
 }
 
 #[test]
-fn a_guest_that_never_answers_keeps_its_disk() {
+fn detach_disk_from_unresponsive_guest_fails_and_keeps_it_attached() {
     let Some(host) = Host::with(json!({"deadlines": {"detach_disk": 7}})) else { return };
     let vm = host.vm(&host.import(MUTE_GUEST));
     let disk = host.disk();
@@ -402,7 +402,7 @@ fn detach_disk_killed_at_any_moment_can_be_repeated() {
 }
 
 #[test]
-fn what_a_killed_attach_left_is_settled_by_another_vms_attach() {
+fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (one, other, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());

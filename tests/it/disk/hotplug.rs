@@ -24,7 +24,7 @@ fn answer(call: Child) -> Answer {
 }
 
 #[test]
-fn a_client_that_holds_the_monitor_is_named_as_the_reason() {
+fn attach_and_detach_with_held_monitor_name_the_other_client() {
     let Some(host) = Host::with(json!({"deadlines": {"attach_disk": 2, "detach_disk": 2}})) else {
         return;
     };
@@ -56,7 +56,7 @@ fn a_client_that_holds_the_monitor_is_named_as_the_reason() {
 }
 
 #[test]
-fn a_qemu_that_hangs_ends_in_an_error_and_then_in_order() {
+fn attach_and_detach_with_hung_qemu_fail_and_can_be_repeated() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -93,7 +93,7 @@ fn killed_in_mid_call(
 }
 
 #[test]
-fn a_qemu_that_is_killed_in_mid_attach_comes_back_with_the_disk() {
+fn kill_qemu_during_attach_restarts_it_with_the_disk() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -104,7 +104,7 @@ fn a_qemu_that_is_killed_in_mid_attach_comes_back_with_the_disk() {
 }
 
 #[test]
-fn a_qemu_that_is_killed_in_mid_detach_comes_back_without_the_disk() {
+fn kill_qemu_during_detach_restarts_it_without_the_disk() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -131,7 +131,7 @@ fn eject(host: &Host, vm: &VmCid, disk: &DiskCid) {
 }
 
 #[test]
-fn a_disk_the_guest_ejected_by_itself_can_be_changed() {
+fn change_ejected_disk_succeeds() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -156,7 +156,7 @@ fn a_disk_the_guest_ejected_by_itself_can_be_changed() {
 }
 
 #[test]
-fn a_disk_the_guest_ejected_by_itself_can_be_attached_again_or_detached() {
+fn attach_or_detach_ejected_disk_succeeds() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -180,7 +180,7 @@ fn a_disk_the_guest_ejected_by_itself_can_be_attached_again_or_detached() {
 }
 
 #[test]
-fn a_detached_disk_is_unlocked_at_once() {
+fn detach_disk_unlocks_its_image_at_once() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
@@ -193,7 +193,7 @@ fn a_detached_disk_is_unlocked_at_once() {
 }
 
 #[test]
-fn a_property_raises_the_number_of_disks() {
+fn create_vm_with_extra_disks_slots_takes_more_disks() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 16}})) else { return };
     let mut arguments = host.vm_arguments(&host.stemcell());
     arguments[2]["extra_disks_slots"] = json!(4);
@@ -212,7 +212,7 @@ fn a_property_raises_the_number_of_disks() {
 }
 
 #[test]
-fn clients_that_race_on_one_vm_and_its_disks_leave_what_the_record_says() {
+fn attach_and_detach_concurrently_agree_with_the_record() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disks = [host.disk(), host.disk()];
@@ -236,7 +236,7 @@ fn clients_that_race_on_one_vm_and_its_disks_leave_what_the_record_says() {
 }
 
 #[test]
-fn a_disk_is_waited_for_while_the_vm_that_has_it_is_being_deleted() {
+fn attach_disk_during_delete_of_its_vm_waits_for_it() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (old, new, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());

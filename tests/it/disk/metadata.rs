@@ -23,7 +23,7 @@ fn hasty_host() -> Option<Host> {
 }
 
 #[test]
-fn it_waits_for_no_call_on_the_disk() {
+fn set_disk_metadata_of_locked_disk_does_not_wait() {
     let Some(host) = hasty_host() else { return };
     let disk = host.disk();
     let work = host.store().lock(Rank::Disk, &disk, Instant::now()).unwrap();
@@ -42,7 +42,7 @@ fn waits_for(call: &Child, lock: &str) {
 }
 
 #[test]
-fn a_copy_of_the_disk_and_its_metadata_do_not_lose_each_other() {
+fn set_disk_metadata_during_copy_keeps_both() {
     let Some(host) = hasty_host() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
@@ -75,7 +75,7 @@ fn a_copy_of_the_disk_and_its_metadata_do_not_lose_each_other() {
 }
 
 #[test]
-fn a_record_of_the_first_version_has_it_until_it_is_set() {
+fn resize_disk_of_first_version_keeps_its_metadata() {
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
     let old = DiskRecord {
@@ -91,7 +91,7 @@ fn a_record_of_the_first_version_has_it_until_it_is_set() {
 }
 
 #[test]
-fn a_disk_that_is_deleted_meanwhile_is_not_found_and_nothing_is_left() {
+fn set_disk_metadata_during_delete_disk_is_not_found() {
     let Some(host) = hasty_host() else { return };
     let disk = host.disk();
     write_pattern(&host, &disk);
@@ -114,7 +114,7 @@ fn a_disk_that_is_deleted_meanwhile_is_not_found_and_nothing_is_left() {
 }
 
 #[test]
-fn metadata_that_can_not_be_read_keeps_nobody_from_anything() {
+fn snapshot_disk_with_unreadable_metadata_succeeds() {
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
     fs::write(host.store().disk_dir(&disk).join("metadata.json"), "{").unwrap();

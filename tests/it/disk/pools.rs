@@ -45,7 +45,7 @@ fn vm_in_pool(host: &Host, stemcell: &str) -> VmCid {
 }
 
 #[test]
-fn images_are_in_their_pools_and_leave_them_with_their_records() {
+fn delete_removes_images_from_their_pools() {
     let Some((fast, stemcells, host)) = host(256, json!({})) else { return };
     let stemcell = host.stemcell();
     let vm = vm_in_pool(&host, &stemcell);
@@ -88,7 +88,7 @@ fn images_are_in_their_pools_and_leave_them_with_their_records() {
 }
 
 #[test]
-fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
+fn call_on_unmounted_pool_is_refused_and_writes_nothing() {
     let Some((fast, _stemcells, host)) = host(256, json!({})) else { return };
     let stemcell = host.stemcell();
     let (vm, kept) =
@@ -142,7 +142,7 @@ fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_before_anything_is_made() {
+fn create_beyond_pool_space_is_refused_before_any_change() {
     let Some((fast, stemcells, host)) = host(64, json!({})) else { return };
     // Thin images may promise what is not there; preallocated ones not.
     let thin = disk_cid(&disk(&host, 1024, &json!({"pool": "fast"})));
@@ -178,7 +178,7 @@ fn what_does_not_fit_is_refused_before_anything_is_made() {
 }
 
 #[test]
-fn a_copy_that_is_larger_than_its_source_is_refused_before_the_disk_changes() {
+fn copy_disk_beyond_pool_space_is_refused_before_any_change() {
     let Some((fast, _stemcells, host)) = host(64, json!({})) else { return };
     host.reconfigure(|config| config["pools"]["gone"] = json!({"path": host.path("gone")}));
     let vm = host.booted_vm();
@@ -223,7 +223,7 @@ fn a_copy_that_is_larger_than_its_source_is_refused_before_the_disk_changes() {
 }
 
 #[test]
-fn a_growth_is_counted_before_the_image_grows() {
+fn resize_disk_in_progress_reserves_its_growth() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -239,7 +239,7 @@ fn a_growth_is_counted_before_the_image_grows() {
 }
 
 #[test]
-fn usage_is_what_records_and_filesystems_say() {
+fn report_usage_matches_records_and_filesystems() {
     let Some((fast, _stemcells, host)) = host(256, json!({})) else { return };
     let stemcell = host.stemcell();
     disk_cid(&disk(
@@ -281,7 +281,7 @@ fn clear<R: Record>(host: &Host, method: &str) {
 }
 
 #[test]
-fn calls_killed_at_any_step_leave_nothing_in_a_pool() {
+fn call_killed_at_any_step_leaves_nothing_in_its_pool() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -318,7 +318,7 @@ fn calls_killed_at_any_step_leave_nothing_in_a_pool() {
 }
 
 #[test]
-fn a_create_vm_killed_at_any_step_leaves_nothing_in_a_pool() {
+fn create_vm_killed_at_any_step_leaves_nothing_in_its_pool() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -343,7 +343,7 @@ fn a_create_vm_killed_at_any_step_leaves_nothing_in_a_pool() {
 }
 
 #[test]
-fn stemcells_of_one_file_share_its_image_and_nothing_else() {
+fn create_stemcell_of_known_file_shares_its_image() {
     let Some((_fast, stemcells, host)) = host(256, json!({})) else { return };
     let image = |stemcell: &str| {
         stemcells.path().join(stemcell).join("image.raw").metadata().unwrap().ino()
@@ -377,7 +377,7 @@ fn stemcells_of_one_file_share_its_image_and_nothing_else() {
 }
 
 #[test]
-fn the_list_of_pools_counts_all_that_is_in_them() {
+fn list_pools_counts_every_image() {
     let Some((fast, stemcells, host)) = host(256, json!({})) else { return };
     let list = || {
         let (passed, list) = host.command(&["pool", "list", "--json"]);

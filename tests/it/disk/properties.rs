@@ -58,7 +58,7 @@ fn combinations() -> Vec<(Value, &'static str, bool, bool, &'static str, u64)> {
 }
 
 #[test]
-fn every_property_holds_whether_a_disk_is_plugged_in_or_there_at_boot() {
+fn attach_disk_applies_every_property_before_and_after_reboot() {
     let combinations = combinations();
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": combinations.len()}})) else {
         return;
@@ -110,7 +110,7 @@ fn every_property_holds_whether_a_disk_is_plugged_in_or_there_at_boot() {
 }
 
 #[test]
-fn what_can_not_be_is_refused_by_its_name_and_leaves_nothing() {
+fn create_disk_with_invalid_property_names_it_and_leaves_nothing() {
     let Some(host) = Host::with(json!({"disk_defaults": {"preallocation": "full"}})) else {
         return;
     };
@@ -171,7 +171,7 @@ fn files_with(dir: &Path, needle: &[u8]) -> Vec<PathBuf> {
 }
 
 #[test]
-fn an_encrypted_disk_is_whole_whatever_happens_and_its_key_is_nowhere_else() {
+fn use_encrypted_disk_keeps_its_data_and_leaks_no_key() {
     let Some(host) = Host::with(json!({"log": {"level": "trace"}})) else { return };
     let vm = host.booted_vm();
     let made = host.call("create_disk", &json!([8, {"encrypted": true}, null]));
@@ -219,7 +219,7 @@ fn an_encrypted_disk_is_whole_whatever_happens_and_its_key_is_nowhere_else() {
 }
 
 #[test]
-fn a_wrong_or_missing_key_is_told_and_nothing_is_lost() {
+fn attach_encrypted_disk_without_its_key_is_refused() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk = disk(&host, &json!({"encrypted": true}));
@@ -263,7 +263,7 @@ fn a_wrong_or_missing_key_is_told_and_nothing_is_lost() {
 }
 
 #[test]
-fn a_key_that_only_a_snapshot_needs_is_not_replaced() {
+fn create_encrypted_disk_without_key_of_snapshot_is_refused() {
     let Some(host) = Host::new() else { return };
     let disk = disk(&host, &json!({"encrypted": true}));
     host.ok("snapshot_disk", &json!([disk, {}]));
@@ -275,7 +275,7 @@ fn a_key_that_only_a_snapshot_needs_is_not_replaced() {
 }
 
 #[test]
-fn what_a_disk_is_known_by_is_as_the_contract_says() {
+fn get_disks_and_has_disk_follow_the_contract() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.stemcell());
     let disks = [disk(&host, &json!({})), disk(&host, &json!({"format": "raw"}))];

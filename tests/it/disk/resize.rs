@@ -21,7 +21,7 @@ fn seen(host: &Host, vm: &VmCid, disk: &DiskCid) -> u64 {
 }
 
 #[test]
-fn a_disk_grows_attached_detached_and_off() {
+fn resize_disk_attached_detached_or_off_grows_it() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     for properties in [
@@ -63,7 +63,7 @@ fn a_disk_grows_attached_detached_and_off() {
 }
 
 #[test]
-fn an_image_larger_than_its_record_is_what_a_killed_resize_left() {
+fn resize_disk_after_killed_resize_finishes_it() {
     let Some(host) = Host::new() else { return };
     let disk = disk(&host, &json!({"format": "raw"}));
     let file = std::fs::OpenOptions::new().write(true).open(image(&host, &disk)).unwrap();
@@ -75,7 +75,7 @@ fn an_image_larger_than_its_record_is_what_a_killed_resize_left() {
 }
 
 #[test]
-fn nobody_has_to_have_made_anything_for_a_disk_to_be_unknown() {
+fn change_disk_on_unused_host_is_not_found() {
     let Some(host) = Host::new() else { return };
     for (method, arguments) in [
         ("resize_disk", json!(["disk-unknown", 9])),

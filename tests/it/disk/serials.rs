@@ -60,7 +60,7 @@ fn images(host: &Host, vm: &VmCid) -> BTreeMap<String, PathBuf> {
 }
 
 #[test]
-fn a_serial_is_the_same_image_for_ever() {
+fn reboot_crash_or_reattach_keeps_serials() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 4}})) else { return };
     let mut arguments = host.vm_arguments(&host.stemcell());
     arguments[2]["ephemeral_disk"] = json!(16);

@@ -44,7 +44,7 @@ fn restore(host: &Host, snapshot: &SnapshotCid) -> DiskCid {
 }
 
 #[test]
-fn a_snapshot_is_the_disk_of_one_moment() {
+fn snapshot_disk_keeps_the_data_of_that_moment() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     for properties in [
@@ -101,7 +101,7 @@ fn a_snapshot_is_the_disk_of_one_moment() {
 }
 
 #[test]
-fn a_snapshot_of_a_large_disk_takes_what_its_data_takes() {
+fn snapshot_disk_that_is_sparse_stays_sparse() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let disk: DiskCid =
@@ -158,7 +158,7 @@ fn assert_nothing_of_it(host: &Host, vm: &VmCid, disk: &DiskCid) {
 }
 
 #[test]
-fn whoever_ends_a_copy_half_way_nothing_is_left() {
+fn interrupt_copy_of_attached_disk_leaves_nothing() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let stemcell = host.stemcell();
     // It takes seconds to copy.
@@ -231,7 +231,7 @@ fn half_snapshot(host: &Host) -> Option<PathBuf> {
 }
 
 #[test]
-fn a_vm_that_is_off_waits_for_no_copy() {
+fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
     let Some(host) = Host::with(
         json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2}}),
     ) else {
@@ -300,7 +300,7 @@ fn a_vm_that_is_off_waits_for_no_copy() {
 }
 
 #[test]
-fn a_leftover_that_can_not_be_removed_is_named_for_what_it_is() {
+fn resize_disk_with_unremovable_half_snapshot_names_it() {
     let Some(host) = Host::new() else { return };
     let disk = disk(&host, &json!({}));
     let snapshot = snapshot(&host, &disk);
@@ -320,7 +320,7 @@ fn a_leftover_that_can_not_be_removed_is_named_for_what_it_is() {
 }
 
 #[test]
-fn a_snapshot_of_a_detached_disk_shares_blocks_where_the_filesystem_can() {
+fn snapshot_disk_on_reflink_filesystem_shares_blocks() {
     let Some(pool) = Filesystem::sharing(512) else { return };
     let Some(host) = Host::with(json!({"pools": {"shares": {"path": pool.path()}}})) else {
         return;

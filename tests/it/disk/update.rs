@@ -44,7 +44,7 @@ const CHANGES: &[&str] = &[
 ];
 
 #[test]
-fn a_detached_disk_is_copied_into_what_was_asked_for() {
+fn update_disk_while_detached_copies_it() {
     let Some((host, _)) = host() else { return };
     let disk = disk(&host, &json!({}));
     write_pattern(&host, &disk);
@@ -76,7 +76,7 @@ fn a_detached_disk_is_copied_into_what_was_asked_for() {
 }
 
 #[test]
-fn an_attached_disk_is_copied_while_its_guest_writes() {
+fn update_disk_while_attached_copies_it() {
     let Some((host, _)) = host() else { return };
     let vm = host.booted_vm();
     let disk = disk(&host, &json!({}));
@@ -112,7 +112,7 @@ fn an_attached_disk_is_copied_while_its_guest_writes() {
 }
 
 #[test]
-fn limits_change_at_once_and_the_cache_at_the_next_attach() {
+fn update_disk_while_attached_changes_limits_at_once() {
     let Some((host, _)) = host() else { return };
     let vm = host.booted_vm();
     let disk = disk(&host, &json!({"iops": 100}));
@@ -130,7 +130,7 @@ fn limits_change_at_once_and_the_cache_at_the_next_attach() {
 }
 
 #[test]
-fn a_dynamic_disk_has_a_name_of_the_directors() {
+fn create_disk_with_name_keeps_it_across_update() {
     let Some((host, _)) = host() else { return };
     let disk = disk(&host, &json!({"name": "dyn1", "format": "raw"}));
     assert_eq!(
@@ -146,7 +146,7 @@ fn a_dynamic_disk_has_a_name_of_the_directors() {
 }
 
 #[test]
-fn what_can_not_be_is_refused_before_anything_changes() {
+fn update_disk_with_invalid_arguments_changes_nothing() {
     let Some((host, _)) = host() else { return };
     let disk = disk(&host, &json!({}));
     let before = fs::read(host.store().disk_dir(&disk).join("disk.json")).unwrap();
@@ -159,7 +159,7 @@ fn what_can_not_be_is_refused_before_anything_changes() {
 }
 
 #[test]
-fn a_header_that_names_another_file_is_never_followed() {
+fn use_image_that_references_another_file_is_refused() {
     let Some((host, _)) = host() else { return };
     let (vm, secret) = (host.booted_vm(), host.path("secret"));
     fs::write(&secret, vec![0x5e; 8 << 20]).unwrap();
