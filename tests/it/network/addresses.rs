@@ -30,7 +30,7 @@ fn dynamic() -> Value {
 }
 
 #[test]
-fn dynamic_addresses_come_from_the_pool_and_go_back() {
+fn create_vm_with_dynamic_network_takes_a_pool_address() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     let made = |networks: &Value| create(&host, &stemcell, networks, &json!({})).result().clone();
@@ -58,7 +58,7 @@ fn dynamic_addresses_come_from_the_pool_and_go_back() {
 }
 
 #[test]
-fn an_address_is_one_vms_whoever_asks_at_once() {
+fn create_vms_with_one_address_concurrently_succeeds_once() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     let answers: Vec<Answer> = std::thread::scope(|threads| {
@@ -81,7 +81,7 @@ fn an_address_is_one_vms_whoever_asks_at_once() {
 }
 
 #[test]
-fn a_port_of_the_host_is_one_vms() {
+fn forward_port_of_another_vm_is_refused() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     let ports =
@@ -101,7 +101,7 @@ fn a_port_of_the_host_is_one_vms() {
 }
 
 #[test]
-fn a_port_of_an_address_that_is_not_here_is_told_and_waits_for_it() {
+fn forward_port_of_missing_address_warns_until_it_exists() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     let ports = |address: &str| json!({"ports": [{"host": 8080, "guest": 80, "address": address}]});
@@ -145,7 +145,7 @@ fn a_port_of_an_address_that_is_not_here_is_told_and_waits_for_it() {
 }
 
 #[test]
-fn a_security_group_names_protocols_by_name_and_by_number() {
+fn create_vm_with_security_group_resolves_its_protocols() {
     let Some(host) = host() else { return };
     host.reconfigure(|config| {
         config["security_groups"] = json!({"router": [
@@ -174,7 +174,7 @@ fn a_security_group_names_protocols_by_name_and_by_number() {
 }
 
 #[test]
-fn a_vm_has_no_address_twice_and_never_its_gateways() {
+fn create_vm_with_duplicate_or_gateway_address_is_refused() {
     let Some(host) = host() else { return };
     let stemcell = host.stemcell();
     for allowed in ["0.0.0.0/0", "10.7.0.0/29", "10.7.0.1"] {
@@ -195,7 +195,7 @@ fn a_vm_has_no_address_twice_and_never_its_gateways() {
 }
 
 #[test]
-fn an_address_that_a_machine_outside_has_is_refused() {
+fn create_vm_with_address_in_use_outside_is_refused() {
     let Some(host) =
         Host::with(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}}))
     else {
@@ -226,7 +226,7 @@ fn an_address_that_a_machine_outside_has_is_refused() {
 }
 
 #[test]
-fn qemus_own_network_has_an_address_for_who_asks_for_any() {
+fn create_vm_with_dynamic_user_network_gets_an_address() {
     let networks = json!({
         "default": {"profile": "user"},
         "own": {"profile": "user", "subnet": "10.6.0.0/24", "pool": "10.6.0.1-10.6.0.9"},

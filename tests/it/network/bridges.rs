@@ -13,7 +13,7 @@ use crate::support::topology::{BRIDGE, Lab, existing, name, nat, seen_from, text
 const TABLE: &str = "bosh-qemu-bosh-nat0";
 
 #[test]
-fn a_bridge_is_made_once_and_marked() {
+fn ensure_bridge_twice_makes_it_once() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
     lab.ensure(&segment).unwrap();
@@ -41,7 +41,7 @@ fn a_bridge_is_made_once_and_marked() {
 }
 
 #[test]
-fn what_somebody_broke_is_made_again() {
+fn ensure_damaged_bridge_repairs_it() {
     let Some(lab) = Lab::new() else { return };
     let segment = Segment { mtu: Some(1500), ..nat("10.0.0.1") };
     lab.ensure(&segment).unwrap();
@@ -62,7 +62,7 @@ fn what_somebody_broke_is_made_again() {
 }
 
 #[test]
-fn a_tap_lives_as_long_as_its_descriptor_and_leaves_the_bridge_as_it_was() {
+fn close_tap_descriptor_removes_the_tap() {
     let Some(lab) = Lab::new() else { return };
     let segment = Segment { mtu: Some(1400), ..nat("10.0.0.1") };
     let first = lab.plug("bqfirstn0", &segment).unwrap();
@@ -91,7 +91,7 @@ fn a_tap_lives_as_long_as_its_descriptor_and_leaves_the_bridge_as_it_was() {
 }
 
 #[test]
-fn vms_reach_the_world_under_the_hosts_address() {
+fn connect_from_nat_network_is_masqueraded() {
     let Some(lab) = Lab::new() else { return };
     lab.ensure(&nat("10.0.0.1")).unwrap();
     // A second manifest with another subnet on the same bridge takes nothing from the first.
@@ -106,7 +106,7 @@ fn vms_reach_the_world_under_the_hosts_address() {
 }
 
 #[test]
-fn ipv6_is_masqueraded_where_the_operator_forwards_it() {
+fn ensure_ipv6_network_without_forwarding_is_refused() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("fd00::1");
     let error = lab.ensure(&segment).unwrap_err();
@@ -131,7 +131,7 @@ fn ipv6_is_masqueraded_where_the_operator_forwards_it() {
 }
 
 #[test]
-fn nothing_of_ours_is_left_after_the_last_vm() {
+fn release_after_last_tap_removes_bridge_and_table() {
     let Some(lab) = Lab::new() else { return };
     lab.host.run(|| nftables::write_table("somebody", true));
     lab.host.ip("link add virbr0 type bridge");
@@ -151,7 +151,7 @@ fn nothing_of_ours_is_left_after_the_last_vm() {
 }
 
 #[test]
-fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
+fn ensure_foreign_bridge_or_subnet_is_refused() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
     lab.host.ip(&format!("link add {BRIDGE} type bridge"));
@@ -188,7 +188,7 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
 }
 
 #[test]
-fn an_operators_bridge_is_used_and_never_changed() {
+fn plug_into_operator_bridge_does_not_change_it() {
     let Some(lab) = Lab::new() else { return };
     let segment = existing("br0");
     let refusal = |segment: &Segment| text(&lab.ensure(segment).unwrap_err());
@@ -236,7 +236,7 @@ fn an_operators_bridge_is_used_and_never_changed() {
 }
 
 #[test]
-fn a_leftover_tap_can_be_removed_and_nothing_else() {
+fn remove_tap_removes_no_other_link() {
     let Some(lab) = Lab::new() else { return };
     let remove = |link: &str| lab.host.run(|| apply::remove_tap(&name(link)));
     lab.host.ip("tuntap add dev bqoldn0 mode tap");
@@ -250,7 +250,7 @@ fn a_leftover_tap_can_be_removed_and_nothing_else() {
 }
 
 #[test]
-fn several_at_once_make_one_bridge() {
+fn plug_concurrently_makes_one_bridge() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
     for round in 0..5 {

@@ -40,7 +40,7 @@ fn links(host: &Host) -> Vec<String> {
 }
 
 #[test]
-fn plan_says_what_apply_does_and_remove_undoes() {
+fn plan_lists_what_apply_does_and_remove_undoes() {
     let networks = json!({
         "default": {"subnet": "10.9.0.0/24"},
         "lan": {"profile": "bridge", "bridge": "br0"},
@@ -95,7 +95,7 @@ fn plan_says_what_apply_does_and_remove_undoes() {
 }
 
 #[test]
-fn a_network_with_vms_goes_with_the_last() {
+fn remove_network_with_vms_waits_for_the_last() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     assert!(network(&host, "apply default").1);
@@ -107,7 +107,7 @@ fn a_network_with_vms_goes_with_the_last() {
 }
 
 #[test]
-fn a_vm_that_starts_again_keeps_what_others_may() {
+fn reboot_vm_keeps_host_services_of_other_vms() {
     let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}}))
     else {
         return;
@@ -129,7 +129,7 @@ fn a_vm_that_starts_again_keeps_what_others_may() {
 }
 
 #[test]
-fn a_bridge_is_not_changed_under_its_vms() {
+fn change_profile_of_bridge_with_vms_is_refused() {
     let Some(host) = Host::with(json!({"networks": {"default": {"bridge": "lab0"}}})) else {
         return;
     };
@@ -163,7 +163,7 @@ fn a_bridge_is_not_changed_under_its_vms() {
 }
 
 #[test]
-fn the_next_vm_brings_back_a_deleted_bridge_with_all_on_it() {
+fn create_vm_after_deleted_bridge_restores_it_with_its_taps() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let first = host.vm(&stemcell);
@@ -176,7 +176,7 @@ fn the_next_vm_brings_back_a_deleted_bridge_with_all_on_it() {
 }
 
 #[test]
-fn apply_brings_back_the_rules_of_running_vms() {
+fn apply_after_flush_restores_rules_of_running_vms() {
     let Some(host) = Host::new() else { return };
     host.vm(&host.stemcell());
     let tables = || {
@@ -196,7 +196,7 @@ fn apply_brings_back_the_rules_of_running_vms() {
 }
 
 #[test]
-fn calls_at_once_make_one_network() {
+fn create_vms_concurrently_makes_one_network() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let arguments: Vec<_> = (0..3).map(|_| host.vm_arguments(&stemcell)).collect();
@@ -211,7 +211,7 @@ fn calls_at_once_make_one_network() {
 }
 
 #[test]
-fn what_drops_a_vms_packets_is_named_with_its_cure() {
+fn plan_with_foreign_drop_rules_names_the_remedy() {
     let Some(host) = Host::with(json!({"networks": {"default": {"host_services": ["tcp/22"]}}}))
     else {
         return;
@@ -242,7 +242,7 @@ fn what_drops_a_vms_packets_is_named_with_its_cure() {
 }
 
 #[test]
-fn networks_that_do_not_fit_together_are_refused() {
+fn plan_conflicting_networks_is_refused() {
     let networks = json!({"one": {}, "two": {"profile": "routed", "bridge": "bosh-nat0"}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
     let both = "bridge 'bosh-nat0' can not be what both network 'one' and network 'two' want of it";
@@ -257,7 +257,7 @@ fn networks_that_do_not_fit_together_are_refused() {
 }
 
 #[test]
-fn the_guest_is_told_of_queues_and_packet_size() {
+fn create_vm_passes_queues_and_mtu_to_the_guest() {
     let Some(host) = Host::with(json!({"networks": {"default": {"mtu": 1400}}})) else { return };
     let mut arguments = host.vm_arguments(&host.stemcell());
     arguments[2]["cpu"] = json!(3);
@@ -276,7 +276,7 @@ fn the_guest_is_told_of_queues_and_packet_size() {
 }
 
 #[test]
-fn user_networking_needs_no_link() {
+fn create_vm_with_user_network_makes_no_link() {
     let networks = json!({"default": {"profile": "user", "subnet": "10.9.0.0/24"}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
     let before = links(&host);

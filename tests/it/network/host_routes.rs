@@ -34,7 +34,7 @@ fn refusal(host: &Host, stemcell: &str, gateway: &str, netmask: &str) -> Option<
 }
 
 #[test]
-fn a_request_takes_no_route_of_the_host() {
+fn create_vm_over_host_route_is_refused() {
     let Some(host) = host(&json!({"default": {}})) else { return };
     let stemcell = host.stemcell();
     let routes = [
@@ -77,7 +77,7 @@ fn a_request_takes_no_route_of_the_host() {
 }
 
 #[test]
-fn a_second_vm_of_the_request_s_subnet_finds_it_its_own() {
+fn create_second_vm_on_same_subnet_succeeds() {
     let Some(host) = host(&json!({"default": {}})) else { return };
     let stemcell = host.stemcell();
     // The bridge has the subnet, and a route to it, from the first.
@@ -86,7 +86,7 @@ fn a_second_vm_of_the_request_s_subnet_finds_it_its_own() {
 }
 
 #[test]
-fn a_managed_network_takes_no_route_of_the_host() {
+fn create_network_over_host_route_is_refused() {
     let Some(host) = host(&json!({"default": {}})) else { return };
     host.reconfigure(|config| config["managed_range"] = json!("10.8.0.0/23"));
     host.namespace().ip("route add 10.8.0.0/24 via 192.0.2.9");

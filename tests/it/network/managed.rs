@@ -11,7 +11,7 @@ use crate::support::host::{Host, request, text};
 use crate::support::skip;
 
 #[test]
-fn a_managed_network_is_made_used_and_removed() {
+fn create_use_and_delete_network_succeed() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "gateway": "10.9.0.1", "cloud_properties": {}}]);
@@ -45,7 +45,7 @@ fn a_managed_network_is_made_used_and_removed() {
 }
 
 #[test]
-fn the_cpi_chooses_a_subnet_nobody_has() {
+fn create_network_without_range_picks_a_free_subnet() {
     let Some(host) = Host::with(json!({"managed_range": "10.8.0.0/23"})) else { return };
     // Somebody's link has the first.
     host.bridge("theirs");
@@ -68,7 +68,7 @@ fn the_cpi_chooses_a_subnet_nobody_has() {
 }
 
 #[test]
-fn a_managed_network_goes_with_delete_network_and_nothing_else() {
+fn network_remove_keeps_managed_networks() {
     let Some(host) = Host::new() else { return };
     let profiles = host.path("profiles");
     std::fs::create_dir(&profiles).unwrap();
@@ -91,7 +91,7 @@ fn a_managed_network_goes_with_delete_network_and_nothing_else() {
 
 /// Killed when it was whole, before anybody was told of it.
 #[test]
-fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
+fn create_network_replaces_an_unacknowledged_network() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -147,7 +147,7 @@ fn a_network_that_nobody_was_told_of_is_told_and_gives_its_range_away() {
 
 /// Whoever chooses at the same time does not choose the same.
 #[test]
-fn networks_that_are_made_at_once_have_ranges_of_their_own() {
+fn create_networks_concurrently_get_distinct_ranges() {
     let Some(host) = Host::new() else { return };
     let subnet = json!([{"type": "manual", "netmask_bits": 24, "cloud_properties": {}}]);
     let calls: Vec<_> = (0..8).map(|_| host.start("create_network", &subnet)).collect();

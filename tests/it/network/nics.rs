@@ -42,7 +42,7 @@ fn claims(host: &Host, vm: &VmCid) -> Vec<String> {
 }
 
 #[test]
-fn a_vm_speaks_ipv6_or_both_on_two_networks() {
+fn create_vm_with_ipv4_and_ipv6_networks_gets_two_nics() {
     let Some(host) = host(json!({})) else { return };
     let stemcell = host.stemcell();
     let alone = create(&host, &stemcell, &json!({"six": ip6("fd00:9::5")}), &json!({}));
@@ -86,7 +86,7 @@ fn a_vm_speaks_ipv6_or_both_on_two_networks() {
 }
 
 #[test]
-fn a_delegated_block_is_the_vms_as_a_whole() {
+fn create_vm_inside_delegated_prefix_of_another_is_refused() {
     let Some(host) = host(json!({})) else { return };
     let stemcell = host.stemcell();
     let mut block = ip6("fd00:9:0:0:1::");
@@ -105,7 +105,7 @@ fn a_delegated_block_is_the_vms_as_a_whole() {
 }
 
 #[test]
-fn networks_that_share_a_card_are_refused() {
+fn create_vm_with_shared_nic_group_is_refused() {
     let Some(host) = host(json!({})) else { return };
     let stemcell = host.stemcell();
     let mut networks = json!({"four": ip4(6), "six": ip6("fd00:9::6")});
@@ -123,7 +123,7 @@ fn networks_that_share_a_card_are_refused() {
 }
 
 #[test]
-fn a_card_is_free_to_send_where_anybody_who_may_says_so() {
+fn create_vm_with_anti_spoof_off_lifts_the_filter() {
     let free = json!({"subnet": "10.8.0.0/24", "anti_spoof": false, "bridge": "bosh-free0"});
     let Some(host) = host(json!({"networks": {"default": {}, "free": free}})) else { return };
     let stemcell = host.stemcell();
@@ -148,7 +148,7 @@ fn a_card_is_free_to_send_where_anybody_who_may_says_so() {
 }
 
 #[test]
-fn an_address_that_is_to_wander_is_no_conflict() {
+fn create_vm_with_movable_address_in_use_succeeds() {
     let Some(host) = host(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}}))
     else {
         return;

@@ -11,7 +11,7 @@ use crate::support::topology::{BRIDGE, Lab, name, nat, reaches, seen_from, segme
 use crate::support::{nftables, skip};
 
 #[test]
-fn routed_vms_keep_their_addresses() {
+fn connect_from_routed_vm_keeps_its_address() {
     let Some(lab) = Lab::new() else { return };
     let segment = segment(&json!({"profile": "routed", "bridge": BRIDGE}), "10.0.0.1");
     lab.ensure(&segment).unwrap();
@@ -28,7 +28,7 @@ fn routed_vms_keep_their_addresses() {
 }
 
 #[test]
-fn no_vm_reaches_the_metadata_service_of_its_host() {
+fn connect_to_metadata_service_from_vm_is_dropped() {
     let Some(lab) = Lab::new() else { return };
     lab.outside.ip("address add 169.254.169.254/32 dev world");
     lab.host.ip("route add 169.254.169.254/32 dev uplink");
@@ -40,7 +40,7 @@ fn no_vm_reaches_the_metadata_service_of_its_host() {
 }
 
 #[test]
-fn isolated_vms_reach_the_host_and_nobody_else() {
+fn connect_from_isolated_vm_reaches_only_the_host() {
     let Some(lab) = Lab::new() else { return };
     let isolated =
         segment(&json!({"profile": "isolated", "host_services": ["tcp/2222"]}), "10.0.0.1");
@@ -72,7 +72,7 @@ fn isolated_vms_reach_the_host_and_nobody_else() {
 }
 
 #[test]
-fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
+fn connect_to_neighbour_on_closed_network_succeeds() {
     let Some(lab) = Lab::new() else { return };
     let closed =
         Segment { isolated: false, ..segment(&json!({"profile": "isolated"}), "10.0.0.1") };
@@ -85,7 +85,7 @@ fn what_is_closed_to_the_world_can_be_open_to_neighbours() {
 }
 
 #[test]
-fn what_somebody_removed_comes_back_with_its_vms() {
+fn ensure_after_removal_restores_bridge_with_its_taps() {
     let Some(lab) = Lab::new() else { return };
     let (segment, ports) = (nat("10.0.0.1"), [name("port0").into(), name("not-there").into()]);
     let vm = lab.unplugged_vm("port0", "10.0.0.5");
@@ -110,7 +110,7 @@ fn what_somebody_removed_comes_back_with_its_vms() {
 }
 
 #[test]
-fn a_bridge_is_as_wide_as_the_way_to_the_world() {
+fn ensure_bridge_takes_the_mtu_of_the_default_route() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip("link set uplink mtu 1400");
     lab.ensure(&nat("10.0.0.1")).unwrap();
@@ -124,7 +124,7 @@ fn a_bridge_is_as_wide_as_the_way_to_the_world() {
 }
 
 #[test]
-fn a_tap_has_a_queue_for_each_cpu() {
+fn plug_tap_opens_a_queue_for_each_cpu() {
     let Some(lab) = Lab::new() else { return };
     let segment = nat("10.0.0.1");
     let plug = |queues| {

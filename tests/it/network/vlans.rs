@@ -92,7 +92,7 @@ fn machine(lab: &Lab, port: &str) -> Namespace {
 }
 
 #[test]
-fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
+fn ensure_vlan_of_uplink_makes_a_separate_bridge() {
     let Some(lab) = Lab::new() else { return };
     let network = json!({"profile": "vlan", "uplink": "uplink", "vlan": 20});
     let segment = segment(&network, "10.0.0.1");
@@ -120,7 +120,7 @@ fn a_vlan_of_an_uplink_is_a_bridge_of_its_own() {
 }
 
 #[test]
-fn a_vlan_of_a_bridge_is_the_ports() {
+fn plug_into_filtering_bridge_tags_the_port() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip("link add br0 type bridge");
     lab.host.ip("link set br0 up");

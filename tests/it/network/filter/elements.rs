@@ -11,7 +11,7 @@ use crate::support::frames::{EVERYBODY, ethernet, ip4, udp};
 use crate::support::nftables;
 
 #[test]
-fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
+fn remove_last_vm_removes_the_tables() {
     let Some(lab) = Lab::new() else { return };
     let tables = || lab.host.run(nftables::tables);
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
@@ -49,7 +49,7 @@ fn elements_come_and_go_with_their_vm_and_the_tables_with_the_last() {
 
 /// Its own removal found no tables yet.
 #[test]
-fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
+fn remove_vm_during_rebuild_leaves_no_elements() {
     let Some(lab) = Lab::new() else { return };
     let [stays, goes] =
         [1, 2].map(|n| nic(&format!("bqvm{n}"), n, guarded(&[&format!("10.0.0.{n}")])));
@@ -75,7 +75,7 @@ fn a_vm_that_goes_while_the_tables_are_written_leaves_nothing() {
 
 /// Rules, times and packets do not grow with the number of VMs; this shows that so many fit and go.
 #[test]
-fn two_hundred_vms_come_and_go() {
+fn add_and_remove_two_hundred_vms_leaves_nothing() {
     let Some(lab) = Lab::new() else { return };
     let rules = |n: u8| NicRules {
         allowed: vec!["10.244.0.0/16".parse().unwrap()],
@@ -108,7 +108,7 @@ fn two_hundred_vms_come_and_go() {
 
 /// All of them in one transaction, far larger than a socket takes by default.
 #[test]
-fn two_thousand_vms_get_their_rules_back_with_the_next() {
+fn add_vm_after_flush_restores_two_thousand_vms() {
     let Some(lab) = Lab::new() else { return };
     let vms: Vec<_> = (0..2000u16)
         .map(|n| {

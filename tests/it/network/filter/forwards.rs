@@ -9,7 +9,7 @@ use super::{BRIDGE, PATIENCE, TCP, guarded, nic, no_others};
 use crate::support::netns::Namespace;
 
 #[test]
-fn a_forward_leads_from_outside_and_from_the_host_to_a_guest() {
+fn connect_to_forwarded_port_reaches_the_guest() {
     for (gateway, inside, at_host, outer) in [
         ("10.0.0.254/24", "10.0.0.1/24", "192.0.2.1/24", "192.0.2.2/24"),
         ("fd00::fe/64", "fd00::1/64", "2001:db8::1/64", "2001:db8::2/64"),

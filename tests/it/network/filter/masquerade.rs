@@ -32,7 +32,7 @@ fn remove(lab: &Lab, nic: &Nic) {
 }
 
 #[test]
-fn a_stranger_behind_the_gateways_address_is_no_neighbour() {
+fn connect_through_masquerade_is_matched_by_its_original_source() {
     let Some(lab) = Lab::new() else { return };
     lab.ensure(&nat("10.0.0.1")).unwrap();
     let stranger = lab.vm("port0", "10.0.0.5");
@@ -67,7 +67,7 @@ fn a_stranger_behind_the_gateways_address_is_no_neighbour() {
 }
 
 #[test]
-fn a_neighbour_that_comes_by_a_port_of_the_host_is_known() {
+fn connect_through_host_port_is_matched_by_its_original_source() {
     for (gateway, one, two, server) in [
         ("10.0.0.1", "10.0.0.5", "10.0.0.6", "10.0.0.7"),
         ("fd00::1", "fd00::5", "fd00::6", "fd00::7"),

@@ -10,7 +10,7 @@ const OSPF: u8 = 89;
 const VRRP: u8 = 112;
 
 #[test]
-fn a_security_group_admits_what_it_names_and_answers() {
+fn send_to_grouped_guest_passes_only_if_admitted() {
     let Some(lab) = Lab::new() else { return };
     let tcp_ports = [("0.0.0.0/0", TCP, Some((80, 90))), ("10.0.0.0/24", TCP, Some((85, 95)))];
     let others = [
@@ -69,7 +69,7 @@ fn a_security_group_admits_what_it_names_and_answers() {
 }
 
 #[test]
-fn a_security_group_admits_the_lease_of_who_asks_for_one() {
+fn send_dhcp_offer_passes_only_to_a_dhcp_guest() {
     let Some(lab) = Lab::new() else { return };
     let roaming = lab.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
     let settled = lab.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });

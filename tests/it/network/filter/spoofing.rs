@@ -9,7 +9,7 @@ use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, 
 use crate::support::host::eventually;
 
 #[test]
-fn a_guest_speaks_ipv4_only_as_itself() {
+fn send_ipv4_with_spoofed_source_is_dropped() {
     // Whether bridged packets come to the host's IP rules changes nothing.
     for called in ["1", "0"] {
         let Some(lab) = Lab::new() else { return };
@@ -75,7 +75,7 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
 }
 
 #[test]
-fn a_guest_speaks_as_what_it_is_allowed_beside_itself() {
+fn send_from_allowed_address_passes() {
     let Some(lab) = Lab::new() else { return };
     let allowed =
         ["10.0.0.100", "10.0.1.0/24", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
@@ -105,7 +105,7 @@ fn a_guest_speaks_as_what_it_is_allowed_beside_itself() {
 }
 
 #[test]
-fn a_guest_speaks_ipv6_only_as_itself() {
+fn send_ipv6_with_spoofed_source_is_dropped() {
     let Some(lab) = Lab::new() else { return };
     // It would put fragments together.
     let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-ip6tables");
@@ -206,7 +206,7 @@ fn a_guest_speaks_ipv6_only_as_itself() {
 }
 
 #[test]
-fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
+fn send_from_dhcp_guest_with_foreign_mac_is_dropped() {
     let Some(lab) = Lab::new() else { return };
     let guest = lab.guest(1, guarded(&[]));
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
@@ -228,7 +228,7 @@ fn a_guest_whose_addresses_a_dhcp_server_gives_keeps_its_mac() {
 }
 
 #[test]
-fn a_frame_that_bridges_hand_up_unasked_reaches_no_address_of_the_host() {
+fn send_to_bridge_group_address_is_dropped() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
@@ -245,7 +245,7 @@ fn nearest(last: u8) -> Mac {
 }
 
 #[test]
-fn a_bridge_learns_nothing_from_a_guest() {
+fn send_with_foreign_mac_teaches_the_bridge_nothing() {
     let Some(lab) = Lab::new() else { return };
     let guest = lab.guest(1, guarded(&["10.0.0.1"]));
     let other = lab.guest(2, guarded(&["10.0.0.2"]));
