@@ -62,13 +62,13 @@ fn compare(host: &Host, office: &Office) {
 }
 
 #[test]
-fn through_ssh_they_are_those_of_the_host() {
+fn call_through_ssh_answers_like_the_host() {
     let Some(Pair { host, office, sshd: _sshd }) = Pair::new() else { return };
     compare(&host, &office);
 }
 
 #[test]
-fn through_a_socket_they_are_those_of_the_host() {
+fn call_through_socket_answers_like_the_host() {
     let (Some(host), Some(office)) = (Host::new(), Office::new()) else { return };
     let socket = Socket::start(&office, &host);
     office.configure(&json!({"transport": socket.transport()}));
@@ -76,7 +76,7 @@ fn through_a_socket_they_are_those_of_the_host() {
 }
 
 #[test]
-fn the_transport_may_come_with_the_request() {
+fn call_with_transport_in_context_uses_it() {
     let Some(Pair { host, office, sshd }) = Pair::new() else { return };
     office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
     let disk = host.disk();
@@ -93,14 +93,14 @@ fn the_transport_may_come_with_the_request() {
 }
 
 #[test]
-fn info_asks_nobody() {
+fn info_without_reachable_host_succeeds() {
     let Some(office) = Office::new() else { return };
     office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
     assert_eq!(office.ok("info", &json!([]))["api_version"], 3);
 }
 
 #[test]
-fn the_host_hears_what_the_office_is_told_of_agents_and_defaults() {
+fn create_vm_forwards_agent_settings_and_defaults() {
     let Some(Pair { host, office, sshd }) = Pair::new() else { return };
     let canary = "nats://user:hunter2@10.0.0.6:4222";
     office.configure(&json!({

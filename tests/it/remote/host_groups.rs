@@ -102,7 +102,7 @@ fn env(group: &str) -> Value {
 }
 
 #[test]
-fn a_stemcell_is_on_all_hosts_under_one_cid() {
+fn create_stemcell_replicates_it_to_every_host() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     for host in &group.hosts {
@@ -122,7 +122,7 @@ fn a_stemcell_is_on_all_hosts_under_one_cid() {
 }
 
 #[test]
-fn vms_of_one_group_are_spread_and_every_call_finds_its_host() {
+fn create_vms_of_one_group_spreads_them() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let (one, at_one) = group.vm(&stemcell, &[], &env("d-dep-db"));
@@ -159,7 +159,7 @@ fn vms_of_one_group_are_spread_and_every_call_finds_its_host() {
 }
 
 #[test]
-fn a_recreated_vm_is_put_where_its_disk_is() {
+fn create_vm_with_existing_disk_uses_its_host() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let (old, at) = group.vm(&stemcell, &[], &env("d-dep-db"));
@@ -185,7 +185,7 @@ fn a_recreated_vm_is_put_where_its_disk_is() {
 }
 
 #[test]
-fn a_host_that_is_silent_is_never_taken_for_one_that_has_nothing() {
+fn call_about_object_of_unreachable_host_is_refused() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
@@ -229,7 +229,7 @@ fn a_host_that_is_silent_is_never_taken_for_one_that_has_nothing() {
 }
 
 #[test]
-fn vms_that_are_made_at_once_are_spread() {
+fn create_vms_concurrently_spreads_them() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let start = |_| {
@@ -254,7 +254,7 @@ fn vms_that_are_made_at_once_are_spread() {
 }
 
 #[test]
-fn a_host_that_hangs_keeps_nothing_from_the_others() {
+fn create_vm_with_one_hung_host_uses_another() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     // It greets, and then says nothing more.
@@ -276,7 +276,7 @@ fn a_host_that_hangs_keeps_nothing_from_the_others() {
 }
 
 #[test]
-fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
+fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
     let Some(group) = Group::new() else { return };
     group.forget_connections();
     let (script, go) = (group.office.path("script"), group.office.path("go"));
@@ -317,7 +317,7 @@ fn a_stemcell_that_one_host_made_long_before_another_failed_is_removed() {
 }
 
 #[test]
-fn a_vm_that_nobody_knows_makes_way_on_its_host() {
+fn create_vm_replaces_an_unacknowledged_vm_on_its_host() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
@@ -337,7 +337,7 @@ fn a_vm_that_nobody_knows_makes_way_on_its_host() {
 }
 
 #[test]
-fn a_host_without_room_is_passed_over() {
+fn create_vm_with_one_full_host_uses_another() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     // It offers all its memory, and then has none: as if others were faster.

@@ -99,7 +99,7 @@ const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ director@office";
 const NEXT_KEY: &str = "ssh-ed25519 AAAANEXTNzaC1lZDI1NTE5AAAAIJ director@office";
 
 #[test]
-fn a_machine_becomes_a_host_and_is_one_no_longer() {
+fn install_then_uninstall_restores_the_machine() {
     let Some(machine) = Machine::new() else { return };
     let other = "ssh-rsa AAAAother operator\n";
     let (keys, keys_path) = (below(&keys()), keys().display().to_string());
@@ -161,7 +161,7 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
 }
 
 #[test]
-fn what_is_not_ours_is_neither_replaced_nor_removed() {
+fn install_over_foreign_file_is_refused() {
     let Some(machine) = Machine::new() else { return };
     let unit = machine.root.join("etc/systemd/system/bosh-qemu-cpi.service");
     fs::create_dir_all(unit.parent().unwrap()).unwrap();
@@ -196,7 +196,7 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
 }
 
 #[test]
-fn a_program_that_does_not_run_there_is_not_installed() {
+fn install_program_that_does_not_run_is_refused() {
     let Some(machine) = Machine::new() else { return };
     let program = machine.pair.office.path("program");
     fs::write(&program, "#!/nowhere/interpreter\n").unwrap();
@@ -207,7 +207,7 @@ fn a_program_that_does_not_run_there_is_not_installed() {
 }
 
 #[test]
-fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
+fn install_with_transport_in_host_config_is_refused() {
     let Some(machine) = Machine::new() else { return };
     let config = machine.pair.office.path("host.json").display().to_string();
     fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
@@ -222,7 +222,7 @@ fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
 }
 
 #[test]
-fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
+fn install_over_failing_ssh_names_the_step() {
     let command = |ssh: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         let output = command

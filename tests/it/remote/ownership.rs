@@ -58,7 +58,7 @@ fn found(host: &Host, disk: &DiskCid) -> String {
 }
 
 #[test]
-fn a_disk_follows_its_vm_to_another_host() {
+fn attach_disk_on_another_host_moves_it() {
     let Some(pool) = Filesystem::new(256) else { return };
     let Some(group) = Group::with(&config(&pool)) else { return };
     let stemcell = group.stemcell();
@@ -108,7 +108,7 @@ fn a_disk_follows_its_vm_to_another_host() {
 
 /// Whoever is killed while it gives a disk up or takes one: one host has it afterwards, whole, whichever is asked.
 #[test]
-fn a_move_that_is_cut_short_leaves_the_disk_on_one_host() {
+fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -162,7 +162,7 @@ fn a_move_that_is_cut_short_leaves_the_disk_on_one_host() {
 
 /// Of two that ask at once, one gets it, and the other is told so.
 #[test]
-fn two_hosts_that_ask_at_once_do_not_both_get_it() {
+fn move_disk_to_two_hosts_concurrently_succeeds_once() {
     let Some((_pool, hosts)) = pair() else { return };
     for round in 0..10 {
         let disk = disk(&hosts[0]);
@@ -184,7 +184,7 @@ fn two_hosts_that_ask_at_once_do_not_both_get_it() {
 
 /// A host that was given up for gone comes back: it touches nothing that was taken from it.
 #[test]
-fn what_was_taken_from_a_host_it_uses_no_more() {
+fn use_disk_taken_by_another_host_is_refused() {
     let Some((pool, hosts)) = pair() else { return };
     let [gone, taker] = &hosts;
     let (vm, disk, spare) = (gone.booted_vm(), disk(gone), disk(gone));
@@ -274,7 +274,7 @@ fn take(host: &Host, disk: &DiskCid) -> Result<(), String> {
 
 /// A host that was given up for gone comes back, and gets back what was taken from it.
 #[test]
-fn a_disk_that_was_taken_can_be_given_back() {
+fn take_disk_back_succeeds() {
     let Some((pool, hosts)) = pair() else { return };
     let [gone, taker] = &hosts;
     let disk = disk(gone);
@@ -294,7 +294,7 @@ fn a_disk_that_was_taken_can_be_given_back() {
 
 /// A host died while it copied a disk out of the pool, or into it; its disk was taken, and it comes back.
 #[test]
-fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
+fn recover_copy_of_taken_disk_changes_nothing() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -339,7 +339,7 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
 
 /// A copy into a pool that then went away: the disk is where it was.
 #[test]
-fn a_pool_that_has_only_the_rest_of_a_copy_is_not_missed() {
+fn recover_copy_into_missing_pool_keeps_the_disk() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -367,7 +367,7 @@ fn a_pool_that_has_only_the_rest_of_a_copy_is_not_missed() {
 
 /// A state directory was restored without the file that says which host it is.
 #[test]
-fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
+fn call_without_host_id_is_refused_and_forgets_no_disk() {
     let Some((_pool, hosts)) = pair() else { return };
     let host = &hosts[0];
     let disk = disk(host);
@@ -396,7 +396,7 @@ fn a_host_that_does_not_know_who_it_is_forgets_no_disk() {
 
 /// The next host could not open it.
 #[test]
-fn a_disk_that_only_its_host_can_decrypt_stays() {
+fn move_disk_encrypted_with_local_key_is_refused() {
     let Some((_pool, hosts)) = pair() else { return };
     let host = &hosts[0];
     let disk: DiskCid =
@@ -410,7 +410,7 @@ fn a_disk_that_only_its_host_can_decrypt_stays() {
 
 /// What is in no shared pool stays where it is.
 #[test]
-fn only_disks_in_shared_pools_move() {
+fn move_disk_outside_shared_pools_is_refused() {
     let Some((_pool, hosts)) = pair() else { return };
     let own: DiskCid =
         text(&hosts[0].ok("create_disk", &json!([8, {"pool": null}, null]))).parse().unwrap();

@@ -46,7 +46,7 @@ impl Pair {
 }
 
 #[test]
-fn the_key_starts_nothing_else() {
+fn connect_with_the_key_runs_only_host_serve() {
     let Some(pair) = Pair::new() else { return };
     let host = format!("root@{}", pair.sshd.address());
     for words in [&[&*host, "id"][..], &["-t", &host, "bash"], &["-s", &host, "sftp"]] {
@@ -61,7 +61,7 @@ fn the_key_starts_nothing_else() {
 }
 
 #[test]
-fn a_caller_changes_no_directory_program_or_hardening() {
+fn call_with_privileged_context_keys_ignores_them() {
     let Some(pair) = Pair::new() else { return };
     let context = json!({
         "director_uuid": "d", "state_dir": "/tmp/elsewhere", "qemu": {"binary": "/bin/false"}, "hardening": "off",
@@ -80,7 +80,7 @@ fn a_caller_changes_no_directory_program_or_hardening() {
 }
 
 #[test]
-fn a_caller_names_no_file_of_the_host() {
+fn create_stemcell_from_file_of_the_host_is_refused() {
     let Some(pair) = Pair::new() else { return };
     let secret = pair.host.path("secret");
     let mut disk = vec![7; 4096];
@@ -118,7 +118,7 @@ fn a_caller_names_no_file_of_the_host() {
 }
 
 #[test]
-fn a_cid_that_a_caller_chooses_is_one_of_ours_and_free() {
+fn create_with_invalid_or_used_cid_is_refused() {
     let Some(pair) = Pair::new() else { return };
     let create = |cid: &str| {
         pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": cid}))
@@ -141,7 +141,7 @@ fn a_cid_that_a_caller_chooses_is_one_of_ours_and_free() {
 }
 
 #[test]
-fn a_create_that_is_undone_before_it_begins_never_begins() {
+fn create_after_its_undo_is_cancelled() {
     let Some(pair) = Pair::new() else { return };
     let stemcell = pair.host.stemcell();
     for (create, arguments, delete, cid) in [
@@ -176,7 +176,7 @@ fn a_create_that_is_undone_before_it_begins_never_begins() {
 }
 
 #[test]
-fn a_vm_is_not_put_beside_more_of_its_group_than_the_caller_was_told_of() {
+fn create_vm_beside_more_of_its_group_is_refused() {
     let Some(pair) = Pair::new() else { return };
     let stemcell = pair.host.stemcell();
     let create = |alike: usize| {
@@ -205,7 +205,7 @@ fn a_vm_is_not_put_beside_more_of_its_group_than_the_caller_was_told_of() {
 }
 
 #[test]
-fn a_stemcell_for_several_hosts_is_not_put_where_they_would_meet() {
+fn create_stemcell_for_several_hosts_in_shared_pool_is_refused() {
     let Some(pair) = Pair::new() else { return };
     pair.host.reconfigure(|config| {
         config["pools"] = json!({"nfs": {"path": "/nowhere", "shared": true}});
@@ -223,7 +223,7 @@ fn a_stemcell_for_several_hosts_is_not_put_where_they_would_meet() {
 }
 
 #[test]
-fn an_answer_that_nobody_is_heard_to_take_is_logged_with_what_undoes_it() {
+fn create_without_acknowledgement_logs_how_to_undo_it() {
     let Some(pair) = Pair::new() else { return };
     let words =
         pair.serve(&[json!({"call": {"request": request("create_disk", &json!([1, {}]))}})]);
@@ -238,7 +238,7 @@ fn an_answer_that_nobody_is_heard_to_take_is_logged_with_what_undoes_it() {
 }
 
 #[test]
-fn a_question_that_is_none_is_answered() {
+fn serve_unknown_request_answers_an_error() {
     let Some(pair) = Pair::new() else { return };
     let many: Vec<_> = (0..1001).map(|n| format!("vm-{n}")).collect();
     let words = pair.serve(&[json!({"find": many})]);
@@ -258,7 +258,7 @@ fn a_question_that_is_none_is_answered() {
 }
 
 #[test]
-fn a_machine_that_sends_its_calls_elsewhere_is_no_host() {
+fn serve_on_machine_with_transport_is_refused() {
     let Some(pair) = Pair::new() else { return };
     pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
     let refused = pair.office.call("has_vm", &json!(["vm-1"]));

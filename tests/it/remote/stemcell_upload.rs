@@ -42,7 +42,7 @@ fn remove(pair: &Pair, stemcells: &[StemcellCid]) {
 }
 
 #[test]
-fn it_arrives_as_it_is_and_what_the_host_has_is_not_sent_again() {
+fn upload_known_stemcell_is_not_sent_again() {
     let Some(pair) = Pair::new() else { return };
     let image = disk(&pair, "image", 8);
     let first = create(&pair, &image);
@@ -61,7 +61,7 @@ fn it_arrives_as_it_is_and_what_the_host_has_is_not_sent_again() {
 }
 
 #[test]
-fn gzip_and_what_can_not_be_decoded_in_one_pass_arrive_too() {
+fn upload_compressed_stemcell_arrives_decoded() {
     let Some(pair) = Pair::new() else { return };
     let raw = disk(&pair, "raw", 4);
     let wanted = fs::read(&raw).unwrap();
@@ -83,7 +83,7 @@ fn gzip_and_what_can_not_be_decoded_in_one_pass_arrive_too() {
 }
 
 #[test]
-fn one_that_the_host_refuses_is_refused_while_it_is_sent() {
+fn upload_invalid_stemcell_is_refused_while_it_is_sent() {
     let Some(pair) = Pair::new() else { return };
     let image = pair.office.path("noise");
     fs::write(&image, vec![7; 32 << 20]).unwrap();
@@ -103,7 +103,7 @@ fn one_that_the_host_refuses_is_refused_while_it_is_sent() {
 }
 
 #[test]
-fn one_that_breaks_off_leaves_nothing_and_the_next_starts_clean() {
+fn upload_interrupted_stemcell_leaves_nothing() {
     let Some(pair) = Pair::new() else { return };
     let image = disk(&pair, "image", 64);
     let mut call = pair.office.start("create_stemcell", &json!([image, {}]));
@@ -129,7 +129,7 @@ fn one_that_breaks_off_leaves_nothing_and_the_next_starts_clean() {
 
 /// A caller that sends something else than it says.
 #[test]
-fn one_that_is_damaged_on_its_way_is_refused() {
+fn upload_damaged_stemcell_is_refused() {
     let Some(pair) = Pair::new() else { return };
     let image = fs::read(disk(&pair, "image", 1)).unwrap();
     let request = crate::support::host::request("create_stemcell", &json!(["/image", {}]));
@@ -150,7 +150,7 @@ fn one_that_is_damaged_on_its_way_is_refused() {
 
 /// A host that never wants the image, and one that wants something unheard of.
 #[test]
-fn a_host_that_makes_no_sense_is_told_of() {
+fn upload_stemcell_to_misbehaving_host_names_the_fault() {
     let Some(pair) = Pair::new() else { return };
     let image = disk(&pair, "image", 1);
     let socket = pair.office.path("fake.sock");
@@ -202,7 +202,7 @@ const MADE_ANOTHER: &str = r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaa
 
 /// An older version says this.
 #[test]
-fn a_host_of_an_older_version_is_not_asked_what_it_would_not_keep_to() {
+fn call_to_older_host_is_refused_before_it_is_sent() {
     let Some(office) = crate::support::remote::Office::new() else { return };
     let socket = office.path("fake.sock");
     let listener = UnixListener::bind(&socket).unwrap();

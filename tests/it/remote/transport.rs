@@ -74,7 +74,7 @@ impl Pair {
 }
 
 #[test]
-fn what_keeps_a_call_from_its_host_is_named() {
+fn call_to_unreachable_host_names_the_reason() {
     let Some(pair) = Pair::new() else { return };
     let other = pair.sshd.read("caller.pub");
     let stranger = pair.office.path("stranger");
@@ -105,7 +105,7 @@ fn what_keeps_a_call_from_its_host_is_named() {
 }
 
 #[test]
-fn a_host_without_the_program_says_so() {
+fn call_to_host_without_program_names_the_reason() {
     let Some(pair) = Pair::new() else { return };
     for (command, expected) in [
         ("/nowhere/bosh-qemu-cpi host serve", "the program is not there"),
@@ -121,7 +121,7 @@ fn a_host_without_the_program_says_so() {
 }
 
 #[test]
-fn a_host_that_hangs_is_given_up_at_the_deadline() {
+fn call_to_hung_host_fails_at_its_deadline() {
     let Some(pair) = Pair::new() else { return };
     pair.office.configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
     assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
@@ -145,7 +145,7 @@ fn answering(script: &std::path::Path, greeting: &str, act: &str) {
 }
 
 #[test]
-fn a_host_that_keeps_its_end_open_leaves_no_process_here() {
+fn call_to_host_that_keeps_its_session_leaves_no_process() {
     let Some(pair) = Pair::new() else { return };
     let script = pair.office.path("script");
     answering(&script, super::stemcell_upload::GREETING, "");
@@ -157,7 +157,7 @@ fn a_host_that_keeps_its_end_open_leaves_no_process_here() {
 }
 
 #[test]
-fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
+fn call_beyond_max_sessions_opens_another_connection() {
     let Some(pair) = Pair::with(&json!({}), "MaxSessions 2") else { return };
     let (script, go) = (pair.office.path("script"), pair.office.path("go"));
     let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
@@ -174,7 +174,7 @@ fn a_host_that_opens_fewer_sessions_than_asked_for_gets_more_connections() {
 }
 
 #[test]
-fn a_private_key_is_in_no_file_argument_or_environment() {
+fn call_through_ssh_leaks_no_private_key() {
     let Some(pair) = Pair::new() else { return };
     let secret = pair.sshd.read("caller").lines().nth(2).unwrap().to_owned();
     pair.sshd.authorize("sleep 600");
@@ -201,7 +201,7 @@ fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
 }
 
 #[test]
-fn a_link_that_was_cut_while_nobody_called_is_made_anew() {
+fn call_after_cut_idle_connection_reconnects() {
     let Some(pair) = Pair::new() else { return };
     pair.office.ok("has_vm", &json!(["vm-1"]));
     assert_eq!(pair.office.connections().len(), 1);
@@ -216,7 +216,7 @@ fn a_link_that_was_cut_while_nobody_called_is_made_anew() {
 }
 
 #[test]
-fn a_cable_that_is_pulled_fails_calls_in_time_and_works_again() {
+fn call_over_dead_link_fails_in_time() {
     let Some(pair) = Pair::new() else { return };
     pair.office.ok("has_vm", &json!(["vm-1"]));
     pair.cable("down");
@@ -241,7 +241,7 @@ fn vms(host: &Host) -> (Vec<VmCid>, usize) {
 }
 
 #[test]
-fn a_create_vm_whose_link_is_cut_leaves_nothing_and_can_be_repeated() {
+fn create_vm_over_cut_link_leaves_nothing() {
     let Some(pair) = Pair::new() else { return };
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
@@ -272,7 +272,7 @@ fn a_create_vm_whose_link_is_cut_leaves_nothing_and_can_be_repeated() {
 }
 
 #[test]
-fn a_caller_that_dies_leaves_a_whole_vm_or_none_and_its_address_free() {
+fn kill_caller_of_create_vm_leaves_a_whole_vm_or_none() {
     let Some(pair) = Pair::new() else { return };
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
@@ -301,7 +301,7 @@ fn a_caller_that_dies_leaves_a_whole_vm_or_none_and_its_address_free() {
 }
 
 #[test]
-fn a_create_whose_answer_nobody_took_is_undone() {
+fn create_disk_without_reader_is_undone() {
     let Some(pair) = Pair::new() else { return };
     let mut call = pair.office.start("create_disk", &json!([1, {}]));
     drop(call.stdout.take());
@@ -312,7 +312,7 @@ fn a_create_whose_answer_nobody_took_is_undone() {
 }
 
 #[test]
-fn what_was_asked_is_finished_though_the_link_is_cut() {
+fn attach_disk_over_cut_link_is_finished() {
     let Some(pair) = Pair::new() else { return };
     let (vm, disk) = (pair.host.booted_vm(), pair.host.disk());
     let mut call = pair.office.start("attach_disk", &json!([vm, disk]));
@@ -332,7 +332,7 @@ fn what_was_asked_is_finished_though_the_link_is_cut() {
 }
 
 #[test]
-fn two_directors_share_a_host() {
+fn create_vms_from_two_directors_succeeds() {
     let Some(pair) = Pair::new() else { return };
     let Some(other) = Office::new() else { return };
     let Some(sshd) = Sshd::start(&other, &pair.host, 1, "") else { return };
@@ -350,7 +350,7 @@ fn two_directors_share_a_host() {
 }
 
 #[test]
-fn many_calls_share_few_connections() {
+fn call_concurrently_shares_connections() {
     let Some(pair) = Pair::new() else { return };
     let disk: DiskCid = text(&pair.office.ok("create_disk", &json!([1, {}]))).parse().unwrap();
     let calls: Vec<_> = (0..32).map(|_| pair.office.start("has_disk", &json!([disk]))).collect();
