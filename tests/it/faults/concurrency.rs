@@ -79,7 +79,7 @@ fn audited<T>(host: &Host, job: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn a_directors_threads_do_not_get_into_each_others_way() {
+fn call_from_32_threads_succeeds() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 4}})) else { return };
     audited(&host, || many_calls(&host));
     host.assert_nothing_left();
@@ -87,7 +87,7 @@ fn a_directors_threads_do_not_get_into_each_others_way() {
 
 /// Each create takes the notes of all others for leftovers at first.
 #[test]
-fn a_pool_gives_no_address_twice_to_callers_at_once() {
+fn create_vms_concurrently_get_distinct_addresses() {
     let networks = json!({"default": {"subnet": "10.9.0.0/24", "pool": POOL}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
     let dynamic =
@@ -184,7 +184,7 @@ fn many_calls(host: &Host) {
 }
 
 #[test]
-fn one_vm_and_one_disk_under_everybodys_hands() {
+fn call_concurrently_on_one_vm_and_disk_stays_consistent() {
     let Some(host) = Host::new() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     let both = json!([vm, disk]);
@@ -223,7 +223,7 @@ fn one_vm_and_one_disk_under_everybodys_hands() {
 }
 
 #[test]
-fn no_more_boot_at_a_time_than_the_operator_lets() {
+fn create_vms_beyond_parallel_boots_wait() {
     let Some(host) = Host::with(json!({"limits": {"parallel_boots": 2}})) else { return };
     let stemcell = host.stemcell();
     // None is ever ready, so each keeps its slot.
@@ -275,7 +275,7 @@ fn blocked() -> Option<(Host, VmCid, std::process::Child, VmCid)> {
 }
 
 #[test]
-fn who_has_no_turn_says_so_and_nobody_else_waits() {
+fn reboot_vm_without_boot_slot_names_the_holder() {
     let Some((host, vm, mut stuck, slow)) = blocked() else { return };
     host.reconfigure(|config| config["deadlines"] = json!({"reboot_vm": 20}));
     // What looks or deletes needs no turn.
@@ -317,7 +317,7 @@ fn who_has_no_turn_says_so_and_nobody_else_waits() {
 }
 
 #[test]
-fn what_the_host_has_not_is_refused_with_figures() {
+fn create_vm_beyond_memory_is_refused_with_figures() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let runs = host.vm(&stemcell);
@@ -348,7 +348,7 @@ fn what_the_host_has_not_is_refused_with_figures() {
 }
 
 #[test]
-fn of_two_that_start_at_once_one_gets_the_memory_that_is_there_for_one() {
+fn create_vms_concurrently_beyond_memory_admits_one() {
     let Some(host) = Host::with(json!({"limits": {"memory_reserve_mib": 0}})) else { return };
     let stemcell = host.stemcell();
     let text = fs::read_to_string("/proc/meminfo").unwrap();

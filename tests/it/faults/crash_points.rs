@@ -24,7 +24,7 @@ fn host() -> Option<Host> {
 }
 
 #[test]
-fn a_release_build_knows_no_crash_point() {
+fn build_for_release_has_no_crash_points() {
     if cfg!(debug_assertions) {
         return skip("a release build is looked at: cargo test --release");
     }
@@ -137,7 +137,7 @@ impl Lab {
 }
 
 #[test]
-fn create_stemcell() {
+fn create_stemcell_killed_at_any_step_is_cleaned_up() {
     let Some(lab) = Lab::new() else { return };
     // Not the bystander's: that one would be shared.
     let image = lab.host.path("another-image");
@@ -157,7 +157,7 @@ fn create_stemcell() {
 }
 
 #[test]
-fn create_stemcell_of_a_file_that_is_here() {
+fn create_stemcell_of_known_file_killed_at_any_step_is_cleaned_up() {
     let Some(lab) = Lab::new() else { return };
     let known = [lab.stemcell.parse().unwrap()];
     lab.walk(
@@ -175,7 +175,7 @@ fn create_stemcell_of_a_file_that_is_here() {
 }
 
 #[test]
-fn delete_stemcell() {
+fn delete_stemcell_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     lab.walk(
         "delete_stemcell",
@@ -188,7 +188,7 @@ fn delete_stemcell() {
 }
 
 #[test]
-fn create_vm() {
+fn create_vm_killed_at_any_step_is_cleaned_up() {
     let Some(lab) = Lab::new() else { return };
     let known = [lab.bystander.clone()];
     lab.walk(
@@ -203,7 +203,7 @@ fn create_vm() {
 }
 
 #[test]
-fn delete_vm() {
+fn delete_vm_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let disk = lab.host.disk();
     let with_a_disk = || {
@@ -224,7 +224,7 @@ fn delete_vm() {
 }
 
 #[test]
-fn reboot_vm() {
+fn reboot_vm_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let disk = lab.host.disk();
     let with_a_disk = || {
@@ -241,7 +241,7 @@ fn reboot_vm() {
 }
 
 #[test]
-fn create_network() {
+fn create_network_killed_at_any_step_is_cleaned_up() {
     let Some(lab) = Lab::new() else { return };
     let networks = || lab.host.store().list::<NetworkRecord>().unwrap();
     lab.walk(
@@ -264,7 +264,7 @@ fn create_network() {
 }
 
 #[test]
-fn delete_network() {
+fn delete_network_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let made =
         || lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
@@ -280,7 +280,7 @@ fn delete_network() {
 }
 
 #[test]
-fn create_disk() {
+fn create_disk_killed_at_any_step_is_cleaned_up() {
     let Some(lab) = Lab::new() else { return };
     let known = [lab.disk.clone()];
     lab.walk(
@@ -293,7 +293,7 @@ fn create_disk() {
 }
 
 #[test]
-fn delete_disk() {
+fn delete_disk_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     lab.walk(
         "delete_disk",
@@ -306,7 +306,7 @@ fn delete_disk() {
 }
 
 #[test]
-fn attach_disk() {
+fn attach_disk_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let (vm, disk) = (lab.booted_vm(), lab.host.disk());
     let both = json!([vm, disk]);
@@ -323,7 +323,7 @@ fn attach_disk() {
 }
 
 #[test]
-fn attach_disk_to_another_vm_after_one_that_was_killed() {
+fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
     let Some(lab) = Lab::new() else { return };
     let (host, disk) = (&lab.host, lab.host.disk());
     let (one, other) = (lab.booted_vm(), &lab.bystander);
@@ -362,7 +362,7 @@ fn attach_disk_to_another_vm_after_one_that_was_killed() {
 }
 
 #[test]
-fn detach_disk() {
+fn detach_disk_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let (vm, disk) = (lab.booted_vm(), lab.host.disk());
     let both = json!([vm, disk]);
@@ -379,7 +379,7 @@ fn detach_disk() {
 }
 
 #[test]
-fn set_vm_metadata() {
+fn set_vm_metadata_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let vm = &lab.bystander;
     lab.walk(
@@ -393,7 +393,7 @@ fn set_vm_metadata() {
 }
 
 #[test]
-fn set_disk_metadata() {
+fn set_disk_metadata_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     lab.walk(
         "set_disk_metadata",

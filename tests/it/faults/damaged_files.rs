@@ -150,7 +150,7 @@ fn findings(host: &Host) -> BTreeSet<(String, String)> {
 
 /// All at once: what one damage does to the others would be seen, too.
 #[test]
-fn damaged_files_beside_the_records() {
+fn audit_with_damaged_files_reports_each_once() {
     let networks = json!({"default": {}, "lab": {"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"}});
     let Some(lab) = Lab::with(json!({"networks": networks})) else { return };
     let things = Things::new(&lab);
@@ -183,7 +183,7 @@ fn damaged_files_beside_the_records() {
 /// What tells which version the state directory is of, and which run directory goes with it: calls that change something
 /// name it, `audit` says nothing else that depends on it, and looking works.
 #[test]
-fn a_damaged_schema_and_a_damaged_link_of_the_run_directory() {
+fn call_with_damaged_schema_or_run_dir_link_is_refused() {
     let Some(host) = Host::new() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     let (schema, link) = (host.path("state/schema"), host.store().run_dir().join("state"));

@@ -138,7 +138,7 @@ impl Lab {
 }
 
 #[test]
-fn a_damaged_stemcell() {
+fn call_on_damaged_stemcell_record_names_it() {
     let Some(lab) = Lab::new() else { return };
     let image = lab.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
@@ -150,7 +150,7 @@ fn a_damaged_stemcell() {
 }
 
 #[test]
-fn a_damaged_disk() {
+fn call_on_damaged_disk_record_names_it() {
     let Some(lab) = Lab::new() else { return };
     let disk = lab.host.disk();
     write_pattern(&lab.host, &disk);
@@ -169,7 +169,7 @@ fn a_damaged_disk() {
 }
 
 #[test]
-fn a_damaged_snapshot() {
+fn call_on_damaged_snapshot_record_names_it() {
     let Some(lab) = Lab::new() else { return };
     let disk = lab.host.disk();
     let snapshot = text(&lab.host.ok("snapshot_disk", &json!([disk, {}])));
@@ -178,7 +178,7 @@ fn a_damaged_snapshot() {
 }
 
 #[test]
-fn a_damaged_vm_that_runs() {
+fn call_on_damaged_record_of_running_vm_names_it() {
     let Some(lab) = Lab::new() else { return };
     let vm = lab.host.vm(&lab.stemcell);
     let disk = lab.host.disk();
@@ -205,7 +205,7 @@ fn a_damaged_vm_that_runs() {
 }
 
 #[test]
-fn a_damaged_network() {
+fn call_on_damaged_network_record_names_it() {
     let Some(lab) = Lab::new() else { return };
     let subnet = |net: u8| json!([{"type": "manual", "range": format!("10.8.{net}.0/24"), "cloud_properties": {}}]);
     let made = lab.host.ok("create_network", &subnet(0));
@@ -239,7 +239,7 @@ fn a_damaged_network() {
 }
 
 #[test]
-fn damaged_vms_when_the_host_boots() {
+fn host_start_with_damaged_vms_starts_the_others() {
     let Some(lab) = Lab::new() else { return };
     let host = &lab.host;
     let vms = [host.vm(&lab.stemcell), host.vm(&lab.stemcell)];
@@ -272,7 +272,7 @@ fn damaged_vms_when_the_host_boots() {
 }
 
 #[test]
-fn a_disk_in_a_pool_without_its_record() {
+fn call_on_pool_disk_without_record_names_it() {
     let Some(host) = Host::new() else { return };
     fs::create_dir(host.path("pool")).unwrap();
     let pools = json!({"fast": {"path": host.path("pool")}});
@@ -294,7 +294,7 @@ fn a_disk_in_a_pool_without_its_record() {
 
 /// In the place of a whole object there is something else.
 #[test]
-fn an_object_that_is_a_link_to_nothing() {
+fn call_on_object_behind_dangling_link_names_it() {
     let Some(lab) = Lab::new() else { return };
     let (host, disk) = (&lab.host, lab.host.disk());
     let image = host.path("another-image");
@@ -331,7 +331,7 @@ fn an_object_that_is_a_link_to_nothing() {
 }
 
 #[test]
-fn a_read_only_filesystem() {
+fn call_on_read_only_filesystem_only_reads() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = host.booted_vm();
     let (attached, free) = (host.disk(), host.disk());

@@ -53,7 +53,7 @@ fn hasty(host: &Host) {
 
 /// Copies of disks that were cut short, in a QEMU that does not answer, are left to a later create.
 #[test]
-fn a_create_does_not_wait_for_leftovers_that_do_not_go() {
+fn create_disk_with_unrecoverable_copies_does_not_wait() {
     let Some(host) = hasty_host(json!({"qemu": {"hotplug_slots": 4}})) else { return };
     let vm = host.booted_vm();
     let store = host.store();
@@ -139,7 +139,7 @@ fn every_call_on_a_silent_qemu(silence: impl Fn(&Host, &VmCid) -> Box<dyn FnOnce
 }
 
 #[test]
-fn a_stopped_qemu() {
+fn call_with_stopped_qemu_fails_at_its_deadline() {
     every_call_on_a_silent_qemu(|host, vm| {
         let qemu = host.qemu(vm).unwrap();
         qemu.signal(Signal::SIGSTOP).unwrap();
@@ -148,7 +148,7 @@ fn a_stopped_qemu() {
 }
 
 #[test]
-fn a_client_that_holds_the_monitor() {
+fn call_with_held_monitor_fails_at_its_deadline() {
     every_call_on_a_silent_qemu(|host, vm| {
         let silent = UnixStream::connect(host.paths(vm).qmp()).unwrap();
         Box::new(move || drop(silent))
@@ -156,7 +156,7 @@ fn a_client_that_holds_the_monitor() {
 }
 
 #[test]
-fn a_qemu_img_that_hangs() {
+fn call_with_hung_qemu_img_fails_at_its_deadline() {
     let Some(host) = hasty_host(json!({})) else { return };
     let disk = host.disk();
     // One that can not be decoded as it streams by.
@@ -188,7 +188,7 @@ fn a_qemu_img_that_hangs() {
 }
 
 #[test]
-fn a_pool_whose_server_is_gone() {
+fn call_on_hung_pool_fails_at_its_timeout() {
     let Some(fast) = Filesystem::new(64) else { return };
     // Without `overcommit`, a create looks at the space of all images there are.
     let config = json!({"pools": {"fast": {"path": fast.path()}}, "overcommit": false});
@@ -252,7 +252,7 @@ fn a_pool_whose_server_is_gone() {
 }
 
 #[test]
-fn an_image_whose_server_is_gone() {
+fn create_stemcell_from_hung_filesystem_fails_at_its_deadline() {
     let Some(share) = Filesystem::new(64) else { return };
     let Some(host) = hasty_host(json!({})) else { return };
     let before = host.left();

@@ -153,37 +153,37 @@ fn snapshot_disk(is_attached: bool) {
 }
 
 #[test]
-fn resize_of_a_detached_disk() {
+fn resize_disk_while_detached_killed_at_any_step_can_be_repeated() {
     resize_disk(false);
 }
 
 #[test]
-fn resize_of_an_attached_disk() {
+fn resize_disk_while_attached_killed_at_any_step_can_be_repeated() {
     resize_disk(true);
 }
 
 #[test]
-fn update_of_a_detached_disk() {
+fn update_disk_while_detached_killed_at_any_step_can_be_repeated() {
     update_disk(false);
 }
 
 #[test]
-fn update_of_an_attached_disk() {
+fn update_disk_while_attached_killed_at_any_step_can_be_repeated() {
     update_disk(true);
 }
 
 #[test]
-fn snapshot_of_a_detached_disk() {
+fn snapshot_disk_while_detached_killed_at_any_step_is_cleaned_up() {
     snapshot_disk(false);
 }
 
 #[test]
-fn snapshot_of_an_attached_disk() {
+fn snapshot_disk_while_attached_killed_at_any_step_is_cleaned_up() {
     snapshot_disk(true);
 }
 
 #[test]
-fn delete_snapshot() {
+fn delete_snapshot_killed_at_any_step_can_be_repeated() {
     let Some(lab) = Lab::new() else { return };
     let disk = lab.disk(false);
     let prepare = || json!([lab.host.ok("snapshot_disk", &json!([disk, {}]))]);
@@ -201,7 +201,7 @@ fn delete_snapshot() {
 }
 
 #[test]
-fn restore_of_a_snapshot() {
+fn restore_disk_killed_at_any_step_is_cleaned_up() {
     let Some(lab) = Lab::new() else { return };
     let (host, disk, log) = (&lab.host, lab.disk(false), lab.host.path("crash-points"));
     let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}])));
@@ -233,7 +233,7 @@ fn restore_of_a_snapshot() {
 }
 
 #[test]
-fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
+fn create_disk_after_killed_live_copy_recovers_it() {
     let Some(lab) = Lab::new() else { return };
     let host = &lab.host;
     for (point, image) in [
@@ -261,7 +261,7 @@ fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
 }
 
 #[test]
-fn a_snapshot_that_was_cut_short_can_be_deleted_while_qemu_writes_it() {
+fn delete_snapshot_of_running_backup_ends_its_job() {
     let Some(lab) = Lab::new() else { return };
     let (host, disk) = (&lab.host, lab.disk(true));
     let killed = armed(

@@ -24,7 +24,7 @@ fn waiting_vm(host: &Host) -> VmCid {
 }
 
 #[test]
-fn a_guest_waits_for_room_and_goes_on() {
+fn write_on_full_filesystem_pauses_the_guest_until_there_is_space() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
     let listed = answering(&host);
@@ -48,7 +48,7 @@ fn a_guest_waits_for_room_and_goes_on() {
 
 /// Its supervisor died while it waited: the next one did not see why.
 #[test]
-fn a_guest_that_waits_for_room_goes_on_under_another_supervisor() {
+fn resume_vm_paused_on_enospc_under_new_supervisor_succeeds() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
     let supervisor = host.supervisor(&vm).expect("a supervisor");
@@ -65,7 +65,7 @@ fn a_guest_that_waits_for_room_goes_on_under_another_supervisor() {
 }
 
 #[test]
-fn a_guest_that_waits_for_room_is_not_waited_for_at_a_reboot() {
+fn reboot_vm_paused_on_enospc_does_not_wait() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
     host.small().grow(26);
@@ -76,7 +76,7 @@ fn a_guest_that_waits_for_room_is_not_waited_for_at_a_reboot() {
 }
 
 #[test]
-fn a_guest_that_waits_for_room_can_be_deleted() {
+fn delete_vm_paused_on_enospc_succeeds() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = waiting_vm(&host);
     host.ok("delete_vm", &json!([vm]));
@@ -119,7 +119,7 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
 }
 
 #[test]
-fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
+fn call_on_full_filesystem_answers_no_disk_space_and_leaves_nothing() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let stemcell = host.stemcell();
     let image = host.path("image");
@@ -165,7 +165,7 @@ fn calls_that_meet_a_full_filesystem_say_so_and_leave_nothing() {
 }
 
 #[test]
-fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
+fn snapshot_disk_during_another_copy_respects_its_space() {
     let Some(host) = Host::on_small_filesystem(64) else { return };
     let [first, second] = [0, 1].map(|_| -> DiskCid {
         let disk =
@@ -210,7 +210,7 @@ fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
 }
 
 #[test]
-fn what_makes_room_needs_none() {
+fn delete_on_full_filesystem_succeeds() {
     let Some(host) = Host::on_small_filesystem(24) else { return };
     let vm = host.booted_vm();
     let disk = host.disk();

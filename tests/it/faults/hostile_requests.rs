@@ -19,7 +19,7 @@ fn refused(answer: &Answer, says: &str) {
 type Arguments = fn(&str) -> Value;
 
 #[test]
-fn what_is_no_cid_is_refused_by_every_method() {
+fn call_with_hostile_cid_is_refused() {
     let Some(host) = Host::new() else { return };
     let long = "a".repeat(300);
     let cids = [
@@ -66,7 +66,7 @@ fn what_is_no_cid_is_refused_by_every_method() {
 }
 
 #[test]
-fn what_is_no_size_is_refused() {
+fn create_with_invalid_size_is_refused() {
     let Some(host) = Host::new() else { return };
     for size in [
         "0",
@@ -121,7 +121,7 @@ fn without_descriptors(word: &str) -> String {
 }
 
 #[test]
-fn nothing_of_a_request_becomes_an_option_of_qemu() {
+fn create_vm_with_hostile_values_adds_no_qemu_option() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let honest = host.vm(&stemcell);
@@ -172,7 +172,7 @@ fn nothing_of_a_request_becomes_an_option_of_qemu() {
 }
 
 #[test]
-fn a_stemcells_path_is_a_path() {
+fn create_stemcell_from_hostile_path_takes_it_literally() {
     let Some(host) = Host::new() else { return };
     host.stemcell();
     // As hostile as a file name can be.
@@ -191,7 +191,7 @@ fn a_stemcells_path_is_a_path() {
 }
 
 #[test]
-fn a_context_can_not_point_elsewhere() {
+fn call_with_directories_in_context_ignores_them() {
     let Some(host) = Host::new() else { return };
     let elsewhere = host.path("elsewhere");
     let context = json!({"director_uuid": "x", "state_dir": elsewhere, "run_dir": elsewhere, "hardening": "off",
@@ -225,7 +225,7 @@ fn shown(host: &Host, vm: &VmCid) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn secrets_stay_on_the_config_drive() {
+fn create_vm_with_secrets_keeps_them_on_the_config_drive() {
     let config = json!({
         "log": {"level": "trace"},
         "agent": {"mbus": format!("nats://u:{SECRET}@10.9.0.1"), "blobstore": {"options": {"password": SECRET}}},

@@ -83,12 +83,12 @@ fn delete_all_but_stemcells(host: &Host) {
 }
 
 #[test]
-fn create_vm_told_to_end_leaves_a_vm_or_nothing() {
+fn terminate_create_vm_leaves_a_whole_vm_or_nothing() {
     told_to_end("create_vm", Host::vm_arguments, delete_all_but_stemcells);
 }
 
 #[test]
-fn create_disk_told_to_end_leaves_a_disk_or_nothing() {
+fn terminate_create_disk_leaves_a_whole_disk_or_nothing() {
     // By qemu-img, which must end with its call.
     told_to_end(
         "create_disk",
@@ -98,14 +98,14 @@ fn create_disk_told_to_end_leaves_a_disk_or_nothing() {
 }
 
 #[test]
-fn update_disk_told_to_end_leaves_one_image() {
+fn terminate_update_disk_leaves_one_image() {
     let prepare =
         |host: &Host, _: &str| json!([host.disk(), 8, {"format": "raw", "preallocation": "full"}]);
     told_to_end("update_disk", prepare, delete_all_but_stemcells);
 }
 
 #[test]
-fn a_create_whose_caller_is_gone_is_undone() {
+fn create_whose_caller_is_gone_is_undone() {
     let Some(host) = Host::new() else { return };
     let (stemcell, disk) = (host.stemcell(), host.disk());
     let image = host.path("another");

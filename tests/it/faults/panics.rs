@@ -50,9 +50,9 @@ fn played(test: &str, misbehave: fn()) -> Option<Played> {
 }
 
 #[test]
-fn a_panic_is_an_answer() {
+fn panic_in_call_is_answered_as_cloud_error() {
     let Some(Played { outcome, .. }) =
-        played("faults::panics::a_panic_is_an_answer", || panic!("for a test"))
+        played("faults::panics::panic_in_call_is_answered_as_cloud_error", || panic!("for a test"))
     else {
         return;
     };
@@ -67,10 +67,10 @@ fn a_panic_is_an_answer() {
 }
 
 #[test]
-fn a_panic_does_not_repeat_what_a_request_said() {
+fn panic_with_request_data_does_not_repeat_it() {
     let play = || panic!("{}", std::env::args().next().map_or("", |_| "hunter2"));
     let Some(Played { outcome, .. }) =
-        played("faults::panics::a_panic_does_not_repeat_what_a_request_said", play)
+        played("faults::panics::panic_with_request_data_does_not_repeat_it", play)
     else {
         return;
     };
@@ -83,10 +83,10 @@ fn a_panic_does_not_repeat_what_a_request_said() {
 }
 
 #[test]
-fn a_thread_that_panics_is_answered_too() {
+fn panic_in_thread_is_answered_with_its_message() {
     let play = || std::thread::spawn(|| panic!("in a thread")).join().unwrap();
     let Some(Played { outcome, .. }) =
-        played("faults::panics::a_thread_that_panics_is_answered_too", play)
+        played("faults::panics::panic_in_thread_is_answered_with_its_message", play)
     else {
         return;
     };
@@ -94,13 +94,13 @@ fn a_thread_that_panics_is_answered_too() {
 }
 
 #[test]
-fn what_a_child_prints_does_not_spoil_the_answer() {
+fn print_to_stdout_does_not_corrupt_the_answer() {
     let play = || {
         writeln!(std::io::stdout(), "noise of ours").unwrap();
         assert!(Command::new("echo").arg("noise of a child").status().unwrap().success());
     };
     let Some(Played { outcome, .. }) =
-        played("faults::panics::what_a_child_prints_does_not_spoil_the_answer", play)
+        played("faults::panics::print_to_stdout_does_not_corrupt_the_answer", play)
     else {
         return;
     };
@@ -108,7 +108,7 @@ fn what_a_child_prints_does_not_spoil_the_answer() {
 }
 
 #[test]
-fn no_child_inherits_the_way_to_the_caller() {
+fn spawn_child_does_not_inherit_the_answer_pipe() {
     // A child that stayed would keep the caller waiting for the end of its stdout.
     let play = || {
         let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
@@ -121,7 +121,7 @@ fn no_child_inherits_the_way_to_the_caller() {
         drop(child.stdin.take());
         child.wait().unwrap();
     };
-    let Some(played) = played("faults::panics::no_child_inherits_the_way_to_the_caller", play)
+    let Some(played) = played("faults::panics::spawn_child_does_not_inherit_the_answer_pipe", play)
     else {
         return;
     };

@@ -291,7 +291,7 @@ fn print(method: &str, steps: &[Step], cuts: usize) {
 }
 
 #[test]
-fn the_first_call() {
+fn first_call_on_host_with_power_cut_at_any_step_loses_nothing() {
     let Some(host) = Host::new() else { return };
     let (root, before) = (host.path(""), Disk::of(&host.path("")));
     let command =
@@ -311,7 +311,7 @@ fn the_first_call() {
 }
 
 #[test]
-fn create_disk() {
+fn create_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("create_disk", &json!([8, {}, null]), |made| {
         assert_eq!(lab.record::<DiskRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
@@ -319,7 +319,7 @@ fn create_disk() {
 }
 
 #[test]
-fn delete_disk() {
+fn delete_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("delete_disk", &json!([lab.free]), |_| {
         assert_eq!(lab.host.ok("has_disk", &json!([lab.free])), false);
@@ -327,7 +327,7 @@ fn delete_disk() {
 }
 
 #[test]
-fn attach_disk() {
+fn attach_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("attach_disk", &json!([lab.vm, lab.free]), |_| {
         let vm = lab.record::<VmRecord>(&lab.vm);
@@ -337,7 +337,7 @@ fn attach_disk() {
 }
 
 #[test]
-fn detach_disk() {
+fn detach_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("detach_disk", &json!([lab.vm, lab.attached]), |_| {
         assert_eq!(lab.record::<VmRecord>(&lab.vm).disks, []);
@@ -346,7 +346,7 @@ fn detach_disk() {
 }
 
 #[test]
-fn resize_disk() {
+fn resize_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     write_pattern(&lab.host, &lab.free);
     lab.walk("resize_disk", &json!([lab.free, 700]), |_| {
@@ -358,7 +358,7 @@ fn resize_disk() {
 }
 
 #[test]
-fn update_disk() {
+fn update_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     write_pattern(&lab.host, &lab.free);
     lab.walk("update_disk", &json!([lab.free, 9, {"format": "raw"}]), |_| {
@@ -371,7 +371,7 @@ fn update_disk() {
 }
 
 #[test]
-fn snapshot_disk() {
+fn snapshot_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     write_pattern(&lab.host, &lab.free);
     lab.walk("snapshot_disk", &json!([lab.free, {"job": "db"}]), |made| {
@@ -383,7 +383,7 @@ fn snapshot_disk() {
 }
 
 #[test]
-fn delete_snapshot() {
+fn delete_snapshot_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     let snapshot = lab.host.ok("snapshot_disk", &json!([lab.free, {}]));
     lab.walk("delete_snapshot", &json!([snapshot]), |_| {
@@ -392,7 +392,7 @@ fn delete_snapshot() {
 }
 
 #[test]
-fn set_vm_metadata() {
+fn set_vm_metadata_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("set_vm_metadata", &json!([lab.vm, {"name": "bosh/0"}]), |_| {
         assert_eq!(lab.record::<VmRecord>(&lab.vm).metadata["name"], "bosh/0");
@@ -400,7 +400,7 @@ fn set_vm_metadata() {
 }
 
 #[test]
-fn set_disk_metadata() {
+fn set_disk_metadata_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.host.ok("set_disk_metadata", &json!([lab.free, {"owner": "before"}]));
     lab.walk("set_disk_metadata", &json!([lab.free, {"job": "db"}]), |_| {
@@ -409,7 +409,7 @@ fn set_disk_metadata() {
 }
 
 #[test]
-fn create_stemcell() {
+fn create_stemcell_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     let image = lab.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
@@ -419,7 +419,7 @@ fn create_stemcell() {
 }
 
 #[test]
-fn create_stemcell_of_a_file_that_is_here() {
+fn create_stemcell_of_known_file_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("create_stemcell", &json!([lab.host.path("image"), {}]), |made| {
         assert_eq!(lab.record::<StemcellRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
@@ -427,7 +427,7 @@ fn create_stemcell_of_a_file_that_is_here() {
 }
 
 #[test]
-fn create_network() {
+fn create_network_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     let subnet = json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]);
     lab.walk("create_network", &subnet, |made| {
@@ -444,7 +444,7 @@ fn create_network() {
 }
 
 #[test]
-fn delete_network() {
+fn delete_network_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     let made =
         lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
@@ -455,7 +455,7 @@ fn delete_network() {
 }
 
 #[test]
-fn create_vm() {
+fn create_vm_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     let mut arguments = lab.host.vm_arguments(&lab.stemcell);
     arguments[2]["ephemeral_disk"] = json!(16);
@@ -472,7 +472,7 @@ fn create_vm() {
 }
 
 #[test]
-fn calls_about_pools() {
+fn calls_in_pool_with_power_cut_at_any_step_lose_nothing() {
     let Some(lab) = Lab::in_a_pool() else { return };
     let is_whole = |cid: &str, names: &[&str]| {
         for name in names {
@@ -490,7 +490,7 @@ fn calls_about_pools() {
 }
 
 #[test]
-fn delete_vm() {
+fn delete_vm_with_power_cut_at_any_step_loses_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.walk("delete_vm", &json!([lab.vm]), |_| {
         assert_eq!(lab.host.ok("has_vm", &json!([lab.vm])), false);

@@ -32,7 +32,7 @@ fn set_times(dir: &Path, time: SystemTime) {
 }
 
 #[test]
-fn clocks_that_jump() {
+fn call_after_clock_jump_succeeds() {
     let Some(lab) = Lab::new() else { return };
     let (host, vm, disk) = (&lab.host, &lab.vm, lab.host.disk());
     write_pattern(host, &disk);
@@ -70,7 +70,7 @@ fn use_directories(host: &Host, state: &Path, run: &Path) {
 }
 
 #[test]
-fn two_state_directories_on_one_host() {
+fn gc_with_two_state_directories_touches_only_its_own() {
     let Some(lab) = Lab::new() else { return };
     let host = &lab.host;
     let own = (host.path("state"), host.store().run_dir().to_owned());
@@ -105,7 +105,7 @@ fn two_state_directories_on_one_host() {
 
 /// Onto another path, with a link in its old place, under VMs that run.
 #[test]
-fn a_state_directory_that_was_moved_and_linked() {
+fn call_on_moved_and_linked_state_directory_succeeds() {
     let Some(lab) = Lab::new() else { return };
     let host = &lab.host;
     let qemu = host.qemu(&lab.vm).unwrap().pid();
@@ -127,7 +127,7 @@ fn a_state_directory_that_was_moved_and_linked() {
 }
 
 #[test]
-fn a_state_directory_copied_to_another_machine() {
+fn host_start_on_copied_state_directory_starts_its_vms() {
     let Some(lab) = Lab::new() else { return };
     let (host, vm) = (&lab.host, &lab.vm);
     let disk = host.disk();
@@ -168,7 +168,7 @@ fn a_state_directory_copied_to_another_machine() {
 
 /// The state directory is on a filesystem of its own, and the host came up without that.
 #[test]
-fn what_is_not_mounted_is_not_gone() {
+fn call_on_unmounted_state_directory_is_refused() {
     let Some(table) = Filesystem::new(1) else { return };
     let Some(host) = Host::new() else { return };
     let (stemcell, disk) = (host.stemcell(), host.disk());
