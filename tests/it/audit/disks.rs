@@ -43,7 +43,7 @@ fn change(host: &Host, disk: &DiskCid, change: impl FnOnce(&mut DiskRecord)) {
 }
 
 #[test]
-fn the_vms_record_decides_who_has_a_disk() {
+fn gc_with_wrong_disk_owner_follows_the_vm_record() {
     let Some(host) = Host::new() else { return };
     let (vm, other, disk) = (host.booted_vm(), host.booted_vm(), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
@@ -57,7 +57,7 @@ fn the_vms_record_decides_who_has_a_disk() {
 }
 
 #[test]
-fn a_disk_of_two_vms_is_told() {
+fn gc_with_disk_of_two_vms_reports_it() {
     let Some(host) = Host::new() else { return };
     let (vm, other, disk) = (host.booted_vm(), host.booted_vm(), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
@@ -71,7 +71,7 @@ fn a_disk_of_two_vms_is_told() {
 }
 
 #[test]
-fn a_copy_that_was_cut_short_leaves_one_image() {
+fn gc_after_interrupted_copy_leaves_one_image() {
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
     write_pattern(&host, &disk);
@@ -88,7 +88,7 @@ fn a_copy_that_was_cut_short_leaves_one_image() {
 }
 
 #[test]
-fn what_a_detach_has_ready_while_its_guest_is_waited_for_is_no_debris() {
+fn gc_during_detach_disk_keeps_its_prepared_records() {
     let Some(host) = Host::new() else { return };
     let (vm, disk) = (host.vm(&host.import(MUTE_GUEST)), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
@@ -118,7 +118,7 @@ fn what_a_detach_has_ready_while_its_guest_is_waited_for_is_no_debris() {
 }
 
 #[test]
-fn a_removal_that_was_cut_short_is_one_finding() {
+fn gc_after_killed_delete_disk_finishes_it() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -135,7 +135,7 @@ fn a_removal_that_was_cut_short_is_one_finding() {
 }
 
 #[test]
-fn images_that_are_not_there_and_those_nobody_knows_are_told() {
+fn gc_with_missing_or_unknown_images_reports_them() {
     let Some(host) = Host::new() else { return };
     for pool in ["fast", "slow"] {
         fs::create_dir(host.path(pool)).unwrap();
@@ -175,7 +175,7 @@ fn images_that_are_not_there_and_those_nobody_knows_are_told() {
 
 /// Killed when it was whole, before anybody was told of it.
 #[test]
-fn what_nobody_was_told_of_is_told() {
+fn gc_with_unacknowledged_objects_reports_them() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }

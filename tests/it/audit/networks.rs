@@ -60,7 +60,7 @@ fn lose(host: &Host, vm: &VmCid) {
 }
 
 #[test]
-fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
+fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     let Some(host) = host_with_a_group() else { return };
     let stemcell = host.stemcell();
     let (stays, goes) =
@@ -101,7 +101,7 @@ fn all_that_is_left_of_a_vm_is_removed_and_nothing_of_another() {
 }
 
 #[test]
-fn delete_vm_removes_all_that_is_left_of_one_without_a_directory() {
+fn delete_vm_without_directory_removes_everything_of_it() {
     let Some(host) = host_with_a_group() else { return };
     let stemcell = host.stemcell();
     let vm = forwarded_vm(&host, &stemcell, 2203);
@@ -116,7 +116,7 @@ fn delete_vm_removes_all_that_is_left_of_one_without_a_directory() {
 }
 
 #[test]
-fn what_only_a_lock_or_a_claim_names_is_found() {
+fn gc_with_orphaned_lock_or_reservation_removes_it() {
     let Some(host) = Host::new() else { return };
     host.disk();
     let state = host.path("state");
@@ -132,7 +132,7 @@ fn what_only_a_lock_or_a_claim_names_is_found() {
 }
 
 #[test]
-fn what_a_running_vm_lacks_on_its_network_is_restored() {
+fn gc_with_damaged_network_of_running_vm_restores_it() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.stemcell());
     let before = host.namespace().run(|| nftables::elements(GUARD));
@@ -161,7 +161,7 @@ fn what_a_running_vm_lacks_on_its_network_is_restored() {
 }
 
 #[test]
-fn a_vm_that_is_off_lacks_nothing() {
+fn gc_with_stopped_vm_restores_no_network() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     host.power_off(&vm);
@@ -172,7 +172,7 @@ fn a_vm_that_is_off_lacks_nothing() {
 }
 
 #[test]
-fn a_network_that_is_kept_comes_back_and_one_nobody_keeps_goes() {
+fn gc_restores_kept_networks_and_removes_others() {
     let Some(host) =
         Host::with(json!({"networks": {"lab": {"subnet": "10.8.0.0/24", "bridge": "lab0"}}}))
     else {
@@ -193,7 +193,7 @@ fn a_network_that_is_kept_comes_back_and_one_nobody_keeps_goes() {
 }
 
 #[test]
-fn a_managed_network_whose_removal_was_cut_short_goes_or_is_whole_again() {
+fn gc_after_interrupted_delete_network_finishes_or_reverts_it() {
     let Some(host) = Host::new() else { return };
     let made = host.ok("create_network", &json!([{"netmask_bits": 24}]));
     let network = made[0].as_str().unwrap();
@@ -217,7 +217,7 @@ fn a_managed_network_whose_removal_was_cut_short_goes_or_is_whole_again() {
 }
 
 #[test]
-fn a_managed_network_that_is_half_made_is_removed_though_nothing_noted_it() {
+fn gc_with_half_made_network_removes_it() {
     let Some(host) = Host::new() else { return };
     let made = host.ok("create_network", &json!([{"netmask_bits": 24}]));
     let network = made[0].as_str().unwrap();
@@ -230,7 +230,7 @@ fn a_managed_network_that_is_half_made_is_removed_though_nothing_noted_it() {
 }
 
 #[test]
-fn a_managed_network_that_can_not_be_read_goes_as_its_finding_says() {
+fn remove_unreadable_managed_network_follows_its_finding() {
     let Some(host) = Host::new() else { return };
     let made = host.ok("create_network", &json!([{"netmask_bits": 24}]));
     let network = made[0].as_str().unwrap();
@@ -264,7 +264,7 @@ fn elsewhere<T>(host: &Host, run: &Path, act: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn two_state_directories_in_one_network_leave_each_other_alone() {
+fn gc_with_two_state_directories_on_one_network_touches_only_its_own() {
     let networks = json!({"default": {"subnet": "10.9.0.0/24"}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
     let run = tempfile::Builder::new().prefix("bqt-").tempdir_in("/run").unwrap();
@@ -309,7 +309,7 @@ fn two_state_directories_in_one_network_leave_each_other_alone() {
 }
 
 #[test]
-fn a_group_with_strangers_is_not_ours_to_end() {
+fn gc_with_foreign_processes_in_cgroup_keeps_them() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());

@@ -59,7 +59,7 @@ fn everything(host: &Host) -> BTreeMap<PathBuf, (i64, i64, u64)> {
 }
 
 #[test]
-fn looking_writes_nothing() {
+fn audit_and_list_write_nothing() {
     let Some(host) = Host::new() else { return };
     let look = |host: &Host| {
         let before = everything(host);
@@ -95,7 +95,7 @@ fn looking_writes_nothing() {
 }
 
 #[test]
-fn a_host_in_order_has_no_findings() {
+fn audit_of_sound_host_finds_nothing() {
     let Some(host) = Host::new() else { return };
     assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]), "before there is anything");
     let vm = host.booted_vm();
@@ -159,23 +159,23 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
 }
 
 #[test]
-fn gc_mends_a_create_vm_that_was_cut_short() {
+fn gc_after_killed_create_vm_cleans_up() {
     mended_after_any_crash("create_vm", Host::vm_arguments);
 }
 
 #[test]
-fn gc_mends_a_delete_vm_that_was_cut_short() {
+fn gc_after_killed_delete_vm_cleans_up() {
     mended_after_any_crash("delete_vm", |host, stemcell| json!([host.vm(stemcell)]));
 }
 
 #[test]
-fn gc_mends_disks_whose_calls_were_cut_short() {
+fn gc_after_killed_create_or_delete_disk_cleans_up() {
     mended_after_any_crash("create_disk", |_, _| json!([8, {}, null]));
     mended_after_any_crash("delete_disk", |host, _| json!([host.disk()]));
 }
 
 #[test]
-fn an_attach_that_was_cut_short_is_settled() {
+fn gc_after_interrupted_attach_disk_asks_qemu() {
     let Some(host) = Host::new() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
@@ -199,7 +199,7 @@ fn an_attach_that_was_cut_short_is_settled() {
 }
 
 #[test]
-fn a_snapshot_whose_removal_was_cut_short_is_removed() {
+fn gc_after_interrupted_delete_snapshot_finishes_it() {
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
     let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}]))).parse().unwrap();
@@ -211,7 +211,7 @@ fn a_snapshot_whose_removal_was_cut_short_is_removed() {
 }
 
 #[test]
-fn a_vm_without_a_supervisor_gets_one() {
+fn gc_with_unsupervised_vm_starts_a_supervisor() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
@@ -226,7 +226,7 @@ fn a_vm_without_a_supervisor_gets_one() {
 
 /// Killed when it was whole, before anybody was told of it; then the power was cut.
 #[test]
-fn a_vm_that_nobody_was_told_of_is_told_and_gives_its_address_away() {
+fn audit_of_unacknowledged_vm_reports_it_and_create_vm_replaces_it() {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -259,7 +259,7 @@ fn a_vm_that_nobody_was_told_of_is_told_and_gives_its_address_away() {
 }
 
 #[test]
-fn a_vm_that_is_off_and_should_run_is_told() {
+fn audit_of_stopped_vm_that_should_run_reports_it() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     host.lose_power();
@@ -273,7 +273,7 @@ fn a_vm_that_is_off_and_should_run_is_told() {
 }
 
 #[test]
-fn a_record_that_can_not_be_read_is_told_and_nothing_of_it_is_touched() {
+fn gc_with_unreadable_record_reports_and_keeps_it() {
     let Some(host) = Host::new() else { return };
     let (disk, other) = (host.disk(), host.disk());
     let record = host.store().disk_dir(&disk).join("disk.json");
@@ -303,7 +303,7 @@ fn a_record_that_can_not_be_read_is_told_and_nothing_of_it_is_touched() {
 
 /// As of a copy of the state directory without links, and of one somebody changed.
 #[test]
-fn what_a_record_gives_a_vm_is_its_own_by_name_again() {
+fn gc_with_missing_reservations_restores_them() {
     let Some(host) = Host::new() else { return };
     let (stemcell, state) = (host.stemcell(), host.path("state"));
     let mut arguments = host.vm_arguments(&stemcell);
@@ -343,7 +343,7 @@ fn what_a_record_gives_a_vm_is_its_own_by_name_again() {
 }
 
 #[test]
-fn two_vms_with_one_uid_are_told() {
+fn gc_with_two_vms_of_one_uid_reports_them() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (one, other) = (host.vm(&stemcell), host.vm(&stemcell));
@@ -363,7 +363,7 @@ fn two_vms_with_one_uid_are_told() {
 }
 
 #[test]
-fn what_belongs_to_nothing_is_removed() {
+fn gc_with_stray_files_removes_them() {
     let Some(host) = Host::new() else { return };
     host.ok("delete_stemcell", &json!([host.stemcell()]));
     let state = host.path("state");
@@ -388,7 +388,7 @@ fn what_belongs_to_nothing_is_removed() {
 }
 
 #[test]
-fn a_qemu_whose_vm_is_gone_is_ended() {
+fn gc_with_orphaned_qemu_ends_it() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let (paths, aside) = (host.paths(&vm), host.path("aside"));
@@ -405,7 +405,7 @@ fn a_qemu_whose_vm_is_gone_is_ended() {
 }
 
 #[test]
-fn two_state_directories_do_not_share_a_run_directory() {
+fn call_with_run_dir_of_another_state_directory_is_refused() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     host.reconfigure(|config| config["state_dir"] = json!(host.path("other")));
