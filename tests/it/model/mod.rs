@@ -37,7 +37,7 @@ fn number(variable: &str) -> Option<u64> {
 
 #[test]
 #[allow(clippy::print_stdout)]
-fn whatever_happens_the_host_is_what_was_acknowledged() {
+fn run_random_steps_matches_the_model() {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
     let (seed, wanted) = (number(SEED).unwrap_or_else(now), number(STEPS));
     let Some(mut lab) = Lab::new() else { return };
