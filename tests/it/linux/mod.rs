@@ -23,7 +23,7 @@ fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
 }
 
 #[test]
-fn data_survives_detaching_rebooting_and_what_the_director_does() {
+fn replay_director_flows_keeps_the_data() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let stemcell = import(&host, &dir);
@@ -58,7 +58,7 @@ fn data_survives_detaching_rebooting_and_what_the_director_does() {
 }
 
 #[test]
-fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
+fn write_in_full_pool_pauses_the_guest_until_there_is_space() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(pool) = Filesystem::new(64) else { return };
     let config = json!({"agent": agent(), "pools": {"tight": {"path": pool.path()}}});
@@ -89,7 +89,7 @@ fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
 }
 
 #[test]
-fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
+fn resize_update_and_restore_mounted_disk_keep_its_data() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let guest = Guest::boot(&host, &import(&host, &dir));
@@ -124,7 +124,7 @@ fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
 }
 
 #[test]
-fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() {
+fn boot_with_two_networks_orders_nics_and_routes() {
     let Some(dir) = stemcell_dir() else { return };
     let networks =
         json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
@@ -189,7 +189,7 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
 }
 
 #[test]
-fn a_disk_is_the_same_whatever_becomes_of_the_guest_and_in_whatever_order_it_comes_back() {
+fn reboot_crash_or_reattach_keeps_disks_by_serial() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let mut guest = Guest::boot(&host, &import(&host, &dir));
