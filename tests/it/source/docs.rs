@@ -14,7 +14,7 @@ fn program(arguments: &[&str]) -> std::process::Output {
 }
 
 #[test]
-fn the_reference_pages_are_those_of_this_program() {
+fn reference_pages_match_the_program() {
     for page in ["config", "cloud-properties"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("docs/{page}.md"));
         let printed = program(&["reference", page]);
@@ -53,7 +53,7 @@ const METHODS: [&str; 21] = [
 ];
 
 #[test]
-fn the_table_of_deadlines_is_that_of_this_program() {
+fn default_deadlines_match_the_documented_table() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operating.md"))
         .unwrap();
     let section =
@@ -87,7 +87,7 @@ fn test_module(path: &str) -> Option<String> {
 
 /// docs/reliability.md names tests as `module::test` and whole modules as `module::module`.
 #[test]
-fn promises_name_tests_that_exist() {
+fn reliability_promises_name_existing_tests() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reliability.md");
     let text = fs::read_to_string(path).unwrap();
     let named: Vec<_> = text
@@ -106,7 +106,7 @@ fn promises_name_tests_that_exist() {
 }
 
 #[test]
-fn the_selftest_passes() {
+fn selftest_on_sound_host_passes() {
     let Some(host) = Host::new() else { return };
     let output = host.namespace().run(|| host.cpi().args(["selftest", "--json"]).output().unwrap());
     let report: Value =

@@ -64,7 +64,7 @@ fn objection(from: &str, to: &str) -> Option<&'static str> {
 }
 
 #[test]
-fn arrows_point_down() {
+fn imports_between_layers_point_down() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut arrows = BTreeSet::new();
     for file in rust_files(&root) {
@@ -89,7 +89,7 @@ fn arrows_point_down() {
 }
 
 #[test]
-fn the_table_objects_to_what_it_should() {
+fn check_import_refuses_upward_and_peer_imports() {
     assert_eq!(objection("rpc", "cpi"), None);
     assert_eq!(objection("config", "schema"), None);
     assert_eq!(objection("net", "net"), None);
@@ -99,7 +99,7 @@ fn the_table_objects_to_what_it_should() {
 }
 
 #[test]
-fn paths_are_found_wherever_they_stand() {
+fn parse_imports_finds_every_path() {
     let source = "
         use crate::{cid::{Cid, VmCid}, error::Result};
         use crate::store;

@@ -48,7 +48,7 @@ fn leaves(keys: Vec<Key>, above: &str) -> Vec<(String, Option<Value>)> {
 }
 
 #[test]
-fn every_key_is_a_property_and_every_property_a_key() {
+fn release_spec_lists_every_configuration_key() {
     let properties = properties();
     let mut expected: Vec<String> =
         leaves(Config::keys(), "").into_iter().map(|(path, _)| path).collect();
@@ -58,7 +58,7 @@ fn every_key_is_a_property_and_every_property_a_key() {
 }
 
 #[test]
-fn the_defaults_named_are_the_programs() {
+fn release_spec_names_the_default_values() {
     let properties = properties();
     for (path, default) in leaves(Config::keys(), "") {
         let text = &properties[&path];
