@@ -9,7 +9,7 @@ use bosh_qemu_cpi::store::DiskRecord;
 use bosh_qemu_cpi::store::record::{AttachmentPhase, DiskImage};
 use serde_json::{Value, json};
 
-use crate::support::crash_points::armed;
+use crate::support::crash_points::call_with_crash;
 use crate::support::host::{GUEST, Host, MUTE_GUEST, eventually, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
 use crate::support::skip;
@@ -125,13 +125,16 @@ fn gc_after_killed_delete_disk_finishes_it() {
     let Some(host) = Host::new() else { return };
     let disk = host.disk();
     let killed = |point| {
-        assert!(armed(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(), "{point}")
+        assert!(
+            call_with_crash(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(),
+            "{point}"
+        )
     };
     killed("lock of a metadata taken#1");
     assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");
     killed("a disk's file removed#1");
     mended(&host, "unfinished", disk.as_str());
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -195,7 +198,9 @@ fn gc_with_unacknowledged_objects_reports_them() {
         ("snapshot_disk", json!([disk, {}]), "delete_snapshot"),
         ("create_stemcell", json!([image, {}]), "delete_stemcell"),
     ] {
-        assert!(armed(&host, create, &arguments, [("AT", "done, not answered")]).is_none());
+        assert!(
+            call_with_crash(&host, create, &arguments, [("AT", "done, not answered")]).is_none()
+        );
         let found = untold();
         assert_eq!(found.len(), 1, "{create}: {found:?}");
         // It may have been told of all the same.
@@ -205,8 +210,13 @@ fn gc_with_unacknowledged_objects_reports_them() {
     }
     // Whoever names it knows it.
     assert!(
-        armed(&host, "create_disk", &json!([8, {}, null]), [("AT", "done, not answered")])
-            .is_none()
+        call_with_crash(
+            &host,
+            "create_disk",
+            &json!([8, {}, null]),
+            [("AT", "done, not answered")]
+        )
+        .is_none()
     );
     let known = untold().pop().unwrap();
     host.ok("set_disk_metadata", &json!([known, {}]));

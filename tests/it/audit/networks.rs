@@ -9,7 +9,7 @@ use bosh_qemu_cpi::store::Phase;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, gone, vm_cid};
+use crate::support::host::{Host, vm_cid, wait_for_exit};
 use crate::support::{nftables, skip};
 
 const GUARD: &str = "bosh-qemu-guard";
@@ -65,7 +65,7 @@ fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     let stemcell = host.stemcell();
     let (stays, goes) =
         (forwarded_vm(&host, &stemcell, 2201), forwarded_vm(&host, &stemcell, 2202));
-    host.sees(&goes, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&goes, "BOOTSECTOR-OK", 1);
     host.ok("delete_vm", &json!([stays]));
     let before = host.namespace().run(|| nftables::elements(GUARD));
     let stays = forwarded_vm(&host, &stemcell, 2201);
@@ -85,7 +85,7 @@ fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     ] {
         assert!(why.contains(word), "{word} in {why}");
     }
-    gone(&qemu);
+    wait_for_exit(&qemu);
     assert!(host.namespace().link(&link).is_none());
     assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), of_one, "the other's are there");
     assert!(host.qemu(&stays).is_some() && host.namespace().link(&tap(&host, &stays)).is_some());
@@ -97,7 +97,7 @@ fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     assert!(host.namespace().link("bosh-nat0").is_some());
     mended(&host, "orphan", &last);
     host.ok("delete_stemcell", &json!([stemcell]));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -105,14 +105,14 @@ fn delete_vm_without_directory_removes_everything_of_it() {
     let Some(host) = host_with_a_group() else { return };
     let stemcell = host.stemcell();
     let vm = forwarded_vm(&host, &stemcell, 2203);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let qemu = host.qemu(&vm).unwrap();
     lose(&host, &vm);
     host.ok("delete_vm", &json!([vm]));
-    gone(&qemu);
+    wait_for_exit(&qemu);
     fs::remove_dir_all(host.path("aside")).unwrap();
     host.ok("delete_stemcell", &json!([stemcell]));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn gc_restores_kept_networks_and_removes_others() {
     fs::remove_file(host.path("state/networks/lab0.json")).unwrap();
     mended(&host, "orphan", &"lab0");
     assert!(host.namespace().link("lab0").is_none());
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn gc_with_half_made_network_removes_it() {
     fs::write(&record, text.replace("\"ready\"", "\"creating\"")).unwrap();
     assert!(mended(&host, "unfinished", &network).contains("its creation was cut short"));
     assert!(!record.exists());
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -245,7 +245,7 @@ fn remove_unreadable_managed_network_follows_its_finding() {
     fs::rename(&dir, host.path("aside")).unwrap();
     host.command(&["network", "remove", network, "--json"]);
     assert_eq!(findings(&host, "audit"), (true, vec![]));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 /// Does `act` with another state directory and another run directory configured.
@@ -304,7 +304,7 @@ fn gc_with_two_state_directories_on_one_network_touches_only_its_own() {
         clean();
         assert!(host.command(&["network", "remove", "--json"]).0);
         assert!(host.namespace().link("bosh-nat0").is_none());
-        host.clear();
+        host.delete_everything();
     });
 }
 
@@ -314,7 +314,7 @@ fn gc_with_foreign_processes_in_cgroup_keeps_them() {
     let vm = host.booted_vm();
     let (qemu, supervisor) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     let link = tap(&host, &vm);
     // As in a copy of the state directory, which has a run directory of its own.
     let run = host.paths(&vm).run;

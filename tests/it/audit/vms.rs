@@ -12,8 +12,8 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, SnapshotRecord, VmRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::crash_points::{armed, for_each_crash_point};
-use crate::support::host::{Host, eventually, gone, text, vm_cid};
+use crate::support::crash_points::{call_with_crash, for_each_crash_point};
+use crate::support::host::{Host, eventually, text, vm_cid, wait_for_exit};
 use crate::support::skip;
 
 /// Kind, thing and cure of each finding, and whether the command said that all is well.
@@ -151,7 +151,7 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
                 host.ok("delete_disk", &json!([disk]));
             }
             let left: Vec<_> =
-                host.left().into_iter().filter(|left| !left.contains(&stemcell)).collect();
+                host.leaks().into_iter().filter(|left| !left.contains(&stemcell)).collect();
             assert!(left.is_empty(), "{}: {left:?}", crash.point);
             format!("{} findings", reported.len())
         },
@@ -216,7 +216,7 @@ fn gc_with_unsupervised_vm_starts_a_supervisor() {
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     assert_eq!(audit(&host), one("unsupervised", &vm, "gc"));
     assert!(host.supervisor(&vm).is_none(), "audit only looks");
     assert_eq!(findings(&host, &["gc", "--json"]), (true, one("unsupervised", &vm, "mended")));
@@ -232,7 +232,7 @@ fn audit_of_unacknowledged_vm_reports_it_and_create_vm_replaces_it() {
     }
     let Some(host) = Host::new() else { return };
     let arguments = host.vm_arguments(&host.stemcell());
-    let made = armed(&host, "create_vm", &arguments, [("AT", "pending note removed")]);
+    let made = call_with_crash(&host, "create_vm", &arguments, [("AT", "pending note removed")]);
     assert!(made.is_none());
     host.lose_power();
     host.command(&["host", "start", "--json"]);
@@ -250,7 +250,9 @@ fn audit_of_unacknowledged_vm_reports_it_and_create_vm_replaces_it() {
 
     // Whoever names it knows it.
     host.ok("delete_vm", &json!([vm]));
-    assert!(armed(&host, "create_vm", &arguments, [("AT", "pending note removed")]).is_none());
+    assert!(
+        call_with_crash(&host, "create_vm", &arguments, [("AT", "pending note removed")]).is_none()
+    );
     let named = host.store().list::<VmRecord>().unwrap().pop().unwrap();
     host.ok("set_vm_metadata", &json!([named, {}]));
     assert_eq!(audit(&host), []);
@@ -383,7 +385,7 @@ fn gc_with_stray_files_removes_them() {
     assert!(clean, "{found:?}");
     assert!(new.exists() && !old.exists(), "one that may be being written stays");
     fs::remove_file(new).unwrap();
-    host.assert_nothing_left();
+    host.assert_no_leaks();
     assert_eq!(host.store().list::<StemcellRecord>().unwrap().len(), 0);
 }
 
@@ -399,7 +401,7 @@ fn gc_with_orphaned_qemu_ends_it() {
     assert_eq!(found, one("orphan", &vm, "gc"));
     assert!(host.qemu(&vm).is_some(), "audit only looks");
     assert_eq!(findings(&host, &["gc", "--json"]), (true, one("orphan", &vm, "mended")));
-    gone(&qemu);
+    wait_for_exit(&qemu);
     assert!(!paths.run.exists());
     fs::rename(&aside, &paths.dir).unwrap();
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::remote::Pair;
 use crate::support::answer::Answer;
 use crate::support::host::Host;
-use crate::support::remote::{Office, Socket};
+use crate::support::remote::{Director, SocketUnit};
 
 /// Where each method has cids: the argument's position and the kind. `create_vm` has a list of disks besides.
 fn cids(method: &str) -> &'static [(usize, &'static str)] {
@@ -125,7 +125,7 @@ impl<'a> Flow<'a> {
         }
         agents.before(&method, arguments);
         let answer = (self.ask)(&request.to_string());
-        self.host.note(&answer.stdout);
+        self.host.track_vms(&answer.stdout);
         if let Ok(result) = &answer.outcome {
             agents.after(&method, &request["arguments"], result);
         }
@@ -189,8 +189,8 @@ macro_rules! flows {
             $(
                 #[test]
                 fn $test() {
-                    let Some(Pair { host, office, sshd: _sshd }) = Pair::new() else { return };
-                    replay($name, &host, &|request| office.ask(request));
+                    let Some(Pair { host, director, sshd: _sshd }) = Pair::new() else { return };
+                    replay($name, &host, &|request| director.ask(request));
                 }
             )*
         }
@@ -201,10 +201,10 @@ macro_rules! flows {
             $(
                 #[test]
                 fn $test() {
-                    let (Some(host), Some(office)) = (Host::new(), Office::new()) else { return };
-                    let socket = Socket::start(&office, &host);
-                    office.configure(&json!({"transport": socket.transport()}));
-                    replay($name, &host, &|request| office.ask(request));
+                    let (Some(host), Some(director)) = (Host::new(), Director::new()) else { return };
+                    let socket = SocketUnit::start(&director, &host);
+                    director.configure(&json!({"transport": socket.transport()}));
+                    replay($name, &host, &|request| director.ask(request));
                 }
             )*
         }

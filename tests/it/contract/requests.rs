@@ -8,7 +8,7 @@ use bosh_qemu_cpi::rpc::{call::Call, request::Request};
 use serde_json::{Value, json};
 
 use crate::support::answer::{Answer, run};
-use crate::support::installation::{World, recorded_requests};
+use crate::support::installation::{Installation, recorded_requests};
 
 const INFO: &[u8] = br#"{"method":"info","arguments":[]}"#;
 
@@ -30,9 +30,9 @@ fn parse_every_recorded_request_succeeds() {
 
 #[test]
 fn answer_every_recorded_request_without_cpi_error() {
-    let world = World::new();
+    let installation = Installation::new();
     for (flow, request) in recorded_requests() {
-        let answer = world.ask(&request);
+        let answer = installation.ask(&request);
         let lost = answer.outcome.as_ref().is_err_and(|failure| failure.kind == "CpiError");
         assert!(!lost, "{flow}: {request}: {answer:?}");
     }
@@ -40,25 +40,28 @@ fn answer_every_recorded_request_without_cpi_error() {
 
 #[test]
 fn info_without_state_or_configuration_succeeds() {
-    let world = World::new();
+    let installation = Installation::new();
     let expected = json!({"api_version": 3, "stemcell_formats": ["openstack-qcow2", "openstack-raw", "qemu-light"]});
-    assert_eq!(world.ask_raw(INFO).result(), &expected);
-    assert!(!world.path("state").exists() && !world.path("run").exists(), "info touches nothing");
-    fs::write(world.config(), "broken").unwrap();
-    assert_eq!(world.ask_raw(INFO).result(), &expected);
-    fs::remove_file(world.config()).unwrap();
-    let answer = world.ask_raw(INFO);
+    assert_eq!(installation.ask_raw(INFO).result(), &expected);
+    assert!(
+        !installation.path("state").exists() && !installation.path("run").exists(),
+        "info touches nothing"
+    );
+    fs::write(installation.config(), "broken").unwrap();
+    assert_eq!(installation.ask_raw(INFO).result(), &expected);
+    fs::remove_file(installation.config()).unwrap();
+    let answer = installation.ask_raw(INFO);
     assert_eq!(answer.result(), &expected);
     assert_eq!(answer.stderr, "");
 }
 
 #[test]
 fn call_with_broken_configuration_answers_cpi_error() {
-    let world = World::with(&json!({"qemu": {"acel": "hunter2"}}));
-    let answer = world.call("has_vm", &json!(["vm-1"]));
+    let installation = Installation::with(&json!({"qemu": {"acel": "hunter2"}}));
+    let answer = installation.call("has_vm", &json!(["vm-1"]));
     let expected = format!(
         "has_vm: '{}': qemu.acel: unknown key; did you mean 'accel'?",
-        world.config().display()
+        installation.config().display()
     );
     assert_eq!(
         (answer.failure().kind.as_str(), &answer.failure().message),
@@ -69,8 +72,8 @@ fn call_with_broken_configuration_answers_cpi_error() {
 #[test]
 fn call_with_wrong_context_type_names_the_key() {
     let context = json!({"director_uuid": "u", "agent": {"mbus": 7}});
-    let answer =
-        World::new().ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
+    let answer = Installation::new()
+        .ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
     assert_eq!(
         answer.failure().message,
         "has_vm: context.agent.mbus: expected a non-empty string, got 7"
@@ -79,7 +82,7 @@ fn call_with_wrong_context_type_names_the_key() {
 
 #[test]
 fn call_with_malformed_request_answers_cpi_error() {
-    let world = World::new();
+    let installation = Installation::new();
     let deep = "[".repeat(200_000);
     for request in [
         b"".as_slice(),
@@ -96,7 +99,7 @@ fn call_with_malformed_request_answers_cpi_error() {
         format!("{{\"method\":\"create_vm\",\"arguments\":[{deep}").as_bytes(),
         "{\"a\":".repeat(200_000).as_bytes(),
     ] {
-        let answer = world.ask_raw(request);
+        let answer = installation.ask_raw(request);
         assert_eq!(
             answer.failure().kind,
             "CpiError",
@@ -108,17 +111,21 @@ fn call_with_malformed_request_answers_cpi_error() {
 
 #[test]
 fn call_unknown_method_answers_not_implemented() {
-    let world = World::new();
+    let installation = Installation::new();
     for method in
         ["no_such_method", "ping", "current_vm_id", "configure_networks", "", "InFo", "x\ny"]
     {
-        assert_eq!(world.call(method, &json!([])).failure().kind, "NotImplemented", "{method}");
+        assert_eq!(
+            installation.call(method, &json!([])).failure().kind,
+            "NotImplemented",
+            "{method}"
+        );
     }
 }
 
 #[test]
 fn call_with_invalid_cid_names_the_argument() {
-    let world = World::new();
+    let installation = Installation::new();
     let long = "x".repeat(300);
     for cid in
         ["../../etc/passwd", "/", "", "a\0b", "vm-1\n", "vm-1,foo=bar", "-drive", &long, "väm"]
@@ -132,7 +139,7 @@ fn call_with_invalid_cid_names_the_argument() {
             ("create_disk", json!([1, {}, cid]), "argument 3, vm_cid: "),
             ("create_vm", json!(["a", "s", {}, {}, ["d-1", cid], {}]), "argument 5, disk_cids.1: "),
         ] {
-            let answer = world.call(method, &arguments);
+            let answer = installation.call(method, &arguments);
             let failure = answer.failure();
             assert_eq!(failure.kind, "CpiError", "{method} {cid:?}");
             assert!(
@@ -147,10 +154,10 @@ fn call_with_invalid_cid_names_the_argument() {
 
 #[test]
 fn call_with_unsupported_api_version_is_refused() {
-    let world = World::new();
+    let installation = Installation::new();
     let asked = |method: &str, arguments: Value, context: Value, version: Value| {
         let request = json!({"method": method, "arguments": arguments, "context": context, "api_version": version});
-        world.ask(&request)
+        installation.ask(&request)
     };
     for version in [json!(1), json!(2), json!(3), json!(99), json!(null)] {
         assert_eq!(asked("info", json!([]), json!({}), version).result()["api_version"], 3);
@@ -168,36 +175,36 @@ fn call_with_unsupported_api_version_is_refused() {
 
 #[test]
 fn call_with_large_request_reads_stdin_to_its_end() {
-    let world = World::new();
+    let installation = Installation::new();
     let large = json!({"bosh": {"padding": "x".repeat(10 << 20)}});
     let arguments = json!(["a", "s-1", {}, {"n": {"type": "nonsense"}}, [], large]);
-    let answer = world.call("create_vm", &arguments);
+    let answer = installation.call("create_vm", &arguments);
     assert!(
         answer.failure().message.starts_with("create_vm: argument 4, networks.n.type: "),
         "{answer:?}"
     );
-    assert!(world.call("no_such_method", &json!(["x".repeat(10 << 20)])).outcome.is_err());
+    assert!(installation.call("no_such_method", &json!(["x".repeat(10 << 20)])).outcome.is_err());
     // Not even JSON, and more than is looked at.
-    let answer = world.ask_raw(&vec![b'['; 20 << 20]);
+    let answer = installation.ask_raw(&vec![b'['; 20 << 20]);
     assert_eq!(answer.failure().message, "the request has 20971520 bytes, more than 16777216");
 }
 
 #[test]
 fn call_without_stdin_answers_empty_request() {
-    let world = World::new();
-    let mut nothing = world.cpi();
+    let installation = Installation::new();
+    let mut nothing = installation.cpi();
     let output = nothing.stdin(Stdio::null()).output().unwrap();
     assert!(Answer::of(&output).failure().message.starts_with("the request is empty"));
-    let output = redirected(&world, "<&-").output().unwrap();
+    let output = redirected(&installation, "<&-").output().unwrap();
     assert!(Answer::of(&output).failure().message.starts_with("the request is empty"));
 }
 
 #[test]
 fn call_without_stderr_still_answers() {
-    let world = World::with(&json!({"log": {"level": "trace"}}));
+    let installation = Installation::with(&json!({"log": {"level": "trace"}}));
     let request = br#"{"method":"has_vm","arguments":["vm-1"]}"#;
-    drop(Answer::of(&run(redirected(&world, "2>&-"), request)));
-    let mut child = world
+    drop(Answer::of(&run(redirected(&installation, "2>&-"), request)));
+    let mut child = installation
         .cpi()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -212,9 +219,9 @@ fn call_without_stderr_still_answers() {
 
 #[test]
 fn call_without_stdout_exits_successfully() {
-    let world = World::new();
+    let installation = Installation::new();
     for request in [INFO, br#"{"method":"has_vm","arguments":["vm-1"]}"#] {
-        let mut child = world
+        let mut child = installation
             .cpi()
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -228,7 +235,7 @@ fn call_without_stdout_exits_successfully() {
         assert!(child.wait().unwrap().success(), "{stderr}");
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
-    let output = run(redirected(&world, ">&-"), INFO);
+    let output = run(redirected(&installation, ">&-"), INFO);
     assert!(
         output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),
         "{output:?}"
@@ -237,30 +244,30 @@ fn call_without_stdout_exits_successfully() {
 
 #[test]
 fn info_without_environment_or_directory_succeeds() {
-    let world = World::new();
-    let gone = world.path("gone");
+    let installation = Installation::new();
+    let gone = installation.path("gone");
     fs::create_dir(&gone).unwrap();
-    let mut command = redirected(&world, "");
+    let mut command = redirected(&installation, "");
     command.arg("rmdir").current_dir(&gone).env_clear();
     assert!(Answer::of(&run(command, INFO)).outcome.is_ok());
     assert!(!gone.exists());
 }
 
 /// The CPI with its descriptors as `redirection` says; a further argument "rmdir" removes its directory first.
-fn redirected(world: &World, redirection: &str) -> Command {
+fn redirected(installation: &Installation, redirection: &str) -> Command {
     let script = format!(
         "[ \"$3\" != rmdir ] || rmdir \"$PWD\" || exit; exec \"$1\" --config \"$2\" {redirection}"
     );
     let mut command = Command::new("/bin/sh");
     let program = env!("CARGO_BIN_EXE_bosh-qemu-cpi");
-    command.args(["-c", &script, "sh", program]).arg(world.config());
+    command.args(["-c", &script, "sh", program]).arg(installation.config());
     command
 }
 
 #[test]
 fn call_with_secrets_neither_logs_nor_returns_them() {
     const CANARY: &str = "hunter2";
-    let world = World::with(&json!({
+    let installation = Installation::with(&json!({
         "log": {"level": "trace"},
         "agent": {"mbus": format!("nats://u:{CANARY}@10.0.0.1:4222"), "blobstore": {"password": CANARY}},
     }));
@@ -318,7 +325,7 @@ fn call_with_secrets_neither_logs_nor_returns_them() {
                 .entry("context")
                 .or_insert_with(|| json!({"director_uuid": CANARY, "password": CANARY}));
         }
-        let answer = world.ask(&request);
+        let answer = installation.ask(&request);
         assert!(!answer.stderr.contains(CANARY), "{request}: {}", answer.stderr);
         if let Err(failure) = &answer.outcome {
             assert!(!failure.message.contains(CANARY), "{request}: {}", failure.message);
@@ -327,7 +334,7 @@ fn call_with_secrets_neither_logs_nor_returns_them() {
     // A request that is cut off anywhere, too.
     let text = json!({"method": "create_vm", "arguments": whole}).to_string();
     for end in (1..text.len()).step_by(7) {
-        let answer = world.ask_raw(&text.as_bytes()[..end]);
+        let answer = installation.ask_raw(&text.as_bytes()[..end]);
         assert!(!answer.failure().message.contains(CANARY), "{}", answer.failure().message);
     }
 }

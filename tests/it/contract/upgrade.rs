@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::disk::attach::{in_qemu, is_plugged};
 use crate::disk::metadata::metadata;
 use crate::support::answer::{Answer, run};
-use crate::support::host::{GUEST, Host, gone, request, vm_cid};
+use crate::support::host::{GUEST, Host, request, vm_cid, wait_for_exit};
 use crate::support::images::record;
 
 /// A host after its reboot, with the state directory as the first version left it: but for the cids, by which tests that
@@ -103,7 +103,7 @@ fn call_on_state_of_first_version_succeeds() {
     let before = host.record(vm);
     let (well, started) = host.command(&["host", "start", "--json"]);
     assert!(well, "{started}");
-    host.sees(vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
     assert!(is_plugged(host, vm, attached));
 
     host.ok("set_vm_metadata", &json!([vm, {"name": "db/1"}]));
@@ -119,11 +119,11 @@ fn call_on_state_of_first_version_succeeds() {
     assert_eq!(record(host, free).limits.iops, Some(500));
     host.ok("delete_snapshot", &json!([snapshot]));
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(vm, "BOOTSECTOR-OK", 2);
     let after = host.record(vm);
     assert_eq!((after.nics, after.machine, after.uid), (before.nics, before.machine, before.uid));
     let other = host.vm(stemcell.as_str());
-    host.sees(&other, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&other, "BOOTSECTOR-OK", 1);
     let (clean, found) = host.command(&["audit", "--json"]);
     assert!(clean, "{found}");
 }
@@ -232,7 +232,7 @@ fn ask(host: &Host, binary: &Path, method: &str, arguments: &Value) -> Value {
     command.arg("--config").arg(host.path("cpi.json"));
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let output = host.namespace().run(|| run(command, request(method, arguments).as_bytes()));
-    host.note(&String::from_utf8_lossy(&output.stdout));
+    host.track_vms(&String::from_utf8_lossy(&output.stdout));
     Answer::of(&output).result().clone()
 }
 
@@ -244,7 +244,7 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
     fs::create_dir_all(binary.parent().unwrap()).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_bosh-qemu-cpi"), &binary).unwrap();
     let vm = vm_cid(&ask(&host, &binary, "create_vm", &host.vm_arguments(&stemcell)));
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let (qemu, old) = (host.qemu(&vm).unwrap(), host.supervisor(&vm).unwrap());
     replace(&binary);
     let runs = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).unwrap();
@@ -260,15 +260,15 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
     );
 
     // A crash is the old supervisor's.
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(host.supervisor(&vm).unwrap().pid(), old.pid());
     assert!(is_plugged(&host, &vm, &disk));
 
     // A new one takes over without the guest noticing.
     let qemu = host.qemu(&vm).unwrap();
     old.signal(Signal::SIGKILL).unwrap();
-    gone(&old);
+    wait_for_exit(&old);
     host.ok("detach_disk", &json!([vm, disk]));
     let new = host.supervisor(&vm).expect("a new one");
     assert_eq!(
@@ -276,8 +276,8 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
         Path::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).canonicalize().unwrap()
     );
     assert_eq!(host.qemu(&vm).unwrap().pid(), qemu.pid());
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     assert_eq!(host.supervisor(&vm).unwrap().pid(), new.pid());
 }
 

@@ -10,7 +10,7 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::host::{Host, MUTE_GUEST, command_line, gone, json_options, text};
+use crate::support::host::{Host, MUTE_GUEST, command_line, json_options, text, wait_for_exit};
 
 fn attach(host: &Host, vm: &VmCid, disk: &DiskCid) -> Answer {
     host.call("attach_disk", &json!([vm, disk]))
@@ -83,12 +83,12 @@ fn attach_and_detach_disk_repeatedly_succeed() {
     for round in 1..=3 {
         assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk));
         assert!(is_plugged(&host, &vm, &disk));
-        host.sees(&vm, "\nU", round);
+        host.wait_for_console(&vm, "\nU", round);
         assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk), "twice is once");
         assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
         host.ok("detach_disk", &json!([vm, disk]));
         assert!(!is_plugged(&host, &vm, &disk));
-        host.sees(&vm, "\nD", round);
+        host.wait_for_console(&vm, "\nD", round);
         host.ok("detach_disk", &json!([vm, disk]));
         assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
     }
@@ -143,7 +143,7 @@ fn detach_unknown_disk_leaves_nothing() {
     let late = host.call("detach_disk", &json!([vm, disk]));
     assert!(late.failure().message.contains(vm.as_str()), "{late:?}");
     drop(work);
-    let left = host.left();
+    let left = host.leaks();
     assert!(left.iter().all(|left| !left.contains(disk.as_str())), "{left:?}");
 }
 
@@ -181,7 +181,7 @@ fn attach_disk_to_stopped_vm_plugs_it_at_boot() {
         .count();
     assert_eq!(serials, 1);
     // What was there at boot can be unplugged like what came later.
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("detach_disk", &json!([vm, kept]));
     assert!(!is_plugged(&host, &vm, &kept));
 }
@@ -225,7 +225,7 @@ fn attach_disk_with_iops_limits_it_before_and_after_reboot() {
     attach(&host, &vm, &disk).result();
     assert!(limited());
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert!(limited());
 }
 
@@ -266,7 +266,7 @@ fn change_disk_of_half_deleted_vm_is_refused_while_it_runs() {
     }
     for process in [supervisor, qemu] {
         process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
-        gone(&process);
+        wait_for_exit(&process);
     }
     host.ok("resize_disk", &json!([disk, 9]));
     let other = host.vm(&host.stemcell());
@@ -284,13 +284,13 @@ fn delete_vm_keeps_the_data_of_its_disks() {
     let (vm, disk) = (host.vm(&stemcell), host.disk());
     write_data(&host, &disk);
     attach(&host, &vm, &disk).result();
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     host.ok("delete_vm", &json!([vm]));
     assert_data(&host, &disk);
     let second = host.vm(&stemcell);
     assert_eq!(*attach(&host, &second, &disk).result(), hint(&disk));
-    host.sees(&second, "BOOTSECTOR-OK", 1);
-    host.crash(&second);
+    host.wait_for_console(&second, "BOOTSECTOR-OK", 1);
+    host.kill_qemu(&second);
     host.ok("delete_vm", &json!([second]));
     assert_data(&host, &disk);
     assert_eq!(host.ok("has_disk", &json!([disk])), true);
@@ -303,7 +303,7 @@ fn attach_disk_to_two_vms_concurrently_succeeds_once() {
     let vms = [host.vm(&stemcell), host.vm(&stemcell)];
     let disk = host.disk();
     for vm in &vms {
-        host.sees(vm, "BOOTSECTOR-OK", 1);
+        host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
     }
     for _ in 0..5 {
         let answers = std::thread::scope(|scope| {
@@ -328,9 +328,9 @@ fn detach_disk_from_unresponsive_guest_fails_and_keeps_it_attached() {
     let vm = host.vm(&host.import(MUTE_GUEST));
     let disk = host.disk();
     write_data(&host, &disk);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     attach(&host, &vm, &disk).result();
-    host.sees(&vm, "\nU", 1);
+    host.wait_for_console(&vm, "\nU", 1);
     let began = Instant::now();
     let refused = host.call("detach_disk", &json!([vm, disk]));
     assert_eq!(refused.failure().kind, "CloudError", "{refused:?}");
@@ -408,7 +408,7 @@ fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
     let (one, other, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());
     let both = [&one, &other];
     for vm in both {
-        host.sees(vm, "BOOTSECTOR-OK", 1);
+        host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
     }
     for step in 0..10 {
         let mut call = host.start("attach_disk", &json!([one, disk]));

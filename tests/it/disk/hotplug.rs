@@ -98,7 +98,7 @@ fn kill_qemu_during_attach_restarts_it_with_the_disk() {
     let vm = host.booted_vm();
     let disk = host.disk();
     killed_in_mid_call(&host, "attach_disk", &vm, &disk, AttachmentPhase::Attaching);
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert!(is_plugged(&host, &vm, &disk));
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
 }
@@ -113,7 +113,7 @@ fn kill_qemu_during_detach_restarts_it_without_the_disk() {
     killed_in_mid_call(&host, "detach_disk", &vm, &disk, AttachmentPhase::Detaching);
     // Unlocked, and before the supervisor could start the VM again.
     assert_data(&host, &disk);
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0));
 }
 
@@ -205,7 +205,7 @@ fn create_vm_with_extra_disks_slots_takes_more_disks() {
     assert_eq!(host.ok("get_disks", &json!([vm])), json!(disks));
     let refused = host.call("attach_disk", &json!([vm, host.disk()]));
     assert!(refused.failure().message.contains("20 disks"), "{refused:?}");
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     for disk in disks.iter().rev() {
         host.ok("detach_disk", &json!([vm, disk]));
     }

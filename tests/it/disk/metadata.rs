@@ -110,7 +110,7 @@ fn set_disk_metadata_during_delete_disk_is_not_found() {
     let late = Answer::of(&call.wait_with_output().unwrap());
     assert_eq!(late.failure().kind, "DiskNotFound");
     host.ok("delete_disk", &json!([disk]));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]

@@ -11,7 +11,7 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::crash_points::{armed, for_each_crash_point};
+use crate::support::crash_points::{call_with_crash, for_each_crash_point};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
@@ -50,9 +50,9 @@ fn delete_removes_images_from_their_pools() {
     let stemcell = host.stemcell();
     let vm = vm_in_pool(&host, &stemcell);
     let disk = disk_cid(&disk(&host, 8, &json!({"pool": "fast"})));
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     host.ok("attach_disk", &json!([vm, disk]));
-    host.sees(&vm, "\nU", 1);
+    host.wait_for_console(&vm, "\nU", 1);
 
     let names = |dir: PathBuf| {
         let mut names: Vec<_> = fs::read_dir(dir)
@@ -79,7 +79,7 @@ fn delete_removes_images_from_their_pools() {
         "{deleted:?}"
     );
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("detach_disk", &json!([vm, disk]));
     host.ok("delete_vm", &json!([vm]));
     assert_eq!(stemcells.names(), MARK);
@@ -94,9 +94,9 @@ fn call_on_unmounted_pool_is_refused_and_writes_nothing() {
     let (vm, kept) =
         (vm_in_pool(&host, &stemcell), disk_cid(&disk(&host, 8, &json!({"pool": "fast"}))));
     let plain = host.vm(&stemcell);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     host.power_off(&vm);
-    host.sees(&plain, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&plain, "BOOTSECTOR-OK", 1);
     fast.hide();
     let mut in_pool = host.vm_arguments(&stemcell);
     in_pool[2] = json!({"ram": 64, "pool": "fast"});
@@ -230,7 +230,10 @@ fn resize_disk_in_progress_reserves_its_growth() {
     let Some((_fast, _stemcells, host)) = host(64, json!({"overcommit": false})) else { return };
     let [one, other] = [(), ()].map(|()| disk_cid(&disk(&host, 10, &json!({"pool": "fast"}))));
     // The larger part of what is left, promised to a call that is at work.
-    assert!(armed(&host, "resize_disk", &json!([one, 35]), [("AT", "growth noted#1")]).is_none());
+    assert!(
+        call_with_crash(&host, "resize_disk", &json!([one, 35]), [("AT", "growth noted#1")])
+            .is_none()
+    );
     let refused = host.call("resize_disk", &json!([other, 35]));
     assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
     host.ok("resize_disk", &json!([one, 35]));
@@ -314,7 +317,7 @@ fn call_killed_at_any_step_leaves_nothing_in_its_pool() {
             String::new()
         });
     }
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -360,13 +363,13 @@ fn create_stemcell_of_known_file_shares_its_image() {
 
     host.ok("delete_stemcell", &json!([first]));
     let vm = host.vm(&second);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let third = host.stemcell();
     assert_eq!(image(&third), image(&second), "shared with one that was shared");
     host.ok("delete_stemcell", &json!([second]));
     host.ok("delete_stemcell", &json!([third]));
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     // A record of an older program names no file: its image is not shared.
     let old = host.stemcell();
     let store = host.store();

@@ -97,11 +97,11 @@ fn attach_disk_applies_every_property_before_and_after_reboot() {
     };
     for (index, disk) in disks.iter().enumerate() {
         host.ok("attach_disk", &json!([vm, disk]));
-        host.sees(&vm, "\nU", index + 1);
+        host.wait_for_console(&vm, "\nU", index + 1);
     }
     check("plugged in");
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     check("at boot");
     for disk in &disks {
         host.ok("detach_disk", &json!([vm, disk]));
@@ -200,18 +200,18 @@ fn use_encrypted_disk_keeps_its_data_and_leaks_no_key() {
         let attached = host.call("attach_disk", &json!([vm, disk]));
         attached.result();
         said.push(attached.stderr);
-        host.sees(&vm, "\nU", round);
+        host.wait_for_console(&vm, "\nU", round);
         nowhere(&said);
         host.ok("detach_disk", &json!([vm, disk]));
     }
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert!(inserted(&host, &vm, &disk).is_some());
     nowhere(&said);
     // The supervisor starts it again by itself.
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     assert!(inserted(&host, &vm, &disk).is_some());
     nowhere(&said);
     host.ok("detach_disk", &json!([vm, disk]));

@@ -65,7 +65,7 @@ fn reboot_crash_or_reattach_keeps_serials() {
     let mut arguments = host.vm_arguments(&host.stemcell());
     arguments[2]["ephemeral_disk"] = json!(16);
     let vm = vm_cid(&host.ok("create_vm", &arguments));
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let disks: Vec<DiskCid> = (0..3).map(|_| host.disk()).collect();
     let attach = |disk: &DiskCid| {
         let hint = host.ok("attach_disk", &json!([vm, disk]));
@@ -87,11 +87,11 @@ fn reboot_crash_or_reattach_keeps_serials() {
     }
 
     host.qmp(&vm, "system_reset", &json!({})).unwrap();
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(images(&host, &vm), first, "after a reboot of the guest");
 
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     assert_eq!(images(&host, &vm), first, "after a crash and the supervisor's restart");
 
     for order in [[2, 0, 1], [1, 2, 0]] {
@@ -102,7 +102,7 @@ fn reboot_crash_or_reattach_keeps_serials() {
     }
 
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 4);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 4);
     assert_eq!(images(&host, &vm), first, "after reboot_vm");
     disks.iter().for_each(attach);
 }

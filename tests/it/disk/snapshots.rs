@@ -124,7 +124,7 @@ fn snapshot_disk_that_is_sparse_stays_sparse() {
 /// A VM with a disk of so many MiB, all of them written.
 fn full_disk(host: &Host, stemcell: &str, mib: u64) -> (VmCid, DiskCid) {
     let vm = host.vm(stemcell);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let disk: DiskCid =
         text(&host.ok("create_disk", &json!([mib, {"format": "raw"}, null]))).parse().unwrap();
     qemu_io(host, &image(host, &disk), &record(host, &disk), &[&format!("write -P 7 0 {mib}M")]);
@@ -154,7 +154,7 @@ fn assert_nothing_of_it(host: &Host, vm: &VmCid, disk: &DiskCid) {
     assert_eq!(in_qemu(host, vm, "snap-"), [0; 3]);
     assert_eq!(in_qemu(host, vm, disk.as_str()), [0, 2, 1]);
     assert_eq!(record(host, disk).leftover, None);
-    assert!(host.left().iter().all(|left| !left.contains("snap-")), "{:?}", host.left());
+    assert!(host.leaks().iter().all(|left| !left.contains("snap-")), "{:?}", host.leaks());
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn interrupt_copy_of_attached_disk_leaves_nothing() {
     }
     let ended = format!("VM '{vm}' ended while its disk was copied");
     let call = crawling(&host, &vm, "snapshot_disk", &json!([disk, {}]));
-    host.crash(&vm);
+    host.kill_qemu(&vm);
     let message = failure(call).message;
     assert!(message.contains(&ended), "{message}");
     host.ok("reboot_vm", &json!([vm]));
@@ -255,7 +255,7 @@ fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
     let (call, process) = snapshot();
     waits("into snapshot 'snap-");
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     guest_writes(&host, &vm, &disk, "write -P 9 0 64k");
     process.signal(Signal::SIGCONT).unwrap();
     let message = failure(call).message;
@@ -274,7 +274,7 @@ fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
     let (call, process) = halted(&host, "update_disk", &json!([disk, 256, {}]), half_copy);
     waits("by update_disk");
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     process.signal(Signal::SIGCONT).unwrap();
     let message = failure(call).message;
     assert!(

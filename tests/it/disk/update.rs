@@ -70,7 +70,7 @@ fn update_disk_while_detached_copies_it() {
     }
     let vm = host.booted_vm();
     host.ok("attach_disk", &json!([vm, disk]));
-    host.sees(&vm, "\nU", 1);
+    host.wait_for_console(&vm, "\nU", 1);
     host.ok("detach_disk", &json!([vm, disk]));
     assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0; 3]);
 }
@@ -103,7 +103,7 @@ fn update_disk_while_attached_copies_it() {
         guest_writes(&host, &vm, &disk, &format!("write -P {} 7M 64k", step + 1));
     }
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("detach_disk", &json!([vm, disk]));
     assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0; 3]);
     assert_pattern(&host, &disk);

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::disk::attach::is_plugged;
 use crate::support::answer::{Answer, Failure};
-use crate::support::host::{Host, eventually, gone, text, vm_cid};
+use crate::support::host::{Host, eventually, text, vm_cid, wait_for_exit};
 use crate::vm::list::vm_list;
 
 /// A Director's threads.
@@ -82,7 +82,7 @@ fn audited<T>(host: &Host, job: impl FnOnce() -> T) -> T {
 fn call_from_32_threads_succeeds() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 4}})) else { return };
     audited(&host, || many_calls(&host));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 /// Each create takes the notes of all others for leftovers at first.
@@ -133,7 +133,7 @@ fn many_calls(host: &Host) {
     assert!(there.into_iter().all(|there| there));
 
     for vm in &vms {
-        host.sees(vm, "BOOTSECTOR-OK", 1);
+        host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
     }
     // Two VMs want each disk.
     let began = Instant::now();
@@ -246,11 +246,11 @@ fn create_vms_beyond_parallel_boots_wait() {
         // Its launch fails, and the next has its turn.
         let (qemu, supervisor) = (host.qemu(&vms[0]).unwrap(), host.supervisor(&vms[0]).unwrap());
         qemu.signal(Signal::SIGKILL).unwrap();
-        gone(&supervisor);
+        wait_for_exit(&supervisor);
     }
     assert!(seen.len() >= 3, "whoever waited had a turn: {seen:?}");
     for vm in all(&|_| true) {
-        host.note(vm.as_str());
+        host.track_vms(vm.as_str());
         host.call("delete_vm", &json!([vm])).result();
     }
     for mut caller in callers {
@@ -270,7 +270,7 @@ fn blocked() -> Option<(Host, VmCid, std::process::Child, VmCid)> {
         let vms = host.store().list::<VmRecord>().unwrap();
         vms.into_iter().find(|cid| *cid != vm && host.qemu(cid).is_some())
     });
-    host.note(slow.as_str());
+    host.track_vms(slow.as_str());
     Some((host, vm, stuck, slow))
 }
 
@@ -312,7 +312,7 @@ fn reboot_vm_without_boot_slot_names_the_holder() {
 
     let supervisor = host.supervisor(&slow).unwrap();
     host.ok("delete_vm", &json!([slow]));
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     stuck.wait().unwrap();
 }
 
@@ -321,7 +321,7 @@ fn create_vm_beyond_memory_is_refused_with_figures() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let runs = host.vm(&stemcell);
-    host.sees(&runs, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&runs, "BOOTSECTOR-OK", 1);
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[2]["ram"] = json!(64 << 20);
     let answer = host.call("create_vm", &arguments);

@@ -35,7 +35,7 @@ fn build_for_release_has_no_crash_points() {
 }
 
 /// What a call acts on, and a VM with a disk that it must not disturb.
-struct Lab {
+struct Fixture {
     host: Host,
     stemcell: String,
     bystander: VmCid,
@@ -44,19 +44,19 @@ struct Lab {
     quiet: Vec<String>,
 }
 
-impl Lab {
+impl Fixture {
     fn new() -> Option<Self> {
         let host = host()?;
         let stemcell = host.stemcell();
         let (bystander, disk) = (host.vm(&stemcell), host.disk());
-        host.sees(&bystander, "BOOTSECTOR-OK", 1);
-        let quiet = host.left();
+        host.wait_for_console(&bystander, "BOOTSECTOR-OK", 1);
+        let quiet = host.leaks();
         Some(Self { host, stemcell, bystander, disk, quiet })
     }
 
     fn booted_vm(&self) -> VmCid {
         let vm = self.host.vm(&self.stemcell);
-        self.host.sees(&vm, "BOOTSECTOR-OK", 1);
+        self.host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
         vm
     }
 
@@ -132,22 +132,22 @@ impl Lab {
     }
 
     fn assert_quiet(&self) {
-        assert_eq!(self.host.left(), self.quiet);
+        assert_eq!(self.host.leaks(), self.quiet);
     }
 }
 
 #[test]
 fn create_stemcell_killed_at_any_step_is_cleaned_up() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(fixture) = Fixture::new() else { return };
     // Not the bystander's: that one would be shared.
-    let image = lab.host.path("another-image");
+    let image = fixture.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
-    let known = [lab.stemcell.parse().unwrap()];
-    lab.walk(
+    let known = [fixture.stemcell.parse().unwrap()];
+    fixture.walk(
         "create_stemcell",
         || json!([image, {}]),
         |_, made| {
-            lab.only_whole::<StemcellRecord>(
+            fixture.only_whole::<StemcellRecord>(
                 &text(&made).parse().unwrap(),
                 "delete_stemcell",
                 &known,
@@ -158,30 +158,30 @@ fn create_stemcell_killed_at_any_step_is_cleaned_up() {
 
 #[test]
 fn create_stemcell_of_known_file_killed_at_any_step_is_cleaned_up() {
-    let Some(lab) = Lab::new() else { return };
-    let known = [lab.stemcell.parse().unwrap()];
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    let known = [fixture.stemcell.parse().unwrap()];
+    fixture.walk(
         "create_stemcell",
-        || json!([lab.host.path("image"), {}]),
+        || json!([fixture.host.path("image"), {}]),
         |_, made| {
-            lab.only_whole::<StemcellRecord>(
+            fixture.only_whole::<StemcellRecord>(
                 &text(&made).parse().unwrap(),
                 "delete_stemcell",
                 &known,
             )
         },
     );
-    assert!(lab.host.store().stemcell_dir(&known[0]).join("image.raw").exists());
+    assert!(fixture.host.store().stemcell_dir(&known[0]).join("image.raw").exists());
 }
 
 #[test]
 fn delete_stemcell_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk(
         "delete_stemcell",
-        || json!([lab.host.stemcell()]),
+        || json!([fixture.host.stemcell()]),
         |_, _| {
-            lab.assert_quiet();
+            fixture.assert_quiet();
             "gone".into()
         },
     );
@@ -189,75 +189,75 @@ fn delete_stemcell_killed_at_any_step_can_be_repeated() {
 
 #[test]
 fn create_vm_killed_at_any_step_is_cleaned_up() {
-    let Some(lab) = Lab::new() else { return };
-    let known = [lab.bystander.clone()];
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    let known = [fixture.bystander.clone()];
+    fixture.walk(
         "create_vm",
-        || lab.host.vm_arguments(&lab.stemcell),
+        || fixture.host.vm_arguments(&fixture.stemcell),
         |_, made| {
             let vm = vm_cid(&made);
-            assert!(lab.host.qemu(&vm).is_some());
-            lab.only_whole::<VmRecord>(&vm, "delete_vm", &known)
+            assert!(fixture.host.qemu(&vm).is_some());
+            fixture.only_whole::<VmRecord>(&vm, "delete_vm", &known)
         },
     );
 }
 
 #[test]
 fn delete_vm_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let disk = lab.host.disk();
+    let Some(fixture) = Fixture::new() else { return };
+    let disk = fixture.host.disk();
     let with_a_disk = || {
-        let vm = lab.host.vm(&lab.stemcell);
-        lab.host.ok("attach_disk", &json!([vm, disk]));
+        let vm = fixture.host.vm(&fixture.stemcell);
+        fixture.host.ok("attach_disk", &json!([vm, disk]));
         json!([vm])
     };
-    lab.walk("delete_vm", with_a_disk, |crash, _| {
-        assert_eq!(lab.host.ok("has_vm", crash.arguments), false);
+    fixture.walk("delete_vm", with_a_disk, |crash, _| {
+        assert_eq!(fixture.host.ok("has_vm", crash.arguments), false);
         // Whoever wants the disk now gets it.
-        lab.host.ok("attach_disk", &json!([lab.bystander, disk]));
-        lab.host.ok("detach_disk", &json!([lab.bystander, disk]));
-        let mut left = lab.host.left();
+        fixture.host.ok("attach_disk", &json!([fixture.bystander, disk]));
+        fixture.host.ok("detach_disk", &json!([fixture.bystander, disk]));
+        let mut left = fixture.host.leaks();
         left.retain(|what| !what.contains(disk.as_str()));
-        assert_eq!(left, lab.quiet);
+        assert_eq!(left, fixture.quiet);
         "gone, its disk is free".into()
     });
 }
 
 #[test]
 fn reboot_vm_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let disk = lab.host.disk();
+    let Some(fixture) = Fixture::new() else { return };
+    let disk = fixture.host.disk();
     let with_a_disk = || {
-        let vm = lab.booted_vm();
-        lab.host.ok("attach_disk", &json!([vm, disk]));
+        let vm = fixture.booted_vm();
+        fixture.host.ok("attach_disk", &json!([vm, disk]));
         json!([vm])
     };
-    lab.walk("reboot_vm", with_a_disk, |crash, _| {
+    fixture.walk("reboot_vm", with_a_disk, |crash, _| {
         let vm: VmCid = text(&crash.arguments[0]).parse().unwrap();
-        assert!(is_plugged(&lab.host, &vm, &disk) && lab.host.supervisor(&vm).is_some());
-        lab.host.ok("delete_vm", crash.arguments);
+        assert!(is_plugged(&fixture.host, &vm, &disk) && fixture.host.supervisor(&vm).is_some());
+        fixture.host.ok("delete_vm", crash.arguments);
         "runs with its disk".into()
     });
 }
 
 #[test]
 fn create_network_killed_at_any_step_is_cleaned_up() {
-    let Some(lab) = Lab::new() else { return };
-    let networks = || lab.host.store().list::<NetworkRecord>().unwrap();
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    let networks = || fixture.host.store().list::<NetworkRecord>().unwrap();
+    fixture.walk(
         "create_network",
         || json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]),
         |crash, made| {
             assert_eq!(json!(networks()), json!([made[0]]), "after '{}'", crash.point);
             assert!(
-                lab.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
+                fixture.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
                 "after '{}'",
                 crash.point
             );
-            lab.host.ok("delete_network", &json!([made[0]]));
+            fixture.host.ok("delete_network", &json!([made[0]]));
             // Also the locks of networks that were not whole.
-            lab.gc(crash.point);
-            lab.assert_quiet();
+            fixture.gc(crash.point);
+            fixture.assert_quiet();
             "one network".into()
         },
     );
@@ -265,15 +265,16 @@ fn create_network_killed_at_any_step_is_cleaned_up() {
 
 #[test]
 fn delete_network_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let made =
-        || lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    let made = || {
+        fixture.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]))
+    };
+    fixture.walk(
         "delete_network",
         || json!([made()[0]]),
         |crash, _| {
-            lab.gc(crash.point);
-            lab.assert_quiet();
+            fixture.gc(crash.point);
+            fixture.assert_quiet();
             "gone".into()
         },
     );
@@ -281,25 +282,25 @@ fn delete_network_killed_at_any_step_can_be_repeated() {
 
 #[test]
 fn create_disk_killed_at_any_step_is_cleaned_up() {
-    let Some(lab) = Lab::new() else { return };
-    let known = [lab.disk.clone()];
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    let known = [fixture.disk.clone()];
+    fixture.walk(
         "create_disk",
         || json!([8, {}, null]),
         |_, made| {
-            lab.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known)
+            fixture.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known)
         },
     );
 }
 
 #[test]
 fn delete_disk_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk(
         "delete_disk",
-        || json!([lab.host.disk()]),
+        || json!([fixture.host.disk()]),
         |_, _| {
-            lab.assert_quiet();
+            fixture.assert_quiet();
             "gone".into()
         },
     );
@@ -307,26 +308,26 @@ fn delete_disk_killed_at_any_step_can_be_repeated() {
 
 #[test]
 fn attach_disk_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let (vm, disk) = (lab.booted_vm(), lab.host.disk());
+    let Some(fixture) = Fixture::new() else { return };
+    let (vm, disk) = (fixture.booted_vm(), fixture.host.disk());
     let both = json!([vm, disk]);
     let detached = || {
-        lab.host.ok("detach_disk", &both);
+        fixture.host.ok("detach_disk", &both);
         both.clone()
     };
-    lab.walk("attach_disk", detached, |_, hint| {
+    fixture.walk("attach_disk", detached, |_, hint| {
         assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
-        assert_eq!(in_qemu(&lab.host, &vm, &disk), (true, 2, 1));
-        assert_eq!(lab.host.ok("get_disks", &json!([vm])), json!([disk]));
+        assert_eq!(in_qemu(&fixture.host, &vm, &disk), (true, 2, 1));
+        assert_eq!(fixture.host.ok("get_disks", &json!([vm])), json!([disk]));
         "attached".into()
     });
 }
 
 #[test]
 fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
-    let Some(lab) = Lab::new() else { return };
-    let (host, disk) = (&lab.host, lab.host.disk());
-    let (one, other) = (lab.booted_vm(), &lab.bystander);
+    let Some(fixture) = Fixture::new() else { return };
+    let (host, disk) = (&fixture.host, fixture.host.disk());
+    let (one, other) = (fixture.booted_vm(), &fixture.bystander);
     for_each_crash_point(
         host,
         "attach_disk",
@@ -363,30 +364,30 @@ fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
 
 #[test]
 fn detach_disk_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let (vm, disk) = (lab.booted_vm(), lab.host.disk());
+    let Some(fixture) = Fixture::new() else { return };
+    let (vm, disk) = (fixture.booted_vm(), fixture.host.disk());
     let both = json!([vm, disk]);
     let attached = || {
-        lab.host.ok("attach_disk", &both);
+        fixture.host.ok("attach_disk", &both);
         both.clone()
     };
-    lab.walk("detach_disk", attached, |_, _| {
-        assert_eq!(in_qemu(&lab.host, &vm, &disk), (false, 0, 0));
-        assert_eq!(lab.host.ok("get_disks", &json!([vm])), json!([]));
-        assert_eq!(lab.host.store().read::<DiskRecord>(&disk).unwrap().unwrap().vm, None);
+    fixture.walk("detach_disk", attached, |_, _| {
+        assert_eq!(in_qemu(&fixture.host, &vm, &disk), (false, 0, 0));
+        assert_eq!(fixture.host.ok("get_disks", &json!([vm])), json!([]));
+        assert_eq!(fixture.host.store().read::<DiskRecord>(&disk).unwrap().unwrap().vm, None);
         "detached".into()
     });
 }
 
 #[test]
 fn set_vm_metadata_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let vm = &lab.bystander;
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    let vm = &fixture.bystander;
+    fixture.walk(
         "set_vm_metadata",
         || json!([vm, {"name": "bosh/0"}]),
         |_, _| {
-            assert_eq!(lab.host.record(vm).metadata["name"], "bosh/0");
+            assert_eq!(fixture.host.record(vm).metadata["name"], "bosh/0");
             "written".into()
         },
     );
@@ -394,12 +395,12 @@ fn set_vm_metadata_killed_at_any_step_can_be_repeated() {
 
 #[test]
 fn set_disk_metadata_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk(
         "set_disk_metadata",
-        || json!([lab.disk, {"owner": "bosh"}]),
+        || json!([fixture.disk, {"owner": "bosh"}]),
         |_, _| {
-            assert_eq!(metadata(&lab.host, &lab.disk), json!({"owner": "bosh"}));
+            assert_eq!(metadata(&fixture.host, &fixture.disk), json!({"owner": "bosh"}));
             "written".into()
         },
     );

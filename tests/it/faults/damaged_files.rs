@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use serde_json::{Value, json};
 
-use crate::faults::damaged_records::Lab;
+use crate::faults::damaged_records::Fixture;
 use crate::support::host::{Host, text};
-use crate::vm::list::answering;
+use crate::vm::list::list_when_all_answer;
 
 /// What can be in the place of a file, or of a link.
 const WAYS: [&str; 5] =
@@ -76,28 +76,28 @@ struct Things {
 }
 
 impl Things {
-    fn new(lab: &Lab) -> Self {
-        let host = &lab.host;
-        let (off, logged) = (host.vm(&lab.stemcell), host.vm(&lab.stemcell));
-        host.sees(&off, "BOOTSECTOR-OK", 1);
+    fn new(fixture: &Fixture) -> Self {
+        let host = &fixture.host;
+        let (off, logged) = (host.vm(&fixture.stemcell), host.vm(&fixture.stemcell));
+        host.wait_for_console(&off, "BOOTSECTOR-OK", 1);
         host.power_off(&off);
         let encrypted =
             text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
         let (locked, noted) = (host.disk(), host.disk());
         assert!(host.command(&["network", "apply", "lab", "--json"]).0);
         let mut this = Self { off, logged, encrypted, locked, noted, things: Vec::new() };
-        this.things = this.table(lab);
+        this.things = this.table(fixture);
         this
     }
 
-    fn table(&self, lab: &Lab) -> Vec<Thing> {
-        let (host, vm) = (&lab.host, &lab.vm);
+    fn table(&self, fixture: &Fixture) -> Vec<Thing> {
+        let (host, vm) = (&fixture.host, &fixture.vm);
         let (state, exit, events) =
             (host.path("state"), host.paths(&self.off).exit(), host.paths(&self.logged).events());
         let path = |path: &Path| path.to_str().unwrap().to_owned();
         let address = host.record(vm).nics[0].rules.as_ref().unwrap().addresses[0].ip();
         let claim = format!("ip,bosh-nat0,{address},32");
-        let mut wants_address = host.vm_arguments(&lab.stemcell);
+        let mut wants_address = host.vm_arguments(&fixture.stemcell);
         wants_address[3]["net"]["ip"] = json!(address);
         let thing = |path: PathBuf, finding, needs| Thing { path, finding, needs };
         let (pin, key) = (state.join("networks/bosh-lab0.json"), state.join("disk.key"));
@@ -152,9 +152,9 @@ fn findings(host: &Host) -> BTreeSet<(String, String)> {
 #[test]
 fn audit_with_damaged_files_reports_each_once() {
     let networks = json!({"default": {}, "lab": {"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"}});
-    let Some(lab) = Lab::with(json!({"networks": networks})) else { return };
-    let things = Things::new(&lab);
-    let host = &lab.host;
+    let Some(fixture) = Fixture::with(json!({"networks": networks})) else { return };
+    let things = Things::new(&fixture);
+    let host = &fixture.host;
     assert_eq!(findings(host), BTreeSet::new());
     for how in WAYS {
         let damaged = things.things.iter().enumerate().map(|(number, thing)| {
@@ -168,7 +168,7 @@ fn audit_with_damaged_files_reports_each_once() {
             let answer = host.call(method, arguments);
             assert_eq!(answer.outcome.is_ok(), works.contains(&how), "{how}: {method}: {answer:?}");
         }
-        lab.others_work();
+        fixture.others_work();
         damaged.into_iter().for_each(Damaged::repair);
         if note.is_dir() {
             fs::remove_dir(&note).unwrap();
@@ -211,7 +211,7 @@ fn call_with_damaged_schema_or_run_dir_link_is_refused() {
             );
             assert_eq!(host.ok("has_vm", &json!([vm])), true);
             assert_eq!(host.ok("has_disk", &json!([disk])), true);
-            assert_eq!(answering(&host)[0]["state"], "running");
+            assert_eq!(list_when_all_answer(&host)[0]["state"], "running");
             damaged.repair();
         }
     }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::disk::attach::is_plugged;
 use crate::support::host::{GUEST, Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
-use crate::vm::list::answering;
+use crate::vm::list::list_when_all_answer;
 
 /// What can happen to a record.
 const DAMAGES: [&str; 8] = [
@@ -68,13 +68,13 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 /// What all damages are done to, and something of each kind that they must not disturb.
-pub struct Lab {
+pub struct Fixture {
     pub host: Host,
     pub stemcell: String,
     pub vm: VmCid,
 }
 
-impl Lab {
+impl Fixture {
     pub fn new() -> Option<Self> {
         Self::with(json!({}))
     }
@@ -84,7 +84,7 @@ impl Lab {
         let host = Host::with(config)?;
         let stemcell = host.stemcell();
         let vm = host.vm(&stemcell);
-        host.sees(&vm, "BOOTSECTOR-OK", 1);
+        host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
         Some(Self { host, stemcell, vm })
     }
 
@@ -130,7 +130,7 @@ impl Lab {
         assert!(well, "{networks}");
         let (_, started) = host.command(&["host", "start", "--json"]);
         assert!(started.to_string().contains(self.vm.as_str()), "{started}");
-        let list = answering(host);
+        let list = list_when_all_answer(host);
         let states = list.as_array().unwrap().iter();
         let ours = states.clone().find(|line| line["cid"] == json!(self.vm)).expect("a line");
         assert_eq!(ours["state"], "running");
@@ -139,52 +139,54 @@ impl Lab {
 
 #[test]
 fn call_on_damaged_stemcell_record_names_it() {
-    let Some(lab) = Lab::new() else { return };
-    let image = lab.host.path("another-image");
+    let Some(fixture) = Fixture::new() else { return };
+    let image = fixture.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
-    let stemcell = text(&lab.host.ok("create_stemcell", &json!([image, {}])));
-    let dir = lab.host.path("state/stemcells").join(&stemcell);
-    let calls =
-        [("create_vm", lab.host.vm_arguments(&stemcell)), ("delete_stemcell", json!([stemcell]))];
-    lab.walk(&dir, "stemcell.json", &calls);
+    let stemcell = text(&fixture.host.ok("create_stemcell", &json!([image, {}])));
+    let dir = fixture.host.path("state/stemcells").join(&stemcell);
+    let calls = [
+        ("create_vm", fixture.host.vm_arguments(&stemcell)),
+        ("delete_stemcell", json!([stemcell])),
+    ];
+    fixture.walk(&dir, "stemcell.json", &calls);
 }
 
 #[test]
 fn call_on_damaged_disk_record_names_it() {
-    let Some(lab) = Lab::new() else { return };
-    let disk = lab.host.disk();
-    write_pattern(&lab.host, &disk);
-    let dir = lab.host.store().disk_dir(&disk);
+    let Some(fixture) = Fixture::new() else { return };
+    let disk = fixture.host.disk();
+    write_pattern(&fixture.host, &disk);
+    let dir = fixture.host.store().disk_dir(&disk);
     let calls = [
         ("has_disk", json!([disk])),
-        ("attach_disk", json!([lab.vm, disk])),
+        ("attach_disk", json!([fixture.vm, disk])),
         ("resize_disk", json!([disk, 9])),
         ("update_disk", json!([disk, 9, {}])),
         ("snapshot_disk", json!([disk, {}])),
         ("set_disk_metadata", json!([disk, {}])),
         ("delete_disk", json!([disk])),
     ];
-    lab.walk(&dir, "disk.json", &calls);
-    assert_pattern(&lab.host, &disk);
+    fixture.walk(&dir, "disk.json", &calls);
+    assert_pattern(&fixture.host, &disk);
 }
 
 #[test]
 fn call_on_damaged_snapshot_record_names_it() {
-    let Some(lab) = Lab::new() else { return };
-    let disk = lab.host.disk();
-    let snapshot = text(&lab.host.ok("snapshot_disk", &json!([disk, {}])));
-    let dir = lab.host.path("state/snaps").join(&snapshot);
-    lab.walk(&dir, "snap.json", &[("delete_snapshot", json!([snapshot]))]);
+    let Some(fixture) = Fixture::new() else { return };
+    let disk = fixture.host.disk();
+    let snapshot = text(&fixture.host.ok("snapshot_disk", &json!([disk, {}])));
+    let dir = fixture.host.path("state/snaps").join(&snapshot);
+    fixture.walk(&dir, "snap.json", &[("delete_snapshot", json!([snapshot]))]);
 }
 
 #[test]
 fn call_on_damaged_record_of_running_vm_names_it() {
-    let Some(lab) = Lab::new() else { return };
-    let vm = lab.host.vm(&lab.stemcell);
-    let disk = lab.host.disk();
-    lab.host.ok("attach_disk", &json!([vm, disk]));
-    let qemu = lab.host.qemu(&vm).unwrap().pid();
-    let dir = lab.host.paths(&vm).dir;
+    let Some(fixture) = Fixture::new() else { return };
+    let vm = fixture.host.vm(&fixture.stemcell);
+    let disk = fixture.host.disk();
+    fixture.host.ok("attach_disk", &json!([vm, disk]));
+    let qemu = fixture.host.qemu(&vm).unwrap().pid();
+    let dir = fixture.host.paths(&vm).dir;
     let calls = [
         ("has_vm", json!([vm])),
         ("get_disks", json!([vm])),
@@ -192,29 +194,29 @@ fn call_on_damaged_record_of_running_vm_names_it() {
         ("reboot_vm", json!([vm])),
         ("detach_disk", json!([vm, disk])),
         // It may still be this VM's.
-        ("attach_disk", json!([lab.vm, disk])),
+        ("attach_disk", json!([fixture.vm, disk])),
         ("delete_disk", json!([disk])),
         ("delete_vm", json!([vm])),
     ];
     // Its guest works on, and its supervisor writes that down: the last that it has to say is that it found the disk.
-    lab.host.sees(&vm, "BOOTSECTOR-OK", 1);
-    lab.host.sees(&vm, "U1", 1);
-    lab.walk(&dir, "vm.json", &calls);
-    assert_eq!(lab.host.qemu(&vm).unwrap().pid(), qemu);
-    assert!(is_plugged(&lab.host, &vm, &disk));
+    fixture.host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
+    fixture.host.wait_for_console(&vm, "U1", 1);
+    fixture.walk(&dir, "vm.json", &calls);
+    assert_eq!(fixture.host.qemu(&vm).unwrap().pid(), qemu);
+    assert!(is_plugged(&fixture.host, &vm, &disk));
 }
 
 #[test]
 fn call_on_damaged_network_record_names_it() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(fixture) = Fixture::new() else { return };
     let subnet = |net: u8| json!([{"type": "manual", "range": format!("10.8.{net}.0/24"), "cloud_properties": {}}]);
-    let made = lab.host.ok("create_network", &subnet(0));
+    let made = fixture.host.ok("create_network", &subnet(0));
     let network = text(&made[0]);
-    let mut arguments = lab.host.vm_arguments(&lab.stemcell);
+    let mut arguments = fixture.host.vm_arguments(&fixture.stemcell);
     arguments[3] = json!({"a": {"type": "manual", "ip": "10.8.0.5", "netmask": "255.255.255.0", "gateway": "10.8.0.1",
                                 "cloud_properties": made[2]}});
-    let dir = lab.host.path("state/networks").join(&network);
-    lab.walk(
+    let dir = fixture.host.path("state/networks").join(&network);
+    fixture.walk(
         &dir,
         "network.json",
         &[("create_vm", arguments), ("delete_network", json!([network]))],
@@ -222,28 +224,28 @@ fn call_on_damaged_network_record_names_it() {
     // Others can be made, but not in its subnet.
     let whole = fs::read(dir.join("network.json")).unwrap();
     damage(&dir.join("network.json"), "empty");
-    let other = lab.host.ok("create_network", &subnet(1));
-    let refused = lab.host.call("create_network", &subnet(0));
+    let other = fixture.host.ok("create_network", &subnet(1));
+    let refused = fixture.host.call("create_network", &subnet(0));
     assert!(refused.failure().message.contains("overlaps"), "{refused:?}");
-    lab.host.ok("delete_network", &json!([other[0]]));
+    fixture.host.ok("delete_network", &json!([other[0]]));
     repair(&dir.join("network.json"), &whole);
     // Without its record it is gone for BOSH, but for what an operator sees of it.
     fs::remove_file(dir.join("network.json")).unwrap();
     assert_eq!(
-        lab.host.call("delete_network", &json!([network])).failure().kind,
+        fixture.host.call("delete_network", &json!([network])).failure().kind,
         "NetworkNotFound"
     );
-    let (well, removed) = lab.host.command(&["network", "remove", &network, "--json"]);
+    let (well, removed) = fixture.host.command(&["network", "remove", &network, "--json"]);
     assert!(well && removed["networks"][0]["state"] == "removed", "{removed}");
     assert!(!dir.exists(), "it was empty");
 }
 
 #[test]
 fn host_start_with_damaged_vms_starts_the_others() {
-    let Some(lab) = Lab::new() else { return };
-    let host = &lab.host;
-    let vms = [host.vm(&lab.stemcell), host.vm(&lab.stemcell)];
-    vms.iter().for_each(|vm| host.sees(vm, "BOOTSECTOR-OK", 1));
+    let Some(fixture) = Fixture::new() else { return };
+    let host = &fixture.host;
+    let vms = [host.vm(&fixture.stemcell), host.vm(&fixture.stemcell)];
+    vms.iter().for_each(|vm| host.wait_for_console(vm, "BOOTSECTOR-OK", 1));
     let (record, exit) = (host.paths(&vms[0]).dir.join("vm.json"), host.paths(&vms[1]).exit());
     let whole = fs::read(&record).unwrap();
     host.lose_power();
@@ -255,7 +257,7 @@ fn host_start_with_damaged_vms_starts_the_others() {
         let vms = started["vms"].as_array().unwrap().iter();
         vms.clone().find(|line| line["vm"] == json!(vm)).expect("a line")["state"].clone()
     };
-    assert_eq!(state(&lab.vm), "started");
+    assert_eq!(state(&fixture.vm), "started");
     for (vm, path) in [(&vms[0], &record), (&vms[1], &exit)] {
         assert!(
             state(vm)["failed"].as_str().unwrap().contains(path.to_str().unwrap()),
@@ -264,11 +266,11 @@ fn host_start_with_damaged_vms_starts_the_others() {
         assert!(host.qemu(vm).is_none());
     }
     // The host's rules were made anew without the damaged one.
-    lab.others_work();
+    fixture.others_work();
     repair(&record, &whole);
     fs::remove_file(&exit).unwrap();
     assert!(host.command(&["host", "start", "--json"]).0);
-    vms.iter().for_each(|vm| host.sees(vm, "BOOTSECTOR-OK", 2));
+    vms.iter().for_each(|vm| host.wait_for_console(vm, "BOOTSECTOR-OK", 2));
 }
 
 #[test]
@@ -295,13 +297,13 @@ fn call_on_pool_disk_without_record_names_it() {
 /// In the place of a whole object there is something else.
 #[test]
 fn call_on_object_behind_dangling_link_names_it() {
-    let Some(lab) = Lab::new() else { return };
-    let (host, disk) = (&lab.host, lab.host.disk());
+    let Some(fixture) = Fixture::new() else { return };
+    let (host, disk) = (&fixture.host, fixture.host.disk());
     let image = host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
     let stemcell = text(&host.ok("create_stemcell", &json!([image, {}])));
-    let off = host.vm(&lab.stemcell);
-    host.sees(&off, "BOOTSECTOR-OK", 1);
+    let off = host.vm(&fixture.stemcell);
+    host.wait_for_console(&off, "BOOTSECTOR-OK", 1);
     host.power_off(&off);
     for (dir, calls) in [
         (
@@ -323,7 +325,7 @@ fn call_on_object_behind_dangling_link_names_it() {
             let failure = answer.failure();
             assert!(failure.message.contains("has no record"), "{method}: {failure:?}");
         }
-        lab.others_work();
+        fixture.others_work();
         assert!(dir.is_symlink());
         fs::remove_file(&dir).unwrap();
         fs::rename(&aside, &dir).unwrap();
@@ -332,7 +334,7 @@ fn call_on_object_behind_dangling_link_names_it() {
 
 #[test]
 fn call_on_read_only_filesystem_only_reads() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let vm = host.booted_vm();
     let (attached, free) = (host.disk(), host.disk());
     host.ok("attach_disk", &json!([vm, attached]));
@@ -357,7 +359,7 @@ fn call_on_read_only_filesystem_only_reads() {
         "{found:?}"
     );
 
-    host.small().read_only(true);
+    host.tmpfs().read_only(true);
     for words in [["audit", "--json"].as_slice(), &["gc", "--dry-run", "--json"]] {
         assert_eq!(host.command(words), found, "{words:?}");
     }
@@ -399,7 +401,7 @@ fn call_on_read_only_filesystem_only_reads() {
         assert!(!failure.ok_to_retry, "{method}: {failure:?}");
     }
     drop(lock);
-    host.small().read_only(false);
+    host.tmpfs().read_only(false);
     assert!(host.command(&["gc", "--json"]).0);
     host.ok("reboot_vm", &json!([vm]));
     assert!(is_plugged(&host, &vm, &attached));

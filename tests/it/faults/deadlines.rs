@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::support::answer::Failure;
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{GUEST, Host, text, vm_cid};
-use crate::support::hung_filesystem::Silent;
+use crate::support::hung_filesystem::HungFilesystem;
 
 /// The deadline of methods that are to fail, seconds.
 const DEADLINE: u64 = 3;
@@ -167,7 +167,7 @@ fn call_with_hung_qemu_img_fails_at_its_deadline() {
         .arg("1M")
         .status();
     assert!(made.unwrap().success());
-    let before = host.left();
+    let before = host.leaks();
     let program = host.path("qemu-img");
     fs::write(&program, "#!/bin/sh\nexec sleep 1000\n").unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
@@ -179,7 +179,7 @@ fn call_with_hung_qemu_img_fails_at_its_deadline() {
     ] {
         let words = [program.to_str().unwrap(), "was killed at its deadline"];
         late(&host, method, &arguments, Duration::from_secs(DEADLINE), &words);
-        assert_eq!(host.left(), before, "{method} leaves nothing");
+        assert_eq!(host.leaks(), before, "{method} leaves nothing");
     }
     host.reconfigure(|config| {
         config["qemu"].as_object_mut().unwrap().remove("img_binary");
@@ -200,10 +200,10 @@ fn call_on_hung_pool_fails_at_its_timeout() {
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[2]["pool"] = json!("fast");
     let vm = vm_cid(&host.ok("create_vm", &arguments));
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     host.ok("attach_disk", &json!([vm, attached]));
 
-    let Some(silent) = Silent::over(fast.path()) else { return };
+    let Some(silent) = HungFilesystem::over(fast.path()) else { return };
     let mut another = host.vm_arguments(&stemcell);
     another[2]["pool"] = json!("fast");
     let calls = [
@@ -255,12 +255,12 @@ fn call_on_hung_pool_fails_at_its_timeout() {
 fn create_stemcell_from_hung_filesystem_fails_at_its_deadline() {
     let Some(share) = Filesystem::new(64) else { return };
     let Some(host) = hasty_host(json!({})) else { return };
-    let before = host.left();
+    let before = host.leaks();
     let image = share.path().join("image");
     let mut disk = vec![0; 1 << 20];
     disk[..GUEST.len()].copy_from_slice(GUEST);
     fs::write(&image, disk).unwrap();
-    let Some(silent) = Silent::over(share.path()) else { return };
+    let Some(silent) = HungFilesystem::over(share.path()) else { return };
     let light = json!({"image_path": image, "sha256": "0".repeat(64)});
     for (path, properties) in [(json!(image), json!({})), (json!("/dev/null"), light)] {
         let words = [image.to_str().unwrap(), "was not read by the deadline"];
@@ -271,7 +271,7 @@ fn create_stemcell_from_hung_filesystem_fails_at_its_deadline() {
             Duration::from_secs(DEADLINE),
             &words,
         );
-        assert_eq!(host.left(), before);
+        assert_eq!(host.leaks(), before);
     }
     drop(silent);
     host.ok("create_stemcell", &json!([image, {}]));

@@ -7,19 +7,21 @@ use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
 use bosh_qemu_cpi::store::{DiskRecord, Phase, SnapshotRecord};
 use serde_json::{Value, json};
 
-use crate::support::crash_points::{Crash, armed, for_each_crash_point, take_passed};
+use crate::support::crash_points::{
+    Crash, call_with_crash, for_each_crash_point, take_passed_points,
+};
 use crate::support::host::{Host, eventually, text};
 use crate::support::images::{assert_pattern, guest_writes, in_qemu, record, write_pattern};
 use crate::support::skip;
 
 /// A VM and, for each kill, a fresh disk with data in it; and a VM with a disk that must not be disturbed.
-struct Lab {
+struct Fixture {
     host: Host,
     vm: VmCid,
     bystander: (VmCid, DiskCid),
 }
 
-impl Lab {
+impl Fixture {
     fn new() -> Option<Self> {
         if !cfg!(debug_assertions) {
             skip("crash points are for builds with debug assertions");
@@ -29,7 +31,7 @@ impl Lab {
         let stemcell = host.stemcell();
         let (vm, other) = (host.vm(&stemcell), host.vm(&stemcell));
         for vm in [&vm, &other] {
-            host.sees(vm, "BOOTSECTOR-OK", 1);
+            host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
         }
         let bystander = (other, host.disk());
         Some(Self { host, vm, bystander })
@@ -95,25 +97,25 @@ impl Lab {
 }
 
 fn resize_disk(is_attached: bool) {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk(
         "resize_disk",
         is_attached,
         |disk| json!([disk, 700]),
-        |disk, _| assert_eq!(record(&lab.host, disk).size.get(), 700),
+        |disk, _| assert_eq!(record(&fixture.host, disk).size.get(), 700),
     );
 }
 
 fn update_disk(is_attached: bool) {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk(
         "update_disk",
         is_attached,
         |disk| json!([disk, 9, {"format": "raw", "iops": 1000}]),
         |disk, _| {
-            let is = record(&lab.host, disk);
+            let is = record(&fixture.host, disk);
             assert_eq!((is.size.get(), is.image().as_str()), (9, "disk-1.raw"));
-            let names = fs::read_dir(lab.host.store().disk_dir(disk))
+            let names = fs::read_dir(fixture.host.store().disk_dir(disk))
                 .unwrap()
                 .map(|entry| entry.unwrap().file_name());
             let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
@@ -126,27 +128,35 @@ fn update_disk(is_attached: bool) {
 }
 
 fn snapshot_disk(is_attached: bool) {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk(
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk(
         "snapshot_disk",
         is_attached,
         |disk| json!([disk, {}]),
         |_, made| {
-            assert_eq!(in_qemu(&lab.host, &lab.vm, "snap-"), [0; 3]);
-            lab.host.ok("delete_snapshot", &json!([made]));
+            assert_eq!(in_qemu(&fixture.host, &fixture.vm, "snap-"), [0; 3]);
+            fixture.host.ok("delete_snapshot", &json!([made]));
             eventually("leftovers are removed", || {
-                lab.host.ok("delete_disk", &json!([lab.host.disk()]));
-                lab.host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
+                fixture.host.ok("delete_disk", &json!([fixture.host.disk()]));
+                fixture
+                    .host
+                    .store()
+                    .pending_dir()
+                    .read_dir()
+                    .unwrap()
+                    .next()
+                    .is_none()
+                    .then_some(())
             });
             // A killed call may have been done but for its answer.
-            let unanswered = lab.host.store().list::<SnapshotRecord>().unwrap();
+            let unanswered = fixture.host.store().list::<SnapshotRecord>().unwrap();
             assert!(unanswered.len() <= 1, "{unanswered:?}");
             for whole in unanswered {
                 assert_eq!(
-                    lab.host.store().read::<SnapshotRecord>(&whole).unwrap().unwrap().phase,
+                    fixture.host.store().read::<SnapshotRecord>(&whole).unwrap().unwrap().phase,
                     Phase::Ready
                 );
-                lab.host.ok("delete_snapshot", &json!([whole]));
+                fixture.host.ok("delete_snapshot", &json!([whole]));
             }
         },
     );
@@ -184,32 +194,32 @@ fn snapshot_disk_while_attached_killed_at_any_step_is_cleaned_up() {
 
 #[test]
 fn delete_snapshot_killed_at_any_step_can_be_repeated() {
-    let Some(lab) = Lab::new() else { return };
-    let disk = lab.disk(false);
-    let prepare = || json!([lab.host.ok("snapshot_disk", &json!([disk, {}]))]);
-    for_each_crash_point(&lab.host, "delete_snapshot", prepare, |crash| {
-        lab.host.ok("delete_snapshot", crash.arguments);
+    let Some(fixture) = Fixture::new() else { return };
+    let disk = fixture.disk(false);
+    let prepare = || json!([fixture.host.ok("snapshot_disk", &json!([disk, {}]))]);
+    for_each_crash_point(&fixture.host, "delete_snapshot", prepare, |crash| {
+        fixture.host.ok("delete_snapshot", crash.arguments);
         assert!(
-            lab.host.store().list::<SnapshotRecord>().unwrap().is_empty(),
+            fixture.host.store().list::<SnapshotRecord>().unwrap().is_empty(),
             "after '{}'",
             crash.point
         );
-        lab.others_work(crash.point);
+        fixture.others_work(crash.point);
         "gone".into()
     });
-    assert_pattern(&lab.host, &disk);
+    assert_pattern(&fixture.host, &disk);
 }
 
 #[test]
 fn restore_disk_killed_at_any_step_is_cleaned_up() {
-    let Some(lab) = Lab::new() else { return };
-    let (host, disk, log) = (&lab.host, lab.disk(false), lab.host.path("crash-points"));
+    let Some(fixture) = Fixture::new() else { return };
+    let (host, disk, log) = (&fixture.host, fixture.disk(false), fixture.host.path("crash-points"));
     let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}])));
     let restore = |point: &str| {
         let mut command = host.cpi();
         command.env("BOSH_QEMU_CPI_CRASH_LOG", &log).env("BOSH_QEMU_CPI_CRASH_AT", point);
         let done = command.args(["disk", "restore", &snapshot]).output().unwrap().status.success();
-        (done, take_passed(&log))
+        (done, take_passed_points(&log))
     };
     let (done, points) = restore("nowhere");
     assert!(done && points.len() > 3, "{points:?}");
@@ -220,7 +230,7 @@ fn restore_disk_killed_at_any_step_is_cleaned_up() {
         host.ok("delete_disk", &json!([host.disk()]));
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
         let mut made = host.store().list::<DiskRecord>().unwrap();
-        made.retain(|made| ![&disk, &lab.bystander.1].contains(&made));
+        made.retain(|made| ![&disk, &fixture.bystander.1].contains(&made));
         // A killed restore may have been done but for its answer.
         assert!(made.len() <= 1, "{point}: {made:?}");
         for made in made {
@@ -228,43 +238,43 @@ fn restore_disk_killed_at_any_step_is_cleaned_up() {
             assert_pattern(host, &made);
             host.ok("delete_disk", &json!([made]));
         }
-        lab.others_work(&point);
+        fixture.others_work(&point);
     }
 }
 
 #[test]
 fn create_disk_after_killed_live_copy_recovers_it() {
-    let Some(lab) = Lab::new() else { return };
-    let host = &lab.host;
+    let Some(fixture) = Fixture::new() else { return };
+    let host = &fixture.host;
     for (point, image) in [
         ("qmp blockdev-mirror: answered#1", "disk.qcow2"),
         // Here the guest's I/O waits.
         ("qmp job-complete: answered#1", "disk.qcow2"),
         ("qmp job-finalize: sent#1", "disk-1.raw"),
     ] {
-        let disk = lab.disk(true);
+        let disk = fixture.disk(true);
         let update = json!([disk, 8, {"format": "raw"}]);
         assert!(
-            armed(host, "update_disk", &update, [("AT", point)]).is_none(),
+            call_with_crash(host, "update_disk", &update, [("AT", point)]).is_none(),
             "killed at {point}"
         );
         assert!(record(host, &disk).leftover.is_some(), "{point}");
         host.ok("delete_disk", &json!([host.disk()]));
         let is = record(host, &disk);
         assert_eq!((is.image().as_str(), is.leftover), (image, None), "{point}");
-        assert_eq!(in_qemu(host, &lab.vm, disk.as_str()), [0, 2, 1], "{point}");
+        assert_eq!(in_qemu(host, &fixture.vm, disk.as_str()), [0, 2, 1], "{point}");
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
-        guest_writes(host, &lab.vm, &disk, "write -P 7 7M 64k");
-        host.ok("detach_disk", &json!([lab.vm, disk]));
+        guest_writes(host, &fixture.vm, &disk, "write -P 7 7M 64k");
+        host.ok("detach_disk", &json!([fixture.vm, disk]));
         assert_pattern(host, &disk);
     }
 }
 
 #[test]
 fn delete_snapshot_of_running_backup_ends_its_job() {
-    let Some(lab) = Lab::new() else { return };
-    let (host, disk) = (&lab.host, lab.disk(true));
-    let killed = armed(
+    let Some(fixture) = Fixture::new() else { return };
+    let (host, disk) = (&fixture.host, fixture.disk(true));
+    let killed = call_with_crash(
         host,
         "snapshot_disk",
         &json!([disk, {}]),
@@ -274,7 +284,7 @@ fn delete_snapshot_of_running_backup_ends_its_job() {
     for half in host.store().list::<SnapshotRecord>().unwrap() {
         host.ok("delete_snapshot", &json!([half]));
     }
-    assert_eq!(in_qemu(host, &lab.vm, "snap-"), [0; 3]);
-    assert_eq!(in_qemu(host, &lab.vm, disk.as_str()), [0, 2, 1]);
+    assert_eq!(in_qemu(host, &fixture.vm, "snap-"), [0; 3]);
+    assert_eq!(in_qemu(host, &fixture.vm, disk.as_str()), [0, 2, 1]);
     assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0);
 }

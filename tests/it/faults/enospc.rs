@@ -9,25 +9,25 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::disk::attach::in_qemu;
-use crate::support::host::{Host, WRITING_GUEST, gone, text, vm_cid};
+use crate::support::host::{Host, WRITING_GUEST, text, vm_cid, wait_for_exit};
 use crate::support::images::{image, qemu_io, record};
-use crate::vm::list::answering;
+use crate::vm::list::list_when_all_answer;
 
 /// A VM whose guest has filled the filesystem of `host` and waits.
 fn waiting_vm(host: &Host) -> VmCid {
     let mut arguments = host.vm_arguments(&host.import(WRITING_GUEST));
     arguments[2]["root_disk"] = json!(64);
     let vm = vm_cid(&host.ok("create_vm", &arguments));
-    host.event(&vm, "BLOCK_IO_ERROR", 1);
-    host.event(&vm, "STOP", 1);
+    host.wait_for_event(&vm, "BLOCK_IO_ERROR", 1);
+    host.wait_for_event(&vm, "STOP", 1);
     vm
 }
 
 #[test]
 fn write_on_full_filesystem_pauses_the_guest_until_there_is_space() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let vm = waiting_vm(&host);
-    let listed = answering(&host);
+    let listed = list_when_all_answer(&host);
     assert_eq!(listed[0]["state"], "paused");
     assert_eq!(listed[0]["reason"], "io-error on root (no space)");
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
@@ -38,46 +38,46 @@ fn write_on_full_filesystem_pauses_the_guest_until_there_is_space() {
     let before = written(&host);
     assert!(before > 10);
 
-    host.small().grow(128);
-    host.event(&vm, "resumed", 1);
-    host.sees(&vm, "END", 1);
+    host.tmpfs().grow(128);
+    host.wait_for_event(&vm, "resumed", 1);
+    host.wait_for_console(&vm, "END", 1);
     // One for each 64 KiB of the disk but for the first.
     assert_eq!(written(&host), 1023);
-    assert_eq!(answering(&host)[0]["state"], "running");
+    assert_eq!(list_when_all_answer(&host)[0]["state"], "running");
 }
 
 /// Its supervisor died while it waited: the next one did not see why.
 #[test]
 fn resume_vm_paused_on_enospc_under_new_supervisor_succeeds() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let vm = waiting_vm(&host);
     let supervisor = host.supervisor(&vm).expect("a supervisor");
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     // Some room, but not what is taken for it: a record can be written, the guest waits on.
-    host.small().grow(26);
+    host.tmpfs().grow(26);
     host.ok("set_vm_metadata", &json!([vm, {}]));
-    host.event(&vm, "adopted", 1);
-    assert_eq!(answering(&host)[0]["reason"], "io-error on root (no space)");
-    host.small().grow(128);
-    host.event(&vm, "resumed", 1);
-    host.sees(&vm, "END", 1);
+    host.wait_for_event(&vm, "adopted", 1);
+    assert_eq!(list_when_all_answer(&host)[0]["reason"], "io-error on root (no space)");
+    host.tmpfs().grow(128);
+    host.wait_for_event(&vm, "resumed", 1);
+    host.wait_for_console(&vm, "END", 1);
 }
 
 #[test]
 fn reboot_vm_paused_on_enospc_does_not_wait() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let vm = waiting_vm(&host);
-    host.small().grow(26);
+    host.tmpfs().grow(26);
     let began = std::time::Instant::now();
     host.ok("reboot_vm", &json!([vm]));
     assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
 }
 
 #[test]
 fn delete_vm_paused_on_enospc_succeeds() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let vm = waiting_vm(&host);
     host.ok("delete_vm", &json!([vm]));
     assert_eq!(host.ok("has_vm", &json!([vm])), false);
@@ -87,7 +87,7 @@ fn delete_vm_paused_on_enospc_succeeds() {
 /// is no space and leaves what there was. The result, and how often it failed.
 fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, u64) {
     let quiet = || {
-        let mut left = host.left();
+        let mut left = host.leaks();
         left.retain(|what| what != "ballast");
         left
     };
@@ -103,10 +103,10 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
     let holds = || matches!(method, "attach_disk" | "detach_disk").then(holds);
     let before = (quiet(), holds());
     for free in (0..1000).step_by(5) {
-        host.small().fill(free);
+        host.tmpfs().fill(free);
         match host.call(method, arguments).outcome {
             Ok(result) => {
-                host.small().empty();
+                host.tmpfs().empty();
                 return (result, free);
             }
             Err(failure) => {
@@ -120,11 +120,11 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
 
 #[test]
 fn call_on_full_filesystem_answers_no_disk_space_and_leaves_nothing() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let stemcell = host.stemcell();
     let image = host.path("image");
     let bystander = host.vm(&stemcell);
-    host.sees(&bystander, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&bystander, "BOOTSECTOR-OK", 1);
     let mut table = Vec::new();
     let mut walk = |method: &'static str, arguments: Value| {
         let (result, failures) = with_ever_more_room(&host, method, &arguments);
@@ -166,7 +166,7 @@ fn call_on_full_filesystem_answers_no_disk_space_and_leaves_nothing() {
 
 #[test]
 fn snapshot_disk_during_another_copy_respects_its_space() {
-    let Some(host) = Host::on_small_filesystem(64) else { return };
+    let Some(host) = Host::on_tmpfs(64) else { return };
     let [first, second] = [0, 1].map(|_| -> DiskCid {
         let disk =
             text(&host.ok("create_disk", &json!([8, {"format": "raw"}, null]))).parse().unwrap();
@@ -176,9 +176,9 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
     let noted = |cid: &str| std::fs::write(host.store().pending_dir().join(cid), "").unwrap();
     // For one copy, but not for two.
     let has_room = |wanted: bool| {
-        host.small().fill((12 << 20) / 4096);
+        host.tmpfs().fill((12 << 20) / 4096);
         let outcome = host.call("snapshot_disk", &json!([second, {}])).outcome;
-        host.small().empty();
+        host.tmpfs().empty();
         match outcome {
             Ok(snapshot) => {
                 assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null())
@@ -211,15 +211,15 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
 
 #[test]
 fn delete_on_full_filesystem_succeeds() {
-    let Some(host) = Host::on_small_filesystem(24) else { return };
+    let Some(host) = Host::on_tmpfs(24) else { return };
     let vm = host.booted_vm();
     let disk = host.disk();
     let stemcells = host.store().list::<bosh_qemu_cpi::store::record::StemcellRecord>().unwrap();
-    host.small().fill(0);
+    host.tmpfs().fill(0);
     host.ok("delete_vm", &json!([vm]));
-    host.small().fill(0);
+    host.tmpfs().fill(0);
     host.ok("delete_disk", &json!([disk]));
-    host.small().fill(0);
+    host.tmpfs().fill(0);
     host.ok("delete_stemcell", &json!([stemcells[0]]));
-    host.small().empty();
+    host.tmpfs().empty();
 }

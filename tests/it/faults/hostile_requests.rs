@@ -92,7 +92,7 @@ fn create_with_invalid_size_is_refused() {
             refused(&host.call("create_vm", &arguments), &format!("{key}: {size}"));
         }
     }
-    assert!(!host.path("state/vms").exists() || host.left().is_empty());
+    assert!(!host.path("state/vms").exists() || host.leaks().is_empty());
 }
 
 /// QEMU's options without what must differ between two VMs.
@@ -141,9 +141,9 @@ fn create_vm_with_hostile_values_adds_no_qemu_option() {
     host.ok("set_disk_metadata", &json!([disk, {HOSTILE: HOSTILE}]));
     assert_eq!(options(&host, &vm), options(&host, &honest));
     host.ok("attach_disk", &json!([vm, disk]));
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("delete_vm", &json!([vm]));
 
     // What would become a name, a path or an option is refused.
@@ -183,7 +183,7 @@ fn create_stemcell_from_hostile_path_takes_it_literally() {
     let light = json!(["/nonexistent", {"image_path": image, "sha256": digest}]);
     let stemcell = host.ok("create_stemcell", &light);
     let vm = host.vm(stemcell.as_str().unwrap());
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     assert!(!command_line(&host.qemu(&vm).unwrap()).concat().contains("readonly=off\""));
     host.ok("delete_vm", &json!([vm]));
     host.ok("delete_stemcell", &json!([stemcell]));
@@ -250,10 +250,10 @@ fn create_vm_with_secrets_keeps_them_on_the_config_drive() {
     let vm = vm_cid(ask("create_vm", &arguments).result());
     let disk = host.disk();
     ask("attach_disk", &json!([vm, disk])).result();
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     ask("detach_disk", &json!([vm, disk])).result();
     ask("reboot_vm", &json!([vm])).result();
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     let drive = fs::read(host.paths(&vm).config_drive()).unwrap();
     let has = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
     assert!(has(&drive), "the canary is where it belongs, or this test shows nothing");

@@ -45,7 +45,7 @@ fn told_to_end(method: &str, prepare: impl Fn(&Host, &str) -> Value, undo: impl 
     const MOMENTS: u32 = 8;
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
-    let before = host.left();
+    let before = host.leaks();
     let arguments = prepare(&host, &stemcell);
     let began = Instant::now();
     host.ok(method, &arguments);
@@ -64,11 +64,11 @@ fn told_to_end(method: &str, prepare: impl Fn(&Host, &str) -> Value, undo: impl 
         let answered =
             serde_json::from_str::<Value>(&said).is_ok_and(|answer| answer["error"].is_null());
         assert!(answered || said.is_empty() && status.signal() == Some(15), "{status:?} {said:?}");
-        host.note(&said);
+        host.track_vms(&said);
         age_unsigned_locks(&host);
         clean(&host);
         undo(&host);
-        assert_eq!(host.left_at_last(), before, "SIGTERM {moment}/{MOMENTS} into {method}");
+        assert_eq!(host.leaks_after_exits(), before, "SIGTERM {moment}/{MOMENTS} into {method}");
     }
 }
 
@@ -112,7 +112,7 @@ fn create_whose_caller_is_gone_is_undone() {
     let mut bytes = vec![1; 1 << 20];
     bytes[..GUEST.len()].copy_from_slice(GUEST);
     std::fs::write(&image, bytes).unwrap();
-    let before = host.left();
+    let before = host.leaks();
     for (method, arguments) in [
         ("create_stemcell", json!([image, {}])),
         ("create_vm", host.vm_arguments(&stemcell)),
@@ -134,6 +134,6 @@ fn create_whose_caller_is_gone_is_undone() {
         let output = call.wait_with_output().unwrap();
         let log = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && log.contains("undone: delete"), "{method}: {log}");
-        assert_eq!(host.left(), before, "{method}");
+        assert_eq!(host.leaks(), before, "{method}");
     }
 }

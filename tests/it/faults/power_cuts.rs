@@ -16,12 +16,14 @@ use crate::disk::metadata::metadata;
 use crate::support::answer::Answer;
 use crate::support::host::{GUEST, Host, request, text, vm_cid};
 use crate::support::images::{assert_pattern, assert_pattern_in, image, write_pattern};
-use crate::support::power::Step;
-use crate::support::power::disk::{Cut, Disk, Entry, Loss, Tree, cuts, restore};
-use crate::support::power::recorder::record;
+use crate::support::power_cut::Step;
+use crate::support::power_cut::filesystem_model::{
+    Cut, Entry, FilesystemModel, Loss, Tree, cuts, restore,
+};
+use crate::support::power_cut::recorder::record;
 
 /// A stemcell, a VM that is off and has a disk, and one disk more.
-struct Lab {
+struct Fixture {
     host: Host,
     stemcell: String,
     vm: VmCid,
@@ -29,7 +31,7 @@ struct Lab {
     free: DiskCid,
 }
 
-impl Lab {
+impl Fixture {
     fn new() -> Option<Self> {
         Self::on(Host::new()?)
     }
@@ -52,7 +54,7 @@ impl Lab {
     fn on(host: Host) -> Option<Self> {
         let stemcell = host.stemcell();
         let vm = host.vm(&stemcell);
-        host.sees(&vm, "BOOTSECTOR-OK", 1);
+        host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
         let (attached, free) = (host.disk(), host.disk());
         host.ok("attach_disk", &json!([vm, attached]));
         host.power_off(&vm);
@@ -66,13 +68,13 @@ impl Lab {
         let root = host.path("");
         let root = root.as_path();
         host.lose_power();
-        let (before, quiet) = (Disk::of(root), host.left());
+        let (before, quiet) = (FilesystemModel::of(root), host.leaks());
         let (output, steps) = host
             .namespace()
             .run(|| record(host.cpi(), request(method, arguments).as_bytes(), root));
-        host.note(&String::from_utf8_lossy(&output.stdout));
+        host.track_vms(&String::from_utf8_lossy(&output.stdout));
         let result = Answer::of(&output).result().clone();
-        let (cuts, after) = (cuts(&before, &steps, root), Disk::of(root).now());
+        let (cuts, after) = (cuts(&before, &steps, root), FilesystemModel::of(root).now());
         match method {
             "create_vm" => drop(host.ok("delete_vm", &json!([vm_cid(&result)]))),
             "create_network" => drop(host.ok("delete_network", &json!([result[0]]))),
@@ -207,7 +209,7 @@ impl Lab {
             host.ok("delete_stemcell", &json!([stemcell]));
         }
         host.lose_power();
-        let mut left = host.left();
+        let mut left = host.leaks();
         // A claim means nothing without its VM.
         left.retain(|what| method != "delete_vm" || !what.starts_with("claims/"));
         let replaced = |what: &str| {
@@ -293,7 +295,7 @@ fn print(method: &str, steps: &[Step], cuts: usize) {
 #[test]
 fn first_call_on_host_with_power_cut_at_any_step_loses_nothing() {
     let Some(host) = Host::new() else { return };
-    let (root, before) = (host.path(""), Disk::of(&host.path("")));
+    let (root, before) = (host.path(""), FilesystemModel::of(&host.path("")));
     let command =
         || record(host.cpi(), request("create_disk", &json!([8, {}, null])).as_bytes(), &root);
     let (output, steps) = host.namespace().run(command);
@@ -306,63 +308,63 @@ fn first_call_on_host_with_power_cut_at_any_step_loses_nothing() {
         }
         host.disk();
     }
-    host.clear();
+    host.delete_everything();
     host.command(&["gc", "--json"]);
 }
 
 #[test]
 fn create_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("create_disk", &json!([8, {}, null]), |made| {
-        assert_eq!(lab.record::<DiskRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("create_disk", &json!([8, {}, null]), |made| {
+        assert_eq!(fixture.record::<DiskRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
     });
 }
 
 #[test]
 fn delete_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("delete_disk", &json!([lab.free]), |_| {
-        assert_eq!(lab.host.ok("has_disk", &json!([lab.free])), false);
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("delete_disk", &json!([fixture.free]), |_| {
+        assert_eq!(fixture.host.ok("has_disk", &json!([fixture.free])), false);
     });
 }
 
 #[test]
 fn attach_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("attach_disk", &json!([lab.vm, lab.free]), |_| {
-        let vm = lab.record::<VmRecord>(&lab.vm);
-        assert_eq!(vm.attachment(&lab.free).map(|a| a.phase), Some(AttachmentPhase::Attached));
-        assert_eq!(lab.record::<DiskRecord>(&lab.free).vm.as_ref(), Some(&lab.vm));
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("attach_disk", &json!([fixture.vm, fixture.free]), |_| {
+        let vm = fixture.record::<VmRecord>(&fixture.vm);
+        assert_eq!(vm.attachment(&fixture.free).map(|a| a.phase), Some(AttachmentPhase::Attached));
+        assert_eq!(fixture.record::<DiskRecord>(&fixture.free).vm.as_ref(), Some(&fixture.vm));
     });
 }
 
 #[test]
 fn detach_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("detach_disk", &json!([lab.vm, lab.attached]), |_| {
-        assert_eq!(lab.record::<VmRecord>(&lab.vm).disks, []);
-        assert_eq!(lab.record::<DiskRecord>(&lab.attached).vm, None);
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("detach_disk", &json!([fixture.vm, fixture.attached]), |_| {
+        assert_eq!(fixture.record::<VmRecord>(&fixture.vm).disks, []);
+        assert_eq!(fixture.record::<DiskRecord>(&fixture.attached).vm, None);
     });
 }
 
 #[test]
 fn resize_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    write_pattern(&lab.host, &lab.free);
-    lab.walk("resize_disk", &json!([lab.free, 700]), |_| {
-        let disk = lab.record::<DiskRecord>(&lab.free);
+    let Some(fixture) = Fixture::new() else { return };
+    write_pattern(&fixture.host, &fixture.free);
+    fixture.walk("resize_disk", &json!([fixture.free, 700]), |_| {
+        let disk = fixture.record::<DiskRecord>(&fixture.free);
         assert_eq!(disk.size.get(), 700);
-        let image = image(&lab.host, &lab.free);
+        let image = image(&fixture.host, &fixture.free);
         assert_eq!(virtual_size(&image, disk.format, false).unwrap(), disk.size.bytes());
     });
 }
 
 #[test]
 fn update_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    write_pattern(&lab.host, &lab.free);
-    lab.walk("update_disk", &json!([lab.free, 9, {"format": "raw"}]), |_| {
-        let disk = lab.record::<DiskRecord>(&lab.free);
+    let Some(fixture) = Fixture::new() else { return };
+    write_pattern(&fixture.host, &fixture.free);
+    fixture.walk("update_disk", &json!([fixture.free, 9, {"format": "raw"}]), |_| {
+        let disk = fixture.record::<DiskRecord>(&fixture.free);
         assert_eq!(
             (disk.size.get(), disk.image().as_str(), disk.leftover),
             (9, "disk-1.raw", None)
@@ -372,72 +374,79 @@ fn update_disk_with_power_cut_at_any_step_loses_nothing() {
 
 #[test]
 fn snapshot_disk_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    write_pattern(&lab.host, &lab.free);
-    lab.walk("snapshot_disk", &json!([lab.free, {"job": "db"}]), |made| {
-        let snapshot = lab.record::<SnapshotRecord>(&text(made).parse().unwrap());
+    let Some(fixture) = Fixture::new() else { return };
+    write_pattern(&fixture.host, &fixture.free);
+    fixture.walk("snapshot_disk", &json!([fixture.free, {"job": "db"}]), |made| {
+        let snapshot = fixture.record::<SnapshotRecord>(&text(made).parse().unwrap());
         assert_eq!((snapshot.phase, &snapshot.metadata["job"]), (Phase::Ready, &json!("db")));
-        let image = lab.host.store().snapshot_image(&snapshot).unwrap();
-        assert_pattern_in(&lab.host, &image, &snapshot.disk);
+        let image = fixture.host.store().snapshot_image(&snapshot).unwrap();
+        assert_pattern_in(&fixture.host, &image, &snapshot.disk);
     });
 }
 
 #[test]
 fn delete_snapshot_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    let snapshot = lab.host.ok("snapshot_disk", &json!([lab.free, {}]));
-    lab.walk("delete_snapshot", &json!([snapshot]), |_| {
-        assert!(lab.host.store().list::<SnapshotRecord>().unwrap().is_empty());
+    let Some(fixture) = Fixture::new() else { return };
+    let snapshot = fixture.host.ok("snapshot_disk", &json!([fixture.free, {}]));
+    fixture.walk("delete_snapshot", &json!([snapshot]), |_| {
+        assert!(fixture.host.store().list::<SnapshotRecord>().unwrap().is_empty());
     });
 }
 
 #[test]
 fn set_vm_metadata_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("set_vm_metadata", &json!([lab.vm, {"name": "bosh/0"}]), |_| {
-        assert_eq!(lab.record::<VmRecord>(&lab.vm).metadata["name"], "bosh/0");
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("set_vm_metadata", &json!([fixture.vm, {"name": "bosh/0"}]), |_| {
+        assert_eq!(fixture.record::<VmRecord>(&fixture.vm).metadata["name"], "bosh/0");
     });
 }
 
 #[test]
 fn set_disk_metadata_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.host.ok("set_disk_metadata", &json!([lab.free, {"owner": "before"}]));
-    lab.walk("set_disk_metadata", &json!([lab.free, {"job": "db"}]), |_| {
-        assert_eq!(metadata(&lab.host, &lab.free), json!({"job": "db"}));
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.host.ok("set_disk_metadata", &json!([fixture.free, {"owner": "before"}]));
+    fixture.walk("set_disk_metadata", &json!([fixture.free, {"job": "db"}]), |_| {
+        assert_eq!(metadata(&fixture.host, &fixture.free), json!({"job": "db"}));
     });
 }
 
 #[test]
 fn create_stemcell_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    let image = lab.host.path("another-image");
+    let Some(fixture) = Fixture::new() else { return };
+    let image = fixture.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
-    lab.walk("create_stemcell", &json!([image, {}]), |made| {
-        assert_eq!(lab.record::<StemcellRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
+    fixture.walk("create_stemcell", &json!([image, {}]), |made| {
+        assert_eq!(
+            fixture.record::<StemcellRecord>(&text(made).parse().unwrap()).phase,
+            Phase::Ready
+        );
     });
 }
 
 #[test]
 fn create_stemcell_of_known_file_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("create_stemcell", &json!([lab.host.path("image"), {}]), |made| {
-        assert_eq!(lab.record::<StemcellRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("create_stemcell", &json!([fixture.host.path("image"), {}]), |made| {
+        assert_eq!(
+            fixture.record::<StemcellRecord>(&text(made).parse().unwrap()).phase,
+            Phase::Ready
+        );
     });
 }
 
 #[test]
 fn create_network_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(fixture) = Fixture::new() else { return };
     let subnet = json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]);
-    lab.walk("create_network", &subnet, |made| {
+    fixture.walk("create_network", &subnet, |made| {
         assert_eq!(
-            lab.record::<NetworkRecord>(&text(&made[0]).parse().unwrap()).phase,
+            fixture.record::<NetworkRecord>(&text(&made[0]).parse().unwrap()).phase,
             Phase::Ready
         );
-        let (well, networks) = lab.host.command(&["network", "apply", &text(&made[0]), "--json"]);
+        let (well, networks) =
+            fixture.host.command(&["network", "apply", &text(&made[0]), "--json"]);
         assert!(
-            well && lab.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
+            well && fixture.host.namespace().ip("-4 -brief address show").contains("10.8.0.1/24"),
             "{networks}"
         );
     });
@@ -445,26 +454,26 @@ fn create_network_with_power_cut_at_any_step_loses_nothing() {
 
 #[test]
 fn delete_network_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(fixture) = Fixture::new() else { return };
     let made =
-        lab.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
-    lab.walk("delete_network", &json!([made[0]]), |_| {
-        assert!(lab.host.store().list::<NetworkRecord>().unwrap().is_empty());
+        fixture.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
+    fixture.walk("delete_network", &json!([made[0]]), |_| {
+        assert!(fixture.host.store().list::<NetworkRecord>().unwrap().is_empty());
     });
-    lab.host.ok("delete_network", &json!([made[0]]));
+    fixture.host.ok("delete_network", &json!([made[0]]));
 }
 
 #[test]
 fn create_vm_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    let mut arguments = lab.host.vm_arguments(&lab.stemcell);
+    let Some(fixture) = Fixture::new() else { return };
+    let mut arguments = fixture.host.vm_arguments(&fixture.stemcell);
     arguments[2]["ephemeral_disk"] = json!(16);
-    lab.walk("create_vm", &arguments, |made| {
-        let vm = lab.record::<VmRecord>(&vm_cid(made));
+    fixture.walk("create_vm", &arguments, |made| {
+        let vm = fixture.record::<VmRecord>(&vm_cid(made));
         assert_eq!(vm.phase, Phase::Ready);
         // Else another VM would get the same.
-        assert_eq!(uids::find(lab.host.store().state_dir(), &vm.cid), Some(vm.uid));
-        let claims = lab.host.path("state/claims").read_dir().unwrap().flatten();
+        assert_eq!(uids::find(fixture.host.store().state_dir(), &vm.cid), Some(vm.uid));
+        let claims = fixture.host.path("state/claims").read_dir().unwrap().flatten();
         let claims = claims
             .filter(|claim| fs::read_link(claim.path()).unwrap() == Path::new(vm.cid.as_str()));
         assert_eq!(claims.count(), 1, "its address");
@@ -473,26 +482,27 @@ fn create_vm_with_power_cut_at_any_step_loses_nothing() {
 
 #[test]
 fn calls_in_pool_with_power_cut_at_any_step_lose_nothing() {
-    let Some(lab) = Lab::in_a_pool() else { return };
+    let Some(fixture) = Fixture::in_a_pool() else { return };
     let is_whole = |cid: &str, names: &[&str]| {
         for name in names {
-            assert!(lab.host.path("pool").join(cid).join(name).exists(), "{name}");
+            assert!(fixture.host.path("pool").join(cid).join(name).exists(), "{name}");
         }
     };
-    lab.walk("create_disk", &json!([8, {}, null]), |made| is_whole(&text(made), &["disk.qcow2"]));
-    let arguments = lab.host.vm_arguments(&lab.stemcell);
-    lab.walk("create_vm", &arguments, |made| {
+    fixture
+        .walk("create_disk", &json!([8, {}, null]), |made| is_whole(&text(made), &["disk.qcow2"]));
+    let arguments = fixture.host.vm_arguments(&fixture.stemcell);
+    fixture.walk("create_vm", &arguments, |made| {
         is_whole(vm_cid(made).as_str(), &["root.qcow2", "base.raw"])
     });
-    lab.walk("delete_disk", &json!([lab.free]), |_| {
-        assert!(!lab.host.path("pool").join(&lab.free).exists())
+    fixture.walk("delete_disk", &json!([fixture.free]), |_| {
+        assert!(!fixture.host.path("pool").join(&fixture.free).exists())
     });
 }
 
 #[test]
 fn delete_vm_with_power_cut_at_any_step_loses_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    lab.walk("delete_vm", &json!([lab.vm]), |_| {
-        assert_eq!(lab.host.ok("has_vm", &json!([lab.vm])), false);
+    let Some(fixture) = Fixture::new() else { return };
+    fixture.walk("delete_vm", &json!([fixture.vm]), |_| {
+        assert_eq!(fixture.host.ok("has_vm", &json!([fixture.vm])), false);
     });
 }

@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 use crate::disk::attach::is_plugged;
-use crate::faults::damaged_records::Lab;
+use crate::faults::damaged_records::Fixture;
 use crate::support::filesystem::Filesystem;
 use crate::support::host::Host;
 use crate::support::images::{assert_pattern, write_pattern};
@@ -33,8 +33,8 @@ fn set_times(dir: &Path, time: SystemTime) {
 
 #[test]
 fn call_after_clock_jump_succeeds() {
-    let Some(lab) = Lab::new() else { return };
-    let (host, vm, disk) = (&lab.host, &lab.vm, lab.host.disk());
+    let Some(fixture) = Fixture::new() else { return };
+    let (host, vm, disk) = (&fixture.host, &fixture.vm, fixture.host.disk());
     write_pattern(host, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
     for (created_at, time) in [
@@ -55,7 +55,7 @@ fn call_after_clock_jump_succeeds() {
         assert!(well, "{created_at}: {started}");
         assert!(is_plugged(host, vm, &disk));
         assert_eq!(host.record(vm).created_at, created_at);
-        lab.others_work();
+        fixture.others_work();
     }
     host.ok("detach_disk", &json!([vm, disk]));
     assert_pattern(host, &disk);
@@ -71,15 +71,15 @@ fn use_directories(host: &Host, state: &Path, run: &Path) {
 
 #[test]
 fn gc_with_two_state_directories_touches_only_its_own() {
-    let Some(lab) = Lab::new() else { return };
-    let host = &lab.host;
+    let Some(fixture) = Fixture::new() else { return };
+    let host = &fixture.host;
     let own = (host.path("state"), host.store().run_dir().to_owned());
     let run = tempfile::Builder::new().prefix("bqt-").tempdir_in("/run").unwrap();
     let other = (host.path("other"), run.path().join("run"));
     use_directories(host, &other.0, &other.1);
     let stemcell = host.stemcell();
     let vm = host.vm(&stemcell);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let qemu = |vm: &VmCid| host.qemu(vm).expect("it runs").pid();
     let theirs = qemu(&vm);
 
@@ -88,16 +88,16 @@ fn gc_with_two_state_directories_touches_only_its_own() {
     use_directories(host, &own.0, &own.1);
     let (clean, found) = host.command(&["gc", "--json"]);
     assert!(clean, "{found}");
-    let ours = qemu(&lab.vm);
-    lab.others_work();
-    host.ok("delete_vm", &json!([lab.vm]));
+    let ours = qemu(&fixture.vm);
+    fixture.others_work();
+    host.ok("delete_vm", &json!([fixture.vm]));
     assert!(host.namespace().link("bosh-nat0").is_some(), "a VM of the other is on it");
     assert_ne!(ours, theirs);
 
     use_directories(host, &other.0, &other.1);
     assert_eq!(qemu(&vm), theirs);
     host.ok("reboot_vm", &json!([vm]));
-    host.clear();
+    host.delete_everything();
     assert!(host.namespace().link("bosh-nat0").is_none(), "the last takes it along");
     use_directories(host, &own.0, &own.1);
     fs::remove_dir_all(other.0).unwrap();
@@ -106,21 +106,21 @@ fn gc_with_two_state_directories_touches_only_its_own() {
 /// Onto another path, with a link in its old place, under VMs that run.
 #[test]
 fn call_on_moved_and_linked_state_directory_succeeds() {
-    let Some(lab) = Lab::new() else { return };
-    let host = &lab.host;
-    let qemu = host.qemu(&lab.vm).unwrap().pid();
+    let Some(fixture) = Fixture::new() else { return };
+    let host = &fixture.host;
+    let qemu = host.qemu(&fixture.vm).unwrap().pid();
     fs::rename(host.path("state"), host.path("moved")).unwrap();
     symlink(host.path("moved"), host.path("state")).unwrap();
     let (clean, found) = host.command(&["audit", "--json"]);
     assert!(clean, "{found}");
-    lab.others_work();
-    assert_eq!(host.qemu(&lab.vm).unwrap().pid(), qemu);
-    host.crash(&lab.vm);
-    host.sees(&lab.vm, "BOOTSECTOR-OK", 2);
+    fixture.others_work();
+    assert_eq!(host.qemu(&fixture.vm).unwrap().pid(), qemu);
+    host.kill_qemu(&fixture.vm);
+    host.wait_for_console(&fixture.vm, "BOOTSECTOR-OK", 2);
     // By its own name it is the same.
     use_directories(host, &host.path("moved"), host.store().run_dir());
-    lab.others_work();
-    host.clear();
+    fixture.others_work();
+    host.delete_everything();
     fs::remove_file(host.path("state")).unwrap();
     fs::rename(host.path("moved"), host.path("state")).unwrap();
     use_directories(host, &host.path("state"), host.store().run_dir());
@@ -128,8 +128,8 @@ fn call_on_moved_and_linked_state_directory_succeeds() {
 
 #[test]
 fn host_start_on_copied_state_directory_starts_its_vms() {
-    let Some(lab) = Lab::new() else { return };
-    let (host, vm) = (&lab.host, &lab.vm);
+    let Some(fixture) = Fixture::new() else { return };
+    let (host, vm) = (&fixture.host, &fixture.vm);
     let disk = host.disk();
     write_pattern(host, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
@@ -148,18 +148,18 @@ fn host_start_on_copied_state_directory_starts_its_vms() {
     use_directories(host, &copy.0, &copy.1);
     let (well, started) = host.command(&["host", "start", "--json"]);
     assert!(well, "{started}");
-    host.sees(vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(vm, "BOOTSECTOR-OK", 2);
     assert!(is_plugged(host, vm, &disk));
     let after = host.record(vm);
     assert_eq!((after.nics, after.uid, after.machine), (before.nics, before.uid, before.machine));
     let (clean, found) = host.command(&["audit", "--json"]);
     assert!(clean, "{found}");
-    let other = host.vm(&lab.stemcell);
+    let other = host.vm(&fixture.stemcell);
     host.ok("detach_disk", &json!([vm, disk]));
     host.ok("attach_disk", &json!([other, disk]));
     host.ok("detach_disk", &json!([other, disk]));
     assert_pattern(host, &disk);
-    host.clear();
+    host.delete_everything();
     use_directories(host, &own.0, &own.1);
     fs::remove_dir_all(host.path("elsewhere")).unwrap();
     // What was copied is what it was.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, gone, text, vm_cid};
+use crate::support::host::{Host, text, vm_cid, wait_for_exit};
 use crate::support::netns::Namespace;
 use crate::support::skip;
 
@@ -95,7 +95,7 @@ impl<'a> Guest<'a> {
     /// once, a guest that is not there after two seconds.
     pub fn booted(&mut self) {
         self.boots += 1;
-        self.host.sees_within(&self.vm, "GUEST-READY", self.boots, BOOT);
+        self.host.wait_for_console_within(&self.vm, "GUEST-READY", self.boots, BOOT);
         let deadline = Instant::now() + BOOT;
         while let Err(error) = self.ask("/ping") {
             assert!(Instant::now() < deadline, "the guest does not answer: {error}");
@@ -132,7 +132,7 @@ impl<'a> Guest<'a> {
     pub fn power_off(&self) {
         let supervisor = self.host.supervisor(&self.vm).expect("a supervisor");
         self.get("/poweroff");
-        gone(&supervisor);
+        wait_for_exit(&supervisor);
         assert!(self.host.qemu(&self.vm).is_none());
     }
 }

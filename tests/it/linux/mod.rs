@@ -16,7 +16,7 @@ use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::netns::Namespace;
-use crate::vm::list::answering;
+use crate::vm::list::list_when_all_answer;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()
@@ -73,19 +73,19 @@ fn write_in_full_pool_pauses_the_guest_until_there_is_space() {
     drop(file);
     std::thread::scope(|threads| {
         let writes = threads.spawn(|| guest.disk(&cid, "write?text=in-the-end"));
-        host.event(&guest.vm, "BLOCK_IO_ERROR", 1);
-        host.event(&guest.vm, "STOP", 1);
-        let listed = answering(&host);
+        host.wait_for_event(&guest.vm, "BLOCK_IO_ERROR", 1);
+        host.wait_for_event(&guest.vm, "STOP", 1);
+        let listed = list_when_all_answer(&host);
         assert_eq!(
             (&listed[0]["state"], &listed[0]["reason"]),
             (&json!("paused"), &json!(format!("io-error on {cid} (no space)")))
         );
         std::fs::remove_file(&ballast).unwrap();
-        host.event(&guest.vm, "resumed", 1);
+        host.wait_for_event(&guest.vm, "resumed", 1);
         writes.join().unwrap();
     });
     assert_eq!(guest.disk(&cid, "read"), "in-the-end");
-    assert_eq!(answering(&host)[0]["state"], "running");
+    assert_eq!(list_when_all_answer(&host)[0]["state"], "running");
 }
 
 #[test]
@@ -227,7 +227,7 @@ fn reboot_crash_or_reattach_keeps_disks_by_serial() {
     guest.booted();
     same(&guest, "after a reboot of the guest");
 
-    host.crash(&vm);
+    host.kill_qemu(&vm);
     guest.booted();
     same(&guest, "after a crash of QEMU");
 }

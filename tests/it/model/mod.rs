@@ -11,7 +11,7 @@
 //! BOSH_QEMU_CPI_MODEL_SEED=7 BOSH_QEMU_CPI_MODEL_STEPS=500 cargo nextest run --no-capture model::
 //! ```
 //!
-//! A new verb is a function in [`steps`] or [`disks`] and a line in the table of the former; what it changes goes into [`lab::Lab`].
+//! A new verb is a function in [`steps`] or [`disks`] and a line in the table of the former; what it changes goes into [`modelled::ModelledHost`].
 
 mod disks;
 mod modelled_host;
@@ -20,7 +20,7 @@ mod steps;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use modelled_host::Lab;
+use modelled_host::ModelledHost;
 use random::Random;
 
 /// How long a run without [`STEPS`] takes at the most, but for its last step.
@@ -40,19 +40,19 @@ fn number(variable: &str) -> Option<u64> {
 fn run_random_steps_matches_the_model() {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
     let (seed, wanted) = (number(SEED).unwrap_or_else(now), number(STEPS));
-    let Some(mut lab) = Lab::new() else { return };
+    let Some(mut modelled) = ModelledHost::new() else { return };
     let began = Instant::now();
     let mut done = 0;
     while wanted.map_or(began.elapsed() < SHORT, |wanted| done < wanted) {
         // Printed first: what is shown of a test that failed ends with the step that did it.
         println!("{SEED}={seed} step {done} after {:.1} s", began.elapsed().as_secs_f64());
         let mut random = Random::new(seed, done);
-        steps::any(&mut random)(&mut lab, &mut random);
-        lab.check();
+        steps::any(&mut random)(&mut modelled, &mut random);
+        modelled.check();
         done += 1;
     }
     println!(
         "{SEED}={seed}: {done} steps, {} calls killed, {} power cuts",
-        lab.killed, lab.power_cuts
+        modelled.killed, modelled.power_cuts
     );
 }

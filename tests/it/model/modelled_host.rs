@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 
 use super::random::Random;
 use crate::support::answer::Failure;
-use crate::support::crash_points::{armed, take_passed};
-use crate::support::host::{Host, eventually, gone};
-use crate::vm::list::answering;
+use crate::support::crash_points::{call_with_crash, take_passed_points};
+use crate::support::host::{Host, eventually, wait_for_exit};
+use crate::vm::list::list_when_all_answer;
 
 const HOST_START: &str = "host start";
 /// Hot-plug slots of each VM.
@@ -53,7 +53,7 @@ pub enum Power {
 }
 
 /// What must be there, and the host.
-pub struct Lab {
+pub struct ModelledHost {
     pub host: Host,
     pub stemcells: BTreeSet<StemcellCid>,
     pub vms: BTreeMap<VmCid, Vm>,
@@ -70,7 +70,7 @@ pub struct Lab {
     calls: u32,
 }
 
-impl Lab {
+impl ModelledHost {
     pub fn new() -> Option<Self> {
         let host = Host::new()?;
         let stemcell = host.stemcell().parse().unwrap();
@@ -108,8 +108,8 @@ impl Lab {
         let log = self.host.path(&format!("crash-points-{}", self.calls));
         let mut variables = vec![("LOG", log.to_str().unwrap())];
         variables.extend(point.as_deref().map(|point| ("AT", point)));
-        let answer = armed(&self.host, method, arguments, variables);
-        let passed = if log.exists() { take_passed(&log) } else { Vec::new() };
+        let answer = call_with_crash(&self.host, method, arguments, variables);
+        let passed = if log.exists() { take_passed_points(&log) } else { Vec::new() };
         match &answer {
             Some(answer) if point.is_none() && answer.outcome.is_ok() => {
                 self.points.insert(method.to_owned(), passed);
@@ -152,7 +152,7 @@ impl Lab {
         let output = self.host.namespace().run(|| command.output().unwrap());
         self.killed += u32::from(output.status.signal().is_some());
         if log.exists() {
-            let passed = take_passed(&log);
+            let passed = take_passed_points(&log);
             if point.is_none() && passed.len() > 10 {
                 self.points.insert(HOST_START.to_owned(), passed);
             }
@@ -169,7 +169,7 @@ impl Lab {
                 std::fs::read(format!("/proc/{}/environ", supervisor.pid())).unwrap_or_default();
             if String::from_utf8_lossy(&environment).contains("BOSH_QEMU_CPI_CRASH_AT") {
                 supervisor.signal(Signal::SIGKILL).unwrap();
-                gone(&supervisor);
+                wait_for_exit(&supervisor);
                 self.say(&format!("  supervisor of {vm} killed"));
             }
         }
@@ -211,24 +211,24 @@ impl Lab {
         let store = self.host.store();
         self.remove_unknown::<VmRecord>(
             "delete_vm",
-            |lab, cid| lab.vms.contains_key(cid),
+            |modelled, cid| modelled.vms.contains_key(cid),
             &store.list::<VmRecord>().unwrap(),
         );
         self.remove_unknown::<DiskRecord>(
             "delete_disk",
-            |lab, cid| lab.disks.contains_key(cid),
+            |modelled, cid| modelled.disks.contains_key(cid),
             &store.list::<DiskRecord>().unwrap(),
         );
         let snapshots = store.list::<SnapshotRecord>().unwrap();
         self.remove_unknown::<SnapshotRecord>(
             "delete_snapshot",
-            |lab, cid| lab.snapshots.contains_key(cid),
+            |modelled, cid| modelled.snapshots.contains_key(cid),
             &snapshots,
         );
         let stemcells = store.list::<StemcellRecord>().unwrap();
         self.remove_unknown::<StemcellRecord>(
             "delete_stemcell",
-            |lab, cid| lab.stemcells.contains(cid),
+            |modelled, cid| modelled.stemcells.contains(cid),
             &stemcells,
         );
     }
@@ -256,7 +256,7 @@ impl Lab {
         same("stemcells", store.list::<StemcellRecord>().unwrap(), self.stemcells.iter().cloned());
         same("disks", store.list::<DiskRecord>().unwrap(), self.disks.keys().cloned());
         same("snapshots", store.list::<SnapshotRecord>().unwrap(), self.snapshots.keys().cloned());
-        let listed = answering(&self.host);
+        let listed = list_when_all_answer(&self.host);
         let cid = |line: &Value| line["cid"].as_str().unwrap().parse::<VmCid>().unwrap();
         same("VMs", listed.as_array().unwrap().iter().map(cid), self.vms.keys().cloned());
         for line in listed.as_array().unwrap() {

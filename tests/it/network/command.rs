@@ -237,7 +237,7 @@ fn plan_with_foreign_drop_rules_names_the_remedy() {
     assert!(causes.iter().all(|cause| {
         !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops what is forwarded")
     }));
-    host.clear();
+    host.delete_everything();
     host.namespace().run(nftables::flush);
 }
 
@@ -271,7 +271,7 @@ fn create_vm_passes_queues_and_mtu_to_the_guest() {
     );
     let netdev = &json_options(&words, "-netdev")[0];
     assert_eq!(netdev["fds"].as_str().unwrap().split(':').count(), 3);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     assert!(network(&host, "plan").1);
 }
 

@@ -6,7 +6,7 @@ use bosh_qemu_cpi::store::record::NetworkRecord;
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::crash_points::armed;
+use crate::support::crash_points::call_with_crash;
 use crate::support::host::{Host, request, text};
 use crate::support::skip;
 
@@ -99,7 +99,8 @@ fn create_network_replaces_an_unacknowledged_network() {
     let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {}}]);
     let forgotten = || {
         assert!(
-            armed(&host, "create_network", &subnet, [("AT", "pending note removed")]).is_none()
+            call_with_crash(&host, "create_network", &subnet, [("AT", "pending note removed")])
+                .is_none()
         );
         host.store().list::<NetworkRecord>().unwrap().pop().unwrap()
     };

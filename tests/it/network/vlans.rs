@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::netns::Namespace;
 use crate::support::skip;
-use crate::support::topology::{Lab, connects, existing, name, reaches, segment, text};
+use crate::support::topology::{Topology, connects, existing, name, reaches, segment, text};
 
 const MAC: &str = "02:00:00:00:00:05";
 
@@ -33,14 +33,14 @@ fn bridge(host: &Namespace, words: &str) -> Value {
 }
 
 /// Gives the world outside addresses on VLANs of its cable. It answers for each on its own VLAN alone.
-fn outside_on(lab: &Lab, addresses: &[(u16, &str)]) {
-    lab.outside.run(|| std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1").unwrap());
+fn outside_on(topology: &Topology, addresses: &[(u16, &str)]) {
+    topology.outside.run(|| std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1").unwrap());
     for (vlan, address) in addresses {
-        if lab.outside.link(&format!("world.{vlan}")).is_none() {
-            lab.outside.ip(&format!("link add world.{vlan} link world type vlan id {vlan}"));
-            lab.outside.ip(&format!("link set world.{vlan} up"));
+        if topology.outside.link(&format!("world.{vlan}")).is_none() {
+            topology.outside.ip(&format!("link add world.{vlan} link world type vlan id {vlan}"));
+            topology.outside.ip(&format!("link set world.{vlan} up"));
         }
-        lab.outside.ip(&format!("address add {address}/24 dev world.{vlan}"));
+        topology.outside.ip(&format!("address add {address}/24 dev world.{vlan}"));
     }
 }
 
@@ -61,103 +61,103 @@ fn card(port: &str, segment: &Segment) -> Nic {
 }
 
 /// Puts `nic` in force and its port, the end of a cable, on the bridge.
-fn plug(lab: &Lab, nic: &Nic) {
+fn plug(topology: &Topology, nic: &Nic) {
     let (port, segment) = Port::of(nic).unwrap();
-    lab.host.run(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
-    lab.host.run(|| apply::ensure(segment, std::slice::from_ref(&port))).unwrap();
-    let left = lab.host.run(|| apply::missing(segment, &[port])).unwrap();
+    topology.host.run(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
+    topology.host.run(|| apply::ensure(segment, std::slice::from_ref(&port))).unwrap();
+    let left = topology.host.run(|| apply::missing(segment, &[port])).unwrap();
     assert!(left.is_empty(), "{left:?}");
 }
 
 /// A VM on VLAN 20 is a machine of it, guarded as anywhere, and of no other.
-fn speaks_on_its_vlan_alone(lab: &Lab, vm: &Namespace) {
-    outside_on(lab, &[(20, "10.0.0.2"), (20, "10.0.0.4"), (30, "10.0.0.3")]);
-    assert!(reaches(vm, &lab.outside, "10.0.0.2"), "its VLAN");
-    assert!(!reaches(vm, &lab.outside, "10.0.0.3"), "another VLAN");
+fn speaks_on_its_vlan_alone(topology: &Topology, vm: &Namespace) {
+    outside_on(topology, &[(20, "10.0.0.2"), (20, "10.0.0.4"), (30, "10.0.0.3")]);
+    assert!(reaches(vm, &topology.outside, "10.0.0.2"), "its VLAN");
+    assert!(!reaches(vm, &topology.outside, "10.0.0.3"), "another VLAN");
     let listener = vm.run(|| TcpListener::bind("10.0.0.5:0").unwrap());
     let to = listener.local_addr().unwrap();
     for (from, admitted) in [("10.0.0.2", true), ("10.0.0.4", false)] {
-        lab.outside.ip(&format!("route replace 10.0.0.5/32 dev world.20 src {from}"));
-        assert_eq!(connects(&lab.outside, to), admitted, "from {from}");
+        topology.outside.ip(&format!("route replace 10.0.0.5/32 dev world.20 src {from}"));
+        assert_eq!(connects(&topology.outside, to), admitted, "from {from}");
     }
     vm.ip("address add 10.0.0.77/24 dev eth0");
     vm.ip("route replace 10.0.0.2/32 dev eth0 src 10.0.0.77");
-    assert!(!reaches(vm, &lab.outside, "10.0.0.2"), "under another's address");
+    assert!(!reaches(vm, &topology.outside, "10.0.0.2"), "under another's address");
 }
 
-fn machine(lab: &Lab, port: &str) -> Namespace {
-    let vm = lab.unplugged_vm(port, "10.0.0.5");
+fn machine(topology: &Topology, port: &str) -> Namespace {
+    let vm = topology.unplugged_vm(port, "10.0.0.5");
     vm.ip(&format!("link set eth0 address {MAC}"));
     vm
 }
 
 #[test]
 fn ensure_vlan_of_uplink_makes_a_separate_bridge() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(topology) = Topology::new() else { return };
     let network = json!({"profile": "vlan", "uplink": "uplink", "vlan": 20});
     let segment = segment(&network, "10.0.0.1");
-    if let Err(error) = lab.ensure(&segment) {
+    if let Err(error) = topology.ensure(&segment) {
         assert!(text(&error).contains("modprobe 8021q"), "{}", text(&error));
-        lab.release(&segment).unwrap();
-        assert_eq!(lab.links(), ["uplink"]);
+        topology.release(&segment).unwrap();
+        assert_eq!(topology.links(), ["uplink"]);
         return skip(
             "this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked",
         );
     }
-    let vm = machine(&lab, "port0");
+    let vm = machine(&topology, "port0");
     let nic = card("port0", &segment);
-    plug(&lab, &nic);
-    speaks_on_its_vlan_alone(&lab, &vm);
+    plug(&topology, &nic);
+    speaks_on_its_vlan_alone(&topology, &vm);
     // The host carries the VLAN and is not on it, whoever asks by which address.
     let at_home = SocketAddr::from(([192, 0, 2, 1], 2222));
-    let _listener = lab.host.run(|| TcpListener::bind(at_home).unwrap());
+    let _listener = topology.host.run(|| TcpListener::bind(at_home).unwrap());
     vm.ip("route add 192.0.2.1/32 dev eth0 src 10.0.0.5");
     assert!(!connects(&vm, at_home), "the host");
-    lab.host.run(|| guard::remove(&[nic])).unwrap();
-    lab.host.ip("link delete port0");
-    assert!(lab.release(&segment).unwrap());
-    assert_eq!(lab.links(), ["uplink"]);
+    topology.host.run(|| guard::remove(&[nic])).unwrap();
+    topology.host.ip("link delete port0");
+    assert!(topology.release(&segment).unwrap());
+    assert_eq!(topology.links(), ["uplink"]);
 }
 
 #[test]
 fn plug_into_filtering_bridge_tags_the_port() {
-    let Some(lab) = Lab::new() else { return };
-    lab.host.ip("link add br0 type bridge");
-    lab.host.ip("link set br0 up");
+    let Some(topology) = Topology::new() else { return };
+    topology.host.ip("link add br0 type bridge");
+    topology.host.ip("link set br0 up");
     let segment = Segment { vlan: Some(20), ..existing("br0") };
-    let refused = lab.plug("bqvlann0", &segment).unwrap_err();
+    let refused = topology.plug("bqvlann0", &segment).unwrap_err();
     assert!(
         text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"),
         "{}",
         text(&refused)
     );
-    if !can(&lab.host, "link set br0 type bridge vlan_filtering 1") {
+    if !can(&topology.host, "link set br0 type bridge vlan_filtering 1") {
         return skip(
             "this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked",
         );
     }
     let vlans =
-        |port: &str| bridge(&lab.host, &format!("vlan show dev {port}"))[0]["vlans"].clone();
+        |port: &str| bridge(&topology.host, &format!("vlan show dev {port}"))[0]["vlans"].clone();
     let untagged = json!([{"vlan": 20, "flags": ["PVID", "Egress Untagged"]}]);
-    let plug_of_its_own = lab.plug("bqvlann0", &segment).unwrap();
+    let plug_of_its_own = topology.plug("bqvlann0", &segment).unwrap();
     assert_eq!(vlans("bqvlann0"), untagged);
-    lab.unplug("bqvlann0", plug_of_its_own.queues);
+    topology.unplug("bqvlann0", plug_of_its_own.queues);
 
-    lab.host.ip("link set uplink master br0");
-    bridge_vlan_of_the_uplink(&lab);
-    let vm = machine(&lab, "port0");
-    plug(&lab, &card("port0", &segment));
+    topology.host.ip("link set uplink master br0");
+    bridge_vlan_of_the_uplink(&topology);
+    let vm = machine(&topology, "port0");
+    plug(&topology, &card("port0", &segment));
     assert_eq!(vlans("port0"), untagged);
-    let known = bridge(&lab.host, "fdb show br br0");
+    let known = bridge(&topology.host, "fdb show br br0");
     let entry =
         known.as_array().unwrap().iter().find(|entry| entry["mac"] == MAC && entry["vlan"] == 20);
     let entry = entry.unwrap_or_else(|| panic!("{known:#}"));
     assert_eq!((&entry["ifname"], &entry["state"]), (&json!("port0"), &json!("static")), "{entry}");
-    speaks_on_its_vlan_alone(&lab, &vm);
+    speaks_on_its_vlan_alone(&topology, &vm);
 }
 
 /// What an operator says.
-fn bridge_vlan_of_the_uplink(lab: &Lab) {
+fn bridge_vlan_of_the_uplink(topology: &Topology) {
     for vlan in ["20", "30"] {
         let add = || {
             Command::new("bridge")
@@ -165,6 +165,6 @@ fn bridge_vlan_of_the_uplink(lab: &Lab) {
                 .status()
                 .unwrap()
         };
-        assert!(lab.host.run(add).success());
+        assert!(topology.host.run(add).success());
     }
 }

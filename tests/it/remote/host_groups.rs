@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
 use crate::support::host::{Host, eventually, text, vm_cid};
-use crate::support::remote::{Office, Sshd};
+use crate::support::remote::{Director, Sshd};
 
 /// Two hosts of their own, `kvm-0` and `kvm-1`.
 pub struct Group {
     doors: [Sshd; 2],
-    pub office: Office,
+    pub director: Director,
     pub hosts: [Host; 2],
 }
 
@@ -27,27 +27,27 @@ impl Group {
 
     /// Those of hosts with this configuration.
     pub fn with(config: &Value) -> Option<Self> {
-        let (hosts, office) =
-            ([Host::with(config.clone())?, Host::with(config.clone())?], Office::new()?);
+        let (hosts, director) =
+            ([Host::with(config.clone())?, Host::with(config.clone())?], Director::new()?);
         let doors =
-            [Sshd::start(&office, &hosts[0], 0, "")?, Sshd::start(&office, &hosts[1], 1, "")?];
-        let group = Self { doors, office, hosts };
+            [Sshd::start(&director, &hosts[0], 0, "")?, Sshd::start(&director, &hosts[1], 1, "")?];
+        let group = Self { doors, director, hosts };
         group.configure(|_| {});
         Some(group)
     }
 
-    /// The configuration of the office, changed.
+    /// The configuration of the director, changed.
     pub fn configure(&self, change: impl FnOnce(&mut Value)) {
         let host =
             |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.doors[n].transport()});
         let mut config = json!({"hosts": [host(0), host(1)]});
         change(&mut config);
-        self.office.configure(&config);
+        self.director.configure(&config);
     }
 
-    /// An image at the office.
+    /// An image at the director.
     fn image(&self) -> std::path::PathBuf {
-        let image = self.office.path("image");
+        let image = self.director.path("image");
         let mut disk = vec![0; 1 << 20];
         disk[..crate::support::host::GUEST.len()].copy_from_slice(crate::support::host::GUEST);
         std::fs::write(&image, disk).unwrap();
@@ -55,15 +55,15 @@ impl Group {
     }
 
     pub fn stemcell(&self) -> String {
-        text(&self.office.ok("create_stemcell", &json!([self.image(), {}])))
+        text(&self.director.ok("create_stemcell", &json!([self.image(), {}])))
     }
 
     /// A VM with so much of its own, and the host it is on.
     pub fn vm(&self, stemcell: &str, disks: &[DiskCid], env: &Value) -> (VmCid, usize) {
         let mut arguments = self.hosts[0].vm_arguments(stemcell);
         (arguments[4], arguments[5]) = (json!(disks), env.clone());
-        let vm = vm_cid(&self.office.ok("create_vm", &arguments));
-        self.hosts.iter().for_each(|host| host.note(&vm.to_string()));
+        let vm = vm_cid(&self.director.ok("create_vm", &arguments));
+        self.hosts.iter().for_each(|host| host.track_vms(&vm.to_string()));
         let at = self.vms().iter().position(|vms| vms.contains(&vm)).unwrap();
         (vm, at)
     }
@@ -74,7 +74,7 @@ impl Group {
 
     pub fn disk(&self, near: Option<&VmCid>) -> (DiskCid, usize) {
         let disk: DiskCid =
-            text(&self.office.ok("create_disk", &json!([8, {}, near]))).parse().unwrap();
+            text(&self.director.ok("create_disk", &json!([8, {}, near]))).parse().unwrap();
         let at = [0, 1].into_iter().position(|n: usize| {
             self.hosts[n].store().list::<DiskRecord>().unwrap().contains(&disk)
         });
@@ -83,7 +83,7 @@ impl Group {
 
     /// Ends the connections that calls share: a key has what it starts from the time when they were made.
     fn forget_connections(&self) {
-        for socket in self.office.connections() {
+        for socket in self.director.connections() {
             let mut command = std::process::Command::new("ssh");
             command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
             assert!(command.output().unwrap().status.success());
@@ -91,9 +91,9 @@ impl Group {
     }
 
     pub fn delete(&self, vms: &[&VmCid], disks: &[&DiskCid], stemcell: &str) {
-        vms.iter().for_each(|vm| drop(self.office.ok("delete_vm", &json!([vm]))));
-        disks.iter().for_each(|disk| drop(self.office.ok("delete_disk", &json!([disk]))));
-        self.office.ok("delete_stemcell", &json!([stemcell]));
+        vms.iter().for_each(|vm| drop(self.director.ok("delete_vm", &json!([vm]))));
+        disks.iter().for_each(|disk| drop(self.director.ok("delete_disk", &json!([disk]))));
+        self.director.ok("delete_stemcell", &json!([stemcell]));
     }
 }
 
@@ -109,11 +109,11 @@ fn create_stemcell_replicates_it_to_every_host() {
         let there: Vec<_> = host.store().list::<StemcellRecord>().unwrap();
         assert!(there.len() == 1 && there[0].to_string() == stemcell, "{there:?}");
     }
-    group.office.ok("delete_stemcell", &json!([stemcell]));
-    group.office.ok("delete_stemcell", &json!([stemcell]));
+    group.director.ok("delete_stemcell", &json!([stemcell]));
+    group.director.ok("delete_stemcell", &json!([stemcell]));
     // One host can not take it: then none has it.
     group.hosts[1].reconfigure(|config| config["stemcell_pool"] = json!("nowhere"));
-    let refused = group.office.call("create_stemcell", &json!([group.image(), {}]));
+    let refused = group.director.call("create_stemcell", &json!([group.image(), {}]));
     assert!(refused.failure().message.contains("stemcell_pool"), "{refused:?}");
     for host in &group.hosts {
         host.reconfigure(|config| drop(config.as_object_mut().unwrap().remove("stemcell_pool")));
@@ -130,32 +130,32 @@ fn create_vms_of_one_group_spreads_them() {
     assert_ne!(at_one, at_two);
     assert!(one.is_from(&format!("kvm-{at_one}")) && two.is_from(&format!("kvm-{at_two}")));
     for (vm, at) in [(&one, at_one), (&two, at_two)] {
-        assert_eq!(group.office.ok("has_vm", &json!([vm])), true);
-        group.office.ok("set_vm_metadata", &json!([vm, {"index": "0"}]));
+        assert_eq!(group.director.ok("has_vm", &json!([vm])), true);
+        group.director.ok("set_vm_metadata", &json!([vm, {"index": "0"}]));
         assert_eq!(group.hosts[at].record(vm).metadata["index"], "0");
         // A disk is made where its VM is.
         let (disk, disk_at) = group.disk(Some(vm));
         assert_eq!(disk_at, at);
-        let hint = group.office.ok("attach_disk", &json!([vm, disk]));
+        let hint = group.director.ok("attach_disk", &json!([vm, disk]));
         assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()));
-        assert_eq!(group.office.ok("get_disks", &json!([vm])), json!([disk]));
-        let snapshot = group.office.ok("snapshot_disk", &json!([disk, {}]));
+        assert_eq!(group.director.ok("get_disks", &json!([vm])), json!([disk]));
+        let snapshot = group.director.ok("snapshot_disk", &json!([disk, {}]));
         assert!(is_from(snapshot.as_str().unwrap(), &format!("kvm-{at}")));
-        group.office.ok("delete_snapshot", &json!([snapshot]));
-        group.office.ok("detach_disk", &json!([vm, disk]));
-        group.office.ok("resize_disk", &json!([disk, 16]));
-        group.office.ok("delete_disk", &json!([disk]));
-        assert_eq!(group.office.ok("has_disk", &json!([disk])), false);
+        group.director.ok("delete_snapshot", &json!([snapshot]));
+        group.director.ok("detach_disk", &json!([vm, disk]));
+        group.director.ok("resize_disk", &json!([disk, 16]));
+        group.director.ok("delete_disk", &json!([disk]));
+        assert_eq!(group.director.ok("has_disk", &json!([disk])), false);
     }
     let resources = json!([{"ram": 512, "cpu": 1, "ephemeral_disk_size": 1024}]);
-    assert_eq!(group.office.ok("calculate_vm_cloud_properties", &resources)["ram"], 512);
+    assert_eq!(group.director.ok("calculate_vm_cloud_properties", &resources)["ram"], 512);
     assert_eq!(
-        group.office.call("create_network", &json!([{"type": "manual"}])).failure().kind,
+        group.director.call("create_network", &json!([{"type": "manual"}])).failure().kind,
         "NotSupported"
     );
     group.delete(&[&one, &two], &[], &stemcell);
-    assert_eq!(group.office.ok("has_vm", &json!([one])), false);
-    assert_eq!(group.office.call("reboot_vm", &json!([one])).failure().kind, "VMNotFound");
+    assert_eq!(group.director.ok("has_vm", &json!([one])), false);
+    assert_eq!(group.director.call("reboot_vm", &json!([one])).failure().kind, "VMNotFound");
 }
 
 #[test]
@@ -164,19 +164,19 @@ fn create_vm_with_existing_disk_uses_its_host() {
     let stemcell = group.stemcell();
     let (old, at) = group.vm(&stemcell, &[], &env("d-dep-db"));
     let (disk, _) = group.disk(Some(&old));
-    group.office.ok("attach_disk", &json!([old, disk]));
-    group.office.ok("delete_vm", &json!([old]));
+    group.director.ok("attach_disk", &json!([old, disk]));
+    group.director.ok("delete_vm", &json!([old]));
     // There are more of its group there, and that host is draining: where else could the disk be attached?
     let (neighbour, _) = group.vm(&stemcell, std::slice::from_ref(&disk), &env("d-dep-db"));
     group.configure(|config| config["hosts"][at]["draining"] = json!(true));
     let (new, new_at) = group.vm(&stemcell, std::slice::from_ref(&disk), &env("d-dep-db"));
     assert_eq!(new_at, at);
-    group.office.ok("attach_disk", &json!([new, disk]));
+    group.director.ok("attach_disk", &json!([new, disk]));
     // Without it, it goes elsewhere, and the disk stays behind.
     let (stray, stray_at) = group.vm(&stemcell, &[], &env("d-dep-web"));
     assert_ne!(stray_at, at);
-    group.office.ok("detach_disk", &json!([new, disk]));
-    let refused = group.office.call("attach_disk", &json!([stray, disk]));
+    group.director.ok("detach_disk", &json!([new, disk]));
+    let refused = group.director.call("attach_disk", &json!([stray, disk]));
     let message = &refused.failure().message;
     let apart =
         format!("is on host 'kvm-{at}', the VM on 'kvm-{stray_at}', which has no shared pool");
@@ -209,7 +209,7 @@ fn call_about_object_of_unreachable_host_is_refused() {
         ("has_vm", json!(["vm-aaaaaaaaaaaaaaa"])),
         ("delete_stemcell", json!([stemcell])),
     ] {
-        let refused = group.office.call(method, &arguments);
+        let refused = group.director.call(method, &arguments);
         let message = &refused.failure().message;
         assert!(
             message.contains(&format!("host '{name}'")) && message.contains("refused"),
@@ -221,7 +221,7 @@ fn call_about_object_of_unreachable_host_is_refused() {
     assert_ne!(other_at, at);
     let mut arguments = group.hosts[0].vm_arguments(&stemcell);
     arguments[4] = json!([disk]);
-    let refused = group.office.call("create_vm", &arguments);
+    let refused = group.director.call("create_vm", &arguments);
     assert_eq!(refused.failure().kind, "VMCreationFailed");
     assert!(refused.failure().message.contains(&format!("'{name}' does not")), "{refused:?}");
     cut("up");
@@ -235,7 +235,7 @@ fn create_vms_concurrently_spreads_them() {
     let start = |_| {
         let mut arguments = group.hosts[0].vm_arguments(&stemcell);
         arguments[5] = env("d-dep-db");
-        group.office.start("create_vm", &arguments)
+        group.director.start("create_vm", &arguments)
     };
     // Whoever asks both is told of as few there; one has more memory.
     group.hosts[0].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1000}));
@@ -248,7 +248,9 @@ fn create_vms_concurrently_spreads_them() {
     drop(held);
     let answers = calls.into_iter().map(|call| Answer::of(&call.wait_with_output().unwrap()));
     let created: Vec<_> = answers.map(|answer| vm_cid(answer.result())).collect();
-    created.iter().for_each(|vm| group.hosts.iter().for_each(|host| host.note(&vm.to_string())));
+    created
+        .iter()
+        .for_each(|vm| group.hosts.iter().for_each(|host| host.track_vms(&vm.to_string())));
     assert_eq!(group.vms().map(|vms| vms.len()), [3, 3]);
     group.delete(&created.iter().collect::<Vec<_>>(), &[], &stemcell);
 }
@@ -270,7 +272,7 @@ fn create_vm_with_one_hung_host_uses_another() {
     let (disk, disk_at) = group.disk(None);
     assert_eq!((at, disk_at), (1, 1));
     group.forget_connections();
-    group.doors[0].authorize(&group.hosts[0].door());
+    group.doors[0].authorize(&group.hosts[0].serve_command());
     group.configure(|_| {});
     group.delete(&[&vm], &[&disk], &stemcell);
 }
@@ -279,7 +281,7 @@ fn create_vm_with_one_hung_host_uses_another() {
 fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
     let Some(group) = Group::new() else { return };
     group.forget_connections();
-    let (script, go) = (group.office.path("script"), group.office.path("go"));
+    let (script, go) = (group.director.path("script"), group.director.path("go"));
     let refusal = r#"{"answer":{"text":"{\"result\":null,\"error\":{\"type\":\"Bosh::Clouds::CloudError\",\"message\":\"no\",\"ok_to_retry\":false},\"log\":\"\"}"}}"#;
     let greeting = r#"{"greeting":{"program":"bosh-qemu-cpi","version":"0.1.0","protocol":1}}"#;
     let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
@@ -289,7 +291,7 @@ fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
     )
     .unwrap();
     group.doors[1].authorize(&format!("sh {}", script.display()));
-    let mut call = group.office.start("create_stemcell", &json!([group.image(), {}]));
+    let mut call = group.director.start("create_stemcell", &json!([group.image(), {}]));
     let mut log = BufReader::new(call.stderr.take().unwrap());
     let mut line = String::new();
     while !line.contains(": done") {
@@ -327,8 +329,8 @@ fn create_vm_replaces_an_unacknowledged_vm_on_its_host() {
     let nic = group.hosts[at].record(&vm).nics.remove(0);
     arguments[3]["net"]["ip"] = json!(nic.rules.unwrap().addresses[0].ip());
     arguments[5] = env("g");
-    let new = vm_cid(&group.office.ok("create_vm", &arguments));
-    group.hosts.iter().for_each(|host| host.note(&new.to_string()));
+    let new = vm_cid(&group.director.ok("create_vm", &arguments));
+    group.hosts.iter().for_each(|host| host.track_vms(&new.to_string()));
     // Elsewhere are fewer of its group.
     let mut expected = [vec![], vec![]];
     expected[at] = vec![new.clone()];
@@ -346,11 +348,11 @@ fn create_vm_with_one_full_host_uses_another() {
     for n in 0..2 {
         let (vm, at) = group.vm(&stemcell, &[], &env("g"));
         assert_eq!(at, 1, "VM {n}");
-        group.office.ok("delete_vm", &json!([vm]));
+        group.director.ok("delete_vm", &json!([vm]));
     }
     group.hosts[1]
         .reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
-    let refused = group.office.call("create_vm", &group.hosts[0].vm_arguments(&stemcell));
+    let refused = group.director.call("create_vm", &group.hosts[0].vm_arguments(&stemcell));
     let message = &refused.failure().message;
     assert!(
         message.contains("kvm-0: it has memory") && message.contains("kvm-1: it has memory"),

@@ -27,7 +27,7 @@ impl Machine {
 
     fn command(&self, words: &[&str]) -> Output {
         let sshd = &self.pair.sshd;
-        let known = self.pair.office.path("known");
+        let known = self.pair.director.path("known");
         fs::write(&known, format!("{} {}", sshd.address(), sshd.read("host.pub"))).unwrap();
         let ssh = format!(
             "ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -i {} -o UserKnownHostsFile={}",
@@ -46,7 +46,7 @@ impl Machine {
         ]);
         command.arg(&self.root).args(&words[1..]);
         self.pair
-            .office
+            .director
             .namespace()
             .run(|| command.stdin(std::process::Stdio::null()).output().unwrap())
     }
@@ -105,7 +105,7 @@ fn install_then_uninstall_restores_the_machine() {
     let (keys, keys_path) = (below(&keys()), keys().display().to_string());
     fs::create_dir(machine.root.join(&keys).parent().unwrap()).unwrap();
     fs::write(machine.root.join(&keys), other).unwrap();
-    let config = machine.pair.office.path("host.json");
+    let config = machine.pair.director.path("host.json");
     // Like no other test's.
     let host_config =
         format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
@@ -198,7 +198,7 @@ fn install_over_foreign_file_is_refused() {
 #[test]
 fn install_program_that_does_not_run_is_refused() {
     let Some(machine) = Machine::new() else { return };
-    let program = machine.pair.office.path("program");
+    let program = machine.pair.director.path("program");
     fs::write(&program, "#!/nowhere/interpreter\n").unwrap();
     let refusal =
         machine.refused(&["install", "--program", &program.display().to_string(), "--yes"]);
@@ -209,7 +209,7 @@ fn install_program_that_does_not_run_is_refused() {
 #[test]
 fn install_with_transport_in_host_config_is_refused() {
     let Some(machine) = Machine::new() else { return };
-    let config = machine.pair.office.path("host.json").display().to_string();
+    let config = machine.pair.director.path("host.json").display().to_string();
     fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
     let refusal = machine.refused(&["install", "--host-config", &config, "--yes"]);
     assert!(

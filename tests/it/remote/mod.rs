@@ -11,12 +11,12 @@ mod transport;
 use serde_json::{Value, json};
 
 use crate::support::host::Host;
-use crate::support::remote::{Office, Sshd};
+use crate::support::remote::{Director, Sshd};
 
-/// A host, and an office that calls it through ssh.
+/// A host, and an director that calls it through ssh.
 pub struct Pair {
     pub sshd: Sshd,
-    pub office: Office,
+    pub director: Director,
     pub host: Host,
 }
 
@@ -27,9 +27,9 @@ impl Pair {
 
     /// The same with more configuration of the host's program and of its sshd.
     pub fn with(config: &Value, sshd: &str) -> Option<Self> {
-        let (host, office) = (Host::with(config.clone())?, Office::new()?);
-        let sshd = Sshd::start(&office, &host, 0, sshd)?;
-        office.configure(&json!({"transport": sshd.transport()}));
-        Some(Self { sshd, office, host })
+        let (host, director) = (Host::with(config.clone())?, Director::new()?);
+        let sshd = Sshd::start(&director, &host, 0, sshd)?;
+        director.configure(&json!({"transport": sshd.transport()}));
+        Some(Self { sshd, director, host })
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::host_groups::Group;
 use crate::support::answer::run;
-use crate::support::crash_points::{armed, for_each_crash_point, take_passed};
+use crate::support::crash_points::{call_with_crash, for_each_crash_point, take_passed_points};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
@@ -67,39 +67,39 @@ fn attach_disk_on_another_host_moves_it() {
     assert_ne!(at_one, at_two);
     let (disk, _) = group.disk(Some(&one));
     write_pattern(&group.hosts[at_one], &disk);
-    group.office.ok("set_disk_metadata", &json!([disk, {"job": "db"}]));
-    group.office.ok("attach_disk", &json!([one, disk]));
-    let refused = group.office.call("attach_disk", &json!([two, disk]));
+    group.director.ok("set_disk_metadata", &json!([disk, {"job": "db"}]));
+    group.director.ok("attach_disk", &json!([one, disk]));
+    let refused = group.director.call("attach_disk", &json!([two, disk]));
     let message = &refused.failure().message;
     assert!(message.contains(&format!("attached to VM '{one}'")), "{message}");
     assert_eq!(owners(&group.hosts, &disk), [at_one]);
 
-    group.office.ok("detach_disk", &json!([one, disk]));
+    group.director.ok("detach_disk", &json!([one, disk]));
     for (vm, at) in [(&two, at_two), (&one, at_one), (&two, at_two)] {
-        let hint = group.office.ok("attach_disk", &json!([vm, disk]));
+        let hint = group.director.ok("attach_disk", &json!([vm, disk]));
         assert!(hint["path"].as_str().unwrap().ends_with(disk.to_string().as_str()));
         assert_eq!(owners(&group.hosts, &disk), [at]);
-        assert_eq!(group.office.ok("get_disks", &json!([vm])), json!([disk]));
-        assert_eq!(group.office.ok("has_disk", &json!([disk])), true);
+        assert_eq!(group.director.ok("get_disks", &json!([vm])), json!([disk]));
+        assert_eq!(group.director.ok("has_disk", &json!([disk])), true);
         let record = group.hosts[at].store().read::<DiskRecord>(&disk).unwrap().unwrap();
         assert_eq!(group.hosts[at].store().disk_metadata(&record).unwrap()["job"], "db");
         group.hosts.iter().for_each(|host| assert!(host.command(&["audit", "--json"]).0));
-        group.office.ok("detach_disk", &json!([vm, disk]));
+        group.director.ok("detach_disk", &json!([vm, disk]));
         assert_pattern(&group.hosts[at], &disk);
     }
     // The new one of a host that is to have no more VMs goes to the other, and its disk after it.
     group.configure(|config| config["hosts"][at_two]["draining"] = json!(true));
-    group.office.ok("delete_vm", &json!([two]));
+    group.director.ok("delete_vm", &json!([two]));
     let (new, at_new) =
         group.vm(&stemcell, std::slice::from_ref(&disk), &json!({"bosh": {"group": "g"}}));
     assert_eq!(at_new, at_one);
-    group.office.ok("attach_disk", &json!([new, disk]));
-    group.office.ok("detach_disk", &json!([new, disk]));
+    group.director.ok("attach_disk", &json!([new, disk]));
+    group.director.ok("detach_disk", &json!([new, disk]));
     // What is asked of a disk does not depend on where it is.
     assert_eq!(give_up(&group.hosts[at_one], &disk, &[]).lines().last(), Some("\"given_up\""));
-    group.office.ok("resize_disk", &json!([disk, 16]));
-    let snapshot = group.office.ok("snapshot_disk", &json!([disk, {}]));
-    group.office.ok("delete_snapshot", &json!([snapshot]));
+    group.director.ok("resize_disk", &json!([disk, 16]));
+    let snapshot = group.director.ok("snapshot_disk", &json!([disk, {}]));
+    group.director.ok("delete_snapshot", &json!([snapshot]));
     let at = owners(&group.hosts, &disk);
     assert_eq!(give_up(&group.hosts[at[0]], &disk, &[]).lines().last(), Some("\"given_up\""));
     group.delete(&[&one, &new], &[&disk], &stemcell);
@@ -120,7 +120,7 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
         write_pattern(&hosts[0], &disk);
         disk
     };
-    let gone = |disk: &DiskCid, host: usize| {
+    let delete_and_check = |disk: &DiskCid, host: usize| {
         hosts[host].ok("delete_disk", &json!([disk]));
         assert!(owners(&hosts, disk).is_empty());
         assert_eq!(pool.names(), [MARK]);
@@ -128,8 +128,8 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
     };
     let first = made();
     give_up(&hosts[0], &first, &[("LOG", log)]);
-    gone(&first, 1);
-    let points = take_passed(log.as_ref());
+    delete_and_check(&first, 1);
+    let points = take_passed_points(log.as_ref());
     assert!(points.len() > 4, "{points:?}");
     for (number, point) in points.iter().enumerate() {
         let disk = made();
@@ -143,7 +143,7 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
         hosts[to].ok("resize_disk", &json!([disk, 9]));
         assert_eq!(owners(&hosts, &disk), [to], "after '{point}'");
         assert_pattern(&hosts[to], &disk);
-        gone(&disk, to);
+        delete_and_check(&disk, to);
     }
     let given_up = || {
         let disk = made();
@@ -155,7 +155,7 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
         hosts[1].ok("resize_disk", crash.arguments);
         assert_eq!(owners(&hosts, &disk), [1], "after '{}'", crash.point);
         assert_pattern(&hosts[1], &disk);
-        gone(&disk, 1);
+        delete_and_check(&disk, 1);
         "moved".to_owned()
     });
 }
@@ -209,7 +209,7 @@ fn use_disk_taken_by_another_host_is_refused() {
     let supervisor = gone.supervisor(&vm).unwrap();
     for process in [&supervisor, &qemu] {
         process.signal(Signal::SIGKILL).unwrap();
-        crate::support::host::gone(process);
+        crate::support::host::wait_for_exit(process);
     }
     for cid in [&disk, &spare] {
         take(taker, cid).unwrap();
@@ -306,7 +306,7 @@ fn recover_copy_of_taken_disk_changes_nothing() {
         write_pattern(gone, &disk);
         let update = json!([disk, 8, {"pool": null}]);
         assert!(
-            armed(gone, "update_disk", &update, [("AT", point)]).is_none(),
+            call_with_crash(gone, "update_disk", &update, [("AT", point)]).is_none(),
             "not killed at '{point}'"
         );
         take(taker, &disk).unwrap();
@@ -351,7 +351,9 @@ fn recover_copy_into_missing_pool_keeps_the_disk() {
     let (vm, disk) = (host.booted_vm(), host.disk());
     write_pattern(&host, &disk);
     let update = json!([disk, 8, {"pool": "nfs"}]);
-    assert!(armed(&host, "update_disk", &update, [("AT", "image converted#1")]).is_none());
+    assert!(
+        call_with_crash(&host, "update_disk", &update, [("AT", "image converted#1")]).is_none()
+    );
     pool.hide();
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("reboot_vm", &json!([vm]));

@@ -11,7 +11,7 @@ use crate::support::host::{request, vm_cid};
 impl Pair {
     /// `ssh` as somebody runs it who has the key and wants more of it.
     fn ssh(&self, words: &[&str]) -> Output {
-        let known = self.office.path("known");
+        let known = self.director.path("known");
         fs::write(&known, format!("{} {}", self.sshd.address(), self.sshd.read("host.pub")))
             .unwrap();
         let mut command = Command::new("ssh");
@@ -19,7 +19,7 @@ impl Pair {
             .args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-i"])
             .arg(self.sshd.key());
         command.args(["-o", &format!("UserKnownHostsFile={}", known.display())]).args(words);
-        self.office.namespace().run(|| command.stdin(Stdio::null()).output().unwrap())
+        self.director.namespace().run(|| command.stdin(Stdio::null()).output().unwrap())
     }
 
     /// What `host serve` says to `lines`, without the transport.
@@ -188,7 +188,7 @@ fn create_vm_beside_more_of_its_group_is_refused() {
     let result =
         |answer: &Value| serde_json::from_str::<Value>(answer["text"].as_str().unwrap()).unwrap();
     let first = vm_cid(&result(&create(0))["result"]);
-    pair.host.note(&first.to_string());
+    pair.host.track_vms(&first.to_string());
     let refused = create(0);
     assert_eq!(refused["crowded"], true, "{refused}");
     assert!(
@@ -200,7 +200,7 @@ fn create_vm_beside_more_of_its_group_is_refused() {
     );
     assert_eq!(fs::read_dir(pair.host.path("state/vms")).unwrap().count(), 1);
     let second = vm_cid(&result(&create(1))["result"]);
-    pair.host.note(&second.to_string());
+    pair.host.track_vms(&second.to_string());
     [first, second].iter().for_each(|vm| drop(pair.host.ok("delete_vm", &json!([vm]))));
 }
 
@@ -261,7 +261,7 @@ fn serve_unknown_request_answers_an_error() {
 fn serve_on_machine_with_transport_is_refused() {
     let Some(pair) = Pair::new() else { return };
     pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
-    let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+    let refused = pair.director.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
     // It must not say either that all is well here, where nothing of the calls is.
     for words in [

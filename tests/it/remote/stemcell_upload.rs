@@ -13,7 +13,7 @@ use serde_json::json;
 use super::Pair;
 use crate::support::host::{GUEST, eventually, text};
 
-/// A bootable disk of `mib` MiB that does not compress, at the office.
+/// A bootable disk of `mib` MiB that does not compress, at the director.
 fn disk(pair: &Pair, name: &str, mib: usize) -> PathBuf {
     let mut bytes = vec![0; mib << 20];
     let mut state = 1u32;
@@ -22,13 +22,13 @@ fn disk(pair: &Pair, name: &str, mib: usize) -> PathBuf {
         *byte = (state >> 24) as u8;
     }
     bytes[..GUEST.len()].copy_from_slice(GUEST);
-    let path = pair.office.path(name);
+    let path = pair.director.path(name);
     fs::write(&path, bytes).unwrap();
     path
 }
 
 fn create(pair: &Pair, image: &Path) -> StemcellCid {
-    StemcellCid::parse(&text(&pair.office.ok("create_stemcell", &json!([image, {}])))).unwrap()
+    StemcellCid::parse(&text(&pair.director.ok("create_stemcell", &json!([image, {}])))).unwrap()
 }
 
 fn imported(pair: &Pair, stemcell: &StemcellCid) -> PathBuf {
@@ -37,7 +37,7 @@ fn imported(pair: &Pair, stemcell: &StemcellCid) -> PathBuf {
 
 fn remove(pair: &Pair, stemcells: &[StemcellCid]) {
     for stemcell in stemcells {
-        pair.office.ok("delete_stemcell", &json!([stemcell]));
+        pair.director.ok("delete_stemcell", &json!([stemcell]));
     }
 }
 
@@ -47,7 +47,7 @@ fn upload_known_stemcell_is_not_sent_again() {
     let image = disk(&pair, "image", 8);
     let first = create(&pair, &image);
     assert_eq!(fs::read(imported(&pair, &first)).unwrap(), fs::read(&image).unwrap());
-    let again = pair.office.call("create_stemcell", &json!([image, {}]));
+    let again = pair.director.call("create_stemcell", &json!([image, {}]));
     assert!(again.stderr.contains("the image is here already"), "{again:?}");
     let second = StemcellCid::parse(&text(again.result())).unwrap();
     // As large, and another: the host asks for its digest, and then for all of it.
@@ -65,11 +65,11 @@ fn upload_compressed_stemcell_arrives_decoded() {
     let Some(pair) = Pair::new() else { return };
     let raw = disk(&pair, "raw", 4);
     let wanted = fs::read(&raw).unwrap();
-    let zipped = pair.office.path("zipped.gz");
+    let zipped = pair.director.path("zipped.gz");
     let output = Command::new("gzip").arg("-c").arg(&raw).output().unwrap();
     fs::write(&zipped, output.stdout).unwrap();
     // Of this one the host wants the bytes twice.
-    let zstd = pair.office.path("zstd");
+    let zstd = pair.director.path("zstd");
     let mut convert = Command::new("qemu-img");
     convert
         .args(["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"])
@@ -85,18 +85,18 @@ fn upload_compressed_stemcell_arrives_decoded() {
 #[test]
 fn upload_invalid_stemcell_is_refused_while_it_is_sent() {
     let Some(pair) = Pair::new() else { return };
-    let image = pair.office.path("noise");
+    let image = pair.director.path("noise");
     fs::write(&image, vec![7; 32 << 20]).unwrap();
     for (image, words) in [
         (image, "it is neither qcow2 nor a disk with a boot signature"),
-        (pair.office.path("empty"), "it is empty"),
-        (pair.office.path("nothing"), "No such file"),
-        (pair.office.path(""), "is no file"),
+        (pair.director.path("empty"), "it is empty"),
+        (pair.director.path("nothing"), "No such file"),
+        (pair.director.path(""), "is no file"),
     ] {
         if image.ends_with("empty") {
             fs::write(&image, "").unwrap();
         }
-        let refused = pair.office.call("create_stemcell", &json!([image, {}]));
+        let refused = pair.director.call("create_stemcell", &json!([image, {}]));
         assert!(refused.failure().message.contains(words), "{refused:?}");
     }
     assert_eq!(pair.host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap(), []);
@@ -106,7 +106,7 @@ fn upload_invalid_stemcell_is_refused_while_it_is_sent() {
 fn upload_interrupted_stemcell_leaves_nothing() {
     let Some(pair) = Pair::new() else { return };
     let image = disk(&pair, "image", 64);
-    let mut call = pair.office.start("create_stemcell", &json!([image, {}]));
+    let mut call = pair.director.start("create_stemcell", &json!([image, {}]));
     let stemcells = pair.host.path("state/stemcells");
     eventually("an import that has begun", || {
         let partial =
@@ -153,8 +153,8 @@ fn upload_damaged_stemcell_is_refused() {
 fn upload_stemcell_to_misbehaving_host_names_the_fault() {
     let Some(pair) = Pair::new() else { return };
     let image = disk(&pair, "image", 1);
-    let socket = pair.office.path("fake.sock");
-    pair.office.configure(&json!({"transport": {"kind": "unix", "socket": socket}}));
+    let socket = pair.director.path("fake.sock");
+    pair.director.configure(&json!({"transport": {"kind": "unix", "socket": socket}}));
     for (says, expected) in [
         (
             vec!["{\"greeting\":{\"program\":\"telnetd\",\"version\":\"1\"}}"],
@@ -184,7 +184,7 @@ fn upload_stemcell_to_misbehaving_host_names_the_fault() {
                 let _ = BufReader::new(&stream).read_line(&mut question);
             }
         });
-        let answer = pair.office.call("create_stemcell", &json!([image, {}]));
+        let answer = pair.director.call("create_stemcell", &json!([image, {}]));
         host.join().unwrap();
         let message = &answer.failure().message;
         assert!(
@@ -203,10 +203,10 @@ const MADE_ANOTHER: &str = r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaa
 /// An older version says this.
 #[test]
 fn call_to_older_host_is_refused_before_it_is_sent() {
-    let Some(office) = crate::support::remote::Office::new() else { return };
-    let socket = office.path("fake.sock");
+    let Some(director) = crate::support::remote::Director::new() else { return };
+    let socket = director.path("fake.sock");
     let listener = UnixListener::bind(&socket).unwrap();
-    office.configure(
+    director.configure(
         &json!({"hosts": [{"name": "kvm-0", "transport": {"kind": "unix", "socket": socket}}]}),
     );
     let host = std::thread::spawn(move || {
@@ -216,7 +216,8 @@ fn call_to_older_host_is_refused_before_it_is_sent() {
         BufReader::new(&stream).read_line(&mut question).unwrap();
         question
     });
-    let refused = office.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_at("kvm-0")]));
+    let refused =
+        director.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_at("kvm-0")]));
     let message = &refused.failure().message;
     assert!(
         message

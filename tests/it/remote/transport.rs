@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::Pair;
 use crate::support::answer::Answer;
 use crate::support::host::{Host, eventually, text, vm_cid};
-use crate::support::remote::{Office, Sshd};
+use crate::support::remote::{Director, Sshd};
 
 fn answer(call: Child) -> Answer {
     Answer::of(&call.wait_with_output().unwrap())
@@ -47,25 +47,25 @@ impl Pair {
         named.filter_map(|pid| Process::open(pid).ok()).collect()
     }
 
-    /// The ssh processes of calls of the office.
+    /// The ssh processes of calls of the director.
     fn calling(&self) -> Vec<Process> {
         self.processes(&[
             "ssh\0-F\0none\0-T",
-            &self.office.path("").display().to_string(),
+            &self.director.path("").display().to_string(),
             "\0host\0serve",
         ])
     }
 
     fn cable(&self, state: &str) {
-        self.office.namespace().ip(&format!("link set to0 {state}"));
+        self.director.namespace().ip(&format!("link set to0 {state}"));
         if state == "up" {
-            self.office.namespace().ip("address replace 192.0.2.0/31 dev to0");
+            self.director.namespace().ip("address replace 192.0.2.0/31 dev to0");
         }
     }
 
     /// Ends the connections that calls share, as ten minutes without a call do.
     fn forget_connections(&self) {
-        for socket in self.office.connections() {
+        for socket in self.director.connections() {
             let mut command = Command::new("ssh");
             command.args(["-F", "none", "-O", "exit", "-S"]).arg(&socket).arg("nowhere");
             assert!(command.output().unwrap().status.success());
@@ -77,7 +77,7 @@ impl Pair {
 fn call_to_unreachable_host_names_the_reason() {
     let Some(pair) = Pair::new() else { return };
     let other = pair.sshd.read("caller.pub");
-    let stranger = pair.office.path("stranger");
+    let stranger = pair.director.path("stranger");
     let made = Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-f"])
         .arg(&stranger)
@@ -93,8 +93,8 @@ fn call_to_unreachable_host_names_the_reason() {
         ("host", json!("198.51.100.1"), "no route to the host"),
     ] {
         let transport = pair.transport_with(key, &value);
-        pair.office.configure(&json!({"transport": transport}));
-        let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+        pair.director.configure(&json!({"transport": transport}));
+        let refused = pair.director.call("has_vm", &json!(["vm-1"]));
         let message = &refused.failure().message;
         let host = transport["host"].as_str().unwrap();
         assert!(message.contains(&format!("host '{host}': connect: {expected}")), "{message}");
@@ -115,7 +115,7 @@ fn call_to_host_without_program_names_the_reason() {
     ] {
         pair.forget_connections();
         pair.sshd.authorize(command);
-        let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+        let refused = pair.director.call("has_vm", &json!(["vm-1"]));
         assert!(refused.failure().message.contains(expected), "{command}: {refused:?}");
     }
 }
@@ -123,8 +123,9 @@ fn call_to_host_without_program_names_the_reason() {
 #[test]
 fn call_to_hung_host_fails_at_its_deadline() {
     let Some(pair) = Pair::new() else { return };
-    pair.office.configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
-    assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
+    pair.director
+        .configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
+    assert_eq!(pair.director.ok("has_vm", &json!(["vm-1"])), false);
     // It greets, and then says nothing more.
     pair.forget_connections();
     pair.sshd.authorize(&format!(
@@ -132,7 +133,7 @@ fn call_to_hung_host_fails_at_its_deadline() {
         super::stemcell_upload::GREETING.replace('"', "\\\"")
     ));
     let began = Instant::now();
-    let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+    let refused = pair.director.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("did not answer by the deadline"), "{refused:?}");
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 }
@@ -147,23 +148,23 @@ fn answering(script: &std::path::Path, greeting: &str, act: &str) {
 #[test]
 fn call_to_host_that_keeps_its_session_leaves_no_process() {
     let Some(pair) = Pair::new() else { return };
-    let script = pair.office.path("script");
+    let script = pair.director.path("script");
     answering(&script, super::stemcell_upload::GREETING, "");
     let stays = fs::read_to_string(&script).unwrap() + "exec sleep 600\n";
     fs::write(&script, stays).unwrap();
     pair.sshd.authorize(&format!("sh {}", script.display()));
-    assert_eq!(pair.office.ok("has_vm", &json!(["vm-1"])), false);
+    assert_eq!(pair.director.ok("has_vm", &json!(["vm-1"])), false);
     assert!(pair.calling().is_empty());
 }
 
 #[test]
 fn call_beyond_max_sessions_opens_another_connection() {
     let Some(pair) = Pair::with(&json!({}), "MaxSessions 2") else { return };
-    let (script, go) = (pair.office.path("script"), pair.office.path("go"));
+    let (script, go) = (pair.director.path("script"), pair.director.path("go"));
     let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
     answering(&script, super::stemcell_upload::GREETING, &wait);
     pair.sshd.authorize(&format!("sh {}", script.display()));
-    let calls: Vec<_> = (0..5).map(|_| pair.office.start("has_vm", &json!(["vm-1"]))).collect();
+    let calls: Vec<_> = (0..5).map(|_| pair.director.start("has_vm", &json!(["vm-1"]))).collect();
     // All at the same time.
     let script = script.display().to_string();
     eventually("five sessions", || (pair.processes(&["sh\0", &script]).len() == 5).then_some(()));
@@ -178,14 +179,14 @@ fn call_through_ssh_leaks_no_private_key() {
     let Some(pair) = Pair::new() else { return };
     let secret = pair.sshd.read("caller").lines().nth(2).unwrap().to_owned();
     pair.sshd.authorize("sleep 600");
-    let mut call = pair.office.start("has_vm", &json!(["vm-1"]));
+    let mut call = pair.director.start("has_vm", &json!(["vm-1"]));
     let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
     for name in ["cmdline", "environ"] {
         let text = fs::read(format!("/proc/{}/{name}", ssh.pid())).unwrap();
         assert!(!String::from_utf8_lossy(&text).contains(&secret), "{name}");
         assert!(!String::from_utf8_lossy(&text).contains("BEGIN"), "{name}");
     }
-    let files = walk(&pair.office.path(""));
+    let files = walk(&pair.director.path(""));
     assert!(!files.is_empty());
     for file in files.iter().filter(|file| !file.ends_with("cpi.json")) {
         let text = fs::read(file).unwrap_or_default();
@@ -203,8 +204,8 @@ fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
 #[test]
 fn call_after_cut_idle_connection_reconnects() {
     let Some(pair) = Pair::new() else { return };
-    pair.office.ok("has_vm", &json!(["vm-1"]));
-    assert_eq!(pair.office.connections().len(), 1);
+    pair.director.ok("has_vm", &json!(["vm-1"]));
+    assert_eq!(pair.director.connections().len(), 1);
     // The other end is gone, and nobody here knows.
     for process in pair.processes(&["sshd: root@notty"]) {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
@@ -212,21 +213,21 @@ fn call_after_cut_idle_connection_reconnects() {
             process.signal(Signal::SIGKILL).unwrap();
         }
     }
-    pair.office.ok("has_vm", &json!(["vm-1"]));
+    pair.director.ok("has_vm", &json!(["vm-1"]));
 }
 
 #[test]
 fn call_over_dead_link_fails_in_time() {
     let Some(pair) = Pair::new() else { return };
-    pair.office.ok("has_vm", &json!(["vm-1"]));
+    pair.director.ok("has_vm", &json!(["vm-1"]));
     pair.cable("down");
     let began = Instant::now();
-    let refused = pair.office.call("has_vm", &json!(["vm-1"]));
+    let refused = pair.director.call("has_vm", &json!(["vm-1"]));
     assert!(began.elapsed() < Duration::from_secs(45), "{:?}", began.elapsed());
     assert_eq!(refused.failure().kind, "CloudError", "{refused:?}");
     pair.cable("up");
     pair.forget_connections();
-    pair.office.ok("has_vm", &json!(["vm-1"]));
+    pair.director.ok("has_vm", &json!(["vm-1"]));
 }
 
 /// The VMs of the host that are whole, and what else there is of VMs.
@@ -245,18 +246,18 @@ fn create_vm_over_cut_link_leaves_nothing() {
     let Some(pair) = Pair::new() else { return };
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
-    pair.office.ok("has_vm", &json!(["vm-1"]));
+    pair.director.ok("has_vm", &json!(["vm-1"]));
     // At several moments of it: while it is asked, at work, and when the answer is due.
     for delay in [0, 30, 60, 90, 120, 200, 300] {
-        let call = pair.office.start("create_vm", &arguments);
+        let call = pair.director.start("create_vm", &arguments);
         let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
         std::thread::sleep(Duration::from_millis(delay));
         let _ = ssh.signal(Signal::SIGKILL);
         let answer = answer(call);
         match &answer.outcome {
             Ok(created) => {
-                pair.host.note(&created.to_string());
-                pair.office.ok("delete_vm", &json!([created[0]]));
+                pair.host.track_vms(&created.to_string());
+                pair.director.ok("delete_vm", &json!([created[0]]));
             }
             Err(failure) => {
                 assert!(failure.message.contains(pair.sshd.address()), "{failure:?}");
@@ -266,9 +267,9 @@ fn create_vm_over_cut_link_leaves_nothing() {
         eventually("the host is done", || pair.answering().is_empty().then_some(()));
         assert_eq!(vms(&pair.host), (vec![], 0), "after {delay} ms: {answer:?}");
     }
-    let vm = vm_cid(&pair.office.ok("create_vm", &arguments));
-    pair.host.note(&vm.to_string());
-    pair.office.ok("delete_vm", &json!([vm]));
+    let vm = vm_cid(&pair.director.ok("create_vm", &arguments));
+    pair.host.track_vms(&vm.to_string());
+    pair.director.ok("delete_vm", &json!([vm]));
 }
 
 #[test]
@@ -276,34 +277,34 @@ fn kill_caller_of_create_vm_leaves_a_whole_vm_or_none() {
     let Some(pair) = Pair::new() else { return };
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
-    pair.office.ok("has_vm", &json!(["vm-1"]));
+    pair.director.ok("has_vm", &json!(["vm-1"]));
     for delay in [50, 150, 250, 400] {
-        let mut call = pair.office.start("create_vm", &arguments);
+        let mut call = pair.director.start("create_vm", &arguments);
         eventually("ssh runs", || pair.calling().into_iter().next());
         std::thread::sleep(Duration::from_millis(delay));
         call.kill().unwrap();
         let heard = call.wait_with_output().unwrap().stdout;
         eventually("the host is done", || pair.answering().is_empty().then_some(()));
         let (ready, others) = vms(&pair.host);
-        ready.iter().for_each(|vm| pair.host.note(&vm.to_string()));
+        ready.iter().for_each(|vm| pair.host.track_vms(&vm.to_string()));
         assert!(ready.len() <= 1 && others == 0, "after {delay} ms: {ready:?} and {others} others");
         if !heard.is_empty() {
             // It had answered before it died.
             assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&heard));
-            pair.office.ok("delete_vm", &json!([ready[0]]));
+            pair.director.ok("delete_vm", &json!([ready[0]]));
         }
         // The same address: whoever has it, and nobody knows of, makes way.
-        let vm = vm_cid(&pair.office.ok("create_vm", &arguments));
-        pair.host.note(&vm.to_string());
+        let vm = vm_cid(&pair.director.ok("create_vm", &arguments));
+        pair.host.track_vms(&vm.to_string());
         assert_eq!(vms(&pair.host), (vec![vm.clone()], 0));
-        pair.office.ok("delete_vm", &json!([vm]));
+        pair.director.ok("delete_vm", &json!([vm]));
     }
 }
 
 #[test]
 fn create_disk_without_reader_is_undone() {
     let Some(pair) = Pair::new() else { return };
-    let mut call = pair.office.start("create_disk", &json!([1, {}]));
+    let mut call = pair.director.start("create_disk", &json!([1, {}]));
     drop(call.stdout.take());
     call.wait().unwrap();
     eventually("the disk is gone", || {
@@ -315,7 +316,7 @@ fn create_disk_without_reader_is_undone() {
 fn attach_disk_over_cut_link_is_finished() {
     let Some(pair) = Pair::new() else { return };
     let (vm, disk) = (pair.host.booted_vm(), pair.host.disk());
-    let mut call = pair.office.start("attach_disk", &json!([vm, disk]));
+    let mut call = pair.director.start("attach_disk", &json!([vm, disk]));
     let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
     // It may be over before anybody saw that.
     let is_over = |call: &mut Child| call.try_wait().unwrap().is_some();
@@ -326,38 +327,38 @@ fn attach_disk_over_cut_link_is_finished() {
     let answer = answer(call);
     eventually("the host is done", || pair.answering().is_empty().then_some(()));
     // Whatever became of it, the same call again says where the disk is.
-    let hint = pair.office.ok("attach_disk", &json!([vm, disk]));
+    let hint = pair.director.ok("attach_disk", &json!([vm, disk]));
     assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()), "{answer:?}");
-    pair.office.ok("detach_disk", &json!([vm, disk]));
+    pair.director.ok("detach_disk", &json!([vm, disk]));
 }
 
 #[test]
 fn create_vms_from_two_directors_succeeds() {
     let Some(pair) = Pair::new() else { return };
-    let Some(other) = Office::new() else { return };
+    let Some(other) = Director::new() else { return };
     let Some(sshd) = Sshd::start(&other, &pair.host, 1, "") else { return };
     other.configure(&json!({"transport": sshd.transport()}));
     let stemcell = pair.host.stemcell();
     let (one, two) = (pair.host.vm_arguments(&stemcell), pair.host.vm_arguments(&stemcell));
-    let calls = [pair.office.start("create_vm", &one), other.start("create_vm", &two)];
+    let calls = [pair.director.start("create_vm", &one), other.start("create_vm", &two)];
     let created = calls.map(|call| vm_cid(answer(call).result()));
-    created.iter().for_each(|vm| pair.host.note(&vm.to_string()));
+    created.iter().for_each(|vm| pair.host.track_vms(&vm.to_string()));
     assert_eq!(vms(&pair.host).0.len(), 2);
     // Either may ask about the other's: it is one host.
     assert_eq!(other.ok("has_vm", &json!([created[0]])), true);
-    pair.office.ok("delete_vm", &json!([created[1]]));
+    pair.director.ok("delete_vm", &json!([created[1]]));
     other.ok("delete_vm", &json!([created[0]]));
 }
 
 #[test]
 fn call_concurrently_shares_connections() {
     let Some(pair) = Pair::new() else { return };
-    let disk: DiskCid = text(&pair.office.ok("create_disk", &json!([1, {}]))).parse().unwrap();
-    let calls: Vec<_> = (0..32).map(|_| pair.office.start("has_disk", &json!([disk]))).collect();
+    let disk: DiskCid = text(&pair.director.ok("create_disk", &json!([1, {}]))).parse().unwrap();
+    let calls: Vec<_> = (0..32).map(|_| pair.director.start("has_disk", &json!([disk]))).collect();
     for call in calls {
         assert_eq!(*answer(call).result(), true);
     }
-    let connections = pair.office.connections().len();
+    let connections = pair.director.connections().len();
     assert!((1..=4).contains(&connections), "{connections} connections for 32 calls, ten on each");
-    pair.office.ok("delete_disk", &json!([disk]));
+    pair.director.ok("delete_disk", &json!([disk]));
 }

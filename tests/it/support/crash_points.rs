@@ -32,8 +32,8 @@ pub fn for_each_crash_point(
     check: impl Fn(&Crash<'_>) -> String,
 ) {
     let (arguments, log) = (prepare(), host.path("crash-points"));
-    let answer = armed(host, method, &arguments, [("LOG", log.to_str().unwrap())]);
-    let points = telling(take_passed(&log));
+    let answer = call_with_crash(host, method, &arguments, [("LOG", log.to_str().unwrap())]);
+    let points = first_two_and_last(take_passed_points(&log));
     assert!(points.len() > 1, "{method} has crash points: {points:?}");
     let width = points.iter().map(String::len).max().unwrap_or_default();
     print(&format!("{method}: killed at each of {} points", points.len()));
@@ -44,9 +44,13 @@ pub fn for_each_crash_point(
     ));
     for point in points {
         let arguments = prepare();
-        let answer =
-            armed(host, method, &arguments, [("LOG", log.to_str().unwrap()), ("AT", &point)]);
-        let killed = take_passed(&log).contains(&point);
+        let answer = call_with_crash(
+            host,
+            method,
+            &arguments,
+            [("LOG", log.to_str().unwrap()), ("AT", &point)],
+        );
+        let killed = take_passed_points(&log).contains(&point);
         assert!(killed || answer.is_some(), "{method} died before {point}");
         let outcome = check(&Crash { point: &point, arguments: &arguments, answer });
         print(&format!("  {point:width$}  {}{outcome}", if killed { "" } else { "not passed; " }));
@@ -59,14 +63,14 @@ fn print(line: &str) {
 }
 
 /// The crash points that were passed, each with the number of the passing.
-pub fn take_passed(log: &Path) -> Vec<String> {
+pub fn take_passed_points(log: &Path) -> Vec<String> {
     let passed = numbered(&fs::read_to_string(log).unwrap());
     fs::remove_file(log).unwrap();
     passed
 }
 
 /// Of a point that is passed often, as in a loop that waits for a guest: the first two passings and the last.
-fn telling(mut points: Vec<String>) -> Vec<String> {
+fn first_two_and_last(mut points: Vec<String>) -> Vec<String> {
     let parts = |point: &str| {
         point
             .rsplit_once('#')
@@ -93,7 +97,7 @@ fn numbered(log: &str) -> Vec<String> {
 }
 
 /// What the call answers with these variables set; `None` if it was killed.
-pub fn armed<'a>(
+pub fn call_with_crash<'a>(
     host: &Host,
     method: &str,
     arguments: &Value,
@@ -104,6 +108,6 @@ pub fn armed<'a>(
         variables.into_iter().map(|(name, value)| (format!("BOSH_QEMU_CPI_CRASH_{name}"), value)),
     );
     let output = host.namespace().run(|| run(command, request(method, arguments).as_bytes()));
-    host.note(&String::from_utf8_lossy(&output.stdout));
+    host.track_vms(&String::from_utf8_lossy(&output.stdout));
     (output.status.signal() != Some(nix::libc::SIGKILL)).then(|| Answer::of(&output))
 }

@@ -27,13 +27,13 @@ use tempfile::TempDir;
 
 use super::answer::{Answer, run};
 use super::netns::Namespace;
-use super::tmpfs::Small;
+use super::tmpfs::Tmpfs;
 use super::{nftables, skip};
 
 /// How long anything may take before a test calls it stuck. Emulated guests share two cores with other tests. A host that is
 /// emulated itself says in the environment how many seconds it wants.
-pub fn patience() -> Duration {
-    let seconds = std::env::var("BOSH_QEMU_CPI_TEST_PATIENCE")
+pub fn timeout() -> Duration {
+    let seconds = std::env::var("BOSH_QEMU_CPI_TEST_TIMEOUT")
         .map(|text| text.parse().expect("a number of seconds"));
     Duration::from_secs(seconds.unwrap_or(60))
 }
@@ -52,7 +52,7 @@ pub const PANICKING_GUEST: &[u8] = include_bytes!("../../../guests/panic-bootsec
 pub struct Host {
     pub(super) namespace: Namespace,
     /// Unmounted before the directory it is in is removed.
-    small: Option<Small>,
+    tmpfs: Option<Tmpfs>,
     pub(super) dir: TempDir,
     pub(super) run: TempDir,
     /// Every VM that was ever heard of: control groups are named after them.
@@ -75,7 +75,7 @@ impl Host {
         let named = |prefix| tempfile::Builder::new().prefix(prefix).rand_bytes(6).to_owned();
         let host = Self {
             namespace: Namespace::new()?,
-            small: None,
+            tmpfs: None,
             dir: named("bosh-qemu-cpi-test-").tempdir().unwrap(),
             run: named("bqt-").tempdir_in("/run").unwrap(),
             vms: Mutex::default(),
@@ -94,17 +94,17 @@ impl Host {
     }
 
     /// One whose state directory is a filesystem of so many MiB.
-    pub fn on_small_filesystem(mib: u32) -> Option<Self> {
+    pub fn on_tmpfs(mib: u32) -> Option<Self> {
         let mut host = Self::new()?;
         let state = host.path("state");
         fs::create_dir(&state).unwrap();
-        host.small = Some(Small::mount(state, mib));
+        host.tmpfs = Some(Tmpfs::mount(state, mib));
         Some(host)
     }
 
-    /// The filesystem of [`Self::on_small_filesystem`].
-    pub fn small(&self) -> &Small {
-        self.small.as_ref().expect("a small filesystem")
+    /// The filesystem of [`Self::on_tmpfs`].
+    pub fn tmpfs(&self) -> &Tmpfs {
+        self.tmpfs.as_ref().expect("a small filesystem")
     }
 
     /// Changes the configuration for later calls.
@@ -150,7 +150,7 @@ impl Host {
     }
 
     /// The command that answers callers elsewhere.
-    pub fn door(&self) -> String {
+    pub fn serve_command(&self) -> String {
         format!(
             "{} --config {} host serve",
             env!("CARGO_BIN_EXE_bosh-qemu-cpi"),
@@ -166,7 +166,7 @@ impl Host {
     /// What the CPI answers to a whole request.
     pub fn ask(&self, request: &str) -> Answer {
         let output = self.namespace.run(|| run(self.cpi(), request.as_bytes()));
-        self.note(&String::from_utf8_lossy(&output.stdout));
+        self.track_vms(&String::from_utf8_lossy(&output.stdout));
         Answer::of(&output)
     }
 
@@ -186,7 +186,7 @@ impl Host {
             // The supervisor first, so that it can do nothing about the loss of its QEMU.
             for process in [self.supervisor(&vm), self.qemu(&vm)].into_iter().flatten() {
                 process.signal(Signal::SIGKILL).unwrap();
-                gone(&process);
+                wait_for_exit(&process);
             }
         }
         self.tear_down();
@@ -261,7 +261,7 @@ impl Host {
     /// A VM whose guest is up.
     pub fn booted_vm(&self) -> VmCid {
         let vm = self.vm(&self.stemcell());
-        self.sees(&vm, "BOOTSECTOR-OK", 1);
+        self.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
         vm
     }
 
@@ -302,7 +302,7 @@ impl Host {
     pub fn qmp(&self, vm: &VmCid, command: &str, arguments: &Value) -> Result<Value, Value> {
         let mut socket =
             UnixStream::connect(self.paths(vm).qmp()).map_err(|error| json!(error.to_string()))?;
-        socket.set_read_timeout(Some(patience())).unwrap();
+        socket.set_read_timeout(Some(timeout())).unwrap();
         let ask = json!({"execute": command, "arguments": arguments, "id": "asked"});
         write!(socket, r#"{{"execute":"qmp_capabilities"}}{ask}"#)
             .map_err(|error| json!(error.to_string()))?;
@@ -319,41 +319,46 @@ impl Host {
     }
 
     /// Waits until the guest has printed `word` so many times.
-    pub fn sees(&self, vm: &VmCid, word: &str, times: usize) {
-        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience())
+    pub fn wait_for_console(&self, vm: &VmCid, word: &str, times: usize) {
+        tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + timeout())
             .unwrap();
     }
 
     /// The same for a guest that takes longer.
-    pub fn sees_within(&self, vm: &VmCid, word: &str, times: usize, patience: Duration) {
+    pub fn wait_for_console_within(
+        &self,
+        vm: &VmCid,
+        word: &str,
+        times: usize,
+        patience: Duration,
+    ) {
         tail::wait_for(&self.paths(vm).console_log(), word, times, Instant::now() + patience)
             .unwrap();
     }
 
     /// Waits until the supervisor has written down `event` so many times.
-    pub fn event(&self, vm: &VmCid, event: &str, times: usize) {
+    pub fn wait_for_event(&self, vm: &VmCid, event: &str, times: usize) {
         let word = format!("\"event\":\"{event}\"");
-        tail::wait_for(&self.paths(vm).events(), &word, times, Instant::now() + patience())
-            .unwrap();
+        tail::wait_for(&self.paths(vm).events(), &word, times, Instant::now() + timeout()).unwrap();
     }
 
     /// Has the guest power itself off; waits until its supervisor has ended, too.
     pub fn power_off(&self, vm: &VmCid) {
         let supervisor = self.supervisor(vm).expect("a supervisor");
         self.qmp(vm, "system_powerdown", &json!({})).unwrap();
-        gone(&supervisor);
+        wait_for_exit(&supervisor);
         assert!(self.qemu(vm).is_none());
     }
 
     /// Kills the VM's QEMU.
-    pub fn crash(&self, vm: &VmCid) {
+    pub fn kill_qemu(&self, vm: &VmCid) {
         let qemu = self.qemu(vm).expect("QEMU");
         qemu.signal(Signal::SIGKILL).unwrap();
-        gone(&qemu);
+        wait_for_exit(&qemu);
     }
 
     /// Removes, through the CPI, every VM, disk and stemcell there is.
-    pub fn clear(&self) {
+    pub fn delete_everything(&self) {
         let store = self.store();
         for vm in store.list::<VmRecord>().unwrap() {
             self.vms.lock().unwrap().insert(vm.to_string());
@@ -371,13 +376,13 @@ impl Host {
     }
 
     /// Fails the test if anything is left.
-    pub fn assert_nothing_left(&self) {
-        let left = self.left_at_last();
+    pub fn assert_no_leaks(&self) {
+        let left = self.leaks_after_exits();
         assert!(left.is_empty(), "left behind: {left:#?}");
     }
 
     /// Learns the VMs an answer names.
-    pub fn note(&self, answer: &str) {
+    pub fn track_vms(&self, answer: &str) {
         let mut vms = self.vms.lock().unwrap();
         for (at, _) in answer.match_indices("vm-") {
             let cid: String = answer[at..].chars().take("vm-".len() + 15).collect();
@@ -396,8 +401,8 @@ impl Drop for Host {
             }
             return self.tear_down();
         }
-        self.clear();
-        let left = self.left_at_last();
+        self.delete_everything();
+        let left = self.leaks_after_exits();
         if !left.is_empty() {
             self.tear_down();
             panic!("left behind: {left:#?}");
@@ -423,9 +428,9 @@ pub fn vm_cid(result: &Value) -> VmCid {
 }
 
 /// Waits for the end of a process.
-pub fn gone(process: &Process) {
+pub fn wait_for_exit(process: &Process) {
     assert!(
-        process.wait_exit(Instant::now() + patience()).unwrap(),
+        process.wait_exit(Instant::now() + timeout()).unwrap(),
         "process {} does not end",
         process.pid()
     );
@@ -433,12 +438,12 @@ pub fn gone(process: &Process) {
 
 /// Looks again and again until there is something to see.
 pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + patience();
+    let deadline = Instant::now() + timeout();
     loop {
         if let Some(seen) = look() {
             return seen;
         }
-        assert!(Instant::now() < deadline, "{what}: not in {:?}", patience());
+        assert!(Instant::now() < deadline, "{what}: not in {:?}", timeout());
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// Hides a directory. Whoever touches it waits, until it is dropped or the waiting process is killed, as with NFS.
-pub struct Silent {
+pub struct HungFilesystem {
     at: PathBuf,
     /// The kernel's end of the conversation that never begins.
     _device: File,
 }
 
-impl Silent {
+impl HungFilesystem {
     /// Over `at`, in a mount namespace that the test's thread has made, as
     /// [`Filesystem`](super::filesystem::Filesystem) does. `None`, with the reason told, where that can not be had.
     pub fn over(at: &Path) -> Option<Self> {
@@ -32,7 +32,7 @@ impl Silent {
     }
 }
 
-impl Drop for Silent {
+impl Drop for HungFilesystem {
     fn drop(&mut self) {
         let _ = umount2(&self.at, MntFlags::MNT_DETACH);
     }

@@ -12,11 +12,11 @@ use super::answer::{Answer, run};
 
 /// A state directory, a run directory and a configuration of one test, gone with it. Sees to it that nothing the
 /// test started is left.
-pub struct World {
+pub struct Installation {
     dir: TempDir,
 }
 
-impl World {
+impl Installation {
     /// With the default configuration.
     pub fn new() -> Self {
         Self::with(&json!({}))
@@ -26,15 +26,15 @@ impl World {
     pub fn with(config: &Value) -> Self {
         // Not $TMPDIR: the run directory must be short, socket paths end at 107 bytes.
         let dir = tempfile::Builder::new().prefix("cpi-").tempdir_in("/tmp").unwrap();
-        let world = Self { dir };
+        let installation = Self { dir };
         let mut config = config.clone();
-        config["state_dir"] = json!(world.path("state"));
-        config["run_dir"] = json!(world.path("run"));
-        fs::write(world.config(), config.to_string()).unwrap();
-        world
+        config["state_dir"] = json!(installation.path("state"));
+        config["run_dir"] = json!(installation.path("run"));
+        fs::write(installation.config(), config.to_string()).unwrap();
+        installation
     }
 
-    /// Something in this world.
+    /// Something in this installation.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -69,7 +69,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for Installation {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             let left = processes_in(self.dir.path());

@@ -9,12 +9,12 @@ use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::host::{Host, patience};
+use super::host::{Host, timeout};
 use super::nftables;
 
 impl Host {
     /// Everything on the host that is there because of this test, but for the operator's bridges.
-    pub fn left(&self) -> Vec<String> {
+    pub fn leaks(&self) -> Vec<String> {
         let mut left: Vec<_> = self
             .processes()
             .into_iter()
@@ -69,10 +69,10 @@ impl Host {
     }
 
     /// The same where no VM is any more: processes that were told to end, or find out that they are not wanted, may do so.
-    pub fn left_at_last(&self) -> Vec<String> {
-        let deadline = Instant::now() + patience();
+    pub fn leaks_after_exits(&self) -> Vec<String> {
+        let deadline = Instant::now() + timeout();
         loop {
-            let left = self.left();
+            let left = self.leaks();
             let ends = left.iter().any(|line| line.starts_with("process"));
             if !ends || Instant::now() >= deadline {
                 return left;
@@ -137,7 +137,7 @@ impl Host {
             if let Ok(process) = Process::open(pid) {
                 let _ = process
                     .signal(Signal::SIGKILL)
-                    .and_then(|()| process.wait_exit(Instant::now() + patience()));
+                    .and_then(|()| process.wait_exit(Instant::now() + timeout()));
             }
         }
         for group in self.groups() {

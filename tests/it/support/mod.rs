@@ -11,7 +11,7 @@ pub mod installation;
 mod leaks;
 pub mod netns;
 pub mod nftables;
-pub mod power;
+pub mod power_cut;
 pub mod remote;
 pub mod tmpfs;
 pub mod topology;

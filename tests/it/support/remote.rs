@@ -19,12 +19,12 @@ use super::netns::Namespace;
 use super::skip;
 
 /// A machine that calls hosts: where a Director's workers are.
-pub struct Office {
+pub struct Director {
     namespace: Namespace,
     dir: TempDir,
 }
 
-impl Office {
+impl Director {
     /// One that reaches nobody yet.
     pub fn new() -> Option<Self> {
         let dir = tempfile::Builder::new().prefix("bqo-").tempdir().unwrap();
@@ -93,7 +93,7 @@ impl Office {
     }
 }
 
-impl Drop for Office {
+impl Drop for Director {
     fn drop(&mut self) {
         for socket in self.connections() {
             let mut command = Command::new("ssh");
@@ -111,16 +111,16 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// Cables `office` to `host`, as the `n`th of its hosts, and starts sshd there; `None`, with the reason told, where there
+    /// Cables `director` to `host`, as the `n`th of its hosts, and starts sshd there; `None`, with the reason told, where there
     /// is none. `more` is configuration of sshd.
-    pub fn start(office: &Office, host: &Host, n: u8, more: &str) -> Option<Self> {
+    pub fn start(director: &Director, host: &Host, n: u8, more: &str) -> Option<Self> {
         if !Path::new("/usr/sbin/sshd").exists() {
             skip("no /usr/sbin/sshd (package openssh-server)");
             return None;
         }
         let (here, there) = (format!("to{n}"), format!("in{n}"));
-        office.namespace().cable(&here, host.namespace(), &there);
-        office.namespace().ip(&format!("address add 192.0.2.{}/31 dev {here}", 2 * n));
+        director.namespace().cable(&here, host.namespace(), &there);
+        director.namespace().ip(&format!("address add 192.0.2.{}/31 dev {here}", 2 * n));
         let address = format!("192.0.2.{}", 2 * n + 1);
         host.namespace().ip(&format!("address add {address}/31 dev {there}"));
         host.namespace().ip("link set lo up");
@@ -134,7 +134,7 @@ impl Sshd {
         }
         let daemon = Self::spawn(dir.path(), host, &address, more);
         let sshd = Self { dir, daemon, address };
-        sshd.authorize(&host.door());
+        sshd.authorize(&host.serve_command());
         Some(sshd)
     }
 
@@ -206,20 +206,20 @@ impl Drop for Sshd {
 }
 
 /// A socket in front of a host, as a socket unit with `Accept=yes` has it.
-pub struct Socket {
+pub struct SocketUnit {
     path: PathBuf,
     closing: Arc<AtomicBool>,
     listener: Option<JoinHandle<()>>,
 }
 
-impl Socket {
-    /// Listens in the directory of `office`.
-    pub fn start(office: &Office, host: &Host) -> Self {
-        let path = office.path("cpi.sock");
+impl SocketUnit {
+    /// Listens in the directory of `director`.
+    pub fn start(director: &Director, host: &Host) -> Self {
+        let path = director.path("cpi.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let closing = Arc::new(AtomicBool::new(false));
         let closes = Arc::clone(&closing);
-        let (door, network) = (host.door(), host.namespace().share());
+        let (door, network) = (host.serve_command(), host.namespace().share());
         let accept = move || {
             for stream in listener.incoming() {
                 if closes.load(Ordering::SeqCst) {
@@ -242,7 +242,7 @@ impl Socket {
     }
 }
 
-impl Drop for Socket {
+impl Drop for SocketUnit {
     fn drop(&mut self) {
         self.closing.store(true, Ordering::SeqCst);
         let _ = UnixStream::connect(&self.path);

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// A tmpfs. It counts pages of 4 KiB, and a file of one byte takes one.
-pub struct Small(PathBuf);
+pub struct Tmpfs(PathBuf);
 
-impl Small {
+impl Tmpfs {
     /// Mounts one of so many MiB.
     pub fn mount(at: PathBuf, mib: u32) -> Self {
         let options = format!("size={mib}m,mode=0700");
@@ -50,7 +50,7 @@ impl Small {
     }
 }
 
-impl Drop for Small {
+impl Drop for Tmpfs {
     fn drop(&mut self) {
         // Detached: a process that a failed test left may still be in it.
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);

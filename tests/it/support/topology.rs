@@ -20,23 +20,25 @@ use super::nftables;
 pub const BRIDGE: &str = "bosh-nat0";
 
 /// A host with a link `uplink` to the world outside, which knows no way back to the VMs.
-pub struct Lab {
+pub struct Topology {
     /// The host.
     pub host: Namespace,
     /// The world outside.
     pub outside: Namespace,
 }
 
-impl Lab {
+impl Topology {
     /// One; `None`, with the reason told, where that can not be had.
     pub fn new() -> Option<Self> {
-        let lab = Self { host: Namespace::new()?, outside: Namespace::new()? };
-        lab.host.cable("uplink", &lab.outside, "world");
-        for (namespace, link, end) in [(&lab.host, "uplink", 1), (&lab.outside, "world", 2)] {
+        let topology = Self { host: Namespace::new()?, outside: Namespace::new()? };
+        topology.host.cable("uplink", &topology.outside, "world");
+        for (namespace, link, end) in
+            [(&topology.host, "uplink", 1), (&topology.outside, "world", 2)]
+        {
             namespace.ip(&format!("address add 192.0.2.{end}/24 dev {link}"));
             namespace.ip(&format!("address add 2001:db8::{end}/64 dev {link} nodad"));
         }
-        Some(lab)
+        Some(topology)
     }
 
     /// A machine on the bridge, with this address and the gateway that ends in 1.
@@ -159,10 +161,10 @@ pub fn text(error: &bosh_qemu_cpi::error::Error) -> String {
 }
 
 /// Who `listener` sees when `vm` speaks to `to` by TCP and UDP; the answers must come back.
-pub fn seen_from(lab: &Lab, vm: &Namespace, to: &str) -> IpAddr {
+pub fn seen_from(topology: &Topology, vm: &Namespace, to: &str) -> IpAddr {
     let address = SocketAddr::new(to.parse().unwrap(), 0);
     let patience = Some(Duration::from_secs(5));
-    let (listener, datagrams) = lab
+    let (listener, datagrams) = topology
         .outside
         .run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
     let (tcp, udp) = (listener.local_addr().unwrap(), datagrams.local_addr().unwrap());

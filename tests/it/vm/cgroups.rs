@@ -9,7 +9,7 @@ use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, eventually, gone, vm_cid};
+use crate::support::host::{Host, eventually, vm_cid, wait_for_exit};
 use crate::support::images::{assert_pattern, image, record, write_pattern};
 use crate::support::skip;
 
@@ -84,7 +84,7 @@ fn create_vm_sets_limits_in_a_cgroup_of_its_own() {
     // Whoever takes over is where the first one was: a worker's group may end at any time.
     let process = host.supervisor(&vm).unwrap();
     process.signal(Signal::SIGKILL).unwrap();
-    gone(&process);
+    wait_for_exit(&process);
     host.ok("set_vm_metadata", &json!([vm, {}]));
     assert_eq!(groups(host.supervisor(&vm).expect("a new one").pid()), groups(qemu));
 }
@@ -124,9 +124,9 @@ fn reboot_vm_without_run_directory_ends_its_old_qemu() {
     assert!(taps.iter().all(|tap| host.namespace().link(tap).is_some()), "{taps:?}");
     assert!(!qemu.wait_exit(std::time::Instant::now()).unwrap());
     host.ok("reboot_vm", &json!([vm]));
-    gone(&qemu);
-    gone(&supervisor);
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    wait_for_exit(&qemu);
+    wait_for_exit(&supervisor);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert!(host.command(&["audit", "--json"]).0);
     host.ok("attach_disk", &json!([vm, other]));
     host.ok("detach_disk", &json!([vm, disk]));
@@ -165,7 +165,7 @@ fn exceed_memory_limit_restarts_only_that_vm() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (wild, other) = (host.vm(&stemcell), host.vm(&stemcell));
-    host.sees(&wild, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&wild, "BOOTSECTOR-OK", 1);
     let (qemu, supervisor) = (host.qemu(&wild).unwrap(), host.supervisor(&wild).unwrap().pid());
     let bystander = host.qemu(&other).unwrap().pid();
     let Some(limit) =
@@ -180,8 +180,8 @@ fn exceed_memory_limit_restarts_only_that_vm() {
     // As much as a QEMU with a leak would take, written all over.
     let leak = json!({"qom-type": "memory-backend-ram", "id": "leak", "size": 256 * MIB, "prealloc": true});
     let _ = host.qmp(&wild, "object-add", &leak);
-    gone(&qemu);
-    host.event(&wild, "out of memory", 1);
+    wait_for_exit(&qemu);
+    host.wait_for_event(&wild, "out of memory", 1);
     let exit = eventually("the end is written down", || {
         ExitRecord::read(&host.paths(&wild).exit()).unwrap()
     });
@@ -190,12 +190,12 @@ fn exceed_memory_limit_restarts_only_that_vm() {
         (Some(9), Some("oom-kill"), Ending::Crashed)
     );
 
-    host.sees(&wild, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&wild, "BOOTSECTOR-OK", 2);
     assert_eq!(host.supervisor(&wild).unwrap().pid(), supervisor, "the supervisor is spared");
     assert_eq!(host.qemu(&other).unwrap().pid(), bystander, "and so is everybody else");
     assert_eq!(number(&limit), meant, "the limit of the next start");
     // An end of another kind is not taken for one of this.
-    host.crash(&other);
+    host.kill_qemu(&other);
     let exit = eventually("the end is written down", || {
         ExitRecord::read(&host.paths(&other).exit()).unwrap()
     });

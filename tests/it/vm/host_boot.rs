@@ -6,7 +6,9 @@ use bosh_qemu_cpi::supervisor::{Ending, ExitRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, MUTE_GUEST, command_line, eventually, gone, json_options};
+use crate::support::host::{
+    Host, MUTE_GUEST, command_line, eventually, json_options, wait_for_exit,
+};
 use crate::support::skip;
 
 fn start(host: &Host) -> Vec<(String, Value)> {
@@ -39,14 +41,14 @@ fn host_start_after_power_cut_restores_running_vms() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
     let (first, second, off) = (host.vm(&stemcell), host.vm(&stemcell), host.vm(&stemcell));
-    host.sees(&off, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&off, "BOOTSECTOR-OK", 1);
     host.power_off(&off);
-    host.sees(&first, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&first, "BOOTSECTOR-OK", 1);
     let disk = host.disk();
     host.ok("attach_disk", &json!([first, disk]));
     // The cold start has the disk on its command line.
     host.ok("reboot_vm", &json!([first]));
-    host.sees(&first, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&first, "BOOTSECTOR-OK", 2);
     let before = [&first, &second].map(|vm| (hardware(&host, vm), host.record(vm).nics));
 
     host.lose_power();
@@ -55,8 +57,8 @@ fn host_start_after_power_cut_restores_running_vms() {
     let state = |vm: &VmCid| &back.iter().find(|(cid, _)| cid == vm.as_str()).unwrap().1;
     assert_eq!([state(&first), state(&second)], [&json!("started"); 2]);
     assert_eq!(state(&off), &json!({"off": "its guest powered itself off"}));
-    host.sees(&first, "BOOTSECTOR-OK", 3);
-    host.sees(&second, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&first, "BOOTSECTOR-OK", 3);
+    host.wait_for_console(&second, "BOOTSECTOR-OK", 2);
     assert_eq!([&first, &second].map(|vm| (hardware(&host, vm), host.record(vm).nics)), before);
     assert_eq!(host.ok("get_disks", &json!([first])), json!([disk]));
     host.ok("detach_disk", &json!([first, disk]));
@@ -74,10 +76,10 @@ fn host_start_after_host_stop_starts_every_vm_again() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let alone = host.vm(&host.stemcell());
-    host.sees(&alone, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&alone, "BOOTSECTOR-OK", 1);
     let supervisor = host.supervisor(&alone).unwrap();
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
 
     let down = outcomes(&host, &["host", "stop", "--json"]);
     assert!(down.iter().all(|(_, state)| state == "stopped"), "{down:?}");
@@ -91,14 +93,14 @@ fn host_start_after_host_stop_starts_every_vm_again() {
     assert!(down_again.iter().all(|(_, state)| state["off"] == "it was"), "{down_again:?}");
 
     assert!(start(&host).iter().all(|(_, state)| state == "started"));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
 }
 
 #[test]
 fn host_stop_with_unresponsive_guest_ends_it_at_the_timeout() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.import(MUTE_GUEST));
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let down = outcomes(&host, &["host", "stop", "--timeout", "1", "--json"]);
     assert_eq!(down, [(vm.to_string(), json!("stopped"))]);
     assert_eq!(exit(&host, &vm).unwrap().ending(), Ending::Stopped);
@@ -153,23 +155,23 @@ fn call_on_vm_without_supervisor_starts_one() {
     let lose_supervisor = || {
         let supervisor = host.supervisor(&vm).expect("a supervisor");
         supervisor.signal(Signal::SIGKILL).unwrap();
-        gone(&supervisor);
+        wait_for_exit(&supervisor);
     };
     let (disk, qemu) = (host.disk(), host.qemu(&vm).unwrap().pid());
     lose_supervisor();
     host.ok("attach_disk", &json!([vm, disk]));
-    host.event(&vm, "adopted", 1);
-    host.sees(&vm, "\nU", 1);
+    host.wait_for_event(&vm, "adopted", 1);
+    host.wait_for_console(&vm, "\nU", 1);
     lose_supervisor();
     host.ok("set_vm_metadata", &json!([vm, {"name": "web/0"}]));
-    host.event(&vm, "adopted", 2);
+    host.wait_for_event(&vm, "adopted", 2);
     lose_supervisor();
     assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
     assert_eq!(host.qemu(&vm).expect("the same QEMU").pid(), qemu);
 
     // It does what the first one would: a crash is seen and the VM started again.
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
     lose_supervisor();
     assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
@@ -205,7 +207,7 @@ fn call_after_interrupted_launch_launches_again() {
             half.then(|| host.qmp(&vm, "query-status", &json!({})).ok()).flatten()
         });
         begin(&host, &vm);
-        host.sees(&vm, "BOOTSECTOR-OK", boots);
+        host.wait_for_console(&vm, "BOOTSECTOR-OK", boots);
         assert!(host.supervisor(&vm).is_some());
     }
 }
@@ -216,7 +218,7 @@ fn adopt_hung_qemu_fails_and_leaves_it_running() {
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     let qemu = host.qemu(&vm).unwrap();
     qemu.signal(Signal::SIGSTOP).unwrap();
     let answer = host.call("set_vm_metadata", &json!([vm, {"name": "web/0"}]));

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::host::{
-    Host, command_line, eventually, gone, json_options, patience, request, text, vm_cid,
+    Host, command_line, eventually, json_options, request, text, timeout, vm_cid, wait_for_exit,
 };
 
 #[test]
@@ -28,7 +28,7 @@ fn create_recreate_and_delete_vm_leaves_nothing() {
     let hint = host.ok("attach_disk", &json!([vm, disk]));
     assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
     assert_eq!(host.ok("set_disk_metadata", &json!([disk, {"owner": "bosh"}])), Value::Null);
-    host.sees(&vm, "\nU", 1);
+    host.wait_for_console(&vm, "\nU", 1);
 
     assert_eq!(host.ok("delete_vm", &json!([vm])), Value::Null);
     assert_eq!(host.ok("has_vm", &json!([vm])), false);
@@ -36,13 +36,13 @@ fn create_recreate_and_delete_vm_leaves_nothing() {
     assert_ne!(again, vm);
     assert_eq!(host.ok("attach_disk", &json!([again, disk])), hint);
     assert_eq!(host.ok("get_disks", &json!([again])), json!([disk]));
-    host.sees(&again, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&again, "BOOTSECTOR-OK", 1);
     host.ok("detach_disk", &json!([again, disk]));
     host.ok("delete_disk", &json!([disk]));
     assert_eq!(host.ok("has_disk", &json!([disk])), false);
     host.ok("delete_vm", &json!([again]));
     host.ok("delete_stemcell", &json!([stemcell]));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
     for (method, cid) in [
         ("delete_vm", vm.to_string()),
         ("delete_disk", disk.to_string()),
@@ -65,16 +65,16 @@ fn attach_disk_during_hot_swap_moves_it_to_the_new_vm() {
     let new = vm_cid(&host.ok("create_vm", &arguments));
     assert_eq!(host.ok("get_disks", &json!([old])), json!([disk]), "a locality hint moves no disk");
     host.ok("detach_disk", &json!([old, disk]));
-    host.sees(&old, "\nD", 1);
+    host.wait_for_console(&old, "\nD", 1);
     assert_eq!(host.ok("attach_disk", &json!([new, disk])), hint);
     host.ok("delete_vm", &json!([old]));
     host.ok("delete_snapshot", &json!([snapshot]));
     assert!(host.qemu(&new).is_some());
     // The stemcell may go while a VM is on it, and the VM still start again.
     host.ok("delete_stemcell", &json!([stemcell]));
-    host.sees(&new, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&new, "BOOTSECTOR-OK", 1);
     host.ok("reboot_vm", &json!([new]));
-    host.sees(&new, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&new, "BOOTSECTOR-OK", 2);
     assert_eq!(host.ok("get_disks", &json!([new])), json!([disk]));
 }
 
@@ -207,7 +207,7 @@ fn reboots_and_goes(host: &Host, bring: impl Fn(&VmCid)) {
     bring(&vm);
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     let after = host.record(&vm);
     assert_eq!(
         (&after.nics, after.uid, &after.machine),
@@ -218,8 +218,8 @@ fn reboots_and_goes(host: &Host, bring: impl Fn(&VmCid)) {
     host.ok("delete_vm", &json!([vm]));
     assert_eq!(host.ok("has_vm", &json!([vm])), false);
     assert_eq!(host.call("reboot_vm", &json!([vm])).failure().kind, "VMNotFound");
-    host.clear();
-    host.assert_nothing_left();
+    host.delete_everything();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -239,8 +239,8 @@ fn reboot_and_delete_crashed_vm_succeed() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     reboots_and_goes(&host, |vm| {
         let supervisor = host.supervisor(vm).unwrap();
-        host.crash(vm);
-        gone(&supervisor);
+        host.kill_qemu(vm);
+        wait_for_exit(&supervisor);
         assert!(host.qemu(vm).is_none());
     });
 }
@@ -253,8 +253,8 @@ fn reboot_and_delete_restarting_vm_succeed() {
             .unwrap()
             .matches("\"event\":\"restarting\"")
             .count();
-        host.crash(vm);
-        host.event(vm, "restarting", exits + 1);
+        host.kill_qemu(vm);
+        host.wait_for_event(vm, "restarting", exits + 1);
     });
 }
 
@@ -293,8 +293,8 @@ fn delete_vm_after_killed_create_vm_leaves_nothing() {
             assert_eq!(host.ok("has_vm", &json!([vm])), false);
         }
     }
-    host.clear();
-    host.assert_nothing_left();
+    host.delete_everything();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -313,8 +313,8 @@ fn delete_vm_with_hung_launch_succeeds() {
     assert_eq!(host.ok("has_vm", &json!([vm])), false);
     assert_eq!(host.call("reboot_vm", &json!([vm])).failure().kind, "VMNotFound");
     host.ok("delete_vm", &json!([vm]));
-    host.clear();
-    host.assert_nothing_left();
+    host.delete_everything();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -328,7 +328,7 @@ fn create_vm_with_hung_launch_fails_at_its_deadline() {
     assert_eq!(answer.failure().kind, "VMCreationFailed", "{answer:?}");
     assert!(answer.failure().ok_to_retry, "a busy host may do better");
     host.ok("delete_stemcell", &json!([stemcell]));
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -342,7 +342,7 @@ fn create_vm_with_invalid_arguments_names_them_and_leaves_nothing() {
         assert_eq!(answer.failure().kind, kind, "{answer:?}");
         assert!(answer.failure().message.contains(says), "{says:?} in {answer:?}");
         let left: Vec<_> =
-            host.left_at_last().into_iter().filter(|left| !left.contains(&stemcell)).collect();
+            host.leaks_after_exits().into_iter().filter(|left| !left.contains(&stemcell)).collect();
         assert!(left.is_empty(), "{says:?} left behind: {left:#?}");
     };
     fails(
@@ -381,7 +381,7 @@ fn create_vm_with_invalid_arguments_names_them_and_leaves_nothing() {
         config["qemu"].as_object_mut().unwrap().remove("binary");
     });
     let vm = host.vm(&stemcell);
-    host.sees(&vm, "BOOTSECTOR-OK", 1);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
 }
 
 #[test]
@@ -404,55 +404,29 @@ fn create_in_unwritable_state_directory_names_it() {
     host.reconfigure(|config| config["state_dir"] = json!(host.path("state")));
 }
 
-/// A filesystem of its own in the test's directory, gone with it.
-struct Tmpfs(std::path::PathBuf);
-
-impl Tmpfs {
-    fn mount(at: std::path::PathBuf, size: &str) -> Self {
-        fs::create_dir_all(&at).unwrap();
-        let flags = nix::mount::MsFlags::empty();
-        nix::mount::mount(
-            Some("tmpfs"),
-            &at,
-            Some("tmpfs"),
-            flags,
-            Some(format!("size={size}").as_str()),
-        )
-        .unwrap();
-        Self(at)
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
 #[test]
 fn create_on_full_filesystem_fails_and_delete_succeeds() {
-    let Some(host) = Host::new() else { return };
-    let _full = Tmpfs::mount(host.path("state"), "8m");
+    let Some(host) = Host::on_tmpfs(8) else { return };
     let stemcell = host.stemcell();
     let vm = host.vm(&stemcell);
     let disk = host.disk();
     let filler = host.path("state/filler");
     let written = fs::write(&filler, vec![1; 16 << 20]).unwrap_err();
     assert_eq!(written.kind(), std::io::ErrorKind::StorageFull);
-    let before = host.left();
+    let before = host.leaks();
     for (method, arguments) in
         [("create_vm", host.vm_arguments(&stemcell)), ("create_disk", json!([8, {}, null]))]
     {
         let answer = host.call(method, &arguments);
         assert_eq!(answer.failure().kind, "NoDiskSpace", "{answer:?}");
-        assert_eq!(host.left(), before, "{method}");
+        assert_eq!(host.leaks(), before, "{method}");
     }
     // Deleting is what makes room.
     host.ok("delete_vm", &json!([vm]));
     host.ok("delete_disk", &json!([disk]));
     host.ok("delete_stemcell", &json!([stemcell]));
     fs::remove_file(filler).unwrap();
-    host.assert_nothing_left();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -465,7 +439,7 @@ fn create_vm_detaches_its_processes_from_the_caller() {
     let log = sender.clone();
     std::thread::spawn(move || sender.send(std::io::read_to_string(&mut stdout)));
     std::thread::spawn(move || log.send(std::io::read_to_string(&mut stderr)));
-    let deadline = Instant::now() + patience();
+    let deadline = Instant::now() + timeout();
     let mut heard = Vec::new();
     for _ in 0..2 {
         heard.push(
@@ -499,7 +473,7 @@ fn create_vm_after_killed_create_vm_undoes_it() {
     call.kill().unwrap();
     call.wait().unwrap();
     qemu.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     assert_eq!(host.ok("has_vm", &json!([killed])), false, "nobody was told of it");
     assert!(host.paths(&killed).dir.exists());
 

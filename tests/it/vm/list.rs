@@ -21,7 +21,7 @@ pub fn vm_list(host: &Host) -> Value {
 }
 
 /// The same where no QEMU hangs. On a host that is busy, one that is well may take longer than it is given: it is asked again.
-pub fn answering(host: &Host) -> Value {
+pub fn list_when_all_answer(host: &Host) -> Value {
     eventually("every QEMU answers", || {
         let listed = vm_list(host);
         listed.as_array().unwrap().iter().all(|line| line["state"] != "silent").then_some(listed)
@@ -47,15 +47,15 @@ fn list_vms_reports_every_state() {
     let vms: Vec<_> = (0..5).map(|_| host.vm(&stemcell)).collect();
     let [running, stopped, crashed, paused, hung] = &vms[..] else { unreachable!() };
     for vm in &vms {
-        host.sees(vm, "BOOTSECTOR-OK", 1);
+        host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
     }
     let disk = host.disk();
     host.ok("attach_disk", &json!([running, disk]));
     host.ok("set_vm_metadata", &json!([running, {"name": "db/0"}]));
     host.power_off(stopped);
     let supervisor = host.supervisor(crashed).unwrap();
-    host.crash(crashed);
-    crate::support::host::gone(&supervisor);
+    host.kill_qemu(crashed);
+    crate::support::host::wait_for_exit(&supervisor);
     host.qmp(paused, "stop", &json!({})).unwrap();
     host.qemu(hung).unwrap().signal(Signal::SIGSTOP).unwrap();
 

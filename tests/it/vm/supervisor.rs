@@ -8,7 +8,9 @@ use bosh_qemu_cpi::supervisor::{Ending, ExitRecord, call_off};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, PANICKING_GUEST, command_line, eventually, gone, json_options};
+use crate::support::host::{
+    Host, PANICKING_GUEST, command_line, eventually, json_options, wait_for_exit,
+};
 
 /// Names of all events, in order; each line must be a whole JSON object.
 fn events(host: &Host, vm: &VmCid) -> Vec<String> {
@@ -55,7 +57,7 @@ fn quit_of_qemu_is_no_crash() {
     let supervisor = host.supervisor(&vm).unwrap();
     // QEMU may be gone before it has answered.
     let _ = host.qmp(&vm, "quit", &json!({}));
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     let exit = exit(&host, &vm);
     assert_eq!(
         (exit.code, exit.reason.as_deref(), exit.ending()),
@@ -70,8 +72,8 @@ fn crash_repeatedly_gives_the_vm_up() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.import(PANICKING_GUEST));
     let supervisor = host.supervisor(&vm).unwrap();
-    host.event(&vm, "gave up", 1);
-    gone(&supervisor);
+    host.wait_for_event(&vm, "gave up", 1);
+    wait_for_exit(&supervisor);
     let events = events(&host, &vm);
     let times = |event: &str| events.iter().filter(|e| *e == event).count();
     assert_eq!(
@@ -83,7 +85,7 @@ fn crash_repeatedly_gives_the_vm_up() {
     assert_eq!(exit(&host, &vm).ending(), Ending::Crashed);
     // Who starts it on purpose begins to count anew.
     host.ok("reboot_vm", &json!([vm]));
-    host.event(&vm, "restarting", 4);
+    host.wait_for_event(&vm, "restarting", 4);
 }
 
 #[test]
@@ -91,8 +93,8 @@ fn crash_with_restart_never_leaves_the_vm_off() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
-    host.crash(&vm);
-    gone(&supervisor);
+    host.kill_qemu(&vm);
+    wait_for_exit(&supervisor);
     let exit = exit(&host, &vm);
     assert_eq!((exit.code, exit.signal, exit.ending()), (None, Some(9), Ending::Crashed));
     assert!(!events(&host, &vm).contains(&"restarting".to_owned()));
@@ -119,13 +121,13 @@ fn crash_of_qemu_restarts_the_vm_with_the_same_hardware() {
     }
     host.ok("detach_disk", &json!([vm, released]));
     host.ok("reboot_vm", &json!([vm]));
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     let before = host.qemu(&vm).unwrap();
     let hardware_before = hardware(&command_line(&before));
     assert!(hardware_before.0.iter().any(|device| device["serial"] == json!(kept)));
     let supervisor = host.supervisor(&vm).unwrap();
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 3);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     let after = host.qemu(&vm).expect("a new QEMU");
     assert_ne!(after.pid(), before.pid());
     assert_eq!(host.supervisor(&vm).unwrap().pid(), supervisor.pid());
@@ -147,7 +149,7 @@ fn kill_supervisor_keeps_the_vm_running() {
     let (disk, qemu) = (host.disk(), host.qemu(&vm).unwrap());
     let supervisor = host.supervisor(&vm).unwrap();
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
     assert!(host.supervisor(&vm).is_none(), "what only looks changes nothing");
@@ -158,10 +160,10 @@ fn kill_supervisor_keeps_the_vm_running() {
     assert_eq!(host.qemu(&vm).expect("still running").pid(), qemu.pid());
     let supervisor = host.supervisor(&vm).expect("a new one");
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     host.ok("delete_vm", &json!([vm]));
-    host.clear();
-    host.assert_nothing_left();
+    host.delete_everything();
+    host.assert_no_leaks();
 }
 
 #[test]
@@ -170,7 +172,7 @@ fn terminate_supervisor_powers_the_guest_off() {
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
     supervisor.signal(Signal::SIGTERM).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     let exit = exit(&host, &vm);
     assert!(exit.host_stopping);
     assert_eq!(exit.ending(), Ending::Stopped, "wanted again after the host's reboot");
@@ -204,15 +206,15 @@ fn cancel_launch_of_running_vm_has_no_effect() {
     assert!(!qemu.wait_exit(Instant::now() + Duration::from_millis(500)).unwrap());
     assert_eq!(host.supervisor(&vm).expect("it lives").pid(), supervisor.pid());
     // Neither is the next launch.
-    host.crash(&vm);
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.kill_qemu(&vm);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
 }
 
 #[test]
 fn panic_of_guest_restarts_the_vm() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.import(PANICKING_GUEST));
-    host.event(&vm, "GUEST_PANICKED", 2);
+    host.wait_for_event(&vm, "GUEST_PANICKED", 2);
     let events = events(&host, &vm);
     let times = |event: &str| events.iter().filter(|e| *e == event).count();
     assert!(times("restarting") >= 1 && times("started") >= 2, "{events:?}");
@@ -224,7 +226,7 @@ fn panic_of_guest_restarts_the_vm() {
 fn panic_with_restart_never_leaves_the_vm_off() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let vm = host.vm(&host.import(PANICKING_GUEST));
-    host.event(&vm, "exited", 1);
+    host.wait_for_event(&vm, "exited", 1);
     let written = || ExitRecord::read(&host.paths(&vm).exit()).unwrap();
     let exit = eventually("an exit record", written);
     assert_eq!(
@@ -248,7 +250,7 @@ fn reboot_inside_guest_keeps_qemu_and_its_disks() {
     let (qemu, supervisor) = (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid());
     // What a guest writes to reset itself (ICH9's reset control register).
     host.qmp(&vm, "human-monitor-command", &json!({"command-line": "o /b 0xcf9 6"})).unwrap();
-    host.sees(&vm, "BOOTSECTOR-OK", 2);
+    host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(
         (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()),
         (qemu, supervisor)

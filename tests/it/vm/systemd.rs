@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::host::{Host, eventually, gone, request, vm_cid};
+use crate::support::host::{Host, eventually, request, vm_cid, wait_for_exit};
 use crate::support::skip;
 
 /// What `program` prints; it must succeed.
@@ -74,7 +74,7 @@ impl Worker {
             let text = fs::read_to_string(&answer).ok()?;
             serde_json::from_str::<Value>(&text).is_ok().then_some(text)
         });
-        host.note(&answer);
+        host.track_vms(&answer);
         let made = Answer::outcome(&answer).unwrap_or_else(|failure| panic!("{failure:?}"));
         Self { unit, vm: vm_cid(&made) }
     }
@@ -104,16 +104,16 @@ fn stop_creating_unit_keeps_the_vm_in_its_own_scope() {
     assert_eq!(lives(), (qemu.pid(), supervisor.pid()));
 
     // A restart stays in the scope; a supervisor that takes over goes there.
-    host.crash(&vm);
+    host.kill_qemu(&vm);
     let qemu = eventually("it is started again", || host.qemu(&vm));
     assert_eq!(unit(qemu.pid()), scope);
-    host.event(&vm, "started", 2);
+    host.wait_for_event(&vm, "started", 2);
     supervisor.signal(Signal::SIGKILL).unwrap();
-    gone(&supervisor);
+    wait_for_exit(&supervisor);
     host.ok("set_vm_metadata", &json!([vm, {}]));
     assert_eq!(unit(host.supervisor(&vm).expect("a new one").pid()), scope);
     // Its next QEMU is in a scope named after it, because the old one may still be there.
-    host.crash(&vm);
+    host.kill_qemu(&vm);
     let qemu = eventually("it is started again", || host.qemu(&vm));
     let new = format!("bosh-{vm}-{}.scope", host.supervisor(&vm).unwrap().pid());
     assert_eq!((unit(qemu.pid()), show(&new, "TasksMax")), (new, "1025".to_owned()));

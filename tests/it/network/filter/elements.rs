@@ -6,51 +6,53 @@ use bosh_qemu_cpi::net::guard;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 use bosh_qemu_cpi::store::record::Nic;
 
-use super::{GUARD, Guest, IP4, Lab, TCP, UDP, admits, guarded, mac, nic, no_others};
+use super::{Bridge, GUARD, Guest, IP4, TCP, UDP, admits, guarded, mac, nic, no_others};
 use crate::support::frames::{EVERYBODY, ethernet, ip4, udp};
 use crate::support::nftables;
 
 #[test]
 fn remove_last_vm_removes_the_tables() {
-    let Some(lab) = Lab::new() else { return };
-    let tables = || lab.host.run(nftables::tables);
-    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
-    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let Some(bridge) = Bridge::new() else { return };
+    let tables = || bridge.host.run(nftables::tables);
+    let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
+    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
     let add = |guest: &Guest| {
-        lab.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap()
+        bridge.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap()
     };
-    let remove =
-        |guest: &Guest| lab.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap();
+    let remove = |guest: &Guest| {
+        bridge.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap()
+    };
     assert_eq!(tables(), [GUARD, GUARD]);
     add(&guest);
     remove(&guest);
     remove(&guest);
     let spoofed = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.2", UDP, &udp(1, 53)));
-    lab.passes(&guest, &other, &spoofed);
+    bridge.passes(&guest, &other, &spoofed);
     let back = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.1", UDP, &udp(1, 53)));
-    lab.drops_it(&other, &guest, "MAC", &back);
+    bridge.drops_it(&other, &guest, "MAC", &back);
     remove(&other);
     assert_eq!(tables(), Vec::<String>::new());
     remove(&other);
 
     // Whoever flushed everything gets everything back with the next VM.
     add(&guest);
-    lab.host.run(|| nftables::write_table(GUARD, false));
-    lab.host
+    bridge.host.run(|| nftables::write_table(GUARD, false));
+    bridge
+        .host
         .run(|| {
             guard::add(std::slice::from_ref(&guest.nic), || {
                 Ok(vec![guest.nic.clone(), other.nic.clone()])
             })
         })
         .unwrap();
-    lab.drops_it(&guest, &other, "MAC", &spoofed);
-    lab.drops_it(&other, &guest, "MAC", &back);
+    bridge.drops_it(&guest, &other, "MAC", &spoofed);
+    bridge.drops_it(&other, &guest, "MAC", &back);
 }
 
 /// Its own removal found no tables yet.
 #[test]
 fn remove_vm_during_rebuild_leaves_no_elements() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(bridge) = Bridge::new() else { return };
     let [stays, goes] =
         [1, 2].map(|n| nic(&format!("bqvm{n}"), n, guarded(&[&format!("10.0.0.{n}")])));
     let asked = AtomicU32::new(0);
@@ -64,19 +66,19 @@ fn remove_vm_during_rebuild_leaves_no_elements() {
             vec![Nic { rules: Some(again), ..stays.clone() }]
         })
     };
-    lab.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
-    let added = lab.host.run(|| guard::add(std::slice::from_ref(&stays), others));
+    bridge.host.run(|| guard::remove(std::slice::from_ref(&goes))).unwrap();
+    let added = bridge.host.run(|| guard::add(std::slice::from_ref(&stays), others));
     assert!(added.is_ok() && asked.load(Relaxed) == 2, "{added:?}");
-    let lost = |nic| lab.host.run(|| guard::is_lost(std::slice::from_ref(nic))).unwrap();
+    let lost = |nic| bridge.host.run(|| guard::is_lost(std::slice::from_ref(nic))).unwrap();
     assert_eq!((lost(&goes), lost(&stays)), (true, false));
-    lab.host.run(|| guard::remove(std::slice::from_ref(&stays))).unwrap();
-    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+    bridge.host.run(|| guard::remove(std::slice::from_ref(&stays))).unwrap();
+    assert_eq!(bridge.host.run(nftables::tables), Vec::<String>::new());
 }
 
 /// Rules, times and packets do not grow with the number of VMs; this shows that so many fit and go.
 #[test]
 fn add_and_remove_two_hundred_vms_leaves_nothing() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(bridge) = Bridge::new() else { return };
     let rules = |n: u8| NicRules {
         allowed: vec!["10.244.0.0/16".parse().unwrap()],
         forwards: vec![Forward {
@@ -90,10 +92,10 @@ fn add_and_remove_two_hundred_vms_leaves_nothing() {
         ..admits(&[("0.0.0.0/0", TCP, Some((80, 90))), ("fd00::/64", UDP, Some((53, 53)))])
     };
     let vms: Vec<_> = (1..=200).map(|n| nic(&format!("bqvm{n}"), n, rules(n))).collect();
-    let elements = || lab.host.run(|| nftables::elements(GUARD));
+    let elements = || bridge.host.run(|| nftables::elements(GUARD));
     let mut least = 0;
     for vm in &vms {
-        lab.host.run(|| guard::add(std::slice::from_ref(vm), no_others)).unwrap();
+        bridge.host.run(|| guard::add(std::slice::from_ref(vm), no_others)).unwrap();
         let now = elements();
         assert!(now > least, "{now}");
         least = now;
@@ -101,15 +103,15 @@ fn add_and_remove_two_hundred_vms_leaves_nothing() {
     // Taps twice, the MAC, three addresses, a block, two admissions, three ports, and that it is guarded and grouped.
     assert_eq!(least, 200 * 14);
     for vm in &vms {
-        lab.host.run(|| guard::remove(std::slice::from_ref(vm))).unwrap();
+        bridge.host.run(|| guard::remove(std::slice::from_ref(vm))).unwrap();
     }
-    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+    assert_eq!(bridge.host.run(nftables::tables), Vec::<String>::new());
 }
 
 /// All of them in one transaction, far larger than a socket takes by default.
 #[test]
 fn add_vm_after_flush_restores_two_thousand_vms() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(bridge) = Bridge::new() else { return };
     let vms: Vec<_> = (0..2000u16)
         .map(|n| {
             nic(
@@ -119,8 +121,8 @@ fn add_vm_after_flush_restores_two_thousand_vms() {
             )
         })
         .collect();
-    lab.host.run(|| guard::add(&vms[..1], || Ok(vms.clone()))).unwrap();
-    assert!(!lab.host.run(|| guard::is_lost(&vms)).unwrap());
-    lab.host.run(|| guard::remove(&vms)).unwrap();
-    assert_eq!(lab.host.run(nftables::tables), Vec::<String>::new());
+    bridge.host.run(|| guard::add(&vms[..1], || Ok(vms.clone()))).unwrap();
+    assert!(!bridge.host.run(|| guard::is_lost(&vms)).unwrap());
+    bridge.host.run(|| guard::remove(&vms)).unwrap();
+    assert_eq!(bridge.host.run(nftables::tables), Vec::<String>::new());
 }

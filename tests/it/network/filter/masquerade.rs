@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{TCP, UDP, admits, no_others};
 use crate::support::netns::Namespace;
 use crate::support::nftables;
-use crate::support::topology::{Lab, connects, name, nat, reaches, segment};
+use crate::support::topology::{Topology, connects, name, nat, reaches, segment};
 
 /// The card of a VM with these rules, whose tap is `port`.
 fn card(port: &str, segment: &Segment, ip: &str, rules: NicRules) -> Nic {
@@ -21,25 +21,25 @@ fn card(port: &str, segment: &Segment, ip: &str, rules: NicRules) -> Nic {
 }
 
 /// Puts the card's rules in force and its port on the bridge.
-fn plug(lab: &Lab, nic: &Nic) {
+fn plug(topology: &Topology, nic: &Nic) {
     let (tap, segment) = nic.tap().unwrap();
-    lab.host.run(|| guard::add(std::slice::from_ref(nic), no_others)).unwrap();
-    lab.host.run(|| apply::ensure(segment, &[tap.clone().into()])).unwrap();
+    topology.host.run(|| guard::add(std::slice::from_ref(nic), no_others)).unwrap();
+    topology.host.run(|| apply::ensure(segment, &[tap.clone().into()])).unwrap();
 }
 
-fn remove(lab: &Lab, nic: &Nic) {
-    lab.host.run(|| guard::remove(std::slice::from_ref(nic))).unwrap();
+fn remove(topology: &Topology, nic: &Nic) {
+    topology.host.run(|| guard::remove(std::slice::from_ref(nic))).unwrap();
 }
 
 #[test]
 fn connect_through_masquerade_is_matched_by_its_original_source() {
-    let Some(lab) = Lab::new() else { return };
-    lab.ensure(&nat("10.0.0.1")).unwrap();
-    let stranger = lab.vm("port0", "10.0.0.5");
+    let Some(topology) = Topology::new() else { return };
+    topology.ensure(&nat("10.0.0.1")).unwrap();
+    let stranger = topology.vm("port0", "10.0.0.5");
     let routed = segment(&json!({"profile": "routed"}), "10.1.0.1");
-    let grouped = lab.unplugged_vm("port1", "10.1.0.5");
-    let neighbour = lab.unplugged_vm("port2", "10.1.0.6");
-    lab.host.run(|| apply::ensure(&routed, &[name("port2").into()])).unwrap();
+    let grouped = topology.unplugged_vm("port1", "10.1.0.5");
+    let neighbour = topology.unplugged_vm("port2", "10.1.0.6");
+    topology.host.run(|| apply::ensure(&routed, &[name("port2").into()])).unwrap();
     let all = Some((0, u16::MAX));
     for (admitted, by_the_neighbour, by_the_stranger) in [
         (vec![], false, false),
@@ -47,8 +47,8 @@ fn connect_through_masquerade_is_matched_by_its_original_source() {
         (vec![("10.0.0.5/32", TCP, all)], false, true),
     ] {
         let nic = card("port1", &routed, "10.1.0.5", admits(&admitted));
-        plug(&lab, &nic);
-        assert!(reaches(&lab.host, &grouped, "10.1.0.5"), "{admitted:?}: the host itself");
+        plug(&topology, &nic);
+        assert!(reaches(&topology.host, &grouped, "10.1.0.5"), "{admitted:?}: the host itself");
         assert_eq!(
             reaches(&neighbour, &grouped, "10.1.0.5"),
             by_the_neighbour,
@@ -61,7 +61,7 @@ fn connect_through_masquerade_is_matched_by_its_original_source() {
         );
         // What the VM asks is answered, whoever it asks.
         assert!(reaches(&grouped, &stranger, "10.0.0.5"), "{admitted:?}: an answer");
-        remove(&lab, &nic);
+        remove(&topology, &nic);
     }
     assert!(reaches(&stranger, &grouped, "10.1.0.5"), "a VM without groups is open");
 }
@@ -72,12 +72,14 @@ fn connect_through_host_port_is_matched_by_its_original_source() {
         ("10.0.0.1", "10.0.0.5", "10.0.0.6", "10.0.0.7"),
         ("fd00::1", "fd00::5", "fd00::6", "fd00::7"),
     ] {
-        let Some(lab) = Lab::new() else { return };
-        lab.host.run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
+        let Some(topology) = Topology::new() else { return };
+        topology
+            .host
+            .run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
         let nat = nat(gateway);
-        lab.ensure(&nat).unwrap();
-        let (admitted, refused) = (lab.vm("port0", one), lab.vm("port1", two));
-        let grouped = lab.unplugged_vm("port2", server);
+        topology.ensure(&nat).unwrap();
+        let (admitted, refused) = (topology.vm("port0", one), topology.vm("port1", two));
+        let grouped = topology.unplugged_vm("port2", server);
         let to: IpAddr = server.parse().unwrap();
         let forward =
             |protocol, host| Forward { address: None, protocol, host, to, guest: 80, count: 1 };
@@ -86,7 +88,7 @@ fn connect_through_host_port_is_matched_by_its_original_source() {
             forwards: vec![forward(TCP, 8080), forward(UDP, 8080)],
             ..admits(&[(only, TCP, Some((80, 80))), (only, UDP, Some((80, 80)))])
         };
-        plug(&lab, &card("port2", &nat, server, rules));
+        plug(&topology, &card("port2", &nat, server, rules));
 
         let listener = grouped.run(|| TcpListener::bind((to, 80)).unwrap());
         let by_the_host = SocketAddr::new(gateway.parse().unwrap(), 8080);
@@ -115,6 +117,9 @@ fn connect_through_host_port_is_matched_by_its_original_source() {
         asker.send_to(b"two", by_the_host).unwrap();
         let (length, _) = socket.recv_from(&mut word).unwrap();
         assert_eq!(&word[..length], b"two");
-        assert!(lab.host.run(|| nftables::drops("bosh-qemu-guard")) > 0, "and they are counted");
+        assert!(
+            topology.host.run(|| nftables::drops("bosh-qemu-guard")) > 0,
+            "and they are counted"
+        );
     }
 }

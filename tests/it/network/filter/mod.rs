@@ -34,7 +34,7 @@ const TCP: u8 = 6;
 const ICMP6: u8 = 58;
 
 /// A host with one bridge.
-struct Lab {
+struct Bridge {
     host: Namespace,
 }
 
@@ -77,7 +77,7 @@ fn silent() -> Option<Namespace> {
     Some(namespace)
 }
 
-impl Lab {
+impl Bridge {
     fn new() -> Option<Self> {
         let host = silent()?;
         host.ip(&format!("link add {BRIDGE} type bridge mcast_snooping 0"));

@@ -2,7 +2,7 @@
 
 use bosh_qemu_cpi::store::nic_rules::NicRules;
 
-use super::{ARP, ICMP6, IP4, IP6, Lab, TCP, UDP, admits, guarded, mac};
+use super::{ARP, Bridge, ICMP6, IP4, IP6, TCP, UDP, admits, guarded, mac};
 use crate::support::frames::{EVERYBODY, arp, ethernet, ip4, ip6, nd, tcp, udp};
 
 /// IANA's numbers.
@@ -11,7 +11,7 @@ const VRRP: u8 = 112;
 
 #[test]
 fn send_to_grouped_guest_passes_only_if_admitted() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(bridge) = Bridge::new() else { return };
     let tcp_ports = [("0.0.0.0/0", TCP, Some((80, 90))), ("10.0.0.0/24", TCP, Some((85, 95)))];
     let others = [
         ("10.0.0.0/24", 1, None),
@@ -19,8 +19,8 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
         ("fd00::/64", OSPF, None),
         ("fd00::/64", UDP, Some((53, 53))),
     ];
-    let guest = lab.guest(1, admits(&[&tcp_ports[..], &others].concat()));
-    let other = lab.guest(2, NicRules::default());
+    let guest = bridge.guest(1, admits(&[&tcp_ports[..], &others].concat()));
+    let other = bridge.guest(2, NicRules::default());
     let to4 = |from: &str, protocol, payload: &[u8]| {
         ethernet(mac(1), mac(2), IP4, &ip4(from, "10.0.0.1", protocol, payload))
     };
@@ -42,7 +42,7 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
         to6("fd00::2", ICMP6, &nd(135, "fd00::1", None)),
         ethernet(EVERYBODY, mac(2), ARP, &arp(1, (mac(2), "10.0.0.2"), "10.0.0.1")),
     ] {
-        lab.passes(&other, &guest, &frame);
+        bridge.passes(&other, &guest, &frame);
     }
     for (what, frame) in [
         ("port", to4("10.0.0.2", TCP, &tcp(1000, 96, 2))),
@@ -54,13 +54,13 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
         ("protocol with IPv4", to4("10.0.0.2", OSPF, &[3, 1, 0, 4])),
         ("protocol from elsewhere", to4("192.0.2.1", VRRP, &[0x31, 7, 100, 1])),
     ] {
-        lab.drops_it(&other, &guest, what, &frame);
+        bridge.drops_it(&other, &guest, what, &frame);
     }
     // The guest asks, and only the answer comes in.
-    lab.passes(&guest, &other, &ask4(&udp(1000, 53)));
-    lab.passes(&other, &guest, &to4("10.0.0.2", UDP, &udp(53, 1000)));
-    lab.drops_it(&other, &guest, "answer from elsewhere", &to4("10.0.0.3", UDP, &udp(53, 1000)));
-    lab.drops_it(
+    bridge.passes(&guest, &other, &ask4(&udp(1000, 53)));
+    bridge.passes(&other, &guest, &to4("10.0.0.2", UDP, &udp(53, 1000)));
+    bridge.drops_it(&other, &guest, "answer from elsewhere", &to4("10.0.0.3", UDP, &udp(53, 1000)));
+    bridge.drops_it(
         &other,
         &guest,
         "connection in an answer's place",
@@ -70,16 +70,16 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
 
 #[test]
 fn send_dhcp_offer_passes_only_to_a_dhcp_guest() {
-    let Some(lab) = Lab::new() else { return };
-    let roaming = lab.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
-    let settled = lab.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
-    let server = lab.guest(3, NicRules::default());
+    let Some(bridge) = Bridge::new() else { return };
+    let roaming = bridge.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
+    let settled = bridge.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
+    let server = bridge.guest(3, NicRules::default());
     let offer4 =
         |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
     let offer6 =
         |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
-    lab.passes(&server, &roaming, &offer4(mac(1), 68));
-    lab.passes(&server, &roaming, &offer6(mac(1)));
-    lab.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));
-    lab.drops_it(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
+    bridge.passes(&server, &roaming, &offer4(mac(1), 68));
+    bridge.passes(&server, &roaming, &offer6(mac(1)));
+    bridge.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));
+    bridge.drops_it(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
 }

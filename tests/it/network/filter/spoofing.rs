@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bosh_qemu_cpi::store::nic_rules::NicRules;
 
-use super::{ARP, BRIDGE, ICMP6, IP4, IP6, Lab, UDP, guarded, mac};
+use super::{ARP, BRIDGE, Bridge, ICMP6, IP4, IP6, UDP, guarded, mac};
 use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, udp};
 use crate::support::host::eventually;
 
@@ -12,31 +12,31 @@ use crate::support::host::eventually;
 fn send_ipv4_with_spoofed_source_is_dropped() {
     // Whether bridged packets come to the host's IP rules changes nothing.
     for called in ["1", "0"] {
-        let Some(lab) = Lab::new() else { return };
+        let Some(bridge) = Bridge::new() else { return };
         let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
-        lab.host.run(|| {
+        bridge.host.run(|| {
             if setting.exists() {
                 std::fs::write(setting, called).unwrap();
             }
         });
-        speaks_ipv4_only_as_itself(&lab);
+        speaks_ipv4_only_as_itself(&bridge);
     }
 }
 
-fn speaks_ipv4_only_as_itself(lab: &Lab) {
-    let guest = lab.guest(1, guarded(&["10.0.0.1", "10.0.0.32/28"]));
-    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+fn speaks_ipv4_only_as_itself(bridge: &Bridge) {
+    let guest = bridge.guest(1, guarded(&["10.0.0.1", "10.0.0.32/28"]));
+    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP4, payload);
     let asks = |sender: (Mac, &str)| ethernet(EVERYBODY, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
     let probes = |target| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
 
-    lab.passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
-    lab.passes(&guest, &other, &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))));
-    lab.passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
-    lab.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
-    lab.passes(&guest, &other, &probes("10.0.0.1"));
-    lab.passes(&guest, &other, &probes("10.0.0.47"));
-    lab.passes(
+    bridge.passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
+    bridge.passes(&guest, &other, &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))));
+    bridge.passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
+    bridge.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
+    bridge.passes(&guest, &other, &probes("10.0.0.1"));
+    bridge.passes(&guest, &other, &probes("10.0.0.47"));
+    bridge.passes(
         &guest,
         &other,
         &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])),
@@ -70,17 +70,17 @@ fn speaks_ipv4_only_as_itself(lab: &Lab) {
         ("frame of another type", ethernet(EVERYBODY, mac(1), 0x88cc, b"lldp")),
     ];
     for (what, spoofed) in &spoofs {
-        lab.drops_it(&guest, &other, what, spoofed);
+        bridge.drops_it(&guest, &other, what, spoofed);
     }
 }
 
 #[test]
 fn send_from_allowed_address_passes() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(bridge) = Bridge::new() else { return };
     let allowed =
         ["10.0.0.100", "10.0.1.0/24", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
-    let guest = lab.guest(1, NicRules { allowed, ..guarded(&["10.0.0.1", "fd00::1"]) });
-    let other = lab.guest(2, guarded(&["10.0.0.2", "fd00::2"]));
+    let guest = bridge.guest(1, NicRules { allowed, ..guarded(&["10.0.0.1", "fd00::1"]) });
+    let other = bridge.guest(2, guarded(&["10.0.0.2", "fd00::2"]));
     let four =
         |from: &str| ethernet(EVERYBODY, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
     let asks = |from: &str| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), from), "10.0.0.2"));
@@ -91,57 +91,57 @@ fn send_from_allowed_address_passes() {
         ethernet(EVERYBODY, mac(1), IP6, &ip6("fd00::1", "ff02::1", ICMP6, &advertisement))
     };
     for from in ["10.0.0.1", "10.0.0.100", "10.0.1.7"] {
-        lab.passes(&guest, &other, &four(from));
-        lab.passes(&guest, &other, &asks(from));
+        bridge.passes(&guest, &other, &four(from));
+        bridge.passes(&guest, &other, &asks(from));
     }
     for from in ["fd00::1", "fd00::100"] {
-        lab.passes(&guest, &other, &six(from));
-        lab.passes(&guest, &other, &tells(from));
+        bridge.passes(&guest, &other, &six(from));
+        bridge.passes(&guest, &other, &tells(from));
     }
-    lab.drops_it(&guest, &other, "IP beside it", &four("10.0.0.101"));
-    lab.drops_it(&guest, &other, "ARP sender beside it", &asks("10.0.2.0"));
-    lab.drops_it(&guest, &other, "IPv6 beside it", &six("fd00::101"));
-    lab.drops_it(&guest, &other, "target beside it", &tells("fd00::101"));
+    bridge.drops_it(&guest, &other, "IP beside it", &four("10.0.0.101"));
+    bridge.drops_it(&guest, &other, "ARP sender beside it", &asks("10.0.2.0"));
+    bridge.drops_it(&guest, &other, "IPv6 beside it", &six("fd00::101"));
+    bridge.drops_it(&guest, &other, "target beside it", &tells("fd00::101"));
 }
 
 #[test]
 fn send_ipv6_with_spoofed_source_is_dropped() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(bridge) = Bridge::new() else { return };
     // It would put fragments together.
     let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-ip6tables");
-    lab.host.run(|| {
+    bridge.host.run(|| {
         if setting.exists() {
             std::fs::write(setting, "0").unwrap();
         }
     });
-    let guest = lab.guest(1, guarded(&["fd00::1", "fd00:1::/80"]));
-    let other = lab.guest(2, guarded(&["fd00::2"]));
+    let guest = bridge.guest(1, guarded(&["fd00::1", "fd00:1::/80"]));
+    let other = bridge.guest(2, guarded(&["fd00::2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP6, payload);
     let icmp = |from: &str, message: &[u8]| frame(&ip6(from, "ff02::1", ICMP6, message));
     let (own, foreign) = (Some((2, mac(1))), Some((2, mac(9))));
     const LINK_LOCAL: &str = "fe80::ff:fe00:1";
 
-    lab.passes(&guest, &other, &frame(&ip6("fd00::1", "fd00::2", UDP, &udp(1000, 53))));
-    lab.passes(&guest, &other, &frame(&ip6("fd00:1::7", "fd00::2", UDP, &udp(1000, 53))));
-    lab.passes(&guest, &other, &icmp("::", &nd(135, "fd00::1", None)));
-    lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
-    lab.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
-    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
-    lab.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
-    lab.passes(
+    bridge.passes(&guest, &other, &frame(&ip6("fd00::1", "fd00::2", UDP, &udp(1000, 53))));
+    bridge.passes(&guest, &other, &frame(&ip6("fd00:1::7", "fd00::2", UDP, &udp(1000, 53))));
+    bridge.passes(&guest, &other, &icmp("::", &nd(135, "fd00::1", None)));
+    bridge.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
+    bridge.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
+    bridge.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
+    bridge.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
+    bridge.passes(
         &guest,
         &other,
         &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()),
     );
-    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
-    lab.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
+    bridge.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
+    bridge.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
     // A large ping in two fragments.
-    lab.passes(
+    bridge.passes(
         &guest,
         &other,
         &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])),
     );
-    lab.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
+    bridge.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
 
     let spoofs = [
         ("IP", frame(&ip6("fd00::2", "fd00::2", UDP, &udp(1, 53)))),
@@ -201,25 +201,25 @@ fn send_ipv6_with_spoofed_source_is_dropped() {
         }),
     ];
     for (what, spoofed) in &spoofs {
-        lab.drops_it(&guest, &other, what, spoofed);
+        bridge.drops_it(&guest, &other, what, spoofed);
     }
 }
 
 #[test]
 fn send_from_dhcp_guest_with_foreign_mac_is_dropped() {
-    let Some(lab) = Lab::new() else { return };
-    let guest = lab.guest(1, guarded(&[]));
-    let other = lab.guest(2, guarded(&["10.0.0.2"]));
+    let Some(bridge) = Bridge::new() else { return };
+    let guest = bridge.guest(1, guarded(&[]));
+    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
     let frame = |from: Mac, payload: &[u8]| ethernet(EVERYBODY, from, IP4, payload);
     let asks = ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67));
-    lab.passes(&guest, &other, &frame(mac(1), &asks));
-    lab.passes(
+    bridge.passes(&guest, &other, &frame(mac(1), &asks));
+    bridge.passes(
         &guest,
         &other,
         &ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")),
     );
-    lab.drops_it(&guest, &other, "MAC", &frame(mac(9), &asks));
-    lab.drops_it(
+    bridge.drops_it(&guest, &other, "MAC", &frame(mac(9), &asks));
+    bridge.drops_it(
         &guest,
         &other,
         "DHCP server",
@@ -229,14 +229,14 @@ fn send_from_dhcp_guest_with_foreign_mac_is_dropped() {
 
 #[test]
 fn send_to_bridge_group_address_is_dropped() {
-    let Some(lab) = Lab::new() else { return };
-    lab.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
-    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
+    let Some(bridge) = Bridge::new() else { return };
+    bridge.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
+    let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
     let frame =
         ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
-    let before = lab.drops();
+    let before = bridge.drops();
     guest.wire.send(&frame).unwrap();
-    eventually("a counted drop", || (lab.drops() > before).then_some(()));
+    eventually("a counted drop", || (bridge.drops() > before).then_some(()));
 }
 
 /// For the nearest bridge alone (IEEE 802.1Q, table 8-1).
@@ -246,15 +246,16 @@ fn nearest(last: u8) -> Mac {
 
 #[test]
 fn send_with_foreign_mac_teaches_the_bridge_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    let guest = lab.guest(1, guarded(&["10.0.0.1"]));
-    let other = lab.guest(2, guarded(&["10.0.0.2"]));
-    let free = lab.guest(3, NicRules::default());
+    let Some(bridge) = Bridge::new() else { return };
+    let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
+    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
+    let free = bridge.guest(3, NicRules::default());
     let port_of = |mac: &str| {
         let list = || {
             std::process::Command::new("bridge").args(["-json", "fdb", "show"]).output().unwrap()
         };
-        let list: serde_json::Value = serde_json::from_slice(&lab.host.run(list).stdout).unwrap();
+        let list: serde_json::Value =
+            serde_json::from_slice(&bridge.host.run(list).stdout).unwrap();
         let entry = list
             .as_array()
             .unwrap()
@@ -269,9 +270,9 @@ fn send_with_foreign_mac_teaches_the_bridge_nothing() {
         }
     }
     // Behind the others; and who may say anything can not take what belongs to somebody.
-    lab.passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
-    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
-    lab.passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
+    bridge.passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
+    bridge.passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
+    bridge.passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
     assert_eq!(port_of("02:00:00:00:00:01").as_deref(), Some("bqport1"));
     assert_eq!(port_of("02:00:00:00:00:02").as_deref(), Some("bqport2"));
     assert_eq!(port_of("02:00:00:00:00:08").as_deref(), Some("bqport3"), "others are learnt");

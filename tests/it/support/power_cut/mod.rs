@@ -1,6 +1,6 @@
 //! Power cuts: what a call does to the filesystem, recorded, and what a power cut can leave of it.
 
-pub mod disk;
+pub mod filesystem_model;
 pub mod recorder;
 
 use std::path::PathBuf;

@@ -43,7 +43,7 @@ enum Node {
 
 /// What is on a filesystem, durable and not. The root is node 0.
 #[derive(Debug, Clone)]
-pub struct Disk(Vec<Node>);
+pub struct FilesystemModel(Vec<Node>);
 
 /// What is there after a power cut: the number of a file is the same for all its names.
 pub type Tree = BTreeMap<PathBuf, Entry>;
@@ -62,7 +62,7 @@ pub enum Entry {
 /// The contents each file is going to have, by the steps after which it has them.
 type Future = BTreeMap<usize, Vec<(usize, Content)>>;
 
-impl Disk {
+impl FilesystemModel {
     /// What is in `root` now, all of it durable.
     pub fn of(root: &Path) -> Self {
         let mut disk = Self(vec![empty_dir()]);
@@ -242,7 +242,7 @@ pub struct Cut {
 
 /// Everything a power cut can leave of a call that found `before` and did `steps`. `root` is how that ended: there all
 /// steps must lead, or something was done unseen.
-pub fn cuts(before: &Disk, steps: &[Step], root: &Path) -> Vec<Cut> {
+pub fn cuts(before: &FilesystemModel, steps: &[Step], root: &Path) -> Vec<Cut> {
     let future = future(before.clone(), steps, root);
     let (mut disk, mut seen, mut cuts) = (before.clone(), BTreeSet::new(), Vec::new());
     for done in 0..=steps.len() {
@@ -261,7 +261,7 @@ pub fn cuts(before: &Disk, steps: &[Step], root: &Path) -> Vec<Cut> {
     cuts
 }
 
-fn future(mut disk: Disk, steps: &[Step], root: &Path) -> Future {
+fn future(mut disk: FilesystemModel, steps: &[Step], root: &Path) -> Future {
     let mut future = Future::new();
     for (index, step) in steps.iter().enumerate() {
         if let Some((id, content)) = disk.apply(step) {
@@ -269,7 +269,7 @@ fn future(mut disk: Disk, steps: &[Step], root: &Path) -> Future {
         }
     }
     let is_ours = |path: &Path| !OTHERS.iter().any(|other| path.ends_with(other));
-    let (ours, real) = (disk.now(), Disk::of(root).now());
+    let (ours, real) = (disk.now(), FilesystemModel::of(root).now());
     let names =
         |tree: &Tree| -> Vec<_> { tree.keys().filter(|path| is_ours(path)).cloned().collect() };
     assert_eq!(names(&ours), names(&real), "something was made or removed unseen");
