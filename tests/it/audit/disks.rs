@@ -128,7 +128,7 @@ fn gc_after_killed_delete_disk_finishes_it() {
         assert!(
             call_with_crash(&host, "delete_disk", &json!([disk]), [("AT", point)]).is_none(),
             "{point}"
-        )
+        );
     };
     killed("lock of a metadata taken#1");
     assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");

@@ -149,7 +149,7 @@ fn check(method: &str, request: &Value, answer: &Answer) {
     match method {
         "info" => assert!(answer.result()["stemcell_formats"].is_array(), "{}", shown()),
         "create_stemcell" | "create_disk" | "snapshot_disk" => {
-            assert!(answer.result().is_string(), "{}", shown())
+            assert!(answer.result().is_string(), "{}", shown());
         }
         "create_vm" => {
             assert!(answer.result()[0].is_string(), "{}", shown());

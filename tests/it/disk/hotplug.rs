@@ -63,7 +63,7 @@ fn attach_and_detach_with_hung_qemu_fail_and_can_be_repeated() {
     for (method, back) in [("attach_disk", "detach_disk"), ("detach_disk", "attach_disk")] {
         host.ok(back, &json!([vm, disk]));
         host.reconfigure(|config| {
-            config["deadlines"] = json!({"attach_disk": 3, "detach_disk": 3})
+            config["deadlines"] = json!({"attach_disk": 3, "detach_disk": 3});
         });
         host.qemu(&vm).unwrap().signal(Signal::SIGSTOP).unwrap();
         let refused = host.call(method, &json!([vm, disk]));

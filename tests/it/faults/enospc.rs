@@ -181,7 +181,7 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
         host.tmpfs().empty();
         match outcome {
             Ok(snapshot) => {
-                assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null())
+                assert!(wanted && host.ok("delete_snapshot", &json!([snapshot])).is_null());
             }
             Err(failure) => assert!(!wanted && failure.kind == "NoDiskSpace", "{failure:?}"),
         }

@@ -492,10 +492,10 @@ fn calls_in_pool_with_power_cut_at_any_step_lose_nothing() {
         .walk("create_disk", &json!([8, {}, null]), |made| is_whole(&text(made), &["disk.qcow2"]));
     let arguments = fixture.host.vm_arguments(&fixture.stemcell);
     fixture.walk("create_vm", &arguments, |made| {
-        is_whole(vm_cid(made).as_str(), &["root.qcow2", "base.raw"])
+        is_whole(vm_cid(made).as_str(), &["root.qcow2", "base.raw"]);
     });
     fixture.walk("delete_disk", &json!([fixture.free]), |_| {
-        assert!(!fixture.host.path("pool").join(&fixture.free).exists())
+        assert!(!fixture.host.path("pool").join(&fixture.free).exists());
     });
 }
 

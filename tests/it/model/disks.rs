@@ -152,7 +152,7 @@ pub fn check_data(modelled: &ModelledHost, disk: &DiskCid) {
     assert_eq!(metadata(&modelled.host, disk), model.metadata, "{disk}");
     match runs_with(modelled, disk) {
         Some(vm) => {
-            expected(model).iter().for_each(|read| guest_writes(&modelled.host, &vm, disk, read))
+            expected(model).iter().for_each(|read| guest_writes(&modelled.host, &vm, disk, read));
         }
         None => check_image(modelled, &image(&modelled.host, disk), &is, model),
     }

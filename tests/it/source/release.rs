@@ -24,7 +24,7 @@ fn properties() -> BTreeMap<String, String> {
             .and_then(|name| name.strip_suffix(':'))
         {
             Some(name) => {
-                current = Some(properties.entry(name.to_owned()).or_insert_with(String::new))
+                current = Some(properties.entry(name.to_owned()).or_insert_with(String::new));
             }
             None => current.iter_mut().for_each(|text| text.push_str(&format!("{line}\n"))),
         }
@@ -69,7 +69,7 @@ fn release_spec_names_the_default_values() {
         match default {
             Some(Value::String(word)) => assert_eq!(named, Some(word.as_str()), "{path}"),
             Some(Value::Number(number)) => {
-                assert_eq!(named, Some(number.to_string().as_str()), "{path}")
+                assert_eq!(named, Some(number.to_string().as_str()), "{path}");
             }
             Some(_) => assert!(named.is_some(), "{path}"),
             None => assert_eq!(named, None, "{path}"),

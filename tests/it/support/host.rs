@@ -203,9 +203,9 @@ impl Host {
         for entry in fs::read_dir(self.run.path()).unwrap().flatten() {
             let path = entry.path();
             if path.is_dir() {
-                fs::remove_dir_all(path).unwrap()
+                fs::remove_dir_all(path).unwrap();
             } else {
-                fs::remove_file(path).unwrap()
+                fs::remove_file(path).unwrap();
             }
         }
     }

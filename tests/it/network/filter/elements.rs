@@ -17,10 +17,10 @@ fn remove_last_vm_removes_the_tables() {
     let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
     let other = bridge.guest(2, guarded(&["10.0.0.2"]));
     let add = |guest: &Guest| {
-        bridge.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap()
+        bridge.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap();
     };
     let remove = |guest: &Guest| {
-        bridge.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap()
+        bridge.host.run(|| guard::remove(std::slice::from_ref(&guest.nic))).unwrap();
     };
     assert_eq!(tables(), [GUARD, GUARD]);
     add(&guest);

@@ -287,9 +287,9 @@ fn future(mut disk: FilesystemModel, steps: &[Step], root: &Path) -> Future {
 pub fn restore(tree: &Tree, root: &Path) {
     for entry in fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()) {
         if entry.is_dir() {
-            fs::remove_dir_all(entry).unwrap()
+            fs::remove_dir_all(entry).unwrap();
         } else {
-            fs::remove_file(entry).unwrap()
+            fs::remove_file(entry).unwrap();
         }
     }
     let mut written = BTreeMap::new();
