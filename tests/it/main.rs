@@ -1,4 +1,5 @@
-//! Integration tests: the built binary from outside, everything that acts on a real host, and rules about the source.
+//! Integration tests: the built program, everything that acts on a real host, and rules about the
+//! source.
 
 mod audit;
 mod contract;

@@ -1,4 +1,4 @@
-//! The model, the host it is about, and how both are compared.
+//! The model, the host that it describes, and the comparison of both.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
@@ -18,54 +18,55 @@ use crate::vm::list::list_when_all_answer;
 
 const HOST_START: &str = "host start";
 /// Hot-plug slots of each VM.
-pub const SLOTS: usize = 2;
+pub const HOTPLUG_SLOTS: usize = 2;
 
-/// What must be true of a VM.
+/// Expected state of a VM.
 #[derive(Debug, Clone)]
 pub struct Vm {
     pub power: Power,
     pub disks: BTreeSet<DiskCid>,
     /// Its tag `name`.
     pub name: Option<String>,
-    /// The supervisor that has restarted it once; the next time would take longer.
+    /// Pid of the supervisor that has restarted the VM once. It delays its next restart for longer.
     pub restarted_by: Option<i32>,
 }
 
-/// What must be true of a disk, and of a snapshot.
+/// Expected state of a disk or a snapshot.
 #[derive(Debug, Clone)]
 pub struct Disk {
     /// MiB.
     pub size: u64,
     pub format: &'static str,
-    /// What its first MiB is full of; there is nothing behind it.
+    /// The byte that fills its first MiB. The rest is zero.
     pub data: u8,
     pub metadata: Value,
 }
 
-/// Whether a VM runs.
+/// Expected power state of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Power {
     On,
-    /// Whether `host start` brings it back.
+    /// Whether `host start` starts the VM.
     Off {
-        wanted: bool,
+        should_run: bool,
     },
 }
 
-/// What must be there, and the host.
+/// The expected objects, and the host.
 pub struct ModelledHost {
     pub host: Host,
     pub stemcells: BTreeSet<StemcellCid>,
     pub vms: BTreeMap<VmCid, Vm>,
     pub disks: BTreeMap<DiskCid, Disk>,
     pub snapshots: BTreeMap<SnapshotCid, Disk>,
-    /// What was deleted, and must stay so.
-    pub gone: BTreeSet<String>,
-    /// The VM whose start, stop or removal was killed: whether it runs is not known until it is called again.
-    pub unsettled: Option<VmCid>,
+    /// Cids of deleted objects, which must not reappear.
+    pub deleted: BTreeSet<String>,
+    /// The VM whose reboot_vm or delete_vm was killed. Its power state is unknown until the next
+    /// call.
+    pub power_unknown: Option<VmCid>,
     pub killed: u32,
     pub power_cuts: u32,
-    /// Crash points of each method, as its last whole call passed them.
+    /// Crash points of each method, from its last call that was not killed.
     points: BTreeMap<String, Vec<String>>,
     calls: u32,
 }
@@ -80,8 +81,8 @@ impl ModelledHost {
             vms: BTreeMap::new(),
             disks: BTreeMap::new(),
             snapshots: BTreeMap::new(),
-            gone: BTreeSet::new(),
-            unsettled: None,
+            deleted: BTreeSet::new(),
+            power_unknown: None,
             killed: 0,
             power_cuts: 0,
             points: BTreeMap::new(),
@@ -89,8 +90,9 @@ impl ModelledHost {
         })
     }
 
-    /// Calls `method`, one time in three to be killed at one of its crash points. `None`: it was, or its supervisor was and
-    /// it failed for that; nobody knows what it did.
+    /// Calls `method` and, one time in three, kills it at one of its crash points. Returns `None`
+    /// if the call was killed, or failed because its supervisor was killed: then its effect is
+    /// unknown.
     pub fn attempt(
         &mut self,
         random: &mut Random,
@@ -100,7 +102,7 @@ impl ModelledHost {
         let points = self.points.get(method).cloned().unwrap_or_default();
         let (kill, point) = (random.one_in(3), random.pick(points));
         let point = point.filter(|_| kill);
-        self.say(&format!(
+        self.print(&format!(
             "{method} {arguments}, to be killed at {}",
             point.as_deref().unwrap_or("no point")
         ));
@@ -116,7 +118,7 @@ impl ModelledHost {
             }
             _ => {}
         }
-        self.disarm();
+        self.kill_armed_supervisors();
         let outcome = answer.map(|answer| answer.outcome);
         let unknown = match &outcome {
             None => true,
@@ -125,21 +127,21 @@ impl ModelledHost {
             }
         };
         self.killed += u32::from(unknown);
-        self.say(&format!(
+        self.print(&format!(
             "  {}",
             if unknown { "killed".to_owned() } else { format!("{outcome:?}") }
         ));
         outcome.filter(|_| !unknown)
     }
 
-    /// Runs `host start` to be killed at one of its crash points, two times in three; the first time to learn them. Whether it
-    /// ran at all.
+    /// Runs `host start` and kills it at one of its crash points, two times in three. The first run
+    /// learns the points. Returns whether it ran.
     pub fn kill_host_start(&mut self, random: &mut Random) -> bool {
         let point = random.pick(self.points.get(HOST_START).cloned().unwrap_or_default());
         if random.one_in(3) {
             return false;
         }
-        self.say(&format!(
+        self.print(&format!(
             "{HOST_START}, to be killed at {}",
             point.as_deref().unwrap_or("no point")
         ));
@@ -157,12 +159,13 @@ impl ModelledHost {
                 self.points.insert(HOST_START.to_owned(), passed);
             }
         }
-        self.disarm();
+        self.kill_armed_supervisors();
         true
     }
 
-    /// A supervisor that was told to die at some point would do so later, at an end of QEMU or a restart: it dies now.
-    fn disarm(&self) {
+    /// Kills the supervisors that have a crash point armed. Such a supervisor would otherwise die
+    /// in a later step, at the end of QEMU or at a restart.
+    fn kill_armed_supervisors(&self) {
         for vm in self.host.store().list::<VmRecord>().unwrap() {
             let Some(supervisor) = self.host.supervisor(&vm) else { continue };
             let environment =
@@ -170,28 +173,28 @@ impl ModelledHost {
             if String::from_utf8_lossy(&environment).contains("BOSH_QEMU_CPI_CRASH_AT") {
                 supervisor.signal(Signal::SIGKILL).unwrap();
                 wait_for_exit(&supervisor);
-                self.say(&format!("  supervisor of {vm} killed"));
+                self.print(&format!("  supervisor of {vm} killed"));
             }
         }
     }
 
-    /// A call that must succeed.
-    pub fn must(&self, method: &str, arguments: &Value) -> Value {
-        self.say(&format!("{method} {arguments}"));
+    /// Result of a call that must succeed.
+    pub fn call_ok(&self, method: &str, arguments: &Value) -> Value {
+        self.print(&format!("{method} {arguments}"));
         self.host.ok(method, arguments)
     }
 
     #[allow(clippy::print_stdout)]
-    pub fn say(&self, what: &str) {
+    pub fn print(&self, what: &str) {
         println!("  {what}");
     }
 
-    /// Who has the disk.
+    /// The VM to which the disk is attached.
     pub fn holder(&self, disk: &DiskCid) -> Option<&VmCid> {
         self.vms.iter().find_map(|(cid, vm)| vm.disks.contains(disk).then_some(cid))
     }
 
-    /// Takes a VM that create_vm answered into the model.
+    /// Adds a VM that create_vm has answered.
     pub fn add_vm(&mut self, cid: VmCid) {
         self.vms.insert(
             cid,
@@ -199,41 +202,41 @@ impl ModelledHost {
         );
     }
 
-    /// Removes what a create that was killed had finished: it was never told of it, so the model does not know it. What was not
-    /// finished goes by itself with the next create.
-    pub fn remove_strays(&mut self) {
+    /// Deletes whole objects of killed creates: the caller has no cid for them, so the model has
+    /// none. The next create removes unfinished ones.
+    pub fn delete_unknown_objects(&mut self) {
         let pending = self.host.store().pending_dir();
-        eventually("what killed creates left is removed by the next", || {
+        eventually("the next create removes unfinished creates", || {
             let disk = self.host.disk();
             self.host.ok("delete_disk", &json!([disk]));
             pending.read_dir().unwrap().next().is_none().then_some(())
         });
         let store = self.host.store();
-        self.remove_unknown::<VmRecord>(
+        self.delete_unknown::<VmRecord>(
             "delete_vm",
             |modelled, cid| modelled.vms.contains_key(cid),
             &store.list::<VmRecord>().unwrap(),
         );
-        self.remove_unknown::<DiskRecord>(
+        self.delete_unknown::<DiskRecord>(
             "delete_disk",
             |modelled, cid| modelled.disks.contains_key(cid),
             &store.list::<DiskRecord>().unwrap(),
         );
         let snapshots = store.list::<SnapshotRecord>().unwrap();
-        self.remove_unknown::<SnapshotRecord>(
+        self.delete_unknown::<SnapshotRecord>(
             "delete_snapshot",
             |modelled, cid| modelled.snapshots.contains_key(cid),
             &snapshots,
         );
         let stemcells = store.list::<StemcellRecord>().unwrap();
-        self.remove_unknown::<StemcellRecord>(
+        self.delete_unknown::<StemcellRecord>(
             "delete_stemcell",
             |modelled, cid| modelled.stemcells.contains(cid),
             &stemcells,
         );
     }
 
-    fn remove_unknown<R: Record>(
+    fn delete_unknown<R: Record>(
         &mut self,
         delete: &str,
         known: impl Fn(&Self, &R::Cid) -> bool,
@@ -243,22 +246,30 @@ impl ModelledHost {
             if !known(self, cid) {
                 let record = self.host.store().read::<R>(cid).unwrap().expect("a record");
                 assert_eq!(record.phase(), Phase::Ready, "{cid} was not undone");
-                self.must(delete, &json!([cid.as_str()]));
-                self.gone.insert(cid.to_string());
+                self.call_ok(delete, &json!([cid.as_str()]));
+                self.deleted.insert(cid.to_string());
             }
         }
     }
 
-    /// The host is what the model says.
+    /// Asserts that the host matches the model.
     pub fn check(&self) {
-        assert_eq!(self.unsettled, None, "every step settles what it began");
+        assert_eq!(self.power_unknown, None, "a step left a VM in an unknown power state");
         let store = self.host.store();
-        same("stemcells", store.list::<StemcellRecord>().unwrap(), self.stemcells.iter().cloned());
-        same("disks", store.list::<DiskRecord>().unwrap(), self.disks.keys().cloned());
-        same("snapshots", store.list::<SnapshotRecord>().unwrap(), self.snapshots.keys().cloned());
+        assert_same(
+            "stemcells",
+            store.list::<StemcellRecord>().unwrap(),
+            self.stemcells.iter().cloned(),
+        );
+        assert_same("disks", store.list::<DiskRecord>().unwrap(), self.disks.keys().cloned());
+        assert_same(
+            "snapshots",
+            store.list::<SnapshotRecord>().unwrap(),
+            self.snapshots.keys().cloned(),
+        );
         let listed = list_when_all_answer(&self.host);
         let cid = |line: &Value| line["cid"].as_str().unwrap().parse::<VmCid>().unwrap();
-        same("VMs", listed.as_array().unwrap().iter().map(cid), self.vms.keys().cloned());
+        assert_same("VMs", listed.as_array().unwrap().iter().map(cid), self.vms.keys().cloned());
         for line in listed.as_array().unwrap() {
             self.check_vm(&cid(line), line);
         }
@@ -267,13 +278,13 @@ impl ModelledHost {
             let record = store.read::<DiskRecord>(disk).unwrap().unwrap();
             assert_eq!(record.phase, Phase::Ready);
             if let Some(holder) = self.holder(disk) {
-                assert_eq!(record.vm.as_ref(), Some(holder), "{disk} says who has it");
+                assert_eq!(record.vm.as_ref(), Some(holder), "the record of {disk} names its VM");
             }
         }
-        for cid in &self.gone {
+        for cid in &self.deleted {
             let method = if cid.starts_with("vm-") { "has_vm" } else { "has_disk" };
             if !cid.starts_with("stemcell-") && !cid.starts_with("snap-") {
-                assert_eq!(self.host.ok(method, &json!([cid])), false, "{cid} came back");
+                assert_eq!(self.host.ok(method, &json!([cid])), false, "{cid} reappeared");
             }
         }
         let records: Vec<_> = self.vms.keys().map(|vm| self.host.record(vm)).collect();
@@ -299,7 +310,7 @@ impl ModelledHost {
         let disks = self.host.ok("get_disks", &json!([cid]));
         let parsed =
             disks.as_array().unwrap().iter().map(|disk| disk.as_str().unwrap().parse().unwrap());
-        same(&format!("get_disks {cid}"), parsed, vm.disks.iter().cloned());
+        assert_same(&format!("get_disks {cid}"), parsed, vm.disks.iter().cloned());
         if runs {
             let devices =
                 self.host.qmp(cid, "qom-list", &json!({"path": "/machine/peripheral"})).unwrap();
@@ -307,17 +318,17 @@ impl ModelledHost {
                 devices.as_array().unwrap().iter().filter_map(|device| device["name"].as_str());
             let plugged =
                 names.filter(|name| name.starts_with("disk-")).map(|name| name.parse().unwrap());
-            same(&format!("disks in the QEMU of {cid}"), plugged, vm.disks.iter().cloned());
+            assert_same(&format!("disks in the QEMU of {cid}"), plugged, vm.disks.iter().cloned());
         }
     }
 }
 
-fn same<T: Ord + Debug>(
+fn assert_same<T: Ord + Debug>(
     what: &str,
     there: impl IntoIterator<Item = T>,
     must: impl IntoIterator<Item = T>,
 ) {
     let (there, must): (BTreeSet<_>, BTreeSet<_>) =
         (there.into_iter().collect(), must.into_iter().collect());
-    assert_eq!(there, must, "{what}: there are (left), there must be (right)");
+    assert_eq!(there, must, "{what}: the host has the left, the model the right");
 }

@@ -1,4 +1,4 @@
-//! Killing a call at each of its crash points, found by asking the call itself.
+//! Kills a call at each of its crash points. A first run of the call reports its points.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,21 +10,24 @@ use serde_json::Value;
 use super::answer::{Answer, run};
 use super::host::{Host, request};
 
-/// A call that was killed, or one whose supervisor was.
+/// A call that was killed, or whose supervisor was killed.
 pub struct Crash<'a> {
-    /// The crash point and the passing that was meant: `qmp device_add: sent#1`.
+    /// The crash point and the number of the passing: `qmp device_add: sent#1`.
     pub point: &'a str,
     /// The call's arguments.
     pub arguments: &'a Value,
-    /// What the call still answered: `None` if it was killed.
+    /// The answer of the call; `None` if the call was killed.
     pub answer: Option<Answer>,
 }
 
-/// Runs `method` once to learn its crash points, then once for each of them, killed there. `prepare` makes what the call
-/// acts on and gives its arguments; `check` looks at what is left, fails the test if that is wrong, and says in a few
-/// words what it found. Each point is printed with that.
+/// Runs `method` once to learn its crash points, then once for each point, killed there.
 ///
-/// How often a call waits for its guest is not the same each time: a point that is not passed again is left out.
+/// `prepare` makes the objects of the call and returns its arguments. `check` inspects the host
+/// afterwards, fails the test if the state is wrong, and describes it in a few words. Each point is
+/// printed with that description.
+///
+/// The number of times that a call waits for its guest varies. A point that is not passed again is
+/// left out.
 pub fn for_each_crash_point(
     host: &Host,
     method: &str,
@@ -62,14 +65,15 @@ fn print(line: &str) {
     println!("{line}");
 }
 
-/// The crash points that were passed, each with the number of the passing.
+/// Reads and removes the log of passed crash points, each with the number of its passing.
 pub fn take_passed_points(log: &Path) -> Vec<String> {
     let passed = numbered(&fs::read_to_string(log).unwrap());
     fs::remove_file(log).unwrap();
     passed
 }
 
-/// Of a point that is passed often, as in a loop that waits for a guest: the first two passings and the last.
+/// Keeps the first two passings and the last of each point. A loop that waits for a guest passes
+/// its points many times.
 fn first_two_and_last(mut points: Vec<String>) -> Vec<String> {
     let parts = |point: &str| {
         point
@@ -85,7 +89,7 @@ fn first_two_and_last(mut points: Vec<String>) -> Vec<String> {
     points
 }
 
-/// `a b a` as `a#1 b#1 a#2`.
+/// Numbers the passings: `a b a` becomes `a#1 b#1 a#2`.
 fn numbered(log: &str) -> Vec<String> {
     let mut times = BTreeMap::<&str, u32>::new();
     let number = |name| {
@@ -96,7 +100,8 @@ fn numbered(log: &str) -> Vec<String> {
     log.lines().map(number).collect()
 }
 
-/// What the call answers with these variables set; `None` if it was killed.
+/// Makes a call with the variables `BOSH_QEMU_CPI_CRASH_<name>` set. Returns its answer, or `None`
+/// if the call was killed.
 pub fn call_with_crash<'a>(
     host: &Host,
     method: &str,

@@ -1,4 +1,4 @@
-//! A filesystem that does not answer, as one whose server is gone: FUSE without anybody behind it.
+//! A filesystem that never answers, as NFS without its server: FUSE without a daemon.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -6,16 +6,18 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// Hides a directory. Whoever touches it waits, until it is dropped or the waiting process is killed, as with NFS.
+/// A hung mount over a directory. Access blocks until this is dropped or the process is killed, as
+/// with NFS.
 pub struct HungFilesystem {
     at: PathBuf,
-    /// The kernel's end of the conversation that never begins.
+    /// The connection to the kernel, which nothing reads.
     _device: File,
 }
 
 impl HungFilesystem {
-    /// Over `at`, in a mount namespace that the test's thread has made, as
-    /// [`Filesystem`](super::filesystem::Filesystem) does. `None`, with the reason told, where that can not be had.
+    /// Mounts over `at`, in the mount namespace that a
+    /// [`Filesystem`](super::filesystem::Filesystem) has made for the test's thread. Prints why and
+    /// returns `None` if this machine cannot.
     pub fn over(at: &Path) -> Option<Self> {
         let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else {
             super::skip("no /dev/fuse");

@@ -1,4 +1,4 @@
-//! A world for calls that start nothing: directories and a configuration of one test's own.
+//! Directories and configuration of one test, for calls that start no VM.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -10,21 +10,21 @@ use tempfile::TempDir;
 
 use super::answer::{Answer, run};
 
-/// A state directory, a run directory and a configuration of one test, gone with it. Sees to it that nothing the
-/// test started is left.
+/// State directory, run directory and configuration of one test. Dropping it removes them and fails
+/// the test if one of its processes still runs.
 pub struct Installation {
     dir: TempDir,
 }
 
 impl Installation {
-    /// With the default configuration.
+    /// An installation with the default configuration.
     pub fn new() -> Self {
         Self::with(&json!({}))
     }
 
-    /// With `config`; `state_dir` and `run_dir` are added.
+    /// An installation with `config`, to which `state_dir` and `run_dir` are added.
     pub fn with(config: &Value) -> Self {
-        // Not $TMPDIR: the run directory must be short, socket paths end at 107 bytes.
+        // Not $TMPDIR: the path must be short, because socket paths have at most 107 bytes.
         let dir = tempfile::Builder::new().prefix("cpi-").tempdir_in("/tmp").unwrap();
         let installation = Self { dir };
         let mut config = config.clone();
@@ -34,17 +34,17 @@ impl Installation {
         installation
     }
 
-    /// Something in this installation.
+    /// The path `name` in the directory of this installation.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// The configuration file.
+    /// The path of the configuration file.
     pub fn config(&self) -> PathBuf {
         self.path("cpi.json")
     }
 
-    /// The CPI, started as the Director does: a path and nothing else in its environment.
+    /// The program with this configuration. As under the Director, its environment is `PATH` alone.
     pub fn cpi(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         command.arg("--config").arg(self.config());
@@ -52,18 +52,20 @@ impl Installation {
         command
     }
 
-    /// What the CPI answers to `method` with `arguments`, asked as the Director does.
+    /// Answer of the CPI to a call of `method`, requested as the Director does.
     pub fn call(&self, method: &str, arguments: &Value) -> Answer {
         let context = json!({"director_uuid": "deadbeef", "request_id": "cpi-123456"});
-        self.ask(&json!({"method": method, "arguments": arguments, "context": context, "api_version": 2}))
+        self.ask(&json!({
+            "method": method, "arguments": arguments, "context": context, "api_version": 2,
+        }))
     }
 
-    /// What the CPI answers to a whole request.
+    /// Answer of the CPI to a whole request.
     pub fn ask(&self, request: &Value) -> Answer {
         self.ask_raw(request.to_string().as_bytes())
     }
 
-    /// What the CPI answers to bytes.
+    /// Answer of the CPI to the bytes of a request, which may be malformed.
     pub fn ask_raw(&self, request: &[u8]) -> Answer {
         Answer::of(&run(self.cpi(), request))
     }
@@ -78,7 +80,7 @@ impl Drop for Installation {
     }
 }
 
-/// Command lines of processes that name `dir` or have a file in it open.
+/// Command lines of other processes that name `dir` or have a file in it open.
 fn processes_in(dir: &Path) -> Vec<String> {
     let needle = dir.as_os_str().as_bytes();
     let names = |bytes: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
@@ -99,7 +101,7 @@ fn processes_in(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Every recorded request of the real clients, with the name of its flow.
+/// Every request in `tests/fixtures/requests`, with the name of its flow.
 pub fn recorded_requests() -> Vec<(String, Value)> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/requests");
     let files = fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());

@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers that several tests share: hosts, networks, filesystems, faults and readers of answers.
 
 pub mod answer;
 pub mod crash_points;
@@ -16,7 +16,7 @@ pub mod remote;
 pub mod tmpfs;
 pub mod topology;
 
-/// Says why a test does nothing here. A runner counts these lines.
+/// Prints that the current test is skipped, and why. `./test` counts these lines.
 #[allow(clippy::print_stderr)]
 pub fn skip(reason: &str) {
     eprintln!("SKIP {}: {reason}", std::thread::current().name().unwrap_or("test"));

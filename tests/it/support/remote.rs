@@ -1,4 +1,5 @@
-//! Ways into a host from elsewhere: an sshd of a test's own, or a socket as a socket unit has it. Behind each is `host serve`.
+//! Remote access to a host: an sshd of the test, or a socket as of a socket unit. Both start `host
+//! serve`. Behind each is `host serve`.
 
 use std::fs;
 use std::io::Write;
@@ -18,35 +19,36 @@ use super::host::{Host, eventually, request};
 use super::netns::Namespace;
 use super::skip;
 
-/// A machine that calls hosts: where a Director's workers are.
+/// A machine that calls hosts, as one on which a Director's workers run.
 pub struct Director {
     namespace: Namespace,
     dir: TempDir,
 }
 
 impl Director {
-    /// One that reaches nobody yet.
+    /// A machine that is not connected to any host. Prints why and returns `None` if this machine
+    /// cannot make one.
     pub fn new() -> Option<Self> {
         let dir = tempfile::Builder::new().prefix("bqo-").tempdir().unwrap();
         Some(Self { namespace: Namespace::new()?, dir })
     }
 
-    /// Its network.
+    /// The network namespace of the machine.
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
-    /// Something in its directory.
+    /// The path `name` in the machine's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// Its configuration.
+    /// Writes the machine's configuration file.
     pub fn configure(&self, config: &Value) {
         fs::write(self.path("cpi.json"), config.to_string()).unwrap();
     }
 
-    /// The program under its configuration, started as the Director does.
+    /// The program with the machine's configuration, started as the Director does.
     pub fn cpi(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         command.arg("--config").arg(self.path("cpi.json"));
@@ -57,22 +59,22 @@ impl Director {
         command
     }
 
-    /// What the CPI here answers to a whole request.
+    /// Answer of the CPI on this machine to a whole request.
     pub fn ask(&self, request: &str) -> Answer {
         Answer::of(&self.namespace.run(|| run(self.cpi(), request.as_bytes())))
     }
 
-    /// What the CPI here answers to `method`.
+    /// Answer of the CPI on this machine to a call of `method`.
     pub fn call(&self, method: &str, arguments: &Value) -> Answer {
         self.ask(&request(method, arguments))
     }
 
-    /// The result of a call that must succeed.
+    /// Result of a call that must succeed.
     pub fn ok(&self, method: &str, arguments: &Value) -> Value {
         self.call(method, arguments).result().clone()
     }
 
-    /// Starts a call and leaves it running, its request read.
+    /// Starts a call, writes its request and returns while it runs.
     pub fn start(&self, method: &str, arguments: &Value) -> Child {
         let request = request(method, arguments);
         self.namespace.run(|| {
@@ -84,7 +86,7 @@ impl Director {
         })
     }
 
-    /// The control sockets of its ssh connections.
+    /// Control sockets of the ssh connections that are open.
     pub fn connections(&self) -> Vec<PathBuf> {
         let dirs = fs::read_dir(self.dir.path()).unwrap().flatten().map(|entry| entry.path());
         let files =
@@ -103,7 +105,7 @@ impl Drop for Director {
     }
 }
 
-/// An sshd in a host's network, with a key that may call the CPI there and nothing else.
+/// An sshd in the network of a host. Its one key may only start `host serve`.
 pub struct Sshd {
     dir: TempDir,
     daemon: Child,
@@ -111,8 +113,8 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// Cables `director` to `host`, as the `n`th of its hosts, and starts sshd there; `None`, with the reason told, where there
-    /// is none. `more` is configuration of sshd.
+    /// Connects `director` to `host`, as its host number `n`, and starts sshd there. `more` is
+    /// further configuration of sshd. Prints why and returns `None` if sshd is not installed.
     pub fn start(director: &Director, host: &Host, n: u8, more: &str) -> Option<Self> {
         if !Path::new("/usr/sbin/sshd").exists() {
             skip("no /usr/sbin/sshd (package openssh-server)");
@@ -124,7 +126,7 @@ impl Sshd {
         let address = format!("192.0.2.{}", 2 * n + 1);
         host.namespace().ip(&format!("address add {address}/31 dev {there}"));
         host.namespace().ip("link set lo up");
-        // Where it shuts its unprivileged half in; the package's own unit makes it.
+        // sshd confines its unprivileged process to this directory. The package's unit makes it.
         fs::create_dir_all("/run/sshd").unwrap();
         let dir = tempfile::Builder::new().prefix("bqs-").tempdir().unwrap();
         for key in ["host", "caller"] {
@@ -140,8 +142,10 @@ impl Sshd {
 
     fn spawn(dir: &Path, host: &Host, address: &str, more: &str) -> Child {
         let config = format!(
-            "ListenAddress {address}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nStrictModes no\nUsePAM no\n\
-             PidFile none\nSubsystem sftp internal-sftp\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n{more}\n",
+            "ListenAddress {address}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\n\
+             StrictModes no\nUsePAM no\n\
+             PidFile none\nSubsystem sftp internal-sftp\n\
+             PermitRootLogin prohibit-password\nPasswordAuthentication no\n{more}\n",
             dir.display()
         );
         fs::write(dir.join("sshd_config"), config).unwrap();
@@ -159,41 +163,42 @@ impl Sshd {
         daemon
     }
 
-    /// Has the key start `command` and nothing else.
+    /// Restricts the key to `command`.
     pub fn authorize(&self, command: &str) {
         let line = format!("restrict,command=\"{command}\" {}", self.read("caller.pub"));
         fs::write(self.dir.path().join("authorized"), line).unwrap();
     }
 
-    /// Lets the key do anything.
+    /// Removes the restriction of the key.
     pub fn trust(&self) {
         fs::write(self.dir.path().join("authorized"), self.read("caller.pub")).unwrap();
     }
 
-    /// A file of its directory: keys and their halves.
+    /// The content of a file in its directory, which holds the keys.
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.dir.path().join(name)).unwrap()
     }
 
-    /// Where the caller's private key is.
+    /// The path of the caller's private key.
     pub fn key(&self) -> PathBuf {
         self.dir.path().join("caller")
     }
 
-    /// Its address.
+    /// The address on which it listens.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// The process that listens.
+    /// The pid of the listening process.
     pub fn pid(&self) -> i32 {
         self.daemon.id().cast_signed()
     }
 
-    /// The transport through it.
+    /// The transport configuration that leads through it.
     pub fn transport(&self) -> Value {
         json!({
-            "kind": "ssh", "host": self.address, "private_key": self.read("caller"), "host_key": self.read("host.pub"),
+            "kind": "ssh", "host": self.address,
+            "private_key": self.read("caller"), "host_key": self.read("host.pub"),
         })
     }
 }
@@ -205,7 +210,8 @@ impl Drop for Sshd {
     }
 }
 
-/// A socket in front of a host, as a socket unit with `Accept=yes` has it.
+/// A Unix socket of a host that starts a process for each connection, as a socket unit with
+/// `Accept=yes` does.
 pub struct SocketUnit {
     path: PathBuf,
     closing: Arc<AtomicBool>,
@@ -213,7 +219,7 @@ pub struct SocketUnit {
 }
 
 impl SocketUnit {
-    /// Listens in the directory of `director`.
+    /// Listens in the directory of `director` and serves `host`.
     pub fn start(director: &Director, host: &Host) -> Self {
         let path = director.path("cpi.sock");
         let listener = UnixListener::bind(&path).unwrap();
@@ -236,7 +242,7 @@ impl SocketUnit {
         Self { path, closing, listener: Some(std::thread::spawn(accept)) }
     }
 
-    /// The transport through it.
+    /// The transport configuration that leads through it.
     pub fn transport(&self) -> Value {
         json!({"kind": "unix", "socket": self.path})
     }

@@ -1,4 +1,4 @@
-//! A filesystem that is full at will.
+//! A tmpfs that a test can fill, grow and make read-only.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -6,25 +6,25 @@ use std::path::PathBuf;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// A tmpfs. It counts pages of 4 KiB, and a file of one byte takes one.
+/// A mounted tmpfs. It counts pages of 4 KiB: a file of one byte takes a page.
 pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    /// Mounts one of so many MiB.
+    /// Mounts a tmpfs of `mib` MiB on `at`.
     pub fn mount(at: PathBuf, mib: u32) -> Self {
         let options = format!("size={mib}m,mode=0700");
         mount(Some("tmpfs"), &at, Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).unwrap();
         Self(at)
     }
 
-    /// Makes it larger.
+    /// Changes its size to `mib` MiB.
     pub fn grow(&self, mib: u32) {
         let options = format!("size={mib}m");
         mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::MS_REMOUNT, Some(options.as_str()))
             .unwrap();
     }
 
-    /// Lets nobody write to it, or everybody again. Nobody may have a file of it open for writing.
+    /// Remounts it read-only or writable. Read-only fails while a file is open for writing.
     pub fn read_only(&self, is: bool) {
         let flags = if is { MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY } else { MsFlags::MS_REMOUNT };
         mount(Some("tmpfs"), &self.0, Some("tmpfs"), flags, None::<&str>).unwrap();
@@ -34,7 +34,7 @@ impl Tmpfs {
         self.0.join("ballast")
     }
 
-    /// Fills it but for so many pages.
+    /// Fills it, except for `free_pages` pages.
     pub fn fill(&self, free_pages: u64) {
         let mut ballast = File::options().create(true).append(true).open(self.ballast()).unwrap();
         while ballast.write_all(&[1; 4096]).is_ok() {}
@@ -44,7 +44,7 @@ impl Tmpfs {
             .unwrap();
     }
 
-    /// Takes out what [`Self::fill`] put in.
+    /// Reverts [`Self::fill`].
     pub fn empty(&self) {
         fs::remove_file(self.ballast()).unwrap();
     }
@@ -52,7 +52,7 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // Detached: a process that a failed test left may still be in it.
+        // A process of a failed test may still use it, so the unmount is lazy.
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
     }
 }

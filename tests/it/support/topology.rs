@@ -1,4 +1,4 @@
-//! A host that is a network namespace, with a world outside: links, rules and packets, without any VM.
+//! A network of namespaces: a host, the world outside and machines in place of VMs. No QEMU runs.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -19,7 +19,7 @@ use super::nftables;
 /// The bridge of `nat` networks.
 pub const BRIDGE: &str = "bosh-nat0";
 
-/// A host with a link `uplink` to the world outside, which knows no way back to the VMs.
+/// A host with a link `uplink` to the world outside. The outside has no route to the VMs.
 pub struct Topology {
     /// The host.
     pub host: Namespace,
@@ -28,7 +28,7 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// One; `None`, with the reason told, where that can not be had.
+    /// Makes the host and the outside. Prints why and returns `None` if this machine cannot.
     pub fn new() -> Option<Self> {
         let topology = Self { host: Namespace::new()?, outside: Namespace::new()? };
         topology.host.cable("uplink", &topology.outside, "world");
@@ -41,14 +41,14 @@ impl Topology {
         Some(topology)
     }
 
-    /// A machine on the bridge, with this address and the gateway that ends in 1.
+    /// Makes a machine on the bridge with the address `ip`. Its gateway ends in 1.
     pub fn vm(&self, port: &str, ip: &str) -> Namespace {
         let vm = self.unplugged_vm(port, ip);
         self.host.ip(&format!("link set {port} master {BRIDGE}"));
         vm
     }
 
-    /// The same before its cable is in the bridge.
+    /// The same without its port in the bridge.
     pub fn unplugged_vm(&self, port: &str, ip: &str) -> Namespace {
         let vm = Namespace::new().expect("as the first two");
         self.host.cable(port, &vm, "eth0");
@@ -60,7 +60,7 @@ impl Topology {
         vm
     }
 
-    /// Makes the segment's bridge on the host.
+    /// Makes or repairs the segment's bridge on the host.
     pub fn ensure(&self, segment: &Segment) -> Result<()> {
         self.host.run(|| apply::ensure(segment, &[]))
     }
@@ -72,8 +72,8 @@ impl Topology {
         })
     }
 
-    /// Closes a tap's descriptor and waits for the tap to go: a process that another test is starting has a copy of
-    /// every descriptor, until it executes its program.
+    /// Closes a tap's descriptors and waits until the tap is gone. A process that another test
+    /// forks has copies of all descriptors until it executes its program.
     pub fn unplug(&self, tap: &str, descriptors: impl Into<Vec<OwnedFd>>) {
         drop(descriptors.into());
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -82,13 +82,14 @@ impl Topology {
         }
     }
 
-    /// Removes the segment's bridge from the host, if nobody is on it.
+    /// Removes the segment's bridge from the host if it has no ports.
     pub fn release(&self, segment: &Segment) -> Result<bool> {
         self.host.run(|| apply::release(segment))
     }
 
-    /// What a call may have changed: links with their settings and addresses, and the count of writes to nftables.
-    /// Left out is what the kernel goes on changing by itself: timers, carrier, its link-local addresses.
+    /// State that a call may change: links with settings and addresses, and the nftables
+    /// generation. It omits what the kernel changes by itself: timers, carrier, link-local
+    /// addresses.
     pub fn state(&self) -> (Vec<String>, u32) {
         let links = self.host.ip_json("address show");
         let settings = |link: &Value| {
@@ -107,7 +108,7 @@ impl Topology {
         )
     }
 
-    /// Links of the host, without `lo`.
+    /// Names of the host's links without `lo`.
     pub fn links(&self) -> Vec<String> {
         let links = self.host.ip_json("link show");
         let names = links
@@ -118,23 +119,23 @@ impl Topology {
         names.filter(|name| name != "lo").collect()
     }
 
-    /// The bridge of `nat` networks.
+    /// The bridge of `nat` networks as `ip` shows it.
     pub fn bridge(&self) -> Value {
         self.host.link(BRIDGE).expect("a bridge")
     }
 }
 
-/// A link's name.
+/// Parses a link name.
 pub fn name(text: &str) -> LinkName {
     LinkName::parse(text).unwrap()
 }
 
-/// The segment of a `nat` network with this gateway.
+/// The segment of a `nat` network with the given gateway.
 pub fn nat(gateway: &str) -> Segment {
     segment(&json!({}), gateway)
 }
 
-/// The segment of a configured network for a VM with this gateway.
+/// The segment of a configured network for a VM with the given gateway.
 pub fn segment(network: &Value, gateway: &str) -> Segment {
     let netmask = if gateway.contains(':') { "ffff:ffff:ffff:ffff::" } else { "255.255.255.0" };
     let requested = Requested {
@@ -155,28 +156,29 @@ pub fn existing(bridge: &str) -> Segment {
     plan::existing_bridge(&name(bridge), None, None)
 }
 
-/// An error's kind and words.
+/// The kind and the report of an error.
 pub fn text(error: &bosh_qemu_cpi::error::Error) -> String {
     format!("{:?}: {}", error.kind(), error.report())
 }
 
-/// Who `listener` sees when `vm` speaks to `to` by TCP and UDP; the answers must come back.
+/// Source address that the outside sees when `vm` connects to `to`. It is the same for TCP and UDP,
+/// and replies must arrive.
 pub fn seen_from(topology: &Topology, vm: &Namespace, to: &str) -> IpAddr {
     let address = SocketAddr::new(to.parse().unwrap(), 0);
-    let patience = Some(Duration::from_secs(5));
+    let timeout = Some(Duration::from_secs(5));
     let (listener, datagrams) = topology
         .outside
         .run(|| (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
     let (tcp, udp) = (listener.local_addr().unwrap(), datagrams.local_addr().unwrap());
-    datagrams.set_read_timeout(patience).unwrap();
+    datagrams.set_read_timeout(timeout).unwrap();
 
     let stream = vm.run(|| TcpStream::connect_timeout(&tcp, Duration::from_secs(5)));
     let mut stream = stream.unwrap_or_else(|error| panic!("connect to {tcp}: {error}"));
-    stream.set_read_timeout(patience).unwrap();
+    stream.set_read_timeout(timeout).unwrap();
     let (mut served, by_tcp) = listener.accept().unwrap();
     stream.write_all(b"ping").unwrap();
     let mut bytes = [0; 4];
-    served.set_read_timeout(patience).unwrap();
+    served.set_read_timeout(timeout).unwrap();
     served.read_exact(&mut bytes).unwrap();
     served.write_all(b"pong").unwrap();
     stream.read_exact(&mut bytes).unwrap();
@@ -184,7 +186,7 @@ pub fn seen_from(topology: &Topology, vm: &Namespace, to: &str) -> IpAddr {
 
     let socket =
         vm.run(|| UdpSocket::bind(if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" }).unwrap());
-    socket.set_read_timeout(patience).unwrap();
+    socket.set_read_timeout(timeout).unwrap();
     socket.send_to(b"ping", udp).unwrap();
     let (_, by_udp) = datagrams.recv_from(&mut bytes).unwrap();
     datagrams.send_to(b"pong", by_udp).unwrap();
@@ -193,13 +195,13 @@ pub fn seen_from(topology: &Topology, vm: &Namespace, to: &str) -> IpAddr {
     by_tcp.ip()
 }
 
-/// Whether `from` can begin to speak to somebody who listens at `to` in `there`.
+/// Whether `from` can open a TCP connection to the address `to` of `there`.
 pub fn reaches(from: &Namespace, there: &Namespace, to: &str) -> bool {
     let listener = there.run(|| TcpListener::bind((to, 0)).unwrap());
     connects(from, listener.local_addr().unwrap())
 }
 
-/// Whether `from` can begin to speak to `address`, where somebody listens.
+/// Whether `from` can open a TCP connection to `address`, on which a listener exists.
 pub fn connects(from: &Namespace, address: SocketAddr) -> bool {
     match from.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(1500))) {
         Ok(_) => true,

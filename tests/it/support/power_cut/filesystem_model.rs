@@ -1,5 +1,6 @@
-//! A filesystem that promises no more than POSIX does: content is durable after fsync of the file, names after fsync of
-//! their directory. Stricter than ext4 and xfs, which also keep the order of all changes of names.
+//! Model of a filesystem that promises no more than POSIX: content is durable after fsync of the
+//! file, names after fsync of their directory. ext4 and xfs promise more: they also keep the order
+//! of all changes of names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -12,21 +13,21 @@ use std::time::{Duration, SystemTime};
 
 use super::Step;
 
-/// What a power cut takes of what was not made durable.
+/// What a power cut loses of the changes that were not made durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// Nothing: the filesystem was just about to write it.
+    /// Nothing: the filesystem has already written everything.
     Nothing,
-    /// Contents; a new file is empty.
+    /// Contents. A new file is empty.
     Contents,
-    /// The second half of contents.
+    /// The second half of each content.
     HalfOfContents,
-    /// Names, in every directory, and contents.
+    /// Contents, and names in every directory.
     Everything,
 }
 
 impl Loss {
-    /// All of them.
+    /// All kinds of loss.
     pub const ALL: [Self; 4] =
         [Self::Nothing, Self::Contents, Self::HalfOfContents, Self::Everything];
 }
@@ -41,29 +42,29 @@ enum Node {
     Link(PathBuf),
 }
 
-/// What is on a filesystem, durable and not. The root is node 0.
+/// The content of a filesystem, durable and not. The root is node 0.
 #[derive(Debug, Clone)]
 pub struct FilesystemModel(Vec<Node>);
 
-/// What is there after a power cut: the number of a file is the same for all its names.
+/// The content of a filesystem after a power cut. Hard links of a file have the same number.
 pub type Tree = BTreeMap<PathBuf, Entry>;
 
-/// Something with a name.
+/// An entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Entry {
     /// A directory.
     Dir,
-    /// A file and its content.
+    /// A file: its number and its content.
     File(usize, Content),
-    /// A symbolic link and its text.
+    /// A symbolic link and its target.
     Link(PathBuf),
 }
 
-/// The contents each file is going to have, by the steps after which it has them.
+/// The later contents of each file, with the step after which it has them.
 type Future = BTreeMap<usize, Vec<(usize, Content)>>;
 
 impl FilesystemModel {
-    /// What is in `root` now, all of it durable.
+    /// Reads the current content of `root`, all of it durable.
     pub fn of(root: &Path) -> Self {
         let mut disk = Self(vec![empty_dir()]);
         disk.load(0, root, &mut BTreeMap::new());
@@ -103,7 +104,9 @@ impl FilesystemModel {
             let Node::Dir { now, .. } = &self.0[at] else {
                 panic!("{} is in no directory", path.display())
             };
-            *now.get(name).unwrap_or_else(|| panic!("{} was made unseen", path.display()))
+            *now.get(name).unwrap_or_else(|| {
+                panic!("{} was made in a step that was not recorded", path.display())
+            })
         })
     }
 
@@ -122,10 +125,12 @@ impl FilesystemModel {
 
     fn take(&mut self, path: &Path) -> usize {
         let (names, name) = self.names(path);
-        names.remove(&name).unwrap_or_else(|| panic!("{} was made unseen", path.display()))
+        names.remove(&name).unwrap_or_else(|| {
+            panic!("{} was made in a step that was not recorded", path.display())
+        })
     }
 
-    /// The file that the step was about, if it was one and its content is known after it.
+    /// Does a step. Returns the file and its content if the step makes the content known.
     fn apply(&mut self, step: &Step) -> Option<(usize, Content)> {
         match step {
             Step::Create(path) => {
@@ -190,7 +195,7 @@ impl FilesystemModel {
         tree
     }
 
-    /// Everything there is, with what is durable of files.
+    /// All current names, with the durable contents.
     pub fn now(&self) -> Tree {
         let mut durable = |id: usize| match &self.0[id] {
             Node::File { durable, .. } => durable.clone(),
@@ -199,8 +204,8 @@ impl FilesystemModel {
         self.tree(0, &mut durable, true)
     }
 
-    /// What is left if the power is cut after so many steps.
-    fn after_a_cut(&self, loss: Loss, done: usize, future: &Future) -> Tree {
+    /// What is left if the power is cut after `done` steps.
+    fn after_cut(&self, loss: Loss, done: usize, future: &Future) -> Tree {
         let mut content = |id: usize| {
             let Node::File { durable, dirty } = &self.0[id] else { unreachable!() };
             let next = future
@@ -224,24 +229,24 @@ fn empty_dir() -> Node {
     Node::Dir { durable: Names::new(), now: Names::new() }
 }
 
-/// Written by the supervisor or QEMU, which are not followed.
-const OTHERS: [&str; 5] =
+/// Files written by the supervisor or QEMU, which are not traced.
+const UNTRACED_FILES: [&str; 5] =
     ["console.log", "events.jsonl", "exit.json", "qemu.log", "supervisor.log"];
 
 /// A power cut.
 pub struct Cut {
-    /// How many steps the call had done.
+    /// The number of steps that were done.
     pub done: usize,
-    /// Whether that was all, so that it had answered.
+    /// Whether the call had done all steps and answered.
     pub answered: bool,
-    /// What was lost.
+    /// The kind of loss.
     pub loss: Loss,
-    /// What is left.
+    /// The content that is left.
     pub tree: Tree,
 }
 
-/// Everything a power cut can leave of a call that found `before` and did `steps`. `root` is how that ended: there all
-/// steps must lead, or something was done unseen.
+/// Every state that a power cut can leave of a call that began with `before` and did `steps`.
+/// Panics if the steps do not lead to the content of `root`: then the recorder missed a step.
 pub fn cuts(before: &FilesystemModel, steps: &[Step], root: &Path) -> Vec<Cut> {
     let future = future(before.clone(), steps, root);
     let (mut disk, mut seen, mut cuts) = (before.clone(), BTreeSet::new(), Vec::new());
@@ -251,8 +256,8 @@ pub fn cuts(before: &FilesystemModel, steps: &[Step], root: &Path) -> Vec<Cut> {
         }
         let answered = done == steps.len();
         for loss in Loss::ALL {
-            let tree = disk.after_a_cut(loss, done, &future);
-            // What follows the answer is looked at with stricter eyes.
+            let tree = disk.after_cut(loss, done, &future);
+            // After the answer, the checks are stricter.
             if seen.insert((tree.clone(), answered)) {
                 cuts.push(Cut { done, answered, loss, tree });
             }
@@ -268,22 +273,30 @@ fn future(mut disk: FilesystemModel, steps: &[Step], root: &Path) -> Future {
             future.entry(id).or_default().push((index, content));
         }
     }
-    let is_ours = |path: &Path| !OTHERS.iter().any(|other| path.ends_with(other));
+    let is_ours = |path: &Path| !UNTRACED_FILES.iter().any(|other| path.ends_with(other));
     let (ours, real) = (disk.now(), FilesystemModel::of(root).now());
     let names =
         |tree: &Tree| -> Vec<_> { tree.keys().filter(|path| is_ours(path)).cloned().collect() };
-    assert_eq!(names(&ours), names(&real), "something was made or removed unseen");
+    assert_eq!(
+        names(&ours),
+        names(&real),
+        "a name was made or removed in a step that was not recorded"
+    );
     for (path, entry) in ours.iter().filter(|(path, _)| is_ours(path)) {
         if let (Entry::File(id, durable), Entry::File(_, content)) = (entry, &real[path]) {
             let Node::File { dirty, .. } = disk.0[*id] else { unreachable!() };
-            assert!(dirty || durable == content, "{} was written unseen", path.display());
+            assert!(
+                dirty || durable == content,
+                "{} was written in a step that was not recorded",
+                path.display()
+            );
             future.entry(*id).or_default().push((steps.len(), content.clone()));
         }
     }
     future
 }
 
-/// Puts `tree` in the place of what is in `root`, as old as after a reboot.
+/// Replaces the content of `root` by `tree`. Files are an hour old, as after a reboot.
 pub fn restore(tree: &Tree, root: &Path) {
     for entry in fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()) {
         if entry.is_dir() {

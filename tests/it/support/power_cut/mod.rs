@@ -1,4 +1,4 @@
-//! Power cuts: what a call does to the filesystem, recorded, and what a power cut can leave of it.
+//! Power cuts: records what a call does to the filesystem, and computes what a power cut can leave.
 
 pub mod filesystem_model;
 pub mod recorder;
@@ -6,26 +6,26 @@ pub mod recorder;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// One step of a call that changes names or contents, or makes a change durable. Paths are relative to the recorded
-/// directory.
+/// One step of a call that changes names or contents, or makes a change durable. Paths are relative
+/// to the recorded directory.
 #[derive(Debug, Clone)]
 pub enum Step {
-    /// A new, empty file.
+    /// Creates an empty file.
     Create(PathBuf),
-    /// A new directory.
+    /// Creates a directory.
     MakeDir(PathBuf),
-    /// A symbolic link with this text.
+    /// Creates a symbolic link: its target, its path.
     Symlink(PathBuf, PathBuf),
-    /// Another name of a file.
+    /// Creates a hard link: the existing path, the new path.
     Link(PathBuf, PathBuf),
-    /// Another name instead of one.
+    /// Renames an entry: the old path, the new path.
     Rename(PathBuf, PathBuf),
-    /// A name less, of a file, a link or a directory.
+    /// Removes a file, a link or a directory.
     Remove(PathBuf),
-    /// Some of a file's content is another now.
+    /// Changes a part of a file's content.
     Write(PathBuf),
-    /// A file is durable as it is, but for its names.
+    /// Makes the content of a file durable, but not its names.
     Sync(PathBuf, Arc<Vec<u8>>),
-    /// The names in a directory are durable.
+    /// Makes the names in a directory durable.
     SyncDir(PathBuf),
 }

@@ -1,7 +1,7 @@
-//! Follows a call's system calls with ptrace(2), its threads and the programs it starts included. So nothing has to be
-//! noted by the code under test, and nothing it forgets to do is taken for done.
+//! Traces the system calls of a call with ptrace(2), with its threads and the programs it starts.
+//! So the code under test reports nothing, and a forgotten fsync is not taken for done.
 //!
-//! Not followed are QEMU and the supervisor: what guests write is theirs to make durable.
+//! QEMU and the supervisor are not traced: a guest makes its own writes durable.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -21,16 +21,17 @@ use nix::unistd::Pid;
 
 use super::Step;
 
-/// What a system call finds in the accumulator before it has done anything (x86-64).
-const NOT_YET: u64 = -(libc::ENOSYS as i64) as u64;
+/// Value of `rax` at the entry of a system call (x86-64).
+const AT_ENTRY: u64 = -(libc::ENOSYS as i64) as u64;
 
-/// Runs `command` with `input` on stdin, and records what it does to what is in `root`, a path without links.
-#[expect(clippy::zombie_processes, reason = "whoever follows a process also waits for it")]
+/// Runs `command` with `input` on stdin and records the steps it does in `root`, a path without
+/// symbolic links.
+#[expect(clippy::zombie_processes, reason = "the tracer waits for every traced process")]
 pub fn record(mut command: Command, input: &[u8], root: &Path) -> (Output, Vec<Step>) {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("spawn");
     let pid = Pid::from_raw(child.id().try_into().expect("a pid"));
-    // It waits for its request, and has done nothing yet.
+    // The process waits for its request and has done nothing yet.
     let options = Options::PTRACE_O_TRACESYSGOOD
         | Options::PTRACE_O_TRACECLONE
         | Options::PTRACE_O_TRACEFORK
@@ -38,9 +39,8 @@ pub fn record(mut command: Command, input: &[u8], root: &Path) -> (Output, Vec<S
         | Options::PTRACE_O_TRACEEXEC;
     ptrace::seize(pid, options).and_then(|()| ptrace::interrupt(pid)).expect("ptrace");
     child.stdin.take().unwrap().write_all(input).unwrap();
-    let mut recorder =
-        Recorder { root, steps: Vec::new(), followed: BTreeMap::from([(pid, None)]) };
-    let status = recorder.follow(pid);
+    let mut recorder = Recorder { root, steps: Vec::new(), traced: BTreeMap::from([(pid, None)]) };
+    let status = recorder.trace(pid);
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     child.stdout.take().unwrap().read_to_end(&mut stdout).unwrap();
     child.stderr.take().unwrap().read_to_end(&mut stderr).unwrap();
@@ -50,23 +50,23 @@ pub fn record(mut command: Command, input: &[u8], root: &Path) -> (Output, Vec<S
 struct Recorder<'a> {
     root: &'a Path,
     steps: Vec<Step>,
-    /// Every thread that is followed, and the step that its system call will be if it succeeds.
-    followed: BTreeMap<Pid, Option<Step>>,
+    /// Every traced thread, with the step of its current system call if that succeeds.
+    traced: BTreeMap<Pid, Option<Step>>,
 }
 
 impl Recorder<'_> {
-    /// Until nobody is followed any more; how `first` ended.
-    fn follow(&mut self, first: Pid) -> ExitStatus {
+    /// Traces until no thread is left. Returns the exit status of `first`.
+    fn trace(&mut self, first: Pid) -> ExitStatus {
         let mut ended = None;
-        while !self.followed.is_empty() {
-            // Not the children of other tests.
+        while !self.traced.is_empty() {
+            // `__WNOTHREAD`: children of other tests' threads are not reaped.
             let status = waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD))
                 .expect("waitpid");
             let pid = status.pid().expect("a pid");
             let mut signal = None;
             match status {
                 WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
-                    self.followed.remove(&pid);
+                    self.traced.remove(&pid);
                     if pid == first {
                         ended = Some(match status {
                             WaitStatus::Exited(_, code) => ExitStatus::from_raw(code << 8),
@@ -79,17 +79,19 @@ impl Recorder<'_> {
                     continue;
                 }
                 WaitStatus::PtraceSyscall(_) => self.system_call(pid),
-                WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC) if goes_its_own_way(pid) => {
+                WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC)
+                    if is_supervisor_or_qemu(pid) =>
+                {
                     ptrace::detach(pid, None).expect("detach");
-                    self.followed.remove(&pid);
+                    self.traced.remove(&pid);
                     continue;
                 }
                 WaitStatus::Stopped(_, other) if other != Signal::SIGTRAP => signal = Some(other),
                 _ => {}
             }
-            self.followed.entry(pid).or_default();
+            self.traced.entry(pid).or_default();
             match ptrace::syscall(pid, signal) {
-                // Killed meanwhile; its end is reported.
+                // The thread was killed meanwhile. `waitpid` reports its end.
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => panic!("ptrace: {errno}"),
             }
@@ -99,10 +101,10 @@ impl Recorder<'_> {
 
     fn system_call(&mut self, pid: Pid) {
         let Ok(registers) = ptrace::getregs(pid) else { return };
-        if registers.rax == NOT_YET {
+        if registers.rax == AT_ENTRY {
             let step = Call { pid, root: self.root, registers }.step();
-            self.followed.insert(pid, step);
-        } else if let Some(step) = self.followed.insert(pid, None).flatten()
+            self.traced.insert(pid, step);
+        } else if let Some(step) = self.traced.insert(pid, None).flatten()
             && registers.rax.cast_signed() >= 0
         {
             self.steps.push(match step {
@@ -116,15 +118,15 @@ impl Recorder<'_> {
     }
 }
 
-/// Whether the process has just become a supervisor or a QEMU.
-fn goes_its_own_way(pid: Pid) -> bool {
+/// Whether the process has just executed the supervisor or QEMU.
+fn is_supervisor_or_qemu(pid: Pid) -> bool {
     let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let mut words = words.split(|byte| *byte == 0);
     let program = words.next().unwrap_or_default();
     program.windows(11).any(|window| window == b"qemu-system") || words.next() == Some(b"supervise")
 }
 
-/// A system call that is about to be made.
+/// A system call at its entry.
 struct Call<'a> {
     pid: Pid,
     root: &'a Path,
@@ -132,7 +134,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// What it does to what is in the recorded directory.
+    /// The step that it does in the recorded directory, if any.
     fn step(&self) -> Option<Step> {
         let number = c_long::try_from(self.registers.orig_rax).ok()?;
         Some(match number {
@@ -192,7 +194,8 @@ impl Call<'_> {
         [r.rdi, r.rsi, r.rdx, r.r10][index]
     }
 
-    /// The path in an argument, from the directory in another or the working directory, if it is in the recorded one.
+    /// The path in argument `index`, resolved from the directory in argument `directory` or the
+    /// working directory. `None` if it is outside the recorded directory.
     fn path(&self, directory: Option<usize>, index: usize) -> Option<PathBuf> {
         let text = self.text(index)?;
         let from = match directory.map(|index| self.argument(index) as i32) {
@@ -206,7 +209,8 @@ impl Call<'_> {
         path.strip_prefix(self.root).ok().map(Path::to_owned)
     }
 
-    /// The file behind the descriptor in an argument, if it is in the recorded directory and still has a name.
+    /// The path of the descriptor in argument `index`. `None` if it is outside the recorded
+    /// directory or unlinked.
     fn file(&self, index: usize) -> Option<PathBuf> {
         let path =
             fs::read_link(format!("/proc/{}/fd/{}", self.pid, self.argument(index) as i32)).ok()?;
