@@ -1,4 +1,5 @@
-//! Many callers at once: a Director has several workers with up to 32 threads each, and every call is a process of its own.
+//! Concurrent callers. A Director has several workers with up to 32 threads each, and every call is
+//! a process of its own.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -16,15 +17,15 @@ use crate::support::answer::{Answer, Failure};
 use crate::support::host::{Host, eventually, text, vm_cid, wait_for_exit};
 use crate::vm::list::vm_list;
 
-/// A Director's threads.
+/// Threads of a Director's worker.
 const CALLERS: usize = 32;
-/// Emulated guests that boot on two cores.
+/// VMs whose emulated guests boot on two cores.
 const VMS: usize = 16;
-/// As many addresses.
+/// Pool with one address for each of these VMs.
 const POOL: &str = "10.9.0.100-10.9.0.115";
 
-/// Runs `job` in as many threads as a Director has, each with its number.
-fn storm<T: Send>(job: impl Fn(usize) -> T + Sync) -> Vec<T> {
+/// Runs `job` in [`CALLERS`] threads and passes each its number.
+fn call_from_all_threads<T: Send>(job: impl Fn(usize) -> T + Sync) -> Vec<T> {
     std::thread::scope(|threads| {
         let callers: Vec<_> = (0..CALLERS)
             .map(|number| {
@@ -50,7 +51,7 @@ fn all_differ<T: Ord + Debug>(what: &str, values: impl IntoIterator<Item = T>) {
 }
 
 #[allow(clippy::print_stdout)]
-fn tell(what: &str, times: usize, began: Instant) {
+fn print_rate(what: &str, times: usize, began: Instant) {
     let seconds = began.elapsed().as_secs_f64();
     println!(
         "{what}: {times} by {CALLERS} callers in {seconds:.1} s, {:.0} a second",
@@ -58,9 +59,9 @@ fn tell(what: &str, times: usize, began: Instant) {
     );
 }
 
-/// Does `job` while an operator looks at the host again and again, and has it put right: what calls work on is no finding,
-/// and in nobody's way.
-fn audited<T>(host: &Host, job: impl FnOnce() -> T) -> T {
+/// Runs `job` while `audit` and `gc` run in a loop. They must report nothing about objects that
+/// calls work on, and not disturb the calls.
+fn with_audit_loop<T>(host: &Host, job: impl FnOnce() -> T) -> T {
     let is_done = AtomicBool::new(false);
     std::thread::scope(|threads| {
         threads.spawn(|| {
@@ -81,18 +82,18 @@ fn audited<T>(host: &Host, job: impl FnOnce() -> T) -> T {
 #[test]
 fn call_from_32_threads_succeeds() {
     let Some(host) = Host::with(json!({"qemu": {"hotplug_slots": 4}})) else { return };
-    audited(&host, || many_calls(&host));
+    with_audit_loop(&host, || many_calls(&host));
     host.assert_no_leaks();
 }
 
-/// Each create takes the notes of all others for leftovers at first.
+/// Each create first sees the pending notes of the others and must not take them for leftovers.
 #[test]
 fn create_vms_concurrently_get_distinct_addresses() {
     let networks = json!({"default": {"subnet": "10.9.0.0/24", "pool": POOL}});
     let Some(host) = Host::with(json!({"networks": networks})) else { return };
     let dynamic =
         json!(["agent-1", host.stemcell(), {"ram": 64}, {"net": {"type": "dynamic"}}, [], {}]);
-    let made = storm(|number| {
+    let made = call_from_all_threads(|number| {
         let answer = (number < VMS).then(|| host.ok("create_vm", &dynamic));
         host.ok("delete_disk", &json!([host.disk()]));
         answer
@@ -111,8 +112,9 @@ fn many_calls(host: &Host) {
     let stemcell = host.stemcell();
 
     let began = Instant::now();
-    let made = storm(|number| ((number < VMS).then(|| host.vm(&stemcell)), host.disk()));
-    tell("create_vm and create_disk", VMS + CALLERS, began);
+    let made =
+        call_from_all_threads(|number| ((number < VMS).then(|| host.vm(&stemcell)), host.disk()));
+    print_rate("create_vm and create_disk", VMS + CALLERS, began);
     let (vms, disks): (Vec<_>, Vec<_>) = made.into_iter().unzip();
     let vms: Vec<_> = vms.into_iter().flatten().collect();
     let records: Vec<_> = vms.iter().map(|vm| host.record(vm)).collect();
@@ -127,17 +129,18 @@ fn many_calls(host: &Host) {
     assert_eq!(links.as_array().unwrap().len(), VMS, "one bridge has every tap");
 
     let began = Instant::now();
-    let there =
-        storm(|number| (0..20).all(|_| host.ok("has_vm", &json!([vms[number % VMS]])) == true));
-    tell("has_vm", 20 * CALLERS, began);
+    let there = call_from_all_threads(|number| {
+        (0..20).all(|_| host.ok("has_vm", &json!([vms[number % VMS]])) == true)
+    });
+    print_rate("has_vm", 20 * CALLERS, began);
     assert!(there.into_iter().all(|there| there));
 
     for vm in &vms {
         host.wait_for_console(vm, "BOOTSECTOR-OK", 1);
     }
-    // Two VMs want each disk.
+    // Two callers attach each disk, to two VMs.
     let began = Instant::now();
-    let wins = storm(|number| {
+    let wins = call_from_all_threads(|number| {
         let attach = |vm: usize| host.call("attach_disk", &json!([vms[vm % VMS], disks[number]]));
         let both = std::thread::scope(|threads| {
             let other = threads.spawn(|| attach(number + 1));
@@ -152,7 +155,7 @@ fn many_calls(host: &Host) {
         }
         both.iter().filter(|answer| answer.outcome.is_ok()).count()
     });
-    tell("attach_disk", 2 * CALLERS, began);
+    print_rate("attach_disk", 2 * CALLERS, began);
     let listed = |vm: &VmCid| host.ok("get_disks", &json!([vm])).as_array().unwrap().clone();
     let attached: Vec<_> = vms
         .iter()
@@ -165,9 +168,9 @@ fn many_calls(host: &Host) {
     assert_eq!(in_qemu, attached.len());
 
     let began = Instant::now();
-    storm(|number| {
+    call_from_all_threads(|number| {
         if let Some((disk, vm)) = attached.get(number) {
-            // The VM may be gone already, or go in the middle of it.
+            // The VM may be deleted before or during the call.
             let answer = host.call("detach_disk", &json!([vm, disk]));
             let late = |failure: &Failure| {
                 failure.kind == "VMNotFound" || failure.message.contains("monitor")
@@ -178,8 +181,8 @@ fn many_calls(host: &Host) {
             host.ok("delete_vm", &json!([vm]));
         }
     });
-    storm(|number| host.ok("delete_disk", &json!([disks[number]])));
-    tell("detach_disk, delete_vm and delete_disk", attached.len() + VMS + CALLERS, began);
+    call_from_all_threads(|number| host.ok("delete_disk", &json!([disks[number]])));
+    print_rate("detach_disk, delete_vm and delete_disk", attached.len() + VMS + CALLERS, began);
     host.ok("delete_stemcell", &json!([stemcell]));
 }
 
@@ -188,7 +191,7 @@ fn call_concurrently_on_one_vm_and_disk_stays_consistent() {
     let Some(host) = Host::new() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     let both = json!([vm, disk]);
-    let answers = storm(|number| match number % 4 {
+    let answers = call_from_all_threads(|number| match number % 4 {
         0 => host.call("attach_disk", &both),
         1 => host.call("detach_disk", &both),
         2 => host.call("set_vm_metadata", &json!([vm, {"index": number.to_string()}])),
@@ -198,8 +201,8 @@ fn call_concurrently_on_one_vm_and_disk_stays_consistent() {
     assert!(failed.is_empty(), "{failed:?}");
     let listed = host.ok("get_disks", &json!([vm])) == json!([disk]);
     assert_eq!(listed, is_plugged(&host, &vm, &disk));
-    // Some delete it while others still want something of it; whoever comes late is told so.
-    let answers = storm(|number| match number % 4 {
+    // Some callers delete the VM while others use it. A late caller gets VMNotFound.
+    let answers = call_from_all_threads(|number| match number % 4 {
         0 => host.call("delete_vm", &json!([vm])),
         1 => host.call("detach_disk", &both),
         2 => host.call("attach_disk", &both),
@@ -212,7 +215,7 @@ fn call_concurrently_on_one_vm_and_disk_stays_consistent() {
         match failure {
             None => {}
             Some((kind, _)) if kind == "VMNotFound" && number % 4 != 0 => {}
-            // A start that was under way when the VM was deleted.
+            // delete_vm cancels a launch that is in progress.
             Some((_, message)) if number % 4 == 3 && message.contains("called off") => {}
             Some(failure) => panic!("caller {number}: {failure:?}"),
         }
@@ -226,7 +229,7 @@ fn call_concurrently_on_one_vm_and_disk_stays_consistent() {
 fn create_vms_beyond_parallel_boots_wait() {
     let Some(host) = Host::with(json!({"limits": {"parallel_boots": 2}})) else { return };
     let stemcell = host.stemcell();
-    // None is ever ready, so each keeps its slot.
+    // No launch ever becomes ready, so each keeps its slot.
     host.replace_qemu("exec sleep 600");
     let callers: Vec<_> =
         (0..5).map(|_| host.start("create_vm", &host.vm_arguments(&stemcell))).collect();
@@ -243,7 +246,7 @@ fn create_vms_beyond_parallel_boots_wait() {
             (wants.len() == 5 - turn && may.len() == 2).then_some(may)
         });
         seen.extend(vms.iter().cloned());
-        // Its launch fails, and the next has its turn.
+        // This launch fails, and the next one gets the slot.
         let (qemu, supervisor) = (host.qemu(&vms[0]).unwrap(), host.supervisor(&vms[0]).unwrap());
         qemu.signal(Signal::SIGKILL).unwrap();
         wait_for_exit(&supervisor);
@@ -258,12 +261,13 @@ fn create_vms_beyond_parallel_boots_wait() {
     }
 }
 
-/// A host with one boot slot, and a VM in it whose QEMU is never ready.
-fn blocked() -> Option<(Host, VmCid, std::process::Child, VmCid)> {
+/// A host whose only boot slot is held by a VM whose QEMU never becomes ready. Returns the host, a
+/// running VM, the hung call and the VM that holds the slot.
+fn host_with_held_boot_slot() -> Option<(Host, VmCid, std::process::Child, VmCid)> {
     let host = Host::with(json!({"limits": {"parallel_boots": 1}}))?;
     let vm = host.booted_vm();
     let stemcell = host.store().read::<VmRecord>(&vm).unwrap().unwrap().stemcell.to_string();
-    // `-S` of nothing: it holds its lock and says no word.
+    // The replacement of QEMU holds its lock and never opens a monitor.
     host.replace_qemu("exec sleep 600");
     let stuck = host.start("create_vm", &host.vm_arguments(&stemcell));
     let slow = eventually("a VM that hangs while it starts", || {
@@ -276,9 +280,9 @@ fn blocked() -> Option<(Host, VmCid, std::process::Child, VmCid)> {
 
 #[test]
 fn reboot_vm_without_boot_slot_names_the_holder() {
-    let Some((host, vm, mut stuck, slow)) = blocked() else { return };
+    let Some((host, vm, mut stuck, slow)) = host_with_held_boot_slot() else { return };
     host.reconfigure(|config| config["deadlines"] = json!({"reboot_vm": 20}));
-    // What looks or deletes needs no turn.
+    // has_vm needs no boot slot.
     let began = Instant::now();
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
@@ -336,7 +340,7 @@ fn create_vm_beyond_memory_is_refused_with_figures() {
     }
     assert_eq!(host.store().list::<VmRecord>().unwrap(), std::slice::from_ref(&runs));
 
-    // A reserve of all there is: what runs is not turned off for a reboot that could not follow.
+    // With all memory reserved, reboot_vm is refused before the VM is turned off.
     host.reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1 << 20}));
     let qemu = host.qemu(&runs).unwrap().pid();
     let answer = host.call("reboot_vm", &json!([runs]));
@@ -354,20 +358,22 @@ fn create_vms_concurrently_beyond_memory_admits_one() {
     let text = fs::read_to_string("/proc/meminfo").unwrap();
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
     let mib = available.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10;
-    // More than half of what there is, whatever other tests take meanwhile. None of it is touched.
+    // More than half of the available memory, whatever other tests use meanwhile. The guests do not
+    // touch it.
     let arguments = || {
         let mut arguments = host.vm_arguments(&stemcell);
         arguments[2]["ram"] = json!(mib * 6 / 10);
         arguments
     };
-    let answers = storm(|number| (number < 4).then(|| host.call("create_vm", &arguments())));
+    let answers =
+        call_from_all_threads(|number| (number < 4).then(|| host.call("create_vm", &arguments())));
     let answers: Vec<_> = answers.into_iter().flatten().collect();
     let made: Vec<_> = answers.iter().filter_map(|answer| answer.outcome.as_ref().ok()).collect();
     assert_eq!(made.len(), 1, "{answers:?}");
     let vm = vm_cid(made[0]);
     let refused = host.call("create_vm", &arguments());
     assert!(refused.failure().message.contains("promised to 1 other VMs"), "{refused:?}");
-    // Whoever lets VMs share gets a second one.
+    // With overcommit, a second VM starts.
     host.reconfigure(|config| config["limits"]["memory"] = json!("overcommit"));
     host.ok("create_vm", &arguments());
     host.ok("delete_vm", &json!([vm]));

@@ -1,5 +1,5 @@
-//! SIGKILL at every step of every mutating call: the same call again succeeds, what is left over is reaped, and calls on
-//! other things go on.
+//! SIGKILL at every step of every mutating call. The same call succeeds again, leftovers are
+//! removed, and calls about other objects work.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ use crate::support::crash_points::{Crash, for_each_crash_point};
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
 
-/// A host, where the program under test has crash points.
+/// A host, if the program under test has crash points.
 fn host() -> Option<Host> {
     if !cfg!(debug_assertions) {
         skip("crash points are for builds with debug assertions");
@@ -34,14 +34,14 @@ fn build_for_release_has_no_crash_points() {
     }
 }
 
-/// What a call acts on, and a VM with a disk that it must not disturb.
+/// A host with a VM and a disk that the killed calls must not disturb.
 struct Fixture {
     host: Host,
     stemcell: String,
     bystander: VmCid,
     disk: DiskCid,
-    /// What is on the host as long as nothing but the bystander is.
-    quiet: Vec<String>,
+    /// The leaks of a host that has only the bystander and its disk.
+    baseline: Vec<String>,
 }
 
 impl Fixture {
@@ -50,8 +50,8 @@ impl Fixture {
         let stemcell = host.stemcell();
         let (bystander, disk) = (host.vm(&stemcell), host.disk());
         host.wait_for_console(&bystander, "BOOTSECTOR-OK", 1);
-        let quiet = host.leaks();
-        Some(Self { host, stemcell, bystander, disk, quiet })
+        let baseline = host.leaks();
+        Some(Self { host, stemcell, bystander, disk, baseline })
     }
 
     fn booted_vm(&self) -> VmCid {
@@ -60,22 +60,23 @@ impl Fixture {
         vm
     }
 
-    /// Kills `method` at each of its points. Each time another call is done at once, then the same call is repeated,
-    /// `settled` looks at it, and `gc` leaves nothing that it finds.
-    fn walk(
+    /// Kills `method` at each of its points. Each time, another call is made at once and the same
+    /// call is repeated. Then `check` checks the result, and `gc` must repair every finding.
+    fn kill_at_each_step(
         &self,
         method: &str,
         prepare: impl Fn() -> Value,
-        settled: impl Fn(&Crash<'_>, Value) -> String,
+        check: impl Fn(&Crash<'_>, Value) -> String,
     ) {
         for_each_crash_point(&self.host, method, prepare, |crash| {
-            // It takes its locks and asks its QEMU, also where there is nothing to do.
+            // This call takes locks and asks QEMU even if the disk is already attached.
             self.host.ok("attach_disk", &json!([self.bystander, self.disk]));
             if let Some(answer) = &crash.answer {
                 let failed_itself = crash.point.starts_with("supervisor: ");
                 assert!(answer.outcome.is_ok() || failed_itself, "{}: {answer:?}", crash.point);
             }
-            // Its addresses are taken: only who was not told may ask for them again.
+            // An acknowledged object keeps its addresses: a create may replace only an
+            // unacknowledged one.
             let delete = [("create_vm", "delete_vm"), ("create_network", "delete_network")];
             let delete = delete.into_iter().find(|(create, _)| *create == method);
             if let (Some((_, delete)), Some(Ok(made))) =
@@ -91,23 +92,23 @@ impl Fixture {
                     outcome.unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point))
                 }
             };
-            let outcome = settled(crash, again);
+            let outcome = check(crash, again);
             self.gc(crash.point);
             outcome
         });
     }
 
-    /// Puts right what can be, which must be everything.
+    /// Runs `gc`, which must repair every finding.
     fn gc(&self, point: &str) {
         let (clean, found) = self.host.command(&["gc", "--json"]);
         assert!(clean, "after '{point}': {found}");
     }
 
-    /// Waits until no create is unfinished. A supervisor whose call was killed keeps the VM's lock until its launch is
-    /// undone; any create after that removes the rest.
-    fn settle(&self) {
+    /// Waits until no create is unfinished. A supervisor whose call was killed keeps the VM's lock
+    /// until it has reverted the launch. Any create after that removes the rest.
+    fn wait_for_recovery(&self) {
         let pending = self.host.store().pending_dir();
-        eventually("leftovers are removed", || {
+        eventually("no create is unfinished", || {
             let disk = self.host.disk();
             self.host.ok("delete_disk", &json!([disk]));
             let whole = pending.read_dir().unwrap().next().is_none();
@@ -115,39 +116,45 @@ impl Fixture {
         });
     }
 
-    /// Removes what a create made, and what it made when it was killed if that is whole: nobody can tell whether the
-    /// answer was read, so nothing else may be left.
-    fn only_whole<R: Record>(&self, new: &R::Cid, delete: &str, known: &[R::Cid]) -> String {
+    /// Deletes the object that the repeated create made, and the one that the killed create made if
+    /// that is whole: it is kept because its caller may have read the answer. Nothing else may be
+    /// left.
+    fn delete_whole_objects<R: Record>(
+        &self,
+        new: &R::Cid,
+        delete: &str,
+        known: &[R::Cid],
+    ) -> String {
         let store = self.host.store();
         self.host.ok(delete, &json!([new.as_str()]));
-        self.settle();
+        self.wait_for_recovery();
         let mut left = store.list::<R>().unwrap();
         left.retain(|cid| !known.contains(cid));
         for cid in &left {
             assert_eq!(store.read::<R>(cid).unwrap().unwrap().phase(), Phase::Ready);
             self.host.ok(delete, &json!([cid.as_str()]));
         }
-        self.assert_quiet();
+        self.assert_baseline();
         if left.is_empty() { "nothing is left".into() } else { "whole".into() }
     }
 
-    fn assert_quiet(&self) {
-        assert_eq!(self.host.leaks(), self.quiet);
+    fn assert_baseline(&self) {
+        assert_eq!(self.host.leaks(), self.baseline);
     }
 }
 
 #[test]
 fn create_stemcell_killed_at_any_step_is_cleaned_up() {
     let Some(fixture) = Fixture::new() else { return };
-    // Not the bystander's: that one would be shared.
+    // The image must differ from the bystander's, which would be shared.
     let image = fixture.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
     let known = [fixture.stemcell.parse().unwrap()];
-    fixture.walk(
+    fixture.kill_at_each_step(
         "create_stemcell",
         || json!([image, {}]),
         |_, made| {
-            fixture.only_whole::<StemcellRecord>(
+            fixture.delete_whole_objects::<StemcellRecord>(
                 &text(&made).parse().unwrap(),
                 "delete_stemcell",
                 &known,
@@ -160,11 +167,11 @@ fn create_stemcell_killed_at_any_step_is_cleaned_up() {
 fn create_stemcell_of_known_file_killed_at_any_step_is_cleaned_up() {
     let Some(fixture) = Fixture::new() else { return };
     let known = [fixture.stemcell.parse().unwrap()];
-    fixture.walk(
+    fixture.kill_at_each_step(
         "create_stemcell",
         || json!([fixture.host.path("image"), {}]),
         |_, made| {
-            fixture.only_whole::<StemcellRecord>(
+            fixture.delete_whole_objects::<StemcellRecord>(
                 &text(&made).parse().unwrap(),
                 "delete_stemcell",
                 &known,
@@ -177,11 +184,11 @@ fn create_stemcell_of_known_file_killed_at_any_step_is_cleaned_up() {
 #[test]
 fn delete_stemcell_killed_at_any_step_can_be_repeated() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "delete_stemcell",
         || json!([fixture.host.stemcell()]),
         |_, _| {
-            fixture.assert_quiet();
+            fixture.assert_baseline();
             "gone".into()
         },
     );
@@ -191,13 +198,13 @@ fn delete_stemcell_killed_at_any_step_can_be_repeated() {
 fn create_vm_killed_at_any_step_is_cleaned_up() {
     let Some(fixture) = Fixture::new() else { return };
     let known = [fixture.bystander.clone()];
-    fixture.walk(
+    fixture.kill_at_each_step(
         "create_vm",
         || fixture.host.vm_arguments(&fixture.stemcell),
         |_, made| {
             let vm = vm_cid(&made);
             assert!(fixture.host.qemu(&vm).is_some());
-            fixture.only_whole::<VmRecord>(&vm, "delete_vm", &known)
+            fixture.delete_whole_objects::<VmRecord>(&vm, "delete_vm", &known)
         },
     );
 }
@@ -211,14 +218,14 @@ fn delete_vm_killed_at_any_step_can_be_repeated() {
         fixture.host.ok("attach_disk", &json!([vm, disk]));
         json!([vm])
     };
-    fixture.walk("delete_vm", with_a_disk, |crash, _| {
+    fixture.kill_at_each_step("delete_vm", with_a_disk, |crash, _| {
         assert_eq!(fixture.host.ok("has_vm", crash.arguments), false);
-        // Whoever wants the disk now gets it.
+        // The disk can be attached to another VM.
         fixture.host.ok("attach_disk", &json!([fixture.bystander, disk]));
         fixture.host.ok("detach_disk", &json!([fixture.bystander, disk]));
         let mut left = fixture.host.leaks();
         left.retain(|what| !what.contains(disk.as_str()));
-        assert_eq!(left, fixture.quiet);
+        assert_eq!(left, fixture.baseline);
         "gone, its disk is free".into()
     });
 }
@@ -232,7 +239,7 @@ fn reboot_vm_killed_at_any_step_can_be_repeated() {
         fixture.host.ok("attach_disk", &json!([vm, disk]));
         json!([vm])
     };
-    fixture.walk("reboot_vm", with_a_disk, |crash, _| {
+    fixture.kill_at_each_step("reboot_vm", with_a_disk, |crash, _| {
         let vm: VmCid = text(&crash.arguments[0]).parse().unwrap();
         assert!(is_plugged(&fixture.host, &vm, &disk) && fixture.host.supervisor(&vm).is_some());
         fixture.host.ok("delete_vm", crash.arguments);
@@ -244,7 +251,7 @@ fn reboot_vm_killed_at_any_step_can_be_repeated() {
 fn create_network_killed_at_any_step_is_cleaned_up() {
     let Some(fixture) = Fixture::new() else { return };
     let networks = || fixture.host.store().list::<NetworkRecord>().unwrap();
-    fixture.walk(
+    fixture.kill_at_each_step(
         "create_network",
         || json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]),
         |crash, made| {
@@ -255,9 +262,9 @@ fn create_network_killed_at_any_step_is_cleaned_up() {
                 crash.point
             );
             fixture.host.ok("delete_network", &json!([made[0]]));
-            // Also the locks of networks that were not whole.
+            // `gc` also removes the locks of unfinished networks.
             fixture.gc(crash.point);
-            fixture.assert_quiet();
+            fixture.assert_baseline();
             "one network".into()
         },
     );
@@ -269,12 +276,12 @@ fn delete_network_killed_at_any_step_can_be_repeated() {
     let made = || {
         fixture.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]))
     };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "delete_network",
         || json!([made()[0]]),
         |crash, _| {
             fixture.gc(crash.point);
-            fixture.assert_quiet();
+            fixture.assert_baseline();
             "gone".into()
         },
     );
@@ -284,11 +291,15 @@ fn delete_network_killed_at_any_step_can_be_repeated() {
 fn create_disk_killed_at_any_step_is_cleaned_up() {
     let Some(fixture) = Fixture::new() else { return };
     let known = [fixture.disk.clone()];
-    fixture.walk(
+    fixture.kill_at_each_step(
         "create_disk",
         || json!([8, {}, null]),
         |_, made| {
-            fixture.only_whole::<DiskRecord>(&text(&made).parse().unwrap(), "delete_disk", &known)
+            fixture.delete_whole_objects::<DiskRecord>(
+                &text(&made).parse().unwrap(),
+                "delete_disk",
+                &known,
+            )
         },
     );
 }
@@ -296,11 +307,11 @@ fn create_disk_killed_at_any_step_is_cleaned_up() {
 #[test]
 fn delete_disk_killed_at_any_step_can_be_repeated() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "delete_disk",
         || json!([fixture.host.disk()]),
         |_, _| {
-            fixture.assert_quiet();
+            fixture.assert_baseline();
             "gone".into()
         },
     );
@@ -315,7 +326,7 @@ fn attach_disk_killed_at_any_step_can_be_repeated() {
         fixture.host.ok("detach_disk", &both);
         both.clone()
     };
-    fixture.walk("attach_disk", detached, |_, hint| {
+    fixture.kill_at_each_step("attach_disk", detached, |_, hint| {
         assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
         assert_eq!(in_qemu(&fixture.host, &vm, &disk), (true, 2, 1));
         assert_eq!(fixture.host.ok("get_disks", &json!([vm])), json!([disk]));
@@ -371,7 +382,7 @@ fn detach_disk_killed_at_any_step_can_be_repeated() {
         fixture.host.ok("attach_disk", &both);
         both.clone()
     };
-    fixture.walk("detach_disk", attached, |_, _| {
+    fixture.kill_at_each_step("detach_disk", attached, |_, _| {
         assert_eq!(in_qemu(&fixture.host, &vm, &disk), (false, 0, 0));
         assert_eq!(fixture.host.ok("get_disks", &json!([vm])), json!([]));
         assert_eq!(fixture.host.store().read::<DiskRecord>(&disk).unwrap().unwrap().vm, None);
@@ -383,7 +394,7 @@ fn detach_disk_killed_at_any_step_can_be_repeated() {
 fn set_vm_metadata_killed_at_any_step_can_be_repeated() {
     let Some(fixture) = Fixture::new() else { return };
     let vm = &fixture.bystander;
-    fixture.walk(
+    fixture.kill_at_each_step(
         "set_vm_metadata",
         || json!([vm, {"name": "bosh/0"}]),
         |_, _| {
@@ -396,7 +407,7 @@ fn set_vm_metadata_killed_at_any_step_can_be_repeated() {
 #[test]
 fn set_disk_metadata_killed_at_any_step_can_be_repeated() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "set_disk_metadata",
         || json!([fixture.disk, {"owner": "bosh"}]),
         |_, _| {

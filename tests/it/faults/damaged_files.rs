@@ -1,5 +1,5 @@
-//! What is beside the records, damaged: `audit` tells of each thing once, calls that need it name it, and nobody else
-//! notices.
+//! Damaged files other than records. `audit` reports each once, calls that need the file name it,
+//! and other calls work.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,11 +13,11 @@ use crate::faults::damaged_records::Fixture;
 use crate::support::host::{Host, text};
 use crate::vm::list::list_when_all_answer;
 
-/// What can be in the place of a file, or of a link.
+/// Kinds of damage: what replaces a file or a link.
 const WAYS: [&str; 5] =
     ["garbage", "empty", "a directory", "a link to nothing", "a link to itself"];
 
-fn put(path: &Path, how: &str) {
+fn replace_by(path: &Path, how: &str) {
     match how {
         "garbage" => fs::write(path, "half a fi\u{0}").unwrap(),
         "empty" => fs::write(path, "").unwrap(),
@@ -28,7 +28,7 @@ fn put(path: &Path, how: &str) {
     }
 }
 
-/// Something in the place of a file, until it is repaired.
+/// A file that is replaced by something else until it is repaired.
 struct Damaged {
     path: PathBuf,
     aside: PathBuf,
@@ -37,7 +37,7 @@ struct Damaged {
 impl Damaged {
     fn new(path: &Path, aside: PathBuf, how: &str) -> Self {
         fs::rename(path, &aside).unwrap();
-        put(path, how);
+        replace_by(path, how);
         Self { path: path.to_owned(), aside }
     }
 
@@ -49,33 +49,34 @@ impl Damaged {
     }
 }
 
-/// A call that needs the thing, and in which ways of damage it works all the same.
+/// A call that needs the file, and the kinds of damage with which it still works.
 type Need = (&'static str, Value, &'static [&'static str]);
 
-/// One thing that is damaged.
-struct Thing {
+/// A file that the test damages.
+struct Target {
     path: PathBuf,
-    /// What `audit` says it is, and in which ways of damage it says nothing.
+    /// Kind and subject of the finding that `audit` reports, and the kinds of damage without a
+    /// finding.
     finding: Option<(&'static str, String, &'static [&'static str])>,
     needs: Vec<Need>,
 }
 
 const NEVER: &[&str] = &[];
-/// What is in the file does not matter, as long as it is one.
+/// The damages that leave a regular file, for files whose content does not matter.
 const ANY_FILE: &[&str] = &["garbage", "empty"];
 
-struct Things {
-    /// A VM whose guest powered itself off.
+struct Targets {
+    /// A VM whose guest has powered itself off.
     off: VmCid,
-    /// One that runs.
+    /// A running VM.
     logged: VmCid,
     encrypted: DiskCid,
     locked: DiskCid,
     noted: DiskCid,
-    things: Vec<Thing>,
+    targets: Vec<Target>,
 }
 
-impl Things {
+impl Targets {
     fn new(fixture: &Fixture) -> Self {
         let host = &fixture.host;
         let (off, logged) = (host.vm(&fixture.stemcell), host.vm(&fixture.stemcell));
@@ -85,12 +86,12 @@ impl Things {
             text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
         let (locked, noted) = (host.disk(), host.disk());
         assert!(host.command(&["network", "apply", "lab", "--json"]).0);
-        let mut this = Self { off, logged, encrypted, locked, noted, things: Vec::new() };
-        this.things = this.table(fixture);
+        let mut this = Self { off, logged, encrypted, locked, noted, targets: Vec::new() };
+        this.targets = this.table(fixture);
         this
     }
 
-    fn table(&self, fixture: &Fixture) -> Vec<Thing> {
+    fn table(&self, fixture: &Fixture) -> Vec<Target> {
         let (host, vm) = (&fixture.host, &fixture.vm);
         let (state, exit, events) =
             (host.path("state"), host.paths(&self.off).exit(), host.paths(&self.logged).events());
@@ -99,89 +100,91 @@ impl Things {
         let claim = format!("ip,bosh-nat0,{address},32");
         let mut wants_address = host.vm_arguments(&fixture.stemcell);
         wants_address[3]["net"]["ip"] = json!(address);
-        let thing = |path: PathBuf, finding, needs| Thing { path, finding, needs };
+        let target = |path: PathBuf, finding, needs| Target { path, finding, needs };
         let (pin, key) = (state.join("networks/bosh-lab0.json"), state.join("disk.key"));
         let uid = state.join("uids").join(host.record(vm).uid.to_string());
-        let told = |kind, what: String| Some((kind, what, NEVER));
+        let reported = |kind, what: String| Some((kind, what, NEVER));
         vec![
-            thing(exit, told("corrupt", self.off.to_string()), vec![]),
-            thing(events, None, vec![("reboot_vm", json!([self.logged]), ANY_FILE)]),
-            thing(pin.clone(), told("corrupt", path(&pin)), vec![]),
-            thing(
+            target(exit, reported("corrupt", self.off.to_string()), vec![]),
+            target(events, None, vec![("reboot_vm", json!([self.logged]), ANY_FILE)]),
+            target(pin.clone(), reported("corrupt", path(&pin)), vec![]),
+            target(
                 state.join("claims").join(&claim),
-                told("unclaimed", format!("claim {claim}")),
+                reported("unclaimed", format!("claim {claim}")),
                 vec![("create_vm", wants_address, NEVER)],
             ),
-            thing(uid.clone(), told("unclaimed", path(&uid)), vec![]),
-            thing(
+            target(uid.clone(), reported("unclaimed", path(&uid)), vec![]),
+            target(
                 key.clone(),
-                told("corrupt", path(&key)),
+                reported("corrupt", path(&key)),
                 vec![
                     ("create_disk", json!([8, {"encrypted": true}, null]), NEVER),
                     ("attach_disk", json!([vm, self.encrypted]), NEVER),
                 ],
             ),
-            thing(
+            target(
                 state.join("locks").join(format!("disk.{}", self.locked)),
                 Some(("corrupt", format!("lock disk.{}", self.locked), ANY_FILE)),
                 vec![("resize_disk", json!([self.locked, 8]), ANY_FILE)],
             ),
-            thing(host.store().run_dir().join("io-uring.json"), None, vec![]),
+            target(host.store().run_dir().join("io-uring.json"), None, vec![]),
         ]
     }
 
-    /// What `audit` must say.
+    /// The findings that `audit` must report.
     fn expected(&self, how: &str) -> BTreeSet<(String, String)> {
-        let findings = self.things.iter().filter_map(|thing| thing.finding.as_ref());
-        let told = findings.filter(|(_, _, not)| !not.contains(&how));
-        let told = told.map(|(kind, what, _)| ((*kind).to_owned(), what.clone()));
-        told.chain([("unfinished".to_owned(), self.noted.to_string())]).collect()
+        let findings = self.targets.iter().filter_map(|target| target.finding.as_ref());
+        let reported = findings.filter(|(_, _, not)| !not.contains(&how));
+        let reported = reported.map(|(kind, what, _)| ((*kind).to_owned(), what.clone()));
+        reported.chain([("unfinished".to_owned(), self.noted.to_string())]).collect()
     }
 }
 
 fn findings(host: &Host) -> BTreeSet<(String, String)> {
     let (_, found) = host.command(&["audit", "--json"]);
     let found = found["findings"].as_array().unwrap();
-    let told: BTreeSet<_> =
+    let reported: BTreeSet<_> =
         found.iter().map(|finding| (text(&finding["kind"]), text(&finding["what"]))).collect();
-    assert_eq!(told.len(), found.len(), "each once: {found:#?}");
-    told
+    assert_eq!(reported.len(), found.len(), "each once: {found:#?}");
+    reported
 }
 
-/// All at once: what one damage does to the others would be seen, too.
+/// All files are damaged at once, so that effects of one damage on the others show.
 #[test]
 fn audit_with_damaged_files_reports_each_once() {
-    let networks = json!({"default": {}, "lab": {"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"}});
+    let lab = json!({"profile": "isolated", "bridge": "bosh-lab0", "subnet": "10.7.0.0/24"});
+    let networks = json!({"default": {}, "lab": lab});
     let Some(fixture) = Fixture::with(json!({"networks": networks})) else { return };
-    let things = Things::new(&fixture);
+    let targets = Targets::new(&fixture);
     let host = &fixture.host;
     assert_eq!(findings(host), BTreeSet::new());
     for how in WAYS {
-        let damaged = things.things.iter().enumerate().map(|(number, thing)| {
-            Damaged::new(&thing.path, host.path(&format!("aside-{number}")), how)
+        let damaged = targets.targets.iter().enumerate().map(|(number, target)| {
+            Damaged::new(&target.path, host.path(&format!("aside-{number}")), how)
         });
         let damaged: Vec<_> = damaged.collect();
-        let note = host.store().pending_dir().join(&things.noted);
-        put(&note, how);
-        assert_eq!(findings(host), things.expected(how), "{how}");
-        for (method, arguments, works) in things.things.iter().flat_map(|thing| &thing.needs) {
+        let note = host.store().pending_dir().join(&targets.noted);
+        replace_by(&note, how);
+        assert_eq!(findings(host), targets.expected(how), "{how}");
+        for (method, arguments, works) in targets.targets.iter().flat_map(|target| &target.needs) {
             let answer = host.call(method, arguments);
             assert_eq!(answer.outcome.is_ok(), works.contains(&how), "{how}: {method}: {answer:?}");
         }
-        fixture.others_work();
+        fixture.assert_others_work();
         damaged.into_iter().for_each(Damaged::repair);
         if note.is_dir() {
             fs::remove_dir(&note).unwrap();
         }
         assert!(!note.exists(), "{how}: the next create settled it");
-        host.ok("reboot_vm", &json!([things.logged]));
+        host.ok("reboot_vm", &json!([targets.logged]));
     }
     assert_eq!(findings(host), BTreeSet::new());
     assert!(host.command(&["network", "remove", "lab", "--json"]).0);
 }
 
-/// What tells which version the state directory is of, and which run directory goes with it: calls that change something
-/// name it, `audit` says nothing else that depends on it, and looking works.
+/// `schema` names the version of the state directory, the link `state` ties the run directory to
+/// it. Calls that change something name the damaged one, `audit` reports it alone, and reading
+/// calls work.
 #[test]
 fn call_with_damaged_schema_or_run_dir_link_is_refused() {
     let Some(host) = Host::new() else { return };

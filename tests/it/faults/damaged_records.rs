@@ -1,5 +1,5 @@
-//! The state directory damaged, unreadable, read-only: nothing is guessed, nothing valid is deleted, and what is not
-//! damaged goes on working.
+//! Damaged, unreadable or read-only state directory. Nothing is guessed, no valid file is deleted,
+//! and calls about intact objects work.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use crate::support::host::{GUEST, Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
 use crate::vm::list::list_when_all_answer;
 
-/// What can happen to a record.
+/// Kinds of damage to a record.
 const DAMAGES: [&str; 8] = [
     "corrupt",
     "truncated",
@@ -27,7 +27,7 @@ const DAMAGES: [&str; 8] = [
     "a link to itself",
 ];
 
-/// Does it to the record at `path`.
+/// Damages the record at `path` in the way `how`.
 fn damage(path: &Path, how: &str) {
     let whole = fs::read(path).unwrap();
     fs::remove_file(path).unwrap();
@@ -57,7 +57,7 @@ fn repair(path: &Path, whole: &[u8]) {
     fs::write(path, whole).unwrap();
 }
 
-/// Every name in `dir`, with what is there.
+/// Every entry of `dir` with its content or the error of reading it.
 fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     paths
@@ -67,7 +67,7 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         .collect()
 }
 
-/// What all damages are done to, and something of each kind that they must not disturb.
+/// A host with a stemcell and a running VM that damage to other objects must not disturb.
 pub struct Fixture {
     pub host: Host,
     pub stemcell: String,
@@ -79,7 +79,7 @@ impl Fixture {
         Self::with(json!({}))
     }
 
-    /// One with more configuration.
+    /// The same with more configuration.
     pub fn with(config: Value) -> Option<Self> {
         let host = Host::with(config)?;
         let stemcell = host.stemcell();
@@ -88,12 +88,12 @@ impl Fixture {
         Some(Self { host, stemcell, vm })
     }
 
-    /// Damages the record in `dir` in every way. Each time all of `calls` must refuse and name what is wrong, and leave
-    /// `dir` as it is; `gc` must leave it, too; and everything else must work.
-    fn walk(&self, dir: &Path, record: &str, calls: &[(&str, Value)]) {
+    /// Damages the record in `dir` in every way. Each time, all of `calls` must be refused and name
+    /// the directory, neither they nor `gc` may change `dir`, and everything else must work.
+    fn damage_in_every_way(&self, dir: &Path, record: &str, calls: &[(&str, Value)]) {
         let (path, host) = (dir.join(record), &self.host);
         let whole = fs::read(&path).unwrap();
-        // A managed network is nothing but its record.
+        // A managed network consists of its record alone: without it, the network does not exist.
         let ways = DAMAGES.into_iter().filter(|how| *how != "missing" || record != "network.json");
         for how in ways {
             damage(&path, how);
@@ -111,14 +111,14 @@ impl Fixture {
                 let (_, found) = host.command(&["gc", "--json"]);
                 assert!(found["findings"].to_string().contains(cid), "{how}: {found}");
             }
-            self.others_work();
+            self.assert_others_work();
             assert_eq!(content(dir), before, "{how}");
             repair(&path, &whole);
         }
     }
 
-    /// Calls, VMs and commands that have nothing to do with what is damaged.
-    pub fn others_work(&self) {
+    /// Asserts that calls, VMs and commands about undamaged objects work.
+    pub fn assert_others_work(&self) {
         let host = &self.host;
         let vm = host.vm(&self.stemcell);
         let disk = host.disk();
@@ -148,7 +148,7 @@ fn call_on_damaged_stemcell_record_names_it() {
         ("create_vm", fixture.host.vm_arguments(&stemcell)),
         ("delete_stemcell", json!([stemcell])),
     ];
-    fixture.walk(&dir, "stemcell.json", &calls);
+    fixture.damage_in_every_way(&dir, "stemcell.json", &calls);
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn call_on_damaged_disk_record_names_it() {
         ("set_disk_metadata", json!([disk, {}])),
         ("delete_disk", json!([disk])),
     ];
-    fixture.walk(&dir, "disk.json", &calls);
+    fixture.damage_in_every_way(&dir, "disk.json", &calls);
     assert_pattern(&fixture.host, &disk);
 }
 
@@ -176,7 +176,7 @@ fn call_on_damaged_snapshot_record_names_it() {
     let disk = fixture.host.disk();
     let snapshot = text(&fixture.host.ok("snapshot_disk", &json!([disk, {}])));
     let dir = fixture.host.path("state/snaps").join(&snapshot);
-    fixture.walk(&dir, "snap.json", &[("delete_snapshot", json!([snapshot]))]);
+    fixture.damage_in_every_way(&dir, "snap.json", &[("delete_snapshot", json!([snapshot]))]);
 }
 
 #[test]
@@ -193,15 +193,16 @@ fn call_on_damaged_record_of_running_vm_names_it() {
         ("set_vm_metadata", json!([vm, {}])),
         ("reboot_vm", json!([vm])),
         ("detach_disk", json!([vm, disk])),
-        // It may still be this VM's.
+        // The disk may still belong to the damaged VM.
         ("attach_disk", json!([fixture.vm, disk])),
         ("delete_disk", json!([disk])),
         ("delete_vm", json!([vm])),
     ];
-    // Its guest works on, and its supervisor writes that down: the last that it has to say is that it found the disk.
+    // The supervisor logs while the guest runs. `U1`, the guest's notice of the disk, is the last
+    // line before the directory is compared.
     fixture.host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     fixture.host.wait_for_console(&vm, "U1", 1);
-    fixture.walk(&dir, "vm.json", &calls);
+    fixture.damage_in_every_way(&dir, "vm.json", &calls);
     assert_eq!(fixture.host.qemu(&vm).unwrap().pid(), qemu);
     assert!(is_plugged(&fixture.host, &vm, &disk));
 }
@@ -209,19 +210,24 @@ fn call_on_damaged_record_of_running_vm_names_it() {
 #[test]
 fn call_on_damaged_network_record_names_it() {
     let Some(fixture) = Fixture::new() else { return };
-    let subnet = |net: u8| json!([{"type": "manual", "range": format!("10.8.{net}.0/24"), "cloud_properties": {}}]);
+    let subnet = |net: u8| {
+        let range = format!("10.8.{net}.0/24");
+        json!([{"type": "manual", "range": range, "cloud_properties": {}}])
+    };
     let made = fixture.host.ok("create_network", &subnet(0));
     let network = text(&made[0]);
     let mut arguments = fixture.host.vm_arguments(&fixture.stemcell);
-    arguments[3] = json!({"a": {"type": "manual", "ip": "10.8.0.5", "netmask": "255.255.255.0", "gateway": "10.8.0.1",
-                                "cloud_properties": made[2]}});
+    arguments[3] = json!({"a": {
+        "type": "manual", "ip": "10.8.0.5", "netmask": "255.255.255.0",
+        "gateway": "10.8.0.1", "cloud_properties": made[2],
+    }});
     let dir = fixture.host.path("state/networks").join(&network);
-    fixture.walk(
+    fixture.damage_in_every_way(
         &dir,
         "network.json",
         &[("create_vm", arguments), ("delete_network", json!([network]))],
     );
-    // Others can be made, but not in its subnet.
+    // Other networks can be created, but not in its subnet.
     let whole = fs::read(dir.join("network.json")).unwrap();
     damage(&dir.join("network.json"), "empty");
     let other = fixture.host.ok("create_network", &subnet(1));
@@ -229,7 +235,8 @@ fn call_on_damaged_network_record_names_it() {
     assert!(refused.failure().message.contains("overlaps"), "{refused:?}");
     fixture.host.ok("delete_network", &json!([other[0]]));
     repair(&dir.join("network.json"), &whole);
-    // Without its record it is gone for BOSH, but for what an operator sees of it.
+    // Without its record the network does not exist for BOSH. An operator can still remove its
+    // bridge.
     fs::remove_file(dir.join("network.json")).unwrap();
     assert_eq!(
         fixture.host.call("delete_network", &json!([network])).failure().kind,
@@ -265,8 +272,8 @@ fn host_start_with_damaged_vms_starts_the_others() {
         );
         assert!(host.qemu(vm).is_none());
     }
-    // The host's rules were made anew without the damaged one.
-    fixture.others_work();
+    // The host's rules were rebuilt without the damaged VM.
+    fixture.assert_others_work();
     repair(&record, &whole);
     fs::remove_file(&exit).unwrap();
     assert!(host.command(&["host", "start", "--json"]).0);
@@ -294,7 +301,7 @@ fn call_on_pool_disk_without_record_names_it() {
     assert_eq!(host.ok("has_disk", &json!([disk])), true);
 }
 
-/// In the place of a whole object there is something else.
+/// The directory of an object is replaced by a dangling link.
 #[test]
 fn call_on_object_behind_dangling_link_names_it() {
     let Some(fixture) = Fixture::new() else { return };
@@ -316,7 +323,7 @@ fn call_on_object_behind_dangling_link_names_it() {
         ),
         (host.paths(&off).dir, vec![("has_vm", json!([off])), ("delete_vm", json!([off]))]),
     ] {
-        // As of an operator who moved it to a filesystem that is not mounted now.
+        // As if an operator had moved it to a filesystem that is not mounted.
         let aside = host.path("aside");
         fs::rename(&dir, &aside).unwrap();
         symlink("/nowhere/at/all", &dir).unwrap();
@@ -325,7 +332,7 @@ fn call_on_object_behind_dangling_link_names_it() {
             let failure = answer.failure();
             assert!(failure.message.contains("has no record"), "{method}: {failure:?}");
         }
-        fixture.others_work();
+        fixture.assert_others_work();
         assert!(dir.is_symlink());
         fs::remove_file(&dir).unwrap();
         fs::rename(&aside, &dir).unwrap();
@@ -341,7 +348,7 @@ fn call_on_read_only_filesystem_only_reads() {
     host.power_off(&vm);
     let stemcell = host.record(&vm).stemcell.to_string();
     let snapshot = host.ok("snapshot_disk", &json!([free, {}]));
-    // What was cut short, and what a call works on: each with a lock, one also without.
+    // A killed delete and a running one, each with a lock, and a pending note without a lock.
     let (cut_short, busy) = (host.disk(), host.disk());
     let store = host.store();
     for disk in [&cut_short, &busy] {

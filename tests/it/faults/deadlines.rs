@@ -1,4 +1,4 @@
-//! Every call ends: whatever it waits for, it says so by its deadline, and what to try next.
+//! Every call ends by its deadline, names what it waited for, and says what to try next.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -17,12 +17,12 @@ use crate::support::filesystem::Filesystem;
 use crate::support::host::{GUEST, Host, text, vm_cid};
 use crate::support::hung_filesystem::HungFilesystem;
 
-/// The deadline of methods that are to fail, seconds.
-const DEADLINE: u64 = 3;
-/// How much later the answer may come.
-const LATE: Duration = Duration::from_secs(5);
-/// How long a pool may take to answer (`store::pool`).
-const POOL: Duration = Duration::from_secs(10);
+/// Deadline of the methods that must fail, seconds.
+const DEADLINE_SECS: u64 = 3;
+/// Longest delay of an answer after the deadline.
+const ANSWER_DELAY: Duration = Duration::from_secs(5);
+/// Longest time that a pool may take to answer (`store::pool`).
+const POOL_TIMEOUT: Duration = Duration::from_secs(10);
 
 const METHODS: [&str; 8] = [
     "attach_disk",
@@ -35,26 +35,28 @@ const METHODS: [&str; 8] = [
     "create_stemcell",
 ];
 
-fn hasty_host(config: Value) -> Option<Host> {
-    Host::with(config).inspect(hasty)
+fn host_with_short_deadlines(config: Value) -> Option<Host> {
+    Host::with(config).inspect(set_short_deadlines)
 }
 
-/// Gives every method time, for what is to succeed however busy the machine is.
-fn patient(host: &Host) {
+/// Restores the default deadlines, for calls that must succeed on a busy machine.
+fn set_default_deadlines(host: &Host) {
     host.reconfigure(|config| config["deadlines"] = json!({}));
 }
 
-fn hasty(host: &Host) {
+fn set_short_deadlines(host: &Host) {
     host.reconfigure(|config| {
         config["deadlines"] =
-            METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE))).collect();
+            METHODS.iter().map(|method| (method.to_string(), json!(DEADLINE_SECS))).collect();
     });
 }
 
-/// Copies of disks that were cut short, in a QEMU that does not answer, are left to a later create.
+/// Unfinished copies of disks whose QEMU does not answer are left to a later create.
 #[test]
 fn create_disk_with_unrecoverable_copies_does_not_wait() {
-    let Some(host) = hasty_host(json!({"qemu": {"hotplug_slots": 4}})) else { return };
+    let Some(host) = host_with_short_deadlines(json!({"qemu": {"hotplug_slots": 4}})) else {
+        return;
+    };
     let vm = host.booted_vm();
     let store = host.store();
     for _ in 0..3 {
@@ -70,15 +72,15 @@ fn create_disk_with_unrecoverable_copies_does_not_wait() {
     let began = Instant::now();
     host.disk();
     let took = began.elapsed();
-    assert!(took < Duration::from_secs(DEADLINE) + LATE, "{took:?}");
+    assert!(took < Duration::from_secs(DEADLINE_SECS) + ANSWER_DELAY, "{took:?}");
     qemu.signal(Signal::SIGCONT).unwrap();
-    patient(&host);
+    set_default_deadlines(&host);
     host.disk();
     assert_eq!(store.pending_dir().read_dir().unwrap().count(), 0, "the next create settles them");
 }
 
-/// The failure of a call, which must come in time, name all of `words`, and say what to do.
-fn late(
+/// Makes a call that must fail by `deadline`, name all of `words` and give a hint.
+fn fails_in_time(
     host: &Host,
     method: &str,
     arguments: &Value,
@@ -89,16 +91,17 @@ fn late(
     let answer = host.call(method, arguments);
     let took = began.elapsed();
     let failure = answer.failure().clone();
-    assert!(took < deadline + LATE, "{method} took {took:?}: {failure:?}");
+    assert!(took < deadline + ANSWER_DELAY, "{method} took {took:?}: {failure:?}");
     for word in words.iter().chain(&["Hint: "]) {
         assert!(failure.message.contains(word), "{method}: {word} in {failure:?}");
     }
     failure
 }
 
-/// Calls about a VM whose QEMU answers nothing, each of them. `restore` ends that.
-fn every_call_on_a_silent_qemu(silence: impl Fn(&Host, &VmCid) -> Box<dyn FnOnce()>) {
-    let Some(host) = hasty_host(json!({})) else { return };
+/// Makes each call about a VM whose QEMU does not answer. `hang` makes it so and returns a
+/// closure that reverts it.
+fn every_call_with_hung_qemu(hang: impl Fn(&Host, &VmCid) -> Box<dyn FnOnce()>) {
+    let Some(host) = host_with_short_deadlines(json!({})) else { return };
     let vm = host.booted_vm();
     let [free, attached] = [host.disk(), host.disk()];
     host.ok("attach_disk", &json!([vm, attached]));
@@ -110,37 +113,37 @@ fn every_call_on_a_silent_qemu(silence: impl Fn(&Host, &VmCid) -> Box<dyn FnOnce
         ("detach_disk", json!([vm, attached])),
     ];
     for (method, arguments) in calls {
-        let speak = silence(&host, &vm);
+        let revert = hang(&host, &vm);
         let socket = host.paths(&vm).qmp();
-        late(
+        fails_in_time(
             &host,
             method,
             &arguments,
-            Duration::from_secs(DEADLINE),
+            Duration::from_secs(DEADLINE_SECS),
             &[socket.to_str().unwrap(), "did not greet"],
         );
-        // What needs no QEMU goes on.
+        // Calls that need no QEMU work.
         assert_eq!(host.ok("has_vm", &json!([vm])), true);
         host.ok("get_disks", &json!([vm]));
         host.ok("set_vm_metadata", &json!([vm, {"name": "web/0"}]));
         host.ok("set_disk_metadata", &json!([attached, {}]));
         assert_eq!(host.ok("has_disk", &json!([attached])), true);
-        speak();
-        patient(&host);
+        revert();
+        set_default_deadlines(&host);
         host.ok(method, &arguments);
-        hasty(&host);
+        set_short_deadlines(&host);
     }
-    // A VM is ended whatever its QEMU says.
+    // reboot_vm and delete_vm end the VM even if its QEMU does not answer.
     for (method, arguments) in [("reboot_vm", json!([vm])), ("delete_vm", json!([vm]))] {
-        let speak = silence(&host, &vm);
+        let revert = hang(&host, &vm);
         host.ok(method, &arguments);
-        speak();
+        revert();
     }
 }
 
 #[test]
 fn call_with_stopped_qemu_fails_at_its_deadline() {
-    every_call_on_a_silent_qemu(|host, vm| {
+    every_call_with_hung_qemu(|host, vm| {
         let qemu = host.qemu(vm).unwrap();
         qemu.signal(Signal::SIGSTOP).unwrap();
         Box::new(move || drop(qemu.signal(Signal::SIGCONT)))
@@ -149,17 +152,17 @@ fn call_with_stopped_qemu_fails_at_its_deadline() {
 
 #[test]
 fn call_with_held_monitor_fails_at_its_deadline() {
-    every_call_on_a_silent_qemu(|host, vm| {
-        let silent = UnixStream::connect(host.paths(vm).qmp()).unwrap();
-        Box::new(move || drop(silent))
+    every_call_with_hung_qemu(|host, vm| {
+        let hung = UnixStream::connect(host.paths(vm).qmp()).unwrap();
+        Box::new(move || drop(hung))
     });
 }
 
 #[test]
 fn call_with_hung_qemu_img_fails_at_its_deadline() {
-    let Some(host) = hasty_host(json!({})) else { return };
+    let Some(host) = host_with_short_deadlines(json!({})) else { return };
     let disk = host.disk();
-    // One that can not be decoded as it streams by.
+    // An image that must be converted by qemu-img, because it cannot be decoded as a stream.
     let image = host.path("zstd.qcow2");
     let made = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-o", "compression_type=zstd"])
@@ -178,7 +181,7 @@ fn call_with_hung_qemu_img_fails_at_its_deadline() {
         ("create_stemcell", json!([image, {}])),
     ] {
         let words = [program.to_str().unwrap(), "was killed at its deadline"];
-        late(&host, method, &arguments, Duration::from_secs(DEADLINE), &words);
+        fails_in_time(&host, method, &arguments, Duration::from_secs(DEADLINE_SECS), &words);
         assert_eq!(host.leaks(), before, "{method} leaves nothing");
     }
     host.reconfigure(|config| {
@@ -190,12 +193,12 @@ fn call_with_hung_qemu_img_fails_at_its_deadline() {
 #[test]
 fn call_on_hung_pool_fails_at_its_timeout() {
     let Some(fast) = Filesystem::new(64) else { return };
-    // Without `overcommit`, a create looks at the space of all images there are.
+    // Without `overcommit`, a create reads the space of all images.
     let config = json!({"pools": {"fast": {"path": fast.path()}}, "overcommit": false});
     let Some(host) = Host::with(config) else { return };
     let stemcell = host.stemcell();
     let in_pool = |host: &Host| text(&host.ok("create_disk", &json!([8, {"pool": "fast"}, null])));
-    // One for each call: they wait for each other's locks.
+    // One disk for each call, because calls on one disk wait for its lock.
     let [attached, free, copied, small, changed, doomed] = std::array::from_fn(|_| in_pool(&host));
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[2]["pool"] = json!("fast");
@@ -203,7 +206,7 @@ fn call_on_hung_pool_fails_at_its_timeout() {
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     host.ok("attach_disk", &json!([vm, attached]));
 
-    let Some(silent) = HungFilesystem::over(fast.path()) else { return };
+    let Some(hung) = HungFilesystem::over(fast.path()) else { return };
     let mut another = host.vm_arguments(&stemcell);
     another[2]["pool"] = json!("fast");
     let calls = [
@@ -217,22 +220,23 @@ fn call_on_hung_pool_fails_at_its_timeout() {
     ];
     std::thread::scope(|threads| {
         for (method, arguments) in &calls {
-            // In the test's own mount namespace, as threads of this one are.
+            // Threads of the test share its mount namespace.
             threads.spawn(|| {
-                late(
+                fails_in_time(
                     &host,
                     method,
                     arguments,
-                    POOL,
+                    POOL_TIMEOUT,
                     &["pool 'fast'", fast.path().to_str().unwrap(), "did not answer"],
                 )
             });
         }
-        // What is elsewhere goes on, and waits once, however many images there are in the pool.
+        // A disk outside the pool can be created. The call waits for the pool once, not once per
+        // image.
         threads.spawn(|| {
             let began = Instant::now();
             host.disk();
-            assert!(began.elapsed() < POOL + LATE, "{:?}", began.elapsed());
+            assert!(began.elapsed() < POOL_TIMEOUT + ANSWER_DELAY, "{:?}", began.elapsed());
         });
         threads.spawn(|| {
             let (passed, pools) = host.command(&["pool", "list", "--json"]);
@@ -245,7 +249,7 @@ fn call_on_hung_pool_fails_at_its_timeout() {
         assert_eq!(host.ok("get_disks", &json!([vm])), json!([attached]));
     });
     assert!(host.qemu(&vm).is_some());
-    drop(silent);
+    drop(hung);
     host.ok("attach_disk", &json!([vm, free]));
     host.ok("delete_disk", &json!([doomed]));
     assert_eq!(host.command(&["audit", "--json"]), (true, json!({"clean": true, "findings": []})));
@@ -254,25 +258,25 @@ fn call_on_hung_pool_fails_at_its_timeout() {
 #[test]
 fn create_stemcell_from_hung_filesystem_fails_at_its_deadline() {
     let Some(share) = Filesystem::new(64) else { return };
-    let Some(host) = hasty_host(json!({})) else { return };
+    let Some(host) = host_with_short_deadlines(json!({})) else { return };
     let before = host.leaks();
     let image = share.path().join("image");
     let mut disk = vec![0; 1 << 20];
     disk[..GUEST.len()].copy_from_slice(GUEST);
     fs::write(&image, disk).unwrap();
-    let Some(silent) = HungFilesystem::over(share.path()) else { return };
+    let Some(hung) = HungFilesystem::over(share.path()) else { return };
     let light = json!({"image_path": image, "sha256": "0".repeat(64)});
     for (path, properties) in [(json!(image), json!({})), (json!("/dev/null"), light)] {
         let words = [image.to_str().unwrap(), "was not read by the deadline"];
-        late(
+        fails_in_time(
             &host,
             "create_stemcell",
             &json!([path, properties]),
-            Duration::from_secs(DEADLINE),
+            Duration::from_secs(DEADLINE_SECS),
             &words,
         );
         assert_eq!(host.leaks(), before);
     }
-    drop(silent);
+    drop(hung);
     host.ok("create_stemcell", &json!([image, {}]));
 }

@@ -1,5 +1,6 @@
-//! SIGKILL at every step of resize_disk, update_disk, snapshot_disk and delete_snapshot, attached and detached: the same
-//! call again succeeds, the data is there, and nothing else is.
+//! SIGKILL at every step of resize_disk, update_disk, snapshot_disk and delete_snapshot, with
+//! attached and detached disks. The same call succeeds again, the data is intact, and nothing else
+//! is left.
 
 use std::fs;
 
@@ -14,7 +15,8 @@ use crate::support::host::{Host, eventually, text};
 use crate::support::images::{assert_pattern, guest_writes, in_qemu, record, write_pattern};
 use crate::support::skip;
 
-/// A VM and, for each kill, a fresh disk with data in it; and a VM with a disk that must not be disturbed.
+/// A VM, which gets a new disk with data for each kill, and a VM with a disk that must not be
+/// disturbed.
 struct Fixture {
     host: Host,
     vm: VmCid,
@@ -46,23 +48,23 @@ impl Fixture {
         disk
     }
 
-    /// Another call, on other things, takes its locks and asks its QEMU; and `gc` leaves nothing that it finds.
-    fn others_work(&self, point: &str) {
+    /// Asserts that a call about other objects works and that `gc` repairs every finding.
+    fn assert_others_work(&self, point: &str) {
         self.host.ok("attach_disk", &json!([self.bystander.0, self.bystander.1]));
         let (_, found) = self.host.command(&["gc", "--json"]);
         let found = found["findings"].as_array().unwrap();
-        // Who was killed after all was done may have been heard.
+        // The caller of a call that was killed after its last step may have read the answer.
         let open = |finding: &&Value| finding["cure"] != "mended" && finding["kind"] != "untold";
         assert_eq!(found.iter().find(open), None, "after '{point}'");
     }
 
-    /// Kills `method` at each of its points, repeats it, and looks at the disk.
-    fn walk(
+    /// Kills `method` at each of its points, repeats it and checks the disk.
+    fn kill_at_each_step(
         &self,
         method: &str,
         is_attached: bool,
         arguments: impl Fn(&DiskCid) -> Value,
-        settled: impl Fn(&DiskCid, &Value),
+        check: impl Fn(&DiskCid, &Value),
     ) {
         let prepare = || arguments(&self.disk(is_attached));
         for_each_crash_point(&self.host, method, prepare, |crash: &Crash<'_>| {
@@ -80,7 +82,7 @@ impl Fixture {
                 "after '{}'",
                 crash.point
             );
-            settled(&disk, &again);
+            check(&disk, &again);
             self.host.ok("detach_disk", &json!([self.vm, disk]));
             assert_pattern(&self.host, &disk);
             self.host.ok("delete_disk", &json!([disk]));
@@ -90,7 +92,7 @@ impl Fixture {
                 "after '{}'",
                 crash.point
             );
-            self.others_work(crash.point);
+            self.assert_others_work(crash.point);
             "whole".into()
         });
     }
@@ -98,7 +100,7 @@ impl Fixture {
 
 fn resize_disk(is_attached: bool) {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "resize_disk",
         is_attached,
         |disk| json!([disk, 700]),
@@ -108,7 +110,7 @@ fn resize_disk(is_attached: bool) {
 
 fn update_disk(is_attached: bool) {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "update_disk",
         is_attached,
         |disk| json!([disk, 9, {"format": "raw", "iops": 1000}]),
@@ -119,7 +121,7 @@ fn update_disk(is_attached: bool) {
                 .unwrap()
                 .map(|entry| entry.unwrap().file_name());
             let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
-            // Of a record that was being written; gone with the disk.
+            // A temporary file of a half-written record. It is removed with the disk.
             names.retain(|name| !name.starts_with(".new-"));
             names.sort();
             assert_eq!(names, ["disk-1.raw", "disk.json"]);
@@ -129,14 +131,14 @@ fn update_disk(is_attached: bool) {
 
 fn snapshot_disk(is_attached: bool) {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk(
+    fixture.kill_at_each_step(
         "snapshot_disk",
         is_attached,
         |disk| json!([disk, {}]),
         |_, made| {
             assert_eq!(in_qemu(&fixture.host, &fixture.vm, "snap-"), [0; 3]);
             fixture.host.ok("delete_snapshot", &json!([made]));
-            eventually("leftovers are removed", || {
+            eventually("no create is unfinished", || {
                 fixture.host.ok("delete_disk", &json!([fixture.host.disk()]));
                 fixture
                     .host
@@ -148,7 +150,7 @@ fn snapshot_disk(is_attached: bool) {
                     .is_none()
                     .then_some(())
             });
-            // A killed call may have been done but for its answer.
+            // The killed call may have done everything except answer.
             let unanswered = fixture.host.store().list::<SnapshotRecord>().unwrap();
             assert!(unanswered.len() <= 1, "{unanswered:?}");
             for whole in unanswered {
@@ -204,7 +206,7 @@ fn delete_snapshot_killed_at_any_step_can_be_repeated() {
             "after '{}'",
             crash.point
         );
-        fixture.others_work(crash.point);
+        fixture.assert_others_work(crash.point);
         "gone".into()
     });
     assert_pattern(&fixture.host, &disk);
@@ -231,14 +233,14 @@ fn restore_disk_killed_at_any_step_is_cleaned_up() {
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
         let mut made = host.store().list::<DiskRecord>().unwrap();
         made.retain(|made| ![&disk, &fixture.bystander.1].contains(&made));
-        // A killed restore may have been done but for its answer.
+        // The killed restore may have done everything except print the cid.
         assert!(made.len() <= 1, "{point}: {made:?}");
         for made in made {
             assert_eq!(record(host, &made).phase, Phase::Ready, "{point}");
             assert_pattern(host, &made);
             host.ok("delete_disk", &json!([made]));
         }
-        fixture.others_work(&point);
+        fixture.assert_others_work(&point);
     }
 }
 
@@ -248,7 +250,7 @@ fn create_disk_after_killed_live_copy_recovers_it() {
     let host = &fixture.host;
     for (point, image) in [
         ("qmp blockdev-mirror: answered#1", "disk.qcow2"),
-        // Here the guest's I/O waits.
+        // At this point the guest's I/O waits.
         ("qmp job-complete: answered#1", "disk.qcow2"),
         ("qmp job-finalize: sent#1", "disk-1.raw"),
     ] {

@@ -1,4 +1,4 @@
-//! A full filesystem: guests wait and go on, calls say so and leave nothing.
+//! Full filesystem: guests pause and resume, calls answer NoDiskSpace and leave nothing.
 
 use std::time::Instant;
 
@@ -13,8 +13,8 @@ use crate::support::host::{Host, WRITING_GUEST, text, vm_cid, wait_for_exit};
 use crate::support::images::{image, qemu_io, record};
 use crate::vm::list::list_when_all_answer;
 
-/// A VM whose guest has filled the filesystem of `host` and waits.
-fn waiting_vm(host: &Host) -> VmCid {
+/// A VM whose guest has filled the filesystem of `host` and is paused.
+fn paused_vm(host: &Host) -> VmCid {
     let mut arguments = host.vm_arguments(&host.import(WRITING_GUEST));
     arguments[2]["root_disk"] = json!(64);
     let vm = vm_cid(&host.ok("create_vm", &arguments));
@@ -26,7 +26,7 @@ fn waiting_vm(host: &Host) -> VmCid {
 #[test]
 fn write_on_full_filesystem_pauses_the_guest_until_there_is_space() {
     let Some(host) = Host::on_tmpfs(24) else { return };
-    let vm = waiting_vm(&host);
+    let vm = paused_vm(&host);
     let listed = list_when_all_answer(&host);
     assert_eq!(listed[0]["state"], "paused");
     assert_eq!(listed[0]["reason"], "io-error on root (no space)");
@@ -41,20 +41,20 @@ fn write_on_full_filesystem_pauses_the_guest_until_there_is_space() {
     host.tmpfs().grow(128);
     host.wait_for_event(&vm, "resumed", 1);
     host.wait_for_console(&vm, "END", 1);
-    // One for each 64 KiB of the disk but for the first.
+    // One `W` for each 64 KiB of the disk except the first.
     assert_eq!(written(&host), 1023);
     assert_eq!(list_when_all_answer(&host)[0]["state"], "running");
 }
 
-/// Its supervisor died while it waited: the next one did not see why.
+/// The supervisor dies while the guest is paused, so its successor has not seen the I/O error.
 #[test]
 fn resume_vm_paused_on_enospc_under_new_supervisor_succeeds() {
     let Some(host) = Host::on_tmpfs(24) else { return };
-    let vm = waiting_vm(&host);
+    let vm = paused_vm(&host);
     let supervisor = host.supervisor(&vm).expect("a supervisor");
     supervisor.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&supervisor);
-    // Some room, but not what is taken for it: a record can be written, the guest waits on.
+    // Enough space for a record, but not enough for the guest, which stays paused.
     host.tmpfs().grow(26);
     host.ok("set_vm_metadata", &json!([vm, {}]));
     host.wait_for_event(&vm, "adopted", 1);
@@ -67,7 +67,7 @@ fn resume_vm_paused_on_enospc_under_new_supervisor_succeeds() {
 #[test]
 fn reboot_vm_paused_on_enospc_does_not_wait() {
     let Some(host) = Host::on_tmpfs(24) else { return };
-    let vm = waiting_vm(&host);
+    let vm = paused_vm(&host);
     host.tmpfs().grow(26);
     let began = std::time::Instant::now();
     host.ok("reboot_vm", &json!([vm]));
@@ -78,21 +78,22 @@ fn reboot_vm_paused_on_enospc_does_not_wait() {
 #[test]
 fn delete_vm_paused_on_enospc_succeeds() {
     let Some(host) = Host::on_tmpfs(24) else { return };
-    let vm = waiting_vm(&host);
+    let vm = paused_vm(&host);
     host.ok("delete_vm", &json!([vm]));
     assert_eq!(host.ok("has_vm", &json!([vm])), false);
 }
 
-/// Calls `method` with no page of the filesystem free, then five, and so on until it succeeds. Each failure says that there
-/// is no space and leaves what there was. The result, and how often it failed.
-fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, u64) {
-    let quiet = || {
+/// Calls `method` with 0 free pages, then 5, and so on until it succeeds. Each failure must be
+/// NoDiskSpace and leave the host unchanged. Returns the result and the free pages of the last
+/// attempt.
+fn call_until_space_suffices(host: &Host, method: &str, arguments: &Value) -> (Value, u64) {
+    let leaks = || {
         let mut left = host.leaks();
         left.retain(|what| what != "ballast");
         left
     };
-    // Who has the disk, by the VM's record and by its QEMU.
-    let holds = || {
+    // Whether the VM's record and its QEMU have the disk.
+    let attachment = || {
         let vm: VmCid = text(&arguments[0]).parse().unwrap();
         let nodes = host
             .qemu(&vm)
@@ -100,8 +101,8 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
         let in_qemu = nodes.is_some_and(|nodes| nodes.to_string().contains(&text(&arguments[1])));
         (host.ok("get_disks", &json!([vm])), in_qemu)
     };
-    let holds = || matches!(method, "attach_disk" | "detach_disk").then(holds);
-    let before = (quiet(), holds());
+    let attachment = || matches!(method, "attach_disk" | "detach_disk").then(attachment);
+    let before = (leaks(), attachment());
     for free in (0..1000).step_by(5) {
         host.tmpfs().fill(free);
         match host.call(method, arguments).outcome {
@@ -111,7 +112,7 @@ fn with_ever_more_room(host: &Host, method: &str, arguments: &Value) -> (Value, 
             }
             Err(failure) => {
                 assert_eq!(failure.kind, "NoDiskSpace", "with {free} pages: {failure:?}");
-                assert_eq!((quiet(), holds()), before, "with {free} pages free");
+                assert_eq!((leaks(), attachment()), before, "with {free} pages free");
             }
         }
     }
@@ -127,7 +128,7 @@ fn call_on_full_filesystem_answers_no_disk_space_and_leaves_nothing() {
     host.wait_for_console(&bystander, "BOOTSECTOR-OK", 1);
     let mut table = Vec::new();
     let mut walk = |method: &'static str, arguments: Value| {
-        let (result, failures) = with_ever_more_room(&host, method, &arguments);
+        let (result, failures) = call_until_space_suffices(&host, method, &arguments);
         table.push((method, failures));
         result
     };
@@ -174,7 +175,7 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
         disk
     });
     let noted = |cid: &str| std::fs::write(host.store().pending_dir().join(cid), "").unwrap();
-    // For one copy, but not for two.
+    // Space for one copy, but not for two.
     let has_room = |wanted: bool| {
         host.tmpfs().fill((12 << 20) / 4096);
         let outcome = host.call("snapshot_disk", &json!([second, {}])).outcome;
@@ -186,7 +187,7 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
             Err(failure) => assert!(!wanted && failure.kind == "NoDiskSpace", "{failure:?}"),
         }
     };
-    // As a snapshot_disk of the first has it before it has copied anything.
+    // The state of a snapshot_disk of the first disk before it has copied anything.
     let whole = host.ok("snapshot_disk", &json!([first, {}]));
     let whole =
         host.store().read::<SnapshotRecord>(&text(&whole).parse().unwrap()).unwrap().unwrap();
@@ -198,7 +199,7 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
     has_room(false);
     drop(work);
     has_room(true);
-    // As an update_disk has it.
+    // The state of an update_disk of the first disk.
     let disk = record(&host, &first);
     let copy = DiskImage { generation: 1, ..disk.current() };
     let work = host.store().lock(Rank::Disk, &first, Instant::now()).unwrap();

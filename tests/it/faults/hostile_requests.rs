@@ -1,4 +1,5 @@
-//! Requests of somebody who means harm: nothing reaches QEMU's command line or the host's paths, and no secret shows.
+//! Hostile requests: no value reaches QEMU's command line or the host's paths, and no secret is
+//! exposed.
 
 use std::fs;
 
@@ -8,14 +9,14 @@ use serde_json::{Value, json};
 use crate::support::answer::Answer;
 use crate::support::host::{Host, command_line, vm_cid};
 
-/// Ends an option, a string, a path or a line early, wherever one of these has a meaning.
+/// A value that would end an option, a string, a path or a line early.
 const HOSTILE: &str = "x,id=y,readonly=off\",\"a\":{} -device z\n$(id)'\\ \u{202e}é/../%s";
 
-fn refused(answer: &Answer, says: &str) {
+fn assert_refused(answer: &Answer, says: &str) {
     assert_eq!(answer.failure().kind, "CpiError", "{says}: {answer:?}");
 }
 
-/// What a method takes, with a cid in it.
+/// Builds the arguments of a method with a cid in them.
 type Arguments = fn(&str) -> Value;
 
 #[test]
@@ -54,13 +55,13 @@ fn call_with_hostile_cid_is_refused() {
         ("create_vm", |cid| json!(["a", cid, {}, {}, [], {}])),
     ];
     for (index, cid) in cids.iter().enumerate() {
-        // Each method with some, each cid with several.
+        // Each method gets a third of the cids, each cid a third of the methods.
         for (method, arguments) in methods.iter().skip(index % 3).step_by(3) {
-            refused(&host.call(method, &arguments(cid)), &format!("{method} {cid:?}"));
+            assert_refused(&host.call(method, &arguments(cid)), &format!("{method} {cid:?}"));
         }
     }
     for cid in [json!(null), json!(1), json!(["vm-1"]), json!({"cid": "vm-1"})] {
-        refused(&host.call("delete_vm", &json!([cid])), "no string");
+        assert_refused(&host.call("delete_vm", &json!([cid])), "no string");
     }
     assert!(!host.path("state").exists(), "nothing was begun");
 }
@@ -81,21 +82,21 @@ fn create_with_invalid_size_is_refused() {
         "true",
     ] {
         let size: Value = serde_json::from_str(size).unwrap();
-        refused(&host.call("create_disk", &json!([size, {}, null])), &format!("{size} MiB"));
+        assert_refused(&host.call("create_disk", &json!([size, {}, null])), &format!("{size} MiB"));
         for key in ["ram", "cpu", "ephemeral_disk", "root_disk", "extra_disks_slots"] {
-            // Nothing said is the default, and no further slot is what there is.
+            // `null` means the default, and 0 further slots is valid.
             if size.is_null() || (key == "extra_disks_slots" && size == 0) {
                 continue;
             }
             let mut arguments = host.vm_arguments("stemcell-1");
             arguments[2] = json!({key: size});
-            refused(&host.call("create_vm", &arguments), &format!("{key}: {size}"));
+            assert_refused(&host.call("create_vm", &arguments), &format!("{key}: {size}"));
         }
     }
     assert!(!host.path("state/vms").exists() || host.leaks().is_empty());
 }
 
-/// QEMU's options without what must differ between two VMs.
+/// QEMU's command line without the values that differ between two VMs.
 fn options(host: &Host, vm: &VmCid) -> Vec<String> {
     let record = host.record(vm);
     let mut words = command_line(&host.qemu(vm).unwrap());
@@ -108,7 +109,7 @@ fn options(host: &Host, vm: &VmCid) -> Vec<String> {
     words.iter().map(|word| without_descriptors(word)).collect()
 }
 
-/// Descriptors have other numbers at each launch: some are opened at the same time.
+/// Removes the numbers of descriptors, which differ between launches.
 fn without_descriptors(word: &str) -> String {
     let mut left = word.to_owned();
     for before in [",fd=", "\"fd\":\"", "fd="] {
@@ -146,11 +147,11 @@ fn create_vm_with_hostile_values_adds_no_qemu_option() {
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("delete_vm", &json!([vm]));
 
-    // What would become a name, a path or an option is refused.
+    // Values that would become a name, a path or an option are refused.
     let fails = |pointer: &str, value: Value| {
         let mut arguments = host.vm_arguments(&stemcell);
         *arguments.pointer_mut(pointer).unwrap() = value;
-        refused(&host.call("create_vm", &arguments), pointer);
+        assert_refused(&host.call("create_vm", &arguments), pointer);
     };
     fails("/0", HOSTILE.into());
     fails("/2", json!({"machine": HOSTILE}));
@@ -167,15 +168,15 @@ fn create_vm_with_hostile_values_adds_no_qemu_option() {
     fails("/3/net/ip", HOSTILE.into());
     fails("/3/net/netmask", "255.0.255.0".into());
     fails("/4", json!([HOSTILE]));
-    refused(&host.call("create_disk", &json!([8, {"format": HOSTILE}, null])), "format");
-    refused(&host.call("create_disk", &json!([8, {HOSTILE: 1}, null])), "disk's key");
+    assert_refused(&host.call("create_disk", &json!([8, {"format": HOSTILE}, null])), "format");
+    assert_refused(&host.call("create_disk", &json!([8, {HOSTILE: 1}, null])), "disk's key");
 }
 
 #[test]
 fn create_stemcell_from_hostile_path_takes_it_literally() {
     let Some(host) = Host::new() else { return };
     host.stemcell();
-    // As hostile as a file name can be.
+    // A file name cannot contain `/`.
     let image = host.path(&HOSTILE.replace('/', "⁄"));
     fs::copy(host.path("image"), &image).unwrap();
     let digest = std::process::Command::new("sha256sum").arg(host.path("image")).output().unwrap();
@@ -194,48 +195,59 @@ fn create_stemcell_from_hostile_path_takes_it_literally() {
 fn call_with_directories_in_context_ignores_them() {
     let Some(host) = Host::new() else { return };
     let elsewhere = host.path("elsewhere");
-    let context = json!({"director_uuid": "x", "state_dir": elsewhere, "run_dir": elsewhere, "hardening": "off",
-        "qemu": {"binary": "/bin/false"}, "networks": {}});
-    let request = json!({"method": "create_disk", "arguments": [8, {}, null], "context": context, "api_version": 2});
+    let context = json!({
+        "director_uuid": "x", "state_dir": elsewhere, "run_dir": elsewhere, "hardening": "off",
+        "qemu": {"binary": "/bin/false"}, "networks": {},
+    });
+    let request = json!({
+        "method": "create_disk", "arguments": [8, {}, null], "context": context, "api_version": 2,
+    });
     let disk = host.ask(&request.to_string());
     assert!(host.path("state/disks").join(disk.result().as_str().unwrap()).exists());
     assert!(!elsewhere.exists());
 }
 
-/// In every place where a secret can come in.
+/// Put into every place of a request that may hold a secret.
 const SECRET: &str = "hunter2-canary";
 
-/// The memory of processes aside, everything that others could read.
-fn shown(host: &Host, vm: &VmCid) -> Vec<(String, Vec<u8>)> {
-    let mut shown = Vec::new();
+/// Everything about a VM that other users or a log reader could see, except the memory of
+/// processes.
+fn exposed(host: &Host, vm: &VmCid) -> Vec<(String, Vec<u8>)> {
+    let mut exposed = Vec::new();
     for process in [host.qemu(vm), host.supervisor(vm)].into_iter().flatten() {
         for file in ["cmdline", "environ", "comm"] {
             let path = format!("/proc/{}/{file}", process.pid());
-            shown.push((path.clone(), fs::read(path).unwrap()));
+            exposed.push((path.clone(), fs::read(path).unwrap()));
         }
     }
     for entry in fs::read_dir(&host.paths(vm).dir).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if !["config.img", "base.raw", "root.qcow2"].contains(&name.as_str()) {
-            shown.push((name, fs::read(path).unwrap()));
+            exposed.push((name, fs::read(path).unwrap()));
         }
     }
-    shown
+    exposed
 }
 
 #[test]
 fn create_vm_with_secrets_keeps_them_on_the_config_drive() {
     let config = json!({
         "log": {"level": "trace"},
-        "agent": {"mbus": format!("nats://u:{SECRET}@10.9.0.1"), "blobstore": {"options": {"password": SECRET}}},
+        "agent": {
+            "mbus": format!("nats://u:{SECRET}@10.9.0.1"),
+            "blobstore": {"options": {"password": SECRET}},
+        },
     });
     let Some(host) = Host::with(config) else { return };
     let stemcell = host.stemcell();
-    let env = json!({"bosh": {"password": SECRET, "mbus": {"cert": {"private_key": SECRET}}}, SECRET: SECRET});
+    let env = json!({
+        "bosh": {"password": SECRET, "mbus": {"cert": {"private_key": SECRET}}}, SECRET: SECRET,
+    });
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[5] = env;
-    let context = json!({"director_uuid": "x", "secret": SECRET, "agent": {"mbus": format!("https://u:{SECRET}@0.0.0.0")}});
+    let agent = json!({"mbus": format!("https://u:{SECRET}@0.0.0.0")});
+    let context = json!({"director_uuid": "x", "secret": SECRET, "agent": agent});
     let ask = |method: &str, arguments: &Value| {
         let request =
             json!({"method": method, "arguments": arguments, "context": context, "api_version": 2});
@@ -257,15 +269,15 @@ fn create_vm_with_secrets_keeps_them_on_the_config_drive() {
     let drive = fs::read(host.paths(&vm).config_drive()).unwrap();
     let has = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
     assert!(has(&drive), "the canary is where it belongs, or this test shows nothing");
-    let shown = shown(&host, &vm);
+    let exposed = exposed(&host, &vm);
     for file in ["supervisor.log", "events.jsonl", "qemu.log", "console.log", "vm.json"] {
-        assert!(shown.iter().any(|(name, _)| name == file), "{file} is not looked at");
+        assert!(exposed.iter().any(|(name, _)| name == file), "{file} is not looked at");
     }
-    for (name, bytes) in shown {
+    for (name, bytes) in exposed {
         assert!(!has(&bytes), "{name}: {}", String::from_utf8_lossy(&bytes));
     }
 
-    // Failures quote nothing, either.
+    // Errors do not quote the secret, either.
     for (pointer, value) in [
         ("/2", json!({"ram": SECRET})),
         ("/2", json!({"cpu_model": format!("{SECRET};")})),

@@ -1,5 +1,5 @@
-//! Calls that are ended, or whose caller is: half a thing is repaired by whoever comes next, and a create nobody hears of
-//! is undone.
+//! Terminated calls and callers. The next call finishes or reverts a half-done call, and a create
+//! is undone if its caller cannot read the answer.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use crate::support::host::{GUEST, Host, eventually, request};
 
-/// `gc` until it finds nothing, which may take until an orphaned launch has ended. What is whole, and was not told of, it
-/// names and keeps.
-fn clean(host: &Host) {
+/// Runs `gc` until only unacknowledged objects are left, which `gc` reports and keeps. This waits
+/// for an orphaned launch to end.
+fn gc_until_clean(host: &Host) {
     eventually("gc has nothing to do", || {
         let (_, printed) = host.command(&["gc", "--json"]);
         printed["findings"]
@@ -27,11 +27,12 @@ fn clean(host: &Host) {
     });
 }
 
-/// Lets time pass for the lock of a call that ended before its pid was in it: until then it may be anybody's.
-fn age_unsigned_locks(host: &Host) {
+/// Ages the empty locks by an hour. A call that was terminated before it wrote its pid leaves such
+/// a lock, and a new one may belong to any running call.
+fn age_empty_locks(host: &Host) {
     let hour_ago = SystemTime::now() - Duration::from_secs(3600);
     for lock in fs::read_dir(host.path("state/locks")).unwrap().map(|entry| entry.unwrap().path()) {
-        // A launch that the call has left behind may end, and take its lock along.
+        // An orphaned launch may end meanwhile and remove its lock.
         let Ok(lock) = File::open(lock) else { continue };
         if lock.metadata().unwrap().len() == 0 {
             lock.set_modified(hour_ago).unwrap();
@@ -39,9 +40,13 @@ fn age_unsigned_locks(host: &Host) {
     }
 }
 
-/// Sends SIGTERM to `method` at so many moments of its life; each time what is left must be what was there before, or the
-/// whole thing.
-fn told_to_end(method: &str, prepare: impl Fn(&Host, &str) -> Value, undo: impl Fn(&Host)) {
+/// Sends SIGTERM to `method` at several moments. Each time, the host must be as before or have the
+/// whole object.
+fn terminate_at_several_moments(
+    method: &str,
+    prepare: impl Fn(&Host, &str) -> Value,
+    undo: impl Fn(&Host),
+) {
     const MOMENTS: u32 = 8;
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
@@ -54,19 +59,22 @@ fn told_to_end(method: &str, prepare: impl Fn(&Host, &str) -> Value, undo: impl 
     for moment in 0..MOMENTS {
         let arguments = prepare(&host, &stemcell);
         let mut call = host.start(method, &arguments);
-        // The moments are the test; none of them is waited for.
+        // The test is about arbitrary moments, so it sleeps instead of waiting for an event.
         std::thread::sleep(duration * moment / MOMENTS);
         Process::open(call.id() as i32).unwrap().signal(Signal::SIGTERM).unwrap();
         let status = call.wait().unwrap();
-        let mut said = String::new();
-        call.stdout.take().unwrap().read_to_string(&mut said).unwrap();
-        // No answer, or a whole one: never a part, and never an error that is none.
+        let mut stdout = String::new();
+        call.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+        // Either no answer or a whole successful one.
         let answered =
-            serde_json::from_str::<Value>(&said).is_ok_and(|answer| answer["error"].is_null());
-        assert!(answered || said.is_empty() && status.signal() == Some(15), "{status:?} {said:?}");
-        host.track_vms(&said);
-        age_unsigned_locks(&host);
-        clean(&host);
+            serde_json::from_str::<Value>(&stdout).is_ok_and(|answer| answer["error"].is_null());
+        assert!(
+            answered || stdout.is_empty() && status.signal() == Some(15),
+            "{status:?} {stdout:?}"
+        );
+        host.track_vms(&stdout);
+        age_empty_locks(&host);
+        gc_until_clean(&host);
         undo(&host);
         assert_eq!(host.leaks_after_exits(), before, "SIGTERM {moment}/{MOMENTS} into {method}");
     }
@@ -84,13 +92,13 @@ fn delete_all_but_stemcells(host: &Host) {
 
 #[test]
 fn terminate_create_vm_leaves_a_whole_vm_or_nothing() {
-    told_to_end("create_vm", Host::vm_arguments, delete_all_but_stemcells);
+    terminate_at_several_moments("create_vm", Host::vm_arguments, delete_all_but_stemcells);
 }
 
 #[test]
 fn terminate_create_disk_leaves_a_whole_disk_or_nothing() {
-    // By qemu-img, which must end with its call.
-    told_to_end(
+    // qemu-img preallocates the image and must end with its call.
+    terminate_at_several_moments(
         "create_disk",
         |_, _| json!([64, {"preallocation": "full"}, null]),
         delete_all_but_stemcells,
@@ -101,7 +109,7 @@ fn terminate_create_disk_leaves_a_whole_disk_or_nothing() {
 fn terminate_update_disk_leaves_one_image() {
     let prepare =
         |host: &Host, _: &str| json!([host.disk(), 8, {"format": "raw", "preallocation": "full"}]);
-    told_to_end("update_disk", prepare, delete_all_but_stemcells);
+    terminate_at_several_moments("update_disk", prepare, delete_all_but_stemcells);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Faults on purpose: killed calls, power cuts, panics, damage, full and hung filesystems, many callers.
+//! Injected faults: killed calls, power cuts, panics, damage, hung and full filesystems, many callers.
 
 mod concurrency;
 mod crash_points;

@@ -1,5 +1,5 @@
-//! What a CPI does when its own code misbehaves. The test binary starts itself as such a CPI: the product needs no
-//! hidden way to panic, and the release build's abort comes after the hook tested here.
+//! Panics and stray output of the CPI's own code. The test binary starts itself as the CPI, so the
+//! program needs no hidden way to panic. The release build aborts after the panic hook tested here.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -10,19 +10,20 @@ use bosh_qemu_cpi::rpc::{outlet::Outlet, serve};
 
 use crate::support::answer::{Answer, Failure};
 
-const PLAY: &str = "CPI_TEST_PLAYS_CPI";
+const RUN_AS_CPI_VARIABLE: &str = "BOSH_QEMU_CPI_TEST_RUNS_AS_CPI";
 const REQUEST: &str = r#"{"method":"has_vm","arguments":["vm-1"]}"#;
 
-struct Played {
+struct ChildOutput {
     outcome: Result<serde_json::Value, Failure>,
     stderr: String,
-    /// How `/proc/<pid>/fd` shows the pipe that was the child's stdout.
+    /// The child's stdout pipe as `/proc/<pid>/fd` names it.
     stdout_pipe: String,
 }
 
-/// In the child: serves stdin with a CPI that does `misbehave`. Elsewhere: starts that child from `test`.
-fn played(test: &str, misbehave: fn()) -> Option<Played> {
-    if std::env::var_os(PLAY).is_some() {
+/// In the child process, serves stdin with a CPI that runs `misbehave` and returns `None`. In the
+/// parent, starts that child for the test `test` and returns its output.
+fn run_as_cpi(test: &str, misbehave: fn()) -> Option<ChildOutput> {
+    if std::env::var_os(RUN_AS_CPI_VARIABLE).is_some() {
         serve(std::io::stdin(), Outlet::stdout().unwrap(), |_| {
             misbehave();
             Err(Error::new(ErrorKind::VmNotFound, "after all that"))
@@ -30,7 +31,9 @@ fn played(test: &str, misbehave: fn()) -> Option<Played> {
         return None;
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(PLAY, "1");
+    command
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(RUN_AS_CPI_VARIABLE, "1");
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -43,16 +46,18 @@ fn played(test: &str, misbehave: fn()) -> Option<Played> {
         std::fs::read_link(format!("/proc/self/fd/{stdout}")).unwrap().display().to_string();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
-    // The test harness introduces itself before the CPI takes stdout.
+    // The test harness prints before the CPI takes stdout.
     let start = output.stdout.iter().position(|byte| *byte == b'{').expect("an answer");
     let outcome = Answer::outcome(std::str::from_utf8(&output.stdout[start..]).unwrap());
-    Some(Played { outcome, stderr: String::from_utf8(output.stderr).unwrap(), stdout_pipe })
+    Some(ChildOutput { outcome, stderr: String::from_utf8(output.stderr).unwrap(), stdout_pipe })
 }
 
 #[test]
 fn panic_in_call_is_answered_as_cloud_error() {
-    let Some(Played { outcome, .. }) =
-        played("faults::panics::panic_in_call_is_answered_as_cloud_error", || panic!("for a test"))
+    let Some(ChildOutput { outcome, .. }) =
+        run_as_cpi("faults::panics::panic_in_call_is_answered_as_cloud_error", || {
+            panic!("for a test")
+        })
     else {
         return;
     };
@@ -68,9 +73,9 @@ fn panic_in_call_is_answered_as_cloud_error() {
 
 #[test]
 fn panic_with_request_data_does_not_repeat_it() {
-    let play = || panic!("{}", std::env::args().next().map_or("", |_| "hunter2"));
-    let Some(Played { outcome, .. }) =
-        played("faults::panics::panic_with_request_data_does_not_repeat_it", play)
+    let misbehave = || panic!("{}", std::env::args().next().map_or("", |_| "hunter2"));
+    let Some(ChildOutput { outcome, .. }) =
+        run_as_cpi("faults::panics::panic_with_request_data_does_not_repeat_it", misbehave)
     else {
         return;
     };
@@ -84,9 +89,9 @@ fn panic_with_request_data_does_not_repeat_it() {
 
 #[test]
 fn panic_in_thread_is_answered_with_its_message() {
-    let play = || std::thread::spawn(|| panic!("in a thread")).join().unwrap();
-    let Some(Played { outcome, .. }) =
-        played("faults::panics::panic_in_thread_is_answered_with_its_message", play)
+    let misbehave = || std::thread::spawn(|| panic!("in a thread")).join().unwrap();
+    let Some(ChildOutput { outcome, .. }) =
+        run_as_cpi("faults::panics::panic_in_thread_is_answered_with_its_message", misbehave)
     else {
         return;
     };
@@ -95,12 +100,12 @@ fn panic_in_thread_is_answered_with_its_message() {
 
 #[test]
 fn print_to_stdout_does_not_corrupt_the_answer() {
-    let play = || {
+    let misbehave = || {
         writeln!(std::io::stdout(), "noise of ours").unwrap();
         assert!(Command::new("echo").arg("noise of a child").status().unwrap().success());
     };
-    let Some(Played { outcome, .. }) =
-        played("faults::panics::print_to_stdout_does_not_corrupt_the_answer", play)
+    let Some(ChildOutput { outcome, .. }) =
+        run_as_cpi("faults::panics::print_to_stdout_does_not_corrupt_the_answer", misbehave)
     else {
         return;
     };
@@ -109,11 +114,11 @@ fn print_to_stdout_does_not_corrupt_the_answer() {
 
 #[test]
 fn spawn_child_does_not_inherit_the_answer_pipe() {
-    // A child that stayed would keep the caller waiting for the end of its stdout.
-    let play = || {
+    // A child that outlives the call would delay the end of the caller's stdout.
+    let misbehave = || {
         let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         for file in std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap().flatten() {
-            // The loader opens and closes files of its own meanwhile.
+            // The dynamic loader opens and closes files meanwhile.
             let Ok(link) = std::fs::read_link(file.path()) else { continue };
             writeln!(std::io::stderr(), "{} is {}", file.file_name().display(), link.display())
                 .unwrap();
@@ -121,16 +126,17 @@ fn spawn_child_does_not_inherit_the_answer_pipe() {
         drop(child.stdin.take());
         child.wait().unwrap();
     };
-    let Some(played) = played("faults::panics::spawn_child_does_not_inherit_the_answer_pipe", play)
+    let Some(output) =
+        run_as_cpi("faults::panics::spawn_child_does_not_inherit_the_answer_pipe", misbehave)
     else {
         return;
     };
-    assert_eq!(played.outcome.unwrap_err().kind, "VMNotFound");
-    assert!(played.stderr.contains("1 is /dev/null\n"), "{}", played.stderr);
+    assert_eq!(output.outcome.unwrap_err().kind, "VMNotFound");
+    assert!(output.stderr.contains("1 is /dev/null\n"), "{}", output.stderr);
     assert!(
-        !played.stderr.contains(&played.stdout_pipe),
+        !output.stderr.contains(&output.stdout_pipe),
         "{}: {}",
-        played.stdout_pipe,
-        played.stderr
+        output.stdout_pipe,
+        output.stderr
     );
 }

@@ -1,5 +1,5 @@
-//! The power is cut in the middle of a call, or just after its answer, and takes what was not made durable: nothing that
-//! was answered for is lost, nothing half made is taken for whole, and the rest is cleaned up.
+//! Power cuts at each step of a call and after its answer. A cut loses what was not made durable.
+//! No acknowledged change is lost, no half-made object counts as whole, and the rest is cleaned up.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::support::power_cut::filesystem_model::{
 };
 use crate::support::power_cut::recorder::record;
 
-/// A stemcell, a VM that is off and has a disk, and one disk more.
+/// A host with a stemcell, a stopped VM with an attached disk, and a free disk.
 struct Fixture {
     host: Host,
     stemcell: String,
@@ -36,7 +36,7 @@ impl Fixture {
         Self::on(Host::new()?)
     }
 
-    /// With everything in a pool.
+    /// The same with all images in a pool.
     fn in_a_pool() -> Option<Self> {
         let host = Host::new()?;
         fs::create_dir(host.path("pool")).unwrap();
@@ -61,14 +61,15 @@ impl Fixture {
         Some(Self { host, stemcell, vm, attached, free })
     }
 
-    /// Has `method` do its work once, and then cuts the power at each of its steps, with each loss. `acknowledged` looks
-    /// at what is left once the call has answered, before anything else does.
-    fn walk(&self, method: &str, arguments: &Value, acknowledged: impl Fn(&Value)) {
+    /// Records one run of `method`, then cuts the power at each of its steps with each kind of
+    /// loss. If the call had answered, `acknowledged` checks the result before anything else
+    /// changes the host.
+    fn cut_at_each_step(&self, method: &str, arguments: &Value, acknowledged: impl Fn(&Value)) {
         let host = &self.host;
         let root = host.path("");
         let root = root.as_path();
         host.lose_power();
-        let (before, quiet) = (FilesystemModel::of(root), host.leaks());
+        let (before, baseline) = (FilesystemModel::of(root), host.leaks());
         let (output, steps) = host
             .namespace()
             .run(|| record(host.cpi(), request(method, arguments).as_bytes(), root));
@@ -94,11 +95,11 @@ impl Fixture {
                 .checked_sub(1)
                 .map_or(at.clone(), |last| format!("{at}, the last {:.200?}", steps[last]));
             let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                self.assert_whole(cut, &before.now(), &after, method, arguments);
+                self.assert_intact(cut, &before.now(), &after, method, arguments);
                 if cut.answered {
                     acknowledged(&result);
                 }
-                self.settle(cut, method, arguments, &quiet);
+                self.assert_recovers(cut, method, arguments, &baseline);
             }));
             checked.unwrap_or_else(|_| panic!("{at}"));
         }
@@ -106,8 +107,9 @@ impl Fixture {
         print(method, &steps, cuts.len());
     }
 
-    /// Nothing else is touched, and whatever is ready has all of its files.
-    fn assert_whole(
+    /// Asserts that other objects are unchanged and that every object in phase `ready` has all its
+    /// images.
+    fn assert_intact(
         &self,
         cut: &Cut,
         before: &Tree,
@@ -151,22 +153,22 @@ impl Fixture {
         }
     }
 
-    /// The same call again succeeds; then what was cut short is cleaned up, and but for what new calls made nothing has
-    /// changed.
-    fn settle(&self, cut: &Cut, method: &str, arguments: &Value, quiet: &[String]) {
+    /// Asserts that the same call succeeds, that `gc` cleans up, and that nothing is left but what
+    /// later calls made.
+    fn assert_recovers(&self, cut: &Cut, method: &str, arguments: &Value, baseline: &[String]) {
         let host = &self.host;
         let (_, found) = host.command(&["audit", "--json"]);
         for finding in found["findings"].as_array().unwrap() {
-            // A network that stays has lost its bridge, as any other.
+            // A kept network has lost its bridge, too.
             let explained = ["unfinished", "orphan", "unsettled", "down", "untold", "network"];
             assert!(explained.contains(&finding["kind"].as_str().unwrap()), "{finding}");
         }
         if method == "create_vm" && cut.loss != Loss::Everything {
-            // Booting takes long, and any create removes what another left.
+            // A boot takes long, and any create removes what an unfinished create left.
             host.disk();
         } else {
             if method == "create_network" {
-                self.delete_told_networks();
+                self.delete_acknowledged_networks();
             }
             let again = host.call(method, arguments);
             let is_gone = method == "delete_network"
@@ -183,7 +185,7 @@ impl Fixture {
             .filter(|f| f["cure"] != "mended" && f["kind"] != "down" && f["kind"] != "untold")
             .collect();
         assert!(open.is_empty(), "{open:#?}");
-        // What nobody was told of, or only this test.
+        // Objects that no caller knows, or only this test.
         let store = host.store();
         self.delete_other_vms();
         for disk in store
@@ -210,7 +212,7 @@ impl Fixture {
         }
         host.lose_power();
         let mut left = host.leaks();
-        // A claim means nothing without its VM.
+        // A reservation without its VM has no effect.
         left.retain(|what| method != "delete_vm" || !what.starts_with("claims/"));
         let replaced = |what: &str| {
             method == "update_disk" && what.starts_with(&format!("disks/{}/disk", self.free))
@@ -226,8 +228,9 @@ impl Fixture {
             method.starts_with("delete")
                 && (what.contains(cid()) || method == "delete_network" && what == bridge())
         };
-        let quiet = quiet.iter().filter(|what| !vms_own(what) && !deleted(what) && !replaced(what));
-        assert_eq!(left, quiet.cloned().collect::<Vec<_>>());
+        let baseline =
+            baseline.iter().filter(|what| !vms_own(what) && !deleted(what) && !replaced(what));
+        assert_eq!(left, baseline.cloned().collect::<Vec<_>>());
     }
 
     fn delete_other_vms(&self) {
@@ -240,8 +243,8 @@ impl Fixture {
         }
     }
 
-    /// Only who was not told of one may ask for its range again.
-    fn delete_told_networks(&self) {
+    /// Deletes the acknowledged networks. A create_network may replace only an unacknowledged one.
+    fn delete_acknowledged_networks(&self) {
         let store = self.host.store();
         for network in ready::<NetworkRecord>(&self.host) {
             let cid: NetworkCid = network.parse().unwrap();
@@ -256,7 +259,7 @@ impl Fixture {
     }
 }
 
-/// The cids of all that is ready.
+/// Cids of all objects in phase `ready`.
 fn ready<R: Record>(host: &Host) -> Vec<String> {
     let records = host.store().readable::<R>().unwrap().into_iter();
     records
@@ -265,7 +268,7 @@ fn ready<R: Record>(host: &Host) -> Vec<String> {
         .collect()
 }
 
-/// Whether the method gives the free disk, which has a pattern, another image or another size.
+/// Whether the method changes the image or the size of the free disk, which then has a pattern.
 fn changes_an_image(method: &str) -> bool {
     ["resize_disk", "update_disk"].contains(&method)
 }
@@ -315,7 +318,7 @@ fn first_call_on_host_with_power_cut_at_any_step_loses_nothing() {
 #[test]
 fn create_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("create_disk", &json!([8, {}, null]), |made| {
+    fixture.cut_at_each_step("create_disk", &json!([8, {}, null]), |made| {
         assert_eq!(fixture.record::<DiskRecord>(&text(made).parse().unwrap()).phase, Phase::Ready);
     });
 }
@@ -323,7 +326,7 @@ fn create_disk_with_power_cut_at_any_step_loses_nothing() {
 #[test]
 fn delete_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("delete_disk", &json!([fixture.free]), |_| {
+    fixture.cut_at_each_step("delete_disk", &json!([fixture.free]), |_| {
         assert_eq!(fixture.host.ok("has_disk", &json!([fixture.free])), false);
     });
 }
@@ -331,7 +334,7 @@ fn delete_disk_with_power_cut_at_any_step_loses_nothing() {
 #[test]
 fn attach_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("attach_disk", &json!([fixture.vm, fixture.free]), |_| {
+    fixture.cut_at_each_step("attach_disk", &json!([fixture.vm, fixture.free]), |_| {
         let vm = fixture.record::<VmRecord>(&fixture.vm);
         assert_eq!(vm.attachment(&fixture.free).map(|a| a.phase), Some(AttachmentPhase::Attached));
         assert_eq!(fixture.record::<DiskRecord>(&fixture.free).vm.as_ref(), Some(&fixture.vm));
@@ -341,7 +344,7 @@ fn attach_disk_with_power_cut_at_any_step_loses_nothing() {
 #[test]
 fn detach_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("detach_disk", &json!([fixture.vm, fixture.attached]), |_| {
+    fixture.cut_at_each_step("detach_disk", &json!([fixture.vm, fixture.attached]), |_| {
         assert_eq!(fixture.record::<VmRecord>(&fixture.vm).disks, []);
         assert_eq!(fixture.record::<DiskRecord>(&fixture.attached).vm, None);
     });
@@ -351,7 +354,7 @@ fn detach_disk_with_power_cut_at_any_step_loses_nothing() {
 fn resize_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     write_pattern(&fixture.host, &fixture.free);
-    fixture.walk("resize_disk", &json!([fixture.free, 700]), |_| {
+    fixture.cut_at_each_step("resize_disk", &json!([fixture.free, 700]), |_| {
         let disk = fixture.record::<DiskRecord>(&fixture.free);
         assert_eq!(disk.size.get(), 700);
         let image = image(&fixture.host, &fixture.free);
@@ -363,7 +366,7 @@ fn resize_disk_with_power_cut_at_any_step_loses_nothing() {
 fn update_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     write_pattern(&fixture.host, &fixture.free);
-    fixture.walk("update_disk", &json!([fixture.free, 9, {"format": "raw"}]), |_| {
+    fixture.cut_at_each_step("update_disk", &json!([fixture.free, 9, {"format": "raw"}]), |_| {
         let disk = fixture.record::<DiskRecord>(&fixture.free);
         assert_eq!(
             (disk.size.get(), disk.image().as_str(), disk.leftover),
@@ -376,7 +379,7 @@ fn update_disk_with_power_cut_at_any_step_loses_nothing() {
 fn snapshot_disk_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     write_pattern(&fixture.host, &fixture.free);
-    fixture.walk("snapshot_disk", &json!([fixture.free, {"job": "db"}]), |made| {
+    fixture.cut_at_each_step("snapshot_disk", &json!([fixture.free, {"job": "db"}]), |made| {
         let snapshot = fixture.record::<SnapshotRecord>(&text(made).parse().unwrap());
         assert_eq!((snapshot.phase, &snapshot.metadata["job"]), (Phase::Ready, &json!("db")));
         let image = fixture.host.store().snapshot_image(&snapshot).unwrap();
@@ -388,7 +391,7 @@ fn snapshot_disk_with_power_cut_at_any_step_loses_nothing() {
 fn delete_snapshot_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     let snapshot = fixture.host.ok("snapshot_disk", &json!([fixture.free, {}]));
-    fixture.walk("delete_snapshot", &json!([snapshot]), |_| {
+    fixture.cut_at_each_step("delete_snapshot", &json!([snapshot]), |_| {
         assert!(fixture.host.store().list::<SnapshotRecord>().unwrap().is_empty());
     });
 }
@@ -396,7 +399,7 @@ fn delete_snapshot_with_power_cut_at_any_step_loses_nothing() {
 #[test]
 fn set_vm_metadata_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("set_vm_metadata", &json!([fixture.vm, {"name": "bosh/0"}]), |_| {
+    fixture.cut_at_each_step("set_vm_metadata", &json!([fixture.vm, {"name": "bosh/0"}]), |_| {
         assert_eq!(fixture.record::<VmRecord>(&fixture.vm).metadata["name"], "bosh/0");
     });
 }
@@ -405,7 +408,7 @@ fn set_vm_metadata_with_power_cut_at_any_step_loses_nothing() {
 fn set_disk_metadata_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     fixture.host.ok("set_disk_metadata", &json!([fixture.free, {"owner": "before"}]));
-    fixture.walk("set_disk_metadata", &json!([fixture.free, {"job": "db"}]), |_| {
+    fixture.cut_at_each_step("set_disk_metadata", &json!([fixture.free, {"job": "db"}]), |_| {
         assert_eq!(metadata(&fixture.host, &fixture.free), json!({"job": "db"}));
     });
 }
@@ -415,7 +418,7 @@ fn create_stemcell_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     let image = fixture.host.path("another-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
-    fixture.walk("create_stemcell", &json!([image, {}]), |made| {
+    fixture.cut_at_each_step("create_stemcell", &json!([image, {}]), |made| {
         assert_eq!(
             fixture.record::<StemcellRecord>(&text(made).parse().unwrap()).phase,
             Phase::Ready
@@ -426,7 +429,7 @@ fn create_stemcell_with_power_cut_at_any_step_loses_nothing() {
 #[test]
 fn create_stemcell_of_known_file_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("create_stemcell", &json!([fixture.host.path("image"), {}]), |made| {
+    fixture.cut_at_each_step("create_stemcell", &json!([fixture.host.path("image"), {}]), |made| {
         assert_eq!(
             fixture.record::<StemcellRecord>(&text(made).parse().unwrap()).phase,
             Phase::Ready
@@ -438,7 +441,7 @@ fn create_stemcell_of_known_file_with_power_cut_at_any_step_loses_nothing() {
 fn create_network_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     let subnet = json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]);
-    fixture.walk("create_network", &subnet, |made| {
+    fixture.cut_at_each_step("create_network", &subnet, |made| {
         assert_eq!(
             fixture.record::<NetworkRecord>(&text(&made[0]).parse().unwrap()).phase,
             Phase::Ready
@@ -457,7 +460,7 @@ fn delete_network_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     let made =
         fixture.host.ok("create_network", &json!([{"netmask_bits": 24, "cloud_properties": {}}]));
-    fixture.walk("delete_network", &json!([made[0]]), |_| {
+    fixture.cut_at_each_step("delete_network", &json!([made[0]]), |_| {
         assert!(fixture.host.store().list::<NetworkRecord>().unwrap().is_empty());
     });
     fixture.host.ok("delete_network", &json!([made[0]]));
@@ -468,10 +471,10 @@ fn create_vm_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
     let mut arguments = fixture.host.vm_arguments(&fixture.stemcell);
     arguments[2]["ephemeral_disk"] = json!(16);
-    fixture.walk("create_vm", &arguments, |made| {
+    fixture.cut_at_each_step("create_vm", &arguments, |made| {
         let vm = fixture.record::<VmRecord>(&vm_cid(made));
         assert_eq!(vm.phase, Phase::Ready);
-        // Else another VM would get the same.
+        // Without the link, another VM would get the same uid.
         assert_eq!(uids::find(fixture.host.store().state_dir(), &vm.cid), Some(vm.uid));
         let claims = fixture.host.path("state/claims").read_dir().unwrap().flatten();
         let claims = claims
@@ -488,13 +491,14 @@ fn calls_in_pool_with_power_cut_at_any_step_lose_nothing() {
             assert!(fixture.host.path("pool").join(cid).join(name).exists(), "{name}");
         }
     };
-    fixture
-        .walk("create_disk", &json!([8, {}, null]), |made| is_whole(&text(made), &["disk.qcow2"]));
+    fixture.cut_at_each_step("create_disk", &json!([8, {}, null]), |made| {
+        is_whole(&text(made), &["disk.qcow2"])
+    });
     let arguments = fixture.host.vm_arguments(&fixture.stemcell);
-    fixture.walk("create_vm", &arguments, |made| {
+    fixture.cut_at_each_step("create_vm", &arguments, |made| {
         is_whole(vm_cid(made).as_str(), &["root.qcow2", "base.raw"]);
     });
-    fixture.walk("delete_disk", &json!([fixture.free]), |_| {
+    fixture.cut_at_each_step("delete_disk", &json!([fixture.free]), |_| {
         assert!(!fixture.host.path("pool").join(&fixture.free).exists());
     });
 }
@@ -502,7 +506,7 @@ fn calls_in_pool_with_power_cut_at_any_step_lose_nothing() {
 #[test]
 fn delete_vm_with_power_cut_at_any_step_loses_nothing() {
     let Some(fixture) = Fixture::new() else { return };
-    fixture.walk("delete_vm", &json!([fixture.vm]), |_| {
+    fixture.cut_at_each_step("delete_vm", &json!([fixture.vm]), |_| {
         assert_eq!(fixture.host.ok("has_vm", &json!([fixture.vm])), false);
     });
 }

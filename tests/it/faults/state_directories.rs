@@ -1,4 +1,4 @@
-//! Wrong clocks, two state directories on one host, and one that was copied to another.
+//! State directories with wrong clocks, two on one host, moved, copied or not mounted.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -17,7 +17,7 @@ use crate::support::filesystem::Filesystem;
 use crate::support::host::Host;
 use crate::support::images::{assert_pattern, write_pattern};
 
-/// Sets the times of everything in `dir`.
+/// Sets the modification time of everything in `dir`.
 fn set_times(dir: &Path, time: SystemTime) {
     for path in fs::read_dir(dir)
         .unwrap()
@@ -55,13 +55,13 @@ fn call_after_clock_jump_succeeds() {
         assert!(well, "{created_at}: {started}");
         assert!(is_plugged(host, vm, &disk));
         assert_eq!(host.record(vm).created_at, created_at);
-        fixture.others_work();
+        fixture.assert_others_work();
     }
     host.ok("detach_disk", &json!([vm, disk]));
     assert_pattern(host, &disk);
 }
 
-/// Makes `host` use another pair of directories, or its own again.
+/// Configures the state directory and the run directory of `host`.
 fn use_directories(host: &Host, state: &Path, run: &Path) {
     host.reconfigure(|config| {
         config["state_dir"] = json!(state);
@@ -83,13 +83,13 @@ fn gc_with_two_state_directories_touches_only_its_own() {
     let qemu = |vm: &VmCid| host.qemu(vm).expect("it runs").pid();
     let theirs = qemu(&vm);
 
-    // Neither takes the other's for debris, on the same bridge and in the same tables.
+    // `gc` of each keeps the VM of the other, on the same bridge and in the same tables.
     assert!(host.command(&["gc", "--json"]).0);
     use_directories(host, &own.0, &own.1);
     let (clean, found) = host.command(&["gc", "--json"]);
     assert!(clean, "{found}");
     let ours = qemu(&fixture.vm);
-    fixture.others_work();
+    fixture.assert_others_work();
     host.ok("delete_vm", &json!([fixture.vm]));
     assert!(host.namespace().link("bosh-nat0").is_some(), "a VM of the other is on it");
     assert_ne!(ours, theirs);
@@ -103,7 +103,7 @@ fn gc_with_two_state_directories_touches_only_its_own() {
     fs::remove_dir_all(other.0).unwrap();
 }
 
-/// Onto another path, with a link in its old place, under VMs that run.
+/// The directory is moved while a VM runs, and a link replaces it.
 #[test]
 fn call_on_moved_and_linked_state_directory_succeeds() {
     let Some(fixture) = Fixture::new() else { return };
@@ -113,13 +113,13 @@ fn call_on_moved_and_linked_state_directory_succeeds() {
     symlink(host.path("moved"), host.path("state")).unwrap();
     let (clean, found) = host.command(&["audit", "--json"]);
     assert!(clean, "{found}");
-    fixture.others_work();
+    fixture.assert_others_work();
     assert_eq!(host.qemu(&fixture.vm).unwrap().pid(), qemu);
     host.kill_qemu(&fixture.vm);
     host.wait_for_console(&fixture.vm, "BOOTSECTOR-OK", 2);
-    // By its own name it is the same.
+    // Configured by its new path, it is the same state directory.
     use_directories(host, &host.path("moved"), host.store().run_dir());
-    fixture.others_work();
+    fixture.assert_others_work();
     host.delete_everything();
     fs::remove_file(host.path("state")).unwrap();
     fs::rename(host.path("moved"), host.path("state")).unwrap();
@@ -141,7 +141,7 @@ fn host_start_on_copied_state_directory_starts_its_vms() {
     fs::create_dir(host.path("elsewhere")).unwrap();
     assert!(Command::new("cp").arg("-a").args([&own.0, &copy.0]).status().unwrap().success());
 
-    // What is empty, or of no use elsewhere, is not in every copy.
+    // A copy may lack directories that are empty or useless elsewhere.
     for dir in ["locks", "pending", "snaps"] {
         fs::remove_dir_all(copy.0.join(dir)).unwrap();
     }
@@ -162,11 +162,11 @@ fn host_start_on_copied_state_directory_starts_its_vms() {
     host.delete_everything();
     use_directories(host, &own.0, &own.1);
     fs::remove_dir_all(host.path("elsewhere")).unwrap();
-    // What was copied is what it was.
+    // The original is unchanged.
     assert_pattern(host, &disk);
 }
 
-/// The state directory is on a filesystem of its own, and the host came up without that.
+/// The state directory is on a filesystem of its own, which is in fstab but not mounted.
 #[test]
 fn call_on_unmounted_state_directory_is_refused() {
     let Some(table) = Filesystem::new(1) else { return };
@@ -177,7 +177,7 @@ fn call_on_unmounted_state_directory_is_refused() {
     fs::write(&fstab, format!("/dev/vdz {} ext4 defaults 0 2\n", state.display())).unwrap();
     let nothing: Option<&str> = None;
     mount(Some(&fstab), "/etc/fstab", nothing, MsFlags::MS_BIND, nothing).unwrap();
-    // What is in the directory says more than the table.
+    // The directory has content, so fstab does not matter.
     assert_eq!(host.ok("has_disk", &json!([disk])), true);
     fs::rename(&state, &away).unwrap();
     fs::create_dir(&state).unwrap();
