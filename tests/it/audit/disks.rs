@@ -1,4 +1,4 @@
-//! What `audit` and `gc` make of disks: who has them, copies that were cut short, images that are not where they should be.
+//! Findings about disks: their owners, unfinished copies, missing and unknown images.
 
 use std::fs;
 use std::path::Path;
@@ -14,22 +14,22 @@ use crate::support::host::{GUEST, Host, MUTE_GUEST, eventually, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
 use crate::support::skip;
 
-/// Kind, thing and cure of each finding, and whether all is well.
+/// Whether the command reported no open finding, and kind, subject and cure of each finding.
 fn findings(host: &Host, command: &str) -> (bool, Vec<(String, String, Value)>) {
     let (passed, printed) = host.command(&[command, "--json"]);
     let finding = |f: &Value| (text(&f["kind"]), text(&f["what"]), f["cure"].clone());
     (passed, printed["findings"].as_array().unwrap().iter().map(finding).collect())
 }
 
-fn mended(host: &Host, kind: &str, what: &str) {
+fn assert_repaired(host: &Host, kind: &str, what: &str) {
     let one = |cure: &str| vec![(kind.to_owned(), what.to_owned(), json!(cure))];
     assert_eq!(findings(host, "audit"), (false, one("gc")));
     assert_eq!(findings(host, "gc"), (true, one("mended")));
     assert_eq!(findings(host, "audit"), (true, vec![]));
 }
 
-/// Kind and thing of the one finding that a person has to decide about.
-fn told(host: &Host) -> (String, String) {
+/// Kind and subject of the only finding, which needs a decision of the operator.
+fn only_finding(host: &Host) -> (String, String) {
     let (clean, mut found) = findings(host, "gc");
     assert!(!clean && found.len() == 1 && found[0].2["operator"].is_string(), "{found:?}");
     let (kind, what, _) = found.remove(0);
@@ -49,7 +49,7 @@ fn gc_with_wrong_disk_owner_follows_the_vm_record() {
     host.ok("attach_disk", &json!([vm, disk]));
     for wrong in [None, Some(other.clone())] {
         change(&host, &disk, |disk| disk.vm = wrong);
-        mended(&host, "unsettled", &format!("{disk} on {vm}"));
+        assert_repaired(&host, "unsettled", &format!("{disk} on {vm}"));
         assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm));
         let refused = host.call("attach_disk", &json!([other, disk]));
         assert!(refused.failure().message.contains(vm.as_str()), "{refused:?}");
@@ -64,7 +64,7 @@ fn gc_with_disk_of_two_vms_reports_it() {
     let mut wrong = host.record(&other);
     wrong.set_attachment(&disk, AttachmentPhase::Attached);
     host.store().write(&wrong).unwrap();
-    assert_eq!(told(&host), ("unsettled".to_owned(), format!("{disk} on {other}")));
+    assert_eq!(only_finding(&host), ("unsettled".to_owned(), format!("{disk} on {other}")));
     assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm), "nothing was changed");
     wrong.forget_attachment(&disk);
     host.store().write(&wrong).unwrap();
@@ -79,9 +79,10 @@ fn gc_after_interrupted_copy_leaves_one_image() {
     let path = host.store().disk_image_at(&disk, &copy).unwrap();
     fs::write(&path, "half").unwrap();
     change(&host, &disk, |disk| disk.leftover = Some(copy));
-    // As update_disk does, so that the next create looks after it. It is the same thing.
+    // update_disk writes this note, too, so that the next create recovers the copy. It is no second
+    // finding.
     fs::write(host.store().pending_dir().join(disk.as_str()), "").unwrap();
-    mended(&host, "unfinished", disk.as_str());
+    assert_repaired(&host, "unfinished", disk.as_str());
     assert!(!path.exists());
     assert_eq!(record(&host, &disk).leftover, None);
     assert_pattern(&host, &disk);
@@ -93,7 +94,7 @@ fn gc_during_detach_disk_keeps_its_prepared_records() {
     let (vm, disk) = (host.vm(&host.import(MUTE_GUEST)), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
     let mut detach = host.start("detach_disk", &json!([vm, disk]));
-    // Then nothing else is being written.
+    // In this phase, detach_disk writes nothing else.
     let asked = || {
         host.record(&vm).attachment(&disk).is_some_and(|it| it.phase == AttachmentPhase::Detaching)
     };
@@ -133,7 +134,7 @@ fn gc_after_killed_delete_disk_finishes_it() {
     killed("lock of a metadata taken#1");
     assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");
     killed("a disk's file removed#1");
-    mended(&host, "unfinished", disk.as_str());
+    assert_repaired(&host, "unfinished", disk.as_str());
     host.assert_no_leaks();
 }
 
@@ -155,28 +156,29 @@ fn gc_with_missing_or_unknown_images_reports_them() {
     let (image, aside) =
         (host.store().disk_image(&record(&host, &disk)).unwrap(), host.path("aside"));
     fs::rename(&image, &aside).unwrap();
-    assert_eq!(told(&host), ("no-image".to_owned(), disk.to_string()));
+    assert_eq!(only_finding(&host), ("no-image".to_owned(), disk.to_string()));
     fs::rename(&aside, &image).unwrap();
     let root = host.paths(&vm).dir.join("root.qcow2");
     fs::rename(&root, &aside).unwrap();
-    assert_eq!(told(&host), ("no-image".to_owned(), vm.to_string()));
+    assert_eq!(only_finding(&host), ("no-image".to_owned(), vm.to_string()));
     fs::rename(&aside, &root).unwrap();
 
-    // Ours, but its record does not know; and another host's, in a pool that is shared.
+    // One directory of this host's disk in a pool that its record does not name, and one of another
+    // host's disk in a shared pool.
     let (ours, theirs) =
         (host.path("slow").join(disk.as_str()), host.path("slow").join(DiskCid::random().as_str()));
     for dir in [&ours, &theirs] {
         fs::create_dir(dir).unwrap();
         fs::write(dir.join("disk.qcow2"), "precious").unwrap();
     }
-    assert_eq!(told(&host), ("no-record".to_owned(), disk.to_string()));
+    assert_eq!(only_finding(&host), ("no-record".to_owned(), disk.to_string()));
     assert!(ours.join("disk.qcow2").exists() && theirs.join("disk.qcow2").exists());
     fs::remove_dir_all(ours).unwrap();
     assert_eq!(findings(&host, "gc"), (true, vec![]));
     assert!(theirs.join("disk.qcow2").exists());
 }
 
-/// Killed when it was whole, before anybody was told of it.
+/// The creates are killed after their last step, before they answer.
 #[test]
 fn gc_with_unacknowledged_objects_reports_them() {
     if !cfg!(debug_assertions) {
@@ -203,12 +205,12 @@ fn gc_with_unacknowledged_objects_reports_them() {
         );
         let found = untold();
         assert_eq!(found.len(), 1, "{create}: {found:?}");
-        // It may have been told of all the same.
+        // `gc` keeps it, because its caller may have read the answer.
         assert_eq!(untold(), found, "{create}");
         host.ok(delete, &json!([found[0]]));
         assert_eq!(untold(), Vec::<String>::new(), "{create}");
     }
-    // Whoever names it knows it.
+    // A call that names the disk acknowledges it.
     assert!(
         call_with_crash(
             &host,

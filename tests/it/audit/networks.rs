@@ -1,4 +1,5 @@
-//! What `audit` and `gc` make of networks, of what is left of VMs in the kernel, and of each other's things.
+//! Findings about networks, about leftovers of VMs in the kernel, and with a second state directory
+//! on the host.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +15,8 @@ use crate::support::{nftables, skip};
 
 const GUARD: &str = "bosh-qemu-guard";
 
-/// Kind, thing, why and cure of each finding, and whether all is well.
+/// Whether the command reported no open finding, and kind, subject, reason and cure of each
+/// finding.
 fn findings(host: &Host, command: &str) -> (bool, Vec<[String; 4]>) {
     let (passed, printed) = host.command(&[command, "--json"]);
     let finding =
@@ -22,8 +24,9 @@ fn findings(host: &Host, command: &str) -> (bool, Vec<[String; 4]>) {
     (passed, printed["findings"].as_array().unwrap().iter().map(finding).collect())
 }
 
-/// The one finding there must be, and that `gc` mends it.
-fn mended(host: &Host, kind: &str, what: &impl ToString) -> String {
+/// Asserts that there is one finding, that `audit` changes nothing and that `gc` repairs it.
+/// Returns its reason.
+fn assert_repaired(host: &Host, kind: &str, what: &impl ToString) -> String {
     let (clean, found) = findings(host, "audit");
     assert!(!clean && found.len() == 1, "{found:#?}");
     let [its_kind, its_what, why, cure] = &found[0];
@@ -35,14 +38,13 @@ fn mended(host: &Host, kind: &str, what: &impl ToString) -> String {
     why.clone()
 }
 
-/// A host with a security group.
+/// A host with a security group `admin`.
 fn host_with_a_group() -> Option<Host> {
-    Host::with(
-        json!({"security_groups": {"admin": [{"protocol": "tcp", "ports": 22, "source": "192.0.2.0/24"}]}}),
-    )
+    let rules = json!([{"protocol": "tcp", "ports": 22, "source": "192.0.2.0/24"}]);
+    Host::with(json!({"security_groups": {"admin": rules}}))
 }
 
-/// A VM with an address, and a port of the host that leads to it.
+/// A VM in the group `admin` with a forwarded port of the host.
 fn forwarded_vm(host: &Host, stemcell: &str, port: u16) -> VmCid {
     let mut arguments = host.vm_arguments(stemcell);
     arguments[2]["ports"] = json!([{"host": port, "guest": 22}]);
@@ -54,8 +56,8 @@ fn tap(host: &Host, vm: &VmCid) -> String {
     host.record(vm).nics[0].tap().unwrap().0.to_string()
 }
 
-/// Removes a VM's directory by hand; what was in it is in `aside`.
-fn lose(host: &Host, vm: &VmCid) {
+/// Moves the directory of a VM to `aside`, as if an operator had removed it.
+fn lose_directory(host: &Host, vm: &VmCid) {
     fs::rename(host.paths(vm).dir, host.path("aside")).unwrap();
 }
 
@@ -72,8 +74,8 @@ fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     let of_one = host.namespace().run(|| nftables::elements(GUARD)) - before;
     let qemu = host.qemu(&goes).unwrap();
     let link = tap(&host, &goes);
-    lose(&host, &goes);
-    let why = mended(&host, "orphan", &goes);
+    lose_directory(&host, &goes);
+    let why = assert_repaired(&host, "orphan", &goes);
     for word in [
         "QEMU, process",
         "elements in table",
@@ -89,13 +91,13 @@ fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     assert!(host.namespace().link(&link).is_none());
     assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), of_one, "the other's are there");
     assert!(host.qemu(&stays).is_some() && host.namespace().link(&tap(&host, &stays)).is_some());
-    // The last one's bridge goes, too.
+    // The bridge goes with the last VM.
     host.ok("delete_vm", &json!([stays]));
     let last = host.vm(&stemcell);
     fs::remove_dir_all(host.path("aside")).unwrap();
-    lose(&host, &last);
+    lose_directory(&host, &last);
     assert!(host.namespace().link("bosh-nat0").is_some());
-    mended(&host, "orphan", &last);
+    assert_repaired(&host, "orphan", &last);
     host.ok("delete_stemcell", &json!([stemcell]));
     host.assert_no_leaks();
 }
@@ -107,7 +109,7 @@ fn delete_vm_without_directory_removes_everything_of_it() {
     let vm = forwarded_vm(&host, &stemcell, 2203);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     let qemu = host.qemu(&vm).unwrap();
-    lose(&host, &vm);
+    lose_directory(&host, &vm);
     host.ok("delete_vm", &json!([vm]));
     wait_for_exit(&qemu);
     fs::remove_dir_all(host.path("aside")).unwrap();
@@ -123,11 +125,11 @@ fn gc_with_orphaned_lock_or_reservation_removes_it() {
     fs::create_dir_all(state.join("claims")).unwrap();
     for claim in ["ip,bosh-nat0,10.9.0.7,32", "port,udp,53,any"] {
         std::os::unix::fs::symlink("vm-aaaaaaaaaaaaaaa", state.join("claims").join(claim)).unwrap();
-        let why = mended(&host, "orphan", &"vm-aaaaaaaaaaaaaaa");
+        let why = assert_repaired(&host, "orphan", &"vm-aaaaaaaaaaaaaaa");
         assert_eq!(why, format!("the VM is gone, but not its claim {claim}"));
     }
     fs::write(state.join("locks/vm.vm-bbbbbbbbbbbbbbb"), "").unwrap();
-    mended(&host, "orphan", &"vm-bbbbbbbbbbbbbbb");
+    assert_repaired(&host, "orphan", &"vm-bbbbbbbbbbbbbbb");
     assert_eq!(state.join("claims").read_dir().unwrap().count(), 0);
 }
 
@@ -137,16 +139,16 @@ fn gc_with_damaged_network_of_running_vm_restores_it() {
     let vm = host.vm(&host.stemcell());
     let before = host.namespace().run(|| nftables::elements(GUARD));
     host.namespace().run(nftables::flush);
-    let why = mended(&host, "network", &"bosh-nat0");
+    let why = assert_repaired(&host, "network", &"bosh-nat0");
     assert!(why.contains(GUARD) && why.contains("table inet bosh-qemu-bosh-nat0"), "{why}");
     assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), before);
 
     host.namespace().ip("link delete bosh-nat0");
-    mended(&host, "network", &"bosh-nat0");
+    assert_repaired(&host, "network", &"bosh-nat0");
     assert_eq!(host.namespace().link(&tap(&host, &vm)).unwrap()["master"], "bosh-nat0");
-    // One element of many.
+    // A single element is missing.
     host.namespace().run(|| nftables::remove_element(GUARD, "taps", &tap(&host, &vm)));
-    mended(&host, "network", &"bosh-nat0");
+    assert_repaired(&host, "network", &"bosh-nat0");
     assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), before);
 
     let link = tap(&host, &vm);
@@ -181,13 +183,13 @@ fn gc_restores_kept_networks_and_removes_others() {
     assert!(host.command(&["network", "apply", "--json"]).0);
     assert_eq!(findings(&host, "audit"), (true, vec![]));
     host.namespace().ip("link delete lab0");
-    mended(&host, "network", &"lab0");
+    assert_repaired(&host, "network", &"lab0");
     assert!(host.namespace().link("lab0").is_some());
     host.namespace().ip("link set lab0 alias bosh-qemu-cpi:lab");
-    mended(&host, "network", &"lab0");
+    assert_repaired(&host, "network", &"lab0");
 
     fs::remove_file(host.path("state/networks/lab0.json")).unwrap();
-    mended(&host, "orphan", &"lab0");
+    assert_repaired(&host, "orphan", &"lab0");
     assert!(host.namespace().link("lab0").is_none());
     host.assert_no_leaks();
 }
@@ -204,15 +206,17 @@ fn gc_after_interrupted_delete_network_finishes_or_reverts_it() {
     };
     let mut arguments = host.vm_arguments(&host.stemcell());
     let range: ipnetwork::IpNetwork = made[1]["range"].as_str().unwrap().parse().unwrap();
-    arguments[3]["net"] = json!({"type": "manual", "ip": range.iter().nth(9).unwrap(), "netmask": "255.255.255.0",
-        "gateway": made[1]["gateway"], "cloud_properties": made[2]});
+    arguments[3]["net"] = json!({
+        "type": "manual", "ip": range.iter().nth(9).unwrap(), "netmask": "255.255.255.0",
+        "gateway": made[1]["gateway"], "cloud_properties": made[2],
+    });
     let vm = vm_cid(&host.ok("create_vm", &arguments));
     cut_short();
-    mended(&host, "unfinished", &network);
+    assert_repaired(&host, "unfinished", &network);
     assert!(record.exists() && host.qemu(&vm).is_some(), "a VM uses it");
     host.ok("delete_vm", &json!([vm]));
     cut_short();
-    mended(&host, "unfinished", &network);
+    assert_repaired(&host, "unfinished", &network);
     assert!(!record.exists());
 }
 
@@ -224,7 +228,7 @@ fn gc_with_half_made_network_removes_it() {
     let record = host.path("state/networks").join(network).join("network.json");
     let text = fs::read_to_string(&record).unwrap();
     fs::write(&record, text.replace("\"ready\"", "\"creating\"")).unwrap();
-    assert!(mended(&host, "unfinished", &network).contains("its creation was cut short"));
+    assert!(assert_repaired(&host, "unfinished", &network).contains("its creation was cut short"));
     assert!(!record.exists());
     host.assert_no_leaks();
 }
@@ -248,8 +252,8 @@ fn remove_unreadable_managed_network_follows_its_finding() {
     host.assert_no_leaks();
 }
 
-/// Does `act` with another state directory and another run directory configured.
-fn elsewhere<T>(host: &Host, run: &Path, act: impl FnOnce() -> T) -> T {
+/// Runs `act` with another state directory and another run directory configured.
+fn with_other_directories<T>(host: &Host, run: &Path, act: impl FnOnce() -> T) -> T {
     let set = |state: &Path, run: &Path| {
         host.reconfigure(|config| {
             config["state_dir"] = json!(state);
@@ -271,16 +275,16 @@ fn gc_with_two_state_directories_on_one_network_touches_only_its_own() {
     let clean = || assert_eq!(findings(&host, "gc"), (true, vec![]));
     let mine = host.vm(&host.stemcell());
     let before = host.namespace().run(|| nftables::elements(GUARD));
-    let theirs = elsewhere(&host, run.path(), || {
+    let theirs = with_other_directories(&host, run.path(), || {
         let theirs = host.vm(&host.stemcell());
         clean();
         theirs
     });
     clean();
-    // One of mine is lost; what is theirs stays.
-    lose(&host, &mine);
-    mended(&host, "orphan", &mine);
-    elsewhere(&host, run.path(), || {
+    // One of this state directory's VMs is lost. Everything of the other directory's VM stays.
+    lose_directory(&host, &mine);
+    assert_repaired(&host, "orphan", &mine);
+    with_other_directories(&host, run.path(), || {
         assert!(
             host.namespace()
                 .link(&tap(&host, &theirs))
@@ -290,8 +294,8 @@ fn gc_with_two_state_directories_on_one_network_touches_only_its_own() {
         clean();
     });
     assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), before);
-    // They keep the bridge, and the last of my VMs goes.
-    elsewhere(&host, run.path(), || {
+    // The other directory keeps the bridge, and this directory's last VM is deleted.
+    with_other_directories(&host, run.path(), || {
         assert!(host.command(&["network", "apply", "--json"]).0);
         host.ok("delete_vm", &json!([theirs]));
     });
@@ -300,7 +304,7 @@ fn gc_with_two_state_directories_on_one_network_touches_only_its_own() {
     host.ok("delete_vm", &json!([mine]));
     clean();
     assert!(host.namespace().link("bosh-nat0").is_some(), "they keep it");
-    elsewhere(&host, run.path(), || {
+    with_other_directories(&host, run.path(), || {
         clean();
         assert!(host.command(&["network", "remove", "--json"]).0);
         assert!(host.namespace().link("bosh-nat0").is_none());
@@ -316,11 +320,11 @@ fn gc_with_foreign_processes_in_cgroup_keeps_them() {
     supervisor.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&supervisor);
     let link = tap(&host, &vm);
-    // As in a copy of the state directory, which has a run directory of its own.
+    // As in a copy of the state directory with a run directory of its own.
     let run = host.paths(&vm).run;
     let aside = host.store().run_dir().join("aside");
     fs::rename(&run, &aside).unwrap();
-    lose(&host, &vm);
+    lose_directory(&host, &vm);
     if Cgroup::open(vm.as_str()).processes().unwrap().is_empty() {
         skip("no control group can be made here");
     } else {

@@ -1,4 +1,4 @@
-//! What `audit` reports and `gc` puts right.
+//! Findings about VMs, their records and files: what `audit` reports and `gc` repairs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::support::crash_points::{call_with_crash, for_each_crash_point};
 use crate::support::host::{Host, eventually, text, vm_cid, wait_for_exit};
 use crate::support::skip;
 
-/// Kind, thing and cure of each finding, and whether the command said that all is well.
+/// Whether the command reported no open finding, and kind, subject and cure of each finding.
 fn findings(host: &Host, words: &[&str]) -> (bool, Vec<(String, String, Value)>) {
     let (passed, printed) = host.command(words);
     assert_eq!(printed["clean"], passed);
@@ -33,12 +33,12 @@ fn gc(host: &Host) -> Vec<(String, String, Value)> {
     findings(host, &["gc", "--json"]).1
 }
 
-fn one(kind: &str, what: &impl ToString, cure: &str) -> Vec<(String, String, Value)> {
+fn single_finding(kind: &str, what: &impl ToString, cure: &str) -> Vec<(String, String, Value)> {
     vec![(kind.to_owned(), what.to_string(), json!(cure))]
 }
 
-/// Everything in the state and the run directory, with when its content, its names or its attributes changed last.
-fn everything(host: &Host) -> BTreeMap<PathBuf, (i64, i64, u64)> {
+/// Every path in the state and run directories, with the time of its last change and its size.
+fn modification_times(host: &Host) -> BTreeMap<PathBuf, (i64, i64, u64)> {
     let mut dirs = vec![host.path("state"), host.store().run_dir().to_owned()];
     let mut seen = BTreeMap::new();
     while let Some(dir) = dirs.pop() {
@@ -62,7 +62,7 @@ fn everything(host: &Host) -> BTreeMap<PathBuf, (i64, i64, u64)> {
 fn audit_and_list_write_nothing() {
     let Some(host) = Host::new() else { return };
     let look = |host: &Host| {
-        let before = everything(host);
+        let before = modification_times(host);
         for words in [
             ["audit", "--json"].as_slice(),
             &["gc", "--dry-run", "--json"],
@@ -72,7 +72,7 @@ fn audit_and_list_write_nothing() {
         }
         let _ =
             host.namespace().run(|| host.cpi().args(["pool", "list", "--json"]).output().unwrap());
-        assert_eq!(everything(host), before);
+        assert_eq!(modification_times(host), before);
     };
     look(&host);
     let (vm, attached, free) = (host.booted_vm(), host.disk(), host.disk());
@@ -81,11 +81,11 @@ fn audit_and_list_write_nothing() {
     let store = host.store();
     let record = store.read::<DiskRecord>(&free).unwrap().unwrap();
     store.write(&DiskRecord { phase: Phase::Deleting, ..record }).unwrap();
-    // As of a copy that was made without them.
+    // As in a copy of the state directory without its locks.
     for lock in fs::read_dir(host.path("state/locks")).unwrap() {
         fs::remove_file(lock.unwrap().path()).unwrap();
     }
-    // Of a process that is none.
+    // The pid in the note belongs to no process.
     std::os::unix::fs::symlink("999999999", store.pending_dir().join("vm-aaaaaaaaaaaaaaa"))
         .unwrap();
     std::os::unix::fs::symlink("vm-bbbbbbbbbbbbbbb", host.path("state/uids/1900000007")).unwrap();
@@ -107,8 +107,8 @@ fn audit_of_sound_host_finds_nothing() {
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
 }
 
-/// Kills `method` at each of its points; `gc` leaves only what is whole.
-fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) {
+/// Kills `method` at each of its points. `gc` must leave only whole objects.
+fn assert_gc_cleans_up_after_crashes(method: &str, prepare: impl Fn(&Host, &str) -> Value) {
     if !cfg!(debug_assertions) {
         return skip("crash points are for builds with debug assertions");
     }
@@ -119,16 +119,16 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
         method,
         || prepare(&host, &stemcell),
         |crash| {
-            let not_told = |(kind, _, _): &(String, String, Value)| kind != "untold";
-            let reported: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
+            let is_not_untold = |(kind, _, _): &(String, String, Value)| kind != "untold";
+            let reported: Vec<_> = audit(&host).into_iter().filter(is_not_untold).collect();
             assert!(
                 reported.iter().all(|(_, _, cure)| *cure == "gc"),
                 "{}: {reported:?}",
                 crash.point
             );
-            // What is still being launched by an orphaned supervisor is busy, and no finding yet.
+            // A VM that an orphaned supervisor still launches is locked, so it is no finding yet.
             eventually("everything is whole or gone", || {
-                let mended: Vec<_> = gc(&host).into_iter().filter(not_told).collect();
+                let mended: Vec<_> = gc(&host).into_iter().filter(is_not_untold).collect();
                 assert!(
                     mended.iter().all(|(_, _, cure)| *cure == "mended"),
                     "{}: {mended:?}",
@@ -141,7 +141,7 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
                 });
                 whole.then_some(())
             });
-            let left: Vec<_> = audit(&host).into_iter().filter(not_told).collect();
+            let left: Vec<_> = audit(&host).into_iter().filter(is_not_untold).collect();
             assert_eq!(left, [], "{}", crash.point);
             let store = host.store();
             for vm in store.list::<VmRecord>().unwrap() {
@@ -160,18 +160,18 @@ fn mended_after_any_crash(method: &str, prepare: impl Fn(&Host, &str) -> Value) 
 
 #[test]
 fn gc_after_killed_create_vm_cleans_up() {
-    mended_after_any_crash("create_vm", Host::vm_arguments);
+    assert_gc_cleans_up_after_crashes("create_vm", Host::vm_arguments);
 }
 
 #[test]
 fn gc_after_killed_delete_vm_cleans_up() {
-    mended_after_any_crash("delete_vm", |host, stemcell| json!([host.vm(stemcell)]));
+    assert_gc_cleans_up_after_crashes("delete_vm", |host, stemcell| json!([host.vm(stemcell)]));
 }
 
 #[test]
 fn gc_after_killed_create_or_delete_disk_cleans_up() {
-    mended_after_any_crash("create_disk", |_, _| json!([8, {}, null]));
-    mended_after_any_crash("delete_disk", |host, _| json!([host.disk()]));
+    assert_gc_cleans_up_after_crashes("create_disk", |_, _| json!([8, {}, null]));
+    assert_gc_cleans_up_after_crashes("delete_disk", |host, _| json!([host.disk()]));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn gc_after_interrupted_attach_disk_asks_qemu() {
     };
     interrupted();
     let what = format!("{disk} on {vm}");
-    assert_eq!(audit(&host), one("unsettled", &what, "gc"));
+    assert_eq!(audit(&host), single_finding("unsettled", &what, "gc"));
     let (clean, found) = findings(&host, &["gc", "--json"]);
     assert!(
         !clean && found[0].2["operator"].as_str().unwrap().contains("repeat"),
@@ -194,7 +194,7 @@ fn gc_after_interrupted_attach_disk_asks_qemu() {
     );
     host.ok("detach_disk", &json!([vm, disk]));
     interrupted();
-    assert_eq!(gc(&host), one("unsettled", &what, "mended"), "the guest has it not");
+    assert_eq!(gc(&host), single_finding("unsettled", &what, "mended"), "the guest has it not");
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
 }
 
@@ -205,7 +205,7 @@ fn gc_after_interrupted_delete_snapshot_finishes_it() {
     let snapshot = text(&host.ok("snapshot_disk", &json!([disk, {}]))).parse().unwrap();
     let record = host.store().read::<SnapshotRecord>(&snapshot).unwrap().unwrap();
     host.store().write(&SnapshotRecord { phase: Phase::Deleting, ..record }).unwrap();
-    assert_eq!(gc(&host), one("unfinished", &snapshot, "mended"));
+    assert_eq!(gc(&host), single_finding("unfinished", &snapshot, "mended"));
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
     assert_eq!(gc(&host), []);
 }
@@ -217,14 +217,17 @@ fn gc_with_unsupervised_vm_starts_a_supervisor() {
     let supervisor = host.supervisor(&vm).unwrap();
     supervisor.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&supervisor);
-    assert_eq!(audit(&host), one("unsupervised", &vm, "gc"));
+    assert_eq!(audit(&host), single_finding("unsupervised", &vm, "gc"));
     assert!(host.supervisor(&vm).is_none(), "audit only looks");
-    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("unsupervised", &vm, "mended")));
+    assert_eq!(
+        findings(&host, &["gc", "--json"]),
+        (true, single_finding("unsupervised", &vm, "mended"))
+    );
     assert!(host.supervisor(&vm).is_some());
     assert_eq!(audit(&host), []);
 }
 
-/// Killed when it was whole, before anybody was told of it; then the power was cut.
+/// create_vm is killed after its last step, before it answers. Then the power is cut.
 #[test]
 fn audit_of_unacknowledged_vm_reports_it_and_create_vm_replaces_it() {
     if !cfg!(debug_assertions) {
@@ -243,12 +246,12 @@ fn audit_of_unacknowledged_vm_reports_it_and_create_vm_replaces_it() {
         ("untold", untold.as_str(), 1),
         "{found:?}"
     );
-    // A Director that asks for the address again does not know who has it.
+    // A Director that asks for the address again does not know the VM that has it.
     let vm = vm_cid(&host.ok("create_vm", &arguments));
     assert_eq!(host.store().list::<VmRecord>().unwrap(), std::slice::from_ref(&vm));
     assert_eq!(audit(&host), []);
 
-    // Whoever names it knows it.
+    // A call that names the VM acknowledges it.
     host.ok("delete_vm", &json!([vm]));
     assert!(
         call_with_crash(&host, "create_vm", &arguments, [("AT", "pending note removed")]).is_none()
@@ -303,7 +306,7 @@ fn gc_with_unreadable_record_reports_and_keeps_it() {
     );
 }
 
-/// As of a copy of the state directory without links, and of one somebody changed.
+/// As in a copy of the state directory without links, and in one whose links were changed.
 #[test]
 fn gc_with_missing_reservations_restores_them() {
     let Some(host) = Host::new() else { return };
@@ -321,7 +324,7 @@ fn gc_with_missing_reservations_restores_them() {
     let spoil: [fn(&Path); 3] = [
         |_| {},
         |path| fs::write(path, "").unwrap(),
-        // Of a VM that is not there.
+        // A VM that does not exist.
         |path| std::os::unix::fs::symlink("vm-aaaaaaaaaaaaaaa", path).unwrap(),
     ];
     for spoil in spoil {
@@ -371,7 +374,7 @@ fn gc_with_stray_files_removes_them() {
     let state = host.path("state");
     let gone = "vm-aaaaaaaaaaaaaaa";
     fs::write(state.join("locks").join(format!("vm.{gone}")), "").unwrap();
-    // Signed by a process that is none.
+    // The pid in the lock belongs to no process.
     fs::write(state.join("locks/network.br7"), "999999999\n").unwrap();
     std::os::unix::fs::symlink(gone, state.join("uids/1900000007")).unwrap();
     fs::create_dir_all(state.join("vms/vm-bbbbbbbbbbbbbbb")).unwrap();
@@ -395,12 +398,12 @@ fn gc_with_orphaned_qemu_ends_it() {
     let vm = host.booted_vm();
     let (paths, aside) = (host.paths(&vm), host.path("aside"));
     let qemu = host.qemu(&vm).unwrap();
-    // Somebody removed the directory by hand.
+    // As if an operator had removed the directory.
     fs::rename(&paths.dir, &aside).unwrap();
     let found = audit(&host);
-    assert_eq!(found, one("orphan", &vm, "gc"));
+    assert_eq!(found, single_finding("orphan", &vm, "gc"));
     assert!(host.qemu(&vm).is_some(), "audit only looks");
-    assert_eq!(findings(&host, &["gc", "--json"]), (true, one("orphan", &vm, "mended")));
+    assert_eq!(findings(&host, &["gc", "--json"]), (true, single_finding("orphan", &vm, "mended")));
     wait_for_exit(&qemu);
     assert!(!paths.run.exists());
     fs::rename(&aside, &paths.dir).unwrap();

@@ -1,7 +1,7 @@
-//! Requests that a real bosh-cli and a real Director sent, flow by flow, against this CPI.
+//! Replay of requests that a real bosh-cli and a real Director sent, flow by flow.
 //!
-//! A flow begins with what earlier flows left, so that is made first: what it uses before it creates it. Cids are
-//! mapped from the recorded ones to ours.
+//! A flow uses objects of earlier flows, so the replay creates those first. Recorded cids are
+//! mapped to the cids of the replay.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,8 @@ use crate::support::answer::Answer;
 use crate::support::host::Host;
 use crate::support::remote::{Director, SocketUnit};
 
-/// Where each method has cids: the argument's position and the kind. `create_vm` has a list of disks besides.
+/// Positions and kinds of the cids in the arguments of each method. create_vm also has a list of
+/// disks.
 fn cids(method: &str) -> &'static [(usize, &'static str)] {
     match method {
         "create_vm" => &[(1, "sc")],
@@ -29,26 +30,27 @@ fn cids(method: &str) -> &'static [(usize, &'static str)] {
     }
 }
 
-/// A flow that is replayed.
+/// Replay of a flow.
 pub struct Flow<'a> {
     host: &'a Host,
-    /// Who asks the host.
+    /// Sends a request to the CPI.
     ask: &'a dyn Fn(&str) -> Answer,
-    /// Ours by recorded cid.
+    /// Cids of the replay by recorded cid.
     ours: BTreeMap<String, Value>,
-    /// Memory of its VMs, MiB: half a gigabyte for each of several guests at once would be this host's all.
+    /// Memory of its VMs, MiB. Several recorded VMs with half a GiB would use all of the machine's
+    /// memory.
     ram: u64,
 }
 
-/// What the agents of its VMs do between the calls.
+/// Actions of the agents of the flow's VMs between the calls.
 pub trait Agents {
-    /// Before the call, of which ours are the arguments.
+    /// Runs before a call. `arguments` have the cids of the replay.
     fn before(&mut self, method: &str, arguments: &Value);
-    /// After it.
+    /// Runs after a successful call.
     fn after(&mut self, method: &str, arguments: &Value, result: &Value);
 }
 
-/// Those of guests that have none.
+/// Agents of guests without one.
 struct NoAgents;
 
 impl Agents for NoAgents {
@@ -57,12 +59,12 @@ impl Agents for NoAgents {
 }
 
 impl<'a> Flow<'a> {
-    /// One on a host with the bridges of the recordings.
+    /// A replay on a host that has the bridges of the recording.
     pub fn new(host: &'a Host, ask: &'a dyn Fn(&str) -> Answer, ram: u64) -> Self {
         Self { host, ask, ours: BTreeMap::new(), ram }
     }
 
-    /// The same, in which a recorded cid means something that is there.
+    /// Maps a recorded cid to an existing object.
     pub fn knows(mut self, recorded: &str, ours: &impl ToString) -> Self {
         self.ours.insert(recorded.to_owned(), json!(ours.to_string()));
         self
@@ -82,7 +84,7 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Replaces a recorded cid by ours, making the thing if this flow did not.
+    /// Replaces a recorded cid by one of the replay. Creates the object if this flow has not.
     fn replace(&mut self, recorded: &mut Value, kind: &str, exists: bool) {
         let Some(name) = recorded.as_str().map(str::to_owned) else { return };
         if !self.ours.contains_key(&name) {
@@ -97,7 +99,7 @@ impl<'a> Flow<'a> {
         *recorded = self.ours[&name].clone();
     }
 
-    /// Asks the CPI what was recorded, word for word but for cids and the stemcell's path.
+    /// Sends a recorded request, unchanged except for cids, the stemcell's path and the memory.
     fn ask(&mut self, recorded: &Value, agents: &mut dyn Agents) -> (String, Answer) {
         let (mut request, response) = (recorded["request"].clone(), &recorded["response"]);
         let method = request["method"].as_str().unwrap().to_owned();
@@ -118,7 +120,7 @@ impl<'a> Flow<'a> {
                 arguments[2]["ram"] = json!(self.ram);
             }
             "detach_disk" => {
-                // Attached by this flow or by one before it.
+                // The disk may have been attached by an earlier flow.
                 self.host.ok("attach_disk", arguments);
             }
             _ => {}
@@ -138,12 +140,12 @@ impl<'a> Flow<'a> {
     }
 }
 
-/// The cid in the result of a create: create_vm's comes with networks.
+/// The cid in the result of a create. That of create_vm also has networks.
 fn created(result: &Value) -> Option<&Value> {
     result.get(0).or(Some(result)).filter(|cid| cid.is_string())
 }
 
-/// Checks that the answer has the shape the clients want of this method.
+/// Asserts that the answer has the shape that clients expect of the method.
 fn check(method: &str, request: &Value, answer: &Answer) {
     let shown = || format!("{method}: {answer:?}");
     match method {

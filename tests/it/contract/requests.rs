@@ -1,4 +1,4 @@
-//! The contract as the Director and bosh-cli hold us to it, whatever the request and however we are started.
+//! The CPI contract for any request and any environment, as the Director and bosh-cli require it.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -184,7 +184,7 @@ fn call_with_large_request_reads_stdin_to_its_end() {
         "{answer:?}"
     );
     assert!(installation.call("no_such_method", &json!(["x".repeat(10 << 20)])).outcome.is_err());
-    // Not even JSON, and more than is looked at.
+    // No JSON, and more than the limit.
     let answer = installation.ask_raw(&vec![b'['; 20 << 20]);
     assert_eq!(answer.failure().message, "the request has 20971520 bytes, more than 16777216");
 }
@@ -253,7 +253,8 @@ fn info_without_environment_or_directory_succeeds() {
     assert!(!gone.exists());
 }
 
-/// The CPI with its descriptors as `redirection` says; a further argument "rmdir" removes its directory first.
+/// The CPI started by a shell with `redirection`. The further argument `rmdir` removes the working
+/// directory first.
 fn redirected(installation: &Installation, redirection: &str) -> Command {
     let script = format!(
         "[ \"$3\" != rmdir ] || rmdir \"$PWD\" || exit; exec \"$1\" --config \"$2\" {redirection}"
@@ -293,7 +294,7 @@ fn call_with_secrets_neither_logs_nor_returns_them() {
         json!({"method": "has_vm", "arguments": ["vm-1"], "api_version": CANARY}),
         json!([CANARY]),
     ];
-    // A secret in the place of every argument, and of every key of a network.
+    // A secret replaces every argument, and every key of a network.
     for position in 0..whole.len() {
         for wrong in [json!(CANARY), json!([CANARY]), json!({"n": CANARY}), json!({"n": [CANARY]})]
         {
@@ -331,7 +332,7 @@ fn call_with_secrets_neither_logs_nor_returns_them() {
             assert!(!failure.message.contains(CANARY), "{request}: {}", failure.message);
         }
     }
-    // A request that is cut off anywhere, too.
+    // Truncated requests.
     let text = json!({"method": "create_vm", "arguments": whole}).to_string();
     for end in (1..text.len()).step_by(7) {
         let answer = installation.ask_raw(&text.as_bytes()[..end]);

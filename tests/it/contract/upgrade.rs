@@ -1,7 +1,8 @@
-//! A new program on what an older one left: its records, its running VMs, its supervisors. And an older one on what a newer
-//! one left.
+//! Upgrade and downgrade: records, running VMs and supervisors of an older program, and records of
+//! a newer one.
 //!
-//! `tests/fixtures/records/first` was written by the first version that ran VMs: a VM with one of two disks.
+//! `tests/fixtures/records/first` was written by the first version that ran VMs: a VM with one of
+//! two disks.
 
 use std::fs;
 use std::io::Write;
@@ -19,9 +20,9 @@ use crate::support::answer::{Answer, run};
 use crate::support::host::{GUEST, Host, request, vm_cid, wait_for_exit};
 use crate::support::images::record;
 
-/// A host after its reboot, with the state directory as the first version left it: but for the cids, by which tests that
-/// run at the same time are told apart.
-struct Old {
+/// A host after its reboot, with a state directory of the first version. Only the cids differ, so
+/// that concurrent tests do not collide.
+struct FirstVersion {
     host: Host,
     stemcell: StemcellCid,
     vm: VmCid,
@@ -29,7 +30,7 @@ struct Old {
     free: DiskCid,
 }
 
-impl Old {
+impl FirstVersion {
     fn new() -> Option<Self> {
         let host = Host::new()?;
         let (stemcell, vm) = (StemcellCid::random(), VmCid::random());
@@ -58,7 +59,7 @@ impl Old {
         Some(old)
     }
 
-    /// Where the records are: the stemcell's, the VM's, the disks'.
+    /// Paths of the records: the stemcell's, the VM's, the disks'.
     fn records(&self) -> [PathBuf; 4] {
         let state = self.host.path("state");
         [
@@ -89,7 +90,7 @@ impl Old {
     }
 }
 
-/// Changes the record that is written at `path`.
+/// Changes the record at `path`.
 fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     let mut record: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     change(&mut record);
@@ -98,8 +99,8 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
 
 #[test]
 fn call_on_state_of_first_version_succeeds() {
-    let Some(old) = Old::new() else { return };
-    let Old { host, stemcell, vm, attached, free } = &old;
+    let Some(old) = FirstVersion::new() else { return };
+    let FirstVersion { host, stemcell, vm, attached, free } = &old;
     let before = host.record(vm);
     let (well, started) = host.command(&["host", "start", "--json"]);
     assert!(well, "{started}");
@@ -130,8 +131,8 @@ fn call_on_state_of_first_version_succeeds() {
 
 #[test]
 fn rewrite_record_with_unknown_fields_keeps_them() {
-    let Some(old) = Old::new() else { return };
-    let Old { host, vm, attached, free, .. } = &old;
+    let Some(old) = FirstVersion::new() else { return };
+    let FirstVersion { host, vm, attached, free, .. } = &old;
     for path in old.records() {
         edit(&path, |record| record["from_the_future"] = json!({"x": [1, "two"]}));
     }
@@ -148,8 +149,8 @@ fn rewrite_record_with_unknown_fields_keeps_them() {
 
 #[test]
 fn call_on_record_of_newer_schema_is_refused_and_changes_nothing() {
-    let Some(old) = Old::new() else { return };
-    let Old { host, stemcell, vm, free, .. } = &old;
+    let Some(old) = FirstVersion::new() else { return };
+    let FirstVersion { host, stemcell, vm, free, .. } = &old;
     let [stemcell_record, vm_record, _, free_record] = old.records();
     let calls = [
         (
@@ -196,7 +197,7 @@ fn call_on_record_of_newer_schema_is_refused_and_changes_nothing() {
         }
         host.command(&["gc", "--json"]);
         assert_eq!(look(), written, "{}", path.display());
-        // What has nothing to do with it goes on.
+        // Calls about other objects work.
         host.ok("delete_disk", &json!([host.disk()]));
         fs::write(&path, understood).unwrap();
     }
@@ -204,7 +205,7 @@ fn call_on_record_of_newer_schema_is_refused_and_changes_nothing() {
 
 #[test]
 fn call_in_state_directory_of_newer_schema_is_refused() {
-    let Some(old) = Old::new() else { return };
+    let Some(old) = FirstVersion::new() else { return };
     let host = &old.host;
     let schema = host.path("state/schema");
     for (text, hint) in
@@ -226,7 +227,7 @@ fn call_in_state_directory_of_newer_schema_is_refused() {
     fs::write(&schema, "1\n").unwrap();
 }
 
-/// Has `binary` answer.
+/// Result of a call that `binary` executes.
 fn ask(host: &Host, binary: &Path, method: &str, arguments: &Value) -> Value {
     let mut command = Command::new(binary);
     command.arg("--config").arg(host.path("cpi.json"));
@@ -236,8 +237,9 @@ fn ask(host: &Host, binary: &Path, method: &str, arguments: &Value) -> Value {
     Answer::of(&output).result().clone()
 }
 
-/// A VM that a copy of the program made, which was replaced or removed since.
-fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
+/// Creates a VM with a copy of the program, replaces or removes the copy, and checks the old
+/// supervisor.
+fn assert_old_supervisor_works_after(replace: impl FnOnce(&Path)) {
     let Some(host) = Host::new() else { return };
     let (stemcell, disk) = (host.stemcell(), host.disk());
     let binary = host.path("opt/bosh-qemu-cpi");
@@ -250,7 +252,7 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
     let runs = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).unwrap();
     assert!(runs(old.pid()).to_string_lossy().ends_with(" (deleted)"));
 
-    // Calls of the new one.
+    // Calls of the new program.
     host.ok("attach_disk", &json!([vm, disk]));
     assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
     host.ok("set_vm_metadata", &json!([vm, {"name": "db/0"}]));
@@ -259,13 +261,13 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
         (qemu.pid(), old.pid())
     );
 
-    // A crash is the old supervisor's.
+    // The old supervisor restarts QEMU after a crash.
     host.kill_qemu(&vm);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(host.supervisor(&vm).unwrap().pid(), old.pid());
     assert!(is_plugged(&host, &vm, &disk));
 
-    // A new one takes over without the guest noticing.
+    // A new supervisor takes over, and QEMU keeps running.
     let qemu = host.qemu(&vm).unwrap();
     old.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&old);
@@ -283,7 +285,7 @@ fn with_an_old_supervisor(replace: impl FnOnce(&Path)) {
 
 #[test]
 fn replace_program_of_running_supervisor_keeps_it_working() {
-    with_an_old_supervisor(|binary| {
+    assert_old_supervisor_works_after(|binary| {
         let new = binary.with_extension("new");
         fs::File::create(&new).unwrap().write_all(b"#!/bin/false\n").unwrap();
         fs::rename(&new, binary).unwrap();
@@ -292,5 +294,5 @@ fn replace_program_of_running_supervisor_keeps_it_working() {
 
 #[test]
 fn remove_program_of_running_supervisor_keeps_it_working() {
-    with_an_old_supervisor(|binary| fs::remove_file(binary).unwrap());
+    assert_old_supervisor_works_after(|binary| fs::remove_file(binary).unwrap());
 }

@@ -1,4 +1,4 @@
-//! Persistent disks: attached and detached whatever the VM does meanwhile, and never lost.
+//! attach_disk and detach_disk in every power state of the VM. No data is lost.
 
 use std::fs;
 use std::path::Path;
@@ -20,7 +20,7 @@ fn hint(disk: &DiskCid) -> Value {
     json!({"path": format!("/dev/disk/by-id/virtio-{disk}")})
 }
 
-/// Whether QEMU has the disk plugged in, under its cid as serial.
+/// Whether the disk is plugged into the VM's QEMU. Its serial must be its cid.
 pub fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
     let property = json!({"path": format!("/machine/peripheral/{disk}"), "property": "serial"});
     match host.qmp(vm, "qom-get", &property) {
@@ -32,7 +32,8 @@ pub fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
     }
 }
 
-/// What QEMU has of a disk: its device, its nodes, its descriptors.
+/// What QEMU has of a disk: whether its device exists, and the number of its block nodes and
+/// descriptors.
 pub fn in_qemu(host: &Host, vm: &VmCid, disk: &DiskCid) -> (bool, usize, usize) {
     let count = |command: &str, arguments: Value, word: &str| {
         host.qmp(vm, command, &arguments).unwrap().to_string().matches(word).count()
@@ -60,7 +61,7 @@ fn qemu_io(image: &Path, commands: &[&str]) -> String {
     said
 }
 
-/// Writes data that [`assert_data`] finds again.
+/// Writes data that [`assert_data`] checks.
 pub fn write_data(host: &Host, disk: &DiskCid) {
     qemu_io(&image(host, disk), &["write -P 0xb0 0 64k", "write -P 0x54 5M 64k"]);
 }
@@ -101,7 +102,7 @@ fn attach_and_detach_disk_repeatedly_succeed() {
     host.ok("detach_disk", &json!([vm, DiskCid::random()]));
 }
 
-/// The state directory was restored from a backup while the VM ran on.
+/// The state directory was restored from a backup while the VM ran.
 #[test]
 fn change_disk_open_in_unrecorded_qemu_is_refused() {
     let Some(host) = Host::new() else { return };
@@ -129,7 +130,7 @@ fn change_disk_open_in_unrecorded_qemu_is_refused() {
             "{method}"
         );
     }
-    // Asked about it, QEMU says so.
+    // attach_disk asks QEMU, finds the disk plugged in and corrects the records.
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("detach_disk", &json!([vm, disk]));
     host.ok("resize_disk", &json!([disk, 16]));
@@ -180,7 +181,7 @@ fn attach_disk_to_stopped_vm_plugs_it_at_boot() {
         .filter(|device| device["serial"] == kept.as_str())
         .count();
     assert_eq!(serials, 1);
-    // What was there at boot can be unplugged like what came later.
+    // A disk that was plugged in at boot can be unplugged.
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("detach_disk", &json!([vm, kept]));
     assert!(!is_plugged(&host, &vm, &kept));
@@ -219,8 +220,8 @@ fn attach_disk_with_iops_limits_it_before_and_after_reboot() {
         let devices = host.qmp(&vm, "query-block", &json!({})).unwrap();
         let devices = devices.as_array().unwrap().iter();
         let mut inserted = devices.map(|device| &device["inserted"]);
-        inserted.find(|inserted| inserted["node-name"] == disk.as_str()).expect("plugged in")["iops"]
-            == 100
+        let is_disk = |inserted: &&Value| inserted["node-name"] == disk.as_str();
+        inserted.find(is_disk).expect("plugged in")["iops"] == 100
     };
     attach(&host, &vm, &disk).result();
     assert!(limited());
@@ -338,7 +339,8 @@ fn detach_disk_from_unresponsive_guest_fails_and_keeps_it_attached() {
     assert!(refused.failure().message.contains("the disk stays attached"), "{refused:?}");
     assert!(is_plugged(&host, &vm, &disk));
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
-    // The guest may still let go, with the disk mounted again: that is no success.
+    // attach_disk cannot succeed, because the guest may still eject the disk after it has mounted
+    // it again.
     let refused = attach(&host, &vm, &disk);
     assert!(refused.failure().message.contains("finish an earlier detach"), "{refused:?}");
     let refused = host.call("delete_disk", &json!([disk]));
@@ -351,8 +353,8 @@ fn detach_disk_from_unresponsive_guest_fails_and_keeps_it_attached() {
     host.ok("detach_disk", &json!([other, disk]));
 }
 
-/// Kills `method` at 20 moments of its duration, has it repeated and turned back each time.
-fn survives_kills(host: &Host, method: &str, back: &str) {
+/// Kills `method` at 20 moments of its duration. Each time, repeats it and reverts it with `back`.
+fn assert_repeatable_after_kills(host: &Host, method: &str, back: &str) {
     let vm = host.booted_vm();
     let disk = host.disk();
     write_data(host, &disk);
@@ -369,7 +371,7 @@ fn survives_kills(host: &Host, method: &str, back: &str) {
         std::thread::sleep(duration * step / 20);
         call.kill().unwrap();
         call.wait().unwrap();
-        // Whoever looks in between gets an answer, too.
+        // get_disks answers in between.
         host.ok("get_disks", &json!([vm]));
         host.ok(method, &both);
         let attached = method == "attach_disk";
@@ -392,13 +394,13 @@ fn survives_kills(host: &Host, method: &str, back: &str) {
 #[test]
 fn attach_disk_killed_at_any_moment_can_be_repeated() {
     let Some(host) = Host::new() else { return };
-    survives_kills(&host, "attach_disk", "detach_disk");
+    assert_repeatable_after_kills(&host, "attach_disk", "detach_disk");
 }
 
 #[test]
 fn detach_disk_killed_at_any_moment_can_be_repeated() {
     let Some(host) = Host::new() else { return };
-    survives_kills(&host, "detach_disk", "attach_disk");
+    assert_repeatable_after_kills(&host, "detach_disk", "attach_disk");
 }
 
 #[test]

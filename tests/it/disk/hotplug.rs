@@ -1,4 +1,4 @@
-//! Attach and detach while something is wrong with the QEMU, the guest or the other clients.
+//! attach_disk and detach_disk with a faulty QEMU, a faulty guest or concurrent callers.
 
 use std::os::unix::net::UnixStream;
 use std::process::Child;
@@ -14,7 +14,7 @@ use crate::disk::attach::{assert_data, in_qemu, is_plugged, write_data};
 use crate::support::answer::Answer;
 use crate::support::host::{Host, eventually, vm_cid};
 
-/// Whether the record of `vm` says `phase` of `disk`.
+/// Whether the record of `vm` has `disk` in `phase`.
 fn is_in_phase(host: &Host, vm: &VmCid, disk: &DiskCid, phase: AttachmentPhase) -> bool {
     host.record(vm).attachment(disk).is_some_and(|attachment| attachment.phase == phase)
 }
@@ -31,7 +31,7 @@ fn attach_and_detach_with_held_monitor_name_the_other_client() {
     let vm = host.booted_vm();
     let (disk, attached) = (host.disk(), host.disk());
     host.ok("attach_disk", &json!([vm, attached]));
-    // It is served, and never says a word.
+    // QEMU serves this client, which never sends anything.
     let silent = UnixStream::connect(host.paths(&vm).qmp()).unwrap();
     for (method, disk) in [("attach_disk", &disk), ("detach_disk", &attached)] {
         let began = Instant::now();
@@ -44,7 +44,7 @@ fn attach_and_detach_with_held_monitor_name_the_other_client() {
             assert!(refused.failure().message.contains(words), "{words} in {refused:?}");
         }
     }
-    // What needs no monitor goes on.
+    // Calls that need no monitor work.
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([attached]));
     drop(silent);
@@ -76,7 +76,8 @@ fn attach_and_detach_with_hung_qemu_fail_and_can_be_repeated() {
     }
 }
 
-/// Starts `method` with a QEMU that hangs, and kills that when the record says `phase`.
+/// Starts `method` with a hung QEMU and kills QEMU when the record says `phase`. Returns the
+/// result.
 fn killed_in_mid_call(
     host: &Host,
     method: &str,
@@ -111,15 +112,16 @@ fn kill_qemu_during_detach_restarts_it_without_the_disk() {
     write_data(&host, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
     killed_in_mid_call(&host, "detach_disk", &vm, &disk, AttachmentPhase::Detaching);
-    // Unlocked, and before the supervisor could start the VM again.
+    // The image is unlocked before the supervisor restarts the VM.
     assert_data(&host, &disk);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0));
 }
 
-/// Has the guest let go of its disk, unasked.
+/// Makes the guest eject the disk, without a request of QEMU.
 fn eject(host: &Host, vm: &VmCid, disk: &DiskCid) {
-    // What a guest would write to its own hot-plug registers (guests/acpi-bootsector.S): each bus, then its first slot.
+    // The writes of a guest to its hot-plug registers (guests/acpi-bootsector.S): each bus, then
+    // its first slot.
     host.qmp(vm, "stop", &json!({})).unwrap();
     for bus in 0..32 {
         for write in [format!("o /w 0xcd0 {bus}"), "o /w 0xcc8 1".to_owned()] {
@@ -241,7 +243,7 @@ fn attach_disk_during_delete_of_its_vm_waits_for_it() {
     let stemcell = host.stemcell();
     let (old, new, disk) = (host.vm(&stemcell), host.vm(&stemcell), host.disk());
     host.ok("attach_disk", &json!([old, disk]));
-    // It ends by force, after a while.
+    // QEMU is stopped, so delete_vm must kill it after a while.
     host.qemu(&old).unwrap().signal(Signal::SIGSTOP).unwrap();
     let removal = host.start("delete_vm", &json!([old]));
     eventually("a removal at work", || (host.record(&old).phase == Phase::Deleting).then_some(()));

@@ -1,4 +1,4 @@
-//! set_disk_metadata: it waits for nobody who works on the disk, and nothing that it wrote is lost on them.
+//! set_disk_metadata does not wait for other calls on the disk, and they do not lose what it wrote.
 
 use std::fs;
 use std::process::Child;
@@ -12,19 +12,19 @@ use crate::support::answer::Answer;
 use crate::support::host::{Host, eventually, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
 
-/// A disk's metadata.
+/// The metadata of a disk.
 pub fn metadata(host: &Host, disk: &DiskCid) -> Value {
     json!(host.store().disk_metadata(&record(host, disk)).unwrap())
 }
 
-/// A host whose calls give up soon.
-fn hasty_host() -> Option<Host> {
+/// A host with short deadlines.
+fn host_with_short_deadlines() -> Option<Host> {
     Host::with(json!({"deadlines": {"set_disk_metadata": 3, "delete_disk": 3}}))
 }
 
 #[test]
 fn set_disk_metadata_of_locked_disk_does_not_wait() {
-    let Some(host) = hasty_host() else { return };
+    let Some(host) = host_with_short_deadlines() else { return };
     let disk = host.disk();
     let work = host.store().lock(Rank::Disk, &disk, Instant::now()).unwrap();
     host.ok("set_disk_metadata", &json!([disk, {"owner": "bosh"}]));
@@ -32,8 +32,8 @@ fn set_disk_metadata_of_locked_disk_does_not_wait() {
     assert_eq!(metadata(&host, &disk), json!({"owner": "bosh"}));
 }
 
-/// Waits until a call waits for a lock.
-fn waits_for(call: &Child, lock: &str) {
+/// Waits until `call` waits for `lock`.
+fn wait_for_lock(call: &Child, lock: &str) {
     eventually("it waits for the lock", || {
         let files = fs::read_dir(format!("/proc/{}/fd", call.id())).ok()?.flatten();
         let mut names = files.filter_map(|file| fs::read_link(file.path()).ok());
@@ -43,7 +43,7 @@ fn waits_for(call: &Child, lock: &str) {
 
 #[test]
 fn set_disk_metadata_during_copy_keeps_both() {
-    let Some(host) = hasty_host() else { return };
+    let Some(host) = host_with_short_deadlines() else { return };
     let (vm, disk) = (host.booted_vm(), host.disk());
     host.ok("attach_disk", &json!([vm, disk]));
     for (method, arguments) in [
@@ -52,10 +52,10 @@ fn set_disk_metadata_during_copy_keeps_both() {
         ("update_disk", json!([disk, 16, {"format": "raw"}])),
     ] {
         host.ok("set_disk_metadata", &json!([disk, {"before": method}]));
-        // By now it knows the disk's record, and has the disk's lock.
+        // The call has read the disk's record and holds the disk's lock when it waits for this one.
         let space = host.store().lock(Rank::Space, "all", Instant::now()).unwrap();
         let call = host.start(method, &arguments);
-        waits_for(&call, "locks/space.all");
+        wait_for_lock(&call, "locks/space.all");
         host.ok("set_disk_metadata", &json!([disk, {"during": method}]));
         drop(space);
         let answer = Answer::of(&call.wait_with_output().unwrap());
@@ -92,7 +92,7 @@ fn resize_disk_of_first_version_keeps_its_metadata() {
 
 #[test]
 fn set_disk_metadata_during_delete_disk_is_not_found() {
-    let Some(host) = hasty_host() else { return };
+    let Some(host) = host_with_short_deadlines() else { return };
     let disk = host.disk();
     write_pattern(&host, &disk);
     let writes = host.store().lock(Rank::Metadata, &disk, Instant::now()).unwrap();
@@ -103,8 +103,8 @@ fn set_disk_metadata_during_delete_disk_is_not_found() {
 
     host.reconfigure(|config| config["deadlines"] = json!({}));
     let call = host.start("set_disk_metadata", &json!([disk, {"owner": "late"}]));
-    waits_for(&call, &format!("locks/metadata.{disk}"));
-    // What delete_disk does once it has the lock.
+    wait_for_lock(&call, &format!("locks/metadata.{disk}"));
+    // What delete_disk does while it holds the lock.
     host.store().remove::<DiskRecord>(&disk).unwrap();
     writes.retire().unwrap();
     let late = Answer::of(&call.wait_with_output().unwrap());

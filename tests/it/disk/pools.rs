@@ -1,4 +1,4 @@
-//! Pools: images on filesystems of their own, what fits on them, and images that stemcells share.
+//! Pools: images on other filesystems, admission by free space, and images that stemcells share.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -16,10 +16,10 @@ use crate::support::filesystem::Filesystem;
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
 
-/// What is in a used pool that holds nothing.
+/// Content of a pool that was used and is empty.
 const MARK: [&str; 1] = [".bosh-qemu-cpi"];
 
-/// A host with the pools `fast` and `stemcells`, each a filesystem of `mib` MiB.
+/// A host with the pools `fast` and `stemcells`, each on a filesystem of `mib` MiB.
 fn host(mib: u64, more: Value) -> Option<(Filesystem, Filesystem, Host)> {
     let (fast, stemcells) = (Filesystem::new(mib)?, Filesystem::new(mib)?);
     let mut config = more;
@@ -70,7 +70,7 @@ fn delete_removes_images_from_their_pools() {
     let left = names(host.paths(&vm).dir);
     assert!(!left.iter().any(|name| name.ends_with("qcow2") || name.ends_with("raw")), "{left:?}");
 
-    // The stemcell goes, its image stays for the VM, which starts on it again.
+    // The stemcell's image stays for the VM, which can reboot with it.
     let deleted = host.call("delete_stemcell", &json!([stemcell]));
     deleted.result();
     assert!(
@@ -118,7 +118,7 @@ fn call_on_unmounted_pool_is_refused_and_writes_nothing() {
     }
     assert!(fast.names().is_empty(), "{:?}", fast.names());
     assert_eq!(host.ok("get_disks", &json!([plain])), json!([]));
-    // The rest of the host goes on.
+    // Calls outside the pool work.
     let beside = disk_cid(&disk(&host, 8, &json!({})));
     host.ok("attach_disk", &json!([plain, beside]));
     fast.show();
@@ -144,7 +144,7 @@ fn call_on_unmounted_pool_is_refused_and_writes_nothing() {
 #[test]
 fn create_beyond_pool_space_is_refused_before_any_change() {
     let Some((fast, stemcells, host)) = host(64, json!({})) else { return };
-    // Thin images may promise what is not there; preallocated ones not.
+    // Thin images may exceed the space of the pool, preallocated ones may not.
     let thin = disk_cid(&disk(&host, 1024, &json!({"pool": "fast"})));
     let refused = disk(&host, 64, &json!({"pool": "fast", "preallocation": "falloc"}));
     assert_eq!(refused.failure().kind, "NoDiskSpace");
@@ -164,7 +164,8 @@ fn create_beyond_pool_space_is_refused_before_any_change() {
     assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
     assert!(refused.failure().message.contains("pool 'stemcells' at"), "{refused:?}");
 
-    // Without overcommit a promise is kept room: the thin disk's does not even fit by itself.
+    // Without overcommit, the full size of thin images is reserved. The thin disk alone exceeds the
+    // pool.
     fs::remove_file(fast.path().join("ballast")).unwrap();
     host.ok("delete_disk", &json!([full]));
     host.reconfigure(|config| config["overcommit"] = json!(false));
@@ -216,7 +217,7 @@ fn copy_disk_beyond_pool_space_is_refused_before_any_change() {
     for disk in [&small, &noise] {
         host.ok("detach_disk", &json!([vm, disk]));
     }
-    // A file's holes stay holes.
+    // Holes of a file stay holes.
     host.ok("snapshot_disk", &json!([noise, {}]));
     host.ok("update_disk", &json!([small, 96, raw]));
     assert!(fast.names().contains(&small.to_string()));
@@ -229,7 +230,7 @@ fn resize_disk_in_progress_reserves_its_growth() {
     }
     let Some((_fast, _stemcells, host)) = host(64, json!({"overcommit": false})) else { return };
     let [one, other] = [(), ()].map(|()| disk_cid(&disk(&host, 10, &json!({"pool": "fast"}))));
-    // The larger part of what is left, promised to a call that is at work.
+    // An unfinished resize_disk has reserved most of the free space.
     assert!(
         call_with_crash(&host, "resize_disk", &json!([one, 35]), [("AT", "growth noted#1")])
             .is_none()
@@ -261,7 +262,7 @@ fn report_usage_matches_records_and_filesystems() {
     assert_eq!((mib(used.capacity), mib(used.virtual_size), mib(used.allocated)), (256, 116, 16));
     assert_eq!((used.path.as_path(), mib(used.growth)), (fast.path(), 99));
     assert!(mib(used.free) <= 240 && mib(used.free) > 230, "{used:?}");
-    // The VM's link is the stemcell's image again.
+    // The VM's hard link is the stemcell's image and counts once.
     let used = of(Some("stemcells"));
     assert_eq!((mib(used.virtual_size), mib(used.growth)), (1, 0));
     assert!(used.allocated.get() <= 1 << 20, "{used:?}");
@@ -272,8 +273,8 @@ fn report_usage_matches_records_and_filesystems() {
     fast.show();
 }
 
-/// Removes every object a call made that nobody can tell to have been told, and has the next create reap the rest.
-fn clear<R: Record>(host: &Host, method: &str) {
+/// Deletes every whole object, after a create has removed the unfinished ones.
+fn delete_ready<R: Record>(host: &Host, method: &str) {
     let store = host.store();
     host.ok("delete_disk", &json!([host.disk()]));
     for cid in store.list::<R>().unwrap() {
@@ -304,8 +305,8 @@ fn call_killed_at_any_step_leaves_nothing_in_its_pool() {
     for (method, arguments) in calls {
         for_each_crash_point(&host, method, arguments, |crash| {
             host.ok(method, crash.arguments);
-            clear::<DiskRecord>(&host, "delete_disk");
-            clear::<StemcellRecord>(&host, "delete_stemcell");
+            delete_ready::<DiskRecord>(&host, "delete_disk");
+            delete_ready::<StemcellRecord>(&host, "delete_stemcell");
             for pool in [&fast, &stemcells] {
                 assert!(
                     pool.names().iter().all(|name| name == MARK[0]),
@@ -333,9 +334,9 @@ fn create_vm_killed_at_any_step_leaves_nothing_in_its_pool() {
         arguments
     };
     for_each_crash_point(&host, "create_vm", arguments, |crash| {
-        // A supervisor whose call was killed keeps the VM's lock until its launch is undone.
+        // A supervisor whose call was killed keeps the VM's lock until it has reverted the launch.
         eventually("the VM is whole or gone", || {
-            clear::<VmRecord>(&host, "delete_vm");
+            delete_ready::<VmRecord>(&host, "delete_vm");
             host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
         });
         let mut left = [fast.names(), stemcells.names()].concat();
@@ -370,7 +371,7 @@ fn create_stemcell_of_known_file_shares_its_image() {
     host.ok("delete_stemcell", &json!([third]));
     host.ok("reboot_vm", &json!([vm]));
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
-    // A record of an older program names no file: its image is not shared.
+    // A record of an older program lacks the source file, so its image is not shared.
     let old = host.stemcell();
     let store = host.store();
     let mut record = store.read::<StemcellRecord>(&old.parse().unwrap()).unwrap().unwrap();
@@ -398,7 +399,7 @@ fn list_pools_counts_every_image() {
     let of = |list: &[Value], key: &str| list[1][key].as_u64().unwrap();
     assert_eq!(of(&before, "capacity"), 256 << 20);
     assert_eq!(before[1]["path"], json!(fast.path()));
-    // A full disk of 8, an empty one of 64, and a root disk of 1 MiB.
+    // A preallocated disk of 8 MiB, an empty ephemeral disk of 64 MiB and a root disk of 1 MiB.
     assert_eq!(of(&before, "virtual_size"), 73 << 20);
     let grown = of(&before, "growth");
     assert!((60 << 20..65 << 20).contains(&grown), "{grown}");
@@ -413,7 +414,7 @@ fn list_pools_counts_every_image() {
     assert_eq!(of(&with_snapshot, "growth"), grown, "a snapshot does not grow");
     assert!(of(&with_snapshot, "allocated") >= of(&before, "allocated") + (8 << 20));
 
-    // A copy that is being made.
+    // An unfinished copy.
     let mut record = host.store().read::<DiskRecord>(&kept).unwrap().unwrap();
     let copy = bosh_qemu_cpi::store::record::DiskImage { generation: 1, ..record.current() };
     fs::write(fast.path().join(kept.to_string()).join(copy.file_name()), vec![1; 1 << 20]).unwrap();

@@ -1,4 +1,5 @@
-//! Cloud properties of disks: QEMU really runs with them, and an encrypted disk's key is nowhere but in its file.
+//! Cloud properties of disks: QEMU applies them, and the key of encrypted disks is only in its
+//! file.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -20,14 +21,15 @@ fn image(host: &Host, disk: &DiskCid) -> PathBuf {
     store.disk_image(&store.read::<DiskRecord>(disk).unwrap().unwrap()).unwrap()
 }
 
-/// What QEMU says of the disk's image; `None` if it is not plugged in.
+/// QEMU's description of the disk's image; `None` if the disk is not plugged in.
 fn inserted(host: &Host, vm: &VmCid, disk: &DiskCid) -> Option<Value> {
     let devices = host.qmp(vm, "query-block", &json!({})).unwrap();
     let mut inserted = devices.as_array().unwrap().iter().map(|device| &device["inserted"]);
     inserted.find(|inserted| inserted["node-name"] == disk.as_str()).cloned()
 }
 
-/// Properties, and what QEMU must say: driver, cache.direct, cache.writeback, detect_zeroes, blocks of 512 at least.
+/// Cloud properties with the expected driver, cache.direct, cache.writeback and detect_zeroes of
+/// QEMU, and the least number of allocated blocks of 512 bytes.
 fn combinations() -> Vec<(Value, &'static str, bool, bool, &'static str, u64)> {
     const ALL: u64 = 8 << 11;
     vec![
@@ -132,7 +134,7 @@ fn create_disk_with_invalid_property_names_it_and_leaves_nothing() {
     assert!(!host.path("state").exists(), "nothing was begun");
 }
 
-/// Runs commands of qemu-io on an encrypted qcow2 image, with the key of its host.
+/// Runs qemu-io commands on an encrypted qcow2 image with the key of the host.
 fn qemu_io(host: &Host, disk: &DiskCid, commands: &[&str]) {
     let mut qemu_io = Command::new("qemu-io");
     qemu_io
@@ -154,7 +156,7 @@ fn qemu_io(host: &Host, disk: &DiskCid, commands: &[&str]) {
     );
 }
 
-/// Every file below `dir` that holds `needle`.
+/// Every file below `dir` that contains `needle`.
 fn files_with(dir: &Path, needle: &[u8]) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap().flatten() {
@@ -209,7 +211,7 @@ fn use_encrypted_disk_keeps_its_data_and_leaks_no_key() {
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert!(inserted(&host, &vm, &disk).is_some());
     nowhere(&said);
-    // The supervisor starts it again by itself.
+    // The supervisor restarts the VM.
     host.kill_qemu(&vm);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     assert!(inserted(&host, &vm, &disk).is_some());
@@ -256,7 +258,7 @@ fn attach_encrypted_disk_without_its_key_is_refused() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     let refused = host.call("reboot_vm", &json!([vm]));
     assert!(refused.failure().message.contains("does not open an encrypted disk"), "{refused:?}");
-    // The same key under a name of the operator's.
+    // The operator may configure the same key at another path.
     host.reconfigure(|config| config["key_file"] = json!(aside));
     host.ok("reboot_vm", &json!([vm]));
     assert!(inserted(&host, &vm, &disk).is_some());

@@ -1,4 +1,4 @@
-//! resize_disk: the guest's device is larger afterwards, and nothing else changed.
+//! resize_disk enlarges the guest's device and changes nothing else.
 
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use bosh_qemu_cpi::store::DiskRecord;
@@ -15,7 +15,7 @@ fn size(host: &Host, disk: &DiskCid) -> u64 {
     host.store().read::<DiskRecord>(disk).unwrap().unwrap().size.get()
 }
 
-/// What QEMU shows the guest, MiB.
+/// Size of the device in the guest, MiB.
 fn seen(host: &Host, vm: &VmCid, disk: &DiskCid) -> u64 {
     node(host, vm, disk).expect("plugged in")["image"]["virtual-size"].as_u64().unwrap() >> 20
 }

@@ -1,4 +1,4 @@
-//! Which serial is which image: the same whatever is plugged, in whatever order, and however often the guest starts.
+//! A serial always names the same image, in any order of attaching and after every kind of restart.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 
 use crate::support::host::{Host, vm_cid};
 
-/// The image behind each serial the guest sees, as the kernel names the file that QEMU has open.
+/// The image behind each serial, by the kernel's name of the file that QEMU has open.
 fn images(host: &Host, vm: &VmCid) -> BTreeMap<String, PathBuf> {
     let ask = |command: &str, arguments: Value| host.qmp(vm, command, &arguments).unwrap();
     let qemu = host.qemu(vm).unwrap().pid();
     let sets = ask("query-fdsets", json!({}));
-    // A plain name, or JSON with one.
+    // `file` is a file name or JSON that contains one.
     let image = |file: &str| {
         let (_, number) =
             file.split_once("/dev/fdset/").unwrap_or_else(|| panic!("no descriptor: {file}"));

@@ -1,4 +1,5 @@
-//! snapshot_disk, delete_snapshot and `disk restore`: a snapshot is the disk of one moment, and nobody else's.
+//! snapshot_disk, delete_snapshot and `disk restore`: a snapshot holds the data of one moment,
+//! independently of its disk.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -121,7 +122,7 @@ fn snapshot_disk_that_is_sparse_stays_sparse() {
     }
 }
 
-/// A VM with a disk of so many MiB, all of them written.
+/// A VM with an attached disk of `mib` MiB, completely written.
 fn full_disk(host: &Host, stemcell: &str, mib: u64) -> (VmCid, DiskCid) {
     let vm = host.vm(stemcell);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
@@ -132,8 +133,8 @@ fn full_disk(host: &Host, stemcell: &str, mib: u64) -> (VmCid, DiskCid) {
     (vm, disk)
 }
 
-/// Starts `method` and has its job crawl as soon as the call lets anybody near QEMU.
-fn crawling(host: &Host, vm: &VmCid, method: &str, arguments: &Value) -> Child {
+/// Starts `method` and throttles its block job as soon as QEMU's monitor is free.
+fn start_throttled(host: &Host, vm: &VmCid, method: &str, arguments: &Value) -> Child {
     let call = host.start(method, arguments);
     eventually("the job has begun", || {
         let jobs = host.qmp(vm, "query-jobs", &json!({})).ok()?;
@@ -143,13 +144,13 @@ fn crawling(host: &Host, vm: &VmCid, method: &str, arguments: &Value) -> Child {
     call
 }
 
-/// The failure a call ended with.
+/// Error of a call that must fail.
 fn failure(call: Child) -> Failure {
     Answer::of(&call.wait_with_output().unwrap()).failure().clone()
 }
 
-/// Nothing but the VM's disk is anywhere.
-fn assert_nothing_of_it(host: &Host, vm: &VmCid, disk: &DiskCid) {
+/// Asserts that neither the store nor QEMU has anything but the VM's disk.
+fn assert_no_copy_left(host: &Host, vm: &VmCid, disk: &DiskCid) {
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
     assert_eq!(in_qemu(host, vm, "snap-"), [0; 3]);
     assert_eq!(in_qemu(host, vm, disk.as_str()), [0, 2, 1]);
@@ -161,19 +162,19 @@ fn assert_nothing_of_it(host: &Host, vm: &VmCid, disk: &DiskCid) {
 fn interrupt_copy_of_attached_disk_leaves_nothing() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
     let stemcell = host.stemcell();
-    // It takes seconds to copy.
+    // Large enough that a copy takes seconds.
     let (vm, disk) = full_disk(&host, &stemcell, 1536);
     for (method, arguments) in
         [("snapshot_disk", json!([disk, {}])), ("update_disk", json!([disk, 1536, {}]))]
     {
-        let mut call = crawling(&host, &vm, method, &arguments);
+        let mut call = start_throttled(&host, &vm, method, &arguments);
         for (other, arguments) in
             [("resize_disk", json!([disk, 2048])), ("update_disk", json!([disk, 2048, {}]))]
         {
             let refused = host.call(other, &arguments);
             assert!(refused.failure().message.contains("is being copied"), "{refused:?}");
         }
-        // Another disk can come and go.
+        // Another disk can be attached and detached.
         let second = host.disk();
         host.ok("attach_disk", &json!([vm, second]));
         host.ok("detach_disk", &json!([vm, second]));
@@ -181,22 +182,22 @@ fn interrupt_copy_of_attached_disk_leaves_nothing() {
         call.kill().unwrap();
         call.wait().unwrap();
         host.ok("resize_disk", &json!([disk, 1536]));
-        assert_nothing_of_it(&host, &vm, &disk);
+        assert_no_copy_left(&host, &vm, &disk);
 
         host.reconfigure(|config| config["deadlines"] = json!({method: 6}));
-        let late = failure(crawling(&host, &vm, method, &arguments));
+        let late = failure(start_throttled(&host, &vm, method, &arguments));
         assert!(late.message.contains("after all the time there was"), "{late:?}");
-        assert_nothing_of_it(&host, &vm, &disk);
+        assert_no_copy_left(&host, &vm, &disk);
         host.reconfigure(|config| config["deadlines"] = json!({}));
     }
     let ended = format!("VM '{vm}' ended while its disk was copied");
-    let call = crawling(&host, &vm, "snapshot_disk", &json!([disk, {}]));
+    let call = start_throttled(&host, &vm, "snapshot_disk", &json!([disk, {}]));
     host.kill_qemu(&vm);
     let message = failure(call).message;
     assert!(message.contains(&ended), "{message}");
     host.ok("reboot_vm", &json!([vm]));
-    assert_nothing_of_it(&host, &vm, &disk);
-    let call = crawling(&host, &vm, "update_disk", &json!([disk, 1536, {}]));
+    assert_no_copy_left(&host, &vm, &disk);
+    let call = start_throttled(&host, &vm, "update_disk", &json!([disk, 1536, {}]));
     host.ok("delete_vm", &json!([vm]));
     let message = failure(call).message;
     assert!(message.contains(&ended), "{message}");
@@ -207,9 +208,9 @@ fn interrupt_copy_of_attached_disk_leaves_nothing() {
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
 }
 
-/// Starts a call that copies a disk whose VM is off, and stops it half way; the process is to be told to continue. The copy is
-/// where `copy` says.
-fn halted(
+/// Starts a call that copies a disk of a stopped VM and stops the process in the middle of the
+/// copy, whose path `copy` returns. The caller must continue the process with SIGCONT.
+fn start_and_stop(
     host: &Host,
     method: &str,
     arguments: &Value,
@@ -223,7 +224,7 @@ fn halted(
     (call, process)
 }
 
-/// Where the copy is that a snapshot_disk makes, while it does.
+/// Path of the copy of a snapshot_disk that is running.
 fn half_snapshot(host: &Host) -> Option<PathBuf> {
     let half = host.store().list::<SnapshotRecord>().unwrap().pop()?;
     let half = host.store().read::<SnapshotRecord>(&half).ok()??;
@@ -232,13 +233,10 @@ fn half_snapshot(host: &Host) -> Option<PathBuf> {
 
 #[test]
 fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
-    let Some(host) = Host::with(
-        json!({"deadlines": {"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2}}),
-    ) else {
-        return;
-    };
+    let deadlines = json!({"reboot_vm": 30, "delete_vm": 30, "detach_disk": 2, "delete_disk": 2});
+    let Some(host) = Host::with(json!({"deadlines": deadlines})) else { return };
     let (vm, disk) = full_disk(&host, &host.stemcell(), 256);
-    // The disk waits, and says for what.
+    // Calls on the disk wait and name the copy.
     let waits = |copy: &str| {
         for (method, arguments) in
             [("detach_disk", json!([vm, disk])), ("delete_disk", json!([disk]))]
@@ -251,7 +249,8 @@ fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
         }
     };
     host.power_off(&vm);
-    let snapshot = || halted(&host, "snapshot_disk", &json!([disk, {}]), || half_snapshot(&host));
+    let snapshot =
+        || start_and_stop(&host, "snapshot_disk", &json!([disk, {}]), || half_snapshot(&host));
     let (call, process) = snapshot();
     waits("into snapshot 'snap-");
     host.ok("reboot_vm", &json!([vm]));
@@ -264,14 +263,14 @@ fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
             && message.contains("its VM was started"),
         "{message}"
     );
-    assert_nothing_of_it(&host, &vm, &disk);
+    assert_no_copy_left(&host, &vm, &disk);
 
     host.power_off(&vm);
     let half_copy = || {
         let copy = record(&host, &disk).leftover?;
         Some(host.store().disk_image_at(&disk, &copy).unwrap())
     };
-    let (call, process) = halted(&host, "update_disk", &json!([disk, 256, {}]), half_copy);
+    let (call, process) = start_and_stop(&host, "update_disk", &json!([disk, 256, {}]), half_copy);
     waits("by update_disk");
     host.ok("reboot_vm", &json!([vm]));
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
@@ -281,7 +280,7 @@ fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
         message.contains(&format!("VM '{vm}' was started while the disk was copied")),
         "{message}"
     );
-    assert_nothing_of_it(&host, &vm, &disk);
+    assert_no_copy_left(&host, &vm, &disk);
     assert_eq!(record(&host, &disk).image(), "disk.raw");
 
     host.power_off(&vm);
@@ -342,7 +341,7 @@ fn snapshot_disk_on_reflink_filesystem_shares_blocks() {
     let restored = String::from_utf8(restored.stdout).unwrap().trim().to_owned();
     let more = taken() - before;
     assert!(more < 16, "{more} MiB for two copies of 48");
-    // What is written to one is not in the others.
+    // A write to one copy does not change the others.
     qemu_io(&host, &image(&host, &cid), &record(&host, &cid), &["write -P 1 0 64M"]);
     let restored: DiskCid = restored.parse().unwrap();
     assert_pattern(&host, &restored);

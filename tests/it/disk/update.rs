@@ -1,4 +1,4 @@
-//! update_disk: a disk gets another size, other properties, another image; its data and its cid stay.
+//! update_disk changes size, properties and image of a disk. Its data and its cid stay.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -12,7 +12,7 @@ use crate::support::images::{
     assert_pattern, guest_writes, image, in_qemu, node, record, write_pattern,
 };
 
-/// A host with a pool.
+/// A host with the pool `fast`, and the configuration of its pools.
 fn host() -> Option<(Host, Value)> {
     let host = Host::new()?;
     fs::create_dir(host.path("fast")).unwrap();
@@ -25,7 +25,7 @@ fn disk(host: &Host, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([8, properties, null]))).parse().unwrap()
 }
 
-/// Every image that is there of a disk.
+/// Names of all images of a disk, in the state directory and in the pool.
 fn images(host: &Host, disk: &DiskCid) -> Vec<String> {
     let dirs = [host.store().disk_dir(disk), host.path("fast").join(disk.as_str())];
     let entries = dirs.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
@@ -33,7 +33,7 @@ fn images(host: &Host, disk: &DiskCid) -> Vec<String> {
     names.filter(|name| name != "disk.json").collect()
 }
 
-/// One property after the other is changed, from what the one before left.
+/// Properties that are set one after the other on the same disk.
 const CHANGES: &[&str] = &[
     r#"{"format": "raw"}"#,
     r#"{"format": "raw", "pool": "fast"}"#,
@@ -99,7 +99,7 @@ fn update_disk_while_attached_copies_it() {
         assert_eq!(node["node-name"], is.current().node(&disk), "{change}");
         assert_eq!(node["image"]["virtual-size"], size << 20);
         assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0, 2, 1], "{change}");
-        // What the guest writes now is in the new image.
+        // Later writes of the guest go to the new image.
         guest_writes(&host, &vm, &disk, &format!("write -P {} 7M 64k", step + 1));
     }
     host.ok("reboot_vm", &json!([vm]));
@@ -163,7 +163,7 @@ fn use_image_that_references_another_file_is_refused() {
     let Some((host, _)) = host() else { return };
     let (vm, secret) = (host.booted_vm(), host.path("secret"));
     fs::write(&secret, vec![0x5e; 8 << 20]).unwrap();
-    // What a guest that broke out of its QEMU could write into its own image.
+    // A guest that broke out of its QEMU could write such a header into its image.
     let backing = |path: &str| {
         ["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.to_str().unwrap(), path]
             .map(String::from)

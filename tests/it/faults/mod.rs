@@ -1,4 +1,5 @@
-//! Injected faults: killed calls, power cuts, panics, damage, hung and full filesystems, many callers.
+//! Injected faults: killed calls, power cuts, panics, damage, hung and full filesystems, many
+//! callers.
 
 mod concurrency;
 mod crash_points;

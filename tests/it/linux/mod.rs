@@ -1,7 +1,8 @@
-//! A real Linux guest: its udev finds disks by serial, its filesystem keeps data, its network is what was asked for.
+//! Tests with a Linux guest: udev finds disks by serial, filesystems keep their data, and networks
+//! are configured as requested.
 //!
-//! The guest is the test stemcell of `scripts/make-stemcell`, which `./test` makes. Emulated, it takes some ten seconds
-//! to boot.
+//! The guest is the test stemcell of `scripts/make-stemcell`, which `./test` makes. Under emulation
+//! it boots in about ten seconds.
 
 mod flows;
 mod guest;
@@ -32,7 +33,7 @@ fn replay_director_flows_keeps_the_data() {
 
     let first = disk(&host, 64, &json!({}));
     let second = disk(&host, 32, &json!({"format": "raw"}));
-    // The second before the first: letters follow the order of plugging, serials do not.
+    // The second disk is attached first: device names follow the order of plugging, serials do not.
     for cid in [&second, &first] {
         let hint = host.ok("attach_disk", &json!([guest.vm, cid]));
         assert_eq!(hint["path"], format!("/dev/disk/by-id/virtio-{cid}"));
@@ -97,7 +98,7 @@ fn resize_update_and_restore_mounted_disk_keep_its_data() {
     host.ok("attach_disk", &json!([guest.vm, cid]));
     guest.disk(&cid, "format");
     guest.disk(&cid, "write?text=before");
-    // From here on mounted all the time.
+    // The disk stays mounted from here on.
     let mib = |cid: &DiskCid| guest.disks().get(cid.as_str()).map(|bytes| bytes >> 20);
     host.ok("resize_disk", &json!([cid, 96]));
     eventually("the guest sees the new size", || (mib(&cid) == Some(96)).then_some(()));
@@ -137,10 +138,10 @@ fn boot_with_two_networks_orders_nics_and_routes() {
     let (mut zeta, mut alpha) = (network(0), network(1));
     zeta["default"] = json!(["dns", "gateway"]);
     alpha["cloud_properties"] = json!({"name": "back"});
-    // Written out, because the order of keys counts: zeta first.
+    // The JSON is written by hand to keep the order of keys: zeta first.
     let vip = r#"{"type":"vip","ip":"198.51.100.7"}"#;
     let text = format!(r#"{{"zeta":{zeta},"pub":{vip},"alpha":{alpha}}}"#);
-    // With two CPUs, each card has two queues.
+    // With two CPUs, each NIC has two queues.
     let ports = json!([{"host": 80, "guest": 8080, "address": "192.0.2.1"}]);
     let properties =
         json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512, "ports": ports});
@@ -166,7 +167,7 @@ fn boot_with_two_networks_orders_nics_and_routes() {
     }
     assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
 
-    // The world knows no way to the VM, but the host's address.
+    // The outside has no route to the VM and reaches it only by the host's address.
     assert_eq!(
         ask_from(&outside, "192.0.2.1:80", "/ping").expect("by a forward")["agent_id"],
         "agent-1"
@@ -205,7 +206,7 @@ fn reboot_crash_or_reattach_keeps_disks_by_serial() {
         guest.disk(cid, &format!("write?text={cid}"));
         guest.disk(cid, "unmount");
     }
-    // The guest looks each up in /dev/disk/by-id; the config drive is a disk beside them.
+    // The guest finds each disk in /dev/disk/by-id. The config drive is another disk.
     let same = |guest: &Guest<'_>, when: &str| {
         for cid in &disks {
             assert_eq!(guest.disk(cid, "read"), cid.as_str(), "{when}");

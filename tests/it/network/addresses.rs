@@ -1,4 +1,4 @@
-//! Which addresses and ports VMs get, who may not have them, and how they are given back.
+//! Addresses and host ports of VMs: allocation, conflicts and release.
 
 use bosh_qemu_cpi::store::record::Wire;
 use serde_json::{Value, json};
@@ -22,7 +22,10 @@ fn create(host: &Host, stemcell: &str, networks: &Value, properties: &Value) -> 
 }
 
 fn manual(ip: &str) -> Value {
-    json!({"a": {"type": "manual", "ip": ip, "netmask": "255.255.255.0", "gateway": "10.7.0.1", "default": ["gateway"]}})
+    json!({"a": {
+        "type": "manual", "ip": ip, "netmask": "255.255.255.0", "gateway": "10.7.0.1",
+        "default": ["gateway"],
+    }})
 }
 
 fn dynamic() -> Value {
@@ -52,7 +55,7 @@ fn create_vm_with_dynamic_network_takes_a_pool_address() {
     assert_eq!(full.failure().kind, "VMCreationFailed", "{full:?}");
     assert!(full.failure().message.contains("no free address"), "{full:?}");
     host.ok("delete_vm", &json!([vm_cid(&one)]));
-    // What the instance had before is given again where it is free.
+    // The previous address of the instance is given again if it is free.
     let again = json!({"a": {"type": "dynamic", "ip": "10.7.0.10"}});
     assert_eq!(made(&again)[1]["a"]["ip"], "10.7.0.10");
 }
@@ -92,7 +95,7 @@ fn forward_port_of_another_vm_is_refused() {
     let refused = create(&host, &stemcell, &manual("10.7.0.6"), &clash);
     let expected = format!("port tcp/8081 of this host is held by VM '{holder}'");
     assert!(refused.failure().message.contains(&expected), "{refused:?}");
-    // By another protocol it is another port.
+    // The same port of another protocol is free.
     let udp = json!({"ports": [{"host": 8081, "guest": 80, "protocol": "udp"}]});
     assert!(create(&host, &stemcell, &manual("10.7.0.6"), &udp).outcome.is_ok());
     let unknown =
@@ -133,7 +136,7 @@ fn forward_port_of_missing_address_warns_until_it_exists() {
         "{}",
         told.stderr
     );
-    // Nothing ever comes by these.
+    // No packet from outside arrives at these addresses.
     for (address, problem) in [
         ("127.0.0.1", "no network whose packets"),
         ("::1", "no network whose packets"),
@@ -208,7 +211,9 @@ fn create_vm_with_address_in_use_outside_is_refused() {
     outside.ip("address add 10.7.0.5/24 dev eth0");
     outside.ip("address add fd00:7::5/64 dev eth0 nodad");
     let ask = |ip: &str, netmask: &str| {
-        let network = json!({"type": "manual", "ip": ip, "netmask": netmask, "cloud_properties": {"name": "lan"}});
+        let network = json!({
+            "type": "manual", "ip": ip, "netmask": netmask, "cloud_properties": {"name": "lan"},
+        });
         create(&host, &stemcell, &json!({"a": network}), &json!({}))
     };
     for (ip, netmask) in [("10.7.0.5", "255.255.255.0"), ("fd00:7::5", "ffff:ffff:ffff:ffff::")] {
@@ -256,7 +261,7 @@ fn create_vm_with_dynamic_user_network_gets_an_address() {
     let netdev = &json_options(&command_line(&host.qemu(&vm).unwrap()), "-netdev")[0];
     assert_eq!(netdev["hostfwd"], json!([{"str": "tcp:127.0.0.1:8080-10.0.2.15:80"}]));
 
-    // Every VM is alone on its own.
+    // Each VM has a user network of its own, so addresses repeat.
     let again = create(&host, &stemcell, &json!({"a": {"type": "dynamic"}}), &json!({}));
     assert_eq!(again.result()[1]["a"]["ip"], "10.0.2.15");
     let twice = create(

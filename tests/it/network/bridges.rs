@@ -46,7 +46,7 @@ fn ensure_damaged_bridge_repairs_it() {
     let segment = Segment { mtu: Some(1500), ..nat("10.0.0.1") };
     topology.ensure(&segment).unwrap();
     let (index, mac) = (topology.bridge()["ifindex"].clone(), topology.bridge()["address"].clone());
-    // Without its mark it is as after a crash between making and marking it.
+    // Without its alias it is as after a crash between its creation and its marking.
     topology.host.ip(&format!("link set {BRIDGE} down mtu 1400 alias ..."));
     topology.host.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap());
     topology.host.ip(&format!("address flush dev {BRIDGE}"));
@@ -96,7 +96,7 @@ fn close_tap_descriptor_removes_the_tap() {
 fn connect_from_nat_network_is_masqueraded() {
     let Some(topology) = Topology::new() else { return };
     topology.ensure(&nat("10.0.0.1")).unwrap();
-    // A second manifest with another subnet on the same bridge takes nothing from the first.
+    // Another subnet on the same bridge does not affect the first.
     topology.ensure(&nat("10.0.1.1")).unwrap();
     for (port, ip) in [("port0", "10.0.0.5"), ("port1", "10.0.1.5")] {
         let vm = topology.vm(port, ip);
@@ -126,7 +126,7 @@ fn ensure_ipv6_network_without_forwarding_is_refused() {
         .expect("the gateway's address is there at once");
     let vm = topology.vm("port0", "fd00::5");
     assert_eq!(seen_from(&topology, &vm, "2001:db8::2").to_string(), "2001:db8::1");
-    // Dual stack is two segments of one bridge.
+    // A dual-stack network is two segments of one bridge.
     topology.ensure(&nat("10.0.0.1")).unwrap();
     let before = topology.state();
     topology.ensure(&segment).unwrap();
@@ -146,7 +146,7 @@ fn release_after_last_tap_removes_bridge_and_table() {
     topology.release(&segment).unwrap();
     assert_eq!(topology.links(), links);
     assert_eq!(topology.host.run(nftables::tables), ["somebody"]);
-    // A table whose bridge has gone on another way is removed as well.
+    // The table is removed even if another program has removed the bridge.
     topology.ensure(&segment).unwrap();
     topology.host.ip(&format!("link delete {BRIDGE}"));
     topology.release(&segment).unwrap();
@@ -212,7 +212,7 @@ fn plug_into_operator_bridge_does_not_change_it() {
     );
     topology.host.ip("link set br0 up");
     topology.host.ip("link set uplink master br0");
-    // Higher than nearly every address that the kernel would draw for a tap.
+    // Higher than nearly every MAC that the kernel draws for a tap.
     topology.host.ip("link set uplink mtu 1450 address fa:ff:ff:ff:ff:ff");
     assert_eq!(
         refusal(&Segment { mtu: Some(9000), ..segment.clone() }),

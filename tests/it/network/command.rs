@@ -1,4 +1,4 @@
-//! `network plan`, `apply` and `remove`, and what calls make of networks, by the built binary.
+//! `network plan`, `apply` and `remove`, and networks as calls make them, with the built program.
 
 use bosh_qemu_cpi::store::record::Wire;
 use nix::libc;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::host::{Host, command_line, eventually, json_options, vm_cid};
 use crate::support::nftables;
 
-/// What `network <words>` prints, and whether it went well.
+/// Output of `network <words>`, and whether it succeeded.
 fn network(host: &Host, words: &str) -> (Value, bool) {
     let output = host.namespace().run(|| {
         let mut command = host.cpi();
@@ -20,7 +20,7 @@ fn network(host: &Host, words: &str) -> (Value, bool) {
     (report["networks"].clone(), output.status.success())
 }
 
-/// The changes of all networks of a report.
+/// Changes of all networks in a report.
 fn changes(report: &Value) -> Vec<&str> {
     let networks = report.as_array().unwrap().iter();
     networks
@@ -75,7 +75,7 @@ fn plan_lists_what_apply_does_and_remove_undoes() {
     }
     assert_eq!(host.namespace().run(nftables::generation), generation);
 
-    // It stays without VMs, and what somebody removes comes back.
+    // It stays without VMs, and `apply` restores what was removed.
     let vm = host.vm(&host.stemcell());
     host.ok("delete_vm", &json!([vm]));
     assert_eq!(changes(&network(&host, "plan").0), [""; 0], "after the last VM");
@@ -231,8 +231,8 @@ fn plan_with_foreign_drop_rules_names_the_remedy() {
     let (planned, _) = network(&host, "plan");
     let causes: Vec<_> =
         planned[0]["findings"].as_array().unwrap().iter().map(|found| &found["cause"]).collect();
-    let closed = "chain 'closed' of table 'ip mine' drops what is sent to this host, and so host_services for VMs on bridge \
-                  'bosh-nat0'";
+    let closed = "chain 'closed' of table 'ip mine' drops what is sent to this host, and so \
+                  host_services for VMs on bridge 'bosh-nat0'";
     assert!(causes.contains(&&json!(warned)) && causes.contains(&&json!(closed)), "{causes:?}");
     assert!(causes.iter().all(|cause| {
         !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops what is forwarded")

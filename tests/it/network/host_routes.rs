@@ -1,10 +1,10 @@
-//! What a request may take of this host's addresses and routes: nothing that is somebody else's.
+//! Requests cannot take addresses or routes that the host already uses.
 
 use serde_json::{Value, json};
 
 use crate::support::host::{Host, vm_cid};
 
-/// A host with a link to the world, on which nobody configured a subnet.
+/// A host with a link to the world and without a configured subnet.
 fn host(networks: &Value) -> Option<Host> {
     let host = Host::with(json!({"networks": networks}))?;
     host.bridge("uplink");
@@ -13,7 +13,7 @@ fn host(networks: &Value) -> Option<Host> {
     Some(host)
 }
 
-/// What a VM on the subnet of `gateway` is refused with, or nothing.
+/// Error of a create_vm on the subnet of `gateway`; `None` if it succeeds.
 fn refusal(host: &Host, stemcell: &str, gateway: &str, netmask: &str) -> Option<String> {
     let v6 = gateway.contains(':');
     let ip = if v6 {
@@ -65,13 +65,13 @@ fn create_vm_over_host_route_is_refused() {
         host.namespace().ip("route show table all") + &host.namespace().ip("link show"),
         before
     );
-    // Half of the world is the default route of a VPN.
+    // A route to half of the address space is the default route of a VPN and no conflict.
     host.namespace().ip("route add 0.0.0.0/1 via 192.0.2.9");
     let vm = host.vm(&stemcell);
     let (_, planned) = host.command(&["network", "plan", "--json"]);
     assert_eq!(planned["networks"][0]["findings"], json!([]));
     host.ok("delete_vm", &json!([vm]));
-    // What the operator says is so.
+    // A subnet in the operator's configuration is accepted.
     host.reconfigure(|config| config["networks"]["default"]["subnet"] = json!("172.16.9.0/24"));
     assert_eq!(refusal(&host, &stemcell, "172.16.9.1", "255.255.255.0"), None);
 }
@@ -80,7 +80,7 @@ fn create_vm_over_host_route_is_refused() {
 fn create_second_vm_on_same_subnet_succeeds() {
     let Some(host) = host(&json!({"default": {}})) else { return };
     let stemcell = host.stemcell();
-    // The bridge has the subnet, and a route to it, from the first.
+    // The first VM has given the subnet and its route to the bridge.
     host.vm(&stemcell);
     host.vm(&stemcell);
 }

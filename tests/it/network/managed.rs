@@ -1,4 +1,5 @@
-//! create_network, delete_network and VMs between them, as a Director with `managed: true` asks.
+//! create_network, delete_network and VMs on such networks, as the Director uses them for `managed:
+//! true`.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +15,9 @@ use crate::support::skip;
 fn create_use_and_delete_network_succeed() {
     let Some(host) = Host::new() else { return };
     let stemcell = host.stemcell();
-    let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "gateway": "10.9.0.1", "cloud_properties": {}}]);
+    let subnet = json!([{
+        "type": "manual", "range": "10.9.0.0/24", "gateway": "10.9.0.1", "cloud_properties": {},
+    }]);
     let made = host.ok("create_network", &subnet);
     let network = text(&made[0]);
     assert_eq!(made[1], json!({"range": "10.9.0.0/24", "gateway": "10.9.0.1", "reserved": []}));
@@ -27,8 +30,10 @@ fn create_use_and_delete_network_succeed() {
         "{overlapping:?}"
     );
 
-    let networks = json!({"a": {"type": "manual", "ip": "10.9.0.5", "netmask": "255.255.255.0", "gateway": "10.9.0.1",
-                                "cloud_properties": made[2], "default": ["gateway"]}});
+    let networks = json!({"a": {
+        "type": "manual", "ip": "10.9.0.5", "netmask": "255.255.255.0", "gateway": "10.9.0.1",
+        "cloud_properties": made[2], "default": ["gateway"],
+    }});
     let vm = host.ok("create_vm", &json!(["agent-1", stemcell, {"ram": 64}, networks, [], {}]));
     let vm = text(&vm[0]);
     let used = host.call("delete_network", &json!([network]));
@@ -47,7 +52,7 @@ fn create_use_and_delete_network_succeed() {
 #[test]
 fn create_network_without_range_picks_a_free_subnet() {
     let Some(host) = Host::with(json!({"managed_range": "10.8.0.0/23"})) else { return };
-    // Somebody's link has the first.
+    // A link of the operator has the first subnet.
     host.bridge("theirs");
     host.namespace().ip("address add 10.8.0.9/24 dev theirs");
     let ask = || {
@@ -62,7 +67,9 @@ fn create_network_without_range_picks_a_free_subnet() {
     host.ok("delete_network", &json!([made[0]]));
     let refused = host.call(
         "create_network",
-        &json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "user"}}]),
+        &json!([{
+            "type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "user"},
+        }]),
     );
     assert!(refused.failure().message.contains("can not have the profile 'user'"), "{refused:?}");
 }
@@ -75,7 +82,9 @@ fn network_remove_keeps_managed_networks() {
     let routed = concat!(env!("CARGO_MANIFEST_DIR"), "/netconfig/routed.toml");
     std::fs::copy(routed, profiles.join("mine.toml")).unwrap();
     host.reconfigure(|config| config["network_profiles_dir"] = json!(profiles));
-    let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "mine"}}]);
+    let subnet = json!([{
+        "type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "mine"},
+    }]);
     let network = text(&host.ok("create_network", &subnet)[0]);
     let links = || host.namespace().ip("-4 -brief address show");
     host.namespace().run(|| {
@@ -89,7 +98,7 @@ fn network_remove_keeps_managed_networks() {
     assert!(!links().contains("10.9.0.1/24"));
 }
 
-/// Killed when it was whole, before anybody was told of it.
+/// create_network is killed after its last step, before it answers.
 #[test]
 fn create_network_replaces_an_unacknowledged_network() {
     if !cfg!(debug_assertions) {
@@ -97,7 +106,7 @@ fn create_network_replaces_an_unacknowledged_network() {
     }
     let Some(host) = Host::new() else { return };
     let subnet = json!([{"type": "manual", "range": "10.9.0.0/24", "cloud_properties": {}}]);
-    let forgotten = || {
+    let unacknowledged = || {
         assert!(
             call_with_crash(&host, "create_network", &subnet, [("AT", "pending note removed")])
                 .is_none()
@@ -105,16 +114,19 @@ fn create_network_replaces_an_unacknowledged_network() {
         host.store().list::<NetworkRecord>().unwrap().pop().unwrap()
     };
     let audit = || host.command(&["audit", "--json"]).1["findings"].as_array().unwrap().clone();
-    let network = forgotten();
+    let network = unacknowledged();
     let found = audit();
     assert_eq!(
         (&found[0]["kind"], &found[0]["what"], found.len()),
         (&json!("untold"), &json!(network), 1),
         "{found:?}"
     );
-    // Another Director may have been told of it, for all this one knows.
+    // For another Director the network is taken: only the Director that made it may replace it.
     let other: Value = serde_json::from_str(&request("create_network", &subnet)).unwrap();
-    let other = json!({"method": other["method"], "arguments": other["arguments"], "context": {"director_uuid": "another"}});
+    let other = json!({
+        "method": other["method"], "arguments": other["arguments"],
+        "context": {"director_uuid": "another"},
+    });
     let refused = host.ask(&other.to_string());
     assert!(
         refused.failure().message.contains(&format!("managed network '{network}'")),
@@ -131,8 +143,8 @@ fn create_network_replaces_an_unacknowledged_network() {
     );
     host.ok("delete_network", &json!([made[0]]));
 
-    // Who has a VM on it knows it.
-    let network = forgotten();
+    // A create_vm on the network acknowledges it.
+    let network = unacknowledged();
     let mut arguments = host.vm_arguments(&host.stemcell());
     arguments[3]["net"]["cloud_properties"] = json!({"network": network});
     let vm = host.ok("create_vm", &arguments);
@@ -146,7 +158,7 @@ fn create_network_replaces_an_unacknowledged_network() {
     host.ok("delete_network", &json!([network]));
 }
 
-/// Whoever chooses at the same time does not choose the same.
+/// Concurrent calls choose different ranges.
 #[test]
 fn create_networks_concurrently_get_distinct_ranges() {
     let Some(host) = Host::new() else { return };

@@ -1,4 +1,5 @@
-//! From a request's networks to cards: both families, blocks, what a card may send, and addresses that are to wander.
+//! NICs from the networks of a request: both families, prefixes, anti-spoofing, and movable
+//! addresses.
 
 use std::fs;
 
@@ -15,7 +16,7 @@ fn create(host: &Host, stemcell: &str, networks: &Value, properties: &Value) -> 
     host.call("create_vm", &json!(["agent-1", stemcell, properties, networks, [], {}]))
 }
 
-/// A host whose operator forwards IPv6.
+/// A host that forwards IPv6.
 fn host(config: Value) -> Option<Host> {
     let host = Host::with(config)?;
     host.namespace().run(|| fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
@@ -23,14 +24,17 @@ fn host(config: Value) -> Option<Host> {
 }
 
 fn ip4(last: u8) -> Value {
-    json!({"type": "manual", "ip": format!("10.9.0.{last}"), "netmask": "255.255.255.0", "gateway": "10.9.0.1"})
+    json!({
+        "type": "manual", "ip": format!("10.9.0.{last}"), "netmask": "255.255.255.0",
+        "gateway": "10.9.0.1",
+    })
 }
 
 fn ip6(ip: &str) -> Value {
     json!({"type": "manual", "ip": ip, "netmask": "ffff:ffff:ffff:ffff::", "gateway": "fd00:9::1"})
 }
 
-/// The names of the claims that are the VM's.
+/// Names of the VM's reservations.
 fn claims(host: &Host, vm: &VmCid) -> Vec<String> {
     let claims = fs::read_dir(host.path("state/claims")).unwrap().flatten();
     let claims = claims.filter(|claim| {
@@ -136,8 +140,10 @@ fn create_vm_with_anti_spoof_off_lifts_the_filter() {
     };
     let mut of_the_subnet = ip4(6);
     of_the_subnet["cloud_properties"] = json!({"anti_spoof": false});
-    let of_the_network = json!({"type": "manual", "ip": "10.8.0.6", "netmask": "255.255.255.0", "gateway": "10.8.0.1",
-                                "cloud_properties": {"name": "free"}});
+    let of_the_network = json!({
+        "type": "manual", "ip": "10.8.0.6", "netmask": "255.255.255.0", "gateway": "10.8.0.1",
+        "cloud_properties": {"name": "free"},
+    });
     assert!(rules(&ip4(6), json!({})).anti_spoof);
     assert!(!rules(&ip4(6), json!({"anti_spoof": false})).anti_spoof, "the VM's");
     assert!(!rules(&of_the_subnet, json!({})).anti_spoof, "the subnet's");
@@ -159,18 +165,20 @@ fn create_vm_with_movable_address_in_use_succeeds() {
     host.namespace().ip("link set uplink master br0");
     outside.ip("address add 10.7.0.5/24 dev eth0");
     let ask = |last: u8, allowed: &[&str]| {
-        let network = json!({"type": "manual", "ip": format!("10.7.0.{last}"), "netmask": "255.255.255.0",
-                             "cloud_properties": {"name": "lan"}});
+        let network = json!({
+            "type": "manual", "ip": format!("10.7.0.{last}"), "netmask": "255.255.255.0",
+            "cloud_properties": {"name": "lan"},
+        });
         create(&host, &stemcell, &json!({"a": network}), &json!({"allowed_addresses": allowed}))
     };
     assert!(ask(5, &[]).failure().message.contains("is held by a machine outside"));
-    // Who has it may be a router that shares it with others.
+    // A machine with a virtual router's MAC shares its address with other routers.
     outside.ip("link set eth0 address 00:00:5e:00:01:07");
     let vm = vm_cid(ask(5, &[]).result());
     host.ok("delete_vm", &json!([vm]));
     outside.ip("link set eth0 address 02:00:00:00:00:07");
     assert!(ask(5, &[]).failure().message.contains("is held by a machine outside"));
-    // Or one of our VMs, which may have it for a while.
+    // An address that another VM is allowed to use is no conflict.
     assert!(ask(6, &["10.7.0.4/31"]).outcome.is_ok());
     assert!(ask(5, &[]).outcome.is_ok());
 }

@@ -1,4 +1,4 @@
-//! Where packets go under each profile, and what is repaired: machines are namespaces, the kernel is real.
+//! Reachability under each profile, and repair. Machines are namespaces, the kernel is real.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -16,7 +16,7 @@ fn connect_from_routed_vm_keeps_its_address() {
     let segment = segment(&json!({"profile": "routed", "bridge": BRIDGE}), "10.0.0.1");
     topology.ensure(&segment).unwrap();
     let vm = topology.vm("port0", "10.0.0.5");
-    // The one command that a LAN's router needs.
+    // The only route that the router of the LAN needs.
     topology.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
     assert_eq!(seen_from(&topology, &vm, "192.0.2.2").to_string(), "10.0.0.5");
     assert!(reaches(&topology.outside, &vm, "10.0.0.5"), "the way in is open as well");
@@ -49,7 +49,7 @@ fn connect_from_isolated_vm_reaches_only_the_host() {
     topology.outside.ip("route add 10.0.0.0/24 via 192.0.2.1");
     let ports = [name("port0").into(), name("port1").into()];
     topology.host.run(|| apply::ensure(&isolated, &ports)).unwrap();
-    // Another network makes the host a router.
+    // Another network makes the host forward packets.
     topology.ensure(&nat("10.1.0.1")).unwrap();
     assert!(reaches(&topology.host, &one, "10.0.0.5"), "from the host, and the answer back");
     for (port, open) in [(2222, true), (2223, false)] {

@@ -1,5 +1,5 @@
-//! VLANs on a real kernel, where that has them: of a link, and of a bridge that tells them apart. `./test` runs this in a
-//! guest, too, whose kernel has both.
+//! VLANs on a real kernel, if it has them: of an uplink, and of a VLAN-aware bridge. `./test` also
+//! runs this in a guest whose kernel has both.
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
@@ -17,14 +17,14 @@ use crate::support::topology::{Topology, connects, existing, name, reaches, segm
 
 const MAC: &str = "02:00:00:00:00:05";
 
-/// Whether `ip` does this on the host: kernels differ.
+/// Whether `ip` succeeds with these words, which depends on the kernel.
 fn can(host: &Namespace, words: &str) -> bool {
     host.run(|| {
         Command::new("ip").args(words.split_whitespace()).output().unwrap().status.success()
     })
 }
 
-/// What `bridge` shows.
+/// Output of `bridge -json`.
 fn bridge(host: &Namespace, words: &str) -> Value {
     let output = host.run(|| {
         Command::new("bridge").arg("-json").args(words.split_whitespace()).output().unwrap()
@@ -32,7 +32,7 @@ fn bridge(host: &Namespace, words: &str) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("bridge {words}: {output:?}"))
 }
 
-/// Gives the world outside addresses on VLANs of its cable. It answers for each on its own VLAN alone.
+/// Adds addresses on VLANs to the outside. It answers ARP for each address on its own VLAN alone.
 fn outside_on(topology: &Topology, addresses: &[(u16, &str)]) {
     topology.outside.run(|| std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1").unwrap());
     for (vlan, address) in addresses {
@@ -44,8 +44,8 @@ fn outside_on(topology: &Topology, addresses: &[(u16, &str)]) {
     }
 }
 
-/// The card of the VM 10.0.0.5, to which 10.0.0.2 may speak by TCP.
-fn card(port: &str, segment: &Segment) -> Nic {
+/// The NIC of the VM 10.0.0.5. Its security group admits TCP from 10.0.0.2.
+fn nic(port: &str, segment: &Segment) -> Nic {
     let rules = NicRules {
         anti_spoof: true,
         addresses: vec!["10.0.0.5/32".parse().unwrap()],
@@ -60,7 +60,7 @@ fn card(port: &str, segment: &Segment) -> Nic {
     Nic { network: "lab".into(), mac: MAC.parse().unwrap(), wire, rules: Some(rules) }
 }
 
-/// Puts `nic` in force and its port, the end of a cable, on the bridge.
+/// Adds the rules of `nic` and puts its port, the end of a veth pair, on the bridge.
 fn plug(topology: &Topology, nic: &Nic) {
     let (port, segment) = Port::of(nic).unwrap();
     topology.host.run(|| guard::add(std::slice::from_ref(nic), || Ok(Vec::new()))).unwrap();
@@ -69,8 +69,8 @@ fn plug(topology: &Topology, nic: &Nic) {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// A VM on VLAN 20 is a machine of it, guarded as anywhere, and of no other.
-fn speaks_on_its_vlan_alone(topology: &Topology, vm: &Namespace) {
+/// Asserts that a VM on VLAN 20 reaches only this VLAN and that its packets are filtered.
+fn assert_confined_to_its_vlan(topology: &Topology, vm: &Namespace) {
     outside_on(topology, &[(20, "10.0.0.2"), (20, "10.0.0.4"), (30, "10.0.0.3")]);
     assert!(reaches(vm, &topology.outside, "10.0.0.2"), "its VLAN");
     assert!(!reaches(vm, &topology.outside, "10.0.0.3"), "another VLAN");
@@ -101,14 +101,14 @@ fn ensure_vlan_of_uplink_makes_a_separate_bridge() {
         topology.release(&segment).unwrap();
         assert_eq!(topology.links(), ["uplink"]);
         return skip(
-            "this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the rendered plan is checked",
+            "this kernel has no VLAN sub-interfaces (VLAN_8021Q): only the plan is checked",
         );
     }
     let vm = machine(&topology, "port0");
-    let nic = card("port0", &segment);
+    let nic = nic("port0", &segment);
     plug(&topology, &nic);
-    speaks_on_its_vlan_alone(&topology, &vm);
-    // The host carries the VLAN and is not on it, whoever asks by which address.
+    assert_confined_to_its_vlan(&topology, &vm);
+    // The host carries the VLAN but has no address on it that a VM can reach.
     let at_home = SocketAddr::from(([192, 0, 2, 1], 2222));
     let _listener = topology.host.run(|| TcpListener::bind(at_home).unwrap());
     vm.ip("route add 192.0.2.1/32 dev eth0 src 10.0.0.5");
@@ -133,7 +133,7 @@ fn plug_into_filtering_bridge_tags_the_port() {
     );
     if !can(&topology.host, "link set br0 type bridge vlan_filtering 1") {
         return skip(
-            "this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the rendered plan is checked",
+            "this kernel has no VLAN filtering (BRIDGE_VLAN_FILTERING): only the plan is checked",
         );
     }
     let vlans =
@@ -146,17 +146,17 @@ fn plug_into_filtering_bridge_tags_the_port() {
     topology.host.ip("link set uplink master br0");
     bridge_vlan_of_the_uplink(&topology);
     let vm = machine(&topology, "port0");
-    plug(&topology, &card("port0", &segment));
+    plug(&topology, &nic("port0", &segment));
     assert_eq!(vlans("port0"), untagged);
     let known = bridge(&topology.host, "fdb show br br0");
     let entry =
         known.as_array().unwrap().iter().find(|entry| entry["mac"] == MAC && entry["vlan"] == 20);
     let entry = entry.unwrap_or_else(|| panic!("{known:#}"));
     assert_eq!((&entry["ifname"], &entry["state"]), (&json!("port0"), &json!("static")), "{entry}");
-    speaks_on_its_vlan_alone(&topology, &vm);
+    assert_confined_to_its_vlan(&topology, &vm);
 }
 
-/// What an operator says.
+/// Configures VLANs 20 and 30 on the uplink, as an operator does.
 fn bridge_vlan_of_the_uplink(topology: &Topology) {
     for vlan in ["20", "30"] {
         let add = || {

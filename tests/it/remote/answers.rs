@@ -1,4 +1,4 @@
-//! Whatever the transport, the answers are the same.
+//! Answers and logs are the same through every transport.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use super::Pair;
 use crate::support::host::{Host, request};
 use crate::support::remote::{Director, SocketUnit};
 
-/// Requests whose answers depend on nothing but the program.
+/// Requests whose answers do not depend on the host's state.
 fn requests() -> Vec<String> {
     let mut requests: Vec<_> = [
         ("has_vm", json!(["vm-1"])),
@@ -39,8 +39,8 @@ fn requests() -> Vec<String> {
     requests
 }
 
-/// Lines of a log without what every run has of its own.
-fn told(stderr: &str) -> Vec<String> {
+/// Lines of a log without what differs between runs.
+fn without_variable_parts(stderr: &str) -> Vec<String> {
     let lines = stderr.lines().filter(|line| !line.contains("called by"));
     lines
         .map(|line| line.split_once(' ').map_or(line, |(_, rest)| rest))
@@ -53,18 +53,22 @@ fn without_times(line: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-fn compare(host: &Host, director: &Director) {
+fn assert_same_answers(host: &Host, director: &Director) {
     for request in requests() {
         let (here, there) = (host.ask(&request), director.ask(&request));
         assert_eq!(there.stdout, here.stdout, "{request}");
-        assert_eq!(told(&there.stderr), told(&here.stderr), "{request}");
+        assert_eq!(
+            without_variable_parts(&there.stderr),
+            without_variable_parts(&here.stderr),
+            "{request}"
+        );
     }
 }
 
 #[test]
 fn call_through_ssh_answers_like_the_host() {
     let Some(Pair { host, director, sshd: _sshd }) = Pair::new() else { return };
-    compare(&host, &director);
+    assert_same_answers(&host, &director);
 }
 
 #[test]
@@ -72,7 +76,7 @@ fn call_through_socket_answers_like_the_host() {
     let (Some(host), Some(director)) = (Host::new(), Director::new()) else { return };
     let socket = SocketUnit::start(&director, &host);
     director.configure(&json!({"transport": socket.transport()}));
-    compare(&host, &director);
+    assert_same_answers(&host, &director);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Several hosts behind one Director.
+//! Several hosts of one Director: placement, routing of calls and failures of single hosts.
 
 use std::io::{BufRead, BufReader, Read};
 use std::time::{Duration, Instant};
@@ -13,9 +13,9 @@ use crate::support::answer::Answer;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::remote::{Director, Sshd};
 
-/// Two hosts of their own, `kvm-0` and `kvm-1`.
+/// Two separate hosts, `kvm-0` and `kvm-1`, and the Director's machine that calls them.
 pub struct Group {
-    doors: [Sshd; 2],
+    sshds: [Sshd; 2],
     pub director: Director,
     pub hosts: [Host; 2],
 }
@@ -25,27 +25,27 @@ impl Group {
         Self::with(&json!({}))
     }
 
-    /// Those of hosts with this configuration.
+    /// The same with more configuration of both hosts.
     pub fn with(config: &Value) -> Option<Self> {
         let (hosts, director) =
             ([Host::with(config.clone())?, Host::with(config.clone())?], Director::new()?);
-        let doors =
+        let sshds =
             [Sshd::start(&director, &hosts[0], 0, "")?, Sshd::start(&director, &hosts[1], 1, "")?];
-        let group = Self { doors, director, hosts };
+        let group = Self { sshds, director, hosts };
         group.configure(|_| {});
         Some(group)
     }
 
-    /// The configuration of the director, changed.
+    /// Writes the Director's configuration: both hosts, changed by `change`.
     pub fn configure(&self, change: impl FnOnce(&mut Value)) {
         let host =
-            |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.doors[n].transport()});
+            |n: usize| json!({"name": format!("kvm-{n}"), "transport": self.sshds[n].transport()});
         let mut config = json!({"hosts": [host(0), host(1)]});
         change(&mut config);
         self.director.configure(&config);
     }
 
-    /// An image at the director.
+    /// A stemcell image on the Director's machine.
     fn image(&self) -> std::path::PathBuf {
         let image = self.director.path("image");
         let mut disk = vec![0; 1 << 20];
@@ -58,7 +58,7 @@ impl Group {
         text(&self.director.ok("create_stemcell", &json!([self.image(), {}])))
     }
 
-    /// A VM with so much of its own, and the host it is on.
+    /// Creates a VM with `disks` and `env`. Returns its cid and the number of its host.
     pub fn vm(&self, stemcell: &str, disks: &[DiskCid], env: &Value) -> (VmCid, usize) {
         let mut arguments = self.hosts[0].vm_arguments(stemcell);
         (arguments[4], arguments[5]) = (json!(disks), env.clone());
@@ -81,7 +81,8 @@ impl Group {
         (disk, at.unwrap())
     }
 
-    /// Ends the connections that calls share: a key has what it starts from the time when they were made.
+    /// Closes the shared connections. sshd applies a changed restriction of the key to new
+    /// connections alone.
     fn forget_connections(&self) {
         for socket in self.director.connections() {
             let mut command = std::process::Command::new("ssh");
@@ -111,7 +112,7 @@ fn create_stemcell_replicates_it_to_every_host() {
     }
     group.director.ok("delete_stemcell", &json!([stemcell]));
     group.director.ok("delete_stemcell", &json!([stemcell]));
-    // One host can not take it: then none has it.
+    // If one host cannot import it, the stemcell is removed from all.
     group.hosts[1].reconfigure(|config| config["stemcell_pool"] = json!("nowhere"));
     let refused = group.director.call("create_stemcell", &json!([group.image(), {}]));
     assert!(refused.failure().message.contains("stemcell_pool"), "{refused:?}");
@@ -133,7 +134,7 @@ fn create_vms_of_one_group_spreads_them() {
         assert_eq!(group.director.ok("has_vm", &json!([vm])), true);
         group.director.ok("set_vm_metadata", &json!([vm, {"index": "0"}]));
         assert_eq!(group.hosts[at].record(vm).metadata["index"], "0");
-        // A disk is made where its VM is.
+        // A disk is created on the host of its VM.
         let (disk, disk_at) = group.disk(Some(vm));
         assert_eq!(disk_at, at);
         let hint = group.director.ok("attach_disk", &json!([vm, disk]));
@@ -166,13 +167,14 @@ fn create_vm_with_existing_disk_uses_its_host() {
     let (disk, _) = group.disk(Some(&old));
     group.director.ok("attach_disk", &json!([old, disk]));
     group.director.ok("delete_vm", &json!([old]));
-    // There are more of its group there, and that host is draining: where else could the disk be attached?
+    // The host of the disk has more VMs of the group and is draining, but the disk can only be
+    // attached there.
     let (neighbour, _) = group.vm(&stemcell, std::slice::from_ref(&disk), &env("d-dep-db"));
     group.configure(|config| config["hosts"][at]["draining"] = json!(true));
     let (new, new_at) = group.vm(&stemcell, std::slice::from_ref(&disk), &env("d-dep-db"));
     assert_eq!(new_at, at);
     group.director.ok("attach_disk", &json!([new, disk]));
-    // Without it, it goes elsewhere, and the disk stays behind.
+    // A VM without the disk is placed on the other host.
     let (stray, stray_at) = group.vm(&stemcell, &[], &env("d-dep-web"));
     assert_ne!(stray_at, at);
     group.director.ok("detach_disk", &json!([new, disk]));
@@ -205,7 +207,7 @@ fn call_about_object_of_unreachable_host_is_refused() {
         ("has_disk", json!([disk])),
         ("delete_vm", json!([vm])),
         ("delete_disk", json!([disk])),
-        // Its cid says nothing of where it is.
+        // This cid does not name a host.
         ("has_vm", json!(["vm-aaaaaaaaaaaaaaa"])),
         ("delete_stemcell", json!([stemcell])),
     ] {
@@ -216,7 +218,7 @@ fn call_about_object_of_unreachable_host_is_refused() {
             "{method}: {message}"
         );
     }
-    // New VMs go to the other one, but not one whose disk is on the silent one.
+    // New VMs are placed on the other host, except one whose disk is on the unreachable host.
     let (other, other_at) = group.vm(&stemcell, &[], &env("g"));
     assert_ne!(other_at, at);
     let mut arguments = group.hosts[0].vm_arguments(&stemcell);
@@ -237,7 +239,7 @@ fn create_vms_concurrently_spreads_them() {
         arguments[5] = env("d-dep-db");
         group.director.start("create_vm", &arguments)
     };
-    // Whoever asks both is told of as few there; one has more memory.
+    // All callers see the same counts of VMs. One host has more memory.
     group.hosts[0].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1000}));
     let stores = [0, 1].map(|n| group.hosts[n].store());
     let until = Instant::now() + Duration::from_secs(60);
@@ -259,9 +261,9 @@ fn create_vms_concurrently_spreads_them() {
 fn create_vm_with_one_hung_host_uses_another() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
-    // It greets, and then says nothing more.
+    // This host sends its greeting and then nothing.
     group.forget_connections();
-    group.doors[0].authorize(&format!(
+    group.sshds[0].authorize(&format!(
         "echo '{}'; sleep 600",
         super::stemcell_upload::GREETING.replace('"', "\\\"")
     ));
@@ -272,7 +274,7 @@ fn create_vm_with_one_hung_host_uses_another() {
     let (disk, disk_at) = group.disk(None);
     assert_eq!((at, disk_at), (1, 1));
     group.forget_connections();
-    group.doors[0].authorize(&group.hosts[0].serve_command());
+    group.sshds[0].authorize(&group.hosts[0].serve_command());
     group.configure(|_| {});
     group.delete(&[&vm], &[&disk], &stemcell);
 }
@@ -290,7 +292,7 @@ fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
         format!("echo '{greeting}'\nread question\n{wait}\ncat <<'E'\n{refusal}\nE\n"),
     )
     .unwrap();
-    group.doors[1].authorize(&format!("sh {}", script.display()));
+    group.sshds[1].authorize(&format!("sh {}", script.display()));
     let mut call = group.director.start("create_stemcell", &json!([group.image(), {}]));
     let mut log = BufReader::new(call.stderr.take().unwrap());
     let mut line = String::new();
@@ -298,7 +300,8 @@ fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
         line.clear();
         assert!(log.read_line(&mut line).unwrap() > 0, "it ended");
     }
-    // One thread waits for half a minute to hear that the answer was taken. Another host may take longer than that.
+    // `host serve` waits half a minute for the acknowledgement in a second thread. Another host may
+    // take longer.
     let config = group.hosts[0].path("cpi.json").display().to_string();
     let waits = || {
         let mut processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
@@ -323,7 +326,7 @@ fn create_vm_replaces_an_unacknowledged_vm_on_its_host() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
     let (vm, at) = group.vm(&stemcell, &[], &env("g"));
-    // Its create_vm died before the answer was taken.
+    // Its create_vm was killed before the caller read the answer.
     std::fs::write(group.hosts[at].paths(&vm).dir.join("untold"), "").unwrap();
     let mut arguments = group.hosts[0].vm_arguments(&stemcell);
     let nic = group.hosts[at].record(&vm).nics.remove(0);
@@ -331,7 +334,7 @@ fn create_vm_replaces_an_unacknowledged_vm_on_its_host() {
     arguments[5] = env("g");
     let new = vm_cid(&group.director.ok("create_vm", &arguments));
     group.hosts.iter().for_each(|host| host.track_vms(&new.to_string()));
-    // Elsewhere are fewer of its group.
+    // The other host has fewer VMs of the group.
     let mut expected = [vec![], vec![]];
     expected[at] = vec![new.clone()];
     assert_eq!(group.vms(), expected);
@@ -342,7 +345,8 @@ fn create_vm_replaces_an_unacknowledged_vm_on_its_host() {
 fn create_vm_with_one_full_host_uses_another() {
     let Some(group) = Group::new() else { return };
     let stemcell = group.stemcell();
-    // It offers all its memory, and then has none: as if others were faster.
+    // This host reports its memory to the scheduler and then refuses the VM, as if concurrent calls
+    // had used the memory.
     group.hosts[0]
         .reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1_000_000}));
     for n in 0..2 {

@@ -1,4 +1,4 @@
-//! Another machine is made a host, and one no longer.
+//! `host install` and `host uninstall` on another machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use nix::unistd::{Uid, User};
 
 use super::Pair;
 
-/// A machine whose files are below a directory of the test's.
+/// A machine whose root directory is a directory of the test.
 struct Machine {
     pair: Pair,
     root: PathBuf,
@@ -17,7 +17,7 @@ struct Machine {
 impl Machine {
     fn new() -> Option<Self> {
         let pair = Pair::new()?;
-        // The operator's own key may do anything.
+        // The operator's key is unrestricted.
         pair.sshd.trust();
         let root = pair.host.path("machine");
         fs::create_dir(&root).unwrap();
@@ -85,12 +85,12 @@ impl Machine {
     }
 }
 
-/// Where root's sshd looks for keys.
+/// Path of root's authorized keys.
 fn keys() -> PathBuf {
     User::from_uid(Uid::from_raw(0)).unwrap().expect("root").dir.join(".ssh/authorized_keys")
 }
 
-/// The same path on a machine that is below a directory.
+/// A path relative to the machine's root directory.
 fn below(path: &Path) -> String {
     path.strip_prefix("/").unwrap().display().to_string()
 }
@@ -106,12 +106,12 @@ fn install_then_uninstall_restores_the_machine() {
     fs::create_dir(machine.root.join(&keys).parent().unwrap()).unwrap();
     fs::write(machine.root.join(&keys), other).unwrap();
     let config = machine.pair.director.path("host.json");
-    // Like no other test's.
+    // The content is unique to this test.
     let host_config =
         format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
     fs::write(&config, &host_config).unwrap();
     let config = config.display().to_string();
-    // Nobody is there to be asked: the plan is printed, and nothing is done.
+    // Without a terminal and `--yes`, the plan is printed and nothing is done.
     let before = machine.all();
     assert!(machine.refused(&["install", "--key", KEY]).contains("--yes"));
     assert_eq!(machine.all(), before);
@@ -129,7 +129,7 @@ fn install_then_uninstall_restores_the_machine() {
     let lines = machine.read(&keys);
     let line = "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ";
     assert!(lines.starts_with(other) && lines.contains(line), "{lines}");
-    // Nothing of the way there is left.
+    // No temporary file of the transfer is left.
     let brought = fs::read_dir("/tmp").unwrap().flatten().map(|entry| entry.path());
     let mut brought =
         brought.filter(|path| path.to_string_lossy().starts_with("/tmp/bosh-qemu-cpi."));
@@ -143,7 +143,7 @@ fn install_then_uninstall_restores_the_machine() {
         "{said}"
     );
 
-    // Another key takes its place.
+    // Another key replaces it.
     let said = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
     assert!(said.contains(&format!("~ the key in {keys_path}, in place of …")), "{said}");
     let lines = machine.read(&keys);
@@ -151,7 +151,7 @@ fn install_then_uninstall_restores_the_machine() {
         lines.starts_with(other) && !lines.contains(line) && lines.contains("AAAANEXT"),
         "{lines}"
     );
-    // What is installed without one keeps it.
+    // An installation without `--key` keeps the key.
     let said = machine.ok(&["install", "--yes"]);
     assert!(said.contains(&format!("= the key in {keys_path}")), "{said}");
     machine.ok(&["uninstall", "--yes"]);
@@ -175,7 +175,7 @@ fn install_over_foreign_file_is_refused() {
     assert_eq!(machine.all(), ["etc/systemd/system/bosh-qemu-cpi.service"]);
     fs::remove_file(&unit).unwrap();
     machine.ok(&["install", "--key", KEY, "--yes"]);
-    // The operator has changed it since.
+    // The operator has changed the file since.
     fs::write(&unit, "changed").unwrap();
     assert!(machine.refused(&["install", "--yes"]).contains("not ours"));
     let said = machine.ok(&["uninstall", "--yes"]);
@@ -188,7 +188,7 @@ fn install_over_foreign_file_is_refused() {
         machine.all(),
         ["etc/systemd/system/bosh-qemu-cpi.service".to_owned(), below(&keys)]
     );
-    // The key has other rights there.
+    // The key is already authorized with other rights.
     fs::write(machine.root.join(below(&keys)), KEY).unwrap();
     fs::remove_file(&unit).unwrap();
     let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
@@ -216,7 +216,7 @@ fn install_with_transport_in_host_config_is_refused() {
         refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"),
         "{refusal}"
     );
-    // Meant is the other.
+    // The option `--config` is suggested to be `--host-config`.
     assert!(machine.refused(&["install", "--config", &config, "--yes"]).contains("--host-config"));
     assert_eq!(machine.all(), Vec::<String>::new());
 }

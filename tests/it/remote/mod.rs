@@ -1,4 +1,4 @@
-//! Calls of a machine on which no VM runs.
+//! Remote hosts: calls of a Director's machine that a host executes.
 
 mod answers;
 mod host_groups;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::support::host::Host;
 use crate::support::remote::{Director, Sshd};
 
-/// A host, and an director that calls it through ssh.
+/// A host, and a Director's machine that calls it through ssh.
 pub struct Pair {
     pub sshd: Sshd,
     pub director: Director,
@@ -25,7 +25,7 @@ impl Pair {
         Self::with(&json!({}), "")
     }
 
-    /// The same with more configuration of the host's program and of its sshd.
+    /// The same with more configuration of the host and of its sshd.
     pub fn with(config: &Value, sshd: &str) -> Option<Self> {
         let (host, director) = (Host::with(config.clone())?, Director::new()?);
         let sshd = Sshd::start(&director, &host, 0, sshd)?;

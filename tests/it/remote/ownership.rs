@@ -1,4 +1,5 @@
-//! Disks in a pool that several hosts share: on whichever host they are asked for, and never on two.
+//! Ownership of disks in a pool that several hosts share: a disk moves to the host that needs it,
+//! and no two hosts own it.
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid};
 use bosh_qemu_cpi::store::DiskRecord;
@@ -13,15 +14,15 @@ use crate::support::host::{Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
 use crate::support::skip;
 
-/// What a used pool has for itself.
+/// The file that marks a pool as used.
 const MARK: &str = ".bosh-qemu-cpi";
 
-/// The configuration of a host with the pool.
+/// Configuration of a host with the shared pool.
 fn config(pool: &Filesystem) -> Value {
     json!({"pools": {"nfs": {"path": pool.path(), "shared": true}}, "disk_defaults": {"pool": "nfs"}})
 }
 
-/// A pool and two hosts that share it.
+/// A pool and the two hosts that share it.
 fn pair() -> Option<(Filesystem, [Host; 2])> {
     let pool = Filesystem::new(256)?;
     let hosts = [Host::with(config(&pool))?, Host::with(config(&pool))?];
@@ -37,8 +38,8 @@ fn disk(host: &Host) -> DiskCid {
     text(&host.ok("create_disk", &json!([8, {}, null]))).parse().unwrap()
 }
 
-/// What a host answers to the question of a caller elsewhere.
-fn asked(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
+/// Answer of a host to a remote query, with crash variables set.
+fn query(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
     let mut command = host.cpi();
     command.args(["host", "serve"]);
     command
@@ -47,14 +48,14 @@ fn asked(host: &Host, question: &Value, variables: &[(&str, &str)]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Has a host give up a disk; what it answers.
+/// Makes a host give up a disk and returns its answer.
 fn give_up(host: &Host, disk: &DiskCid, variables: &[(&str, &str)]) -> String {
-    asked(host, &json!({"give_up": disk}), variables)
+    query(host, &json!({"give_up": disk}), variables)
 }
 
-/// Which of the disks a host says it has: this one, or none.
+/// Answer of a host to a query whether it has the disk.
 fn found(host: &Host, disk: &DiskCid) -> String {
-    asked(host, &json!({"find": [disk]}), &[])
+    query(host, &json!({"find": [disk]}), &[])
 }
 
 #[test]
@@ -87,7 +88,8 @@ fn attach_disk_on_another_host_moves_it() {
         group.director.ok("detach_disk", &json!([vm, disk]));
         assert_pattern(&group.hosts[at], &disk);
     }
-    // The new one of a host that is to have no more VMs goes to the other, and its disk after it.
+    // The host is draining, so the recreated VM is placed on the other host, and its disk moves
+    // there.
     group.configure(|config| config["hosts"][at_two]["draining"] = json!(true));
     group.director.ok("delete_vm", &json!([two]));
     let (new, at_new) =
@@ -95,7 +97,7 @@ fn attach_disk_on_another_host_moves_it() {
     assert_eq!(at_new, at_one);
     group.director.ok("attach_disk", &json!([new, disk]));
     group.director.ok("detach_disk", &json!([new, disk]));
-    // What is asked of a disk does not depend on where it is.
+    // Calls about a disk work on any host, also if the disk has no owner.
     assert_eq!(give_up(&group.hosts[at_one], &disk, &[]).lines().last(), Some("\"given_up\""));
     group.director.ok("resize_disk", &json!([disk, 16]));
     let snapshot = group.director.ok("snapshot_disk", &json!([disk, {}]));
@@ -106,7 +108,8 @@ fn attach_disk_on_another_host_moves_it() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// Whoever is killed while it gives a disk up or takes one: one host has it afterwards, whole, whichever is asked.
+/// One host is killed while it gives up a disk, or the other while it takes it. Afterwards one host
+/// owns the whole disk.
 #[test]
 fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
     if !cfg!(debug_assertions) {
@@ -134,7 +137,8 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
     for (number, point) in points.iter().enumerate() {
         let disk = made();
         give_up(&hosts[0], &disk, &[("AT", point)]);
-        // Asked again it gives it up, and the other one has it; or the first keeps it.
+        // Either the query is repeated and the other host takes the disk, or the first host keeps
+        // it.
         let to = number % 2;
         if to == 1 {
             let said = give_up(&hosts[0], &disk, &[]);
@@ -160,7 +164,7 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
     });
 }
 
-/// Of two that ask at once, one gets it, and the other is told so.
+/// Two hosts take a disk at the same time. One succeeds and the other gets an error.
 #[test]
 fn move_disk_to_two_hosts_concurrently_succeeds_once() {
     let Some((_pool, hosts)) = pair() else { return };
@@ -182,7 +186,7 @@ fn move_disk_to_two_hosts_concurrently_succeeds_once() {
     }
 }
 
-/// A host that was given up for gone comes back: it touches nothing that was taken from it.
+/// A host that was considered dead returns. It does not use the disks that another host took.
 #[test]
 fn use_disk_taken_by_another_host_is_refused() {
     let Some((pool, hosts)) = pair() else { return };
@@ -190,14 +194,14 @@ fn use_disk_taken_by_another_host_is_refused() {
     let (vm, disk, spare) = (gone.booted_vm(), disk(gone), disk(gone));
     write_pattern(gone, &disk);
     gone.ok("attach_disk", &json!([vm, disk]));
-    // What changed since it was made, the next host must know.
+    // The next owner must see changes since the creation.
     gone.ok("update_disk", &json!([spare, 16, {"iops": 500}]));
     let unknown = take(taker, &"disk-aaaaaaaaaaaaaaa".parse().unwrap()).unwrap_err();
     assert!(
         unknown.contains("no shared pool has") && unknown.contains("this host has ['nfs']"),
         "{unknown}"
     );
-    // Its QEMU still writes it.
+    // QEMU of the first host still has the disk open.
     let refused = take(taker, &disk).unwrap_err();
     assert!(
         refused.contains("is open in a QEMU") && refused.contains("detach the disk there"),
@@ -213,7 +217,7 @@ fn use_disk_taken_by_another_host_is_refused() {
     }
     for cid in [&disk, &spare] {
         take(taker, cid).unwrap();
-        // Twice is once.
+        // A second `disk take` changes nothing.
         take(taker, cid).unwrap();
     }
     let taken = taker.store().read::<DiskRecord>(&spare).unwrap().unwrap();
@@ -237,7 +241,7 @@ fn use_disk_taken_by_another_host_is_refused() {
         let refused = gone.call(method, &arguments);
         assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
     }
-    // Who asks all hosts where it is, is sent to the other.
+    // This host does not report the disk, so callers find the other host.
     let said = found(gone, &spare);
     assert!(said.contains(r#"{"found":[]}"#), "{said}");
     let (well, found) = gone.command(&["gc", "--json"]);
@@ -247,7 +251,7 @@ fn use_disk_taken_by_another_host_is_refused() {
     gone.ok("reboot_vm", &json!([vm]));
     assert!(gone.command(&["gc", "--json"]).0);
     assert_eq!(owners(&hosts, &disk), [1]);
-    // "There is none" would have it forgotten, and "it is deleted" would be a lie.
+    // The answer "not found" would make the Director forget the disk, and "deleted" would be false.
     for method in ["has_disk", "delete_disk", "resize_disk"] {
         let arguments = if method == "resize_disk" { json!([disk, 9]) } else { json!([disk]) };
         let refused = gone.call(method, &arguments);
@@ -266,13 +270,13 @@ fn use_disk_taken_by_another_host_is_refused() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// Has a host take a disk for good, or what it says against that.
+/// Runs `disk take` on a host. Returns its error message if it fails.
 fn take(host: &Host, disk: &DiskCid) -> Result<(), String> {
     let output = host.cpi().args(["disk", "take"]).arg(disk.to_string()).output().unwrap();
     if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
 }
 
-/// A host that was given up for gone comes back, and gets back what was taken from it.
+/// A host that was considered dead returns and takes its disk back.
 #[test]
 fn take_disk_back_succeeds() {
     let Some((pool, hosts)) = pair() else { return };
@@ -282,7 +286,7 @@ fn take_disk_back_succeeds() {
     take(taker, &disk).unwrap();
     taker.ok("resize_disk", &json!([disk, 16]));
     assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
-    // Its own record is from before.
+    // The first host still has an old record of the disk.
     let said = found(gone, &disk);
     assert!(said.contains(disk.as_str()), "{said}");
     gone.ok("resize_disk", &json!([disk, 17]));
@@ -292,7 +296,8 @@ fn take_disk_back_succeeds() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// A host died while it copied a disk out of the pool, or into it; its disk was taken, and it comes back.
+/// A host dies while it copies a disk out of the pool or into it, another host takes the disk, and
+/// the first host returns.
 #[test]
 fn recover_copy_of_taken_disk_changes_nothing() {
     if !cfg!(debug_assertions) {
@@ -300,7 +305,7 @@ fn recover_copy_of_taken_disk_changes_nothing() {
     }
     let Some((_pool, hosts)) = pair() else { return };
     let [gone, taker] = &hosts;
-    // While data is copied, and when the record names the copy already.
+    // The call is killed while it copies data, and after the record names the copy.
     for point in ["image converted#1", "disk.json: replaced#2"] {
         let disk = disk(gone);
         write_pattern(gone, &disk);
@@ -310,15 +315,16 @@ fn recover_copy_of_taken_disk_changes_nothing() {
             "not killed at '{point}'"
         );
         take(taker, &disk).unwrap();
-        // Any create settles what was cut short.
+        // Any create recovers the unfinished copy.
         let other = gone.disk();
         let refused = gone.call("update_disk", &update);
         assert!(refused.failure().message.contains("another host's now"), "'{point}': {refused:?}");
         let (well, found) = gone.command(&["gc", "--json"]);
         if point.starts_with("disk.json") {
-            // The copy had become the disk, and may have been written since.
+            // The record already names the copy, so the copy may have newer data.
             assert!(!well && found.to_string().contains("what is here is newer"), "{found}");
-            // Neither does it come back by itself, nor is it taken over what is newer.
+            // The first host takes the disk back neither by a call nor by `disk take`, because its
+            // copy is newer.
             assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
             let asked = gone.call("resize_disk", &json!([disk, 9]));
             for refused in [take(gone, &disk).unwrap_err(), format!("{asked:?}")] {
@@ -337,7 +343,7 @@ fn recover_copy_of_taken_disk_changes_nothing() {
     }
 }
 
-/// A copy into a pool that then went away: the disk is where it was.
+/// A pool disappears after an unfinished copy into it. The disk stays in its old pool.
 #[test]
 fn recover_copy_into_missing_pool_keeps_the_disk() {
     if !cfg!(debug_assertions) {
@@ -367,7 +373,7 @@ fn recover_copy_into_missing_pool_keeps_the_disk() {
     assert_eq!(pool.names(), [MARK]);
 }
 
-/// A state directory was restored without the file that says which host it is.
+/// A state directory was restored without `host-id`.
 #[test]
 fn call_without_host_id_is_refused_and_forgets_no_disk() {
     let Some((_pool, hosts)) = pair() else { return };
@@ -376,7 +382,7 @@ fn call_without_host_id_is_refused_and_forgets_no_disk() {
     let id = host.path("state/host-id");
     let known = std::fs::read_to_string(&id).unwrap();
     std::fs::remove_file(&id).unwrap();
-    // A new disk would be marked with a new id.
+    // A new id would mark new disks as another host's.
     for (method, arguments) in
         [("resize_disk", json!([disk, 9])), ("create_disk", json!([8, {}, null]))]
     {
@@ -396,7 +402,7 @@ fn call_without_host_id_is_refused_and_forgets_no_disk() {
     host.ok("delete_disk", &json!([disk]));
 }
 
-/// The next host could not open it.
+/// Another host could not decrypt the disk.
 #[test]
 fn move_disk_encrypted_with_local_key_is_refused() {
     let Some((_pool, hosts)) = pair() else { return };
@@ -410,7 +416,7 @@ fn move_disk_encrypted_with_local_key_is_refused() {
     host.ok("delete_disk", &json!([disk]));
 }
 
-/// What is in no shared pool stays where it is.
+/// A disk outside shared pools stays on its host.
 #[test]
 fn move_disk_outside_shared_pools_is_refused() {
     let Some((_pool, hosts)) = pair() else { return };

@@ -1,4 +1,5 @@
-//! What callers elsewhere can not do: the key starts one command, and the command takes no more than a call.
+//! Restrictions of remote callers: their key starts one command, and that command accepts only
+//! calls.
 
 use std::fs;
 use std::process::{Command, Output, Stdio};
@@ -9,7 +10,7 @@ use super::Pair;
 use crate::support::host::{request, vm_cid};
 
 impl Pair {
-    /// `ssh` as somebody runs it who has the key and wants more of it.
+    /// Runs `ssh` with the caller's key, as an attacker who has the key.
     fn ssh(&self, words: &[&str]) -> Output {
         let known = self.director.path("known");
         fs::write(&known, format!("{} {}", self.sshd.address(), self.sshd.read("host.pub")))
@@ -22,7 +23,7 @@ impl Pair {
         self.director.namespace().run(|| command.stdin(Stdio::null()).output().unwrap())
     }
 
-    /// What `host serve` says to `lines`, without the transport.
+    /// Output of `host serve` for the input `lines`, without a transport.
     fn serve(&self, lines: &[Value]) -> Vec<Value> {
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         let mut command = self.host.cpi();
@@ -36,7 +37,7 @@ impl Pair {
             .collect()
     }
 
-    /// The answer to a call that is asked as `call` says.
+    /// Answer to the forwarded call `call`.
     fn answer(&self, call: &Value) -> Value {
         let words = self.serve(&[json!({"call": call}), json!(true)]);
         let answer =
@@ -86,11 +87,11 @@ fn create_stemcell_from_file_of_the_host_is_refused() {
     let mut disk = vec![7; 4096];
     disk[510..512].copy_from_slice(&[0x55, 0xaa]);
     fs::write(&secret, disk).unwrap();
-    // As the image to import, its path is one of the caller's machine.
+    // The path of an image to import is one of the caller's machine.
     let create = |properties: &Value| request("create_stemcell", &json!([secret, properties]));
     let refused = pair.answer(&json!({"request": create(&json!({}))}));
     assert!(refused["error"]["message"].as_str().unwrap().contains("sends no image"), "{refused}");
-    // As a light stemcell's, it must be where the operator lets callers look.
+    // The path of a light stemcell must be in a directory that the operator allows.
     let digest = bosh_qemu_cpi::digest::Digest::of_file(&secret).unwrap().to_string();
     let light = json!({"image_path": secret, "sha256": digest});
     let ask = |properties: &Value| pair.answer(&json!({"request": create(properties), "image": 0}));
@@ -162,13 +163,13 @@ fn create_after_its_undo_is_cancelled() {
         let left: Vec<_> = fs::read_dir(pair.host.path("state").join(dir)).unwrap().collect();
         assert!(left.is_empty(), "{dir}: {left:?}");
     }
-    // What was only deleted, by who did not make it, may be made.
+    // A delete that does not undo a create leaves no tombstone.
     let disk = "disk-bbbbbbbbbbbbbbb";
     pair.answer(&json!({"request": request("delete_disk", &json!([disk]))}));
     let made =
         pair.answer(&json!({"request": request("create_disk", &json!([1, {}])), "cid": disk}));
     assert_eq!(made["result"], disk);
-    // And what was made is undone.
+    // An undo of a finished create deletes the object.
     let undo =
         pair.answer(&json!({"request": request("delete_disk", &json!([disk])), "undoes": true}));
     assert!(undo["error"].is_null(), "{undo}");
@@ -263,7 +264,7 @@ fn serve_on_machine_with_transport_is_refused() {
     pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
     let refused = pair.director.call("has_vm", &json!(["vm-1"]));
     assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
-    // It must not say either that all is well here, where nothing of the calls is.
+    // Operator commands are refused, too, because the state of the calls is on another machine.
     for words in [
         &["vm", "list"][..],
         &["audit"],

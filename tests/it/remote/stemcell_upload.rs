@@ -1,4 +1,4 @@
-//! A stemcell's image on its way to the host.
+//! Upload of a stemcell's image to the host.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,7 +13,7 @@ use serde_json::json;
 use super::Pair;
 use crate::support::host::{GUEST, eventually, text};
 
-/// A bootable disk of `mib` MiB that does not compress, at the director.
+/// A bootable disk image of `mib` MiB that does not compress, on the Director's machine.
 fn disk(pair: &Pair, name: &str, mib: usize) -> PathBuf {
     let mut bytes = vec![0; mib << 20];
     let mut state = 1u32;
@@ -50,7 +50,7 @@ fn upload_known_stemcell_is_not_sent_again() {
     let again = pair.director.call("create_stemcell", &json!([image, {}]));
     assert!(again.stderr.contains("the image is here already"), "{again:?}");
     let second = StemcellCid::parse(&text(again.result())).unwrap();
-    // As large, and another: the host asks for its digest, and then for all of it.
+    // Another image of the same size: the host asks for its digest and then for the whole image.
     let other = disk(&pair, "other", 8);
     let mut bytes = fs::read(&other).unwrap();
     bytes[1 << 20] ^= 1;
@@ -68,7 +68,7 @@ fn upload_compressed_stemcell_arrives_decoded() {
     let zipped = pair.director.path("zipped.gz");
     let output = Command::new("gzip").arg("-c").arg(&raw).output().unwrap();
     fs::write(&zipped, output.stdout).unwrap();
-    // Of this one the host wants the bytes twice.
+    // The host reads this image twice.
     let zstd = pair.director.path("zstd");
     let mut convert = Command::new("qemu-img");
     convert
@@ -127,7 +127,7 @@ fn upload_interrupted_stemcell_leaves_nothing() {
     remove(&pair, &[stemcell]);
 }
 
-/// A caller that sends something else than it says.
+/// The image does not match the digest that the caller sends.
 #[test]
 fn upload_damaged_stemcell_is_refused() {
     let Some(pair) = Pair::new() else { return };
@@ -148,7 +148,7 @@ fn upload_damaged_stemcell_is_refused() {
     assert_eq!(pair.host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap(), []);
 }
 
-/// A host that never wants the image, and one that wants something unheard of.
+/// Hosts that break the protocol in several ways.
 #[test]
 fn upload_stemcell_to_misbehaving_host_names_the_fault() {
     let Some(pair) = Pair::new() else { return };
@@ -191,16 +191,16 @@ fn upload_stemcell_to_misbehaving_host_names_the_fault() {
             message.contains(expected) && message.contains(socket.to_str().unwrap()),
             "{expected}: {message}"
         );
-        // What it may have made all the same is to be removed, which can not be asked of it any more.
+        // The host may have created the stemcell, so the message names the call that deletes it.
         assert_eq!(message.contains("`delete_stemcell` removes it"), asked, "{message}");
         assert!(!answer.outcome.as_ref().is_err_and(|failure| failure.ok_to_retry), "{answer:?}");
     }
 }
 
-/// An answer that tells of something else than was to be made.
+/// An answer with another cid than the caller requested.
 const MADE_ANOTHER: &str = r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\",\"error\":null,\"log\":\"\"}"}}"#;
 
-/// An older version says this.
+/// The greeting of an older version names no protocol.
 #[test]
 fn call_to_older_host_is_refused_before_it_is_sent() {
     let Some(director) = crate::support::remote::Director::new() else { return };

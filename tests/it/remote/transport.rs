@@ -1,4 +1,4 @@
-//! Links that can not be had, break or hang.
+//! Connections to hosts: failures, cuts, hangs, sharing and secrecy of the key.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -21,19 +21,19 @@ fn answer(call: Child) -> Answer {
 }
 
 impl Pair {
-    /// The transport with something else in it.
+    /// The transport with `key` set to `value`.
     fn transport_with(&self, key: &str, value: &Value) -> Value {
         let mut transport = self.sshd.transport();
         transport[key] = value.clone();
         transport
     }
 
-    /// Processes of the host that answer a caller.
+    /// Processes of `host serve` on the host.
     fn answering(&self) -> Vec<Process> {
         self.processes(&["host\0serve", &self.host.path("cpi.json").display().to_string()])
     }
 
-    /// Processes whose words contain all of these.
+    /// Processes whose command line contains all of `words`.
     fn processes(&self, words: &[&str]) -> Vec<Process> {
         let pids = fs::read_dir("/proc").unwrap().flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -47,7 +47,7 @@ impl Pair {
         named.filter_map(|pid| Process::open(pid).ok()).collect()
     }
 
-    /// The ssh processes of calls of the director.
+    /// The ssh processes of the Director's calls.
     fn calling(&self) -> Vec<Process> {
         self.processes(&[
             "ssh\0-F\0none\0-T",
@@ -56,14 +56,14 @@ impl Pair {
         ])
     }
 
-    fn cable(&self, state: &str) {
+    fn set_link(&self, state: &str) {
         self.director.namespace().ip(&format!("link set to0 {state}"));
         if state == "up" {
             self.director.namespace().ip("address replace 192.0.2.0/31 dev to0");
         }
     }
 
-    /// Ends the connections that calls share, as ten minutes without a call do.
+    /// Closes the shared connections, which also end after ten minutes without a call.
     fn forget_connections(&self) {
         for socket in self.director.connections() {
             let mut command = Command::new("ssh");
@@ -126,7 +126,7 @@ fn call_to_hung_host_fails_at_its_deadline() {
     pair.director
         .configure(&json!({"transport": pair.sshd.transport(), "deadlines": {"has_vm": 1}}));
     assert_eq!(pair.director.ok("has_vm", &json!(["vm-1"])), false);
-    // It greets, and then says nothing more.
+    // This host sends its greeting and then nothing.
     pair.forget_connections();
     pair.sshd.authorize(&format!(
         "echo '{}'; sleep 600",
@@ -138,7 +138,8 @@ fn call_to_hung_host_fails_at_its_deadline() {
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 }
 
-/// A script in place of a host: it greets, is asked, does something and answers `false`.
+/// Writes a script that replaces `host serve`: it sends a greeting, reads a request, runs `act` and
+/// answers `false`.
 fn answering(script: &std::path::Path, greeting: &str, act: &str) {
     let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
     fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n"))
@@ -165,7 +166,7 @@ fn call_beyond_max_sessions_opens_another_connection() {
     answering(&script, super::stemcell_upload::GREETING, &wait);
     pair.sshd.authorize(&format!("sh {}", script.display()));
     let calls: Vec<_> = (0..5).map(|_| pair.director.start("has_vm", &json!(["vm-1"]))).collect();
-    // All at the same time.
+    // All five sessions are open at the same time.
     let script = script.display().to_string();
     eventually("five sessions", || (pair.processes(&["sh\0", &script]).len() == 5).then_some(()));
     fs::write(go, "").unwrap();
@@ -206,7 +207,7 @@ fn call_after_cut_idle_connection_reconnects() {
     let Some(pair) = Pair::new() else { return };
     pair.director.ok("has_vm", &json!(["vm-1"]));
     assert_eq!(pair.director.connections().len(), 1);
-    // The other end is gone, and nobody here knows.
+    // The remote end of the connection is gone, and this end does not notice.
     for process in pair.processes(&["sshd: root@notty"]) {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
         if namespace(process.pid()) == namespace(pair.sshd.pid()) {
@@ -220,17 +221,17 @@ fn call_after_cut_idle_connection_reconnects() {
 fn call_over_dead_link_fails_in_time() {
     let Some(pair) = Pair::new() else { return };
     pair.director.ok("has_vm", &json!(["vm-1"]));
-    pair.cable("down");
+    pair.set_link("down");
     let began = Instant::now();
     let refused = pair.director.call("has_vm", &json!(["vm-1"]));
     assert!(began.elapsed() < Duration::from_secs(45), "{:?}", began.elapsed());
     assert_eq!(refused.failure().kind, "CloudError", "{refused:?}");
-    pair.cable("up");
+    pair.set_link("up");
     pair.forget_connections();
     pair.director.ok("has_vm", &json!(["vm-1"]));
 }
 
-/// The VMs of the host that are whole, and what else there is of VMs.
+/// The VMs of the host in phase `ready`, and the number of other VM records.
 fn vms(host: &Host) -> (Vec<VmCid>, usize) {
     let all = host.store().list::<VmRecord>().unwrap();
     let whole = |vm: &VmCid| {
@@ -247,7 +248,7 @@ fn create_vm_over_cut_link_leaves_nothing() {
     let stemcell = pair.host.stemcell();
     let arguments = pair.host.vm_arguments(&stemcell);
     pair.director.ok("has_vm", &json!(["vm-1"]));
-    // At several moments of it: while it is asked, at work, and when the answer is due.
+    // The link is cut at several moments: during the request, the work and the answer.
     for delay in [0, 30, 60, 90, 120, 200, 300] {
         let call = pair.director.start("create_vm", &arguments);
         let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
@@ -289,11 +290,11 @@ fn kill_caller_of_create_vm_leaves_a_whole_vm_or_none() {
         ready.iter().for_each(|vm| pair.host.track_vms(&vm.to_string()));
         assert!(ready.len() <= 1 && others == 0, "after {delay} ms: {ready:?} and {others} others");
         if !heard.is_empty() {
-            // It had answered before it died.
+            // The caller had printed its answer before it was killed.
             assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&heard));
             pair.director.ok("delete_vm", &json!([ready[0]]));
         }
-        // The same address: whoever has it, and nobody knows of, makes way.
+        // The next create with the same address replaces an unacknowledged VM.
         let vm = vm_cid(&pair.director.ok("create_vm", &arguments));
         pair.host.track_vms(&vm.to_string());
         assert_eq!(vms(&pair.host), (vec![vm.clone()], 0));
@@ -318,7 +319,7 @@ fn attach_disk_over_cut_link_is_finished() {
     let (vm, disk) = (pair.host.booted_vm(), pair.host.disk());
     let mut call = pair.director.start("attach_disk", &json!([vm, disk]));
     let ssh = eventually("ssh runs", || pair.calling().into_iter().next());
-    // It may be over before anybody saw that.
+    // The call may end before the test sees the process.
     let is_over = |call: &mut Child| call.try_wait().unwrap().is_some();
     eventually("the host is asked", || {
         (!pair.answering().is_empty() || is_over(&mut call)).then_some(())
@@ -326,7 +327,7 @@ fn attach_disk_over_cut_link_is_finished() {
     let _ = ssh.signal(Signal::SIGKILL);
     let answer = answer(call);
     eventually("the host is done", || pair.answering().is_empty().then_some(()));
-    // Whatever became of it, the same call again says where the disk is.
+    // The repeated call returns the hint of the disk in any case.
     let hint = pair.director.ok("attach_disk", &json!([vm, disk]));
     assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()), "{answer:?}");
     pair.director.ok("detach_disk", &json!([vm, disk]));
@@ -344,7 +345,7 @@ fn create_vms_from_two_directors_succeeds() {
     let created = calls.map(|call| vm_cid(answer(call).result()));
     created.iter().for_each(|vm| pair.host.track_vms(&vm.to_string()));
     assert_eq!(vms(&pair.host).0.len(), 2);
-    // Either may ask about the other's: it is one host.
+    // Both Directors see all VMs of the host.
     assert_eq!(other.ok("has_vm", &json!([created[0]])), true);
     pair.director.ok("delete_vm", &json!([created[1]]));
     other.ok("delete_vm", &json!([created[0]]));

@@ -1,4 +1,4 @@
-//! What the program says of itself, and that it holds on this host.
+//! Documentation that must match the program, and its selftest.
 
 use std::fs;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn reference_pages_match_the_program() {
     }
 }
 
-/// Every method that acts, as the contract names them.
+/// Every method of the contract that acts on a host.
 const METHODS: [&str; 21] = [
     "create_stemcell",
     "delete_stemcell",
@@ -70,7 +70,7 @@ fn default_deadlines_match_the_documented_table() {
     for method in METHODS {
         assert_eq!(default_deadline(method).as_secs(), documented(method), "{method}");
     }
-    // And it names no method that is not there.
+    // The table names no unknown method.
     let named = rows.iter().flat_map(|(names, _)| names.split('`').skip(1).step_by(2));
     let unknown: Vec<_> =
         named.filter(|name| !METHODS.contains(name) && *name != "disk restore").collect();

@@ -1,4 +1,4 @@
-//! Arrows between modules point down.
+//! Imports between the modules of the source point down.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use Row::{Apart, Together};
 
-/// The layers, top first. A module may use those of lower rows, and of its own row if that stands `Together`.
+/// The layers, top first. A module may import lower rows, and its own row if that is `Together`.
 const LAYERS: &[Row] = &[
     Together(&["main"]),
     Together(&["commands", "cli"]),
@@ -35,7 +35,7 @@ const LAYERS: &[Row] = &[
     ]),
 ];
 
-/// Macros live at the crate's root whatever module declares them.
+/// Macros are exported at the crate's root. Each with the module that declares it.
 const MACROS: &[(&str, &str)] = &[("document", "schema"), ("choice", "schema")];
 
 enum Row {
@@ -50,8 +50,8 @@ impl Row {
     }
 }
 
-/// Why `from` must not use `to`, if so.
-fn objection(from: &str, to: &str) -> Option<&'static str> {
+/// Reason why `from` must not import `to`; `None` if it may.
+fn refusal_of(from: &str, to: &str) -> Option<&'static str> {
     let row = |module: &str| LAYERS.iter().position(|row| row.modules().contains(&module));
     match (row(from), row(to)) {
         (None, _) | (_, None) => Some("is not in the table of layers"),
@@ -82,7 +82,7 @@ fn imports_between_layers_point_down() {
     let wrong: Vec<_> = arrows
         .iter()
         .filter_map(|(from, to, file)| {
-            objection(from, to).map(|why| format!("{file}: {from} → {to} {why}"))
+            refusal_of(from, to).map(|why| format!("{file}: {from} → {to} {why}"))
         })
         .collect();
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
@@ -90,12 +90,12 @@ fn imports_between_layers_point_down() {
 
 #[test]
 fn check_import_refuses_upward_and_peer_imports() {
-    assert_eq!(objection("rpc", "cpi"), None);
-    assert_eq!(objection("config", "schema"), None);
-    assert_eq!(objection("net", "net"), None);
-    assert_eq!(objection("cpi", "rpc"), Some("points up"));
-    assert_eq!(objection("qemu", "qmp"), Some("is between peers that stand apart"));
-    assert_eq!(objection("qemu", "nonsense"), Some("is not in the table of layers"));
+    assert_eq!(refusal_of("rpc", "cpi"), None);
+    assert_eq!(refusal_of("config", "schema"), None);
+    assert_eq!(refusal_of("net", "net"), None);
+    assert_eq!(refusal_of("cpi", "rpc"), Some("points up"));
+    assert_eq!(refusal_of("qemu", "qmp"), Some("is between peers that stand apart"));
+    assert_eq!(refusal_of("qemu", "nonsense"), Some("is not in the table of layers"));
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
     files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
 }
 
-/// Modules that `source` names as `crate::module` or, from the binary, `bosh_qemu_cpi::module`.
+/// Modules that `source` imports, as `crate::module` or, in the binary, `bosh_qemu_cpi::module`.
 fn used_modules(source: &str) -> BTreeSet<String> {
     let code: String = source
         .lines()
@@ -139,7 +139,7 @@ fn used_modules(source: &str) -> BTreeSet<String> {
     found.into_iter().map(module).collect()
 }
 
-/// The first names of a path: one, or those of a group `{a::b, c}`.
+/// The first names of a path: a single one, or those of a group `{a::b, c}`.
 fn heads(path: &str) -> Vec<String> {
     let word = |text: &str| {
         text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>()

@@ -1,4 +1,5 @@
-//! The BOSH job's spec and the configuration say the same: one property for each key, the same defaults.
+//! The spec of the BOSH job matches the configuration: one property for each key, with the same
+//! defaults.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +7,11 @@ use bosh_qemu_cpi::config::Config;
 use bosh_qemu_cpi::schema::{Key, Property};
 use serde_json::Value;
 
-/// Other CPIs' words for a Director's message bus and time servers; `cpi.json.erb` translates them.
+/// Properties of other CPIs for the message bus and time servers. `cpi.json.erb` translates them.
 const TRANSLATED: &[&str] =
     &["agent.nats.address", "nats.address", "nats.password", "nats.port", "nats.user", "ntp"];
 
-/// The properties of the job's spec, each with the lines below its name.
+/// The properties of the job's spec, each with the text below its name.
 fn properties() -> BTreeMap<String, String> {
     let spec =
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/release/jobs/qemu_cpi/spec"))
@@ -32,7 +33,8 @@ fn properties() -> BTreeMap<String, String> {
     properties
 }
 
-/// The keys that hold values, with their path. Entries of `networks`, `hosts` and `deadlines` are the operator's.
+/// Paths and defaults of all keys that hold values. `networks`, `hosts` and `deadlines` count as
+/// one key, because the operator names their entries.
 fn leaves(keys: Vec<Key>, above: &str) -> Vec<(String, Option<Value>)> {
     let leaf = |key: Key| {
         let path = format!("{above}{}", key.name);

@@ -1,4 +1,4 @@
-//! Control groups of VMs: who is in them, what they allow, and what becomes of a VM that wants more.
+//! Control groups of VMs: their processes, their limits, and a VM that exceeds them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,7 +15,8 @@ use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
 
-/// A file of the group that process `pid` is in, by its names in v1 and v2; `None` where the host has no such controller.
+/// A file of the control group of process `pid`, by its names in v1 and v2. `None` if the host
+/// lacks the controller.
 fn file(pid: i32, controller: &str, v1: &str, v2: &str) -> Option<PathBuf> {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let path = |line: &str| line.rsplit(':').next().unwrap().trim_start_matches('/').to_owned();
@@ -37,8 +38,8 @@ fn memory_limit(pid: i32) -> Option<PathBuf> {
     file(pid, "memory", "memory.limit_in_bytes", "memory.max")
 }
 
-/// Whether a process may lower its own chance to be ended when memory is short: it wants CAP_SYS_RESOURCE.
-fn may_spare() -> bool {
+/// Whether a process may lower its own `oom_score_adj`, which needs CAP_SYS_RESOURCE.
+fn can_lower_oom_score() -> bool {
     let spare = "echo -1 > /proc/self/oom_score_adj";
     Command::new("sh").args(["-c", spare]).stderr(Stdio::null()).status().unwrap().success()
 }
@@ -64,8 +65,8 @@ fn create_vm_sets_limits_in_a_cgroup_of_its_own() {
 
     let adjustment =
         |pid| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
-    // Here, too, root may not be allowed to spare anybody.
-    let spared = if may_spare() { "-900" } else { "0" };
+    // Root may lack that capability here.
+    let spared = if can_lower_oom_score() { "-900" } else { "0" };
     assert_eq!([adjustment(qemu), adjustment(supervisor)], ["0", spared]);
 
     let groups = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
@@ -75,13 +76,13 @@ fn create_vm_sets_limits_in_a_cgroup_of_its_own() {
     else {
         return skip("no control group with a memory limit can be made on this host");
     };
-    // Emulation's translated code, 6 images, QEMU, the guest and its page tables.
+    // MiB for translated code of the emulation, 6 images, QEMU, the guest and its page tables.
     assert_eq!(number(&memory), (1024 + 6 * 48 + 256 + 64 + 2) * MIB);
     assert_eq!(number(&file(qemu, "pids", "pids.max", "pids.max").unwrap()), 1025);
     let weight = file(qemu, "cpu", "cpu.shares", "cpu.weight").unwrap();
     assert_eq!(number(&weight), if weight.ends_with("cpu.weight") { 200 } else { 2048 });
 
-    // Whoever takes over is where the first one was: a worker's group may end at any time.
+    // The next supervisor joins the same group, because the caller's group may end at any time.
     let process = host.supervisor(&vm).unwrap();
     process.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&process);
@@ -89,7 +90,7 @@ fn create_vm_sets_limits_in_a_cgroup_of_its_own() {
     assert_eq!(groups(host.supervisor(&vm).expect("a new one").pid()), groups(qemu));
 }
 
-/// Somebody emptied the run directory under it: nothing names its processes but its groups.
+/// The run directory of a running VM is removed, so only its control groups name its processes.
 #[test]
 fn reboot_vm_without_run_directory_ends_its_old_qemu() {
     let Some(host) = Host::new() else { return };
@@ -104,14 +105,14 @@ fn reboot_vm_without_run_directory_ends_its_old_qemu() {
     write_pattern(&host, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
     fs::remove_dir_all(host.paths(&vm).run).unwrap();
-    nothing_is_done_with_its_disks(&host, &vm, &disk, &other);
+    assert_calls_on_its_disks_refused(&host, &vm, &disk, &other);
     let (_, found) = host.command(&["audit", "--json"]);
     let found = found["findings"].as_array().unwrap();
     assert!(
         found.len() == 1 && found[0]["why"].as_str().unwrap().contains(&qemu.pid().to_string()),
         "{found:?}"
     );
-    // The host's boot does not end a guest for that.
+    // `host start` does not end such a guest.
     let (well, started) = host.command(&["host", "start", "--json"]);
     assert!(!well && started.to_string().contains("has no pid file"), "{started}");
     let taps = host
@@ -133,8 +134,9 @@ fn reboot_vm_without_run_directory_ends_its_old_qemu() {
     assert_pattern(&host, &disk);
 }
 
-/// Its QEMU has them, and no pid file says so.
-fn nothing_is_done_with_its_disks(host: &Host, vm: &VmCid, disk: &DiskCid, other: &DiskCid) {
+/// Asserts that calls on its disks are refused: its QEMU has them open, although no pid file
+/// exists.
+fn assert_calls_on_its_disks_refused(host: &Host, vm: &VmCid, disk: &DiskCid, other: &DiskCid) {
     let state = |disk: &DiskCid| (fs::read(image(host, disk)).unwrap(), json!(record(host, disk)));
     let (before, vm_before) = ([disk, other].map(state), json!(host.record(vm)));
     for (method, arguments) in [
@@ -177,8 +179,10 @@ fn exceed_memory_limit_restarts_only_that_vm() {
         number(&file(qemu.pid(), "memory", "memory.usage_in_bytes", "memory.current").unwrap());
     let meant = number(&limit);
     fs::write(&limit, (used + 16 * MIB).to_string()).unwrap();
-    // As much as a QEMU with a leak would take, written all over.
-    let leak = json!({"qom-type": "memory-backend-ram", "id": "leak", "size": 256 * MIB, "prealloc": true});
+    // Memory that is allocated and written, as by a QEMU with a leak.
+    let leak = json!({
+        "qom-type": "memory-backend-ram", "id": "leak", "size": 256 * MIB, "prealloc": true,
+    });
     let _ = host.qmp(&wild, "object-add", &leak);
     wait_for_exit(&qemu);
     host.wait_for_event(&wild, "out of memory", 1);
@@ -194,7 +198,7 @@ fn exceed_memory_limit_restarts_only_that_vm() {
     assert_eq!(host.supervisor(&wild).unwrap().pid(), supervisor, "the supervisor is spared");
     assert_eq!(host.qemu(&other).unwrap().pid(), bystander, "and so is everybody else");
     assert_eq!(number(&limit), meant, "the limit of the next start");
-    // An end of another kind is not taken for one of this.
+    // Another kind of exit is not reported as an OOM kill.
     host.kill_qemu(&other);
     let exit = eventually("the end is written down", || {
         ExitRecord::read(&host.paths(&other).exit()).unwrap()

@@ -1,4 +1,4 @@
-//! The host boots, goes down, loses power; a supervisor dies: every VM is again what it was.
+//! Boot, shutdown and power cut of the host, and the death of a supervisor. Every VM is restored.
 
 use bosh_qemu_cpi::cid::{Cid, VmCid};
 use bosh_qemu_cpi::store::record::Desired;
@@ -15,7 +15,7 @@ fn start(host: &Host) -> Vec<(String, Value)> {
     outcomes(host, &["host", "start", "--json"])
 }
 
-/// Each VM and what was done about it, in order.
+/// Runs a command and returns each VM with its outcome, in order.
 fn outcomes(host: &Host, words: &[&str]) -> Vec<(String, Value)> {
     let (passed, printed) = host.command(words);
     assert!(passed, "{printed}");
@@ -27,7 +27,7 @@ fn outcomes(host: &Host, words: &[&str]) -> Vec<(String, Value)> {
 fn hardware(host: &Host, vm: &VmCid) -> Vec<Value> {
     let words = command_line(&host.qemu(vm).expect("QEMU"));
     let mut devices = json_options(&words, "-device");
-    // Which descriptor is free is no hardware.
+    // Numbers of descriptors differ and are not part of the hardware.
     devices.iter_mut().for_each(|device| drop(device.as_object_mut().unwrap().remove("fd")));
     devices
 }
@@ -46,7 +46,7 @@ fn host_start_after_power_cut_restores_running_vms() {
     host.wait_for_console(&first, "BOOTSECTOR-OK", 1);
     let disk = host.disk();
     host.ok("attach_disk", &json!([first, disk]));
-    // The cold start has the disk on its command line.
+    // After a cold start the disk is on QEMU's command line.
     host.ok("reboot_vm", &json!([first]));
     host.wait_for_console(&first, "BOOTSECTOR-OK", 2);
     let before = [&first, &second].map(|vm| (hardware(&host, vm), host.record(vm).nics));
@@ -62,7 +62,7 @@ fn host_start_after_power_cut_restores_running_vms() {
     assert_eq!([&first, &second].map(|vm| (hardware(&host, vm), host.record(vm).nics)), before);
     assert_eq!(host.ok("get_disks", &json!([first])), json!([disk]));
     host.ok("detach_disk", &json!([first, disk]));
-    // Twice is once.
+    // A second `host start` changes nothing.
     let again = start(&host);
     assert!(
         again.iter().filter(|(cid, _)| cid != off.as_str()).all(|(_, state)| state == "running"),
@@ -169,7 +169,7 @@ fn call_on_vm_without_supervisor_starts_one() {
     assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
     assert_eq!(host.qemu(&vm).expect("the same QEMU").pid(), qemu);
 
-    // It does what the first one would: a crash is seen and the VM started again.
+    // The new supervisor restarts the VM after a crash.
     host.kill_qemu(&vm);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
@@ -180,7 +180,8 @@ fn call_on_vm_without_supervisor_starts_one() {
     assert_eq!(start(&host), [(vm.to_string(), json!({"off": "its guest powered itself off"}))]);
 }
 
-/// The call and the supervisor died while QEMU was up and its guest did not run yet.
+/// The call and the supervisor are killed after the start of QEMU and before the start of its
+/// guest.
 #[test]
 fn call_after_interrupted_launch_launches_again() {
     if !cfg!(debug_assertions) {

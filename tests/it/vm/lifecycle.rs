@@ -1,4 +1,4 @@
-//! VMs from create_vm to delete_vm, in every state they can be in between.
+//! VMs from create_vm to delete_vm, in every state between them.
 
 use std::fs;
 use std::io::Read;
@@ -70,7 +70,7 @@ fn attach_disk_during_hot_swap_moves_it_to_the_new_vm() {
     host.ok("delete_vm", &json!([old]));
     host.ok("delete_snapshot", &json!([snapshot]));
     assert!(host.qemu(&new).is_some());
-    // The stemcell may go while a VM is on it, and the VM still start again.
+    // The stemcell can be deleted while a VM uses it, and the VM can be rebooted.
     host.ok("delete_stemcell", &json!([stemcell]));
     host.wait_for_console(&new, "BOOTSECTOR-OK", 1);
     host.ok("reboot_vm", &json!([new]));
@@ -78,7 +78,7 @@ fn attach_disk_during_hot_swap_moves_it_to_the_new_vm() {
     assert_eq!(host.ok("get_disks", &json!([new])), json!([disk]));
 }
 
-/// What a guest would read under `path` of the config drive.
+/// Content of the file `path` on the config drive.
 fn on_config_drive(image: &Path, path: &str) -> String {
     let drive = fatfs::FileSystem::new(
         fs::File::options().read(true).write(true).open(image).unwrap(),
@@ -99,7 +99,7 @@ fn create_vm_writes_agent_settings_byte_for_byte() {
         return;
     };
     let stemcell = host.stemcell();
-    // As no serializer of ours would write it.
+    // Text that the CPI's serializer would not produce.
     let env = |size: usize| {
         let certificate = "-----BEGIN CERTIFICATE-----\\nZHVt\\/".repeat(size / 36);
         format!(
@@ -136,7 +136,8 @@ fn create_vm_writes_agent_settings_byte_for_byte() {
         );
         assert_eq!(settings["disks"]["persistent"], json!({}));
 
-        // The networks: as they came, in their order, with the MACs of the cards, in settings and answer alike.
+        // The networks are unchanged and in order, with the MACs of the NICs, in settings and
+        // answer.
         let mut wanted: Value = serde_json::from_str(networks).unwrap();
         for nic in &record.nics {
             wanted[&nic.network]["mac"] = nic.mac.to_string().into();
@@ -200,8 +201,8 @@ fn create_vm_with_several_networks_orders_nics_by_manifest() {
     );
 }
 
-/// In the state that `bring` makes, a VM exists, can be rebooted and can be deleted.
-fn reboots_and_goes(host: &Host, bring: impl Fn(&VmCid)) {
+/// Brings a VM into a state. It must exist, and reboot_vm and delete_vm must succeed.
+fn assert_reboot_and_delete(host: &Host, bring: impl Fn(&VmCid)) {
     let vm = host.booted_vm();
     let before = host.record(&vm);
     bring(&vm);
@@ -225,19 +226,19 @@ fn reboots_and_goes(host: &Host, bring: impl Fn(&VmCid)) {
 #[test]
 fn reboot_and_delete_running_vm_succeed() {
     let Some(host) = Host::new() else { return };
-    reboots_and_goes(&host, |_| {});
+    assert_reboot_and_delete(&host, |_| {});
 }
 
 #[test]
 fn reboot_and_delete_powered_off_vm_succeed() {
     let Some(host) = Host::new() else { return };
-    reboots_and_goes(&host, |vm| host.power_off(vm));
+    assert_reboot_and_delete(&host, |vm| host.power_off(vm));
 }
 
 #[test]
 fn reboot_and_delete_crashed_vm_succeed() {
     let Some(host) = Host::with(json!({"restart": "never"})) else { return };
-    reboots_and_goes(&host, |vm| {
+    assert_reboot_and_delete(&host, |vm| {
         let supervisor = host.supervisor(vm).unwrap();
         host.kill_qemu(vm);
         wait_for_exit(&supervisor);
@@ -248,7 +249,7 @@ fn reboot_and_delete_crashed_vm_succeed() {
 #[test]
 fn reboot_and_delete_restarting_vm_succeed() {
     let Some(host) = Host::new() else { return };
-    reboots_and_goes(&host, |vm| {
+    assert_reboot_and_delete(&host, |vm| {
         let exits = fs::read_to_string(host.paths(vm).events())
             .unwrap()
             .matches("\"event\":\"restarting\"")
@@ -261,13 +262,13 @@ fn reboot_and_delete_restarting_vm_succeed() {
 #[test]
 fn reboot_and_delete_hung_vm_succeed() {
     let Some(host) = Host::new() else { return };
-    reboots_and_goes(&host, |vm| host.qemu(vm).unwrap().signal(Signal::SIGSTOP).unwrap());
+    assert_reboot_and_delete(&host, |vm| host.qemu(vm).unwrap().signal(Signal::SIGSTOP).unwrap());
 }
 
 #[test]
 fn reboot_and_delete_paused_vm_succeed() {
     let Some(host) = Host::with(json!({"deadlines": {"reboot_vm": 8}})) else { return };
-    reboots_and_goes(&host, |vm| {
+    assert_reboot_and_delete(&host, |vm| {
         host.qmp(vm, "stop", &json!({})).unwrap();
     });
 }
@@ -366,7 +367,7 @@ fn create_vm_with_invalid_arguments_names_them_and_leaves_nothing() {
         "bridge 'br7' does not exist",
     );
     fails("/3/net/gateway", json!("10.8.0.1"), "CpiError", "10.8.0.0");
-    // Under this model the emulator ends at once, which only it can say.
+    // With this CPU model QEMU exits at once, so its stderr must be in the message.
     fails(
         "/2",
         json!({"ram": 64, "cpu_model": "nonsense"}),
@@ -421,7 +422,7 @@ fn create_on_full_filesystem_fails_and_delete_succeeds() {
         assert_eq!(answer.failure().kind, "NoDiskSpace", "{answer:?}");
         assert_eq!(host.leaks(), before, "{method}");
     }
-    // Deleting is what makes room.
+    // Deletes work, because they free space.
     host.ok("delete_vm", &json!([vm]));
     host.ok("delete_disk", &json!([disk]));
     host.ok("delete_stemcell", &json!([stemcell]));

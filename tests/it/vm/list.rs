@@ -1,4 +1,4 @@
-//! `vm list`: every VM in every state, and none that holds it up.
+//! `vm list`: VMs in every state, also when a QEMU hangs.
 
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,13 @@ fn run(host: &Host, words: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What `vm list --json` says.
+/// Output of `vm list --json`.
 pub fn vm_list(host: &Host) -> Value {
     serde_json::from_str(&run(host, &["--json"])).unwrap()
 }
 
-/// The same where no QEMU hangs. On a host that is busy, one that is well may take longer than it is given: it is asked again.
+/// The same on a host where no QEMU hangs. On a busy host a healthy QEMU may miss the timeout, so
+/// the command is repeated until every QEMU answers.
 pub fn list_when_all_answer(host: &Host) -> Value {
     eventually("every QEMU answers", || {
         let listed = vm_list(host);
@@ -28,7 +29,7 @@ pub fn list_when_all_answer(host: &Host) -> Value {
     })
 }
 
-/// What it says of one VM.
+/// The entry of one VM.
 fn listed(host: &Host, vm: &VmCid) -> Value {
     let list = vm_list(host);
     list.as_array()
@@ -66,7 +67,7 @@ fn list_vms_reports_every_state() {
         "a VM that hangs does not hold up the others"
     );
     if table.matches("silent").count() > 1 {
-        // On a host that is busy, one that is well may take longer than it is given.
+        // On a busy host a healthy QEMU may miss the timeout.
         table = run(&host, &[]);
     }
     let line = |vm: &VmCid| {

@@ -1,4 +1,4 @@
-//! What a supervisor writes down, when it starts its VM again, and that a VM lives on without it.
+//! Supervisors: their records of exits and events, restarts of VMs, and VMs without a supervisor.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::support::host::{
     Host, PANICKING_GUEST, command_line, eventually, json_options, wait_for_exit,
 };
 
-/// Names of all events, in order; each line must be a whole JSON object.
+/// Names of all events in order. Each line of the file must be a JSON object.
 fn events(host: &Host, vm: &VmCid) -> Vec<String> {
     let text = fs::read_to_string(host.paths(vm).events()).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -55,7 +55,7 @@ fn quit_of_qemu_is_no_crash() {
     let Some(host) = Host::new() else { return };
     let vm = host.booted_vm();
     let supervisor = host.supervisor(&vm).unwrap();
-    // QEMU may be gone before it has answered.
+    // QEMU may exit before it answers.
     let _ = host.qmp(&vm, "quit", &json!({}));
     wait_for_exit(&supervisor);
     let exit = exit(&host, &vm);
@@ -66,7 +66,7 @@ fn quit_of_qemu_is_no_crash() {
     assert!(host.qemu(&vm).is_none());
 }
 
-/// After 1, 5 and 15 seconds, and then no more.
+/// The supervisor restarts the VM after 1, 5 and 15 seconds, and then gives up.
 #[test]
 fn crash_repeatedly_gives_the_vm_up() {
     let Some(host) = Host::new() else { return };
@@ -83,7 +83,7 @@ fn crash_repeatedly_gives_the_vm_up() {
     );
     assert!(host.qemu(&vm).is_none());
     assert_eq!(exit(&host, &vm).ending(), Ending::Crashed);
-    // Who starts it on purpose begins to count anew.
+    // reboot_vm resets the count of restarts.
     host.ok("reboot_vm", &json!([vm]));
     host.wait_for_event(&vm, "restarting", 4);
 }
@@ -100,7 +100,7 @@ fn crash_with_restart_never_leaves_the_vm_off() {
     assert!(!events(&host, &vm).contains(&"restarting".to_owned()));
 }
 
-/// Everything of a command line that the guest can tell apart, without the numbers of descriptors.
+/// The part of a command line that the guest can observe.
 fn hardware(words: &[String]) -> (Vec<Value>, Vec<String>) {
     let devices = json_options(words, "-device");
     let plain = ["-name", "-uuid", "-smbios", "-machine", "-cpu", "-smp", "-m"];
@@ -137,7 +137,7 @@ fn crash_of_qemu_restarts_the_vm_with_the_same_hardware() {
         assert_eq!(events.iter().filter(|e| *e == event).count(), times, "{event} in {events:?}");
     }
     assert_eq!(exit(&host, &vm).signal, Some(9));
-    // It is a VM like any other.
+    // The restarted VM takes calls as before.
     host.ok("detach_disk", &json!([vm, kept]));
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
 }
@@ -190,12 +190,13 @@ fn supervise_vm_stays_within_memory_bound() {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
         line.split_whitespace().next()?.parse::<u64>().ok()
     });
-    // What is not optimized has three times the code and data.
+    // A debug build has three times the code and data of a release build.
     let most = if cfg!(debug_assertions) { 15 << 10 } else { 5 << 10 };
     assert!(kib <= most, "{kib} KiB");
 }
 
-/// A delete_vm that finds a call at work calls off what may be a launch. A guest that runs is none.
+/// delete_vm cancels a launch in progress if another call holds the VM's lock. The cancellation
+/// must not affect a guest that runs.
 #[test]
 fn cancel_launch_of_running_vm_has_no_effect() {
     let Some(host) = Host::new() else { return };
@@ -205,7 +206,7 @@ fn cancel_launch_of_running_vm_has_no_effect() {
     host.ok("set_vm_metadata", &json!([vm, {}]));
     assert!(!qemu.wait_exit(Instant::now() + Duration::from_millis(500)).unwrap());
     assert_eq!(host.supervisor(&vm).expect("it lives").pid(), supervisor.pid());
-    // Neither is the next launch.
+    // The next launch is not cancelled either.
     host.kill_qemu(&vm);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
 }
@@ -248,7 +249,7 @@ fn reboot_inside_guest_keeps_qemu_and_its_disks() {
     let disk = host.disk();
     host.ok("attach_disk", &json!([vm, disk]));
     let (qemu, supervisor) = (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid());
-    // What a guest writes to reset itself (ICH9's reset control register).
+    // The write of a guest that resets itself (ICH9 reset control register).
     host.qmp(&vm, "human-monitor-command", &json!({"command-line": "o /b 0xcf9 6"})).unwrap();
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert_eq!(

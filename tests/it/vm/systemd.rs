@@ -1,4 +1,5 @@
-//! Where systemd is the init: a VM is in a scope of its own, whoever made it and whatever becomes of that.
+//! VMs on a host with systemd as init: each is in a scope of its own, independent of the unit that
+//! created it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,14 +13,14 @@ use crate::support::answer::Answer;
 use crate::support::host::{Host, eventually, request, vm_cid, wait_for_exit};
 use crate::support::skip;
 
-/// What `program` prints; it must succeed.
+/// Runs a program that must succeed and returns its stdout.
 fn run(program: &str, words: &[&str]) -> String {
     let output = Command::new(program).args(words).output().unwrap();
     assert!(output.status.success(), "{program} {words:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The unit that a process is in.
+/// The unit of a process.
 fn unit(pid: i32) -> String {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     groups
@@ -36,7 +37,7 @@ fn show(unit: &str, property: &str) -> String {
     run("systemctl", &["show", "--value", "--property", property, unit]).trim().to_owned()
 }
 
-/// The scopes of a VM that there are.
+/// The existing scopes of a VM.
 fn scopes(vm: &VmCid) -> Vec<PathBuf> {
     let entries = fs::read_dir("/sys/fs/cgroup/machine.slice").into_iter().flatten().flatten();
     entries
@@ -45,7 +46,7 @@ fn scopes(vm: &VmCid) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A VM that a unit made, as a Director's worker or a monit job does; the unit goes on.
+/// A unit that has created a VM, as a Director's worker or a monit job does, and keeps running.
 struct Worker {
     unit: String,
     vm: VmCid,
@@ -103,7 +104,7 @@ fn stop_creating_unit_keeps_the_vm_in_its_own_scope() {
     let lives = || (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid());
     assert_eq!(lives(), (qemu.pid(), supervisor.pid()));
 
-    // A restart stays in the scope; a supervisor that takes over goes there.
+    // A restarted QEMU stays in the scope, and a new supervisor joins it.
     host.kill_qemu(&vm);
     let qemu = eventually("it is started again", || host.qemu(&vm));
     assert_eq!(unit(qemu.pid()), scope);
@@ -112,7 +113,8 @@ fn stop_creating_unit_keeps_the_vm_in_its_own_scope() {
     wait_for_exit(&supervisor);
     host.ok("set_vm_metadata", &json!([vm, {}]));
     assert_eq!(unit(host.supervisor(&vm).expect("a new one").pid()), scope);
-    // Its next QEMU is in a scope named after it, because the old one may still be there.
+    // The next QEMU of that supervisor is in a scope named after the supervisor, because the old
+    // scope may still exist.
     host.kill_qemu(&vm);
     let qemu = eventually("it is started again", || host.qemu(&vm));
     let new = format!("bosh-{vm}-{}.scope", host.supervisor(&vm).unwrap().pid());

@@ -1,4 +1,4 @@
-//! How the tables and their elements come and go.
+//! Tables and elements of the filter: added with a VM and removed with it.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -6,7 +6,7 @@ use bosh_qemu_cpi::net::guard;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 use bosh_qemu_cpi::store::record::Nic;
 
-use super::{Bridge, GUARD, Guest, IP4, TCP, UDP, admits, guarded, mac, nic, no_others};
+use super::{Bridge, GUARD, Guest, IP4, TCP, UDP, admits, filtered, mac, nic, no_others};
 use crate::support::frames::{EVERYBODY, ethernet, ip4, udp};
 use crate::support::nftables;
 
@@ -14,8 +14,8 @@ use crate::support::nftables;
 fn remove_last_vm_removes_the_tables() {
     let Some(bridge) = Bridge::new() else { return };
     let tables = || bridge.host.run(nftables::tables);
-    let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
-    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
+    let guest = bridge.guest(1, filtered(&["10.0.0.1"]));
+    let other = bridge.guest(2, filtered(&["10.0.0.2"]));
     let add = |guest: &Guest| {
         bridge.host.run(|| guard::add(std::slice::from_ref(&guest.nic), no_others)).unwrap();
     };
@@ -27,14 +27,14 @@ fn remove_last_vm_removes_the_tables() {
     remove(&guest);
     remove(&guest);
     let spoofed = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.2", UDP, &udp(1, 53)));
-    bridge.passes(&guest, &other, &spoofed);
+    bridge.assert_passes(&guest, &other, &spoofed);
     let back = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.1", UDP, &udp(1, 53)));
-    bridge.drops_it(&other, &guest, "MAC", &back);
+    bridge.assert_dropped(&other, &guest, "MAC", &back);
     remove(&other);
     assert_eq!(tables(), Vec::<String>::new());
     remove(&other);
 
-    // Whoever flushed everything gets everything back with the next VM.
+    // After a flush, the next VM restores the elements of all VMs.
     add(&guest);
     bridge.host.run(|| nftables::write_table(GUARD, false));
     bridge
@@ -45,20 +45,20 @@ fn remove_last_vm_removes_the_tables() {
             })
         })
         .unwrap();
-    bridge.drops_it(&guest, &other, "MAC", &spoofed);
-    bridge.drops_it(&other, &guest, "MAC", &back);
+    bridge.assert_dropped(&guest, &other, "MAC", &spoofed);
+    bridge.assert_dropped(&other, &guest, "MAC", &back);
 }
 
-/// Its own removal found no tables yet.
+/// The removal of the VM ran before the tables existed.
 #[test]
 fn remove_vm_during_rebuild_leaves_no_elements() {
     let Some(bridge) = Bridge::new() else { return };
     let [stays, goes] =
-        [1, 2].map(|n| nic(&format!("bqvm{n}"), n, guarded(&[&format!("10.0.0.{n}")])));
+        [1, 2].map(|n| nic(&format!("bqvm{n}"), n, filtered(&[&format!("10.0.0.{n}")])));
     let asked = AtomicU32::new(0);
     let others = || {
         let first = asked.fetch_add(1, Relaxed) == 0;
-        // That a record is another by then does not take the VM's elements away.
+        // A changed record of the VM does not remove its elements.
         let again = NicRules { anti_spoof: false, ..stays.rules.clone().unwrap() };
         Ok(if first {
             vec![stays.clone(), goes.clone()]
@@ -75,7 +75,8 @@ fn remove_vm_during_rebuild_leaves_no_elements() {
     assert_eq!(bridge.host.run(nftables::tables), Vec::<String>::new());
 }
 
-/// Rules, times and packets do not grow with the number of VMs; this shows that so many fit and go.
+/// The number of rules and the cost of a packet do not depend on the number of VMs. This test shows
+/// that 200 VMs fit and are removed completely.
 #[test]
 fn add_and_remove_two_hundred_vms_leaves_nothing() {
     let Some(bridge) = Bridge::new() else { return };
@@ -100,7 +101,8 @@ fn add_and_remove_two_hundred_vms_leaves_nothing() {
         assert!(now > least, "{now}");
         least = now;
     }
-    // Taps twice, the MAC, three addresses, a block, two admissions, three ports, and that it is guarded and grouped.
+    // For each VM: the tap twice, the MAC, three addresses, a block, two admissions, three ports,
+    // and the elements that mark it as filtered and grouped.
     assert_eq!(least, 200 * 14);
     for vm in &vms {
         bridge.host.run(|| guard::remove(std::slice::from_ref(vm))).unwrap();
@@ -108,7 +110,7 @@ fn add_and_remove_two_hundred_vms_leaves_nothing() {
     assert_eq!(bridge.host.run(nftables::tables), Vec::<String>::new());
 }
 
-/// All of them in one transaction, far larger than a socket takes by default.
+/// All elements are added in one transaction, which exceeds the default size of a socket buffer.
 #[test]
 fn add_vm_after_flush_restores_two_thousand_vms() {
     let Some(bridge) = Bridge::new() else { return };
@@ -117,7 +119,7 @@ fn add_vm_after_flush_restores_two_thousand_vms() {
             nic(
                 &format!("bqvm{n}"),
                 n as u8,
-                guarded(&[&format!("10.0.{}.{}", n / 250, n % 250 + 1)]),
+                filtered(&[&format!("10.0.{}.{}", n / 250, n % 250 + 1)]),
             )
         })
         .collect();

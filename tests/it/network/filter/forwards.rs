@@ -1,11 +1,11 @@
-//! Where ports of the host lead.
+//! Forwarded ports of the host.
 
 use std::net::{TcpListener, TcpStream};
 
 use bosh_qemu_cpi::net::guard;
 use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 
-use super::{BRIDGE, PATIENCE, TCP, guarded, nic, no_others};
+use super::{BRIDGE, FRAME_TIMEOUT, TCP, filtered, nic, no_others};
 use crate::support::netns::Namespace;
 
 #[test]
@@ -41,7 +41,7 @@ fn connect_to_forwarded_port_reaches_the_guest() {
                 forward(8081, Some(named)),
                 forward(8082, Some(elsewhere)),
             ],
-            ..guarded(&[&address(inside)])
+            ..filtered(&[&address(inside)])
         };
         let vm = nic("bqport1", 1, rules);
         host.run(|| guard::add(std::slice::from_ref(&vm), no_others)).unwrap();
@@ -53,7 +53,7 @@ fn connect_to_forwarded_port_reaches_the_guest() {
 
         let listener = guest.run(|| TcpListener::bind((to, 80)).unwrap());
         let connects = |from: &Namespace, port| {
-            from.run(|| TcpStream::connect_timeout(&(named, port).into(), PATIENCE))
+            from.run(|| TcpStream::connect_timeout(&(named, port).into(), FRAME_TIMEOUT))
         };
         for (from, port) in [(&outside, 8080), (&outside, 8081), (&host, 8080), (&host, 8081)] {
             let stream =
@@ -63,7 +63,7 @@ fn connect_to_forwarded_port_reaches_the_guest() {
             drop(served);
         }
         let others = outside.run(|| TcpListener::bind((elsewhere, 8082)).unwrap());
-        host.run(|| TcpStream::connect_timeout(&(elsewhere, 8082).into(), PATIENCE)).unwrap();
+        host.run(|| TcpStream::connect_timeout(&(elsewhere, 8082).into(), FRAME_TIMEOUT)).unwrap();
         others.set_nonblocking(true).unwrap();
         others.accept().expect("another's address is not the host's to forward");
         host.run(|| guard::remove(std::slice::from_ref(&vm))).unwrap();

@@ -1,4 +1,4 @@
-//! Whom security groups see behind an address of the host's: whoever it was lent to.
+//! Security groups and source NAT: they match the source before the host's address replaced it.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::time::Duration;
@@ -13,14 +13,14 @@ use crate::support::netns::Namespace;
 use crate::support::nftables;
 use crate::support::topology::{Topology, connects, name, nat, reaches, segment};
 
-/// The card of a VM with these rules, whose tap is `port`.
-fn card(port: &str, segment: &Segment, ip: &str, rules: NicRules) -> Nic {
+/// The NIC of a VM with these rules and the tap `port`.
+fn nic(port: &str, segment: &Segment, ip: &str, rules: NicRules) -> Nic {
     let wire = Wire::Tap { tap: name(port), segment: segment.clone() };
     let rules = NicRules { anti_spoof: false, addresses: vec![ip.parse().unwrap()], ..rules };
     Nic { network: "lab".into(), mac: [2, 0, 0, 0, 0, 5].into(), wire, rules: Some(rules) }
 }
 
-/// Puts the card's rules in force and its port on the bridge.
+/// Adds the NIC's rules and puts its port on the bridge.
 fn plug(topology: &Topology, nic: &Nic) {
     let (tap, segment) = nic.tap().unwrap();
     topology.host.run(|| guard::add(std::slice::from_ref(nic), no_others)).unwrap();
@@ -46,7 +46,7 @@ fn connect_through_masquerade_is_matched_by_its_original_source() {
         (vec![("10.1.0.0/24", TCP, all)], true, false),
         (vec![("10.0.0.5/32", TCP, all)], false, true),
     ] {
-        let nic = card("port1", &routed, "10.1.0.5", admits(&admitted));
+        let nic = nic("port1", &routed, "10.1.0.5", admits(&admitted));
         plug(&topology, &nic);
         assert!(reaches(&topology.host, &grouped, "10.1.0.5"), "{admitted:?}: the host itself");
         assert_eq!(
@@ -59,7 +59,7 @@ fn connect_through_masquerade_is_matched_by_its_original_source() {
             by_the_stranger,
             "{admitted:?}: behind the host's address"
         );
-        // What the VM asks is answered, whoever it asks.
+        // Replies to the VM's own requests are admitted.
         assert!(reaches(&grouped, &stranger, "10.0.0.5"), "{admitted:?}: an answer");
         remove(&topology, &nic);
     }
@@ -88,12 +88,13 @@ fn connect_through_host_port_is_matched_by_its_original_source() {
             forwards: vec![forward(TCP, 8080), forward(UDP, 8080)],
             ..admits(&[(only, TCP, Some((80, 80))), (only, UDP, Some((80, 80)))])
         };
-        plug(&topology, &card("port2", &nat, server, rules));
+        plug(&topology, &nic("port2", &nat, server, rules));
 
         let listener = grouped.run(|| TcpListener::bind((to, 80)).unwrap());
         let by_the_host = SocketAddr::new(gateway.parse().unwrap(), 8080);
         assert!(connects(&admitted, by_the_host), "{one}");
-        // The kernel lends the host's address: without it, the answer would not come from whom was asked.
+        // The kernel replaces the source by the host's address. Otherwise the reply would not come
+        // from the requested address.
         assert_eq!(listener.accept().unwrap().1.ip(), by_the_host.ip());
         assert!(!connects(&refused, by_the_host), "{two}");
 
@@ -113,7 +114,7 @@ fn connect_through_host_port_is_matched_by_its_original_source() {
         socket.send_to(b"answer", peer).unwrap();
         asker.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         assert_eq!(asker.recv_from(&mut word).unwrap(), (6, by_the_host));
-        // Not only the first packet of a conversation.
+        // Later packets of the connection are matched, too.
         asker.send_to(b"two", by_the_host).unwrap();
         let (length, _) = socket.recv_from(&mut word).unwrap();
         assert_eq!(&word[..length], b"two");

@@ -1,5 +1,5 @@
-//! What a guest may send and what reaches it, on a real kernel: ends of cables stand for taps and guests, and send
-//! whatever frames a hostile guest could.
+//! The packet filter on a real kernel: what a guest may send and what reaches it. Ends of veth
+//! pairs stand for taps and guests and send any frame that a hostile guest could.
 
 mod elements;
 mod forwards;
@@ -24,7 +24,7 @@ use crate::support::nftables;
 
 const BRIDGE: &str = "br-guard";
 const GUARD: &str = "bosh-qemu-guard";
-const PATIENCE: Duration = Duration::from_secs(10);
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
 const ARP: u16 = 0x0806;
 const IP4: u16 = 0x0800;
@@ -33,12 +33,12 @@ const UDP: u8 = 17;
 const TCP: u8 = 6;
 const ICMP6: u8 = 58;
 
-/// A host with one bridge.
+/// A host with one bridge, to which guests are connected.
 struct Bridge {
     host: Namespace,
 }
 
-/// A guest, and what it hears.
+/// A guest and a packet socket on its link.
 struct Guest {
     _namespace: Namespace,
     nic: Nic,
@@ -58,7 +58,7 @@ fn nic(tap: &str, last: u8, rules: NicRules) -> Nic {
     Nic { network: "lab".into(), mac: mac(last).into(), wire, rules: Some(rules) }
 }
 
-fn guarded(addresses: &[&str]) -> NicRules {
+fn filtered(addresses: &[&str]) -> NicRules {
     let addresses = addresses.iter().map(|text| text.parse().unwrap()).collect();
     NicRules { anti_spoof: true, addresses, ..NicRules::default() }
 }
@@ -67,8 +67,8 @@ fn no_others() -> Result<Vec<Nic>> {
     Ok(Vec::new())
 }
 
-/// Kernels that say nothing by themselves.
-fn silent() -> Option<Namespace> {
+/// A namespace whose kernel sends no packets by itself.
+fn quiet_namespace() -> Option<Namespace> {
     let namespace = Namespace::new()?;
     for which in ["all", "default"] {
         let setting = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
@@ -79,15 +79,15 @@ fn silent() -> Option<Namespace> {
 
 impl Bridge {
     fn new() -> Option<Self> {
-        let host = silent()?;
+        let host = quiet_namespace()?;
         host.ip(&format!("link add {BRIDGE} type bridge mcast_snooping 0"));
         host.ip(&format!("link set {BRIDGE} up"));
         Some(Self { host })
     }
 
-    /// A guest whose rules are in force.
+    /// Connects a guest and adds its rules.
     fn guest(&self, last: u8, rules: NicRules) -> Guest {
-        let (namespace, port) = (silent().expect("as the first"), format!("bqport{last}"));
+        let (namespace, port) = (quiet_namespace().expect("as the first"), format!("bqport{last}"));
         let nic = nic(&port, last, rules);
         self.host.cable(&port, &namespace, "eth0");
         namespace.ip(&format!("link set eth0 address 02:00:00:00:00:{last:02x}"));
@@ -102,32 +102,32 @@ impl Bridge {
         self.host.run(|| nftables::drops(GUARD))
     }
 
-    /// Has `from` send the frame, which must come to `to`.
-    fn passes(&self, from: &Guest, to: &Guest, frame: &[u8]) {
+    /// Sends a frame from `from`, which must arrive at `to`.
+    fn assert_passes(&self, from: &Guest, to: &Guest, frame: &[u8]) {
         let before = self.drops();
         from.wire.send(frame).unwrap();
         assert!(
-            to.hears(frame, PATIENCE),
+            to.receives(frame, FRAME_TIMEOUT),
             "dropped: {frame:02x?} ({} drops)",
             self.drops() - before
         );
     }
 
-    /// Has `from` send the frame, which must be dropped and counted.
-    fn drops_it(&self, from: &Guest, to: &Guest, what: &str, frame: &[u8]) {
+    /// Sends a frame from `from`, which must be dropped and counted.
+    fn assert_dropped(&self, from: &Guest, to: &Guest, what: &str, frame: &[u8]) {
         let before = self.drops();
         from.wire.send(frame).unwrap();
         eventually(&format!("a counted drop: {what}"), || (self.drops() > before).then_some(()));
-        assert!(!to.hears(frame, Duration::ZERO), "{what} passed");
+        assert!(!to.receives(frame, Duration::ZERO), "{what} passed");
     }
 }
 
 impl Guest {
-    /// Whether the frame comes in time. What else comes is passed over.
-    fn hears(&self, frame: &[u8], patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
-        while let Some(heard) = self.wire.receive(deadline).unwrap() {
-            if heard == frame {
+    /// Whether the frame arrives in time. Other frames are ignored.
+    fn receives(&self, frame: &[u8], timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        while let Some(received) = self.wire.receive(deadline).unwrap() {
+            if received == frame {
                 return true;
             }
         }
@@ -135,7 +135,7 @@ impl Guest {
     }
 }
 
-/// A source, a protocol, ports.
+/// Source, protocol and ports that a security group admits.
 type Admitted<'a> = (&'a str, u8, Option<(u16, u16)>);
 
 fn admits(list: &[Admitted<'_>]) -> NicRules {
@@ -146,6 +146,6 @@ fn admits(list: &[Admitted<'_>]) -> NicRules {
     };
     NicRules {
         admits: Some(list.iter().map(admission).collect()),
-        ..guarded(&["10.0.0.1", "fd00::1"])
+        ..filtered(&["10.0.0.1", "fd00::1"])
     }
 }

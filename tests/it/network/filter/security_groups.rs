@@ -1,11 +1,11 @@
-//! What reaches a guest that has security groups.
+//! Packets that security groups admit to a guest.
 
 use bosh_qemu_cpi::store::nic_rules::NicRules;
 
-use super::{ARP, Bridge, ICMP6, IP4, IP6, TCP, UDP, admits, guarded, mac};
+use super::{ARP, Bridge, ICMP6, IP4, IP6, TCP, UDP, admits, filtered, mac};
 use crate::support::frames::{EVERYBODY, arp, ethernet, ip4, ip6, nd, tcp, udp};
 
-/// IANA's numbers.
+/// Protocol numbers of IANA.
 const OSPF: u8 = 89;
 const VRRP: u8 = 112;
 
@@ -42,7 +42,7 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
         to6("fd00::2", ICMP6, &nd(135, "fd00::1", None)),
         ethernet(EVERYBODY, mac(2), ARP, &arp(1, (mac(2), "10.0.0.2"), "10.0.0.1")),
     ] {
-        bridge.passes(&other, &guest, &frame);
+        bridge.assert_passes(&other, &guest, &frame);
     }
     for (what, frame) in [
         ("port", to4("10.0.0.2", TCP, &tcp(1000, 96, 2))),
@@ -54,13 +54,18 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
         ("protocol with IPv4", to4("10.0.0.2", OSPF, &[3, 1, 0, 4])),
         ("protocol from elsewhere", to4("192.0.2.1", VRRP, &[0x31, 7, 100, 1])),
     ] {
-        bridge.drops_it(&other, &guest, what, &frame);
+        bridge.assert_dropped(&other, &guest, what, &frame);
     }
-    // The guest asks, and only the answer comes in.
-    bridge.passes(&guest, &other, &ask4(&udp(1000, 53)));
-    bridge.passes(&other, &guest, &to4("10.0.0.2", UDP, &udp(53, 1000)));
-    bridge.drops_it(&other, &guest, "answer from elsewhere", &to4("10.0.0.3", UDP, &udp(53, 1000)));
-    bridge.drops_it(
+    // The guest sends a request, and only the reply is admitted.
+    bridge.assert_passes(&guest, &other, &ask4(&udp(1000, 53)));
+    bridge.assert_passes(&other, &guest, &to4("10.0.0.2", UDP, &udp(53, 1000)));
+    bridge.assert_dropped(
+        &other,
+        &guest,
+        "answer from elsewhere",
+        &to4("10.0.0.3", UDP, &udp(53, 1000)),
+    );
+    bridge.assert_dropped(
         &other,
         &guest,
         "connection in an answer's place",
@@ -71,15 +76,15 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
 #[test]
 fn send_dhcp_offer_passes_only_to_a_dhcp_guest() {
     let Some(bridge) = Bridge::new() else { return };
-    let roaming = bridge.guest(1, NicRules { admits: Some(Vec::new()), ..guarded(&[]) });
-    let settled = bridge.guest(2, NicRules { admits: Some(Vec::new()), ..guarded(&["10.0.0.2"]) });
+    let roaming = bridge.guest(1, NicRules { admits: Some(Vec::new()), ..filtered(&[]) });
+    let settled = bridge.guest(2, NicRules { admits: Some(Vec::new()), ..filtered(&["10.0.0.2"]) });
     let server = bridge.guest(3, NicRules::default());
     let offer4 =
         |to, port| ethernet(to, mac(3), IP4, &ip4("10.0.0.3", "10.0.0.77", UDP, &udp(67, port)));
     let offer6 =
         |to| ethernet(to, mac(3), IP6, &ip6("fe80::3", "fe80::ff:fe00:1", UDP, &udp(547, 546)));
-    bridge.passes(&server, &roaming, &offer4(mac(1), 68));
-    bridge.passes(&server, &roaming, &offer6(mac(1)));
-    bridge.drops_it(&server, &roaming, "another port", &offer4(mac(1), 69));
-    bridge.drops_it(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
+    bridge.assert_passes(&server, &roaming, &offer4(mac(1), 68));
+    bridge.assert_passes(&server, &roaming, &offer6(mac(1)));
+    bridge.assert_dropped(&server, &roaming, "another port", &offer4(mac(1), 69));
+    bridge.assert_dropped(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
 }

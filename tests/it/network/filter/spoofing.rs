@@ -1,16 +1,16 @@
-//! What a guest may send: only what it is.
+//! Anti-spoofing: a guest sends only from its own addresses.
 
 use std::path::Path;
 
 use bosh_qemu_cpi::store::nic_rules::NicRules;
 
-use super::{ARP, BRIDGE, Bridge, ICMP6, IP4, IP6, UDP, guarded, mac};
+use super::{ARP, BRIDGE, Bridge, ICMP6, IP4, IP6, UDP, filtered, mac};
 use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, udp};
 use crate::support::host::eventually;
 
 #[test]
 fn send_ipv4_with_spoofed_source_is_dropped() {
-    // Whether bridged packets come to the host's IP rules changes nothing.
+    // The filter works with and without `bridge-nf-call-iptables`.
     for called in ["1", "0"] {
         let Some(bridge) = Bridge::new() else { return };
         let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
@@ -19,24 +19,28 @@ fn send_ipv4_with_spoofed_source_is_dropped() {
                 std::fs::write(setting, called).unwrap();
             }
         });
-        speaks_ipv4_only_as_itself(&bridge);
+        assert_ipv4_spoofs_dropped(&bridge);
     }
 }
 
-fn speaks_ipv4_only_as_itself(bridge: &Bridge) {
-    let guest = bridge.guest(1, guarded(&["10.0.0.1", "10.0.0.32/28"]));
-    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
+fn assert_ipv4_spoofs_dropped(bridge: &Bridge) {
+    let guest = bridge.guest(1, filtered(&["10.0.0.1", "10.0.0.32/28"]));
+    let other = bridge.guest(2, filtered(&["10.0.0.2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP4, payload);
     let asks = |sender: (Mac, &str)| ethernet(EVERYBODY, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
     let probes = |target| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
 
-    bridge.passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
-    bridge.passes(&guest, &other, &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))));
-    bridge.passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
-    bridge.passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
-    bridge.passes(&guest, &other, &probes("10.0.0.1"));
-    bridge.passes(&guest, &other, &probes("10.0.0.47"));
-    bridge.passes(
+    bridge.assert_passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
+    bridge.assert_passes(
+        &guest,
+        &other,
+        &frame(&ip4("10.0.0.47", "10.0.0.2", UDP, &udp(1000, 53))),
+    );
+    bridge.assert_passes(&guest, &other, &asks((mac(1), "10.0.0.1")));
+    bridge.assert_passes(&guest, &other, &asks((mac(1), "10.0.0.32")));
+    bridge.assert_passes(&guest, &other, &probes("10.0.0.1"));
+    bridge.assert_passes(&guest, &other, &probes("10.0.0.47"));
+    bridge.assert_passes(
         &guest,
         &other,
         &frame(&ip4("10.0.0.1", "224.0.0.22", 2, &[0x22, 0, 0, 0, 0, 0, 0, 0])),
@@ -70,7 +74,7 @@ fn speaks_ipv4_only_as_itself(bridge: &Bridge) {
         ("frame of another type", ethernet(EVERYBODY, mac(1), 0x88cc, b"lldp")),
     ];
     for (what, spoofed) in &spoofs {
-        bridge.drops_it(&guest, &other, what, spoofed);
+        bridge.assert_dropped(&guest, &other, what, spoofed);
     }
 }
 
@@ -79,8 +83,8 @@ fn send_from_allowed_address_passes() {
     let Some(bridge) = Bridge::new() else { return };
     let allowed =
         ["10.0.0.100", "10.0.1.0/24", "fd00::100"].map(|text| text.parse().unwrap()).to_vec();
-    let guest = bridge.guest(1, NicRules { allowed, ..guarded(&["10.0.0.1", "fd00::1"]) });
-    let other = bridge.guest(2, guarded(&["10.0.0.2", "fd00::2"]));
+    let guest = bridge.guest(1, NicRules { allowed, ..filtered(&["10.0.0.1", "fd00::1"]) });
+    let other = bridge.guest(2, filtered(&["10.0.0.2", "fd00::2"]));
     let four =
         |from: &str| ethernet(EVERYBODY, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
     let asks = |from: &str| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), from), "10.0.0.2"));
@@ -91,57 +95,61 @@ fn send_from_allowed_address_passes() {
         ethernet(EVERYBODY, mac(1), IP6, &ip6("fd00::1", "ff02::1", ICMP6, &advertisement))
     };
     for from in ["10.0.0.1", "10.0.0.100", "10.0.1.7"] {
-        bridge.passes(&guest, &other, &four(from));
-        bridge.passes(&guest, &other, &asks(from));
+        bridge.assert_passes(&guest, &other, &four(from));
+        bridge.assert_passes(&guest, &other, &asks(from));
     }
     for from in ["fd00::1", "fd00::100"] {
-        bridge.passes(&guest, &other, &six(from));
-        bridge.passes(&guest, &other, &tells(from));
+        bridge.assert_passes(&guest, &other, &six(from));
+        bridge.assert_passes(&guest, &other, &tells(from));
     }
-    bridge.drops_it(&guest, &other, "IP beside it", &four("10.0.0.101"));
-    bridge.drops_it(&guest, &other, "ARP sender beside it", &asks("10.0.2.0"));
-    bridge.drops_it(&guest, &other, "IPv6 beside it", &six("fd00::101"));
-    bridge.drops_it(&guest, &other, "target beside it", &tells("fd00::101"));
+    bridge.assert_dropped(&guest, &other, "IP beside it", &four("10.0.0.101"));
+    bridge.assert_dropped(&guest, &other, "ARP sender beside it", &asks("10.0.2.0"));
+    bridge.assert_dropped(&guest, &other, "IPv6 beside it", &six("fd00::101"));
+    bridge.assert_dropped(&guest, &other, "target beside it", &tells("fd00::101"));
 }
 
 #[test]
 fn send_ipv6_with_spoofed_source_is_dropped() {
     let Some(bridge) = Bridge::new() else { return };
-    // It would put fragments together.
+    // `bridge-nf-call-ip6tables` would reassemble fragments.
     let setting = Path::new("/proc/sys/net/bridge/bridge-nf-call-ip6tables");
     bridge.host.run(|| {
         if setting.exists() {
             std::fs::write(setting, "0").unwrap();
         }
     });
-    let guest = bridge.guest(1, guarded(&["fd00::1", "fd00:1::/80"]));
-    let other = bridge.guest(2, guarded(&["fd00::2"]));
+    let guest = bridge.guest(1, filtered(&["fd00::1", "fd00:1::/80"]));
+    let other = bridge.guest(2, filtered(&["fd00::2"]));
     let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP6, payload);
     let icmp = |from: &str, message: &[u8]| frame(&ip6(from, "ff02::1", ICMP6, message));
     let (own, foreign) = (Some((2, mac(1))), Some((2, mac(9))));
     const LINK_LOCAL: &str = "fe80::ff:fe00:1";
 
-    bridge.passes(&guest, &other, &frame(&ip6("fd00::1", "fd00::2", UDP, &udp(1000, 53))));
-    bridge.passes(&guest, &other, &frame(&ip6("fd00:1::7", "fd00::2", UDP, &udp(1000, 53))));
-    bridge.passes(&guest, &other, &icmp("::", &nd(135, "fd00::1", None)));
-    bridge.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
-    bridge.passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
-    bridge.passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
-    bridge.passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
-    bridge.passes(
+    bridge.assert_passes(&guest, &other, &frame(&ip6("fd00::1", "fd00::2", UDP, &udp(1000, 53))));
+    bridge.assert_passes(&guest, &other, &frame(&ip6("fd00:1::7", "fd00::2", UDP, &udp(1000, 53))));
+    bridge.assert_passes(&guest, &other, &icmp("::", &nd(135, "fd00::1", None)));
+    bridge.assert_passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(1))))));
+    bridge.assert_passes(&guest, &other, &icmp("fd00::1", &nd(136, "fd00::1", own)));
+    bridge.assert_passes(&guest, &other, &icmp(LINK_LOCAL, &nd(136, "fd00:1::7", own)));
+    bridge.assert_passes(&guest, &other, &icmp("fd00::1", &nd(135, "fd00::2", None)));
+    bridge.assert_passes(
         &guest,
         &other,
         &icmp("::", &[nd(135, "fd00::1", None), vec![14, 1, 0, 0, 0, 0, 0, 0]].concat()),
     );
-    bridge.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
-    bridge.passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
+    bridge.assert_passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[])));
+    bridge.assert_passes(&guest, &other, &icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(1)].concat())));
     // A large ping in two fragments.
-    bridge.passes(
+    bridge.assert_passes(
         &guest,
         &other,
         &frame(&fragment("fd00::1", ICMP6, 0, true, &[128, 0, 0, 0, 0, 1, 0, 1])),
     );
-    bridge.passes(&guest, &other, &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")));
+    bridge.assert_passes(
+        &guest,
+        &other,
+        &frame(&fragment("fd00::1", ICMP6, 8, false, b"and more")),
+    );
 
     let spoofs = [
         ("IP", frame(&ip6("fd00::2", "fd00::2", UDP, &udp(1, 53)))),
@@ -201,25 +209,25 @@ fn send_ipv6_with_spoofed_source_is_dropped() {
         }),
     ];
     for (what, spoofed) in &spoofs {
-        bridge.drops_it(&guest, &other, what, spoofed);
+        bridge.assert_dropped(&guest, &other, what, spoofed);
     }
 }
 
 #[test]
 fn send_from_dhcp_guest_with_foreign_mac_is_dropped() {
     let Some(bridge) = Bridge::new() else { return };
-    let guest = bridge.guest(1, guarded(&[]));
-    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
+    let guest = bridge.guest(1, filtered(&[]));
+    let other = bridge.guest(2, filtered(&["10.0.0.2"]));
     let frame = |from: Mac, payload: &[u8]| ethernet(EVERYBODY, from, IP4, payload);
     let asks = ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67));
-    bridge.passes(&guest, &other, &frame(mac(1), &asks));
-    bridge.passes(
+    bridge.assert_passes(&guest, &other, &frame(mac(1), &asks));
+    bridge.assert_passes(
         &guest,
         &other,
         &ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")),
     );
-    bridge.drops_it(&guest, &other, "MAC", &frame(mac(9), &asks));
-    bridge.drops_it(
+    bridge.assert_dropped(&guest, &other, "MAC", &frame(mac(9), &asks));
+    bridge.assert_dropped(
         &guest,
         &other,
         "DHCP server",
@@ -231,7 +239,7 @@ fn send_from_dhcp_guest_with_foreign_mac_is_dropped() {
 fn send_to_bridge_group_address_is_dropped() {
     let Some(bridge) = Bridge::new() else { return };
     bridge.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
-    let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
+    let guest = bridge.guest(1, filtered(&["10.0.0.1"]));
     let frame =
         ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
     let before = bridge.drops();
@@ -239,7 +247,7 @@ fn send_to_bridge_group_address_is_dropped() {
     eventually("a counted drop", || (bridge.drops() > before).then_some(()));
 }
 
-/// For the nearest bridge alone (IEEE 802.1Q, table 8-1).
+/// A group address that bridges do not forward (IEEE 802.1Q, table 8-1).
 fn nearest(last: u8) -> Mac {
     [1, 0x80, 0xc2, 0, 0, last]
 }
@@ -247,8 +255,8 @@ fn nearest(last: u8) -> Mac {
 #[test]
 fn send_with_foreign_mac_teaches_the_bridge_nothing() {
     let Some(bridge) = Bridge::new() else { return };
-    let guest = bridge.guest(1, guarded(&["10.0.0.1"]));
-    let other = bridge.guest(2, guarded(&["10.0.0.2"]));
+    let guest = bridge.guest(1, filtered(&["10.0.0.1"]));
+    let other = bridge.guest(2, filtered(&["10.0.0.2"]));
     let free = bridge.guest(3, NicRules::default());
     let port_of = |mac: &str| {
         let list = || {
@@ -269,10 +277,11 @@ fn send_with_foreign_mac_teaches_the_bridge_nothing() {
             guest.wire.send(&ethernet(nearest(last), from, IP4, &payload)).unwrap();
         }
     }
-    // Behind the others; and who may say anything can not take what belongs to somebody.
-    bridge.passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
-    bridge.passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
-    bridge.passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
+    // Further frames from the filtered guest, and from an unfiltered guest that uses the MAC of
+    // another.
+    bridge.assert_passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
+    bridge.assert_passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
+    bridge.assert_passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
     assert_eq!(port_of("02:00:00:00:00:01").as_deref(), Some("bqport1"));
     assert_eq!(port_of("02:00:00:00:00:02").as_deref(), Some("bqport2"));
     assert_eq!(port_of("02:00:00:00:00:08").as_deref(), Some("bqport3"), "others are learnt");
