@@ -65,7 +65,7 @@ fn gc_with_disk_of_two_vms_reports_it() {
     wrong.set_attachment(&disk, AttachmentPhase::Attached);
     host.store().write(&wrong).unwrap();
     assert_eq!(only_finding(&host), ("unsettled".to_owned(), format!("{disk} on {other}")));
-    assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm), "nothing was changed");
+    assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm), "the record is unchanged");
     wrong.forget_attachment(&disk);
     host.store().write(&wrong).unwrap();
 }
@@ -132,7 +132,7 @@ fn gc_after_killed_delete_disk_finishes_it() {
         );
     };
     killed("lock of a metadata taken#1");
-    assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing was begun");
+    assert_eq!(findings(&host, "audit"), (true, vec![]), "nothing is unfinished");
     killed("a disk's file removed#1");
     assert_repaired(&host, "unfinished", disk.as_str());
     host.assert_no_leaks();

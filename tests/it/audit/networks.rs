@@ -89,7 +89,11 @@ fn gc_with_orphaned_vm_removes_only_what_is_named_after_it() {
     }
     wait_for_exit(&qemu);
     assert!(host.namespace().link(&link).is_none());
-    assert_eq!(host.namespace().run(|| nftables::elements(GUARD)), of_one, "the other's are there");
+    assert_eq!(
+        host.namespace().run(|| nftables::elements(GUARD)),
+        of_one,
+        "the elements of the other VM"
+    );
     assert!(host.qemu(&stays).is_some() && host.namespace().link(&tap(&host, &stays)).is_some());
     // The bridge goes with the last VM.
     host.ok("delete_vm", &json!([stays]));
@@ -213,7 +217,7 @@ fn gc_after_interrupted_delete_network_finishes_or_reverts_it() {
     let vm = vm_cid(&host.ok("create_vm", &arguments));
     cut_short();
     assert_repaired(&host, "unfinished", &network);
-    assert!(record.exists() && host.qemu(&vm).is_some(), "a VM uses it");
+    assert!(record.exists() && host.qemu(&vm).is_some(), "a VM uses the network");
     host.ok("delete_vm", &json!([vm]));
     cut_short();
     assert_repaired(&host, "unfinished", &network);
@@ -303,7 +307,7 @@ fn gc_with_two_state_directories_on_one_network_touches_only_its_own() {
         .vm(&host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap()[0].to_string());
     host.ok("delete_vm", &json!([mine]));
     clean();
-    assert!(host.namespace().link("bosh-nat0").is_some(), "they keep it");
+    assert!(host.namespace().link("bosh-nat0").is_some(), "the other state directory keeps it");
     with_other_directories(&host, run.path(), || {
         clean();
         assert!(host.command(&["network", "remove", "--json"]).0);

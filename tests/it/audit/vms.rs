@@ -97,7 +97,7 @@ fn audit_and_list_write_nothing() {
 #[test]
 fn audit_of_sound_host_finds_nothing() {
     let Some(host) = Host::new() else { return };
-    assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]), "before there is anything");
+    assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]), "on an empty host");
     let vm = host.booted_vm();
     let (disk, off) = (host.disk(), host.booted_vm());
     host.ok("attach_disk", &json!([vm, disk]));
@@ -127,7 +127,7 @@ fn assert_gc_cleans_up_after_crashes(method: &str, prepare: impl Fn(&Host, &str)
                 crash.point
             );
             // A VM that an orphaned supervisor still launches is locked, so it is no finding yet.
-            eventually("everything is whole or gone", || {
+            eventually("every VM is ready or removed", || {
                 let mended: Vec<_> = gc(&host).into_iter().filter(is_not_untold).collect();
                 assert!(
                     mended.iter().all(|(_, _, cure)| *cure == "mended"),
@@ -190,11 +190,15 @@ fn gc_after_interrupted_attach_disk_asks_qemu() {
     let (clean, found) = findings(&host, &["gc", "--json"]);
     assert!(
         !clean && found[0].2["operator"].as_str().unwrap().contains("repeat"),
-        "the guest has it: {found:?}"
+        "the guest has the disk: {found:?}"
     );
     host.ok("detach_disk", &json!([vm, disk]));
     interrupted();
-    assert_eq!(gc(&host), single_finding("unsettled", &what, "mended"), "the guest has it not");
+    assert_eq!(
+        gc(&host),
+        single_finding("unsettled", &what, "mended"),
+        "the guest does not have the disk"
+    );
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
 }
 
@@ -218,7 +222,7 @@ fn gc_with_unsupervised_vm_starts_a_supervisor() {
     supervisor.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&supervisor);
     assert_eq!(audit(&host), single_finding("unsupervised", &vm, "gc"));
-    assert!(host.supervisor(&vm).is_none(), "audit only looks");
+    assert!(host.supervisor(&vm).is_none(), "audit changes nothing");
     assert_eq!(
         findings(&host, &["gc", "--json"]),
         (true, single_finding("unsupervised", &vm, "mended"))
@@ -386,7 +390,7 @@ fn gc_with_stray_files_removes_them() {
     assert!(before.iter().all(|(_, _, cure)| *cure == "gc"), "{before:?}");
     let (clean, found) = findings(&host, &["gc", "--json"]);
     assert!(clean, "{found:?}");
-    assert!(new.exists() && !old.exists(), "one that may be being written stays");
+    assert!(new.exists() && !old.exists(), "a new temporary file stays");
     fs::remove_file(new).unwrap();
     host.assert_no_leaks();
     assert_eq!(host.store().list::<StemcellRecord>().unwrap().len(), 0);
@@ -402,7 +406,7 @@ fn gc_with_orphaned_qemu_ends_it() {
     fs::rename(&paths.dir, &aside).unwrap();
     let found = audit(&host);
     assert_eq!(found, single_finding("orphan", &vm, "gc"));
-    assert!(host.qemu(&vm).is_some(), "audit only looks");
+    assert!(host.qemu(&vm).is_some(), "audit changes nothing");
     assert_eq!(findings(&host, &["gc", "--json"]), (true, single_finding("orphan", &vm, "mended")));
     wait_for_exit(&qemu);
     assert!(!paths.run.exists());

@@ -45,7 +45,7 @@ fn info_without_state_or_configuration_succeeds() {
     assert_eq!(installation.ask_raw(INFO).result(), &expected);
     assert!(
         !installation.path("state").exists() && !installation.path("run").exists(),
-        "info touches nothing"
+        "info writes nothing"
     );
     fs::write(installation.config(), "broken").unwrap();
     assert_eq!(installation.ask_raw(INFO).result(), &expected);

@@ -56,9 +56,9 @@ fn qemu_io(image: &Path, commands: &[&str]) -> String {
         qemu_io.args(["-c", command]);
     }
     let output = qemu_io.arg(image).output().expect("qemu-io");
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
-    said
+    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && !printed.contains("failed"), "{commands:?}: {printed}");
+    printed
 }
 
 /// Writes data that [`assert_data`] checks.
@@ -85,7 +85,7 @@ fn attach_and_detach_disk_repeatedly_succeed() {
         assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk));
         assert!(is_plugged(&host, &vm, &disk));
         host.wait_for_console(&vm, "\nU", round);
-        assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk), "twice is once");
+        assert_eq!(*attach(&host, &vm, &disk).result(), hint(&disk), "a repeated call");
         assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
         host.ok("detach_disk", &json!([vm, disk]));
         assert!(!is_plugged(&host, &vm, &disk));
@@ -244,7 +244,7 @@ fn attach_or_delete_disk_of_another_vm_is_refused() {
         );
     }
     host.ok("detach_disk", &json!([other, disk]));
-    assert!(is_plugged(&host, &one, &disk), "it was not the other's to detach");
+    assert!(is_plugged(&host, &one, &disk), "detach from another VM has no effect");
     assert_eq!(host.ok("get_disks", &json!([one])), json!([disk]));
 }
 

@@ -148,7 +148,11 @@ fn change_ejected_disk_succeeds() {
         eject(&host, &vm, &disk);
         host.ok(method, &arguments);
         assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0), "{method}");
-        assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]), "it is still the VM's");
+        assert_eq!(
+            host.ok("get_disks", &json!([vm])),
+            json!([disk]),
+            "the record still has the disk"
+        );
     }
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("detach_disk", &json!([vm, disk]));
@@ -166,7 +170,7 @@ fn attach_or_detach_ejected_disk_succeeds() {
     let eject = || eject(&host, &vm, &disk);
     host.ok("attach_disk", &json!([vm, disk]));
     eject();
-    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]), "it is still the VM's");
+    assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]), "the record still has the disk");
     let other = host.vm(&host.stemcell());
     let refused = host.call("attach_disk", &json!([other, disk]));
     assert!(
@@ -246,7 +250,7 @@ fn attach_disk_during_delete_of_its_vm_waits_for_it() {
     // QEMU is stopped, so delete_vm must kill it after a while.
     host.qemu(&old).unwrap().signal(Signal::SIGSTOP).unwrap();
     let removal = host.start("delete_vm", &json!([old]));
-    eventually("a removal at work", || (host.record(&old).phase == Phase::Deleting).then_some(()));
+    eventually("delete_vm runs", || (host.record(&old).phase == Phase::Deleting).then_some(()));
     let again = host.call("attach_disk", &json!([old, disk]));
     assert_eq!(again.failure().kind, "VMNotFound", "{again:?}");
     host.ok("attach_disk", &json!([new, disk]));

@@ -34,7 +34,7 @@ fn set_disk_metadata_of_locked_disk_does_not_wait() {
 
 /// Waits until `call` waits for `lock`.
 fn wait_for_lock(call: &Child, lock: &str) {
-    eventually("it waits for the lock", || {
+    eventually("the call waits for the lock", || {
         let files = fs::read_dir(format!("/proc/{}/fd", call.id())).ok()?.flatten();
         let mut names = files.filter_map(|file| fs::read_link(file.path()).ok());
         names.find(|name| name.ends_with(lock))
@@ -99,7 +99,7 @@ fn set_disk_metadata_during_delete_disk_is_not_found() {
     let waits = host.call("delete_disk", &json!([disk]));
     assert!(waits.failure().message.contains(&format!("metadata.{disk}")), "{waits:?}");
     assert_pattern(&host, &disk);
-    assert_eq!(record(&host, &disk).phase, Phase::Ready, "nothing was begun");
+    assert_eq!(record(&host, &disk).phase, Phase::Ready, "delete_disk has changed nothing");
 
     host.reconfigure(|config| config["deadlines"] = json!({}));
     let call = host.start("set_disk_metadata", &json!([disk, {"owner": "late"}]));

@@ -205,7 +205,7 @@ fn copy_disk_beyond_pool_space_is_refused_before_any_change() {
     assert_eq!(
         refused(&noise, json!({"pool": "fast"})).kind,
         "NoDiskSpace",
-        "its holes are read as noise"
+        "holes of a LUKS image are read as noise"
     );
     let raw = json!({"pool": "fast", "format": "raw", "discard": "ignore"});
     for disk in [&small, &noise] {
@@ -335,7 +335,7 @@ fn create_vm_killed_at_any_step_leaves_nothing_in_its_pool() {
     };
     for_each_crash_point(&host, "create_vm", arguments, |crash| {
         // A supervisor whose call was killed keeps the VM's lock until it has reverted the launch.
-        eventually("the VM is whole or gone", || {
+        eventually("the VM is ready or removed", || {
             delete_ready::<VmRecord>(&host, "delete_vm");
             host.store().pending_dir().read_dir().unwrap().next().is_none().then_some(())
         });

@@ -73,16 +73,16 @@ fn attach_disk_applies_every_property_before_and_after_reboot() {
             disks.iter().zip(&combinations)
         {
             let inserted = inserted(&host, &vm, disk).expect("plugged in");
-            let said = format!("{when} {properties}: {inserted:#}");
-            assert_eq!(inserted["drv"], *driver, "{said}");
+            let printed = format!("{when} {properties}: {inserted:#}");
+            assert_eq!(inserted["drv"], *driver, "{printed}");
             assert_eq!(
                 inserted["cache"],
                 json!({"direct": direct, "writeback": writeback, "no-flush": false}),
-                "{said}"
+                "{printed}"
             );
-            assert_eq!(inserted["detect_zeroes"], *zeroes, "{said}");
-            assert_eq!(inserted["encrypted"], json!(properties["encrypted"] == true), "{said}");
-            assert_eq!(inserted["image"]["virtual-size"], 8 << 20, "{said}");
+            assert_eq!(inserted["detect_zeroes"], *zeroes, "{printed}");
+            assert_eq!(inserted["encrypted"], json!(properties["encrypted"] == true), "{printed}");
+            assert_eq!(inserted["image"]["virtual-size"], 8 << 20, "{printed}");
             let limits = (
                 properties["iops"].as_u64().unwrap_or(0),
                 properties["mbps"].as_u64().unwrap_or(0) << 20,
@@ -90,11 +90,11 @@ fn attach_disk_applies_every_property_before_and_after_reboot() {
             assert_eq!(
                 (inserted["iops"].as_u64(), inserted["bps"].as_u64()),
                 (Some(limits.0), Some(limits.1)),
-                "{said}"
+                "{printed}"
             );
             let meta = fs::metadata(image(&host, disk)).unwrap();
-            assert!(std::os::unix::fs::MetadataExt::blocks(&meta) >= *blocks, "{said}");
-            assert_eq!(meta.permissions().mode() & 0o777, 0o600, "{said}");
+            assert!(std::os::unix::fs::MetadataExt::blocks(&meta) >= *blocks, "{printed}");
+            assert_eq!(meta.permissions().mode() & 0o777, 0o600, "{printed}");
         }
     };
     for (index, disk) in disks.iter().enumerate() {
@@ -131,7 +131,7 @@ fn create_disk_with_invalid_property_names_it_and_leaves_nothing() {
             "{refused:?}"
         );
     }
-    assert!(!host.path("state").exists(), "nothing was begun");
+    assert!(!host.path("state").exists(), "a refused call writes nothing");
 }
 
 /// Runs qemu-io commands on an encrypted qcow2 image with the key of the host.
@@ -149,10 +149,10 @@ fn qemu_io(host: &Host, disk: &DiskCid, commands: &[&str]) {
         .arg(format!("{options}{}", image(host, disk).display()))
         .output()
         .expect("qemu-io");
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(
-        output.status.success() && !said.contains("failed") && !said.contains("can't"),
-        "{commands:?}: {said}"
+        output.status.success() && !printed.contains("failed") && !printed.contains("can't"),
+        "{commands:?}: {printed}"
     );
 }
 
@@ -183,11 +183,11 @@ fn use_encrypted_disk_keeps_its_data_and_leaks_no_key() {
     let plain = [0xb0; 512];
     assert!(
         !fs::read(image(&host, &disk)).unwrap().windows(512).any(|part| part == plain),
-        "it is not encrypted"
+        "the data is not encrypted"
     );
 
-    let mut said = vec![made.stderr.clone()];
-    let nowhere = |said: &[String]| {
+    let mut printed = vec![made.stderr.clone()];
+    let assert_key_not_exposed = |printed: &[String]| {
         let qemu = PathBuf::from(format!("/proc/{}", host.qemu(&vm).unwrap().pid()));
         for file in ["cmdline", "environ"] {
             let bytes = fs::read(qemu.join(file)).unwrap();
@@ -195,27 +195,27 @@ fn use_encrypted_disk_keeps_its_data_and_leaks_no_key() {
         }
         let objects = host.qmp(&vm, "qom-list", &json!({"path": "/objects"})).unwrap().to_string();
         assert!(objects.contains("io0") && !objects.contains("disk-key"), "{objects}");
-        assert!(said.iter().all(|text| !text.contains(&key)));
+        assert!(printed.iter().all(|text| !text.contains(&key)));
         assert_eq!(files_with(&host.path("state"), key.as_bytes()), [host.path("state/disk.key")]);
     };
     for round in 1..=2 {
         let attached = host.call("attach_disk", &json!([vm, disk]));
         attached.result();
-        said.push(attached.stderr);
+        printed.push(attached.stderr);
         host.wait_for_console(&vm, "\nU", round);
-        nowhere(&said);
+        assert_key_not_exposed(&printed);
         host.ok("detach_disk", &json!([vm, disk]));
     }
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("reboot_vm", &json!([vm]));
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     assert!(inserted(&host, &vm, &disk).is_some());
-    nowhere(&said);
+    assert_key_not_exposed(&printed);
     // The supervisor restarts the VM.
     host.kill_qemu(&vm);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 3);
     assert!(inserted(&host, &vm, &disk).is_some());
-    nowhere(&said);
+    assert_key_not_exposed(&printed);
     host.ok("detach_disk", &json!([vm, disk]));
     qemu_io(&host, &disk, &["read -P 0xb0 0 64k"]);
 }

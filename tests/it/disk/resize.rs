@@ -34,7 +34,7 @@ fn resize_disk_attached_detached_or_off_grows_it() {
         let disk = disk(&host, &properties);
         write_pattern(&host, &disk);
         assert_eq!(host.ok("resize_disk", &json!([disk, 16])), Value::Null);
-        assert_eq!(host.ok("resize_disk", &json!([disk, 16])), Value::Null, "twice is once");
+        assert_eq!(host.ok("resize_disk", &json!([disk, 16])), Value::Null, "a repeated call");
         host.ok("attach_disk", &json!([vm, disk]));
         assert_eq!(seen(&host, &vm, &disk), 16, "{properties}");
         host.ok("resize_disk", &json!([disk, 600]));
@@ -69,7 +69,7 @@ fn resize_disk_after_killed_resize_finishes_it() {
     let file = std::fs::OpenOptions::new().write(true).open(image(&host, &disk)).unwrap();
     file.set_len(20 << 20).unwrap();
     let refused = host.call("resize_disk", &json!([disk, 12]));
-    assert_eq!(refused.failure().kind, "NotSupported", "nobody shrinks it: {refused:?}");
+    assert_eq!(refused.failure().kind, "NotSupported", "a disk does not shrink: {refused:?}");
     host.ok("resize_disk", &json!([disk, 20]));
     assert_eq!(size(&host, &disk), 20);
 }

@@ -220,7 +220,7 @@ fn start_and_stop(
     let process = Process::open(call.id() as i32).unwrap();
     eventually("data is copied", || (fs::metadata(copy()?).ok()?.blocks() > 1 << 11).then_some(()));
     process.signal(Signal::SIGSTOP).unwrap();
-    assert!(copy().is_some(), "half way");
+    assert!(copy().is_some(), "the copy is unfinished");
     (call, process)
 }
 

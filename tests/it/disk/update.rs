@@ -66,7 +66,7 @@ fn update_disk_while_detached_copies_it() {
         assert_pattern(&host, &disk);
         let before = image(&host, &disk);
         host.ok("update_disk", &json!([disk, size, properties]));
-        assert_eq!(image(&host, &disk), before, "twice is once");
+        assert_eq!(image(&host, &disk), before, "a repeated call");
     }
     let vm = host.booted_vm();
     host.ok("attach_disk", &json!([vm, disk]));
@@ -126,7 +126,7 @@ fn update_disk_while_attached_changes_limits_at_once() {
     host.ok("detach_disk", &json!([vm, disk]));
     host.ok("attach_disk", &json!([vm, disk]));
     assert_eq!(seen()["cache"]["direct"], false);
-    assert_eq!(record(&host, &disk).generation, 0, "nothing of this takes a copy");
+    assert_eq!(record(&host, &disk).generation, 0, "these changes need no copy");
 }
 
 #[test]

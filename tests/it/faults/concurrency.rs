@@ -126,7 +126,7 @@ fn many_calls(host: &Host) {
     all_differ("tap", nics().map(|nic| nic.tap().expect("a tap").0.to_string()));
     all_differ("process", vms.iter().map(|vm| host.qemu(vm).expect("it runs").pid()));
     let links = host.namespace().ip_json("link show master bosh-nat0");
-    assert_eq!(links.as_array().unwrap().len(), VMS, "one bridge has every tap");
+    assert_eq!(links.as_array().unwrap().len(), VMS, "every tap is on one bridge");
 
     let began = Instant::now();
     let there = call_from_all_threads(|number| {
@@ -208,10 +208,10 @@ fn call_concurrently_on_one_vm_and_disk_stays_consistent() {
         2 => host.call("attach_disk", &both),
         _ => host.call("reboot_vm", &json!([vm])),
     });
-    let told = |answer: &Answer| {
+    let failure_of = |answer: &Answer| {
         answer.outcome.as_ref().err().map(|failure| (failure.kind.clone(), failure.message.clone()))
     };
-    for (number, failure) in answers.iter().map(told).enumerate() {
+    for (number, failure) in answers.iter().map(failure_of).enumerate() {
         match failure {
             None => {}
             Some((kind, _)) if kind == "VMNotFound" && number % 4 != 0 => {}
@@ -239,7 +239,7 @@ fn create_vms_beyond_parallel_boots_wait() {
     };
     let mut seen = BTreeSet::new();
     for turn in 0..3 {
-        let vms = eventually("five want to start, and two may", || {
+        let vms = eventually("five launches, two of them with a slot", || {
             let wants = all(&|vm| host.supervisor(vm).is_some());
             let may = all(&|vm| host.qemu(vm).is_some());
             assert!(may.len() <= 2, "{may:?} at a time");
@@ -251,7 +251,7 @@ fn create_vms_beyond_parallel_boots_wait() {
         qemu.signal(Signal::SIGKILL).unwrap();
         wait_for_exit(&supervisor);
     }
-    assert!(seen.len() >= 3, "whoever waited had a turn: {seen:?}");
+    assert!(seen.len() >= 3, "waiting launches did not get a slot: {seen:?}");
     for vm in all(&|_| true) {
         host.track_vms(vm.as_str());
         host.call("delete_vm", &json!([vm])).result();
@@ -270,7 +270,7 @@ fn host_with_held_boot_slot() -> Option<(Host, VmCid, std::process::Child, VmCid
     // The replacement of QEMU holds its lock and never opens a monitor.
     host.replace_qemu("exec sleep 600");
     let stuck = host.start("create_vm", &host.vm_arguments(&stemcell));
-    let slow = eventually("a VM that hangs while it starts", || {
+    let slow = eventually("a VM with a hung launch", || {
         let vms = host.store().list::<VmRecord>().unwrap();
         vms.into_iter().find(|cid| *cid != vm && host.qemu(cid).is_some())
     });
@@ -298,7 +298,7 @@ fn reboot_vm_without_boot_slot_names_the_holder() {
 
     host.reconfigure(|config| config["deadlines"] = json!({}));
     let waiting = host.start("reboot_vm", &json!([vm]));
-    eventually("it waits for its turn", || {
+    eventually("reboot_vm waits for a slot", || {
         let line = vm_list(&host)
             .as_array()
             .unwrap()

@@ -189,7 +189,7 @@ fn delete_stemcell_killed_at_any_step_can_be_repeated() {
         || json!([fixture.host.stemcell()]),
         |_, _| {
             fixture.assert_baseline();
-            "gone".into()
+            "deleted".into()
         },
     );
 }
@@ -226,7 +226,7 @@ fn delete_vm_killed_at_any_step_can_be_repeated() {
         let mut left = fixture.host.leaks();
         left.retain(|what| !what.contains(disk.as_str()));
         assert_eq!(left, fixture.baseline);
-        "gone, its disk is free".into()
+        "deleted, its disk is free".into()
     });
 }
 
@@ -282,7 +282,7 @@ fn delete_network_killed_at_any_step_can_be_repeated() {
         |crash, _| {
             fixture.gc(crash.point);
             fixture.assert_baseline();
-            "gone".into()
+            "deleted".into()
         },
     );
 }
@@ -312,7 +312,7 @@ fn delete_disk_killed_at_any_step_can_be_repeated() {
         || json!([fixture.host.disk()]),
         |_, _| {
             fixture.assert_baseline();
-            "gone".into()
+            "deleted".into()
         },
     );
 }
@@ -355,7 +355,7 @@ fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
                         (false, true)
                     );
                     host.ok("detach_disk", &json!([other, disk]));
-                    "goes to the other VM".into()
+                    "attached to the other VM".into()
                 }
                 Err(refused) => {
                     assert!(
@@ -366,7 +366,7 @@ fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
                         (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk)),
                         (true, (false, 0, 0))
                     );
-                    "stays with the first VM".into()
+                    "still attached to the first VM".into()
                 }
             }
         },

@@ -145,7 +145,7 @@ fn findings(host: &Host) -> BTreeSet<(String, String)> {
     let found = found["findings"].as_array().unwrap();
     let reported: BTreeSet<_> =
         found.iter().map(|finding| (text(&finding["kind"]), text(&finding["what"]))).collect();
-    assert_eq!(reported.len(), found.len(), "each once: {found:#?}");
+    assert_eq!(reported.len(), found.len(), "a finding is reported twice: {found:#?}");
     reported
 }
 
@@ -175,7 +175,7 @@ fn audit_with_damaged_files_reports_each_once() {
         if note.is_dir() {
             fs::remove_dir(&note).unwrap();
         }
-        assert!(!note.exists(), "{how}: the next create settled it");
+        assert!(!note.exists(), "{how}: the next create removes the note");
         host.ok("reboot_vm", &json!([targets.logged]));
     }
     assert_eq!(findings(host), BTreeSet::new());
@@ -195,14 +195,14 @@ fn call_with_damaged_schema_or_run_dir_link_is_refused() {
             let damaged = Damaged::new(path, host.path("aside"), how);
             for words in [["gc"].as_slice(), &["host", "start"]] {
                 let refused = host.namespace().run(|| host.cpi().args(words).output().unwrap());
-                let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+                let printed = String::from_utf8_lossy(&refused.stderr).into_owned();
                 let other = ["'/nowhere/at/all'", "state_dir 'state'"]
                     .iter()
-                    .any(|other| said.contains(other));
-                let named = said.contains(path.to_str().unwrap()) || other;
+                    .any(|other| printed.contains(other));
+                let named = printed.contains(path.to_str().unwrap()) || other;
                 assert!(
-                    !refused.status.success() && named && said.contains("Hint: "),
-                    "{how}: {words:?}: {said}"
+                    !refused.status.success() && named && printed.contains("Hint: "),
+                    "{how}: {words:?}: {printed}"
                 );
             }
             let answer = host.call("create_disk", &json!([8, {}, null]));

@@ -244,7 +244,7 @@ fn call_on_damaged_network_record_names_it() {
     );
     let (well, removed) = fixture.host.command(&["network", "remove", &network, "--json"]);
     assert!(well && removed["networks"][0]["state"] == "removed", "{removed}");
-    assert!(!dir.exists(), "it was empty");
+    assert!(!dir.exists(), "the directory is removed");
 }
 
 #[test]

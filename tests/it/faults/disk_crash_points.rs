@@ -93,7 +93,7 @@ impl Fixture {
                 crash.point
             );
             self.assert_others_work(crash.point);
-            "whole".into()
+            "intact".into()
         });
     }
 }
@@ -207,7 +207,7 @@ fn delete_snapshot_killed_at_any_step_can_be_repeated() {
             crash.point
         );
         fixture.assert_others_work(crash.point);
-        "gone".into()
+        "deleted".into()
     });
     assert_pattern(&fixture.host, &disk);
 }

@@ -63,7 +63,7 @@ fn call_with_hostile_cid_is_refused() {
     for cid in [json!(null), json!(1), json!(["vm-1"]), json!({"cid": "vm-1"})] {
         assert_refused(&host.call("delete_vm", &json!([cid])), "no string");
     }
-    assert!(!host.path("state").exists(), "nothing was begun");
+    assert!(!host.path("state").exists(), "a refused call writes nothing");
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn create_vm_with_hostile_values_adds_no_qemu_option() {
     arguments[3] = json!({HOSTILE: network});
     arguments[5] = json!({HOSTILE: HOSTILE, "bosh": {"password": HOSTILE, "group": HOSTILE}});
     let result = host.ok("create_vm", &arguments);
-    assert_eq!(result[1][HOSTILE][HOSTILE], HOSTILE, "the answer has what came");
+    assert_eq!(result[1][HOSTILE][HOSTILE], HOSTILE, "the answer repeats the network");
     let vm = vm_cid(&result);
     host.ok("set_vm_metadata", &json!([vm, {HOSTILE: HOSTILE, "name": HOSTILE}]));
     let disk = host.disk();
@@ -188,7 +188,7 @@ fn create_stemcell_from_hostile_path_takes_it_literally() {
     assert!(!command_line(&host.qemu(&vm).unwrap()).concat().contains("readonly=off\""));
     host.ok("delete_vm", &json!([vm]));
     host.ok("delete_stemcell", &json!([stemcell]));
-    assert!(image.exists(), "it is the operator's");
+    assert!(image.exists(), "the image of a light stemcell stays");
 }
 
 #[test]
@@ -268,10 +268,10 @@ fn create_vm_with_secrets_keeps_them_on_the_config_drive() {
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     let drive = fs::read(host.paths(&vm).config_drive()).unwrap();
     let has = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
-    assert!(has(&drive), "the canary is where it belongs, or this test shows nothing");
+    assert!(has(&drive), "the secret is not on the config drive, so this test would prove nothing");
     let exposed = exposed(&host, &vm);
     for file in ["supervisor.log", "events.jsonl", "qemu.log", "console.log", "vm.json"] {
-        assert!(exposed.iter().any(|(name, _)| name == file), "{file} is not looked at");
+        assert!(exposed.iter().any(|(name, _)| name == file), "{file} is not checked");
     }
     for (name, bytes) in exposed {
         assert!(!has(&bytes), "{name}: {}", String::from_utf8_lossy(&bytes));

@@ -101,8 +101,8 @@ fn panic_in_thread_is_answered_with_its_message() {
 #[test]
 fn print_to_stdout_does_not_corrupt_the_answer() {
     let misbehave = || {
-        writeln!(std::io::stdout(), "noise of ours").unwrap();
-        assert!(Command::new("echo").arg("noise of a child").status().unwrap().success());
+        writeln!(std::io::stdout(), "output of the CPI").unwrap();
+        assert!(Command::new("echo").arg("output of a child").status().unwrap().success());
     };
     let Some(ChildOutput { outcome, .. }) =
         run_as_cpi("faults::panics::print_to_stdout_does_not_corrupt_the_answer", misbehave)

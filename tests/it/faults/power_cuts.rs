@@ -128,7 +128,7 @@ impl Fixture {
         for path in
             before.keys().map(PathBuf::as_path).filter(objects).filter(|path| !touched(path))
         {
-            assert_eq!(cut.tree.get(path), before.get(path), "{} is as it was", path.display());
+            assert_eq!(cut.tree.get(path), before.get(path), "{} changed", path.display());
         }
         if changes_an_image(method) {
             assert_pattern(&self.host, &self.free);
@@ -148,7 +148,7 @@ impl Fixture {
             let here = images(&cut.tree);
             assert!(
                 [before, after].iter().any(|tree| images(tree) == here),
-                "{cid} is ready and not whole"
+                "{cid} is in phase ready without all its images"
             );
         }
     }
@@ -479,7 +479,7 @@ fn create_vm_with_power_cut_at_any_step_loses_nothing() {
         let claims = fixture.host.path("state/claims").read_dir().unwrap().flatten();
         let claims = claims
             .filter(|claim| fs::read_link(claim.path()).unwrap() == Path::new(vm.cid.as_str()));
-        assert_eq!(claims.count(), 1, "its address");
+        assert_eq!(claims.count(), 1, "one reservation for its address");
     });
 }
 

@@ -91,14 +91,17 @@ fn gc_with_two_state_directories_touches_only_its_own() {
     let ours = qemu(&fixture.vm);
     fixture.assert_others_work();
     host.ok("delete_vm", &json!([fixture.vm]));
-    assert!(host.namespace().link("bosh-nat0").is_some(), "a VM of the other is on it");
+    assert!(
+        host.namespace().link("bosh-nat0").is_some(),
+        "a VM of the other state directory uses it"
+    );
     assert_ne!(ours, theirs);
 
     use_directories(host, &other.0, &other.1);
     assert_eq!(qemu(&vm), theirs);
     host.ok("reboot_vm", &json!([vm]));
     host.delete_everything();
-    assert!(host.namespace().link("bosh-nat0").is_none(), "the last takes it along");
+    assert!(host.namespace().link("bosh-nat0").is_none(), "the bridge goes with the last VM");
     use_directories(host, &own.0, &own.1);
     fs::remove_dir_all(other.0).unwrap();
 }
@@ -204,8 +207,11 @@ fn call_on_unmounted_state_directory_is_refused() {
     }
     for words in [&["vm", "list"][..], &["host", "start"], &["gc"], &["audit"]] {
         let output = host.namespace().run(|| host.cpi().args(words).output().unwrap());
-        let said = format!("{output:?}");
-        assert!(!output.status.success() && said.contains("is not mounted"), "{words:?}: {said}");
+        let printed = format!("{output:?}");
+        assert!(
+            !output.status.success() && printed.contains("is not mounted"),
+            "{words:?}: {printed}"
+        );
     }
     assert_eq!(fs::read_dir(&state).unwrap().count(), 0);
     fs::remove_dir(&state).unwrap();

@@ -175,7 +175,7 @@ fn boot_with_two_networks_orders_nics_and_routes() {
     let listener = outside.run(|| TcpListener::bind("192.0.2.2:0").unwrap());
     let port = listener.local_addr().unwrap().port();
     listener.set_nonblocking(true).unwrap();
-    let (told, seen) = std::thread::scope(|threads| {
+    let (response, seen) = std::thread::scope(|threads| {
         let asks = threads.spawn(|| guest.get(&format!("/reach/192.0.2.2/{port}")));
         let (mut stream, peer) =
             eventually("the guest reaches the world", || listener.accept().ok());
@@ -184,7 +184,7 @@ fn boot_with_two_networks_orders_nics_and_routes() {
         (asks.join().unwrap(), peer.ip())
     });
     assert_eq!(
-        (told["value"].as_str(), seen.to_string().as_str()),
+        (response["value"].as_str(), seen.to_string().as_str()),
         (Some("the world"), "192.0.2.1")
     );
 }

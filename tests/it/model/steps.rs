@@ -156,9 +156,9 @@ fn delete_disk(modelled: &mut ModelledHost, random: &mut Random) {
         Some(_) => assert_refused(outcome, "is attached to VM"),
         None => {
             // A repeated call may find that the killed one has deleted the disk.
-            let told =
+            let is_deleted =
                 outcome.is_ok() || outcome.is_err_and(|failure| failure.kind == "DiskNotFound");
-            assert!(told, "delete_disk");
+            assert!(is_deleted, "delete_disk");
             modelled.disks.remove(&disk);
             modelled.deleted.insert(disk.to_string());
         }
@@ -272,10 +272,10 @@ fn kill_qemu(modelled: &mut ModelledHost, random: &mut Random, vm: Option<VmCid>
         // step calls reboot_vm instead.
         Some(pid) if model.restarted_by != Some(pid) => {
             model.restarted_by = Some(pid);
-            eventually("it is started again", || {
+            eventually("the supervisor restarts QEMU", || {
                 modelled.host.qemu(&vm).filter(|new| new.pid() != qemu.pid())
             });
-            eventually("it runs", || {
+            eventually("the guest runs", || {
                 modelled
                     .host
                     .qmp(&vm, "query-status", &json!({}))

@@ -125,16 +125,16 @@ fn forward_port_of_missing_address_warns_until_it_exists() {
     assert_eq!(causes(), [json!(cause)]);
     host.namespace().ip("address add 192.0.2.9/32 dev lo");
     assert_eq!(causes(), [""; 0]);
-    let told = create(
+    let accepted = create(
         &host,
         &stemcell,
         &manual("10.7.0.6"),
         &json!({"ports": [{"host": 81, "address": "192.0.2.9"}]}),
     );
     assert!(
-        told.outcome.is_ok() && !told.stderr.contains("no link of this host"),
+        accepted.outcome.is_ok() && !accepted.stderr.contains("no link of this host"),
         "{}",
-        told.stderr
+        accepted.stderr
     );
     // No packet from outside arrives at these addresses.
     for (address, problem) in [
@@ -252,12 +252,12 @@ fn create_vm_with_dynamic_user_network_gets_an_address() {
     let settings = std::fs::read(host.paths(&vm).config_drive()).unwrap();
     let settings = String::from_utf8_lossy(&settings);
     assert!(settings.contains(r#""type":"manual""#) && settings.contains(r#""ip":"10.0.2.15""#));
-    assert!(!settings.contains(r#""type":"dynamic""#), "nobody answers DHCP");
+    assert!(!settings.contains(r#""type":"dynamic""#), "no DHCP server answers");
     let guests = host.record(&vm).nics.into_iter().map(|nic| match nic.wire {
         Wire::User { user } => user.guest.to_string(),
         Wire::Tap { .. } => panic!("a tap"),
     });
-    assert_eq!(guests.collect::<Vec<_>>(), ["10.0.2.15", "10.6.0.2"], "it is recorded");
+    assert_eq!(guests.collect::<Vec<_>>(), ["10.0.2.15", "10.6.0.2"], "the addresses are recorded");
     let netdev = &json_options(&command_line(&host.qemu(&vm).unwrap()), "-netdev")[0];
     assert_eq!(netdev["hostfwd"], json!([{"str": "tcp:127.0.0.1:8080-10.0.2.15:80"}]));
 

@@ -136,7 +136,7 @@ fn ensure_ipv6_network_without_forwarding_is_refused() {
 #[test]
 fn release_after_last_tap_removes_bridge_and_table() {
     let Some(topology) = Topology::new() else { return };
-    topology.host.run(|| nftables::write_table("somebody", true));
+    topology.host.run(|| nftables::write_table("foreign", true));
     topology.host.ip("link add virbr0 type bridge");
     let (links, segment) = (topology.links(), nat("10.0.0.1"));
     topology.release(&segment).unwrap();
@@ -145,12 +145,12 @@ fn release_after_last_tap_removes_bridge_and_table() {
     topology.unplug("bqportn0", port.queues);
     topology.release(&segment).unwrap();
     assert_eq!(topology.links(), links);
-    assert_eq!(topology.host.run(nftables::tables), ["somebody"]);
+    assert_eq!(topology.host.run(nftables::tables), ["foreign"]);
     // The table is removed even if another program has removed the bridge.
     topology.ensure(&segment).unwrap();
     topology.host.ip(&format!("link delete {BRIDGE}"));
     topology.release(&segment).unwrap();
-    assert_eq!(topology.host.run(nftables::tables), ["somebody"]);
+    assert_eq!(topology.host.run(nftables::tables), ["foreign"]);
 }
 
 #[test]

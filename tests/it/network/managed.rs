@@ -39,7 +39,7 @@ fn create_use_and_delete_network_succeed() {
     let used = host.call("delete_network", &json!([network]));
     assert!(used.failure().message.contains(&format!("is used by VM '{vm}'")), "{used:?}");
     host.ok("delete_vm", &json!([vm]));
-    assert!(links().contains("10.9.0.1/24"), "it stays without VMs");
+    assert!(links().contains("10.9.0.1/24"), "the bridge stays without VMs");
 
     host.ok("delete_network", &json!([network]));
     assert!(!links().contains("10.9.0.1/24"));
@@ -89,8 +89,11 @@ fn network_remove_keeps_managed_networks() {
     let links = || host.namespace().ip("-4 -brief address show");
     host.namespace().run(|| {
         let output = host.cpi().args(["network", "remove"]).output().unwrap();
-        let said = String::from_utf8(output.stdout).unwrap();
-        assert!(output.status.success() && said.contains("goes with delete_network"), "{said}");
+        let printed = String::from_utf8(output.stdout).unwrap();
+        assert!(
+            output.status.success() && printed.contains("goes with delete_network"),
+            "{printed}"
+        );
     });
     assert!(links().contains("10.9.0.1/24"), "{}", links());
     std::fs::remove_file(profiles.join("mine.toml")).unwrap();

@@ -116,11 +116,11 @@ fn install_then_uninstall_restores_the_machine() {
     assert!(machine.refused(&["install", "--key", KEY]).contains("--yes"));
     assert_eq!(machine.all(), before);
 
-    let said = machine.ok(&["install", "--key", KEY, "--host-config", &config, "--yes"]);
+    let printed = machine.ok(&["install", "--key", KEY, "--host-config", &config, "--yes"]);
     assert!(
-        said.contains("+ /usr/local/bin/bosh-qemu-cpi\n")
-            && said.contains(&format!("+ the key in {keys_path}")),
-        "{said}"
+        printed.contains("+ /usr/local/bin/bosh-qemu-cpi\n")
+            && printed.contains(&format!("+ the key in {keys_path}")),
+        "{printed}"
     );
     let installed = fs::read(machine.root.join("usr/local/bin/bosh-qemu-cpi")).unwrap();
     assert!(installed == fs::read(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).unwrap());
@@ -137,23 +137,23 @@ fn install_then_uninstall_restores_the_machine() {
         !brought.any(|path| fs::read(path).is_ok_and(|content| content == host_config.as_bytes()))
     );
 
-    let said = machine.ok(&["install", "--key", KEY, "--yes"]);
+    let printed = machine.ok(&["install", "--key", KEY, "--yes"]);
     assert!(
-        said.contains("= /usr/local/bin/bosh-qemu-cpi\n") && said.contains("= the key in"),
-        "{said}"
+        printed.contains("= /usr/local/bin/bosh-qemu-cpi\n") && printed.contains("= the key in"),
+        "{printed}"
     );
 
     // Another key replaces it.
-    let said = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
-    assert!(said.contains(&format!("~ the key in {keys_path}, in place of …")), "{said}");
+    let printed = machine.ok(&["install", "--key", NEXT_KEY, "--yes"]);
+    assert!(printed.contains(&format!("~ the key in {keys_path}, in place of …")), "{printed}");
     let lines = machine.read(&keys);
     assert!(
         lines.starts_with(other) && !lines.contains(line) && lines.contains("AAAANEXT"),
         "{lines}"
     );
     // An installation without `--key` keeps the key.
-    let said = machine.ok(&["install", "--yes"]);
-    assert!(said.contains(&format!("= the key in {keys_path}")), "{said}");
+    let printed = machine.ok(&["install", "--yes"]);
+    assert!(printed.contains(&format!("= the key in {keys_path}")), "{printed}");
     machine.ok(&["uninstall", "--yes"]);
     assert_eq!(machine.all(), [keys.as_str()]);
     assert_eq!(machine.read(&keys), other);
@@ -165,7 +165,7 @@ fn install_over_foreign_file_is_refused() {
     let Some(machine) = Machine::new() else { return };
     let unit = machine.root.join("etc/systemd/system/bosh-qemu-cpi.service");
     fs::create_dir_all(unit.parent().unwrap()).unwrap();
-    fs::write(&unit, "somebody's").unwrap();
+    fs::write(&unit, "foreign").unwrap();
     let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
     assert!(
         refusal.contains("/etc/systemd/system/bosh-qemu-cpi.service")
@@ -178,10 +178,11 @@ fn install_over_foreign_file_is_refused() {
     // The operator has changed the file since.
     fs::write(&unit, "changed").unwrap();
     assert!(machine.refused(&["install", "--yes"]).contains("not ours"));
-    let said = machine.ok(&["uninstall", "--yes"]);
+    let printed = machine.ok(&["uninstall", "--yes"]);
     assert!(
-        said.contains("! /etc/systemd/system/bosh-qemu-cpi.service was changed since, and stays"),
-        "{said}"
+        printed
+            .contains("! /etc/systemd/system/bosh-qemu-cpi.service was changed since, and stays"),
+        "{printed}"
     );
     let keys = keys();
     assert_eq!(

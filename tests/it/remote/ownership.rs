@@ -141,8 +141,8 @@ fn move_disk_killed_at_any_step_leaves_it_on_one_host() {
         // it.
         let to = number % 2;
         if to == 1 {
-            let said = give_up(&hosts[0], &disk, &[]);
-            assert_eq!(said.lines().last(), Some("\"given_up\""), "after '{point}'");
+            let printed = give_up(&hosts[0], &disk, &[]);
+            assert_eq!(printed.lines().last(), Some("\"given_up\""), "after '{point}'");
         }
         hosts[to].ok("resize_disk", &json!([disk, 9]));
         assert_eq!(owners(&hosts, &disk), [to], "after '{point}'");
@@ -242,8 +242,8 @@ fn use_disk_taken_by_another_host_is_refused() {
         assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
     }
     // This host does not report the disk, so callers find the other host.
-    let said = found(gone, &spare);
-    assert!(said.contains(r#"{"found":[]}"#), "{said}");
+    let printed = found(gone, &spare);
+    assert!(printed.contains(r#"{"found":[]}"#), "{printed}");
     let (well, found) = gone.command(&["gc", "--json"]);
     assert!(!well && found.to_string().contains(&format!("detach_disk from VM '{vm}'")), "{found}");
     assert_eq!(owners(&hosts, &spare), [1], "it has forgotten the one that no VM has");
@@ -287,8 +287,8 @@ fn take_disk_back_succeeds() {
     taker.ok("resize_disk", &json!([disk, 16]));
     assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
     // The first host still has an old record of the disk.
-    let said = found(gone, &disk);
-    assert!(said.contains(disk.as_str()), "{said}");
+    let printed = found(gone, &disk);
+    assert!(printed.contains(disk.as_str()), "{printed}");
     gone.ok("resize_disk", &json!([disk, 17]));
     assert_eq!(owners(&hosts, &disk), [0]);
     assert_pattern(gone, &disk);
@@ -409,8 +409,8 @@ fn move_disk_encrypted_with_local_key_is_refused() {
     let host = &hosts[0];
     let disk: DiskCid =
         text(&host.ok("create_disk", &json!([8, {"encrypted": true}, null]))).parse().unwrap();
-    let said = give_up(host, &disk, &[]);
-    assert!(said.contains("key_file") && owners(&hosts, &disk) == [0], "{said}");
+    let printed = give_up(host, &disk, &[]);
+    assert!(printed.contains("key_file") && owners(&hosts, &disk) == [0], "{printed}");
     host.reconfigure(|config| config["key_file"] = json!(host.path("state/disk.key")));
     assert_eq!(give_up(host, &disk, &[]).lines().last(), Some("\"given_up\""));
     host.ok("delete_disk", &json!([disk]));
@@ -422,9 +422,9 @@ fn move_disk_outside_shared_pools_is_refused() {
     let Some((_pool, hosts)) = pair() else { return };
     let own: DiskCid =
         text(&hosts[0].ok("create_disk", &json!([8, {"pool": null}, null]))).parse().unwrap();
-    let said = give_up(&hosts[0], &own, &[]);
-    assert!(said.contains("is in no shared pool"), "{said}");
-    let said = give_up(&hosts[1], &own, &[]);
-    assert!(said.contains("there is no disk"), "{said}");
+    let printed = give_up(&hosts[0], &own, &[]);
+    assert!(printed.contains("is in no shared pool"), "{printed}");
+    let printed = give_up(&hosts[1], &own, &[]);
+    assert!(printed.contains("there is no disk"), "{printed}");
     hosts[0].ok("delete_disk", &json!([own]));
 }

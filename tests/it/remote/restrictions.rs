@@ -52,9 +52,9 @@ fn connect_with_the_key_runs_only_host_serve() {
     let host = format!("root@{}", pair.sshd.address());
     for words in [&[&*host, "id"][..], &["-t", &host, "bash"], &["-s", &host, "sftp"]] {
         let output = pair.ssh(words);
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(said.starts_with("{\"greeting\":"), "{words:?}: {output:?}");
-        assert!(!said.contains("uid="), "{words:?}: {said}");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(printed.starts_with("{\"greeting\":"), "{words:?}: {output:?}");
+        assert!(!printed.contains("uid="), "{words:?}: {printed}");
     }
     let forward =
         pair.ssh(&["-o", "ExitOnForwardFailure=yes", "-N", "-R", "2000:127.0.0.1:22", &host]);
@@ -274,9 +274,9 @@ fn serve_on_machine_with_transport_is_refused() {
         &["host", "start"],
     ] {
         let output = pair.host.cpi().args(words).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
+        let printed = String::from_utf8_lossy(&output.stderr);
         assert!(
-            !output.status.success() && said.contains("this machine is no host"),
+            !output.status.success() && printed.contains("this machine is no host"),
             "{words:?}: {output:?}"
         );
     }

@@ -143,8 +143,8 @@ fn upload_damaged_stemcell_is_refused() {
     let mut command = pair.host.cpi();
     command.args(["host", "serve"]);
     let output = pair.host.namespace().run(|| crate::support::answer::run(command, &input));
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert!(said.contains("did not arrive as it was sent"), "{said}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains("did not arrive as it was sent"), "{printed}");
     assert_eq!(pair.host.store().list::<bosh_qemu_cpi::store::StemcellRecord>().unwrap(), []);
 }
 

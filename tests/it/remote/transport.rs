@@ -141,9 +141,12 @@ fn call_to_hung_host_fails_at_its_deadline() {
 /// Writes a script that replaces `host serve`: it sends a greeting, reads a request, runs `act` and
 /// answers `false`.
 fn answering(script: &std::path::Path, greeting: &str, act: &str) {
-    let said = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
-    fs::write(script, format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{said}\nE\n"))
-        .unwrap();
+    let printed = r#"{"answer":{"text":"{\"result\":false,\"error\":null,\"log\":\"\"}"}}"#;
+    fs::write(
+        script,
+        format!("echo '{greeting}'\nread question\n{act}\ncat <<'E'\n{printed}\nE\n"),
+    )
+    .unwrap();
 }
 
 #[test]
@@ -265,7 +268,7 @@ fn create_vm_over_cut_link_leaves_nothing() {
                 assert!(failure.ok_to_retry, "nothing is left, so it can be repeated: {failure:?}");
             }
         }
-        eventually("the host is done", || pair.answering().is_empty().then_some(()));
+        eventually("host serve has ended", || pair.answering().is_empty().then_some(()));
         assert_eq!(vms(&pair.host), (vec![], 0), "after {delay} ms: {answer:?}");
     }
     let vm = vm_cid(&pair.director.ok("create_vm", &arguments));
@@ -284,14 +287,14 @@ fn kill_caller_of_create_vm_leaves_a_whole_vm_or_none() {
         eventually("ssh runs", || pair.calling().into_iter().next());
         std::thread::sleep(Duration::from_millis(delay));
         call.kill().unwrap();
-        let heard = call.wait_with_output().unwrap().stdout;
-        eventually("the host is done", || pair.answering().is_empty().then_some(()));
+        let stdout = call.wait_with_output().unwrap().stdout;
+        eventually("host serve has ended", || pair.answering().is_empty().then_some(()));
         let (ready, others) = vms(&pair.host);
         ready.iter().for_each(|vm| pair.host.track_vms(&vm.to_string()));
         assert!(ready.len() <= 1 && others == 0, "after {delay} ms: {ready:?} and {others} others");
-        if !heard.is_empty() {
+        if !stdout.is_empty() {
             // The caller had printed its answer before it was killed.
-            assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&heard));
+            assert_eq!(ready.len(), 1, "{}", String::from_utf8_lossy(&stdout));
             pair.director.ok("delete_vm", &json!([ready[0]]));
         }
         // The next create with the same address replaces an unacknowledged VM.
@@ -308,7 +311,7 @@ fn create_disk_without_reader_is_undone() {
     let mut call = pair.director.start("create_disk", &json!([1, {}]));
     drop(call.stdout.take());
     call.wait().unwrap();
-    eventually("the disk is gone", || {
+    eventually("the disk is deleted", || {
         pair.host.store().list::<DiskRecord>().unwrap().is_empty().then_some(())
     });
 }
@@ -326,7 +329,7 @@ fn attach_disk_over_cut_link_is_finished() {
     });
     let _ = ssh.signal(Signal::SIGKILL);
     let answer = answer(call);
-    eventually("the host is done", || pair.answering().is_empty().then_some(()));
+    eventually("host serve has ended", || pair.answering().is_empty().then_some(()));
     // The repeated call returns the hint of the disk in any case.
     let hint = pair.director.ok("attach_disk", &json!([vm, disk]));
     assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()), "{answer:?}");

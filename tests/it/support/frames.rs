@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub type Mac = [u8; 6];
 
 /// The broadcast MAC address.
-pub const EVERYBODY: Mac = [0xff; 6];
+pub const BROADCAST: Mac = [0xff; 6];
 
 /// An Ethernet frame with the EtherType `kind`.
 pub fn ethernet(to: Mac, from: Mac, kind: u16, payload: &[u8]) -> Vec<u8> {

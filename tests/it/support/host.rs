@@ -316,7 +316,7 @@ impl Host {
         let mut messages =
             lines.map_while(Result::ok).map(|line| serde_json::from_str::<Value>(&line).unwrap());
         let answer = messages.find(|message| message["id"] == "asked");
-        let mut answer = answer.ok_or_else(|| json!("QEMU is gone"))?;
+        let mut answer = answer.ok_or_else(|| json!("QEMU has closed the monitor"))?;
         if answer["error"].is_null() {
             Ok(answer["return"].take())
         } else {
@@ -431,7 +431,7 @@ pub fn vm_cid(result: &Value) -> VmCid {
 pub fn wait_for_exit(process: &Process) {
     assert!(
         process.wait_exit(Instant::now() + timeout()).unwrap(),
-        "process {} does not end",
+        "process {} has not exited",
         process.pid()
     );
 }
@@ -443,7 +443,7 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(seen) = look() {
             return seen;
         }
-        assert!(Instant::now() < deadline, "{what}: not in {:?}", timeout());
+        assert!(Instant::now() < deadline, "{what}: not within {:?}", timeout());
         std::thread::sleep(Duration::from_millis(2));
     }
 }

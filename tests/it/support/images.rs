@@ -41,8 +41,8 @@ pub fn qemu_io(host: &Host, path: &Path, disk: &DiskRecord, commands: &[&str]) {
         .arg("--image-opts")
         .arg(format!("driver={driver},file.driver=file,file.filename={}", path.display()));
     let output = qemu_io.output().expect("qemu-io");
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
+    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && !printed.contains("failed"), "{commands:?}: {printed}");
 }
 
 /// Writes data that [`assert_pattern`] checks. It also writes zeros, because unwritten parts of a
@@ -77,10 +77,10 @@ pub fn assert_pattern_in(host: &Host, path: &Path, disk: &DiskRecord) {
 /// Runs a qemu-io command through the disk's device, as its guest would write or read.
 pub fn guest_writes(host: &Host, vm: &VmCid, disk: &DiskCid, command: &str) {
     let line = format!("qemu-io -d /machine/peripheral/{disk}/virtio-backend \"{command}\"");
-    let said = host.qmp(vm, "human-monitor-command", &json!({"command-line": line})).unwrap();
+    let printed = host.qmp(vm, "human-monitor-command", &json!({"command-line": line})).unwrap();
     assert!(
-        !["rror", "failed"].iter().any(|word| said.to_string().contains(word)),
-        "{command}: {said}"
+        !["rror", "failed"].iter().any(|word| printed.to_string().contains(word)),
+        "{command}: {printed}"
     );
 }
 

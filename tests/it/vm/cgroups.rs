@@ -159,7 +159,7 @@ fn assert_calls_on_its_disks_refused(host: &Host, vm: &VmCid, disk: &DiskCid, ot
         );
     }
     assert_eq!(json!(host.record(vm)), vm_before);
-    assert!([disk, other].map(state) == before, "the images and the records are as they were");
+    assert!([disk, other].map(state) == before, "images and records are unchanged");
 }
 
 #[test]
@@ -186,9 +186,8 @@ fn exceed_memory_limit_restarts_only_that_vm() {
     let _ = host.qmp(&wild, "object-add", &leak);
     wait_for_exit(&qemu);
     host.wait_for_event(&wild, "out of memory", 1);
-    let exit = eventually("the end is written down", || {
-        ExitRecord::read(&host.paths(&wild).exit()).unwrap()
-    });
+    let exit =
+        eventually("the exit is recorded", || ExitRecord::read(&host.paths(&wild).exit()).unwrap());
     assert_eq!(
         (exit.signal, exit.reason.as_deref(), exit.ending()),
         (Some(9), Some("oom-kill"), Ending::Crashed)
@@ -196,11 +195,11 @@ fn exceed_memory_limit_restarts_only_that_vm() {
 
     host.wait_for_console(&wild, "BOOTSECTOR-OK", 2);
     assert_eq!(host.supervisor(&wild).unwrap().pid(), supervisor, "the supervisor is spared");
-    assert_eq!(host.qemu(&other).unwrap().pid(), bystander, "and so is everybody else");
-    assert_eq!(number(&limit), meant, "the limit of the next start");
+    assert_eq!(host.qemu(&other).unwrap().pid(), bystander, "other VMs are spared");
+    assert_eq!(number(&limit), meant, "the next start restores the limit");
     // Another kind of exit is not reported as an OOM kill.
     host.kill_qemu(&other);
-    let exit = eventually("the end is written down", || {
+    let exit = eventually("the exit is recorded", || {
         ExitRecord::read(&host.paths(&other).exit()).unwrap()
     });
     assert_eq!((exit.signal, exit.reason), (Some(9), None));

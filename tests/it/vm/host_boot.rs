@@ -202,8 +202,8 @@ fn call_after_interrupted_launch_launches_again() {
             "supervisor spawned;supervisor: qmp query-kvm: answered",
         );
         let output = host.namespace().run(|| command.output().unwrap());
-        assert!(!output.status.success(), "it was killed: {output:?}");
-        eventually("the launch is cut short", || {
+        assert!(!output.status.success(), "host start was not killed: {output:?}");
+        eventually("the launch is interrupted", || {
             let half = host.qemu(&vm).is_some() && host.supervisor(&vm).is_none();
             half.then(|| host.qmp(&vm, "query-status", &json!({})).ok()).flatten()
         });

@@ -48,7 +48,7 @@ fn create_recreate_and_delete_vm_leaves_nothing() {
         ("delete_disk", disk.to_string()),
         ("delete_stemcell", stemcell),
     ] {
-        assert_eq!(host.ok(method, &json!([cid])), Value::Null, "{method} of what is gone");
+        assert_eq!(host.ok(method, &json!([cid])), Value::Null, "{method} of a deleted object");
     }
 }
 
@@ -197,7 +197,7 @@ fn create_vm_with_several_networks_orders_nics_by_manifest() {
     host.ok("delete_vm", &json!([vm]));
     assert!(
         host.namespace().link("br0").is_some() && host.namespace().link("br1").is_some(),
-        "not ours to remove"
+        "bridges of the operator stay"
     );
 }
 
@@ -288,8 +288,8 @@ fn delete_vm_after_killed_create_vm_leaves_nothing() {
         call.wait().unwrap();
         for vm in host.store().list::<VmRecord>().unwrap() {
             let phase = host.store().read::<VmRecord>(&vm).unwrap().map(|record| record.phase);
-            let told = phase == Some(Phase::Ready);
-            assert_eq!(host.ok("has_vm", &json!([vm])), told, "in phase {phase:?}");
+            let is_ready = phase == Some(Phase::Ready);
+            assert_eq!(host.ok("has_vm", &json!([vm])), is_ready, "in phase {phase:?}");
             host.ok("delete_vm", &json!([vm]));
             assert_eq!(host.ok("has_vm", &json!([vm])), false);
         }
@@ -441,9 +441,9 @@ fn create_vm_detaches_its_processes_from_the_caller() {
     std::thread::spawn(move || sender.send(std::io::read_to_string(&mut stdout)));
     std::thread::spawn(move || log.send(std::io::read_to_string(&mut stderr)));
     let deadline = Instant::now() + timeout();
-    let mut heard = Vec::new();
+    let mut outputs = Vec::new();
     for _ in 0..2 {
-        heard.push(
+        outputs.push(
             ends.recv_timeout(deadline.saturating_duration_since(Instant::now()))
                 .expect("an end")
                 .unwrap(),
@@ -451,7 +451,7 @@ fn create_vm_detaches_its_processes_from_the_caller() {
     }
     assert_eq!(call.wait().unwrap().code(), Some(0));
     let answer: Value =
-        heard.iter().find_map(|text| serde_json::from_str(text).ok()).expect("an answer");
+        outputs.iter().find_map(|text| serde_json::from_str(text).ok()).expect("an answer");
     let vm = vm_cid(&answer["result"]);
     let (qemu, supervisor) =
         (host.qemu(&vm).expect("a running VM"), host.supervisor(&vm).expect("a supervisor"));
@@ -475,7 +475,7 @@ fn create_vm_after_killed_create_vm_undoes_it() {
     call.wait().unwrap();
     qemu.signal(Signal::SIGKILL).unwrap();
     wait_for_exit(&supervisor);
-    assert_eq!(host.ok("has_vm", &json!([killed])), false, "nobody was told of it");
+    assert_eq!(host.ok("has_vm", &json!([killed])), false, "the create was not acknowledged");
     assert!(host.paths(&killed).dir.exists());
 
     host.reconfigure(|config| config["qemu"]["binary"] = json!("/usr/bin/qemu-system-x86_64"));

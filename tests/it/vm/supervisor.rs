@@ -152,7 +152,7 @@ fn kill_supervisor_keeps_the_vm_running() {
     wait_for_exit(&supervisor);
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([]));
-    assert!(host.supervisor(&vm).is_none(), "what only looks changes nothing");
+    assert!(host.supervisor(&vm).is_none(), "reading calls start no supervisor");
 
     host.ok("attach_disk", &json!([vm, disk]));
     assert_eq!(host.ok("get_disks", &json!([vm])), json!([disk]));
@@ -175,7 +175,7 @@ fn terminate_supervisor_powers_the_guest_off() {
     wait_for_exit(&supervisor);
     let exit = exit(&host, &vm);
     assert!(exit.host_stopping);
-    assert_eq!(exit.ending(), Ending::Stopped, "wanted again after the host's reboot");
+    assert_eq!(exit.ending(), Ending::Stopped, "host start starts it again");
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn cancel_launch_of_running_vm_has_no_effect() {
     call_off(&host.paths(&vm)).unwrap();
     host.ok("set_vm_metadata", &json!([vm, {}]));
     assert!(!qemu.wait_exit(Instant::now() + Duration::from_millis(500)).unwrap());
-    assert_eq!(host.supervisor(&vm).expect("it lives").pid(), supervisor.pid());
+    assert_eq!(host.supervisor(&vm).expect("the supervisor runs").pid(), supervisor.pid());
     // The next launch is not cancelled either.
     host.kill_qemu(&vm);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
@@ -264,5 +264,9 @@ fn reboot_inside_guest_keeps_qemu_and_its_disks() {
     );
     host.ok("detach_disk", &json!([vm, disk]));
     host.power_off(&vm);
-    assert_eq!(exit(&host, &vm).ending(), Ending::PoweredOff, "and its own poweroff stays one");
+    assert_eq!(
+        exit(&host, &vm).ending(),
+        Ending::PoweredOff,
+        "a later poweroff is recorded as such"
+    );
 }

@@ -106,7 +106,7 @@ fn stop_creating_unit_keeps_the_vm_in_its_own_scope() {
 
     // A restarted QEMU stays in the scope, and a new supervisor joins it.
     host.kill_qemu(&vm);
-    let qemu = eventually("it is started again", || host.qemu(&vm));
+    let qemu = eventually("the supervisor restarts QEMU", || host.qemu(&vm));
     assert_eq!(unit(qemu.pid()), scope);
     host.wait_for_event(&vm, "started", 2);
     supervisor.signal(Signal::SIGKILL).unwrap();
@@ -116,7 +116,7 @@ fn stop_creating_unit_keeps_the_vm_in_its_own_scope() {
     // The next QEMU of that supervisor is in a scope named after the supervisor, because the old
     // scope may still exist.
     host.kill_qemu(&vm);
-    let qemu = eventually("it is started again", || host.qemu(&vm));
+    let qemu = eventually("the supervisor restarts QEMU", || host.qemu(&vm));
     let new = format!("bosh-{vm}-{}.scope", host.supervisor(&vm).unwrap().pid());
     assert_eq!((unit(qemu.pid()), show(&new, "TasksMax")), (new, "1025".to_owned()));
 

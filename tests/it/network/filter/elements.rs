@@ -7,7 +7,7 @@ use bosh_qemu_cpi::store::nic_rules::{Forward, NicRules};
 use bosh_qemu_cpi::store::record::Nic;
 
 use super::{Bridge, GUARD, Guest, IP4, TCP, UDP, admits, filtered, mac, nic, no_others};
-use crate::support::frames::{EVERYBODY, ethernet, ip4, udp};
+use crate::support::frames::{BROADCAST, ethernet, ip4, udp};
 use crate::support::nftables;
 
 #[test]
@@ -26,9 +26,9 @@ fn remove_last_vm_removes_the_tables() {
     add(&guest);
     remove(&guest);
     remove(&guest);
-    let spoofed = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.2", UDP, &udp(1, 53)));
+    let spoofed = ethernet(BROADCAST, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.2", UDP, &udp(1, 53)));
     bridge.assert_passes(&guest, &other, &spoofed);
-    let back = ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.1", UDP, &udp(1, 53)));
+    let back = ethernet(BROADCAST, mac(9), IP4, &ip4("10.0.0.9", "10.0.0.1", UDP, &udp(1, 53)));
     bridge.assert_dropped(&other, &guest, "MAC", &back);
     remove(&other);
     assert_eq!(tables(), Vec::<String>::new());

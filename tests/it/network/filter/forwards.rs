@@ -65,8 +65,8 @@ fn connect_to_forwarded_port_reaches_the_guest() {
         let others = outside.run(|| TcpListener::bind((elsewhere, 8082)).unwrap());
         host.run(|| TcpStream::connect_timeout(&(elsewhere, 8082).into(), FRAME_TIMEOUT)).unwrap();
         others.set_nonblocking(true).unwrap();
-        others.accept().expect("another's address is not the host's to forward");
+        others.accept().expect("an address of another machine is not forwarded");
         host.run(|| guard::remove(std::slice::from_ref(&vm))).unwrap();
-        assert!(connects(&outside, 8080).is_err(), "the forward is gone with its VM");
+        assert!(connects(&outside, 8080).is_err(), "the forward is removed with its VM");
     }
 }

@@ -120,7 +120,7 @@ fn connect_through_host_port_is_matched_by_its_original_source() {
         assert_eq!(&word[..length], b"two");
         assert!(
             topology.host.run(|| nftables::drops("bosh-qemu-guard")) > 0,
-            "and they are counted"
+            "refused packets are counted"
         );
     }
 }

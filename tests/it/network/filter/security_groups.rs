@@ -3,7 +3,7 @@
 use bosh_qemu_cpi::store::nic_rules::NicRules;
 
 use super::{ARP, Bridge, ICMP6, IP4, IP6, TCP, UDP, admits, filtered, mac};
-use crate::support::frames::{EVERYBODY, arp, ethernet, ip4, ip6, nd, tcp, udp};
+use crate::support::frames::{BROADCAST, arp, ethernet, ip4, ip6, nd, tcp, udp};
 
 /// Protocol numbers of IANA.
 const OSPF: u8 = 89;
@@ -36,11 +36,11 @@ fn send_to_grouped_guest_passes_only_if_admitted() {
         to4("10.0.0.2", TCP, &tcp(1000, 22, 18)),
         to4("10.0.0.2", 1, &[8, 0, 0, 0, 0, 0, 0, 0]),
         to4("192.0.2.1", 1, &[3, 1, 0, 0, 0, 0, 0, 0]),
-        ethernet(EVERYBODY, mac(2), IP4, &ip4("10.0.0.2", "224.0.0.18", VRRP, &[0x31, 7, 100, 1])),
+        ethernet(BROADCAST, mac(2), IP4, &ip4("10.0.0.2", "224.0.0.18", VRRP, &[0x31, 7, 100, 1])),
         to6("fd00::2", UDP, &udp(1000, 53)),
         to6("fd00::2", OSPF, &[3, 1, 0, 4]),
         to6("fd00::2", ICMP6, &nd(135, "fd00::1", None)),
-        ethernet(EVERYBODY, mac(2), ARP, &arp(1, (mac(2), "10.0.0.2"), "10.0.0.1")),
+        ethernet(BROADCAST, mac(2), ARP, &arp(1, (mac(2), "10.0.0.2"), "10.0.0.1")),
     ] {
         bridge.assert_passes(&other, &guest, &frame);
     }
@@ -86,5 +86,10 @@ fn send_dhcp_offer_passes_only_to_a_dhcp_guest() {
     bridge.assert_passes(&server, &roaming, &offer4(mac(1), 68));
     bridge.assert_passes(&server, &roaming, &offer6(mac(1)));
     bridge.assert_dropped(&server, &roaming, "another port", &offer4(mac(1), 69));
-    bridge.assert_dropped(&server, &settled, "a lease nobody wants", &offer4(mac(2), 68));
+    bridge.assert_dropped(
+        &server,
+        &settled,
+        "a lease for a guest with fixed addresses",
+        &offer4(mac(2), 68),
+    );
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use bosh_qemu_cpi::store::nic_rules::NicRules;
 
 use super::{ARP, BRIDGE, Bridge, ICMP6, IP4, IP6, UDP, filtered, mac};
-use crate::support::frames::{EVERYBODY, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, udp};
+use crate::support::frames::{BROADCAST, Mac, arp, ethernet, fragment, ip4, ip6, nd, rs, udp};
 use crate::support::host::eventually;
 
 #[test]
@@ -26,9 +26,9 @@ fn send_ipv4_with_spoofed_source_is_dropped() {
 fn assert_ipv4_spoofs_dropped(bridge: &Bridge) {
     let guest = bridge.guest(1, filtered(&["10.0.0.1", "10.0.0.32/28"]));
     let other = bridge.guest(2, filtered(&["10.0.0.2"]));
-    let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP4, payload);
-    let asks = |sender: (Mac, &str)| ethernet(EVERYBODY, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
-    let probes = |target| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
+    let frame = |payload: &[u8]| ethernet(BROADCAST, mac(1), IP4, payload);
+    let asks = |sender: (Mac, &str)| ethernet(BROADCAST, mac(1), ARP, &arp(1, sender, "10.0.0.2"));
+    let probes = |target| ethernet(BROADCAST, mac(1), ARP, &arp(1, (mac(1), "0.0.0.0"), target));
 
     bridge.assert_passes(&guest, &other, &frame(&ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1000, 53))));
     bridge.assert_passes(
@@ -47,12 +47,12 @@ fn assert_ipv4_spoofs_dropped(bridge: &Bridge) {
     );
 
     let spoofs = [
-        ("MAC", ethernet(EVERYBODY, mac(9), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)))),
+        ("MAC", ethernet(BROADCAST, mac(9), IP4, &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53)))),
         ("IP", frame(&ip4("10.0.0.2", "10.0.0.2", UDP, &udp(1, 53)))),
         ("IP beside its block", frame(&ip4("10.0.0.48", "10.0.0.2", UDP, &udp(1, 53)))),
-        ("IP of nobody", frame(&ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67)))),
+        ("unspecified IP", frame(&ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67)))),
         ("DHCP server", frame(&ip4("10.0.0.1", "255.255.255.255", UDP, &udp(67, 68)))),
-        ("question whether another's address is free", probes("10.0.0.2")),
+        ("probe of another address", probes("10.0.0.2")),
         ("IGMP query", frame(&ip4("10.0.0.1", "224.0.0.1", 2, &[0x11, 0, 0, 0, 0, 0, 0, 0]))),
         (
             "multicast router",
@@ -61,17 +61,17 @@ fn assert_ipv4_spoofs_dropped(bridge: &Bridge) {
         ("PIM", frame(&ip4("10.0.0.1", "224.0.0.13", 103, &[0x20, 0, 0, 0]))),
         ("ARP sender's IP", asks((mac(1), "10.0.0.2"))),
         ("ARP sender's MAC", asks((mac(9), "10.0.0.1"))),
-        ("ARP of another kind", ethernet(EVERYBODY, mac(1), ARP, &[0, 1, 8, 0, 6, 16, 0, 1])),
+        ("ARP of another kind", ethernet(BROADCAST, mac(1), ARP, &[0, 1, 8, 0, 6, 16, 0, 1])),
         (
             "tagged frame",
             ethernet(
-                EVERYBODY,
+                BROADCAST,
                 mac(1),
                 0x8100,
                 &[&[0, 5, 8, 0][..], &ip4("10.0.0.1", "10.0.0.2", UDP, &udp(1, 53))].concat(),
             ),
         ),
-        ("frame of another type", ethernet(EVERYBODY, mac(1), 0x88cc, b"lldp")),
+        ("frame of another type", ethernet(BROADCAST, mac(1), 0x88cc, b"lldp")),
     ];
     for (what, spoofed) in &spoofs {
         bridge.assert_dropped(&guest, &other, what, spoofed);
@@ -86,13 +86,13 @@ fn send_from_allowed_address_passes() {
     let guest = bridge.guest(1, NicRules { allowed, ..filtered(&["10.0.0.1", "fd00::1"]) });
     let other = bridge.guest(2, filtered(&["10.0.0.2", "fd00::2"]));
     let four =
-        |from: &str| ethernet(EVERYBODY, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
-    let asks = |from: &str| ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), from), "10.0.0.2"));
+        |from: &str| ethernet(BROADCAST, mac(1), IP4, &ip4(from, "10.0.0.2", UDP, &udp(1000, 53)));
+    let asks = |from: &str| ethernet(BROADCAST, mac(1), ARP, &arp(1, (mac(1), from), "10.0.0.2"));
     let six =
-        |from: &str| ethernet(EVERYBODY, mac(1), IP6, &ip6(from, "fd00::2", UDP, &udp(1000, 53)));
+        |from: &str| ethernet(BROADCAST, mac(1), IP6, &ip6(from, "fd00::2", UDP, &udp(1000, 53)));
     let tells = |target: &str| {
         let advertisement = nd(136, target, Some((2, mac(1))));
-        ethernet(EVERYBODY, mac(1), IP6, &ip6("fd00::1", "ff02::1", ICMP6, &advertisement))
+        ethernet(BROADCAST, mac(1), IP6, &ip6("fd00::1", "ff02::1", ICMP6, &advertisement))
     };
     for from in ["10.0.0.1", "10.0.0.100", "10.0.1.7"] {
         bridge.assert_passes(&guest, &other, &four(from));
@@ -120,7 +120,7 @@ fn send_ipv6_with_spoofed_source_is_dropped() {
     });
     let guest = bridge.guest(1, filtered(&["fd00::1", "fd00:1::/80"]));
     let other = bridge.guest(2, filtered(&["fd00::2"]));
-    let frame = |payload: &[u8]| ethernet(EVERYBODY, mac(1), IP6, payload);
+    let frame = |payload: &[u8]| ethernet(BROADCAST, mac(1), IP6, payload);
     let icmp = |from: &str, message: &[u8]| frame(&ip6(from, "ff02::1", ICMP6, message));
     let (own, foreign) = (Some((2, mac(1))), Some((2, mac(9))));
     const LINK_LOCAL: &str = "fe80::ff:fe00:1";
@@ -170,7 +170,7 @@ fn send_ipv6_with_spoofed_source_is_dropped() {
         ),
         ("solicitor's MAC", icmp("fd00::1", &nd(135, "fd00::2", Some((1, mac(9)))))),
         ("solicitor", icmp("fd00::2", &nd(135, "fd00::1", None))),
-        ("question whether another's address is free", icmp("::", &nd(135, "fd00::2", None))),
+        ("probe of another address", icmp("::", &nd(135, "fd00::2", None))),
         ("solicitor's MAC after another option", {
             let nonce = [14, 1, 0, 0, 0, 0, 0, 0];
             icmp(
@@ -184,7 +184,10 @@ fn send_ipv6_with_spoofed_source_is_dropped() {
                 &[nd(135, "fd00::2", Some((1, mac(1)))), vec![1, 1], mac(9).to_vec()].concat(),
             )
         }),
-        ("MAC of who asks for routers", icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(9)].concat()))),
+        (
+            "solicitor's MAC in a router solicitation",
+            icmp(LINK_LOCAL, &rs(&[&[1, 1][..], &mac(9)].concat())),
+        ),
         ("listener query", icmp(LINK_LOCAL, &nd(130, "::", None))),
         ("inverse advertisement", icmp(LINK_LOCAL, &nd(142, "::", None))),
         ("certificate", icmp(LINK_LOCAL, &nd(149, "::", None))),
@@ -218,13 +221,13 @@ fn send_from_dhcp_guest_with_foreign_mac_is_dropped() {
     let Some(bridge) = Bridge::new() else { return };
     let guest = bridge.guest(1, filtered(&[]));
     let other = bridge.guest(2, filtered(&["10.0.0.2"]));
-    let frame = |from: Mac, payload: &[u8]| ethernet(EVERYBODY, from, IP4, payload);
+    let frame = |from: Mac, payload: &[u8]| ethernet(BROADCAST, from, IP4, payload);
     let asks = ip4("0.0.0.0", "255.255.255.255", UDP, &udp(68, 67));
     bridge.assert_passes(&guest, &other, &frame(mac(1), &asks));
     bridge.assert_passes(
         &guest,
         &other,
-        &ethernet(EVERYBODY, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")),
+        &ethernet(BROADCAST, mac(1), ARP, &arp(1, (mac(1), "10.0.0.77"), "10.0.0.2")),
     );
     bridge.assert_dropped(&guest, &other, "MAC", &frame(mac(9), &asks));
     bridge.assert_dropped(
@@ -280,10 +283,14 @@ fn send_with_foreign_mac_teaches_the_bridge_nothing() {
     // Further frames from the filtered guest, and from an unfiltered guest that uses the MAC of
     // another.
     bridge.assert_passes(&guest, &other, &ethernet(mac(2), mac(1), IP4, &payload));
-    bridge.assert_passes(&free, &other, &ethernet(EVERYBODY, mac(2), IP4, &payload));
-    bridge.assert_passes(&free, &other, &ethernet(EVERYBODY, mac(8), IP4, &payload));
+    bridge.assert_passes(&free, &other, &ethernet(BROADCAST, mac(2), IP4, &payload));
+    bridge.assert_passes(&free, &other, &ethernet(BROADCAST, mac(8), IP4, &payload));
     assert_eq!(port_of("02:00:00:00:00:01").as_deref(), Some("bqport1"));
     assert_eq!(port_of("02:00:00:00:00:02").as_deref(), Some("bqport2"));
-    assert_eq!(port_of("02:00:00:00:00:08").as_deref(), Some("bqport3"), "others are learnt");
+    assert_eq!(
+        port_of("02:00:00:00:00:08").as_deref(),
+        Some("bqport3"),
+        "an unfiltered MAC is learnt"
+    );
     assert_eq!(port_of("02:00:00:00:00:09"), None);
 }
