@@ -203,7 +203,8 @@ macro_rules! flows {
             $(
                 #[test]
                 fn $test() {
-                    let (Some(host), Some(director)) = (Host::new(), Director::new()) else { return };
+                    let Some(host) = Host::new() else { return };
+                    let Some(director) = Director::new() else { return };
                     let socket = SocketUnit::start(&director, &host);
                     director.configure(&json!({"transport": socket.transport()}));
                     replay($name, &host, &|request| director.ask(request));
@@ -215,7 +216,9 @@ macro_rules! flows {
         fn replay_list_names_every_recorded_flow() {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/requests");
             let files = fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
-            let mut recorded: Vec<_> = files.map(|f| f.file_stem().unwrap().to_string_lossy().into_owned()).collect();
+            let mut recorded: Vec<_> = files
+                .map(|file| file.file_stem().unwrap().to_string_lossy().into_owned())
+                .collect();
             recorded.sort();
             assert_eq!(recorded, [$($name),*]);
         }

@@ -41,7 +41,10 @@ fn answer_every_recorded_request_without_cpi_error() {
 #[test]
 fn info_without_state_or_configuration_succeeds() {
     let installation = Installation::new();
-    let expected = json!({"api_version": 3, "stemcell_formats": ["openstack-qcow2", "openstack-raw", "qemu-light"]});
+    let expected = json!({
+        "api_version": 3,
+        "stemcell_formats": ["openstack-qcow2", "openstack-raw", "qemu-light"],
+    });
     assert_eq!(installation.ask_raw(INFO).result(), &expected);
     assert!(
         !installation.path("state").exists() && !installation.path("run").exists(),
@@ -156,7 +159,9 @@ fn call_with_invalid_cid_names_the_argument() {
 fn call_with_unsupported_api_version_is_refused() {
     let installation = Installation::new();
     let asked = |method: &str, arguments: Value, context: Value, version: Value| {
-        let request = json!({"method": method, "arguments": arguments, "context": context, "api_version": version});
+        let request = json!({
+            "method": method, "arguments": arguments, "context": context, "api_version": version,
+        });
         installation.ask(&request)
     };
     for version in [json!(1), json!(2), json!(3), json!(99), json!(null)] {
@@ -270,10 +275,15 @@ fn call_with_secrets_neither_logs_nor_returns_them() {
     const CANARY: &str = "hunter2";
     let installation = Installation::with(&json!({
         "log": {"level": "trace"},
-        "agent": {"mbus": format!("nats://u:{CANARY}@10.0.0.1:4222"), "blobstore": {"password": CANARY}},
+        "agent": {
+            "mbus": format!("nats://u:{CANARY}@10.0.0.1:4222"),
+            "blobstore": {"password": CANARY},
+        },
     }));
     let secret = json!({"password": CANARY});
-    let network = json!({"type": "manual", "ip": "10.0.0.2", "netmask": "255.0.0.0", "cloud_properties": secret});
+    let network = json!({
+        "type": "manual", "ip": "10.0.0.2", "netmask": "255.0.0.0", "cloud_properties": secret,
+    });
     let whole = [
         json!("a"),
         json!("s-1"),
@@ -288,7 +298,9 @@ fn call_with_secrets_neither_logs_nor_returns_them() {
         json!({"method": "create_disk", "arguments": [64, {"type": CANARY}, null]}),
         json!({"method": "set_vm_metadata", "arguments": ["vm-1", secret]}),
         json!({"method": "has_vm", "arguments": ["vm-1"], "context": {"agent": CANARY}}),
-        json!({"method": "has_vm", "arguments": ["vm-1"], "context": {"agent": {"mbus": [CANARY]}}}),
+        json!({
+            "method": "has_vm", "arguments": ["vm-1"], "context": {"agent": {"mbus": [CANARY]}},
+        }),
         json!({"method": "has_vm", "arguments": ["vm-1"], "context": CANARY}),
         json!({"method": "has_vm", "arguments": CANARY}),
         json!({"method": "has_vm", "arguments": ["vm-1"], "api_version": CANARY}),

@@ -108,7 +108,8 @@ fn create_vm_forwards_agent_settings_and_defaults() {
     let Some(Pair { host, director, sshd }) = Pair::new() else { return };
     let canary = "nats://user:hunter2@10.0.0.6:4222";
     director.configure(&json!({
-        "transport": sshd.transport(), "agent": {"mbus": canary}, "vm_defaults": {"ram": 65}, "state_dir": "/nowhere",
+        "transport": sshd.transport(), "agent": {"mbus": canary}, "vm_defaults": {"ram": 65},
+        "state_dir": "/nowhere",
     }));
     let stemcell = host.stemcell();
     let mut arguments = host.vm_arguments(&stemcell);

@@ -284,7 +284,9 @@ fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
     let Some(group) = Group::new() else { return };
     group.forget_connections();
     let (script, go) = (group.director.path("script"), group.director.path("go"));
-    let refusal = r#"{"answer":{"text":"{\"result\":null,\"error\":{\"type\":\"Bosh::Clouds::CloudError\",\"message\":\"no\",\"ok_to_retry\":false},\"log\":\"\"}"}}"#;
+    let error = json!({"type": "Bosh::Clouds::CloudError", "message": "no", "ok_to_retry": false});
+    let text = json!({"result": null, "error": error, "log": ""}).to_string();
+    let refusal = json!({"answer": {"text": text}});
     let greeting = r#"{"greeting":{"program":"bosh-qemu-cpi","version":"0.1.0","protocol":1}}"#;
     let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
     std::fs::write(

@@ -127,7 +127,8 @@ fn install_then_uninstall_restores_the_machine() {
     assert_eq!(machine.read("etc/bosh-qemu-cpi/cpi.json"), host_config);
     assert!(machine.read("etc/systemd/system/bosh-qemu-cpi.socket").contains("Accept=yes"));
     let lines = machine.read(&keys);
-    let line = "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ";
+    let line = "restrict,command=\"/usr/local/bin/bosh-qemu-cpi host serve\" \
+                ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ";
     assert!(lines.starts_with(other) && lines.contains(line), "{lines}");
     // No temporary file of the transfer is left.
     let brought = fs::read_dir("/tmp").unwrap().flatten().map(|entry| entry.path());

@@ -19,7 +19,8 @@ const MARK: &str = ".bosh-qemu-cpi";
 
 /// Configuration of a host with the shared pool.
 fn config(pool: &Filesystem) -> Value {
-    json!({"pools": {"nfs": {"path": pool.path(), "shared": true}}, "disk_defaults": {"pool": "nfs"}})
+    let nfs = json!({"path": pool.path(), "shared": true});
+    json!({"pools": {"nfs": nfs}, "disk_defaults": {"pool": "nfs"}})
 }
 
 /// A pool and the two hosts that share it.

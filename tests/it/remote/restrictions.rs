@@ -65,9 +65,10 @@ fn connect_with_the_key_runs_only_host_serve() {
 fn call_with_privileged_context_keys_ignores_them() {
     let Some(pair) = Pair::new() else { return };
     let context = json!({
-        "director_uuid": "d", "state_dir": "/tmp/elsewhere", "qemu": {"binary": "/bin/false"}, "hardening": "off",
-        "transport": {"kind": "unix", "socket": "/nowhere"}, "hosts": [{"name": "h", "transport": {}}],
-        "remote_callers": {"image_dirs": ["/"]}, "pools": {"p": {"path": "/"}}, "key_file": "/etc/shadow",
+        "director_uuid": "d", "state_dir": "/tmp/elsewhere", "hardening": "off",
+        "qemu": {"binary": "/bin/false"}, "transport": {"kind": "unix", "socket": "/nowhere"},
+        "hosts": [{"name": "h", "transport": {}}], "remote_callers": {"image_dirs": ["/"]},
+        "pools": {"p": {"path": "/"}}, "key_file": "/etc/shadow",
     });
     let request =
         json!({"method": "create_disk", "arguments": [1, {}], "context": context}).to_string();

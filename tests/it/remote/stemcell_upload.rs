@@ -198,7 +198,10 @@ fn upload_stemcell_to_misbehaving_host_names_the_fault() {
 }
 
 /// An answer with another cid than the caller requested.
-const MADE_ANOTHER: &str = r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\",\"error\":null,\"log\":\"\"}"}}"#;
+const MADE_ANOTHER: &str = concat!(
+    r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\","#,
+    r#"\"error\":null,\"log\":\"\"}"}}"#
+);
 
 /// The greeting of an older version names no protocol.
 #[test]

@@ -102,11 +102,17 @@ fn create_vm_writes_agent_settings_byte_for_byte() {
     // Text that the CPI's serializer would not produce.
     let env = |size: usize| {
         let certificate = "-----BEGIN CERTIFICATE-----\\nZHVt\\/".repeat(size / 36);
-        format!(
-            r#"{{ "z":1.50,"bosh" :{{"password":"*","x":null,"é":"\u00e9\u2028","ca":"{certificate}"}},"a":1e3}}"#
-        )
+        let bosh =
+            format!(r#"{{"password":"*","x":null,"é":"\u00e9\u2028","ca":"{certificate}"}}"#);
+        format!(r#"{{ "z":1.50,"bosh" :{bosh},"a":1e3}}"#)
     };
-    let networks = r#"{"zeta":{"type":"manual","ip":"10.9.0.7","prefix":"32","netmask":"255.255.255.0","cloud_properties":{},"default":["dns","gateway"],"dns":["8.8.8.8"],"gateway":"10.9.0.1","unknown":[1.0]},"alpha":{"type":"dynamic","cloud_properties":{"bridge":"br0"},"dns":["1.1.1.1"]}}"#;
+    let networks = concat!(
+        r#"{"zeta":{"type":"manual","ip":"10.9.0.7","prefix":"32","#,
+        r#""netmask":"255.255.255.0","cloud_properties":{},"default":["dns","gateway"],"#,
+        r#""dns":["8.8.8.8"],"gateway":"10.9.0.1","unknown":[1.0]},"#,
+        r#""alpha":{"type":"dynamic","cloud_properties":{"bridge":"br0"},"#,
+        r#""dns":["1.1.1.1"]}}"#,
+    );
     host.bridge("br0");
     for env in [env(6 << 10), env(3 << 20)] {
         let arguments = format!(
