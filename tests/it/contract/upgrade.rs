@@ -14,9 +14,9 @@ use bosh_qemu_cpi::host::uids;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::disk::attach::{in_qemu, is_plugged};
-use crate::disk::metadata::metadata;
 use crate::support::answer::{Answer, run};
+use crate::support::disks::metadata;
+use crate::support::disks::{disk_in_qemu, is_plugged};
 use crate::support::host::{GUEST, Host, request, vm_cid, wait_for_exit};
 use crate::support::images::record;
 
@@ -254,7 +254,7 @@ fn assert_old_supervisor_works_after(replace: impl FnOnce(&Path)) {
 
     // Calls of the new program.
     host.ok("attach_disk", &json!([vm, disk]));
-    assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
+    assert_eq!(disk_in_qemu(&host, &vm, &disk), (true, 2, 1));
     host.ok("set_vm_metadata", &json!([vm, {"name": "db/0"}]));
     assert_eq!(
         (host.qemu(&vm).unwrap().pid(), host.supervisor(&vm).unwrap().pid()),

@@ -1,8 +1,6 @@
 //! attach_disk and detach_disk in every power state of the VM. No data is lost.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid};
@@ -10,7 +8,9 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, VmRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
+use crate::support::disks::{assert_data, disk_in_qemu, is_plugged, write_data};
 use crate::support::host::{Host, MUTE_GUEST, command_line, json_options, text, wait_for_exit};
+use crate::support::images::image;
 
 fn attach(host: &Host, vm: &VmCid, disk: &DiskCid) -> Answer {
     host.call("attach_disk", &json!([vm, disk]))
@@ -18,62 +18,6 @@ fn attach(host: &Host, vm: &VmCid, disk: &DiskCid) -> Answer {
 
 fn hint(disk: &DiskCid) -> Value {
     json!({"path": format!("/dev/disk/by-id/virtio-{disk}")})
-}
-
-/// Whether the disk is plugged into the VM's QEMU. Its serial must be its cid.
-pub fn is_plugged(host: &Host, vm: &VmCid, disk: &DiskCid) -> bool {
-    let property = json!({"path": format!("/machine/peripheral/{disk}"), "property": "serial"});
-    match host.qmp(vm, "qom-get", &property) {
-        Ok(serial) => {
-            assert_eq!(serial, disk.as_str());
-            true
-        }
-        Err(_) => false,
-    }
-}
-
-/// What QEMU has of a disk: whether its device exists, and the number of its block nodes and
-/// descriptors.
-pub fn in_qemu(host: &Host, vm: &VmCid, disk: &DiskCid) -> (bool, usize, usize) {
-    let count = |command: &str, arguments: Value, word: &str| {
-        host.qmp(vm, command, &arguments).unwrap().to_string().matches(word).count()
-    };
-    let nodes =
-        count("query-named-block-nodes", json!({"flat": true}), &format!("\"node-name\":\"{disk}"));
-    (is_plugged(host, vm, disk), nodes, count("query-fdsets", json!({}), &format!("rdwr:{disk}")))
-}
-
-/// Where a disk's image is.
-fn image(host: &Host, disk: &DiskCid) -> std::path::PathBuf {
-    host.store().disk_dir(disk).join("disk.qcow2")
-}
-
-/// Runs commands of qemu-io, which takes QEMU's own lock, on an image.
-fn qemu_io(image: &Path, commands: &[&str]) -> String {
-    let mut qemu_io = Command::new("qemu-io");
-    qemu_io.args(["-f", "qcow2"]);
-    for command in commands {
-        qemu_io.args(["-c", command]);
-    }
-    let output = qemu_io.arg(image).output().expect("qemu-io");
-    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success() && !printed.contains("failed"), "{commands:?}: {printed}");
-    printed
-}
-
-/// Writes data that [`assert_data`] checks.
-pub fn write_data(host: &Host, disk: &DiskCid) {
-    qemu_io(&image(host, disk), &["write -P 0xb0 0 64k", "write -P 0x54 5M 64k"]);
-}
-
-pub fn assert_data(host: &Host, disk: &DiskCid) {
-    qemu_io(&image(host, disk), &["read -P 0xb0 0 64k", "read -P 0x54 5M 64k", "read -P 0 1M 64k"]);
-    let check = Command::new("qemu-img")
-        .args(["check", "-q"])
-        .arg(image(host, disk))
-        .status()
-        .expect("qemu-img");
-    assert!(check.success());
 }
 
 #[test]
@@ -273,7 +217,7 @@ fn change_disk_of_half_deleted_vm_is_refused_while_it_runs() {
     let other = host.vm(&host.stemcell());
     attach(&host, &other, &disk).result();
     host.ok("delete_vm", &json!([vm]));
-    assert_eq!(in_qemu(&host, &other, &disk), (true, 2, 1));
+    assert_eq!(disk_in_qemu(&host, &other, &disk), (true, 2, 1));
     host.ok("detach_disk", &json!([other, disk]));
     assert_data(&host, &disk);
 }

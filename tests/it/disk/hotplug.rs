@@ -10,8 +10,8 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::disk::attach::{assert_data, in_qemu, is_plugged, write_data};
 use crate::support::answer::Answer;
+use crate::support::disks::{assert_data, disk_in_qemu, is_plugged, write_data};
 use crate::support::host::{Host, eventually, vm_cid};
 
 /// Whether the record of `vm` has `disk` in `phase`.
@@ -51,8 +51,8 @@ fn attach_and_detach_with_held_monitor_name_the_other_client() {
     host.reconfigure(|config| config["deadlines"] = json!({}));
     host.ok("attach_disk", &json!([vm, disk]));
     host.ok("detach_disk", &json!([vm, attached]));
-    assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
-    assert_eq!(in_qemu(&host, &vm, &attached), (false, 0, 0));
+    assert_eq!(disk_in_qemu(&host, &vm, &disk), (true, 2, 1));
+    assert_eq!(disk_in_qemu(&host, &vm, &attached), (false, 0, 0));
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn attach_and_detach_with_hung_qemu_fail_and_can_be_repeated() {
         host.reconfigure(|config| config["deadlines"] = json!({}));
         host.ok(method, &json!([vm, disk]));
         let wanted = if method == "attach_disk" { (true, 2, 1) } else { (false, 0, 0) };
-        assert_eq!(in_qemu(&host, &vm, &disk), wanted);
+        assert_eq!(disk_in_qemu(&host, &vm, &disk), wanted);
     }
 }
 
@@ -115,7 +115,7 @@ fn kill_qemu_during_detach_restarts_it_without_the_disk() {
     // The image is unlocked before the supervisor restarts the VM.
     assert_data(&host, &disk);
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
-    assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0));
+    assert_eq!(disk_in_qemu(&host, &vm, &disk), (false, 0, 0));
 }
 
 /// Makes the guest eject the disk, without a request of QEMU.
@@ -147,7 +147,7 @@ fn change_ejected_disk_succeeds() {
         host.ok("attach_disk", &json!([vm, disk]));
         eject(&host, &vm, &disk);
         host.ok(method, &arguments);
-        assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0), "{method}");
+        assert_eq!(disk_in_qemu(&host, &vm, &disk), (false, 0, 0), "{method}");
         assert_eq!(
             host.ok("get_disks", &json!([vm])),
             json!([disk]),
@@ -178,10 +178,10 @@ fn attach_or_detach_ejected_disk_succeeds() {
         "{refused:?}"
     );
     host.ok("attach_disk", &json!([vm, disk]));
-    assert_eq!(in_qemu(&host, &vm, &disk), (true, 2, 1));
+    assert_eq!(disk_in_qemu(&host, &vm, &disk), (true, 2, 1));
     eject();
     host.ok("detach_disk", &json!([vm, disk]));
-    assert_eq!(in_qemu(&host, &vm, &disk), (false, 0, 0));
+    assert_eq!(disk_in_qemu(&host, &vm, &disk), (false, 0, 0));
     assert_data(&host, &disk);
 }
 
@@ -237,7 +237,10 @@ fn attach_and_detach_concurrently_agree_with_the_record() {
     let listed = host.ok("get_disks", &json!([vm]));
     for disk in &disks {
         let attached = listed.as_array().unwrap().contains(&json!(disk));
-        assert_eq!(in_qemu(&host, &vm, disk), if attached { (true, 2, 1) } else { (false, 0, 0) });
+        assert_eq!(
+            disk_in_qemu(&host, &vm, disk),
+            if attached { (true, 2, 1) } else { (false, 0, 0) }
+        );
     }
 }
 

@@ -4,18 +4,13 @@ use std::fs;
 use std::process::Child;
 use std::time::Instant;
 
-use bosh_qemu_cpi::cid::DiskCid;
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, SnapshotRecord};
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
+use crate::support::disks::metadata;
 use crate::support::host::{Host, eventually, text};
 use crate::support::images::{assert_pattern, record, write_pattern};
-
-/// The metadata of a disk.
-pub fn metadata(host: &Host, disk: &DiskCid) -> Value {
-    json!(host.store().disk_metadata(&record(host, disk)).unwrap())
-}
 
 /// A host with short deadlines.
 fn host_with_short_deadlines() -> Option<Host> {

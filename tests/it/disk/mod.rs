@@ -1,11 +1,11 @@
 //! Persistent disks: every method about them, snapshots, pools and serials.
 
-pub mod attach;
+mod attach;
 mod hotplug;
-pub mod metadata;
+mod metadata;
 mod pools;
 mod properties;
 mod resize;
 mod serials;
-pub mod snapshots;
+mod snapshots;
 mod update;

@@ -281,7 +281,7 @@ fn get_disks_and_has_disk_follow_the_contract() {
     let Some(host) = Host::new() else { return };
     let vm = host.vm(&host.stemcell());
     let disks = [disk(&host, &json!({})), disk(&host, &json!({"format": "raw"}))];
-    let metadata = |disk: &DiskCid| crate::disk::metadata::metadata(&host, disk);
+    let metadata = |disk: &DiskCid| crate::support::disks::metadata(&host, disk);
     for disk in &disks {
         host.ok("attach_disk", &json!([vm, disk]));
         assert_eq!(

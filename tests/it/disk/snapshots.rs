@@ -16,7 +16,8 @@ use crate::support::answer::{Answer, Failure};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text};
 use crate::support::images::{
-    assert_pattern, assert_pattern_in, guest_writes, image, in_qemu, qemu_io, record, write_pattern,
+    assert_pattern, assert_pattern_in, guest_writes, image, qemu_io, qemu_objects, record,
+    write_pattern,
 };
 
 const METADATA: &str = r#"{"deployment": "dep", "job": "web", "index": 0, "agent_id": "a"}"#;
@@ -59,8 +60,8 @@ fn snapshot_disk_keeps_the_data_of_that_moment() {
         let detached = snapshot(&host, &disk);
         host.ok("attach_disk", &json!([vm, disk]));
         let attached = snapshot(&host, &disk);
-        assert_eq!(in_qemu(&host, &vm, "snap-"), [0; 3], "{properties}");
-        assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0, 2, 1], "{properties}");
+        assert_eq!(qemu_objects(&host, &vm, "snap-"), [0; 3], "{properties}");
+        assert_eq!(qemu_objects(&host, &vm, disk.as_str()), [0, 2, 1], "{properties}");
         guest_writes(&host, &vm, &disk, "write -P 0x99 0 6M");
         host.ok("detach_disk", &json!([vm, disk]));
         qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 0x99 0 6M"]);
@@ -152,8 +153,8 @@ fn failure(call: Child) -> Failure {
 /// Asserts that neither the store nor QEMU has anything but the VM's disk.
 fn assert_no_copy_left(host: &Host, vm: &VmCid, disk: &DiskCid) {
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
-    assert_eq!(in_qemu(host, vm, "snap-"), [0; 3]);
-    assert_eq!(in_qemu(host, vm, disk.as_str()), [0, 2, 1]);
+    assert_eq!(qemu_objects(host, vm, "snap-"), [0; 3]);
+    assert_eq!(qemu_objects(host, vm, disk.as_str()), [0, 2, 1]);
     assert_eq!(record(host, disk).leftover, None);
     assert!(host.leaks().iter().all(|left| !left.contains("snap-")), "{:?}", host.leaks());
 }

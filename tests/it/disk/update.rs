@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::host::{Host, text};
 use crate::support::images::{
-    assert_pattern, guest_writes, image, in_qemu, node, record, write_pattern,
+    assert_pattern, guest_writes, image, node, qemu_objects, record, write_pattern,
 };
 
 /// A host with the pool `fast`, and the configuration of its pools.
@@ -72,7 +72,7 @@ fn update_disk_while_detached_copies_it() {
     host.ok("attach_disk", &json!([vm, disk]));
     host.wait_for_console(&vm, "\nU", 1);
     host.ok("detach_disk", &json!([vm, disk]));
-    assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0; 3]);
+    assert_eq!(qemu_objects(&host, &vm, disk.as_str()), [0; 3]);
 }
 
 #[test]
@@ -98,14 +98,14 @@ fn update_disk_while_attached_copies_it() {
         let node = node(&host, &vm, &disk).expect("plugged in");
         assert_eq!(node["node-name"], is.current().node(&disk), "{change}");
         assert_eq!(node["image"]["virtual-size"], size << 20);
-        assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0, 2, 1], "{change}");
+        assert_eq!(qemu_objects(&host, &vm, disk.as_str()), [0, 2, 1], "{change}");
         // Later writes of the guest go to the new image.
         guest_writes(&host, &vm, &disk, &format!("write -P {} 7M 64k", step + 1));
     }
     host.ok("reboot_vm", &json!([vm]));
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
     host.ok("detach_disk", &json!([vm, disk]));
-    assert_eq!(in_qemu(&host, &vm, disk.as_str()), [0; 3]);
+    assert_eq!(qemu_objects(&host, &vm, disk.as_str()), [0; 3]);
     assert_pattern(&host, &disk);
     let last = format!("read -P {} 7M 64k", CHANGES.len());
     crate::support::images::qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &[&last]);

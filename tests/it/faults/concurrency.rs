@@ -12,10 +12,10 @@ use bosh_qemu_cpi::store::VmRecord;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::disk::attach::is_plugged;
 use crate::support::answer::{Answer, Failure};
+use crate::support::disks::is_plugged;
 use crate::support::host::{Host, eventually, text, vm_cid, wait_for_exit};
-use crate::vm::list::vm_list;
+use crate::support::vm_list::vm_list;
 
 /// Threads of a Director's worker.
 const CALLERS: usize = 32;

@@ -8,9 +8,9 @@ use bosh_qemu_cpi::store::record::{NetworkRecord, StemcellRecord};
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, VmRecord};
 use serde_json::{Value, json};
 
-use crate::disk::attach::{in_qemu, is_plugged};
-use crate::disk::metadata::metadata;
 use crate::support::crash_points::{Crash, for_each_crash_point};
+use crate::support::disks::metadata;
+use crate::support::disks::{disk_in_qemu, is_plugged};
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
 use crate::support::skip;
 
@@ -328,7 +328,7 @@ fn attach_disk_killed_at_any_step_can_be_repeated() {
     };
     fixture.kill_at_each_step("attach_disk", detached, |_, hint| {
         assert_eq!(hint, json!({"path": format!("/dev/disk/by-id/virtio-{disk}")}));
-        assert_eq!(in_qemu(&fixture.host, &vm, &disk), (true, 2, 1));
+        assert_eq!(disk_in_qemu(&fixture.host, &vm, &disk), (true, 2, 1));
         assert_eq!(fixture.host.ok("get_disks", &json!([vm])), json!([disk]));
         "attached".into()
     });
@@ -351,7 +351,7 @@ fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
             match &answer.outcome {
                 Ok(_) => {
                     assert_eq!(
-                        (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk).0),
+                        (disk_in_qemu(host, &one, &disk).0, disk_in_qemu(host, other, &disk).0),
                         (false, true)
                     );
                     host.ok("detach_disk", &json!([other, disk]));
@@ -363,7 +363,7 @@ fn attach_disk_after_killed_attach_to_another_vm_leaves_one_owner() {
                         "{refused:?}"
                     );
                     assert_eq!(
-                        (in_qemu(host, &one, &disk).0, in_qemu(host, other, &disk)),
+                        (disk_in_qemu(host, &one, &disk).0, disk_in_qemu(host, other, &disk)),
                         (true, (false, 0, 0))
                     );
                     "still attached to the first VM".into()
@@ -383,7 +383,7 @@ fn detach_disk_killed_at_any_step_can_be_repeated() {
         both.clone()
     };
     fixture.kill_at_each_step("detach_disk", attached, |_, _| {
-        assert_eq!(in_qemu(&fixture.host, &vm, &disk), (false, 0, 0));
+        assert_eq!(disk_in_qemu(&fixture.host, &vm, &disk), (false, 0, 0));
         assert_eq!(fixture.host.ok("get_disks", &json!([vm])), json!([]));
         assert_eq!(fixture.host.store().read::<DiskRecord>(&disk).unwrap().unwrap().vm, None);
         "detached".into()

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::faults::damaged_records::Fixture;
 use crate::support::host::{Host, text};
-use crate::vm::list::list_when_all_answer;
+use crate::support::vm_list::list_when_all_answer;
 
 /// Kinds of damage: what replaces a file or a link.
 const WAYS: [&str; 5] =

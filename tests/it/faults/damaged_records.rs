@@ -10,10 +10,10 @@ use bosh_qemu_cpi::cid::{Cid, VmCid};
 use bosh_qemu_cpi::store::{DiskRecord, Phase};
 use serde_json::{Value, json};
 
-use crate::disk::attach::is_plugged;
+use crate::support::disks::is_plugged;
 use crate::support::host::{GUEST, Host, text};
 use crate::support::images::{assert_pattern, write_pattern};
-use crate::vm::list::list_when_all_answer;
+use crate::support::vm_list::list_when_all_answer;
 
 /// Kinds of damage to a record.
 const DAMAGES: [&str; 8] = [

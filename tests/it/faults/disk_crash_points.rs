@@ -12,7 +12,7 @@ use crate::support::crash_points::{
     Crash, call_with_crash, for_each_crash_point, take_passed_points,
 };
 use crate::support::host::{Host, eventually, text};
-use crate::support::images::{assert_pattern, guest_writes, in_qemu, record, write_pattern};
+use crate::support::images::{assert_pattern, guest_writes, qemu_objects, record, write_pattern};
 use crate::support::skip;
 
 /// A VM, which gets a new disk with data for each kill, and a VM with a disk that must not be
@@ -77,7 +77,7 @@ impl Fixture {
             assert_eq!(record(&self.host, &disk).leftover, None, "{}", crash.point);
             let nodes = if is_attached { [0, 2, 1] } else { [0; 3] };
             assert_eq!(
-                in_qemu(&self.host, &self.vm, disk.as_str()),
+                qemu_objects(&self.host, &self.vm, disk.as_str()),
                 nodes,
                 "after '{}'",
                 crash.point
@@ -87,7 +87,7 @@ impl Fixture {
             assert_pattern(&self.host, &disk);
             self.host.ok("delete_disk", &json!([disk]));
             assert_eq!(
-                in_qemu(&self.host, &self.vm, disk.as_str()),
+                qemu_objects(&self.host, &self.vm, disk.as_str()),
                 [0; 3],
                 "after '{}'",
                 crash.point
@@ -136,7 +136,7 @@ fn snapshot_disk(is_attached: bool) {
         is_attached,
         |disk| json!([disk, {}]),
         |_, made| {
-            assert_eq!(in_qemu(&fixture.host, &fixture.vm, "snap-"), [0; 3]);
+            assert_eq!(qemu_objects(&fixture.host, &fixture.vm, "snap-"), [0; 3]);
             fixture.host.ok("delete_snapshot", &json!([made]));
             eventually("no create is unfinished", || {
                 fixture.host.ok("delete_disk", &json!([fixture.host.disk()]));
@@ -264,7 +264,7 @@ fn create_disk_after_killed_live_copy_recovers_it() {
         host.ok("delete_disk", &json!([host.disk()]));
         let is = record(host, &disk);
         assert_eq!((is.image().as_str(), is.leftover), (image, None), "{point}");
-        assert_eq!(in_qemu(host, &fixture.vm, disk.as_str()), [0, 2, 1], "{point}");
+        assert_eq!(qemu_objects(host, &fixture.vm, disk.as_str()), [0, 2, 1], "{point}");
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
         guest_writes(host, &fixture.vm, &disk, "write -P 7 7M 64k");
         host.ok("detach_disk", &json!([fixture.vm, disk]));
@@ -286,7 +286,7 @@ fn delete_snapshot_of_running_backup_ends_its_job() {
     for half in host.store().list::<SnapshotRecord>().unwrap() {
         host.ok("delete_snapshot", &json!([half]));
     }
-    assert_eq!(in_qemu(host, &fixture.vm, "snap-"), [0; 3]);
-    assert_eq!(in_qemu(host, &fixture.vm, disk.as_str()), [0, 2, 1]);
+    assert_eq!(qemu_objects(host, &fixture.vm, "snap-"), [0; 3]);
+    assert_eq!(qemu_objects(host, &fixture.vm, disk.as_str()), [0, 2, 1]);
     assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0);
 }

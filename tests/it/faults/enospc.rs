@@ -8,10 +8,10 @@ use bosh_qemu_cpi::store::{DiskRecord, Phase, Rank, SnapshotRecord};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::disk::attach::in_qemu;
+use crate::support::disks::disk_in_qemu;
 use crate::support::host::{Host, WRITING_GUEST, text, vm_cid, wait_for_exit};
 use crate::support::images::{image, qemu_io, record};
-use crate::vm::list::list_when_all_answer;
+use crate::support::vm_list::list_when_all_answer;
 
 /// A VM whose guest has filled the filesystem of `host` and is paused.
 fn paused_vm(host: &Host) -> VmCid {
@@ -139,21 +139,21 @@ fn call_on_full_filesystem_answers_no_disk_space_and_leaves_nothing() {
     walk("update_disk", json!([disk, 9, {"format": "raw"}]));
     walk("set_disk_metadata", json!([disk, {"owner": "x".repeat(5000)}]));
     let cid = text(&disk).parse().unwrap();
-    assert_eq!(in_qemu(&host, &bystander, &cid), (false, 0, 0));
+    assert_eq!(disk_in_qemu(&host, &bystander, &cid), (false, 0, 0));
     walk("attach_disk", json!([bystander, disk]));
-    assert_eq!(in_qemu(&host, &bystander, &cid), (true, 2, 1));
+    assert_eq!(disk_in_qemu(&host, &bystander, &cid), (true, 2, 1));
     assert_eq!(host.ok("get_disks", &json!([bystander])), json!([disk]));
     walk("resize_disk", json!([disk, 10]));
     walk("snapshot_disk", json!([disk, {}]));
     walk("update_disk", json!([disk, 10, {"format": "qcow2"}]));
-    assert!(in_qemu(&host, &bystander, &cid).0, "its nodes have another name now");
+    assert!(disk_in_qemu(&host, &bystander, &cid).0, "its nodes have another name now");
     let second = walk("create_disk", json!([8, {}, null]));
     walk("attach_disk", json!([bystander, second]));
     assert_eq!(host.ok("get_disks", &json!([bystander])), json!([disk, second]));
     for (gone, left) in [(&disk, json!([second])), (&second, json!([]))] {
         walk("detach_disk", json!([bystander, gone]));
         let cid = text(gone).parse().unwrap();
-        assert_eq!(in_qemu(&host, &bystander, &cid), (false, 0, 0));
+        assert_eq!(disk_in_qemu(&host, &bystander, &cid), (false, 0, 0));
         assert_eq!(host.ok("get_disks", &json!([bystander])), left);
         assert_eq!(record(&host, &cid).vm, None);
     }

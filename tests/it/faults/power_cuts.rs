@@ -12,8 +12,8 @@ use bosh_qemu_cpi::store::record::{AttachmentPhase, NetworkRecord, StemcellRecor
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, SnapshotRecord, VmRecord};
 use serde_json::{Value, json};
 
-use crate::disk::metadata::metadata;
 use crate::support::answer::Answer;
+use crate::support::disks::metadata;
 use crate::support::host::{GUEST, Host, request, text, vm_cid};
 use crate::support::images::{assert_pattern, assert_pattern_in, image, write_pattern};
 use crate::support::power_cut::Step;
@@ -492,7 +492,7 @@ fn calls_in_pool_with_power_cut_at_any_step_lose_nothing() {
         }
     };
     fixture.cut_at_each_step("create_disk", &json!([8, {}, null]), |made| {
-        is_whole(&text(made), &["disk.qcow2"])
+        is_whole(&text(made), &["disk.qcow2"]);
     });
     let arguments = fixture.host.vm_arguments(&fixture.stemcell);
     fixture.cut_at_each_step("create_vm", &arguments, |made| {

@@ -11,8 +11,8 @@ use bosh_qemu_cpi::store::{DiskRecord, VmRecord};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
-use crate::disk::attach::is_plugged;
 use crate::faults::damaged_records::Fixture;
+use crate::support::disks::is_plugged;
 use crate::support::filesystem::Filesystem;
 use crate::support::host::Host;
 use crate::support::images::{assert_pattern, write_pattern};

@@ -17,7 +17,7 @@ use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::netns::Namespace;
-use crate::vm::list::list_when_all_answer;
+use crate::support::vm_list::list_when_all_answer;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()

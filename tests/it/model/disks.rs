@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::modelled_host::{Disk, ModelledHost, Power};
 use super::random::Random;
 use super::steps::{MOST_DISKS, assert_refused, step_between_calls};
-use crate::disk::metadata::metadata;
 use crate::support::answer::Failure;
+use crate::support::disks::metadata;
 use crate::support::images::{guest_writes, image, qemu_io, record};
 
 /// Most snapshots at a time.

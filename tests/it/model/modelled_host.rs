@@ -14,7 +14,7 @@ use super::random::Random;
 use crate::support::answer::Failure;
 use crate::support::crash_points::{call_with_crash, take_passed_points};
 use crate::support::host::{Host, eventually, wait_for_exit};
-use crate::vm::list::list_when_all_answer;
+use crate::support::vm_list::list_when_all_answer;
 
 const HOST_START: &str = "host start";
 /// Hot-plug slots of each VM.

@@ -1,13 +1,10 @@
-//! Documentation that must match the program, and its selftest.
+//! Documentation that must match the program.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use bosh_qemu_cpi::cpi::default_deadline;
-use serde_json::Value;
-
-use crate::support::host::Host;
 
 fn program(arguments: &[&str]) -> std::process::Output {
     Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).args(arguments).output().unwrap()
@@ -103,15 +100,4 @@ fn reliability_promises_name_existing_tests() {
             .is_some_and(|source| source.contains(&format!("#[test]\nfn {test}()")));
         assert!(is_test || test_module(name).is_some(), "{name} is no test and no module");
     }
-}
-
-#[test]
-fn selftest_on_sound_host_passes() {
-    let Some(host) = Host::new() else { return };
-    let output = host.namespace().run(|| host.cpi().args(["selftest", "--json"]).output().unwrap());
-    let report: Value =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
-    assert!(output.status.success() && report["passed"] == true, "{report:#}");
-    let checks = report["checks"].as_array().unwrap();
-    assert!(checks.len() > 10 && checks.iter().all(|check| check["passed"] == true), "{report:#}");
 }

@@ -98,7 +98,7 @@ pub fn node(host: &Host, vm: &VmCid, disk: &DiskCid) -> Option<Value> {
 }
 
 /// Number of QEMU's block jobs, block nodes and descriptors whose name begins with `name`.
-pub fn in_qemu(host: &Host, vm: &VmCid, name: &str) -> [usize; 3] {
+pub fn qemu_objects(host: &Host, vm: &VmCid, name: &str) -> [usize; 3] {
     let count = |command: &str, arguments: Value, word: String| {
         host.qmp(vm, command, &arguments).unwrap().to_string().matches(&word).count()
     };

@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod crash_points;
+pub mod disks;
 pub mod filesystem;
 pub mod frames;
 pub mod host;
@@ -15,6 +16,7 @@ pub mod power_cut;
 pub mod remote;
 pub mod tmpfs;
 pub mod topology;
+pub mod vm_list;
 
 /// Prints that the current test is skipped, and why. `./test` counts these lines.
 #[allow(clippy::print_stderr)]

@@ -6,28 +6,8 @@ use bosh_qemu_cpi::cid::{Cid, VmCid};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, eventually};
-
-fn run(host: &Host, words: &[&str]) -> String {
-    let output =
-        host.namespace().run(|| host.cpi().args(["vm", "list"]).args(words).output().unwrap());
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Output of `vm list --json`.
-pub fn vm_list(host: &Host) -> Value {
-    serde_json::from_str(&run(host, &["--json"])).unwrap()
-}
-
-/// The same on a host where no QEMU hangs. On a busy host a healthy QEMU may miss the timeout, so
-/// the command is repeated until every QEMU answers.
-pub fn list_when_all_answer(host: &Host) -> Value {
-    eventually("every QEMU answers", || {
-        let listed = vm_list(host);
-        listed.as_array().unwrap().iter().all(|line| line["state"] != "silent").then_some(listed)
-    })
-}
+use crate::support::host::Host;
+use crate::support::vm_list::{run_vm_list, vm_list};
 
 /// The entry of one VM.
 fn listed(host: &Host, vm: &VmCid) -> Value {
@@ -61,14 +41,14 @@ fn list_vms_reports_every_state() {
     host.qemu(hung).unwrap().signal(Signal::SIGSTOP).unwrap();
 
     let began = Instant::now();
-    let mut table = run(&host, &[]);
+    let mut table = run_vm_list(&host, &[]);
     assert!(
         began.elapsed() < Duration::from_secs(10),
         "a VM that hangs does not hold up the others"
     );
     if table.matches("silent").count() > 1 {
         // On a busy host a healthy QEMU may miss the timeout.
-        table = run(&host, &[]);
+        table = run_vm_list(&host, &[]);
     }
     let line = |vm: &VmCid| {
         table.lines().find(|line| line.starts_with(vm.as_str())).expect("it is listed")

@@ -3,6 +3,7 @@
 mod cgroups;
 mod host_boot;
 mod lifecycle;
-pub mod list;
+mod list;
+mod selftest;
 mod supervisor;
 mod systemd;
