@@ -1,5 +1,5 @@
-//! Recorded flows of a real Director and a real bosh-cli, with guests that do what their agents are told in between. What
-//! was written before is there afterwards.
+//! Replay of recorded flows with Linux guests, which act as their agents would between the calls.
+//! Data on the disks must survive.
 
 use std::collections::BTreeMap;
 
@@ -7,22 +7,22 @@ use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use serde_json::{Value, json};
 
 use super::guest::Guest;
+use crate::contract::recorded_flows::{self, Flow};
 use crate::support::host::{Host, text, vm_cid};
-use crate::traces::{self, Flow};
 
 /// Memory of a guest, MiB.
 const RAM: u64 = 256;
-/// The size of the disk that a flow makes or grows, MiB, as recorded.
+/// Size of the disk that a flow creates or grows, MiB, as recorded.
 const SIZE: u64 = 2048;
 
-/// The agents of a flow's VMs.
+/// Agents of a flow's VMs.
 struct Agents<'a> {
     host: &'a Host,
     guests: BTreeMap<VmCid, Guest<'a>>,
-    /// Each disk that was attached, the last one last, to whom, and whether it is new.
+    /// Attached disks in order, with their VM and whether the flow created them.
     attached: Vec<(DiskCid, VmCid, bool)>,
     made: Vec<DiskCid>,
-    /// Whether the Director has a VM shut down whose disk is detached.
+    /// Whether the Director shuts a VM down after it has detached the disk.
     is_hot_swap: bool,
 }
 
@@ -36,13 +36,13 @@ impl<'a> Agents<'a> {
         &self.guests[&text(vm).parse().unwrap()]
     }
 
-    /// The guest that a flow made.
+    /// Returns the guest that the flow created.
     fn new_one(&mut self, old: &VmCid) -> Guest<'a> {
         self.guests.remove(old);
         self.guests.pop_first().expect("a new VM").1
     }
 
-    /// mount_disk, which grows the filesystem to the disk's size, and migrate_disk.
+    /// The agent's mount_disk, which grows the filesystem to the disk's size, and migrate_disk.
     fn mount(&self, disk: &DiskCid) {
         let (_, vm, is_new) =
             self.attached.iter().find(|(attached, ..)| attached == disk).expect("attached before");
@@ -62,7 +62,7 @@ impl<'a> Agents<'a> {
     }
 }
 
-impl traces::Agents for Agents<'_> {
+impl recorded_flows::Agents for Agents<'_> {
     fn before(&mut self, method: &str, arguments: &Value) {
         let unmount = |vm: &Value, disk: &Value| {
             self.guest(vm).disk(&text(disk).parse().unwrap(), "unmount");
@@ -85,7 +85,7 @@ impl traces::Agents for Agents<'_> {
                 let vm = vm_cid(result);
                 self.guests.insert(vm.clone(), Guest::new(self.host, vm, address));
             }
-            // It is pinged next.
+            // The Director pings the agent next.
             "set_vm_metadata" => {
                 self.guests
                     .get_mut(&text(&arguments[0]).parse().unwrap())
@@ -106,14 +106,14 @@ impl traces::Agents for Agents<'_> {
     }
 }
 
-/// The filesystem on the disk has what a flow made or grew the disk to, but for its tables.
+/// Asserts that the filesystem has the new size of the disk, except for its metadata.
 fn assert_has_grown(guest: &Guest<'_>, disk: &DiskCid) {
     let filesystem = guest.grow(disk);
     assert!((SIZE * 9 / 10..=SIZE).contains(&filesystem), "{filesystem} MiB");
 }
 
-/// bosh-cli gives a VM with `disk` a larger one: it makes the VM anew, and its agent copies from one disk to the other. The
-/// new guest and the new disk, with the text of the old.
+/// bosh-cli replaces `disk` by a larger one: it recreates the VM, and the agent copies the data.
+/// Returns the new guest and the new disk.
 pub fn bigger_disk<'a>(
     host: &'a Host,
     stemcell: &str,
@@ -140,7 +140,8 @@ pub fn bigger_disk<'a>(
     (new, larger)
 }
 
-/// The Director grows a disk that is not attached yet, and that holds its own cid.
+/// The Director grows a disk whose content is its own cid. The disk was written on another VM and
+/// is attached to this one first.
 pub fn resize<'a>(host: &'a Host, guest: Guest<'a>, disk: &DiskCid) -> Guest<'a> {
     host.ok("attach_disk", &json!([guest.vm, disk]));
     assert_eq!(guest.disk(disk, "read"), disk.to_string(), "on another VM");
@@ -155,7 +156,8 @@ pub fn resize<'a>(host: &'a Host, guest: Guest<'a>, disk: &DiskCid) -> Guest<'a>
     guest
 }
 
-/// The Director makes another VM beside the old one, which powers itself off before the other gets its disk.
+/// The Director creates a new VM before it deletes the old one. The old guest powers itself off
+/// before the disk is attached to the new VM.
 pub fn hot_swap<'a>(host: &'a Host, stemcell: &str, guest: Guest<'a>, disk: &DiskCid) {
     let (old, written) = (guest.vm.clone(), guest.disk(disk, "read"));
     let mut agents = Agents { is_hot_swap: true, ..Agents::of(host, guest) };

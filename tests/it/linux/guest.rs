@@ -1,4 +1,4 @@
-//! The guest of the test stemcell and its stand-in for the agent, which answers over its network.
+//! The guest of the test stemcell and its replacement of the agent, which serves HTTP.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use bosh_qemu_cpi::cid::{DiskCid, VmCid};
 use serde_json::{Value, json};
 
-use crate::support::host::{Host, gone, text, vm_cid};
+use crate::support::host::{Host, text, vm_cid, wait_for_exit};
 use crate::support::netns::Namespace;
 use crate::support::skip;
 
-/// Emulated on two cores that other tests use, too.
-const BOOT: Duration = Duration::from_secs(300);
+/// Longest boot of a guest that is emulated on two cores together with other tests.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The made stemcell, or the reason why there is none.
+/// Directory of the test stemcell. Prints why and returns `None` if it was not made.
 pub fn stemcell_dir() -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/stemcell");
     if dir.join("image").exists() {
@@ -26,19 +26,19 @@ pub fn stemcell_dir() -> Option<PathBuf> {
     None
 }
 
-/// Imports it.
+/// Imports the stemcell and returns its cid.
 pub fn import(host: &Host, dir: &Path) -> String {
     let properties: Value =
         serde_json::from_slice(&std::fs::read(dir.join("stemcell.json")).unwrap()).unwrap();
     text(&host.ok("create_stemcell", &json!([dir.join("image"), properties])))
 }
 
-/// What an agent must be told, without which none starts: a message bus.
+/// Agent settings. An agent does not start without a message bus.
 pub fn agent() -> Value {
     json!({"mbus": "https://mbus:password@0.0.0.0:6868"})
 }
 
-/// A network of which the guest is number 5.
+/// A manual network 10.99.`third`.0/24 in which the guest has the address 5.
 pub fn network(third: u8) -> Value {
     json!({
         "type": "manual", "ip": format!("10.99.{third}.5"), "netmask": "255.255.255.0",
@@ -46,7 +46,7 @@ pub fn network(third: u8) -> Value {
     })
 }
 
-/// What a guest answers to a GET, if it answers.
+/// Sends a GET request and returns the JSON of a successful response.
 pub fn ask_from(namespace: &Namespace, address: &str, path: &str) -> std::io::Result<Value> {
     namespace.run(|| {
         let address: SocketAddr = address.parse().unwrap();
@@ -63,23 +63,23 @@ pub fn ask_from(namespace: &Namespace, address: &str, path: &str) -> std::io::Re
     })
 }
 
-/// A VM with this guest.
+/// The guest of a VM.
 pub struct Guest<'a> {
     host: &'a Host,
     pub vm: VmCid,
-    /// Where its agent listens.
+    /// Address and port of its agent.
     address: String,
-    /// How often it said that it is ready.
+    /// Number of its boots so far.
     boots: usize,
 }
 
 impl<'a> Guest<'a> {
-    /// The guest of a VM that was made with this address.
+    /// The guest of a VM with the given address.
     pub fn new(host: &'a Host, vm: VmCid, address: &str) -> Self {
         Self { host, vm, address: format!("{address}:8080"), boots: 0 }
     }
 
-    /// One on a network of its own, booted.
+    /// Creates a VM on a network of its own and waits until its guest has booted.
     pub fn boot(host: &'a Host, stemcell: &str) -> Self {
         let mut lan = network(0);
         lan["default"] = json!(["dns", "gateway"]);
@@ -91,12 +91,12 @@ impl<'a> Guest<'a> {
         guest
     }
 
-    /// Waits until it has booted once more and answers over its network. Each try ends by itself: a refused connection at
-    /// once, a guest that is not there after two seconds.
+    /// Waits until the guest has booted once more and its agent answers. Each attempt ends by
+    /// itself: a refused connection at once, an unreachable guest after two seconds.
     pub fn booted(&mut self) {
         self.boots += 1;
-        self.host.sees_within(&self.vm, "GUEST-READY", self.boots, BOOT);
-        let deadline = Instant::now() + BOOT;
+        self.host.wait_for_console_within(&self.vm, "GUEST-READY", self.boots, BOOT_TIMEOUT);
+        let deadline = Instant::now() + BOOT_TIMEOUT;
         while let Err(error) = self.ask("/ping") {
             assert!(Instant::now() < deadline, "the guest does not answer: {error}");
         }
@@ -106,33 +106,35 @@ impl<'a> Guest<'a> {
         ask_from(self.host.namespace(), &self.address, path)
     }
 
-    /// The answer of one that is up.
+    /// The response of a guest that must be up.
     pub fn get(&self, path: &str) -> Value {
         self.ask(path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
-    /// Has it do something with a disk, which it waits for as the agent does: a hot-plug takes it a moment.
+    /// Runs an action of the agent on a disk. Like the real agent, it waits for the device to
+    /// appear.
     pub fn disk(&self, disk: &DiskCid, action: &str) -> Value {
         self.get(&format!("/disk/{disk}/{action}"))["value"].clone()
     }
 
-    /// The disks it sees by their serials, and their sizes in bytes. It takes seconds to tell.
+    /// Sizes in bytes of the guest's disks by serial. The request takes seconds.
     pub fn disks(&self) -> BTreeMap<String, u64> {
         let disks = self.get("/disks");
         let disk = |disk: &Value| (text(&disk["serial"]), disk["bytes"].as_u64().unwrap());
         disks.as_array().unwrap().iter().map(disk).collect()
     }
 
-    /// Has it mount a disk and grow its filesystem; how many MiB that has then.
+    /// Mounts a disk in the guest and grows its filesystem. Returns the size of the filesystem,
+    /// MiB.
     pub fn grow(&self, disk: &DiskCid) -> u64 {
         text(&self.disk(disk, "grow")).parse().unwrap()
     }
 
-    /// Has it power itself off, and waits until it is.
+    /// Makes the guest power itself off and waits until the VM is off.
     pub fn power_off(&self) {
         let supervisor = self.host.supervisor(&self.vm).expect("a supervisor");
         self.get("/poweroff");
-        gone(&supervisor);
+        wait_for_exit(&supervisor);
         assert!(self.host.qemu(&self.vm).is_none());
     }
 }

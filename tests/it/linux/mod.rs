@@ -1,7 +1,8 @@
-//! A real Linux guest: its udev finds disks by serial, its filesystem keeps data, its network is what was asked for.
+//! Tests with a Linux guest: udev finds disks by serial, filesystems keep their data, and networks
+//! are configured as requested.
 //!
-//! The guest is the test stemcell of `scripts/make-stemcell`, which `./test` makes. Emulated, it takes some ten seconds
-//! to boot.
+//! The guest is the test stemcell of `scripts/make-stemcell`, which `./test` makes. Under emulation
+//! it boots in about ten seconds.
 
 mod flows;
 mod guest;
@@ -16,14 +17,14 @@ use self::guest::{Guest, agent, ask_from, import, network, stemcell_dir};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{Host, eventually, text, vm_cid};
 use crate::support::netns::Namespace;
-use crate::vm_list::answering;
+use crate::support::vm_list::list_when_all_answer;
 
 fn disk(host: &Host, mib: u64, properties: &Value) -> DiskCid {
     text(&host.ok("create_disk", &json!([mib, properties, null]))).parse().unwrap()
 }
 
 #[test]
-fn data_survives_detaching_rebooting_and_what_the_director_does() {
+fn replay_director_flows_keeps_the_data() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let stemcell = import(&host, &dir);
@@ -32,7 +33,7 @@ fn data_survives_detaching_rebooting_and_what_the_director_does() {
 
     let first = disk(&host, 64, &json!({}));
     let second = disk(&host, 32, &json!({"format": "raw"}));
-    // The second before the first: letters follow the order of plugging, serials do not.
+    // The second disk is attached first: device names follow the order of plugging, serials do not.
     for cid in [&second, &first] {
         let hint = host.ok("attach_disk", &json!([guest.vm, cid]));
         assert_eq!(hint["path"], format!("/dev/disk/by-id/virtio-{cid}"));
@@ -58,7 +59,7 @@ fn data_survives_detaching_rebooting_and_what_the_director_does() {
 }
 
 #[test]
-fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
+fn write_in_full_pool_pauses_the_guest_until_there_is_space() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(pool) = Filesystem::new(64) else { return };
     let config = json!({"agent": agent(), "pools": {"tight": {"path": pool.path()}}});
@@ -73,23 +74,23 @@ fn a_hot_plugged_disk_in_a_full_pool_holds_its_guest_until_there_is_room() {
     drop(file);
     std::thread::scope(|threads| {
         let writes = threads.spawn(|| guest.disk(&cid, "write?text=in-the-end"));
-        host.event(&guest.vm, "BLOCK_IO_ERROR", 1);
-        host.event(&guest.vm, "STOP", 1);
-        let listed = answering(&host);
+        host.wait_for_event(&guest.vm, "BLOCK_IO_ERROR", 1);
+        host.wait_for_event(&guest.vm, "STOP", 1);
+        let listed = list_when_all_answer(&host);
         assert_eq!(
             (&listed[0]["state"], &listed[0]["reason"]),
             (&json!("paused"), &json!(format!("io-error on {cid} (no space)")))
         );
         std::fs::remove_file(&ballast).unwrap();
-        host.event(&guest.vm, "resumed", 1);
+        host.wait_for_event(&guest.vm, "resumed", 1);
         writes.join().unwrap();
     });
     assert_eq!(guest.disk(&cid, "read"), "in-the-end");
-    assert_eq!(answering(&host)[0]["state"], "running");
+    assert_eq!(list_when_all_answer(&host)[0]["state"], "running");
 }
 
 #[test]
-fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
+fn resize_update_and_restore_mounted_disk_keep_its_data() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let guest = Guest::boot(&host, &import(&host, &dir));
@@ -97,7 +98,7 @@ fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
     host.ok("attach_disk", &json!([guest.vm, cid]));
     guest.disk(&cid, "format");
     guest.disk(&cid, "write?text=before");
-    // From here on mounted all the time.
+    // The disk stays mounted from here on.
     let mib = |cid: &DiskCid| guest.disks().get(cid.as_str()).map(|bytes| bytes >> 20);
     host.ok("resize_disk", &json!([cid, 96]));
     eventually("the guest sees the new size", || (mib(&cid) == Some(96)).then_some(()));
@@ -124,7 +125,7 @@ fn a_mounted_disk_grows_moves_and_is_restored_from_a_snapshot() {
 }
 
 #[test]
-fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() {
+fn boot_with_two_networks_orders_nics_and_routes() {
     let Some(dir) = stemcell_dir() else { return };
     let networks =
         json!({"default": {"profile": "nat"}, "back": {"profile": "nat", "bridge": "bosh-nat1"}});
@@ -137,10 +138,10 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
     let (mut zeta, mut alpha) = (network(0), network(1));
     zeta["default"] = json!(["dns", "gateway"]);
     alpha["cloud_properties"] = json!({"name": "back"});
-    // Written out, because the order of keys counts: zeta first.
+    // The JSON is written by hand to keep the order of keys: zeta first.
     let vip = r#"{"type":"vip","ip":"198.51.100.7"}"#;
     let text = format!(r#"{{"zeta":{zeta},"pub":{vip},"alpha":{alpha}}}"#);
-    // With two CPUs, each card has two queues.
+    // With two CPUs, each NIC has two queues.
     let ports = json!([{"host": 80, "guest": 8080, "address": "192.0.2.1"}]);
     let properties =
         json!({"cpu": 2, "ram": 256, "ephemeral_disk": 256, "root_disk": 512, "ports": ports});
@@ -166,7 +167,7 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
     }
     assert_eq!(seen["default_routes"], json!([{"gateway": "10.99.0.1", "interface": "eth0"}]));
 
-    // The world knows no way to the VM, but the host's address.
+    // The outside has no route to the VM and reaches it only by the host's address.
     assert_eq!(
         ask_from(&outside, "192.0.2.1:80", "/ping").expect("by a forward")["agent_id"],
         "agent-1"
@@ -174,7 +175,7 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
     let listener = outside.run(|| TcpListener::bind("192.0.2.2:0").unwrap());
     let port = listener.local_addr().unwrap().port();
     listener.set_nonblocking(true).unwrap();
-    let (told, seen) = std::thread::scope(|threads| {
+    let (response, seen) = std::thread::scope(|threads| {
         let asks = threads.spawn(|| guest.get(&format!("/reach/192.0.2.2/{port}")));
         let (mut stream, peer) =
             eventually("the guest reaches the world", || listener.accept().ok());
@@ -183,13 +184,13 @@ fn nics_are_in_manifest_order_and_the_default_one_leads_to_the_world_and_back() 
         (asks.join().unwrap(), peer.ip())
     });
     assert_eq!(
-        (told["value"].as_str(), seen.to_string().as_str()),
+        (response["value"].as_str(), seen.to_string().as_str()),
         (Some("the world"), "192.0.2.1")
     );
 }
 
 #[test]
-fn a_disk_is_the_same_whatever_becomes_of_the_guest_and_in_whatever_order_it_comes_back() {
+fn reboot_crash_or_reattach_keeps_disks_by_serial() {
     let Some(dir) = stemcell_dir() else { return };
     let Some(host) = Host::with(json!({"agent": agent()})) else { return };
     let mut guest = Guest::boot(&host, &import(&host, &dir));
@@ -205,7 +206,7 @@ fn a_disk_is_the_same_whatever_becomes_of_the_guest_and_in_whatever_order_it_com
         guest.disk(cid, &format!("write?text={cid}"));
         guest.disk(cid, "unmount");
     }
-    // The guest looks each up in /dev/disk/by-id; the config drive is a disk beside them.
+    // The guest finds each disk in /dev/disk/by-id. The config drive is another disk.
     let same = |guest: &Guest<'_>, when: &str| {
         for cid in &disks {
             assert_eq!(guest.disk(cid, "read"), cid.as_str(), "{when}");
@@ -227,7 +228,7 @@ fn a_disk_is_the_same_whatever_becomes_of_the_guest_and_in_whatever_order_it_com
     guest.booted();
     same(&guest, "after a reboot of the guest");
 
-    host.crash(&vm);
+    host.kill_qemu(&vm);
     guest.booted();
     same(&guest, "after a crash of QEMU");
 }

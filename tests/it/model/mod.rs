@@ -1,34 +1,38 @@
-//! Random calls, crashes and power cuts against a model that says what must be there.
+//! Random calls, crashes and power cuts, checked against a model of the host's state.
 //!
-//! Each step is one thing a Director, an operator or bad luck does. A third of the calls are killed at one of their crash
-//! points; then, often, something else happens before the call is repeated or taken back, as a Director would. After every step
-//! the host must be what the model says: asked through has_vm, has_disk, get_disks, `vm list`, the records and QEMU itself;
-//! disks and snapshots have the data that was written.
+//! Each step is one action of a Director, an operator or a fault. A third of the calls are killed
+//! at one of their crash points. Then another step may follow before the call is repeated or
+//! reverted, as a Director would do. After every step the host must match the model: has_vm,
+//! has_disk, get_disks, `vm list`, the records and QEMU itself are asked, and disks and snapshots
+//! must hold the written data.
 //!
-//! A step draws its chances from the seed and its own number, so a run can be repeated:
+//! A step draws its random numbers from the seed and the number of the step, so a run can be
+//! repeated:
 //!
 //! ```text
-//! BOSH_QEMU_CPI_MODEL_SEED=7 BOSH_QEMU_CPI_MODEL_STEPS=500 cargo nextest run --no-capture model::
+//! BOSH_QEMU_CPI_MODEL_SEED=7 BOSH_QEMU_CPI_MODEL_STEPS=500 \
+//!     cargo nextest run --no-capture model::
 //! ```
 //!
-//! A new verb is a function in [`steps`] or [`disks`] and a line in the table of the former; what it changes goes into [`lab::Lab`].
+//! A new method needs a function in [`steps`] or [`disks`] and a line in the table of the former.
+//! Its effect belongs into [`modelled_host::ModelledHost`].
 
 mod disks;
-mod lab;
+mod modelled_host;
 mod random;
 mod steps;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use lab::Lab;
+use modelled_host::ModelledHost;
 use random::Random;
 
-/// How long a run without [`STEPS`] takes at the most, but for its last step.
-const SHORT: Duration = Duration::from_secs(15);
-/// What to repeat.
-const SEED: &str = "BOSH_QEMU_CPI_MODEL_SEED";
-/// How many steps to do, however long they take.
-const STEPS: &str = "BOSH_QEMU_CPI_MODEL_STEPS";
+/// Duration of a run without [`STEPS_VARIABLE`]. The last step may exceed it.
+const RUN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Environment variable with the seed of a run to repeat.
+const SEED_VARIABLE: &str = "BOSH_QEMU_CPI_MODEL_SEED";
+/// Environment variable with the number of steps. It replaces [`RUN_TIMEOUT`].
+const STEPS_VARIABLE: &str = "BOSH_QEMU_CPI_MODEL_STEPS";
 
 fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
@@ -37,22 +41,22 @@ fn number(variable: &str) -> Option<u64> {
 
 #[test]
 #[allow(clippy::print_stdout)]
-fn whatever_happens_the_host_is_what_was_acknowledged() {
+fn run_random_steps_matches_the_model() {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
-    let (seed, wanted) = (number(SEED).unwrap_or_else(now), number(STEPS));
-    let Some(mut lab) = Lab::new() else { return };
+    let (seed, wanted) = (number(SEED_VARIABLE).unwrap_or_else(now), number(STEPS_VARIABLE));
+    let Some(mut modelled) = ModelledHost::new() else { return };
     let began = Instant::now();
     let mut done = 0;
-    while wanted.map_or(began.elapsed() < SHORT, |wanted| done < wanted) {
-        // Printed first: what is shown of a test that failed ends with the step that did it.
-        println!("{SEED}={seed} step {done} after {:.1} s", began.elapsed().as_secs_f64());
+    while wanted.map_or(began.elapsed() < RUN_TIMEOUT, |wanted| done < wanted) {
+        // Printed before the step, so that the output of a failed test ends with the failing step.
+        println!("{SEED_VARIABLE}={seed} step {done} after {:.1} s", began.elapsed().as_secs_f64());
         let mut random = Random::new(seed, done);
-        steps::any(&mut random)(&mut lab, &mut random);
-        lab.check();
+        steps::pick_step(&mut random)(&mut modelled, &mut random);
+        modelled.check();
         done += 1;
     }
     println!(
-        "{SEED}={seed}: {done} steps, {} calls killed, {} power cuts",
-        lab.killed, lab.power_cuts
+        "{SEED_VARIABLE}={seed}: {done} steps, {} calls killed, {} power cuts",
+        modelled.killed, modelled.power_cuts
     );
 }

@@ -1,19 +1,19 @@
-//! Chances that can be had again.
+//! Reproducible random numbers.
 
-/// SplitMix64 (Steele, Lea, Flood 2014).
+/// The generator SplitMix64 (Steele, Lea, Flood 2014).
 pub struct Random(u64);
 
 impl Random {
-    /// The chances of one step of one run.
+    /// The generator for step `step` of the run with seed `seed`.
     pub fn new(seed: u64, step: u64) -> Self {
         let mut random = Self(seed);
-        // Neighbouring seeds and steps must have nothing in common.
+        // Neighbouring seeds and steps must give independent sequences.
         random.0 = random.next() ^ step.wrapping_mul(0xd134_2543_de82_ef95);
         random.next();
         random
     }
 
-    /// Any number.
+    /// The next number.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -21,12 +21,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// True once in so many times.
+    /// Whether the next number is a multiple of `times`.
     pub fn one_in(&mut self, times: u64) -> bool {
         self.next().is_multiple_of(times)
     }
 
-    /// One of them; `None` if there is none. Draws in any case.
+    /// Picks one of `items`; `None` if there is none. It consumes a number in any case.
     pub fn pick<T>(&mut self, items: impl IntoIterator<Item = T>) -> Option<T> {
         let mut items: Vec<_> = items.into_iter().collect();
         let drawn = self.next();

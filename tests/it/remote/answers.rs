@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::Pair;
-use crate::support::doors::{Office, Socket};
 use crate::support::host::{Host, request};
+use crate::support::remote::{Director, SocketUnit};
 
 /// Requests whose answers depend only on the program.
 fn requests() -> Vec<String> {
@@ -53,35 +53,35 @@ fn without_times(line: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-fn compare(host: &Host, office: &Office) {
+fn compare(host: &Host, director: &Director) {
     for request in requests() {
-        let (here, there) = (host.ask(&request), office.ask(&request));
+        let (here, there) = (host.ask(&request), director.ask(&request));
         assert_eq!(there.stdout, here.stdout, "{request}");
         assert_eq!(comparable(&there.stderr), comparable(&here.stderr), "{request}");
     }
 }
 
 #[test]
-fn through_ssh_they_are_those_of_the_host() {
-    let Some(Pair { host, office, sshd: _sshd }) = Pair::new() else { return };
-    compare(&host, &office);
+fn call_through_ssh_answers_like_the_host() {
+    let Some(Pair { host, director, sshd: _sshd }) = Pair::new() else { return };
+    compare(&host, &director);
 }
 
 #[test]
-fn through_a_socket_they_are_those_of_the_host() {
-    let (Some(host), Some(office)) = (Host::new(), Office::new()) else { return };
-    let socket = Socket::start(&office, &host);
-    office.configure(&json!({"transport": socket.transport()}));
-    compare(&host, &office);
+fn call_through_socket_answers_like_the_host() {
+    let (Some(host), Some(director)) = (Host::new(), Director::new()) else { return };
+    let socket = SocketUnit::start(&director, &host);
+    director.configure(&json!({"transport": socket.transport()}));
+    compare(&host, &director);
 }
 
 #[test]
-fn the_transport_may_come_with_the_request() {
-    let Some(Pair { host, office, sshd }) = Pair::new() else { return };
-    office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
+fn call_with_transport_in_context_uses_it() {
+    let Some(Pair { host, director, sshd }) = Pair::new() else { return };
+    director.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
     let disk = host.disk();
     let with = |context: Value| {
-        office.ask(
+        director.ask(
             &json!({"method": "has_disk", "arguments": [disk], "context": context}).to_string(),
         )
     };
@@ -93,26 +93,26 @@ fn the_transport_may_come_with_the_request() {
 }
 
 #[test]
-fn info_asks_nobody() {
-    let Some(office) = Office::new() else { return };
-    office.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
-    assert_eq!(office.ok("info", &json!([]))["api_version"], 3);
+fn info_without_reachable_host_succeeds() {
+    let Some(director) = Director::new() else { return };
+    director.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
+    assert_eq!(director.ok("info", &json!([]))["api_version"], 3);
 }
 
 #[test]
-fn the_host_hears_what_the_office_is_told_of_agents_and_defaults() {
-    let Some(Pair { host, office, sshd }) = Pair::new() else { return };
+fn create_vm_forwards_agent_settings_and_defaults() {
+    let Some(Pair { host, director, sshd }) = Pair::new() else { return };
     let canary = "nats://user:hunter2@10.0.0.6:4222";
-    office.configure(&json!({
+    director.configure(&json!({
         "transport": sshd.transport(), "agent": {"mbus": canary}, "vm_defaults": {"ram": 65},
         "state_dir": "/nowhere",
     }));
     let stemcell = host.stemcell();
     let mut arguments = host.vm_arguments(&stemcell);
     arguments[2] = json!({});
-    let created = office.call("create_vm", &arguments);
+    let created = director.call("create_vm", &arguments);
     let vm = crate::support::host::vm_cid(created.result());
-    host.note(&vm.to_string());
+    host.track_vms(&vm.to_string());
     assert_eq!(host.record(&vm).machine.ram.get(), 65);
     let drive = std::fs::read(host.paths(&vm).config_drive()).unwrap();
     assert!(
@@ -120,6 +120,6 @@ fn the_host_hears_what_the_office_is_told_of_agents_and_defaults() {
         "the agent's settings"
     );
     assert!(!created.stderr.contains("hunter2") && !created.stdout.contains("hunter2"));
-    office.ok("delete_vm", &json!([vm]));
-    assert_eq!(office.ok("has_vm", &json!([vm])), false);
+    director.ok("delete_vm", &json!([vm]));
+    assert_eq!(director.ok("has_vm", &json!([vm])), false);
 }

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getsid};
 use serde_json::{Value, json};
 
-use super::stemcells::GREETING;
+use super::stemcell_upload::GREETING;
 use super::{Pair, answer, answering, processes};
 use crate::support::host::eventually;
 
@@ -24,7 +24,7 @@ fn has_vm() -> Value {
 impl Pair {
     /// The master processes of the caller's connections.
     fn masters(&self) -> Vec<Process> {
-        processes(&["ssh: ", &self.office.path("").display().to_string(), " [mux]"])
+        processes(&["ssh: ", &self.director.path("").display().to_string(), " [mux]"])
     }
 
     fn master(&self) -> Process {
@@ -43,7 +43,7 @@ impl Pair {
 
     /// Has the host's program wait for a file before it answers. Returns the script and the file.
     fn hold_answers(&self) -> (String, PathBuf) {
-        let (script, go) = (self.office.path("script"), self.office.path("go"));
+        let (script, go) = (self.director.path("script"), self.director.path("go"));
         let wait = format!("until test -e {}; do sleep 0.1; done", go.display());
         answering(&script, GREETING, &wait);
         self.sshd.authorize(&format!("sh {}", script.display()));
@@ -80,10 +80,10 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-fn the_master_of_a_connection_is_no_child_and_has_no_descriptor_of_a_call() {
+fn call_leaves_a_master_without_its_descriptors() {
     let Some(pair) = Pair::new() else { return };
     // The answer ends when all three pipes of the call have reached their end.
-    pair.office.ok("has_vm", &has_vm());
+    pair.director.ok("has_vm", &has_vm());
     let master = pair.master();
     let pid = master.pid();
     assert_eq!(getsid(Some(Pid::from_raw(pid))).unwrap().as_raw(), pid, "a session of its own");
@@ -98,25 +98,25 @@ fn the_master_of_a_connection_is_no_child_and_has_no_descriptor_of_a_call() {
         let expected = ["/dev/null", "socket:", "/memfd:log"];
         assert!(expected.iter().any(|start| target.starts_with(start)), "{target}");
     }
-    let control_path = pair.office.connections().remove(0);
+    let control_path = pair.director.connections().remove(0);
     assert_eq!(mode(control_path.parent().unwrap()), 0o700);
     assert_eq!(mode(&control_path), 0o600);
     assert!(control_path.as_os_str().len() + 17 <= 107, "{}", control_path.display());
 }
 
 #[test]
-fn a_control_socket_with_the_longest_path_is_used() {
+fn call_with_longest_control_path_shares_the_connection() {
     let Some(pair) = Pair::new() else { return };
     // 107 bytes: 54 here, "/bosh-qemu-cpi-0", "/<16 hex digits>.15" and 17 that ssh appends.
-    let rest = 54 - pair.office.path("x").as_os_str().len() + 1;
-    let temporary = pair.office.path(&"x".repeat(rest));
+    let rest = 54 - pair.director.path("x").as_os_str().len() + 1;
+    let temporary = pair.director.path(&"x".repeat(rest));
     assert_eq!(temporary.as_os_str().len(), 54);
     fs::create_dir(&temporary).unwrap();
-    let mut command = pair.office.cpi();
+    let mut command = pair.director.cpi();
     command.env("TMPDIR", &temporary);
     let request = crate::support::host::request("has_vm", &has_vm());
     let output =
-        pair.office.namespace().run(|| crate::support::answer::run(command, request.as_bytes()));
+        pair.director.namespace().run(|| crate::support::answer::run(command, request.as_bytes()));
     assert!(String::from_utf8_lossy(&output.stdout).contains("\"result\":false"), "{output:?}");
     let dir = fs::read_dir(temporary.join("bosh-qemu-cpi-0")).unwrap().flatten();
     let sockets =
@@ -132,34 +132,34 @@ fn a_control_socket_with_the_longest_path_is_used() {
 }
 
 #[test]
-fn a_first_call_that_is_killed_ends_no_session_of_others() {
+fn kill_first_call_keeps_the_connection() {
     let Some(pair) = Pair::new() else { return };
     let (script, go) = pair.hold_answers();
-    let mut first = pair.office.start("has_vm", &has_vm());
+    let mut first = pair.director.start("has_vm", &has_vm());
     await_sessions(&script, 1);
-    let second = pair.office.start("has_vm", &has_vm());
+    let second = pair.director.start("has_vm", &has_vm());
     await_sessions(&script, 2);
     first.kill().unwrap();
     first.wait().unwrap();
     fs::write(go, "").unwrap();
     assert_eq!(*answer(second).result(), false);
     assert_eq!(pair.logged_in(), 1);
-    assert_eq!(*pair.office.call("has_vm", &has_vm()).result(), false);
+    assert_eq!(*pair.director.call("has_vm", &has_vm()).result(), false);
     assert_eq!(pair.logged_in(), 1, "the same connection");
 }
 
 #[test]
-fn a_master_that_is_stopped_delays_a_call_by_less_than_two_seconds() {
+fn call_beside_stopped_master_answers_within_two_seconds() {
     let Some(pair) = Pair::new() else { return };
     let began = Instant::now();
-    pair.office.ok("has_vm", &has_vm());
+    pair.director.ok("has_vm", &has_vm());
     let first = began.elapsed();
     let master = pair.master();
     let stopped = Stopped::new(&master);
     // The fastest of three: other tests run at the same time.
     let timed = |_| {
         let began = Instant::now();
-        let answer = pair.office.call("has_vm", &has_vm());
+        let answer = pair.director.call("has_vm", &has_vm());
         assert_eq!(*answer.result(), false);
         assert!(answer.stderr.contains("does not answer: this call connects by itself"));
         began.elapsed()
@@ -169,7 +169,7 @@ fn a_master_that_is_stopped_delays_a_call_by_less_than_two_seconds() {
     let timeout = STOPPED_MASTER_TIMEOUT.max(first + Duration::from_secs(1));
     assert!(fastest < timeout, "{fastest:?}, first call {first:?}");
     drop(stopped);
-    pair.office.ok("has_vm", &has_vm());
+    pair.director.ok("has_vm", &has_vm());
     assert_eq!((pair.masters().len(), pair.logged_in()), (1, 1), "it is used again");
 }
 
@@ -177,7 +177,7 @@ fn a_master_that_is_stopped_delays_a_call_by_less_than_two_seconds() {
 fn first_calls_at_once_share_few_connections() {
     let Some(pair) = Pair::new() else { return };
     let (script, go) = pair.hold_answers();
-    let calls: Vec<_> = (0..32).map(|_| pair.office.start("has_vm", &has_vm())).collect();
+    let calls: Vec<_> = (0..32).map(|_| pair.director.start("has_vm", &has_vm())).collect();
     await_sessions(&script, 32);
     assert_eq!(pair.logged_in(), 4, "ten sessions each");
     fs::write(go, "").unwrap();
@@ -187,9 +187,9 @@ fn first_calls_at_once_share_few_connections() {
 }
 
 #[test]
-fn a_connection_is_never_used_for_another_configuration() {
+fn call_with_other_configuration_never_reuses_the_connection() {
     let Some(pair) = Pair::new() else { return };
-    pair.office.ok("has_vm", &has_vm());
+    pair.director.ok("has_vm", &has_vm());
     let master = pair.master();
     for (key, value, expected) in [
         ("host_key", json!(pair.sshd.read("caller.pub")), "'host_key'"),
@@ -198,22 +198,22 @@ fn a_connection_is_never_used_for_another_configuration() {
         ("port", json!(2), "connection refused"),
     ] {
         let transport = pair.transport_with(key, &value);
-        pair.office.configure(&json!({"transport": transport}));
-        let refused = pair.office.call("has_vm", &has_vm());
+        pair.director.configure(&json!({"transport": transport}));
+        let refused = pair.director.call("has_vm", &has_vm());
         assert!(refused.failure().message.contains(expected), "{key}: {refused:?}");
         assert_eq!(pair.master().pid(), master.pid(), "{key}");
     }
 }
 
 #[test]
-fn the_host_key_is_verified_on_every_connection() {
+fn connect_with_wrong_host_key_is_refused_on_every_connection() {
     let Some(pair) = Pair::with(&json!({}), "MaxSessions 1") else { return };
     let (script, go) = pair.hold_answers();
-    let first = pair.office.start("has_vm", &has_vm());
+    let first = pair.director.start("has_vm", &has_vm());
     await_sessions(&script, 1);
     // The next session of the connection is refused, so ssh opens another connection.
     pair.sshd.change_host_key();
-    let refused = pair.office.call("has_vm", &has_vm());
+    let refused = pair.director.call("has_vm", &has_vm());
     assert!(refused.failure().message.contains("the host's key is not the one"), "{refused:?}");
     assert_eq!(running(&script), 1);
     fs::write(go, "").unwrap();

@@ -27,7 +27,7 @@ impl Machine {
 
     fn command(&self, words: &[&str]) -> Output {
         let sshd = &self.pair.sshd;
-        let known = self.pair.office.path("known");
+        let known = self.pair.director.path("known");
         fs::write(&known, format!("{} {}", sshd.address(), sshd.read("host.pub"))).unwrap();
         let ssh = format!(
             "ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -i {} -o UserKnownHostsFile={}",
@@ -46,7 +46,7 @@ impl Machine {
         ]);
         command.arg(&self.root).args(&words[1..]);
         self.pair
-            .office
+            .director
             .namespace()
             .run(|| command.stdin(std::process::Stdio::null()).output().unwrap())
     }
@@ -95,17 +95,17 @@ fn below(path: &Path) -> String {
     path.strip_prefix("/").unwrap().display().to_string()
 }
 
-const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ director@office";
-const NEXT_KEY: &str = "ssh-ed25519 AAAANEXTNzaC1lZDI1NTE5AAAAIJ director@office";
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ director@director";
+const NEXT_KEY: &str = "ssh-ed25519 AAAANEXTNzaC1lZDI1NTE5AAAAIJ director@director";
 
 #[test]
-fn a_machine_becomes_a_host_and_is_one_no_longer() {
+fn install_then_uninstall_restores_the_machine() {
     let Some(machine) = Machine::new() else { return };
     let other = "ssh-rsa AAAAother operator\n";
     let (keys, keys_path) = (below(&keys()), keys().display().to_string());
     fs::create_dir(machine.root.join(&keys).parent().unwrap()).unwrap();
     fs::write(machine.root.join(&keys), other).unwrap();
-    let config = machine.pair.office.path("host.json");
+    let config = machine.pair.director.path("host.json");
     // A configuration that no other test uses.
     let host_config =
         format!("{{\"restart\": \"never\", \"deadlines\": {{\"info\": {}}}}}", std::process::id());
@@ -162,7 +162,7 @@ fn a_machine_becomes_a_host_and_is_one_no_longer() {
 }
 
 #[test]
-fn what_is_not_ours_is_neither_replaced_nor_removed() {
+fn install_over_foreign_file_is_refused() {
     let Some(machine) = Machine::new() else { return };
     let unit = machine.root.join("etc/systemd/system/bosh-qemu-cpi.service");
     fs::create_dir_all(unit.parent().unwrap()).unwrap();
@@ -197,9 +197,9 @@ fn what_is_not_ours_is_neither_replaced_nor_removed() {
 }
 
 #[test]
-fn a_program_that_does_not_run_there_is_not_installed() {
+fn install_program_that_does_not_run_is_refused() {
     let Some(machine) = Machine::new() else { return };
-    let program = machine.pair.office.path("program");
+    let program = machine.pair.director.path("program");
     fs::write(&program, "#!/nowhere/interpreter\n").unwrap();
     let refusal =
         machine.refused(&["install", "--program", &program.display().to_string(), "--yes"]);
@@ -208,13 +208,13 @@ fn a_program_that_does_not_run_there_is_not_installed() {
 }
 
 #[test]
-fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
+fn install_with_transport_in_host_config_is_refused() {
     let Some(machine) = Machine::new() else { return };
-    let config = machine.pair.office.path("host.json").display().to_string();
+    let config = machine.pair.director.path("host.json").display().to_string();
     fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
     let refusal = machine.refused(&["install", "--host-config", &config, "--yes"]);
     assert!(
-        refusal.contains("plan the setup") && refusal.contains("sends calls to other hosts"),
+        refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"),
         "{refusal}"
     );
     // The refusal names the option that the operator means.
@@ -223,7 +223,7 @@ fn a_configuration_that_makes_no_host_is_told_before_anything_is_done() {
 }
 
 #[test]
-fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
+fn install_over_failing_ssh_names_the_step() {
     let command = |ssh: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
         let output = command
@@ -233,6 +233,6 @@ fn a_way_there_that_says_nothing_is_told_with_what_it_was_for() {
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    assert_eq!(command("false"), "Error: log in with ssh: 'root@nowhere': exit status: 1\n");
+    assert_eq!(command("false"), "Error: who logs in there: 'root@nowhere': exit status: 1\n");
     assert!(command("/nowhere/ssh -v").contains("start '/nowhere/ssh'"));
 }

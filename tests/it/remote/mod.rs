@@ -2,12 +2,12 @@
 
 mod answers;
 mod connections;
-mod door;
-mod groups;
+mod host_groups;
 mod install;
-mod links;
-mod shared_disks;
-mod stemcells;
+mod ownership;
+mod restrictions;
+mod stemcell_upload;
+mod transport;
 
 use std::fs;
 use std::path::Path;
@@ -17,13 +17,13 @@ use bosh_qemu_cpi::sys::pidfd::Process;
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
-use crate::support::doors::{Office, Sshd};
 use crate::support::host::Host;
+use crate::support::remote::{Director, Sshd};
 
 /// A host, and a machine that calls it through ssh.
 pub struct Pair {
     pub sshd: Sshd,
-    pub office: Office,
+    pub director: Director,
     pub host: Host,
 }
 
@@ -34,10 +34,10 @@ impl Pair {
 
     /// A pair with more configuration of the host's program and of its sshd.
     pub fn with(config: &Value, sshd: &str) -> Option<Self> {
-        let (host, office) = (Host::with(config.clone())?, Office::new()?);
-        let sshd = Sshd::start(&office, &host, 0, sshd)?;
-        office.configure(&json!({"transport": sshd.transport()}));
-        Some(Self { sshd, office, host })
+        let (host, director) = (Host::with(config.clone())?, Director::new()?);
+        let sshd = Sshd::start(&director, &host, 0, sshd)?;
+        director.configure(&json!({"transport": sshd.transport()}));
+        Some(Self { sshd, director, host })
     }
 
     /// The transport with one key changed.
@@ -54,8 +54,8 @@ impl Pair {
 
     /// The ssh processes of the caller's calls.
     fn calling(&self) -> Vec<Process> {
-        let office = self.office.path("").display().to_string();
-        processes(&["ssh\0-F\0none\0-T", &office, "\0host\0serve"])
+        let director = self.director.path("").display().to_string();
+        processes(&["ssh\0-F\0none\0-T", &director, "\0host\0serve"])
     }
 }
 

@@ -1,14 +1,14 @@
-//! A strict reader of answers.
+//! Strict reader of the answers that the CPI writes to stdout.
 
 use std::io::{self, Write};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// The most the CPI may write to stderr in a call: the log's bound and one notice.
+/// Most bytes that a call may write to stderr: the bound of the log, and one notice.
 const MAX_STDERR: usize = (64 << 10) + 100;
 
-/// Of the Director's `errors.rb`; it makes any other a nameless `UnknownError`.
+/// Error types in the Director's `errors.rb`. The Director turns any other into `UnknownError`.
 const DIRECTOR_TYPES: [&str; 10] = [
     "CpiError",
     "NotSupported",
@@ -22,8 +22,11 @@ const DIRECTOR_TYPES: [&str; 10] = [
     "VMCreationFailed",
 ];
 
-/// Runs `command` with `input` on stdin, all of which it must read, as the Director fails on one that does not.
-/// Returns at the end of stdout and stderr, as the Director does: whoever inherits them would hold it up.
+/// Runs `command` with `input` on stdin.
+///
+/// The command must read all of it, because the Director fails on a CPI that does not. Like the
+/// Director, this returns at the end of stdout and stderr, so a process that inherits them delays
+/// it.
 pub fn run(mut command: Command, input: &[u8]) -> Output {
     let mut child = command
         .stdin(Stdio::piped())
@@ -41,30 +44,31 @@ pub fn run(mut command: Command, input: &[u8]) -> Output {
     output
 }
 
-/// An answer in the only shape the Director takes.
+/// An answer in the only shape that the Director accepts.
 #[derive(Debug)]
 pub struct Answer {
-    /// What the method returned, or what went wrong.
+    /// The result of the method, or its error.
     pub outcome: Result<Value, Failure>,
-    /// The answer as it was written.
+    /// The whole answer, as written to stdout.
     pub stdout: String,
-    /// What was logged.
+    /// The log, as written to stderr.
     pub stderr: String,
 }
 
-/// The answer's error.
+/// The error in an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// Without `Bosh::Clouds::`.
+    /// The error type without `Bosh::Clouds::`.
     pub kind: String,
-    /// For a person.
+    /// The message for the operator.
     pub message: String,
-    /// Whether the Director should try again.
+    /// Whether the Director should repeat the call.
     pub ok_to_retry: bool,
 }
 
 impl Answer {
-    /// Checks all that the Director (`external_cpi.rb`, RESPONSE_SCHEMA) and bosh-cli check, and more.
+    /// Checks everything that the Director (`external_cpi.rb`, RESPONSE_SCHEMA) and bosh-cli check,
+    /// and more.
     pub fn of(output: &Output) -> Self {
         assert!(output.status.success(), "{output:?}");
         assert!(output.stderr.len() <= MAX_STDERR, "{} bytes on stderr", output.stderr.len());
@@ -73,7 +77,7 @@ impl Answer {
         Self { outcome: Self::outcome(&stdout), stdout, stderr }
     }
 
-    /// Reads the one JSON object that is all of `stdout`.
+    /// Parses `stdout`, which must be exactly one JSON object.
     pub fn outcome(stdout: &str) -> Result<Value, Failure> {
         let mut answer: Value =
             serde_json::from_str(stdout).unwrap_or_else(|e| panic!("{e} in {stdout:?}"));
@@ -98,12 +102,12 @@ impl Answer {
         Err(Failure { kind: kind.to_owned(), message, ok_to_retry })
     }
 
-    /// The error it must be.
+    /// The error of an answer that must be one.
     pub fn failure(&self) -> &Failure {
         self.outcome.as_ref().expect_err("a failure")
     }
 
-    /// The result it must be.
+    /// The result of an answer that must be one.
     pub fn result(&self) -> &Value {
         self.outcome.as_ref().unwrap_or_else(|failure| panic!("{failure:?}; log: {}", self.stderr))
     }

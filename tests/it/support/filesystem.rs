@@ -1,4 +1,4 @@
-//! A filesystem of a test's own, mounted where only the test's thread and what it starts can see it.
+//! Filesystem of one test. Only the thread of the test and its child processes see the mount.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,19 +7,20 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::{NamedTempFile, TempDir};
 
-/// A mounted tmpfs. Make it before the [`Host`](super::host::Host) that uses it, so that it is there to the end.
+/// A mounted filesystem. Create it before the [`Host`](super::host::Host) that uses it, so that it
+/// is dropped after the host.
 pub struct Filesystem(TempDir, Option<NamedTempFile>);
 
 impl Filesystem {
-    /// One of `mib` MiB; `None`, with the reason told, where that can not be had.
+    /// Mounts a tmpfs of `mib` MiB. Prints why and returns `None` if this machine cannot.
     pub fn new(mib: u64) -> Option<Self> {
         let filesystem = Self::unmounted()?;
         filesystem.mount(mib);
         Some(filesystem)
     }
 
-    /// One of `mib` MiB in which files can share blocks, at least 300; `None`, with the reason told, where that can not be
-    /// had.
+    /// Mounts a filesystem of `mib` MiB, at least 300, in which files can share blocks. Prints why
+    /// and returns `None` if this machine cannot.
     pub fn sharing(mib: u64) -> Option<Self> {
         let image = NamedTempFile::new().unwrap();
         image.as_file().set_len(mib << 20).unwrap();
@@ -57,29 +58,29 @@ impl Filesystem {
         Some(Self(tempfile::Builder::new().prefix("bosh-qemu-cpi-fs-").tempdir().unwrap(), None))
     }
 
-    /// Where it is mounted.
+    /// The mount point.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// Mounts an empty one.
+    /// Mounts an empty tmpfs of `mib` MiB on the mount point.
     pub fn mount(&self, mib: u64) {
         let size = format!("size={mib}m,mode=0755");
         mount(Some("test"), self.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
             .expect("mount a tmpfs");
     }
 
-    /// Hides it below an empty directory, as when it is not mounted.
+    /// Hides the filesystem below an empty tmpfs, as if it were not mounted.
     pub fn hide(&self) {
         self.mount(1);
     }
 
-    /// The end of [`Self::hide`].
+    /// Reverts [`Self::hide`].
     pub fn show(&self) {
         umount2(self.path(), MntFlags::MNT_DETACH).expect("unmount");
     }
 
-    /// What is in it.
+    /// Names of the entries in its root directory, sorted.
     pub fn names(&self) -> Vec<String> {
         let names = self
             .path()
@@ -94,7 +95,7 @@ impl Filesystem {
 
 impl Drop for Filesystem {
     fn drop(&mut self) {
-        // As often as something is mounted there.
+        // Each `hide` added a mount.
         while umount2(self.path(), MntFlags::MNT_DETACH).is_ok() {}
     }
 }

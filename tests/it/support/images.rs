@@ -1,4 +1,4 @@
-//! Images of persistent disks, looked at past the CPI.
+//! Images of persistent disks, read and written without the CPI.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,17 +10,17 @@ use serde_json::{Value, json};
 
 use super::host::Host;
 
-/// A disk's record.
+/// The record of a disk.
 pub fn record(host: &Host, disk: &DiskCid) -> DiskRecord {
     host.store().read::<DiskRecord>(disk).unwrap().expect("a record")
 }
 
-/// Where a disk's image is.
+/// The path of a disk's image.
 pub fn image(host: &Host, disk: &DiskCid) -> PathBuf {
     host.store().disk_image(&record(host, disk)).unwrap()
 }
 
-/// Has qemu-io, which takes QEMU's own lock, run commands on an image.
+/// Runs qemu-io commands on an image. qemu-io takes QEMU's own lock on it.
 pub fn qemu_io(host: &Host, path: &Path, disk: &DiskRecord, commands: &[&str]) {
     let driver = match (disk.format, disk.encrypted) {
         (Format::Raw, false) => "raw",
@@ -41,11 +41,12 @@ pub fn qemu_io(host: &Host, path: &Path, disk: &DiskRecord, commands: &[&str]) {
         .arg("--image-opts")
         .arg(format!("driver={driver},file.driver=file,file.filename={}", path.display()));
     let output = qemu_io.output().expect("qemu-io");
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
+    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && !printed.contains("failed"), "{commands:?}: {printed}");
 }
 
-/// Writes data that [`assert_pattern`] finds again. Zeros are written, too: what nobody wrote to a LUKS image is noise.
+/// Writes data that [`assert_pattern`] checks. It also writes zeros, because unwritten parts of a
+/// LUKS image read as noise.
 pub fn write_pattern(host: &Host, disk: &DiskCid) {
     qemu_io(
         host,
@@ -55,12 +56,12 @@ pub fn write_pattern(host: &Host, disk: &DiskCid) {
     );
 }
 
-/// The data is there, and the image is sound.
+/// Asserts that the disk holds the data of [`write_pattern`] and that its image is sound.
 pub fn assert_pattern(host: &Host, disk: &DiskCid) {
     assert_pattern_in(host, &image(host, disk), &record(host, disk));
 }
 
-/// The same for an image like those of `disk`.
+/// Asserts the same of the image at `path`, which has the format of `disk`.
 pub fn assert_pattern_in(host: &Host, path: &Path, disk: &DiskRecord) {
     qemu_io(host, path, disk, &["read -P 0xb0 0 64k", "read -P 0 1M 4M", "read -P 0x54 5M 1M"]);
     if disk.format == Format::Qcow2 && !disk.encrypted {
@@ -73,17 +74,18 @@ pub fn assert_pattern_in(host: &Host, path: &Path, disk: &DiskRecord) {
     }
 }
 
-/// Writes to the disk as its guest would, through its device; or reads.
+/// Runs a qemu-io command through the disk's device, as its guest would write or read.
 pub fn guest_writes(host: &Host, vm: &VmCid, disk: &DiskCid, command: &str) {
     let line = format!("qemu-io -d /machine/peripheral/{disk}/virtio-backend \"{command}\"");
-    let said = host.qmp(vm, "human-monitor-command", &json!({"command-line": line})).unwrap();
+    let printed = host.qmp(vm, "human-monitor-command", &json!({"command-line": line})).unwrap();
     assert!(
-        !["rror", "failed"].iter().any(|word| said.to_string().contains(word)),
-        "{command}: {said}"
+        !["rror", "failed"].iter().any(|word| printed.to_string().contains(word)),
+        "{command}: {printed}"
     );
 }
 
-/// What QEMU says of the node the disk's device is on; `None` if it is not plugged in.
+/// QEMU's description of the block node below the disk's device; `None` if the disk is not plugged
+/// in.
 pub fn node(host: &Host, vm: &VmCid, disk: &DiskCid) -> Option<Value> {
     let devices = host.qmp(vm, "query-block", &json!({})).unwrap();
     let path = format!("/machine/peripheral/{disk}/virtio-backend");
@@ -95,8 +97,8 @@ pub fn node(host: &Host, vm: &VmCid, disk: &DiskCid) -> Option<Value> {
         .map(|device| device["inserted"].clone())
 }
 
-/// What QEMU has that begins with `name`: jobs, nodes, descriptors.
-pub fn in_qemu(host: &Host, vm: &VmCid, name: &str) -> [usize; 3] {
+/// Number of QEMU's block jobs, block nodes and descriptors whose name begins with `name`.
+pub fn qemu_objects(host: &Host, vm: &VmCid, name: &str) -> [usize; 3] {
     let count = |command: &str, arguments: Value, word: String| {
         host.qmp(vm, command, &arguments).unwrap().to_string().matches(&word).count()
     };

@@ -1,4 +1,5 @@
-//! What a test left on its host: processes, links, tables, control groups, uids, locks, sockets, files.
+//! Finds what a test leaves on its host: processes, links, tables, control groups, uids, locks,
+//! sockets, files.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -9,12 +10,12 @@ use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::host::{Host, patience};
+use super::host::{Host, timeout};
 use super::nftables;
 
 impl Host {
-    /// Everything on the host that is there because of this test, but for the operator's bridges.
-    pub fn left(&self) -> Vec<String> {
+    /// Everything on the host that this test made, without the operator's bridges.
+    pub fn leaks(&self) -> Vec<String> {
         let mut left: Vec<_> = self
             .processes()
             .into_iter()
@@ -60,7 +61,8 @@ impl Host {
                 "probe.json",
                 "io-uring.json",
             ];
-            // `pools/<name>` says that a pool was used, `called-off/<cid>` that a create is wanted no more.
+            // `pools/<name>` marks a pool as used, `called-off/<cid>` is the tombstone of a
+            // cancelled create.
             let notes =
                 |entry: &str| entry.starts_with("pools/") || entry.starts_with("called-off");
             left.extend(entries.filter(|entry| !kept.contains(&entry.as_str()) && !notes(entry)));
@@ -68,11 +70,11 @@ impl Host {
         left
     }
 
-    /// The same where no VM is any more: processes that were told to end, or find out that they are not wanted, may do so.
-    pub fn left_at_last(&self) -> Vec<String> {
-        let deadline = Instant::now() + patience();
+    /// The same after all VMs are deleted. Waits for processes that are still exiting.
+    pub fn leaks_after_exits(&self) -> Vec<String> {
+        let deadline = Instant::now() + timeout();
         loop {
-            let left = self.left();
+            let left = self.leaks();
             let ends = left.iter().any(|line| line.starts_with("process"));
             if !ends || Instant::now() >= deadline {
                 return left;
@@ -95,7 +97,8 @@ impl Host {
         groups.filter(|group| group.exists()).collect()
     }
 
-    /// Processes that name one of our directories or VMs, or have a file in those directories open.
+    /// Processes whose command line names the directories or VMs of this test, or that have a file
+    /// in those directories open.
     fn processes(&self) -> Vec<(i32, String)> {
         let dirs =
             [self.dir.path(), self.run.path()].map(|dir| dir.as_os_str().as_bytes().to_owned());
@@ -131,13 +134,14 @@ impl Host {
             .collect()
     }
 
-    /// What a test that failed left behind must not disturb others.
+    /// Kills the processes and removes the control groups of a failed test, so that other tests are
+    /// not disturbed.
     pub(super) fn tear_down(&self) {
         for (pid, _) in self.processes() {
             if let Ok(process) = Process::open(pid) {
                 let _ = process
                     .signal(Signal::SIGKILL)
-                    .and_then(|()| process.wait_exit(Instant::now() + patience()));
+                    .and_then(|()| process.wait_exit(Instant::now() + timeout()));
             }
         }
         for group in self.groups() {

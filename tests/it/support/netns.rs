@@ -1,7 +1,8 @@
-//! Network namespaces: hosts of a test's own, which vanish with the last descriptor of them.
+//! Network namespaces that stand for hosts. The kernel removes one with its last descriptor.
 //!
-//! A namespace belongs to threads, and so does what they open: sockets, taps, `/proc/sys/net`. [`Namespace::run`]
-//! gives a closure a thread inside. Wiring is done with `ip`, as an operator would, and so as a witness of its own.
+//! A namespace applies to a thread and to what the thread opens: sockets, taps, `/proc/sys/net`.
+//! [`Namespace::run`] runs a closure on a thread inside. Links are made with `ip`, which checks the
+//! netlink code of the CPI independently.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,11 +11,11 @@ use std::process::Command;
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::Value;
 
-/// One network namespace: no link but `lo`, no address, no rule.
+/// A network namespace. At first it has the link `lo` and no address and no rule.
 pub struct Namespace(OwnedFd);
 
 impl Namespace {
-    /// A new one; `None`, with the reason told, where that can not be had.
+    /// Makes a namespace. Prints why and returns `None` if this machine cannot.
     pub fn new() -> Option<Self> {
         let entered = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
@@ -28,12 +29,12 @@ impl Namespace {
         }
     }
 
-    /// The same one, for another owner.
+    /// Another handle of the same namespace.
     pub fn share(&self) -> Self {
         Self(self.0.try_clone().expect("a descriptor"))
     }
 
-    /// Runs `job` on a thread inside. A panic of the job is one of the caller.
+    /// Runs `job` on a thread inside and passes its panic on.
     pub fn run<T: Send>(&self, job: impl FnOnce() -> T + Send) -> T {
         let inside = || {
             setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).expect("setns");
@@ -43,12 +44,12 @@ impl Namespace {
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Where others can open it, as long as it lives.
+    /// A path by which other processes can open the namespace while this handle exists.
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
-    /// Runs `ip` with these words inside; its output. Panics if it fails.
+    /// Runs `ip` inside and returns its output. Panics if it fails.
     pub fn ip(&self, words: &str) -> String {
         let output =
             self.run(|| Command::new("ip").args(words.split_whitespace()).output().expect("ip"));
@@ -56,18 +57,18 @@ impl Namespace {
         String::from_utf8(output.stdout).expect("UTF-8")
     }
 
-    /// The same as JSON.
+    /// Runs `ip -details -json` inside and returns the parsed output.
     pub fn ip_json(&self, words: &str) -> Value {
         serde_json::from_str(&self.ip(&format!("-details -json {words}"))).expect("JSON")
     }
 
-    /// The link `name` as `ip` shows it, or `None` if there is none.
+    /// The link `name` as `ip` shows it; `None` if there is none.
     pub fn link(&self, name: &str) -> Option<Value> {
         let links = self.ip_json("address show");
         links.as_array().expect("an array").iter().find(|link| link["ifname"] == name).cloned()
     }
 
-    /// Plugs a cable into the link `here` of this one and the link `there` of `other`, both new and up.
+    /// Makes a veth pair, up on both sides: `here` in this namespace and `there` in `other`.
     pub fn cable(&self, here: &str, other: &Namespace, there: &str) {
         self.ip(&format!("link add {here} type veth peer name {there} netns {}", other.path()));
         self.ip(&format!("link set {here} up"));

@@ -1,10 +1,10 @@
-//! A look at the nftables of the calling thread's network namespace, without `nft`.
+//! Reads and changes nftables in the network namespace of the calling thread, without `nft`.
 
 use netlink_bindings::nftables::{Chained, ExprOps, Nfgenmsg, Request};
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
-/// Names of all tables of all families.
+/// Names of the tables of all families.
 pub fn tables() -> Vec<String> {
     let mut socket = NetlinkSocket::new();
     let request = Request::new().op_gettable_dump(&Nfgenmsg::new());
@@ -16,7 +16,7 @@ pub fn tables() -> Vec<String> {
     names
 }
 
-/// Counts the transactions so far: equal means that nothing was written in between.
+/// Generation id of the ruleset. It is unchanged if nothing was written in between.
 pub fn generation() -> u32 {
     let mut socket = NetlinkSocket::new();
     let request = Request::new().op_getgen_do(&Nfgenmsg::new());
@@ -25,7 +25,7 @@ pub fn generation() -> u32 {
     generation.get_id().expect("an id")
 }
 
-/// Adds a table of family `inet`, or removes it: what somebody else may do.
+/// Adds or removes a table of family `inet`, as another program on the host may do.
 pub fn write_table(name: &str, present: bool) {
     let mut socket = NetlinkSocket::new();
     let mut batch = Chained::new(socket.reserve_seq(8));
@@ -47,7 +47,7 @@ pub fn write_table(name: &str, present: bool) {
     socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write table");
 }
 
-/// How many packets the dropping rules of the tables `name` of both families have counted.
+/// Packets counted by the rules of the tables `name` of the families `inet` and `bridge`.
 pub fn drops(name: &str) -> u64 {
     [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE]
         .map(|family| drops_of(family as u8, name))
@@ -72,7 +72,7 @@ fn drops_of(family: u8, table: &str) -> u64 {
     drops
 }
 
-/// How many elements the sets of the tables `name` of both families have.
+/// Number of elements in the sets of the tables `name` of the families `inet` and `bridge`.
 pub fn elements(name: &str) -> usize {
     [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE]
         .map(|family| elements_of(family as u8, name))
@@ -103,7 +103,7 @@ fn elements_of(family: u8, table: &str) -> usize {
     count
 }
 
-/// Removes a link's name from a set of names, as an operator may.
+/// Removes a link's name from a set, as an operator may do.
 pub fn remove_element(table: &str, set: &str, link: &str) {
     for family in [libc::NFPROTO_INET, libc::NFPROTO_BRIDGE] {
         let header = Nfgenmsg { nfgen_family: family as u8, ..Nfgenmsg::default() };
@@ -129,8 +129,9 @@ pub fn remove_element(table: &str, set: &str, link: &str) {
     }
 }
 
-/// Adds a chain at a hook, `NF_INET_FORWARD` or `NF_INET_LOCAL_IN`, to table `ip <table>`, which is made: what it does not
-/// accept is dropped. That is what Docker and ufw do. Its rules are none.
+/// Makes the table `ip <table>` with a chain at a hook, `NF_INET_FORWARD` or `NF_INET_LOCAL_IN`.
+/// The chain has no rules and the policy `drop`, as chains of Docker and ufw have. `others` are
+/// further chains.
 pub fn drop_at(hook: libc::c_int, table: &str, chain: &str, others: &[&str]) {
     let mut socket = NetlinkSocket::new();
     let mut batch = Chained::new(socket.reserve_seq(16));
@@ -153,7 +154,7 @@ pub fn drop_at(hook: libc::c_int, table: &str, chain: &str, others: &[&str]) {
     socket.request_chained(&batch.finalize()).expect("send").recv_all().expect("write chain");
 }
 
-/// Removes every table of every family: `nft flush ruleset`.
+/// Removes all tables of all families, as `nft flush ruleset` does.
 pub fn flush() {
     let mut socket = NetlinkSocket::new();
     let mut batch = Chained::new(socket.reserve_seq(8));

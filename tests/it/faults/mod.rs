@@ -1,0 +1,15 @@
+//! Injected faults: killed calls, power cuts, panics, damage, hung and full filesystems, many
+//! callers.
+
+mod concurrency;
+mod crash_points;
+mod damaged_files;
+pub mod damaged_records;
+mod deadlines;
+mod disk_crash_points;
+mod enospc;
+mod hostile_requests;
+mod interrupted_callers;
+mod panics;
+mod power_cuts;
+mod state_directories;

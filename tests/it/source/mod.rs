@@ -1,0 +1,5 @@
+//! Rules about the source, the documentation and the BOSH release.
+
+mod docs;
+mod layers;
+mod release;
