@@ -102,12 +102,7 @@ impl<'a, R: Creatable> Creation<'a, R> {
         explain: impl FnOnce(Error) -> Error,
     ) -> Result<R> {
         match work(&self).and_then(|record| self.commit(record)) {
-            Ok(record) => {
-                if R::LOCK_IS_SHORT {
-                    drop(self.lock.brief());
-                }
-                Ok(record)
-            }
+            Ok(record) => self.finish(record),
             Err(error) => {
                 let failed = explain(error);
                 let deadline = self.deadline.max(Instant::now() + R::ROLL_BACK_TIMEOUT);
@@ -119,11 +114,23 @@ impl<'a, R: Creatable> Creation<'a, R> {
         }
     }
 
+    /// Makes the object durable and ready.
     fn commit(&self, mut record: R) -> Result<R> {
         acknowledgement::mark::<R>(self.cx, &self.cid)?;
         record.set_phase(Phase::Ready);
         record.write_ready(self.cx)?;
-        pending::remove(self.cx, &self.cid)?;
+        if !R::LOCK_IS_SHORT {
+            pending::remove(self.cx, &self.cid)?;
+        }
+        Ok(record)
+    }
+
+    /// Releases the lock. The file of a short lock is unlinked while the pending note still leads to it.
+    fn finish(self, record: R) -> Result<R> {
+        if R::LOCK_IS_SHORT {
+            drop(self.lock.brief());
+            pending::remove(self.cx, &self.cid)?;
+        }
         Ok(record)
     }
 }

@@ -141,7 +141,7 @@ fn attach_seventeenth_disk_is_refused() {
     }
     let refused = attach(&host, &vm, &disks[16]);
     assert_eq!(refused.failure().kind, "NotSupported");
-    assert!(refused.failure().message.contains("has 16 disks and no slot left"), "{refused:?}");
+    assert!(refused.failure().message.contains("all 16 disk slots of VM"), "{refused:?}");
     assert!(refused.failure().message.contains("extra_disks_slots"), "{refused:?}");
     assert_eq!(host.ok("get_disks", &json!([vm])), json!(disks[..16]));
     let record = fs::read_to_string(host.store().disk_dir(&disks[16]).join("disk.json")).unwrap();

@@ -210,7 +210,7 @@ fn create_vm_with_extra_disks_slots_takes_more_disks() {
     }
     assert_eq!(host.ok("get_disks", &json!([vm])), json!(disks));
     let refused = host.call("attach_disk", &json!([vm, host.disk()]));
-    assert!(refused.failure().message.contains("20 disks"), "{refused:?}");
+    assert!(refused.failure().message.contains("all 20 disk slots"), "{refused:?}");
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
     for disk in disks.iter().rev() {
         host.ok("detach_disk", &json!([vm, disk]));

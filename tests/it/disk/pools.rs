@@ -355,7 +355,7 @@ fn create_stemcell_of_known_file_shares_its_image() {
     };
     let first = host.stemcell();
     let second = host.call("create_stemcell", &json!([host.path("image"), {"x": 1}]));
-    assert!(second.stderr.contains("is shared"), "{second:?}");
+    assert!(second.stderr.contains("sharing the image"), "{second:?}");
     let second = text(second.result());
     assert_ne!(first, second);
     assert_eq!(image(&first), image(&second));

@@ -149,7 +149,7 @@ fn many_calls(host: &Host) {
         for refused in both.iter().filter_map(|answer| answer.outcome.as_ref().err()) {
             assert!(
                 refused.message.contains("is attached to VM")
-                    || refused.message.contains("no slot left"),
+                    || refused.message.contains("disk slots of VM"),
                 "{refused:?}"
             );
         }

@@ -173,7 +173,7 @@ fn attach_disk(modelled: &mut ModelledHost, random: &mut Random) {
     let arguments = json!([vm, disk]);
     let refusal = match modelled.holder(&disk) {
         Some(holder) if *holder != vm => Some("is attached to VM"),
-        None if modelled.vms[&vm].disks.len() == HOTPLUG_SLOTS => Some("no slot left"),
+        None if modelled.vms[&vm].disks.len() == HOTPLUG_SLOTS => Some("disk slots of VM"),
         _ => None,
     };
     let take_back = random.one_in(3);

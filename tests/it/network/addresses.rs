@@ -138,8 +138,8 @@ fn forward_port_of_missing_address_warns_until_it_exists() {
     );
     // No packet from outside arrives at these addresses.
     for (address, problem) in [
-        ("127.0.0.1", "no network whose packets"),
-        ("::1", "no network whose packets"),
+        ("127.0.0.1", "no network that this host forwards ports to"),
+        ("::1", "no network that this host forwards ports to"),
         ("0.0.0.0", "no address of a host"),
     ] {
         let refused = create(&host, &stemcell, &manual("10.7.0.7"), &ports(address));
@@ -183,7 +183,7 @@ fn create_vm_with_duplicate_or_gateway_address_is_refused() {
     for allowed in ["0.0.0.0/0", "10.7.0.0/29", "10.7.0.1"] {
         let refused =
             create(&host, &stemcell, &manual("10.7.0.5"), &json!({"allowed_addresses": [allowed]}));
-        assert!(refused.failure().message.contains("has the gateway of network"), "{refused:?}");
+        assert!(refused.failure().message.contains("contains the gateway of network"), "{refused:?}");
     }
     let mut twice = manual("10.7.0.5");
     let (name, network) =

@@ -253,7 +253,7 @@ fn plan_conflicting_networks_is_refused() {
         host.namespace().run(|| host.cpi().args(["network", "plan", "three"]).output().unwrap());
     assert!(!output.status.success());
     let refused = String::from_utf8(output.stderr).unwrap();
-    assert!(refused.starts_with("Error: no network 'three' of this host"), "{refused}");
+    assert!(refused.starts_with("Error: this host has no network 'three'"), "{refused}");
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn create_network_without_range_picks_a_free_subnet() {
             "type": "manual", "range": "10.9.0.0/24", "cloud_properties": {"profile": "user"},
         }]),
     );
-    assert!(refused.failure().message.contains("can not have the profile 'user'"), "{refused:?}");
+    assert!(refused.failure().message.contains("cannot have the profile 'user'"), "{refused:?}");
 }
 
 #[test]

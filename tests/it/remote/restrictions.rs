@@ -263,7 +263,7 @@ fn serve_on_machine_with_transport_is_refused() {
     let Some(pair) = Pair::new() else { return };
     pair.host.reconfigure(|config| config["transport"] = json!({"kind": "unix"}));
     let refused = pair.director.call("has_vm", &json!(["vm-1"]));
-    assert!(refused.failure().message.contains("this machine is no host"), "{refused:?}");
+    assert!(refused.failure().message.contains("this machine is not a host"), "{refused:?}");
     // Operator commands must not report success either: the VMs are on another machine.
     for words in [
         &["vm", "list"][..],
@@ -276,7 +276,7 @@ fn serve_on_machine_with_transport_is_refused() {
         let output = pair.host.cpi().args(words).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
-            !output.status.success() && said.contains("this machine is no host"),
+            !output.status.success() && said.contains("this machine is not a host"),
             "{words:?}: {output:?}"
         );
     }

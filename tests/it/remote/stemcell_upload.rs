@@ -48,7 +48,7 @@ fn upload_known_stemcell_is_not_sent_again() {
     let first = create(&pair, &image);
     assert_eq!(fs::read(imported(&pair, &first)).unwrap(), fs::read(&image).unwrap());
     let again = pair.director.call("create_stemcell", &json!([image, {}]));
-    assert!(again.stderr.contains("the image is here already"), "{again:?}");
+    assert!(again.stderr.contains("sharing the image"), "{again:?}");
     let second = StemcellCid::parse(&text(again.result())).unwrap();
     // Another image of the same size: the host asks for its digest, then for its bytes.
     let other = disk(&pair, "other", 8);

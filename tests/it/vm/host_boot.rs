@@ -90,7 +90,7 @@ fn host_start_after_host_stop_starts_every_vm_again() {
     assert_eq!((exit.ending(), exit.reason.as_deref()), (Ending::Stopped, Some("guest-shutdown")));
     assert_eq!(host.record(&vm).desired, Desired::Running);
     let down_again = outcomes(&host, &["host", "stop", "--json"]);
-    assert!(down_again.iter().all(|(_, state)| state["off"] == "it was"), "{down_again:?}");
+    assert!(down_again.iter().all(|(_, state)| state["off"] == "it was off"), "{down_again:?}");
 
     assert!(start(&host).iter().all(|(_, state)| state == "started"));
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 2);
@@ -224,7 +224,7 @@ fn adopt_hung_qemu_fails_and_leaves_it_running() {
     qemu.signal(Signal::SIGSTOP).unwrap();
     let answer = host.call("set_vm_metadata", &json!([vm, {"name": "web/0"}]));
     assert!(answer.outcome.is_ok(), "a record can be written whatever QEMU does: {answer:?}");
-    assert!(answer.stderr.contains("can not be given one"), "{}", answer.stderr);
+    assert!(answer.stderr.contains("cannot start a supervisor"), "{}", answer.stderr);
     qemu.signal(Signal::SIGCONT).unwrap();
     assert_eq!(start(&host), [(vm.to_string(), json!("adopted"))]);
     assert_eq!(host.qemu(&vm).unwrap().pid(), qemu.pid());

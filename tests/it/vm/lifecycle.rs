@@ -182,16 +182,16 @@ fn create_vm_with_several_networks_orders_nics_by_manifest() {
     let networks = &answer.result()[1];
     let vm = vm_cid(answer.result());
     let words = command_line(&host.qemu(&vm).unwrap());
-    let cards: Vec<_> = json_options(&words, "-device")
+    let nics: Vec<_> = json_options(&words, "-device")
         .into_iter()
         .filter(|d| d["driver"] == "virtio-net-pci")
         .collect();
-    let addresses: Vec<_> = cards
+    let addresses: Vec<_> = nics
         .iter()
         .map(|card| u32::from_str_radix(&text(&card["addr"])[2..], 16).unwrap())
         .collect();
     assert!(addresses.is_sorted(), "{addresses:?}");
-    let macs: Vec<_> = cards.iter().map(|card| &card["mac"]).collect();
+    let macs: Vec<_> = nics.iter().map(|nic| &nic["mac"]).collect();
     assert_eq!(macs, ["zeta", "nat", "alpha"].map(|name| &networks[name]["mac"]));
     assert_eq!(networks["vip"].get("mac"), None);
     let record = host.record(&vm);
