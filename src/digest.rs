@@ -45,8 +45,8 @@ impl Digest {
     /// Checks that `path` holds what an operator said it does.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] when it does not. The message is the same whatever the file holds: who may name a
-    /// path here must not learn digests of files that are not theirs.
+    /// [`ErrorKind::BadRequest`] when it does not. The message is the same whatever the file holds:
+    /// who may name a path here must not learn digests of files that are not theirs.
     pub fn verify(self, path: &Path) -> Result<()> {
         if Self::of_file(path)? == self {
             return Ok(());

@@ -1,7 +1,7 @@
 //! JSON objects as they were written: keys in order, values byte for byte.
 //!
-//! The order of `create_vm`'s networks is the manifest's order and decides which NIC is `eth0`; env goes to the
-//! agent verbatim. `serde_json`'s own map sorts and re-prints, so neither survives it.
+//! The order of `create_vm`'s networks is the manifest's order and decides which NIC is `eth0`; env
+//! goes to the agent verbatim. `serde_json`'s own map sorts and re-prints, so neither survives it.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,8 +10,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
-/// An object that keeps the order of its keys and the text of its values. Of a key given twice the last value
-/// counts, as in every client's JSON parser.
+/// An object that keeps the order of its keys and the text of its values. Of a key given twice the
+/// last value counts, as in every client's JSON parser.
 #[derive(Clone, Default)]
 pub struct Object(Vec<(String, Box<RawValue>)>);
 
@@ -24,7 +24,8 @@ impl Object {
     /// Puts `value` at `key`: in its old place, or at the end.
     ///
     /// # Panics
-    /// If `value` can not be written as JSON, which no string, number or map of strings can fail at.
+    /// If `value` can not be written as JSON, which no string, number or map of strings can fail
+    /// at.
     pub fn set(&mut self, key: &str, value: &(impl Serialize + ?Sized)) {
         let value = serde_json::value::to_raw_value(value).expect("a plain value is JSON");
         match self.0.iter_mut().find(|(name, _)| name == key) {

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 pub struct MiB(u64);
 
 impl MiB {
-    /// The largest size taken from anybody: 64 TiB, a little under what qcow2 can hold with 64 KiB clusters.
+    /// The largest size taken from anybody: 64 TiB, a little under what qcow2 can hold with 64 KiB
+    /// clusters.
     pub const MAX: MiB = MiB(64 * 1024 * 1024);
 
     /// `mib` mebibytes, or `None` above [`MiB::MAX`].

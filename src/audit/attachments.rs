@@ -23,7 +23,8 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Checks that the disk's record names the VM. The VM's record decides, but calls on the disk read the disk's record first.
+    /// Checks that the disk's record names the VM. The VM's record decides, but calls on the disk
+    /// read the disk's record first.
     fn attached(&mut self, vm: &VmRecord, disk: &DiskCid) -> Result<()> {
         let Some(lock) = self.lock(Rank::Disk, disk) else { return Ok(()) };
         let (cx, what) = (self.cx, format!("{disk} on {}", vm.cid));

@@ -1,5 +1,5 @@
-//! Images that do not exist, and files in pools that no record names. Nothing is removed: other hosts may share the pool, and a
-//! stray image may be all that is left of a disk.
+//! Images that do not exist, and files in pools that no record names. Nothing is removed: other
+//! hosts may share the pool, and a stray image may be all that is left of a disk.
 
 use std::path::Path;
 
@@ -49,7 +49,8 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Disks in shared pools: those that another host has taken, and those whose change of owner was interrupted.
+    /// Disks in shared pools: those that another host has taken, and those whose change of owner
+    /// was interrupted.
     fn ownership(&mut self) -> Result<()> {
         let cx = self.cx;
         for cid in cx.store.list::<DiskRecord>()? {

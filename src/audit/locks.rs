@@ -16,7 +16,8 @@ pub(super) enum ObjectLock {
 }
 
 impl Audit<'_> {
-    /// Locks an object; `None` as for [`Self::lock`], and if the object was deleted since it was listed.
+    /// Locks an object; `None` as for [`Self::lock`], and if the object was deleted since it was
+    /// listed.
     pub(super) fn lock_object(&mut self, rank: Rank, name: impl Display) -> Option<ObjectLock> {
         let name = name.to_string();
         let lock = self.lock(rank, &name)?;
@@ -32,7 +33,8 @@ impl Audit<'_> {
         None
     }
 
-    /// Locks what may exist; `None` if a call works on it, or if the lock cannot be used, which is a finding.
+    /// Locks what may exist; `None` if a call works on it, or if the lock cannot be used, which is
+    /// a finding.
     pub(super) fn lock(&mut self, rank: Rank, name: impl Display) -> Option<ObjectLock> {
         let store = &self.cx.store;
         let locked = if self.repair {

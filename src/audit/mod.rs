@@ -1,23 +1,24 @@
 //! What on this host contradicts the records, and its repair: `bosh-qemu-cpi audit` and `gc`.
 //!
 //! ```text
-//!   records       records that cannot be read, interrupted creates and deletes, files without a record
+//!   records       unreadable records, interrupted creates and deletes, files without one
 //!   attachments   which VM has which disk: interrupted calls, records that contradict each other
-//!   images        images that do not exist, files in pools that no record names, the key of encrypted disks
+//!   images        missing images, files in pools that no record names, the key of disks
 //!   vms           VMs that are off and should run, VMs without a supervisor
-//!   reservations  uids, addresses and ports that records give to VMs, without the link that reserves them
+//!   reservations  uids, addresses and ports of VMs without the link that reserves them
 //!   networks      what networks of running VMs lack, damaged pins, bridges that nothing keeps
-//!   orphans       what is left of VMs that do not exist: QEMU, taps, rules, reservations, uids, control groups
+//!   orphans       what is left of VMs that do not exist: QEMU, taps, rules, uids …
 //!   stray_files   locks and half-written files of nothing
 //! ```
 //!
-//! Every verb settles what it meets on its own cid, so calls do not need this. It is for the operator who wants to know, and
-//! for objects that no call will name again. The rules:
+//! Every verb settles what it meets on its own cid, so calls do not need this. It is for the
+//! operator who wants to know, and for objects that no call will name again. The rules:
 //!
 //! - An object whose lock a call holds is no finding.
 //! - `audit` writes nothing ([`locks`]). What it cannot inspect is a finding, and it goes on.
-//! - `gc` removes only what certainly belongs to this program and is certainly of no use. This program writes records first
-//!   and removes them last, so a file without a record is the operator's to decide about.
+//! - `gc` removes only what certainly belongs to this program and is certainly of no use. This
+//!   program writes records first and removes them last, so a file without a record is the
+//!   operator's to decide about.
 
 mod attachments;
 mod images;
@@ -112,7 +113,8 @@ pub fn audit(cx: &Context) -> Vec<Finding> {
 /// The same, and repairs what it finds.
 ///
 /// # Errors
-/// As [`Store::prepare`](crate::store::Store::prepare), and if the state directory cannot be written.
+/// As [`Store::prepare`](crate::store::Store::prepare), and if the state directory cannot be
+/// written.
 pub fn gc(cx: &Context) -> Result<Vec<Finding>> {
     let mut audit = Audit { cx, repair: true, findings: Vec::new() };
     cx.store.is_mounted()?;

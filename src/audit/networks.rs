@@ -37,7 +37,8 @@ impl Audit<'_> {
         self.unpinned_bridges()
     }
 
-    /// Managed networks whose creation or deletion was interrupted, and those that are unacknowledged.
+    /// Managed networks whose creation or deletion was interrupted, and those that are
+    /// unacknowledged.
     fn managed(&mut self) -> Result<()> {
         for cid in self.cx.store.list::<NetworkRecord>()? {
             let Some(lock) = self.lock(Rank::Network, NetworkRecord::bridge(&cid)) else {
@@ -70,7 +71,8 @@ impl Audit<'_> {
                 Ok(_) => {}
                 Err(error) => {
                     let next = format!(
-                        "restore it from a backup; or move its directory away, and `bosh-qemu-cpi network remove {cid}`"
+                        "restore it from a backup; or move its directory away, and run `bosh-qemu-cpi \
+                         network remove {cid}`"
                     );
                     self.for_operator(Kind::Corrupt, &cid, &error.chain(), &next);
                 }
@@ -94,7 +96,8 @@ impl Audit<'_> {
         });
     }
 
-    /// The taps of VMs that run. A tap that was removed takes its VM off the network until reboot_vm.
+    /// The taps of VMs that run. A tap that was removed takes its VM off the network until
+    /// reboot_vm.
     fn plugged(&mut self) -> Result<BTreeSet<LinkName>> {
         let mut plugged = BTreeSet::new();
         for cid in self.cx.store.list::<VmRecord>()? {

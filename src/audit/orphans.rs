@@ -1,4 +1,5 @@
-//! What is left of VMs that do not exist: an operator removed their directories by hand, or a delete was interrupted.
+//! What is left of VMs that do not exist: an operator removed their directories by hand, or a
+//! delete was interrupted.
 
 use super::{Audit, Kind};
 use crate::cid::VmCid;

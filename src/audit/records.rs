@@ -53,7 +53,8 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// `calls` names the calls that create and delete objects whose marker alone shows that they are unacknowledged.
+    /// `calls` names the calls that create and delete objects whose marker alone shows that they
+    /// are unacknowledged.
     fn each<R: Record>(&mut self, rank: Rank, calls: Option<(&str, &str)>) -> Result<()> {
         for cid in self.cx.store.list::<R>()? {
             let Some(lock) = self.lock_object(rank, &cid) else { continue };
@@ -82,7 +83,8 @@ impl Audit<'_> {
                     self.without_record(&cid, &self.cx.store.record_dir::<R>(&cid));
                 }
                 Err(error) => {
-                    let next = "restore it from a backup; or move its directory away, which loses the object";
+                    let next = "restore it from a backup; or move its directory away, which loses the \
+                                object";
                     self.for_operator(Kind::Corrupt, &cid, &error.chain(), next);
                 }
             }
@@ -90,7 +92,8 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Whether the object's create has ended without an acknowledgement. A marker that cannot be inspected is a finding.
+    /// Whether the object's create has ended without an acknowledgement. A marker that cannot be
+    /// inspected is a finding.
     pub(super) fn is_unacknowledged<R: Record>(&mut self, cid: &R::Cid) -> bool {
         acknowledgement::is_unacknowledged::<R>(self.cx, cid).unwrap_or_else(|error| {
             self.unknown(cid, &error);
@@ -131,8 +134,8 @@ impl Audit<'_> {
         }
     }
 
-    /// Creates that were interrupted before they wrote the record, or after the object was ready. The other notes are those of
-    /// copies, which were found before.
+    /// Creates that were interrupted before they wrote the record, or after the object was ready.
+    /// The other notes are those of copies, which were found before.
     fn pending_notes(&mut self) -> Result<()> {
         for name in pending::names(self.cx) {
             let Some((rank, lock)) = pending::lock_of(&name) else { continue };

@@ -1,5 +1,5 @@
-//! Uids, addresses and host ports of VMs, and the links that reserve them. A link that is missing or names another VM lets a
-//! second VM have the same. The VM's record decides.
+//! Uids, addresses and host ports of VMs, and the links that reserve them. A link that is missing
+//! or names another VM lets a second VM have the same. The VM's record decides.
 
 use super::{Audit, Kind};
 use crate::cid::VmCid;
@@ -69,7 +69,8 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Reservations that name no VM and that no record explains. New VMs cannot have what they reserve.
+    /// Reservations that name no VM and that no record explains. New VMs cannot have what they
+    /// reserve.
     fn without_vm(&mut self) -> Result<()> {
         let (recorded, state_dir) = (Recorded::read(self.cx)?, self.cx.store.state_dir());
         for (uid, owner) in uids::reservations(state_dir)? {

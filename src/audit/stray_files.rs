@@ -25,8 +25,8 @@ impl Audit<'_> {
         Ok(())
     }
 
-    /// Whether a call works on the object in whose directory the file is. detach_disk stages the records that it will write
-    /// while it waits for the guest.
+    /// Whether a call works on the object in whose directory the file is. detach_disk stages the
+    /// records that it will write while it waits for the guest.
     fn is_worked_on(&mut self, file: &Path) -> bool {
         let object = file.parent().and_then(Path::file_name).and_then(OsStr::to_str);
         object
@@ -34,7 +34,8 @@ impl Audit<'_> {
             .is_some_and(|(rank, lock)| self.lock_object(rank, lock).is_none())
     }
 
-    /// Lock files of objects that do not exist. A VM's lock is the part of `orphans`: it names what is left of the VM.
+    /// Lock files of objects that do not exist. A VM's lock is the part of `orphans`: it names what
+    /// is left of the VM.
     fn locks(&mut self) -> Result<()> {
         let cx = self.cx;
         for (rank, name) in cx.store.locks()? {

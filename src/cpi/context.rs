@@ -22,7 +22,8 @@ pub struct Context {
     pub store: Store,
     /// Uuid of the Director that calls.
     pub director: Option<String>,
-    /// What a CPI on another machine sends with the call that it forwards; `None` for a call made here.
+    /// What a CPI on another machine sends with the call that it forwards; `None` for a call made
+    /// here.
     pub remote: Option<RemoteCall>,
     /// Marker of the object that this call has created.
     pub(super) created: OnceLock<Marker>,
@@ -77,7 +78,8 @@ impl Context {
         self.began + self.config.deadline(method, default_timeout(method))
     }
 
-    /// When the call must have ended if it counts as `method` and has `default` without a configured limit.
+    /// When the call must have ended if it counts as `method` and has `default` without a
+    /// configured limit.
     pub(super) fn deadline_or(&self, method: &str, default: Duration) -> Instant {
         self.began + self.config.deadline(method, default)
     }
@@ -101,7 +103,8 @@ impl Context {
     }
 }
 
-/// How long a method may take where the configuration sets no limit. `docs/operating.md` lists these.
+/// How long a method may take where the configuration sets no limit. `docs/operating.md` lists
+/// these.
 pub fn default_timeout(method: &str) -> Duration {
     Duration::from_secs(match method {
         "snapshot_disk" | "update_disk" => 3600,

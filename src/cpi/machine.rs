@@ -57,8 +57,8 @@ pub(super) fn lock_running(
     }
 }
 
-/// Whether the VM is on, for a call that changes its disks. A missing pid file proves nothing: a VM counts as off only if
-/// none of its processes runs but the supervisor.
+/// Whether the VM is on, for a call that changes its disks. A missing pid file proves nothing: a VM
+/// counts as off only if none of its processes runs but the supervisor.
 ///
 /// # Errors
 /// As [`ensure_off`].
@@ -71,11 +71,12 @@ pub(super) fn power(cx: &Context, vm: &VmCid) -> Result<PowerState> {
     Ok(state)
 }
 
-/// Ensures that a VM whose `qemu.pid` is not locked has no process in its control group but the supervisor.
+/// Ensures that a VM whose `qemu.pid` is not locked has no process in its control group but the
+/// supervisor.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] if there is one: the run directory was emptied while the VM was on, and the guest may use its
-/// disks.
+/// [`ErrorKind::Conflict`] if there is one: the run directory was emptied while the VM was on, and
+/// the guest may use its disks.
 pub(crate) fn ensure_off(vm: &VmCid, paths: &VmPaths) -> Result<()> {
     let group = Cgroup::open(vm.as_str());
     let mut processes = group.processes()?;
@@ -110,8 +111,9 @@ pub(super) fn monitor(cx: &Context, vm: &VmRecord, deadline: Instant) -> Result<
     }
 }
 
-/// Runs `act` on the monitor of a VM that is on. A VM that is off, or whose QEMU exits meanwhile, has no device and no image
-/// open: its next start follows the record, and waits for the VM's lock, which the caller holds.
+/// Runs `act` on the monitor of a VM that is on. A VM that is off, or whose QEMU exits meanwhile,
+/// has no device and no image open: its next start follows the record, and waits for the VM's lock,
+/// which the caller holds.
 pub(super) fn with_monitor(
     cx: &Context,
     vm: &VmRecord,
@@ -147,7 +149,8 @@ pub(super) fn has_device(
     }
 }
 
-/// Adds to the error of a job in QEMU that the VM has ended, if it has: that says more than the error of its monitor.
+/// Adds to the error of a job in QEMU that the VM has ended, if it has: that says more than the
+/// error of its monitor.
 pub(super) fn explain_exit(cx: &Context, vm: &VmCid, error: Error) -> Error {
     let has_exited = match power_state(&cx.store.vm(vm)) {
         Ok(PowerState::On(qemu)) if error.kind() == ErrorKind::Host => {

@@ -1,7 +1,8 @@
 //! The marker of an object whose cid its caller may not know.
 //!
-//! The file `untold` in the object's directory exists from before the record says `ready` until the caller has received
-//! the cid, or until a call names the object. The process that made it holds a lock on it.
+//! The file `untold` in the object's directory exists from before the record says `ready` until the
+//! caller has received the cid, or until a call names the object. The process that made it holds a
+//! lock on it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

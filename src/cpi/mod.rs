@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!   vm  disk  stemcell  network         the objects: one folder each, one file for each verb
-//!   creation  recovery                  how an object comes to be, and what happens if the call is killed
+//!   creation  recovery                  how an object comes to be, and if the call is killed
 //!   capacity  machine                   what fits; a VM's QEMU as disks need it
-//!   contract  properties  context       the methods and their types, cloud properties, what every verb is given
+//!   contract  properties  context       the methods, cloud properties, what every verb is given
 //! ```
 //!
-//! Every verb can be repeated after a crash at any point: it looks at what exists before it acts. A create that fails
-//! removes what it has made; a delete first records that it has begun.
+//! Every verb can be repeated after a crash at any point: it looks at what exists before it acts. A
+//! create that fails removes what it has made; a delete first records that it has begun.
 
 pub mod capacity;
 pub mod context;
@@ -59,7 +59,8 @@ impl Cpi {
     /// Takes a disk in a shared pool from a host that is gone for good: the operator's `disk take`.
     ///
     /// # Errors
-    /// [`ErrorKind::DiskNotFound`] if no pool has the disk; [`ErrorKind::Corrupt`] if its owner file cannot be used.
+    /// [`ErrorKind::DiskNotFound`] if no pool has the disk; [`ErrorKind::Corrupt`] if its owner
+    /// file cannot be used.
     pub fn take_disk(&self, disk: &DiskCid) -> Result<()> {
         disk::take(&self.0, disk)
     }

@@ -22,16 +22,19 @@ document! {
         cpu | "cpus": Whole<1, 512> = Whole::of(1);
         /// Memory, in MiB.
         ram | "memory": MiB = MiB::new(1024).expect("in range");
-        /// Size of the ephemeral disk, which holds the agent's swap and `/var/vcap/data`, in MiB. Absent: there is none, and
-        /// the agent makes both on the root disk, which needs 1 GiB more.
+        /// Size of the ephemeral disk, which holds the agent's swap and `/var/vcap/data`, in MiB.
+        /// Absent: there is none, and the agent makes both on the root disk, which needs 1 GiB
+        /// more.
         ephemeral_disk: Option<MiB>;
-        /// Size of the root disk, in MiB. Absent, or less than the stemcell's image: the size of that.
+        /// Size of the root disk, in MiB. Absent, or less than the stemcell's image: the size of
+        /// that.
         root_disk | "disk": Option<MiB>;
         /// Pool of the root and ephemeral disks. Absent: the state directory.
         pool: Option<String>;
         /// Machine template. Absent: the configuration's `qemu.template`.
         machine: Option<String>;
-        /// CPU model as QEMU names it, with flags: `Skylake-Server,pcid=on`. Absent: the configuration's `qemu.cpu`.
+        /// CPU model as QEMU names it, with flags: `Skylake-Server,pcid=on`. Absent: the
+        /// configuration's `qemu.cpu`.
         cpu_model: Option<CpuModel>;
         /// Accelerator. Absent: the configuration's `qemu.accel`.
         accel: Option<AccelChoice>;
@@ -39,17 +42,18 @@ document! {
         nested: bool = false;
         /// Hot-plug slots beyond the configuration's `qemu.hotplug_slots`.
         extra_disks_slots: Whole<0, 128> = Whole::of(0);
-        /// Security groups of the configuration: only connections that one of them admits reach the VM. Absent: every
-        /// connection does.
+        /// Security groups of the configuration: only connections that one of them admits reach the
+        /// VM. Absent: every connection does.
         security_groups: Vec<String>;
         /// Ports of the host that are forwarded to the VM.
         ports: Vec<PortForward>;
-        /// Addresses and subnets that the VM may send from besides its own, as `10.0.0.9` or `10.244.0.0/16`: a VRRP address
-        /// that moves between VMs, the addresses of its containers.
+        /// Addresses and subnets that the VM may send from besides its own, as `10.0.0.9` or
+        /// `10.244.0.0/16`: a VRRP address that moves between VMs, the addresses of its containers.
         allowed_addresses: Vec<IpNetwork>;
         /// Whether the VM may send only from its own addresses.
         anti_spoof: bool = true;
-        /// Weight of the VM when all CPUs of the host are busy, compared with other VMs. Absent: 100.
+        /// Weight of the VM when all CPUs of the host are busy, compared with other VMs. Absent:
+        /// 100.
         cpu_weight: Option<Whole<1, 10000>>;
         /// Limit of read and write operations a second, for root and ephemeral disk together.
         iops: Option<Whole<1, 1000000000>>;
@@ -93,20 +97,23 @@ document! {
 document! {
     /// Cloud properties of a disk type (or of `disk_pools[]`).
     pub struct DiskCloudProperties {
-        /// Name that the Director gives to a dynamic disk. It is stored with the disk and has no effect.
+        /// Name that the Director gives to a dynamic disk. It is stored with the disk and has no
+        /// effect.
         name: Option<String>;
-        /// Format of the image: `qcow2` grows as the guest writes; `raw` is faster and open to other tools.
+        /// Format of the image: `qcow2` grows as the guest writes; `raw` is faster and open to
+        /// other tools.
         format | "type": Format = Format::Qcow2;
         /// Pool of the image. Absent: the state directory.
         pool: Option<String>;
-        /// QEMU's cache mode: `none` bypasses the host's page cache, `writeback` uses it; with `directsync` and
-        /// `writethrough` each write waits for the disk. Every mode keeps what the guest has flushed.
+        /// QEMU's cache mode: `none` bypasses the host's page cache, `writeback` uses it; with
+        /// `directsync` and `writethrough` each write waits for the disk. Every mode keeps what the
+        /// guest has flushed.
         cache: Cache = Cache::None;
-        /// What happens to blocks that the guest discards: `unmap` returns their space to the host, `ignore` keeps it.
-        /// Absent: `unmap`, but `ignore` for a disk whose space is preallocated.
+        /// What happens to blocks that the guest discards: `unmap` returns their space to the host,
+        /// `ignore` keeps it. Absent: `unmap`, but `ignore` for a disk whose space is preallocated.
         discard: Option<Discard>;
-        /// What is allocated at creation: `off` nothing, `metadata` the tables (qcow2 only), `falloc` all space, reserved;
-        /// `full` all space, written.
+        /// What is allocated at creation: `off` nothing, `metadata` the tables (qcow2 only),
+        /// `falloc` all space, reserved; `full` all space, written.
         preallocation: Preallocation = Preallocation::Off;
         /// Whether QEMU encrypts the image (LUKS) with the key of this host.
         encrypted: bool = false;
@@ -166,7 +173,8 @@ document! {
         network: Option<NetworkCid>;
         /// Whether VMs may send only from their own addresses.
         anti_spoof: bool = true;
-        /// VLAN id of the VM's port on a VLAN-aware bridge, or of a network with the profile `vlan` that sets none.
+        /// VLAN id of the VM's port on a VLAN-aware bridge, or of a network with the profile `vlan`
+        /// that sets none.
         vlan: Option<VlanId>;
         /// With `bridge`: the MTU of the VM's NIC, in bytes, if it is less than the bridge's.
         mtu: Option<Mtu>;
@@ -182,7 +190,8 @@ impl Property for NetworkCid {
     }
 }
 
-/// A CPU model with flags. Its characters are those of QEMU's model and flag names, so it cannot begin another option.
+/// A CPU model with flags. Its characters are those of QEMU's model and flag names, so it cannot
+/// begin another option.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 #[serde(transparent)]
 pub struct CpuModel(pub String);
@@ -204,7 +213,8 @@ impl Property for CpuModel {
     }
 }
 
-/// Reads `given` over `defaults`: a shallow merge, as the Director's. A given property replaces a default of another spelling.
+/// Reads `given` over `defaults`: a shallow merge, as the Director's. A given property replaces a
+/// default of another spelling.
 ///
 /// # Errors
 /// `BadRequest` naming the property.

@@ -1,8 +1,9 @@
-//! Recovery of creates that SIGKILL or a power cut ended: their callers have no cid to delete the object with.
+//! Recovery of creates that SIGKILL or a power cut ended: their callers have no cid to delete the
+//! object with.
 //!
-//! The dispatcher runs it before every create. Each pending note whose process is dead goes to the object's own recovery,
-//! which rolls the create back, or settles the copy of a disk. Usually there is no note, and this costs one look at an
-//! empty directory.
+//! The dispatcher runs it before every create. Each pending note whose process is dead goes to the
+//! object's own recovery, which rolls the create back, or settles the copy of a disk. Usually there
+//! is no note, and this costs one look at an empty directory.
 
 use std::time::{Duration, Instant};
 
@@ -15,8 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// How long the recovery of one object may delay the create that runs it.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Recovers what earlier calls left, in half of the time until `deadline`. What cannot be recovered is logged and left to
-/// the next create: it must not fail this one.
+/// Recovers what earlier calls left, in half of the time until `deadline`. What cannot be recovered
+/// is logged and left to the next create: it must not fail this one.
 pub(super) fn run(cx: &Context, deadline: Instant) {
     let notes = pending::names(cx);
     if notes.is_empty() || cx.store.prepare().is_err() {
@@ -42,7 +43,8 @@ pub(super) fn run(cx: &Context, deadline: Instant) {
     }
 }
 
-/// Rolls back a create, finishes a delete or settles a copy that was interrupted, of the object called `name`.
+/// Rolls back a create, finishes a delete or settles a copy that was interrupted, of the object
+/// called `name`.
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] if a call works on the object.

@@ -9,10 +9,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::Rank;
 use crate::units::Bytes;
 
-/// Runs `record`, which writes the record of a new image that needs `need` bytes in `pool`, if there is room.
+/// Runs `record`, which writes the record of a new image that needs `need` bytes in `pool`, if
+/// there is room.
 ///
 /// # Errors
-/// [`ErrorKind::NoDiskSpace`] naming the pool, its free space and the need. Those of [`crate::store::Pools::dir`].
+/// [`ErrorKind::NoDiskSpace`] naming the pool, its free space and the need. Those of
+/// [`crate::store::Pools::dir`].
 pub(in crate::cpi) fn admit(
     cx: &Context,
     pool: Option<&str>,

@@ -100,8 +100,8 @@ pub(super) fn list(
     Ok(images)
 }
 
-/// The copies of disks that are being made, each with the size that it needs in the end. A copy whose source cannot be
-/// inspected is left out.
+/// The copies of disks that are being made, each with the size that it needs in the end. A copy
+/// whose source cannot be inspected is left out.
 fn copies_in_progress(cx: &Context, wanted: impl Fn(Option<&str>) -> bool) -> Result<Vec<Image>> {
     let mut copies = Vec::new();
     for disk in records::<DiskRecord>(cx, Scope::Pending)? {

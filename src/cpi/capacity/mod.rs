@@ -1,4 +1,5 @@
-//! Capacity: whether a new image fits into its pool, and what this host reports to the scheduler of a group.
+//! Capacity: whether a new image fits into its pool, and what this host reports to the scheduler of
+//! a group.
 //!
 //! An image is admitted if its filesystem has room for what the image needs now. That is
 //!
@@ -6,9 +7,10 @@
 //! - its headers with `overcommit`, its whole size without, for a thin image;
 //! - what the source takes, for a copy; the whole size where a copy has no holes.
 //!
-//! The room is what the filesystem has free, less what creates and copies in other processes will still take and, without
-//! `overcommit`, less what all thin images on it may still grow by. One lock is held from the check until the record is
-//! written, which others count. Other hosts that use a shared pool are not counted.
+//! The room is what the filesystem has free, less what creates and copies in other processes will
+//! still take and, without `overcommit`, less what all thin images on it may still grow by. One
+//! lock is held from the check until the record is written, which others count. Other hosts that
+//! use a shared pool are not counted.
 
 pub mod need;
 pub mod report;

@@ -8,7 +8,8 @@ use crate::error::{IoContext, Result};
 use crate::store::record::{DiskImage, Format, Preallocation};
 use crate::units::{Bytes, MiB};
 
-/// What an empty image takes: headers and first tables. Also for a VM, where the config drive takes the most of it.
+/// What an empty image takes: headers and first tables. Also for a VM, where the config drive takes
+/// the most of it.
 const EMPTY: u64 = 1 << 20;
 
 /// What an empty encrypted image takes: a LUKS header with its eight key slots, too.

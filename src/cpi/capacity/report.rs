@@ -28,7 +28,8 @@ pub struct HostQuery {
     /// Uuid of the Director that calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub director: Option<String>,
-    /// The group of a new VM: its anti-affinity tag or instance group. Its VMs go to different hosts.
+    /// The group of a new VM: its anti-affinity tag or instance group. Its VMs go to different
+    /// hosts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread: Option<String>,
 }
@@ -52,12 +53,14 @@ pub struct HostReport {
     /// How many of them are of the new VM's group.
     #[serde(rename = "alike")]
     pub same_group: usize,
-    /// Whether an unacknowledged VM of the Director has one of the addresses. It makes way for the new VM.
+    /// Whether an unacknowledged VM of the Director has one of the addresses. It makes way for the
+    /// new VM.
     #[serde(rename = "forgotten")]
     pub unacknowledged: bool,
     /// Which of the objects are on the host.
     pub has: Vec<String>,
-    /// Which of the disks have an image that the host reaches in a shared pool, whichever host owns them.
+    /// Which of the disks have an image that the host reaches in a shared pool, whichever host owns
+    /// them.
     pub shared: Vec<String>,
 }
 
@@ -91,8 +94,8 @@ pub fn report(cx: &Context, query: &HostQuery) -> Result<HostReport> {
     })
 }
 
-/// Refuses the VM if this host now has more VMs of its group than when the scheduler chose it: concurrent creates all saw the
-/// old count.
+/// Refuses the VM if this host now has more VMs of its group than when the scheduler chose it:
+/// concurrent creates all saw the old count.
 ///
 /// # Errors
 /// [`ErrorKind::Crowded`].
@@ -117,10 +120,12 @@ pub fn present(cx: &Context, cids: &[String]) -> Result<Vec<String>> {
     cids.iter().filter_map(|cid| present(cid).transpose()).collect()
 }
 
-/// Whether this host has anything of `cid`, even a lock that a delete left; or reaches a disk without an owner.
+/// Whether this host has anything of `cid`, even a lock that a delete left; or reaches a disk
+/// without an owner.
 ///
 /// # Errors
-/// If the state directory is not mounted, or if there is no record and a shared pool that may have the disk does not answer.
+/// If the state directory is not mounted, or if there is no record and a shared pool that may have
+/// the disk does not answer.
 pub fn is_present(cx: &Context, cid: &str) -> Result<bool> {
     cx.store.is_mounted()?;
     Ok(match cid.split('-').next() {
@@ -164,8 +169,8 @@ fn count_group(vms: &[VmRecord], group: Option<&str>) -> usize {
     vms.iter().filter(is_member).count()
 }
 
-/// Whether one of `vms` has one of the addresses, and its cid never reached the same Director. Nothing is locked: the answer
-/// is advice to the scheduler.
+/// Whether one of `vms` has one of the addresses, and its cid never reached the same Director.
+/// Nothing is locked: the answer is advice to the scheduler.
 fn has_unacknowledged_vm(
     cx: &Context,
     vms: &[VmRecord],

@@ -62,7 +62,8 @@ impl Watermark {
     }
 }
 
-/// The usage of the state directory, which has no name, and of each pool. A pool that is not mounted is an error of its own.
+/// The usage of the state directory, which has no name, and of each pool. A pool that is not
+/// mounted is an error of its own.
 pub fn all(cx: &Context) -> Vec<(Option<&str>, Result<PoolUsage>)> {
     let pools = std::iter::once(None).chain(cx.store.pools().names().map(Some));
     pools.map(|pool| (pool, of_pool(cx, pool))).collect()

@@ -1,14 +1,18 @@
 //! The methods of the CPI contract (API versions 2 and 3) and their types.
 //!
-//! `rpc` turns JSON into these calls and their results into JSON; [`Cpi`](super::Cpi) implements the methods. Three rules
-//! hold for all of them, because the Director repeats calls after a crash and knows only the answers:
+//! `rpc` turns JSON into these calls and their results into JSON; [`Cpi`](super::Cpi) implements
+//! the methods. Three rules hold for all of them, because the Director repeats calls after a crash
+//! and knows only the answers:
 //!
-//! - success means done and durable; a method that cannot do its work fails before it changes anything;
-//! - deleting what does not exist, attaching what is attached and detaching what is not attached succeed;
+//! - success means done and durable; a method that cannot do its work fails before it changes
+//!   anything;
+//! - deleting what does not exist, attaching what is attached and detaching what is not attached
+//!   succeed;
 //! - a create that fails leaves nothing behind: the caller has no cid to delete it with.
 //!
-//! Any method may fail with [`ErrorKind::Conflict`], [`ErrorKind::Timeout`], [`ErrorKind::Corrupt`] and
-//! [`ErrorKind::Host`]. Each lists the other kinds that its callers act on (Director 283, bosh-cli 7.10).
+//! Any method may fail with [`ErrorKind::Conflict`], [`ErrorKind::Timeout`], [`ErrorKind::Corrupt`]
+//! and [`ErrorKind::Host`]. Each lists the other kinds that its callers act on (Director 283,
+//! bosh-cli 7.10).
 
 pub mod networks;
 
@@ -25,36 +29,40 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::schema::{Redacted, Whole};
 use crate::units::MiB;
 
-/// The operator's properties of a stemcell, VM or disk. The Director redacts them in its log; so does this program.
+/// The operator's properties of a stemcell, VM or disk. The Director redacts them in its log; so
+/// does this program.
 pub type CloudProperties = Redacted<Map<String, Value>>;
 
 /// Tags of a VM, disk or snapshot. Values are mostly strings, but a snapshot's `index` is a number.
 pub type Metadata = Map<String, Value>;
 
-/// The methods of the CPI contract, except `info`: that works without a configuration and a state directory.
+/// The methods of the CPI contract, except `info`: that works without a configuration and a state
+/// directory.
 pub trait Contract {
-    /// Imports the image, whose file the caller deletes when the call returns. Every call makes a stemcell of its own, which
-    /// is deleted independently. Slow.
+    /// Imports the image, whose file the caller deletes when the call returns. Every call makes a
+    /// stemcell of its own, which is deleted independently. Slow.
     ///
     /// # Errors
-    /// [`ErrorKind::NotSupported`] for a disk format that this CPI does not boot, [`ErrorKind::NoDiskSpace`].
+    /// [`ErrorKind::NotSupported`] for a disk format that this CPI does not boot,
+    /// [`ErrorKind::NoDiskSpace`].
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid>;
 
-    /// Deletes the stemcell; its image stays until the last VM based on it is deleted. An unknown stemcell is a success: the
-    /// Director treats `StemcellNotFound` as a failure.
+    /// Deletes the stemcell; its image stays until the last VM based on it is deleted. An unknown
+    /// stemcell is a success: the Director treats `StemcellNotFound` as a failure.
     fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()>;
 
-    /// Creates the VM and powers it on, without waiting for its agent. Returns the networks with the values chosen here
-    /// (`mac`, the address of a dynamic network).
+    /// Creates the VM and powers it on, without waiting for its agent. Returns the networks with
+    /// the values chosen here (`mac`, the address of a dynamic network).
     ///
     /// # Errors
-    /// [`ErrorKind::VmCreationFailed`]: nothing is left; with `retry` the Director repeats the call at once, up to
-    /// five times in all. [`ErrorKind::StemcellNotFound`], [`ErrorKind::NetworkNotFound`].
+    /// [`ErrorKind::VmCreationFailed`]: nothing is left; with `retry` the Director repeats the call
+    /// at once, up to five times in all. [`ErrorKind::StemcellNotFound`],
+    /// [`ErrorKind::NetworkNotFound`].
     fn create_vm(&self, vm: CreateVm) -> Result<(VmCid, Networks)>;
 
-    /// Deletes the VM, on or off, complete or not, and everything of it on the host before it returns: the Director may give
-    /// its addresses to another VM at once. Persistent disks are kept and detached. An unknown VM is a success, after
-    /// whatever is left of it is removed.
+    /// Deletes the VM, on or off, complete or not, and everything of it on the host before it
+    /// returns: the Director may give its addresses to another VM at once. Persistent disks are
+    /// kept and detached. An unknown VM is a success, after whatever is left of it is removed.
     fn delete_vm(&self, vm: &VmCid) -> Result<()>;
 
     /// The caller has received the answer, and with it the cid of what this call has created.
@@ -63,14 +71,16 @@ pub trait Contract {
     /// Whether the VM exists, on or off.
     fn has_vm(&self, vm: &VmCid) -> Result<bool>;
 
-    /// Restarts a VM that is on, starts one that is off. It keeps its disks and NICs; the call does not wait for the agent.
+    /// Restarts a VM that is on, starts one that is off. It keeps its disks and NICs; the call does
+    /// not wait for the agent.
     ///
     /// # Errors
     /// [`ErrorKind::VmNotFound`].
     fn reboot_vm(&self, vm: &VmCid) -> Result<()>;
 
-    /// Replaces the VM's tags. The Director calls this right after `create_vm`, and deletes the VM if it fails: it is cheap
-    /// and does not touch the guest. It must not fail with [`ErrorKind::NotSupported`].
+    /// Replaces the VM's tags. The Director calls this right after `create_vm`, and deletes the VM
+    /// if it fails: it is cheap and does not touch the guest. It must not fail with
+    /// [`ErrorKind::NotSupported`].
     ///
     /// # Errors
     /// [`ErrorKind::VmNotFound`].
@@ -85,24 +95,27 @@ pub trait Contract {
     /// [`ErrorKind::NoDiskSpace`].
     fn create_disk(&self, disk: CreateDisk) -> Result<DiskCid>;
 
-    /// Deletes the disk and its data. An attached disk is refused with [`ErrorKind::Conflict`]; an unknown disk is a success.
+    /// Deletes the disk and its data. An attached disk is refused with [`ErrorKind::Conflict`]; an
+    /// unknown disk is a success.
     fn delete_disk(&self, disk: &DiskCid) -> Result<()>;
 
     /// Whether the disk exists.
     fn has_disk(&self, disk: &DiskCid) -> Result<bool>;
 
-    /// Attaches the disk to the VM, on or off, and returns where the guest finds it. The hint stays the same over repetitions,
-    /// reboots and other disks. A disk that is attached to another VM is refused with [`ErrorKind::Conflict`].
+    /// Attaches the disk to the VM, on or off, and returns where the guest finds it. The hint stays
+    /// the same over repetitions, reboots and other disks. A disk that is attached to another VM is
+    /// refused with [`ErrorKind::Conflict`].
     ///
     /// # Errors
     /// [`ErrorKind::VmNotFound`], [`ErrorKind::DiskNotFound`].
     fn attach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<DiskHint>;
 
-    /// Detaches the disk, and returns when the guest has released it. A disk that is not attached is a success:
-    /// `DiskNotAttached` would fail every repetition of the Director's task.
+    /// Detaches the disk, and returns when the guest has released it. A disk that is not attached
+    /// is a success: `DiskNotAttached` would fail every repetition of the Director's task.
     ///
     /// # Errors
-    /// [`ErrorKind::VmNotFound`]; [`ErrorKind::Timeout`] if the guest does not release it: it stays attached and intact.
+    /// [`ErrorKind::VmNotFound`]; [`ErrorKind::Timeout`] if the guest does not release it: it stays
+    /// attached and intact.
     fn detach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<()>;
 
     /// The persistent disks attached to the VM.
@@ -120,8 +133,8 @@ pub trait Contract {
     /// Copies a disk that is attached, mounted and in use. The copy outlives the disk's detachment.
     ///
     /// # Errors
-    /// [`ErrorKind::NotImplemented`], which the Director skips silently; [`ErrorKind::DiskNotFound`],
-    /// [`ErrorKind::NoDiskSpace`].
+    /// [`ErrorKind::NotImplemented`], which the Director skips silently;
+    /// [`ErrorKind::DiskNotFound`], [`ErrorKind::NoDiskSpace`].
     fn snapshot_disk(&self, _disk: &DiskCid, _metadata: Metadata) -> Result<SnapshotCid> {
         Err(not_implemented("snapshots"))
     }
@@ -134,13 +147,15 @@ pub trait Contract {
     /// Grows a disk, attached or not. The size that it has is a success.
     ///
     /// # Errors
-    /// [`ErrorKind::NotSupported`] before anything is changed: the Director then copies to a new disk. Any other error fails
-    /// its task and leaves the disk detached. [`ErrorKind::DiskNotFound`], [`ErrorKind::NoDiskSpace`].
+    /// [`ErrorKind::NotSupported`] before anything is changed: the Director then copies to a new
+    /// disk. Any other error fails its task and leaves the disk detached.
+    /// [`ErrorKind::DiskNotFound`], [`ErrorKind::NoDiskSpace`].
     fn resize_disk(&self, _disk: &DiskCid, _size: MiB) -> Result<()> {
         Err(Error::new(ErrorKind::NotSupported, "disks are not resized in place"))
     }
 
-    /// Changes the size and properties of a disk, attached or not. Returns its new cid, if it got one.
+    /// Changes the size and properties of a disk, attached or not. Returns its new cid, if it got
+    /// one.
     ///
     /// # Errors
     /// As for [`Contract::resize_disk`].
@@ -153,8 +168,8 @@ pub trait Contract {
         Err(Error::new(ErrorKind::NotSupported, "disks are not changed in place"))
     }
 
-    /// Creates a network for a subnet that the Director manages: `type`, `cloud_properties`, and `range` and `gateway`, or
-    /// `netmask_bits` for a range that the CPI chooses.
+    /// Creates a network for a subnet that the Director manages: `type`, `cloud_properties`, and
+    /// `range` and `gateway`, or `netmask_bits` for a range that the CPI chooses.
     fn create_network(&self, _subnet: Map<String, Value>) -> Result<CreatedNetwork> {
         Err(not_implemented("managed networks"))
     }
@@ -175,7 +190,8 @@ fn not_implemented(what: &str) -> Error {
 /// Arguments of `create_stemcell`.
 #[derive(Debug)]
 pub struct CreateStemcell {
-    /// Path of the file `image` of the stemcell's tarball. Only the caller's user can read it, and only during the call.
+    /// Path of the file `image` of the stemcell's tarball. Only the caller's user can read it, and
+    /// only during the call.
     pub image: PathBuf,
     /// The stemcell manifest's cloud properties, verbatim. Empty if it has none.
     pub cloud_properties: CloudProperties,
@@ -194,8 +210,8 @@ pub struct CreateVm {
     pub cloud_properties: CloudProperties,
     /// In the manifest's order: the order of its NICs.
     pub networks: Networks,
-    /// Disks that will probably be attached to it. A hint for placement only: in a hot swap they are still attached to the old
-    /// VM, which runs.
+    /// Disks that will probably be attached to it. A hint for placement only: in a hot swap they
+    /// are still attached to the old VM, which runs.
     pub disks: Vec<DiskCid>,
     /// The document for its agent, verbatim.
     pub env: Env,
@@ -238,7 +254,8 @@ pub struct CreatedNetwork {
 /// Where the guest finds a persistent disk. The agent stores it and uses it after every reboot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DiskHint {
-    /// A device path in the guest that does not depend on the order of disks: `/dev/disk/by-id/virtio-<disk cid>`.
+    /// A device path in the guest that does not depend on the order of disks:
+    /// `/dev/disk/by-id/virtio-<disk cid>`.
     pub path: String,
 }
 
@@ -271,8 +288,9 @@ impl fmt::Display for AgentId {
     }
 }
 
-/// The Director's document for the agent: certificates, passwords, blobstores. It is never shown, and passed on exactly as
-/// received, unknown keys and nulls included. It is a well-formed JSON object.
+/// The Director's document for the agent: certificates, passwords, blobstores. It is never shown,
+/// and passed on exactly as received, unknown keys and nulls included. It is a well-formed JSON
+/// object.
 #[derive(Clone, Serialize)]
 #[serde(transparent)]
 pub struct Env(Box<RawValue>);
@@ -290,7 +308,8 @@ impl Env {
         &self.0
     }
 
-    /// The group of the VM, whose members the scheduler spreads over hosts: the tag `anti_affinity`, else the instance group.
+    /// The group of the VM, whose members the scheduler spreads over hosts: the tag
+    /// `anti_affinity`, else the instance group.
     pub fn spread(&self) -> Option<String> {
         let env: Value = serde_json::from_str(self.0.get()).ok()?;
         let name = |value: &Value| {

@@ -1,9 +1,11 @@
 //! The networks argument of `create_vm`, and the same networks in the answer.
 //!
-//! The typed values stand beside the text as received: the agent and the answer get every key, known or not, in its order.
-//! What the host makes of a network (bridge, tap, addresses of a pool) is decided in [`crate::cpi::network`].
+//! The typed values stand beside the text as received: the agent and the answer get every key,
+//! known or not, in its order. What the host makes of a network (bridge, tap, addresses of a pool)
+//! is decided in [`crate::cpi::network`].
 //!
-//! Facts: Director 283 `deployment_plan/{manual,dynamic,vip}_network.rb`, bosh-cli 7.10 `manifest/network.go`.
+//! Facts: Director 283 `deployment_plan/{manual,dynamic,vip}_network.rb`, bosh-cli 7.10
+//! `manifest/network.go`.
 
 use crate::choice;
 use crate::ordered::Object;
@@ -47,8 +49,8 @@ pub enum Addressing {
         address: IpNetwork,
         /// The subnet's router, if there is one.
         gateway: Option<IpAddr>,
-        /// Prefix length of the VM's own block, which begins at `address`: 32 or 128 is one address. The Director sends it,
-        /// bosh-cli does not.
+        /// Prefix length of the VM's own block, which begins at `address`: 32 or 128 is one
+        /// address. The Director sends it, bosh-cli does not.
         prefix: Option<u8>,
     },
     /// From this CPI.
@@ -100,7 +102,8 @@ impl Networks {
 }
 
 impl Networks {
-    /// The networks for the agent. Addresses that this CPI has chosen are `manual` there: for `dynamic` the agent uses DHCP.
+    /// The networks for the agent. Addresses that this CPI has chosen are `manual` there: for
+    /// `dynamic` the agent uses DHCP.
     #[must_use]
     pub fn for_agent(&self) -> Self {
         let mut networks = self.clone();
@@ -142,7 +145,8 @@ impl NetworkSpec {
         })
     }
 
-    /// Gives a dynamic network the address of the VM, with its subnet's prefix, and the subnet's router.
+    /// Gives a dynamic network the address of the VM, with its subnet's prefix, and the subnet's
+    /// router.
     pub fn resolve(&mut self, address: IpNetwork, gateway: Option<IpAddr>) {
         self.set("ip", &address.ip().to_string());
         self.set("netmask", &address.mask().to_string());
@@ -152,7 +156,8 @@ impl NetworkSpec {
         self.resolved = true;
     }
 
-    /// Sets a value that was chosen here, in the answer and the agent's settings: `mac`, the `ip` of a dynamic network.
+    /// Sets a value that was chosen here, in the answer and the agent's settings: `mac`, the `ip`
+    /// of a dynamic network.
     pub fn set(&mut self, key: &str, value: &str) {
         self.received.set(key, value);
     }
@@ -185,8 +190,8 @@ fn manual(received: &Object) -> Result<Addressing, SchemaError> {
     Ok(Addressing::Manual { address, gateway, prefix })
 }
 
-/// Checks that the VM's block lies in its subnet and contains neither the router nor the subnet's first and last address: the
-/// guest may send from every address of the block.
+/// Checks that the VM's block lies in its subnet and contains neither the router nor the subnet's
+/// first and last address: the guest may send from every address of the block.
 fn check_block(
     address: IpNetwork,
     gateway: Option<IpAddr>,

@@ -1,9 +1,10 @@
 //! Whether the caller of a create has received the new object's cid.
 //!
-//! The [`Marker`] is as durable as the record that says `ready`; its removal is not. An object that has it, and whose create
-//! is dead, may have been acknowledged all the same, so it is not removed for the marker alone: `audit` reports it. Its
-//! addresses are given away when the same Director asks for them again ([`vm::reclaim`](crate::cpi::vm::reclaim)): otherwise
-//! one killed call would keep a static address until an operator removes the VM.
+//! The [`Marker`] is as durable as the record that says `ready`; its removal is not. An object that
+//! has it, and whose create is dead, may have been acknowledged all the same, so it is not removed
+//! for the marker alone: `audit` reports it. Its addresses are given away when the same Director
+//! asks for them again ([`vm::reclaim`](crate::cpi::vm::reclaim)): otherwise one killed call would
+//! keep a static address until an operator removes the VM.
 
 use std::path::PathBuf;
 
@@ -35,7 +36,8 @@ pub(crate) fn is_unacknowledged<R: Record>(cx: &Context, cid: &R::Cid) -> Result
     Ok(marker.exists() && pidlock::holder(&marker)?.is_none() && marker.exists())
 }
 
-/// Whether the VM's create has ended without an acknowledgement, and no later call has named the VM.
+/// Whether the VM's create has ended without an acknowledgement, and no later call has named the
+/// VM.
 pub(crate) fn is_vm_unacknowledged(cx: &Context, vm: &VmRecord) -> Result<bool> {
     let named = !vm.metadata.is_empty() || !vm.disks.is_empty();
     Ok(vm.phase == Phase::Ready && !named && is_unacknowledged::<VmRecord>(cx, &vm.cid)?)

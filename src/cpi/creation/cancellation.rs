@@ -1,13 +1,14 @@
-//! Creates that are cancelled, perhaps before they begin: the CPI on the caller's machine lost the link, and asks over
-//! another for the deletion of the cid that it chose.
+//! Creates that are cancelled, perhaps before they begin: the CPI on the caller's machine lost the
+//! link, and asks over another for the deletion of the cid that it chose.
 //!
 //! ```text
 //!   create:   pending note ─► lock ─► tombstone? ─► record …
 //!   delete:   tombstone ─► is there a lock or a record? ─► wait for it, remove the object
 //! ```
 //!
-//! Whichever runs second sees the first. A delayed request may still arrive, so the tombstone `called-off/<cid>` in the run
-//! directory is kept for a day. A reboot ends every delayed request and clears the run directory.
+//! Whichever runs second sees the first. A delayed request may still arrive, so the tombstone
+//! `called-off/<cid>` in the run directory is kept for a day. A reboot ends every delayed request
+//! and clears the run directory.
 
 use std::fs::{DirEntry, File};
 use std::path::{Path, PathBuf};
@@ -33,7 +34,8 @@ pub(in crate::cpi) fn cancel(cx: &Context, cid: &impl Cid) -> Result<()> {
     remove_expired(&dir);
     let path = dir.join(cid);
     File::create(&path).at("make", &path)?;
-    // delete_network looks for a record, not for a lock: it must not run before the create has written one.
+    // delete_network looks for a record, not for a lock: it must not run before the create has
+    // written one.
     match pending::lock_of(cid.as_str()) {
         Some((Rank::Network, bridge)) if pending::contains(cx, cid) => {
             cx.store.brief(Rank::Network, bridge, cx.deadline("delete_network")).map(drop)

@@ -1,4 +1,5 @@
-//! The one way in which an object comes to be: a VM, a disk, a snapshot, a stemcell, a managed network.
+//! The one way in which an object comes to be: a VM, a disk, a snapshot, a stemcell, a managed
+//! network.
 //!
 //! ```text
 //!   begin      pending/<cid> ─► the object's lock ─► cancelled? ─► pending/<cid> again
@@ -7,9 +8,10 @@
 //!   roll back  everything that the record names ─► record ─► lock ─► pending/<cid>
 //! ```
 //!
-//! A call that is killed in `begin` or `work` leaves a pending note whose process is dead. The next create on this host
-//! finds it and rolls back ([`recovery`](super::recovery)). A call that is killed after `commit` leaves a complete object
-//! whose caller may not know its cid: the marker says so ([`acknowledgement`]).
+//! A call that is killed in `begin` or `work` leaves a pending note whose process is dead. The next
+//! create on this host finds it and rolls back ([`recovery`](super::recovery)). A call that is
+//! killed after `commit` leaves a complete object whose caller may not know its cid: the marker
+//! says so ([`acknowledgement`]).
 //!
 //! A new kind of object implements [`Creatable`]; it needs a step in `recovery` and nothing else.
 
@@ -59,8 +61,8 @@ impl<'a, R: Creatable> Creation<'a, R> {
     /// Begins to create the object `cid`.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] if the object exists, if another call creates it, or if its creation was cancelled: a CPI
-    /// on another machine chooses cids and may repeat them.
+    /// [`ErrorKind::Conflict`] if the object exists, if another call creates it, or if its creation
+    /// was cancelled: a CPI on another machine chooses cids and may repeat them.
     pub fn begin(cx: &'a Context, cid: R::Cid, deadline: Instant) -> Result<Self> {
         cx.store.prepare()?;
         let exists = || Error::new(ErrorKind::Conflict, format!("'{cid}' exists already"));
@@ -75,7 +77,8 @@ impl<'a, R: Creatable> Creation<'a, R> {
         if let Err(cancelled) = cancellation::ensure_not_cancelled(cx, &cid) {
             return lock.retire().and(pending::remove(cx, &cid)).and(Err(cancelled));
         }
-        // Until this call had the lock, another create could take the note for an abandoned one and remove it.
+        // Until this call had the lock, another create could take the note for an abandoned one and
+        // remove it.
         pending::add(cx, &cid)?;
         Ok(Self { cx, cid, lock, deadline })
     }
@@ -90,12 +93,13 @@ impl<'a, R: Creatable> Creation<'a, R> {
         &self.lock
     }
 
-    /// Does the `work`, which writes the record in phase `creating` before anything that the record names, and returns it.
-    /// Then the object is complete, durable and ready.
+    /// Does the `work`, which writes the record in phase `creating` before anything that the record
+    /// names, and returns it. Then the object is complete, durable and ready.
     ///
     /// # Errors
-    /// Those of `work` and of the commit, each as `explain` puts it, once everything is rolled back. If the roll-back
-    /// fails, its own error, which includes the first: the pending note stays, and the next create repeats the roll-back.
+    /// Those of `work` and of the commit, each as `explain` puts it, once everything is rolled
+    /// back. If the roll-back fails, its own error, which includes the first: the pending note
+    /// stays, and the next create repeats the roll-back.
     pub fn run(
         self,
         work: impl FnOnce(&Self) -> Result<R>,
@@ -125,7 +129,8 @@ impl<'a, R: Creatable> Creation<'a, R> {
         Ok(record)
     }
 
-    /// Releases the lock. The file of a short lock is unlinked while the pending note still leads to it.
+    /// Releases the lock. The file of a short lock is unlinked while the pending note still leads
+    /// to it.
     fn finish(self, record: R) -> Result<R> {
         if R::LOCK_IS_SHORT {
             drop(self.lock.brief());
@@ -135,7 +140,8 @@ impl<'a, R: Creatable> Creation<'a, R> {
     }
 }
 
-/// The cid of the object that this call creates: a random one, or the one that a CPI on another machine chose.
+/// The cid of the object that this call creates: a random one, or the one that a CPI on another
+/// machine chose.
 ///
 /// # Errors
 /// [`ErrorKind::BadRequest`] for a chosen cid that this version would not make.

@@ -1,11 +1,12 @@
 //! Pending notes: what calls are creating, or have left half created.
 //!
-//! A note is the symbolic link `pending/<cid>` in the state directory; its text is the pid of the process that made it. It
-//! exists from before the object's lock is taken until the record is ready, or until nothing of the object is left, not
-//! even its lock. So a create finds what earlier calls left by listing one directory, which is usually empty.
+//! A note is the symbolic link `pending/<cid>` in the state directory; its text is the pid of the
+//! process that made it. It exists from before the object's lock is taken until the record is
+//! ready, or until nothing of the object is left, not even its lock. So a create finds what earlier
+//! calls left by listing one directory, which is usually empty.
 //!
-//! A copy of a disk that update_disk makes has a note, too: if the call is killed, QEMU goes on copying, or keeps the
-//! guest's I/O waiting, until a later call settles the copy.
+//! A copy of a disk that update_disk makes has a note, too: if the call is killed, QEMU goes on
+//! copying, or keeps the guest's I/O waiting, until a later call settles the copy.
 
 use std::fs::Metadata;
 use std::os::unix::fs::symlink;
@@ -20,7 +21,8 @@ use crate::store::record::NetworkRecord;
 use crate::store::{Rank, Record, atomic};
 use crate::sys::pidfd::Process;
 
-/// After this time a note or a lock file counts as abandoned: a call holds its lock within milliseconds.
+/// After this time a note or a lock file counts as abandoned: a call holds its lock within
+/// milliseconds.
 const LOCK_TAKEN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Adds the note that `cid` is being created or copied. Returns whether there was none.
@@ -68,8 +70,9 @@ pub(crate) fn contains_name(cx: &Context, name: &str) -> bool {
     atomic::is_there(&path(cx, name))
 }
 
-/// Whether the create that made the note lives and may not have its lock yet. A recovery that takes the lock first would
-/// remove the note after the create has taken the lock, and the create relies on it.
+/// Whether the create that made the note lives and may not have its lock yet. A recovery that takes
+/// the lock first would remove the note after the create has taken the lock, and the create relies
+/// on it.
 pub(crate) fn is_starting(cx: &Context, name: &str) -> bool {
     let creator = creator(cx, name);
     creator.is_some() && !is_abandoned(&path(cx, name), creator)
@@ -80,8 +83,8 @@ pub(crate) fn creator(cx: &Context, name: &str) -> Option<i32> {
     std::fs::read_link(path(cx, name)).ok()?.to_str()?.parse().ok()
 }
 
-/// Whether the process `creator`, which made the note or lock file at `path`, is dead or made it long ago: then no process
-/// is between making the file and taking the lock.
+/// Whether the process `creator`, which made the note or lock file at `path`, is dead or made it
+/// long ago: then no process is between making the file and taking the lock.
 pub(crate) fn is_abandoned(path: &Path, creator: Option<i32>) -> bool {
     let age = |meta: Metadata| SystemTime::now().duration_since(meta.modified().ok()?).ok();
     let age = path.symlink_metadata().ok().and_then(age);

@@ -1,4 +1,5 @@
-//! How the image of a disk can be changed: through the monitor of the QEMU that has it open, or as a file.
+//! How the image of a disk can be changed: through the monitor of the QEMU that has it open, or as
+//! a file.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,8 @@ use crate::units::Bytes;
 /// How long a QEMU that has exited may still hold the lock of an image.
 const IMAGE_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Who has the image of a disk open. It cannot change while the locks of the disk and the VM are held.
+/// Who has the image of a disk open. It cannot change while the locks of the disk and the VM are
+/// held.
 pub(super) struct Access {
     /// The VM that the disk is attached to, on or off.
     pub vm: Option<VmRecord>,
@@ -48,8 +50,8 @@ pub(super) fn access(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Resu
     Ok(Access { vm: Some(vm), monitor, lock: Some(lock) })
 }
 
-/// Ensures that no QEMU has the image of `disk` open, whatever the records say: an operator may have restored them from a
-/// backup.
+/// Ensures that no QEMU has the image of `disk` open, whatever the records say: an operator may
+/// have restored them from a backup.
 ///
 /// # Errors
 /// [`ErrorKind::Conflict`](crate::error::ErrorKind::Conflict) if one has.

@@ -13,7 +13,8 @@ use crate::store::atomic::Staged;
 use crate::store::record::AttachmentPhase::{Attached, Attaching, Detaching};
 use crate::store::{DiskRecord, VmRecord};
 
-/// How long an attach waits for a guest to finish an earlier detach. A guest that does not do so now does not do so later.
+/// How long an attach waits for a guest to finish an earlier detach. A guest that does not do so
+/// now does not do so later.
 const EARLIER_DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Attaches the disk. The hint is the same for every current agent and over every reboot of the VM.
@@ -45,7 +46,8 @@ pub(in crate::cpi) fn attach(cx: &Context, vm_cid: &VmCid, disk_cid: &DiskCid) -
             attachment::plug(cx, &vm, &disk, deadline).map_err(|e| e.during(doing()))?;
             return Ok(hint);
         }
-        // The guest was asked to release the disk and may do so while it is mounted again: that must end first.
+        // The guest was asked to release the disk and may do so while it is mounted again: that
+        // must end first.
         Some(Detaching) => {
             let until = deadline.min(Instant::now() + EARLIER_DETACH_TIMEOUT);
             attachment::unplug(cx, &vm, &attachment::hot_disk(&disk), until)
@@ -54,7 +56,8 @@ pub(in crate::cpi) fn attach(cx: &Context, vm_cid: &VmCid, disk_cid: &DiskCid) -
         Some(Attaching) | None => attachment::set_phase(cx, &mut vm, disk_cid, Attaching)?,
     }
     vm.set_attachment(disk_cid, Attached);
-    // The record is on the filesystem before the guest gets the disk: a full filesystem cannot come between.
+    // The record is on the filesystem before the guest gets the disk: a full filesystem cannot come
+    // between.
     let attached = cx.store.stage(&vm).and_then(|record| {
         attachment::plug(cx, &vm, &disk, deadline)?;
         record.commit()
@@ -62,7 +65,8 @@ pub(in crate::cpi) fn attach(cx: &Context, vm_cid: &VmCid, disk_cid: &DiskCid) -
     attached.map(|()| hint).map_err(|error| {
         if let Err(left) = undo(cx, &mut vm, &disk) {
             // The next call on the disk settles it.
-            tracing::warn!(disk = %disk_cid, error = left.report(), "cannot undo a failed attach yet");
+            let error = left.report();
+            tracing::warn!(disk = %disk_cid, error, "cannot undo a failed attach yet");
         }
         error.during(doing())
     })

@@ -5,13 +5,13 @@
 //!   free                  –                               –
 //!     │ attach           yes                          attaching      QEMU gets the disk
 //!     ▼                  yes                          attached       the hint is answered
-//!     │ detach           yes                          detaching      the guest is asked to release the disk
+//!     │ detach           yes                          detaching      the guest is asked to release it
 //!     ▼                   –                               –
 //! ```
 //!
-//! The VM's record decides which VM has a disk; the disk's record only names the VM to look at. It is written first and
-//! cleared last. So a disk on a VM that is deleted is free, and an interrupted call leaves a phase that the next call on
-//! the disk settles by asking QEMU.
+//! The VM's record decides which VM has a disk; the disk's record only names the VM to look at. It
+//! is written first and cleared last. So a disk on a VM that is deleted is free, and an interrupted
+//! call leaves a phase that the next call on the disk settles by asking QEMU.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -39,7 +39,8 @@ pub(in crate::cpi) fn attached_to(cx: &Context, vm: &VmCid) -> Result<Vec<DiskCi
     Ok(attachments.filter(|a| a.phase != Attaching).map(|a| a.disk).collect())
 }
 
-/// The VM that the disk is attached to. An interrupted attach or detach is settled. The caller holds the disk's lock.
+/// The VM that the disk is attached to. An interrupted attach or detach is settled. The caller
+/// holds the disk's lock.
 pub(crate) fn holder(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Result<Option<VmCid>> {
     let Some(cid) = &disk.vm else { return Ok(None) };
     let listed = |vm: &VmRecord| vm.attachment(&disk.cid).map(|a| a.phase);
@@ -100,8 +101,8 @@ pub(super) fn set_phase(
     cx.store.write(vm)
 }
 
-/// Stages the records without the attachment, the VM's first. A record that does not have it, or does not exist, is left
-/// out.
+/// Stages the records without the attachment, the VM's first. A record that does not have it, or
+/// does not exist, is left out.
 pub(super) fn stage_release(
     cx: &Context,
     vm: &VmRecord,
@@ -184,7 +185,8 @@ pub(super) fn hot_image(disk: &DiskCid, node: &str) -> HotDisk {
     }
 }
 
-/// The deadline for cleaning up: a call that has used up its time still removes what it has made in QEMU.
+/// The deadline for cleaning up: a call that has used up its time still removes what it has made in
+/// QEMU.
 pub(super) fn clean_up_deadline(deadline: Instant) -> Instant {
     deadline.max(Instant::now() + CLEAN_UP_TIMEOUT)
 }

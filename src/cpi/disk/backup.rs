@@ -1,4 +1,5 @@
-//! QEMU's backup job, which fills a snapshot while a VM uses the disk, and the removal of a snapshot that is not complete.
+//! QEMU's backup job, which fills a snapshot while a VM uses the disk, and the removal of a
+//! snapshot that is not complete.
 
 use std::time::Instant;
 

@@ -1,31 +1,31 @@
-//! Copying a disk into another image: of another format, in another pool, encrypted or not. QEMU copies while a VM uses
-//! the disk, `qemu-img` copies otherwise.
+//! Copying a disk into another image: of another format, in another pool, encrypted or not. QEMU
+//! copies while a VM uses the disk, `qemu-img` copies otherwise.
 //!
-//! A disk's record names the current image and at most one other, the leftover. Exactly one write of the record, the switch
-//! ([`DiskRecord::switch`]), makes the copy the current image; before it the copy is the leftover, after it the old image
-//! is.
+//! A disk's record names the current image and at most one other, the leftover. Exactly one write
+//! of the record, the switch ([`DiskRecord::switch`]), makes the copy the current image; before it
+//! the copy is the leftover, after it the old image is.
 //!
 //! ```text
-//!   current    leftover     state                                  after a kill here, the next call on the disk …
+//!   current    leftover     state                                  killed here, the next call on it …
 //!   old        –
 //!   old        new          the record names the copy              removes the copy
 //!   old        new          the image is made, data is copied      ends the job, removes the copy
-//!   old        new          ready; pending: I/O waits, the same    ends the job (I/O goes on), removes the copy
+//!   old        new          ready; pending: I/O waits, the same    ends the job, removes the copy
 //!                           data is in both images, durable
-//!   new        old          the switch                             finalizes the job, removes the old image
-//!   new        old          finalized: QEMU uses the new image     removes the old image
+//!   new        old          the switch                             finalizes the job, removes the old
+//!   new        old          finalized: QEMU uses the new image     removes the old
 //!   new        –
 //! ```
 //!
-//! The copy has a pending note, so that the next create settles it, too: a guest whose I/O waits must not wait for a call
-//! on this very disk.
+//! The copy has a pending note, so that the next create settles it, too: a guest whose I/O waits
+//! must not wait for a call on this very disk.
 //!
-//! A VM that is off may be started while its disk is copied, and then uses the old image. The copy finds that out when it
-//! has taken the VM's lock again, and fails.
+//! A VM that is off may be started while its disk is copied, and then uses the old image. The copy
+//! finds that out when it has taken the VM's lock again, and fails.
 //!
-//! While QEMU runs, its answer decides: nodes are named after images, and the image that the device is on becomes the current
-//! one, whatever the record says. The VM's lock is held from `pending` to the end, so that no QEMU starts on one image while
-//! the record comes to name the other.
+//! While QEMU runs, its answer decides: nodes are named after images, and the image that the device
+//! is on becomes the current one, whatever the record says. The VM's lock is held from `pending` to
+//! the end, so that no QEMU starts on one image while the record comes to name the other.
 
 use std::time::Instant;
 
@@ -65,11 +65,8 @@ pub(super) fn ensure_possible(
 ) -> Result<()> {
     if let Some(left) = &disk.leftover {
         let path = cx.store.disk_image_at(&disk.cid, left)?;
-        return Err(Error::new(
-            ErrorKind::Host,
-            format!("cannot remove '{}'", path.display()),
-        )
-        .hint("an earlier copy of the disk left this image; the log of this call says why it stays"));
+        return Err(Error::new(ErrorKind::Host, format!("cannot remove '{}'", path.display()))
+            .hint("an earlier copy left this image; the log of this call says why it stays"));
     }
     if next.encrypted {
         DiskKey::of(&cx.config).ready(&cx.store, deadline)?;
@@ -78,8 +75,9 @@ pub(super) fn ensure_possible(
     capacity::admit(cx, next.pool.as_deref(), need, deadline, || Ok(()))
 }
 
-/// Copies the disk into the image of `next`, which becomes its record. A copy that fails leaves nothing, and the disk as it
-/// was. The caller holds the disk's lock and has called [`ensure_possible`].
+/// Copies the disk into the image of `next`, which becomes its record. A copy that fails leaves
+/// nothing, and the disk as it was. The caller holds the disk's lock and has called
+/// [`ensure_possible`].
 pub(super) fn run(
     cx: &Context,
     disk: &mut DiskRecord,
@@ -196,8 +194,8 @@ fn switch_live(
     Ok(job::dismiss(&mut monitor, &job)?)
 }
 
-/// Finishes or undoes an interrupted copy of the disk, whose lock the caller holds. An image that cannot be removed, in a
-/// pool that is not mounted, stays the leftover for the next call.
+/// Finishes or undoes an interrupted copy of the disk, whose lock the caller holds. An image that
+/// cannot be removed, in a pool that is not mounted, stays the leftover for the next call.
 pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
     if disk.leftover.is_none() {
         return Ok(());
@@ -218,7 +216,8 @@ pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> 
         Ok(())
     });
     if let Err(error) = removed {
-        tracing::warn!(disk = %disk.cid, error = error.report(), "cannot remove an unused image yet");
+        let error = error.report();
+        tracing::warn!(disk = %disk.cid, error, "cannot remove an unused image yet");
         return cx.store.mark(disk).and_then(|()| pending::remove(cx, &disk.cid));
     }
     disk.leftover = None;
@@ -226,7 +225,8 @@ pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> 
     pending::remove(cx, &disk.cid)
 }
 
-/// Ends the job of an interrupted copy, makes the image that the device is on the current one, and closes the other.
+/// Ends the job of an interrupted copy, makes the image that the device is on the current one, and
+/// closes the other.
 fn settle_in_qemu(
     cx: &Context,
     disk: &mut DiskRecord,
@@ -259,7 +259,8 @@ fn settle_in_qemu(
 
 /// The space that the copy needs at once.
 fn space_needed(cx: &Context, disk: &DiskRecord, next: &DiskRecord, size: MiB) -> Result<Bytes> {
-    // A mirror writes zeros for the holes of its source. They take space in a raw file without discard.
+    // A mirror writes zeros for the holes of its source. They take space in a raw file without
+    // discard.
     let writes_zeros =
         disk.vm.is_some() && next.format == Format::Raw && next.discard == Discard::Ignore;
     let full = if writes_zeros { need::full(size) } else { Bytes(0) };

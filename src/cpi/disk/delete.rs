@@ -21,7 +21,8 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
             None if cx.store.is_free(cid)? => {}
             None => {
                 cx.store.is_nowhere_else(cid)?;
-                // An earlier delete was interrupted at its last steps: only the directory or the lock is left.
+                // An earlier delete was interrupted at its last steps: only the directory or the
+                // lock is left.
                 let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
                 return remove(cx, cid, lock, metadata);
             }
@@ -40,8 +41,8 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
     remove(cx, cid, lock, metadata)
 }
 
-/// Removes what this host has of a disk, with the images if it owns the disk. The metadata lock keeps set_disk_metadata
-/// from writing a file for a disk that is gone.
+/// Removes what this host has of a disk, with the images if it owns the disk. The metadata lock
+/// keeps set_disk_metadata from writing a file for a disk that is gone.
 pub(super) fn remove(cx: &Context, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
     let record = cx.store.read::<DiskRecord>(cid)?;
     match record.map_or(Ok(()), |disk| cx.store.is_ours(&disk)) {

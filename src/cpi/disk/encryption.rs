@@ -12,11 +12,12 @@ use crate::qmp::monitor::Monitor;
 use crate::store::DiskKey;
 use crate::store::disk_key::WRONG_KEY;
 
-/// Runs `open`, which opens an image of `disk`, while QEMU has the key. The key opens every disk of this host, so it is
-/// removed from QEMU whether or not `open` succeeds; the image stays open.
+/// Runs `open`, which opens an image of `disk`, while QEMU has the key. The key opens every disk of
+/// this host, so it is removed from QEMU whether or not `open` succeeds; the image stays open.
 ///
 /// # Errors
-/// [`ErrorKind::BadConfig`](crate::error::ErrorKind::BadConfig) if the key is missing or does not open the disk.
+/// [`ErrorKind::BadConfig`](crate::error::ErrorKind::BadConfig) if the key is missing or does not
+/// open the disk.
 pub(super) fn with_key<T>(
     cx: &Context,
     monitor: &mut Monitor,

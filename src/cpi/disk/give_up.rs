@@ -9,7 +9,8 @@ use crate::store::{DiskRecord, Rank};
 /// Gives up this host's ownership of the disk.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`] if the disk is used here or no other host reaches it; [`ErrorKind::DiskNotFound`].
+/// [`ErrorKind::Conflict`] if the disk is used here or no other host reaches it;
+/// [`ErrorKind::DiskNotFound`].
 pub(crate) fn give_up(cx: &Context, cid: &DiskCid) -> Result<()> {
     let deadline = cx.deadline("attach_disk");
     if cx.store.find::<DiskRecord>(cid)?.is_none() && cx.store.is_free(cid)? {
@@ -48,7 +49,8 @@ fn ensure_movable(cx: &Context, disk: &DiskRecord) -> Result<()> {
     if disk.encrypted && cx.config.key_file.is_none() {
         let error = refusal(disk, "is encrypted with a key that only this host has");
         return Err(error.hint(
-            "give all hosts one 'key_file' with this host's key in it; or make the disk `encrypted: false` first",
+            "give all hosts one 'key_file' with this host's key in it; or make the disk \
+             `encrypted: false` first",
         ));
     }
     Ok(())

@@ -42,7 +42,8 @@ pub(super) fn create(
     atomic::sync_dir(dir)
 }
 
-/// Copies the data of the image `source` into the empty image `target`. No process may have either open.
+/// Copies the data of the image `source` into the empty image `target`. No process may have either
+/// open.
 pub(super) fn fill(
     cx: &Context,
     from: &Path,

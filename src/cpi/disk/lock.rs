@@ -1,4 +1,5 @@
-//! The lock of a disk. A copy of the disk holds it for hours, so a call that cannot have it says what the copy is.
+//! The lock of a disk. A copy of the disk holds it for hours, so a call that cannot have it says
+//! what the copy is.
 
 use std::time::Instant;
 

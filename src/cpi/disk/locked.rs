@@ -40,7 +40,8 @@ pub(crate) fn locked(
 /// The same, for a call that does not wait for a copy: that may take hours.
 ///
 /// # Errors
-/// [`ErrorKind::Conflict`](crate::error::ErrorKind::Conflict) naming the snapshot or the update that copies the disk.
+/// [`ErrorKind::Conflict`](crate::error::ErrorKind::Conflict) naming the snapshot or the update
+/// that copies the disk.
 pub(super) fn locked_idle(
     cx: &Context,
     cid: &DiskCid,

@@ -10,7 +10,8 @@ use crate::cpi::creation::acknowledgement;
 use crate::error::Result;
 use crate::store::{DiskRecord, Rank};
 
-/// Replaces the disk's tags. Takes the metadata lock: a snapshot or copy of the disk holds the disk's lock for hours.
+/// Replaces the disk's tags. Takes the metadata lock: a snapshot or copy of the disk holds the
+/// disk's lock for hours.
 pub(in crate::cpi) fn set_metadata(cx: &Context, cid: &DiskCid, metadata: &Metadata) -> Result<()> {
     let deadline = cx.deadline("set_disk_metadata");
     ownership::owned(cx, cid, deadline)?;

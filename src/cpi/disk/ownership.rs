@@ -1,4 +1,5 @@
-//! Which host owns a disk in a shared pool. A call that names a disk without an owner takes ownership first.
+//! Which host owns a disk in a shared pool. A call that names a disk without an owner takes
+//! ownership first.
 
 use std::time::Instant;
 
@@ -13,7 +14,8 @@ pub(in crate::cpi) fn exists(cx: &Context, cid: &DiskCid) -> Result<bool> {
     match cx.store.find::<DiskRecord>(cid)? {
         Some(disk) => Ok(disk.phase != Phase::Creating),
         None if cx.store.is_free(cid)? => Ok(true),
-        // A Director that hears "no" forgets the disk, so a disk that another host owns is an error.
+        // A Director that hears "no" forgets the disk, so a disk that another host owns is an
+        // error.
         None => cx.store.is_nowhere_else(cid).map(|()| false),
     }
 }
@@ -33,7 +35,8 @@ pub(super) fn owned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<Di
     Ok(disk)
 }
 
-/// Takes ownership of the disk, if it has no owner. A record from before this host gave it up is replaced.
+/// Takes ownership of the disk, if it has no owner. A record from before this host gave it up is
+/// replaced.
 pub(super) fn take_unowned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<()> {
     let has_no_owner = || match cx.store.find::<DiskRecord>(cid)? {
         Some(disk) => Ok(cx.store.is_given_up(&disk)? && !is_listed(cx, cid)?),

@@ -17,8 +17,8 @@ use crate::store::{DiskRecord, Phase, Rank, SnapshotRecord};
 /// How long a restore may take where the configuration sets no limit for snapshot_disk.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Creates a disk with the data of the snapshot, which stays. The disk has the size and properties that the snapshot's disk
-/// had.
+/// Creates a disk with the data of the snapshot, which stays. The disk has the size and properties
+/// that the snapshot's disk had.
 ///
 /// # Errors
 /// [`ErrorKind::BadRequest`] for an unknown snapshot, [`ErrorKind::NoDiskSpace`].

@@ -1,8 +1,9 @@
 //! snapshot_disk, delete_snapshot.
 //!
-//! A snapshot is a copy of the disk's whole image, in the same pool, and encrypted if the disk is. It shares blocks with the
-//! disk where the filesystem can (reflinks), and nothing else. A snapshot that QEMU makes is qcow2, even of a raw disk: its
-//! job fills the holes of a raw target with zeros that take space (QEMU 10.0, `FALLOC_FL_ZERO_RANGE`).
+//! A snapshot is a copy of the disk's whole image, in the same pool, and encrypted if the disk is.
+//! It shares blocks with the disk where the filesystem can (reflinks), and nothing else. A snapshot
+//! that QEMU makes is qcow2, even of a raw disk: its job fills the holes of a raw target with zeros
+//! that take space (QEMU 10.0, `FALLOC_FL_ZERO_RANGE`).
 //!
 //! ```text
 //!   begin ─► record `creating` ─┬─ no QEMU has the image open ─► copied as a file ──────────────┐
@@ -13,10 +14,11 @@
 //!                                                                         flushed ─► commit ─► cid
 //! ```
 //!
-//! The next create, or the next call on the disk, rolls back an interrupted snapshot: it ends the job, has QEMU close the
-//! image, and removes it. The disk's lock is held until the end, the VM's only while a QMP command runs. So the VM can be
-//! deleted meanwhile; then there is no snapshot. There is none either if a VM that was off is started and its guest writes to
-//! the image that is copied as a file.
+//! The next create, or the next call on the disk, rolls back an interrupted snapshot: it ends the
+//! job, has QEMU close the image, and removes it. The disk's lock is held until the end, the VM's
+//! only while a QMP command runs. So the VM can be deleted meanwhile; then there is no snapshot.
+//! There is none either if a VM that was off is started and its guest writes to the image that is
+//! copied as a file.
 
 use std::path::Path;
 use std::time::Instant;

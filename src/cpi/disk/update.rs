@@ -1,11 +1,14 @@
-//! update_disk: the size and the properties of a disk. What cannot change in place changes by a copy.
+//! update_disk: the size and the properties of a disk. What cannot change in place changes by a
+//! copy.
 //!
 //! | property | how | in effect |
 //! |---|---|---|
 //! | size | in place, as resize_disk | at once |
 //! | `iops`, `mbps` | in place | at once |
-//! | `cache`, `discard` | in place | from the next attach or start of the VM; with a copy at once, except whether the guest sees a write cache |
+//! | `cache`, `discard` | in place | from the next attach or start of the VM; with a copy, at once |
 //! | `format`, `pool`, `preallocation`, `encrypted` | by a copy | at once |
+//!
+//! Whether the guest sees a write cache changes with the next attach or start in any case.
 
 use serde_json::{Map, Value};
 
@@ -23,7 +26,8 @@ use crate::units::MiB;
 /// Gives the disk the size and the properties. It keeps its cid.
 ///
 /// # Errors
-/// [`ErrorKind::NotSupported`](crate::error::ErrorKind::NotSupported) for a smaller size, before anything is changed.
+/// [`ErrorKind::NotSupported`](crate::error::ErrorKind::NotSupported) for a smaller size, before
+/// anything is changed.
 pub(in crate::cpi) fn update(
     cx: &Context,
     cid: &DiskCid,

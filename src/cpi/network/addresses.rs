@@ -19,8 +19,8 @@ use crate::store::record::{Keeper, Nic, Segment, Wire};
 /// How many host ports one VM can have. Each is one element of an nftables set.
 const MAX_PORTS: u32 = 1024;
 
-/// Reserves the addresses and ports of the VM, chooses those of dynamic networks, and writes them into its NICs and networks.
-/// A failure may leave reservations, which the caller releases.
+/// Reserves the addresses and ports of the VM, chooses those of dynamic networks, and writes them
+/// into its NICs and networks. A failure may leave reservations, which the caller releases.
 pub(in crate::cpi) fn reserve(
     cx: &Context,
     vm: &VmCid,
@@ -121,7 +121,8 @@ fn choose(pool: &AddressPool, segment: &Segment, claims: &mut Claims<'_>) -> Res
         .hint(format!("widen networks.{}.pool", segment.network)))
 }
 
-/// Reserves the ports for the NICs that the host reaches: of each address family the default NIC, else the first.
+/// Reserves the ports for the NICs that the host reaches: of each address family the default NIC,
+/// else the first.
 fn reserve_ports(
     vm: &VmCid,
     placed: &mut [PlannedNic],
@@ -133,7 +134,8 @@ fn reserve_ports(
     let count = wanted.host.count();
     if guest.count() != count || count > MAX_PORTS {
         let problem = format!(
-            "cloud_properties.ports: give the same number of ports for host and guest, at most {MAX_PORTS}"
+            "cloud_properties.ports: give the same number of ports for host and guest, at most \
+             {MAX_PORTS}"
         );
         return Err(Error::new(ErrorKind::BadRequest, problem));
     }
@@ -154,7 +156,8 @@ fn reserve_ports(
         let message =
             "cloud_properties.ports: the VM has no network that this host forwards ports to";
         return Err(Error::new(ErrorKind::NotSupported, message).hint(
-            "ports are forwarded to networks with profile 'nat', 'routed' or 'user'; from a loopback address only to 'user'",
+            "ports are forwarded to networks with profile 'nat', 'routed' or 'user'; from a \
+             loopback address only to 'user'",
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
@@ -204,7 +207,8 @@ fn forward_to(placed: &[PlannedNic], wanted: &PortForward) -> Vec<(usize, IpAddr
     found
 }
 
-/// Warns if a program of the host listens on the port: it receives no more connections from outside.
+/// Warns if a program of the host listens on the port: it receives no more connections from
+/// outside.
 fn warn_if_used(protocol: Protocol, port: u16, address: Option<IpAddr>) {
     let at = (address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port);
     let used = match protocol {
@@ -212,6 +216,7 @@ fn warn_if_used(protocol: Protocol, port: u16, address: Option<IpAddr>) {
         Protocol::Udp => UdpSocket::bind(at).map(drop),
     };
     if used.is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse) {
-        tracing::warn!(%protocol, port, "a program of this host listens on a port that is now forwarded to a VM");
+        let message = "a program of this host listens on a port that is now forwarded to a VM";
+        tracing::warn!(%protocol, port, "{message}");
     }
 }

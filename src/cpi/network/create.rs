@@ -181,8 +181,8 @@ fn object(value: &Value) -> Map<String, Value> {
     value.as_object().cloned().expect("an object")
 }
 
-/// Another managed network that has some of the addresses, with or without a bridge at the moment. Pins are read, too: a
-/// record may be damaged.
+/// Another managed network that has some of the addresses, with or without a bridge at the moment.
+/// Pins are read, too: a record may be damaged.
 fn overlapping(cx: &Context, segment: &Segment, range: IpNetwork) -> Result<Option<String>> {
     let mut used = Vec::new();
     for record in cx.store.readable::<NetworkRecord>()? {

@@ -1,7 +1,8 @@
 //! The networks of this host, with and without VMs: what each lacks, how it is made and removed.
 //!
-//! A bridge that this program has made is removed with its last VM, unless a pin ([`crate::store::pins`]) keeps it. What a
-//! bridge must be follows from the configuration, the pins and the records of all VMs together.
+//! A bridge that this program has made is removed with its last VM, unless a pin
+//! ([`crate::store::pins`]) keeps it. What a bridge must be follows from the configuration, the
+//! pins and the records of all VMs together.
 
 use std::time::{Duration, Instant};
 
@@ -54,10 +55,12 @@ impl HostNetwork {
     }
 }
 
-/// The networks of this host that have a bridge, by name. `only` selects some by name; empty means all.
+/// The networks of this host that have a bridge, by name. `only` selects some by name; empty means
+/// all.
 ///
 /// # Errors
-/// [`ErrorKind::BadConfig`] for a network that cannot exist as configured, [`ErrorKind::BadRequest`] for an unknown name.
+/// [`ErrorKind::BadConfig`] for a network that cannot exist as configured,
+/// [`ErrorKind::BadRequest`] for an unknown name.
 pub(crate) fn list(cx: &Context, only: &[String]) -> Result<Vec<HostNetwork>> {
     let mut networks = Vec::new();
     for nic in all_nics(cx)? {
@@ -103,7 +106,8 @@ fn all_nics(cx: &Context) -> Result<Vec<Nic>> {
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
-/// Makes `network` complete, with the taps of its VMs plugged in. A bridge of a configured network is pinned.
+/// Makes `network` complete, with the taps of its VMs plugged in. A bridge of a configured network
+/// is pinned.
 pub(crate) fn apply(cx: &Context, network: &HostNetwork) -> Result<()> {
     make(cx, network, network.configured && matches!(network.segment.keeper, Keeper::Us { .. }))
 }
@@ -138,7 +142,8 @@ fn make(cx: &Context, network: &HostNetwork, pin: bool) -> Result<()> {
     Ok(())
 }
 
-/// Unpins `network`, and removes its bridge if no VM runs on it. Returns whether the bridge is gone.
+/// Unpins `network`, and removes its bridge if no VM runs on it. Returns whether the bridge is
+/// gone.
 pub(crate) fn remove(cx: &Context, network: &HostNetwork) -> Result<bool> {
     cx.store.prepare()?;
     let bridge = &network.segment.bridge;

@@ -1,7 +1,7 @@
 //! Managed networks: those that the Director creates for `managed: true`.
 //!
-//! Its record holds a managed network as the configuration would describe it. The bridge is named after the cid, and pinned:
-//! it stays without VMs until delete_network.
+//! Its record holds a managed network as the configuration would describe it. The bridge is named
+//! after the cid, and pinned: it stays without VMs until delete_network.
 
 use serde_json::Value;
 
@@ -23,8 +23,9 @@ pub(super) fn find(cx: &Context, cid: &NetworkCid) -> Result<config::Network> {
     settings(&cx.ready::<NetworkRecord>(cid)?.ok_or_else(|| not_found(cid))?)
 }
 
-/// Ensures that managed networks still exist once a VM has reserved addresses on them. delete_network writes the phase
-/// `deleting` before it looks for reservations, so one of the two calls sees the other.
+/// Ensures that managed networks still exist once a VM has reserved addresses on them.
+/// delete_network writes the phase `deleting` before it looks for reservations, so one of the two
+/// calls sees the other.
 pub(in crate::cpi) fn ensure_exist<'a>(
     cx: &Context,
     mut networks: impl Iterator<Item = &'a NetworkCid>,

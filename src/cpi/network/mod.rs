@@ -1,4 +1,5 @@
-//! Networks: the NICs of a new VM and their addresses, managed networks, and the bridges of this host.
+//! Networks: the NICs of a new VM and their addresses, managed networks, and the bridges of this
+//! host.
 
 pub mod addresses;
 pub mod host;

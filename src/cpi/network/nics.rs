@@ -1,4 +1,5 @@
-//! From the networks of create_vm to NICs: the host network that each is on, what it may send, where its address comes from.
+//! From the networks of create_vm to NICs: the host network that each is on, what it may send,
+//! where its address comes from.
 
 use std::net::IpAddr;
 
@@ -74,7 +75,9 @@ pub(in crate::cpi) fn plan(
                 ErrorKind::NotSupported,
                 format!("networks '{}' and '{}' share a nic_group", other.name, network.name),
             )
-            .hint("give each network its own NIC: the agent cannot configure two static networks on one"));
+            .hint(
+                "give each network its own NIC: the agent cannot configure two networks on one",
+            ));
         }
     }
     if wired.len() > MAX_NICS {
@@ -182,9 +185,7 @@ fn on_host_network(
         net::plan::plan_nic(name, host, &profile, &Requested { vlan, ..requested(network) })?;
     if let (NicPlan::Bridge(segment), None) = (&place, host.subnet) {
         net::subnet_conflict::ensure_free(segment).map_err(|e| {
-            e.hint(format!(
-                "choose another subnet in the manifest, or have VMs keep this one: networks.{name}.subnet"
-            ))
+            e.hint(format!("choose another subnet in the manifest, or set networks.{name}.subnet"))
         })?;
     }
     let pool = match network.addressing {
@@ -234,7 +235,8 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
     rule.source.map_or_else(everywhere, |source| vec![source]).into_iter().map(admission).collect()
 }
 
-/// Refuses allowed addresses that include the gateway: a VM that sends as its gateway receives what its neighbours send.
+/// Refuses allowed addresses that include the gateway: a VM that sends as its gateway receives what
+/// its neighbours send.
 fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) -> Result<()> {
     let mut gateways: Vec<_> = match place {
         NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
@@ -257,8 +259,8 @@ fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) 
         .hint("allow only addresses of the VM; `anti_spoof: false` lets it send from any address"))
 }
 
-/// Refuses one address on two NICs of a VM: on one wire each would answer for the other, and with two user networks the guest
-/// has two routes to the same addresses.
+/// Refuses one address on two NICs of a VM: on one wire each would answer for the other, and with
+/// two user networks the guest has two routes to the same addresses.
 fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
     let reservations = |placed: &PlannedNic| -> Vec<Claim> {
         let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
@@ -305,7 +307,8 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
     IpNetwork::new(block.network(), block.prefix()).ok()
 }
 
-/// Where the addresses of a dynamic network come from; `None` for a DHCP server on the wire, or QEMU's user network.
+/// Where the addresses of a dynamic network come from; `None` for a DHCP server on the wire, or
+/// QEMU's user network.
 fn pool(name: &str, host: &config::Network, place: &NicPlan) -> Result<Option<AddressPool>> {
     let own = match place {
         NicPlan::User(_) => return Ok(None),

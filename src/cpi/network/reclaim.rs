@@ -1,5 +1,5 @@
-//! Reclaiming the range of a managed network whose cid its Director never received, as [`vm`](crate::cpi::vm) does with
-//! addresses.
+//! Reclaiming the range of a managed network whose cid its Director never received, as
+//! [`vm`](crate::cpi::vm) does with addresses.
 
 use std::time::Instant;
 
@@ -11,7 +11,8 @@ use crate::error::{ErrorKind, Result};
 use crate::store::record::NetworkRecord;
 use crate::store::{Phase, Rank};
 
-/// Removes the network if it is not complete, or if it is the same Director's and unacknowledged. Returns whether it was.
+/// Removes the network if it is not complete, or if it is the same Director's and unacknowledged.
+/// Returns whether it was.
 pub(super) fn reclaim(cx: &Context, network: &str) -> Result<bool> {
     let Ok(cid) = NetworkCid::parse(network) else { return Ok(false) };
     let lock = match cx.store.brief(Rank::Network, NetworkRecord::bridge(&cid), Instant::now()) {
@@ -25,7 +26,7 @@ pub(super) fn reclaim(cx: &Context, network: &str) -> Result<bool> {
     }
     tracing::warn!(
         %cid,
-        "removing a network that is not complete, or whose cid its Director never received: its range is reused"
+        "removing a network that is incomplete or unacknowledged: its range is reused"
     );
     match delete::delete_unused(cx, &cid, record, lock) {
         Err(used) if used.kind() == ErrorKind::Conflict => return Ok(false),

@@ -19,7 +19,8 @@ use crate::store::record::{Format, Source};
 use crate::store::{Phase, StemcellRecord};
 use crate::units::Bytes;
 
-/// Log the progress of an import once for so many bytes, 256 MiB: the Director reads standard error byte by byte.
+/// Log the progress of an import once for so many bytes, 256 MiB: the Director reads standard error
+/// byte by byte.
 const LOG_STEP: u64 = 256 << 20;
 
 /// Imports the image, or checks the one that a light stemcell names.
@@ -51,7 +52,8 @@ pub(in crate::cpi) fn create(
 
 impl Creatable for StemcellRecord {}
 
-/// Ensures that no other host of the group stores images for the same cid in this host's stemcell pool.
+/// Ensures that no other host of the group stores images for the same cid in this host's stemcell
+/// pool.
 ///
 /// # Errors
 /// [`ErrorKind::BadConfig`] if the pool is shared.

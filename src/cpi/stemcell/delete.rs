@@ -8,7 +8,8 @@ use crate::error::Result;
 use crate::store::layout::STEMCELL_IMAGE;
 use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic};
 
-/// Deletes the stemcell. VMs made of it keep the image: each has a link of its own ([`crate::store::layout`]).
+/// Deletes the stemcell. VMs made of it keep the image: each has a link of its own
+/// ([`crate::store::layout`]).
 pub(in crate::cpi) fn delete(cx: &Context, cid: &StemcellCid) -> Result<()> {
     if !atomic::is_there(&cx.store.stemcell_dir(cid)) && !cx.store.has_lock(Rank::Stemcell, cid) {
         return cx.store.is_mounted();

@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::record::Format;
 
-/// The format that the stemcell declares. Both openstack variants list both formats; only `disk_format` names the one of the
-/// image.
+/// The format that the stemcell declares. Both openstack variants list both formats; only
+/// `disk_format` names the one of the image.
 pub(super) fn declared(properties: &Map<String, Value>) -> Result<Option<Format>> {
     match properties.get("disk_format").and_then(Value::as_str) {
         None => Ok(None),

@@ -13,9 +13,11 @@ use crate::store::record::{Format, Source};
 use crate::units::Bytes;
 
 document! {
-    /// Cloud properties of a light stemcell, which names an image instead of carrying one (format `qemu-light`).
+    /// Cloud properties of a light stemcell, which names an image instead of carrying one (format
+    /// `qemu-light`).
     pub struct LightStemcell {
-        /// Path of the image on the host, qcow2 or raw. VMs are overlays of it; it must not change or move.
+        /// Path of the image on the host, qcow2 or raw. VMs are overlays of it; it must not change
+        /// or move.
         image_path: PathBuf;
         /// Its SHA-256, 64 hexadecimal digits.
         sha256: Digest;
@@ -48,7 +50,8 @@ pub(super) fn properties(properties: &Map<String, Value>) -> Result<LightStemcel
     LightStemcell::from_json(&given).map_err(|e| e.in_request("cloud_properties"))
 }
 
-/// Checks the image of a light stemcell. A call from another machine may only name images in the `allowed` directories.
+/// Checks the image of a light stemcell. A call from another machine may only name images in the
+/// `allowed` directories.
 pub(super) fn image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Result<StemcellImage> {
     let path = light.image_path.canonicalize().at("resolve", &light.image_path);
     let is_in = |dir: &PathBuf| {

@@ -12,8 +12,9 @@ use crate::store::layout::STEMCELL_IMAGE;
 use crate::store::{Phase, Rank, StemcellRecord, atomic};
 use crate::units::Bytes;
 
-/// Links `target` to the image of a stemcell that was imported from the same file. Each of the two can be deleted without
-/// the other. Returns the other's record; `None` if there is no such stemcell.
+/// Links `target` to the image of a stemcell that was imported from the same file. Each of the two
+/// can be deleted without the other. Returns the other's record; `None` if there is no such
+/// stemcell.
 pub(super) fn share(
     cx: &Context,
     stemcell: &StemcellRecord,
@@ -34,13 +35,15 @@ pub(super) fn share(
         others.iter().filter_map(|cid| cx.store.read(cid).ok().flatten()).collect();
     others.retain(may_be_same);
     if others.is_empty() {
-        // The usual case: without a candidate no digest is computed, which takes as long as an import.
+        // The usual case: without a candidate no digest is computed, which takes as long as an
+        // import.
         return Ok(None);
     }
     let sha256 = source.digest(deadline)?.to_string();
     others.retain(|other| other.source.as_ref().is_some_and(|source| source.sha256 == sha256));
     for other in others {
-        // A ready stemcell has a complete image. No call holds a ready stemcell's lock and waits for another's.
+        // A ready stemcell has a complete image. No call holds a ready stemcell's lock and waits
+        // for another's.
         let lock = cx.store.lock(Rank::Stemcell, &other.cid, deadline)?;
         if !cx.store.find::<StemcellRecord>(&other.cid)?.is_some_and(|other| may_be_same(&other)) {
             lock.retire()?;
@@ -52,11 +55,13 @@ pub(super) fn share(
             Ok(()) => {
                 crash::point!("another stemcell's image linked");
                 atomic::sync_dir(target.parent().expect("an image is in a directory"))?;
-                tracing::info!(cid = %stemcell.cid, with = %other.cid, "sharing the image of a stemcell");
+                let (cid, with) = (&stemcell.cid, &other.cid);
+                tracing::info!(%cid, %with, "sharing the image of a stemcell");
                 return Ok(Some(other));
             }
             Err(error) => {
-                tracing::warn!(%error, image = %image.display(), "cannot share the image: importing");
+                let image = image.display();
+                tracing::warn!(%error, %image, "cannot share the image: importing");
             }
         }
     }

@@ -26,7 +26,8 @@ use crate::store::{Guard, Phase, VmRecord};
 use crate::supervisor;
 use crate::units::Bytes;
 
-/// Creates the VM and starts it. Returns its cid, and the networks with the MACs and addresses that were chosen here.
+/// Creates the VM and starts it. Returns its cid, and the networks with the MACs and addresses that
+/// were chosen here.
 pub(in crate::cpi) fn create(cx: &Context, mut call: CreateVm) -> Result<(VmCid, Networks)> {
     let deadline = cx.deadline("create_vm");
     let properties: VmCloudProperties =
@@ -82,7 +83,8 @@ impl Creatable for VmRecord {
     }
 }
 
-/// Reserves the addresses and host ports of the VM. VMs whose cid the same Director never received make way.
+/// Reserves the addresses and host ports of the VM. VMs whose cid the same Director never received
+/// make way.
 fn reserve(
     cx: &Context,
     cid: &VmCid,
@@ -104,7 +106,8 @@ fn reserve(
     network::ensure_exist(cx, nics.iter().filter_map(|planned| planned.managed.as_ref()))
 }
 
-/// Writes the record, if the pool has room for the VM's images and the scheduler's count of its group still holds.
+/// Writes the record, if the pool has room for the VM's images and the scheduler's count of its
+/// group still holds.
 fn admit(cx: &Context, vm: &VmRecord, deadline: Instant) -> Result<()> {
     let ephemeral = vm.ephemeral.as_ref().map_or(0, |ephemeral| ephemeral.size.bytes().get());
     let size = vm.root_size.get().saturating_add(ephemeral);
@@ -200,14 +203,15 @@ impl Plan {
     }
 }
 
-/// The virtio-blk serial of the ephemeral disk: at most 20 characters, and the same after every restart.
+/// The virtio-blk serial of the ephemeral disk: at most 20 characters, and the same after every
+/// restart.
 fn ephemeral_serial(cid: &VmCid) -> String {
     let tail = cid.as_str().rsplit('-').next().unwrap_or_default();
     format!("eph-{tail}")
 }
 
-/// Gives the error of a create that was rolled back the kind that the Director acts on. It repeats a call with `retry` up
-/// to four times (Director 283), so only what passes by itself gets that.
+/// Gives the error of a create that was rolled back the kind that the Director acts on. It repeats
+/// a call with `retry` up to four times (Director 283), so only what passes by itself gets that.
 fn creation_failed(error: Error, cid: &VmCid) -> Error {
     match error.kind() {
         ErrorKind::BadRequest

@@ -37,7 +37,8 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &VmCid) -> Result<()> {
     };
     match cx.store.find::<VmRecord>(cid)? {
         Some(vm) => destroy(cx, &vm, lock, deadline),
-        // A create ended before it wrote the record, a delete after it removed it, or an operator removed the directory.
+        // A create ended before it wrote the record, a delete after it removed it, or an operator
+        // removed the directory.
         None => {
             supervisor::stop(&paths, StopMode::Quit, deadline)?;
             Cgroup::open(cid.as_str()).kill(deadline)?;
@@ -56,7 +57,8 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
     let button = if vm.disks.is_empty() { StopMode::Kill } else { StopMode::Quit };
     supervisor::stop(&paths, button, deadline)?;
     let group = Cgroup::open(vm.cid.as_str());
-    // A guest that took over its QEMU may have closed the lock that shows QEMU is alive. It cannot leave the control group.
+    // A guest that took over its QEMU may have closed the lock that shows QEMU is alive. It cannot
+    // leave the control group.
     group.kill(deadline)?;
     std::thread::scope(|threads| {
         // The VM sends no more. Each of the two waits for an RCU grace period of the kernel.

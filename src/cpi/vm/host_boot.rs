@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!               desired   QEMU    exit.json of this run          host start
-//!   VM          running   off     none, crashed, host stopping   starts it: same record, so same MACs, serials, disks
+//!   VM          running   off     none, crashed, host stopping   starts it, with the same MACs and disks
 //!               running   off     the guest powered itself off   leaves it off
 //!               running   on                                     adopts it if its supervisor died
 //!               stopped                                          leaves it off
 //! ```
 //!
-//! Neither creates or deletes: a VM that is half created or half deleted is left to the next create_vm or delete_vm.
+//! Neither creates or deletes: a VM that is half created or half deleted is left to the next
+//! create_vm or delete_vm.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -66,8 +67,8 @@ pub enum State {
     Failed(String),
 }
 
-/// Starts every VM whose desired state is running, as many at a time as there are boot slots. The outcomes are in the order
-/// of the starts.
+/// Starts every VM whose desired state is running, as many at a time as there are boot slots. The
+/// outcomes are in the order of the starts.
 ///
 /// # Errors
 /// Only if the records cannot be listed; the failure of one VM is its outcome.
@@ -87,7 +88,8 @@ pub fn stop_all(cx: &Context, timeout: Duration) -> Result<Vec<Outcome>> {
     Ok(each(&vms, vms.len(), |vm| power_off(cx, vm, until)))
 }
 
-/// The records of all VMs that are ready, the most important first, and the VMs whose records cannot be read.
+/// The records of all VMs that are ready, the most important first, and the VMs whose records
+/// cannot be read.
 fn all_vms(cx: &Context) -> Result<Vec<(VmCid, Result<VmRecord>)>> {
     let read = |cid: VmCid| {
         let vm = cx.store.find::<VmRecord>(&cid).transpose();
@@ -159,7 +161,8 @@ fn bring_back(cx: &Context, vm: &VmRecord) -> Result<State> {
 /// Takes no lock: a host that shuts down does not wait for calls, and nothing is written here.
 fn power_off(cx: &Context, vm: &VmRecord, until: Instant) -> Result<State> {
     let paths = cx.store.vm(&vm.cid);
-    // The supervisor presses the power button, and records that the VM is to run after the next boot.
+    // The supervisor presses the power button, and records that the VM is to run after the next
+    // boot.
     match pidlock::holder(&paths.supervisor_pid())? {
         Some(supervisor) => supervisor.signal(Signal::SIGTERM)?,
         None => return power_off_alone(cx, vm, until),
@@ -167,12 +170,14 @@ fn power_off(cx: &Context, vm: &VmRecord, until: Instant) -> Result<State> {
     if let PowerState::On(qemu) = power_state(&paths)? {
         qemu.wait_exit(until)?;
     }
-    // A QEMU that still runs is ended. A supervisor that has to write its exit record is waited for.
+    // A QEMU that still runs is ended. A supervisor that has to write its exit record is waited
+    // for.
     supervisor::stop(&paths, StopMode::Quit, Instant::now() + LOCK_TIMEOUT)?;
     Ok(State::Stopped)
 }
 
-/// Powers off a VM without a supervisor. It has no exit record, so it does not count as powered off by its guest.
+/// Powers off a VM without a supervisor. It has no exit record, so it does not count as powered off
+/// by its guest.
 fn power_off_alone(cx: &Context, vm: &VmRecord, until: Instant) -> Result<State> {
     let paths = cx.store.vm(&vm.cid);
     if let PowerState::Off = power_state(&paths)? {
@@ -200,7 +205,8 @@ fn outcome(
     }
 }
 
-/// A key that sorts the most important VM first: by the operator's tag, then Directors, then by age.
+/// A key that sorts the most important VM first: by the operator's tag, then Directors, then by
+/// age.
 fn importance(vm: &VmRecord) -> (std::cmp::Reverse<i64>, bool, String) {
     let priority = vm.tag(PRIORITY).and_then(|priority| priority.parse().ok()).unwrap_or(0);
     (std::cmp::Reverse(priority), vm.tag("director") != Some(CREATE_ENV), vm.created_at.clone())

@@ -45,7 +45,8 @@ pub(super) fn make(
     Ok(made)
 }
 
-/// Gives the stemcell's image a second name in the VM's directory, so that delete_stemcell does not take it away.
+/// Gives the stemcell's image a second name in the VM's directory, so that delete_stemcell does not
+/// take it away.
 fn link_base(cx: &Context, vm: &VmRecord, stemcell: &StemcellRecord) -> Result<()> {
     let dir = cx.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
     let image = dir.join(STEMCELL_IMAGE);
@@ -76,13 +77,15 @@ pub(super) fn sync(cx: &Context, vm: &VmRecord, images: Vec<UnsyncedFile>) -> Re
     for pool in BTreeSet::from_iter(vm.pools()) {
         atomic::sync_dir(&cx.store.images_dir(&vm.cid, Some(pool))?)?;
     }
-    // The pending note first: a reservation without one would keep the address until an operator calls `gc`.
+    // The pending note first: a reservation without one would keep the address until an operator
+    // calls `gc`.
     atomic::sync_dir(&cx.store.pending_dir())?;
     uids::sync(cx.store.state_dir())?;
     cx.store.sync_claims()
 }
 
-/// The base image of a VM's root disk: a light stemcell's own file, or a link to the imported image.
+/// The base image of a VM's root disk: a light stemcell's own file, or a link to the imported
+/// image.
 pub(super) fn base_of(stemcell: &StemcellRecord) -> Base {
     match &stemcell.image_path {
         Some(path) => Base { path: path.clone(), pool: None, format: stemcell.format },

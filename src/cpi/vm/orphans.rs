@@ -1,9 +1,11 @@
-//! What is left of a VM that has no record: its QEMU, taps, rules, reservations, control group, uids.
+//! What is left of a VM that has no record: its QEMU, taps, rules, reservations, control group,
+//! uids.
 //!
-//! The kernel does not say which state directory a tap or a process belongs to, and several may share a host. But each is
-//! named after its VM's cid, and a delete removes the names in the state directory last: the run directory, the uid, the
-//! reservations, the lock. So a cid that is named there was a VM of this state directory, and everything that bears the
-//! cid is its own. What no name stands for is left alone.
+//! The kernel does not say which state directory a tap or a process belongs to, and several may
+//! share a host. But each is named after its VM's cid, and a delete removes the names in the state
+//! directory last: the run directory, the uid, the reservations, the lock. So a cid that is named
+//! there was a VM of this state directory, and everything that bears the cid is its own. What no
+//! name stands for is left alone.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -48,7 +50,8 @@ pub(crate) struct Recorded {
     pub(crate) reservations: BTreeSet<String>,
 }
 
-/// Removes what is left of a VM that has no record. The caller holds the VM's lock, and its processes have ended.
+/// Removes what is left of a VM that has no record. The caller holds the VM's lock, and its
+/// processes have ended.
 pub(super) fn remove(cx: &Context, vm: &VmCid) -> Result<()> {
     Orphans::find(cx, vm, &Recorded::read(cx)?)?.remove(cx)
 }
@@ -145,7 +148,8 @@ impl Orphans {
     /// Removes everything in the order of delete_vm: what names the VM is last.
     pub(crate) fn remove(&self, cx: &Context) -> Result<()> {
         let deadline = Instant::now() + REMOVAL_TIMEOUT;
-        // Its record was lost, and with it which disks it has: QEMU ends in order, as if there were some.
+        // Its record was lost, and with it which disks it has: QEMU ends in order, as if there were
+        // some.
         supervisor::stop(&self.paths, StopMode::Quit, deadline)?;
         if self.qemu.is_some() {
             self.cgroup.kill(deadline)?;

@@ -10,8 +10,8 @@ use crate::host::cgroup::Cgroup;
 use crate::store::record::Desired;
 use crate::supervisor::{self, StopMode};
 
-/// How long a guest may take to follow the power button. systemd waits 90 s for a unit; a stemcell needs 5 to 7 s once the
-/// Director has stopped its jobs.
+/// How long a guest may take to follow the power button. systemd waits 90 s for a unit; a stemcell
+/// needs 5 to 7 s once the Director has stopped its jobs.
 const POWER_BUTTON_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Restarts the VM if it is on, starts it if it is off.

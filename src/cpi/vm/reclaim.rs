@@ -1,7 +1,8 @@
 //! Reclaiming addresses and host ports from VMs whose cid their Director never received.
 //!
-//! A Director that gives an address to another VM does not know of the VM that holds it. Without this, one killed create_vm
-//! would keep a static address until an operator deletes its VM, and a power cut during a deployment would keep many.
+//! A Director that gives an address to another VM does not know of the VM that holds it. Without
+//! this, one killed create_vm would keep a static address until an operator deletes its VM, and a
+//! power cut during a deployment would keep many.
 
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,12 @@ use crate::error::{ErrorKind, Result};
 use crate::store::claims::Claim;
 use crate::store::{Phase, Rank, VmRecord};
 
-/// How long the launch of a killed create may take to be undone. It also ends the wait of two creates for each other's VM.
+/// How long the launch of a killed create may take to be undone. It also ends the wait of two
+/// creates for each other's VM.
 const LAUNCH_UNDO_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Removes the unacknowledged VMs that hold an address or host port of the new VM. Returns whether there were any.
+/// Removes the unacknowledged VMs that hold an address or host port of the new VM. Returns whether
+/// there were any.
 pub(super) fn reclaim(
     cx: &Context,
     nics: &[PlannedNic],
@@ -61,7 +64,8 @@ fn holders(
 
 fn remove_if_unacknowledged(cx: &Context, cid: &VmCid, deadline: Instant) -> Result<bool> {
     let phase = cx.store.read::<VmRecord>(cid)?.map(|vm| vm.phase);
-    // The launch of a killed create is undone in a moment. A call that works on a VM that is ready knows its cid.
+    // The launch of a killed create is undone in a moment. A call that works on a VM that is ready
+    // knows its cid.
     let timeout = match phase {
         Some(Phase::Ready) => Duration::ZERO,
         _ => LAUNCH_UNDO_TIMEOUT,
@@ -74,7 +78,7 @@ fn remove_if_unacknowledged(cx: &Context, cid: &VmCid, deadline: Instant) -> Res
         Some(vm) if is_reclaimable(cx, &vm)? => {
             tracing::warn!(
                 %cid,
-                "removing a VM whose cid its Director never received: the Director reuses its address"
+                "removing an unacknowledged VM: its Director reuses its address"
             );
             delete::destroy(cx, &vm, lock, deadline).map(|()| true)
         }

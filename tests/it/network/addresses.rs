@@ -183,7 +183,10 @@ fn create_vm_with_duplicate_or_gateway_address_is_refused() {
     for allowed in ["0.0.0.0/0", "10.7.0.0/29", "10.7.0.1"] {
         let refused =
             create(&host, &stemcell, &manual("10.7.0.5"), &json!({"allowed_addresses": [allowed]}));
-        assert!(refused.failure().message.contains("contains the gateway of network"), "{refused:?}");
+        assert!(
+            refused.failure().message.contains("contains the gateway of network"),
+            "{refused:?}"
+        );
     }
     let mut twice = manual("10.7.0.5");
     let (name, network) =
