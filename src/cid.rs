@@ -27,7 +27,7 @@ pub enum CidError {
     Character(char, usize),
     /// A cid, but none that we would make.
     #[error("must be '{0}-' and {TAIL} characters of 'a' to 'z' and '2' to '7'")]
-    NotOurs(&'static str),
+    NotGenerated(&'static str),
 }
 
 fn validate(text: &str) -> Result<(), CidError> {
@@ -70,30 +70,30 @@ pub trait Cid: fmt::Display + AsRef<Path> + Sized {
     /// The text, if it is a cid such as we make.
     ///
     /// # Errors
-    /// [`CidError::NotOurs`] for any other.
-    fn parse_new(text: &str) -> Result<Self, CidError> {
+    /// [`CidError::NotGenerated`] for any other.
+    fn parse_generated(text: &str) -> Result<Self, CidError> {
         let tail = text.strip_prefix(Self::PREFIX).and_then(|tail| tail.strip_prefix('-'));
-        let is_ours = tail
+        let is_generated = tail
             .is_some_and(|tail| tail.len() == TAIL && tail.bytes().all(|b| ALPHABET.contains(&b)));
-        if is_ours { Self::parse(text) } else { Err(CidError::NotOurs(Self::PREFIX)) }
+        if is_generated { Self::parse(text) } else { Err(CidError::NotGenerated(Self::PREFIX)) }
     }
     /// The text.
     fn as_str(&self) -> &str;
     /// A new one that bears a trace of `place`, where there are several that things can be.
-    fn random_at(place: &str) -> Self {
+    fn random_on_host(place: &str) -> Self {
         let random = Self::random();
         let (head, tail) = random.as_str().split_at(Self::PREFIX.len() + 1);
         Self::parse(&format!("{head}{}{}", trace_of(place), &tail[TRACE..]))
             .expect("of the same characters")
     }
     /// Whether it bears the trace of `place`. One that was made elsewhere may do so by chance, 1 in 32768.
-    fn is_from(&self, place: &str) -> bool {
-        is_from(self.as_str(), place)
+    fn is_from_host(&self, place: &str) -> bool {
+        is_from_host(self.as_str(), place)
     }
 }
 
-/// As [`Cid::is_from`], for a cid of any kind.
-pub fn is_from(cid: &str, place: &str) -> bool {
+/// As [`Cid::is_from_host`], for a cid of any kind.
+pub fn is_from_host(cid: &str, place: &str) -> bool {
     cid.split_once('-')
         .is_some_and(|(_, tail)| tail.len() == TAIL && tail.starts_with(&trace_of(place)))
 }
@@ -183,11 +183,14 @@ mod tests {
 
     #[test]
     fn a_cid_bears_a_trace_of_where_it_was_made_and_is_one_like_any_other() {
-        let disk = DiskCid::random_at("kvm-1");
-        assert!(disk.as_str().len() == 20 && DiskCid::parse_new(disk.as_str()).is_ok(), "{disk}");
-        assert!(disk.is_from("kvm-1") && !disk.is_from("kvm-2"));
-        assert_ne!(disk, DiskCid::random_at("kvm-1"));
-        assert!(!is_from("vm-1", "kvm-1") && !is_from("", "kvm-1"));
+        let disk = DiskCid::random_on_host("kvm-1");
+        assert!(
+            disk.as_str().len() == 20 && DiskCid::parse_generated(disk.as_str()).is_ok(),
+            "{disk}"
+        );
+        assert!(disk.is_from_host("kvm-1") && !disk.is_from_host("kvm-2"));
+        assert_ne!(disk, DiskCid::random_on_host("kvm-1"));
+        assert!(!is_from_host("vm-1", "kvm-1") && !is_from_host("", "kvm-1"));
     }
 
     #[test]

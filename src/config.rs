@@ -19,7 +19,7 @@ use crate::{choice, document};
 mod document;
 pub mod transport;
 
-pub use document::{Document, file};
+pub use document::{Document, path};
 pub use transport::{HostEntry, RemoteCallers, Transport, TransportKind};
 
 /// Read when neither `--config` nor [`ENVIRONMENT`] names a file, if it is there.

@@ -47,7 +47,7 @@ impl Digest {
     /// # Errors
     /// [`ErrorKind::BadRequest`] when it does not. The message is the same whatever the file holds: who may name a
     /// path here must not learn digests of files that are not theirs.
-    pub fn verify(self, path: &Path) -> Result<()> {
+    pub fn ensure_matches(self, path: &Path) -> Result<()> {
         if Self::of_file(path)? == self {
             return Ok(());
         }
@@ -128,10 +128,10 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "abc").unwrap();
         for spelling in [ABC.to_owned(), ABC.to_uppercase(), format!("sha256:{ABC}")] {
-            spelling.parse::<Digest>().unwrap().verify(file.path()).unwrap();
+            spelling.parse::<Digest>().unwrap().ensure_matches(file.path()).unwrap();
         }
         std::fs::write(file.path(), "abd").unwrap();
-        let refused = ABC.parse::<Digest>().unwrap().verify(file.path()).unwrap_err();
+        let refused = ABC.parse::<Digest>().unwrap().ensure_matches(file.path()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::BadRequest);
         assert!(
             !refused

@@ -38,13 +38,15 @@ pub enum ErrorKind {
     NetworkNotFound,
     /// A filesystem is full.
     NoDiskSpace,
-    /// The host has not the memory for a VM. `passing`: it will have, when VMs that are being deleted are gone.
+    /// The host has not the memory for a VM. `temporary`: it will have, when VMs that are being deleted are gone.
     NotEnoughMemory {
         /// Whether it may be there in a moment.
-        passing: bool,
+        #[serde(rename = "passing")]
+        temporary: bool,
     },
     /// More VMs that had better not be on one host are on this one than when it was chosen. Another may do better.
-    Crowded,
+    #[serde(rename = "Crowded")]
+    StalePlacement,
     /// The VM could not be made and nothing of it is left. `retry`: the same arguments may succeed.
     VmCreationFailed {
         /// Whether the Director should try again at once.
@@ -133,8 +135,8 @@ impl Error {
     }
 
     /// Whether others were faster to put VMs on this host, so that it is to be chosen anew.
-    pub fn is_crowded(&self) -> bool {
-        self.is_of(|kind| kind == ErrorKind::Crowded)
+    pub fn is_stale_placement(&self) -> bool {
+        self.is_of(|kind| kind == ErrorKind::StalePlacement)
     }
 
     /// Whether it or what is behind it is of such a kind.
@@ -145,7 +147,7 @@ impl Error {
     }
 
     /// What the operator can do about it, if that is known.
-    pub fn advice(&self) -> Option<&str> {
+    pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
@@ -220,7 +222,7 @@ mod tests {
 
     #[test]
     fn that_there_is_no_room_is_known_whatever_comes_of_it() {
-        let full = Error::new(ErrorKind::NotEnoughMemory { passing: false }, "no memory");
+        let full = Error::new(ErrorKind::NotEnoughMemory { temporary: false }, "no memory");
         let failed = full
             .during("start it")
             .during("create VM")

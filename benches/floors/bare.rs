@@ -192,8 +192,8 @@ fn needs(lab: &Lab, vm: &Ours, record: &VmRecord) -> Vec<FileNeed> {
 fn open(lab: &Lab, need: FileNeed) -> (Opened, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
     let io_uring = io_uring::works(lab.store.run_dir(), &qemu);
-    let (fd, direct) =
-        image::open(&need.path, need.writable, need.cache.direct()).expect("open an image");
+    let (fd, direct) = image::open(&need.path, need.writable, need.cache.bypasses_page_cache())
+        .expect("open an image");
     (Opened { need, direct, io_uring }, fd)
 }
 

@@ -25,7 +25,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
 
 /// Who carries the request out: this host, or one elsewhere.
 fn carrier(config: Option<&Path>, request: &Request) -> Result<Box<dyn Carrier>> {
-    let file = config::file(config);
+    let file = config::path(config);
     let document = Document::read(file.as_deref())?;
     let config = document.config()?;
     log::init(&config.log);

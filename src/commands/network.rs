@@ -61,7 +61,7 @@ struct Report<'a> {
 }
 
 fn report<'a>(cpi: &Cpi, deed: Deed, network: &'a HostNetwork) -> Result<Report<'a>> {
-    let ours = matches!(network.segment.keeper, Keeper::Us { .. });
+    let ours = matches!(network.segment.keeper, Keeper::Cpi { .. });
     let kept = match (ours, network.kept) {
         (false, _) => "the operator's",
         (true, true) => "stays without VMs",

@@ -18,7 +18,7 @@ pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
         return Err(Error::new(ErrorKind::Host, "what is on a host is for root alone")
             .hint("do it as root"));
     }
-    let file = config::file(file);
+    let file = config::path(file);
     let config = Config::load(file.as_deref())?;
     if config.transport.kind != TransportKind::Local || !config.hosts.is_empty() {
         let message = "this machine is no host: its configuration sends calls elsewhere";

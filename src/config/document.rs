@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::schema::Property;
 
 /// The configuration file that somebody named: `given`, else what [`ENVIRONMENT`] names.
-pub fn file(given: Option<&Path>) -> Option<PathBuf> {
+pub fn path(given: Option<&Path>) -> Option<PathBuf> {
     let named =
         given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))?;
     // A supervisor reads it again from another working directory.

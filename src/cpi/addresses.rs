@@ -12,9 +12,9 @@ use super::placement::{Placed, Pool};
 use crate::cid::VmCid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ranges::Protocol;
-use crate::store::claims::{Claim, Claims};
 use crate::store::nic_rules::Forward;
 use crate::store::record::{Keeper, Nic, Segment, Wire};
+use crate::store::reservations::{Reservation, Reservations};
 
 /// The most ports of the host one VM can have: each is an element of its own.
 const MOST_PORTS: u32 = 1024;
@@ -30,7 +30,7 @@ impl Cpi {
         properties: &VmCloudProperties,
         deadline: Instant,
     ) -> Result<()> {
-        self.store.with_claims(deadline, |claims| {
+        self.store.with_reservations(deadline, |claims| {
             placed
                 .iter_mut()
                 .try_for_each(|placed| claim_addresses(vm, placed, networks, claims))?;
@@ -46,7 +46,7 @@ fn claim_addresses(
     vm: &VmCid,
     placed: &mut Placed,
     networks: &mut Networks,
-    claims: &mut Claims<'_>,
+    claims: &mut Reservations<'_>,
 ) -> Result<()> {
     let Placed { nic, pool, .. } = placed;
     let network =
@@ -74,7 +74,7 @@ fn claim_addresses(
         }
     };
     for block in &blocks {
-        let claim = Claim::block(segment, *block);
+        let claim = Reservation::block(segment, *block);
         if let Some(holder) = claims.holder(&claim)? {
             let what = if is_one(*block) { block.ip().to_string() } else { block.to_string() };
             let message = format!("network '{}': {what} is held by VM '{holder}'", nic.network);
@@ -82,7 +82,7 @@ fn claim_addresses(
                 "if that VM is wanted no more, delete it: bosh delete-vm {holder}"
             )));
         }
-        claims.take(vm, claim)?;
+        claims.reserve(vm, claim)?;
     }
     rules.addresses = blocks;
     Ok(())
@@ -97,9 +97,9 @@ fn is_one(block: IpNetwork) -> bool {
 }
 
 /// The address the instance had before, if it is free, else the first that is.
-fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpAddr> {
+fn choose(pool: &Pool, segment: &Segment, claims: &mut Reservations<'_>) -> Result<IpAddr> {
     let own = match &segment.keeper {
-        Keeper::Us { addresses, .. } => addresses.iter().map(IpNetwork::ip).collect(),
+        Keeper::Cpi { addresses, .. } => addresses.iter().map(IpNetwork::ip).collect(),
         Keeper::Operator => Vec::new(),
     };
     let last = pool.subnet.is_ipv4() && pool.subnet.prefix() < 31;
@@ -117,7 +117,7 @@ fn choose(pool: &Pool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpA
         .chain(pool.range.addresses())
         .filter(usable)
     {
-        if claims.holder(&Claim::block(segment, ip.into()))?.is_none() {
+        if claims.holder(&Reservation::block(segment, ip.into()))?.is_none() {
             return Ok(ip);
         }
     }
@@ -132,7 +132,7 @@ fn claim_ports(
     placed: &mut [Placed],
     networks: &Networks,
     wanted: &PortForward,
-    claims: &mut Claims<'_>,
+    claims: &mut Reservations<'_>,
 ) -> Result<()> {
     let guest = wanted.guest.unwrap_or(wanted.host);
     let count = wanted.host.count();
@@ -164,13 +164,13 @@ fn claim_ports(
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
-        let claim = Claim::Port { protocol: wanted.protocol, port, address: wanted.address };
+        let claim = Reservation::Port { protocol: wanted.protocol, port, address: wanted.address };
         if let Some(holder) = claims.holder(&claim)? {
             let message =
                 format!("port {}/{port} of this host is held by VM '{holder}'", wanted.protocol);
             return Err(Error::new(ErrorKind::Conflict, message));
         }
-        claims.take(vm, claim)?;
+        claims.reserve(vm, claim)?;
         warn_if_used(wanted.protocol, port, wanted.address);
     }
     let (protocol, count) = (wanted.protocol.number(), u16::try_from(count).expect("at most 1024"));
@@ -190,7 +190,7 @@ fn forward_to(placed: &[Placed], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
             Wire::User { user } => Some(IpAddr::V4(user.guest)),
             Wire::Tap { segment, .. } => {
                 let routed = matches!(&segment.keeper,
-                    Keeper::Us { addresses, closed: false, .. } if !addresses.is_empty());
+                    Keeper::Cpi { addresses, closed: false, .. } if !addresses.is_empty());
                 // Packets to a loopback address reach no bridge.
                 let loopback = wanted.address.is_some_and(|ip| ip.is_loopback());
                 rules.addresses.first().filter(|_| routed && !loopback).map(IpNetwork::ip)

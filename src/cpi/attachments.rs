@@ -117,13 +117,13 @@ impl Cpi {
         let (_lock, _brief) = match &mut disk {
             Some(disk) => {
                 // Of a disk that another host has now, or whose pool does not answer, only the VM's word for it is taken back.
-                if disk.leftover.is_some() && self.store.is_ours(disk).is_ok() {
+                if disk.inactive_image.is_some() && self.store.ensure_owned(disk).is_ok() {
                     self.settle_copy(disk, deadline)?;
                 }
                 (Some(disk_lock), None)
             }
             // Of a disk that is not there nothing stays, whatever comes of this.
-            None => (None, Some(disk_lock.brief())),
+            None => (None, Some(disk_lock.into_short_lock())),
         };
         let hot = disk.as_ref().map_or_else(|| hot_image(disk_cid, disk_cid.as_str()), hot_disk);
         let (_vm_lock, mut vm) = self.locked_vm(vm_cid, deadline)?;
@@ -165,7 +165,7 @@ impl Cpi {
         }
         let lock = self.store.lock(Rank::Vm, cid, deadline)?;
         let Some(mut vm) = self.store.find::<VmRecord>(cid)? else {
-            lock.retire()?;
+            lock.unlink()?;
             return Ok(None);
         };
         let Some(phase) = listing(&vm) else { return Ok(None) };

@@ -40,9 +40,10 @@ impl Cpi {
         File::create(&path).at("make", &path)?;
         // A network has no lock of its own that its removal would look for before there is a record.
         match lock_of(cid.as_str()) {
-            Some((Rank::Network, bridge)) if self.has_note(cid) => {
-                self.store.brief(Rank::Network, bridge, self.deadline("delete_network")).map(drop)
-            }
+            Some((Rank::Network, bridge)) if self.has_note(cid) => self
+                .store
+                .short_lock(Rank::Network, bridge, self.deadline("delete_network"))
+                .map(drop),
             _ => Ok(()),
         }
     }
@@ -52,7 +53,7 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`] if it was.
     pub(super) fn is_wanted(&self, cid: &impl Cid) -> Result<()> {
-        if !atomic::is_there(&self.called_off_dir().join(cid)) {
+        if !atomic::entry_exists(&self.called_off_dir().join(cid)) {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Conflict, format!("'{cid}' was called off by who asked for it")))

@@ -65,7 +65,7 @@ impl Cpi {
         size: MiB,
         deadline: Instant,
     ) -> Result<()> {
-        if let Some(left) = &disk.leftover {
+        if let Some(left) = &disk.inactive_image {
             let path = self.store.disk_image_at(&disk.cid, left)?;
             return Err(Error::new(
                 ErrorKind::Host,
@@ -74,7 +74,7 @@ impl Cpi {
             .hint("an earlier copy left it: see the log of this call"));
         }
         if next.encrypted {
-            DiskKey::of(&self.config).ready(&self.store, deadline)?;
+            DiskKey::from_config(&self.config).create_if_missing(&self.store, deadline)?;
         }
         let need = self.need_of_update(disk, next, size)?;
         self.admit(next.pool.as_deref(), need, deadline, || Ok(()))
@@ -91,7 +91,7 @@ impl Cpi {
         let image = next.current();
         let mut place = self.place(disk, deadline)?;
         let size = self.virtual_size(disk, &mut place)?;
-        let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
+        let named = DiskRecord { inactive_image: Some(image.clone()), ..disk.clone() };
         let need = self.need_of_update(disk, next, disk.size)?;
         self.note(&disk.cid)?;
         self.admit(image.pool.as_deref(), need, deadline, || self.store.write(&named))
@@ -143,7 +143,7 @@ impl Cpi {
 
     /// The one step between the old image and the new.
     fn switch(&self, disk: &mut DiskRecord, next: &DiskRecord) -> Result<()> {
-        let switched = DiskRecord { leftover: Some(disk.current()), ..next.clone() };
+        let switched = DiskRecord { inactive_image: Some(disk.current()), ..next.clone() };
         self.store.write(&switched)?;
         *disk = switched;
         Ok(())
@@ -158,7 +158,7 @@ impl Cpi {
         target: &DiskImage,
         deadline: Instant,
     ) -> Result<()> {
-        let key = DiskKey::of(&self.config);
+        let key = DiskKey::from_config(&self.config);
         let source = Existing {
             path: from,
             format: source.format,
@@ -223,15 +223,15 @@ impl Cpi {
     /// Brings a copy of the disk, whose lock the caller holds, to one of its two ends. An image that can not be removed,
     /// in a pool that is not mounted, stays named by the record for the next call.
     pub(super) fn settle_copy(&self, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
-        if disk.leftover.is_none() {
+        if disk.inactive_image.is_none() {
             return Ok(());
         }
-        self.store.is_ours(disk)?;
+        self.store.ensure_owned(disk)?;
         if let Some(vm) = disk.vm.clone() {
             self.settle_in_qemu(disk, &vm, deadline)
                 .map_err(|e| e.during(format!("settle an earlier copy of disk '{}'", disk.cid)))?;
         }
-        let left = disk.leftover.as_ref().expect("looked at above");
+        let left = disk.inactive_image.as_ref().expect("looked at above");
         let removed = self.store.disk_image_at(&disk.cid, left).and_then(|path| {
             atomic::remove_file(&path)?;
             crash::point!("old image removed");
@@ -243,16 +243,16 @@ impl Cpi {
         });
         if let Err(error) = removed {
             tracing::warn!(disk = %disk.cid, error = error.report(), "an image that is not used can not be removed yet");
-            return self.store.mark(disk).and_then(|()| self.settled(&disk.cid));
+            return self.store.write_owner_file(disk).and_then(|()| self.settled(&disk.cid));
         }
-        disk.leftover = None;
+        disk.inactive_image = None;
         self.store.write_disk(disk)?;
         self.settled(&disk.cid)
     }
 
     fn settle_in_qemu(&self, disk: &mut DiskRecord, vm: &VmCid, deadline: Instant) -> Result<()> {
         let Some((_lock, mut monitor)) = self.running_vm(vm, deadline)? else { return Ok(()) };
-        let left = disk.leftover.clone().expect("the caller looked");
+        let left = disk.inactive_image.clone().expect("the caller looked");
         let hot = hot_image(&disk.cid, &left.node(&disk.cid));
         let job = hot.job(COPY);
         let is_switched = disk.generation == left.generation.wrapping_add(1);
@@ -266,7 +266,7 @@ impl Cpi {
             disk.switch();
             self.store.write(disk)?;
         }
-        let left = disk.leftover.as_ref().expect("switched or not");
+        let left = disk.inactive_image.as_ref().expect("switched or not");
         Ok(hotplug::close(&mut monitor, &hot_image(&disk.cid, &left.node(&disk.cid)), deadline)?)
     }
 

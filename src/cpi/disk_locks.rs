@@ -38,15 +38,15 @@ impl Cpi {
             match self.disk(cid) {
                 Ok(mut disk) => {
                     self.is_told::<DiskRecord>(cid);
-                    self.store.stay(&disk)?;
+                    self.store.cancel_move(&disk)?;
                     self.settle_copy(&mut disk, deadline)?;
                     return Ok((lock, disk));
                 }
                 Err(error) => {
-                    lock.retire()?;
-                    self.store.is_nowhere_else(cid)?;
+                    lock.unlink()?;
+                    self.store.ensure_not_owned_elsewhere(cid)?;
                     // It was given up while its lock was waited for, and can be had again.
-                    if !self.store.is_free(cid)? {
+                    if !self.store.can_take(cid)? {
                         return Err(error);
                     }
                 }
@@ -80,12 +80,12 @@ impl Cpi {
     /// What copies the disk at the moment, in words.
     fn copy_at_work(&self, cid: &DiskCid) -> Result<Option<String>> {
         for snapshot in self.half_snapshots(cid)? {
-            if self.store.glance(Rank::Snapshot, &snapshot)?.is_none() {
+            if self.store.try_lock(Rank::Snapshot, &snapshot)?.is_none() {
                 return Ok(Some(format!("into snapshot '{snapshot}'")));
             }
         }
-        let is_updated =
-            self.disk(cid)?.leftover.is_some() && self.store.glance(Rank::Disk, cid)?.is_none();
+        let is_updated = self.disk(cid)?.inactive_image.is_some()
+            && self.store.try_lock(Rank::Disk, cid)?.is_none();
         Ok(is_updated.then(|| "by update_disk".to_owned()))
     }
 

@@ -59,9 +59,9 @@ impl Cpi {
         size: Bytes,
         deadline: Instant,
     ) -> Result<()> {
-        let key = DiskKey::of(&self.config);
+        let key = DiskKey::from_config(&self.config);
         if image.encrypted {
-            key.ready(&self.store, deadline)?;
+            key.create_if_missing(&self.store, deadline)?;
         }
         let new = NewImage {
             path: &dir.join(image.file_name()),
@@ -78,17 +78,21 @@ impl Cpi {
         let deadline = self.deadline("delete_disk");
         let (lock, mut disk) = loop {
             self.adopt(cid, deadline)?;
-            if !atomic::is_there(&self.store.disk_dir(cid)) && !self.store.has_lock(Rank::Disk, cid)
+            if !atomic::entry_exists(&self.store.disk_dir(cid))
+                && !self.store.has_lock(Rank::Disk, cid)
             {
-                return self.store.is_mounted().and_then(|()| self.store.is_nowhere_else(cid));
+                return self
+                    .store
+                    .ensure_mounted()
+                    .and_then(|()| self.store.ensure_not_owned_elsewhere(cid));
             }
             let lock = self.disk_lock(cid, deadline)?;
             match self.store.find::<DiskRecord>(cid)? {
                 Some(disk) => break (lock, disk),
                 // It was given up while its lock was waited for.
-                None if self.store.is_free(cid)? => {}
+                None if self.store.can_take(cid)? => {}
                 None => {
-                    self.store.is_nowhere_else(cid)?;
+                    self.store.ensure_not_owned_elsewhere(cid)?;
                     // All but the directory or the lock is gone: a removal was cut short at its last steps.
                     return self.forget_disk(
                         cid,
@@ -98,7 +102,7 @@ impl Cpi {
                 }
             }
         };
-        self.store.is_ours(&disk)?;
+        self.store.ensure_owned(&disk)?;
         self.settle_copy(&mut disk, deadline)?;
         if let Some(holder) = self.holder(&disk, deadline)? {
             return Err(Error::new(
@@ -117,20 +121,24 @@ impl Cpi {
     /// Removes what there is of a disk here, with its images unless another host has it. The lock of its metadata keeps others
     /// from writing that where there is no disk.
     pub(super) fn forget_disk(&self, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
-        match self.store.read::<DiskRecord>(cid)?.map_or(Ok(()), |disk| self.store.is_ours(&disk)) {
-            Err(error) if error.kind() == ErrorKind::Conflict => self.store.forget(cid)?,
+        match self
+            .store
+            .read::<DiskRecord>(cid)?
+            .map_or(Ok(()), |disk| self.store.ensure_owned(&disk))
+        {
+            Err(error) if error.kind() == ErrorKind::Conflict => self.store.remove_local(cid)?,
             ours => ours.and_then(|()| self.store.remove::<DiskRecord>(cid))?,
         }
-        metadata.retire()?;
-        lock.retire()
+        metadata.unlink()?;
+        lock.unlink()
     }
 
     pub(super) fn disk_exists(&self, cid: &DiskCid) -> Result<bool> {
         match self.store.find::<DiskRecord>(cid)? {
             Some(disk) => Ok(disk.phase != Phase::Creating),
-            None if self.store.is_free(cid)? => Ok(true),
+            None if self.store.can_take(cid)? => Ok(true),
             // "No" would have the disk forgotten.
-            None => self.store.is_nowhere_else(cid).map(|()| false),
+            None => self.store.ensure_not_owned_elsewhere(cid).map(|()| false),
         }
     }
 }
@@ -147,7 +155,7 @@ fn new_record(
         phase: Phase::Creating,
         created_at: clock::now(),
         size,
-        grows_to: None,
+        resize_target: None,
         generation: 0,
         format: asked.format,
         pool: asked.pool.clone(),
@@ -155,7 +163,7 @@ fn new_record(
         discard: asked.effective_discard(),
         preallocation: asked.preallocation,
         encrypted: asked.encrypted,
-        leftover: None,
+        inactive_image: None,
         vm: None,
         limits: Limits { iops: asked.iops.map(Whole::get), mbps: asked.mbps.map(Whole::get) },
         cloud_properties: properties.clone(),

@@ -26,14 +26,14 @@ impl Cpi {
     ) -> Result<T> {
         // A call that was killed in here left it.
         forget(monitor)?;
-        let key = DiskKey::of(&self.config);
+        let key = DiskKey::from_config(&self.config);
         let text = key.read()?;
         monitor.raw("object-add", &json!({"qom-type": "secret", "id": SECRET, "data": text.0}))?;
         let opened = opening(monitor);
         let forgotten = forget(monitor);
         let opened = opened.map_err(|error| match &error {
             HotplugError::Monitor(refused) if refused.refused_with(WRONG_KEY) => {
-                key.does_not_open(Some(disk))
+                key.wrong_key_error(Some(disk))
             }
             _ => error.into(),
         })?;

@@ -127,7 +127,7 @@ impl Cpi {
         let mut vm = match self.store.find::<VmRecord>(&vm.cid)? {
             Some(vm) if vm.phase == Phase::Ready => vm,
             Some(_) => return Ok(State::Off("it is being deleted".into())),
-            None => return lock.retire().map(|()| State::Off("it was deleted".into())),
+            None => return lock.unlink().map(|()| State::Off("it was deleted".into())),
         };
         let (scope, config_file) = (self.scope(&vm.cid), self.config_file.as_deref());
         let deadline = Instant::now()

@@ -19,7 +19,7 @@ use super::placement::Placed;
 use crate::cid::{Cid, VmCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::claims::Claim;
+use crate::store::reservations::Reservation;
 use crate::store::{Phase, Rank, Record, VmRecord, atomic};
 use crate::sys::pidlock;
 
@@ -41,7 +41,7 @@ impl Cpi {
         if !self.clear_forgotten(placed, properties, deadline)? {
             return Err(refusal);
         }
-        self.store.release_claims(vm)?;
+        self.store.release_reservations(vm)?;
         self.claim(vm, placed, networks, properties, deadline)
     }
 
@@ -68,17 +68,18 @@ impl Cpi {
         let addresses = wanted
             .iter()
             .filter_map(|Placed { nic, .. }| Some((nic.tap()?.1, nic.rules.as_ref()?)));
-        let addresses = addresses
-            .flat_map(|(segment, rules)| rules.addresses.iter().map(|a| Claim::block(segment, *a)));
+        let addresses = addresses.flat_map(|(segment, rules)| {
+            rules.addresses.iter().map(|a| Reservation::block(segment, *a))
+        });
         let ports = properties.ports.iter().flat_map(|forward| {
             let range = forward.host.first..=forward.host.last;
-            range.map(|port| Claim::Port {
+            range.map(|port| Reservation::Port {
                 protocol: forward.protocol,
                 port,
                 address: forward.address,
             })
         });
-        let mut holders = self.store.with_claims(deadline, |claims| {
+        let mut holders = self.store.with_reservations(deadline, |claims| {
             let holders = addresses.chain(ports).map(|claim| claims.holder(&claim));
             holders.filter_map(Result::transpose).collect::<Result<Vec<_>>>()
         })?;

@@ -17,18 +17,18 @@ impl Cpi {
     pub(super) fn own_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<DiskRecord> {
         self.adopt(cid, deadline)?;
         if self.store.find::<DiskRecord>(cid)?.is_none() {
-            self.store.is_nowhere_else(cid)?;
+            self.store.ensure_not_owned_elsewhere(cid)?;
         }
         let disk = self.disk(cid)?;
-        self.store.is_ours(&disk)?;
+        self.store.ensure_owned(&disk)?;
         Ok(disk)
     }
 
     /// Takes a disk that is nobody's, if it is one. A record of it from before it was given up is out of date.
     pub(super) fn adopt(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
         let can_be_had = || match self.store.find::<DiskRecord>(cid)? {
-            Some(disk) => Ok(self.store.is_given_up(&disk)? && !self.is_listed(cid)?),
-            None => self.store.is_free(cid),
+            Some(disk) => Ok(self.store.has_no_owner(&disk)? && !self.is_listed(cid)?),
+            None => self.store.can_take(cid),
         };
         if !can_be_had()? {
             return Ok(());
@@ -39,24 +39,24 @@ impl Cpi {
             return if self.store.find::<DiskRecord>(cid)?.is_some() {
                 Ok(())
             } else {
-                lock.retire()
+                lock.unlink()
             };
         }
         let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
-        self.store.forget(cid)?;
-        metadata.retire()?;
-        match self.store.adopt(cid) {
+        self.store.remove_local(cid)?;
+        metadata.unlink()?;
+        match self.store.take_unowned(cid) {
             Ok(true) => {
                 tracing::info!(%cid, "the disk was nobody's, and is this host's now");
                 Ok(())
             }
-            other => lock.retire().and(other.map(drop)),
+            other => lock.unlink().and(other.map(drop)),
         }
     }
 
     /// Whether a VM here has the disk by its own record, which decides.
     fn is_listed(&self, disk: &DiskCid) -> Result<bool> {
-        Ok(self.store.readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
+        Ok(self.store.list_readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
     }
 
     /// Makes the disk nobody's, so that another host can have it.
@@ -65,12 +65,12 @@ impl Cpi {
     /// [`ErrorKind::Conflict`] if something here uses it, or no other host reaches it; [`ErrorKind::DiskNotFound`].
     pub fn give_up_disk(&self, cid: &DiskCid) -> Result<()> {
         let deadline = self.deadline("attach_disk");
-        if self.store.find::<DiskRecord>(cid)?.is_none() && self.store.is_free(cid)? {
+        if self.store.find::<DiskRecord>(cid)?.is_none() && self.store.can_take(cid)? {
             // It was given up, or that was cut short.
             let lock = self.disk_lock(cid, deadline)?;
             if self.store.find::<DiskRecord>(cid)?.is_none() {
                 self.store.remove_record::<DiskRecord>(cid)?;
-                return self.store.let_go(cid).and(lock.retire());
+                return self.store.finish_release(cid).and(lock.unlink());
             }
         }
         let refused = |why: String| Error::new(ErrorKind::Conflict, format!("disk '{cid}' {why}"));
@@ -79,7 +79,7 @@ impl Cpi {
             return Err(refused(format!("is attached to VM '{holder}'")).hint("detach it first"));
         }
         self.is_unused_image(&disk)?;
-        if disk.leftover.is_some() {
+        if disk.inactive_image.is_some() {
             return Err(refused(
                 "has an image that an earlier copy left, and that can not be removed".to_owned(),
             ));
@@ -93,10 +93,10 @@ impl Cpi {
             return Err(refused("is in no shared pool".to_owned()));
         }
         let metadata = self.store.lock(Rank::Metadata, cid, deadline)?;
-        self.store.give_up(&disk)?;
+        self.store.release(&disk)?;
         tracing::info!(%cid, "the disk is nobody's now");
-        metadata.retire()?;
-        lock.retire()
+        metadata.unlink()?;
+        lock.unlink()
     }
 
     /// Makes a disk in a shared pool this host's although another host has it, which is gone for good.
@@ -107,7 +107,7 @@ impl Cpi {
         let deadline = self.deadline("attach_disk");
         self.adopt(cid, deadline)?;
         if let Some(disk) = self.store.find::<DiskRecord>(cid)? {
-            let ours = self.store.is_ours(&disk);
+            let ours = self.store.ensure_owned(&disk);
             if ours.is_ok() || !self.store.is_outdated(&disk)? {
                 return ours;
             }
@@ -117,9 +117,9 @@ impl Cpi {
         let judge = |image: &Path| {
             image::released(image).map_err(|e| e.during(format!("take disk '{cid}'")))
         };
-        let taken = self.store.take_over(cid, judge);
-        if taken.is_err() && !atomic::is_there(&self.store.disk_dir(cid)) {
-            lock.retire()?;
+        let taken = self.store.take_from_lost_host(cid, judge);
+        if taken.is_err() && !atomic::entry_exists(&self.store.disk_dir(cid)) {
+            lock.unlink()?;
         }
         taken
     }

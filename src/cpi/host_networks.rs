@@ -102,8 +102,11 @@ impl Cpi {
 
     /// The network cards of all VMs but those that are being removed.
     fn all_nics(&self) -> Result<Vec<Nic>> {
-        let vms =
-            self.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+        let vms = self
+            .store
+            .list_readable::<VmRecord>()?
+            .into_iter()
+            .filter(|vm| vm.phase != Phase::Deleting);
         Ok(vms.flat_map(|vm| vm.nics).collect())
     }
 
@@ -112,7 +115,7 @@ impl Cpi {
     pub fn apply_network(&self, network: &HostNetwork) -> Result<()> {
         self.make_network(
             network,
-            network.configured && matches!(network.segment.keeper, Keeper::Us { .. }),
+            network.configured && matches!(network.segment.keeper, Keeper::Cpi { .. }),
         )
     }
 
@@ -120,7 +123,7 @@ impl Cpi {
     pub(super) fn restore_network(&self, network: &HostNetwork) -> Result<()> {
         self.make_network(network, false)?;
         let bridge = &network.segment.bridge;
-        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        let _lock = self.store.short_lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
         if !self.store.is_pinned(bridge) && apply::present(&network.links())?.is_empty() {
             // The last VM went while we were at it.
             apply::release(&network.segment)?;
@@ -131,7 +134,7 @@ impl Cpi {
     fn make_network(&self, network: &HostNetwork, pin: bool) -> Result<()> {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
-        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        let _lock = self.store.short_lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
         // Before it is made, so that whoever is interrupted leaves a word of it.
         if pin {
             self.store.pin(&network.segment)?;
@@ -140,7 +143,7 @@ impl Cpi {
         guard::add(&network.nics, || self.all_nics())?;
         apply::ensure(&network.segment, &network.ports())?;
         if self.store.is_pinned(bridge) {
-            kept::keep(bridge, &self.store.owner()?)?;
+            kept::keep(bridge, &self.store.state_dir_id()?)?;
         }
         Ok(())
     }
@@ -149,8 +152,8 @@ impl Cpi {
     pub fn remove_network(&self, network: &HostNetwork) -> Result<bool> {
         self.store.prepare()?;
         let bridge = &network.segment.bridge;
-        let _lock = self.store.brief(Rank::Network, bridge, Instant::now() + PATIENCE)?;
-        kept::let_go(bridge, &self.store.owner()?)?;
+        let _lock = self.store.short_lock(Rank::Network, bridge, Instant::now() + PATIENCE)?;
+        kept::let_go(bridge, &self.store.state_dir_id()?)?;
         let gone = apply::release(&network.segment)?;
         self.store.unpin(bridge)?;
         Ok(gone)

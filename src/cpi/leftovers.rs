@@ -61,11 +61,11 @@ impl Cpi {
         }
         crash::point!("pending noted");
         let lock = self.store.lock(rank, lock, deadline)?;
-        if atomic::is_there(&self.store.record_dir::<R>(cid)) {
+        if atomic::entry_exists(&self.store.record_dir::<R>(cid)) {
             return self.settled(cid).and(Err(taken()));
         }
         if let Err(unwanted) = self.is_wanted(cid) {
-            return lock.retire().and(self.settled(cid)).and(Err(unwanted));
+            return lock.unlink().and(self.settled(cid)).and(Err(unwanted));
         }
         // Until there was a lock, another create could take the note for a leftover, and remove it.
         self.note(cid)?;
@@ -140,7 +140,7 @@ impl Cpi {
 
     /// The same by name.
     pub(super) fn is_noted(&self, name: &str) -> bool {
-        atomic::is_there(&self.store.pending_dir().join(name))
+        atomic::entry_exists(&self.store.pending_dir().join(name))
     }
 
     /// Whether the create that made the note lives, and may not have its lock yet. Who took that first would remove the note
@@ -188,7 +188,7 @@ impl Cpi {
     }
 
     fn clear_network(&self, cid: &NetworkCid) -> Result<()> {
-        let lock = self.store.brief(
+        let lock = self.store.short_lock(
             Rank::Network,
             super::managed_networks::bridge(cid),
             Instant::now(),
@@ -208,8 +208,9 @@ impl Cpi {
     fn clear_disk(&self, cid: &DiskCid, deadline: Instant) -> Result<()> {
         let lock = self.store.lock(Rank::Disk, cid, Instant::now())?;
         let mut disk = self.store.find::<DiskRecord>(cid)?;
-        let is_cut_short =
-            |disk: &&mut DiskRecord| disk.leftover.is_some() && !self.store.is_elsewhere(disk);
+        let is_cut_short = |disk: &&mut DiskRecord| {
+            disk.inactive_image.is_some() && !self.store.is_no_longer_owned(disk)
+        };
         if let Some(disk) = disk.as_mut().filter(is_cut_short) {
             tracing::warn!(%cid, "settling a copy of a disk by an update_disk that was cut short");
             self.settle_copy(disk, deadline)?;
@@ -231,7 +232,7 @@ impl Cpi {
         {
             tracing::warn!(%cid, "removing a stemcell whose creation or removal was cut short");
             self.store.remove::<StemcellRecord>(cid)?;
-            lock.retire()?;
+            lock.unlink()?;
         }
         self.settled(cid)
     }

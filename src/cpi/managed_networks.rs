@@ -22,7 +22,7 @@ use crate::net::{self, profile::Profile};
 use crate::schema::{Property, Redacted, Whole};
 use crate::store::layout::SCHEMA;
 use crate::store::record::{Keeper, NetworkRecord, Segment};
-use crate::store::{Brief, Phase, Rank, atomic};
+use crate::store::{Phase, Rank, ShortLock, atomic};
 
 /// How many subnets are tried when the choice is ours.
 const ATTEMPTS: usize = 256;
@@ -53,8 +53,9 @@ impl Cpi {
         self.store.prepare()?;
         self.clear_leftovers(deadline);
         let cid = self.new_cid::<NetworkRecord>()?;
-        let lock =
-            self.begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?.brief();
+        let lock = self
+            .begin_under::<NetworkRecord>(Rank::Network, bridge(&cid), &cid, deadline)?
+            .into_short_lock();
         let made = self.make_first_free(&cid, &subnet);
         if let Err(error) = &made {
             self.unmake_network(&cid).map_err(|e| e.during(format!("undo: {}", error.report())))?;
@@ -148,7 +149,8 @@ impl Cpi {
         net::taken::refuse(&segment)
             .map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
         // Of two that choose the same at once, the second sees the first.
-        let choosing = self.store.brief(Rank::Claims, "ranges", self.deadline("create_network"))?;
+        let choosing =
+            self.store.short_lock(Rank::Reservations, "ranges", self.deadline("create_network"))?;
         if let Some(other) = self.overlapping(&segment, range)? {
             return Err(overlaps(&other));
         }
@@ -156,7 +158,7 @@ impl Cpi {
         drop(choosing);
         self.store.pin(&segment)?;
         net::apply::ensure(&segment, &[])?;
-        net::kept::keep(&segment.bridge, &self.store.owner()?)?;
+        net::kept::keep(&segment.bridge, &self.store.state_dir_id()?)?;
         self.untold::<NetworkRecord>(cid)?;
         record.phase = Phase::Ready;
         self.store.write(&record)?;
@@ -173,13 +175,13 @@ impl Cpi {
     /// for by their pins, too: a network's record may be damaged.
     fn overlapping(&self, segment: &Segment, range: IpNetwork) -> Result<Option<String>> {
         let mut taken = Vec::new();
-        for record in self.store.readable::<NetworkRecord>()? {
+        for record in self.store.list_readable::<NetworkRecord>()? {
             taken.extend(config(&record)?.subnet.map(|subnet| (record.cid.to_string(), subnet)));
         }
         for pin in
             self.store.pins()?.into_iter().filter(|pin| NetworkCid::parse(&pin.network).is_ok())
         {
-            let Keeper::Us { addresses, .. } = pin.keeper else { continue };
+            let Keeper::Cpi { addresses, .. } = pin.keeper else { continue };
             taken.extend(addresses.into_iter().map(|subnet| (pin.network.clone(), subnet)));
         }
         let mut others = taken.into_iter().filter(|(network, _)| *network != segment.network);
@@ -191,7 +193,7 @@ impl Cpi {
     fn unmake_if_forgotten(&self, network: &str) -> Result<bool> {
         let Ok(cid) = NetworkCid::parse(network) else { return Ok(false) };
         // Who works on it knows it.
-        let lock = match self.store.brief(Rank::Network, bridge(&cid), Instant::now()) {
+        let lock = match self.store.short_lock(Rank::Network, bridge(&cid), Instant::now()) {
             Err(error) if error.kind() == ErrorKind::Timeout => return Ok(false),
             lock => lock?,
         };
@@ -240,12 +242,12 @@ impl Cpi {
     }
 
     pub(super) fn remove_managed(&self, cid: &NetworkCid) -> Result<()> {
-        if !atomic::is_there(&self.store.record_dir::<NetworkRecord>(cid)) {
-            self.store.is_mounted()?;
+        if !atomic::entry_exists(&self.store.record_dir::<NetworkRecord>(cid)) {
+            self.store.ensure_mounted()?;
             return Err(not_found(cid));
         }
         let deadline = self.deadline("delete_network");
-        let lock = self.store.brief(Rank::Network, bridge(cid), deadline)?;
+        let lock = self.store.short_lock(Rank::Network, bridge(cid), deadline)?;
         let Some(record) = self.store.find::<NetworkRecord>(cid)? else {
             // An empty directory, at most: the last step of a removal.
             self.store.remove::<NetworkRecord>(cid)?;
@@ -258,7 +260,12 @@ impl Cpi {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] if one does: then the network is whole.
-    fn unmake_unused(&self, cid: &NetworkCid, record: NetworkRecord, _lock: Brief) -> Result<()> {
+    fn unmake_unused(
+        &self,
+        cid: &NetworkCid,
+        record: NetworkRecord,
+        _lock: ShortLock,
+    ) -> Result<()> {
         self.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
         if let Err(used) = self.is_unused(cid, self.deadline("delete_network")) {
             self.store.write(&NetworkRecord { phase: Phase::Ready, ..record })?;
@@ -272,7 +279,8 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::Conflict`] naming those that have, and why it can not be told.
     fn is_unused(&self, cid: &NetworkCid, deadline: Instant) -> Result<()> {
-        let users = self.store.with_claims(deadline, |claims| claims.on_wire(&bridge(cid)))?;
+        let users =
+            self.store.with_reservations(deadline, |claims| claims.vms_on_wire(&bridge(cid)))?;
         if users.is_empty() {
             return Ok(());
         }
@@ -296,7 +304,7 @@ impl Cpi {
             let pin = self.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
             let segment = pin.map_or_else(|| self.managed_segment(&record), Ok)?;
             self.store.unpin(&segment.bridge)?;
-            net::kept::let_go(&segment.bridge, &self.store.owner()?)?;
+            net::kept::let_go(&segment.bridge, &self.store.state_dir_id()?)?;
             net::apply::release(&segment)?;
         }
         self.store.remove::<NetworkRecord>(cid)

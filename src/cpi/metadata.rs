@@ -18,7 +18,7 @@ impl Cpi {
     pub(super) fn describe_disk(&self, cid: &DiskCid, metadata: &Map<String, Value>) -> Result<()> {
         let deadline = self.deadline("set_disk_metadata");
         self.own_disk(cid, deadline)?;
-        let _lock = self.store.lock(Rank::Metadata, cid, deadline)?.brief();
+        let _lock = self.store.lock(Rank::Metadata, cid, deadline)?.into_short_lock();
         // It may have been deleted meanwhile; from here on it can not.
         self.disk(cid)?;
         self.is_told::<DiskRecord>(cid);

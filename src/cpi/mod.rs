@@ -84,7 +84,7 @@ pub struct Afar {
 impl Cpi {
     /// The CPI under `config`, which was read from `config_file`. The clock of the call's deadline starts here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
-        let store = Store::of(&config);
+        let store = Store::from_config(&config);
         Self {
             config,
             config_file,
@@ -114,7 +114,7 @@ impl Cpi {
         let Some(chosen) = self.afar.as_ref().and_then(|afar| afar.cid.as_deref()) else {
             return Ok(R::Cid::random());
         };
-        R::Cid::parse_new(chosen)
+        R::Cid::parse_generated(chosen)
             .map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
     }
 
@@ -124,7 +124,7 @@ impl Cpi {
         let undone = self
             .store
             .remove::<R>(cid)
-            .and_then(|()| lock.retire())
+            .and_then(|()| lock.unlink())
             .and_then(|()| self.settled(cid));
         match undone {
             Ok(()) => failed,
@@ -154,7 +154,7 @@ impl Cpi {
         let lock = self.store.lock(Rank::Vm, cid, deadline)?;
         let vm = match self.vm(cid) {
             Ok(vm) => vm,
-            Err(error) => return lock.retire().and(Err(error)),
+            Err(error) => return lock.unlink().and(Err(error)),
         };
         self.is_told::<VmRecord>(cid);
         let adopted =

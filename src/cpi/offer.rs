@@ -71,12 +71,12 @@ impl Cpi {
             self.config.qemu.accel,
             None,
         );
-        let vms = self.store.readable::<VmRecord>()?;
+        let vms = self.store.list_readable::<VmRecord>()?;
         let has = self.found(&wish.cids)?;
         let within_reach = |cid: &&String| {
             let disk = DiskCid::parse(cid).ok().filter(|_| cid.starts_with(DiskCid::PREFIX));
             // Through a pool that can not be looked at it is not reached.
-            disk.is_some_and(|disk| self.store.is_within_reach(&disk).unwrap_or(false))
+            disk.is_some_and(|disk| self.store.is_in_shared_pool(&disk).unwrap_or(false))
         };
         Ok(Offer {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -97,15 +97,15 @@ impl Cpi {
     /// began at the same time were told of as few.
     ///
     /// # Errors
-    /// [`ErrorKind::Crowded`] if there are more.
+    /// [`ErrorKind::StalePlacement`] if there are more.
     pub(super) fn is_not_crowded(&self, vm: &VmRecord) -> Result<()> {
         let Some(expected) = self.afar.as_ref().and_then(|afar| afar.alike) else { return Ok(()) };
-        let now = alike(&self.store.readable()?, vm.spread.as_deref());
+        let now = alike(&self.store.list_readable()?, vm.spread.as_deref());
         if now <= expected {
             return Ok(());
         }
         let message = format!("of its group's VMs this host has {now} now, not {expected}");
-        Err(Error::new(ErrorKind::Crowded, message))
+        Err(Error::new(ErrorKind::StalePlacement, message))
     }
 
     /// Which of `cids` are here.
@@ -123,7 +123,7 @@ impl Cpi {
     /// If it can not be told: the state directory is not mounted, or there is no record, and a shared pool that may have the
     /// disk can not be looked at.
     pub fn has_of(&self, cid: &str) -> Result<bool> {
-        self.store.is_mounted()?;
+        self.store.ensure_mounted()?;
         Ok(match cid.split('-').next() {
             Some(VmCid::PREFIX) => {
                 self.has_record::<VmRecord>(Rank::Vm, cid)
@@ -141,11 +141,11 @@ impl Cpi {
 
     fn has_disk_here(&self, cid: &DiskCid) -> Result<bool> {
         if !self.has_record::<DiskRecord>(Rank::Disk, cid.as_str()) {
-            return self.store.is_free(cid);
+            return self.store.can_take(cid);
         }
         let record = self.store.read::<DiskRecord>(cid).ok().flatten();
-        if record.is_some_and(|disk| self.store.is_elsewhere(&disk)) {
-            self.store.is_free(cid)
+        if record.is_some_and(|disk| self.store.is_no_longer_owned(&disk)) {
+            self.store.can_take(cid)
         } else {
             Ok(true)
         }
@@ -153,7 +153,8 @@ impl Cpi {
 
     fn has_record<R: Record>(&self, rank: Rank, cid: &str) -> bool {
         let there = |cid: R::Cid| {
-            atomic::is_there(&self.store.record_dir::<R>(&cid)) || self.store.has_lock(rank, &cid)
+            atomic::entry_exists(&self.store.record_dir::<R>(&cid))
+                || self.store.has_lock(rank, &cid)
         };
         R::Cid::parse(cid).is_ok_and(there)
     }

@@ -16,9 +16,9 @@ use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::ranges::AddressRange;
 use crate::schema::Property;
-use crate::store::claims::Claim;
 use crate::store::nic_rules::{Admission, NicRules};
 use crate::store::record::{Keeper, Nic, Segment, Wire};
+use crate::store::reservations::Reservation;
 
 /// Where a dynamic network's addresses come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -238,7 +238,7 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
 /// A VM that may send as its gateway could have all that its neighbours send.
 fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) -> Result<()> {
     let mut gateways: Vec<_> = match place {
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        Place::Bridge(Segment { keeper: Keeper::Cpi { addresses, .. }, .. }) => {
             addresses.iter().map(IpNetwork::ip).collect()
         }
         _ => Vec::new(),
@@ -261,12 +261,14 @@ fn check_allowed(network: &NetworkSpec, place: &Place, allowed: &[IpNetwork]) ->
 /// Two cards of one VM can not have one address: on one wire they would answer for each other, and on two of QEMU's own the
 /// guest would not know by which to leave.
 fn check_apart(placed: &[Placed]) -> Result<()> {
-    let claims = |placed: &Placed| -> Vec<Claim> {
+    let claims = |placed: &Placed| -> Vec<Reservation> {
         let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
         match &placed.nic.wire {
-            Wire::Tap { segment, .. } => rules.map(|block| Claim::block(segment, *block)).collect(),
+            Wire::Tap { segment, .. } => {
+                rules.map(|block| Reservation::block(segment, *block)).collect()
+            }
             Wire::User { user } => {
-                vec![Claim::Addresses {
+                vec![Reservation::Addresses {
                     wire: "user".to_owned(),
                     block: IpAddr::from(user.guest).into(),
                 }]
@@ -275,7 +277,7 @@ fn check_apart(placed: &[Placed]) -> Result<()> {
     };
     for (at, one) in placed.iter().enumerate() {
         let meets = |other: &&Placed| {
-            claims(one).iter().any(|own| claims(other).iter().any(|its| its.meets(own)))
+            claims(one).iter().any(|own| claims(other).iter().any(|its| its.overlaps(own)))
         };
         if let Some(other) = placed[..at].iter().find(meets) {
             let problem = format!(
@@ -292,7 +294,7 @@ fn check_apart(placed: &[Placed]) -> Result<()> {
 fn has_strangers(segment: &Segment) -> bool {
     match &segment.keeper {
         Keeper::Operator => true,
-        Keeper::Us { uplink, .. } => uplink.is_some(),
+        Keeper::Cpi { uplink, .. } => uplink.is_some(),
     }
 }
 
@@ -311,7 +313,7 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
 fn pool(name: &str, host: &config::Network, place: &Place) -> Result<Option<Pool>> {
     let own = match place {
         Place::User(_) => return Ok(None),
-        Place::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        Place::Bridge(Segment { keeper: Keeper::Cpi { addresses, .. }, .. }) => {
             addresses.first().copied()
         }
         Place::Bridge(_) => None,

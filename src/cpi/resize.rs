@@ -64,13 +64,13 @@ impl Cpi {
             self.admit_growth(disk, has, size, deadline)?;
             crash::point!("growth noted");
             if let Err(error) = self.grow_image(disk, &mut place, size.bytes()) {
-                disk.grows_to = None;
+                disk.resize_target = None;
                 return self.store.write(disk).and(Err(error.during(doing)));
             }
             crash::point!("image grown");
         }
-        if (disk.size, disk.grows_to) != (size, None) {
-            (disk.size, disk.grows_to) = (size, None);
+        if (disk.size, disk.resize_target) != (size, None) {
+            (disk.size, disk.resize_target) = (size, None);
             self.store.write_disk(disk)?;
         }
         Ok(())
@@ -106,10 +106,10 @@ impl Cpi {
         deadline: Instant,
     ) -> Result<()> {
         // What a call that was killed noted is counted already.
-        let counted = has.max(disk.promised().bytes());
+        let counted = has.max(disk.size_after_resize().bytes());
         let more = Bytes(size.bytes().get().saturating_sub(counted.get()));
         // Only what is reserved for a file as a whole can be reserved later; the new part is thin.
-        let noted = DiskRecord { grows_to: Some(size), ..disk.clone() };
+        let noted = DiskRecord { resize_target: Some(size), ..disk.clone() };
         self.admit(disk.pool.as_deref(), self.need_of_thin(more), deadline, || {
             self.store.write(&noted)
         })?;

@@ -76,7 +76,7 @@ impl Cpi {
         let path = self.store.disk_image(&disk)?;
         let of = DiskRecord {
             size: MiB::holding(size).unwrap_or(disk.size),
-            grows_to: None,
+            resize_target: None,
             preallocation: Preallocation::Off,
             metadata: self.metadata_of(&disk),
             ..disk
@@ -161,7 +161,7 @@ impl Cpi {
             self.abandon_backup(&snapshot, deadline)?;
         }
         self.store.remove::<SnapshotRecord>(cid)?;
-        lock.retire()?;
+        lock.unlink()?;
         self.settled(cid)
     }
 
@@ -199,7 +199,7 @@ impl Cpi {
             self.store.write_deleting(&SnapshotRecord { phase: Phase::Deleting, ..snapshot })?;
         }
         self.store.remove::<SnapshotRecord>(cid)?;
-        lock.retire()
+        lock.unlink()
     }
 
     /// Makes a new disk with the data of a snapshot, which stays. The disk is like the one the snapshot is of, at that
@@ -217,7 +217,7 @@ impl Cpi {
             .find::<SnapshotRecord>(snapshot)?
             .filter(|record| record.phase == Phase::Ready);
         let Some(record) = record else {
-            snapshot_lock.retire()?;
+            snapshot_lock.unlink()?;
             return Err(Error::new(
                 ErrorKind::BadRequest,
                 format!("there is no snapshot '{snapshot}' on this host"),
@@ -232,7 +232,7 @@ impl Cpi {
             phase: Phase::Creating,
             created_at: clock::now(),
             generation: 0,
-            leftover: None,
+            inactive_image: None,
             vm: None,
             metadata: Map::new(),
             ..record.disk.clone()

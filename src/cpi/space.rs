@@ -108,7 +108,7 @@ impl Cpi {
         record: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let dir = self.pool_dir(pool)?;
-        let _lock = self.store.brief(Rank::Space, "all", deadline)?;
+        let _lock = self.store.short_lock(Rank::Space, "all", deadline)?;
         let scope = if self.config.overcommit { Scope::InTheMaking } else { Scope::All };
         let room = self.room(&dir, scope)?;
         if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) }
@@ -206,7 +206,7 @@ impl Cpi {
             if counts && wanted(disk.pool.as_deref()) {
                 images.push(Image {
                     path: self.store.disk_image(&disk)?,
-                    virtual_size: disk.promised().bytes(),
+                    virtual_size: disk.size_after_resize().bytes(),
                     writable: true,
                 });
             }
@@ -218,7 +218,7 @@ impl Cpi {
         for disk in self.records::<DiskRecord>(scope)? {
             // A copy that is being made, or what was in force before one.
             if let Some(image) =
-                disk.leftover.as_ref().filter(|image| wanted(image.pool.as_deref()))
+                disk.inactive_image.as_ref().filter(|image| wanted(image.pool.as_deref()))
             {
                 let path = self.store.disk_image_at(&disk.cid, image)?;
                 images.push(Image { path, virtual_size: disk.size.bytes(), writable: true });
@@ -275,7 +275,9 @@ impl Cpi {
     fn copies_in_the_making(&self, wanted: impl Fn(Option<&str>) -> bool) -> Result<Vec<Image>> {
         let mut copies = Vec::new();
         for disk in self.records::<DiskRecord>(Scope::InTheMaking)? {
-            if let Some(copy) = disk.leftover.as_ref().filter(|copy| wanted(copy.pool.as_deref())) {
+            if let Some(copy) =
+                disk.inactive_image.as_ref().filter(|copy| wanted(copy.pool.as_deref()))
+            {
                 copies.push((self.store.disk_image_at(&disk.cid, copy)?, copy.clone(), disk));
             }
         }

@@ -202,7 +202,7 @@ impl Cpi {
             // Its image is whole as long as it is ready. Nobody who holds a ready stemcell waits for another.
             let lock = self.store.lock(Rank::Stemcell, &other.cid, deadline)?;
             if !self.store.find::<StemcellRecord>(&other.cid)?.is_some_and(|other| alike(&other)) {
-                lock.retire()?;
+                lock.unlink()?;
                 continue;
             }
             let image =
@@ -224,10 +224,10 @@ impl Cpi {
 
     /// Removes a stemcell. VMs made of it keep the image: each has a link of its own (`store::layout`).
     pub(super) fn remove_stemcell(&self, cid: &StemcellCid) -> Result<()> {
-        if !atomic::is_there(&self.store.stemcell_dir(cid))
+        if !atomic::entry_exists(&self.store.stemcell_dir(cid))
             && !self.store.has_lock(Rank::Stemcell, cid)
         {
-            return self.store.is_mounted();
+            return self.store.ensure_mounted();
         }
         let lock = self.store.lock(Rank::Stemcell, cid, self.deadline("delete_stemcell"))?;
         if let Some(mut record) = self.store.find::<StemcellRecord>(cid)? {
@@ -236,7 +236,7 @@ impl Cpi {
             self.store.write_deleting(&record)?;
         }
         self.store.remove::<StemcellRecord>(cid)?;
-        lock.retire()
+        lock.unlink()
     }
 
     /// Says who keeps the image: it goes when the last of them does.
@@ -304,6 +304,6 @@ fn light_image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Result<Ima
     let path = path?;
     // First what it is: reading a pipe or a device would never end.
     let (format, virtual_size) = image::inspect(&path)?;
-    light.sha256.verify(&path)?;
+    light.sha256.ensure_matches(&path)?;
     Ok(Image { format, virtual_size, path: Some(path), source: None })
 }

@@ -57,7 +57,7 @@ impl Cpi {
         let mut next = next(&disk);
         let is_seen_later = match copies {
             // The device stays, and with it what it said of a cache.
-            true => next.cache.write_cache() != disk.cache.write_cache(),
+            true => next.cache.has_write_cache() != disk.cache.has_write_cache(),
             // QEMU decides both when it opens an image.
             false => (next.cache, next.discard) != (disk.cache, disk.discard),
         };

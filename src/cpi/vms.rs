@@ -140,7 +140,7 @@ impl Cpi {
         let lock = self.begin::<VmRecord>(Rank::Vm, cid, deadline)?;
         let uid = match uids::claim(self.store.state_dir(), cid) {
             Ok(uid) => uid,
-            Err(error) => return lock.retire().and(self.settled(cid)).and(Err(error)),
+            Err(error) => return lock.unlink().and(self.settled(cid)).and(Err(error)),
         };
         let claimed = match self.claim(cid, placed, networks, properties, deadline) {
             Err(held) if held.kind() == ErrorKind::Conflict => {
@@ -149,9 +149,9 @@ impl Cpi {
             claimed => claimed,
         };
         if let Err(error) = claimed.and_then(|()| self.still_managed(placed)) {
-            self.store.release_claims(cid)?;
+            self.store.release_reservations(cid)?;
             uids::release(self.store.state_dir(), cid, uid)?;
-            return lock.retire().and(self.settled(cid)).and(Err(creation_failed(error, cid)));
+            return lock.unlink().and(self.settled(cid)).and(Err(creation_failed(error, cid)));
         }
         Ok((lock, uid))
     }
@@ -244,13 +244,13 @@ impl Cpi {
         // The note first: a claim without it would keep others from the address until somebody calls `gc`.
         atomic::sync_dir(&self.store.pending_dir())?;
         uids::sync(self.store.state_dir())?;
-        self.store.sync_claims()
+        self.store.sync_reservations()
     }
 
     pub(super) fn remove_vm(&self, cid: &VmCid) -> Result<()> {
         let paths = self.store.vm(cid);
-        if !atomic::is_there(&paths.dir) {
-            self.store.is_mounted()?;
+        if !atomic::entry_exists(&paths.dir) {
+            self.store.ensure_mounted()?;
             if !paths.run.exists() && !self.store.has_lock(Rank::Vm, cid) {
                 return Ok(());
             }
@@ -293,7 +293,7 @@ impl Cpi {
             let unplugged = self.unplug_nics(vm, deadline);
             rules.join().expect("no panic").and(unplugged)
         })?;
-        self.store.release_claims(&vm.cid)?;
+        self.store.release_reservations(&vm.cid)?;
         group.remove()?;
         uids::release(self.store.state_dir(), &vm.cid, vm.uid)?;
         self.forget(&vm.cid, &paths, lock)
@@ -302,7 +302,7 @@ impl Cpi {
     /// Removes what may be left of the taps, and the networks that nobody needs any more.
     fn unplug_nics(&self, vm: &VmRecord, deadline: Instant) -> Result<()> {
         for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
-            let _network = self.store.brief(Rank::Network, &segment.bridge, deadline)?;
+            let _network = self.store.short_lock(Rank::Network, &segment.bridge, deadline)?;
             net::apply::remove_tap(tap)?;
             if !self.store.is_pinned(&segment.bridge) {
                 net::apply::release(segment)?;
@@ -315,7 +315,7 @@ impl Cpi {
         atomic::remove_dir(&paths.run)?;
         crash::point!("run directory removed");
         self.store.remove::<VmRecord>(cid)?;
-        lock.retire()?;
+        lock.unlink()?;
         self.settled(cid)
     }
 
@@ -374,8 +374,8 @@ fn creation_failed(error: Error, cid: &VmCid) -> Error {
             let retry = matches!(
                 kind,
                 ErrorKind::Timeout
-                    | ErrorKind::NotEnoughMemory { passing: true }
-                    | ErrorKind::Crowded
+                    | ErrorKind::NotEnoughMemory { temporary: true }
+                    | ErrorKind::StalePlacement
             );
             // Of the whole: what is behind it says whether another host may do better.
             error

@@ -104,7 +104,7 @@ pub fn plug(
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
 pub fn release(segment: &Segment) -> Result<bool> {
-    let Keeper::Us { uplink, .. } = &segment.keeper else { return Ok(true) };
+    let Keeper::Cpi { uplink, .. } = &segment.keeper else { return Ok(true) };
     let links = Links::open()?;
     let tagged = uplink.as_ref().map(diff::vlan_name);
     let tagged = tagged
@@ -240,7 +240,7 @@ fn look(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Seen> {
         ports: existing(links, ports)?,
         ..Seen::default()
     };
-    let Keeper::Us { addresses, uplink, .. } = &segment.keeper else {
+    let Keeper::Cpi { addresses, uplink, .. } = &segment.keeper else {
         return Ok(Seen { rules_hold: true, ..seen });
     };
     let index = seen.bridge.as_ref().map(|link| link.index);

@@ -50,7 +50,7 @@ pub(super) fn diff(segment: &Segment, seen: &Seen) -> Result<Vec<Change>> {
     let mut changes = Vec::new();
     let mtu = match &segment.keeper {
         Keeper::Operator => operators_bridge(segment, seen)?.mtu,
-        Keeper::Us { addresses, uplink, .. } => {
+        Keeper::Cpi { addresses, uplink, .. } => {
             check(segment, addresses, uplink.as_ref(), seen)?;
             let mtu = bridge(segment, addresses, seen, &mut changes);
             for address in addresses {
@@ -227,7 +227,7 @@ fn bridge(
         // Nobody else has the gateway's address, and it is wanted at once.
         settings.extend([("disable_ipv6", "0"), ("accept_dad", "0")]);
     }
-    if matches!(segment.keeper, Keeper::Us { uplink: Some(_), .. }) && addresses.is_empty() {
+    if matches!(segment.keeper, Keeper::Cpi { uplink: Some(_), .. }) && addresses.is_empty() {
         settings.push(("disable_ipv6", "1"));
     }
     let has_ipv6 = seen.settings.contains_key(FORWARD_V6);
@@ -282,7 +282,7 @@ fn tagged(segment: &Segment, uplink: &VlanLink, seen: &Seen, changes: &mut Vec<C
 
 /// What it takes for packets to pass from the bridge and back, or for none to.
 fn forwarding(segment: &Segment, seen: &Seen, changes: &mut Vec<Change>) {
-    let Keeper::Us { addresses, .. } = &segment.keeper else { return };
+    let Keeper::Cpi { addresses, .. } = &segment.keeper else { return };
     if forwards(segment) && addresses.iter().any(IpNetwork::is_ipv4) {
         write(FORWARD_V4.to_owned(), "1", seen, changes);
     }
@@ -292,7 +292,7 @@ fn forwarding(segment: &Segment, seen: &Seen, changes: &mut Vec<Change>) {
 }
 
 fn forwards(segment: &Segment) -> bool {
-    matches!(segment.keeper, Keeper::Us { closed: false, .. })
+    matches!(segment.keeper, Keeper::Cpi { closed: false, .. })
 }
 
 fn write(key: String, value: &'static str, seen: &Seen, changes: &mut Vec<Change>) {

@@ -22,7 +22,7 @@ use crate::link_name::LinkName;
 /// The table of a segment's bridge, if it needs one. Of all addresses the bridge has, not only the segment's: manifests
 /// with several subnets share the bridge.
 pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
-    let Keeper::Us { addresses, masquerade, closed, services, uplink } = &segment.keeper else {
+    let Keeper::Cpi { addresses, masquerade, closed, services, uplink } = &segment.keeper else {
         return None;
     };
     let bridge = &segment.bridge;
@@ -187,7 +187,7 @@ mod tests {
     fn rules(masquerade: bool, closed: bool) -> String {
         let addresses = ["fd00::1/64", "10.0.2.1/24", "10.0.1.1/24", "fe80::1/64", "10.0.1.254/24"];
         let addresses = addresses.map(|text| text.parse().unwrap()).to_vec();
-        let keeper = Keeper::Us {
+        let keeper = Keeper::Cpi {
             addresses: Vec::new(),
             masquerade,
             services: (masquerade || closed).then(|| vec![(6, 22)]),

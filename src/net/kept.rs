@@ -8,7 +8,7 @@ use super::diff::is_ours;
 use super::link::{Link, Links};
 use crate::error::Result;
 use crate::link_name::LinkName;
-use crate::store::Owner;
+use crate::store::StateDirId;
 
 const KEPT: &str = " kept by ";
 
@@ -16,7 +16,7 @@ const KEPT: &str = " kept by ";
 ///
 /// # Errors
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) for what the kernel refused.
-pub fn keep(bridge: &LinkName, owner: &Owner) -> Result<()> {
+pub fn keep(bridge: &LinkName, owner: &StateDirId) -> Result<()> {
     write(bridge, |owners| {
         if !owners.iter().any(|known| known == owner.as_str()) {
             owners.push(owner.to_string());
@@ -28,7 +28,7 @@ pub fn keep(bridge: &LinkName, owner: &Owner) -> Result<()> {
 ///
 /// # Errors
 /// As [`keep`].
-pub fn let_go(bridge: &LinkName, owner: &Owner) -> Result<()> {
+pub fn let_go(bridge: &LinkName, owner: &StateDirId) -> Result<()> {
     write(bridge, |owners| owners.retain(|known| known != owner.as_str()))
 }
 
@@ -36,7 +36,7 @@ pub fn let_go(bridge: &LinkName, owner: &Owner) -> Result<()> {
 ///
 /// # Errors
 /// As [`keep`].
-pub fn by(owner: &Owner) -> Result<Vec<LinkName>> {
+pub fn by(owner: &StateDirId) -> Result<Vec<LinkName>> {
     let mut links = Links::open()?.all()?;
     links.retain(|link| keepers(link).any(|keeper| keeper == owner.as_str()));
     let names =

@@ -24,7 +24,7 @@ fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segme
 
 fn host_address_of(segment: Segment) -> String {
     match segment.keeper {
-        Keeper::Us { addresses, .. } => {
+        Keeper::Cpi { addresses, .. } => {
             addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
         }
         Keeper::Operator => "operator".to_owned(),
@@ -138,7 +138,7 @@ proptest::proptest! {
         for subnet in [None, Some(IpNetwork::new([10, 0, 0, 0].into(), prefix).unwrap())] {
             let network = Network { subnet, ..Network::nat() };
             let Ok(Place::Bridge(segment)) = place("lab", &network, &nat, &requested) else { continue };
-            let Keeper::Us { addresses, .. } = segment.keeper else { panic!("nat is ours") };
+            let Keeper::Cpi { addresses, .. } = segment.keeper else { panic!("nat is ours") };
             proptest::prop_assert!(ip.is_none_or(|ip| addresses[0].contains(ip) && addresses[0].ip() != ip));
             proptest::prop_assert!(gateway.is_none_or(|gateway| addresses[0].ip() == gateway));
         }

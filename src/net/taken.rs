@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// # Errors
 /// [`ErrorKind::Conflict`] naming what has it; [`ErrorKind::Host`] if the kernel does not tell.
 pub fn refuse(segment: &Segment) -> Result<()> {
-    let Keeper::Us { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
+    let Keeper::Cpi { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
     let links = Links::open()?;
     let own = || {
         Ok::<_, Error>(links.find(&segment.bridge)?.filter(|link| is_ours(link, &segment.bridge)))

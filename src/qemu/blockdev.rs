@@ -70,7 +70,7 @@ pub fn device(need: &FileNeed, serial: &str) -> Value {
         "driver": "virtio-blk-pci", "id": id, "drive": need.node, "serial": serial, "iothread": IOTHREAD,
     });
     if need.writable {
-        device["write-cache"] = if need.cache.write_cache() { "on" } else { "off" }.into();
+        device["write-cache"] = if need.cache.has_write_cache() { "on" } else { "off" }.into();
     }
     device
 }

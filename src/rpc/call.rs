@@ -124,7 +124,7 @@ impl Call {
     /// the place where that will be, if there are several.
     pub fn creates(&self, place: Option<&str>) -> Option<Undo> {
         fn new<C: Cid>(place: Option<&str>) -> C {
-            place.map_or_else(C::random, C::random_at)
+            place.map_or_else(C::random, C::random_on_host)
         }
         Some(match self {
             Self::CreateStemcell(_) => Undo::DeleteStemcell(new(place)),

@@ -111,12 +111,12 @@ pub fn make_dir(directory: &Path) -> Result<()> {
 }
 
 /// Whether there is anything at `path`, a link to nothing included.
-pub fn is_there(path: &Path) -> bool {
+pub fn entry_exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
 /// Whether a path that was not found is a link to nothing. A file that is there a moment later was made meanwhile.
-pub fn is_link(path: &Path) -> bool {
+pub fn is_symlink(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|meta| meta.is_symlink())
 }
 

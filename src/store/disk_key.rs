@@ -31,7 +31,7 @@ pub struct DiskKey {
 
 impl DiskKey {
     /// The key `config` means: the operator's file, or ours in the state directory.
-    pub fn of(config: &Config) -> Self {
+    pub fn from_config(config: &Config) -> Self {
         match &config.key_file {
             Some(path) => Self { path: path.clone(), ours: false },
             None => Self { path: config.state_dir.join(FILE), ours: true },
@@ -76,11 +76,11 @@ impl DiskKey {
     ///
     /// # Errors
     /// As [`Self::read`]: also when it is gone but disks need it, because a second key would not open them.
-    pub fn ready(&self, store: &Store, deadline: Instant) -> Result<()> {
+    pub fn create_if_missing(&self, store: &Store, deadline: Instant) -> Result<()> {
         // A link to nothing is a key of an operator whose filesystem is not mounted.
-        let is_there = || atomic::is_there(&self.path);
+        let is_there = || atomic::entry_exists(&self.path);
         if self.ours && !is_there() {
-            let _lock = store.brief(Rank::Space, "key", deadline)?;
+            let _lock = store.short_lock(Rank::Space, "key", deadline)?;
             if !is_there() && !has_encrypted(store)? {
                 self.make()?;
             }
@@ -106,7 +106,7 @@ impl DiskKey {
     }
 
     /// What an image says that this key does not open: QEMU's own words are "Invalid password, cannot unlock any keyslot".
-    pub fn does_not_open(&self, disk: Option<&DiskCid>) -> Error {
+    pub fn wrong_key_error(&self, disk: Option<&DiskCid>) -> Error {
         let what = disk.map_or("an encrypted disk".to_owned(), |disk| format!("disk '{disk}'"));
         Error::new(
             ErrorKind::BadConfig,
@@ -153,9 +153,9 @@ mod tests {
         let (key, store) = key(dir.path());
         std::fs::create_dir(dir.path().join("locks")).unwrap();
         std::fs::write(dir.path().join("disk.key.new"), "of a call that was killed").unwrap();
-        key.ready(&store, Instant::now()).unwrap();
+        key.create_if_missing(&store, Instant::now()).unwrap();
         let first = key.read().unwrap();
-        key.ready(&store, Instant::now()).unwrap();
+        key.create_if_missing(&store, Instant::now()).unwrap();
         assert_eq!(first, key.read().unwrap());
         assert_eq!((first.0.len(), format!("{first:?}")), (64, "***".to_owned()));
         assert_eq!(key.path().metadata().unwrap().permissions().mode() & 0o777, 0o600);
@@ -168,7 +168,10 @@ mod tests {
         let (key, store) = key(dir.path());
         std::os::unix::fs::symlink("/nowhere/key", key.path()).unwrap();
         assert!(
-            key.ready(&store, Instant::now()).unwrap_err().report().contains("can not be read")
+            key.create_if_missing(&store, Instant::now())
+                .unwrap_err()
+                .report()
+                .contains("can not be read")
         );
         assert!(key.path().is_symlink());
     }

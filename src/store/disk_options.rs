@@ -21,13 +21,13 @@ choice! {
 
 impl Cache {
     /// Whether the host's page cache is bypassed where the filesystem can (`cache.direct`).
-    pub fn direct(self) -> bool {
+    pub fn bypasses_page_cache(self) -> bool {
         matches!(self, Self::None | Self::Directsync)
     }
 
     /// Whether the guest sees a disk with a cache that it must flush (the device's `write-cache`). Otherwise QEMU flushes
     /// after each write.
-    pub fn write_cache(self) -> bool {
+    pub fn has_write_cache(self) -> bool {
         matches!(self, Self::None | Self::Writeback)
     }
 }

@@ -11,7 +11,7 @@
 //!                     untold                      as long as nobody may have been told of it: of others, too
 //!   disks/<cid>/      disk.json  disk.qcow2  metadata.json
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
-//!   host-id                                       which host this is to others: see [`super::shared_disks`]
+//!   host-id                                       which host this is to others: see [`super::ownership`]
 //!   disk.key                                      what encrypted disks are encrypted with
 //!   pools/<name>                                  there once the pool was used: see [`super::pool`]
 //!   networks/<bridge>.json                       a network that stays without VMs
@@ -78,7 +78,7 @@ impl Store {
     }
 
     /// The store where `config` says, with its pools.
-    pub fn of(config: &Config) -> Self {
+    pub fn from_config(config: &Config) -> Self {
         let pools = Pools::new(&config.state_dir, config.pools.clone());
         Self { pools, ..Self::new(&config.state_dir, &config.run_dir) }
     }
@@ -86,9 +86,9 @@ impl Store {
     /// Makes what a mutating call needs.
     ///
     /// # Errors
-    /// As [`Self::is_understood`] and [`Self::own_run_dir`].
+    /// As [`Self::is_initialized`] and [`Self::bind_run_dir`].
     pub fn prepare(&self) -> Result<()> {
-        let is_new = !self.is_understood()?;
+        let is_new = !self.is_initialized()?;
         // Also of an old one: backups may leave out what is empty.
         for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
             let made = atomic::make_dir(&self.state_dir.join(name));
@@ -97,14 +97,14 @@ impl Store {
         if is_new {
             atomic::write(&self.schema_file(), format!("{SCHEMA}\n").as_bytes())?;
         }
-        self.own_run_dir()
+        self.bind_run_dir()
     }
 
     /// Whether the state directory is one of this version; `false` if it is none yet.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if a newer version of this program wrote it, or nobody can tell.
-    pub fn is_understood(&self) -> Result<bool> {
+    pub fn is_initialized(&self) -> Result<bool> {
         let path = self.schema_file();
         let damaged = format!(
             "somebody damaged the file: if no newer version was here, write {SCHEMA} into it"
@@ -112,9 +112,9 @@ impl Store {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error)
-                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(&path) =>
+                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_symlink(&path) =>
             {
-                return self.is_mounted().map(|()| false);
+                return self.ensure_mounted().map(|()| false);
             }
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 return Err(Error::io("read", &path, error).hint(ROOTS));
@@ -143,7 +143,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::Host`] if fstab(5) names a filesystem for it that is not there, or if nobody can tell.
-    pub fn is_mounted(&self) -> Result<()> {
+    pub fn ensure_mounted(&self) -> Result<()> {
         let schema = self.schema_file();
         let is_used = match schema.symlink_metadata() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
@@ -164,7 +164,7 @@ impl Store {
     ///
     /// # Errors
     /// Why not: its filesystem is read-only.
-    pub fn can_be_changed(&self) -> Result<()> {
+    pub fn ensure_writable(&self) -> Result<()> {
         rustix::fs::access(&self.state_dir, rustix::fs::Access::WRITE_OK)
             .map_err(std::io::Error::from)
             .at("change what is in", &self.state_dir)

@@ -2,7 +2,7 @@
 //!
 //! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, memory, boot, network, space, claims, metadata
 //! ([`Rank`]). The last four are held for milliseconds, around one change or one look. A lock file lives as long
-//! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
+//! as the object it stands for: whoever removes the object [retires](Guard::unlink) the lock.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -37,7 +37,7 @@ pub enum Rank {
     /// The space on this host's filesystems, from a look at it until a record takes some.
     Space,
     /// What VMs have claimed: addresses and ports.
-    Claims,
+    Reservations,
     /// A persistent disk's metadata, which is written while others work on the disk.
     Metadata,
 }
@@ -53,7 +53,7 @@ impl Rank {
         Self::Boot,
         Self::Network,
         Self::Space,
-        Self::Claims,
+        Self::Reservations,
         Self::Metadata,
     ];
 
@@ -68,7 +68,7 @@ impl Rank {
             Self::Boot => "boot",
             Self::Network => "network",
             Self::Space => "space",
-            Self::Claims => "claims",
+            Self::Reservations => "claims",
             Self::Metadata => "metadata",
         }
     }
@@ -128,15 +128,15 @@ impl Guard {
     }
 
     /// Removes the lock file and releases the lock: the object is gone for good.
-    pub fn retire(self) -> Result<()> {
+    pub fn unlink(self) -> Result<()> {
         atomic::remove_file(&self.path)?;
         crash::point!("lock of a {} retired", self.rank.as_str());
         Ok(())
     }
 
     /// The same lock, for what has no life beyond its being held.
-    pub fn brief(self) -> Brief {
-        Brief(Some(self))
+    pub fn into_short_lock(self) -> ShortLock {
+        ShortLock(Some(self))
     }
 
     /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.
@@ -155,9 +155,9 @@ impl Guard {
 /// A lock that nobody had when it was looked at, and nobody gets as long as this lives, unless it had no file yet. For
 /// who only looks: nothing is written.
 #[derive(Debug)]
-pub struct Glance(Option<File>);
+pub struct TryLock(Option<File>);
 
-impl Glance {
+impl TryLock {
     /// Whether the lock has a file.
     pub fn has_file(&self) -> bool {
         self.0.is_some()
@@ -170,7 +170,7 @@ impl Glance {
     pub fn at(path: &Path) -> Result<Option<Self>> {
         loop {
             let file = match File::open(path) {
-                Err(error) if error.kind() == NotFound && !atomic::is_link(path) => {
+                Err(error) if error.kind() == NotFound && !atomic::is_symlink(path) => {
                     return Ok(Some(Self(None)));
                 }
                 file => file.map_err(|error| unusable(path, error))?,
@@ -192,11 +192,11 @@ impl Glance {
 
 /// A lock whose file goes when it is released.
 #[derive(Debug)]
-pub struct Brief(Option<Guard>);
+pub struct ShortLock(Option<Guard>);
 
-impl Drop for Brief {
+impl Drop for ShortLock {
     fn drop(&mut self) {
-        if let Some(Err(error)) = self.0.take().map(Guard::retire) {
+        if let Some(Err(error)) = self.0.take().map(Guard::unlink) {
             tracing::debug!(error = error.report(), "a lock file stays, for the next to lock");
         }
     }
@@ -218,7 +218,7 @@ fn open(path: &Path) -> Result<(File, bool)> {
     options.read(true).write(true).mode(0o600);
     loop {
         match options.open(path) {
-            Err(error) if error.kind() == NotFound && !atomic::is_link(path) => {}
+            Err(error) if error.kind() == NotFound && !atomic::is_symlink(path) => {}
             file => return file.map(|file| (file, false)).map_err(|error| unusable(path, error)),
         }
         match options.clone().create_new(true).open(path) {
@@ -317,19 +317,19 @@ mod tests {
     fn a_look_sees_who_has_a_lock_and_makes_none() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.x");
-        assert!(Glance::at(&path).unwrap().is_some());
+        assert!(TryLock::at(&path).unwrap().is_some());
         assert!(!path.exists(), "nothing was written");
         let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
-        assert!(Glance::at(&path).unwrap().is_none(), "somebody has it");
+        assert!(TryLock::at(&path).unwrap().is_none(), "somebody has it");
         drop(guard);
-        let glances = [Glance::at(&path).unwrap().unwrap(), Glance::at(&path).unwrap().unwrap()];
+        let glances = [TryLock::at(&path).unwrap().unwrap(), TryLock::at(&path).unwrap().unwrap()];
         assert_eq!(
             Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(),
             ErrorKind::Timeout
         );
         drop(glances);
         // Who gave up waiting may have it for a moment yet.
-        Guard::acquire(path, Rank::Vm, later()).unwrap().retire().unwrap();
+        Guard::acquire(path, Rank::Vm, later()).unwrap().unlink().unwrap();
     }
 
     #[test]
@@ -350,7 +350,7 @@ mod tests {
         let path = dir.path().join("vm.x");
         let refused = || {
             let errors =
-                [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), Glance::at(&path).err()];
+                [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), TryLock::at(&path).err()];
             errors.map(|error| error.expect("refused")).iter().all(|error| {
                 error.kind() == ErrorKind::Corrupt && error.report().contains("remove it")
             })
@@ -374,10 +374,10 @@ mod tests {
             let path = path.clone();
             move || Guard::acquire(path, Rank::Vm, later())
         });
-        guard.retire().unwrap();
+        guard.unlink().unwrap();
         let fresh = waiter.join().unwrap().unwrap();
         assert!(is_still_at(&fresh.file, &path));
-        fresh.retire().unwrap();
+        fresh.unlink().unwrap();
         assert_eq!(dir.path().read_dir().unwrap().count(), 0);
     }
 }

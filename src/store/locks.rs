@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::lock::{Brief, Glance, Guard, Rank, last_holder};
+use super::lock::{Guard, Rank, ShortLock, TryLock, last_holder};
 use super::{Store, atomic};
 use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
 use crate::error::Result;
@@ -20,21 +20,21 @@ impl Store {
     }
 
     /// As [`Self::lock`], for what is locked for the moment only.
-    pub fn brief(
+    pub fn short_lock(
         &self,
         rank: Rank,
         name: impl std::fmt::Display,
         deadline: Instant,
-    ) -> Result<Brief> {
-        self.lock(rank, name, deadline).map(Guard::brief)
+    ) -> Result<ShortLock> {
+        self.lock(rank, name, deadline).map(Guard::into_short_lock)
     }
 
     /// Looks whether nobody has the lock; `None` if somebody does. Needs no write.
     ///
     /// # Errors
-    /// As [`Glance::at`].
-    pub fn glance(&self, rank: Rank, name: impl std::fmt::Display) -> Result<Option<Glance>> {
-        Glance::at(&self.lock_path(rank, name))
+    /// As [`TryLock::at`].
+    pub fn try_lock(&self, rank: Rank, name: impl std::fmt::Display) -> Result<Option<TryLock>> {
+        TryLock::at(&self.lock_path(rank, name))
     }
 
     /// Whether an object has a lock, taken or not: the last thing of it that a removal takes away.
@@ -52,15 +52,17 @@ impl Store {
     }
 
     /// Whether there is something that the lock `name` is for. The others are for the moment only.
-    pub fn is_locked_for_something(&self, rank: Rank, name: &str) -> bool {
+    pub fn lock_has_object(&self, rank: Rank, name: &str) -> bool {
         let prefix = match rank {
             Rank::Stemcell => StemcellCid::PREFIX,
             Rank::Disk | Rank::Metadata => DiskCid::PREFIX,
             Rank::Vm => VmCid::PREFIX,
             Rank::Snapshot => SnapshotCid::PREFIX,
-            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Claims => return false,
+            Rank::Memory | Rank::Boot | Rank::Network | Rank::Space | Rank::Reservations => {
+                return false;
+            }
         };
-        atomic::is_there(&self.state_dir().join(format!("{prefix}s")).join(name))
+        atomic::entry_exists(&self.state_dir().join(format!("{prefix}s")).join(name))
     }
 
     /// The process that had the lock last, or has it.

@@ -7,7 +7,6 @@
 //! This room knows files, not QEMU or networks.
 
 pub mod atomic;
-pub mod claims;
 pub mod disk_key;
 mod disk_metadata;
 pub mod disk_options;
@@ -16,17 +15,18 @@ pub mod lock;
 mod locks;
 pub mod nic_rules;
 mod objects;
-mod owner;
+mod ownership;
 mod pins;
 pub mod pool;
 pub mod record;
-mod shared_disks;
+pub mod reservations;
+mod state_dir_id;
 mod vm_paths;
 
 pub use disk_key::DiskKey;
 pub use layout::Store;
-pub use lock::{Brief, Glance, Guard, Rank};
-pub use owner::Owner;
+pub use lock::{Guard, Rank, ShortLock, TryLock};
 pub use pool::Pools;
 pub use record::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};
+pub use state_dir_id::StateDirId;
 pub use vm_paths::VmPaths;

@@ -17,14 +17,14 @@ impl Store {
     /// The record of `cid`, or `None` if there is nothing of it.
     ///
     /// # Errors
-    /// As [`Self::read`] and [`Self::is_mounted`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that
+    /// As [`Self::read`] and [`Self::ensure_mounted`], and [`ErrorKind::Corrupt`] if there is something of it but no record: that
     /// was lost, because a record is written before anything else is made and removed after it.
     pub fn find<R: Record>(&self, cid: &R::Cid) -> Result<Option<R>> {
         if let Some(record) = self.read::<R>(cid)? {
             return Ok(Some(record));
         }
         if !self.has_something::<R>(cid)? {
-            return self.is_mounted().map(|()| None);
+            return self.ensure_mounted().map(|()| None);
         }
         // It may have been written between the two looks.
         self.read::<R>(cid)?.map(Some).ok_or_else(|| {
@@ -38,25 +38,25 @@ impl Store {
     /// Whether there is anything of an object but a record that was being written. A link to nothing is something.
     fn has_something<R: Record>(&self, cid: &R::Cid) -> Result<bool> {
         let dir = self.record_dir::<R>(cid);
-        if !atomic::is_there(&dir) {
+        if !atomic::entry_exists(&dir) {
             return Ok(false);
         }
         if !dir.is_dir() || atomic::names(&dir)?.iter().any(|name| !name.starts_with(atomic::NEW)) {
             return Ok(true);
         }
         for pool in self.pools().names() {
-            if atomic::is_there(&self.pools().dir(pool)?.join(cid)) {
+            if atomic::entry_exists(&self.pools().dir(pool)?.join(cid)) {
                 // A removal takes the images first; giving a disk up leaves them.
                 let disk =
                     DiskCid::parse(cid.as_str()).ok().filter(|_| R::Cid::PREFIX == DiskCid::PREFIX);
-                return disk.map_or(Ok(true), |disk| self.is_free(&disk).map(|free| !free));
+                return disk.map_or(Ok(true), |disk| self.can_take(&disk).map(|free| !free));
             }
         }
         Ok(false)
     }
 
     /// The records of one kind that can be read: one that can not must not keep others from working.
-    pub fn readable<R: Record>(&self) -> Result<Vec<R>> {
+    pub fn list_readable<R: Record>(&self) -> Result<Vec<R>> {
         let read = |cid: R::Cid| {
             self.read::<R>(&cid).unwrap_or_else(|error| {
                 tracing::warn!(%cid, error = error.report(), "left out");
@@ -149,7 +149,7 @@ impl Store {
     pub fn list<R: Record>(&self) -> Result<Vec<R::Cid>> {
         let names = atomic::names(&self.state_dir().join(format!("{}s", R::Cid::KIND)))?;
         if names.is_empty() {
-            self.is_mounted()?;
+            self.ensure_mounted()?;
         }
         // Beside managed networks are the files of pinned ones; no cid of ours has a dot.
         let names = names.iter().filter(|name| !name.ends_with(".json"));

@@ -36,7 +36,7 @@ impl Store {
     /// Lets the bridge go with its last VM. Durable when it returns.
     pub fn unpin(&self, bridge: &LinkName) -> Result<()> {
         let path = self.pin_path(bridge);
-        if !atomic::is_there(&path) {
+        if !atomic::entry_exists(&path) {
             return Ok(());
         }
         atomic::remove_file(&path)?;
@@ -45,7 +45,7 @@ impl Store {
 
     /// Whether the bridge stays without VMs.
     pub fn is_pinned(&self, bridge: &LinkName) -> bool {
-        atomic::is_there(&self.pin_path(bridge))
+        atomic::entry_exists(&self.pin_path(bridge))
     }
 
     /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out; a pin that can not be

@@ -5,7 +5,7 @@
 //!   .bosh-qemu-cpi            left at the first use; a directory without it is not the one that was used before
 //!   <cid>/                    made after the record that names the pool, removed before it
 //!     disk.qcow2 | root.qcow2  ephemeral.qcow2 | image.raw | base.raw
-//!     host-<id>               beside a disk's images in a shared pool: whose it is, see `shared_disks`
+//!     host-<id>               beside a disk's images in a shared pool: whose it is, see `ownership`
 //! <state_dir>/pools/<name>    there once the pool was used
 //! ```
 //!

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Scope;
 use crate::config::Limits;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Brief, Rank};
+use crate::store::{Rank, ShortLock};
 
 /// flock(2) can not wait for one of several locks. A start takes at least 100 ms.
 const LOOK: Duration = Duration::from_millis(10);
@@ -23,12 +23,12 @@ pub fn slots(limits: &Limits) -> usize {
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] naming who holds the slots.
-pub(super) async fn slot(scope: &Scope, until: Instant) -> Result<Brief> {
+pub(super) async fn slot(scope: &Scope, until: Instant) -> Result<ShortLock> {
     let slots = slots(&scope.config.limits);
     loop {
         let mut held = None;
         for number in 0..slots {
-            match scope.store.brief(Rank::Boot, number, Instant::now()) {
+            match scope.store.short_lock(Rank::Boot, number, Instant::now()) {
                 Ok(slot) => return Ok(slot),
                 Err(error) if error.kind() == ErrorKind::Timeout => held = Some(error),
                 Err(error) => return Err(error),

@@ -68,7 +68,8 @@ impl Questions {
 
 /// Whether one of our VMs may hold the address for a while. Only asked if somebody does.
 fn wanders(scope: &Scope, ip: IpAddr) -> Result<bool> {
-    let others = scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != scope.cid);
+    let others =
+        scope.store.list_readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != scope.cid);
     let rules = others.flat_map(|vm| vm.nics).filter_map(|nic| nic.rules);
     Ok(rules.flat_map(|rules| rules.allowed).any(|subnet| subnet.contains(ip)))
 }

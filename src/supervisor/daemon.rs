@@ -288,7 +288,7 @@ impl<'a> Supervisor<'a> {
             return Ok(Some(lock));
         }
         if read(self.scope)?.is_none() {
-            lock.retire()?;
+            lock.unlink()?;
         }
         Ok(None)
     }

@@ -181,7 +181,7 @@ fn early_exit(scope: &Scope, status: ExitStatus) -> Error {
     let log = scope.paths.qemu_log();
     let said = tail::last_lines(&log, 5);
     if said.contains(WRONG_KEY) {
-        return DiskKey::of(&scope.config).does_not_open(None);
+        return DiskKey::from_config(&scope.config).wrong_key_error(None);
     }
     Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {said}"))
         .hint(format!("its whole output is in '{}'", log.display()))

@@ -21,7 +21,7 @@ use crate::cid::VmCid;
 use crate::config::{Config, Memory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::memory::{available, resident};
-use crate::store::{Brief, Phase, Rank, Store, VmRecord};
+use crate::store::{Phase, Rank, ShortLock, Store, VmRecord};
 use crate::sys::pidlock;
 use crate::units::Bytes;
 
@@ -31,8 +31,8 @@ const LOCK: Duration = Duration::from_secs(30);
 const NAMED: usize = 10;
 
 /// Taken before a VM shows that it starts, and given back when it may.
-pub(super) fn lock(scope: &Scope) -> Result<Brief> {
-    scope.store.brief(Rank::Memory, "host", Instant::now() + LOCK)
+pub(super) fn lock(scope: &Scope) -> Result<ShortLock> {
+    scope.store.short_lock(Rank::Memory, "host", Instant::now() + LOCK)
 }
 
 /// Whether the host has the memory for `vm` to start, or, if it runs, to start again.
@@ -152,7 +152,7 @@ impl Figures {
              (`limits.memory: overcommit`); {}",
             self.largest()
         );
-        Err(Error::new(ErrorKind::NotEnoughMemory { passing }, message).hint(hint))
+        Err(Error::new(ErrorKind::NotEnoughMemory { temporary: passing }, message).hint(hint))
     }
 
     /// The VMs with the most memory promised.

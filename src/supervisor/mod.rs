@@ -92,7 +92,7 @@ pub struct Scope {
 impl Scope {
     /// The scope of the VM `cid` under `config`.
     pub fn new(config: Config, cid: VmCid) -> Self {
-        let store = Store::of(&config);
+        let store = Store::from_config(&config);
         let paths = store.vm(&cid);
         Self { config, store, cid, paths }
     }

@@ -108,14 +108,14 @@ pub fn open_file(config: &Config, need: FileNeed) -> Result<(Opened, OwnedFd)> {
     if let Some(format) = need.format {
         image::refuse_other_files(&need.path, format, need.id == files::ROOT)?;
     }
-    let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
+    let (fd, direct) = image::open(&need.path, need.writable, need.cache.bypasses_page_cache())?;
     let io_uring = io_uring::works(&config.run_dir, &config.qemu);
     Ok((Opened { need, direct, io_uring }, fd))
 }
 
 /// The key of encrypted disks in a pipe: QEMU opens it by name, and once it has read it, it is empty.
 fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
-    let key = DiskKey::of(&scope.config).read()?;
+    let key = DiskKey::from_config(&scope.config).read()?;
     let pipe = |error| Error::os("pass the key of encrypted disks through a pipe", error);
     let (reader, mut writer) = std::io::pipe().map_err(pipe)?;
     // A key has at most 4096 bytes, which any pipe takes at once.
@@ -128,8 +128,11 @@ fn key_pipe(scope: &Scope) -> Result<OwnedFd> {
 
 /// The cards of all VMs there are, should the host have lost everybody's rules.
 fn all_nics(scope: &Scope) -> Result<Vec<Nic>> {
-    let vms =
-        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+    let vms = scope
+        .store
+        .list_readable::<VmRecord>()?
+        .into_iter()
+        .filter(|vm| vm.phase != Phase::Deleting);
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
@@ -141,14 +144,15 @@ fn tap(plug: &Plug) -> Tap {
 /// Makes the NIC's bridge as it must be and plugs a new tap into it, if it is to have one.
 fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let Some((port, segment)) = Port::of(nic) else { return Ok(None) };
-    let _lock = scope.store.brief(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
+    let _lock =
+        scope.store.short_lock(Rank::Network, &segment.bridge, Instant::now() + NETWORK_LOCK)?;
     // A broken QEMU can make its tap outlive it (TUNSETPERSIST needs no right on an open tap).
     net::apply::remove_tap(&port.link)?;
     let queues = net::tap::queues(vm.machine.cpus);
     let plug = net::apply::plug(&port, segment, queues, || everybody(scope, vm, segment))?;
     // Made again, it lost the word that it stays.
     if scope.store.is_pinned(&segment.bridge) {
-        net::kept::keep(&segment.bridge, &scope.store.owner()?)?;
+        net::kept::keep(&segment.bridge, &scope.store.state_dir_id()?)?;
     }
     Ok(Some(plug))
 }
@@ -157,8 +161,11 @@ fn plug(scope: &Scope, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
 /// disagrees keeps a new VM from being made; one that was there before starts, whatever the others have become.
 fn everybody(scope: &Scope, vm: &VmRecord, segment: &Segment) -> Result<(Segment, Vec<Port>)> {
     let (mut all, mut ports) = (segment.clone(), Vec::new());
-    for other in
-        scope.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
+    for other in scope
+        .store
+        .list_readable::<VmRecord>()?
+        .into_iter()
+        .filter(|vm| vm.phase != Phase::Deleting)
     {
         let cid = &other.cid;
         for (port, its) in

@@ -78,12 +78,12 @@ fn a_copy_that_was_cut_short_leaves_one_image() {
     let copy = DiskImage { generation: 1, ..record(&host, &disk).current() };
     let path = host.store().disk_image_at(&disk, &copy).unwrap();
     fs::write(&path, "half").unwrap();
-    change(&host, &disk, |disk| disk.leftover = Some(copy));
+    change(&host, &disk, |disk| disk.inactive_image = Some(copy));
     // As update_disk does, so that the next create looks after it. It is the same thing.
     fs::write(host.store().pending_dir().join(disk.as_str()), "").unwrap();
     mended(&host, "unfinished", disk.as_str());
     assert!(!path.exists());
-    assert_eq!(record(&host, &disk).leftover, None);
+    assert_eq!(record(&host, &disk).inactive_image, None);
     assert_pattern(&host, &disk);
 }
 

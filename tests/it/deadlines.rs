@@ -62,7 +62,7 @@ fn a_create_does_not_wait_for_leftovers_that_do_not_go() {
         host.ok("attach_disk", &json!([vm, disk]));
         let record = store.read::<DiskRecord>(&disk).unwrap().unwrap();
         let copy = DiskImage { generation: 1, ..record.current() };
-        store.write(&DiskRecord { leftover: Some(copy), ..record }).unwrap();
+        store.write(&DiskRecord { inactive_image: Some(copy), ..record }).unwrap();
         symlink("999999999", store.pending_dir().join(&disk)).unwrap();
     }
     let qemu = host.qemu(&vm).unwrap();

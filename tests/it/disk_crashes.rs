@@ -70,7 +70,7 @@ impl Lab {
             let again = answer
                 .outcome
                 .unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
-            assert_eq!(record(&self.host, &disk).leftover, None, "{}", crash.point);
+            assert_eq!(record(&self.host, &disk).inactive_image, None, "{}", crash.point);
             let nodes = if is_attached { [0, 2, 1] } else { [0; 3] };
             assert_eq!(
                 in_qemu(&self.host, &self.vm, disk.as_str()),
@@ -248,10 +248,10 @@ fn a_live_copy_that_was_cut_short_is_settled_by_whoever_creates_something() {
             armed(host, "update_disk", &update, [("AT", point)]).is_none(),
             "killed at {point}"
         );
-        assert!(record(host, &disk).leftover.is_some(), "{point}");
+        assert!(record(host, &disk).inactive_image.is_some(), "{point}");
         host.ok("delete_disk", &json!([host.disk()]));
         let is = record(host, &disk);
-        assert_eq!((is.image().as_str(), is.leftover), (image, None), "{point}");
+        assert_eq!((is.image().as_str(), is.inactive_image), (image, None), "{point}");
         assert_eq!(in_qemu(host, &lab.vm, disk.as_str()), [0, 2, 1], "{point}");
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
         guest_writes(host, &lab.vm, &disk, "write -P 7 7M 64k");

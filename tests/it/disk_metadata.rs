@@ -106,7 +106,7 @@ fn a_disk_that_is_deleted_meanwhile_is_not_found_and_nothing_is_left() {
     waits_for(&call, &format!("locks/metadata.{disk}"));
     // What delete_disk does once it has the lock.
     host.store().remove::<DiskRecord>(&disk).unwrap();
-    writes.retire().unwrap();
+    writes.unlink().unwrap();
     let late = Answer::of(&call.wait_with_output().unwrap());
     assert_eq!(late.failure().kind, "DiskNotFound");
     host.ok("delete_disk", &json!([disk]));

@@ -58,7 +58,7 @@ fn a_detached_disk_is_copied_into_what_was_asked_for() {
         );
         let is = record(&host, &disk);
         assert_eq!(json!(is.cloud_properties), properties);
-        assert_eq!((is.size.get(), is.leftover), (size, None));
+        assert_eq!((is.size.get(), is.inactive_image), (size, None));
         assert_eq!(json!(is.format), properties.get("format").cloned().unwrap_or(json!("qcow2")));
         assert_eq!(is.encrypted, properties["encrypted"] == true);
         assert_eq!(json!(is.pool), properties["pool"]);
@@ -88,7 +88,7 @@ fn an_attached_disk_is_copied_while_its_guest_writes() {
         host.ok("update_disk", &json!([disk, size, properties]));
         let is = record(&host, &disk);
         assert_eq!(
-            (is.size.get(), is.leftover.clone(), is.generation),
+            (is.size.get(), is.inactive_image.clone(), is.generation),
             (size, None, step as u16 + 1)
         );
         assert_eq!(images(&host, &disk).len(), 1, "{change}");

@@ -203,7 +203,7 @@ fn room_that_a_copy_at_work_will_take_is_given_to_nobody_else() {
     let copy = DiskImage { generation: 1, ..disk.current() };
     let work = host.store().lock(Rank::Disk, &first, Instant::now()).unwrap();
     noted(first.as_str());
-    host.store().write(&DiskRecord { leftover: Some(copy), ..disk }).unwrap();
+    host.store().write(&DiskRecord { inactive_image: Some(copy), ..disk }).unwrap();
     has_room(false);
     drop(work);
     has_room(true);

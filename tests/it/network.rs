@@ -169,7 +169,7 @@ fn somebody_elses_bridge_and_subnet_are_refused_untouched() {
 
     let before = lab.state();
     let wide = Segment {
-        keeper: Keeper::Us {
+        keeper: Keeper::Cpi {
             addresses: vec!["192.0.0.1/16".parse().unwrap()],
             masquerade: true,
             services: None,

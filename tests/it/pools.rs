@@ -235,7 +235,7 @@ fn a_growth_is_counted_before_the_image_grows() {
     assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
     host.ok("resize_disk", &json!([one, 35]));
     let record = host.store().read::<DiskRecord>(&one).unwrap().unwrap();
-    assert_eq!((record.size.get(), record.grows_to), (35, None));
+    assert_eq!((record.size.get(), record.resize_target), (35, None));
 }
 
 #[test]
@@ -414,7 +414,7 @@ fn the_list_of_pools_counts_all_that_is_in_them() {
     let mut record = host.store().read::<DiskRecord>(&kept).unwrap().unwrap();
     let copy = bosh_qemu_cpi::store::record::DiskImage { generation: 1, ..record.current() };
     fs::write(fast.path().join(kept.to_string()).join(copy.file_name()), vec![1; 1 << 20]).unwrap();
-    record.leftover = Some(copy);
+    record.inactive_image = Some(copy);
     host.store().write(&record).unwrap();
     let with_copy = list().1;
     assert_eq!(of(&with_copy, "virtual_size"), 89 << 20);

@@ -256,7 +256,7 @@ impl Lab {
 
 /// The cids of all that is ready.
 fn ready<R: Record>(host: &Host) -> Vec<String> {
-    let records = host.store().readable::<R>().unwrap().into_iter();
+    let records = host.store().list_readable::<R>().unwrap().into_iter();
     records
         .filter(|record| record.phase() == Phase::Ready)
         .map(|record| record.cid().to_string())
@@ -364,7 +364,7 @@ fn update_disk() {
     lab.walk("update_disk", &json!([lab.free, 9, {"format": "raw"}]), |_| {
         let disk = lab.record::<DiskRecord>(&lab.free);
         assert_eq!(
-            (disk.size.get(), disk.image().as_str(), disk.leftover),
+            (disk.size.get(), disk.image().as_str(), disk.inactive_image),
             (9, "disk-1.raw", None)
         );
     });

@@ -153,7 +153,7 @@ fn assert_nothing_of_it(host: &Host, vm: &VmCid, disk: &DiskCid) {
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
     assert_eq!(in_qemu(host, vm, "snap-"), [0; 3]);
     assert_eq!(in_qemu(host, vm, disk.as_str()), [0, 2, 1]);
-    assert_eq!(record(host, disk).leftover, None);
+    assert_eq!(record(host, disk).inactive_image, None);
     assert!(host.left().iter().all(|left| !left.contains("snap-")), "{:?}", host.left());
 }
 
@@ -201,7 +201,7 @@ fn whoever_ends_a_copy_half_way_nothing_is_left() {
     let message = failure(call).message;
     assert!(message.contains(&ended), "{message}");
     assert_eq!(
-        (record(&host, &disk).leftover, record(&host, &disk).image()),
+        (record(&host, &disk).inactive_image, record(&host, &disk).image()),
         (None, "disk.raw".to_owned())
     );
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
@@ -268,7 +268,7 @@ fn a_vm_that_is_off_waits_for_no_copy() {
 
     host.power_off(&vm);
     let half_copy = || {
-        let copy = record(&host, &disk).leftover?;
+        let copy = record(&host, &disk).inactive_image?;
         Some(host.store().disk_image_at(&disk, &copy).unwrap())
     };
     let (call, process) = halted(&host, "update_disk", &json!([disk, 256, {}]), half_copy);

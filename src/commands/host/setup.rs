@@ -92,7 +92,7 @@ fn missing() -> impl Iterator<Item = &'static str> {
 
 fn remove(setup: &Setup, mut print: impl FnMut(&str) -> Result<()>) -> Result<bool> {
     let config = Document::read(None).and_then(|document| document.config())?;
-    let vms = Store::of(&config).list::<VmRecord>()?.len();
+    let vms = Store::from_config(&config).list::<VmRecord>()?.len();
     if vms > 0 && setup.root == Path::new("/") {
         return Err(Error::new(ErrorKind::Conflict, format!("{vms} VMs are on this host")).hint(
             "have BOSH delete them first, or mark the host as draining and recreate them elsewhere",

@@ -79,7 +79,7 @@ impl Audit<'_> {
         match self.cpi.store.read::<DiskRecord>(disk) {
             Ok(Some(record)) => Ok(Some((lock, record))),
             Ok(None) => {
-                lock.retire()?;
+                lock.unlink()?;
                 let next = format!(
                     "restore the disk's record from a backup, or call detach_disk for VM '{}'",
                     vm.cid

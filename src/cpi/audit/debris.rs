@@ -36,8 +36,7 @@ impl Audit<'_> {
     fn locks(&mut self) -> Result<()> {
         let store = &self.cpi.store;
         for (rank, name) in store.locks()? {
-            let is_somethings =
-                || store.is_locked_for_something(rank, &name) || self.cpi.is_noted(&name);
+            let is_somethings = || store.lock_has_object(rank, &name) || self.cpi.is_noted(&name);
             let is_left = || is_left(&store.lock_path(rank, &name), store.last_holder(rank, &name));
             if rank == Rank::Vm || is_somethings() || !is_left() {
                 continue;
@@ -45,10 +44,10 @@ impl Audit<'_> {
             let Some(hold) = self.hold(rank, &name) else { continue };
             if !hold.had_file() {
                 // It went while we looked, and is there again for that alone.
-                hold.retire()?;
+                hold.unlink()?;
             } else if !is_somethings() {
                 let what = format!("lock {}.{name}", rank.as_str());
-                self.found(Kind::Orphan, &what, "what it is for is gone", || hold.retire());
+                self.found(Kind::Orphan, &what, "what it is for is gone", || hold.unlink());
             }
         }
         Ok(())

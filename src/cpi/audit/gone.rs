@@ -17,8 +17,8 @@ use crate::host::uids;
 use crate::link_name::LinkName;
 use crate::net::{apply, guard, tap};
 use crate::qemu::topology::MAX_NICS;
-use crate::store::claims::{self, Claim};
 use crate::store::record::Nic;
+use crate::store::reservations::{self, Reservation};
 use crate::store::{Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, Button, PowerState, power_state};
 
@@ -30,7 +30,7 @@ struct Remains {
     qemu: Option<i32>,
     taps: Vec<LinkName>,
     rules: guard::Remains,
-    claims: Vec<Claim>,
+    claims: Vec<Reservation>,
     /// Bridges of ours that it was on and nobody is now.
     bridges: Vec<LinkName>,
     group: Cgroup,
@@ -43,12 +43,12 @@ impl Audit<'_> {
         let recorded = self.recorded()?;
         for vm in self.named_vms()? {
             // A link to nothing is a VM whose filesystem is not mounted.
-            if atomic::is_there(&self.cpi.store.vm(&vm).dir) {
+            if atomic::entry_exists(&self.cpi.store.vm(&vm).dir) {
                 continue;
             }
             let Some(lock) = self.hold(Rank::Vm, &vm) else { continue };
             let locked = lock.had_file();
-            if atomic::is_there(&self.cpi.store.vm(&vm).dir) || self.cpi.has_note(&vm) {
+            if atomic::entry_exists(&self.cpi.store.vm(&vm).dir) || self.cpi.has_note(&vm) {
                 continue;
             }
             let looked = self.remains(&vm, locked, &recorded);
@@ -72,18 +72,18 @@ impl Audit<'_> {
             }
             let (cpi, words) = (self.cpi, remains.words());
             if words.is_empty() {
-                lock.retire()?;
+                lock.unlink()?;
                 continue;
             }
             let mut lock = Some(lock);
             let why = format!("the VM is gone, but not its {}", words.join(", "));
             self.found(Kind::Orphan, &vm, &why, || {
                 remains.remove(cpi)?;
-                lock.take().expect("taken once").retire()
+                lock.take().expect("taken once").unlink()
             });
             // One that was not there before is not left.
             if let Some(lock) = lock.filter(|_| !locked) {
-                lock.retire()?;
+                lock.unlink()?;
             }
         }
         Ok(())
@@ -93,7 +93,7 @@ impl Audit<'_> {
     fn named_vms(&self) -> Result<BTreeSet<VmCid>> {
         let store = &self.cpi.store;
         let mut named: BTreeSet<_> = store.list_running()?.into_iter().collect();
-        named.extend(store.claimed()?.into_iter().map(|(_, vm)| vm));
+        named.extend(store.reservations()?.into_iter().map(|(_, vm)| vm));
         named.extend(uids::claims(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
         let locks = store.locks()?.into_iter().filter(|(rank, _)| *rank == Rank::Vm);
         named.extend(locks.filter_map(|(_, name)| VmCid::parse(&name).ok()));
@@ -104,16 +104,16 @@ impl Audit<'_> {
     fn remains(&self, vm: &VmCid, locked: bool, recorded: &Recorded) -> Result<Remains> {
         let store = &self.cpi.store;
         let paths = store.vm(vm);
-        let mut claims = store.claimed()?;
+        let mut claims = store.reservations()?;
         claims.retain(|(claim, holder)| holder == vm && !recorded.claims.contains(&claim.name()));
         let claims: Vec<_> = claims.into_iter().map(|(claim, _)| claim).collect();
         let (mut places, mut ports) = (Vec::new(), Vec::new());
         for claim in &claims {
             match claim {
-                Claim::Addresses { wire, block } => {
-                    places.extend(claims::bridge(wire).map(|bridge| (bridge, *block)))
+                Reservation::Addresses { wire, block } => {
+                    places.extend(reservations::bridge(wire).map(|bridge| (bridge, *block)))
                 }
-                Claim::Port { protocol, port, .. } => ports.push((protocol.number(), *port)),
+                Reservation::Port { protocol, port, .. } => ports.push((protocol.number(), *port)),
             }
         }
         let wires: BTreeSet<_> = places.iter().map(|(bridge, _)| bridge.clone()).collect();
@@ -193,12 +193,12 @@ impl Remains {
             apply::remove_tap(tap)?;
         }
         for bridge in &self.bridges {
-            let _lock = cpi.store.brief(Rank::Network, bridge, deadline)?;
+            let _lock = cpi.store.short_lock(Rank::Network, bridge, deadline)?;
             apply::release_stray(bridge)?;
         }
         self.rules.remove()?;
         self.group.remove()?;
-        cpi.store.release_claims(&self.vm)?;
+        cpi.store.release_reservations(&self.vm)?;
         for uid in &self.uids {
             uids::release(cpi.store.state_dir(), &self.vm, *uid)?;
         }

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use super::Audit;
 use crate::error::{ErrorKind, Result};
-use crate::store::{Glance, Guard, Rank};
+use crate::store::{Guard, Rank, TryLock};
 
 /// Kept as long as the thing is looked at.
 pub(super) enum Hold {
     /// Its lock, as who changes something must have it.
     Lock(Guard),
     /// For who only looks, on whatever filesystem.
-    Look(Glance),
+    Look(TryLock),
 }
 
 impl Audit<'_> {
@@ -20,12 +20,12 @@ impl Audit<'_> {
     pub(super) fn idle(&mut self, rank: Rank, name: impl Display) -> Option<Hold> {
         let name = name.to_string();
         let hold = self.hold(rank, &name)?;
-        if self.cpi.store.is_locked_for_something(rank, &name) {
+        if self.cpi.store.lock_has_object(rank, &name) {
             return Some(hold);
         }
         // One that was there before is a name of what may be left.
         if !hold.had_file()
-            && let Err(error) = hold.retire()
+            && let Err(error) = hold.unlink()
         {
             tracing::warn!(error = error.report(), "a lock of nothing stays");
         }
@@ -38,7 +38,7 @@ impl Audit<'_> {
         let held = if self.mend {
             store.lock(rank, &name, Instant::now()).map(|lock| Some(Hold::Lock(lock)))
         } else {
-            store.glance(rank, &name).map(|glance| glance.map(Hold::Look))
+            store.try_lock(rank, &name).map(|glance| glance.map(Hold::Look))
         };
         match held {
             Err(error) if error.kind() == ErrorKind::Timeout => None,
@@ -73,9 +73,9 @@ impl Hold {
     }
 
     /// Releases it; a lock file that is there only for this goes, too.
-    pub(super) fn retire(self) -> Result<()> {
+    pub(super) fn unlink(self) -> Result<()> {
         match self {
-            Self::Lock(lock) => lock.retire(),
+            Self::Lock(lock) => lock.unlink(),
             Self::Look(_) => Ok(()),
         }
     }

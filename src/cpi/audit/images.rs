@@ -53,7 +53,7 @@ impl Audit<'_> {
         for cid in cpi.store.list::<DiskRecord>()? {
             let Some(hold) = self.idle(Rank::Disk, &cid) else { continue };
             let Ok(Some(disk)) = cpi.store.read::<DiskRecord>(&cid) else { continue };
-            let Err(error) = cpi.store.is_ours(&disk) else { continue };
+            let Err(error) = cpi.store.ensure_owned(&disk) else { continue };
             match error.kind() {
                 ErrorKind::Conflict => {}
                 ErrorKind::Corrupt => {
@@ -64,11 +64,16 @@ impl Audit<'_> {
                 _ => continue,
             }
             if !cpi.store.is_outdated(&disk).unwrap_or(false) {
-                self.told(Kind::Orphan, &cid, &error.chain(), error.advice().unwrap_or_default());
+                self.told(
+                    Kind::Orphan,
+                    &cid,
+                    &error.chain(),
+                    error.hint_text().unwrap_or_default(),
+                );
                 continue;
             }
             let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();
-            match cpi.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
+            match cpi.store.list_readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
                 Some(vm) => {
                     self.told(
                         Kind::Orphan,
@@ -81,19 +86,19 @@ impl Audit<'_> {
                     let mut hold = Some(hold);
                     self.found(Kind::Orphan, &cid, &error.chain(), || {
                         let metadata = cpi.store.lock(Rank::Metadata, &cid, Self::deadline())?;
-                        cpi.store.forget(&cid)?;
-                        metadata.retire()?;
-                        hold.take().expect("taken once").retire()
+                        cpi.store.remove_local(&cid)?;
+                        metadata.unlink()?;
+                        hold.take().expect("taken once").unlink()
                     });
                 }
             }
         }
-        for cid in cpi.store.moving()? {
+        for cid in cpi.store.moving_disks()? {
             let Some(hold) = self.hold(Rank::Disk, &cid) else { continue };
             if matches!(cpi.store.find::<DiskRecord>(&cid), Ok(None)) {
                 let why = "it was on its way from one host to another";
-                self.found(Kind::Unfinished, &cid, why, || cpi.store.let_go(&cid));
-                hold.retire()?;
+                self.found(Kind::Unfinished, &cid, why, || cpi.store.finish_release(&cid));
+                hold.unlink()?;
             }
         }
         Ok(())
@@ -101,10 +106,11 @@ impl Audit<'_> {
 
     /// The key of encrypted disks, without which none of them can be opened.
     fn disk_key(&mut self) -> Result<()> {
-        let (store, key) = (&self.cpi.store, DiskKey::of(&self.cpi.config));
-        let disks = store.readable::<DiskRecord>()?.into_iter();
-        let mut disks = disks
-            .chain(store.readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk));
+        let (store, key) = (&self.cpi.store, DiskKey::from_config(&self.cpi.config));
+        let disks = store.list_readable::<DiskRecord>()?.into_iter();
+        let mut disks = disks.chain(
+            store.list_readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk),
+        );
         if disks.any(|disk| disk.encrypted)
             && let Err(error) = key.read()
         {

@@ -101,7 +101,7 @@ impl Cpi {
     /// Everything that is not as it should be. Changes nothing, and needs nothing but to read.
     pub fn audit(&self) -> Vec<Finding> {
         let mut audit = Audit { cpi: self, mend: false, findings: Vec::new() };
-        match self.store.is_understood() {
+        match self.store.is_initialized() {
             Ok(_) if self.store.state_dir().exists() => audit.everything(),
             Ok(_) => {}
             // Whatever else is there may mean anything.
@@ -116,10 +116,10 @@ impl Cpi {
     /// As [`Store::prepare`](crate::store::Store::prepare), and if nothing can be written.
     pub fn gc(&self) -> Result<Vec<Finding>> {
         let mut audit = Audit { cpi: self, mend: true, findings: Vec::new() };
-        self.store.is_mounted()?;
+        self.store.ensure_mounted()?;
         if self.store.state_dir().exists() {
             self.store.prepare()?;
-            self.store.can_be_changed()?;
+            self.store.ensure_writable()?;
             audit.everything();
         }
         Ok(audit.findings)
@@ -149,7 +149,7 @@ struct Audit<'a> {
 
 impl Audit<'_> {
     fn everything(&mut self) {
-        let ours = self.cpi.store.goes_with_run_dir();
+        let ours = self.cpi.store.ensure_run_dir_matches();
         if let Err(error) = &ours {
             self.unusable(&"run_dir", error);
         }
@@ -187,12 +187,12 @@ impl Audit<'_> {
 
     /// Notes a file of ours that can not be used.
     fn unusable(&mut self, what: &impl ToString, error: &Error) {
-        self.told(Kind::Corrupt, what, &error.chain(), error.advice().unwrap_or(LOOK_AGAIN));
+        self.told(Kind::Corrupt, what, &error.chain(), error.hint_text().unwrap_or(LOOK_AGAIN));
     }
 
     /// Notes something that can not be looked at.
     fn unknown(&mut self, what: &impl ToString, error: &Error) {
-        self.told(Kind::Unknown, what, &error.chain(), error.advice().unwrap_or(LOOK_AGAIN));
+        self.told(Kind::Unknown, what, &error.chain(), error.hint_text().unwrap_or(LOOK_AGAIN));
     }
 
     fn deadline() -> Instant {

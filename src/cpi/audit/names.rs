@@ -7,7 +7,7 @@ use super::{Audit, Kind};
 use crate::cid::VmCid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::uids;
-use crate::store::claims::Claim;
+use crate::store::reservations::Reservation;
 use crate::store::{Phase, Rank, VmRecord, atomic};
 
 impl Audit<'_> {
@@ -48,14 +48,14 @@ impl Audit<'_> {
     fn claims(&mut self, vm: &VmRecord) -> Result<()> {
         let cpi = self.cpi;
         let claimed: Vec<_> =
-            cpi.store.claimed()?.into_iter().filter(|(_, holder)| *holder == vm.cid).collect();
-        for claim in Claim::all_of(vm) {
+            cpi.store.reservations()?.into_iter().filter(|(_, holder)| *holder == vm.cid).collect();
+        for claim in Reservation::all_of(vm) {
             if claimed.iter().any(|(its, _)| *its == claim) {
                 continue;
             }
             let why = format!("it does not say that VM '{}' has it", vm.cid);
             self.found(Kind::Unclaimed, &format!("claim {}", claim.name()), &why, || {
-                cpi.store.with_claims(Self::deadline(), |claims| {
+                cpi.store.with_reservations(Self::deadline(), |claims| {
                     match claims.restore(&vm.cid, &claim)? {
                         None => Ok(()),
                         Some(other) => {
@@ -81,7 +81,7 @@ impl Audit<'_> {
                 self.told(Kind::Corrupt, &what, "it does not say which VM has the uid", next);
             }
         }
-        for (claim, error) in self.cpi.store.damaged_claims()? {
+        for (claim, error) in self.cpi.store.damaged_reservations()? {
             if !recorded.claims.contains(&claim.name()) {
                 self.unusable(&format!("claim {}", claim.name()), &error);
             }
@@ -90,15 +90,15 @@ impl Audit<'_> {
     }
 
     fn exists(&self, vm: &VmCid) -> bool {
-        atomic::is_there(&self.cpi.store.vm(vm).dir)
+        atomic::entry_exists(&self.cpi.store.vm(vm).dir)
     }
 
     /// What the records that can be read say.
     pub(super) fn recorded(&self) -> Result<Recorded> {
         let mut recorded = Recorded::default();
-        for vm in self.cpi.store.readable::<VmRecord>()? {
+        for vm in self.cpi.store.list_readable::<VmRecord>()? {
             recorded.uids.insert(vm.uid);
-            recorded.claims.extend(Claim::all_of(&vm).iter().map(Claim::name));
+            recorded.claims.extend(Reservation::all_of(&vm).iter().map(Reservation::name));
         }
         Ok(recorded)
     }

@@ -49,7 +49,7 @@ impl Audit<'_> {
             let noted = self.cpi.has_note(&cid);
             let untold =
                 matches!(phase, Ok(Some(Phase::Ready))) && self.is_untold::<NetworkRecord>(&cid);
-            lock.retire()?;
+            lock.unlink()?;
             match phase {
                 Ok(Some(Phase::Deleting)) => self.unfinished_removal(&cid),
                 // One with a note was found before.
@@ -61,7 +61,9 @@ impl Audit<'_> {
                 }
                 Ok(None)
                     if !noted
-                        && atomic::is_there(&self.cpi.store.record_dir::<NetworkRecord>(&cid)) =>
+                        && atomic::entry_exists(
+                            &self.cpi.store.record_dir::<NetworkRecord>(&cid),
+                        ) =>
                 {
                     self.without_record(&cid, &self.cpi.store.record_dir::<NetworkRecord>(&cid));
                 }
@@ -155,7 +157,7 @@ impl Audit<'_> {
         lacks.extend(
             lack.guard.then(|| "what its VMs may send, in nft table bosh-qemu-guard".to_owned()),
         );
-        if network.kept && !kept::by(&self.cpi.store.owner()?)?.contains(bridge) {
+        if network.kept && !kept::by(&self.cpi.store.state_dir_id()?)?.contains(bridge) {
             lacks.push("the word that it stays without VMs".to_owned());
         }
         Ok(lacks)
@@ -180,7 +182,7 @@ impl Audit<'_> {
 
     /// Bridges with our word on them, but without a pin: somebody removed that by hand.
     fn kept_for_nobody(&mut self) -> Result<()> {
-        let (cpi, owner) = (self.cpi, self.cpi.store.owner()?);
+        let (cpi, owner) = (self.cpi, self.cpi.store.state_dir_id()?);
         for bridge in kept::by(&owner)? {
             let Some(lock) = self.hold(Rank::Network, &bridge) else { continue };
             if !cpi.store.is_pinned(&bridge) {
@@ -194,7 +196,7 @@ impl Audit<'_> {
                     },
                 );
             }
-            lock.retire()?;
+            lock.unlink()?;
         }
         Ok(())
     }

@@ -29,16 +29,16 @@ impl Audit<'_> {
             drop(lock);
             let cpi = self.cpi;
             let Some(disk) =
-                disk.filter(|disk| disk.phase == Phase::Ready && disk.leftover.is_some())
+                disk.filter(|disk| disk.phase == Phase::Ready && disk.inactive_image.is_some())
             else {
                 continue;
             };
-            if cpi.store.is_elsewhere(&disk) {
+            if cpi.store.is_no_longer_owned(&disk) {
                 // It is told of as what it is now.
                 continue;
             }
             self.found(Kind::Unfinished, &cid, "a copy of it was cut short", || {
-                match cpi.locked_disk(&cid, Self::deadline())?.1.leftover {
+                match cpi.locked_disk(&cid, Self::deadline())?.1.inactive_image {
                     None => Ok(()),
                     Some(left) => {
                         let path = cpi.store.disk_image_at(&cid, &left)?;
@@ -138,10 +138,10 @@ impl Audit<'_> {
                         &self.cpi.store.pending_dir().join(&name),
                         self.cpi.noted_by(&name),
                     ));
-            if self.cpi.store.is_locked_for_something(rank, &lock) {
+            if self.cpi.store.lock_has_object(rank, &lock) {
                 drop(hold);
             } else {
-                hold.retire()?;
+                hold.unlink()?;
             }
             let is_found = |finding: &Finding| finding.what == name && finding.kind != Kind::Untold;
             if is_over && !self.findings.iter().any(is_found) {

@@ -128,7 +128,7 @@ fn others_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, Ip
 
 fn addresses(segment: &Segment) -> &[IpNetwork] {
     match &segment.keeper {
-        Keeper::Us { addresses, .. } => addresses,
+        Keeper::Cpi { addresses, .. } => addresses,
         Keeper::Operator => &[],
     }
 }
@@ -145,7 +145,7 @@ fn forwarded(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
 pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     let passes = match &segment.keeper {
-        Keeper::Us { addresses, closed, services, .. } => {
+        Keeper::Cpi { addresses, closed, services, .. } => {
             if services.as_ref().is_some_and(|services| !services.is_empty()) {
                 firewalls::services(segment, facts, &mut findings);
             }

@@ -9,7 +9,13 @@ fn segment(keeper: Keeper) -> Segment {
 
 fn nat(address: &str) -> Segment {
     let addresses = vec![address.parse().unwrap()];
-    segment(Keeper::Us { addresses, masquerade: true, services: None, closed: false, uplink: None })
+    segment(Keeper::Cpi {
+        addresses,
+        masquerade: true,
+        services: None,
+        closed: false,
+        uplink: None,
+    })
 }
 
 /// A host with a way to the world and nothing in it.
@@ -90,7 +96,7 @@ fn a_table_concerns_who_speaks_its_ip_version() {
     ");
     assert_eq!(said(&nat("10.0.0.1/24"), &both).lines().count(), 2);
     assert_eq!(said(&nat("10.0.0.1/24"), &host(vec![v6(docker.clone())])), "");
-    let two = segment(Keeper::Us {
+    let two = segment(Keeper::Cpi {
         addresses: vec!["10.0.0.1/24".parse().unwrap(), "fd00::1/64".parse().unwrap()],
         masquerade: true,
         services: None,
@@ -113,12 +119,13 @@ fn a_table_concerns_who_speaks_its_ip_version() {
 
 #[test]
 fn firewalls_that_close_the_host() {
-    let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
+    let Keeper::Cpi { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper
+    else {
         panic!()
     };
     let serving = |services| {
         let (addresses, uplink) = (addresses.clone(), uplink.clone());
-        segment(Keeper::Us { addresses, masquerade, services: Some(services), closed, uplink })
+        segment(Keeper::Cpi { addresses, masquerade, services: Some(services), closed, uplink })
     };
     let closed = |foreign: Foreign| Foreign { closing: Some("INPUT".into()), ..foreign };
     let ufw = closed(table("filter", None, &["INPUT", "ufw-before-input"]));
@@ -136,10 +143,10 @@ fn firewalls_that_close_the_host() {
 
 #[test]
 fn firewalld_lets_nobody_in_to_vms_that_keep_their_addresses() {
-    let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
+    let Keeper::Cpi { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
         panic!()
     };
-    let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
+    let routed = segment(Keeper::Cpi { addresses, masquerade: false, services, closed, uplink });
     let firewalld = Foreign { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
     insta::assert_snapshot!(said(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"
     firewalld drops what is forwarded, and so the packets of VMs on bridge 'bosh-nat0'

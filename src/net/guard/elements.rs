@@ -109,7 +109,7 @@ fn admitted(tap: &Part, admits: &[Admission]) -> [Members; 4] {
 
 /// The same for each of its addresses, where the host is its gateway and can have masqueraded who speaks.
 fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> Vec<Members> {
-    let gateway = matches!(&segment.keeper, Keeper::Us { addresses, .. } if !addresses.is_empty());
+    let gateway = matches!(&segment.keeper, Keeper::Cpi { addresses, .. } if !addresses.is_empty());
     let place = |block: &IpNetwork| place(&segment.bridge, *block);
     let places = |v4: bool| {
         addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(place)

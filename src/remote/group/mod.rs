@@ -27,7 +27,7 @@ use serde_json::{Map, Value};
 use self::place::{Candidate, Need};
 use super::caller::{Host, Told, Untold};
 use super::errand::{Answered, Errand, carried};
-use crate::cid::{Cid, DiskCid, VmCid, is_from};
+use crate::cid::{Cid, DiskCid, VmCid, is_from_host};
 use crate::config::{Config, HostEntry};
 use crate::cpi::Cpi;
 use crate::cpi::cloud_properties::{self, DiskCloudProperties, VmCloudProperties};
@@ -108,7 +108,7 @@ impl Group {
 
     /// Has the host that has `cid` do it.
     fn by(&self, errand: &Errand<'_>, cid: &str) -> Outcome {
-        for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
+        for member in self.members.iter().filter(|member| is_from_host(cid, &member.host.name)) {
             if let Some(answered) = self.send_if_there(errand, member, &[cid])? {
                 return Ok(answered.into_outcome());
             }
@@ -293,7 +293,7 @@ impl Group {
     /// The host of `cid`: the one whose trace it bears, if that has it.
     fn find_one(&self, errand: &Errand<'_>, cid: &str) -> Result<Option<&Member>> {
         let wanted = [cid.to_owned()];
-        for member in self.members.iter().filter(|member| is_from(cid, &member.host.name)) {
+        for member in self.members.iter().filter(|member| is_from_host(cid, &member.host.name)) {
             if !member.host.find(&wanted, soon(errand)).map_err(|untold| untold.error)?.is_empty() {
                 return Ok(Some(member));
             }
@@ -302,7 +302,7 @@ impl Group {
     }
 
     fn attach(&self, errand: &Errand<'_>, vm: &VmCid, disk: &DiskCid) -> Outcome {
-        for member in self.members.iter().filter(|member| vm.is_from(&member.host.name)) {
+        for member in self.members.iter().filter(|member| vm.is_from_host(&member.host.name)) {
             if let Some(answered) =
                 self.send_if_there(errand, member, &[vm.as_str(), disk.as_str()])?
             {

@@ -23,7 +23,8 @@ pub struct DiskRecord {
     pub size: MiB,
     /// What a resize_disk makes of it, so that others count it before the image grows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grows_to: Option<MiB>,
+    #[serde(rename = "grows_to")]
+    pub resize_target: Option<MiB>,
     /// Which of its images is in force: 0, or one more with each copy `update_disk` made.
     #[serde(default)]
     pub generation: u16,
@@ -46,7 +47,8 @@ pub struct DiskRecord {
     pub encrypted: bool,
     /// An image that is not in force, to be removed: a copy that is being made, or what was in force before it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leftover: Option<DiskImage>,
+    #[serde(rename = "leftover")]
+    pub inactive_image: Option<DiskImage>,
     /// The VM that may have it: that VM's record decides. Always written before the VM's.
     pub vm: Option<VmCid>,
     /// The most it may do.
@@ -120,8 +122,8 @@ impl DiskRecord {
     }
 
     /// The most its image may come to show.
-    pub fn promised(&self) -> MiB {
-        self.grows_to.map_or(self.size, |more| more.max(self.size))
+    pub fn size_after_resize(&self) -> MiB {
+        self.resize_target.map_or(self.size, |more| more.max(self.size))
     }
 
     /// The same disk with another image in force.
@@ -132,8 +134,8 @@ impl DiskRecord {
 
     /// Puts the leftover in force; what was in force is the leftover now.
     pub fn switch(&mut self) {
-        if let Some(image) = &self.leftover {
-            *self = Self { leftover: Some(self.current()), ..self.with_image(image) };
+        if let Some(image) = &self.inactive_image {
+            *self = Self { inactive_image: Some(self.current()), ..self.with_image(image) };
         }
     }
 
@@ -189,7 +191,7 @@ impl Record for DiskRecord {
     }
 
     fn pools(&self) -> Vec<&str> {
-        let leftover = self.leftover.as_ref().and_then(|leftover| leftover.pool.as_deref());
+        let leftover = self.inactive_image.as_ref().and_then(|leftover| leftover.pool.as_deref());
         self.pool.as_deref().into_iter().chain(leftover).collect()
     }
 }

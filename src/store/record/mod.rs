@@ -156,7 +156,7 @@ pub struct VmRecord {
     pub stemcell: StemcellCid,
     /// Its hardware.
     pub machine: Machine,
-    /// Owner of its QEMU process.
+    /// StateDirId of its QEMU process.
     pub uid: u32,
     /// Its network cards, in manifest order.
     pub nics: Vec<Nic>,

@@ -114,7 +114,8 @@ pub enum Keeper {
     /// The operator. It must be there, and nothing of it is ever changed.
     Operator,
     /// We do, with the first VM on it, and remove it with the last.
-    Us {
+    #[serde(rename = "us")]
+    Cpi {
         /// The host's addresses on the bridge, each with its subnet's prefix.
         addresses: Vec<IpNetwork>,
         /// Whether VMs reach the world under the host's own address.

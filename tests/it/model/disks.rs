@@ -142,7 +142,7 @@ pub fn restore(lab: &mut Lab, random: &mut Random) {
 /// Nothing is begun, and the data is there, of the size and in the format that was asked for.
 pub fn check_data(lab: &Lab, disk: &DiskCid) {
     let (is, model) = (record(&lab.host, disk), &lab.disks[disk]);
-    assert_eq!((&is.leftover, is.grows_to), (&None, None), "{disk}");
+    assert_eq!((&is.inactive_image, is.resize_target), (&None, None), "{disk}");
     assert_eq!((is.size.get(), json!(is.format)), (model.size, json!(model.format)), "{disk}");
     assert_eq!(metadata(&lab.host, disk), model.metadata, "{disk}");
     match runs_with(lab, disk) {

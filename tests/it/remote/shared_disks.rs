@@ -324,7 +324,7 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
             for refused in [take(gone, &disk).unwrap_err(), format!("{asked:?}")] {
                 assert!(refused.contains("what is here is newer"), "{refused}");
             }
-            gone.store().forget(&disk).unwrap();
+            gone.store().remove_local(&disk).unwrap();
             assert!(gone.command(&["gc", "--json"]).0);
         } else {
             assert!(well, "after '{point}': {found}");

@@ -216,7 +216,8 @@ fn a_host_of_an_older_version_is_not_asked_what_it_would_not_keep_to() {
         BufReader::new(&stream).read_line(&mut question).unwrap();
         question
     });
-    let refused = office.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_at("kvm-0")]));
+    let refused =
+        office.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_on_host("kvm-0")]));
     let message = &refused.failure().message;
     assert!(
         message

@@ -272,7 +272,7 @@ impl Host {
 
     /// Its records and paths.
     pub fn store(&self) -> Store {
-        Store::of(&Config::load(Some(&self.path("cpi.json"))).unwrap())
+        Store::from_config(&Config::load(Some(&self.path("cpi.json"))).unwrap())
     }
 
     /// A VM's files.

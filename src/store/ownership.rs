@@ -19,7 +19,7 @@
 //! ```
 //!
 //! A disk without a mark, of a version that made none, is its record's. Nobody opens an image of a disk that is another
-//! host's: see [`Store::is_ours`].
+//! host's: see [`Store::ensure_owned`].
 
 use std::path::{Path, PathBuf};
 
@@ -110,8 +110,8 @@ impl Place<'_> {
         // Nothing uses it, and no call about it was cut short: nobody writes this down of any other disk.
         Ok(DiskRecord {
             vm: None,
-            leftover: None,
-            grows_to: None,
+            inactive_image: None,
+            resize_target: None,
             phase: Phase::Ready,
             pool,
             ..record
@@ -125,7 +125,7 @@ impl Store {
         let mut places = Vec::new();
         for pool in self.pools().shared() {
             let dir = self.pools().dir(pool)?.join(cid);
-            if atomic::is_there(&dir) {
+            if atomic::entry_exists(&dir) {
                 places.push(self.look(pool, dir)?);
             }
         }
@@ -170,7 +170,7 @@ impl Store {
     ///
     /// # Errors
     /// Those of [`super::Pools::dir`].
-    pub fn is_within_reach(&self, cid: &DiskCid) -> Result<bool> {
+    pub fn is_in_shared_pool(&self, cid: &DiskCid) -> Result<bool> {
         self.places(cid).map(|places| !places.is_empty())
     }
 
@@ -178,7 +178,7 @@ impl Store {
     ///
     /// # Errors
     /// Those of [`super::Pools::dir`]: a pool that can not be looked at may have it.
-    pub fn is_free(&self, cid: &DiskCid) -> Result<bool> {
+    pub fn can_take(&self, cid: &DiskCid) -> Result<bool> {
         Ok(self
             .places(cid)?
             .iter()
@@ -189,7 +189,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] if one has it. Those of [`super::Pools::dir`].
-    pub fn is_nowhere_else(&self, cid: &DiskCid) -> Result<()> {
+    pub fn ensure_not_owned_elsewhere(&self, cid: &DiskCid) -> Result<()> {
         let places = self.places(cid)?;
         let Some(other) = places.iter().find(|place| place.whose == Whose::Others) else {
             return Ok(());
@@ -208,11 +208,11 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Conflict`] if it was given up or another host has taken it; [`ErrorKind::Corrupt`] if this host does not
     /// know any more who it is.
-    pub fn is_ours(&self, disk: &DiskRecord) -> Result<()> {
-        self.are_ours(disk, &self.places_of(disk)?)
+    pub fn ensure_owned(&self, disk: &DiskRecord) -> Result<()> {
+        self.ensure_owned_in(disk, &self.places_of(disk)?)
     }
 
-    fn are_ours(&self, disk: &DiskRecord, places: &[Place<'_>]) -> Result<()> {
+    fn ensure_owned_in(&self, disk: &DiskRecord, places: &[Place<'_>]) -> Result<()> {
         for place in places {
             let (cid, has) = (&disk.cid, place.has());
             let now = match place.whose {
@@ -242,8 +242,8 @@ impl Store {
     }
 
     /// Whether a disk that has a record here is known not to be this host's any more.
-    pub fn is_elsewhere(&self, disk: &DiskRecord) -> bool {
-        self.is_ours(disk).is_err_and(|error| error.kind() == ErrorKind::Conflict)
+    pub fn is_no_longer_owned(&self, disk: &DiskRecord) -> bool {
+        self.ensure_owned(disk).is_err_and(|error| error.kind() == ErrorKind::Conflict)
     }
 
     /// Whether what is here of a disk that is not this host's any more is out of date. It is not, if a copy out of the pool
@@ -260,7 +260,7 @@ impl Store {
     ///
     /// # Errors
     /// Those of [`super::Pools::dir`].
-    pub fn is_given_up(&self, disk: &DiskRecord) -> Result<bool> {
+    pub fn has_no_owner(&self, disk: &DiskRecord) -> Result<bool> {
         let is_free = |place: &Place<'_>| place.whose == Whose::Nobodys && place.is_in_force(disk);
         Ok(self.places_of(disk)?.iter().any(is_free))
     }
@@ -268,10 +268,10 @@ impl Store {
     /// Ends a move of this host's disk that was cut short: the disk stays. The caller holds its lock.
     ///
     /// # Errors
-    /// As [`Self::is_ours`].
-    pub fn stay(&self, disk: &DiskRecord) -> Result<()> {
+    /// As [`Self::ensure_owned`].
+    pub fn cancel_move(&self, disk: &DiskRecord) -> Result<()> {
         let places = self.places_of(disk)?;
-        self.are_ours(disk, &places)?;
+        self.ensure_owned_in(disk, &places)?;
         for place in places.iter().filter(|place| place.whose == Whose::Moving) {
             let ours = self.own_marks()?;
             place.rename(&ours.moving, &ours.host)?;
@@ -282,25 +282,25 @@ impl Store {
     /// Notes in the shared pool where the image in force is, if it is in one, that the disk is this host's, and what it is.
     ///
     /// # Errors
-    /// As [`Self::is_ours`].
-    pub fn mark(&self, disk: &DiskRecord) -> Result<()> {
+    /// As [`Self::ensure_owned`].
+    pub fn write_owner_file(&self, disk: &DiskRecord) -> Result<()> {
         let Some(pool) = disk.pool.as_deref().filter(|pool| self.pools().is_shared(pool)) else {
             return Ok(());
         };
         let ours = self.own_marks()?;
-        self.stay(disk)?;
+        self.cancel_move(disk)?;
         atomic::write_json(&self.pools().dir(pool)?.join(&disk.cid).join(ours.host), disk)
     }
 
     /// Writes the record of a disk that is whole, and for the next host beside its image in a shared pool. Durable when it
     /// returns.
     pub fn write_disk(&self, disk: &DiskRecord) -> Result<()> {
-        self.mark(disk)?;
+        self.write_owner_file(disk)?;
         self.write(disk)
     }
 
     /// Gives up a disk that nothing here uses, whose locks the caller holds: from then on it is nobody's, and not here.
-    pub fn give_up(&self, disk: &DiskRecord) -> Result<()> {
+    pub fn release(&self, disk: &DiskRecord) -> Result<()> {
         let metadata = self.disk_metadata(disk)?;
         // The record, too: what is beside it goes first.
         self.write_disk(&DiskRecord { vm: None, metadata, ..disk.clone() })?;
@@ -309,11 +309,11 @@ impl Store {
             place.rename(&ours.host, &ours.moving)?;
         }
         self.remove_record::<DiskRecord>(&disk.cid)?;
-        self.let_go(&disk.cid)
+        self.finish_release(&disk.cid)
     }
 
     /// Removes what this host alone has of a disk that is not its own any more.
-    pub fn forget(&self, cid: &DiskCid) -> Result<()> {
+    pub fn remove_local(&self, cid: &DiskCid) -> Result<()> {
         for pool in self.read::<DiskRecord>(cid)?.iter().flat_map(Record::pools) {
             if !self.pools().is_shared(pool) {
                 atomic::remove_dir(&self.pools().dir(pool)?.join(cid))?;
@@ -323,7 +323,7 @@ impl Store {
     }
 
     /// Makes a disk that is on its way to or from this host, without a record here, nobody's.
-    pub fn let_go(&self, cid: &DiskCid) -> Result<()> {
+    pub fn finish_release(&self, cid: &DiskCid) -> Result<()> {
         for place in self.places(cid)?.iter().filter(|place| place.whose == Whose::Moving) {
             place.rename(&self.own_marks()?.moving, NOBODYS)?;
         }
@@ -334,7 +334,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] if another host was faster.
-    pub fn adopt(&self, cid: &DiskCid) -> Result<bool> {
+    pub fn take_unowned(&self, cid: &DiskCid) -> Result<bool> {
         let ours = self.own_marks()?;
         for place in self.places(cid)? {
             match place.whose {
@@ -357,7 +357,11 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::DiskNotFound`], [`ErrorKind::Corrupt`] if it can not be told what the disk is, and those of `judge`.
-    pub fn take_over(&self, cid: &DiskCid, judge: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    pub fn take_from_lost_host(
+        &self,
+        cid: &DiskCid,
+        judge: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
         let ours = self.own_marks()?;
         let places = self.places(cid)?;
         let Some(place) = places.first() else {
@@ -397,7 +401,7 @@ impl Store {
     }
 
     /// The disks on their way to or from this host, in all shared pools that can be looked at.
-    pub fn moving(&self) -> Result<Vec<DiskCid>> {
+    pub fn moving_disks(&self) -> Result<Vec<DiskCid>> {
         let Some(ours) = self.known_marks()? else { return Ok(Vec::new()) };
         let mut disks = Vec::new();
         for pool in self.pools().shared() {
@@ -418,7 +422,7 @@ impl Store {
         };
         let id = text.trim();
         let hint = "write into it what stands after the '-' in the name of 'host-…' beside this host's disks in shared pools";
-        match DiskCid::parse_new(&format!("{}-{id}", DiskCid::PREFIX)) {
+        match DiskCid::parse_generated(&format!("{}-{id}", DiskCid::PREFIX)) {
             Ok(_) => {
                 Ok(Some(Marks { host: format!("{HOST}{id}"), moving: format!("{MOVING}{id}") }))
             }
@@ -438,7 +442,9 @@ impl Store {
             if let Some(marks) = self.known_marks()? {
                 return Ok(marks);
             }
-            self.readable::<DiskRecord>()?.iter().try_for_each(|disk| self.is_ours(disk))?;
+            self.list_readable::<DiskRecord>()?
+                .iter()
+                .try_for_each(|disk| self.ensure_owned(disk))?;
             let random = DiskCid::random();
             let (_, id) = random.as_str().split_once('-').expect("a cid has a dash");
             atomic::write_once(&self.host_id_file(), format!("{id}\n").as_bytes())?;

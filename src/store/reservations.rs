@@ -1,4 +1,4 @@
-//! Claims: what only one VM can have, an address on a wire or a port of the host.
+//! Reservations: what only one VM can have, an address on a wire or a port of the host.
 //!
 //! A claim is a symlink `claims/<what>` whose text is the VM's cid, like a uid's. They are looked at and taken under one
 //! lock, so of calls that want the same at once exactly one gets it. A VM's claims are made before its record is and
@@ -13,7 +13,7 @@ use ipnetwork::IpNetwork;
 
 use super::Store;
 use super::atomic;
-use super::lock::{Brief, Rank};
+use super::lock::{Rank, ShortLock};
 use super::record::{Segment, VmRecord};
 use crate::cid::{Cid, VmCid};
 use crate::error::{Error, ErrorKind, IoContext, Result};
@@ -22,7 +22,7 @@ use crate::ranges::Protocol;
 
 /// What only one VM can have.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Claim {
+pub enum Reservation {
     /// Addresses on a wire: a block, mostly of one.
     Addresses {
         /// The bridge, with its VLAN where it tells them apart.
@@ -55,14 +55,14 @@ pub fn wire(segment: &Segment) -> String {
 
 /// All claims of the host; nobody else changes them as long as this lives.
 #[derive(Debug)]
-pub struct Claims<'a> {
+pub struct Reservations<'a> {
     store: &'a Store,
-    held: Vec<Claim>,
-    _lock: Brief,
+    held: Vec<Reservation>,
+    _lock: ShortLock,
 }
 
 impl Store {
-    fn claims_dir(&self) -> PathBuf {
+    fn reservations_dir(&self) -> PathBuf {
         self.state_dir().join("claims")
     }
 
@@ -70,54 +70,55 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] if that can not be had until `deadline`; those of `work`.
-    pub fn with_claims<T>(
+    pub fn with_reservations<T>(
         &self,
         deadline: Instant,
-        work: impl FnOnce(&mut Claims<'_>) -> Result<T>,
+        work: impl FnOnce(&mut Reservations<'_>) -> Result<T>,
     ) -> Result<T> {
-        work(&mut self.claims(deadline)?)
+        work(&mut self.lock_reservations(deadline)?)
     }
 
-    fn claims(&self, deadline: Instant) -> Result<Claims<'_>> {
-        let dir = self.claims_dir();
+    fn lock_reservations(&self, deadline: Instant) -> Result<Reservations<'_>> {
+        let dir = self.reservations_dir();
         // State directories made before there were claims have no place for them.
         atomic::make_dir(&dir)?;
-        let lock = self.brief(Rank::Claims, "all", deadline)?;
+        let lock = self.short_lock(Rank::Reservations, "all", deadline)?;
         let names = dir.read_dir().at("list", &dir)?.flatten();
-        let held = names.filter_map(|entry| Claim::parse(entry.file_name().to_str()?)).collect();
-        Ok(Claims { store: self, held, _lock: lock })
+        let held =
+            names.filter_map(|entry| Reservation::parse(entry.file_name().to_str()?)).collect();
+        Ok(Reservations { store: self, held, _lock: lock })
     }
 
     /// Makes the claims durable: a VM that is there after a power cut must have its own.
-    pub fn sync_claims(&self) -> Result<()> {
-        atomic::sync_dir(&self.claims_dir())
+    pub fn sync_reservations(&self) -> Result<()> {
+        atomic::sync_dir(&self.reservations_dir())
     }
 
     /// Everything that is claimed, and by whom. Names that are no claims are somebody else's and left out.
-    pub fn claimed(&self) -> Result<Vec<(Claim, VmCid)>> {
-        let claims = self.read_claims()?.into_iter();
+    pub fn reservations(&self) -> Result<Vec<(Reservation, VmCid)>> {
+        let claims = self.read_reservations()?.into_iter();
         Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.ok()?))).collect())
     }
 
     /// The claims that do not say whose they are.
-    pub fn damaged_claims(&self) -> Result<Vec<(Claim, Error)>> {
-        let claims = self.read_claims()?.into_iter();
+    pub fn damaged_reservations(&self) -> Result<Vec<(Reservation, Error)>> {
+        let claims = self.read_reservations()?.into_iter();
         Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.err()?))).collect())
     }
 
-    fn read_claims(&self) -> Result<Vec<(Claim, Result<VmCid>)>> {
-        let names = atomic::names(&self.claims_dir())?;
+    fn read_reservations(&self) -> Result<Vec<(Reservation, Result<VmCid>)>> {
+        let names = atomic::names(&self.reservations_dir())?;
         let claim = |name: &String| {
-            let claim = Claim::parse(name)?;
-            let holder = self.claimant(&claim).transpose()?;
+            let claim = Reservation::parse(name)?;
+            let holder = self.reserved_by(&claim).transpose()?;
             Some((claim, holder))
         };
         Ok(names.iter().filter_map(claim).collect())
     }
 
     /// Whose the claim is; `None` if there is none.
-    fn claimant(&self, claim: &Claim) -> Result<Option<VmCid>> {
-        let path = self.claims_dir().join(claim.name());
+    fn reserved_by(&self, claim: &Reservation) -> Result<Option<VmCid>> {
+        let path = self.reservations_dir().join(claim.name());
         let damaged = |why: &str| {
             Error::new(ErrorKind::Corrupt, format!("claim '{}' does not say whose it is: {why}", path.display()))
                 .hint("it is a link whose text is the VM's cid: correct it, or remove it if no VM has what it is for")
@@ -133,8 +134,8 @@ impl Store {
     }
 
     /// Gives back everything `vm` has claimed.
-    pub fn release_claims(&self, vm: &VmCid) -> Result<()> {
-        let dir = self.claims_dir();
+    pub fn release_reservations(&self, vm: &VmCid) -> Result<()> {
+        let dir = self.reservations_dir();
         for entry in dir.read_dir().into_iter().flatten().flatten() {
             if std::fs::read_link(entry.path())
                 .is_ok_and(|holder| holder.as_os_str() == vm.as_str())
@@ -146,14 +147,14 @@ impl Store {
     }
 }
 
-impl Claims<'_> {
+impl Reservations<'_> {
     /// The VM that has what `wanted` would take a part of.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if a claim does not say whose it is: it may be a VM's that runs.
-    pub fn holder(&mut self, wanted: &Claim) -> Result<Option<VmCid>> {
-        while let Some(at) = self.held.iter().position(|held| held.meets(wanted)) {
-            let holder = self.store.claimant(&self.held[at])?;
+    pub fn holder(&mut self, wanted: &Reservation) -> Result<Option<VmCid>> {
+        while let Some(at) = self.held.iter().position(|held| held.overlaps(wanted)) {
+            let holder = self.store.reserved_by(&self.held[at])?;
             if let Some(vm) = holder.filter(|vm| self.exists(vm)) {
                 return Ok(Some(vm));
             }
@@ -166,13 +167,13 @@ impl Claims<'_> {
     /// Whether the VM is there or is being made. Its note alone does not tell: who takes a create that has no lock yet for
     /// one that was cut short removes it last, when the create may have the lock.
     fn exists(&self, vm: &VmCid) -> bool {
-        let is_there = |path: PathBuf| atomic::is_there(&path);
-        let is_free = || matches!(self.store.glance(Rank::Vm, vm), Ok(Some(_)));
+        let is_there = |path: PathBuf| atomic::entry_exists(&path);
+        let is_free = || matches!(self.store.try_lock(Rank::Vm, vm), Ok(Some(_)));
         is_there(self.store.vm(vm).dir) || is_there(self.store.pending_dir().join(vm)) || !is_free()
     }
 
     /// Takes what nobody [holds](Self::holder).
-    pub fn take(&mut self, vm: &VmCid, wanted: Claim) -> Result<()> {
+    pub fn reserve(&mut self, vm: &VmCid, wanted: Reservation) -> Result<()> {
         let path = self.path(&wanted);
         symlink(vm.as_str(), &path).at("claim with", &path)?;
         self.held.push(wanted);
@@ -181,22 +182,21 @@ impl Claims<'_> {
 
     /// Has what is `vm`'s by its record be so by name again, whatever is in the place of the name now. The VM that has
     /// claimed it instead, if there is one.
-    pub fn restore(&mut self, vm: &VmCid, claim: &Claim) -> Result<Option<VmCid>> {
-        if self.store.claimant(claim).is_err() {
+    pub fn restore(&mut self, vm: &VmCid, claim: &Reservation) -> Result<Option<VmCid>> {
+        if self.store.reserved_by(claim).is_err() {
             atomic::remove_file(&self.path(claim))?;
             self.held.retain(|held| held != claim);
         }
         match self.holder(claim)? {
             Some(holder) if holder == *vm => Ok(None),
             Some(other) => Ok(Some(other)),
-            None => self.take(vm, claim.clone()).map(|()| None),
+            None => self.reserve(vm, claim.clone()).map(|()| None),
         }
     }
 
     /// The VMs that have addresses on the wire.
-    pub fn on_wire(&mut self, wanted: &str) -> Result<Vec<VmCid>> {
-        let is_there =
-            |held: &&Claim| matches!(held, Claim::Addresses { wire, .. } if wire == wanted);
+    pub fn vms_on_wire(&mut self, wanted: &str) -> Result<Vec<VmCid>> {
+        let is_there = |held: &&Reservation| matches!(held, Reservation::Addresses { wire, .. } if wire == wanted);
         let mut vms = Vec::new();
         for held in self.held.iter().filter(is_there).cloned().collect::<Vec<_>>() {
             vms.extend(self.holder(&held)?);
@@ -206,12 +206,12 @@ impl Claims<'_> {
         Ok(vms)
     }
 
-    fn path(&self, claim: &Claim) -> PathBuf {
-        self.store.claims_dir().join(claim.name())
+    fn path(&self, claim: &Reservation) -> PathBuf {
+        self.store.reservations_dir().join(claim.name())
     }
 }
 
-impl Claim {
+impl Reservation {
     /// The claim of a block on the segment's wire.
     pub fn block(segment: &Segment, block: IpNetwork) -> Self {
         Self::Addresses { wire: wire(segment), block }
@@ -240,7 +240,7 @@ impl Claim {
     }
 
     /// Whether not both can be had.
-    pub fn meets(&self, other: &Self) -> bool {
+    pub fn overlaps(&self, other: &Self) -> bool {
         match (self, other) {
             (
                 Self::Addresses { wire, block },
@@ -300,12 +300,12 @@ mod tests {
 
     use super::*;
 
-    fn block(text: &str) -> Claim {
-        Claim::Addresses { wire: "br0@7".into(), block: text.parse().unwrap() }
+    fn block(text: &str) -> Reservation {
+        Reservation::Addresses { wire: "br0@7".into(), block: text.parse().unwrap() }
     }
 
-    fn port(address: Option<&str>) -> Claim {
-        Claim::Port {
+    fn port(address: Option<&str>) -> Reservation {
+        Reservation::Port {
             protocol: Protocol::Udp,
             port: 53,
             address: address.map(|text| text.parse().unwrap()),
@@ -317,18 +317,18 @@ mod tests {
         for claim in
             [block("10.0.0.16/28"), block("fd00::5/128"), port(None), port(Some("fd00::1"))]
         {
-            assert_eq!(Claim::parse(&claim.name()), Some(claim));
+            assert_eq!(Reservation::parse(&claim.name()), Some(claim));
         }
-        assert_eq!(Claim::parse("ip,br0,10.0.0.1"), None);
+        assert_eq!(Reservation::parse("ip,br0,10.0.0.1"), None);
     }
 
     #[test]
     fn what_overlaps_meets() {
-        assert!(block("10.0.0.16/28").meets(&block("10.0.0.20/32")));
-        assert!(block("10.0.0.20/32").meets(&block("10.0.0.16/28")));
-        assert!(!block("10.0.0.32/32").meets(&block("10.0.0.16/28")));
-        assert!(port(None).meets(&port(Some("192.0.2.1"))));
-        assert!(!port(Some("192.0.2.2")).meets(&port(Some("192.0.2.1"))));
+        assert!(block("10.0.0.16/28").overlaps(&block("10.0.0.20/32")));
+        assert!(block("10.0.0.20/32").overlaps(&block("10.0.0.16/28")));
+        assert!(!block("10.0.0.32/32").overlaps(&block("10.0.0.16/28")));
+        assert!(port(None).overlaps(&port(Some("192.0.2.1"))));
+        assert!(!port(Some("192.0.2.2")).overlaps(&port(Some("192.0.2.1"))));
     }
 
     #[test]
@@ -338,27 +338,27 @@ mod tests {
         store.prepare().unwrap();
         let (vm, claim) = (VmCid::random(), block("10.0.0.5/32"));
         std::fs::create_dir(store.vm(&vm).dir).unwrap();
-        let open = || store.claims(Instant::now() + Duration::from_secs(5)).unwrap();
+        let open = || store.lock_reservations(Instant::now() + Duration::from_secs(5)).unwrap();
         let mut claims = open();
         assert_eq!(claims.holder(&claim).unwrap(), None);
-        claims.take(&vm, claim.clone()).unwrap();
+        claims.reserve(&vm, claim.clone()).unwrap();
         drop(claims);
         let mut claims = open();
         assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
-        assert_eq!(claims.on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
+        assert_eq!(claims.vms_on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
         std::fs::remove_dir(store.vm(&vm).dir).unwrap();
         drop(claims);
         let made = store.lock(Rank::Vm, &vm, Instant::now()).unwrap();
         let mut claims = open();
         assert_eq!(
-            claims.on_wire("br0@7").unwrap(),
+            claims.vms_on_wire("br0@7").unwrap(),
             std::slice::from_ref(&vm),
             "somebody makes it"
         );
-        made.retire().unwrap();
+        made.unlink().unwrap();
         assert_eq!(claims.holder(&claim).unwrap(), None);
-        claims.take(&vm, claim.clone()).unwrap();
-        store.release_claims(&vm).unwrap();
-        assert_eq!(store.claims_dir().read_dir().unwrap().count(), 0);
+        claims.reserve(&vm, claim.clone()).unwrap();
+        store.release_reservations(&vm).unwrap();
+        assert_eq!(store.reservations_dir().read_dir().unwrap().count(), 0);
     }
 }

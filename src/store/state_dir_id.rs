@@ -11,16 +11,16 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 /// A word for one state directory: its filesystem's number and its own. What bears it lives in the kernel and is gone after
 /// a reboot, so both stay what they are for as long as it matters; a copy of the directory is another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner(String);
+pub struct StateDirId(String);
 
-impl Owner {
+impl StateDirId {
     /// The word, of hexadecimal digits and a dot.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-impl fmt::Display for Owner {
+impl fmt::Display for StateDirId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -28,21 +28,21 @@ impl fmt::Display for Owner {
 
 impl Store {
     /// The word for this state directory, which must be there.
-    pub fn owner(&self) -> Result<Owner> {
+    pub fn state_dir_id(&self) -> Result<StateDirId> {
         let meta = self.state_dir().metadata().at("look at", self.state_dir())?;
-        Ok(Owner(format!("{:x}.{:x}", meta.dev(), meta.ino())))
+        Ok(StateDirId(format!("{:x}.{:x}", meta.dev(), meta.ino())))
     }
 
     /// Makes sure that the run directory goes with this state directory and no other: what runs there is looked for in
     /// the records here.
     ///
     /// # Errors
-    /// As [`Self::goes_with_run_dir`].
-    pub fn own_run_dir(&self) -> Result<()> {
+    /// As [`Self::ensure_run_dir_matches`].
+    pub fn bind_run_dir(&self) -> Result<()> {
         atomic::make_dir(self.run_dir())?;
         let link = self.run_dirs_owner();
         match symlink(self.state_dir(), &link) {
-            Err(error) if error.kind() == AlreadyExists => self.goes_with_run_dir(),
+            Err(error) if error.kind() == AlreadyExists => self.ensure_run_dir_matches(),
             made => made.at("make", &link),
         }
     }
@@ -51,7 +51,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the other state directory, [`ErrorKind::Corrupt`] if that can not be told.
-    pub fn goes_with_run_dir(&self) -> Result<()> {
+    pub fn ensure_run_dir_matches(&self) -> Result<()> {
         let link = self.run_dirs_owner();
         let owner = match std::fs::read_link(&link) {
             Err(error) if error.kind() == NotFound => return Ok(()),
