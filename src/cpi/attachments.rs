@@ -180,7 +180,7 @@ impl Cpi {
         }
         // Without a device QEMU may still have the image open, and locked.
         self.unplug(&vm, &hot_disk(disk), deadline)?;
-        vm.forget_attachment(&disk.cid);
+        vm.remove_attachment(&disk.cid);
         self.store.write(&vm)?;
         Ok(None)
     }
@@ -220,7 +220,7 @@ impl Cpi {
         let mut staged = Vec::new();
         if vm.attachment(cid).is_some() {
             let mut vm = vm.clone();
-            vm.forget_attachment(cid);
+            vm.remove_attachment(cid);
             staged.push(self.store.stage(&vm)?);
         }
         if let Some(disk) = disk.filter(|disk| disk.vm.as_ref() == Some(&vm.cid)) {

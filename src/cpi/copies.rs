@@ -263,7 +263,7 @@ impl Cpi {
         }
         job::end_all(&mut monitor, |id| id == job, deadline)?;
         if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
-            disk.switch();
+            disk.switch_image();
             self.store.write(disk)?;
         }
         let left = disk.inactive_image.as_ref().expect("switched or not");

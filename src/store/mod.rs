@@ -1,10 +1,12 @@
-//! What the CPI knows, kept in the state directory. The drawing of it is in [`layout`].
+//! The state directory: its layout, records, locks, reservations, and the ownership of shared
+//! disks. [`layout`] draws it.
 //!
-//! The record is the journal: it is written (phase `creating`) before the first resource it names, every resource's
-//! name can be derived from it, and it is removed last. So whoever finds a record in phase `creating` or `deleting`
-//! whose lock is free can finish the removal. A record has one writer: whoever holds the object's [`lock`].
+//! The record is the journal. A create writes it (phase `creating`) before it makes the first
+//! resource, every resource's name follows from it, and a delete removes it last. So a call that
+//! finds a record in phase `creating` or `deleting` with a free lock can finish the removal. A
+//! record has one writer: the holder of the object's [`lock`].
 //!
-//! This room knows files, not QEMU or networks.
+//! This module knows files, but not QEMU or networks.
 
 pub mod atomic;
 pub mod disk_key;

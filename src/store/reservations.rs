@@ -1,8 +1,9 @@
-//! Reservations: what only one VM can have, an address on a wire or a port of the host.
+//! Reservations of what only one VM can have: addresses on a wire and ports of the host.
 //!
-//! A claim is a symlink `claims/<what>` whose text is the VM's cid, like a uid's. They are looked at and taken under one
-//! lock, so of calls that want the same at once exactly one gets it. A VM's claims are made before its record is and
-//! go with it; a link whose VM is gone means nothing.
+//! A reservation is a symlink `claims/<name>` whose text is the VM's cid, as for uids. Calls read
+//! and make them under one lock, so concurrent calls never reserve the same. A create reserves
+//! before it writes the VM's record, and the VM's removal releases. A symlink whose VM no longer
+//! exists has no effect.
 
 use std::net::IpAddr;
 use std::os::unix::fs::symlink;
@@ -20,12 +21,12 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::link_name::LinkName;
 use crate::ranges::Protocol;
 
-/// What only one VM can have.
+/// An address block or a host port that one VM has reserved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reservation {
-    /// Addresses on a wire: a block, mostly of one.
+    /// A block of addresses on a wire, mostly a single address.
     Addresses {
-        /// The bridge, with its VLAN where it tells them apart.
+        /// `<bridge>`, or `<bridge>@<vlan>` if the bridge filters VLANs.
         wire: String,
         /// The block.
         block: IpNetwork,
@@ -36,7 +37,7 @@ pub enum Reservation {
         protocol: Protocol,
         /// The host's port.
         port: u16,
-        /// Of one address of the host; absent: of all.
+        /// The host's address; absent: all its addresses.
         address: Option<IpAddr>,
     },
 }
@@ -46,18 +47,18 @@ pub fn bridge(wire: &str) -> Option<LinkName> {
     LinkName::parse(wire.split('@').next()?).ok()
 }
 
-/// The wire that VMs on the segment share.
+/// The wire of all VMs on the segment.
 pub fn wire(segment: &Segment) -> String {
     segment
         .vlan
         .map_or_else(|| segment.bridge.to_string(), |vlan| format!("{}@{vlan}", segment.bridge))
 }
 
-/// All claims of the host; nobody else changes them as long as this lives.
+/// All reservations of the host, under their lock.
 #[derive(Debug)]
 pub struct Reservations<'a> {
     store: &'a Store,
-    held: Vec<Reservation>,
+    all: Vec<Reservation>,
     _lock: ShortLock,
 }
 
@@ -66,10 +67,10 @@ impl Store {
         self.state_dir().join("claims")
     }
 
-    /// Works on the claims while nobody else does.
+    /// Runs `work` with the lock of all reservations.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] if that can not be had until `deadline`; those of `work`.
+    /// [`ErrorKind::Timeout`] if another process holds the lock until `deadline`; those of `work`.
     pub fn with_reservations<T>(
         &self,
         deadline: Instant,
@@ -80,60 +81,64 @@ impl Store {
 
     fn lock_reservations(&self, deadline: Instant) -> Result<Reservations<'_>> {
         let dir = self.reservations_dir();
-        // State directories made before there were claims have no place for them.
+        // State directories of old versions have no such directory.
         atomic::make_dir(&dir)?;
         let lock = self.short_lock(Rank::Reservations, "all", deadline)?;
         let names = dir.read_dir().at("list", &dir)?.flatten();
-        let held =
+        let all =
             names.filter_map(|entry| Reservation::parse(entry.file_name().to_str()?)).collect();
-        Ok(Reservations { store: self, held, _lock: lock })
+        Ok(Reservations { store: self, all, _lock: lock })
     }
 
-    /// Makes the claims durable: a VM that is there after a power cut must have its own.
+    /// Makes the reservations durable, so that a VM that survives a power cut still has its own.
     pub fn sync_reservations(&self) -> Result<()> {
         atomic::sync_dir(&self.reservations_dir())
     }
 
-    /// Everything that is claimed, and by whom. Names that are no claims are somebody else's and left out.
+    /// Every reservation with its VM. Damaged reservations and other names in the directory are
+    /// left out.
     pub fn reservations(&self) -> Result<Vec<(Reservation, VmCid)>> {
-        let claims = self.read_reservations()?.into_iter();
-        Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.ok()?))).collect())
+        let all = self.read_reservations()?.into_iter();
+        Ok(all.filter_map(|(reservation, vm)| Some((reservation, vm.ok()?))).collect())
     }
 
-    /// The claims that do not say whose they are.
+    /// The reservations that name no VM.
     pub fn damaged_reservations(&self) -> Result<Vec<(Reservation, Error)>> {
-        let claims = self.read_reservations()?.into_iter();
-        Ok(claims.filter_map(|(claim, holder)| Some((claim, holder.err()?))).collect())
+        let all = self.read_reservations()?.into_iter();
+        Ok(all.filter_map(|(reservation, vm)| Some((reservation, vm.err()?))).collect())
     }
 
     fn read_reservations(&self) -> Result<Vec<(Reservation, Result<VmCid>)>> {
         let names = atomic::names(&self.reservations_dir())?;
-        let claim = |name: &String| {
-            let claim = Reservation::parse(name)?;
-            let holder = self.reserved_by(&claim).transpose()?;
-            Some((claim, holder))
+        let read = |name: &String| {
+            let reservation = Reservation::parse(name)?;
+            let vm = self.reserved_by(&reservation).transpose()?;
+            Some((reservation, vm))
         };
-        Ok(names.iter().filter_map(claim).collect())
+        Ok(names.iter().filter_map(read).collect())
     }
 
-    /// Whose the claim is; `None` if there is none.
-    fn reserved_by(&self, claim: &Reservation) -> Result<Option<VmCid>> {
-        let path = self.reservations_dir().join(claim.name());
+    /// The VM of the reservation; `None` if there is no such reservation.
+    fn reserved_by(&self, reservation: &Reservation) -> Result<Option<VmCid>> {
+        let path = self.reservations_dir().join(reservation.name());
         let damaged = |why: &str| {
-            Error::new(ErrorKind::Corrupt, format!("claim '{}' does not say whose it is: {why}", path.display()))
-                .hint("it is a link whose text is the VM's cid: correct it, or remove it if no VM has what it is for")
+            let message = format!("reservation '{}' does not name a VM: {why}", path.display());
+            Error::new(ErrorKind::Corrupt, message).hint(
+                "it is a symlink whose text is the VM's cid: correct it, or remove it if no VM has \
+                 the address or port",
+            )
         };
         match std::fs::read_link(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(damaged(&error.to_string())),
             Ok(text) => {
                 let vm = text.to_str().and_then(|text| VmCid::parse(text).ok());
-                vm.map(Some).ok_or_else(|| damaged("its text is no cid"))
+                vm.map(Some).ok_or_else(|| damaged("its text is not a cid"))
             }
         }
     }
 
-    /// Gives back everything `vm` has claimed.
+    /// Removes all reservations of `vm`.
     pub fn release_reservations(&self, vm: &VmCid) -> Result<()> {
         let dir = self.reservations_dir();
         for entry in dir.read_dir().into_iter().flatten().flatten() {
@@ -148,76 +153,83 @@ impl Store {
 }
 
 impl Reservations<'_> {
-    /// The VM that has what `wanted` would take a part of.
+    /// The VM with a reservation that overlaps `wanted`. Removes overlapping reservations of VMs
+    /// that no longer exist.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if a claim does not say whose it is: it may be a VM's that runs.
+    /// [`ErrorKind::Corrupt`] if such a reservation names no VM: its VM may be running.
     pub fn holder(&mut self, wanted: &Reservation) -> Result<Option<VmCid>> {
-        while let Some(at) = self.held.iter().position(|held| held.overlaps(wanted)) {
-            let holder = self.store.reserved_by(&self.held[at])?;
+        while let Some(at) = self.all.iter().position(|known| known.overlaps(wanted)) {
+            let holder = self.store.reserved_by(&self.all[at])?;
             if let Some(vm) = holder.filter(|vm| self.exists(vm)) {
                 return Ok(Some(vm));
             }
-            atomic::remove_file(&self.path(&self.held[at]))?;
-            self.held.remove(at);
+            atomic::remove_file(&self.path(&self.all[at]))?;
+            self.all.remove(at);
         }
         Ok(None)
     }
 
-    /// Whether the VM is there or is being made. Its note alone does not tell: who takes a create that has no lock yet for
-    /// one that was cut short removes it last, when the create may have the lock.
+    /// Whether the VM exists or is being made. The file in `pending/` is not enough: a recovery
+    /// that takes a create without a lock for an interrupted one removes that file last, when the
+    /// create may have its lock.
     fn exists(&self, vm: &VmCid) -> bool {
-        let is_there = |path: PathBuf| atomic::entry_exists(&path);
+        let entry_exists = |path: PathBuf| atomic::entry_exists(&path);
         let is_free = || matches!(self.store.try_lock(Rank::Vm, vm), Ok(Some(_)));
-        is_there(self.store.vm(vm).dir) || is_there(self.store.pending_dir().join(vm)) || !is_free()
+        entry_exists(self.store.vm(vm).dir)
+            || entry_exists(self.store.pending_dir().join(vm))
+            || !is_free()
     }
 
-    /// Takes what nobody [holds](Self::holder).
+    /// Reserves `wanted`, which must have no [holder](Self::holder).
     pub fn reserve(&mut self, vm: &VmCid, wanted: Reservation) -> Result<()> {
         let path = self.path(&wanted);
-        symlink(vm.as_str(), &path).at("claim with", &path)?;
-        self.held.push(wanted);
+        symlink(vm.as_str(), &path).at("make reservation", &path)?;
+        self.all.push(wanted);
         Ok(())
     }
 
-    /// Has what is `vm`'s by its record be so by name again, whatever is in the place of the name now. The VM that has
-    /// claimed it instead, if there is one.
-    pub fn restore(&mut self, vm: &VmCid, claim: &Reservation) -> Result<Option<VmCid>> {
-        if self.store.reserved_by(claim).is_err() {
-            atomic::remove_file(&self.path(claim))?;
-            self.held.retain(|held| held != claim);
+    /// Restores a reservation that `vm` has by its record, and replaces a damaged one. Returns the
+    /// other VM if one has reserved it meanwhile.
+    pub fn restore(&mut self, vm: &VmCid, lost: &Reservation) -> Result<Option<VmCid>> {
+        if self.store.reserved_by(lost).is_err() {
+            atomic::remove_file(&self.path(lost))?;
+            self.all.retain(|known| known != lost);
         }
-        match self.holder(claim)? {
+        match self.holder(lost)? {
             Some(holder) if holder == *vm => Ok(None),
             Some(other) => Ok(Some(other)),
-            None => self.reserve(vm, claim.clone()).map(|()| None),
+            None => self.reserve(vm, lost.clone()).map(|()| None),
         }
     }
 
-    /// The VMs that have addresses on the wire.
+    /// The VMs with addresses on the wire.
     pub fn vms_on_wire(&mut self, wanted: &str) -> Result<Vec<VmCid>> {
-        let is_there = |held: &&Reservation| matches!(held, Reservation::Addresses { wire, .. } if wire == wanted);
+        let is_on_wire = |known: &&Reservation| match known {
+            Reservation::Addresses { wire, .. } => wire == wanted,
+            Reservation::Port { .. } => false,
+        };
         let mut vms = Vec::new();
-        for held in self.held.iter().filter(is_there).cloned().collect::<Vec<_>>() {
-            vms.extend(self.holder(&held)?);
+        for known in self.all.iter().filter(is_on_wire).cloned().collect::<Vec<_>>() {
+            vms.extend(self.holder(&known)?);
         }
         vms.sort();
         vms.dedup();
         Ok(vms)
     }
 
-    fn path(&self, claim: &Reservation) -> PathBuf {
-        self.store.reservations_dir().join(claim.name())
+    fn path(&self, reservation: &Reservation) -> PathBuf {
+        self.store.reservations_dir().join(reservation.name())
     }
 }
 
 impl Reservation {
-    /// The claim of a block on the segment's wire.
+    /// The reservation of a block on the segment's wire.
     pub fn block(segment: &Segment, block: IpNetwork) -> Self {
         Self::Addresses { wire: wire(segment), block }
     }
 
-    /// Everything that the record of a VM says it has.
+    /// All reservations that a VM has by its record.
     pub fn all_of(vm: &VmRecord) -> Vec<Self> {
         let mut all = Vec::new();
         for (nic, rules) in vm.nics.iter().filter_map(|nic| Some((nic, nic.rules.as_ref()?))) {
@@ -228,18 +240,18 @@ impl Reservation {
                 let protocol =
                     Protocol::ALL.into_iter().find(|known| known.number() == forward.protocol);
                 let ports = (forward.host..=u16::MAX).take(forward.count.into());
-                let claim =
+                let reservation =
                     |port| Some(Self::Port { protocol: protocol?, port, address: forward.address });
-                // One port may lead to an address of each family.
+                // A port may be forwarded to an address of each family.
                 let new: Vec<_> =
-                    ports.filter_map(claim).filter(|claim| !all.contains(claim)).collect();
+                    ports.filter_map(reservation).filter(|new| !all.contains(new)).collect();
                 all.extend(new);
             }
         }
         all
     }
 
-    /// Whether not both can be had.
+    /// Whether two VMs cannot have both.
     pub fn overlaps(&self, other: &Self) -> bool {
         match (self, other) {
             (
@@ -253,15 +265,15 @@ impl Reservation {
                 Self::Port { protocol, port, address },
                 Self::Port { protocol: other_protocol, port: other_port, address: other_address },
             ) => {
-                let apart =
+                let is_disjoint =
                     address.is_some() && other_address.is_some() && address != other_address;
-                protocol == other_protocol && port == other_port && !apart
+                protocol == other_protocol && port == other_port && !is_disjoint
             }
             _ => false,
         }
     }
 
-    /// The name of its file. No part can hold a comma.
+    /// The name of its symlink. No part contains a comma.
     pub fn name(&self) -> String {
         match self {
             Self::Addresses { wire, block } => {
@@ -313,17 +325,17 @@ mod tests {
     }
 
     #[test]
-    fn a_name_says_all_of_a_claim() {
-        for claim in
+    fn a_name_and_its_reservation_convert_both_ways() {
+        for reservation in
             [block("10.0.0.16/28"), block("fd00::5/128"), port(None), port(Some("fd00::1"))]
         {
-            assert_eq!(Reservation::parse(&claim.name()), Some(claim));
+            assert_eq!(Reservation::parse(&reservation.name()), Some(reservation));
         }
         assert_eq!(Reservation::parse("ip,br0,10.0.0.1"), None);
     }
 
     #[test]
-    fn what_overlaps_meets() {
+    fn overlapping_reservations_are_found() {
         assert!(block("10.0.0.16/28").overlaps(&block("10.0.0.20/32")));
         assert!(block("10.0.0.20/32").overlaps(&block("10.0.0.16/28")));
         assert!(!block("10.0.0.32/32").overlaps(&block("10.0.0.16/28")));
@@ -332,32 +344,32 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_is_one_vms_as_long_as_that_is_there() {
+    fn a_reservation_lasts_as_long_as_its_vm_exists() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path(), dir.path());
         store.prepare().unwrap();
-        let (vm, claim) = (VmCid::random(), block("10.0.0.5/32"));
+        let (vm, wanted) = (VmCid::random(), block("10.0.0.5/32"));
         std::fs::create_dir(store.vm(&vm).dir).unwrap();
         let open = || store.lock_reservations(Instant::now() + Duration::from_secs(5)).unwrap();
-        let mut claims = open();
-        assert_eq!(claims.holder(&claim).unwrap(), None);
-        claims.reserve(&vm, claim.clone()).unwrap();
-        drop(claims);
-        let mut claims = open();
-        assert_eq!(claims.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
-        assert_eq!(claims.vms_on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
+        let mut reservations = open();
+        assert_eq!(reservations.holder(&wanted).unwrap(), None);
+        reservations.reserve(&vm, wanted.clone()).unwrap();
+        drop(reservations);
+        let mut reservations = open();
+        assert_eq!(reservations.holder(&block("10.0.0.0/24")).unwrap(), Some(vm.clone()));
+        assert_eq!(reservations.vms_on_wire("br0@7").unwrap(), std::slice::from_ref(&vm));
         std::fs::remove_dir(store.vm(&vm).dir).unwrap();
-        drop(claims);
+        drop(reservations);
         let made = store.lock(Rank::Vm, &vm, Instant::now()).unwrap();
-        let mut claims = open();
+        let mut reservations = open();
         assert_eq!(
-            claims.vms_on_wire("br0@7").unwrap(),
+            reservations.vms_on_wire("br0@7").unwrap(),
             std::slice::from_ref(&vm),
-            "somebody makes it"
+            "it is being made"
         );
         made.unlink().unwrap();
-        assert_eq!(claims.holder(&claim).unwrap(), None);
-        claims.reserve(&vm, claim.clone()).unwrap();
+        assert_eq!(reservations.holder(&wanted).unwrap(), None);
+        reservations.reserve(&vm, wanted.clone()).unwrap();
         store.release_reservations(&vm).unwrap();
         assert_eq!(store.reservations_dir().read_dir().unwrap().count(), 0);
     }

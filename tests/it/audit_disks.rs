@@ -66,7 +66,7 @@ fn a_disk_of_two_vms_is_told() {
     host.store().write(&wrong).unwrap();
     assert_eq!(told(&host), ("unsettled".to_owned(), format!("{disk} on {other}")));
     assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm), "nothing was changed");
-    wrong.forget_attachment(&disk);
+    wrong.remove_attachment(&disk);
     host.store().write(&wrong).unwrap();
 }
 

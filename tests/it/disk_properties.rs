@@ -230,7 +230,7 @@ fn a_wrong_or_missing_key_is_told_and_nothing_is_lost() {
     for refused in [attach(), host.call("create_disk", &json!([8, {"encrypted": true}, null]))] {
         let message = &refused.failure().message;
         assert!(
-            message.contains("disk.key' can not be read") && message.contains("Hint: restore it"),
+            message.contains("disk.key' cannot be read") && message.contains("Hint: restore it"),
             "{message}"
         );
     }
@@ -251,7 +251,7 @@ fn a_wrong_or_missing_key_is_told_and_nothing_is_lost() {
     fs::rename(&key, &aside).unwrap();
     attach().result();
     let refused = host.call("reboot_vm", &json!([vm]));
-    assert!(refused.failure().message.contains("can not be read"), "{refused:?}");
+    assert!(refused.failure().message.contains("cannot be read"), "{refused:?}");
     fs::write(&key, "0".repeat(64)).unwrap();
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     let refused = host.call("reboot_vm", &json!([vm]));
@@ -270,7 +270,7 @@ fn a_key_that_only_a_snapshot_needs_is_not_replaced() {
     host.ok("delete_disk", &json!([disk]));
     fs::remove_file(host.path("state/disk.key")).unwrap();
     let refused = host.call("create_disk", &json!([8, {"encrypted": true}, null]));
-    assert!(refused.failure().message.contains("disk.key' can not be read"), "{refused:?}");
+    assert!(refused.failure().message.contains("disk.key' cannot be read"), "{refused:?}");
     assert!(!host.path("state/disk.key").exists(), "a second key would not open the snapshot");
 }
 

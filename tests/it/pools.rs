@@ -130,7 +130,7 @@ fn a_pool_that_is_not_mounted_is_told_and_never_filled_or_forgotten() {
     host.reconfigure(|config| config["pools"]["fast"]["path"] = json!(host.path("nothing")));
     let refused = disk(&host, 8, &json!({"pool": "fast"}));
     assert!(
-        refused.failure().message.contains("nothing' can not be used: No such file"),
+        refused.failure().message.contains("nothing' cannot be used: No such file"),
         "{refused:?}"
     );
     assert!(!host.path("nothing").exists());

@@ -105,6 +105,6 @@ fn a_record_that_can_not_be_read_is_listed_with_why() {
     std::fs::write(&record, "{").unwrap();
     let seen = listed(&host, &vm);
     assert_eq!(seen["state"], "unknown");
-    assert!(seen["reason"].as_str().unwrap().contains("can not be used"), "{seen}");
+    assert!(seen["reason"].as_str().unwrap().contains("cannot be used"), "{seen}");
     std::fs::write(&record, good).unwrap();
 }

@@ -92,7 +92,7 @@ impl Audit<'_> {
     /// The VMs that our own directories name.
     fn named_vms(&self) -> Result<BTreeSet<VmCid>> {
         let store = &self.cpi.store;
-        let mut named: BTreeSet<_> = store.list_running()?.into_iter().collect();
+        let mut named: BTreeSet<_> = store.vms_with_run_dir()?.into_iter().collect();
         named.extend(store.reservations()?.into_iter().map(|(_, vm)| vm));
         named.extend(uids::claims(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
         let locks = store.locks()?.into_iter().filter(|(rank, _)| *rank == Rank::Vm);

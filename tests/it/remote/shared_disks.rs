@@ -225,7 +225,7 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
     taker.ok("attach_disk", &json!([new, disk]));
 
     let (well, started) = gone.command(&["host", "start", "--json"]);
-    assert!(!well && started.to_string().contains("another host's now"), "{started}");
+    assert!(!well && started.to_string().contains("owned by another host now"), "{started}");
     for (method, arguments) in [
         ("attach_disk", json!([vm, disk])),
         ("resize_disk", json!([disk, 9])),
@@ -235,7 +235,10 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         ("set_disk_metadata", json!([spare, {}])),
     ] {
         let refused = gone.call(method, &arguments);
-        assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
+        assert!(
+            refused.failure().message.contains("owned by another host now"),
+            "{method}: {refused:?}"
+        );
     }
     // Who asks all hosts where it is, is sent to the other.
     let said = found(gone, &spare);
@@ -253,7 +256,7 @@ fn what_was_taken_from_a_host_it_uses_no_more() {
         let refused = gone.call(method, &arguments);
         let message = &refused.failure().message;
         assert!(
-            message.contains("another host's") && message.contains("disk take"),
+            message.contains("owned by another host") && message.contains("disk take"),
             "{method}: {message}"
         );
     }
@@ -313,16 +316,19 @@ fn a_copy_that_was_cut_short_touches_nothing_that_was_taken() {
         // Any create settles what was cut short.
         let other = gone.disk();
         let refused = gone.call("update_disk", &update);
-        assert!(refused.failure().message.contains("another host's now"), "'{point}': {refused:?}");
+        assert!(
+            refused.failure().message.contains("owned by another host now"),
+            "'{point}': {refused:?}"
+        );
         let (well, found) = gone.command(&["gc", "--json"]);
         if point.starts_with("disk.json") {
             // The copy had become the disk, and may have been written since.
-            assert!(!well && found.to_string().contains("what is here is newer"), "{found}");
+            assert!(!well && found.to_string().contains("this host's image is newer"), "{found}");
             // Neither does it come back by itself, nor is it taken over what is newer.
             assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
             let asked = gone.call("resize_disk", &json!([disk, 9]));
             for refused in [take(gone, &disk).unwrap_err(), format!("{asked:?}")] {
-                assert!(refused.contains("what is here is newer"), "{refused}");
+                assert!(refused.contains("this host's image is newer"), "{refused}");
             }
             gone.store().remove_local(&disk).unwrap();
             assert!(gone.command(&["gc", "--json"]).0);
