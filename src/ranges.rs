@@ -92,8 +92,10 @@ impl IpProtocol {
 }
 
 impl Property for IpProtocol {
-    const EXPECTED: &'static str = "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \"esp\", \"gre\", \"igmp\", \"ipip\", \
-                                    \"ospf\", \"sctp\", \"vrrp\" or a protocol's number from 0 to 255";
+    const EXPECTED: crate::schema::Expected = crate::schema::Expected::public(
+        "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \"esp\", \"gre\", \"igmp\", \"ipip\", \
+                                    \"ospf\", \"sctp\", \"vrrp\" or a protocol's number from 0 to 255",
+    );
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = match value {
@@ -140,7 +142,8 @@ impl PortRange {
 }
 
 impl Property for PortRange {
-    const EXPECTED: &'static str = "a port from 1 to 65535, or a range such as \"8000-8010\"";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("a port from 1 to 65535, or a range such as \"8000-8010\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let text = value
@@ -192,7 +195,8 @@ impl AddressRange {
 }
 
 impl Property for AddressRange {
-    const EXPECTED: &'static str = "two addresses such as \"10.0.0.100-10.0.0.199\"";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("two addresses such as \"10.0.0.100-10.0.0.199\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let range = value.as_str().and_then(|text| {
@@ -222,7 +226,8 @@ pub struct HostPort {
 }
 
 impl Property for HostPort {
-    const EXPECTED: &'static str = "a protocol and a port such as \"tcp/22\"";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("a protocol and a port such as \"tcp/22\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = value.as_str().and_then(|text| {
@@ -278,7 +283,7 @@ mod tests {
             assert!(IpProtocol::from_json(&bad).is_err(), "{bad}");
         }
         for (name, _) in PROTOCOLS {
-            assert!(IpProtocol::EXPECTED.contains(&format!("\"{name}\"")), "{name}");
+            assert!(IpProtocol::EXPECTED.words().contains(&format!("\"{name}\"")), "{name}");
         }
         for bad in [json!("sctp/22"), json!("tcp/0"), json!("22")] {
             assert!(HostPort::from_json(&bad).is_err(), "{bad}");

@@ -176,7 +176,8 @@ document! {
 }
 
 impl Property for NetworkCid {
-    const EXPECTED: &'static str = "the cid of a network";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("the cid of a network");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let cid = value.as_str().and_then(|text| Self::parse(text).ok());
@@ -190,7 +191,8 @@ impl Property for NetworkCid {
 pub struct CpuModel(pub String);
 
 impl Property for CpuModel {
-    const EXPECTED: &'static str = "a CPU model: letters, digits and \"-_.,=+\"";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("a CPU model: letters, digits and \"-_.,=+\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.,=+".contains(c);

@@ -222,7 +222,8 @@ fn check_block(
 struct HostAddress(IpAddr);
 
 impl Property for HostAddress {
-    const EXPECTED: &'static str = "an IP address of a host";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("an IP address of a host");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let ip = IpAddr::from_json(value)?;
@@ -239,7 +240,8 @@ impl Property for HostAddress {
 struct PrefixLength(u8);
 
 impl Property for PrefixLength {
-    const EXPECTED: &'static str = "a string \"0\" to \"128\"";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::public("a string \"0\" to \"128\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let length =
@@ -357,7 +359,7 @@ mod tests {
             (refusal("{}"), r#"networks.a.type: missing; expected "manual", "dynamic" or "vip""#),
             (
                 refusal(r#"{"type":"x"}"#),
-                r#"networks.a.type: expected "manual", "dynamic" or "vip", got a string"#,
+                r#"networks.a.type: expected "manual", "dynamic" or "vip", got "x""#,
             ),
             (
                 refusal(r#"{"type":"manual"}"#),
@@ -365,7 +367,7 @@ mod tests {
             ),
             (
                 refusal(r#"{"type":"vip","ip":"0.0.0.0"}"#),
-                "networks.a.ip: expected an IP address of a host, got a string",
+                r#"networks.a.ip: expected an IP address of a host, got "0.0.0.0""#,
             ),
             (manual(r#""dns":[]"#), "networks.a.netmask: missing; expected an IP address"),
             (
@@ -406,7 +408,7 @@ mod tests {
             ),
             (
                 manual(r#""netmask":"255.0.0.0","dns":["8.8.8.8","x"]"#),
-                "networks.a.dns.1: expected an IP address, got a string",
+                r#"networks.a.dns.1: expected an IP address, got "x""#,
             ),
             (
                 manual(r#""netmask":"255.0.0.0","nic_group":1"#),

@@ -33,7 +33,8 @@ document! {
 }
 
 impl Property for Digest {
-    const EXPECTED: &'static str = "a SHA-256 digest: 64 hexadecimal digits";
+    const EXPECTED: crate::schema::Expected =
+        crate::schema::Expected::text("a SHA-256 digest: 64 hexadecimal digits");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let digest = value.as_str().and_then(|text| text.parse().ok());

@@ -3,7 +3,7 @@
 //!
 //! A process takes locks in the order of [`Rank`], so that no two processes wait for each other:
 //! stemcell, snapshot, disk, vm, memory, boot, network, space, reservations, metadata. The last
-//! four are held for milliseconds, around one read or one change. A lock file exists as long as its
+//! four are held for milliseconds, around one read or one change. A lock file exists while its
 //! object: the removal of the object [unlinks](Guard::unlink) it.
 
 use std::cell::RefCell;

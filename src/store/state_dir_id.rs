@@ -31,7 +31,7 @@ impl fmt::Display for StateDirId {
 impl Store {
     /// The identity of this state directory, which must exist.
     pub fn state_dir_id(&self) -> Result<StateDirId> {
-        let meta = self.state_dir().metadata().at("look at", self.state_dir())?;
+        let meta = self.state_dir().metadata().at("stat", self.state_dir())?;
         Ok(StateDirId(format!("{:x}.{:x}", meta.dev(), meta.ino())))
     }
 

@@ -73,7 +73,7 @@ fn a_context_that_does_not_fit_is_an_answer() {
         World::new().ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
     assert_eq!(
         answer.failure().message,
-        "has_vm: context.agent.mbus: expected a non-empty string, got 7"
+        "has_vm: context.agent.mbus: expected a non-empty string, got a number"
     );
 }
 

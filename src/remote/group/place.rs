@@ -200,7 +200,7 @@ mod tests {
         ];
         assert_eq!(
             refusal(&hosts, &need(&[])),
-            "no host can have the VM: a: it is draining; b: it has memory for a VM of 1023 MiB, not of 1024 MiB; c: it has \
+            "no host can have the VM: a: it is draining; b: it has memory for a VM of 1023 MiB, not of 1 GiB; c: it has \
              no stemcell 'sc'; d: it has no pool ''; e: connection refused\nHint: a host that was added later gets the \
              stemcell by `bosh upload-stemcell --fix`"
         );
