@@ -74,7 +74,8 @@ document! {
         /// Time limits of CPI methods in seconds, by method. `docs/operating.md` lists the
         /// defaults.
         deadlines: BTreeMap<String, Whole<1, 86400>>;
-        /// Whether a VM's supervisor starts it again after a crash of QEMU.
+        /// `on-crash`: a VM's supervisor starts it again after a crash of QEMU, at most 3 times in
+        /// 10 minutes. `never`: the VM stays off until the Director's resurrector recreates it.
         restart: Restart = Restart::OnCrash;
         /// Limits of concurrent starts and of memory.
         limits: Limits = Limits::absent().expect("every key of limits has a default");
@@ -88,8 +89,8 @@ document! {
         /// room for it.
         hosts: Vec<HostEntry>;
         /// Permissions of callers that connect through `bosh-qemu-cpi host serve`.
-        remote_callers: RemoteCallers = RemoteCallers::absent().expect("every key of \
-            remote_callers has a default");
+        remote_callers: RemoteCallers =
+            RemoteCallers::absent().expect("every key of remote_callers has a default");
         /// The log on standard error.
         log: Log = Log::absent().expect("every key of log has a default");
         /// Defaults of VMs' cloud properties.

@@ -122,12 +122,13 @@ impl From<&'static str> for Expected {
     }
 }
 
-/// A refused value: its JSON type, and the quotes that [`Expected`] allows.
+/// A refused value: its JSON type, and a quote if [`Expected`] allows one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     kind: &'static str,
-    anywhere: Option<String>,
-    in_file: Option<String>,
+    quote: Option<Box<str>>,
+    /// Whether only an error of a file may show the quote.
+    only_in_files: bool,
 }
 
 impl Found {
@@ -141,15 +142,17 @@ impl Found {
             Value::Array(_) => ("an array", None, false),
             Value::Object(_) => ("an object", None, false),
         };
-        let in_file = quote.filter(|_| expected.quoting != Quoting::Never);
-        let anywhere = in_file.clone().filter(|_| expected.quoting == Quoting::Always || !is_text);
-        Self { kind, anywhere, in_file }
+        let quote =
+            quote.filter(|_| expected.quoting != Quoting::Never).map(String::into_boxed_str);
+        let only_in_files = is_text && expected.quoting != Quoting::Always;
+        Self { kind, quote, only_in_files }
     }
 }
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.anywhere.as_deref().unwrap_or(self.kind))
+        let quote = self.quote.as_deref().filter(|_| !self.only_in_files);
+        f.write_str(quote.unwrap_or(self.kind))
     }
 }
 
@@ -193,7 +196,7 @@ impl SchemaError {
     #[must_use]
     pub(super) fn redacted(mut self) -> Self {
         if let Problem::Refused { found, .. } = &mut self.problem {
-            (found.anywhere, found.in_file) = (None, None);
+            found.quote = None;
         }
         self
     }
@@ -206,7 +209,7 @@ impl SchemaError {
     /// As an error of the operator's file `source`: the configuration, a template, a profile.
     pub fn in_file(mut self, source: &str) -> Error {
         if let Problem::Refused { found, .. } = &mut self.problem {
-            found.anywhere = found.in_file.take();
+            found.only_in_files = false;
         }
         Error::new(ErrorKind::BadConfig, format!("'{source}': {self}"))
     }

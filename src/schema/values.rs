@@ -113,10 +113,8 @@ impl Property for MiB {
 }
 
 impl Property for LinkName {
-    const EXPECTED: Expected = Expected::public(
-        "a link name of 1 to 15 letters, digits, \".\", \
-        \"_\" and \"-\"",
-    );
+    const EXPECTED: Expected =
+        Expected::public("a link name of 1 to 15 letters, digits, \".\", \"_\" and \"-\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let name = value.as_str().and_then(|text| LinkName::parse(text).ok());

@@ -3,8 +3,8 @@
 //!
 //! A process takes locks in the order of [`Rank`], so that no two processes wait for each other:
 //! stemcell, snapshot, disk, vm, memory, boot, network, space, reservations, metadata. The last
-//! four are held for milliseconds, around one read or one change. A lock file exists while its
-//! object: the removal of the object [unlinks](Guard::unlink) it.
+//! four are held for milliseconds, around one read or one change. The removal of an object also
+//! [unlinks](Guard::unlink) its lock file.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -153,8 +153,7 @@ impl Guard {
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{}", std::process::id()));
         if let Err(error) = written {
-            tracing::debug!(%error, lock = %self.path.display(), "cannot write the pid into the \
-                lock");
+            tracing::debug!(%error, lock = %self.path.display(), "cannot write the pid");
         }
     }
 }

@@ -104,8 +104,8 @@ impl Store {
     pub fn write_deleting<R: Record>(&self, record: &R) -> Result<()> {
         match self.write(record) {
             Err(error) if error.kind() == ErrorKind::NoDiskSpace => {
-                tracing::warn!(cid = %record.cid(), error = error.report(), "cannot record the \
-                    removal, going on");
+                let error = error.report();
+                tracing::warn!(cid = %record.cid(), error, "removing without a record of it");
                 Ok(())
             }
             written => written,

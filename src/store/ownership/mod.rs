@@ -292,9 +292,9 @@ impl Store {
         if dirs.len() > 1 || images != [record.image()] {
             let (found, expected) = (images.join(", "), record.image());
             return Err(undefined(&format!(
-                "has the images [{found}] and {} other pools have the disk, too; expected \
-                 '{expected}' alone",
-                dirs.len() - 1
+                "has the images [{found}], and {} shared pools have the disk; expected '{expected}' in \
+                 one pool",
+                dirs.len()
             )));
         }
         check_image(&dir.dir.join(record.image()))?;
