@@ -324,7 +324,7 @@ impl Config {
 }
 
 impl Property for IpNetwork {
-    const EXPECTED: Expected = Expected::public("a subnet such as \"10.0.0.0/24\"");
+    const EXPECTED: Expected = Expected::address("a subnet such as \"10.0.0.0/24\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let network = value.as_str().and_then(|text| text.parse::<IpNetwork>().ok());
@@ -335,7 +335,7 @@ impl Property for IpNetwork {
 }
 
 impl Property for std::net::IpAddr {
-    const EXPECTED: Expected = Expected::public("an IP address");
+    const EXPECTED: Expected = Expected::address("an IP address");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         value

@@ -92,7 +92,7 @@ impl IpProtocol {
 }
 
 impl Property for IpProtocol {
-    const EXPECTED: crate::schema::Expected = crate::schema::Expected::public(
+    const EXPECTED: crate::schema::Expected = crate::schema::Expected::text(
         "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \"esp\", \"gre\", \"igmp\", \"ipip\", \
                                     \"ospf\", \"sctp\", \"vrrp\" or a protocol's number from 0 to 255",
     );
@@ -143,7 +143,7 @@ impl PortRange {
 
 impl Property for PortRange {
     const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("a port from 1 to 65535, or a range such as \"8000-8010\"");
+        crate::schema::Expected::number("a port from 1 to 65535, or a range such as \"8000-8010\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let text = value
@@ -196,7 +196,7 @@ impl AddressRange {
 
 impl Property for AddressRange {
     const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("two addresses such as \"10.0.0.100-10.0.0.199\"");
+        crate::schema::Expected::address("two addresses such as \"10.0.0.100-10.0.0.199\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let range = value.as_str().and_then(|text| {
@@ -227,7 +227,7 @@ pub struct HostPort {
 
 impl Property for HostPort {
     const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("a protocol and a port such as \"tcp/22\"");
+        crate::schema::Expected::text("a protocol and a port such as \"tcp/22\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = value.as_str().and_then(|text| {

@@ -119,7 +119,7 @@ macro_rules! word {
         }
 
         impl Property for $name {
-            const EXPECTED: Expected = Expected::public($expected);
+            const EXPECTED: Expected = Expected::text($expected);
 
             fn from_json(value: &Value) -> Result<Self, SchemaError> {
                 let name = value.as_str().and_then(Self::parse);

@@ -176,8 +176,7 @@ document! {
 }
 
 impl Property for NetworkCid {
-    const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("the cid of a network");
+    const EXPECTED: crate::schema::Expected = crate::schema::Expected::text("the cid of a network");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let cid = value.as_str().and_then(|text| Self::parse(text).ok());
@@ -192,7 +191,7 @@ pub struct CpuModel(pub String);
 
 impl Property for CpuModel {
     const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("a CPU model: letters, digits and \"-_.,=+\"");
+        crate::schema::Expected::text("a CPU model: letters, digits and \"-_.,=+\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.,=+".contains(c);

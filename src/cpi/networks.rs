@@ -223,7 +223,7 @@ struct HostAddress(IpAddr);
 
 impl Property for HostAddress {
     const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("an IP address of a host");
+        crate::schema::Expected::address("an IP address of a host");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let ip = IpAddr::from_json(value)?;
@@ -241,7 +241,7 @@ struct PrefixLength(u8);
 
 impl Property for PrefixLength {
     const EXPECTED: crate::schema::Expected =
-        crate::schema::Expected::public("a string \"0\" to \"128\"");
+        crate::schema::Expected::number("a string \"0\" to \"128\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let length =
@@ -359,7 +359,7 @@ mod tests {
             (refusal("{}"), r#"networks.a.type: missing; expected "manual", "dynamic" or "vip""#),
             (
                 refusal(r#"{"type":"x"}"#),
-                r#"networks.a.type: expected "manual", "dynamic" or "vip", got "x""#,
+                r#"networks.a.type: expected "manual", "dynamic" or "vip", got a string"#,
             ),
             (
                 refusal(r#"{"type":"manual"}"#),
@@ -408,7 +408,7 @@ mod tests {
             ),
             (
                 manual(r#""netmask":"255.0.0.0","dns":["8.8.8.8","x"]"#),
-                r#"networks.a.dns.1: expected an IP address, got "x""#,
+                "networks.a.dns.1: expected an IP address, got a string",
             ),
             (
                 manual(r#""netmask":"255.0.0.0","nic_group":1"#),

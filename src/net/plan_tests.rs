@@ -110,7 +110,7 @@ fn what_does_not_fit_names_both_sides() {
     Hint: give the subnet in the manifest a gateway and a range, or set networks.lab.subnet
     BadRequest: host network 'lab' can not have netmask 255.0.255.0 and gateway 10.0.0.1
     BadRequest: host network 'lab' can not be as wide as 10.0.0.1/0: /8 is the widest
-    bridge: expected a link name of 1 to 15 letters, digits, ".", "_" and "-", got "a/b"
+    bridge: expected a link name of 1 to 15 letters, digits, ".", "_" and "-", got a string
     BadConfig: host network 'lab' has the profile 'bridge' and no bridge
     Hint: set networks.lab.bridge to a bridge of this host
     BadConfig: host network 'lab' has the profile 'bridge', where 'subnet' says nothing

@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!                       in a file of the operator   in a request
-//!   Expected::public    quoted                      quoted
-//!   Expected::text      quoted                      numbers and booleans only
+//!   Expected::choice    quoted                      if similar to a choice
+//!   Expected::number    quoted                      if it has the form of a number
+//!   Expected::address   quoted                      if it has the form of an address
+//!   Expected::text      quoted                      JSON type only
 //!   Expected::secret    JSON type only              JSON type only
 //! ```
 //!
-//! Every [`Property`](super::Property) has an [`Expected`], so each type takes the decision. Arrays
-//! and objects are never quoted. A quote is escaped and has at most 64 characters.
+//! Every [`Property`](super::Property) has an [`Expected`], so each type takes the decision. A
+//! request may have a secret at the wrong key, so the form of its values counts, too. JSON numbers
+//! and booleans are quoted except for secrets; arrays and objects never are. A quote is escaped and
+//! has at most 64 characters.
 
 use std::fmt;
 
@@ -66,41 +70,47 @@ pub enum Problem {
     Twice(&'static str),
 }
 
-/// What a key accepts, and where an error may quote a refused value.
+/// What a key accepts, and whether an error may quote a refused value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expected {
     words: &'static str,
-    quoting: Quoting,
-    choices: &'static [&'static str],
+    form: Form,
 }
 
+/// Form of the values that a key accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Quoting {
-    Always,
-    InFiles,
-    Never,
+enum Form {
+    Choice(&'static [&'static str]),
+    Number,
+    Address,
+    Text,
+    Secret,
 }
 
 impl Expected {
-    /// A value that is no secret: a number, an address, a name, a cid. `words` reads "a whole
-    /// number from 1 to 16".
-    pub const fn public(words: &'static str) -> Self {
-        Self { words, quoting: Quoting::Always, choices: &[] }
-    }
-
     /// One word of a closed list. An error suggests the most similar one.
     pub const fn choice(words: &'static str, choices: &'static [&'static str]) -> Self {
-        Self { words, quoting: Quoting::Always, choices }
+        Self { words, form: Form::Choice(choices) }
     }
 
-    /// Free text, which may be a credential in a request.
+    /// A number or a range of numbers. `words` reads "a whole number from 1 to 16".
+    pub const fn number(words: &'static str) -> Self {
+        Self { words, form: Form::Number }
+    }
+
+    /// An IP address, a subnet or a range of addresses.
+    pub const fn address(words: &'static str) -> Self {
+        Self { words, form: Form::Address }
+    }
+
+    /// A name, a path or other text, in whose place a request may have a credential.
     pub const fn text(words: &'static str) -> Self {
-        Self { words, quoting: Quoting::InFiles, choices: &[] }
+        Self { words, form: Form::Text }
     }
 
     /// A secret, or a container that may hold secrets.
     pub const fn secret(words: &'static str) -> Self {
-        Self { words, quoting: Quoting::Never, choices: &[] }
+        Self { words, form: Form::Secret }
     }
 
     /// What is accepted, in words.
@@ -115,7 +125,7 @@ impl fmt::Display for Expected {
     }
 }
 
-/// Words alone stand for free text.
+/// Words alone stand for text.
 impl From<&'static str> for Expected {
     fn from(words: &'static str) -> Self {
         Self::text(words)
@@ -133,19 +143,66 @@ pub struct Found {
 
 impl Found {
     fn new(expected: Expected, value: &Value) -> Self {
-        let (kind, quote, is_text) = match value {
+        let (kind, quote, only_in_files) = match value {
             Value::Null => ("null", None, false),
             Value::Bool(boolean) => ("a boolean", Some(boolean.to_string()), false),
             Value::Number(number) => ("a number", Some(number.to_string()), false),
             Value::String(text) if text.is_empty() => ("an empty string", None, false),
-            Value::String(text) => ("a string", Some(quoted(text, expected.choices)), true),
+            Value::String(text) => {
+                ("a string", Some(expected.form.quote(text)), !expected.form.resembles(text))
+            }
             Value::Array(_) => ("an array", None, false),
             Value::Object(_) => ("an object", None, false),
         };
-        let quote =
-            quote.filter(|_| expected.quoting != Quoting::Never).map(String::into_boxed_str);
-        let only_in_files = is_text && expected.quoting != Quoting::Always;
+        let quote = quote.filter(|_| expected.form != Form::Secret).map(String::into_boxed_str);
         Self { kind, quote, only_in_files }
+    }
+}
+
+impl Form {
+    /// Whether `text` looks like a mistyped value of this form rather than like a secret.
+    fn resembles(self, text: &str) -> bool {
+        match self {
+            Self::Choice(_) => self.similar(text).is_some_and(|word| text.len() <= word.len() + 2),
+            // With a unit: 4G, 512 MiB.
+            Self::Number => {
+                let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+                text.len() - number.len() <= 3
+                    && number.starts_with(|c: char| c.is_ascii_digit() || "+-".contains(c))
+                    && number.chars().all(|c| c.is_ascii_digit() || "+-., ".contains(c))
+            }
+            Self::Address => {
+                text.contains(['.', ':'])
+                    && text.chars().all(|c| c.is_ascii_hexdigit() || ".:/- ".contains(c))
+            }
+            Self::Text | Self::Secret => false,
+        }
+    }
+
+    /// The choice that is similar to a mistyped `text`.
+    fn similar(self, text: &str) -> Option<&'static str> {
+        let Self::Choice(choices) = self else { return None };
+        let same = choices.iter().copied().find(|choice| choice.eq_ignore_ascii_case(text));
+        same.or_else(|| suggest(text, choices))
+    }
+
+    /// `text` in quotes, with a suggestion if a choice is similar.
+    fn quote(self, text: &str) -> String {
+        let mut quote = String::from("\"");
+        for character in text.chars().take(QUOTE_LENGTH) {
+            match character {
+                '\'' => quote.push('\''),
+                other => quote.extend(other.escape_debug()),
+            }
+        }
+        let is_cut = text.chars().nth(QUOTE_LENGTH).is_some();
+        quote.push_str(if is_cut { "…\"" } else { "\"" });
+        if let Some(similar) = self.similar(text) {
+            quote.push_str("; did you mean \"");
+            quote.push_str(similar);
+            quote.push_str("\"?");
+        }
+        quote
     }
 }
 
@@ -154,26 +211,6 @@ impl fmt::Display for Found {
         let quote = self.quote.as_deref().filter(|_| !self.only_in_files);
         f.write_str(quote.unwrap_or(self.kind))
     }
-}
-
-/// `text` in quotes, and the word of `choices` that is similar to it.
-fn quoted(text: &str, choices: &[&'static str]) -> String {
-    let mut quote = String::from("\"");
-    for character in text.chars().take(QUOTE_LENGTH) {
-        match character {
-            '\'' => quote.push('\''),
-            other => quote.extend(other.escape_debug()),
-        }
-    }
-    let is_cut = text.chars().nth(QUOTE_LENGTH).is_some();
-    quote.push_str(if is_cut { "…\"" } else { "\"" });
-    let same = choices.iter().copied().find(|choice| choice.eq_ignore_ascii_case(text));
-    if let Some(similar) = same.or_else(|| suggest(text, choices)) {
-        quote.push_str("; did you mean \"");
-        quote.push_str(similar);
-        quote.push_str("\"?");
-    }
-    quote
 }
 
 impl SchemaError {
@@ -255,6 +292,25 @@ mod tests {
     }
 
     #[test]
+    fn a_request_is_quoted_only_where_it_resembles_what_is_expected() {
+        let number = Expected::number("a number");
+        let address = Expected::address("an address");
+        for (expected, values) in [
+            (CHOICE, ["KVM", "kvmm"]),
+            (number, ["4G", "-1.5"]),
+            (address, ["10.0.0.256/24", "fd00::1/129"]),
+        ] {
+            for value in values {
+                let quoted = in_request(expected, &json!(value)).contains(&format!("\"{value}\""));
+                assert!(quoted, "{value}");
+            }
+            let message = in_request(expected, &json!("hunter2"));
+            assert!(message.ends_with("got a string"), "{message}");
+            assert!(in_file(expected, &json!("hunter2")).contains("got \"hunter2\""));
+        }
+    }
+
+    #[test]
     fn a_secret_is_never_quoted() {
         for (value, kind) in [
             (json!("hunter2"), "a string"),
@@ -265,7 +321,7 @@ mod tests {
         ] {
             assert_eq!(in_file(SECRET, &value), format!("'f': key: expected a word, got {kind}"));
             assert!(in_request(SECRET, &value).ends_with(kind), "{value}");
-            // A list or an object is not quoted even if the key is public.
+            // A list or an object is not quoted at any key.
             assert!(value.as_str().is_some() || !in_file(CHOICE, &value).contains("hunter2"));
         }
     }
@@ -273,7 +329,7 @@ mod tests {
     #[test]
     fn a_quote_is_escaped_and_cut() {
         let long = format!("a\n\u{1b}\"{}", "b".repeat(300));
-        let message = in_request(CHOICE, &json!(long));
+        let message = in_file(TEXT, &json!(long));
         assert!(
             message.ends_with(&format!("got \"a\\n\\u{{1b}}\\\"{}…\"", "b".repeat(60))),
             "{message}"

@@ -208,8 +208,12 @@ mod tests {
             "number: given twice: it is another name for 'count'"
         );
         assert_eq!(
-            refusal(&json!({"count": "four"})),
-            "count: expected a whole number from 1 to 16, got \"four\""
+            refusal(&json!({"count": "secret"})),
+            "count: expected a whole number from 1 to 16, got a string"
+        );
+        assert_eq!(
+            refusal(&json!({"count": "4"})),
+            "count: expected a whole number from 1 to 16, got \"4\""
         );
         assert_eq!(
             refusal(&json!({"size": -1})),

@@ -74,7 +74,7 @@ impl<T: Property> Property for Vec<T> {
 }
 
 impl Property for bool {
-    const EXPECTED: Expected = Expected::public("true or false");
+    const EXPECTED: Expected = Expected::choice("true or false", &["true", "false"]);
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         value.as_bool().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
@@ -104,7 +104,7 @@ impl Property for PathBuf {
 }
 
 impl Property for MiB {
-    const EXPECTED: Expected = Expected::public("a whole number of MiB from 1 to 67108864");
+    const EXPECTED: Expected = Expected::number("a whole number of MiB from 1 to 67108864");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let size = value.as_u64().filter(|mib| *mib > 0).and_then(MiB::new);
@@ -114,7 +114,7 @@ impl Property for MiB {
 
 impl Property for LinkName {
     const EXPECTED: Expected =
-        Expected::public("a link name of 1 to 15 letters, digits, \".\", \"_\" and \"-\"");
+        Expected::text("a link name of 1 to 15 letters, digits, \".\", \"_\" and \"-\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let name = value.as_str().and_then(|text| LinkName::parse(text).ok());
@@ -157,7 +157,7 @@ macro_rules! whole {
     ($($min:literal ..= $max:literal),* $(,)?) => {$(
         impl Property for Whole<$min, $max> {
             const EXPECTED: Expected =
-                Expected::public(concat!("a whole number from ", $min, " to ", $max));
+                Expected::number(concat!("a whole number from ", $min, " to ", $max));
 
             fn from_json(value: &Value) -> Result<Self, SchemaError> {
                 let number = value.as_u64().filter(|n| ($min..=$max).contains(n));
