@@ -1,9 +1,9 @@
-//! Cloud ids: what the Director stores and hands back.
+//! Cloud ids (cids): names of objects that the Director stores and passes to later calls.
 //!
-//! A cid of ours is a prefix and 15 random base32 characters (75 bits), so `disk-…` has exactly 20 characters:
-//! the length of a virtio-blk serial and the least the agent's id resolver takes (bosh-agent
-//! `id_device_path_resolver.go`). Parsing is validation: whatever parses is safe as one path component and as a
-//! QEMU id. A well-formed cid of somebody else's parses too; it simply is not there.
+//! A generated cid is a prefix and 15 random base32 characters (75 bits). So `disk-…` has exactly
+//! 20 characters: the length of a virtio-blk serial, and the shortest that the agent's id resolver
+//! accepts (bosh-agent, `id_device_path_resolver.go`). A parsed cid is safe as one path component
+//! and as a QEMU id. A valid cid of another CPI parses, too; its object does not exist.
 
 use std::fmt;
 use std::path::Path;
@@ -11,23 +11,26 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Longest cid accepted. The Director's column holds 255; ours have at most 24.
+/// Longest accepted cid, characters. The Director's column holds 255; a generated cid has at most
+/// 24.
 const MAX_LENGTH: usize = 128;
 
-/// Why a text is not a cid. Shows at most a few characters of it: it may be hostile, or 300 kB.
+/// Reason why a text is not a cid. Its message shows at most one character of the text, which may
+/// be hostile or long.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CidError {
-    /// Nothing, or more than 128 characters.
+    /// The text is empty, or has more than 128 characters.
     #[error("must have 1 to {MAX_LENGTH} characters, has {0}")]
     Length(usize),
-    /// A character outside `[A-Za-z0-9._:-]`, or a first one that is no letter or digit.
+    /// The text has a character outside `[A-Za-z0-9._:-]`, or its first one is no letter or digit.
     #[error(
-        "character {0:?} at position {1} is not allowed: letters, digits, '.', '_', ':' and '-', the first a letter or digit"
+        "character {0:?} at position {1} is not allowed: letters, digits, '.', '_', ':' and '-', \
+         the first a letter or digit"
     )]
     Character(char, usize),
-    /// A cid, but none that we would make.
+    /// The text is a cid, but not one that this CPI generates.
     #[error("must be '{0}-' and {TAIL} characters of 'a' to 'z' and '2' to '7'")]
-    NotOurs(&'static str),
+    NotGenerated(&'static str),
 }
 
 fn validate(text: &str) -> Result<(), CidError> {
@@ -43,67 +46,69 @@ fn validate(text: &str) -> Result<(), CidError> {
     }
 }
 
-/// What tails of cids are made of.
+/// Characters of a generated cid's tail.
 const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-/// How much of it.
+/// Characters in the tail.
 const TAIL: usize = 15;
 
 /// 15 characters of `a-z2-7` from the kernel's random source.
 fn random_tail() -> String {
     let mut bytes = [0u8; TAIL];
     let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    // Up to 256 bytes the call neither fails nor stops short once the pool is up: getrandom(2).
+    // Once the kernel's pool is ready, requests up to 256 bytes neither fail nor return less:
+    // getrandom(2).
     assert_eq!(filled, Ok(bytes.len()), "getrandom");
     bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect()
 }
 
-/// What every kind of cid can do: be a name of a directory, a lock, a QEMU object.
+/// A cid, which also names a directory, a lock, a QEMU object.
 pub trait Cid: fmt::Display + AsRef<Path> + Sized {
-    /// The word before the dash of those we make.
+    /// Prefix of generated cids, before the dash.
     const PREFIX: &'static str;
-    /// The word for it in names of directories and records.
+    /// The kind of its object, in names of directories and records.
     const KIND: &'static str = Self::PREFIX;
-    /// A new one, never seen before.
+    /// A new random cid.
     fn random() -> Self;
-    /// The text, if it is a cid.
+    /// The cid in `text`.
     fn parse(text: &str) -> Result<Self, CidError>;
-    /// The text, if it is a cid such as we make.
+    /// The cid in `text`, if this CPI could have generated it.
     ///
     /// # Errors
-    /// [`CidError::NotOurs`] for any other.
-    fn parse_new(text: &str) -> Result<Self, CidError> {
+    /// [`CidError::NotGenerated`] for another cid.
+    fn parse_generated(text: &str) -> Result<Self, CidError> {
         let tail = text.strip_prefix(Self::PREFIX).and_then(|tail| tail.strip_prefix('-'));
-        let is_ours = tail
+        let is_generated = tail
             .is_some_and(|tail| tail.len() == TAIL && tail.bytes().all(|b| ALPHABET.contains(&b)));
-        if is_ours { Self::parse(text) } else { Err(CidError::NotOurs(Self::PREFIX)) }
+        if is_generated { Self::parse(text) } else { Err(CidError::NotGenerated(Self::PREFIX)) }
     }
     /// The text.
     fn as_str(&self) -> &str;
-    /// A new one that bears a trace of `place`, where there are several that things can be.
-    fn random_at(place: &str) -> Self {
+    /// A new random cid with a tag of the host's name, for a CPI with several hosts.
+    fn random_on_host(host: &str) -> Self {
         let random = Self::random();
         let (head, tail) = random.as_str().split_at(Self::PREFIX.len() + 1);
-        Self::parse(&format!("{head}{}{}", trace_of(place), &tail[TRACE..]))
+        Self::parse(&format!("{head}{}{}", host_tag(host), &tail[TAG..]))
             .expect("of the same characters")
     }
-    /// Whether it bears the trace of `place`. One that was made elsewhere may do so by chance, 1 in 32768.
-    fn is_from(&self, place: &str) -> bool {
-        is_from(self.as_str(), place)
+    /// Whether it has the tag of the host's name. Another host's cid has the same tag by chance, 1
+    /// in 32768.
+    fn is_from_host(&self, host: &str) -> bool {
+        is_from_host(self.as_str(), host)
     }
 }
 
-/// As [`Cid::is_from`], for a cid of any kind.
-pub fn is_from(cid: &str, place: &str) -> bool {
+/// As [`Cid::is_from_host`], for a cid of any kind.
+pub fn is_from_host(cid: &str, host: &str) -> bool {
     cid.split_once('-')
-        .is_some_and(|(_, tail)| tail.len() == TAIL && tail.starts_with(&trace_of(place)))
+        .is_some_and(|(_, tail)| tail.len() == TAIL && tail.starts_with(&host_tag(host)))
 }
 
-/// How much of a tail says where its object is.
-const TRACE: usize = 3;
+/// Characters of the tail that are the host's tag.
+const TAG: usize = 3;
 
-fn trace_of(place: &str) -> String {
-    let digest = Sha256::digest(place.as_bytes());
-    digest.iter().take(TRACE).map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect()
+fn host_tag(host: &str) -> String {
+    let digest = Sha256::digest(host.as_bytes());
+    digest.iter().take(TAG).map(|byte| char::from(ALPHABET[usize::from(byte % 32)])).collect()
 }
 
 macro_rules! cid {
@@ -169,7 +174,8 @@ cid! {
     StemcellCid = "stemcell";
     /// A VM.
     VmCid = "vm";
-    /// A persistent disk. Those we make have exactly 20 characters: the cid is the disk's virtio-blk serial.
+    /// A persistent disk. A generated cid has exactly 20 characters: it is the disk's virtio-blk
+    /// serial.
     DiskCid = "disk";
     /// A snapshot of a persistent disk.
     SnapshotCid = "snap";
@@ -182,12 +188,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cid_bears_a_trace_of_where_it_was_made_and_is_one_like_any_other() {
-        let disk = DiskCid::random_at("kvm-1");
-        assert!(disk.as_str().len() == 20 && DiskCid::parse_new(disk.as_str()).is_ok(), "{disk}");
-        assert!(disk.is_from("kvm-1") && !disk.is_from("kvm-2"));
-        assert_ne!(disk, DiskCid::random_at("kvm-1"));
-        assert!(!is_from("vm-1", "kvm-1") && !is_from("", "kvm-1"));
+    fn a_cid_has_its_hosts_tag_and_is_otherwise_random() {
+        let disk = DiskCid::random_on_host("kvm-1");
+        assert!(
+            disk.as_str().len() == 20 && DiskCid::parse_generated(disk.as_str()).is_ok(),
+            "{disk}"
+        );
+        assert!(disk.is_from_host("kvm-1") && !disk.is_from_host("kvm-2"));
+        assert_ne!(disk, DiskCid::random_on_host("kvm-1"));
+        assert!(!is_from_host("vm-1", "kvm-1") && !is_from_host("", "kvm-1"));
     }
 
     #[test]
@@ -198,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_could_leave_its_directory_parses() {
+    fn a_text_that_could_leave_its_directory_is_refused() {
         for text in [
             "", ".", "..", "../x", "a/b", "/etc", "a\0b", "-x", ".x", "ä", "a b", "a,b", "a'b",
             "a\nb",
@@ -209,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_parse() {
+    fn cids_of_other_cpis_parse() {
         for text in ["vm-0003", "i-0abc", "VM_1.2:3"] {
             assert!(VmCid::parse(text).is_ok(), "{text:?}");
         }

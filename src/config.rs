@@ -1,8 +1,9 @@
-//! `cpi.json`: what the operator decides about this host. Every key has a default that runs.
+//! The configuration, `cpi.json`: the operator's settings of this host. Every key has a working
+//! default.
 //!
-//! A cpi-config entry's properties arrive in the request's context; those named in [`CONTEXT_KEYS`] replace the
-//! file's keys of the same name. The list is closed: a context can not point the CPI at other directories or
-//! programs. The reference in `docs/config.md` is made from these types.
+//! A request's context carries the properties of a cpi-config entry. Those in [`CONTEXT_KEYS`]
+//! override keys of the file. The list is closed: a context cannot choose other directories or
+//! programs. `docs/config.md` is generated from the types here.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,144 +14,168 @@ use serde_json::{Map, Value};
 
 use crate::link_name::LinkName;
 use crate::ranges::{AddressRange, HostPort, IpProtocol, PortRange};
-use crate::schema::{Property, Redacted, SchemaError, Whole};
+use crate::schema::{Expected, Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
 mod document;
 pub mod transport;
+mod validate;
 
-pub use document::{Document, file};
+pub use document::{Document, path};
 pub use transport::{HostEntry, RemoteCallers, Transport, TransportKind};
 
-/// Read when neither `--config` nor [`ENVIRONMENT`] names a file, if it is there.
+/// The configuration file without `--config` and [`ENVIRONMENT`].
 pub const DEFAULT_FILE: &str = "/etc/bosh-qemu-cpi/cpi.json";
-/// Names the file to read.
+/// Environment variable with the path of the configuration file.
 pub const ENVIRONMENT: &str = "BOSH_QEMU_CPI_CONFIG";
-/// The keys a request's context may override.
+/// The keys that a request's context may override.
 pub const CONTEXT_KEYS: &[&str] =
     &["agent", "deadlines", "disk_defaults", "hosts", "transport", "vm_defaults"];
-/// Those of them that are about the VMs: they go with the request to the host. The others only say which host that is.
+/// The context keys about VMs, which go to the host with the request. The other context keys select
+/// the host.
 pub const HOST_KEYS: &[&str] = &["agent", "deadlines", "disk_defaults", "vm_defaults"];
 
 document! {
     /// The whole configuration.
     pub struct Config {
-        /// Where everything that must survive a reboot is kept: records, images, disks. Mode 0700.
+        /// Directory of everything that must survive a reboot: records, images, disks. Mode 0700.
         state_dir: PathBuf = "/var/lib/bosh-qemu-cpi".into();
-        /// Where sockets and pid files of running VMs are kept. Emptied by a reboot; at most 40 bytes, because socket paths end at 107.
+        /// Directory of sockets and pid files of running VMs. A reboot empties it. At most 40
+        /// bytes, because a socket's path has at most 107.
         run_dir: PathBuf = "/run/bosh-qemu-cpi".into();
-        /// How QEMU is run.
+        /// QEMU: programs, accelerator and defaults of its VMs.
         qemu: Qemu = Qemu::absent().expect("every key of qemu has a default");
-        /// Networks of this host by name. A subnet's cloud property `name` picks one; without it, `default` is taken.
-        /// When this key is absent, there is one network `default` with the profile `nat`.
-        networks: BTreeMap<String, Network> = BTreeMap::from([("default".to_owned(), Network::nat())]);
-        /// Directories for images by name, on whatever filesystem. The cloud property `pool` of a disk or a VM picks one;
-        /// without it, images are in the state directory.
+        /// Networks of this host, by name. A subnet's cloud property `name` chooses one; without
+        /// it, the network is `default`. Absent: one network `default` with the profile `nat`.
+        networks: BTreeMap<String, Network> =
+            BTreeMap::from([("default".to_owned(), Network::nat())]);
+        /// Directories for images, by name, on any filesystem. The cloud property `pool` of a disk
+        /// or a VM chooses one; without it, images are in `state_dir`.
         pools: BTreeMap<String, Pool>;
-        /// The pool stemcells' images are in. Absent: the state directory.
+        /// Pool of the stemcells' images. Absent: they are in `state_dir`.
         stemcell_pool: Option<String>;
-        /// Whether thin images together may promise more than their filesystem has. If not, a new one counts in full, and
-        /// space that others may still grow into is not free.
+        /// Whether the images on a filesystem may together grow beyond its size. `false`: a new
+        /// image counts with its full size, and space that existing images may still grow into is
+        /// not free.
         overcommit: bool = true;
-        /// The key of encrypted disks: a file, root's alone, with 32 bytes of text or more. Absent: `disk.key` in the state
-        /// directory, made with the first encrypted disk.
+        /// File with the key of encrypted disks: 32 to 4096 bytes of text, readable by root only.
+        /// Absent: `disk.key` in `state_dir`, generated with the first encrypted disk.
         key_file: Option<PathBuf>;
-        /// A directory whose `<name>.toml` files come before the built-in network profiles.
+        /// Directory of network profiles `<name>.toml`. They take precedence over built-in
+        /// profiles.
         network_profiles_dir: Option<PathBuf>;
-        /// Where subnets of managed networks come from whose range the Director leaves to us.
+        /// Range for the subnets of managed networks that have no range of their own.
         managed_range: IpNetwork = "10.208.0.0/12".parse().expect("a subnet");
-        /// What may begin to speak to VMs that name the group in their cloud property `security_groups`, by group.
+        /// Security groups, by name: lists of rules. Each rule allows new connections to the VMs
+        /// that have the group in their cloud property `security_groups`.
         security_groups: BTreeMap<String, Vec<GroupRule>>;
-        /// What every agent is told unless the Director's env says otherwise.
+        /// Defaults of the agents' settings. The Director's env overrides them.
         agent: Agent = Agent::absent().expect("every key of agent has a default");
-        /// Seconds a method may take, by method name. `docs/operating.md` lists the defaults.
+        /// Time limits of CPI methods in seconds, by method. `docs/operating.md` lists the
+        /// defaults.
         deadlines: BTreeMap<String, Whole<1, 86400>>;
-        /// Whether a VM whose QEMU crashed is started again by its supervisor.
+        /// `on-crash`: a VM's supervisor starts it again after a crash of QEMU, at most 3 times in
+        /// 10 minutes. `never`: the VM stays off until the Director's resurrector recreates it.
         restart: Restart = Restart::OnCrash;
-        /// How much is done at once.
+        /// Limits of concurrent starts and of memory.
         limits: Limits = Limits::absent().expect("every key of limits has a default");
-        /// How much confinement of QEMU may be missing.
+        /// What happens if the host cannot confine QEMU fully. `strict`: the VM does not start.
+        /// `best-effort`: it starts with the steps that work. `off`: QEMU runs as root without
+        /// confinement, for debugging only.
         hardening: Hardening = Hardening::Strict;
-        /// How calls reach the host that runs the VMs. Absent: this is the host.
+        /// The way of calls to the host that runs the VMs. Absent: this machine is the host.
         transport: Transport = Transport::absent().expect("every key of transport has a default");
-        /// Several hosts that share the calls: each VM is put where there is room. Instead of `transport`.
+        /// Several hosts, instead of one `transport`. The scheduler puts each VM on a host with
+        /// room for it.
         hosts: Vec<HostEntry>;
-        /// What this host leaves to callers that come through `host serve`.
-        remote_callers: RemoteCallers = RemoteCallers::absent().expect("every key of remote_callers has a default");
-        /// What is written to standard error.
+        /// Permissions of callers that connect through `bosh-qemu-cpi host serve`.
+        remote_callers: RemoteCallers =
+            RemoteCallers::absent().expect("every key of remote_callers has a default");
+        /// The log on standard error.
         log: Log = Log::absent().expect("every key of log has a default");
-        /// Cloud properties of VMs that a request does not give.
+        /// Defaults of VMs' cloud properties.
         vm_defaults: Map<String, Value>;
-        /// Cloud properties of disks that a request does not give.
+        /// Defaults of disks' cloud properties.
         disk_defaults: Map<String, Value>;
     }
 }
 
 document! {
-    /// How QEMU is run.
+    /// Programs of QEMU, and defaults of its VMs.
     pub struct Qemu {
-        /// The emulator.
+        /// Path of the emulator.
         binary: PathBuf = "/usr/bin/qemu-system-x86_64".into();
-        /// The image tool.
+        /// Path of `qemu-img`.
         img_binary: PathBuf = "/usr/bin/qemu-img".into();
-        /// `auto` takes KVM if a probe VM starts under it, and TCG with a warning otherwise.
+        /// Accelerator. `auto` is KVM if a probe VM starts with it, otherwise TCG (emulation) with
+        /// a warning.
         accel: AccelChoice = AccelChoice::Auto;
-        /// CPU model as QEMU names it. Absent: `host` under KVM (or what the probe found to work), `max` under TCG.
+        /// CPU model in QEMU's words. Absent: `host` with KVM, or the model that worked for the
+        /// probe VM; `max` with TCG.
         cpu: Option<String>;
-        /// `auto` has QEMU use io_uring where the kernel and QEMU can; `off` for hosts that do not want it used.
+        /// `auto`: QEMU uses io_uring if the kernel and QEMU support it. `off`: QEMU does not use
+        /// it.
         io_uring: IoUring = IoUring::Auto;
-        /// Machine template for VMs that do not name one.
+        /// Machine template of VMs without the cloud property `machine`.
         template: String = "q35".into();
-        /// A directory whose `<name>.toml` files come before the built-in templates.
+        /// Directory of machine templates `<name>.toml`. They take precedence over built-in
+        /// templates.
         templates_dir: Option<PathBuf>;
-        /// Empty hot-plug slots a VM starts with: the most persistent disks it can have at once.
+        /// Hot-plug slots of a VM: the most persistent disks that it can have at once.
         hotplug_slots: Whole<0, 128> = Whole::of(16);
     }
 }
 
 document! {
-    /// A network of this host that VMs can be put on.
+    /// A network of this host.
     pub struct Network {
-        /// How the network reaches the world: a network profile. Built in are `nat`, `routed`, `isolated`, `bridge`, `vlan`
-        /// and `user`; `docs/networking.md` draws each.
+        /// Network profile: how the network is connected. Built in are `nat`, `routed`, `isolated`,
+        /// `bridge`, `vlan` and `user`; `docs/networking.md` draws each.
         profile: String = "nat".into();
-        /// The bridge. Absent: the profile's; `bridge` has none and wants one that exists.
+        /// Name of the bridge. Absent: that of the profile. The profile `bridge` has none and needs
+        /// an existing bridge.
         bridge: Option<LinkName>;
-        /// `vlan`: the link whose VLAN it is, instead of a bridge that tells VLANs apart.
+        /// Profile `vlan`: the link whose VLAN is used, instead of a bridge that filters VLANs.
         uplink: Option<LinkName>;
-        /// `vlan`: which one. Absent: the request's.
+        /// Profile `vlan`: the VLAN. Absent: that of the request.
         vlan: Option<VlanId>;
-        /// Addresses of a network with a gateway of ours, as `10.0.0.0/24`. Absent: taken from each request's netmask.
+        /// Subnet of a network whose gateway is this host, as `10.0.0.0/24`. Absent: from the
+        /// netmask of each request.
         subnet: Option<IpNetwork>;
-        /// The host's address in the subnet. Absent: the request's gateway.
+        /// This host's address in the subnet. Absent: the gateway of the request.
         gateway: Option<std::net::IpAddr>;
-        /// Addresses for networks of type `dynamic`, first and last: `10.0.0.100-10.0.0.199`. Absent: those of `subnet`.
+        /// First and last address for networks of type `dynamic`: `10.0.0.100-10.0.0.199`. Absent:
+        /// all of `subnet`.
         pool: Option<AddressRange>;
-        /// Whether VMs may send only as themselves: from their own MAC and addresses.
+        /// Whether VMs may send only from their own MAC and IP addresses.
         anti_spoof: bool = true;
-        /// Whether a new VM's addresses are first looked for on the wire, by ARP and neighbour discovery. Absent: where
-        /// other machines than VMs of this host can have them: on an operator's bridge and on VLANs.
+        /// Whether a start first probes the wire for the VM's addresses, with ARP and neighbour
+        /// discovery. Absent: `true` where machines other than this host's VMs can have them, on an
+        /// operator's bridge and on VLANs; `false` elsewhere.
         conflict_probe: Option<bool>;
-        /// Ports of the host itself that VMs on a bridge of ours may use, as `tcp/22`. They may always ping it.
+        /// Ports of this host that VMs may use, as `tcp/22`, on a bridge that the CPI makes. Ping
+        /// is always allowed.
         host_services: Vec<HostPort>;
-        /// Largest packet, bytes. Absent: that of the link to the world for bridges of ours, the bridge's for others.
+        /// MTU in bytes. Absent: that of the default route's link for bridges that the CPI makes,
+        /// that of the bridge for others.
         mtu: Option<Mtu>;
     }
 }
 
-/// A VLAN's number.
+/// A VLAN id.
 pub type VlanId = Whole<1, 4094>;
-/// The size of the largest packet, bytes.
+/// An MTU, bytes.
 pub type Mtu = Whole<576, 65535>;
 
 document! {
-    /// What a security group admits.
+    /// A rule of a security group: new connections that it allows.
     pub struct GroupRule {
-        /// `all` is every protocol of IP, `icmp` is ICMP and ICMPv6.
+        /// Protocol. `all` is every IP protocol, `icmp` is ICMP and ICMPv6.
         protocol: IpProtocol;
-        /// One port or a range, as `"8000-8010"`. Absent: all. Only with `tcp`, `udp` and `sctp`.
+        /// A destination port or a range, as `"8000-8010"`. Absent: all. Only with `tcp`, `udp` and
+        /// `sctp`.
         ports: Option<PortRange>;
-        /// From where. Absent: from anywhere.
+        /// Source addresses. Absent: all.
         source: Option<IpNetwork>;
     }
 }
@@ -158,55 +183,60 @@ document! {
 document! {
     /// A directory for images.
     pub struct Pool {
-        /// The directory. It must exist: what is not mounted must not fill the filesystem below.
+        /// The directory. It must exist: the CPI never makes it, or images could fill the
+        /// filesystem below an unmounted pool.
         path: PathBuf;
-        /// Whether other hosts use the filesystem, too (NFS). It must then be another than the state directory's and `/`.
+        /// Whether other hosts use the directory, too (NFS). It must then be on another filesystem
+        /// than `state_dir` and `/`.
         shared: bool = false;
     }
 }
 
 document! {
-    /// What every agent is told unless the Director's env says otherwise.
+    /// Defaults of the agents' settings. The Director's env overrides them.
     pub struct Agent {
-        /// Message bus: `nats://…` for a Director's VMs, `https://user:password@0.0.0.0:6868` for create-env.
+        /// URL of the message bus: `nats://…` for a Director's VMs,
+        /// `https://user:password@0.0.0.0:6868` for create-env.
         mbus: Redacted<Option<String>>;
         /// Time servers.
         ntp: Vec<String>;
-        /// Blobstore, as the agent's settings want it: `{"provider": …, "options": {…}}`.
+        /// Blobstore, in the form of the agent's settings: `{"provider": …, "options": {…}}`.
         blobstore: Redacted<Map<String, Value>>;
     }
 }
 
 document! {
-    /// How much this host does at once.
+    /// Limits of concurrent starts and of memory.
     pub struct Limits {
-        /// VMs that start at the same time, whoever starts them; others wait their turn. Absent: one for each CPU.
+        /// Most VMs that boot at the same time; further VMs wait. Absent: one for each CPU of the
+        /// host.
         parallel_boots: Option<Whole<1, 512>>;
-        /// Whether memory that running VMs were promised and have not touched yet is kept for them.
+        /// `guaranteed`: memory that running VMs have not touched yet is reserved for them.
+        /// `overcommit`: a VM starts if its memory is available now.
         memory: Memory = Memory::Guaranteed;
-        /// Memory that VMs do not get, MiB: for the host's own programs and its page cache.
+        /// Memory in MiB that is reserved for the host's programs and page cache.
         memory_reserve_mib: Whole<0, 1048576> = Whole::of(512);
     }
 }
 
 document! {
-    /// What is written to standard error.
+    /// The log on standard error.
     pub struct Log {
-        /// The least severe level that is written.
+        /// Least severe level that is logged.
         level: LogLevel = LogLevel::Info;
-        /// One line of text or one JSON object for each event.
+        /// Format of an event: one line of text, or one JSON object.
         format: LogFormat = LogFormat::Text;
     }
 }
 
 choice! {
-    /// Which accelerator to use.
+    /// Configured accelerator.
     pub enum AccelChoice ("\"auto\", \"kvm\" or \"tcg\"") {
-        /// KVM where a probe VM starts under it.
+        /// KVM if a probe VM starts with it, otherwise TCG.
         Auto = "auto",
-        /// KVM or an error.
+        /// KVM. Without it, no VM starts.
         Kvm = "kvm",
-        /// Emulation.
+        /// Emulation by QEMU.
         Tcg = "tcg",
     }
 }
@@ -214,41 +244,41 @@ choice! {
 choice! {
     /// Whether QEMU may use io_uring for its images.
     pub enum IoUring ("\"auto\" or \"off\"") {
-        /// Where the kernel allows it and QEMU takes it.
+        /// If the kernel and QEMU support it.
         Auto = "auto",
-        /// Linux AIO, or threads for images that are in the page cache.
+        /// Linux AIO, or threads for images that use the page cache.
         Off = "off",
     }
 }
 
 choice! {
-    /// Whose memory is counted when a VM wants to start.
+    /// Memory that a start of a VM may use.
     pub enum Memory ("\"guaranteed\" or \"overcommit\"") {
-        /// What is available, less what running VMs may still come to need.
+        /// Available memory, minus memory that running VMs have not touched yet.
         Guaranteed = "guaranteed",
-        /// What is available now. For labs whose VMs are promised more than the host has.
+        /// Available memory. For labs whose VMs have more memory than the host.
         Overcommit = "overcommit",
     }
 }
 
 choice! {
-    /// Whether a crashed VM is started again.
+    /// Restart policy of crashed VMs.
     pub enum Restart ("\"on-crash\" or \"never\"") {
-        /// With back-off, at most 3 times in 10 minutes.
+        /// The supervisor starts the VM again with back-off, at most 3 times in 10 minutes.
         OnCrash = "on-crash",
-        /// Left to the Director's resurrector.
+        /// The VM stays off until the Director's resurrector recreates it.
         Never = "never",
     }
 }
 
 choice! {
-    /// How much confinement of QEMU may be missing.
+    /// Handling of confinement steps that the host cannot do.
     pub enum Hardening ("\"strict\", \"best-effort\" or \"off\"") {
-        /// None: a step the host can not do fails the start.
+        /// Such a step fails the start.
         Strict = "strict",
-        /// What the host can not do is left out and logged.
+        /// Such a step is left out and logged.
         BestEffort = "best-effort",
-        /// QEMU runs as root, unconfined. For debugging.
+        /// QEMU runs as root, without confinement. For debugging.
         Off = "off",
     }
 }
@@ -258,21 +288,21 @@ choice! {
     pub enum LogLevel ("\"error\", \"warn\", \"info\", \"debug\" or \"trace\"") {
         /// A call failed.
         Error = "error",
-        /// Something works, but not as well as asked.
+        /// A call succeeded with a restriction.
         Warn = "warn",
-        /// What was done, a few lines a call.
+        /// The actions of a call, in a few lines.
         Info = "info",
         /// Every step.
         Debug = "debug",
-        /// Every message to QEMU and the kernel.
+        /// Every message to QEMU and to the kernel.
         Trace = "trace",
     }
 }
 
 choice! {
-    /// Shape of log events.
+    /// Format of log events.
     pub enum LogFormat ("\"text\" or \"json\"") {
-        /// One line.
+        /// One line of text.
         Text = "text",
         /// One JSON object.
         Json = "json",
@@ -280,79 +310,21 @@ choice! {
 }
 
 impl Network {
-    /// The network that serves without any configuration.
+    /// The network `default` of a configuration without networks.
     pub fn nat() -> Self {
         Self::absent().expect("every key of a network has a default")
     }
 }
 
 impl Config {
-    /// What the types alone do not say.
-    fn validated(self) -> Result<Self, SchemaError> {
-        let longest = self.run_dir.as_os_str().len();
-        if longest > 40 {
-            let problem = crate::schema::Problem::Value {
-                expected: "a path of at most 40 bytes",
-                found: format!("{longest} bytes"),
-            };
-            return Err(SchemaError { path: "run_dir".into(), problem });
-        }
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-        if let Some(name) =
-            self.pools.keys().find(|name| name.is_empty() || !name.chars().all(plain))
-        {
-            let expected = "a name of letters, digits, '-' and '_'";
-            return Err(SchemaError::value(expected, &Value::String(name.clone())).under("pools"));
-        }
-        let unknown = self.stemcell_pool.as_ref().filter(|name| !self.pools.contains_key(*name));
-        if let Some(name) = unknown {
-            let expected = "the name of one of 'pools'";
-            return Err(
-                SchemaError::value(expected, &Value::String(name.clone())).under("stemcell_pool")
-            );
-        }
-        self.transport.validated().map_err(|e| e.under("transport"))?;
-        for (at, host) in self.hosts.iter().enumerate() {
-            let path = |e: SchemaError| e.under(&at.to_string()).under("hosts");
-            host.transport.validated().map_err(|e| path(e.under("transport")))?;
-            if host.transport.kind == TransportKind::Local {
-                let (expected, found) =
-                    ("\"ssh\", or \"unix\" for this machine", "\"local\"".to_owned());
-                let problem = crate::schema::Problem::Value { expected, found };
-                return Err(path(SchemaError { path: "transport.kind".into(), problem }));
-            }
-            if self.hosts[..at].iter().any(|other| other.name == host.name) {
-                let found = "one that another host has".to_owned();
-                let problem =
-                    crate::schema::Problem::Value { expected: "a name of its own", found };
-                return Err(path(SchemaError { path: "name".into(), problem }));
-            }
-        }
-        for (name, rules) in &self.security_groups {
-            if let Some(at) =
-                rules.iter().position(|rule| rule.ports.is_some() && !rule.protocol.has_ports())
-            {
-                let problem = crate::schema::Problem::Value {
-                    expected: "ports only with \"tcp\", \"udp\" or \"sctp\"",
-                    found: "ports of another protocol".into(),
-                };
-                return Err(SchemaError {
-                    path: format!("security_groups.{name}.{at}.ports"),
-                    problem,
-                });
-            }
-        }
-        Ok(self)
-    }
-
-    /// How long `method` may take; `default` unless the operator decided.
+    /// Time limit of `method`: the operator's, else `default`.
     pub fn deadline(&self, method: &str, default: Duration) -> Duration {
         self.deadlines.get(method).map_or(default, |seconds| Duration::from_secs(seconds.get()))
     }
 }
 
 impl Property for IpNetwork {
-    const EXPECTED: &'static str = "a subnet such as \"10.0.0.0/24\"";
+    const EXPECTED: Expected = Expected::address("a subnet such as \"10.0.0.0/24\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let network = value.as_str().and_then(|text| text.parse::<IpNetwork>().ok());
@@ -363,7 +335,7 @@ impl Property for IpNetwork {
 }
 
 impl Property for std::net::IpAddr {
-    const EXPECTED: &'static str = "an IP address";
+    const EXPECTED: Expected = Expected::address("an IP address");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         value
@@ -380,14 +352,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_at_all_is_a_configuration() {
+    fn an_empty_document_is_a_configuration() {
         let config = Config::from_json(&json!({})).unwrap();
         assert_eq!(config.networks["default"].profile, "nat");
         assert_eq!(config.qemu.hotplug_slots.get(), 16);
     }
 
     #[test]
-    fn the_path_of_a_bad_key_is_named() {
+    fn an_error_names_the_key_and_the_value() {
         let refusal = |value| Config::from_json(&value).unwrap_err().to_string();
         assert_eq!(
             refusal(json!({"qemu": {"acel": "kvm"}})),
@@ -399,12 +371,12 @@ mod tests {
         );
         assert_eq!(
             refusal(json!({"networks": {"a": {"subnet": "10.0.0.1/24"}}})),
-            "networks.a.subnet: expected a subnet such as \"10.0.0.0/24\", got a string"
+            "networks.a.subnet: expected a subnet such as \"10.0.0.0/24\", got \"10.0.0.1/24\""
         );
     }
 
     #[test]
-    fn ports_are_of_protocols_that_have_some() {
+    fn ports_of_a_protocol_without_ports_are_refused() {
         let group = |rule: Value| {
             let config = Config::from_json(&json!({"security_groups": {"web": [rule]}}))
                 .and_then(Config::validated);
@@ -413,24 +385,50 @@ mod tests {
         for protocol in [json!("tcp"), json!(17), json!("sctp")] {
             assert_eq!(group(json!({"protocol": protocol, "ports": 80})), Ok(()));
         }
-        let refused = Err("security_groups.web.0.ports: expected ports only with \"tcp\", \"udp\" or \"sctp\", got \
-                           ports of another protocol"
-            .to_owned());
-        for protocol in [json!("icmp"), json!("vrrp"), json!("all")] {
+        let refused = "security_groups.web.0.ports: expected ports only with \"tcp\", \"udp\" or \
+                       \"sctp\", got ports with ";
+        for (protocol, named) in
+            [(json!("icmp"), "\"icmp\""), (json!("vrrp"), "112"), (json!("all"), "\"all\"")]
+        {
             assert_eq!(group(json!({"protocol": protocol})), Ok(()));
+            let refused = Err(format!("{refused}{named}"));
             assert_eq!(group(json!({"protocol": protocol, "ports": 80})), refused);
         }
     }
 
     #[test]
-    fn hosts_have_names_of_their_own() {
+    fn two_hosts_with_one_name_are_refused() {
         let unix = json!({"kind": "unix"});
         let twice =
             json!({"hosts": [{"name": "a", "transport": unix}, {"name": "a", "transport": unix}]});
         let error = Config::from_json(&twice).and_then(Config::validated).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "hosts.1.name: expected a name of its own, got one that another host has"
+            "hosts.1.name: expected a name of its own, got \"a\", which is the name of another host"
+        );
+    }
+
+    #[test]
+    fn errors_of_a_file_do_not_quote_credentials() {
+        let secret = "hunter2";
+        for value in [
+            json!({"agent": secret}),
+            json!({"agent": {"mbus": [secret]}}),
+            json!({"agent": {"mbus": 7777}}),
+            json!({"agent": {"blobstore": secret}}),
+            json!({"transport": {"private_key": {"key": secret}}}),
+            json!({"transport": {"host_key": secret}}),
+            json!({"hosts": [{"name": "a", "transport": {"private_key": 7777}}]}),
+            json!({"vm_defaults": secret}),
+        ] {
+            let error = Config::from_json(&value).unwrap_err().in_file("cpi.json").report();
+            assert!(!error.contains(secret) && !error.contains("7777"), "{error}");
+        }
+        let error = Config::from_json(&json!({"qemu": {"accel": "KVM"}})).unwrap_err();
+        assert_eq!(
+            error.in_file("cpi.json").report(),
+            "'cpi.json': qemu.accel: expected \"auto\", \"kvm\" or \"tcg\", got \"KVM\"; did you mean \
+             \"kvm\"?"
         );
     }
 

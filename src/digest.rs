@@ -1,4 +1,4 @@
-//! SHA-256 of files.
+//! SHA-256 digests of bytes and files.
 
 use std::fmt;
 use std::fs::File;
@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
 
-/// A text that is no SHA-256 digest. It is not repeated: it came from somebody else.
+/// A text is not a SHA-256 digest. The message does not quote it, because a request may contain it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected a SHA-256 digest: 64 hexadecimal digits, with or without 'sha256:' before them")]
 pub struct DigestError;
@@ -29,7 +29,7 @@ impl Digest {
         hasher.finish()
     }
 
-    /// The digest of what `file` holds, read to its end. `path` is its name in errors.
+    /// The digest of a file's content.
     pub fn of_file(path: &Path) -> Result<Self> {
         let mut file = File::open(path).at("open", path)?;
         let mut buffer = vec![0; 256 * 1024];
@@ -42,31 +42,31 @@ impl Digest {
         }
     }
 
-    /// Checks that `path` holds what an operator said it does.
+    /// Refuses a file with another digest.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] when it does not. The message is the same whatever the file holds:
-    /// who may name a path here must not learn digests of files that are not theirs.
-    pub fn verify(self, path: &Path) -> Result<()> {
+    /// [`ErrorKind::BadRequest`]. The message does not contain the file's digest: a caller may not
+    /// learn digests of files that it cannot read.
+    pub fn ensure_matches(self, path: &Path) -> Result<()> {
         if Self::of_file(path)? == self {
             return Ok(());
         }
-        let message = format!("the SHA-256 digest of '{}' is not the one given", path.display());
+        let message = format!("the SHA-256 digest of '{}' is not the given one", path.display());
         Err(Error::new(ErrorKind::BadRequest, message))
     }
 }
 
-/// Makes a [`Digest`] of bytes as they pass by.
+/// Computes a [`Digest`] incrementally.
 #[derive(Default)]
 pub struct Hasher(Sha256);
 
 impl Hasher {
-    /// Takes the next bytes.
+    /// Adds the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    /// The digest of all of them.
+    /// The digest of all added bytes.
     pub fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
     }
@@ -124,14 +124,14 @@ mod tests {
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
     #[test]
-    fn a_file_is_verified() {
+    fn a_files_digest_is_compared() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "abc").unwrap();
         for spelling in [ABC.to_owned(), ABC.to_uppercase(), format!("sha256:{ABC}")] {
-            spelling.parse::<Digest>().unwrap().verify(file.path()).unwrap();
+            spelling.parse::<Digest>().unwrap().ensure_matches(file.path()).unwrap();
         }
         std::fs::write(file.path(), "abd").unwrap();
-        let refused = ABC.parse::<Digest>().unwrap().verify(file.path()).unwrap_err();
+        let refused = ABC.parse::<Digest>().unwrap().ensure_matches(file.path()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::BadRequest);
         assert!(
             !refused
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn text_and_back() {
+    fn a_digest_and_its_text_convert_both_ways() {
         assert_eq!(ABC.parse::<Digest>().unwrap().to_string(), ABC);
         for wrong in [
             "",

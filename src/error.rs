@@ -1,11 +1,13 @@
-//! The one error type that crosses module borders.
+//! The error type of this program.
 //!
-//! An [`Error`] is a small, matchable [`ErrorKind`], a message that names the thing and its path, an optional
-//! hint for the operator and an optional source. Modules whose callers must tell failures apart keep an enum of
-//! their own (`qmp::MonitorError`, `image::ImageError`, …) and convert it here, where only the kind matters.
+//! An [`Error`] has a kind that callers match on, a message that names the thing and its path, an
+//! optional hint for the operator and an optional source. A module whose callers distinguish more
+//! failures has its own enum (`qmp::MonitorError`, `image::ImageError`, …) and converts it to an
+//! [`Error`] where only the kind matters.
 //!
-//! Wording: lower case, no full stop, the thing and the path in quotes, the source not repeated. What a request
-//! carried as a value (env, agent settings, cloud properties) is never quoted.
+//! Wording: lower case, no full stop, the thing and the path in quotes, the source not repeated. A
+//! message never quotes a secret (env, agent settings, keys); [`Expected`](crate::schema::Expected)
+//! decides for values of documents.
 
 use std::fmt::Display;
 use std::path::Path;
@@ -17,52 +19,57 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
-/// What went wrong, as far as a caller may act on it. `rpc::response` maps each kind to one `Bosh::Clouds` type.
+/// The kind of a failure, for callers that act on it. `rpc::response` maps each kind to one
+/// `Bosh::Clouds` type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ErrorKind {
-    /// The request is malformed: wrong JSON, arity, type or value.
+    /// The request is invalid: wrong JSON, number of arguments, type or value.
     BadRequest,
-    /// The configuration file, a template or a profile is malformed.
+    /// The configuration file, a template or a profile is invalid.
     BadConfig,
-    /// The method is unknown, or this version does not have it yet.
+    /// The method is unknown, or this version does not implement it.
     NotImplemented,
-    /// The method exists but can not do this; nothing was changed.
+    /// The method exists but cannot do this. It changed nothing.
     NotSupported,
-    /// No such VM.
+    /// The VM does not exist.
     VmNotFound,
-    /// No such disk.
+    /// The disk does not exist.
     DiskNotFound,
-    /// No such stemcell.
+    /// The stemcell does not exist.
     StemcellNotFound,
-    /// No such network.
+    /// The network does not exist.
     NetworkNotFound,
     /// A filesystem is full.
     NoDiskSpace,
-    /// The host has not the memory for a VM. `passing`: it will have, when VMs that are being deleted are gone.
+    /// The host lacks memory for a VM.
     NotEnoughMemory {
-        /// Whether it may be there in a moment.
-        passing: bool,
+        /// Whether the host has the memory as soon as VMs that are being deleted have ended.
+        #[serde(rename = "passing")]
+        temporary: bool,
     },
-    /// More VMs that had better not be on one host are on this one than when it was chosen. Another may do better.
-    Crowded,
-    /// The VM could not be made and nothing of it is left. `retry`: the same arguments may succeed.
+    /// The host has more VMs of the VM's anti-affinity group than when the scheduler chose it. The
+    /// scheduler chooses again.
+    #[serde(rename = "Crowded")]
+    StalePlacement,
+    /// The create of a VM failed, and all its resources are removed.
     VmCreationFailed {
-        /// Whether the Director should try again at once.
+        /// Whether the Director should repeat the call at once: it may succeed.
         retry: bool,
     },
-    /// Something else holds what the call needs: a disk attached elsewhere, a bridge that is not ours.
+    /// Another object or program uses what the call needs: a disk that is attached, a bridge that
+    /// the CPI did not make.
     Conflict,
     /// A deadline passed.
     Timeout,
-    /// A record in the state directory can not be read.
+    /// A file in the state directory is damaged.
     Corrupt,
-    /// The host refused: a system call, a program, a missing device.
+    /// The host failed: a system call, a program, a missing device.
     Host,
-    /// A bug of ours.
+    /// A bug of this program.
     Internal,
 }
 
-/// A failure: kind, message, optional hint and source.
+/// A failure, with a kind, a message, and an optional hint and source.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -74,31 +81,32 @@ pub struct Error {
 }
 
 impl Error {
-    /// A failure of `kind` that says `message`.
+    /// A failure with a kind and a message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: None, source: None }
     }
 
-    /// `action` on `path` failed with `error`. A full filesystem becomes [`ErrorKind::NoDiskSpace`].
+    /// `action` on `path` failed with `error`. A full filesystem becomes
+    /// [`ErrorKind::NoDiskSpace`].
     pub fn io(action: impl Display, path: &Path, error: std::io::Error) -> Self {
         let kind = io_kind(&error);
         Self::new(kind, format!("{action} '{}'", path.display())).because(error)
     }
 
-    /// A system call that names no path failed with `error`.
+    /// A system call without a path failed with `error`.
     pub fn os(action: impl Into<String>, error: impl Into<std::io::Error>) -> Self {
         let error = error.into();
         Self::new(io_kind(&error), action).because(error)
     }
 
-    /// Adds the failure behind this one.
+    /// Sets the source: the failure that caused this one.
     #[must_use]
     pub fn because(mut self, source: impl Into<Source>) -> Self {
         self.source = Some(source.into());
         self
     }
 
-    /// Adds what the operator can do about it.
+    /// Sets the hint: the operator's next step.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -112,7 +120,7 @@ impl Error {
         self
     }
 
-    /// Says what was being done when this failure happened, keeping kind and hint.
+    /// Wraps the failure into the action that failed because of it. Keeps kind and hint.
     #[must_use]
     pub fn during(mut self, doing: impl Into<String>) -> Self {
         let hint = self.hint.take();
@@ -120,36 +128,40 @@ impl Error {
         Self { hint, ..outer }
     }
 
-    /// What a caller may act on.
+    /// Its kind.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// Whether this host has not the memory or the space, so that another may do better.
+    /// Whether it or one of its sources is a lack of memory or disk space. Another host may have
+    /// enough.
     pub fn lacks_room(&self) -> bool {
-        self.is_of(|kind| {
+        self.has_kind(|kind| {
             matches!(kind, ErrorKind::NoDiskSpace | ErrorKind::NotEnoughMemory { .. })
         })
     }
 
-    /// Whether others were faster to put VMs on this host, so that it is to be chosen anew.
-    pub fn is_crowded(&self) -> bool {
-        self.is_of(|kind| kind == ErrorKind::Crowded)
+    /// Whether it or one of its sources is [`ErrorKind::StalePlacement`].
+    pub fn is_stale_placement(&self) -> bool {
+        self.has_kind(|kind| kind == ErrorKind::StalePlacement)
     }
 
-    /// Whether it or what is behind it is of such a kind.
-    fn is_of(&self, such: impl Fn(ErrorKind) -> bool) -> bool {
-        let behind = std::iter::successors(std::error::Error::source(self), |error| error.source());
-        such(self.kind)
-            || behind.filter_map(|error| error.downcast_ref::<Self>()).any(|error| such(error.kind))
+    /// Whether the kind of it or of one of its sources matches.
+    fn has_kind(&self, matches: impl Fn(ErrorKind) -> bool) -> bool {
+        let sources =
+            std::iter::successors(std::error::Error::source(self), |error| error.source());
+        matches(self.kind)
+            || sources
+                .filter_map(|error| error.downcast_ref::<Self>())
+                .any(|error| matches(error.kind))
     }
 
-    /// What the operator can do about it, if that is known.
-    pub fn advice(&self) -> Option<&str> {
+    /// Its hint.
+    pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
-    /// The whole chain on one line.
+    /// The message and those of all sources, on one line.
     pub fn chain(&self) -> String {
         let mut text = self.message.clone();
         let mut source = std::error::Error::source(self);
@@ -161,7 +173,7 @@ impl Error {
         text
     }
 
-    /// The whole chain on one line, then the hint on its own: what a person reads.
+    /// [`Self::chain`], then the hint on a line of its own.
     pub fn report(&self) -> String {
         let mut text = self.chain();
         if let Some(hint) = &self.hint {
@@ -178,13 +190,14 @@ fn io_kind(error: &std::io::Error) -> ErrorKind {
             ErrorKind::NoDiskSpace
         }
         std::io::ErrorKind::TimedOut => ErrorKind::Timeout,
-        // An image larger than its filesystem can have files: 16 TiB on ext4. Another pool may do.
+        // The image is larger than the filesystem's largest file: 16 TiB on ext4. Another pool may
+        // support it.
         std::io::ErrorKind::FileTooLarge => ErrorKind::NotSupported,
         _ => ErrorKind::Host,
     }
 }
 
-/// Puts the action and the path on an `io::Error`: a bare "No such file or directory" helps nobody.
+/// Adds the action and the path to an `io::Error`, whose message names neither.
 pub trait IoContext<T> {
     /// `fs::read(path).at("read", path)?` fails with "read '/x': No such file or directory".
     fn at(self, action: impl Display, path: &Path) -> Result<T>;
@@ -219,8 +232,8 @@ mod tests {
     }
 
     #[test]
-    fn that_there_is_no_room_is_known_whatever_comes_of_it() {
-        let full = Error::new(ErrorKind::NotEnoughMemory { passing: false }, "no memory");
+    fn a_lack_of_room_is_found_among_the_sources() {
+        let full = Error::new(ErrorKind::NotEnoughMemory { temporary: false }, "no memory");
         let failed = full
             .during("start it")
             .during("create VM")

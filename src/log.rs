@@ -1,8 +1,9 @@
-//! What is written to standard error: our own events, at most 64 kB a process.
+//! The log on standard error: events of this program, at most 64 KiB per process.
 //!
-//! The callers copy stderr into their task logs, which more people read than may see a secret, and the Director
-//! reads it one byte at a time: about 4 s for each MB. So: no value of a request in any event, no event of a
-//! dependency (a trace of the bytes sent to QEMU or the kernel), no colours, and an end.
+//! Callers copy standard error into their task logs, whose readers may not see secrets. The
+//! Director reads it one byte at a time, which takes about 4 s per MB. So an event has no value of
+//! a request. Events of dependencies, which may trace bytes for QEMU or the kernel, are left out.
+//! The log has no colours and a maximal length.
 
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
@@ -16,33 +17,33 @@ use tracing_subscriber::registry::Registry;
 
 use crate::config::{Log, LogFormat, LogLevel};
 
-/// The most bytes of events a process writes.
+/// Most bytes of events that a process writes.
 const MAX_BYTES: usize = 64 << 10;
 
-/// Starts writing events to standard error. A second call changes nothing.
+/// Starts the log on standard error. A second call changes nothing.
 pub fn init(log: &Log) {
     init_to(log, io::stderr());
 }
 
-/// Starts writing events to `writer`, which gets one line at a time.
+/// Starts the log on `writer`, which gets one line at a time.
 pub fn init_to(log: &Log, writer: impl Write + Send + 'static) {
     let writer = Mutex::new(Bounded::new(writer, log.format));
-    // It fails only when there is one already.
+    // Fails only if a subscriber is set already.
     let _ = tracing::subscriber::set_global_default(subscriber(log, writer));
 }
 
-/// Writes a line of another host's log to standard error.
+/// Writes a line of a remote host's log to standard error.
 pub fn relay(line: &str) {
     static RELAYED: Mutex<Option<Bounded<io::Stderr>>> = Mutex::new(None);
     let mut relayed = RELAYED.lock().unwrap_or_else(PoisonError::into_inner);
     let stderr = relayed.get_or_insert_with(|| Bounded::new(io::stderr(), LogFormat::Text));
-    // Never a control character of a machine that may be hostile, and one line.
+    // The host is not trusted: control characters become spaces, and the text stays on one line.
     let line: String =
         line.chars().map(|c| if c.is_control() { ' ' } else { c }).chain(['\n']).collect();
     let _ = stderr.write_all(line.as_bytes());
 }
 
-/// Writes our events to `writer`, each on one line, with the spans around it.
+/// A subscriber that writes this program's events to `writer`, each on one line with its spans.
 fn subscriber<W>(log: &Log, writer: W) -> impl Subscriber + use<W>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
@@ -52,8 +53,8 @@ where
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
     };
-    let ours = Targets::new().with_target(env!("CARGO_CRATE_NAME"), level(log.level));
-    Registry::default().with(lines.with_filter(ours))
+    let own_events = Targets::new().with_target(env!("CARGO_CRATE_NAME"), level(log.level));
+    Registry::default().with(lines.with_filter(own_events))
 }
 
 fn level(level: LogLevel) -> Level {
@@ -66,8 +67,8 @@ fn level(level: LogLevel) -> Level {
     }
 }
 
-/// Passes whole lines on until the next would exceed [`MAX_BYTES`], says so once, and drops the rest. It never
-/// fails: a caller that closed stderr still wants its answer.
+/// A writer that drops all lines after [`MAX_BYTES`], with one notice. It never fails: a caller
+/// that has closed standard error still gets its response.
 struct Bounded<W> {
     inner: W,
     left: usize,
@@ -122,7 +123,7 @@ mod tests {
         }
     }
 
-    /// What is written while `act` runs.
+    /// The log of `act`.
     fn written(level: LogLevel, format: LogFormat, act: impl FnOnce()) -> String {
         let written = Written::default();
         let log = Log { level, format };
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_says_on_whose_behalf() {
+    fn a_line_has_the_spans_of_its_call() {
         let act = || {
             let _call = tracing::info_span!("call", method = "has_vm", request_id = Some("cpi-1"))
                 .entered();
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn others_events_and_escapes_stay_out() {
+    fn events_of_dependencies_and_escapes_are_left_out() {
         let text = written(LogLevel::Trace, LogFormat::Text, || {
             tracing::error!(target: "netlink", "theirs");
             tracing::error!("ours \u{1b}[31m");
@@ -165,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_an_end_and_it_is_said_once() {
+    fn a_full_log_ends_with_one_notice() {
         for (format, last) in [
             (LogFormat::Text, "\nfurther log lines dropped\n"),
             (LogFormat::Json, "\n{\"level\":\"WARN\",\"message\":\"further log lines dropped\"}\n"),
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_stderr_is_no_failure() {
+    fn a_closed_stderr_is_ignored() {
         struct Closed;
         impl Write for Closed {
             fn write(&mut self, _: &[u8]) -> io::Result<usize> {

@@ -1,7 +1,8 @@
-//! JSON objects as they were written: keys in order, values byte for byte.
+//! JSON objects that keep the order of their keys and the text of their values.
 //!
-//! The order of `create_vm`'s networks is the manifest's order and decides which NIC is `eth0`; env
-//! goes to the agent verbatim. `serde_json`'s own map sorts and re-prints, so neither survives it.
+//! The order of create_vm's networks is the manifest's and decides which NIC is `eth0`. The agent
+//! gets env verbatim. `serde_json`'s own map sorts keys and prints values anew, so it keeps
+//! neither.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,8 +11,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
-/// An object that keeps the order of its keys and the text of its values. Of a key given twice the
-/// last value counts, as in every client's JSON parser.
+/// A JSON object with ordered keys and verbatim values. Of a repeated key, the last value counts,
+/// as in the clients' JSON parsers.
 #[derive(Clone, Default)]
 pub struct Object(Vec<(String, Box<RawValue>)>);
 
@@ -21,11 +22,10 @@ impl Object {
         self.0.iter().find(|(name, _)| name == key).map(|(_, value)| &**value)
     }
 
-    /// Puts `value` at `key`: in its old place, or at the end.
+    /// Sets `key` to `value`, in its old place or at the end.
     ///
     /// # Panics
-    /// If `value` can not be written as JSON, which no string, number or map of strings can fail
-    /// at.
+    /// If `value` has no JSON form. Strings, numbers and maps of strings have one.
     pub fn set(&mut self, key: &str, value: &(impl Serialize + ?Sized)) {
         let value = serde_json::value::to_raw_value(value).expect("a plain value is JSON");
         match self.0.iter_mut().find(|(name, _)| name == key) {
@@ -34,22 +34,22 @@ impl Object {
         }
     }
 
-    /// Keys and the text of their values, in order.
+    /// Keys and texts of their values, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &RawValue)> {
         self.0.iter().map(|(name, value)| (name.as_str(), &**value))
     }
 
-    /// How many keys there are.
+    /// Number of keys.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is no key.
+    /// Whether it has no keys.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Of every key only the last mention.
+    /// Removes all but the last entry of each key.
     fn without_repeats(mut self) -> Self {
         let mut seen = HashSet::new();
         let keep: Vec<bool> =
@@ -62,7 +62,7 @@ impl Object {
     }
 }
 
-/// The keys alone: what requests carry as values may be secret.
+/// Shows the keys only: values of requests may be secret.
 impl fmt::Debug for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.0.iter().map(|(name, _)| name)).finish()

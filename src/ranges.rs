@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::choice;
-use crate::schema::{Property, SchemaError};
+use crate::schema::{Expected, Property, SchemaError};
 
 choice! {
     /// A protocol with ports.
@@ -93,9 +93,11 @@ impl IpProtocol {
 }
 
 impl Property for IpProtocol {
-    const EXPECTED: &'static str = "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \
+    const EXPECTED: Expected = Expected::text(
+        "\"all\", \"tcp\", \"udp\", \"icmp\", \"icmpv6\", \"ah\", \
         \"esp\", \"gre\", \"igmp\", \"ipip\", \"ospf\", \"sctp\", \"vrrp\" \
-        or a protocol's number from 0 to 255";
+        or a protocol's number from 0 to 255",
+    );
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = match value {
@@ -142,7 +144,8 @@ impl PortRange {
 }
 
 impl Property for PortRange {
-    const EXPECTED: &'static str = "a port from 1 to 65535, or a range such as \"8000-8010\"";
+    const EXPECTED: Expected =
+        Expected::number("a port from 1 to 65535, or a range such as \"8000-8010\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let text = value
@@ -194,7 +197,7 @@ impl AddressRange {
 }
 
 impl Property for AddressRange {
-    const EXPECTED: &'static str = "two addresses such as \"10.0.0.100-10.0.0.199\"";
+    const EXPECTED: Expected = Expected::address("two addresses such as \"10.0.0.100-10.0.0.199\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let range = value.as_str().and_then(|text| {
@@ -224,7 +227,7 @@ pub struct HostPort {
 }
 
 impl Property for HostPort {
-    const EXPECTED: &'static str = "a protocol and a port such as \"tcp/22\"";
+    const EXPECTED: Expected = Expected::text("a protocol and a port such as \"tcp/22\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let parsed = value.as_str().and_then(|text| {
@@ -280,7 +283,7 @@ mod tests {
             assert!(IpProtocol::from_json(&bad).is_err(), "{bad}");
         }
         for (name, _) in PROTOCOLS {
-            assert!(IpProtocol::EXPECTED.contains(&format!("\"{name}\"")), "{name}");
+            assert!(IpProtocol::EXPECTED.words().contains(&format!("\"{name}\"")), "{name}");
         }
         for bad in [json!("sctp/22"), json!("tcp/0"), json!("22")] {
             assert!(HostPort::from_json(&bad).is_err(), "{bad}");

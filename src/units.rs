@@ -1,17 +1,19 @@
-//! Sizes with their unit in the type. The CPI contract speaks MiB, images and QEMU speak bytes.
+//! Sizes with their unit in the type: MiB in the CPI contract, bytes in images and QEMU.
+//!
+//! Messages show whole GiB as such: `20 GiB`, but `20481 MiB`.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Mebibytes, the unit of every size in the CPI contract. At most [`MiB::MAX`].
+/// Mebibytes, the unit of sizes in the CPI contract. At most [`MiB::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MiB(u64);
 
 impl MiB {
-    /// The largest size taken from anybody: 64 TiB, a little under what qcow2 can hold with 64 KiB
-    /// clusters.
+    /// The largest accepted size: 64 TiB, a little less than a qcow2 image with 64 KiB clusters can
+    /// have.
     pub const MAX: MiB = MiB(64 * 1024 * 1024);
 
     /// `mib` mebibytes, or `None` above [`MiB::MAX`].
@@ -19,7 +21,7 @@ impl MiB {
         if mib <= Self::MAX.0 { Some(Self(mib)) } else { None }
     }
 
-    /// The smallest whole number of mebibytes that holds `bytes`, at most [`MiB::MAX`].
+    /// `bytes` rounded up to whole mebibytes, or `None` above [`MiB::MAX`].
     pub const fn holding(bytes: Bytes) -> Option<Self> {
         Self::new(bytes.0.div_ceil(1 << 20))
     }
@@ -37,11 +39,14 @@ impl MiB {
 
 impl fmt::Display for MiB {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB", self.0)
+        match self.0 {
+            mib if mib > 0 && mib.is_multiple_of(1024) => write!(f, "{} GiB", mib / 1024),
+            mib => write!(f, "{mib} MiB"),
+        }
     }
 }
 
-/// Bytes: the size of an image, an offset in it.
+/// Bytes: the size of an image, or an offset in it.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -57,7 +62,10 @@ impl Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes", self.0)
+        match MiB::new(self.0 >> 20) {
+            Some(whole) if whole.0 > 0 && whole.bytes() == *self => whole.fmt(f),
+            _ => write!(f, "{} bytes", self.0),
+        }
     }
 }
 
@@ -73,7 +81,17 @@ mod tests {
     }
 
     #[test]
-    fn the_absurd_is_refused() {
+    fn a_size_is_shown_in_its_largest_whole_unit() {
+        let shown = [0, 512, 1 << 20, 20 << 30, (20 << 30) + (1 << 20)].map(Bytes);
+        assert_eq!(
+            shown.map(|bytes| bytes.to_string()),
+            ["0 bytes", "512 bytes", "1 MiB", "20 GiB", "20481 MiB"]
+        );
+        assert_eq!(MiB(0).to_string(), "0 MiB");
+    }
+
+    #[test]
+    fn a_size_above_the_maximum_is_refused() {
         assert_eq!(MiB::new(u64::MAX), None);
         assert_eq!(MiB::MAX.bytes().get(), 64 << 40);
     }

@@ -197,8 +197,8 @@ fn required(lab: &Lab, vm: &Vm, record: &VmRecord) -> Vec<FileSpec> {
 fn open(lab: &Lab, spec: FileSpec) -> (OpenedFile, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
     let io_uring = io_uring::is_usable(lab.store.run_dir(), &qemu);
-    let (fd, direct) =
-        image::open(&spec.path, spec.writable, spec.cache.direct()).expect("open an image");
+    let (fd, direct) = image::open(&spec.path, spec.writable, spec.cache.bypasses_page_cache())
+        .expect("open an image");
     (OpenedFile { spec, direct, io_uring }, fd)
 }
 

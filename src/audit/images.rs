@@ -56,7 +56,7 @@ impl Audit<'_> {
         for cid in cx.store.list::<DiskRecord>()? {
             let Some(lock) = self.lock_object(Rank::Disk, &cid) else { continue };
             let Ok(Some(disk)) = cx.store.read::<DiskRecord>(&cid) else { continue };
-            let Err(error) = cx.store.is_ours(&disk) else { continue };
+            let Err(error) = cx.store.ensure_owned(&disk) else { continue };
             match error.kind() {
                 ErrorKind::Conflict => {}
                 ErrorKind::Corrupt => {
@@ -71,12 +71,12 @@ impl Audit<'_> {
                     Kind::Orphan,
                     &cid,
                     &error.chain(),
-                    error.advice().unwrap_or_default(),
+                    error.hint_text().unwrap_or_default(),
                 );
                 continue;
             }
             let lists = |vm: &VmRecord| vm.attachment(&cid).is_some();
-            match cx.store.readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
+            match cx.store.list_readable::<VmRecord>()?.iter().find(|vm| lists(vm)) {
                 Some(vm) => {
                     self.for_operator(
                         Kind::Orphan,
@@ -89,18 +89,18 @@ impl Audit<'_> {
                     let mut lock = Some(lock);
                     self.found(Kind::Orphan, &cid, &error.chain(), || {
                         let metadata = cx.store.lock(Rank::Metadata, &cid, Self::deadline())?;
-                        cx.store.forget(&cid)?;
-                        metadata.retire()?;
+                        cx.store.remove_local(&cid)?;
+                        metadata.unlink()?;
                         lock.take().expect("taken once").unlink()
                     });
                 }
             }
         }
-        for cid in cx.store.moving()? {
+        for cid in cx.store.moving_disks()? {
             let Some(lock) = self.lock(Rank::Disk, &cid) else { continue };
             if matches!(cx.store.find::<DiskRecord>(&cid), Ok(None)) {
                 let why = "its change of owner was interrupted";
-                self.found(Kind::Unfinished, &cid, why, || cx.store.let_go(&cid));
+                self.found(Kind::Unfinished, &cid, why, || cx.store.finish_release(&cid));
                 lock.unlink()?;
             }
         }
@@ -109,10 +109,11 @@ impl Audit<'_> {
 
     /// The key of encrypted disks. Without it none of them can be opened.
     fn disk_key(&mut self) -> Result<()> {
-        let (store, key) = (&self.cx.store, DiskKey::of(&self.cx.config));
-        let disks = store.readable::<DiskRecord>()?.into_iter();
-        let mut disks = disks
-            .chain(store.readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk));
+        let (store, key) = (&self.cx.store, DiskKey::from_config(&self.cx.config));
+        let disks = store.list_readable::<DiskRecord>()?.into_iter();
+        let mut disks = disks.chain(
+            store.list_readable::<SnapshotRecord>()?.into_iter().map(|snapshot| snapshot.disk),
+        );
         if disks.any(|disk| disk.encrypted)
             && let Err(error) = key.read()
         {

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use super::Audit;
 use crate::error::{ErrorKind, Result};
-use crate::store::{Glance, Guard, Rank};
+use crate::store::{Guard, Rank, TryLock};
 
 /// A lock on an object, held while the object is inspected.
 pub(super) enum ObjectLock {
     /// For `gc`: the lock that every call takes.
     Exclusive(Guard),
     /// For `audit`: needs no write, so it works on a read-only filesystem.
-    Shared(Glance),
+    Shared(TryLock),
 }
 
 impl Audit<'_> {
@@ -21,7 +21,7 @@ impl Audit<'_> {
     pub(super) fn lock_object(&mut self, rank: Rank, name: impl Display) -> Option<ObjectLock> {
         let name = name.to_string();
         let lock = self.lock(rank, &name)?;
-        if self.cx.store.is_locked_for_something(rank, &name) {
+        if self.cx.store.lock_has_object(rank, &name) {
             return Some(lock);
         }
         // A lock file that existed before may be what is left of the object.
@@ -40,7 +40,7 @@ impl Audit<'_> {
         let locked = if self.repair {
             store.lock(rank, &name, Instant::now()).map(|lock| Some(ObjectLock::Exclusive(lock)))
         } else {
-            store.glance(rank, &name).map(|lock| lock.map(ObjectLock::Shared))
+            store.try_lock(rank, &name).map(|lock| lock.map(ObjectLock::Shared))
         };
         match locked {
             Err(error) if error.kind() == ErrorKind::Timeout => None,
@@ -77,7 +77,7 @@ impl ObjectLock {
     /// Releases the lock and removes its file.
     pub(super) fn unlink(self) -> Result<()> {
         match self {
-            Self::Exclusive(lock) => lock.retire(),
+            Self::Exclusive(lock) => lock.unlink(),
             Self::Shared(_) => Ok(()),
         }
     }

@@ -101,7 +101,7 @@ pub enum Cure {
 /// Looks for everything on this host that contradicts the records. Writes nothing.
 pub fn audit(cx: &Context) -> Vec<Finding> {
     let mut audit = Audit { cx, repair: false, findings: Vec::new() };
-    match cx.store.is_understood() {
+    match cx.store.is_initialized() {
         Ok(_) if cx.store.state_dir().exists() => audit.everything(),
         Ok(_) => {}
         // The files of an unknown schema may mean anything.
@@ -117,10 +117,10 @@ pub fn audit(cx: &Context) -> Vec<Finding> {
 /// written.
 pub fn gc(cx: &Context) -> Result<Vec<Finding>> {
     let mut audit = Audit { cx, repair: true, findings: Vec::new() };
-    cx.store.is_mounted()?;
+    cx.store.ensure_mounted()?;
     if cx.store.state_dir().exists() {
         cx.store.prepare()?;
-        cx.store.can_be_changed()?;
+        cx.store.ensure_writable()?;
         audit.everything();
     }
     Ok(audit.findings)
@@ -150,7 +150,7 @@ struct Audit<'a> {
 
 impl Audit<'_> {
     fn everything(&mut self) {
-        let run_dir = self.cx.store.goes_with_run_dir();
+        let run_dir = self.cx.store.ensure_run_dir_matches();
         if let Err(error) = &run_dir {
             self.unusable(&"run_dir", error);
         }
@@ -192,7 +192,7 @@ impl Audit<'_> {
             Kind::Corrupt,
             what,
             &error.chain(),
-            error.advice().unwrap_or(AUDIT_AGAIN),
+            error.hint_text().unwrap_or(AUDIT_AGAIN),
         );
     }
 
@@ -202,7 +202,7 @@ impl Audit<'_> {
             Kind::Unknown,
             what,
             &error.chain(),
-            error.advice().unwrap_or(AUDIT_AGAIN),
+            error.hint_text().unwrap_or(AUDIT_AGAIN),
         );
     }
 

@@ -61,7 +61,9 @@ impl Audit<'_> {
                 }
                 Ok(None)
                     if !is_pending
-                        && atomic::is_there(&self.cx.store.record_dir::<NetworkRecord>(&cid)) =>
+                        && atomic::entry_exists(
+                            &self.cx.store.record_dir::<NetworkRecord>(&cid),
+                        ) =>
                 {
                     self.without_record(&cid, &self.cx.store.record_dir::<NetworkRecord>(&cid));
                 }
@@ -160,7 +162,9 @@ impl Audit<'_> {
             lack.filter
                 .then(|| "rules of its VMs in the nftables table bosh-qemu-guard".to_owned()),
         );
-        if network.pinned && !bridge_owners::owned_by(&self.cx.store.owner()?)?.contains(bridge) {
+        if network.pinned
+            && !bridge_owners::owned_by(&self.cx.store.state_dir_id()?)?.contains(bridge)
+        {
             lacks.push("the mark that keeps its bridge without VMs".to_owned());
         }
         Ok(lacks)
@@ -185,7 +189,7 @@ impl Audit<'_> {
 
     /// Bridges that this state directory keeps without a pin: an operator removed the pin's file.
     fn unpinned_bridges(&mut self) -> Result<()> {
-        let (cx, owner) = (self.cx, self.cx.store.owner()?);
+        let (cx, owner) = (self.cx, self.cx.store.state_dir_id()?);
         for bridge in bridge_owners::owned_by(&owner)? {
             let Some(lock) = self.lock(Rank::Network, &bridge) else { continue };
             if !cx.store.is_pinned(&bridge) {

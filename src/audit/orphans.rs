@@ -21,7 +21,7 @@ impl Audit<'_> {
     fn orphans_of(&mut self, vm: &VmCid, recorded: &Recorded) -> Result<()> {
         let cx = self.cx;
         // A dangling link is a VM whose filesystem is not mounted.
-        let exists = || atomic::is_there(&cx.store.vm(vm).dir);
+        let exists = || atomic::entry_exists(&cx.store.vm(vm).dir);
         if exists() {
             return Ok(());
         }

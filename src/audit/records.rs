@@ -29,16 +29,16 @@ impl Audit<'_> {
             drop(lock);
             let cx = self.cx;
             let Some(disk) =
-                disk.filter(|disk| disk.phase == Phase::Ready && disk.leftover.is_some())
+                disk.filter(|disk| disk.phase == Phase::Ready && disk.inactive_image.is_some())
             else {
                 continue;
             };
-            if cx.store.is_elsewhere(&disk) {
+            if cx.store.is_no_longer_owned(&disk) {
                 // Another host owns it: `images` reports that.
                 continue;
             }
             self.found(Kind::Unfinished, &cid, "a copy of it was interrupted", || {
-                match disk::locked(cx, &cid, Self::deadline())?.1.leftover {
+                match disk::locked(cx, &cid, Self::deadline())?.1.inactive_image {
                     None => Ok(()),
                     Some(left) => {
                         let path = cx.store.disk_image_at(&cid, &left)?;
@@ -148,7 +148,7 @@ impl Audit<'_> {
                         &self.cx.store.pending_dir().join(&name),
                         pending::creator(self.cx, &name),
                     ));
-            if self.cx.store.is_locked_for_something(rank, &lock) {
+            if self.cx.store.lock_has_object(rank, &lock) {
                 drop(held);
             } else {
                 held.unlink()?;

@@ -6,7 +6,7 @@ use crate::cid::VmCid;
 use crate::cpi::vm::orphans::Recorded;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::uids;
-use crate::store::claims::Claim;
+use crate::store::reservations::Reservation;
 use crate::store::{Phase, Rank, VmRecord, atomic};
 
 impl Audit<'_> {
@@ -46,25 +46,32 @@ impl Audit<'_> {
 
     fn addresses_and_ports(&mut self, vm: &VmRecord) -> Result<()> {
         let cx = self.cx;
-        let claimed: Vec<_> =
-            cx.store.claimed()?.into_iter().filter(|(_, holder)| *holder == vm.cid).collect();
-        for claim in Claim::all_of(vm) {
-            if claimed.iter().any(|(its, _)| *its == claim) {
+        let reserved: Vec<_> =
+            cx.store.reservations()?.into_iter().filter(|(_, holder)| *holder == vm.cid).collect();
+        for reservation in Reservation::all_of(vm) {
+            if reserved.iter().any(|(its, _)| *its == reservation) {
                 continue;
             }
             let why = format!("VM '{}' has it without a reservation", vm.cid);
-            self.found(Kind::Unreserved, &format!("reservation {}", claim.name()), &why, || {
-                cx.store.with_claims(Self::deadline(), |claims| {
-                    match claims.restore(&vm.cid, &claim)? {
+            self.found(
+                Kind::Unreserved,
+                &format!("reservation {}", reservation.name()),
+                &why,
+                || {
+                    cx.store.with_reservations(Self::deadline(), |reservations| match reservations
+                        .restore(
+                        &vm.cid,
+                        &reservation,
+                    )? {
                         None => Ok(()),
                         Some(other) => {
                             let message = format!("VM '{other}' has reserved it, too");
                             Err(Error::new(ErrorKind::Conflict, message)
                                 .hint("recreate one of them"))
                         }
-                    }
-                })
-            });
+                    })
+                },
+            );
         }
         Ok(())
     }
@@ -85,15 +92,15 @@ impl Audit<'_> {
                 );
             }
         }
-        for (claim, error) in self.cx.store.damaged_claims()? {
-            if !recorded.reservations.contains(&claim.name()) {
-                self.unusable(&format!("reservation {}", claim.name()), &error);
+        for (reservation, error) in self.cx.store.damaged_reservations()? {
+            if !recorded.reservations.contains(&reservation.name()) {
+                self.unusable(&format!("reservation {}", reservation.name()), &error);
             }
         }
         Ok(())
     }
 
     fn exists(&self, vm: &VmCid) -> bool {
-        atomic::is_there(&self.cx.store.vm(vm).dir)
+        atomic::entry_exists(&self.cx.store.vm(vm).dir)
     }
 }

@@ -39,9 +39,8 @@ impl Audit<'_> {
     fn locks(&mut self) -> Result<()> {
         let cx = self.cx;
         for (rank, name) in cx.store.locks()? {
-            let is_used = || {
-                cx.store.is_locked_for_something(rank, &name) || pending::contains_name(cx, &name)
-            };
+            let is_used =
+                || cx.store.lock_has_object(rank, &name) || pending::contains_name(cx, &name);
             let is_abandoned = || {
                 let (path, holder) =
                     (cx.store.lock_path(rank, &name), cx.store.last_holder(rank, &name));

@@ -33,7 +33,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
 /// Chooses the executor by the configuration and the request's context: this host, one remote host
 /// (`transport`) or a group of remote hosts (`hosts`).
 fn executor(config: Option<&Path>, request: &Request) -> Result<Box<dyn Executor>> {
-    let file = config::file(config);
+    let file = config::path(config);
     let document = Document::read(file.as_deref())?;
     let config = document.config()?;
     log::init(&config.log);

@@ -16,7 +16,7 @@ use crate::log;
 /// sends calls to other hosts: a command on this machine would then act on the wrong host.
 pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
     ensure_root()?;
-    let file = config::file(file);
+    let file = config::path(file);
     let config = Config::load(file.as_deref())?;
     if config.transport.kind != TransportKind::Local || !config.hosts.is_empty() {
         let key = if config.hosts.is_empty() { "transport" } else { "hosts" };

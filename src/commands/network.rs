@@ -69,7 +69,7 @@ struct Report<'a> {
 }
 
 fn report<'a>(cx: &Context, action: Action, network: &'a HostNetwork) -> Result<Report<'a>> {
-    let cpi_owns_bridge = matches!(network.segment.keeper, Keeper::Us { .. });
+    let cpi_owns_bridge = matches!(network.segment.keeper, Keeper::Cpi { .. });
     let state = match (cpi_owns_bridge, network.pinned) {
         (false, _) => OPERATORS,
         (true, true) => KEPT,

@@ -32,7 +32,7 @@ struct Line {
 /// Prints a table or, with `as_json`, an array.
 pub fn list(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<()> {
     let (config, _) = local::config(config)?;
-    let store = Store::of(&config);
+    let store = Store::from_config(&config);
     let mut cids = store.list::<VmRecord>()?;
     cids.sort();
     let lines: Vec<_> = cids.chunks(PARALLEL).flat_map(|cids| examine_all(&store, cids)).collect();

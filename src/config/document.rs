@@ -1,4 +1,4 @@
-//! The configuration file, and what a request's context puts in its place.
+//! The configuration file, and its keys that a request's context overrides.
 
 use std::path::{Path, PathBuf};
 
@@ -8,15 +8,15 @@ use super::{Config, DEFAULT_FILE, ENVIRONMENT, HOST_KEYS};
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::schema::Property;
 
-/// The configuration file that somebody named: `given`, else what [`ENVIRONMENT`] names.
-pub fn file(given: Option<&Path>) -> Option<PathBuf> {
+/// Path of the configuration file: `given`, else the value of [`ENVIRONMENT`]; `None` without both.
+pub fn path(given: Option<&Path>) -> Option<PathBuf> {
     let named =
         given.map(Path::to_owned).or_else(|| std::env::var_os(ENVIRONMENT).map(PathBuf::from))?;
-    // A supervisor reads it again from another working directory.
+    // Absolute, because a supervisor reads the file from another working directory.
     Some(std::path::absolute(&named).unwrap_or(named))
 }
 
-/// A configuration file's content, checked to be JSON and nothing more.
+/// The JSON of a configuration file. Its keys are not checked yet.
 #[derive(Debug)]
 pub struct Document {
     name: String,
@@ -24,7 +24,8 @@ pub struct Document {
 }
 
 impl Document {
-    /// Reads `named`, else [`DEFAULT_FILE`] if it is there, else nothing, which is a configuration, too.
+    /// Reads `named`, else [`DEFAULT_FILE`]. If the latter does not exist, the document is empty:
+    /// all keys have defaults.
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file.
@@ -48,7 +49,7 @@ impl Document {
         Ok(Self { name, keys })
     }
 
-    /// What it says.
+    /// The configuration in the document.
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key.
@@ -56,12 +57,13 @@ impl Document {
         Config::from_json(&self.keys).and_then(Config::validated).map_err(|e| e.in_file(&self.name))
     }
 
-    /// The [`HOST_KEYS`] that it has, or a request's `context` in its place: what a host elsewhere is told.
+    /// The [`HOST_KEYS`] of the document, overridden by a request's `context`. A remote host
+    /// receives them.
     pub fn for_host(&self, context: &Map<String, Value>) -> Map<String, Value> {
         let given = |key: &str| (self.keys.get(key), context.get(key));
-        let told = HOST_KEYS.iter().filter_map(|key| {
+        let keys = HOST_KEYS.iter().filter_map(|key| {
             let value = match given(key) {
-                // As in `with_context`: a deadline is overridden alone.
+                // As in `with_context`: each deadline is overridden on its own.
                 (Some(Value::Object(file)), Some(Value::Object(context)))
                     if *key == "deadlines" =>
                 {
@@ -74,12 +76,13 @@ impl Document {
             };
             Some(((*key).to_owned(), value))
         });
-        told.collect()
+        keys.collect()
     }
 }
 
 impl Config {
-    /// Reads the configuration from `named`, else from [`DEFAULT_FILE`] if it is there, else takes the defaults.
+    /// Reads the configuration from `named`, else from [`DEFAULT_FILE`] if it exists, else uses the
+    /// defaults.
     ///
     /// # Errors
     /// [`ErrorKind::BadConfig`] naming the file and the key.
@@ -87,7 +90,8 @@ impl Config {
         Document::read(named)?.config()
     }
 
-    /// The same configuration with those `keys` of a request's context that it has in place of the file's.
+    /// The configuration with `keys` overridden by a request's `context`. Other keys of the context
+    /// are ignored.
     ///
     /// # Errors
     /// [`ErrorKind::BadRequest`] naming the context key.
@@ -105,7 +109,7 @@ impl Config {
             .map_err(|e| e.in_request("context"))?;
         let mut config = self.clone();
         if overrides.contains_key("transport") {
-            // The one or the other says where calls go.
+            // `transport` and `hosts` exclude each other.
             config.hosts.clear();
         }
         for key in overrides.keys() {
@@ -131,9 +135,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_context_overrides_only_what_it_may() {
+    fn a_context_overrides_the_context_keys_only() {
         let config = Config::from_json(&json!({"agent": {"ntp": ["a"]}})).unwrap();
-        let context = json!({"agent": {"ntp": ["b"]}, "state_dir": "/elsewhere", "secret": "x", "director_uuid": "u"});
+        let context = json!({
+            "agent": {"ntp": ["b"]}, "state_dir": "/elsewhere", "secret": "x", "director_uuid": "u",
+        });
         let changed = config.with_context(context.as_object().unwrap(), CONTEXT_KEYS).unwrap();
         assert_eq!(changed.agent.ntp, ["b"]);
         assert_eq!(changed.state_dir, config.state_dir);
@@ -143,17 +149,23 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_told_what_is_about_its_vms_and_nothing_else() {
-        let keys = json!({"agent": {"ntp": ["a"]}, "deadlines": {"create_vm": 1, "has_vm": 2}, "state_dir": "/s"});
+    fn a_remote_host_receives_the_keys_about_its_vms_only() {
+        let deadlines = json!({"create_vm": 1, "has_vm": 2});
+        let keys = json!({"agent": {"ntp": ["a"]}, "deadlines": deadlines, "state_dir": "/s"});
         let document = Document { name: "cpi.json".into(), keys };
-        let context = json!({"agent": {"mbus": "m"}, "deadlines": {"has_vm": 3}, "transport": {}, "other": 1});
-        let told = document.for_host(context.as_object().unwrap());
+        let context = json!({
+            "agent": {"mbus": "m"}, "deadlines": {"has_vm": 3}, "transport": {}, "other": 1,
+        });
+        let received = document.for_host(context.as_object().unwrap());
         let deadlines = json!({"create_vm": 1, "has_vm": 3});
-        assert_eq!(Value::Object(told), json!({"agent": {"mbus": "m"}, "deadlines": deadlines}));
+        assert_eq!(
+            Value::Object(received),
+            json!({"agent": {"mbus": "m"}, "deadlines": deadlines})
+        );
     }
 
     #[test]
-    fn a_transport_of_the_context_takes_the_place_of_the_files_hosts() {
+    fn a_transport_in_the_context_replaces_the_files_hosts() {
         let hosts = json!({"hosts": [{"name": "a", "transport": {"kind": "unix"}}]});
         let config = Config::from_json(&hosts).unwrap();
         let context = json!({"transport": {"kind": "unix"}});

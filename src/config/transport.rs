@@ -1,40 +1,43 @@
-//! How calls reach the host that runs the VMs, where that is another machine.
+//! The configuration's keys about other hosts: how calls reach them, and what remote callers may do
+//! here.
 
 use std::path::PathBuf;
 
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::schema::{Problem, Property, Redacted, SchemaError, Whole};
+use crate::schema::{Expected, Problem, Property, Redacted, SchemaError, Whole};
 use crate::{choice, document};
 
 document! {
-    /// How calls reach the host that runs the VMs.
+    /// The way of calls to the host that runs the VMs.
     pub struct Transport {
-        /// `local`: this is the host. `unix`: through a socket of this machine, behind which `bosh-qemu-cpi host serve` runs.
-        /// `ssh`: with OpenSSH's `ssh`, to another machine.
+        /// `local`: this machine is the host. `unix`: through a socket of this machine, which
+        /// `bosh-qemu-cpi host serve` serves. `ssh`: to another machine, with OpenSSH's `ssh`.
         kind: TransportKind = TransportKind::Local;
-        /// `unix`: the socket.
+        /// `unix`: path of the socket.
         socket: PathBuf = "/run/bosh-qemu-cpi.sock".into();
-        /// `ssh`: the host's name or address.
+        /// `ssh`: name or address of the host. Required.
         host: Option<HostName>;
-        /// `ssh`: the port its sshd listens on.
+        /// `ssh`: port of the host's sshd.
         port: Whole<1, 65535> = Whole::of(22);
-        /// `ssh`: who to be there.
+        /// `ssh`: the user on the host.
         user: UserName = UserName("root".to_owned());
-        /// `ssh`: the private key, as OpenSSH writes it, without a passphrase.
+        /// `ssh`: a private key in OpenSSH's format, without a passphrase. Required.
         private_key: Redacted<Option<String>>;
-        /// `ssh`: the host's public key, as in its `/etc/ssh/ssh_host_ed25519_key.pub`. No other is accepted.
+        /// `ssh`: the host's public key, as in its `/etc/ssh/ssh_host_ed25519_key.pub`. A host with
+        /// another key is refused. Required.
         host_key: Option<PublicKey>;
-        /// `ssh`: calls that share one connection, at most its sshd's `MaxSessions`; more calls open another.
+        /// `ssh`: most calls that share one connection, at most the `MaxSessions` of the host's
+        /// sshd. Further calls open another connection.
         sessions: Whole<1, 512> = Whole::of(10);
     }
 }
 
 choice! {
-    /// Ways to a host.
+    /// Kind of a transport.
     pub enum TransportKind ("\"local\", \"unix\" or \"ssh\"") {
-        /// None: the calls are carried out here.
+        /// No transport: this machine is the host.
         Local = "local",
         /// A socket of this machine.
         Unix = "unix",
@@ -44,45 +47,49 @@ choice! {
 }
 
 document! {
-    /// One host of several.
+    /// One of several hosts.
     pub struct HostEntry {
-        /// What it is called in messages. Cids begin with a trace of it, so give no host the name of another.
+        /// Name of the host in messages. The host's new cids contain a tag of the name, so never
+        /// give the name to another host.
         name: HostName;
-        /// How calls reach it.
+        /// The way of calls to the host.
         transport: Transport;
-        /// Whether it gets no new VMs but those whose disks are on it.
+        /// Whether the host gets no new VMs, except those whose disks are on it.
         draining: bool = false;
     }
 }
 
 document! {
-    /// What the host leaves to callers that come through `host serve`.
+    /// Permissions of callers that connect through `bosh-qemu-cpi host serve`.
     pub struct RemoteCallers {
-        /// Directories whose files they may name as images of light stemcells.
+        /// Directories with files that remote callers may use as images of light stemcells.
         image_dirs: Vec<PathBuf>;
     }
 }
 
 impl Transport {
-    /// What the types alone do not say.
+    /// Refuses an `ssh` transport without its required keys.
     ///
     /// # Errors
-    /// Names the key.
-    pub fn validated(&self) -> Result<(), SchemaError> {
-        let missing = |key: &str, expected| SchemaError {
+    /// Names the missing key.
+    pub fn ensure_valid(&self) -> Result<(), SchemaError> {
+        let missing = |key: &str, expected: Expected| SchemaError {
             path: key.to_owned(),
             problem: Problem::Missing(expected),
         };
         if self.kind == TransportKind::Ssh {
             self.host.as_ref().ok_or_else(|| missing("host", HostName::EXPECTED))?;
-            self.private_key.0.as_ref().ok_or_else(|| missing("private_key", "a private key"))?;
+            self.private_key
+                .0
+                .as_ref()
+                .ok_or_else(|| missing("private_key", Expected::secret("a private key")))?;
             self.host_key.as_ref().ok_or_else(|| missing("host_key", PublicKey::EXPECTED))?;
         }
         Ok(())
     }
 }
 
-/// A word that a program may be given as an argument: it can not be taken for an option.
+/// Declares a name that is safe as an argument of a program: it does not begin like an option.
 macro_rules! word {
     ($(#[$doc:meta])* $name:ident, $max:literal, $others:pat, $expected:literal) => {
         $(#[$doc])*
@@ -90,7 +97,7 @@ macro_rules! word {
         pub struct $name(String);
 
         impl $name {
-            /// The text, if it is one.
+            /// The name, if `text` is valid.
             pub fn parse(text: &str) -> Option<Self> {
                 let plain = |byte: u8| byte.is_ascii_alphanumeric();
                 let good = text.bytes().next().is_some_and(plain)
@@ -112,17 +119,18 @@ macro_rules! word {
         }
 
         impl Property for $name {
-            const EXPECTED: &'static str = $expected;
+            const EXPECTED: Expected = Expected::text($expected);
 
             fn from_json(value: &Value) -> Result<Self, SchemaError> {
-                value.as_str().and_then(Self::parse).ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+                let name = value.as_str().and_then(Self::parse);
+                name.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
             }
         }
     };
 }
 
 word! {
-    /// Name or address of a machine.
+    /// Name or address of a host.
     HostName, 253, b'.' | b'-' | b'_' | b':', "a host's name or address"
 }
 
@@ -131,12 +139,12 @@ word! {
     UserName, 32, b'.' | b'-' | b'_', "a user's name"
 }
 
-/// A public key in OpenSSH's form, without options and comment: `ssh-ed25519 AAAA…`.
+/// A public key in OpenSSH's format, without options and comment: `ssh-ed25519 AAAA…`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PublicKey(String);
 
 impl PublicKey {
-    /// The key in `line`, whose comment is left out.
+    /// The key in `line`, without its comment.
     pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let (kind, key) = (words.next()?, words.next()?);
@@ -148,14 +156,15 @@ impl PublicKey {
         good.then(|| Self(format!("{kind} {key}")))
     }
 
-    /// Kind and key.
+    /// Type and key.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl Property for PublicKey {
-    const EXPECTED: &'static str = "a public key such as \"ssh-ed25519 AAAA…\"";
+    // Not public: a private key may stand here by mistake.
+    const EXPECTED: Expected = Expected::secret("a public key such as \"ssh-ed25519 AAAA…\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         value
@@ -172,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_be_an_option_or_two_words_is_no_host_and_no_user() {
+    fn names_that_look_like_options_or_two_words_are_refused() {
         for good in ["kvm-1", "10.0.0.5", "fd00::5", "kvm1.example.org"] {
             assert!(HostName::parse(good).is_some(), "{good}");
         }
@@ -199,9 +208,9 @@ mod tests {
     }
 
     #[test]
-    fn ssh_says_what_it_lacks() {
+    fn ssh_without_a_required_key_is_refused() {
         let lack =
-            |value| Transport::from_json(&value).unwrap().validated().unwrap_err().to_string();
+            |value| Transport::from_json(&value).unwrap().ensure_valid().unwrap_err().to_string();
         assert_eq!(
             lack(json!({"kind": "ssh"})),
             "host: missing; expected a host's name or address"
@@ -210,6 +219,6 @@ mod tests {
             lack(json!({"kind": "ssh", "host": "h", "private_key": "k"})),
             "host_key: missing; expected a public key such as \"ssh-ed25519 AAAA…\""
         );
-        assert!(Transport::from_json(&json!({"kind": "unix"})).unwrap().validated().is_ok());
+        assert!(Transport::from_json(&json!({"kind": "unix"})).unwrap().ensure_valid().is_ok());
     }
 }

@@ -49,7 +49,7 @@ pub struct RemoteCall {
 impl Context {
     /// A call under `config`, which was read from `config_file`. The deadline counts from here.
     pub fn new(config: Config, config_file: Option<PathBuf>) -> Self {
-        let store = Store::of(&config);
+        let store = Store::from_config(&config);
         Self {
             config,
             config_file,

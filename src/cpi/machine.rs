@@ -35,7 +35,7 @@ pub(crate) fn lock(cx: &Context, cid: &VmCid, deadline: Instant) -> Result<(Guar
     let lock = cx.store.lock(Rank::Vm, cid, deadline)?;
     let vm = match find(cx, cid) {
         Ok(vm) => vm,
-        Err(error) => return lock.retire().and(Err(error)),
+        Err(error) => return lock.unlink().and(Err(error)),
     };
     acknowledgement::acknowledge::<VmRecord>(cx, cid);
     if let Err(error) = supervisor::adopt(&cx.vm_context(cid), cx.config_file(), &lock, deadline) {

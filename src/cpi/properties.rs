@@ -11,7 +11,7 @@ use crate::document;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::ranges::{AddressRange, HostPort, PortRange, Protocol};
-use crate::schema::{Property, SchemaError, Whole};
+use crate::schema::{Expected, Property, SchemaError, Whole};
 use crate::store::record::{Cache, Discard, Format, Preallocation};
 use crate::units::MiB;
 
@@ -182,7 +182,7 @@ document! {
 }
 
 impl Property for NetworkCid {
-    const EXPECTED: &'static str = "the cid of a network";
+    const EXPECTED: Expected = Expected::text("the cid of a network");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let cid = value.as_str().and_then(|text| Self::parse(text).ok());
@@ -197,7 +197,7 @@ impl Property for NetworkCid {
 pub struct CpuModel(pub String);
 
 impl Property for CpuModel {
-    const EXPECTED: &'static str = "a CPU model: letters, digits and \"-_.,=+\"";
+    const EXPECTED: Expected = Expected::text("a CPU model: letters, digits and \"-_.,=+\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.,=+".contains(c);

@@ -116,7 +116,7 @@ pub fn plug(
 /// # Errors
 /// [`ErrorKind::Host`] for what the kernel refused.
 pub fn release(segment: &Segment) -> Result<bool> {
-    let Keeper::Us { uplink, .. } = &segment.keeper else { return Ok(true) };
+    let Keeper::Cpi { uplink, .. } = &segment.keeper else { return Ok(true) };
     let links = Links::open()?;
     let vlan_link = uplink.as_ref().map(diff::vlan_name);
     let vlan_link = vlan_link
@@ -271,7 +271,7 @@ fn observe(links: &Links, segment: &Segment, ports: &[Port]) -> Result<Observed>
         ports: existing_ports(links, ports)?,
         ..Observed::default()
     };
-    let Keeper::Us { addresses, uplink, .. } = &segment.keeper else {
+    let Keeper::Cpi { addresses, uplink, .. } = &segment.keeper else {
         return Ok(Observed { rules_current: true, ..observed });
     };
     let index = observed.bridge.as_ref().map(|link| link.index);

@@ -9,7 +9,7 @@ use super::diff::is_cpi_bridge;
 use super::link::{Link, Links};
 use crate::error::Result;
 use crate::link_name::LinkName;
-use crate::store::Owner;
+use crate::store::StateDirId;
 
 /// Text in the alias between the network and the owners.
 const OWNERS_SEPARATOR: &str = " kept by ";
@@ -18,7 +18,7 @@ const OWNERS_SEPARATOR: &str = " kept by ";
 ///
 /// # Errors
 /// [`ErrorKind::Host`](crate::error::ErrorKind::Host) if the kernel refuses the change.
-pub fn add_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
+pub fn add_owner(bridge: &LinkName, owner: &StateDirId) -> Result<()> {
     update_owners(bridge, |owners| {
         if !owners.iter().any(|known| known == owner.as_str()) {
             owners.push(owner.to_string());
@@ -30,7 +30,7 @@ pub fn add_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
 ///
 /// # Errors
 /// As [`add_owner`].
-pub fn remove_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
+pub fn remove_owner(bridge: &LinkName, owner: &StateDirId) -> Result<()> {
     update_owners(bridge, |owners| owners.retain(|known| known != owner.as_str()))
 }
 
@@ -38,7 +38,7 @@ pub fn remove_owner(bridge: &LinkName, owner: &Owner) -> Result<()> {
 ///
 /// # Errors
 /// As [`add_owner`].
-pub fn owned_by(owner: &Owner) -> Result<Vec<LinkName>> {
+pub fn owned_by(owner: &StateDirId) -> Result<Vec<LinkName>> {
     let mut links = Links::open()?.all()?;
     links.retain(|link| owners_of(link).any(|known| known == owner.as_str()));
     let names =

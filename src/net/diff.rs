@@ -51,7 +51,7 @@ pub(super) fn diff(segment: &Segment, observed: &Observed) -> Result<Vec<Change>
     let mut changes = Vec::new();
     let mtu = match &segment.keeper {
         Keeper::Operator => usable_operator_bridge(segment, observed)?.mtu,
-        Keeper::Us { addresses, uplink, .. } => {
+        Keeper::Cpi { addresses, uplink, .. } => {
             ensure_possible(segment, addresses, uplink.as_ref(), observed)?;
             let mtu = bridge_changes(segment, addresses, observed, &mut changes);
             for address in addresses {
@@ -241,7 +241,7 @@ fn bridge_changes(
         // No other machine has the gateway's address, and VMs need it at once.
         settings.extend([("disable_ipv6", "0"), ("accept_dad", "0")]);
     }
-    if matches!(segment.keeper, Keeper::Us { uplink: Some(_), .. }) && addresses.is_empty() {
+    if matches!(segment.keeper, Keeper::Cpi { uplink: Some(_), .. }) && addresses.is_empty() {
         settings.push(("disable_ipv6", "1"));
     }
     let has_ipv6 = observed.settings.contains_key(FORWARD_V6);
@@ -308,7 +308,7 @@ fn vlan_link_changes(
 
 /// Adds the changes that let packets pass from the bridge and back, or that stop them.
 fn forwarding_changes(segment: &Segment, observed: &Observed, changes: &mut Vec<Change>) {
-    let Keeper::Us { addresses, .. } = &segment.keeper else { return };
+    let Keeper::Cpi { addresses, .. } = &segment.keeper else { return };
     if forwards(segment) && addresses.iter().any(IpNetwork::is_ipv4) {
         sysctl_change(FORWARD_V4.to_owned(), "1", observed, changes);
     }
@@ -320,7 +320,7 @@ fn forwarding_changes(segment: &Segment, observed: &Observed, changes: &mut Vec<
 }
 
 fn forwards(segment: &Segment) -> bool {
-    matches!(segment.keeper, Keeper::Us { closed: false, .. })
+    matches!(segment.keeper, Keeper::Cpi { closed: false, .. })
 }
 
 fn sysctl_change(key: String, value: &'static str, observed: &Observed, changes: &mut Vec<Change>) {

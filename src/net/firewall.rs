@@ -23,7 +23,7 @@ use crate::link_name::LinkName;
 /// Returns the table of a segment's bridge, if it needs one. Covers `present`, all addresses on the
 /// bridge, and not only the segment's: manifests with several subnets share a bridge.
 pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
-    let Keeper::Us { addresses, masquerade, closed, services, uplink } = &segment.keeper else {
+    let Keeper::Cpi { addresses, masquerade, closed, services, uplink } = &segment.keeper else {
         return None;
     };
     let bridge = &segment.bridge;
@@ -205,7 +205,7 @@ mod tests {
     fn rules(masquerade: bool, closed: bool) -> String {
         let addresses = ["fd00::1/64", "10.0.2.1/24", "10.0.1.1/24", "fe80::1/64", "10.0.1.254/24"];
         let addresses = addresses.map(|text| text.parse().unwrap()).to_vec();
-        let keeper = Keeper::Us {
+        let keeper = Keeper::Cpi {
             addresses: Vec::new(),
             masquerade,
             services: (masquerade || closed).then(|| vec![(6, 22)]),

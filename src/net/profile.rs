@@ -165,9 +165,9 @@ mod tests {
         ];
         insta::assert_snapshot!(refusals.map(|text| load(text).unwrap_err()).join("\n"), @r#"
         'DIR/nat.toml': wire: missing; expected "own-bridge", "bridge", "vlan" or "user"
-        'DIR/nat.toml': wire: expected "own-bridge", "bridge", "vlan" or "user", got a string
+        'DIR/nat.toml': wire: expected "own-bridge", "bridge", "vlan" or "user", got "tunnel"
         'DIR/nat.toml': string values must be quoted, expected literal string
-        'DIR/nat.toml': bridge: expected a link name of 1 to 15 letters, digits, ".", "_" and "-", got a string
+        'DIR/nat.toml': bridge: expected a link name of 1 to 15 letters, digits, ".", "_" and "-", got "a/b"
         'DIR/nat.toml': gateway: only a bridge that the CPI makes (wire = "own-bridge") has one
         'DIR/nat.toml': forward: needs gateway = true: VMs send packets only to a gateway
         'DIR/nat.toml': masquerade: needs forward = true

@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// [`ErrorKind::Conflict`] naming the address or route; [`ErrorKind::Host`] if the kernel does not
 /// answer.
 pub fn ensure_free(segment: &Segment) -> Result<()> {
-    let Keeper::Us { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
+    let Keeper::Cpi { addresses: wanted, .. } = &segment.keeper else { return Ok(()) };
     let links = Links::open()?;
     let find_bridge = || {
         Ok::<_, Error>(

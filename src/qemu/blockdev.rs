@@ -78,7 +78,7 @@ pub fn device(spec: &FileSpec, serial: &str) -> Value {
         "iothread": IOTHREAD,
     });
     if spec.writable {
-        device["write-cache"] = if spec.cache.write_cache() { "on" } else { "off" }.into();
+        device["write-cache"] = if spec.cache.has_write_cache() { "on" } else { "off" }.into();
     }
     device
 }

@@ -60,7 +60,7 @@ impl FileSpec {
     /// # Errors
     /// [`Conflict`](crate::error::ErrorKind::Conflict) if another host owns the disk.
     pub fn disk(store: &Store, disk: &DiskRecord) -> Result<Self> {
-        store.is_ours(disk)?;
+        store.ensure_owned(disk)?;
         let image = Self::image(disk.cid.as_str(), store.disk_image(disk)?, disk.format, true);
         let node = disk.current().node(&disk.cid);
         Ok(Self {

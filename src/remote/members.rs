@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::client::{CallError, Client};
 use super::forwarded_call::ForwardedCall;
-use crate::cid::is_from;
+use crate::cid::is_from_host;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -40,7 +40,7 @@ impl Members {
 
     /// Returns the members whose trace `cid` bears. Two names can have the same trace.
     pub fn named_in(&self, cid: &str) -> impl Iterator<Item = &Member> {
-        self.0.iter().filter(move |member| is_from(cid, &member.client.name))
+        self.0.iter().filter(move |member| is_from_host(cid, &member.client.name))
     }
 
     /// Runs `act` for every member at the same time, and returns the results in order.

@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(
             refusal(&hosts, &need(&[])),
             "no host can have the VM: a: it is draining; b: it has memory for a VM of 1023 MiB, \
-             not of 1024 MiB; c: it has no stemcell 'sc'; d: it has no pool ''; \
+             not of 1 GiB; c: it has no stemcell 'sc'; d: it has no pool ''; \
              e: connection refused\n\
              Hint: upload the stemcell to a host that was added later: \
              `bosh upload-stemcell --fix`"

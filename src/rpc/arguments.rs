@@ -27,7 +27,7 @@ impl<'a> Arguments<'a> {
     /// Reads a value of a type that configuration documents use, too.
     pub fn property<T: Property>(&mut self, name: &str) -> Result<T> {
         let what = self.label(name);
-        let text = self.take().ok_or_else(|| missing(&what, T::EXPECTED))?;
+        let text = self.take().ok_or_else(|| missing(&what, T::EXPECTED.words()))?;
         T::from_json(&value(text)).map_err(|e| e.in_request(&what))
     }
 

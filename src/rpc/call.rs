@@ -110,7 +110,7 @@ impl Call {
     /// the cid has a tag that tells the host.
     pub fn choose_cid(&self, host: Option<&str>) -> Option<Undo> {
         fn new<C: Cid>(host: Option<&str>) -> C {
-            host.map_or_else(C::random, C::random_at)
+            host.map_or_else(C::random, C::random_on_host)
         }
         Some(match self {
             Self::CreateStemcell(_) => Undo::DeleteStemcell(new(host)),
@@ -275,12 +275,7 @@ mod tests {
                 "calculate_vm_cloud_properties 512 MiB",
                 r#"{"cpu":2}"#,
             ),
-            (
-                "create_disk",
-                r#"[1024,{},"vm-1"]"#,
-                "create_disk 1024 MiB near vm-1",
-                r#""disk-new""#,
-            ),
+            ("create_disk", r#"[1024,{},"vm-1"]"#, "create_disk 1 GiB near vm-1", r#""disk-new""#),
             ("delete_disk", r#"["d-1"]"#, "delete_disk d-1", "null"),
             ("has_disk", r#"["d-1"]"#, "has_disk d-1", "false"),
             (
@@ -348,7 +343,7 @@ mod tests {
             (
                 "create_disk",
                 r#"["1",{}]"#,
-                "argument 1, size: expected a whole number of MiB from 1 to 67108864, got a string",
+                "argument 1, size: expected a whole number of MiB from 1 to 67108864, got \"1\"",
             ),
             (
                 "create_disk",

@@ -78,7 +78,7 @@ impl Response {
             json: write(&Body::<()> { result: None, error: Some(failure), log: "" }),
             error_type: Some(r#type),
             lacks_room: error.lacks_room(),
-            crowded: error.is_crowded(),
+            crowded: error.is_stale_placement(),
         }
     }
 
@@ -141,7 +141,7 @@ fn director_type(kind: ErrorKind) -> (&'static str, bool) {
         | ErrorKind::Conflict
         | ErrorKind::Timeout
         | ErrorKind::NotEnoughMemory { .. }
-        | ErrorKind::Crowded
+        | ErrorKind::StalePlacement
         | ErrorKind::Corrupt
         | ErrorKind::Host
         | ErrorKind::Internal => ("Bosh::Clouds::CloudError", false),

@@ -1,105 +1,33 @@
 //! Documents that people write: `cpi.json`, cloud properties, machine templates, network profiles.
 //!
-//! [`document!`](crate::document) declares one as a struct. From that one declaration come the parser (unknown
-//! keys are errors with a suggestion, every error names the path of its key), the defaults and the reference in
-//! `docs/`. [`choice!`](crate::choice) does the same for a word out of a closed list.
+//! [`document!`](crate::document) declares a document as a struct. The parser, the defaults and the
+//! reference in `docs/` come from that one declaration. An unknown key is an error with a
+//! suggestion, and every error names the path of its key. [`choice!`](crate::choice) declares a
+//! word out of a closed list.
 //!
-//! A value is never quoted in an error: it may be a secret. Its JSON type is.
+//! [`Expected`] decides whether an error quotes a refused value, because it may be a secret.
 
+mod error;
 mod reader;
 mod values;
 
 use serde::Serialize;
 use serde_json::Value;
 
+pub use error::{Expected, Found, Problem, SchemaError};
 pub use reader::{Reader, plain, printable, suggest};
 pub use values::{Redacted, Whole};
-
-use crate::error::{Error, ErrorKind};
-
-/// What is wrong with a document, and where.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{path}: {problem}")]
-pub struct SchemaError {
-    /// Keys from the root, joined with dots: `networks.default.mtu`.
-    pub path: String,
-    /// What is wrong there.
-    pub problem: Problem,
-}
-
-/// What can be wrong with one key.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Problem {
-    /// No such key here.
-    #[error("unknown key{}", .suggestion.map(|s| format!("; did you mean '{s}'?")).unwrap_or_default())]
-    Unknown {
-        /// The known key that looks most like it.
-        suggestion: Option<&'static str>,
-    },
-    /// The key must be there.
-    #[error("missing; expected {0}")]
-    Missing(&'static str),
-    /// The value has the wrong type or is out of range.
-    #[error("expected {expected}, got {found}")]
-    Value {
-        /// What is accepted.
-        expected: &'static str,
-        /// What it is instead, without the value.
-        found: String,
-    },
-    /// Two spellings of one key.
-    #[error("given twice: it is another name for '{0}'")]
-    Twice(&'static str),
-}
-
-impl SchemaError {
-    /// `value` is not what `expected` says.
-    pub fn value(expected: &'static str, value: &Value) -> Self {
-        Self { path: String::new(), problem: Problem::Value { expected, found: kind_of(value) } }
-    }
-
-    /// The same problem, one level further down.
-    #[must_use]
-    pub fn under(mut self, key: &str) -> Self {
-        self.path =
-            if self.path.is_empty() { key.to_owned() } else { format!("{key}.{}", self.path) };
-        self
-    }
-
-    /// As the request's fault, `what` naming the argument.
-    pub fn in_request(self, what: &str) -> Error {
-        Error::new(ErrorKind::BadRequest, self.under(what).to_string())
-    }
-
-    /// As the fault of the configuration file or template `source`.
-    pub fn in_file(self, source: &str) -> Error {
-        Error::new(ErrorKind::BadConfig, format!("'{source}': {self}"))
-    }
-}
-
-/// The JSON type of `value` in words; numbers and booleans with their value, which is no secret.
-fn kind_of(value: &Value) -> String {
-    match value {
-        Value::Null => "null".into(),
-        Value::Bool(b) => format!("{b}"),
-        Value::Number(n) => format!("{n}"),
-        Value::String(s) if s.is_empty() => "an empty string".into(),
-        Value::String(_) => "a string".into(),
-        Value::Array(_) => "an array".into(),
-        Value::Object(_) => "an object".into(),
-    }
-}
 
 /// One key of a document, for the reference.
 #[derive(Debug)]
 pub struct Key {
     /// Its name.
     pub name: &'static str,
-    /// Other names that mean the same.
+    /// Other names of the key.
     pub aliases: &'static [&'static str],
-    /// What it accepts, in words.
+    /// What the key accepts, in words.
     pub expected: &'static str,
-    /// What it is without being given, as JSON; `None`: nothing.
+    /// Its default, as JSON; `None`: it has none.
     pub default: fn() -> Option<Value>,
     /// Its documentation, Markdown.
     pub doc: &'static [&'static str],
@@ -107,20 +35,20 @@ pub struct Key {
     pub keys: fn() -> Vec<Key>,
 }
 
-/// A type that can stand in a document.
+/// A type of values in documents.
 pub trait Property: Sized + Serialize {
-    /// What is accepted, for errors and docs: "a whole number of MiB from 1".
-    const EXPECTED: &'static str;
+    /// What is accepted, for errors and docs, and whether errors may quote a refused value.
+    const EXPECTED: Expected;
 
     /// Reads one value.
     fn from_json(value: &Value) -> Result<Self, SchemaError>;
 
-    /// What the key is when it is not there and has no default; `None`: it must be there.
+    /// Value of a missing key without a default; `None`: the key is required.
     fn absent() -> Option<Self> {
         None
     }
 
-    /// The keys below, for documents.
+    /// The keys of a document.
     fn keys() -> Vec<Key> {
         Vec::new()
     }
@@ -128,13 +56,17 @@ pub trait Property: Sized + Serialize {
 
 /// Declares a document: see the [module](crate::schema).
 ///
-/// A field is `name: Type;` (must be given, or `Option`), `name: Type = default;`, or `name | "alias": Type …`.
+/// A field is `name: Type;` (required, unless it is an `Option`), `name: Type = default;`, or
+/// `name | "alias": Type …`.
 #[macro_export]
 macro_rules! document {
     (
         $(#[$meta:meta])*
         pub struct $name:ident {
-            $( $(#[doc = $doc:literal])+ $field:ident $(| $alias:literal)* : $ty:ty $(= $default:expr)? ; )*
+            $(
+                $(#[doc = $doc:literal])+
+                $field:ident $(| $alias:literal)* : $ty:ty $(= $default:expr)? ;
+            )*
         }
     ) => {
         $(#[$meta])*
@@ -144,12 +76,18 @@ macro_rules! document {
         }
 
         impl $crate::schema::Property for $name {
-            const EXPECTED: &'static str = "an object";
+            const EXPECTED: $crate::schema::Expected =
+                $crate::schema::Expected::secret("an object");
 
             fn from_json(value: &serde_json::Value) -> Result<Self, $crate::schema::SchemaError> {
-                let mut reader = $crate::schema::Reader::new(value, &[$( stringify!($field), $($alias,)* )*])?;
+                let known = &[$( stringify!($field), $($alias,)* )*];
+                let mut reader = $crate::schema::Reader::new(value, known)?;
                 let document = Self {
-                    $( $field: reader.take(stringify!($field), &[$($alias),*], || $crate::document!(@default $($default)?))?, )*
+                    $( $field: reader.take(
+                        stringify!($field),
+                        &[$($alias),*],
+                        || $crate::document!(@default $($default)?),
+                    )?, )*
                 };
                 reader.finish()?;
                 Ok(document)
@@ -164,7 +102,7 @@ macro_rules! document {
                 vec![$( $crate::schema::Key {
                     name: stringify!($field),
                     aliases: &[$($alias),*],
-                    expected: <$ty as $crate::schema::Property>::EXPECTED,
+                    expected: <$ty as $crate::schema::Property>::EXPECTED.words(),
                     default: || {
                         let value: Option<$ty> = $crate::document!(@default $($default)?);
                         value.map(|value| serde_json::to_value(value).unwrap_or_default())
@@ -179,7 +117,8 @@ macro_rules! document {
     (@default $default:expr) => { Some($default) };
 }
 
-/// Declares a word out of a closed list: `pub enum Accel { Auto = "auto", … }`, the list for errors after it.
+/// Declares a word out of a closed list: `pub enum Accel ("the list for errors") { Auto = "auto", …
+/// }`.
 #[macro_export]
 macro_rules! choice {
     (
@@ -195,7 +134,7 @@ macro_rules! choice {
         }
 
         impl $name {
-            /// The word for it.
+            /// Its word.
             pub fn as_str(self) -> &'static str {
                 match self { $( Self::$variant => $word, )* }
             }
@@ -208,7 +147,8 @@ macro_rules! choice {
         }
 
         impl $crate::schema::Property for $name {
-            const EXPECTED: &'static str = $expected;
+            const EXPECTED: $crate::schema::Expected =
+                $crate::schema::Expected::choice($expected, &[$($word),*]);
 
             fn from_json(value: &serde_json::Value) -> Result<Self, $crate::schema::SchemaError> {
                 match value.as_str() {
@@ -261,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_path_and_never_the_text() {
+    fn errors_name_the_path_and_the_value() {
         assert_eq!(refusal(&json!({"cuont": 1})), "cuont: unknown key; did you mean 'count'?");
         assert_eq!(
             refusal(&json!({"count": 1, "number": 1})),
@@ -270,6 +210,10 @@ mod tests {
         assert_eq!(
             refusal(&json!({"count": "secret"})),
             "count: expected a whole number from 1 to 16, got a string"
+        );
+        assert_eq!(
+            refusal(&json!({"count": "4"})),
+            "count: expected a whole number from 1 to 16, got \"4\""
         );
         assert_eq!(
             refusal(&json!({"size": -1})),

@@ -1,25 +1,25 @@
-//! Reading an object key by key.
+//! Reads a JSON object key by key.
 
 use serde_json::{Map, Value};
 
-use super::{Problem, Property, SchemaError};
+use super::{Expected, Problem, Property, SchemaError};
 
-/// Takes the keys of one object one by one; what is left at the end is unknown.
+/// The keys of one object that are not read yet. A key that is left at the end is unknown.
 pub struct Reader<'a> {
     left: Map<String, Value>,
     known: &'a [&'static str],
 }
 
 impl<'a> Reader<'a> {
-    /// Reads `value`, which must be an object whose keys are all in `known`.
+    /// Begins to read `value`. `known` has all keys of the document, for suggestions.
     pub fn new(value: &Value, known: &'a [&'static str]) -> Result<Self, SchemaError> {
         match value {
             Value::Object(map) => Ok(Self { left: map.clone(), known }),
-            other => Err(SchemaError::value("an object", other)),
+            other => Err(SchemaError::value(Expected::secret("an object"), other)),
         }
     }
 
-    /// Takes `name` or one of its `aliases`, but not two of them.
+    /// Takes the value of `name` or of one of its `aliases`. Two of them are an error.
     pub fn take<T: Property>(
         &mut self,
         name: &'static str,
@@ -46,7 +46,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Fails if a key is left that nobody took.
+    /// Refuses a key that was not taken.
     pub fn finish(self) -> Result<(), SchemaError> {
         let Some(name) = self.left.keys().next() else { return Ok(()) };
         Err(SchemaError {
@@ -56,22 +56,23 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A key as it may stand in a message: hostile keys are cut and their control characters escaped.
+/// A key for a message: at most 64 characters, with control characters escaped.
 pub fn printable(key: &str) -> String {
     key.chars().take(64).flat_map(char::escape_debug).collect()
 }
 
-/// What a machine says that may be hostile, as it may stand in a message: no control characters but ends of lines.
+/// Text of an untrusted host for a message: control characters except line ends become spaces.
 pub fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
 }
 
-/// The word of `known` a person who typed `name` may have meant.
+/// The word of `known` that is similar to a mistyped `name`.
 pub fn suggest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     let short: String = name.chars().take(64).collect();
     known
         .iter()
-        // Two letters swapped in a short word look unlike to the one measure, a suffix too many to the other.
+        // Jaro-Winkler rates two swapped letters in a short word low, and the edit distance rates
+        // an extra suffix low.
         .filter(|word| {
             strsim::jaro_winkler(&short, word) > 0.8 || strsim::osa_distance(&short, word) == 1
         })

@@ -1,4 +1,4 @@
-//! The types that stand in documents.
+//! Types of values in documents.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,12 +8,12 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::reader::printable;
-use super::{Key, Property, SchemaError};
+use super::{Expected, Key, Property, SchemaError};
 use crate::link_name::LinkName;
 use crate::units::MiB;
 
 impl<T: Property> Property for Option<T> {
-    const EXPECTED: &'static str = T::EXPECTED;
+    const EXPECTED: Expected = T::EXPECTED;
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         if value.is_null() { Ok(None) } else { T::from_json(value).map(Some) }
@@ -29,7 +29,7 @@ impl<T: Property> Property for Option<T> {
 }
 
 impl<T: Property> Property for BTreeMap<String, T> {
-    const EXPECTED: &'static str = "an object of named entries";
+    const EXPECTED: Expected = Expected::secret("an object of named entries");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let Value::Object(map) = value else {
@@ -53,7 +53,7 @@ impl<T: Property> Property for BTreeMap<String, T> {
 }
 
 impl<T: Property> Property for Vec<T> {
-    const EXPECTED: &'static str = "an array";
+    const EXPECTED: Expected = Expected::secret("an array");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let Value::Array(items) = value else {
@@ -74,7 +74,7 @@ impl<T: Property> Property for Vec<T> {
 }
 
 impl Property for bool {
-    const EXPECTED: &'static str = "true or false";
+    const EXPECTED: Expected = Expected::choice("true or false", &["true", "false"]);
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         value.as_bool().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
@@ -82,7 +82,7 @@ impl Property for bool {
 }
 
 impl Property for String {
-    const EXPECTED: &'static str = "a non-empty string";
+    const EXPECTED: Expected = Expected::text("a non-empty string");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         match value.as_str() {
@@ -93,7 +93,7 @@ impl Property for String {
 }
 
 impl Property for PathBuf {
-    const EXPECTED: &'static str = "an absolute path";
+    const EXPECTED: Expected = Expected::text("an absolute path");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         match value.as_str() {
@@ -104,7 +104,7 @@ impl Property for PathBuf {
 }
 
 impl Property for MiB {
-    const EXPECTED: &'static str = "a whole number of MiB from 1 to 67108864";
+    const EXPECTED: Expected = Expected::number("a whole number of MiB from 1 to 67108864");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let size = value.as_u64().filter(|mib| *mib > 0).and_then(MiB::new);
@@ -113,7 +113,8 @@ impl Property for MiB {
 }
 
 impl Property for LinkName {
-    const EXPECTED: &'static str = "a link name of 1 to 15 letters, digits, \".\", \"_\" and \"-\"";
+    const EXPECTED: Expected =
+        Expected::text("a link name of 1 to 15 letters, digits, \".\", \"_\" and \"-\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let name = value.as_str().and_then(|text| LinkName::parse(text).ok());
@@ -122,7 +123,7 @@ impl Property for LinkName {
 }
 
 impl Property for Map<String, Value> {
-    const EXPECTED: &'static str = "an object";
+    const EXPECTED: Expected = Expected::secret("an object");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         value.as_object().cloned().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
@@ -139,7 +140,7 @@ impl Property for Map<String, Value> {
 pub struct Whole<const MIN: u64, const MAX: u64>(u64);
 
 impl<const MIN: u64, const MAX: u64> Whole<MIN, MAX> {
-    /// `number`, which the compiler checks to be in range.
+    /// `number`. The compiler checks its range.
     pub const fn of(number: u64) -> Self {
         assert!(number >= MIN && number <= MAX);
         Self(number)
@@ -151,11 +152,12 @@ impl<const MIN: u64, const MAX: u64> Whole<MIN, MAX> {
     }
 }
 
-/// Names the range of a [`Whole`] in words, once for each range in use.
+/// Makes [`Whole`] a property for each range in use, with the range in words.
 macro_rules! whole {
     ($($min:literal ..= $max:literal),* $(,)?) => {$(
         impl Property for Whole<$min, $max> {
-            const EXPECTED: &'static str = concat!("a whole number from ", $min, " to ", $max);
+            const EXPECTED: Expected =
+                Expected::number(concat!("a whole number from ", $min, " to ", $max));
 
             fn from_json(value: &Value) -> Result<Self, SchemaError> {
                 let number = value.as_u64().filter(|n| ($min..=$max).contains(n));
@@ -179,7 +181,7 @@ whole! {
     576..=65535,
 }
 
-/// A value whose `Debug` says nothing: settings and credentials must not reach a log by accident.
+/// A secret: settings or a credential. Neither its `Debug` nor an error of its document shows it.
 #[derive(Clone, PartialEq, Eq, Default, Serialize)]
 #[serde(transparent)]
 pub struct Redacted<T>(pub T);
@@ -191,10 +193,10 @@ impl<T> fmt::Debug for Redacted<T> {
 }
 
 impl<T: Property> Property for Redacted<T> {
-    const EXPECTED: &'static str = T::EXPECTED;
+    const EXPECTED: Expected = Expected::secret(T::EXPECTED.words());
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        T::from_json(value).map(Self)
+        T::from_json(value).map(Self).map_err(SchemaError::redacted)
     }
 
     fn absent() -> Option<Self> {

@@ -1,4 +1,5 @@
-//! Files that are whole or not there, also after a power cut.
+//! Atomic and durable changes to files: after a power cut, a file has its old content or its new
+//! one.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::Write;
@@ -10,29 +11,30 @@ use serde::Serialize;
 use crate::crash;
 use crate::error::{IoContext, Result};
 
-/// How the names of files begin that are not whole yet.
+/// Prefix of the names of temporary files.
 pub const NEW: &str = ".new-";
 
-/// Writes `contents` to `path`, mode 0600: a temporary file beside it, fsync, rename, fsync of the directory. When
-/// this returns, the file survives a power cut; before, the old one does.
+/// Writes `contents` to `path`, mode 0600: a temporary file beside it, fsync, rename, fsync of the
+/// directory. The new file is durable when this returns. Until then, a power cut leaves the old
+/// one.
 pub fn write(path: &Path, contents: &[u8]) -> Result<()> {
     stage(path, contents)?.commit()
 }
 
-/// The same with another mode, and of another owner: a user and a group.
+/// As [`write()`], with a mode and an owner (uid, gid).
 pub fn write_as(path: &Path, contents: &[u8], mode: u32, owner: Option<(u32, u32)>) -> Result<()> {
     let staged = stage(path, contents)?;
     let file = staged.file.as_file();
     if let Some((user, group)) = owner {
         std::os::unix::fs::fchown(file, Some(user), Some(group))
-            .at("give away", staged.file.path())?;
+            .at("set the owner of", staged.file.path())?;
     }
     file.set_permissions(Permissions::from_mode(mode)).at("set the mode of", staged.file.path())?;
     file.sync_all().at("flush", staged.file.path())?;
     staged.commit()
 }
 
-/// The same, unless there is such a file: then that stays.
+/// As [`write()`], but an existing file is kept.
 pub fn write_once(path: &Path, contents: &[u8]) -> Result<()> {
     let Staged { file, path } = stage(path, contents)?;
     match file.persist_noclobber(&path) {
@@ -42,29 +44,29 @@ pub fn write_once(path: &Path, contents: &[u8]) -> Result<()> {
     sync_dir(parent(&path))
 }
 
-/// As [`stage`], of JSON that people can read, too.
+/// As [`stage`], of indented JSON.
 pub fn stage_json(path: &Path, value: &impl Serialize) -> Result<Staged> {
-    let mut text = serde_json::to_vec_pretty(value).expect("what we write is plain data");
+    let mut text = serde_json::to_vec_pretty(value).expect("a record is plain data");
     text.push(b'\n');
     stage(path, &text)
 }
 
-/// As [`write()`], of JSON that people can read, too.
+/// As [`write()`], of indented JSON.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     stage_json(path, value)?.commit()
 }
 
-/// Contents that are on the disk and not yet at their path. Dropped, they are gone.
-#[must_use = "nothing is written before it is committed"]
+/// Contents in a durable temporary file, not yet at their path. The drop discards them.
+#[must_use = "the file is replaced by commit() only"]
 pub struct Staged {
     file: tempfile::NamedTempFile,
     path: PathBuf,
 }
 
-/// The first half of [`write()`], after which no full filesystem can get in the way of the second.
+/// The first half of [`write()`]: all steps that a full filesystem can fail.
 pub fn stage(path: &Path, contents: &[u8]) -> Result<Staged> {
     let directory = parent(path);
-    // tempfile makes it with mode 0600 and removes it unless it is persisted.
+    // tempfile makes the file with mode 0600 and removes it on drop.
     let mut file = tempfile::Builder::new()
         .prefix(NEW)
         .tempfile_in(directory)
@@ -76,7 +78,7 @@ pub fn stage(path: &Path, contents: &[u8]) -> Result<Staged> {
 }
 
 impl Staged {
-    /// The second half.
+    /// The second half of [`write()`]: replaces the file at the path. Durable when it returns.
     pub fn commit(self) -> Result<()> {
         let Self { file, path } = self;
         file.persist(&path).map_err(|e| e.error).at("replace", &path)?;
@@ -89,12 +91,12 @@ fn parent(path: &Path) -> &Path {
     path.parent().expect("a file in the state directory has a parent")
 }
 
-/// Makes the names in `directory` survive a power cut.
+/// Makes the names in `directory` durable.
 pub fn sync_dir(directory: &Path) -> Result<()> {
     File::open(directory).and_then(|dir| dir.sync_all()).at("flush directory", directory)
 }
 
-/// Makes `directory` and those of its parents that are missing, mode 0700, each with a durable name.
+/// Makes `directory` and its missing parents, mode 0700. Durable when it returns.
 pub fn make_dir(directory: &Path) -> Result<()> {
     if directory.is_dir() {
         return Ok(());
@@ -102,7 +104,7 @@ pub fn make_dir(directory: &Path) -> Result<()> {
     let parent = parent(directory);
     make_dir(parent)?;
     match DirBuilder::new().mode(0o700).create(directory) {
-        // Another call was faster.
+        // Another process was faster.
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && directory.is_dir() => {}
         made => made.at("make directory", directory)?,
     }
@@ -110,17 +112,19 @@ pub fn make_dir(directory: &Path) -> Result<()> {
     sync_dir(parent)
 }
 
-/// Whether there is anything at `path`, a link to nothing included.
-pub fn is_there(path: &Path) -> bool {
+/// Whether the directory has an entry `path`. A dangling symlink is an entry.
+pub fn entry_exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
-/// Whether a path that was not found is a link to nothing. A file that is there a moment later was made meanwhile.
-pub fn is_link(path: &Path) -> bool {
+/// Whether `path` is a symlink. After a "not found" it tells a dangling symlink from a file that
+/// another process has just made.
+pub fn is_symlink(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|meta| meta.is_symlink())
 }
 
-/// The names in `dir` that are UTF-8, as all of ours are; none if it is not there.
+/// The names in `dir` that are UTF-8, as all names that this program writes; none if `dir` does not
+/// exist.
 pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match dir.read_dir() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -130,17 +134,17 @@ pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
     names.filter_map(Result::transpose).collect::<std::io::Result<_>>().at("list", dir)
 }
 
-/// Removes `path` if it is there.
+/// Removes the file `path` if it exists.
 pub fn remove_file(path: &Path) -> Result<()> {
-    absent_is_fine(std::fs::remove_file(path)).at("remove", path)
+    ignore_not_found(std::fs::remove_file(path)).at("remove", path)
 }
 
-/// Removes `directory` with all in it if it is there.
+/// Removes `directory` with its content if it exists.
 pub fn remove_dir(directory: &Path) -> Result<()> {
-    absent_is_fine(std::fs::remove_dir_all(directory)).at("remove directory", directory)
+    ignore_not_found(std::fs::remove_dir_all(directory)).at("remove directory", directory)
 }
 
-fn absent_is_fine(result: std::io::Result<()>) -> std::io::Result<()> {
+fn ignore_not_found(result: std::io::Result<()>) -> std::io::Result<()> {
     match result {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other,
@@ -152,14 +156,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn replaces_whole_and_private() {
+    fn a_write_replaces_the_file_and_keeps_it_private() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record.json");
         write(&path, b"one").unwrap();
         write(&path, b"two").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing left beside it");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "no temporary file is left");
     }
 
     #[test]

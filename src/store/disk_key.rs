@@ -1,5 +1,6 @@
-//! The key of this host's encrypted disks: one file, root's alone. Its whole content is the LUKS passphrase, as
-//! `qemu-img --object secret,file=…` takes it, so that an operator can open an image without us.
+//! The key of this host's encrypted disks: one file that only root can read. Its whole content is
+//! the LUKS passphrase, as `qemu-img --object secret,file=…` takes it, so that an operator can open
+//! an image without the CPI.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,51 +16,55 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::schema::Redacted;
 use crate::store::{DiskRecord, SnapshotRecord};
 
-/// Its name in the state directory.
+/// Name of a generated key in the state directory.
 const FILE: &str = "disk.key";
-/// Random bytes in a key of ours; it is written as twice as many hexadecimal digits, because QEMU wants UTF-8.
-const RANDOM: usize = 32;
-/// Bytes a key may have. Short ones are what people can remember; nobody needs to.
+/// Random bytes in a generated key. The file has twice as many hexadecimal digits, because QEMU
+/// requires UTF-8.
+const RANDOM_BYTES: usize = 32;
+/// Bytes in a key file. A shorter key would be easy to guess.
 const LENGTHS: std::ops::RangeInclusive<u64> = 32..=4096;
 
-/// Where the key is.
+/// The key file.
 #[derive(Debug, Clone)]
 pub struct DiskKey {
     path: PathBuf,
-    ours: bool,
+    /// Whether the CPI generates the key; otherwise the operator provides it.
+    is_generated: bool,
 }
 
 impl DiskKey {
-    /// The key `config` means: the operator's file, or ours in the state directory.
-    pub fn of(config: &Config) -> Self {
+    /// The key file of `config`: the operator's `key_file`, or `disk.key` in the state directory.
+    pub fn from_config(config: &Config) -> Self {
         match &config.key_file {
-            Some(path) => Self { path: path.clone(), ours: false },
-            None => Self { path: config.state_dir.join(FILE), ours: true },
+            Some(path) => Self { path: path.clone(), is_generated: false },
+            None => Self { path: config.state_dir.join(FILE), is_generated: true },
         }
     }
 
-    /// The file, for programs that are root. Its content never goes into an argument, an environment, a record or a log.
+    /// The file, for child processes that run as root. Its content never goes into an argument, an
+    /// environment variable, a record or a log.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What is in the file.
+    /// The key.
     ///
     /// # Errors
-    /// [`ErrorKind::BadConfig`] if it is not there, or not one a key can be in.
+    /// [`ErrorKind::BadConfig`] if the file is missing, readable by other users, or not a key of 32
+    /// to 4096 bytes.
     pub fn read(&self) -> Result<Redacted<String>> {
         let refused = |why: &str| {
             Error::new(ErrorKind::BadConfig, format!("key file '{}' {why}", self.path.display()))
         };
         let file = File::open(&self.path).map_err(|error| {
-            refused("can not be read")
+            refused("cannot be read")
                 .because(error)
-                .hint("restore it from a backup: without it nobody can read the encrypted disks")
+                .hint("restore it from a backup: the encrypted disks cannot be read without it")
         })?;
-        let meta = file.metadata().at("look at", &self.path)?;
+        let meta = file.metadata().at("stat", &self.path)?;
         if !meta.is_file() || meta.uid() != 0 || meta.permissions().mode() & 0o077 != 0 {
-            return Err(refused("must be a plain file that only root can read")
-                .hint("chown root, chmod 0600"));
+            return Err(refused("must be a regular file that only root can read")
+                .hint(format!("run `chown root {0}` and `chmod 0600 {0}`", self.path.display())));
         }
         let mut text = String::new();
         file.take(LENGTHS.end() + 1)
@@ -67,30 +72,33 @@ impl DiskKey {
             .map_err(|_| refused("must be UTF-8 text"))?;
         if !LENGTHS.contains(&(text.len() as u64)) || text.contains('\0') {
             return Err(refused("must have 32 to 4096 bytes, none of them zero")
-                .hint("`openssl rand -hex 32` makes a good one"));
+                .hint("`openssl rand -hex 32` prints a good key"));
         }
         Ok(Redacted(text))
     }
 
-    /// Makes our key if no disk was encrypted yet, and reads it otherwise.
+    /// Generates the key if it is missing and no disk is encrypted yet, then checks that it can be
+    /// read. Does not generate a key for the operator's `key_file`.
     ///
     /// # Errors
-    /// As [`Self::read`]: also when it is gone but disks need it, because a second key would not open them.
-    pub fn ready(&self, store: &Store, deadline: Instant) -> Result<()> {
-        // A link to nothing is a key of an operator whose filesystem is not mounted.
-        let is_there = || atomic::is_there(&self.path);
-        if self.ours && !is_there() {
-            let _lock = store.brief(Rank::Space, "key", deadline)?;
-            if !is_there() && !has_encrypted(store)? {
-                self.make()?;
+    /// As [`Self::read`], also if the key is missing but encrypted disks exist: another key would
+    /// not open them.
+    pub fn create_if_missing(&self, store: &Store, deadline: Instant) -> Result<()> {
+        // A dangling symlink counts: its target may be on a filesystem that is not mounted.
+        let exists = || atomic::entry_exists(&self.path);
+        if self.is_generated && !exists() {
+            let _lock = store.short_lock(Rank::Space, "key", deadline)?;
+            if !exists() && !has_encrypted_disks(store)? {
+                self.generate()?;
             }
         }
         self.read().map(drop)
     }
 
-    /// Writes a new key, durable and whole. The caller holds the lock, so that what a killed call left is nobody's.
-    fn make(&self) -> Result<()> {
-        let mut random = [0; RANDOM];
+    /// Generates the key. Durable when it returns. The caller holds the lock, so a temporary file
+    /// is that of a killed call.
+    fn generate(&self) -> Result<()> {
+        let mut random = [0; RANDOM_BYTES];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| Error::os("get random bytes for a key", std::io::Error::from(e)))?;
         let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -105,24 +113,25 @@ impl DiskKey {
         atomic::sync_dir(self.path.parent().expect("a file in the state directory"))
     }
 
-    /// What an image says that this key does not open: QEMU's own words are "Invalid password, cannot unlock any keyslot".
-    pub fn does_not_open(&self, disk: Option<&DiskCid>) -> Error {
+    /// The error for an image that this key does not open. QEMU reports it as [`WRONG_KEY`].
+    pub fn wrong_key_error(&self, disk: Option<&DiskCid>) -> Error {
         let what = disk.map_or("an encrypted disk".to_owned(), |disk| format!("disk '{disk}'"));
         Error::new(
             ErrorKind::BadConfig,
             format!("the key in '{}' does not open {what}", self.path.display()),
         )
         .hint(
-            "the disk was made with another key: put that one back, or name its file in 'key_file'",
+            "the disk was made with another key: restore that key, or configure its file as \
+             'key_file'",
         )
     }
 }
 
-/// QEMU's words for a wrong key (crypto/block-luks.c, 7.2 to 10.0).
+/// QEMU's message for a wrong key (crypto/block-luks.c, QEMU 7.2 to 10.0).
 pub const WRONG_KEY: &str = "Invalid password, cannot unlock any keyslot";
 
-/// Whether there is a disk or a snapshot that the key opens.
-fn has_encrypted(store: &Store) -> Result<bool> {
+/// Whether an encrypted disk or snapshot exists.
+fn has_encrypted_disks(store: &Store) -> Result<bool> {
     for cid in store.list::<DiskRecord>()? {
         if store
             .read::<DiskRecord>(&cid)?
@@ -144,37 +153,40 @@ mod tests {
     use super::*;
 
     fn key(dir: &Path) -> (DiskKey, Store) {
-        (DiskKey { path: dir.join(FILE), ours: true }, Store::new(dir, dir))
+        (DiskKey { path: dir.join(FILE), is_generated: true }, Store::new(dir, dir))
     }
 
     #[test]
-    fn a_key_is_made_once_and_is_nobody_elses() {
+    fn a_key_is_generated_once_and_only_root_can_read_it() {
         let dir = tempfile::tempdir().unwrap();
         let (key, store) = key(dir.path());
         std::fs::create_dir(dir.path().join("locks")).unwrap();
         std::fs::write(dir.path().join("disk.key.new"), "of a call that was killed").unwrap();
-        key.ready(&store, Instant::now()).unwrap();
+        key.create_if_missing(&store, Instant::now()).unwrap();
         let first = key.read().unwrap();
-        key.ready(&store, Instant::now()).unwrap();
+        key.create_if_missing(&store, Instant::now()).unwrap();
         assert_eq!(first, key.read().unwrap());
         assert_eq!((first.0.len(), format!("{first:?}")), (64, "***".to_owned()));
         assert_eq!(key.path().metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(dir.path().read_dir().unwrap().count(), 2, "nothing left beside it but 'locks'");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 2, "no temporary file is left");
     }
 
     #[test]
-    fn a_link_to_nothing_is_not_replaced() {
+    fn a_dangling_symlink_is_not_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let (key, store) = key(dir.path());
         std::os::unix::fs::symlink("/nowhere/key", key.path()).unwrap();
         assert!(
-            key.ready(&store, Instant::now()).unwrap_err().report().contains("can not be read")
+            key.create_if_missing(&store, Instant::now())
+                .unwrap_err()
+                .report()
+                .contains("cannot be read")
         );
         assert!(key.path().is_symlink());
     }
 
     #[test]
-    fn what_others_can_read_or_guess_is_no_key() {
+    fn a_key_that_others_can_read_or_guess_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (key, _) = key(dir.path());
         for (text, mode, why) in [

@@ -1,8 +1,9 @@
-//! What BOSH says of a disk: `disks/<cid>/metadata.json`, the object that set_disk_metadata was given, and nothing else.
+//! The metadata of a disk: `disks/<cid>/metadata.json`, the object of the last set_disk_metadata.
 //!
-//! It is a file of its own, with a lock of its own, because a snapshot or a copy of a disk has the disk's lock for hours and
-//! may write its record in the end. Neither waits for the other, and neither writes what it knew before over what the other
-//! wrote since. A disk that was told nothing since there are such files has its metadata in its record.
+//! It has its own file and its own lock. A snapshot or a copy of a disk holds the disk's lock for
+//! hours and may write the record at its end. So set_disk_metadata does not wait for the copy, and
+//! neither overwrites the other's change. Old versions kept the metadata in the record, and it
+//! stays there until the next set_disk_metadata.
 
 use std::path::PathBuf;
 
@@ -17,7 +18,8 @@ impl Store {
         self.disk_dir(disk).join("metadata.json")
     }
 
-    /// Writes the metadata of a disk that is there, and that the caller's lock keeps there. Durable when it returns.
+    /// Writes the metadata of an existing disk. The caller's lock keeps the disk from being
+    /// deleted. Durable when it returns.
     pub fn write_disk_metadata(&self, disk: &DiskCid, metadata: &Map<String, Value>) -> Result<()> {
         atomic::write_json(&self.disk_metadata_path(disk), metadata)
     }
@@ -25,12 +27,12 @@ impl Store {
     /// The metadata of a disk.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] naming the file if it can not be understood.
+    /// [`ErrorKind::Corrupt`] naming the file if it is not a JSON object.
     pub fn disk_metadata(&self, disk: &DiskRecord) -> Result<Map<String, Value>> {
         let path = self.disk_metadata_path(&disk.cid);
         match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).map_err(|e| {
-                Error::new(ErrorKind::Corrupt, format!("'{}' can not be used: {e}", path.display()))
+                Error::new(ErrorKind::Corrupt, format!("'{}' cannot be used: {e}", path.display()))
                     .hint("remove the file: set_disk_metadata writes it again")
             }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(disk.metadata.clone()),
@@ -46,12 +48,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_of_before_has_the_metadata_until_there_is_newer() {
+    fn an_old_records_metadata_counts_until_newer_is_written() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(&dir.path().join("state"), &dir.path().join("run"));
         let record = json!({
-            "schema": 1, "cid": "disk-aaaaaaaaaaaaaaa", "phase": "ready", "created_at": "", "size": 8, "format": "qcow2",
-            "vm": null, "cloud_properties": {}, "metadata": {"owner": "before"},
+            "schema": 1, "cid": "disk-aaaaaaaaaaaaaaa", "phase": "ready", "created_at": "",
+            "size": 8, "format": "qcow2", "vm": null, "cloud_properties": {}, "metadata": {"owner": "before"},
         });
         let disk: DiskRecord = serde_json::from_value(record).unwrap();
         store.write(&disk).unwrap();
@@ -61,7 +63,7 @@ mod tests {
         assert_eq!(
             json!(store.disk_metadata(&disk).unwrap()),
             json!({"job": "db"}),
-            "replaced, whoever writes the record"
+            "a write of the record does not restore the old metadata"
         );
         std::fs::write(store.disk_metadata_path(&disk.cid), "{").unwrap();
         assert_eq!(store.disk_metadata(&disk).unwrap_err().kind(), ErrorKind::Corrupt);

@@ -1,67 +1,69 @@
-//! How a persistent disk's image is made and opened: words of the disk's cloud properties, kept in its record.
+//! Choices of how a persistent disk's image is made and opened. They come from its cloud properties
+//! and are recorded.
 
 use crate::choice;
 
 choice! {
-    /// Who caches a disk's writes, in QEMU's words. All keep what a guest flushed over a power cut; QEMU's `unsafe`,
-    /// which does not, is no choice.
+    /// QEMU's cache mode of a disk. In every mode, data that the guest flushed survives a power
+    /// cut. QEMU's `unsafe` is not offered, because it loses such data.
     #[derive(Default)]
     pub enum Cache ("\"none\", \"writeback\", \"directsync\" or \"writethrough\"") {
-        /// Not the host's page cache. The guest flushes the disk's own cache.
+        /// Bypasses the host's page cache. The guest flushes the disk's own cache.
         #[default]
         None = "none",
-        /// The host's page cache. The guest flushes it.
+        /// Uses the host's page cache. The guest flushes it.
         Writeback = "writeback",
-        /// Nobody: each write is on the disk before the guest hears of it, past the host's page cache.
+        /// Bypasses the host's page cache. QEMU flushes each write before it completes.
         Directsync = "directsync",
-        /// As `directsync`, but the host's page cache serves reads.
+        /// Uses the host's page cache for reads. QEMU flushes each write before it completes.
         Writethrough = "writethrough",
     }
 }
 
 impl Cache {
-    /// Whether the host's page cache is bypassed where the filesystem can (`cache.direct`).
-    pub fn direct(self) -> bool {
+    /// Whether QEMU bypasses the host's page cache (`cache.direct`, O_DIRECT), if the filesystem
+    /// supports it.
+    pub fn bypasses_page_cache(self) -> bool {
         matches!(self, Self::None | Self::Directsync)
     }
 
-    /// Whether the guest sees a disk with a cache that it must flush (the device's `write-cache`). Otherwise QEMU flushes
-    /// after each write.
-    pub fn write_cache(self) -> bool {
+    /// Whether the guest's disk has a write cache that the guest must flush (the device's
+    /// `write-cache`). Without it, QEMU flushes after each write.
+    pub fn has_write_cache(self) -> bool {
         matches!(self, Self::None | Self::Writeback)
     }
 }
 
 choice! {
-    /// What becomes of blocks the guest discards, in QEMU's words.
+    /// QEMU's handling of blocks that the guest discards.
     #[derive(Default)]
     pub enum Discard ("\"unmap\" or \"ignore\"") {
-        /// Their space goes back to the host; so does that of blocks written with zeros.
+        /// Frees their space on the host, and that of blocks the guest fills with zeros.
         #[default]
         Unmap = "unmap",
-        /// Nothing.
+        /// Keeps their space.
         Ignore = "ignore",
     }
 }
 
 choice! {
-    /// How much of an image is there before the guest writes, in QEMU's words.
+    /// QEMU's preallocation of a new image.
     #[derive(Default)]
     pub enum Preallocation ("\"off\", \"metadata\", \"falloc\" or \"full\"") {
-        /// Nothing: the image grows as the guest writes.
+        /// None: the image grows as the guest writes.
         #[default]
         Off = "off",
-        /// qcow2's tables; the data's space is not reserved.
+        /// Writes qcow2's tables. Space for data is not reserved.
         Metadata = "metadata",
-        /// All space is reserved, nothing is written.
+        /// Reserves all space with fallocate(2).
         Falloc = "falloc",
-        /// All space is written with zeros.
+        /// Writes zeros to all of the image.
         Full = "full",
     }
 }
 
 impl Preallocation {
-    /// Whether all space is the image's from the beginning.
+    /// Whether the new image occupies all of its space.
     pub fn reserves_space(self) -> bool {
         matches!(self, Self::Falloc | Self::Full)
     }

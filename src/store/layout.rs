@@ -1,4 +1,4 @@
-//! Where everything is.
+//! The layout of the state directory and the run directory.
 //!
 //! ```text
 //! <state_dir>/                                    survives a reboot; 0700
@@ -7,29 +7,32 @@
 //!   vms/<cid>/        vm.json                     written by calls, under the VM's lock
 //!                     base.raw                    hard link to the stemcell's image: see below
 //!                     root.qcow2  ephemeral.qcow2  config.img
-//!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log     written by the supervisor
-//!                     untold                      as long as nobody may have been told of it: of others, too
+//!                     exit.json  events.jsonl  console.log  qemu.log  supervisor.log
+//!                                                   written by the supervisor
+//!                     untold                        marker until the caller has received the cid;
+//!                                                   objects of other kinds have it, too
 //!   disks/<cid>/      disk.json  disk.qcow2  metadata.json
 //!   snaps/<cid>/      snap.json  disk.qcow2         of snapshots
-//!   host-id                                       which host this is to others: see [`super::shared_disks`]
-//!   disk.key                                      what encrypted disks are encrypted with
-//!   pools/<name>                                  there once the pool was used: see [`super::pool`]
-//!   networks/<bridge>.json                       a network that stays without VMs
+//!   host-id                                       id of this host in owner files: see `ownership`
+//!   disk.key                                      key of the encrypted disks
+//!   pools/<name>                                  marker of a pool that was used: see `pool`
+//!   networks/<bridge>.json                        a network that exists without VMs: see `pins`
 //!   networks/<cid>/   network.json                a managed network
-//!   locks/<rank>.<name>                           the host's own, boot.<n> and memory.host, while they are held
-//!   pending/<cid>                                 there while the object is being made
+//!   locks/<rank>.<name>                           boot.<n> and memory.host: only while held
+//!   pending/<cid>                                 marker while the object is being made
 //!   claims/<address or port>                      symlink whose text is the VM's cid
 //!   uids/<uid>                                    symlink whose text is the VM's cid
 //! <run_dir>/                                      emptied by a reboot; 0700
 //!   state                                         symlink to the state directory it goes with
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
-//!   called-off/<cid>                              a create that a caller elsewhere wants no more: see `cpi::creation::cancellation`
+//!   called-off/<cid>                              tombstone: a remote caller cancelled the create
 //!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
 //! ```
 //!
-//! A VM links its stemcell's image instead of naming it. So a stemcell can be deleted at any time, and the image
-//! goes when the last VM on it does: the kernel counts the references, and they can not be wrong after a crash.
-//! Stemcells of one file are links to one image for the same reason. Images may be in a [pool](super::pool) instead.
+//! A VM has a hard link to its stemcell's image. So a stemcell can be deleted at any time, and the
+//! image exists until its last VM is deleted: the kernel counts the links, and the count is right
+//! after a crash, too. Stemcells that were imported from one file are links to one image for the
+//! same reason. Images may be in a [pool](super::pool) instead.
 
 use std::path::{Path, PathBuf};
 
@@ -47,11 +50,11 @@ use crate::host::mounts;
 /// Version of the layout and of every record in it.
 pub const SCHEMA: u32 = 1;
 
-/// Overlay a VM boots from.
+/// The overlay that a VM boots from.
 pub const ROOT_IMAGE: &str = "root.qcow2";
 /// A VM's ephemeral disk.
 pub const EPHEMERAL_IMAGE: &str = "ephemeral.qcow2";
-/// A VM's hard link to its stemcell's image, which the overlay is based on.
+/// A VM's hard link to its stemcell's image, the backing file of the overlay.
 pub const BASE_IMAGE: &str = "base.raw";
 /// An imported stemcell's image.
 pub const STEMCELL_IMAGE: &str = "image.raw";
@@ -64,11 +67,11 @@ pub struct Store {
     pools: Pools,
 }
 
-/// What to do who is somebody else.
-const ROOTS: &str = "do it as root: the state directory is root's alone";
+/// Hint for a user who may not read the state directory.
+const NEEDS_ROOT: &str = "repeat the command as root: only root can read the state directory";
 
 impl Store {
-    /// The store at these places, without pools; nothing is read or made yet.
+    /// The store in these directories, without pools. Reads and writes nothing.
     pub fn new(state_dir: &Path, run_dir: &Path) -> Self {
         Self {
             state_dir: state_dir.to_owned(),
@@ -77,47 +80,49 @@ impl Store {
         }
     }
 
-    /// The store where `config` says, with its pools.
-    pub fn of(config: &Config) -> Self {
+    /// The store in the directories of `config`, with its pools.
+    pub fn from_config(config: &Config) -> Self {
         let pools = Pools::new(&config.state_dir, config.pools.clone());
         Self { pools, ..Self::new(&config.state_dir, &config.run_dir) }
     }
 
-    /// Makes what a mutating call needs.
+    /// Makes the directories that a mutating call needs.
     ///
     /// # Errors
-    /// As [`Self::is_understood`] and [`Self::own_run_dir`].
+    /// As [`Self::is_initialized`] and [`Self::bind_run_dir`].
     pub fn prepare(&self) -> Result<()> {
-        let is_new = !self.is_understood()?;
-        // Also of an old one: backups may leave out what is empty.
+        let is_new = !self.is_initialized()?;
+        // In an existing state directory, too: a backup may leave out empty directories.
         for name in ["stemcells", "vms", "disks", "snaps", "locks", "pending", "uids"] {
             let made = atomic::make_dir(&self.state_dir.join(name));
-            made.map_err(|error| if geteuid().is_root() { error } else { error.hint(ROOTS) })?;
+            made.map_err(|error| if geteuid().is_root() { error } else { error.hint(NEEDS_ROOT) })?;
         }
         if is_new {
             atomic::write(&self.schema_file(), format!("{SCHEMA}\n").as_bytes())?;
         }
-        self.own_run_dir()
+        self.bind_run_dir()
     }
 
-    /// Whether the state directory is one of this version; `false` if it is none yet.
+    /// Whether the state directory exists with the layout of this version; `false` if it is not
+    /// initialized.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if a newer version of this program wrote it, or nobody can tell.
-    pub fn is_understood(&self) -> Result<bool> {
+    /// [`ErrorKind::Corrupt`] if a newer version wrote it or its `schema` file is damaged. As
+    /// [`Self::ensure_mounted`].
+    pub fn is_initialized(&self) -> Result<bool> {
         let path = self.schema_file();
         let damaged = format!(
-            "somebody damaged the file: if no newer version was here, write {SCHEMA} into it"
+            "the file is damaged: if no newer version ran on this host, write {SCHEMA} into it"
         );
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error)
-                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(&path) =>
+                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_symlink(&path) =>
             {
-                return self.is_mounted().map(|()| false);
+                return self.ensure_mounted().map(|()| false);
             }
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-                return Err(Error::io("read", &path, error).hint(ROOTS));
+                return Err(Error::io("read", &path, error).hint(NEEDS_ROOT));
             }
             Err(error) => {
                 return Err(Error::io("read", &path, error)
@@ -131,46 +136,49 @@ impl Store {
         }
         let found: String = text.trim().chars().take(20).collect();
         let hint = match found.parse::<u32>() {
-            Ok(_) => "a newer bosh-qemu-cpi wrote this directory: use that one".to_owned(),
+            Ok(_) => "a newer bosh-qemu-cpi wrote this directory: use that version".to_owned(),
             Err(_) => damaged,
         };
         let message =
-            format!("'{}' says {found:?}; this version understands {SCHEMA}", path.display());
+            format!("'{}' contains {found:?}; this version expects {SCHEMA}", path.display());
         Err(Error::new(ErrorKind::Corrupt, message).hint(hint))
     }
 
-    /// Whether "there is no such thing" is the truth, and not that of a state directory whose filesystem is not mounted.
+    /// Refuses a state directory whose filesystem is not mounted: there, every object would seem
+    /// not to exist.
     ///
     /// # Errors
-    /// [`ErrorKind::Host`] if fstab(5) names a filesystem for it that is not there, or if nobody can tell.
-    pub fn is_mounted(&self) -> Result<()> {
+    /// [`ErrorKind::Host`] if fstab(5) names a filesystem for the directory that is not mounted, or
+    /// is unreadable.
+    pub fn ensure_mounted(&self) -> Result<()> {
         let schema = self.schema_file();
         let is_used = match schema.symlink_metadata() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-            looked => looked.at("look at", &schema).map(|_| true)?,
+            found => found.at("stat", &schema).map(|_| true)?,
         };
-        // One that is in use may be so on purpose although another could be mounted over it.
+        // A directory in use may be used on purpose, although another filesystem could be mounted
+        // over it.
         let missing = mounts::missing(&self.state_dir, !is_used);
-        let Some(point) = missing.at("look for the filesystem of", &self.state_dir)? else {
+        let Some(point) = missing.at("find the filesystem of", &self.state_dir)? else {
             return Ok(());
         };
         let message =
-            format!("'{}' is not mounted, and the state directory is on it", point.display());
+            format!("'{}' is not mounted, and it holds the state directory", point.display());
         Err(Error::new(ErrorKind::Host, message)
-            .hint(format!("`mount {}`, and repeat the call", point.display())))
+            .hint(format!("run `mount {}`, then repeat the call", point.display())))
     }
 
-    /// Whether anything in the state directory can be changed.
+    /// Refuses a state directory on a read-only filesystem.
     ///
     /// # Errors
-    /// Why not: its filesystem is read-only.
-    pub fn can_be_changed(&self) -> Result<()> {
+    /// The error of access(2).
+    pub fn ensure_writable(&self) -> Result<()> {
         rustix::fs::access(&self.state_dir, rustix::fs::Access::WRITE_OK)
             .map_err(std::io::Error::from)
-            .at("change what is in", &self.state_dir)
+            .at("write to", &self.state_dir)
     }
 
-    /// What says of which version the state directory is.
+    /// The file with the version of the layout.
     pub fn schema_file(&self) -> PathBuf {
         self.state_dir.join("schema")
     }
@@ -180,7 +188,7 @@ impl Store {
         &self.state_dir
     }
 
-    /// Where creates note what they are making.
+    /// The directory of markers of pending creates.
     pub fn pending_dir(&self) -> PathBuf {
         self.state_dir.join("pending")
     }
@@ -200,7 +208,7 @@ impl Store {
         self.dir_of(DiskCid::PREFIX, cid)
     }
 
-    /// Everything of a VM that has a path.
+    /// The paths of a VM.
     pub fn vm(&self, cid: &VmCid) -> VmPaths {
         VmPaths { dir: self.dir_of(VmCid::PREFIX, cid), run: self.run_dir.join("vms").join(cid) }
     }
@@ -210,7 +218,7 @@ impl Store {
         &self.pools
     }
 
-    /// Where the images of `cid` are: in `pool`, or beside its record.
+    /// The directory of the images of `cid`: in `pool`, or beside its record.
     ///
     /// # Errors
     /// As [`Pools::dir`].
@@ -221,11 +229,11 @@ impl Store {
         }
     }
 
-    /// The same, made if need be. The record that names the pool must be written before.
+    /// As [`Self::images_dir`], and makes the directory if it is missing. The caller has written
+    /// the record that names the pool.
     pub fn make_images_dir<C: Cid>(&self, cid: &C, pool: Option<&str>) -> Result<PathBuf> {
         let Some(pool) = pool else { return self.images_dir(cid, None) };
-        let top = self.pools.claim(pool)?;
-        let dir = top.join(cid);
+        let dir = self.pools.mark_used(pool)?.join(cid);
         atomic::make_dir(&dir).map_err(|e| e.during(format!("use pool '{pool}'")))?;
         Ok(dir)
     }
@@ -235,7 +243,7 @@ impl Store {
         self.disk_image_at(&disk.cid, &disk.current())
     }
 
-    /// An image of a persistent disk, in force or not.
+    /// An image of a persistent disk, current or not.
     pub fn disk_image_at(&self, disk: &DiskCid, image: &DiskImage) -> Result<PathBuf> {
         Ok(self.images_dir(disk, image.pool.as_deref())?.join(image.file_name()))
     }
@@ -247,7 +255,7 @@ impl Store {
             .join(snapshot.image().file_name()))
     }
 
-    /// The image below a VM's root disk.
+    /// The backing file of a VM's root disk.
     pub fn base_image(&self, vm: &VmRecord) -> Result<PathBuf> {
         if vm.base.path.is_absolute() {
             return Ok(vm.base.path.clone());
@@ -259,13 +267,14 @@ impl Store {
         self.state_dir.join(format!("{prefix}s")).join(cid)
     }
 
-    /// The VMs that have a run directory, running or not.
-    pub fn list_running(&self) -> Result<Vec<VmCid>> {
+    /// The VMs with a run directory, running or not.
+    pub fn vms_with_run_dir(&self) -> Result<Vec<VmCid>> {
         let names = atomic::names(&self.run_dir.join("vms"))?;
         Ok(names.iter().filter_map(|name| VmCid::parse(name).ok()).collect())
     }
 
-    /// Files that [`atomic::write`] began. A power cut leaves them; one that is being written now is among them, too.
+    /// Temporary files of [`atomic::write`]: those that a power cut left, and those of writes in
+    /// progress.
     pub fn temporary_files(&self) -> Result<Vec<PathBuf>> {
         let mut dirs =
             vec![self.state_dir.clone(), self.run_dir.clone(), self.state_dir.join("networks")];

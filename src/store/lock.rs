@@ -1,8 +1,10 @@
-//! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the holder dies.
+//! Locks between CPI processes: `flock` on files under `locks/`, released by the kernel when the
+//! holder dies.
 //!
-//! Order, so that nobody waits in a circle: stemcell, snapshot, disk, vm, memory, boot, network, space, claims, metadata
-//! ([`Rank`]). The last four are held for milliseconds, around one change or one look. A lock file lives as long
-//! as the object it stands for: whoever removes the object [retires](Guard::retire) the lock.
+//! A process takes locks in the order of [`Rank`], so that no two processes wait for each other:
+//! stemcell, snapshot, disk, vm, memory, boot, network, space, reservations, metadata. The last
+//! four are held for milliseconds, around one read or one change. The removal of an object also
+//! [unlinks](Guard::unlink) its lock file.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -17,7 +19,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
 use crate::timeout::run_with_timeout;
 
-/// What a lock stands for, in the order locks are taken.
+/// The kind of object that a lock protects, in the order in which a process takes locks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rank {
     /// A stemcell.
@@ -28,22 +30,23 @@ pub enum Rank {
     Disk,
     /// A VM.
     Vm,
-    /// The host's memory, while it is decided who gets it.
+    /// The host's memory, while a supervisor checks and takes memory for its VM.
     Memory,
     /// One of the host's boot slots.
     Boot,
-    /// A bridge of this host and its rules.
+    /// A bridge of this host, with its nftables rules.
     Network,
-    /// The space on this host's filesystems, from a look at it until a record takes some.
+    /// The free space of this host's filesystems, from its measurement until a record accounts for
+    /// a new image.
     Space,
-    /// What VMs have claimed: addresses and ports.
-    Claims,
-    /// A persistent disk's metadata, which is written while others work on the disk.
+    /// Reserved addresses and host ports. The lock files are called `claims.<name>`.
+    Reservations,
+    /// A persistent disk's metadata. Calls write it while another call has the disk's own lock.
     Metadata,
 }
 
 impl Rank {
-    /// All of them.
+    /// All ranks.
     pub const ALL: [Self; 10] = [
         Self::Stemcell,
         Self::Snapshot,
@@ -53,11 +56,11 @@ impl Rank {
         Self::Boot,
         Self::Network,
         Self::Space,
-        Self::Claims,
+        Self::Reservations,
         Self::Metadata,
     ];
 
-    /// The word in the lock file's name.
+    /// The first part of the lock file's name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stemcell => "stemcell",
@@ -68,18 +71,18 @@ impl Rank {
             Self::Boot => "boot",
             Self::Network => "network",
             Self::Space => "space",
-            Self::Claims => "claims",
+            Self::Reservations => "claims",
             Self::Metadata => "metadata",
         }
     }
 }
 
 thread_local! {
-    /// Ranks this thread holds; checked in debug builds, where the tests run.
+    /// Ranks that this thread holds. Debug builds check the order.
     static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A held lock; dropping it releases it.
+/// A held lock. Its drop releases the lock and keeps the file.
 #[derive(Debug)]
 pub struct Guard {
     file: File,
@@ -89,7 +92,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Takes the lock `path`, waiting until `deadline` for its holder.
+    /// Takes the lock `path`. Waits for its holder until `deadline`.
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] naming the holder's pid.
@@ -104,73 +107,76 @@ impl Guard {
                 Err(TryLockError::WouldBlock) => wait(file, &path, deadline)?,
                 Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path, error)),
             };
-            // The holder before us may have retired the file: then we hold a lock on nothing anybody can open.
+            // The previous holder may have unlinked the file. Then this lock excludes no other
+            // process.
             if is_still_at(&file, &path) {
                 break (file, is_new);
             }
         };
         HELD.with_borrow_mut(|held| held.push(rank));
         let guard = Self { file, path, rank, is_new };
-        guard.sign();
+        guard.write_pid();
         crash::point!("lock of a {} taken", rank.as_str());
         Ok(guard)
     }
 
-    /// Whether there was no file of the lock before.
+    /// Whether the lock had no file before.
     pub fn is_new(&self) -> bool {
         self.is_new
     }
 
-    /// The same lock for a process started now: it is held until both have closed it (flock(2)). So a launch keeps the
-    /// VM's lock even if the call that ordered it is killed.
+    /// The same lock for a child process: it is held until both processes have closed it
+    /// (flock(2)). A supervisor keeps the VM's lock this way during a launch, even if its call is
+    /// killed.
     pub fn share(&self) -> Result<File> {
         self.file.try_clone().at("share lock", &self.path)
     }
 
-    /// Removes the lock file and releases the lock: the object is gone for good.
-    pub fn retire(self) -> Result<()> {
+    /// Removes the lock file and releases the lock, because the object no longer exists.
+    pub fn unlink(self) -> Result<()> {
         atomic::remove_file(&self.path)?;
-        crash::point!("lock of a {} retired", self.rank.as_str());
+        crash::point!("lock of a {} unlinked", self.rank.as_str());
         Ok(())
     }
 
-    /// The same lock, for what has no life beyond its being held.
-    pub fn brief(self) -> Brief {
-        Brief(Some(self))
+    /// The same lock, whose drop also removes its file.
+    pub fn into_short_lock(self) -> ShortLock {
+        ShortLock(Some(self))
     }
 
-    /// Leaves our pid for whoever times out waiting. A full filesystem must not keep anybody from deleting.
-    fn sign(&self) {
+    /// Writes this process's pid into the file, for the message of a waiting process that times
+    /// out. A failure is only logged: a delete must work on a full filesystem.
+    fn write_pid(&self) {
         let mut file = &self.file;
-        let signed = file
+        let written = file
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{}", std::process::id()));
-        if let Err(error) = signed {
-            tracing::debug!(%error, lock = %self.path.display(), "can not sign the lock");
+        if let Err(error) = written {
+            tracing::debug!(%error, lock = %self.path.display(), "cannot write the pid");
         }
     }
 }
 
-/// A lock that nobody had when it was looked at, and nobody gets as long as this lives, unless it had no file yet. For
-/// who only looks: nothing is written.
+/// A lock that was free when it was tried, held shared until drop. It writes nothing, so it works
+/// on a read-only filesystem. If the lock has no file yet, another process can still take it.
 #[derive(Debug)]
-pub struct Glance(Option<File>);
+pub struct TryLock(Option<File>);
 
-impl Glance {
-    /// Whether the lock has a file.
+impl TryLock {
+    /// Whether the lock had a file.
     pub fn has_file(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Looks at the lock `path`; `None` if somebody has it.
+    /// Tries the lock `path`; `None` if another process holds it.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if what is there is no lock; what the filesystem says.
+    /// [`ErrorKind::Corrupt`] if `path` is no regular file. I/O errors.
     pub fn at(path: &Path) -> Result<Option<Self>> {
         loop {
             let file = match File::open(path) {
-                Err(error) if error.kind() == NotFound && !atomic::is_link(path) => {
+                Err(error) if error.kind() == NotFound && !atomic::is_symlink(path) => {
                     return Ok(Some(Self(None)));
                 }
                 file => file.map_err(|error| unusable(path, error))?,
@@ -181,7 +187,7 @@ impl Glance {
             match file.try_lock_shared() {
                 Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(error)) => {
-                    return Err(Error::io("look at lock", path, error));
+                    return Err(Error::io("try lock", path, error));
                 }
                 Ok(()) if is_still_at(&file, path) => return Ok(Some(Self(Some(file)))),
                 Ok(()) => {}
@@ -190,14 +196,18 @@ impl Glance {
     }
 }
 
-/// A lock whose file goes when it is released.
+/// A held lock whose drop removes its file, for locks that protect no object with a lifetime of its
+/// own.
 #[derive(Debug)]
-pub struct Brief(Option<Guard>);
+pub struct ShortLock(Option<Guard>);
 
-impl Drop for Brief {
+impl Drop for ShortLock {
     fn drop(&mut self) {
-        if let Some(Err(error)) = self.0.take().map(Guard::retire) {
-            tracing::debug!(error = error.report(), "a lock file stays, for the next to lock");
+        if let Some(Err(error)) = self.0.take().map(Guard::unlink) {
+            tracing::debug!(
+                error = error.report(),
+                "cannot remove the lock file; the next holder uses it"
+            );
         }
     }
 }
@@ -212,19 +222,19 @@ impl Drop for Guard {
     }
 }
 
-/// The lock's file, and whether it was made for that.
+/// Opens the lock's file. `true`: this call made it.
 fn open(path: &Path) -> Result<(File, bool)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);
     loop {
         match options.open(path) {
-            Err(error) if error.kind() == NotFound && !atomic::is_link(path) => {}
+            Err(error) if error.kind() == NotFound && !atomic::is_symlink(path) => {}
             file => return file.map(|file| (file, false)).map_err(|error| unusable(path, error)),
         }
         match options.clone().create_new(true).open(path) {
-            // Somebody was faster.
+            // Another process was faster.
             Err(error) if error.kind() == AlreadyExists => {}
-            // A backup may leave out what is empty.
+            // A backup may leave out the empty directory.
             Err(error) if error.kind() == NotFound => {
                 atomic::make_dir(path.parent().expect("a lock is in a directory"))?;
             }
@@ -233,25 +243,26 @@ fn open(path: &Path) -> Result<(File, bool)> {
     }
 }
 
-/// Why the lock can not be opened. One that is no file was not made by us.
+/// The error for a lock that cannot be opened. Calls make locks as regular files only, so another
+/// kind is damage.
 fn unusable(path: &Path, error: std::io::Error) -> Error {
-    let is_none = path.symlink_metadata().is_ok_and(|meta| !meta.is_file());
+    let is_other = path.symlink_metadata().is_ok_and(|meta| !meta.is_file());
     let error = Error::io("open lock", path, error);
-    if !is_none {
+    if !is_other {
         return error;
     }
     error
         .with_kind(ErrorKind::Corrupt)
-        .hint("it is no file, as a lock is: remove it and repeat the call")
+        .hint("it is not a regular file: remove it and repeat the call")
 }
 
 fn is_still_at(file: &File, path: &Path) -> bool {
-    let (Ok(ours), Ok(named)) = (file.metadata(), path.metadata()) else { return false };
-    (ours.dev(), ours.ino()) == (named.dev(), named.ino())
+    let (Ok(opened), Ok(named)) = (file.metadata(), path.metadata()) else { return false };
+    (opened.dev(), opened.ino()) == (named.dev(), named.ino())
 }
 
-/// Waits in the kernel, in a thread of its own, because flock(2) knows no timeout. A thread that is still waiting
-/// when we give up drops the lock as soon as it gets it, or dies with this short-lived process.
+/// Waits in the kernel, in a thread, because flock(2) has no timeout. After the deadline the thread
+/// keeps waiting: it drops the lock as soon as it gets it, or ends with this short-lived process.
 fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
     if deadline <= Instant::now() {
         return Err(still_held(path));
@@ -264,15 +275,16 @@ fn wait(file: File, path: &Path, deadline: Instant) -> Result<File> {
 
 fn still_held(path: &Path) -> Error {
     let message = format!("lock '{}' is still held by process {}", path.display(), holder(path));
-    Error::new(ErrorKind::Timeout, message)
-        .hint("wait for that call to end, or see what it is doing with `ps`; a dead process holds no lock")
+    Error::new(ErrorKind::Timeout, message).hint(
+        "wait for that call to end, or look at the process with `ps`; a dead process holds no lock",
+    )
 }
 
 fn holder(path: &Path) -> String {
     last_holder(path).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
 }
 
-/// The process that signed the lock last.
+/// The pid in the lock file: its current or last holder.
 pub(super) fn last_holder(path: &Path) -> Option<i32> {
     let mut text = String::new();
     File::open(path).and_then(|file| file.take(20).read_to_string(&mut text)).ok()?;
@@ -294,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn the_second_waits_and_names_the_first() {
+    fn the_second_process_waits_and_names_the_holder() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.x");
         let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
@@ -314,28 +326,28 @@ mod tests {
     }
 
     #[test]
-    fn a_look_sees_who_has_a_lock_and_makes_none() {
+    fn a_try_sees_a_held_lock_and_makes_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.x");
-        assert!(Glance::at(&path).unwrap().is_some());
+        assert!(TryLock::at(&path).unwrap().is_some());
         assert!(!path.exists(), "nothing was written");
         let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
-        assert!(Glance::at(&path).unwrap().is_none(), "somebody has it");
+        assert!(TryLock::at(&path).unwrap().is_none(), "it is held");
         drop(guard);
-        let glances = [Glance::at(&path).unwrap().unwrap(), Glance::at(&path).unwrap().unwrap()];
+        let tries = [TryLock::at(&path).unwrap().unwrap(), TryLock::at(&path).unwrap().unwrap()];
         assert_eq!(
             Guard::acquire(path.clone(), Rank::Vm, soon()).unwrap_err().kind(),
             ErrorKind::Timeout
         );
-        drop(glances);
-        // Who gave up waiting may have it for a moment yet.
-        Guard::acquire(path, Rank::Vm, later()).unwrap().retire().unwrap();
+        drop(tries);
+        // The thread of the acquire that timed out may hold it for a moment.
+        Guard::acquire(path, Rank::Vm, later()).unwrap().unlink().unwrap();
     }
 
     #[test]
-    fn a_lock_knows_whether_it_was_there() {
+    fn a_lock_knows_whether_its_file_is_new() {
         let dir = tempfile::tempdir().unwrap();
-        // Its directory need not be.
+        // Its directory need not exist.
         let path = dir.path().join("locks/vm.x");
         let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
         assert!(guard.is_new());
@@ -345,12 +357,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_no_lock() {
+    fn a_lock_that_is_no_regular_file_is_corrupt() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.x");
         let refused = || {
             let errors =
-                [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), Glance::at(&path).err()];
+                [Guard::acquire(path.clone(), Rank::Vm, soon()).err(), TryLock::at(&path).err()];
             errors.map(|error| error.expect("refused")).iter().all(|error| {
                 error.kind() == ErrorKind::Corrupt && error.report().contains("remove it")
             })
@@ -366,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waited_for_a_retired_lock_gets_a_fresh_one() {
+    fn waiting_for_an_unlinked_lock_gets_a_new_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.x");
         let guard = Guard::acquire(path.clone(), Rank::Vm, later()).unwrap();
@@ -374,10 +386,10 @@ mod tests {
             let path = path.clone();
             move || Guard::acquire(path, Rank::Vm, later())
         });
-        guard.retire().unwrap();
+        guard.unlink().unwrap();
         let fresh = waiter.join().unwrap().unwrap();
         assert!(is_still_at(&fresh.file, &path));
-        fresh.retire().unwrap();
+        fresh.unlink().unwrap();
         assert_eq!(dir.path().read_dir().unwrap().count(), 0);
     }
 }

@@ -1,51 +1,54 @@
-//! The part of a VM's record that says what each of its network cards may send, and what reaches it.
+//! Traffic rules of a network card, in its VM's record: what the VM may send, and what may reach
+//! it.
 
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-/// What a network card may send, and what reaches it.
+/// Traffic rules of one network card.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicRules {
-    /// Whether it may send only as itself: from its MAC and its addresses.
+    /// Whether the VM may send only from its own MAC and addresses.
     pub anti_spoof: bool,
-    /// Its addresses, each with the length of the block that is its own. None: somebody else's DHCP server decides.
+    /// Its addresses, each with the prefix length of its own block. Empty: an external DHCP server
+    /// assigns them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpNetwork>,
-    /// Further addresses it may send from; others may have them, too.
+    /// Further addresses that the VM may send from. Other VMs may have them, too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allowed: Vec<IpNetwork>,
-    /// Who may begin to speak to it; absent: everybody.
+    /// Peers that may open connections to the VM; absent: every peer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admits: Option<Vec<Admission>>,
-    /// Ports of the host that lead to it.
+    /// Ports of the host that are forwarded to the VM.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub forwards: Vec<Forward>,
-    /// Whether its addresses are looked for on the wire before it boots.
+    /// Whether the supervisor probes the wire for its addresses (ARP, neighbour discovery) before
+    /// the VM boots.
     #[serde(default)]
     pub probe: bool,
 }
 
-/// Who may begin to speak to a VM, and how.
+/// One rule for new connections to a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admission {
-    /// From where.
+    /// Source addresses.
     pub source: IpNetwork,
-    /// By which protocols of IP, first and last number.
+    /// IP protocol numbers, first and last.
     pub protocols: (u8, u8),
-    /// To which ports, first and last; absent: whatever is of the protocol.
+    /// Destination ports, first and last; absent: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<(u16, u16)>,
 }
 
-/// Ports of the host that lead to a VM.
+/// Ports of the host that are forwarded to a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forward {
-    /// The host's address; absent: every one of the family of `to`.
+    /// The host's address; absent: all its addresses of the family of `to`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpAddr>,
-    /// TCP or UDP, by its number.
+    /// IP protocol number: 6 (TCP) or 17 (UDP).
     pub protocol: u8,
     /// First port of the host.
     pub host: u16,
@@ -53,6 +56,6 @@ pub struct Forward {
     pub to: IpAddr,
     /// First port of the VM.
     pub guest: u16,
-    /// How many ports, one after the other.
+    /// Number of consecutive ports.
     pub count: u16,
 }

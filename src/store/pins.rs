@@ -1,6 +1,8 @@
-//! Pins: networks that stay without VMs. `networks/<bridge>.json` holds one bridge's segment as a VM's record would, so
-//! it can be made again after a reboot and removed whatever the configuration has become. Written under the network's
-//! lock.
+//! Pins: networks that exist without VMs, made by `network apply` or create_network.
+//!
+//! `networks/<bridge>.json` has the segment of one bridge, as a VM's record has it. So a start of a
+//! VM can make the bridge again after a reboot, and a removal does not depend on the current
+//! configuration. Written under the network's lock.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +14,7 @@ use super::{Store, atomic};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 
-/// What `networks/<bridge>.json` says.
+/// The content of `networks/<bridge>.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Pin {
     schema: u32,
@@ -24,40 +26,40 @@ impl Store {
         self.state_dir().join("networks").join(format!("{bridge}.json"))
     }
 
-    /// Keeps the segment's bridge when its last VM goes. Durable when it returns.
+    /// Keeps the segment's bridge after its last VM is deleted. Durable when it returns.
     pub fn pin(&self, segment: &Segment) -> Result<()> {
         let path = self.pin_path(&segment.bridge);
-        // State directories made before there were pins have no place for them.
+        // State directories of old versions have no such directory.
         atomic::make_dir(path.parent().expect("a pin is in a directory"))?;
         let pin = Pin { schema: SCHEMA, segment: segment.clone() };
         atomic::write_json(&path, &pin)
     }
 
-    /// Lets the bridge go with its last VM. Durable when it returns.
+    /// Ends the pin: the bridge is removed with its last VM. Durable when it returns.
     pub fn unpin(&self, bridge: &LinkName) -> Result<()> {
         let path = self.pin_path(bridge);
-        if !atomic::is_there(&path) {
+        if !atomic::entry_exists(&path) {
             return Ok(());
         }
         atomic::remove_file(&path)?;
         atomic::sync_dir(path.parent().expect("a pin is in a directory"))
     }
 
-    /// Whether the bridge stays without VMs.
+    /// Whether the bridge exists without VMs.
     pub fn is_pinned(&self, bridge: &LinkName) -> bool {
-        atomic::is_there(&self.pin_path(bridge))
+        atomic::entry_exists(&self.pin_path(bridge))
     }
 
-    /// The segments of all pins, by bridge. Names that are no link's are somebody else's and left out; a pin that can not be
-    /// read is told in the log, and must not keep other networks from working.
+    /// The segments of all pins, sorted by bridge. Other names in the directory are left out. A
+    /// damaged pin is left out with a warning, so that the other networks work.
     pub fn pins(&self) -> Result<Vec<Segment>> {
         let readable = self.read_pins()?.into_iter().filter_map(|(_, pin)| {
-            pin.inspect_err(|error| tracing::warn!(error = error.report(), "left out")).ok()
+            pin.inspect_err(|error| tracing::warn!(error = error.report(), "pin left out")).ok()
         });
         Ok(readable.collect())
     }
 
-    /// The pins that can not be read, and why.
+    /// The files of damaged pins, with the error of each.
     pub fn damaged_pins(&self) -> Result<Vec<(PathBuf, Error)>> {
         Ok(self
             .read_pins()?
@@ -66,7 +68,7 @@ impl Store {
             .collect())
     }
 
-    /// What each pin says, by bridge.
+    /// Path and segment of each pin, sorted by bridge.
     fn read_pins(&self) -> Result<Vec<(PathBuf, Result<Segment>)>> {
         let dir = self.state_dir().join("networks");
         let names = atomic::names(&dir)?.into_iter();
@@ -84,13 +86,13 @@ impl Store {
 
 fn read(path: &Path, bridge: &LinkName) -> Result<Segment> {
     let corrupt = |why: &str| {
-        Error::new(ErrorKind::Corrupt, format!("pin '{}' can not be used: {why}", path.display()))
-            .hint("remove the file, then say 'network apply' again")
+        Error::new(ErrorKind::Corrupt, format!("pin '{}' cannot be used: {why}", path.display()))
+            .hint("remove the file, then run `bosh-qemu-cpi network apply`")
     };
     let text = std::fs::read(path).map_err(|error| corrupt(&error.to_string()))?;
     let pin: Pin = serde_json::from_slice(&text).map_err(|error| corrupt(&error.to_string()))?;
     if pin.schema > SCHEMA || pin.segment.bridge != *bridge {
-        return Err(corrupt("it is of a newer version or about another bridge"));
+        return Err(corrupt("it is of a newer version, or the pin of another bridge"));
     }
     Ok(pin.segment)
 }
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn pins_come_back_sorted_and_go() {
+    fn pins_are_listed_sorted_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path(), dir.path());
         let (one, two) = (segment("br0"), segment("br1"));
@@ -132,7 +134,7 @@ mod tests {
         );
         assert!(damaged.iter().all(|(_, error)| error.kind() == ErrorKind::Corrupt));
         let dangling = LinkName::parse("br3").unwrap();
-        assert!(store.is_pinned(&dangling), "as of a filesystem that is not mounted");
+        assert!(store.is_pinned(&dangling), "a dangling symlink counts");
         store.unpin(&dangling).unwrap();
         assert!(!store.is_pinned(&dangling));
         store.unpin(&one.bridge).unwrap();

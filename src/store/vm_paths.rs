@@ -1,13 +1,13 @@
-//! Where the files of one VM are.
+//! Paths of one VM's files.
 
 use std::path::PathBuf;
 
-/// Everything of a VM that has a path but for its images, which may be in a pool.
+/// Paths of a VM's files, except its images, which may be in a pool.
 #[derive(Debug, Clone)]
 pub struct VmPaths {
-    /// What survives a reboot.
+    /// Directory of files that survive a reboot.
     pub dir: PathBuf,
-    /// What does not.
+    /// Directory of files that do not: sockets and pid files.
     pub run: PathBuf,
 }
 
@@ -23,17 +23,17 @@ macro_rules! paths {
 }
 
 paths! {
-    /// FAT image labelled `CONFIG-2` with the agent's settings. Holds secrets.
+    /// Config drive: a FAT image labelled `CONFIG-2` with the agent's settings. Contains secrets.
     config_drive = dir / "config.img";
-    /// What the guest wrote to its serial port.
+    /// The guest's output on its serial port.
     console_log = dir / "console.log";
-    /// What QEMU wrote to its standard error.
+    /// QEMU's standard error.
     qemu_log = dir / "qemu.log";
-    /// What the supervisor did.
+    /// The supervisor's log.
     supervisor_log = dir / "supervisor.log";
-    /// QEMU's events and the supervisor's own, one JSON object a line.
+    /// Events of QEMU and of the supervisor, one JSON object per line.
     events = dir / "events.jsonl";
-    /// How the last run ended.
+    /// Exit record of the last run.
     exit = dir / "exit.json";
     /// QEMU's monitor for calls.
     qmp = run / "qmp.sock";
@@ -41,8 +41,8 @@ paths! {
     supervisor_qmp = run / "supervisor-qmp.sock";
     /// The guest's serial port, served by QEMU to the supervisor.
     serial = run / "serial.sock";
-    /// Locked by QEMU as long as it lives.
+    /// QEMU's pid file, locked while QEMU runs.
     qemu_pid = run / "qemu.pid";
-    /// Locked by the supervisor as long as it lives.
+    /// The supervisor's pid file, locked while it runs.
     supervisor_pid = run / "supervisor.pid";
 }

@@ -72,7 +72,7 @@ impl AddressProbes {
 /// Returns whether another VM of this host is allowed to use the address, as a floating address.
 fn is_floating_address(context: &VmContext, ip: IpAddr) -> Result<bool> {
     let others =
-        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != context.cid);
+        context.store.list_readable::<VmRecord>()?.into_iter().filter(|vm| vm.cid != context.cid);
     let rules = others.flat_map(|vm| vm.nics).filter_map(|nic| nic.rules);
     Ok(rules.flat_map(|rules| rules.allowed).any(|subnet| subnet.contains(ip)))
 }

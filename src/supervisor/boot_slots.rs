@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::VmContext;
 use crate::config::Limits;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Brief, Rank};
+use crate::store::{Rank, ShortLock};
 
 /// How often to try all slots: flock(2) cannot wait for one of several locks. A start takes at
 /// least 100 ms.
@@ -25,12 +25,12 @@ pub fn count(limits: &Limits) -> usize {
 ///
 /// # Errors
 /// [`ErrorKind::Timeout`] naming the holder of a slot.
-pub(super) async fn acquire(context: &VmContext, deadline: Instant) -> Result<Brief> {
+pub(super) async fn acquire(context: &VmContext, deadline: Instant) -> Result<ShortLock> {
     let slots = count(&context.config.limits);
     loop {
         let mut held = None;
         for number in 0..slots {
-            match context.store.brief(Rank::Boot, number, Instant::now()) {
+            match context.store.short_lock(Rank::Boot, number, Instant::now()) {
                 Ok(slot) => return Ok(slot),
                 Err(error) if error.kind() == ErrorKind::Timeout => held = Some(error),
                 Err(error) => return Err(error),

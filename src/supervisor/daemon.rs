@@ -300,7 +300,7 @@ impl<'a> Supervisor<'a> {
             return Ok(Some(lock));
         }
         if read(self.context)?.is_none() {
-            lock.retire()?;
+            lock.unlink()?;
         }
         Ok(None)
     }

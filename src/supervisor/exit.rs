@@ -84,7 +84,7 @@ impl ExitRecord {
         };
         match std::fs::read(path) {
             Err(error)
-                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_link(path) =>
+                if error.kind() == std::io::ErrorKind::NotFound && !atomic::is_symlink(path) =>
             {
                 Ok(None)
             }

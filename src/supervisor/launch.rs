@@ -205,7 +205,7 @@ fn early_exit_error(context: &VmContext, status: ExitStatus) -> Error {
     let log = context.paths.qemu_log();
     let output = tail::last_lines(&log, 5);
     if output.contains(WRONG_KEY) {
-        return DiskKey::of(&context.config).does_not_open(None);
+        return DiskKey::from_config(&context.config).wrong_key_error(None);
     }
     Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {output}"))
         .hint(format!("see its log '{}'", log.display()))

@@ -23,7 +23,7 @@ use crate::cid::VmCid;
 use crate::config::{Config, Memory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::memory::{available, resident};
-use crate::store::{Brief, Phase, Rank, Store, VmRecord};
+use crate::store::{Phase, Rank, ShortLock, Store, VmRecord};
 use crate::sys::pidlock;
 use crate::units::Bytes;
 
@@ -34,8 +34,8 @@ const MAX_NAMED_VMS: usize = 10;
 
 /// Acquires the host's memory lock. A supervisor holds it from before it locks `supervisor.pid`
 /// until its VM is admitted.
-pub(super) fn lock(context: &VmContext) -> Result<Brief> {
-    context.store.brief(Rank::Memory, "host", Instant::now() + MEMORY_LOCK_TIMEOUT)
+pub(super) fn lock(context: &VmContext) -> Result<ShortLock> {
+    context.store.short_lock(Rank::Memory, "host", Instant::now() + MEMORY_LOCK_TIMEOUT)
 }
 
 /// Checks that the host has the memory for `vm` to start, or to start again if it runs.
@@ -161,7 +161,7 @@ impl HostMemory {
              or let VMs share the memory they do not use (`limits.memory: overcommit`); {}",
             self.largest()
         );
-        Err(Error::new(ErrorKind::NotEnoughMemory { passing }, message).hint(hint))
+        Err(Error::new(ErrorKind::NotEnoughMemory { temporary: passing }, message).hint(hint))
     }
 
     /// Describes the VMs with the most memory, for the hint.

@@ -134,7 +134,7 @@ pub struct VmContext {
 impl VmContext {
     /// Makes the context of the VM `cid` under `config`.
     pub fn new(config: Config, cid: VmCid) -> Self {
-        let store = Store::of(&config);
+        let store = Store::from_config(&config);
         let paths = store.vm(&cid);
         Self { config, store, cid, paths }
     }

@@ -114,7 +114,7 @@ pub fn open_file(config: &Config, need: FileSpec) -> Result<(OpenedFile, OwnedFd
     if let Some(format) = need.format {
         image::ensure_no_external_files(&need.path, format, need.id == files::ROOT)?;
     }
-    let (fd, direct) = image::open(&need.path, need.writable, need.cache.direct())?;
+    let (fd, direct) = image::open(&need.path, need.writable, need.cache.bypasses_page_cache())?;
     let io_uring = io_uring::is_usable(&config.run_dir, &config.qemu);
     Ok((OpenedFile { spec: need, direct, io_uring }, fd))
 }
@@ -122,7 +122,7 @@ pub fn open_file(config: &Config, need: FileSpec) -> Result<(OpenedFile, OwnedFd
 /// Returns a pipe that contains the key of encrypted disks. QEMU opens it by name; the pipe is
 /// empty after one read.
 fn key_pipe(context: &VmContext) -> Result<OwnedFd> {
-    let key = DiskKey::of(&context.config).read()?;
+    let key = DiskKey::from_config(&context.config).read()?;
     let pipe = |error| Error::os("pass the key of encrypted disks through a pipe", error);
     let (reader, mut writer) = std::io::pipe().map_err(pipe)?;
     // A key has at most 4096 bytes, which fit in any pipe.
@@ -136,8 +136,11 @@ fn key_pipe(context: &VmContext) -> Result<OwnedFd> {
 
 /// Returns the NICs of all VMs, for the case that the host has lost all rules.
 fn all_nics(context: &VmContext) -> Result<Vec<Nic>> {
-    let vms =
-        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+    let vms = context
+        .store
+        .list_readable::<VmRecord>()?
+        .into_iter()
+        .filter(|vm| vm.phase != Phase::Deleting);
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
@@ -149,7 +152,7 @@ fn tap(plug: &Plug) -> Tap {
 /// Makes or updates the NIC's bridge and plugs a new tap into it. `None` if the NIC has no tap.
 fn plug(context: &VmContext, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let Some((port, segment)) = Port::of(nic) else { return Ok(None) };
-    let _lock = context.store.brief(
+    let _lock = context.store.short_lock(
         Rank::Network,
         &segment.bridge,
         Instant::now() + NETWORK_LOCK_TIMEOUT,
@@ -161,7 +164,7 @@ fn plug(context: &VmContext, vm: &VmRecord, nic: &Nic) -> Result<Option<Plug>> {
     let plug = net::apply::plug(&port, segment, queues, || bridge_members(context, vm, segment))?;
     // If the bridge was made again, it has lost the mark that it is pinned.
     if context.store.is_pinned(&segment.bridge) {
-        net::bridge_owners::add_owner(&segment.bridge, &context.store.owner()?)?;
+        net::bridge_owners::add_owner(&segment.bridge, &context.store.state_dir_id()?)?;
     }
     Ok(Some(plug))
 }
@@ -175,8 +178,11 @@ fn bridge_members(
     segment: &Segment,
 ) -> Result<(Segment, Vec<Port>)> {
     let (mut all, mut ports) = (segment.clone(), Vec::new());
-    for other in
-        context.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting)
+    for other in context
+        .store
+        .list_readable::<VmRecord>()?
+        .into_iter()
+        .filter(|vm| vm.phase != Phase::Deleting)
     {
         let cid = &other.cid;
         for (port, its) in

@@ -88,7 +88,7 @@ fn missing() -> impl Iterator<Item = &'static str> {
 
 fn remove(setup: &Setup, mut print: impl FnMut(&str) -> Result<()>) -> Result<bool> {
     let config = Document::read(None).and_then(|document| document.config())?;
-    let vms = Store::of(&config).list::<VmRecord>()?.len();
+    let vms = Store::from_config(&config).list::<VmRecord>()?.len();
     if vms > 0 && setup.root == Path::new("/") {
         let message = format!("this host still has {vms} VMs");
         return Err(Error::new(ErrorKind::Conflict, message).hint(

@@ -29,7 +29,7 @@ struct Line {
 /// Asks all hosts in parallel and prints a table or, with `json`, an array. Returns true if every
 /// host answers.
 pub fn run(file: Option<&Path>, json: bool, output: &mut dyn Write) -> Result<bool> {
-    let file = config::file(file);
+    let file = config::path(file);
     let config = Config::load(file.as_deref())?;
     log::init(&config.log);
     let hosts: Vec<_> = if config.hosts.is_empty() {

@@ -23,7 +23,7 @@ pub(in crate::cpi) fn admit(
     record: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let dir = images::pool_dir(cx, pool)?;
-    let _lock = cx.store.brief(Rank::Space, "all", deadline)?;
+    let _lock = cx.store.short_lock(Rank::Space, "all", deadline)?;
     let room = images::room(cx, &dir)?;
     if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) }
 }

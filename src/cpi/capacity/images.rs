@@ -42,7 +42,7 @@ pub(super) fn list(
         if counts && wanted(disk.pool.as_deref()) {
             images.push(Image {
                 path: cx.store.disk_image(&disk)?,
-                virtual_size: disk.promised().bytes(),
+                virtual_size: disk.size_after_resize().bytes(),
                 writable: true,
             });
         }
@@ -53,7 +53,9 @@ pub(super) fn list(
     }
     for disk in records::<DiskRecord>(cx, scope)? {
         // A copy that is being made, or the old image after one.
-        if let Some(image) = disk.leftover.as_ref().filter(|image| wanted(image.pool.as_deref())) {
+        if let Some(image) =
+            disk.inactive_image.as_ref().filter(|image| wanted(image.pool.as_deref()))
+        {
             let path = cx.store.disk_image_at(&disk.cid, image)?;
             images.push(Image { path, virtual_size: disk.size.bytes(), writable: true });
         }
@@ -105,7 +107,8 @@ pub(super) fn list(
 fn copies_in_progress(cx: &Context, wanted: impl Fn(Option<&str>) -> bool) -> Result<Vec<Image>> {
     let mut copies = Vec::new();
     for disk in records::<DiskRecord>(cx, Scope::Pending)? {
-        if let Some(copy) = disk.leftover.as_ref().filter(|copy| wanted(copy.pool.as_deref())) {
+        if let Some(copy) = disk.inactive_image.as_ref().filter(|copy| wanted(copy.pool.as_deref()))
+        {
             copies.push((cx.store.disk_image_at(&disk.cid, copy)?, copy.clone(), disk));
         }
     }

@@ -71,12 +71,12 @@ pub struct HostReport {
 pub fn report(cx: &Context, query: &HostQuery) -> Result<HostReport> {
     let qemu = &cx.config.qemu;
     let accelerator = probe::accelerator(cx.store.run_dir(), &qemu.binary, qemu.accel, None);
-    let vms = cx.store.readable::<VmRecord>()?;
+    let vms = cx.store.list_readable::<VmRecord>()?;
     let has = present(cx, &query.cids)?;
     let is_reached = |cid: &&String| {
         let disk = DiskCid::parse(cid).ok().filter(|_| cid.starts_with(DiskCid::PREFIX));
         // A pool that does not answer does not reach the disk.
-        disk.is_some_and(|disk| cx.store.is_within_reach(&disk).unwrap_or(false))
+        disk.is_some_and(|disk| cx.store.is_in_shared_pool(&disk).unwrap_or(false))
     };
     let director = query.director.as_deref();
     Ok(HostReport {
@@ -98,17 +98,17 @@ pub fn report(cx: &Context, query: &HostQuery) -> Result<HostReport> {
 /// concurrent creates all saw the old count.
 ///
 /// # Errors
-/// [`ErrorKind::Crowded`].
+/// [`ErrorKind::StalePlacement`].
 pub(in crate::cpi) fn ensure_group_unchanged(cx: &Context, vm: &VmRecord) -> Result<()> {
     let Some(expected) = cx.remote.as_ref().and_then(|remote| remote.same_group) else {
         return Ok(());
     };
-    let now = count_group(&cx.store.readable()?, vm.spread.as_deref());
+    let now = count_group(&cx.store.list_readable()?, vm.spread.as_deref());
     if now <= expected {
         return Ok(());
     }
     let message = format!("this host has {now} VMs of the new VM's group, not {expected}");
-    Err(Error::new(ErrorKind::Crowded, message))
+    Err(Error::new(ErrorKind::StalePlacement, message))
 }
 
 /// Which of `cids` are on this host.
@@ -127,7 +127,7 @@ pub fn present(cx: &Context, cids: &[String]) -> Result<Vec<String>> {
 /// If the state directory is not mounted, or if there is no record and a shared pool that may have
 /// the disk does not answer.
 pub fn is_present(cx: &Context, cid: &str) -> Result<bool> {
-    cx.store.is_mounted()?;
+    cx.store.ensure_mounted()?;
     Ok(match cid.split('-').next() {
         Some(VmCid::PREFIX) => {
             has_record::<VmRecord>(cx, cid)
@@ -145,18 +145,18 @@ pub fn is_present(cx: &Context, cid: &str) -> Result<bool> {
 
 fn is_disk_present(cx: &Context, cid: &DiskCid) -> Result<bool> {
     if !has_record::<DiskRecord>(cx, cid.as_str()) {
-        return cx.store.is_free(cid);
+        return cx.store.can_take(cid);
     }
     let record = cx.store.read::<DiskRecord>(cid).ok().flatten();
-    match record.is_some_and(|disk| cx.store.is_elsewhere(&disk)) {
-        true => cx.store.is_free(cid),
+    match record.is_some_and(|disk| cx.store.is_no_longer_owned(&disk)) {
+        true => cx.store.can_take(cid),
         false => Ok(true),
     }
 }
 
 fn has_record<R: Record>(cx: &Context, cid: &str) -> bool {
     let exists = |cid: R::Cid| {
-        atomic::is_there(&cx.store.record_dir::<R>(&cid)) || cx.store.has_lock(R::RANK, &cid)
+        atomic::entry_exists(&cx.store.record_dir::<R>(&cid)) || cx.store.has_lock(R::RANK, &cid)
     };
     R::Cid::parse(cid).is_ok_and(exists)
 }

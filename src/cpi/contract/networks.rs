@@ -9,7 +9,7 @@
 
 use crate::choice;
 use crate::ordered::Object;
-use crate::schema::{Problem, Property, Redacted, SchemaError, printable};
+use crate::schema::{Expected, Problem, Property, Redacted, SchemaError, printable};
 use ipnetwork::IpNetwork;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::RawValue;
@@ -226,7 +226,7 @@ fn check_block(
 struct HostAddress(IpAddr);
 
 impl Property for HostAddress {
-    const EXPECTED: &'static str = "an IP address of a host";
+    const EXPECTED: Expected = Expected::address("an IP address of a host");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let ip = IpAddr::from_json(value)?;
@@ -243,7 +243,7 @@ impl Property for HostAddress {
 struct PrefixLength(u8);
 
 impl Property for PrefixLength {
-    const EXPECTED: &'static str = "a string \"0\" to \"128\"";
+    const EXPECTED: Expected = Expected::number("a string \"0\" to \"128\"");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let length =
@@ -369,7 +369,7 @@ mod tests {
             ),
             (
                 refusal(r#"{"type":"vip","ip":"0.0.0.0"}"#),
-                "networks.a.ip: expected an IP address of a host, got a string",
+                r#"networks.a.ip: expected an IP address of a host, got "0.0.0.0""#,
             ),
             (manual(r#""dns":[]"#), "networks.a.netmask: missing; expected an IP address"),
             (

@@ -38,7 +38,7 @@ pub(in crate::cpi) fn cancel(cx: &Context, cid: &impl Cid) -> Result<()> {
     // written one.
     match pending::lock_of(cid.as_str()) {
         Some((Rank::Network, bridge)) if pending::contains(cx, cid) => {
-            cx.store.brief(Rank::Network, bridge, cx.deadline("delete_network")).map(drop)
+            cx.store.short_lock(Rank::Network, bridge, cx.deadline("delete_network")).map(drop)
         }
         _ => Ok(()),
     }
@@ -49,7 +49,7 @@ pub(in crate::cpi) fn cancel(cx: &Context, cid: &impl Cid) -> Result<()> {
 /// # Errors
 /// [`ErrorKind::Conflict`] if there is a tombstone for `cid`.
 pub(super) fn ensure_not_cancelled(cx: &Context, cid: &impl Cid) -> Result<()> {
-    if !atomic::is_there(&directory(cx).join(cid)) {
+    if !atomic::entry_exists(&directory(cx).join(cid)) {
         return Ok(());
     }
     Err(Error::new(

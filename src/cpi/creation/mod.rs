@@ -40,7 +40,7 @@ pub(super) trait Creatable: Record {
     /// Removes all that a create has made, the record last, and unlinks the object's lock.
     fn roll_back(cx: &Context, cid: &Self::Cid, lock: Guard, _deadline: Instant) -> Result<()> {
         cx.store.remove::<Self>(cid)?;
-        lock.retire()
+        lock.unlink()
     }
 }
 
@@ -71,11 +71,11 @@ impl<'a, R: Creatable> Creation<'a, R> {
         }
         crash::point!("pending noted");
         let lock = cx.store.lock(R::RANK, R::lock_name(&cid), deadline)?;
-        if atomic::is_there(&cx.store.record_dir::<R>(&cid)) {
+        if atomic::entry_exists(&cx.store.record_dir::<R>(&cid)) {
             return pending::remove(cx, &cid).and(Err(exists()));
         }
         if let Err(cancelled) = cancellation::ensure_not_cancelled(cx, &cid) {
-            return lock.retire().and(pending::remove(cx, &cid)).and(Err(cancelled));
+            return lock.unlink().and(pending::remove(cx, &cid)).and(Err(cancelled));
         }
         // Until this call had the lock, another create could take the note for an abandoned one and
         // remove it.
@@ -133,7 +133,7 @@ impl<'a, R: Creatable> Creation<'a, R> {
     /// to it.
     fn finish(self, record: R) -> Result<R> {
         if R::LOCK_IS_SHORT {
-            drop(self.lock.brief());
+            drop(self.lock.into_short_lock());
             pending::remove(self.cx, &self.cid)?;
         }
         Ok(record)
@@ -149,7 +149,7 @@ pub(super) fn new_cid<R: Record>(cx: &Context) -> Result<R::Cid> {
     let Some(chosen) = cx.remote.as_ref().and_then(|remote| remote.cid.as_deref()) else {
         return Ok(R::Cid::random());
     };
-    R::Cid::parse_new(chosen)
+    R::Cid::parse_generated(chosen)
         .map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
 }
 

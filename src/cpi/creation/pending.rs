@@ -67,7 +67,7 @@ pub(crate) fn contains(cx: &Context, cid: &impl Cid) -> bool {
 
 /// Whether there is a note called `name`.
 pub(crate) fn contains_name(cx: &Context, name: &str) -> bool {
-    atomic::is_there(&path(cx, name))
+    atomic::entry_exists(&path(cx, name))
 }
 
 /// Whether the create that made the note lives and may not have its lock yet. A recovery that takes

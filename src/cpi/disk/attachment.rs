@@ -53,7 +53,7 @@ pub(crate) fn holder(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Resu
     }
     let lock = cx.store.lock(Rank::Vm, cid, deadline)?;
     let Some(mut vm) = cx.store.find::<VmRecord>(cid)? else {
-        lock.retire()?;
+        lock.unlink()?;
         return Ok(None);
     };
     let Some(phase) = listed(&vm) else { return Ok(None) };
@@ -68,7 +68,7 @@ pub(crate) fn holder(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Resu
     }
     // QEMU may have the image open, and locked, without a device.
     unplug(cx, &vm, &hot_disk(disk), deadline)?;
-    vm.forget_attachment(&disk.cid);
+    vm.remove_attachment(&disk.cid);
     cx.store.write(&vm)?;
     Ok(None)
 }
@@ -112,7 +112,7 @@ pub(super) fn stage_release(
     let mut staged = Vec::new();
     if vm.attachment(cid).is_some() {
         let mut vm = vm.clone();
-        vm.forget_attachment(cid);
+        vm.remove_attachment(cid);
         staged.push(cx.store.stage(&vm)?);
     }
     if let Some(disk) = disk.filter(|disk| disk.vm.as_ref() == Some(&vm.cid)) {

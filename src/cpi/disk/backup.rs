@@ -60,7 +60,7 @@ pub(super) fn discard(
         end_job(cx, &snapshot, deadline)?;
     }
     cx.store.remove::<SnapshotRecord>(cid)?;
-    lock.retire()?;
+    lock.unlink()?;
     pending::remove(cx, cid)
 }
 

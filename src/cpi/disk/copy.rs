@@ -63,13 +63,13 @@ pub(super) fn ensure_possible(
     size: MiB,
     deadline: Instant,
 ) -> Result<()> {
-    if let Some(left) = &disk.leftover {
+    if let Some(left) = &disk.inactive_image {
         let path = cx.store.disk_image_at(&disk.cid, left)?;
         return Err(Error::new(ErrorKind::Host, format!("cannot remove '{}'", path.display()))
             .hint("an earlier copy left this image; the log of this call says why it stays"));
     }
     if next.encrypted {
-        DiskKey::of(&cx.config).ready(&cx.store, deadline)?;
+        DiskKey::from_config(&cx.config).create_if_missing(&cx.store, deadline)?;
     }
     let need = space_needed(cx, disk, next, size)?;
     capacity::admit(cx, next.pool.as_deref(), need, deadline, || Ok(()))
@@ -87,7 +87,7 @@ pub(super) fn run(
     let image = next.current();
     let mut access = access::access(cx, disk, deadline)?;
     let size = access::virtual_size(cx, disk, &mut access)?;
-    let named = DiskRecord { leftover: Some(image.clone()), ..disk.clone() };
+    let named = DiskRecord { inactive_image: Some(image.clone()), ..disk.clone() };
     let need = space_needed(cx, disk, next, disk.size)?;
     pending::add(cx, &disk.cid)?;
     capacity::admit(cx, image.pool.as_deref(), need, deadline, || cx.store.write(&named))
@@ -139,7 +139,7 @@ fn copy_offline(
 
 /// Makes the copy the current image, in one write.
 fn switch(cx: &Context, disk: &mut DiskRecord, next: &DiskRecord) -> Result<()> {
-    let switched = DiskRecord { leftover: Some(disk.current()), ..next.clone() };
+    let switched = DiskRecord { inactive_image: Some(disk.current()), ..next.clone() };
     cx.store.write(&switched)?;
     *disk = switched;
     Ok(())
@@ -197,15 +197,15 @@ fn switch_live(
 /// Finishes or undoes an interrupted copy of the disk, whose lock the caller holds. An image that
 /// cannot be removed, in a pool that is not mounted, stays the leftover for the next call.
 pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
-    if disk.leftover.is_none() {
+    if disk.inactive_image.is_none() {
         return Ok(());
     }
-    cx.store.is_ours(disk)?;
+    cx.store.ensure_owned(disk)?;
     if let Some(vm) = disk.vm.clone() {
         settle_in_qemu(cx, disk, &vm, deadline)
             .map_err(|e| e.during(format!("settle an earlier copy of disk '{}'", disk.cid)))?;
     }
-    let left = disk.leftover.as_ref().expect("checked above");
+    let left = disk.inactive_image.as_ref().expect("checked above");
     let removed = cx.store.disk_image_at(&disk.cid, left).and_then(|path| {
         atomic::remove_file(&path)?;
         crash::point!("old image removed");
@@ -218,9 +218,9 @@ pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> 
     if let Err(error) = removed {
         let error = error.report();
         tracing::warn!(disk = %disk.cid, error, "cannot remove an unused image yet");
-        return cx.store.mark(disk).and_then(|()| pending::remove(cx, &disk.cid));
+        return cx.store.write_owner_file(disk).and_then(|()| pending::remove(cx, &disk.cid));
     }
-    disk.leftover = None;
+    disk.inactive_image = None;
     cx.store.write_disk(disk)?;
     pending::remove(cx, &disk.cid)
 }
@@ -236,7 +236,7 @@ fn settle_in_qemu(
     let Some((_lock, mut monitor)) = machine::lock_running(cx, vm, deadline)? else {
         return Ok(());
     };
-    let left = disk.leftover.clone().expect("the caller checks");
+    let left = disk.inactive_image.clone().expect("the caller checks");
     let hot = hot_image(&disk.cid, &left.node(&disk.cid));
     let job = hot.job(JOB);
     let is_switched = disk.generation == left.generation.wrapping_add(1);
@@ -246,10 +246,10 @@ fn settle_in_qemu(
     }
     job::cancel_all(&mut monitor, |id| id == job, deadline)?;
     if device_node(&mut monitor, &disk.cid)?.is_some_and(|node| node == hot.node) {
-        disk.switch();
+        disk.switch_image();
         cx.store.write(disk)?;
     }
-    let left = disk.leftover.as_ref().expect("a switch keeps one");
+    let left = disk.inactive_image.as_ref().expect("a switch keeps one");
     Ok(hotplug::remove_backend(
         &mut monitor,
         &hot_image(&disk.cid, &left.node(&disk.cid)),

@@ -64,7 +64,7 @@ fn record(
         phase: Phase::Creating,
         created_at: clock::now(),
         size,
-        grows_to: None,
+        resize_target: None,
         generation: 0,
         format: properties.format,
         pool: properties.pool.clone(),
@@ -72,7 +72,7 @@ fn record(
         discard: properties.effective_discard(),
         preallocation: properties.preallocation,
         encrypted: properties.encrypted,
-        leftover: None,
+        inactive_image: None,
         vm: None,
         limits: Limits {
             iops: properties.iops.map(Whole::get),

@@ -11,16 +11,19 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
     let deadline = cx.deadline("delete_disk");
     let (lock, mut disk) = loop {
         ownership::take_unowned(cx, cid, deadline)?;
-        if !atomic::is_there(&cx.store.disk_dir(cid)) && !cx.store.has_lock(Rank::Disk, cid) {
-            return cx.store.is_mounted().and_then(|()| cx.store.is_nowhere_else(cid));
+        if !atomic::entry_exists(&cx.store.disk_dir(cid)) && !cx.store.has_lock(Rank::Disk, cid) {
+            return cx
+                .store
+                .ensure_mounted()
+                .and_then(|()| cx.store.ensure_not_owned_elsewhere(cid));
         }
         let lock = lock::lock(cx, cid, deadline)?;
         match cx.store.find::<DiskRecord>(cid)? {
             Some(disk) => break (lock, disk),
             // This host gave it up while this call waited.
-            None if cx.store.is_free(cid)? => {}
+            None if cx.store.can_take(cid)? => {}
             None => {
-                cx.store.is_nowhere_else(cid)?;
+                cx.store.ensure_not_owned_elsewhere(cid)?;
                 // An earlier delete was interrupted at its last steps: only the directory or the
                 // lock is left.
                 let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
@@ -28,7 +31,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
             }
         }
     };
-    cx.store.is_ours(&disk)?;
+    cx.store.ensure_owned(&disk)?;
     copy::settle(cx, &mut disk, deadline)?;
     if let Some(holder) = attachment::holder(cx, &disk, deadline)? {
         let message = format!("disk '{cid}' is attached to VM '{holder}'");
@@ -45,10 +48,10 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
 /// keeps set_disk_metadata from writing a file for a disk that is gone.
 pub(super) fn remove(cx: &Context, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
     let record = cx.store.read::<DiskRecord>(cid)?;
-    match record.map_or(Ok(()), |disk| cx.store.is_ours(&disk)) {
-        Err(error) if error.kind() == ErrorKind::Conflict => cx.store.forget(cid)?,
+    match record.map_or(Ok(()), |disk| cx.store.ensure_owned(&disk)) {
+        Err(error) if error.kind() == ErrorKind::Conflict => cx.store.remove_local(cid)?,
         owned => owned.and_then(|()| cx.store.remove::<DiskRecord>(cid))?,
     }
-    metadata.retire()?;
-    lock.retire()
+    metadata.unlink()?;
+    lock.unlink()
 }

@@ -20,13 +20,13 @@ pub(in crate::cpi) fn detach(cx: &Context, vm_cid: &VmCid, disk_cid: &DiskCid) -
         Some(disk) => {
             // Of a disk that another host owns, or whose pool does not answer, only the VM's record
             // is changed.
-            if disk.leftover.is_some() && cx.store.is_ours(disk).is_ok() {
+            if disk.inactive_image.is_some() && cx.store.ensure_owned(disk).is_ok() {
                 copy::settle(cx, disk, deadline)?;
             }
             (Some(disk_lock), None)
         }
         // A disk without a record leaves no lock file behind.
-        None => (None, Some(disk_lock.brief())),
+        None => (None, Some(disk_lock.into_short_lock())),
     };
     let hot = match &disk {
         Some(disk) => attachment::hot_disk(disk),

@@ -26,14 +26,14 @@ pub(super) fn with_key<T>(
 ) -> Result<T> {
     // A call that was killed below has left it.
     remove_key(monitor)?;
-    let key = DiskKey::of(&cx.config);
+    let key = DiskKey::from_config(&cx.config);
     let text = key.read()?;
     monitor.raw("object-add", &json!({"qom-type": "secret", "id": SECRET, "data": text.0}))?;
     let opened = open(monitor);
     let removed = remove_key(monitor);
     let opened = opened.map_err(|error| match &error {
         HotplugError::Monitor(refused) if refused.refused_with(WRONG_KEY) => {
-            key.does_not_open(Some(disk))
+            key.wrong_key_error(Some(disk))
         }
         _ => error.into(),
     })?;

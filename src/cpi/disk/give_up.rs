@@ -13,12 +13,12 @@ use crate::store::{DiskRecord, Rank};
 /// [`ErrorKind::DiskNotFound`].
 pub(crate) fn give_up(cx: &Context, cid: &DiskCid) -> Result<()> {
     let deadline = cx.deadline("attach_disk");
-    if cx.store.find::<DiskRecord>(cid)?.is_none() && cx.store.is_free(cid)? {
+    if cx.store.find::<DiskRecord>(cid)?.is_none() && cx.store.can_take(cid)? {
         // An earlier call has given it up, or was interrupted.
         let lock = lock::lock(cx, cid, deadline)?;
         if cx.store.find::<DiskRecord>(cid)?.is_none() {
             cx.store.remove_record::<DiskRecord>(cid)?;
-            return cx.store.let_go(cid).and(lock.retire());
+            return cx.store.finish_release(cid).and(lock.unlink());
         }
     }
     let (lock, disk) = locked::locked_idle(cx, cid, deadline)?;
@@ -29,10 +29,10 @@ pub(crate) fn give_up(cx: &Context, cid: &DiskCid) -> Result<()> {
     }
     access::ensure_closed(cx, &disk)?;
     let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
-    cx.store.give_up(&disk)?;
+    cx.store.release(&disk)?;
     tracing::info!(%cid, "gave up the disk: it has no owner now");
-    metadata.retire()?;
-    lock.retire()
+    metadata.unlink()?;
+    lock.unlink()
 }
 
 /// Ensures that another host can use the disk.
@@ -40,7 +40,7 @@ fn ensure_movable(cx: &Context, disk: &DiskRecord) -> Result<()> {
     if !disk.pool.as_deref().is_some_and(|pool| cx.store.pools().is_shared(pool)) {
         return Err(refusal(disk, "is in no shared pool"));
     }
-    if disk.leftover.is_some() {
+    if disk.inactive_image.is_some() {
         return Err(refusal(
             disk,
             "has an image that an earlier copy left and that cannot be removed",

@@ -27,9 +27,9 @@ pub(super) fn create(
     size: Bytes,
     deadline: Instant,
 ) -> Result<()> {
-    let key = DiskKey::of(&cx.config);
+    let key = DiskKey::from_config(&cx.config);
     if image.encrypted {
-        key.ready(&cx.store, deadline)?;
+        key.create_if_missing(&cx.store, deadline)?;
     }
     let new = NewImage {
         path: &dir.join(image.file_name()),
@@ -52,7 +52,7 @@ pub(super) fn fill(
     target: &DiskImage,
     deadline: Instant,
 ) -> Result<()> {
-    let key = DiskKey::of(&cx.config);
+    let key = DiskKey::from_config(&cx.config);
     let existing = |path, image: &DiskImage| ExistingImage {
         path,
         format: image.format,

@@ -59,11 +59,11 @@ pub(super) fn pending_snapshots(cx: &Context, disk: &DiskCid) -> Result<Vec<Snap
 /// The copy of the disk that a call is making, for a message.
 fn copy_in_progress(cx: &Context, cid: &DiskCid) -> Result<Option<String>> {
     for snapshot in pending_snapshots(cx, cid)? {
-        if cx.store.glance(Rank::Snapshot, &snapshot)?.is_none() {
+        if cx.store.try_lock(Rank::Snapshot, &snapshot)?.is_none() {
             return Ok(Some(format!("disk '{cid}' is being copied into snapshot '{snapshot}'")));
         }
     }
     let is_updated =
-        find(cx, cid)?.leftover.is_some() && cx.store.glance(Rank::Disk, cid)?.is_none();
+        find(cx, cid)?.inactive_image.is_some() && cx.store.try_lock(Rank::Disk, cid)?.is_none();
     Ok(is_updated.then(|| format!("disk '{cid}' is being copied by update_disk")))
 }

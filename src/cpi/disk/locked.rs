@@ -21,15 +21,15 @@ pub(crate) fn locked(
         match lock::find(cx, cid) {
             Ok(mut disk) => {
                 acknowledgement::acknowledge::<DiskRecord>(cx, cid);
-                cx.store.stay(&disk)?;
+                cx.store.cancel_move(&disk)?;
                 copy::settle(cx, &mut disk, deadline)?;
                 return Ok((lock, disk));
             }
             Err(error) => {
-                lock.retire()?;
-                cx.store.is_nowhere_else(cid)?;
+                lock.unlink()?;
+                cx.store.ensure_not_owned_elsewhere(cid)?;
                 // This host gave it up while this call waited, and can take it again.
-                if !cx.store.is_free(cid)? {
+                if !cx.store.can_take(cid)? {
                     return Err(error);
                 }
             }

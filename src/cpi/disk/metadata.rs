@@ -15,7 +15,7 @@ use crate::store::{DiskRecord, Rank};
 pub(in crate::cpi) fn set_metadata(cx: &Context, cid: &DiskCid, metadata: &Metadata) -> Result<()> {
     let deadline = cx.deadline("set_disk_metadata");
     ownership::owned(cx, cid, deadline)?;
-    let _lock = cx.store.lock(Rank::Metadata, cid, deadline)?.brief();
+    let _lock = cx.store.lock(Rank::Metadata, cid, deadline)?.into_short_lock();
     // It may have been deleted meanwhile; delete_disk needs this lock, too.
     lock::find(cx, cid)?;
     acknowledgement::acknowledge::<DiskRecord>(cx, cid);

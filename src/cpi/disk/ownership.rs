@@ -13,10 +13,10 @@ use crate::store::{DiskRecord, Phase, Rank, VmRecord};
 pub(in crate::cpi) fn exists(cx: &Context, cid: &DiskCid) -> Result<bool> {
     match cx.store.find::<DiskRecord>(cid)? {
         Some(disk) => Ok(disk.phase != Phase::Creating),
-        None if cx.store.is_free(cid)? => Ok(true),
+        None if cx.store.can_take(cid)? => Ok(true),
         // A Director that hears "no" forgets the disk, so a disk that another host owns is an
         // error.
-        None => cx.store.is_nowhere_else(cid).map(|()| false),
+        None => cx.store.ensure_not_owned_elsewhere(cid).map(|()| false),
     }
 }
 
@@ -28,10 +28,10 @@ pub(in crate::cpi) fn exists(cx: &Context, cid: &DiskCid) -> Result<bool> {
 pub(super) fn owned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<DiskRecord> {
     take_unowned(cx, cid, deadline)?;
     if cx.store.find::<DiskRecord>(cid)?.is_none() {
-        cx.store.is_nowhere_else(cid)?;
+        cx.store.ensure_not_owned_elsewhere(cid)?;
     }
     let disk = lock::find(cx, cid)?;
-    cx.store.is_ours(&disk)?;
+    cx.store.ensure_owned(&disk)?;
     Ok(disk)
 }
 
@@ -39,8 +39,8 @@ pub(super) fn owned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<Di
 /// replaced.
 pub(super) fn take_unowned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<()> {
     let has_no_owner = || match cx.store.find::<DiskRecord>(cid)? {
-        Some(disk) => Ok(cx.store.is_given_up(&disk)? && !is_listed(cx, cid)?),
-        None => cx.store.is_free(cid),
+        Some(disk) => Ok(cx.store.has_no_owner(&disk)? && !is_listed(cx, cid)?),
+        None => cx.store.can_take(cid),
     };
     if !has_no_owner()? {
         return Ok(());
@@ -50,22 +50,22 @@ pub(super) fn take_unowned(cx: &Context, cid: &DiskCid, deadline: Instant) -> Re
     if !has_no_owner()? {
         return match cx.store.find::<DiskRecord>(cid)? {
             Some(_) => Ok(()),
-            None => lock.retire(),
+            None => lock.unlink(),
         };
     }
     let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
-    cx.store.forget(cid)?;
-    metadata.retire()?;
-    match cx.store.adopt(cid) {
+    cx.store.remove_local(cid)?;
+    metadata.unlink()?;
+    match cx.store.take_unowned(cid) {
         Ok(true) => {
             tracing::info!("took ownership of disk {cid}: it had no owner");
             Ok(())
         }
-        other => lock.retire().and(other.map(drop)),
+        other => lock.unlink().and(other.map(drop)),
     }
 }
 
 /// Whether the record of a VM on this host lists the disk: that record decides.
 fn is_listed(cx: &Context, disk: &DiskCid) -> Result<bool> {
-    Ok(cx.store.readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
+    Ok(cx.store.list_readable::<VmRecord>()?.iter().any(|vm| vm.attachment(disk).is_some()))
 }

@@ -16,8 +16,9 @@ use crate::store::{DiskRecord, Phase, Rank};
 pub(in crate::cpi) fn recover(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<()> {
     let lock = cx.store.lock(Rank::Disk, cid, Instant::now())?;
     let mut disk = cx.store.find::<DiskRecord>(cid)?;
-    let is_half_copied =
-        |disk: &&mut DiskRecord| disk.leftover.is_some() && !cx.store.is_elsewhere(disk);
+    let is_half_copied = |disk: &&mut DiskRecord| {
+        disk.inactive_image.is_some() && !cx.store.is_no_longer_owned(disk)
+    };
     if let Some(disk) = disk.as_mut().filter(is_half_copied) {
         tracing::warn!(%cid, "settling the copy of a disk whose update_disk was interrupted");
         copy::settle(cx, disk, deadline)?;

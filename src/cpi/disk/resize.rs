@@ -50,13 +50,13 @@ pub(super) fn grow(
         admit_growth(cx, disk, current, size, deadline)?;
         crash::point!("growth noted");
         if let Err(error) = grow_image(cx, disk, &mut access, size.bytes()) {
-            disk.grows_to = None;
+            disk.resize_target = None;
             return cx.store.write(disk).and(Err(error.during(doing)));
         }
         crash::point!("image grown");
     }
-    if (disk.size, disk.grows_to) != (size, None) {
-        (disk.size, disk.grows_to) = (size, None);
+    if (disk.size, disk.resize_target) != (size, None) {
+        (disk.size, disk.resize_target) = (size, None);
         cx.store.write_disk(disk)?;
     }
     Ok(())
@@ -82,9 +82,9 @@ fn admit_growth(
     deadline: Instant,
 ) -> Result<()> {
     // The growth that a killed call has recorded is counted already.
-    let counted = current.max(disk.promised().bytes());
+    let counted = current.max(disk.size_after_resize().bytes());
     let more = Bytes(size.bytes().get().saturating_sub(counted.get()));
-    let growing = DiskRecord { grows_to: Some(size), ..disk.clone() };
+    let growing = DiskRecord { resize_target: Some(size), ..disk.clone() };
     // Preallocation reserves space for a whole file only: the new part is thin.
     let need = need::thin(cx, more);
     capacity::admit(cx, disk.pool.as_deref(), need, deadline, || cx.store.write(&growing))?;

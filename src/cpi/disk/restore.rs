@@ -27,7 +27,7 @@ pub(in crate::cpi) fn restore(cx: &Context, cid: &SnapshotCid) -> Result<DiskCid
     cx.store.prepare()?;
     let snapshot_lock = cx.store.lock(Rank::Snapshot, cid, deadline)?;
     let Some(snapshot) = cx.ready::<SnapshotRecord>(cid)? else {
-        snapshot_lock.retire()?;
+        snapshot_lock.unlink()?;
         let message = format!("there is no snapshot '{cid}' on this host");
         return Err(Error::new(ErrorKind::BadRequest, message)
             .hint("run this on the host that made the snapshot"));
@@ -47,7 +47,7 @@ fn record(cid: DiskCid, snapshot: &SnapshotRecord) -> DiskRecord {
         phase: Phase::Creating,
         created_at: clock::now(),
         generation: 0,
-        leftover: None,
+        inactive_image: None,
         vm: None,
         metadata: Map::new(),
         ..snapshot.disk.clone()

@@ -124,7 +124,7 @@ fn record(
         format: if is_live { Format::Qcow2 } else { disk.format },
         disk: DiskRecord {
             size: MiB::holding(size).unwrap_or(disk.size),
-            grows_to: None,
+            resize_target: None,
             preallocation: Preallocation::Off,
             metadata: metadata::metadata_of(cx, &disk),
             ..disk
@@ -161,5 +161,5 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &SnapshotCid) -> Result<()> {
         cx.store.write_deleting(&SnapshotRecord { phase: Phase::Deleting, ..snapshot })?;
     }
     cx.store.remove::<SnapshotRecord>(cid)?;
-    lock.retire()
+    lock.unlink()
 }

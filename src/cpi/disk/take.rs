@@ -18,7 +18,7 @@ pub(crate) fn take(cx: &Context, cid: &DiskCid) -> Result<()> {
     let deadline = cx.deadline("attach_disk");
     ownership::take_unowned(cx, cid, deadline)?;
     if let Some(disk) = cx.store.find::<DiskRecord>(cid)? {
-        let owned = cx.store.is_ours(&disk);
+        let owned = cx.store.ensure_owned(&disk);
         if owned.is_ok() || !cx.store.is_outdated(&disk)? {
             return owned;
         }
@@ -28,9 +28,9 @@ pub(crate) fn take(cx: &Context, cid: &DiskCid) -> Result<()> {
     let ensure_released = |image: &Path| {
         image::ensure_unlocked(image).map_err(|e| e.during(format!("take disk '{cid}'")))
     };
-    let taken = cx.store.take_over(cid, ensure_released);
-    if taken.is_err() && !atomic::is_there(&cx.store.disk_dir(cid)) {
-        lock.retire()?;
+    let taken = cx.store.take_from_lost_host(cid, ensure_released);
+    if taken.is_err() && !atomic::entry_exists(&cx.store.disk_dir(cid)) {
+        lock.unlink()?;
     }
     taken
 }

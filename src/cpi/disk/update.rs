@@ -50,7 +50,7 @@ pub(in crate::cpi) fn update(
     let mut next = updated(&disk, &asked, given);
     let is_delayed = match copies {
         // The device stays, and with it the write cache that it announces.
-        true => next.cache.write_cache() != disk.cache.write_cache(),
+        true => next.cache.has_write_cache() != disk.cache.has_write_cache(),
         // QEMU decides both when it opens an image.
         false => (next.cache, next.discard) != (disk.cache, disk.discard),
     };

@@ -12,9 +12,9 @@ use crate::cpi::network::nics::{AddressPool, PlannedNic};
 use crate::cpi::properties::{PortForward, VmCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ranges::Protocol;
-use crate::store::claims::{Claim, Claims};
 use crate::store::nic_rules::Forward;
 use crate::store::record::{Keeper, Nic, Segment, Wire};
+use crate::store::reservations::{Reservation, Reservations};
 
 /// How many host ports one VM can have. Each is one element of an nftables set.
 const MAX_PORTS: u32 = 1024;
@@ -24,27 +24,28 @@ const MAX_PORTS: u32 = 1024;
 pub(in crate::cpi) fn reserve(
     cx: &Context,
     vm: &VmCid,
-    placed: &mut [PlannedNic],
+    nics: &mut [PlannedNic],
     networks: &mut Networks,
     properties: &VmCloudProperties,
     deadline: Instant,
 ) -> Result<()> {
-    cx.store.with_claims(deadline, |claims| {
-        placed.iter_mut().try_for_each(|placed| reserve_addresses(vm, placed, networks, claims))?;
+    cx.store.with_reservations(deadline, |reservations| {
+        nics.iter_mut()
+            .try_for_each(|planned| reserve_addresses(vm, planned, networks, reservations))?;
         properties
             .ports
             .iter()
-            .try_for_each(|forward| reserve_ports(vm, placed, networks, forward, claims))
+            .try_for_each(|forward| reserve_ports(vm, nics, networks, forward, reservations))
     })
 }
 
 fn reserve_addresses(
     vm: &VmCid,
-    placed: &mut PlannedNic,
+    planned: &mut PlannedNic,
     networks: &mut Networks,
-    claims: &mut Claims<'_>,
+    reservations: &mut Reservations<'_>,
 ) -> Result<()> {
-    let PlannedNic { nic, pool, .. } = placed;
+    let PlannedNic { nic, pool, .. } = planned;
     let network =
         networks.iter_mut().find(|network| network.name == nic.network).expect("a NIC is for one");
     let segment = match &nic.wire {
@@ -64,20 +65,20 @@ fn reserve_addresses(
     let blocks = match pool {
         None => rules.addresses.clone(),
         Some(pool) => {
-            let address = choose(pool, segment, claims)?;
+            let address = choose(pool, segment, reservations)?;
             network.resolve(with_prefix(address, pool.subnet.prefix()), pool.gateway);
             vec![address.into()]
         }
     };
     for block in &blocks {
-        let claim = Claim::block(segment, *block);
-        if let Some(holder) = claims.holder(&claim)? {
+        let reservation = Reservation::block(segment, *block);
+        if let Some(holder) = reservations.holder(&reservation)? {
             let what = if is_one(*block) { block.ip().to_string() } else { block.to_string() };
             let message = format!("network '{}': {what} is reserved by VM '{holder}'", nic.network);
             return Err(Error::new(ErrorKind::Conflict, message)
                 .hint(format!("if that VM is not needed, delete it: `bosh delete-vm {holder}`")));
         }
-        claims.take(vm, claim)?;
+        reservations.reserve(vm, reservation)?;
     }
     rules.addresses = blocks;
     Ok(())
@@ -92,9 +93,13 @@ fn is_one(block: IpNetwork) -> bool {
 }
 
 /// The address that the instance had before, if it is free, else the first free one.
-fn choose(pool: &AddressPool, segment: &Segment, claims: &mut Claims<'_>) -> Result<IpAddr> {
+fn choose(
+    pool: &AddressPool,
+    segment: &Segment,
+    reservations: &mut Reservations<'_>,
+) -> Result<IpAddr> {
     let own = match &segment.keeper {
-        Keeper::Us { addresses, .. } => addresses.iter().map(IpNetwork::ip).collect(),
+        Keeper::Cpi { addresses, .. } => addresses.iter().map(IpNetwork::ip).collect(),
         Keeper::Operator => Vec::new(),
     };
     let last = pool.subnet.is_ipv4() && pool.subnet.prefix() < 31;
@@ -112,7 +117,7 @@ fn choose(pool: &AddressPool, segment: &Segment, claims: &mut Claims<'_>) -> Res
         .chain(pool.range.addresses())
         .filter(usable)
     {
-        if claims.holder(&Claim::block(segment, ip.into()))?.is_none() {
+        if reservations.holder(&Reservation::block(segment, ip.into()))?.is_none() {
             return Ok(ip);
         }
     }
@@ -125,10 +130,10 @@ fn choose(pool: &AddressPool, segment: &Segment, claims: &mut Claims<'_>) -> Res
 /// else the first.
 fn reserve_ports(
     vm: &VmCid,
-    placed: &mut [PlannedNic],
+    nics: &mut [PlannedNic],
     networks: &Networks,
     wanted: &PortForward,
-    claims: &mut Claims<'_>,
+    reservations: &mut Reservations<'_>,
 ) -> Result<()> {
     let guest = wanted.guest.unwrap_or(wanted.host);
     let count = wanted.host.count();
@@ -149,9 +154,9 @@ fn reserve_ports(
             network.name == nic.network && network.default.iter().any(|d| d == "gateway")
         })
     };
-    placed.sort_by_key(|placed| !is_default(&placed.nic));
-    let found = forward_to(placed, wanted);
-    placed.sort_by_key(|placed| placed.index);
+    nics.sort_by_key(|planned| !is_default(&planned.nic));
+    let found = forward_to(nics, wanted);
+    nics.sort_by_key(|planned| planned.index);
     if found.is_empty() {
         let message =
             "cloud_properties.ports: the VM has no network that this host forwards ports to";
@@ -161,20 +166,21 @@ fn reserve_ports(
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
-        let claim = Claim::Port { protocol: wanted.protocol, port, address: wanted.address };
-        if let Some(holder) = claims.holder(&claim)? {
+        let reservation =
+            Reservation::Port { protocol: wanted.protocol, port, address: wanted.address };
+        if let Some(holder) = reservations.holder(&reservation)? {
             let message = format!(
                 "port {}/{port} of this host is reserved by VM '{holder}'",
                 wanted.protocol
             );
             return Err(Error::new(ErrorKind::Conflict, message));
         }
-        claims.take(vm, claim)?;
+        reservations.reserve(vm, reservation)?;
         warn_if_used(wanted.protocol, port, wanted.address);
     }
     let (protocol, count) = (wanted.protocol.number(), u16::try_from(count).expect("at most 1024"));
     for (index, to) in found {
-        let rules = placed[index].nic.rules.as_mut().expect("forwarded to");
+        let rules = nics[index].nic.rules.as_mut().expect("forwarded to");
         let (address, host, guest) = (wanted.address, wanted.host.first, guest.first);
         rules.forwards.push(Forward { address, protocol, host, to, guest, count });
     }
@@ -182,23 +188,23 @@ fn reserve_ports(
 }
 
 /// The NICs that a forward leads to, by their position in the manifest, with the address there.
-fn forward_to(placed: &[PlannedNic], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
-    let address = |placed: &PlannedNic| {
-        let rules = placed.nic.rules.as_ref()?;
-        let ip = match &placed.nic.wire {
+fn forward_to(nics: &[PlannedNic], wanted: &PortForward) -> Vec<(usize, IpAddr)> {
+    let address = |planned: &PlannedNic| {
+        let rules = planned.nic.rules.as_ref()?;
+        let ip = match &planned.nic.wire {
             Wire::User { user } => Some(IpAddr::V4(user.guest)),
             Wire::Tap { segment, .. } => {
                 let routed = matches!(&segment.keeper,
-                    Keeper::Us { addresses, closed: false, .. } if !addresses.is_empty());
+                    Keeper::Cpi { addresses, closed: false, .. } if !addresses.is_empty());
                 // The kernel routes no packet from a loopback address to a bridge.
                 let loopback = wanted.address.is_some_and(|ip| ip.is_loopback());
                 rules.addresses.first().filter(|_| routed && !loopback).map(IpNetwork::ip)
             }
         };
-        Some((placed.index, ip?))
+        Some((planned.index, ip?))
     };
     let mut found: Vec<(usize, IpAddr)> = Vec::new();
-    for (index, ip) in placed.iter().filter_map(address) {
+    for (index, ip) in nics.iter().filter_map(address) {
         let asked = wanted.address.is_none_or(|address| address.is_ipv4() == ip.is_ipv4());
         if asked && !found.iter().any(|(_, other)| other.is_ipv4() == ip.is_ipv4()) {
             found.push((index, ip));

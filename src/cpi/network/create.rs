@@ -60,7 +60,7 @@ pub(in crate::cpi) fn create(cx: &Context, given: &Map<String, Value>) -> Result
 
 impl Creatable for NetworkRecord {
     fn roll_back(cx: &Context, cid: &NetworkCid, lock: Guard, _deadline: Instant) -> Result<()> {
-        let _lock = lock.brief();
+        let _lock = lock.into_short_lock();
         delete::remove(cx, cid)
     }
 }
@@ -133,7 +133,8 @@ fn make_in(
     net::subnet_conflict::ensure_free(&segment)
         .map_err(|e| e.hint("choose a range that 'ip route' does not show"))?;
     // Of two creates that choose the same subnet at once, the second sees the record of the first.
-    let ranges_lock = cx.store.brief(Rank::Claims, "ranges", cx.deadline("create_network"))?;
+    let ranges_lock =
+        cx.store.short_lock(Rank::Reservations, "ranges", cx.deadline("create_network"))?;
     if let Some(other) = overlapping(cx, &segment, range)? {
         return Err(overlaps(&other));
     }
@@ -141,7 +142,7 @@ fn make_in(
     drop(ranges_lock);
     cx.store.pin(&segment)?;
     net::apply::ensure(&segment, &[])?;
-    net::bridge_owners::add_owner(&segment.bridge, &cx.store.owner()?)?;
+    net::bridge_owners::add_owner(&segment.bridge, &cx.store.state_dir_id()?)?;
     Ok(record)
 }
 
@@ -185,13 +186,13 @@ fn object(value: &Value) -> Map<String, Value> {
 /// Pins are read, too: a record may be damaged.
 fn overlapping(cx: &Context, segment: &Segment, range: IpNetwork) -> Result<Option<String>> {
     let mut used = Vec::new();
-    for record in cx.store.readable::<NetworkRecord>()? {
+    for record in cx.store.list_readable::<NetworkRecord>()? {
         let subnet = managed::settings(&record)?.subnet;
         used.extend(subnet.map(|subnet| (record.cid.to_string(), subnet)));
     }
     for pin in cx.store.pins()? {
         let is_managed = NetworkCid::parse(&pin.network).is_ok();
-        if let (true, Keeper::Us { addresses, .. }) = (is_managed, pin.keeper) {
+        if let (true, Keeper::Cpi { addresses, .. }) = (is_managed, pin.keeper) {
             used.extend(addresses.into_iter().map(|subnet| (pin.network.clone(), subnet)));
         }
     }

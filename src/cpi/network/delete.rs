@@ -9,19 +9,19 @@ use crate::cpi::creation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::net;
 use crate::store::record::NetworkRecord;
-use crate::store::{Brief, Phase, Rank, atomic};
+use crate::store::{Phase, Rank, ShortLock, atomic};
 
 /// Deletes a managed network that no VM uses.
 ///
 /// # Errors
 /// [`ErrorKind::NetworkNotFound`], [`ErrorKind::Conflict`] naming the VMs that use it.
 pub(crate) fn delete(cx: &Context, cid: &NetworkCid) -> Result<()> {
-    if !atomic::is_there(&cx.store.record_dir::<NetworkRecord>(cid)) {
-        cx.store.is_mounted()?;
+    if !atomic::entry_exists(&cx.store.record_dir::<NetworkRecord>(cid)) {
+        cx.store.ensure_mounted()?;
         return Err(managed::not_found(cid));
     }
     let deadline = cx.deadline("delete_network");
-    let lock = cx.store.brief(Rank::Network, NetworkRecord::bridge(cid), deadline)?;
+    let lock = cx.store.short_lock(Rank::Network, NetworkRecord::bridge(cid), deadline)?;
     let Some(record) = cx.store.find::<NetworkRecord>(cid)? else {
         // An empty directory: an earlier delete was interrupted at its last step.
         cx.store.remove::<NetworkRecord>(cid)?;
@@ -38,7 +38,7 @@ pub(super) fn delete_unused(
     cx: &Context,
     cid: &NetworkCid,
     record: NetworkRecord,
-    _lock: Brief,
+    _lock: ShortLock,
 ) -> Result<()> {
     cx.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
     if let Err(used) = ensure_unused(cx, cid, cx.deadline("delete_network")) {
@@ -51,7 +51,8 @@ pub(super) fn delete_unused(
 /// Ensures that no VM has reserved addresses on the network.
 fn ensure_unused(cx: &Context, cid: &NetworkCid, deadline: Instant) -> Result<()> {
     let bridge = NetworkRecord::bridge(cid);
-    let users = cx.store.with_claims(deadline, |claims| claims.on_wire(&bridge))?;
+    let users =
+        cx.store.with_reservations(deadline, |reservations| reservations.vms_on_wire(&bridge))?;
     if users.is_empty() {
         return Ok(());
     }
@@ -67,7 +68,7 @@ pub(super) fn remove(cx: &Context, cid: &NetworkCid) -> Result<()> {
         let pin = cx.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
         let segment = pin.map_or_else(|| managed::segment(cx, &record), Ok)?;
         cx.store.unpin(&segment.bridge)?;
-        net::bridge_owners::remove_owner(&segment.bridge, &cx.store.owner()?)?;
+        net::bridge_owners::remove_owner(&segment.bridge, &cx.store.state_dir_id()?)?;
         net::apply::release(&segment)?;
     }
     cx.store.remove::<NetworkRecord>(cid)

@@ -102,21 +102,22 @@ pub(crate) fn lack(network: &HostNetwork) -> Result<Lack> {
 
 /// The NICs of all VMs except those that are being deleted.
 fn all_nics(cx: &Context) -> Result<Vec<Nic>> {
-    let vms = cx.store.readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
+    let vms =
+        cx.store.list_readable::<VmRecord>()?.into_iter().filter(|vm| vm.phase != Phase::Deleting);
     Ok(vms.flat_map(|vm| vm.nics).collect())
 }
 
 /// Makes `network` complete, with the taps of its VMs plugged in. A bridge of a configured network
 /// is pinned.
 pub(crate) fn apply(cx: &Context, network: &HostNetwork) -> Result<()> {
-    make(cx, network, network.configured && matches!(network.segment.keeper, Keeper::Us { .. }))
+    make(cx, network, network.configured && matches!(network.segment.keeper, Keeper::Cpi { .. }))
 }
 
 /// Makes `network` complete, and leaves its pin as it is.
 pub(crate) fn restore(cx: &Context, network: &HostNetwork) -> Result<()> {
     make(cx, network, false)?;
     let bridge = &network.segment.bridge;
-    let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
+    let _lock = cx.store.short_lock(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
     if !cx.store.is_pinned(bridge) && links::existing_links(&network.links())?.is_empty() {
         // The last VM was deleted meanwhile.
         links::release(&network.segment)?;
@@ -128,7 +129,7 @@ pub(crate) fn restore(cx: &Context, network: &HostNetwork) -> Result<()> {
 fn make(cx: &Context, network: &HostNetwork, pin: bool) -> Result<()> {
     cx.store.prepare()?;
     let bridge = &network.segment.bridge;
-    let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
+    let _lock = cx.store.short_lock(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
     // Pinned first: an interrupted call leaves a pin to finish by, not a bridge without one.
     if pin {
         cx.store.pin(&network.segment)?;
@@ -137,7 +138,7 @@ fn make(cx: &Context, network: &HostNetwork, pin: bool) -> Result<()> {
     filter::add(&network.nics, || all_nics(cx))?;
     links::ensure(&network.segment, &network.ports())?;
     if cx.store.is_pinned(bridge) {
-        bridge_owners::add_owner(bridge, &cx.store.owner()?)?;
+        bridge_owners::add_owner(bridge, &cx.store.state_dir_id()?)?;
     }
     Ok(())
 }
@@ -147,8 +148,8 @@ fn make(cx: &Context, network: &HostNetwork, pin: bool) -> Result<()> {
 pub(crate) fn remove(cx: &Context, network: &HostNetwork) -> Result<bool> {
     cx.store.prepare()?;
     let bridge = &network.segment.bridge;
-    let _lock = cx.store.brief(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
-    bridge_owners::remove_owner(bridge, &cx.store.owner()?)?;
+    let _lock = cx.store.short_lock(Rank::Network, bridge, Instant::now() + LOCK_TIMEOUT)?;
+    bridge_owners::remove_owner(bridge, &cx.store.state_dir_id()?)?;
     let gone = links::release(&network.segment)?;
     cx.store.unpin(bridge)?;
     Ok(gone)

@@ -18,9 +18,9 @@ use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::ranges::AddressRange;
 use crate::schema::Property;
-use crate::store::claims::Claim;
 use crate::store::nic_rules::{Admission, NicRules};
 use crate::store::record::{Keeper, Nic, Segment, Wire};
+use crate::store::reservations::Reservation;
 
 /// The range that a dynamic network's addresses come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -239,7 +239,7 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
 /// its neighbours send.
 fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) -> Result<()> {
     let mut gateways: Vec<_> = match place {
-        NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        NicPlan::Bridge(Segment { keeper: Keeper::Cpi { addresses, .. }, .. }) => {
             addresses.iter().map(IpNetwork::ip).collect()
         }
         _ => Vec::new(),
@@ -262,12 +262,14 @@ fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) 
 /// Refuses one address on two NICs of a VM: on one wire each would answer for the other, and with
 /// two user networks the guest has two routes to the same addresses.
 fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
-    let reservations = |placed: &PlannedNic| -> Vec<Claim> {
+    let reservations = |placed: &PlannedNic| -> Vec<Reservation> {
         let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
         match &placed.nic.wire {
-            Wire::Tap { segment, .. } => rules.map(|block| Claim::block(segment, *block)).collect(),
+            Wire::Tap { segment, .. } => {
+                rules.map(|block| Reservation::block(segment, *block)).collect()
+            }
             Wire::User { user } => {
-                vec![Claim::Addresses {
+                vec![Reservation::Addresses {
                     wire: "user".to_owned(),
                     block: IpAddr::from(user.guest).into(),
                 }]
@@ -276,7 +278,9 @@ fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
     };
     for (at, one) in placed.iter().enumerate() {
         let meets = |other: &&PlannedNic| {
-            reservations(one).iter().any(|own| reservations(other).iter().any(|its| its.meets(own)))
+            reservations(one)
+                .iter()
+                .any(|own| reservations(other).iter().any(|its| its.overlaps(own)))
         };
         if let Some(other) = placed[..at].iter().find(meets) {
             let problem = format!(
@@ -293,7 +297,7 @@ fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
 fn has_other_machines(segment: &Segment) -> bool {
     match &segment.keeper {
         Keeper::Operator => true,
-        Keeper::Us { uplink, .. } => uplink.is_some(),
+        Keeper::Cpi { uplink, .. } => uplink.is_some(),
     }
 }
 
@@ -312,7 +316,7 @@ fn own_block(network: &NetworkSpec) -> Option<IpNetwork> {
 fn pool(name: &str, host: &config::Network, place: &NicPlan) -> Result<Option<AddressPool>> {
     let own = match place {
         NicPlan::User(_) => return Ok(None),
-        NicPlan::Bridge(Segment { keeper: Keeper::Us { addresses, .. }, .. }) => {
+        NicPlan::Bridge(Segment { keeper: Keeper::Cpi { addresses, .. }, .. }) => {
             addresses.first().copied()
         }
         NicPlan::Bridge(_) => None,

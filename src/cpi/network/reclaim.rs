@@ -15,7 +15,8 @@ use crate::store::{Phase, Rank};
 /// Returns whether it was.
 pub(super) fn reclaim(cx: &Context, network: &str) -> Result<bool> {
     let Ok(cid) = NetworkCid::parse(network) else { return Ok(false) };
-    let lock = match cx.store.brief(Rank::Network, NetworkRecord::bridge(&cid), Instant::now()) {
+    let lock = match cx.store.short_lock(Rank::Network, NetworkRecord::bridge(&cid), Instant::now())
+    {
         // A call that works on the network knows its cid.
         Err(error) if error.kind() == ErrorKind::Timeout => return Ok(false),
         lock => lock?,

@@ -15,7 +15,7 @@ use crate::store::{Phase, Rank};
 /// # Errors
 /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) if a call works on it.
 pub(in crate::cpi) fn recover(cx: &Context, cid: &NetworkCid) -> Result<()> {
-    let lock = cx.store.brief(Rank::Network, NetworkRecord::bridge(cid), Instant::now())?;
+    let lock = cx.store.short_lock(Rank::Network, NetworkRecord::bridge(cid), Instant::now())?;
     let record = cx.store.find::<NetworkRecord>(cid)?;
     if record.is_none_or(|network| network.phase == Phase::Creating) {
         tracing::warn!(%cid, "removing a network whose create_network was interrupted");

@@ -11,8 +11,9 @@ use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic};
 /// Deletes the stemcell. VMs made of it keep the image: each has a link of its own
 /// ([`crate::store::layout`]).
 pub(in crate::cpi) fn delete(cx: &Context, cid: &StemcellCid) -> Result<()> {
-    if !atomic::is_there(&cx.store.stemcell_dir(cid)) && !cx.store.has_lock(Rank::Stemcell, cid) {
-        return cx.store.is_mounted();
+    if !atomic::entry_exists(&cx.store.stemcell_dir(cid)) && !cx.store.has_lock(Rank::Stemcell, cid)
+    {
+        return cx.store.ensure_mounted();
     }
     let lock = cx.store.lock(Rank::Stemcell, cid, cx.deadline("delete_stemcell"))?;
     if let Some(mut record) = cx.store.find::<StemcellRecord>(cid)? {
@@ -21,7 +22,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &StemcellCid) -> Result<()> {
         cx.store.write_deleting(&record)?;
     }
     cx.store.remove::<StemcellRecord>(cid)?;
-    lock.retire()
+    lock.unlink()
 }
 
 /// Logs which VMs keep the image: its space is free when the last of them is deleted.

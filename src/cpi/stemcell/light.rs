@@ -8,7 +8,7 @@ use crate::digest::Digest;
 use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image;
-use crate::schema::{Property, SchemaError};
+use crate::schema::{Expected, Property, SchemaError};
 use crate::store::record::{Format, Source};
 use crate::units::Bytes;
 
@@ -25,7 +25,7 @@ document! {
 }
 
 impl Property for Digest {
-    const EXPECTED: &'static str = "a SHA-256 digest: 64 hexadecimal digits";
+    const EXPECTED: Expected = Expected::text("a SHA-256 digest: 64 hexadecimal digits");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
         let digest = value.as_str().and_then(|text| text.parse().ok());
@@ -68,6 +68,6 @@ pub(super) fn image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Resul
     let path = path?;
     // Inspected first: reading a pipe or a device might never end.
     let (format, virtual_size) = image::inspect(&path)?;
-    light.sha256.verify(&path)?;
+    light.sha256.ensure_matches(&path)?;
     Ok(StemcellImage { format, virtual_size, path: Some(path), source: None })
 }

@@ -17,7 +17,7 @@ pub(in crate::cpi) fn recover(cx: &Context, cid: &StemcellCid) -> Result<()> {
     if cx.ready::<StemcellRecord>(cid)?.is_none() {
         tracing::warn!(%cid, "removing a stemcell whose creation or deletion was interrupted");
         cx.store.remove::<StemcellRecord>(cid)?;
-        lock.retire()?;
+        lock.unlink()?;
     }
     pending::remove(cx, cid)
 }

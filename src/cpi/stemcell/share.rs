@@ -46,7 +46,7 @@ pub(super) fn share(
         // for another's.
         let lock = cx.store.lock(Rank::Stemcell, &other.cid, deadline)?;
         if !cx.store.find::<StemcellRecord>(&other.cid)?.is_some_and(|other| may_be_same(&other)) {
-            lock.retire()?;
+            lock.unlink()?;
             continue;
         }
         let dir = cx.store.images_dir(&other.cid, other.pool.as_deref())?;

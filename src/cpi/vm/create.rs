@@ -75,7 +75,7 @@ impl Creatable for VmRecord {
         if let Some(vm) = cx.store.read::<Self>(cid)? {
             return delete::destroy(cx, &vm, lock, deadline);
         }
-        cx.store.release_claims(cid)?;
+        cx.store.release_reservations(cid)?;
         if let Some(uid) = uids::find(cx.store.state_dir(), cid) {
             uids::release(cx.store.state_dir(), cid, uid)?;
         }
@@ -98,7 +98,7 @@ fn reserve(
             if !reclaim::reclaim(cx, nics, properties, deadline)? {
                 return Err(refusal);
             }
-            cx.store.release_claims(cid)?;
+            cx.store.release_reservations(cid)?;
             addresses::reserve(cx, cid, nics, networks, properties, deadline)?;
         }
         reserved => reserved?,
@@ -223,8 +223,8 @@ fn creation_failed(error: Error, cid: &VmCid) -> Error {
             let retry = matches!(
                 kind,
                 ErrorKind::Timeout
-                    | ErrorKind::NotEnoughMemory { passing: true }
-                    | ErrorKind::Crowded
+                    | ErrorKind::NotEnoughMemory { temporary: true }
+                    | ErrorKind::StalePlacement
             );
             // The source keeps its kind: a group tries another host by it.
             error

@@ -20,8 +20,8 @@ const AUDIT_LOCK_TIMEOUT: Duration = Duration::from_millis(250);
 /// Deletes the VM, whatever state it is in. Its persistent disks are kept.
 pub(in crate::cpi) fn delete(cx: &Context, cid: &VmCid) -> Result<()> {
     let paths = cx.store.vm(cid);
-    if !atomic::is_there(&paths.dir) {
-        cx.store.is_mounted()?;
+    if !atomic::entry_exists(&paths.dir) {
+        cx.store.ensure_mounted()?;
         if !paths.run.exists() && !cx.store.has_lock(Rank::Vm, cid) {
             return Ok(());
         }
@@ -66,7 +66,7 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
         let unplugged = unplug_nics(cx, vm, deadline);
         rules.join().expect("no panic").and(unplugged)
     })?;
-    cx.store.release_claims(&vm.cid)?;
+    cx.store.release_reservations(&vm.cid)?;
     group.remove()?;
     uids::release(cx.store.state_dir(), &vm.cid, vm.uid)?;
     remove(cx, &vm.cid, lock)
@@ -75,7 +75,7 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
 /// Removes the taps that are left, and the bridges that no VM uses and no pin keeps.
 fn unplug_nics(cx: &Context, vm: &VmRecord, deadline: Instant) -> Result<()> {
     for (tap, segment) in vm.nics.iter().filter_map(Nic::tap) {
-        let _network = cx.store.brief(Rank::Network, &segment.bridge, deadline)?;
+        let _network = cx.store.short_lock(Rank::Network, &segment.bridge, deadline)?;
         net::apply::remove_tap(tap)?;
         if !cx.store.is_pinned(&segment.bridge) {
             net::apply::release(segment)?;
@@ -89,6 +89,6 @@ pub(super) fn remove(cx: &Context, cid: &VmCid, lock: Guard) -> Result<()> {
     atomic::remove_dir(&cx.store.vm(cid).run)?;
     crash::point!("run directory removed");
     cx.store.remove::<VmRecord>(cid)?;
-    lock.retire()?;
+    lock.unlink()?;
     pending::remove(cx, cid)
 }

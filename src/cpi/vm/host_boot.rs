@@ -131,7 +131,7 @@ fn bring_back(cx: &Context, vm: &VmRecord) -> Result<State> {
     let mut vm = match cx.store.find::<VmRecord>(&vm.cid)? {
         Some(vm) if vm.phase == Phase::Ready => vm,
         Some(_) => return Ok(State::Off("it is being deleted".into())),
-        None => return lock.retire().map(|()| State::Off("it was deleted".into())),
+        None => return lock.unlink().map(|()| State::Off("it was deleted".into())),
     };
     let (scope, config_file) = (cx.vm_context(&vm.cid), cx.config_file());
     let deadline = Instant::now() + cx.config.deadline("reboot_vm", default_timeout("reboot_vm"));

@@ -81,7 +81,7 @@ pub(super) fn sync(cx: &Context, vm: &VmRecord, images: Vec<UnsyncedFile>) -> Re
     // calls `gc`.
     atomic::sync_dir(&cx.store.pending_dir())?;
     uids::sync(cx.store.state_dir())?;
-    cx.store.sync_claims()
+    cx.store.sync_reservations()
 }
 
 /// The base image of a VM's root disk: a light stemcell's own file, or a link to the imported

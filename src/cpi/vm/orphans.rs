@@ -18,8 +18,8 @@ use crate::host::uids;
 use crate::link_name::LinkName;
 use crate::net::{apply, filter, tap};
 use crate::qemu::topology::MAX_NICS;
-use crate::store::claims::{self, Claim};
 use crate::store::record::Nic;
+use crate::store::reservations::{self, Reservation};
 use crate::store::{Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, PowerState, StopMode, power_state};
 use crate::sys::pidfd::Process;
@@ -35,7 +35,7 @@ pub(crate) struct Orphans {
     qemu: Option<i32>,
     taps: Vec<LinkName>,
     rules: filter::StrayElements,
-    reservations: Vec<Claim>,
+    reservations: Vec<Reservation>,
     /// Bridges of this host's networks that the VM was on and no VM uses.
     bridges: Vec<LinkName>,
     cgroup: Cgroup,
@@ -59,8 +59,8 @@ pub(super) fn remove(cx: &Context, vm: &VmCid) -> Result<()> {
 /// The VMs that the state and run directories name, with and without a record.
 pub(crate) fn named_vms(cx: &Context) -> Result<BTreeSet<VmCid>> {
     let store = &cx.store;
-    let mut named: BTreeSet<_> = store.list_running()?.into_iter().collect();
-    named.extend(store.claimed()?.into_iter().map(|(_, vm)| vm));
+    let mut named: BTreeSet<_> = store.vms_with_run_dir()?.into_iter().collect();
+    named.extend(store.reservations()?.into_iter().map(|(_, vm)| vm));
     named.extend(uids::reservations(store.state_dir())?.into_iter().filter_map(|(_, owner)| owner));
     let locks = store.locks()?.into_iter().filter(|(rank, _)| *rank == Rank::Vm);
     named.extend(locks.filter_map(|(_, name)| VmCid::parse(&name).ok()));
@@ -71,9 +71,9 @@ impl Recorded {
     /// Reads the records of all VMs.
     pub(crate) fn read(cx: &Context) -> Result<Self> {
         let mut recorded = Self::default();
-        for vm in cx.store.readable::<VmRecord>()? {
+        for vm in cx.store.list_readable::<VmRecord>()? {
             recorded.uids.insert(vm.uid);
-            recorded.reservations.extend(Claim::all_of(&vm).iter().map(Claim::name));
+            recorded.reservations.extend(Reservation::all_of(&vm).iter().map(Reservation::name));
         }
         Ok(recorded)
     }
@@ -84,7 +84,7 @@ impl Orphans {
     pub(crate) fn find(cx: &Context, vm: &VmCid, recorded: &Recorded) -> Result<Self> {
         let store = &cx.store;
         let paths = store.vm(vm);
-        let mut reservations = store.claimed()?;
+        let mut reservations = store.reservations()?;
         reservations.retain(|(reservation, holder)| {
             holder == vm && !recorded.reservations.contains(&reservation.name())
         });
@@ -93,10 +93,10 @@ impl Orphans {
         let (mut addresses, mut ports) = (Vec::new(), Vec::new());
         for reservation in &reservations {
             match reservation {
-                Claim::Addresses { wire, block } => {
-                    addresses.extend(claims::bridge(wire).map(|bridge| (bridge, *block)));
+                Reservation::Addresses { wire, block } => {
+                    addresses.extend(reservations::bridge(wire).map(|bridge| (bridge, *block)));
                 }
-                Claim::Port { protocol, port, .. } => ports.push((protocol.number(), *port)),
+                Reservation::Port { protocol, port, .. } => ports.push((protocol.number(), *port)),
             }
         }
         let bridges: BTreeSet<_> = addresses.iter().map(|(bridge, _)| bridge.clone()).collect();
@@ -136,7 +136,11 @@ impl Orphans {
         let rules =
             (!self.rules.is_empty()).then(|| "elements in table bosh-qemu-guard".to_owned());
         left.extend(rules);
-        left.extend(self.reservations.iter().map(|claim| format!("reservation {}", claim.name())));
+        left.extend(
+            self.reservations
+                .iter()
+                .map(|reservation| format!("reservation {}", reservation.name())),
+        );
         let bridges = self.bridges.iter().filter(|bridge| apply::is_stray(bridge).unwrap_or(false));
         left.extend(bridges.map(|bridge| format!("bridge {bridge}")));
         left.extend(self.cgroup.exists().then(|| "control group".to_owned()));
@@ -158,12 +162,12 @@ impl Orphans {
             apply::remove_tap(tap)?;
         }
         for bridge in &self.bridges {
-            let _lock = cx.store.brief(Rank::Network, bridge, deadline)?;
+            let _lock = cx.store.short_lock(Rank::Network, bridge, deadline)?;
             apply::release_stray(bridge)?;
         }
         self.rules.remove()?;
         self.cgroup.remove()?;
-        cx.store.release_claims(&self.vm)?;
+        cx.store.release_reservations(&self.vm)?;
         for uid in &self.uids {
             uids::release(cx.store.state_dir(), &self.vm, *uid)?;
         }

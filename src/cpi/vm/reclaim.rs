@@ -13,7 +13,7 @@ use crate::cpi::creation::acknowledgement;
 use crate::cpi::network::nics::PlannedNic;
 use crate::cpi::properties::VmCloudProperties;
 use crate::error::{ErrorKind, Result};
-use crate::store::claims::Claim;
+use crate::store::reservations::Reservation;
 use crate::store::{Phase, Rank, VmRecord};
 
 /// How long the launch of a killed create may take to be undone. It also ends the wait of two
@@ -47,15 +47,15 @@ fn holders(
         Some((segment, planned.nic.rules.as_ref()?))
     });
     let addresses = wires.flat_map(|(segment, rules)| {
-        rules.addresses.iter().map(|block| Claim::block(segment, *block))
+        rules.addresses.iter().map(|block| Reservation::block(segment, *block))
     });
     let ports = properties.ports.iter().flat_map(|forward| {
         let (protocol, address) = (forward.protocol, forward.address);
         let range = forward.host.first..=forward.host.last;
-        range.map(move |port| Claim::Port { protocol, port, address })
+        range.map(move |port| Reservation::Port { protocol, port, address })
     });
-    let mut holders = cx.store.with_claims(deadline, |claims| {
-        let holders = addresses.chain(ports).map(|claim| claims.holder(&claim));
+    let mut holders = cx.store.with_reservations(deadline, |reservations| {
+        let holders = addresses.chain(ports).map(|reservation| reservations.holder(&reservation));
         holders.filter_map(Result::transpose).collect::<Result<Vec<_>>>()
     })?;
     holders.dedup();

@@ -139,7 +139,7 @@ impl Installation {
     fn step_of(&self, file: &InstallFile, manifest: &Manifest) -> Result<Option<Step>> {
         let path = self.on_disk(&file.path);
         let name = file.path.display().to_string();
-        if !atomic::is_there(&path) {
+        if !atomic::entry_exists(&path) {
             return Ok(Some(Step::Add(name)));
         }
         if !path.is_file() {
@@ -228,7 +228,7 @@ pub fn remove(root: &Path) -> Result<Vec<String>> {
     for (file, digests) in &manifest.files {
         let path = below(root, file);
         let name = file.display();
-        if !atomic::is_there(&path) {
+        if !atomic::entry_exists(&path) {
             continue;
         }
         if path.is_file() && digests.contains(&Digest::of_file(&path)?) {

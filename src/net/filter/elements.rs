@@ -119,7 +119,7 @@ fn admitted(tap: &Part, admits: &[Admission]) -> [SetElements; 4] {
 /// Returns the same for each of its addresses, if the host is the VM's gateway and may masquerade
 /// the sender.
 fn masked(segment: &Segment, addresses: &[IpNetwork], admits: &[Admission]) -> Vec<SetElements> {
-    let gateway = matches!(&segment.keeper, Keeper::Us { addresses, .. } if !addresses.is_empty());
+    let gateway = matches!(&segment.keeper, Keeper::Cpi { addresses, .. } if !addresses.is_empty());
     let prefix = |block: &IpNetwork| masked_key_prefix(&segment.bridge, *block);
     let prefixes = |v4: bool| {
         addresses.iter().filter(move |block| gateway && block.is_ipv4() == v4).map(prefix)

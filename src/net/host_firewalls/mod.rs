@@ -129,7 +129,7 @@ fn foreign_routes(links: &Links, segments: &[&Segment]) -> Result<Vec<(String, I
 
 fn addresses(segment: &Segment) -> &[IpNetwork] {
     match &segment.keeper {
-        Keeper::Us { addresses, .. } => addresses,
+        Keeper::Cpi { addresses, .. } => addresses,
         Keeper::Operator => &[],
     }
 }
@@ -147,7 +147,7 @@ fn forwards_of(nics: &[Nic]) -> impl Iterator<Item = &Forward> {
 pub fn findings(segment: &Segment, nics: &[Nic], facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     let forwards = match &segment.keeper {
-        Keeper::Us { addresses, closed, services, .. } => {
+        Keeper::Cpi { addresses, closed, services, .. } => {
             if services.as_ref().is_some_and(|services| !services.is_empty()) {
                 tables::host_services(segment, facts, &mut findings);
             }

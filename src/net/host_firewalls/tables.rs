@@ -126,7 +126,7 @@ fn firewalld(segment: &Segment) -> String {
     let bridge = &segment.bridge;
     let command = |words: String| format!("firewall-cmd --permanent {words}");
     let mut commands = vec![command(format!("--zone=trusted --add-interface={bridge}"))];
-    if matches!(segment.keeper, Keeper::Us { masquerade: false, closed: false, .. }) {
+    if matches!(segment.keeper, Keeper::Cpi { masquerade: false, closed: false, .. }) {
         commands.push(command(format!("--new-policy={bridge}")));
         let settings =
             ["--add-ingress-zone=ANY", "--add-egress-zone=trusted", "--set-target=ACCEPT"];

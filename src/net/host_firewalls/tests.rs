@@ -9,7 +9,13 @@ fn segment(keeper: Keeper) -> Segment {
 
 fn nat(address: &str) -> Segment {
     let addresses = vec![address.parse().unwrap()];
-    segment(Keeper::Us { addresses, masquerade: true, services: None, closed: false, uplink: None })
+    segment(Keeper::Cpi {
+        addresses,
+        masquerade: true,
+        services: None,
+        closed: false,
+        uplink: None,
+    })
 }
 
 /// A host with a default route and no other program.
@@ -91,7 +97,7 @@ fn a_table_matters_to_segments_of_its_ip_version() {
     ");
     assert_eq!(report(&nat("10.0.0.1/24"), &both).lines().count(), 2);
     assert_eq!(report(&nat("10.0.0.1/24"), &host(vec![v6(docker.clone())])), "");
-    let two = segment(Keeper::Us {
+    let two = segment(Keeper::Cpi {
         addresses: vec!["10.0.0.1/24".parse().unwrap(), "fd00::1/64".parse().unwrap()],
         masquerade: true,
         services: None,
@@ -114,12 +120,13 @@ fn a_table_matters_to_segments_of_its_ip_version() {
 
 #[test]
 fn firewalls_that_drop_packets_to_the_host() {
-    let Keeper::Us { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
+    let Keeper::Cpi { addresses, masquerade, closed, uplink, .. } = nat("10.0.0.1/24").keeper
+    else {
         panic!()
     };
     let serving = |services| {
         let (addresses, uplink) = (addresses.clone(), uplink.clone());
-        segment(Keeper::Us { addresses, masquerade, services: Some(services), closed, uplink })
+        segment(Keeper::Cpi { addresses, masquerade, services: Some(services), closed, uplink })
     };
     let closed =
         |foreign: ForeignTable| ForeignTable { input_drop_chain: Some("INPUT".into()), ..foreign };
@@ -138,10 +145,10 @@ fn firewalls_that_drop_packets_to_the_host() {
 
 #[test]
 fn firewalld_needs_a_policy_for_vms_without_masquerading() {
-    let Keeper::Us { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
+    let Keeper::Cpi { addresses, services, closed, uplink, .. } = nat("10.0.0.1/24").keeper else {
         panic!()
     };
-    let routed = segment(Keeper::Us { addresses, masquerade: false, services, closed, uplink });
+    let routed = segment(Keeper::Cpi { addresses, masquerade: false, services, closed, uplink });
     let firewalld =
         ForeignTable { family: "inet", ..table("firewalld", None, &["filter_FORWARD"]) };
     insta::assert_snapshot!(report(&routed, &Facts { foreign: vec![firewalld], ..facts() }), @r"

@@ -195,8 +195,8 @@ pub fn merge(one: &mut Segment, other: &Segment) -> Result<()> {
     match (&mut one.keeper, &other.keeper) {
         (Keeper::Operator, Keeper::Operator) => Ok(()),
         (
-            Keeper::Us { addresses, masquerade, services, closed, uplink },
-            Keeper::Us { addresses: more, masquerade: m, services: s, closed: c, uplink: u },
+            Keeper::Cpi { addresses, masquerade, services, closed, uplink },
+            Keeper::Cpi { addresses: more, masquerade: m, services: s, closed: c, uplink: u },
         ) if (&*masquerade, &*closed, &*uplink) == (m, c, u)
             && one.mtu.zip(other.mtu).is_none_or(|(mine, its)| mine == its) =>
         {
@@ -263,7 +263,7 @@ fn segment(
                 .collect();
             // On a VLAN, the host is a machine like any other.
             let services = (profile.wire == Wiring::OwnBridge).then_some(services);
-            Keeper::Us { addresses, masquerade: profile.masquerade, services, closed, uplink }
+            Keeper::Cpi { addresses, masquerade: profile.masquerade, services, closed, uplink }
         } else {
             Keeper::Operator
         },

@@ -24,7 +24,7 @@ fn plan(network: &Value, ip: &str, netmask: &str, gateway: &str) -> Result<Segme
 
 fn host_address_of(segment: Segment) -> String {
     match segment.keeper {
-        Keeper::Us { addresses, .. } => {
+        Keeper::Cpi { addresses, .. } => {
             addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
         }
         Keeper::Operator => "operator".to_owned(),
@@ -139,7 +139,7 @@ proptest::proptest! {
             let network = Network { subnet, ..Network::nat() };
             let planned = plan_nic("lab", &network, &nat, &requested);
             let Ok(NicPlan::Bridge(segment)) = planned else { continue };
-            let Keeper::Us { addresses, .. } = segment.keeper else { panic!("nat is ours") };
+            let Keeper::Cpi { addresses, .. } = segment.keeper else { panic!("nat is ours") };
             let host = addresses[0];
             proptest::prop_assert!(ip.is_none_or(|ip| host.contains(ip) && host.ip() != ip));
             proptest::prop_assert!(gateway.is_none_or(|gateway| host.ip() == gateway));

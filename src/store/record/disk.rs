@@ -1,4 +1,4 @@
-//! Persistent disks and their snapshots.
+//! Records of persistent disks and snapshots.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -12,77 +12,79 @@ use crate::units::MiB;
 /// A persistent disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DiskRecord {
-    /// Layout version.
+    /// Version of the layout.
     pub schema: u32,
-    /// Its cid, which is its virtio-blk serial.
+    /// Its cid, which is also its virtio-blk serial.
     pub cid: DiskCid,
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: Phase,
-    /// When it was created, UTC.
+    /// Time of its creation, UTC.
     pub created_at: String,
-    /// Its size.
+    /// Its size, MiB.
     pub size: MiB,
-    /// What a resize_disk makes of it, so that others count it before the image grows.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grows_to: Option<MiB>,
-    /// Which of its images is in force: 0, or one more with each copy `update_disk` made.
+    /// New size while a resize_disk is in progress, MiB. Admission counts it before the image
+    /// grows.
+    #[serde(rename = "grows_to", default, skip_serializing_if = "Option::is_none")]
+    pub resize_target: Option<MiB>,
+    /// Number of its current image: 0, plus 1 for each copy by update_disk.
     #[serde(default)]
     pub generation: u16,
-    /// Format of its image.
+    /// Format of its current image.
     pub format: Format,
-    /// The pool its image is in; absent: beside this record.
+    /// Pool of the current image; absent: the image is beside this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
-    /// Who caches its writes.
+    /// QEMU's cache mode.
     #[serde(default)]
     pub cache: Cache,
-    /// What becomes of blocks the guest discards.
+    /// QEMU's handling of blocks that the guest discards.
     #[serde(default)]
     pub discard: Discard,
-    /// How much of the image was there at its creation.
+    /// Preallocation of the current image at its creation.
     #[serde(default)]
     pub preallocation: Preallocation,
-    /// Whether the image is encrypted with LUKS, by the key of this host.
+    /// Whether the current image is encrypted (LUKS) with the key of this host.
     #[serde(default)]
     pub encrypted: bool,
-    /// An image that is not in force, to be removed: a copy that is being made, or what was in force before it was.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leftover: Option<DiskImage>,
-    /// The VM that may have it: that VM's record decides. Always written before the VM's.
+    /// The disk's other image, to be removed: an unfinished copy, or the previous image after the
+    /// switch to a copy.
+    #[serde(rename = "leftover", default, skip_serializing_if = "Option::is_none")]
+    pub inactive_image: Option<DiskImage>,
+    /// The VM that may have the disk attached. The VM's record, which is written later, decides.
     pub vm: Option<VmCid>,
-    /// The most it may do.
+    /// Its I/O limits.
     #[serde(default)]
     pub limits: Limits,
-    /// The disk type's cloud properties.
+    /// The cloud properties of its disk type.
     pub cloud_properties: Map<String, Value>,
-    /// What set_disk_metadata said, as the first versions kept it: see [`crate::store::Store::disk_metadata`].
+    /// Metadata as old versions recorded it: see [`crate::store::Store::disk_metadata`].
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub metadata: Map<String, Value>,
-    /// Fields of a newer version.
+    /// Fields that a newer version added.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
 }
 
-/// The most a disk may do, reading and writing together; `None`: as much as the host can.
+/// I/O limits of a disk, reads and writes together; `None`: unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Operations a second.
+    /// I/O operations per second.
     pub iops: Option<u64>,
-    /// MiB a second.
+    /// MiB per second.
     pub mbps: Option<u64>,
 }
 
-/// One image of a disk: all that takes a copy to change.
+/// One image of a disk: the properties that only a copy can change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskImage {
     /// See [`DiskRecord::generation`].
     pub generation: u16,
     /// Its format.
     pub format: Format,
-    /// The pool it is in; absent: beside the disk's record.
+    /// Its pool; absent: it is beside the disk's record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
-    /// How much of it was there at its creation.
+    /// Its preallocation at its creation.
     #[serde(default)]
     pub preallocation: Preallocation,
     /// Whether it is encrypted.
@@ -91,7 +93,7 @@ pub struct DiskImage {
 }
 
 impl DiskImage {
-    /// Its file's name: `disk.<format>` for the first.
+    /// Name of its file: `disk.<format>`, later `disk-<generation>.<format>`.
     pub fn file_name(&self) -> String {
         match self.generation {
             0 => format!("disk.{}", self.format.as_str()),
@@ -99,7 +101,8 @@ impl DiskImage {
         }
     }
 
-    /// QEMU's name of its node: the cid for the first. So a running QEMU tells which image it works on.
+    /// Name of its block node in QEMU: the cid, later `<cid>.<generation>`. So a running QEMU
+    /// reports which image it uses.
     pub fn node(&self, disk: &DiskCid) -> String {
         match self.generation {
             0 => disk.as_str().to_owned(),
@@ -109,7 +112,7 @@ impl DiskImage {
 }
 
 impl DiskRecord {
-    /// The image in force.
+    /// The current image.
     pub fn current(&self) -> DiskImage {
         DiskImage {
             generation: self.generation,
@@ -120,25 +123,25 @@ impl DiskRecord {
         }
     }
 
-    /// The most its image may come to show.
-    pub fn promised(&self) -> MiB {
-        self.grows_to.map_or(self.size, |more| more.max(self.size))
+    /// Its size after a resize_disk in progress.
+    pub fn size_after_resize(&self) -> MiB {
+        self.resize_target.map_or(self.size, |target| target.max(self.size))
     }
 
-    /// The same disk with another image in force.
+    /// The same disk with `image` as its current image.
     pub fn with_image(&self, image: &DiskImage) -> Self {
         let DiskImage { generation, format, pool, preallocation, encrypted } = image.clone();
         Self { generation, format, pool, preallocation, encrypted, ..self.clone() }
     }
 
-    /// Puts the leftover in force; what was in force is the leftover now.
-    pub fn switch(&mut self) {
-        if let Some(image) = &self.leftover {
-            *self = Self { leftover: Some(self.current()), ..self.with_image(image) };
+    /// Swaps the current and the inactive image.
+    pub fn switch_image(&mut self) {
+        if let Some(image) = &self.inactive_image {
+            *self = Self { inactive_image: Some(self.current()), ..self.with_image(image) };
         }
     }
 
-    /// Name of its image.
+    /// File name of its current image.
     pub fn image(&self) -> String {
         self.current().file_name()
     }
@@ -147,27 +150,28 @@ impl DiskRecord {
 /// A snapshot of a persistent disk: a copy of its whole image.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SnapshotRecord {
-    /// Layout version.
+    /// Version of the layout.
     pub schema: u32,
     /// Its cid.
     pub cid: SnapshotCid,
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: Phase,
-    /// When it was begun, UTC. The copy is of that moment, or of one soon after it.
+    /// Start of snapshot_disk, UTC. The copy has the disk's content of that time or of shortly
+    /// after it.
     pub created_at: String,
-    /// The disk as it was. The copy is in the same pool, and as encrypted.
+    /// The disk's record at that time. The copy is in the same pool, and encrypted if the disk was.
     pub disk: DiskRecord,
     /// Format of the copy.
     pub format: Format,
-    /// What snapshot_disk said.
+    /// The metadata argument of snapshot_disk.
     pub metadata: Map<String, Value>,
-    /// Fields of a newer version.
+    /// Fields that a newer version added.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
 }
 
 impl SnapshotRecord {
-    /// The copy.
+    /// The copy's image.
     pub fn image(&self) -> DiskImage {
         DiskImage {
             generation: 0,
@@ -196,7 +200,7 @@ impl Record for DiskRecord {
     }
 
     fn pools(&self) -> Vec<&str> {
-        let leftover = self.leftover.as_ref().and_then(|leftover| leftover.pool.as_deref());
-        self.pool.as_deref().into_iter().chain(leftover).collect()
+        let inactive = self.inactive_image.as_ref().and_then(|image| image.pool.as_deref());
+        self.pool.as_deref().into_iter().chain(inactive).collect()
     }
 }

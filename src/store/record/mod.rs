@@ -1,5 +1,7 @@
-//! The records: plain data, one JSON file each. Fields a newer version added survive a rewrite by an older one, if they
-//! are at the top level: what is added below that must be harmless to lose, or raise [`SCHEMA`](super::layout::SCHEMA).
+//! The records: plain data, one JSON file each.
+//!
+//! Top-level fields of a newer version survive a rewrite by an older one. A new field below the top
+//! level must be harmless to lose, or must raise [`SCHEMA`](super::layout::SCHEMA).
 
 mod disk;
 mod network;
@@ -18,25 +20,25 @@ use crate::units::{Bytes, MiB};
 pub use disk::{Cache, Discard, DiskImage, DiskRecord, Limits, Preallocation, SnapshotRecord};
 pub use network::{Keeper, NetworkRecord, Nic, Segment, UserNetwork, VlanLink, Wire};
 
-/// What every record can say of itself.
+/// A record of an object.
 pub trait Record: Serialize + DeserializeOwned {
-    /// What names it.
+    /// Type of its cid.
     type Cid: Cid + PartialEq;
-    /// Its name.
+    /// Its cid.
     fn cid(&self) -> &Self::Cid;
-    /// The rank of its lock.
+    /// Rank of its lock.
     const RANK: Rank;
     /// Whether the lock's file is unlinked after every use instead of with the object.
     const LOCK_IS_SHORT: bool = false;
-    /// The name of its lock.
+    /// Name of its lock.
     fn lock_name(cid: &Self::Cid) -> String {
         cid.to_string()
     }
-    /// Where it is in its life.
+    /// Its phase.
     fn phase(&self) -> Phase;
-    /// Moves it to another phase of its life.
+    /// Moves it to another phase.
     fn set_phase(&mut self, phase: Phase);
-    /// The pools that have files of it, in a directory named after it.
+    /// The pools with files of the object, each in a directory named after its cid.
     fn pools(&self) -> Vec<&str> {
         Vec::new()
     }
@@ -62,7 +64,8 @@ macro_rules! record {
             }
 
             $(fn pools(&self) -> Vec<&str> {
-                [&self.$($pool).+ $(, &self.$($other).+)?].into_iter().flatten().map(String::as_str).collect()
+                let pools = [&self.$($pool).+ $(, &self.$($other).+)?];
+                pools.into_iter().flatten().map(String::as_str).collect()
             })?
         }
     )*};
@@ -74,19 +77,20 @@ record! {
     SnapshotRecord: SnapshotCid, lock Snapshot, in disk.pool;
 }
 
-/// Where an object is in its life. `Creating` and `Deleting` with a free lock mean: remove what is left.
+/// Phase of an object. With a free lock, `Creating` and `Deleting` mean that the object must be
+/// removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Its resources are being made; nobody has been told its cid.
+    /// A create makes its resources. The Director does not know its cid.
     Creating,
-    /// Its cid was answered.
+    /// The create has made it.
     Ready,
-    /// Its resources are being removed.
+    /// A delete removes its resources.
     Deleting,
 }
 
-/// Whether a VM should run, as far as calls decided. That the guest powered itself off is in `exit.json`.
+/// Power state that calls want for a VM. `exit.json` records that the guest powered itself off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Desired {
@@ -97,111 +101,113 @@ pub enum Desired {
 }
 
 choice! {
-    /// How the bytes of an image are laid out, in QEMU's words.
+    /// Format of an image, in QEMU's words.
     pub enum Format ("\"qcow2\" or \"raw\"") {
         /// QEMU's copy-on-write format, version 2 or 3.
         Qcow2 = "qcow2",
-        /// The disk's bytes, one after the other; holes are zeros.
+        /// The bytes of the disk in order. Holes in the file are zeros.
         Raw = "raw",
     }
 }
 
-/// A stemcell: one image that VMs are overlays of.
+/// A stemcell: one image, the backing file of VMs' root disks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StemcellRecord {
-    /// Layout version.
+    /// Version of the layout.
     pub schema: u32,
     /// Its cid.
     pub cid: StemcellCid,
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: Phase,
-    /// When it was imported, UTC.
+    /// Time of its import, UTC.
     pub created_at: String,
     /// Format of the image.
     pub format: Format,
-    /// What the guest sees as the disk's size.
+    /// Virtual size of the image, bytes.
     pub virtual_size: Bytes,
-    /// A light stemcell's image, which is the operator's; a heavy one's is `image.raw` beside this record or in its pool.
+    /// Image of a light stemcell, which belongs to the operator; absent: `image.raw` beside this
+    /// record or in the pool.
     pub image_path: Option<PathBuf>,
-    /// The pool its image is in; absent: beside this record.
+    /// Pool of the image; absent: the image is beside this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
-    /// The file it was imported from. Another stemcell of the same file shares the image.
+    /// The imported file. Stemcells of the same file share one image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
-    /// The manifest's cloud properties.
+    /// The cloud properties of the stemcell's manifest.
     pub cloud_properties: Map<String, Value>,
-    /// Fields of a newer version.
+    /// Fields that a newer version added.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
 }
 
-/// A file by its content.
+/// A file, identified by its content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     /// Its SHA-256, hexadecimal.
     pub sha256: String,
-    /// Its length.
+    /// Its length, bytes.
     pub size: Bytes,
 }
 
-/// A VM: all that is needed to start it again.
+/// A VM: everything that a start of it needs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmRecord {
-    /// Layout version.
+    /// Version of the layout.
     pub schema: u32,
     /// Its cid.
     pub cid: VmCid,
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: Phase,
-    /// Whether it should run.
+    /// Whether calls want it to run.
     pub desired: Desired,
-    /// Counts the starts ordered by calls: `exit.json` and events name the run they are about.
+    /// Number of starts by calls. `exit.json` and events carry the number of their run.
     pub run: u64,
-    /// When it was created, UTC.
+    /// Time of its creation, UTC.
     pub created_at: String,
-    /// The Director's name of the agent in it.
+    /// The Director's id of its agent.
     pub agent_id: String,
-    /// The uuid of the Director that had it made, if it said so.
+    /// The uuid of the Director that created it, if the request had one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub director: Option<String>,
-    /// VMs with the same word had better be on different hosts, where a Director has several.
+    /// Anti-affinity group: the scheduler spreads VMs of one group over the hosts of a Director.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread: Option<String>,
-    /// What it was made of. The stemcell may be gone.
+    /// Its stemcell, which may have been deleted since.
     pub stemcell: StemcellCid,
     /// Its hardware.
     pub machine: Machine,
-    /// Owner of its QEMU process.
+    /// Uid of its QEMU process.
     pub uid: u32,
-    /// Its network cards, in manifest order.
+    /// Its network cards, in the order of the manifest.
     pub nics: Vec<Nic>,
-    /// The pool its root and ephemeral disks are in; absent: beside this record.
+    /// Pool of its root and ephemeral disks; absent: they are beside this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
-    /// The image its root disk is an overlay of: a link to the stemcell's, or a light stemcell's path.
+    /// Backing file of its root disk: a hard link to the stemcell's image, or a light stemcell's
+    /// path.
     pub base: Base,
-    /// Root disk's size.
+    /// Size of its root disk, bytes.
     pub root_size: Bytes,
-    /// Ephemeral disk, if it has one.
+    /// Its ephemeral disk, if it has one.
     pub ephemeral: Option<Ephemeral>,
-    /// Persistent disks attached to it, in the order of attaching.
+    /// Its persistent disks, in the order of their attachment.
     pub disks: Vec<Attachment>,
-    /// Its share of the CPUs when all are busy, 1 to 10000; absent: 100.
+    /// Weight of its share of busy CPUs (cgroup `cpu.weight`), 1 to 10000; absent: 100.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_weight: Option<u64>,
-    /// The most its root and ephemeral disks may do together.
+    /// I/O limits of its root and ephemeral disks together.
     #[serde(default)]
     pub disk_limits: Limits,
-    /// What set_vm_metadata said last.
+    /// Metadata of the last set_vm_metadata.
     #[serde(default)]
     pub metadata: Map<String, Value>,
-    /// Fields of a newer version.
+    /// Fields that a newer version added.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
 }
 
-/// A VM's hardware, decided once at creation.
+/// A VM's hardware, chosen at its creation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
     /// Name of the machine template.
@@ -210,23 +216,23 @@ pub struct Machine {
     pub uuid: String,
     /// Virtual CPUs.
     pub cpus: u32,
-    /// Memory.
+    /// Memory, MiB.
     pub ram: MiB,
-    /// What it runs under.
+    /// Its accelerator.
     pub accel: Accel,
     /// CPU model with flags, as `-cpu` takes it.
     pub cpu_model: String,
-    /// Empty slots for persistent disks.
+    /// Number of hot-plug slots for persistent disks.
     pub hotplug_slots: u32,
 }
 
-/// An accelerator that was chosen.
+/// The accelerator of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Accel {
-    /// Hardware virtualization.
+    /// Hardware virtualization by the kernel.
     Kvm,
-    /// Emulation.
+    /// Emulation by QEMU.
     Tcg,
 }
 
@@ -240,12 +246,13 @@ impl Accel {
     }
 }
 
-/// The image below a root overlay.
+/// Backing file of a VM's root disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Base {
-    /// Relative to the VM's directory, or absolute.
+    /// Its path: relative to the VM's directory, or absolute.
     pub path: PathBuf,
-    /// The pool it is in, the stemcell's: a link can not leave its filesystem. Absent: beside the VM's record.
+    /// Its pool, which is the stemcell's, because a hard link cannot leave its filesystem; absent:
+    /// it is beside the VM's record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
     /// Its format.
@@ -255,50 +262,50 @@ pub struct Base {
 /// An ephemeral disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ephemeral {
-    /// virtio-blk serial, at most 20 characters.
+    /// Its virtio-blk serial, at most 20 characters.
     pub serial: String,
-    /// Its size.
+    /// Its size, MiB.
     pub size: MiB,
 }
 
-/// A persistent disk on a VM. Settled by asking QEMU, not by trusting the phase.
+/// A persistent disk of a VM. Calls ask QEMU for its state instead of trusting the phase.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     /// The disk.
     pub disk: DiskCid,
-    /// How far it got.
+    /// Its phase.
     pub phase: AttachmentPhase,
 }
 
-/// How far an attachment got.
+/// Phase of an attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AttachmentPhase {
-    /// Ordered; the hint was not answered yet.
+    /// attach_disk has begun and has not answered.
     Attaching,
-    /// The hint was answered.
+    /// attach_disk has answered with the disk hint.
     Attached,
-    /// The guest was asked to let go.
+    /// detach_disk has asked the guest to release the disk.
     Detaching,
 }
 
 impl VmRecord {
-    /// What set_vm_metadata said of it under `name`: a tag of the deployment's, or one of BOSH's own.
+    /// Value of `name` in its metadata: a tag of the deployment, or one that BOSH sets.
     pub fn tag(&self, name: &str) -> Option<&str> {
         self.metadata.get(name).and_then(Value::as_str)
     }
 
-    /// BOSH's name of it (`db/0`), if set_vm_metadata told it.
+    /// Its name in BOSH (`db/0`), if set_vm_metadata has set it.
     pub fn name(&self) -> Option<&str> {
         self.tag("name")
     }
 
-    /// The attachment of `disk`, if it has one.
+    /// The attachment of `disk`, if the VM has it.
     pub fn attachment(&self, disk: &DiskCid) -> Option<&Attachment> {
         self.disks.iter().find(|a| a.disk == *disk)
     }
 
-    /// Sets how far the attachment of `disk` got, adding it if need be.
+    /// Sets the phase of the attachment of `disk`. Adds the attachment if it is missing.
     pub fn set_attachment(&mut self, disk: &DiskCid, phase: AttachmentPhase) {
         match self.disks.iter_mut().find(|a| a.disk == *disk) {
             Some(attachment) => attachment.phase = phase,
@@ -306,8 +313,8 @@ impl VmRecord {
         }
     }
 
-    /// Forgets the attachment of `disk`.
-    pub fn forget_attachment(&mut self, disk: &DiskCid) {
+    /// Removes the attachment of `disk`.
+    pub fn remove_attachment(&mut self, disk: &DiskCid) {
         self.disks.retain(|a| a.disk != *disk);
     }
 }

@@ -1,4 +1,4 @@
-//! What a VM is wired to, and managed networks.
+//! Records of network cards, the bridges they are on, and managed networks.
 
 use std::net::Ipv4Addr;
 
@@ -13,23 +13,23 @@ use crate::mac::MacAddress;
 use crate::store::Rank;
 use crate::store::nic_rules::NicRules;
 
-/// A managed network: one that the Director had made.
+/// A managed network, created by create_network.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NetworkRecord {
-    /// Layout version.
+    /// Version of the layout.
     pub schema: u32,
     /// Its cid.
     pub cid: NetworkCid,
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: Phase,
-    /// When it was created, UTC.
+    /// Time of its creation, UTC.
     pub created_at: String,
-    /// The uuid of the Director that had it made. Absent in records of versions that did not ask.
+    /// The uuid of the Director that created it. Absent in records of old versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub director: Option<String>,
-    /// The network as the configuration would have it.
+    /// The network in the form of an entry of `networks` in the configuration.
     pub settings: Map<String, Value>,
-    /// Fields of a newer version.
+    /// Fields that a newer version added.
     #[serde(flatten)]
     pub newer: Map<String, Value>,
 }
@@ -71,20 +71,20 @@ impl Record for NetworkRecord {
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
-    /// The manifest's name of the network.
+    /// Name of the network in the manifest.
     pub network: String,
-    /// Its address.
+    /// Its MAC address.
     pub mac: MacAddress,
-    /// Its other end.
+    /// Its connection to the host.
     #[serde(flatten)]
     pub wire: Wire,
-    /// What it may send, and what reaches it. Absent in records of versions that knew no such rules.
+    /// Its traffic rules. Absent in records of old versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<NicRules>,
 }
 
 impl Nic {
-    /// The tap and what it is plugged into, if it has one.
+    /// Its tap and the tap's segment, if it has a tap.
     pub fn tap(&self) -> Option<(&LinkName, &Segment)> {
         match &self.wire {
             Wire::Tap { tap, segment } => Some((tap, segment)),
@@ -93,20 +93,20 @@ impl Nic {
     }
 }
 
-/// What a network card is wired to.
+/// Connection of a network card to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Wire {
-    /// A bridge of the host.
+    /// A tap on a bridge of the host.
     Tap {
-        /// The tap's name on the host.
+        /// Name of the tap.
         tap: LinkName,
-        /// What the tap is plugged into.
+        /// Segment of the tap.
         segment: Segment,
     },
-    /// QEMU's own network stack.
+    /// QEMU's user networking.
     User {
-        /// How it is set up.
+        /// Its settings.
         user: UserNetwork,
     },
 }
@@ -114,62 +114,64 @@ pub enum Wire {
 /// QEMU's user networking: a router inside the QEMU process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserNetwork {
-    /// The network's name in the configuration.
+    /// Name of the network in the configuration.
     pub network: String,
-    /// The router's address, with the subnet's prefix, at most 29.
+    /// The router's address, with the prefix length of the subnet, at most 29.
     pub gateway: Ipv4Network,
     /// The guest's address.
     pub guest: Ipv4Addr,
 }
 
-/// A bridge and what it takes for VMs on it to be reached. Stored in the VM's record.
+/// A bridge with the settings that VMs on it need. Part of each such VM's record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
-    /// The network's name in the configuration, for messages and for people who look at the host.
+    /// Name of the network in the configuration, for messages and for link aliases.
     pub network: String,
     /// The Linux bridge.
     pub bridge: LinkName,
-    /// Largest packet, bytes; absent: what the bridge has.
+    /// MTU, bytes; absent: that of the bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
-    /// The VLAN that VMs are on, untagged, where the bridge tells VLANs apart.
+    /// VLAN of the VMs, untagged at their taps, if the bridge filters VLANs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
-    /// Whether VMs on it are kept from each other.
+    /// Whether VMs on it cannot reach each other.
     #[serde(default, skip_serializing_if = "is_false")]
     pub isolated: bool,
-    /// Who makes the bridge.
+    /// Maker of the bridge.
     pub keeper: Keeper,
 }
 
-/// Who makes a bridge, and unmakes it.
+/// Maker of a bridge, which also removes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Keeper {
-    /// The operator. It must be there, and nothing of it is ever changed.
+    /// The operator. The bridge must exist, and the CPI never changes it.
     Operator,
-    /// We do, with the first VM on it, and remove it with the last.
-    Us {
-        /// The host's addresses on the bridge, each with its subnet's prefix.
+    /// The CPI, with the first VM on the bridge. It removes the bridge with the last one.
+    #[serde(rename = "us")]
+    Cpi {
+        /// The host's addresses on the bridge, each with the prefix length of its subnet.
         addresses: Vec<IpNetwork>,
-        /// Whether VMs reach the world under the host's own address.
+        /// Whether the host masquerades the VMs' traffic to other networks.
         masquerade: bool,
-        /// Ports of the host itself that VMs may use, by protocol and port. Absent: all, as records of older versions.
+        /// Ports of the host that VMs may use, as protocol number and port. Absent: all, in records
+        /// of old versions.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         services: Option<Vec<(u8, u16)>>,
-        /// Whether the host passes nothing on between the bridge and its other links.
+        /// Whether the host forwards nothing between the bridge and its other links.
         #[serde(default, skip_serializing_if = "is_false")]
         closed: bool,
-        /// The VLAN of another link that the bridge is part of.
+        /// VLAN of a link, whose sub-interface is a port of the bridge.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         uplink: Option<VlanLink>,
     },
 }
 
-/// A VLAN of a link, which has a sub-interface of its own.
+/// A VLAN of a link, with a sub-interface of the link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VlanLink {
-    /// The link that carries tagged packets.
+    /// The link with tagged packets.
     pub link: LinkName,
     /// The VLAN, 1 to 4094.
     pub vlan: u16,

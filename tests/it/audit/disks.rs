@@ -66,7 +66,7 @@ fn gc_with_disk_of_two_vms_reports_it() {
     host.store().write(&wrong).unwrap();
     assert_eq!(only_finding(&host), ("unsettled".to_owned(), format!("{disk} on {other}")));
     assert_eq!(record(&host, &disk).vm.as_ref(), Some(&vm), "the record is unchanged");
-    wrong.forget_attachment(&disk);
+    wrong.remove_attachment(&disk);
     host.store().write(&wrong).unwrap();
 }
 
@@ -78,13 +78,13 @@ fn gc_after_interrupted_copy_leaves_one_image() {
     let copy = DiskImage { generation: 1, ..record(&host, &disk).current() };
     let path = host.store().disk_image_at(&disk, &copy).unwrap();
     fs::write(&path, "half").unwrap();
-    change(&host, &disk, |disk| disk.leftover = Some(copy));
+    change(&host, &disk, |disk| disk.inactive_image = Some(copy));
     // update_disk writes this note, too, so that the next create recovers the copy. It is no second
     // finding.
     fs::write(host.store().pending_dir().join(disk.as_str()), "").unwrap();
     assert_repaired(&host, "unfinished", disk.as_str());
     assert!(!path.exists());
-    assert_eq!(record(&host, &disk).leftover, None);
+    assert_eq!(record(&host, &disk).inactive_image, None);
     assert_pattern(&host, &disk);
 }
 

@@ -79,7 +79,7 @@ fn call_with_wrong_context_type_names_the_key() {
         .ask(&json!({"method": "has_vm", "arguments": ["vm-1"], "context": context}));
     assert_eq!(
         answer.failure().message,
-        "has_vm: context.agent.mbus: expected a non-empty string, got 7"
+        "has_vm: context.agent.mbus: expected a non-empty string, got a number"
     );
 }
 
@@ -191,7 +191,7 @@ fn call_with_large_request_reads_stdin_to_its_end() {
     assert!(installation.call("no_such_method", &json!(["x".repeat(10 << 20)])).outcome.is_err());
     // No JSON, and more than the limit.
     let answer = installation.ask_raw(&vec![b'['; 20 << 20]);
-    assert_eq!(answer.failure().message, "the request has 20971520 bytes, more than 16777216");
+    assert_eq!(answer.failure().message, "the request has 20971520 bytes, the limit is 16777216");
 }
 
 #[test]

@@ -101,7 +101,7 @@ fn set_disk_metadata_during_delete_disk_is_not_found() {
     wait_for_lock(&call, &format!("locks/metadata.{disk}"));
     // What delete_disk does while it holds the lock.
     host.store().remove::<DiskRecord>(&disk).unwrap();
-    writes.retire().unwrap();
+    writes.unlink().unwrap();
     let late = Answer::of(&call.wait_with_output().unwrap());
     assert_eq!(late.failure().kind, "DiskNotFound");
     host.ok("delete_disk", &json!([disk]));

@@ -131,7 +131,7 @@ fn call_on_unmounted_pool_is_refused_and_writes_nothing() {
     host.reconfigure(|config| config["pools"]["fast"]["path"] = json!(host.path("nothing")));
     let refused = disk(&host, 8, &json!({"pool": "fast"}));
     assert!(
-        refused.failure().message.contains("nothing' can not be used: No such file"),
+        refused.failure().message.contains("nothing' cannot be used: No such file"),
         "{refused:?}"
     );
     assert!(!host.path("nothing").exists());
@@ -240,7 +240,7 @@ fn resize_disk_in_progress_reserves_its_growth() {
     assert_eq!(refused.failure().kind, "NoDiskSpace", "{refused:?}");
     host.ok("resize_disk", &json!([one, 35]));
     let record = host.store().read::<DiskRecord>(&one).unwrap().unwrap();
-    assert_eq!((record.size.get(), record.grows_to), (35, None));
+    assert_eq!((record.size.get(), record.resize_target), (35, None));
 }
 
 #[test]
@@ -419,7 +419,7 @@ fn list_pools_counts_every_image() {
     let mut record = host.store().read::<DiskRecord>(&kept).unwrap().unwrap();
     let copy = bosh_qemu_cpi::store::record::DiskImage { generation: 1, ..record.current() };
     fs::write(fast.path().join(kept.to_string()).join(copy.file_name()), vec![1; 1 << 20]).unwrap();
-    record.leftover = Some(copy);
+    record.inactive_image = Some(copy);
     host.store().write(&record).unwrap();
     let with_copy = list().1;
     assert_eq!(of(&with_copy, "virtual_size"), 89 << 20);

@@ -232,7 +232,7 @@ fn attach_encrypted_disk_without_its_key_is_refused() {
     for refused in [attach(), host.call("create_disk", &json!([8, {"encrypted": true}, null]))] {
         let message = &refused.failure().message;
         assert!(
-            message.contains("disk.key' can not be read") && message.contains("Hint: restore it"),
+            message.contains("disk.key' cannot be read") && message.contains("Hint: restore it"),
             "{message}"
         );
     }
@@ -253,7 +253,7 @@ fn attach_encrypted_disk_without_its_key_is_refused() {
     fs::rename(&key, &aside).unwrap();
     attach().result();
     let refused = host.call("reboot_vm", &json!([vm]));
-    assert!(refused.failure().message.contains("can not be read"), "{refused:?}");
+    assert!(refused.failure().message.contains("cannot be read"), "{refused:?}");
     fs::write(&key, "0".repeat(64)).unwrap();
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     let refused = host.call("reboot_vm", &json!([vm]));
@@ -272,7 +272,7 @@ fn create_encrypted_disk_without_key_of_snapshot_is_refused() {
     host.ok("delete_disk", &json!([disk]));
     fs::remove_file(host.path("state/disk.key")).unwrap();
     let refused = host.call("create_disk", &json!([8, {"encrypted": true}, null]));
-    assert!(refused.failure().message.contains("disk.key' can not be read"), "{refused:?}");
+    assert!(refused.failure().message.contains("disk.key' cannot be read"), "{refused:?}");
     assert!(!host.path("state/disk.key").exists(), "a second key would not open the snapshot");
 }
 

@@ -155,7 +155,7 @@ fn assert_no_copy_left(host: &Host, vm: &VmCid, disk: &DiskCid) {
     assert!(host.store().list::<SnapshotRecord>().unwrap().is_empty());
     assert_eq!(qemu_objects(host, vm, "snap-"), [0; 3]);
     assert_eq!(qemu_objects(host, vm, disk.as_str()), [0, 2, 1]);
-    assert_eq!(record(host, disk).leftover, None);
+    assert_eq!(record(host, disk).inactive_image, None);
     assert!(host.leaks().iter().all(|left| !left.contains("snap-")), "{:?}", host.leaks());
 }
 
@@ -187,7 +187,7 @@ fn interrupt_copy_of_attached_disk_leaves_nothing() {
 
         host.reconfigure(|config| config["deadlines"] = json!({method: 6}));
         let late = failure(start_throttled(&host, &vm, method, &arguments));
-        assert!(late.message.contains("after all the time there was"), "{late:?}");
+        assert!(late.message.contains("at its deadline"), "{late:?}");
         assert_no_copy_left(&host, &vm, &disk);
         host.reconfigure(|config| config["deadlines"] = json!({}));
     }
@@ -203,7 +203,7 @@ fn interrupt_copy_of_attached_disk_leaves_nothing() {
     let message = failure(call).message;
     assert!(message.contains(&ended), "{message}");
     assert_eq!(
-        (record(&host, &disk).leftover, record(&host, &disk).image()),
+        (record(&host, &disk).inactive_image, record(&host, &disk).image()),
         (None, "disk.raw".to_owned())
     );
     qemu_io(&host, &image(&host, &disk), &record(&host, &disk), &["read -P 7 0 1536M"]);
@@ -268,7 +268,7 @@ fn reboot_vm_during_copy_of_its_disk_does_not_wait() {
 
     host.power_off(&vm);
     let half_copy = || {
-        let copy = record(&host, &disk).leftover?;
+        let copy = record(&host, &disk).inactive_image?;
         Some(host.store().disk_image_at(&disk, &copy).unwrap())
     };
     let (call, process) = start_and_stop(&host, "update_disk", &json!([disk, 256, {}]), half_copy);

@@ -58,7 +58,7 @@ fn update_disk_while_detached_copies_it() {
         );
         let is = record(&host, &disk);
         assert_eq!(json!(is.cloud_properties), properties);
-        assert_eq!((is.size.get(), is.leftover), (size, None));
+        assert_eq!((is.size.get(), is.inactive_image), (size, None));
         assert_eq!(json!(is.format), properties.get("format").cloned().unwrap_or(json!("qcow2")));
         assert_eq!(is.encrypted, properties["encrypted"] == true);
         assert_eq!(json!(is.pool), properties["pool"]);
@@ -88,7 +88,7 @@ fn update_disk_while_attached_copies_it() {
         host.ok("update_disk", &json!([disk, size, properties]));
         let is = record(&host, &disk);
         assert_eq!(
-            (is.size.get(), is.leftover.clone(), is.generation),
+            (is.size.get(), is.inactive_image.clone(), is.generation),
             (size, None, step as u16 + 1)
         );
         assert_eq!(images(&host, &disk).len(), 1, "{change}");

@@ -332,7 +332,7 @@ fn create_vm_beyond_memory_is_refused_with_figures() {
     let failure = answer.failure();
     assert_eq!((failure.kind.as_str(), failure.ok_to_retry), ("VMCreationFailed", false));
     for word in [
-        "it needs 67108928 MiB (67108864 MiB for the guest)",
+        "it needs 67108928 MiB (65536 GiB for the guest)",
         "512 MiB are reserved",
         &format!("{runs} has "),
     ] {

@@ -64,7 +64,7 @@ fn create_disk_with_unrecoverable_copies_does_not_wait() {
         host.ok("attach_disk", &json!([vm, disk]));
         let record = store.read::<DiskRecord>(&disk).unwrap().unwrap();
         let copy = DiskImage { generation: 1, ..record.current() };
-        store.write(&DiskRecord { leftover: Some(copy), ..record }).unwrap();
+        store.write(&DiskRecord { inactive_image: Some(copy), ..record }).unwrap();
         symlink("999999999", store.pending_dir().join(&disk)).unwrap();
     }
     let qemu = host.qemu(&vm).unwrap();

@@ -75,7 +75,7 @@ impl Fixture {
             let again = answer
                 .outcome
                 .unwrap_or_else(|failure| panic!("after '{}': {failure:?}", crash.point));
-            assert_eq!(record(&self.host, &disk).leftover, None, "{}", crash.point);
+            assert_eq!(record(&self.host, &disk).inactive_image, None, "{}", crash.point);
             let nodes = if is_attached { [0, 2, 1] } else { [0; 3] };
             assert_eq!(
                 qemu_objects(&self.host, &self.vm, disk.as_str()),
@@ -261,10 +261,10 @@ fn create_disk_after_killed_live_copy_recovers_it() {
             call_with_crash(host, "update_disk", &update, [("AT", point)]).is_none(),
             "killed at {point}"
         );
-        assert!(record(host, &disk).leftover.is_some(), "{point}");
+        assert!(record(host, &disk).inactive_image.is_some(), "{point}");
         host.ok("delete_disk", &json!([host.disk()]));
         let is = record(host, &disk);
-        assert_eq!((is.image().as_str(), is.leftover), (image, None), "{point}");
+        assert_eq!((is.image().as_str(), is.inactive_image), (image, None), "{point}");
         assert_eq!(qemu_objects(host, &fixture.vm, disk.as_str()), [0, 2, 1], "{point}");
         assert_eq!(host.store().pending_dir().read_dir().unwrap().count(), 0, "{point}");
         guest_writes(host, &fixture.vm, &disk, "write -P 7 7M 64k");

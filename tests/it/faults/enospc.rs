@@ -204,7 +204,7 @@ fn snapshot_disk_during_another_copy_respects_its_space() {
     let copy = DiskImage { generation: 1, ..disk.current() };
     let work = host.store().lock(Rank::Disk, &first, Instant::now()).unwrap();
     noted(first.as_str());
-    host.store().write(&DiskRecord { leftover: Some(copy), ..disk }).unwrap();
+    host.store().write(&DiskRecord { inactive_image: Some(copy), ..disk }).unwrap();
     has_room(false);
     drop(work);
     has_room(true);

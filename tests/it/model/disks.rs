@@ -151,7 +151,7 @@ pub fn restore(modelled: &mut ModelledHost, random: &mut Random) {
 /// data.
 pub fn assert_disk(modelled: &ModelledHost, disk: &DiskCid) {
     let (is, model) = (record(&modelled.host, disk), &modelled.disks[disk]);
-    assert_eq!((&is.leftover, is.grows_to), (&None, None), "{disk}");
+    assert_eq!((&is.inactive_image, is.resize_target), (&None, None), "{disk}");
     assert_eq!((is.size.get(), json!(is.format)), (model.size, json!(model.format)), "{disk}");
     assert_eq!(metadata(&modelled.host, disk), model.metadata, "{disk}");
     match running_vm_of(modelled, disk) {

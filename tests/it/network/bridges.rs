@@ -172,7 +172,7 @@ fn ensure_foreign_bridge_or_subnet_is_refused() {
 
     let before = topology.state();
     let wide = Segment {
-        keeper: Keeper::Us {
+        keeper: Keeper::Cpi {
             addresses: vec!["192.0.0.1/16".parse().unwrap()],
             masquerade: true,
             services: None,

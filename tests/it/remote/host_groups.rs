@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::time::{Duration, Instant};
 
-use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid, is_from};
+use bosh_qemu_cpi::cid::{Cid, DiskCid, VmCid, is_from_host};
 use bosh_qemu_cpi::store::{DiskRecord, Rank, StemcellRecord, Store, VmRecord};
 use bosh_qemu_cpi::sys::pidfd::Process;
 use nix::sys::signal::Signal;
@@ -119,7 +119,9 @@ fn create_vms_of_one_group_spreads_them() {
     let (one, at_one) = group.vm(&stemcell, &[], &env("d-dep-db"));
     let (two, at_two) = group.vm(&stemcell, &[], &env("d-dep-db"));
     assert_ne!(at_one, at_two);
-    assert!(one.is_from(&format!("kvm-{at_one}")) && two.is_from(&format!("kvm-{at_two}")));
+    assert!(
+        one.is_from_host(&format!("kvm-{at_one}")) && two.is_from_host(&format!("kvm-{at_two}"))
+    );
     for (vm, at) in [(&one, at_one), (&two, at_two)] {
         assert_eq!(group.director.ok("has_vm", &json!([vm])), true);
         group.director.ok("set_vm_metadata", &json!([vm, {"index": "0"}]));
@@ -131,7 +133,7 @@ fn create_vms_of_one_group_spreads_them() {
         assert!(hint["path"].as_str().unwrap().ends_with(&disk.to_string()));
         assert_eq!(group.director.ok("get_disks", &json!([vm])), json!([disk]));
         let snapshot = group.director.ok("snapshot_disk", &json!([disk, {}]));
-        assert!(is_from(snapshot.as_str().unwrap(), &format!("kvm-{at}")));
+        assert!(is_from_host(snapshot.as_str().unwrap(), &format!("kvm-{at}")));
         group.director.ok("delete_snapshot", &json!([snapshot]));
         group.director.ok("detach_disk", &json!([vm, disk]));
         group.director.ok("resize_disk", &json!([disk, 16]));
@@ -232,7 +234,7 @@ fn create_vms_concurrently_spreads_them() {
     group.hosts[0].reconfigure(|config| config["limits"] = json!({"memory_reserve_mib": 1000}));
     let stores = [0, 1].map(|n| group.hosts[n].store());
     let until = Instant::now() + Duration::from_secs(60);
-    let held = stores.each_ref().map(|store| store.brief(Rank::Space, "all", until).unwrap());
+    let held = stores.each_ref().map(|store| store.short_lock(Rank::Space, "all", until).unwrap());
     let calls: Vec<_> = (0..6).map(start).collect();
     let begun = |store: &Store| std::fs::read_dir(store.pending_dir()).unwrap().count();
     eventually("all have chosen", || (stores.iter().map(begun).sum::<usize>() == 6).then_some(()));

@@ -228,7 +228,7 @@ fn use_disk_taken_by_another_host_is_refused() {
     taker.ok("attach_disk", &json!([new, disk]));
 
     let (well, started) = gone.command(&["host", "start", "--json"]);
-    assert!(!well && started.to_string().contains("another host's now"), "{started}");
+    assert!(!well && started.to_string().contains("owned by another host now"), "{started}");
     for (method, arguments) in [
         ("attach_disk", json!([vm, disk])),
         ("resize_disk", json!([disk, 9])),
@@ -238,7 +238,10 @@ fn use_disk_taken_by_another_host_is_refused() {
         ("set_disk_metadata", json!([spare, {}])),
     ] {
         let refused = gone.call(method, &arguments);
-        assert!(refused.failure().message.contains("another host's now"), "{method}: {refused:?}");
+        assert!(
+            refused.failure().message.contains("owned by another host now"),
+            "{method}: {refused:?}"
+        );
     }
     // A group that asks all hosts for the disk finds the other host.
     let said = found(gone, &spare);
@@ -257,7 +260,7 @@ fn use_disk_taken_by_another_host_is_refused() {
         let refused = gone.call(method, &arguments);
         let message = &refused.failure().message;
         assert!(
-            message.contains("another host's") && message.contains("disk take"),
+            message.contains("owned by another host") && message.contains("disk take"),
             "{method}: {message}"
         );
     }
@@ -318,18 +321,21 @@ fn recover_copy_of_taken_disk_changes_nothing() {
         // Any create recovers what killed calls left.
         let other = gone.disk();
         let refused = gone.call("update_disk", &update);
-        assert!(refused.failure().message.contains("another host's now"), "'{point}': {refused:?}");
+        assert!(
+            refused.failure().message.contains("owned by another host now"),
+            "'{point}': {refused:?}"
+        );
         let (well, found) = gone.command(&["gc", "--json"]);
         if point.starts_with("disk.json") {
             // The copy had become the disk, and may have newer data.
-            assert!(!well && found.to_string().contains("what is here is newer"), "{found}");
+            assert!(!well && found.to_string().contains("this host's image is newer"), "{found}");
             // The host takes the disk back neither by itself nor by request: its copy is newer.
             assert_eq!(give_up(taker, &disk, &[]).lines().last(), Some("\"given_up\""));
             let asked = gone.call("resize_disk", &json!([disk, 9]));
             for refused in [take(gone, &disk).unwrap_err(), format!("{asked:?}")] {
-                assert!(refused.contains("what is here is newer"), "{refused}");
+                assert!(refused.contains("this host's image is newer"), "{refused}");
             }
-            gone.store().forget(&disk).unwrap();
+            gone.store().remove_local(&disk).unwrap();
             assert!(gone.command(&["gc", "--json"]).0);
         } else {
             assert!(well, "after '{point}': {found}");

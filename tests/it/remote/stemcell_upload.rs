@@ -221,7 +221,7 @@ fn call_to_older_host_is_refused_before_it_is_sent() {
         question
     });
     let refused =
-        director.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_at("kvm-0")]));
+        director.call("delete_vm", &json!([bosh_qemu_cpi::cid::VmCid::random_on_host("kvm-0")]));
     let message = &refused.failure().message;
     assert!(
         message

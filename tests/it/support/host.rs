@@ -277,7 +277,7 @@ impl Host {
 
     /// The store of this host's state directory.
     pub fn store(&self) -> Store {
-        Store::of(&Config::load(Some(&self.path("cpi.json"))).unwrap())
+        Store::from_config(&Config::load(Some(&self.path("cpi.json"))).unwrap())
     }
 
     /// The paths of a VM's files.

@@ -86,6 +86,6 @@ fn list_vm_with_unreadable_record_names_the_reason() {
     std::fs::write(&record, "{").unwrap();
     let seen = listed(&host, &vm);
     assert_eq!(seen["state"], "unknown");
-    assert!(seen["reason"].as_str().unwrap().contains("can not be used"), "{seen}");
+    assert!(seen["reason"].as_str().unwrap().contains("cannot be used"), "{seen}");
     std::fs::write(&record, good).unwrap();
 }

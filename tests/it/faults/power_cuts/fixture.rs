@@ -260,7 +260,7 @@ impl Fixture {
 
 /// Cids of all objects in phase `ready`.
 fn ready<R: Record>(host: &Host) -> Vec<String> {
-    let records = host.store().readable::<R>().unwrap().into_iter();
+    let records = host.store().list_readable::<R>().unwrap().into_iter();
     records
         .filter(|record| record.phase() == Phase::Ready)
         .map(|record| record.cid().to_string())

@@ -95,7 +95,7 @@ fn update_disk_with_power_cut_at_any_step_loses_nothing() {
     fixture.cut_at_each_step("update_disk", &json!([fixture.free, 9, {"format": "raw"}]), |_| {
         let disk = fixture.record::<DiskRecord>(&fixture.free);
         assert_eq!(
-            (disk.size.get(), disk.image().as_str(), disk.leftover),
+            (disk.size.get(), disk.image().as_str(), disk.inactive_image),
             (9, "disk-1.raw", None)
         );
     });
