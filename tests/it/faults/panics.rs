@@ -64,7 +64,7 @@ fn panic_in_call_is_answered_as_cloud_error() {
     let failure = outcome.unwrap_err();
     assert_eq!(failure.kind, "CloudError");
     assert!(
-        failure.message.starts_with("a bug of the CPI at tests/it/faults/panics.rs:"),
+        failure.message.starts_with("bug in the CPI at tests/it/faults/panics.rs:"),
         "{}",
         failure.message
     );
@@ -81,7 +81,7 @@ fn panic_with_request_data_does_not_repeat_it() {
     };
     let message = outcome.unwrap_err().message;
     assert!(
-        message.starts_with("a bug of the CPI at tests/it/faults/panics.rs:")
+        message.starts_with("bug in the CPI at tests/it/faults/panics.rs:")
             && !message.contains("hunter2"),
         "{message}"
     );

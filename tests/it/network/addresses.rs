@@ -140,7 +140,7 @@ fn forward_port_of_missing_address_warns_until_it_exists() {
     for (address, problem) in [
         ("127.0.0.1", "no network that this host forwards ports to"),
         ("::1", "no network that this host forwards ports to"),
-        ("0.0.0.0", "no address of a host"),
+        ("0.0.0.0", "not an address of a host"),
     ] {
         let refused = create(&host, &stemcell, &manual("10.7.0.7"), &ports(address));
         assert!(refused.failure().message.contains(problem), "{refused:?}");

@@ -113,7 +113,7 @@ fn ensure_ipv6_network_without_forwarding_is_refused() {
     let segment = nat("fd00::1");
     let error = topology.ensure(&segment).unwrap_err();
     assert!(
-        text(&error).starts_with("Host: this host does not forward IPv6\nHint: sysctl -w"),
+        text(&error).starts_with("Host: this host does not forward IPv6\nHint: set accept_ra=2"),
         "{}",
         text(&error)
     );
@@ -162,7 +162,7 @@ fn ensure_foreign_bridge_or_subnet_is_refused() {
     for refused in [topology.ensure(&segment), topology.plug("bqtapn0", &segment).map(drop)] {
         assert_eq!(
             text(&refused.unwrap_err()),
-            "Conflict: link 'bosh-nat0' exists and is not ours\n\
+            "Conflict: link 'bosh-nat0' exists, and the CPI did not make it\n\
              Hint: name another bridge for network 'lab', or give it the profile 'bridge'"
         );
     }
@@ -183,9 +183,9 @@ fn ensure_foreign_bridge_or_subnet_is_refused() {
     };
     assert_eq!(
         text(&topology.ensure(&wide).unwrap_err()),
-        "Conflict: address 192.0.0.1/16 for bridge 'bosh-nat0' overlaps with the host's own 192.0.2.1/24\n\
+        "Conflict: address 192.0.0.1/16 for bridge 'bosh-nat0' overlaps with the host's address 192.0.2.1/24\n\
          Hint: VMs of that subnet belong on a bridge with the host's link: give network 'lab' the profile 'bridge'; \
-         or choose another subnet"
+         bridge and give network 'lab' the profile 'bridge'"
     );
     assert_eq!(topology.state(), before);
 }
@@ -202,8 +202,8 @@ fn plug_into_operator_bridge_does_not_change_it() {
     );
     assert_eq!(
         refusal(&existing("uplink")),
-        "BadConfig: bridge 'uplink' is a link, but no bridge: its kind is veth\n\
-         Hint: make a bridge and put it in: ip link add br0 type bridge && ip link set uplink master br0"
+        "BadConfig: bridge 'uplink' is no bridge but a link of kind 'veth'\n\
+         Hint: name a bridge that has it as a port: ip link add br0 type bridge && ip link set uplink master br0"
     );
     topology.host.ip("link add br0 type bridge");
     assert_eq!(
@@ -216,7 +216,7 @@ fn plug_into_operator_bridge_does_not_change_it() {
     topology.host.ip("link set uplink mtu 1450 address fa:ff:ff:ff:ff:ff");
     assert_eq!(
         refusal(&Segment { mtu: Some(9000), ..segment.clone() }),
-        "BadConfig: bridge 'br0' carries packets of 1450 bytes, network 'br0' wants 9000\n\
+        "BadConfig: bridge 'br0' has an MTU of 1450 bytes, but network 'br0' has mtu 9000\n\
          Hint: ip link set br0 mtu 9000"
     );
 

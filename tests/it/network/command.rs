@@ -231,8 +231,8 @@ fn plan_with_foreign_drop_rules_names_the_remedy() {
     let (planned, _) = network(&host, "plan");
     let causes: Vec<_> =
         planned[0]["findings"].as_array().unwrap().iter().map(|found| &found["cause"]).collect();
-    let closed = "chain 'closed' of table 'ip mine' drops what is sent to this host, and so \
-                  host_services for VMs on bridge 'bosh-nat0'";
+    let closed = "chain 'closed' of table 'ip mine' drops packets to this host, also to \
+                  host_services, from VMs on bridge 'bosh-nat0'";
     assert!(causes.contains(&&json!(warned)) && causes.contains(&&json!(closed)), "{causes:?}");
     assert!(causes.iter().all(|cause| {
         !cause.as_str().unwrap().contains("'closed' of table 'ip mine' drops forwarded packets")

@@ -91,7 +91,7 @@ fn network_remove_keeps_managed_networks() {
         let output = host.cpi().args(["network", "remove"]).output().unwrap();
         let printed = String::from_utf8(output.stdout).unwrap();
         assert!(
-            output.status.success() && printed.contains("goes with delete_network"),
+            output.status.success() && printed.contains("delete_network removes it"),
             "{printed}"
         );
     });

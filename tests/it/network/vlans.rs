@@ -127,7 +127,7 @@ fn plug_into_filtering_bridge_tags_the_port() {
     let segment = Segment { vlan: Some(20), ..existing("br0") };
     let refused = topology.plug("bqvlann0", &segment).unwrap_err();
     assert!(
-        text(&refused).starts_with("BadConfig: bridge 'br0' does not tell VLANs apart"),
+        text(&refused).starts_with("BadConfig: bridge 'br0' does not filter VLANs"),
         "{}",
         text(&refused)
     );

@@ -214,7 +214,7 @@ fn install_with_transport_in_host_config_is_refused() {
     fs::write(&config, r#"{"transport": {"kind": "unix"}}"#).unwrap();
     let refusal = machine.refused(&["install", "--host-config", &config, "--yes"]);
     assert!(
-        refusal.contains("ask for the plan") && refusal.contains("sends calls elsewhere"),
+        refusal.contains("plan the setup") && refusal.contains("sends calls to other hosts"),
         "{refusal}"
     );
     // The refusal names the option that the operator means.
@@ -233,6 +233,6 @@ fn install_over_failing_ssh_names_the_step() {
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    assert_eq!(command("false"), "Error: who logs in there: 'root@nowhere': exit status: 1\n");
+    assert_eq!(command("false"), "Error: log in with ssh: 'root@nowhere': exit status: 1\n");
     assert!(command("/nowhere/ssh -v").contains("start '/nowhere/ssh'"));
 }
