@@ -1,29 +1,12 @@
 //! Creates images of every format. Sparse, unencrypted images, nearly all there are, are written
 //! here; `qemu-img` creates the others.
 
-use std::path::Path;
 use std::time::Instant;
 
-use super::qemu_img::QemuImg;
+use super::qemu_img::{NewImage, QemuImg};
 use super::{Format, UnsyncedFile, create_new, keep, qcow2, raw};
 use crate::error::Result;
 use crate::store::record::Preallocation;
-use crate::units::Bytes;
-
-/// An image to create.
-#[derive(Debug, Clone, Copy)]
-pub struct NewImage<'a> {
-    /// Its path. The file must not exist; its directory must.
-    pub path: &'a Path,
-    /// Its format.
-    pub format: Format,
-    /// Virtual size: the size the guest sees. An encrypted image has a header of 2 MiB in addition.
-    pub size: Bytes,
-    /// How much of the image is allocated at creation.
-    pub preallocation: Preallocation,
-    /// The file with the key that encrypts the image.
-    pub key: Option<&'a Path>,
-}
 
 impl NewImage<'_> {
     /// Creates the image with mode 0600. After an error the file does not exist.
@@ -52,6 +35,7 @@ mod tests {
 
     use super::*;
     use crate::image::qcow2::{Encryption, Header};
+    use crate::units::Bytes;
 
     fn test_deadline() -> Instant {
         Instant::now() + Duration::from_secs(60)

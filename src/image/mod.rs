@@ -24,10 +24,10 @@ pub mod raw;
 mod testing;
 
 pub use copy::{CopySource, copy};
-pub use create::NewImage;
 pub use grow::{grow, virtual_size};
 pub use lock::{ensure_unlocked, wait_unlocked};
 pub use open::{ensure_no_external_files, inspect, open};
+pub use qemu_img::NewImage;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;

@@ -20,7 +20,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Format, NewImage, ensure_no_external_files};
+use crate::image::{Format, ensure_no_external_files};
+use crate::store::record::Preallocation;
 use crate::sys::parent_death::kill_with_parent;
 use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
@@ -31,6 +32,21 @@ const OUTPUT_LIMIT: usize = 256 * 1024;
 const LINE_LIMIT: usize = 500;
 /// How long to wait for a killed program. It ends at once unless it hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// An image to create.
+#[derive(Debug, Clone, Copy)]
+pub struct NewImage<'a> {
+    /// Its path. The file must not exist; its directory must.
+    pub path: &'a Path,
+    /// Its format.
+    pub format: Format,
+    /// Virtual size: the size the guest sees. An encrypted image has a header of 2 MiB in addition.
+    pub size: Bytes,
+    /// How much of the image is allocated at creation.
+    pub preallocation: Preallocation,
+    /// The file with the key that encrypts the image.
+    pub key: Option<&'a Path>,
+}
 
 /// A `qemu-img` program.
 #[derive(Debug, Clone)]

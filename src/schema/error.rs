@@ -18,7 +18,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use super::reader::suggest;
+use super::suggestion::suggest;
 use crate::error::{Error, ErrorKind};
 
 /// Characters of a value in a quote.

@@ -9,13 +9,15 @@
 
 mod error;
 mod reader;
+mod suggestion;
 mod values;
 
 use serde::Serialize;
 use serde_json::Value;
 
 pub use error::{Expected, Found, Problem, SchemaError};
-pub use reader::{Reader, plain, printable, suggest};
+pub use reader::{Reader, plain, printable};
+pub use suggestion::suggest;
 pub use values::{Redacted, Whole};
 
 /// One key of a document, for the reference.

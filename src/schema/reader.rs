@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::suggestion::suggest;
 use super::{Expected, Problem, Property, SchemaError};
 
 /// The keys of one object that are not read yet. A key that is left at the end is unknown.
@@ -64,19 +65,4 @@ pub fn printable(key: &str) -> String {
 /// Text of an untrusted host for a message: control characters except line ends become spaces.
 pub fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
-}
-
-/// The word of `known` that is similar to a mistyped `name`.
-pub fn suggest(name: &str, known: &[&'static str]) -> Option<&'static str> {
-    let short: String = name.chars().take(64).collect();
-    known
-        .iter()
-        // Jaro-Winkler rates two swapped letters in a short word low, and the edit distance rates
-        // an extra suffix low.
-        .filter(|word| {
-            strsim::jaro_winkler(&short, word) > 0.8 || strsim::osa_distance(&short, word) == 1
-        })
-        .map(|word| (strsim::jaro_winkler(&short, word), *word))
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, word)| word)
 }

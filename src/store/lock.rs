@@ -98,7 +98,7 @@ impl Guard {
     /// [`ErrorKind::Timeout`] naming the holder's pid.
     pub fn acquire(path: PathBuf, rank: Rank, deadline: Instant) -> Result<Self> {
         HELD.with_borrow(|held| {
-            debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}")
+            debug_assert!(held.iter().all(|h| *h <= rank), "{rank:?} after {held:?}");
         });
         let (file, is_new) = loop {
             let (file, is_new) = open(&path)?;

@@ -107,7 +107,7 @@ pub(in crate::cpi) fn ensure_group_unchanged(cx: &Context, vm: &VmRecord) -> Res
     if now <= expected {
         return Ok(());
     }
-    let message = format!("this host has {now} VMs of the new VM's group, not {expected}");
+    let message = format!("the host's count of VMs in the new VM's group is {now}, not {expected}");
     Err(Error::new(ErrorKind::StalePlacement, message))
 }
 

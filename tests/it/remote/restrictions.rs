@@ -193,10 +193,7 @@ fn create_vm_beside_more_of_its_group_is_refused() {
     let refused = create(0);
     assert_eq!(refused["crowded"], true, "{refused}");
     assert!(
-        result(&refused)["error"]["message"]
-            .as_str()
-            .unwrap()
-            .contains("this host has 1 now, not 0"),
+        result(&refused)["error"]["message"].as_str().unwrap().contains("group is 1, not 0"),
         "{refused}"
     );
     assert_eq!(fs::read_dir(pair.host.path("state/vms")).unwrap().count(), 1);
@@ -232,7 +229,7 @@ fn create_without_acknowledgement_logs_how_to_undo_it() {
     let disk = serde_json::from_str::<Value>(answer).unwrap()["result"].clone();
     let logged = words.last().unwrap()["log"].as_str().unwrap_or_else(|| panic!("{words:?}"));
     assert!(
-        logged.contains(&format!("what is left goes by delete_disk '{}'", disk.as_str().unwrap())),
+        logged.contains(&format!("delete_disk '{}' removes the object", disk.as_str().unwrap())),
         "{logged}"
     );
     pair.host.ok("delete_disk", &json!([disk]));

@@ -1,5 +1,6 @@
 //! Rules about the source, the documentation and the BOSH release.
 
 mod docs;
+mod house;
 mod layers;
 mod release;
