@@ -73,8 +73,8 @@ impl Audit<'_> {
                 Ok(_) => {}
                 Err(error) => {
                     let next = format!(
-                        "restore it from a backup; or move its directory away, and run `bosh-qemu-cpi \
-                         network remove {cid}`"
+                        "restore it from a backup; or move its directory away, and run \
+                         `bosh-qemu-cpi network remove {cid}`"
                     );
                     self.for_operator(Kind::Corrupt, &cid, &error.chain(), &next);
                 }

@@ -44,7 +44,7 @@ impl Audit<'_> {
                         let path = cx.store.disk_image_at(&cid, &left)?;
                         Err(Error::new(
                             ErrorKind::Host,
-                            format!("'{}' can not be removed yet", path.display()),
+                            format!("'{}' cannot be removed yet", path.display()),
                         ))
                     }
                 }
@@ -83,8 +83,8 @@ impl Audit<'_> {
                     self.without_record(&cid, &self.cx.store.record_dir::<R>(&cid));
                 }
                 Err(error) => {
-                    let next = "restore it from a backup; or move its directory away, which loses the \
-                                object";
+                    let next = "restore it from a backup; or move its directory away, which loses \
+                                the object";
                     self.for_operator(Kind::Corrupt, &cid, &error.chain(), next);
                 }
             }

@@ -9,8 +9,8 @@ use crate::store::{Phase, Rank, VmRecord};
 use crate::supervisor::{self, Ending, ExitRecord, PowerState, power_state};
 use crate::sys::pidlock;
 
-const NEXT_UNACKNOWLEDGED: &str = "`bosh delete-vm` it, unless a Director has the cid; a create that \
-                                   needs its address deletes it, too";
+const NEXT_UNACKNOWLEDGED: &str = "`bosh delete-vm` it, unless a Director has the cid; a create \
+                                   that needs its address deletes it, too";
 const NEXT_EXIT_RECORD: &str =
     "move the file away: then the VM counts as crashed, and `bosh-qemu-cpi host start` starts it";
 

@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_is_put_where_one_that_nobody_knows_has_its_address() {
+    fn schedule_prefers_the_host_with_an_unacknowledged_vm_at_the_address() {
         let hosts = [
             host("a", report(9000, 0, &["sc"])),
             host("b", HostReport { unacknowledged: true, ..report(2000, 3, &["sc"]) }),

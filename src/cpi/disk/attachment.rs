@@ -5,7 +5,7 @@
 //!   free                  –                               –
 //!     │ attach           yes                          attaching      QEMU gets the disk
 //!     ▼                  yes                          attached       the hint is answered
-//!     │ detach           yes                          detaching      the guest is asked to release it
+//!     │ detach           yes                          detaching      the guest releases it
 //!     ▼                   –                               –
 //! ```
 //!

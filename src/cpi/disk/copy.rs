@@ -6,13 +6,13 @@
 //! the copy is the leftover, after it the old image is.
 //!
 //! ```text
-//!   current    leftover     state                                  killed here, the next call on it …
+//!   current    leftover     state                                  killed here, the next call …
 //!   old        –
 //!   old        new          the record names the copy              removes the copy
 //!   old        new          the image is made, data is copied      ends the job, removes the copy
 //!   old        new          ready; pending: I/O waits, the same    ends the job, removes the copy
 //!                           data is in both images, durable
-//!   new        old          the switch                             finalizes the job, removes the old
+//!   new        old          the switch                             finalizes, removes the old
 //!   new        old          finalized: QEMU uses the new image     removes the old
 //!   new        –
 //! ```

@@ -1,8 +1,8 @@
 //! Persistent disks and their snapshots: one file for each verb, and what the verbs share.
 //!
 //! ```text
-//!   create delete attach detach resize update snapshot restore metadata   the verbs
-//!   give_up take recover                                                  the operator's, and recovery
+//!   create delete attach detach resize update snapshot metadata   the verbs
+//!   restore give_up take recover                                  the operator's, and recovery
 //!   locked                      a disk under its lock, with every interrupted copy settled
 //!   copy backup                 the two jobs that copy a disk: into another image, a snapshot
 //!   access images encryption    its image: who has it open, how it is made and filled, its key

@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | size | in place, as resize_disk | at once |
 //! | `iops`, `mbps` | in place | at once |
-//! | `cache`, `discard` | in place | from the next attach or start of the VM; with a copy, at once |
+//! | `cache`, `discard` | in place | at the next attach or start; with a copy, at once |
 //! | `format`, `pool`, `preallocation`, `encrypted` | by a copy | at once |
 //!
 //! Whether the guest sees a write cache changes with the next attach or start in any case.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!               desired   QEMU    exit.json of this run          host start
-//!   VM          running   off     none, crashed, host stopping   starts it, with the same MACs and disks
+//!   VM          running   off     none, crashed, host stopping   starts it, same MACs and disks
 //!               running   off     the guest powered itself off   leaves it off
 //!               running   on                                     adopts it if its supervisor died
 //!               stopped                                          leaves it off

@@ -12,9 +12,9 @@
 //!   on A            in the pool      on B
 //!   a record        host-<A>                       in use on A
 //!   a record        moving-<A>                     A releases the disk
-//!   –               moving-<A>                     A was killed here, and finishes when asked again
+//!   –               moving-<A>                     A was killed here; finishes when asked again
 //!   –               host-none                      any host may take the disk
-//!   –               moving-<B>                     B was killed here, and finishes when asked again
+//!   –               moving-<B>                     B was killed here; finishes when asked again
 //!   –               moving-<B>       a record
 //!   –               host-<B>         a record      in use on B
 //! ```

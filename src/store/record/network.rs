@@ -35,8 +35,8 @@ pub struct NetworkRecord {
 }
 
 impl NetworkRecord {
-    /// The name of the network's bridge: `bosh-` and the first ten characters of the cid's random part. A link's name has
-    /// at most 15 characters (`IFNAMSIZ`).
+    /// The name of the network's bridge: `bosh-` and the first ten characters of the cid's random
+    /// part. A link's name has at most 15 characters (`IFNAMSIZ`).
     pub fn bridge(cid: &NetworkCid) -> String {
         let tail = cid.as_str().rsplit('-').next().unwrap_or_default();
         format!("bosh-{}", &tail[..tail.len().min(10)])

@@ -166,7 +166,7 @@ fn install_over_foreign_file_is_refused() {
     let Some(machine) = Machine::new() else { return };
     let unit = machine.root.join("etc/systemd/system/bosh-qemu-cpi.service");
     fs::create_dir_all(unit.parent().unwrap()).unwrap();
-    fs::write(&unit, "somebody's").unwrap();
+    fs::write(&unit, "another program's").unwrap();
     let refusal = machine.refused(&["install", "--key", KEY, "--yes"]);
     assert!(
         refusal.contains("/etc/systemd/system/bosh-qemu-cpi.service")

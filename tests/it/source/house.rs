@@ -1,4 +1,4 @@
-//! Rules about the inside of `cpi`: its floors, circles of files, and the rooms of two side effects.
+//! Rules about the inside of `cpi`: its floors, circles of files, the rooms of side effects.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

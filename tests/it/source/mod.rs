@@ -4,3 +4,4 @@ mod docs;
 mod house;
 mod layers;
 mod release;
+mod words;
