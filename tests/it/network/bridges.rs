@@ -183,9 +183,10 @@ fn ensure_foreign_bridge_or_subnet_is_refused() {
     };
     assert_eq!(
         text(&topology.ensure(&wide).unwrap_err()),
-        "Conflict: address 192.0.0.1/16 for bridge 'bosh-nat0' overlaps with the host's address 192.0.2.1/24\n\
-         Hint: VMs of that subnet belong on a bridge with the host's link: give network 'lab' the profile 'bridge'; \
-         bridge and give network 'lab' the profile 'bridge'"
+        "Conflict: address 192.0.0.1/16 for bridge 'bosh-nat0' overlaps with the host's address \
+         192.0.2.1/24\n\
+         Hint: choose another subnet; or, for VMs in the host's own subnet, put the host's link \
+         into a bridge and give network 'lab' the profile 'bridge'"
     );
     assert_eq!(topology.state(), before);
 }
@@ -203,7 +204,8 @@ fn plug_into_operator_bridge_does_not_change_it() {
     assert_eq!(
         refusal(&existing("uplink")),
         "BadConfig: bridge 'uplink' is no bridge but a link of kind 'veth'\n\
-         Hint: name a bridge that has it as a port: ip link add br0 type bridge && ip link set uplink master br0"
+         Hint: name a bridge that has it as a port: ip link add br0 type bridge && \
+         ip link set uplink master br0"
     );
     topology.host.ip("link add br0 type bridge");
     assert_eq!(
