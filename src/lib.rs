@@ -2,12 +2,15 @@
 //! QEMU itself.
 //!
 //! ```text
-//! commands ─► remote ─► rpc ─► cpi ─► supervisor
-//!                               │         │
-//!                       agent image qemu qmp net
-//!                               │         │
-//!                            store ◄── host
-//!                               │
+//!              commands  cli
+//!                     │
+//!      remote ─► rpc  │  audit
+//!                 └─► cpi ─► supervisor
+//!                      │         │
+//!              agent image qemu qmp net
+//!                      │         │
+//!                    store    host
+//!                      │
 //!     config schema cid digest ranges units mac link_name ordered timeout · error log crash sys
 //! ```
 //!

@@ -1,10 +1,14 @@
 //! The CPI contract on this host: each method goes to the verb of its BOSH object.
 //!
 //! ```text
-//!   vm  disk  stemcell  network         the objects: one folder each, one file for each verb
-//!   creation  recovery                  how an object comes to be, and if the call is killed
-//!   capacity  machine                   what fits; a VM's QEMU as disks need it
-//!   contract  properties  context       the methods, cloud properties, what every verb is given
+//!   recovery                        rolls back what killed calls have left
+//!   vm                              the objects: one folder each,
+//!   disk  stemcell  network           one file for each verb
+//!   capacity  machine  presence     what fits; a VM's QEMU as disks need it; what is on this host
+//!   creation                        the one way in which an object comes to be
+//!   properties                      cloud properties
+//!   context                         what every verb is given
+//!   contract  marker                the methods and their types; the mark of an unacknowledged create
 //! ```
 //!
 //! Every verb can be repeated after a crash at any point: it looks at what exists before it acts. A
@@ -15,6 +19,7 @@ pub mod context;
 pub mod contract;
 pub mod disk;
 pub mod network;
+pub mod presence;
 pub mod properties;
 pub mod stemcell;
 pub mod vm;

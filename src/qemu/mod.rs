@@ -1,5 +1,5 @@
-//! Builds QEMU's command line and JSON options from a VM's record. Pure: nothing here accesses the
-//! host or knows BOSH.
+//! Builds QEMU's command line and JSON options from a VM's record. Pure, except that [`template`]
+//! reads a template's file. This module knows no BOSH method.
 //!
 //! QEMU opens no file by its path. It inherits a descriptor for every file ([`files`]), so its
 //! process needs no access to any directory (the launch sequence is in [`crate::supervisor`]).

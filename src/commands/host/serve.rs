@@ -17,7 +17,7 @@ use crate::commands::local;
 use crate::config::{self, Config};
 use crate::cpi::capacity::report::{self, HostQuery, HostReport};
 use crate::cpi::context::{Context, RemoteCall};
-use crate::cpi::{Cpi, disk};
+use crate::cpi::{Cpi, disk, presence};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::protocol::{CallRequest, ClientRequest, ServerMessage};
@@ -54,13 +54,13 @@ pub fn run(config: Option<&Path>) -> Result<()> {
             answer_call(config, call, &caller, writer);
             Ok(())
         }
-        Ok(ClientRequest::Report(wish)) => match host_report(config, &wish) {
+        Ok(ClientRequest::Report(query)) => match host_report(config, &query) {
             Ok(report) => {
                 caller.send(&ServerMessage::Report(Box::new(report))).map_err(caller_closed)
             }
             Err(error) => refuse(&error, &writer),
         },
-        Ok(ClientRequest::ReleaseDisk(disk)) => match give_up(config, &caller, &disk) {
+        Ok(ClientRequest::ReleaseDisk(disk)) => match release_disk(config, &caller, &disk) {
             Ok(()) => caller.send(&ServerMessage::DiskReleased).map_err(caller_closed),
             Err(error) => refuse(&error, &writer),
         },
@@ -89,19 +89,19 @@ fn is_absent(config: Option<&Path>, call: &CallRequest) -> bool {
     }
     local::config(config).is_ok_and(|(config, file)| {
         let cx = Context::new(config, file);
-        !call.only_with.iter().all(|cid| report::is_present(&cx, cid).unwrap_or(true))
+        !call.only_with.iter().all(|cid| presence::is_present(&cx, cid).unwrap_or(true))
     })
 }
 
 fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
     let (config, file) = local::config(config)?;
-    report::present(&Context::new(config, file), cids)
+    presence::present(&Context::new(config, file), cids)
 }
 
-fn give_up(config: Option<&Path>, caller: &Caller, cid: &DiskCid) -> Result<()> {
+fn release_disk(config: Option<&Path>, caller: &Caller, cid: &DiskCid) -> Result<()> {
     let (config, file) = local::config(config)?;
     begin_log(&config, caller);
-    disk::give_up(&Context::new(config, file), cid)
+    disk::release(&Context::new(config, file), cid)
 }
 
 fn host_report(config: Option<&Path>, query: &HostQuery) -> Result<HostReport> {

@@ -13,7 +13,9 @@
 //! killed after `commit` leaves a complete object whose caller may not know its cid: the marker
 //! says so ([`acknowledgement`]).
 //!
-//! A new kind of object implements [`Creatable`]; it needs a step in `recovery` and nothing else.
+//! A new kind of object implements [`Creatable`], and has its prefix in [`pending::lock_of`] and in
+//! [`recovery`](super::recovery). Acknowledgement, cancellation, roll-back and crash points come
+//! with that.
 
 pub mod acknowledgement;
 pub mod cancellation;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   create delete attach detach resize update snapshot metadata   the verbs
-//!   restore give_up take recover                                  the operator's, and recovery
+//!   restore release take recover                                  the operator's, and recovery
 //!   locked                      a disk under its lock, with every interrupted copy settled
 //!   copy backup                 the two jobs that copy a disk: into another image, a snapshot
 //!   access images encryption    its image: who has it open, how it is made and filled, its key
@@ -18,7 +18,7 @@ mod create;
 mod delete;
 mod detach;
 mod encryption;
-mod give_up;
+
 mod images;
 mod lock;
 mod locked;
@@ -26,6 +26,7 @@ mod metadata;
 mod ownership;
 mod progress;
 mod recover;
+mod release;
 mod resize;
 mod restore;
 mod snapshot;
@@ -39,11 +40,11 @@ pub(super) use backup::recover as recover_snapshot;
 pub(super) use create::create;
 pub(super) use delete::delete;
 pub(super) use detach::detach;
-pub(crate) use give_up::give_up;
 pub(crate) use locked::locked;
 pub(super) use metadata::set_metadata;
 pub(super) use ownership::exists;
 pub(super) use recover::recover;
+pub(crate) use release::release;
 pub(super) use resize::resize;
 pub(super) use restore::restore;
 pub(super) use snapshot::{create as create_snapshot, delete as delete_snapshot};

@@ -13,6 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["vm"],
     &["disk", "stemcell", "network"],
     &["capacity", "machine"],
+    &["presence"],
     &["creation"],
     &["properties"],
     &["context"],

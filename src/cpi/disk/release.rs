@@ -1,4 +1,5 @@
-//! `disk give-up`: a disk in a shared pool loses its owner, so that another host can take it.
+//! A disk in a shared pool loses its owner, so that another host can take it. A group asks for this
+//! before it attaches the disk on that host.
 
 use super::{access, attachment, lock, locked};
 use crate::cid::DiskCid;
@@ -11,7 +12,7 @@ use crate::store::{DiskRecord, Rank};
 /// # Errors
 /// [`ErrorKind::Conflict`] if the disk is used here or no other host reaches it;
 /// [`ErrorKind::DiskNotFound`].
-pub(crate) fn give_up(cx: &Context, cid: &DiskCid) -> Result<()> {
+pub(crate) fn release(cx: &Context, cid: &DiskCid) -> Result<()> {
     let deadline = cx.deadline("attach_disk");
     if cx.store.find::<DiskRecord>(cid)?.is_none() && cx.store.can_take(cid)? {
         // An earlier call has given it up, or was interrupted.
@@ -30,7 +31,7 @@ pub(crate) fn give_up(cx: &Context, cid: &DiskCid) -> Result<()> {
     access::ensure_closed(cx, &disk)?;
     let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
     cx.store.release(&disk)?;
-    tracing::info!(%cid, "gave up the disk: it has no owner now");
+    tracing::info!(%cid, "released the disk: it has no owner now");
     metadata.unlink()?;
     lock.unlink()
 }
