@@ -18,7 +18,6 @@ mod create;
 mod delete;
 mod detach;
 mod encryption;
-
 mod images;
 mod lock;
 mod locked;
