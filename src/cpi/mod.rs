@@ -8,7 +8,7 @@
 //!   creation                        the one way in which an object comes to be
 //!   properties                      cloud properties
 //!   context                         what every verb is given
-//!   contract  marker                the methods and their types; the mark of a create without answer
+//!   contract  marker                the methods; the mark of an unacknowledged create
 //! ```
 //!
 //! Every verb can be repeated after a crash at any point: it looks at what exists before it acts. A
