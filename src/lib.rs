@@ -19,6 +19,7 @@
 
 pub mod agent;
 pub mod audit;
+pub mod blocking_call;
 pub mod cid;
 pub mod cli;
 pub mod commands;
@@ -43,5 +44,4 @@ pub mod schema;
 pub mod store;
 pub mod supervisor;
 pub mod sys;
-pub mod timeout;
 pub mod units;

@@ -48,8 +48,8 @@ impl Audit<'_> {
         let why = format!("the disk's record names {named}");
         self.found(Kind::Unsettled, &what, &why, || {
             let deadline = Self::deadline();
-            let (_lock, mut record) = disk::locked(cx, disk, deadline)?;
-            let holder = disk::holder(cx, &record, deadline)?;
+            let (_lock, mut record) = disk::lock_settled(cx, disk, deadline)?;
+            let holder = disk::settle_attachment(cx, &record, deadline)?;
             let (_vm_lock, vm) = machine::lock(cx, &vm.cid, deadline)?;
             if vm.attachment(disk).is_none() || holder.is_some() {
                 return Err(Error::new(ErrorKind::Conflict, "a call changed it meanwhile"));
@@ -107,7 +107,7 @@ impl Audit<'_> {
         let Some((_lock, record)) = self.record(disk, lock, vm, &what)? else { return Ok(()) };
         let mut kept = false;
         self.found(Kind::Unsettled, &what, "an attach or a detach was interrupted", || {
-            kept = disk::holder(cx, &record, Self::deadline())?.is_some();
+            kept = disk::settle_attachment(cx, &record, Self::deadline())?.is_some();
             Ok(())
         });
         if kept {

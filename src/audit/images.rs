@@ -159,7 +159,7 @@ impl Audit<'_> {
     fn strays(&mut self, pool: &str, dir: &Path) -> Result<()> {
         for entry in dir.read_dir().at("list", dir)? {
             let Ok(name) = entry.at("list", dir)?.file_name().into_string() else { continue };
-            let Some((rank, lock)) = pending::lock_of(&name) else { continue };
+            let Some((rank, lock_name)) = pending::lock_of(&name) else { continue };
             let is_stray = match rank {
                 Rank::Disk => self.is_stray::<DiskRecord>(&name, pool),
                 Rank::Snapshot => self.is_stray::<SnapshotRecord>(&name, pool),
@@ -167,7 +167,7 @@ impl Audit<'_> {
                 Rank::Vm => self.is_stray::<VmRecord>(&name, pool),
                 _ => false,
             };
-            if is_stray && self.lock_object(rank, &lock).is_some() {
+            if is_stray && self.lock_object(rank, &lock_name).is_some() {
                 let why = format!("its record does not name '{}'", dir.join(&name).display());
                 self.for_operator(
                     Kind::NoRecord,

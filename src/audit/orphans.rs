@@ -53,7 +53,7 @@ impl Audit<'_> {
         let mut lock = Some(lock);
         let why = format!("the VM does not exist; this is left of it: {}", left.join(", "));
         self.found(Kind::Orphan, vm, &why, || {
-            orphans.remove(cx)?;
+            orphans.remove(cx, Self::deadline())?;
             lock.take().expect("taken once").unlink()
         });
         // A lock file that this audit has made does not stay.

@@ -38,7 +38,7 @@ impl Audit<'_> {
                 continue;
             }
             self.found(Kind::Unfinished, &cid, "a copy of it was interrupted", || {
-                match disk::locked(cx, &cid, Self::deadline())?.1.inactive_image {
+                match disk::lock_settled(cx, &cid, Self::deadline())?.1.inactive_image {
                     None => Ok(()),
                     Some(left) => {
                         let path = cx.store.disk_image_at(&cid, &left)?;
@@ -138,8 +138,8 @@ impl Audit<'_> {
     /// The other notes are those of copies, which were found before.
     fn pending_notes(&mut self) -> Result<()> {
         for name in pending::names(self.cx) {
-            let Some((rank, lock)) = pending::lock_of(&name) else { continue };
-            let Some(held) = self.lock(rank, &lock) else { continue };
+            let Some((rank, lock_name)) = pending::lock_of(&name) else { continue };
+            let Some(held) = self.lock(rank, &lock_name) else { continue };
             // The create may have ended meanwhile, or be about to take the lock.
             let is_over = pending::contains_name(self.cx, &name)
                 && !pending::is_starting(self.cx, &name)
@@ -148,7 +148,7 @@ impl Audit<'_> {
                         &self.cx.store.pending_dir().join(&name),
                         pending::creator(self.cx, &name),
                     ));
-            if self.cx.store.lock_has_object(rank, &lock) {
+            if self.cx.store.lock_has_object(rank, &lock_name) {
                 drop(held);
             } else {
                 held.unlink()?;

@@ -31,7 +31,7 @@ impl Audit<'_> {
         let object = file.parent().and_then(Path::file_name).and_then(OsStr::to_str);
         object
             .and_then(pending::lock_of)
-            .is_some_and(|(rank, lock)| self.lock_object(rank, lock).is_none())
+            .is_some_and(|(rank, lock_name)| self.lock_object(rank, lock_name).is_none())
     }
 
     /// Lock files of objects that do not exist. A VM's lock is the part of `orphans`: it names what

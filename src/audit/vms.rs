@@ -48,9 +48,9 @@ impl Audit<'_> {
                     &vm.cid,
                     "it has no supervisor, and would not be restarted after a crash",
                     || {
-                        let scope = cx.vm_context(&vm.cid);
+                        let vm_context = cx.vm_context(&vm.cid);
                         let (lock, deadline) = (lock.exclusive(), Self::deadline());
-                        supervisor::adopt(&scope, cx.config_file(), lock, deadline).map(drop)
+                        supervisor::adopt(&vm_context, cx.config_file(), lock, deadline).map(drop)
                     },
                 );
             }

@@ -1,11 +1,12 @@
-//! What every verb is given: the configuration, the state directory, and whose call it is.
+//! The input of every verb: configuration, state directory, caller.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::cid::VmCid;
 use crate::config::Config;
+use crate::cpi::deadlines::default_timeout;
 use crate::cpi::marker::Marker;
 use crate::error::Result;
 use crate::image::import::ImageSource;
@@ -26,7 +27,7 @@ pub struct Context {
     /// here.
     pub remote: Option<RemoteCall>,
     /// Marker of the object that this call has created.
-    pub(super) created: OnceLock<Marker>,
+    pub(super) marker: OnceLock<Marker>,
     /// When the call began.
     began: Instant,
 }
@@ -56,7 +57,7 @@ impl Context {
             store,
             director: None,
             remote: None,
-            created: OnceLock::new(),
+            marker: OnceLock::new(),
             began: Instant::now(),
         }
     }
@@ -78,12 +79,6 @@ impl Context {
         self.began + self.config.deadline(method, default_timeout(method))
     }
 
-    /// When the call must have ended if it counts as `method` and has `default` without a
-    /// configured limit.
-    pub(super) fn deadline_or(&self, method: &str, default: Duration) -> Instant {
-        self.began + self.config.deadline(method, default)
-    }
-
     /// The context of the VM's supervisor.
     pub(crate) fn vm_context(&self, cid: &VmCid) -> VmContext {
         VmContext::new(self.config.clone(), cid.clone())
@@ -101,16 +96,4 @@ impl Context {
     pub(super) fn ready<R: Record>(&self, cid: &R::Cid) -> Result<Option<R>> {
         Ok(self.store.find::<R>(cid)?.filter(|record| record.phase() == Phase::Ready))
     }
-}
-
-/// How long a method may take where the configuration sets no limit. `docs/operating.md` lists
-/// these.
-pub fn default_timeout(method: &str) -> Duration {
-    Duration::from_secs(match method {
-        "snapshot_disk" | "update_disk" => 3600,
-        "create_stemcell" => 1800,
-        "create_vm" | "reboot_vm" | "detach_disk" => 300,
-        "attach_disk" | "delete_vm" | "create_disk" | "resize_disk" => 120,
-        _ => 60,
-    })
 }

@@ -8,7 +8,7 @@
 //!   creation                        the one way in which an object comes to be
 //!   properties                      cloud properties
 //!   context                         what every verb is given
-//!   contract  marker                the methods; the mark of an unacknowledged create
+//!   contract  deadlines  marker     the methods, their time, the mark of an unacknowledged create
 //! ```
 //!
 //! Every verb can be repeated after a crash at any point: it looks at what exists before it acts. A
@@ -17,6 +17,7 @@
 pub mod capacity;
 pub mod context;
 pub mod contract;
+pub mod deadlines;
 pub mod disk;
 pub mod network;
 pub mod presence;
@@ -58,7 +59,7 @@ impl Cpi {
     /// # Errors
     /// [`ErrorKind::BadRequest`] for an unknown snapshot, [`ErrorKind::NoDiskSpace`].
     pub fn restore_disk(&self, snapshot: &SnapshotCid) -> Result<DiskCid> {
-        disk::restore(self.recovered("snapshot_disk"), snapshot)
+        disk::restore(self.recover_first("snapshot_disk"), snapshot)
     }
 
     /// Takes a disk in a shared pool from a host that is gone for good: the operator's `disk take`.
@@ -70,8 +71,9 @@ impl Cpi {
         disk::take(&self.0, disk)
     }
 
-    /// The context of a create, once what killed calls have left is recovered.
-    fn recovered(&self, method: &str) -> &Context {
+    /// Recovers what killed calls have left, as before every create, also one with invalid
+    /// arguments. Returns the context.
+    fn recover_first(&self, method: &str) -> &Context {
         recovery::run(&self.0, self.0.deadline(method));
         &self.0
     }
@@ -79,7 +81,7 @@ impl Cpi {
 
 impl Contract for Cpi {
     fn create_stemcell(&self, stemcell: CreateStemcell) -> Result<StemcellCid> {
-        let cx = self.recovered("create_stemcell");
+        let cx = self.recover_first("create_stemcell");
         let properties = &stemcell.cloud_properties.0;
         match &cx.remote {
             None => stemcell::create(cx, &ImageFile::new(&stemcell.image), properties),
@@ -99,7 +101,7 @@ impl Contract for Cpi {
     }
 
     fn create_vm(&self, vm: CreateVm) -> Result<(VmCid, Networks)> {
-        vm::create(self.recovered("create_vm"), vm)
+        vm::create(self.recover_first("create_vm"), vm)
     }
 
     fn delete_vm(&self, vm: &VmCid) -> Result<()> {
@@ -108,7 +110,7 @@ impl Contract for Cpi {
     }
 
     fn acknowledge(&self) {
-        if let Some(marker) = self.0.created.get() {
+        if let Some(marker) = self.0.marker.get() {
             marker.remove();
         }
     }
@@ -130,7 +132,7 @@ impl Contract for Cpi {
     }
 
     fn create_disk(&self, disk: CreateDisk) -> Result<DiskCid> {
-        disk::create(self.recovered("create_disk"), disk.size, &disk.cloud_properties.0)
+        disk::create(self.recover_first("create_disk"), disk.size, &disk.cloud_properties.0)
     }
 
     fn delete_disk(&self, disk: &DiskCid) -> Result<()> {
@@ -159,7 +161,7 @@ impl Contract for Cpi {
     }
 
     fn snapshot_disk(&self, disk: &DiskCid, metadata: Metadata) -> Result<SnapshotCid> {
-        disk::create_snapshot(self.recovered("snapshot_disk"), disk, metadata)
+        disk::create_snapshot(self.recover_first("snapshot_disk"), disk, metadata)
     }
 
     fn delete_snapshot(&self, snapshot: &SnapshotCid) -> Result<()> {
@@ -181,7 +183,7 @@ impl Contract for Cpi {
     }
 
     fn create_network(&self, subnet: Map<String, Value>) -> Result<CreatedNetwork> {
-        network::create(self.recovered("create_network"), &subnet)
+        network::create(self.recover_first("create_network"), &subnet)
     }
 
     fn delete_network(&self, network: &NetworkCid) -> Result<()> {

@@ -8,10 +8,10 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::blocking_call::run_with_timeout;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::sys::pidfd::wait_readable;
-use crate::timeout::run_with_timeout;
 
 /// How long to wait for a killed process: it exits at once, unless it hangs in the kernel.
 const KILLED_EXIT_TIMEOUT: Duration = Duration::from_secs(2);

@@ -19,11 +19,11 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::blocking_call::run_with_timeout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, ensure_no_external_files};
 use crate::store::record::Preallocation;
 use crate::sys::parent_death::kill_with_parent;
-use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// Most bytes kept of the program's output.

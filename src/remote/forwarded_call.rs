@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::client::{CallError, Client, Reply, StemcellImage};
 use super::protocol::CallRequest;
 use crate::config::Config;
-use crate::cpi::context::default_timeout;
+use crate::cpi::deadlines::default_timeout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::Executed;
 use crate::rpc::call::{Call, Undo};

@@ -9,12 +9,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{self, Answer, ClientRequest, Greeting, ImagePart, ServerMessage};
+use crate::blocking_call::run_with_timeout;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{ImageSource, ImportError, InvalidImage};
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::{Delivery, ResponseSink};
-use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// Time a caller has to report the delivery of an answer. It only passes the answer on before.

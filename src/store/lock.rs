@@ -14,10 +14,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use crate::blocking_call::run_with_timeout;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::atomic;
-use crate::timeout::run_with_timeout;
 
 /// The kind of object that a lock protects, in the order in which a process takes locks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

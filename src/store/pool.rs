@@ -21,10 +21,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::atomic;
+use crate::blocking_call::run_with_timeout;
 use crate::config::Pool;
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::timeout::run_with_timeout;
 
 /// Marker file of a pool that was used.
 const MARKER: &str = ".bosh-qemu-cpi";

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::blocking_call::run_with_timeout;
 use crate::config::Transport;
 use crate::error::{Error, Result};
 use crate::schema::Property;
-use crate::timeout::run_with_timeout;
 
 /// How long to wait for a connection while the socket unit serves `MaxConnections` other calls.
 const SOCKET_CONNECT_TIMEOUT: Duration = Duration::from_secs(30);

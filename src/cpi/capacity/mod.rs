@@ -20,4 +20,4 @@ mod admission;
 mod images;
 
 pub(super) use admission::admit;
-pub(super) use report::ensure_group_unchanged;
+pub(super) use report::ensure_group_not_grown;

@@ -99,7 +99,7 @@ pub fn report(cx: &Context, query: &HostQuery) -> Result<HostReport> {
 ///
 /// # Errors
 /// [`ErrorKind::StalePlacement`].
-pub(in crate::cpi) fn ensure_group_unchanged(cx: &Context, vm: &VmRecord) -> Result<()> {
+pub(in crate::cpi) fn ensure_group_not_grown(cx: &Context, vm: &VmRecord) -> Result<()> {
     let Some(expected) = cx.remote.as_ref().and_then(|remote| remote.same_group) else {
         return Ok(());
     };

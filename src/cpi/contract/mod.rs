@@ -65,7 +65,7 @@ pub trait Contract {
     /// kept and detached. An unknown VM is a success, after whatever is left of it is removed.
     fn delete_vm(&self, vm: &VmCid) -> Result<()>;
 
-    /// The caller has received the answer, and with it the cid of what this call has created.
+    /// Records that the caller has received the answer, and with it the cid of the new object.
     fn acknowledge(&self) {}
 
     /// Whether the VM exists, on or off.

@@ -18,13 +18,13 @@ use crate::sys::pidlock;
 /// Marks the object as unacknowledged, before its record says `ready`.
 pub(super) fn mark<R: Record>(cx: &Context, cid: &R::Cid) -> Result<()> {
     let marker = Marker::make(path::<R>(cx, cid))?;
-    crash::point!("untold noted");
+    crash::point!("marker made");
     // A call creates one object at most.
-    let _ = cx.created.set(marker);
+    let _ = cx.marker.set(marker);
     Ok(())
 }
 
-/// A call has named the object, so its caller knows the cid.
+/// Removes the marker: a call names the object, so its caller knows the cid.
 pub(in crate::cpi) fn acknowledge<R: Record>(cx: &Context, cid: &R::Cid) {
     marker::remove(&path::<R>(cx, cid));
 }
@@ -32,7 +32,8 @@ pub(in crate::cpi) fn acknowledge<R: Record>(cx: &Context, cid: &R::Cid) {
 /// Whether the object's create has ended without an acknowledgement.
 pub(crate) fn is_unacknowledged<R: Record>(cx: &Context, cid: &R::Cid) -> Result<bool> {
     let marker = path::<R>(cx, cid);
-    // A process that holds the marker may be about to answer.
+    // A process that holds the marker may be about to answer, and may have removed it since the
+    // first look.
     Ok(marker.exists() && pidlock::holder(&marker)?.is_none() && marker.exists())
 }
 

@@ -39,14 +39,17 @@ pub(super) trait Creatable: Record {
         cx.store.write(self)
     }
 
-    /// Removes all that a create has made, the record last, and unlinks the object's lock.
+    /// Removes all that a create has made: the record last, then the object's lock, then the
+    /// pending note.
     fn roll_back(cx: &Context, cid: &Self::Cid, lock: Guard, _deadline: Instant) -> Result<()> {
         cx.store.remove::<Self>(cid)?;
-        lock.unlink()
+        lock.unlink()?;
+        pending::remove(cx, cid)
     }
 }
 
-/// An object that is being created. Its lock is held until the end.
+/// An object that is being created. Its lock is held until [`Creation::run`] has ended.
+#[must_use = "only `run` commits or rolls back"]
 pub(super) struct Creation<'a, R: Creatable> {
     cx: &'a Context,
     cid: R::Cid,
@@ -55,9 +58,9 @@ pub(super) struct Creation<'a, R: Creatable> {
 }
 
 impl<'a, R: Creatable> Creation<'a, R> {
-    /// Begins to create an object with a new cid, as [`Self::begin`].
-    pub fn new(cx: &'a Context, deadline: Instant) -> Result<Self> {
-        Self::begin(cx, new_cid::<R>(cx)?, deadline)
+    /// Begins to create an object with a new cid, as [`Self::begin_with`].
+    pub fn begin(cx: &'a Context, deadline: Instant) -> Result<Self> {
+        Self::begin_with(cx, new_cid::<R>(cx)?, deadline)
     }
 
     /// Begins to create the object `cid`.
@@ -65,24 +68,29 @@ impl<'a, R: Creatable> Creation<'a, R> {
     /// # Errors
     /// [`ErrorKind::Conflict`] if the object exists, if another call creates it, or if its creation
     /// was cancelled: a CPI on another machine chooses cids and may repeat them.
-    pub fn begin(cx: &'a Context, cid: R::Cid, deadline: Instant) -> Result<Self> {
+    pub fn begin_with(cx: &'a Context, cid: R::Cid, deadline: Instant) -> Result<Self> {
         cx.store.prepare()?;
         let exists = || Error::new(ErrorKind::Conflict, format!("'{cid}' exists already"));
         if !pending::add(cx, &cid)? {
             return Err(exists());
         }
         crash::point!("pending noted");
-        let lock = cx.store.lock(R::RANK, R::lock_name(&cid), deadline)?;
+        let lock = match cx.store.lock(R::RANK, R::lock_name(&cid), deadline) {
+            Ok(lock) => lock,
+            Err(error) => return pending::remove(cx, &cid).and(Err(error)),
+        };
         if atomic::entry_exists(&cx.store.record_dir::<R>(&cid)) {
+            release::<R>(lock);
             return pending::remove(cx, &cid).and(Err(exists()));
-        }
-        if let Err(cancelled) = cancellation::ensure_not_cancelled(cx, &cid) {
-            return lock.unlink().and(pending::remove(cx, &cid)).and(Err(cancelled));
         }
         // Until this call had the lock, another create could take the note for an abandoned one and
         // remove it.
-        pending::add(cx, &cid)?;
-        Ok(Self { cx, cid, lock, deadline })
+        let begun = cancellation::ensure_not_cancelled(cx, &cid)
+            .and_then(|()| pending::add(cx, &cid).map(drop));
+        match begun {
+            Ok(()) => Ok(Self { cx, cid, lock, deadline }),
+            Err(error) => lock.unlink().and(pending::remove(cx, &cid)).and(Err(error)),
+        }
     }
 
     /// The cid of the object.
@@ -108,12 +116,11 @@ impl<'a, R: Creatable> Creation<'a, R> {
         explain: impl FnOnce(Error) -> Error,
     ) -> Result<R> {
         match work(&self).and_then(|record| self.commit(record)) {
-            Ok(record) => self.finish(record),
+            Ok(record) => Ok(self.finish(record)),
             Err(error) => {
                 let failed = explain(error);
                 let deadline = self.deadline.max(Instant::now() + R::ROLL_BACK_TIMEOUT);
                 R::roll_back(self.cx, &self.cid, self.lock, deadline)
-                    .and_then(|()| pending::remove(self.cx, &self.cid))
                     .map_err(|e| e.during(format!("roll back after: {}", failed.report())))?;
                 Err(failed)
             }
@@ -125,20 +132,32 @@ impl<'a, R: Creatable> Creation<'a, R> {
         acknowledgement::mark::<R>(self.cx, &self.cid)?;
         record.set_phase(Phase::Ready);
         record.write_ready(self.cx)?;
-        if !R::LOCK_IS_SHORT {
-            pending::remove(self.cx, &self.cid)?;
-        }
         Ok(record)
     }
 
-    /// Releases the lock. The file of a short lock is unlinked while the pending note still leads
-    /// to it.
-    fn finish(self, record: R) -> Result<R> {
-        if R::LOCK_IS_SHORT {
-            drop(self.lock.into_short_lock());
-            pending::remove(self.cx, &self.cid)?;
+    /// Releases the lock and removes the pending note. The object is ready, so a note that cannot
+    /// be removed is left to recovery. The file of a short lock is unlinked while the note still
+    /// leads to it.
+    fn finish(self, record: R) -> R {
+        let (cx, cid) = (self.cx, self.cid);
+        let _lock = match R::LOCK_IS_SHORT {
+            true => {
+                drop(self.lock.into_short_lock());
+                None
+            }
+            false => Some(self.lock),
+        };
+        if let Err(error) = pending::remove(cx, &cid) {
+            tracing::warn!(%cid, error = error.report(), "cannot remove a pending note");
         }
-        Ok(record)
+        record
+    }
+}
+
+/// Releases the lock of an object that this call has not made.
+fn release<R: Record>(lock: Guard) {
+    if R::LOCK_IS_SHORT {
+        drop(lock.into_short_lock());
     }
 }
 
@@ -155,7 +174,7 @@ pub(super) fn new_cid<R: Record>(cx: &Context) -> Result<R::Cid> {
         .map_err(|e| Error::new(ErrorKind::BadRequest, "the new cid").because(e))
 }
 
-/// Makes an object whose deletion was refused `ready` again.
+/// Makes an object ready again whose deletion was refused because it is used.
 pub(super) fn reinstate<R: Creatable>(cx: &Context, mut record: R) -> Result<()> {
     record.set_phase(Phase::Ready);
     record.write_ready(cx)

@@ -18,22 +18,23 @@ use crate::units::Bytes;
 /// How long a QEMU that has exited may still hold the lock of an image.
 const IMAGE_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Who has the image of a disk open. It cannot change while the locks of the disk and the VM are
-/// held.
+/// Which process has the image of a disk open. That cannot change while the locks of the disk and
+/// the VM are held.
 pub(super) struct Access {
     /// The VM that the disk is attached to, on or off.
     pub vm: Option<VmRecord>,
     /// The monitor of the QEMU that has the image open; `None` if no process has.
     pub monitor: Option<Monitor>,
     /// The VM's lock.
-    pub lock: Option<Guard>,
+    pub vm_lock: Option<Guard>,
 }
 
-/// Finds out who has the image of `disk` open. The caller holds the disk's lock.
+/// Finds out which QEMU has the image of `disk` open, and closes an image whose device the guest
+/// has ejected. The caller holds the disk's lock.
 pub(super) fn access(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Result<Access> {
-    let Some(holder) = attachment::holder(cx, disk, deadline)? else {
+    let Some(holder) = attachment::settle(cx, disk, deadline)? else {
         ensure_closed(cx, disk)?;
-        return Ok(Access { vm: None, monitor: None, lock: None });
+        return Ok(Access { vm: None, monitor: None, vm_lock: None });
     };
     let (lock, vm) = machine::lock(cx, &holder, deadline)?;
     let mut monitor = machine::monitor(cx, &vm, deadline)?;
@@ -47,7 +48,7 @@ pub(super) fn access(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Resu
     if monitor.is_none() {
         ensure_closed(cx, disk)?;
     }
-    Ok(Access { vm: Some(vm), monitor, lock: Some(lock) })
+    Ok(Access { vm: Some(vm), monitor, vm_lock: Some(lock) })
 }
 
 /// Ensures that no QEMU has the image of `disk` open, whatever the records say: an operator may

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{attachment, locked};
+use super::{attachment, settled};
 use crate::agent::settings::device_path;
 use crate::cid::{Cid, DiskCid, VmCid};
 use crate::cpi::context::Context;
@@ -21,8 +21,8 @@ const EARLIER_DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 pub(in crate::cpi) fn attach(cx: &Context, vm_cid: &VmCid, disk_cid: &DiskCid) -> Result<DiskHint> {
     let deadline = cx.deadline("attach_disk");
     machine::find(cx, vm_cid)?;
-    let (_disk_lock, mut disk) = locked::locked(cx, disk_cid, deadline)?;
-    let holder = attachment::holder(cx, &disk, deadline)?;
+    let (_disk_lock, mut disk) = settled::lock(cx, disk_cid, deadline)?;
+    let holder = attachment::settle(cx, &disk, deadline)?;
     if let Some(other) = holder.filter(|holder| holder != vm_cid) {
         let message = format!("disk '{disk_cid}' is attached to VM '{other}'");
         return Err(Error::new(ErrorKind::Conflict, message).hint("detach it there first"));

@@ -39,9 +39,9 @@ pub(in crate::cpi) fn attached_to(cx: &Context, vm: &VmCid) -> Result<Vec<DiskCi
     Ok(attachments.filter(|a| a.phase != Attaching).map(|a| a.disk).collect())
 }
 
-/// The VM that the disk is attached to. An interrupted attach or detach is settled. The caller
-/// holds the disk's lock.
-pub(crate) fn holder(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Result<Option<VmCid>> {
+/// Settles an interrupted attach or detach of the disk, whose lock the caller holds. Returns the VM
+/// that the disk is attached to.
+pub(crate) fn settle(cx: &Context, disk: &DiskRecord, deadline: Instant) -> Result<Option<VmCid>> {
     let Some(cid) = &disk.vm else { return Ok(None) };
     let listed = |vm: &VmRecord| vm.attachment(&disk.cid).map(|a| a.phase);
     let Some(vm) = cx.store.find::<VmRecord>(cid)? else { return Ok(None) };

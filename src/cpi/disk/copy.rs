@@ -1,12 +1,12 @@
 //! Copying a disk into another image: of another format, in another pool, encrypted or not. QEMU
 //! copies while a VM uses the disk, `qemu-img` copies otherwise.
 //!
-//! A disk's record names the current image and at most one other, the leftover. Exactly one write
-//! of the record, the switch ([`DiskRecord::switch`]), makes the copy the current image; before it
-//! the copy is the leftover, after it the old image is.
+//! A disk's record names the current image and at most one other, the inactive image. Exactly one
+//! write of the record, the switch ([`DiskRecord::switch`]), makes the copy the current image;
+//! before it the copy is the leftover, after it the old image is.
 //!
 //! ```text
-//!   current    leftover     state                                  killed here, the next call …
+//!   current    inactive     state                                  killed here, the next call …
 //!   old        –
 //!   old        new          the record names the copy              removes the copy
 //!   old        new          the image is made, data is copied      ends the job, removes the copy
@@ -97,10 +97,10 @@ pub(super) fn run(
     let copied =
         dir.and_then(|dir| images::create(cx, &dir, &image, size, deadline)).and_then(|()| {
             match access {
-                Access { vm: Some(vm), monitor: Some(monitor), lock } => {
+                Access { vm: Some(vm), monitor: Some(monitor), vm_lock } => {
                     start_mirror(cx, monitor, disk, next)?;
                     // Other calls may use the VM meanwhile, but not the disk.
-                    drop(lock);
+                    drop(vm_lock);
                     switch_live(cx, disk, next, &vm, deadline)
                         .map_err(|error| machine::explain_exit(cx, &vm.cid, error))
                 }
@@ -195,7 +195,7 @@ fn switch_live(
 }
 
 /// Finishes or undoes an interrupted copy of the disk, whose lock the caller holds. An image that
-/// cannot be removed, in a pool that is not mounted, stays the leftover for the next call.
+/// cannot be removed, in a pool that is not mounted, stays the inactive image for the next call.
 pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> Result<()> {
     if disk.inactive_image.is_none() {
         return Ok(());

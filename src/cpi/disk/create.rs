@@ -28,7 +28,7 @@ pub(in crate::cpi) fn create(
     let properties: DiskCloudProperties = properties::read(&cx.config.disk_defaults, given)?;
     properties::ensure_pool_exists(&cx.config, properties.pool.as_deref())?;
     properties.validate()?;
-    let creation = Creation::<DiskRecord>::new(cx, deadline)?;
+    let creation = Creation::<DiskRecord>::begin(cx, deadline)?;
     let disk = creation.run(
         |creation| make(cx, record(creation.cid().clone(), size, &properties, given), deadline),
         |error| error.during(format!("create a disk of {size}")),

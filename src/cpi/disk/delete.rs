@@ -3,6 +3,7 @@
 use super::{access, attachment, copy, lock, ownership};
 use crate::cid::DiskCid;
 use crate::cpi::context::Context;
+use crate::cpi::creation::pending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DiskRecord, Guard, Phase, Rank, atomic};
 
@@ -23,7 +24,9 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
             // This host gave it up while this call waited.
             None if cx.store.can_take(cid)? => {}
             None => {
-                cx.store.ensure_not_owned_elsewhere(cid)?;
+                if let Err(error) = cx.store.ensure_not_owned_elsewhere(cid) {
+                    return lock.unlink().and(Err(error));
+                }
                 // An earlier delete was interrupted at its last steps: only the directory or the
                 // lock is left.
                 let metadata = cx.store.lock(Rank::Metadata, cid, deadline)?;
@@ -33,7 +36,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
     };
     cx.store.ensure_owned(&disk)?;
     copy::settle(cx, &mut disk, deadline)?;
-    if let Some(holder) = attachment::holder(cx, &disk, deadline)? {
+    if let Some(holder) = attachment::settle(cx, &disk, deadline)? {
         let message = format!("disk '{cid}' is attached to VM '{holder}'");
         return Err(Error::new(ErrorKind::Conflict, message).hint("detach it first"));
     }
@@ -44,7 +47,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
     remove(cx, cid, lock, metadata)
 }
 
-/// Removes what this host has of a disk, with the images if it owns the disk. The metadata lock
+/// Removes what this host has of a disk, with the images if it owns the disk, and its pending note. The metadata lock
 /// keeps set_disk_metadata from writing a file for a disk that is gone.
 pub(super) fn remove(cx: &Context, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
     let record = cx.store.read::<DiskRecord>(cid)?;
@@ -53,5 +56,6 @@ pub(super) fn remove(cx: &Context, cid: &DiskCid, lock: Guard, metadata: Guard) 
         owned => owned.and_then(|()| cx.store.remove::<DiskRecord>(cid))?,
     }
     metadata.unlink()?;
-    lock.unlink()
+    lock.unlink()?;
+    pending::remove(cx, cid)
 }

@@ -5,7 +5,7 @@
 //!   restore release take recover                                  the operator's, and recovery
 //!   locked                      a disk under its lock, with every interrupted copy settled
 //!   copy backup                 the two jobs that copy a disk: into another image, a snapshot
-//!   access images encryption    its image: who has it open, how it is made and filled, its key
+//!   access images encryption    its image: which process has it open, how it is made, its key
 //!   attachment ownership lock   the VM that has it, the host that owns it, the lock
 //! ```
 
@@ -20,7 +20,6 @@ mod detach;
 mod encryption;
 mod images;
 mod lock;
-mod locked;
 mod metadata;
 mod ownership;
 mod progress;
@@ -28,24 +27,25 @@ mod recover;
 mod release;
 mod resize;
 mod restore;
+mod settled;
 mod snapshot;
 mod take;
 mod update;
 
 pub(super) use attach::attach;
 pub(super) use attachment::attached_to;
-pub(crate) use attachment::holder;
+pub(crate) use attachment::settle as settle_attachment;
 pub(super) use backup::recover as recover_snapshot;
 pub(super) use create::create;
 pub(super) use delete::delete;
 pub(super) use detach::detach;
-pub(crate) use locked::locked;
 pub(super) use metadata::set_metadata;
 pub(super) use ownership::exists;
 pub(super) use recover::recover;
 pub(crate) use release::release;
 pub(super) use resize::resize;
 pub(super) use restore::restore;
+pub(crate) use settled::lock as lock_settled;
 pub(super) use snapshot::{create as create_snapshot, delete as delete_snapshot};
 pub(crate) use take::take;
 pub(super) use update::update;

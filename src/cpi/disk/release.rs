@@ -1,7 +1,7 @@
 //! A disk in a shared pool loses its owner, so that another host can take it. A group asks for this
 //! before it attaches the disk on that host.
 
-use super::{access, attachment, lock, locked};
+use super::{access, attachment, lock, settled};
 use crate::cid::DiskCid;
 use crate::cpi::context::Context;
 use crate::error::{Error, ErrorKind, Result};
@@ -22,9 +22,9 @@ pub(crate) fn release(cx: &Context, cid: &DiskCid) -> Result<()> {
             return cx.store.finish_release(cid).and(lock.unlink());
         }
     }
-    let (lock, disk) = locked::locked_idle(cx, cid, deadline)?;
+    let (lock, disk) = settled::lock_unless_copied(cx, cid, deadline)?;
     ensure_movable(cx, &disk)?;
-    if let Some(holder) = attachment::holder(cx, &disk, deadline)? {
+    if let Some(holder) = attachment::settle(cx, &disk, deadline)? {
         let error = refusal(&disk, &format!("is attached to VM '{holder}'"));
         return Err(error.hint("detach it first"));
     }

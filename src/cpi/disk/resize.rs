@@ -12,7 +12,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::access::{self, Access};
-use super::locked;
+use super::settled;
 use crate::cid::DiskCid;
 use crate::cpi::capacity::{self, need};
 use crate::cpi::context::Context;
@@ -25,7 +25,7 @@ use crate::units::{Bytes, MiB};
 /// Makes the disk larger.
 pub(in crate::cpi) fn resize(cx: &Context, cid: &DiskCid, size: MiB) -> Result<()> {
     let deadline = cx.deadline("resize_disk");
-    let (_lock, mut disk) = locked::locked_idle(cx, cid, deadline)?;
+    let (_lock, mut disk) = settled::lock_unless_copied(cx, cid, deadline)?;
     grow(cx, &mut disk, size, deadline)
 }
 

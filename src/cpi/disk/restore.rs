@@ -1,6 +1,6 @@
 //! `disk restore`: a new disk with the data of a snapshot.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::Map;
 
@@ -14,16 +14,13 @@ use crate::host::clock;
 use crate::image;
 use crate::store::{DiskRecord, Phase, Rank, SnapshotRecord};
 
-/// How long a restore may take where the configuration sets no limit for snapshot_disk.
-const RESTORE_TIMEOUT: Duration = Duration::from_secs(3600);
-
 /// Creates a disk with the data of the snapshot, which stays. The disk has the size and properties
 /// that the snapshot's disk had.
 ///
 /// # Errors
 /// [`ErrorKind::BadRequest`] for an unknown snapshot, [`ErrorKind::NoDiskSpace`].
 pub(in crate::cpi) fn restore(cx: &Context, cid: &SnapshotCid) -> Result<DiskCid> {
-    let deadline = cx.deadline_or("snapshot_disk", RESTORE_TIMEOUT);
+    let deadline = cx.deadline("snapshot_disk");
     cx.store.prepare()?;
     let snapshot_lock = cx.store.lock(Rank::Snapshot, cid, deadline)?;
     let Some(snapshot) = cx.ready::<SnapshotRecord>(cid)? else {
@@ -33,7 +30,7 @@ pub(in crate::cpi) fn restore(cx: &Context, cid: &SnapshotCid) -> Result<DiskCid
             .hint("run this on the host that made the snapshot"));
     };
     acknowledgement::acknowledge::<SnapshotRecord>(cx, cid);
-    let creation = Creation::<DiskRecord>::new(cx, deadline)?;
+    let creation = Creation::<DiskRecord>::begin(cx, deadline)?;
     let disk = creation.run(
         |creation| make(cx, record(creation.cid().clone(), &snapshot), &snapshot, deadline),
         |error| error.during(format!("restore snapshot '{cid}'")),

@@ -26,12 +26,12 @@ use std::time::Instant;
 use serde_json::Map;
 
 use super::access::{self, Access};
-use super::{backup, images, locked, metadata, ownership, progress};
+use super::{backup, images, metadata, ownership, progress, settled};
 use crate::cid::{DiskCid, SnapshotCid};
 use crate::cpi::capacity::{self, need};
 use crate::cpi::context::Context;
 use crate::cpi::contract::Metadata;
-use crate::cpi::creation::{Creatable, Creation};
+use crate::cpi::creation::{Creatable, Creation, pending};
 use crate::cpi::machine;
 use crate::error::{Error, Result};
 use crate::host::clock;
@@ -49,11 +49,11 @@ pub(in crate::cpi) fn create(
 ) -> Result<SnapshotCid> {
     let deadline = cx.deadline("snapshot_disk");
     ownership::owned(cx, disk, deadline)?;
-    let creation = Creation::<SnapshotRecord>::new(cx, deadline)?;
+    let creation = Creation::<SnapshotRecord>::begin(cx, deadline)?;
     // Held until the snapshot is ready.
     let mut disk_lock = None;
     let work = |creation: &Creation<'_, SnapshotRecord>| {
-        let (lock, disk) = locked::locked(cx, disk, deadline)?;
+        let (lock, disk) = settled::lock(cx, disk, deadline)?;
         disk_lock = Some(lock);
         copy(cx, creation.cid(), disk, metadata, deadline)
     };
@@ -89,11 +89,11 @@ fn copy(
     let dir = cx.store.make_images_dir(cid, disk.pool.as_deref())?;
     let target = cx.store.snapshot_image(&snapshot)?;
     match access {
-        Access { vm: Some(vm), monitor: Some(monitor), lock } => {
+        Access { vm: Some(vm), monitor: Some(monitor), vm_lock } => {
             images::create(cx, &dir, &snapshot.image(), size, deadline)?;
             backup::start(cx, monitor, &snapshot)?;
             // Other calls may use the VM meanwhile, but not the disk.
-            drop(lock);
+            drop(vm_lock);
             backup::finish(cx, &snapshot, &vm, deadline)
                 .map_err(|error| machine::explain_exit(cx, &vm.cid, error))?;
         }
@@ -161,5 +161,6 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &SnapshotCid) -> Result<()> {
         cx.store.write_deleting(&SnapshotRecord { phase: Phase::Deleting, ..snapshot })?;
     }
     cx.store.remove::<SnapshotRecord>(cid)?;
-    lock.unlink()
+    lock.unlink()?;
+    pending::remove(cx, cid)
 }

@@ -12,7 +12,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{access, copy, locked, resize};
+use super::{access, copy, resize, settled};
 use crate::cid::{Cid, DiskCid};
 use crate::cpi::context::Context;
 use crate::cpi::properties::{self, DiskCloudProperties};
@@ -38,7 +38,7 @@ pub(in crate::cpi) fn update(
     let asked: DiskCloudProperties = properties::read(&cx.config.disk_defaults, given)?;
     properties::ensure_pool_exists(&cx.config, asked.pool.as_deref())?;
     asked.validate()?;
-    let (_lock, mut disk) = locked::locked_idle(cx, cid, deadline)?;
+    let (_lock, mut disk) = settled::lock_unless_copied(cx, cid, deadline)?;
     let copies = updated(&disk, &asked, given).current() != disk.current();
     let doing = || format!("copy disk '{cid}' into another image");
     if copies {

@@ -10,7 +10,7 @@ use super::{delete, managed, reclaim};
 use crate::cid::{Cid, NetworkCid};
 use crate::cpi::context::Context;
 use crate::cpi::contract::CreatedNetwork;
-use crate::cpi::creation::{Creatable, Creation};
+use crate::cpi::creation::{Creatable, Creation, pending};
 use crate::cpi::properties::{ManagedNetworkCloudProperties, SubnetCloudProperties};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::clock;
@@ -47,21 +47,26 @@ pub(in crate::cpi) fn create(cx: &Context, given: &Map<String, Value>) -> Result
     let ours = Value::Object(ours.map(|(key, value)| (key.clone(), value.clone())).collect());
     let subnet = Subnet::from_json(&ours).map_err(|e| e.in_request("subnet"))?;
     let deadline = cx.deadline("create_network");
-    let creation = Creation::<NetworkRecord>::new(cx, deadline)?;
-    let record = creation.run(
-        |creation| match subnet.range {
-            Some(range) => make_in_given(cx, creation.cid(), &subnet, range),
-            None => make_in_first_free(cx, creation.cid(), &subnet),
-        },
-        |error| error,
-    )?;
-    answer(&record)
+    let creation = Creation::<NetworkRecord>::begin(cx, deadline)?;
+    let mut answered = None;
+    let work = |creation: &Creation<'_, NetworkRecord>| {
+        let record = match subnet.range {
+            Some(range) => make_in_given(cx, creation.cid(), &subnet, range)?,
+            None => make_in_first_free(cx, creation.cid(), &subnet)?,
+        };
+        answered = Some(answer(&record)?);
+        Ok(record)
+    };
+    creation.run(work, |error| error)?;
+    Ok(answered.expect("the work answers"))
 }
 
 impl Creatable for NetworkRecord {
     fn roll_back(cx: &Context, cid: &NetworkCid, lock: Guard, _deadline: Instant) -> Result<()> {
-        let _lock = lock.into_short_lock();
-        delete::remove(cx, cid)
+        let lock = lock.into_short_lock();
+        delete::remove(cx, cid)?;
+        drop(lock);
+        pending::remove(cx, cid)
     }
 }
 

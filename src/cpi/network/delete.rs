@@ -41,11 +41,15 @@ pub(super) fn delete_unused(
     _lock: ShortLock,
 ) -> Result<()> {
     cx.store.write_deleting(&NetworkRecord { phase: Phase::Deleting, ..record.clone() })?;
-    if let Err(used) = ensure_unused(cx, cid, cx.deadline("delete_network")) {
-        creation::reinstate(cx, record)?;
-        return Err(used);
+    match ensure_unused(cx, cid, cx.deadline("delete_network")) {
+        // A network that VMs use was ready, whatever phase an interrupted call has left.
+        Err(used) if used.kind() == ErrorKind::Conflict => {
+            creation::reinstate(cx, record)?;
+            Err(used)
+        }
+        Err(unknown) => cx.store.write(&record).and(Err(unknown)),
+        Ok(()) => remove(cx, cid),
     }
-    remove(cx, cid)
 }
 
 /// Ensures that no VM has reserved addresses on the network.
@@ -67,9 +71,10 @@ pub(super) fn remove(cx: &Context, cid: &NetworkCid) -> Result<()> {
         // The pin has the segment as it was made; the profile may have changed since.
         let pin = cx.store.pins()?.into_iter().find(|pin| pin.network == cid.as_str());
         let segment = pin.map_or_else(|| managed::segment(cx, &record), Ok)?;
-        cx.store.unpin(&segment.bridge)?;
         net::bridge_owners::remove_owner(&segment.bridge, &cx.store.state_dir_id()?)?;
         net::apply::release(&segment)?;
+        // Last: an interrupted delete needs the pin when it is repeated.
+        cx.store.unpin(&segment.bridge)?;
     }
     cx.store.remove::<NetworkRecord>(cid)
 }

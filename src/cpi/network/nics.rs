@@ -89,9 +89,9 @@ pub(in crate::cpi) fn plan(
     }
     let admits = group_admissions(cx, &properties.security_groups)?;
     let nic = |(index, network)| plan_nic(cx, vm, index, network, properties, admits.as_deref());
-    let placed: Vec<_> = wired.into_iter().enumerate().map(nic).collect::<Result<_>>()?;
-    ensure_distinct_addresses(&placed)?;
-    Ok(placed)
+    let planned: Vec<_> = wired.into_iter().enumerate().map(nic).collect::<Result<_>>()?;
+    ensure_distinct_addresses(&planned)?;
+    Ok(planned)
 }
 
 fn plan_nic(
@@ -114,7 +114,7 @@ fn plan_nic(
         ..NicRules::default()
     };
     if rules.anti_spoof {
-        check_allowed(network, &chosen.place, &rules.allowed)?;
+        ensure_gateways_not_allowed(network, &chosen.place, &rules.allowed)?;
     }
     let wire = match chosen.place {
         NicPlan::User(user) => Wire::User { user },
@@ -237,7 +237,11 @@ fn admissions(rule: &GroupRule) -> Vec<Admission> {
 
 /// Refuses allowed addresses that include the gateway: a VM that sends as its gateway receives what
 /// its neighbours send.
-fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) -> Result<()> {
+fn ensure_gateways_not_allowed(
+    network: &NetworkSpec,
+    place: &NicPlan,
+    allowed: &[IpNetwork],
+) -> Result<()> {
     let mut gateways: Vec<_> = match place {
         NicPlan::Bridge(Segment { keeper: Keeper::Cpi { addresses, .. }, .. }) => {
             addresses.iter().map(IpNetwork::ip).collect()
@@ -261,10 +265,10 @@ fn check_allowed(network: &NetworkSpec, place: &NicPlan, allowed: &[IpNetwork]) 
 
 /// Refuses one address on two NICs of a VM: on one wire each would answer for the other, and with
 /// two user networks the guest has two routes to the same addresses.
-fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
-    let reservations = |placed: &PlannedNic| -> Vec<Reservation> {
-        let rules = placed.nic.rules.iter().flat_map(|rules| &rules.addresses);
-        match &placed.nic.wire {
+fn ensure_distinct_addresses(planned: &[PlannedNic]) -> Result<()> {
+    let reservations = |planned: &PlannedNic| -> Vec<Reservation> {
+        let rules = planned.nic.rules.iter().flat_map(|rules| &rules.addresses);
+        match &planned.nic.wire {
             Wire::Tap { segment, .. } => {
                 rules.map(|block| Reservation::block(segment, *block)).collect()
             }
@@ -276,13 +280,13 @@ fn ensure_distinct_addresses(placed: &[PlannedNic]) -> Result<()> {
             }
         }
     };
-    for (at, one) in placed.iter().enumerate() {
+    for (at, one) in planned.iter().enumerate() {
         let meets = |other: &&PlannedNic| {
             reservations(one)
                 .iter()
                 .any(|own| reservations(other).iter().any(|its| its.overlaps(own)))
         };
-        if let Some(other) = placed[..at].iter().find(meets) {
+        if let Some(other) = planned[..at].iter().find(meets) {
             let problem = format!(
                 "networks '{}' and '{}' have the same ip",
                 other.nic.network, one.nic.network

@@ -16,11 +16,17 @@ use crate::store::{Phase, Rank};
 /// [`ErrorKind::Timeout`](crate::error::ErrorKind::Timeout) if a call works on it.
 pub(in crate::cpi) fn recover(cx: &Context, cid: &NetworkCid) -> Result<()> {
     let lock = cx.store.short_lock(Rank::Network, NetworkRecord::bridge(cid), Instant::now())?;
-    let record = cx.store.find::<NetworkRecord>(cid)?;
-    if record.is_none_or(|network| network.phase == Phase::Creating) {
-        tracing::warn!(%cid, "removing a network whose create_network was interrupted");
-        delete::remove(cx, cid)?;
+    match cx.store.find::<NetworkRecord>(cid)? {
+        Some(network) if network.phase == Phase::Ready => drop(lock),
+        Some(network) if network.phase == Phase::Deleting => {
+            tracing::warn!(%cid, "deleting a network whose removal was interrupted");
+            delete::delete_unused(cx, cid, network, lock)?;
+        }
+        _ => {
+            tracing::warn!(%cid, "removing a network whose create_network was interrupted");
+            delete::remove(cx, cid)?;
+            drop(lock);
+        }
     }
-    drop(lock);
     pending::remove(cx, cid)
 }

@@ -31,7 +31,7 @@ pub(in crate::cpi) fn create(
 ) -> Result<StemcellCid> {
     let deadline = cx.deadline("create_stemcell");
     ensure_replicable(cx, properties)?;
-    let creation = Creation::<StemcellRecord>::new(cx, deadline)?;
+    let creation = Creation::<StemcellRecord>::begin(cx, deadline)?;
     let work = |creation: &Creation<'_, StemcellRecord>| {
         let stemcell = record(cx, creation.cid().clone(), properties);
         // A compressed image takes more than its file; the import fails if that does not fit.

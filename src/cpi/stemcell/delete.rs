@@ -4,6 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::cid::StemcellCid;
 use crate::cpi::context::Context;
+use crate::cpi::creation::pending;
 use crate::error::Result;
 use crate::store::layout::STEMCELL_IMAGE;
 use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic};
@@ -22,7 +23,9 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &StemcellCid) -> Result<()> {
         cx.store.write_deleting(&record)?;
     }
     cx.store.remove::<StemcellRecord>(cid)?;
-    lock.unlink()
+    lock.unlink()?;
+    // A create that was killed and is now cancelled has left it.
+    pending::remove(cx, cid)
 }
 
 /// Logs which VMs keep the image: its space is free when the last of them is deleted.

@@ -46,7 +46,7 @@ pub(in crate::cpi) fn create(cx: &Context, mut call: CreateVm) -> Result<(VmCid,
         network.expect("a NIC is for a network").set("mac", &nic.mac.to_string());
     }
     acknowledgement::acknowledge::<StemcellRecord>(cx, &plan.stemcell.cid);
-    let creation = Creation::<VmRecord>::begin(cx, cid.clone(), deadline)?;
+    let creation = Creation::<VmRecord>::begin_with(cx, cid.clone(), deadline)?;
     let work = |creation: &Creation<'_, VmRecord>| {
         let uid = uids::reserve(cx.store.state_dir(), &cid)?;
         reserve(cx, &cid, &mut nics, &mut call.networks, &plan.properties, deadline)?;
@@ -113,7 +113,7 @@ fn admit(cx: &Context, vm: &VmRecord, deadline: Instant) -> Result<()> {
     let size = vm.root_size.get().saturating_add(ephemeral);
     let need = need::thin(cx, Bytes(size));
     capacity::admit(cx, vm.pool.as_deref(), need, deadline, || {
-        capacity::ensure_group_unchanged(cx, vm)?;
+        capacity::ensure_group_not_grown(cx, vm)?;
         cx.store.write(vm)
     })
 }

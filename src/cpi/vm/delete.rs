@@ -40,9 +40,7 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &VmCid) -> Result<()> {
         // A create ended before it wrote the record, a delete after it removed it, or an operator
         // removed the directory.
         None => {
-            supervisor::stop(&paths, StopMode::Quit, deadline)?;
-            Cgroup::open(cid.as_str()).kill(deadline)?;
-            orphans::remove(cx, cid)?;
+            orphans::remove(cx, cid, deadline)?;
             remove(cx, cid, lock)
         }
     }
@@ -54,12 +52,12 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
     // A supervisor that reads this phase does not start the VM again.
     cx.store.write_deleting(&VmRecord { phase: Phase::Deleting, ..vm.clone() })?;
     // QEMU's caches may hold writes to a persistent disk: then it ends in order.
-    let button = if vm.disks.is_empty() { StopMode::Kill } else { StopMode::Quit };
-    supervisor::stop(&paths, button, deadline)?;
-    let group = Cgroup::open(vm.cid.as_str());
+    let mode = if vm.disks.is_empty() { StopMode::Kill } else { StopMode::Quit };
+    supervisor::stop(&paths, mode, deadline)?;
+    let cgroup = Cgroup::open(vm.cid.as_str());
     // A guest that took over its QEMU may have closed the lock that shows QEMU is alive. It cannot
     // leave the control group.
-    group.kill(deadline)?;
+    cgroup.kill(deadline)?;
     std::thread::scope(|threads| {
         // The VM sends no more. Each of the two waits for an RCU grace period of the kernel.
         let rules = threads.spawn(|| net::filter::remove(&vm.nics));
@@ -67,7 +65,7 @@ pub(super) fn destroy(cx: &Context, vm: &VmRecord, lock: Guard, deadline: Instan
         rules.join().expect("no panic").and(unplugged)
     })?;
     cx.store.release_reservations(&vm.cid)?;
-    group.remove()?;
+    cgroup.remove()?;
     uids::release(cx.store.state_dir(), &vm.cid, vm.uid)?;
     remove(cx, &vm.cid, lock)
 }

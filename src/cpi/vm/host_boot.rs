@@ -19,7 +19,8 @@ use nix::sys::signal::Signal;
 use serde::Serialize;
 
 use crate::cid::VmCid;
-use crate::cpi::context::{Context, default_timeout};
+use crate::cpi::context::Context;
+use crate::cpi::deadlines::default_timeout;
 use crate::cpi::machine;
 use crate::error::Result;
 use crate::store::record::Desired;
@@ -133,10 +134,10 @@ fn bring_back(cx: &Context, vm: &VmRecord) -> Result<State> {
         Some(_) => return Ok(State::Off("it is being deleted".into())),
         None => return lock.unlink().map(|()| State::Off("it was deleted".into())),
     };
-    let (scope, config_file) = (cx.vm_context(&vm.cid), cx.config_file());
+    let (vm_context, config_file) = (cx.vm_context(&vm.cid), cx.config_file());
     let deadline = Instant::now() + cx.config.deadline("reboot_vm", default_timeout("reboot_vm"));
-    if let PowerState::On(_) = power_state(&scope.paths)? {
-        return Ok(match supervisor::adopt(&scope, config_file, &lock, deadline)? {
+    if let PowerState::On(_) = power_state(&vm_context.paths)? {
+        return Ok(match supervisor::adopt(&vm_context, config_file, &lock, deadline)? {
             Adoption::NotNeeded => State::Running,
             Adoption::Adopted => State::Adopted,
             Adoption::Launched => State::Started,
@@ -145,16 +146,16 @@ fn bring_back(cx: &Context, vm: &VmRecord) -> Result<State> {
     if vm.desired == Desired::Stopped {
         return Ok(State::Off("its desired state is stopped".into()));
     }
-    let exit = ExitRecord::read(&scope.paths.exit())?.filter(|exit| exit.run == vm.run);
+    let exit = ExitRecord::read(&vm_context.paths.exit())?.filter(|exit| exit.run == vm.run);
     if exit.is_some_and(|exit| exit.ending() == Ending::PoweredOff) {
         return Ok(State::Off("its guest powered itself off".into()));
     }
     // A supervisor that waits before it restarts the VM ends: this start replaces it.
-    supervisor::stop(&scope.paths, StopMode::Quit, deadline)?;
-    machine::ensure_off(&vm.cid, &scope.paths)?;
+    supervisor::stop(&vm_context.paths, StopMode::Quit, deadline)?;
+    machine::ensure_off(&vm.cid, &vm_context.paths)?;
     vm.run += 1;
     cx.store.write(&vm)?;
-    supervisor::start(&scope, config_file, &lock, deadline)?;
+    supervisor::start(&vm_context, config_file, &lock, deadline)?;
     Ok(State::Started)
 }
 

@@ -8,7 +8,7 @@
 //! name stands for is left alone.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::cid::{Cid, VmCid};
 use crate::cpi::context::Context;
@@ -23,9 +23,6 @@ use crate::store::reservations::{self, Reservation};
 use crate::store::{Rank, VmPaths, VmRecord, atomic};
 use crate::supervisor::{self, PowerState, StopMode, power_state};
 use crate::sys::pidfd::Process;
-
-/// How long the removal of one VM's orphans may take.
-const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What is left of one VM.
 pub(crate) struct Orphans {
@@ -50,10 +47,12 @@ pub(crate) struct Recorded {
     pub(crate) reservations: BTreeSet<String>,
 }
 
-/// Removes what is left of a VM that has no record. The caller holds the VM's lock, and its
-/// processes have ended.
-pub(super) fn remove(cx: &Context, vm: &VmCid) -> Result<()> {
-    Orphans::find(cx, vm, &Recorded::read(cx)?)?.remove(cx)
+/// Ends the processes of a VM that has no record and removes what is left of it. The caller holds
+/// the VM's lock.
+pub(super) fn remove(cx: &Context, vm: &VmCid, deadline: Instant) -> Result<()> {
+    supervisor::stop(&cx.store.vm(vm), StopMode::Quit, deadline)?;
+    Cgroup::open(vm.as_str()).kill(deadline)?;
+    Orphans::find(cx, vm, &Recorded::read(cx)?)?.remove(cx, deadline)
 }
 
 /// The VMs that the state and run directories name, with and without a record.
@@ -150,8 +149,7 @@ impl Orphans {
     }
 
     /// Removes everything in the order of delete_vm: what names the VM is last.
-    pub(crate) fn remove(&self, cx: &Context) -> Result<()> {
-        let deadline = Instant::now() + REMOVAL_TIMEOUT;
+    pub(crate) fn remove(&self, cx: &Context, deadline: Instant) -> Result<()> {
         // Its record was lost, and with it which disks it has: QEMU ends in order, as if there were
         // some.
         supervisor::stop(&self.paths, StopMode::Quit, deadline)?;

@@ -21,15 +21,15 @@ pub(in crate::cpi) fn reboot(cx: &Context, cid: &VmCid) -> Result<()> {
     // The start gets the other half of the time.
     let half = deadline.saturating_duration_since(Instant::now()) / 2;
     let timeout = POWER_BUTTON_TIMEOUT.min(half);
-    let (paths, scope) = (cx.store.vm(cid), cx.vm_context(cid));
+    let (paths, vm_context) = (cx.store.vm(cid), cx.vm_context(cid));
     // A VM that would not start again for want of memory keeps running.
-    supervisor::ensure_memory(&scope, &vm)?;
+    supervisor::ensure_memory(&vm_context, &vm)?;
     supervisor::stop(&paths, StopMode::PowerButton(timeout), deadline)?;
     // Ends a QEMU whose pid file is gone: an operator has emptied the run directory.
     Cgroup::open(cid.as_str()).kill(deadline)?;
     vm.run += 1;
     vm.desired = Desired::Running;
     cx.store.write(&vm)?;
-    supervisor::start(&scope, cx.config_file(), &lock, deadline)
+    supervisor::start(&vm_context, cx.config_file(), &lock, deadline)
         .map_err(|e| e.during(format!("start VM '{cid}' again")))
 }

@@ -23,7 +23,7 @@ pub(in crate::cpi) fn recover(cx: &Context, cid: &VmCid, deadline: Instant) -> R
             delete::destroy(cx, &vm, lock, deadline)
         }
         None => {
-            orphans::remove(cx, cid)?;
+            orphans::remove(cx, cid, deadline)?;
             delete::remove(cx, cid, lock)
         }
     }

@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use super::ImportError;
 use super::invalid_image::InvalidImage;
+use crate::blocking_call::run_with_timeout;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::timeout::run_with_timeout;
 use crate::units::Bytes;
 
 /// An image as BOSH hands it over: a file on this host or on the host of the remote caller.

@@ -9,9 +9,9 @@
 //! ```
 
 mod channel;
-mod control_path;
 mod diagnosis;
 mod session;
+mod shared_connection;
 mod ssh;
 mod unix;
 

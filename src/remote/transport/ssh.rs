@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::channel::{Channel, ChannelFailure, Endpoints};
-use super::control_path::{self, SharedConnection};
 use super::diagnosis::{self, SSH_FAILED};
+use super::shared_connection::{self, SharedConnection};
 use crate::config::Transport;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -55,7 +55,7 @@ pub(super) fn open(
 ) -> Result<Endpoints> {
     let target = Target::new(transport)?;
     let shared = match sharing {
-        Sharing::Allowed => control_path::choose(&target.digest, target.sessions, deadline)?,
+        Sharing::Allowed => shared_connection::choose(&target.digest, target.sessions, deadline)?,
         Sharing::None => None,
     };
     let mut child = target

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::channel::{Channel, ChannelFailure, Endpoints};
+use crate::blocking_call::run_with_timeout;
 use crate::error::{Error, ErrorKind, Result};
-use crate::timeout::run_with_timeout;
 
 /// Connects to `socket`.
 ///

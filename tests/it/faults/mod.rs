@@ -1,12 +1,12 @@
 //! Injected faults: killed calls, power cuts, panics, damage, hung and full filesystems, many
 //! callers.
 
+mod call_crash_points;
 mod concurrency;
-mod crash_points;
+mod copy_crash_points;
 mod damaged_files;
 pub mod damaged_records;
 mod deadlines;
-mod disk_crash_points;
 mod enospc;
 mod hostile_requests;
 mod interrupted_callers;

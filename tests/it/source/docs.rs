@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use bosh_qemu_cpi::cpi::context::default_timeout;
+use bosh_qemu_cpi::cpi::deadlines::default_timeout;
 
 fn program(arguments: &[&str]) -> std::process::Output {
     Command::new(env!("CARGO_BIN_EXE_bosh-qemu-cpi")).args(arguments).output().unwrap()

@@ -27,7 +27,7 @@ const LAYERS: &[Row] = &[
         "mac",
         "link_name",
         "ordered",
-        "timeout",
+        "blocking_call",
         "ranges",
         "error",
         "log",

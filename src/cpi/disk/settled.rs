@@ -10,11 +10,7 @@ use crate::error::Result;
 use crate::store::{DiskRecord, Guard};
 
 /// Takes the lock of a disk that is ready, and finishes or undoes an interrupted copy of it.
-pub(crate) fn locked(
-    cx: &Context,
-    cid: &DiskCid,
-    deadline: Instant,
-) -> Result<(Guard, DiskRecord)> {
+pub(crate) fn lock(cx: &Context, cid: &DiskCid, deadline: Instant) -> Result<(Guard, DiskRecord)> {
     loop {
         ownership::owned(cx, cid, deadline)?;
         let lock = lock::lock(cx, cid, deadline)?;
@@ -37,12 +33,13 @@ pub(crate) fn locked(
     }
 }
 
-/// The same, for a call that does not wait for a copy: that may take hours.
+/// The same, but removes incomplete snapshots of the disk first, and does not wait for a copy of
+/// it: that may take hours.
 ///
 /// # Errors
 /// [`ErrorKind::Conflict`](crate::error::ErrorKind::Conflict) naming the snapshot or the update
 /// that copies the disk.
-pub(super) fn locked_idle(
+pub(super) fn lock_unless_copied(
     cx: &Context,
     cid: &DiskCid,
     deadline: Instant,
@@ -55,5 +52,5 @@ pub(super) fn locked_idle(
             e.during(format!("remove the incomplete snapshot '{snapshot}' of disk '{cid}'"))
         })?;
     }
-    locked(cx, cid, deadline)
+    lock(cx, cid, deadline)
 }

@@ -35,8 +35,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::geteuid;
 
+use crate::blocking_call::run_with_timeout;
 use crate::error::{IoContext, Result};
-use crate::timeout::run_with_timeout;
 
 /// The most connections to one host. Calls beyond their sessions have connections of their own.
 const MAX_CONNECTIONS: u64 = 16;
