@@ -1,9 +1,9 @@
 //! Recovery of creates that SIGKILL or a power cut ended: their callers have no cid to delete the
 //! object with.
 //!
-//! [`Cpi`](super::Cpi) runs it before every create. Each pending note whose process is dead goes to the
-//! object's own recovery, which rolls the create back, or settles the copy of a disk. Usually there
-//! is no note, and this costs one look at an empty directory.
+//! [`Cpi`](super::Cpi) runs it before every create. Each pending note whose process is dead goes to
+//! the object's own recovery, which rolls the create back, or settles the copy of a disk. Usually
+//! there is no note, and this costs one look at an empty directory.
 
 use std::time::{Duration, Instant};
 

@@ -47,8 +47,8 @@ pub(in crate::cpi) fn delete(cx: &Context, cid: &DiskCid) -> Result<()> {
     remove(cx, cid, lock, metadata)
 }
 
-/// Removes what this host has of a disk, with the images if it owns the disk, and its pending note. The metadata lock
-/// keeps set_disk_metadata from writing a file for a disk that is gone.
+/// Removes what this host has of a disk, with the images if it owns the disk, and its pending note.
+/// The metadata lock keeps set_disk_metadata from writing a file for a disk that is gone.
 pub(super) fn remove(cx: &Context, cid: &DiskCid, lock: Guard, metadata: Guard) -> Result<()> {
     let record = cx.store.read::<DiskRecord>(cid)?;
     match record.map_or(Ok(()), |disk| cx.store.ensure_owned(&disk)) {
