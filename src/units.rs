@@ -60,6 +60,24 @@ impl Bytes {
     }
 }
 
+impl Bytes {
+    /// The size with one decimal in the largest unit that fits: `512 MiB`, `7.5 GiB`, `1.8 TiB`.
+    /// Rounds down, so that free space is never overstated.
+    pub fn rounded(self) -> String {
+        let mib = self.0 >> 20;
+        let (unit, name) = match mib {
+            0..1024 => return format!("{mib} MiB"),
+            1024..1_048_576 => (1024, "GiB"),
+            _ => (1_048_576, "TiB"),
+        };
+        let tenths = mib * 10 / unit;
+        match tenths % 10 {
+            0 => format!("{} {name}", tenths / 10),
+            tenth => format!("{}.{tenth} {name}", tenths / 10),
+        }
+    }
+}
+
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match MiB::new(self.0 >> 20) {
@@ -94,5 +112,18 @@ mod tests {
     fn a_size_above_the_maximum_is_refused() {
         assert_eq!(MiB::new(u64::MAX), None);
         assert_eq!(MiB::MAX.bytes().get(), 64 << 40);
+    }
+
+    #[test]
+    fn sizes_are_in_the_largest_unit_that_fits_and_round_down() {
+        let of_mib = |mib: u64| Bytes(mib << 20).rounded();
+        assert_eq!(Bytes((1 << 20) - 1).rounded(), "0 MiB");
+        assert_eq!(of_mib(1023), "1023 MiB");
+        assert_eq!(of_mib(1024), "1 GiB");
+        assert_eq!(of_mib(7_700), "7.5 GiB");
+        assert_eq!(of_mib(1_048_575), "1023.9 GiB");
+        assert_eq!(of_mib(1_900_000), "1.8 TiB");
+        assert_eq!(of_mib(2_097_152), "2 TiB");
+        assert_eq!(Bytes(u64::MAX).rounded(), "16777215.9 TiB");
     }
 }

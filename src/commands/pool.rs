@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::local;
-use super::table::{size, table};
+use super::table::table;
 use crate::cpi::capacity::usage::{self, PoolUsage};
 use crate::error::{Error, Result};
 
@@ -55,11 +55,11 @@ fn cells(pool: Option<&str>, usage: &Result<PoolUsage>) -> [String; 8] {
     [
         pool,
         usage.path.display().to_string(),
-        size(usage.capacity),
-        size(usage.free),
-        size(usage.allocated),
-        size(usage.virtual_size),
-        size(usage.growth),
+        usage.capacity.rounded(),
+        usage.free.rounded(),
+        usage.allocated.rounded(),
+        usage.virtual_size.rounded(),
+        usage.growth.rounded(),
         usage.watermark().as_str().to_owned(),
     ]
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::local;
-use super::table::{size, table};
+use super::table::table;
 use crate::cid::VmCid;
 use crate::error::{Error, Result};
 use crate::qmp::job;
@@ -126,7 +126,7 @@ impl Line {
             state,
             vm.machine.accel.as_str().to_owned(),
             status.pid.map_or_else(dash, |pid| pid.to_string()),
-            size(vm.machine.ram.bytes()),
+            vm.machine.ram.bytes().rounded(),
             or_dash(vm.disks.iter().map(attachment).collect()),
             or_dash(vm.nics.iter().map(|nic| nic.network.escape_debug().to_string()).collect()),
         ]

@@ -71,6 +71,16 @@ impl Cpi {
         disk::take(&self.0, disk)
     }
 
+    /// The context of a call that changes an object, if this version may change the state directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if a newer version wrote it, [`ErrorKind::Host`] for a user other than
+    /// root.
+    fn for_change(&self) -> Result<&Context> {
+        self.0.store.is_initialized()?;
+        Ok(&self.0)
+    }
+
     /// Recovers what killed calls have left, as before every create, also one with invalid
     /// arguments. Returns the context.
     fn recover_first(&self, method: &str) -> &Context {
@@ -96,8 +106,9 @@ impl Contract for Cpi {
     }
 
     fn delete_stemcell(&self, stemcell: &StemcellCid) -> Result<()> {
-        cancellation::cancel(&self.0, stemcell)?;
-        stemcell::delete(&self.0, stemcell)
+        let cx = self.for_change()?;
+        cancellation::cancel(cx, stemcell)?;
+        stemcell::delete(cx, stemcell)
     }
 
     fn create_vm(&self, vm: CreateVm) -> Result<(VmCid, Networks)> {
@@ -105,8 +116,9 @@ impl Contract for Cpi {
     }
 
     fn delete_vm(&self, vm: &VmCid) -> Result<()> {
-        cancellation::cancel(&self.0, vm)?;
-        vm::delete(&self.0, vm)
+        let cx = self.for_change()?;
+        cancellation::cancel(cx, vm)?;
+        vm::delete(cx, vm)
     }
 
     fn acknowledge(&self) {
@@ -120,11 +132,11 @@ impl Contract for Cpi {
     }
 
     fn reboot_vm(&self, vm: &VmCid) -> Result<()> {
-        vm::reboot(&self.0, vm)
+        vm::reboot(self.for_change()?, vm)
     }
 
     fn set_vm_metadata(&self, vm: &VmCid, metadata: Metadata) -> Result<()> {
-        vm::set_metadata(&self.0, vm, metadata)
+        vm::set_metadata(self.for_change()?, vm, metadata)
     }
 
     fn calculate_vm_cloud_properties(&self, resources: VmResources) -> Result<Map<String, Value>> {
@@ -136,8 +148,9 @@ impl Contract for Cpi {
     }
 
     fn delete_disk(&self, disk: &DiskCid) -> Result<()> {
-        cancellation::cancel(&self.0, disk)?;
-        disk::delete(&self.0, disk)
+        let cx = self.for_change()?;
+        cancellation::cancel(cx, disk)?;
+        disk::delete(cx, disk)
     }
 
     fn has_disk(&self, disk: &DiskCid) -> Result<bool> {
@@ -145,11 +158,11 @@ impl Contract for Cpi {
     }
 
     fn attach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<DiskHint> {
-        disk::attach(&self.0, vm, disk)
+        disk::attach(self.for_change()?, vm, disk)
     }
 
     fn detach_disk(&self, vm: &VmCid, disk: &DiskCid) -> Result<()> {
-        disk::detach(&self.0, vm, disk)
+        disk::detach(self.for_change()?, vm, disk)
     }
 
     fn get_disks(&self, vm: &VmCid) -> Result<Vec<DiskCid>> {
@@ -157,7 +170,7 @@ impl Contract for Cpi {
     }
 
     fn set_disk_metadata(&self, disk: &DiskCid, metadata: Metadata) -> Result<()> {
-        disk::set_metadata(&self.0, disk, &metadata)
+        disk::set_metadata(self.for_change()?, disk, &metadata)
     }
 
     fn snapshot_disk(&self, disk: &DiskCid, metadata: Metadata) -> Result<SnapshotCid> {
@@ -165,12 +178,13 @@ impl Contract for Cpi {
     }
 
     fn delete_snapshot(&self, snapshot: &SnapshotCid) -> Result<()> {
-        cancellation::cancel(&self.0, snapshot)?;
-        disk::delete_snapshot(&self.0, snapshot)
+        let cx = self.for_change()?;
+        cancellation::cancel(cx, snapshot)?;
+        disk::delete_snapshot(cx, snapshot)
     }
 
     fn resize_disk(&self, disk: &DiskCid, size: MiB) -> Result<()> {
-        disk::resize(&self.0, disk, size)
+        disk::resize(self.for_change()?, disk, size)
     }
 
     fn update_disk(
@@ -179,7 +193,7 @@ impl Contract for Cpi {
         size: MiB,
         cloud_properties: CloudProperties,
     ) -> Result<Option<DiskCid>> {
-        disk::update(&self.0, disk, size, &cloud_properties.0).map(|()| None)
+        disk::update(self.for_change()?, disk, size, &cloud_properties.0).map(|()| None)
     }
 
     fn create_network(&self, subnet: Map<String, Value>) -> Result<CreatedNetwork> {
@@ -187,7 +201,8 @@ impl Contract for Cpi {
     }
 
     fn delete_network(&self, network: &NetworkCid) -> Result<()> {
-        cancellation::cancel(&self.0, network)?;
-        network::delete(&self.0, network)
+        let cx = self.for_change()?;
+        cancellation::cancel(cx, network)?;
+        network::delete(cx, network)
     }
 }

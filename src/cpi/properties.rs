@@ -11,7 +11,7 @@ use crate::document;
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
 use crate::ranges::{AddressRange, HostPort, PortRange, Protocol};
-use crate::schema::{Expected, Property, SchemaError, Whole};
+use crate::schema::{Expected, Property, SchemaError, Whole, printable};
 use crate::store::record::{Cache, Discard, Format, Preallocation};
 use crate::units::MiB;
 
@@ -240,9 +240,12 @@ pub(super) fn ensure_pool_exists(config: &Config, asked: Option<&str>) -> Result
         return Ok(());
     }
     let known: Vec<_> = config.pools.keys().map(String::as_str).collect();
-    let known = if known.is_empty() { "no pools".to_owned() } else { known.join(", ") };
-    let message = "cloud_properties.pool: this host has no pool of that name";
-    Err(Error::new(ErrorKind::BadRequest, message).hint(format!("the configuration has: {known}")))
+    let hint = match known.as_slice() {
+        [] => "'pools' in the configuration is empty: add the pool, or remove 'pool'".to_owned(),
+        known => format!("the configuration has: {}", known.join(", ")),
+    };
+    let message = format!("cloud_properties.pool: this host has no pool '{}'", printable(asked));
+    Err(Error::new(ErrorKind::BadRequest, message).hint(hint))
 }
 
 #[cfg(test)]

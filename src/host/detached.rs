@@ -62,7 +62,8 @@ impl Handshake {
                 // A process that hangs in the kernel ends when its storage answers, so this does
                 // not wait for it.
                 run_with_timeout(Instant::now() + KILLED_EXIT_TIMEOUT, move || self.child.wait());
-                let message = format!("process {pid} did not report in time whether it started");
+                let message =
+                    format!("supervisor process {pid} did not start the VM before the deadline");
                 return Err(Error::new(ErrorKind::Timeout, message).hint(
                     "see the VM's qemu.log and supervisor.log; \
                      on a busy host, raise the method's deadline in `deadlines`",

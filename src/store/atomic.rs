@@ -112,9 +112,15 @@ pub fn make_dir(directory: &Path) -> Result<()> {
     sync_dir(parent)
 }
 
-/// Whether the directory has an entry `path`. A dangling symlink is an entry.
+/// Whether the directory has an entry `path`. A dangling symlink is an entry. A path that cannot be
+/// looked up counts as one: a caller that reads it gets the reason, and does not take an object for
+/// deleted.
 pub fn entry_exists(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    match path.symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => !matches!(error.kind(), NotFound | NotADirectory),
+    }
 }
 
 /// Whether `path` is a symlink. After a "not found" it tells a dangling symlink from a file that

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::commands::table::{size, table};
+use crate::commands::table::table;
 use crate::config::{self, Config, TransportKind};
 use crate::cpi::capacity::report::{self, HostQuery, HostReport};
 use crate::cpi::context::Context;
@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::client::Client;
 use crate::schema::{plain, printable};
+use crate::units::Bytes;
 
 /// How long one host may take to answer, connecting included.
 const HOST_REPORT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -95,8 +96,8 @@ impl Line {
                     report.vms.to_string(),
                     plain(&report.accelerator).replace('\n', " "),
                     report.cpus.to_string(),
-                    size(report.memory),
-                    free.map_or_else(|| "-".to_owned(), size),
+                    report.memory.rounded(),
+                    free.map_or_else(|| "-".to_owned(), Bytes::rounded),
                     state.to_owned(),
                 ]
             }

@@ -30,8 +30,9 @@ pub(in crate::cpi) fn admit(
 
 fn no_space(pool: Option<&str>, dir: &Path, need: Bytes, room: Bytes) -> Error {
     let what = pool.map_or("the state directory".to_owned(), |pool| format!("pool '{pool}'"));
-    let (need, room) = (need.get().div_ceil(1 << 20), room.get() >> 20);
-    let dir = dir.display();
-    let message = format!("{what} at '{dir}' has {room} MiB left, {need} MiB are needed");
+    // The need is rounded up.
+    let need = Bytes(need.get().next_multiple_of(1 << 20)).rounded();
+    let (room, dir) = (room.rounded(), dir.display());
+    let message = format!("{what} at '{dir}' has {room} left, the image needs {need}");
     Error::new(ErrorKind::NoDiskSpace, message).hint("free or add space there, or use another pool")
 }

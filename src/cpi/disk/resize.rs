@@ -44,7 +44,8 @@ pub(super) fn grow(
     let current = access::virtual_size(cx, disk, &mut access)?;
     if current > size.bytes() {
         let message = format!("{doing}: it has {current}, and a disk cannot shrink");
-        return Err(Error::new(ErrorKind::NotSupported, message));
+        return Err(Error::new(ErrorKind::NotSupported, message)
+            .hint("create a smaller disk and copy the data"));
     }
     if current < size.bytes() {
         admit_growth(cx, disk, current, size, deadline)?;

@@ -173,7 +173,8 @@ fn reserve_ports(
                 "port {}/{port} of this host is reserved by VM '{holder}'",
                 wanted.protocol
             );
-            return Err(Error::new(ErrorKind::Conflict, message));
+            return Err(Error::new(ErrorKind::Conflict, message)
+                .hint("choose another port in 'ports', or delete that VM"));
         }
         reservations.reserve(vm, reservation)?;
         warn_if_used(wanted.protocol, port, wanted.address);

@@ -17,7 +17,7 @@ use crate::net::plan::{NicPlan, Requested};
 use crate::net::{self, profile::Profile};
 use crate::qemu::topology::MAX_NICS;
 use crate::ranges::AddressRange;
-use crate::schema::Property;
+use crate::schema::{Property, printable};
 use crate::store::nic_rules::{Admission, NicRules};
 use crate::store::record::{Keeper, Nic, Segment, Wire};
 use crate::store::reservations::Reservation;
@@ -200,11 +200,9 @@ fn on_host_network(
 fn configured<'a>(cx: &'a Context, name: &str, path: &str) -> Result<&'a config::Network> {
     cx.config.networks.get(name).ok_or_else(|| {
         let known: Vec<_> = cx.config.networks.keys().map(String::as_str).collect();
-        Error::new(
-            ErrorKind::BadRequest,
-            format!("{path}.name: this host has no network of that name"),
-        )
-        .hint(format!("the configuration has: {}", known.join(", ")))
+        let message = format!("{path}.name: this host has no network '{}'", printable(name));
+        Error::new(ErrorKind::BadRequest, message)
+            .hint(format!("the configuration has: {}", known.join(", ")))
     })
 }
 
@@ -213,10 +211,15 @@ fn group_admissions(cx: &Context, groups: &[String]) -> Result<Option<Vec<Admiss
     let rules = |(index, name): (usize, &String)| {
         cx.config.security_groups.get(name).ok_or_else(|| {
             let known: Vec<_> = cx.config.security_groups.keys().map(String::as_str).collect();
-            let problem =
-                format!("cloud_properties.security_groups.{index}: this host has no such group");
-            Error::new(ErrorKind::BadRequest, problem)
-                .hint(format!("the configuration has: {}", known.join(", ")))
+            let name = printable(name);
+            let message = format!(
+                "cloud_properties.security_groups.{index}: this host has no security group '{name}'"
+            );
+            let hint = match known.as_slice() {
+                [] => "add the group to 'security_groups' in the configuration".to_owned(),
+                known => format!("the configuration has: {}", known.join(", ")),
+            };
+            Error::new(ErrorKind::BadRequest, message).hint(hint)
         })
     };
     let rules: Vec<_> = groups.iter().enumerate().map(rules).collect::<Result<_>>()?;

@@ -151,7 +151,7 @@ fn create_beyond_pool_space_is_refused_before_any_change() {
     assert_eq!(refused.failure().kind, "NoDiskSpace");
     let says = format!("pool 'fast' at '{}' has ", fast.path().display());
     assert!(refused.failure().message.contains(&says), "{refused:?}");
-    assert!(refused.failure().message.contains("MiB left, 65 MiB are needed"), "{refused:?}");
+    assert!(refused.failure().message.contains("MiB left, the image needs 65 MiB"), "{refused:?}");
     let full = disk_cid(&disk(&host, 50, &json!({"pool": "fast", "preallocation": "falloc"})));
     let stemcell = host.stemcell();
     let mut arguments = host.vm_arguments(&stemcell);
@@ -171,7 +171,10 @@ fn create_beyond_pool_space_is_refused_before_any_change() {
     host.ok("delete_disk", &json!([full]));
     host.reconfigure(|config| config["overcommit"] = json!(false));
     let refused = disk(&host, 8, &json!({"pool": "fast"}));
-    assert!(refused.failure().message.contains("has 0 MiB left, 9 MiB are needed"), "{refused:?}");
+    assert!(
+        refused.failure().message.contains("has 0 MiB left, the image needs 9 MiB"),
+        "{refused:?}"
+    );
     host.ok("delete_disk", &json!([thin]));
     let small = disk_cid(&disk(&host, 33, &json!({"pool": "fast"})));
     assert_eq!(disk(&host, 33, &json!({"pool": "fast"})).failure().kind, "NoDiskSpace");
@@ -214,7 +217,7 @@ fn copy_disk_beyond_pool_space_is_refused_before_any_change() {
     }
     assert_eq!(refused(&small, raw.clone()).kind, "NoDiskSpace", "a mirror writes zeros");
     let full = host.call("snapshot_disk", &json!([noise, {}]));
-    assert!(full.failure().message.contains("MiB left, 100 MiB are needed"), "{full:?}");
+    assert!(full.failure().message.contains("MiB left, the image needs 100 MiB"), "{full:?}");
     for disk in [&small, &noise] {
         host.ok("detach_disk", &json!([vm, disk]));
     }

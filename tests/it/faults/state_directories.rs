@@ -1,7 +1,8 @@
 //! State directories with wrong clocks, two on one host, moved, copied or not mounted.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -12,9 +13,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 use crate::faults::damaged_records::Fixture;
+use crate::support::answer::{self, Answer};
 use crate::support::disks::is_plugged;
 use crate::support::filesystem::Filesystem;
-use crate::support::host::Host;
+use crate::support::host::{Host, request};
 use crate::support::images::{assert_pattern, write_pattern};
 
 /// Sets the modification time of everything in `dir`.
@@ -218,4 +220,56 @@ fn call_on_unmounted_state_directory_is_refused() {
     fs::rename(&away, &state).unwrap();
     host.ok("delete_disk", &json!([disk]));
     umount2("/etc/fstab", MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
+fn change_state_directory_of_newer_version_is_refused() {
+    let Some(host) = Host::new() else { return };
+    let stemcell = host.stemcell();
+    let (vm, disk) = (host.vm(&stemcell), host.disk());
+    let schema = host.path("state/schema");
+    let known = fs::read(&schema).unwrap();
+    fs::write(&schema, "99\n").unwrap();
+    for (method, arguments) in [
+        ("delete_vm", json!([vm])),
+        ("reboot_vm", json!([vm])),
+        ("set_vm_metadata", json!([vm, {"job": "db"}])),
+        ("delete_stemcell", json!([stemcell])),
+        ("attach_disk", json!([vm, disk])),
+        ("detach_disk", json!([vm, disk])),
+        ("resize_disk", json!([disk, 64])),
+        ("update_disk", json!([disk, 64, {}])),
+        ("set_disk_metadata", json!([disk, {"deployment": "d"}])),
+        ("snapshot_disk", json!([disk, {}])),
+        ("delete_disk", json!([disk])),
+        ("create_disk", json!([1, {}, vm])),
+    ] {
+        let refused = host.call(method, &arguments);
+        assert!(refused.failure().message.contains("newer bosh-qemu-cpi"), "{method}: {refused:?}");
+    }
+    fs::write(&schema, known).unwrap();
+    assert_eq!(host.ok("has_vm", &json!([vm])), true);
+    host.ok("attach_disk", &json!([vm, disk]));
+    host.delete_everything();
+}
+
+#[test]
+fn delete_as_another_user_is_refused() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.vm(&host.stemcell());
+    // A mount point is often readable for every user; the directories below are root's.
+    for dir in ["", "state"] {
+        fs::set_permissions(host.path(dir), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    for (method, arguments) in
+        [("delete_vm", json!([vm])), ("delete_stemcell", json!([host.stemcell()]))]
+    {
+        let mut command = host.cpi();
+        command.uid(65534);
+        let output = answer::run(command, request(method, &arguments).to_string().as_bytes());
+        let answer = Answer::of(&output);
+        assert!(answer.failure().message.contains("Permission denied"), "{method}: {answer:?}");
+    }
+    assert_eq!(host.ok("has_vm", &json!([vm])), true);
+    host.delete_everything();
 }

@@ -365,7 +365,7 @@ fn create_vm_with_invalid_arguments_names_them_and_leaves_nothing() {
         "cloud_properties.rams: unknown key; did you mean 'ram'?",
     );
     fails("/2", json!({"machine": "q53"}), "CpiError", "there is no machine template 'q53'");
-    fails("/3/net/cloud_properties", json!({"name": "dmz"}), "CpiError", "no network of that name");
+    fails("/3/net/cloud_properties", json!({"name": "dmz"}), "CpiError", "no network 'dmz'");
     fails(
         "/3/net/cloud_properties",
         json!({"bridge": "br7"}),
