@@ -107,11 +107,11 @@ document! {
         binary: PathBuf = "/usr/bin/qemu-system-x86_64".into();
         /// Path of `qemu-img`.
         img_binary: PathBuf = "/usr/bin/qemu-img".into();
-        /// Accelerator. `auto` is KVM if a probe VM starts with it, otherwise TCG (emulation) with
-        /// a warning.
+        /// Accelerator. `auto` is KVM if the probe's guest runs under it, otherwise TCG (emulation)
+        /// with a warning. `kvm` refuses VMs where the guest does not run.
         accel: AccelChoice = AccelChoice::Auto;
         /// CPU model in QEMU's words. Absent: `host` with KVM, or the model that worked for the
-        /// probe VM; `max` with TCG.
+        /// probe's guest; `max` with TCG.
         cpu: Option<String>;
         /// `auto`: QEMU uses io_uring if the kernel and QEMU support it. `off`: QEMU does not use
         /// it.
@@ -232,7 +232,7 @@ document! {
 choice! {
     /// Configured accelerator.
     pub enum AccelChoice ("\"auto\", \"kvm\" or \"tcg\"") {
-        /// KVM if a probe VM starts with it, otherwise TCG.
+        /// KVM if the probe's guest runs under it, otherwise TCG.
         Auto = "auto",
         /// KVM. Without it, no VM starts.
         Kvm = "kvm",

@@ -6,6 +6,7 @@ pub mod clock;
 pub mod detached;
 pub mod installation;
 pub mod io_uring;
+mod kvm_guest;
 pub mod memory;
 pub mod mounts;
 pub mod probe;

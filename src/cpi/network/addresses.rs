@@ -19,8 +19,50 @@ use crate::store::reservations::{Reservation, Reservations};
 /// How many host ports one VM can have. Each is one element of an nftables set.
 const MAX_PORTS: u32 = 1024;
 
+/// Refuses ports that no VM can have, and ports of this host that the request gives twice.
+pub(in crate::cpi) fn ensure_valid_ports(forwards: &[PortForward]) -> Result<()> {
+    for (index, forward) in forwards.iter().enumerate() {
+        let count = forward.host.count();
+        if forward.guest.is_some_and(|guest| guest.count() != count) || count > MAX_PORTS {
+            let problem = format!(
+                "cloud_properties.ports: give the same number of ports for host and guest, at \
+                 most {MAX_PORTS}"
+            );
+            return Err(Error::new(ErrorKind::BadRequest, problem));
+        }
+        if let Some(ip) = forward.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
+            let problem = format!("cloud_properties.ports: {ip} is not an address of a host");
+            return Err(Error::new(ErrorKind::BadRequest, problem)
+                .hint("leave 'address' out to listen on every address of the host"));
+        }
+        let shared = |(other, earlier)| Some((other, shared_port(earlier, forward)?));
+        if let Some((other, port)) = forwards[..index].iter().enumerate().find_map(shared) {
+            let problem = format!(
+                "cloud_properties.ports: entries {other} and {index} both forward port {}/{port} \
+                 of this host",
+                forward.protocol
+            );
+            return Err(Error::new(ErrorKind::BadRequest, problem)
+                .hint("forward each port of the host once"));
+        }
+    }
+    Ok(())
+}
+
+/// The first port of the host that is in both.
+fn shared_port(one: &PortForward, other: &PortForward) -> Option<u16> {
+    let first = one.host.first.max(other.host.first);
+    let at = |forward: &PortForward| port_reservation(forward, first);
+    (first <= one.host.last.min(other.host.last) && at(one).overlaps(&at(other))).then_some(first)
+}
+
+fn port_reservation(forward: &PortForward, port: u16) -> Reservation {
+    Reservation::Port { protocol: forward.protocol, port, address: forward.address }
+}
+
 /// Reserves the addresses and ports of the VM, chooses those of dynamic networks, and writes them
-/// into its NICs and networks. A failure may leave reservations, which the caller releases.
+/// into its NICs and networks. A failure leaves no reservation, so that creates that wait for each
+/// other's VM reserve nothing meanwhile.
 pub(in crate::cpi) fn reserve(
     cx: &Context,
     vm: &VmCid,
@@ -30,13 +72,39 @@ pub(in crate::cpi) fn reserve(
     deadline: Instant,
 ) -> Result<()> {
     cx.store.with_reservations(deadline, |reservations| {
-        nics.iter_mut()
-            .try_for_each(|planned| reserve_addresses(vm, planned, networks, reservations))?;
-        properties
-            .ports
-            .iter()
-            .try_for_each(|forward| reserve_ports(vm, nics, networks, forward, reservations))
+        let reserved = reserve_all(vm, nics, networks, properties, reservations);
+        if reserved.is_err() {
+            cx.store.release_reservations(vm)?;
+            for PlannedNic { nic, pool, .. } in nics {
+                let Some(rules) = &mut nic.rules else { continue };
+                rules.forwards.clear();
+                if pool.is_some() {
+                    rules.addresses.clear();
+                }
+            }
+        }
+        reserved
     })
+}
+
+/// The given addresses are reserved before any is chosen: a choice must not take one of them.
+fn reserve_all(
+    vm: &VmCid,
+    nics: &mut [PlannedNic],
+    networks: &mut Networks,
+    properties: &VmCloudProperties,
+    reservations: &mut Reservations<'_>,
+) -> Result<()> {
+    let (given, chosen): (Vec<_>, Vec<_>) =
+        nics.iter_mut().partition(|planned| planned.pool.is_none());
+    given
+        .into_iter()
+        .chain(chosen)
+        .try_for_each(|planned| reserve_addresses(vm, planned, networks, reservations))?;
+    properties
+        .ports
+        .iter()
+        .try_for_each(|forward| reserve_ports(vm, nics, networks, forward, reservations))
 }
 
 fn reserve_addresses(
@@ -135,20 +203,6 @@ fn reserve_ports(
     wanted: &PortForward,
     reservations: &mut Reservations<'_>,
 ) -> Result<()> {
-    let guest = wanted.guest.unwrap_or(wanted.host);
-    let count = wanted.host.count();
-    if guest.count() != count || count > MAX_PORTS {
-        let problem = format!(
-            "cloud_properties.ports: give the same number of ports for host and guest, at most \
-             {MAX_PORTS}"
-        );
-        return Err(Error::new(ErrorKind::BadRequest, problem));
-    }
-    if let Some(ip) = wanted.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
-        let problem = format!("cloud_properties.ports: {ip} is not an address of a host");
-        return Err(Error::new(ErrorKind::BadRequest, problem)
-            .hint("leave 'address' out to listen on every address of the host"));
-    }
     let is_default = |nic: &Nic| {
         networks.iter().any(|network| {
             network.name == nic.network && network.default.iter().any(|d| d == "gateway")
@@ -166,8 +220,7 @@ fn reserve_ports(
         ));
     }
     for port in wanted.host.first..=wanted.host.last {
-        let reservation =
-            Reservation::Port { protocol: wanted.protocol, port, address: wanted.address };
+        let reservation = port_reservation(wanted, port);
         if let Some(holder) = reservations.holder(&reservation)? {
             let message = format!(
                 "port {}/{port} of this host is reserved by VM '{holder}'",
@@ -179,10 +232,11 @@ fn reserve_ports(
         reservations.reserve(vm, reservation)?;
         warn_if_used(wanted.protocol, port, wanted.address);
     }
-    let (protocol, count) = (wanted.protocol.number(), u16::try_from(count).expect("at most 1024"));
+    let count = u16::try_from(wanted.host.count()).expect("at most 1024");
+    let (protocol, guest) = (wanted.protocol.number(), wanted.guest.unwrap_or(wanted.host).first);
     for (index, to) in found {
         let rules = nics[index].nic.rules.as_mut().expect("forwarded to");
-        let (address, host, guest) = (wanted.address, wanted.host.first, guest.first);
+        let (address, host) = (wanted.address, wanted.host.first);
         rules.forwards.push(Forward { address, protocol, host, to, guest, count });
     }
     Ok(())

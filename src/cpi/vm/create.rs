@@ -33,6 +33,7 @@ pub(in crate::cpi) fn create(cx: &Context, mut call: CreateVm) -> Result<(VmCid,
     let properties: VmCloudProperties =
         properties::read(&cx.config.vm_defaults, &call.cloud_properties.0)?;
     properties::ensure_pool_exists(&cx.config, properties.pool.as_deref())?;
+    addresses::ensure_valid_ports(&properties.ports)?;
     let stemcell = stemcell::find(cx, &call.stemcell)?;
     for pool in [&properties.pool, &stemcell.pool].into_iter().flatten() {
         cx.store.pools().dir(pool)?;
@@ -98,7 +99,6 @@ fn reserve(
             if !reclaim::reclaim(cx, nics, properties, deadline)? {
                 return Err(refusal);
             }
-            cx.store.release_reservations(cid)?;
             addresses::reserve(cx, cid, nics, networks, properties, deadline)?;
         }
         reserved => reserved?,

@@ -16,8 +16,8 @@ use crate::error::{ErrorKind, Result};
 use crate::store::reservations::Reservation;
 use crate::store::{Phase, Rank, VmRecord};
 
-/// How long the launch of a killed create may take to be undone. It also ends the wait of two
-/// creates for each other's VM.
+/// How long the launch of a killed create may take to be undone. A create that waits has reserved
+/// nothing, so no other create waits for it.
 const LAUNCH_UNDO_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Removes the unacknowledged VMs that hold an address or host port of the new VM. Returns whether
@@ -58,6 +58,7 @@ fn holders(
         let holders = addresses.chain(ports).map(|reservation| reservations.holder(&reservation));
         holders.filter_map(Result::transpose).collect::<Result<Vec<_>>>()
     })?;
+    holders.sort();
     holders.dedup();
     Ok(holders)
 }

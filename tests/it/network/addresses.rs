@@ -1,5 +1,7 @@
 //! Addresses and host ports of VMs: allocation, conflicts and release.
 
+use std::time::{Duration, Instant};
+
 use bosh_qemu_cpi::store::record::Wire;
 use serde_json::{Value, json};
 
@@ -101,6 +103,67 @@ fn forward_port_of_another_vm_is_refused() {
     let unknown =
         create(&host, &stemcell, &manual("10.7.0.7"), &json!({"security_groups": ["wbe"]}));
     assert!(unknown.failure().message.contains("the configuration has: web"), "{unknown:?}");
+}
+
+/// A refusal waits for nothing. The limit is far below the time that a launch may take to be
+/// undone, and far above what a call takes on a busy machine.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(10);
+
+#[test]
+fn create_vm_that_conflicts_after_its_first_reservation_is_refused_at_once() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let ports = json!({"ports": [{"host": 8080, "guest": 80}]});
+    let holder = vm_cid(create(&host, &stemcell, &manual("10.7.0.10"), &ports).result());
+    let before = host.leaks();
+    let mut second = manual("10.7.0.6");
+    second["a"]["cloud_properties"] = json!({"name": "default"});
+    second["b"] = manual("10.7.0.10")["a"].clone();
+    second["b"]["default"] = json!([]);
+    let two = json!({"ports": [{"host": 8079, "guest": 79}, {"host": 8080, "guest": 80}]});
+    for (networks, properties, what) in [
+        (manual("10.7.0.6"), ports, "port tcp/8080 of this host"),
+        (manual("10.7.0.6"), two, "port tcp/8080 of this host"),
+        (second, json!({}), "network 'b': 10.7.0.10"),
+    ] {
+        let began = Instant::now();
+        let refused = create(&host, &stemcell, &networks, &properties);
+        assert!(began.elapsed() < REFUSAL_LIMIT, "{:?}: {refused:?}", began.elapsed());
+        let expected = format!("{what} is reserved by VM '{holder}'");
+        assert!(refused.failure().message.contains(&expected), "{refused:?}");
+        assert_eq!(host.leaks(), before);
+    }
+}
+
+#[test]
+fn create_vm_with_ports_that_overlap_is_refused_by_its_entries() {
+    let Some(host) = host() else { return };
+    let stemcell = host.stemcell();
+    let ask =
+        |ports: Value| create(&host, &stemcell, &manual("10.7.0.5"), &json!({"ports": ports}));
+    for second in [
+        json!({"host": 8081}),
+        json!({"host": "8079-8080"}),
+        json!({"host": 8082, "guest": 1, "address": "192.0.2.1"}),
+    ] {
+        let refused = ask(json!([{"host": "8080-8082"}, second]));
+        let message = &refused.failure().message;
+        assert!(message.contains("ports: entries 0 and 1 both forward port tcp/80"), "{message}");
+    }
+    let made = ask(json!([
+        {"host": 8080, "address": "192.0.2.1"}, {"host": 8080, "address": "192.0.2.2"},
+        {"host": 8080, "protocol": "udp"},
+    ]));
+    assert!(made.outcome.is_ok(), "{made:?}");
+}
+
+#[test]
+fn create_vm_chooses_no_address_that_another_of_its_networks_gives() {
+    let Some(host) = host() else { return };
+    let mut networks = dynamic();
+    networks["b"] = manual("10.7.0.10")["a"].clone();
+    let made = create(&host, &host.stemcell(), &networks, &json!({}));
+    assert_eq!(made.result()[1]["a"]["ip"], "10.7.0.11");
 }
 
 #[test]
