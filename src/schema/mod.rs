@@ -10,15 +10,17 @@
 mod error;
 mod reader;
 mod suggestion;
+mod text;
 mod values;
 
 use serde::Serialize;
 use serde_json::Value;
 
 pub use error::{Expected, Found, Problem, SchemaError};
-pub use reader::{Reader, plain, printable};
+pub use reader::Reader;
 pub use suggestion::suggest;
-pub use values::{Redacted, Whole};
+pub use text::{escaped, escaped_json, escaped_line, is_control, plain, printable};
+pub use values::{Redacted, Whole, check_key};
 
 /// One key of a document, for the reference.
 #[derive(Debug)]
