@@ -205,6 +205,23 @@ mod tests {
     }
 
     #[test]
+    fn more_entries_than_the_limit_are_refused() {
+        let parts: serde_json::Map<_, _> =
+            (0..4097).map(|n| (n.to_string(), json!({"path": "/"}))).collect();
+        assert_eq!(
+            refusal(&json!({"parts": parts})),
+            "parts: expected at most 4096 entries, got 4097"
+        );
+        let list = Vec::<bool>::from_json(&json!(vec![true; 4097])).unwrap_err();
+        assert_eq!(list.to_string(), ": expected at most 4096 entries, got 4097");
+        assert_eq!(Vec::<bool>::from_json(&json!(vec![true; 4096])).unwrap().len(), 4096);
+        assert_eq!(
+            refusal(&json!({"parts": {"a\u{1b}": {"path": "/"}}})),
+            "parts.a\\u{1b}: expected a name without control characters, got one with them"
+        );
+    }
+
+    #[test]
     fn errors_name_the_path_and_the_value() {
         assert_eq!(refusal(&json!({"cuont": 1})), "cuont: unknown key; did you mean 'count'?");
         assert_eq!(

@@ -35,6 +35,7 @@ impl<T: Property> Property for BTreeMap<String, T> {
         let Value::Object(map) = value else {
             return Err(SchemaError::value(Self::EXPECTED, value));
         };
+        ensure_entries(map.len())?;
         let entry = |(key, value): (&String, &Value)| {
             check_key(key)?;
             T::from_json(value)
@@ -51,6 +52,18 @@ impl<T: Property> Property for BTreeMap<String, T> {
     fn keys() -> Vec<Key> {
         T::keys()
     }
+}
+
+/// The most entries of a list or of an object with entries that its author names.
+const MAX_ENTRIES: usize = 4096;
+
+fn ensure_entries(count: usize) -> Result<(), SchemaError> {
+    if count <= MAX_ENTRIES {
+        return Ok(());
+    }
+    // The text names the constant above, which `concat!` cannot.
+    let (expected, found) = ("at most 4096 entries", count.to_string());
+    Err(SchemaError { path: String::new(), problem: Problem::Value { expected, found } })
 }
 
 /// Checks the name of an entry that its author chooses: messages, logs and tables show it.
@@ -72,6 +85,7 @@ impl<T: Property> Property for Vec<T> {
         let Value::Array(items) = value else {
             return Err(SchemaError::value(Self::EXPECTED, value));
         };
+        ensure_entries(items.len())?;
         let item =
             |(i, value): (usize, &Value)| T::from_json(value).map_err(|e| e.under(&i.to_string()));
         items.iter().enumerate().map(item).collect()

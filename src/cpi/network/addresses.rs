@@ -29,6 +29,11 @@ pub(in crate::cpi) fn reserve(
     properties: &VmCloudProperties,
     deadline: Instant,
 ) -> Result<()> {
+    let ports: u64 = properties.ports.iter().map(|forward| u64::from(forward.host.count())).sum();
+    if ports > u64::from(MAX_PORTS) {
+        let problem = format!("cloud_properties.ports: {ports} ports, the limit is {MAX_PORTS}");
+        return Err(Error::new(ErrorKind::BadRequest, problem));
+    }
     cx.store.with_reservations(deadline, |reservations| {
         nics.iter_mut()
             .try_for_each(|planned| reserve_addresses(vm, planned, networks, reservations))?;
@@ -137,11 +142,8 @@ fn reserve_ports(
 ) -> Result<()> {
     let guest = wanted.guest.unwrap_or(wanted.host);
     let count = wanted.host.count();
-    if guest.count() != count || count > MAX_PORTS {
-        let problem = format!(
-            "cloud_properties.ports: give the same number of ports for host and guest, at most \
-             {MAX_PORTS}"
-        );
+    if guest.count() != count {
+        let problem = "cloud_properties.ports: give the same number of ports for host and guest";
         return Err(Error::new(ErrorKind::BadRequest, problem));
     }
     if let Some(ip) = wanted.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
