@@ -16,6 +16,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::Registry;
 
 use crate::config::{Log, LogFormat, LogLevel};
+use crate::schema::{escaped_json, escaped_line, plain};
 
 /// Most bytes of events that a process writes.
 const MAX_BYTES: usize = 64 << 10;
@@ -38,8 +39,7 @@ pub fn relay(line: &str) {
     let mut relayed = RELAYED.lock().unwrap_or_else(PoisonError::into_inner);
     let stderr = relayed.get_or_insert_with(|| Bounded::new(io::stderr(), LogFormat::Text));
     // The host is not trusted: control characters become spaces, and the text stays on one line.
-    let line: String =
-        line.chars().map(|c| if c.is_control() { ' ' } else { c }).chain(['\n']).collect();
+    let line = plain(line).replace('\n', " ") + "\n";
     let _ = stderr.write_all(line.as_bytes());
 }
 
@@ -67,10 +67,12 @@ fn level(level: LogLevel) -> Level {
     }
 }
 
-/// A writer that drops all lines after [`MAX_BYTES`], with one notice. It never fails: a caller
-/// that has closed standard error still gets its response.
+/// A writer of lines, which it writes without control characters. It drops all lines after
+/// [`MAX_BYTES`], with one notice. It never fails: a caller that has closed standard error still
+/// gets its response.
 struct Bounded<W> {
     inner: W,
+    format: LogFormat,
     left: usize,
     notice: &'static str,
 }
@@ -81,15 +83,16 @@ impl<W> Bounded<W> {
             LogFormat::Text => "further log lines dropped\n",
             LogFormat::Json => "{\"level\":\"WARN\",\"message\":\"further log lines dropped\"}\n",
         };
-        Self { inner, left: MAX_BYTES, notice }
+        Self { inner, format, left: MAX_BYTES, notice }
     }
 }
 
 impl<W: Write> Write for Bounded<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if let Some(left) = self.left.checked_sub(line.len()) {
+        let written = one_line(line, self.format);
+        if let Some(left) = self.left.checked_sub(written.len()) {
             self.left = left;
-            let _ = self.inner.write_all(line);
+            let _ = self.inner.write_all(written.as_bytes());
         } else {
             self.left = 0;
             let notice = std::mem::take(&mut self.notice);
@@ -102,6 +105,18 @@ impl<W: Write> Write for Bounded<W> {
         let _ = self.inner.flush();
         Ok(())
     }
+}
+
+/// The line of one event. Texts of requests, images and guests in it cannot move a terminal's
+/// cursor, begin a line of their own or show in another order.
+fn one_line(line: &[u8], format: LogFormat) -> String {
+    let text = String::from_utf8_lossy(line);
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    let text = match format {
+        LogFormat::Text => escaped_line(text),
+        LogFormat::Json => escaped_json(text),
+    };
+    text.into_owned() + "\n"
 }
 
 #[cfg(test)]
@@ -163,6 +178,21 @@ mod tests {
             text.contains("ours") && !text.contains("theirs") && !text.contains('\u{1b}'),
             "{text:?}"
         );
+    }
+
+    #[test]
+    fn a_line_has_no_control_character() {
+        let hostile = "x\n\r\u{85}\u{9b}31m\u{202e}\u{2028}y";
+        let act = || tracing::error!(value = %hostile, "network '{hostile}'");
+        for format in [LogFormat::Text, LogFormat::Json] {
+            let text = written(LogLevel::Info, format, act);
+            let line = text.strip_suffix('\n').unwrap();
+            assert!(!line.contains(crate::schema::is_control), "{line:?}");
+            if format == LogFormat::Json {
+                let event: serde_json::Value = serde_json::from_str(line).unwrap();
+                assert!(event["message"].as_str().unwrap().contains("\u{202e}"), "{line}");
+            }
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bosh_qemu_cpi::cli::{Cli, Command, NetworkCommand, PoolCommand, VmCommand};
 use bosh_qemu_cpi::commands::network::Action;
-use bosh_qemu_cpi::{commands, sys};
+use bosh_qemu_cpi::{commands, schema, sys};
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             // `eprintln!` panics if stderr is closed.
-            let _ = writeln!(std::io::stderr(), "Error: {}", error.report());
+            let _ = writeln!(std::io::stderr(), "Error: {}", schema::escaped(&error.report()));
             ExitCode::FAILURE
         }
     }

@@ -8,6 +8,9 @@ use crate::schema::{Problem, SchemaError};
 /// The longest `run_dir`, bytes. Socket paths below it then fit into the 107 bytes of unix(7).
 const RUN_DIR_MAX: usize = 40;
 
+/// The most hosts of a group: a query asks all of them at the same time, each in its own thread.
+pub const MAX_HOSTS: usize = 512;
+
 impl Config {
     /// Refuses combinations of keys that the keys' types allow.
     ///
@@ -24,6 +27,9 @@ impl Config {
         }
         self.ensure_pools_valid()?;
         self.transport.ensure_valid().map_err(|e| e.under("transport"))?;
+        if self.hosts.len() > MAX_HOSTS {
+            return Err(refused("hosts", "at most 512 hosts", self.hosts.len().to_string()));
+        }
         for (at, host) in self.hosts.iter().enumerate() {
             ensure_host_valid(host, &self.hosts[..at])
                 .map_err(|e| e.under(&at.to_string()).under("hosts"))?;
@@ -81,4 +87,24 @@ fn ensure_rule_valid(rule: &GroupRule) -> Result<(), SchemaError> {
 
 fn refused(key: &str, expected: &'static str, found: String) -> SchemaError {
     SchemaError { path: key.to_owned(), problem: Problem::Value { expected, found } }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::schema::Property;
+
+    #[test]
+    fn more_hosts_than_the_limit_are_refused() {
+        let hosts = |count: usize| {
+            let host = |n| json!({"name": format!("h{n}"), "transport": {"kind": "unix"}});
+            let hosts: Vec<_> = (0..count).map(host).collect();
+            Config::from_json(&json!({"hosts": hosts})).and_then(Config::validated)
+        };
+        assert!(hosts(MAX_HOSTS).is_ok());
+        let error = hosts(MAX_HOSTS + 1).unwrap_err().to_string();
+        assert_eq!(error, "hosts: expected at most 512 hosts, got 513");
+    }
 }

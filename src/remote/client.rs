@@ -34,6 +34,10 @@ const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most characters of a host's error message that the client's own message quotes.
 const MAX_ERROR_MESSAGE: usize = 8 << 10;
 
+/// How often a host may want the digest of an image, and its bytes. A host wants the digest once,
+/// and the bytes once or twice (see [`super::protocol`]).
+const MAX_IMAGE_REQUESTS: u32 = 3;
+
 /// The action that a session's error names after the request was sent.
 const WAITING: &str = "wait for the answer";
 
@@ -199,8 +203,16 @@ fn exchange(
     // A host that refuses early stops reading and still answers. So a failed write is an error only
     // if no answer follows.
     let mut write_error = session.send(request).err();
+    let mut image_requests = 0;
     loop {
-        match (session.receive(), image) {
+        let message = session.receive();
+        if matches!(message, Ok(ServerMessage::Want(_))) {
+            image_requests += 1;
+            if image_requests > MAX_IMAGE_REQUESTS {
+                return Err(ExchangeError::Image(endless_image_requests()));
+            }
+        }
+        match (message, image) {
             (Ok(ServerMessage::Log(line)), _) => log::relay(&line),
             (Ok(ServerMessage::Want(ImagePart::Digest)), Some(image)) => {
                 let digest = image.digest().map_err(ExchangeError::Image)?;
@@ -217,6 +229,11 @@ fn exchange(
             (Err(error), _) => return Err(ExchangeError::Session(write_error.unwrap_or(error))),
         }
     }
+}
+
+fn endless_image_requests() -> Error {
+    let message = format!("it asked for the image more than {MAX_IMAGE_REQUESTS} times");
+    Error::new(ErrorKind::Host, message).hint("install the same version on both machines")
 }
 
 impl Reply {

@@ -2,20 +2,27 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{self, Answer, ClientRequest, Greeting, ImagePart, ServerMessage};
-use crate::blocking_call::run_with_timeout;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::import::{ImageSource, ImportError, InvalidImage};
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::{Delivery, ResponseSink};
 use crate::units::Bytes;
+
+/// Time a caller has to send its whole request. It sends it as soon as it has the greeting.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time a caller has to send the next bytes of an image, or the digest after it.
+const IMAGE_PART_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time a caller has to report the delivery of an answer. It only passes the answer on before.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +39,7 @@ pub struct Caller {
 
 /// The bytes from the caller: lines, and an image between two of them.
 struct Input {
-    reader: BufReader<File>,
+    reader: BufReader<TimedFile>,
     /// Bytes of the image that are not read yet.
     image_left: u64,
     /// Whether the digest after the image is not read yet.
@@ -41,12 +48,37 @@ struct Input {
     transfer: u32,
 }
 
+/// A pipe or a socket that is read until a deadline. A caller that sends nothing would otherwise
+/// keep this process, and with it one of the connections of the socket unit.
+struct TimedFile {
+    file: File,
+    deadline: Instant,
+}
+
+impl Read for TimedFile {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let remaining = self.deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(remaining).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) if Instant::now() >= self.deadline => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => return self.file.read(buffer),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
 impl Caller {
     /// Greets a caller that writes to `input` and reads `output`.
     ///
     /// # Errors
     /// If the caller has closed the connection.
     pub fn greet(input: File, output: File) -> io::Result<Self> {
+        let input = TimedFile { file: input, deadline: Instant::now() };
         let reader = BufReader::with_capacity(BUFFER, input);
         let input = Input { reader, image_left: 0, digest_left: false, transfer: 0 };
         let caller =
@@ -55,13 +87,18 @@ impl Caller {
         Ok(caller)
     }
 
-    /// Receives the caller's request, waiting without a timeout.
+    /// Receives the caller's request, waiting at most `timeout` for all of it.
     ///
     /// # Errors
-    /// [`ErrorKind::BadRequest`] for a request that this version does not know, and for one with
-    /// more than [`protocol::MAX_OBJECTS`] objects.
-    pub fn receive_request(&self) -> Result<ClientRequest> {
-        let request: ClientRequest = self.receive().map_err(|error| {
+    /// [`ErrorKind::Timeout`]; [`ErrorKind::BadRequest`] for a request that this version does not
+    /// know, and for one with more than [`protocol::MAX_OBJECTS`] objects.
+    pub fn receive_request(&self, timeout: Duration) -> Result<ClientRequest> {
+        let request: ClientRequest = self.receive(Instant::now() + timeout).map_err(|error| {
+            if error.kind() == io::ErrorKind::TimedOut {
+                let seconds = timeout.as_secs();
+                let message = format!("the caller sent no whole request within {seconds} seconds");
+                return Error::new(ErrorKind::Timeout, message);
+            }
             let message =
                 "cannot read the request: the caller may have another version of this program";
             Error::new(ErrorKind::BadRequest, message).because(error)
@@ -94,8 +131,8 @@ impl Caller {
         protocol::send(&mut *lock(&self.output), message)
     }
 
-    fn receive<T: DeserializeOwned>(&self) -> io::Result<T> {
-        protocol::receive(&mut lock(&self.input).reader, protocol::MAX_CLIENT_LINE)
+    fn receive<T: DeserializeOwned>(&self, deadline: Instant) -> io::Result<T> {
+        lock(&self.input).receive(deadline)
     }
 }
 
@@ -119,15 +156,10 @@ impl ResponseSink for Caller {
         if !matters {
             return Delivery::Received;
         }
-        let caller = self.clone();
-        let report = run_with_timeout(Instant::now() + ACKNOWLEDGE_TIMEOUT, move || {
-            caller.receive::<bool>()
-        });
-        match report {
-            Some(Ok(true)) => Delivery::Received,
-            Some(Ok(false)) => Delivery::Lost(io::ErrorKind::BrokenPipe.into()),
-            Some(Err(error)) => Delivery::Unknown(error),
-            None => Delivery::Unknown(io::ErrorKind::TimedOut.into()),
+        match self.receive(Instant::now() + ACKNOWLEDGE_TIMEOUT) {
+            Ok(true) => Delivery::Received,
+            Ok(false) => Delivery::Lost(io::ErrorKind::BrokenPipe.into()),
+            Err(error) => Delivery::Unknown(error),
         }
     }
 }
@@ -174,12 +206,9 @@ impl ImageSource for CallerImage {
     }
 
     fn digest(&self, deadline: Instant) -> Result<Digest> {
-        let caller = self.caller.clone();
-        let digest = run_with_timeout(deadline, move || {
-            caller.send(&ServerMessage::Want(ImagePart::Digest)).and_then(|()| caller.receive())
-        });
-        digest
-            .unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
+        self.caller
+            .send(&ServerMessage::Want(ImagePart::Digest))
+            .and_then(|()| self.caller.receive(deadline))
             .map_err(|error| self.failed(error))
     }
 
@@ -213,12 +242,22 @@ impl ImageSource for CallerImage {
 }
 
 impl Input {
+    fn receive<T: DeserializeOwned>(&mut self, deadline: Instant) -> io::Result<T> {
+        self.reader.get_mut().deadline = deadline;
+        protocol::receive(&mut self.reader, protocol::MAX_CLIENT_LINE)
+    }
+
+    /// Returns the bytes of an image that have arrived, after waiting for the first of them.
+    fn image_bytes(&mut self) -> io::Result<&[u8]> {
+        self.reader.get_mut().deadline = Instant::now() + IMAGE_PART_TIMEOUT;
+        self.reader.fill_buf()
+    }
+
     /// Skips the rest of an image that was not read to its end, and its digest.
     fn skip_image(&mut self) -> io::Result<()> {
-        let left = std::mem::take(&mut self.image_left);
-        let skipped = io::copy(&mut self.reader.by_ref().take(left), &mut io::sink())?;
-        if skipped < left {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        while self.image_left > 0 {
+            let available = self.image_bytes()?.len();
+            self.consume(available)?;
         }
         if self.digest_left { self.read_image_digest().map(|_| ()) } else { Ok(()) }
     }
@@ -226,7 +265,18 @@ impl Input {
     /// Reads the digest that follows an image.
     fn read_image_digest(&mut self) -> io::Result<Digest> {
         self.digest_left = false;
-        protocol::receive(&mut self.reader, protocol::MAX_CLIENT_LINE)
+        self.receive(Instant::now() + IMAGE_PART_TIMEOUT)
+    }
+
+    /// Consumes at most `count` bytes of the image, and returns how many.
+    fn consume(&mut self, count: usize) -> io::Result<usize> {
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let count = count.min(usize::try_from(self.image_left).unwrap_or(usize::MAX));
+        self.reader.consume(count);
+        self.image_left -= count as u64;
+        Ok(count)
     }
 }
 
@@ -242,15 +292,43 @@ impl Read for ImageReader {
         if input.transfer != self.transfer || input.image_left == 0 || buffer.is_empty() {
             return Ok(0);
         }
-        let available = input.reader.fill_buf()?;
-        let count = available.len().min(buffer.len());
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        let left = usize::try_from(input.image_left).unwrap_or(usize::MAX);
+        let available = input.image_bytes()?;
+        let count = available.len().min(buffer.len()).min(left);
+        buffer[..count].copy_from_slice(&available[..count]);
+        input.consume(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn receive_request_of_an_idle_caller_ends_at_the_timeout() {
+        for sent in ["", "{\"find\":["] {
+            let (mut caller, host) = UnixStream::pair().unwrap();
+            let host = File::from(OwnedFd::from(host));
+            let greeted = Caller::greet(host.try_clone().unwrap(), host).unwrap();
+            caller.write_all(sent.as_bytes()).unwrap();
+            let error = greeted.receive_request(Duration::from_millis(20)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+            assert!(error.report().contains("no whole request within"), "{error}");
         }
-        let count = count.min(usize::try_from(input.image_left).unwrap_or(usize::MAX));
-        buffer[..count].copy_from_slice(&input.reader.buffer()[..count]);
-        input.reader.consume(count);
-        input.image_left -= count as u64;
-        Ok(count)
+    }
+
+    #[test]
+    fn image_bytes_past_the_deadline_are_read_and_their_lack_is_an_error() {
+        let (mut caller, host) = UnixStream::pair().unwrap();
+        let mut input = TimedFile { file: OwnedFd::from(host).into(), deadline: Instant::now() };
+        caller.write_all(b"x").unwrap();
+        let mut byte = [0];
+        assert_eq!(input.read(&mut byte).unwrap(), 1, "the byte is there already");
+        assert_eq!(input.read(&mut byte).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(caller);
+        assert_eq!(input.read(&mut byte).unwrap(), 0);
     }
 }

@@ -5,10 +5,26 @@ use serde_json::value::RawValue;
 
 use crate::cid::Cid;
 use crate::cpi::contract::networks::Networks;
-use crate::cpi::contract::{AgentId, Env};
+use crate::cpi::contract::{AgentId, Env, Metadata};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::request::Request;
 use crate::schema::{Property, SchemaError};
+
+/// The longest argument, bytes. Every record of an object keeps its tags and its properties, and
+/// every call that reads the record reads them. Real ones have a few kB.
+const MAX_ARGUMENT: usize = 64 << 10;
+
+/// The longest env and the longest networks, bytes. They go to the agent; env has certificates.
+const MAX_SETTINGS: usize = 1 << 20;
+
+/// The most networks of a VM. Each group of them is a NIC, and a VM has 32 at most.
+const MAX_NETWORKS: usize = 64;
+
+/// The most disks that create_vm may name. No VM has slots for more.
+const MAX_DISKS: usize = 256;
+
+/// The most tags of an object.
+const MAX_TAGS: usize = 1000;
 
 /// Reads arguments by position. Every error names the argument's position and name, never its
 /// value.
@@ -28,13 +44,23 @@ impl<'a> Arguments<'a> {
     pub fn property<T: Property>(&mut self, name: &str) -> Result<T> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, T::EXPECTED.words()))?;
+        ensure_bytes(&what, text, MAX_ARGUMENT)?;
         T::from_json(&value(text)).map_err(|e| e.in_request(&what))
+    }
+
+    /// Reads tags: the metadata of a VM, a disk or a snapshot.
+    pub fn metadata(&mut self, name: &str) -> Result<Metadata> {
+        let what = self.label(name);
+        let tags: Metadata = self.property(name)?;
+        ensure_entries(&what, tags.len(), MAX_TAGS)?;
+        Ok(tags)
     }
 
     /// Reads a value that may be null, or missing at the end.
     pub fn optional<T: Property>(&mut self, name: &str) -> Result<Option<T>> {
         let what = self.label(name);
         self.take().map_or(Ok(None), |text| {
+            ensure_bytes(&what, text, MAX_ARGUMENT)?;
             Option::from_json(&value(text)).map_err(|e| e.in_request(&what))
         })
     }
@@ -58,11 +84,11 @@ impl<'a> Arguments<'a> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an array of cids"))?;
         match value(text) {
-            Value::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(i, item)| cid(item, &format!("{what}.{i}")))
-                .collect(),
+            Value::Array(items) => {
+                ensure_entries(&what, items.len(), MAX_DISKS)?;
+                let item = |(i, item)| cid(item, &format!("{what}.{i}"));
+                items.iter().enumerate().map(item).collect()
+            }
             other => Err(SchemaError::value("an array of cids", &other).in_request(&what)),
         }
     }
@@ -79,13 +105,17 @@ impl<'a> Arguments<'a> {
     pub fn networks(&mut self, name: &str) -> Result<Networks> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an object of networks"))?;
-        Networks::from_json(text).map_err(|e| e.in_request(&what))
+        ensure_bytes(&what, text, MAX_SETTINGS)?;
+        let networks = Networks::from_json(text).map_err(|e| e.in_request(&what))?;
+        ensure_entries(&what, networks.iter().len(), MAX_NETWORKS)?;
+        Ok(networks)
     }
 
     /// Reads the agent's env, kept byte for byte.
     pub fn env(&mut self, name: &str) -> Result<Env> {
         let what = self.label(name);
         let text = self.take().ok_or_else(|| missing(&what, "an object"))?;
+        ensure_bytes(&what, text, MAX_SETTINGS)?;
         Env::new(text)
             .ok_or_else(|| SchemaError::value("an object", &value(text)).in_request(&what))
     }
@@ -124,6 +154,22 @@ fn cid<T: Cid>(value: &Value, what: &str) -> Result<T> {
 
 fn missing(what: &str, expected: &str) -> Error {
     Error::new(ErrorKind::BadRequest, format!("{what}: missing; expected {expected}"))
+}
+
+fn ensure_bytes(what: &str, text: &RawValue, max: usize) -> Result<()> {
+    ensure_at_most(what, text.get().len(), max, "bytes")
+}
+
+fn ensure_entries(what: &str, count: usize, max: usize) -> Result<()> {
+    ensure_at_most(what, count, max, "entries")
+}
+
+fn ensure_at_most(what: &str, count: usize, max: usize, unit: &str) -> Result<()> {
+    if count <= max {
+        return Ok(());
+    }
+    let message = format!("{what}: has {count} {unit}, the limit is {max}");
+    Err(Error::new(ErrorKind::BadRequest, message))
 }
 
 /// Parses a text that [`Request::parse`] has already checked to be JSON.

@@ -75,7 +75,7 @@ impl Call {
             "delete_vm" => Self::DeleteVm(a.cid("vm_cid")?),
             "has_vm" => Self::HasVm(a.cid("vm_cid")?),
             "reboot_vm" => Self::RebootVm(a.cid("vm_cid")?),
-            "set_vm_metadata" => Self::SetVmMetadata(a.cid("vm_cid")?, a.property("metadata")?),
+            "set_vm_metadata" => Self::SetVmMetadata(a.cid("vm_cid")?, a.metadata("metadata")?),
             "calculate_vm_cloud_properties" => {
                 Self::CalculateVmCloudProperties(a.property("vm_resources")?)
             }
@@ -86,9 +86,9 @@ impl Call {
             "detach_disk" => Self::DetachDisk(a.cid("vm_cid")?, a.cid("disk_cid")?),
             "get_disks" => Self::GetDisks(a.cid("vm_cid")?),
             "set_disk_metadata" => {
-                Self::SetDiskMetadata(a.cid("disk_cid")?, a.property("metadata")?)
+                Self::SetDiskMetadata(a.cid("disk_cid")?, a.metadata("metadata")?)
             }
-            "snapshot_disk" => Self::SnapshotDisk(a.cid("disk_cid")?, a.property("metadata")?),
+            "snapshot_disk" => Self::SnapshotDisk(a.cid("disk_cid")?, a.metadata("metadata")?),
             "delete_snapshot" => Self::DeleteSnapshot(a.cid("snapshot_cid")?),
             "resize_disk" => Self::ResizeDisk(a.cid("disk_cid")?, a.property("new_size")?),
             "update_disk" => {
@@ -429,6 +429,89 @@ mod tests {
         }
         assert_eq!(kind("resize_disk", r#"["d-1",2048]"#), ErrorKind::NotSupported);
         assert_eq!(kind("update_disk", r#"["d-1",2048,{}]"#), ErrorKind::NotSupported);
+    }
+
+    #[test]
+    fn an_argument_over_its_bound_is_refused_with_the_bound() {
+        let list = |count, item: &dyn Fn(usize) -> String| {
+            (0..count).map(item).collect::<Vec<_>>().join(",")
+        };
+        let tags = |count| list(count, &|n| format!(r#""t{n}":"x""#));
+        let networks = |count| list(count, &|n| format!(r#""n{n}":{{"type":"dynamic"}}"#));
+        let disks = |count| list(count, &|n| format!(r#""disk-{n}""#));
+        let long = |bytes| format!(r#"{{"a":"{}"}}"#, "x".repeat(bytes));
+        let create_vm = |properties: &str, networks: &str, disks: &str, env: &str| {
+            let networks = format!("{{{networks}}}");
+            format!(r#"["a","s-1",{properties},{networks},[{disks}],{env}]"#)
+        };
+        let kib_65 = long(65 << 10);
+        let mib_2 = long(2 << 20);
+        let with_long = format!(r#""n":{{"type":"dynamic","x":{mib_2}}}"#);
+        for (method, arguments, expected) in [
+            (
+                "set_vm_metadata",
+                format!(r#"["vm-1",{kib_65}]"#),
+                "argument 2, metadata: has 66568 bytes, the limit is 65536",
+            ),
+            (
+                "set_disk_metadata",
+                format!(r#"["d-1",{{{}}}]"#, tags(1001)),
+                "argument 2, metadata: has 1001 entries, the limit is 1000",
+            ),
+            (
+                "snapshot_disk",
+                format!(r#"["d-1",{{{}}}]"#, tags(1001)),
+                "argument 2, metadata: has 1001 entries, the limit is 1000",
+            ),
+            (
+                "create_disk",
+                format!("[1,{kib_65}]"),
+                "argument 2, cloud_properties: has 66568 bytes, the limit is 65536",
+            ),
+            (
+                "create_stemcell",
+                format!(r#"["/i",{{}},{{"tags":{kib_65}}}]"#),
+                "argument 3, extra: has 66577 bytes, the limit is 65536",
+            ),
+            (
+                "create_network",
+                format!("[{kib_65}]"),
+                "argument 1, subnet: has 66568 bytes, the limit is 65536",
+            ),
+            (
+                "create_vm",
+                create_vm(&kib_65, "", "", "{}"),
+                "argument 3, cloud_properties: has 66568 bytes, the limit is 65536",
+            ),
+            (
+                "create_vm",
+                create_vm("{}", &networks(65), "", "{}"),
+                "argument 4, networks: has 65 entries, the limit is 64",
+            ),
+            (
+                "create_vm",
+                create_vm("{}", &with_long, "", "{}"),
+                "argument 4, networks: has 2097189 bytes, the limit is 1048576",
+            ),
+            (
+                "create_vm",
+                create_vm("{}", "", &disks(257), "{}"),
+                "argument 5, disk_cids: has 257 entries, the limit is 256",
+            ),
+            (
+                "create_vm",
+                create_vm("{}", "", "", &mib_2),
+                "argument 6, env: has 2097160 bytes, the limit is 1048576",
+            ),
+        ] {
+            assert_eq!(refusal(method, &arguments), expected);
+        }
+        for (method, arguments) in [
+            ("set_disk_metadata", format!(r#"["d-1",{{{}}}]"#, tags(1000))),
+            ("create_vm", create_vm("{}", &networks(64), &disks(256), &long(1 << 19))),
+        ] {
+            assert!(Call::parse(&request(method, &arguments)).is_ok(), "{method}");
+        }
     }
 
     #[test]

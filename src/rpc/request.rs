@@ -13,6 +13,10 @@ use crate::ordered::Object;
 /// certificates.
 pub const MAX_BYTES: u64 = 16 << 20;
 
+/// The longest context, bytes: a cpi-config entry of [`MAX_HOSTS`](crate::config::MAX_HOSTS) hosts
+/// with a key each.
+const MAX_CONTEXT: usize = 4 << 20;
+
 /// Versions of the CPI API that this CPI supports.
 pub const API_VERSIONS: std::ops::RangeInclusive<u64> = 2..=3;
 
@@ -100,6 +104,12 @@ impl Request {
         let keys: Object = serde_json::from_str(text).map_err(|error| not_json(text, &error))?;
         let method = required(&keys, "method", "a string")?;
         let arguments = required(&keys, "arguments", "an array")?;
+        if let Some(bytes) = keys.get("context").map(|text| text.get().len())
+            && bytes > MAX_CONTEXT
+        {
+            let message = format!("'context' of the request has {bytes} bytes");
+            return Err(bad(format!("{message}, the limit is {MAX_CONTEXT}")));
+        }
         let context = optional(&keys, "context", "an object")?.unwrap_or_default();
         let api_version = optional(&keys, "api_version", "a whole number")?;
         Ok(Self { method, arguments, context: Context(context), api_version })
@@ -304,6 +314,14 @@ mod tests {
         let long = bounded(" ".repeat(usize::try_from(MAX_BYTES).unwrap() + 1)).unwrap_err();
         assert_eq!(long.report(), "the request has 16777217 bytes, the limit is 16777216");
         assert_eq!(bounded("{}".to_owned()).unwrap(), "{}");
+    }
+
+    #[test]
+    fn a_long_context_is_refused() {
+        let context = "x".repeat(MAX_CONTEXT);
+        let text = format!(r#"{{"method":"m","arguments":[],"context":{{"a":"{context}"}}}}"#);
+        let expected = "'context' of the request has 4194312 bytes, the limit is 4194304";
+        assert_eq!(refusal(&text), expected);
     }
 
     fn versions(method: &str, context: &str, api_version: &str) -> Result<()> {

@@ -6,7 +6,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::error::{Error, ErrorKind};
-use crate::schema::plain;
+use crate::schema::{escaped, plain};
 
 /// The longest error message, bytes. The Director reads one byte at a time: 4 s for each MB.
 const MAX_MESSAGE: usize = 8 << 10;
@@ -73,7 +73,11 @@ impl Response {
     /// The response of a call that failed with `error`.
     pub fn failure(error: &Error) -> Self {
         let (r#type, ok_to_retry) = director_type(error.kind());
-        let failure = Failure { r#type, message: bounded(error.report()), ok_to_retry };
+        let failure = Failure {
+            r#type,
+            message: bounded(escaped(&error.report()).into_owned()),
+            ok_to_retry,
+        };
         Self {
             json: write(&Body::<()> { result: None, error: Some(failure), log: "" }),
             error_type: Some(r#type),
@@ -230,6 +234,16 @@ mod tests {
         );
         let long = json!({"result": "x".repeat(MAX_FORWARDED), "error": null, "log": ""});
         assert!(Response::forwarded(long.to_string()).is_none());
+    }
+
+    #[test]
+    fn a_message_has_no_control_character_but_its_line_ends() {
+        let error = Error::new(ErrorKind::Host, "tar member 'a\u{1b}[2J\u{9b}\u{202e}b'");
+        let response = parsed(&Response::failure(&error.hint("pack it again")));
+        assert_eq!(
+            response["error"]["message"],
+            "tar member 'a\\u{1b}[2J\\u{9b}\\u{202e}b'\nHint: pack it again"
+        );
     }
 
     #[test]

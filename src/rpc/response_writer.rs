@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::panic::{Location, PanicHookInfo};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,10 +28,15 @@ pub trait ResponseSink: Send + Sync {
     fn deliver(&self, response: &Response, await_receipt: bool) -> Delivery;
 }
 
-/// A pipe to the caller. What the pipe accepts counts as received.
+/// A pipe to the caller. What the pipe accepts counts as received, but nobody reads `/dev/null`:
+/// Rust's runtime opens it as the standard output that the caller has closed.
 impl ResponseSink for File {
-    fn deliver(&self, response: &Response, _: bool) -> Delivery {
+    fn deliver(&self, response: &Response, await_receipt: bool) -> Delivery {
         match (&*self).write_all(response.as_bytes()) {
+            Ok(()) if await_receipt && is_null(self) => Delivery::Lost(io::Error::new(
+                io::ErrorKind::BrokenPipe,
+                "standard output is closed or /dev/null",
+            )),
             Ok(()) => Delivery::Received,
             // A part that was written is not valid JSON, so the caller cannot use it.
             Err(error) => Delivery::Lost(error),
@@ -100,6 +106,13 @@ pub fn take_stdout() -> Result<File> {
     Ok(File::from(own))
 }
 
+/// Whether `file` is `/dev/null`: device 1:3 (`admin-guide/devices.txt` of the kernel).
+fn is_null(file: &File) -> bool {
+    file.metadata().is_ok_and(|meta| {
+        meta.file_type().is_char_device() && meta.rdev() == nix::libc::makedev(1, 3)
+    })
+}
+
 fn bug(panic: &PanicHookInfo<'_>) -> Error {
     describe(panic.payload().downcast_ref::<&'static str>().copied(), panic.location())
 }
@@ -130,6 +143,16 @@ mod tests {
         assert_eq!(written, r#"{"result":true,"error":null,"log":""}"#);
         let again = std::panic::AssertUnwindSafe(|| writer.send(&Response::success(&true), false));
         assert!(std::panic::catch_unwind(again).is_err());
+    }
+
+    #[test]
+    fn a_response_to_dev_null_is_lost_where_it_matters() {
+        let send = |matters| {
+            let null = File::options().write(true).open("/dev/null").unwrap();
+            ResponseWriter::new(null).send(&Response::success(&"disk-1"), matters)
+        };
+        assert!(matches!(send(true), Delivery::Lost(_)));
+        assert!(matches!(send(false), Delivery::Received));
     }
 
     #[test]

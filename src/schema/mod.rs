@@ -10,15 +10,17 @@
 mod error;
 mod reader;
 mod suggestion;
+mod text;
 mod values;
 
 use serde::Serialize;
 use serde_json::Value;
 
 pub use error::{Expected, Found, Problem, SchemaError};
-pub use reader::{Reader, plain, printable};
+pub use reader::Reader;
 pub use suggestion::suggest;
-pub use values::{Redacted, Whole};
+pub use text::{escaped, escaped_json, escaped_line, is_control, plain, printable};
+pub use values::{Redacted, Whole, check_key};
 
 /// One key of a document, for the reference.
 #[derive(Debug)]
@@ -200,6 +202,23 @@ mod tests {
     fn defaults_and_aliases() {
         assert_eq!(Sample::from_json(&json!({})).unwrap().count.get(), 3);
         assert_eq!(Sample::from_json(&json!({"number": 4})).unwrap().count.get(), 4);
+    }
+
+    #[test]
+    fn more_entries_than_the_limit_are_refused() {
+        let parts: serde_json::Map<_, _> =
+            (0..4097).map(|n| (n.to_string(), json!({"path": "/"}))).collect();
+        assert_eq!(
+            refusal(&json!({"parts": parts})),
+            "parts: expected at most 4096 entries, got 4097"
+        );
+        let list = Vec::<bool>::from_json(&json!(vec![true; 4097])).unwrap_err();
+        assert_eq!(list.to_string(), ": expected at most 4096 entries, got 4097");
+        assert_eq!(Vec::<bool>::from_json(&json!(vec![true; 4096])).unwrap().len(), 4096);
+        assert_eq!(
+            refusal(&json!({"parts": {"a\u{1b}": {"path": "/"}}})),
+            "parts.a\\u{1b}: expected a name without control characters, got one with them"
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::suggestion::suggest;
+use super::text::printable;
 use super::{Expected, Problem, Property, SchemaError};
 
 /// The keys of one object that are not read yet. A key that is left at the end is unknown.
@@ -55,14 +56,4 @@ impl<'a> Reader<'a> {
             problem: Problem::Unknown { suggestion: suggest(name, self.known) },
         })
     }
-}
-
-/// A key for a message: at most 64 characters, with control characters escaped.
-pub fn printable(key: &str) -> String {
-    key.chars().take(64).flat_map(char::escape_debug).collect()
-}
-
-/// Text of an untrusted host for a message: control characters except line ends become spaces.
-pub fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
 }

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::reader::printable;
-use super::{Expected, Key, Property, SchemaError};
+use super::text::{is_control, printable};
+use super::{Expected, Key, Problem, Property, SchemaError};
 use crate::link_name::LinkName;
 use crate::units::MiB;
 
@@ -35,7 +35,9 @@ impl<T: Property> Property for BTreeMap<String, T> {
         let Value::Object(map) = value else {
             return Err(SchemaError::value(Self::EXPECTED, value));
         };
+        ensure_entries(map.len())?;
         let entry = |(key, value): (&String, &Value)| {
+            check_key(key)?;
             T::from_json(value)
                 .map(|value| (key.clone(), value))
                 .map_err(|e| e.under(&printable(key)))
@@ -52,6 +54,30 @@ impl<T: Property> Property for BTreeMap<String, T> {
     }
 }
 
+/// The most entries of a list or of an object with entries that its author names.
+const MAX_ENTRIES: usize = 4096;
+
+fn ensure_entries(count: usize) -> Result<(), SchemaError> {
+    if count <= MAX_ENTRIES {
+        return Ok(());
+    }
+    // The text names the constant above, which `concat!` cannot.
+    let (expected, found) = ("at most 4096 entries", count.to_string());
+    Err(SchemaError { path: String::new(), problem: Problem::Value { expected, found } })
+}
+
+/// Checks the name of an entry that its author chooses: messages, logs and tables show it.
+///
+/// # Errors
+/// For a name with control characters. The path of the error is the escaped name.
+pub fn check_key(key: &str) -> Result<(), SchemaError> {
+    if !key.contains(is_control) {
+        return Ok(());
+    }
+    let (expected, found) = ("a name without control characters", "one with them".to_owned());
+    Err(SchemaError { path: printable(key), problem: Problem::Value { expected, found } })
+}
+
 impl<T: Property> Property for Vec<T> {
     const EXPECTED: Expected = Expected::secret("an array");
 
@@ -59,6 +85,7 @@ impl<T: Property> Property for Vec<T> {
         let Value::Array(items) = value else {
             return Err(SchemaError::value(Self::EXPECTED, value));
         };
+        ensure_entries(items.len())?;
         let item =
             |(i, value): (usize, &Value)| T::from_json(value).map_err(|e| e.under(&i.to_string()));
         items.iter().enumerate().map(item).collect()
@@ -126,7 +153,9 @@ impl Property for Map<String, Value> {
     const EXPECTED: Expected = Expected::secret("an object");
 
     fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        value.as_object().cloned().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+        let map = value.as_object().ok_or_else(|| SchemaError::value(Self::EXPECTED, value))?;
+        map.keys().try_for_each(|key| check_key(key))?;
+        Ok(map.clone())
     }
 
     fn absent() -> Option<Self> {

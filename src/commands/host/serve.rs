@@ -21,7 +21,7 @@ use crate::cpi::{Cpi, disk, presence};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::protocol::{CallRequest, ClientRequest, ServerMessage};
-use crate::remote::server::Caller;
+use crate::remote::server::{self, Caller};
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::{self, ResponseWriter};
@@ -46,7 +46,7 @@ pub fn run(config: Option<&Path>) -> Result<()> {
     let caller =
         Caller::greet(File::from(input), output).map_err(|e| Error::os("greet the caller", e))?;
     let writer = ResponseWriter::new(caller.clone());
-    match caller.receive_request() {
+    match caller.receive_request(server::REQUEST_TIMEOUT) {
         Ok(ClientRequest::Call(call)) if is_absent(config, &call) => {
             caller.send(&ServerMessage::Absent).map_err(caller_closed)
         }

@@ -9,7 +9,7 @@
 
 use crate::choice;
 use crate::ordered::Object;
-use crate::schema::{Expected, Problem, Property, Redacted, SchemaError, printable};
+use crate::schema::{Expected, Problem, Property, Redacted, SchemaError, check_key, printable};
 use ipnetwork::IpNetwork;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::RawValue;
@@ -85,6 +85,7 @@ impl Networks {
     pub fn from_json(text: &RawValue) -> Result<Self, SchemaError> {
         let networks = object(text)?;
         let spec = |(name, text)| {
+            check_key(name)?;
             NetworkSpec::from_json(name, text).map_err(|e| e.under(&printable(name)))
         };
         networks.iter().map(spec).collect::<Result<_, _>>().map(Self)
@@ -128,6 +129,7 @@ impl Serialize for Networks {
 impl NetworkSpec {
     fn from_json(name: &str, text: &RawValue) -> Result<Self, SchemaError> {
         let received = object(text)?;
+        received.iter().try_for_each(|(key, _)| check_key(key))?;
         let addressing = match required(&received, "type")? {
             Kind::Manual => manual(&received)?,
             Kind::Dynamic => Addressing::Dynamic { previous: optional(&received, "ip")? },

@@ -21,13 +21,16 @@ const MAX_PORTS: u32 = 1024;
 
 /// Refuses ports that no VM can have, and ports of this host that the request gives twice.
 pub(in crate::cpi) fn ensure_valid_ports(forwards: &[PortForward]) -> Result<()> {
+    let ports: u64 = forwards.iter().map(|forward| u64::from(forward.host.count())).sum();
+    if ports > u64::from(MAX_PORTS) {
+        let problem = format!("cloud_properties.ports: {ports} ports, the limit is {MAX_PORTS}");
+        return Err(Error::new(ErrorKind::BadRequest, problem));
+    }
     for (index, forward) in forwards.iter().enumerate() {
         let count = forward.host.count();
-        if forward.guest.is_some_and(|guest| guest.count() != count) || count > MAX_PORTS {
-            let problem = format!(
-                "cloud_properties.ports: give the same number of ports for host and guest, at \
-                 most {MAX_PORTS}"
-            );
+        if forward.guest.is_some_and(|guest| guest.count() != count) {
+            let problem =
+                "cloud_properties.ports: give the same number of ports for host and guest";
             return Err(Error::new(ErrorKind::BadRequest, problem));
         }
         if let Some(ip) = forward.address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {

@@ -118,3 +118,19 @@ fn snapshot_disk_with_unreadable_metadata_succeeds() {
     host.ok("set_disk_metadata", &json!([disk, {"owner": "bosh"}]));
     assert_eq!(metadata(&host, &disk), json!({"owner": "bosh"}));
 }
+
+/// Older versions accepted metadata of any length.
+#[test]
+fn call_on_disk_with_long_metadata_of_older_version_succeeds() {
+    let Some(host) = Host::new() else { return };
+    let disk = host.disk();
+    let file = host.path("state/disks").join(&disk).join("metadata.json");
+    let tags: serde_json::Map<_, _> =
+        (0..2000).map(|n| (format!("t{n}\u{1b}"), json!("x".repeat(100)))).collect();
+    std::fs::write(&file, json!(tags).to_string()).unwrap();
+    let snapshot = host.ok("snapshot_disk", &json!([disk, {}]));
+    host.ok("delete_snapshot", &json!([snapshot]));
+    assert_eq!(host.ok("has_disk", &json!([disk])), true);
+    host.ok("set_disk_metadata", &json!([disk, {"a": "b"}]));
+    host.ok("delete_disk", &json!([disk]));
+}

@@ -4,6 +4,7 @@
 use std::fs;
 
 use bosh_qemu_cpi::cid::VmCid;
+use bosh_qemu_cpi::schema::is_control;
 use serde_json::{Value, json};
 
 use crate::support::answer::Answer;
@@ -11,6 +12,9 @@ use crate::support::host::{Host, command_line, vm_cid};
 
 /// A value that would end an option, a string, a path or a line early.
 const HOSTILE: &str = "x,id=y,readonly=off\",\"a\":{} -device z\n$(id)'\\ \u{202e}é/../%s";
+
+/// The same for a name, which may not have control characters.
+const HOSTILE_NAME: &str = "x,id=y,readonly=off\",\"a\":{} -device z$(id)'\\ é/../%s";
 
 fn assert_refused(answer: &Answer, says: &str) {
     assert_eq!(answer.failure().kind, "CpiError", "{says}: {answer:?}");
@@ -128,18 +132,18 @@ fn create_vm_with_hostile_values_adds_no_qemu_option() {
     let honest = host.vm(&stemcell);
     let mut arguments = host.vm_arguments(&stemcell);
     let mut network = arguments[3]["net"].take();
-    network[HOSTILE] = HOSTILE.into();
+    network[HOSTILE_NAME] = HOSTILE.into();
     network["dns"] = json!([]);
     network["default"] = json!([HOSTILE]);
     arguments[2]["zone"] = HOSTILE.into();
-    arguments[3] = json!({HOSTILE: network});
+    arguments[3] = json!({HOSTILE_NAME: network});
     arguments[5] = json!({HOSTILE: HOSTILE, "bosh": {"password": HOSTILE, "group": HOSTILE}});
     let result = host.ok("create_vm", &arguments);
-    assert_eq!(result[1][HOSTILE][HOSTILE], HOSTILE, "the answer repeats the network");
+    assert_eq!(result[1][HOSTILE_NAME][HOSTILE_NAME], HOSTILE, "the answer repeats the network");
     let vm = vm_cid(&result);
-    host.ok("set_vm_metadata", &json!([vm, {HOSTILE: HOSTILE, "name": HOSTILE}]));
+    host.ok("set_vm_metadata", &json!([vm, {HOSTILE_NAME: HOSTILE, "name": HOSTILE}]));
     let disk = host.disk();
-    host.ok("set_disk_metadata", &json!([disk, {HOSTILE: HOSTILE}]));
+    host.ok("set_disk_metadata", &json!([disk, {HOSTILE_NAME: HOSTILE}]));
     assert_eq!(options(&host, &vm), options(&host, &honest));
     host.ok("attach_disk", &json!([vm, disk]));
     host.wait_for_console(&vm, "BOOTSECTOR-OK", 1);
@@ -170,6 +174,38 @@ fn create_vm_with_hostile_values_adds_no_qemu_option() {
     fails("/4", json!([HOSTILE]));
     assert_refused(&host.call("create_disk", &json!([8, {"format": HOSTILE}, null])), "format");
     assert_refused(&host.call("create_disk", &json!([8, {HOSTILE: 1}, null])), "disk's key");
+}
+
+#[test]
+fn call_with_control_characters_in_a_name_is_refused_and_shows_none() {
+    let Some(host) = Host::new() else { return };
+    let refused = |method: &str, arguments: &Value| {
+        let answer = host.call(method, arguments);
+        assert_refused(&answer, method);
+        let message = &answer.failure().message;
+        assert!(message.contains("a name without control characters"), "{message}");
+        let lines = answer.stderr.lines().chain(message.lines());
+        assert!(!lines.clone().any(|line| line.contains(is_control)), "{answer:?}");
+    };
+    for character in ['\u{1b}', '\n', '\u{7f}', '\u{9b}', '\u{202e}', '\u{2067}'] {
+        let name = format!("a{character}[2Jb");
+        let network = host.vm_arguments("stemcell-1")[3]["net"].take();
+        let create_vm = |networks: Value| {
+            let mut arguments = host.vm_arguments("stemcell-1");
+            arguments[3] = networks;
+            refused("create_vm", &arguments);
+        };
+        create_vm(json!({&name: network}));
+        let mut with_key = network.clone();
+        with_key[&name] = json!(1);
+        create_vm(json!({"net": with_key}));
+        refused("set_vm_metadata", &json!(["vm-1", {&name: "x"}]));
+        refused("set_disk_metadata", &json!(["disk-1", {&name: "x"}]));
+        refused("snapshot_disk", &json!(["disk-1", {&name: "x"}]));
+        refused("create_disk", &json!([8, {&name: 1}, null]));
+        refused("create_network", &json!([{&name: 1}]));
+    }
+    assert!(!host.path("state").exists(), "a refused call writes nothing");
 }
 
 #[test]

@@ -145,3 +145,21 @@ fn create_whose_caller_is_gone_is_undone() {
         assert_eq!(host.leaks(), before, "{method}");
     }
 }
+
+#[test]
+fn create_without_stdout_is_undone() {
+    let Some(host) = Host::new() else { return };
+    let before = host.leaks();
+    for redirection in [">&-", ">/dev/null"] {
+        let cpi = host.cpi();
+        let mut command = std::process::Command::new("sh");
+        command.arg("-c").arg(format!("exec \"$@\" {redirection}")).arg("sh");
+        command.arg(cpi.get_program()).args(cpi.get_args()).env_clear();
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        let request = request("create_disk", &json!([8, {}, null]));
+        let output = crate::support::answer::run(command, request.as_bytes());
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && log.contains("undone: delete_disk"), "{log}");
+        assert_eq!(host.leaks(), before, "{redirection}");
+    }
+}

@@ -198,6 +198,34 @@ fn upload_stemcell_to_misbehaving_host_names_the_fault() {
     }
 }
 
+/// A host that wants the image again and again would keep its caller until the deadline.
+#[test]
+fn upload_stemcell_to_host_that_wants_it_without_end_fails() {
+    let Some(director) = crate::support::remote::Director::new() else { return };
+    let (image, socket) = (director.path("image"), director.path("fake.sock"));
+    fs::write(&image, "x").unwrap();
+    let listener = UnixListener::bind(&socket).unwrap();
+    director.configure(&json!({"transport": {"kind": "unix", "socket": socket}}));
+    let host = std::thread::spawn(move || {
+        // The second connection has the delete of what the host may have created.
+        let mut stream = listener.accept().unwrap().0;
+        let mut wanted = 0;
+        stream.write_all(format!("{GREETING}\n").as_bytes()).unwrap();
+        while stream.write_all(b"{\"want\":\"image\"}\n").is_ok() && wanted < 1000 {
+            wanted += 1;
+            let mut line = String::new();
+            if BufReader::new(&stream).read_line(&mut line).unwrap_or(0) == 0 {
+                break;
+            }
+        }
+        wanted
+    });
+    let answer = director.call("create_stemcell", &json!([image, {}]));
+    let message = &answer.failure().message;
+    assert!(message.contains("it asked for the image more than 3 times"), "{message}");
+    assert!(host.join().unwrap() < 1000);
+}
+
 /// An answer with another cid than the caller chose.
 const MADE_ANOTHER: &str = concat!(
     r#"{"answer":{"text":"{\"result\":\"stemcell-aaaaaaaaaaaaaaa\","#,
