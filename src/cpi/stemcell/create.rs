@@ -34,7 +34,7 @@ pub(in crate::cpi) fn create(
     let creation = Creation::<StemcellRecord>::new(cx, deadline)?;
     let work = |creation: &Creation<'_, StemcellRecord>| {
         let stemcell = record(cx, creation.cid().clone(), properties);
-        // A compressed image takes more than its file; the import fails if that does not fit.
+        // A compressed image takes more than its file: the import asks again as it grows.
         let need = need::import(image.allocated_size(deadline)?);
         let pool = stemcell.pool.as_deref();
         capacity::admit(cx, pool, need, deadline, || cx.store.write(&stemcell))?;
@@ -111,7 +111,10 @@ fn make_image(
         return Ok(StemcellImage { format, virtual_size, path: None, source });
     }
     let qemu_img = QemuImg::new(&cx.config.qemu.img_binary);
-    let import = Import { source, declared, target: &target, qemu_img: &qemu_img, deadline };
+    let pool = stemcell.pool.as_deref();
+    let grant = |need| capacity::grant(cx, pool, need, deadline);
+    let (target, qemu_img) = (&target, &qemu_img);
+    let import = Import { source, declared, target, qemu_img, grant: &grant, deadline };
     let imported = import.run(&mut log_progress())?;
     let source = size.map(|size| Source { sha256: imported.digest.to_string(), size });
     let (format, virtual_size) = (imported.format, imported.virtual_size);
