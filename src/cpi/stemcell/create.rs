@@ -44,6 +44,7 @@ pub(in crate::cpi) fn create(
             virtual_size: made.virtual_size,
             image_path: made.path,
             source: made.source,
+            verified: made.verified,
             ..stemcell
         })
     };
@@ -81,6 +82,7 @@ fn record(cx: &Context, cid: StemcellCid, properties: &Map<String, Value>) -> St
         image_path: None,
         pool: cx.config.stemcell_pool.clone(),
         source: None,
+        verified: None,
         cloud_properties: properties.clone(),
         newer: Map::new(),
     }
@@ -108,7 +110,7 @@ fn make_image(
         && let Some(other) = share::share(cx, stemcell, source, size, &target, deadline)?
     {
         let StemcellRecord { format, virtual_size, source, .. } = other;
-        return Ok(StemcellImage { format, virtual_size, path: None, source });
+        return Ok(StemcellImage { format, virtual_size, path: None, source, verified: None });
     }
     let qemu_img = QemuImg::new(&cx.config.qemu.img_binary);
     let pool = stemcell.pool.as_deref();
@@ -118,7 +120,7 @@ fn make_image(
     let imported = import.run(&mut log_progress())?;
     let source = size.map(|size| Source { sha256: imported.digest.to_string(), size });
     let (format, virtual_size) = (imported.format, imported.virtual_size);
-    Ok(StemcellImage { format, virtual_size, path: None, source })
+    Ok(StemcellImage { format, virtual_size, path: None, source, verified: None })
 }
 
 fn log_progress() -> impl FnMut(Bytes) {
