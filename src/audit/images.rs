@@ -1,18 +1,18 @@
 //! Images that do not exist, and files in pools that no record names. Nothing is removed: other
 //! hosts may share the pool, and a stray image may be all that is left of a disk.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Audit, Kind};
 use crate::cid::Cid;
 use crate::cpi::creation::pending;
-use crate::error::{ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
-use crate::store::record::SnapshotRecord;
+use crate::store::record::{SnapshotRecord, VerifiedFile};
 use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
 
 /// The paths of the images of a record.
-type Images<R> = fn(&Store, &R) -> Result<Vec<std::path::PathBuf>>;
+type Images<R> = fn(&Store, &R) -> Result<Vec<PathBuf>>;
 
 impl Audit<'_> {
     pub(super) fn images(&mut self) -> Result<()> {
@@ -35,6 +35,7 @@ impl Audit<'_> {
             let ephemeral = vm.ephemeral.as_ref().map(|_| dir.join(EPHEMERAL_IMAGE));
             Ok([store.base_image(vm)?, dir.join(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
         })?;
+        self.light_images()?;
         self.ownership()?;
         self.disk_key()?;
         let pools: Vec<_> = self.cx.store.pools().names().map(str::to_owned).collect();
@@ -44,6 +45,37 @@ impl Audit<'_> {
                 && let Err(error) = self.strays(&pool, &dir)
             {
                 self.unknown(&format!("pool {pool}"), &error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Images of light stemcells that are not the verified ones any more.
+    fn light_images(&mut self) -> Result<()> {
+        let store = &self.cx.store;
+        let stemcells = store.list_readable::<StemcellRecord>()?.into_iter();
+        let stemcells = stemcells.filter(|stemcell| stemcell.phase == Phase::Ready);
+        let mut images: Vec<_> = stemcells
+            .filter_map(|it| Some((it.image_path?, it.verified?, it.cid.to_string())))
+            .collect();
+        let vms = store.list_readable::<VmRecord>()?.into_iter();
+        let vms = vms.filter(|vm| vm.phase == Phase::Ready);
+        images.extend(
+            vms.filter_map(|vm| Some((vm.base.path, vm.base.verified?, vm.cid.to_string()))),
+        );
+        // An image that does not exist is reported with its record.
+        images.retain(|(path, ..)| path.exists());
+        // A changed image is read once, not once for each of its VMs.
+        let mut checked: Vec<(PathBuf, VerifiedFile, Option<Error>)> = Vec::new();
+        for (path, verified, cid) in images {
+            let known = checked.iter().position(|(p, v, _)| (p, v) == (&path, &verified));
+            let at = known.unwrap_or_else(|| {
+                let changed = verified.ensure_unchanged(&path).err();
+                checked.push((path, verified, changed));
+                checked.len() - 1
+            });
+            if let Some(error) = &checked[at].2 {
+                self.unusable(&cid, error);
             }
         }
         Ok(())

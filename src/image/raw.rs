@@ -39,16 +39,18 @@ pub(super) fn ensure_valid_size(path: &Path, size: Bytes) -> Result<()> {
     ))
 }
 
-/// Writes `data` at `offset` of a file that has a hole there, skipping blocks of zeros.
-pub(super) fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<()> {
-    let mut start = 0;
+/// Writes `data` at `offset` of a file that has a hole there, skipping blocks of zeros. Returns how
+/// many bytes it wrote.
+pub(super) fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<u64> {
+    let (mut start, mut written) = (0, 0);
     while start < data.len() {
         let zeros = count_blocks(&data[start..], true);
         let end = start + zeros + count_blocks(&data[start + zeros..], false);
         file.write_all_at(&data[start + zeros..end], offset + (start + zeros) as u64)?;
+        written += end - start - zeros;
         start = end;
     }
-    Ok(())
+    Ok(written as u64)
 }
 
 /// Length in bytes of the run of blocks at the start of `data` that are all zero (`zero`) or are
@@ -99,7 +101,8 @@ mod tests {
         data[300_000..300_010].fill(7);
         *data.last_mut().unwrap() = 9;
         data.extend([0, 0, 3]);
-        write_sparse(&file, 8192, &data).unwrap();
+        let written = write_sparse(&file, 8192, &data).unwrap();
+        assert_eq!(written, 3 * BLOCK as u64 + 3);
         let mut back = vec![0u8; data.len()];
         file.read_exact_at(&mut back, 8192).unwrap();
         assert_eq!(back, data);

@@ -39,6 +39,7 @@ pub(super) struct Resources {
 impl Resources {
     /// Opens everything that `vm` needs, and makes its bridges and taps.
     pub(super) fn open(context: &VmContext, vm: &VmRecord) -> Result<Self> {
+        vm.base.ensure_unchanged()?;
         let needs =
             files::required(vm, &context.paths, &context.store, &attached_disks(context, vm)?)?;
         let encrypted = needs.iter().any(|need| need.encrypted);

@@ -28,6 +28,31 @@ pub(in crate::cpi) fn admit(
     if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) }
 }
 
+/// Most bytes that [`grant`] grants at once, unless the need is larger.
+const GRANT: u64 = 64 << 20;
+/// Most bytes of a filesystem that imports leave free. They leave 5 % of a smaller filesystem.
+const RESERVE: u64 = 1 << 30;
+
+/// Grants an image that is being imported at least `need` more bytes in `pool`. Returns how many.
+///
+/// # Errors
+/// Those of [`admit`].
+pub(in crate::cpi) fn grant(
+    cx: &Context,
+    pool: Option<&str>,
+    need: Bytes,
+    deadline: Instant,
+) -> Result<Bytes> {
+    let dir = images::pool_dir(cx, pool)?;
+    let _lock = cx.store.short_lock(Rank::Space, "all", deadline)?;
+    let stat = images::statvfs(&dir)?;
+    let reserve = (stat.f_blocks.saturating_mul(stat.f_frsize) / 20).min(RESERVE);
+    let room = Bytes(images::room(cx, &dir)?.get().saturating_sub(reserve));
+    // A part of the room: imports at the same time do not count each other's grants.
+    let granted = need.max(Bytes((room.get() / 4).min(GRANT)));
+    if need <= room { Ok(granted) } else { Err(no_space(pool, &dir, need, room)) }
+}
+
 fn no_space(pool: Option<&str>, dir: &Path, need: Bytes, room: Bytes) -> Error {
     let what = pool.map_or("the state directory".to_owned(), |pool| format!("pool '{pool}'"));
     // The need is rounded up.

@@ -34,7 +34,7 @@ pub(in crate::cpi) fn create(
     let creation = Creation::<StemcellRecord>::begin(cx, deadline)?;
     let work = |creation: &Creation<'_, StemcellRecord>| {
         let stemcell = record(cx, creation.cid().clone(), properties);
-        // A compressed image takes more than its file; the import fails if that does not fit.
+        // A compressed image takes more than its file: the import asks again as it grows.
         let need = need::import(image.allocated_size(deadline)?);
         let pool = stemcell.pool.as_deref();
         capacity::admit(cx, pool, need, deadline, || cx.store.write(&stemcell))?;
@@ -44,6 +44,7 @@ pub(in crate::cpi) fn create(
             virtual_size: made.virtual_size,
             image_path: made.path,
             source: made.source,
+            verified: made.verified,
             ..stemcell
         })
     };
@@ -81,6 +82,7 @@ fn record(cx: &Context, cid: StemcellCid, properties: &Map<String, Value>) -> St
         image_path: None,
         pool: cx.config.stemcell_pool.clone(),
         source: None,
+        verified: None,
         cloud_properties: properties.clone(),
         newer: Map::new(),
     }
@@ -108,14 +110,17 @@ fn make_image(
         && let Some(other) = share::share(cx, stemcell, source, size, &target, deadline)?
     {
         let StemcellRecord { format, virtual_size, source, .. } = other;
-        return Ok(StemcellImage { format, virtual_size, path: None, source });
+        return Ok(StemcellImage { format, virtual_size, path: None, source, verified: None });
     }
     let qemu_img = QemuImg::new(&cx.config.qemu.img_binary);
-    let import = Import { source, declared, target: &target, qemu_img: &qemu_img, deadline };
+    let pool = stemcell.pool.as_deref();
+    let grant = |need| capacity::grant(cx, pool, need, deadline);
+    let (target, qemu_img) = (&target, &qemu_img);
+    let import = Import { source, declared, target, qemu_img, grant: &grant, deadline };
     let imported = import.run(&mut log_progress())?;
     let source = size.map(|size| Source { sha256: imported.digest.to_string(), size });
     let (format, virtual_size) = (imported.format, imported.virtual_size);
-    Ok(StemcellImage { format, virtual_size, path: None, source })
+    Ok(StemcellImage { format, virtual_size, path: None, source, verified: None })
 }
 
 fn log_progress() -> impl FnMut(Bytes) {

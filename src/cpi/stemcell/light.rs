@@ -9,7 +9,7 @@ use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image;
 use crate::schema::{Expected, Property, SchemaError};
-use crate::store::record::{Format, Source};
+use crate::store::record::{Format, Source, VerifiedFile};
 use crate::units::Bytes;
 
 document! {
@@ -17,7 +17,7 @@ document! {
     /// `qemu-light`).
     pub struct LightStemcell {
         /// Path of the image on the host, qcow2 or raw. VMs are overlays of it; it must not change
-        /// or move.
+        /// or move. A start of a VM from a changed image is refused.
         image_path: PathBuf;
         /// Its SHA-256, 64 hexadecimal digits.
         sha256: Digest;
@@ -41,6 +41,8 @@ pub(super) struct StemcellImage {
     pub path: Option<PathBuf>,
     /// The file that was imported, of any other.
     pub source: Option<Source>,
+    /// What was verified of the operator's file.
+    pub verified: Option<VerifiedFile>,
 }
 
 /// Reads the cloud properties of a light stemcell.
@@ -68,6 +70,9 @@ pub(super) fn image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Resul
     let path = path?;
     // Inspected first: reading a pipe or a device might never end.
     let (format, virtual_size) = image::inspect(&path)?;
+    // Before the digest: a change while it is computed must not stay unnoticed.
+    let verified = VerifiedFile::new(&path.metadata().at("look at", &path)?, light.sha256);
     light.sha256.ensure_matches(&path)?;
-    Ok(StemcellImage { format, virtual_size, path: Some(path), source: None })
+    let verified = Some(verified);
+    Ok(StemcellImage { format, virtual_size, path: Some(path), source: None, verified })
 }

@@ -88,8 +88,18 @@ pub(super) fn sync(cx: &Context, vm: &VmRecord, images: Vec<UnsyncedFile>) -> Re
 /// image.
 pub(super) fn base_of(stemcell: &StemcellRecord) -> Base {
     match &stemcell.image_path {
-        Some(path) => Base { path: path.clone(), pool: None, format: stemcell.format },
-        None => Base { path: BASE_IMAGE.into(), pool: stemcell.pool.clone(), format: Format::Raw },
+        Some(path) => Base {
+            path: path.clone(),
+            pool: None,
+            format: stemcell.format,
+            verified: stemcell.verified.clone(),
+        },
+        None => Base {
+            path: BASE_IMAGE.into(),
+            pool: stemcell.pool.clone(),
+            format: Format::Raw,
+            verified: None,
+        },
     }
 }
 

@@ -7,6 +7,7 @@ use crate::cpi::context::Context;
 use crate::cpi::machine;
 use crate::error::Result;
 use crate::host::cgroup::Cgroup;
+use crate::image::import::read_by_deadline;
 use crate::store::record::Desired;
 use crate::supervisor::{self, StopMode};
 
@@ -24,6 +25,9 @@ pub(in crate::cpi) fn reboot(cx: &Context, cid: &VmCid) -> Result<()> {
     let (paths, vm_context) = (cx.store.vm(cid), cx.vm_context(cid));
     // A VM that would not start again for want of memory keeps running.
     supervisor::ensure_memory(&vm_context, &vm)?;
+    // Nor would one whose light stemcell's image has changed.
+    let base = vm.base.clone();
+    read_by_deadline(&vm.base.path, deadline, move || base.ensure_unchanged())??;
     supervisor::stop(&paths, StopMode::PowerButton(timeout), deadline)?;
     // Ends a QEMU whose pid file is gone: an operator has emptied the run directory.
     Cgroup::open(cid.as_str()).kill(deadline)?;

@@ -1,8 +1,13 @@
 //! Why an image is rejected.
 
+use crate::error::ErrorKind;
 use crate::image::Format;
 use crate::image::qcow2::HeaderError;
-use crate::units::MiB;
+use crate::units::Bytes;
+
+/// Largest virtual size of an image, 1 TiB. The stemcell builder makes images of 5 GiB. Bounds the
+/// time of an import whose holes or tables take no space.
+pub(super) const LARGEST: Bytes = Bytes(1 << 40);
 
 /// What is wrong with a stemcell's image. It is the source of the error that
 /// [`Import::run`](super::Import::run) returns.
@@ -70,9 +75,12 @@ pub enum InvalidImage {
     /// The virtual size is zero.
     #[error("its virtual size is 0 bytes")]
     NoSize,
-    /// The virtual size is above [`MiB::MAX`].
-    #[error("its virtual size is larger than {}", MiB::MAX)]
+    /// The virtual size is above [`LARGEST`].
+    #[error("its virtual size is larger than {LARGEST}, and no stemcell's is")]
     TooLarge,
+    /// Two entries of the qcow2 tables name the same cluster.
+    #[error("two entries of the qcow2 image name the same cluster, at byte {0:#x}")]
+    SharedCluster(u64),
     /// The image within an archive's member is invalid.
     #[error("member '{name}': {problem}")]
     Member {
@@ -84,6 +92,15 @@ pub enum InvalidImage {
 }
 
 impl InvalidImage {
+    /// The kind of the error: a valid image that no import supports, or an invalid one.
+    pub(super) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::TooLarge | Self::SharedCluster(_) => ErrorKind::NotSupported,
+            Self::Member { problem, .. } => problem.kind(),
+            _ => ErrorKind::BadRequest,
+        }
+    }
+
     /// The operator's next step.
     pub(super) fn hint(&self) -> &'static str {
         match self {

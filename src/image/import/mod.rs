@@ -12,18 +12,19 @@
 //! their tables lie behind their data, or they use zstd. Such a file is read a second time, into an
 //! unnamed temporary file, which `qemu-img` checks and converts.
 //!
-//! The source is hostile: [`MiB::MAX`], memory limits and the deadline bound every size in it. A
-//! failed import leaves no file; SIGKILL may leave the `.import-…` file beside the target.
+//! The source is hostile: [`LARGEST`], memory limits and the deadline bound every size in it, and
+//! [`Import::grant`] the space. A failed import leaves no file; SIGKILL may leave the `.import-…`
+//! file beside the target.
 
 mod archive;
 mod invalid_image;
+mod output;
 pub(super) mod probe;
 mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
 
-use std::cell::Cell;
 use std::fs::{File, Permissions};
 use std::io::{self, Cursor, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -33,16 +34,19 @@ use std::time::Instant;
 use tempfile::NamedTempFile;
 
 pub use self::invalid_image::InvalidImage;
-use self::invalid_image::printable;
+use self::invalid_image::{LARGEST, printable};
+pub use self::output::Grant;
+use self::output::Output;
 pub use self::source::{ImageFile, ImageSource, read_by_deadline};
 use crate::crash;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::qcow2::decode::{DecodeError, decode};
+use crate::image::qcow2::map::mapped_size;
 use crate::image::qcow2::{Header, HeaderError};
 use crate::image::qemu_img::{Convert, QemuImg, STDIN};
-use crate::image::{Format, parent_of, raw, sync_parent};
-use crate::units::{Bytes, MiB};
+use crate::image::{Format, parent_of, sync_parent};
+use crate::units::Bytes;
 
 /// Hint for an image of 0 bytes.
 pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this \
@@ -62,6 +66,8 @@ pub struct Import<'a> {
     pub target: &'a Path,
     /// Converts images that cannot be decoded in one pass.
     pub qemu_img: &'a QemuImg,
+    /// Asked for space before the image takes more than it granted, also for a temporary copy.
+    pub grant: Grant<'a>,
     /// When the import fails with a timeout.
     pub deadline: Instant,
 }
@@ -82,7 +88,8 @@ impl Import<'_> {
     /// error it does not exist.
     ///
     /// # Errors
-    /// - [`ErrorKind::BadRequest`] with an [`InvalidImage`] as source: the image is rejected.
+    /// - [`ErrorKind::BadRequest`] or [`ErrorKind::NotSupported`] with an [`InvalidImage`] as
+    ///   source: the image is rejected.
     /// - [`ErrorKind::NoDiskSpace`], with the space the image may need where that is known.
     /// - [`ErrorKind::Timeout`] at the deadline.
     /// - [`ErrorKind::Conflict`] if the target exists. It is never overwritten: VMs may run on it.
@@ -96,7 +103,7 @@ impl Import<'_> {
             .prefix(".import-")
             .tempfile_in(directory)
             .at("write to", directory)?;
-        let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
+        let output = Output::new(new.as_file(), self.grant);
         let done = match self.read(&output, progress) {
             Err(ImportError::NotStreamable(why)) => {
                 tracing::info!("qemu-img converts '{}': {why}", self.source.name());
@@ -139,26 +146,27 @@ impl Import<'_> {
         size: Option<Bytes>,
         output: &Output<'_>,
     ) -> Result<Bytes, ImportError> {
-        let head = read_up_to(content, Header::PREFIX as u64)?;
+        let head = read_up_to(content, HEAD)?;
         if head.is_empty() {
             return Err(InvalidImage::NoSize.into());
         }
         let format = probe::detect_format(&head, self.declared)?;
         let mut whole = Cursor::new(&head).chain(content);
         if format == Format::Raw {
-            if size.is_some_and(|size| size > MiB::MAX.bytes()) {
-                return Err(InvalidImage::TooLarge.into());
-            }
+            size.map_or(Ok(()), ensure_not_too_large)?;
             output.size.set(size);
             return self.copy_raw(&mut whole, output);
         }
         let header = probe::check_qcow2_header(&head)?;
+        ensure_not_too_large(header.virtual_size)?;
         size.map_or(Ok(()), |size| header.check_offsets(size.get()))?;
         output.size.set(Some(header.virtual_size));
         match output.spool {
-            None => decode(&header, whole, output.raw, self.deadline)
-                .map_err(|error| self.decode_failure(error))?,
-            Some(spool) => self.spool(&mut whole, spool)?,
+            None => {
+                let mut write = |offset, data: &[u8]| output.write(offset, data, self.target);
+                decode(&header, whole, &mut write, self.deadline).map_err(decode_failure)?;
+            }
+            Some(spool) => self.spool(&mut whole, spool, output)?,
         }
         Ok(header.virtual_size)
     }
@@ -172,15 +180,18 @@ impl Import<'_> {
             if buffer.is_empty() {
                 return Ok(Bytes(size));
             }
-            if size + buffer.len() as u64 > MiB::MAX.bytes().get() {
-                return Err(InvalidImage::TooLarge.into());
-            }
-            raw::write_sparse(output.raw, size, &buffer).at("write", self.target)?;
+            ensure_not_too_large(Bytes(size + buffer.len() as u64))?;
+            output.write(size, &buffer, self.target)?;
             size += buffer.len() as u64;
         }
     }
 
-    fn spool(&self, content: &mut dyn Read, mut spool: &File) -> Result<(), ImportError> {
+    fn spool(
+        &self,
+        content: &mut dyn Read,
+        mut spool: &File,
+        output: &Output<'_>,
+    ) -> Result<(), ImportError> {
         let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             let count = content.read(&mut buffer)?;
@@ -189,6 +200,7 @@ impl Import<'_> {
             }
             io::Write::write_all(&mut spool, &buffer[..count])
                 .at("write a temporary copy beside", self.target)?;
+            output.take(count as u64)?;
         }
     }
 
@@ -203,9 +215,11 @@ impl Import<'_> {
         new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
         let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
-        let output = Output { spool: Some(&spool), ..output };
+        let mut output = output;
+        output.spool = Some(&spool);
         let (size, digest) =
             self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
+        self.take_mapped(&spool, &output).map_err(|failure| self.error(failure, &output))?;
         let convert = Convert {
             source: Path::new(STDIN),
             source_format: Format::Qcow2,
@@ -226,6 +240,14 @@ impl Import<'_> {
         let converted = self.qemu_img.convert_file(handle()?, &convert, self.deadline);
         converted.map_err(|error| self.error(ImportError::Failed(error), &output))?;
         Ok((size, digest))
+    }
+
+    /// Takes space for all data of the qcow2 file `spool`: `qemu-img` does not ask.
+    fn take_mapped(&self, mut spool: &File, output: &Output<'_>) -> Result<(), ImportError> {
+        let rewound = io::Seek::rewind(&mut spool).and_then(|()| read_up_to(&mut spool, HEAD));
+        let head = rewound.at("read the temporary copy beside", self.target)?;
+        let size = mapped_size(&Header::parse(&head)?, spool, self.deadline);
+        Ok(output.take(size.map_err(decode_failure)?.get())?)
     }
 
     /// Gives the finished file its name, durably.
@@ -254,23 +276,13 @@ impl Import<'_> {
         )
     }
 
-    fn decode_failure(&self, error: DecodeError) -> ImportError {
-        match error {
-            DecodeError::NotStreamable(why) => ImportError::NotStreamable(why),
-            DecodeError::Damaged { .. } => InvalidImage::Damaged(error.to_string()).into(),
-            DecodeError::Deadline => io::Error::from(io::ErrorKind::TimedOut).into(),
-            DecodeError::Read(error) => error.into(),
-            DecodeError::Write(error) => Error::io("write", self.target, error).into(),
-        }
-    }
-
     /// Converts to the error that the caller gets.
     fn error(&self, failure: ImportError, output: &Output<'_>) -> Error {
         let source = self.source.name();
         match failure {
             ImportError::Invalid(reason) => {
                 let hint = reason.hint();
-                Error::new(ErrorKind::BadRequest, format!("the image '{source}' is refused"))
+                Error::new(reason.kind(), format!("the image '{source}' is refused"))
                     .because(reason)
                     .hint(hint)
             }
@@ -316,16 +328,25 @@ impl Import<'_> {
 /// that holes stay aligned.
 const BUFFER_SIZE: usize = 256 * 1024;
 
-/// Where an import writes the image.
-#[derive(Clone)]
-struct Output<'a> {
-    /// The raw file.
-    raw: &'a File,
-    /// The temporary file that gets a copy of a qcow2 file; `None` means to decode the image to
-    /// `raw`.
-    spool: Option<&'a File>,
-    /// Virtual size, once the header or the archive states it.
-    size: Cell<Option<Bytes>>,
+/// Bytes of a file in which its format and its qcow2 header lie.
+const HEAD: u64 = Header::PREFIX as u64;
+
+fn ensure_not_too_large(size: Bytes) -> Result<(), InvalidImage> {
+    if size > LARGEST { Err(InvalidImage::TooLarge) } else { Ok(()) }
+}
+
+fn decode_failure(error: DecodeError) -> ImportError {
+    match error {
+        DecodeError::NotStreamable(why) => ImportError::NotStreamable(why),
+        DecodeError::Damaged { .. } => InvalidImage::Damaged(error.to_string()).into(),
+        DecodeError::Shared(at) => InvalidImage::SharedCluster(at).into(),
+        DecodeError::TooManyClusters => {
+            InvalidImage::Feature("has more than 16 million clusters with data").into()
+        }
+        DecodeError::Deadline => ImportError::TimedOut,
+        DecodeError::Read(error) => error.into(),
+        DecodeError::Write(error) => error.into(),
+    }
 }
 
 /// Why an import failed.

@@ -13,20 +13,22 @@
 //!
 //! A valid file with another layout, or with features this decoder lacks (such as zstd), ends in
 //! [`DecodeError::NotStreamable`]. The window and [`QUEUE_LIMIT`] bound the memory.
+//!
+//! A table or cluster that two entries name is refused: a few kilobytes of such entries would
+//! decode to terabytes. Only internal snapshots share clusters, and these are not read.
 
 #[cfg(test)]
 mod tests;
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-use std::fs::File;
+use std::collections::{BinaryHeap, HashSet};
 use std::io::{self, Read};
 use std::time::Instant;
 
 use flate2::{Decompress, FlushDecompress};
 
 use super::{Compression, Header};
-use crate::image::raw::write_sparse;
+use crate::error::Error;
 
 /// Bytes kept behind the furthest read, at least. The largest cluster fits, and so do packed writes
 /// that precede their L2 table.
@@ -48,23 +50,32 @@ pub enum DecodeError {
         /// Offset in the file.
         at: u64,
     },
+    /// Two entries name the same table or cluster.
+    #[error("two entries name byte {0:#x} of the qcow2 file")]
+    Shared(u64),
+    /// The tables map more clusters than this program checks.
+    #[error("more than 16 million clusters")]
+    TooManyClusters,
     /// The deadline passed.
     #[error("the deadline passed")]
     Deadline,
     /// The stream failed.
     #[error(transparent)]
     Read(io::Error),
-    /// The raw file could not be written.
+    /// The raw image could not be written.
     #[error(transparent)]
-    Write(io::Error),
+    Write(Error),
 }
 
-/// Decodes `stream`, a whole qcow2 file with the header `header`, into `target`, an empty file.
+/// Writes data at an offset of the raw image, which has a hole there.
+pub type Write<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), Error>;
+
+/// Decodes `stream`, a whole qcow2 file with the header `header`, and passes its data to `write`.
 /// `header` must name no backing file, no data file and no encryption.
 pub fn decode(
     header: &Header,
     stream: impl Read,
-    target: &File,
+    write: Write<'_>,
     deadline: Instant,
 ) -> Result<(), DecodeError> {
     if header.compression == Compression::Zstd {
@@ -75,7 +86,9 @@ pub fn decode(
     }
     let mut decoder = Decoder {
         header,
-        target,
+        write,
+        named: HashSet::new(),
+        named_from: 0,
         window: Window::new(stream),
         queue: BinaryHeap::new(),
         inflate: Decompress::new(false),
@@ -86,6 +99,7 @@ pub fn decode(
         if Instant::now() >= deadline {
             return Err(DecodeError::Deadline);
         }
+        decoder.ensure_not_named(item.offset)?;
         match item.kind {
             Kind::L2Table => decoder.read_l2(&item)?,
             Kind::Plain => decoder.copy(&item)?,
@@ -113,7 +127,7 @@ enum Kind {
 }
 
 /// Bits of L1 and L2 entries.
-mod entry {
+pub(super) mod entry {
     pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
     pub const COPIED: u64 = 1 << 63;
     pub const COMPRESSED: u64 = 1 << 62;
@@ -122,7 +136,12 @@ mod entry {
 
 struct Decoder<'a, R> {
     header: &'a Header,
-    target: &'a File,
+    write: Write<'a>,
+    /// Offsets of the items that were read and still lie in the window. An item before the window
+    /// ends the decoding anyway.
+    named: HashSet<u64>,
+    /// Start of the window when `named` was last cleared of earlier items.
+    named_from: u64,
     window: Window<R>,
     queue: BinaryHeap<Reverse<Item>>,
     inflate: Decompress,
@@ -160,7 +179,7 @@ impl<R: Read> Decoder<'_, R> {
         for (number, value) in (0..wanted).zip(entries) {
             let (at, cluster) = (table.offset + number * 8, table.cluster + number);
             if value & entry::COMPRESSED != 0 {
-                let (offset, length) = self.compressed(value);
+                let (offset, length) = compressed(self.header, value);
                 self.push(Item { offset, kind: Kind::Compressed { length }, cluster })?;
             } else if self.header.version >= 3 && value & entry::ZERO != 0 {
                 // The cluster reads as zeros, even if the entry has an offset: that is only
@@ -180,13 +199,8 @@ impl<R: Read> Decoder<'_, R> {
         kind: Kind,
         cluster: u64,
     ) -> Result<(), DecodeError> {
-        if value & !entry::OFFSET != 0 {
-            return Err(DecodeError::Damaged { what: "an entry with reserved bits set", at });
-        }
-        if !value.is_multiple_of(self.header.cluster_size()) {
-            return Err(DecodeError::Damaged { what: "an entry that names no cluster", at });
-        }
-        if value == 0 { Ok(()) } else { self.push(Item { offset: value, kind, cluster }) }
+        let named = check_entry(self.header, at, value)?;
+        named.map_or(Ok(()), |offset| self.push(Item { offset, kind, cluster }))
     }
 
     fn push(&mut self, item: Item) -> Result<(), DecodeError> {
@@ -197,14 +211,14 @@ impl<R: Read> Decoder<'_, R> {
         Ok(())
     }
 
-    /// Offset and greatest length of a compressed cluster. The entry counts the length in sectors,
-    /// starting with the sector that contains the offset.
-    fn compressed(&self, value: u64) -> (u64, u32) {
-        let offset_bits = 62 - (self.header.cluster_bits - 8);
-        let offset = value & ((1 << offset_bits) - 1);
-        let sectors = ((value & !entry::COPIED & !entry::COMPRESSED) >> offset_bits) + 1;
-        // At most 2^13 + 1 sectors: cluster_bits is at most 21.
-        (offset, (sectors * 512 - offset % 512) as u32)
+    /// Fails if an earlier item lies at `offset`, too.
+    fn ensure_not_named(&mut self, offset: u64) -> Result<(), DecodeError> {
+        let start = self.window.start;
+        if start > self.named_from {
+            self.named_from = start;
+            self.named.retain(|offset| *offset >= start);
+        }
+        if self.named.insert(offset) { Ok(()) } else { Err(DecodeError::Shared(offset)) }
     }
 
     /// Length in bytes of the part of the item's cluster that lies within the disk.
@@ -217,7 +231,7 @@ impl<R: Read> Decoder<'_, R> {
         let wanted = self.wanted(item);
         let data = self.window.range(item.offset, wanted as u64, "a cluster ends")?;
         let offset = item.cluster * self.header.cluster_size();
-        write_sparse(self.target, offset, data).map_err(DecodeError::Write)
+        (self.write)(offset, data).map_err(DecodeError::Write)
     }
 
     fn inflate(&mut self, item: &Item, length: u32) -> Result<(), DecodeError> {
@@ -234,8 +248,33 @@ impl<R: Read> Decoder<'_, R> {
             return Err(damaged);
         }
         let (wanted, offset) = (self.wanted(item), item.cluster * self.header.cluster_size());
-        write_sparse(self.target, offset, &self.cluster[..wanted]).map_err(DecodeError::Write)
+        (self.write)(offset, &self.cluster[..wanted]).map_err(DecodeError::Write)
     }
+}
+
+/// The offset that the entry `value` at `at` names, if any: of an L1 entry or of a plain L2 entry.
+pub(super) fn check_entry(
+    header: &Header,
+    at: u64,
+    value: u64,
+) -> Result<Option<u64>, DecodeError> {
+    if value & !entry::OFFSET != 0 {
+        return Err(DecodeError::Damaged { what: "an entry with reserved bits set", at });
+    }
+    if !value.is_multiple_of(header.cluster_size()) {
+        return Err(DecodeError::Damaged { what: "an entry that names no cluster", at });
+    }
+    Ok((value != 0).then_some(value))
+}
+
+/// Offset and greatest length of a compressed cluster. The entry counts the length in sectors,
+/// starting with the sector that contains the offset.
+pub(super) fn compressed(header: &Header, value: u64) -> (u64, u32) {
+    let offset_bits = 62 - (header.cluster_bits - 8);
+    let offset = value & ((1 << offset_bits) - 1);
+    let sectors = ((value & !entry::COPIED & !entry::COMPRESSED) >> offset_bits) + 1;
+    // At most 2^13 + 1 sectors: cluster_bits is at most 21.
+    (offset, (sectors * 512 - offset % 512) as u32)
 }
 
 fn entries(table: &[u8]) -> Vec<u64> {

@@ -1,5 +1,5 @@
 //! qcow2 images (QEMU's `docs/interop/qcow2.txt`): headers, empty images, stream decoding,
-//! enlarging.
+//! table walks, enlarging.
 //!
 //! ```text
 //! header ─▶ L1 table ─▶ L2 tables ─▶ clusters        all numbers big endian
@@ -12,6 +12,7 @@ mod create;
 pub(super) mod decode;
 mod grow;
 mod header;
+pub(super) mod map;
 
 pub use create::{Backing, create};
 pub use grow::grow;

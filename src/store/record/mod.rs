@@ -5,6 +5,7 @@
 
 mod disk;
 mod network;
+mod verified_file;
 
 use std::path::PathBuf;
 
@@ -14,11 +15,13 @@ use serde_json::{Map, Value};
 
 use crate::choice;
 use crate::cid::{Cid, DiskCid, SnapshotCid, StemcellCid, VmCid};
+use crate::error::Result;
 use crate::store::Rank;
 use crate::units::{Bytes, MiB};
 
 pub use disk::{Cache, Discard, DiskImage, DiskRecord, Limits, Preallocation, SnapshotRecord};
 pub use network::{Keeper, NetworkRecord, Nic, Segment, UserNetwork, VlanLink, Wire};
+pub use verified_file::VerifiedFile;
 
 /// A record of an object.
 pub trait Record: Serialize + DeserializeOwned {
@@ -128,6 +131,10 @@ pub struct StemcellRecord {
     /// Image of a light stemcell, which belongs to the operator; absent: `image.raw` beside this
     /// record or in the pool.
     pub image_path: Option<PathBuf>,
+    /// What create_stemcell has verified of a light stemcell's image. Absent in records of older
+    /// versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<VerifiedFile>,
     /// Pool of the image; absent: the image is beside this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
@@ -257,6 +264,20 @@ pub struct Base {
     pub pool: Option<String>,
     /// Its format.
     pub format: Format,
+    /// That of a light stemcell's image, copied from the stemcell. Without it, a start does not
+    /// check the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<VerifiedFile>,
+}
+
+impl Base {
+    /// Refuses a light stemcell's image that is not the one create_stemcell has verified.
+    ///
+    /// # Errors
+    /// Those of [`VerifiedFile::ensure_unchanged`].
+    pub fn ensure_unchanged(&self) -> Result<()> {
+        self.verified.as_ref().map_or(Ok(()), |verified| verified.ensure_unchanged(&self.path))
+    }
 }
 
 /// An ephemeral disk.

@@ -224,3 +224,39 @@ fn delete_on_full_filesystem_succeeds() {
     host.ok("delete_stemcell", &json!([stemcells[0]]));
     host.tmpfs().empty();
 }
+
+/// Both files have some 100 kB and would fill the filesystem: gzip data of one byte, and a qcow2
+/// image with a compressed copy of it.
+#[test]
+fn create_stemcell_from_image_that_grows_leaves_a_reserve_and_nothing_else() {
+    let Some(host) = Host::on_tmpfs(64) else { return };
+    host.stemcell();
+    let (plain, bomb) = (host.path("plain"), host.path("bomb"));
+    let shell = |script: &str| {
+        let status = std::process::Command::new("sh")
+            .args(["-ec", script, "sh"])
+            .args([&plain, &bomb])
+            .status()
+            .unwrap();
+        assert!(status.success(), "{script}");
+    };
+    let before = host.leaks();
+    for overcommit in [true, false] {
+        host.reconfigure(|config| config["overcommit"] = json!(overcommit));
+        for make in [
+            "head -c 100M /dev/zero | tr '\\0' U > $1; gzip -c $1 > $2",
+            "qemu-img convert -c -f raw -O qcow2 $1 $2",
+            "qemu-img convert -c -f raw -O qcow2 -o compression_type=zstd $1 $2",
+        ] {
+            shell(make);
+            assert!(bomb.metadata().unwrap().len() < 2 << 20);
+            let format = if make.starts_with("head") { "raw" } else { "qcow2" };
+            let arguments = json!([bomb, {"disk_format": format}]);
+            let answer = host.call("create_stemcell", &arguments);
+            let refused = answer.failure();
+            assert_eq!(refused.kind, "NoDiskSpace", "{refused:?}");
+            assert!(refused.message.contains("MiB are needed"), "{make}: {refused:?}");
+            assert_eq!(host.leaks(), before, "{make}");
+        }
+    }
+}

@@ -196,6 +196,72 @@ fn image_larger_than_the_limit_is_rejected() {
         world.reason(&gzip(&archive), None),
         InvalidImage::Member { name: "root.img".into(), problem }
     );
+
+    let path = world.path("large");
+    let path = path.to_str().unwrap();
+    for options in ["compat=1.1", "compression_type=zstd", "extended_l2=on"] {
+        qemu_img(["create", "-fqcow2", "-o", options, path, "64T"].map(AsRef::as_ref));
+        let image = std::fs::read(path).unwrap();
+        assert_eq!(world.reason(&image, None), InvalidImage::TooLarge, "{options}");
+    }
+}
+
+/// A qcow2 file of 512 MiB whose L2 entries all name one cluster.
+fn shared_cluster(world: &World, options: &str) -> Vec<u8> {
+    let path = world.path("bomb");
+    let options = format!("cluster_size=64k,{options}");
+    let path = path.to_str().unwrap();
+    qemu_img(["create", "-fqcow2", "-o", &options, path, "512M"].map(AsRef::as_ref));
+    let mut image = std::fs::read(path).unwrap();
+    image.resize(image.len().next_multiple_of(1 << 16), 0);
+    let header = Header::parse(&image).unwrap();
+    for table in 0..header.l1_entries_needed() as usize {
+        let (l2, at) = (image.len() as u64, header.l1_offset as usize + 8 * table);
+        image[at..at + 8].copy_from_slice(&(1 << 63 | l2).to_be_bytes());
+        let data = (1 << 63 | (l2 + (1 << 16))).to_be_bytes();
+        let bitmap = u64::from(u32::MAX).to_be_bytes();
+        for _ in 0..header.l2_entries() {
+            image.extend(data);
+            image.extend(header.extended_l2.then_some(bitmap).into_iter().flatten());
+        }
+    }
+    image.extend(vec![7; 1 << 16]);
+    image
+}
+
+#[test]
+fn cluster_that_many_entries_name_is_refused_before_it_fills_the_filesystem() {
+    let world = World { qemu_img: NO_QEMU_IMG, ..World::new() };
+    for options in ["compat=0.10", "compression_type=zstd", "extended_l2=on"] {
+        let image = gzip(&shared_cluster(&world, options));
+        assert!(image.len() < 32 << 10, "{} bytes", image.len());
+        let reason = world.reason(&image, None);
+        assert!(matches!(reason, InvalidImage::SharedCluster(_)), "{options}: {reason}");
+    }
+}
+
+#[test]
+fn image_that_grows_beyond_the_granted_space_is_refused() {
+    let mut world = World::new();
+    let bomb = gzip(&[0x55, 0xaa].repeat(16 << 20));
+    world.qemu_img = "qemu-img";
+    let zstd = world.qcow2("-c -o compression_type=zstd");
+    let (plain, packed) = (world.qcow2(""), stemcell(&world.qcow2("-c")));
+    for image in [bomb, zstd, plain, packed] {
+        std::fs::write(world.path("image"), &image).unwrap();
+        let left = std::cell::Cell::new(2u64 << 20);
+        let grant = |need: Bytes| {
+            let granted = need.get().next_multiple_of(1 << 20);
+            let full = || Error::new(ErrorKind::NoDiskSpace, "no more space");
+            left.set(left.get().checked_sub(granted).ok_or_else(full)?);
+            Ok::<_, Error>(Bytes(granted))
+        };
+        let qemu_img = QemuImg::new("qemu-img");
+        let job = Import { grant: &grant, ..world.job(&qemu_img, None) };
+        let error = job.run(&mut |_| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoDiskSpace, "{}", error.report());
+        world.expect_nothing_left();
+    }
 }
 
 #[test]
@@ -205,7 +271,7 @@ fn full_filesystem_error_names_the_space_needed() {
     std::fs::write(world.path("image"), stemcell(&world.disk())).unwrap();
     let qemu_img = QemuImg::new(NO_QEMU_IMG);
     let job = world.job(&qemu_img, None);
-    let output = Output { raw: &full, spool: None, size: Cell::new(None) };
+    let output = Output::new(&full, &|need| Ok(need));
     let failure = job.read(&output, &mut |_| {}).unwrap_err();
     let error = job.error(failure, &output);
     assert_eq!(error.kind(), ErrorKind::NoDiskSpace, "{}", error.report());
