@@ -432,6 +432,14 @@ mod tests {
     }
 
     #[test]
+    fn the_methods_of_the_configuration_are_those_of_the_contract() {
+        for method in crate::config::METHODS {
+            let refused = Call::parse(&request(method, "[]")).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::BadRequest, "{method}");
+        }
+    }
+
+    #[test]
     fn an_argument_over_its_bound_is_refused_with_the_bound() {
         let list = |count, item: &dyn Fn(usize) -> String| {
             (0..count).map(item).collect::<Vec<_>>().join(",")
