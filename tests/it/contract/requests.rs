@@ -109,6 +109,21 @@ fn call_with_unusable_file_of_configuration_hints_at_the_configuration() {
 }
 
 #[test]
+fn log_of_call_names_its_object_and_its_result() {
+    let installation = Installation::new();
+    let done = |method: &str, arguments: Value, expected: &str| {
+        let answer = installation.call(method, &arguments);
+        let line = answer.stderr.lines().find(|line| line.contains(": done "));
+        let line = line.unwrap_or_else(|| panic!("{answer:?}"));
+        assert!(line.contains(expected) && line.contains("cpi-123456"), "{line}");
+    };
+    done("has_vm", json!(["vm-1"]), r#"done cid="vm-1" result="false" elapsed_ms="#);
+    done("delete_vm", json!(["vm-1"]), r#"done cid="vm-1" elapsed_ms="#);
+    let failed = installation.call("get_disks", &json!(["vm-1"]));
+    assert!(failed.stderr.contains(r#"cid="vm-1""#), "{failed:?}");
+}
+
+#[test]
 fn call_with_malformed_request_answers_cpi_error() {
     let installation = Installation::new();
     let deep = "[".repeat(200_000);
