@@ -199,6 +199,8 @@ pub enum HostCommand {
     #[command(verbatim_doc_comment)]
     Authorize {
         /// The public key, or the path of its .pub file
+        // A private key begins with hyphens, and clap would repeat it as an unknown option.
+        #[arg(allow_hyphen_values = true)]
         key: String,
     },
 }
@@ -210,7 +212,7 @@ pub struct Install {
     #[command(flatten)]
     pub machine: Machine,
     /// Public key that may call the host, or the path of its .pub file
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     pub key: Option<String>,
     /// Local configuration file, installed there as /etc/bosh-qemu-cpi/cpi.json
     #[arg(long, value_name = "FILE")]
@@ -246,7 +248,7 @@ pub struct Setup {
     #[arg(long)]
     pub remove: bool,
     /// Public key that may call this host, or the path of its .pub file
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     pub key: Option<String>,
     /// User whose authorized_keys gets the key [default: root]
     #[arg(long)]

@@ -65,7 +65,7 @@ impl Audit<'_> {
                 };
                 if let Err(error) = machine::ensure_off(&vm.cid, &paths) {
                     self.unknown(&vm.cid, &error);
-                } else if exit.as_ref().is_none_or(|exit| exit.ending() != Ending::PoweredOff) {
+                } else if exit.as_ref().is_none_or(is_unexpected) {
                     let why = exit
                         .map_or_else(|| "it has no exit record".to_owned(), |exit| exit.describe());
                     self.for_operator(
@@ -80,4 +80,10 @@ impl Audit<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether a VM that should run is off although neither its guest nor `host stop` ended this run. A
+/// start by `host start` begins another run, so a VM that it cannot start is unexpected.
+fn is_unexpected(exit: &ExitRecord) -> bool {
+    exit.ending() != Ending::PoweredOff && !exit.host_stopping
 }

@@ -3,9 +3,11 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
+use crate::commands::local;
 use crate::config::{self, Document, TransportKind};
 use crate::cpi::Cpi;
 use crate::cpi::context::Context;
+use crate::cpi::properties;
 use crate::error::Result;
 use crate::log;
 use crate::remote::client::Client;
@@ -36,9 +38,11 @@ fn executor(config: Option<&Path>, request: &Request) -> Result<Box<dyn Executor
     let file = config::path(config);
     let document = Document::read(file.as_deref())?;
     let config = document.config()?;
+    local::check_defaults(&config, file.as_deref())?;
     log::init(&config.log);
     let context = request.context.properties();
     let config = config.with_context(context, config::CONTEXT_KEYS)?;
+    properties::check_defaults(&config).map_err(|error| error.in_request("context"))?;
     if !config.hosts.is_empty() {
         return Ok(Box::new(Group::new(config, document.for_host(context))));
     }

@@ -6,6 +6,7 @@ use nix::unistd::geteuid;
 
 use crate::config::{self, Config, TransportKind};
 use crate::cpi::context::Context;
+use crate::cpi::properties;
 use crate::error::{Error, ErrorKind, Result};
 use crate::log;
 
@@ -18,6 +19,7 @@ pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
     ensure_root()?;
     let file = config::path(file);
     let config = Config::load(file.as_deref())?;
+    check_defaults(&config, file.as_deref())?;
     if config.transport.kind != TransportKind::Local || !config.hosts.is_empty() {
         let key = if config.hosts.is_empty() { "transport" } else { "hosts" };
         let message = "this machine is not a host: its configuration sends calls to other hosts";
@@ -27,6 +29,15 @@ pub(super) fn config(file: Option<&Path>) -> Result<(Config, Option<PathBuf>)> {
         )));
     }
     Ok((config, file))
+}
+
+/// Checks the defaults of cloud properties in `config`, which `file` has.
+///
+/// # Errors
+/// [`ErrorKind::BadConfig`] naming the property.
+pub(super) fn check_defaults(config: &Config, file: Option<&Path>) -> Result<()> {
+    let file = file.unwrap_or(Path::new(config::DEFAULT_FILE));
+    properties::check_defaults(config).map_err(|error| error.in_file(&file.display().to_string()))
 }
 
 /// The context of a command on this host, with its log on standard error.

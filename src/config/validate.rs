@@ -3,13 +3,38 @@
 use serde_json::Value;
 
 use super::{Config, GroupRule, HostEntry, TransportKind};
-use crate::schema::{Problem, SchemaError};
+use crate::schema::{Problem, SchemaError, printable, suggest};
 
 /// The longest `run_dir`, bytes. Socket paths below it then fit into the 107 bytes of unix(7).
 const RUN_DIR_MAX: usize = 40;
 
 /// The most hosts of a group: a query asks all of them at the same time, each in its own thread.
 pub const MAX_HOSTS: usize = 512;
+
+/// The methods that `deadlines` may name.
+pub const METHODS: &[&str] = &[
+    "attach_disk",
+    "calculate_vm_cloud_properties",
+    "create_disk",
+    "create_network",
+    "create_stemcell",
+    "create_vm",
+    "delete_disk",
+    "delete_network",
+    "delete_snapshot",
+    "delete_stemcell",
+    "delete_vm",
+    "detach_disk",
+    "get_disks",
+    "has_disk",
+    "has_vm",
+    "reboot_vm",
+    "resize_disk",
+    "set_disk_metadata",
+    "set_vm_metadata",
+    "snapshot_disk",
+    "update_disk",
+];
 
 impl Config {
     /// Refuses combinations of keys that the keys' types allow.
@@ -25,6 +50,8 @@ impl Config {
                 format!("{length} bytes: {}", self.run_dir.display()),
             ));
         }
+        self.ensure_deadlines_valid()?;
+        self.ensure_subnets_valid()?;
         self.ensure_pools_valid()?;
         self.transport.ensure_valid().map_err(|e| e.under("transport"))?;
         if self.hosts.len() > MAX_HOSTS {
@@ -41,6 +68,28 @@ impl Config {
             }
         }
         Ok(self)
+    }
+
+    fn ensure_deadlines_valid(&self) -> Result<(), SchemaError> {
+        let unknown = self.deadlines.keys().find(|name| !METHODS.contains(&name.as_str()));
+        let Some(name) = unknown else { return Ok(()) };
+        let problem = Problem::Unknown { suggestion: suggest(name, METHODS) };
+        Err(SchemaError { path: printable(name), problem }.under("deadlines"))
+    }
+
+    /// Refuses a subnet of one address, as which an address without a prefix length is read: it has
+    /// no room for a gateway and a VM.
+    fn ensure_subnets_valid(&self) -> Result<(), SchemaError> {
+        let subnets = self.networks.iter().filter_map(|(name, network)| {
+            Some((format!("networks.{}.subnet", printable(name)), network.subnet?))
+        });
+        for (path, subnet) in subnets.chain([("managed_range".to_owned(), self.managed_range)]) {
+            if subnet.prefix() == if subnet.is_ipv4() { 32 } else { 128 } {
+                let found = format!("the one address {}", subnet.ip());
+                return Err(refused(&path, "a subnet with a prefix length such as /24", found));
+            }
+        }
+        Ok(())
     }
 
     fn ensure_pools_valid(&self) -> Result<(), SchemaError> {
@@ -95,6 +144,34 @@ mod tests {
 
     use super::*;
     use crate::schema::Property;
+
+    fn refusal(value: &Value) -> String {
+        Config::from_json(value).and_then(Config::validated).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn deadline_of_an_unknown_method_is_refused_with_a_suggestion() {
+        assert_eq!(
+            refusal(&json!({"deadlines": {"craete_vm": 5}})),
+            "deadlines.craete_vm: unknown key; did you mean 'create_vm'?"
+        );
+        let all: serde_json::Map<_, _> =
+            METHODS.iter().map(|method| ((*method).to_owned(), json!(5))).collect();
+        assert!(Config::from_json(&json!({"deadlines": all})).unwrap().validated().is_ok());
+    }
+
+    #[test]
+    fn subnet_without_a_prefix_length_is_refused() {
+        for (config, path, address) in [
+            (json!({"networks": {"a": {"subnet": "10.77.0.0"}}}), "networks.a.subnet", "10.77.0.0"),
+            (json!({"networks": {"a": {"subnet": "fd00::"}}}), "networks.a.subnet", "fd00::"),
+            (json!({"managed_range": "10.77.0.0/32"}), "managed_range", "10.77.0.0"),
+        ] {
+            let expected =
+                "expected a subnet with a prefix length such as /24, got the one address";
+            assert_eq!(refusal(&config), format!("{path}: {expected} {address}"));
+        }
+    }
 
     #[test]
     fn more_hosts_than_the_limit_are_refused() {

@@ -233,6 +233,18 @@ pub fn read<T: Property>(defaults: &Map<String, Value>, given: &Map<String, Valu
     T::from_json(&Value::Object(merged)).map_err(|e| e.in_request("cloud_properties"))
 }
 
+/// Checks the defaults of cloud properties in a configuration.
+///
+/// # Errors
+/// Names the property below `vm_defaults` or `disk_defaults`.
+pub fn check_defaults(config: &Config) -> Result<(), SchemaError> {
+    VmCloudProperties::from_json(&Value::Object(config.vm_defaults.clone()))
+        .map_err(|error| error.under("vm_defaults"))?;
+    DiskCloudProperties::from_json(&Value::Object(config.disk_defaults.clone()))
+        .map_err(|error| error.under("disk_defaults"))?;
+    Ok(())
+}
+
 /// Ensures that the host has the pool that a cloud property names.
 pub(super) fn ensure_pool_exists(config: &Config, asked: Option<&str>) -> Result<()> {
     let Some(asked) = asked else { return Ok(()) };

@@ -122,6 +122,34 @@ impl Call {
         })
     }
 
+    /// The cid of the object that the call is about: of the VM if it names a VM and a disk. `None`
+    /// for a create.
+    pub fn object(&self) -> Option<&str> {
+        Some(match self {
+            Self::DeleteStemcell(stemcell) => stemcell.as_str(),
+            Self::DeleteVm(vm)
+            | Self::HasVm(vm)
+            | Self::RebootVm(vm)
+            | Self::SetVmMetadata(vm, _)
+            | Self::AttachDisk(vm, _)
+            | Self::DetachDisk(vm, _)
+            | Self::GetDisks(vm) => vm.as_str(),
+            Self::DeleteDisk(disk)
+            | Self::HasDisk(disk)
+            | Self::SetDiskMetadata(disk, _)
+            | Self::SnapshotDisk(disk, _)
+            | Self::ResizeDisk(disk, _)
+            | Self::UpdateDisk(disk, ..) => disk.as_str(),
+            Self::DeleteSnapshot(snapshot) => snapshot.as_str(),
+            Self::DeleteNetwork(network) => network.as_str(),
+            Self::CreateStemcell(_)
+            | Self::CreateVm(_)
+            | Self::CreateDisk(_)
+            | Self::CreateNetwork(_)
+            | Self::CalculateVmCloudProperties(_) => return None,
+        })
+    }
+
     /// Calls the method of `verbs`.
     ///
     /// # Errors
@@ -429,6 +457,14 @@ mod tests {
         }
         assert_eq!(kind("resize_disk", r#"["d-1",2048]"#), ErrorKind::NotSupported);
         assert_eq!(kind("update_disk", r#"["d-1",2048,{}]"#), ErrorKind::NotSupported);
+    }
+
+    #[test]
+    fn the_methods_of_the_configuration_are_those_of_the_contract() {
+        for method in crate::config::METHODS {
+            let refused = Call::parse(&request(method, "[]")).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::BadRequest, "{method}");
+        }
     }
 
     #[test]

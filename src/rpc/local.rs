@@ -32,16 +32,21 @@ impl<V: Contract> Executor for LocalExecutor<V> {
             info_span!("call", method = request.method, request_id = request.context.request_id());
         let entered = span.enter();
         let begin = Instant::now();
+        let object = call.object().map(str::to_owned);
         let outcome = call.run(&self.0).map_err(|error| error.during(printable(&request.method)));
         let elapsed_ms = begin.elapsed().as_millis();
         let (response, undo) = match outcome {
             Ok(Success { result, undo }) => {
-                info!(elapsed_ms, "done");
+                let cid = undo.as_ref().map(|undo| undo.call().1).or(object.as_deref());
+                // Other results are documents, which may hold values of the request.
+                let is_boolean = matches!(result.get(), "true" | "false");
+                info!(cid, result = is_boolean.then(|| result.get()), elapsed_ms, "done");
                 (Response::success(&*result), undo)
             }
             Err(failure) => {
                 let response = Response::failure(&failure);
-                warn!(elapsed_ms, error = response.error_type(), "{}", one_line(&failure));
+                let (cid, error) = (object.as_deref(), response.error_type());
+                warn!(cid, elapsed_ms, error, "{}", one_line(&failure));
                 (response, None)
             }
         };

@@ -28,8 +28,8 @@ pub trait ResponseSink: Send + Sync {
     fn deliver(&self, response: &Response, await_receipt: bool) -> Delivery;
 }
 
-/// A pipe to the caller. What the pipe accepts counts as received, but nobody reads `/dev/null`:
-/// Rust's runtime opens it as the standard output that the caller has closed.
+/// A pipe to the caller. What the pipe accepts counts as received, but no process reads
+/// `/dev/null`: Rust's runtime opens it as the standard output that the caller has closed.
 impl ResponseSink for File {
     fn deliver(&self, response: &Response, await_receipt: bool) -> Delivery {
         match (&*self).write_all(response.as_bytes()) {

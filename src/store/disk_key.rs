@@ -57,9 +57,13 @@ impl DiskKey {
             Error::new(ErrorKind::BadConfig, format!("key file '{}' {why}", self.path.display()))
         };
         let file = File::open(&self.path).map_err(|error| {
-            refused("cannot be read")
-                .because(error)
-                .hint("restore it from a backup: the encrypted disks cannot be read without it")
+            let may_be_new = !self.is_generated && error.kind() == std::io::ErrorKind::NotFound;
+            refused("cannot be read").because(error).hint(if may_be_new {
+                "if no disk is encrypted with it yet, make the file: `openssl rand -hex 32` prints \
+                 a good key; otherwise restore it from a backup"
+            } else {
+                "restore it from a backup: the encrypted disks cannot be read without it"
+            })
         })?;
         let meta = file.metadata().at("stat", &self.path)?;
         if !meta.is_file() || meta.uid() != 0 || meta.permissions().mode() & 0o077 != 0 {
@@ -204,5 +208,15 @@ mod tests {
                 refused.report()
             );
         }
+    }
+
+    #[test]
+    fn missing_key_file_of_the_operator_may_be_a_new_one() {
+        let hint = |is_generated| {
+            let key = DiskKey { path: "/nonexistent/disk.key".into(), is_generated };
+            key.read().unwrap_err().hint_text().unwrap().to_owned()
+        };
+        assert!(hint(false).contains("make the file: `openssl rand -hex 32`"));
+        assert!(hint(true).starts_with("restore it from a backup"));
     }
 }

@@ -124,6 +124,12 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 return Err(Error::io("read", &path, error).hint(NEEDS_ROOT));
             }
+            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+                let hint = format!("'{}' must be a directory", self.state_dir.display());
+                return Err(Error::io("read", &path, error)
+                    .with_kind(ErrorKind::BadConfig)
+                    .hint(format!("correct 'state_dir' in the configuration: {hint}")));
+            }
             Err(error) => {
                 return Err(Error::io("read", &path, error)
                     .with_kind(ErrorKind::Corrupt)

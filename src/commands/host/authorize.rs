@@ -10,7 +10,8 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 /// Prints the line for `key`, a public key or the path of a file that holds one.
 ///
 /// # Errors
-/// [`ErrorKind::BadRequest`] if the file holds no public key.
+/// [`ErrorKind::BadRequest`] if the file holds no public key, or there is no such file. Only the
+/// path of an existing file is repeated: other text may be a private key.
 pub fn run(config: Option<&Path>, key: &str, output: &mut dyn Write) -> Result<bool> {
     let key = self::key(key)?;
     let program = std::env::current_exe().map_err(|e| Error::os("find this program", e))?;
@@ -28,8 +29,12 @@ pub(super) fn key(key: &str) -> Result<PublicKey> {
 }
 
 fn read(path: &Path) -> Result<PublicKey> {
-    let text = std::fs::read_to_string(path).at("read public key", path)?;
     let hint = "pass the .pub file of the key pair, never the private key";
+    if !path.is_file() {
+        let message = "the argument is neither an SSH public key nor the path of a file";
+        return Err(Error::new(ErrorKind::BadRequest, message).hint(hint));
+    }
+    let text = std::fs::read_to_string(path).at("read public key", path)?;
     PublicKey::parse(&text).ok_or_else(|| {
         Error::new(ErrorKind::BadRequest, format!("'{}' is not an SSH public key", path.display()))
             .hint(hint)
@@ -65,7 +70,32 @@ fn unquoted(path: &Path) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn a_private_key_as_text_is_not_repeated() {
+        let body = "b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQ";
+        for key in [
+            format!("-----BEGIN OPENSSH PRIVATE KEY-----\n{body}\n-----END OPENSSH"),
+            body.to_owned(),
+            format!("-----BEGIN RSA PRIVATE KEY----- {body}/x+="),
+        ] {
+            let words = ["bosh-qemu-cpi", "host", "authorize", &key];
+            assert!(Cli::try_parse_from(words).is_ok(), "clap would repeat it");
+            let error = self::key(&key).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BadRequest);
+            let said = error.report();
+            assert!(!said.contains("b3Blbn") && !said.contains("BEGIN"), "{said}");
+        }
+        // The file of a private key is named, its content is not.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), body).unwrap();
+        let error = self::key(file.path().to_str().unwrap()).unwrap_err().report();
+        assert!(error.contains("is not an SSH public key") && !error.contains(body), "{error}");
+    }
 
     #[test]
     fn the_key_starts_one_command_and_the_path_cannot_add_another() {

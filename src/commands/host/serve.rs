@@ -100,7 +100,7 @@ fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
 
 fn release_disk(config: Option<&Path>, caller: &Caller, cid: &DiskCid) -> Result<()> {
     let (config, file) = local::config(config)?;
-    begin_log(&config, caller);
+    begin_log(&config, caller, None);
     disk::release(&Context::new(config, file), cid)
 }
 
@@ -113,7 +113,7 @@ fn answer_call(config: Option<&Path>, call: CallRequest, caller: &Caller, writer
     let CallRequest { request, cid, same_group, replicated, cancels, image, .. } = call;
     rpc::serve_text(request, writer, |request| {
         let (config, file) = local::config(config)?;
-        begin_log(&config, caller);
+        begin_log(&config, caller, request.context.request_id());
         let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
@@ -124,8 +124,8 @@ fn answer_call(config: Option<&Path>, call: CallRequest, caller: &Caller, writer
 }
 
 /// Sends the call's log both to the caller and to this host's own log. Its first line names the
-/// caller.
-fn begin_log(config: &Config, caller: &Caller) {
+/// caller and its id of the request.
+fn begin_log(config: &Config, caller: &Caller, request_id: Option<&str>) {
     let peer = peer(io::stdin().as_fd());
     match peer {
         Peer::Process(_) => log::init_to(&config.log, Tee(caller.log(), io::stderr())),
@@ -134,7 +134,7 @@ fn begin_log(config: &Config, caller: &Caller) {
             log::init_to(&config.log, Tee(caller.log(), Syslog::at(Path::new(syslog::SOCKET))));
         }
     }
-    tracing::info!("called by {peer}");
+    tracing::info!(request_id, "called by {peer}");
 }
 
 /// The path of create_stemcell's image on the caller's machine.

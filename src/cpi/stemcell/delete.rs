@@ -39,9 +39,11 @@ fn log_users(cx: &Context, stemcell: &StemcellRecord) -> Result<()> {
     // A light stemcell has no image here.
     let links =
         dir.join(STEMCELL_IMAGE).metadata().map_or(0, |meta| meta.nlink().saturating_sub(1));
-    if links > 0 || !vms.is_empty() {
-        let vms = vms.join(", ");
-        tracing::info!(cid = %stemcell.cid, vms, links, "VMs keep the stemcell's image");
+    let cid = &stemcell.cid;
+    if !vms.is_empty() {
+        tracing::info!(%cid, vms = vms.join(", "), "VMs keep the stemcell's image");
+    } else if links > 0 {
+        tracing::info!(%cid, links, "other stemcells share the stemcell's image");
     }
     Ok(())
 }

@@ -271,8 +271,11 @@ impl Store {
         let dirs = self.disk_dirs(cid)?;
         let Some(dir) = dirs.first() else {
             let pools: Vec<_> = self.pools().shared().map(|pool| format!("'{pool}'")).collect();
-            let message =
-                format!("no shared pool has disk '{cid}'; this host has [{}]", pools.join(", "));
+            let searched = match pools.as_slice() {
+                [] => "this host has no shared pool".to_owned(),
+                pools => format!("this host has [{}]", pools.join(", ")),
+            };
+            let message = format!("no shared pool has disk '{cid}'; {searched}");
             return Err(Error::new(ErrorKind::DiskNotFound, message)
                 .hint("check 'pools' in the configuration of this host"));
         };

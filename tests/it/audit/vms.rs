@@ -107,6 +107,24 @@ fn audit_of_sound_host_finds_nothing() {
     assert_eq!(host.ok("has_vm", &json!([vm])), true);
 }
 
+#[test]
+fn audit_after_host_stop_finds_nothing() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    assert!(host.command(&["host", "stop", "--json"]).0);
+    assert!(host.qemu(&vm).is_none());
+    assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]), "stopped on purpose");
+    assert!(host.command(&["host", "start", "--json"]).0);
+    assert_eq!(findings(&host, &["audit", "--json"]), (true, vec![]));
+    // A crash is a finding, whatever happened before.
+    let store = host.store();
+    let record = store.read::<VmRecord>(&vm).unwrap().unwrap();
+    assert!(host.command(&["host", "stop", "--json"]).0);
+    store.write(&VmRecord { run: record.run + 1, ..record }).unwrap();
+    let found = audit(&host);
+    assert_eq!((found.len(), found[0].0.as_str(), &found[0].1), (1, "down", &vm.to_string()));
+}
+
 /// Kills `method` at each of its points. `gc` must leave only whole objects.
 fn assert_gc_cleans_up_after_crashes(method: &str, prepare: impl Fn(&Host, &str) -> Value) {
     if !cfg!(debug_assertions) {

@@ -73,6 +73,23 @@ fn call_with_broken_configuration_answers_cpi_error() {
 }
 
 #[test]
+fn call_with_invalid_defaults_answers_cpi_error() {
+    for (key, expected) in [
+        ("vm_defaults", "vm_defaults.ramm: unknown key; did you mean 'ram'?"),
+        ("disk_defaults", "disk_defaults.ramm: unknown key"),
+    ] {
+        let defaults = json!({key: {"ramm": 64}});
+        // A method that uses no defaults finds the mistake, too.
+        let answer = Installation::with(&defaults).call("has_vm", &json!(["vm-1"]));
+        let message = &answer.failure().message;
+        assert!(message.starts_with("has_vm: '/") && message.contains(expected), "{message}");
+        let request = json!({"method": "has_vm", "arguments": ["vm-1"], "context": defaults});
+        let message = Installation::new().ask(&request).failure().message.clone();
+        assert_eq!(message, format!("has_vm: context.{expected}"));
+    }
+}
+
+#[test]
 fn call_with_wrong_context_type_names_the_key() {
     let context = json!({"director_uuid": "u", "agent": {"mbus": 7}});
     let answer = Installation::new()
@@ -81,6 +98,29 @@ fn call_with_wrong_context_type_names_the_key() {
         answer.failure().message,
         "has_vm: context.agent.mbus: expected a non-empty string, got a number"
     );
+}
+
+#[test]
+fn call_with_unusable_file_of_configuration_hints_at_the_configuration() {
+    let installation = Installation::new();
+    fs::write(installation.path("state"), "").unwrap();
+    let message = installation.call("create_disk", &json!([1, {}])).failure().message.clone();
+    assert!(message.contains("Hint: correct 'state_dir' in the configuration"), "{message}");
+}
+
+#[test]
+fn log_of_call_names_its_object_and_its_result() {
+    let installation = Installation::new();
+    let done = |method: &str, arguments: Value, expected: &str| {
+        let answer = installation.call(method, &arguments);
+        let line = answer.stderr.lines().find(|line| line.contains(": done "));
+        let line = line.unwrap_or_else(|| panic!("{answer:?}"));
+        assert!(line.contains(expected) && line.contains("cpi-123456"), "{line}");
+    };
+    done("has_vm", json!(["vm-1"]), r#"done cid="vm-1" result="false" elapsed_ms="#);
+    done("delete_vm", json!(["vm-1"]), r#"done cid="vm-1" elapsed_ms="#);
+    let failed = installation.call("get_disks", &json!(["vm-1"]));
+    assert!(failed.stderr.contains(r#"cid="vm-1""#), "{failed:?}");
 }
 
 #[test]

@@ -93,6 +93,19 @@ fn call_with_transport_in_context_uses_it() {
 }
 
 #[test]
+fn log_of_host_names_the_request() {
+    let Some(Pair { host: _host, director, sshd: _sshd }) = Pair::new() else { return };
+    let context = json!({"director_uuid": "d", "request_id": "cpi-778899"});
+    let request = json!({"method": "has_vm", "arguments": ["vm-1"], "context": context});
+    let answer = director.ask(&request.to_string());
+    let mut lines = answer.stderr.lines();
+    let called = lines.find(|line| line.contains("called by")).unwrap();
+    assert!(called.contains(r#"request_id="cpi-778899""#), "{called}");
+    let done = lines.find(|line| line.contains(": done ")).unwrap();
+    assert!(done.contains("cpi-778899") && done.contains(r#"cid="vm-1""#), "{done}");
+}
+
+#[test]
 fn info_without_reachable_host_succeeds() {
     let Some(director) = Director::new() else { return };
     director.configure(&json!({"transport": {"kind": "unix", "socket": "/nowhere"}}));
