@@ -15,17 +15,20 @@ use crate::cpi::contract::networks::Networks;
 use crate::cpi::contract::{AgentId, Contract, CreateDisk, CreateStemcell, CreateVm, Env};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{probe, tail};
+use crate::image::qemu_img::{NewImage, QemuImg};
 use crate::qmp::monitor::Monitor;
 use crate::qmp::power;
 use crate::schema::Redacted;
-use crate::store::record::Nic;
+use crate::store::record::{Format, Nic, Preallocation};
 use crate::store::{Store, VmRecord};
 use crate::supervisor::{PowerState, power_state};
-use crate::units::MiB;
+use crate::units::{Bytes, MiB};
 
 /// How long the guest may take for one step. It boots in 0.3 s emulated and, at worst, in seconds
 /// under nested KVM.
 const GUEST_STEP_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long `qemu-img` may take for an empty image.
+const QEMU_IMG_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs the checks up to the first that fails, and then always the clean-up. Returns true if all
 /// pass.
@@ -54,6 +57,7 @@ fn passed(remark: impl Into<String>) -> Checked {
 impl Checks<'_> {
     fn run(&mut self, report: &mut Report<'_>) -> Option<()> {
         report.check("accelerator", || self.accelerator())?;
+        report.check("qemu-img", || self.qemu_img())?;
         self.stemcell = Some(report.check("stemcell", || self.import())?);
         self.vm = Some(report.check("create VM", || self.create_vm())?);
         report.check("boot", || self.wait_for_boot(1))?;
@@ -90,6 +94,24 @@ impl Checks<'_> {
         let slow =
             if accel.as_str() == "tcg" { ": emulated, many times slower than KVM" } else { "" };
         passed(format!("{} with CPU model {model}{slow}", accel.as_str()))
+    }
+
+    /// The built-in guest needs no qemu-img; most stemcells do.
+    fn qemu_img(&self) -> Checked {
+        let program = &self.lab.config.qemu.img_binary;
+        let path = self.lab.config.run_dir.join("selftest.qcow2");
+        let image = NewImage {
+            path: &path,
+            format: Format::Qcow2,
+            size: Bytes(1 << 20),
+            preallocation: Preallocation::Off,
+            key: None,
+        };
+        let deadline = Instant::now() + QEMU_IMG_TIMEOUT;
+        let qemu_img = QemuImg::new(program);
+        qemu_img.create(&image, deadline)?;
+        qemu_img.check(&path, deadline)?;
+        passed(format!("{} makes and checks images", program.display()))
     }
 
     fn import(&self) -> Result<(StemcellCid, String)> {

@@ -4,9 +4,11 @@
 //! A 512-byte guest goes through the life of a VM, driven by the methods that a Director calls. It
 //! prints `BOOTSECTOR-OK` when it boots, `U` when a disk is plugged, `D` when its unplug is
 //! requested, and `OFF` at the power button (its source is in `guests/`). The test uses temporary
-//! directories and its own network namespace.
+//! directories and its own network namespace. Of the configuration it checks that the host has its
+//! pools, and the bridges and uplinks of its networks.
 
 mod checks;
+mod host;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -24,9 +26,16 @@ const GUEST: &[u8; 512] = include_bytes!("../../../guests/acpi-bootsector.bin");
 
 /// Prints one line for each check or, with `as_json`, one object. Returns true if all checks pass.
 pub fn run(config: Option<&Path>, as_json: bool, output: &mut dyn Write) -> Result<bool> {
-    let lab = Lab::new(config)?;
+    local::ensure_root()?;
+    let given = Config::load(config)?;
+    // The selftest's own namespace has none of the host's links.
+    let links = host::ensure_links(&given);
+    let pools = host::ensure_pools(&given);
+    let lab = Lab::new(given)?;
     let mut report = Report { as_json, lines: Vec::new(), output };
-    let passed = checks::all(&lab, &mut report);
+    let configured =
+        report.check("pools", || pools).is_some() & report.check("networks", || links).is_some();
+    let passed = checks::all(&lab, &mut report) && configured;
     report.finish(passed)?;
     Ok(passed)
 }
@@ -41,13 +50,11 @@ pub(super) struct Lab {
 }
 
 impl Lab {
-    fn new(file: Option<&Path>) -> Result<Self> {
-        local::ensure_root()?;
+    fn new(given: Config) -> Result<Self> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map_err(|e| {
             Error::os("create a network namespace for the selftest", e)
                 .hint("run it on the host itself, or in a container with CAP_SYS_ADMIN")
         })?;
-        let given = Config::load(file)?;
         let state = tempfile::Builder::new()
             .prefix("bosh-qemu-cpi-")
             .tempdir()
