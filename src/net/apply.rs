@@ -91,7 +91,7 @@ pub fn plug(
         };
         let Some((observed, bridge)) = applied else { return Ok(None) };
         let name = &port.link;
-        let taps = tap::create(name, queues)?;
+        let taps = tap::create(name, port.framing, queues)?;
         crash::point!("tap made");
         // Without IPv6 on the tap, the host has no address on this wire and sends the guest no
         // router solicitations.

@@ -10,6 +10,7 @@ use super::sysctl;
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 use crate::store::record::{Nic, Segment};
+use crate::sys::tun::Framing;
 
 /// A change of the host's kernel state.
 #[derive(Debug)]
@@ -93,11 +94,15 @@ pub struct Port {
     pub link: LinkName,
     /// The only MAC address allowed behind the port; `None` leaves the port learning.
     pub pinned_mac: Option<MacAddress>,
+    /// How the tap carries frames. A virtio-net header names two bytes of its frame that the host
+    /// overwrites with a checksum when the frame leaves it. That is after the filter has read the
+    /// frame, so a guest could forge what the filter checks.
+    pub framing: Framing,
 }
 
 impl From<LinkName> for Port {
     fn from(link: LinkName) -> Self {
-        Self { link, pinned_mac: None }
+        Self { link, pinned_mac: None, framing: Framing::VirtioHeader }
     }
 }
 
@@ -105,8 +110,13 @@ impl Port {
     /// Returns the port of a VM's NIC and its segment, or `None` for a NIC without a tap.
     pub fn of(nic: &Nic) -> Option<(Self, &Segment)> {
         let (tap, segment) = nic.tap()?;
-        let guarded = nic.rules.as_ref().is_some_and(|rules| rules.anti_spoof);
-        Some((Self { link: tap.clone(), pinned_mac: guarded.then_some(nic.mac) }, segment))
+        let guard = nic.rules.as_ref().filter(|rules| rules.anti_spoof);
+        let framing = match guard {
+            Some(rules) if !rules.offload => Framing::Plain,
+            _ => Framing::VirtioHeader,
+        };
+        let pinned_mac = guard.map(|_| nic.mac);
+        Some((Self { link: tap.clone(), pinned_mac, framing }, segment))
     }
 }
 

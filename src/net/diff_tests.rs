@@ -62,7 +62,8 @@ fn all(network: &serde_json::Value, observed: &Observed) -> String {
 
 /// The port of a VM with `anti_spoof`.
 fn guarded_port() -> Port {
-    Port { link: name("bqtapn0"), pinned_mac: Some([2, 0, 0, 0, 0, 1].into()) }
+    let pinned_mac = Some([2, 0, 0, 0, 0, 1].into());
+    Port { pinned_mac, ..name("bqtapn0").into() }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod elements;
 mod forwards;
 mod masquerade;
+mod offload;
 mod security_groups;
 mod spoofing;
 
