@@ -43,9 +43,10 @@ pub enum Change {
     },
     /// Isolates a bridge port: it exchanges no frames with other isolated ports.
     IsolatePort(LinkName),
-    /// Gives a bridge port a static forwarding entry and switches its MAC learning off. Learning
-    /// must be off: frames to some addresses teach the bridge before it consults any rule
-    /// (`net/bridge/br_input.c`).
+    /// Gives a bridge port a static forwarding entry, switches its MAC learning off, and lets no
+    /// frame past the rules. Frames to a bridge's group addresses (01:80:c2:00:00:00 to 0f) teach
+    /// the bridge and reach the host before the bridge consults any rule, unless the port forwards
+    /// them (`net/bridge/br_input.c`).
     PinMac {
         /// The port.
         port: LinkName,
@@ -86,6 +87,10 @@ pub enum Change {
     /// Replaces one of the CPI's nftables tables as a whole.
     ReplaceTable(Ruleset),
 }
+
+/// Mask of the bridge group addresses that a port can forward: all but 01:80:c2:00:00:01, frames
+/// to which every bridge drops.
+pub(super) const ALL_GROUP_ADDRESSES: u16 = 0xfffd;
 
 /// A link that is to be a port of a bridge.
 #[derive(Debug, Clone, PartialEq)]
@@ -155,7 +160,11 @@ impl fmt::Display for Change {
             Self::SetLink { link, to } => write!(f, "ip link set {link}{to}"),
             Self::IsolatePort(port) => write!(f, "bridge link set dev {port} isolated on"),
             Self::PinMac { port, mac } => {
-                write!(f, "bridge link set dev {port} learning off && ")?;
+                write!(
+                    f,
+                    "ip link set {port} type bridge_slave learning off \
+                     group_fwd_mask {ALL_GROUP_ADDRESSES:#x} && "
+                )?;
                 write!(f, "bridge fdb replace {mac} dev {port} master static sticky")
             }
             Self::SetPortVlan { port, vlan, replaces } => {

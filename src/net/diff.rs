@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ipnetwork::IpNetwork;
 
 use super::ALIAS_PREFIX;
-use super::change::{Change, LinkSettings, Port, Ruleset};
+use super::change::{ALL_GROUP_ADDRESSES, Change, LinkSettings, Port, Ruleset};
 use super::firewall;
 use super::link::Link;
 use super::plan::{Keeper, Segment, overlap, subnet};
@@ -69,7 +69,7 @@ pub(super) fn diff(segment: &Segment, observed: &Observed) -> Result<Vec<Change>
             || link.controller != observed.bridge.as_ref().map(|bridge| bridge.index);
         if unplugged {
             changes.extend(plug(segment, observed, port, None, mtu));
-        } else if link.learning {
+        } else if link.learning || link.group_forward_mask != ALL_GROUP_ADDRESSES {
             changes.extend(pin_mac(port));
         }
     }

@@ -41,6 +41,12 @@ fn sender() -> Vec<Rule> {
 fn itself() -> Vec<Rule> {
     vec![
         drop_if([not_in_set(&[IIFNAME, ETHER_SADDR], MACS)]),
+        // 01:80:c2:00:00:00 to 0f: for the bridge itself (IEEE 802.1Q, table 8-1).
+        drop_if([Match::MaskedEq(
+            ETHER_DADDR,
+            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xf0],
+            &[0x01, 0x80, 0xc2, 0, 0, 0],
+        )]),
         rule([Match::Eq(ETHER_TYPE, IP4)], Verdict::Goto("itself_ip4")),
         rule([Match::Eq(ETHER_TYPE, IP6)], Verdict::Goto("itself_ip6")),
         rule([Match::Eq(ETHER_TYPE, ARP)], Verdict::Goto("itself_arp")),

@@ -285,12 +285,45 @@ fn send_to_bridge_group_address_is_dropped() {
     for bridge in bridges() {
         bridge.host.ip(&format!("address add 10.0.0.254/24 dev {BRIDGE}"));
         let guest = bridge.guest(1, filtered(&["10.0.0.1"]));
-        let frame =
-            ethernet(nearest(0x0e), mac(1), IP4, &ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53)));
-        let before = bridge.drops();
-        guest.wire.send(&frame).unwrap();
-        eventually("a counted drop", || (bridge.drops() > before).then_some(()));
+        let other = bridge.guest(2, filtered(&["10.0.0.2"]));
+        let datagram = ip4("10.0.0.1", "10.0.0.254", UDP, &udp(1, 53));
+        let asks = |ip| arp(1, (mac(1), ip), "10.0.0.254");
+        // Bridges themselves drop frames to 01.
+        for last in (0..=0x0f).filter(|last| *last != 1) {
+            for (what, kind, payload) in [
+                ("datagram", IP4, datagram.clone()),
+                ("ARP", ARP, asks("10.0.0.1")),
+                ("ARP from another address", ARP, asks("10.0.0.66")),
+            ] {
+                let frame = ethernet(nearest(last), mac(1), kind, &payload);
+                bridge.assert_dropped(&guest, &other, &format!("{what} to {last:02x}"), &frame);
+            }
+        }
+        assert_eq!(bridge.host.ip("neighbour show"), "");
     }
+}
+
+#[test]
+fn send_bpdu_is_dropped_on_a_bridge_with_stp() {
+    let Some(bridge) = Bridge::new(false) else { return };
+    bridge.host.ip(&format!("link set {BRIDGE} type bridge forward_delay 200 stp_state 1"));
+    let guest = bridge.guest(1, filtered(&["10.0.0.1"]));
+    // A configuration message of a root bridge with the highest priority (IEEE 802.1D §9.3.1).
+    let root = [&[0, 0][..], &mac(1)].concat();
+    let times = [0, 0, 20, 0, 2, 0, 15, 0];
+    let message =
+        [&[0x42, 0x42, 3, 0, 0, 0, 0, 0][..], &root, &[0; 4], &root, &[0x80, 1, 0], &times]
+            .concat();
+    let frame = ethernet(nearest(0), mac(1), message.len() as u16, &message);
+    let before = bridge.drops();
+    // A port passes nothing, and the rules count nothing, for the first seconds.
+    eventually("a counted drop", || {
+        guest.wire.send(&frame).unwrap();
+        (bridge.drops() > before).then_some(())
+    });
+    let link = bridge.host.link(BRIDGE).unwrap();
+    let settings = &link["linkinfo"]["info_data"];
+    assert_eq!(settings["root_id"], settings["bridge_id"]);
 }
 
 /// A group address that bridges do not forward (IEEE 802.1Q, table 8-1).
