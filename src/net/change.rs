@@ -83,6 +83,8 @@ pub enum Change {
         key: String,
         /// The value to write.
         value: &'static str,
+        /// Whether the network fails without it.
+        required: bool,
     },
     /// Replaces one of the CPI's nftables tables as a whole.
     ReplaceTable(Ruleset),
@@ -181,7 +183,7 @@ impl fmt::Display for Change {
                      proto kernel scope link"
                 )
             }
-            Self::WriteSysctl { key, value } => {
+            Self::WriteSysctl { key, value, .. } => {
                 write!(f, "sysctl -w {}={value}", sysctl::name(key))
             }
             Self::ReplaceTable(Ruleset(table)) => write!(f, "nft {table}"),
