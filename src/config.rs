@@ -150,6 +150,9 @@ document! {
         pool: Option<AddressRange>;
         /// Whether VMs may send only from their own MAC and IP addresses.
         anti_spoof: bool = true;
+        /// Whether VMs with `anti_spoof` leave checksums and segments to the host. It is faster,
+        /// and lets a guest overwrite two bytes of a frame after the filter: addresses and ports.
+        offload: bool = false;
         /// Whether a start first probes the wire for the VM's addresses, with ARP and neighbour
         /// discovery. Absent: `true` where machines other than this host's VMs can have them, on an
         /// operator's bridge and on VLANs; `false` elsewhere.

@@ -21,7 +21,7 @@ use bosh_qemu_cpi::schema::Property;
 use bosh_qemu_cpi::store::VmRecord;
 use bosh_qemu_cpi::store::record::Format;
 use bosh_qemu_cpi::sys::pidfd::Process;
-use bosh_qemu_cpi::sys::tun;
+use bosh_qemu_cpi::sys::tun::{self, Framing};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde_json::json;
 
@@ -204,7 +204,7 @@ fn open(lab: &Lab, spec: FileSpec) -> (OpenedFile, OwnedFd) {
 
 fn tap() -> OwnedFd {
     let device = File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
-    tun::create_tap(device.as_fd(), "floor0", false).expect("a tap");
+    tun::create_tap(device.as_fd(), "floor0", Framing::Plain, false).expect("a tap");
     device.into()
 }
 

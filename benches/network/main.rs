@@ -23,7 +23,7 @@ use bosh_qemu_cpi::net::plan::{NicPlan, Requested, Segment, plan_nic};
 use bosh_qemu_cpi::net::profile::Profile;
 use bosh_qemu_cpi::net::{filter, host_firewalls, subnet_conflict};
 use bosh_qemu_cpi::store::record::Nic;
-use bosh_qemu_cpi::sys::tun;
+use bosh_qemu_cpi::sys::tun::{self, Framing};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
@@ -57,7 +57,7 @@ fn from_nothing(segment: &Segment, table: &mut Table) -> Vec<Measured> {
     let (tap, device) = timed(|| {
         let device =
             File::options().read(true).write(true).open("/dev/net/tun").expect("/dev/net/tun");
-        tun::create_tap(device.as_fd(), "floor0", false).expect("a tap");
+        tun::create_tap(device.as_fd(), "floor0", Framing::Plain, false).expect("a tap");
         device
     });
     drop(device);

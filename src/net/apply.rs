@@ -91,11 +91,11 @@ pub fn plug(
         };
         let Some((observed, bridge)) = applied else { return Ok(None) };
         let name = &port.link;
-        let taps = tap::create(name, queues)?;
+        let taps = tap::create(name, port.framing, queues)?;
         crash::point!("tap made");
         // Without IPv6 on the tap, the host has no address on this wire and sends the guest no
-        // router solicitations.
-        sysctl::ensure(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+        // router solicitations. The filter drops what a guest would send to such an address.
+        sysctl::prefer(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
         for change in diff::plug(segment, &observed, port, Some(tap::host_mac(name)), bridge.mtu) {
             if !links.apply(&change)? {
                 return Ok(None);
@@ -245,7 +245,12 @@ fn apply_missing(
     };
     for change in &changes {
         let done = match change {
-            Change::WriteSysctl { key, value } => sysctl::ensure(key, value).map(|()| true),
+            Change::WriteSysctl { key, value, required: true } => {
+                sysctl::ensure(key, value).map(|()| true)
+            }
+            Change::WriteSysctl { key, value, required: false } => {
+                sysctl::prefer(key, value).map(|()| true)
+            }
             Change::ReplaceTable(Ruleset(table)) => nft::replace(table).map(|()| true),
             change => {
                 tracing::debug!(%change, "changing the host's network");

@@ -10,6 +10,7 @@ use super::sysctl;
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
 use crate::store::record::{Nic, Segment};
+use crate::sys::tun::Framing;
 
 /// A change of the host's kernel state.
 #[derive(Debug)]
@@ -42,9 +43,10 @@ pub enum Change {
     },
     /// Isolates a bridge port: it exchanges no frames with other isolated ports.
     IsolatePort(LinkName),
-    /// Gives a bridge port a static forwarding entry and switches its MAC learning off. Learning
-    /// must be off: frames to some addresses teach the bridge before it consults any rule
-    /// (`net/bridge/br_input.c`).
+    /// Gives a bridge port a static forwarding entry, switches its MAC learning off, and lets no
+    /// frame past the rules. Frames to a bridge's group addresses (01:80:c2:00:00:00 to 0f) teach
+    /// the bridge and reach the host before the bridge consults any rule, unless the port forwards
+    /// them (`net/bridge/br_input.c`).
     PinMac {
         /// The port.
         port: LinkName,
@@ -81,10 +83,16 @@ pub enum Change {
         key: String,
         /// The value to write.
         value: &'static str,
+        /// Whether the network fails without it.
+        required: bool,
     },
     /// Replaces one of the CPI's nftables tables as a whole.
     ReplaceTable(Ruleset),
 }
+
+/// Mask of the bridge group addresses that a port can forward: all but 01:80:c2:00:00:01, frames
+/// to which every bridge drops.
+pub(super) const ALL_GROUP_ADDRESSES: u16 = 0xfffd;
 
 /// A link that is to be a port of a bridge.
 #[derive(Debug, Clone, PartialEq)]
@@ -93,11 +101,15 @@ pub struct Port {
     pub link: LinkName,
     /// The only MAC address allowed behind the port; `None` leaves the port learning.
     pub pinned_mac: Option<MacAddress>,
+    /// How the tap carries frames. A virtio-net header names two bytes of its frame that the host
+    /// overwrites with a checksum when the frame leaves it. That is after the filter has read the
+    /// frame, so a guest could forge what the filter checks.
+    pub framing: Framing,
 }
 
 impl From<LinkName> for Port {
     fn from(link: LinkName) -> Self {
-        Self { link, pinned_mac: None }
+        Self { link, pinned_mac: None, framing: Framing::VirtioHeader }
     }
 }
 
@@ -105,8 +117,13 @@ impl Port {
     /// Returns the port of a VM's NIC and its segment, or `None` for a NIC without a tap.
     pub fn of(nic: &Nic) -> Option<(Self, &Segment)> {
         let (tap, segment) = nic.tap()?;
-        let guarded = nic.rules.as_ref().is_some_and(|rules| rules.anti_spoof);
-        Some((Self { link: tap.clone(), pinned_mac: guarded.then_some(nic.mac) }, segment))
+        let guard = nic.rules.as_ref().filter(|rules| rules.anti_spoof);
+        let framing = match guard {
+            Some(rules) if !rules.offload => Framing::Plain,
+            _ => Framing::VirtioHeader,
+        };
+        let pinned_mac = guard.map(|_| nic.mac);
+        Some((Self { link: tap.clone(), pinned_mac, framing }, segment))
     }
 }
 
@@ -145,7 +162,11 @@ impl fmt::Display for Change {
             Self::SetLink { link, to } => write!(f, "ip link set {link}{to}"),
             Self::IsolatePort(port) => write!(f, "bridge link set dev {port} isolated on"),
             Self::PinMac { port, mac } => {
-                write!(f, "bridge link set dev {port} learning off && ")?;
+                write!(
+                    f,
+                    "ip link set {port} type bridge_slave learning off \
+                     group_fwd_mask {ALL_GROUP_ADDRESSES:#x} && "
+                )?;
                 write!(f, "bridge fdb replace {mac} dev {port} master static sticky")
             }
             Self::SetPortVlan { port, vlan, replaces } => {
@@ -162,7 +183,7 @@ impl fmt::Display for Change {
                      proto kernel scope link"
                 )
             }
-            Self::WriteSysctl { key, value } => {
+            Self::WriteSysctl { key, value, .. } => {
                 write!(f, "sysctl -w {}={value}", sysctl::name(key))
             }
             Self::ReplaceTable(Ruleset(table)) => write!(f, "nft {table}"),

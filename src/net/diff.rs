@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ipnetwork::IpNetwork;
 
 use super::ALIAS_PREFIX;
-use super::change::{Change, LinkSettings, Port, Ruleset};
+use super::change::{ALL_GROUP_ADDRESSES, Change, LinkSettings, Port, Ruleset};
 use super::firewall;
 use super::link::Link;
 use super::plan::{Keeper, Segment, overlap, subnet};
@@ -69,7 +69,7 @@ pub(super) fn diff(segment: &Segment, observed: &Observed) -> Result<Vec<Change>
             || link.controller != observed.bridge.as_ref().map(|bridge| bridge.index);
         if unplugged {
             changes.extend(plug(segment, observed, port, None, mtu));
-        } else if link.learning {
+        } else if link.learning || link.group_forward_mask != ALL_GROUP_ADDRESSES {
             changes.extend(pin_mac(port));
         }
     }
@@ -236,17 +236,20 @@ fn bridge_changes(
     }
     // These come before the bridge is up: a guest must not be able to give the host addresses and
     // routes.
-    let mut settings = vec![("accept_ra", "0")];
+    // The bridge's table drops router advertisements, too, but for a gateway on a VLAN.
+    let has_rules = matches!(segment.keeper, Keeper::Cpi { services: Some(_), .. });
+    let mut settings = vec![("accept_ra", "0", !has_rules && !addresses.is_empty())];
     if addresses.iter().any(IpNetwork::is_ipv6) {
         // No other machine has the gateway's address, and VMs need it at once.
-        settings.extend([("disable_ipv6", "0"), ("accept_dad", "0")]);
+        settings.extend([("disable_ipv6", "0", true), ("accept_dad", "0", false)]);
     }
     if matches!(segment.keeper, Keeper::Cpi { uplink: Some(_), .. }) && addresses.is_empty() {
-        settings.push(("disable_ipv6", "1"));
+        settings.push(("disable_ipv6", "1", false));
     }
     let has_ipv6 = observed.settings.contains_key(FORWARD_V6);
-    for (key, value) in settings.into_iter().filter(|_| has_ipv6) {
-        sysctl_change(format!("ipv6/conf/{name}/{key}"), value, observed, changes);
+    for (key, value, required) in settings.into_iter().filter(|_| has_ipv6) {
+        let key = format!("ipv6/conf/{name}/{key}");
+        sysctl_change(key, value, required, observed, changes);
     }
     let link = observed.bridge.as_ref();
     let network: String = segment.network.chars().take(64).collect();
@@ -310,7 +313,7 @@ fn vlan_link_changes(
 fn forwarding_changes(segment: &Segment, observed: &Observed, changes: &mut Vec<Change>) {
     let Keeper::Cpi { addresses, .. } = &segment.keeper else { return };
     if forwards(segment) && addresses.iter().any(IpNetwork::is_ipv4) {
-        sysctl_change(FORWARD_V4.to_owned(), "1", observed, changes);
+        sysctl_change(FORWARD_V4.to_owned(), "1", true, observed, changes);
     }
     if let Some(table) =
         firewall::table(segment, &observed.bridge_addresses).filter(|_| !observed.rules_current)
@@ -323,9 +326,15 @@ fn forwards(segment: &Segment) -> bool {
     matches!(segment.keeper, Keeper::Cpi { closed: false, .. })
 }
 
-fn sysctl_change(key: String, value: &'static str, observed: &Observed, changes: &mut Vec<Change>) {
+fn sysctl_change(
+    key: String,
+    value: &'static str,
+    required: bool,
+    observed: &Observed,
+    changes: &mut Vec<Change>,
+) {
     if observed.settings.get(&key).is_none_or(|is| is != value) {
-        changes.push(Change::WriteSysctl { key, value });
+        changes.push(Change::WriteSysctl { key, value, required });
     }
 }
 

@@ -62,7 +62,8 @@ fn all(network: &serde_json::Value, observed: &Observed) -> String {
 
 /// The port of a VM with `anti_spoof`.
 fn guarded_port() -> Port {
-    Port { link: name("bqtapn0"), pinned_mac: Some([2, 0, 0, 0, 0, 1].into()) }
+    let pinned_mac = Some([2, 0, 0, 0, 0, 1].into());
+    Port { pinned_mac, ..name("bqtapn0").into() }
 }
 
 #[test]
@@ -82,6 +83,8 @@ fn nat_on_a_bare_host() {
         chain forward {
             type filter hook forward priority 0; policy accept;
             iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr 168.63.129.16 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr 100.100.100.200 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
@@ -97,7 +100,7 @@ fn nat_on_a_bare_host() {
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-nat0
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
 }
@@ -114,6 +117,8 @@ fn routed_on_a_bare_host() {
         chain forward {
             type filter hook forward priority 0; policy accept;
             iifname "bosh-routed0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
+            iifname "bosh-routed0" meta nfproto ipv4 ip daddr 168.63.129.16 counter drop
+            iifname "bosh-routed0" meta nfproto ipv4 ip daddr 100.100.100.200 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
@@ -129,7 +134,7 @@ fn routed_on_a_bare_host() {
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-routed0
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
 }
@@ -163,7 +168,7 @@ fn isolated_on_a_bare_host() {
     }
     ip link set bqtapn0 mtu 1500 master bosh-isolated0
     bridge link set dev bqtapn0 isolated on
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
 }
@@ -173,7 +178,7 @@ fn an_operators_bridge_gets_a_tap() {
     let network = json!({"profile": "bridge", "bridge": "br0"});
     insta::assert_snapshot!(all(&network, &with_bridge("br0")), @r"
     ip link set bqtapn0 mtu 1500 master br0
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     ");
 }
@@ -192,14 +197,14 @@ fn a_vlan_of_a_bridge() {
     insta::assert_snapshot!(all(&network, &observed), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged && bridge vlan del dev bqtapn0 vid 1
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     ");
     observed.bridge.as_mut().unwrap().default_vlan = Some(20);
     insta::assert_snapshot!(all(&network, &observed), @r"
     ip link set bqtapn0 mtu 1500 master br0
     bridge vlan add dev bqtapn0 vid 20 pvid untagged
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     ");
 }
@@ -227,7 +232,7 @@ fn a_vlan_of_an_uplink() {
         }
     }
     ip link set bqtapn0 mtu 1500 master bosh-vlan20
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     "#);
     let error = diff(&segment(&network), &Observed { upstream: None, ..bare_host() }).unwrap_err();
@@ -276,7 +281,13 @@ fn only_the_missing_change_is_made() {
         break_it(&mut observed);
         lines(&diff(&segment, &observed).unwrap())
     };
-    let tap = |controller| Link { name: "bqtapn0".into(), index: 9, controller, ..Link::default() };
+    let tap = |controller| Link {
+        name: "bqtapn0".into(),
+        index: 9,
+        controller,
+        group_forward_mask: ALL_GROUP_ADDRESSES,
+        ..Link::default()
+    };
     let repairs = [
         repair(&|observed| observed.bridge.as_mut().unwrap().up = false),
         repair(&|observed| observed.bridge.as_mut().unwrap().mac = None),
@@ -289,6 +300,10 @@ fn only_the_missing_change_is_made() {
         repair(&|observed| observed.ports = vec![(guarded_port(), tap(Some(3)))]),
         repair(&|observed| {
             observed.ports = vec![(guarded_port(), Link { learning: true, ..tap(Some(3)) })];
+        }),
+        repair(&|observed| {
+            let of_an_older_version = Link { group_forward_mask: 0, ..tap(Some(3)) };
+            observed.ports = vec![(guarded_port(), of_an_older_version)];
         }),
     ];
     insta::assert_snapshot!(repairs.join("\n--\n"), @r#"
@@ -309,6 +324,8 @@ fn only_the_missing_change_is_made() {
         chain forward {
             type filter hook forward priority 0; policy accept;
             iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr 168.63.129.16 counter drop
+            iifname "bosh-nat0" meta nfproto ipv4 ip daddr 100.100.100.200 counter drop
         }
         chain host {
             type filter hook input priority 0; policy accept;
@@ -327,15 +344,17 @@ fn only_the_missing_change_is_made() {
     sysctl -w net.ipv4.ip_forward=1
     --
     ip link set bqtapn0 mtu 1450 master bosh-nat0
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     --
     ip link set bqtapn0 mtu 1450 master bosh-nat0
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     ip link set bqtapn0 up
     --
 
     --
-    bridge link set dev bqtapn0 learning off && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
+    --
+    ip link set bqtapn0 type bridge_slave learning off group_fwd_mask 0xfffd && bridge fdb replace 02:00:00:00:00:01 dev bqtapn0 master static sticky
     "#);
 }

@@ -14,7 +14,7 @@ use ipnetwork::IpNetwork;
 
 use super::nft::{
     self, CT_STATE, CT_STATUS, Chain, FAMILY, Family, Hook, HookPoint, ICMP_TYPE, ICMP6_TYPE,
-    IIFNAME, IP_DADDR, Match, OIFNAME, PROTOCOL, Rule, Table, Verdict,
+    IIFNAME, IP_DADDR, IP6_DADDR, Match, OIFNAME, PROTOCOL, Rule, Table, Verdict,
 };
 use super::plan::{Keeper, Segment, subnet};
 use crate::error::Result;
@@ -34,11 +34,8 @@ pub(super) fn table(segment: &Segment, present: &[IpNetwork]) -> Option<Table> {
     // The host only carries this VLAN and has no address on it.
     let carries_vlan_only = uplink.is_some() && addresses.is_empty();
     let own = present.iter().chain(addresses);
-    let mut forward_rules = if !*closed && own.clone().any(IpNetwork::is_ipv4) {
-        drop_link_local(bridge, own)
-    } else {
-        Vec::new()
-    };
+    let mut forward_rules =
+        if *closed { Vec::new() } else { drop_metadata_services(bridge, &own.collect::<Vec<_>>()) };
     if *closed || carries_vlan_only || segment.isolated {
         forward_rules.extend(isolate_bridge(
             bridge,
@@ -120,24 +117,40 @@ fn isolate_bridge(bridge: &LinkName, closed: bool, isolated: bool) -> Vec<Rule> 
     rules
 }
 
-/// Returns the rule that drops IPv4 link-local destinations, or none if the bridge's own subnet is
-/// link-local. On a host that is itself a cloud's VM, the cloud gives the host's credentials to
-/// every request for 169.254.169.254, and so to every VM behind the host. A router forwards nothing
-/// to link-local addresses (RFC 3927 §2.7), but Linux does.
-fn drop_link_local<'a>(
-    bridge: &LinkName,
-    mut own: impl Iterator<Item = &'a IpNetwork>,
-) -> Vec<Rule> {
-    if own.any(|address| address.is_ipv4() && is_link_local(address.ip())) {
-        return Vec::new();
+/// Returns the rules that drop packets to metadata services of clouds, but for those inside the
+/// bridge's own subnets. On a host that is itself a cloud's VM, the cloud gives the host's
+/// credentials to every request there, and so to every VM behind the host. Most services have an
+/// IPv4 link-local address. A router forwards nothing to these (RFC 3927 §2.7), but Linux does.
+fn drop_metadata_services(bridge: &LinkName, own: &[&IpNetwork]) -> Vec<Rule> {
+    let drop = |family, to| Rule {
+        matches: vec![Match::Link(IIFNAME, bridge.clone()), Match::Eq(FAMILY, family), to],
+        verdict: Verdict::Drop,
+    };
+    let is_on_bridge = |ip: IpAddr| own.iter().any(|address| address.contains(ip));
+    let mut rules = Vec::new();
+    if own.iter().any(|address| address.is_ipv4()) {
+        if !own.iter().any(|address| address.is_ipv4() && is_link_local(address.ip())) {
+            rules.push(drop(&[2], Match::MaskedEq(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0])));
+        }
+        let services = METADATA4.iter().filter(|ip| !is_on_bridge(IpAddr::from(**ip)));
+        rules.extend(services.map(|ip| drop(&[2], Match::Eq(IP_DADDR, ip))));
     }
-    let to_link_local = [
-        Match::Link(IIFNAME, bridge.clone()),
-        Match::Eq(FAMILY, &[2]),
-        Match::MaskedEq(IP_DADDR, &[255, 255, 0, 0], &[169, 254, 0, 0]),
-    ];
-    vec![Rule { matches: to_link_local.into(), verdict: Verdict::Drop }]
+    // The kernel gives the bridge a link-local address, with any network.
+    if own.iter().any(|address| address.is_ipv6() && !is_link_local(address.ip())) {
+        let services = METADATA6.iter().filter(|ip| !is_on_bridge(IpAddr::from(**ip)));
+        rules.extend(services.map(|ip| drop(&[10], Match::Eq(IP6_DADDR, ip))));
+    }
+    rules
 }
+
+/// Metadata services of Azure (168.63.129.16) and Alibaba Cloud (100.100.100.200).
+const METADATA4: [[u8; 4]; 2] = [[168, 63, 129, 16], [100, 100, 100, 200]];
+
+/// Metadata services of AWS (fd00:ec2::254) and Google Cloud (fd20:ce::254).
+const METADATA6: [[u8; 16]; 2] = [
+    [0xfd, 0, 0x0e, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x02, 0x54],
+    [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x02, 0x54],
+];
 
 /// Returns the chain of packets from VMs to any address of the host: it passes answers, ping and
 /// `services`, and drops the rest.
@@ -240,6 +253,10 @@ mod tests {
             chain forward {
                 type filter hook forward priority 0; policy accept;
                 iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
+                iifname "bosh-nat0" meta nfproto ipv4 ip daddr 168.63.129.16 counter drop
+                iifname "bosh-nat0" meta nfproto ipv4 ip daddr 100.100.100.200 counter drop
+                iifname "bosh-nat0" meta nfproto ipv6 ip6 daddr fd00:ec2::254 counter drop
+                iifname "bosh-nat0" meta nfproto ipv6 ip6 daddr fd20:ce::254 counter drop
             }
             chain host {
                 type filter hook input priority 0; policy accept;
@@ -276,6 +293,10 @@ mod tests {
             chain forward {
                 type filter hook forward priority 0; policy accept;
                 iifname "bosh-nat0" meta nfproto ipv4 ip daddr & 255.255.0.0 == 169.254.0.0 counter drop
+                iifname "bosh-nat0" meta nfproto ipv4 ip daddr 168.63.129.16 counter drop
+                iifname "bosh-nat0" meta nfproto ipv4 ip daddr 100.100.100.200 counter drop
+                iifname "bosh-nat0" meta nfproto ipv6 ip6 daddr fd00:ec2::254 counter drop
+                iifname "bosh-nat0" meta nfproto ipv6 ip6 daddr fd20:ce::254 counter drop
             }
         }
         "#);

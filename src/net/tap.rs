@@ -12,7 +12,7 @@ use crate::cid::VmCid;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::link_name::LinkName;
 use crate::mac::{MacAddress, digest};
-use crate::sys::tun;
+use crate::sys::tun::{self, Framing};
 
 const TUN_DEVICE: &str = "/dev/net/tun";
 const VHOST_DEVICE: &str = "/dev/vhost-net";
@@ -43,20 +43,20 @@ pub fn queue_count(cpus: u32) -> usize {
 
 /// Creates the tap, down and on no bridge. Returns one descriptor for each queue. They close on
 /// exec, and the tap exists only while one of them is open.
-pub(super) fn create(name: &LinkName, queues: usize) -> Result<Vec<OwnedFd>> {
-    (0..queues).map(|index| open_queue(name, index, queues > 1)).collect()
+pub(super) fn create(name: &LinkName, framing: Framing, queues: usize) -> Result<Vec<OwnedFd>> {
+    (0..queues).map(|index| open_queue(name, framing, index, queues > 1)).collect()
 }
 
-fn open_queue(name: &LinkName, index: usize, several: bool) -> Result<OwnedFd> {
+fn open_queue(name: &LinkName, framing: Framing, index: usize, several: bool) -> Result<OwnedFd> {
     let device = open(TUN_DEVICE).map_err(|error| {
         error.hint(
             "taps need the kernel module: modprobe tun; in a container, pass /dev/net/tun into it",
         )
     })?;
     let made = if index == 0 {
-        tun::create_tap(device.as_fd(), name.as_str(), several)
+        tun::create_tap(device.as_fd(), name.as_str(), framing, several)
     } else {
-        tun::add_queue(device.as_fd(), name.as_str())
+        tun::add_queue(device.as_fd(), name.as_str(), framing)
     };
     made.map_err(|errno| {
         let error = Error::os(format!("create tap '{name}'"), errno);

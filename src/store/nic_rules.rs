@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 pub struct NicRules {
     /// Whether the VM may send only from its own MAC and addresses.
     pub anti_spoof: bool,
+    /// With `anti_spoof`: whether the VM may still leave checksums and segments to the host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload: bool,
     /// Its addresses, each with the prefix length of its own block. Empty: an external DHCP server
     /// assigns them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

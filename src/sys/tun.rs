@@ -28,27 +28,43 @@ mod raw {
     );
 }
 
-/// Makes a new tap `name` out of `device`, an open `/dev/net/tun`. It carries Ethernet frames, each
-/// after a virtio-net header. If `several`, queues can be added.
+/// How a tap carries Ethernet frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// Frames alone: complete, with their checksums.
+    Plain,
+    /// Each frame follows a virtio-net header, by which guest and host leave each other checksums
+    /// to fill in and segments to cut.
+    VirtioHeader,
+}
+
+/// Makes a new tap `name` out of `device`, an open `/dev/net/tun`. If `several`, queues can be
+/// added.
 ///
 /// The kernel removes the tap when the last descriptor of `device` and its other queues is closed.
 ///
 /// # Errors
 /// EBUSY if a link of that name exists, EPERM without CAP_NET_ADMIN, EINVAL for an invalid name.
-pub fn create_tap(device: BorrowedFd<'_>, name: &str, several: bool) -> nix::Result<()> {
-    set(device, name, IFF_TUN_EXCL | if several { IFF_MULTI_QUEUE } else { 0 })
+pub fn create_tap(
+    device: BorrowedFd<'_>,
+    name: &str,
+    framing: Framing,
+    several: bool,
+) -> nix::Result<()> {
+    set(device, name, framing, IFF_TUN_EXCL | if several { IFF_MULTI_QUEUE } else { 0 })
 }
 
-/// Makes `device` another queue of the tap `name`, which was made with `several`.
+/// Makes `device` another queue of the tap `name`, which was made with `framing` and `several`.
 ///
 /// # Errors
 /// EINVAL if the tap was made for one queue.
-pub fn add_queue(device: BorrowedFd<'_>, name: &str) -> nix::Result<()> {
-    set(device, name, IFF_MULTI_QUEUE)
+pub fn add_queue(device: BorrowedFd<'_>, name: &str, framing: Framing) -> nix::Result<()> {
+    set(device, name, framing, IFF_MULTI_QUEUE)
 }
 
-fn set(device: BorrowedFd<'_>, name: &str, more: c_int) -> nix::Result<()> {
-    let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | more;
+fn set(device: BorrowedFd<'_>, name: &str, framing: Framing, more: c_int) -> nix::Result<()> {
+    let header = if framing == Framing::VirtioHeader { IFF_VNET_HDR } else { 0 };
+    let flags = IFF_TAP | IFF_NO_PI | header | more;
     // All flags are in the lower 16 bits; IFF_TUN_EXCL is bit 15.
     let mut request = InterfaceRequest { name: [0; 16], flags: flags as u16, unused: [0; 22] };
     let (_nul, room) = request.name.split_last_mut().ok_or(Errno::ENAMETOOLONG)?;

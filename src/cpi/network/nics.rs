@@ -53,6 +53,7 @@ struct Chosen {
     place: NicPlan,
     pool: Option<AddressPool>,
     anti_spoof: bool,
+    offload: bool,
     probe: Option<bool>,
 }
 
@@ -109,6 +110,7 @@ fn plan_nic(
         .map_err(|e| e.during(format!("network '{}'", network.name)))?;
     let mut rules = NicRules {
         anti_spoof: chosen.anti_spoof && subnet.anti_spoof && properties.anti_spoof,
+        offload: chosen.offload,
         addresses: own_block(network).into_iter().collect(),
         allowed: properties.allowed_addresses.clone(),
         ..NicRules::default()
@@ -155,6 +157,7 @@ fn choose(
                 place: NicPlan::Bridge(segment),
                 pool: None,
                 anti_spoof: true,
+                offload: false,
                 probe: None,
             })
         }
@@ -194,7 +197,13 @@ fn on_host_network(
         }
         _ => None,
     };
-    Ok(Chosen { place, pool, anti_spoof: host.anti_spoof, probe: host.conflict_probe })
+    Ok(Chosen {
+        place,
+        pool,
+        anti_spoof: host.anti_spoof,
+        offload: host.offload,
+        probe: host.conflict_probe,
+    })
 }
 
 fn configured<'a>(cx: &'a Context, name: &str, path: &str) -> Result<&'a config::Network> {

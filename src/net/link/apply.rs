@@ -1,7 +1,9 @@
 //! Applies changes of links, of their addresses and of the routes that come with these.
 
 use nix::errno::Errno;
-use rtnetlink::packet_route::link::{BridgeStpState, BridgeVlanInfoFlags, LinkMessage};
+use rtnetlink::packet_route::link::{
+    BridgeStpState, BridgeVlanInfoFlags, InfoBridgePort, LinkMessage,
+};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{
     LinkBridge, LinkBridgePort, LinkBridgeVlan, LinkMessageBuilder, LinkUnspec, LinkVlan,
@@ -12,7 +14,7 @@ use super::{Links, done_unless, errno, failed, unless};
 use crate::error::{Error, Result};
 use crate::link_name::LinkName;
 use crate::mac::MacAddress;
-use crate::net::change::{Change, LinkSettings};
+use crate::net::change::{ALL_GROUP_ADDRESSES, Change, LinkSettings};
 
 type Done<T = ()> = Result<T, rtnetlink::Error>;
 
@@ -99,8 +101,10 @@ impl Links {
     }
 
     fn pin_mac(&self, port: u32, mac: MacAddress) -> Done {
-        let silent = LinkBridgePort::new(port).learning(false).build();
-        self.runtime.block_on(self.handle.link().change(silent).execute())?;
+        let silent = LinkBridgePort::new(port)
+            .learning(false)
+            .append_info_data(InfoBridgePort::GroupFwdMask(ALL_GROUP_ADDRESSES));
+        self.runtime.block_on(self.handle.link().change(silent.build()).execute())?;
         let known =
             self.handle.neighbours().add_bridge(port, &mac.octets()).state(NeighbourState::Noarp);
         let known = known.flags(NeighbourFlags::Controller | NeighbourFlags::Sticky).replace();

@@ -25,6 +25,13 @@ pub(super) fn link_from(message: &LinkMessage) -> Link {
             LinkAttribute::LinkInfo(infos) => infos.iter().for_each(|info| match info {
                 LinkInfo::PortData(InfoPortData::BridgePort(settings)) => {
                     link.learning = settings.contains(&InfoBridgePort::Learning(true));
+                    link.group_forward_mask = settings
+                        .iter()
+                        .find_map(|setting| match setting {
+                            InfoBridgePort::GroupFwdMask(mask) => Some(*mask),
+                            _ => None,
+                        })
+                        .unwrap_or_default();
                 }
                 LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
                 LinkInfo::Data(InfoData::Bridge(settings)) => {

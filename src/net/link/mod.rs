@@ -54,6 +54,8 @@ pub(super) struct Link {
     pub controller: Option<u32>,
     /// For bridge ports: whether the bridge learns MAC addresses from its frames.
     pub learning: bool,
+    /// For bridge ports: the group addresses of bridges that it forwards, one bit for each.
+    pub group_forward_mask: u16,
     /// For bridges: whether ports are on VLANs (`vlan_filtering`).
     pub vlan_filtering: bool,
     /// For bridges: the VLAN of a new port.

@@ -70,6 +70,7 @@ fields! {
     CT_SADDR4 = "ct original ip saddr", 4, Source::CtOriginal(CtKeys::SrcIp);
     CT_SADDR6 = "ct original ip6 saddr", 16, Source::CtOriginal(CtKeys::SrcIp6);
     DESTINATION_TYPE = "fib daddr type", 4, Source::DestinationType;
+    ETHER_DADDR = "ether daddr", 6, ethernet(0);
     ETHER_SADDR = "ether saddr", 6, ethernet(6);
     ETHER_TYPE = "ether type", 2, ethernet(12);
     ARP_KIND = "@nh,0,48", 6, network(0);

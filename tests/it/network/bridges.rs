@@ -5,6 +5,8 @@ use std::net::UdpSocket;
 use bosh_qemu_cpi::error::ErrorKind;
 use bosh_qemu_cpi::net::apply;
 use bosh_qemu_cpi::net::plan::{Keeper, Segment};
+use nix::mount::MsFlags;
+use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
 use crate::support::nftables;
@@ -61,6 +63,51 @@ fn ensure_damaged_bridge_repairs_it() {
         .ip(&format!("link set {BRIDGE} address 02:00:00:00:00:01 alias bosh-qemu-cpi:lab"));
     topology.ensure(&segment).unwrap();
     assert_eq!(topology.bridge()["address"], mac);
+}
+
+/// As in a container: `/proc/sys` is read-only.
+#[test]
+fn plug_with_read_only_settings_demands_only_what_the_network_needs() {
+    let Some(topology) = Topology::new() else { return };
+    let set = |key: &str, value: &str| {
+        topology.host.run(|| std::fs::write(format!("/proc/sys/net/{key}"), value).unwrap());
+    };
+    let plug = |gateway: &str| {
+        let segment = nat(gateway);
+        topology.host.run(|| {
+            make_settings_read_only();
+            let all = || Ok((segment.clone(), Vec::new()));
+            apply::plug(&name("bqtapn0").into(), &segment, 1, all)
+        })
+    };
+    // New namespaces have the settings of the first one.
+    set("ipv4/ip_forward", "0");
+    let refused = plug("10.0.0.1").unwrap_err();
+    assert!(text(&refused).contains("sysctl -w net.ipv4.ip_forward=1"), "{}", text(&refused));
+    set("ipv4/ip_forward", "1");
+    let plugged = plug("10.0.0.1").unwrap();
+    assert_eq!(topology.host.link("bqtapn0").unwrap()["master"], BRIDGE);
+    topology.unplug("bqtapn0", plugged.queues);
+    topology.release(&nat("10.0.0.1")).unwrap();
+
+    set("ipv6/conf/all/forwarding", "1");
+    set("ipv6/conf/default/disable_ipv6", "0");
+    topology.unplug("bqtapn0", plug("fd00::1").unwrap().queues);
+    topology.release(&nat("fd00::1")).unwrap();
+    set("ipv6/conf/default/disable_ipv6", "1");
+    let refused = text(&plug("fd00::1").unwrap_err());
+    assert!(refused.contains("sysctl -w net.ipv6.conf.default.disable_ipv6=0"), "{refused}");
+}
+
+/// Makes `/proc/sys` read-only for this thread.
+fn make_settings_read_only() {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let mount = |from: Option<&str>, to: &str, flags| {
+        nix::mount::mount(from, to, None::<&str>, flags, None::<&str>).unwrap();
+    };
+    mount(None, "/", MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    mount(Some("/proc/sys"), "/proc/sys", MsFlags::MS_BIND);
+    mount(None, "/proc/sys", MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
 }
 
 #[test]

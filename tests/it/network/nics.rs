@@ -154,6 +154,29 @@ fn create_vm_with_anti_spoof_off_lifts_the_filter() {
 }
 
 #[test]
+fn create_vm_leaves_checksums_to_the_host_only_with_offload() {
+    let fast = json!({"subnet": "10.8.0.0/24", "offload": true, "bridge": "bosh-fast0"});
+    let Some(host) = host(json!({"networks": {"default": {}, "fast": fast}})) else { return };
+    let stemcell = host.stemcell();
+    let on_fast = json!({
+        "type": "manual", "ip": "10.8.0.6", "netmask": "255.255.255.0", "gateway": "10.8.0.1",
+        "cloud_properties": {"name": "fast"},
+    });
+    for (network, properties, has_header) in [
+        (ip4(6), json!({}), false),
+        (ip4(7), json!({"cpu": 2}), false),
+        (ip4(8), json!({"anti_spoof": false}), true),
+        (on_fast, json!({}), true),
+    ] {
+        let vm = create(&host, &stemcell, &json!({"a": network}), &properties);
+        let record = host.record(&vm_cid(vm.result()));
+        let link = host.namespace().link(record.nics[0].tap().unwrap().0.as_str()).unwrap();
+        let settings = &link["linkinfo"]["info_data"];
+        assert_eq!(settings["vnet_hdr"], has_header, "{network} {properties}");
+    }
+}
+
+#[test]
 fn create_vm_with_movable_address_in_use_succeeds() {
     let Some(host) = host(json!({"networks": {"lan": {"profile": "bridge", "bridge": "br0"}}}))
     else {

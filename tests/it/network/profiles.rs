@@ -30,13 +30,28 @@ fn connect_from_routed_vm_keeps_its_address() {
 #[test]
 fn connect_to_metadata_service_from_vm_is_dropped() {
     let Some(topology) = Topology::new() else { return };
-    topology.outside.ip("address add 169.254.169.254/32 dev world");
-    topology.host.ip("route add 169.254.169.254/32 dev uplink");
-    topology.ensure(&nat("10.0.0.1")).unwrap();
-    let vm = topology.vm("port0", "10.0.0.5");
-    assert!(reaches(&topology.host, &topology.outside, "169.254.169.254"), "the host itself");
-    assert!(!reaches(&vm, &topology.outside, "169.254.169.254"), "under the host's address");
-    assert!(reaches(&vm, &topology.outside, "192.0.2.2"), "the world");
+    topology.host.run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap());
+    for (gateway, port, ip, services, world) in [
+        (
+            "10.0.0.1",
+            "port0",
+            "10.0.0.5",
+            &["169.254.169.254", "168.63.129.16", "100.100.100.200"][..],
+            "192.0.2.2",
+        ),
+        ("fd00::1", "port1", "fd00::5", &["fd00:ec2::254", "fd20:ce::254"], "2001:db8::2"),
+    ] {
+        topology.ensure(&nat(gateway)).unwrap();
+        let vm = topology.vm(port, ip);
+        for service in services {
+            let length = if service.contains(':') { "128 nodad" } else { "32" };
+            topology.outside.ip(&format!("address add {service}/{length} dev world"));
+            topology.host.ip(&format!("route add {service} dev uplink"));
+            assert!(reaches(&topology.host, &topology.outside, service), "the host itself");
+            assert!(!reaches(&vm, &topology.outside, service), "{service} as the host");
+        }
+        assert!(reaches(&vm, &topology.outside, world), "the world");
+    }
 }
 
 #[test]

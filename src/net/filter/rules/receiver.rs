@@ -58,8 +58,8 @@ fn admitted_ip4() -> Vec<Rule> {
         dhcp_reply(&[0, 67], &[0, 68]),
         return_if([in_set(&[OIFNAME, IP_SADDR, PROTOCOL, DESTINATION_PORT], PORTS4)]),
         return_if([in_set(&[OIFNAME, IP_SADDR, PROTOCOL], PROTOCOLS4)]),
-        // Later fragments are useless without the first.
-        return_if([Match::MaskedNe(IP_FRAGMENT, &[0x1f, 0xff], &[0, 0])]),
+        // Later fragments are useless without the first. Malformed packets have no protocol.
+        return_if([Match::Present(PROTOCOL), Match::MaskedNe(IP_FRAGMENT, &[0x1f, 0xff], &[0, 0])]),
         // Echo reply, destination unreachable, time exceeded, parameter problem.
         answer(&[0], &[0]),
         answer(&[3], &[3]),

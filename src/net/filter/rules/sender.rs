@@ -15,6 +15,7 @@ pub(super) fn chains() -> Vec<Chain> {
         chain("itself", itself()),
         chain("itself_arp", itself_arp()),
         chain("itself_ip4", itself_ip4()),
+        chain("itself_whole4", itself_whole4()),
         chain("itself_ip6", itself_ip6()),
         chain("itself_whole6", itself_whole6()),
         chain("itself_nd", itself_nd()),
@@ -40,6 +41,12 @@ fn sender() -> Vec<Rule> {
 fn itself() -> Vec<Rule> {
     vec![
         drop_if([not_in_set(&[IIFNAME, ETHER_SADDR], MACS)]),
+        // 01:80:c2:00:00:00 to 0f: for the bridge itself (IEEE 802.1Q, table 8-1).
+        drop_if([Match::MaskedEq(
+            ETHER_DADDR,
+            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xf0],
+            &[0x01, 0x80, 0xc2, 0, 0, 0],
+        )]),
         rule([Match::Eq(ETHER_TYPE, IP4)], Verdict::Goto("itself_ip4")),
         rule([Match::Eq(ETHER_TYPE, IP6)], Verdict::Goto("itself_ip6")),
         rule([Match::Eq(ETHER_TYPE, ARP)], Verdict::Goto("itself_arp")),
@@ -68,7 +75,14 @@ fn itself_arp() -> Vec<Rule> {
     ]
 }
 
+/// Drops malformed packets: a wrong version, or lengths that do not fit the frame. The kernel finds
+/// no protocol in them, and no rule that names one matches (`nf_tables_ipv4.h`). A DHCP client that
+/// reads raw frames may read them all the same.
 fn itself_ip4() -> Vec<Rule> {
+    vec![rule([Match::Present(PROTOCOL)], Verdict::Goto("itself_whole4")), drop_if([])]
+}
+
+fn itself_whole4() -> Vec<Rule> {
     let source = [IIFNAME, ETHER_SADDR, IP_SADDR];
     vec![
         // A DHCP server's reply to a client (RFC 2131 §4.1).

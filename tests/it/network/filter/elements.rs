@@ -12,7 +12,7 @@ use crate::support::nftables;
 
 #[test]
 fn remove_last_vm_removes_the_tables() {
-    let Some(bridge) = Bridge::new() else { return };
+    let Some(bridge) = Bridge::new(false) else { return };
     let tables = || bridge.host.run(nftables::tables);
     let guest = bridge.guest(1, filtered(&["10.0.0.1"]));
     let other = bridge.guest(2, filtered(&["10.0.0.2"]));
@@ -52,7 +52,7 @@ fn remove_last_vm_removes_the_tables() {
 /// The removal of the VM ran before the tables existed.
 #[test]
 fn remove_vm_during_rebuild_leaves_no_elements() {
-    let Some(bridge) = Bridge::new() else { return };
+    let Some(bridge) = Bridge::new(false) else { return };
     let [stays, goes] =
         [1, 2].map(|n| nic(&format!("bqvm{n}"), n, filtered(&[&format!("10.0.0.{n}")])));
     let asked = AtomicU32::new(0);
@@ -79,7 +79,7 @@ fn remove_vm_during_rebuild_leaves_no_elements() {
 /// that 200 VMs fit and are removed completely.
 #[test]
 fn add_and_remove_two_hundred_vms_leaves_nothing() {
-    let Some(bridge) = Bridge::new() else { return };
+    let Some(bridge) = Bridge::new(false) else { return };
     let rules = |n: u8| NicRules {
         allowed: vec!["10.244.0.0/16".parse().unwrap()],
         forwards: vec![Forward {
@@ -113,7 +113,7 @@ fn add_and_remove_two_hundred_vms_leaves_nothing() {
 /// All elements are added in one transaction, which exceeds the default size of a socket buffer.
 #[test]
 fn add_vm_after_flush_restores_two_thousand_vms() {
-    let Some(bridge) = Bridge::new() else { return };
+    let Some(bridge) = Bridge::new(false) else { return };
     let vms: Vec<_> = (0..2000u16)
         .map(|n| {
             nic(

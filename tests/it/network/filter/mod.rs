@@ -4,9 +4,11 @@
 mod elements;
 mod forwards;
 mod masquerade;
+mod offload;
 mod security_groups;
 mod spoofing;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::error::Result;
@@ -20,7 +22,7 @@ use bosh_qemu_cpi::sys::packet::PacketSocket;
 use crate::support::frames::Mac;
 use crate::support::host::eventually;
 use crate::support::netns::Namespace;
-use crate::support::nftables;
+use crate::support::{nftables, skip};
 
 const BRIDGE: &str = "br-guard";
 const GUARD: &str = "bosh-qemu-guard";
@@ -36,6 +38,8 @@ const ICMP6: u8 = 58;
 /// A host with one bridge, to which guests are connected.
 struct Bridge {
     host: Namespace,
+    /// Whether br_netfilter hands frames on bridges to the rules of IP packets.
+    is_called: bool,
 }
 
 /// A guest and a packet socket on its link.
@@ -77,12 +81,37 @@ fn quiet_namespace() -> Option<Namespace> {
     Some(namespace)
 }
 
+/// Switches br_netfilter on or off. Prints that it skips and returns `false` if the kernel lacks it.
+fn set_calls(host: &Namespace, called: bool) -> bool {
+    let setting = |which| format!("/proc/sys/net/bridge/bridge-nf-call-{which}");
+    host.run(|| {
+        if !Path::new(&setting("iptables")).exists() {
+            if called {
+                skip("no br_netfilter (modprobe br_netfilter)");
+            }
+            return !called;
+        }
+        for which in ["iptables", "ip6tables", "arptables"] {
+            std::fs::write(setting(which), if called { "1" } else { "0" }).unwrap();
+        }
+        true
+    })
+}
+
+/// Hosts without and with br_netfilter: the filter works on both.
+fn bridges() -> impl Iterator<Item = Bridge> {
+    [false, true].into_iter().filter_map(Bridge::new)
+}
+
 impl Bridge {
-    fn new() -> Option<Self> {
+    fn new(is_called: bool) -> Option<Self> {
         let host = quiet_namespace()?;
+        if !set_calls(&host, is_called) {
+            return None;
+        }
         host.ip(&format!("link add {BRIDGE} type bridge mcast_snooping 0"));
         host.ip(&format!("link set {BRIDGE} up"));
-        Some(Self { host })
+        Some(Self { host, is_called })
     }
 
     /// Connects a guest and adds its rules.
