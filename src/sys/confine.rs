@@ -3,7 +3,7 @@
 //!
 //! 1. lock the pid file ([`super::pidlock`])
 //! 2. mark every descriptor close-on-exec, except the inherited ones
-//! 3. forbid core dumps, limit descriptors
+//! 3. set its resource limits ([`super::limits`])
 //! 4. enter empty network and ipc namespaces; with `keeps_network`, only ipc
 //! 5. set its own uid and gid, drop all groups
 //! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock
@@ -21,22 +21,15 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
 
 pub use super::landlock::Paths;
 use super::pidfd::{Process, Watch};
-use super::{landlock, pidlock};
+use super::{landlock, limits, pidlock};
 use crate::config::Hardening;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Limit of descriptors. Sixteen disks need 50, and a guest cannot use more disks than it has
-/// hot-plug slots.
-const DESCRIPTORS: libc::rlim_t = 4096;
-/// Limit of core dumps. With 0 the kernel still pipes a core, and so a guest's secrets, to a
-/// program in kernel.core_pattern. With 1 it dumps none at all (fs/coredump.c).
-const NO_CORE: libc::rlim_t = 1;
 /// How long to wait for the end of a program without its lock: a program that ends releases its
 /// lock a moment before its pidfd reports the end.
 const EXIT_DETECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -137,13 +130,8 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
     let fds: Vec<RawFd> =
         inherit.iter().map(AsRawFd::as_raw_fd).chain([pid_lock.as_raw_fd()]).collect();
-    // Only a process with CAP_SYS_RESOURCE may raise a hard limit; a container's root does not have
-    // it.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)
-        .map_err(|e| Error::os("read the limit of descriptors", e))?;
     let steps = Steps {
         fds,
-        descriptors: DESCRIPTORS.min(most),
         lock: pid_lock.as_raw_fd(),
         uid,
         namespaces: if keeps_network {
@@ -204,7 +192,6 @@ struct Steps {
     lock: RawFd,
     uid: u32,
     namespaces: libc::c_int,
-    descriptors: libc::rlim_t,
     ruleset: Option<RawFd>,
     hardening: Hardening,
     report: RawFd,
@@ -240,7 +227,7 @@ impl Steps {
                 call(libc::SYS_fcntl, [*fd as usize, libc::F_SETFD as usize, 0])
             })?;
         }
-        self.step(Step::Limits, || limits(self.descriptors))?;
+        self.step(Step::Limits, limits::set_all)?;
         if self.hardening == Hardening::Off {
             return Ok(());
         }
@@ -272,16 +259,6 @@ impl Steps {
             unsafe { call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]) };
         if step.is_optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
     }
-}
-
-#[allow(unsafe_code)]
-fn limits(descriptors: libc::rlim_t) -> std::io::Result<()> {
-    for (resource, limit) in [(libc::RLIMIT_CORE, NO_CORE), (libc::RLIMIT_NOFILE, descriptors)] {
-        let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
-        // SAFETY: the kernel reads the limit, a local variable.
-        unsafe { call(libc::SYS_setrlimit, [resource as usize, &raw const limit as usize, 0]) }?;
-    }
-    Ok(())
 }
 
 /// Drops all capabilities. Root keeps its own where the host does not allow another uid, and
