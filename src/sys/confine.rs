@@ -5,11 +5,12 @@
 //! 2. mark every descriptor close-on-exec, except the inherited ones
 //! 3. set its resource limits ([`super::limits`])
 //! 4. enter empty network and ipc namespaces; with `keeps_network`, only ipc
-//! 5. set its own uid and gid, drop all groups
-//! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock
+//! 5. set its own uid and gid, drop all groups, limit its threads
+//! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock and system calls
+//!    with a filter ([`super::seccomp`])
 //!
 //! Everything that allocates, or whose errors need a message, is prepared before the fork. The
-//! child only makes system calls. QEMU adds its own seccomp filter (`-sandbox`).
+//! child only makes system calls. QEMU adds a seccomp filter of its own (`-sandbox`).
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -25,11 +26,15 @@ use nix::sys::signal::Signal;
 
 pub use super::landlock::Paths;
 use super::pidfd::{Process, Watch};
+use super::seccomp::Filter;
 use super::{landlock, limits, pidlock};
 use crate::config::Hardening;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 
+/// Limit of threads of the program's uid, for hosts without control groups. Four times that of a
+/// VM's control group, because a VM of another state directory may have the same uid.
+const THREADS: libc::rlim_t = 4096;
 /// How long to wait for the end of a program without its lock: a program that ends releases its
 /// lock a moment before its pidfd reports the end.
 const EXIT_DETECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -72,13 +77,15 @@ enum Step {
     Groups,
     Gid,
     Uid,
+    Threads,
     NoNewPrivileges,
     Capabilities,
     Landlock,
+    SystemCalls,
 }
 
 impl Step {
-    const ALL: [Step; 11] = [
+    const ALL: [Step; 13] = [
         Self::Lock,
         Self::CloseOthers,
         Self::Inherit,
@@ -87,9 +94,11 @@ impl Step {
         Self::Groups,
         Self::Gid,
         Self::Uid,
+        Self::Threads,
         Self::NoNewPrivileges,
         Self::Capabilities,
         Self::Landlock,
+        Self::SystemCalls,
     ];
 
     fn describe(self) -> &'static str {
@@ -102,9 +111,11 @@ impl Step {
             Self::Groups => "drop supplementary groups",
             Self::Gid => "drop to its own group",
             Self::Uid => "drop to its own user",
+            Self::Threads => "limit its threads",
             Self::NoNewPrivileges => "set no_new_privs",
             Self::Capabilities => "drop its capabilities",
             Self::Landlock => "restrict it to its paths with Landlock",
+            Self::SystemCalls => "restrict its system calls with seccomp",
         }
     }
 
@@ -140,6 +151,7 @@ pub fn spawn(confined: Confined) -> Result<Child> {
             libc::CLONE_NEWNET | libc::CLONE_NEWIPC
         },
         ruleset: ruleset.as_ref().map(AsRawFd::as_raw_fd),
+        filter: Filter::new(keeps_network),
         hardening,
         report: report.as_raw_fd(),
     };
@@ -193,6 +205,7 @@ struct Steps {
     uid: u32,
     namespaces: libc::c_int,
     ruleset: Option<RawFd>,
+    filter: Filter,
     hardening: Hardening,
     report: RawFd,
 }
@@ -235,7 +248,14 @@ impl Steps {
         self.step(Step::Namespaces, || call(libc::SYS_unshare, [self.namespaces as usize, 0, 0]))?;
         self.step(Step::Groups, || call(libc::SYS_setgroups, [0, 0, 0]))?;
         self.step(Step::Gid, || call(libc::SYS_setresgid, [id, id, id]))?;
-        self.step(Step::Uid, || call(libc::SYS_setresuid, [id, id, id]))?;
+        let mut has_own_uid = false;
+        self.step(Step::Uid, || {
+            call(libc::SYS_setresuid, [id, id, id]).inspect(|()| has_own_uid = true)
+        })?;
+        // The host's processes of another uid would count.
+        if has_own_uid {
+            self.step(Step::Threads, || limits::set(libc::RLIMIT_NPROC, THREADS))?;
+        }
         self.step(Step::NoNewPrivileges, || {
             call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0])
         })?;
@@ -245,7 +265,7 @@ impl Steps {
                 call(libc::SYS_landlock_restrict_self, [ruleset as usize, 0, 0])
             })?;
         }
-        Ok(())
+        self.step(Step::SystemCalls, || self.filter.install())
     }
 
     /// Takes one step. A failure is reported by the step's number, and returned unless the step is

@@ -31,7 +31,7 @@ const LIMITS: [Limit; 16] = [
     // kernel.core_pattern. With 1 it dumps none at all (fs/coredump.c).
     limit("CORE", libc::RLIMIT_CORE, 1),
     limit("RSS", libc::RLIMIT_RSS, NONE),
-    // Per uid, and root's is shared with the whole host.
+    // Per uid, and root's is shared with the whole host. `confine` limits QEMU's own uid.
     limit("NPROC", libc::RLIMIT_NPROC, NONE),
     // Sixteen disks need 50 descriptors, and a guest cannot use more disks than it has hot-plug
     // slots.
@@ -70,7 +70,7 @@ pub(super) fn set_all() -> std::io::Result<()> {
 
 /// Sets the soft and the hard limit of `resource` to `value`, or to the hard limit if this process
 /// may not exceed that. Makes only system calls.
-fn set(resource: libc::c_uint, value: libc::rlim_t) -> std::io::Result<()> {
+pub(super) fn set(resource: libc::c_uint, value: libc::rlim_t) -> std::io::Result<()> {
     let both = |value| libc::rlimit { rlim_cur: value, rlim_max: value };
     let Err(error) = prlimit(resource, Some(&both(value)), None) else { return Ok(()) };
     if error.raw_os_error() != Some(libc::EPERM) {

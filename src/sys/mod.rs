@@ -12,5 +12,6 @@ pub mod packet;
 pub mod parent_death;
 pub mod pidfd;
 pub mod pidlock;
+mod seccomp;
 pub mod signals;
 pub mod tun;
