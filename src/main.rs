@@ -12,6 +12,7 @@ use clap::Parser;
 fn main() -> ExitCode {
     // A parent that ignores SIGCHLD passes that on, and every wait for a child process would fail.
     let _ = sys::signals::keep_exit_statuses();
+    sys::limits::prepare_process();
     let cli = Cli::parse();
     let config = cli.config.as_deref();
     let outcome = match cli.command {

@@ -8,26 +8,38 @@ use crate::config::{self, Document, TransportKind};
 use crate::cpi::Cpi;
 use crate::cpi::context::Context;
 use crate::cpi::properties;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::client::Client;
 use crate::remote::group::Group;
 use crate::remote::single::SingleHost;
 use crate::rpc::request::Request;
+use crate::rpc::response::Response;
 use crate::rpc::{self, Executor, LocalExecutor, response_writer::ResponseWriter};
 
 /// Answers the request on standard input. Reads configuration and sets up the log only for methods
 /// that act, so `info` works, and works fast, on a host whose configuration is broken.
 ///
+/// Every failure is an answer.
+///
 /// # Errors
-/// Only if standard output cannot be duplicated; every other failure is an answer.
+/// If not even the answer can be written.
 pub fn run(config: Option<&Path>) -> Result<()> {
     if io::stdin().is_terminal() {
         let note = "reading a CPI request from the terminal, end it with Ctrl-D; for the \
                     operator's commands see --help";
         let _ = writeln!(io::stderr(), "{note}");
     }
-    let writer = ResponseWriter::stdout()?;
+    let writer = match ResponseWriter::stdout() {
+        Ok(writer) => writer,
+        // The process has no descriptor left.
+        Err(error) => {
+            let answer = Response::failure(&error);
+            return io::stdout()
+                .write_all(answer.as_bytes())
+                .map_err(|e| Error::os("write the answer", e));
+        }
+    };
     rpc::serve(io::stdin(), writer, |request| executor(config, request));
     Ok(())
 }

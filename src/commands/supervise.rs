@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::log;
 use crate::supervisor::{self, StartMode, VmContext};
 use crate::sys::detach::detach;
+use crate::sys::limits;
 
 /// Detaches from the caller, then runs the VM until it stays off. Waits at most `queue_timeout` for
 /// a boot slot. Must run before the process opens anything, because it replaces standard
@@ -25,6 +26,9 @@ pub fn run(config: Option<&Path>, cid: VmCid, adopt: bool, queue_timeout: Durati
         }
     };
     log::init(&config.log);
+    for (limit, value) in limits::unmet() {
+        tracing::warn!(limit, value, "the VM has a lower resource limit than it may need");
+    }
     let begin = if adopt { StartMode::Adopt } else { StartMode::Launch { queue_deadline } };
     supervisor::supervise(&VmContext::new(config, cid), begin, lock, handshake)
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::rpc::response::Response;
+use crate::sys::abort;
 
 /// The fate of a response.
 #[derive(Debug)]
@@ -51,12 +52,19 @@ pub struct ResponseWriter {
 }
 
 impl ResponseWriter {
-    /// A writer to standard output, which nothing else can write to from now on.
+    /// A writer to standard output, which nothing else can write to from now on. An abort of the
+    /// process is answered, too.
     ///
     /// # Errors
     /// As [`take_stdout`].
     pub fn stdout() -> Result<Self> {
-        take_stdout().map(Self::new)
+        let output = take_stdout()?;
+        let error = Error::new(ErrorKind::Host, "the call ran out of memory or stack").hint(
+            "see its standard error; the next call on the same cid finishes or undoes what \
+                 this call began",
+        );
+        abort::answer_with(output.as_fd(), Response::failure(&error).as_bytes().to_vec());
+        Ok(Self::new(output))
     }
 
     /// A writer to `sink`.
@@ -70,6 +78,7 @@ impl ResponseWriter {
     /// If a response was sent before.
     pub fn send(&self, response: &Response, await_receipt: bool) -> Delivery {
         assert!(!self.used.swap(true, Ordering::SeqCst), "a second response");
+        abort::disarm();
         self.sink.deliver(response, await_receipt)
     }
 
@@ -80,6 +89,7 @@ impl ResponseWriter {
         let hooked = Arc::clone(&writer);
         std::panic::set_hook(Box::new(move |panic| {
             if !hooked.used.swap(true, Ordering::SeqCst) {
+                abort::disarm();
                 // The process ends either way, so a failure to deliver cannot be reported.
                 let _ = hooked.sink.deliver(&Response::failure(&bug(panic)), false);
             }

@@ -26,7 +26,8 @@
 //!   state                                         symlink to the state directory it goes with
 //!   probe.json  io-uring.json                     what the installed QEMU can do here
 //!   called-off/<cid>                              tombstone: a remote caller cancelled the create
-//!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.pid  supervisor.pid
+//!   vms/<cid>/        qmp.sock  supervisor-qmp.sock  serial.sock  qemu.output
+//!                     qemu.pid  supervisor.pid
 //! ```
 //!
 //! A VM has a hard link to its stemcell's image. So a stemcell can be deleted at any time, and the

@@ -27,7 +27,7 @@ paths! {
     config_drive = dir / "config.img";
     /// The guest's output on its serial port.
     console_log = dir / "console.log";
-    /// QEMU's standard error.
+    /// What QEMU prints.
     qemu_log = dir / "qemu.log";
     /// The supervisor's log.
     supervisor_log = dir / "supervisor.log";
@@ -41,6 +41,8 @@ paths! {
     supervisor_qmp = run / "supervisor-qmp.sock";
     /// The guest's serial port, served by QEMU to the supervisor.
     serial = run / "serial.sock";
+    /// The pipe for QEMU's standard output and error.
+    qemu_output = run / "qemu.output";
     /// QEMU's pid file, locked while QEMU runs.
     qemu_pid = run / "qemu.pid";
     /// The supervisor's pid file, locked while it runs.

@@ -1,4 +1,5 @@
-//! Append-only files of limited size: `console.log` and `events.jsonl`, which a guest can fill.
+//! Append-only files of limited size: `console.log`, `events.jsonl` and `qemu.log`, which a guest
+//! can fill, and `supervisor.log`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -8,6 +9,19 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::error::{IoContext, Result};
+use crate::store::VmPaths;
+
+/// Size limit of `console.log`: a guest can write to its console without end.
+const CONSOLE_MAX_BYTES: u64 = 1 << 20;
+/// Size limit of `qemu.log`: a guest can make QEMU print without end.
+pub(super) const QEMU_MAX_BYTES: u64 = 256 << 10;
+/// Size limit of `events.jsonl`: a guest can cause events without end.
+const EVENTS_MAX_BYTES: u64 = 256 << 10;
+/// Bytes reserved for events, so that those about a full filesystem can be written.
+const EVENTS_RESERVED_BYTES: u64 = 16 << 10;
+/// Size from which an adopting supervisor begins a new `supervisor.log`. Each supervisor appends at
+/// most 64 KiB (`crate::log`).
+const SUPERVISOR_MAX_BYTES: u64 = 128 << 10;
 
 /// A file of at most `cap` bytes, and one predecessor `<name>.1` of the same size. The mode is
 /// 0600, because an agent's debug log on the console shows its settings.
@@ -24,8 +38,23 @@ pub(super) struct CappedLog {
 }
 
 impl CappedLog {
+    /// Opens a VM's `console.log`.
+    pub(super) fn console(paths: &VmPaths) -> Result<Self> {
+        Self::open(paths.console_log(), CONSOLE_MAX_BYTES, 0)
+    }
+
+    /// Opens a VM's `qemu.log`.
+    pub(super) fn qemu(paths: &VmPaths) -> Result<Self> {
+        Self::open(paths.qemu_log(), QEMU_MAX_BYTES, 0)
+    }
+
+    /// Opens a VM's `events.jsonl`.
+    pub(super) fn events(paths: &VmPaths) -> Result<Self> {
+        Self::open(paths.events(), EVENTS_MAX_BYTES, EVENTS_RESERVED_BYTES)
+    }
+
     /// Opens `path` for appending and allocates `reserve` bytes beyond its end.
-    pub(super) fn open(path: PathBuf, cap: u64, reserve: u64) -> Result<Self> {
+    fn open(path: PathBuf, cap: u64, reserve: u64) -> Result<Self> {
         let mut options = OpenOptions::new();
         let file = options
             .read(true)
@@ -81,6 +110,14 @@ pub(super) fn rotate(path: &Path) {
     old.push(".1");
     // `path` does not exist at the first start. If the rename fails, the log is appended to.
     let _ = std::fs::rename(path, old);
+}
+
+/// Renames a `supervisor.log` that earlier supervisors of this run have filled.
+pub(super) fn rotate_full_supervisor_log(paths: &VmPaths) {
+    let path = paths.supervisor_log();
+    if path.metadata().is_ok_and(|file| file.len() >= SUPERVISOR_MAX_BYTES) {
+        rotate(&path);
+    }
 }
 
 #[cfg(test)]

@@ -25,16 +25,13 @@ use crate::host::cgroup::Cgroup;
 use crate::host::{clock, memory as host_memory};
 use crate::qmp::connection::Connection;
 use crate::qmp::{Event, power};
+use crate::schema::printable;
 use crate::store::record::{Desired, Phase, VmRecord};
 use crate::store::{Guard, Rank, atomic};
 use crate::sys::{code, pidlock};
 
-/// Size limit of `console.log`: a guest can write to its console without end.
-const CONSOLE_MAX_BYTES: u64 = 1 << 20;
-/// Size limit of `events.jsonl`: a guest can cause events without end.
-const EVENTS_MAX_BYTES: u64 = 256 << 10;
-/// Bytes reserved for events, so that those about a full filesystem can be written.
-const EVENTS_RESERVED_BYTES: u64 = 16 << 10;
+/// The longest data of an event that is recorded. QEMU's own have below 1 KiB.
+const EVENT_MAX_BYTES: usize = 8 << 10;
 /// How long a restart waits for the VM's lock, which a call may hold, and then for a boot slot.
 const RESTART_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long to read the last events and console output of a QEMU that has ended: the sockets still
@@ -174,8 +171,7 @@ impl<'a> Supervisor<'a> {
                 format!("VM '{}' has no record to start from", context.cid),
             )
         })?;
-        let mut events =
-            CappedLog::open(context.paths.events(), EVENTS_MAX_BYTES, EVENTS_RESERVED_BYTES)?;
+        let mut events = CappedLog::events(&context.paths)?;
         if let Err(error) = events.begin_line() {
             tracing::warn!(error = error.report(), "an event may be lost");
         }
@@ -183,7 +179,7 @@ impl<'a> Supervisor<'a> {
             context,
             vm,
             events,
-            console: CappedLog::open(context.paths.console_log(), CONSOLE_MAX_BYTES, 0)?,
+            console: CappedLog::console(&context.paths)?,
             restarts: RestartHistory::default(),
             signals,
         })
@@ -324,7 +320,7 @@ impl<'a> Supervisor<'a> {
         code::release_pages();
         let group = Cgroup::open(self.context.cid.as_str());
         let oom_kills = group.oom_kills();
-        let Running { mut qemu, mut monitor, mut serial, enospc } = running;
+        let Running { mut qemu, mut monitor, mut serial, enospc, log } = running;
         let mut run = Run { enospc, ..Run::default() };
         let (mut monitor_open, mut serial_open, mut buffer) = (true, true, vec![0; 4096]);
         let mut presses = tokio::time::interval(power::MAX_PRESS_INTERVAL);
@@ -366,6 +362,7 @@ impl<'a> Supervisor<'a> {
             }
         })
         .await;
+        log.finish().await;
         if run.reason.is_none() && group.oom_kills() > oom_kills {
             run.reason = Some(OOM_KILL.to_owned());
             self.log_event("out of memory", &json!({"memory_mib": self.vm.machine.ram}));
@@ -397,7 +394,7 @@ impl<'a> Supervisor<'a> {
     /// Handles an event of QEMU's: keeps the exit reason, notices a full filesystem, logs it.
     fn on_event(&mut self, event: &Event, run: &mut Run) {
         if event.name == "SHUTDOWN" {
-            run.reason = event.data["reason"].as_str().map(str::to_owned);
+            run.reason = event.data["reason"].as_str().map(printable);
         }
         if event.name == "GUEST_PANICKED" {
             run.reason = Some("guest-panic".into());
@@ -419,6 +416,13 @@ impl<'a> Supervisor<'a> {
         // At debug level, because a guest can cause events without end. `events.jsonl` has them
         // all, within its size limit.
         tracing::debug!(event, %data);
+        let dropped = data.to_string().len();
+        let data = if dropped > EVENT_MAX_BYTES {
+            json!({"dropped_bytes": dropped})
+        } else {
+            data.clone()
+        };
+        let event = printable(event);
         let line = json!({"at": clock::now(), "run": self.vm.run, "event": event, "data": data});
         if let Err(error) = self.events.append(format!("{line}\n").as_bytes()) {
             tracing::warn!(error = error.report(), "an event is lost");

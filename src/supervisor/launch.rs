@@ -5,6 +5,7 @@
 //! every file as a descriptor. It starts with `-S`, the supervisor checks it, and only `cont` runs
 //! the guest.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::enospc::EnospcWait;
+use super::qemu_log::{self, QemuLog};
 use super::qemu_process::QemuProcess;
 use super::resources::{self, Resources};
 use super::{VmContext, address_probe, capped_log, limits};
@@ -52,12 +54,16 @@ pub(super) struct Running {
     pub(super) serial: UnixStream,
     /// Whether the guest waits for space on a full filesystem.
     pub(super) enospc: EnospcWait,
+    /// What QEMU prints.
+    pub(super) log: QemuLog,
 }
 
 /// Starts QEMU with `-S` in the VM's control groups. Synchronous, so that the fork happens while
 /// this process has one thread. A call that deletes the VM waits for the lock on `supervisor.pid`
 /// before it removes the groups.
-pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
+///
+/// Returns QEMU and the reading end of its output.
+pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<(Child, File)> {
     let template =
         Template::load(&vm.machine.template, context.config.qemu.templates_dir.as_deref())?;
     let resources = std::thread::scope(|threads| {
@@ -71,7 +77,7 @@ pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
     })?;
     let arguments = command_line(vm, &template, &resources.handles());
     capped_log::rotate(&context.paths.qemu_log());
-    let log = open_log(&context.paths.qemu_log())?;
+    let (output, log) = qemu_log::make_pipe(&context.paths.qemu_output())?;
     let confined = Confined {
         program: context.config.qemu.binary.clone(),
         args: arguments.into_iter().map(Into::into).collect(),
@@ -86,7 +92,7 @@ pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
     let child = confine::spawn(confined)?;
     // QEMU inherited the supervisor's value, which protects it from the OOM killer.
     memory::set_oom_score_adj(child.process().pid(), 0);
-    Ok(child)
+    Ok((child, output))
 }
 
 /// Waits for QEMU's monitor, checks QEMU and runs the guest. QEMU is killed if that fails, or as
@@ -94,9 +100,16 @@ pub(super) fn spawn(context: &VmContext, vm: &VmRecord) -> Result<Child> {
 pub(super) async fn run_guest(
     context: &VmContext,
     vm: &VmRecord,
-    mut child: Child,
+    (mut child, output): (Child, File),
     cancelled: impl Future<Output = ()>,
 ) -> Result<Running> {
+    let log = match QemuLog::record(&context.paths, output) {
+        Ok(log) => log,
+        Err(error) => {
+            child.kill()?;
+            return Err(error);
+        }
+    };
     let path = context.paths.supervisor_qmp();
     let booted = tokio::select! {
         booted = connect_and_continue(context, vm, &path) => booted,
@@ -109,12 +122,14 @@ pub(super) async fn run_guest(
             monitor,
             serial,
             enospc: EnospcWait::default(),
+            log,
         }),
         Err(error) => {
             // A QEMU that exits closes its sockets first. Its exit status and log say more than a
             // closed socket.
             let ended = timeout(QEMU_EXIT_TIMEOUT, child.exited()).await;
             child.kill()?;
+            log.finish().await;
             Err(ended
                 .map_or(Ok(error), |status| Ok::<_, Error>(early_exit_error(context, status?)))?)
         }
@@ -177,7 +192,8 @@ pub(super) async fn adopt(context: &VmContext, process: Process) -> Result<Runni
     )
     .await?;
     let enospc = EnospcWait::from_status(&power::status(&mut monitor).await?);
-    Ok(Running { qemu, monitor, serial: connect_serial(context).await?, enospc })
+    let log = QemuLog::adopt(&context.paths)?;
+    Ok(Running { qemu, monitor, serial: connect_serial(context).await?, enospc, log })
 }
 
 async fn connect_serial(context: &VmContext) -> Result<UnixStream> {
@@ -209,14 +225,4 @@ fn early_exit_error(context: &VmContext, status: ExitStatus) -> Error {
     }
     Error::new(ErrorKind::Host, format!("QEMU ended with {status} before it was ready: {output}"))
         .hint(format!("see its log '{}'", log.display()))
-}
-
-fn open_log(path: &Path) -> Result<std::fs::File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(path)
-        .at("open log", path)
 }

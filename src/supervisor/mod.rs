@@ -74,6 +74,7 @@ mod launch;
 mod limits;
 mod memory;
 mod power;
+mod qemu_log;
 mod qemu_process;
 mod resources;
 mod restart;

@@ -102,6 +102,9 @@ fn spawn(
             arguments.extend(["--queue-timeout".into(), timeout.to_string().into()]);
         }
     }
+    if mode == StartMode::Adopt {
+        capped_log::rotate_full_supervisor_log(&context.paths);
+    }
     if let Some(file) = config_file {
         arguments.extend(["--config".into(), file.as_os_str().to_owned()]);
     }

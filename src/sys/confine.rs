@@ -3,13 +3,14 @@
 //!
 //! 1. lock the pid file ([`super::pidlock`])
 //! 2. mark every descriptor close-on-exec, except the inherited ones
-//! 3. forbid core dumps, limit descriptors
+//! 3. set its resource limits ([`super::limits`])
 //! 4. enter empty network and ipc namespaces; with `keeps_network`, only ipc
-//! 5. set its own uid and gid, drop all groups
-//! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock
+//! 5. set its own uid and gid, drop all groups, limit its threads
+//! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock and system calls
+//!    with a filter ([`super::seccomp`])
 //!
 //! Everything that allocates, or whose errors need a message, is prepared before the fork. The
-//! child only makes system calls. QEMU adds its own seccomp filter (`-sandbox`).
+//! child only makes system calls. QEMU adds a seccomp filter of its own (`-sandbox`).
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -21,22 +22,19 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
 
 pub use super::landlock::Paths;
 use super::pidfd::{Process, Watch};
-use super::{landlock, pidlock};
+use super::seccomp::Filter;
+use super::{landlock, limits, pidlock};
 use crate::config::Hardening;
 use crate::crash;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Limit of descriptors. Sixteen disks need 50, and a guest cannot use more disks than it has
-/// hot-plug slots.
-const DESCRIPTORS: libc::rlim_t = 4096;
-/// Limit of core dumps. With 0 the kernel still pipes a core, and so a guest's secrets, to a
-/// program in kernel.core_pattern. With 1 it dumps none at all (fs/coredump.c).
-const NO_CORE: libc::rlim_t = 1;
+/// Limit of threads of the program's uid, for hosts without control groups. Four times that of a
+/// VM's control group, because a VM of another state directory may have the same uid.
+const THREADS: libc::rlim_t = 4096;
 /// How long to wait for the end of a program without its lock: a program that ends releases its
 /// lock a moment before its pidfd reports the end.
 const EXIT_DETECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -79,13 +77,15 @@ enum Step {
     Groups,
     Gid,
     Uid,
+    Threads,
     NoNewPrivileges,
     Capabilities,
     Landlock,
+    SystemCalls,
 }
 
 impl Step {
-    const ALL: [Step; 11] = [
+    const ALL: [Step; 13] = [
         Self::Lock,
         Self::CloseOthers,
         Self::Inherit,
@@ -94,9 +94,11 @@ impl Step {
         Self::Groups,
         Self::Gid,
         Self::Uid,
+        Self::Threads,
         Self::NoNewPrivileges,
         Self::Capabilities,
         Self::Landlock,
+        Self::SystemCalls,
     ];
 
     fn describe(self) -> &'static str {
@@ -109,9 +111,11 @@ impl Step {
             Self::Groups => "drop supplementary groups",
             Self::Gid => "drop to its own group",
             Self::Uid => "drop to its own user",
+            Self::Threads => "limit its threads",
             Self::NoNewPrivileges => "set no_new_privs",
             Self::Capabilities => "drop its capabilities",
             Self::Landlock => "restrict it to its paths with Landlock",
+            Self::SystemCalls => "restrict its system calls with seccomp",
         }
     }
 
@@ -137,13 +141,8 @@ pub fn spawn(confined: Confined) -> Result<Child> {
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
     let fds: Vec<RawFd> =
         inherit.iter().map(AsRawFd::as_raw_fd).chain([pid_lock.as_raw_fd()]).collect();
-    // Only a process with CAP_SYS_RESOURCE may raise a hard limit; a container's root does not have
-    // it.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)
-        .map_err(|e| Error::os("read the limit of descriptors", e))?;
     let steps = Steps {
         fds,
-        descriptors: DESCRIPTORS.min(most),
         lock: pid_lock.as_raw_fd(),
         uid,
         namespaces: if keeps_network {
@@ -152,6 +151,7 @@ pub fn spawn(confined: Confined) -> Result<Child> {
             libc::CLONE_NEWNET | libc::CLONE_NEWIPC
         },
         ruleset: ruleset.as_ref().map(AsRawFd::as_raw_fd),
+        filter: Filter::new(keeps_network),
         hardening,
         report: report.as_raw_fd(),
     };
@@ -204,8 +204,8 @@ struct Steps {
     lock: RawFd,
     uid: u32,
     namespaces: libc::c_int,
-    descriptors: libc::rlim_t,
     ruleset: Option<RawFd>,
+    filter: Filter,
     hardening: Hardening,
     report: RawFd,
 }
@@ -240,7 +240,7 @@ impl Steps {
                 call(libc::SYS_fcntl, [*fd as usize, libc::F_SETFD as usize, 0])
             })?;
         }
-        self.step(Step::Limits, || limits(self.descriptors))?;
+        self.step(Step::Limits, limits::set_all)?;
         if self.hardening == Hardening::Off {
             return Ok(());
         }
@@ -248,7 +248,14 @@ impl Steps {
         self.step(Step::Namespaces, || call(libc::SYS_unshare, [self.namespaces as usize, 0, 0]))?;
         self.step(Step::Groups, || call(libc::SYS_setgroups, [0, 0, 0]))?;
         self.step(Step::Gid, || call(libc::SYS_setresgid, [id, id, id]))?;
-        self.step(Step::Uid, || call(libc::SYS_setresuid, [id, id, id]))?;
+        let mut has_own_uid = false;
+        self.step(Step::Uid, || {
+            call(libc::SYS_setresuid, [id, id, id]).inspect(|()| has_own_uid = true)
+        })?;
+        // The host's processes of another uid would count.
+        if has_own_uid {
+            self.step(Step::Threads, || limits::set(libc::RLIMIT_NPROC, THREADS))?;
+        }
         self.step(Step::NoNewPrivileges, || {
             call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as usize, 1, 0])
         })?;
@@ -258,7 +265,7 @@ impl Steps {
                 call(libc::SYS_landlock_restrict_self, [ruleset as usize, 0, 0])
             })?;
         }
-        Ok(())
+        self.step(Step::SystemCalls, || self.filter.install())
     }
 
     /// Takes one step. A failure is reported by the step's number, and returned unless the step is
@@ -272,16 +279,6 @@ impl Steps {
             unsafe { call(libc::SYS_write, [self.report as usize, &raw const number as usize, 1]) };
         if step.is_optional() && self.hardening != Hardening::Strict { Ok(()) } else { Err(error) }
     }
-}
-
-#[allow(unsafe_code)]
-fn limits(descriptors: libc::rlim_t) -> std::io::Result<()> {
-    for (resource, limit) in [(libc::RLIMIT_CORE, NO_CORE), (libc::RLIMIT_NOFILE, descriptors)] {
-        let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
-        // SAFETY: the kernel reads the limit, a local variable.
-        unsafe { call(libc::SYS_setrlimit, [resource as usize, &raw const limit as usize, 0]) }?;
-    }
-    Ok(())
 }
 
 /// Drops all capabilities. Root keeps its own where the host does not allow another uid, and

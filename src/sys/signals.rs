@@ -1,4 +1,4 @@
-//! Inherited signal dispositions that this program must reset.
+//! Signal dispositions: inherited ones that this program must reset, and those that it sets.
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 
@@ -15,6 +15,16 @@ pub fn keep_exit_statuses() -> Result<()> {
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }
         .map(drop)
         .map_err(|errno| Error::os("stop ignoring SIGCHLD", errno))
+}
+
+/// Ignores SIGXFSZ, so that a write beyond a file size limit fails with EFBIG. Children inherit
+/// that.
+#[allow(unsafe_code)]
+pub(super) fn ignore_file_size_signal() -> Result<()> {
+    // SAFETY: ignoring a signal runs no code of this process.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }
+        .map(drop)
+        .map_err(|errno| Error::os("ignore SIGXFSZ", errno))
 }
 
 #[cfg(test)]

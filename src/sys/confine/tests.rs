@@ -122,3 +122,55 @@ fn spawn_of_a_missing_program_names_it() {
         Confined { program: "/nonexistent".into(), ..confined(dir.path(), "", Hardening::Strict) };
     assert!(spawn(missing).unwrap_err().report().starts_with("start '/nonexistent'"));
 }
+
+/// The error numbers of the system calls `calls`, in Perl.
+fn errors_of(calls: &[&str], keeps_network: bool) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let calls: String =
+        calls.iter().map(|call| format!("{call}; print 0+$!, qq( ); $! = 0;")).collect();
+    let script = format!("exec perl -e '$| = 1; {calls}'");
+    let confined = Confined { keeps_network, ..confined(dir.path(), &script, Hardening::Strict) };
+    let mut child = spawn(confined).unwrap();
+    assert!(child.process().wait_exit(Instant::now() + Duration::from_secs(20)).unwrap());
+    child.kill().unwrap();
+    std::fs::read_to_string(dir.path().join("log")).unwrap()
+}
+
+#[test]
+fn spawn_refuses_system_calls_that_qemu_does_not_need() {
+    let ioctl = |request: u32| format!("syscall(16, 0, {request}, 0)");
+    let calls = [
+        "socket($s, 1, 1, 0)",                 // AF_UNIX
+        "socket($s, 40, 1, 0)",                // AF_VSOCK
+        "socketpair($s, $t, 1, 2, 0)",         // a datagram socket, which could be connected again
+        "syscall(321, 0, 0, 0)",               // bpf
+        "syscall(298, 0, 0, 0, 0, 0)",         // perf_event_open
+        "syscall(248, 0, 0, 0, 0, 0)",         // add_key
+        "syscall(250, 0, 0, 0, 0, 0)",         // keyctl
+        "syscall(272, 0x10000000)",            // unshare(CLONE_NEWUSER)
+        "syscall(56, 0x10000011, 0, 0, 0, 0)", // clone(CLONE_NEWUSER | SIGCHLD)
+        &ioctl(0x8924),                        // SIOCSIFHWADDR
+        &ioctl(0x4004_54ca),                   // TUNSETIFF
+        "syscall(0x40000001, 0, 0, 0)",        // a call of the x32 ABI
+    ];
+    let expected = "1 ".repeat(calls.len());
+    assert_eq!(errors_of(&calls, false), expected);
+    // ENOSYS has the C library use clone. TUNSETOFFLOAD of what is no tap, and KVM_RUN, reach the
+    // kernel: ENOTTY.
+    let allowed = ["syscall(435, 0, 0)", &ioctl(0x4004_54d0), &ioctl(0xae80)];
+    assert_eq!(errors_of(&allowed, false), "38 25 25 ");
+}
+
+#[test]
+fn spawn_with_network_allows_internet_sockets_alone() {
+    let calls = ["syscall(41, 2, 1, 0)", "syscall(41, 1, 1, 0)", "syscall(41, 16, 3, 0)"];
+    assert_eq!(errors_of(&calls, true), "0 1 1 ");
+    assert_eq!(errors_of(&calls[..1], false), "1 ");
+}
+
+#[test]
+fn spawn_limits_the_threads_of_its_own_user_alone() {
+    let limits = |hardening| says("grep processes /proc/self/limits", hardening);
+    assert!(limits(Hardening::Strict).contains(" 4096                 4096 "));
+    assert!(!limits(Hardening::Off).contains(" 4096 "));
+}

@@ -12,4 +12,5 @@ mod hostile_requests;
 mod interrupted_callers;
 mod panics;
 mod power_cuts;
+mod resource_limits;
 mod state_directories;

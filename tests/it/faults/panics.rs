@@ -140,3 +140,16 @@ fn spawn_child_does_not_inherit_the_answer_pipe() {
         output.stderr
     );
 }
+
+/// The Rust runtime aborts without a panic when it has no memory left.
+#[test]
+fn abort_of_call_without_memory_is_answered_as_cloud_error() {
+    let Some(ChildOutput { outcome, .. }) = run_as_cpi(
+        "faults::panics::abort_of_call_without_memory_is_answered_as_cloud_error",
+        || std::alloc::handle_alloc_error(std::alloc::Layout::new::<u64>()),
+    ) else {
+        return;
+    };
+    let error = outcome.unwrap_err();
+    assert!(error.message.contains("ran out of memory"), "{}", error.message);
+}

@@ -175,6 +175,17 @@ impl Host {
         Answer::of(&output)
     }
 
+    /// The same for a CPI that `words`, a program with its arguments, starts.
+    pub fn call_by(&self, words: &[&str], method: &str, arguments: &Value) -> Answer {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).arg(env!("CARGO_BIN_EXE_bosh-qemu-cpi"));
+        command.arg("--config").arg(self.path("cpi.json"));
+        let request = request(method, arguments);
+        let output = self.namespace.run(|| run(command, request.as_bytes()));
+        self.track_vms(&String::from_utf8_lossy(&output.stdout));
+        Answer::of(&output)
+    }
+
     /// Runs an operator's command. Returns whether it succeeded and the JSON that it printed.
     pub fn command(&self, words: &[&str]) -> (bool, Value) {
         let output = self.namespace.run(|| self.cpi().args(words).output().unwrap());

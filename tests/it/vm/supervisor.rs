@@ -1,6 +1,7 @@
 //! Supervisors: their records of exits and events, restarts of VMs, and VMs without a supervisor.
 
 use std::fs;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use bosh_qemu_cpi::cid::VmCid;
@@ -164,6 +165,42 @@ fn kill_supervisor_keeps_the_vm_running() {
     host.ok("delete_vm", &json!([vm]));
     host.delete_everything();
     host.assert_no_leaks();
+}
+
+/// A guest can make QEMU print without end. Here the test prints through QEMU's descriptor.
+#[test]
+fn print_by_qemu_without_end_keeps_its_log_within_a_limit() {
+    let Some(host) = Host::new() else { return };
+    let vm = host.booted_vm();
+    let print = |line: &str, times| {
+        let path = format!("/proc/{}/fd/2", host.qemu(&vm).unwrap().pid());
+        let mut output = fs::OpenOptions::new().append(true).open(path).unwrap();
+        for _ in 0..times {
+            output.write_all(line.as_bytes()).unwrap();
+        }
+    };
+    let dir = host.paths(&vm).dir;
+    let logs = || ["qemu.log", "qemu.log.1"].map(|name| fs::read(dir.join(name)).unwrap());
+    let wait_for = |word: &str| {
+        eventually(word, || logs()[0].ends_with(format!("{word}\n").as_bytes()).then_some(()));
+    };
+    print(&format!("{}\n", "x".repeat(4095)), 1024);
+    print("last words\n", 1);
+    wait_for("last words");
+    for log in logs() {
+        assert!(log.len() <= 256 << 10, "{} bytes", log.len());
+    }
+
+    // QEMU goes on without a supervisor, and the next one reads what it prints from then on.
+    let supervisor = host.supervisor(&vm).unwrap();
+    supervisor.signal(Signal::SIGKILL).unwrap();
+    wait_for_exit(&supervisor);
+    host.qmp(&vm, "human-monitor-command", &json!({"command-line": "info version"})).unwrap();
+    host.ok("set_vm_metadata", &json!([vm, {}]));
+    let disk = host.disk();
+    host.ok("attach_disk", &json!([vm, disk]));
+    print("adopted\n", 1);
+    wait_for("adopted");
 }
 
 #[test]
