@@ -9,6 +9,7 @@ use super::need;
 use crate::cpi::context::Context;
 use crate::cpi::creation::pending;
 use crate::error::{IoContext, Result};
+use crate::store::beneath;
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::DiskImage;
 use crate::store::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};
@@ -152,7 +153,8 @@ pub(super) fn room(cx: &Context, dir: &Path) -> Result<Bytes> {
         other.is_ok_and(|other| other.dev() == device)
     };
     let images = list(cx, scope, is_here)?;
-    let allocated = |image: &Image| image.path.metadata().map_or(0, |meta| meta.blocks() * 512);
+    let allocated =
+        |image: &Image| beneath::metadata(&image.path).map_or(0, |meta| meta.blocks() * 512);
     let growth =
         images.iter().map(|image| image.growth(allocated(image))).fold(0, u64::saturating_add);
     Ok(Bytes(free(&stat).get().saturating_sub(growth)))

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::images::{self, Scope};
 use crate::cpi::context::Context;
 use crate::error::Result;
+use crate::store::beneath;
 use crate::units::Bytes;
 
 /// How full a pool is.
@@ -82,7 +83,7 @@ fn of_pool(cx: &Context, pool: Option<&str>) -> Result<PoolUsage> {
     let stat = images::statvfs(&path)?;
     let (mut seen, mut usage) = (BTreeSet::new(), [0; 3]);
     for image in images::list(cx, Scope::All, |of| of == pool)? {
-        let meta = image.path.metadata().ok();
+        let meta = beneath::metadata(&image.path).ok();
         if meta.as_ref().is_none_or(|meta| seen.insert((meta.dev(), meta.ino()))) {
             let allocated = meta.map_or(0, |meta| meta.blocks() * 512);
             usage[0] += allocated;

@@ -30,8 +30,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Instant;
 
-use tempfile::NamedTempFile;
-
 pub use self::invalid_image::InvalidImage;
 use self::invalid_image::printable;
 pub use self::source::{ImageFile, ImageSource, read_by_deadline};
@@ -41,7 +39,8 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::qcow2::decode::{DecodeError, decode};
 use crate::image::qcow2::{Header, HeaderError};
 use crate::image::qemu_img::{Convert, QemuImg, STDIN};
-use crate::image::{Format, parent_of, raw, sync_parent};
+use crate::image::{Format, parent_of, raw};
+use crate::store::beneath::{self, NewFile};
 use crate::units::{Bytes, MiB};
 
 /// Hint for an image of 0 bytes.
@@ -92,10 +91,7 @@ impl Import<'_> {
             return Err(self.exists());
         }
         let directory = parent_of(self.target);
-        let new = tempfile::Builder::new()
-            .prefix(".import-")
-            .tempfile_in(directory)
-            .at("write to", directory)?;
+        let new = beneath::create_new(&directory.join(beneath::temporary_name(".import-")))?;
         let output = Output { raw: new.as_file(), spool: None, size: Cell::new(None) };
         let done = match self.read(&output, progress) {
             Err(ImportError::NotStreamable(why)) => {
@@ -195,21 +191,23 @@ impl Import<'_> {
     /// The second pass: `qemu-img` converts an image that the first pass could not decode.
     fn convert(
         &self,
-        new: &NamedTempFile,
+        new: &NewFile,
         output: Output<'_>,
         progress: Progress<'_>,
     ) -> Result<(Bytes, Digest)> {
         // Frees the space that the first pass used.
         new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
-        let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
+        let spool = directory.join(beneath::temporary_name(".import-"));
+        let spool = beneath::create_new(&spool)?.unnamed()?;
         let output = Output { spool: Some(&spool), ..output };
         let (size, digest) =
             self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
+        let target = new.name_for_child();
         let convert = Convert {
             source: Path::new(STDIN),
             source_format: Format::Qcow2,
-            target: new.path(),
+            target: Path::new(&target),
             target_format: Format::Raw,
         };
         let handle = || spool.try_clone().at("duplicate the temporary copy beside", self.target);
@@ -229,21 +227,20 @@ impl Import<'_> {
     }
 
     /// Gives the finished file its name, durably.
-    fn publish(&self, new: NamedTempFile, size: Bytes) -> Result<()> {
+    fn publish(&self, new: NewFile, size: Bytes) -> Result<()> {
         let file = new.as_file();
         file.set_len(size.get()).at("set the size of", self.target)?;
         file.set_permissions(Permissions::from_mode(0o444)).at("protect", self.target)?;
         file.sync_all().at("fsync", self.target)?;
         crash::point!("image imported");
-        new.persist_noclobber(self.target).map_err(|error| match error.error.kind() {
-            io::ErrorKind::AlreadyExists => self.exists(),
-            _ => Error::io("create", self.target, error.error),
-        })?;
+        if !new.publish(self.target)? {
+            return Err(self.exists());
+        }
         crash::point!("image published");
-        sync_parent(self.target).inspect_err(|_| {
+        beneath::sync_dir(parent_of(self.target)).inspect_err(|_| {
             // The import fails, so the target must not remain. The caller needs the first error
             // only.
-            let _ = std::fs::remove_file(self.target);
+            let _ = beneath::remove_file(self.target);
         })
     }
 
