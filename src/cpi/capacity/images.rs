@@ -160,12 +160,19 @@ pub(super) fn room(cx: &Context, dir: &Path) -> Result<Bytes> {
     Ok(Bytes(free(&stat).get().saturating_sub(growth)))
 }
 
-/// The directory of a pool; without a name, the state directory.
+/// The directory of a pool; without a name, the state directory. Before the first call that does
+/// not exist: its parent that does has the filesystem that it will be on.
 pub(super) fn pool_dir(cx: &Context, pool: Option<&str>) -> Result<PathBuf> {
-    match pool {
-        Some(pool) => Ok(cx.store.pools().dir(pool)?.to_owned()),
-        None => Ok(cx.store.state_dir().to_owned()),
+    if let Some(pool) = pool {
+        return Ok(cx.store.pools().dir(pool)?.to_owned());
     }
+    let state_dir = cx.store.state_dir();
+    if state_dir.try_exists().at("look at", state_dir)? {
+        return Ok(state_dir.to_owned());
+    }
+    cx.store.ensure_mounted()?;
+    let existing = state_dir.ancestors().find(|dir| dir.is_dir());
+    Ok(existing.unwrap_or(state_dir).to_owned())
 }
 
 /// The space of the filesystem of `dir`.

@@ -79,8 +79,8 @@ pub(super) fn room_by_pool(cx: &Context) -> BTreeMap<String, Bytes> {
 }
 
 fn of_pool(cx: &Context, pool: Option<&str>) -> Result<PoolUsage> {
-    let path = images::pool_dir(cx, pool)?;
-    let stat = images::statvfs(&path)?;
+    let dir = images::pool_dir(cx, pool)?;
+    let stat = images::statvfs(&dir)?;
     let (mut seen, mut usage) = (BTreeSet::new(), [0; 3]);
     for image in images::list(cx, Scope::All, |of| of == pool)? {
         let meta = beneath::metadata(&image.path).ok();
@@ -92,6 +92,7 @@ fn of_pool(cx: &Context, pool: Option<&str>) -> Result<PoolUsage> {
         }
     }
     let [allocated, virtual_size, growth] = usage.map(Bytes);
+    let path = if pool.is_none() { cx.store.state_dir().to_owned() } else { dir };
     let capacity = Bytes(stat.f_blocks.saturating_mul(stat.f_frsize));
     Ok(PoolUsage { path, capacity, free: images::free(&stat), allocated, virtual_size, growth })
 }
