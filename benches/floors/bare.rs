@@ -19,6 +19,7 @@ use bosh_qemu_cpi::qmp::Event;
 use bosh_qemu_cpi::qmp::monitor::Monitor;
 use bosh_qemu_cpi::schema::Property;
 use bosh_qemu_cpi::store::VmRecord;
+use bosh_qemu_cpi::store::beneath;
 use bosh_qemu_cpi::store::record::Format;
 use bosh_qemu_cpi::sys::pidfd::Process;
 use bosh_qemu_cpi::sys::tun::{self, Framing};
@@ -197,8 +198,14 @@ fn required(lab: &Lab, vm: &Vm, record: &VmRecord) -> Vec<FileSpec> {
 fn open(lab: &Lab, spec: FileSpec) -> (OpenedFile, OwnedFd) {
     let qemu = Qemu::absent().expect("every key has a default");
     let io_uring = io_uring::is_usable(lab.store.run_dir(), &qemu);
-    let (fd, direct) = image::open(&spec.path, spec.writable, spec.cache.bypasses_page_cache())
-        .expect("open an image");
+    if spec.format.is_none() {
+        let device = File::options().read(true).write(spec.writable).open(&spec.path);
+        let fd = device.expect("open a device").into();
+        return (OpenedFile { spec, direct: false, io_uring }, fd);
+    }
+    let file = beneath::file(&spec.path, spec.expected).expect("find an image");
+    let (fd, direct) =
+        image::open(&file, spec.writable, spec.cache.bypasses_page_cache()).expect("open an image");
     (OpenedFile { spec, direct, io_uring }, fd)
 }
 

@@ -7,33 +7,37 @@ use super::{Audit, Kind};
 use crate::cid::Cid;
 use crate::cpi::creation::pending;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::store::beneath::{self, Expected};
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::{SnapshotRecord, VerifiedFile};
 use crate::store::{DiskKey, DiskRecord, Phase, Rank, Record, StemcellRecord, Store, VmRecord};
 
-/// The paths of the images of a record.
-type Images<R> = fn(&Store, &R) -> Result<Vec<PathBuf>>;
+/// The images of a record.
+type Images<R> = fn(&Store, &R) -> Result<Vec<(PathBuf, Expected)>>;
 
 impl Audit<'_> {
     pub(super) fn images(&mut self) -> Result<()> {
         self.check_images::<DiskRecord>(Rank::Disk, |store, disk| {
-            Ok(vec![store.disk_image(disk)?])
+            Ok(vec![(store.disk_image(disk)?, Expected::Own)])
         })?;
         self.check_images::<SnapshotRecord>(Rank::Snapshot, |store, snapshot| {
-            Ok(vec![store.snapshot_image(snapshot)?])
+            Ok(vec![(store.snapshot_image(snapshot)?, Expected::Own)])
         })?;
         self.check_images::<StemcellRecord>(Rank::Stemcell, |store, stemcell| {
             Ok(vec![match &stemcell.image_path {
-                Some(path) => path.clone(),
+                Some(path) => (path.clone(), Expected::OfOperator),
                 None => {
-                    store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?.join(STEMCELL_IMAGE)
+                    let dir = store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
+                    (dir.join(STEMCELL_IMAGE), Expected::Shared)
                 }
             }])
         })?;
         self.check_images::<VmRecord>(Rank::Vm, |store, vm| {
             let dir = store.images_dir(&vm.cid, vm.pool.as_deref())?;
-            let ephemeral = vm.ephemeral.as_ref().map(|_| dir.join(EPHEMERAL_IMAGE));
-            Ok([store.base_image(vm)?, dir.join(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
+            let own = |name| (dir.join(name), Expected::Own);
+            let ephemeral = vm.ephemeral.as_ref().map(|_| own(EPHEMERAL_IMAGE));
+            let base = (store.base_image(vm)?, store.base_expected(vm));
+            Ok([base, own(ROOT_IMAGE)].into_iter().chain(ephemeral).collect())
         })?;
         self.light_images()?;
         self.ownership()?;
@@ -164,13 +168,13 @@ impl Audit<'_> {
             let next = "restore it from a backup before anything else";
             match images(&self.cx.store, &record) {
                 Ok(paths) => {
-                    for path in paths.iter().filter(|path| !path.exists()) {
-                        self.for_operator(
-                            Kind::NoImage,
-                            &cid,
-                            &format!("its image '{}' does not exist", path.display()),
-                            next,
-                        );
+                    for (path, expected) in paths {
+                        let why = match beneath::find(&path, expected) {
+                            Ok(Some(_)) => continue,
+                            Ok(None) => format!("its image '{}' does not exist", path.display()),
+                            Err(error) => format!("its image cannot be used: {}", error.chain()),
+                        };
+                        self.for_operator(Kind::NoImage, &cid, &why, next);
                     }
                 }
                 Err(error) => {

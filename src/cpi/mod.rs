@@ -71,11 +71,12 @@ impl Cpi {
         disk::take(&self.0, disk)
     }
 
-    /// The context of a call that changes an object, if this version may change the state directory.
+    /// The context of a call that changes an object, if this version may change the state
+    /// directory.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if a newer version wrote it, [`ErrorKind::Host`] for a user other than
-    /// root.
+    /// [`ErrorKind::Corrupt`] if a newer version wrote it, [`ErrorKind::Host`] for a user other
+    /// than root.
     fn for_change(&self) -> Result<&Context> {
         self.0.store.is_initialized()?;
         Ok(&self.0)

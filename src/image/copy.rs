@@ -17,6 +17,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{UnsyncedFile, create_new, keep};
+use crate::store::beneath::{self, Expected};
 
 /// Bytes copied between two checks of the deadline and of the source's ctime.
 const CHUNK: u64 = 64 << 20;
@@ -33,7 +34,7 @@ pub struct CopySource {
 impl CopySource {
     /// Opens the file at `path`. No process may be writing it at this moment.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).at("open", path)?;
+        let file = beneath::file(path, Expected::Own)?.read()?;
         let meta = file.metadata().at("stat", path)?;
         Ok(Self {
             file,
@@ -81,7 +82,7 @@ pub fn copy(
         copy_data(source, new.as_file(), target, deadline, progress)?;
     }
     source.ensure_unchanged()?;
-    keep(new)
+    Ok(keep(new))
 }
 
 fn copy_data(

@@ -24,7 +24,7 @@ impl NewImage<'_> {
         // The file is created before `qemu-img` runs: it gets mode 0600, and a failure removes it.
         let new = create_new(self.path)?;
         qemu_img.create(self, deadline)?;
-        keep(new)
+        Ok(keep(new))
     }
 }
 
@@ -34,7 +34,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::image::qcow2::{Encryption, Header};
+    use crate::image::qcow2::Encryption;
+    use crate::image::testing::header;
     use crate::units::Bytes;
 
     fn test_deadline() -> Instant {
@@ -77,6 +78,6 @@ mod tests {
         assert!(!path.exists());
         std::fs::write(&key, "0123456789".repeat(4)).unwrap();
         new.create(&QemuImg::new("qemu-img"), test_deadline()).unwrap().sync().unwrap();
-        assert_eq!(Header::read(&path).unwrap().encryption, Some(Encryption::Luks));
+        assert_eq!(header(&path).encryption, Some(Encryption::Luks));
     }
 }

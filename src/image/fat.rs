@@ -35,7 +35,7 @@ pub fn write_labelled(path: &Path, label: &str, files: &[(&str, &[u8])]) -> Resu
     let new = create_new(path)?;
     new.as_file().set_len(image.len() as u64).at("set the size of", path)?;
     raw::write_sparse(new.as_file(), 0, &image).at("write", path)?;
-    keep(new)
+    Ok(keep(new))
 }
 
 fn image(label: &str, files: &[(&str, &[u8])]) -> io::Result<Vec<u8>> {

@@ -9,13 +9,13 @@
 //! qcow2   header: size, l1_size    the L1 table gets entries of zero, in the clusters it has
 //! ```
 
-use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::Format;
 use crate::image::qcow2::{self, Header};
+use crate::store::beneath::{self, Expected, Found};
 use crate::units::Bytes;
 
 /// Virtual size of the image at `path`: the bytes the guest sees.
@@ -23,11 +23,12 @@ use crate::units::Bytes;
 /// # Errors
 /// [`ErrorKind::Corrupt`] if the header of a qcow2 or LUKS image is not valid.
 pub fn virtual_size(path: &Path, format: Format, encrypted: bool) -> Result<Bytes> {
+    let image = beneath::file(path, Expected::Own)?;
     match format {
-        Format::Qcow2 => Ok(Header::read(path)?.virtual_size),
+        Format::Qcow2 => Ok(Header::read(&image)?.virtual_size),
         Format::Raw => {
-            let length = path.metadata().at("stat", path)?.len();
-            let header = if encrypted { luks_header(path)? } else { 0 };
+            let header = if encrypted { luks_header(&image)? } else { 0 };
+            let length = image.metadata().len();
             length
                 .checked_sub(header)
                 .map(Bytes)
@@ -43,11 +44,12 @@ pub fn virtual_size(path: &Path, format: Format, encrypted: bool) -> Result<Byte
 /// [`ErrorKind::NotSupported`] for a qcow2 image whose L1 table would have to move: 64 KiB of table
 /// map 4 TiB.
 pub fn grow(path: &Path, format: Format, encrypted: bool, size: Bytes) -> Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(path).at("open", path)?;
+    let image = beneath::file(path, Expected::Own)?;
+    let file = image.write()?;
     match format {
-        Format::Qcow2 => qcow2::grow(&file, path, &Header::read(path)?, size)?,
+        Format::Qcow2 => qcow2::grow(&file, path, &Header::read(&image)?, size)?,
         Format::Raw => {
-            let header = if encrypted { luks_header(path)? } else { 0 };
+            let header = if encrypted { luks_header(&image)? } else { 0 };
             file.set_len(header + size.get()).at("set the size of", path)?;
         }
     }
@@ -55,11 +57,11 @@ pub fn grow(path: &Path, format: Format, encrypted: bool, size: Bytes) -> Result
 }
 
 /// Length of the LUKS (version 1) header including its key slots, bytes.
-fn luks_header(path: &Path) -> Result<u64> {
+fn luks_header(image: &Found) -> Result<u64> {
     let mut head = [0; 108];
-    File::open(path).and_then(|file| file.read_exact_at(&mut head, 0)).at("read", path)?;
+    image.read()?.read_exact_at(&mut head, 0).at("read", image.path())?;
     if head[..8] != *b"LUKS\xba\xbe\0\x01" {
-        return Err(corrupt(path, "it has no LUKS header"));
+        return Err(corrupt(image.path(), "it has no LUKS header"));
     }
     let sectors = u32::from_be_bytes([head[104], head[105], head[106], head[107]]);
     Ok(u64::from(sectors) * 512)

@@ -1,7 +1,6 @@
 //! QEMU's image locks: whether a QEMU has an image file open. They also reveal a QEMU that no
 //! record names.
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread::sleep;
@@ -10,7 +9,8 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::beneath::{self, Expected};
 
 /// Start and length of the byte range that QEMU, and so `qemu-img`, locks while it has an image
 /// open: `RAW_LOCK_PERM_BASE` is 100 and `RAW_LOCK_SHARED_BASE` 200, each followed by fewer than
@@ -25,10 +25,8 @@ const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// # Errors
 /// [`ErrorKind::Conflict`] if a QEMU still has the image open at `deadline`.
 pub fn wait_unlocked(path: &Path, deadline: Instant) -> Result<()> {
-    let image = match File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        image => image.at("open", path)?,
-    };
+    let Some(image) = beneath::find(path, Expected::Own)? else { return Ok(()) };
+    let image = image.read()?;
     // On a filesystem without locks QEMU takes none either.
     while is_locked(&image).unwrap_or(false) {
         if Instant::now() >= deadline {
@@ -50,7 +48,7 @@ pub fn wait_unlocked(path: &Path, deadline: Instant) -> Result<()> {
 /// [`ErrorKind::Conflict`] if one has; [`ErrorKind::Host`] if the filesystem cannot answer for the
 /// other hosts.
 pub fn ensure_unlocked(path: &Path) -> Result<()> {
-    let image = File::open(path).at("open", path)?;
+    let image = beneath::file(path, Expected::Own)?.read()?;
     match is_locked(&image) {
         Ok(false) => Ok(()),
         Ok(true) => Err(Error::new(
@@ -75,6 +73,8 @@ fn is_locked(image: &impl AsFd) -> std::io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]

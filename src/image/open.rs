@@ -1,9 +1,7 @@
 //! Opens existing images and checks what their headers refer to.
 
-use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::libc;
@@ -12,21 +10,21 @@ use super::Format;
 use super::import::{InvalidImage, probe};
 use super::qcow2::Header;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::store::beneath::{self, Expected, Found};
 use crate::units::{Bytes, MiB};
 
 /// Opens an image for QEMU. With `direct`, bypasses the page cache if the filesystem supports that
 /// (tmpfs before Linux 6.6 does not). Returns whether it is bypassed: QEMU's `cache.direct` must
 /// agree.
-pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)> {
-    let open = |flags| OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path);
+pub fn open(image: &Found, writable: bool, direct: bool) -> Result<(OwnedFd, bool)> {
     if direct {
-        match open(libc::O_DIRECT) {
+        match image.open(writable, libc::O_DIRECT) {
             Ok(file) => return Ok((file.into(), true)),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-            Err(error) => return Err(Error::io("open", path, error)),
+            Err(error) => return Err(Error::io("open", image.path(), error)),
         }
     }
-    Ok((open(0).at("open", path)?.into(), false))
+    Ok((image.open(writable, 0).at("open", image.path())?.into(), false))
 }
 
 /// Fails if the image's header names another file. Images of this program name none but an
@@ -35,12 +33,11 @@ pub fn open(path: &Path, writable: bool, direct: bool) -> Result<(OwnedFd, bool)
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`].
-pub fn ensure_no_external_files(path: &Path, format: Format, is_overlay: bool) -> Result<()> {
+pub fn ensure_no_external_files(image: &Found, format: Format, is_overlay: bool) -> Result<()> {
     if format == Format::Raw {
         return Ok(());
     }
-    let header = Header::read(path)?;
-    let named = match header {
+    let named = match Header::read(image)? {
         Header { external_data_file: true, .. } => "a data file",
         Header { backing_file: Some(_), .. } if !is_overlay => "a backing file",
         _ => return Ok(()),
@@ -49,7 +46,7 @@ pub fn ensure_no_external_files(path: &Path, format: Format, is_overlay: bool) -
         ErrorKind::Corrupt,
         format!(
             "the header of image '{}' names {named}; no image of this program does",
-            path.display()
+            image.path().display()
         ),
     )
     .hint(
@@ -67,16 +64,13 @@ pub fn ensure_no_external_files(path: &Path, format: Format, is_overlay: bool) -
 pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
     let refused =
         |why: &str| Error::new(ErrorKind::BadRequest, format!("image '{}': {why}", path.display()));
-    let file = path.metadata().at("stat", path)?;
-    if !file.is_file() {
-        return Err(refused("not a regular file"));
-    }
+    let file = beneath::file(path, Expected::OfOperator).map_err(|error| {
+        if error.kind() == ErrorKind::Corrupt { refused("not a regular file") } else { error }
+    })?;
     let mut head = Vec::new();
-    File::open(path)
-        .and_then(|open| open.take(Header::PREFIX as u64).read_to_end(&mut head))
-        .at("read", path)?;
+    file.read()?.take(Header::PREFIX as u64).read_to_end(&mut head).at("read", path)?;
     let (format, size) =
-        probe_image(&head, file.len()).map_err(|reason| refused(&reason.to_string()))?;
+        probe_image(&head, file.metadata().len()).map_err(|reason| refused(&reason.to_string()))?;
     let size = Bytes(size.next_multiple_of(512));
     if size > MiB::MAX.bytes() || size.get() == 0 {
         return Err(refused("empty or larger than 64 TiB"));

@@ -1,10 +1,11 @@
 //! Runs `qemu-img` for what this program does not implement itself: LUKS, preallocation,
 //! conversion, checks.
 //!
-//! Formats are always explicit. Paths are absolute, so that QEMU finds no protocol in them. Output
-//! is captured, because standard output belongs to the response. The environment is empty except
-//! for `PATH`. `qemu-img` opens every file an image's header names, so callers check the headers of
-//! untrusted images first.
+//! Formats are always explicit. Paths are absolute, so that QEMU finds no protocol in them. An
+//! object's image is named by this process's descriptor of it, so that `qemu-img` opens the file
+//! that was checked. Output is captured, because standard output belongs to the response. The
+//! environment is empty except for `PATH`. `qemu-img` opens every file an image's header names, so
+//! callers check the headers of untrusted images first.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -22,6 +23,7 @@ use serde_json::{Value, json};
 use crate::blocking_call::run_with_timeout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, ensure_no_external_files};
+use crate::store::beneath::{self, Expected, Found};
 use crate::store::record::Preallocation;
 use crate::sys::parent_death::kill_with_parent;
 use crate::units::Bytes;
@@ -81,10 +83,10 @@ pub struct ExistingImage<'a> {
 impl ExistingImage<'_> {
     /// The image as a source, as a `json:` name. It sets no backing file, whatever the header
     /// states.
-    fn json(&self) -> Result<String> {
-        let path = absolute(self.path)?.to_string_lossy();
+    fn json(&self, file: &Found) -> String {
+        let name = file.name_for_child();
         let mut node =
-            json!({"driver": self.format.as_str(), "file": {"driver": "file", "filename": path}});
+            json!({"driver": self.format.as_str(), "file": {"driver": "file", "filename": name}});
         match (self.format, self.key) {
             (Format::Raw, None) => {}
             (Format::Raw, Some(_)) => {
@@ -98,11 +100,11 @@ impl ExistingImage<'_> {
                 }
             }
         }
-        Ok(format!("json:{node}"))
+        format!("json:{node}")
     }
 
     /// The image as the value of `--target-image-opts`.
-    fn options(&self) -> Result<String> {
+    fn options(&self, file: &Found) -> String {
         let driver = match (self.format, self.key) {
             (format, None) => format.as_str().to_owned(),
             (Format::Qcow2, Some(_)) => {
@@ -110,9 +112,7 @@ impl ExistingImage<'_> {
             }
             (Format::Raw, Some(_)) => format!("luks,key-secret={SECRET}"),
         };
-        // A single comma would end the value.
-        let path = absolute(self.path)?.to_string_lossy().replace(',', ",,");
-        Ok(format!("driver={driver},file.driver=file,file.filename={path}"))
+        format!("driver={driver},file.driver=file,file.filename={}", file.name_for_child())
     }
 }
 
@@ -134,7 +134,7 @@ impl QemuImg {
         Self { program: program.into() }
     }
 
-    /// Creates `new`, replacing existing content within the same file.
+    /// Fills `new`, an existing file.
     ///
     /// # Errors
     /// Those of [`Self::convert`].
@@ -159,8 +159,10 @@ impl QemuImg {
             args.extend(["--object", secret].map(OsStr::new));
         }
         args.extend(["-f", driver, "-o", &options].map(OsStr::new));
-        args.extend([absolute(new.path)?, OsStr::new(&size)]);
-        self.run(&args, None, deadline)?.ensure_success("create", new.path)
+        let image = beneath::file(new.path, Expected::Own)?;
+        let name = image.name_for_child();
+        args.extend([&name, &size].map(OsStr::new));
+        self.run(&args, None, deadline)?.naming(&image).ensure_success("create", new.path)
     }
 
     /// Copies one image, leaving zeros out. The result is not durable: `qemu-img` does not fsync
@@ -198,8 +200,10 @@ impl QemuImg {
         deadline: Instant,
     ) -> Result<()> {
         let secret = source.key.or(target.key).map(secret);
-        ensure_no_external_files(source.path, source.format, false)?;
-        let (from, to) = (source.json()?, target.options()?);
+        let read = beneath::file(source.path, Expected::Own)?;
+        let written = beneath::file(target.path, Expected::Own)?;
+        ensure_no_external_files(&read, source.format, false)?;
+        let (from, to) = (source.json(&read), target.options(&written));
         // `-p` prints progress to a pipe: if the call was killed, SIGPIPE ends the program at its
         // next print.
         let mut args =
@@ -211,7 +215,8 @@ impl QemuImg {
             args.extend(["--object", secret].map(OsStr::new));
         }
         args.extend([&from, &to].map(OsStr::new));
-        self.run(&args, None, deadline)?.ensure_success("convert", source.path)
+        let done = self.run(&args, None, deadline)?.naming(&read).naming(&written);
+        done.ensure_success("convert", source.path)
     }
 
     fn convert_from(
@@ -328,6 +333,14 @@ struct Finished {
 }
 
 impl Finished {
+    /// Puts the image's path where the program printed the name that it was given.
+    fn naming(mut self, image: &Found) -> Self {
+        let path = image.path().to_string_lossy();
+        let printed = String::from_utf8_lossy(&self.stderr);
+        self.stderr = printed.replace(&image.name_for_child(), &path).into_bytes();
+        self
+    }
+
     fn ensure_success(&self, action: &str, path: &Path) -> Result<()> {
         if self.status.success() {
             return Ok(());

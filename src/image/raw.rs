@@ -23,7 +23,7 @@ pub fn create(path: &Path, size: Bytes) -> Result<UnsyncedFile> {
     ensure_valid_size(path, size)?;
     let new = create_new(path)?;
     new.as_file().set_len(size.get()).at("set the size of", path)?;
-    keep(new)
+    Ok(keep(new))
 }
 
 /// Fails if the size of a new image is zero, not a multiple of a 512-byte sector, or above

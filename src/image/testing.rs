@@ -1,8 +1,12 @@
 //! Helpers for this module's tests: QEMU's own tools check the results.
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
+
+use crate::image::qcow2::Header;
+use crate::store::beneath::{self, Expected};
 
 /// Runs `program`, which must succeed, and returns its standard output.
 pub fn run(program: &str, args: impl IntoIterator<Item = OsString>) -> String {
@@ -32,4 +36,9 @@ pub fn sample() -> &'static [u8] {
         run("qemu-io", ["-fqcow2"].into_iter().chain(commands).chain([path]).map(Into::into));
         std::fs::read(path).unwrap()
     })
+}
+
+/// The header of the qcow2 image at `path`.
+pub fn header(path: &Path) -> Header {
+    Header::read(&beneath::file(path, Expected::Own).unwrap()).unwrap()
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::cid::Cid;
 use crate::error::Result;
+use crate::store::beneath::Expected;
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE};
 use crate::store::record::{Accel, Cache, Discard, DiskRecord, Format, VmRecord};
 use crate::store::{Store, VmPaths};
@@ -31,6 +32,8 @@ pub struct FileSpec {
     pub path: PathBuf,
     /// Format of the image; `None` if it is not an image.
     pub format: Option<Format>,
+    /// Which file is at the path.
+    pub expected: Expected,
     /// Whether QEMU may write it.
     pub writable: bool,
     /// Cache mode. A read-only file stays in the host's page cache: all VMs share the stemcell
@@ -47,7 +50,8 @@ impl FileSpec {
         let (cache, discard) =
             (if writable { Cache::None } else { Cache::Writeback }, Discard::Unmap);
         let (id, node) = (id.to_owned(), id.to_owned());
-        Self { id, node, path, format: None, writable, cache, discard, encrypted: false }
+        let expected = Expected::Own;
+        Self { id, node, path, format: None, expected, writable, cache, discard, encrypted: false }
     }
 
     /// An image of a VM's own, with the default cache and discard modes.
@@ -96,7 +100,8 @@ pub fn required(
         files.push(FileSpec::file(KVM, "/dev/kvm".into(), true));
     }
     let images = store.images_dir(&vm.cid, vm.pool.as_deref())?;
-    files.push(FileSpec::image(BASE, store.base_image(vm)?, vm.base.format, false));
+    let base = FileSpec::image(BASE, store.base_image(vm)?, vm.base.format, false);
+    files.push(FileSpec { expected: store.base_expected(vm), ..base });
     files.push(FileSpec::image(ROOT, images.join(ROOT_IMAGE), Format::Qcow2, true));
     if vm.ephemeral.is_some() {
         files.push(FileSpec::image(EPHEMERAL, images.join(EPHEMERAL_IMAGE), Format::Qcow2, true));

@@ -46,9 +46,14 @@ pub fn write_once(path: &Path, contents: &[u8]) -> Result<()> {
 
 /// As [`stage`], of indented JSON.
 pub fn stage_json(path: &Path, value: &impl Serialize) -> Result<Staged> {
+    stage(path, &json(value))
+}
+
+/// `value` as indented JSON.
+pub(super) fn json(value: &impl Serialize) -> Vec<u8> {
     let mut text = serde_json::to_vec_pretty(value).expect("a record is plain data");
     text.push(b'\n');
-    stage(path, &text)
+    text
 }
 
 /// As [`write()`], of indented JSON.

@@ -40,6 +40,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 
 use super::atomic;
+use super::beneath::{self, Expected};
 use super::pool::Pools;
 use super::record::{DiskImage, DiskRecord, SnapshotRecord, VmRecord};
 use super::vm_paths::VmPaths;
@@ -241,7 +242,7 @@ impl Store {
     pub fn make_images_dir<C: Cid>(&self, cid: &C, pool: Option<&str>) -> Result<PathBuf> {
         let Some(pool) = pool else { return self.images_dir(cid, None) };
         let dir = self.pools.mark_used(pool)?.join(cid);
-        atomic::make_dir(&dir).map_err(|e| e.during(format!("use pool '{pool}'")))?;
+        beneath::make_dir(&dir).map_err(|e| e.during(format!("use pool '{pool}'")))?;
         Ok(dir)
     }
 
@@ -268,6 +269,11 @@ impl Store {
             return Ok(vm.base.path.clone());
         }
         Ok(self.images_dir(&vm.cid, vm.base.pool.as_deref())?.join(&vm.base.path))
+    }
+
+    /// What is at the path of [`Self::base_image`].
+    pub fn base_expected(&self, vm: &VmRecord) -> Expected {
+        if vm.base.path.is_absolute() { Expected::OfOperator } else { Expected::Shared }
     }
 
     pub(super) fn dir_of(&self, prefix: &str, cid: &impl Cid) -> PathBuf {

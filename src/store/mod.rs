@@ -9,6 +9,7 @@
 //! This module knows files, but not QEMU or networks.
 
 pub mod atomic;
+pub mod beneath;
 pub mod disk_key;
 mod disk_metadata;
 pub mod disk_options;

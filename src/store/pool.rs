@@ -14,13 +14,13 @@
 //! its filesystem.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{Metadata, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::atomic;
+use super::{atomic, beneath};
 use crate::blocking_call::run_with_timeout;
 use crate::config::Pool;
 use crate::crash;
@@ -106,7 +106,8 @@ impl Pools {
         let stat = move || {
             // An NFS client may cache attributes; statvfs asks the server.
             rustix::fs::statvfs(&directory)?;
-            directory.metadata().map(|meta| (meta, directory.join(MARKER).exists()))
+            let marker = directory.join(MARKER).symlink_metadata();
+            directory.metadata().map(|meta| (meta, marker.is_ok_and(|marker| marker.is_file())))
         };
         let known = unresponsive().contains(path);
         match if known {
@@ -134,13 +135,8 @@ impl Pools {
         let dir = self.dir(name)?;
         let (marker, used) = (dir.join(MARKER), self.used_marker(name));
         if !used.exists() {
-            let open = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&marker);
-            open.map_err(|e| absent(name, dir, "cannot be written").because(e))?;
+            beneath::make_marker(&marker)
+                .map_err(|e| absent(name, dir, "cannot be written").because(e))?;
             atomic::sync_dir(dir)?;
             crash::point!("pool marked");
             let dir_of_used = self.state_dir.join("pools");

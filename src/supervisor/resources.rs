@@ -1,6 +1,7 @@
 //! The descriptors that QEMU inherits: files, taps, listening sockets. Dropping them closes them,
 //! and the kernel removes a closed tap.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -19,7 +20,7 @@ use crate::net::plan::{self, Segment};
 use crate::qemu::command_line::Tap;
 use crate::qemu::{FileSpec, InheritedFds, OpenedFile, files};
 use crate::store::record::{AttachmentPhase, DiskRecord, Nic, VmRecord};
-use crate::store::{DiskKey, Phase, Rank, atomic};
+use crate::store::{DiskKey, Phase, Rank, atomic, beneath};
 use crate::{image, net};
 
 /// How long to wait for another process that changes the same bridge: each holds the lock for
@@ -110,14 +111,24 @@ fn missing_disk_error(disk: &DiskCid) -> Error {
 /// Opens one file for QEMU, which gets it at its start or over its monitor.
 ///
 /// # Errors
-/// [`ErrorKind::Corrupt`] for an image that refers to other files; else the filesystem's error.
+/// [`ErrorKind::Corrupt`] for an image that refers to other files, or whose path does not lead to
+/// the file expected there; else the filesystem's error.
 pub fn open_file(config: &Config, need: FileSpec) -> Result<(OpenedFile, OwnedFd)> {
-    if let Some(format) = need.format {
-        image::ensure_no_external_files(&need.path, format, need.id == files::ROOT)?;
-    }
-    let (fd, direct) = image::open(&need.path, need.writable, need.cache.bypasses_page_cache())?;
+    let (fd, direct) = match need.format {
+        Some(format) => {
+            let image = beneath::file(&need.path, need.expected)?;
+            image::ensure_no_external_files(&image, format, need.id == files::ROOT)?;
+            image::open(&image, need.writable, need.cache.bypasses_page_cache())?
+        }
+        None => (open_device(&need)?, false),
+    };
     let io_uring = io_uring::is_usable(&config.run_dir, &config.qemu);
     Ok((OpenedFile { spec: need, direct, io_uring }, fd))
+}
+
+fn open_device(need: &FileSpec) -> Result<OwnedFd> {
+    let open = File::options().read(true).write(need.writable).open(&need.path);
+    Ok(open.at("open", &need.path)?.into())
 }
 
 /// Returns a pipe that contains the key of encrypted disks. QEMU opens it by name; the pipe is

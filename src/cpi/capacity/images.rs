@@ -9,6 +9,7 @@ use super::need;
 use crate::cpi::context::Context;
 use crate::cpi::creation::pending;
 use crate::error::{IoContext, Result};
+use crate::store::beneath;
 use crate::store::layout::{EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::DiskImage;
 use crate::store::{DiskRecord, Phase, Record, SnapshotRecord, StemcellRecord, VmRecord};
@@ -152,18 +153,26 @@ pub(super) fn room(cx: &Context, dir: &Path) -> Result<Bytes> {
         other.is_ok_and(|other| other.dev() == device)
     };
     let images = list(cx, scope, is_here)?;
-    let allocated = |image: &Image| image.path.metadata().map_or(0, |meta| meta.blocks() * 512);
+    let allocated =
+        |image: &Image| beneath::metadata(&image.path).map_or(0, |meta| meta.blocks() * 512);
     let growth =
         images.iter().map(|image| image.growth(allocated(image))).fold(0, u64::saturating_add);
     Ok(Bytes(free(&stat).get().saturating_sub(growth)))
 }
 
-/// The directory of a pool; without a name, the state directory.
+/// The directory of a pool; without a name, the state directory. Before the first call that does
+/// not exist: its parent that does has the filesystem that it will be on.
 pub(super) fn pool_dir(cx: &Context, pool: Option<&str>) -> Result<PathBuf> {
-    match pool {
-        Some(pool) => Ok(cx.store.pools().dir(pool)?.to_owned()),
-        None => Ok(cx.store.state_dir().to_owned()),
+    if let Some(pool) = pool {
+        return Ok(cx.store.pools().dir(pool)?.to_owned());
     }
+    let state_dir = cx.store.state_dir();
+    if state_dir.try_exists().at("look at", state_dir)? {
+        return Ok(state_dir.to_owned());
+    }
+    cx.store.ensure_mounted()?;
+    let existing = state_dir.ancestors().find(|dir| dir.is_dir());
+    Ok(existing.unwrap_or(state_dir).to_owned())
 }
 
 /// The space of the filesystem of `dir`.

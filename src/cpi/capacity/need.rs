@@ -4,7 +4,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::cpi::context::Context;
-use crate::error::{IoContext, Result};
+use crate::error::Result;
+use crate::store::beneath;
 use crate::store::record::{DiskImage, Format, Preallocation};
 use crate::units::{Bytes, MiB};
 
@@ -60,7 +61,7 @@ pub(in crate::cpi) fn copy(
 
 /// The need of a copy with holes of the image at `path`: what that takes on the filesystem.
 pub(in crate::cpi) fn image(cx: &Context, path: &Path, size: MiB) -> Result<Bytes> {
-    let allocated = path.metadata().at("look at", path)?.blocks() * 512;
+    let allocated = beneath::metadata(path)?.blocks() * 512;
     let as_thin = thin(cx, size.bytes()).get();
     Ok(Bytes(as_thin.max(thin(cx, Bytes(0)).get() + allocated)))
 }

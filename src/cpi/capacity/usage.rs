@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::images::{self, Scope};
 use crate::cpi::context::Context;
 use crate::error::Result;
+use crate::store::beneath;
 use crate::units::Bytes;
 
 /// How full a pool is.
@@ -78,11 +79,11 @@ pub(super) fn room_by_pool(cx: &Context) -> BTreeMap<String, Bytes> {
 }
 
 fn of_pool(cx: &Context, pool: Option<&str>) -> Result<PoolUsage> {
-    let path = images::pool_dir(cx, pool)?;
-    let stat = images::statvfs(&path)?;
+    let dir = images::pool_dir(cx, pool)?;
+    let stat = images::statvfs(&dir)?;
     let (mut seen, mut usage) = (BTreeSet::new(), [0; 3]);
     for image in images::list(cx, Scope::All, |of| of == pool)? {
-        let meta = image.path.metadata().ok();
+        let meta = beneath::metadata(&image.path).ok();
         if meta.as_ref().is_none_or(|meta| seen.insert((meta.dev(), meta.ino()))) {
             let allocated = meta.map_or(0, |meta| meta.blocks() * 512);
             usage[0] += allocated;
@@ -91,6 +92,7 @@ fn of_pool(cx: &Context, pool: Option<&str>) -> Result<PoolUsage> {
         }
     }
     let [allocated, virtual_size, growth] = usage.map(Bytes);
+    let path = if pool.is_none() { cx.store.state_dir().to_owned() } else { dir };
     let capacity = Bytes(stat.f_blocks.saturating_mul(stat.f_frsize));
     Ok(PoolUsage { path, capacity, free: images::free(&stat), allocated, virtual_size, growth })
 }

@@ -48,7 +48,7 @@ use crate::qmp::job;
 use crate::qmp::monitor::Monitor;
 use crate::qmp::query::QueryBlock;
 use crate::store::record::{Discard, Format};
-use crate::store::{DiskKey, DiskRecord, VmRecord, atomic};
+use crate::store::{DiskKey, DiskRecord, VmRecord, atomic, beneath};
 use crate::units::{Bytes, MiB};
 use crate::{crash, image};
 
@@ -207,7 +207,7 @@ pub(super) fn settle(cx: &Context, disk: &mut DiskRecord, deadline: Instant) -> 
     }
     let left = disk.inactive_image.as_ref().expect("checked above");
     let removed = cx.store.disk_image_at(&disk.cid, left).and_then(|path| {
-        atomic::remove_file(&path)?;
+        beneath::remove_file(&path)?;
         crash::point!("old image removed");
         if left.pool.is_some() && left.pool != disk.pool {
             let dir = cx.store.images_dir(&disk.cid, left.pool.as_deref())?;

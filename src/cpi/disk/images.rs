@@ -15,7 +15,7 @@ use crate::qemu::{FileSpec, blockdev};
 use crate::qmp::hotplug::HotplugError;
 use crate::qmp::monitor::Monitor;
 use crate::store::record::DiskImage;
-use crate::store::{DiskKey, atomic};
+use crate::store::{DiskKey, beneath};
 use crate::supervisor::open_file;
 use crate::units::Bytes;
 
@@ -39,7 +39,7 @@ pub(super) fn create(
         key: image.encrypted.then(|| key.path()),
     };
     new.create(&QemuImg::new(&cx.config.qemu.img_binary), deadline)?.sync()?;
-    atomic::sync_dir(dir)
+    beneath::sync_dir(dir)
 }
 
 /// Copies the data of the image `source` into the empty image `target`. No process may have either

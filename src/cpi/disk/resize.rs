@@ -6,7 +6,6 @@
 //!                 after a kill here others count m; the next call looks at the image
 //! ```
 
-use std::fs::File;
 use std::time::Instant;
 
 use serde_json::json;
@@ -17,7 +16,7 @@ use crate::cid::DiskCid;
 use crate::cpi::capacity::{self, need};
 use crate::cpi::context::Context;
 use crate::crash;
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::image;
 use crate::store::DiskRecord;
 use crate::units::{Bytes, MiB};
@@ -71,7 +70,7 @@ fn grow_image(cx: &Context, disk: &DiskRecord, access: &mut Access, size: Bytes)
     let node = disk.current().node(&disk.cid);
     monitor.raw("block_resize", &json!({"node-name": node, "size": size.get()}))?;
     // QEMU has set the file's length but not flushed it.
-    File::open(&path).and_then(|file| file.sync_all()).at("flush", &path)
+    image::sync_data(&path)
 }
 
 /// Records the size that the disk grows to, if its pool has room.

@@ -7,7 +7,7 @@ use crate::cpi::context::Context;
 use crate::cpi::creation::pending;
 use crate::error::Result;
 use crate::store::layout::STEMCELL_IMAGE;
-use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic};
+use crate::store::{Phase, Rank, StemcellRecord, VmRecord, atomic, beneath};
 
 /// Deletes the stemcell. VMs made of it keep the image: each has a link of its own
 /// ([`crate::store::layout`]).
@@ -37,8 +37,8 @@ fn log_users(cx: &Context, stemcell: &StemcellRecord) -> Result<()> {
     let vms: Vec<_> = vms.map(|vm| vm.to_string()).collect();
     let dir = cx.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
     // A light stemcell has no image here.
-    let links =
-        dir.join(STEMCELL_IMAGE).metadata().map_or(0, |meta| meta.nlink().saturating_sub(1));
+    let links = beneath::metadata(&dir.join(STEMCELL_IMAGE))
+        .map_or(0, |meta| meta.nlink().saturating_sub(1));
     let cid = &stemcell.cid;
     if !vms.is_empty() {
         tracing::info!(%cid, vms = vms.join(", "), "VMs keep the stemcell's image");

@@ -9,7 +9,7 @@ use crate::crash;
 use crate::error::Result;
 use crate::image::import::ImageSource;
 use crate::store::layout::STEMCELL_IMAGE;
-use crate::store::{Phase, Rank, StemcellRecord, atomic};
+use crate::store::{Phase, Rank, StemcellRecord, beneath};
 use crate::units::Bytes;
 
 /// Links `target` to the image of a stemcell that was imported from the same file. Each of the two
@@ -51,17 +51,17 @@ pub(super) fn share(
         }
         let dir = cx.store.images_dir(&other.cid, other.pool.as_deref())?;
         let image = dir.join(STEMCELL_IMAGE);
-        match std::fs::hard_link(&image, target) {
+        match beneath::hard_link(&image, target) {
             Ok(()) => {
                 crash::point!("another stemcell's image linked");
-                atomic::sync_dir(target.parent().expect("an image is in a directory"))?;
+                beneath::sync_dir(target.parent().expect("an image is in a directory"))?;
                 let (cid, with) = (&stemcell.cid, &other.cid);
                 tracing::info!(%cid, %with, "sharing the image of a stemcell");
                 return Ok(Some(other));
             }
             Err(error) => {
-                let image = image.display();
-                tracing::warn!(%error, %image, "cannot share the image: importing");
+                let error = error.report();
+                tracing::warn!(error, "cannot share a stemcell's image: importing");
             }
         }
     }

@@ -10,13 +10,13 @@ use crate::cpi::context::Context;
 use crate::cpi::contract::CreateVm;
 use crate::cpi::properties::VmCloudProperties;
 use crate::crash;
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::host::uids;
 use crate::image::UnsyncedFile;
 use crate::image::qcow2::{self, Backing};
 use crate::store::layout::{BASE_IMAGE, EPHEMERAL_IMAGE, ROOT_IMAGE, STEMCELL_IMAGE};
 use crate::store::record::{Base, Format, StemcellRecord};
-use crate::store::{Record, VmRecord, atomic};
+use crate::store::{Record, VmRecord, atomic, beneath};
 use crate::units::Bytes;
 
 /// Makes the images; [`sync`] makes them durable.
@@ -51,7 +51,7 @@ fn link_base(cx: &Context, vm: &VmRecord, stemcell: &StemcellRecord) -> Result<(
     let dir = cx.store.images_dir(&stemcell.cid, stemcell.pool.as_deref())?;
     let image = dir.join(STEMCELL_IMAGE);
     cx.store.make_images_dir(&vm.cid, vm.base.pool.as_deref())?;
-    std::fs::hard_link(&image, cx.store.base_image(vm)?).at("link the stemcell's image", &image)?;
+    beneath::hard_link(&image, &cx.store.base_image(vm)?)?;
     crash::point!("stemcell's image linked");
     Ok(())
 }
@@ -75,7 +75,7 @@ pub(super) fn sync(cx: &Context, vm: &VmRecord, images: Vec<UnsyncedFile>) -> Re
     images.into_iter().try_for_each(UnsyncedFile::sync)?;
     // The write of the record syncs the directory beside it.
     for pool in BTreeSet::from_iter(vm.pools()) {
-        atomic::sync_dir(&cx.store.images_dir(&vm.cid, Some(pool))?)?;
+        beneath::sync_dir(&cx.store.images_dir(&vm.cid, Some(pool))?)?;
     }
     // The pending note first: a reservation without one would keep the address until an operator
     // calls `gc`.

@@ -31,8 +31,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Instant;
 
-use tempfile::NamedTempFile;
-
 pub use self::invalid_image::InvalidImage;
 use self::invalid_image::{LARGEST, printable};
 pub use self::output::Grant;
@@ -45,7 +43,8 @@ use crate::image::qcow2::decode::{DecodeError, decode};
 use crate::image::qcow2::map::mapped_size;
 use crate::image::qcow2::{Header, HeaderError};
 use crate::image::qemu_img::{Convert, QemuImg, STDIN};
-use crate::image::{Format, parent_of, sync_parent};
+use crate::image::{Format, parent_of};
+use crate::store::beneath::{self, NewFile};
 use crate::units::Bytes;
 
 /// Hint for an image of 0 bytes.
@@ -99,10 +98,7 @@ impl Import<'_> {
             return Err(self.exists());
         }
         let directory = parent_of(self.target);
-        let new = tempfile::Builder::new()
-            .prefix(".import-")
-            .tempfile_in(directory)
-            .at("write to", directory)?;
+        let new = beneath::create_new(&directory.join(beneath::temporary_name(".import-")))?;
         let output = Output::new(new.as_file(), self.grant);
         let done = match self.read(&output, progress) {
             Err(ImportError::NotStreamable(why)) => {
@@ -207,23 +203,25 @@ impl Import<'_> {
     /// The second pass: `qemu-img` converts an image that the first pass could not decode.
     fn convert(
         &self,
-        new: &NamedTempFile,
+        new: &NewFile,
         output: Output<'_>,
         progress: Progress<'_>,
     ) -> Result<(Bytes, Digest)> {
         // Frees the space that the first pass used.
         new.as_file().set_len(0).at("empty", new.path())?;
         let directory = parent_of(self.target);
-        let spool = tempfile::tempfile_in(directory).at("write to", directory)?;
+        let spool = directory.join(beneath::temporary_name(".import-"));
+        let spool = beneath::create_new(&spool)?.unnamed()?;
         let mut output = output;
         output.spool = Some(&spool);
         let (size, digest) =
             self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
         self.take_mapped(&spool, &output).map_err(|failure| self.error(failure, &output))?;
+        let target = new.name_for_child();
         let convert = Convert {
             source: Path::new(STDIN),
             source_format: Format::Qcow2,
-            target: new.path(),
+            target: Path::new(&target),
             target_format: Format::Raw,
         };
         let handle = || spool.try_clone().at("duplicate the temporary copy beside", self.target);
@@ -251,21 +249,20 @@ impl Import<'_> {
     }
 
     /// Gives the finished file its name, durably.
-    fn publish(&self, new: NamedTempFile, size: Bytes) -> Result<()> {
+    fn publish(&self, new: NewFile, size: Bytes) -> Result<()> {
         let file = new.as_file();
         file.set_len(size.get()).at("set the size of", self.target)?;
         file.set_permissions(Permissions::from_mode(0o444)).at("protect", self.target)?;
         file.sync_all().at("fsync", self.target)?;
         crash::point!("image imported");
-        new.persist_noclobber(self.target).map_err(|error| match error.error.kind() {
-            io::ErrorKind::AlreadyExists => self.exists(),
-            _ => Error::io("create", self.target, error.error),
-        })?;
+        if !new.publish(self.target)? {
+            return Err(self.exists());
+        }
         crash::point!("image published");
-        sync_parent(self.target).inspect_err(|_| {
+        beneath::sync_dir(parent_of(self.target)).inspect_err(|_| {
             // The import fails, so the target must not remain. The caller needs the first error
             // only.
-            let _ = std::fs::remove_file(self.target);
+            let _ = beneath::remove_file(self.target);
         })
     }
 

@@ -62,7 +62,7 @@ pub fn create(path: &Path, size: Bytes, backing: Option<Backing<'_>>) -> Result<
     write(0, &header(size, l1_entries, backing))?;
     write(REFCOUNT_TABLE, &REFCOUNT_BLOCK.to_be_bytes())?;
     write(REFCOUNT_BLOCK, &counts)?;
-    keep(new)
+    Ok(keep(new))
 }
 
 fn header(size: Bytes, l1_entries: u64, backing: Option<Backing<'_>>) -> Vec<u8> {
@@ -123,8 +123,7 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::*;
-    use crate::image::qcow2::Header;
-    use crate::image::testing::qemu_img;
+    use crate::image::testing::{self, qemu_img};
     use crate::units::MiB;
 
     const SIZES: [Bytes; 5] =
@@ -155,7 +154,7 @@ mod tests {
                 assert_eq!(info["backing-filename-format"].as_str(), backing.map(|_| "raw"));
                 assert_eq!(info["format-specific"]["data"]["compat"], "1.1");
                 assert_eq!(info["format-specific"]["data"]["refcount-bits"], 16);
-                let header = Header::read(&path).unwrap();
+                let header = testing::header(&path);
                 assert_eq!(
                     (header.version, header.virtual_size, header.cluster_bits),
                     (3, size, CLUSTER_BITS)
@@ -223,7 +222,7 @@ mod tests {
             .unwrap()
             .sync()
             .unwrap();
-        assert_eq!(Header::read(&path).unwrap().backing_file, Some(longest));
+        assert_eq!(testing::header(&path).backing_file, Some(longest));
         assert!(
             create(&path, Bytes(512), None).unwrap_err().report().contains("exists"),
             "never overwrites"

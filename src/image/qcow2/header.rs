@@ -3,12 +3,11 @@
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
 use std::io::Read;
-use std::path::Path;
 
 use super::{EXTENSION_BACKING_FORMAT, EXTENSION_END, MAGIC};
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::store::beneath::Found;
 use crate::units::{Bytes, MiB};
 
 /// Incompatible feature bits of the specification as of QEMU 10.
@@ -131,15 +130,14 @@ impl Header {
     /// names right behind the header; an image that has them further out is rejected.
     pub const PREFIX: usize = 64 * 1024;
 
-    /// Reads the header of the file at `path` and checks that its tables lie within the file.
+    /// Reads the header of `image` and checks that its tables lie within the file.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] with a [`HeaderError`] as source if the header is invalid.
-    pub fn read(path: &Path) -> Result<Self> {
-        let file = File::open(path).at("open", path)?;
-        let length = file.metadata().at("stat", path)?.len();
-        let mut prefix = Vec::new();
-        file.take(Self::PREFIX as u64).read_to_end(&mut prefix).at("read", path)?;
+    pub fn read(image: &Found) -> Result<Self> {
+        let (path, mut prefix) = (image.path(), Vec::new());
+        image.read()?.take(Self::PREFIX as u64).read_to_end(&mut prefix).at("read", path)?;
+        let length = image.metadata().len();
         let sound =
             Self::parse(&prefix).and_then(|header| header.check_offsets(length).map(|()| header));
         sound.map_err(|error| {

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::image::{qcow2, raw, testing};
+use crate::image::{raw, testing};
 
 fn test_deadline() -> Instant {
     Instant::now() + Duration::from_secs(60)
@@ -30,7 +30,7 @@ fn convert_check_and_resize_with_the_real_program() {
     };
     img.convert(&convert, test_deadline()).unwrap();
     img.resize(&target, Format::Qcow2, Bytes(2 << 20), test_deadline()).unwrap();
-    assert_eq!(qcow2::Header::read(&target).unwrap().virtual_size, Bytes(2 << 20));
+    assert_eq!(testing::header(&target).virtual_size, Bytes(2 << 20));
     assert_eq!(img.check(&target, test_deadline()).unwrap(), Check { corruptions: 0, leaks: 0 });
     // Damage: the entry for the first L2 table points to the header.
     let file = File::options().write(true).open(&target).unwrap();

@@ -26,9 +26,8 @@ mod owner_file;
 
 use std::path::Path;
 
-use super::Store;
-use super::atomic;
 use super::record::{DiskRecord, Record};
+use super::{Store, atomic, beneath};
 use crate::cid::{Cid, DiskCid};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -190,7 +189,8 @@ impl Store {
         };
         let names = self.own_names()?;
         self.cancel_move(disk)?;
-        atomic::write_json(&self.pools().dir(pool)?.join(&disk.cid).join(names.owned), disk)
+        let path = self.pools().dir(pool)?.join(&disk.cid).join(names.owned);
+        beneath::write(&path, &atomic::json(disk))
     }
 
     /// Writes the record of a complete disk: beside its image in a shared pool for the next owner,
@@ -243,6 +243,11 @@ impl Store {
         for dir in self.disk_dirs(cid)? {
             match dir.owner {
                 Owner::None => {
+                    // A file that cannot be used keeps its name.
+                    if let Err(error) = dir.record(NO_OWNER, cid) {
+                        let is_there = beneath::entry_exists(&dir.dir.join(NO_OWNER))?;
+                        return Err(if is_there { error } else { just_taken(cid) });
+                    }
                     if !dir.rename(NO_OWNER, &names.moving)? {
                         return Err(just_taken(cid));
                     }
@@ -290,7 +295,7 @@ impl Store {
             undefined("has no owner file 'host-…', which would hold the disk's record")
         })?;
         let record = dir.record(file, cid)?;
-        let mut images = atomic::names(&dir.dir)?;
+        let mut images = beneath::names(&dir.dir)?;
         images.retain(|name| !is_owner_file(name) && !name.starts_with(atomic::NEW));
         if dirs.len() > 1 || images != [record.image()] {
             let (found, expected) = (images.join(", "), record.image());
@@ -318,7 +323,10 @@ impl Store {
             let Ok(dir) = self.pools().dir(pool) else { continue };
             let cids =
                 atomic::names(dir)?.into_iter().filter_map(|name| DiskCid::parse(&name).ok());
-            disks.extend(cids.filter(|cid| dir.join(cid).join(&names.moving).exists()));
+            // A directory that cannot be used belongs to no call.
+            let is_moving =
+                |cid: &DiskCid| beneath::entry_exists(&dir.join(cid).join(&names.moving));
+            disks.extend(cids.filter(|cid| is_moving(cid).unwrap_or(false)));
         }
         Ok(disks)
     }

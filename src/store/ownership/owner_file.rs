@@ -6,7 +6,7 @@ use crate::cid::{Cid, DiskCid};
 use crate::crash;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::record::{DiskRecord, Phase};
-use crate::store::{Store, atomic, objects};
+use crate::store::{Store, atomic, beneath, objects};
 
 /// Prefix of the owner file of a disk that a host owns.
 const OWNED: &str = "host-";
@@ -14,6 +14,8 @@ const OWNED: &str = "host-";
 const MOVING: &str = "moving-";
 /// Owner file of a disk without an owner.
 pub(super) const NO_OWNER: &str = "host-none";
+/// Most bytes of an owner file. The record in it has the disk's cloud properties and metadata.
+const LARGEST: u64 = 1 << 20;
 /// File in the state directory with the id of this host in owner files.
 const HOST_ID: &str = "host-id";
 
@@ -54,7 +56,7 @@ impl<'a> DiskDir<'a> {
     /// # Errors
     /// [`ErrorKind::Corrupt`] for more than one owner file.
     pub(super) fn read(store: &Store, pool: &'a str, dir: PathBuf) -> Result<Self> {
-        let mut files = atomic::names(&dir)?;
+        let mut files = beneath::names(&dir)?;
         files.retain(|name| is_owner_file(name));
         if files.len() > 1 {
             files.sort();
@@ -88,16 +90,11 @@ impl<'a> DiskDir<'a> {
     /// Renames the owner file. `false`: there is none called `from`, because another host was
     /// faster.
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<bool> {
-        let (from, to) = (self.dir.join(from), self.dir.join(to));
-        match std::fs::rename(&from, &to) {
-            Ok(()) => {}
-            // An NFS client may repeat a rename whose reply was lost. The repetition finds no
-            // source.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && to.exists() => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(error).at("make", &to),
+        // An NFS client may repeat a rename whose reply was lost. The repetition finds no source.
+        if !beneath::rename(&self.dir, from, to)? && !beneath::entry_exists(&self.dir.join(to))? {
+            return Ok(false);
         }
-        atomic::sync_dir(&self.dir)?;
+        beneath::sync_dir(&self.dir)?;
         crash::point!("owner file renamed");
         Ok(true)
     }
@@ -108,7 +105,7 @@ impl<'a> DiskDir<'a> {
     /// [`ErrorKind::Corrupt`] for a file without a valid record of `cid`.
     pub(super) fn record(&self, file: &str, cid: &DiskCid) -> Result<DiskRecord> {
         let path = self.dir.join(file);
-        let text = std::fs::read(&path).at("read", &path)?;
+        let text = beneath::read(&path, LARGEST)?;
         let record: DiskRecord =
             objects::parse(&text, cid).map_err(|why| objects::corrupt(&path, &why))?;
         // Owner files are written for idle disks only: no VM has the disk, and no call is

@@ -1,6 +1,7 @@
 //! Persistent disks: every method about them, snapshots, pools and serials.
 
 mod attach;
+mod hostile_pools;
 mod hotplug;
 mod metadata;
 mod pools;

@@ -11,7 +11,7 @@ use bosh_qemu_cpi::cpi::context::Context;
 use bosh_qemu_cpi::store::{DiskRecord, Phase, Record, StemcellRecord, VmRecord};
 use serde_json::{Value, json};
 
-use crate::support::answer::Answer;
+use crate::support::answer::{Answer, run};
 use crate::support::crash_points::{call_with_crash, for_each_crash_point};
 use crate::support::filesystem::Filesystem;
 use crate::support::host::{GUEST, Host, eventually, text, vm_cid};
@@ -86,6 +86,27 @@ fn delete_removes_images_from_their_pools() {
     assert_eq!(stemcells.names(), MARK);
     host.ok("delete_disk", &json!([disk]));
     assert_eq!(fast.names(), MARK);
+}
+
+#[test]
+fn report_and_pool_list_of_a_fresh_host_have_the_room_of_its_filesystem() {
+    let Some(host) = Host::new() else { return };
+    let (passed, pools) = host.command(&["pool", "list", "--json"]);
+    assert!(passed, "{pools}");
+    assert_eq!(pools[0]["path"], json!(host.path("state")));
+    assert_eq!((&pools[0]["allocated"], &pools[0]["growth"]), (&json!(0), &json!(0)));
+    assert!(pools[0]["free"].as_u64().is_some_and(|free| free > 0), "{pools}");
+    for overcommit in [true, false] {
+        host.reconfigure(|config| config["overcommit"] = json!(overcommit));
+        let mut serve = host.cpi();
+        serve.args(["host", "serve"]);
+        let output = host.namespace().run(|| run(serve, b"{\"offer\": {}}\n"));
+        let printed = String::from_utf8(output.stdout).unwrap();
+        let last: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+        let room = last["offer"]["space"][""].as_u64();
+        assert!(room.is_some_and(|room| room > 0), "{printed}");
+    }
+    assert!(!host.path("state").exists(), "nothing is made");
 }
 
 #[test]

@@ -234,6 +234,69 @@ fn the_contract_is_implemented_in_one_place() {
     assert_eq!(places("impl Contract for Cpi"), ["cpi/mod.rs"]);
 }
 
+/// Where images and owner files are used. They may be in a pool, whose other writers may be
+/// hostile.
+const USES_IMAGES: &[&str] = &[
+    "image/",
+    "store/ownership/",
+    "cpi/disk/",
+    "cpi/stemcell/",
+    "cpi/vm/images.rs",
+    "cpi/capacity/",
+    "qemu/files.rs",
+    "supervisor/resources.rs",
+    "audit/images.rs",
+];
+
+/// Files there that open other files: a stemcell's file that the caller names, the host's id, a
+/// device, sockets, and a light stemcell's image, which the operator keeps.
+const OPENS_OTHERS: &[(&str, &str)] = &[
+    ("audit/images.rs", ".exists()"),
+    ("image/import/source.rs", "File::open("),
+    // The error that the target exists.
+    ("image/import/mod.rs", ".exists()"),
+    ("store/ownership/owner_file.rs", "fs::read"),
+    ("store/ownership/owner_file.rs", "atomic::write"),
+    ("supervisor/resources.rs", "File::options("),
+    ("supervisor/resources.rs", "atomic::remove_file("),
+];
+
+#[test]
+fn files_of_pools_are_only_opened_by_store_beneath() {
+    let opens = [
+        "File::open(",
+        "File::options(",
+        "OpenOptions",
+        "File::create",
+        "fs::read",
+        "fs::write",
+        "fs::rename",
+        "fs::hard_link",
+        "fs::copy",
+        "fs::remove",
+        "fs::metadata",
+        ".exists()",
+        "tempfile",
+        "atomic::remove_file(",
+        "atomic::write",
+        "atomic::make_dir(",
+        "image.path.metadata",
+    ];
+    let mut checked = 0;
+    for file in Source::all() {
+        let path = file.path.display().to_string();
+        if !USES_IMAGES.iter().any(|used| path.starts_with(used)) || path.contains("test") {
+            continue;
+        }
+        checked += 1;
+        for call in opens.into_iter().filter(|call| file.code.contains(call)) {
+            let allowed = OPENS_OTHERS.contains(&(path.as_str(), call));
+            assert!(allowed, "{path} calls `{call}`: use store::beneath");
+        }
+    }
+    assert!(checked > 40, "{checked} files");
+}
+
 #[test]
 fn only_creation_makes_records_ready_and_pending_notes() {
     let writes_ready = |code: &str| {

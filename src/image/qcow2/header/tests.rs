@@ -26,7 +26,7 @@ fn parse_headers_that_qemu_img_writes() {
             ["create", "-u", "-fqcow2", "-o", options, path.to_str().unwrap(), size]
                 .map(AsRef::as_ref),
         );
-        Header::read(&path).unwrap()
+        crate::image::testing::header(&path)
     };
     let old = read("compat=0.10", "5G");
     assert_eq!((old.version, old.virtual_size, old.refcount_bits), (2, Bytes(5 << 30), 16));
