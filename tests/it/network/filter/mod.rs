@@ -81,7 +81,8 @@ fn quiet_namespace() -> Option<Namespace> {
     Some(namespace)
 }
 
-/// Switches br_netfilter on or off. Prints that it skips and returns `false` if the kernel lacks it.
+/// Switches br_netfilter on or off. Prints that it skips and returns `false` if the kernel lacks
+/// it.
 fn set_calls(host: &Namespace, called: bool) -> bool {
     let setting = |which| format!("/proc/sys/net/bridge/bridge-nf-call-{which}");
     host.run(|| {
