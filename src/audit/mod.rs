@@ -15,7 +15,7 @@
 //! operator who wants to know, and for objects that no call will name again. The rules:
 //!
 //! - An object whose lock a call holds is no finding.
-//! - `audit` writes nothing ([`locks`]). What it cannot inspect is a finding, and it goes on.
+//! - `audit` writes nothing (`locks`). What it cannot inspect is a finding, and it goes on.
 //! - `gc` removes only what certainly belongs to this program and is certainly of no use. This
 //!   program writes records first and removes them last, so a file without a record is the
 //!   operator's to decide about.

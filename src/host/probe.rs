@@ -3,7 +3,7 @@
 //!
 //! Opening `/dev/kvm` proves little. Under nested KVM, `-cpu host` can abort QEMU (QEMU 10.0, MSR
 //! 0x10a), and QEMU's own `-accel kvm -accel tcg` does not fall back after an abort. And a KVM may
-//! make vCPUs in which no kernel runs. So [`kvm_guest`] is run with each CPU model in turn.
+//! make vCPUs in which no kernel runs. So `kvm_guest` is run with each CPU model in turn.
 //! `probe.json` in the run directory caches the first model that works for this binary, kernel and
 //! CPU, or that KVM cannot run kernels.
 

@@ -98,7 +98,7 @@ pub fn file(path: &Path, expected: Expected) -> Result<Found> {
 /// The metadata of the file `path`, however many names it has.
 ///
 /// # Errors
-/// As [`file`].
+/// As [`file()`].
 pub fn metadata(path: &Path) -> Result<Metadata> {
     file(path, Expected::Shared).map(|found| found.meta)
 }
@@ -139,7 +139,7 @@ impl Found {
 /// The content of the file `path`, which has one name and at most `most` bytes.
 ///
 /// # Errors
-/// As [`file`]; [`ErrorKind::Corrupt`] for a larger file.
+/// As [`file()`]; [`ErrorKind::Corrupt`] for a larger file.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut content = Vec::new();
     file(path, Expected::Own)?.read()?.take(most + 1).read_to_end(&mut content).at("read", path)?;
@@ -237,7 +237,7 @@ pub fn rename(dir: &Path, from: &str, to: &str) -> Result<bool> {
 /// Gives the stemcell's image `from` the second name `to`.
 ///
 /// # Errors
-/// As [`file`], and then `to` does not exist.
+/// As [`file()`], and then `to` does not exist.
 pub fn hard_link(from: &Path, to: &Path) -> Result<()> {
     let (source, target) = (require_dir(parent(from))?, require_dir(parent(to))?);
     let image = file(from, Expected::Shared)?;

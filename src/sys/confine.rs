@@ -7,7 +7,7 @@
 //! 4. enter empty network and ipc namespaces; with `keeps_network`, only ipc
 //! 5. set its own uid and gid, drop all groups, limit its threads
 //! 6. set no_new_privs, drop all capabilities, then restrict paths with Landlock and system calls
-//!    with a filter ([`super::seccomp`])
+//!    with a filter (`seccomp`)
 //!
 //! Everything that allocates, or whose errors need a message, is prepared before the fork. The
 //! child only makes system calls. QEMU adds a seccomp filter of its own (`-sandbox`).

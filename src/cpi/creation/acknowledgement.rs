@@ -3,7 +3,7 @@
 //! The [`Marker`] is as durable as the record that says `ready`; its removal is not. An object that
 //! has it, and whose create is dead, may have been acknowledged all the same, so it is not removed
 //! for the marker alone: `audit` reports it. Its addresses are given away when the same Director
-//! asks for them again ([`vm::reclaim`](crate::cpi::vm::reclaim)): otherwise one killed call would
+//! asks for them again (`cpi/vm/reclaim.rs`): otherwise one killed call would
 //! keep a static address until an operator removes the VM.
 
 use std::path::PathBuf;

@@ -2,8 +2,8 @@
 //! copies while a VM uses the disk, `qemu-img` copies otherwise.
 //!
 //! A disk's record names the current image and at most one other, the inactive image. Exactly one
-//! write of the record, the switch ([`DiskRecord::switch`]), makes the copy the current image;
-//! before it the copy is the leftover, after it the old image is.
+//! write of the record, the switch ([`DiskRecord::switch_image`]), makes the copy the current
+//! image. Before it the copy is the inactive image, after it the old image is.
 //!
 //! ```text
 //!   current    inactive     state                                  killed here, the next call …

@@ -1,7 +1,7 @@
 //! The networks of this host, with and without VMs: what each lacks, how it is made and removed.
 //!
 //! A bridge that this program has made is removed with its last VM, unless a pin
-//! ([`crate::store::pins`]) keeps it. What a bridge must be follows from the configuration, the
+//! (`store/pins.rs`) keeps it. What a bridge must be follows from the configuration, the
 //! pins and the records of all VMs together.
 
 use std::time::{Duration, Instant};

@@ -75,7 +75,7 @@ pub enum InvalidImage {
     /// The virtual size is zero.
     #[error("its virtual size is 0 bytes")]
     NoSize,
-    /// The virtual size is above [`LARGEST`].
+    /// The virtual size is above `LARGEST`.
     #[error("its virtual size is larger than {LARGEST}, and no stemcell's is")]
     TooLarge,
     /// Two entries of the qcow2 tables name the same cluster.

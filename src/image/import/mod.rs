@@ -12,7 +12,7 @@
 //! their tables lie behind their data, or they use zstd. Such a file is read a second time, into an
 //! unnamed temporary file, which `qemu-img` checks and converts.
 //!
-//! The source is hostile: [`LARGEST`], memory limits and the deadline bound every size in it, and
+//! The source is hostile: `LARGEST`, memory limits and the deadline bound every size in it, and
 //! [`Import::grant`] the space. A failed import leaves no file; SIGKILL may leave the `.import-…`
 //! file beside the target.
 
