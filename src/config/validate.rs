@@ -28,6 +28,7 @@ pub const METHODS: &[&str] = &[
     "get_disks",
     "has_disk",
     "has_vm",
+    "info",
     "reboot_vm",
     "resize_disk",
     "set_disk_metadata",

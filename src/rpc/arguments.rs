@@ -15,7 +15,7 @@ use crate::schema::{Property, SchemaError};
 const MAX_ARGUMENT: usize = 64 << 10;
 
 /// The longest env and the longest networks, bytes. They go to the agent; env has certificates.
-const MAX_SETTINGS: usize = 1 << 20;
+const MAX_SETTINGS: usize = 4 << 20;
 
 /// The most networks of a VM. Each group of them is a NIC, and a VM has 32 at most.
 const MAX_NETWORKS: usize = 64;

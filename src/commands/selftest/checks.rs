@@ -104,12 +104,12 @@ impl Checks<'_> {
             path: &path,
             format: Format::Qcow2,
             size: Bytes(1 << 20),
-            preallocation: Preallocation::Off,
+            preallocation: Preallocation::Metadata,
             key: None,
         };
         let deadline = Instant::now() + QEMU_IMG_TIMEOUT;
         let qemu_img = QemuImg::new(program);
-        qemu_img.create(&image, deadline)?;
+        image.create(&qemu_img, deadline)?.sync()?;
         qemu_img.check(&path, deadline)?;
         passed(format!("{} makes and checks images", program.display()))
     }

@@ -25,7 +25,7 @@ pub(in crate::cpi) fn admit(
     let dir = images::pool_dir(cx, pool)?;
     let _lock = cx.store.short_lock(Rank::Space, "all", deadline)?;
     let room = images::room(cx, &dir)?;
-    if need <= room { record() } else { Err(no_space(pool, &dir, need, room)) }
+    if need <= room { record() } else { Err(no_space(pool, &dir, room, need, "")) }
 }
 
 /// Most bytes that [`grant`] grants at once, unless the need is larger.
@@ -50,14 +50,14 @@ pub(in crate::cpi) fn grant(
     let room = Bytes(images::room(cx, &dir)?.get().saturating_sub(reserve));
     // A part of the room: imports at the same time do not count each other's grants.
     let granted = need.max(Bytes((room.get() / 4).min(GRANT)));
-    if need <= room { Ok(granted) } else { Err(no_space(pool, &dir, need, room)) }
+    if need <= room { Ok(granted) } else { Err(no_space(pool, &dir, room, need, " more")) }
 }
 
-fn no_space(pool: Option<&str>, dir: &Path, need: Bytes, room: Bytes) -> Error {
+fn no_space(pool: Option<&str>, dir: &Path, room: Bytes, need: Bytes, more: &str) -> Error {
     let what = pool.map_or("the state directory".to_owned(), |pool| format!("pool '{pool}'"));
     // The need is rounded up.
     let need = Bytes(need.get().next_multiple_of(1 << 20)).rounded();
     let (room, dir) = (room.rounded(), dir.display());
-    let message = format!("{what} at '{dir}' has {room} left, the image needs {need}");
+    let message = format!("{what} at '{dir}' has {room} left, the image needs {need}{more}");
     Error::new(ErrorKind::NoDiskSpace, message).hint("free or add space there, or use another pool")
 }

@@ -314,7 +314,11 @@ impl Import<'_> {
         match rustix::fs::statvfs(directory) {
             Ok(stat) => {
                 let free = Bytes(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(used));
-                format!("the image needs {need}, '{}' has {free} free", directory.display())
+                format!(
+                    "the image needs {need}, '{}' has {} free",
+                    directory.display(),
+                    free.rounded()
+                )
             }
             Err(_) => format!("the image needs {need} in '{}'", directory.display()),
         }

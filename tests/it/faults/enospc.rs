@@ -255,7 +255,7 @@ fn create_stemcell_from_image_that_grows_leaves_a_reserve_and_nothing_else() {
             let answer = host.call("create_stemcell", &arguments);
             let refused = answer.failure();
             assert_eq!(refused.kind, "NoDiskSpace", "{refused:?}");
-            assert!(refused.message.contains("MiB are needed"), "{make}: {refused:?}");
+            assert!(refused.message.contains("MiB more"), "{make}: {refused:?}");
             assert_eq!(host.leaks(), before, "{make}");
         }
     }

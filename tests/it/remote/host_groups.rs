@@ -293,9 +293,10 @@ fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
         line.clear();
         assert!(log.read_line(&mut line).unwrap() > 0, "it ended");
     }
-    // The host waits 30 s for the report about the delivery; another host may take longer. Its
-    // second thread does the waiting, so two threads mean that it waits.
+    // The host waits 30 s for the report about the delivery; another host may take longer. It waits
+    // if it sleeps for 200 ms and is not scheduled meanwhile.
     let config = group.hosts[0].path("cpi.json").display().to_string();
+    let mut asleep: Option<(String, Instant)> = None;
     let waits = || {
         let mut processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
         let process = processes.find(|process| {
@@ -303,8 +304,14 @@ fn create_stemcell_that_fails_on_one_host_is_undone_on_the_others() {
             let line = String::from_utf8_lossy(&line).into_owned();
             line.contains("host\0serve") && line.contains(&config)
         })?;
-        let threads = std::fs::read_dir(process.join("task")).ok()?.count();
-        (threads == 2).then(|| process.file_name().unwrap().to_str().unwrap().parse().unwrap())
+        let status = std::fs::read_to_string(process.join("status")).ok()?;
+        let since = match asleep.take() {
+            Some((seen, since)) if seen == status && status.contains("(sleeping)") => since,
+            _ => Instant::now(),
+        };
+        asleep = Some((status, since));
+        let pid = process.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        (since.elapsed() >= Duration::from_millis(200)).then_some(pid)
     };
     Process::open(eventually("one host has it", waits)).unwrap().signal(Signal::SIGKILL).unwrap();
     std::fs::write(go, "").unwrap();
