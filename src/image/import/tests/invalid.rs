@@ -280,7 +280,7 @@ fn full_filesystem_error_names_the_space_needed() {
         "{}",
         error.report()
     );
-    assert!(error.report().ends_with(" bytes free"), "{}", error.report());
+    assert!(error.report().ends_with("iB free"), "{}", error.report());
 }
 
 #[test]
