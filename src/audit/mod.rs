@@ -1,14 +1,14 @@
 //! What on this host contradicts the records, and its repair: `bosh-qemu-cpi audit` and `gc`.
 //!
 //! ```text
-//!   records       unreadable records, interrupted creates and deletes, files without one
-//!   attachments   which VM has which disk: interrupted calls, records that contradict each other
-//!   images        missing images, files in pools that no record names, the key of disks
-//!   vms           VMs that are off and should run, VMs without a supervisor
-//!   reservations  uids, addresses and ports of VMs without the link that reserves them
-//!   networks      what networks of running VMs lack, damaged pins, bridges that nothing keeps
-//!   orphans       what is left of VMs that do not exist: QEMU, taps, rules, uids …
-//!   stray_files   locks and half-written files of nothing
+//!   records             unreadable records, interrupted creates and deletes, files without a record
+//!   attachments         which VM has which disk: interrupted calls, contradictory records
+//!   images              missing images, files in pools that no record names, the key of disks
+//!   vms                 VMs that are off and should run, VMs without a supervisor
+//!   reservations        uids, addresses and ports of VMs without the link that reserves them
+//!   networks            what networks of running VMs lack, damaged pins, unused bridges
+//!   vms_without_record  what is left of VMs that do not exist: QEMU, taps, rules, uids …
+//!   stray_files         locks and temporary files that belong to no object
 //! ```
 //!
 //! Every verb settles what it meets on its own cid, so calls do not need this. It is for the
@@ -24,11 +24,11 @@ mod attachments;
 mod images;
 mod locks;
 mod networks;
-mod orphans;
 mod records;
 mod reservations;
 mod stray_files;
 mod vms;
+mod vms_without_record;
 
 use std::time::{Duration, Instant};
 
@@ -137,7 +137,7 @@ const PARTS: [(&str, bool, Part); 8] = [
     ("VMs", true, |audit| audit.vms()),
     ("reservations", false, |audit| audit.reservations()),
     ("networks", true, |audit| audit.networks()),
-    ("orphans", true, |audit| audit.orphans()),
+    ("VMs without a record", true, |audit| audit.vms_without_record()),
     ("stray files", false, |audit| audit.stray_files()),
 ];
 

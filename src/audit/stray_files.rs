@@ -34,8 +34,8 @@ impl Audit<'_> {
             .is_some_and(|(rank, lock_name)| self.lock_object(rank, lock_name).is_none())
     }
 
-    /// Lock files of objects that do not exist. A VM's lock is the part of `orphans`: it names what
-    /// is left of the VM.
+    /// Lock files of objects that do not exist, but for those of VMs: `vms_without_record` needs
+    /// them, for they name what is left of a VM.
     fn locks(&mut self) -> Result<()> {
         let cx = self.cx;
         for (rank, name) in cx.store.locks()? {

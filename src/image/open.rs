@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::libc;
 
 use super::Format;
-use super::import::{InvalidImage, probe};
+use super::import::{InvalidImage, header_check};
 use super::qcow2::Header;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::store::beneath::{self, Expected, Found};
@@ -79,10 +79,10 @@ pub fn inspect(path: &Path) -> Result<(Format, Bytes)> {
 }
 
 fn probe_image(head: &[u8], length: u64) -> Result<(Format, u64), InvalidImage> {
-    match probe::detect_format(head, None)? {
+    match header_check::detect_format(head, None)? {
         Format::Raw => Ok((Format::Raw, length)),
         Format::Qcow2 => {
-            let header = probe::check_qcow2_header(head)?;
+            let header = header_check::check_qcow2_header(head)?;
             header.check_offsets(length)?;
             Ok((Format::Qcow2, header.virtual_size.get()))
         }

@@ -17,9 +17,9 @@
 //! file beside the target.
 
 mod archive;
+pub(super) mod header_check;
 mod invalid_image;
 mod output;
-pub(super) mod probe;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -146,14 +146,14 @@ impl Import<'_> {
         if head.is_empty() {
             return Err(InvalidImage::NoSize.into());
         }
-        let format = probe::detect_format(&head, self.declared)?;
+        let format = header_check::detect_format(&head, self.declared)?;
         let mut whole = Cursor::new(&head).chain(content);
         if format == Format::Raw {
             size.map_or(Ok(()), ensure_not_too_large)?;
             output.size.set(size);
             return self.copy_raw(&mut whole, output);
         }
-        let header = probe::check_qcow2_header(&head)?;
+        let header = header_check::check_qcow2_header(&head)?;
         ensure_not_too_large(header.virtual_size)?;
         size.map_or(Ok(()), |size| header.check_offsets(size.get()))?;
         output.size.set(Some(header.virtual_size));

@@ -15,14 +15,14 @@
 //! directories. None waits for a lock: a transaction names the generation it is based on, and is
 //! repeated if that has changed.
 
-mod elements;
+mod nic_elements;
 mod rules;
 
 use std::collections::BTreeSet;
 
 use ipnetwork::IpNetwork;
 
-use self::elements::SetElements;
+use self::nic_elements::SetElements;
 use super::nft::{self, DataType, Element, Outcome, Part, RawElement, Set, Step, Table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link_name::LinkName;
@@ -127,7 +127,9 @@ pub fn stray_elements(
     let mut prefixes: Vec<_> =
         taps.iter().map(|tap| first(vec![Part::Link(tap.clone())])).collect();
     prefixes.extend(
-        addresses.iter().map(|(bridge, block)| first(elements::masked_key_prefix(bridge, *block))),
+        addresses
+            .iter()
+            .map(|(bridge, block)| first(nic_elements::masked_key_prefix(bridge, *block))),
     );
     let of_port = |raw: &RawElement| {
         let tail = |(protocol, port): &(u8, u16)| {
@@ -139,7 +141,7 @@ pub fn stray_elements(
         if set.key.first() == Some(&DataType::Link) {
             return prefixes.iter().any(|head| raw.first.starts_with(head));
         }
-        let target = elements::forward_target(&raw.data);
+        let target = nic_elements::forward_target(&raw.data);
         target.is_some_and(|ip| addresses.iter().any(|(_, block)| block.contains(ip)))
             && of_port(raw)
     };
@@ -210,7 +212,7 @@ type TableElements = (Vec<SetElements>, Vec<SetElements>);
 fn elements_of_all<'a>(nics: impl IntoIterator<Item = &'a Nic>) -> TableElements {
     let mut all = TableElements::default();
     for nic in nics {
-        let (bridge, inet) = elements::elements_of(nic);
+        let (bridge, inet) = nic_elements::elements_of(nic);
         merge(&mut all.0, bridge);
         merge(&mut all.1, inet);
     }

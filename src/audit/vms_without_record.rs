@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::store::{Rank, atomic};
 
 impl Audit<'_> {
-    pub(super) fn orphans(&mut self) -> Result<()> {
+    pub(super) fn vms_without_record(&mut self) -> Result<()> {
         let recorded = Recorded::read(self.cx)?;
         for vm in orphans::named_vms(self.cx)? {
             self.orphans_of(&vm, &recorded)?;

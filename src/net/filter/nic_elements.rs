@@ -283,5 +283,5 @@ pub(super) fn forward_target(data: &[u8]) -> Option<IpAddr> {
 }
 
 #[cfg(test)]
-#[path = "elements_tests.rs"]
+#[path = "nic_elements_tests.rs"]
 mod tests;
