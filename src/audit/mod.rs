@@ -1,7 +1,7 @@
 //! What on this host contradicts the records, and its repair: `bosh-qemu-cpi audit` and `gc`.
 //!
 //! ```text
-//!   records             unreadable records, interrupted creates and deletes, files without a record
+//!   records             unreadable records, interrupted creates and deletes, other files
 //!   attachments         which VM has which disk: interrupted calls, contradictory records
 //!   images              missing images, files in pools that no record names, the key of disks
 //!   vms                 VMs that are off and should run, VMs without a supervisor
