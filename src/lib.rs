@@ -11,7 +11,8 @@
 //!                      │         │
 //!                    store    host
 //!                      │
-//!     config schema cid digest ranges units mac link_name ordered timeout · error log crash sys
+//!     config schema cid digest ranges units mac link_name ordered blocking_call
+//!     error log crash sys
 //! ```
 //!
 //! Arrows point down only. ARCHITECTURE.md says what each module owns and follows one create_vm

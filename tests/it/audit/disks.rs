@@ -188,13 +188,13 @@ fn gc_with_unacknowledged_objects_reports_them() {
     let disk = host.disk();
     let image = host.path("an-image");
     fs::write(&image, [GUEST, &[7; 4096]].concat()).unwrap();
-    let untold = || {
+    let unacknowledged = || {
         let (_, printed) = host.command(&["gc", "--json"]);
         let found = printed["findings"].as_array().unwrap().clone();
         assert!(found.iter().all(|finding| finding["kind"] == "unacknowledged"), "{found:?}");
         found.iter().map(|finding| finding["what"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    assert_eq!(untold(), Vec::<String>::new());
+    assert_eq!(unacknowledged(), Vec::<String>::new());
     for (create, arguments, delete) in [
         ("create_disk", json!([8, {}, null]), "delete_disk"),
         ("snapshot_disk", json!([disk, {}]), "delete_snapshot"),
@@ -203,12 +203,12 @@ fn gc_with_unacknowledged_objects_reports_them() {
         assert!(
             call_with_crash(&host, create, &arguments, [("AT", "done, not answered")]).is_none()
         );
-        let found = untold();
+        let found = unacknowledged();
         assert_eq!(found.len(), 1, "{create}: {found:?}");
         // `gc` keeps it, because its caller may have read the answer.
-        assert_eq!(untold(), found, "{create}");
+        assert_eq!(unacknowledged(), found, "{create}");
         host.ok(delete, &json!([found[0]]));
-        assert_eq!(untold(), Vec::<String>::new(), "{create}");
+        assert_eq!(unacknowledged(), Vec::<String>::new(), "{create}");
     }
     // A call that names the disk acknowledges it.
     assert!(
@@ -220,7 +220,7 @@ fn gc_with_unacknowledged_objects_reports_them() {
         )
         .is_none()
     );
-    let known = untold().pop().unwrap();
+    let known = unacknowledged().pop().unwrap();
     host.ok("set_disk_metadata", &json!([known, {}]));
-    assert_eq!(untold(), Vec::<String>::new());
+    assert_eq!(unacknowledged(), Vec::<String>::new());
 }

@@ -1,4 +1,4 @@
-//! Findings about networks, about leftovers of VMs in the kernel, and with a second state directory
+//! Findings about networks, about remnants of VMs in the kernel, and with a second state directory
 //! on the host.
 
 use std::fs;
@@ -32,8 +32,8 @@ fn assert_repaired(host: &Host, kind: &str, what: &impl ToString) -> String {
     let [its_kind, its_what, why, cure] = &found[0];
     assert_eq!([its_kind.as_str(), its_what, cure], [kind, &what.to_string(), "gc"], "{why}");
     assert_eq!(findings(host, "audit").1, found, "audit changes nothing");
-    let (clean, mended) = findings(host, "gc");
-    assert!(clean && mended.len() == 1, "{mended:#?}");
+    let (clean, repaired) = findings(host, "gc");
+    assert!(clean && repaired.len() == 1, "{repaired:#?}");
     assert_eq!(findings(host, "audit"), (true, vec![]));
     why.clone()
 }

@@ -137,8 +137,8 @@ fn assert_gc_cleans_up_after_crashes(method: &str, prepare: impl Fn(&Host, &str)
         method,
         || prepare(&host, &stemcell),
         |crash| {
-            let is_not_untold = |(kind, _, _): &(String, String, Value)| kind != "unacknowledged";
-            let reported: Vec<_> = audit(&host).into_iter().filter(is_not_untold).collect();
+            let is_acknowledged = |(kind, _, _): &(String, String, Value)| kind != "unacknowledged";
+            let reported: Vec<_> = audit(&host).into_iter().filter(is_acknowledged).collect();
             assert!(
                 reported.iter().all(|(_, _, cure)| *cure == "gc"),
                 "{}: {reported:?}",
@@ -146,10 +146,10 @@ fn assert_gc_cleans_up_after_crashes(method: &str, prepare: impl Fn(&Host, &str)
             );
             // A VM that an orphaned supervisor still launches is locked, so it is no finding yet.
             eventually("every VM is ready or removed", || {
-                let mended: Vec<_> = gc(&host).into_iter().filter(is_not_untold).collect();
+                let repaired: Vec<_> = gc(&host).into_iter().filter(is_acknowledged).collect();
                 assert!(
-                    mended.iter().all(|(_, _, cure)| *cure == "repaired"),
-                    "{}: {mended:?}",
+                    repaired.iter().all(|(_, _, cure)| *cure == "repaired"),
+                    "{}: {repaired:?}",
                     crash.point
                 );
                 let store = host.store();
@@ -159,7 +159,7 @@ fn assert_gc_cleans_up_after_crashes(method: &str, prepare: impl Fn(&Host, &str)
                 });
                 whole.then_some(())
             });
-            let left: Vec<_> = audit(&host).into_iter().filter(is_not_untold).collect();
+            let left: Vec<_> = audit(&host).into_iter().filter(is_acknowledged).collect();
             assert_eq!(left, [], "{}", crash.point);
             let store = host.store();
             for vm in store.list::<VmRecord>().unwrap() {
@@ -261,11 +261,11 @@ fn audit_of_unacknowledged_vm_reports_it_and_create_vm_replaces_it() {
     assert!(made.is_none());
     host.lose_power();
     host.command(&["host", "start", "--json"]);
-    let untold = host.store().list::<VmRecord>().unwrap().pop().unwrap();
+    let unacknowledged = host.store().list::<VmRecord>().unwrap().pop().unwrap();
     let found = audit(&host);
     assert_eq!(
         (found[0].0.as_str(), found[0].1.as_str(), found.len()),
-        ("unacknowledged", untold.as_str(), 1),
+        ("unacknowledged", unacknowledged.as_str(), 1),
         "{found:?}"
     );
     // A Director that asks for the address again does not know the VM that has it.

@@ -1,4 +1,4 @@
-//! SIGKILL at every step of every mutating call. The same call succeeds again, leftovers are
+//! SIGKILL at every step of every mutating call. The same call succeeds again, remnants are
 //! removed, and calls about other objects work.
 
 use std::fs;
