@@ -6,8 +6,8 @@
 //! line on its console. The guest uses the same instructions within 0.1 s. `guests/kvm-probe.S`
 //! lists its steps.
 
+use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,7 +17,9 @@ use nix::sys::signal::Signal;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
+use crate::blocking_call::run_with_timeout;
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::sys::inherit::{inherit, name_in_child};
 use crate::sys::parent_death::kill_with_parent;
 use crate::sys::pidfd::{Process, wait_readable};
 
@@ -46,6 +48,8 @@ const STEPS: [(u8, &str); 8] = [
 const CPU_LIMIT_SECONDS: u64 = 2;
 /// How long QEMU may take; a busy host says nothing about KVM.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long to wait for a killed QEMU. It ends at once unless it hangs in the kernel.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 /// The most that is read of QEMU's messages, in bytes.
 const MAX_OUTPUT: u64 = 64 << 10;
 
@@ -76,12 +80,17 @@ pub(super) fn run(binary: &Path, accel: &str, model: &str) -> Result<(), Failure
     image[..CODE.len()].copy_from_slice(CODE);
     image[IMAGE_SIZE - 16..][..RESET_VECTOR.len()].copy_from_slice(&RESET_VECTOR);
     rom.write_all(&image).map_err(|e| Error::os("write the guest of the KVM probe", e))?;
-    let mut child = start(binary, accel, model, &path_of(&rom), &path_of(&letters))?;
+    let mut child = start(binary, accel, model, &rom, &letters)?;
     let ended = watch(&mut child, Instant::now() + GUEST_TIMEOUT);
     // Fails if QEMU has ended.
     let _ = child.kill();
-    let status = child.wait().at("wait for", binary)?;
-    let messages = read_bounded(child.stderr.take().expect("a pipe"));
+    let stderr = child.stderr.take().expect("a pipe");
+    let waited = run_with_timeout(Instant::now() + KILL_TIMEOUT, move || child.wait());
+    let Some(status) = waited.transpose().at("wait for", binary)? else {
+        let problem = format!("{} hangs in the kernel with -accel {accel}", binary.display());
+        return Err(Error::new(ErrorKind::Host, problem).into());
+    };
+    let messages = read_bounded(stderr);
     let _ = letters.rewind();
     let passed = read_bounded(letters);
     let end = match ended? {
@@ -101,27 +110,35 @@ pub(super) fn run(binary: &Path, accel: &str, model: &str) -> Result<(), Failure
     })
 }
 
-/// A file in memory that other processes open by [`path_of`].
-fn memory_file(name: &str) -> Result<std::fs::File> {
+/// A file in memory.
+fn memory_file(name: &str) -> Result<File> {
     let file = memfd_create(name, MemfdFlags::CLOEXEC)
         .map_err(|e| Error::os(format!("create memory file '{name}'"), e))?;
     Ok(file.into())
 }
 
-fn path_of(file: &std::fs::File) -> String {
-    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
-}
-
 /// Starts QEMU with the guest stopped, and has it continue once the monitor answers: an event
 /// before that would not be sent.
-fn start(binary: &Path, accel: &str, model: &str, rom: &str, letters: &str) -> Result<Child> {
+fn start(binary: &Path, accel: &str, model: &str, rom: &File, letters: &File) -> Result<Child> {
     let mut command = Command::new(binary);
     // A guest that KVM stopped would stay for ever.
     kill_with_parent(&mut command);
+    inherit(&mut command, &[rom, letters]);
     let mut child = command
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S"])
-        .args(["-machine", "q35", "-accel", accel, "-cpu", model, "-m", "2M", "-bios", rom])
-        .args(["-debugcon", &format!("file:{letters}"), "-qmp", "stdio"])
+        .args([
+            "-machine",
+            "q35",
+            "-accel",
+            accel,
+            "-cpu",
+            model,
+            "-m",
+            "2M",
+            "-bios",
+            &name_in_child(rom),
+        ])
+        .args(["-debugcon", &format!("file:{}", name_in_child(letters)), "-qmp", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
         .env_clear()
         .stdin(Stdio::piped())
@@ -130,12 +147,9 @@ fn start(binary: &Path, accel: &str, model: &str, rom: &str, letters: &str) -> R
         .spawn()
         .at("run", binary)?;
     let pid = Pid::from_child(&child);
-    // An abort must not leave a core file.
-    for (resource, limit) in [(Resource::Cpu, CPU_LIMIT_SECONDS), (Resource::Core, 0)] {
-        let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
-        // Fails if QEMU has ended; its exit status says more.
-        let _ = prlimit(Some(pid), resource, limit);
-    }
+    let limit = Rlimit { current: Some(CPU_LIMIT_SECONDS), maximum: Some(CPU_LIMIT_SECONDS) };
+    // Fails if QEMU has ended; its exit status says more.
+    let _ = prlimit(Some(pid), Resource::Cpu, limit);
     let script = b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"cont\"}\n";
     let _ = child.stdin.as_mut().map(|stdin| stdin.write_all(script));
     Ok(child)

@@ -12,7 +12,8 @@ impl NewImage<'_> {
     /// Creates the image with mode 0600. After an error the file does not exist.
     ///
     /// # Errors
-    /// Those of [`qcow2::create`] and [`QemuImg::create`].
+    /// Those of [`qcow2::create`]; `Timeout` if `qemu-img` is not done by `deadline`,
+    /// and `Host` with its last line if it fails.
     pub fn create(&self, qemu_img: &QemuImg, deadline: Instant) -> Result<UnsyncedFile> {
         if self.preallocation == Preallocation::Off && self.key.is_none() {
             return match self.format {
@@ -23,7 +24,7 @@ impl NewImage<'_> {
         raw::ensure_valid_size(self.path, self.size)?;
         // The file is created before `qemu-img` runs: it gets mode 0600, and a failure removes it.
         let new = create_new(self.path)?;
-        qemu_img.create(self, deadline)?;
+        qemu_img.create(self, &new, deadline)?;
         Ok(keep(new))
     }
 }

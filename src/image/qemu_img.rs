@@ -2,8 +2,8 @@
 //! conversion, checks.
 //!
 //! Formats are always explicit. Paths are absolute, so that QEMU finds no protocol in them. An
-//! object's image is named by this process's descriptor of it, so that `qemu-img` opens the file
-//! that was checked. Output is captured, because standard output belongs to the response. The
+//! object's image is named by a descriptor that `qemu-img` inherits, so that it opens the file that
+//! was checked. Output is captured, because standard output belongs to the response. The
 //! environment is empty except for `PATH`. `qemu-img` opens every file an image's header names, so
 //! callers check the headers of untrusted images first.
 
@@ -23,8 +23,9 @@ use serde_json::{Value, json};
 use crate::blocking_call::run_with_timeout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Format, ensure_no_external_files};
-use crate::store::beneath::{self, Expected, Found};
+use crate::store::beneath::{self, Expected, Found, NewFile};
 use crate::store::record::Preallocation;
+use crate::sys::inherit::{inherit, name_in_child};
 use crate::sys::parent_death::kill_with_parent;
 use crate::units::Bytes;
 
@@ -56,19 +57,6 @@ pub struct QemuImg {
     program: PathBuf,
 }
 
-/// A conversion from one image to another.
-#[derive(Debug, Clone, Copy)]
-pub struct Convert<'a> {
-    /// The image to read, together with its backing files.
-    pub source: &'a Path,
-    /// Its format.
-    pub source_format: Format,
-    /// The image to write. Existing content is replaced within the same file.
-    pub target: &'a Path,
-    /// Its format.
-    pub target_format: Format,
-}
-
 /// An existing image.
 #[derive(Debug, Clone, Copy)]
 pub struct ExistingImage<'a> {
@@ -84,7 +72,7 @@ impl ExistingImage<'_> {
     /// The image as a source, as a `json:` name. It sets no backing file, whatever the header
     /// states.
     fn json(&self, file: &Found) -> String {
-        let name = file.name_for_child();
+        let name = name_in_child(file.handle());
         let mut node =
             json!({"driver": self.format.as_str(), "file": {"driver": "file", "filename": name}});
         match (self.format, self.key) {
@@ -112,7 +100,7 @@ impl ExistingImage<'_> {
             }
             (Format::Raw, Some(_)) => format!("luks,key-secret={SECRET}"),
         };
-        format!("driver={driver},file.driver=file,file.filename={}", file.name_for_child())
+        format!("driver={driver},file.driver=file,file.filename={}", name_in_child(file.handle()))
     }
 }
 
@@ -134,11 +122,17 @@ impl QemuImg {
         Self { program: program.into() }
     }
 
-    /// Fills `new`, an existing file.
+    /// Fills `file`, the empty file of `new`.
     ///
     /// # Errors
-    /// Those of [`Self::convert`].
-    pub fn create(&self, new: &NewImage<'_>, deadline: Instant) -> Result<()> {
+    /// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], otherwise
+    /// [`ErrorKind::Host`] with the program's last line.
+    pub(super) fn create(
+        &self,
+        new: &NewImage<'_>,
+        file: &NewFile,
+        deadline: Instant,
+    ) -> Result<()> {
         let (driver, encrypt) = match (new.key, new.format) {
             (None, format) => (format.as_str(), None),
             (Some(_), Format::Qcow2) => ("qcow2", Some("encrypt.")),
@@ -159,31 +153,27 @@ impl QemuImg {
             args.extend(["--object", secret].map(OsStr::new));
         }
         args.extend(["-f", driver, "-o", &options].map(OsStr::new));
-        let image = beneath::file(new.path, Expected::Own)?;
-        let name = image.name_for_child();
+        let name = name_in_child(file.as_file());
         args.extend([&name, &size].map(OsStr::new));
-        self.run(&args, None, deadline)?.naming(&image).ensure_success("create", new.path)
+        let done = self.run(&args, &[file.as_file()], None, deadline)?;
+        done.naming(file.as_file(), new.path).ensure_success("create", new.path)
     }
 
-    /// Copies one image, leaving zeros out. The result is not durable: `qemu-img` does not fsync
-    /// its target.
+    /// Copies a qcow2 image, an open file that has no name, into the raw file `target`, leaving
+    /// zeros out. The result is not durable: `qemu-img` does not fsync its target.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] at the deadline, [`ErrorKind::NoDiskSpace`], otherwise
-    /// [`ErrorKind::Host`] with the program's last line. After an error the target has part of the
-    /// data.
-    pub fn convert(&self, convert: &Convert<'_>, deadline: Instant) -> Result<()> {
-        self.convert_from(convert, None, deadline)
-    }
-
-    /// Like [`Self::convert`], from an open file that has no name.
+    /// Those of [`NewImage::create`]. After an error the target has part of the data.
     pub(super) fn convert_file(
         &self,
         file: File,
-        convert: &Convert<'_>,
+        target: &NewFile,
         deadline: Instant,
     ) -> Result<()> {
-        self.convert_from(convert, Some(file), deadline)
+        let name = name_in_child(target.as_file());
+        let args = ["convert", "-f", "qcow2", "-O", "raw", STDIN, &name].map(OsStr::new);
+        let done = self.run(&args, &[target.as_file()], Some(file), deadline)?;
+        done.naming(target.as_file(), target.path()).ensure_success("convert", target.path())
     }
 
     /// Copies `source` into `target`, an existing empty image of the same size. The result is not
@@ -191,7 +181,8 @@ impl QemuImg {
     /// [`CopySource`](super::CopySource).
     ///
     /// # Errors
-    /// Those of [`Self::convert`]; [`ErrorKind::Corrupt`] if the source's header names other files.
+    /// Those of [`NewImage::create`]; [`ErrorKind::Corrupt`] if the source's header names other
+    /// files.
     /// A guest may have written that header, and root would read those files.
     pub fn convert_into(
         &self,
@@ -215,20 +206,10 @@ impl QemuImg {
             args.extend(["--object", secret].map(OsStr::new));
         }
         args.extend([&from, &to].map(OsStr::new));
-        let done = self.run(&args, None, deadline)?.naming(&read).naming(&written);
+        let files = [read.handle(), written.handle()];
+        let done = self.run(&args, &files, None, deadline)?;
+        let done = done.naming(read.handle(), source.path).naming(written.handle(), target.path);
         done.ensure_success("convert", source.path)
-    }
-
-    fn convert_from(
-        &self,
-        convert: &Convert<'_>,
-        stdin: Option<File>,
-        deadline: Instant,
-    ) -> Result<()> {
-        let (from, to) = (convert.source_format.as_str(), convert.target_format.as_str());
-        let args = ["convert", "-f", from, "-O", to].map(OsStr::new);
-        let args = [&args[..], &[absolute(convert.source)?, absolute(convert.target)?]].concat();
-        self.run(&args, stdin, deadline)?.ensure_success("convert", convert.source)
     }
 
     /// Checks the metadata of the qcow2 image at `path`. Repairs nothing.
@@ -243,7 +224,7 @@ impl QemuImg {
 
     fn check_from(&self, path: &Path, stdin: Option<File>, deadline: Instant) -> Result<Check> {
         let args = ["check", "-f", "qcow2", "--output=json"].map(OsStr::new);
-        let done = self.run(&[&args[..], &[absolute(path)?]].concat(), stdin, deadline)?;
+        let done = self.run(&[&args[..], &[absolute(path)?]].concat(), &[], stdin, deadline)?;
         // Status 2 means corruptions, 3 means leaks; both print a report to standard output.
         if !matches!(done.status.code(), Some(0 | 2 | 3)) {
             done.ensure_success("check", path)?;
@@ -254,23 +235,17 @@ impl QemuImg {
         })
     }
 
-    /// Enlarges the image at `path`. No QEMU may have it open.
-    pub fn resize(
+    /// Runs the program, which inherits `files`.
+    fn run(
         &self,
-        path: &Path,
-        format: Format,
-        size: Bytes,
+        args: &[&OsStr],
+        files: &[&File],
+        stdin: Option<File>,
         deadline: Instant,
-    ) -> Result<()> {
-        let size = size.get().to_string();
-        let args = ["resize", "-f", format.as_str()].map(OsStr::new);
-        let args = [&args[..], &[absolute(path)?, OsStr::new(&size)]].concat();
-        self.run(&args, None, deadline)?.ensure_success("resize", path)
-    }
-
-    fn run(&self, args: &[&OsStr], stdin: Option<File>, deadline: Instant) -> Result<Finished> {
+    ) -> Result<Finished> {
         let mut command = Command::new(&self.program);
         kill_with_parent(&mut command);
+        inherit(&mut command, files);
         let mut child = command
             .args(args)
             .env_clear()
@@ -316,7 +291,7 @@ fn secret(key: &Path) -> String {
 }
 
 /// Path under which a child opens its standard input again.
-pub(super) const STDIN: &str = "/proc/self/fd/0";
+const STDIN: &str = "/proc/self/fd/0";
 
 /// Fails if `path` is relative: QEMU takes a relative name with a colon for a protocol.
 fn absolute(path: &Path) -> Result<&OsStr> {
@@ -333,11 +308,10 @@ struct Finished {
 }
 
 impl Finished {
-    /// Puts the image's path where the program printed the name that it was given.
-    fn naming(mut self, image: &Found) -> Self {
-        let path = image.path().to_string_lossy();
+    /// Puts `path` where the program printed the name of the inherited `file`.
+    fn naming(mut self, file: &File, path: &Path) -> Self {
         let printed = String::from_utf8_lossy(&self.stderr);
-        self.stderr = printed.replace(&image.name_for_child(), &path).into_bytes();
+        self.stderr = printed.replace(&name_in_child(file), &path.to_string_lossy()).into_bytes();
         self
     }
 

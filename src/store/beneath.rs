@@ -7,7 +7,7 @@
 //!       <file>         a regular file, and with one name if only one object has it
 //! ```
 //!
-//! Only this module opens, links, renames, lists or removes such files. A file is first opened with
+//! Only this module opens, links, renames or lists such files. A file is first opened with
 //! `O_PATH`, which neither waits for the writer of a FIFO nor calls a device's driver, and checked.
 //! All access is then through that descriptor, so a file that replaces the checked one is not used.
 
@@ -130,9 +130,9 @@ impl Found {
         OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path)
     }
 
-    /// A name of it for another program of this user, as long as `self` exists.
-    pub fn name_for_child(&self) -> String {
-        name_for_child(&self.handle)
+    /// The descriptor of it, opened with `O_PATH`, for a child to inherit.
+    pub fn handle(&self) -> &File {
+        &self.handle
     }
 }
 
@@ -241,8 +241,14 @@ pub fn rename(dir: &Path, from: &str, to: &str) -> Result<bool> {
 pub fn hard_link(from: &Path, to: &Path) -> Result<()> {
     let (source, target) = (require_dir(parent(from))?, require_dir(parent(to))?);
     let image = file(from, Expected::Shared)?;
-    fs::linkat(&source, name(from), &target, name(to), AtFlags::empty())
-        .map_err(|errno| failure("link the stemcell's image", from, errno))?;
+    fs::linkat(&source, name(from), &target, name(to), AtFlags::empty()).map_err(|errno| {
+        let action = format!("link the stemcell's image '{}' to", from.display());
+        match errno {
+            Errno::XDEV => Error::io(action, to, errno.into())
+                .hint("stemcells and VMs of a pool or state directory must be on one filesystem"),
+            errno => failure(&action, to, errno),
+        }
+    })?;
     // The name may have come to be another file's since the check.
     let inode = |meta: &Metadata| (meta.dev(), meta.ino());
     let linked = file(to, Expected::Shared)?;
@@ -287,11 +293,6 @@ fn require_dir(dir: &Path) -> Result<OwnedFd> {
     open_dir(dir)?.ok_or_else(|| Error::io("open directory", dir, Errno::NOENT.into()))
 }
 
-/// A child opens the file by this process's descriptor, which it cannot inherit.
-fn name_for_child(file: &File) -> String {
-    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
-}
-
 fn parent(path: &Path) -> &Path {
     path.parent().expect("an object's file has a parent")
 }
@@ -307,8 +308,8 @@ fn name(path: &Path) -> &OsStr {
 fn failure(action: &str, path: &Path, errno: Errno) -> Error {
     match errno {
         Errno::LOOP => refused(path, "is a symbolic link, or is behind one"),
-        Errno::XDEV => refused(path, "is on another mount than its pool"),
-        Errno::NOTDIR => refused(path, "is not in a directory, or is none"),
+        Errno::XDEV => refused(path, "is on another mount than the directory above it"),
+        Errno::NOTDIR => refused(path, "is not a directory, or a part of its path is not"),
         Errno::NOSYS => Error::io(action, path, errno.into())
             .hint("the program needs openat2(2): use Linux 5.6 or later"),
         _ => Error::io(action, path, errno.into()),

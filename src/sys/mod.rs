@@ -5,6 +5,7 @@ pub mod abort;
 pub mod code;
 pub mod confine;
 pub mod detach;
+pub mod inherit;
 pub mod io_uring;
 mod landlock;
 pub mod limits;

@@ -5,6 +5,10 @@ use crate::image::Format;
 use crate::image::qcow2::HeaderError;
 use crate::units::Bytes;
 
+/// Hint for an image of 0 bytes.
+pub(super) const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on \
+     this host: set 'image_path' and 'sha256' in its cloud_properties";
+
 /// Largest virtual size of an image, 1 TiB. The stemcell builder makes images of 5 GiB. Bounds the
 /// time of an import whose holes or tables take no space.
 pub(super) const LARGEST: Bytes = Bytes(1 << 40);
@@ -104,7 +108,7 @@ impl InvalidImage {
     /// The operator's next step.
     pub(super) fn hint(&self) -> &'static str {
         match self {
-            Self::Empty => super::LIGHT_STEMCELL_HINT,
+            Self::Empty => LIGHT_STEMCELL_HINT,
             Self::NoFile
             | Self::Gzip(_)
             | Self::Truncated(_)

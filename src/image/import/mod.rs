@@ -42,14 +42,10 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::qcow2::decode::{DecodeError, decode};
 use crate::image::qcow2::map::mapped_size;
 use crate::image::qcow2::{Header, HeaderError};
-use crate::image::qemu_img::{Convert, QemuImg, STDIN};
+use crate::image::qemu_img::QemuImg;
 use crate::image::{Format, parent_of};
 use crate::store::beneath::{self, NewFile};
 use crate::units::Bytes;
-
-/// Hint for an image of 0 bytes.
-pub const LIGHT_STEMCELL_HINT: &str = "a light stemcell names an image that is already on this \
-     host: set 'image_path' and 'sha256' in its cloud_properties";
 
 /// Called now and then with the number of bytes read from the source file.
 pub type Progress<'a> = &'a mut dyn FnMut(Bytes);
@@ -95,7 +91,7 @@ impl Import<'_> {
     /// - [`ErrorKind::Host`] for every other failure.
     pub fn run(&self, progress: Progress<'_>) -> Result<Imported> {
         if self.target.symlink_metadata().is_ok() {
-            return Err(self.exists());
+            return Err(self.already_exists());
         }
         let directory = parent_of(self.target);
         let new = beneath::create_new(&directory.join(beneath::temporary_name(".import-")))?;
@@ -217,13 +213,6 @@ impl Import<'_> {
         let (size, digest) =
             self.read(&output, progress).map_err(|failure| self.error(failure, &output))?;
         self.take_mapped(&spool, &output).map_err(|failure| self.error(failure, &output))?;
-        let target = new.name_for_child();
-        let convert = Convert {
-            source: Path::new(STDIN),
-            source_format: Format::Qcow2,
-            target: Path::new(&target),
-            target_format: Format::Raw,
-        };
         let handle = || spool.try_clone().at("duplicate the temporary copy beside", self.target);
         // `qemu-img convert` reads zeros where a cluster lies beyond the end of a truncated file,
         // so check first.
@@ -235,7 +224,7 @@ impl Import<'_> {
             ));
             return Err(self.error(reason.into(), &output));
         }
-        let converted = self.qemu_img.convert_file(handle()?, &convert, self.deadline);
+        let converted = self.qemu_img.convert_file(handle()?, new, self.deadline);
         converted.map_err(|error| self.error(ImportError::Failed(error), &output))?;
         Ok((size, digest))
     }
@@ -256,7 +245,7 @@ impl Import<'_> {
         file.sync_all().at("fsync", self.target)?;
         crash::point!("image imported");
         if !new.publish(self.target)? {
-            return Err(self.exists());
+            return Err(self.already_exists());
         }
         crash::point!("image published");
         beneath::sync_dir(parent_of(self.target)).inspect_err(|_| {
@@ -266,7 +255,7 @@ impl Import<'_> {
         })
     }
 
-    fn exists(&self) -> Error {
+    fn already_exists(&self) -> Error {
         Error::new(
             ErrorKind::Conflict,
             format!("the image '{}' exists already", self.target.display()),

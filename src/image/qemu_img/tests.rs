@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::image::{raw, testing};
+use crate::image::testing;
 
 fn test_deadline() -> Instant {
     Instant::now() + Duration::from_secs(60)
@@ -17,21 +17,23 @@ fn script(dir: &Path, text: &str) -> QemuImg {
 }
 
 #[test]
-fn convert_check_and_resize_with_the_real_program() {
+fn create_convert_and_check_with_the_real_program() {
     let dir = tempfile::tempdir().unwrap();
-    let (source, target) = (dir.path().join("a:b.raw"), dir.path().join("b.qcow2"));
-    raw::create(&source, Bytes(1 << 20)).unwrap().sync().unwrap();
+    let (target, copy) = (dir.path().join("b:c.qcow2"), dir.path().join("b.raw"));
     let img = QemuImg::new("qemu-img");
-    let convert = Convert {
-        source: &source,
-        source_format: Format::Raw,
-        target: &target,
-        target_format: Format::Qcow2,
+    let new = NewImage {
+        path: &target,
+        format: Format::Qcow2,
+        size: Bytes(2 << 20),
+        preallocation: Preallocation::Metadata,
+        key: None,
     };
-    img.convert(&convert, test_deadline()).unwrap();
-    img.resize(&target, Format::Qcow2, Bytes(2 << 20), test_deadline()).unwrap();
+    new.create(&img, test_deadline()).unwrap().sync().unwrap();
     assert_eq!(testing::header(&target).virtual_size, Bytes(2 << 20));
     assert_eq!(img.check(&target, test_deadline()).unwrap(), Check { corruptions: 0, leaks: 0 });
+    let converted = beneath::create_new(&copy).unwrap();
+    img.convert_file(File::open(&target).unwrap(), &converted, test_deadline()).unwrap();
+    assert_eq!(converted.as_file().metadata().unwrap().len(), 2 << 20);
     // Damage: the entry for the first L2 table points to the header.
     let file = File::options().write(true).open(&target).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0; 8], 0x20000).unwrap();
@@ -43,18 +45,11 @@ fn failure_reports_the_last_line_and_the_environment_is_empty() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     let img = script(dir.path(), "echo first >&2; echo \"$1 HOME=$HOME last\" >&2; exit 1");
-    let failed = img.resize(&path, Format::Raw, Bytes(512), test_deadline()).unwrap_err();
-    assert!(
-        failed.report().ends_with("(exit status: 1): resize HOME= last"),
-        "{}",
-        failed.report()
-    );
+    let failed = img.check(&path, test_deadline()).unwrap_err();
+    assert!(failed.report().ends_with("(exit status: 1): check HOME= last"), "{}", failed.report());
     assert_eq!(failed.kind(), ErrorKind::Host);
     let full = script(dir.path(), "echo 'qemu-img: error: No space left on device' >&2; exit 1");
-    assert_eq!(
-        full.resize(&path, Format::Raw, Bytes(512), test_deadline()).unwrap_err().kind(),
-        ErrorKind::NoDiskSpace
-    );
+    assert_eq!(full.check(&path, test_deadline()).unwrap_err().kind(), ErrorKind::NoDiskSpace);
     let absent = QemuImg::new("/nonexistent/qemu-img").check(&path, test_deadline()).unwrap_err();
     assert!(absent.report().contains("Hint: install"), "{}", absent.report());
 }
@@ -76,7 +71,6 @@ fn deadline_kills_a_program_that_hangs_or_prints_without_end() {
 fn endless_output_is_read_but_not_stored() {
     let dir = tempfile::tempdir().unwrap();
     let img = script(dir.path(), "head -c 10000000 /dev/zero | tr '\\0' x >&2; exit 1");
-    let failed =
-        img.resize(&dir.path().join("x"), Format::Raw, Bytes(512), test_deadline()).unwrap_err();
+    let failed = img.check(&dir.path().join("x"), test_deadline()).unwrap_err();
     assert!(failed.report().len() < 2000, "{} bytes", failed.report().len());
 }

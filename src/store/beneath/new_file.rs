@@ -9,7 +9,7 @@ use rustix::fs::{self, AtFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::{failure, name, name_for_child, parent, require_dir};
+use super::{failure, name, parent, require_dir};
 use crate::crash;
 use crate::error::{IoContext, Result};
 use crate::store::atomic::NEW;
@@ -74,11 +74,6 @@ impl NewFile {
     /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// A name of it for another program of this user, as long as `self` exists.
-    pub fn name_for_child(&self) -> String {
-        name_for_child(&self.file)
     }
 
     /// Keeps it under its name.

@@ -179,7 +179,7 @@ fn found_file_stays_the_same_when_its_path_names_another() {
     let mut text = String::new();
     found.read().unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "data");
-    assert_eq!(fs::read(found.name_for_child()).unwrap(), b"data");
+    assert_eq!(fs::read(crate::sys::inherit::name_in_child(found.handle())).unwrap(), b"data");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Images that import must reject.
 
+use super::super::invalid_image::LIGHT_STEMCELL_HINT;
 use super::*;
 
 #[test]
