@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::managed;
 use crate::cid::{Cid, NetworkCid};
 use crate::cpi::context::Context;
-use crate::cpi::creation;
+use crate::cpi::creation::{self, pending};
 use crate::error::{Error, ErrorKind, Result};
 use crate::net;
 use crate::store::record::NetworkRecord;
@@ -25,6 +25,7 @@ pub(crate) fn delete(cx: &Context, cid: &NetworkCid) -> Result<()> {
     let Some(record) = cx.store.find::<NetworkRecord>(cid)? else {
         // An empty directory: an earlier delete was interrupted at its last step.
         cx.store.remove::<NetworkRecord>(cid)?;
+        pending::remove(cx, cid)?;
         return Err(managed::not_found(cid));
     };
     delete_unused(cx, cid, record, lock)
@@ -48,7 +49,7 @@ pub(super) fn delete_unused(
             Err(used)
         }
         Err(unknown) => cx.store.write(&record).and(Err(unknown)),
-        Ok(()) => remove(cx, cid),
+        Ok(()) => remove(cx, cid).and(pending::remove(cx, cid)),
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::delete;
 use crate::cid::{Cid, NetworkCid};
 use crate::cpi::context::Context;
-use crate::cpi::creation::{acknowledgement, pending};
+use crate::cpi::creation::acknowledgement;
 use crate::error::{ErrorKind, Result};
 use crate::store::record::NetworkRecord;
 use crate::store::{Phase, Rank};
@@ -30,10 +30,9 @@ pub(super) fn reclaim(cx: &Context, network: &str) -> Result<bool> {
         "removing a network that is incomplete or unacknowledged: its range is reused"
     );
     match delete::delete_unused(cx, &cid, record, lock) {
-        Err(used) if used.kind() == ErrorKind::Conflict => return Ok(false),
-        deleted => deleted?,
+        Err(used) if used.kind() == ErrorKind::Conflict => Ok(false),
+        deleted => deleted.map(|()| true),
     }
-    pending::remove(cx, &cid).map(|()| true)
 }
 
 fn is_reclaimable(cx: &Context, record: &NetworkRecord) -> Result<bool> {

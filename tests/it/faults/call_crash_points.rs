@@ -271,6 +271,31 @@ fn create_network_killed_at_any_step_is_cleaned_up() {
 }
 
 #[test]
+fn delete_network_after_killed_create_leaves_no_pending_note() {
+    let Some(fixture) = Fixture::new() else { return };
+    let host = &fixture.host;
+    let deleted = std::cell::Cell::new(0);
+    for_each_crash_point(
+        host,
+        "create_network",
+        || json!([{"type": "manual", "range": "10.8.0.0/24", "cloud_properties": {}}]),
+        |crash| {
+            for network in host.store().list::<NetworkRecord>().unwrap() {
+                let answer = host.call("delete_network", &json!([network]));
+                let gone = |kind| kind == "NetworkNotFound";
+                assert!(answer.outcome.map_err(|e| gone(e.kind)) != Err(false), "{}", crash.point);
+                let note = host.store().pending_dir().join(network.as_str());
+                assert!(!note.exists() && !note.is_symlink(), "after '{}'", crash.point);
+                deleted.set(deleted.get() + usize::from(crash.answer.is_none()));
+            }
+            fixture.gc(crash.point);
+            "deleted".into()
+        },
+    );
+    assert!(deleted.get() > 2, "{deleted:?} networks of killed creates");
+}
+
+#[test]
 fn delete_network_killed_at_any_step_can_be_repeated() {
     let Some(fixture) = Fixture::new() else { return };
     let made = || {
