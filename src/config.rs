@@ -23,7 +23,7 @@ mod validate;
 
 pub use document::{Document, path};
 pub use transport::{HostEntry, RemoteCallers, Transport, TransportKind};
-pub use validate::{MAX_HOSTS, METHODS};
+pub use validate::{MAX_HOSTS, METHODS, without_unknown_deadlines};
 
 /// The configuration file without `--config` and [`ENVIRONMENT`].
 pub const DEFAULT_FILE: &str = "/etc/bosh-qemu-cpi/cpi.json";

@@ -7,9 +7,11 @@ use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::schema::{Expected, Property, SchemaError};
 
 /// A SHA-256 digest. Its text is 64 lower-case hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -20,6 +22,15 @@ pub struct Digest([u8; 32]);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected a SHA-256 digest: 64 hexadecimal digits, with or without 'sha256:' before them")]
 pub struct DigestError;
+
+impl Property for Digest {
+    const EXPECTED: Expected = Expected::text("a SHA-256 digest: 64 hexadecimal digits");
+
+    fn from_json(value: &Value) -> Result<Self, SchemaError> {
+        let digest = value.as_str().and_then(|text| text.parse().ok());
+        digest.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
+    }
+}
 
 impl Digest {
     /// The digest of `bytes`.

@@ -90,7 +90,7 @@ impl Audit<'_> {
                 Ok(None)
             }
             // `records` reports it.
-            Err(_) => Ok(None),
+            Err(_) => lock.release().map(|()| None),
         }
     }
 
@@ -101,7 +101,7 @@ impl Audit<'_> {
         if self.lock_object(Rank::Vm, &vm.cid).is_none()
             || self.phase(&vm.cid, disk).is_none_or(|phase| phase == Attached)
         {
-            return Ok(());
+            return lock.release();
         }
         let (cx, what) = (self.cx, format!("{disk} on {}", vm.cid));
         let Some((_lock, record)) = self.record(disk, lock, vm, &what)? else { return Ok(()) };

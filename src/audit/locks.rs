@@ -25,9 +25,7 @@ impl Audit<'_> {
             return Some(lock);
         }
         // A lock file that existed before may be what is left of the object.
-        if !lock.had_file()
-            && let Err(error) = lock.unlink()
-        {
+        if let Err(error) = lock.release() {
             tracing::warn!(error = error.report(), "cannot remove a lock file of nothing");
         }
         None
@@ -72,6 +70,11 @@ impl ObjectLock {
             Self::Exclusive(lock) => !lock.is_new(),
             Self::Shared(lock) => lock.has_file(),
         }
+    }
+
+    /// Releases the lock. A lock file that this audit has made does not stay.
+    pub(super) fn release(self) -> Result<()> {
+        if self.had_file() { Ok(()) } else { self.unlink() }
     }
 
     /// Releases the lock and removes its file.

@@ -1,6 +1,7 @@
 //! What is left of VMs that do not exist: an operator removed their directories by hand, or a
 //! delete was interrupted.
 
+use super::locks::ObjectLock;
 use super::{Audit, Kind};
 use crate::cid::VmCid;
 use crate::cpi::creation::pending;
@@ -28,14 +29,14 @@ impl Audit<'_> {
         let Some(lock) = self.lock(Rank::Vm, vm) else { return Ok(()) };
         let had_lock = lock.had_file();
         if exists() || pending::contains(cx, vm) {
-            return Ok(());
+            return lock.release();
         }
         let found = Orphans::find(cx, vm, recorded);
         let (unknown, orphans) = match found.and_then(|o| Ok((o.unknown_processes()?, o))) {
             Ok(found) => found,
             Err(error) => {
                 self.unknown(vm, &error);
-                return Ok(());
+                return lock.release();
             }
         };
         if !unknown.is_empty() {
@@ -43,7 +44,7 @@ impl Audit<'_> {
             let why = format!("the VM does not exist, but its control group has processes: {pids}");
             let next = "no pid file says what they are: see `ps`, end them, then repeat `gc`";
             self.for_operator(Kind::Orphan, vm, &why, next);
-            return Ok(());
+            return lock.release();
         }
         let mut left = orphans.describe();
         left.extend(had_lock.then(|| "lock".to_owned()));
@@ -56,10 +57,6 @@ impl Audit<'_> {
             orphans.remove(cx, Self::deadline())?;
             lock.take().expect("taken once").unlink()
         });
-        // A lock file that this audit has made does not stay.
-        match lock.filter(|_| !had_lock) {
-            Some(lock) => lock.unlink(),
-            None => Ok(()),
-        }
+        lock.map_or(Ok(()), ObjectLock::release)
     }
 }

@@ -1,6 +1,6 @@
 //! Checks of the configuration across several keys.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Config, GroupRule, HostEntry, TransportKind};
 use crate::schema::{Problem, SchemaError, printable, suggest};
@@ -11,7 +11,7 @@ const RUN_DIR_MAX: usize = 40;
 /// The most hosts of a group: a query asks all of them at the same time, each in its own thread.
 pub const MAX_HOSTS: usize = 512;
 
-/// The methods that `deadlines` may name.
+/// The methods of the contract, which `deadlines` may name.
 pub const METHODS: &[&str] = &[
     "attach_disk",
     "calculate_vm_cloud_properties",
@@ -36,6 +36,16 @@ pub const METHODS: &[&str] = &[
     "snapshot_disk",
     "update_disk",
 ];
+
+/// A request's context without deadlines of methods that this version does not know: a newer
+/// client sends them to every host.
+pub fn without_unknown_deadlines(context: &Map<String, Value>) -> Map<String, Value> {
+    let mut context = context.clone();
+    if let Some(Value::Object(deadlines)) = context.get_mut("deadlines") {
+        deadlines.retain(|method, _| METHODS.contains(&method.as_str()));
+    }
+    context
+}
 
 impl Config {
     /// Refuses combinations of keys that the keys' types allow.
@@ -159,6 +169,13 @@ mod tests {
         let all: serde_json::Map<_, _> =
             METHODS.iter().map(|method| ((*method).to_owned(), json!(5))).collect();
         assert!(Config::from_json(&json!({"deadlines": all})).unwrap().validated().is_ok());
+    }
+
+    #[test]
+    fn deadline_of_a_newer_clients_method_is_ignored_on_a_host() {
+        let context = json!({"deadlines": {"fly_vm": 5, "create_vm": 6}, "vm_defaults": {}});
+        let known = without_unknown_deadlines(context.as_object().unwrap());
+        assert_eq!(json!(known), json!({"deadlines": {"create_vm": 6}, "vm_defaults": {}}));
     }
 
     #[test]

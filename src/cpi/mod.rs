@@ -54,7 +54,8 @@ impl Cpi {
         Self(cx)
     }
 
-    /// Creates a disk with the data of a snapshot: the operator's `disk restore`.
+    /// Creates a disk with the data of a snapshot: the operator's `disk restore`. It may take as
+    /// long as snapshot_disk.
     ///
     /// # Errors
     /// [`ErrorKind::BadRequest`] for an unknown snapshot, [`ErrorKind::NoDiskSpace`].
@@ -68,7 +69,17 @@ impl Cpi {
     /// [`ErrorKind::DiskNotFound`] if no pool has the disk; [`ErrorKind::Corrupt`] if its owner
     /// file cannot be used.
     pub fn take_disk(&self, disk: &DiskCid) -> Result<()> {
-        disk::take(&self.0, disk)
+        disk::take(self.for_change()?, disk)
+    }
+
+    /// Gives up this host's ownership of a disk in a shared pool, so that another host of its group
+    /// can take it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if the disk is used here or no other host reaches it;
+    /// [`ErrorKind::DiskNotFound`].
+    pub fn release_disk(&self, disk: &DiskCid) -> Result<()> {
+        disk::release(self.for_change()?, disk)
     }
 
     /// The context of a call that changes an object, if this version may change the state

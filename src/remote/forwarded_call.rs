@@ -12,10 +12,11 @@ use crate::config::Config;
 use crate::cpi::deadlines::default_timeout;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rpc::Executed;
-use crate::rpc::call::{Call, Undo};
+use crate::rpc::call::Call;
 use crate::rpc::request::Request;
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::Delivery;
+use crate::rpc::undo::Undo;
 use crate::schema::printable;
 
 /// Time after its own deadline that a host has to report that the deadline has passed.

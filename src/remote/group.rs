@@ -76,21 +76,8 @@ impl Group {
                     .hint("give the subnet a network that each host has in its configuration"))
             }
             Call::AttachDisk(vm, disk) => self.attach_disk(call, vm, disk),
-            Call::DeleteVm(vm)
-            | Call::HasVm(vm)
-            | Call::RebootVm(vm)
-            | Call::SetVmMetadata(vm, _)
-            | Call::GetDisks(vm)
-            | Call::DetachDisk(vm, _) => self.send_by_cid(call, vm.as_str()),
-            Call::DeleteDisk(disk)
-            | Call::HasDisk(disk)
-            | Call::SetDiskMetadata(disk, _)
-            | Call::SnapshotDisk(disk, _)
-            | Call::ResizeDisk(disk, _)
-            | Call::UpdateDisk(disk, ..) => self.send_by_cid(call, disk.as_str()),
-            Call::DeleteSnapshot(snapshot) => self.send_by_cid(call, snapshot.as_str()),
-            Call::DeleteNetwork(network) => self.send_by_cid(call, network.as_str()),
             Call::CalculateVmCloudProperties(_) => unreachable!("the client answers it itself"),
+            other => self.send_by_cid(call, other.object().expect("only creates have none")),
         }
     }
 
@@ -288,6 +275,7 @@ fn no_host_for_disk(candidates: &[Candidate<'_>], pool: &str) -> Error {
     };
     let reasons: Vec<_> = candidates.iter().map(reason).collect();
     Error::new(ErrorKind::Host, format!("no host can have the disk: {}", reasons.join("; ")))
+        .hint("see `bosh-qemu-cpi host status` on these hosts")
 }
 
 /// Returns the first line of `error` without the host's name, for a list that names the host.

@@ -6,9 +6,9 @@ use super::client::Reply;
 use super::forwarded_call::{Answered, ForwardedCall, Outcome};
 use super::members::{Member, Members};
 use crate::error::{Error, ErrorKind, Result};
-use crate::rpc::call::Undo;
 use crate::rpc::response::Response;
 use crate::rpc::response_writer::Delivery;
+use crate::rpc::undo::Undo;
 
 /// Has all hosts import the image at the same time. A host that has the image does not receive it
 /// again. A draining host that does not answer is left out: it gets no VMs.

@@ -143,17 +143,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl ResponseSink for Caller {
-    fn deliver(&self, response: &Response, matters: bool) -> Delivery {
+    fn deliver(&self, response: &Response, await_receipt: bool) -> Delivery {
         let answer = Answer {
             text: String::from_utf8_lossy(response.as_bytes()).into_owned(),
-            waits: matters,
+            waits: await_receipt,
             lacks_room: response.lacks_room(),
             crowded: response.is_crowded(),
         };
         if let Err(error) = self.send(&ServerMessage::Answer(answer)) {
             return Delivery::Lost(error);
         }
-        if !matters {
+        if !await_receipt {
             return Delivery::Received;
         }
         match self.receive(Instant::now() + ACKNOWLEDGE_TIMEOUT) {

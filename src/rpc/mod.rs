@@ -19,7 +19,7 @@ mod local;
 pub mod request;
 pub mod response;
 pub mod response_writer;
-mod undo;
+pub mod undo;
 
 use std::io::Read;
 

@@ -82,7 +82,7 @@ impl CappedLog {
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         if self.size + bytes.len() as u64 > self.cap && self.size > 0 {
             rotate(&self.path);
-            *self = Self::open(std::mem::take(&mut self.path), self.cap, self.reserve)?;
+            *self = Self::open(self.path.clone(), self.cap, self.reserve)?;
         }
         self.file.write_all(bytes).at("write log", &self.path)?;
         self.size += bytes.len() as u64;
@@ -137,6 +137,20 @@ mod tests {
             log.append(b"new\n").unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
         }
+    }
+
+    #[test]
+    fn append_after_a_new_file_could_not_be_made_goes_on() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("vm/console.log");
+        std::fs::create_dir(root.path().join("vm")).unwrap();
+        let mut log = CappedLog::open(path.clone(), 10, 0).unwrap();
+        log.append(b"0123456789").unwrap();
+        std::fs::rename(root.path().join("vm"), root.path().join("away")).unwrap();
+        assert!(log.append(b"lost").is_err());
+        std::fs::create_dir(root.path().join("vm")).unwrap();
+        log.append(b"kept").unwrap();
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "kept");
     }
 
     #[test]

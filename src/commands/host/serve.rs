@@ -17,7 +17,7 @@ use crate::commands::local;
 use crate::config::{self, Config};
 use crate::cpi::capacity::report::{self, HostQuery, HostReport};
 use crate::cpi::context::{Context, RemoteCall};
-use crate::cpi::{Cpi, disk, presence};
+use crate::cpi::{Cpi, presence};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::remote::protocol::{CallRequest, ClientRequest, ServerMessage};
@@ -101,7 +101,7 @@ fn find(config: Option<&Path>, cids: &[String]) -> Result<Vec<String>> {
 fn release_disk(config: Option<&Path>, caller: &Caller, cid: &DiskCid) -> Result<()> {
     let (config, file) = local::config(config)?;
     begin_log(&config, caller, None);
-    disk::release(&Context::new(config, file), cid)
+    Cpi::new(Context::new(config, file)).release_disk(cid)
 }
 
 fn host_report(config: Option<&Path>, query: &HostQuery) -> Result<HostReport> {
@@ -114,7 +114,8 @@ fn answer_call(config: Option<&Path>, call: CallRequest, caller: &Caller, writer
     rpc::serve_text(request, writer, |request| {
         let (config, file) = local::config(config)?;
         begin_log(&config, caller, request.context.request_id());
-        let config = config.with_context(request.context.properties(), config::HOST_KEYS)?;
+        let context = config::without_unknown_deadlines(request.context.properties());
+        let config = config.with_context(&context, config::HOST_KEYS)?;
         let image = image.map(|size| caller.image(image_name(request), size));
         let image = image.map(|image| Box::new(image) as _);
         let remote = RemoteCall { cid, same_group, replicated, cancels, image };

@@ -55,7 +55,8 @@ pub(super) fn ensure_not_cancelled(cx: &Context, cid: &impl Cid) -> Result<()> {
     Err(Error::new(
         ErrorKind::Conflict,
         format!("the caller has cancelled the creation of '{cid}'"),
-    ))
+    )
+    .hint("repeat the call: it gets another cid"))
 }
 
 fn directory(cx: &Context) -> PathBuf {

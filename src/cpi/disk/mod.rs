@@ -3,8 +3,8 @@
 //! ```text
 //!   create delete attach detach resize update snapshot metadata   the verbs
 //!   restore release take recover                                  the operator's, and recovery
-//!   locked                      a disk under its lock, with every interrupted copy settled
-//!   copy backup                 the two jobs that copy a disk: into another image, a snapshot
+//!   settled                     a disk under its lock, with every interrupted copy settled
+//!   copy backup progress        copies of a disk: into another image, a snapshot; their log
 //!   access images encryption    its image: which process has it open, how it is made, its key
 //!   attachment ownership lock   the VM that has it, the host that owns it, the lock
 //! ```

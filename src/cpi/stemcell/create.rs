@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-use super::light::{self, StemcellImage};
+use super::light::{self, NewImage};
 use super::{format, share};
 use crate::cid::StemcellCid;
 use crate::cpi::capacity::{self, need};
@@ -94,7 +94,7 @@ fn make_image(
     source: &dyn ImageSource,
     properties: &Map<String, Value>,
     deadline: Instant,
-) -> Result<StemcellImage> {
+) -> Result<NewImage> {
     if properties.contains_key("image_path") {
         let light = light::properties(properties)?;
         let allowed = cx.remote.as_ref().map(|_| cx.config.remote_callers.image_dirs.clone());
@@ -110,7 +110,7 @@ fn make_image(
         && let Some(other) = share::share(cx, stemcell, source, size, &target, deadline)?
     {
         let StemcellRecord { format, virtual_size, source, .. } = other;
-        return Ok(StemcellImage { format, virtual_size, path: None, source, verified: None });
+        return Ok(NewImage { format, virtual_size, path: None, source, verified: None });
     }
     let qemu_img = QemuImg::new(&cx.config.qemu.img_binary);
     let pool = stemcell.pool.as_deref();
@@ -120,7 +120,7 @@ fn make_image(
     let imported = import.run(&mut log_progress())?;
     let source = size.map(|size| Source { sha256: imported.digest.to_string(), size });
     let (format, virtual_size) = (imported.format, imported.virtual_size);
-    Ok(StemcellImage { format, virtual_size, path: None, source, verified: None })
+    Ok(NewImage { format, virtual_size, path: None, source, verified: None })
 }
 
 fn log_progress() -> impl FnMut(Bytes) {

@@ -8,7 +8,7 @@ use crate::digest::Digest;
 use crate::document;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image;
-use crate::schema::{Expected, Property, SchemaError};
+use crate::schema::Property;
 use crate::store::record::{Format, Source, VerifiedFile};
 use crate::units::Bytes;
 
@@ -24,17 +24,8 @@ document! {
     }
 }
 
-impl Property for Digest {
-    const EXPECTED: Expected = Expected::text("a SHA-256 digest: 64 hexadecimal digits");
-
-    fn from_json(value: &Value) -> Result<Self, SchemaError> {
-        let digest = value.as_str().and_then(|text| text.parse().ok());
-        digest.ok_or_else(|| SchemaError::value(Self::EXPECTED, value))
-    }
-}
-
 /// The image of a new stemcell.
-pub(super) struct StemcellImage {
+pub(super) struct NewImage {
     pub format: Format,
     pub virtual_size: Bytes,
     /// The operator's file, of a light stemcell.
@@ -54,7 +45,7 @@ pub(super) fn properties(properties: &Map<String, Value>) -> Result<LightStemcel
 
 /// Checks the image of a light stemcell. A call from another machine may only name images in the
 /// `allowed` directories.
-pub(super) fn image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Result<StemcellImage> {
+pub(super) fn image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Result<NewImage> {
     let path = light.image_path.canonicalize().at("resolve", &light.image_path);
     let is_in = |dir: &PathBuf| {
         let dir = dir.canonicalize().ok();
@@ -74,5 +65,5 @@ pub(super) fn image(light: &LightStemcell, allowed: Option<&[PathBuf]>) -> Resul
     let verified = VerifiedFile::new(&path.metadata().at("look at", &path)?, light.sha256);
     light.sha256.ensure_matches(&path)?;
     let verified = Some(verified);
-    Ok(StemcellImage { format, virtual_size, path: Some(path), source: None, verified })
+    Ok(NewImage { format, virtual_size, path: Some(path), source: None, verified })
 }

@@ -2,10 +2,10 @@
 //! socket.
 //!
 //! ```text
-//!   session ──► ssh ──► control_path    which shared ssh connection the session runs on
-//!      │         └────► diagnosis       what a failed ssh means
+//!   session ──► ssh ──► shared_connection   which ssh connection the session runs on
+//!      │         └────► diagnosis           what a failed ssh means
 //!      └──────► unix
-//!               (all) ► channel         the bytes of a session, and how to close them
+//!               (all) ► channel             the bytes of a session, and how to close them
 //! ```
 
 mod channel;
