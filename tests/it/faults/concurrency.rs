@@ -86,7 +86,8 @@ fn call_from_32_threads_succeeds() {
     host.assert_no_leaks();
 }
 
-/// Each create first sees the pending notes of the others and must not take them for those of killed calls.
+/// Each create first sees the pending notes of the others and must not take them for those of
+/// killed calls.
 #[test]
 fn create_vms_concurrently_get_distinct_addresses() {
     let networks = json!({"default": {"subnet": "10.9.0.0/24", "pool": POOL}});

@@ -4,7 +4,6 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime};
 
 use bosh_qemu_cpi::sys::pidfd::Process;
@@ -128,15 +127,7 @@ fn create_whose_caller_is_gone_is_undone() {
         ("snapshot_disk", json!([disk, {}])),
         ("create_network", json!([{"netmask_bits": 24}])),
     ] {
-        let mut call = host.namespace().run(|| {
-            let mut command = host.cpi();
-            command
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn()
-                .unwrap()
-        });
+        let mut call = host.namespace().run(|| crate::support::answer::spawn(host.cpi()));
         drop(call.stdout.take());
         call.stdin.take().unwrap().write_all(request(method, &arguments).as_bytes()).unwrap();
         let output = call.wait_with_output().unwrap();

@@ -3,5 +3,6 @@
 mod docs;
 mod house;
 mod layers;
+mod reader;
 mod release;
 mod words;

@@ -1,7 +1,7 @@
 //! Strict reader of the answers that the CPI writes to stdout.
 
 use std::io::{self, Write};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -27,13 +27,8 @@ const DIRECTOR_TYPES: [&str; 10] = [
 /// The command must read all of it, because the Director fails on a CPI that does not. Like the
 /// Director, this returns at the end of stdout and stderr, so a process that inherits them delays
 /// it.
-pub fn run(mut command: Command, input: &[u8]) -> Output {
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("spawn");
+pub fn run(command: Command, input: &[u8]) -> Output {
+    let mut child = spawn(command);
     let mut stdin = child.stdin.take().unwrap();
     let (written, output) = std::thread::scope(|scope| {
         let writer = scope.spawn(move || stdin.write_all(input));
@@ -42,6 +37,12 @@ pub fn run(mut command: Command, input: &[u8]) -> Output {
     let written: io::Result<()> = written;
     written.expect("the request is read to its end");
     output
+}
+
+/// Starts a command with pipes for its input, its output and its log.
+pub fn spawn(mut command: Command) -> Child {
+    let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    pipes.spawn().expect("spawn")
 }
 
 /// An answer in the only shape that the Director accepts.

@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::answer::{Answer, run};
+use super::answer::{Answer, run, spawn};
 use super::netns::Namespace;
 use super::tmpfs::Tmpfs;
 use super::{nftables, skip};
@@ -238,9 +238,7 @@ impl Host {
     pub fn start(&self, method: &str, arguments: &Value) -> Child {
         let request = request(method, arguments);
         self.namespace.run(|| {
-            let mut command = self.cpi();
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-            let mut child = command.spawn().unwrap();
+            let mut child = spawn(self.cpi());
             child.stdin.take().unwrap().write_all(request.as_bytes()).unwrap();
             child
         })

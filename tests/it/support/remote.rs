@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::answer::{Answer, run};
+use super::answer::{Answer, run, spawn};
 use super::host::{Host, eventually, request};
 use super::netns::Namespace;
 use super::skip;
@@ -79,9 +79,7 @@ impl Director {
     pub fn start(&self, method: &str, arguments: &Value) -> Child {
         let request = request(method, arguments);
         self.namespace.run(|| {
-            let mut command = self.cpi();
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-            let mut child = command.spawn().unwrap();
+            let mut child = spawn(self.cpi());
             child.stdin.take().unwrap().write_all(request.as_bytes()).unwrap();
             child
         })

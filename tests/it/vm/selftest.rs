@@ -12,7 +12,28 @@ fn selftest_on_sound_host_passes() {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
     assert!(output.status.success() && report["passed"] == true, "{report:#}");
     let checks = report["checks"].as_array().unwrap();
-    assert!(checks.len() > 10 && checks.iter().all(|check| check["passed"] == true), "{report:#}");
+    assert!(checks.iter().all(|check| check["passed"] == true), "{report:#}");
+    let names: Vec<_> = checks.iter().map(|check| check["check"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        [
+            "pools",
+            "networks",
+            "accelerator",
+            "qemu-img",
+            "stemcell",
+            "create VM",
+            "boot",
+            "hardening",
+            "tap",
+            "create disk",
+            "attach disk",
+            "detach disk",
+            "reset",
+            "power button",
+            "clean-up",
+        ]
+    );
 }
 
 #[test]
